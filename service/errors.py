@@ -1,0 +1,135 @@
+"""The errors this service raises, as one tree.
+
+Every error says what was wrong and what is allowed. `service.api.errors` maps
+each class to an HTTP status in one table; nothing else does.
+"""
+
+from __future__ import annotations
+
+
+class CoeError(Exception):
+    """Root of the tree. `message` is for the user and never holds a prompt or a key.
+
+    `param` names the request field at fault, where there is one. `code` is the
+    machine-readable reason of OpenAI's error shape.
+    """
+
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class ConfigError(CoeError):
+    """A config file is wrong. The message names file, path, fault and what is allowed."""
+
+    code = "invalid_config"
+
+
+class ArtifactError(CoeError):
+    """A router artifact or model folder is missing, damaged or of another version."""
+
+    code = "invalid_artifact"
+
+
+class ModelStoreError(CoeError):
+    """Getting a model failed: no network, no space, wrong checksum."""
+
+    code = "model_unavailable"
+
+
+class InvalidRequest(CoeError):
+    """The client's request can't be served as written (400)."""
+
+    code = "invalid_request_error"
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt and the answer asked for do not fit the expert's context (400)."""
+
+    code = "context_length_exceeded"
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request body is over the configured bound (413)."""
+
+    code = "request_too_large"
+
+
+class UnknownModel(CoeError):
+    """No expert of that name (404)."""
+
+    code = "model_not_found"
+
+
+class UnknownEndpoint(CoeError):
+    """No such path (404)."""
+
+    code = "not_found"
+
+
+class Unauthorized(CoeError):
+    """No key or a wrong one (401)."""
+
+    code = "invalid_api_key"
+
+
+class Unavailable(CoeError):
+    """We can't serve this now, but may soon (503). `retry_after_s` is our honest guess."""
+
+    code = "unavailable"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after_s: float = 1.0,
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.retry_after_s = retry_after_s
+
+
+class OverCapacity(Unavailable):
+    """A bounded queue is full (503)."""
+
+    code = "over_capacity"
+
+
+class ExpertFailed(Unavailable):
+    """The expert could not be loaded; the message carries the reason (503)."""
+
+    code = "expert_failed"
+
+
+class Draining(Unavailable):
+    """This pool is stopping and takes no new work: the gateway chooses again (503)."""
+
+    code = "draining"
+
+
+class EngineDead(Unavailable):
+    """The engine died under the request (503, or an SSE error once bytes have gone out)."""
+
+    code = "engine_dead"
+
+
+class DeadlineExceeded(Unavailable):
+    """The request's deadline passed before an answer began (504)."""
+
+    code = "deadline_exceeded"
+
+
+class UpstreamError(CoeError):
+    """A remote expert answered with an error of its own (its status is passed on)."""
+
+    code = "upstream_error"
+
+    def __init__(self, message: str, *, status: int = 502) -> None:
+        super().__init__(message)
+        self.status = status
