@@ -1,0 +1,36 @@
+"""The model store: getting models, listing them, and looking at them without loading them.
+
+Weights are safetensors and nothing else; no code from a model folder is ever run.
+"""
+
+from service.models.catalogue import CATALOGUE, CatalogueEntry
+from service.models.inspection import AdapterInfo, ModelInfo, MoeInfo, inspect_model
+from service.models.progress import Progress, Silent, progress_for
+from service.models.pull import pull
+from service.models.store import (
+    Manifest,
+    StoredFile,
+    StoredModel,
+    list_models,
+    model_root,
+    verify,
+)
+
+__all__ = [
+    "CATALOGUE",
+    "AdapterInfo",
+    "CatalogueEntry",
+    "Manifest",
+    "ModelInfo",
+    "MoeInfo",
+    "Progress",
+    "Silent",
+    "StoredFile",
+    "StoredModel",
+    "inspect_model",
+    "list_models",
+    "model_root",
+    "progress_for",
+    "pull",
+    "verify",
+]

