@@ -113,6 +113,12 @@ class Draining(Unavailable):
     code = "draining"
 
 
+class PoolGone(Unavailable):
+    """The pool can't be reached, or went away before the first byte (503)."""
+
+    code = "pool_gone"
+
+
 class EngineDead(Unavailable):
     """The engine died under the request (503, or an SSE error once bytes have gone out)."""
 

@@ -1,0 +1,1 @@
+"""The choice: which expert, in which pool."""

@@ -1,0 +1,1 @@
+"""Engines: what runs an expert. One protocol, and vLLM, remote and simulated behind it."""

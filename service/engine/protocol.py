@@ -1,0 +1,61 @@
+"""What a pool asks of an engine.
+
+An engine answers by ASGI messages: one `http.response.start`, then bodies. vLLM's
+own OpenAI layer speaks them, so nothing is translated where tokens flow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One call: the endpoint's path, the expert by name, and the body as it came.
+
+    `request_id` is unique among all requests in flight.
+    """
+
+    endpoint: str
+    expert: str
+    body: bytes
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """What an engine turned out to be, once started."""
+
+    engine: str
+    max_model_len: int
+    endpoints: frozenset[str]
+    details: dict[str, str] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """One running engine: a base's weights and any adapters of it."""
+
+    async def start(self) -> EngineReport:
+        """Start and load the base. Raises CoeError with the reason if it can't."""
+
+    async def load(self, expert: str) -> None:
+        """Make one more expert answerable. Raises CoeError with the reason if it can't."""
+
+    async def run(self, request: EngineRequest, send: Send) -> None:
+        """Answer one request.
+
+        Nothing is sent before the first byte of the answer is known. Raises CoeError
+        only before anything was sent; afterwards a fault ends the stream with an SSE
+        error event. Cancelling it stops the generation.
+        """
+
+    def failure(self) -> str | None:
+        """Why the engine is dead, or None while it lives."""
+
+    async def stop(self) -> None:
+        """Stop, and leave no process behind. Safe to call twice, and before `start`."""

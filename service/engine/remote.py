@@ -1,0 +1,166 @@
+"""The remote engine: a model behind somebody else's OpenAI-compatible API.
+
+It runs in the gateway, without a pool. The key comes from the environment and
+goes nowhere but into the upstream's Authorization header.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import aiohttp
+import orjson
+
+from service.config import RemoteConfig
+from service.engine.held import openai_error
+from service.engine.protocol import EngineReport, EngineRequest, Send
+from service.errors import (
+    ExpertFailed,
+    InvalidRequest,
+    UnknownEndpoint,
+    UpstreamError,
+)
+
+ENDPOINTS = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"}
+)
+# In JSON an unescaped `"model":"` can only be a key: inside any string the
+# quotes would be escaped. So the upstream's name may be replaced as bytes.
+_MODEL = re.compile(rb'"model"(\s*):(\s*)"[^"\\]*"')
+
+
+class RemoteEngine:
+    """A client of one upstream, for one expert."""
+
+    def __init__(self, expert: str, config: RemoteConfig) -> None:
+        self._expert = expert
+        self._config = config
+        base = config.url.rstrip("/")
+        self._base = base.removesuffix("/v1")
+        self._session: aiohttp.ClientSession | None = None
+        self._key: str | None = None
+        self._named = b'"model":' + orjson.dumps(expert)
+
+    async def start(self) -> EngineReport:
+        """Read the key and open the connection pool. Raises ExpertFailed without a key."""
+        name = self._config.api_key_env
+        if name is not None:
+            self._key = os.environ.get(name)
+            if not self._key:
+                raise ExpertFailed(
+                    f"the environment variable {name} that should hold its key is not set",
+                    retry_after_s=60,
+                )
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=self._config.connect_timeout_s
+            ),
+            auto_decompress=True,
+            trust_env=False,
+        )
+        return EngineReport("remote", 0, ENDPOINTS)
+
+    async def load(self, expert: str) -> None:
+        """Nothing to load: the weights are elsewhere."""
+
+    def failure(self) -> str | None:
+        """A remote engine has no process of ours that could die."""
+        return None
+
+    async def stop(self) -> None:
+        """Close the connections."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def run(self, request: EngineRequest, send: Send) -> None:
+        """See `Engine.run`."""
+        if request.endpoint not in ENDPOINTS:
+            raise UnknownEndpoint(f"expert {self._expert!r} is remote and has no {request.endpoint}")
+        if self._session is None:
+            raise ExpertFailed(f"expert {self._expert!r} is not connected")
+        headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        if self._key is not None:
+            headers["authorization"] = f"Bearer {self._key}"
+        body = self._addressed(request.body)
+        started = False
+        try:
+            async with self._session.post(
+                self._base + request.endpoint, data=body, headers=headers, allow_redirects=False
+            ) as reply:
+                if reply.status >= 300:
+                    await self._refused(reply, send)
+                    return
+                content_type = reply.headers.get("content-type", "application/json")
+                head = {
+                    "type": "http.response.start",
+                    "status": reply.status,
+                    "headers": [(b"content-type", content_type.encode("latin-1"))],
+                }
+                if not content_type.startswith("text/event-stream"):
+                    data = self._renamed(await reply.read())
+                    started = True
+                    await send(head)
+                    await send({"type": "http.response.body", "body": data})
+                    return
+                rest = b""
+                async for piece in reply.content.iter_any():
+                    # Whole lines only, so that a name is never cut in two.
+                    end = piece.rfind(b"\n") + 1
+                    if end == 0:
+                        rest += piece
+                        continue
+                    lines, rest = rest + piece[:end], piece[end:]
+                    if not started:
+                        started = True
+                        await send(head)
+                    await send(
+                        {
+                            "type": "http.response.body",
+                            "body": self._renamed(lines),
+                            "more_body": True,
+                        }
+                    )
+                if not started:
+                    raise UpstreamError(f"expert {self._expert!r}: its endpoint sent an empty answer")
+                await send({"type": "http.response.body", "body": self._renamed(rest)})
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            # The kind of error only: its text may hold the URL.
+            what = f"expert {self._expert!r}: its endpoint can't be reached ({type(error).__name__})"
+            if not started:
+                raise UpstreamError(what) from None
+            detail = {"message": what, "type": "server_error", "param": None, "code": "upstream_error"}
+            event = b"data: " + orjson.dumps({"error": detail}) + b"\n\ndata: [DONE]\n\n"
+            await send({"type": "http.response.body", "body": event})
+
+    def _addressed(self, body: bytes) -> bytes:
+        try:
+            data = orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+        data["model"] = self._config.model
+        return orjson.dumps(data)
+
+    def _renamed(self, data: bytes) -> bytes:
+        return _MODEL.sub(lambda _: self._named, data)
+
+    async def _refused(self, reply: aiohttp.ClientResponse, send: Send) -> None:
+        body = await reply.content.read(65536)
+        if reply.status in (401, 403) or reply.status < 400:
+            raise UpstreamError(
+                f"expert {self._expert!r}: its endpoint refused us with status {reply.status}"
+            )
+        if reply.status >= 500 or reply.status == 429:
+            raise UpstreamError(
+                f"expert {self._expert!r}: its endpoint answered with status {reply.status}",
+                status=503 if reply.status in (429, 503) else 502,
+            )
+        error = openai_error(reply.status, body)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(error)).encode()),
+        ]
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+        await send({"type": "http.response.body", "body": error})

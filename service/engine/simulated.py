@@ -1,0 +1,316 @@
+"""The simulated engine: deterministic text at set speeds. For tests and load tests only.
+
+It answers in the shapes of OpenAI's API, so that everything around an engine can
+be driven without one. It says so in every answer's `system_fingerprint`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from typing import Any
+
+import orjson
+
+from service.config import SimulatedOptions
+from service.engine.protocol import EngineReport, EngineRequest, Send
+from service.errors import (
+    CoeError,
+    EngineDead,
+    ExpertFailed,
+    InvalidRequest,
+    PromptTooLong,
+    UnknownEndpoint,
+)
+
+ENDPOINTS = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize"}
+)
+_WORDS = ("one", "small", "answer", "from", "an", "engine", "that", "only", "plays", "a", "part")
+_FINGERPRINT = "simulated"
+
+
+class SimulatedEngine:
+    """Plays an engine that holds `experts`."""
+
+    def __init__(self, experts: tuple[str, ...], options: SimulatedOptions) -> None:
+        self._experts = experts
+        self._options = options
+        self._loaded: set[str] = set()
+        self._dead: str | None = None
+        self._running = 0
+
+    async def start(self) -> EngineReport:
+        """Take `load_s`. Raises ExpertFailed where `fail` is `load`."""
+        if self._options.load_s:
+            await asyncio.sleep(self._options.load_s)
+        if self._options.fail == "load":
+            raise ExpertFailed("told to fail when loading", retry_after_s=30)
+        return EngineReport("simulated", self._options.max_model_len, ENDPOINTS)
+
+    async def load(self, expert: str) -> None:
+        """Make an expert answerable at once."""
+        if expert not in self._experts:
+            raise ExpertFailed(f"no weights for {expert!r}")
+        self._loaded.add(expert)
+
+    def failure(self) -> str | None:
+        """Why it is dead, or None."""
+        return self._dead
+
+    def kill(self, why: str) -> None:
+        """Die as a real engine would: every running request fails."""
+        self._dead = why
+
+    async def in_flight(self) -> int:
+        """Requests under way."""
+        return self._running
+
+    async def stop(self) -> None:
+        """Nothing to stop but the role."""
+        self._dead = self._dead or "it was stopped"
+
+    async def run(self, request: EngineRequest, send: Send) -> None:
+        """See `Engine.run`."""
+        self._running += 1
+        try:
+            self._check_alive(request.expert)
+            await self._answer(request, send)
+        finally:
+            self._running -= 1
+
+    def _check_alive(self, expert: str) -> None:
+        if self._dead is not None:
+            raise EngineDead(f"the engine of expert {expert!r} died: {self._dead}")
+
+    async def _answer(self, request: EngineRequest, send: Send) -> None:
+        body = _json(request.body)
+        path = request.endpoint
+        if path == "/tokenize":
+            text = _prompt_text(body)
+            await _send_json(
+                send,
+                {
+                    "tokens": [len(word) for word in text.split()],
+                    "count": _tokens(text),
+                    "max_model_len": self._options.max_model_len,
+                },
+            )
+        elif path == "/detokenize":
+            ids = body.get("tokens")
+            if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+                raise InvalidRequest("`tokens` must be a list of integers", param="tokens")
+            await _send_json(
+                send, {"prompt": " ".join(_WORDS[i % len(_WORDS)] for i in ids)}
+            )
+        elif path == "/v1/embeddings":
+            await self._embed(request, body, send)
+        elif path in ("/v1/chat/completions", "/v1/completions"):
+            await self._generate(request, body, send)
+        else:
+            raise UnknownEndpoint(f"the simulated engine has no {path}")
+
+    async def _embed(self, request: EngineRequest, body: dict[str, Any], send: Send) -> None:
+        given = body.get("input")
+        texts = given if isinstance(given, list) else [given]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise InvalidRequest("`input` must be a string or a list of strings", param="input")
+        data = [
+            {"object": "embedding", "index": i, "embedding": _vector(text)}
+            for i, text in enumerate(texts)
+        ]
+        count = sum(map(_tokens, texts))
+        await _send_json(
+            send,
+            {
+                "object": "list",
+                "model": request.expert,
+                "data": data,
+                "usage": {"prompt_tokens": count, "total_tokens": count},
+            },
+        )
+
+    async def _generate(self, request: EngineRequest, body: dict[str, Any], send: Send) -> None:
+        chat = request.endpoint == "/v1/chat/completions"
+        prompt = _prompt_text(body)
+        n = _integer(body, "n", 1, 1, 128)
+        asked = body.get("max_completion_tokens") or body.get("max_tokens")
+        tokens = self._options.tokens if asked is None else _integer({"max_tokens": asked}, "max_tokens", 1, 1, 10**6)
+        prompt_tokens = _tokens(prompt)
+        if prompt_tokens + tokens > self._options.max_model_len:
+            raise PromptTooLong(
+                f"the maximum context length is {self._options.max_model_len} tokens, but "
+                f"{prompt_tokens} prompt tokens and {tokens} of answer were asked for",
+                param="messages" if chat else "prompt",
+            )
+        if self._options.prefill_tokens_per_s:
+            await asyncio.sleep(prompt_tokens / self._options.prefill_tokens_per_s)
+        if self._options.fail == "first_byte":
+            self.kill("told to die before the first byte")
+        self._check_alive(request.expert)
+        text = answer_text(request.expert, prompt, tokens)
+        text, finish = _cut(text, body.get("stop"))
+        usage = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": n * len(text),
+            "total_tokens": prompt_tokens + n * len(text),
+        }
+        head = {
+            "id": ("chatcmpl-" if chat else "cmpl-") + request.request_id,
+            "created": int(time.time()),
+            "model": request.expert,
+            "system_fingerprint": _FINGERPRINT,
+        }
+        if body.get("stream"):
+            options = body.get("stream_options") or {}
+            await self._stream(
+                send, head, text, finish, n, chat, usage if options.get("include_usage") else None
+            )
+            return
+        if self._options.decode_ms:
+            await asyncio.sleep(len(text) * self._options.decode_ms / 1000)
+            self._check_alive(request.expert)
+        whole = "".join(text)
+        message: dict[str, Any] = (
+            {"message": {"role": "assistant", "content": whole}} if chat else {"text": whole}
+        )
+        choices = [
+            {"index": i, **message, "logprobs": None, "finish_reason": finish} for i in range(n)
+        ]
+        kind = "chat.completion" if chat else "text_completion"
+        await _send_json(send, {**head, "object": kind, "choices": choices, "usage": usage})
+
+    async def _stream(
+        self,
+        send: Send,
+        head: dict[str, Any],
+        text: list[str],
+        finish: str,
+        n: int,
+        chat: bool,
+        usage: dict[str, int] | None,
+    ) -> None:
+        head = {**head, "object": "chat.completion.chunk" if chat else "text_completion"}
+
+        def event(choices: list[dict[str, Any]], **more: Any) -> bytes:
+            return b"data: " + orjson.dumps({**head, "choices": choices, **more}) + b"\n\n"
+
+        def piece(index: int, word: str, first: bool, last: bool) -> dict[str, Any]:
+            reason = finish if last else None
+            if not chat:
+                return {"index": index, "text": word, "logprobs": None, "finish_reason": reason}
+            delta = {"role": "assistant", "content": word} if first else {"content": word}
+            return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        step_s = self._options.decode_ms / 1000
+        start = {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [(b"content-type", b"text/event-stream; charset=utf-8")],
+        }
+        for i, word in enumerate(text or [""]):
+            if step_s and (wait_s := began + i * step_s - loop.time()) > 0:
+                await asyncio.sleep(wait_s)
+            if i == 0:
+                await send(start)
+            if i == 1 and self._options.fail == "mid_stream":
+                self.kill("told to die in mid-stream")
+            if self._dead is not None:
+                await _send_stream_error(send, EngineDead(f"the engine died: {self._dead}"))
+                return
+            last = i >= len(text) - 1
+            chunk = b"".join(event([piece(j, word, i == 0, last)]) for j in range(n))
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        tail = event([], usage=usage) if usage is not None else b""
+        await send({"type": "http.response.body", "body": tail + b"data: [DONE]\n\n"})
+
+
+def answer_text(expert: str, prompt: str, tokens: int) -> list[str]:
+    """The words that `expert` answers to `prompt`: always the same, another expert's differ."""
+    seed = hashlib.blake2b(f"{expert}\0{prompt}".encode("utf-8", "replace"), digest_size=8)
+    at = int.from_bytes(seed.digest(), "big")
+    words = [f"{expert}:"]
+    words += [" " + _WORDS[(at + i * 7) % len(_WORDS)] for i in range(tokens - 1)]
+    return words[:tokens]
+
+
+def _cut(text: list[str], stop: object) -> tuple[list[str], str]:
+    stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
+    whole = "".join(text)
+    ends = [whole.find(s) for s in stops if isinstance(s, str) and s and s in whole]
+    if not ends:
+        return text, "length"
+    kept, left = [], min(ends)
+    for word in text:
+        if left <= 0:
+            break
+        kept.append(word[:left])
+        left -= len(word)
+    return kept, "stop"
+
+
+def _json(body: bytes) -> dict[str, Any]:
+    try:
+        data = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    return data
+
+
+def _prompt_text(body: dict[str, Any]) -> str:
+    if "messages" in body:
+        messages = body["messages"]
+        if not isinstance(messages, list) or not messages:
+            raise InvalidRequest("`messages` must be a list with at least one message", param="messages")
+        parts = []
+        for i, message in enumerate(messages):
+            if not isinstance(message, dict) or "role" not in message:
+                raise InvalidRequest(f"`messages[{i}]` must be an object with a role", param="messages")
+            content = message.get("content") or ""
+            parts.append(content if isinstance(content, str) else orjson.dumps(content).decode())
+        return "\n".join(parts)
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt):
+        return "\n".join(prompt)
+    if isinstance(prompt, str) and prompt:
+        return prompt
+    raise InvalidRequest("`messages` or `prompt` is needed", param="messages")
+
+
+def _integer(body: dict[str, Any], name: str, default: int, low: int, high: int) -> int:
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise InvalidRequest(f"`{name}` must be an integer from {low} to {high}", param=name)
+    return value
+
+
+def _tokens(text: str) -> int:
+    return max(1, len(text.split()))
+
+
+def _vector(text: str) -> list[float]:
+    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=32).digest()
+    return [byte / 255 for byte in digest]
+
+
+async def _send_json(send: Send, data: dict[str, Any]) -> None:
+    body = orjson.dumps(data)
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _send_stream_error(send: Send, error: CoeError) -> None:
+    detail = {"message": error.message, "type": "server_error", "param": None, "code": error.code}
+    event = b"data: " + orjson.dumps({"error": detail}) + b"\n\ndata: [DONE]\n\n"
+    await send({"type": "http.response.body", "body": event})

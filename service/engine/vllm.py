@@ -1,0 +1,255 @@
+"""The vLLM engine: an `AsyncLLM` in this process, answered through vLLM's own OpenAI layer.
+
+The only module that imports vllm. Requests go into vLLM's ASGI application
+without a socket in between; its EngineCore is a child process of this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from argparse import Namespace
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from service.config import VllmOptions
+from service.engine.held import HeldReply
+from service.engine.protocol import EngineReport, EngineRequest, Message, Send
+from service.errors import EngineDead, ExpertFailed
+
+GENERATE_ENDPOINTS = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/tokenize",
+        "/detokenize",
+    }
+)
+POOLING_ENDPOINTS = frozenset({"/v1/embeddings", "/tokenize", "/detokenize"})
+
+
+@dataclass(frozen=True, slots=True)
+class VllmModel:
+    """What to load: the base expert's name and folder, and adapters' folders by expert."""
+
+    name: str
+    path: str
+    adapters: dict[str, str]
+
+
+class VllmEngine:
+    """One base and its adapters on one `AsyncLLM`."""
+
+    def __init__(self, model: VllmModel, options: VllmOptions, *, on_cpu: bool) -> None:
+        self._model = model
+        self._options = options
+        self._on_cpu = on_cpu
+        self._llm: Any = None
+        self._app: Any = None
+        self._stopped = False
+
+    def _frontend_args(self) -> Namespace:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        options = self._options
+        args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+        args.model = self._model.path
+        args.model_tag = None
+        args.served_model_name = [self._model.name]
+        args.dtype = options.dtype
+        args.max_model_len = options.max_model_len
+        args.max_num_seqs = options.max_num_seqs
+        args.enforce_eager = options.enforce_eager
+        args.tensor_parallel_size = options.tensor_parallel_size
+        args.trust_remote_code = options.trust_remote_code
+        args.load_format = "safetensors"  # never pickle
+        args.moe_backend = options.moe_backend
+        args.disable_log_stats = False
+        args.enable_log_requests = False
+        args.disable_fastapi_docs = True
+        if options.kv_cache_bytes is not None:
+            args.kv_cache_memory_bytes = options.kv_cache_bytes
+        if self._on_cpu:
+            args.distributed_executor_backend = (
+                "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+            )
+        if self._model.adapters:
+            args.enable_lora = True
+            args.max_lora_rank = options.max_lora_rank
+            args.max_loras = len(self._model.adapters)
+            args.max_cpu_loras = len(self._model.adapters)
+        if options.tool_call_parser is not None:
+            args.tool_call_parser = options.tool_call_parser
+            args.enable_auto_tool_choice = True
+        if options.reasoning_parser is not None:
+            args.reasoning_parser = options.reasoning_parser
+        # Fails here, by name, if a vLLM release has dropped one of the above.
+        AsyncEngineArgs.from_cli_args(args)
+        return args
+
+    async def start(self) -> EngineReport:
+        """Start the engine core and vLLM's OpenAI layer. Raises ExpertFailed."""
+        try:
+            return await self._start()
+        except Exception as error:
+            await self.stop()
+            raise ExpertFailed(_reason(error), retry_after_s=30) from error
+
+    async def _start(self) -> EngineReport:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        args = self._frontend_args()
+
+        def build() -> Any:
+            engine_args = AsyncEngineArgs.from_cli_args(args)
+            context = UsageContext.OPENAI_API_SERVER
+            return AsyncLLM.from_vllm_config(
+                vllm_config=engine_args.create_engine_config(usage_context=context),
+                usage_context=context,
+                enable_log_requests=False,
+                disable_log_stats=engine_args.disable_log_stats,
+            )
+
+        # It blocks for as long as the core takes to load.
+        building = asyncio.ensure_future(asyncio.to_thread(build))
+        try:
+            self._llm = await asyncio.shield(building)
+        except asyncio.CancelledError:
+            # A thread can't be cancelled: wait for it, or its core outlives us.
+            with contextlib.suppress(Exception):
+                self._llm = await building
+            await self.stop()
+            raise
+        tasks = await self._llm.get_supported_tasks()
+        app = build_app(args, tasks, self._llm.model_config)
+        await init_app_state(self._llm, app.state, args, tasks)
+        # vLLM's fault handlers tell its server to exit; here the pool decides.
+        app.state.server = SimpleNamespace(should_exit=False)
+        self._app = app
+        config = self._llm.vllm_config
+        generates = "generate" in tasks
+        return EngineReport(
+            engine="vllm",
+            max_model_len=config.model_config.max_model_len,
+            endpoints=GENERATE_ENDPOINTS if generates else POOLING_ENDPOINTS,
+            details={
+                "dtype": str(config.model_config.dtype).removeprefix("torch."),
+                "moe_backend": str(config.kernel_config.moe_backend)
+                if config.model_config.is_moe
+                else "none",
+                "eager": str(config.model_config.enforce_eager).lower(),
+            },
+        )
+
+    async def load(self, expert: str) -> None:
+        """Load an adapter into the running engine. Raises ExpertFailed."""
+        if expert == self._model.name:
+            return
+        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+        answer = await self._app.state.openai_serving_models.load_lora_adapter(
+            LoadLoRAAdapterRequest(lora_name=expert, lora_path=self._model.adapters[expert])
+        )
+        if not isinstance(answer, str):
+            raise ExpertFailed(_reason(answer.error.message), retry_after_s=30)
+
+    async def run(self, request: EngineRequest, send: Send) -> None:
+        """See `Engine.run`."""
+        if (why := self.failure()) is not None:
+            raise EngineDead(f"the engine of expert {request.expert!r} died: {why}")
+        reply = HeldReply(send)
+        call = _Call(request)
+        task = asyncio.ensure_future(self._app(call.scope, call.receive, reply))
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # vLLM runs handlers in tasks of their own and stops them only when
+            # it reads that the client has gone.
+            call.gone.set()
+            with contextlib.suppress(BaseException):
+                async with asyncio.timeout(5):
+                    await task
+            raise
+        if reply.error is not None:
+            if reply.error[0] >= 500 and self.failure() is not None:
+                raise EngineDead(f"the engine of expert {request.expert!r} died")
+            await reply.send_error()
+        elif not reply.started:
+            raise EngineDead(f"the engine of expert {request.expert!r} ended without an answer")
+
+    def failure(self) -> str | None:
+        """Why the engine is dead, or None."""
+        if self._stopped:
+            return "it was stopped"
+        if self._llm is not None and self._llm.errored:
+            return "its core process ended"
+        return None
+
+    async def in_flight(self) -> int:
+        """Requests that vLLM has under way: zero once every client was served or left."""
+        return int(self._llm.get_num_unfinished_requests()) if self._llm is not None else 0
+
+    async def stop(self) -> None:
+        """Stop the core process."""
+        self._stopped = True
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown)
+
+
+class _Call:
+    """One request as an ASGI scope and receive channel."""
+
+    def __init__(self, request: EngineRequest) -> None:
+        self.gone = asyncio.Event()
+        self._body: bytes | None = request.body
+        path = request.endpoint
+        self.scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(request.body)).encode()),
+                (b"x-request-id", request.request_id.encode()),
+            ],
+            "client": ("127.0.0.1", 0),
+            "server": ("127.0.0.1", 0),
+            "state": {},
+        }
+
+    async def receive(self) -> Message:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+
+def _reason(error: object) -> str:
+    """The first line of an error that says something, without a traceback."""
+    if isinstance(error, BaseException):
+        chain: list[BaseException] = []
+        cause: BaseException | None = error
+        while cause is not None and cause not in chain:
+            chain.append(cause)
+            cause = cause.__cause__ or cause.__context__
+        error = str(chain[0]) or type(chain[0]).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else "it could not be loaded")[:500]

@@ -1,0 +1,67 @@
+"""A request on its way from a gateway to a pool: the headers it travels with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from service.errors import InvalidRequest
+
+EXPERT = "x-coe-expert"
+REQUEST_ID = "x-coe-request-id"
+DEADLINE_MS = "x-coe-deadline-ms"
+STREAM = "x-coe-stream"
+GATEWAY = "x-coe-gateway"
+SEQ = "x-coe-seq"
+QUEUE_MS = "x-coe-queue-ms"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a pool has to know of a request besides its body.
+
+    `deadline_ms` is what is left, to the first byte when `stream`, else to the end.
+    `seq` counts this gateway's calls to this pool, so that snapshots can
+    acknowledge them.
+    """
+
+    endpoint: str
+    expert: str
+    request_id: str
+    deadline_ms: int
+    stream: bool
+    gateway: str
+    seq: int
+
+    def headers(self) -> dict[str, str]:
+        """As HTTP headers."""
+        return {
+            EXPERT: self.expert,
+            REQUEST_ID: self.request_id,
+            DEADLINE_MS: str(self.deadline_ms),
+            STREAM: "1" if self.stream else "0",
+            GATEWAY: self.gateway,
+            SEQ: str(self.seq),
+        }
+
+
+def parse_call(endpoint: str, headers: dict[bytes, bytes]) -> Call:
+    """The reverse of `Call.headers`. Raises InvalidRequest."""
+
+    def text(name: str) -> str:
+        value = headers.get(name.encode())
+        if value is None:
+            raise InvalidRequest(f"a pool needs the header {name}")
+        return value.decode("latin-1")
+
+    try:
+        return Call(
+            endpoint=endpoint,
+            expert=text(EXPERT),
+            request_id=text(REQUEST_ID),
+            deadline_ms=int(text(DEADLINE_MS)),
+            stream=text(STREAM) == "1",
+            gateway=text(GATEWAY),
+            seq=int(text(SEQ)),
+        )
+    except ValueError as error:
+        raise InvalidRequest(f"a pool's header is not a number: {error}") from None

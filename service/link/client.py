@@ -1,0 +1,167 @@
+"""A gateway's side of the link: one pool, followed and called over keep-alive HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import aiohttp
+
+from service.errors import PoolGone
+from service.link import secret as secrets
+from service.link.call import Call
+from service.link.snapshot import GONE_S, Snapshot, decode
+
+log = logging.getLogger("coe.link")
+
+_RECONNECT_S = 0.25
+_CONNECT_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolAddress:
+    """Where a pool's process listens. `boot` is new whenever the process is."""
+
+    url: str
+    kind: str
+    boot: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolReply:
+    """The head of a pool's answer, and its body as it comes."""
+
+    status: int
+    headers: dict[str, str]
+    chunks: aiohttp.StreamReader
+
+
+def new_session() -> aiohttp.ClientSession:
+    """The session that a gateway's links share."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
+        auto_decompress=False,
+        trust_env=False,
+        read_bufsize=2**18,
+    )
+
+
+class PoolLink:
+    """One pool as a gateway sees it.
+
+    `changed` is called when the snapshot is new. Times are `time.monotonic` seconds.
+    """
+
+    def __init__(
+        self,
+        address: PoolAddress,
+        session: aiohttp.ClientSession,
+        secret: str,
+        gateway: str,
+        changed: Callable[[], None],
+    ) -> None:
+        self.address = address
+        self.snapshot: Snapshot | None = None
+        self.received_s = 0.0
+        self._session = session
+        self._headers = {secrets.HEADER: secret}
+        self._gateway = gateway
+        self._changed = changed
+        self._seq = 0
+        self._unseen: deque[tuple[int, str]] = deque()
+        self._task = asyncio.create_task(self._follow())
+
+    def age_s(self, now_s: float) -> float:
+        """Seconds since the pool was last heard of."""
+        return now_s - self.received_s if self.snapshot is not None else GONE_S + 1
+
+    def unseen(self, expert: str) -> int:
+        """Requests sent for an expert that the snapshot can't count yet."""
+        return sum(1 for _, name in self._unseen if name == expert)
+
+    def next_seq(self, expert: str) -> int:
+        """Number a call that is about to be sent."""
+        self._seq += 1
+        self._unseen.append((self._seq, expert))
+        return self._seq
+
+    @asynccontextmanager
+    async def call(self, call: Call, body: bytes) -> AsyncIterator[PoolReply]:
+        """Send a call; leaving the context early stops it in the pool.
+
+        Raises PoolGone where no head of an answer came.
+        """
+        headers = {**self._headers, **call.headers(), "content-type": "application/json"}
+        try:
+            reply = await self._session.post(
+                self.address.url + call.endpoint, data=body, headers=headers
+            )
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise PoolGone(
+                f"a pool of kind {self.address.kind!r} can't be reached ({type(error).__name__})"
+            ) from None
+        try:
+            lowered = {key.lower(): value for key, value in reply.headers.items()}
+            yield PoolReply(reply.status, lowered, reply.content)
+        finally:
+            # Closes the connection unless the body was read to its end.
+            reply.release() if reply.content.at_eof() else reply.close()
+
+    async def metrics(self) -> str:
+        """The pool's Prometheus text. Raises PoolGone."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=2)
+            async with self._session.get(
+                self.address.url + "/metrics", headers=self._headers, timeout=timeout
+            ) as reply:
+                return await reply.text()
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            raise PoolGone("the pool can't be reached") from None
+
+    async def close(self) -> None:
+        """Stop following."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                await self._read()
+            except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+                log.debug("snapshot stream of %s: %r", self.address.url, error)
+            self.snapshot = None
+            self._changed()
+            await asyncio.sleep(_RECONNECT_S)
+
+    async def _read(self) -> None:
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=GONE_S
+        )
+        headers = {**self._headers, "x-coe-gateway": self._gateway}
+        async with self._session.get(
+            self.address.url + "/snapshots", headers=headers, timeout=timeout
+        ) as reply:
+            if reply.status != 200:
+                raise ValueError(f"status {reply.status}")
+            snapshot: Snapshot | None = None
+            async for line in reply.content:
+                snapshot = decode(line, snapshot)
+                if snapshot.boot != self.address.boot:
+                    raise ValueError("another process has this address now")
+                self._heard(snapshot)
+
+    def _heard(self, snapshot: Snapshot) -> None:
+        new = self.snapshot is None or self.snapshot.seq != snapshot.seq
+        self.snapshot = snapshot
+        self.received_s = time.monotonic()
+        acknowledged = snapshot.acks.get(self._gateway, 0)
+        while self._unseen and self._unseen[0][0] <= acknowledged:
+            self._unseen.popleft()
+        if new:
+            self._changed()

@@ -1,0 +1,80 @@
+"""The pools that a gateway knows: told of their addresses, it follows each one."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+
+import aiohttp
+
+from service.link.client import PoolAddress, PoolLink, new_session
+from service.link.snapshot import GONE_S
+
+_MOST_POOLS = 64
+
+
+class Directory:
+    """Links to the pools that exist now.
+
+    `update` is told the whole list whenever it changes. Above 64 pools a gateway
+    follows a stable subset of them, by rendezvous hash of its own id and the pool's.
+    """
+
+    def __init__(self, gateway: str, secret: str) -> None:
+        self.gateway = gateway
+        self._secret = secret
+        self._session: aiohttp.ClientSession | None = None
+        self._links: dict[str, PoolLink] = {}
+        self._waiters: set[asyncio.Event] = set()
+
+    def update(self, addresses: Iterable[PoolAddress]) -> None:
+        """Follow exactly these pools. Must be called in the event loop."""
+        wanted = {address.boot: address for address in self._subset(list(addresses))}
+        if self._session is None:
+            self._session = new_session()
+        for boot in self._links.keys() - wanted.keys():
+            link = self._links.pop(boot)
+            asyncio.ensure_future(link.close())
+        for boot in wanted.keys() - self._links.keys():
+            self._links[boot] = PoolLink(
+                wanted[boot], self._session, self._secret, self.gateway, self._changed
+            )
+        self._changed()
+
+    def _subset(self, addresses: list[PoolAddress]) -> list[PoolAddress]:
+        if len(addresses) <= _MOST_POOLS:
+            return addresses
+
+        def weight(address: PoolAddress) -> bytes:
+            return hashlib.blake2b(f"{self.gateway}\0{address.boot}".encode()).digest()
+
+        return sorted(addresses, key=weight, reverse=True)[:_MOST_POOLS]
+
+    def links(self) -> list[PoolLink]:
+        """The pools heard of within the last 3 s."""
+        now_s = time.monotonic()
+        return [link for link in self._links.values() if link.age_s(now_s) <= GONE_S]
+
+    def _changed(self) -> None:
+        for waiter in self._waiters:
+            waiter.set()
+
+    async def change(self, timeout_s: float) -> None:
+        """Wait until something is different, at most `timeout_s`."""
+        waiter = asyncio.Event()
+        self._waiters.add(waiter)
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(waiter.wait(), timeout_s)
+        finally:
+            self._waiters.discard(waiter)
+
+    async def close(self) -> None:
+        """Stop following, close connections."""
+        await asyncio.gather(*(link.close() for link in self._links.values()))
+        self._links.clear()
+        if self._session is not None:
+            await self._session.close()

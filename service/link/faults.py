@@ -1,0 +1,74 @@
+"""Errors on the wire: the one table from error class to HTTP status, and OpenAI's error shape."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import orjson
+
+from service import errors
+from service.errors import CoeError
+
+_STATUS: dict[type[CoeError], int] = {
+    errors.InvalidRequest: 400,
+    errors.BodyTooLarge: 413,
+    errors.Unauthorized: 401,
+    errors.UnknownModel: 404,
+    errors.UnknownEndpoint: 404,
+    errors.DeadlineExceeded: 504,
+    errors.Unavailable: 503,
+    errors.UpstreamError: 502,
+    CoeError: 500,
+}
+_TYPE = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "invalid_request_error",
+}
+FAULT_HEADER = b"x-coe-fault"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """An error ready to be sent."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+def status_of(error: CoeError) -> int:
+    """The HTTP status of an error: its own class's row, or the nearest ancestor's."""
+    if isinstance(error, errors.UpstreamError):
+        return error.status
+    for kind in type(error).__mro__:
+        if kind in _STATUS:
+            return _STATUS[kind]
+    return 500
+
+
+def detail_of(error: CoeError) -> dict[str, str | None]:
+    """The inside of OpenAI's `{"error": …}`."""
+    kind = _TYPE.get(status_of(error), "server_error")
+    return {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+
+
+def fault_of(error: CoeError) -> Fault:
+    """Status, headers and body for an error."""
+    status = status_of(error)
+    body = orjson.dumps({"error": detail_of(error)})
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (FAULT_HEADER, error.code.encode()),
+    ]
+    if isinstance(error, errors.Unavailable) and status == 503:
+        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
+    return Fault(status, headers, body)
+
+
+def sse_event(error: CoeError) -> bytes:
+    """An error as the last event of a stream that had begun."""
+    return b"data: " + orjson.dumps({"error": detail_of(error)}) + b"\n\n"

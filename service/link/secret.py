@@ -1,0 +1,31 @@
+"""The cluster's secret: what a pool's port asks for. A 0600 file, never an argument or variable."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+HEADER = "x-coe-secret"
+
+
+def make_secret(path: Path) -> str:
+    """Write a new secret to `path`, readable by its owner only, and return it."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    secret = secrets.token_urlsafe(32)
+    path.unlink(missing_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(secret)
+    return secret
+
+
+def read_secret(path: Path) -> str:
+    """The secret that the file holds. Raises OSError."""
+    return path.read_text().strip()
+
+
+def same(given: bytes, secret: bytes) -> bool:
+    """Whether they are equal, in constant time."""
+    return hmac.compare_digest(given, secret)

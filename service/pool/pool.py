@@ -1,0 +1,203 @@
+"""A pool: its slots, and the snapshot that gateways choose by."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
+
+from service.engine.protocol import EngineRequest, Message, Send
+from service.errors import DeadlineExceeded, EngineDead, UnknownEndpoint, UnknownModel
+from service.link.call import QUEUE_MS, Call
+from service.link.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
+from service.pool.slot import Slot
+from service.types import Residency
+
+_EWMA = 0.2
+
+
+class Pool:
+    """Everything on one accelerator group or CPU slice.
+
+    `add` its slots, then `start`; `run` answers calls; `stop` drains.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.boot = secrets.token_hex(8)
+        self._slots: list[Slot] = []
+        self._slot_of: dict[str, Slot] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._speeds: dict[str, Speed] = {}
+        self._acks: dict[str, int] = {}
+        self._draining = False
+        self._seq = 0
+        self._listeners: set[asyncio.Event] = set()
+
+    def add(self, slot: Slot) -> None:
+        """Give the pool a slot."""
+        self._slots.append(slot)
+        self._slot_of.update(dict.fromkeys(slot.experts, slot))
+
+    def changed(self) -> None:
+        """Something that a snapshot tells is different now."""
+        self._seq += 1
+        for listener in self._listeners:
+            listener.set()
+
+    def start(self) -> None:
+        """Start every slot's engine, one after the other, in the background."""
+        # One at a time: engines that load together fight for the same cores and disk.
+        turn = asyncio.Lock()
+        for slot in self._slots:
+            self._tasks.append(asyncio.create_task(slot.supervise(turn)))
+
+    async def stop(self, drain_s: float) -> None:
+        """Refuse new work, let running requests end, then stop the engines."""
+        self._draining = True
+        self.changed()
+        await asyncio.gather(*(slot.drain(drain_s) for slot in self._slots))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+
+    async def run(self, call: Call, body: bytes, send: Send) -> None:
+        """Answer a call.
+
+        Raises UnknownModel, UnknownEndpoint, OverCapacity, ExpertFailed, Draining,
+        DeadlineExceeded, EngineDead, and what the engine raises.
+        """
+        self._acks[call.gateway] = max(call.seq, self._acks.get(call.gateway, 0))
+        slot = self._slot_of.get(call.expert)
+        if slot is None:
+            raise UnknownModel(f"pool {self.kind!r} has no expert {call.expert!r}")
+        loop = asyncio.get_running_loop()
+        limit = asyncio.timeout_at(loop.time() + call.deadline_ms / 1000)
+        reply = _Measured(send, limit if call.stream else None)
+        try:
+            async with limit, slot.lease(call.expert) as lease:
+                if call.endpoint not in lease.report.endpoints:
+                    raise UnknownEndpoint(
+                        f"expert {call.expert!r} has no {call.endpoint}; "
+                        f"it has {', '.join(sorted(lease.report.endpoints))}"
+                    )
+                reply.lease_began(lease.queue_s)
+                request = EngineRequest(call.endpoint, call.expert, body, call.request_id)
+                await lease.engine.run(request, reply)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(
+                f"no answer within the deadline of {call.deadline_ms} ms", retry_after_s=1
+            ) from None
+        except EngineDead:
+            slot.lost()
+            raise
+        if (speed := reply.speed()) is not None:
+            self._learn(call.expert, speed)
+
+    def _learn(self, expert: str, seen: Speed) -> None:
+        old = self._speeds.get(expert)
+        if old is None:
+            self._speeds[expert] = seen
+            return
+        chunk_s = old.chunk_s
+        if seen.chunk_s:
+            chunk_s += _EWMA * (seen.chunk_s - old.chunk_s) if old.chunk_s else seen.chunk_s
+        first_s = old.first_s + _EWMA * (seen.first_s - old.first_s)
+        self._speeds[expert] = Speed(round(first_s, 4), round(chunk_s, 5))
+
+    def snapshot(self) -> Snapshot:
+        """The state as of now."""
+        states = {}
+        queues = {}
+        capacity = {}
+        for slot in self._slots:
+            states.update(slot.states())
+            queues.update(slot.queues())
+            capacity.update(dict.fromkeys(slot.experts, slot.capacity))
+        return Snapshot(
+            boot=self.boot,
+            kind=self.kind,
+            seq=self._seq,
+            draining=self._draining,
+            experts=states,
+            queues=queues,
+            capacity=capacity,
+            speeds=dict(self._speeds),
+            acks=dict(self._acks),
+        )
+
+    async def snapshots(self) -> AsyncIterator[bytes]:
+        """Lines for one gateway: the whole state, then changes, coalesced, and heartbeats."""
+        before: Snapshot | None = None
+        change = asyncio.Event()
+        self._listeners.add(change)
+        try:
+            while True:
+                change.clear()
+                now = self.snapshot()
+                yield encode(now, before)
+                before = now
+                await asyncio.sleep(COALESCE_S)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(change.wait(), HEARTBEAT_S - COALESCE_S)
+        finally:
+            self._listeners.discard(change)
+
+    def unhealthy(self) -> str | None:
+        """Why this process should be replaced, or None."""
+        return next((why for slot in self._slots if (why := slot.unhealthy())), None)
+
+    def queued(self) -> int:
+        """Requests running or waiting: what autoscaling goes by."""
+        return sum(q.waiting + q.running for slot in self._slots for q in slot.queues().values())
+
+    def residency(self) -> Iterable[tuple[str, Residency]]:
+        """Each expert's state, for metrics."""
+        for slot in self._slots:
+            for name, state in slot.states().items():
+                yield name, state.state
+
+
+class _Measured:
+    """An ASGI send that times chunks, adds the queue header, and ends the wait for a first byte."""
+
+    def __init__(self, send: Send, first_byte_limit: asyncio.Timeout | None) -> None:
+        self._send = send
+        self._limit = first_byte_limit
+        self._clock = asyncio.get_running_loop().time
+        self._queue_s = 0.0
+        self._began_s = 0.0
+        self._first_s = 0.0
+        self._last_s = 0.0
+        self._chunks = 0
+
+    def lease_began(self, queue_s: float) -> None:
+        self._queue_s = queue_s
+        self._began_s = self._clock()
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._first_s = self._clock()
+            if self._limit is not None:
+                self._limit.reschedule(None)
+            queue_ms = f"{self._queue_s * 1000:.1f}"
+            message = {
+                **message,
+                "headers": [*message["headers"], (QUEUE_MS.encode(), queue_ms.encode())],
+            }
+        else:
+            self._last_s = self._clock()
+            self._chunks += 1
+        await self._send(message)
+
+    def speed(self) -> Speed | None:
+        if not self._first_s:
+            return None
+        # The last message is the end mark; a whole reply tells nothing of chunks.
+        between = self._chunks - 2
+        chunk_s = (self._last_s - self._first_s) / between if between > 0 else 0.0
+        return Speed(self._first_s - self._began_s, chunk_s)

@@ -1,0 +1,231 @@
+"""One slot: an engine, the experts in it, and the requests that wait for them.
+
+The slot owns its engine's life: it starts it, loads its experts, notices its
+death and starts another. Callers take a lease and never look at states first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+
+from service.engine.protocol import Engine, EngineReport
+from service.errors import CoeError, Draining, ExpertFailed
+from service.link.snapshot import ExpertState, Queue
+from service.pool.queues import Queues, Ticket
+from service.types import Residency
+
+log = logging.getLogger("coe.pool")
+
+_WATCH_S = 0.2
+_RETRY_S = (1.0, 5.0, 30.0, 120.0, 300.0)
+_UNHEALTHY_AFTER = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to run one request on the slot's engine, and how long it waited for it."""
+
+    engine: Engine
+    report: EngineReport
+    queue_s: float
+
+
+class Slot:
+    """An engine with its base and adapters.
+
+    `build` makes a new engine; `changed` is called whenever a snapshot would differ.
+    """
+
+    def __init__(
+        self,
+        experts: tuple[str, ...],
+        build: Callable[[], Engine],
+        *,
+        capacity: int,
+        max_waiting: int,
+        start_guess_s: float,
+        changed: Callable[[], None],
+    ) -> None:
+        self.experts = experts
+        self._build = build
+        self._queues = Queues(experts, capacity=capacity, max_waiting=max_waiting)
+        self._changed = changed
+        self._start_s = start_guess_s
+        self._started_at = 0.0
+        self._engine: Engine | None = None
+        self._report: EngineReport | None = None
+        self._states = {name: ExpertState(Residency.LOADING) for name in experts}
+        self._waits: dict[Ticket, asyncio.Future[None]] = {}
+        self._lost: asyncio.Future[None] | None = None
+        self._failed_starts = 0
+        self._has_worked = False
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # --- requests
+
+    @asynccontextmanager
+    async def lease(self, expert: str) -> AsyncIterator[Lease]:
+        """Wait until `expert` answers and there is room; give the place back at the end.
+
+        Raises OverCapacity, ExpertFailed, Draining.
+        """
+        if self._draining:
+            raise Draining("this pool is stopping")
+        state = self._states[expert]
+        if state.state is Residency.FAILED:
+            raise self._failed(expert)
+        ready = state.state is Residency.DEVICE
+        ticket = self._queues.offer(expert, time.monotonic(), ready=ready)
+        self._idle.clear()
+        self._changed()
+        try:
+            if not ticket.running:
+                self._waits[ticket] = asyncio.get_running_loop().create_future()
+                await self._waits[ticket]
+            assert self._engine is not None and self._report is not None
+            yield Lease(self._engine, self._report, time.monotonic() - ticket.arrived_s)
+        finally:
+            self._waits.pop(ticket, None)
+            self._queues.close(ticket)
+            self._grant()
+            if self._queues.total == 0:
+                self._idle.set()
+            self._changed()
+
+    def _grant(self) -> None:
+        ready = {name for name, s in self._states.items() if s.state is Residency.DEVICE}
+        for ticket in self._queues.grant(ready):
+            wait = self._waits.get(ticket)
+            if wait is not None and not wait.done():
+                wait.set_result(None)
+            else:
+                # Its client left between being woken and running.
+                self._queues.close(ticket)
+
+    def _failed(self, expert: str) -> ExpertFailed:
+        reason = self._states[expert].reason
+        return ExpertFailed(f"expert {expert!r} could not be loaded: {reason}", retry_after_s=30)
+
+    # --- the engine's life
+
+    async def supervise(self, turn: asyncio.Lock) -> None:
+        """Keep an engine running until cancelled; hold `turn` while one starts."""
+        while True:
+            engine = self._build()
+            try:
+                async with turn:
+                    await self._bring_up(engine)
+                await self._watch(engine)
+            except Exception as error:
+                why = error.message if isinstance(error, CoeError) else repr(error)
+                self._failed_starts += 1
+                log.error("engine of %s failed: %s", "/".join(self.experts), why)
+                self._set_all(Residency.FAILED, why)
+                self._refuse_waiting()
+                await engine.stop()
+                await asyncio.sleep(_RETRY_S[min(self._failed_starts, len(_RETRY_S)) - 1])
+            finally:
+                self._engine = None
+                await engine.stop()
+
+    async def _bring_up(self, engine: Engine) -> None:
+        self._started_at = time.monotonic()
+        self._set_all(Residency.LOADING, "")
+        report = await engine.start()
+        for name in self.experts:
+            try:
+                await engine.load(name)
+            except CoeError as error:
+                log.error("expert %s failed: %s", name, error.message)
+                self._states[name] = ExpertState(Residency.FAILED, reason=error.message)
+                self._refuse_waiting()
+            else:
+                self._states[name] = ExpertState(
+                    Residency.DEVICE,
+                    max_model_len=report.max_model_len,
+                    engine={"name": report.engine, **report.details},
+                )
+            self._changed()
+        self._engine, self._report = engine, report
+        self._start_s = time.monotonic() - self._started_at
+        self._failed_starts = 0
+        self._has_worked = True
+        self._grant()
+        self._changed()
+
+    async def _watch(self, engine: Engine) -> None:
+        self._lost = asyncio.get_running_loop().create_future()
+        while (why := engine.failure()) is None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._lost), _WATCH_S)
+        self._engine = None
+        self._set_all(Residency.LOADING, "")
+        log.error("engine of %s died (%s); starting another", "/".join(self.experts), why)
+
+    def lost(self) -> None:
+        """A request saw the engine die: don't wait for the next look."""
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(None)
+
+    def _set_all(self, state: Residency, reason: str) -> None:
+        for name in self.experts:
+            self._states[name] = replace(
+                self._states[name], state=state, reason=reason, eta_s=0.0
+            )
+        self._changed()
+
+    def _refuse_waiting(self) -> None:
+        for name, state in self._states.items():
+            if state.state is not Residency.FAILED:
+                continue
+            for ticket in self._queues.waiting_for(name):
+                wait = self._waits.get(ticket)
+                if wait is not None and not wait.done():
+                    wait.set_exception(self._failed(name))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new requests, and wait for those it has, at most `timeout_s`."""
+        self._draining = True
+        self._changed()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+
+    # --- what it tells
+
+    def states(self) -> dict[str, ExpertState]:
+        """Each expert's state, with the time until it answers."""
+        left_s = max(0.5, self._start_s - (time.monotonic() - self._started_at))
+        return {
+            # Rounded, so that a countdown is no change worth a line in every snapshot.
+            name: replace(state, eta_s=float(round(left_s)))
+            if state.state is Residency.LOADING
+            else state
+            for name, state in self._states.items()
+        }
+
+    def queues(self) -> dict[str, Queue]:
+        """Each expert's waiting and running requests."""
+        return {name: Queue(*self._queues.counts(name)) for name in self.experts}
+
+    @property
+    def capacity(self) -> int:
+        """Requests that run at once."""
+        return self._queues.capacity
+
+    def unhealthy(self) -> str | None:
+        """Why this process should be replaced, or None.
+
+        An expert that never loaded is its own fault, and a new process would not
+        help; an engine that worked and can't be started again is ours.
+        """
+        if self._has_worked and self._failed_starts >= _UNHEALTHY_AFTER:
+            return f"the engine of {'/'.join(self.experts)} died and could not be started again"
+        return None
+

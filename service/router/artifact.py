@@ -1,0 +1,174 @@
+"""Router artifacts on disk. Owns their layout, and the checks made before one is used.
+
+An artifact is a folder `<name>@<version>` with `manifest.json` (what the
+numbers mean), `weights.safetensors` (the numbers) and `README.md` (the model
+card, for people). Nothing in it is executed: JSON and safetensors only, never
+pickle. The manifest names the SHA-256 of the weights and the shape and dtype of
+every tensor; what disagrees is refused with an `ArtifactError` naming it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as dump_tensors
+
+from service.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+KIND = "coe-router"
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+CARD = "README.md"
+
+# Far above anything we fit; a bound so that a wrong path can't fill the memory.
+_MAX_MANIFEST_BYTES = 16 << 20
+_MAX_WEIGHTS_BYTES = 1 << 30
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*@[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A loaded and checked artifact: its folder, manifest and tensors by name."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    tensors: Mapping[str, NDArray[Any]]
+
+    @property
+    def name(self) -> str:
+        """`<name>@<version>` as the manifest has it (the folder may have been renamed)."""
+        return str(self.manifest["name"])
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """One object of the manifest. Raises ArtifactError where it is missing or no object."""
+        found = self.manifest.get(name)
+        if not isinstance(found, dict):
+            raise ArtifactError(f"{self.path / MANIFEST}: {name!r} is missing or not an object")
+        return found
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        """One tensor of exactly this shape. Raises ArtifactError naming both shapes."""
+        if name not in self.tensors:
+            raise ArtifactError(f"{self.path / WEIGHTS}: no tensor {name!r}")
+        found = self.tensors[name]
+        if found.shape != shape:
+            raise ArtifactError(
+                f"{self.path / WEIGHTS}: tensor {name!r} has shape {list(found.shape)}, "
+                f"the manifest asks for {list(shape)}"
+            )
+        if found.dtype.kind == "f" and not np.isfinite(found).all():
+            raise ArtifactError(f"{self.path / WEIGHTS}: tensor {name!r} holds NaN or infinity")
+        return found
+
+
+def load_artifact(path: Path | str) -> Artifact:
+    """Read and check the artifact folder at `path`.
+
+    Raises ArtifactError naming the file and the fault: missing, not JSON, of
+    another kind or schema version, weights whose SHA-256, tensor names, shapes
+    or dtypes are not those of the manifest.
+    """
+    folder = Path(path)
+    where = folder / MANIFEST
+    try:
+        manifest = json.loads(_read(where, _MAX_MANIFEST_BYTES))
+    except ValueError as error:
+        raise ArtifactError(f"{where}: not JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+        raise ArtifactError(f"{where}: not a router artifact (\"kind\" must be {KIND!r})")
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{where}: schema version {manifest.get('schema_version')!r}, "
+            f"this version reads {SCHEMA_VERSION}"
+        )
+    weights = manifest.get("weights")
+    if not isinstance(manifest.get("name"), str) or not isinstance(weights, dict):
+        raise ArtifactError(f"{where}: 'name' or 'weights' is missing")
+    raw = _read(folder / WEIGHTS, _MAX_WEIGHTS_BYTES)
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != weights.get("sha256"):
+        raise ArtifactError(
+            f"{folder / WEIGHTS}: SHA-256 is {digest}, the manifest has {weights.get('sha256')}"
+        )
+    try:
+        tensors = load_tensors(raw)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{folder / WEIGHTS}: not safetensors: {error}") from error
+    found = _describe(tensors)
+    if found != weights.get("tensors"):
+        raise ArtifactError(f"{folder / WEIGHTS}: tensors differ from those of the manifest")
+    return Artifact(folder, manifest, tensors)
+
+
+def save_artifact(
+    path: Path | str,
+    manifest: Mapping[str, Any],
+    tensors: Mapping[str, NDArray[Any]],
+    card: str,
+) -> Artifact:
+    """Write an artifact folder as a whole (an older one at `path` is replaced), and read it back.
+
+    `kind`, `schema_version`, `name` (the folder's) and `weights` are filled in.
+    Raises ArtifactError where the folder is not called `<name>@<version>`.
+    """
+    folder = Path(path)
+    if not _NAME.fullmatch(folder.name):
+        raise ArtifactError(f"{folder}: the folder must be called <name>@<version>")
+    if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir()):
+        raise ArtifactError(f"{folder}: exists and is not an artifact; not overwritten")
+    raw = dump_tensors({k: np.ascontiguousarray(v) for k, v in tensors.items()})
+    full = {
+        "kind": KIND,
+        "schema_version": SCHEMA_VERSION,
+        "name": folder.name,
+        **manifest,
+        "weights": {
+            "file": WEIGHTS,
+            "sha256": hashlib.sha256(raw).hexdigest(),
+            "tensors": _describe(tensors),
+        },
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        (fresh / WEIGHTS).write_bytes(raw)
+        (fresh / MANIFEST).write_text(json.dumps(full, indent=1, allow_nan=False) + "\n")
+        (fresh / CARD).write_text(card)
+        if folder.exists():
+            shutil.rmtree(folder)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return load_artifact(folder)
+
+
+def _describe(tensors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    return {
+        name: {"dtype": str(value.dtype), "shape": list(value.shape)}
+        for name, value in sorted(tensors.items())
+    }
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    try:
+        size_bytes = path.stat().st_size
+        if size_bytes > max_bytes:
+            raise ArtifactError(f"{path}: {size_bytes} bytes, at most {max_bytes} are allowed")
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror or error}") from error
