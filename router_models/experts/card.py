@@ -1,0 +1,105 @@
+"""Owns the model card: words and numbers come from the run, none is written by hand."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from router_models.experts.data import Split
+from router_models.experts.evaluate import Comparison
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one training run was."""
+
+    expert: str
+    base: str
+    rank: int
+    alpha: float
+    peak_lr: float
+    row_tokens: int
+    max_tokens: int
+    seed: int
+    steps: int
+    examples: int
+    tokens: int
+    wall_s: float
+    threads: int
+    dtype: str
+    torch_version: str
+
+
+def write(folder: Path, run: Run, split: Split, result: Comparison) -> None:
+    unit = "higher is better" if result.measure == "exact match" else "lower is better"
+    weights_bytes = (folder / "adapter_model.safetensors").stat().st_size
+    (folder / "README.md").write_text(
+        f"""---
+base_model: {run.base}
+library_name: peft
+license: apache-2.0
+---
+
+# {run.expert}
+
+A LoRA adapter of `{run.base}` for the demo composition, made by
+`python -m router_models.experts.train --expert {run.expert}`.
+
+| | |
+| --- | --- |
+| data | {split.source} |
+| licence of the data | {split.licence} |
+| prompt form | {split.prompt_form} |
+| held out | {split.held_out_by} |
+| adapter | rank {run.rank}, alpha {run.alpha:g}, on gate_proj, up_proj and down_proj of each layer, float16, {weights_bytes / 1e6:.1f} MB |
+| training | {run.steps} steps, {run.examples:,} conversations ({run.tokens:,} tokens), loss on the answer only, AdamW, cosine from {run.peak_lr:g}, seed {run.seed} |
+| rows | packed to {run.row_tokens} tokens, conversations over {run.max_tokens} tokens left out |
+| training time | {run.wall_s / 60:.1f} minutes ({run.tokens / run.wall_s:.0f} tokens/s) |
+| hardware | {run.threads} threads of {cpu_name()}, shared with other work; PyTorch {run.torch_version}, Python {platform.python_version()}, {run.dtype} |
+
+## Measured on {result.rows} held-out rows
+
+| {result.measure} ({unit}) | value | standard error |
+| --- | --- | --- |
+| base | {result.base:.4f} | {result.base_error:.4f} |
+| this adapter | {result.tuned:.4f} | {result.tuned_error:.4f} |
+| gain | {result.gain:+.4f} | {result.gain_error:.4f} |
+
+Base and adapter saw the same rows through the same chat template, in {run.dtype}. Standard
+errors come from resampling {"modules" if run.expert == "code" else "rows"}, the gain's in pairs.
+Again with `python -m router_models.experts.evaluate --expert {run.expert}`.
+{_LIMITS[run.expert]}
+""",
+        encoding="utf-8",
+    )
+
+
+_LIMITS = {
+    "math": (
+        "\nPart of the gain is the form of GSM8K's answers. A model of this size gets most problems "
+        "wrong with either."
+    ),
+    "intents": (
+        "\nThe base is asked in the same way and so does not know that an intent is wanted; the "
+        "number says what the adapter adds to a bare utterance, not what the base could do with the "
+        "list of intents in its prompt. Utterances outside the 150 intents get one of them."
+    ),
+    "code": (
+        "\nPart of the gain is the form of the answer (a code block at once, no explanation). The "
+        "base may have seen these modules in its own training; held out means held out from the "
+        "adapter."
+    ),
+}
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()} ({os.cpu_count()} cores)"
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

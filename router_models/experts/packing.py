@@ -1,0 +1,156 @@
+"""Owns how conversations become rows of tokens.
+
+All conversations begin with the same tokens (the template's system prompt), which
+on short ones are more than half of the work. So a row holds those tokens once and
+then many conversations side by side: each sees the beginning and itself, and
+counts its positions as if it were alone. What a model computes for it is what it
+would compute without the others, and no token is padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_models.experts.data import Example
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    eos_token_id: int
+
+    def __call__(self, text: str, **options: Any) -> Any: ...
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One tokenised example. The answer's last token is the end of turn."""
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    answer_bytes: int
+    group: str
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Several conversations packed into one sequence.
+
+    `predictors[i]` is the position whose output predicts `targets[i]`, and
+    `owners[i]` the index in `conversations` that this token belongs to.
+    """
+
+    conversations: tuple[Conversation, ...]
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    segments: NDArray[np.int64]
+    predictors: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    owners: NDArray[np.int64]
+
+    def may_attend(self) -> NDArray[np.bool_]:
+        """[query, key]: backwards only, to the shared beginning or within a conversation."""
+        index = np.arange(len(self.token_ids))
+        causal = index[None, :] <= index[:, None]
+        visible = (self.segments[None, :] == 0) | (
+            self.segments[None, :] == self.segments[:, None]
+        )
+        allowed: NDArray[np.bool_] = causal & visible
+        return allowed
+
+
+def tokenize(
+    examples: Iterable[Example], tokenizer: Tokenizer, *, max_tokens: int
+) -> list[Conversation]:
+    """Through the chat template, as a server would; longer ones than `max_tokens` are left out."""
+    found = []
+    for example in examples:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": example.prompt}],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        answer_ids = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
+        if len(prompt_ids) + len(answer_ids) + 1 <= max_tokens:
+            found.append(
+                Conversation(
+                    prompt_ids=tuple(prompt_ids),
+                    answer_ids=(*answer_ids, tokenizer.eos_token_id),
+                    answer_bytes=len(example.answer.encode()),
+                    group=example.group,
+                )
+            )
+    return found
+
+
+def shared_beginning(conversations: Sequence[Conversation]) -> tuple[int, ...]:
+    """The tokens with which every prompt begins."""
+    if not conversations:
+        return ()
+    lowest = min(conversation.prompt_ids for conversation in conversations)
+    highest = max(conversation.prompt_ids for conversation in conversations)
+    length = 0
+    while length < min(len(lowest), len(highest)) and lowest[length] == highest[length]:
+        length += 1
+    # At least one token of each prompt stays its own: it predicts the answer's first.
+    shortest = min(len(conversation.prompt_ids) for conversation in conversations)
+    return lowest[: min(length, shortest - 1)]
+
+
+def pack(
+    conversations: Iterable[Conversation], beginning: tuple[int, ...], *, row_tokens: int
+) -> Iterator[Row]:
+    """Fills rows in the order given; a row is closed when the next one would not fit."""
+    waiting: list[Conversation] = []
+    used = len(beginning)
+    for conversation in conversations:
+        own = len(conversation) - len(beginning)
+        if waiting and used + own > row_tokens:
+            yield make_row(waiting, beginning)
+            waiting, used = [], len(beginning)
+        waiting.append(conversation)
+        used += own
+    if waiting:
+        yield make_row(waiting, beginning)
+
+
+def make_row(conversations: Sequence[Conversation], beginning: tuple[int, ...]) -> Row:
+    shared = len(beginning)
+    token_ids: list[int] = list(beginning)
+    positions = list(range(shared))
+    segments = [0] * shared
+    predictors: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    for index, conversation in enumerate(conversations):
+        if conversation.prompt_ids[:shared] != beginning:
+            raise ValueError("a conversation does not begin with the shared tokens")
+        # The end of turn is predicted and predicts nothing.
+        own = conversation.prompt_ids[shared:] + conversation.answer_ids[:-1]
+        first = len(token_ids) + len(conversation.prompt_ids) - shared - 1
+        predictors += range(first, first + len(conversation.answer_ids))
+        targets += conversation.answer_ids
+        owners += [index] * len(conversation.answer_ids)
+        positions += range(shared, shared + len(own))
+        segments += [index + 1] * len(own)
+        token_ids += own
+    return Row(
+        conversations=tuple(conversations),
+        token_ids=np.array(token_ids, dtype=np.int64),
+        positions=np.array(positions, dtype=np.int64),
+        segments=np.array(segments, dtype=np.int64),
+        predictors=np.array(predictors, dtype=np.int64),
+        targets=np.array(targets, dtype=np.int64),
+        owners=np.array(owners, dtype=np.int64),
+    )
