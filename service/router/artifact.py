@@ -88,7 +88,7 @@ def load_artifact(path: Path | str) -> Artifact:
     except ValueError as error:
         raise ArtifactError(f"{where}: not JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-        raise ArtifactError(f"{where}: not a router artifact (\"kind\" must be {KIND!r})")
+        raise ArtifactError(f'{where}: not a router artifact ("kind" must be {KIND!r})')
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise ArtifactError(
             f"{where}: schema version {manifest.get('schema_version')!r}, "

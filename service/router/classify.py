@@ -7,6 +7,7 @@ under a millisecond, so it runs on the event loop.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ class Classifier:
         logits = self._bias.astype(np.float64)
         values = np.log(features.counts.astype(np.float32)) + np.float32(1)
         edges = (0, features.chars, len(values))
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in itertools.pairwise(edges):
             if start == end:
                 continue
             buckets, value = features.buckets[start:end], values[start:end]

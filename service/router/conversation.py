@@ -25,14 +25,21 @@ MAX_TURNS = 6
 EARLIER_EDGE_CHARS = 500
 """Characters of an earlier turn looked at, from either end: time stays bounded."""
 
-# With h content words a turn counts h / (h + _HALF_WORDS), the turns before it the rest.
-_HALF_WORDS = 1.0
+# With h content words a turn counts h / (h + half), the turns before it the rest. A turn
+# that points back ("and now add type hints to it") needs more words to stand for itself.
+_HALF_WORDS = 0.4
+_HALF_WORDS_POINTING = 2.0
+_POINTING = re.compile(
+    r"^\W*(?:(?:ok|okay|no|yes|great|thanks)\W+)?"
+    r"(?:and|but|also|now|then|or|what if|what about|how about|in|with|without|use)\b"
+    r"|\b(?:it|its|them|those|instead|same|above|previous)\b",
+    re.IGNORECASE,
+)
 _MAX_COUNTED_WORDS = 200
 _MAX_PARTS = 10_000
 
 # Words that steer a conversation, or only point back into it: they say nothing of its kind.
-_STEERING = frozenset(
-    """
+_STEERING_TEXT = """
     a about above add again alright all already also am an and another any anything are as ask at
     be because been before below better bit both bro but by bye can change clear continue
     cool correct could details detail did different do does doing done dont else elaborate
@@ -43,13 +50,13 @@ _STEERING = frozenset(
     next nice no nope not now of ok okay oh on one ones only or other our out over part perfect
     please previous pls proceed question put really repeat reply response rest result
     right said same say second see seems sense shall she short shorten shorter should show simple
-    simpler simply simplify so some something sorry sounds start stay step still stop such sum
+    simpler simply simplify so some something sorry sounds start stay step steps still stop such sum
     summarize summarise sure tell than thank thanks that thats the their them then there these
     they thing things think third this those thx to too true try two uh um understand up us use
     very wait want was way we well were what whats when where which who why will with without wont
     would wow wrong ya yeah yep yes yet you your yours yup k y answer answers
-    """.split()
-)
+"""
+_STEERING = frozenset(_STEERING_TEXT.split())
 _WORD = re.compile(r"[^\W_]+")
 _APOSTROPHES = str.maketrans("", "", "'’`")
 
@@ -100,9 +107,10 @@ def classify_turns(classifier: Classifier, turns: Sequence[str]) -> CategoryScor
         if combined is None:
             combined, novelty = posterior, strange
             continue
-        share = words / (words + _HALF_WORDS)
+        half = _HALF_WORDS_POINTING if _POINTING.search(text[:200]) else _HALF_WORDS
+        share = words / (words + half)
         # A turn that could be of any kind ("what about the second one?") says less.
-        share *= _certainty(posterior)
+        share *= _certainty(posterior) ** 0.5
         combined = share * posterior + (1 - share) * combined
         novelty = share * strange + (1 - share) * novelty
     assert combined is not None
