@@ -35,6 +35,31 @@ class Run:
 def write(folder: Path, run: Run, split: Split, result: Comparison) -> None:
     unit = "higher is better" if result.measure == "exact match" else "lower is better"
     weights_bytes = (folder / "adapter_model.safetensors").stat().st_size
+    facts = {
+        "data": split.source,
+        "licence of the data": split.licence,
+        "prompt form": split.prompt_form,
+        "held out": split.held_out_by,
+        "adapter": (
+            f"rank {run.rank}, alpha {run.alpha:g}, on gate_proj, up_proj and down_proj of every "
+            f"layer, float16, {weights_bytes / 1e6:.1f} MB"
+        ),
+        "training": (
+            f"{run.steps} steps, {run.examples:,} conversations ({run.tokens:,} tokens), loss on "
+            f"the answer only, AdamW, cosine from {run.peak_lr:g}, seed {run.seed}"
+        ),
+        "rows": (
+            f"packed to {run.row_tokens} tokens; conversations over {run.max_tokens} tokens left "
+            "out of training"
+        ),
+        "training time": f"{run.wall_s / 60:.1f} minutes, {run.tokens / run.wall_s:.0f} tokens/s",
+        "hardware": (
+            f"{run.threads} threads of {cpu_name()}, shared with other work; "
+            f"PyTorch {run.torch_version}, Python {platform.python_version()}, {run.dtype}"
+        ),
+    }
+    table = "\n".join(f"| {name} | {text} |" for name, text in facts.items())
+    again = f"python -m router_models.experts.evaluate --expert {run.expert}"
     (folder / "README.md").write_text(
         f"""---
 base_model: {run.base}
@@ -49,17 +74,9 @@ A LoRA adapter of `{run.base}` for the demo composition, made by
 
 | | |
 | --- | --- |
-| data | {split.source} |
-| licence of the data | {split.licence} |
-| prompt form | {split.prompt_form} |
-| held out | {split.held_out_by} |
-| adapter | rank {run.rank}, alpha {run.alpha:g}, on gate_proj, up_proj and down_proj of each layer, float16, {weights_bytes / 1e6:.1f} MB |
-| training | {run.steps} steps, {run.examples:,} conversations ({run.tokens:,} tokens), loss on the answer only, AdamW, cosine from {run.peak_lr:g}, seed {run.seed} |
-| rows | packed to {run.row_tokens} tokens, conversations over {run.max_tokens} tokens left out |
-| training time | {run.wall_s / 60:.1f} minutes ({run.tokens / run.wall_s:.0f} tokens/s) |
-| hardware | {run.threads} threads of {cpu_name()}, shared with other work; PyTorch {run.torch_version}, Python {platform.python_version()}, {run.dtype} |
+{table}
 
-## Measured on {result.rows} held-out rows
+## Measured on {result.rows:,} held-out rows
 
 | {result.measure} ({unit}) | value | standard error |
 | --- | --- | --- |
@@ -69,7 +86,8 @@ A LoRA adapter of `{run.base}` for the demo composition, made by
 
 Base and adapter saw the same rows through the same chat template, in {run.dtype}. Standard
 errors come from resampling {"modules" if run.expert == "code" else "rows"}, the gain's in pairs.
-Again with `python -m router_models.experts.evaluate --expert {run.expert}`.
+Measure again with `{again}`.
+
 {_LIMITS[run.expert]}
 """,
         encoding="utf-8",
@@ -78,18 +96,17 @@ Again with `python -m router_models.experts.evaluate --expert {run.expert}`.
 
 _LIMITS = {
     "math": (
-        "\nPart of the gain is the form of GSM8K's answers. A model of this size gets most problems "
-        "wrong with either."
+        "Part of the gain is the form of GSM8K's answers. Bits per byte says how well the worked\n"
+        "answer is predicted, not how many final numbers are right."
     ),
     "intents": (
-        "\nThe base is asked in the same way and so does not know that an intent is wanted; the "
-        "number says what the adapter adds to a bare utterance, not what the base could do with the "
-        "list of intents in its prompt. Utterances outside the 150 intents get one of them."
+        "The base is asked in the same way and so does not know that an intent is wanted: the\n"
+        "number says what the adapter adds to a bare utterance, not what the base could do with\n"
+        "the list of intents in its prompt. Utterances outside the 150 intents get one of them."
     ),
     "code": (
-        "\nPart of the gain is the form of the answer (a code block at once, no explanation). The "
-        "base may have seen these modules in its own training; held out means held out from the "
-        "adapter."
+        "Part of the gain is the form of the answer (a code block at once, no explanation). The\n"
+        "base may have seen these modules in its own training; held out means from the adapter."
     ),
 }
 

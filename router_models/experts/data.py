@@ -121,8 +121,8 @@ def as_typed(text: str, draw: random.Random) -> str:
 
 
 _QUESTION_WORDS = frozenset(
-    "what when where who why how which can could do does did is are am will would should".split()
-)
+    {"what", "when", "where", "who", "why", "how", "which", "can", "could", "do", "does"}
+) | {"did", "is", "are", "am", "will", "would", "should"}
 
 
 def _code(seed: int) -> Split:
@@ -170,9 +170,7 @@ def documented_functions(root: Path) -> Iterator[Example]:
                     yield example
 
 
-def function_example(
-    node: ast.FunctionDef | ast.AsyncFunctionDef, module: str
-) -> Example | None:
+def function_example(node: ast.FunctionDef | ast.AsyncFunctionDef, module: str) -> Example | None:
     """Signature and docstring -> the function. None where there is nothing to learn."""
     docstring = ast.get_docstring(node)
     body = node.body[1:]

@@ -123,9 +123,7 @@ def _sum_groups(groups: Sequence[str], values: NDArray[np.float64]) -> NDArray[n
     return sums
 
 
-def _resample(
-    by_group: Sequence[NDArray[np.float64]], seed: int
-) -> tuple[float, float, float]:
+def _resample(by_group: Sequence[NDArray[np.float64]], seed: int) -> tuple[float, float, float]:
     draw = np.random.default_rng(seed)
     count = len(by_group[0])
     found = []
@@ -138,8 +136,14 @@ def _resample(
 
 
 def measure(
-    expert: str, adapter: Path, base: Path, held_out: Sequence[data.Example], *,
-    bf16: bool, seed: int, say: Callable[[str], None],
+    expert: str,
+    adapter: Path,
+    base: Path,
+    held_out: Sequence[data.Example],
+    *,
+    bf16: bool,
+    seed: int,
+    say: Callable[[str], None],
 ) -> Comparison:
     """Loads the base, scores it, puts the saved adapter on it, scores again."""
     from transformers import AutoTokenizer

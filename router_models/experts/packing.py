@@ -11,22 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from router_models.experts.data import Example
-
-
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
-
-    eos_token_id: int
-
-    def __call__(self, text: str, **options: Any) -> Any: ...
-
-    def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +52,12 @@ class Row:
         """[query, key]: backwards only, to the shared beginning or within a conversation."""
         index = np.arange(len(self.token_ids))
         causal = index[None, :] <= index[:, None]
-        visible = (self.segments[None, :] == 0) | (
-            self.segments[None, :] == self.segments[:, None]
-        )
+        visible = (self.segments[None, :] == 0) | (self.segments[None, :] == self.segments[:, None])
         allowed: NDArray[np.bool_] = causal & visible
         return allowed
 
 
-def tokenize(
-    examples: Iterable[Example], tokenizer: Tokenizer, *, max_tokens: int
-) -> list[Conversation]:
+def tokenize(examples: Iterable[Example], tokenizer: Any, *, max_tokens: int) -> list[Conversation]:
     """Through the chat template, as a server would; longer ones than `max_tokens` are left out."""
     found = []
     for example in examples:

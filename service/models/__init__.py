@@ -6,7 +6,7 @@ Weights are safetensors and nothing else; no code from a model folder is ever ru
 from service.models.catalogue import CATALOGUE, CatalogueEntry
 from service.models.inspection import AdapterInfo, ModelInfo, MoeInfo, inspect_model
 from service.models.progress import Progress, Silent, progress_for
-from service.models.pull import pull
+from service.models.pull import locate, pull
 from service.models.store import (
     Manifest,
     StoredFile,
@@ -29,6 +29,7 @@ __all__ = [
     "StoredModel",
     "inspect_model",
     "list_models",
+    "locate",
     "model_root",
     "progress_for",
     "pull",

@@ -235,7 +235,7 @@ def _float32_bytes(tensor: Any, heads: int | None) -> memoryview:
             .swapaxes(1, 2)
             .reshape(rows, columns)
         )
-    return memoryview(np.ascontiguousarray(values, dtype="<f4")).cast("B")
+    return np.ascontiguousarray(values, dtype="<f4").data.cast("B")
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

