@@ -6,22 +6,14 @@ a `PoolHandler`, so that this module knows nothing of pools.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, MutableMapping
 from typing import Any, Protocol
 
-from service.errors import BodyTooLarge, CoeError, Unauthorized, UnknownEndpoint
+from service.errors import CoeError, Unauthorized, UnknownEndpoint
 from service.link import secret as secrets
+from service.link.asgi import ClientGone, Message, Receive, Send, read_body, until_gone
 from service.link.call import Call, parse_call
 from service.link.faults import fault_of, sse_event
-
-Message = MutableMapping[str, Any]
-Send = Callable[[Message], Awaitable[None]]
-Receive = Callable[[], Awaitable[Message]]
-
-
-class ClientGone(Exception):
-    """The client left before its request was whole: there is nobody to answer."""
 
 
 class PoolHandler(Protocol):
@@ -113,49 +105,3 @@ class _Reply:
 
 def _start(status: int, headers: list[tuple[bytes, bytes]]) -> Message:
     return {"type": "http.response.start", "status": status, "headers": headers}
-
-
-async def read_body(receive: Receive, max_bytes: int) -> bytes:
-    """The whole body. Raises BodyTooLarge, and ClientGone if the client left."""
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body", False):
-        body: bytes = message.get("body", b"")
-        if len(body) > max_bytes:
-            raise _too_large(max_bytes)
-        return body
-    parts: list[bytes] = []
-    size = 0
-    while message["type"] == "http.request":
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > max_bytes:
-            raise _too_large(max_bytes)
-        if not message.get("more_body", False):
-            return b"".join(parts)
-        message = await receive()
-    raise ClientGone
-
-
-def _too_large(max_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the body is larger than the {max_bytes} bytes allowed")
-
-
-async def until_gone(work: Awaitable[None], receive: Receive) -> None:
-    """Do `work`, and cancel it if the client leaves first."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
-            return
-    finally:
-        watch.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

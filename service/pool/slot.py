@@ -118,8 +118,10 @@ class Slot:
     async def supervise(self, turn: asyncio.Lock) -> None:
         """Keep an engine running until cancelled; hold `turn` while one starts."""
         while True:
-            engine = self._build()
+            engine: Engine | None = None
             try:
+                # In a thread: finding the weights may mean fetching them first.
+                engine = await asyncio.to_thread(self._build)
                 async with turn:
                     await self._bring_up(engine)
                 await self._watch(engine)
@@ -129,11 +131,13 @@ class Slot:
                 log.error("engine of %s failed: %s", "/".join(self.experts), why)
                 self._set_all(Residency.FAILED, why)
                 self._refuse_waiting()
-                await engine.stop()
+                if engine is not None:
+                    await engine.stop()
                 await asyncio.sleep(_RETRY_S[min(self._failed_starts, len(_RETRY_S)) - 1])
             finally:
                 self._engine = None
-                await engine.stop()
+                if engine is not None:
+                    await engine.stop()
 
     async def _bring_up(self, engine: Engine) -> None:
         self._started_at = time.monotonic()

@@ -1,0 +1,113 @@
+"""What `/v1/models` and `/ready` tell of the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from service.api.body import AUTO
+from service.broker.choice import PoolView
+from service.config import Config
+from service.types import Residency
+
+# Which of several pools' states speaks for an expert.
+_BEST_FIRST = (
+    Residency.DEVICE,
+    Residency.HOST,
+    Residency.LOADING,
+    Residency.DRAINING,
+    Residency.DISK,
+    Residency.FAILED,
+)
+
+
+def states(
+    config: Config, views: Iterable[PoolView], remotes: dict[str, str | None]
+) -> dict[str, dict[str, Any]]:
+    """Each expert's state, by name: the best that any pool has, with reason and context length.
+
+    `remotes`: remote experts, each with the reason why it can't be used, or None.
+    """
+    told: dict[str, dict[str, Any]] = {}
+    known = [view.snapshot for view in views]
+    for name, expert in config.experts.items():
+        if expert.remote is not None:
+            why = remotes.get(name)
+            told[name] = {"state": "failed", "reason": why} if why else {"state": "device"}
+            continue
+        found = [snapshot.experts[name] for snapshot in known if name in snapshot.experts]
+        if not found:
+            told[name] = {"state": Residency.DISK.value, "reason": "no pool that holds it runs yet"}
+            continue
+        best = min(found, key=lambda state: _BEST_FIRST.index(state.state))
+        entry: dict[str, Any] = {"state": best.state.value}
+        if best.reason:
+            entry["reason"] = best.reason
+        if best.state is Residency.LOADING:
+            entry["eta_s"] = best.eta_s
+        if best.max_model_len:
+            entry["max_model_len"] = best.max_model_len
+        if best.engine:
+            entry["engine"] = best.engine
+        told[name] = entry
+    return told
+
+
+def _kind(config: Config, name: str) -> str:
+    expert = config.experts[name]
+    if expert.remote is not None:
+        return "remote"
+    return "lora" if expert.base is not None else "full"
+
+
+def _expert(config: Config, name: str, state: dict[str, Any], created_s: int) -> dict[str, Any]:
+    expert = config.experts[name]
+    entry: dict[str, Any] = {
+        "id": name,
+        "object": "model",
+        "created": created_s,
+        "owned_by": "coe",
+        "coe": {
+            "kind": _kind(config, name),
+            "description": expert.description,
+            "categories": list(expert.categories),
+            "capabilities": list(expert.capabilities),
+            **state,
+        },
+    }
+    if expert.base is not None:
+        entry["parent"] = expert.base
+    if "max_model_len" in state:
+        entry["max_model_len"] = state["max_model_len"]
+    return entry
+
+
+def _auto(config: Config, created_s: int) -> dict[str, Any]:
+    return {
+        "id": AUTO,
+        "object": "model",
+        "created": created_s,
+        "owned_by": "coe",
+        "coe": {
+            "kind": "auto",
+            "description": "the expert that fits the prompt",
+            "categories": sorted(config.category_map()),
+        },
+    }
+
+
+def listing(config: Config, now: dict[str, dict[str, Any]], created_s: int) -> dict[str, Any]:
+    """OpenAI's list of models: `auto`, then every expert, failed ones with their reason."""
+    experts = [_expert(config, name, now[name], created_s) for name in config.experts]
+    return {"object": "list", "data": [_auto(config, created_s), *experts]}
+
+
+def entry(
+    config: Config, now: dict[str, dict[str, Any]], created_s: int, name: str
+) -> dict[str, Any] | None:
+    """One of the list, or None."""
+    if name == AUTO:
+        return _auto(config, created_s)
+    if name not in config.experts:
+        return None
+    return _expert(config, name, now[name], created_s)

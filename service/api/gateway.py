@@ -1,0 +1,255 @@
+"""The gateway's HTTP side: every endpoint, as one ASGI application.
+
+The endpoints that carry prompts are plain ASGI, because they carry every token;
+the rest is FastAPI's. The only module that imports fastapi.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import ORJSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from service import __version__
+from service.api import catalog
+from service.api.body import ENDPOINTS, read_asked
+from service.api.plan import Plan, Planner
+from service.api.relay import Passage, Relay
+from service.api.schemas import describe
+from service.config import Config
+from service.errors import CoeError, InvalidRequest, PoolGone, UnknownEndpoint, UnknownModel
+from service.link.asgi import ClientGone, Message, Receive, Send, read_body, until_gone
+from service.link.directory import Directory
+from service.link.faults import Fault, fault_of
+from service.telemetry.metrics import CONTENT_TYPE, GatewayMetrics, join
+
+log = logging.getLogger("coe.api")
+access = logging.getLogger("coe.access")
+
+
+class Gateway:
+    """Answers requests. `app()` is its ASGI application.
+
+    `behind_serve`: Ray Serve's HTTP server is around it, which cancels a request
+    whose client has left and puts x-request-id into the reply; elsewhere that is
+    done here.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        planner: Planner,
+        relay: Relay,
+        directory: Directory,
+        remote_states: Callable[[], dict[str, str | None]],
+        *,
+        behind_serve: bool = False,
+    ) -> None:
+        self._config = config
+        self._planner = planner
+        self._relay = relay
+        self._directory = directory
+        self._remote_states = remote_states
+        self._behind_serve = behind_serve
+        self._created_s = int(time.time())
+        self.metrics = GatewayMetrics()
+
+    # --- prompts
+
+    async def answer(
+        self, scope: MutableMapping[str, Any], receive: Receive, send: Send
+    ) -> None:
+        """One request to an endpoint that carries a prompt."""
+        began_s = time.monotonic()
+        passage = Passage()
+        category = ""
+        client_id = ""
+        self.metrics.in_flight.inc()
+        try:
+            headers = dict(scope["headers"])
+            raw = await read_body(receive, self._config.server.max_body_bytes)
+            asked = read_asked(
+                scope["path"], raw, headers, self._config.server.deadline_ms
+            )
+            client_id = asked.client_id
+            plan = self._planner.plan(asked)
+            category = plan.category
+            route_s = time.monotonic() - began_s
+            self.metrics.route.observe(route_s)
+            told = _headers(plan, route_s) + self._id_header(client_id)
+            carried = self._relay.carry(asked, plan, told, send, passage)
+            if self._behind_serve:
+                await carried
+            else:
+                await until_gone(carried, receive)
+        except CoeError as error:
+            passage.outcome = error.code
+            await self._fail(error, client_id, passage, send)
+        except (ClientGone, asyncio.CancelledError):
+            passage.outcome = "client_gone"
+            raise
+        except Exception:
+            passage.outcome = "internal_error"
+            log.exception("a request failed unexpectedly")
+            error = CoeError("something went wrong here; the log has its kind and place")
+            await self._fail(error, client_id, passage, send)
+        finally:
+            self.metrics.in_flight.dec()
+            self._count(passage, category, time.monotonic() - began_s)
+            if self._config.server.access_log:
+                fields = {
+                    "request_id": client_id,
+                    "path": scope["path"],
+                    "status": passage.status,
+                    "expert": passage.expert,
+                    "category": category,
+                    "ms": round((time.monotonic() - began_s) * 1000, 1),
+                    "outcome": passage.outcome,
+                }
+                access.info("request", extra=fields)
+
+    async def _fail(self, error: CoeError, client_id: str, passage: Passage, send: Send) -> None:
+        if passage.status:
+            # The reply has begun and is no stream: cutting it short is all that is left.
+            raise ConnectionResetError(error.code)
+        fault = fault_of(error)
+        passage.status = fault.status
+        head: Message = {
+            "type": "http.response.start",
+            "status": fault.status,
+            "headers": [*fault.headers, *self._id_header(client_id)],
+        }
+        await send(head)
+        await send({"type": "http.response.body", "body": fault.body})
+
+    def _id_header(self, client_id: str) -> list[tuple[bytes, bytes]]:
+        return [] if self._behind_serve else [(b"x-request-id", client_id.encode())]
+
+    def _count(self, passage: Passage, category: str, total_s: float) -> None:
+        outcome = passage.outcome
+        if outcome == "ok" and passage.status >= 400:
+            outcome = "client_error" if passage.status < 500 else "server_error"
+        self.metrics.requests.labels(passage.expert, category, outcome).inc()
+        if passage.first_byte_s and outcome == "ok":
+            self.metrics.first_byte.labels(passage.expert).observe(passage.first_byte_s)
+            self.metrics.total.labels(passage.expert).observe(total_s)
+            self.metrics.queue.labels(passage.expert).observe(passage.queue_ms / 1000)
+
+    # --- everything else
+
+    def app(self) -> FastAPI:
+        """The ASGI application with every endpoint."""
+        app = FastAPI(
+            title="coe", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
+        )
+        for path in ENDPOINTS:
+            app.router.routes.append(Route(path, _Endpoint(self.answer), methods=["POST"]))
+
+        @app.get("/health")
+        async def health() -> Response:
+            return ORJSONResponse({"status": "ok"})
+
+        @app.get("/ready")
+        async def ready() -> Response:
+            experts = self._states()
+            answering = [name for name, state in experts.items() if state["state"] == "device"]
+            body = {"ready": bool(answering), "experts": experts}
+            return ORJSONResponse(body, status_code=200 if answering else 503)
+
+        @app.get("/v1/models")
+        async def models() -> Response:
+            return ORJSONResponse(
+                catalog.listing(self._config, self._states(), self._created_s)
+            )
+
+        @app.get("/v1/models/{name:path}")
+        async def model(name: str) -> Response:
+            entry = catalog.entry(self._config, self._states(), self._created_s, name)
+            if entry is None:
+                raise UnknownModel(f"the model {name[:128]!r} does not exist", param="model")
+            return ORJSONResponse(entry)
+
+        @app.get("/metrics")
+        async def metrics() -> Response:
+            return PlainTextResponse(await self._metrics_text(), media_type=CONTENT_TYPE)
+
+        @app.get("/openapi.json")
+        async def openapi() -> Response:
+            return ORJSONResponse(describe(self._config))
+
+        @app.exception_handler(CoeError)
+        async def known(request: Request, error: CoeError) -> Response:
+            return _response(fault_of(error))
+
+        @app.exception_handler(HTTPException)
+        async def http(request: Request, error: HTTPException) -> Response:
+            path = request.url.path[:128]
+            if error.status_code == 405:
+                allowed = (error.headers or {}).get("Allow", "another method")
+                wrong: CoeError = InvalidRequest(f"{path} takes {allowed}, not {request.method}")
+                return _response(fault_of(wrong), status=405, headers=error.headers)
+            return _response(fault_of(UnknownEndpoint(f"there is no {path}")))
+
+        return app
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        views = self._relay.views(())
+        return catalog.states(self._config, views, self._remote_states())
+
+    async def _metrics_text(self) -> str:
+        links = self._directory.links()
+        self.metrics.pools.set(len(links))
+        texts = await asyncio.gather(
+            *(link.metrics() for link in links), return_exceptions=True
+        )
+        known = []
+        for link, text in zip(links, texts, strict=True):
+            if isinstance(text, str):
+                known.append((f"{link.address.kind}-{link.address.boot}", text))
+            elif not isinstance(text, PoolGone):
+                raise text
+        return join(self.metrics.text(), known)
+
+
+class _Endpoint:
+    """A plain ASGI endpoint: Starlette wraps functions, and leaves other callables alone."""
+
+    def __init__(
+        self,
+        answer: Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]],
+    ) -> None:
+        self._answer = answer
+
+    async def __call__(
+        self, scope: MutableMapping[str, Any], receive: Receive, send: Send
+    ) -> None:
+        try:
+            await self._answer(scope, receive, send)
+        except ClientGone:
+            return
+
+
+def _headers(plan: Plan, route_s: float) -> list[tuple[bytes, bytes]]:
+    headers = [(b"x-coe-route-ms", f"{route_s * 1000:.2f}".encode())]
+    if plan.category:
+        headers.append((b"x-coe-category", plan.category.encode()))
+        headers.append((b"x-coe-confidence", f"{plan.confidence:.3f}".encode()))
+    return headers
+
+
+def _response(
+    fault: Fault, *, status: int | None = None, headers: Any = None
+) -> Response:
+    response = Response(fault.body, status_code=status or fault.status)
+    for name, value in fault.headers:
+        response.headers[name.decode()] = value.decode()
+    for name, value in (headers or {}).items():
+        response.headers[name] = value
+    return response

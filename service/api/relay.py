@@ -1,0 +1,336 @@
+"""Carrying one request to whoever answers it, and the answer back.
+
+Until the first byte has gone to the client, a fault sends the request to the next
+best option; afterwards it ends the stream with an SSE error event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import aiohttp
+import orjson
+
+from service.api.body import Asked
+from service.api.plan import Plan
+from service.broker.choice import Option, PoolView, failure_reason, options
+from service.engine.protocol import Engine, EngineRequest, Message, Send
+from service.errors import (
+    CoeError,
+    DeadlineExceeded,
+    EngineDead,
+    ExpertFailed,
+    OverCapacity,
+    PoolGone,
+    Unavailable,
+    UpstreamError,
+)
+from service.link.call import QUEUE_MS, Call
+from service.link.client import PoolLink, PoolReply
+from service.link.directory import Directory
+from service.link.faults import FAULT_HEADER, sse_event
+
+# The pool enforces the deadline; the gateway only sees to it that a pool that
+# hangs can't keep a client for ever.
+_GRACE_S = 1.0
+_RETRIED = frozenset({"draining", "engine_dead", "over_capacity", "expert_failed", "pool_gone"})
+_TRIES_PER_POOL = 2
+
+
+@dataclass(slots=True)
+class Passage:
+    """What became of one request, for headers, metrics and the log."""
+
+    expert: str = ""
+    status: int = 0
+    queue_ms: float = 0.0
+    first_byte_s: float = 0.0
+    attempts: int = 0
+    outcome: str = "ok"
+    tried: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
+class Relay:
+    """Carries requests. `wake` asks for a pool that holds an expert where none runs."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        remotes: dict[str, RemoteSeat],
+        wake: Callable[[str], None],
+    ) -> None:
+        self._directory = directory
+        self._remotes = remotes
+        self._remote_names = frozenset(remotes)
+        self._wake = wake
+
+    async def carry(
+        self,
+        asked: Asked,
+        plan: Plan,
+        headers: list[tuple[bytes, bytes]],
+        send: Send,
+        passage: Passage,
+    ) -> None:
+        """Answer a request. Raises CoeError while nothing has been sent."""
+        began_s = time.monotonic()
+        deadline_s = began_s + asked.deadline_ms / 1000
+        reply = _Reply(send, headers, passage, began_s)
+        fault: CoeError | None = None
+        while True:
+            option = self._next(plan, passage, fault)
+            if option is None:
+                await self._wait_for_pool(plan, deadline_s)
+                continue
+            passage.expert = option.expert
+            passage.attempts += 1
+            passage.tried[option.expert, option.boot or ""] += 1
+            try:
+                await self._attempt(option, asked, deadline_s, reply)
+                return
+            except (Unavailable, UpstreamError) as error:
+                if reply.started:
+                    await reply.break_off(error)
+                    return
+                fault = error
+                if isinstance(error, DeadlineExceeded):
+                    raise
+
+    def views(self, experts: tuple[str, ...]) -> list[PoolView]:
+        """What is known of every pool, with this gateway's own unacknowledged requests."""
+        now_s = time.monotonic()
+        return [
+            PoolView(
+                link.address.boot,
+                link.snapshot,
+                link.age_s(now_s),
+                {name: link.unseen(name) for name in experts},
+            )
+            for link in self._directory.links()
+            if link.snapshot is not None
+        ]
+
+    def _next(self, plan: Plan, passage: Passage, fault: CoeError | None) -> Option | None:
+        """The best option left. None: wait for a pool. Raises when there is no hope."""
+        views = self.views(plan.preference)
+        left = [
+            option
+            for option in options(plan.preference, self._remote_names, views)
+            if passage.tried[option.expert, option.boot or ""] < self._tries(fault)
+        ]
+        if left:
+            # After a fault, somebody else first.
+            return min(left, key=lambda o: passage.tried[o.expert, o.boot or ""])
+        if fault is not None and not isinstance(fault, (PoolGone, EngineDead)):
+            raise fault
+        if passage.attempts >= 2 * _TRIES_PER_POOL and fault is not None:
+            raise fault
+        if (reason := failure_reason(plan.preference[0], views)) is not None:
+            raise ExpertFailed(
+                f"expert {plan.preference[0]!r} could not be loaded: {reason}", retry_after_s=30
+            )
+        return None
+
+    @staticmethod
+    def _tries(fault: CoeError | None) -> int:
+        # The same pool again only where its engine died: it is starting another.
+        return _TRIES_PER_POOL if isinstance(fault, (EngineDead, PoolGone)) else 1
+
+    async def _wait_for_pool(self, plan: Plan, deadline_s: float) -> None:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise Unavailable(
+                f"no running pool holds expert {plan.preference[0]!r}", retry_after_s=5
+            )
+        self._wake(plan.preference[0])
+        await self._directory.change(min(left_s, 1.0))
+
+    async def _attempt(
+        self, option: Option, asked: Asked, deadline_s: float, reply: _Reply
+    ) -> None:
+        left_ms = max(1, int((deadline_s - time.monotonic()) * 1000))
+        body = asked.body_for(option.expert)
+        limit = asyncio.timeout(left_ms / 1000 + _GRACE_S)
+        try:
+            async with limit:
+                if option.boot is None:
+                    reply.first_byte_limit = limit if asked.stream else None
+                    seat = self._remotes[option.expert]
+                    await seat.run(
+                        EngineRequest(asked.endpoint, option.expert, body, asked.request_id), reply
+                    )
+                    return
+                link = self._link(option.boot)
+                call = Call(
+                    endpoint=asked.endpoint,
+                    expert=option.expert,
+                    request_id=asked.request_id,
+                    deadline_ms=left_ms,
+                    stream=asked.stream,
+                    gateway=self._directory.gateway,
+                    seq=link.next_seq(option.expert),
+                )
+                async with link.call(call, body) as answer:
+                    await self._pass_on(answer, asked, limit, reply)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(
+                f"no answer within the deadline of {asked.deadline_ms} ms"
+            ) from None
+
+    def _link(self, boot: str) -> PoolLink:
+        for link in self._directory.links():
+            if link.address.boot == boot:
+                return link
+        raise PoolGone("the pool has just gone")
+
+    async def _pass_on(
+        self, answer: PoolReply, asked: Asked, limit: asyncio.Timeout, reply: _Reply
+    ) -> None:
+        fault = answer.headers.get(FAULT_HEADER.decode())
+        if fault in _RETRIED:
+            raise _fault_from(fault, await _whole(answer))
+        content_type = answer.headers.get("content-type", "application/json").encode("latin-1")
+        head = [(b"content-type", content_type)]
+        for name in ("retry-after", "x-coe-fault"):
+            if name in answer.headers:
+                head.append((name.encode(), answer.headers[name].encode("latin-1")))
+        reply.passage.queue_ms = float(answer.headers.get(QUEUE_MS, "0"))
+        if not content_type.startswith(b"text/event-stream"):
+            body = await _whole(answer)
+            head.append((b"content-length", str(len(body)).encode()))
+            await reply(_start(answer.status, head))
+            await reply({"type": "http.response.body", "body": body})
+            return
+        try:
+            first = True
+            async for chunk in answer.chunks.iter_any():
+                if first:
+                    limit.reschedule(None)
+                    await reply(_start(answer.status, head))
+                    first = False
+                await reply({"type": "http.response.body", "body": chunk, "more_body": True})
+        except (aiohttp.ClientError, OSError):
+            raise PoolGone("the pool that was answering went away") from None
+        if first:
+            raise PoolGone("the pool ended its answer before it began")
+        await reply({"type": "http.response.body", "body": b""})
+
+
+@dataclass(slots=True)
+class RemoteSeat:
+    """A remote expert's places in this gateway: bounded, first come, first served."""
+
+    engine: Engine
+    max_in_flight: int
+    max_queue: int
+    failed: str | None = None
+    places: asyncio.Semaphore = field(init=False)
+    waiting: int = field(init=False, default=0)
+    running: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.places = asyncio.Semaphore(self.max_in_flight)
+
+    async def run(self, request: EngineRequest, send: Send) -> None:
+        """Answer a request when there is a place. Raises OverCapacity, ExpertFailed."""
+        if self.failed is not None:
+            raise ExpertFailed(
+                f"expert {request.expert!r} can't be used: {self.failed}", retry_after_s=60
+            )
+        if self.waiting >= self.max_queue and self.places.locked():
+            raise OverCapacity(
+                f"expert {request.expert!r} has {self.waiting} requests waiting, "
+                f"and no more than {self.max_queue} may"
+            )
+        self.waiting += 1
+        try:
+            await self.places.acquire()
+        finally:
+            self.waiting -= 1
+        self.running += 1
+        try:
+            await self.engine.run(request, send)
+        finally:
+            self.running -= 1
+            self.places.release()
+
+
+class _Reply:
+    """An ASGI send that adds our headers and knows how far the reply has come."""
+
+    def __init__(
+        self,
+        send: Send,
+        headers: list[tuple[bytes, bytes]],
+        passage: Passage,
+        began_s: float,
+    ) -> None:
+        self.passage = passage
+        self.started = False
+        self.first_byte_limit: asyncio.Timeout | None = None
+        self._send = send
+        self._headers = headers
+        self._began_s = began_s
+        self._streams = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            passage = self.passage
+            passage.status = message["status"]
+            passage.first_byte_s = time.monotonic() - self._began_s
+            if self.first_byte_limit is not None:
+                self.first_byte_limit.reschedule(None)
+            given = message["headers"]
+            self._streams = any(v.startswith(b"text/event-stream") for _, v in given)
+            queue_ms = f"{passage.queue_ms:.1f}".encode()
+            message = {
+                "type": "http.response.start",
+                "status": message["status"],
+                "headers": [
+                    *given,
+                    *self._headers,
+                    (b"x-coe-expert", passage.expert.encode()),
+                    (QUEUE_MS.encode(), queue_ms),
+                ],
+            }
+        await self._send(message)
+
+    async def break_off(self, error: CoeError) -> None:
+        """End a reply that had begun. A stream says why; anything else is cut short."""
+        self.passage.outcome = error.code
+        if self._streams:
+            await self._send({"type": "http.response.body", "body": sse_event(error)})
+            return
+        raise error
+
+
+def _start(status: int, headers: list[tuple[bytes, bytes]]) -> Message:
+    return {"type": "http.response.start", "status": status, "headers": headers}
+
+
+async def _whole(answer: PoolReply) -> bytes:
+    try:
+        return await answer.chunks.read()
+    except (aiohttp.ClientError, OSError):
+        raise PoolGone("the pool that was answering went away") from None
+
+
+def _fault_from(code: str, body: bytes) -> Unavailable:
+    """A pool's error as an exception again, with its own words."""
+    try:
+        message = str(orjson.loads(body)["error"]["message"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        message = "the pool could not answer"
+    kinds: dict[str, type[Unavailable]] = {
+        "over_capacity": OverCapacity,
+        "expert_failed": ExpertFailed,
+        "engine_dead": EngineDead,
+    }
+    return kinds.get(code, PoolGone)(message)

@@ -1,0 +1,147 @@
+"""The OpenAPI description of the gateway.
+
+Request bodies are described by what the gateway itself checks; everything else in
+them is the engine's and passes through.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from service import __version__
+from service.config import Config
+
+_TEXTS = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+_MESSAGES = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "required": ["role"],
+        "properties": {
+            "role": {"type": "string"},
+            "content": {
+                "oneOf": [
+                    {"type": "string"},
+                    {"type": "array", "items": {"type": "object"}},
+                    {"type": "null"},
+                ]
+            },
+        },
+    },
+}
+_POSTS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "/v1/chat/completions": ("Chat completion", {"messages": _MESSAGES}, ["messages"]),
+    "/v1/completions": ("Completion", {"prompt": _TEXTS}, ["prompt"]),
+    "/v1/embeddings": ("Embeddings", {"input": _TEXTS}, ["input"]),
+    "/v1/responses": ("Response", {"input": {}}, ["input"]),
+    "/v1/messages": (
+        "Anthropic message",
+        {"messages": _MESSAGES, "max_tokens": {"type": "integer", "minimum": 1}},
+        ["messages", "max_tokens"],
+    ),
+    "/v1/messages/count_tokens": ("Count an Anthropic message's tokens", {"messages": _MESSAGES}, ["messages"]),
+    "/tokenize": ("Tokens of a prompt", {"prompt": {"type": "string"}}, []),
+    "/detokenize": (
+        "Text of tokens",
+        {"tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}}},
+        ["tokens"],
+    ),
+}
+_GETS = {
+    "/v1/models": "The experts, and where their weights are",
+    "/v1/models/{name}": "One expert",
+    "/health": "Alive",
+    "/ready": "200 once at least one expert answers",
+    "/metrics": "Prometheus metrics of this gateway and its pools",
+    "/openapi.json": "This description",
+}
+_STREAMING = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
+_ERROR = {
+    "description": "An error in OpenAI's shape",
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+}
+_HEADERS = [
+    {
+        "name": "x-coe-deadline-ms",
+        "in": "header",
+        "description": "To the first token when streaming, else to the end.",
+        "schema": {"type": "integer", "minimum": 1, "maximum": 86_400_000},
+    },
+    {
+        "name": "x-request-id",
+        "in": "header",
+        "description": "Yours, given back in the reply.",
+        "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"},
+    },
+]
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """The whole description, OpenAPI 3.1, for a config's experts."""
+    paths: dict[str, Any] = {}
+    model = {
+        "type": "string",
+        "description": "auto, auto/<category>, or an expert",
+        "examples": ["auto", *config.experts],
+    }
+    for path, (summary, properties, required) in _POSTS.items():
+        fields = {"model": model, **properties}
+        if path in _STREAMING:
+            fields["stream"] = {"type": ["boolean", "null"]}
+        ok: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+        if path in _STREAMING:
+            ok["text/event-stream"] = {"schema": {"type": "string"}}
+        paths[path] = {
+            "post": {
+                "summary": summary,
+                "operationId": path.strip("/").replace("/", "_"),
+                "parameters": _HEADERS,
+                "requestBody": {
+                    "required": True,
+                    "content": {
+                        "application/json": {
+                            "schema": {
+                                "type": "object",
+                                "properties": fields,
+                                "required": required,
+                                "additionalProperties": True,
+                            }
+                        }
+                    },
+                },
+                "responses": {"200": {"description": "The answer", "content": ok}, "default": _ERROR},
+            }
+        }
+    for path, summary in _GETS.items():
+        operation: dict[str, Any] = {
+            "summary": summary,
+            "responses": {"200": {"description": summary}, "default": _ERROR},
+        }
+        if "{name}" in path:
+            operation["parameters"] = [
+                {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+            ]
+        paths[path] = {"get": operation}
+    error = {
+        "type": "object",
+        "required": ["error"],
+        "properties": {
+            "error": {
+                "type": "object",
+                "required": ["message", "type", "param", "code"],
+                "properties": {
+                    "message": {"type": "string"},
+                    "type": {"type": "string"},
+                    "param": {"type": ["string", "null"]},
+                    "code": {"type": ["string", "null"]},
+                },
+            }
+        },
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "coe", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": {"Error": error}},
+    }

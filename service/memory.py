@@ -1,0 +1,184 @@
+"""The memory plan: what each pool of a config will take, before anything is started. Pure.
+
+Weights are counted from the files' own headers. On CPU vLLM packs linear layers
+beside the parameters while it loads, so weights count twice there at the peak;
+what a process takes without any model is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.config import Config, PoolConfig
+from service.errors import ConfigError, ModelStoreError
+from service.models import AdapterInfo, ModelInfo
+
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_MIB = 1024**2
+# Resident, measured on the CPU build: the pool's process with vLLM imported, and
+# an engine core before it has a model.
+REPLICA_BYTES = 900 * _MIB
+ENGINE_BYTES = 1000 * _MIB
+_PACKING = 2
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """One engine's bytes. `kv_tokens`: tokens that its KV cache holds, 0 where vLLM decides."""
+
+    base: str
+    adapters: tuple[str, ...]
+    weight_bytes: int
+    adapter_bytes: int
+    kv_bytes: int
+    kv_tokens: int
+    overhead_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.weight_bytes + self.adapter_bytes + self.kv_bytes + self.overhead_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    """One replica's bytes, and the bound it was given (None: not bounded)."""
+
+    kind: str
+    engines: tuple[EnginePlan, ...]
+    replica_bytes: int
+    bound_bytes: int | None
+    on_gpu: bool
+
+    @property
+    def total_bytes(self) -> int:
+        """What a replica takes at its peak."""
+        return self.replica_bytes + sum(engine.total_bytes for engine in self.engines)
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is within the bound."""
+        return self.bound_bytes is None or self.total_bytes <= self.bound_bytes
+
+
+def plan_pool(
+    config: Config,
+    kind: str,
+    inspect: Callable[[str], ModelInfo | AdapterInfo],
+) -> PoolPlan:
+    """The plan of one replica of a pool.
+
+    `inspect` looks at what an expert's folder holds; its ModelStoreError goes through.
+    Raises ConfigError where an expert's folder is not what the config says.
+    """
+    pool = config.pools[kind]
+    if pool.engine == "simulated":
+        return PoolPlan(kind, (), 0, pool.memory_bytes, on_gpu=False)
+    held = config.local_experts(kind)
+    engines = []
+    for base in held:
+        if config.experts[base].base is not None:
+            continue
+        info = inspect(base)
+        if not isinstance(info, ModelInfo):
+            raise ConfigError(f"experts.{base}.model: this folder holds an adapter, not a model")
+        adapters = tuple(name for name in held if config.experts[name].base == base)
+        engines.append(_plan_engine(base, info, adapters, pool, inspect))
+    on_gpu = pool.gpus > 0
+    return PoolPlan(kind, tuple(engines), 0 if on_gpu else REPLICA_BYTES, pool.memory_bytes, on_gpu)
+
+
+def _plan_engine(
+    base: str,
+    info: ModelInfo,
+    adapters: tuple[str, ...],
+    pool: PoolConfig,
+    inspect: Callable[[str], ModelInfo | AdapterInfo],
+) -> EnginePlan:
+    options = pool.vllm
+    where = f"experts.{base}.model"
+    if info.needs_custom_code and not options.trust_remote_code:
+        raise ConfigError(
+            f"{where}: this model brings its own code, which is not run; "
+            "set vllm.trust_remote_code to allow it"
+        )
+    longest = options.max_model_len
+    if longest is not None and longest > info.max_context_tokens:
+        raise ConfigError(
+            f"pools: vllm.max_model_len is {longest}, but {base!r} was made for at most "
+            f"{info.max_context_tokens} tokens"
+        )
+    on_gpu = pool.gpus > 0
+    dtype = info.dtype if options.dtype == "auto" else options.dtype
+    element = _ELEMENT_BYTES.get(dtype, 2)
+    stored = _ELEMENT_BYTES.get(info.dtype, element)
+    weights = info.weight_bytes if info.quantization else info.weight_bytes * element // stored
+    if adapters and info.is_moe and not on_gpu:
+        raise ConfigError(f"{where}: LoRA on a mixture-of-experts model needs a GPU")
+    adapter_bytes = 0
+    for name in adapters:
+        adapter = inspect(name)
+        if not isinstance(adapter, AdapterInfo):
+            raise ConfigError(f"experts.{name}.adapter: this folder holds a model, not an adapter")
+        if adapter.rank > options.max_lora_rank:
+            raise ConfigError(
+                f"experts.{name}.adapter: its rank is {adapter.rank}, "
+                f"and vllm.max_lora_rank is {options.max_lora_rank}"
+            )
+        adapter_bytes += adapter.parameters * element
+    kv_bytes = options.kv_cache_bytes or 0
+    per_token = info.kv_bytes_per_token(element)
+    tokens = kv_bytes // per_token
+    context = longest or info.max_context_tokens
+    if kv_bytes and tokens < context:
+        raise ConfigError(
+            f"pools: vllm.kv_cache_bytes holds {tokens} tokens of {base!r}, fewer than one "
+            f"request of max_model_len {context} may need; give it at least "
+            f"{context * per_token} bytes, or set vllm.max_model_len to at most {tokens}"
+        )
+    return EnginePlan(
+        base=base,
+        adapters=adapters,
+        weight_bytes=weights if on_gpu else weights * _PACKING,
+        adapter_bytes=adapter_bytes,
+        kv_bytes=kv_bytes,
+        kv_tokens=tokens,
+        overhead_bytes=0 if on_gpu else ENGINE_BYTES,
+    )
+
+
+def check_plan(plan: PoolPlan, machine_bytes: int | None) -> None:
+    """Hold a plan against its bound, and on CPU against the machine. Raises ConfigError."""
+    if not plan.fits:
+        assert plan.bound_bytes is not None
+        raise ConfigError(
+            f"pools.{plan.kind}.memory_bytes: the experts need {_gib(plan.total_bytes)}, "
+            f"and only {_gib(plan.bound_bytes)} are allowed"
+        )
+    if machine_bytes is not None and not plan.on_gpu and plan.total_bytes > machine_bytes:
+        raise ConfigError(
+            f"pools.{plan.kind}: the experts need {_gib(plan.total_bytes)}, "
+            f"and this machine has {_gib(machine_bytes)}"
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 1024**3:.2f} GiB"
+
+
+def folders_of(config: Config, found: Mapping[str, Path]) -> dict[str, Path]:
+    """Every local expert's folder: its adapter's, or where its model was found by source."""
+    folders: dict[str, Path] = {}
+    for name, expert in config.experts.items():
+        if expert.adapter is not None:
+            folders[name] = Path(expert.adapter)
+        elif expert.model is not None and expert.model in found:
+            folders[name] = found[expert.model]
+        elif expert.model is not None:
+            raise ModelStoreError(
+                f"experts.{name}.model: {expert.model!r} is not here yet; "
+                f"get it with: coe models pull {expert.model}"
+            )
+    return folders

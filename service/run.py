@@ -1,0 +1,154 @@
+"""`coe serve`: one machine's service from start to stop, with something to look at meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from service import cluster_env
+from service.config import Config
+from service.errors import CoeError
+from service.link.secret import make_secret
+
+_POLL_S = 0.5
+_SETTLED = {"device", "failed"}
+
+
+class _Stop(Exception):
+    """A signal asked us to stop."""
+
+
+def run(config: Config, *, source: Path) -> None:
+    """Start, report, wait for a signal, drain, stop. Raises CoeError if it can't start."""
+    began_s = time.monotonic()
+    stopping = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if stopping.is_set():
+            return  # already on the way; a second Ctrl-C doesn't leave processes behind
+        stopping.set()
+        raise _Stop
+
+    _check_port(config)
+    _warn_if_open(config)
+    run_dir = Path(tempfile.mkdtemp(prefix="coe-"))
+    os.chmod(run_dir, 0o700)
+    cluster = None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        secret_path = run_dir / "secret"
+        make_secret(secret_path)
+        _say(f"starting {source} ({len(config.experts)} experts); logs in {run_dir}")
+        cluster_env.prepare(run_dir, config.server.drain_s)
+        from service.deployment import LocalCluster
+
+        cluster = LocalCluster(config, run_dir)
+        cluster.start()
+        _say(f"Ray Serve is up ({time.monotonic() - began_s:.0f} s)")
+        cluster.deploy(secret_path)
+        url = f"http://{_host(config)}:{config.server.port}"
+        _say(f"the gateway answers at {url} ({time.monotonic() - began_s:.0f} s)")
+        _follow(config, began_s)
+        _say(_how_to_call(url))
+        while True:
+            time.sleep(3600)
+    except _Stop:
+        _say("stopping: letting running requests end")
+    finally:
+        stopping.set()
+        if cluster is not None:
+            cluster.stop()
+        shutil.rmtree(run_dir, ignore_errors=True)
+    _say("stopped")
+
+
+def _follow(config: Config, began_s: float) -> None:
+    """Tell how the experts come up, until each one answers or has failed."""
+    told: dict[str, str] = {}
+    last_tell_s = 0.0
+    while True:
+        experts = _ready(config)
+        for name, state in experts.items():
+            now = str(state["state"])
+            if told.get(name) == now:
+                continue
+            told[name] = now
+            if now == "device":
+                _say(f"expert {name} answers ({time.monotonic() - began_s:.0f} s)")
+            elif now == "failed":
+                _say(f"expert {name} failed: {state.get('reason', 'no reason given')}")
+        if experts and all(str(state["state"]) in _SETTLED for state in experts.values()):
+            return
+        if time.monotonic() - last_tell_s > 5:
+            last_tell_s = time.monotonic()
+            loading = {n: s for n, s in experts.items() if s["state"] not in _SETTLED}
+            if loading:
+                eta_s = max(float(state.get("eta_s", 0)) for state in loading.values())
+                about = f", about {eta_s:.0f} s to go" if eta_s else ""
+                _say(f"loading {', '.join(loading)}{about}")
+        time.sleep(_POLL_S)
+
+
+def _ready(config: Config) -> dict[str, dict[str, Any]]:
+    connection = http.client.HTTPConnection(_host(config), config.server.port, timeout=5)
+    try:
+        connection.request("GET", "/ready")
+        data = json.loads(connection.getresponse().read())
+        experts: dict[str, dict[str, Any]] = data["experts"]
+        return experts
+    except (OSError, http.client.HTTPException, ValueError, KeyError):
+        return {}
+    finally:
+        connection.close()
+
+
+def _host(config: Config) -> str:
+    return "127.0.0.1" if config.server.host in ("0.0.0.0", "") else config.server.host
+
+
+def _check_port(config: Config) -> None:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.server.host, config.server.port))
+        except OSError as error:
+            raise CoeError(
+                f"can't listen on {config.server.host}:{config.server.port}: "
+                f"{error.strerror}; choose another with --port"
+            ) from None
+
+
+def _warn_if_open(config: Config) -> None:
+    if config.server.host not in ("127.0.0.1", "localhost", "::1"):
+        _say(
+            f"warning: listening on {config.server.host}: whoever reaches port "
+            f"{config.server.port} can use every expert; this version asks for no keys"
+        )
+
+
+def _how_to_call(url: str) -> str:
+    body = '{"model": "auto", "messages": [{"role": "user", "content": "What is 12 * 7?"}]}'
+    return (
+        f"ready: {url}\n\n"
+        f"  curl -i {url}/v1/chat/completions -H 'content-type: application/json' \\\n"
+        f"    -d '{body}'\n\n"
+        "Ctrl-C stops it."
+    )
+
+
+def _say(text: str) -> None:
+    print(f"coe: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,44 @@
+"""Logs as one JSON object a line. Nothing here is ever given a prompt or a key."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from datetime import UTC, datetime
+
+import orjson
+
+_EXTRA = ("request_id", "path", "status", "expert", "category", "ms", "outcome")
+
+
+class JsonLines(logging.Formatter):
+    """time, level, logger, message, and the request's fields where there are any."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {name: getattr(record, name) for name in _EXTRA if hasattr(record, name)}
+        if record.exc_info and record.exc_info[0] is not None:
+            # The kind and place of a fault, not its text: that may quote a prompt.
+            trace = record.exc_info[2]
+            while trace is not None and trace.tb_next is not None:
+                trace = trace.tb_next
+            where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
+            line["error"] = {"type": record.exc_info[0].__name__, "at": where}
+        return orjson.dumps(line).decode()
+
+
+def set_up_logs(level: int = logging.INFO) -> None:
+    """Send this package's logs to stderr as JSON lines."""
+    logger = logging.getLogger("coe")
+    if logger.handlers:
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False
