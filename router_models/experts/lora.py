@@ -101,7 +101,7 @@ def load_into(model: Any, folder: Path) -> None:
     attached = attach(model, rank=int(config["r"]), alpha=float(config["lora_alpha"]))
     expected = {f"{name}.lora_{side}.weight" for name in attached for side in "AB"}
     if expected != set(tensors):
-        odd = sorted(expected ^ set(tensors))[0]
+        odd = min(expected ^ set(tensors))
         raise ValueError(f"{folder}: the adapter does not fit this base, first at {odd}")
     with torch.no_grad():
         for name, lora in attached.items():

@@ -197,8 +197,7 @@ def test_failed_conversion_keeps_the_download(
     [
         ("ERROR: No matching distribution found for tiny==1", "no network, or no package index"),
         (
-            "WARNING: Retrying\nERROR: Could not install packages due to an OSError: [Errno 28] "
-            "No space left on device",
+            "WARNING: Retrying\nERROR: OSError: [Errno 28] No space left on device",
             "is full",
         ),
         ("/usr/bin/python: No module named pip", "ensurepip"),
