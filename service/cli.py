@@ -203,10 +203,10 @@ def _with_models(config: Config) -> Config:
     from service.models import locate, pull
 
     root = Path(config.models_dir) if config.models_dir else None
-    for name, expert in config.experts.items():
-        if expert.model is not None and locate(expert.model, root=root) is None:
-            click.echo(f"expert {name}: fetching {expert.model}", err=True)
-            pull(expert.model, dest_root=root)
+    for name, source in config.model_sources().items():
+        if locate(source, root=root) is None:
+            click.echo(f"expert {name}: fetching {source}", err=True)
+            pull(source, dest_root=root)
     _check_artifacts(config)
     _plans(config)
     return config
@@ -225,21 +225,15 @@ def _plans(config: Config) -> list[Any]:
     from service.models import inspect_model, locate
 
     root = Path(config.models_dir) if config.models_dir else None
-    needed = {
-        expert.model
-        for kind, pool in config.pools.items()
-        if pool.engine == "vllm"
-        for name in config.local_experts(kind)
-        if (expert := config.experts[name]).model is not None
-    }
+    sources = set(config.model_sources().values())
     found = {
         source: folder
-        for source in needed
+        for source in sources
         if (folder := locate(source, root=root)) is not None
     }
     machine_bytes = psutil.virtual_memory().total
     plans = []
-    folders = folders_of(config, found) if needed else {}
+    folders = folders_of(config, found) if sources else {}
     for kind in config.pools:
         plan = plan_pool(config, kind, lambda name: inspect_model(folders[name]))
         check_plan(plan, machine_bytes)

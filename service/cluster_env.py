@@ -9,12 +9,16 @@ import os
 import socket
 from pathlib import Path
 
+from service.link.secret import make_secret
+
 
 def prepare(run_dir: Path, drain_s: float) -> None:
     """Set the variables for a cluster of our own on this machine, with its files in `run_dir`."""
     haproxy = run_dir / "haproxy"
     haproxy.mkdir(parents=True, exist_ok=True)
     stats, metrics = _free_ports(2)
+    # Ray listens on every interface of this machine. Whoever has no token gets nothing.
+    make_secret(run_dir / "ray-token")
     os.environ.update(
         {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -33,6 +37,8 @@ def prepare(run_dir: Path, drain_s: float) -> None:
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
             # An engine core must not outlive the replica that started it.
             "RAY_process_group_cleanup_enabled": "1",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(run_dir / "ray-token"),
             "RAY_USAGE_STATS_ENABLED": "0",
             # Ray would run its workers at niceness 15, and so our engines.
             "RAY_worker_niceness": "0",

@@ -256,6 +256,16 @@ class Config(_Section):
         ]
         return tuple(sorted(names, key=lambda name: self.experts[name].base is not None))
 
+    def model_sources(self) -> dict[str, str]:
+        """Where the weights come from that pools with real engines need: expert → source."""
+        return {
+            name: source
+            for kind, pool in self.pools.items()
+            if pool.engine == "vllm"
+            for name in self.local_experts(kind)
+            if (source := self.experts[name].model) is not None
+        }
+
     def category_map(self) -> dict[str, str]:
         """Stage 2: category → expert. The first expert that names a category has it."""
         mapping: dict[str, str] = {}

@@ -367,8 +367,6 @@ class LocalCluster:
             log_to_driver=os.environ.get("COE_RAY_LOGS") == "1",
             logging_level=logging.ERROR,
             configure_logging=True,
-            # On loopback Ray binds its own ports to loopback too.
-            _node_ip_address="127.0.0.1",
             _temp_dir=str(self._run_dir / "ray"),
         )
         serve.start(

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -47,8 +48,7 @@ def run(config: Config, *, source: Path) -> None:
     run_dir = Path(tempfile.mkdtemp(prefix="coe-"))
     os.chmod(run_dir, 0o700)
     cluster = None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    _on_signals(stop)
     try:
         secret_path = run_dir / "secret"
         make_secret(secret_path)
@@ -58,6 +58,7 @@ def run(config: Config, *, source: Path) -> None:
 
         cluster = LocalCluster(config, run_dir)
         cluster.start()
+        _on_signals(stop)  # Ray has put its own in their place
         _say(f"Ray Serve is up ({time.monotonic() - began_s:.0f} s)")
         cluster.deploy(secret_path)
         url = f"http://{_host(config)}:{config.server.port}"
@@ -74,6 +75,11 @@ def run(config: Config, *, source: Path) -> None:
             cluster.stop()
         shutil.rmtree(run_dir, ignore_errors=True)
     _say("stopped")
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def _follow(config: Config, began_s: float) -> None:
