@@ -77,6 +77,7 @@ def save(
         tensors[f"{name}.lora_A.weight"] = lora.lora_a.detach().to(torch.float16).contiguous()
         tensors[f"{name}.lora_B.weight"] = lora.lora_b.detach().to(torch.float16).contiguous()
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it for its owner only
     config = {
         "base_model_name_or_path": base,
         "bias": "none",
