@@ -144,6 +144,4 @@ def _build_engine(
     root = Path(config.models_dir) if config.models_dir is not None else None
     folder = locate(source, root=root) or pull(source, dest_root=root)
     paths = {name: str(config.experts[name].adapter) for name in adapters}
-    return VllmEngine(
-        VllmModel(base, str(folder), paths), settings.vllm, on_cpu=settings.gpus == 0
-    )
+    return VllmEngine(VllmModel(base, str(folder), paths), settings.vllm, on_cpu=settings.gpus == 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,9 +228,7 @@ def _plans(config: Config) -> list[Any]:
     root = Path(config.models_dir) if config.models_dir else None
     sources = set(config.model_sources().values())
     found = {
-        source: folder
-        for source in sources
-        if (folder := locate(source, root=root)) is not None
+        source: folder for source in sources if (folder := locate(source, root=root)) is not None
     }
     machine_bytes = psutil.virtual_memory().total
     plans = []
@@ -252,7 +251,11 @@ def _print_plans(config: Config, plans: list[Any]) -> None:
     for plan in plans:
         for engine in plan.engines:
             names = ", ".join((engine.base, *engine.adapters))
-            kv = f"{_size(engine.kv_bytes)} ({engine.kv_tokens} tokens)" if engine.kv_bytes else "vLLM's share"
+            kv = (
+                f"{_size(engine.kv_bytes)} ({engine.kv_tokens} tokens)"
+                if engine.kv_bytes
+                else "vLLM's share"
+            )
             rows.append(
                 (
                     plan.kind,
@@ -280,7 +283,7 @@ def _size(value: object) -> str:
     return f"{size:.2f} GiB"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
 

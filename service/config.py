@@ -99,7 +99,7 @@ class RemoteConfig(_Section):
 
 
 class ExpertConfig(_Section):
-    """One named model: full weights (`model`), LoRA on an expert (`base` + `adapter`), or remote."""
+    """One named model: full weights (`model`), LoRA (`base` + `adapter`), or `remote`."""
 
     model: str | None = Field(
         None, description="Full weights: a name from `coe models list`, a folder, or a hub id."
@@ -179,7 +179,8 @@ class PoolConfig(_Section):
 
     engine: Literal["vllm", "simulated"] = Field("vllm", description="What runs the experts.")
     experts: tuple[str, ...] | None = Field(
-        None, description="Experts that this kind may hold. Default: every expert that is not remote."
+        None,
+        description="Experts that this kind may hold. Default: every expert that is not remote.",
     )
     min_replicas: int = Field(1, ge=0, le=1024, description="Replicas kept running.")
     max_replicas: int | None = Field(

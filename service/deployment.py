@@ -84,7 +84,9 @@ class FollowingRouter(RequestRouter):
 class PoolReplica:
     """One pool in one Serve replica, with an HTTP server of its own."""
 
-    async def __init__(self, config_json: str, kind: str, secret_path: str, host: str) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config_json: str, kind: str, secret_path: str, host: str
+    ) -> None:
         set_up_logs()
         config = Config.model_validate_json(config_json)
         self._drain_s = config.server.drain_s
@@ -133,7 +135,7 @@ class PoolReplica:
 class GatewayReplica:
     """One gateway in one Serve replica: Serve's own HTTP server carries its application."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config_json: str, secret_path: str, pools: dict[str, DeploymentHandle]
     ) -> None:
         set_up_logs()
@@ -154,9 +156,7 @@ class GatewayReplica:
         await self._process.start()
         loop = asyncio.get_running_loop()
         directory = self._process.directory
-        addresses.listen(
-            lambda known: _in_loop(loop, lambda: directory.update(known))
-        )
+        addresses.listen(lambda known: _in_loop(loop, lambda: directory.update(known)))
         for kind, pool in config.pools.items():
             if pool.min_replicas > 0:
                 self._wake(kind)

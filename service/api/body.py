@@ -100,7 +100,8 @@ def _check_prompt(endpoint: str, data: dict[str, Any]) -> None:
     if name == "messages":
         if not prompt:
             raise InvalidRequest("`messages` must hold at least one message", param=name)
-        for i, message in enumerate(prompt):
+        messages: list[object] = list(prompt)
+        for i, message in enumerate(messages):
             if not isinstance(message, dict):
                 raise InvalidRequest(
                     f"`messages[{i}]` must be an object, not {_kind(message)}",

@@ -63,9 +63,7 @@ class Gateway:
 
     # --- prompts
 
-    async def answer(
-        self, scope: MutableMapping[str, Any], receive: Receive, send: Send
-    ) -> None:
+    async def answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """One request to an endpoint that carries a prompt."""
         began_s = time.monotonic()
         passage = Passage()
@@ -75,9 +73,7 @@ class Gateway:
         try:
             headers = dict(scope["headers"])
             raw = await read_body(receive, self._config.server.max_body_bytes)
-            asked = read_asked(
-                scope["path"], raw, headers, self._config.server.deadline_ms
-            )
+            asked = read_asked(scope["path"], raw, headers, self._config.server.deadline_ms)
             client_id = asked.client_id
             plan = self._planner.plan(asked)
             category = plan.category
@@ -98,8 +94,8 @@ class Gateway:
         except Exception:
             passage.outcome = "internal_error"
             log.exception("a request failed unexpectedly")
-            error = CoeError("something went wrong here; the log has its kind and place")
-            await self._fail(error, client_id, passage, send)
+            unknown = CoeError("something went wrong here; the log has its kind and place")
+            await self._fail(unknown, client_id, passage, send)
         finally:
             self.metrics.in_flight.dec()
             self._count(passage, category, time.monotonic() - began_s)
@@ -165,9 +161,7 @@ class Gateway:
 
         @app.get("/v1/models")
         async def models() -> Response:
-            return ORJSONResponse(
-                catalog.listing(self._config, self._states(), self._created_s)
-            )
+            return ORJSONResponse(catalog.listing(self._config, self._states(), self._created_s))
 
         @app.get("/v1/models/{name:path}")
         async def model(name: str) -> Response:
@@ -206,9 +200,7 @@ class Gateway:
     async def _metrics_text(self) -> str:
         links = self._directory.links()
         self.metrics.pools.set(len(links))
-        texts = await asyncio.gather(
-            *(link.metrics() for link in links), return_exceptions=True
-        )
+        texts = await asyncio.gather(*(link.metrics() for link in links), return_exceptions=True)
         known = []
         for link, text in zip(links, texts, strict=True):
             if isinstance(text, str):
@@ -227,9 +219,7 @@ class _Endpoint:
     ) -> None:
         self._answer = answer
 
-    async def __call__(
-        self, scope: MutableMapping[str, Any], receive: Receive, send: Send
-    ) -> None:
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         try:
             await self._answer(scope, receive, send)
         except ClientGone:
@@ -244,9 +234,7 @@ def _headers(plan: Plan, route_s: float) -> list[tuple[bytes, bytes]]:
     return headers
 
 
-def _response(
-    fault: Fault, *, status: int | None = None, headers: Any = None
-) -> Response:
+def _response(fault: Fault, *, status: int | None = None, headers: Any = None) -> Response:
     response = Response(fault.body, status_code=status or fault.status)
     for name, value in fault.headers:
         response.headers[name.decode()] = value.decode()

@@ -84,9 +84,7 @@ class Planner:
         # The expert chosen and the fallback stand in for each other; further ones
         # only where neither is able.
         kept = tuple(name for name in able if name in (*plan.preference, self._fallback))
-        return Plan(
-            kept or able[:1], plan.category, plan.confidence, plan.reason, plan.scores
-        )
+        return Plan(kept or able[:1], plan.category, plan.confidence, plan.reason, plan.scores)
 
     def _unknown(self, model: str) -> UnknownModel:
         close = difflib.get_close_matches(model, self._experts, n=1)

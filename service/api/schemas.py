@@ -40,7 +40,11 @@ _POSTS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"messages": _MESSAGES, "max_tokens": {"type": "integer", "minimum": 1}},
         ["messages", "max_tokens"],
     ),
-    "/v1/messages/count_tokens": ("Count an Anthropic message's tokens", {"messages": _MESSAGES}, ["messages"]),
+    "/v1/messages/count_tokens": (
+        "Count an Anthropic message's tokens",
+        {"messages": _MESSAGES},
+        ["messages"],
+    ),
     "/tokenize": ("Tokens of a prompt", {"prompt": {"type": "string"}}, []),
     "/detokenize": (
         "Text of tokens",
@@ -110,7 +114,10 @@ def describe(config: Config) -> dict[str, Any]:
                         }
                     },
                 },
-                "responses": {"200": {"description": "The answer", "content": ok}, "default": _ERROR},
+                "responses": {
+                    "200": {"description": "The answer", "content": ok},
+                    "default": _ERROR,
+                },
             }
         }
     for path, summary in _GETS.items():

@@ -17,7 +17,10 @@ _FIRST_GUESS_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class PoolView:
-    """What a gateway knows of one pool. `unseen`: requests sent that the snapshot can't count yet."""
+    """What a gateway knows of one pool.
+
+    `unseen`: requests sent that the snapshot can't count yet, by expert.
+    """
 
     boot: str
     snapshot: Snapshot

@@ -54,9 +54,7 @@ class RemoteEngine:
                 )
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=self._config.connect_timeout_s
-            ),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._config.connect_timeout_s),
             auto_decompress=True,
             trust_env=False,
         )
@@ -78,7 +76,9 @@ class RemoteEngine:
     async def run(self, request: EngineRequest, send: Send) -> None:
         """See `Engine.run`."""
         if request.endpoint not in ENDPOINTS:
-            raise UnknownEndpoint(f"expert {self._expert!r} is remote and has no {request.endpoint}")
+            raise UnknownEndpoint(
+                f"expert {self._expert!r} is remote and has no {request.endpoint}"
+            )
         if self._session is None:
             raise ExpertFailed(f"expert {self._expert!r} is not connected")
         headers = {"content-type": "application/json", "accept-encoding": "identity"}
@@ -124,14 +124,23 @@ class RemoteEngine:
                         }
                     )
                 if not started:
-                    raise UpstreamError(f"expert {self._expert!r}: its endpoint sent an empty answer")
+                    raise UpstreamError(
+                        f"expert {self._expert!r}: its endpoint sent an empty answer"
+                    )
                 await send({"type": "http.response.body", "body": self._renamed(rest)})
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             # The kind of error only: its text may hold the URL.
-            what = f"expert {self._expert!r}: its endpoint can't be reached ({type(error).__name__})"
+            what = (
+                f"expert {self._expert!r}: its endpoint can't be reached ({type(error).__name__})"
+            )
             if not started:
                 raise UpstreamError(what) from None
-            detail = {"message": what, "type": "server_error", "param": None, "code": "upstream_error"}
+            detail = {
+                "message": what,
+                "type": "server_error",
+                "param": None,
+                "code": "upstream_error",
+            }
             event = b"data: " + orjson.dumps({"error": detail}) + b"\n\ndata: [DONE]\n\n"
             await send({"type": "http.response.body", "body": event})
 

@@ -101,9 +101,7 @@ class SimulatedEngine:
             ids = body.get("tokens")
             if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
                 raise InvalidRequest("`tokens` must be a list of integers", param="tokens")
-            await _send_json(
-                send, {"prompt": " ".join(_WORDS[i % len(_WORDS)] for i in ids)}
-            )
+            await _send_json(send, {"prompt": " ".join(_WORDS[i % len(_WORDS)] for i in ids)})
         elif path == "/v1/embeddings":
             await self._embed(request, body, send)
         elif path in ("/v1/chat/completions", "/v1/completions"):
@@ -136,7 +134,11 @@ class SimulatedEngine:
         prompt = _prompt_text(body)
         n = _integer(body, "n", 1, 1, 128)
         asked = body.get("max_completion_tokens") or body.get("max_tokens")
-        tokens = self._options.tokens if asked is None else _integer({"max_tokens": asked}, "max_tokens", 1, 1, 10**6)
+        tokens = (
+            self._options.tokens
+            if asked is None
+            else _integer({"max_tokens": asked}, "max_tokens", 1, 1, 10**6)
+        )
         prompt_tokens = _tokens(prompt)
         if prompt_tokens + tokens > self._options.max_model_len:
             raise PromptTooLong(
@@ -266,11 +268,15 @@ def _prompt_text(body: dict[str, Any]) -> str:
     if "messages" in body:
         messages = body["messages"]
         if not isinstance(messages, list) or not messages:
-            raise InvalidRequest("`messages` must be a list with at least one message", param="messages")
+            raise InvalidRequest(
+                "`messages` must be a list with at least one message", param="messages"
+            )
         parts = []
         for i, message in enumerate(messages):
             if not isinstance(message, dict) or "role" not in message:
-                raise InvalidRequest(f"`messages[{i}]` must be an object with a role", param="messages")
+                raise InvalidRequest(
+                    f"`messages[{i}]` must be an object with a role", param="messages"
+                )
             content = message.get("content") or ""
             parts.append(content if isinstance(content, str) else orjson.dumps(content).decode())
         return "\n".join(parts)

@@ -58,7 +58,7 @@ class VllmEngine:
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
         options = self._options
-        args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+        args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
         args.model = self._model.path
         args.model_tag = None
         args.served_model_name = [self._model.name]
@@ -76,9 +76,7 @@ class VllmEngine:
         if options.kv_cache_bytes is not None:
             args.kv_cache_memory_bytes = options.kv_cache_bytes
         if self._on_cpu:
-            args.distributed_executor_backend = (
-                "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-            )
+            args.distributed_executor_backend = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
         if self._model.adapters:
             args.enable_lora = True
             args.max_lora_rank = options.max_lora_rank

@@ -89,7 +89,8 @@ class Slot:
             if not ticket.running:
                 self._waits[ticket] = asyncio.get_running_loop().create_future()
                 await self._waits[ticket]
-            assert self._engine is not None and self._report is not None
+            assert self._engine is not None
+            assert self._report is not None
             yield Lease(self._engine, self._report, time.monotonic() - ticket.arrived_s)
         finally:
             self._waits.pop(ticket, None)
@@ -180,9 +181,7 @@ class Slot:
 
     def _set_all(self, state: Residency, reason: str) -> None:
         for name in self.experts:
-            self._states[name] = replace(
-                self._states[name], state=state, reason=reason, eta_s=0.0
-            )
+            self._states[name] = replace(self._states[name], state=state, reason=reason, eta_s=0.0)
         self._changed()
 
     def _refuse_waiting(self) -> None:
@@ -232,4 +231,3 @@ class Slot:
         if self._has_worked and self._failed_starts >= _UNHEALTHY_AFTER:
             return f"the engine of {'/'.join(self.experts)} died and could not be started again"
         return None
-

@@ -54,9 +54,7 @@ class GatewayMetrics:
         self.in_flight = Gauge(
             "coe_in_flight_requests", "Requests in this gateway now.", registry=self.registry
         )
-        self.pools = Gauge(
-            "coe_pools", "Pools that this gateway hears of.", registry=self.registry
-        )
+        self.pools = Gauge("coe_pools", "Pools that this gateway hears of.", registry=self.registry)
 
     def text(self) -> str:
         """In Prometheus' text format."""

@@ -1,0 +1,35 @@
+# The two commands of the README are `make serve` and `make test`.
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test test-unit check lock clean
+BIN := .venv/bin
+CONFIG ?= deploy/config/demo.yaml
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: ## Make the environment in .venv
+	@deploy/setup.sh
+
+serve: setup ## Start the service with the demo's experts (CONFIG=… for others)
+	@exec $(BIN)/coe serve --config $(CONFIG)
+
+test: setup ## Run every test, real engines included
+	@$(BIN)/coe models pull smollm2-135m-instruct
+	@$(BIN)/python -m pytest
+
+test-unit: setup ## Run the tests that need no engine and no cluster
+	@$(BIN)/python -m pytest tests/unit tests/property
+
+check: setup ## Lint, types, and who may import whom
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --config pyproject.toml
+
+lock: setup ## Resolve the dependencies anew into deploy/locks
+	@$(BIN)/python -m pip install --quiet uv==0.13.9
+	@$(BIN)/uv pip compile pyproject.toml --extra cpu --extra gguf --extra dev --universal \
+		--python-version 3.11 --generate-hashes --no-annotate --no-header --quiet \
+		--output-file deploy/locks/cpu.txt
+
+clean: ## Remove the environment and caches
+	@rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Makes the environment in .venv: the CPU build of torch, then everything else from
+# the lock. A second run with the same lock does nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+venv=.venv
+lock=deploy/locks/cpu.txt
+torch=2.13.0
+uv=0.13.9
+python=${PYTHON:-python3}
+
+fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+say() { printf 'setup: %s\n' "$*" >&2; }
+
+command -v "$python" >/dev/null || fail "$python is not installed (apt-get install python3 python3-venv)"
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' ||
+    fail "Python 3.11, 3.12 or 3.13 is needed, and $python is $("$python" -V 2>&1); name another with PYTHON=…"
+
+stamp=$( (cat pyproject.toml "$lock" "$0"; "$python" -V) | sha256sum | cut -d' ' -f1)
+[ "$(cat $venv/.ready 2>/dev/null || true)" = "$stamp" ] && exit 0
+
+if [ ! -x $venv/bin/pip ]; then
+    say "making $venv"
+    "$python" -m venv $venv || fail "can't make $venv (apt-get install python3-venv)"
+fi
+pip() { $venv/bin/python -m pip --disable-pip-version-check "$@"; }
+
+installed=$($venv/bin/python -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true)
+if [ "${installed%%+*}" != "$torch" ]; then
+    say "installing torch $torch, CPU build"
+    # Where pip is configured to find the CPU build, it comes from there; else uv
+    # knows PyTorch's own index.
+    if ! pip install --quiet --no-deps "torch==$torch+cpu" 2>/dev/null; then
+        pip install --quiet "uv==$uv"
+        $venv/bin/uv pip install --quiet --python $venv/bin/python --no-deps \
+            --torch-backend cpu "torch==$torch" || fail "can't get the CPU build of torch $torch"
+    fi
+fi
+say "installing the locked packages (one to three minutes the first time)"
+pip install --quiet --no-deps --require-hashes --progress-bar off -r "$lock" 2> >(grep -v '^WARNING' >&2) ||
+    fail "installing from $lock failed"
+pip install --quiet --no-deps --no-build-isolation -e . 2> >(grep -v '^WARNING' >&2) ||
+    fail "installing coe itself failed"
+printf '%s' "$stamp" >$venv/.ready
+say "ready: $venv"
