@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
 from service.engine.protocol import Engine, EngineReport
-from service.errors import CoeError, Draining, ExpertFailed
+from service.errors import CoeError, Draining, EngineDead, ExpertFailed
 from service.link.snapshot import ExpertState, Queue
 from service.pool.queues import Queues, Ticket
 from service.types import Residency
@@ -74,7 +74,7 @@ class Slot:
     async def lease(self, expert: str) -> AsyncIterator[Lease]:
         """Wait until `expert` answers and there is room; give the place back at the end.
 
-        Raises OverCapacity, ExpertFailed, Draining.
+        Raises OverCapacity, ExpertFailed, Draining, EngineDead.
         """
         if self._draining:
             raise Draining("this pool is stopping")
@@ -88,9 +88,12 @@ class Slot:
         try:
             if not ticket.running:
                 self._waits[ticket] = asyncio.get_running_loop().create_future()
+                # Those ahead may wait for an expert that is still loading.
+                self._grant()
                 await self._waits[ticket]
-            assert self._engine is not None
-            assert self._report is not None
+            if self._engine is None or self._report is None:
+                # It died between waking this request and now.
+                raise EngineDead(f"the engine of expert {expert!r} died")
             yield Lease(self._engine, self._report, time.monotonic() - ticket.arrived_s)
         finally:
             self._waits.pop(ticket, None)
@@ -129,6 +132,7 @@ class Slot:
             except Exception as error:
                 why = error.message if isinstance(error, CoeError) else repr(error)
                 self._failed_starts += 1
+                self._engine = None
                 log.error("engine of %s failed: %s", "/".join(self.experts), why)
                 self._set_all(Residency.FAILED, why)
                 self._refuse_waiting()
@@ -144,6 +148,8 @@ class Slot:
         self._started_at = time.monotonic()
         self._set_all(Residency.LOADING, "")
         report = await engine.start()
+        # Before the first expert is ready: from then on its requests run.
+        self._engine, self._report = engine, report
         for name in self.experts:
             try:
                 await engine.load(name)
@@ -157,12 +163,11 @@ class Slot:
                     max_model_len=report.max_model_len,
                     engine={"name": report.engine, **report.details},
                 )
+                self._grant()
             self._changed()
-        self._engine, self._report = engine, report
         self._start_s = time.monotonic() - self._started_at
         self._failed_starts = 0
         self._has_worked = True
-        self._grant()
         self._changed()
 
     async def _watch(self, engine: Engine) -> None:
@@ -171,6 +176,7 @@ class Slot:
             with suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._lost), _WATCH_S)
         self._engine = None
+        self._started_at = time.monotonic()
         self._set_all(Residency.LOADING, "")
         log.error("engine of %s died (%s); starting another", "/".join(self.experts), why)
 
