@@ -127,6 +127,9 @@ class Relay:
             return min(left, key=lambda o: passage.tried[o.expert, o.boot or ""])
         if fault is not None and not isinstance(fault, (PoolGone, EngineDead)):
             raise fault
+        if isinstance(fault, EngineDead) and any(_has_any(plan, view) for view in views):
+            # The pool is there, and its next engine died of this request as well.
+            raise fault
         if passage.attempts >= 2 * _TRIES_PER_POOL and fault is not None:
             raise fault
         if (reason := failure_reason(plan.preference[0], views)) is not None:
@@ -154,11 +157,13 @@ class Relay:
     ) -> None:
         left_ms = max(1, int((deadline_s - time.monotonic()) * 1000))
         body = asked.body_for(option.expert)
-        limit = asyncio.timeout(left_ms / 1000 + _GRACE_S)
+        remote = option.boot is None
+        limit = asyncio.timeout(left_ms / 1000 + (0 if remote else _GRACE_S))
+        # Never the one of an attempt before: that has ended.
+        reply.first_byte_limit = limit if remote and asked.stream else None
         try:
             async with limit:
                 if option.boot is None:
-                    reply.first_byte_limit = limit if asked.stream else None
                     seat = self._remotes[option.expert]
                     await seat.run(
                         EngineRequest(asked.endpoint, option.expert, body, asked.request_id), reply
@@ -194,7 +199,7 @@ class Relay:
     ) -> None:
         fault = answer.headers.get(FAULT_HEADER.decode())
         if fault in _RETRIED:
-            raise _fault_from(fault, await _whole(answer))
+            raise _fault_from(fault, await _whole(answer), answer.headers.get("retry-after"))
         content_type = answer.headers.get("content-type", "application/json").encode("latin-1")
         head = [(b"content-type", content_type)]
         for name in ("retry-after", "x-coe-fault"):
@@ -322,7 +327,13 @@ async def _whole(answer: PoolReply) -> bytes:
         raise PoolGone("the pool that was answering went away") from None
 
 
-def _fault_from(code: str, body: bytes) -> Unavailable:
+def _has_any(plan: Plan, view: PoolView) -> bool:
+    return not view.snapshot.draining and any(
+        name in view.snapshot.experts for name in plan.preference
+    )
+
+
+def _fault_from(code: str, body: bytes, retry_after: str | None) -> Unavailable:
     """A pool's error as an exception again, with its own words."""
     try:
         message = str(orjson.loads(body)["error"]["message"])
@@ -333,4 +344,4 @@ def _fault_from(code: str, body: bytes) -> Unavailable:
         "expert_failed": ExpertFailed,
         "engine_dead": EngineDead,
     }
-    return kinds.get(code, PoolGone)(message)
+    return kinds.get(code, PoolGone)(message, retry_after_s=float(retry_after or 1))
