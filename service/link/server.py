@@ -6,6 +6,7 @@ a `PoolHandler`, so that this module knows nothing of pools.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, MutableMapping
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ from service.link import secret as secrets
 from service.link.asgi import ClientGone, Message, Receive, Send, read_body, until_gone
 from service.link.call import Call, parse_call
 from service.link.faults import fault_of, sse_event
+
+log = logging.getLogger("coe.link")
 
 
 class PoolHandler(Protocol):
@@ -61,6 +64,10 @@ class PoolApp:
             return
         except CoeError as error:
             await reply.fail(error)
+        except Exception:
+            # Here, because the HTTP server would log its text, which may quote a prompt.
+            log.exception("a call failed unexpectedly")
+            await reply.fail(CoeError("something went wrong in a pool; its log has kind and place"))
 
     async def _stream_snapshots(self, receive: Receive, reply: _Reply) -> None:
         async def stream() -> None:

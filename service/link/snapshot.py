@@ -84,7 +84,14 @@ _NESTED: dict[str, Any] = {"experts": ExpertState, "queues": Queue, "speeds": Sp
 
 def decode(line: bytes, before: Snapshot | None) -> Snapshot:
     """The state after a line. Raises ValueError on a line that isn't one of ours."""
-    data = orjson.loads(line)
+    try:
+        return _decode(orjson.loads(line), before)
+    except (TypeError, AttributeError) as error:
+        # Other fields than ours: a gateway and a pool of different versions.
+        raise ValueError(f"not a snapshot of this version: {error}") from None
+
+
+def _decode(data: Any, before: Snapshot | None) -> Snapshot:
     if not isinstance(data, dict) or (before is None and "boot" not in data):
         raise ValueError("a snapshot stream begins with a whole state")
     for name, kind in _NESTED.items():
