@@ -12,8 +12,9 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+import orjson
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import ORJSONResponse, PlainTextResponse
+from fastapi.responses import PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
@@ -150,25 +151,25 @@ class Gateway:
 
         @app.get("/health")
         async def health() -> Response:
-            return ORJSONResponse({"status": "ok"})
+            return _json({"status": "ok"})
 
         @app.get("/ready")
         async def ready() -> Response:
             experts = self._states()
             answering = [name for name, state in experts.items() if state["state"] == "device"]
             body = {"ready": bool(answering), "experts": experts}
-            return ORJSONResponse(body, status_code=200 if answering else 503)
+            return _json(body, status_code=200 if answering else 503)
 
         @app.get("/v1/models")
         async def models() -> Response:
-            return ORJSONResponse(catalog.listing(self._config, self._states(), self._created_s))
+            return _json(catalog.listing(self._config, self._states(), self._created_s))
 
         @app.get("/v1/models/{name:path}")
         async def model(name: str) -> Response:
             entry = catalog.entry(self._config, self._states(), self._created_s, name)
             if entry is None:
                 raise UnknownModel(f"the model {name[:128]!r} does not exist", param="model")
-            return ORJSONResponse(entry)
+            return _json(entry)
 
         @app.get("/metrics")
         async def metrics() -> Response:
@@ -176,7 +177,7 @@ class Gateway:
 
         @app.get("/openapi.json")
         async def openapi() -> Response:
-            return ORJSONResponse(describe(self._config))
+            return _json(describe(self._config))
 
         @app.exception_handler(CoeError)
         async def known(request: Request, error: CoeError) -> Response:
@@ -232,6 +233,10 @@ def _headers(plan: Plan, route_s: float) -> list[tuple[bytes, bytes]]:
         headers.append((b"x-coe-category", plan.category.encode()))
         headers.append((b"x-coe-confidence", f"{plan.confidence:.3f}".encode()))
     return headers
+
+
+def _json(body: dict[str, Any], *, status_code: int = 200) -> Response:
+    return Response(orjson.dumps(body), status_code, media_type="application/json")
 
 
 def _response(fault: Fault, *, status: int | None = None, headers: Any = None) -> Response:
