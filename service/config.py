@@ -32,7 +32,10 @@ def parse_bytes(value: object) -> object:
     if isinstance(value, str):
         match = _BYTES.match(value)
         if match is None:
-            raise ValueError('a number of bytes, or one with a unit such as "512MiB" or "2GB"')
+            raise ValueError(
+                'input should be a number of bytes, or one with a unit such as "512MiB" or "2GB", '
+                f"not {_shown(value)}"
+            )
         return int(float(match[1]) * _BYTE_UNITS[(match[2] or "").lower()])
     return value
 
@@ -320,8 +323,8 @@ def _check_names(config: Config) -> None:
 
 def _unknown(name: str, allowed: set[str]) -> str:
     close = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"no expert {name!r}{hint} Experts: {', '.join(sorted(allowed))}"
+    hint = f" did you mean {close[0]!r}?" if close else ""
+    return f"no expert {name!r};{hint} experts: {', '.join(sorted(allowed))}"
 
 
 def parse_config(text: str, source: str) -> Config:
@@ -366,19 +369,19 @@ def _shown(value: object) -> str:
 
 
 def _keys_at(path: tuple[int | str, ...]) -> set[str]:
-    model: type[BaseModel] = Config
-    sections: dict[str, type[BaseModel]] = {
-        "server": ServerConfig,
-        "router": RouterConfig,
-        "experts": ExpertConfig,
-        "pools": PoolConfig,
-        "remote": RemoteConfig,
-        "vllm": VllmOptions,
-        "simulated": SimulatedOptions,
+    # By kind of place, not by name: an expert or a pool may well be called "vllm".
+    sections: dict[tuple[str, ...], type[BaseModel]] = {
+        (): Config,
+        ("server",): ServerConfig,
+        ("router",): RouterConfig,
+        ("experts", "*"): ExpertConfig,
+        ("experts", "*", "remote"): RemoteConfig,
+        ("pools", "*"): PoolConfig,
+        ("pools", "*", "vllm"): VllmOptions,
+        ("pools", "*", "simulated"): SimulatedOptions,
     }
-    for part in path:
-        model = sections.get(str(part), model)
-    return set(model.model_fields)
+    place = tuple("*" if i == 1 else str(part) for i, part in enumerate(path))
+    return set(sections[place].model_fields)
 
 
 def load_config(path: Path) -> Config:
