@@ -62,7 +62,7 @@ class Planner:
             category = model[len(AUTO) + 1 :]
             if category not in self._map:
                 raise UnknownModel(
-                    f"no category {category!r}; categories: {', '.join(sorted(self._map))}",
+                    f"no category {category[:128]!r}; categories: {', '.join(sorted(self._map))}",
                     param="model",
                 )
             return self._able(asked, Plan((self._map[category],), category, 1.0, "named category"))
@@ -87,7 +87,8 @@ class Planner:
         return Plan(kept or able[:1], plan.category, plan.confidence, plan.reason, plan.scores)
 
     def _unknown(self, model: str) -> UnknownModel:
-        close = difflib.get_close_matches(model, self._experts, n=1)
+        # Names are that long at most, and likeness of megabytes takes seconds.
+        close = difflib.get_close_matches(model[:128], self._experts, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         return UnknownModel(
             f"the model {model[:128]!r} does not exist.{hint} "
