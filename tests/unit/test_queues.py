@@ -1,0 +1,72 @@
+"""Who waits and who runs in one slot."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.errors import OverCapacity
+from service.pool.queues import Queues
+
+
+def queues(capacity: int = 2, max_waiting: int = 3) -> Queues:
+    return Queues(("a", "b"), capacity=capacity, max_waiting=max_waiting)
+
+
+def test_runs_at_once_where_it_can() -> None:
+    q = queues()
+    assert q.offer("a", 0, ready=True).running
+    assert not q.offer("b", 0, ready=False).running
+    assert q.counts("a") == (0, 1)
+    assert q.counts("b") == (1, 0)
+    assert q.total == 2
+
+
+def test_a_late_one_does_not_overtake_those_that_wait() -> None:
+    q = queues(capacity=1)
+    first = q.offer("a", 0, ready=True)
+    second = q.offer("a", 1, ready=True)
+    q.close(first)
+    third = q.offer("a", 2, ready=True)
+    assert not third.running
+    assert q.grant({"a"}) == [second]
+
+
+def test_one_that_loads_does_not_hold_up_the_others() -> None:
+    q = queues(capacity=1)
+    loading = q.offer("b", 0, ready=False)
+    ready = q.offer("a", 1, ready=True)
+    assert q.grant({"a"}) == [ready]
+    assert not loading.running
+    q.close(ready)
+    assert q.grant({"a", "b"}) == [loading]
+
+
+def test_the_bound_is_per_expert_and_named() -> None:
+    q = queues(capacity=1, max_waiting=1)
+    q.offer("a", 0, ready=True)
+    q.offer("a", 0, ready=True)
+    q.offer("b", 0, ready=True)
+    with pytest.raises(OverCapacity) as caught:
+        q.offer("a", 0, ready=True)
+    assert caught.value.message == "expert 'a' has 1 requests waiting, and no more than 1 may"
+    assert q.total == 3
+
+
+def test_closing_twice_frees_once() -> None:
+    q = queues(capacity=1)
+    running = q.offer("a", 0, ready=True)
+    waiting = q.offer("a", 0, ready=True)
+    for _ in range(2):
+        q.close(running)
+        q.close(waiting)
+    assert q.total == 0
+    assert q.counts("a") == (0, 0)
+    assert q.offer("a", 0, ready=True).running
+
+
+def test_waiting_for_is_oldest_first() -> None:
+    q = queues()
+    first = q.offer("b", 0, ready=False)
+    q.offer("a", 0, ready=False)
+    second = q.offer("b", 1, ready=False)
+    assert q.waiting_for("b") == [first, second]
