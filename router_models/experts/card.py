@@ -54,7 +54,8 @@ def write(folder: Path, run: Run, split: Split, result: Comparison) -> None:
         ),
         "training time": f"{run.wall_s / 60:.1f} minutes, {run.tokens / run.wall_s:.0f} tokens/s",
         "hardware": (
-            f"{run.threads} threads of {cpu_name()}, shared with other work; "
+            f"{run.threads} {'thread' if run.threads == 1 else 'threads'} of {cpu_name()}, "
+            "shared with other work; "
             f"PyTorch {run.torch_version}, Python {platform.python_version()}, {run.dtype}"
         ),
     }
