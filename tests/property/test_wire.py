@@ -1,0 +1,138 @@
+"""What comes over the wire: snapshots come back whole, and no bytes can surprise a reader."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+
+import orjson
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.api.body import ENDPOINTS, read_asked
+from service.errors import CoeError
+from service.link.call import Call, parse_call
+from service.link.snapshot import ExpertState, Queue, Snapshot, Speed, decode, encode
+from service.types import Residency
+
+names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
+seconds = st.floats(0, 1e6, allow_nan=False)
+counts = st.integers(0, 2**53)
+states = st.builds(
+    ExpertState,
+    st.sampled_from(Residency),
+    seconds,
+    st.text(st.characters(codec="utf-8"), max_size=20),
+    counts,
+    st.dictionaries(names, names, max_size=2),
+)
+snapshots = st.builds(
+    Snapshot,
+    boot=st.just("boot"),
+    kind=st.just("cpu"),
+    seq=counts,
+    draining=st.booleans(),
+    experts=st.dictionaries(names, states, max_size=3),
+    queues=st.dictionaries(names, st.builds(Queue, counts, counts), max_size=3),
+    capacity=st.dictionaries(names, counts, max_size=3),
+    speeds=st.dictionaries(names, st.builds(Speed, seconds, seconds), max_size=3),
+    acks=st.dictionaries(names, counts, max_size=3),
+)
+
+
+@given(st.lists(snapshots, min_size=1, max_size=5))
+def test_a_stream_of_snapshots_comes_back_whole(told: list[Snapshot]) -> None:
+    sent: Snapshot | None = None
+    heard: Snapshot | None = None
+    for snapshot in told:
+        line = encode(snapshot, sent)
+        assert line.count(b"\n") == 1
+        assert line.endswith(b"\n")
+        heard = decode(line, heard)
+        sent = snapshot
+        assert heard == snapshot
+
+
+def _dumped(value: object) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # integers of over 64 bits, lone surrogates
+        return json.dumps(value).encode()
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+fields = st.sampled_from(
+    ["boot", "kind", "seq", "draining", "experts", "queues", "capacity", "speeds", "acks", "x"]
+)
+
+
+@given(
+    st.binary() | st.dictionaries(fields, json_values).map(_dumped),
+    st.none() | snapshots,
+)
+def test_a_strange_line_is_a_snapshot_or_a_value_error(
+    line: bytes, before: Snapshot | None
+) -> None:
+    with suppress(ValueError):
+        decode(line, before)
+
+
+request_fields = st.sampled_from(
+    ["model", "messages", "prompt", "input", "stream", "tools", "tool_choice", "response_format"]
+)
+bodies = (
+    st.binary()
+    | json_values.map(_dumped)
+    | st.dictionaries(request_fields, json_values).map(_dumped)
+)
+headers = st.dictionaries(
+    st.sampled_from([b"x-request-id", b"x-coe-deadline-ms", b"content-type"]), st.binary()
+)
+
+
+@given(st.sampled_from(ENDPOINTS), bodies, headers)
+def test_any_body_is_understood_or_refused(
+    endpoint: str, raw: bytes, given_headers: dict[bytes, bytes]
+) -> None:
+    try:
+        asked = read_asked(endpoint, raw, given_headers, 1000)
+    except CoeError:
+        return
+    assert asked.client_id.isascii()
+    assert asked.client_id.isprintable()
+    assert 1 <= asked.deadline_ms <= 86_400_000
+    with suppress(CoeError):
+        assert orjson.loads(asked.body_for("somebody"))["model"] == "somebody"
+
+
+calls = st.builds(
+    Call,
+    st.sampled_from(ENDPOINTS),
+    st.from_regex(r"\A[A-Za-z0-9._:/-]{1,20}\Z"),
+    st.from_regex(r"\A[a-f0-9]{4}\Z"),
+    counts,
+    st.booleans(),
+    st.from_regex(r"\A[a-f0-9]{4}\Z"),
+    counts,
+)
+
+
+@given(calls)
+def test_a_call_comes_back_from_its_headers(call: Call) -> None:
+    told = {name.encode(): value.encode() for name, value in call.headers().items()}
+    assert parse_call(call.endpoint, told) == call
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*(n.encode() for n in Call("", "", "", 0, True, "", 0).headers())]),
+        st.binary(),
+    )
+)
+def test_strange_headers_are_refused(given_headers: dict[bytes, bytes]) -> None:
+    with suppress(CoeError):
+        parse_call("/v1/completions", given_headers)
