@@ -111,7 +111,6 @@ class SwapExtension:
                 host_bytes=max(_tensor_bytes(model), _resident_bytes() - before),
                 fill_s=time.monotonic() - began_s,
             )
-            _record_probes(held)
         except Exception as error:
             state.filling[expert].error = f"{type(error).__name__}: {error}".splitlines()[0][:400]
             return
@@ -122,6 +121,10 @@ class SwapExtension:
         """`{"state": "host" | "filling" | "failed" | "disk", …}`. A failure is told once."""
         state = self._coe()
         if (held := state.held.get(expert)) is not None:
+            if not held.probes:
+                # Not in the thread that loaded it: oneDNN's kernels here share one
+                # scratch pad, and two threads in it spoil each other's products.
+                _record_probes(held)
             return {"state": "host", "host_bytes": held.host_bytes, "fill_s": held.fill_s}
         filling = state.filling.get(expert)
         if filling is None:
