@@ -22,7 +22,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from router_models.demo_prompts import library_functions, templated
+from router_models.demo_prompts import DATA, library_functions, templated
 from router_models.linear import (
     Corpus,
     calibration_error,
@@ -254,7 +254,7 @@ def fingerprints(data: Path) -> list[dict[str, str]]:
         }
         for name, (source, licence) in _FILES.items()
     ]
-    own = Path(__file__).with_name("demo_prompts.py")
+    own = DATA
     found.append(
         {
             "file": own.name,

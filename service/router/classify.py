@@ -8,6 +8,7 @@ under a millisecond, so it runs on the event loop.
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,19 @@ from service.types import CategoryScores
 GENERAL = "general"
 """The category of prompts that the classifier is unsure of, or that are far from all it saw."""
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """All that the linear model says of one prompt: its category scores and its factors.
+
+    `factors` (factors,) estimate how hard the prompt is for which experts; an
+    artifact that only classifies has none of them.
+    """
+
+    scores: CategoryScores
+    factors: Floats
 
 
 class Classifier:
@@ -39,9 +52,12 @@ class Classifier:
         temperature: float,
         min_confidence: float,
         max_novelty: float,
+        factor_weight: NDArray[np.floating] | None = None,
+        factor_bias: NDArray[np.floating] | None = None,
     ) -> None:
         """`idf` is (buckets,), `weight` (buckets, labels), `bias` (labels,); `known` is the
-        bitmap of seen marks, packed by `numpy.packbits`, (2**known_bits / 8,)."""
+        bitmap of seen marks, packed by `numpy.packbits`, (2**known_bits / 8,).
+        `factor_weight` is (buckets, factors), `factor_bias` (factors,)."""
         self.labels = labels
         self.spec = spec
         self.min_confidence = min_confidence
@@ -49,10 +65,16 @@ class Classifier:
         self._featurizer = Featurizer(spec)
         scale = np.asarray(idf, dtype=np.float32)
         self._square = scale * scale
-        # The inverse document frequency and the temperature are folded in once.
-        self._weight = scale[:, None] * np.asarray(weight, dtype=np.float32)
-        self._weight /= np.float32(temperature)
-        self._bias = np.asarray(bias, dtype=np.float32) / np.float32(temperature)
+        # Inverse document frequency and temperature are folded in once, and the
+        # factors stand beside the labels, so that one pass over the n-grams does both.
+        columns = [np.asarray(weight, dtype=np.float32) / np.float32(temperature)]
+        biases = [np.asarray(bias, dtype=np.float64) / temperature]
+        if factor_weight is not None and factor_bias is not None:
+            columns.append(np.asarray(factor_weight, dtype=np.float32))
+            biases.append(np.asarray(factor_bias, dtype=np.float64))
+        self._weight = np.concatenate(columns, axis=1)
+        self._weight *= scale[:, None]
+        self._bias = np.concatenate(biases)
         self._known = np.unpackbits(known).view(np.bool_)
 
     @classmethod
@@ -80,7 +102,14 @@ class Classifier:
         known = artifact.tensor("classifier.known", ((1 << spec.known_bits) // 8,))
         if known.dtype != np.uint8:
             raise ArtifactError(f"{artifact.path}: classifier.known must be uint8")
+        factors = section.get("factors", 0)
+        if not isinstance(factors, int) or not 0 <= factors <= 256:
+            raise ArtifactError(f"{artifact.path}: manifest, classifier: factors must be 0..256")
         return cls(
+            factor_weight=artifact.tensor("classifier.factor_weight", (spec.buckets, factors))
+            if factors
+            else None,
+            factor_bias=artifact.tensor("classifier.factor_bias", (factors,)) if factors else None,
             spec=spec,
             labels=labels,
             idf=artifact.tensor("classifier.idf", (spec.buckets,)),
@@ -104,12 +133,17 @@ class Classifier:
 
     def classify(self, text: str) -> CategoryScores:
         """Posterior over `labels` for one text; any `str` is taken, the empty one too."""
-        features = self._featurizer(text)
-        return self.decide(self.posterior(features), self.novelty(features))
+        return self.assess(text).scores
 
-    def posterior(self, features: Features) -> NDArray[np.float64]:
-        """Calibrated probabilities, (labels,), that sum to 1."""
-        logits = self._bias.astype(np.float64)
+    def assess(self, text: str) -> Assessment:
+        """Posterior and factors of one text; any `str` is taken, the empty one too."""
+        features = self._featurizer(text)
+        posterior, factors = self.infer(features)
+        return Assessment(self.decide(posterior, self.novelty(features)), factors)
+
+    def infer(self, features: Features) -> tuple[Floats, Floats]:
+        """Calibrated probabilities, (labels,), that sum to 1, and factors, (factors,)."""
+        outputs = self._bias.copy()
         values = np.log(features.counts.astype(np.float32)) + np.float32(1)
         edges = (0, features.chars, len(values))
         for start, end in itertools.pairwise(edges):
@@ -118,18 +152,18 @@ class Classifier:
             buckets, value = features.buckets[start:end], values[start:end]
             length = float(np.sqrt((value * value) @ self._square[buckets]))
             if length > 0:
-                logits += (value @ self._weight[buckets]) / length
-        logits -= logits.max()
-        odds = np.exp(logits)
-        return np.asarray(odds / odds.sum())
+                outputs += (value @ self._weight[buckets]) / length
+        logits, factors = outputs[: len(self.labels)], outputs[len(self.labels) :]
+        odds = np.exp(logits - logits.max())
+        return odds / odds.sum(), factors
 
     def novelty(self, features: Features) -> float:
-        """Share of the text's character 4-grams and words never seen in training; 1 if it has none."""
+        """Share of the character 4-grams and words not seen in training; 1 if there are none."""
         if not len(features.marks):
             return 1.0
         return 1.0 - float(np.count_nonzero(self._known[features.marks])) / len(features.marks)
 
-    def decide(self, posterior: NDArray[np.float64], novelty: float) -> CategoryScores:
+    def decide(self, posterior: Floats, novelty: float) -> CategoryScores:
         """The posterior with the label to act on: `general` where unsure or far from training."""
         best = int(posterior.argmax())
         confidence = float(posterior[best])

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.router.classify import GENERAL, Classifier
+from service.router.classify import GENERAL, Assessment, Classifier
 from service.types import CategoryScores
 
 MAX_TURNS = 6
@@ -35,6 +35,7 @@ _POINTING = re.compile(
     r"|\b(?:it|its|them|those|instead|same|above|previous)\b",
     re.IGNORECASE,
 )
+_NEGLIGIBLE = 0.02
 _MAX_COUNTED_WORDS = 200
 _MAX_PARTS = 10_000
 
@@ -79,42 +80,51 @@ def content_words(text: str) -> int:
 
 
 def classify_turns(classifier: Classifier, turns: Sequence[str]) -> CategoryScores:
-    """Posterior of a conversation's last user turn in its context.
+    """The category scores of `assess_turns`."""
+    return assess_turns(classifier, turns).scores
 
-    `turns` are the user's texts, oldest first. One turn is classified as it
-    is; none at all as the empty text. A turn too strange to classify stands
-    for `general`, where the classifier knows that label.
+
+def assess_turns(classifier: Classifier, turns: Sequence[str]) -> Assessment:
+    """Posterior and factors of a conversation's last user turn in its context.
+
+    `turns` are the user's texts, oldest first. One turn is assessed as it is;
+    none at all as the empty text. A turn too strange to classify stands for
+    `general`, where the classifier knows that label.
     """
     last = turns[-MAX_TURNS:]
-    if not last:
-        return classifier.classify("")
-    if len(last) == 1:
-        return classifier.classify(last[0])
-    combined: NDArray[np.float64] | None = None
-    novelty = 1.0
-    for index, text in enumerate(last):
+    if len(last) <= 1:
+        return classifier.assess(last[0] if last else "")
+    labels = len(classifier.labels)
+    combined = np.zeros(0)
+    novelty, left = 0.0, 1.0
+    # From the last turn back, until what is left for earlier ones no longer matters.
+    for age, text in enumerate(reversed(last)):
+        oldest = age == len(last) - 1
         words = content_words(text)
-        if combined is not None and words == 0:
+        if words == 0 and not oldest:
             continue
-        if index < len(last) - 1:
-            text = _edges(text)
-        features = classifier.features(text)
+        features = classifier.features(text if age == 0 else _edges(text))
         strange = classifier.novelty(features)
-        posterior = classifier.posterior(features)
+        posterior, factors = classifier.infer(features)
         if strange > classifier.max_novelty and GENERAL in classifier.labels:
-            posterior = np.zeros(len(classifier.labels))
+            posterior = np.zeros(labels)
             posterior[classifier.labels.index(GENERAL)] = 1.0
-        if combined is None:
-            combined, novelty = posterior, strange
-            continue
-        half = _HALF_WORDS_POINTING if _POINTING.search(text[:200]) else _HALF_WORDS
-        share = words / (words + half)
-        # A turn that could be of any kind ("what about the second one?") says less.
-        share *= _certainty(posterior) ** 0.5
-        combined = share * posterior + (1 - share) * combined
-        novelty = share * strange + (1 - share) * novelty
-    assert combined is not None
-    return classifier.decide(combined / combined.sum(), novelty)
+        if oldest:
+            share = left
+        else:
+            half = _HALF_WORDS_POINTING if _POINTING.search(text[:200]) else _HALF_WORDS
+            # A turn that could be of any kind ("what about the second one?") says less.
+            share = left * words / (words + half) * _certainty(posterior) ** 0.5
+        turn = share * np.concatenate((posterior, factors))
+        combined = combined + turn if len(combined) else turn
+        novelty += share * strange
+        left -= share
+        if left < _NEGLIGIBLE:
+            break
+    total = 1.0 - left if left > 0 else 1.0
+    combined /= total
+    posterior = combined[:labels] / combined[:labels].sum()
+    return Assessment(classifier.decide(posterior, min(novelty / total, 1.0)), combined[labels:])
 
 
 def classify_body(classifier: Classifier, body: Mapping[str, Any]) -> CategoryScores:

@@ -34,6 +34,8 @@ _ORDER_STEP = 0x27D4EB2F
 _MASK = 0xFFFFFFFF
 
 _MARK_CHARS = 4
+# Sorting few ids is quicker than a table of all buckets.
+_SORT_BELOW = 4000
 _ASCII_FOLD = bytes(
     ord("0") if 48 <= c <= 57 else (c + 32 if 65 <= c <= 90 else c) for c in range(256)
 )
@@ -201,6 +203,11 @@ def _powers(base: int, length: int) -> Ids:
 def _count(ids: list[Ids], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Occupied buckets of 0..size-1, ascending, and how often each occurs."""
     joined = np.concatenate(ids) if ids else np.empty(0, dtype=np.uint32)
+    if len(joined) < _SORT_BELOW:
+        ordered = np.sort(joined)
+        first = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
+        first = first[: len(ordered)]
+        return ordered[first].astype(np.int64), np.diff(first, append=len(ordered))
     table = np.bincount(joined.astype(np.int64), minlength=size)
     buckets = np.flatnonzero(table)
     return buckets, table[buckets]

@@ -72,3 +72,11 @@ def test_any_text_is_taken(text: str) -> None:
 def test_the_spec_survives_json() -> None:
     spec = FeatureSpec(char_orders=(3,), bits=12)
     assert FeatureSpec.from_json(spec.to_json()) == spec
+
+
+def test_few_and_many_ids_are_counted_alike() -> None:
+    spec = FeatureSpec(char_orders=(1,), word_orders=())
+    featurizer = Featurizer(spec)
+    few, many = featurizer("abcab" * 10), featurizer("abcab" * 1000)
+    assert few.buckets.tolist() == many.buckets.tolist()
+    assert (few.counts * 100).tolist() == many.counts.tolist()

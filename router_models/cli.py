@@ -1,0 +1,133 @@
+"""`coe router`: the commands that fit and judge routers. Owns their options.
+
+The work is imported when a command runs, so that `coe --help` stays quick.
+Also `python -m router_models.cli`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+def _names(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
+    if value is None:
+        return None
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    if not names:
+        raise click.BadParameter("expected names with commas between them")
+    return names
+
+
+def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> list[float] | None:
+    if value is None:
+        return None
+    try:
+        numbers = [float(part) for part in value.split(",") if part.strip()]
+    except ValueError as error:
+        raise click.BadParameter("expected numbers with commas between them") from error
+    if not numbers or not all(math.isfinite(n) and n >= 0 for n in numbers):
+        raise click.BadParameter("expected numbers >= 0 with commas between them")
+    return numbers
+
+
+class _Files(click.Command):
+    """A command whose --outcomes takes every word up to the next option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        inside = False
+        for i, word in enumerate(args):
+            if word.startswith("-"):
+                inside = word == "--outcomes"
+                spread.append(word)
+            elif inside and args[i - 1] != "--outcomes":
+                spread += ["--outcomes", word]
+            else:
+                spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+def _shared(command: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.option(
+            "--outcomes",
+            type=_FILE,
+            multiple=True,
+            required=True,
+            metavar="FILE...",
+            help="Recorded outcomes, one JSON object a line, gzipped or not.",
+        ),
+        click.option(
+            "--costs", type=_FILE, required=True, help="JSON: {expert: cost of one call}."
+        ),
+        click.option("--experts", callback=_names, help="Only these, with commas between."),
+        click.option("--budgets", callback=_numbers, help="Mean costs to report at: 5,10,…"),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _guarded(work: Callable[[], Any]) -> Any:
+    """Run; what the user can mend becomes one line."""
+    from service.errors import CoeError
+
+    try:
+        return work()
+    except CoeError as error:
+        raise click.ClickException(error.message) from error
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _note(line: str) -> None:
+    click.echo(line, err=True)
+
+
+@click.group(name="router")
+def group() -> None:
+    """Fit and judge routers on recorded outcomes."""
+
+
+@group.command(cls=_Files)
+@_shared
+@click.option("--folds", type=click.IntRange(0, 50), default=0, help="Judge out of K folds.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="NAME@VERSION folder.")
+@click.option("--sizes", type=_FILE, help="JSON: {expert: size}; solves what to hold in memory.")
+@click.option("--memory", type=float, default=math.inf, help="Memory, in the unit of --sizes.")
+@click.option("--budget", type=float, default=math.inf, help="Mean cost the composition may have.")
+def fit(**options: Any) -> None:
+    """Fit a router and write it as an artifact."""
+    from router_models import fit as work
+
+    options["outcomes"] = list(options["outcomes"])
+    _guarded(lambda: work.run(**options, say=_note))
+
+
+@group.command(cls=_Files)
+@_shared
+@click.option("--artifact", type=click.Path(path_type=Path), required=True, help="Its folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--plot", "plot_to", type=_FILE, help="Draw the frontier into this PNG.")
+def evaluate(as_json: bool, **options: Any) -> None:
+    """Judge an artifact on rows that it was not fitted on."""
+    from router_models import evaluate as work
+
+    options["outcomes"] = list(options["outcomes"])
+    result = _guarded(lambda: work.run(**options, say=_note))
+    if as_json:
+        click.echo(json.dumps(result, allow_nan=False))
+    else:
+        click.echo("\n".join(work.readable(result)))
+
+
+if __name__ == "__main__":
+    group()

@@ -1,0 +1,122 @@
+"""Which experts to buy memory for, and which category goes to which recipe. Owns that problem.
+
+    max  Σ_c p_c Σ_r W[c,r]·x[c,r]
+    s.t. Σ_r x[c,r] = 1,  x[c,r] ≤ y[e] for every expert e that r may ask,
+         Σ_e bytes[e]·y[e] ≤ memory,  Σ_c p_c Σ_r cost[c,r]·x[c,r] ≤ budget,
+         x, y ∈ {0, 1}
+
+Solved exactly by HiGHS (Huangfu and Hall, 2018) through `scipy.optimize.milp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from service.router.map import Recipe
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """The best choice: experts held, recipe for each category, expected score and cost a call."""
+
+    experts: tuple[str, ...]
+    recipes: dict[str, str]
+    score: float
+    cost: float
+    memory: float
+
+
+def compose(
+    *,
+    categories: Sequence[str],
+    recipes: Sequence[Recipe],
+    prior: Floats,
+    score: Floats,
+    cost: Floats,
+    sizes: Mapping[str, float],
+    memory: float = np.inf,
+    budget: float = np.inf,
+    time_limit_s: float = 60.0,
+) -> Composition:
+    """The exact optimum. `prior` (C,), `score` and `cost` (C, R); `sizes` and `memory` in one unit.
+
+    Raises ValueError where an expert has no size, or no choice fits both bounds.
+    """
+    experts = tuple(dict.fromkeys(e for recipe in recipes for e in recipe.experts))
+    unknown = [e for e in experts if e not in sizes]
+    if unknown:
+        raise ValueError(f"no size is given for {', '.join(unknown)}")
+    cells, count, held = len(categories), len(recipes), len(experts)
+    x_count = cells * count
+    size = np.array([float(sizes[e]) for e in experts])
+    gain = np.concatenate(((prior[:, None] * score).ravel(), np.zeros(held)))
+    spent = np.concatenate(((prior[:, None] * cost).ravel(), np.zeros(held)))
+    # Among equal optima the one that holds less and costs less.
+    thrift = 1e-7 * np.concatenate(
+        (spent[:x_count] / max(float(spent.max()), 1e-12), size / max(float(size.max()), 1e-12))
+    )
+    constraints = [
+        LinearConstraint(
+            sparse.csr_matrix(
+                (np.ones(x_count), (np.repeat(np.arange(cells), count), np.arange(x_count))),
+                shape=(cells, x_count + held),
+            ),
+            1,
+            1,
+        )
+    ]
+    # One row for each expert and recipe: Σ_c x[c, r] ≤ C·y[e] is weaker than a row a cell,
+    # which HiGHS solves faster because its relaxation is tight.
+    rows: list[int] = []
+    columns: list[int] = []
+    values: list[float] = []
+    row = 0
+    for r, recipe in enumerate(recipes):
+        for expert in recipe.experts:
+            for c in range(cells):
+                rows += [row, row]
+                columns += [c * count + r, x_count + experts.index(expert)]
+                values += [1.0, -1.0]
+                row += 1
+    constraints.append(
+        LinearConstraint(
+            sparse.csr_matrix((values, (rows, columns)), shape=(row, x_count + held)), -np.inf, 0
+        )
+    )
+    if np.isfinite(memory):
+        constraints.append(
+            LinearConstraint(np.concatenate((np.zeros(x_count), size))[None], -np.inf, memory)
+        )
+    if np.isfinite(budget):
+        constraints.append(LinearConstraint(spent[None], -np.inf, budget))
+    found = milp(
+        thrift - gain,
+        integrality=np.ones(x_count + held),
+        bounds=Bounds(0, 1),
+        constraints=constraints,
+        options={"time_limit": time_limit_s, "mip_rel_gap": 0.0},
+    )
+    if found.x is None:
+        raise ValueError(
+            f"no choice of experts fits memory {memory:g} and budget {budget:g}: {found.message}"
+        )
+    x = found.x[:x_count].reshape(cells, count) > 0.5
+    chosen = x.argmax(axis=1)
+    at = np.arange(cells)
+    used = {e for r in chosen for e in recipes[r].experts}
+    kept = tuple(e for e in experts if e in used)
+    return Composition(
+        experts=kept,
+        recipes={name: recipes[r].name for name, r in zip(categories, chosen, strict=True)},
+        score=float(prior @ score[at, chosen]),
+        cost=float(prior @ cost[at, chosen]),
+        memory=float(sum(sizes[e] for e in kept)),
+    )
