@@ -13,16 +13,18 @@ from service.api.gateway import Gateway
 from service.api.plan import Planner
 from service.api.relay import Relay, RemoteSeat
 from service.config import Config, PoolConfig
-from service.engine.protocol import Engine
+from service.engine.protocol import Engine, SwappingEngine
 from service.engine.remote import RemoteEngine
 from service.engine.simulated import SimulatedEngine
-from service.errors import CoeError
+from service.errors import CoeError, ConfigError
 from service.link.call import Call
 from service.link.directory import Directory
 from service.link.server import PoolApp
-from service.models import locate, pull
+from service.models import ModelInfo, inspect_model, locate, pull
+from service.pool.planner import Policy
 from service.pool.pool import Pool
 from service.pool.slot import Slot
+from service.pool.swap_slot import SwapSlot, Unit
 from service.router.classify import Classifier
 from service.router.conversation import classify_body
 from service.telemetry.pool_metrics import PoolCollector, pool_text
@@ -32,6 +34,9 @@ log = logging.getLogger("coe.app")
 
 # What a first start takes before one has been measured.
 _VLLM_START_S = 40.0
+_FILL_GUESS_S = 5.0
+_SWAP_GUESS_S = 0.05
+_WEIGHTS_GUESS_BYTES = 1024**3
 
 
 class GatewayProcess:
@@ -109,26 +114,76 @@ class PoolProcess:
 
 
 def build_pool(config: Config, kind: str) -> Pool:
-    """A pool of this kind: one slot for each expert with full weights, with its adapters."""
+    """A pool of this kind with its slots.
+
+    A slot for each unit (an expert with full weights, and its adapters); with fewer
+    slots than units, each slot is shared by several, which take turns in it.
+    """
     settings = config.pools[kind]
     pool = Pool(kind)
-    held = config.local_experts(kind)
-    for base in held:
-        if config.experts[base].base is not None:
-            continue
-        adapters = tuple(name for name in held if config.experts[name].base == base)
-        simulated = settings.engine == "simulated"
-        pool.add(
-            Slot(
-                (base, *adapters),
-                partial(_build_engine, config, settings, base, adapters),
-                capacity=settings.max_running,
-                max_waiting=settings.max_queue,
-                start_guess_s=settings.simulated.load_s if simulated else _VLLM_START_S,
-                changed=pool.changed,
-            )
-        )
+    units = config.units(kind)
+    if settings.slots is None or settings.slots >= len(units):
+        for unit in units:
+            pool.add(_own_slot(config, settings, unit, pool.changed))
+    else:
+        for i in range(settings.slots):
+            pool.add(_shared_slot(config, settings, units[i :: settings.slots], pool.changed))
     return pool
+
+
+def _own_slot(
+    config: Config, settings: PoolConfig, unit: tuple[str, ...], changed: Callable[[], None]
+) -> Slot:
+    base, *adapters = unit
+    simulated = settings.engine == "simulated"
+    return Slot(
+        unit,
+        partial(_build_engine, config, settings, base, tuple(adapters)),
+        capacity=settings.max_running,
+        max_waiting=settings.max_queue,
+        start_guess_s=settings.simulated.load_s if simulated else _VLLM_START_S,
+        changed=changed,
+    )
+
+
+def _shared_slot(
+    config: Config,
+    settings: PoolConfig,
+    units: tuple[tuple[str, ...], ...],
+    changed: Callable[[], None],
+) -> SwapSlot:
+    simulated = settings.engine == "simulated"
+    canaries: dict[str, str] = {}
+    swap = settings.swap
+    return SwapSlot(
+        tuple(Unit(unit[0], unit, config.experts[unit[0]].pinned) for unit in units),
+        partial(_build_swapping, config, settings, units, canaries),
+        Policy(
+            min_stay_s=swap.min_stay_s,
+            max_wait_s=swap.max_wait_s,
+            host_bytes=swap.host_bytes,
+            prefetch=swap.prefetch,
+        ),
+        capacity=settings.max_running,
+        max_waiting=settings.max_queue,
+        start_guess_s=settings.simulated.load_s if simulated else _VLLM_START_S,
+        size_guess_bytes=_WEIGHTS_GUESS_BYTES,
+        fill_guess_s=settings.simulated.fill_s if simulated else _FILL_GUESS_S,
+        swap_guess_s=settings.simulated.swap_s if simulated else _SWAP_GUESS_S,
+        changed=changed,
+    )
+
+
+def _folder(config: Config, expert: str) -> str:
+    """Where an expert's full weights are, fetched first if need be. Raises ModelStoreError."""
+    settings = config.experts[expert]
+    source = settings.model if settings.base is None else config.experts[settings.base].model
+    assert source is not None
+    root = Path(config.models_dir) if config.models_dir is not None else None
+    folder = locate(source, root=root) or pull(source, dest_root=root)
+    # Says what is wrong with the files better than an engine that fails to start.
+    inspect_model(folder)
+    return str(folder)
 
 
 def _build_engine(
@@ -136,12 +191,59 @@ def _build_engine(
 ) -> Engine:
     if settings.engine == "simulated":
         return SimulatedEngine((base, *adapters), settings.simulated)
+    if config.experts[base].form == "merged":
+        return _build_swapping(config, settings, ((base,),), {}, base)
+    return _build_vllm(config, settings, base, adapters)
+
+
+def _build_vllm(
+    config: Config, settings: PoolConfig, base: str, adapters: tuple[str, ...]
+) -> SwappingEngine:
     # Imported here: it takes seconds, and only a pool with real engines needs it.
     from service.engine.vllm import VllmEngine, VllmModel
 
-    source = config.experts[base].model
-    assert source is not None
-    root = Path(config.models_dir) if config.models_dir is not None else None
-    folder = locate(source, root=root) or pull(source, dest_root=root)
     paths = {name: str(config.experts[name].adapter) for name in adapters}
-    return VllmEngine(VllmModel(base, str(folder), paths), settings.vllm, on_cpu=settings.gpus == 0)
+    model = VllmModel(base, _folder(config, base), paths)
+    return VllmEngine(model, settings.vllm, on_cpu=settings.gpus == 0)
+
+
+def _build_swapping(
+    config: Config,
+    settings: PoolConfig,
+    units: tuple[tuple[str, ...], ...],
+    canaries: dict[str, str],
+    first: str,
+) -> SwappingEngine:
+    """An engine that starts with `first`, and can run all units of its family."""
+    if settings.engine == "simulated":
+        names = tuple(name for unit in units for name in unit)
+        return SimulatedEngine(names, settings.simulated)
+    from service.engine.vllm_swap import SwappingVllmEngine, Weights
+
+    adapters = next(unit[1:] for unit in units if unit[0] == first)
+    if adapters:
+        return _build_vllm(config, settings, first, adapters)
+    family = _family(config, first)
+    weights = {}
+    for unit in units:
+        # A unit with adapters needs an engine made for adapters: not this one.
+        if unit[0] != first and (len(unit) > 1 or _family(config, unit[0]) != family):
+            continue
+        expert = config.experts[unit[0]]
+        adapter = expert.adapter if expert.form == "merged" else None
+        weights[unit[0]] = Weights(_folder(config, unit[0]), adapter, expert.strength)
+    return SwappingVllmEngine(
+        first,
+        weights,
+        settings.vllm,
+        on_cpu=settings.gpus == 0,
+        canary_every=settings.swap.canary_every,
+        canaries=canaries,
+    )
+
+
+def _family(config: Config, expert: str) -> str:
+    info = inspect_model(Path(_folder(config, expert)))
+    if not isinstance(info, ModelInfo):
+        raise ConfigError(f"experts.{expert}.model: this folder holds an adapter, not a model")
+    return info.family

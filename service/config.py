@@ -110,6 +110,18 @@ class ExpertConfig(_Section):
     base: str | None = Field(None, description="LoRA: the expert that has the base's full weights.")
     adapter: str | None = Field(None, description="LoRA: folder of the adapter.")
     remote: RemoteConfig | None = Field(None, description="A remote endpoint.")
+    form: Literal["adapter", "merged"] = Field(
+        "adapter",
+        description="How an adapter is served. adapter: beside its base, in one batch with it. "
+        "merged: added to the base's weights once, as full weights of the base's family; "
+        "faster on CPU, and a swap away.",
+    )
+    strength: float = Field(
+        1.0, gt=0, le=4, description="merged: how much of the adapter is added."
+    )
+    pinned: bool = Field(
+        False, description="Keep its weights in host memory, whatever else wants the room."
+    )
     categories: tuple[str, ...] = Field(
         (), description="Categories that `auto` sends to this expert."
     )
@@ -125,6 +137,10 @@ class ExpertConfig(_Section):
             raise ValueError("exactly one of model, base (with adapter), remote")
         if (self.base is None) != (self.adapter is None):
             raise ValueError("base and adapter go together")
+        if self.adapter is None and self.form == "merged":
+            raise ValueError("form merged needs base and adapter")
+        if self.form == "adapter" and self.strength != 1.0:
+            raise ValueError("strength needs form merged")
         return self
 
 
@@ -161,10 +177,37 @@ class VllmOptions(_Section):
     )
 
 
+class SwapOptions(_Section):
+    """How the experts of a pool that share a slot take turns."""
+
+    min_stay_s: float = Field(
+        1.0, ge=0, description="Shortest time an expert with work keeps the slot, in s."
+    )
+    max_wait_s: float = Field(
+        30.0, gt=0, description="Bound on waiting for a swap that the slot aims at, in s."
+    )
+    host_bytes: Bytes | None = Field(
+        None,
+        description="Memory for experts' weights in a slot, the running one's included, in bytes. "
+        "Default: no bound.",
+    )
+    prefetch: bool = Field(
+        True, description="Bring the experts most in demand to host memory before they are asked."
+    )
+    canary_every: int = Field(
+        50,
+        ge=1,
+        description="Every how many swaps of an expert its first greedy tokens are compared with "
+        "those of its first load.",
+    )
+
+
 class SimulatedOptions(_Section):
     """The simulated engine: deterministic text at set speeds, for tests and load tests only."""
 
-    load_s: float = Field(0.0, ge=0, description="Time to load an expert, in s.")
+    load_s: float = Field(0.0, ge=0, description="Time to start an engine, in s.")
+    fill_s: float = Field(0.0, ge=0, description="Time to bring an expert to host memory, in s.")
+    swap_s: float = Field(0.0, ge=0, description="Time of a swap in place, in s.")
     prefill_tokens_per_s: float = Field(
         0.0, ge=0, description="Prompt tokens per second; 0: at once."
     )
@@ -185,6 +228,12 @@ class PoolConfig(_Section):
         None,
         description="Experts that this kind may hold. Default: every expert that is not remote.",
     )
+    slots: int | None = Field(
+        None,
+        ge=1,
+        description="Engines of a replica. Default: one for each expert with full weights. With "
+        "fewer, experts share them and are swapped in when asked for.",
+    )
     min_replicas: int = Field(1, ge=0, le=1024, description="Replicas kept running.")
     max_replicas: int | None = Field(
         None, ge=1, le=1024, description="Replicas under load. Default: min_replicas (at least 1)."
@@ -201,6 +250,7 @@ class PoolConfig(_Section):
         256, ge=0, description="Requests that may wait per expert; more get 503."
     )
     vllm: VllmOptions = Field(default_factory=lambda: VllmOptions())
+    swap: SwapOptions = Field(default_factory=lambda: SwapOptions())
     simulated: SimulatedOptions = Field(default_factory=lambda: SimulatedOptions())
 
     @model_validator(mode="after")
@@ -259,6 +309,26 @@ class Config(_Section):
             if expert.remote is None and (named is None or name in named)
         ]
         return tuple(sorted(names, key=lambda name: self.experts[name].base is not None))
+
+    def units(self, kind: str) -> tuple[tuple[str, ...], ...]:
+        """The experts of a pool by the weights they run on.
+
+        Each tuple begins with an expert that has full weights (or merged ones), and
+        goes on with the adapters of it.
+        """
+        held = self.local_experts(kind)
+        return tuple(
+            (
+                name,
+                *(
+                    other
+                    for other in held
+                    if self.experts[other].base == name and self.experts[other].form == "adapter"
+                ),
+            )
+            for name in held
+            if self.experts[name].model is not None or self.experts[name].form == "merged"
+        )
 
     def model_sources(self) -> dict[str, str]:
         """Where the weights come from that pools with real engines need: expert → source."""
@@ -378,6 +448,7 @@ def _keys_at(path: tuple[int | str, ...]) -> set[str]:
         ("experts", "*", "remote"): RemoteConfig,
         ("pools", "*"): PoolConfig,
         ("pools", "*", "vllm"): VllmOptions,
+        ("pools", "*", "swap"): SwapOptions,
         ("pools", "*", "simulated"): SimulatedOptions,
     }
     place = tuple("*" if i == 1 else str(part) for i, part in enumerate(path))

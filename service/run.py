@@ -24,7 +24,7 @@ from service.errors import CoeError
 from service.link.secret import make_secret
 
 _POLL_S = 0.5
-_SETTLED = {"device", "failed"}
+_SETTLED = {"device", "host", "failed"}
 
 
 class _Stop(Exception):
@@ -97,16 +97,21 @@ def _follow(config: Config, began_s: float) -> None:
                 _say(f"expert {name} answers ({time.monotonic() - began_s:.0f} s)")
             elif now == "failed":
                 _say(f"expert {name} failed: {state.get('reason', 'no reason given')}")
-        if experts and all(str(state["state"]) in _SETTLED for state in experts.values()):
+        if experts and all(map(_settled, experts.values())):
             return
         if time.monotonic() - last_tell_s > 5:
             last_tell_s = time.monotonic()
-            loading = {n: s for n, s in experts.items() if s["state"] not in _SETTLED}
+            loading = {n: s for n, s in experts.items() if not _settled(s)}
             if loading:
                 eta_s = max(float(state.get("eta_s", 0)) for state in loading.values())
                 about = f", about {eta_s:.0f} s to go" if eta_s else ""
                 _say(f"loading {', '.join(loading)}{about}")
         time.sleep(_POLL_S)
+
+
+def _settled(state: dict[str, Any]) -> bool:
+    # On disk without a reason: it shares a slot, and comes when it is asked for.
+    return state["state"] in _SETTLED or (state["state"] == "disk" and "reason" not in state)
 
 
 def _ready(config: Config) -> dict[str, dict[str, Any]]:

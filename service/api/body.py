@@ -101,11 +101,10 @@ def _check_prompt(endpoint: str, data: dict[str, Any]) -> None:
     if not isinstance(prompt, kinds):
         allowed = " or ".join("a string" if kind is str else "a list" for kind in kinds)
         raise InvalidRequest(f"`{name}` must be {allowed}, not {_kind(prompt)}", param=name)
-    if name == "messages":
+    if name == "messages" and isinstance(prompt, list):
         if not prompt:
             raise InvalidRequest("`messages` must hold at least one message", param=name)
-        messages: list[object] = list(prompt)
-        for i, message in enumerate(messages):
+        for i, message in enumerate(prompt):
             if not isinstance(message, dict):
                 raise InvalidRequest(
                     f"`messages[{i}]` must be an object, not {_kind(message)}",

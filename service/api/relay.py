@@ -29,7 +29,7 @@ from service.errors import (
     Unavailable,
     UpstreamError,
 )
-from service.link.call import QUEUE_MS, Call
+from service.link.call import QUEUE_MS, SWAP_MS, Call
 from service.link.client import PoolLink, PoolReply
 from service.link.directory import Directory
 from service.link.faults import FAULT_HEADER, sse_event
@@ -48,6 +48,7 @@ class Passage:
     expert: str = ""
     status: int = 0
     queue_ms: float = 0.0
+    swap_ms: float = 0.0
     first_byte_s: float = 0.0
     attempts: int = 0
     outcome: str = "ok"
@@ -206,6 +207,7 @@ class Relay:
             if name in answer.headers:
                 head.append((name.encode(), answer.headers[name].encode("latin-1")))
         reply.passage.queue_ms = float(answer.headers.get(QUEUE_MS, "0"))
+        reply.passage.swap_ms = float(answer.headers.get(SWAP_MS, "0"))
         if not content_type.startswith(b"text/event-stream"):
             body = await _whole(answer)
             head.append((b"content-length", str(len(body)).encode()))
@@ -294,7 +296,6 @@ class _Reply:
                 self.first_byte_limit.reschedule(None)
             given = message["headers"]
             self._streams = any(v.startswith(b"text/event-stream") for _, v in given)
-            queue_ms = f"{passage.queue_ms:.1f}".encode()
             message = {
                 "type": "http.response.start",
                 "status": message["status"],
@@ -302,7 +303,8 @@ class _Reply:
                     *given,
                     *self._headers,
                     (b"x-coe-expert", passage.expert.encode()),
-                    (QUEUE_MS.encode(), queue_ms),
+                    (QUEUE_MS.encode(), f"{passage.queue_ms:.1f}".encode()),
+                    (SWAP_MS.encode(), f"{passage.swap_ms:.1f}".encode()),
                 ],
             }
         await self._send(message)

@@ -59,3 +59,40 @@ class Engine(Protocol):
 
     async def stop(self) -> None:
         """Stop, and leave no process behind. Safe to call twice, and before `start`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """An expert's weights are in host memory: how many bytes, and how long it took."""
+
+    host_bytes: int
+    fill_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Exchanged:
+    """Another expert runs: how long it took, pause and resume included.
+
+    `ok` is false where a look at the weights found other ones than were loaded:
+    such an engine must not answer.
+    """
+
+    swap_s: float
+    ok: bool
+
+
+class SwappingEngine(Engine, Protocol):
+    """An engine that can hold several experts' weights and run one of them at a time."""
+
+    @property
+    def exchangeable(self) -> frozenset[str]:
+        """The experts that this engine can run after an exchange: those of one family."""
+
+    async def fill(self, expert: str) -> Filled:
+        """Bring an expert's weights to host memory, beside the running one. Raises ExpertFailed."""
+
+    async def exchange(self, expert: str) -> Exchanged:
+        """Run an expert whose weights are held. Nothing may be running. Raises ExpertFailed."""
+
+    async def drop(self, expert: str) -> None:
+        """Forget an expert's weights; not those of the running one."""

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from service.config import SimulatedOptions
-from service.engine.protocol import EngineReport, EngineRequest, Send
+from service.engine.protocol import EngineReport, EngineRequest, Exchanged, Filled, Send
 from service.errors import (
     CoeError,
     EngineDead,
@@ -29,6 +29,7 @@ ENDPOINTS = frozenset(
 )
 _WORDS = ("one", "small", "answer", "from", "an", "engine", "that", "only", "plays", "a", "part")
 _FINGERPRINT = "simulated"
+_WEIGHT_BYTES = 1024**3
 
 
 class SimulatedEngine:
@@ -40,6 +41,7 @@ class SimulatedEngine:
         self._loaded: set[str] = set()
         self._dead: str | None = None
         self._running = 0
+        self.swaps = 0
 
     async def start(self) -> EngineReport:
         """Take `load_s`. Raises ExpertFailed where `fail` is `load`."""
@@ -54,6 +56,29 @@ class SimulatedEngine:
         if expert not in self._experts:
             raise ExpertFailed(f"no weights for {expert!r}")
         self._loaded.add(expert)
+
+    @property
+    def exchangeable(self) -> frozenset[str]:
+        """All of its experts: they have no weights that could differ."""
+        return frozenset(self._experts)
+
+    async def fill(self, expert: str) -> Filled:
+        """Take `fill_s`."""
+        await asyncio.sleep(self._options.fill_s)
+        await self.load(expert)
+        return Filled(_WEIGHT_BYTES, self._options.fill_s)
+
+    async def exchange(self, expert: str) -> Exchanged:
+        """Take `swap_s`."""
+        if expert not in self._loaded:
+            raise ExpertFailed(f"the weights of {expert!r} are not held")
+        await asyncio.sleep(self._options.swap_s)
+        self.swaps += 1
+        return Exchanged(self._options.swap_s, ok=True)
+
+    async def drop(self, expert: str) -> None:
+        """Forget an expert."""
+        self._loaded.discard(expert)
 
     def failure(self) -> str | None:
         """Why it is dead, or None."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from service.config import VllmOptions
 from service.engine.held import HeldReply
-from service.engine.protocol import EngineReport, EngineRequest, Message, Send
+from service.engine.protocol import EngineReport, EngineRequest, Exchanged, Filled, Message, Send
 from service.errors import EngineDead, ExpertFailed
 
 GENERATE_ENDPOINTS = frozenset(
@@ -50,6 +50,7 @@ class VllmEngine:
         self._on_cpu = on_cpu
         self._llm: Any = None
         self._app: Any = None
+        self._args = Namespace()
         self._stopped = False
 
     def _frontend_args(self) -> Namespace:
@@ -97,16 +98,14 @@ class VllmEngine:
             return await self._start()
         except Exception as error:
             await self.stop()
-            raise ExpertFailed(_reason(error), retry_after_s=30) from error
+            raise ExpertFailed(first_line(error), retry_after_s=30) from error
 
     async def _start(self) -> EngineReport:
         from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-        from vllm.entrypoints.launchers.app import build_app
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        args = self._frontend_args()
+        args = self._args = self._frontend_args()
 
         def build() -> Any:
             engine_args = AsyncEngineArgs.from_cli_args(args)
@@ -129,11 +128,7 @@ class VllmEngine:
             await self.stop()
             raise
         tasks = await self._llm.get_supported_tasks()
-        app = build_app(args, tasks, self._llm.model_config)
-        await init_app_state(self._llm, app.state, args, tasks)
-        # vLLM's fault handlers tell its server to exit; here the pool decides.
-        app.state.server = SimpleNamespace(should_exit=False)
-        self._app = app
+        self._app = await self._openai_layer(args, self._llm, tasks)
         config = self._llm.vllm_config
         generates = "generate" in tasks
         return EngineReport(
@@ -149,6 +144,22 @@ class VllmEngine:
             },
         )
 
+    async def _openai_layer(self, args: Namespace, client: Any, tasks: Any) -> Any:
+        """vLLM's ASGI application for one served name."""
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+
+        app = build_app(args, tasks, client.model_config)
+        await init_app_state(client, app.state, args, tasks)
+        # vLLM's fault handlers tell its server to exit; here the pool decides.
+        app.state.server = SimpleNamespace(should_exit=False)
+        return app
+
+    def _layer_of(self, expert: str) -> Any:
+        """The application that answers for an expert."""
+        del expert
+        return self._app
+
     async def load(self, expert: str) -> None:
         """Load an adapter into the running engine. Raises ExpertFailed."""
         if expert == self._model.name:
@@ -159,7 +170,23 @@ class VllmEngine:
             LoadLoRAAdapterRequest(lora_name=expert, lora_path=self._model.adapters[expert])
         )
         if not isinstance(answer, str):
-            raise ExpertFailed(_reason(answer.error.message), retry_after_s=30)
+            raise ExpertFailed(first_line(answer.error.message), retry_after_s=30)
+
+    @property
+    def exchangeable(self) -> frozenset[str]:
+        """An engine with adapters runs what it was started with."""
+        return frozenset({self._model.name})
+
+    async def fill(self, expert: str) -> Filled:
+        """See `exchangeable`. Raises ExpertFailed."""
+        raise ExpertFailed(f"this engine can't hold {expert!r} beside what it runs")
+
+    async def exchange(self, expert: str) -> Exchanged:
+        """See `exchangeable`. Raises ExpertFailed."""
+        raise ExpertFailed(f"this engine can't be given the weights of {expert!r}")
+
+    async def drop(self, expert: str) -> None:
+        """Nothing but the running expert is held."""
 
     async def run(self, request: EngineRequest, send: Send) -> None:
         """See `Engine.run`."""
@@ -167,7 +194,9 @@ class VllmEngine:
             raise EngineDead(f"the engine of expert {request.expert!r} died: {why}")
         reply = HeldReply(send)
         call = _Call(request)
-        task = asyncio.ensure_future(self._app(call.scope, call.receive, reply))
+        task = asyncio.ensure_future(
+            self._layer_of(request.expert)(call.scope, call.receive, reply)
+        )
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -240,7 +269,7 @@ class _Call:
         return {"type": "http.disconnect"}
 
 
-def _reason(error: object) -> str:
+def first_line(error: object) -> str:
     """The first line of an error that says something, without a traceback."""
     if isinstance(error, BaseException):
         chain: list[BaseException] = []

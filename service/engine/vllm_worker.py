@@ -3,9 +3,10 @@
 vLLM adds this class to its worker, in the engine core's process. Weights are
 brought to `HOST` by vLLM's own loader, as a second model object that shares
 nothing with the running one, in a thread beside it. Making one resident (CPU,
-eager) puts that object in the running one's place; the attention layers, which hold the KV cache and no
-weights, are the same for all. Weights are never copied, and whatever vLLM did to
-them when it loaded them (fused, tied, packed) stays as it was done.
+eager) puts that object in the running one's place; the attention layers, which
+hold the KV cache and no weights, are the same for all. Weights are never copied,
+and whatever vLLM did to them when it loaded them (fused, tied, packed) stays as it
+was done.
 
 This module and `vllm.py` are the only ones that import vllm.
 """
@@ -58,11 +59,11 @@ class SwapExtension:
     model_runner: Any
 
     def _coe(self) -> _State:
-        state = self.__dict__.get("_coe_state")
+        state: _State | None = self.__dict__.get("_coe_state")
         if state is None:
             state = _State()
             self.__dict__["_coe_state"] = state
-        return state  # type: ignore[no-any-return]
+        return state
 
     def coe_adopt(self, expert: str) -> None:
         """The model that the engine was started with is this expert's."""
@@ -147,7 +148,8 @@ class SwapExtension:
         self.model_runner.model = held.model
         state.running = expert
         exchange_s = time.perf_counter() - began_s
-        ok = _probe(held)
+        with torch.inference_mode():
+            ok = _probe(held)
         return {
             "ok": ok,
             "exchange_s": exchange_s,
@@ -224,9 +226,7 @@ def _is_attention(layer: Any) -> bool:
     return hasattr(layer, "kv_cache")
 
 
-def _share_attention(
-    model: Any, layers: dict[str, Any], running: dict[str, Any]
-) -> dict[str, Any]:
+def _share_attention(model: Any, layers: dict[str, Any], running: dict[str, Any]) -> dict[str, Any]:
     """Put the running attention layers into `model`; return its other named layers.
 
     Raises ValueError where an attention layer has something of its own (scales of a
@@ -312,11 +312,16 @@ def _ask(module: Any) -> torch.Tensor:
     parameters = [p for p in module.parameters() if p.is_floating_point()]
     dtype = parameters[0].dtype if parameters else torch.get_default_dtype()
     vector = torch.randn(_PROBE_ROWS, size, generator=generator).to(dtype)
-    return module.quant_method.apply(module, vector).clone()  # type: ignore[no-any-return]
+    answer: torch.Tensor = module.quant_method.apply(module, vector)
+    return answer.clone()
 
 
-@torch.inference_mode()
 def _record_probes(held: _Held) -> None:
+    with torch.inference_mode():
+        _record(held)
+
+
+def _record(held: _Held) -> None:
     linears = _linears(held.model)
     step = max(1, len(linears) // 12)
     for name, module in linears[::step]:
@@ -325,7 +330,6 @@ def _record_probes(held: _Held) -> None:
         held.small.append((parameter, parameter.detach().flatten()[:_PROBE_VALUES].clone()))
 
 
-@torch.inference_mode()
 def _probe(held: _Held) -> bool:
     """Whether a few layers, in rotation, answer bit for bit as when they were loaded.
 

@@ -14,7 +14,7 @@ Receive = Callable[[], Awaitable[Message]]
 
 
 class ClientGone(Exception):
-    """The client left before its request was whole: there is nobody to answer."""
+    """The client has left: there is nobody to answer."""
 
 
 async def read_body(receive: Receive, max_bytes: int) -> bytes:
@@ -43,7 +43,7 @@ def _too_large(max_bytes: int) -> BodyTooLarge:
 
 
 async def until_gone(work: Awaitable[None], receive: Receive) -> None:
-    """Do `work`, and cancel it if the client leaves first."""
+    """Do `work`. If the client leaves first, cancel it and raise ClientGone."""
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_gone(receive))
     try:
@@ -51,6 +51,7 @@ async def until_gone(work: Awaitable[None], receive: Receive) -> None:
         if task.done():
             task.result()
             return
+        raise ClientGone
     finally:
         watch.cancel()
         if not task.done():

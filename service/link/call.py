@@ -13,6 +13,7 @@ STREAM = "x-coe-stream"
 GATEWAY = "x-coe-gateway"
 SEQ = "x-coe-seq"
 QUEUE_MS = "x-coe-queue-ms"
+SWAP_MS = "x-coe-swap-ms"
 
 
 @dataclass(frozen=True, slots=True)

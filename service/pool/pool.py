@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from service.engine.protocol import EngineRequest, Message, Send
 from service.errors import DeadlineExceeded, EngineDead, UnknownEndpoint, UnknownModel
-from service.link.call import QUEUE_MS, Call
+from service.link.call import QUEUE_MS, SWAP_MS, Call
 from service.link.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
 from service.pool.slot import Slot
 from service.types import Residency
@@ -77,13 +77,13 @@ class Pool:
         limit = asyncio.timeout_at(loop.time() + call.deadline_ms / 1000)
         reply = _Measured(send, limit if call.stream else None)
         try:
-            async with limit, slot.lease(call.expert) as lease:
+            async with limit, slot.lease(call.expert, 1 + len(body) // 4) as lease:
                 if call.endpoint not in lease.report.endpoints:
                     raise UnknownEndpoint(
                         f"expert {call.expert!r} has no {call.endpoint}; "
                         f"it has {', '.join(sorted(lease.report.endpoints))}"
                     )
-                reply.lease_began(lease.queue_s)
+                reply.lease_began(lease.queue_s, lease.swap_s)
                 request = EngineRequest(call.endpoint, call.expert, body, call.request_id)
                 await lease.engine.run(request, reply)
         except TimeoutError:
@@ -170,13 +170,15 @@ class _Measured:
         self._limit = first_byte_limit
         self._clock = asyncio.get_running_loop().time
         self._queue_s = 0.0
+        self._swap_s = 0.0
         self._began_s = 0.0
         self._first_s = 0.0
         self._last_s = 0.0
         self._chunks = 0
 
-    def lease_began(self, queue_s: float) -> None:
+    def lease_began(self, queue_s: float, swap_s: float) -> None:
         self._queue_s = queue_s
+        self._swap_s = swap_s
         self._began_s = self._clock()
 
     async def __call__(self, message: Message) -> None:
@@ -184,11 +186,11 @@ class _Measured:
             self._first_s = self._clock()
             if self._limit is not None:
                 self._limit.reschedule(None)
-            queue_ms = f"{self._queue_s * 1000:.1f}"
-            message = {
-                **message,
-                "headers": [*message["headers"], (QUEUE_MS.encode(), queue_ms.encode())],
-            }
+            told = [
+                (QUEUE_MS.encode(), f"{self._queue_s * 1000:.1f}".encode()),
+                (SWAP_MS.encode(), f"{self._swap_s * 1000:.1f}".encode()),
+            ]
+            message = {**message, "headers": [*message["headers"], *told]}
         else:
             self._last_s = self._clock()
             self._chunks += 1

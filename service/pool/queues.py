@@ -15,10 +15,11 @@ from service.errors import OverCapacity
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One request's place in the queue."""
+    """One request's place in the queue. `tokens`: about how much work it is."""
 
     expert: str
     arrived_s: float
+    tokens: int = 1
     running: bool = False
 
 
@@ -36,9 +37,9 @@ class Queues:
         self._running_by = dict.fromkeys(experts, 0)
         self._running = 0
 
-    def offer(self, expert: str, now_s: float, *, ready: bool) -> Ticket:
+    def offer(self, expert: str, now_s: float, *, ready: bool, tokens: int = 1) -> Ticket:
         """Take a request in: running at once where it can, else waiting. Raises OverCapacity."""
-        ticket = Ticket(expert, now_s)
+        ticket = Ticket(expert, now_s, tokens)
         if ready and self._running < self.capacity and not self._waiting:
             self._run(ticket)
             return ticket

@@ -28,11 +28,15 @@ _UNHEALTHY_AFTER = 3
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to run one request on the slot's engine, and how long it waited for it."""
+    """The right to run one request on the slot's engine, and how long it waited for it.
+
+    `swap_s`: how much of that other weights were being put in place.
+    """
 
     engine: Engine
     report: EngineReport
     queue_s: float
+    swap_s: float = 0.0
 
 
 class Slot:
@@ -61,7 +65,7 @@ class Slot:
         self._report: EngineReport | None = None
         self._states = {name: ExpertState(Residency.LOADING) for name in experts}
         self._waits: dict[Ticket, asyncio.Future[None]] = {}
-        self._lost: asyncio.Future[None] | None = None
+        self._lost = asyncio.Event()
         self._failed_starts = 0
         self._has_worked = False
         self._draining = False
@@ -71,19 +75,21 @@ class Slot:
     # --- requests
 
     @asynccontextmanager
-    async def lease(self, expert: str) -> AsyncIterator[Lease]:
+    async def lease(self, expert: str, tokens: int = 1) -> AsyncIterator[Lease]:
         """Wait until `expert` answers and there is room; give the place back at the end.
+
+        `tokens`: about how much work the request is.
 
         Raises OverCapacity, ExpertFailed, Draining, EngineDead.
         """
         if self._draining:
             raise Draining("this pool is stopping")
-        state = self._states[expert]
-        if state.state is Residency.FAILED:
+        if self._states[expert].state is Residency.FAILED:
             raise self._failed(expert)
-        ready = state.state is Residency.DEVICE
-        ticket = self._queues.offer(expert, time.monotonic(), ready=ready)
+        ready = expert in self._ready()
+        ticket = self._queues.offer(expert, time.monotonic(), ready=ready, tokens=tokens)
         self._idle.clear()
+        self._arrived(ticket)
         self._changed()
         try:
             if not ticket.running:
@@ -94,18 +100,38 @@ class Slot:
             if self._engine is None or self._report is None:
                 # It died between waking this request and now.
                 raise EngineDead(f"the engine of expert {expert!r} died")
-            yield Lease(self._engine, self._report, time.monotonic() - ticket.arrived_s)
+            yield Lease(
+                self._engine,
+                self._report,
+                queue_s=time.monotonic() - ticket.arrived_s,
+                swap_s=self._swap_s_since(ticket.arrived_s),
+            )
         finally:
             self._waits.pop(ticket, None)
             self._queues.close(ticket)
             self._grant()
             if self._queues.total == 0:
                 self._idle.set()
+            self._left()
             self._changed()
 
+    def _ready(self) -> set[str]:
+        """The experts whose requests may run now."""
+        return {name for name, s in self._states.items() if s.state is Residency.DEVICE}
+
+    def _arrived(self, ticket: Ticket) -> None:
+        """A request has come."""
+
+    def _left(self) -> None:
+        """A request has ended, one way or another."""
+
+    def _swap_s_since(self, since_s: float) -> float:
+        """Seconds spent on swaps since then."""
+        del since_s
+        return 0.0
+
     def _grant(self) -> None:
-        ready = {name for name, s in self._states.items() if s.state is Residency.DEVICE}
-        for ticket in self._queues.grant(ready):
+        for ticket in self._queues.grant(self._ready()):
             wait = self._waits.get(ticket)
             if wait is not None and not wait.done():
                 wait.set_result(None)
@@ -138,11 +164,15 @@ class Slot:
                 self._refuse_waiting()
                 if engine is not None:
                     await engine.stop()
-                await asyncio.sleep(_RETRY_S[min(self._failed_starts, len(_RETRY_S)) - 1])
+                await asyncio.sleep(self._retry_s())
             finally:
                 self._engine = None
                 if engine is not None:
                     await engine.stop()
+
+    def _retry_s(self) -> float:
+        """How long to wait after a start that failed, before the next."""
+        return _RETRY_S[min(self._failed_starts, len(_RETRY_S)) - 1]
 
     async def _bring_up(self, engine: Engine) -> None:
         self._started_at = time.monotonic()
@@ -171,10 +201,11 @@ class Slot:
         self._changed()
 
     async def _watch(self, engine: Engine) -> None:
-        self._lost = asyncio.get_running_loop().create_future()
         while (why := engine.failure()) is None:
+            # It may have been another engine that a request saw die, before this one.
+            self._lost.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._lost), _WATCH_S)
+                await asyncio.wait_for(self._lost.wait(), _WATCH_S)
         self._engine = None
         self._started_at = time.monotonic()
         self._set_all(Residency.LOADING, "")
@@ -182,8 +213,7 @@ class Slot:
 
     def lost(self) -> None:
         """A request saw the engine die: don't wait for the next look."""
-        if self._lost is not None and not self._lost.done():
-            self._lost.set_result(None)
+        self._lost.set()
 
     def _set_all(self, state: Residency, reason: str) -> None:
         for name in self.experts:

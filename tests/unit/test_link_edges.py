@@ -109,7 +109,8 @@ async def test_work_is_cancelled_when_the_client_leaves() -> None:
         finally:
             ended.set()
 
-    await until_gone(work(), receiving({"type": "http.disconnect"}))
+    with pytest.raises(ClientGone):
+        await until_gone(work(), receiving({"type": "http.disconnect"}))
     assert ended.is_set()
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_models_inspection import make_adapter, make_model
+from tests.unit.test_models_inspection import make_adapter, make_model
 
 from service.errors import ModelStoreError
 from service.models import (

@@ -1,0 +1,250 @@
+"""A vLLM engine whose weights are exchanged in place: several experts of one family take turns.
+
+The work on the weights is done in the engine core, by `vllm_worker`. Here are the
+order of things (pause, exchange, probe, resume), the token canary, and each
+expert's own OpenAI layer with its own tokenizer and chat template.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import hashlib
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from service.config import VllmOptions
+from service.engine.protocol import EngineReport, EngineRequest, Exchanged, Filled, Message
+from service.engine.vllm import VllmEngine, VllmModel, first_line
+from service.errors import CoeError, ExpertFailed
+
+_EXTENSION = "service.engine.vllm_worker.SwapExtension"
+_POLL_S = 0.02
+_CANARY_PROMPT = list(range(101, 117))
+_CANARY_TOKENS = 6
+# What decides how text becomes tokens and back.
+_FACE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Where one expert's full weights come from: a folder, and a LoRA folder merged into it."""
+
+    folder: str
+    adapter: str | None = None
+    strength: float = 1.0
+
+
+@dataclass(slots=True)
+class _Face:
+    """One expert's OpenAI layer; `renderer` is None where it is the engine's own."""
+
+    app: Any
+    renderer: Any = None
+    generation_config: Any = None
+
+
+class SwappingVllmEngine(VllmEngine):
+    """An engine for `weights`' experts, all of one family; it starts with `first` running.
+
+    `canaries` outlives the engine: each expert's first greedy tokens, as its first
+    load gave them.
+    """
+
+    def __init__(
+        self,
+        first: str,
+        weights: Mapping[str, Weights],
+        options: VllmOptions,
+        *,
+        on_cpu: bool,
+        canary_every: int,
+        canaries: dict[str, str],
+    ) -> None:
+        super().__init__(VllmModel(first, weights[first].folder, {}), options, on_cpu=on_cpu)
+        self._weights = dict(weights)
+        self._first = first
+        self._canary_every = canary_every
+        self._canaries = canaries
+        self._swaps: dict[str, int] = {}
+        self._faces: dict[str, _Face] = {}
+        self._own_face: tuple[Any, Any] | None = None
+        self._tasks: Any = None
+
+    @property
+    def exchangeable(self) -> frozenset[str]:
+        """All of this engine's experts."""
+        return frozenset(self._weights)
+
+    def _frontend_args(self) -> Namespace:
+        args = super()._frontend_args()
+        args.worker_extension_cls = _EXTENSION
+        return args
+
+    async def _start(self) -> EngineReport:
+        report = await super()._start()
+        self._tasks = await self._llm.get_supported_tasks()
+        self._own_face = (self._llm.renderer, self._llm.input_processor.generation_config_fields)
+        plain = [
+            name
+            for name, w in self._weights.items()
+            if w.adapter is None and w.folder == self._weights[self._first].folder
+        ]
+        adopted = self._first if self._first in plain else next(iter(plain), "")
+        await self._rpc("coe_adopt", adopted)
+        if adopted != self._first:
+            await self.fill(self._first)
+            if not (await self.exchange(self._first)).ok:
+                raise ExpertFailed(f"the weights of {self._first!r} changed while they were loaded")
+        else:
+            self._faces[self._first] = _Face(self._app)
+            if not await self._canary(self._first):
+                raise ExpertFailed(
+                    f"expert {self._first!r} answers otherwise than when first loaded"
+                )
+        return report
+
+    def _layer_of(self, expert: str) -> Any:
+        return self._faces[expert].app
+
+    async def fill(self, expert: str) -> Filled:
+        """See `SwappingEngine.fill`."""
+        source = self._weights[expert]
+        await self._rpc("coe_fill", expert, source.folder, source.adapter, source.strength)
+        told = await self._rpc("coe_filled", expert)
+        while told["state"] == "filling":  # in another process: there is no event to await
+            await asyncio.sleep(_POLL_S)
+            told = await self._rpc("coe_filled", expert)
+        if told["state"] != "host":
+            reason = told.get("reason", "its weights went away while they were loaded")
+            raise ExpertFailed(f"expert {expert!r} could not be loaded: {reason}", retry_after_s=30)
+        if expert not in self._faces:
+            self._faces[expert] = await self._make_face(expert)
+        return Filled(int(told["host_bytes"]), float(told["fill_s"]))
+
+    async def exchange(self, expert: str) -> Exchanged:
+        """See `SwappingEngine.exchange`."""
+        began_s = time.monotonic()
+        try:
+            await self._llm.pause_generation(mode="wait", clear_cache=True)
+            done = await self._rpc("coe_exchange", expert)
+            self._put_on(self._faces[expert])
+            await self._llm.resume_generation()
+        except CoeError:
+            raise
+        except Exception as error:
+            raise ExpertFailed(
+                f"expert {expert!r} could not be swapped in: {first_line(error)}", retry_after_s=5
+            ) from error
+        swap_s = time.monotonic() - began_s
+        count = self._swaps[expert] = self._swaps.get(expert, 0) + 1
+        ok = bool(done["ok"])
+        if ok and (count % self._canary_every == 0 or count == 1):
+            ok = await self._canary(expert)
+        return Exchanged(swap_s, ok)
+
+    async def drop(self, expert: str) -> None:
+        """See `SwappingEngine.drop`."""
+        await self._rpc("coe_drop", expert)
+
+    async def memory(self) -> dict[str, int]:
+        """The core process's resident bytes, and what held experts were measured to take."""
+        told: dict[str, int] = await self._rpc("coe_memory")
+        return told
+
+    async def _rpc(self, method: str, *args: object) -> Any:
+        try:
+            return (await self._llm.collective_rpc(method, args=args))[0]
+        except Exception as error:
+            raise ExpertFailed(f"{method} failed: {first_line(error)}", retry_after_s=5) from error
+
+    # --- the token canary
+
+    async def _canary(self, expert: str) -> bool:
+        """Whether the first greedy tokens are those of the first load; records them then."""
+        body = {
+            "model": expert,
+            "prompt": _CANARY_PROMPT,
+            "max_tokens": _CANARY_TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        parts: list[bytes] = []
+
+        async def collect(message: Message) -> None:
+            parts.append(message.get("body", b""))
+
+        request = EngineRequest(
+            "/v1/completions", expert, orjson.dumps(body), f"canary-{time.monotonic_ns()}"
+        )
+        await self.run(request, collect)
+        choice = orjson.loads(b"".join(parts))["choices"][0]
+        said = orjson.dumps([choice.get("token_ids"), choice["text"]]).decode()
+        return self._canaries.setdefault(expert, said) == said
+
+    # --- faces
+
+    async def _make_face(self, expert: str) -> _Face:
+        folder = self._weights[expert].folder
+        args = copy.copy(self._args)
+        args.served_model_name = [expert]
+        if _fingerprint(folder) == _fingerprint(self._model.path):
+            return _Face(await self._openai_layer(args, self._llm, self._tasks))
+        from vllm.renderers import renderer_from_config
+
+        args.model = folder
+        config = copy.copy(self._llm.vllm_config)
+        config.model_config = copy.copy(config.model_config)
+        config.model_config.model = config.model_config.tokenizer = folder
+        renderer = await asyncio.to_thread(renderer_from_config, config)
+        client = _Client(self._llm, config, renderer)
+        app = await self._openai_layer(args, client, self._tasks)
+        return _Face(app, renderer, config.model_config.try_get_generation_config())
+
+    def _put_on(self, face: _Face) -> None:
+        """Tokens and text of this expert's kind from now on. Nothing is running."""
+        assert self._own_face is not None
+        renderer, generation_config = self._own_face
+        if face.renderer is not None:
+            renderer, generation_config = face.renderer, face.generation_config
+        llm = self._llm
+        llm.renderer = llm.input_processor.renderer = renderer
+        llm.input_processor.generation_config_fields = generation_config
+        llm.output_processor.tokenizer = renderer.tokenizer
+
+
+class _Client:
+    """The engine client as one expert's OpenAI layer sees it: its own config and renderer."""
+
+    def __init__(self, llm: Any, vllm_config: Any, renderer: Any) -> None:
+        self._llm = llm
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.renderer = renderer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+
+def _fingerprint(folder: str) -> str:
+    digest = hashlib.sha256()
+    for name in _FACE_FILES:
+        path = Path(folder) / name
+        digest.update(name.encode() + b"\0")
+        if path.is_file():
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,313 @@
+"""When engines, pools and clients go away: retries, draining, bounds, deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+
+import aiohttp
+import pytest
+
+from service.link.client import PoolAddress
+from tests.support.serving import CHAT, SECRET, chat, events, pool_of, simulated, site, until
+
+SHARED = {"general": {"model": "m"}, "other": {"model": "m"}}
+
+
+async def test_an_engine_that_dies_before_the_first_byte_is_not_noticed() -> None:
+    config = simulated(
+        {"bad": {"fail": "first_byte"}, "good": {"decode_ms": 30}},
+        experts=SHARED,
+        kinds={"bad": {"experts": ["general"]}},
+    )
+    async with site(config) as s:
+        # Work on the good pool, so that the bad one is asked first.
+        async with s.post(chat(model="other", stream=True, max_tokens=1000)) as busy:
+            await busy.content.readany()
+            await until(lambda: _known_running(s, "good") == 1, "the gateway knows of it")
+            status, headers, body = await s.ask(chat())
+        assert (status, body["model"], headers["x-coe-expert"]) == (200, "general", "general")
+        assert len(s.pools["bad"].engines[0].asked) == 1
+        assert s.pools["bad"].engines[0].failure() is not None
+
+
+async def test_a_request_that_kills_every_engine_gets_its_503_soon() -> None:
+    async with site(simulated({"cpu": {"fail": "first_byte"}})) as s:
+        for stream in (False, True):
+            status, headers, body = await s.ask(chat(stream=stream))
+            assert status == 503
+            assert body["error"]["code"] == "engine_dead"
+            assert int(headers["retry-after"]) >= 1
+        assert len(s.pools["cpu"].engines) >= 4
+
+
+async def test_a_dead_engine_is_replaced_and_its_request_answered_there() -> None:
+    async with site(simulated({"cpu": {"prefill_tokens_per_s": 20}})) as s:
+        pool = s.pools["cpu"]
+        first = pool.engine
+        asking = asyncio.create_task(s.ask(chat("one two three four")))
+        await until(lambda: first.now == 1, "the request is on the engine")
+        first.kill("a test killed it")
+        status, _, _ = await asking
+        assert status == 200
+        assert pool.engine is not first
+
+
+async def test_an_engine_that_dies_in_mid_stream_ends_it_with_an_error_event() -> None:
+    async with site(simulated({"cpu": {"fail": "mid_stream"}})) as s:
+        async with s.post(chat(stream=True)) as reply:
+            assert reply.status == 200
+            told = events(await reply.read())
+        error = json.loads(told[1])["error"]
+        assert error["code"] == "engine_dead"
+        assert "a test" not in error["message"]
+        assert told[2:] == ["[DONE]"]
+        await until(lambda: len(s.pools["cpu"].engines) == 2, "another engine is started")
+
+
+async def test_a_pool_that_vanishes_in_mid_stream_ends_it_with_an_error_event() -> None:
+    config = simulated({"cpu": {"decode_ms": 20}})
+    async with site(config) as s:
+        pool = s.pools["cpu"]
+        async with s.post(chat(stream=True, max_tokens=1000)) as reply:
+            await reply.content.readany()
+            pool.served.cut()
+            told = events(await reply.read())
+        assert json.loads(told[-1])["error"]["code"] == "pool_gone"
+        await until(lambda: pool.engine.now == 0, "the engine has stopped that answer")
+        assert (await s.ask(chat()))[0] == 200
+
+
+async def test_a_draining_pool_ends_its_streams_and_gets_no_new_ones() -> None:
+    config = simulated({"one": {"decode_ms": 20}, "two": {}})
+    async with site(config) as s:
+        one, two = s.pools["one"], s.pools["two"]
+        s.gateway.directory.update([one.address])
+        await until(lambda: len(s.gateway.directory.links()) == 1, "one pool is followed")
+        async with s.post(chat(stream=True, max_tokens=30)) as reply:
+            await reply.content.readany()
+            s.gateway.directory.update([one.address, two.address])
+            await until(lambda: len(s.gateway.directory.links()) == 2, "both are followed")
+            draining = asyncio.create_task(one.process.pool.stop(20))
+            for _ in range(5):
+                status, _, _ = await s.ask(chat())
+                assert status == 200
+            assert len(one.engine.asked) == 1
+            assert len(two.engine.asked) == 5
+            told = events(await reply.read())
+        assert told[-1] == "[DONE]"
+        assert len(told) == 30  # the first was read before
+        await draining
+        assert one.engine.failure() is not None
+
+
+async def test_over_capacity_is_said_at_once() -> None:
+    config = simulated(
+        {"cpu": {"max_num_seqs": 1, "decode_ms": 20}}, kinds={"cpu": {"max_queue": 1}}
+    )
+    async with site(config) as s:
+        pool = s.pools["cpu"]
+        async with s.post(chat(stream=True, max_tokens=1000)) as running:
+            await running.content.readany()
+            waiting = asyncio.create_task(s.ask(chat()))
+            await until(lambda: pool.waiting == 1, "one waits")
+            status, headers, body = await s.ask(chat())
+            assert status == 503
+            assert body["error"]["code"] == "over_capacity"
+            assert int(headers["retry-after"]) >= 1
+        status, headers, _ = await waiting
+        assert status == 200
+        assert float(headers["x-coe-queue-ms"]) > 0
+
+
+async def test_a_full_pool_sends_to_another() -> None:
+    config = simulated(
+        {"full": {"max_num_seqs": 1, "decode_ms": 20}, "free": {}},
+        kinds={"full": {"max_queue": 0}},
+    )
+    async with site(config) as s:
+        full, free = s.pools["full"], s.pools["free"]
+        s.gateway.directory.update([full.address])
+        await until(lambda: len(s.gateway.directory.links()) == 1, "one pool is followed")
+        async with s.post(chat(stream=True, max_tokens=1000)) as running:
+            await running.content.readany()
+            s.gateway.directory.update([full.address, free.address])
+            await until(lambda: len(s.gateway.directory.links()) == 2, "both are followed")
+            replies = await asyncio.gather(*(s.ask(chat()) for _ in range(8)))
+        assert {status for status, _, _ in replies} == {200}
+        assert len(free.engine.asked) == 8
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_deadline_on_the_engine_and_in_the_queue(stream: bool) -> None:
+    config = simulated({"cpu": {"prefill_tokens_per_s": 0.1, "max_num_seqs": 1}})
+    async with site(config) as s:
+        pool = s.pools["cpu"]
+        asked = [
+            asyncio.create_task(s.ask(chat(stream=stream), headers={"x-coe-deadline-ms": "300"}))
+            for _ in range(2)
+        ]
+        await until(lambda: pool.waiting == 1, "one runs, one waits")
+        for status, _, body in await asyncio.gather(*asked):
+            assert status == 504
+            assert body["error"]["code"] == "deadline_exceeded"
+            assert re.search(r"deadline of (300|29\d) ms", body["error"]["message"])
+        assert len(pool.engine.asked) == 1
+
+
+async def test_a_stream_s_deadline_ends_with_its_first_token() -> None:
+    async with site(simulated({"cpu": {"decode_ms": 50}})) as s:
+        headers = {"x-coe-deadline-ms": "500"}
+        async with s.post(chat(stream=True, max_tokens=20), headers=headers) as reply:
+            told = events(await reply.read())
+        assert len(told) == 21
+        status, _, _ = await s.ask(chat(max_tokens=20), headers=headers)
+        assert status == 504
+
+
+async def test_a_client_that_leaves_frees_its_place_at_every_stage() -> None:
+    async with site(simulated({"cpu": {"max_num_seqs": 1, "decode_ms": 20}})) as s:
+        pool = s.pools["cpu"]
+        async with s.post(chat(stream=True, max_tokens=1500)) as running:
+            await running.content.readany()
+            queued = asyncio.create_task(s.ask(chat(max_tokens=1500)))
+            await until(lambda: pool.waiting == 1, "one waits")
+            queued.cancel()
+            await until(lambda: pool.waiting == 0, "the queued one is gone")
+            assert pool.engine.now == 1
+        await until(lambda: pool.engine.now == 0, "the streaming one is stopped in the engine")
+        whole = asyncio.create_task(s.ask(chat(max_tokens=1500)))
+        await until(lambda: pool.engine.now == 1, "a whole answer is being made")
+        whole.cancel()
+        await until(lambda: pool.engine.now == 0, "it is stopped in the engine too")
+        assert len(pool.engine.asked) == 2
+        async with s.get("/metrics") as reply:
+            assert 'outcome="client_gone"' in await reply.text()
+
+
+@pytest.mark.parametrize("given", [{}, {"x-coe-secret": ""}, {"x-coe-secret": SECRET + "x"}])
+@pytest.mark.parametrize("path", [CHAT, "/snapshots", "/metrics"])
+async def test_a_pool_s_port_asks_for_the_secret(given: dict[str, str], path: str) -> None:
+    config = simulated({"cpu": {}})
+    async with pool_of(config, "cpu") as pool, aiohttp.ClientSession() as client:
+        method = client.post if path == CHAT else client.get
+        async with method(pool.url + path, headers=given) as reply:
+            assert reply.status == 401
+            text = await reply.text()
+        assert json.loads(text)["error"]["code"] == "invalid_api_key"
+        assert SECRET not in text
+
+
+async def test_a_pool_bounds_bodies_and_knows_its_paths() -> None:
+    config = simulated({"cpu": {}}, server={"max_body_bytes": 100})
+    given = {"x-coe-secret": SECRET}
+    async with pool_of(config, "cpu") as pool, aiohttp.ClientSession(headers=given) as client:
+        async with client.get(pool.url + "/nothing") as reply:
+            assert reply.status == 404
+        async with client.post(pool.url + CHAT, data=b"x") as reply:
+            assert reply.status == 400
+            assert "x-coe-expert" in await reply.text()
+        call = {
+            "x-coe-expert": "general",
+            "x-coe-request-id": "r",
+            "x-coe-deadline-ms": "1000",
+            "x-coe-gateway": "g",
+            "x-coe-seq": "1",
+            "x-coe-stream": "0",
+        }
+        async with client.post(pool.url + CHAT, data=b"x" * 101, headers=call) as reply:
+            assert reply.status == 413
+        async with client.post(
+            pool.url + CHAT, data=b"x", headers={**call, "x-coe-expert": "nobody"}
+        ) as reply:
+            assert reply.status == 404
+
+
+async def test_an_expert_that_can_not_load_says_why_and_the_others_work() -> None:
+    config = simulated(
+        {"bad": {"fail": "load"}, "good": {}},
+        experts=SHARED,
+        kinds={"bad": {"experts": ["general"]}, "good": {"experts": ["other"]}},
+    )
+    async with site(config) as s:
+        async with s.get("/v1/models/general") as reply:
+            told = (await reply.json())["coe"]
+        assert (told["state"], told["reason"]) == ("failed", "told to fail when loading")
+        status, headers, body = await s.ask(chat())
+        assert status == 503
+        assert body["error"]["code"] == "expert_failed"
+        assert "told to fail when loading" in body["error"]["message"]
+        assert int(headers["retry-after"]) >= 10
+        status, _, _ = await s.ask(chat(model="other"))
+        assert status == 200
+        async with s.get("/ready") as reply:
+            assert reply.status == 200
+
+
+async def test_nobody_ready_is_not_ready() -> None:
+    async with site(simulated({"cpu": {"fail": "load"}})) as s, s.get("/ready") as reply:
+        assert reply.status == 503
+
+
+async def test_two_pools_share_the_load() -> None:
+    slow = {"max_num_seqs": 4, "decode_ms": 5}
+    async with site(simulated({"one": slow, "two": slow})) as s:
+        replies = await asyncio.gather(*(s.ask(chat(str(i))) for i in range(32)))
+        assert {status for status, _, _ in replies} == {200}
+        shares = [len(pool.engine.asked) for pool in s.pools.values()]
+        assert sum(shares) == 32
+        assert min(shares) >= 10
+
+
+async def test_a_pool_not_heard_of_is_asked_last_and_then_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with site(simulated({"one": {}, "two": {}})) as s:
+        links = {link.address.boot: link for link in s.gateway.directory.links()}
+        silent = links[s.pools["one"].address.boot]
+        heard = s.pools["two"].engine
+        offset_s = 2.0
+        real = silent.age_s
+        monkeypatch.setattr(silent, "age_s", lambda now_s: real(now_s) + offset_s)
+        for _ in range(4):
+            await s.ask(chat())
+        assert len(heard.asked) == 4
+        # The only one left: better than nothing.
+        s.gateway.directory.update([s.pools["one"].address])
+        assert (await s.ask(chat()))[0] == 200
+        offset_s = 4.0
+        status, _, body = await s.ask(chat(), headers={"x-coe-deadline-ms": "200"})
+        assert (status, body["error"]["code"]) == (503, "unavailable")
+        assert len(s.pools["one"].engine.asked) == 1
+        assert s.woken == ["general"]
+
+
+async def test_an_address_that_another_process_has_now_is_not_used() -> None:
+    async with site(simulated({"cpu": {}})) as s:
+        address = s.pools["cpu"].address
+        s.gateway.directory.update([PoolAddress(address.url, "cpu", "an older one")])
+        status, _, _ = await s.ask(chat(), headers={"x-coe-deadline-ms": "400"})
+        assert status == 503
+        assert s.pools["cpu"].engine.asked == []
+        s.gateway.directory.update([address])
+
+
+async def test_a_request_waits_for_a_pool_that_is_on_its_way() -> None:
+    async with site(simulated({"cpu": {}})) as s:
+        address = s.pools["cpu"].address
+        s.gateway.directory.update([])
+        asking = asyncio.create_task(s.ask(chat()))
+        await until(lambda: s.woken == ["general"], "the request asks for a pool")
+        began_s = time.monotonic()
+        s.gateway.directory.update([address])
+        assert (await asking)[0] == 200
+        assert time.monotonic() - began_s < 10
+
+
+def _known_running(s: object, kind: str) -> int:
+    for link in s.gateway.directory.links():  # type: ignore[attr-defined]
+        if link.address.kind == kind and link.snapshot is not None:
+            return sum(queue.running for queue in link.snapshot.queues.values())
+    return 0

@@ -1,0 +1,181 @@
+"""The gateway's endpoints over real HTTP, with one simulated pool behind it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.serving import CHAT, chat, events, simulated, site
+
+ONE = simulated({"cpu": {"tokens": 4}}, server={"max_body_bytes": 2000})
+
+
+async def test_a_whole_answer_and_what_its_headers_tell() -> None:
+    async with site(ONE) as s:
+        status, headers, body = await s.ask(chat(), headers={"x-request-id": "mine"})
+        assert status == 200
+        assert body["model"] == "general"
+        assert body["object"] == "chat.completion"
+        assert body["choices"][0]["message"]["content"].startswith("general:")
+        assert body["usage"]["completion_tokens"] == 4
+        assert headers["x-coe-expert"] == "general"
+        assert headers["x-request-id"] == "mine"
+        assert float(headers["x-coe-route-ms"]) >= 0
+        assert float(headers["x-coe-queue-ms"]) >= 0
+        assert "x-coe-category" not in headers
+
+
+async def test_auto_tells_category_and_confidence() -> None:
+    async with site(ONE) as s:
+        for model in ("auto", "auto/general"):
+            status, headers, body = await s.ask(chat(model=model))
+            assert (status, body["model"]) == (200, "general")
+            assert headers["x-coe-category"] == "general"
+            assert 0 <= float(headers["x-coe-confidence"]) <= 1
+
+
+async def test_a_stream_with_usage() -> None:
+    async with site(ONE) as s:
+        body = chat(stream=True, stream_options={"include_usage": True})
+        async with s.post(body) as reply:
+            assert reply.status == 200
+            assert reply.headers["content-type"].startswith("text/event-stream")
+            told = events(await reply.read())
+        assert told[-1] == "[DONE]"
+        chunks = [json.loads(one) for one in told[:-1]]
+        text = "".join(c["choices"][0]["delta"]["content"] for c in chunks if c["choices"])
+        assert text.startswith("general:")
+        assert chunks[-1]["usage"]["completion_tokens"] == 4
+        assert {c["model"] for c in chunks} == {"general"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param", "code"),
+    [
+        (CHAT, chat(model="nobody"), 404, "model", "model_not_found"),
+        (CHAT, chat(model="auto/poetry"), 404, "model", "model_not_found"),
+        (CHAT, {"model": "general"}, 400, "messages", "invalid_request_error"),
+        (CHAT, chat(stream="yes"), 400, "stream", "invalid_request_error"),
+        (CHAT, chat(max_tokens=10**5), 400, "messages", "context_length_exceeded"),
+        (CHAT, chat(n=0), 400, "n", "invalid_request_error"),
+        (CHAT, chat("x" * 3000), 413, None, "request_too_large"),
+        ("/v1/embeddings", {"model": "general", "input": "x"}, 400, "model", None),
+        ("/v1/responses", {"model": "general", "input": "x"}, 404, None, "not_found"),
+        ("/v1/nothing", {}, 404, None, "not_found"),
+    ],
+)
+async def test_refusals_take_openai_s_shape(
+    path: str, body: object, status: int, param: str | None, code: str | None
+) -> None:
+    async with site(ONE) as s:
+        got, headers, told = await s.ask(body, path)
+        assert got == status
+        error = told["error"]
+        assert error.keys() == {"message", "type", "param", "code"}
+        assert error["message"]
+        assert error["param"] == param
+        assert error["code"] == (code or "invalid_request_error")
+        assert headers["content-type"] == "application/json"
+
+
+async def test_too_long_a_prompt_names_both_numbers() -> None:
+    async with site(ONE) as s:
+        _, _, told = await s.ask(chat("a b c", max_tokens=5000))
+        assert "2048" in told["error"]["message"]
+        assert "5000" in told["error"]["message"]
+
+
+async def test_a_body_that_is_no_json_and_a_wrong_method() -> None:
+    async with site(ONE) as s:
+        async with s.client.post(s.url + CHAT, data=b"{") as reply:
+            assert reply.status == 400
+            assert "valid JSON" in (await reply.json())["error"]["message"]
+        async with s.get(CHAT) as reply:
+            assert reply.status == 405
+            assert reply.headers["allow"] == "POST"
+            assert "takes POST, not GET" in (await reply.json())["error"]["message"]
+
+
+async def test_the_other_endpoints() -> None:
+    async with site(ONE) as s:
+        async with s.get("/health") as reply:
+            assert (reply.status, await reply.json()) == (200, {"status": "ok"})
+        async with s.get("/ready") as reply:
+            assert (await reply.json())["experts"]["general"]["state"] == "device"
+        async with s.get("/v1/models") as reply:
+            assert [m["id"] for m in (await reply.json())["data"]] == ["auto", "general"]
+        async with s.get("/v1/models/general") as reply:
+            assert (await reply.json())["coe"]["engine"]["name"] == "simulated"
+        async with s.get("/v1/models/nobody") as reply:
+            assert reply.status == 404
+            assert (await reply.json())["error"]["code"] == "model_not_found"
+        async with s.get("/openapi.json") as reply:
+            assert CHAT in (await reply.json())["paths"]
+        status, _, body = await s.ask({"model": "general", "prompt": "a b"}, "/tokenize")
+        assert (status, body["count"]) == (200, 2)
+        status, _, body = await s.ask({"model": "general", "tokens": [1, 2]}, "/detokenize")
+        assert (status, body["prompt"]) == (200, "small answer")
+
+
+async def test_metrics_count_every_outcome_once() -> None:
+    async with site(ONE) as s:
+        await s.ask(chat())
+        await s.ask(chat(model="auto"))
+        await s.ask(chat(model="nobody"))
+        await s.ask(chat(n=0))
+        async with s.get("/metrics") as reply:
+            assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+            families = list(text_string_to_metric_families(await reply.text()))
+        counted = {
+            tuple(sample.labels[name] for name in ("expert", "category", "outcome")): sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name == "coe_requests_total"
+        }
+        assert counted == {
+            ("general", "", "ok"): 1,
+            ("general", "general", "ok"): 1,
+            ("", "", "model_not_found"): 1,
+            ("general", "", "client_error"): 1,
+        }
+        pools = {s.labels["pool"] for f in families for s in f.samples if "pool" in s.labels}
+        assert len(pools) == 1
+
+
+async def test_prompts_are_in_no_log(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("DEBUG")
+    secret = "a very private question"
+    config = simulated({"cpu": {"fail": "first_byte"}}, server={"access_log": True})
+    async with site(config) as s:
+        status, _, told = await s.ask(chat(secret))
+        assert status == 503
+        await s.ask(chat(secret, stream="yes"))
+        await s.ask({"model": secret, "messages": []})
+    out = capfd.readouterr()
+    lines = [record.getMessage() + str(record.__dict__) for record in caplog.records]
+    assert any("coe.access" in line for line in lines)
+    assert secret not in "".join(lines) + out.out + out.err
+    assert secret not in told["error"]["message"]
+
+
+async def test_an_unforeseen_fault_is_a_500_without_its_text(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with site(ONE) as s:
+
+        def broken(*args: object) -> None:
+            raise RuntimeError("a very private question")
+
+        monkeypatch.setattr(s.pools["cpu"].engine, "run", broken)
+        status, _, told = await s.ask(chat())
+        assert (status, told["error"]["type"]) == (500, "server_error")
+        assert "private" not in told["error"]["message"]
+        monkeypatch.setattr(s.gateway.gateway._planner, "plan", broken)
+        status, _, told = await s.ask(chat())
+        assert (status, told["error"]["code"]) == (500, "internal_error")
+        assert "private" not in str(told)
+    assert {r.name for r in caplog.records if r.exc_info} <= {"coe.api", "coe.link"}

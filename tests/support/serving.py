@@ -1,0 +1,262 @@
+"""Gateways and pools in this process, over real HTTP and without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import aiohttp
+import uvicorn
+
+from service import app
+from service.app import GatewayProcess, PoolProcess
+from service.config import Config, SimulatedOptions
+from service.engine.protocol import EngineRequest, Send
+from service.engine.simulated import SimulatedEngine
+from service.link.client import PoolAddress
+
+SECRET = "the-cluster-s-secret"
+CHAT = "/v1/chat/completions"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that says when it listens, and leaves the process's signals alone."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.up.set()
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server."""
+
+    url: str
+    server: uvicorn.Server
+
+    def cut(self) -> None:
+        """Break off every connection, as a killed process would."""
+        for connection in list(self.server.server_state.connections):
+            connection.transport.abort()  # type: ignore[union-attr]
+
+
+@asynccontextmanager
+async def serving(application: Any) -> AsyncIterator[Served]:
+    """Serve an ASGI application on a free port of loopback."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        application,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=1,
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        await server.up.wait()
+        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", server)
+    finally:
+        server.should_exit = True
+        await task
+
+
+async def until(condition: Callable[[], bool], what: str, timeout_s: float = 15) -> None:
+    """Wait for something that has no event to wait for."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while not condition():  # noqa: ASYNC110  # what is waited for tells nobody
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        raise AssertionError(f"never happened: {what}") from None
+
+
+class WatchedEngine(SimulatedEngine):
+    """A simulated engine that remembers what it was asked."""
+
+    def __init__(self, experts: tuple[str, ...], options: SimulatedOptions) -> None:
+        super().__init__(experts, options)
+        self.asked: list[EngineRequest] = []
+        self.now = 0
+
+    async def run(self, request: EngineRequest, send: Send) -> None:
+        self.asked.append(request)
+        self.now += 1
+        try:
+            await super().run(request, send)
+        finally:
+            self.now -= 1
+
+
+@dataclass
+class RunningPool:
+    """A pool, where it listens, and the engines that it has had."""
+
+    process: PoolProcess
+    served: Served
+    engines: list[WatchedEngine]
+
+    @property
+    def url(self) -> str:
+        return self.served.url
+
+    @property
+    def address(self) -> PoolAddress:
+        pool = self.process.pool
+        return PoolAddress(self.url, pool.kind, pool.boot)
+
+    @property
+    def engine(self) -> WatchedEngine:
+        """The latest one."""
+        return self.engines[-1]
+
+    @property
+    def waiting(self) -> int:
+        return sum(queue.waiting for queue in self.process.pool.snapshot().queues.values())
+
+
+@dataclass
+class Site:
+    """A gateway and its pools, and a client."""
+
+    gateway: GatewayProcess
+    url: str
+    client: aiohttp.ClientSession
+    pools: dict[str, RunningPool]
+    woken: list[str] = field(default_factory=list)
+
+    def post(self, body: Any, path: str = CHAT, **more: Any) -> Any:
+        """A POST of JSON, as an async context manager."""
+        return self.client.post(self.url + path, json=body, **more)
+
+    def get(self, path: str) -> Any:
+        return self.client.get(self.url + path)
+
+    async def ask(
+        self, body: Any, path: str = CHAT, **more: Any
+    ) -> tuple[int, aiohttp.typedefs.LooseHeaders, Any]:
+        """Status, headers and JSON of a whole answer."""
+        async with self.post(body, path, **more) as reply:
+            return reply.status, reply.headers, await reply.json()
+
+    def idle(self) -> bool:
+        """Whether nothing runs or waits anywhere."""
+        return all(
+            pool.process.pool.queued() == 0 and all(e.now == 0 for e in pool.engines)
+            for pool in self.pools.values()
+        )
+
+
+@asynccontextmanager
+async def pool_of(config: Config, kind: str) -> AsyncIterator[RunningPool]:
+    """One pool, served; drained and stopped at the end."""
+    process = PoolProcess(config, kind, SECRET)
+    engines: list[WatchedEngine] = []
+
+    def build(experts: tuple[str, ...], options: SimulatedOptions) -> WatchedEngine:
+        engines.append(WatchedEngine(experts, options))
+        return engines[-1]
+
+    # Each slot asks for its engine whenever it needs one: the name stays patched
+    # for the pool's own slots only.
+    for slot in process.pool._slots:
+        slot._build = _patched(slot._build, build)
+    async with serving(process.app) as served:
+        process.pool.start()
+        try:
+            yield RunningPool(process, served, engines)
+        finally:
+            await process.pool.stop(0)
+
+
+def _patched(real: Callable[[], Any], build: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        with patch.object(app, "SimulatedEngine", build):
+            return real()
+
+    return make
+
+
+@asynccontextmanager
+async def site(config: Config) -> AsyncIterator[Site]:
+    """A gateway and one pool of each kind; afterwards nothing must run or wait."""
+    before = asyncio.all_tasks()
+    async with AsyncExitStack() as stack:
+        pools = {
+            kind: await stack.enter_async_context(pool_of(config, kind)) for kind in config.pools
+        }
+        woken: list[str] = []
+        gateway = GatewayProcess(config, "gateway", SECRET, wake=woken.append, behind_serve=False)
+        await gateway.start()
+        stack.push_async_callback(gateway.stop)
+        gateway.directory.update([pool.address for pool in pools.values()])
+        served = await stack.enter_async_context(serving(gateway.gateway.app()))
+        client = await stack.enter_async_context(
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30))
+        )
+        made = Site(gateway, served.url, client, pools, woken)
+        await until(lambda: _settled(made), "every expert loaded or failed, and the gateway knows")
+        yield made
+        await until(made.idle, "every request ended, in pools and engines")
+        assert gateway.gateway.metrics.in_flight._value.get() == 0
+    await until(lambda: not asyncio.all_tasks() - before, "no task is left")
+
+
+def _settled(made: Site) -> bool:
+    links = made.gateway.directory.links()
+    known = [link.snapshot for link in links if link.snapshot is not None]
+    return len(known) == len(made.pools) and all(
+        state.state in ("device", "failed")
+        for snapshot in known
+        for state in snapshot.experts.values()
+    )
+
+
+def simulated(
+    pools: dict[str, dict[str, Any]],
+    *,
+    experts: dict[str, Any] | None = None,
+    server: dict[str, Any] | None = None,
+    kinds: dict[str, dict[str, Any]] | None = None,
+    router: dict[str, Any] | None = None,
+) -> Config:
+    """A config of simulated pools: `pools` are the engines' options, `kinds` the pools' own."""
+    given = experts or {"general": {"model": "m"}}
+    return Config.model_validate(
+        {
+            "server": server or {},
+            "router": router or {},
+            "experts": given,
+            "pools": {
+                kind: {"engine": "simulated", "simulated": options, **(kinds or {}).get(kind, {})}
+                for kind, options in pools.items()
+            },
+        }
+    )
+
+
+def chat(text: str = "hello there", **more: Any) -> dict[str, Any]:
+    """A chat request's body."""
+    return {"model": "general", "messages": [{"role": "user", "content": text}], **more}
+
+
+def events(data: bytes) -> list[str]:
+    """The payloads of a stream of server-sent events."""
+    return [line[6:] for line in data.decode().split("\n") if line.startswith("data: ")]
