@@ -1,0 +1,129 @@
+"""The machine a figure was measured on, and how much of it others took meanwhile.
+
+Everything that a load test starts shares its session, so whatever else the
+processors did is other people's work. That matters beyond bookkeeping: Linux
+shares processors out by session where autogroups are on, and then somebody
+else's niceness does not keep their work out of our way.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# In /proc/stat's first line: user, nice, system, idle, iowait, irq, softirq, steal.
+_IDLE, _IOWAIT = 3, 4
+_BUSY_SHARE = 0.05
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def parse_stat(line: str) -> tuple[int, int]:
+    """Session, and ticks used so far with those of children that ended: /proc/<pid>/stat."""
+    fields = line.rsplit(")", 1)[1].split()
+    return int(fields[3]), sum(int(ticks) for ticks in fields[11:15])
+
+
+def _session_ticks(session: int) -> int:
+    ticks = 0
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        try:
+            line = Path(entry.path, "stat").read_text()
+        except OSError:
+            continue  # it has just ended; its parent's next figure holds its ticks
+        sid, used = parse_stat(line)
+        if sid == session:
+            ticks += used
+    return ticks
+
+
+@dataclass(frozen=True, slots=True)
+class Ticks:
+    """Processor time since boot: of all kinds, idle, and used by this session."""
+
+    whole: int
+    idle: int
+    ours: int
+
+    @classmethod
+    def now(cls) -> Ticks:
+        """As of now."""
+        try:
+            first = Path("/proc/stat").read_text().split("\n", 1)[0]
+        except OSError:
+            return cls(0, 0, 0)
+        fields = [int(n) for n in first.split()[1:9]]
+        idle = fields[_IDLE] + fields[_IOWAIT]
+        return cls(sum(fields), idle, _session_ticks(os.getsid(0)))
+
+    def since(self, before: Ticks) -> Ticks:
+        """What was spent since then."""
+        return Ticks(self.whole - before.whole, self.idle - before.idle, self.ours - before.ours)
+
+    def plus(self, more: Ticks) -> Ticks:
+        """The sum of both."""
+        return Ticks(self.whole + more.whole, self.idle + more.idle, self.ours + more.ours)
+
+    @property
+    def others_share(self) -> float:
+        """The part of all processor time that other people's work took."""
+        return max(0.0, (self.whole - self.idle - self.ours) / max(1, self.whole))
+
+    @property
+    def idle_share(self) -> float:
+        """The part of all processor time that nobody used."""
+        return self.idle / max(1, self.whole)
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """From its making to `report`: how busy the machine was, and with whose work."""
+
+    load_before: float
+    began: Ticks
+    began_at: str
+
+    @classmethod
+    def start(cls) -> Watch:
+        """Begin, before anything of ours has been started."""
+        at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        return cls(os.getloadavg()[0], Ticks.now(), at)
+
+    def report(self) -> dict[str, Any]:
+        """For the JSON object."""
+        spent = Ticks.now().since(self.began)
+        return {
+            "date": self.began_at,
+            "cpu": cpu_model(),
+            "cores": os.cpu_count(),
+            "load_before": round(self.load_before, 2),
+            "load_after": round(os.getloadavg()[0], 2),
+            "others_share": round(spent.others_share, 3),
+            "idle_share": round(spent.idle_share, 3),
+            "busy_with_others": spent.others_share > _BUSY_SHARE,
+        }
+
+
+def describe(machine: dict[str, Any]) -> str:
+    """One line for people."""
+    return (
+        f"{machine['date']}, {machine['cores']} cores of {machine['cpu']}; load "
+        f"{machine['load_before']} before and {machine['load_after']} after; other people's work "
+        f"took {machine['others_share']:.0%} of the processor time, {machine['idle_share']:.0%} "
+        "was idle" + (": the machine was BUSY" if machine["busy_with_others"] else "")
+    )
