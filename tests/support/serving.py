@@ -70,10 +70,12 @@ async def serving(application: Any) -> AsyncIterator[Served]:
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))
+    served = Served(f"http://127.0.0.1:{listener.getsockname()[1]}", server)
     try:
         await server.up.wait()
-        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", server)
+        yield served
     finally:
+        served.cut()  # uvicorn would wait for them
         server.should_exit = True
         await task
 

