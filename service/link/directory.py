@@ -67,8 +67,11 @@ class Directory:
         waiter = asyncio.Event()
         self._waiters.add(waiter)
         try:
+            # Not wait_for: on Python 3.11 it may swallow a cancellation, and a client
+            # that left would be answered all the same.
             with suppress(TimeoutError):
-                await asyncio.wait_for(waiter.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await waiter.wait()
         finally:
             self._waiters.discard(waiter)
 

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
+from typing import Any
 
 from service.engine.protocol import EngineRequest, Message, Send
 from service.errors import DeadlineExceeded, EngineDead, UnknownEndpoint, UnknownModel
@@ -15,6 +16,7 @@ from service.pool.slot import Slot
 from service.types import Residency
 
 _EWMA = 0.2
+OPERATIONS = ("load", "evict", "pin", "unpin")
 
 
 class Pool:
@@ -143,9 +145,31 @@ class Pool:
                 before = now
                 await asyncio.sleep(COALESCE_S)
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(change.wait(), HEARTBEAT_S - COALESCE_S)
+                    async with asyncio.timeout(HEARTBEAT_S - COALESCE_S):
+                        await change.wait()
         finally:
             self._listeners.discard(change)
+
+    def details(self) -> dict[str, dict[str, Any]]:
+        """Each expert's residency in full, for people."""
+        return {name: told for slot in self._slots for name, told in slot.details().items()}
+
+    async def operate(self, act: str, expert: str) -> None:
+        """load, evict, pin or unpin an expert. Raises UnknownModel, UnknownEndpoint, Conflict."""
+        slot = self._slot_of.get(expert)
+        if slot is None:
+            raise UnknownModel(f"pool {self.kind!r} has no expert {expert!r}")
+        if act not in OPERATIONS:
+            raise UnknownEndpoint(f"no operation {act!r}; operations: {', '.join(OPERATIONS)}")
+        await slot.operate(act, expert)
+
+    def swap_counts(self) -> dict[tuple[str, str, str], int]:
+        """Swaps since the start, by unit, method and reason."""
+        return {key: n for slot in self._slots for key, n in slot.swap_counts().items()}
+
+    def canary_failures(self) -> int:
+        """Swaps after which the weights were not as they had been loaded."""
+        return sum(slot.canary_failures for slot in self._slots)
 
     def unhealthy(self) -> str | None:
         """Why this process should be replaced, or None."""

@@ -12,9 +12,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 from service.engine.protocol import Engine, EngineReport
-from service.errors import CoeError, Draining, EngineDead, ExpertFailed
+from service.errors import CoeError, Conflict, Draining, EngineDead, ExpertFailed
 from service.link.snapshot import ExpertState, Queue
 from service.pool.queues import Queues, Ticket
 from service.types import Residency
@@ -22,6 +23,7 @@ from service.types import Residency
 log = logging.getLogger("coe.pool")
 
 _WATCH_S = 0.2
+_BUILD_GRACE_S = 2.0
 _RETRY_S = (1.0, 5.0, 30.0, 120.0, 300.0)
 _UNHEALTHY_AFTER = 3
 
@@ -150,8 +152,7 @@ class Slot:
         while True:
             engine: Engine | None = None
             try:
-                # In a thread: finding the weights may mean fetching them first.
-                engine = await asyncio.to_thread(self._build)
+                engine = await self._built()
                 async with turn:
                     await self._bring_up(engine)
                 await self._watch(engine)
@@ -169,6 +170,18 @@ class Slot:
                 self._engine = None
                 if engine is not None:
                     await engine.stop()
+
+    async def _built(self) -> Engine:
+        """A new engine, made in a thread: finding its weights may mean fetching them first."""
+        building = asyncio.create_task(asyncio.to_thread(self._build))
+        try:
+            return await asyncio.shield(building)
+        except asyncio.CancelledError:
+            # A thread can't be cancelled; but a fetch is not waited for to its end.
+            with suppress(Exception):
+                async with asyncio.timeout(_BUILD_GRACE_S):
+                    await (await building).stop()
+            raise
 
     def _retry_s(self) -> float:
         """How long to wait after a start that failed, before the next."""
@@ -205,7 +218,8 @@ class Slot:
             # It may have been another engine that a request saw die, before this one.
             self._lost.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._lost.wait(), _WATCH_S)
+                async with asyncio.timeout(_WATCH_S):
+                    await self._lost.wait()
         self._engine = None
         self._started_at = time.monotonic()
         self._set_all(Residency.LOADING, "")
@@ -234,7 +248,8 @@ class Slot:
         self._draining = True
         self._changed()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
 
     # --- what it tells
 
@@ -253,10 +268,36 @@ class Slot:
         """Each expert's waiting and running requests."""
         return {name: Queue(*self._queues.counts(name)) for name in self.experts}
 
+    canary_failures = 0
+
     @property
     def capacity(self) -> int:
         """Requests that run at once."""
         return self._queues.capacity
+
+    def details(self) -> dict[str, dict[str, Any]]:
+        """Each expert's residency in full."""
+        told: dict[str, dict[str, Any]] = {}
+        for name, state in self.states().items():
+            waiting, running = self._queues.counts(name)
+            told[name] = {
+                "state": state.state.value,
+                "reason": state.reason,
+                "eta_s": state.eta_s,
+                "waiting": waiting,
+                "running": running,
+                "failed_starts": self._failed_starts,
+            }
+        return told
+
+    async def operate(self, act: str, expert: str) -> None:
+        """load, evict, pin, unpin: this slot's experts are always there. Raises Conflict."""
+        if act in ("evict", "unpin"):
+            raise Conflict(f"expert {expert!r} has a slot of its own and always stays")
+
+    def swap_counts(self) -> dict[tuple[str, str, str], int]:
+        """Swaps by unit, method and reason."""
+        return {}
 
     def unhealthy(self) -> str | None:
         """Why this process should be replaced, or None.

@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 from service.engine.protocol import SwappingEngine
-from service.errors import CoeError, ExpertFailed
+from service.errors import CoeError, Conflict
 from service.link.snapshot import ExpertState
 from service.pool.planner import (
     Next,
@@ -61,6 +62,7 @@ class _Known:
     demand_at: float = 0.0
     failed_until: float = 0.0
     pinned: bool = False
+    wanted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ class SwapSlot(Slot):
         self._filling: asyncio.Task[None] | None = None
         self._filling_unit: str | None = None
         self.swaps: list[Swap] = []
-        self.counts: dict[tuple[str, str], int] = {}
+        self.counts: dict[tuple[str, str, str], int] = {}
         self.canary_failures = 0
         self._states = {
             name: ExpertState(
@@ -180,7 +182,8 @@ class SwapSlot(Slot):
                 if not await self._steer(engine):
                     return
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._event.wait(), _TICK_S)
+                    async with asyncio.timeout(_TICK_S):
+                        await self._event.wait()
         finally:
             self._open = False
             if self._filling is not None:
@@ -250,7 +253,7 @@ class SwapSlot(Slot):
     def _note(self, swap: Swap) -> None:
         self.swaps.append(swap)
         del self.swaps[:-_SWAPS_KEPT]
-        key = (swap.method, swap.reason)
+        key = (swap.unit, swap.method, swap.reason)
         self.counts[key] = self.counts.get(key, 0) + 1
 
     def _run_unit(self, unit: str) -> None:
@@ -338,21 +341,57 @@ class SwapSlot(Slot):
 
     # --- operating it
 
-    def pin(self, expert: str, pinned: bool) -> None:
-        """Keep an expert's weights in host memory, or no longer."""
-        self._known[self._unit_of[expert]].pinned = pinned
-        self._event.set()
-
-    async def evict(self, expert: str) -> None:
-        """Forget an expert's weights. Raises ExpertFailed where it runs or is pinned."""
+    async def operate(self, act: str, expert: str) -> None:
+        """load, evict, pin or unpin. Raises Conflict where the present state forbids it."""
         unit = self._unit_of[expert]
         known = self._known[unit]
-        if unit == self._unit or known.pinned or known.tier is not Residency.HOST:
-            raise ExpertFailed(f"expert {expert!r} is running, pinned or not in host memory")
-        assert self._engine is not None
-        known.tier = Residency.DISK
-        self._set_unit(unit, Residency.DISK)
-        await self._engine.drop(unit)  # type: ignore[attr-defined]
+        if act == "pin":
+            known.pinned = True
+        elif act == "unpin":
+            known.pinned = False
+        elif act == "load":
+            # As if somebody had asked for it: the planner fetches it when there is room.
+            known.wanted = True
+        else:
+            if unit == self._unit or known.pinned or known.tier is not Residency.HOST:
+                why = "running" if unit == self._unit else "pinned" if known.pinned else "not held"
+                raise Conflict(f"expert {expert!r} is {why} and can't be evicted")
+            engine = self._engine
+            if engine is None:
+                raise Conflict("the slot's engine is starting; nothing is held")
+            known.tier = Residency.DISK
+            known.wanted = False
+            self._set_unit(unit, Residency.DISK)
+            await engine.drop(unit)  # type: ignore[attr-defined]
+        self._event.set()
+
+    def details(self) -> dict[str, dict[str, Any]]:
+        """Each expert's residency in full, its last swap included."""
+        told = super().details()
+        last = {swap.unit: swap for swap in self.swaps}
+        for name, entry in told.items():
+            unit = self._unit_of[name]
+            known = self._known[unit]
+            entry |= {
+                "unit": unit,
+                "pinned": known.pinned,
+                "host_bytes": known.host_bytes if known.tier is not Residency.DISK else 0,
+                "fill_s": round(known.fill_s, 3),
+                "swap_s": round(known.swap_s, 4),
+            }
+            if (swap := last.get(unit)) is not None:
+                ago_s = round(time.monotonic() - swap.began_s, 1)
+                entry["last_swap"] = {
+                    "method": swap.method,
+                    "reason": swap.reason,
+                    "swap_s": round(swap.swap_s, 4),
+                    "ago_s": ago_s,
+                }
+        return told
+
+    def swap_counts(self) -> dict[tuple[str, str, str], int]:
+        """Swaps by unit, method and reason."""
+        return dict(self.counts)
 
     # --- what it tells
 
@@ -395,7 +434,8 @@ class SwapSlot(Slot):
                     waiting=len(waiting),
                     waiting_tokens=sum(ticket.tokens for ticket in waiting),
                     oldest_s=max((now_s - t.arrived_s for t in waiting), default=0.0),
-                    demand_per_s=_faded(known, now_s) / _DEMAND_HALF_S,
+                    # Asked for by hand counts as asked for just now.
+                    demand_per_s=max(_faded(known, now_s), float(known.wanted)) / _DEMAND_HALF_S,
                     host_bytes=known.host_bytes,
                     bring_s=known.fill_s,
                     swap_s=(known.swap_s + (0.0 if at_host else known.fill_s))
