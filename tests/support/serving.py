@@ -22,6 +22,7 @@ from service.engine.simulated import SimulatedEngine
 from service.link.client import PoolAddress
 
 SECRET = "the-cluster-s-secret"
+ADMIN_KEY = "admin-key-of-the-tests"
 CHAT = "/v1/chat/completions"
 
 
@@ -205,7 +206,9 @@ async def site(config: Config) -> AsyncIterator[Site]:
             kind: await stack.enter_async_context(pool_of(config, kind)) for kind in config.pools
         }
         woken: list[str] = []
-        gateway = GatewayProcess(config, "gateway", SECRET, wake=woken.append, behind_serve=False)
+        gateway = GatewayProcess(
+            config, "gateway", SECRET, admin_key=ADMIN_KEY, wake=woken.append, behind_serve=False
+        )
         await gateway.start()
         stack.push_async_callback(gateway.stop)
         gateway.directory.update([pool.address for pool in pools.values()])
