@@ -48,6 +48,7 @@ class GatewayProcess:
         gateway_id: str,
         secret: str,
         *,
+        admin_key: str | None,
         wake: Callable[[str], None],
         behind_serve: bool,
     ) -> None:
@@ -67,6 +68,7 @@ class GatewayProcess:
             Relay(self.directory, self._seats, wake),
             self.directory,
             lambda: {name: seat.failed for name, seat in self._seats.items()},
+            admin_key=admin_key,
             behind_serve=behind_serve,
         )
 
@@ -97,7 +99,9 @@ class PoolProcess:
 
     def __init__(self, config: Config, kind: str, secret: str) -> None:
         self.pool = build_pool(config, kind)
-        self._collector = PoolCollector(self.pool.snapshot)
+        self._collector = PoolCollector(
+            self.pool.snapshot, self.pool.swap_counts, self.pool.canary_failures, self.pool.details
+        )
         self.app = PoolApp(self, secret, config.server.max_body_bytes)
 
     async def run(self, call: Call, body: bytes, send: Any) -> None:
@@ -107,6 +111,14 @@ class PoolProcess:
     def snapshots(self) -> Any:
         """See `PoolHandler`."""
         return self.pool.snapshots()
+
+    def experts(self) -> dict[str, Any]:
+        """See `PoolHandler`."""
+        return self.pool.details()
+
+    async def operate(self, act: str, expert: str) -> None:
+        """See `PoolHandler`."""
+        await self.pool.operate(act, expert)
 
     def metrics(self) -> bytes:
         """See `PoolHandler`."""

@@ -196,7 +196,100 @@ def route(prompt: str, path: Path, as_json: bool) -> None:
     )
 
 
+@cli.group(invoke_without_command=True)
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The service.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--watch", is_flag=True, help="Go on showing it, until Ctrl-C.")
+@click.pass_context
+def experts(ctx: click.Context, url: str, as_json: bool, watch: bool) -> None:
+    """Where each expert's weights are, its queue and its last swap. Reads the admin key's file."""
+    ctx.obj = url
+    if ctx.invoked_subcommand is not None:
+        return
+    if as_json:
+        click.echo(json.dumps(_admin(url, "GET", "/admin/experts")))
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    if not watch:
+        Console().print(_experts_table(_admin(url, "GET", "/admin/experts")))
+        return
+    import time
+
+    with Live(refresh_per_second=2) as live:
+        while True:
+            live.update(_experts_table(_admin(url, "GET", "/admin/experts")))
+            time.sleep(1)
+
+
+def _operation(act: str, text: str) -> None:
+    @experts.command(name=act, help=text)
+    @click.argument("name")
+    @click.pass_obj
+    def operate(url: str, name: str) -> None:
+        from urllib.parse import quote
+
+        done = _admin(url, "POST", f"/admin/experts/{quote(name)}/{act}")
+        click.echo(f"{act}: {name} in {done['pools']} pool(s)")
+
+
+_operation("load", "Bring an expert's weights to host memory when there is room.")
+_operation("evict", "Forget an expert's weights.")
+_operation("pin", "Keep an expert's weights in host memory.")
+_operation("unpin", "No longer keep them.")
+
+
 # --- what they share
+
+
+def _admin(url: str, method: str, path: str) -> Any:
+    import urllib.error
+    import urllib.request
+
+    from service.link.secret import admin_key_path, read_secret
+
+    try:
+        key = read_secret(admin_key_path())
+    except OSError:
+        raise CoeError(
+            f"no admin key in {admin_key_path()}: `coe serve` makes one at its first start"
+        ) from None
+    request = urllib.request.Request(
+        url.rstrip("/") + path, method=method, headers={"authorization": f"Bearer {key}"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=130) as reply:
+            return json.load(reply)
+    except urllib.error.HTTPError as error:
+        try:
+            message = json.load(error)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = f"status {error.code}"
+        raise CoeError(f"{url}: {message}") from None
+    except OSError as error:
+        raise CoeError(f"{url} can't be reached: {getattr(error, 'reason', error)}") from None
+
+
+def _experts_table(told: Any) -> Any:
+    from rich.table import Table
+
+    head = ("pool", "expert", "state", "bytes", "waiting", "running", "swap", "last swap")
+    table = Table(*head, box=None, header_style="bold", pad_edge=False)
+    for pool, experts_ in told["pools"].items():
+        for name, one in experts_.items():
+            last = one.get("last_swap")
+            table.add_row(
+                pool,
+                name + (" (pinned)" if one.get("pinned") else ""),
+                one["state"] + (f": {one['reason']}" if one["reason"] else ""),
+                _size(one["host_bytes"]) if one.get("host_bytes") else "",
+                str(one["waiting"]),
+                str(one["running"]),
+                f"{one['swap_s'] * 1000:.0f} ms" if "swap_s" in one else "",
+                f"{last['method']}, {last['reason']}, {last['ago_s']:.0f} s ago" if last else "",
+            )
+    return table
 
 
 def _with_models(config: Config) -> Config:

@@ -136,7 +136,11 @@ class GatewayReplica:
     """One gateway in one Serve replica: Serve's own HTTP server carries its application."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config_json: str, secret_path: str, pools: dict[str, DeploymentHandle]
+        self,
+        config_json: str,
+        secret_path: str,
+        admin_key_path: str,
+        pools: dict[str, DeploymentHandle],
     ) -> None:
         set_up_logs()
         config = Config.model_validate_json(config_json)
@@ -150,6 +154,7 @@ class GatewayReplica:
             config,
             secrets.token_hex(8),
             read_secret(Path(secret_path)),
+            admin_key=read_secret(Path(admin_key_path)),
             wake=self._wake_for,
             behind_serve=True,
         )
@@ -253,7 +258,9 @@ def queued_work(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
     return max(low, min(high, wanted)), {}
 
 
-def application(config: Config, secret_path: Path, host: str) -> serve.Application:
+def application(
+    config: Config, secret_path: Path, admin_key_path: Path, host: str
+) -> serve.Application:
     """The Serve application of a config. `host`: the address that pools bind."""
     config_json = config.model_dump_json()
     pools = {
@@ -273,7 +280,7 @@ def application(config: Config, secret_path: Path, host: str) -> serve.Applicati
             "runtime_env": {"env_vars": _GATEWAY_ENVIRONMENT},
         },
     )(GatewayReplica)
-    return gateway.bind(config_json, str(secret_path), pools)
+    return gateway.bind(config_json, str(secret_path), str(admin_key_path), pools)
 
 
 def _pool_deployment(config: Config, kind: str) -> Any:
@@ -374,9 +381,9 @@ class LocalCluster:
             http_options=HTTPOptions(host=self._config.server.host, port=self._config.server.port),
         )
 
-    def deploy(self, secret_path: Path) -> None:
+    def deploy(self, secret_path: Path, admin_key_path: Path) -> None:
         """Deploy the application and wait until gateways and pools run (engines load later)."""
-        app = application(self._config, secret_path, "127.0.0.1")
+        app = application(self._config, secret_path, admin_key_path, "127.0.0.1")
         serve.run(app, name=APP, route_prefix="/", blocking=False)
 
     def stop(self) -> None:

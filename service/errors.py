@@ -78,6 +78,12 @@ class Unauthorized(CoeError):
     code = "invalid_api_key"
 
 
+class Conflict(CoeError):
+    """What was asked for can't be done in the present state (409)."""
+
+    code = "conflict"
+
+
 class Unavailable(CoeError):
     """We can't serve this now, but may soon (503). `retry_after_s` is our honest guess."""
 

@@ -21,7 +21,7 @@ from typing import Any
 from service import cluster_env
 from service.config import Config
 from service.errors import CoeError
-from service.link.secret import make_secret
+from service.link.secret import admin_key_path, make_secret
 
 _POLL_S = 0.5
 _SETTLED = {"device", "host", "failed"}
@@ -51,6 +51,9 @@ def run(config: Config, *, source: Path) -> None:
     _on_signals(stop)
     try:
         secret_path = run_dir / "secret"
+        if not admin_key_path().exists():
+            make_secret(admin_key_path())
+            _say(f"made an admin key in {admin_key_path()}")
         make_secret(secret_path)
         _say(f"starting {source} ({len(config.experts)} experts); logs in {run_dir}")
         cluster_env.prepare(run_dir, config.server.drain_s)
@@ -60,7 +63,7 @@ def run(config: Config, *, source: Path) -> None:
         cluster.start()
         _on_signals(stop)  # Ray has put its own in their place
         _say(f"Ray Serve is up ({time.monotonic() - began_s:.0f} s)")
-        cluster.deploy(secret_path)
+        cluster.deploy(secret_path, admin_key_path())
         url = f"http://{_host(config)}:{config.server.port}"
         _say(f"the gateway answers at {url} ({time.monotonic() - began_s:.0f} s)")
         _follow(config, began_s)

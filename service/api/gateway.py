@@ -25,10 +25,18 @@ from service.api.plan import Plan, Planner
 from service.api.relay import Passage, Relay
 from service.api.schemas import describe
 from service.config import Config
-from service.errors import CoeError, InvalidRequest, PoolGone, UnknownEndpoint, UnknownModel
+from service.errors import (
+    CoeError,
+    InvalidRequest,
+    PoolGone,
+    Unauthorized,
+    UnknownEndpoint,
+    UnknownModel,
+)
 from service.link.asgi import ClientGone, Message, Receive, Send, read_body, until_gone
 from service.link.directory import Directory
 from service.link.faults import Fault, fault_of
+from service.link.secret import same
 from service.telemetry.metrics import CONTENT_TYPE, GatewayMetrics, join
 
 log = logging.getLogger("coe.api")
@@ -37,6 +45,8 @@ access = logging.getLogger("coe.access")
 
 class Gateway:
     """Answers requests. `app()` is its ASGI application.
+
+    `admin_key`: without one there are no admin endpoints.
 
     `behind_serve`: Ray Serve's HTTP server is around it, which cancels a request
     whose client has left and puts x-request-id into the reply; elsewhere that is
@@ -51,6 +61,7 @@ class Gateway:
         directory: Directory,
         remote_states: Callable[[], dict[str, str | None]],
         *,
+        admin_key: str | None = None,
         behind_serve: bool = False,
     ) -> None:
         self._config = config
@@ -59,6 +70,7 @@ class Gateway:
         self._directory = directory
         self._remote_states = remote_states
         self._behind_serve = behind_serve
+        self._admin_key = admin_key
         self._created_s = int(time.time())
         self.metrics = GatewayMetrics()
 
@@ -179,6 +191,9 @@ class Gateway:
         async def openapi() -> Response:
             return _json(describe(self._config))
 
+        if self._admin_key is not None:
+            self._add_admin(app, self._admin_key)
+
         @app.exception_handler(CoeError)
         async def known(request: Request, error: CoeError) -> Response:
             return _response(fault_of(error))
@@ -193,6 +208,40 @@ class Gateway:
             return _response(fault_of(UnknownEndpoint(f"there is no {path}")))
 
         return app
+
+    def _add_admin(self, app: FastAPI, key: str) -> None:
+        def check(request: Request) -> None:
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not same(given.encode(), key.encode()):
+                raise Unauthorized("the admin endpoints need the admin key as Bearer token")
+
+        @app.get("/admin/experts")
+        async def experts(request: Request) -> Response:
+            check(request)
+            links = self._directory.links()
+            told = await asyncio.gather(*(link.experts() for link in links), return_exceptions=True)
+            pools = {
+                f"{link.address.kind}-{link.address.boot}": one
+                for link, one in zip(links, told, strict=True)
+                if isinstance(one, dict)
+            }
+            return _json({"pools": pools})
+
+        @app.post("/admin/experts/{name:path}/{act}")
+        async def operate(request: Request, name: str, act: str) -> Response:
+            check(request)
+            links = [
+                link
+                for link in self._directory.links()
+                if link.snapshot is not None and name in link.snapshot.experts
+            ]
+            if not links:
+                raise UnknownModel(f"no running pool holds an expert {name[:128]!r}")
+            answers = await asyncio.gather(*(link.operate(act, name) for link in links))
+            for status, body in answers:
+                if status >= 400:
+                    return Response(body, status_code=status, media_type="application/json")
+            return _json({"expert": name, "done": act, "pools": len(links)})
 
     def _states(self) -> dict[str, dict[str, Any]]:
         views = self._relay.views(())

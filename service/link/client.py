@@ -9,8 +9,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
 
 import aiohttp
+import orjson
 
 from service.errors import PoolGone
 from service.link import secret as secrets
@@ -115,12 +118,26 @@ class PoolLink:
 
     async def metrics(self) -> str:
         """The pool's Prometheus text. Raises PoolGone."""
+        return (await self._small("GET", "/metrics"))[1].decode()
+
+    async def experts(self) -> dict[str, Any]:
+        """The pool's experts in full. Raises PoolGone."""
+        told: dict[str, Any] = orjson.loads((await self._small("GET", "/experts"))[1])
+        return told
+
+    async def operate(self, act: str, expert: str) -> tuple[int, bytes]:
+        """load, evict, pin or unpin: the pool's status and body. Raises PoolGone."""
+        return await self._small("POST", f"/operate/{act}/{quote(expert)}", timeout_s=120)
+
+    async def _small(self, method: str, path: str, timeout_s: float = 2) -> tuple[int, bytes]:
         try:
-            timeout = aiohttp.ClientTimeout(total=2)
-            async with self._session.get(
-                self.address.url + "/metrics", headers=self._headers, timeout=timeout
+            async with self._session.request(
+                method,
+                self.address.url + path,
+                headers=self._headers,
+                timeout=aiohttp.ClientTimeout(total=timeout_s),
             ) as reply:
-                return await reply.text()
+                return reply.status, await reply.read()
         except (aiohttp.ClientError, TimeoutError, OSError):
             raise PoolGone("the pool can't be reached") from None
 

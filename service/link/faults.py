@@ -15,6 +15,7 @@ _STATUS: dict[type[CoeError], int] = {
     errors.BodyTooLarge: 413,
     errors.Unauthorized: 401,
     errors.UnknownModel: 404,
+    errors.Conflict: 409,
     errors.UnknownEndpoint: 404,
     errors.DeadlineExceeded: 504,
     errors.Unavailable: 503,
@@ -25,6 +26,7 @@ _TYPE = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
+    409: "invalid_request_error",
     413: "invalid_request_error",
 }
 FAULT_HEADER = b"x-coe-fault"

@@ -21,6 +21,12 @@ def make_secret(path: Path) -> str:
     return secret
 
 
+def admin_key_path() -> Path:
+    """Where this machine's admin key is: `$COE_HOME/admin-key`, or `~/.config/coe/admin-key`."""
+    home = os.environ.get("COE_HOME")
+    return (Path(home) if home else Path.home() / ".config" / "coe") / "admin-key"
+
+
 def read_secret(path: Path) -> str:
     """The secret that the file holds. Raises OSError."""
     return path.read_text().strip()

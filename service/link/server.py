@@ -10,6 +10,8 @@ import logging
 from collections.abc import AsyncIterator, MutableMapping
 from typing import Any, Protocol
 
+import orjson
+
 from service.errors import CoeError, Unauthorized, UnknownEndpoint
 from service.link import secret as secrets
 from service.link.asgi import ClientGone, Message, Receive, Send, read_body, until_gone
@@ -30,6 +32,12 @@ class PoolHandler(Protocol):
 
     def metrics(self) -> bytes:
         """Prometheus text."""
+
+    def experts(self) -> dict[str, Any]:
+        """Each expert's residency in full, for people."""
+
+    async def operate(self, act: str, expert: str) -> None:
+        """load, evict, pin or unpin an expert. Raises CoeError where that can't be."""
 
 
 class PoolApp:
@@ -54,6 +62,13 @@ class PoolApp:
                 await self._stream_snapshots(receive, reply)
             elif path == "/metrics":
                 await reply.whole(200, b"text/plain; version=0.0.4", self._handler.metrics())
+            elif path == "/experts":
+                body = orjson.dumps(self._handler.experts())
+                await reply.whole(200, b"application/json", body)
+            elif scope["method"] == "POST" and path.startswith("/operate/"):
+                act, _, expert = path.removeprefix("/operate/").partition("/")
+                await self._handler.operate(act, expert)
+                await reply.whole(200, b"application/json", b"{}")
             elif scope["method"] == "POST":
                 call = parse_call(path, headers)
                 body = await read_body(receive, self._max_body_bytes)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from prometheus_client import REGISTRY, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service.link.snapshot import Snapshot
@@ -13,10 +14,22 @@ from service.types import Residency
 
 
 class PoolCollector(Collector):
-    """Queue lengths and residency, per expert."""
+    """Queue lengths, residency and swaps, per expert.
 
-    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+    The four sources are asked whenever metrics are read.
+    """
+
+    def __init__(
+        self,
+        snapshot: Callable[[], Snapshot],
+        swaps: Callable[[], dict[tuple[str, str, str], int]],
+        canary_failures: Callable[[], int],
+        details: Callable[[], dict[str, dict[str, Any]]],
+    ) -> None:
         self._snapshot = snapshot
+        self._swaps = swaps
+        self._canary_failures = canary_failures
+        self._details = details
 
     def collect(self) -> Iterable[Metric]:
         """The families, as of now."""
@@ -38,7 +51,24 @@ class PoolCollector(Collector):
         for expert, state in now.experts.items():
             for possible in Residency:
                 residency.add_metric([expert, possible.value], float(state.state is possible))
-        return [waiting, running, residency]
+        swaps = CounterMetricFamily(
+            "coe_swaps",
+            "Swaps by the expert swapped in, method and reason.",
+            labels=["expert", "method", "reason"],
+        )
+        for key, count in self._swaps().items():
+            swaps.add_metric(list(key), count)
+        canary = CounterMetricFamily(
+            "coe_canary_failures", "Swaps after which the weights were not as first loaded."
+        )
+        canary.add_metric([], self._canary_failures())
+        host = GaugeMetricFamily(
+            "coe_host_bytes", "Memory measured for an expert's weights.", labels=["expert"]
+        )
+        for expert, told in self._details().items():
+            if "host_bytes" in told:
+                host.add_metric([expert], told["host_bytes"])
+        return [waiting, running, residency, swaps, canary, host]
 
 
 def pool_text(collector: PoolCollector) -> bytes:

@@ -22,6 +22,7 @@ STATUS = {
     "UnknownModel": 404,
     "UnknownEndpoint": 404,
     "Unauthorized": 401,
+    "Conflict": 409,
     "Unavailable": 503,
     "OverCapacity": 503,
     "ExpertFailed": 503,

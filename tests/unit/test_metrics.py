@@ -57,7 +57,7 @@ def test_a_pool_tells_its_queues_and_residency() -> None:
         experts={"a": ExpertState(Residency.DEVICE)},
         queues={"a": Queue(2, 1)},
     )
-    got = samples(pool_text(PoolCollector(lambda: snapshot)).decode())
+    got = samples(pool_text(PoolCollector(lambda: snapshot, dict, lambda: 0, dict)).decode())
     assert got["coe_queue_requests", (("expert", "a"),)] == 2
     assert got["coe_running_requests", (("expert", "a"),)] == 1
     states = {
