@@ -13,7 +13,8 @@ from service.api.gateway import Gateway
 from service.api.plan import Planner
 from service.api.relay import Relay, RemoteSeat
 from service.config import Config, PoolConfig
-from service.engine.protocol import Engine, SwappingEngine
+from service.engine.lazy import LazyEngine
+from service.engine.protocol import SwappingEngine
 from service.engine.remote import RemoteEngine
 from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, ConfigError
@@ -194,29 +195,20 @@ def _folder(config: Config, expert: str) -> str:
     root = Path(config.models_dir) if config.models_dir is not None else None
     folder = locate(source, root=root) or pull(source, dest_root=root)
     # Says what is wrong with the files better than an engine that fails to start.
-    inspect_model(folder)
+    inspect_model(Path(folder))
     return str(folder)
 
 
 def _build_engine(
     config: Config, settings: PoolConfig, base: str, adapters: tuple[str, ...]
-) -> Engine:
-    if settings.engine == "simulated":
-        return SimulatedEngine((base, *adapters), settings.simulated)
-    if config.experts[base].form == "merged":
-        return _build_swapping(config, settings, ((base,),), {}, base)
-    return _build_vllm(config, settings, base, adapters)
-
-
-def _build_vllm(
-    config: Config, settings: PoolConfig, base: str, adapters: tuple[str, ...]
 ) -> SwappingEngine:
-    # Imported here: it takes seconds, and only a pool with real engines needs it.
-    from service.engine.vllm import VllmEngine, VllmModel
-
-    paths = {name: str(config.experts[name].adapter) for name in adapters}
-    model = VllmModel(base, _folder(config, base), paths)
-    return VllmEngine(model, settings.vllm, on_cpu=settings.gpus == 0)
+    """An engine that runs one unit."""
+    unit = (base, *adapters)
+    if settings.engine == "simulated":
+        return SimulatedEngine(unit, settings.simulated)
+    if adapters or config.experts[base].form != "merged":
+        return LazyEngine(partial(_make_vllm, config, settings, base, adapters))
+    return LazyEngine(partial(_make_swapping, config, settings, (unit,), {}, base))
 
 
 def _build_swapping(
@@ -230,11 +222,32 @@ def _build_swapping(
     if settings.engine == "simulated":
         names = tuple(name for unit in units for name in unit)
         return SimulatedEngine(names, settings.simulated)
-    from service.engine.vllm_swap import SwappingVllmEngine, Weights
-
     adapters = next(unit[1:] for unit in units if unit[0] == first)
     if adapters:
-        return _build_vllm(config, settings, first, adapters)
+        return LazyEngine(partial(_make_vllm, config, settings, first, adapters))
+    return LazyEngine(partial(_make_swapping, config, settings, units, canaries, first))
+
+
+def _make_vllm(
+    config: Config, settings: PoolConfig, base: str, adapters: tuple[str, ...]
+) -> SwappingEngine:
+    # Imported here: it takes seconds, and only a pool with real engines needs it.
+    from service.engine.vllm import VllmEngine, VllmModel
+
+    paths = {name: str(config.experts[name].adapter) for name in adapters}
+    model = VllmModel(base, _folder(config, base), paths)
+    return VllmEngine(model, settings.vllm, on_cpu=settings.gpus == 0)
+
+
+def _make_swapping(
+    config: Config,
+    settings: PoolConfig,
+    units: tuple[tuple[str, ...], ...],
+    canaries: dict[str, str],
+    first: str,
+) -> SwappingEngine:
+    from service.engine.vllm_swap import SwappingVllmEngine, Weights
+
     family = _family(config, first)
     weights = {}
     for unit in units:

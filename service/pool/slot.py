@@ -23,7 +23,6 @@ from service.types import Residency
 log = logging.getLogger("coe.pool")
 
 _WATCH_S = 0.2
-_BUILD_GRACE_S = 2.0
 _RETRY_S = (1.0, 5.0, 30.0, 120.0, 300.0)
 _UNHEALTHY_AFTER = 3
 
@@ -152,7 +151,7 @@ class Slot:
         while True:
             engine: Engine | None = None
             try:
-                engine = await self._built()
+                engine = self._build()
                 async with turn:
                     await self._bring_up(engine)
                 await self._watch(engine)
@@ -170,18 +169,6 @@ class Slot:
                 self._engine = None
                 if engine is not None:
                     await engine.stop()
-
-    async def _built(self) -> Engine:
-        """A new engine, made in a thread: finding its weights may mean fetching them first."""
-        building = asyncio.create_task(asyncio.to_thread(self._build))
-        try:
-            return await asyncio.shield(building)
-        except asyncio.CancelledError:
-            # A thread can't be cancelled; but a fetch is not waited for to its end.
-            with suppress(Exception):
-                async with asyncio.timeout(_BUILD_GRACE_S):
-                    await (await building).stop()
-            raise
 
     def _retry_s(self) -> float:
         """How long to wait after a start that failed, before the next."""

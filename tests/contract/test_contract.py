@@ -16,6 +16,7 @@ import pytest
 from service.errors import EngineDead
 from tests.contract.conftest import Subject
 from tests.support.asking import CHAT, COMPLETIONS, Reply, ask, run
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -245,15 +246,10 @@ async def test_a_cancelled_request_is_stopped(subject: Subject) -> None:
         task = asyncio.create_task(run(subject.engine, CHAT, subject.expert, body, reply))
         if stream:
             await asyncio.wait_for(reply.begun.wait(), 60)
-        else:
-            while await subject.engine.in_flight() == 0:
-                await asyncio.sleep(0.01)
-        assert await subject.engine.in_flight() == 1
+        await until(subject.busy, "the engine has it", 60)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        async with asyncio.timeout(20):
-            while await subject.engine.in_flight():
-                await asyncio.sleep(0.01)
+        await until(subject.idle, "the engine has dropped it", 20)
         assert not reply.ended
     assert (await ask(subject.engine, CHAT, subject.expert, chat())).status == 200
 
@@ -284,9 +280,7 @@ async def test_death_in_mid_stream_ends_it_with_an_error_event(subject: Subject)
 
 
 async def test_after_death_nothing_is_answered(subject: Subject) -> None:
-    async with asyncio.timeout(20):
-        while subject.engine.failure() is None:
-            await asyncio.sleep(0.01)
+    await until(lambda: subject.engine.failure() is not None, "the death is noticed", 20)
     for stream in (False, True):
         reply = await ask(subject.engine, CHAT, subject.expert, chat(stream=stream))
         assert isinstance(reply.error, EngineDead)

@@ -11,7 +11,8 @@ import aiohttp
 import pytest
 
 from service.link.client import PoolAddress
-from tests.support.serving import CHAT, SECRET, chat, events, pool_of, simulated, site, until
+from tests.support.serving import CHAT, SECRET, chat, events, pool_of, simulated, site
+from tests.support.waiting import until
 
 SHARED = {"general": {"model": "m"}, "other": {"model": "m"}}
 

@@ -20,6 +20,7 @@ from service.config import Config, SimulatedOptions
 from service.engine.protocol import EngineRequest, Send
 from service.engine.simulated import SimulatedEngine
 from service.link.client import PoolAddress
+from tests.support.waiting import until
 
 SECRET = "the-cluster-s-secret"
 ADMIN_KEY = "admin-key-of-the-tests"
@@ -79,16 +80,6 @@ async def serving(application: Any) -> AsyncIterator[Served]:
         served.cut()  # uvicorn would wait for them
         server.should_exit = True
         await task
-
-
-async def until(condition: Callable[[], bool], what: str, timeout_s: float = 15) -> None:
-    """Wait for something that has no event to wait for."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            while not condition():  # noqa: ASYNC110  # what is waited for tells nobody
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        raise AssertionError(f"never happened: {what}") from None
 
 
 class WatchedEngine(SimulatedEngine):

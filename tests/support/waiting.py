@@ -1,0 +1,22 @@
+"""Waiting for something that has no event to wait for."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable
+
+
+async def until(
+    condition: Callable[[], bool | Awaitable[bool]], what: str, timeout_s: float = 15
+) -> None:
+    """Look again and again; an AssertionError says what never happened."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                met = condition()
+                if await met if inspect.isawaitable(met) else met:
+                    return
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        raise AssertionError(f"never happened: {what}") from None
