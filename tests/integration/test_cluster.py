@@ -1,0 +1,266 @@
+"""Through Ray Serve and HAProxy, with the official client and simulated engines.
+
+One `coe serve` for all of them; the last test stops it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+import yaml
+
+from tests.support.cluster import Service, serve, wait_until
+
+pytestmark = pytest.mark.cluster
+
+CONFIG = {
+    "server": {"drain_s": 20, "max_body_bytes": 20_000},
+    "experts": {
+        "general": {"model": "m", "categories": ["general"]},
+        "math": {"model": "m", "categories": ["math"]},
+        "vectors": {"model": "m", "capabilities": ["embeddings"]},
+        "small": {"model": "m"},
+        "broken": {"model": "m"},
+    },
+    "pools": {
+        "main": {
+            "engine": "simulated",
+            "experts": ["general", "math", "vectors"],
+            "min_replicas": 2,
+            "cpus": 0.1,
+            "simulated": {"decode_ms": 20, "tokens": 8},
+        },
+        "small": {
+            "engine": "simulated",
+            "experts": ["small"],
+            "cpus": 0.1,
+            "max_queue": 0,
+            "simulated": {"decode_ms": 50, "tokens": 20, "max_num_seqs": 1},
+        },
+        "broken": {
+            "engine": "simulated",
+            "experts": ["broken"],
+            "cpus": 0.1,
+            "simulated": {"fail": "mid_stream"},
+        },
+    },
+}
+HELLO = [{"role": "user", "content": "hello there"}]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The running service."""
+    path = tmp_path_factory.mktemp("cluster") / "coe.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    with serve(path) as running:
+        yield running
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[openai.OpenAI]:
+    """The official client, without its own retries."""
+    with openai.OpenAI(base_url=service.url + "/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    raw = client.chat.completions.with_raw_response.create(model="general", messages=HELLO)
+    told = raw.parse()
+    assert told.model == "general"
+    assert told.choices[0].message.content.startswith("general:")
+    assert told.usage.completion_tokens == 8
+    assert raw.headers["x-coe-expert"] == "general"
+    assert len(raw.headers.get_list("x-request-id")) == 1
+    for name in ("x-coe-route-ms", "x-coe-queue-ms"):
+        assert float(raw.headers[name]) >= 0
+
+
+def test_auto(client: openai.OpenAI) -> None:
+    assert client.chat.completions.create(model="auto", messages=HELLO).model == "general"
+    assert client.chat.completions.create(model="auto/math", messages=HELLO).model == "math"
+
+
+def test_a_stream(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="math", messages=HELLO, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text.startswith("math:")
+    assert {chunk.model for chunk in chunks} == {"math"}
+    assert chunks[-1].usage.completion_tokens == 8
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    told = client.completions.create(model="general", prompt="once", max_tokens=3)
+    chunks = client.completions.create(model="general", prompt="once", max_tokens=3, stream=True)
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == told.choices[0].text
+
+
+def test_embeddings(client: openai.OpenAI) -> None:
+    told = client.embeddings.create(model="vectors", input=["a", "b"], encoding_format="float")
+    assert [one.index for one in told.data] == [0, 1]
+    assert len(told.data[0].embedding) == 32
+    assert told.data[0].embedding != told.data[1].embedding
+
+
+def test_models(client: openai.OpenAI) -> None:
+    names = [model.id for model in client.models.list()]
+    assert names == ["auto", "general", "math", "vectors", "small", "broken"]
+    assert client.models.retrieve("math").owned_by == "coe"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nobody")
+
+
+def test_faults_are_the_client_s_own_exceptions(client: openai.OpenAI) -> None:
+    create = client.chat.completions.create
+    with pytest.raises(openai.NotFoundError) as unknown:
+        create(model="nobody", messages=HELLO)
+    assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError) as bad:
+        create(model="general", messages=[])
+    assert bad.value.param == "messages"
+    with pytest.raises(openai.BadRequestError) as long:
+        create(model="general", messages=HELLO, max_tokens=5000)
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.APIStatusError) as large:
+        create(model="general", messages=[{"role": "user", "content": "x" * 30_000}])
+    assert large.value.status_code == 413
+    with pytest.raises(openai.InternalServerError) as late:
+        create(model="small", messages=HELLO, extra_headers={"x-coe-deadline-ms": "100"})
+    assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
+
+
+def test_over_capacity_says_when_to_come_back(client: openai.OpenAI) -> None:
+    with client.chat.completions.create(model="small", messages=HELLO, stream=True) as stream:
+        next(iter(stream))
+        with pytest.raises(openai.InternalServerError) as full:
+            client.chat.completions.create(model="small", messages=HELLO)
+    assert (full.value.status_code, full.value.code) == (503, "over_capacity")
+    assert int(full.value.response.headers["retry-after"]) >= 1
+
+
+def test_an_engine_that_dies_in_mid_stream_is_an_exception(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(model="broken", messages=HELLO, stream=True)
+    with pytest.raises(openai.APIError) as died:
+        list(stream)
+    assert died.value.code == "engine_dead"
+
+
+async def test_64_streams_at_once_keep_their_own_text(service: Service) -> None:
+    async with openai.AsyncOpenAI(base_url=service.url + "/v1", api_key="none") as client:
+
+        async def one(i: int) -> str:
+            words = [{"role": "user", "content": f"number {i}"}]
+            model = "math" if i % 2 else "general"
+            stream = await client.chat.completions.create(
+                model=model, messages=words, stream=True, max_tokens=8
+            )
+            text = "".join([c.choices[0].delta.content or "" async for c in stream])
+            assert text.startswith(f"{model}:")
+            return text
+
+        together = await asyncio.gather(*(one(i) for i in range(64)))
+        assert together[:6] == [await one(i) for i in range(6)]
+
+
+def test_a_client_that_leaves_stops_its_generation(service: Service, client: openai.OpenAI) -> None:
+    with client.chat.completions.create(
+        model="general", messages=HELLO, stream=True, max_tokens=1500
+    ) as stream:
+        next(iter(stream))
+        wait_until(lambda: running(client) == 1, "the pool tells of it")
+    wait_until(lambda: running(client) == 0, "its place is free again", 10)
+
+
+def test_every_listening_socket_is_known(service: Service) -> None:
+    """Loopback, except where Ray knows no other way; those ask for Ray's token."""
+    pools = gateways = 0
+    strangers = []
+    for one in service.listening():
+        local = one.address in ("127.0.0.1", "::1")
+        if "haproxy" in one.process and local:
+            continue  # the endpoint itself, and its statistics
+        if "PoolReplica" in one.process and local and 31100 <= one.port < 32000:
+            pools += 1
+            continue
+        if "GatewayReplica" in one.process and 30000 <= one.port < 31000:
+            gateways += 1
+            continue
+        if re.search(r"gcs_server|raylet|ray::|dashboard|runtime_env|agent", one.process):
+            continue
+        strangers.append(one)
+    assert strangers == []
+    assert pools == 4
+    assert gateways == 1
+    assert not (service.folder / "home" / "admin-key").stat().st_mode & 0o077
+
+
+def test_a_killed_pool_is_replaced_and_requests_are_answered(
+    service: Service, client: openai.OpenAI
+) -> None:
+    before = {p.pid for p in service.named("PoolReplica")}
+    main = [p for p in service.named("ServeReplica:coe:pool-main") or service.named("pool-main")]
+    assert len(main) == 2
+    with ThreadPoolExecutor(8) as threads:
+
+        def one(i: int) -> str:
+            words = [{"role": "user", "content": f"number {i}"}]
+            try:
+                told = client.chat.completions.create(model="general", messages=words)
+            except openai.APIError as error:
+                return type(error).__name__
+            return "ok" if told.choices[0].message.content else "empty"
+
+        asked = [threads.submit(one, i) for i in range(100)]
+        asked[10].result()
+        main[0].kill()
+        outcomes = Counter(future.result() for future in asked)
+    # None had a first byte when its pool went: each was answered by the other one.
+    assert outcomes == {"ok": 100}
+    wait_until(
+        lambda: len(service.named("PoolReplica")) == len(before), "another pool is started", 60
+    )
+
+
+def test_a_stop_lets_streams_end_and_leaves_nothing(
+    service: Service, client: openai.OpenAI
+) -> None:
+    stream = client.chat.completions.create(
+        model="general", messages=HELLO, stream=True, max_tokens=150
+    )
+    chunks = [next(stream)]
+    service.tree()
+    os.kill(service.process.pid, signal.SIGTERM)
+    os.kill(service.process.pid, signal.SIGINT)  # an impatient user
+    chunks += list(stream)
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert len(chunks) == 150
+    service.stop()
+    assert service.process.returncode == 0
+    wait_until(lambda: service.left() == [], "no process is left", 20)
+    assert "Traceback" not in service.log
+    assert _files(service.folder) == {"home/admin-key", "log"}
+
+
+def running(client: openai.OpenAI) -> float:
+    """Requests on the main pool's engines, as /metrics tells."""
+    text = client.with_options(base_url=str(client.base_url).removesuffix("v1/")).get(
+        "/metrics", cast_to=str
+    )
+    found = re.findall(r'coe_running_requests\{expert="general"[^}]*\} (\S+)', text)
+    return sum(map(float, found))
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
