@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from loadtests import stats
 from loadtests.bare import EngineArguments, bare_server, model_folder
 from loadtests.client import Asker, Target, closed_loop, completion_tokens, once
-from loadtests.machine import Ticks
+from loadtests.machine import Ticks, Watch
 from loadtests.process import say
 from loadtests.prompts import prompts
 from loadtests.reach import Report, Table, at_least, at_most
@@ -105,7 +105,7 @@ async def _pairs(bare: Target, ours: Target, plan: Plan) -> list[tuple[Measured,
     return measured
 
 
-async def run(port: int, *, quick: bool, threads: int) -> Report:
+async def run(port: int, watch: Watch, *, quick: bool, threads: int) -> Report:
     """Measure. Raises RuntimeError if a server doesn't come up or an answer isn't whole."""
     arguments = EngineArguments(model_folder(), threads)
     report = Report("gateway")
@@ -115,6 +115,7 @@ async def run(port: int, *, quick: bool, threads: int) -> Report:
     with ExitStack() as stack:
         stack.enter_context(bare_server(bare.port, _MODEL, arguments))
         stack.enter_context(serving(settings))
+        stack.enter_context(watch.window())
         for plan in plans(quick):
             say(f"{plan.in_flight} in flight, {plan.pairs} pairs of turns")
             results[plan.in_flight] = await _pairs(bare, ours, plan)

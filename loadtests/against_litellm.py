@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from loadtests import litellm, stats
 from loadtests.client import Asker, Target
 from loadtests.fake import fake_upstream
+from loadtests.machine import Watch
 from loadtests.process import say
 from loadtests.prompts import prompts
 from loadtests.reach import Report, Table, at_least, at_most
@@ -37,7 +38,7 @@ async def _alone(targets: dict[str, Target], rounds: int) -> dict[str, list[floa
     return times
 
 
-async def run(port: int, *, quick: bool) -> Report:
+async def run(port: int, watch: Watch, *, quick: bool) -> Report:
     """Measure. Raises RuntimeError if a server doesn't come up or an answer isn't whole."""
     rounds, for_s, singles = (5, 2.0, 100) if quick else (9, 4.0, 300)
     report = Report("gateway, LiteLLM")
@@ -57,6 +58,7 @@ async def run(port: int, *, quick: bool) -> Report:
         stack.enter_context(fake_upstream(upstream_port, STEP_MS))
         stack.enter_context(litellm.proxy(targets["litellm"].port, upstream_port, _MODEL, key))
         stack.enter_context(serving(settings))
+        stack.enter_context(watch.window())
         for target in targets.values():
             await rate(target, _MODEL, 2.0)
         for i in range(rounds):

@@ -36,12 +36,12 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-async def _measure(given: argparse.Namespace) -> Report:
+async def _measure(given: argparse.Namespace, watch: Watch) -> Report:
     if given.peer == "litellm":
-        return await against_litellm.run(given.port, quick=given.quick)
+        return await against_litellm.run(given.port, watch, quick=given.quick)
     if given.engine == "simulated":
-        return await simulated.run(given.port, quick=given.quick)
-    return await against_bare.run(given.port, quick=given.quick, threads=given.threads)
+        return await simulated.run(given.port, watch, quick=given.quick)
+    return await against_bare.run(given.port, watch, quick=given.quick, threads=given.threads)
 
 
 def main() -> int:
@@ -49,7 +49,7 @@ def main() -> int:
     given = _arguments()
     watch = Watch.start()
     try:
-        report = uvloop.run(_measure(given))
+        report = uvloop.run(_measure(given, watch))
     except (RuntimeError, OSError) as error:
         print(f"loadtests: {error}", file=sys.stderr)
         return 1

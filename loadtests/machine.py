@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,18 @@ def cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def revision() -> str:
+    """The commit that is measured, marked where the checkout differs from it."""
+    command = ["git", "describe", "--always", "--dirty", "--match=NONE"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def parse_stat(line: str) -> tuple[int, int]:
@@ -90,13 +105,18 @@ class Ticks:
         return self.idle / max(1, self.whole)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Watch:
-    """From its making to `report`: how busy the machine was, and with whose work."""
+    """From its making to `report`: how busy the machine was, and with whose work.
+
+    Processes that end take their ticks with them, so whoever starts some measures in
+    a `window`, while they all live.
+    """
 
     load_before: float
     began: Ticks
     began_at: str
+    spent: Ticks | None = None
 
     @classmethod
     def start(cls) -> Watch:
@@ -104,11 +124,20 @@ class Watch:
         at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
         return cls(os.getloadavg()[0], Ticks.now(), at)
 
+    @contextmanager
+    def window(self) -> Iterator[None]:
+        """Only what happens in windows is reported, once there is one."""
+        before = Ticks.now()
+        yield
+        spent = Ticks.now().since(before)
+        self.spent = spent if self.spent is None else self.spent.plus(spent)
+
     def report(self) -> dict[str, Any]:
         """For the JSON object."""
-        spent = Ticks.now().since(self.began)
+        spent = self.spent or Ticks.now().since(self.began)
         return {
             "date": self.began_at,
+            "revision": revision(),
             "cpu": cpu_model(),
             "cores": os.cpu_count(),
             "load_before": round(self.load_before, 2),
@@ -122,8 +151,9 @@ class Watch:
 def describe(machine: dict[str, Any]) -> str:
     """One line for people."""
     return (
-        f"{machine['date']}, {machine['cores']} cores of {machine['cpu']}; load "
-        f"{machine['load_before']} before and {machine['load_after']} after; other people's work "
-        f"took {machine['others_share']:.0%} of the processor time, {machine['idle_share']:.0%} "
-        "was idle" + (": the machine was BUSY" if machine["busy_with_others"] else "")
+        f"{machine['date']}, at {machine['revision']}, {machine['cores']} cores of "
+        f"{machine['cpu']}; load {machine['load_before']} before and {machine['load_after']} "
+        f"after; other people's work took {machine['others_share']:.0%} of the processor time, "
+        f"{machine['idle_share']:.0%} was idle"
+        + (": the machine was BUSY" if machine["busy_with_others"] else "")
     )

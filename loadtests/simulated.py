@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from loadtests import stats
 from loadtests.client import Asker, Exchange, Target, closed_loop, once, repeat
 from loadtests.fake import fake_upstream
+from loadtests.machine import Watch
 from loadtests.process import say
 from loadtests.prompts import prompts
 from loadtests.reach import Report, Table, at_least, at_most
@@ -63,7 +64,7 @@ async def _auto(target: Target, pairs: int) -> list[tuple[Exchange, Exchange]]:
     return found[len(found) // 10 :]  # the first tenth warms up
 
 
-async def run(port: int, *, quick: bool) -> Report:
+async def run(port: int, watch: Watch, *, quick: bool) -> Report:
     """Measure. Raises RuntimeError if a server doesn't come up or an answer isn't whole."""
     rounds, for_s, pairs = (5, 2.0, 300) if quick else (9, 4.0, 1200)
     report = Report("gateway, simulated engine")
@@ -78,6 +79,7 @@ async def run(port: int, *, quick: bool) -> Report:
             ceilings.append((await rate(upstream, "upstream", 1.0))[0])
             ideal.append(await streams(upstream, "upstream"))
         stack.enter_context(serving(config(port, experts, {"sim": pool})))
+        stack.enter_context(watch.window())
         await rate(ours, _EXPERTS[0], 2.0)
         for i in range(rounds):
             say(f"round {i + 1} of {rounds}")

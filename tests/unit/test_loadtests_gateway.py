@@ -83,6 +83,16 @@ def test_a_busy_machine_is_called_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "BUSY" in describe(told)
 
 
+def test_only_windows_count_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter([Ticks(0, 0, 0), Ticks(1000, 0, 0), Ticks(1100, 20, 78)])
+    monkeypatch.setattr(machine.Ticks, "now", classmethod(lambda cls: next(seen)))
+    watch = Watch.start()
+    with watch.window():
+        pass
+    assert watch.report()["others_share"] == 0.02
+    assert watch.report()["busy_with_others"] is False
+
+
 def test_prompts_are_alike_in_every_run_and_differ_in_one() -> None:
     made = prompts(60, seed=5, characters=300)
     assert made == prompts(60, seed=5, characters=300)
