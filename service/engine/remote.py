@@ -149,8 +149,10 @@ class RemoteEngine:
             data = orjson.loads(body)
         except orjson.JSONDecodeError as error:
             raise InvalidRequest(f"the body is not valid JSON: {error}") from None
-        data["model"] = self._config.model
-        return orjson.dumps(data)
+        try:
+            return orjson.dumps({**data, "model": self._config.model})
+        except orjson.JSONEncodeError:
+            raise InvalidRequest("the body is nested too deep") from None
 
     def _renamed(self, data: bytes) -> bytes:
         return _MODEL.sub(lambda _: self._named, data)
