@@ -211,7 +211,8 @@ async def site(config: Config) -> AsyncIterator[Site]:
         await until(lambda: _settled(made), "every expert loaded or failed, and the gateway knows")
         yield made
         await until(made.idle, "every request ended, in pools and engines")
-        assert gateway.gateway.metrics.in_flight._value.get() == 0
+        in_flight = gateway.gateway.metrics.in_flight
+        await until(lambda: in_flight._value.get() == 0, "the gateway counts none in flight")
     await until(lambda: not asyncio.all_tasks() - before, "no task is left")
 
 
