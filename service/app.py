@@ -223,7 +223,8 @@ def _build_swapping(
         names = tuple(name for unit in units for name in unit)
         return SimulatedEngine(names, settings.simulated)
     adapters = next(unit[1:] for unit in units if unit[0] == first)
-    if adapters:
+    if adapters or settings.gpus > 0:
+        # Exchanging whole models would need room for all of them on the GPU.
         return LazyEngine(partial(_make_vllm, config, settings, first, adapters))
     return LazyEngine(partial(_make_swapping, config, settings, units, canaries, first))
 

@@ -76,29 +76,64 @@ def plan_pool(
     pool = config.pools[kind]
     if pool.engine == "simulated":
         return PoolPlan(kind, (), 0, pool.memory_bytes, on_gpu=False)
-    held = config.local_experts(kind)
+    units = config.units(kind)
+    slots = len(units) if pool.slots is None else min(pool.slots, len(units))
     engines = []
-    for base in held:
-        if config.experts[base].base is not None:
-            continue
-        info = inspect(base)
-        if not isinstance(info, ModelInfo):
-            raise ConfigError(f"experts.{base}.model: this folder holds an adapter, not a model")
-        adapters = tuple(name for name in held if config.experts[name].base == base)
-        engines.append(_plan_engine(base, info, adapters, pool, inspect))
+    for i in range(slots):
+        shared = units[i::slots]
+        first, *others = (_plan_unit(config, unit, pool, inspect) for unit in shared)
+        engines.append(_share(first, others, pool))
     on_gpu = pool.gpus > 0
     return PoolPlan(kind, tuple(engines), 0 if on_gpu else REPLICA_BYTES, pool.memory_bytes, on_gpu)
 
 
-def _plan_engine(
-    base: str,
-    info: ModelInfo,
-    adapters: tuple[str, ...],
+def _share(first: EnginePlan, others: list[EnginePlan], pool: PoolConfig) -> EnginePlan:
+    """One engine for several units: the biggest runs, the rest lie in host memory."""
+    if not others:
+        return first
+    every = [first, *others]
+    weights = [plan.weight_bytes for plan in every]
+    held = sum(weights)
+    if pool.swap.host_bytes is not None:
+        if pool.swap.host_bytes < max(weights):
+            raise ConfigError(
+                f"pools: swap.host_bytes holds {_gib(pool.swap.host_bytes)}, "
+                f"and the largest expert alone takes {_gib(max(weights))}"
+            )
+        held = min(held, pool.swap.host_bytes)
+    return EnginePlan(
+        base=first.base,
+        adapters=(*first.adapters, *(n for plan in others for n in (plan.base, *plan.adapters))),
+        weight_bytes=held,
+        adapter_bytes=max(plan.adapter_bytes for plan in every),
+        kv_bytes=first.kv_bytes,
+        kv_tokens=min(plan.kv_tokens for plan in every),
+        overhead_bytes=first.overhead_bytes,
+    )
+
+
+def _plan_unit(
+    config: Config,
+    unit: tuple[str, ...],
     pool: PoolConfig,
     inspect: Callable[[str], ModelInfo | AdapterInfo],
 ) -> EnginePlan:
-    options = pool.vllm
+    base, *adapters = unit
+    expert = config.experts[base]
     where = f"experts.{base}.model"
+    info = inspect(base if expert.base is None else expert.base)
+    if not isinstance(info, ModelInfo):
+        raise ConfigError(f"{where}: this folder holds an adapter, not a model")
+    if expert.form == "merged" and not isinstance(inspect(base), AdapterInfo):
+        raise ConfigError(f"experts.{base}.adapter: this folder holds a model, not an adapter")
+    options = pool.vllm
+    if expert.form == "merged" and pool.gpus > 0:
+        raise ConfigError(f"experts.{base}.form: merged is for pools on CPU; on a GPU use adapter")
+    if pool.slots is not None and pool.gpus == 0 and not options.enforce_eager:
+        raise ConfigError(
+            "pools: experts share a slot on CPU only with vllm.enforce_eager: true; "
+            "compiled code would go on using the first expert's weights"
+        )
     if info.needs_custom_code and not options.trust_remote_code:
         raise ConfigError(
             f"{where}: this model brings its own code, which is not run; "
@@ -140,7 +175,7 @@ def _plan_engine(
         )
     return EnginePlan(
         base=base,
-        adapters=adapters,
+        adapters=tuple(adapters),
         weight_bytes=weights if on_gpu else weights * _PACKING,
         adapter_bytes=adapter_bytes,
         kv_bytes=kv_bytes,

@@ -35,10 +35,17 @@ class HeldReply:
         self._send = send
         self._start: Message | None = None
         self._parts: list[bytes] = []
+        self._shut = False
         self.started = False
         self.error: tuple[int, bytes] | None = None
 
+    def shut(self) -> None:
+        """Nobody listens any more: whatever else comes is thrown away."""
+        self._shut = True
+
     async def __call__(self, message: Message) -> None:
+        if self._shut:
+            return
         if self.started:
             await self._send(message)
             return

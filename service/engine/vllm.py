@@ -201,7 +201,8 @@ class VllmEngine:
             await asyncio.shield(task)
         except asyncio.CancelledError:
             # vLLM runs handlers in tasks of their own and stops them only when
-            # it reads that the client has gone.
+            # it reads that the client has gone; then it answers with nothing.
+            reply.shut()
             call.gone.set()
             with contextlib.suppress(BaseException):
                 async with asyncio.timeout(5):

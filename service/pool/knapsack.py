@@ -5,47 +5,126 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
+_MOST_STATES = 4096
 _STEPS = 4096
+_EPSILON = 1e-12
+
+_Floats = NDArray[np.float64]
+_Ints = NDArray[np.int64]
 
 
 def keep(values: Sequence[float], sizes: Sequence[int], capacity: int) -> frozenset[int]:
     """Indices of the subset of greatest total value whose sizes fit in `capacity`.
 
-    Dynamic programming over space (Bellman), vectorised over it. Where not
-    everything fits, sizes are rounded up to 1/4096 of the capacity: the subset
-    always fits, and it is the best for sizes so rounded. Things of value 0 or less
-    are kept only where everything fits.
+    Things of value 0 or less are kept only where everything fits. Exact, but for many
+    things of different sizes and all but the same value per byte: there the number of
+    partial sums explodes, and sizes are rounded up to 1/4096 of the space.
     """
     if len(values) != len(sizes):
         raise ValueError(f"{len(values)} values and {len(sizes)} sizes")
     if sum(sizes) <= capacity:
         return frozenset(range(len(sizes)))
     candidates = [i for i, v in enumerate(values) if v > 0 and sizes[i] <= capacity]
-    if not candidates:
-        return frozenset()
-    if len({sizes[i] for i in candidates}) == 1:
-        # One family: all the same size, so the most valuable ones.
-        size = sizes[candidates[0]]
-        room = len(candidates) if size == 0 else capacity // size
-        return frozenset(sorted(candidates, key=lambda i: (-values[i], i))[:room])
+    free = [i for i in candidates if sizes[i] == 0]
+    # Most valuable per byte first.
+    rest = sorted((i for i in candidates if sizes[i] > 0), key=lambda i: (-values[i] / sizes[i], i))
+    if sum(sizes[i] for i in rest) <= capacity:
+        return frozenset(candidates)
+    v = np.array([values[i] for i in rest], dtype=np.float64)
+    s = np.array([sizes[i] for i in rest], dtype=np.int64)
+    return frozenset([*free, *(rest[k] for k in _chosen(v, s, capacity))])
+
+
+def _chosen(v: _Floats, s: _Ints, capacity: int) -> list[int]:
+    """The best subset of things in order of value per byte, not all of which fit."""
+    greedy, room = [], capacity
+    for k, size in enumerate(s.tolist()):
+        if size <= room:
+            greedy.append(k)
+            room -= size
+    least = float(v[greedy].sum())
+    # With a part of one thing allowed, the best is plain: it bounds what can be had
+    # with a thing, or without it. Where that is no more than greed gets, it is settled.
+    held = np.cumsum(s)
+    at = int(np.searchsorted(held, capacity, side="right"))
+    before = int(held[at - 1]) if at else 0
+    rate = v[at] / s[at]
+    most = float(v[:at].sum() + (capacity - before) * rate)
+    against = most - np.abs(v - s * rate)
+    open_ = np.flatnonzero(against > least * (1 + _EPSILON))
+    settled_in = [k for k in range(at) if against[k] <= least * (1 + _EPSILON)]
+    base = float(v[settled_in].sum())
+    left = capacity - int(s[settled_in].sum())
+    found = _frontier(v[open_], s[open_], left, least - base)
+    if found is None:
+        found = _rounded(v[open_], s[open_], left)
+    if base + float(v[open_[found]].sum()) <= least:
+        return greedy
+    return [*settled_in, *(int(open_[k]) for k in found)]
+
+
+def _frontier(v: _Floats, s: _Ints, capacity: int, least: float) -> list[int] | None:
+    """The best subset, thing by thing: of all partial sums those that no other beats.
+
+    A sum that can't come to more than `least`, whatever is added, is dropped. None
+    where there are too many. Empty where nothing beats `least`.
+    """
+    sizes, worth = np.zeros(1, dtype=np.int64), np.zeros(1)
+    held = np.concatenate(([0], np.cumsum(s)))
+    value = np.concatenate(([0.0], np.cumsum(v)))
+    steps: list[tuple[NDArray[np.intp], NDArray[np.bool_]]] = []
+    for k in range(len(v)):
+        fits = np.flatnonzero(sizes + s[k] <= capacity)
+        parents = np.concatenate((np.arange(len(sizes)), fits))
+        took = np.zeros(len(parents), dtype=bool)
+        took[len(sizes) :] = True
+        sizes = np.concatenate((sizes, sizes[fits] + s[k]))
+        worth = np.concatenate((worth, worth[fits] + v[k]))
+        order = np.lexsort((-worth, sizes))
+        best = np.maximum.accumulate(worth[order])
+        order = order[np.concatenate(([True], best[1:] > best[:-1]))]
+        # What the things after this one could add: whole ones, and a part of one more.
+        room = capacity - sizes[order] + held[k + 1]
+        upto = np.searchsorted(held, room, side="right") - 1
+        whole = worth[order] + value[upto] - value[k + 1]
+        least = max(least, float(whole.max()) * (1 - _EPSILON))
+        more = np.minimum(upto, len(v) - 1)
+        part = np.where(upto < len(v), (room - held[upto]) * (v[more] / s[more]), 0.0)
+        order = order[whole + part > least]
+        if len(order) > _MOST_STATES:
+            return None
+        if not len(order):
+            return []
+        sizes, worth = sizes[order], worth[order]
+        steps.append((parents[order], took[order]))
+    found, state = [], int(np.argmax(worth))
+    for k in range(len(v) - 1, -1, -1):
+        parents, took = steps[k]
+        if took[state]:
+            found.append(k)
+        state = int(parents[state])
+    return found
+
+
+def _rounded(v: _Floats, s: _Ints, capacity: int) -> list[int]:
+    """The best subset for sizes rounded up to 1/4096 of the space: dynamic programming over it."""
     step = max(1.0, capacity / _STEPS)
     room = int(capacity / step)
+    sizes = [int(-(-size // step)) for size in s.tolist()]
     best = np.zeros(room + 1)
-    taken = np.zeros((len(candidates), room + 1), dtype=bool)
-    for row, i in enumerate(candidates):
-        size = int(-(-sizes[i] // step))
+    taken = np.zeros((len(v), room + 1), dtype=bool)
+    for k, size in enumerate(sizes):
         if size > room:
             continue
-        with_it = best[: room + 1 - size] + values[i]
+        with_it = best[: room + 1 - size] + v[k]
         better = with_it > best[size:]
-        taken[row, size:] = better
+        taken[k, size:] = better
         best[size:] = np.where(better, with_it, best[size:])
-    kept = set()
-    left = int(np.argmax(best))
-    for row in range(len(candidates) - 1, -1, -1):
-        if taken[row, left]:
-            i = candidates[row]
-            kept.add(i)
-            left -= int(-(-sizes[i] // step))
-    return frozenset(kept)
+    found, left = [], int(np.argmax(best))
+    for k in range(len(v) - 1, -1, -1):
+        if taken[k, left]:
+            found.append(k)
+            left -= sizes[k]
+    return found

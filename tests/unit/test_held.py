@@ -122,3 +122,17 @@ def test_any_error_body_takes_openai_s_shape(
 )
 def test_the_status_of_an_error_event(event: bytes, status: int) -> None:
     assert sse_error(event)[0] == status
+
+
+async def test_once_shut_nothing_goes_out() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    reply = HeldReply(send)
+    reply.shut()
+    await reply({"type": "http.response.start", "status": 200, "headers": []})
+    await reply({"type": "http.response.body", "body": b"null"})
+    assert sent == []
+    assert not reply.started
