@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def run(
     sizes: Path | None = None,
     memory: float = math.inf,
     budget: float = math.inf,
+    seed: int = 0,
     settings: Settings | None = None,
     say: Say = print,
 ) -> dict[str, Any]:
@@ -48,13 +49,13 @@ def run(
     unit), `memory` and `budget`, the composition problem is solved too. Raises
     OutcomeError or ArtifactError.
     """
-    settings = settings or Settings()
+    settings = replace(settings or Settings(), seed=seed)
     table, skipped = read_outcomes(outcomes, read_costs(costs, outcomes), experts)
     for line in skipped.lines():
         say(line)
     say(f"{len(table)} prompts, {len(table.experts)} experts")
     problem = Problem(table, settings)
-    if not problem.given.any():
+    if problem.clustered:
         say(f"no categories are given: {len(problem.labels)} clusters stand for them")
     say(f"{len(problem.labels)} categories, {len(problem.played.recipes)} recipes tried")
     metrics: dict[str, Any] = {"rows": len(table)}
@@ -87,11 +88,19 @@ def out_of_fold_metrics(
     return {
         "held_out": f"{folds}-fold",
         "category_accuracy": found["category_accuracy"],
-        "ece": calibration_error(predicted.posterior, problem.category),
+        "ece": _calibration(problem, predicted),
         "best_single": found["best_single"],
         "oracle": found["oracle"],
         "at": with_errors(table, problem.played, predicted, budgets),
     }
+
+
+def _calibration(problem: Problem, predicted: Predicted) -> float | None:
+    """Expected calibration error over the rows that gave their category; None without any."""
+    if problem.clustered:
+        return None
+    given = np.flatnonzero(problem.given)
+    return calibration_error(predicted.posterior[given], problem.category(given))
 
 
 def table_lines(metrics: dict[str, Any]) -> list[str]:
@@ -102,7 +111,7 @@ def table_lines(metrics: dict[str, Any]) -> list[str]:
         f"  best single  {100 * best['score']:6.2f} @ {best['cost']:.4g}  ({best['model']})",
         f"  oracle       {100 * top['score']:6.2f} @ {top['cost']:.4g}",
         f"  category accuracy {'-' if accuracy is None else f'{100 * accuracy:.1f} %'}, "
-        f"calibration error {metrics['ece']:.3f}",
+        f"calibration error {'-' if metrics['ece'] is None else format(metrics['ece'], '.3f')}",
         "      budget      cost    score     ±      mix    gain     ±",
     ]
     lines += [
@@ -130,7 +139,9 @@ def settings_from_json(data: dict[str, Any]) -> Settings:
     """Settings of a manifest. Unknown keys of a later version are left out."""
     known = {f.name for f in fields(Settings)}
     given = {k: v for k, v in data.items() if k in known}
-    return Settings(**{**given, "spec": FeatureSpec.from_json(given["spec"])})
+    given["spec"] = FeatureSpec.from_json(given["spec"])
+    given["slope_penalties"] = tuple((float(a), float(b)) for a, b in given["slope_penalties"])
+    return Settings(**given)
 
 
 def write(
@@ -143,16 +154,16 @@ def write(
 ) -> Artifact:
     """Write the artifact: classifier, factors, map, recipes, and hashes of the rows fitted on."""
     s, stage, found = problem.settings, fitted.stage1, fitted.map
-    kernel = problem.kernel(fitted.train)
-    factors = len(stage.mean_factor)
+    kernel = problem.kernel
+    factors = len(stage.bias_factor)
     tensors: dict[str, NDArray[Any]] = {
-        "classifier.idf": problem.idf(fitted.train).astype(np.float16),
+        "classifier.idf": problem.idf.astype(np.float16),
         "classifier.weight": kernel.weight(fitted.train, stage.alpha_category).astype(np.float16),
-        "classifier.bias": stage.mean_category.astype(np.float32),
+        "classifier.bias": stage.bias_category.astype(np.float32),
         "classifier.factor_weight": kernel.weight(fitted.train, stage.alpha_factor).astype(
             np.float16
         ),
-        "classifier.factor_bias": stage.mean_factor.astype(np.float32),
+        "classifier.factor_bias": stage.bias_factor.astype(np.float32),
         "classifier.known": known_bitmap(
             [problem.corpus.marks[i] for i in fitted.train], s.spec.known_bits
         ),
@@ -172,7 +183,7 @@ def write(
             "features": s.spec.to_json(),
             "categories": list(problem.labels),
             "factors": factors,
-            "calibration": {"method": "temperature", "temperature": stage.temperature},
+            "calibration": {"method": "matrix, within the weights", "temperature": 1.0},
             "thresholds": {"min_confidence": s.min_confidence, "max_novelty": s.max_novelty},
         },
         "map": {

@@ -11,11 +11,13 @@ see, or it would trust them too much.
 from __future__ import annotations
 
 import itertools
+import warnings
 import zlib
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 from scipy.cluster.vq import kmeans2
 from scipy.sparse.linalg import svds
 
@@ -23,8 +25,7 @@ from router_models.linear import (
     Corpus,
     design,
     featurize,
-    fit_temperature,
-    inverse_document_frequency,
+    fit_logistic,
     softmax,
 )
 from router_models.outcomes import NO_ANSWER, Table
@@ -37,18 +38,37 @@ Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 
 
+_MAX_CLUSTERS = 16
+_PENALTY_FOLDS = 5
+# Outputs lie within 0..1; the logits are some ten times as wide.
+_CALIBRATION_SCALE = 10.0
+_NEVER = 1e12
+"""A penalty that leaves nothing of what it is put on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What may be tuned. `l2_*` are ridge penalties, `shrink_rows` pseudo-rows of the prior."""
+    """What may be tuned.
+
+    `l2_*` are ridge penalties, `shrink_rows` pseudo-rows of the prior.
+    `slope_penalties` are pairs (of the slopes shared by all categories, of each
+    category's own) of which the training rows choose one.
+    """
 
     spec: FeatureSpec = field(default_factory=FeatureSpec)
-    idf: bool = True
     l2_category: float = 0.2
     l2_factor: float = 4.0
+    l2_calibration: float = 1e-5
     factors: int = 8
-    shrink_rows: float = 40.0
-    l2_slope: float = 5.0
-    l2_own_slope: float = 20.0
+    shrink_rows: float = 60.0
+    slope_penalties: tuple[tuple[float, float], ...] = (
+        (_NEVER, _NEVER),
+        (20.0, _NEVER),
+        (20.0, 60.0),
+        (10.0, 60.0),
+        (5.0, 20.0),
+        (5.0, 5.0),
+    )
     inner_folds: int = 5
     max_recipes: int = MAX_RECIPES
     min_confidence: float = 0.3
@@ -58,13 +78,24 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Stage1:
-    """Linear heads as fitted on some rows: α over them, means, and what they mean."""
+    """Linear heads as fitted on some rows: α over them, and the constants added.
+
+    The category outputs are logits once they are calibrated.
+    """
 
     alpha_category: NDArray[np.float32]
-    mean_category: Floats
+    bias_category: Floats
     alpha_factor: NDArray[np.float32]
-    mean_factor: Floats
-    temperature: float
+    bias_factor: Floats
+
+    def calibrated(self, matrix: Floats, bias: Floats) -> Stage1:
+        """With the category outputs o replaced by o·matrix + bias."""
+        return Stage1(
+            (self.alpha_category @ matrix).astype(np.float32),
+            self.bias_category @ matrix + bias,
+            self.alpha_factor,
+            self.bias_factor,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +113,7 @@ class MapFit:
 
     def estimate(self, posterior: Floats, factors: Floats) -> tuple[Floats, Floats]:
         """Quality and cost (rows, kept recipes), as `ExpertMap.estimate` computes for one row."""
-        cross = (posterior[:, :, None] * factors[:, None, :]).reshape(len(posterior), -1)
+        cross = _cross(posterior, factors)
         flat = (cross.shape[1], len(self.kept))
         quality = posterior @ self.score + cross @ self.score_slope.reshape(flat)
         cost = posterior @ self.cost + cross @ self.cost_slope.reshape(flat)
@@ -118,24 +149,40 @@ class Problem:
         self.settings = settings
         self.corpus: Corpus = featurize(table.prompts, settings.spec)
         self.played: Played = play(candidates(table), table)
-        self.labels, self.category, self.given = _categories(table, self.corpus, settings)
+        # Buckets are not weighted by document frequency: one kernel then serves every
+        # fold without any of them having seen another's prompts.
+        self.idf = np.ones(settings.spec.buckets, dtype=np.float32)
+        self.design = design(self.corpus.counts, self.idf)
+        self.kernel = TextKernel(self.design)
+        self.given = np.array([c is not None for c in table.categories])
+        self.clustered = bool(self.given.mean() < 0.5)
+        if self.clustered:
+            clusters = int(np.clip(len(table) // 150, 1, _MAX_CLUSTERS))
+            self.labels = tuple(f"cluster-{i}" for i in range(clusters))
+        else:
+            self.labels = tuple(sorted({c for c in table.categories if c is not None}))
+        at = {label: i for i, label in enumerate(self.labels)}
+        self._category = np.array([at.get(c or "", -1) for c in table.categories])
         self.targets = _targets(table)
-        self._kernels: dict[bytes, tuple[TextKernel, NDArray[np.float32]]] = {}
 
-    def idf(self, train: Rows) -> NDArray[np.float32]:
-        """Weights of the buckets; from the rows `train` alone."""
-        if not self.settings.idf:
-            return np.ones(self.settings.spec.buckets, dtype=np.float32)
-        return inverse_document_frequency(self.corpus.counts[train])
+    def category(self, rows: Rows) -> Rows:
+        """The category of each of `rows`, found from these rows alone.
 
-    def kernel(self, train: Rows) -> TextKernel:
-        """The text kernel of all rows under the idf of `train`; the newest is kept."""
-        key = train.tobytes() if self.settings.idf else b""
-        if key not in self._kernels:
-            self._kernels.clear()
-            idf = self.idf(train)
-            self._kernels[key] = (TextKernel(design(self.corpus.counts, idf)), idf)
-        return self._kernels[key][0]
+        Where fewer than half of the rows have a category, clusters of their
+        n-grams stand for categories. Rows without one, where most have, take
+        that of the nearest centroid.
+        """
+        if self.clustered:
+            return _clusters(self.design[rows], len(self.labels), self.settings.seed)
+        found = self._category[rows].copy()
+        bare = np.flatnonzero(found < 0)
+        if len(bare):
+            x = self.design[rows]
+            member = np.eye(len(self.labels))[found] * (found >= 0)[:, None]
+            centroid = np.asarray(x.T @ member)
+            length = np.maximum(np.linalg.norm(centroid, axis=0), 1e-9)
+            found[bare] = np.asarray(x[bare] @ (centroid / length)).argmax(axis=1)
+        return found
 
     def fold_of(self, folds: int, salt: str) -> Rows:
         """A fold 0..folds-1 for each row; rows with the same prompt share one."""
@@ -147,8 +194,9 @@ class Problem:
     def fit(self, train: Rows) -> Fitted:
         """Fit both stages on the rows `train`."""
         s = self.settings
-        kernel = self.kernel(train)
-        onehot = np.eye(len(self.labels))[self.category[train]]
+        kernel = self.kernel
+        category = self.category(train)
+        onehot = np.eye(len(self.labels))[category]
         factor = _factors(self.targets[train], s.factors)
         inner = self.fold_of(s.inner_folds, "inner")[train]
         outputs = np.zeros((len(train), len(self.labels)))
@@ -159,12 +207,12 @@ class Problem:
                 continue
             stage = _stage1(kernel, train[inside], onehot[inside], factor[inside], s)
             outputs[outside], unseen[outside] = _apply(kernel, train[inside], stage, train[outside])
-        temperature = fit_temperature(outputs, self.category[train])
-        stage = _stage1(kernel, train, onehot, factor, s, temperature)
+        matrix, bias = _calibration(outputs, onehot, s)
+        stage = _stage1(kernel, train, onehot, factor, s).calibrated(matrix, bias)
         fitted_map = fit_map(
             self.played.rows(train),
-            self.category[train],
-            softmax(outputs / temperature),
+            category,
+            softmax(outputs @ matrix + bias),
             unseen,
             s,
         )
@@ -172,8 +220,8 @@ class Problem:
 
     def predict(self, fitted: Fitted, rows: Rows) -> Predicted:
         """What `fitted` expects of `rows`."""
-        outputs, factors = _apply(self.kernel(fitted.train), fitted.train, fitted.stage1, rows)
-        posterior = softmax(outputs / fitted.stage1.temperature)
+        outputs, factors = _apply(self.kernel, fitted.train, fitted.stage1, rows)
+        posterior = softmax(outputs)
         quality, cost = fitted.map.estimate(posterior, factors)
         shape = (len(rows), len(self.played.recipes))
         full_quality, full_cost = np.full(shape, -np.inf), np.zeros(shape)
@@ -201,40 +249,18 @@ class Problem:
         return found
 
 
-def _categories(
-    table: Table, corpus: Corpus, settings: Settings
-) -> tuple[tuple[str, ...], Rows, NDArray[np.bool_]]:
-    """Labels, each row's label and whether the row itself gave it.
-
-    Where fewer than half of the rows have a category, clusters of their n-grams
-    stand for categories. Rows without one, where most have, take the label of
-    the nearest centroid.
-    """
-    given = np.array([c is not None for c in table.categories])
-    idf = inverse_document_frequency(corpus.counts)
-    if given.mean() >= 0.5:
-        labels = tuple(sorted({c for c in table.categories if c is not None}))
-        index = np.array([labels.index(c) if c is not None else 0 for c in table.categories])
-        if not given.all():
-            x = design(corpus.counts, idf)
-            known = np.eye(len(labels))[index] * given[:, None]
-            centroid = x.T @ (known / np.maximum(known.sum(axis=0), 1))
-            length = np.maximum(np.linalg.norm(centroid, axis=0), 1e-9)
-            nearest = np.asarray(x[~given] @ (centroid / length)).argmax(axis=1)
-            index[~given] = nearest
-        return labels, index, given
-    x = design(corpus.counts, idf).astype(np.float64)
-    clusters = int(np.clip(len(table) // 150, 1, 16))
-    if clusters == 1:
-        return ("all",), np.zeros(len(table), dtype=np.int64), given
-    rank = min(32, min(x.shape) - 1)
-    start = np.random.default_rng(settings.seed).normal(size=min(x.shape))
-    u, s, _ = svds(x, k=rank, v0=start)
+def _clusters(x: sparse.csr_matrix, clusters: int, seed: int) -> Rows:
+    """k-means on the rows' principal directions, scaled to length 1; (rows,)."""
+    if clusters < 2 or min(x.shape) <= clusters:
+        return np.zeros(x.shape[0], dtype=np.int64)
+    start = np.random.default_rng(seed).normal(size=min(x.shape))
+    u, s, _ = svds(x.astype(np.float64), k=min(32, min(x.shape) - 1), v0=start)
     points = u * s
     points /= np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-9)
-    _, index = kmeans2(points, clusters, minit="++", seed=settings.seed, iter=30)
-    used, index = np.unique(index, return_inverse=True)
-    return tuple(f"cluster-{i}" for i in range(len(used))), index.astype(np.int64), given
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a cluster may stay empty
+        _, index = kmeans2(points, clusters, minit="++", rng=seed, iter=30)
+    return np.asarray(index, dtype=np.int64)
 
 
 def _targets(table: Table) -> Floats:
@@ -262,22 +288,31 @@ def _stage1(
     onehot: Floats,
     factor: Floats,
     settings: Settings,
-    temperature: float = 1.0,
 ) -> Stage1:
     return Stage1(
         kernel.solve(rows, onehot, settings.l2_category),
         onehot.mean(axis=0),
         kernel.solve(rows, factor, settings.l2_factor),
         factor.mean(axis=0),
-        temperature,
     )
+
+
+def _calibration(outputs: Floats, onehot: Floats, settings: Settings) -> tuple[Floats, Floats]:
+    """Matrix scaling on rows that the outputs' fit did not see: logits are o·matrix + bias.
+
+    Guo et al., 2017; a logistic regression of the labels on the outputs.
+    """
+    weight, bias = fit_logistic(
+        sparse.csr_matrix(outputs * _CALIBRATION_SCALE), onehot, l2=settings.l2_calibration
+    )
+    return weight * _CALIBRATION_SCALE, bias
 
 
 def _apply(kernel: TextKernel, train: Rows, stage: Stage1, rows: Rows) -> tuple[Floats, Floats]:
     alpha = np.concatenate((stage.alpha_category, stage.alpha_factor), axis=1)
     outputs = kernel.predict(train, alpha, rows)
-    labels = len(stage.mean_category)
-    return outputs[:, :labels] + stage.mean_category, outputs[:, labels:] + stage.mean_factor
+    labels = len(stage.bias_category)
+    return outputs[:, :labels] + stage.bias_category, outputs[:, labels:] + stage.bias_factor
 
 
 def shrunk_cells(
@@ -348,10 +383,13 @@ def fit_map(
         ],
         axis=2,
     )
-    slopes = []
-    for values, cells in ((played.score[:, kept], score), (played.cost[:, kept], cost)):
-        rest = values - posterior @ cells
-        slopes.append(_slopes(np.where(np.isnan(rest), 0.0, rest), posterior, factors, settings))
+    penalties = choose_penalties(
+        played.score[:, judged[:alone]], category, posterior, factors, settings
+    )
+    slopes = [
+        _slopes(values - posterior @ cells, posterior, factors, penalties)
+        for values, cells in ((played.score[:, kept], score), (played.cost[:, kept], cost))
+    ]
     return MapFit(
         kept=kept,
         prior=posterior.mean(axis=0),
@@ -364,21 +402,56 @@ def fit_map(
     )
 
 
-def _slopes(rest: Floats, posterior: Floats, factors: Floats, settings: Settings) -> Floats:
+def choose_penalties(
+    score: Floats, category: Rows, posterior: Floats, factors: Floats, settings: Settings
+) -> tuple[float, float]:
+    """The pair of `slope_penalties` that predicts best in five folds of these rows.
+
+    What counts is the error in the *differences* between experts (N, E) on a
+    row: an error shared by all of them changes no choice.
+    """
+    pairs = settings.slope_penalties
+    fold = np.random.default_rng(settings.seed).integers(0, _PENALTY_FOLDS, len(score))
+    error = np.zeros(len(pairs))
+    for k in range(_PENALTY_FOLDS):
+        inside, outside = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
+        if not len(inside) or not len(outside):
+            continue
+        cells, _ = shrunk_cells(
+            score[inside], category[inside], posterior.shape[1], settings.shrink_rows
+        )
+        rest = score - posterior @ cells
+        cross = _cross(posterior[outside], factors[outside])
+        for i, pair in enumerate(pairs):
+            slopes = _slopes(rest[inside], posterior[inside], factors[inside], pair)
+            miss = rest[outside] - cross @ slopes.reshape(cross.shape[1], -1)
+            known = ~np.isnan(miss)
+            shared = np.where(known, miss, 0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
+            error[i] += float(np.nansum((miss - shared[:, None]) ** 2))
+    return pairs[int(error.argmin())]
+
+
+def _cross(posterior: Floats, factors: Floats) -> Floats:
+    """p ⊗ f of each row, (rows, C·F)."""
+    return np.asarray((posterior[:, :, None] * factors[:, None, :]).reshape(len(factors), -1))
+
+
+def _slopes(
+    rest: Floats, posterior: Floats, factors: Floats, penalties: tuple[float, float]
+) -> Floats:
     """Slopes (C, F, R) of the residual on the factors: one shared, and each category's own.
 
-    One ridge regression over [f, p ⊗ f]; the shared slope is the cheaper of the
-    two, so categories differ only where the rows say so.
+    One ridge regression over [f, p ⊗ f], the first half penalised by
+    `penalties[0]`, the second by `penalties[1]`. NaNs count as no residual.
     """
     categories, count = posterior.shape[1], factors.shape[1]
     if not count:
         return np.zeros((categories, 0, rest.shape[1]))
-    cross = (posterior[:, :, None] * factors[:, None, :]).reshape(len(factors), -1)
+    known = np.where(np.isnan(rest), 0.0, rest)
+    cross = _cross(posterior, factors)
     x = np.concatenate((factors, cross), axis=1)
     x = x - x.mean(axis=0)
-    penalty = np.concatenate(
-        (np.full(count, settings.l2_slope), np.full(cross.shape[1], settings.l2_own_slope))
-    )
-    weight = np.linalg.solve(x.T @ x + np.diag(penalty), x.T @ (rest - rest.mean(axis=0)))
+    penalty = np.repeat(penalties, (count, cross.shape[1]))
+    weight = np.linalg.solve(x.T @ x + np.diag(penalty), x.T @ (known - known.mean(axis=0)))
     own = weight[count:].reshape(categories, count, -1)
     return np.asarray(own + weight[None, :count])
