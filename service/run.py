@@ -45,8 +45,7 @@ def run(config: Config, *, source: Path) -> None:
 
     _check_port(config)
     _warn_if_open(config)
-    run_dir = Path(tempfile.mkdtemp(prefix="coe-"))
-    os.chmod(run_dir, 0o700)
+    run_dir = _make_run_dir()
     cluster = None
     _on_signals(stop)
     try:
@@ -78,6 +77,16 @@ def run(config: Config, *, source: Path) -> None:
             cluster.stop()
         shutil.rmtree(run_dir, ignore_errors=True)
     _say("stopped")
+
+
+def _make_run_dir() -> Path:
+    """A new folder, its owner's alone, for everything that this run writes.
+
+    HAProxy takes 97 characters for the path of a socket, and Serve puts 78 of its
+    own below this folder's.
+    """
+    parent = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="coe-", dir=parent if len(parent) <= 6 else "/tmp"))
 
 
 def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
