@@ -225,7 +225,9 @@ class VllmEngine:
 
     async def in_flight(self) -> int:
         """Requests that vLLM has under way: zero once every client was served or left."""
-        return int(self._llm.get_num_unfinished_requests()) if self._llm is not None else 0
+        if self._llm is None or self.failure() is not None:
+            return 0  # vLLM keeps the dead core's requests on its books
+        return int(self._llm.get_num_unfinished_requests())
 
     async def stop(self) -> None:
         """Stop the core process."""
