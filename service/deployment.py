@@ -389,5 +389,9 @@ class LocalCluster:
     def stop(self) -> None:
         """Drain and stop everything."""
         with contextlib.suppress(Exception):
+            # First the application alone: `shutdown` takes HAProxy away at the same
+            # time, and with it every stream that still runs.
+            serve.delete(APP)
+        with contextlib.suppress(Exception):
             serve.shutdown()
         ray.shutdown()
