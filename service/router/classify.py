@@ -152,7 +152,7 @@ class Classifier:
             buckets, value = features.buckets[start:end], values[start:end]
             length = float(np.sqrt((value * value) @ self._square[buckets]))
             if length > 0:
-                outputs += (value @ self._weight[buckets]) / length
+                outputs += (value @ self._weight.take(buckets, axis=0)) / length
         logits, factors = outputs[: len(self.labels)], outputs[len(self.labels) :]
         odds = np.exp(logits - logits.max())
         return odds / odds.sum(), factors
