@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 from typing import Any
 
@@ -36,6 +37,7 @@ TOOL = {
     "function": {
         "name": "look_up",
         "description": "Look a word up.",
+        "strict": True,  # without it a tool parser's grammar leaves the arguments free
         "parameters": {
             "type": "object",
             "properties": {"word": {"type": "string", "enum": ["cat", "dog"]}},
@@ -191,7 +193,6 @@ async def test_a_named_tool_is_called(subject: Subject) -> None:
     (call,) = told["choices"][0]["message"]["tool_calls"]
     assert call["function"]["name"] == "look_up"
     if told["choices"][0]["finish_reason"] != "length":
-        print("ARGS", repr(call), told)
         assert json.loads(call["function"]["arguments"])["word"] in ("cat", "dog")
 
 
@@ -240,8 +241,9 @@ async def test_too_long_a_prompt_is_a_400_with_both_numbers(subject: Subject, st
     assert reply.status == 400
     fault = reply.fault
     assert fault["code"] == "context_length_exceeded"
-    assert "1024" in fault["message"]
-    assert any(str(n) in fault["message"] for n in range(2000, 2100))
+    numbers = [int(number) for number in re.findall(r"\d+", fault["message"])]
+    assert 1024 in numbers
+    assert max(numbers) > 1024
 
 
 async def test_a_cancelled_request_is_stopped(subject: Subject) -> None:

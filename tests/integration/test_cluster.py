@@ -61,7 +61,7 @@ HELLO = [{"role": "user", "content": "hello there"}]
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The running service."""
     path = tmp_path_factory.mktemp("cluster") / "coe.yaml"
-    path.write_text(yaml.safe_dump(CONFIG))
+    path.write_text(yaml.safe_dump(CONFIG, sort_keys=False))
     with serve(path) as running:
         yield running
 
@@ -187,6 +187,8 @@ def test_every_listening_socket_is_known(service: Service) -> None:
     """Loopback, except where Ray knows no other way; those ask for Ray's token."""
     pools = gateways = 0
     strangers = []
+    for one in sorted(service.listening(), key=lambda o: o.port):
+        print(one.address, one.port, one.process[-150:])
     for one in service.listening():
         local = one.address in ("127.0.0.1", "::1")
         if "haproxy" in one.process and local:
@@ -246,10 +248,13 @@ def test_a_stop_lets_streams_end_and_leaves_nothing(
     chunks += list(stream)
     assert chunks[-1].choices[0].finish_reason == "length"
     assert len(chunks) == 150
+    run_dir = service.run_dir
+    assert run_dir.is_dir()
     service.stop()
     assert service.process.returncode == 0
     wait_until(lambda: service.left() == [], "no process is left", 20)
     assert "Traceback" not in service.log
+    assert not run_dir.exists()
     assert _files(service.folder) == {"home/admin-key", "log"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -44,6 +45,13 @@ class Service:
         return f"http://127.0.0.1:{self.port}"
 
     @property
+    def run_dir(self) -> Path:
+        """Where the service keeps its files while it runs."""
+        found = re.search(r"logs in (\S+)", self.log)
+        assert found, self.log
+        return Path(found[1])
+
+    @property
     def log(self) -> str:
         """What it has said."""
         return (self.folder / "log").read_text(errors="replace")
@@ -75,7 +83,7 @@ class Service:
         """Its processes that are still there, once it has stopped."""
         there = {p for p in self.seen if p.is_running() and p.status() != psutil.STATUS_ZOMBIE}
         for process in psutil.process_iter():
-            if str(self.folder) in _title(process) and process.pid != os.getpid():
+            if str(self.run_dir) in _title(process):
                 there.add(process)
         return [_title(process) for process in there]
 
@@ -89,7 +97,7 @@ class Service:
 
 def _title(process: psutil.Process) -> str:
     try:
-        return " ".join(process.cmdline()) or process.name()
+        return " ".join(process.cmdline()).strip() or process.name()
     except psutil.Error:
         return ""
 
@@ -117,14 +125,10 @@ def free_port() -> int:
 
 @contextmanager
 def serve(config: Path, *, ready_s: float = 120) -> Iterator[Service]:
-    """`coe serve` with a config, until it says that it is ready; stopped at the end.
-
-    Its temporary files lie in a folder of their own, with a short name: the paths
-    of Ray's sockets may not be long.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="ct", dir="/tmp"))
+    """`coe serve` with a config, until it says that it is ready; stopped at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="coe-test-"))
     port = free_port()
-    environment = os.environ | {"TMPDIR": str(folder), "COE_HOME": str(folder / "home")}
+    environment = os.environ | {"COE_HOME": str(folder / "home")}
     environment.pop("RAY_ADDRESS", None)
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(

@@ -1,0 +1,207 @@
+"""The demo composition with real vLLM behind `coe serve`: four prompts, four experts.
+
+One service for all of them; the last tests kill its engine and stop it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import openai
+import pytest
+
+from tests.support.cluster import Service, serve, wait_until
+from tests.support.models import small_model
+
+pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]
+
+DEMO = Path(__file__).parents[2] / "deploy" / "config" / "demo.yaml"
+HELLO = [{"role": "user", "content": "Say hello."}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    """The running demo."""
+    small_model()
+    with serve(DEMO, ready_s=300) as running:
+        yield running
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[openai.OpenAI]:
+    """The official client, without its own retries."""
+    with openai.OpenAI(
+        base_url=service.url + "/v1", api_key="none", max_retries=0, timeout=180
+    ) as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expert"),
+    [
+        ("Tell me a joke", "general"),
+        ("A farmer has 12 cows and buys 7 more. How many cows?", "math"),
+        ("please freeze my bank account", "intents"),
+        ("Write a Python function that reverses a string", "code"),
+    ],
+)
+def test_four_prompts_reach_four_experts(client: openai.OpenAI, prompt: str, expert: str) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model="auto",
+        messages=[{"role": "user", "content": prompt}],
+        max_tokens=12,
+        temperature=0,
+    )
+    told = raw.parse()
+    assert told.model == expert
+    assert raw.headers["x-coe-expert"] == raw.headers["x-coe-category"] == expert
+    assert 0 < float(raw.headers["x-coe-confidence"]) <= 1
+    assert told.choices[0].message.content
+
+
+def test_the_experts_differ(client: openai.OpenAI) -> None:
+    said = {
+        client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "please freeze my bank account"}],
+            max_tokens=10,
+            temperature=0,
+        )
+        .choices[0]
+        .message.content
+        for model in ("general", "intents")
+    }
+    assert len(said) == 2
+    assert any("freeze" in (text or "").lower() for text in said)
+
+
+def test_a_stream_with_usage(client: openai.OpenAI) -> None:
+    chunks = list(
+        client.chat.completions.create(
+            model="general",
+            messages=HELLO,
+            max_tokens=8,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    whole = client.chat.completions.create(
+        model="general", messages=HELLO, max_tokens=8, temperature=0
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    assert len([c for c in chunks if c.choices]) > 2
+
+
+def test_json_by_schema_from_an_adapter(client: openai.OpenAI) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}}
+    told = client.chat.completions.create(
+        model="math", messages=HELLO, max_tokens=60, temperature=0, response_format=form
+    )
+    jsonschema.validate(json.loads(told.choices[0].message.content or ""), SCHEMA)
+
+
+def test_a_named_tool(client: openai.OpenAI) -> None:
+    tool: Any = {
+        "type": "function",
+        "function": {"name": "look_up", "parameters": SCHEMA, "strict": True},
+    }
+    told = client.chat.completions.create(
+        model="general",
+        messages=HELLO,
+        max_tokens=60,
+        temperature=0,
+        tools=[tool],
+        tool_choice={"type": "function", "function": {"name": "look_up"}},
+    )
+    (call,) = told.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "look_up"
+    jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+
+
+def test_too_long_a_prompt(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as long:
+        client.chat.completions.create(
+            model="general", messages=[{"role": "user", "content": "word " * 5000}]
+        )
+    assert long.value.code == "context_length_exceeded"
+    assert "2048" in long.value.message
+
+
+def test_a_deadline_is_a_504(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.InternalServerError) as late:
+        client.chat.completions.create(
+            model="general",
+            messages=HELLO,
+            max_tokens=1500,
+            extra_body={"ignore_eos": True},
+            extra_headers={"x-coe-deadline-ms": "500"},
+        )
+    assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
+    wait_until(lambda: running(client) == 0, "the engine has stopped it", 20)
+
+
+def test_a_client_that_leaves_stops_the_generation(client: openai.OpenAI) -> None:
+    with client.chat.completions.create(
+        model="general",
+        messages=HELLO,
+        max_tokens=1500,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    ) as stream:
+        next(iter(stream))
+        wait_until(lambda: running(client) == 1, "vLLM tells of it", 20)
+    wait_until(lambda: running(client) == 0, "the engine has stopped it", 20)
+
+
+def test_a_killed_engine_is_replaced_and_a_request_answered(
+    service: Service, client: openai.OpenAI
+) -> None:
+    (core,) = service.named("EngineCore")
+    core.kill()
+    began_s = time.monotonic()
+    # It waits for the next engine; the client notices nothing but the time.
+    told = client.chat.completions.create(
+        model="intents",
+        messages=HELLO,
+        max_tokens=4,
+        extra_headers={"x-coe-deadline-ms": "170000"},
+    )
+    assert told.model == "intents"
+    assert time.monotonic() - began_s < 175
+    (new,) = service.named("EngineCore")
+    assert new.pid != core.pid
+
+
+def test_a_stop_leaves_nothing(service: Service) -> None:
+    run_dir = service.run_dir
+    service.stop()
+    assert service.process.returncode == 0
+    wait_until(lambda: service.left() == [], "no process is left", 20)
+    assert not run_dir.exists()
+    assert "Traceback" not in service.log
+
+
+def running(client: openai.OpenAI) -> float:
+    """Requests in vLLM, as /metrics tells."""
+    text = client.with_options(base_url=str(client.base_url).removesuffix("v1/")).get(
+        "/metrics", cast_to=str
+    )
+    found = re.findall(r"^vllm:num_requests_running\{[^}]*\} (\S+)", text, re.MULTILINE)
+    assert found, "vLLM's metrics are missing"
+    return sum(map(float, found))
