@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.test_models_inspection import make_adapter, make_model
 
 from service.errors import ModelStoreError
 from service.models import (
@@ -34,6 +33,7 @@ from service.models import (
 )
 from service.models import pull as pull_function
 from service.models.progress import Lines, progress_for
+from tests.unit.test_models_inspection import make_adapter, make_model
 
 GGUF = b"GGUF not really" * 100
 
