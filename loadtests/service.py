@@ -47,6 +47,17 @@ def serving(settings: Any) -> Iterator[int]:
     with tempfile.TemporaryDirectory(prefix="loadtests-") as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(yaml.safe_dump(settings))
+        # Ray Serve gives every cluster's first gateway the same port. Another service on
+        # this machine must not get requests that are meant for the one we measure.
+        first = 30_000 + port % 1000
+        env = {
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + 20),
+        }
         command = [str(Path(sys.executable).parent / "coe"), "serve", "--config", str(path)]
-        with running("coe", command, lambda: _all_ready(port), timeout_s=_START_S) as process:
+
+        def ready() -> bool:
+            return _all_ready(port)
+
+        with running("coe", command, ready, timeout_s=_START_S, env=env) as process:
             yield process.pid
