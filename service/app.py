@@ -63,10 +63,11 @@ class GatewayProcess:
             for name, expert in config.experts.items()
             if expert.remote is not None
         }
+        self._relay = Relay(self.directory, self._seats, wake)
         self.gateway = Gateway(
             config,
             Planner(config, load_classifier(config)),
-            Relay(self.directory, self._seats, wake),
+            self._relay,
             self.directory,
             lambda: {name: seat.failed for name, seat in self._seats.items()},
             admin_key=admin_key,
@@ -84,6 +85,7 @@ class GatewayProcess:
 
     async def stop(self) -> None:
         """Close every connection."""
+        await self._relay.close()
         await self.directory.close()
         await asyncio.gather(*(seat.engine.stop() for seat in self._seats.values()))
 
@@ -116,6 +118,10 @@ class PoolProcess:
     def experts(self) -> dict[str, Any]:
         """See `PoolHandler`."""
         return self.pool.details()
+
+    def demand(self, wanted: dict[str, float]) -> None:
+        """See `PoolHandler`."""
+        self.pool.demand(wanted)
 
     async def operate(self, act: str, expert: str) -> None:
         """See `PoolHandler`."""

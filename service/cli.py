@@ -158,42 +158,50 @@ cli.add_command(
     show_default=True,
     help="The config whose experts and router decide.",
 )
+@click.option("--url", help="Ask this running service instead: with its queues and swaps.")
+@click.option("--model", default="auto", show_default=True, help="auto, auto:fast, auto/code, …")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def route(prompt: str, path: Path, as_json: bool) -> None:
-    """Show which expert would answer PROMPT, and why. Needs no running service."""
-    from service.api.body import read_asked
-    from service.api.plan import Planner
-    from service.app import load_classifier
-    from service.config import load_config
-
-    config = load_config(path)
-    body = json.dumps({"model": "auto", "messages": [{"role": "user", "content": prompt}]})
-    asked = read_asked("/v1/chat/completions", body.encode(), {}, config.server.deadline_ms)
-    plan = Planner(config, load_classifier(config)).plan(asked)
-    scores = plan.scores
-    posterior = dict(zip(scores.labels, scores.probabilities, strict=True)) if scores else {}
-    told = {
-        "expert": plan.preference[0],
-        "else": list(plan.preference[1:]),
-        "category": plan.category,
-        "confidence": round(plan.confidence, 4),
-        "novelty": round(scores.novelty, 4) if scores else None,
-        "reason": plan.reason,
-        "posterior": {label: round(p, 4) for label, p in posterior.items()},
-    }
+def route(prompt: str, path: Path, url: str | None, model: str, as_json: bool) -> None:
+    """Show which expert would answer PROMPT, and why. Without --url it needs no service."""
+    body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
+    told = _route_there(url, body) if url is not None else _route_here(path, body)
     if as_json:
         click.echo(json.dumps(told))
         return
-    click.echo(f"expert    {told['expert']}  ({plan.reason})")
-    click.echo(f"category  {plan.category}  (confidence {plan.confidence:.2f})")
-    mapping = config.category_map()
-    _table(
-        ("category", "probability", "expert"),
-        [
-            (label, f"{p:.3f}", mapping.get(label, config.fallback))
-            for label, p in sorted(posterior.items(), key=lambda pair: -pair[1])
-        ],
-    )
+    click.echo(f"expert    {told['chosen']}  ({told['reason']})")
+    click.echo(f"category  {told['category']}  (confidence {told['confidence']:.2f})")
+    if told["posterior"]:
+        ranked = sorted(told["posterior"].items(), key=lambda pair: -pair[1])
+        click.echo("posterior " + ", ".join(f"{label} {p:.3f}" for label, p in ranked))
+    columns = ("quality", "wait_s", "answer_s", "displaced_s", "utility", "behind")
+    rows = [
+        (one["expert"], one["pool"] or "", *(f"{one[name]:.3f}" for name in columns))
+        for one in told["candidates"]
+    ]
+    _table(("candidate", "pool", *columns), rows)
+
+
+def _route_there(url: str, body: dict[str, Any]) -> Any:
+    return _ask(url, "POST", "/v1/route", {"content-type": "application/json"}, json.dumps(body))
+
+
+def _route_here(path: Path, body: dict[str, Any]) -> dict[str, Any]:
+    """The decision as if every expert were resident and idle."""
+    from service.api.body import read_asked
+    from service.api.plan import Planner, explain
+    from service.app import load_classifier
+    from service.broker.choice import Option
+    from service.config import load_config
+
+    config = load_config(path)
+    raw = json.dumps(body).encode()
+    asked = read_asked("/v1/chat/completions", raw, {}, config.server.deadline_ms)
+    plan = Planner(config, load_classifier(config)).plan(asked)
+    idle = [
+        Option(name, None, quality, 0.0, 0.0, 0.0, quality)
+        for name, quality in zip(plan.preference, plan.quality, strict=True)
+    ]
+    return explain(plan, idle)
 
 
 @cli.group(invoke_without_command=True)
@@ -244,9 +252,6 @@ _operation("unpin", "No longer keep them.")
 
 
 def _admin(url: str, method: str, path: str) -> Any:
-    import urllib.error
-    import urllib.request
-
     from service.link.secret import admin_key_path, read_secret
 
     try:
@@ -255,8 +260,17 @@ def _admin(url: str, method: str, path: str) -> Any:
         raise CoeError(
             f"no admin key in {admin_key_path()}: `coe serve` makes one at its first start"
         ) from None
+    return _ask(url, method, path, {"authorization": f"Bearer {key}"})
+
+
+def _ask(url: str, method: str, path: str, headers: dict[str, str], body: str | None = None) -> Any:
+    """Ask a running service. Raises CoeError with its own words."""
+    import urllib.error
+    import urllib.request
+
+    data = body.encode() if body is not None else None
     request = urllib.request.Request(
-        url.rstrip("/") + path, method=method, headers={"authorization": f"Bearer {key}"}
+        url.rstrip("/") + path, data=data, method=method, headers=headers
     )
     try:
         with urllib.request.urlopen(request, timeout=130) as reply:

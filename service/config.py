@@ -125,6 +125,11 @@ class ExpertConfig(_Section):
     categories: tuple[str, ...] = Field(
         (), description="Categories that `auto` sends to this expert."
     )
+    quality: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=dict,
+        description="Expected quality by category, in [0, 1]. Default: 1 on categories that it "
+        "is the first to name, 0.5 elsewhere for the fallback, 0 elsewhere for others.",
+    )
     description: str = Field("", description="One line for people, shown in /v1/models.")
     capabilities: tuple[Literal["chat", "completions", "embeddings", "tools", "json"], ...] = Field(
         ("chat", "completions", "tools", "json"), description="What it can be asked for."

@@ -15,6 +15,7 @@ import orjson
 from service.errors import InvalidRequest
 
 AUTO = "auto"
+GENERAL = "general"
 _GIVEN_ID = re.compile(rb"^[A-Za-z0-9._:-]{1,128}$")
 # Where the prompt of each endpoint stands, and what type it must be.
 _PROMPTS: dict[str, tuple[str, tuple[type, ...]]] = {

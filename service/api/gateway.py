@@ -21,7 +21,7 @@ from starlette.routing import Route
 from service import __version__
 from service.api import catalog
 from service.api.body import ENDPOINTS, read_asked
-from service.api.plan import Plan, Planner
+from service.api.plan import Plan, Planner, explain
 from service.api.relay import Passage, Relay
 from service.api.schemas import describe
 from service.config import Config
@@ -183,6 +183,16 @@ class Gateway:
                 raise UnknownModel(f"the model {name[:128]!r} does not exist", param="model")
             return _json(entry)
 
+        @app.post("/v1/route")
+        async def route(request: Request) -> Response:
+            raw = await read_body(request.receive, self._config.server.max_body_bytes)
+            headers = dict(request.scope["headers"])
+            asked = read_asked(
+                "/v1/chat/completions", raw, headers, self._config.server.deadline_ms
+            )
+            plan = self._planner.plan(asked)
+            return _json(explain(plan, self._relay.candidates(asked, plan)))
+
         @app.get("/metrics")
         async def metrics() -> Response:
             return PlainTextResponse(await self._metrics_text(), media_type=CONTENT_TYPE)
@@ -244,7 +254,7 @@ class Gateway:
             return _json({"expert": name, "done": act, "pools": len(links)})
 
     def _states(self) -> dict[str, dict[str, Any]]:
-        views = self._relay.views(())
+        views = self._relay.views()
         return catalog.states(self._config, views, self._remote_states())
 
     async def _metrics_text(self) -> str:

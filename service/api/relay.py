@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -17,7 +18,7 @@ import orjson
 
 from service.api.body import Asked
 from service.api.plan import Plan
-from service.broker.choice import Option, PoolView, failure_reason, options
+from service.broker.choice import Option, PoolView, failure_reason, home, options, unmet
 from service.engine.protocol import Engine, EngineRequest, Message, Send
 from service.errors import (
     CoeError,
@@ -39,6 +40,9 @@ from service.link.faults import FAULT_HEADER, sse_event
 _GRACE_S = 1.0
 _RETRIED = frozenset({"draining", "engine_dead", "over_capacity", "expert_failed", "pool_gone"})
 _TRIES_PER_POOL = 2
+_TELL_S = 0.25
+_USUAL_TOKENS = 64
+_LONG_TOKENS = 512
 
 
 @dataclass(slots=True)
@@ -49,6 +53,7 @@ class Passage:
     status: int = 0
     queue_ms: float = 0.0
     swap_ms: float = 0.0
+    predicted_s: float = 0.0
     first_byte_s: float = 0.0
     attempts: int = 0
     outcome: str = "ok"
@@ -68,6 +73,14 @@ class Relay:
         self._remotes = remotes
         self._remote_names = frozenset(remotes)
         self._wake = wake
+        self._unmet: dict[str, float] = {}
+        self._telling: asyncio.Task[None] | None = None
+
+    async def close(self) -> None:
+        """Say no more."""
+        if self._telling is not None:
+            self._telling.cancel()
+            await asyncio.gather(self._telling, return_exceptions=True)
 
     async def carry(
         self,
@@ -83,7 +96,7 @@ class Relay:
         reply = _Reply(send, headers, passage, began_s)
         fault: CoeError | None = None
         while True:
-            option = self._next(plan, passage, fault)
+            option = self._next(asked, plan, passage, fault)
             if option is None:
                 await self._wait_for_pool(plan, deadline_s)
                 continue
@@ -101,7 +114,11 @@ class Relay:
                 if isinstance(error, DeadlineExceeded):
                     raise
 
-    def views(self, experts: tuple[str, ...]) -> list[PoolView]:
+    def candidates(self, asked: Asked, plan: Plan) -> list[Option]:
+        """Every way to answer this now, best first. Sends nothing."""
+        return options(plan.wish(self._tokens(asked)), self._remote_names, self.views())
+
+    def views(self) -> list[PoolView]:
         """What is known of every pool, with this gateway's own unacknowledged requests."""
         now_s = time.monotonic()
         return [
@@ -109,23 +126,30 @@ class Relay:
                 link.address.boot,
                 link.snapshot,
                 link.age_s(now_s),
-                {name: link.unseen(name) for name in experts},
+                link.unseen(),
             )
             for link in self._directory.links()
             if link.snapshot is not None
         ]
 
-    def _next(self, plan: Plan, passage: Passage, fault: CoeError | None) -> Option | None:
+    def _next(
+        self, asked: Asked, plan: Plan, passage: Passage, fault: CoeError | None
+    ) -> Option | None:
         """The best option left. None: wait for a pool. Raises when there is no hope."""
-        views = self.views(plan.preference)
+        views = self.views()
+        wish = plan.wish(self._tokens(asked))
         left = [
             option
-            for option in options(plan.preference, self._remote_names, views)
+            for option in options(wish, self._remote_names, views)
             if passage.tried[option.expert, option.boot or ""] < self._tries(fault)
         ]
         if left:
             # After a fault, somebody else first.
-            return min(left, key=lambda o: passage.tried[o.expert, o.boot or ""])
+            chosen = min(left, key=lambda o: passage.tried[o.expert, o.boot or ""])
+            if not passage.attempts:
+                passage.predicted_s = chosen.wait_s
+                self._note_unmet(unmet(wish, chosen, views))
+            return chosen
         if fault is not None and not isinstance(fault, (PoolGone, EngineDead)):
             raise fault
         if isinstance(fault, EngineDead) and any(_has_any(plan, view) for view in views):
@@ -138,6 +162,38 @@ class Relay:
                 f"expert {plan.preference[0]!r} could not be loaded: {reason}", retry_after_s=30
             )
         return None
+
+    @staticmethod
+    def _tokens(asked: Asked) -> int:
+        """About how long the answer will be: what was asked for, within reason."""
+        for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
+            given = asked.data.get(name)
+            if isinstance(given, int) and given > 0:
+                return min(given, _LONG_TOKENS)
+        return _USUAL_TOKENS
+
+    def _note_unmet(self, missed: tuple[str, float] | None) -> None:
+        if missed is None:
+            return
+        expert, amount = missed
+        self._unmet[expert] = self._unmet.get(expert, 0.0) + amount
+        if self._telling is None or self._telling.done():
+            self._telling = asyncio.create_task(self._tell_unmet())
+
+    async def _tell_unmet(self) -> None:
+        """Send what has added up, each expert's to the one pool that should load it."""
+        await asyncio.sleep(_TELL_S)
+        wanted, self._unmet = self._unmet, {}
+        views = self.views()
+        by_pool: dict[str, dict[str, float]] = {}
+        for expert, amount in wanted.items():
+            boot = home(expert, views)
+            if boot is not None:
+                by_pool.setdefault(boot, {})[expert] = amount
+        for boot, amounts in by_pool.items():
+            # A pool that has just gone needs no telling.
+            with suppress(PoolGone):
+                await self._link(boot).demand(amounts)
 
     @staticmethod
     def _tries(fault: CoeError | None) -> int:

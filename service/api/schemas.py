@@ -45,6 +45,11 @@ _POSTS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"messages": _MESSAGES},
         ["messages"],
     ),
+    "/v1/route": (
+        "Dry run: which expert would answer, and every candidate's utility",
+        {"messages": _MESSAGES},
+        ["messages"],
+    ),
     "/tokenize": ("Tokens of a prompt", {"prompt": {"type": "string"}}, []),
     "/detokenize": (
         "Text of tokens",

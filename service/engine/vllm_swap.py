@@ -12,7 +12,7 @@ import copy
 import hashlib
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ import orjson
 from service.config import VllmOptions
 from service.engine.protocol import EngineReport, EngineRequest, Exchanged, Filled, Message
 from service.engine.vllm import VllmEngine, VllmModel, first_line
-from service.errors import CoeError, ExpertFailed
+from service.errors import CoeError, EngineDead, ExpertFailed
 
 _EXTENSION = "service.engine.vllm_worker.SwapExtension"
 _POLL_S = 0.02
+_LOOK_S = 0.2
 _CANARY_PROMPT = list(range(101, 117))
 _CANARY_TOKENS = 6
 # What decides how text becomes tokens and back.
@@ -109,6 +110,8 @@ class SwappingVllmEngine(VllmEngine):
             await self.fill(self._first)
             if not (await self.exchange(self._first)).ok:
                 raise ExpertFailed(f"the weights of {self._first!r} changed while they were loaded")
+            # The pool counts what is held from the first unit on.
+            await self.drop(adopted)
         else:
             self._faces[self._first] = _Face(self._app)
             if not await self._canary(self._first):
@@ -138,17 +141,20 @@ class SwappingVllmEngine(VllmEngine):
     async def exchange(self, expert: str) -> Exchanged:
         """See `SwappingEngine.exchange`."""
         began_s = time.monotonic()
+        if (face := self._faces.get(expert)) is None:
+            raise ExpertFailed(f"the weights of {expert!r} are not held")
         try:
-            await self._llm.pause_generation(mode="wait", clear_cache=True)
-            done = await self._rpc("coe_exchange", expert)
-            self._put_on(self._faces[expert])
-            await self._llm.resume_generation()
+            await self._alive(self._llm.pause_generation(mode="wait", clear_cache=True))
+            try:
+                done = await self._rpc("coe_exchange", expert)
+                self._put_on(face)
+            finally:
+                # A paused engine would keep even the old expert's requests for ever.
+                await self._alive(self._llm.resume_generation())
         except CoeError:
             raise
         except Exception as error:
-            raise ExpertFailed(
-                f"expert {expert!r} could not be swapped in: {first_line(error)}", retry_after_s=5
-            ) from error
+            raise self._fault(f"expert {expert!r} could not be swapped in", error) from error
         swap_s = time.monotonic() - began_s
         count = self._swaps[expert] = self._swaps.get(expert, 0) + 1
         ok = bool(done["ok"])
@@ -167,9 +173,27 @@ class SwappingVllmEngine(VllmEngine):
 
     async def _rpc(self, method: str, *args: object) -> Any:
         try:
-            return (await self._llm.collective_rpc(method, args=args))[0]
+            return (await self._alive(self._llm.collective_rpc(method, args=args)))[0]
+        except CoeError:
+            raise
         except Exception as error:
-            raise ExpertFailed(f"{method} failed: {first_line(error)}", retry_after_s=5) from error
+            raise self._fault(f"{method} failed", error) from error
+
+    async def _alive(self, call: Awaitable[Any]) -> Any:
+        """What the core answers. vLLM leaves a call to a core that dies meanwhile unanswered."""
+        asked = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait({asked}, timeout=_LOOK_S))[0]:
+                if (why := self.failure()) is not None:
+                    raise EngineDead(f"the engine died: {why}")
+            return asked.result()
+        finally:
+            asked.cancel()
+
+    def _fault(self, what: str, error: Exception) -> CoeError:
+        if (why := self.failure()) is not None:
+            return EngineDead(f"{what}: the engine died: {why}")
+        return ExpertFailed(f"{what}: {first_line(error)}", retry_after_s=5)
 
     # --- the token canary
 

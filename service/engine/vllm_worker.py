@@ -29,6 +29,17 @@ import torch
 _PROBE_ROWS = 2
 _PROBE_LAYERS = 3
 _PROBE_VALUES = 16
+# What PEFT's adapters may have beyond A and B.
+_OTHER_ADAPTERS = (
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "fan_in_fan_out",
+    "rank_pattern",
+    "alpha_pattern",
+    "layer_replication",
+    "trainable_token_indices",
+)
 
 
 @dataclass
@@ -40,6 +51,7 @@ class _Held:
     host_bytes: int
     fill_s: float
     probes: dict[str, Any] = field(default_factory=dict)
+    recorded: bool = False
     probed: int = 0
     small: list[tuple[Any, Any]] = field(default_factory=list)
 
@@ -122,7 +134,7 @@ class SwapExtension:
         """`{"state": "host" | "filling" | "failed" | "disk", …}`. A failure is told once."""
         state = self._coe()
         if (held := state.held.get(expert)) is not None:
-            if not held.probes:
+            if not held.recorded:
                 # Not in the thread that loaded it: oneDNN's kernels here share one
                 # scratch pad, and two threads in it spoil each other's products.
                 _record_probes(held)
@@ -148,7 +160,9 @@ class SwapExtension:
         self.model_runner.model = held.model
         state.running = expert
         exchange_s = time.perf_counter() - began_s
-        with torch.inference_mode():
+        ok = False
+        # From here on the old expert is gone: a probe that fails must say so, not raise.
+        with torch.inference_mode(), contextlib.suppress(Exception):
             ok = _probe(held)
         return {
             "ok": ok,
@@ -263,16 +277,33 @@ class _Delta:
     """
 
     def __init__(self, folder: Path, strength: float) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        config = json.loads((folder / "adapter_config.json").read_text())
-        rank = config["r"]
-        root = rank**0.5 if config.get("use_rslora") else rank
-        self._scale = strength * config["lora_alpha"] / root
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text())
+            tensors = load_file(str(folder / "adapter_model.safetensors"))
+            rank = int(config["r"])
+            alpha = float(config["lora_alpha"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(
+                f"the adapter in {folder} can't be read: {type(error).__name__}: {error}"
+            ) from error
+        # Each of these means other arithmetic than what is done here.
+        others = [name for name in _OTHER_ADAPTERS if config.get(name)]
+        if others:
+            raise ValueError(f"the adapter in {folder} uses {others[0]}, which can't be merged")
+        self._scale = strength * alpha / (rank**0.5 if config.get("use_rslora") else rank)
         self._pairs: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in load_file(str(folder / "adapter_model.safetensors")).items():
+        for key, tensor in tensors.items():
             name, _, which = key.removeprefix("base_model.model.").partition(".lora_")
+            if which not in ("A.weight", "B.weight"):
+                raise ValueError(f"the adapter in {folder} has {key}, which can't be merged")
             self._pairs.setdefault(name + ".weight", {})[which[0]] = tensor
+        for name, pair in self._pairs.items():
+            shapes = {which: tuple(tensor.shape) for which, tensor in pair.items()}
+            if len(pair) != 2 or shapes["A"][0] != rank or shapes["B"][1] != rank:
+                raise ValueError(f"{name}: the adapter of rank {rank} has {shapes}")
 
     def applied(
         self, weights: Iterable[tuple[str, torch.Tensor]]
@@ -317,6 +348,7 @@ def _ask(module: Any) -> torch.Tensor:
 
 
 def _record_probes(held: _Held) -> None:
+    held.recorded = True
     with torch.inference_mode():
         _record(held)
 

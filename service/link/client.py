@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -84,9 +84,9 @@ class PoolLink:
         """Seconds since the pool was last heard of."""
         return now_s - self.received_s if self.snapshot is not None else GONE_S + 1
 
-    def unseen(self, expert: str) -> int:
-        """Requests sent for an expert that the snapshot can't count yet."""
-        return sum(1 for _, name in self._unseen if name == expert)
+    def unseen(self) -> dict[str, int]:
+        """Requests sent that the snapshot can't count yet, by expert."""
+        return Counter(name for _, name in self._unseen) if self._unseen else {}
 
     def next_seq(self, expert: str) -> int:
         """Number a call that is about to be sent."""
@@ -129,12 +129,19 @@ class PoolLink:
         """load, evict, pin or unpin: the pool's status and body. Raises PoolGone."""
         return await self._small("POST", f"/operate/{act}/{quote(expert)}", timeout_s=120)
 
-    async def _small(self, method: str, path: str, timeout_s: float = 2) -> tuple[int, bytes]:
+    async def demand(self, wanted: dict[str, float]) -> None:
+        """Tell the pool of unmet demand. Raises PoolGone."""
+        await self._small("POST", "/demand", body=orjson.dumps(wanted))
+
+    async def _small(
+        self, method: str, path: str, *, timeout_s: float = 2, body: bytes | None = None
+    ) -> tuple[int, bytes]:
         try:
             async with self._session.request(
                 method,
                 self.address.url + path,
                 headers=self._headers,
+                data=body,
                 timeout=aiohttp.ClientTimeout(total=timeout_s),
             ) as reply:
                 return reply.status, await reply.read()

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import orjson
 
-from service.errors import CoeError, Unauthorized, UnknownEndpoint
+from service.errors import CoeError, InvalidRequest, Unauthorized, UnknownEndpoint
 from service.link import secret as secrets
 from service.link.asgi import ClientGone, Message, Receive, Send, read_body, until_gone
 from service.link.call import Call, parse_call
@@ -35,6 +35,9 @@ class PoolHandler(Protocol):
 
     def experts(self) -> dict[str, Any]:
         """Each expert's residency in full, for people."""
+
+    def demand(self, wanted: dict[str, float]) -> None:
+        """Utility that a gateway would have sent here, by expert, were it resident."""
 
     async def operate(self, act: str, expert: str) -> None:
         """load, evict, pin or unpin an expert. Raises CoeError where that can't be."""
@@ -65,6 +68,9 @@ class PoolApp:
             elif path == "/experts":
                 body = orjson.dumps(self._handler.experts())
                 await reply.whole(200, b"application/json", body)
+            elif scope["method"] == "POST" and path == "/demand":
+                self._handler.demand(_amounts(await read_body(receive, self._max_body_bytes)))
+                await reply.whole(200, b"application/json", b"{}")
             elif scope["method"] == "POST" and path.startswith("/operate/"):
                 act, _, expert = path.removeprefix("/operate/").partition("/")
                 await self._handler.operate(act, expert)
@@ -123,6 +129,13 @@ class _Reply:
         fault = fault_of(error)
         await self(_start(fault.status, fault.headers))
         await self({"type": "http.response.body", "body": fault.body})
+
+
+def _amounts(body: bytes) -> dict[str, float]:
+    try:
+        return {str(name): float(amount) for name, amount in orjson.loads(body).items()}
+    except (orjson.JSONDecodeError, AttributeError, TypeError, ValueError):
+        raise InvalidRequest("demand is an object of numbers by expert") from None
 
 
 def _start(status: int, headers: list[tuple[bytes, bytes]]) -> Message:

@@ -24,11 +24,15 @@ class ExpertState:
     """One expert in one pool: where its weights are, and why not if it failed.
 
     `eta_s`: seconds until it answers, as far as known; 0 when it does.
-    `max_model_len`: context in tokens, 0 until known.
+    `swap_s`: how long putting it in another's place takes, 0 where it has a slot of its
+    own. `slot`: which of the pool's slots it is in. `max_model_len`: context in tokens,
+    0 until known.
     """
 
     state: Residency
     eta_s: float = 0.0
+    swap_s: float = 0.0
+    slot: int = 0
     reason: str = ""
     max_model_len: int = 0
     engine: dict[str, str] = field(default_factory=dict)

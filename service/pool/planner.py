@@ -60,13 +60,17 @@ class UnitView:
 
 @dataclass(frozen=True, slots=True)
 class SlotView:
-    """The slot: what runs, since when, how many requests, and how long ending them takes."""
+    """The slot: what runs, since when, how many requests, and how long ending them takes.
+
+    closing: nobody is let in any more, so that another unit can come.
+    """
 
     running_unit: str
     stayed_s: float
     running: int
     waiting: int
     drain_s: float
+    closing: bool = False
 
 
 class Next(StrEnum):
@@ -133,11 +137,13 @@ def next_step(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> Step
     urgent = max(able, key=lambda u: (urgency(u, policy), u.name))
     if _late(slot, able, policy):
         chosen, reason = eldest, "bound on waiting"
+    elif slot.closing:
+        chosen, reason = urgent, "queue served"
     elif slot.waiting or slot.running > urgent.waiting * policy.crowding:
         return Step(Next.STAY)
     else:
         chosen, reason = urgent, "queue served"
-    busy = slot.waiting or slot.running
+    busy = (slot.waiting or slot.running) and not slot.closing
     # An expensive swap has to be worth it: an engine started is not left at once.
     if busy and slot.stayed_s < max(policy.min_stay_s, chosen.swap_s):
         return Step(Next.STAY)
@@ -182,7 +188,11 @@ def to_keep(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> frozen
     if policy.host_bytes is None:
         return frozenset(u.name for u in units)
     sure = sorted(
-        (u for u in units if u.name == slot.running_unit or u.pinned or u.waiting),
+        (
+            u
+            for u in units
+            if u.name == slot.running_unit or (u.exchangeable and (u.pinned or u.waiting))
+        ),
         key=lambda u: (u.name != slot.running_unit, not u.pinned, *_turn(u, policy)),
     )
     kept: list[str] = []
@@ -191,7 +201,7 @@ def to_keep(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> frozen
         if unit.name == slot.running_unit or unit.host_bytes <= left:
             kept.append(unit.name)
             left -= unit.host_bytes
-    rest = [u for u in units if u.name not in kept]
+    rest = [u for u in units if u.exchangeable and u.name not in kept]
     chosen = keep([_worth(u) for u in rest], [u.host_bytes for u in rest], max(0, left))
     return frozenset([*kept, *(rest[i].name for i in chosen)])
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from service.engine.protocol import EngineRequest, Message, Send
@@ -116,8 +118,8 @@ class Pool:
         states = {}
         queues = {}
         capacity = {}
-        for slot in self._slots:
-            states.update(slot.states())
+        for i, slot in enumerate(self._slots):
+            states.update({name: replace(s, slot=i) for name, s in slot.states().items()})
             queues.update(slot.queues())
             capacity.update(dict.fromkeys(slot.experts, slot.capacity))
         return Snapshot(
@@ -162,6 +164,14 @@ class Pool:
         if act not in OPERATIONS:
             raise UnknownEndpoint(f"no operation {act!r}; operations: {', '.join(OPERATIONS)}")
         await slot.operate(act, expert)
+
+    def demand(self, wanted: dict[str, float]) -> None:
+        """What gateways would have sent here, were it resident: utility by expert."""
+        now_s = time.monotonic()
+        for expert, amount in wanted.items():
+            slot = self._slot_of.get(expert)
+            if slot is not None:
+                slot.demand(expert, amount, now_s)
 
     def swap_counts(self) -> dict[tuple[str, str, str], int]:
         """Swaps since the start, by unit, method and reason."""

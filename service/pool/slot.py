@@ -282,6 +282,9 @@ class Slot:
         if act in ("evict", "unpin"):
             raise Conflict(f"expert {expert!r} has a slot of its own and always stays")
 
+    def demand(self, expert: str, amount: float, now_s: float) -> None:
+        """Unmet demand for an expert; one with a slot of its own is there anyway."""
+
     def swap_counts(self) -> dict[tuple[str, str, str], int]:
         """Swaps by unit, method and reason."""
         return {}

@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from service.engine.protocol import SwappingEngine
-from service.errors import CoeError, Conflict
+from service.errors import CoeError, Conflict, EngineDead
 from service.link.snapshot import ExpertState
 from service.pool.planner import (
     Next,
     Policy,
     SlotView,
     UnitView,
+    bounded,
     next_fetch,
     next_step,
     to_drop,
@@ -39,6 +40,8 @@ _EWMA = 0.3
 _DEMAND_HALF_S = 30.0
 _RETRY_S = 30.0
 _SWAPS_KEPT = 64
+# A unit in whose fill or exchange the engine died this often in a row is at fault.
+_DEATHS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class _Known:
     demand: float = 0.0
     demand_at: float = 0.0
     failed_until: float = 0.0
+    deaths: int = 0
     pinned: bool = False
     wanted: bool = False
 
@@ -121,6 +125,8 @@ class SwapSlot(Slot):
         self._since_s = 0.0
         self._open = False
         self._drain_s = 0.0
+        self._closed_s: float | None = None
+        self._gone = False
         self._event = asyncio.Event()
         self._filling: asyncio.Task[None] | None = None
         self._filling_unit: str | None = None
@@ -140,9 +146,13 @@ class SwapSlot(Slot):
         return super()._ready() if self._open else set()
 
     def _arrived(self, ticket: Ticket) -> None:
-        known = self._known[self._unit_of[ticket.expert]]
-        known.demand = _faded(known, ticket.arrived_s) + 1.0
-        known.demand_at = ticket.arrived_s
+        self.demand(ticket.expert, 1.0, ticket.arrived_s)
+
+    def demand(self, expert: str, amount: float, now_s: float) -> None:
+        """Utility asked of an expert: what is served, and what gateways would have sent."""
+        known = self._known[self._unit_of[expert]]
+        known.demand = _faded(known, now_s) + amount
+        known.demand_at = now_s
         self._event.set()
 
     def _left(self) -> None:
@@ -157,13 +167,8 @@ class SwapSlot(Slot):
 
     async def _bring_up(self, engine: SwappingEngine) -> None:  # type: ignore[override]
         """Start the engine with the unit that is to run."""
-        began_s = self._started_at = time.monotonic()
-        self._open = False
-        for name, known in self._known.items():
-            # Whatever another engine held went with it.
-            known.tier = Residency.DISK
-            self._set_unit(name, Residency.DISK)
-        self._set_unit(self._unit, Residency.LOADING)
+        began_s = time.monotonic()
+        self._emptied()
         report = await engine.start()
         self._engine, self._report = engine, report
         for name in self._units[self._unit].experts:
@@ -173,14 +178,25 @@ class SwapSlot(Slot):
         self._has_worked = True
         self._run_unit(self._unit)
 
+    def _emptied(self) -> None:
+        """Whatever an engine held went with it; the next one starts with the running unit."""
+        self._started_at = now_s = time.monotonic()
+        self._open = self._gone = False
+        self._closed_s = None
+        for name, known in self._known.items():
+            known.tier = Residency.DISK
+            if known.failed_until <= now_s:
+                self._set_unit(name, Residency.DISK)
+        self._set_unit(self._unit, Residency.LOADING)
+
     async def _watch(self, engine: SwappingEngine) -> None:  # type: ignore[override]
         """Do what the planner says until the engine dies, or another kind of engine is needed."""
         self._lost.clear()
         try:
-            while engine.failure() is None:
+            while engine.failure() is None and not self._gone:
                 self._event.clear()
                 if not await self._steer(engine):
-                    return
+                    break
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_TICK_S):
                         await self._event.wait()
@@ -190,11 +206,10 @@ class SwapSlot(Slot):
                 self._filling.cancel()
                 await asyncio.gather(self._filling, return_exceptions=True)
                 self._filling = self._filling_unit = None
-        why = engine.failure()
+        if (why := engine.failure()) is not None:
+            log.error("engine of %s died (%s); starting another", self._unit, why)
         self._engine = None
-        self._started_at = time.monotonic()
-        self._set_unit(self._unit, Residency.LOADING)
-        log.error("engine of %s died (%s); starting another", self._unit, why)
+        self._emptied()
 
     def lost(self) -> None:
         """A request saw the engine die."""
@@ -204,39 +219,59 @@ class SwapSlot(Slot):
     async def _steer(self, engine: SwappingEngine) -> bool:
         """One look and what follows from it. False: this engine can't run who is next."""
         now_s = time.monotonic()
-        slot, units = self._slot_view(), self._unit_views(now_s, engine.exchangeable)
+        slot = self._slot_view(now_s)
+        units = bounded(
+            slot, self._unit_views(now_s, engine.exchangeable), self._policy, self._start_s
+        )
         step = next_step(slot, units, self._policy)
         if step.act is Next.STAY:
+            self._closed_s = None
             if not self._open:
                 self._open = True
                 self._grant()
         elif step.act is Next.CLOSE:
+            if self._open or self._closed_s is None:
+                self._closed_s = now_s
             self._open = False
         else:
             self._open = False
-            if step.unit not in engine.exchangeable:
+            if self._closed_s is not None:
+                drain_s = now_s - self._closed_s
+                # Up at once, down slowly: the bound on waiting is reckoned with it.
+                self._drain_s = max(drain_s, self._drain_s + _EWMA * (drain_s - self._drain_s))
+            if self._known[step.unit].tier is not Residency.HOST:
                 self._respawn_for(step.unit, step.reason)
                 return False
             return await self._swap(engine, step.unit, step.reason)
         if self._filling is None:
             coming = next_fetch(slot, units, self._policy)
-            if coming is not None and self._known[coming].failed_until <= now_s:
-                self._fetch(engine, coming, units, slot)
+            self._fetch(engine, coming, to_drop(slot, units, self._policy, coming))
         return True
 
     async def _swap(self, engine: SwappingEngine, unit: str, reason: str) -> bool:
         began_s = time.monotonic()
+        # Neither held nor running until that is done: it can't be evicted meanwhile.
+        self._known[unit].tier = Residency.LOADING
         try:
             done = await engine.exchange(unit)
+        except EngineDead as error:
+            self._died_with(unit, error)
+            return False
         except CoeError as error:
+            if engine.failure() is not None:
+                self._died_with(unit, error)
+                return False
             self._fail_unit(unit, error.message)
-            return engine.failure() is None
+            with suppress(CoeError):
+                await engine.drop(unit)
+            return True
         if not done.ok:
             self.canary_failures += 1
             log.error("the weights of %s are not as they were loaded; starting another", unit)
             self._respawn_for(unit, "canary")
             return False
         known = self._known[unit]
+        known.deaths = 0
         known.swap_s += _EWMA * (done.swap_s - known.swap_s)
         old = self._unit
         self._known[old].tier = Residency.HOST
@@ -260,7 +295,9 @@ class SwapSlot(Slot):
         assert self._report is not None
         self._unit = unit
         self._since_s = time.monotonic()
+        self._closed_s = None
         self._known[unit].tier = Residency.DEVICE
+        self._known[unit].failed_until = 0.0
         for name in self._units[unit].experts:
             self._states[name] = ExpertState(
                 Residency.DEVICE,
@@ -273,37 +310,54 @@ class SwapSlot(Slot):
 
     # --- host memory
 
-    def _fetch(
-        self,
-        engine: SwappingEngine,
-        unit: str,
-        units: list[UnitView],
-        slot: SlotView,
-    ) -> None:
-        self._filling_unit = unit
-        self._set_unit(unit, Residency.LOADING)
-        drops = to_drop(slot, units, self._policy, unit)
-        self._filling = asyncio.create_task(self._fill(engine, unit, drops))
+    def _fetch(self, engine: SwappingEngine, unit: str | None, drops: list[str]) -> None:
+        """Begin to bring a unit to host memory, once others have made room for it."""
+        for name in drops:
+            # From here on nobody swaps to it.
+            self._known[name].tier = Residency.DISK
+            self._set_unit(name, Residency.DISK)
+        if unit is not None:
+            self._filling_unit = unit
+            self._set_unit(unit, Residency.LOADING)
+        if unit is not None or drops:
+            self._filling = asyncio.create_task(self._fill(engine, unit, drops))
 
-    async def _fill(self, engine: SwappingEngine, unit: str, drops: list[str]) -> None:
-        known = self._known[unit]
+    async def _fill(self, engine: SwappingEngine, unit: str | None, drops: list[str]) -> None:
         try:
             for name in drops:
-                if name != self._unit:
-                    self._known[name].tier = Residency.DISK
-                    self._set_unit(name, Residency.DISK)
-                    await engine.drop(name)
-            filled = await engine.fill(unit)
-        except CoeError as error:
-            self._fail_unit(unit, error.message)
-        else:
-            known.tier = Residency.HOST
-            known.host_bytes = filled.host_bytes
-            known.fill_s = filled.fill_s
-            self._set_unit(unit, Residency.HOST)
+                await engine.drop(name)
+            if unit is not None:
+                filled = await engine.fill(unit)
+                known = self._known[unit]
+                known.tier = Residency.HOST
+                known.host_bytes = filled.host_bytes
+                known.fill_s = filled.fill_s
+                known.deaths = 0
+                self._set_unit(unit, Residency.HOST)
+        except Exception as error:
+            why = error.message if isinstance(error, CoeError) else repr(error)
+            if isinstance(error, EngineDead) or engine.failure() is not None:
+                if unit is not None:
+                    self._died_with(unit, error)
+            elif unit is not None:
+                self._fail_unit(unit, why)
+            else:
+                log.error("could not forget %s: %s", "/".join(drops), why)
         finally:
             self._filling = self._filling_unit = None
             self._event.set()
+
+    def _died_with(self, unit: str, error: Exception) -> None:
+        """The engine died while it took in a unit's weights: perhaps not that unit's fault."""
+        known = self._known[unit]
+        known.deaths += 1
+        if known.deaths >= _DEATHS:
+            known.deaths = 0
+            self._fail_unit(unit, f"the engine died while it loaded it ({error})")
+        else:
+            self._set_unit(unit, Residency.DISK)
+        self._gone = True
+        self.lost()
 
     def _fail_unit(self, unit: str, reason: str) -> None:
         log.error("expert %s failed: %s", unit, reason)
@@ -315,6 +369,8 @@ class SwapSlot(Slot):
         asyncio.get_running_loop().call_later(_RETRY_S, self._forgive, unit)
 
     def _forgive(self, unit: str) -> None:
+        if self._known[unit].failed_until > time.monotonic() + _TICK_S:
+            return
         if all(self._states[n].state is Residency.FAILED for n in self._units[unit].experts):
             self._set_unit(unit, Residency.DISK)
 
@@ -331,8 +387,7 @@ class SwapSlot(Slot):
         able = [name for name, known in self._known.items() if known.failed_until <= now_s]
         if not able:
             return super()._retry_s()
-        views = {view.name: view for view in self._unit_views(now_s, frozenset())}
-        self._unit = max(able, key=lambda name: views[name].waiting)
+        self._unit = max(able, key=self._waiting_in)
         return 0.5
 
     def _set_all(self, state: Residency, reason: str) -> None:
@@ -409,22 +464,29 @@ class SwapSlot(Slot):
                 eta_s = round(known.fill_s + known.swap_s, 1)
             else:
                 eta_s = 0.0
-            told[name] = replace(state, eta_s=eta_s)
+            told[name] = replace(state, eta_s=eta_s, swap_s=round(known.swap_s, 3))
         return told
 
-    def _slot_view(self) -> SlotView:
-        waiting = running = 0
-        for name in self._units[self._unit].experts:
-            w, r = self._queues.counts(name)
-            waiting, running = waiting + w, running + r
+    def _waiting_in(self, unit: str) -> int:
+        return sum(self._queues.counts(name)[0] for name in self._units[unit].experts)
+
+    def _slot_view(self, now_s: float) -> SlotView:
+        running = sum(self._queues.counts(name)[1] for name in self._units[self._unit].experts)
         return SlotView(
-            self._unit, time.monotonic() - self._since_s, running, waiting, self._drain_s
+            self._unit,
+            now_s - self._since_s,
+            running,
+            self._waiting_in(self._unit),
+            self._drain_s,
+            closing=self._closed_s is not None,
         )
 
     def _unit_views(self, now_s: float, exchangeable: frozenset[str]) -> list[UnitView]:
         views = []
         for name, unit in self._units.items():
             known = self._known[name]
+            if known.failed_until > now_s and name != self._unit:
+                continue
             waiting = [t for expert in unit.experts for t in self._queues.waiting_for(expert)]
             at_host = known.tier in (Residency.HOST, Residency.DEVICE)
             views.append(
