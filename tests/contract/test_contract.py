@@ -187,13 +187,14 @@ async def test_json_that_fits_a_schema(subject: Subject) -> None:
 async def test_a_named_tool_is_called(subject: Subject) -> None:
     if not subject.real:
         pytest.skip("the simulated engine calls no tools")
+    if subject.name == "vllm-moe":
+        pytest.skip("random weights never finish a call")
     choice = {"type": "function", "function": {"name": "look_up"}}
     body = chat(tools=[TOOL], tool_choice=choice, max_tokens=60)
     told = (await ask(subject.engine, CHAT, subject.expert, body)).json
     (call,) = told["choices"][0]["message"]["tool_calls"]
     assert call["function"]["name"] == "look_up"
-    if told["choices"][0]["finish_reason"] != "length":
-        assert json.loads(call["function"]["arguments"])["word"] in ("cat", "dog")
+    assert json.loads(call["function"]["arguments"])["word"] in ("cat", "dog")
 
 
 async def test_tokens_of_a_text_and_back(subject: Subject) -> None:

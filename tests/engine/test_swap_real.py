@@ -1,0 +1,293 @@
+"""Swaps in place on the real engine: who runs answers, exactly as alone, whatever came between."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from service.engine.protocol import EngineReport
+from service.engine.vllm import VllmEngine, VllmModel
+from service.engine.vllm_swap import Weights
+from service.errors import EngineDead, ExpertFailed
+from service.pool.planner import Policy
+from service.pool.swap_slot import SwapSlot, Unit
+from service.types import Residency
+from tests.engine.real import (
+    ADAPTERS,
+    BASE,
+    DEMO,
+    ENVIRONMENT,
+    OPTIONS,
+    Swapping,
+    ask,
+    ask_one,
+    core_of,
+    demo,
+    kill,
+)
+from tests.support.waiting import until
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.asyncio(loop_scope="module"),
+    # vLLM's and torch's own.
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(not Path(BASE).is_dir(), reason="coe models pull smollm2-135m-instruct"),
+]
+
+
+def _spoiled(folder: Path, spoil: Callable[[Path], None]) -> Weights:
+    shutil.copytree(ADAPTERS / "math", folder)
+    spoil(folder)
+    return Weights(BASE, str(folder))
+
+
+def _cut_short(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def _misshapen(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = str(folder / "adapter_model.safetensors")
+    tensors = {
+        key: tensor[:-8].contiguous() if "lora_B" in key else tensor
+        for key, tensor in load_file(file).items()
+    }
+    save_file(tensors, file)
+
+
+def _other_names(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = str(folder / "adapter_model.safetensors")
+    save_file({key.replace("mlp", "glp"): t for key, t in load_file(file).items()}, file)
+
+
+def _dora(folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_dora": True}))
+
+
+BROKEN = {
+    "cut": (_cut_short, "can't be read"),
+    "misshapen": (_misshapen, "the adapter adds"),
+    "other-names": (_other_names, "the base has no"),
+    "dora": (_dora, "use_dora"),
+    "gone": (shutil.rmtree, "can't be read"),
+}
+
+
+class Stage:
+    """The module's engine, what its experts said at first, and their canaries."""
+
+    def __init__(self, weights: dict[str, Weights]) -> None:
+        self.weights = weights
+        self.canaries: dict[str, str] = {}
+        self.engine = Swapping("base", weights, self.canaries)
+        self.report: EngineReport | None = None
+        self.said: dict[str, str] = {}
+
+    async def run(self, expert: str) -> None:
+        assert (await self.engine.exchange(expert)).ok
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stage(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage]:
+    os.environ.update(ENVIRONMENT)
+    folder = tmp_path_factory.mktemp("adapters")
+    broken = {name: _spoiled(folder / name, spoil) for name, (spoil, _) in BROKEN.items()}
+    stage = Stage({**demo(), **broken})
+    stage.report = await stage.engine.start()
+    yield stage
+    await stage.engine.stop()
+
+
+async def test_outputs_survive_swaps_and_fills_beside_them(stage: Stage) -> None:
+    engine, said = stage.engine, stage.said
+    said["base"] = await ask(engine, "base")
+    alone = await ask_one(engine, "base", tokens=96)
+    for name in DEMO[1:]:
+        # Filled while the base generates: neither must disturb the other.
+        beside = asyncio.create_task(ask_one(engine, "base", tokens=96))
+        filled = await engine.fill(name)
+        assert not beside.done(), "it was over before the fill: nothing was shown"
+        assert filled.host_bytes > 400 * 1024**2
+        assert await beside == alone
+    for name in DEMO[1:]:
+        await stage.run(name)
+        said[name] = await ask(engine, name)
+    assert len(set(said.values())) == len(DEMO), "experts that say the same prove nothing"
+    chance = random.Random(1)
+    running = DEMO[-1]
+    for _ in range(20):
+        running = chance.choice([name for name in DEMO if name != running])
+        await stage.run(running)
+        assert said[running].startswith(await ask_one(engine, running, tokens=8))
+    for name in DEMO:
+        await stage.run(name)
+        assert await ask(engine, name) == said[name]
+
+
+@pytest.mark.parametrize("name", BROKEN)
+async def test_weights_that_can_not_be_used_disturb_nobody(stage: Stage, name: str) -> None:
+    await stage.run("base")
+    beside = asyncio.create_task(ask_one(stage.engine, "base"))
+    with pytest.raises(ExpertFailed, match=BROKEN[name][1]):
+        await stage.engine.fill(name)
+    with pytest.raises(ExpertFailed, match="not held"):
+        await stage.engine.exchange(name)
+    assert stage.said["base"].startswith(await beside)
+    assert stage.said["base"].startswith(await ask_one(stage.engine, "base", tokens=4))
+
+
+async def test_a_dropped_expert_is_gone_and_comes_back(stage: Stage) -> None:
+    engine = stage.engine
+    await stage.run("base")
+    before = await engine.memory()
+    await engine.drop("code")
+    after = await engine.memory()
+    assert after["resident_bytes"] < before["resident_bytes"] - 300 * 1024**2
+    assert after["host_bytes"] < before["host_bytes"]
+    with pytest.raises(ExpertFailed):
+        await engine.exchange("code")
+    # A swap that failed leaves the engine as it was.
+    assert await ask(engine, "base") == stage.said["base"]
+    await engine.drop("base")  # it runs: nothing happens
+    assert await ask(engine, "base") == stage.said["base"]
+    await engine.fill("code")
+    await stage.run("code")
+    assert await ask(engine, "code") == stage.said["code"]
+
+
+async def test_the_probe_sees_weights_that_changed(stage: Stage) -> None:
+    engine = stage.engine
+    await stage.run("base")
+    await engine._rpc("coe_spoil", "math")
+    assert not (await engine.exchange("math")).ok
+    await stage.run("base")
+    await engine.drop("math")
+    await engine.fill("math")
+    await stage.run("math")
+    assert await ask(engine, "math") == stage.said["math"]
+
+
+async def test_the_canary_sees_another_expert_in_its_place(stage: Stage) -> None:
+    engine = stage.engine
+    await stage.run("base")
+    assert await engine._canary("base")
+    kept = stage.canaries["base"]
+    stage.canaries["base"] = stage.canaries["math"]
+    assert not await engine._canary("base")
+    stage.canaries["base"] = kept
+
+
+class _Started(Swapping):
+    """The module's engine, handed to a slot that believes it starts it."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__("base", stage.weights, stage.canaries)
+        self.__dict__.update(stage.engine.__dict__)
+        assert stage.report is not None
+        self._told = stage.report
+
+    async def start(self) -> EngineReport:
+        return self._told
+
+
+@asynccontextmanager
+async def _slot(stage: Stage) -> AsyncIterator[tuple[SwapSlot, list[Any]]]:
+    engines: list[Any] = []
+
+    def build(first: str) -> Swapping:
+        engine = _Started(stage) if not engines else Swapping(first, demo(), stage.canaries)
+        engines.append(engine)
+        return engine
+
+    slot = SwapSlot(
+        tuple(Unit(name, (name,)) for name in DEMO),
+        build,
+        Policy(min_stay_s=0.0, prefetch=False),
+        capacity=8,
+        max_waiting=8,
+        start_guess_s=30.0,
+        size_guess_bytes=1024**3,
+        fill_guess_s=2.0,
+        swap_guess_s=0.05,
+        changed=lambda: None,
+    )
+    supervisor = asyncio.create_task(slot.supervise(asyncio.Lock()))
+    try:
+        yield slot, engines
+    finally:
+        supervisor.cancel()
+        await asyncio.gather(supervisor, return_exceptions=True)
+
+
+async def _through(slot: SwapSlot, expert: str) -> str:
+    async with slot.lease(expert) as lease:
+        return await ask(lease.engine, expert)
+
+
+async def test_a_core_killed_in_a_fill_or_a_swap_is_replaced(stage: Stage) -> None:
+    await stage.run("base")
+    for name in DEMO[1:]:
+        await stage.engine.drop(name)
+    async with _slot(stage) as (slot, engines):
+        assert await _through(slot, "base") == stage.said["base"]
+        waiting = asyncio.create_task(_through(slot, "intents"))
+        loading = Residency.LOADING
+        await until(lambda: slot.states()["intents"].state is loading, "the fill began")
+        await asyncio.sleep(0.2)  # into the fill
+        kill(engines[0])
+        # Who waited is answered by the next engine, and by the right expert.
+        assert await waiting == stage.said["intents"]
+        assert len(engines) == 2
+        assert await _through(slot, "base") == stage.said["base"]
+        dead = core_of(engines[1])
+        engines[1].die_at = "coe_exchange"
+        assert await _through(slot, "intents") == stage.said["intents"]
+        assert len(engines) == 3
+        assert core_of(engines[2]) != dead
+        assert slot.swap_counts()[("intents", "inplace", "queue served")] == 2
+
+
+async def test_swapped_in_is_as_started_on_the_same_weights(stage: Stage, tmp_path: Path) -> None:
+    """Last: it needs an engine of its own, and by now the module's is dead."""
+    with pytest.raises(EngineDead):
+        await ask(stage.engine, "base")
+    folder = tmp_path / "merged"
+    await asyncio.to_thread(_merge, folder, "intents")
+    engine = VllmEngine(VllmModel("fresh", str(folder), {}), OPTIONS, on_cpu=True)
+    try:
+        await engine.start()
+        assert await ask(engine, "fresh") == stage.said["intents"]
+    finally:
+        await engine.stop()
+
+
+def _merge(folder: Path, adapter: str) -> None:
+    """The base's folder with an adapter added to its weights, by arithmetic of our own."""
+    from safetensors.torch import load_file, save_file
+
+    ignore = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(BASE, folder, ignore=ignore)
+    weights = load_file(f"{BASE}/model.safetensors")
+    config = json.loads((ADAPTERS / adapter / "adapter_config.json").read_text())
+    added = load_file(str(ADAPTERS / adapter / "adapter_model.safetensors"))
+    for key in [key for key in added if key.endswith("lora_A.weight")]:
+        name = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+        product = added[key.replace("lora_A", "lora_B")] @ added[key]
+        weights[name] = weights[name] + config["lora_alpha"] / config["r"] * product
+    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})

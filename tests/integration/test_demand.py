@@ -1,0 +1,84 @@
+"""The loop closed: an expert that every single request shies away from gets loaded, once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AsyncExitStack
+
+import aiohttp
+
+from service.app import GatewayProcess
+from service.config import Config
+from service.types import Residency
+from tests.support.serving import CHAT, SECRET, pool_of, serving, until
+
+GATEWAYS = 4
+FILL_S = 2.0
+CONFIG = Config.model_validate(
+    {
+        # A lead of 0.06 is worth 1.2 s at auto:fast, and bringing `rare` takes 2.
+        "experts": {
+            "common": {"model": "m", "categories": ["general"], "quality": {"rare": 0.54}},
+            "rare": {"model": "m", "categories": ["rare"], "quality": {"rare": 0.6}},
+        },
+        "pools": {
+            kind: {
+                "engine": "simulated",
+                "slots": 1,
+                "swap": {"min_stay_s": 0.05},
+                "simulated": {"fill_s": FILL_S, "swap_s": 0.02, "tokens": 2, "decode_ms": 2},
+            }
+            for kind in ("left", "right")
+        },
+    }
+)
+
+
+async def test_a_cold_expert_becomes_resident_in_one_pool_with_four_gateways_deciding() -> None:
+    async with AsyncExitStack() as stack:
+        pools = [await stack.enter_async_context(pool_of(CONFIG, kind)) for kind in CONFIG.pools]
+        urls = []
+        for i in range(GATEWAYS):
+            gateway = GatewayProcess(
+                CONFIG,
+                f"gateway-{i}",
+                SECRET,
+                admin_key=None,
+                wake=lambda _: None,
+                behind_serve=False,
+            )
+            await gateway.start()
+            stack.push_async_callback(gateway.stop)
+            gateway.directory.update([pool.address for pool in pools])
+            links = gateway.directory.links
+            await until(lambda links=links: len(links()) == len(pools), "the gateway knows both")
+            urls.append((await stack.enter_async_context(serving(gateway.gateway.app()))).url)
+        client = await stack.enter_async_context(aiohttp.ClientSession())
+
+        def states() -> list[Residency]:
+            return [pool.process.pool.snapshot().experts["rare"].state for pool in pools]
+
+        async def ask(i: int) -> str:
+            model = "auto:fast/rare" if i % 10 < 3 else "common"
+            body = {"model": model, "messages": [{"role": "user", "content": "x"}]}
+            async with client.post(urls[i % GATEWAYS] + CHAT, json=body) as reply:
+                assert reply.status == 200, await reply.text()
+                return str((await reply.json())["model"])
+
+        assert states() == [Residency.DISK, Residency.DISK]
+        assert await ask(0) == "common", "a single request doesn't wait for two seconds"
+        seen: set[tuple[Residency, ...]] = set()
+        answered = "common"
+        began = time.monotonic()
+        i = 0
+        while answered != "rare":
+            assert time.monotonic() - began < 10 * FILL_S, "it was never loaded"
+            batch = [asyncio.create_task(ask(i + k)) for k in range(10)]
+            i += 10
+            answers = await asyncio.gather(*batch)
+            seen.add(tuple(states()))
+            answered = "rare" if "rare" in answers[:3] else "common"
+            await asyncio.sleep(0.05)
+        assert all(Residency.DISK in both for both in seen), f"loaded in two pools: {seen}"
+        assert Residency.DISK in states()

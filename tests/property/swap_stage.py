@@ -1,0 +1,186 @@
+"""A shared slot on a clock of its own, with engines that break on demand and tell on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import orjson
+
+from service.config import SimulatedOptions
+from service.engine.protocol import EngineReport, EngineRequest, Exchanged, Filled, Message, Send
+from service.engine.simulated import SimulatedEngine
+from service.errors import CoeError, EngineDead, ExpertFailed
+from service.pool.planner import Policy
+from service.pool.swap_slot import SwapSlot, Unit
+
+UNITS = (Unit("a", ("a", "a-tuned")), Unit("b", ("b",)), Unit("c", ("c",)), Unit("d", ("d",)))
+UNIT_OF = {expert: unit.name for unit in UNITS for expert in unit.experts}
+EXPERTS = tuple(UNIT_OF)
+# The unit with adapters needs an engine of its own.
+FAMILIES = (frozenset({"a"}), frozenset({"b", "c", "d"}))
+SIZE = 10
+LOAD_S, FILL_S, SWAP_S, STEP_MS, STAY_S, WAIT_S = 0.05, 0.1, 0.02, 10, 0.05, 1.0
+MOST_TOKENS = 4
+
+
+@dataclass
+class World:
+    """What is asked of the engines, and what they saw that must never happen."""
+
+    bound: int | None
+    now: Callable[[], float]
+    armed: dict[str, str] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    engines: list[FaultyEngine] = field(default_factory=list)
+    faults: int = 0
+
+    def fault(self, call: str) -> str:
+        """The fault that was asked for at the next such call."""
+        kind = self.armed.pop(call, "")
+        self.faults += bool(kind)
+        return kind
+
+
+class FaultyEngine(SimulatedEngine):
+    """Knows what it holds and runs, and whose weights a request meets."""
+
+    def __init__(self, unit: str, world: World) -> None:
+        self.family = next(f for f in FAMILIES if unit in f)
+        experts = tuple(e for e in EXPERTS if UNIT_OF[e] in self.family)
+        super().__init__(
+            experts,
+            SimulatedOptions(load_s=LOAD_S, fill_s=FILL_S, swap_s=SWAP_S, decode_ms=STEP_MS),
+        )
+        self.world = world
+        self.runs = unit
+        self.held = {unit}
+        self.spoiled = False
+        world.engines.append(self)
+
+    @property
+    def exchangeable(self) -> frozenset[str]:
+        return self.family
+
+    async def start(self) -> EngineReport:
+        if sum(engine.failure() is None for engine in self.world.engines) > 1:
+            self.world.wrong.append("two engines at once")
+        if self.world.fault("start"):
+            raise ExpertFailed("told not to start")
+        return await super().start()
+
+    async def _break(self, fault: str, at_s: float) -> None:
+        await asyncio.sleep(at_s)
+        if fault == "die":
+            self.kill("told to die")
+            raise EngineDead("told to die")
+        raise ExpertFailed("told to fail")
+
+    async def fill(self, expert: str) -> Filled:
+        coming = {*self.held, expert}
+        if self.world.bound is not None and len(coming) * SIZE > max(SIZE, self.world.bound):
+            self.world.wrong.append(f"{sorted(coming)} held")
+        if fault := self.world.fault("fill"):
+            await self._break(fault, FILL_S / 2)
+        await super().fill(expert)
+        self.held.add(expert)
+        return Filled(SIZE, FILL_S)
+
+    async def exchange(self, expert: str) -> Exchanged:
+        if self._running:
+            self.world.wrong.append(f"exchanged under {self._running} requests")
+        if expert not in self.held:
+            self.world.wrong.append(f"{expert} is not held")
+        fault = self.world.fault("exchange")
+        if fault in ("die", "fail"):
+            await self._break(fault, SWAP_S / 2)
+        self.runs = expert
+        self.spoiled = fault == "spoil"
+        await asyncio.sleep(SWAP_S)
+        if self._running:
+            self.world.wrong.append("a request began during an exchange")
+        return Exchanged(SWAP_S, ok=not self.spoiled)
+
+    async def drop(self, expert: str) -> None:
+        if expert == self.runs:
+            self.world.wrong.append(f"{expert} dropped while it ran")
+        self.held.discard(expert)
+        await super().drop(expert)
+
+    async def run(self, request: EngineRequest, send: Send) -> None:
+        self._look(request.expert)
+        try:
+            await super().run(request, send)
+        finally:
+            self._look(request.expert)
+
+    def _look(self, expert: str) -> None:
+        if self.failure() is None and (UNIT_OF[expert] != self.runs or self.spoiled):
+            self.world.wrong.append(f"{expert} met {self.runs}, spoiled: {self.spoiled}")
+
+
+class Stage:
+    """One slot and its clients."""
+
+    def __init__(
+        self, world: World, *, size_guess: int = SIZE, pinned: str = "", capacity: int = 2
+    ) -> None:
+        self.world = world
+        self.waits: list[float] = []
+        self.running = 0
+        self.most_running = 0
+        self.slot = SwapSlot(
+            tuple(Unit(u.name, u.experts, u.name == pinned) for u in UNITS),
+            lambda unit: FaultyEngine(unit, world),
+            Policy(min_stay_s=STAY_S, max_wait_s=WAIT_S, host_bytes=world.bound),
+            capacity=capacity,
+            max_waiting=3,
+            start_guess_s=LOAD_S,
+            size_guess_bytes=size_guess,
+            fill_guess_s=FILL_S,
+            swap_guess_s=SWAP_S,
+            changed=lambda: None,
+        )
+
+    async def ask(self, expert: str, tokens: int = 1) -> str:
+        """One client: how its request ended, by its error's code or "ok"."""
+        body = orjson.dumps({"prompt": "x", "max_tokens": tokens, "stream": True})
+        request = EngineRequest("/v1/completions", expert, body, "r")
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        try:
+            async with self.slot.lease(expert, tokens) as lease:
+                self.waits.append(lease.queue_s)
+                self.running += 1
+                self.most_running = max(self.most_running, self.running)
+                try:
+                    await lease.engine.run(request, send)
+                finally:
+                    self.running -= 1
+        except EngineDead as error:
+            self.slot.lost()
+            return error.code
+        except CoeError as error:
+            return error.code
+        ends = [m for m in sent if m["type"] == "http.response.body" and not m.get("more_body")]
+        if len(ends) != 1:
+            self.world.wrong.append(f"{len(ends)} ends of one answer")
+        whole = b"".join(m.get("body", b"") for m in sent)
+        if b'"error"' not in whole and f'"{expert}:"'.encode() not in whole:
+            self.world.wrong.append(f"{expert} was answered {whole[:200]!r}")
+        return "ok"
+
+
+def on_clock(monkeypatched: Any, now: Callable[[], float]) -> None:
+    """Let the slot read this clock instead of the machine's."""
+    from service.pool import slot, swap_slot
+
+    clock = SimpleNamespace(monotonic=now)
+    monkeypatched.setattr(slot, "time", clock)
+    monkeypatched.setattr(swap_slot, "time", clock)

@@ -1,0 +1,180 @@
+"""Experts that share a slot, under random arrivals, leaving clients and every kind of failure."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.errors import Conflict
+from service.link.snapshot import Queue
+from tests.property.swap_stage import (
+    EXPERTS,
+    FILL_S,
+    LOAD_S,
+    MOST_TOKENS,
+    SIZE,
+    STAY_S,
+    STEP_MS,
+    SWAP_S,
+    UNITS,
+    WAIT_S,
+    Stage,
+    World,
+    on_clock,
+)
+from tests.property.test_slot import FastTime
+
+CAPACITY = 2
+# One turn of everybody else's: fetched or started, swapped in, stayed, drained.
+TURN_S = LOAD_S + FILL_S + SWAP_S + STAY_S + 2 * MOST_TOKENS * STEP_MS / 1000
+RETRY_S = 30.0
+
+
+@dataclass(frozen=True)
+class Arrive:
+    expert: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Leave:
+    which: int
+
+
+@dataclass(frozen=True)
+class Kill:
+    pass
+
+
+@dataclass(frozen=True)
+class Arm:
+    call: str
+    fault: str
+
+
+@dataclass(frozen=True)
+class Operate:
+    act: str
+    expert: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    times: int
+
+
+calm = (
+    st.builds(Arrive, st.sampled_from(EXPERTS), st.integers(1, MOST_TOKENS))
+    | st.builds(Leave, st.integers(0, 20))
+    | st.builds(Turn, st.integers(1, 40))
+)
+rough = (
+    calm
+    | st.builds(Kill)
+    | st.builds(Arm, st.sampled_from(["fill", "exchange"]), st.sampled_from(["fail", "die"]))
+    | st.builds(Arm, st.just("exchange"), st.just("spoil"))
+    | st.builds(Arm, st.just("start"), st.just("fail"))
+    | st.builds(
+        Operate, st.sampled_from(["load", "evict", "pin", "unpin"]), st.sampled_from(EXPERTS)
+    )
+)
+bounds = st.sampled_from([None, SIZE, 2 * SIZE, 3 * SIZE])
+
+
+async def tell(stage: Stage, story: list[Any]) -> list[Any]:
+    """All of it, and every client's end."""
+    world = stage.world
+    supervisor = asyncio.create_task(stage.slot.supervise(asyncio.Lock()))
+    clients: list[asyncio.Task[str]] = []
+    for event in story:
+        match event:
+            case Arrive(expert, tokens):
+                clients.append(asyncio.create_task(stage.ask(expert, tokens)))
+            case Leave(which) if clients:
+                clients[which % len(clients)].cancel()
+            case Kill() if world.engines:
+                world.engines[-1].kill("a test killed it")
+                world.faults += 1
+            case Arm(call, fault):
+                world.armed[call] = fault
+            case Operate(act, expert):
+                try:
+                    await stage.slot.operate(act, expert)
+                except Conflict:
+                    assert act == "evict"
+            case Turn(times):
+                for _ in range(times):
+                    await asyncio.sleep(0.005)
+    # Virtual seconds: whoever is still here after them is stuck.
+    async with asyncio.timeout(20 * RETRY_S):
+        outcomes = await asyncio.gather(*clients, return_exceptions=True)
+    await stage.slot.drain(1)
+    supervisor.cancel()
+    await asyncio.gather(supervisor, return_exceptions=True)
+    return outcomes
+
+
+def play(story: list[Any], world: World, **given: Any) -> tuple[Stage, list[Any]]:
+    """A story from beginning to end on a loop of its own; asserts that nothing is left over."""
+    complaints: list[dict[str, Any]] = []
+    stages: list[Stage] = []
+
+    async def whole() -> list[Any]:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: complaints.append(context))
+        clock = FastTime(loop)
+        with pytest.MonkeyPatch.context() as patch:
+            on_clock(patch, lambda: clock.now_s)
+            stages.append(Stage(world, capacity=CAPACITY, **given))
+            outcomes = await tell(stages[0], story)
+        for engine in world.engines:
+            assert await engine.in_flight() == 0
+            assert engine.failure() is not None, "an engine was left running"
+        assert len(asyncio.all_tasks()) == 1
+        return outcomes
+
+    outcomes = asyncio.run(whole())
+    gc.collect()
+    stage = stages[0]
+    assert complaints == []
+    assert world.wrong == []
+    assert stage.running == 0
+    assert stage.most_running <= CAPACITY
+    assert all(queue == Queue(0, 0) for queue in stage.slot.queues().values())
+    return stage, outcomes
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(rough, min_size=20, max_size=50),
+    bounds,
+    st.sampled_from([SIZE, SIZE + 5]),
+    st.sampled_from(["", "b", "d"]),
+)
+def test_whatever_breaks_every_request_ends_once_and_meets_its_own_weights(
+    story: list[Any], bound: int | None, size_guess: int, pinned: str
+) -> None:
+    world = World(bound, lambda: 0.0)
+    _, outcomes = play(story, world, size_guess=size_guess, pinned=pinned)
+    known = {"ok", "engine_dead", "over_capacity", "expert_failed"}
+    strange = [o for o in outcomes if not isinstance(o, asyncio.CancelledError) and o not in known]
+    assert strange == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(calm, min_size=20, max_size=60), bounds, st.sampled_from(["", "b"]))
+def test_where_nothing_breaks_all_are_answered_within_the_bound(
+    story: list[Any], bound: int | None, pinned: str
+) -> None:
+    world = World(bound, lambda: 0.0)
+    stage, outcomes = play(story, world, pinned=pinned)
+    ended = [o for o in outcomes if not isinstance(o, asyncio.CancelledError)]
+    assert set(ended) <= {"ok", "over_capacity"}
+    assert max(stage.waits, default=0.0) <= WAIT_S + len(UNITS) * TURN_S

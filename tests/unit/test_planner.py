@@ -1,0 +1,261 @@
+"""The planner's rules, one by one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from service.pool.planner import (
+    Next,
+    Policy,
+    SlotView,
+    Step,
+    UnitView,
+    bounded,
+    next_fetch,
+    next_step,
+    to_drop,
+    to_keep,
+    urgency,
+)
+from service.types import Residency
+
+POLICY = Policy(min_stay_s=1.0, max_wait_s=30.0, host_bytes=30)
+RUNS = SlotView("a", stayed_s=5.0, running=0, waiting=0, drain_s=0.5)
+
+
+def unit(
+    name: str,
+    *,
+    tier: Residency = Residency.HOST,
+    waiting: int = 0,
+    oldest_s: float = 0.0,
+    demand: float = 0.0,
+    size: int = 10,
+    swap_s: float = 0.05,
+    bring_s: float = 2.0,
+    pinned: bool = False,
+    exchangeable: bool = True,
+) -> UnitView:
+    return UnitView(
+        name=name,
+        tier=tier,
+        waiting=waiting,
+        waiting_tokens=100 * waiting,
+        oldest_s=oldest_s,
+        demand_per_s=demand,
+        host_bytes=size,
+        bring_s=bring_s,
+        swap_s=swap_s,
+        pinned=pinned,
+        exchangeable=exchangeable,
+    )
+
+
+A = unit("a", tier=Residency.DEVICE)
+
+
+def step(slot: SlotView, *units: UnitView, policy: Policy = POLICY) -> Step:
+    return next_step(slot, [A, *units], policy)
+
+
+# --- what next
+
+
+def test_nobody_else_wants_the_slot() -> None:
+    assert step(RUNS, unit("b")).act is Next.STAY
+    assert next_step(RUNS, [replace(A, waiting=3)], POLICY).act is Next.STAY
+
+
+def test_an_idle_slot_goes_to_who_waits_at_once() -> None:
+    fresh = replace(RUNS, stayed_s=0.0)
+    assert step(fresh, unit("b", waiting=1)) == Step(Next.SWAP, "b", "queue served")
+
+
+def test_the_running_unit_s_queue_is_served_first() -> None:
+    busy = replace(RUNS, running=8, waiting=1)
+    assert step(busy, unit("b", waiting=50, oldest_s=20)).act is Next.STAY
+
+
+def test_more_waiting_than_running_ends_a_stay() -> None:
+    busy = replace(RUNS, running=4)
+    assert step(busy, unit("b", waiting=3)).act is Next.STAY
+    assert step(busy, unit("b", waiting=4)) == Step(Next.CLOSE, "b", "queue served")
+    eager = replace(POLICY, crowding=2.0)
+    assert step(busy, unit("b", waiting=4), policy=eager) == Step(Next.CLOSE, "b", "queue served")
+    slow = replace(POLICY, crowding=0.5)
+    assert step(busy, unit("b", waiting=7), policy=slow).act is Next.STAY
+
+
+def test_who_came_while_the_gate_closed_does_not_open_it_again() -> None:
+    closing = replace(RUNS, running=3, waiting=2, stayed_s=0.1, closing=True)
+    assert step(closing, unit("b", waiting=1)).act is Next.CLOSE
+    assert step(replace(closing, running=0), unit("b", waiting=1)).act is Next.SWAP
+    # Unless nobody wants the slot any more.
+    assert step(closing, unit("b")).act is Next.STAY
+
+
+def test_work_is_left_to_run_for_a_minimum_stay() -> None:
+    fresh = replace(RUNS, running=1, stayed_s=0.9)
+    assert step(fresh, unit("b", waiting=9)).act is Next.STAY
+    assert step(replace(fresh, stayed_s=1.0), unit("b", waiting=9)).act is Next.CLOSE
+    # Even against the bound: else every swap would be followed by the next.
+    assert step(fresh, unit("b", waiting=9, oldest_s=40)).act is Next.STAY
+
+
+def test_an_engine_that_was_started_is_not_left_at_once() -> None:
+    fresh = replace(RUNS, running=1, waiting=5, stayed_s=20)
+    other = unit("b", waiting=1, oldest_s=40, swap_s=30.0, exchangeable=False)
+    assert step(fresh, other).act is Next.STAY
+    assert step(replace(fresh, stayed_s=30), other) == Step(Next.CLOSE, "b", "bound on waiting")
+
+
+def test_the_bound_ends_a_stay_before_it_is_passed() -> None:
+    busy = replace(RUNS, running=8, waiting=20)
+    assert step(busy, unit("b", waiting=1, oldest_s=29.4)).act is Next.STAY
+    late = unit("b", waiting=1, oldest_s=29.45)  # and 0.5 to drain, 0.05 to swap
+    assert step(busy, late) == Step(Next.CLOSE, "b", "bound on waiting")
+    assert step(replace(busy, running=0), late).act is Next.SWAP
+
+
+def test_several_turns_are_begun_in_time_for_the_last_of_them() -> None:
+    busy = replace(RUNS, running=8, waiting=20, drain_s=5.0)
+    waiting = [unit(name, waiting=1, oldest_s=18.0) for name in "bcd"]
+    assert step(busy, *waiting[:2]).act is Next.STAY  # 18 + 2 · 5.05 < 30
+    assert step(busy, *waiting).act is Next.CLOSE  # 18 + 3 · 5.05 > 30
+
+
+def test_of_the_late_the_eldest_comes_first() -> None:
+    many = unit("b", waiting=90, oldest_s=30)
+    old = unit("c", waiting=1, oldest_s=31)
+    assert step(RUNS, many, old).unit == "c"
+
+
+def test_otherwise_the_most_urgent_comes_first() -> None:
+    assert step(RUNS, unit("b", waiting=2), unit("c", waiting=1)).unit == "b"
+    # Waiting counts, too, and an expensive swap against it.
+    assert step(RUNS, unit("b", waiting=2), unit("c", waiting=1, oldest_s=9)).unit == "c"
+    assert step(RUNS, unit("b", waiting=2, swap_s=0.5), unit("c", waiting=1)).unit == "c"
+    assert urgency(unit("b", waiting=1, oldest_s=2), POLICY) == (100 + 2 * 50) / 0.05
+
+
+def test_who_is_still_loading_stops_nobody() -> None:
+    busy = replace(RUNS, running=2)
+    for tier in (Residency.LOADING, Residency.DISK):
+        assert step(busy, unit("b", tier=tier, waiting=9, oldest_s=40)).act is Next.STAY
+    loading = unit("b", tier=Residency.LOADING, waiting=9, oldest_s=40)
+    assert step(RUNS, loading, unit("c", waiting=1)).unit == "c"
+
+
+def test_another_kind_of_engine_is_started_when_the_slot_is_free() -> None:
+    other = unit("b", tier=Residency.DISK, waiting=1, exchangeable=False, swap_s=30)
+    assert step(RUNS, other) == Step(Next.SWAP, "b", "bound on waiting")
+    assert step(replace(RUNS, running=1, stayed_s=31), other).act is Next.CLOSE
+
+
+# --- host memory
+
+
+def test_without_a_bound_all_is_kept_and_nothing_dropped() -> None:
+    policy = replace(POLICY, host_bytes=None)
+    units = [A, *(unit(name, size=10**12) for name in "bcd")]
+    assert to_keep(RUNS, units, policy) == {"a", "b", "c", "d"}
+    assert to_drop(RUNS, units, policy, None) == []
+    assert bounded(RUNS, units, policy, 30.0) == units
+
+
+def test_what_does_not_fit_beside_the_running_one_needs_an_engine_to_itself() -> None:
+    big = unit("b", tier=Residency.DISK, size=21)
+    fits = unit("c", tier=Residency.DISK, size=20)
+    assert bounded(RUNS, [A, big, fits], POLICY, 30.0) == [
+        A,
+        replace(big, exchangeable=False, swap_s=30.0),
+        fits,
+    ]
+    # Pinned ones stay, so they take room, too; what is held already needs none.
+    pinned = unit("p", pinned=True)
+    held = unit("h", size=20)
+    after = bounded(RUNS, [A, pinned, fits, held], POLICY, 30.0)
+    assert [u.exchangeable for u in after] == [True, True, False, True]
+
+
+def test_running_pinned_and_waited_for_come_before_demand() -> None:
+    units = [
+        A,
+        unit("pinned", tier=Residency.DISK, pinned=True),
+        unit("waiting", tier=Residency.DISK, waiting=1),
+        unit("hot", demand=100.0),
+    ]
+    assert to_keep(RUNS, units, POLICY) == {"a", "pinned", "waiting"}
+    assert to_drop(RUNS, units, POLICY, "waiting") == []
+    tight = [*units[:1], unit("pinned", pinned=True), *units[2:]]
+    assert to_drop(RUNS, tight, POLICY, "waiting") == ["hot"]
+
+
+def test_of_the_rest_demand_times_cost_decides() -> None:
+    often = unit("often", demand=2.0, bring_s=1.0)
+    dear = unit("dear", demand=1.0, bring_s=9.0)
+    rare = unit("rare", demand=0.1, bring_s=9.0)
+    assert to_keep(RUNS, [A, often, dear, rare], POLICY) == {"a", "often", "dear"}
+    assert to_drop(RUNS, [A, often, dear, rare], POLICY, None) == ["rare"]
+
+
+def test_a_unit_that_is_held_is_not_exchanged_for_one_hardly_better() -> None:
+    held = unit("held", demand=1.0)
+    better = unit("better", demand=1.4, tier=Residency.DISK)
+    much = unit("much", demand=1.6, tier=Residency.DISK)
+    policy = replace(POLICY, host_bytes=20)
+    assert to_keep(RUNS, [A, held, better], policy) == {"a", "held"}
+    assert to_keep(RUNS, [A, held, much], policy) == {"a", "much"}
+
+
+def test_running_and_pinned_are_never_dropped() -> None:
+    policy = replace(POLICY, host_bytes=5)
+    units = [A, unit("pinned", pinned=True), unit("b"), unit("c", tier=Residency.LOADING)]
+    assert to_drop(RUNS, units, policy, None) == ["b"]
+
+
+def test_no_more_is_dropped_than_needed() -> None:
+    units = [A, unit("b", demand=1.0), unit("c", demand=2.0)]
+    coming = unit("d", tier=Residency.DISK, waiting=1)
+    assert to_drop(RUNS, [*units, coming], POLICY, "d") == ["b"]
+    roomy = replace(POLICY, host_bytes=40)
+    assert to_drop(RUNS, [*units, coming], roomy, "d") == []
+
+
+# --- what to fetch
+
+
+def test_who_waits_is_fetched_before_who_is_in_demand() -> None:
+    hot = unit("hot", tier=Residency.DISK, demand=50.0)
+    waits = unit("waits", tier=Residency.DISK, waiting=1)
+    assert next_fetch(RUNS, [A, hot, waits], POLICY) == "waits"
+    assert next_fetch(RUNS, [A, hot], POLICY) == "hot"
+
+
+def test_nothing_is_fetched_ahead_while_requests_wait_for_the_running_unit() -> None:
+    hot = unit("hot", tier=Residency.DISK, demand=50.0)
+    assert next_fetch(replace(RUNS, waiting=1), [A, hot], POLICY) is None
+    assert next_fetch(RUNS, [A, hot], replace(POLICY, prefetch=False)) is None
+    assert next_fetch(RUNS, [A, unit("cold", tier=Residency.DISK)], POLICY) is None
+
+
+def test_a_pinned_unit_is_fetched_though_nobody_asked() -> None:
+    pinned = unit("p", tier=Residency.DISK, pinned=True)
+    hot = unit("hot", tier=Residency.DISK, demand=50.0)
+    assert next_fetch(RUNS, [A, hot, pinned], POLICY) == "p"
+
+
+def test_two_that_wait_do_not_push_each_other_out() -> None:
+    policy = replace(POLICY, host_bytes=20)
+    arrived = unit("b", waiting=1)
+    absent = unit("c", tier=Residency.DISK, waiting=5, swap_s=2.05)
+    assert next_fetch(RUNS, [A, arrived, absent], policy) is None
+    # Until it may wait too long: then it is the other's turn to wait.
+    old = replace(absent, oldest_s=14.0)
+    assert next_fetch(RUNS, [A, arrived, old], policy) == "c"
+    assert to_drop(RUNS, [A, arrived, old], policy, "c") == ["b"]
+
+
+def test_what_another_engine_would_be_needed_for_is_not_fetched() -> None:
+    other = unit("b", tier=Residency.DISK, waiting=1, exchangeable=False)
+    assert next_fetch(RUNS, [A, other], POLICY) is None
