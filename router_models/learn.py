@@ -264,8 +264,8 @@ def _clusters(x: sparse.csr_matrix, clusters: int, seed: int) -> Rows:
 
 
 def _targets(table: Table) -> Floats:
-    """What factors are made of: experts' scores and the agreement of the cheapest pairs."""
-    columns = [table.score[:, e] for e in range(len(table.experts))]
+    """What factors are made of: all models' scores and the agreement of the cheapest pairs."""
+    columns = [*table.score.T, *table.bystanders.T]
     cheap = [e for e in np.argsort(table.cost.mean(axis=0)) if table.has_answers[e]][:4]
     for a, b in itertools.combinations(cheap, 2):
         same = (table.answer[:, a] == table.answer[:, b]) & (table.answer[:, a] != NO_ANSWER)

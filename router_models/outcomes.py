@@ -27,6 +27,11 @@ NO_ANSWER = -1
 """Code of an answer that was not given or could not be read: it agrees with no other."""
 
 
+# A model that few rows have says little of the others' difficulty.
+_MIN_BYSTANDER_SHARE = 0.5
+_MAX_BYSTANDERS = 48
+
+
 class OutcomeError(ValueError):
     """Outcomes or costs from which nothing can be fitted; the message says why."""
 
@@ -39,7 +44,9 @@ class Table:
     where the expert is missing from the row. `answer` (N, E) are codes that are
     equal where answers are, NO_ANSWER where there is none; `has_answers` (E,)
     says whether the expert's answers were recorded at all. `cost` (N, E) is one
-    call's cost, the row's own where it gives one.
+    call's cost, the row's own where it gives one. `bystanders` (N, M) are the
+    scores of models that nothing may be sent to: they too tell which prompts
+    are hard.
     """
 
     ids: tuple[str, ...]
@@ -50,6 +57,7 @@ class Table:
     answer: NDArray[np.int64]
     has_answers: NDArray[np.bool_]
     cost: Floats
+    bystanders: Floats
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,6 +73,7 @@ class Table:
             self.answer[rows],
             self.has_answers,
             self.cost[rows],
+            self.bystanders[rows],
         )
 
 
@@ -150,7 +159,12 @@ def read_outcomes(
         )
     for _ in range(len(rows) - len(usable)):
         skipped.add("row without an outcome of the experts asked for", "rows")
-    return _table(usable, chosen, costs), skipped
+    beside = [
+        name
+        for name, count in seen.most_common()
+        if name not in chosen and count >= _MIN_BYSTANDER_SHARE * len(rows)
+    ]
+    return _table(usable, chosen, costs, beside[:_MAX_BYSTANDERS]), skipped
 
 
 def _rows(files: Sequence[Path], skipped: Skipped) -> Iterator[dict[str, Any]]:
@@ -221,7 +235,10 @@ def _outcome(data: Any) -> tuple[float, str | None, bool, float | None] | None:
 
 
 def _table(
-    rows: Sequence[dict[str, Any]], experts: tuple[str, ...], costs: Mapping[str, float]
+    rows: Sequence[dict[str, Any]],
+    experts: tuple[str, ...],
+    costs: Mapping[str, float],
+    beside: Sequence[str],
 ) -> Table:
     shape = (len(rows), len(experts))
     score = np.full(shape, np.nan)
@@ -249,6 +266,12 @@ def _table(
         answer,
         recorded,
         cost,
+        np.array(
+            [
+                [row["outcomes"][name][0] if name in row["outcomes"] else np.nan for name in beside]
+                for row in rows
+            ]
+        ).reshape(len(rows), len(beside)),
     )
 
 

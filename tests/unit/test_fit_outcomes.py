@@ -119,3 +119,14 @@ def test_costs(tmp_path: Path) -> None:
     for bad in ('{"a": -1}', '{"a": "1"}', "[]", "{", "{}", '{"a": true}'):
         with pytest.raises(OutcomeError, match=r"bad\.json"):
             read_costs(write(tmp_path / "bad.json", [bad]))
+
+
+def test_models_not_asked_for_stand_by(tmp_path: Path) -> None:
+    outcomes = {"a": {"score": 1}, "b": {"score": 0.5}, "free": {"score": 0.25}}
+    rows = [row(str(i), outcomes=outcomes) for i in range(3)]
+    rows.append(row("3", outcomes={"a": {"score": 0}, "rare": {"score": 1}}))
+    table, _ = read_outcomes([write(tmp_path / "x", rows)], COSTS, ["a"])
+    assert table.experts == ("a",)
+    assert table.bystanders[:3].tolist() == [[0.5, 0.25]] * 3
+    assert np.isnan(table.bystanders[3]).all()
+    assert len(table.take(np.array([1, 2])).bystanders) == 2

@@ -28,6 +28,7 @@ def table(answers: list[list[int]], truth: list[int], missing: list[int] | None 
         answer,
         np.ones(len(NAMES), np.bool_),
         np.tile(COSTS, (rows, 1)),
+        np.empty((rows, 0)),
     )
 
 
