@@ -22,7 +22,7 @@ from tests.support.models import small_model
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]
 
 DEMO = Path(__file__).parents[2] / "deploy" / "config" / "demo.yaml"
-HELLO = [{"role": "user", "content": "Say hello."}]
+HELLO: Any = [{"role": "user", "content": "Say hello."}]
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 12}},

@@ -16,7 +16,7 @@ from service.config import SimulatedOptions
 from service.engine.protocol import EngineRequest, Message
 from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError
-from service.pool import slot as slots
+from service.link.snapshot import Queue
 from service.pool.slot import Slot
 
 EXPERTS = ("base", "tuned")
@@ -168,4 +168,4 @@ def test_every_lease_ends_once_and_nothing_leaks(story: list[Any], fails_to_load
     assert unforeseen == []
     assert told.running == 0
     assert told.most_running <= CAPACITY
-    assert all(queue == slots.Queue(0, 0) for queue in told.slot.queues().values())
+    assert all(queue == Queue(0, 0) for queue in told.slot.queues().values())

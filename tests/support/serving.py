@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,7 +53,7 @@ class Served:
     def cut(self) -> None:
         """Break off every connection, as a killed process would."""
         for connection in list(self.server.server_state.connections):
-            connection.transport.abort()  # type: ignore[union-attr]
+            connection.transport.abort()
 
 
 @asynccontextmanager
@@ -145,7 +145,7 @@ class Site:
 
     async def ask(
         self, body: Any, path: str = CHAT, **more: Any
-    ) -> tuple[int, aiohttp.typedefs.LooseHeaders, Any]:
+    ) -> tuple[int, Mapping[str, str], Any]:
         """Status, headers and JSON of a whole answer."""
         async with self.post(body, path, **more) as reply:
             return reply.status, reply.headers, await reply.json()

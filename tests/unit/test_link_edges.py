@@ -119,7 +119,8 @@ async def test_work_s_fault_goes_through() -> None:
         raise InvalidRequest("no")
 
     async def never() -> Message:
-        return await asyncio.get_running_loop().create_future()
+        await asyncio.Event().wait()
+        raise AssertionError
 
     with pytest.raises(InvalidRequest):
         await until_gone(work(), never)

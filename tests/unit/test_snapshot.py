@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import orjson
 import pytest
 
@@ -58,5 +60,5 @@ def test_a_line_that_is_none_of_ours_is_a_value_error(line: bytes) -> None:
         decode(line, None)
 
 
-def _fields(snapshot: Snapshot) -> dict[str, object]:
+def _fields(snapshot: Snapshot) -> dict[str, Any]:
     return {name: getattr(snapshot, name) for name in Snapshot.__dataclass_fields__}
