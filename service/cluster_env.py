@@ -42,6 +42,8 @@ def prepare(run_dir: Path, drain_s: float) -> None:
             "RAY_USAGE_STATS_ENABLED": "0",
             # Ray would run its workers at niceness 15, and so our engines.
             "RAY_worker_niceness": "0",
+            # How soon autoscaling hears of queued work.
+            "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
             "RAY_DEDUP_LOGS": "0",
             "RAY_SERVE_LOG_TO_STDERR": "0",
             "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",

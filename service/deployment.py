@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import random
 import secrets
@@ -249,11 +250,11 @@ def queued_work(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
     Held requests at gateways count too (Serve sees their `wake` calls), so that a
     pool comes up from zero.
     """
-    reported = context.aggregated_metrics.get(_QUEUED, {}) if context.aggregated_metrics else {}
+    reported = (context.aggregated_metrics or {}).get(_QUEUED, {})
     queued = sum(float(value) for value in reported.values())
-    target = float(os.environ.get("COE_TARGET_QUEUED", "16"))
+    target = float(context.config.get_target_ongoing_requests())
     held = 1 if context.total_num_requests > 0 else 0
-    wanted = max(-(-int(queued) // max(1, int(target))), held)
+    wanted = max(math.ceil(queued / target), held)
     low, high = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
     return max(low, min(high, wanted)), {}
 
@@ -294,6 +295,7 @@ def _pool_deployment(config: Config, kind: str) -> Any:
                 min_replicas=pool.min_replicas,
                 max_replicas=pool.most_replicas,
                 target_ongoing_requests=pool.target_queued,
+                look_back_period_s=5,
                 upscale_delay_s=2,
                 downscale_delay_s=300,
                 policy=AutoscalingPolicy(policy_function="service.deployment:queued_work"),
@@ -333,7 +335,6 @@ def _pool_environment(pool: PoolConfig) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "TOKENIZERS_PARALLELISM": "false",
-        "COE_TARGET_QUEUED": str(pool.target_queued),
     }
     if pool.gpus == 0:
         threads = str(pool.vllm.threads)
@@ -363,6 +364,8 @@ class LocalCluster:
 
     def start(self) -> None:
         """Start Ray and Serve's controller and proxy."""
+        # Its progress is ours to tell.
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         pools = self._config.pools.values()
         cpus = sum(pool.cpus * pool.most_replicas for pool in pools) + self._config.server.gateways
         ray.init(

@@ -96,9 +96,17 @@ def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
 def _follow(config: Config, began_s: float) -> None:
     """Tell how the experts come up, until each one answers or has failed."""
     told: dict[str, str] = {}
+    # Those of a pool scaled to zero come when they are asked for.
+    asleep = set(config.experts) - {
+        name
+        for kind, pool in config.pools.items()
+        if pool.min_replicas > 0
+        for name in config.local_experts(kind)
+    }
+    asleep -= {name for name, expert in config.experts.items() if expert.remote is not None}
     last_tell_s = 0.0
     while True:
-        experts = _ready(config)
+        experts = {name: one for name, one in _ready(config).items() if name not in asleep}
         for name, state in experts.items():
             now = str(state["state"])
             if told.get(name) == now:
@@ -108,6 +116,8 @@ def _follow(config: Config, began_s: float) -> None:
                 _say(f"expert {name} answers ({time.monotonic() - began_s:.0f} s)")
             elif now == "failed":
                 _say(f"expert {name} failed: {state.get('reason', 'no reason given')}")
+        if not config.experts.keys() - asleep:
+            return
         if experts and all(map(_settled, experts.values())):
             return
         if time.monotonic() - last_tell_s > 5:
