@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,21 +70,35 @@ class Turn:
     times: int
 
 
-calm = (
-    st.builds(Arrive, st.sampled_from(EXPERTS), st.integers(1, MOST_TOKENS))
-    | st.builds(Leave, st.integers(0, 20))
-    | st.builds(Turn, st.integers(1, 40))
-)
-rough = (
-    calm
-    | st.builds(Kill)
-    | st.builds(Arm, st.sampled_from(["fill", "exchange"]), st.sampled_from(["fail", "die"]))
-    | st.builds(Arm, st.just("exchange"), st.just("spoil"))
-    | st.builds(Arm, st.just("start"), st.just("fail"))
-    | st.builds(
-        Operate, st.sampled_from(["load", "evict", "pin", "unpin"]), st.sampled_from(EXPERTS)
-    )
-)
+def a_story(seed: int, rough: float, length: int = 120) -> list[Any]:
+    """Bursts and pauses. Drawn here: hypothesis alone seldom lets two things meet in 20 ms."""
+    chance = random.Random(seed)
+    hot = chance.sample(EXPERTS, 2)
+    story: list[Any] = []
+    for _ in range(length):
+        expert = chance.choice(hot) if chance.random() < 0.6 else chance.choice(EXPERTS)
+        if chance.random() < rough:
+            story.append(
+                chance.choice(
+                    [
+                        Kill(),
+                        Arm(chance.choice(["fill", "exchange"]), chance.choice(["fail", "die"])),
+                        Arm("exchange", "spoil"),
+                        Arm("start", "fail"),
+                        Operate(chance.choice(["load", "evict", "pin", "unpin"]), expert),
+                    ]
+                )
+            )
+        elif (kind := chance.random()) < 0.5:
+            story.append(Arrive(expert, chance.randint(1, MOST_TOKENS)))
+        elif kind < 0.55:
+            story.append(Leave(chance.randrange(100)))
+        else:
+            story.append(Turn(chance.choice([1, 2, 4, 10, 60])))
+    return story
+
+
+seeds = st.integers(0, 2**32)
 bounds = st.sampled_from([None, SIZE, 2 * SIZE, 3 * SIZE])
 
 
@@ -151,30 +166,30 @@ def play(story: list[Any], world: World, **given: Any) -> tuple[Stage, list[Any]
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    st.lists(rough, min_size=20, max_size=50),
+    seeds,
     bounds,
     st.sampled_from([SIZE, SIZE + 5]),
     st.sampled_from(["", "b", "d"]),
 )
 def test_whatever_breaks_every_request_ends_once_and_meets_its_own_weights(
-    story: list[Any], bound: int | None, size_guess: int, pinned: str
+    seed: int, bound: int | None, size_guess: int, pinned: str
 ) -> None:
     world = World(bound, lambda: 0.0)
-    _, outcomes = play(story, world, size_guess=size_guess, pinned=pinned)
+    _, outcomes = play(a_story(seed, rough=0.1), world, size_guess=size_guess, pinned=pinned)
     known = {"ok", "engine_dead", "over_capacity", "expert_failed"}
     strange = [o for o in outcomes if not isinstance(o, asyncio.CancelledError) and o not in known]
     assert strange == []
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(calm, min_size=20, max_size=60), bounds, st.sampled_from(["", "b"]))
+@settings(max_examples=60, deadline=None)
+@given(seeds, bounds, st.sampled_from(["", "b"]))
 def test_where_nothing_breaks_all_are_answered_within_the_bound(
-    story: list[Any], bound: int | None, pinned: str
+    seed: int, bound: int | None, pinned: str
 ) -> None:
     world = World(bound, lambda: 0.0)
-    stage, outcomes = play(story, world, pinned=pinned)
+    stage, outcomes = play(a_story(seed, rough=0.0), world, pinned=pinned)
     ended = [o for o in outcomes if not isinstance(o, asyncio.CancelledError)]
     assert set(ended) <= {"ok", "over_capacity"}
     assert max(stage.waits, default=0.0) <= WAIT_S + len(UNITS) * TURN_S
