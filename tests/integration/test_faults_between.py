@@ -18,20 +18,20 @@ SHARED = {"general": {"model": "m"}, "other": {"model": "m"}}
 
 
 async def test_an_engine_that_dies_before_the_first_byte_is_not_noticed() -> None:
-    config = simulated(
-        {"bad": {"fail": "first_byte"}, "good": {"decode_ms": 30}},
-        experts=SHARED,
-        kinds={"bad": {"experts": ["general"]}},
-    )
+    config = simulated({"bad": {"fail": "first_byte", "prefill_tokens_per_s": 2}, "good": {}})
     async with site(config) as s:
-        # Work on the good pool, so that the bad one is asked first.
-        async with s.post(chat(model="other", stream=True, max_tokens=1000)) as busy:
-            await busy.content.readany()
-            await until(lambda: _known_running(s, "good") == 1, "the gateway knows of it")
-            status, headers, body = await s.ask(chat())
+        bad, good = s.pools["bad"], s.pools["good"]
+        first = bad.engine
+        s.gateway.directory.update([bad.address])
+        await until(lambda: len(s.gateway.directory.links()) == 1, "one pool is followed")
+        asking = asyncio.create_task(s.ask(chat()))
+        await until(lambda: first.now == 1, "the bad one has it")
+        s.gateway.directory.update([bad.address, good.address])
+        await until(lambda: len(s.gateway.directory.links()) == 2, "both are followed")
+        status, headers, body = await asking
         assert (status, body["model"], headers["x-coe-expert"]) == (200, "general", "general")
-        assert len(s.pools["bad"].engines[0].asked) == 1
-        assert s.pools["bad"].engines[0].failure() is not None
+        assert first.failure() is not None
+        assert len(good.engine.asked) == 1
 
 
 async def test_a_request_that_kills_every_engine_gets_its_503_soon() -> None:
@@ -305,10 +305,3 @@ async def test_a_request_waits_for_a_pool_that_is_on_its_way() -> None:
         s.gateway.directory.update([address])
         assert (await asking)[0] == 200
         assert time.monotonic() - began_s < 10
-
-
-def _known_running(s: object, kind: str) -> int:
-    for link in s.gateway.directory.links():  # type: ignore[attr-defined]
-        if link.address.kind == kind and link.snapshot is not None:
-            return sum(queue.running for queue in link.snapshot.queues.values())
-    return 0
