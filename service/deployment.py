@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import uvicorn
 from ray import serve
@@ -47,6 +48,7 @@ from service.telemetry.logs import set_up_logs
 APP = "coe"
 _PORTS = range(31100, 32000)
 _QUEUED = "queued"
+_LEFT_S = 3.0
 log = logging.getLogger("coe.deployment")
 
 
@@ -295,7 +297,8 @@ def _pool_deployment(config: Config, kind: str) -> Any:
                 min_replicas=pool.min_replicas,
                 max_replicas=pool.most_replicas,
                 target_ongoing_requests=pool.target_queued,
-                look_back_period_s=5,
+                # Longer than Serve's own interval, which it insists on.
+                look_back_period_s=11,
                 upscale_delay_s=2,
                 downscale_delay_s=300,
                 policy=AutoscalingPolicy(policy_function="service.deployment:queued_work"),
@@ -390,7 +393,8 @@ class LocalCluster:
         serve.run(app, name=APP, route_prefix="/", blocking=False)
 
     def stop(self) -> None:
-        """Drain and stop everything."""
+        """Drain and stop everything; whatever of ours is left after that is ended."""
+        ours = _descendants(self._run_dir)
         with contextlib.suppress(Exception):
             # First the application alone: `shutdown` takes HAProxy away at the same
             # time, and with it every stream that still runs.
@@ -398,3 +402,20 @@ class LocalCluster:
         with contextlib.suppress(Exception):
             serve.shutdown()
         ray.shutdown()
+        ours |= _descendants(self._run_dir)
+        _, left = psutil.wait_procs(ours, timeout=_LEFT_S)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=_LEFT_S)
+
+
+def _descendants(run_dir: Path) -> set[psutil.Process]:
+    """Our children, theirs, and processes that name our folder: their parent may have died."""
+    found = set(psutil.Process().children(recursive=True))
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(str(run_dir) in part for part in process.cmdline()):
+                found.add(process)
+    found.discard(psutil.Process())
+    return found

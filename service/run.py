@@ -54,7 +54,7 @@ def run(config: Config, *, source: Path) -> None:
             _say(f"made an admin key in {admin_key_path()}")
         make_secret(secret_path)
         _say(f"starting {source} ({len(config.experts)} experts); logs in {run_dir}")
-        cluster_env.prepare(run_dir, config.server.drain_s)
+        cluster_env.prepare(run_dir, config.server.host, config.server.drain_s)
         from service.deployment import LocalCluster
 
         cluster = LocalCluster(config, run_dir)
