@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -402,13 +402,28 @@ def _unknown(name: str, allowed: set[str]) -> str:
     return f"no expert {name!r};{hint} experts: {', '.join(sorted(allowed))}"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, that refuses a key given twice instead of taking the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def parse_config(text: str, source: str) -> Config:
     """Parse and validate a config; `source` is named in errors.
 
     Raises ConfigError with one line per fault.
     """
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)  # a safe loader, made stricter
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         at = f" line {where.line + 1}, column {where.column + 1}" if where else ""

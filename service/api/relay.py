@@ -241,9 +241,7 @@ class Relay:
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise DeadlineExceeded(
-                f"no answer within the deadline of {asked.deadline_ms} ms"
-            ) from None
+            raise _too_late(asked) from None
 
     def _link(self, boot: str) -> PoolLink:
         for link in self._directory.links():
@@ -255,6 +253,9 @@ class Relay:
         self, answer: PoolReply, asked: Asked, limit: asyncio.Timeout, reply: _Reply
     ) -> None:
         fault = answer.headers.get(FAULT_HEADER.decode())
+        if fault == DeadlineExceeded.code:
+            # In the client's own figure: the pool knows only what was left of it.
+            raise _too_late(asked)
         if fault in _RETRIED:
             raise _fault_from(fault, await _whole(answer), answer.headers.get("retry-after"))
         content_type = answer.headers.get("content-type", "application/json").encode("latin-1")
@@ -372,6 +373,10 @@ class _Reply:
             await self._send({"type": "http.response.body", "body": sse_event(error)})
             return
         raise error
+
+
+def _too_late(asked: Asked) -> DeadlineExceeded:
+    return DeadlineExceeded(f"no answer within the deadline of {asked.deadline_ms} ms")
 
 
 def _start(status: int, headers: list[tuple[bytes, bytes]]) -> Message:

@@ -241,3 +241,12 @@ def test_the_examples_in_the_repository_are_valid() -> None:
     assert found
     for path in found:
         assert load_config(path).experts, path
+
+
+def test_a_key_given_twice_is_refused_with_its_line() -> None:
+    text = "experts:\n  a: {model: x}\n  a: {model: y}\npools: {cpu: {}}\n"
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "f.yaml")
+    assert caught.value.message == (
+        "f.yaml: line 3, column 3 not valid YAML: the key 'a' is given twice"
+    )
