@@ -136,7 +136,7 @@ def cases(for_s: float) -> list[Case]:
             0.5,
             for_s,
         ),
-        Case("6 experts, one slot", CPU, Policy(), 6, 1, 1, 0.4, 10 * for_s),
+        Case("6 experts, one slot", CPU, Policy(), 6, 1, 1, 0.6, 10 * for_s),
     ]
 
 

@@ -24,7 +24,7 @@ def trace(
     for_s: float,
     seed: int,
     skew: float = 1.0,
-    tokens: tuple[int, int] = (16, 64),
+    tokens: tuple[int, int] = (8, 32),
     prompt_tokens: tuple[int, int] = (16, 64),
 ) -> list[Ask]:
     """Arrivals over `for_s` seconds; the k-th expert is asked 1/k^skew as often as the first."""
@@ -45,6 +45,6 @@ def trace(
     return asks
 
 
-def mean_tokens(tokens: tuple[int, int] = (16, 64)) -> float:
+def mean_tokens(tokens: tuple[int, int] = (8, 32)) -> float:
     """Tokens of a mean answer."""
     return sum(tokens) / 2

@@ -313,12 +313,13 @@ class _Delta:
             pair = self._pairs.get(name)
             if pair is not None:
                 left.discard(name)
-                added = pair["B"].float() @ pair["A"].float()
-                if added.shape != weight.shape:
+                a, b = pair["A"].float(), pair["B"].float()
+                if (b.shape[0], a.shape[1]) != weight.shape:
                     raise ValueError(
-                        f"{name}: the adapter adds {tuple(added.shape)} to {tuple(weight.shape)}"
+                        f"{name}: the adapter adds {(b.shape[0], a.shape[1])} "
+                        f"to {tuple(weight.shape)}"
                     )
-                weight = (weight.float() + self._scale * added).to(weight.dtype)
+                weight = torch.addmm(weight.float(), b, a, alpha=self._scale).to(weight.dtype)
             yield name, weight
         if left:
             raise ValueError(f"the base has no {sorted(left)[0]}, which the adapter changes")

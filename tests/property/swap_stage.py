@@ -126,7 +126,13 @@ class Stage:
     """One slot and its clients."""
 
     def __init__(
-        self, world: World, *, size_guess: int = SIZE, pinned: str = "", capacity: int = 2
+        self,
+        world: World,
+        *,
+        size_guess: int = SIZE,
+        pinned: str = "",
+        capacity: int = 2,
+        prefetch: bool = True,
     ) -> None:
         self.world = world
         self.waits: list[float] = []
@@ -135,7 +141,7 @@ class Stage:
         self.slot = SwapSlot(
             tuple(Unit(u.name, u.experts, u.name == pinned) for u in UNITS),
             lambda unit: FaultyEngine(unit, world),
-            Policy(min_stay_s=STAY_S, max_wait_s=WAIT_S, host_bytes=world.bound),
+            Policy(min_stay_s=STAY_S, max_wait_s=WAIT_S, host_bytes=world.bound, prefetch=prefetch),
             capacity=capacity,
             max_waiting=3,
             start_guess_s=LOAD_S,

@@ -1,0 +1,131 @@
+"""What a shared slot does when its units misbehave; under random events it is in tests/property."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from service.engine.protocol import Filled
+from service.errors import Conflict
+from service.types import Residency
+from tests.property.swap_stage import SIZE, FaultyEngine, Stage, World, on_clock
+from tests.property.test_slot import FastTime
+from tests.support.waiting import until
+
+
+def play(world: World, act: Callable[[Stage], Awaitable[None]]) -> Stage:
+    """One act on a stage with a clock of its own."""
+    stages: list[Stage] = []
+
+    async def whole() -> None:
+        clock = FastTime(asyncio.get_running_loop())
+        with pytest.MonkeyPatch.context() as patch:
+            on_clock(patch, lambda: clock.now_s)
+            stage = Stage(world, prefetch=False)
+            stages.append(stage)
+            supervisor = asyncio.create_task(stage.slot.supervise(asyncio.Lock()))
+            try:
+                async with asyncio.timeout(60):
+                    await act(stage)
+            finally:
+                supervisor.cancel()
+                await asyncio.gather(supervisor, return_exceptions=True)
+
+    asyncio.run(whole())
+    assert world.wrong == []
+    return stages[0]
+
+
+def world(bound: int | None = None, **armed: str) -> World:
+    return World(bound, lambda: 0.0, armed=armed)
+
+
+def test_room_is_made_for_a_unit_larger_than_guessed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fill = FaultyEngine.fill
+
+    async def larger(self: FaultyEngine, expert: str) -> Filled:
+        return Filled((await fill(self, expert)).host_bytes * 3, 0.1)
+
+    monkeypatch.setattr(FaultyEngine, "fill", larger)
+
+    async def act(stage: Stage) -> None:
+        assert await stage.ask("b") == "ok"
+        assert await stage.ask("c") == "ok"
+        await asyncio.sleep(0.2)
+        assert stage.world.engines[-1].held == {"c"}
+        # Nothing fits beside it now.
+        assert await stage.ask("b") == "ok"
+        assert stage.world.engines[-1].held == {"b"}
+
+    stage = play(world(bound=2 * SIZE), act)
+    methods = [swap.method for swap in stage.slot.swaps]
+    assert methods == ["respawn", "inplace", "respawn"]
+
+
+def test_an_engine_s_first_death_in_a_fill_is_forgiven_a_second_is_the_unit_s_fault() -> None:
+    async def act(stage: Stage) -> None:
+        assert await stage.ask("b") == "ok"
+        stage.world.armed["fill"] = "die"
+        assert await stage.ask("c") == "ok"
+        engines = len(stage.world.engines)
+        stage.world.armed["fill"] = "die"
+        waiting = asyncio.create_task(stage.ask("d"))
+        await until(lambda: len(stage.world.engines) > engines, "it died", timeout_s=5)
+        stage.world.armed["fill"] = "die"
+        assert await waiting == "expert_failed"
+        # Nobody else pays for it, and it is tried again later.
+        assert await stage.ask("b") == "ok"
+        assert await stage.ask("d") == "expert_failed"
+        await asyncio.sleep(31)
+        assert await stage.ask("d") == "ok"
+
+    play(world(), act)
+
+
+def test_a_swap_that_fails_leaves_the_running_unit_to_its_clients() -> None:
+    async def act(stage: Stage) -> None:
+        assert await stage.ask("b") == "ok"
+        stage.world.armed["exchange"] = "fail"
+        assert await stage.ask("c") == "expert_failed"
+        assert await stage.ask("b") == "ok"
+        assert stage.slot.states()["c"].state is Residency.FAILED
+        assert "c" not in stage.world.engines[-1].held
+
+    stage = play(world(), act)
+    assert stage.slot.canary_failures == 0
+
+
+def test_spoiled_weights_never_answer() -> None:
+    async def act(stage: Stage) -> None:
+        assert await stage.ask("b") == "ok"
+        engines = len(stage.world.engines)
+        stage.world.armed["exchange"] = "spoil"
+        assert await stage.ask("c") == "ok"
+        assert len(stage.world.engines) == engines + 1
+
+    stage = play(world(), act)
+    assert stage.slot.canary_failures == 1
+    assert stage.slot.swap_counts()[("c", "respawn", "canary")] == 1
+
+
+def test_what_is_being_swapped_in_can_not_be_evicted() -> None:
+    async def act(stage: Stage) -> None:
+        assert await stage.ask("b") == "ok"
+        waiting = asyncio.create_task(stage.ask("c"))
+        refused = 0
+        while not waiting.done():
+            with pytest.raises(Conflict):
+                # Running, on its way, or on disk: at no moment of this free to go.
+                await stage.slot.operate("evict", "b" if refused % 2 else "a")
+            if stage.slot.states()["c"].state is Residency.HOST:
+                break
+            refused += 1
+            await asyncio.sleep(0.005)
+        assert refused
+        assert await waiting == "ok"
+
+    play(world(), act)
