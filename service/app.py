@@ -259,11 +259,19 @@ def _make_swapping(
     weights = {}
     for unit in units:
         # A unit with adapters needs an engine made for adapters: not this one.
-        if unit[0] != first and (len(unit) > 1 or _family(config, unit[0]) != family):
+        name = unit[0]
+        if name != first and len(unit) > 1:
             continue
-        expert = config.experts[unit[0]]
+        try:
+            if _family(config, name) != family:
+                continue
+        except CoeError as error:
+            # Its own fault, told when its turn comes; the others go on.
+            log.error("expert %s: %s", name, error.message)
+            continue
+        expert = config.experts[name]
         adapter = expert.adapter if expert.form == "merged" else None
-        weights[unit[0]] = Weights(_folder(config, unit[0]), adapter, expert.strength)
+        weights[name] = Weights(_folder(config, name), adapter, expert.strength)
     return SwappingVllmEngine(
         first,
         weights,

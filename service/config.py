@@ -94,7 +94,9 @@ class RemoteConfig(_Section):
     )
     model: str = Field(description="The model's name there.")
     api_key_env: str | None = Field(
-        None, description="Environment variable that holds the key. Never the key itself."
+        None,
+        pattern=r"^[A-Z_][A-Z0-9_]{0,63}$",
+        description="Environment variable that holds the key. Never the key itself.",
     )
     max_in_flight: int = Field(64, ge=1, description="Requests under way at once; more wait.")
     max_queue: int = Field(256, ge=0, description="Requests that may wait; more get 503.")
@@ -177,6 +179,11 @@ class VllmOptions(_Section):
         None, description="vLLM's parser for tool calls; needed for tool_choice auto."
     )
     reasoning_parser: str | None = Field(None, description="vLLM's parser for reasoning text.")
+    media_domains: tuple[str, ...] = Field(
+        (),
+        description="Hosts that images, audio and video in a request may be fetched from. "
+        "Default: none; data URLs are always allowed.",
+    )
     trust_remote_code: bool = Field(
         False, description="Run code from model folders. Off: a model folder is data."
     )
@@ -448,6 +455,9 @@ def _faults(error: ValidationError, source: str) -> Iterator[str]:
             said = f"unknown key;{hint} allowed: {', '.join(allowed)}"
         elif fault["type"] == "missing":
             said = "missing, and it has no default"
+        elif fault["loc"][-1:] == ("api_key_env",):
+            # Not shown: somebody may have put the key itself here.
+            said = "the name of an environment variable is needed, in capitals"
         elif fault["type"] != "value_error":
             said = f"{said[0].lower()}{said[1:]}, not {_shown(fault['input'])}"
         yield f"{source}: {path + ': ' if path else ''}{said}"

@@ -1,6 +1,6 @@
 """The errors this service raises, as one tree.
 
-Every error says what was wrong and what is allowed. `service.api.errors` maps
+Every error says what was wrong and what is allowed. `service.link.faults` maps
 each class to an HTTP status in one table; nothing else does.
 """
 
@@ -142,6 +142,7 @@ class UpstreamError(CoeError):
 
     code = "upstream_error"
 
-    def __init__(self, message: str, *, status: int = 502) -> None:
+    def __init__(self, message: str, *, status: int = 502, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after_s = retry_after_s

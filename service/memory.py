@@ -129,10 +129,11 @@ def _plan_unit(
     options = pool.vllm
     if expert.form == "merged" and pool.gpus > 0:
         raise ConfigError(f"experts.{base}.form: merged is for pools on CPU; on a GPU use adapter")
-    if pool.slots is not None and pool.gpus == 0 and not options.enforce_eager:
+    exchanged = pool.slots is not None or expert.form == "merged"
+    if exchanged and pool.gpus == 0 and not options.enforce_eager:
         raise ConfigError(
-            "pools: experts share a slot on CPU only with vllm.enforce_eager: true; "
-            "compiled code would go on using the first expert's weights"
+            "pools: merged experts, and experts that share a slot, need vllm.enforce_eager: true "
+            "on CPU; compiled code would go on using the first expert's weights"
         )
     if info.needs_custom_code and not options.trust_remote_code:
         raise ConfigError(

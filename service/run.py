@@ -20,14 +20,14 @@ from typing import Any
 from service import cluster_env
 from service.config import Config
 from service.errors import CoeError
-from service.link.secret import admin_key_path, make_secret
+from service.link.secret import admin_key_path, make_secret, read_secret
 
 _POLL_S = 0.5
 _SETTLED = {"device", "host", "failed"}
 
 
-class _Stop(Exception):
-    """A signal asked us to stop."""
+class _Stop(BaseException):
+    """A signal asked us to stop. No `except Exception` on the way may take it for its own."""
 
 
 def run(config: Config, *, source: Path) -> None:
@@ -49,9 +49,7 @@ def run(config: Config, *, source: Path) -> None:
     _on_signals(stop)
     try:
         secret_path = run_dir / "secret"
-        if not admin_key_path().exists():
-            make_secret(admin_key_path())
-            _say(f"made an admin key in {admin_key_path()}")
+        _keep_admin_key()
         make_secret(secret_path)
         _say(f"starting {source} ({len(config.experts)} experts); logs in {run_dir}")
         cluster_env.prepare(run_dir, config.server.host, config.server.drain_s)
@@ -86,6 +84,17 @@ def _make_run_dir() -> Path:
     """
     parent = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="coe-", dir=parent if len(parent) <= 6 else "/tmp"))
+
+
+def _keep_admin_key() -> None:
+    try:
+        read_secret(admin_key_path())
+    except OSError:
+        try:
+            make_secret(admin_key_path())
+        except OSError as error:
+            raise CoeError(f"can't write {admin_key_path()}: {error.strerror}") from None
+        _say(f"made an admin key in {admin_key_path()}")
 
 
 def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:

@@ -72,7 +72,8 @@ def read_asked(
         raise InvalidRequest(f"the body must be a JSON object, not {_kind(data)}")
     model = data.get("model", AUTO)
     if not isinstance(model, str) or not model:
-        raise InvalidRequest(f"`model` must be a string, not {_kind(model)}", param="model")
+        what = "an empty one" if model == "" else _kind(model)
+        raise InvalidRequest(f"`model` must be a non-empty string, not {what}", param="model")
     stream = data.get("stream", False)
     if stream is not None and not isinstance(stream, bool):
         raise InvalidRequest(f"`stream` must be true or false, not {_kind(stream)}", param="stream")
@@ -133,7 +134,7 @@ def _deadline_ms(headers: dict[bytes, bytes], default_ms: int) -> int:
     given = headers.get(b"x-coe-deadline-ms")
     if given is None:
         return default_ms
-    if not given.isdigit() or not 1 <= int(given) <= 86_400_000:
+    if len(given) > 8 or not given.isdigit() or not 1 <= int(given) <= 86_400_000:
         raise InvalidRequest(
             "the header x-coe-deadline-ms must be an integer from 1 to 86400000",
             param="x-coe-deadline-ms",

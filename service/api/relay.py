@@ -18,7 +18,7 @@ import orjson
 
 from service.api.body import Asked
 from service.api.plan import Plan
-from service.broker.choice import Option, PoolView, failure_reason, home, options, unmet
+from service.broker.choice import Option, PoolView, Wish, failure_reason, home, options, unmet
 from service.engine.protocol import Engine, EngineRequest, Message, Send
 from service.errors import (
     CoeError,
@@ -147,6 +147,7 @@ class Relay:
             # After a fault, somebody else first.
             chosen = min(left, key=lambda o: passage.tried[o.expert, o.boot or ""])
             if not passage.attempts:
+                self._wake_better(wish, chosen, views)
                 passage.predicted_s = chosen.wait_s
                 self._note_unmet(unmet(wish, chosen, views))
             return chosen
@@ -171,6 +172,15 @@ class Relay:
             if isinstance(given, int) and given > 0:
                 return min(given, _LONG_TOKENS)
         return _USUAL_TOKENS
+
+    def _wake_better(self, wish: Wish, chosen: Option, views: list[PoolView]) -> None:
+        """Ask for a pool of an expert worth more than the chosen one that no pool has now."""
+        there = {name for view in views for name in view.snapshot.experts} | self._remote_names
+        absent = [name for name in wish.quality if name not in there]
+        if absent:
+            best = max(absent, key=lambda name: wish.quality[name])
+            if wish.quality[best] > chosen.utility:
+                self._wake(best)
 
     def _note_unmet(self, missed: tuple[str, float] | None) -> None:
         if missed is None:

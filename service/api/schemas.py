@@ -91,7 +91,7 @@ def describe(config: Config) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     model = {
         "type": "string",
-        "description": "auto, auto/<category>, or an expert",
+        "description": "auto, auto:fast, auto:best, auto/<category>, or an expert",
         "examples": ["auto", *config.experts],
     }
     for path, (summary, properties, required) in _POSTS.items():

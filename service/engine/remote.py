@@ -167,6 +167,7 @@ class RemoteEngine:
             raise UpstreamError(
                 f"expert {self._expert!r}: its endpoint answered with status {reply.status}",
                 status=503 if reply.status in (429, 503) else 502,
+                retry_after_s=_seconds(reply.headers.get("retry-after")),
             )
         error = openai_error(reply.status, body)
         headers = [
@@ -175,3 +176,8 @@ class RemoteEngine:
         ]
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await send({"type": "http.response.body", "body": error})
+
+
+def _seconds(retry_after: str | None) -> float:
+    """An upstream's Retry-After, where it is a plain number of seconds."""
+    return float(retry_after) if retry_after and retry_after.isdigit() else 1.0

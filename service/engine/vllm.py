@@ -1,7 +1,8 @@
 """The vLLM engine: an `AsyncLLM` in this process, answered through vLLM's own OpenAI layer.
 
-The only module that imports vllm. Requests go into vLLM's ASGI application
-without a socket in between; its EngineCore is a child process of this one.
+With `vllm_swap` and `vllm_worker` the only module that imports vllm. Requests go
+into vLLM's ASGI application without a socket in between; its EngineCore is a child
+process of this one.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class VllmEngine:
         args.trust_remote_code = options.trust_remote_code
         args.load_format = "safetensors"  # never pickle
         args.moe_backend = options.moe_backend
+        # An empty list would mean any host: a request must not make us fetch things.
+        args.allowed_media_domains = list(options.media_domains) or ["none.invalid"]
         args.disable_log_stats = False
         args.enable_log_requests = False
         args.disable_fastapi_docs = True

@@ -85,11 +85,16 @@ class SwappingVllmEngine(VllmEngine):
         self._faces: dict[str, _Face] = {}
         self._own_face: tuple[Any, Any] | None = None
         self._tasks: Any = None
+        self._broken: str | None = None
 
     @property
     def exchangeable(self) -> frozenset[str]:
         """All of this engine's experts."""
         return frozenset(self._weights)
+
+    def failure(self) -> str | None:
+        """Why the engine must not be used, or None."""
+        return self._broken or super().failure()
 
     def _frontend_args(self) -> Namespace:
         args = super()._frontend_args()
@@ -144,17 +149,23 @@ class SwappingVllmEngine(VllmEngine):
         began_s = time.monotonic()
         if (face := self._faces.get(expert)) is None:
             raise ExpertFailed(f"the weights of {expert!r} are not held")
+        moved = resumed = False
         try:
             await self._alive(self._llm.pause_generation(mode="wait", clear_cache=True))
             try:
                 done = await self._rpc("coe_exchange", expert)
+                moved = True
                 self._put_on(face)
             finally:
                 # A paused engine would keep even the old expert's requests for ever.
                 await self._alive(self._llm.resume_generation())
-        except CoeError:
-            raise
+                resumed = True
         except Exception as error:
+            if moved or not resumed:
+                # Neither the old expert's engine nor the new one's: nobody may use it.
+                self._broken = "a swap was left half done"
+            if isinstance(error, CoeError):
+                raise
             raise self._fault(f"expert {expert!r} could not be swapped in", error) from error
         swap_s = time.monotonic() - began_s
         count = self._swaps[expert] = self._swaps.get(expert, 0) + 1
@@ -202,7 +213,7 @@ class SwappingVllmEngine(VllmEngine):
         """Whether the first greedy tokens are those of the first load; records them then."""
         body = {
             "model": expert,
-            "prompt": _CANARY_PROMPT,
+            "prompt": self._canary_prompt(),
             "max_tokens": _CANARY_TOKENS,
             "temperature": 0,
             "ignore_eos": True,
@@ -218,13 +229,23 @@ class SwappingVllmEngine(VllmEngine):
             "/v1/completions", expert, orjson.dumps(body), f"canary-{time.monotonic_ns()}"
         )
         await self.run(request, collect)
-        choice = orjson.loads(b"".join(parts))["choices"][0]
+        try:
+            choice = orjson.loads(b"".join(parts))["choices"][0]
+        except (orjson.JSONDecodeError, KeyError, IndexError):
+            self._broken = f"expert {expert!r} can't answer its canary"
+            raise ExpertFailed(self._broken, retry_after_s=30) from None
         # Experts of one family often begin alike: how sure they are tells them apart.
         said = [choice["token_ids"], choice["logprobs"]["token_logprobs"]]
         first = orjson.loads(self._canaries.setdefault(expert, orjson.dumps(said).decode()))
         return first[0] == said[0] and all(
             abs(a - b) < _SURE for a, b in zip(first[1], said[1], strict=True)
         )
+
+    def _canary_prompt(self) -> list[int]:
+        """A few tokens that every vocabulary has, and that leave room for the answer."""
+        config = self._llm.model_config
+        room = config.max_model_len - _CANARY_TOKENS
+        return [token % config.get_vocab_size() for token in _CANARY_PROMPT][: max(1, room)]
 
     # --- faces
 
@@ -233,7 +254,10 @@ class SwappingVllmEngine(VllmEngine):
         args = copy.copy(self._args)
         args.served_model_name = [expert]
         if _fingerprint(folder) == _fingerprint(self._model.path):
-            return _Face(await self._openai_layer(args, self._llm, self._tasks))
+            # Not the engine's of this moment: another expert's may be on it now.
+            assert self._own_face is not None
+            client = _Client(self._llm, self._llm.vllm_config, self._own_face[0])
+            return _Face(await self._openai_layer(args, client, self._tasks))
         from vllm.renderers import renderer_from_config
 
         args.model = folder

@@ -8,7 +8,7 @@ hold the KV cache and no weights, are the same for all. Weights are never copied
 and whatever vLLM did to them when it loaded them (fused, tied, packed) stays as it
 was done.
 
-This module and `vllm.py` are the only ones that import vllm.
+With `vllm.py` and `vllm_swap.py` the only module that imports vllm.
 """
 
 from __future__ import annotations

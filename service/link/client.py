@@ -24,6 +24,7 @@ log = logging.getLogger("coe.link")
 
 _RECONNECT_S = 0.25
 _CONNECT_TIMEOUT_S = 2.0
+_SILENT_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,8 @@ class PoolLink:
         self._changed = changed
         self._seq = 0
         self._unseen: deque[tuple[int, str]] = deque()
+        self._open: set[aiohttp.ClientResponse] = set()
+        self._silent_since_s = time.monotonic()
         self._task = asyncio.create_task(self._follow())
 
     def age_s(self, now_s: float) -> float:
@@ -111,23 +114,33 @@ class PoolLink:
             ) from None
         try:
             lowered = {key.lower(): value for key, value in reply.headers.items()}
+            self._open.add(reply)
             yield PoolReply(reply.status, lowered, reply.content)
         finally:
+            self._open.discard(reply)
             # Closes the connection unless the body was read to its end.
             reply.release() if reply.content.at_eof() else reply.close()
 
     async def metrics(self) -> str:
         """The pool's Prometheus text. Raises PoolGone."""
-        return (await self._small("GET", "/metrics"))[1].decode()
+        return (await self._get("/metrics")).decode()
 
     async def experts(self) -> dict[str, Any]:
         """The pool's experts in full. Raises PoolGone."""
-        told: dict[str, Any] = orjson.loads((await self._small("GET", "/experts"))[1])
+        told: dict[str, Any] = orjson.loads(await self._get("/experts"))
         return told
 
     async def operate(self, act: str, expert: str) -> tuple[int, bytes]:
         """load, evict, pin or unpin: the pool's status and body. Raises PoolGone."""
-        return await self._small("POST", f"/operate/{act}/{quote(expert)}", timeout_s=120)
+        return await self._small(
+            "POST", f"/operate/{quote(act, safe='')}/{quote(expert, safe='')}", timeout_s=120
+        )
+
+    async def _get(self, path: str) -> bytes:
+        status, body = await self._small("GET", path)
+        if status != 200:
+            raise PoolGone(f"the pool answered {path} with status {status}")
+        return body
 
     async def demand(self, wanted: dict[str, float]) -> None:
         """Tell the pool of unmet demand. Raises PoolGone."""
@@ -159,8 +172,14 @@ class PoolLink:
                 await self._read()
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
                 log.debug("snapshot stream of %s: %r", self.address.url, error)
+            if self.snapshot is not None:
+                self._silent_since_s = self.received_s
             self.snapshot = None
             self._changed()
+            if time.monotonic() - self._silent_since_s > _SILENT_S:
+                # It hangs without having closed: its streams would wait for ever.
+                for reply in list(self._open):
+                    reply.close()
             await asyncio.sleep(_RECONNECT_S)
 
     async def _read(self) -> None:

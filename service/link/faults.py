@@ -66,7 +66,7 @@ def fault_of(error: CoeError) -> Fault:
         (b"content-length", str(len(body)).encode()),
         (FAULT_HEADER, error.code.encode()),
     ]
-    if isinstance(error, errors.Unavailable) and status == 503:
+    if isinstance(error, (errors.Unavailable, errors.UpstreamError)) and status == 503:
         headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
     return Fault(status, headers, body)
 

@@ -14,10 +14,15 @@ def make_secret(path: Path) -> str:
     """Write a new secret to `path`, readable by its owner only, and return it."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     secret = secrets.token_urlsafe(32)
-    path.unlink(missing_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    # Whole or not at all: a full disk must not leave an empty secret behind.
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "w") as file:
         file.write(secret)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
     return secret
 
 
@@ -28,8 +33,11 @@ def admin_key_path() -> Path:
 
 
 def read_secret(path: Path) -> str:
-    """The secret that the file holds. Raises OSError."""
-    return path.read_text().strip()
+    """The secret that the file holds. Raises OSError, also where it holds none."""
+    secret = path.read_text().strip()
+    if not secret:
+        raise OSError(f"{path} is empty")
+    return secret
 
 
 def same(given: bytes, secret: bytes) -> bool:

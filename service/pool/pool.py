@@ -183,6 +183,8 @@ class Pool:
 
     def unhealthy(self) -> str | None:
         """Why this process should be replaced, or None."""
+        if not self._draining and any(task.done() for task in self._tasks):
+            return "a slot is no longer looked after"
         return next((why for slot in self._slots if (why := slot.unhealthy())), None)
 
     def queued(self) -> int:

@@ -23,6 +23,7 @@ from service.types import Residency
 log = logging.getLogger("coe.pool")
 
 _WATCH_S = 0.2
+_RELOAD_S = 30.0
 _RETRY_S = (1.0, 5.0, 30.0, 120.0, 300.0)
 _UNHEALTHY_AFTER = 3
 
@@ -181,27 +182,41 @@ class Slot:
         # Before the first expert is ready: from then on its requests run.
         self._engine, self._report = engine, report
         for name in self.experts:
-            try:
-                await engine.load(name)
-            except CoeError as error:
-                log.error("expert %s failed: %s", name, error.message)
-                self._states[name] = ExpertState(Residency.FAILED, reason=error.message)
-                self._refuse_waiting()
-            else:
-                self._states[name] = ExpertState(
-                    Residency.DEVICE,
-                    max_model_len=report.max_model_len,
-                    engine={"name": report.engine, **report.details},
-                )
-                self._grant()
-            self._changed()
+            await self._load(engine, report, name)
         self._start_s = time.monotonic() - self._started_at
         self._failed_starts = 0
         self._has_worked = True
         self._changed()
 
+    async def _load(self, engine: Engine, report: EngineReport, name: str) -> None:
+        """Make one expert answer, or show why it can't."""
+        try:
+            await engine.load(name)
+        except CoeError as error:
+            log.error("expert %s failed: %s", name, error.message)
+            self._states[name] = ExpertState(Residency.FAILED, reason=error.message)
+            self._refuse_waiting()
+        else:
+            self._states[name] = ExpertState(
+                Residency.DEVICE,
+                max_model_len=report.max_model_len,
+                engine={"name": report.engine, **report.details},
+            )
+            self._grant()
+        self._changed()
+
+    async def _load_failed_again(self, engine: Engine) -> None:
+        assert self._report is not None
+        for name, state in list(self._states.items()):
+            if state.state is Residency.FAILED:
+                await self._load(engine, self._report, name)
+
     async def _watch(self, engine: Engine) -> None:
+        retry_at_s = time.monotonic() + _RELOAD_S
         while (why := engine.failure()) is None:
+            if time.monotonic() >= retry_at_s:
+                await self._load_failed_again(engine)
+                retry_at_s = time.monotonic() + _RELOAD_S
             # It may have been another engine that a request saw die, before this one.
             self._lost.clear()
             with suppress(TimeoutError):
@@ -279,7 +294,13 @@ class Slot:
 
     async def operate(self, act: str, expert: str) -> None:
         """load, evict, pin, unpin: this slot's experts are always there. Raises Conflict."""
-        if act in ("evict", "unpin"):
+        state = self._states[expert]
+        if act == "load" and state.state is Residency.FAILED:
+            raise Conflict(
+                f"expert {expert!r} could not be loaded and is tried again every "
+                f"{_RELOAD_S:.0f} s: {state.reason}"
+            )
+        if act != "load":
             raise Conflict(f"expert {expert!r} has a slot of its own and always stays")
 
     def demand(self, expert: str, amount: float, now_s: float) -> None:

@@ -332,6 +332,7 @@ class SwapSlot(Slot):
                 known.tier = Residency.HOST
                 known.host_bytes = filled.host_bytes
                 known.fill_s = filled.fill_s
+                known.wanted = False
                 known.deaths = 0
                 self._set_unit(unit, Residency.HOST)
         except Exception as error:
@@ -416,6 +417,7 @@ class SwapSlot(Slot):
                 raise Conflict("the slot's engine is starting; nothing is held")
             known.tier = Residency.DISK
             known.wanted = False
+            known.demand = 0.0
             self._set_unit(unit, Residency.DISK)
             await engine.drop(unit)  # type: ignore[attr-defined]
         self._event.set()

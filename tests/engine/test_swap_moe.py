@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 # vLLM's CPU kernels want multiples of 32.
-HIDDEN, INNER, LAYERS, HEADS, EXPERTS, WORDS = 64, 96, 2, 4, 4, 49152
+HIDDEN, INNER, LAYERS, HEADS, EXPERTS, WORDS = 128, 96, 2, 4, 4, 49152
 
 
 def _mixtral(folder: Path, seed: int) -> str:
