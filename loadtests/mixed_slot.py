@@ -88,10 +88,19 @@ class SimSlot:
 
     def cost_s(self, name: str) -> float:
         """About how long a request for this unit would wait: for a gateway to choose by."""
-        tier = self._units[name].tier
-        swap_s = 0.0 if tier is Residency.DEVICE else self._costs.swap_s
-        fill_s = self._costs.fill_s if tier is Residency.DISK else 0.0
-        return self.queued_tokens / self._costs.tokens_per_s() + swap_s + fill_s
+        costs, unit = self._costs, self._units[name]
+        wait_s = self.queued_tokens / costs.tokens_per_s()
+        if unit.tier is not Residency.DEVICE:
+            wait_s += costs.swap_s
+        if unit.tier is Residency.DISK:
+            # Fetched one after the other.
+            before = sum(
+                other.tier in (Residency.DISK, Residency.LOADING) and bool(other.waiting)
+                for other in self._units.values()
+                if other is not unit
+            )
+            wait_s += costs.fill_s * (1 + before)
+        return wait_s
 
     def submit(self, ask: Ask) -> bool:
         """A request arrives. True where the slot stands still and has to be advanced now."""
