@@ -241,8 +241,8 @@ def main() -> int:
     parser.add_argument(
         "--share",
         type=float,
-        default=0.5,
-        help="load as a share of what the engine can do with every place taken (default 0.5)",
+        default=0.55,
+        help="load as a share of what the engine can do with every place taken (default 0.55)",
     )
     given = parser.parse_args()
     prepare()

@@ -92,6 +92,8 @@ class Step:
 
 # A unit that is held is worth this much more than one that is not: fetching costs, too.
 _HELD_BONUS = 1.5
+# Turns are begun with the bound this far used up: how long a drain takes is a guess.
+_AIM = 0.8
 
 
 def urgency(unit: UnitView, policy: Policy) -> float:
@@ -155,7 +157,7 @@ def _late(slot: SlotView, able: Sequence[UnitView], policy: Policy) -> bool:
     ahead_s = 0.0
     for unit in sorted(able, key=lambda u: (-u.oldest_s, u.name)):
         ahead_s += slot.drain_s + unit.swap_s
-        if unit.oldest_s + ahead_s >= policy.max_wait_s:
+        if unit.oldest_s + ahead_s >= _AIM * policy.max_wait_s:
             return True
     return False
 

@@ -19,7 +19,8 @@ from service.pool.planner import (
 )
 from service.types import Residency
 
-POLICY = Policy(min_stay_s=1.0, max_wait_s=30.0, host_bytes=30)
+# Turns begin at four fifths of the bound: at 30 s.
+POLICY = Policy(min_stay_s=1.0, max_wait_s=37.5, host_bytes=30)
 RUNS = SlotView("a", stayed_s=5.0, running=0, waiting=0, drain_s=0.5)
 
 
@@ -251,7 +252,7 @@ def test_two_that_wait_do_not_push_each_other_out() -> None:
     absent = unit("c", tier=Residency.DISK, waiting=5, swap_s=2.05)
     assert next_fetch(RUNS, [A, arrived, absent], policy) is None
     # Until it may wait too long: then it is the other's turn to wait.
-    old = replace(absent, oldest_s=14.0)
+    old = replace(absent, oldest_s=17.0)
     assert next_fetch(RUNS, [A, arrived, old], policy) == "c"
     assert to_drop(RUNS, [A, arrived, old], policy, "c") == ["b"]
 
