@@ -82,12 +82,14 @@ def plan_pool(
     for i in range(slots):
         shared = units[i::slots]
         first, *others = (_plan_unit(config, unit, pool, inspect) for unit in shared)
-        engines.append(_share(first, others, pool))
+        engines.append(_share(first, others, config, pool))
     on_gpu = pool.gpus > 0
     return PoolPlan(kind, tuple(engines), 0 if on_gpu else REPLICA_BYTES, pool.memory_bytes, on_gpu)
 
 
-def _share(first: EnginePlan, others: list[EnginePlan], pool: PoolConfig) -> EnginePlan:
+def _share(
+    first: EnginePlan, others: list[EnginePlan], config: Config, pool: PoolConfig
+) -> EnginePlan:
     """One engine for several units: the biggest runs, the rest lie in host memory."""
     if not others:
         return first
@@ -99,6 +101,14 @@ def _share(first: EnginePlan, others: list[EnginePlan], pool: PoolConfig) -> Eng
             raise ConfigError(
                 f"pools: swap.host_bytes holds {_gib(pool.swap.host_bytes)}, "
                 f"and the largest expert alone takes {_gib(max(weights))}"
+            )
+        pinned = [plan for plan in every if config.experts[plan.base].pinned]
+        loose = [plan.weight_bytes for plan in every if plan not in pinned]
+        most = sum(plan.weight_bytes for plan in pinned) + max(loose, default=0)
+        if most > pool.swap.host_bytes:
+            raise ConfigError(
+                f"pools: swap.host_bytes holds {_gib(pool.swap.host_bytes)}, and the pinned "
+                f"experts with the largest other one take {_gib(most)}; pin fewer"
             )
         held = min(held, pool.swap.host_bytes)
     return EnginePlan(
