@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from service import __version__
-from service.errors import CoeError, ConfigError
+from service.errors import CoeError, ConfigError, ModelStoreError
 
 if TYPE_CHECKING:
     from service.config import Config
@@ -307,16 +307,23 @@ def _experts_table(told: Any) -> Any:
 
 
 def _with_models(config: Config) -> Config:
-    """Fetch what is missing, then hold the plan against the machine."""
+    """Fetch what is missing, then hold the plan against the machine.
+
+    A model that can't be had costs its own experts only: they are shown as failed.
+    """
     from service.models import locate, pull
 
     root = Path(config.models_dir) if config.models_dir else None
-    for name, source in config.model_sources().items():
-        if locate(source, root=root) is None:
-            click.echo(f"expert {name}: fetching {source}", err=True)
-            pull(source, dest_root=root)
     _check_artifacts(config)
-    _plans(config)
+    try:
+        for name, source in config.model_sources().items():
+            if locate(source, root=root) is None:
+                click.echo(f"expert {name}: fetching {source}", err=True)
+                pull(source, dest_root=root)
+        _plans(config)
+    except ModelStoreError as error:
+        click.echo(f"coe: warning: {error.message}", err=True)
+        click.echo("coe: warning: starting without a memory plan", err=True)
     return config
 
 
