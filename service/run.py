@@ -182,7 +182,11 @@ def _warn_if_open(config: Config) -> None:
 
 
 def _how_to_call(url: str) -> str:
-    body = '{"model": "auto", "messages": [{"role": "user", "content": "What is 12 * 7?"}]}'
+    # Bounded: a small model that finds no end would keep a newcomer waiting.
+    body = (
+        '{"model": "auto", "max_tokens": 64, '
+        '"messages": [{"role": "user", "content": "book a flight to Paris"}]}'
+    )
     return (
         f"ready: {url}\n\n"
         f"  curl -i {url}/v1/chat/completions -H 'content-type: application/json' \\\n"
