@@ -65,7 +65,8 @@ def run(config: Config, *, source: Path) -> None:
         _follow(config, began_s)
         _say(_how_to_call(url))
         while True:
-            time.sleep(3600)
+            cluster.remember()
+            time.sleep(5)
     except _Stop:
         _say("stopping: letting running requests end")
     finally:
