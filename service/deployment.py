@@ -15,7 +15,6 @@ import os
 import random
 import secrets
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ APP = "coe"
 _PORTS = range(31100, 32000)
 _QUEUED = "queued"
 _LEFT_S = 3.0
-_SETTLE_S = 2.0
 log = logging.getLogger("coe.deployment")
 
 
@@ -367,7 +365,6 @@ class LocalCluster:
     def __init__(self, config: Config, run_dir: Path) -> None:
         self._config = config
         self._run_dir = run_dir
-        self._ours: set[psutil.Process] = set()
 
     def start(self) -> None:
         """Start Ray and Serve's controller and proxy."""
@@ -398,15 +395,7 @@ class LocalCluster:
 
     def stop(self) -> None:
         """Drain and stop everything; whatever of ours is left after that is ended."""
-        self.remember()
-        ours = self._ours
-        time.sleep(_SETTLE_S)
-        if not {"raylet", "gcs_server"} <= {_living_name(process) for process in ours}:
-            # Somebody ended Ray before us: a signal to our whole process group does. Asking
-            # it anything would hang, and in the end take this process down.
-            _end(ours)
-            log.error("Ray was ended before the service; its processes were killed")
-            os._exit(1)
+        ours = _descendants(self._run_dir)
         with contextlib.suppress(Exception):
             # First the application alone: `shutdown` takes HAProxy away at the same
             # time, and with it every stream that still runs.
@@ -415,25 +404,10 @@ class LocalCluster:
             serve.shutdown()
         ray.shutdown()
         _, left = psutil.wait_procs(ours | _descendants(self._run_dir), timeout=_LEFT_S)
-        _end(set(left))
-
-    def remember(self) -> None:
-        """Note which processes are ours now: an orphan can't be told from a stranger's later."""
-        self._ours |= _descendants(self._run_dir)
-
-
-def _living_name(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.Error):
-        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            return str(process.name())
-    return ""
-
-
-def _end(processes: set[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(processes, timeout=_LEFT_S)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=_LEFT_S)
 
 
 def _descendants(run_dir: Path) -> set[psutil.Process]:

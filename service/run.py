@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import http.client
 import json
+import os
 import shutil
 import signal
 import socket
@@ -23,6 +25,7 @@ from service.errors import CoeError
 from service.link.secret import admin_key_path, make_secret, read_secret
 
 _POLL_S = 0.5
+_PR_SET_PDEATHSIG = 1
 _SETTLED = {"device", "host", "failed"}
 
 
@@ -32,6 +35,7 @@ class _Stop(BaseException):
 
 def run(config: Config, *, source: Path) -> None:
     """Start, report, wait for a signal, drain, stop. Raises CoeError if it can't start."""
+    _lead_own_session()
     began_s = time.monotonic()
     stopping = threading.Event()
 
@@ -65,8 +69,7 @@ def run(config: Config, *, source: Path) -> None:
         _follow(config, began_s)
         _say(_how_to_call(url))
         while True:
-            cluster.remember()
-            time.sleep(5)
+            time.sleep(3600)
     except _Stop:
         _say("stopping: letting running requests end")
     finally:
@@ -75,6 +78,35 @@ def run(config: Config, *, source: Path) -> None:
             cluster.stop()
         shutil.rmtree(run_dir, ignore_errors=True)
     _say("stopped")
+
+
+def _lead_own_session() -> None:
+    """Go on in a child that leads a session of its own; the parent only passes signals on.
+
+    A signal to a whole process group (a terminal's Ctrl-C, `timeout`) would otherwise
+    reach Ray's processes before anything could drain. The parent never returns: it
+    exits as the child did, and the child is told to stop if the parent is killed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)  # killed before we could ask to be told
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: _pass_on(child, number))
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    os._exit(code if code >= 0 else 128 - code)
+
+
+def _pass_on(child: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, number)
 
 
 def _make_run_dir() -> Path:
