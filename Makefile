@@ -14,6 +14,7 @@ serve: setup ## Start the service with the demo's experts (CONFIG=… for others
 	@exec $(BIN)/coe serve --config $(CONFIG)
 
 test: setup ## Run every test, real engines included
+	@deploy/test_tools.sh
 	@$(BIN)/coe models pull smollm2-135m-instruct
 	@$(BIN)/python -m pytest
 
