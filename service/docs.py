@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from service import config
-
-_SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
-    ("(top level)", config.Config),
-    ("server", config.ServerConfig),
-    ("router", config.RouterConfig),
-    ("experts.NAME", config.ExpertConfig),
-    ("experts.NAME.remote", config.RemoteConfig),
-    ("pools.KIND", config.PoolConfig),
-    ("pools.KIND.vllm", config.VllmOptions),
-    ("pools.KIND.swap", config.SwapOptions),
-    ("pools.KIND.simulated", config.SimulatedOptions),
-)
+from service.config import SECTIONS
 
 
 def reference() -> str:
     """Every field with its default and description, as Markdown."""
     parts = []
-    for path, model in _SECTIONS:
+    for place, model in SECTIONS.items():
+        path = _path(place)
         parts.append(f"### `{path}`\n\n{(model.__doc__ or '').strip()}\n")
         parts.append("| key | default | meaning |\n| --- | --- | --- |")
         for name, field in model.model_fields.items():
@@ -33,6 +21,15 @@ def reference() -> str:
             parts.append(f"| `{name}` | {_default(field)} | {meaning} |")
         parts.append("")
     return "\n".join(parts)
+
+
+def _path(place: tuple[str, ...]) -> str:
+    """`experts.NAME.remote` for ("experts", "*", "remote")."""
+    named = {"experts": "NAME", "pools": "KIND"}
+    parts = [
+        named.get(place[i - 1], "NAME") if part == "*" else part for i, part in enumerate(place)
+    ]
+    return ".".join(parts) or "(top level)"
 
 
 def _default(field: Any) -> str:

@@ -1,0 +1,65 @@
+"""The command `coe`. Every command imports what it needs when it runs, so that help is quick."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from service import __version__
+from service.errors import CoeError, ConfigError
+
+# Where each command is, and the line that `coe --help` shows without importing it.
+_COMMANDS = {
+    "serve": ("service.cli.serve:serve", "Start the service on this machine."),
+    "check": ("service.cli.serve:check", "Validate a config and print its memory plan."),
+    "models": ("service.cli.models:models", "The models on this machine."),
+    "route": ("service.cli.route:route", "Show which expert would answer a prompt, and why."),
+    "experts": ("service.cli.experts:experts", "Where each expert's weights are; move them."),
+    "router": ("router_models.cli:group", "Fit and judge routers on recorded outcomes."),
+}
+
+
+class _Commands(click.Group):
+    """A group whose commands live in modules of their own, imported when they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order in which a newcomer needs them."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command itself, or None where there is none of that name."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, attribute = _COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list in `coe --help`."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="coe")
+def cli() -> None:
+    """Serve a composition of expert language models behind one OpenAI-compatible endpoint."""
+
+
+def main() -> None:
+    """The console script: errors of ours become one line each and exit status 2 or 1."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except CoeError as error:
+        click.echo(f"coe: {error.message}", err=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

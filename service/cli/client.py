@@ -1,0 +1,43 @@
+"""Asking a running service."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from service.errors import CoeError
+
+
+def admin(url: str, method: str, path: str) -> Any:
+    """Ask an admin endpoint, with the key of this user's file. Raises CoeError."""
+    from service.link.secret import admin_key_path, read_secret
+
+    try:
+        key = read_secret(admin_key_path())
+    except OSError:
+        raise CoeError(
+            f"no admin key in {admin_key_path()}: `coe serve` makes one at its first start"
+        ) from None
+    return ask(url, method, path, {"authorization": f"Bearer {key}"})
+
+
+def ask(url: str, method: str, path: str, headers: dict[str, str], body: str | None = None) -> Any:
+    """Ask a running service. Raises CoeError with its own words."""
+    import urllib.error
+    import urllib.request
+
+    data = body.encode() if body is not None else None
+    request = urllib.request.Request(
+        url.rstrip("/") + path, data=data, method=method, headers=headers
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=130) as reply:
+            return json.load(reply)
+    except urllib.error.HTTPError as error:
+        try:
+            message = json.load(error)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = f"status {error.code}"
+        raise CoeError(f"{url}: {message}") from None
+    except OSError as error:
+        raise CoeError(f"{url} can't be reached: {getattr(error, 'reason', error)}") from None

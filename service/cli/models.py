@@ -1,0 +1,68 @@
+"""`coe models`: what is on this machine, and fetching more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from service.cli.show import size, table
+
+
+@click.group()
+def models() -> None:
+    """The models on this machine."""
+
+
+@models.command()
+@click.argument("name")
+@click.option("--models-dir", type=click.Path(path_type=Path), help="Where models are kept.")
+def pull(name: str, models_dir: Path | None) -> None:
+    """Fetch NAME: a name of the built-in catalogue, a folder, or ORG/REPO on the hub."""
+    from service.models import pull as fetch
+
+    click.echo(fetch(name, dest_root=models_dir))
+
+
+@models.command(name="list")
+@click.option("--models-dir", type=click.Path(path_type=Path), help="Where models are kept.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def list_(models_dir: Path | None, as_json: bool) -> None:
+    """What is here, and what the built-in catalogue has."""
+    from service.models import CATALOGUE, list_models
+
+    stored = list_models(models_dir)
+    names = {model.name for model in stored}
+    rows = [
+        {
+            "name": model.name,
+            "state": "complete" if model.complete else "damaged",
+            "bytes": model.bytes,
+            "licence": model.licence,
+            "source": model.source,
+            "path": str(model.path),
+        }
+        for model in stored
+    ]
+    rows += [
+        {"name": name, "state": "not here", "licence": entry.licence, "source": "catalogue"}
+        for name, entry in CATALOGUE.items()
+        if name not in names
+    ]
+    if as_json:
+        click.echo(json.dumps({"models": rows}))
+        return
+    table(
+        ("name", "state", "size", "licence", "source"),
+        [
+            (
+                str(row["name"]),
+                str(row["state"]),
+                size(row["bytes"]) if "bytes" in row else "",
+                str(row["licence"] or "unknown"),
+                str(row["source"]),
+            )
+            for row in rows
+        ],
+    )

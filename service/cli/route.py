@@ -1,0 +1,70 @@
+"""`coe route`: who would answer, and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from service.cli.client import ask
+from service.cli.serve import CONFIG
+from service.cli.show import table
+
+
+@click.command()
+@click.argument("prompt")
+@click.option(
+    "--config",
+    "-c",
+    "path",
+    type=CONFIG,
+    default=Path("deploy/config/demo.yaml"),
+    show_default=True,
+    help="The config whose experts and router decide.",
+)
+@click.option("--url", help="Ask this running service instead: with its queues and swaps.")
+@click.option("--model", default="auto", show_default=True, help="auto, auto:fast, auto/code, …")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def route(prompt: str, path: Path, url: str | None, model: str, as_json: bool) -> None:
+    """Show which expert would answer PROMPT, and why. Without --url it needs no service."""
+    body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
+    told = _route_there(url, body) if url is not None else _route_here(path, body)
+    if as_json:
+        click.echo(json.dumps(told))
+        return
+    click.echo(f"expert    {told['chosen']}  ({told['reason']})")
+    click.echo(f"category  {told['category']}  (confidence {told['confidence']:.2f})")
+    if told["posterior"]:
+        ranked = sorted(told["posterior"].items(), key=lambda pair: -pair[1])
+        click.echo("posterior " + ", ".join(f"{label} {p:.3f}" for label, p in ranked))
+    columns = ("quality", "wait_s", "answer_s", "displaced_s", "utility", "behind")
+    rows = [
+        (one["expert"], one["pool"] or "", *(f"{one[name]:.3f}" for name in columns))
+        for one in told["candidates"]
+    ]
+    table(("candidate", "pool", *columns), rows)
+
+
+def _route_there(url: str, body: dict[str, Any]) -> Any:
+    return ask(url, "POST", "/v1/route", {"content-type": "application/json"}, json.dumps(body))
+
+
+def _route_here(path: Path, body: dict[str, Any]) -> dict[str, Any]:
+    """The decision as if every expert were resident and idle."""
+    from service.api.body import read_asked
+    from service.api.plan import Planner, explain
+    from service.app import load_classifier
+    from service.broker.choice import Option
+    from service.config import load_config
+
+    config = load_config(path)
+    raw = json.dumps(body).encode()
+    asked = read_asked("/v1/chat/completions", raw, {}, config.server.deadline_ms)
+    plan = Planner(config, load_classifier(config)).plan(asked)
+    idle = [
+        Option(name, None, quality, 0.0, 0.0, 0.0, quality)
+        for name, quality in zip(plan.preference, plan.quality, strict=True)
+    ]
+    return explain(plan, idle)

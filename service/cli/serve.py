@@ -1,0 +1,135 @@
+"""`coe serve` and `coe check`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from service.cli.show import size, table
+from service.errors import ModelStoreError
+
+if TYPE_CHECKING:
+    from service.config import Config
+
+CONFIG = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command()
+@click.option("--config", "-c", "path", type=CONFIG, required=True, help="The config file.")
+@click.option("--host", help="Address to listen on, instead of the config's.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port, instead of the config's.")
+def serve(path: Path, host: str | None, port: int | None) -> None:
+    """Start the service on this machine and run until Ctrl-C or SIGTERM."""
+    from service.config import load_config
+    from service.run import run
+
+    config = load_config(path)
+    changed: dict[str, Any] = {}
+    if port is not None:
+        changed["port"] = port
+    if host is not None:
+        changed["host"] = host
+    if changed:
+        config = config.model_copy(update={"server": config.server.model_copy(update=changed)})
+    run(_with_models(config), source=path)
+
+
+@click.command()
+@click.argument("path", type=CONFIG)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def check(path: Path, as_json: bool) -> None:
+    """Validate a config and print its memory plan. Starts nothing, fetches nothing."""
+    from service.config import load_config
+
+    config = load_config(path)
+    _check_artifacts(config)
+    plans = _plans(config)
+    if as_json:
+        click.echo(json.dumps({"config": str(path), "pools": [_plan_json(p) for p in plans]}))
+        return
+    _print_plans(config, plans)
+
+
+def _with_models(config: Config) -> Config:
+    """Fetch what is missing, then hold the plan against the machine.
+
+    A model that can't be had costs its own experts only: they are shown as failed.
+    """
+    from service.models import locate, pull
+
+    root = Path(config.models_dir) if config.models_dir else None
+    _check_artifacts(config)
+    try:
+        for name, source in config.model_sources().items():
+            if locate(source, root=root) is None:
+                click.echo(f"expert {name}: fetching {source}", err=True)
+                pull(source, dest_root=root)
+        _plans(config)
+    except ModelStoreError as error:
+        click.echo(f"coe: warning: {error.message}", err=True)
+        click.echo("coe: warning: starting without a memory plan", err=True)
+    return config
+
+
+def _check_artifacts(config: Config) -> None:
+    from service.app import load_classifier
+
+    load_classifier(config)
+
+
+def _plans(config: Config) -> list[Any]:
+    import psutil
+
+    from service.memory import check_plan, folders_of, plan_pool
+    from service.models import inspect_model, locate
+
+    root = Path(config.models_dir) if config.models_dir else None
+    sources = set(config.model_sources().values())
+    found = {
+        source: folder for source in sources if (folder := locate(source, root=root)) is not None
+    }
+    machine_bytes = psutil.virtual_memory().total
+    plans = []
+    folders = folders_of(config, found) if sources else {}
+    for kind in config.pools:
+        plan = plan_pool(config, kind, lambda name: inspect_model(folders[name]))
+        check_plan(plan, machine_bytes)
+        plans.append(plan)
+    return plans
+
+
+def _plan_json(plan: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(plan), "total_bytes": plan.total_bytes, "fits": plan.fits}
+
+
+def _print_plans(config: Config, plans: list[Any]) -> None:
+    rows = []
+    for plan in plans:
+        for engine in plan.engines:
+            names = ", ".join((engine.base, *engine.adapters))
+            kv = (
+                f"{size(engine.kv_bytes)} ({engine.kv_tokens} tokens)"
+                if engine.kv_bytes
+                else "vLLM's share"
+            )
+            rows.append(
+                (
+                    plan.kind,
+                    names,
+                    size(engine.weight_bytes + engine.adapter_bytes),
+                    kv,
+                    size(engine.total_bytes),
+                )
+            )
+        bound = size(plan.bound_bytes) if plan.bound_bytes is not None else "no bound"
+        rows.append((plan.kind, "(a replica)", "", "", f"{size(plan.total_bytes)} of {bound}"))
+    table(("pool", "experts", "weights", "KV cache", "in all"), rows)
+    remote = [name for name, expert in config.experts.items() if expert.remote is not None]
+    if remote:
+        click.echo(f"remote: {', '.join(remote)}")
+    click.echo("ok")

@@ -1,0 +1,28 @@
+"""The config file: its schema, and reading it into it.
+
+One YAML file describes a composition. Unknown keys are refused, and every error
+names the file, the path in it, what is wrong and what is allowed.
+"""
+
+from service.config.base import parse_bytes
+from service.config.composition import SECTIONS, Config
+from service.config.experts import ExpertConfig, RemoteConfig
+from service.config.pools import PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
+from service.config.reading import load_config, parse_config
+from service.config.server import RouterConfig, ServerConfig
+
+__all__ = [
+    "SECTIONS",
+    "Config",
+    "ExpertConfig",
+    "PoolConfig",
+    "RemoteConfig",
+    "RouterConfig",
+    "ServerConfig",
+    "SimulatedOptions",
+    "SwapOptions",
+    "VllmOptions",
+    "load_config",
+    "parse_bytes",
+    "parse_config",
+]

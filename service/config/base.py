@@ -1,0 +1,44 @@
+"""What every section of the config is made of: strictness, sizes, names."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+GIB = 1024**3
+_BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b)?\s*$", re.IGNORECASE)
+_BYTE_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for base, suffixes in ((1000, ("b", "")), (1024, ("ib", "i")))
+    for suffix in suffixes
+}
+
+
+def parse_bytes(value: object) -> object:
+    """Turn `"512MiB"`, `"2 GB"` or a plain number into bytes; leave the rest to pydantic."""
+    if isinstance(value, str):
+        match = _BYTES.match(value)
+        if match is None:
+            raise ValueError(
+                'input should be a number of bytes, or one with a unit such as "512MiB" or "2GB", '
+                f"not {shown(value)}"
+            )
+        return int(float(match[1]) * _BYTE_UNITS[(match[2] or "").lower()])
+    return value
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: short."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

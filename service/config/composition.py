@@ -1,0 +1,152 @@
+"""The whole composition, and whether its names meet."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated
+
+from pydantic import BaseModel, Field, model_validator
+
+from service.config.base import Name, Section
+from service.config.experts import ExpertConfig, RemoteConfig
+from service.config.pools import PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
+from service.config.server import RouterConfig, ServerConfig
+
+
+class Config(Section):
+    """A whole composition."""
+
+    server: ServerConfig = Field(default_factory=lambda: ServerConfig())
+    router: RouterConfig = Field(default_factory=lambda: RouterConfig())
+    models_dir: str | None = Field(
+        None, description="Where models are kept. Default: $COE_MODELS or ~/.cache/coe/models."
+    )
+    experts: dict[Name, ExpertConfig] = Field(description="The experts, by name.", min_length=1)
+    pools: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")], PoolConfig] = Field(
+        default_factory=dict, description="The pools, by kind."
+    )
+
+    @model_validator(mode="after")
+    def _names_meet(self) -> Config:
+        _check_names(self)
+        return self
+
+    @property
+    def fallback(self) -> str:
+        """The expert for prompts that no category claims."""
+        if self.router.fallback is not None:
+            return self.router.fallback
+        for name, expert in self.experts.items():
+            if "general" in expert.categories:
+                return name
+        return next(iter(self.experts))
+
+    def local_experts(self, kind: str) -> tuple[str, ...]:
+        """Names of the experts that pools of this kind hold, bases before their adapters."""
+        named = self.pools[kind].experts
+        names = [
+            name
+            for name, expert in self.experts.items()
+            if expert.remote is None and (named is None or name in named)
+        ]
+        return tuple(sorted(names, key=lambda name: self.experts[name].base is not None))
+
+    def units(self, kind: str) -> tuple[tuple[str, ...], ...]:
+        """The experts of a pool by the weights they run on.
+
+        Each tuple begins with an expert that has full weights (or merged ones), and
+        goes on with the adapters of it.
+        """
+        held = self.local_experts(kind)
+        return tuple(
+            (
+                name,
+                *(
+                    other
+                    for other in held
+                    if self.experts[other].base == name and self.experts[other].form == "adapter"
+                ),
+            )
+            for name in held
+            if self.experts[name].model is not None or self.experts[name].form == "merged"
+        )
+
+    def model_sources(self) -> dict[str, str]:
+        """Where the weights come from that pools with real engines need: expert → source."""
+        return {
+            name: source
+            for kind, pool in self.pools.items()
+            if pool.engine == "vllm"
+            for name in self.local_experts(kind)
+            if (source := self.experts[name].model) is not None
+        }
+
+    def category_map(self) -> dict[str, str]:
+        """Stage 2: category → expert. The first expert that names a category has it."""
+        mapping: dict[str, str] = {}
+        for name, expert in self.experts.items():
+            for category in expert.categories:
+                mapping.setdefault(category, name)
+        mapping.setdefault("general", self.fallback)
+        return mapping
+
+
+def _check_names(config: Config) -> None:
+    names = set(config.experts)
+    for name, expert in config.experts.items():
+        if name == "auto" or name.startswith(("auto/", "auto:")):
+            raise ValueError(f"experts.{name}: a name must not be or begin with 'auto'")
+        if expert.base is not None:
+            base = config.experts.get(expert.base)
+            if base is None:
+                raise ValueError(f"experts.{name}.base: {_unknown(expert.base, names)}")
+            if base.model is None:
+                raise ValueError(
+                    f"experts.{name}.base: {expert.base!r} has no full weights of its own; "
+                    "a base is an expert with `model`"
+                )
+    if config.router.fallback is not None and config.router.fallback not in names:
+        raise ValueError(f"router.fallback: {_unknown(config.router.fallback, names)}")
+    placed: set[str] = set()
+    for kind, pool in config.pools.items():
+        for name in pool.experts or ():
+            if name not in names:
+                raise ValueError(f"pools.{kind}.experts: {_unknown(name, names)}")
+            if config.experts[name].remote is not None:
+                raise ValueError(f"pools.{kind}.experts: {name!r} is remote and needs no pool")
+        held = config.local_experts(kind)
+        for name in held:
+            base_name = config.experts[name].base
+            if base_name is not None and base_name not in held:
+                raise ValueError(
+                    f"pools.{kind}.experts: {name!r} is an adapter of {base_name!r}, which is "
+                    "not in this pool; list it too"
+                )
+        if not held:
+            raise ValueError(f"pools.{kind}: it holds no expert; give it one or remove it")
+        placed.update(held)
+    homeless = [n for n, e in config.experts.items() if e.remote is None and n not in placed]
+    if homeless:
+        raise ValueError(
+            f"experts {', '.join(map(repr, homeless))} are in no pool; add a pool under `pools`"
+        )
+
+
+def _unknown(name: str, allowed: set[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=1)
+    hint = f" did you mean {close[0]!r}?" if close else ""
+    return f"no expert {name!r};{hint} experts: {', '.join(sorted(allowed))}"
+
+
+# Every section by its place; `*` stands for a name that the user gives.
+SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
+    (): Config,
+    ("server",): ServerConfig,
+    ("router",): RouterConfig,
+    ("experts", "*"): ExpertConfig,
+    ("experts", "*", "remote"): RemoteConfig,
+    ("pools", "*"): PoolConfig,
+    ("pools", "*", "vllm"): VllmOptions,
+    ("pools", "*", "swap"): SwapOptions,
+    ("pools", "*", "simulated"): SimulatedOptions,
+}

@@ -1,0 +1,74 @@
+"""Section `experts`: what can answer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from service.config.base import Section
+
+
+class RemoteConfig(Section):
+    """A model behind somebody else's OpenAI-compatible API."""
+
+    url: str = Field(
+        pattern=r"^https?://[^\s]+$", description="Base URL, with the /v1 where it has one."
+    )
+    model: str = Field(description="The model's name there.")
+    api_key_env: str | None = Field(
+        None,
+        pattern=r"^[A-Z_][A-Z0-9_]{0,63}$",
+        description="Environment variable that holds the key. Never the key itself.",
+    )
+    max_in_flight: int = Field(64, ge=1, description="Requests under way at once; more wait.")
+    max_queue: int = Field(256, ge=0, description="Requests that may wait; more get 503.")
+    connect_timeout_s: float = Field(5.0, gt=0, description="Time to connect, in s.")
+
+
+class ExpertConfig(Section):
+    """One named model: full weights (`model`), LoRA (`base` + `adapter`), or `remote`."""
+
+    model: str | None = Field(
+        None, description="Full weights: a name from `coe models list`, a folder, or a hub id."
+    )
+    base: str | None = Field(None, description="LoRA: the expert that has the base's full weights.")
+    adapter: str | None = Field(None, description="LoRA: folder of the adapter.")
+    remote: RemoteConfig | None = Field(None, description="A remote endpoint.")
+    form: Literal["adapter", "merged"] = Field(
+        "adapter",
+        description="How an adapter is served. adapter: beside its base, in one batch with it. "
+        "merged: added to the base's weights once, as full weights of the base's family; "
+        "faster on CPU, and a swap away.",
+    )
+    strength: float = Field(
+        1.0, gt=0, le=4, description="merged: how much of the adapter is added."
+    )
+    pinned: bool = Field(
+        False, description="Keep its weights in host memory, whatever else wants the room."
+    )
+    categories: tuple[str, ...] = Field(
+        (), description="Categories that `auto` sends to this expert."
+    )
+    quality: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=dict,
+        description="Expected quality by category, in [0, 1]. Default: 1 on categories that it "
+        "is the first to name, 0.5 elsewhere for the fallback, 0 elsewhere for others.",
+    )
+    description: str = Field("", description="One line for people, shown in /v1/models.")
+    capabilities: tuple[Literal["chat", "completions", "embeddings", "tools", "json"], ...] = Field(
+        ("chat", "completions", "tools", "json"), description="What it can be asked for."
+    )
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ExpertConfig:
+        kinds = [self.model is not None, self.base is not None, self.remote is not None]
+        if sum(kinds) != 1:
+            raise ValueError("exactly one of model, base (with adapter), remote")
+        if (self.base is None) != (self.adapter is None):
+            raise ValueError("base and adapter go together")
+        if self.adapter is None and self.form == "merged":
+            raise ValueError("form merged needs base and adapter")
+        if self.form == "adapter" and self.strength != 1.0:
+            raise ValueError("strength needs form merged")
+        return self

@@ -1,0 +1,45 @@
+"""Sections `server` and `router`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from service.config.base import Bytes, Section
+
+
+class ServerConfig(Section):
+    """The HTTP side: where it listens and what it accepts."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
+    gateways: int = Field(1, ge=1, le=64, description="Gateway replicas (processes without a GPU).")
+    max_body_bytes: Bytes = Field(
+        8 * 1024**2, description="Largest request body accepted, in bytes; more gets 413."
+    )
+    deadline_ms: int = Field(
+        120_000,
+        ge=1,
+        description="Default deadline of a request in ms: to the first token when streaming, "
+        "else to the end. A request may set its own with the header x-coe-deadline-ms.",
+    )
+    drain_s: float = Field(
+        30.0, ge=0, description="Longest time to let running requests finish at a stop, in s."
+    )
+    access_log: bool = Field(
+        False, description="Log one line per request: id, path, status, expert, ms. Never prompts."
+    )
+
+
+class RouterConfig(Section):
+    """Stage 1 (the classifier) and what to do where it is unsure."""
+
+    artifact: str | None = Field(
+        None,
+        description="Folder of a router artifact, relative to this file. Without one, `auto` "
+        "always means `fallback`.",
+    )
+    fallback: str | None = Field(
+        None,
+        description="Expert for prompts of category `general` or of a category that no expert "
+        "names. Default: the first expert that names category `general`, else the first expert.",
+    )
