@@ -57,7 +57,7 @@ def run(config: Config, *, source: Path) -> None:
         make_secret(secret_path)
         _say(f"starting {source} ({len(config.experts)} experts); logs in {run_dir}")
         cluster_env.prepare(run_dir, config.server.host, config.server.drain_s)
-        from service.deployment import LocalCluster
+        from service.deployment.local import LocalCluster
 
         cluster = LocalCluster(config, run_dir)
         cluster.start()

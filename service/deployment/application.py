@@ -1,0 +1,149 @@
+"""The Serve application of a config: its deployments, and how pools scale."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.config import (
+    AutoscalingConfig,
+    AutoscalingContext,
+    AutoscalingPolicy,
+    RequestRouterConfig,
+)
+
+from service.config import Config, PoolConfig
+from service.deployment.following import FollowingRouter
+from service.deployment.replicas import QUEUED, GatewayReplica, PoolReplica
+
+APP = "coe"
+# Ray resources that say which nodes of a cluster take gateways, and which pools:
+# a node has as many of one as it may hold such replicas.
+GATEWAY_RESOURCE = "coe-gateway"
+
+
+def pool_resource(kind: str) -> str:
+    """The Ray resource of nodes for pools of this kind."""
+    return f"coe-pool-{kind}"
+
+
+def queued_work(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+    """Serve's autoscaling policy for pools: replicas for the work that they report.
+
+    Held requests at gateways count too (Serve sees their `wake` calls), so that a
+    pool comes up from zero.
+    """
+    reported = (context.aggregated_metrics or {}).get(QUEUED, {})
+    queued = sum(float(value) for value in reported.values())
+    target = float(context.config.get_target_ongoing_requests())
+    held = 1 if context.total_num_requests > 0 else 0
+    wanted = max(math.ceil(queued / target), held)
+    low, high = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
+    return max(low, min(high, wanted)), {}
+
+
+def application(
+    config: Config,
+    secret_path: Path,
+    admin_key_path: Path,
+    *,
+    host: str | None,
+    placed: bool = False,
+) -> serve.Application:
+    """The Serve application of a config.
+
+    `host`: the address that pools bind; None: their own node's. `placed`: replicas go
+    only to nodes that were started with their resource (`GATEWAY_RESOURCE`, `pool_resource`).
+    """
+    config_json = config.model_dump_json()
+    pools = {
+        kind: _pool_deployment(config, kind, placed).bind(config_json, kind, str(secret_path), host)
+        for kind in config.pools
+    }
+    gateway = serve.deployment(
+        name="gateway",
+        num_replicas=config.server.gateways,
+        max_ongoing_requests=100_000,
+        graceful_shutdown_timeout_s=config.server.drain_s + 2,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=5,
+        health_check_timeout_s=10,
+        ray_actor_options={
+            "num_cpus": 0.1,
+            "resources": {GATEWAY_RESOURCE: 1} if placed else {},
+            "runtime_env": {"env_vars": _GATEWAY_ENVIRONMENT},
+        },
+    )(GatewayReplica)
+    return gateway.bind(config_json, str(secret_path), str(admin_key_path), pools)
+
+
+def _pool_deployment(config: Config, kind: str, placed: bool) -> Any:
+    pool = config.pools[kind]
+    scaling: dict[str, Any]
+    if pool.min_replicas == pool.most_replicas:
+        scaling = {"num_replicas": pool.min_replicas}
+    else:
+        scaling = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=pool.min_replicas,
+                max_replicas=pool.most_replicas,
+                target_ongoing_requests=pool.target_queued,
+                # Longer than Serve's own interval, which it insists on.
+                look_back_period_s=11,
+                upscale_delay_s=2,
+                downscale_delay_s=300,
+                policy=AutoscalingPolicy(
+                    policy_function="service.deployment.application:queued_work"
+                ),
+            )
+        }
+    return serve.deployment(
+        name=f"pool-{kind}",
+        max_ongoing_requests=1000,
+        graceful_shutdown_timeout_s=config.server.drain_s + 10,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=5,
+        # Importing vLLM holds the interpreter for seconds at a time.
+        health_check_timeout_s=60,
+        request_router_config=RequestRouterConfig(request_router_class=FollowingRouter),
+        ray_actor_options={
+            "num_cpus": pool.cpus,
+            "num_gpus": pool.gpus,
+            "resources": {pool_resource(kind): 1} if placed else {},
+            "runtime_env": {"env_vars": _pool_environment(pool)},
+        },
+        **scaling,
+    )(PoolReplica)
+
+
+# One thread for everything: a hop between Serve's loop and ours would cost a
+# request more than all we do with it.
+_GATEWAY_ENVIRONMENT = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def _pool_environment(pool: PoolConfig) -> dict[str, str]:
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if pool.gpus == 0:
+        threads = str(pool.vllm.threads)
+        environment |= {
+            # Ray sets OMP's threads itself, and vLLM's own binding puts every
+            # engine on the same core.
+            "OMP_NUM_THREADS": threads,
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+        }
+    return environment

@@ -1,0 +1,84 @@
+"""Ray, Serve and HAProxy on this machine, for `coe serve`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+
+import psutil
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+
+from service.config import Config
+from service.deployment.application import APP, application
+
+_LEFT_S = 3.0
+
+
+class LocalCluster:
+    """Ray, Serve and HAProxy on this machine, for as long as `coe serve` runs.
+
+    The environment must have been prepared by `service.cluster_env` before this
+    module was imported: Ray Serve reads its settings when it is imported.
+    """
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        self._config = config
+        self._run_dir = run_dir
+
+    def start(self) -> None:
+        """Start Ray and Serve's controller and proxy."""
+        # Its progress is ours to tell.
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        pools = self._config.pools.values()
+        cpus = sum(pool.cpus * pool.most_replicas for pool in pools) + self._config.server.gateways
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, int(cpus) + 2),
+            include_dashboard=False,
+            object_store_memory=100 * 1024**2,
+            namespace=APP,
+            log_to_driver=os.environ.get("COE_RAY_LOGS") == "1",
+            logging_level=logging.ERROR,
+            configure_logging=True,
+            _temp_dir=str(self._run_dir / "ray"),
+        )
+        serve.start(
+            proxy_location=ProxyLocation.HeadOnly,
+            http_options=HTTPOptions(host=self._config.server.host, port=self._config.server.port),
+        )
+
+    def deploy(self, secret_path: Path, admin_key_path: Path) -> None:
+        """Deploy the application and wait until gateways and pools run (engines load later)."""
+        app = application(self._config, secret_path, admin_key_path, host="127.0.0.1")
+        serve.run(app, name=APP, route_prefix="/", blocking=False)
+
+    def stop(self) -> None:
+        """Drain and stop everything; whatever of ours is left after that is ended."""
+        ours = _descendants(self._run_dir)
+        with contextlib.suppress(Exception):
+            # First the application alone: `shutdown` takes HAProxy away at the same
+            # time, and with it every stream that still runs.
+            serve.delete(APP)
+        with contextlib.suppress(Exception):
+            serve.shutdown()
+        ray.shutdown()
+        _, left = psutil.wait_procs(ours | _descendants(self._run_dir), timeout=_LEFT_S)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=_LEFT_S)
+
+
+def _descendants(run_dir: Path) -> set[psutil.Process]:
+    """Our children, theirs, and processes that name our folder: their parent may have died."""
+    found = set(psutil.Process().children(recursive=True))
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(str(run_dir) in part for part in process.cmdline()):
+                found.add(process)
+    found.discard(psutil.Process())
+    return found

@@ -1,0 +1,141 @@
+"""The two kinds of replica: a pool, and a gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from service.app import GatewayProcess, PoolProcess
+from service.config import Config
+from service.deployment.server import QuietServer, bind_free_port, server_config
+from service.link import addresses
+from service.link.secret import read_secret
+from service.telemetry.logs import set_up_logs
+
+# The name under which autoscaling reads what a pool reports.
+QUEUED = "queued"
+log = logging.getLogger("coe.deployment")
+
+
+class PoolReplica:
+    """One pool in one Serve replica, with an HTTP server of its own."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config_json: str, kind: str, secret_path: str, host: str | None
+    ) -> None:
+        set_up_logs()
+        config = Config.model_validate_json(config_json)
+        self._drain_s = config.server.drain_s
+        self._process = PoolProcess(config, kind, read_secret(Path(secret_path)))
+        host = host or ray.util.get_node_ip_address()
+        listener = bind_free_port(host)
+        self._server = QuietServer(server_config(self._process.app))
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        port = listener.getsockname()[1]
+        self._told = {
+            "url": f"http://{host}:{port}",
+            "kind": kind,
+            "boot": self._process.pool.boot,
+        }
+        self._process.pool.start()
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        """What gateways need to find this pool. Serve asks once, when it is ready."""
+        return self._told
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve can't see: requests queued and running here."""
+        return {QUEUED: float(self._process.pool.queued())}
+
+    def check_health(self) -> None:
+        """Serve replaces this replica when it raises."""
+        if (why := self._process.pool.unhealthy()) is not None:
+            raise RuntimeError(why)
+        if self._serving.done():
+            raise RuntimeError("the pool's HTTP server ended")
+
+    async def wake(self) -> str:
+        """Does nothing: a call of it makes Serve start a replica where there is none."""
+        return self._told["boot"]
+
+    async def __del__(self) -> None:
+        process = getattr(self, "_process", None)
+        if process is None:
+            return
+        await process.pool.stop(self._drain_s)
+        self._server.should_exit = True
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._serving, 2)
+
+
+@serve.ingress()
+class GatewayReplica:
+    """One gateway in one Serve replica: Serve's own HTTP server carries its application."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        config_json: str,
+        secret_path: str,
+        admin_key_path: str,
+        pools: dict[str, DeploymentHandle],
+    ) -> None:
+        set_up_logs()
+        config = Config.model_validate_json(config_json)
+        self._handles = pools
+        self._kinds_of: dict[str, list[str]] = {}
+        for kind in config.pools:
+            for expert in config.local_experts(kind):
+                self._kinds_of.setdefault(expert, []).append(kind)
+        self._waking: dict[str, asyncio.Task[None]] = {}
+        self._process = GatewayProcess(
+            config,
+            secrets.token_hex(8),
+            read_secret(Path(secret_path)),
+            admin_key=read_secret(Path(admin_key_path)),
+            wake=self._wake_for,
+            behind_serve=True,
+        )
+        await self._process.start()
+        loop = asyncio.get_running_loop()
+        directory = self._process.directory
+        addresses.listen(lambda known: _in_loop(loop, lambda: directory.update(known)))
+        for kind, pool in config.pools.items():
+            if pool.min_replicas > 0:
+                self._wake(kind)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._process.gateway.app()
+
+    def _wake_for(self, expert: str) -> None:
+        for kind in self._kinds_of.get(expert, ()):
+            self._wake(kind)
+
+    def _wake(self, kind: str) -> None:
+        running = self._waking.get(kind)
+        if running is None or running.done():
+            self._waking[kind] = asyncio.create_task(self._call_wake(kind))
+
+    async def _call_wake(self, kind: str) -> None:
+        try:
+            await self._handles[kind].wake.remote()
+        except Exception as error:
+            log.warning("waking a pool of kind %s: %s", kind, type(error).__name__)
+
+    async def __del__(self) -> None:
+        process = getattr(self, "_process", None)
+        if process is not None:
+            await process.stop()
+
+
+def _in_loop(loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has closed: the process is ending
+        loop.call_soon_threadsafe(act)
