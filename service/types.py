@@ -34,3 +34,26 @@ class Residency(StrEnum):
     LOADING = "loading"
     DRAINING = "draining"
     FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """On whose behalf a request runs: a tenant, and the key that it showed.
+
+    `key` is the key's public id, empty where no key is needed. `experts`: those that
+    it may ask for, None for all. `priority` in (`high`, `normal`, `low`) and `weight`
+    are its share in the pools' queues.
+    """
+
+    name: str = "default"
+    key: str = ""
+    experts: frozenset[str] | None = None
+    priority: str = "normal"
+    weight: float = 1.0
+
+    def may_ask(self, expert: str) -> bool:
+        """Whether it may ask for this expert."""
+        return self.experts is None or expert in self.experts
+
+
+NOBODY = Tenant()

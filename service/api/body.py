@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 from service.errors import InvalidRequest
+from service.types import NOBODY, Tenant
 
 AUTO = "auto"
 GENERAL = "general"
@@ -48,6 +49,7 @@ class Asked:
     request_id: str
     client_id: str
     deadline_ms: int
+    tenant: Tenant = NOBODY
 
     def body_for(self, expert: str) -> bytes:
         """The body to send on: untouched where the client named this expert itself."""

@@ -245,6 +245,7 @@ class Relay:
                     stream=asked.stream,
                     gateway=self._directory.gateway,
                     seq=link.next_seq(option.expert),
+                    tenant=asked.tenant,
                 )
                 async with link.call(call, body) as answer:
                     await self._pass_on(answer, asked, limit, reply)

@@ -6,21 +6,36 @@ names the file, the path in it, what is wrong and what is allowed.
 
 from service.config.base import parse_bytes
 from service.config.composition import SECTIONS, Config
-from service.config.experts import ExpertConfig, RemoteConfig
+from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
 from service.config.pools import PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.reading import load_config, parse_config
 from service.config.server import RouterConfig, ServerConfig
+from service.config.tenants import (
+    BudgetConfig,
+    KeyConfig,
+    LimitsConfig,
+    SpendConfig,
+    StoreConfig,
+    TenantConfig,
+)
 
 __all__ = [
     "SECTIONS",
+    "BudgetConfig",
     "Config",
     "ExpertConfig",
+    "KeyConfig",
+    "LimitsConfig",
     "PoolConfig",
+    "PriceConfig",
     "RemoteConfig",
     "RouterConfig",
     "ServerConfig",
     "SimulatedOptions",
+    "SpendConfig",
+    "StoreConfig",
     "SwapOptions",
+    "TenantConfig",
     "VllmOptions",
     "load_config",
     "parse_bytes",

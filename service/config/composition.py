@@ -8,9 +8,10 @@ from typing import Annotated
 from pydantic import BaseModel, Field, model_validator
 
 from service.config.base import Name, Section
-from service.config.experts import ExpertConfig, RemoteConfig
+from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
 from service.config.pools import PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.server import RouterConfig, ServerConfig
+from service.config.tenants import BudgetConfig, KeyConfig, SpendConfig, StoreConfig, TenantConfig
 
 
 class Config(Section):
@@ -25,10 +26,19 @@ class Config(Section):
     pools: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")], PoolConfig] = Field(
         default_factory=dict, description="The pools, by kind."
     )
+    tenants: dict[Name, TenantConfig] = Field(
+        default_factory=dict, description="The tenants, by name. Others have no limits."
+    )
+    keys: dict[Name, KeyConfig] = Field(
+        default_factory=dict, description="API keys that the config names, by name."
+    )
+    budgets: dict[Name, BudgetConfig] = Field(default_factory=dict, description="Budgets, by name.")
+    store: StoreConfig = Field(default_factory=lambda: StoreConfig())
 
     @model_validator(mode="after")
     def _names_meet(self) -> Config:
         _check_names(self)
+        _check_tenants(self)
         return self
 
     @property
@@ -91,6 +101,20 @@ class Config(Section):
         return mapping
 
 
+def _check_tenants(config: Config) -> None:
+    names = set(config.experts)
+    limits = [(f"tenants.{n}", t) for n, t in config.tenants.items()]
+    for place, one in [*limits, *((f"keys.{n}", k) for n, k in config.keys.items())]:
+        for name in one.experts or ():
+            if name not in names:
+                raise ValueError(f"{place}.experts: {_unknown(name, names)}")
+    if config.store.kind == "memory" and config.server.gateways > 1:
+        raise ValueError(
+            "server.gateways: several gateways need a store that they share; "
+            "set store.kind to redis"
+        )
+
+
 def _check_names(config: Config) -> None:
     names = set(config.experts)
     for name, expert in config.experts.items():
@@ -145,8 +169,15 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("router",): RouterConfig,
     ("experts", "*"): ExpertConfig,
     ("experts", "*", "remote"): RemoteConfig,
+    ("experts", "*", "price"): PriceConfig,
     ("pools", "*"): PoolConfig,
     ("pools", "*", "vllm"): VllmOptions,
     ("pools", "*", "swap"): SwapOptions,
     ("pools", "*", "simulated"): SimulatedOptions,
+    ("tenants", "*"): TenantConfig,
+    ("tenants", "*", "budget"): SpendConfig,
+    ("keys", "*"): KeyConfig,
+    ("keys", "*", "budget"): SpendConfig,
+    ("budgets", "*"): BudgetConfig,
+    ("store",): StoreConfig,
 }

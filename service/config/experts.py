@@ -26,6 +26,15 @@ class RemoteConfig(Section):
     connect_timeout_s: float = Field(5.0, gt=0, description="Time to connect, in s.")
 
 
+class PriceConfig(Section):
+    """What an expert's tokens cost, in a unit of your own: money, or computation."""
+
+    prompt: float = Field(0.0, ge=0, le=1e6, description="Units per million prompt tokens.")
+    completion: float = Field(
+        0.0, ge=0, le=1e6, description="Units per million tokens of an answer."
+    )
+
+
 class ExpertConfig(Section):
     """One named model: full weights (`model`), LoRA (`base` + `adapter`), or `remote`."""
 
@@ -55,6 +64,7 @@ class ExpertConfig(Section):
         description="Expected quality by category, in [0, 1]. Default: 1 on categories that it "
         "is the first to name, 0.5 elsewhere for the fallback, 0 elsewhere for others.",
     )
+    price: PriceConfig | None = Field(None, description="What its tokens cost. Default: nothing.")
     description: str = Field("", description="One line for people, shown in /v1/models.")
     capabilities: tuple[Literal["chat", "completions", "embeddings", "tools", "json"], ...] = Field(
         ("chat", "completions", "tools", "json"), description="What it can be asked for."

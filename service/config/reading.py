@@ -15,6 +15,17 @@ from service.config.composition import SECTIONS, Config
 from service.errors import ConfigError
 
 
+_VARIABLE = "the name of an environment variable is needed, in capitals"
+# What is needed where a secret may have been written by mistake.
+_SECRET: dict[int | str, str] = {
+    "api_key_env": _VARIABLE,
+    "key_env": _VARIABLE,
+    "url_env": _VARIABLE,
+    "sha256": "64 hexadecimal digits are needed",
+    "url": "a URL is needed, http(s) for an endpoint, redis, rediss or unix for a store",
+}
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, that refuses a key given twice instead of taking the last."""
 
@@ -61,9 +72,9 @@ def _faults(error: ValidationError, source: str) -> Iterator[str]:
             said = f"unknown key;{hint} allowed: {', '.join(allowed)}"
         elif fault["type"] == "missing":
             said = "missing, and it has no default"
-        elif fault["loc"][-1:] == ("api_key_env",):
+        elif fault["loc"][-1] in _SECRET:
             # Not shown: somebody may have put the key itself here.
-            said = "the name of an environment variable is needed, in capitals"
+            said = _SECRET[fault["loc"][-1]]
         elif fault["type"] != "value_error":
             said = f"{said[0].lower()}{said[1:]}, not {shown(fault['input'])}"
         yield f"{source}: {path + ': ' if path else ''}{said}"

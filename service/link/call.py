@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from service.errors import InvalidRequest
+from service.types import NOBODY, Tenant
 
 EXPERT = "x-coe-expert"
 REQUEST_ID = "x-coe-request-id"
@@ -12,6 +13,9 @@ DEADLINE_MS = "x-coe-deadline-ms"
 STREAM = "x-coe-stream"
 GATEWAY = "x-coe-gateway"
 SEQ = "x-coe-seq"
+TENANT = "x-coe-tenant"
+PRIORITY = "x-coe-priority"
+WEIGHT = "x-coe-weight"
 QUEUE_MS = "x-coe-queue-ms"
 SWAP_MS = "x-coe-swap-ms"
 
@@ -22,7 +26,7 @@ class Call:
 
     `deadline_ms` is what is left, to the first byte when `stream`, else to the end.
     `seq` counts this gateway's calls to this pool, so that snapshots can
-    acknowledge them.
+    acknowledge them. Of `tenant` name, priority and weight travel.
     """
 
     endpoint: str
@@ -32,6 +36,7 @@ class Call:
     stream: bool
     gateway: str
     seq: int
+    tenant: Tenant = NOBODY
 
     def headers(self) -> dict[str, str]:
         """As HTTP headers."""
@@ -42,6 +47,9 @@ class Call:
             STREAM: "1" if self.stream else "0",
             GATEWAY: self.gateway,
             SEQ: str(self.seq),
+            TENANT: self.tenant.name,
+            PRIORITY: self.tenant.priority,
+            WEIGHT: str(self.tenant.weight),
         }
 
 
@@ -63,6 +71,7 @@ def parse_call(endpoint: str, headers: dict[bytes, bytes]) -> Call:
             stream=text(STREAM) == "1",
             gateway=text(GATEWAY),
             seq=int(text(SEQ)),
+            tenant=Tenant(text(TENANT), priority=text(PRIORITY), weight=float(text(WEIGHT))),
         )
     except ValueError as error:
         raise InvalidRequest(f"a pool's header is not a number: {error}") from None

@@ -61,8 +61,8 @@ def test_every_field_is_described() -> None:
         ),
         (
             {"servers": {}},
-            "coe.yaml: servers: unknown key; did you mean 'server'? allowed: experts, "
-            "models_dir, pools, router, server",
+            "coe.yaml: servers: unknown key; did you mean 'server'? allowed: budgets, "
+            "experts, keys, models_dir, pools, router, server, store, tenants",
         ),
         (
             {"server": {"port": 70_000}},
@@ -106,6 +106,32 @@ def test_every_field_is_described() -> None:
         (
             {"pools": {}},
             "coe.yaml: experts 'general' are in no pool; add a pool under `pools`",
+        ),
+        (
+            {"server": {"gateways": 2}},
+            "coe.yaml: server.gateways: several gateways need a store that they share; "
+            "set store.kind to redis",
+        ),
+        (
+            {"store": {"kind": "redis"}},
+            "coe.yaml: store: exactly one of url, url_env",
+        ),
+        (
+            {"store": {"kind": "redis", "url": "redis://:secret@host"}},
+            "coe.yaml: store: a URL with a password belongs into url_env",
+        ),
+        (
+            {"budgets": {"all": {"amount": 1}}},
+            "coe.yaml: budgets.all: exactly one of period, window_s",
+        ),
+        (
+            {"keys": {"a": {"tenant": "a"}}},
+            "coe.yaml: keys.a: exactly one of key_env, sha256",
+        ),
+        (
+            {"tenants": {"a": {"experts": ["genral"]}}},
+            "coe.yaml: tenants.a.experts: no expert 'genral'; did you mean 'general'? "
+            "experts: general",
         ),
         (
             {"experts": {"auto/x": {"model": "m"}}},
@@ -250,3 +276,17 @@ def test_a_key_given_twice_is_refused_with_its_line() -> None:
     assert caught.value.message == (
         "f.yaml: line 3, column 3 not valid YAML: the key 'a' is given twice"
     )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"keys": {"a": {"key_env": "sk-hush"}}},
+        {"keys": {"a": {"sha256": "sk-hush"}}},
+        {"store": {"kind": "redis", "url_env": "redis://:sk-hush@host"}},
+        {"store": {"kind": "redis", "url": "http://:sk-hush@host"}},
+        {"store": {"kind": "redis", "url": "redis://:sk-hush@host"}},
+    ],
+)
+def test_a_secret_in_the_wrong_place_is_not_repeated(given: dict[str, object]) -> None:
+    assert "hush" not in "\n".join(faults(minimal(**given)))
