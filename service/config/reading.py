@@ -14,7 +14,6 @@ from service.config.base import shown
 from service.config.composition import SECTIONS, Config
 from service.errors import ConfigError
 
-
 _VARIABLE = "the name of an environment variable is needed, in capitals"
 # What is needed where a secret may have been written by mistake.
 _SECRET: dict[int | str, str] = {
@@ -72,7 +71,7 @@ def _faults(error: ValidationError, source: str) -> Iterator[str]:
             said = f"unknown key;{hint} allowed: {', '.join(allowed)}"
         elif fault["type"] == "missing":
             said = "missing, and it has no default"
-        elif fault["loc"][-1] in _SECRET:
+        elif fault["loc"] and fault["loc"][-1] in _SECRET:
             # Not shown: somebody may have put the key itself here.
             said = _SECRET[fault["loc"][-1]]
         elif fault["type"] != "value_error":
