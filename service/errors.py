@@ -78,6 +78,32 @@ class Unauthorized(CoeError):
     code = "invalid_api_key"
 
 
+class Forbidden(CoeError):
+    """This key may not do that (403)."""
+
+    code = "permission_denied"
+
+
+class TooMany(CoeError):
+    """A tenant's own limit is reached (429).
+
+    `retry_after_s`: when there surely is room again; None: never for so large a request.
+    """
+
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.retry_after_s = retry_after_s
+
+
 class Conflict(CoeError):
     """What was asked for can't be done in the present state (409)."""
 
@@ -117,6 +143,12 @@ class Draining(Unavailable):
     """This pool is stopping and takes no new work: the gateway chooses again (503)."""
 
     code = "draining"
+
+
+class StoreGone(Unavailable):
+    """The store of limits and budgets can't be reached (503)."""
+
+    code = "store_unavailable"
 
 
 class PoolGone(Unavailable):

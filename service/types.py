@@ -37,12 +37,36 @@ class Residency(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What a key or a tenant may use; None: no bound.
+
+    Requests and tokens in any 60 s, requests at once, units of cost in a calendar
+    `period` (`day` or `month`, UTC).
+    """
+
+    requests_per_min: int | None = None
+    tokens_per_min: int | None = None
+    concurrent: int | None = None
+    budget: float | None = None
+    period: str = "day"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What answers used: tokens of all their calls, and units of cost."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Tenant:
     """On whose behalf a request runs: a tenant, and the key that it showed.
 
     `key` is the key's public id, empty where no key is needed. `experts`: those that
     it may ask for, None for all. `priority` in (`high`, `normal`, `low`) and `weight`
-    are its share in the pools' queues.
+    are its share in the pools' queues. `limits` are the key's own.
     """
 
     name: str = "default"
@@ -50,6 +74,7 @@ class Tenant:
     experts: frozenset[str] | None = None
     priority: str = "normal"
     weight: float = 1.0
+    limits: Limits = Limits()
 
     def may_ask(self, expert: str) -> bool:
         """Whether it may ask for this expert."""

@@ -14,6 +14,8 @@ _STATUS: dict[type[CoeError], int] = {
     errors.InvalidRequest: 400,
     errors.BodyTooLarge: 413,
     errors.Unauthorized: 401,
+    errors.Forbidden: 403,
+    errors.TooMany: 429,
     errors.UnknownModel: 404,
     errors.Conflict: 409,
     errors.UnknownEndpoint: 404,
@@ -25,9 +27,11 @@ _STATUS: dict[type[CoeError], int] = {
 _TYPE = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     409: "invalid_request_error",
     413: "invalid_request_error",
+    429: "rate_limit_error",
 }
 FAULT_HEADER = b"x-coe-fault"
 
@@ -66,9 +70,18 @@ def fault_of(error: CoeError) -> Fault:
         (b"content-length", str(len(body)).encode()),
         (FAULT_HEADER, error.code.encode()),
     ]
-    if isinstance(error, (errors.Unavailable, errors.UpstreamError)) and status == 503:
-        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
+    retry_after_s = _retry_after_s(error, status)
+    if retry_after_s is not None:
+        headers.append((b"retry-after", str(max(1, math.ceil(retry_after_s))).encode()))
     return Fault(status, headers, body)
+
+
+def _retry_after_s(error: CoeError, status: int) -> float | None:
+    if isinstance(error, errors.TooMany):
+        return error.retry_after_s
+    if isinstance(error, (errors.Unavailable, errors.UpstreamError)) and status == 503:
+        return error.retry_after_s
+    return None
 
 
 def sse_event(error: CoeError) -> bytes:

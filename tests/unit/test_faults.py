@@ -22,12 +22,15 @@ STATUS = {
     "UnknownModel": 404,
     "UnknownEndpoint": 404,
     "Unauthorized": 401,
+    "Forbidden": 403,
+    "TooMany": 429,
     "Conflict": 409,
     "Unavailable": 503,
     "OverCapacity": 503,
     "ExpertFailed": 503,
     "Draining": 503,
     "PoolGone": 503,
+    "StoreGone": 503,
     "EngineDead": 503,
     "DeadlineExceeded": 504,
     "UpstreamError": 502,
@@ -87,3 +90,9 @@ def test_an_error_as_the_last_event_of_a_stream() -> None:
     assert event.endswith(b"}\n\n")
     assert event.count(b"\n") == 2
     assert orjson.loads(event[6:])["error"]["code"] == "pool_gone"
+
+
+def test_a_limit_says_when_there_is_room_and_nothing_where_there_never_is() -> None:
+    soon = fault_of(errors.TooMany("full", retry_after_s=2.1))
+    assert (soon.status, dict(soon.headers)[b"retry-after"]) == (429, b"3")
+    assert b"retry-after" not in dict(fault_of(errors.TooMany("too large")).headers)

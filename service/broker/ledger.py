@@ -1,0 +1,264 @@
+"""Who may use how much, and what was used: claims on limits and budgets, and their settling.
+
+A request reserves its upper bound in every account that bounds it (its key's, its
+tenant's, the named budgets'), all at once, and is charged what it really used at the
+end. `state` tells how far each budget is spent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from service.broker.price import MICRO, micro
+from service.config import BudgetConfig, Config, LimitsConfig
+from service.errors import TooMany
+from service.store.protocol import Account, Balance, Claim, Granted, Line, Note, Refused, Store
+from service.store.windows import DAY, MINUTE, MONTH, NOW, Window, fixed
+from service.types import Limits, Tenant, Usage
+
+_KEEP_USAGE_S = 400 * 86_400
+_DAY_S = 86_400
+_PERIODS = {"day": DAY, "month": MONTH}
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The most that a request may use, all its calls together.
+
+    prompt_tokens: of all calls. max_tokens: of one answer; it may be clipped, to
+    `least` at the least. answers: how many answers of that length there may be
+    (choices times calls). prompt_cost: units of cost of the prompts; token_cost: units
+    for each token of `max_tokens`, all answers together.
+    """
+
+    prompt_tokens: int
+    max_tokens: int = 0
+    answers: int = 1
+    prompt_cost: float = 0.0
+    token_cost: float = 0.0
+    least: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetState:
+    """A budget now: units of cost, and the window in seconds since 1970.
+
+    `reserved` is held by requests under way, most of which will not be spent.
+    """
+
+    amount: float
+    spent: float
+    reserved: float
+    starts_s: float
+    ends_s: float
+    tenant: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A request's claim that holds. `max_tokens`: what its answer is clipped to.
+
+    Give it to `Ledger.settle` exactly once, whatever became of the request.
+    """
+
+    tenant: Tenant
+    bound: Bound
+    max_tokens: int
+    granted: Granted
+
+
+class Ledger:
+    """Claims and charges of one service's tenants, counted in a store."""
+
+    def __init__(self, config: Config, store: Store) -> None:
+        self.store = store
+        self._tenants = {name: limits_of(tenant) for name, tenant in config.tenants.items()}
+        self._budgets = {name: _budget(name, one) for name, one in config.budgets.items()}
+        self._of_tenant = {name: one.tenant for name, one in config.budgets.items()}
+
+    def bounds(self, tenant: Tenant) -> bool:
+        """Whether anything bounds this tenant's tokens or costs: then answers need a bound, too."""
+        limits = (tenant.limits, self._tenants.get(tenant.name, Limits()))
+        return any(
+            one.tokens_per_min is not None or one.budget is not None for one in limits
+        ) or any(self._concerns(name, tenant) for name in self._budgets)
+
+    async def reserve(self, request_id: str, tenant: Tenant, bound: Bound) -> Reservation:
+        """Reserve the bound. Raises TooMany, telling which limit; StoreGone."""
+        lines = tuple(self._lines(tenant, bound))
+        if not lines:
+            granted = Granted(Claim(request_id, ()), bound.max_tokens, (), ())
+            return Reservation(tenant, bound, bound.max_tokens, granted)
+        claim = Claim(request_id, lines, bound.max_tokens, min(bound.least, bound.max_tokens))
+        answer = await self.store.reserve(claim)
+        if isinstance(answer, Refused):
+            raise _too_many(answer, next(a for a in lines if a.account.name == answer.account))
+        return Reservation(tenant, bound, answer.tokens, answer)
+
+    async def settle(
+        self, reservation: Reservation, usage: Usage, *, expert: str = "", ended_s: float = 0.0
+    ) -> None:
+        """Charge what was used and give back the rest. `ended_s`: seconds since 1970."""
+        granted = reservation.granted
+        used = [_used(line, usage) for line in granted.claim.lines]
+        await self.store.settle(granted, used, _note(reservation.tenant, usage, expert, ended_s))
+
+    async def state(self) -> dict[str, BudgetState]:
+        """Every named budget, and every tenant's own as `tenant/NAME`."""
+        named: dict[str, tuple[Account, str | None]] = {
+            name: (account, self._of_tenant[name]) for name, account in self._budgets.items()
+        }
+        for tenant, limits in self._tenants.items():
+            if (account := _own_budget(f"tenant/{tenant}", limits)) is not None:
+                named[f"tenant/{tenant}"] = (account, tenant)
+        balances = await self.store.balances([account for account, _ in named.values()])
+        return {
+            name: _state(account, balance, tenant)
+            for (name, (account, tenant)), balance in zip(named.items(), balances, strict=True)
+        }
+
+    async def limits(self, tenant: Tenant) -> dict[str, tuple[Account, Balance]]:
+        """The accounts that bound a tenant and its key, as they are now."""
+        accounts = [line.account for line in self._lines(tenant, Bound(0))]
+        balances = await self.store.balances(accounts)
+        return {a.name: (a, b) for a, b in zip(accounts, balances, strict=True)}
+
+    async def usage(self, tenant: Tenant, now_s: float, days: int) -> dict[str, dict[str, int]]:
+        """What was used on each of the last `days` days (UTC), by day; days without are left out.
+
+        Keys: requests, prompt_tokens, completion_tokens, cost_micro, and the same per
+        expert as `NAME/requests` and so on.
+        """
+        starts = [int(now_s // _DAY_S) * _DAY_S - i * _DAY_S for i in range(days)]
+        found = await self.store.counts([_usage_name(tenant, start) for start in starts])
+        return {_day(start): counts for start, counts in zip(starts, found, strict=True) if counts}
+
+    def _lines(self, tenant: Tenant, bound: Bound) -> Iterator[Line]:
+        if tenant.key:
+            yield from _limited(f"key/{tenant.key}", tenant.limits, bound)
+        yield from _limited(
+            f"tenant/{tenant.name}", self._tenants.get(tenant.name, Limits()), bound
+        )
+        for name, account in self._budgets.items():
+            if self._concerns(name, tenant):
+                yield _cost_line(account, bound)
+
+    def _concerns(self, budget: str, tenant: Tenant) -> bool:
+        return self._of_tenant[budget] in (None, tenant.name)
+
+
+def limits_of(given: LimitsConfig) -> Limits:
+    """The limits that a section of the config gives."""
+    return Limits(
+        given.requests_per_min,
+        given.tokens_per_min,
+        given.concurrent,
+        given.budget.amount if given.budget is not None else None,
+        given.budget.period if given.budget is not None else "day",
+    )
+
+
+def _budget(name: str, given: BudgetConfig) -> Account:
+    window: Window
+    if given.window_s is not None:
+        window = fixed(given.window_s)
+    else:
+        assert given.period is not None
+        window = _PERIODS[given.period]
+    return Account(f"budget/{name}", _whole(given.amount), window)
+
+
+def _own_budget(whose: str, limits: Limits) -> Account | None:
+    if limits.budget is None:
+        return None
+    return Account(f"{whose}/budget", _whole(limits.budget), _PERIODS[limits.period])
+
+
+def _limited(whose: str, limits: Limits, bound: Bound) -> Iterator[Line]:
+    if limits.requests_per_min is not None:
+        yield Line(Account(f"{whose}/requests", limits.requests_per_min, MINUTE), 1)
+    if limits.tokens_per_min is not None:
+        account = Account(f"{whose}/tokens", limits.tokens_per_min, MINUTE)
+        yield Line(account, bound.prompt_tokens, bound.answers)
+    if limits.concurrent is not None:
+        yield Line(Account(f"{whose}/concurrent", limits.concurrent, NOW), 1)
+    if (account_ := _own_budget(whose, limits)) is not None:
+        yield _cost_line(account_, bound)
+
+
+def _cost_line(account: Account, bound: Bound) -> Line:
+    return Line(account, micro(bound.prompt_cost), bound.token_cost * MICRO)
+
+
+def _used(line: Line, usage: Usage) -> int:
+    kind = line.account.name.rpartition("/")[2]
+    if line.account.name.startswith("budget/") or kind == "budget":
+        return micro(usage.cost)
+    if kind == "tokens":
+        return usage.prompt_tokens + usage.completion_tokens
+    return 1 if kind == "requests" else 0
+
+
+def _whole(units: float) -> int:
+    """Units of a limit in millionths, rounded down."""
+    return math.floor(round(units * MICRO, 6))
+
+
+def _state(account: Account, balance: Balance, tenant: str | None) -> BudgetState:
+    return BudgetState(
+        account.limit / MICRO,
+        balance.spent / MICRO,
+        balance.reserved / MICRO,
+        balance.starts_ms / 1000,
+        balance.ends_ms / 1000,
+        tenant,
+    )
+
+
+_WORDS = {
+    "requests": "requests per minute",
+    "tokens": "tokens per minute",
+    "concurrent": "requests at once",
+}
+
+
+def _too_many(refused: Refused, line: Line) -> TooMany:
+    whose, _, kind = refused.account.rpartition("/")
+    limit = line.account.limit
+    if kind in _WORDS and not refused.account.startswith("budget/"):
+        of = "this key" if whose.startswith("key/") else "this tenant"
+        what, code = f"{of} may use {limit} {_WORDS[kind]}", "rate_limit_exceeded"
+    else:
+        amount = f"{limit / MICRO:g}"
+        of = {"key": "this key's budget", "tenant": "this tenant's budget"}.get(
+            whose.partition("/")[0], f"budget {refused.account.partition('/')[2]!r}"
+        )
+        what, code = f"{of} of {amount} units is used up", "insufficient_quota"
+    if refused.retry_after_s is None:
+        what = f"this request alone is larger than what is allowed: {what}"
+    elif refused.busy:
+        what += "; requests under way hold what is left"
+    return TooMany(what, retry_after_s=refused.retry_after_s, code=code)
+
+
+def _usage_name(tenant: Tenant, start_s: int) -> str:
+    return f"usage/{tenant.key or tenant.name}/{_day(start_s)}"
+
+
+def _day(start_s: float) -> str:
+    return datetime.fromtimestamp(start_s, UTC).strftime("%Y-%m-%d")
+
+
+def _note(tenant: Tenant, usage: Usage, expert: str, ended_s: float) -> Note:
+    counts: Mapping[str, int] = {
+        "requests": 1,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "cost_micro": micro(usage.cost),
+    }
+    if expert:
+        counts = {**counts, **{f"{expert}/{name}": count for name, count in counts.items()}}
+    return Note(_usage_name(tenant, int(ended_s)), counts, _KEEP_USAGE_S)

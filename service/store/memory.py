@@ -1,0 +1,186 @@
+"""The store in this process: for one gateway, and gone when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from service.store.protocol import (
+    Account,
+    Balance,
+    Claim,
+    Granted,
+    Line,
+    Note,
+    Refused,
+)
+
+Clock = Callable[[], float]
+_BUSY_RETRY_S = 1.0
+
+
+class _Counts:
+    """One account: spent and reserved, by the start of window (or piece of one)."""
+
+    __slots__ = ("reserved", "spent")
+
+    def __init__(self) -> None:
+        self.spent: dict[int, int] = {}
+        self.reserved: dict[int, int] = {}
+
+    def forget_before(self, oldest_ms: int) -> None:
+        """Drop windows that count no more."""
+        for counts in (self.spent, self.reserved):
+            for start in [start for start in counts if start < oldest_ms]:
+                del counts[start]
+
+
+class MemoryStore:
+    """See `Store`. `clock`: seconds since 1970."""
+
+    def __init__(self, clock: Clock = time.time) -> None:
+        self._clock = clock
+        self._accounts: dict[str, _Counts] = {}
+        self._open: dict[str, Granted] = {}
+        self._notes: dict[str, tuple[float, dict[str, int]]] = {}
+        self._values: dict[str, tuple[float, bytes]] = {}
+        self._swept_s = 0.0
+
+    async def start(self) -> None:
+        """See `Store`."""
+
+    async def stop(self) -> None:
+        """See `Store`."""
+
+    async def reserve(self, claim: Claim) -> Granted | Refused:
+        """See `Store`."""
+        now_ms = int(self._clock() * 1000)
+        tokens = claim.tokens
+        refusals: list[Refused] = []
+        for line in claim.lines:
+            counts = self._counts(line.account, now_ms)
+            room = line.account.limit - _taken(counts)
+            fits = line.affordable(room)
+            if fits < claim.least:
+                refusals.append(_refusal(line, claim.least, counts, now_ms))
+            tokens = min(tokens, fits)
+        if refusals:
+            return worst(refusals)
+        amounts = tuple(line.amount(tokens) for line in claim.lines)
+        starts = tuple(line.account.window.span(now_ms)[0] for line in claim.lines)
+        granted = Granted(claim, tokens, amounts, starts)
+        for line, amount, start in zip(claim.lines, amounts, starts, strict=True):
+            reserved = self._accounts[line.account.name].reserved
+            reserved[start] = reserved.get(start, 0) + amount
+        if claim.lines:
+            self._open[claim.id] = granted
+        return granted
+
+    async def settle(self, granted: Granted, used: Sequence[int], note: Note | None) -> None:
+        """See `Store`."""
+        if granted.claim.lines and self._open.pop(granted.claim.id, None) is None:
+            return
+        now_s = self._clock()
+        for line, amount, start, spent in zip(
+            granted.claim.lines, granted.amounts, granted.starts_ms, used, strict=True
+        ):
+            counts = self._accounts[line.account.name]
+            if start in counts.reserved:
+                counts.reserved[start] -= amount
+                if spent:
+                    counts.spent[start] = counts.spent.get(start, 0) + spent
+        if note is not None:
+            _, noted = self._notes.get(note.name, (0.0, {}))
+            for name, count in note.counts.items():
+                noted[name] = noted.get(name, 0) + count
+            self._notes[note.name] = (now_s + note.keep_s, noted)
+        self._sweep(now_s)
+
+    async def balances(self, accounts: Sequence[Account]) -> list[Balance]:
+        """See `Store`."""
+        now_ms = int(self._clock() * 1000)
+        told = []
+        for account in accounts:
+            counts = self._counts(account, now_ms)
+            start, end = account.window.span(now_ms)
+            told.append(
+                Balance(sum(counts.spent.values()), sum(counts.reserved.values()), start, end)
+            )
+        return told
+
+    async def counts(self, names: Sequence[str]) -> list[dict[str, int]]:
+        """See `Store`."""
+        now_s = self._clock()
+        found = (self._notes.get(name, (0.0, {})) for name in names)
+        return [dict(noted) if until > now_s else {} for until, noted in found]
+
+    async def get(self, name: str) -> bytes | None:
+        """See `Store`."""
+        until, value = self._values.get(name, (0.0, b""))
+        return value if until > self._clock() else None
+
+    async def put(self, name: str, value: bytes, *, ttl_s: float | None = None) -> None:
+        """See `Store`."""
+        now_s = self._clock()
+        self._values[name] = (now_s + ttl_s if ttl_s is not None else float("inf"), value)
+        self._sweep(now_s)
+
+    async def delete(self, name: str) -> None:
+        """See `Store`."""
+        self._values.pop(name, None)
+
+    async def names(self, prefix: str) -> list[str]:
+        """See `Store`."""
+        now_s = self._clock()
+        return sorted(
+            name
+            for name, (until, _) in self._values.items()
+            if name.startswith(prefix) and until > now_s
+        )
+
+    def _counts(self, account: Account, now_ms: int) -> _Counts:
+        counts = self._accounts.setdefault(account.name, _Counts())
+        window = account.window
+        start, _ = window.span(now_ms)
+        if window.kind == "sliding":
+            # The piece that is partly out of the window still counts whole.
+            start -= window.length_ms
+        counts.forget_before(start)
+        return counts
+
+    def _sweep(self, now_s: float) -> None:
+        """Once a minute: what has expired."""
+        if now_s - self._swept_s < 60:
+            return
+        self._swept_s = now_s
+        self._values = {n: v for n, v in self._values.items() if v[0] > now_s}
+        self._notes = {n: v for n, v in self._notes.items() if v[0] > now_s}
+
+
+def _taken(counts: _Counts) -> int:
+    return sum(counts.spent.values()) + sum(counts.reserved.values())
+
+
+def _refusal(line: Line, least: int, counts: _Counts, now_ms: int) -> Refused:
+    """Why a line has no room, and when it surely will."""
+    account, wanted = line.account, line.amount(least)
+    if wanted > account.limit:
+        return Refused(account.name, None)
+    missing = _taken(counts) + wanted - account.limit
+    if account.window.kind == "sliding":
+        for start in sorted(counts.spent.keys() | counts.reserved.keys()):
+            missing -= counts.spent.get(start, 0) + counts.reserved.get(start, 0)
+            if missing <= 0:
+                free_ms = start + account.window.part_ms + account.window.length_ms
+                return Refused(account.name, (free_ms - now_ms) / 1000)
+    reserved = sum(counts.reserved.values())
+    if missing <= reserved or account.window.kind == "now":
+        return Refused(account.name, _BUSY_RETRY_S, busy=True)
+    return Refused(account.name, (account.window.span(now_ms)[1] - now_ms) / 1000)
+
+
+def worst(refusals: Sequence[Refused]) -> Refused:
+    """The refusal that lasts longest."""
+    return max(
+        refusals, key=lambda r: r.retry_after_s if r.retry_after_s is not None else float("inf")
+    )

@@ -1,0 +1,60 @@
+"""The stretches of time that limits count over. Pure: times come in, in ms since 1970 (UTC)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+_DAY_MS = 86_400_000
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What a limit counts over.
+
+    `kind` sliding: any `length_ms`, counted in `parts` pieces (the oldest, partly gone,
+    counts whole); fixed: one after the other since 1970; day, month: the calendar's, UTC;
+    now: only what is under way.
+    """
+
+    kind: str
+    length_ms: int = 0
+    parts: int = 1
+
+    @property
+    def part_ms(self) -> int:
+        """Length of a piece of a sliding window."""
+        return self.length_ms // self.parts
+
+    def span(self, now_ms: int) -> tuple[int, int]:
+        """Start and end of the window that `now_ms` lies in; a sliding one's piece."""
+        if self.kind == "day":
+            start = now_ms - now_ms % _DAY_MS
+            return start, start + _DAY_MS
+        if self.kind == "month":
+            first = datetime.fromtimestamp(now_ms / 1000, UTC).replace(
+                day=1, hour=0, minute=0, second=0, microsecond=0
+            )
+            following = (first + timedelta(days=32)).replace(day=1)
+            return int(first.timestamp()) * 1000, int(following.timestamp()) * 1000
+        if self.kind == "now":
+            return 0, 0
+        length_ms = self.part_ms if self.kind == "sliding" else self.length_ms
+        start = now_ms - now_ms % length_ms
+        return start, start + length_ms
+
+    def spans(self, now_ms: int) -> tuple[tuple[int, int], ...]:
+        """The windows before, around and after `now_ms`: for a clock that differs a little."""
+        start, end = self.span(now_ms)
+        return self.span(start - 1), (start, end), self.span(end)
+
+
+MINUTE = Window("sliding", 60_000, 60)
+DAY = Window("day")
+MONTH = Window("month")
+NOW = Window("now")
+
+
+def fixed(window_s: int) -> Window:
+    """Windows of that length, one after the other since 1970."""
+    return Window("fixed", window_s * 1000)

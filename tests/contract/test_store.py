@@ -1,0 +1,185 @@
+"""What every store does, and that memory and Redis do the same."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from itertools import count
+
+import pytest
+import pytest_asyncio
+
+from service.store.memory import MemoryStore
+from service.store.protocol import Account, Balance, Claim, Granted, Line, Note, Refused, Store
+from service.store.windows import DAY, MINUTE, NOW, fixed
+
+_ids = count()
+REQUESTS = Account("k/requests", 3, MINUTE)
+TOKENS = Account("k/tokens", 100, MINUTE)
+COST = Account("k/budget", 1000, DAY)
+AT_ONCE = Account("k/concurrent", 2, NOW)
+
+
+@dataclass
+class Clock:
+    """Seconds since 1970, moved by hand."""
+
+    now_s: float = 1_700_000_000.5
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@dataclass
+class Tried:
+    """A store, with its clock."""
+
+    store: Store
+    clock: Clock
+
+    async def take(self, *lines: Line, tokens: int = 0, least: int = 0) -> Granted | Refused:
+        return await self.store.reserve(Claim(f"c{next(_ids)}", lines, tokens, least))
+
+    async def granted(self, *lines: Line, tokens: int = 0, least: int = 0) -> Granted:
+        got = await self.take(*lines, tokens=tokens, least=least)
+        assert isinstance(got, Granted)
+        return got
+
+    async def balance(self, account: Account) -> Balance:
+        return (await self.store.balances([account]))[0]
+
+
+@pytest_asyncio.fixture(params=["memory"])
+async def tried(request: pytest.FixtureRequest) -> AsyncIterator[Tried]:
+    clock = Clock()
+    yield Tried(MemoryStore(clock), clock)
+
+
+async def test_no_more_than_the_limit_in_any_minute(tried: Tried) -> None:
+    for _ in range(3):
+        got = await tried.granted(Line(REQUESTS, 1))
+        await tried.store.settle(got, [1], None)
+        tried.clock.now_s += 10
+    refused = await tried.take(Line(REQUESTS, 1))
+    assert isinstance(refused, Refused)
+    assert refused.account == "k/requests"
+    assert refused.retry_after_s is not None
+    # The first was in the middle of a second, which counts whole.
+    assert 30 <= refused.retry_after_s <= 31
+    tried.clock.now_s += refused.retry_after_s - 0.1
+    assert isinstance(await tried.take(Line(REQUESTS, 1)), Refused)
+    tried.clock.now_s += 0.1
+    await tried.granted(Line(REQUESTS, 1))
+    assert isinstance(await tried.take(Line(REQUESTS, 1)), Refused)
+
+
+async def test_what_was_not_used_is_free_again(tried: Tried) -> None:
+    got = await tried.granted(Line(TOKENS, 20, 1), tokens=80, least=1)
+    assert got.tokens == 80
+    assert (await tried.balance(TOKENS)).reserved == 100
+    await tried.store.settle(got, [35], None)
+    after = await tried.balance(TOKENS)
+    assert (after.spent, after.reserved) == (35, 0)
+
+
+async def test_settling_twice_charges_once(tried: Tried) -> None:
+    got = await tried.granted(Line(COST, 10, 2.5), tokens=100)
+    for _ in range(3):
+        await tried.store.settle(got, [17], Note("n", {"requests": 1}, 1000))
+    after = await tried.balance(COST)
+    assert (after.spent, after.reserved) == (17, 0)
+    assert await tried.store.counts(["n"]) == [{"requests": 1}]
+
+
+async def test_an_answer_is_clipped_to_what_every_account_affords(tried: Tried) -> None:
+    lines = (Line(TOKENS, 40, 1), Line(COST, 100, 30.5))
+    got = await tried.granted(*lines, tokens=500, least=1)
+    assert got.tokens == 29  # 100 + 29 · 30.5 = 984.5; 40 + 29 of 100
+    assert got.amounts == (69, 985)
+    refused = await tried.take(*lines, tokens=500, least=1)
+    assert isinstance(refused, Refused)
+
+
+async def test_all_accounts_or_none(tried: Tried) -> None:
+    await tried.granted(Line(AT_ONCE, 2))
+    refused = await tried.take(Line(COST, 10), Line(AT_ONCE, 1))
+    assert refused == Refused("k/concurrent", 1.0, busy=True)
+    assert (await tried.balance(COST)).reserved == 0
+
+
+async def test_larger_than_the_limit_never_fits(tried: Tried) -> None:
+    refused = await tried.take(Line(TOKENS, 99, 1), tokens=10, least=2)
+    assert refused == Refused("k/tokens", None)
+
+
+async def test_a_budget_is_whole_again_in_its_next_window(tried: Tried) -> None:
+    hourly = Account("b", 10, fixed(3600))
+    got = await tried.granted(Line(hourly, 10))
+    busy = await tried.take(Line(hourly, 1))
+    assert busy == Refused("b", 1.0, busy=True)
+    await tried.store.settle(got, [10], None)
+    spent = await tried.take(Line(hourly, 1))
+    assert isinstance(spent, Refused)
+    assert spent.retry_after_s is not None
+    assert not spent.busy
+    balance = await tried.balance(hourly)
+    assert balance.ends_ms - balance.starts_ms == 3_600_000
+    assert abs(tried.clock.now_s + spent.retry_after_s - balance.ends_ms / 1000) < 0.002
+    tried.clock.now_s += spent.retry_after_s
+    await tried.granted(Line(hourly, 10))
+
+
+async def test_a_claim_counts_in_the_window_of_its_admission(tried: Tried) -> None:
+    hourly = Account("b", 10, fixed(3600))
+    got = await tried.granted(Line(hourly, 10))
+    tried.clock.now_s += 3600
+    assert (await tried.balance(hourly)).reserved == 0
+    await tried.store.settle(got, [7], None)
+    assert (await tried.balance(hourly)).spent == 0
+    await tried.granted(Line(hourly, 10))
+
+
+async def test_more_than_the_bound_is_still_charged(tried: Tried) -> None:
+    got = await tried.granted(Line(COST, 10))
+    await tried.store.settle(got, [25], None)
+    assert (await tried.balance(COST)).spent == 25
+
+
+async def test_a_burst_takes_exactly_the_limit(tried: Tried) -> None:
+    many = Account("burst", 137, MINUTE)
+    cents = Account("cents", 10**15 + 1, DAY)
+
+    async def one() -> int:
+        got = await tried.take(Line(many, 3), Line(cents, 10**13))
+        if isinstance(got, Refused):
+            return 0
+        await tried.store.settle(got, [3, 10**13], None)
+        return 3
+
+    assert sum(await asyncio.gather(*(one() for _ in range(200)))) == 135
+    assert (await tried.balance(many)).spent == 135
+    assert (await tried.balance(cents)).spent == 45 * 10**13
+
+
+async def test_values(tried: Tried) -> None:
+    store = tried.store
+    assert await store.get("a") is None
+    await store.put("p/b", b"\x00two")
+    await store.put("p/a", b"one", ttl_s=60)
+    await store.put("q", b"")
+    assert await store.get("p/b") == b"\x00two"
+    assert await store.get("q") == b""
+    assert await store.names("p/") == ["p/a", "p/b"]
+    await store.delete("p/b")
+    await store.delete("p/b")
+    assert await store.names("p/") == ["p/a"]
+
+
+async def test_notes_add_up(tried: Tried) -> None:
+    for i in range(3):
+        got = await tried.granted(Line(COST, 1))
+        await tried.store.settle(got, [1], Note("u/1", {"requests": 1, "tokens": i}, 1000))
+    # A claim on nothing is noted all the same.
+    await tried.store.settle(await tried.granted(), [], Note("u/1", {"requests": 1}, 1000))
+    assert await tried.store.counts(["u/1", "u/2"]) == [{"requests": 4, "tokens": 3}, {}]
