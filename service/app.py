@@ -9,9 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from service.api.accounts import Accounts
+from service.api.admission import Admission
 from service.api.gateway import Gateway
+from service.api.keyring import Keyring
 from service.api.plan import Planner
 from service.api.relay import Relay, RemoteSeat
+from service.broker.ledger import Ledger
 from service.config import Config, PoolConfig
 from service.engine.lazy import LazyEngine
 from service.engine.protocol import SwappingEngine
@@ -20,6 +24,7 @@ from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, ConfigError
 from service.link.call import Call
 from service.link.directory import Directory
+from service.link.secret import keys_path
 from service.link.server import PoolApp
 from service.models import ModelInfo, inspect_model, locate, pull
 from service.pool.planner import Policy
@@ -28,6 +33,9 @@ from service.pool.slot import Slot
 from service.pool.swap_slot import SwapSlot, Unit
 from service.router.classify import Classifier
 from service.router.conversation import classify_body
+from service.store.keys import FileBook, KeyBook, Keys, StoreBook
+from service.store.memory import MemoryStore
+from service.store.protocol import Store
 from service.telemetry.pool_metrics import PoolCollector, pool_text
 from service.types import CategoryScores
 
@@ -64,10 +72,17 @@ class GatewayProcess:
             if expert.remote is not None
         }
         self._relay = Relay(self.directory, self._seats, wake)
+        self.store = open_store(config, gateway_id)
+        book = key_book(config, self.store)
+        self._keyring = Keyring(config, book)
+        self.ledger = Ledger(config, self.store)
+        self._admission = Admission(config, self._keyring, self.ledger, self._relay.context)
         self.gateway = Gateway(
             config,
             Planner(config, load_classifier(config)),
             self._relay,
+            self._admission,
+            Accounts(config, self._admission, Keys(book)),
             self.directory,
             lambda: {name: seat.failed for name, seat in self._seats.items()},
             admin_key=admin_key,
@@ -76,6 +91,8 @@ class GatewayProcess:
 
     async def start(self) -> None:
         """Connect remote experts; one that can't be is shown as failed."""
+        await self.store.start()
+        await self._keyring.start()
         for name, seat in self._seats.items():
             try:
                 await seat.engine.start()
@@ -86,8 +103,24 @@ class GatewayProcess:
     async def stop(self) -> None:
         """Close every connection."""
         await self._relay.close()
+        await self._admission.stop()
+        await self._keyring.stop()
         await self.directory.close()
+        await self.store.stop()
         await asyncio.gather(*(seat.engine.stop() for seat in self._seats.values()))
+
+
+def open_store(config: Config, owner: str) -> Store:
+    """The store of a config. `owner`: whose reservations they are. Raises ConfigError."""
+    return MemoryStore()
+
+
+def key_book(config: Config, store: Store) -> KeyBook:
+    """Where API keys made by people are kept."""
+    if config.store.kind == "memory":
+        given = config.store.keys_file
+        return FileBook(Path(given) if given is not None else keys_path())
+    return StoreBook(store)
 
 
 def load_classifier(config: Config) -> Callable[[Mapping[str, Any]], CategoryScores] | None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterator
+
+import pytest
+
+_homes = itertools.count()
 
 # Before anything imports vLLM or torch. Its own thread binding puts every engine
 # on one core, and too many threads make a small machine crawl.
@@ -19,3 +25,11 @@ os.environ.update(
         "RAY_USAGE_STATS_ENABLED": "0",
     }
 )
+
+
+@pytest.fixture(autouse=True)
+def _home_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keys made by a test are not this user's, nor another test's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COE_HOME", str(tmp_path_factory.getbasetemp() / f"home-{next(_homes)}"))
+        yield

@@ -63,7 +63,11 @@ class Asked:
 
 
 def read_asked(
-    endpoint: str, raw: bytes, headers: dict[bytes, bytes], default_deadline_ms: int
+    endpoint: str,
+    raw: bytes,
+    headers: dict[bytes, bytes],
+    default_deadline_ms: int,
+    tenant: Tenant = NOBODY,
 ) -> Asked:
     """Understand a request. Raises InvalidRequest, naming the field."""
     try:
@@ -92,6 +96,7 @@ def read_asked(
         request_id=request_id,
         client_id=given.decode() if _GIVEN_ID.match(given) else request_id,
         deadline_ms=_deadline_ms(headers, default_deadline_ms),
+        tenant=tenant,
     )
 
 

@@ -20,6 +20,8 @@ from starlette.routing import Route
 
 from service import __version__
 from service.api import catalog
+from service.api.accounts import Accounts
+from service.api.admission import Admission
 from service.api.body import ENDPOINTS, read_asked
 from service.api.plan import Plan, Planner, explain
 from service.api.relay import Passage, Relay
@@ -58,6 +60,8 @@ class Gateway:
         config: Config,
         planner: Planner,
         relay: Relay,
+        admission: Admission,
+        accounts: Accounts,
         directory: Directory,
         remote_states: Callable[[], dict[str, str | None]],
         *,
@@ -67,6 +71,8 @@ class Gateway:
         self._config = config
         self._planner = planner
         self._relay = relay
+        self._admission = admission
+        self._accounts = accounts
         self._directory = directory
         self._remote_states = remote_states
         self._behind_serve = behind_serve
@@ -85,19 +91,25 @@ class Gateway:
         self.metrics.in_flight.inc()
         try:
             headers = dict(scope["headers"])
+            tenant = self._admission.identify(headers)
             raw = await read_body(receive, self._config.server.max_body_bytes)
-            asked = read_asked(scope["path"], raw, headers, self._config.server.deadline_ms)
+            asked = read_asked(scope["path"], raw, headers, self._config.server.deadline_ms, tenant)
             client_id = asked.client_id
             plan = self._planner.plan(asked)
             category = plan.category
             route_s = time.monotonic() - began_s
             self.metrics.route.observe(route_s)
             told = _headers(plan, route_s) + self._id_header(client_id)
-            carried = self._relay.carry(asked, plan, told, send, passage)
-            if self._behind_serve:
-                await carried
-            else:
-                await until_gone(carried, receive)
+            async with self._admission.admit(
+                asked, plan.preference, lambda: passage.expert
+            ) as admitted:
+                told += admitted.headers
+                metered = admitted.meter.wrap(send)
+                carried = self._relay.carry(admitted.asked, plan, told, metered, passage)
+                if self._behind_serve:
+                    await carried
+                else:
+                    await until_gone(carried, receive)
         except CoeError as error:
             passage.outcome = error.code
             await self._fail(error, client_id, passage, send)
@@ -173,11 +185,13 @@ class Gateway:
             return _json(body, status_code=200 if answering else 503)
 
         @app.get("/v1/models")
-        async def models() -> Response:
+        async def models(request: Request) -> Response:
+            self._admission.identify(dict(request.scope["headers"]))
             return _json(catalog.listing(self._config, self._states(), self._created_s))
 
         @app.get("/v1/models/{name:path}")
-        async def model(name: str) -> Response:
+        async def model(request: Request, name: str) -> Response:
+            self._admission.identify(dict(request.scope["headers"]))
             entry = catalog.entry(self._config, self._states(), self._created_s, name)
             if entry is None:
                 raise UnknownModel(f"the model {name[:128]!r} does not exist", param="model")
@@ -185,10 +199,11 @@ class Gateway:
 
         @app.post("/v1/route")
         async def route(request: Request) -> Response:
-            raw = await read_body(request.receive, self._config.server.max_body_bytes)
             headers = dict(request.scope["headers"])
+            tenant = self._admission.identify(headers)
+            raw = await read_body(request.receive, self._config.server.max_body_bytes)
             asked = read_asked(
-                "/v1/chat/completions", raw, headers, self._config.server.deadline_ms
+                "/v1/chat/completions", raw, headers, self._config.server.deadline_ms, tenant
             )
             plan = self._planner.plan(asked)
             return _json(explain(plan, self._relay.candidates(asked, plan)))
@@ -201,6 +216,7 @@ class Gateway:
         async def openapi() -> Response:
             return _json(describe(self._config))
 
+        app.router.routes.extend(self._accounts.routes(self._admin_key))
         if self._admin_key is not None:
             self._add_admin(app, self._admin_key)
 

@@ -10,7 +10,7 @@ from typing import Any
 from service.api.body import AUTO, GENERAL, Asked
 from service.broker.choice import Option, Wish
 from service.config import Config
-from service.errors import InvalidRequest, UnknownModel
+from service.errors import Forbidden, InvalidRequest, UnknownModel
 from service.types import CategoryScores
 
 # Quality per second: what a wait is worth against a better answer.
@@ -63,6 +63,8 @@ class Planner:
         """Who shall answer. Raises UnknownModel; InvalidRequest where nobody is able to."""
         model = asked.model
         if model in self._experts:
+            if not asked.tenant.may_ask(model):
+                raise Forbidden(f"this key may not ask for expert {model!r}", param="model")
             lacking = asked.needs - self._capabilities[model]
             if lacking:
                 raise InvalidRequest(
@@ -130,6 +132,8 @@ class Planner:
     ) -> Plan:
         """The experts that can do what is needed and are worth anything here, best first."""
         able = [name for name in self._experts if asked.needs <= self._capabilities[name]]
+        if able and not (able := [name for name in able if asked.tenant.may_ask(name)]):
+            raise Forbidden("this key may not ask for any expert that can do this", param="model")
         if not able:
             raise InvalidRequest(
                 f"no expert can do {', '.join(sorted(asked.needs))}", param="model"

@@ -132,6 +132,11 @@ class Relay:
             if link.snapshot is not None
         ]
 
+    def context(self, expert: str) -> int:
+        """An expert's context in tokens, the greatest that any pool tells; 0: not known."""
+        told = (view.snapshot.experts.get(expert) for view in self.views())
+        return max((state.max_model_len for state in told if state is not None), default=0)
+
     def _next(
         self, asked: Asked, plan: Plan, passage: Passage, fault: CoeError | None
     ) -> Option | None:

@@ -99,12 +99,23 @@ class Ledger:
         return Reservation(tenant, bound, answer.tokens, answer)
 
     async def settle(
-        self, reservation: Reservation, usage: Usage, *, expert: str = "", ended_s: float = 0.0
+        self,
+        reservation: Reservation,
+        usage: Usage,
+        *,
+        expert: str = "",
+        ended_s: float = 0.0,
+        served: bool = True,
     ) -> None:
-        """Charge what was used and give back the rest. `ended_s`: seconds since 1970."""
+        """Charge what was used and give back the rest.
+
+        `ended_s`: seconds since 1970. `served`: false where it came to no answer through
+        no fault of the client's; then it does not count as a request either.
+        """
         granted = reservation.granted
-        used = [_used(line, usage) for line in granted.claim.lines]
-        await self.store.settle(granted, used, _note(reservation.tenant, usage, expert, ended_s))
+        used = [_used(line, usage, served) for line in granted.claim.lines]
+        note = _note(reservation.tenant, usage, expert, ended_s) if served else None
+        await self.store.settle(granted, used, note)
 
     async def state(self) -> dict[str, BudgetState]:
         """Every named budget, and every tenant's own as `tenant/NAME`."""
@@ -193,13 +204,13 @@ def _cost_line(account: Account, bound: Bound) -> Line:
     return Line(account, micro(bound.prompt_cost), bound.token_cost * MICRO)
 
 
-def _used(line: Line, usage: Usage) -> int:
+def _used(line: Line, usage: Usage, served: bool) -> int:
     kind = line.account.name.rpartition("/")[2]
     if line.account.name.startswith("budget/") or kind == "budget":
         return micro(usage.cost)
     if kind == "tokens":
         return usage.prompt_tokens + usage.completion_tokens
-    return 1 if kind == "requests" else 0
+    return 1 if kind == "requests" and served else 0
 
 
 def _whole(units: float) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from service.config import Config
+
 _PER = 1_000_000
 # Costs are counted in whole millionths of a unit, so that sums are exact.
 MICRO = 1_000_000
@@ -31,3 +33,11 @@ def micro(units: float) -> int:
     """Units of cost in whole millionths, rounded up: nothing is ever charged too little."""
     # What is off by less than a billionth of a millionth is floating point, not money.
     return max(0, math.ceil(round(units * MICRO, 6)))
+
+
+def prices_of(config: Config) -> dict[str, Price]:
+    """Every expert's price; nothing where the config names none."""
+    return {
+        name: Price(expert.price.prompt, expert.price.completion) if expert.price else Price()
+        for name, expert in config.experts.items()
+    }

@@ -121,11 +121,15 @@ def _anchored(config: Config, folder: Path) -> Config:
         for name, expert in config.experts.items()
     }
     artifact = config.router.artifact
+    keys_file = config.store.keys_file
     return config.model_copy(
         update={
             "experts": experts,
             "router": config.router.model_copy(
                 update={"artifact": at(artifact) if artifact is not None else None}
+            ),
+            "store": config.store.model_copy(
+                update={"keys_file": at(keys_file) if keys_file is not None else None}
             ),
             "models_dir": at(config.models_dir) if config.models_dir is not None else None,
         }

@@ -130,6 +130,11 @@ class StoreConfig(Section):
         description="Redis: share of what is left of each limit that a gateway holds "
         "for when Redis is gone. 0: none, then it answers 503 at once.",
     )
+    keys_file: str | None = Field(
+        None,
+        description="memory: file in which API keys are kept, hashed. "
+        "Default: keys.jsonl beside the admin key.",
+    )
     timeout_ms: int = Field(
         500, ge=10, le=60_000, description="Redis: longest wait for a reply, in ms."
     )
@@ -140,6 +145,8 @@ class StoreConfig(Section):
             raise ValueError("exactly one of url, url_env")
         if self.kind == "memory" and (self.url is not None or self.url_env is not None):
             raise ValueError("url and url_env need kind redis")
+        if self.kind == "redis" and self.keys_file is not None:
+            raise ValueError("keys_file needs kind memory: Redis keeps the keys")
         if self.url is not None and "@" in self.url.split("?")[0]:
             raise ValueError("a URL with a password belongs into url_env")
         return self

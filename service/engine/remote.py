@@ -149,6 +149,11 @@ class RemoteEngine:
             data = orjson.loads(body)
         except orjson.JSONDecodeError as error:
             raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+        options = data.get("stream_options") if isinstance(data, dict) else None
+        if isinstance(options, dict) and "continuous_usage_stats" in options:
+            # vLLM's own; others would refuse what they don't know.
+            known = {k: v for k, v in options.items() if k != "continuous_usage_stats"}
+            data = {**data, "stream_options": known}
         try:
             return orjson.dumps({**data, "model": self._config.model})
         except orjson.JSONEncodeError:

@@ -191,8 +191,9 @@ class SimulatedEngine:
         }
         if body.get("stream"):
             options = body.get("stream_options") or {}
+            told = "each" if options.get("continuous_usage_stats") else "last"
             await self._stream(
-                send, head, text, finish, n, chat, usage if options.get("include_usage") else None
+                send, head, text, finish, n, chat, usage, options.get("include_usage") and told
             )
             return
         if self._options.decode_ms:
@@ -216,12 +217,20 @@ class SimulatedEngine:
         finish: str,
         n: int,
         chat: bool,
-        usage: dict[str, int] | None,
+        usage: dict[str, int],
+        told: str | None,
     ) -> None:
         head = {**head, "object": "chat.completion.chunk" if chat else "text_completion"}
 
         def event(choices: list[dict[str, Any]], **more: Any) -> bytes:
             return b"data: " + orjson.dumps({**head, "choices": choices, **more}) + b"\n\n"
+
+        def so_far(i: int) -> dict[str, Any]:
+            # As vLLM tells it: of this choice.
+            if told != "each":
+                return {}
+            counts = {"prompt_tokens": usage["prompt_tokens"], "completion_tokens": i + 1}
+            return {"usage": {**counts, "total_tokens": sum(counts.values())}}
 
         def piece(index: int, word: str, first: bool, last: bool) -> dict[str, Any]:
             reason = finish if last else None
@@ -249,9 +258,9 @@ class SimulatedEngine:
                 await _send_stream_error(send, EngineDead(f"the engine died: {self._dead}"))
                 return
             last = i >= len(text) - 1
-            chunk = b"".join(event([piece(j, word, i == 0, last)]) for j in range(n))
+            chunk = b"".join(event([piece(j, word, i == 0, last)], **so_far(i)) for j in range(n))
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        tail = event([], usage=usage) if usage is not None else b""
+        tail = event([], usage=usage) if told else b""
         await send({"type": "http.response.body", "body": tail + b"data: [DONE]\n\n"})
 
 

@@ -32,6 +32,11 @@ def admin_key_path() -> Path:
     return (Path(home) if home else Path.home() / ".config" / "coe") / "admin-key"
 
 
+def keys_path() -> Path:
+    """Where this machine's API keys are kept, hashed, unless the config says otherwise."""
+    return admin_key_path().with_name("keys.jsonl")
+
+
 def read_secret(path: Path) -> str:
     """The secret that the file holds. Raises OSError, also where it holds none."""
     secret = path.read_text().strip()

@@ -1,0 +1,178 @@
+"""The endpoints of tenants and keys: `/v1/usage`, and `/admin/keys` for who has the admin key."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from service.api.admission import Admission
+from service.broker.ledger import limits_of
+from service.broker.price import MICRO
+from service.config import Config, LimitsConfig
+from service.config.base import Name
+from service.config.tenants import Priority
+from service.errors import InvalidRequest, Unauthorized
+from service.link.asgi import read_body
+from service.link.secret import same
+from service.store.keys import KeyRecord, Keys
+from service.store.protocol import Account, Balance
+
+_MOST_BYTES = 64 * 1024
+_DAYS = 30
+_MOST_DAYS = 400
+_Body = TypeVar("_Body", bound=BaseModel)
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class NewKey(LimitsConfig):
+    """What `POST /admin/keys` takes."""
+
+    tenant: Name = "default"
+    label: str = Field("", max_length=200)
+    priority: Priority | None = None
+    expires_in_s: float | None = Field(None, gt=0)
+
+
+class Rotation(BaseModel):
+    """What `POST /admin/keys/{id}/rotate` takes."""
+
+    model_config = ConfigDict(extra="forbid")
+    grace_s: float = Field(0, ge=0, le=30 * 86_400)
+
+
+class Accounts:
+    """Answers what is asked about keys and their use."""
+
+    def __init__(self, config: Config, admission: Admission, keys: Keys) -> None:
+        self._config = config
+        self._admission = admission
+        self._keys = keys
+
+    def routes(self, admin_key: str | None) -> list[Route]:
+        """Without an admin key there are no admin endpoints."""
+        found = [Route("/v1/usage", self._usage, methods=["GET"])]
+        if admin_key is not None:
+            for path, method, endpoint in (
+                ("/admin/keys", "GET", self._list),
+                ("/admin/keys", "POST", self._create),
+                ("/admin/keys/{id}/rotate", "POST", self._rotate),
+                ("/admin/keys/{id}/revoke", "POST", self._revoke),
+            ):
+                found.append(Route(path, _guarded(endpoint, admin_key), methods=[method]))
+        return found
+
+    async def _usage(self, request: Request) -> Response:
+        tenant = self._admission.identify(dict(request.scope["headers"]))
+        given = request.query_params.get("days", str(_DAYS))
+        if not given.isdigit() or len(given) > 3 or not 1 <= int(given) <= _MOST_DAYS:
+            raise InvalidRequest(f"`days` must be an integer from 1 to {_MOST_DAYS}", param="days")
+        ledger = self._admission.ledger
+        limits = await ledger.limits(tenant)
+        days = await ledger.usage(tenant, time.time(), int(given))
+        return _json(
+            {
+                "object": "usage",
+                "tenant": tenant.name,
+                "key": tenant.key or None,
+                "limits": [_limit(account, balance) for account, balance in limits.values()],
+                "days": {day: _day(counts) for day, counts in days.items()},
+            }
+        )
+
+    async def _list(self, request: Request) -> Response:
+        del request
+        now_s = time.time()
+        return _json({"keys": [one.told(now_s) for one in await self._keys.records()]})
+
+    async def _create(self, request: Request) -> Response:
+        wanted = await _body(request, NewKey)
+        unknown = [name for name in wanted.experts or () if name not in self._config.experts]
+        if unknown:
+            raise InvalidRequest(f"no expert {unknown[0][:128]!r}", param="experts")
+        now_s = time.time()
+        record = KeyRecord(
+            "",
+            wanted.tenant,
+            "",
+            label=wanted.label,
+            expires_s=now_s + wanted.expires_in_s if wanted.expires_in_s else None,
+            experts=wanted.experts,
+            priority=wanted.priority,
+            limits=limits_of(wanted),
+        )
+        made, key = await self._keys.create(record, now_s)
+        await self._admission.keyring.look()
+        return _json({**made.told(now_s), "key": key})
+
+    async def _rotate(self, request: Request) -> Response:
+        wanted = await _body(request, Rotation)
+        now_s = time.time()
+        made, key = await self._keys.rotate(request.path_params["id"], now_s, wanted.grace_s)
+        await self._admission.keyring.look()
+        return _json({**made.told(now_s), "key": key})
+
+    async def _revoke(self, request: Request) -> Response:
+        now_s = time.time()
+        record = await self._keys.revoke(request.path_params["id"], now_s)
+        await self._admission.keyring.look()
+        return _json(record.told(now_s))
+
+
+def _guarded(endpoint: Endpoint, admin_key: str) -> Endpoint:
+    async def checked(request: Request) -> Response:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not same(given.encode(), admin_key.encode()):
+            raise Unauthorized("the admin endpoints need the admin key as Bearer token")
+        return await endpoint(request)
+
+    return checked
+
+
+async def _body(request: Request, kind: type[_Body]) -> _Body:
+    raw = await read_body(request.receive, _MOST_BYTES)
+    try:
+        return kind.model_validate_json(raw or b"{}")
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise InvalidRequest(
+            f"{place or 'the body'}: {fault['msg']}", param=place or None
+        ) from None
+
+
+def _limit(account: Account, balance: Balance) -> dict[str, Any]:
+    costs = account.name.startswith("budget/") or account.name.endswith("/budget")
+    scale = MICRO if costs else 1
+    told: dict[str, Any] = {
+        "name": account.name,
+        "unit": "cost" if costs else account.name.rpartition("/")[2],
+        "limit": account.limit / scale,
+        "spent": balance.spent / scale,
+        "reserved": balance.reserved / scale,
+        "left": max(0.0, (account.limit - balance.spent - balance.reserved) / scale),
+    }
+    if account.window.kind in ("day", "month", "fixed"):
+        told |= {"starts_s": balance.starts_ms / 1000, "ends_s": balance.ends_ms / 1000}
+    return told
+
+
+def _day(counts: dict[str, int]) -> dict[str, Any]:
+    """A day's counts, in all and by expert."""
+    told: dict[str, Any] = {"experts": {}}
+    for name, count in sorted(counts.items()):
+        expert, _, what = name.rpartition("/")
+        value = count / MICRO if what == "cost_micro" else count
+        place = told["experts"].setdefault(expert, {}) if expert else told
+        place["cost" if what == "cost_micro" else what] = value
+    return told
+
+
+def _json(body: dict[str, Any]) -> Response:
+    return Response(orjson.dumps(body), media_type="application/json")

@@ -1,0 +1,189 @@
+"""Letting a request in: whose it is, the most that it may use, and what it did use."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import orjson
+
+from service.api.body import Asked
+from service.api.keyring import Keyring
+from service.api.meter import Meter
+from service.broker.ledger import Bound, Ledger, Reservation
+from service.broker.price import Price, cost, prices_of
+from service.config import Config
+from service.errors import CoeError, InvalidRequest
+from service.types import Tenant, Usage
+
+log = logging.getLogger("coe.admission")
+
+# Where each endpoint's body says how long the answer may be; the first that is given counts.
+_LENGTHS: dict[str, tuple[str, ...]] = {
+    "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
+    "/v1/completions": ("max_tokens",),
+    "/v1/responses": ("max_output_tokens",),
+    "/v1/messages": ("max_tokens",),
+}
+# vLLM's own, where a completion gives none.
+_COMPLETION = 16
+# Of an expert whose context nobody knows.
+_UNKNOWN_CONTEXT = 8192
+# What a chat template may put around a prompt, beyond the bytes of its JSON.
+_TEMPLATE_TOKENS = 64
+
+
+@dataclass(slots=True)
+class Admitted:
+    """A request that may run. `asked` may have its answer clipped, to `clipped` tokens."""
+
+    asked: Asked
+    meter: Meter
+    clipped: int | None = None
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """What the reply tells of it."""
+        if self.clipped is None:
+            return []
+        return [(b"x-coe-max-tokens", str(self.clipped).encode())]
+
+
+class Admission:
+    """Admits requests of one gateway.
+
+    `context`: an expert's context in tokens, 0 where it is not known.
+    """
+
+    def __init__(
+        self, config: Config, keyring: Keyring, ledger: Ledger, context: Callable[[str], int]
+    ) -> None:
+        self.keyring = keyring
+        self.ledger = ledger
+        self._prices = prices_of(config)
+        self._context = context
+        self._counts = bool(config.tenants or config.budgets)
+        self._settling: set[asyncio.Task[None]] = set()
+
+    def identify(self, headers: dict[bytes, bytes]) -> Tenant:
+        """Whose request it is. Raises Unauthorized, StoreGone."""
+        return self.keyring.identify(headers)
+
+    @asynccontextmanager
+    async def admit(
+        self, asked: Asked, experts: Sequence[str], answered_by: Callable[[], str]
+    ) -> AsyncIterator[Admitted]:
+        """Reserve the most that a request may use, charge at the end what it used.
+
+        `experts`: those that may answer; `answered_by` tells at the end who did.
+        Raises TooMany, StoreGone, InvalidRequest.
+        """
+        meter = Meter(asked)
+        if not self._counts and not asked.tenant.key:
+            yield Admitted(asked, meter)
+            return
+        bound = Bound(0)
+        if self.ledger.bounds(asked.tenant):
+            bound = self._bound(asked, experts)
+        held = await self.ledger.reserve(asked.request_id, asked.tenant, bound)
+        try:
+            clipped = held.max_tokens if held.max_tokens < bound.max_tokens else None
+            yield self._admitted(asked, meter, bound, clipped)
+        finally:
+            # On its own: a client that leaves cancels us, and it must be settled all the same.
+            settling = asyncio.create_task(self._settle(held, meter, answered_by()))
+            self._settling.add(settling)
+            settling.add_done_callback(self._settling.discard)
+            await asyncio.shield(settling)
+
+    async def stop(self) -> None:
+        """Wait for what is being settled."""
+        await asyncio.gather(*self._settling, return_exceptions=True)
+
+    def _bound(self, asked: Asked, experts: Sequence[str]) -> Bound:
+        """The most that any of these experts could use for it."""
+        contexts = [self._context(name) or _UNKNOWN_CONTEXT for name in experts]
+        context = max(contexts, default=_UNKNOWN_CONTEXT)
+        # No tokenizer makes more tokens than there are bytes.
+        prompt = min(len(asked.raw) + _TEMPLATE_TOKENS, context)
+        if asked.endpoint in ("/tokenize", "/detokenize", "/v1/messages/count_tokens"):
+            return Bound(0)
+        prices = [self._prices[name] for name in experts]
+        dearest = Price(
+            max((p.prompt for p in prices), default=0.0),
+            max((p.completion for p in prices), default=0.0),
+        )
+        if asked.endpoint not in _LENGTHS:
+            return Bound(prompt, 0, 0, prompt_cost=cost(dearest, prompt, 0))
+        answers = _answers(asked.data)
+        wanted = _wanted(asked)
+        length = min(wanted if wanted is not None else context, context)
+        return Bound(
+            prompt,
+            length,
+            answers,
+            prompt_cost=cost(dearest, prompt, 0),
+            token_cost=cost(dearest, 0, answers),
+        )
+
+    def _admitted(self, asked: Asked, meter: Meter, bound: Bound, clipped: int | None) -> Admitted:
+        data: dict[str, Any] = meter.asks(asked.data)
+        if clipped is not None:
+            if _wanted(asked) is None and asked.endpoint != "/v1/completions":
+                # It must fit into the context beside the prompt, or the engine refuses it.
+                context = bound.max_tokens
+                clipped = min(clipped, max(1, context - bound.prompt_tokens))
+            names = _LENGTHS[asked.endpoint]
+            given = [name for name in names if data.get(name) is not None] or [names[-1]]
+            data = {**data, **dict.fromkeys(given, clipped)}
+        if data is asked.data:
+            return Admitted(asked, meter)
+        try:
+            raw = orjson.dumps(data)
+        except orjson.JSONEncodeError:
+            raise InvalidRequest("the body is nested too deep") from None
+        return Admitted(replace(asked, data=data, raw=raw), meter, clipped)
+
+    async def _settle(self, held: Reservation, meter: Meter, expert: str) -> None:
+        usage = self._usage(meter, expert)
+        try:
+            await self.ledger.settle(
+                held, usage, expert=expert, ended_s=time.time(), served=0 < meter.status < 500
+            )
+        except CoeError as error:
+            log.error("a request could not be settled: %s", error.code)
+
+    def _usage(self, meter: Meter, expert: str) -> Usage:
+        calls = meter.calls_made(expert)
+        return Usage(
+            sum(prompt for _, prompt, _ in calls),
+            sum(completion for _, _, completion in calls),
+            sum(
+                cost(self._prices.get(expert, Price()), prompt, completion)
+                for expert, prompt, completion in calls
+            ),
+        )
+
+
+def _answers(data: dict[str, Any]) -> int:
+    """How many answers are asked for: choices, times prompts where there are several."""
+    n = data.get("n")
+    choices = n if isinstance(n, int) and not isinstance(n, bool) and n > 0 else 1
+    prompt = data.get("prompt")
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        return choices * len(prompt)
+    return choices
+
+
+def _wanted(asked: Asked) -> int | None:
+    """How many tokens each answer may have, as asked for."""
+    for name in _LENGTHS[asked.endpoint]:
+        given = asked.data.get(name)
+        if isinstance(given, int) and not isinstance(given, bool) and given > 0:
+            return given
+    return _COMPLETION if asked.endpoint == "/v1/completions" else None

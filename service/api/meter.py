@@ -1,0 +1,151 @@
+"""What an answer used, read as it passes: from a JSON reply, or from a stream's chunks.
+
+For a metered stream the engine is asked to tell its usage in every chunk, so that a
+client that leaves is charged exactly what went out; what the client did not ask for
+is taken out again.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import orjson
+
+from service.api.body import Asked
+from service.engine.protocol import Message, Send
+
+# In JSON an unescaped quote ends a string: these can only be keys of an object.
+_OBJECT = rb"(null|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})"
+_USAGE = re.compile(rb',"usage":' + _OBJECT + rb'|"usage":' + _OBJECT + rb",?")
+_INDEX = re.compile(rb'"choices":\[\{"index":(\d+)')
+_NO_CHOICES = b'"choices":[]'
+_STREAMED = frozenset({"/v1/chat/completions", "/v1/completions"})
+# Of a prompt whose tokens nobody has told.
+_BYTES_PER_TOKEN = 4
+
+
+class Meter:
+    """Counts the tokens of one request's calls, by expert.
+
+    `wrap` counts the answer that goes out; `add` those calls of a recipe that don't.
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        self.calls: list[tuple[str, int, int]] = []
+        self._prompt_bytes = len(asked.raw)
+        self._rewrites = asked.stream and asked.endpoint in _STREAMED
+        given = asked.data.get("stream_options")
+        options = given if isinstance(given, dict) else {}
+        self._total = bool(options.get("include_usage"))
+        self._each = self._total and bool(options.get("continuous_usage_stats"))
+        self._prompt = 0
+        self._completion = 0
+        self._by_choice: dict[int, int] = {}
+        self._events = 0
+        self._rest = b""
+        self._status = 0
+        self._streams = False
+        self._told = False
+
+    def add(self, expert: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count a call whose answer does not go to the client itself."""
+        self.calls.append((expert, prompt_tokens, completion_tokens))
+
+    def asks(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The body that makes the engine tell its usage."""
+        if not self._rewrites:
+            return data
+        given = data.get("stream_options")
+        if given is not None and not isinstance(given, dict):
+            return data  # the engine's to refuse
+        options = {**(given or {}), "include_usage": True, "continuous_usage_stats": True}
+        return {**data, "stream_options": options}
+
+    def calls_made(self, expert: str) -> list[tuple[str, int, int]]:
+        """Every call: expert, prompt tokens, tokens of the answer. `expert`: whose went out."""
+        if self._status == 0 or self._status >= 400:
+            return self.calls
+        prompt, completion = self._prompt, self._completion
+        if not self._told and self._streams:
+            prompt = self._prompt_bytes // _BYTES_PER_TOKEN
+            completion = self._events
+        return [*self.calls, (expert, prompt, completion)]
+
+    @property
+    def status(self) -> int:
+        """The reply's status; 0 while none has gone out."""
+        return self._status
+
+    def wrap(self, send: Send) -> Send:
+        """A `send` that counts what goes through it."""
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._status = message["status"]
+                self._streams = any(
+                    name.lower() == b"content-type" and value.startswith(b"text/event-stream")
+                    for name, value in message["headers"]
+                )
+                await send(message)
+                return
+            body, more = message.get("body", b""), message.get("more_body", False)
+            if not self._streams:
+                self._read(body)
+                await send(message)
+                return
+            out = self._pass(body, ends=not more)
+            if out or not more:
+                await send({**message, "body": out})
+
+        return counted
+
+    def _pass(self, body: bytes, *, ends: bool) -> bytes:
+        """Count whole lines, and give back what the client gets of them."""
+        data = self._rest + body
+        end = len(data) if ends else data.rfind(b"\n") + 1
+        whole, self._rest = data[:end], data[end:]
+        if b"data:" not in whole:
+            return whole
+        kept = []
+        dropped = False
+        for line in whole.splitlines(keepends=True):
+            if dropped and not line.strip():
+                continue  # the end of an event that the client does not get
+            dropped = False
+            if line.startswith(b"data:") and b"{" in line:
+                line = self._event(line)
+                dropped = not line
+            kept.append(line)
+        return b"".join(kept)
+
+    def _event(self, line: bytes) -> bytes:
+        self._events += 1
+        self._read(line)
+        if self._each or not self._rewrites:
+            return line
+        if _NO_CHOICES in line and b'"usage":{' in line:
+            return line if self._total else b""
+        return _USAGE.sub(b"", line) if b'"usage":' in line else line
+
+    def _read(self, data: bytes) -> None:
+        for match in _USAGE.finditer(data):
+            try:
+                usage = orjson.loads(match[1] or match[2])
+            except orjson.JSONDecodeError:
+                continue
+            if usage is None:
+                continue
+            self._told = True
+            for name in ("prompt_tokens", "input_tokens"):
+                self._prompt = max(self._prompt, _count(usage.get(name)))
+            completion = _count(usage.get("completion_tokens", usage.get("output_tokens")))
+            if self._rewrites and (choice := _INDEX.search(data)) is not None:
+                # In each chunk vLLM counts the tokens of that chunk's choice.
+                self._by_choice[int(choice[1])] = completion
+                completion = sum(self._by_choice.values())
+            self._completion = max(self._completion, completion)
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) else 0

@@ -1,0 +1,233 @@
+"""API keys: what is kept of each (a hash, never the key), where, and finding the one shown.
+
+A key is 256 random bits, so a plain SHA-256 of it can't be guessed back. Records
+outlive revocation: once there was a key, keys are needed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import orjson
+
+from service.errors import Conflict, UnknownModel
+from service.store.protocol import Store
+from service.types import Limits
+
+_PREFIX = "coe-"
+_NONE = bytes(32)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """What is known of a key. Times in seconds since 1970; digests in hexadecimal.
+
+    `old_digest` is good until `old_until_s`: the key before a rotation.
+    """
+
+    id: str
+    tenant: str
+    digest: str
+    created_s: float = 0.0
+    label: str = ""
+    expires_s: float | None = None
+    revoked_s: float | None = None
+    experts: tuple[str, ...] | None = None
+    priority: str | None = None
+    limits: Limits = field(default_factory=Limits)
+    old_digest: str = ""
+    old_until_s: float = 0.0
+
+    def dumps(self) -> bytes:
+        """As JSON."""
+        return orjson.dumps(asdict(self))
+
+    def told(self, now_s: float) -> dict[str, object]:
+        """For people: everything but the hashes."""
+        known = {k: v for k, v in asdict(self).items() if not k.startswith(("digest", "old_"))}
+        return {**known, "state": self.state(now_s)}
+
+    def state(self, now_s: float) -> str:
+        """active, revoked or expired."""
+        if self.revoked_s is not None:
+            return "revoked"
+        if self.expires_s is not None and self.expires_s <= now_s:
+            return "expired"
+        return "active"
+
+
+def loads(data: bytes) -> KeyRecord:
+    """The reverse of `dumps`."""
+    told = orjson.loads(data)
+    told["limits"] = Limits(**told["limits"])
+    told["experts"] = tuple(told["experts"]) if told["experts"] is not None else None
+    return KeyRecord(**told)
+
+
+def digest_of(key: str) -> str:
+    """What is kept of a key."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def new_key() -> tuple[str, str, str]:
+    """A new key: its public id, the key itself, and its digest."""
+    key_id = secrets.token_hex(6)
+    key = f"{_PREFIX}{key_id}-{secrets.token_urlsafe(32)}"
+    return key_id, key, digest_of(key)
+
+
+class KeyTable:
+    """The keys, and which of them was shown."""
+
+    def __init__(self, records: Iterable[KeyRecord]) -> None:
+        self.records = {record.id: record for record in records}
+        self._by_start: dict[str, list[tuple[bytes, float, KeyRecord]]] = {}
+        for record in self.records.values():
+            pairs = [(record.digest, float("inf")), (record.old_digest, record.old_until_s)]
+            for digest, until_s in pairs:
+                if digest:
+                    entry = (bytes.fromhex(digest), until_s, record)
+                    self._by_start.setdefault(digest[:8], []).append(entry)
+
+    def find(self, key: str, now_s: float) -> KeyRecord | None:
+        """The record of a key, expired and revoked ones included.
+
+        The time it takes tells nothing of any key: looked up is the hash of what was
+        shown, which nobody can steer, and whole hashes are compared in constant time.
+        """
+        shown = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        found: KeyRecord | None = None
+        for digest, until_s, record in self._by_start.get(shown[:4].hex(), [(_NONE, 0.0, None)]):
+            if hmac.compare_digest(shown, digest) and until_s > now_s:
+                found = record
+        return found
+
+
+class KeyBook(Protocol):
+    """Where keys made by people are kept."""
+
+    async def version(self) -> bytes:
+        """Another one whenever a record has changed. May raise StoreGone."""
+
+    async def load(self) -> list[KeyRecord]:
+        """All records. May raise StoreGone."""
+
+    async def save(self, record: KeyRecord) -> None:
+        """Keep a record. May raise StoreGone."""
+
+
+class StoreBook:
+    """Keys in the store that gateways share."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def version(self) -> bytes:
+        """See `KeyBook`."""
+        return await self._store.get("keys-version") or b""
+
+    async def load(self) -> list[KeyRecord]:
+        """See `KeyBook`."""
+        found = [await self._store.get(name) for name in await self._store.names("key/")]
+        return [loads(data) for data in found if data is not None]
+
+    async def save(self, record: KeyRecord) -> None:
+        """See `KeyBook`."""
+        await self._store.put(f"key/{record.id}", record.dumps())
+        await self._store.put("keys-version", secrets.token_bytes(8))
+
+
+class FileBook:
+    """Keys in a file of their own, its owner's alone; for a store that forgets."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    async def version(self) -> bytes:
+        """See `KeyBook`."""
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return b""
+        return f"{found.st_mtime_ns}.{found.st_ino}.{found.st_size}".encode()
+
+    async def load(self) -> list[KeyRecord]:
+        """See `KeyBook`."""
+        return self._read()
+
+    def _read(self) -> list[KeyRecord]:
+        try:
+            lines = self._path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        return [loads(line) for line in lines if line.strip()]
+
+    async def save(self, record: KeyRecord) -> None:
+        """See `KeyBook`."""
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(self._path.with_suffix(".lock"), os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            records = {one.id: one for one in self._read()} | {record.id: record}
+            partial = self._path.with_suffix(f".{os.getpid()}")
+            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(b"".join(one.dumps() + b"\n" for one in records.values()))
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self._path)
+        finally:
+            os.close(lock)
+
+
+class Keys:
+    """Making, listing, rotating and revoking keys in a book."""
+
+    def __init__(self, book: KeyBook) -> None:
+        self._book = book
+
+    async def create(self, wanted: KeyRecord, now_s: float) -> tuple[KeyRecord, str]:
+        """A new key with what `wanted` says of it. Only here is the key itself told."""
+        key_id, key, digest = new_key()
+        record = replace(wanted, id=key_id, digest=digest, created_s=now_s)
+        await self._book.save(record)
+        return record, key
+
+    async def records(self) -> Sequence[KeyRecord]:
+        """All of them, oldest first."""
+        return sorted(await self._book.load(), key=lambda one: (one.created_s, one.id))
+
+    async def rotate(self, key_id: str, now_s: float, grace_s: float) -> tuple[KeyRecord, str]:
+        """Another key in its place; the old one is good for `grace_s` more. Raises as `_find`."""
+        record = await self._find(key_id)
+        if record.state(now_s) != "active":
+            raise Conflict(f"key {key_id!r} is {record.state(now_s)}: make a new one")
+        _, key, digest = new_key()
+        changed = replace(
+            record, digest=digest, old_digest=record.digest, old_until_s=now_s + grace_s
+        )
+        await self._book.save(changed)
+        return changed, key
+
+    async def revoke(self, key_id: str, now_s: float) -> KeyRecord:
+        """From now on it is worth nothing. Raises as `_find`."""
+        record = await self._find(key_id)
+        if record.revoked_s is None:
+            record = replace(record, revoked_s=now_s)
+            await self._book.save(record)
+        return record
+
+    async def _find(self, key_id: str) -> KeyRecord:
+        """Raises UnknownModel (404)."""
+        for record in await self._book.load():
+            if record.id == key_id:
+                return record
+        raise UnknownModel(f"no key {key_id[:64]!r} is kept here", code="key_not_found")

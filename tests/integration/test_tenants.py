@@ -1,0 +1,220 @@
+"""Keys, limits, budgets and usage over real HTTP, with a simulated pool behind the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from service.store.keys import digest_of
+from tests.support.serving import ADMIN_KEY, CHAT, Site, chat, simulated, site
+from tests.support.waiting import until
+
+KEY = "a-key-of-the-tests-a"
+OTHER = "a-key-of-the-tests-b"
+ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def config(
+    limits: dict[str, Any] | None = None,
+    *,
+    pool: dict[str, Any] | None = None,
+    experts: dict[str, Any] | None = None,
+    **sections: Any,
+) -> Any:
+    given = {
+        "keys": {
+            "a": {"tenant": "acme", "sha256": digest_of(KEY), **(limits or {})},
+            "b": {"tenant": "other", "sha256": digest_of(OTHER)},
+        },
+        **sections,
+    }
+    base = simulated({"cpu": {"tokens": 4, **(pool or {})}}, experts=experts)
+    return type(base).model_validate({**json.loads(base.model_dump_json()), **given})
+
+
+async def usage(s: Site, key: str = KEY) -> Any:
+    async with s.client.get(s.url + "/v1/usage", headers=bearer(key)) as reply:
+        assert reply.status == 200
+        return await reply.json()
+
+
+async def limit(s: Site, kind: str, key: str = KEY) -> Any:
+    (found,) = [one for one in (await usage(s, key))["limits"] if one["name"].endswith(kind)]
+    return found
+
+
+async def test_a_key_is_needed_once_there_is_one() -> None:
+    async with site(config()) as s:
+        for path in ("/v1/models", "/v1/models/general", "/v1/usage"):
+            async with s.get(path) as reply:
+                assert reply.status == 401, path
+        status, _, told = await s.ask(chat())
+        assert status == 401
+        assert told["error"]["type"] == "authentication_error"
+        assert told["error"]["code"] == "invalid_api_key"
+        status, _, told = await s.ask(chat(), headers=bearer(KEY + "x"))
+        assert status == 401
+        assert KEY not in json.dumps(told)
+        for path in ("/health", "/ready", "/metrics", "/openapi.json"):
+            async with s.get(path) as reply:
+                assert reply.status == 200, path
+        for headers in (bearer(KEY), {"x-api-key": KEY}):
+            status, _, _ = await s.ask(chat(), headers=headers)
+            assert status == 200
+
+
+async def test_a_key_asks_for_its_experts_only() -> None:
+    experts = {"general": {"model": "m"}, "math": {"model": "n", "categories": ["math"]}}
+    async with site(config({"experts": ["general"]}, experts=experts)) as s:
+        status, _, told = await s.ask(chat(model="math"), headers=bearer(KEY))
+        assert (status, told["error"]["code"]) == (403, "permission_denied")
+        status, _, body = await s.ask(chat(model="auto/math"), headers=bearer(KEY))
+        assert (status, body["model"]) == (200, "general")
+        status, _, body = await s.ask(chat(model="math"), headers=bearer(OTHER))
+        assert (status, body["model"]) == (200, "math")
+
+
+async def test_what_was_used_is_told_and_charged_at_the_expert_s_price() -> None:
+    experts = {"general": {"model": "m", "price": {"prompt": 1000, "completion": 5000}}}
+    budget = {"budget": {"amount": 1000}}
+    async with site(config(budget, experts=experts)) as s:
+        await s.ask(chat("a b c", max_tokens=3), headers=bearer(KEY))
+        async with s.post(chat("a b", max_tokens=5, stream=True), headers=bearer(KEY)) as reply:
+            assert b"usage" not in await reply.read()
+        told = await usage(s)
+        assert (told["tenant"], told["key"]) == ("acme", "a")
+        (day,) = told["days"].values()
+        want = {"requests": 2, "prompt_tokens": 5, "completion_tokens": 8, "cost": 0.045}
+        assert day == {**want, "experts": {"general": want}}
+        assert (await limit(s, "budget"))["spent"] == 0.045
+        assert (await limit(s, "budget"))["reserved"] == 0
+        assert (await usage(s, OTHER))["days"] == {}
+
+
+async def test_requests_per_minute() -> None:
+    async with site(config({"requests_per_min": 5})) as s:
+        answers = await asyncio.gather(*(s.ask(chat(), headers=bearer(KEY)) for _ in range(20)))
+        assert sorted(status for status, _, _ in answers) == [200] * 5 + [429] * 15
+        _, headers, told = next(one for one in answers if one[0] == 429)
+        assert told["error"]["type"] == "rate_limit_error"
+        assert told["error"]["code"] == "rate_limit_exceeded"
+        assert 58 <= int(headers["retry-after"]) <= 61
+        assert (await s.ask(chat(), headers=bearer(OTHER)))[0] == 200
+
+
+async def test_requests_at_once() -> None:
+    async with site(config({"concurrent": 2}, pool={"decode_ms": 50})) as s:
+        answers = await asyncio.gather(*(s.ask(chat(), headers=bearer(KEY)) for _ in range(6)))
+        assert sorted(status for status, _, _ in answers) == [200] * 2 + [429] * 4
+        assert (await limit(s, "concurrent"))["reserved"] == 0
+        assert (await s.ask(chat(), headers=bearer(KEY)))[0] == 200
+
+
+async def test_an_answer_is_clipped_to_what_is_affordable() -> None:
+    async with site(config({"tokens_per_min": 300})) as s:
+        status, headers, body = await s.ask(chat(max_tokens=1000), headers=bearer(KEY))
+        assert status == 200
+        clipped = int(headers["x-coe-max-tokens"])
+        assert 0 < clipped < 300
+        assert body["usage"]["completion_tokens"] == clipped
+        found = await limit(s, "tokens")
+        assert found["spent"] == body["usage"]["total_tokens"]
+        assert found["reserved"] == 0
+
+
+async def test_a_budget_is_never_overspent_by_a_burst() -> None:
+    experts = {"general": {"model": "m", "price": {"prompt": 0, "completion": 1_000_000}}}
+    budget = {"all": {"amount": 25, "window_s": 86_400}}
+    async with site(config(experts=experts, budgets=budget, pool={"decode_ms": 2})) as s:
+        asking = (s.ask(chat(max_tokens=10), headers=bearer(KEY)) for _ in range(30))
+        answers = await asyncio.gather(*asking)
+        spent = sum(body["usage"]["completion_tokens"] for st, _, body in answers if st == 200)
+        assert spent == 25
+        refused = [told for status, _, told in answers if status == 429]
+        assert {told["error"]["code"] for told in refused} == {"insufficient_quota"}
+        state = (await s.gateway.ledger.state())["all"]
+        assert (state.spent, state.reserved) == (25, 0)
+
+
+async def test_who_leaves_pays_for_what_went_out_and_no_more() -> None:
+    experts = {"general": {"model": "m", "price": {"prompt": 0, "completion": 1_000_000}}}
+    limits = {"budget": {"amount": 1000}}
+    async with site(config(limits, experts=experts, pool={"decode_ms": 5})) as s:
+        body = chat(max_tokens=800, stream=True)
+        async with s.post(body, headers=bearer(KEY)) as reply:
+            await reply.content.readuntil(b"\n\n")
+            held = await limit(s, "budget")
+            assert (held["spent"], held["reserved"]) == (0, 800)
+        await until(s.idle, "the pool is idle")
+
+        async def settled() -> bool:
+            return bool((await limit(s, "budget"))["reserved"] == 0)
+
+        await until(settled, "what was reserved is free again")
+        assert 1 <= (await limit(s, "budget"))["spent"] < 400
+
+
+async def test_a_failure_gives_everything_back() -> None:
+    async with site(config({"concurrent": 1, "tokens_per_min": 5000})) as s:
+        for _ in range(3):
+            status, _, _ = await s.ask(chat(max_tokens=100, n=0), headers=bearer(KEY))
+            assert status == 400
+        for kind in ("tokens", "concurrent"):
+            found = await limit(s, kind)
+            assert (found["spent"], found["reserved"]) == (0, 0)
+
+
+async def test_a_key_s_life_by_the_admin_endpoints() -> None:
+    async with site(config()) as s:
+
+        async def admin(method: str, path: str, body: Any = None, status: int = 200) -> Any:
+            asking = s.client.request(method, s.url + path, json=body, headers=ADMIN)
+            async with asking as reply:
+                told = await reply.json()
+                assert reply.status == status, told
+                return told
+
+        made = await admin("POST", "/admin/keys", {"tenant": "acme", "requests_per_min": 9})
+        assert (await s.ask(chat(), headers=bearer(made["key"])))[0] == 200
+        listed = (await admin("GET", "/admin/keys"))["keys"]
+        assert [one["id"] for one in listed] == [made["id"]]
+        assert listed[0]["limits"]["requests_per_min"] == 9
+        assert made["key"] not in json.dumps(listed)
+        assert "digest" not in json.dumps(listed)
+        path = f"/admin/keys/{made['id']}"
+        rotated = await admin("POST", path + "/rotate", {"grace_s": 60})
+        for key in (made["key"], rotated["key"]):
+            assert (await s.ask(chat(), headers=bearer(key)))[0] == 200
+        again = await admin("POST", path + "/rotate")
+        assert (await s.ask(chat(), headers=bearer(rotated["key"])))[0] == 401
+        assert (await s.ask(chat(), headers=bearer(again["key"])))[0] == 200
+        assert (await admin("POST", path + "/revoke"))["state"] == "revoked"
+        assert (await s.ask(chat(), headers=bearer(again["key"])))[0] == 401
+        await admin("POST", path + "/rotate", status=409)
+        await admin("POST", "/admin/keys/nothing/revoke", status=404)
+        await admin("POST", "/admin/keys", {"tenant": "a", "expets": []}, status=400)
+        await admin("POST", "/admin/keys", {"experts": ["nobody"]}, status=400)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/admin/keys"), ("POST", "/admin/keys/x/revoke")]
+)
+async def test_keys_are_the_admin_s_alone(method: str, path: str) -> None:
+    async with site(config()) as s:
+        for headers in ({}, bearer(KEY)):
+            async with s.client.request(method, s.url + path, headers=headers) as reply:
+                assert reply.status == 401
+
+
+async def test_without_any_key_nobody_has_to_show_one() -> None:
+    async with site(simulated({"cpu": {}})) as s:
+        status, headers, _ = await s.ask(chat(), CHAT)
+        assert status == 200
+        assert "x-coe-max-tokens" not in headers

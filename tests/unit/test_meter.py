@@ -1,0 +1,153 @@
+"""What an answer used, read as it passes, and what the client gets of it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.api.body import Asked, read_asked
+from service.api.meter import Meter
+from service.engine.protocol import Message
+
+CHAT = "/v1/chat/completions"
+
+
+def asked(path: str = CHAT, **more: Any) -> Asked:
+    body = {"messages": [{"role": "user", "content": "hi"}], "input": "x", "prompt": "y", **more}
+    return read_asked(path, orjson.dumps(body), {}, 1000)
+
+
+def event(content: str, usage: Any = ..., choices: int = 1, index: int = 0) -> bytes:
+    data: dict[str, Any] = {"id": "1", "choices": [{"index": index, "delta": {"content": content}}]}
+    if not choices:
+        data["choices"] = []
+    if usage is not ...:
+        data["usage"] = usage
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+def counts(prompt: int, completion: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
+async def through(
+    meter: Meter, pieces: list[bytes], *, kind: bytes = b"text/event-stream", ends: bool = True
+) -> bytes:
+    out: list[bytes] = []
+
+    async def send(message: Message) -> None:
+        out.append(message.get("body", b""))
+
+    counted = meter.wrap(send)
+    head = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]}
+    await counted(head)
+    for piece in pieces:
+        await counted({"type": "http.response.body", "body": piece, "more_body": True})
+    if ends:
+        await counted({"type": "http.response.body", "body": b""})
+    return b"".join(out)
+
+
+STREAM = [
+    event("a", counts(9, 1)),
+    event('{"usage":{"prompt_tokens":99}}', counts(9, 2)),
+    event("", counts(9, 2), choices=0),
+    b"data: [DONE]\n\n",
+]
+
+
+async def test_a_client_that_did_not_ask_for_usage_gets_none() -> None:
+    meter = Meter(asked(stream=True))
+    out = await through(meter, STREAM)
+    assert out == event("a") + event('{"usage":{"prompt_tokens":99}}') + b"data: [DONE]\n\n"
+    assert meter.calls_made("e") == [("e", 9, 2)]
+
+
+async def test_one_that_asked_gets_the_last_chunk_s_only() -> None:
+    meter = Meter(asked(stream=True, stream_options={"include_usage": True}))
+    out = await through(meter, STREAM)
+    assert out == event("a") + event('{"usage":{"prompt_tokens":99}}') + STREAM[2] + STREAM[3]
+
+
+async def test_one_that_asked_for_each_gets_all() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    assert await through(Meter(asked(stream=True, stream_options=options)), STREAM) == b"".join(
+        STREAM
+    )
+
+
+@given(st.lists(st.integers(1, 400), max_size=6))
+async def test_wherever_the_chunks_are_cut(cuts: list[int]) -> None:
+    data = b"".join(STREAM)
+    edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    pieces = [data[a:b] for a, b in itertools.pairwise(edges)]
+    meter = Meter(asked(stream=True))
+    out = await through(meter, pieces)
+    assert out.replace(b"\n", b"") == (
+        event("a") + event('{"usage":{"prompt_tokens":99}}') + b"data: [DONE]"
+    ).replace(b"\n", b"")
+    assert meter.calls_made("e") == [("e", 9, 2)]
+
+
+async def test_a_client_that_left_is_charged_what_went_out() -> None:
+    meter = Meter(asked(stream=True, n=2))
+    pieces = [event("a", counts(9, 1), index=0), event("b", counts(9, 1), index=1)]
+    await through(meter, [*pieces, event("c", counts(9, 2), index=0)], ends=False)
+    assert meter.calls_made("e") == [("e", 9, 3)]
+
+
+async def test_an_upstream_that_tells_nothing_is_counted_by_its_chunks() -> None:
+    meter = Meter(asked(stream=True))
+    await through(meter, [event("a"), event("b")], ends=False)
+    ((expert, prompt, completion),) = meter.calls_made("e")
+    assert (expert, completion) == ("e", 2)
+    assert prompt > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "usage"),
+    [
+        (CHAT, {"prompt_tokens": 3, "completion_tokens": 4}),
+        ("/v1/responses", {"input_tokens": 3, "input_tokens_details": {}, "output_tokens": 4}),
+        ("/v1/messages", {"input_tokens": 3, "output_tokens": 4}),
+    ],
+)
+async def test_a_whole_reply_passes_as_it_is(path: str, usage: Any) -> None:
+    body = orjson.dumps({"id": "1", "usage": usage, "text": '"usage":{"input_tokens":9}'})
+    meter = Meter(asked(path))
+    assert await through(meter, [body], kind=b"application/json") == body
+    assert meter.calls_made("e") == [("e", 3, 4)]
+
+
+async def test_an_anthropic_stream_is_counted_and_passes_as_it_is() -> None:
+    data = (
+        b'event: message_start\ndata: {"message":{"usage":{"input_tokens":7,"output_tokens":0}}}'
+        b'\n\nevent: message_delta\ndata: {"delta":{},"usage":{"output_tokens":5}}\n\n'
+    )
+    meter = Meter(asked("/v1/messages", stream=True))
+    assert await through(meter, [data]) == data
+    assert meter.calls_made("e") == [("e", 7, 5)]
+
+
+async def test_calls_inside_a_recipe_are_added() -> None:
+    meter = Meter(asked())
+    meter.add("a", 10, 2)
+    await through(meter, [b'{"usage":{"prompt_tokens":1,"completion_tokens":1}}'], kind=b"x")
+    assert meter.calls_made("b") == [("a", 10, 2), ("b", 1, 1)]
+
+
+def test_what_is_asked_of_the_engine() -> None:
+    data = asked(stream=True).data
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    assert Meter(asked(stream=True)).asks(data)["stream_options"] == options
+    assert Meter(asked()).asks(data) is data
+    assert Meter(asked("/v1/messages", stream=True)).asks(data) is data
