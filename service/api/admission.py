@@ -18,6 +18,7 @@ from service.api.meter import Meter
 from service.broker.ledger import Bound, Ledger, Reservation
 from service.broker.price import Price, cost, prices_of
 from service.config import Config
+from service.engine.protocol import Send
 from service.errors import CoeError, InvalidRequest
 from service.types import Tenant, Usage
 
@@ -40,11 +41,19 @@ _TEMPLATE_TOKENS = 64
 
 @dataclass(slots=True)
 class Admitted:
-    """A request that may run. `asked` may have its answer clipped, to `clipped` tokens."""
+    """A request that may run. `asked` may have its answer clipped, to `clipped` tokens.
+
+    `counts`: somebody is charged for it; else what passes is left alone.
+    """
 
     asked: Asked
     meter: Meter
     clipped: int | None = None
+    counts: bool = True
+
+    def wrap(self, send: Send) -> Send:
+        """The `send` that the answer has to go through."""
+        return self.meter.wrap(send) if self.counts else send
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
@@ -85,7 +94,7 @@ class Admission:
         """
         meter = Meter(asked)
         if not self._counts and not asked.tenant.key:
-            yield Admitted(asked, meter)
+            yield Admitted(asked, meter, counts=False)
             return
         bound = Bound(0)
         if self.ledger.bounds(asked.tenant):

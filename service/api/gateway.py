@@ -104,7 +104,7 @@ class Gateway:
                 asked, plan.preference, lambda: passage.expert
             ) as admitted:
                 told += admitted.headers
-                metered = admitted.meter.wrap(send)
+                metered = admitted.wrap(send)
                 carried = self._relay.carry(admitted.asked, plan, told, metered, passage)
                 if self._behind_serve:
                     await carried
