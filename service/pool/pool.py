@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from service.pool.slot import Slot
 from service.types import Residency
 
 _EWMA = 0.2
+_COMPLETION = re.compile(rb'"(?:completion|output)_tokens":(\d{1,9})')
 OPERATIONS = ("load", "evict", "pin", "unpin")
 
 
@@ -81,13 +83,13 @@ class Pool:
         limit = asyncio.timeout_at(loop.time() + call.deadline_ms / 1000)
         reply = _Measured(send, limit if call.stream else None)
         try:
-            async with limit, slot.lease(call.expert, 1 + len(body) // 4) as lease:
+            async with limit, slot.lease(call.expert, 1 + len(body) // 4, call.tenant) as lease:
                 if call.endpoint not in lease.report.endpoints:
                     raise UnknownEndpoint(
                         f"expert {call.expert!r} has no {call.endpoint}; "
                         f"it has {', '.join(sorted(lease.report.endpoints))}"
                     )
-                reply.lease_began(lease.queue_s, lease.swap_s)
+                reply.lease_began(lease.queue_s, lease.swap_s, lease.served)
                 request = EngineRequest(call.endpoint, call.expert, body, call.request_id)
                 await lease.engine.run(request, reply)
         except TimeoutError:
@@ -211,8 +213,10 @@ class _Measured:
         self._first_s = 0.0
         self._last_s = 0.0
         self._chunks = 0
+        self._served: Callable[[int], None] = lambda tokens: None
 
-    def lease_began(self, queue_s: float, swap_s: float) -> None:
+    def lease_began(self, queue_s: float, swap_s: float, served: Callable[[int], None]) -> None:
+        self._served = served
         self._queue_s = queue_s
         self._swap_s = swap_s
         self._began_s = self._clock()
@@ -230,7 +234,15 @@ class _Measured:
         else:
             self._last_s = self._clock()
             self._chunks += 1
+            self._count(message)
         await self._send(message)
+
+    def _count(self, message: Message) -> None:
+        """Tokens made, for fairness: a chunk is about one, a whole reply says how many."""
+        if message.get("more_body", False):
+            self._served(1)
+        elif self._chunks == 1 and (told := _COMPLETION.search(message.get("body", b""))):
+            self._served(int(told[1]))
 
     def speed(self) -> Speed | None:
         if not self._first_s:

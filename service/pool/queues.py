@@ -1,26 +1,40 @@
 """Who waits and who runs in one slot. Pure: no I/O, no clock of its own.
 
-First come, first served among the experts that are ready, so that vLLM batches
-them together; a request for an expert that is still loading waits without
-holding up the others.
+Tenants take turns by tokens served (see `fairness`); a tenant's own requests are first
+come, first served among the experts that are ready, so that vLLM batches them
+together. A request for an expert that is still loading waits without holding up the
+others. Where a queue is full, it is the tenant that fills it most who is refused.
 """
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from service.errors import OverCapacity
+from service.pool.fairness import CLASSES, Fairness
+from service.types import NOBODY, Tenant
+
+# A place that nobody knows the pace of.
+_RETRY_S = 1.0
+_LONGEST_RETRY_S = 60.0
 
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One request's place in the queue. `tokens`: about how much work it is."""
+    """One request's place in the queue. `tokens`: about how much work its prompt is."""
 
     expert: str
     arrived_s: float
     tokens: int = 1
+    tenant: Tenant = NOBODY
     running: bool = False
+
+    @property
+    def turn(self) -> tuple[int, str]:
+        """Its priority class and its tenant's name."""
+        return CLASSES.get(self.tenant.priority, CLASSES["normal"]), self.tenant.name
 
 
 class Queues:
@@ -36,43 +50,98 @@ class Queues:
         self._waiting_by = dict.fromkeys(experts, 0)
         self._running_by = dict.fromkeys(experts, 0)
         self._running = 0
+        self._present: Counter[str] = Counter()
+        self._fairness = Fairness()
+        self._ends_s: deque[float] = deque(maxlen=32)
 
-    def offer(self, expert: str, now_s: float, *, ready: bool, tokens: int = 1) -> Ticket:
-        """Take a request in: running at once where it can, else waiting. Raises OverCapacity."""
-        ticket = Ticket(expert, now_s, tokens)
-        if ready and self._running < self.capacity and not self._waiting:
+    def offer(
+        self, expert: str, now_s: float, *, ready: bool, tokens: int = 1, tenant: Tenant = NOBODY
+    ) -> Ticket:
+        """Take a request in: running at once where it can, else waiting. Raises OverCapacity.
+
+        Where the queue is full for it, see `crowded_out` first.
+        """
+        ticket = Ticket(expert, now_s, tokens, tenant)
+        at_once = ready and self._running < self.capacity and not self._waiting
+        if not at_once and self._waiting_by[expert] >= self._max_waiting:
+            raise self.full(expert)
+        self._fairness.arrived(tenant, self._present)
+        self._present[tenant.name] += 1
+        if at_once:
             self._run(ticket)
             return ticket
-        if self._waiting_by[expert] >= self._max_waiting:
-            raise OverCapacity(
-                f"expert {expert!r} has {self._waiting_by[expert]} requests waiting, "
-                f"and no more than {self._max_waiting} may"
-            )
         self._waiting[ticket] = None
         self._waiting_by[expert] += 1
         return ticket
 
+    def crowded_out(self, expert: str, tenant: Tenant) -> Ticket | None:
+        """Whose ticket has to go so that this tenant's request finds a place in a full queue.
+
+        The newest of the tenant that has the most waiting there, if that is at least two
+        more than this one has: so each gets an equal part of the queue.
+        """
+        if self._waiting_by[expert] < self._max_waiting:
+            return None
+        waiting = self.waiting_for(expert)
+        counts = Counter(ticket.tenant.name for ticket in waiting)
+        if not counts:
+            return None
+        most = max(counts, key=lambda name: (counts[name], name))
+        if counts[most] < counts[tenant.name] + 2:
+            return None
+        return next(ticket for ticket in reversed(waiting) if ticket.tenant.name == most)
+
+    def full(self, expert: str) -> OverCapacity:
+        """What a request is told that finds no place. Half the queue should be gone by then."""
+        waiting = self._waiting_by[expert]
+        retry_s = _RETRY_S
+        if len(self._ends_s) > 1:
+            pace_s = (self._ends_s[-1] - self._ends_s[0]) / (len(self._ends_s) - 1)
+            retry_s = min(_LONGEST_RETRY_S, max(_RETRY_S, pace_s * waiting / 2))
+        return OverCapacity(
+            f"expert {expert!r} has {waiting} requests waiting, "
+            f"and no more than {self._max_waiting} may",
+            retry_after_s=retry_s,
+        )
+
     def grant(self, ready: set[str]) -> list[Ticket]:
-        """The tickets that may run now, oldest first. They count as running from here on."""
+        """The tickets that may run now, in turn. They count as running from here on."""
         granted: list[Ticket] = []
-        for ticket in self._waiting:
-            if self._running + len(granted) >= self.capacity:
-                break
-            if ticket.expert in ready:
-                granted.append(ticket)
-        for ticket in granted:
+        # Each tenant's tickets by class, oldest first, of the experts that are ready.
+        turns: dict[tuple[int, str], deque[Ticket]] = {}
+        if self._running < self.capacity:
+            for ticket in self._waiting:
+                if ticket.expert in ready:
+                    turns.setdefault(ticket.turn, deque()).append(ticket)
+        while turns and self._running < self.capacity:
+            turn = self._fairness.choose(turns)
+            ticket = turns[turn].popleft()
+            if not turns[turn]:
+                del turns[turn]
             self._forget(ticket)
             self._run(ticket)
+            granted.append(ticket)
         return granted
 
-    def close(self, ticket: Ticket) -> None:
+    def served(self, ticket: Ticket, tokens: int) -> None:
+        """A running ticket has been given so many tokens of answer."""
+        self._fairness.served(ticket.tenant, tokens)
+
+    def close(self, ticket: Ticket, now_s: float | None = None) -> None:
         """A ticket's request has ended, been given up, or failed: whatever it held is free."""
         if ticket.running:
             ticket.running = False
             self._running -= 1
             self._running_by[ticket.expert] -= 1
+            if now_s is not None:
+                self._ends_s.append(now_s)
         elif ticket in self._waiting:
             self._forget(ticket)
+        else:
+            return
+        self._present[ticket.tenant.name] -= 1
+        if not self._present[ticket.tenant.name]:
+            del self._present[ticket.tenant.name]
 
     def waiting_for(self, expert: str) -> list[Ticket]:
         """Tickets that wait for one expert, oldest first."""
@@ -91,6 +160,7 @@ class Queues:
         ticket.running = True
         self._running += 1
         self._running_by[ticket.expert] += 1
+        self._fairness.started(ticket.tenant, ticket.tokens)
 
     def _forget(self, ticket: Ticket) -> None:
         del self._waiting[ticket]

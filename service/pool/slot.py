@@ -12,13 +12,14 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from service.engine.protocol import Engine, EngineReport
 from service.errors import CoeError, Conflict, Draining, EngineDead, ExpertFailed
 from service.link.snapshot import ExpertState, Queue
 from service.pool.queues import Queues, Ticket
-from service.types import Residency
+from service.types import NOBODY, Residency, Tenant
 
 log = logging.getLogger("coe.pool")
 
@@ -28,17 +29,23 @@ _RETRY_S = (1.0, 5.0, 30.0, 120.0, 300.0)
 _UNHEALTHY_AFTER = 3
 
 
+def _nothing(tokens: int) -> None:
+    """Nobody counts them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
     """The right to run one request on the slot's engine, and how long it waited for it.
 
-    `swap_s`: how much of that other weights were being put in place.
+    `swap_s`: how much of that other weights were being put in place. `served` is told
+    of tokens as they are made, for whose turn it is next.
     """
 
     engine: Engine
     report: EngineReport
     queue_s: float
     swap_s: float = 0.0
+    served: Callable[[int], None] = _nothing
 
 
 class Slot:
@@ -77,10 +84,12 @@ class Slot:
     # --- requests
 
     @asynccontextmanager
-    async def lease(self, expert: str, tokens: int = 1) -> AsyncIterator[Lease]:
+    async def lease(
+        self, expert: str, tokens: int = 1, tenant: Tenant = NOBODY
+    ) -> AsyncIterator[Lease]:
         """Wait until `expert` answers and there is room; give the place back at the end.
 
-        `tokens`: about how much work the request is.
+        `tokens`: about how much work its prompt is.
 
         Raises OverCapacity, ExpertFailed, Draining, EngineDead.
         """
@@ -89,7 +98,11 @@ class Slot:
         if self._states[expert].state is Residency.FAILED:
             raise self._failed(expert)
         ready = expert in self._ready()
-        ticket = self._queues.offer(expert, time.monotonic(), ready=ready, tokens=tokens)
+        if (gone := self._queues.crowded_out(expert, tenant)) is not None:
+            self._crowd_out(gone)
+        ticket = self._queues.offer(
+            expert, time.monotonic(), ready=ready, tokens=tokens, tenant=tenant
+        )
         self._idle.clear()
         self._arrived(ticket)
         self._changed()
@@ -107,10 +120,11 @@ class Slot:
                 self._report,
                 queue_s=time.monotonic() - ticket.arrived_s,
                 swap_s=self._swap_s_since(ticket.arrived_s),
+                served=partial(self._queues.served, ticket),
             )
         finally:
             self._waits.pop(ticket, None)
-            self._queues.close(ticket)
+            self._queues.close(ticket, time.monotonic())
             self._grant()
             if self._queues.total == 0:
                 self._idle.set()
@@ -140,6 +154,14 @@ class Slot:
             else:
                 # Its client left between being woken and running.
                 self._queues.close(ticket)
+
+    def _crowd_out(self, ticket: Ticket) -> None:
+        """Refuse one that waits: its tenant fills the queue, and another's has no place in it."""
+        wait = self._waits.pop(ticket, None)
+        full = self._queues.full(ticket.expert)
+        self._queues.close(ticket)
+        if wait is not None and not wait.done():
+            wait.set_exception(full)
 
     def _failed(self, expert: str) -> ExpertFailed:
         reason = self._states[expert].reason
