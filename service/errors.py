@@ -60,6 +60,24 @@ class BodyTooLarge(InvalidRequest):
     code = "request_too_large"
 
 
+class HeadersTooLarge(InvalidRequest):
+    """The request's headers are over the configured bounds (431)."""
+
+    code = "headers_too_large"
+
+
+class TooSlow(InvalidRequest):
+    """The request did not arrive within the configured time (408)."""
+
+    code = "request_timeout"
+
+
+class NotAllowed(InvalidRequest):
+    """A field that would make us open files or URLs, or run code (400)."""
+
+    code = "not_allowed"
+
+
 class UnknownModel(CoeError):
     """No expert of that name (404)."""
 

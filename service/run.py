@@ -56,7 +56,7 @@ def run(config: Config, *, source: Path) -> None:
         _keep_admin_key()
         make_secret(secret_path)
         _say(f"starting {source} ({len(config.experts)} experts); logs in {run_dir}")
-        cluster_env.prepare(run_dir, config.server.host, config.server.drain_s)
+        cluster_env.prepare(run_dir, config.server)
         from service.deployment.local import LocalCluster
 
         cluster = LocalCluster(config, run_dir)

@@ -7,6 +7,7 @@ names the file, the path in it, what is wrong and what is allowed.
 from service.config.base import parse_bytes
 from service.config.composition import SECTIONS, Config
 from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
+from service.config.limits import RequestLimits
 from service.config.pools import PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.reading import load_config, parse_config
 from service.config.server import RouterConfig, ServerConfig
@@ -29,6 +30,7 @@ __all__ = [
     "PoolConfig",
     "PriceConfig",
     "RemoteConfig",
+    "RequestLimits",
     "RouterConfig",
     "ServerConfig",
     "SimulatedOptions",

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from service.config.base import Name, Section
 from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
+from service.config.limits import RequestLimits
 from service.config.pools import PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.server import RouterConfig, ServerConfig
 from service.config.tenants import BudgetConfig, KeyConfig, SpendConfig, StoreConfig, TenantConfig
@@ -166,6 +167,7 @@ def _unknown(name: str, allowed: set[str]) -> str:
 SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     (): Config,
     ("server",): ServerConfig,
+    ("server", "limits"): RequestLimits,
     ("router",): RouterConfig,
     ("experts", "*"): ExpertConfig,
     ("experts", "*", "remote"): RemoteConfig,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from service.config.base import Bytes, Section
+from service.config.limits import RequestLimits
 
 
 class ServerConfig(Section):
@@ -28,6 +29,7 @@ class ServerConfig(Section):
     access_log: bool = Field(
         False, description="Log one line per request: id, path, status, expert, ms. Never prompts."
     )
+    limits: RequestLimits = Field(default_factory=lambda: RequestLimits())
 
 
 class RouterConfig(Section):

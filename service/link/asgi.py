@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from service.errors import BodyTooLarge
+from service.errors import BodyTooLarge, TooSlow
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -17,23 +17,42 @@ class ClientGone(Exception):
     """The client has left: there is nobody to answer."""
 
 
-async def read_body(receive: Receive, max_bytes: int) -> bytes:
-    """The whole body. Raises BodyTooLarge, and ClientGone if the client left."""
+async def read_body(
+    receive: Receive, max_bytes: int, *, declared: bytes = b"", timeout_s: float | None = None
+) -> bytes:
+    """The whole body.
+
+    `declared`: the content-length header, so that nothing of a body that says that it
+    is too large is waited for. Raises BodyTooLarge, TooSlow where it did not come within
+    `timeout_s`, and ClientGone if the client left.
+    """
+    if declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):
+        raise _too_large(max_bytes)
+    limit = asyncio.timeout(timeout_s)
+    try:
+        async with limit:
+            return await _whole(receive, max_bytes)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise TooSlow(f"the body did not arrive within {timeout_s:g} s") from None
+
+
+async def _whole(receive: Receive, max_bytes: int) -> bytes:
     message = await receive()
     if message["type"] == "http.request" and not message.get("more_body", False):
         body: bytes = message.get("body", b"")
         if len(body) > max_bytes:
             raise _too_large(max_bytes)
         return body
-    parts: list[bytes] = []
-    size = 0
+    # One buffer: a list of its pieces would cost many times the body when they are tiny.
+    whole = bytearray()
     while message["type"] == "http.request":
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > max_bytes:
+        whole += message.get("body", b"")
+        if len(whole) > max_bytes:
             raise _too_large(max_bytes)
         if not message.get("more_body", False):
-            return b"".join(parts)
+            return bytes(whole)
         message = await receive()
     raise ClientGone
 

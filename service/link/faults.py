@@ -13,6 +13,8 @@ from service.errors import CoeError
 _STATUS: dict[type[CoeError], int] = {
     errors.InvalidRequest: 400,
     errors.BodyTooLarge: 413,
+    errors.HeadersTooLarge: 431,
+    errors.TooSlow: 408,
     errors.Unauthorized: 401,
     errors.Forbidden: 403,
     errors.TooMany: 429,
@@ -29,6 +31,8 @@ _TYPE = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "invalid_request_error",
+    431: "invalid_request_error",
     409: "invalid_request_error",
     413: "invalid_request_error",
     429: "rate_limit_error",

@@ -1,0 +1,42 @@
+"""Section `server.limits`: how large, deep and slow a request may be, and what it may name."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from service.config.base import Section
+
+
+class RequestLimits(Section):
+    """Bounds on every request. What is over them is refused, typed, before anything is done."""
+
+    max_header_bytes: int = Field(
+        16_384, ge=1024, description="Headers, names and values together, in bytes; more gets 431."
+    )
+    max_headers: int = Field(100, ge=10, description="Headers of a request; more gets 431.")
+    max_json_depth: int = Field(
+        64, ge=4, le=250, description="Levels of nesting in a body; more gets 400."
+    )
+    max_json_values: int = Field(
+        500_000, ge=100, description="Values in a body, about; more gets 400."
+    )
+    max_choices: int = Field(
+        128, ge=1, description="Largest `n` or `best_of` of a request; more gets 400."
+    )
+    header_timeout_s: int = Field(
+        10, ge=1, description="Time for a request's headers to arrive, in s; then 408."
+    )
+    body_timeout_s: float = Field(
+        60.0, gt=0, description="Time for a request's body to arrive, in s; then 408."
+    )
+    stall_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="Longest time that a client may take to accept what is sent to it, in s; then "
+        "its connection is closed and its place freed.",
+    )
+    chat_template_kwargs: tuple[str, ...] = Field(
+        ("enable_thinking", "thinking", "reasoning_effort", "add_vision_id"),
+        description="Keys that `chat_template_kwargs` of a request may set. Their values are "
+        "strings, numbers or booleans, never templates.",
+    )

