@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 import orjson
@@ -22,7 +22,8 @@ from service import __version__
 from service.api import catalog
 from service.api.accounts import Accounts
 from service.api.admission import Admission
-from service.api.body import ENDPOINTS, read_asked
+from service.api.body import ENDPOINTS, Asked, read_asked
+from service.api.limits import Limits
 from service.api.plan import Plan, Planner, explain
 from service.api.relay import Passage, Relay
 from service.api.schemas import describe
@@ -77,6 +78,7 @@ class Gateway:
         self._remote_states = remote_states
         self._behind_serve = behind_serve
         self._admin_key = admin_key
+        self._limits = Limits(config)
         self._created_s = int(time.time())
         self.metrics = GatewayMetrics()
 
@@ -90,10 +92,7 @@ class Gateway:
         client_id = ""
         self.metrics.in_flight.inc()
         try:
-            headers = dict(scope["headers"])
-            tenant = self._admission.identify(headers)
-            raw = await read_body(receive, self._config.server.max_body_bytes)
-            asked = read_asked(scope["path"], raw, headers, self._config.server.deadline_ms, tenant)
+            asked = await self._read(scope["path"], scope["headers"], receive)
             client_id = asked.client_id
             plan = self._planner.plan(asked)
             category = plan.category
@@ -135,6 +134,26 @@ class Gateway:
                     "outcome": passage.outcome,
                 }
                 access.info("request", extra=fields)
+
+    async def _read(
+        self, path: str, pairs: Iterable[tuple[bytes, bytes]], receive: Receive
+    ) -> Asked:
+        """A request, understood and within every bound. Raises InvalidRequest, ClientGone."""
+        server = self._config.server
+        pairs = list(pairs)
+        self._limits.headers(pairs)
+        headers = dict(pairs)
+        tenant = self._admission.identify(headers)
+        raw = await read_body(
+            receive,
+            server.max_body_bytes,
+            declared=headers.get(b"content-length", b""),
+            timeout_s=server.limits.body_timeout_s,
+        )
+        self._limits.shape(raw)
+        asked = read_asked(path, raw, headers, server.deadline_ms, tenant)
+        self._limits.fields(asked.data)
+        return asked
 
     async def _fail(self, error: CoeError, client_id: str, passage: Passage, send: Send) -> None:
         if passage.status:
@@ -199,11 +218,8 @@ class Gateway:
 
         @app.post("/v1/route")
         async def route(request: Request) -> Response:
-            headers = dict(request.scope["headers"])
-            tenant = self._admission.identify(headers)
-            raw = await read_body(request.receive, self._config.server.max_body_bytes)
-            asked = read_asked(
-                "/v1/chat/completions", raw, headers, self._config.server.deadline_ms, tenant
+            asked = await self._read(
+                "/v1/chat/completions", request.scope["headers"], request.receive
             )
             plan = self._planner.plan(asked)
             return _json(explain(plan, self._relay.candidates(asked, plan)))
