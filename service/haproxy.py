@@ -36,6 +36,7 @@ _STRIPPED = (
     "http-request del-header x-request-id if { req.fhdr_cnt(x-request-id) gt 1 }",
     "http-request del-header x-request-id if { req.fhdr(x-request-id) -m found } "
     "!{ req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{1,128}$ }",
+    "http-response del-header server",
 )
 _REASONS = {
     400: "Bad Request",

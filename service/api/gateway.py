@@ -187,7 +187,12 @@ class Gateway:
     def app(self) -> FastAPI:
         """The ASGI application with every endpoint."""
         app = FastAPI(
-            title="coe", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
+            title="coe",
+            version=__version__,
+            docs_url=None,
+            redoc_url=None,
+            openapi_url=None,
+            redirect_slashes=False,
         )
         for path in ENDPOINTS:
             app.router.routes.append(Route(path, _Endpoint(self.answer), methods=["POST"]))
@@ -242,7 +247,8 @@ class Gateway:
 
         @app.exception_handler(HTTPException)
         async def http(request: Request, error: HTTPException) -> Response:
-            path = request.url.path[:128]
+            # Not `request.url`: a query that is no UTF-8 would be our failure then.
+            path = str(request.scope["path"])[:128]
             if error.status_code == 405:
                 allowed = (error.headers or {}).get("Allow", "another method")
                 wrong: CoeError = InvalidRequest(f"{path} takes {allowed}, not {request.method}")

@@ -1,0 +1,1 @@
+"""Whatever a client may send: no 5xx, no hang, no traceback."""

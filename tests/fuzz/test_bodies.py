@@ -1,0 +1,265 @@
+"""Ten thousand made-up requests at the gateway's application: each gets a typed answer."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from service.api.body import ENDPOINTS
+from tests.support.apart import Apart, site_apart
+from tests.support.serving import simulated
+
+# A third of them each; together over 10,000.
+EXAMPLES = 3_400
+often = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    # The same ones in every run: what it finds is to be found by whoever broke it.
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+CONFIG = simulated(
+    {"cpu": {"tokens": 2, "max_model_len": 100_000}},
+    experts={
+        "general": {"model": "m", "categories": ["general"]},
+        "vectors": {"model": "m", "capabilities": ["embeddings"]},
+    },
+    server={"max_body_bytes": 200_000},
+)
+
+
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Apart]:
+    with site_apart(CONFIG) as made:
+        yield made
+        seen = Counter(sorted(statuses.elements()))
+        assert seen[200] > 100, f"hardly anything got through: {seen}"
+        assert seen[400] > 1000, seen
+
+
+statuses: Counter[int] = Counter()
+strange_text = st.one_of(
+    st.text(max_size=20),
+    st.sampled_from(
+        [
+            "",
+            "auto",
+            "general",
+            "auto:best",
+            "auto/general",
+            "vectors",
+            "\x00",
+            "\u202e",
+            "😀" * 50,
+            "a\r\nset-cookie: x",
+            "{{ 7*7 }}",
+            "../../etc/passwd",
+            "http://169.254.169.254/",
+            "x" * 5000,
+            "-1",
+        ]
+    ),
+)
+numbers = st.one_of(
+    st.integers(),
+    st.sampled_from([10**400, -(10**400), 2**63, 2**64, -1, 0, 1]),
+    st.floats(),
+)
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, strange_text),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(strange_text, inner, max_size=4)
+    ),
+    max_leaves=5,
+)
+parts = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image_url", "input_audio", "file", "x"])},
+    optional={"text": values, "image_url": values, "url": values, "source": values},
+)
+message = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": st.one_of(st.sampled_from(["user", "system", "assistant", "tool"]), values),
+        "content": st.one_of(strange_text, st.lists(parts, max_size=3), values),
+        "tool_calls": values,
+        "name": values,
+    },
+)
+fields: dict[str, Any] = {
+    "model": st.one_of(st.sampled_from(["auto", "general", "vectors"]), values),
+    "messages": st.one_of(st.lists(message, max_size=3), values),
+    "prompt": values,
+    "input": values,
+    "tokens": values,
+    "stream": st.one_of(st.booleans(), values),
+    "stream_options": st.one_of(st.just({"include_usage": True}), values),
+    "max_tokens": st.one_of(st.integers(0, 20), values),
+    "max_completion_tokens": values,
+    "n": st.one_of(st.integers(-1, 4), values),
+    "stop": values,
+    "tools": values,
+    "tool_choice": values,
+    "response_format": values,
+    "chat_template_kwargs": values,
+    "chat_template": values,
+    "temperature": values,
+    "user": values,
+    "system": values,
+}
+objects = st.fixed_dictionaries({}, optional=fields)
+
+
+def dumped(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=True).encode()
+
+
+def broken(raw: bytes, at: int, junk: bytes) -> bytes:
+    at %= len(raw) + 1
+    return raw[:at] + junk + raw[at:]
+
+
+junk = st.one_of(
+    st.binary(max_size=4),
+    st.sampled_from(
+        [b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"NaN", b"-", b"1e999", b"\\ud800", b"\x00"]
+    ),
+)
+deep = st.builds(
+    lambda kind, depth, tail: (
+        b'{"messages":' + (b"[" if kind else b'{"a":') * depth + tail,
+        b'{"model":"auto","messages":' + b"[" * depth + b"]" * depth + b"}",
+    )[depth % 2],
+    st.booleans(),
+    st.integers(1, 5000),
+    st.sampled_from([b"", b"1", b"]" * 100]),
+)
+bodies = st.one_of(
+    objects.map(dumped),
+    st.builds(broken, objects.map(dumped), st.integers(0), junk),
+    st.binary(max_size=200),
+    deep,
+    values.map(dumped),
+    st.sampled_from(
+        [
+            b"",
+            b"null",
+            b"\xef\xbb\xbf{}",
+            '{"model": "auto"}'.encode("utf-16"),
+            b'{"messages": [{"role": "user", "content": "' + b"x" * 199_000 + b'"}]}',
+            b'{"messages": [{"role": "user", "content": "' + b"x" * 250_000 + b'"}]}',
+            b'{"messages": [' + b'{"role": "user", "content": "x"},' * 3000 + b"{}]}",
+            b'{"n": ' + b"9" * 100_000 + b"}",
+            b'{"a": ' + b"[]," * 30_000 + b"}",
+        ]
+    ),
+)
+good_bodies = st.fixed_dictionaries(
+    {
+        "model": st.sampled_from(["auto", "general"]),
+        "messages": st.lists(
+            st.fixed_dictionaries({"role": st.just("user"), "content": strange_text}),
+            min_size=1,
+            max_size=2,
+        ),
+    },
+    optional={k: v for k, v in fields.items() if k not in ("model", "messages")},
+).map(dumped)
+# What a server lets through: no line ends, no nulls.
+header_values = st.one_of(
+    st.binary(max_size=40).map(lambda b: b.translate(None, b"\r\n\0")),
+    st.sampled_from([b"", b"x" * 5000, b"-1", b"1e9", b"9" * 40, b"application/json", b"\xff"]),
+)
+headers = st.dictionaries(
+    st.sampled_from(
+        [
+            b"x-request-id",
+            b"content-type",
+            b"content-length",
+            b"authorization",
+            b"idempotency-key",
+            b"accept",
+            b"content-encoding",
+            b"x-coe-cache",
+            b"traceparent",
+            b"host",
+            b"x-forwarded-for",
+        ]
+    ),
+    header_values,
+    max_size=4,
+).map(lambda found: [*found.items()])
+
+
+def check(answer: Any) -> None:
+    statuses[answer.status] += 1
+    assert answer.ended
+    assert answer.status < 500, answer.body[:500]
+    assert b"Traceback" not in answer.body
+    if answer.status >= 400:
+        error = orjson.loads(answer.body)["error"]
+        assert error.keys() == {"message", "type", "param", "code"}
+        assert error["message"]
+        assert len(answer.body) < 2000
+
+
+@often
+@given(st.sampled_from([*ENDPOINTS, "/v1/route"]), bodies, headers)
+def test_any_body_gets_a_typed_answer(
+    apart: Apart, path: str, body: bytes, given_headers: list[tuple[bytes, bytes]]
+) -> None:
+    check(apart.ask("POST", path, body, given_headers))
+
+
+@often
+@given(st.sampled_from(["/v1/chat/completions", "/v1/route"]), good_bodies, headers)
+def test_what_is_nearly_right_gets_a_typed_answer(
+    apart: Apart, path: str, body: bytes, given_headers: list[tuple[bytes, bytes]]
+) -> None:
+    check(apart.ask("POST", path, body, given_headers))
+
+
+methods = st.sampled_from(
+    ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE", "X"]
+)
+paths = st.one_of(
+    st.sampled_from([*ENDPOINTS, "/v1/models", "/metrics", "/ready", "/openapi.json", "/health"]),
+    st.text(max_size=20).map(lambda text: "/v1/models/" + text),
+    st.text(max_size=20).map(lambda text: "/" + text),
+    st.sampled_from(
+        [
+            "//v1/models",
+            "/v1/models/../../etc/passwd",
+            "/admin/experts",
+            "/admin/experts/x/y",
+            "/admin/experts//",
+            "/" + "a" * 8000,
+            "/v1/models/" + "b" * 8000,
+            "/v1/chat/completions/",
+        ]
+    ),
+)
+
+
+@often
+@given(methods, paths, st.binary(max_size=30), headers, st.binary(max_size=50))
+def test_any_method_and_path_gets_a_typed_answer(
+    apart: Apart,
+    method: str,
+    path: str,
+    body: bytes,
+    given_headers: list[tuple[bytes, bytes]],
+    query: bytes,
+) -> None:
+    answer = apart.ask(method, path, body, given_headers, query=query)
+    if method == "HEAD" and not answer.body:
+        assert answer.status < 500
+        return
+    check(answer)

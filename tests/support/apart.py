@@ -1,0 +1,136 @@
+"""A site in a loop and thread of its own, for tests that can't be coroutines."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from service.config import Config
+from tests.support.serving import Site, site
+
+T = TypeVar("T")
+
+
+@dataclass
+class Answer:
+    """What an ASGI application sent, and whether it kept to the protocol."""
+
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    ended: bool = False
+
+    async def __call__(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            assert not self.status, "a second head"
+            self.status = message["status"]
+            for name, value in message["headers"]:
+                assert not set(name + value) & set(b"\r\n\0"), "a header that no server would send"
+                self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+            return
+        assert self.status, "a body before its head"
+        assert not self.ended, "something came after the end"
+        self.body += message.get("body", b"")
+        self.ended = not message.get("more_body", False)
+
+
+@dataclass
+class Apart:
+    """The site, and its loop, which runs in another thread."""
+
+    loop: asyncio.AbstractEventLoop
+    site: Site
+    app: Any
+
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 20) -> T:
+        """Do it over there, and wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout_s)
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        headers: list[tuple[bytes, bytes]],
+        *,
+        query: bytes = b"",
+    ) -> Answer:
+        """One request to the gateway's application, without a server in between."""
+        return self.run(ask(self.app, method, path, body, headers, query=query))
+
+
+async def ask(
+    app: Any,
+    method: str,
+    path: str,
+    body: bytes,
+    headers: list[tuple[bytes, bytes]],
+    *,
+    query: bytes = b"",
+) -> Answer:
+    """One request to an ASGI application; its body comes in two pieces."""
+    pieces = iter([body[: len(body) // 2], body[len(body) // 2 :]])
+    left = 2
+
+    async def receive() -> dict[str, Any]:
+        nonlocal left
+        if left == 0:
+            await asyncio.Event().wait()
+        left -= 1
+        return {"type": "http.request", "body": next(pieces), "more_body": left > 0}
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode("utf-8", "surrogateescape"),
+        "query_string": query,
+        "root_path": "",
+        "headers": headers,
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 2),
+        "state": {},
+    }
+    answer = Answer()
+    async with asyncio.timeout(10):
+        await app(scope, receive, answer)
+    return answer
+
+
+@contextmanager
+def site_apart(config: Config) -> Iterator[Apart]:
+    """A running site, for as long as the context lasts."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    context = site(config)
+
+    def over_there(work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, loop).result(60)
+
+    try:
+        made = over_there(_entered(context))
+        try:
+            yield Apart(loop, made, made.gateway.gateway.app())
+        finally:
+            over_there(_left(context))
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def _entered(context: Any) -> Site:
+    made: Site = await context.__aenter__()
+    return made
+
+
+async def _left(context: Any) -> None:
+    await context.__aexit__(None, None, None)
