@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from service.api.accounts import Accounts
 from service.api.admission import Admission
@@ -18,7 +18,7 @@ from service.api.relay import Relay, RemoteSeat
 from service.broker.ledger import Ledger
 from service.config import Config, PoolConfig
 from service.engine.lazy import LazyEngine
-from service.engine.protocol import SwappingEngine
+from service.engine.protocol import EngineWatch, SwappingEngine
 from service.engine.remote import RemoteEngine
 from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, ConfigError
@@ -36,8 +36,14 @@ from service.router.conversation import classify_body
 from service.store.keys import FileBook, KeyBook, Keys, StoreBook
 from service.store.memory import MemoryStore
 from service.store.protocol import Store
-from service.telemetry.pool_metrics import PoolCollector, pool_text
+from service.telemetry import table
+from service.telemetry.logs import log_fields
+from service.telemetry.node import NodeTarget
+from service.telemetry.pool_metrics import PoolMetrics
 from service.types import CategoryScores
+
+if TYPE_CHECKING:
+    from service.telemetry.traces import Traces
 
 log = logging.getLogger("coe.app")
 
@@ -49,7 +55,10 @@ _WEIGHTS_GUESS_BYTES = 1024**3
 
 
 class GatewayProcess:
-    """A gateway with what it holds: links to pools, clients of remote experts."""
+    """A gateway with what it holds: links to pools, clients of remote experts.
+
+    `node`: folder where the node's processes find each other's metrics (`node_folder`).
+    """
 
     def __init__(
         self,
@@ -60,6 +69,7 @@ class GatewayProcess:
         admin_key: str | None,
         wake: Callable[[str], None],
         behind_serve: bool,
+        node: Path | None = None,
     ) -> None:
         self.directory = Directory(gateway_id, secret)
         self._seats = {
@@ -77,6 +87,7 @@ class GatewayProcess:
         self._keyring = Keyring(config, book)
         self.ledger = Ledger(config, self.store)
         self._admission = Admission(config, self._keyring, self.ledger, self._relay.context)
+        self._traces = _traces(config, "gateway", gateway_id)
         self.gateway = Gateway(
             config,
             Planner(config, load_classifier(config)),
@@ -85,14 +96,34 @@ class GatewayProcess:
             Accounts(config, self._admission, Keys(book)),
             self.directory,
             lambda: {name: seat.failed for name, seat in self._seats.items()},
+            self._neighbours,
             admin_key=admin_key,
+            traces=self._traces,
             behind_serve=behind_serve,
         )
+        metrics, labels = self.gateway.metrics, {"gateway": gateway_id}
+        metrics.meter.on_read(self._read)
+        self._node = _node_target(
+            config, node, f"gateway-{gateway_id}", lambda: metrics.text(labels)
+        )
+
+    async def _neighbours(self) -> list[str]:
+        """The metrics of the node's other gateways."""
+        return await self._node.others("gateway-") if self._node is not None else []
+
+    def _read(self) -> None:
+        """The queues of remote experts, for the metrics."""
+        put = self.gateway.metrics.meter.put
+        for name, seat in self._seats.items():
+            put(table.QUEUED, seat.waiting, name)
+            put(table.RUNNING, seat.running, name)
 
     async def start(self) -> None:
         """Connect remote experts; one that can't be is shown as failed."""
         await self.store.start()
         await self._keyring.start()
+        if self._node is not None:
+            await self._node.start()
         for name, seat in self._seats.items():
             try:
                 await seat.engine.start()
@@ -102,12 +133,16 @@ class GatewayProcess:
 
     async def stop(self) -> None:
         """Close every connection."""
+        if self._node is not None:
+            await self._node.stop()
         await self._relay.close()
         await self._admission.stop()
         await self._keyring.stop()
         await self.directory.close()
         await self.store.stop()
         await asyncio.gather(*(seat.engine.stop() for seat in self._seats.values()))
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.stop)
 
 
 def open_store(config: Config, owner: str) -> Store:
@@ -133,15 +168,33 @@ def load_classifier(config: Config) -> Callable[[Mapping[str, Any]], CategorySco
 class PoolProcess:
     """A pool with its engines, its application and its metrics."""
 
-    def __init__(self, config: Config, kind: str, secret: str) -> None:
-        self.pool = build_pool(config, kind)
-        self._collector = PoolCollector(
-            self.pool.snapshot, self.pool.swap_counts, self.pool.canary_failures, self.pool.details
-        )
+    def __init__(self, config: Config, kind: str, secret: str, *, node: Path | None = None) -> None:
+        self._metrics = PoolMetrics()
+        self.pool = build_pool(config, kind, self._metrics)
+        self._traces = _traces(config, "pool", f"{kind}-{self.pool.boot}")
+        if self._traces is not None:
+            self._metrics.traced = self._traces.pooled
+        self._metrics.follow(self.pool)
         self.app = PoolApp(self, secret, config.server.max_body_bytes)
+        self._node = _node_target(config, node, f"pool-{kind}-{self.pool.boot}", self.metrics)
+
+    async def start(self) -> None:
+        """Start the engines, in the background."""
+        if self._node is not None:
+            await self._node.start()
+        self.pool.start()
+
+    async def stop(self, drain_s: float) -> None:
+        """Drain, at most so long, and stop the engines."""
+        await self.pool.stop(drain_s)
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.stop)
+        if self._node is not None:
+            await self._node.stop()
 
     async def run(self, call: Call, body: bytes, send: Any) -> None:
         """See `PoolHandler`."""
+        log_fields(request_id=call.request_id, expert=call.expert)
         await self.pool.run(call, body, send)
 
     def snapshots(self) -> Any:
@@ -160,37 +213,60 @@ class PoolProcess:
         """See `PoolHandler`."""
         await self.pool.operate(act, expert)
 
-    def metrics(self) -> bytes:
+    async def metrics(self) -> str:
         """See `PoolHandler`."""
-        return pool_text(self._collector)
+        return await self._metrics.text({"pool": f"{self.pool.kind}-{self.pool.boot}"})
 
 
-def build_pool(config: Config, kind: str) -> Pool:
+def _traces(config: Config, process: str, instance: str) -> Traces | None:
+    if config.telemetry.traces_url is None:
+        return None
+    # Imported here: most do without, and it takes its time.
+    from service.telemetry.traces import Traces
+
+    return Traces(config.telemetry, process, instance)
+
+
+def _node_target(
+    config: Config, folder: Path | None, name: str, text: Callable[[], Awaitable[str]]
+) -> NodeTarget | None:
+    if folder is None:
+        return None
+    told = config.telemetry
+    return NodeTarget(folder, name, text, host=told.metrics_host, port=told.metrics_port)
+
+
+def build_pool(config: Config, kind: str, watch: PoolMetrics) -> Pool:
     """A pool of this kind with its slots.
 
     A slot for each unit (an expert with full weights, and its adapters); with fewer
     slots than units, each slot is shared by several, which take turns in it.
     """
     settings = config.pools[kind]
-    pool = Pool(kind)
+    pool = Pool(kind, watch)
     units = config.units(kind)
     if settings.slots is None or settings.slots >= len(units):
         for unit in units:
-            pool.add(_own_slot(config, settings, unit, pool.changed))
+            pool.add(_own_slot(config, settings, unit, pool.changed, watch))
     else:
         for i in range(settings.slots):
-            pool.add(_shared_slot(config, settings, units[i :: settings.slots], pool.changed))
+            own = units[i :: settings.slots]
+            pool.add(_shared_slot(config, settings, own, pool.changed, watch))
     return pool
 
 
 def _own_slot(
-    config: Config, settings: PoolConfig, unit: tuple[str, ...], changed: Callable[[], None]
+    config: Config,
+    settings: PoolConfig,
+    unit: tuple[str, ...],
+    changed: Callable[[], None],
+    watch: EngineWatch,
 ) -> Slot:
     base, *adapters = unit
     simulated = settings.engine == "simulated"
     return Slot(
         unit,
-        partial(_build_engine, config, settings, base, tuple(adapters)),
+        partial(_build_engine, config, settings, base, tuple(adapters), watch),
         capacity=settings.max_running,
         max_waiting=settings.max_queue,
         start_guess_s=settings.simulated.load_s if simulated else _VLLM_START_S,
@@ -203,13 +279,14 @@ def _shared_slot(
     settings: PoolConfig,
     units: tuple[tuple[str, ...], ...],
     changed: Callable[[], None],
+    watch: EngineWatch,
 ) -> SwapSlot:
     simulated = settings.engine == "simulated"
     canaries: dict[str, str] = {}
     swap = settings.swap
     return SwapSlot(
         tuple(Unit(unit[0], unit, config.experts[unit[0]].pinned) for unit in units),
-        partial(_build_swapping, config, settings, units, canaries),
+        partial(_build_swapping, config, settings, units, canaries, watch),
         Policy(
             min_stay_s=swap.min_stay_s,
             max_wait_s=swap.max_wait_s,
@@ -239,15 +316,19 @@ def _folder(config: Config, expert: str) -> str:
 
 
 def _build_engine(
-    config: Config, settings: PoolConfig, base: str, adapters: tuple[str, ...]
+    config: Config,
+    settings: PoolConfig,
+    base: str,
+    adapters: tuple[str, ...],
+    watch: EngineWatch,
 ) -> SwappingEngine:
     """An engine that runs one unit."""
     unit = (base, *adapters)
     if settings.engine == "simulated":
-        return SimulatedEngine(unit, settings.simulated)
+        return SimulatedEngine(unit, settings.simulated, watch)
     if adapters or config.experts[base].form != "merged":
-        return LazyEngine(partial(_make_vllm, config, settings, base, adapters))
-    return LazyEngine(partial(_make_swapping, config, settings, (unit,), {}, base))
+        return LazyEngine(partial(_make_vllm, config, settings, base, adapters, watch))
+    return LazyEngine(partial(_make_swapping, config, settings, (unit,), {}, watch, base))
 
 
 def _build_swapping(
@@ -255,28 +336,33 @@ def _build_swapping(
     settings: PoolConfig,
     units: tuple[tuple[str, ...], ...],
     canaries: dict[str, str],
+    watch: EngineWatch,
     first: str,
 ) -> SwappingEngine:
     """An engine that starts with `first`, and can run all units of its family."""
     if settings.engine == "simulated":
         names = tuple(name for unit in units for name in unit)
-        return SimulatedEngine(names, settings.simulated)
+        return SimulatedEngine(names, settings.simulated, watch)
     adapters = next(unit[1:] for unit in units if unit[0] == first)
     if adapters or settings.gpus > 0:
         # Exchanging whole models would need room for all of them on the GPU.
-        return LazyEngine(partial(_make_vllm, config, settings, first, adapters))
-    return LazyEngine(partial(_make_swapping, config, settings, units, canaries, first))
+        return LazyEngine(partial(_make_vllm, config, settings, first, adapters, watch))
+    return LazyEngine(partial(_make_swapping, config, settings, units, canaries, watch, first))
 
 
 def _make_vllm(
-    config: Config, settings: PoolConfig, base: str, adapters: tuple[str, ...]
+    config: Config,
+    settings: PoolConfig,
+    base: str,
+    adapters: tuple[str, ...],
+    watch: EngineWatch,
 ) -> SwappingEngine:
     # Imported here: it takes seconds, and only a pool with real engines needs it.
     from service.engine.vllm import VllmEngine, VllmModel
 
     paths = {name: str(config.experts[name].adapter) for name in adapters}
     model = VllmModel(base, _folder(config, base), paths)
-    return VllmEngine(model, settings.vllm, on_cpu=settings.gpus == 0)
+    return VllmEngine(model, settings.vllm, on_cpu=settings.gpus == 0, watch=watch)
 
 
 def _make_swapping(
@@ -284,6 +370,7 @@ def _make_swapping(
     settings: PoolConfig,
     units: tuple[tuple[str, ...], ...],
     canaries: dict[str, str],
+    watch: EngineWatch,
     first: str,
 ) -> SwappingEngine:
     from service.engine.vllm_swap import SwappingVllmEngine, Weights
@@ -312,6 +399,7 @@ def _make_swapping(
         on_cpu=settings.gpus == 0,
         canary_every=settings.swap.canary_every,
         canaries=canaries,
+        watch=watch,
     )
 
 

@@ -1,12 +1,17 @@
-"""The config reference, made from the schema: `python -m service.docs` prints it."""
+"""The config reference, made from the schema, and the table of metrics, from theirs.
+
+`python -m service.docs` prints the first, `python -m service.docs metrics` the second.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from pydantic_core import PydanticUndefined
 
 from service.config import SECTIONS
+from service.telemetry import table
 
 
 def reference() -> str:
@@ -46,5 +51,29 @@ def _default(field: Any) -> str:
     return f"`{field.default}`"
 
 
+def metrics() -> str:
+    """Every metric that the service declares, and what bounds its labels, as Markdown."""
+    parts = []
+    for group, declared in table.GROUPS.items():
+        parts.append(f"### {group}\n")
+        parts.append(
+            "| metric | kind | process | labels | meaning |\n| --- | --- | --- | --- | --- |"
+        )
+        for one in declared:
+            labels = ", ".join(f"`{label}`" for label in one.labels)
+            parts.append(
+                f"| `{one.name}` | {one.kind} | {one.side} | {labels} | {_cell(one.meaning)} |"
+            )
+        parts.append("")
+    parts.append("### Labels\n\n| label | values |\n| --- | --- |")
+    parts += [f"| `{label}` | {_cell(bound)} |" for label, bound in table.LABELS.items()]
+    parts.append("")
+    return "\n".join(parts)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
 if __name__ == "__main__":
-    print(reference())
+    print(metrics() if sys.argv[1:] == ["metrics"] else reference())

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
 from service.errors import InvalidRequest
+from service.link.call import trace_of
 from service.types import NOBODY, Tenant
 
 AUTO = "auto"
@@ -37,7 +39,7 @@ class Asked:
     """A request as the gateway understands it.
 
     `deadline_ms`: to the first token when `stream`, else to the end. `needs`: the
-    capabilities that an expert must have to answer it.
+    capabilities that an expert must have to answer it. `trace`: its W3C trace context.
     """
 
     endpoint: str
@@ -50,6 +52,7 @@ class Asked:
     client_id: str
     deadline_ms: int
     tenant: Tenant = NOBODY
+    trace: Mapping[str, str] = field(default_factory=dict)
 
     def body_for(self, expert: str) -> bytes:
         """The body to send on: untouched where the client named this expert itself."""
@@ -97,6 +100,7 @@ def read_asked(
         client_id=given.decode() if _GIVEN_ID.match(given) else request_id,
         deadline_ms=_deadline_ms(headers, default_deadline_ms),
         tenant=tenant,
+        trace=trace_of(headers),
     )
 
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
@@ -37,10 +37,18 @@ from service.errors import (
     UnknownModel,
 )
 from service.link.asgi import ClientGone, Message, Receive, Send, read_body, until_gone
+from service.link.call import trace_of
+from service.link.client import PoolLink
 from service.link.directory import Directory
 from service.link.faults import Fault, fault_of
 from service.link.secret import same
-from service.telemetry.metrics import CONTENT_TYPE, GatewayMetrics, join
+from service.telemetry import table
+from service.telemetry.exposition import CONTENT_TYPE, join
+from service.telemetry.logs import log_fields
+from service.telemetry.metrics import Ended, GatewayMetrics
+
+if TYPE_CHECKING:
+    from service.telemetry.traces import Traces
 
 log = logging.getLogger("coe.api")
 access = logging.getLogger("coe.access")
@@ -48,6 +56,8 @@ access = logging.getLogger("coe.access")
 
 class Gateway:
     """Answers requests. `app()` is its ASGI application.
+
+    `neighbours`: the metrics of the other gateways on this node, as texts.
 
     `admin_key`: without one there are no admin endpoints.
 
@@ -65,8 +75,10 @@ class Gateway:
         accounts: Accounts,
         directory: Directory,
         remote_states: Callable[[], dict[str, str | None]],
+        neighbours: Callable[[], Awaitable[list[str]]],
         *,
         admin_key: str | None = None,
+        traces: Traces | None = None,
         behind_serve: bool = False,
     ) -> None:
         self._config = config
@@ -81,6 +93,9 @@ class Gateway:
         self._limits = Limits(config)
         self._created_s = int(time.time())
         self.metrics = GatewayMetrics()
+        self.metrics.meter.on_read(self._read)
+        self._neighbours = neighbours
+        self._traces = traces
 
     # --- prompts
 
@@ -90,14 +105,25 @@ class Gateway:
         passage = Passage()
         category = ""
         client_id = ""
-        self.metrics.in_flight.inc()
+        self.metrics.began()
+        streamed = False
+        fault = ""
         try:
+            if self._traces is not None:
+                given = trace_of(dict(scope["headers"]))
+                passage.trace = self._traces.begin(given, scope["path"], began_s)
+                log_fields(trace_id=passage.trace.trace_id)
             asked = await self._read(scope["path"], scope["headers"], receive)
             client_id = asked.client_id
+            log_fields(request_id=client_id)
+            streamed = asked.stream
             plan = self._planner.plan(asked)
             category = plan.category
             route_s = time.monotonic() - began_s
-            self.metrics.route.observe(route_s)
+            self.metrics.routed(route_s)
+            if passage.trace is not None:
+                passage.trace.asked(asked.request_id, asked.model, streamed, asked.data)
+                passage.trace.routed(category, plan.confidence, began_s, route_s)
             told = _headers(plan, route_s) + self._id_header(client_id)
             async with self._admission.admit(
                 asked, plan.preference, lambda: passage.expert
@@ -110,19 +136,21 @@ class Gateway:
                 else:
                     await until_gone(carried, receive)
         except CoeError as error:
-            passage.outcome = error.code
+            passage.outcome = fault = error.code
             await self._fail(error, client_id, passage, send)
         except (ClientGone, asyncio.CancelledError):
             passage.outcome = "client_gone"
             raise
         except Exception:
-            passage.outcome = "internal_error"
+            passage.outcome = fault = CoeError.code
             log.exception("a request failed unexpectedly")
             unknown = CoeError("something went wrong here; the log has its kind and place")
             await self._fail(unknown, client_id, passage, send)
         finally:
-            self.metrics.in_flight.dec()
-            self._count(passage, category, time.monotonic() - began_s)
+            ended = _ended(passage, category, streamed, fault, began_s)
+            self.metrics.ended(ended)
+            if passage.trace is not None:
+                passage.trace.ended(ended, passage.status)
             if self._config.server.access_log:
                 fields = {
                     "request_id": client_id,
@@ -171,16 +199,6 @@ class Gateway:
 
     def _id_header(self, client_id: str) -> list[tuple[bytes, bytes]]:
         return [] if self._behind_serve else [(b"x-request-id", client_id.encode())]
-
-    def _count(self, passage: Passage, category: str, total_s: float) -> None:
-        outcome = passage.outcome
-        if outcome == "ok" and passage.status >= 400:
-            outcome = "client_error" if passage.status < 500 else "server_error"
-        self.metrics.requests.labels(passage.expert, category, outcome).inc()
-        if passage.first_byte_s and outcome == "ok":
-            self.metrics.first_byte.labels(passage.expert).observe(passage.first_byte_s)
-            self.metrics.total.labels(passage.expert).observe(total_s)
-            self.metrics.queue.labels(passage.expert).observe(passage.queue_ms / 1000)
 
     # --- everything else
 
@@ -269,7 +287,7 @@ class Gateway:
             links = self._directory.links()
             told = await asyncio.gather(*(link.experts() for link in links), return_exceptions=True)
             pools = {
-                f"{link.address.kind}-{link.address.boot}": one
+                link.address.name: one
                 for link, one in zip(links, told, strict=True)
                 if isinstance(one, dict)
             }
@@ -295,17 +313,30 @@ class Gateway:
         views = self._relay.views()
         return catalog.states(self._config, views, self._remote_states())
 
-    async def _metrics_text(self) -> str:
+    def _read(self) -> None:
+        """What is known of pools, for the metrics."""
+        meter, now_s = self.metrics.meter, time.monotonic()
         links = self._directory.links()
-        self.metrics.pools.set(len(links))
-        texts = await asyncio.gather(*(link.metrics() for link in links), return_exceptions=True)
-        known = []
-        for link, text in zip(links, texts, strict=True):
-            if isinstance(text, str):
-                known.append((f"{link.address.kind}-{link.address.boot}", text))
-            elif not isinstance(text, PoolGone):
-                raise text
-        return join(self.metrics.text(), known)
+        meter.put(table.POOLS, len(links))
+        meter.forget(table.SNAPSHOT_AGE)
+        for link in links:
+            meter.put(table.SNAPSHOT_AGE, link.age_s(now_s), link.address.name)
+
+    async def _metrics_text(self) -> str:
+        """Of this process, of the node's other gateways, and of every pool."""
+        links = self._directory.links()
+        own = self.metrics.text({"gateway": self._directory.gateway})
+        pools = asyncio.gather(*map(_told, links))
+        first, neighbours, others = await asyncio.gather(own, self._neighbours(), pools)
+        return await asyncio.to_thread(join, [first, *neighbours, *others])
+
+
+async def _told(link: PoolLink) -> str:
+    """A pool's metrics; nothing where it has just gone."""
+    try:
+        return await link.metrics()
+    except PoolGone:
+        return ""
 
 
 class _Endpoint:
@@ -322,6 +353,28 @@ class _Endpoint:
             await self._answer(scope, receive, send)
         except ClientGone:
             return
+
+
+def _ended(passage: Passage, category: str, streamed: bool, fault: str, began_s: float) -> Ended:
+    outcome = passage.outcome
+    if outcome == "ok" and passage.status >= 400:
+        outcome = "client_error" if passage.status < 500 else "server_error"
+    return Ended(
+        expert=passage.expert,
+        category=category,
+        recipe=passage.recipe,
+        outcome=outcome,
+        fault=fault,
+        attempts=passage.attempts,
+        streamed=streamed,
+        local=passage.local,
+        first_byte_s=max(0.0, passage.first_byte_at_s - began_s),
+        total_s=time.monotonic() - began_s,
+        queue_s=passage.queue_ms / 1000,
+        engine_s=passage.engine_ms / 1000,
+        predicted_s=passage.predicted_s,
+        failed=passage.failed,
+    )
 
 
 def _headers(plan: Plan, route_s: float) -> list[tuple[bytes, bytes]]:

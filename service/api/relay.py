@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import aiohttp
 import orjson
@@ -30,10 +31,13 @@ from service.errors import (
     Unavailable,
     UpstreamError,
 )
-from service.link.call import QUEUE_MS, SWAP_MS, Call
+from service.link.call import ENGINE_MS, QUEUE_MS, SWAP_MS, Call
 from service.link.client import PoolLink, PoolReply
 from service.link.directory import Directory
 from service.link.faults import FAULT_HEADER, sse_event
+
+if TYPE_CHECKING:
+    from service.telemetry.traces import Trace
 
 # The pool enforces the deadline; the gateway only sees to it that a pool that
 # hangs can't keep a client for ever.
@@ -47,16 +51,25 @@ _LONG_TOKENS = 512
 
 @dataclass(slots=True)
 class Passage:
-    """What became of one request, for headers, metrics and the log."""
+    """What became of one request, for headers, metrics and the log.
+
+    `predicted_s`: the wait that was expected of the option that answered; `first_byte_at_s`:
+    by `time.monotonic`; `failed`: attempts that did before the first byte, as (expert, code).
+    """
 
     expert: str = ""
+    recipe: str = "single"
+    local: bool = False
     status: int = 0
     queue_ms: float = 0.0
     swap_ms: float = 0.0
+    engine_ms: float = 0.0
     predicted_s: float = 0.0
-    first_byte_s: float = 0.0
+    first_byte_at_s: float = 0.0
     attempts: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)
     outcome: str = "ok"
+    trace: Trace | None = None
     tried: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
@@ -91,9 +104,8 @@ class Relay:
         passage: Passage,
     ) -> None:
         """Answer a request. Raises CoeError while nothing has been sent."""
-        began_s = time.monotonic()
-        deadline_s = began_s + asked.deadline_ms / 1000
-        reply = _Reply(send, headers, passage, began_s)
+        deadline_s = time.monotonic() + asked.deadline_ms / 1000
+        reply = _Reply(send, headers, passage)
         fault: CoeError | None = None
         while True:
             option = self._next(asked, plan, passage, fault)
@@ -101,10 +113,13 @@ class Relay:
                 await self._wait_for_pool(plan, deadline_s)
                 continue
             passage.expert = option.expert
+            passage.local = option.boot is not None
+            passage.predicted_s = option.wait_s
             passage.attempts += 1
             passage.tried[option.expert, option.boot or ""] += 1
             try:
-                await self._attempt(option, asked, deadline_s, reply)
+                with _traced(passage.trace, option, asked) as trace:
+                    await self._attempt(option, asked, deadline_s, reply, trace)
                 return
             except (Unavailable, UpstreamError) as error:
                 if reply.started:
@@ -113,6 +128,7 @@ class Relay:
                 fault = error
                 if isinstance(error, DeadlineExceeded):
                     raise
+                passage.failed.append((option.expert, error.code))
 
     def candidates(self, asked: Asked, plan: Plan) -> list[Option]:
         """Every way to answer this now, best first. Sends nothing."""
@@ -153,7 +169,6 @@ class Relay:
             chosen = min(left, key=lambda o: passage.tried[o.expert, o.boot or ""])
             if not passage.attempts:
                 self._wake_better(wish, chosen, views)
-                passage.predicted_s = chosen.wait_s
                 self._note_unmet(unmet(wish, chosen, views))
             return chosen
         if fault is not None and not isinstance(fault, (PoolGone, EngineDead)):
@@ -225,7 +240,12 @@ class Relay:
         await self._directory.change(min(left_s, 1.0))
 
     async def _attempt(
-        self, option: Option, asked: Asked, deadline_s: float, reply: _Reply
+        self,
+        option: Option,
+        asked: Asked,
+        deadline_s: float,
+        reply: _Reply,
+        trace: Mapping[str, str],
     ) -> None:
         left_ms = max(1, int((deadline_s - time.monotonic()) * 1000))
         body = asked.body_for(option.expert)
@@ -238,7 +258,8 @@ class Relay:
                 if option.boot is None:
                     seat = self._remotes[option.expert]
                     await seat.run(
-                        EngineRequest(asked.endpoint, option.expert, body, asked.request_id), reply
+                        EngineRequest(asked.endpoint, option.expert, body, asked.request_id, trace),
+                        reply,
                     )
                     return
                 link = self._link(option.boot)
@@ -251,6 +272,7 @@ class Relay:
                     gateway=self._directory.gateway,
                     seq=link.next_seq(option.expert),
                     tenant=asked.tenant,
+                    trace=trace,
                 )
                 async with link.call(call, body) as answer:
                     await self._pass_on(answer, asked, limit, reply)
@@ -281,6 +303,7 @@ class Relay:
                 head.append((name.encode(), answer.headers[name].encode("latin-1")))
         reply.passage.queue_ms = float(answer.headers.get(QUEUE_MS, "0"))
         reply.passage.swap_ms = float(answer.headers.get(SWAP_MS, "0"))
+        reply.passage.engine_ms = float(answer.headers.get(ENGINE_MS, "0"))
         if not content_type.startswith(b"text/event-stream"):
             body = await _whole(answer)
             head.append((b"content-length", str(len(body)).encode()))
@@ -349,14 +372,12 @@ class _Reply:
         send: Send,
         headers: list[tuple[bytes, bytes]],
         passage: Passage,
-        began_s: float,
     ) -> None:
         self.passage = passage
         self.started = False
         self.first_byte_limit: asyncio.Timeout | None = None
         self._send = send
         self._headers = headers
-        self._began_s = began_s
         self._streams = False
 
     async def __call__(self, message: Message) -> None:
@@ -364,7 +385,7 @@ class _Reply:
             self.started = True
             passage = self.passage
             passage.status = message["status"]
-            passage.first_byte_s = time.monotonic() - self._began_s
+            passage.first_byte_at_s = time.monotonic()
             if self.first_byte_limit is not None:
                 self.first_byte_limit.reschedule(None)
             given = message["headers"]
@@ -389,6 +410,15 @@ class _Reply:
             await self._send({"type": "http.response.body", "body": sse_event(error)})
             return
         raise error
+
+
+def _traced(
+    trace: Trace | None, option: Option, asked: Asked
+) -> AbstractContextManager[Mapping[str, str]]:
+    """The W3C headers to go on with; untraced, the client's own as they came."""
+    if trace is None:
+        return nullcontext(asked.trace)
+    return trace.attempt(option.expert, option.boot)
 
 
 def _too_late(asked: Asked) -> DeadlineExceeded:

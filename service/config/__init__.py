@@ -11,6 +11,7 @@ from service.config.limits import RequestLimits
 from service.config.pools import PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.reading import load_config, parse_config
 from service.config.server import RouterConfig, ServerConfig
+from service.config.telemetry import TelemetryConfig
 from service.config.tenants import (
     BudgetConfig,
     KeyConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "SpendConfig",
     "StoreConfig",
     "SwapOptions",
+    "TelemetryConfig",
     "TenantConfig",
     "VllmOptions",
     "load_config",

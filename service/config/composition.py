@@ -12,6 +12,7 @@ from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
 from service.config.limits import RequestLimits
 from service.config.pools import PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.server import RouterConfig, ServerConfig
+from service.config.telemetry import TelemetryConfig
 from service.config.tenants import BudgetConfig, KeyConfig, SpendConfig, StoreConfig, TenantConfig
 
 
@@ -20,6 +21,7 @@ class Config(Section):
 
     server: ServerConfig = Field(default_factory=lambda: ServerConfig())
     router: RouterConfig = Field(default_factory=lambda: RouterConfig())
+    telemetry: TelemetryConfig = Field(default_factory=lambda: TelemetryConfig())
     models_dir: str | None = Field(
         None, description="Where models are kept. Default: $COE_MODELS or ~/.cache/coe/models."
     )
@@ -169,6 +171,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("server",): ServerConfig,
     ("server", "limits"): RequestLimits,
     ("router",): RouterConfig,
+    ("telemetry",): TelemetryConfig,
     ("experts", "*"): ExpertConfig,
     ("experts", "*", "remote"): RemoteConfig,
     ("experts", "*", "price"): PriceConfig,

@@ -20,6 +20,7 @@ from service.deployment.server import QuietServer, bind_free_port, server_config
 from service.link import addresses
 from service.link.secret import read_secret
 from service.telemetry.logs import set_up_logs
+from service.telemetry.node import node_folder
 
 # The name under which autoscaling reads what a pool reports.
 QUEUED = "queued"
@@ -35,7 +36,8 @@ class PoolReplica:
         set_up_logs()
         config = Config.model_validate_json(config_json)
         self._drain_s = config.server.drain_s
-        self._process = PoolProcess(config, kind, read_secret(Path(secret_path)))
+        secret = read_secret(Path(secret_path))
+        self._process = PoolProcess(config, kind, secret, node=node_folder(secret))
         host = host or ray.util.get_node_ip_address()
         listener = bind_free_port(host)
         self._server = QuietServer(server_config(self._process.app))
@@ -46,7 +48,7 @@ class PoolReplica:
             "kind": kind,
             "boot": self._process.pool.boot,
         }
-        self._process.pool.start()
+        await self._process.start()
 
     def record_replica_metadata(self) -> dict[str, str]:
         """What gateways need to find this pool. Serve asks once, when it is ready."""
@@ -71,7 +73,7 @@ class PoolReplica:
         process = getattr(self, "_process", None)
         if process is None:
             return
-        await process.pool.stop(self._drain_s)
+        await process.stop(self._drain_s)
         self._server.should_exit = True
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._serving, 2)
@@ -96,13 +98,15 @@ class GatewayReplica:
             for expert in config.local_experts(kind):
                 self._kinds_of.setdefault(expert, []).append(kind)
         self._waking: dict[str, asyncio.Task[None]] = {}
+        secret = read_secret(Path(secret_path))
         self._process = GatewayProcess(
             config,
             secrets.token_hex(8),
-            read_secret(Path(secret_path)),
+            secret,
             admin_key=read_secret(Path(admin_key_path)),
             wake=self._wake_for,
             behind_serve=True,
+            node=node_folder(secret),
         )
         await self._process.start()
         loop = asyncio.get_running_loop()

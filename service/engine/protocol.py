@@ -6,9 +6,11 @@ own OpenAI layer speaks them, so nothing is translated where tokens flow.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from prometheus_client import CollectorRegistry
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -18,13 +20,15 @@ Send = Callable[[Message], Awaitable[None]]
 class EngineRequest:
     """One call: the endpoint's path, the expert by name, and the body as it came.
 
-    `request_id` is unique among all requests in flight.
+    `request_id` is unique among all requests in flight. `trace`: the W3C headers to go on
+    with, for an engine that is elsewhere.
     """
 
     endpoint: str
     expert: str
     body: bytes
     request_id: str
+    trace: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,35 @@ class EngineReport:
     max_model_len: int
     endpoints: frozenset[str]
     details: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one request that has ended took in its engine, by the engine's own clock, in s.
+
+    queue_s: until it was scheduled; prefill_s: from then to the first token; decode_s:
+    from the first token to the last.
+    """
+
+    expert: str
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    prompt_tokens: int
+    answer_tokens: int
+
+
+class EngineWatch(Protocol):
+    """Who counts what engines do."""
+
+    def worked(self, work: Work) -> None:
+        """A request has ended."""
+
+    def registry(self, expert: str) -> CollectorRegistry:
+        """An empty place for the engine's own metrics while it runs this expert.
+
+        It takes the place of the one that an engine was given before for this expert.
+        """
 
 
 class Engine(Protocol):

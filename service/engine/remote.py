@@ -81,7 +81,11 @@ class RemoteEngine:
             )
         if self._session is None:
             raise ExpertFailed(f"expert {self._expert!r} is not connected")
-        headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        headers = {
+            **request.trace,
+            "content-type": "application/json",
+            "accept-encoding": "identity",
+        }
         if self._key is not None:
             headers["authorization"] = f"Bearer {self._key}"
         body = self._addressed(request.body)

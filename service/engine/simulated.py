@@ -14,7 +14,15 @@ from typing import Any
 import orjson
 
 from service.config import SimulatedOptions
-from service.engine.protocol import EngineReport, EngineRequest, Exchanged, Filled, Send
+from service.engine.protocol import (
+    EngineReport,
+    EngineRequest,
+    EngineWatch,
+    Exchanged,
+    Filled,
+    Send,
+    Work,
+)
 from service.errors import (
     CoeError,
     EngineDead,
@@ -35,9 +43,15 @@ _WEIGHT_BYTES = 1024**3
 class SimulatedEngine:
     """Plays an engine that holds `experts`."""
 
-    def __init__(self, experts: tuple[str, ...], options: SimulatedOptions) -> None:
+    def __init__(
+        self,
+        experts: tuple[str, ...],
+        options: SimulatedOptions,
+        watch: EngineWatch | None = None,
+    ) -> None:
         self._experts = experts
         self._options = options
+        self._watch = watch
         self._loaded: set[str] = set()
         self._dead: str | None = None
         self._running = 0
@@ -171,11 +185,13 @@ class SimulatedEngine:
                 f"{prompt_tokens} prompt tokens and {tokens} of answer were asked for",
                 param="messages" if chat else "prompt",
             )
+        began_s = time.monotonic()
         if self._options.prefill_tokens_per_s:
             await asyncio.sleep(prompt_tokens / self._options.prefill_tokens_per_s)
         if self._options.fail == "first_byte":
             self.kill("told to die before the first byte")
         self._check_alive(request.expert)
+        first_s = time.monotonic()
         text = answer_text(request.expert, prompt, tokens)
         text, finish = _cut(text, body.get("stop"))
         usage = {
@@ -195,10 +211,12 @@ class SimulatedEngine:
             await self._stream(
                 send, head, text, finish, n, chat, usage, options.get("include_usage") and told
             )
+            self._tell(request.expert, first_s - began_s, first_s, usage)
             return
         if self._options.decode_ms:
             await asyncio.sleep(len(text) * self._options.decode_ms / 1000)
             self._check_alive(request.expert)
+        self._tell(request.expert, first_s - began_s, first_s, usage)
         whole = "".join(text)
         message: dict[str, Any] = (
             {"message": {"role": "assistant", "content": whole}} if chat else {"text": whole}
@@ -208,6 +226,12 @@ class SimulatedEngine:
         ]
         kind = "chat.completion" if chat else "text_completion"
         await _send_json(send, {**head, "object": kind, "choices": choices, "usage": usage})
+
+    def _tell(self, expert: str, prefill_s: float, first_s: float, usage: dict[str, int]) -> None:
+        if self._watch is not None:
+            prompt, answer = usage["prompt_tokens"], usage["completion_tokens"]
+            decode_s = time.monotonic() - first_s
+            self._watch.worked(Work(expert, 0.0, prefill_s, decode_s, prompt, answer))
 
     async def _stream(
         self,

@@ -1,6 +1,6 @@
 """The vLLM engine: an `AsyncLLM` in this process, answered through vLLM's own OpenAI layer.
 
-With `vllm_swap` and `vllm_worker` the only module that imports vllm. Requests go
+With `vllm_stats`, `vllm_swap` and `vllm_worker` the only module that imports vllm. Requests go
 into vLLM's ASGI application without a socket in between; its EngineCore is a child
 process of this one.
 """
@@ -16,7 +16,16 @@ from typing import Any
 
 from service.config import VllmOptions
 from service.engine.held import HeldReply
-from service.engine.protocol import EngineReport, EngineRequest, Exchanged, Filled, Message, Send
+from service.engine.protocol import (
+    EngineReport,
+    EngineRequest,
+    EngineWatch,
+    Exchanged,
+    Filled,
+    Message,
+    Send,
+)
+from service.engine.vllm_stats import EngineStats
 from service.errors import EngineDead, ExpertFailed
 
 GENERATE_ENDPOINTS = frozenset(
@@ -45,10 +54,18 @@ class VllmModel:
 class VllmEngine:
     """One base and its adapters on one `AsyncLLM`."""
 
-    def __init__(self, model: VllmModel, options: VllmOptions, *, on_cpu: bool) -> None:
+    def __init__(
+        self,
+        model: VllmModel,
+        options: VllmOptions,
+        *,
+        on_cpu: bool,
+        watch: EngineWatch | None = None,
+    ) -> None:
         self._model = model
         self._options = options
         self._on_cpu = on_cpu
+        self._stats = EngineStats(watch, model.name) if watch is not None else None
         self._llm: Any = None
         self._app: Any = None
         self._args = Namespace()
@@ -118,6 +135,7 @@ class VllmEngine:
                 usage_context=context,
                 enable_log_requests=False,
                 disable_log_stats=engine_args.disable_log_stats,
+                stat_loggers=[self._stats.logger()] if self._stats is not None else None,
             )
 
         # It blocks for as long as the core takes to load.
@@ -197,6 +215,8 @@ class VllmEngine:
             raise EngineDead(f"the engine of expert {request.expert!r} died: {why}")
         reply = HeldReply(send)
         call = _Call(request)
+        if self._stats is not None:
+            self._stats.asked(request.request_id, request.expert)
         task = asyncio.ensure_future(
             self._layer_of(request.expert)(call.scope, call.receive, reply)
         )

@@ -20,8 +20,16 @@ from typing import Any
 import orjson
 
 from service.config import VllmOptions
-from service.engine.protocol import EngineReport, EngineRequest, Exchanged, Filled, Message
+from service.engine.protocol import (
+    EngineReport,
+    EngineRequest,
+    EngineWatch,
+    Exchanged,
+    Filled,
+    Message,
+)
 from service.engine.vllm import VllmEngine, VllmModel, first_line
+from service.engine.vllm_stats import CANARY
 from service.errors import CoeError, EngineDead, ExpertFailed
 
 _EXTENSION = "service.engine.vllm_worker.SwapExtension"
@@ -75,8 +83,10 @@ class SwappingVllmEngine(VllmEngine):
         on_cpu: bool,
         canary_every: int,
         canaries: dict[str, str],
+        watch: EngineWatch | None = None,
     ) -> None:
-        super().__init__(VllmModel(first, weights[first].folder, {}), options, on_cpu=on_cpu)
+        model = VllmModel(first, weights[first].folder, {})
+        super().__init__(model, options, on_cpu=on_cpu, watch=watch)
         self._weights = dict(weights)
         self._first = first
         self._canary_every = canary_every
@@ -156,6 +166,8 @@ class SwappingVllmEngine(VllmEngine):
                 done = await self._rpc("coe_exchange", expert)
                 moved = True
                 self._put_on(face)
+                if self._stats is not None:
+                    self._stats.running = expert
             finally:
                 # A paused engine would keep even the old expert's requests for ever.
                 await self._alive(self._llm.resume_generation())
@@ -226,7 +238,7 @@ class SwappingVllmEngine(VllmEngine):
             parts.append(message.get("body", b""))
 
         request = EngineRequest(
-            "/v1/completions", expert, orjson.dumps(body), f"canary-{time.monotonic_ns()}"
+            "/v1/completions", expert, orjson.dumps(body), f"{CANARY}{time.monotonic_ns()}"
         )
         await self.run(request, collect)
         try:

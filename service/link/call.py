@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from service.errors import InvalidRequest
 from service.types import NOBODY, Tenant
@@ -18,6 +19,10 @@ PRIORITY = "x-coe-priority"
 WEIGHT = "x-coe-weight"
 QUEUE_MS = "x-coe-queue-ms"
 SWAP_MS = "x-coe-swap-ms"
+ENGINE_MS = "x-coe-engine-ms"
+# W3C trace context.
+TRACE = ("traceparent", "tracestate")
+_MOST = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +31,8 @@ class Call:
 
     `deadline_ms` is what is left, to the first byte when `stream`, else to the end.
     `seq` counts this gateway's calls to this pool, so that snapshots can
-    acknowledge them. Of `tenant` name, priority and weight travel.
+    acknowledge them. Of `tenant` name, priority and weight travel. `trace`: the W3C
+    headers to go on with, none where the request is not traced.
     """
 
     endpoint: str
@@ -37,10 +43,12 @@ class Call:
     gateway: str
     seq: int
     tenant: Tenant = NOBODY
+    trace: Mapping[str, str] = field(default_factory=dict)
 
     def headers(self) -> dict[str, str]:
         """As HTTP headers."""
         return {
+            **self.trace,
             EXPERT: self.expert,
             REQUEST_ID: self.request_id,
             DEADLINE_MS: str(self.deadline_ms),
@@ -51,6 +59,31 @@ class Call:
             PRIORITY: self.tenant.priority,
             WEIGHT: str(self.tenant.weight),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """When what happened to a request in a pool, in `time.monotonic` s; 0: it never did.
+
+    queue_s: of it until `began_s`; swap_s: how much of that was swapping.
+    """
+
+    arrived_s: float
+    began_s: float
+    first_s: float
+    ended_s: float
+    queue_s: float
+    swap_s: float
+
+
+def trace_of(headers: Mapping[bytes, bytes]) -> Mapping[str, str]:
+    """The W3C trace context of a request."""
+    if b"traceparent" not in headers:
+        return {}
+    given = {name: headers.get(name.encode(), b"") for name in TRACE}
+    return {
+        name: value.decode("latin-1") for name, value in given.items() if 0 < len(value) <= _MOST
+    }
 
 
 def parse_call(endpoint: str, headers: dict[bytes, bytes]) -> Call:
@@ -72,6 +105,7 @@ def parse_call(endpoint: str, headers: dict[bytes, bytes]) -> Call:
             gateway=text(GATEWAY),
             seq=int(text(SEQ)),
             tenant=Tenant(text(TENANT), priority=text(PRIORITY), weight=float(text(WEIGHT))),
+            trace=trace_of(headers),
         )
     except ValueError as error:
         raise InvalidRequest(f"a pool's header is not a number: {error}") from None

@@ -35,6 +35,11 @@ class PoolAddress:
     kind: str
     boot: str
 
+    @property
+    def name(self) -> str:
+        """How people and metrics call it."""
+        return f"{self.kind}-{self.boot}"
+
 
 @dataclass(frozen=True, slots=True)
 class PoolReply:

@@ -30,7 +30,7 @@ class PoolHandler(Protocol):
     def snapshots(self) -> AsyncIterator[bytes]:
         """Lines of the snapshot stream."""
 
-    def metrics(self) -> bytes:
+    async def metrics(self) -> str:
         """Prometheus text."""
 
     def experts(self) -> dict[str, Any]:
@@ -64,7 +64,8 @@ class PoolApp:
             if path == "/snapshots":
                 await self._stream_snapshots(receive, reply)
             elif path == "/metrics":
-                await reply.whole(200, b"text/plain; version=0.0.4", self._handler.metrics())
+                text = await self._handler.metrics()
+                await reply.whole(200, b"text/plain; version=0.0.4", text.encode())
             elif path == "/experts":
                 body = orjson.dumps(self._handler.experts())
                 await reply.whole(200, b"application/json", body)

@@ -9,11 +9,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from service.engine.protocol import EngineRequest, Message, Send
-from service.errors import DeadlineExceeded, EngineDead, UnknownEndpoint, UnknownModel
-from service.link.call import QUEUE_MS, SWAP_MS, Call
+from service.errors import CoeError, DeadlineExceeded, EngineDead, UnknownEndpoint, UnknownModel
+from service.link.call import ENGINE_MS, QUEUE_MS, SWAP_MS, Call, Times
 from service.link.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
 from service.pool.slot import Slot
 from service.types import Residency
@@ -23,14 +23,22 @@ _COMPLETION = re.compile(rb'"(?:completion|output)_tokens":(\d{1,9})')
 OPERATIONS = ("load", "evict", "pin", "unpin")
 
 
+class PoolWatch(Protocol):
+    """Who counts a pool's requests."""
+
+    def ended(self, call: Call, times: Times, fault: str) -> None:
+        """A request has ended, one way or another; `fault` is the error's code or empty."""
+
+
 class Pool:
     """Everything on one accelerator group or CPU slice.
 
     `add` its slots, then `start`; `run` answers calls; `stop` drains.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, watch: PoolWatch | None = None) -> None:
         self.kind = kind
+        self._watch = watch
         self.boot = secrets.token_hex(8)
         self._slots: list[Slot] = []
         self._slot_of: dict[str, Slot] = {}
@@ -82,6 +90,7 @@ class Pool:
         loop = asyncio.get_running_loop()
         limit = asyncio.timeout_at(loop.time() + call.deadline_ms / 1000)
         reply = _Measured(send, limit if call.stream else None)
+        fault = "client_gone"
         try:
             async with limit, slot.lease(call.expert, 1 + len(body) // 4, call.tenant) as lease:
                 if call.endpoint not in lease.report.endpoints:
@@ -92,15 +101,22 @@ class Pool:
                 reply.lease_began(lease.queue_s, lease.swap_s, lease.served)
                 request = EngineRequest(call.endpoint, call.expert, body, call.request_id)
                 await lease.engine.run(request, reply)
+                fault = ""
         except TimeoutError:
             if not limit.expired():
                 raise
+            fault = DeadlineExceeded.code
             raise DeadlineExceeded(
                 f"no answer within the deadline of {call.deadline_ms} ms", retry_after_s=1
             ) from None
-        except EngineDead:
-            slot.lost()
+        except CoeError as error:
+            fault = error.code
+            if isinstance(error, EngineDead):
+                slot.lost()
             raise
+        finally:
+            if self._watch is not None:
+                self._watch.ended(call, reply.times(), fault)
         if (speed := reply.speed()) is not None:
             self._learn(call.expert, speed)
 
@@ -206,9 +222,11 @@ class _Measured:
     def __init__(self, send: Send, first_byte_limit: asyncio.Timeout | None) -> None:
         self._send = send
         self._limit = first_byte_limit
-        self._clock = asyncio.get_running_loop().time
+        # The loop's own may be coarse and stand still while it works.
+        self._clock = time.monotonic
         self._queue_s = 0.0
         self._swap_s = 0.0
+        self._arrived_s = self._clock()
         self._began_s = 0.0
         self._first_s = 0.0
         self._last_s = 0.0
@@ -229,6 +247,7 @@ class _Measured:
             told = [
                 (QUEUE_MS.encode(), f"{self._queue_s * 1000:.1f}".encode()),
                 (SWAP_MS.encode(), f"{self._swap_s * 1000:.1f}".encode()),
+                (ENGINE_MS.encode(), f"{(self._first_s - self._began_s) * 1000:.2f}".encode()),
             ]
             message = {**message, "headers": [*message["headers"], *told]}
         else:
@@ -243,6 +262,16 @@ class _Measured:
             self._served(1)
         elif self._chunks == 1 and (told := _COMPLETION.search(message.get("body", b""))):
             self._served(int(told[1]))
+
+    def times(self) -> Times:
+        return Times(
+            self._arrived_s,
+            self._began_s,
+            self._first_s,
+            self._clock(),
+            self._queue_s,
+            self._swap_s,
+        )
 
     def speed(self) -> Speed | None:
         if not self._first_s:

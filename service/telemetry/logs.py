@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
+from contextvars import ContextVar
 from datetime import UTC, datetime
 
 import orjson
 
+# What is known of the request that is being worked on, in this task and those it starts.
+_FIELDS: ContextVar[Mapping[str, str]] = ContextVar("fields", default={})  # noqa: B039
 _EXTRA = ("request_id", "path", "status", "expert", "category", "ms", "outcome")
+
+
+def log_fields(**fields: str) -> None:
+    """From here on every line of this task tells these, such as its request's id."""
+    _FIELDS.set({**_FIELDS.get(), **fields})
 
 
 class JsonLines(logging.Formatter):
@@ -21,6 +30,7 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        line |= _FIELDS.get()
         line |= {name: getattr(record, name) for name in _EXTRA if hasattr(record, name)}
         if record.exc_info and record.exc_info[0] is not None:
             # The kind and place of a fault, not its text: that may quote a prompt.

@@ -1,84 +1,87 @@
-"""The Prometheus metrics of gateways and pools, and joining several processes' texts into one."""
+"""What a gateway counts of each request."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import Metric
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
+from service.telemetry import table
+from service.telemetry.exposition import text_of
+from service.telemetry.meter import Meter
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+# Refused although somebody was asked: there was no room anywhere.
+_NO_ROOM = frozenset({"over_capacity"})
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A request that has ended, one way or another. Times in s from its arrival; 0: never.
+
+    `fault`: the error's code, or empty. `local`: a pool answered, and so `queue_s`,
+    `engine_s` (until the engine's first byte) and `predicted_s` (the wait) are known.
+    `failed`: the attempts that did before the first byte, as (expert, code).
+    """
+
+    expert: str
+    category: str
+    recipe: str
+    outcome: str
+    fault: str
+    attempts: int
+    streamed: bool
+    local: bool
+    first_byte_s: float
+    total_s: float
+    queue_s: float = 0.0
+    engine_s: float = 0.0
+    predicted_s: float = 0.0
+    failed: Sequence[tuple[str, str]] = ()
 
 
 class GatewayMetrics:
-    """What a gateway counts. `expert` and `category` are bounded by config and artifact."""
+    """The meter of a gateway, and what one request adds to it."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "coe_requests",
-            "Requests by expert, category and outcome (ok, client_gone, or an error's code).",
-            ("expert", "category", "outcome"),
-            registry=self.registry,
-        )
-        self.first_byte = Histogram(
-            "coe_first_byte_seconds",
-            "From the request's arrival at the gateway to the first byte of its answer.",
-            ("expert",),
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self.total = Histogram(
-            "coe_request_seconds",
-            "From the request's arrival at the gateway to the end of its answer.",
-            ("expert",),
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self.route = Histogram(
-            "coe_route_seconds",
-            "Time to understand a request and choose its expert.",
-            buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05),
-            registry=self.registry,
-        )
-        self.queue = Histogram(
-            "coe_queue_seconds",
-            "Time a request waited in its pool's queue.",
-            ("expert",),
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self.in_flight = Gauge(
-            "coe_in_flight_requests", "Requests in this gateway now.", registry=self.registry
-        )
-        self.pools = Gauge("coe_pools", "Pools that this gateway hears of.", registry=self.registry)
+        self.meter = Meter(table.Side.GATEWAY)
+        self._in_flight = 0
+        self.meter.on_read(lambda: self.meter.put(table.IN_FLIGHT, self._in_flight))
 
-    def text(self) -> str:
-        """In Prometheus' text format."""
-        return generate_latest(self.registry).decode()
+    @property
+    def in_flight(self) -> int:
+        """Requests in this gateway now."""
+        return self._in_flight
 
+    def began(self) -> None:
+        """A request has come; `ended` must follow."""
+        self._in_flight += 1
 
-def join(own: str, others: Iterable[tuple[str, str]]) -> str:
-    """One text of several: `others` are (pool, text), whose samples get the label `pool`."""
-    families: dict[str, Metric] = {f.name: f for f in text_string_to_metric_families(own)}
-    for pool, text in others:
-        for family in text_string_to_metric_families(text):
-            target = families.get(family.name)
-            if target is None:
-                target = Metric(family.name, family.documentation, family.type)
-                families[family.name] = target
-            for sample in family.samples:
-                target.add_sample(
-                    sample.name, {**sample.labels, "pool": pool}, sample.value, sample.timestamp
-                )
+    def routed(self, route_s: float) -> None:
+        """It was understood, and who shall answer is known."""
+        self.meter.observe(table.ROUTE, route_s)
 
-    class _Joined(Collector):
-        def collect(self) -> Iterable[Metric]:
-            return families.values()
+    def ended(self, one: Ended) -> None:
+        """It has ended."""
+        self._in_flight -= 1
+        meter = self.meter
+        meter.add(table.REQUESTS, 1, one.expert, one.category, one.recipe, one.outcome)
+        for expert, code in one.failed:
+            meter.add(table.FAILED_ATTEMPTS, 1, expert, code)
+        if one.fault and (one.attempts == 0 or one.fault in _NO_ROOM):
+            meter.add(table.REJECTIONS, 1, one.fault)
+        if one.outcome != "ok" or not one.first_byte_s:
+            return
+        meter.observe(table.TOTAL, one.total_s, one.expert)
+        if one.streamed:
+            meter.observe(table.FIRST_TOKEN, one.first_byte_s, one.expert)
+        if not one.local:
+            return
+        meter.observe(table.OVERHEAD, max(0.0, one.first_byte_s - one.queue_s - one.engine_s))
+        meter.observe(table.WAIT_ERROR, one.queue_s - one.predicted_s)
+        meter.add(table.WAIT_PREDICTED, one.predicted_s, one.expert)
+        meter.add(table.WAIT_REAL, one.queue_s, one.expert)
 
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Joined())
-    return generate_latest(registry).decode()
+    async def text(self, labels: Mapping[str, str]) -> str:
+        """Everything as Prometheus' text, every sample with these labels."""
+        self.meter.refresh()
+        return await asyncio.to_thread(text_of, [(self.meter.registry, labels)])

@@ -1,80 +1,105 @@
-"""The metrics of a pool: read from its snapshot when asked for, so nothing is counted twice."""
+"""What a pool process counts: requests as they end, the rest read from the pool when asked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
-from prometheus_client import REGISTRY, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 
+from service.engine.protocol import Work
+from service.link.call import Call, Times
 from service.link.snapshot import Snapshot
+from service.telemetry import table
+from service.telemetry.exposition import text_of
+from service.telemetry.meter import Meter
 from service.types import Residency
 
 
-class PoolCollector(Collector):
-    """Queue lengths, residency and swaps, per expert.
+class Told(Protocol):
+    """What is read of a pool."""
 
-    The four sources are asked whenever metrics are read.
+    def snapshot(self) -> Snapshot:
+        """Its state."""
+
+    def swap_counts(self) -> dict[tuple[str, str, str], int]:
+        """Swaps by unit, method and reason."""
+
+    def canary_failures(self) -> int:
+        """Swaps that went wrong."""
+
+    def details(self) -> dict[str, dict[str, Any]]:
+        """Each expert's residency in full."""
+
+
+class PoolMetrics:
+    """The meter of a pool, and its engines' own metrics.
+
+    It is the pool's watch and its engines'. `traced` is told of calls as well.
     """
 
-    def __init__(
-        self,
-        snapshot: Callable[[], Snapshot],
-        swaps: Callable[[], dict[tuple[str, str, str], int]],
-        canary_failures: Callable[[], int],
-        details: Callable[[], dict[str, dict[str, Any]]],
-    ) -> None:
-        self._snapshot = snapshot
-        self._swaps = swaps
-        self._canary_failures = canary_failures
-        self._details = details
+    def __init__(self) -> None:
+        self.meter = Meter(table.Side.POOL)
+        self.traced: Callable[[Call, Times, str], None] | None = None
+        self._engines: dict[str, CollectorRegistry] = {}
 
-    def collect(self) -> Iterable[Metric]:
-        """The families, as of now."""
-        now = self._snapshot()
-        waiting = GaugeMetricFamily(
-            "coe_queue_requests", "Requests waiting in the pool.", labels=["expert"]
-        )
-        running = GaugeMetricFamily(
-            "coe_running_requests", "Requests on the pool's engines.", labels=["expert"]
-        )
-        residency = GaugeMetricFamily(
-            "coe_residency",
-            "1 for the state an expert's weights are in, 0 for the others.",
-            labels=["expert", "state"],
-        )
+    def follow(self, pool: Told) -> None:
+        """Read this pool's state whenever metrics are read."""
+        self.meter.on_read(lambda: self._read(pool))
+
+    def _read(self, pool: Told) -> None:
+        put, now = self.meter.put, pool.snapshot()
         for expert, queue in now.queues.items():
-            waiting.add_metric([expert], queue.waiting)
-            running.add_metric([expert], queue.running)
+            put(table.QUEUED, queue.waiting, expert)
+            put(table.RUNNING, queue.running, expert)
         for expert, state in now.experts.items():
             for possible in Residency:
-                residency.add_metric([expert, possible.value], float(state.state is possible))
-        swaps = CounterMetricFamily(
-            "coe_swaps",
-            "Swaps by the expert swapped in, method and reason.",
-            labels=["expert", "method", "reason"],
-        )
-        for key, count in self._swaps().items():
-            swaps.add_metric(list(key), count)
-        canary = CounterMetricFamily(
-            "coe_canary_failures", "Swaps after which the weights were not as first loaded."
-        )
-        canary.add_metric([], self._canary_failures())
-        host = GaugeMetricFamily(
-            "coe_host_bytes", "Memory measured for an expert's weights.", labels=["expert"]
-        )
-        for expert, told in self._details().items():
+                put(table.RESIDENCY, state.state is possible, expert, possible.value)
+        for key, count in pool.swap_counts().items():
+            self.meter.total(table.SWAPS, count, *key)
+        self.meter.total(table.CANARY_FAILURES, pool.canary_failures())
+        for expert, told in pool.details().items():
             if "host_bytes" in told:
-                host.add_metric([expert], told["host_bytes"])
-        return [waiting, running, residency, swaps, canary, host]
+                put(table.WEIGHTS, told["host_bytes"], expert, "host")
 
+    # --- as the pool's watch
 
-def pool_text(collector: PoolCollector) -> bytes:
-    """Our metrics and, from the process's own registry, vLLM's, as Prometheus text."""
-    from prometheus_client import CollectorRegistry
+    def ended(self, call: Call, times: Times, fault: str) -> None:
+        """See `PoolWatch` of the pool."""
+        if self.traced is not None:
+            self.traced(call, times, fault)
+        if times.began_s:
+            self.meter.observe(table.QUEUE, times.queue_s, call.expert)
+            self.meter.observe(table.SWAP_WAIT, times.swap_s, call.expert)
 
-    ours = CollectorRegistry()
-    ours.register(collector)
-    return generate_latest(ours) + generate_latest(REGISTRY)
+    # --- as its engines' watch
+
+    def worked(self, work: Work) -> None:
+        """See `EngineWatch`."""
+        observe, expert = self.meter.observe, work.expert
+        observe(table.ENGINE_QUEUE, work.queue_s, expert)
+        observe(table.PREFILL, work.prefill_s, expert)
+        self.meter.add(table.TOKENS, work.prompt_tokens, expert, "prompt")
+        if work.answer_tokens:
+            observe(table.DECODE, work.decode_s, expert)
+            self.meter.add(table.TOKENS, work.answer_tokens, expert, "answer")
+        if work.answer_tokens > 1:
+            observe(table.BETWEEN_TOKENS, work.decode_s / (work.answer_tokens - 1), expert)
+
+    def registry(self, expert: str) -> CollectorRegistry:
+        """See `EngineWatch`."""
+        fresh = self._engines[expert] = CollectorRegistry()
+        return fresh
+
+    # --- reading
+
+    async def text(self, labels: Mapping[str, str]) -> str:
+        """Everything as Prometheus' text, every sample with these labels."""
+        self.meter.refresh()
+        collectors: list[tuple[Collector, Mapping[str, str]]] = [(self.meter.registry, labels)]
+        collectors += [
+            (engine, {**labels, "expert": expert}) for expert, engine in self._engines.items()
+        ]
+        return await asyncio.to_thread(text_of, collectors)

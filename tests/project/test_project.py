@@ -37,6 +37,7 @@ TOP = {
 ONLY_IN = {
     "vllm": {
         "service/engine/vllm.py",
+        "service/engine/vllm_stats.py",
         "service/engine/vllm_swap.py",
         "service/engine/vllm_worker.py",
     },

@@ -17,7 +17,7 @@ import uvicorn
 from service import app
 from service.app import GatewayProcess, PoolProcess
 from service.config import Config, SimulatedOptions
-from service.engine.protocol import EngineRequest, Send
+from service.engine.protocol import EngineRequest, EngineWatch, Send
 from service.engine.simulated import SimulatedEngine
 from service.link.client import PoolAddress
 from tests.support.waiting import until
@@ -85,8 +85,13 @@ async def serving(application: Any) -> AsyncIterator[Served]:
 class WatchedEngine(SimulatedEngine):
     """A simulated engine that remembers what it was asked."""
 
-    def __init__(self, experts: tuple[str, ...], options: SimulatedOptions) -> None:
-        super().__init__(experts, options)
+    def __init__(
+        self,
+        experts: tuple[str, ...],
+        options: SimulatedOptions,
+        watch: EngineWatch | None = None,
+    ) -> None:
+        super().__init__(experts, options, watch)
         self.asked: list[EngineRequest] = []
         self.now = 0
 
@@ -164,8 +169,10 @@ async def pool_of(config: Config, kind: str) -> AsyncIterator[RunningPool]:
     process = PoolProcess(config, kind, SECRET)
     engines: list[WatchedEngine] = []
 
-    def build(experts: tuple[str, ...], options: SimulatedOptions) -> WatchedEngine:
-        engines.append(WatchedEngine(experts, options))
+    def build(
+        experts: tuple[str, ...], options: SimulatedOptions, watch: EngineWatch | None = None
+    ) -> WatchedEngine:
+        engines.append(WatchedEngine(experts, options, watch))
         return engines[-1]
 
     # Each slot asks for its engine whenever it needs one: the name stays patched
@@ -211,8 +218,8 @@ async def site(config: Config) -> AsyncIterator[Site]:
         await until(lambda: _settled(made), "every expert loaded or failed, and the gateway knows")
         yield made
         await until(made.idle, "every request ended, in pools and engines")
-        in_flight = gateway.gateway.metrics.in_flight
-        await until(lambda: in_flight._value.get() == 0, "the gateway counts none in flight")
+        metrics = gateway.gateway.metrics
+        await until(lambda: metrics.in_flight == 0, "the gateway counts none in flight")
     await until(lambda: not asyncio.all_tasks() - before, "no task is left")
 
 

@@ -1,21 +1,32 @@
-"""Metrics: what is counted, and several processes' texts joined into one."""
+"""Metrics: one table, what is counted by it, and several processes' texts joined into one."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.docs import metrics
+from service.engine.protocol import Work
+from service.link.call import Call, Times
 from service.link.snapshot import ExpertState, Queue, Snapshot
-from service.telemetry.metrics import GatewayMetrics, join
-from service.telemetry.pool_metrics import PoolCollector, pool_text
+from service.telemetry import table
+from service.telemetry.exposition import join
+from service.telemetry.meter import Meter
+from service.telemetry.metrics import Ended, GatewayMetrics
+from service.telemetry.pool_metrics import PoolMetrics
+from service.telemetry.table import LABELS, MOST_SERIES, OTHER, TABLE, Kind, Side
 from service.types import Residency
 
-POOL = """# HELP vllm_tokens Tokens.
-# TYPE vllm_tokens counter
-vllm_tokens_total{model="m"} 3.0
-# HELP coe_queue_requests Waiting.
-# TYPE coe_queue_requests gauge
-coe_queue_requests{expert="a"} 2.0
-"""
+ROOT = Path(__file__).parents[2]
+# What a name may end with: a unit, what is counted, or Prometheus' own words.
+UNITS = ("_seconds", "_bytes", "_ratio", "_requests", "_pools", "_info", "_price")
+STATES = ("_residency", "_open")
+OK = Ended("a", "math", "single", "ok", "", 1, True, True, 0.5, 1.0, 0.2, 0.25, 0.1)
+CALL = Call("/v1/chat/completions", "a", "r", 1000, True, "g", 1)
 
 
 def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -26,43 +37,169 @@ def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     }
 
 
-def test_each_pool_s_samples_are_kept_apart() -> None:
-    metrics = GatewayMetrics()
-    metrics.requests.labels("a", "math", "ok").inc()
-    text = join(metrics.text(), [("cpu-1", POOL), ("cpu-2", POOL)])
-    got = samples(text)
-    for pool in ("cpu-1", "cpu-2"):
-        assert got["coe_queue_requests", (("expert", "a"), ("pool", pool))] == 2
-        assert got["vllm_tokens_total", (("model", "m"), ("pool", pool))] == 3
-    labels = (("category", "math"), ("expert", "a"), ("outcome", "ok"))
-    assert got["coe_requests_total", labels] == 1
-    # One description each, or Prometheus refuses the whole text.
-    assert text.count("# TYPE coe_queue_requests") == 1
+def test_the_docs_tell_every_metric() -> None:
+    assert metrics() in (ROOT / "service" / "README.md").read_text()
+    assert all(f"| `{one.name}` |" in metrics() for one in TABLE)
 
 
-def test_a_family_that_gateway_and_pool_share_is_one() -> None:
-    own = GatewayMetrics()
-    own.in_flight.set(3)
-    other = GatewayMetrics()
-    other.in_flight.set(5)
-    got = samples(join(own.text(), [("p", other.text())]))
-    assert got["coe_in_flight_requests", ()] == 3
-    assert got["coe_in_flight_requests", (("pool", "p"),)] == 5
+def test_every_metric_is_declared_once_and_named_by_the_rules() -> None:
+    assert len({one.name for one in TABLE}) == len(TABLE)
+    for one in TABLE:
+        assert re.fullmatch(r"coe_[a-z_]+", one.name)
+        assert set(one.labels) <= LABELS.keys(), one.name
+        assert one.name.endswith("_total") == (one.kind is Kind.COUNTER), one.name
+        if one.kind is not Kind.COUNTER:
+            assert one.name.endswith(UNITS + STATES), one.name
+        assert (one.kind is Kind.HISTOGRAM) == bool(one.buckets), one.name
+        assert list(one.buckets) == sorted(one.buckets)
+    used = {label for one in TABLE for label in one.labels} | {"gateway", "pool"}
+    assert used == LABELS.keys()
 
 
-def test_a_pool_tells_its_queues_and_residency() -> None:
-    snapshot = Snapshot(
-        boot="b",
-        kind="cpu",
-        experts={"a": ExpertState(Residency.DEVICE)},
-        queues={"a": Queue(2, 1)},
+def test_no_metric_is_declared_and_never_fed() -> None:
+    names = {
+        name: value for name, value in vars(table).items() if isinstance(value, table.Declared)
+    }
+    assert set(names.values()) == set(TABLE)
+    code = "".join(
+        path.read_text() for path in (ROOT / "service").rglob("*.py") if path.name != "table.py"
     )
-    got = samples(pool_text(PoolCollector(lambda: snapshot, dict, lambda: 0, dict)).decode())
-    assert got["coe_queue_requests", (("expert", "a"),)] == 2
-    assert got["coe_running_requests", (("expert", "a"),)] == 1
+    # Those whose parts are not there yet.
+    coming = {
+        "COST_PREDICTED",
+        "COST",
+        "BUDGET_LEFT",
+        "SHADOW_PRICE",
+        "TENANT_REQUESTS",
+        "TENANT_TOKENS",
+        "CACHE",
+        "BREAKER",
+    }
+    assert {name for name in names if f"table.{name}" not in code} <= coming
+
+
+def test_each_process_tells_its_own_metrics() -> None:
+    with pytest.raises(KeyError):
+        Meter(Side.GATEWAY).add(table.SWAPS, 1, "a", "b", "c")
+    with pytest.raises(KeyError):
+        Meter(Side.POOL).add(table.REJECTIONS, 1, "a")
+
+
+def test_wrong_labels_are_refused() -> None:
+    with pytest.raises(ValueError, match="expert, category, recipe, outcome"):
+        Meter(Side.GATEWAY).add(table.REQUESTS, 1, "a")
+
+
+def test_labels_stay_bounded_whatever_comes() -> None:
+    meter = Meter(Side.GATEWAY)
+    for i in range(MOST_SERIES + 50):
+        meter.add(table.TENANT_TOKENS, 1, f"tenant {i}")
+    told = [s for f in meter.registry.collect() if f.name == "coe_tenant_tokens" for s in f.samples]
+    assert len(told) == MOST_SERIES + 1
+    assert {s.value for s in told if s.labels["tenant"] == OTHER} == {50}
+
+
+def test_a_total_told_by_another_only_grows() -> None:
+    meter = Meter(Side.POOL)
+    for value in (2, 5, 5, 3):
+        meter.total(table.CANARY_FAILURES, value)
+    assert meter.value(table.CANARY_FAILURES) == 5
+
+
+async def test_a_request_is_counted_once_with_its_times() -> None:
+    told = GatewayMetrics()
+    told.began()
+    told.ended(OK)
+    told.began()
+    told.ended(Ended("", "", "single", "over_capacity", "over_capacity", 2, True, True, 0, 1))
+    assert told.in_flight == 0
+    got = samples(await told.text({"gateway": "g"}))
+    mine = ("gateway", "g")
+    labels = (("category", "math"), ("expert", "a"), mine, ("outcome", "ok"), ("recipe", "single"))
+    assert got["coe_requests_total", labels] == 1
+    assert got["coe_rejections_total", (mine, ("reason", "over_capacity"))] == 1
+    assert got["coe_first_token_seconds_sum", (("expert", "a"), mine)] == 0.5
+    assert got["coe_request_seconds_count", (("expert", "a"), mine)] == 1
+    # Half a second to the first byte, of which 0.2 in the queue and 0.25 in the engine.
+    assert got["coe_overhead_seconds_sum", (mine,)] == pytest.approx(0.05)
+    waits = {dict(k)["le"]: v for (n, k), v in got.items() if n == "coe_wait_error_seconds_bucket"}
+    assert (waits["0.0"], waits["0.5"], waits["+Inf"]) == (0, 1, 1)
+    assert got["coe_in_flight_requests", (mine,)] == 0
+
+
+class Told:
+    """A pool's state."""
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(
+            boot="b",
+            kind="cpu",
+            experts={"a": ExpertState(Residency.DEVICE)},
+            queues={"a": Queue(2, 1)},
+        )
+
+    def swap_counts(self) -> dict[tuple[str, str, str], int]:
+        return {("a", "inplace", "queue"): 3}
+
+    def canary_failures(self) -> int:
+        return 1
+
+    def details(self) -> dict[str, dict[str, object]]:
+        return {"a": {"host_bytes": 7}}
+
+
+async def test_a_pool_tells_its_queues_residency_and_requests() -> None:
+    told = PoolMetrics()
+    told.follow(Told())
+    told.ended(CALL, Times(1, 1.5, 2, 3, 0.5, 0.25), "")
+    told.worked(Work("a", 0.125, 0.5, 2.0, 10, 5))
+    for _ in range(2):
+        got = samples(await told.text({"pool": "p"}))
+    a, p = ("expert", "a"), ("pool", "p")
+    assert got["coe_queue_requests", (a, p)] == 2
+    assert got["coe_running_requests", (a, p)] == 1
+    assert got["coe_swaps_total", (a, ("method", "inplace"), p, ("reason", "queue"))] == 3
+    assert got["coe_canary_failures_total", (p,)] == 1
+    assert got["coe_weights_bytes", (a, p, ("tier", "host"))] == 7
+    assert got["coe_queue_seconds_sum", (a, p)] == 0.5
+    assert got["coe_swap_wait_seconds_sum", (a, p)] == 0.25
+    assert got["coe_engine_queue_seconds_sum", (a, p)] == 0.125
+    assert got["coe_prefill_seconds_sum", (a, p)] == 0.5
+    assert got["coe_decode_seconds_sum", (a, p)] == 2
+    assert got["coe_between_tokens_seconds_sum", (a, p)] == 0.5
+    assert got["coe_tokens_total", (a, ("kind", "answer"), p)] == 5
     states = {
         dict(labels)["state"]: value
         for (name, labels), value in got.items()
         if name == "coe_residency"
     }
     assert states == {state.value: float(state is Residency.DEVICE) for state in Residency}
+
+
+async def test_an_engine_s_own_metrics_stay_when_another_starts() -> None:
+    told = PoolMetrics()
+    for expert in ("a", "b"):
+        Gauge("engine_tokens", "Tokens.", ("model",), registry=told.registry(expert)).labels(
+            "m"
+        ).set(1)
+    got = samples(await told.text({"pool": "p"}))
+    for expert in ("a", "b"):
+        assert got["engine_tokens", (("expert", expert), ("model", "m"), ("pool", "p"))] == 1
+    # A new engine for an expert: only that one's begin anew.
+    assert isinstance(told.registry("a"), CollectorRegistry)
+    got = samples(await told.text({"pool": "p"}))
+    assert [dict(labels)["expert"] for name, labels in got if name == "engine_tokens"] == ["b"]
+
+
+async def test_joined_texts_have_each_family_once() -> None:
+    texts = []
+    for name in ("one", "two"):
+        told = GatewayMetrics()
+        told.ended(OK)
+        texts.append(await told.text({"gateway": name}))
+    text = join([*texts, ""])
+    got = samples(text)
+    for one in TABLE:
+        assert text.count(f"# TYPE {one.name} ") == (one.side is not Side.POOL), one.name
+    assert got == samples(texts[0]) | samples(texts[1])
+    assert join([]) == ""

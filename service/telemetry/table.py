@@ -1,0 +1,348 @@
+"""Every metric of the service, declared once.
+
+What is counted (`meter.Meter`), the table in service/README.md (`service.docs`) and the
+tests come from here. To add one: declare it below, put it into its group, feed it with a
+meter's `add`, `put` or `observe`, and print the docs anew. Units stand in names, a label takes
+only what `LABELS` says that it may, and no label ever holds anything of a prompt or a key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """What can be done with a metric's values."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+class Side(StrEnum):
+    """Which processes tell a metric."""
+
+    GATEWAY = "gateway"
+    POOL = "pool"
+    BOTH = "gateway, pool"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Declared:
+    """One metric: its full name as Prometheus stores it, and what it means.
+
+    `buckets`: upper bounds, histograms only, in the unit of the name.
+    """
+
+    name: str
+    kind: Kind
+    side: Side
+    meaning: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+# What bounds each label. A meter cuts off what is over `MOST_SERIES` all the same.
+LABELS = {
+    "budget": "name of a budget in the config, or tenant/NAME for a tenant's own",
+    "category": "a category of the router's artifact or the config; empty where none was found",
+    "expert": "name of an expert in the config; empty where none was chosen",
+    "gateway": "the gateway process, on every sample of it",
+    "kind": "as the metric says",
+    "method": "how a swap is done: inplace, respawn, lora, sleep, steer",
+    "outcome": "ok, client_gone, client_error, server_error, or an error's code",
+    "pool": "kind and boot id of the pool process, on every sample of it",
+    "reason": "an error's code, or why the planner swapped",
+    "recipe": "name of a recipe in the artifact, or single",
+    "result": "hit or miss",
+    "state": "disk, host, device, loading, draining, failed",
+    "tenant": "name of a tenant in the config or the store; never a key",
+    "tier": "host or device",
+    "version": "of this package",
+}
+# Label sets of one metric in one process; what comes after is counted under `OTHER`.
+MOST_SERIES = 2000
+OTHER = "other"
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
+_LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_ERROR = (-60, -30, -10, -5, -2, -1, -0.5, -0.1, 0, 0.1, 0.5, 1, 2, 5, 10, 30, 60)
+
+
+def _counter(name: str, side: Side, labels: tuple[str, ...], meaning: str) -> Declared:
+    return Declared(name, Kind.COUNTER, side, meaning, labels)
+
+
+def _gauge(name: str, side: Side, labels: tuple[str, ...], meaning: str) -> Declared:
+    return Declared(name, Kind.GAUGE, side, meaning, labels)
+
+
+def _histogram(
+    name: str,
+    side: Side,
+    labels: tuple[str, ...],
+    meaning: str,
+    buckets: tuple[float, ...] = _SECONDS,
+) -> Declared:
+    return Declared(name, Kind.HISTOGRAM, side, meaning, labels, buckets)
+
+
+# --- requests, as their client sees them
+
+REQUESTS = _counter(
+    "coe_requests_total",
+    Side.GATEWAY,
+    ("expert", "category", "recipe", "outcome"),
+    "Requests that have ended.",
+)
+REJECTIONS = _counter(
+    "coe_rejections_total",
+    Side.GATEWAY,
+    ("reason",),
+    "Requests refused before anybody worked on them: bad, not allowed, over a limit, no room.",
+)
+FAILED_ATTEMPTS = _counter(
+    "coe_failed_attempts_total",
+    Side.GATEWAY,
+    ("expert", "reason"),
+    "Attempts that failed before the first byte; the next best option is asked, if one is left.",
+)
+IN_FLIGHT = _gauge("coe_in_flight_requests", Side.GATEWAY, (), "Requests in the gateway now.")
+FIRST_TOKEN = _histogram(
+    "coe_first_token_seconds",
+    Side.GATEWAY,
+    ("expert",),
+    "Streamed answers: from the request's arrival at the gateway to the first byte of its answer.",
+)
+BETWEEN_TOKENS = _histogram(
+    "coe_between_tokens_seconds",
+    Side.BOTH,
+    ("expert",),
+    "Mean time from one token of an answer to the next, once per answer. Remote experts: per "
+    "chunk of a stream.",
+    _FAST,
+)
+TOTAL = _histogram(
+    "coe_request_seconds",
+    Side.GATEWAY,
+    ("expert",),
+    "From the request's arrival at the gateway to the end of its answer.",
+)
+TOKENS = _counter(
+    "coe_tokens_total",
+    Side.BOTH,
+    ("expert", "kind"),
+    "Tokens: kind prompt or answer. Local experts in the pool, as their engine counts; remote "
+    "ones in the gateway, as their endpoint bills.",
+)
+
+# --- where the time goes: ours, then the engine's
+
+ROUTE = _histogram(
+    "coe_route_seconds",
+    Side.GATEWAY,
+    (),
+    "Time to read and understand a request and choose its expert.",
+    _FAST,
+)
+OVERHEAD = _histogram(
+    "coe_overhead_seconds",
+    Side.GATEWAY,
+    (),
+    "Our share of the time to the first byte: all of it less the pool's queue and the engine. "
+    "Answered by a pool only.",
+    _FAST,
+)
+QUEUE = _histogram(
+    "coe_queue_seconds",
+    Side.BOTH,
+    ("expert",),
+    "Time a request waited for its expert: in the pool's queue, swaps included; remote experts: "
+    "for a place in the gateway.",
+)
+SWAP_WAIT = _histogram(
+    "coe_swap_wait_seconds",
+    Side.POOL,
+    ("expert",),
+    "How much of a request's wait other weights were being put in place.",
+)
+ENGINE_QUEUE = _histogram(
+    "coe_engine_queue_seconds",
+    Side.POOL,
+    ("expert",),
+    "Time a request waited in the engine's own scheduler.",
+)
+PREFILL = _histogram(
+    "coe_prefill_seconds",
+    Side.BOTH,
+    ("expert",),
+    "The engine's time to the first token: from being scheduled. Remote experts, streamed: to "
+    "the first byte.",
+)
+DECODE = _histogram(
+    "coe_decode_seconds",
+    Side.BOTH,
+    ("expert",),
+    "The engine's time from the first token to the last.",
+)
+
+# --- how good the choice was
+
+WAIT_ERROR = _histogram(
+    "coe_wait_error_seconds",
+    Side.GATEWAY,
+    (),
+    "Real less predicted wait of a request in its pool (queue and swap). Over 0: it took longer.",
+    _ERROR,
+)
+WAIT_PREDICTED = _counter(
+    "coe_wait_predicted_seconds_total",
+    Side.GATEWAY,
+    ("expert",),
+    "Predicted waits, added up.",
+)
+WAIT_REAL = _counter(
+    "coe_wait_real_seconds_total",
+    Side.GATEWAY,
+    ("expert",),
+    "Real waits of the same requests, added up.",
+)
+
+# --- pools, as gateways know them
+
+POOLS = _gauge("coe_pools", Side.GATEWAY, (), "Pools that the gateway hears of.")
+SNAPSHOT_AGE = _gauge(
+    "coe_snapshot_age_seconds",
+    Side.GATEWAY,
+    ("pool",),
+    "Time since the gateway last heard of a pool.",
+)
+
+# --- queues, residency and swaps
+
+QUEUED = _gauge(
+    "coe_queue_requests",
+    Side.BOTH,
+    ("expert",),
+    "Requests waiting: for a local expert in the pool, for a remote one in the gateway.",
+)
+RUNNING = _gauge(
+    "coe_running_requests", Side.BOTH, ("expert",), "Requests on engines, remote ones included."
+)
+RESIDENCY = _gauge(
+    "coe_residency",
+    Side.POOL,
+    ("expert", "state"),
+    "1 for the state that an expert's weights are in, 0 for the others.",
+)
+WEIGHTS = _gauge(
+    "coe_weights_bytes",
+    Side.POOL,
+    ("expert", "tier"),
+    "Memory for an expert's weights, where it was measured.",
+)
+SWAPS = _counter(
+    "coe_swaps_total",
+    Side.POOL,
+    ("expert", "method", "reason"),
+    "Swaps, by the expert swapped in.",
+)
+CANARY_FAILURES = _counter(
+    "coe_canary_failures_total",
+    Side.POOL,
+    (),
+    "Swaps after which the weights were not as first loaded. No client saw their output.",
+)
+
+# --- money and tenants. Gateways feed these from what budgets, limits and caches tell.
+
+COST_PREDICTED = _counter(
+    "coe_cost_predicted_total",
+    Side.GATEWAY,
+    ("expert",),
+    "Units of cost (see `price` in the config) expected when the expert was chosen.",
+)
+COST = _counter(
+    "coe_cost_total",
+    Side.GATEWAY,
+    ("expert",),
+    "Units of cost as settled after the answers.",
+)
+BUDGET_LEFT = _gauge(
+    "coe_budget_left_ratio",
+    Side.GATEWAY,
+    ("budget",),
+    "What is left of a budget in its present period: 1 untouched, 0 spent.",
+)
+SHADOW_PRICE = _gauge(
+    "coe_shadow_price",
+    Side.GATEWAY,
+    ("budget",),
+    "Quality that one more unit of cost is worth now to this budget (its λ).",
+)
+TENANT_REQUESTS = _counter(
+    "coe_tenant_requests_total",
+    Side.GATEWAY,
+    ("tenant", "outcome"),
+    "Requests that have ended, by tenant.",
+)
+TENANT_TOKENS = _counter(
+    "coe_tenant_tokens_total",
+    Side.GATEWAY,
+    ("tenant",),
+    "Tokens of prompts and answers, by tenant.",
+)
+CACHE = _counter(
+    "coe_cache_lookups_total",
+    Side.GATEWAY,
+    ("kind", "result"),
+    "Looks into the answer cache. kind: exact or semantic.",
+)
+BREAKER = _gauge(
+    "coe_breaker_open",
+    Side.GATEWAY,
+    ("expert",),
+    "1 while requests are kept away from an expert's endpoint because it failed, else 0.",
+)
+
+PROCESS = (_gauge("coe_build_info", Side.BOTH, ("version",), "1; the label tells the version."),)
+BUILD = PROCESS[0]
+
+# In the order of the docs.
+GROUPS: dict[str, tuple[Declared, ...]] = {
+    "Requests": (
+        REQUESTS,
+        REJECTIONS,
+        FAILED_ATTEMPTS,
+        IN_FLIGHT,
+        FIRST_TOKEN,
+        BETWEEN_TOKENS,
+        TOTAL,
+        TOKENS,
+    ),
+    "Where the time goes": (ROUTE, OVERHEAD, QUEUE, SWAP_WAIT, ENGINE_QUEUE, PREFILL, DECODE),
+    "How good the choice was": (WAIT_ERROR, WAIT_PREDICTED, WAIT_REAL),
+    "Pools": (POOLS, SNAPSHOT_AGE),
+    "Queues, residency, swaps": (
+        QUEUED,
+        RUNNING,
+        RESIDENCY,
+        WEIGHTS,
+        SWAPS,
+        CANARY_FAILURES,
+    ),
+    "Budgets, tenants, cache": (
+        COST_PREDICTED,
+        COST,
+        BUDGET_LEFT,
+        SHADOW_PRICE,
+        TENANT_REQUESTS,
+        TENANT_TOKENS,
+        CACHE,
+        BREAKER,
+    ),
+    "Processes": PROCESS,
+}
+TABLE: tuple[Declared, ...] = tuple(one for group in GROUPS.values() for one in group)
