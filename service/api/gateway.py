@@ -93,7 +93,7 @@ class Gateway:
         self._limits = Limits(config)
         self._created_s = int(time.time())
         self.metrics = GatewayMetrics()
-        self.metrics.meter.on_read(self._read)
+        self.metrics.meter.on_read(self._read_pools)
         self._neighbours = neighbours
         self._traces = traces
 
@@ -313,7 +313,7 @@ class Gateway:
         views = self._relay.views()
         return catalog.states(self._config, views, self._remote_states())
 
-    def _read(self) -> None:
+    def _read_pools(self) -> None:
         """What is known of pools, for the metrics."""
         meter, now_s = self.metrics.meter, time.monotonic()
         links = self._directory.links()
