@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from service.router.map import Recipe
+from service.types import Recipe
 
 Floats = NDArray[np.float64]
 

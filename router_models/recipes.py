@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_models.outcomes import NO_ANSWER, Table
-from service.router.map import MAX_LATER, Recipe
+from service.types import MAX_LATER, Recipe
 
 Floats = NDArray[np.float64]
 

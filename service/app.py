@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.api.accounts import Accounts
 from service.api.admission import Admission
+from service.api.answering import Answering
 from service.api.gateway import Gateway
 from service.api.keyring import Keyring
-from service.api.plan import Planner
-from service.api.relay import Relay, RemoteSeat
+from service.api.plan import Assess, Router
+from service.api.relay import Relay
+from service.api.seats import RemoteSeat
+from service.api.worth import Worth
+from service.broker.book import Book
 from service.broker.ledger import Ledger
+from service.broker.market import Market
+from service.broker.price import prices_of
 from service.config import Config, PoolConfig
 from service.engine.lazy import LazyEngine
 from service.engine.protocol import EngineWatch, SwappingEngine
@@ -31,8 +37,10 @@ from service.pool.planner import Policy
 from service.pool.pool import Pool
 from service.pool.slot import Slot
 from service.pool.swap_slot import SwapSlot, Unit
+from service.router.artifact import load_artifact
 from service.router.classify import Classifier
-from service.router.conversation import classify_body
+from service.router.conversation import assess_body
+from service.router.map import ExpertMap
 from service.store.keys import FileBook, KeyBook, Keys, StoreBook
 from service.store.memory import MemoryStore
 from service.store.protocol import Store
@@ -40,7 +48,6 @@ from service.telemetry import table
 from service.telemetry.logs import log_fields
 from service.telemetry.node import NodeTarget
 from service.telemetry.pool_metrics import PoolMetrics
-from service.types import CategoryScores
 
 if TYPE_CHECKING:
     from service.telemetry.traces import Traces
@@ -81,7 +88,8 @@ class GatewayProcess:
             for name, expert in config.experts.items()
             if expert.remote is not None
         }
-        self._relay = Relay(self.directory, self._seats, wake)
+        routing = Routing(config)
+        self._relay = Relay(routing.book, routing.market, self.directory, self._seats, wake)
         self.store = open_store(config, gateway_id)
         book = key_book(config, self.store)
         self._keyring = Keyring(config, book)
@@ -90,8 +98,9 @@ class GatewayProcess:
         self._traces = _traces(config, "gateway", gateway_id)
         self.gateway = Gateway(
             config,
-            Planner(config, load_classifier(config)),
+            routing.router,
             self._relay,
+            Answering(self._relay, routing.worth),
             self._admission,
             Accounts(config, self._admission, Keys(book)),
             self.directory,
@@ -158,11 +167,42 @@ def key_book(config: Config, store: Store) -> KeyBook:
     return StoreBook(store)
 
 
-def load_classifier(config: Config) -> Callable[[Mapping[str, Any]], CategoryScores] | None:
-    """Stage 1 of the router, or None where the config names no artifact. Raises ArtifactError."""
-    if config.router.artifact is None:
+class Routing:
+    """What decides for one config, without any pool: recipes, their worth, their prices.
+
+    Raises ArtifactError where the router's artifact can't be used.
+    """
+
+    def __init__(self, config: Config) -> None:
+        found: ExpertMap | None = None
+        labels: tuple[str, ...] = ()
+        assess: Assess | None = None
+        if config.router.artifact is not None:
+            artifact = load_artifact(Path(config.router.artifact))
+            classifier = Classifier.from_artifact(artifact)
+            assess = partial(assess_body, classifier)
+            labels = classifier.labels
+            if "map" in artifact.manifest:
+                found = _known_part(ExpertMap.from_artifact(artifact), config)
+        recipes = [recipe.recipe() for recipe in config.recipes.values()]
+        self.book = Book(tuple(config.experts), [*recipes, *(found.recipes if found else ())])
+        self.worth = Worth(config, self.book, labels)
+        if found is not None:
+            self.worth.use_map(found, self.book)
+        self.market = Market(self.book.experts, self.worth.labels, prices_of(config))
+        self.router = Router(config, self.book, self.worth, assess)
+
+
+def _known_part(found: ExpertMap, config: Config) -> ExpertMap | None:
+    """The artifact's map over the experts of this config; None where it knows none of them."""
+    known = [name for name in found.experts if name in config.experts]
+    strangers = sorted(set(found.experts) - set(known))
+    if strangers:
+        log.warning("the router's map knows experts that the config has not: %s", strangers)
+    try:
+        return found.only(known)
+    except ValueError:
         return None
-    return partial(classify_body, Classifier.load(Path(config.router.artifact)))
 
 
 class PoolProcess:

@@ -30,7 +30,7 @@ def reference() -> str:
 
 def _path(place: tuple[str, ...]) -> str:
     """`experts.NAME.remote` for ("experts", "*", "remote")."""
-    named = {"experts": "NAME", "pools": "KIND"}
+    named = {"pools": "KIND"}
     parts = [
         named.get(place[i - 1], "NAME") if part == "*" else part for i, part in enumerate(place)
     ]

@@ -18,7 +18,6 @@ from service.api.meter import Meter
 from service.broker.ledger import Bound, Ledger, Reservation
 from service.broker.price import Price, cost, prices_of
 from service.config import Config
-from service.engine.protocol import Send
 from service.errors import CoeError, InvalidRequest
 from service.types import Tenant, Usage
 
@@ -51,9 +50,11 @@ class Admitted:
     clipped: int | None = None
     counts: bool = True
 
-    def wrap(self, send: Send) -> Send:
-        """The `send` that the answer has to go through."""
-        return self.meter.wrap(send) if self.counts else send
+    @property
+    def counting(self) -> Meter | None:
+        """What the answer has to go through, and where calls of experts that only help to
+        find it are added; None where nobody is charged."""
+        return self.meter if self.counts else None
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
@@ -85,12 +86,12 @@ class Admission:
 
     @asynccontextmanager
     async def admit(
-        self, asked: Asked, experts: Sequence[str], answered_by: Callable[[], str]
+        self, asked: Asked, ways: Sequence[Sequence[str]], answered_by: Callable[[], str]
     ) -> AsyncIterator[Admitted]:
         """Reserve the most that a request may use, charge at the end what it used.
 
-        `experts`: those that may answer; `answered_by` tells at the end who did.
-        Raises TooMany, StoreGone, InvalidRequest.
+        `ways`: the experts that each way of answering may ask; `answered_by` tells at the
+        end whose answer it was. Raises TooMany, StoreGone, InvalidRequest.
         """
         meter = Meter(asked)
         if not self._counts and not asked.tenant.key:
@@ -98,7 +99,7 @@ class Admission:
             return
         bound = Bound(0)
         if self.ledger.bounds(asked.tenant):
-            bound = self._bound(asked, experts)
+            bound = self._bound(asked, ways)
         held = await self.ledger.reserve(asked.request_id, asked.tenant, bound)
         try:
             clipped = held.max_tokens if held.max_tokens < bound.max_tokens else None
@@ -114,18 +115,20 @@ class Admission:
         """Wait for what is being settled."""
         await asyncio.gather(*self._settling, return_exceptions=True)
 
-    def _bound(self, asked: Asked, experts: Sequence[str]) -> Bound:
-        """The most that any of these experts could use for it."""
+    def _bound(self, asked: Asked, ways: Sequence[Sequence[str]]) -> Bound:
+        """The most that any of these ways could use for it, all its calls together."""
+        experts = {name for way in ways for name in way}
         contexts = [self._context(name) or _UNKNOWN_CONTEXT for name in experts]
         context = max(contexts, default=_UNKNOWN_CONTEXT)
         # No tokenizer makes more tokens than there are bytes.
-        prompt = min(len(asked.raw) + _TEMPLATE_TOKENS, context)
+        prompt = min(asked.body_bytes + _TEMPLATE_TOKENS, context)
         if asked.endpoint in ("/tokenize", "/detokenize", "/v1/messages/count_tokens"):
             return Bound(0)
-        prices = [self._prices[name] for name in experts]
+        calls = max((len(way) for way in ways), default=1)
+        prices = [[self._prices[name] for name in way] for way in ways]
         dearest = Price(
-            max((p.prompt for p in prices), default=0.0),
-            max((p.completion for p in prices), default=0.0),
+            max((sum(p.prompt for p in way) for way in prices), default=0.0),
+            max((sum(p.completion for p in way) for way in prices), default=0.0),
         )
         if asked.endpoint not in _LENGTHS:
             return Bound(prompt, 0, 0, prompt_cost=cost(dearest, prompt, 0))
@@ -133,9 +136,9 @@ class Admission:
         wanted = _wanted(asked)
         length = min(wanted if wanted is not None else context, context)
         return Bound(
-            prompt,
+            calls * prompt,
             length,
-            answers,
+            calls * answers,
             prompt_cost=cost(dearest, prompt, 0),
             token_cost=cost(dearest, 0, answers),
         )
@@ -146,7 +149,8 @@ class Admission:
             if _wanted(asked) is None and asked.endpoint != "/v1/completions":
                 # It must fit into the context beside the prompt, or the engine refuses it.
                 context = bound.max_tokens
-                clipped = min(clipped, max(1, context - bound.prompt_tokens))
+                prompt = asked.body_bytes + _TEMPLATE_TOKENS
+                clipped = min(clipped, max(1, context - prompt))
             names = _LENGTHS[asked.endpoint]
             given = [name for name in names if data.get(name) is not None] or [names[-1]]
             data = {**data, **dict.fromkeys(given, clipped)}

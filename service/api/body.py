@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -40,6 +40,8 @@ class Asked:
 
     `deadline_ms`: to the first token when `stream`, else to the end. `needs`: the
     capabilities that an expert must have to answer it. `trace`: its W3C trace context.
+    `max_cost`: the most that all calls for it may cost together, in the unit of prices.
+    `combinable`: several experts may be asked for one answer.
     """
 
     endpoint: str
@@ -53,10 +55,41 @@ class Asked:
     deadline_ms: int
     tenant: Tenant = NOBODY
     trace: Mapping[str, str] = field(default_factory=dict)
+    body_bytes: int = 0
+    max_cost: float | None = None
+    combinable: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        """About how long the prompt is: four bytes a token."""
+        return 1 + self.body_bytes // 4
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The bound on the answer's length that the client set, in tokens."""
+        for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
+            given = self.data.get(name)
+            if isinstance(given, int) and given > 0:
+                return given
+        return None
+
+    def for_member(self, number: int, *, logprobs: bool) -> Asked:
+        """The same question as one of several calls for one answer: whole, not streamed."""
+        data = {k: v for k, v in self.data.items() if k not in ("stream", "stream_options")}
+        if logprobs:
+            data["logprobs"] = True
+        return replace(
+            self,
+            stream=False,
+            data=data,
+            raw=b"",
+            request_id=f"{self.request_id}-{number}",
+            combinable=False,
+        )
 
     def body_for(self, expert: str) -> bytes:
         """The body to send on: untouched where the client named this expert itself."""
-        if self.data.get("model") == expert:
+        if self.data.get("model") == expert and self.raw:
             return self.raw
         try:
             return orjson.dumps({**self.data, "model": expert})
@@ -87,6 +120,7 @@ def read_asked(
     if stream is not None and not isinstance(stream, bool):
         raise InvalidRequest(f"`stream` must be true or false, not {_kind(stream)}", param="stream")
     _check_prompt(endpoint, data)
+    wishes = _wishes(data.pop("coe", None), headers)
     request_id = secrets.token_hex(12)
     given = headers.get(b"x-request-id", b"")
     return Asked(
@@ -95,12 +129,16 @@ def read_asked(
         stream=bool(stream),
         needs=_needs(endpoint, data),
         data=data,
-        raw=raw,
+        # Without our own key: engines would refuse it.
+        raw=b"" if wishes.own_key else raw,
         request_id=request_id,
         client_id=given.decode() if _GIVEN_ID.match(given) else request_id,
-        deadline_ms=_deadline_ms(headers, default_deadline_ms),
         tenant=tenant,
         trace=trace_of(headers),
+        deadline_ms=wishes.deadline_ms or default_deadline_ms,
+        body_bytes=len(raw),
+        max_cost=wishes.max_cost,
+        combinable=_combinable(endpoint, data),
     )
 
 
@@ -141,16 +179,70 @@ def _needs(endpoint: str, data: dict[str, Any]) -> frozenset[str]:
     return frozenset(needs)
 
 
-def _deadline_ms(headers: dict[bytes, bytes], default_ms: int) -> int:
-    given = headers.get(b"x-coe-deadline-ms")
-    if given is None:
-        return default_ms
-    if len(given) > 8 or not given.isdigit() or not 1 <= int(given) <= 86_400_000:
+def _combinable(endpoint: str, data: dict[str, Any]) -> bool:
+    """Several answers can be compared only where each is one text, and nothing else is asked of
+    the tokens that make it."""
+    return (
+        endpoint == "/v1/chat/completions"
+        and data.get("n") in (None, 1)
+        and not data.get("tools")
+        and not data.get("functions")
+        and not data.get("logprobs")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Wishes:
+    own_key: bool = False
+    deadline_ms: int | None = None
+    max_cost: float | None = None
+
+
+_MOST_DEADLINE_MS = 86_400_000
+
+
+def _wishes(given: object, headers: dict[bytes, bytes]) -> _Wishes:
+    """What a request asks of us, not of the engine: the body's `coe`, or headers."""
+    if given is not None and not isinstance(given, dict):
+        raise InvalidRequest(f"`coe` must be an object, not {_kind(given)}", param="coe")
+    wishes: dict[str, Any] = dict(given or {})
+    unknown = wishes.keys() - {"deadline_ms", "max_cost"}
+    if unknown:
         raise InvalidRequest(
-            "the header x-coe-deadline-ms must be an integer from 1 to 86400000",
-            param="x-coe-deadline-ms",
+            f"`coe` has no {min(unknown)[:64]!r}; it takes deadline_ms, max_cost", param="coe"
         )
-    return int(given)
+    deadline_ms = wishes.get("deadline_ms")
+    said = headers.get(b"x-coe-deadline-ms")
+    where = "`coe.deadline_ms`"
+    if said is not None:
+        where = "the header x-coe-deadline-ms"
+        deadline_ms = int(said) if len(said) <= 8 and said.isdigit() else -1
+    if deadline_ms is not None and (
+        isinstance(deadline_ms, bool)
+        or not isinstance(deadline_ms, int)
+        or not 1 <= deadline_ms <= _MOST_DEADLINE_MS
+    ):
+        raise InvalidRequest(
+            f"{where} must be an integer from 1 to {_MOST_DEADLINE_MS}",
+            param=where.split()[-1].strip("`"),
+        )
+    return _Wishes(given is not None, deadline_ms, _max_cost(wishes, headers))
+
+
+def _max_cost(wishes: dict[str, Any], headers: dict[bytes, bytes]) -> float | None:
+    given = wishes.get("max_cost")
+    where, param = "`coe.max_cost`", "coe.max_cost"
+    if b"x-coe-max-cost" in headers:
+        where, param = "the header x-coe-max-cost", "x-coe-max-cost"
+        try:
+            given = float(headers[b"x-coe-max-cost"][:32])
+        except ValueError:
+            given = -1
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given < 1e15:
+        raise InvalidRequest(f"{where} must be a number of at least 0", param=param)
+    return float(given)
 
 
 def _kind(value: object) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from service.api.body import AUTO
-from service.broker.choice import PoolView
+from service.broker.board import PoolView
 from service.config import Config
 from service.types import Residency
 
@@ -96,10 +96,27 @@ def _auto(config: Config, created_s: int) -> dict[str, Any]:
     }
 
 
+def _recipe(config: Config, name: str, created_s: int) -> dict[str, Any]:
+    recipe = config.recipes[name]
+    return {
+        "id": name,
+        "object": "model",
+        "created": created_s,
+        "owned_by": "coe",
+        "coe": {
+            "kind": recipe.kind,
+            "members": list(recipe.members),
+            "later": list(recipe.later),
+            "capabilities": ["chat"],
+        },
+    }
+
+
 def listing(config: Config, now: dict[str, dict[str, Any]], created_s: int) -> dict[str, Any]:
-    """OpenAI's list of models: `auto`, then every expert, failed ones with their reason."""
+    """OpenAI's list of models: `auto`, every expert (failed ones with their reason), recipes."""
     experts = [_expert(config, name, now[name], created_s) for name in config.experts]
-    return {"object": "list", "data": [_auto(config, created_s), *experts]}
+    recipes = [_recipe(config, name, created_s) for name in config.recipes]
+    return {"object": "list", "data": [_auto(config, created_s), *experts, *recipes]}
 
 
 def entry(
@@ -108,6 +125,8 @@ def entry(
     """One of the list, or None."""
     if name == AUTO:
         return _auto(config, created_s)
+    if name in config.recipes:
+        return _recipe(config, name, created_s)
     if name not in config.experts:
         return None
     return _expert(config, name, now[name], created_s)

@@ -22,10 +22,12 @@ from service import __version__
 from service.api import catalog
 from service.api.accounts import Accounts
 from service.api.admission import Admission
+from service.api.answering import Answering
 from service.api.body import ENDPOINTS, Asked, read_asked
 from service.api.limits import Limits
-from service.api.plan import Plan, Planner, explain
-from service.api.relay import Passage, Relay
+from service.api.passage import Passage
+from service.api.plan import Plan, Router
+from service.api.relay import Relay
 from service.api.schemas import describe
 from service.config import Config
 from service.errors import (
@@ -69,10 +71,11 @@ class Gateway:
     def __init__(
         self,
         config: Config,
-        planner: Planner,
+        router: Router,
         relay: Relay,
         admission: Admission,
         accounts: Accounts,
+        answering: Answering,
         directory: Directory,
         remote_states: Callable[[], dict[str, str | None]],
         neighbours: Callable[[], Awaitable[list[str]]],
@@ -82,10 +85,11 @@ class Gateway:
         behind_serve: bool = False,
     ) -> None:
         self._config = config
-        self._planner = planner
+        self._router = router
         self._relay = relay
         self._admission = admission
         self._accounts = accounts
+        self._answering = answering
         self._directory = directory
         self._remote_states = remote_states
         self._behind_serve = behind_serve
@@ -117,24 +121,26 @@ class Gateway:
             client_id = asked.client_id
             log_fields(request_id=client_id)
             streamed = asked.stream
-            plan = self._planner.plan(asked)
+            plan = self._router.plan(asked)
             category = plan.category
             route_s = time.monotonic() - began_s
             self.metrics.routed(route_s)
+            passage.route_ms = route_s * 1000
             if passage.trace is not None:
                 passage.trace.asked(asked.request_id, asked.model, streamed, asked.data)
                 passage.trace.routed(category, plan.confidence, began_s, route_s)
             told = _headers(plan, route_s) + self._id_header(client_id)
             async with self._admission.admit(
-                asked, plan.preference, lambda: passage.expert
+                asked, self._answering.ways(plan), lambda: passage.expert
             ) as admitted:
                 told += admitted.headers
-                metered = admitted.wrap(send)
-                carried = self._relay.carry(admitted.asked, plan, told, metered, passage)
+                answered = self._answering.answer(
+                    admitted.asked, plan, told, send, passage, admitted.counting
+                )
                 if self._behind_serve:
-                    await carried
+                    await answered
                 else:
-                    await until_gone(carried, receive)
+                    await until_gone(answered, receive)
         except CoeError as error:
             passage.outcome = fault = error.code
             await self._fail(error, client_id, passage, send)
@@ -244,8 +250,8 @@ class Gateway:
             asked = await self._read(
                 "/v1/chat/completions", request.scope["headers"], request.receive
             )
-            plan = self._planner.plan(asked)
-            return _json(explain(plan, self._relay.candidates(asked, plan)))
+            plan = self._router.plan(asked)
+            return _json(self._answering.explain(asked, plan))
 
         @app.get("/metrics")
         async def metrics() -> Response:
@@ -362,7 +368,7 @@ def _ended(passage: Passage, category: str, streamed: bool, fault: str, began_s:
     return Ended(
         expert=passage.expert,
         category=category,
-        recipe=passage.recipe,
+        recipe="single" if passage.recipe == passage.expert else passage.recipe,
         outcome=outcome,
         fault=fault,
         attempts=passage.attempts,

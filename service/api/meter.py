@@ -33,7 +33,7 @@ class Meter:
 
     def __init__(self, asked: Asked) -> None:
         self.calls: list[tuple[str, int, int]] = []
-        self._prompt_bytes = len(asked.raw)
+        self._prompt_bytes = asked.body_bytes
         self._rewrites = asked.stream and asked.endpoint in _STREAMED
         given = asked.data.get("stream_options")
         options = given if isinstance(given, dict) else {}

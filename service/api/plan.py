@@ -1,85 +1,94 @@
-"""From what was asked to who shall answer: the experts to try, in order, and why."""
+"""From what was asked to what each way of answering is worth: stage 1 and 2 of the router."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service.api.body import AUTO, GENERAL, Asked
-from service.broker.choice import Option, Wish
+from service.api.worth import Worth
+from service.broker.board import Floats
+from service.broker.book import Book, Ints
 from service.config import Config
 from service.errors import Forbidden, InvalidRequest, UnknownModel
-from service.types import CategoryScores
+from service.router.classify import Assessment
+from service.types import CategoryScores, Recipe
 
 # Quality per second: what a wait is worth against a better answer.
 PRESETS = {"fast": 0.05, "": 0.01, "best": 0.001}
-# Of an expert on a category that the config says nothing of.
-_OWN, _FALLBACK, _OTHER = 1.0, 0.5, 0.0
-# An expert worth less than this is no answer, however idle.
+# A way of answering worth less than this is none, however idle.
 _LEAST = 0.05
 
-Classify = Callable[[Mapping[str, Any]], CategoryScores]
+Assess = Callable[[Mapping[str, Any]], Assessment]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Experts that may answer, best first. `category` is empty where the client named one.
+    """The recipes that may answer: rows of the book, and what each is expected to be worth.
 
-    `quality`: what each is expected to be worth on this prompt, in [0, 1].
-    `time_price`: quality per second.
+    quality (rows,) in [0, 1]; reach (rows, MAX_LATER). `category` is empty where the client
+    named who shall answer. time_price: quality per second. posterior (labels,).
     """
 
-    preference: tuple[str, ...]
+    rows: Ints
+    quality: Floats
+    reach: Floats
+    first: str
     category: str
     confidence: float
     reason: str
     scores: CategoryScores | None = None
-    quality: tuple[float, ...] = (1.0,)
+    posterior: Floats | None = None
     time_price: float = PRESETS[""]
 
-    def wish(self, tokens: int) -> Wish:
-        """For the broker."""
-        return Wish(dict(zip(self.preference, self.quality, strict=True)), self.time_price, tokens)
+    def only(self, keep: NDArray[np.bool_]) -> Plan:
+        """Only some of the rows."""
+        return replace(
+            self, rows=self.rows[keep], quality=self.quality[keep], reach=self.reach[keep]
+        )
 
 
-class Planner:
-    """Stage 1 and 2 of the router for one config.
+class Router:
+    """Stage 1 and 2 for one config.
 
-    `classify` is None where the config names no artifact: then `auto` is the fallback.
+    `assess` is None where the config names no artifact: then `auto` is the fallback.
     """
 
-    def __init__(self, config: Config, classify: Classify | None) -> None:
+    def __init__(self, config: Config, book: Book, worth: Worth, assess: Assess | None) -> None:
         self._experts = config.experts
-        self._map = config.category_map()
-        self._fallback = config.fallback
-        self._classify = classify
-        self._capabilities = {
-            name: frozenset(expert.capabilities) for name, expert in config.experts.items()
+        self._book = book
+        self._worth = worth
+        self._known = config.category_map()
+        self._assess = assess
+        self._named = {name: recipe.recipe() for name, recipe in config.recipes.items()}
+        kinds = sorted({c for expert in config.experts.values() for c in expert.capabilities})
+        self._able = {
+            kind: np.array([kind in config.experts[name].capabilities for name in book.experts])
+            for kind in kinds
         }
+        self._lacking = {kind: (book.asks & ~able).any(axis=1) for kind, able in self._able.items()}
 
     def plan(self, asked: Asked) -> Plan:
-        """Who shall answer. Raises UnknownModel; InvalidRequest where nobody is able to."""
+        """What may answer. Raises UnknownModel; InvalidRequest where nobody is able to;
+        Forbidden where the tenant may ask nobody who is."""
         model = asked.model
         if model in self._experts:
-            if not asked.tenant.may_ask(model):
-                raise Forbidden(f"this key may not ask for expert {model!r}", param="model")
-            lacking = asked.needs - self._capabilities[model]
-            if lacking:
-                raise InvalidRequest(
-                    f"expert {model!r} can't do {', '.join(sorted(lacking))}; "
-                    f"it can do {', '.join(sorted(self._capabilities[model]))}",
-                    param="model",
-                )
-            return Plan((model,), "", 1.0, "named")
+            return self._by_name(asked, Recipe("single", (model,)), f"expert {model!r}")
+        if model in self._named:
+            return self._by_name(asked, self._named[model], f"recipe {model!r}")
         preset, category = self._auto(model)
         price = PRESETS[preset]
         if category is not None:
-            return self._able(asked, {category: 1.0}, category, 1.0, "named category", None, price)
-        scores = self._classify(asked.data) if self._classify is not None else None
-        if scores is None:
-            return self._able(asked, {GENERAL: 1.0}, GENERAL, 0.0, "no classifier", None, price)
+            return self._plan(asked, {category: 1.0}, category, 1.0, "named category", None, price)
+        if self._assess is None:
+            return self._plan(asked, {GENERAL: 1.0}, GENERAL, 0.0, "no classifier", None, price)
+        assessment = self._assess(asked.data)
+        scores = assessment.scores
         # Where the classifier would rather not say, the prompt counts as general.
         sure = scores.category == scores.labels[_best(scores)]
         posterior = (
@@ -87,11 +96,34 @@ class Planner:
             if sure
             else {scores.category: 1.0}
         )
-        known = scores.category in self._map
+        known = scores.category in self._known
         reason = "classified" if known else "category without an expert"
-        return self._able(
-            asked, posterior, scores.category, scores.confidence, reason, scores, price
+        return self._plan(
+            asked, posterior, scores.category, scores.confidence, reason, assessment, price
         )
+
+    def _by_name(self, asked: Asked, recipe: Recipe, what: str) -> Plan:
+        for name in recipe.experts:
+            able = frozenset(self._experts[name].capabilities)
+            lacking = asked.needs - able
+            if lacking:
+                raise InvalidRequest(
+                    f"expert {name!r} can't do {', '.join(sorted(lacking))}; "
+                    f"it can do {', '.join(sorted(able))}",
+                    param="model",
+                )
+            if not asked.tenant.may_ask(name):
+                raise Forbidden(f"this key may not ask expert {name!r}", param="model")
+        if recipe.kind != "single" and not asked.combinable:
+            raise InvalidRequest(
+                f"{what} asks several experts: it answers chat with n = 1, without tools and "
+                "logprobs",
+                param="model",
+            )
+        at = self._book.recipe_index[recipe]
+        rows = self._book.everything[at : at + 1]
+        _, reach = self._worth.quality(np.zeros(len(self._worth.labels)), None)
+        return Plan(rows, np.ones(1), reach[rows], recipe.experts[0], "", 1.0, "named")
 
     def _auto(self, model: str) -> tuple[str, str | None]:
         """`auto[:preset][/category]` taken apart. Raises UnknownModel."""
@@ -103,97 +135,79 @@ class Planner:
             raise UnknownModel(
                 f"no preset {preset[:128]!r}; presets: auto:fast, auto, auto:best", param="model"
             )
-        if slash and category not in self._map:
+        if slash and category not in self._known:
             raise UnknownModel(
-                f"no category {category[:128]!r}; categories: {', '.join(sorted(self._map))}",
+                f"no category {category[:128]!r}; categories: {', '.join(sorted(self._known))}",
                 param="model",
             )
         return preset, category if slash else None
 
-    def quality(self, expert: str, posterior: Mapping[str, float]) -> float:
-        """Q of the design: Σ over categories of p(c) · W[c, expert]."""
-        given = self._experts[expert].quality
-        total = 0.0
-        for category, p in posterior.items():
-            own = self._map.get(category, self._fallback) == expert
-            worth = _OWN if own else _FALLBACK if expert == self._fallback else _OTHER
-            total += p * given.get(category, worth)
-        return min(1.0, total)
-
-    def _able(
+    def _plan(
         self,
         asked: Asked,
         posterior: Mapping[str, float],
         category: str,
         confidence: float,
         reason: str,
-        scores: CategoryScores | None,
+        assessment: Assessment | None,
         price: float,
     ) -> Plan:
-        """The experts that can do what is needed and are worth anything here, best first."""
-        able = [name for name in self._experts if asked.needs <= self._capabilities[name]]
-        if able and not (able := [name for name in able if asked.tenant.may_ask(name)]):
-            raise Forbidden("this key may not ask for any expert that can do this", param="model")
-        if not able:
-            raise InvalidRequest(
-                f"no expert can do {', '.join(sorted(asked.needs))}", param="model"
-            )
-        worth = {name: self.quality(name, posterior) for name in able}
-        kept = (
-            sorted(
-                (name for name in able if worth[name] >= _LEAST),
-                key=lambda name: (-worth[name], name),
-            )
-            or able[:1]
-        )
+        """The recipes that can do what is needed and are worth anything here."""
+        book = self._book
+        given = self._worth.posterior(posterior)
+        quality, reach = self._worth.quality(given, assessment)
+        able = self._possible(asked)
+        keep = able & (quality >= _LEAST)
+        if not keep.any():
+            # Worth nothing, but better than no answer.
+            keep[int(np.flatnonzero(able)[0])] = True
+        rows = np.flatnonzero(keep)
+        first = book.recipes[int(rows[quality[rows].argmax()])].experts[0]
+        scores = assessment.scores if assessment is not None else None
         return Plan(
-            tuple(kept),
+            rows,
+            quality[rows],
+            reach[rows],
+            first,
             category,
             confidence,
             reason,
             scores,
-            tuple(worth[name] for name in kept),
+            given,
             price,
         )
 
+    def _possible(self, asked: Asked) -> NDArray[np.bool_]:
+        book = self._book
+        able = np.ones(len(book.recipes), dtype=bool)
+        for need in asked.needs:
+            if need not in self._lacking:
+                able[:] = False
+                break
+            able &= ~self._lacking[need]
+        if not asked.combinable:
+            able &= book.single
+        if not able.any():
+            raise InvalidRequest(
+                f"no expert can do {', '.join(sorted(asked.needs))}", param="model"
+            )
+        if asked.tenant.experts is not None:
+            barred = np.array([name not in asked.tenant.experts for name in book.experts])
+            able &= ~(book.asks & barred).any(axis=1)
+            if not able.any():
+                raise Forbidden("this key may ask no expert that can do this", param="model")
+        return able
+
     def _unknown(self, model: str) -> UnknownModel:
         # Names are that long at most, and likeness of megabytes takes seconds.
-        close = difflib.get_close_matches(model[:128], self._experts, n=1)
+        names = [*self._experts, *self._named]
+        close = difflib.get_close_matches(model[:128], names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         return UnknownModel(
-            f"the model {model[:128]!r} does not exist.{hint} "
-            f"Models: auto, {', '.join(self._experts)}",
+            f"the model {model[:128]!r} does not exist.{hint} Models: auto, {', '.join(names)}",
             param="model",
         )
 
 
 def _best(scores: CategoryScores) -> int:
     return max(range(len(scores.labels)), key=scores.probabilities.__getitem__)
-
-
-def explain(plan: Plan, candidates: Sequence[Option]) -> dict[str, Any]:
-    """A decision for people: the posterior, and every candidate with what decided."""
-    scores = plan.scores
-    posterior = dict(zip(scores.labels, scores.probabilities, strict=True)) if scores else {}
-    return {
-        "category": plan.category,
-        "confidence": round(plan.confidence, 4),
-        "novelty": round(scores.novelty, 4) if scores else None,
-        "posterior": {label: round(p, 4) for label, p in posterior.items()},
-        "reason": plan.reason,
-        "time_price": plan.time_price,
-        "chosen": candidates[0].expert if candidates else None,
-        "candidates": [
-            {
-                "expert": one.expert,
-                "pool": one.boot,
-                "quality": round(one.quality, 4),
-                "wait_s": round(one.wait_s, 3),
-                "answer_s": round(one.answer_s, 3),
-                "displaced_s": round(one.displaced_s, 3),
-                "utility": round(one.utility, 4),
-                "behind": round(candidates[0].utility - one.utility, 4),
-            }
-            for one in candidates
-        ],
-    }

@@ -1,4 +1,4 @@
-"""Carrying one request to whoever answers it, and the answer back.
+"""Carrying one call to whoever answers it, and the answer back.
 
 Until the first byte has gone to the client, a fault sends the request to the next
 best option; afterwards it ends the stream with an SSE error event.
@@ -8,24 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import aiohttp
 import orjson
 
 from service.api.body import Asked
+from service.api.passage import Passage, Spent
 from service.api.plan import Plan
-from service.broker.choice import Option, PoolView, Wish, failure_reason, home, options, unmet
-from service.engine.protocol import Engine, EngineRequest, Message, Send
+from service.api.reply import Reply
+from service.api.seats import RemoteSeat, seats_view
+from service.api.unmet import Unmet
+from service.api.wish import wish_for
+from service.broker.board import REMOTE, Board, PoolView
+from service.broker.book import Book
+from service.broker.choice import Option, Weighed, weigh
+from service.broker.demand import failure_reason, usable
+from service.broker.market import Market
+from service.engine.protocol import EngineRequest, Message
 from service.errors import (
     CoeError,
     DeadlineExceeded,
     EngineDead,
     ExpertFailed,
+    InvalidRequest,
     OverCapacity,
     PoolGone,
     Unavailable,
@@ -34,7 +42,7 @@ from service.errors import (
 from service.link.call import ENGINE_MS, QUEUE_MS, SWAP_MS, Call
 from service.link.client import PoolLink, PoolReply
 from service.link.directory import Directory
-from service.link.faults import FAULT_HEADER, sse_event
+from service.link.faults import FAULT_HEADER
 
 if TYPE_CHECKING:
     from service.telemetry.traces import Trace
@@ -44,79 +52,92 @@ if TYPE_CHECKING:
 _GRACE_S = 1.0
 _RETRIED = frozenset({"draining", "engine_dead", "over_capacity", "expert_failed", "pool_gone"})
 _TRIES_PER_POOL = 2
-_TELL_S = 0.25
-_USUAL_TOKENS = 64
-_LONG_TOKENS = 512
-
-
-@dataclass(slots=True)
-class Passage:
-    """What became of one request, for headers, metrics and the log.
-
-    `predicted_s`: the wait that was expected of the option that answered; `first_byte_at_s`:
-    by `time.monotonic`; `failed`: attempts that did before the first byte, as (expert, code).
-    """
-
-    expert: str = ""
-    recipe: str = "single"
-    local: bool = False
-    status: int = 0
-    queue_ms: float = 0.0
-    swap_ms: float = 0.0
-    engine_ms: float = 0.0
-    predicted_s: float = 0.0
-    first_byte_at_s: float = 0.0
-    attempts: int = 0
-    failed: list[tuple[str, str]] = field(default_factory=list)
-    outcome: str = "ok"
-    trace: Trace | None = None
-    tried: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
 class Relay:
-    """Carries requests. `wake` asks for a pool that holds an expert where none runs."""
+    """Carries calls. `wake` asks for a pool that holds an expert where none runs."""
 
     def __init__(
         self,
+        book: Book,
+        market: Market,
         directory: Directory,
-        remotes: dict[str, RemoteSeat],
+        seats: Mapping[str, RemoteSeat],
         wake: Callable[[str], None],
     ) -> None:
+        self.book = book
+        self.market = market
+        self._board = Board(book.index)
         self._directory = directory
-        self._remotes = remotes
-        self._remote_names = frozenset(remotes)
+        self._seats = seats
         self._wake = wake
-        self._unmet: dict[str, float] = {}
-        self._telling: asyncio.Task[None] | None = None
+        self._unmet = Unmet(directory, self.views)
 
     async def close(self) -> None:
         """Say no more."""
-        if self._telling is not None:
-            self._telling.cancel()
-            await asyncio.gather(self._telling, return_exceptions=True)
+        await self._unmet.close()
+
+    def views(self) -> list[PoolView]:
+        """What is known of every pool, with this gateway's own unacknowledged requests."""
+        now_s = time.monotonic()
+        views = [
+            PoolView(link.address.boot, link.snapshot, link.age_s(now_s), link.unseen())
+            for link in self._directory.links()
+            if link.snapshot is not None
+        ]
+        if self._seats:
+            views.append(seats_view(self._seats))
+        return views
+
+    def context(self, expert: str) -> int:
+        """An expert's context in tokens, the greatest that any pool tells; 0: not known."""
+        told = (view.snapshot.experts.get(expert) for view in self.views())
+        return max((state.max_model_len for state in told if state is not None), default=0)
+
+    def weigh(
+        self,
+        asked: Asked,
+        plan: Plan,
+        *,
+        left_s: float | None = None,
+        banned: frozenset[tuple[str, str]] = frozenset(),
+        views: list[PoolView] | None = None,
+    ) -> Weighed:
+        """Every way to answer this now. Sends nothing."""
+        wish = wish_for(self.market, asked, plan, left_s=left_s, banned=banned)
+        standing = self._board.standing(self.views() if views is None else views)
+        return weigh(self.book, standing, wish)
 
     async def carry(
         self,
         asked: Asked,
         plan: Plan,
-        headers: list[tuple[bytes, bytes]],
-        send: Send,
-        passage: Passage,
+        reply: Reply,
+        deadline_s: float,
+        *,
+        first: Weighed | None = None,
+        recipe: str = "",
     ) -> None:
-        """Answer a request. Raises CoeError while nothing has been sent."""
-        deadline_s = time.monotonic() + asked.deadline_ms / 1000
-        reply = _Reply(send, headers, passage)
+        """Answer by one expert. `first`: the choice as it was found, for the first attempt.
+        `recipe`: as part of which this is asked, if it is.
+
+        Raises CoeError while nothing has been sent.
+        """
+        passage = reply.passage
         fault: CoeError | None = None
+        single = plan.only(self.book.single[plan.rows])
         while True:
-            option = self._next(asked, plan, passage, fault)
+            option = self._next(asked, single, passage, fault, deadline_s, first)
+            first = None
             if option is None:
                 await self._wait_for_pool(plan, deadline_s)
                 continue
             passage.expert = option.expert
-            passage.local = option.boot is not None
+            passage.recipe = recipe or option.expert
+            passage.local = option.boot != REMOTE
             passage.predicted_s = option.wait_s
             passage.attempts += 1
-            passage.tried[option.expert, option.boot or ""] += 1
+            passage.tried[option.expert, option.boot] += 1
             try:
                 with _traced(passage.trace, option, asked) as trace:
                     await self._attempt(option, asked, deadline_s, reply, trace)
@@ -130,23 +151,27 @@ class Relay:
                     raise
                 passage.failed.append((option.expert, error.code))
 
-    def candidates(self, asked: Asked, plan: Plan) -> list[Option]:
-        """Every way to answer this now, best first. Sends nothing."""
-        return options(plan.wish(self._tokens(asked)), self._remote_names, self.views())
+    def begin(self, asked: Asked, plan: Plan) -> Weighed:
+        """The first choice for a request: tells pools of what it would rather have had."""
+        views = self.views()
+        weighed = self.weigh(asked, plan, views=views)
+        at = weighed.best()
+        if at is None:
+            self._refuse_cost(asked, weighed)
+            return weighed
+        self._wake_better(plan, weighed, at, views)
+        self._unmet.note(weighed.unmet(at), weighed.missed(at))
+        return weighed
 
-    def views(self) -> list[PoolView]:
-        """What is known of every pool, with this gateway's own unacknowledged requests."""
-        now_s = time.monotonic()
-        return [
-            PoolView(
-                link.address.boot,
-                link.snapshot,
-                link.age_s(now_s),
-                link.unseen(),
+    @staticmethod
+    def _refuse_cost(asked: Asked, weighed: Weighed) -> None:
+        """No way to answer is cheap enough, whatever is free: say so at once."""
+        if asked.max_cost is not None and (weighed.cost > asked.max_cost).all():
+            raise InvalidRequest(
+                f"no way to answer is expected to cost at most {asked.max_cost:g}; "
+                f"the cheapest costs about {weighed.cost.min():.3g}",
+                param="coe.max_cost",
             )
-            for link in self._directory.links()
-            if link.snapshot is not None
-        ]
 
     def context(self, expert: str) -> int:
         """An expert's context in tokens, the greatest that any pool tells; 0: not known."""
@@ -154,89 +179,68 @@ class Relay:
         return max((state.max_model_len for state in told if state is not None), default=0)
 
     def _next(
-        self, asked: Asked, plan: Plan, passage: Passage, fault: CoeError | None
+        self,
+        asked: Asked,
+        plan: Plan,
+        passage: Passage,
+        fault: CoeError | None,
+        deadline_s: float,
+        first: Weighed | None,
     ) -> Option | None:
         """The best option left. None: wait for a pool. Raises when there is no hope."""
+        # The same pool again only where its engine died: it is starting another.
+        tries = _TRIES_PER_POOL if isinstance(fault, (EngineDead, PoolGone)) else 1
+        # After a fault, somebody else first.
+        least_tried = range(min(1, len(passage.tried)), tries + 1)
         views = self.views()
-        wish = plan.wish(self._tokens(asked))
-        left = [
-            option
-            for option in options(wish, self._remote_names, views)
-            if passage.tried[option.expert, option.boot or ""] < self._tries(fault)
-        ]
-        if left:
-            # After a fault, somebody else first.
-            chosen = min(left, key=lambda o: passage.tried[o.expert, o.boot or ""])
-            if not passage.attempts:
-                self._wake_better(wish, chosen, views)
-                self._note_unmet(unmet(wish, chosen, views))
-            return chosen
+        for most in least_tried:
+            banned = frozenset(key for key, count in passage.tried.items() if count >= most)
+            weighed = first
+            if weighed is None:
+                left_s = max(0.0, deadline_s - time.monotonic())
+                weighed = self.weigh(asked, plan, left_s=left_s, banned=banned, views=views)
+            at = weighed.best()
+            if at is not None:
+                expert = self.book.recipes[int(weighed.wish.rows[at])].members[0]
+                passage.predicted_cost = float(weighed.cost[at])
+                return weighed.option(expert)
+        experts = self._experts(plan)
         if fault is not None and not isinstance(fault, (PoolGone, EngineDead)):
             raise fault
-        if isinstance(fault, EngineDead) and any(_has_any(plan, view) for view in views):
+        if isinstance(fault, EngineDead) and any(
+            usable(view, name) for view in views for name in experts
+        ):
             # The pool is there, and its next engine died of this request as well.
             raise fault
         if passage.attempts >= 2 * _TRIES_PER_POOL and fault is not None:
             raise fault
-        if (reason := failure_reason(plan.preference[0], views)) is not None:
+        if (reason := failure_reason(plan.first, views)) is not None:
             raise ExpertFailed(
-                f"expert {plan.preference[0]!r} could not be loaded: {reason}", retry_after_s=30
+                f"expert {plan.first!r} could not be loaded: {reason}", retry_after_s=30
             )
         return None
 
-    @staticmethod
-    def _tokens(asked: Asked) -> int:
-        """About how long the answer will be: what was asked for, within reason."""
-        for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
-            given = asked.data.get(name)
-            if isinstance(given, int) and given > 0:
-                return min(given, _LONG_TOKENS)
-        return _USUAL_TOKENS
+    def _experts(self, plan: Plan) -> list[str]:
+        return [self.book.recipes[row].members[0] for row in plan.rows.tolist()]
 
-    def _wake_better(self, wish: Wish, chosen: Option, views: list[PoolView]) -> None:
-        """Ask for a pool of an expert worth more than the chosen one that no pool has now."""
-        there = {name for view in views for name in view.snapshot.experts} | self._remote_names
-        absent = [name for name in wish.quality if name not in there]
-        if absent:
-            best = max(absent, key=lambda name: wish.quality[name])
-            if wish.quality[best] > chosen.utility:
-                self._wake(best)
-
-    def _note_unmet(self, missed: tuple[str, float] | None) -> None:
-        if missed is None:
+    def _wake_better(self, plan: Plan, weighed: Weighed, at: int, views: list[PoolView]) -> None:
+        """Ask for a pool of an expert worth more than the winner that no pool has now."""
+        if not (weighed.barred == "no pool").any():
             return
-        expert, amount = missed
-        self._unmet[expert] = self._unmet.get(expert, 0.0) + amount
-        if self._telling is None or self._telling.done():
-            self._telling = asyncio.create_task(self._tell_unmet())
-
-    async def _tell_unmet(self) -> None:
-        """Send what has added up, each expert's to the one pool that should load it."""
-        await asyncio.sleep(_TELL_S)
-        wanted, self._unmet = self._unmet, {}
-        views = self.views()
-        by_pool: dict[str, dict[str, float]] = {}
-        for expert, amount in wanted.items():
-            boot = home(expert, views)
-            if boot is not None:
-                by_pool.setdefault(boot, {})[expert] = amount
-        for boot, amounts in by_pool.items():
-            # A pool that has just gone needs no telling.
-            with suppress(PoolGone):
-                await self._link(boot).demand(amounts)
-
-    @staticmethod
-    def _tries(fault: CoeError | None) -> int:
-        # The same pool again only where its engine died: it is starting another.
-        return _TRIES_PER_POOL if isinstance(fault, (EngineDead, PoolGone)) else 1
+        there = {name for view in views for name in view.snapshot.experts}
+        best: tuple[float, str] | None = None
+        for quality, row in zip(plan.quality.tolist(), plan.rows.tolist(), strict=True):
+            absent = [name for name in self.book.recipes[row].members if name not in there]
+            if absent and (best is None or quality > best[0]):
+                best = quality, absent[0]
+        if best is not None and best[0] > weighed.utility[at]:
+            self._wake(best[1])
 
     async def _wait_for_pool(self, plan: Plan, deadline_s: float) -> None:
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
-            raise Unavailable(
-                f"no running pool holds expert {plan.preference[0]!r}", retry_after_s=5
-            )
-        self._wake(plan.preference[0])
+            raise Unavailable(f"no running pool holds expert {plan.first!r}", retry_after_s=5)
+        self._wake(plan.first)
         await self._directory.change(min(left_s, 1.0))
 
     async def _attempt(
@@ -244,19 +248,24 @@ class Relay:
         option: Option,
         asked: Asked,
         deadline_s: float,
-        reply: _Reply,
+        reply: Reply,
         trace: Mapping[str, str],
     ) -> None:
         left_ms = max(1, int((deadline_s - time.monotonic()) * 1000))
         body = asked.body_for(option.expert)
-        remote = option.boot is None
+        remote = option.boot == REMOTE
         limit = asyncio.timeout(left_ms / 1000 + (0 if remote else _GRACE_S))
         # Never the one of an attempt before: that has ended.
         reply.first_byte_limit = limit if remote and asked.stream else None
+        reply.sent_s = time.monotonic()
+        reply.passage.pool = option.boot
+        spent = Spent(option.expert, self.market.price(option.expert))
+        reply.spent = spent
         try:
             async with limit:
-                if option.boot is None:
-                    seat = self._remotes[option.expert]
+                if remote:
+                    seat = self._seats[option.expert]
+                    reply.passage.calls.append(spent)
                     await seat.run(
                         EngineRequest(asked.endpoint, option.expert, body, asked.request_id, trace),
                         reply,
@@ -275,6 +284,7 @@ class Relay:
                     trace=trace,
                 )
                 async with link.call(call, body) as answer:
+                    reply.passage.calls.append(spent)
                     await self._pass_on(answer, asked, limit, reply)
         except TimeoutError:
             if not limit.expired():
@@ -288,7 +298,7 @@ class Relay:
         raise PoolGone("the pool has just gone")
 
     async def _pass_on(
-        self, answer: PoolReply, asked: Asked, limit: asyncio.Timeout, reply: _Reply
+        self, answer: PoolReply, asked: Asked, limit: asyncio.Timeout, reply: Reply
     ) -> None:
         fault = answer.headers.get(FAULT_HEADER.decode())
         if fault == DeadlineExceeded.code:
@@ -306,7 +316,6 @@ class Relay:
         reply.passage.engine_ms = float(answer.headers.get(ENGINE_MS, "0"))
         if not content_type.startswith(b"text/event-stream"):
             body = await _whole(answer)
-            head.append((b"content-length", str(len(body)).encode()))
             await reply(_start(answer.status, head))
             await reply({"type": "http.response.body", "body": body})
             return
@@ -325,100 +334,13 @@ class Relay:
         await reply({"type": "http.response.body", "body": b""})
 
 
-@dataclass(slots=True)
-class RemoteSeat:
-    """A remote expert's places in this gateway: bounded, first come, first served."""
-
-    engine: Engine
-    max_in_flight: int
-    max_queue: int
-    failed: str | None = None
-    places: asyncio.Semaphore = field(init=False)
-    waiting: int = field(init=False, default=0)
-    running: int = field(init=False, default=0)
-
-    def __post_init__(self) -> None:
-        self.places = asyncio.Semaphore(self.max_in_flight)
-
-    async def run(self, request: EngineRequest, send: Send) -> None:
-        """Answer a request when there is a place. Raises OverCapacity, ExpertFailed."""
-        if self.failed is not None:
-            raise ExpertFailed(
-                f"expert {request.expert!r} can't be used: {self.failed}", retry_after_s=60
-            )
-        if self.waiting >= self.max_queue and self.places.locked():
-            raise OverCapacity(
-                f"expert {request.expert!r} has {self.waiting} requests waiting, "
-                f"and no more than {self.max_queue} may"
-            )
-        self.waiting += 1
-        try:
-            await self.places.acquire()
-        finally:
-            self.waiting -= 1
-        self.running += 1
-        try:
-            await self.engine.run(request, send)
-        finally:
-            self.running -= 1
-            self.places.release()
-
-
-class _Reply:
-    """An ASGI send that adds our headers and knows how far the reply has come."""
-
-    def __init__(
-        self,
-        send: Send,
-        headers: list[tuple[bytes, bytes]],
-        passage: Passage,
-    ) -> None:
-        self.passage = passage
-        self.started = False
-        self.first_byte_limit: asyncio.Timeout | None = None
-        self._send = send
-        self._headers = headers
-        self._streams = False
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.started = True
-            passage = self.passage
-            passage.status = message["status"]
-            passage.first_byte_at_s = time.monotonic()
-            if self.first_byte_limit is not None:
-                self.first_byte_limit.reschedule(None)
-            given = message["headers"]
-            self._streams = any(v.startswith(b"text/event-stream") for _, v in given)
-            message = {
-                "type": "http.response.start",
-                "status": message["status"],
-                "headers": [
-                    *given,
-                    *self._headers,
-                    (b"x-coe-expert", passage.expert.encode()),
-                    (QUEUE_MS.encode(), f"{passage.queue_ms:.1f}".encode()),
-                    (SWAP_MS.encode(), f"{passage.swap_ms:.1f}".encode()),
-                ],
-            }
-        await self._send(message)
-
-    async def break_off(self, error: CoeError) -> None:
-        """End a reply that had begun. A stream says why; anything else is cut short."""
-        self.passage.outcome = error.code
-        if self._streams:
-            await self._send({"type": "http.response.body", "body": sse_event(error)})
-            return
-        raise error
-
-
 def _traced(
     trace: Trace | None, option: Option, asked: Asked
 ) -> AbstractContextManager[Mapping[str, str]]:
     """The W3C headers to go on with; untraced, the client's own as they came."""
     if trace is None:
         return nullcontext(asked.trace)
-    return trace.attempt(option.expert, option.boot)
+    return trace.attempt(option.expert, option.boot or None)
 
 
 def _too_late(asked: Asked) -> DeadlineExceeded:
@@ -434,12 +356,6 @@ async def _whole(answer: PoolReply) -> bytes:
         return await answer.chunks.read()
     except (aiohttp.ClientError, OSError):
         raise PoolGone("the pool that was answering went away") from None
-
-
-def _has_any(plan: Plan, view: PoolView) -> bool:
-    return not view.snapshot.draining and any(
-        name in view.snapshot.experts for name in plan.preference
-    )
 
 
 def _fault_from(code: str, body: bytes, retry_after: str | None) -> Unavailable:

@@ -1,202 +1,264 @@
-"""Choosing where a request goes. Pure: what is known of the pools comes in as data.
+"""Choosing how a request is answered, and where. Pure: what is known comes in as data.
 
-Every way to answer has a utility,
+Every recipe r, with a pool for each expert that it may ask, has a utility,
 
-    U = Q − λ · (T + X)
+    U = Q − λ_cost · c − λ_time · (T + X)
 
-Q: expected quality of the expert for this prompt, in [0, 1]; T: time to the answer in s
-(loading or swapping, queue, prefill, decode); X: what a swap for it costs others, in s (there
-and back, for each request waiting in that slot); λ: quality per second. The greatest
-wins. The difference to the best if every expert were resident is unmet demand: by it
-alone a cold expert gets loaded that each single request shies away from.
+Q: expected quality of its answer for this prompt, in [0, 1]; c: expected spending, all calls
+counted; T: time to the answer in s (loading or swapping, queue, prefill, decode; the slowest of
+those asked together, plus those asked later times how likely that is); X: what
+swaps for it cost others, in s. λ_cost is the sum of the budgets' shadow prices. The greatest
+wins. Taking each request's best option under such prices is the online form of a
+multiple-choice knapsack (as in Kellerer, Pferschy, Pisinger: Knapsack Problems, ch. 11).
+
+How much better the best would be if every expert were resident and idle is unmet demand: by
+it alone a cold expert gets loaded that each single request shies away from.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
-from service.link.snapshot import STALE_S, ExpertState, Snapshot, Speed
-from service.types import Residency
+import numpy as np
+from numpy.typing import NDArray
 
-# Until an expert was measured.
-_GUESS = Speed(first_s=0.2, chunk_s=0.02)
+from service.broker.board import REMOTE, Floats, Standing
+from service.broker.book import Book, Ints
+
+_NEVER = np.inf
+_NO_ONE = np.zeros(0, dtype=np.intp)
 
 
 @dataclass(frozen=True, slots=True)
-class PoolView:
-    """What a gateway knows of one pool.
+class Warm:
+    """Where a conversation's beginning is in the prefix cache: so many prompt tokens of it."""
 
-    `unseen`: requests sent that the snapshot can't count yet, by expert.
-    """
-
+    expert: str
     boot: str
-    snapshot: Snapshot
-    age_s: float
-    unseen: dict[str, int]
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a request wants: the experts that may answer with their expected quality in [0, 1],
-    what a second is worth in quality, and about how many tokens the answer has.
+    """What a request wants. Arrays (recipes,) stand for the recipes `rows` of the book.
+
+    quality: expected, in [0, 1]. reach (recipes, MAX_LATER): how likely each later expert is
+    asked. tokens (experts,): expected length of each expert's answer. cost (experts,):
+    expected spending of one call. time_price: quality per second. cost_price: quality per
+    unit of cost. most_cost: hard bound on what all calls of a recipe may cost together.
+    deadline_s: time that is left, to the first token where `streams`, else to the end.
     """
 
-    quality: Mapping[str, float]
+    rows: Ints
+    quality: Floats
+    reach: Floats
+    tokens: Floats
+    cost: Floats
+    prompt_tokens: int = 0
     time_price: float = 0.01
-    tokens: int = 64
+    cost_price: float = 0.0
+    most_cost: float = _NEVER
+    deadline_s: float = _NEVER
+    streams: bool = False
+    warm: Warm | None = None
+    banned: Collection[tuple[str, str]] = field(default=())
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A way to answer: an expert in a pool (`boot`), or a remote one (`boot` None).
+    """An expert in a pool (`boot`; `REMOTE`: in this gateway).
 
-    Times in s. wait_s: until its first token is begun; answer_s: from then to the end;
-    displaced_s: what it costs others.
+    Times in s. eta_s: until its weights are there, swaps included; wait_s: until its first
+    token is begun, that included; answer_s: from then to the end; displaced_s: what it costs
+    others.
     """
 
     expert: str
-    boot: str | None
-    quality: float
+    boot: str
+    eta_s: float
     wait_s: float
     answer_s: float
     displaced_s: float
-    utility: float
 
 
-def answer_s(speed: Speed, tokens: int) -> float:
-    """Prefill and decode, by measured speed."""
-    first_s = speed.first_s or _GUESS.first_s
-    return first_s + tokens * (speed.chunk_s or _GUESS.chunk_s)
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """All recipes of a wish, weighed. Arrays (recipes,) in the order of `wish.rows`.
 
-
-def wait_s(view: PoolView, expert: str, tokens: int) -> float:
-    """Loading or swapping, and the requests ahead: whole batches of them that must end first."""
-    snapshot = view.snapshot
-    state = snapshot.experts[expert]
-    ahead = 0
-    for name in _slot_mates(snapshot, state):
-        queue = snapshot.queues.get(name)
-        ahead += view.unseen.get(name, 0)
-        ahead += queue.waiting + queue.running if queue is not None else 0
-    capacity = max(1, snapshot.capacity.get(expert, 1))
-    speed = snapshot.speeds.get(expert, _GUESS)
-    batches, rest = divmod(ahead, capacity)
-    # Those in the same batch cost little, but not nothing.
-    share = rest / capacity * (speed.first_s or _GUESS.first_s)
-    return state.eta_s + batches * answer_s(speed, tokens) + share
-
-
-def displaced_s(view: PoolView, expert: str) -> float:
-    """A swap there and back, for each request that waits or runs in that slot for others."""
-    snapshot = view.snapshot
-    state = snapshot.experts[expert]
-    if state.state is Residency.DEVICE:
-        return 0.0
-    others = 0
-    for name in _slot_mates(snapshot, state):
-        queue = snapshot.queues.get(name)
-        if name != expert and queue is not None:
-            others += queue.waiting + queue.running
-    return 2 * state.swap_s * others
-
-
-def _slot_mates(snapshot: Snapshot, state: ExpertState) -> list[str]:
-    return [name for name, other in snapshot.experts.items() if other.slot == state.slot]
-
-
-def options(wish: Wish, remote: frozenset[str], views: Iterable[PoolView]) -> list[Option]:
-    """Every way to answer, best first.
-
-    A pool that drains or has failed to load the expert is none; one not heard of for
-    over a second comes after all that were.
-    """
-    fresh: list[Option] = []
-    stale: list[Option] = []
-    known = list(views)
-    for expert, quality in wish.quality.items():
-        if expert in remote:
-            fresh.append(Option(expert, None, quality, 0.0, 0.0, 0.0, quality))
-            continue
-        for view in known:
-            if not _usable(view, expert):
-                continue
-            waiting = wait_s(view, expert, wish.tokens)
-            speed = view.snapshot.speeds.get(expert, _GUESS)
-            answering = answer_s(speed, wish.tokens)
-            displacing = displaced_s(view, expert)
-            utility = quality - wish.time_price * (waiting + answering + displacing)
-            option = Option(expert, view.boot, quality, waiting, answering, displacing, utility)
-            (stale if view.age_s > STALE_S else fresh).append(option)
-    fresh.sort(key=_rank)
-    stale.sort(key=_rank)
-    return fresh + stale
-
-
-def _rank(option: Option) -> tuple[float, float, str, str]:
-    return -option.utility, option.wait_s, option.expert, option.boot or ""
-
-
-def _usable(view: PoolView, expert: str) -> bool:
-    state = view.snapshot.experts.get(expert)
-    return state is not None and not view.snapshot.draining and state.state is not Residency.FAILED
-
-
-def unmet(wish: Wish, chosen: Option, views: Iterable[PoolView]) -> tuple[str, float] | None:
-    """The expert that would have won were all resident and idle, and by how much.
-
-    None where that is the chosen one, or no pool could hold it.
-    """
-    best: tuple[float, str] | None = None
-    known = list(views)
-    for expert, quality in wish.quality.items():
-        speeds = [
-            view.snapshot.speeds.get(expert, _GUESS) for view in known if _usable(view, expert)
-        ]
-        if not speeds:
-            continue
-        answering = min(answer_s(speed, wish.tokens) for speed in speeds)
-        utility = quality - wish.time_price * answering
-        if best is None or utility > best[0]:
-            best = utility, expert
-    if best is None or best[1] == chosen.expert or best[0] <= chosen.utility:
-        return None
-    return best[1], best[0] - chosen.utility
-
-
-def home(expert: str, views: Iterable[PoolView]) -> str | None:
-    """The one pool to tell of an expert's unmet demand: where loading it displaces least.
-
-    A pool that has it in memory or on its way comes first. Loads are compared by
-    powers of two and ties broken by rendezvous hash of expert and pool, so that
-    gateways with slightly different snapshots agree without talking.
+    `barred`: why a recipe is out of the question: "" where it is not.
+    `pool` (experts,): the best pool for each expert, an index into `standing.boots`.
     """
 
-    def key(view: PoolView) -> tuple[int, int, bytes]:
-        snapshot = view.snapshot
-        state = snapshot.experts[expert]
-        near = state.state in (Residency.DEVICE, Residency.HOST, Residency.LOADING)
-        load = 0
-        for name in _slot_mates(snapshot, state):
-            queue = snapshot.queues.get(name)
-            if name != expert and queue is not None:
-                load += queue.waiting + queue.running
-        digest = hashlib.blake2b(f"{expert}\0{view.boot}".encode(), digest_size=8).digest()
-        return 0 if near else 1, load.bit_length(), digest
+    book: Book
+    wish: Wish
+    standing: Standing
+    pool: Ints
+    wait: Floats
+    answer: Floats
+    time: Floats
+    displaced: Floats
+    cost: Floats
+    utility: Floats
+    barred: NDArray[np.str_]
+    ideal: Floats
 
-    able = [view for view in views if _usable(view, expert)]
-    return min(able, key=key).boot if able else None
-
-
-def failure_reason(expert: str, views: Iterable[PoolView]) -> str | None:
-    """Why no pool has the expert, if every pool that should have it failed to load it."""
-    reasons = []
-    for view in views:
-        state = view.snapshot.experts.get(expert)
-        if state is None:
-            continue
-        if state.state is not Residency.FAILED:
+    def best(self) -> int | None:
+        """Position of the winner among `wish.rows`; None where nothing is possible."""
+        if not len(self.utility):
             return None
-        reasons.append(state.reason)
-    return reasons[0] if reasons else None
+        # The first of equals, which is the one that stands first in the config.
+        at = int(self.utility.argmax())
+        return at if self.utility[at] > -_NEVER else None
+
+    def order(self) -> Ints:
+        """Positions, best first; barred ones last."""
+        return np.argsort(-self.utility, kind="stable")
+
+    def option(self, expert: str) -> Option | None:
+        """The pool to ask for an expert; None where none can be asked."""
+        e = self.book.index[expert]
+        if not np.isfinite(self.wait[e]):
+            return None
+        p = int(self.pool[e])
+        s = self.standing
+        return Option(
+            expert,
+            s.boots[p],
+            float(s.eta[p, e]),
+            float(self.wait[e]),
+            float(self.answer[e]),
+            float(s.displaced[p, e]),
+        )
+
+    def unmet(self, chosen: int) -> tuple[str, ...]:
+        """Experts of the recipe that would have won were all resident and idle, if it is
+        another one than `chosen`."""
+        at = int(self.ideal.argmax())
+        if at == chosen or not self.missed(chosen) > 0:
+            return ()
+        return self.book.recipes[int(self.wish.rows[at])].members
+
+    def missed(self, chosen: int) -> float:
+        """By how much that one would have been better."""
+        return float(self.ideal.max() - self.utility[chosen])
+
+
+def weigh(book: Book, standing: Standing, wish: Wish) -> Weighed:
+    """Weigh every recipe of a wish. Pools that were not heard of for over a second count only
+    where nothing else is left."""
+    usable = standing.usable
+    if wish.banned:
+        usable = usable.copy()
+        for expert, boot in wish.banned:
+            if boot in standing.boots:
+                usable[standing.boots.index(boot), book.index[expert]] = False
+    if not standing.fresh.all():
+        fresh = usable & standing.fresh[:, None]
+        weighed = _weigh(book, standing, wish, fresh)
+        if weighed.best() is not None or not (usable & ~fresh).any():
+            return weighed
+    return _weigh(book, standing, wish, usable)
+
+
+def _weigh(book: Book, standing: Standing, wish: Wish, usable: NDArray[np.bool_]) -> Weighed:
+    s = standing
+    experts = len(book.experts)
+    if not len(s.boots):
+        nowhere = np.full(experts, _NEVER)
+        return _total(book, s, wish, _NO_ONE, nowhere, nowhere, nowhere, nowhere, nowhere)
+    prefill = s.first + s.per_token * wish.prompt_tokens
+    if wish.warm is not None and wish.warm.boot in s.boots and wish.warm.expert in book.index:
+        p, e = s.boots.index(wish.warm.boot), book.index[wish.warm.expert]
+        held = min(wish.warm.tokens, wish.prompt_tokens)
+        prefill[p, e] -= s.per_token[p, e] * held
+    answer = prefill + s.chunk * wish.tokens
+    batches, rest = np.divmod(s.ahead, s.capacity)
+    # Whole batches ahead must end first; those in the same one cost little, but not nothing.
+    wait = s.eta + batches * answer + rest / s.capacity * prefill
+    together = wait + answer + s.displaced
+    together[~usable] = _NEVER
+    pool = together.argmin(axis=0)
+    columns = np.arange(experts)
+    there = usable[pool, columns]
+    idle = np.where(usable, answer, _NEVER).min(axis=0)
+    return _total(
+        book,
+        s,
+        wish,
+        pool,
+        np.where(there, wait[pool, columns], _NEVER),
+        np.where(there, answer[pool, columns], _NEVER),
+        np.where(there, prefill[pool, columns], _NEVER),
+        np.where(there, s.displaced[pool, columns], _NEVER),
+        idle,
+    )
+
+
+def _total(
+    book: Book,
+    standing: Standing,
+    wish: Wish,
+    pool: Ints,
+    wait: Floats,
+    answer: Floats,
+    prefill: Floats,
+    displaced: Floats,
+    idle: Floats,
+) -> Weighed:
+    """From experts to recipes: the slowest of those together, the sum of what they cost."""
+    rows = wish.rows
+    members, later = book.members[rows], book.later[rows]
+    reach = wish.reach
+    # One more column stands for nobody.
+    per = np.zeros((5, len(book.experts) + 1))
+    per[0, :-1] = wait + answer
+    per[1, :-1] = displaced
+    per[2, :-1] = wish.cost
+    per[3, :-1] = idle
+    per[4, :-1] = wait + prefill
+    asked = per[:, members]
+    chained = per[:, later]
+    expected = np.zeros((4, len(rows)))
+    # 0 · ∞ is no number, and who is never asked costs nothing.
+    np.multiply(chained[:4], reach, out=chained[:4], where=reach > 0)
+    chained[:4][:, reach <= 0] = 0.0
+    expected[:] = chained[:4].sum(axis=2)
+    time = asked[0].max(axis=1) + expected[0]
+    displacing = asked[1].sum(axis=1) + expected[1]
+    cost = asked[2].sum(axis=1) + expected[2]
+    ideal_time = asked[3].max(axis=1) + expected[3]
+    worth = wish.quality - wish.cost_price * cost
+    utility = worth - wish.time_price * (time + displacing)
+    barred = np.zeros(len(rows), dtype="U8")
+    nowhere = ~np.isfinite(time)
+    barred[nowhere] = "no pool"
+    if np.isfinite(wish.most_cost):
+        worst = asked[2].sum(axis=1) + per[2][later].sum(axis=1)
+        barred[(worst > wish.most_cost) & (barred == "")] = "max_cost"
+    if np.isfinite(wish.deadline_s):
+        last = per[4] if wish.streams else per[0]
+        alone = book.single[rows]
+        # Nothing of an answer by several can stream before they have agreed.
+        ends = np.where(
+            alone,
+            last[members[:, 0]],
+            per[0][members].max(axis=1) + per[0][later].sum(axis=1),
+        )
+        late = (ends > wish.deadline_s) & (barred == "")
+        # Where all are late, single experts may try.
+        if (late | (barred != "")).all():
+            late &= ~alone
+        barred[late] = "deadline"
+    utility[barred != ""] = -_NEVER
+    ideal = np.where(
+        np.isfinite(ideal_time) & (barred != "max_cost"),
+        worth - wish.time_price * ideal_time,
+        -_NEVER,
+    )
+    return Weighed(
+        book, wish, standing, pool, wait, answer, time, displacing, cost, utility, barred, ideal
+    )
+
+
+__all__ = ["REMOTE", "Option", "Warm", "Weighed", "Wish", "weigh"]

@@ -34,17 +34,22 @@ def route(prompt: str, path: Path, url: str | None, model: str, as_json: bool) -
     if as_json:
         click.echo(json.dumps(told))
         return
-    click.echo(f"expert    {told['chosen']}  ({told['reason']})")
-    click.echo(f"category  {told['category']}  (confidence {told['confidence']:.2f})")
+    click.echo(f"chosen    {told['chosen']}  ({told['reason']})")
+    click.echo(f"category  {told['category'] or '-'}  (confidence {told['confidence']:.2f})")
     if told["posterior"]:
         ranked = sorted(told["posterior"].items(), key=lambda pair: -pair[1])
         click.echo("posterior " + ", ".join(f"{label} {p:.3f}" for label, p in ranked))
-    columns = ("quality", "wait_s", "answer_s", "displaced_s", "utility", "behind")
+    columns = ("quality", "cost", "wait_s", "swap_s", "answer_s", "displaced_s", "utility")
     rows = [
-        (one["expert"], one["pool"] or "", *(f"{one[name]:.3f}" for name in columns))
+        (
+            one["recipe"],
+            one["pool"] or "",
+            *("" if one[name] is None else f"{one[name]:.3g}" for name in columns),
+            one["why"],
+        )
         for one in told["candidates"]
     ]
-    table(("candidate", "pool", *columns), rows)
+    table(("candidate", "pool", *columns, "why"), rows)
 
 
 def _route_there(url: str, body: dict[str, Any]) -> Any:
@@ -54,17 +59,17 @@ def _route_there(url: str, body: dict[str, Any]) -> Any:
 def _route_here(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     """The decision as if every expert were resident and idle."""
     from service.api.body import read_asked
-    from service.api.plan import Planner, explain
-    from service.app import load_classifier
-    from service.broker.choice import Option
+    from service.api.explain import explain
+    from service.api.wish import wish_for
+    from service.app import Routing
+    from service.broker.board import Board, idle_view
+    from service.broker.choice import weigh
     from service.config import load_config
 
     config = load_config(path)
     raw = json.dumps(body).encode()
     asked = read_asked("/v1/chat/completions", raw, {}, config.server.deadline_ms)
-    plan = Planner(config, load_classifier(config)).plan(asked)
-    idle = [
-        Option(name, None, quality, 0.0, 0.0, 0.0, quality)
-        for name, quality in zip(plan.preference, plan.quality, strict=True)
-    ]
-    return explain(plan, idle)
+    routing = Routing(config)
+    plan = routing.router.plan(asked)
+    standing = Board(routing.book.index).standing([idle_view(routing.book.experts)])
+    return explain(plan, weigh(routing.book, standing, wish_for(routing.market, asked, plan)))

@@ -75,9 +75,9 @@ def _with_models(config: Config) -> Config:
 
 
 def _check_artifacts(config: Config) -> None:
-    from service.app import load_classifier
+    from service.app import Routing
 
-    load_classifier(config)
+    Routing(config)
 
 
 def _plans(config: Config) -> list[Any]:

@@ -10,6 +10,7 @@ from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
 from service.config.limits import RequestLimits
 from service.config.pools import PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.reading import load_config, parse_config
+from service.config.recipes import RecipeConfig
 from service.config.server import RouterConfig, ServerConfig
 from service.config.telemetry import TelemetryConfig
 from service.config.tenants import (
@@ -30,6 +31,7 @@ __all__ = [
     "LimitsConfig",
     "PoolConfig",
     "PriceConfig",
+    "RecipeConfig",
     "RemoteConfig",
     "RequestLimits",
     "RouterConfig",

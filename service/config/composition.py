@@ -11,6 +11,7 @@ from service.config.base import Name, Section
 from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
 from service.config.limits import RequestLimits
 from service.config.pools import PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
+from service.config.recipes import RecipeConfig
 from service.config.server import RouterConfig, ServerConfig
 from service.config.telemetry import TelemetryConfig
 from service.config.tenants import BudgetConfig, KeyConfig, SpendConfig, StoreConfig, TenantConfig
@@ -26,6 +27,9 @@ class Config(Section):
         None, description="Where models are kept. Default: $COE_MODELS or ~/.cache/coe/models."
     )
     experts: dict[Name, ExpertConfig] = Field(description="The experts, by name.", min_length=1)
+    recipes: dict[Name, RecipeConfig] = Field(
+        default_factory=dict, description="Ways to answer that ask several experts, by name."
+    )
     pools: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")], PoolConfig] = Field(
         default_factory=dict, description="The pools, by kind."
     )
@@ -132,6 +136,7 @@ def _check_names(config: Config) -> None:
                     f"experts.{name}.base: {expert.base!r} has no full weights of its own; "
                     "a base is an expert with `model`"
                 )
+    _check_recipes(config, names)
     if config.router.fallback is not None and config.router.fallback not in names:
         raise ValueError(f"router.fallback: {_unknown(config.router.fallback, names)}")
     placed: set[str] = set()
@@ -159,6 +164,17 @@ def _check_names(config: Config) -> None:
         )
 
 
+def _check_recipes(config: Config, names: set[str]) -> None:
+    for name, recipe in config.recipes.items():
+        if name in names or name == "auto" or name.startswith(("auto/", "auto:")):
+            raise ValueError(f"recipes.{name}: an expert is called so, or it begins with 'auto'")
+        for expert in (*recipe.members, *recipe.later):
+            if expert not in names:
+                raise ValueError(f"recipes.{name}: {_unknown(expert, names)}")
+            if "chat" not in config.experts[expert].capabilities:
+                raise ValueError(f"recipes.{name}: {expert!r} can't chat")
+
+
 def _unknown(name: str, allowed: set[str]) -> str:
     close = difflib.get_close_matches(name, allowed, n=1)
     hint = f" did you mean {close[0]!r}?" if close else ""
@@ -175,6 +191,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("experts", "*"): ExpertConfig,
     ("experts", "*", "remote"): RemoteConfig,
     ("experts", "*", "price"): PriceConfig,
+    ("recipes", "*"): RecipeConfig,
     ("pools", "*"): PoolConfig,
     ("pools", "*", "vllm"): VllmOptions,
     ("pools", "*", "swap"): SwapOptions,

@@ -48,10 +48,15 @@ class Queue:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Measured, as moving averages, in seconds: to the first byte, and between chunks."""
+    """Measured, as moving averages, in seconds.
+
+    To the first byte: `first_s`, and `per_token_s` more for each prompt token; between
+    chunks: `chunk_s`. 0: not measured.
+    """
 
     first_s: float = 0.0
     chunk_s: float = 0.0
+    per_token_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

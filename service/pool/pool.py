@@ -15,10 +15,10 @@ from service.engine.protocol import EngineRequest, Message, Send
 from service.errors import CoeError, DeadlineExceeded, EngineDead, UnknownEndpoint, UnknownModel
 from service.link.call import ENGINE_MS, QUEUE_MS, SWAP_MS, Call, Times
 from service.link.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
+from service.link.speed import Speedometer, Stopwatch
 from service.pool.slot import Slot
 from service.types import Residency
 
-_EWMA = 0.2
 _COMPLETION = re.compile(rb'"(?:completion|output)_tokens":(\d{1,9})')
 OPERATIONS = ("load", "evict", "pin", "unpin")
 
@@ -43,7 +43,7 @@ class Pool:
         self._slots: list[Slot] = []
         self._slot_of: dict[str, Slot] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._speeds: dict[str, Speed] = {}
+        self._speeds: dict[str, Speedometer] = {}
         self._acks: dict[str, int] = {}
         self._draining = False
         self._seq = 0
@@ -117,19 +117,7 @@ class Pool:
         finally:
             if self._watch is not None:
                 self._watch.ended(call, reply.times(), fault)
-        if (speed := reply.speed()) is not None:
-            self._learn(call.expert, speed)
-
-    def _learn(self, expert: str, seen: Speed) -> None:
-        old = self._speeds.get(expert)
-        if old is None:
-            self._speeds[expert] = seen
-            return
-        chunk_s = old.chunk_s
-        if seen.chunk_s:
-            chunk_s += _EWMA * (seen.chunk_s - old.chunk_s) if old.chunk_s else seen.chunk_s
-        first_s = old.first_s + _EWMA * (seen.first_s - old.first_s)
-        self._speeds[expert] = Speed(round(first_s, 4), round(chunk_s, 5))
+        reply.tell(self._speeds.setdefault(call.expert, Speedometer()), 1 + len(body) // 4)
 
     def snapshot(self) -> Snapshot:
         """The state as of now."""
@@ -148,7 +136,11 @@ class Pool:
             experts=states,
             queues=queues,
             capacity=capacity,
-            speeds=dict(self._speeds),
+            speeds={
+                name: speed
+                for name, meter in self._speeds.items()
+                if (speed := meter.speed()) != Speed()
+            },
             acks=dict(self._acks),
         )
 
@@ -227,56 +219,52 @@ class _Measured:
         self._queue_s = 0.0
         self._swap_s = 0.0
         self._arrived_s = self._clock()
-        self._began_s = 0.0
-        self._first_s = 0.0
-        self._last_s = 0.0
-        self._chunks = 0
+        self._watch: Stopwatch | None = None
         self._served: Callable[[int], None] = lambda tokens: None
 
     def lease_began(self, queue_s: float, swap_s: float, served: Callable[[int], None]) -> None:
         self._served = served
         self._queue_s = queue_s
         self._swap_s = swap_s
-        self._began_s = self._clock()
+        self._watch = Stopwatch(self._clock())
 
     async def __call__(self, message: Message) -> None:
+        if self._watch is not None:
+            self._watch.saw(message, self._clock())
         if message["type"] == "http.response.start":
-            self._first_s = self._clock()
             if self._limit is not None:
                 self._limit.reschedule(None)
+            watch = self._watch
+            engine_s = watch.first_s - watch.began_s if watch is not None else 0.0
             told = [
                 (QUEUE_MS.encode(), f"{self._queue_s * 1000:.1f}".encode()),
                 (SWAP_MS.encode(), f"{self._swap_s * 1000:.1f}".encode()),
-                (ENGINE_MS.encode(), f"{(self._first_s - self._began_s) * 1000:.2f}".encode()),
+                (ENGINE_MS.encode(), f"{engine_s * 1000:.2f}".encode()),
             ]
             message = {**message, "headers": [*message["headers"], *told]}
-        else:
-            self._last_s = self._clock()
-            self._chunks += 1
-            self._count(message)
+        elif self._watch is not None:
+            self._count(message, self._watch.chunks)
         await self._send(message)
 
-    def _count(self, message: Message) -> None:
+    def _count(self, message: Message, chunks: int) -> None:
         """Tokens made, for fairness: a chunk is about one, a whole reply says how many."""
         if message.get("more_body", False):
             self._served(1)
-        elif self._chunks == 1 and (told := _COMPLETION.search(message.get("body", b""))):
+        elif chunks == 1 and (told := _COMPLETION.search(message.get("body", b""))):
             self._served(int(told[1]))
 
     def times(self) -> Times:
+        watch = self._watch
         return Times(
             self._arrived_s,
-            self._began_s,
-            self._first_s,
+            watch.began_s if watch is not None else 0.0,
+            watch.first_s if watch is not None else 0.0,
             self._clock(),
             self._queue_s,
             self._swap_s,
         )
 
-    def speed(self) -> Speed | None:
-        if not self._first_s:
-            return None
-        # The last message is the end mark; a whole reply tells nothing of chunks.
-        between = self._chunks - 2
-        chunk_s = (self._last_s - self._first_s) / between if between > 0 else 0.0
-        return Speed(self._first_s - self._began_s, chunk_s)
+    def tell(self, meter: Speedometer, prompt_tokens: int) -> None:
+        """How fast it was."""
+        if self._watch is not None:
+            self._watch.tell(meter, prompt_tokens)

@@ -127,9 +127,9 @@ def assess_turns(classifier: Classifier, turns: Sequence[str]) -> Assessment:
     return Assessment(classifier.decide(posterior, min(novelty / total, 1.0)), combined[labels:])
 
 
-def classify_body(classifier: Classifier, body: Mapping[str, Any]) -> CategoryScores:
-    """`classify_turns` of the user turns of a request body."""
-    return classify_turns(classifier, user_turns(body))
+def assess_body(classifier: Classifier, body: Mapping[str, Any]) -> Assessment:
+    """`assess_turns` of the user turns of a request body."""
+    return assess_turns(classifier, user_turns(body))
 
 
 def user_turns(body: Mapping[str, Any]) -> list[str]:

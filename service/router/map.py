@@ -14,10 +14,9 @@ learned online lies on top and is not kept here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,66 +24,11 @@ from numpy.typing import NDArray
 from service.errors import ArtifactError
 from service.router.artifact import Artifact, load_artifact
 from service.router.classify import Assessment
+from service.types import MAX_LATER, Recipe
 
 Floats = NDArray[np.float64]
-Kind = Literal["single", "cascade", "vote"]
 
 MAX_RECIPES = 256
-MAX_LATER = 3
-"""Longest chain of experts that a cascade may ask one after another."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """A way to make an answer.
-
-    `single`: the one member answers. `cascade`: the members are asked together;
-    if they agree (one member: if it gives a final answer at all), that is the
-    answer; else those of `later` are asked in turn, each one's answer taken if
-    it agrees with one before, the last one's in any case (or the newest earlier
-    answer where the last gives none). `vote`: all members are asked together;
-    the answer most of them give, the last member's where none has most.
-    """
-
-    kind: Kind
-    members: tuple[str, ...]
-    later: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        experts = self.members + self.later
-        fits = {
-            "single": len(self.members) == 1 and not self.later,
-            "cascade": len(self.members) >= 1 and 1 <= len(self.later) <= MAX_LATER,
-            "vote": len(self.members) >= 3 and not self.later,
-        }
-        if not fits.get(self.kind, False) or len(set(experts)) != len(experts):
-            raise ValueError(f"no such recipe: {self.kind} of {self.members} then {self.later}")
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """Everyone who may be asked, in the order of asking."""
-        return self.members + self.later
-
-    @property
-    def name(self) -> str:
-        """Readable and unique: `a`, `cascade([a, b] → c)`, `vote([a, b, c])`."""
-        if self.kind == "single":
-            return self.members[0]
-        inner = ", ".join(self.members)
-        return f"{self.kind}([{inner}]{''.join(f' → {e}' for e in self.later)})"
-
-    def to_json(self) -> dict[str, Any]:
-        """As it stands in the manifest."""
-        return {"kind": self.kind, "members": list(self.members), "later": list(self.later)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Recipe:
-        """From a manifest. Raises ValueError, TypeError or KeyError where it is none."""
-        return cls(
-            cast(Kind, data["kind"]),
-            tuple(str(e) for e in data["members"]),
-            tuple(str(e) for e in data["later"]),
-        )
 
 
 @dataclass(frozen=True, slots=True)

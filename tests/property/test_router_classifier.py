@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.router.classify import Classifier
-from service.router.conversation import classify_body, classify_turns, user_turns
+from service.router.conversation import assess_body, classify_turns, user_turns
 from service.types import CategoryScores
 
 ARTIFACT = Path(__file__).parents[2] / "router_models" / "artifacts" / "demo@1"
@@ -61,7 +61,7 @@ def test_any_conversation_has_a_posterior(turns: list[str]) -> None:
 @given(st.dictionaries(st.sampled_from(["messages", "prompt", "input", "instructions"]), values))
 def test_any_body_is_taken(body: dict[str, object]) -> None:
     assert all(isinstance(turn, str) for turn in user_turns(body))
-    check(classify_body(classifier(), body))
+    check(assess_body(classifier(), body).scores)
 
 
 def test_ten_million_characters() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from service.api import catalog
 from service.api.body import ENDPOINTS
 from service.api.schemas import describe
-from service.broker.choice import PoolView
+from service.broker.board import PoolView
 from service.config import Config
 from service.link.snapshot import ExpertState, Snapshot
 from service.types import Residency

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from router_models.compose import compose
-from service.router.map import Recipe
+from service.types import Recipe
 
 RECIPES = [
     Recipe("single", ("a",)),

@@ -7,7 +7,7 @@ import pytest
 
 from router_models.outcomes import NO_ANSWER, Table
 from router_models.recipes import candidates, play
-from service.router.map import Recipe
+from service.types import Recipe
 
 NAMES = ("a", "b", "c", "d")
 COSTS = np.array([1.0, 2.0, 10.0, 50.0])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from service.router.classify import Classifier
-from service.router.conversation import classify_body, classify_turns, content_words, user_turns
+from service.router.conversation import assess_body, classify_turns, content_words, user_turns
 from service.router.features import FeatureSpec, Featurizer
 
 SPEC = FeatureSpec(char_orders=(), word_orders=(1,), bits=12, known_bits=16)
@@ -139,4 +139,4 @@ def test_user_turns(body: dict[str, Any], turns: list[str]) -> None:
 
 def test_a_body_is_classified(classifier: Classifier) -> None:
     body = {"messages": [{"role": "user", "content": "cows"}, {"role": "user", "content": "ok"}]}
-    assert classify_body(classifier, body).category == "math"
+    assert assess_body(classifier, body).scores.category == "math"

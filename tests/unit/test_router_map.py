@@ -13,8 +13,8 @@ from service.errors import ArtifactError
 from service.router.artifact import MANIFEST, load_artifact, save_artifact
 from service.router.classify import Assessment, Classifier
 from service.router.features import FeatureSpec
-from service.router.map import MAX_LATER, ExpertMap, Recipe
-from service.types import CategoryScores
+from service.router.map import ExpertMap
+from service.types import MAX_LATER, CategoryScores, Recipe
 
 SPEC = FeatureSpec(bits=8, known_bits=8)
 RECIPES = [Recipe("single", ("a",)), Recipe("single", ("b",)), Recipe("cascade", ("a",), ("b",))]

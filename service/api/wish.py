@@ -1,0 +1,38 @@
+"""From a request and what its answers are worth to what the broker weighs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from service.api.body import Asked
+from service.api.plan import Plan
+from service.broker.choice import Wish
+from service.broker.market import Market
+
+
+def wish_for(
+    market: Market,
+    asked: Asked,
+    plan: Plan,
+    *,
+    left_s: float | None = None,
+    banned: Collection[tuple[str, str]] = (),
+    cost_price: float = 0.0,
+) -> Wish:
+    """`left_s`: what is left of the deadline; `banned`: places not to be asked again."""
+    expected = market.expect(plan.category, asked.prompt_tokens, asked.most_tokens)
+    return Wish(
+        rows=plan.rows,
+        quality=plan.quality,
+        reach=plan.reach,
+        tokens=expected.tokens,
+        cost=expected.cost,
+        prompt_tokens=asked.prompt_tokens,
+        time_price=plan.time_price,
+        cost_price=cost_price,
+        most_cost=asked.max_cost if asked.max_cost is not None else math.inf,
+        deadline_s=left_s if left_s is not None else asked.deadline_ms / 1000,
+        streams=asked.stream,
+        banned=banned,
+    )

@@ -1,0 +1,92 @@
+"""What every recipe is worth on every category: the matrix W as the service uses it.
+
+From the config (`quality`, `categories`), or where the router's artifact has a map, from
+that. What clients say of answers (`/v1/feedback`) shifts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from service.broker.board import Floats
+from service.broker.book import Book
+from service.config import Config
+from service.router.classify import Assessment
+from service.router.map import ExpertMap
+from service.types import MAX_LATER
+
+# Of an expert on a category that the config says nothing of.
+_OWN, _FALLBACK, _OTHER = 1.0, 0.5, 0.0
+
+
+class Worth:
+    """Expected quality and escalation of the book's recipes, for a posterior over `labels`.
+
+    `shift` (labels, recipes) is added to what was expected; feedback writes it.
+    """
+
+    def __init__(self, config: Config, book: Book, labels: Sequence[str]) -> None:
+        self.labels = tuple(dict.fromkeys([*labels, *config.category_map()]))
+        self.index = {label: i for i, label in enumerate(self.labels)}
+        self.shift = np.zeros((len(self.labels), len(book.recipes)))
+        self._table = np.zeros((len(self.labels), len(book.recipes)))
+        self._reach = np.zeros((len(book.recipes), MAX_LATER))
+        home = config.category_map()
+        for row, label in enumerate(self.labels):
+            owner = home.get(label, config.fallback)
+            for column, name in enumerate(book.experts):
+                usual = _OWN if name == owner else _FALLBACK if name == config.fallback else _OTHER
+                self._table[row, column] = config.experts[name].quality.get(label, usual)
+        for recipe in config.recipes.values():
+            at = book.recipe_index[recipe.recipe()]
+            for row, label in enumerate(self.labels):
+                self._table[row, at] = recipe.quality.get(label, 0.0)
+            self._reach[at, : len(recipe.later)] = recipe.escalates
+        self._map: ExpertMap | None = None
+        self._map_columns = np.zeros(0, dtype=np.intp)
+
+    def use_map(self, found: ExpertMap, book: Book) -> None:
+        """Believe an artifact's map where it knows a recipe, and the config elsewhere."""
+        self._map = found
+        self._map_columns = np.array([book.recipe_index[recipe] for recipe in found.recipes])
+
+    def posterior(self, given: Mapping[str, float]) -> Floats:
+        """As an array over `labels`."""
+        vector = np.zeros(len(self.labels))
+        for label, p in given.items():
+            if label in self.index:
+                vector[self.index[label]] = p
+        return vector
+
+    def quality(self, posterior: Floats, assessment: Assessment | None) -> tuple[Floats, Floats]:
+        """Expected quality (recipes,) and reach (recipes, MAX_LATER) for one prompt.
+
+        `assessment`: of the prompt, where it was classified; without one, a map's rows count
+        by the posterior alone.
+        """
+        quality = posterior @ self._table
+        reach = self._reach
+        if self._map is not None and assessment is not None:
+            found = self._map.estimate(assessment)
+            quality[self._map_columns] = found.quality
+            reach = reach.copy()
+            reach[self._map_columns] = found.reach
+        quality += posterior @ self.shift
+        return np.clip(quality, 0.0, 1.0), reach
+
+    def expected(self, label: str, recipe: int) -> float:
+        """Without shifts: of one recipe on one category, in [0, 1]."""
+        if self._map is not None and label in self._map.categories:
+            where = np.flatnonzero(self._map_columns == recipe)
+            if len(where):
+                row = self._map.categories.index(label)
+                return float(self._map.score[row, where[0]])
+        return float(self._table[self.index[label], recipe]) if label in self.index else 0.0
+
+    def escalated(self, recipe: int, asked: int, later: int) -> None:
+        """A cascade asked `asked` of its `later` experts: learn how likely each is."""
+        for i in range(later):
+            seen = 1.0 if i < asked else 0.0
+            self._reach[recipe, i] += 0.05 * (seen - self._reach[recipe, i])

@@ -1,0 +1,49 @@
+"""Every way of answering that there is, as arrays: who takes part in each recipe. Immutable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.types import MAX_LATER, Recipe
+
+Ints = NDArray[np.intp]
+
+
+class Book:
+    """The experts and recipes of one config, by index.
+
+    With E experts and R recipes: `members` (R, M) and `later` (R, MAX_LATER) hold indices
+    of experts, `E` where there is none. The first E recipes are the experts themselves.
+    """
+
+    def __init__(self, experts: Sequence[str], recipes: Iterable[Recipe] = ()) -> None:
+        """`recipes` may name singles again; each recipe is kept once. ValueError for one that
+        asks an expert that is not in `experts`."""
+        self.experts = tuple(experts)
+        self.index = {name: i for i, name in enumerate(self.experts)}
+        singles = [Recipe("single", (name,)) for name in self.experts]
+        self.recipes = tuple(dict.fromkeys([*singles, *recipes]))
+        self.recipe_index = {recipe: i for i, recipe in enumerate(self.recipes)}
+        for recipe in self.recipes:
+            strangers = [name for name in recipe.experts if name not in self.index]
+            if strangers:
+                raise ValueError(f"{recipe.name}: no expert {strangers[0]!r}")
+        width = max(len(recipe.members) for recipe in self.recipes)
+        self.members = self._padded([recipe.members for recipe in self.recipes], width)
+        self.later = self._padded([recipe.later for recipe in self.recipes], MAX_LATER)
+        self.single = np.array([recipe.kind == "single" for recipe in self.recipes])
+        # (R, E): who may be asked by whom, for hard constraints.
+        self.asks = np.zeros((len(self.recipes), len(self.experts)), dtype=bool)
+        for i, recipe in enumerate(self.recipes):
+            self.asks[i, [self.index[name] for name in recipe.experts]] = True
+        self.everything = np.arange(len(self.recipes))
+        self.all_singles = self.everything[: len(self.experts)]
+
+    def _padded(self, names: Sequence[Sequence[str]], width: int) -> Ints:
+        table = np.full((len(names), width), len(self.experts), dtype=np.intp)
+        for row, inner in enumerate(names):
+            table[row, : len(inner)] = [self.index[name] for name in inner]
+        return table

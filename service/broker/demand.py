@@ -1,0 +1,54 @@
+"""Where unmet demand is told, and why an expert is nowhere. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from service.broker.board import PoolView
+from service.link.snapshot import Queue
+from service.types import Residency
+
+_NEAR = (Residency.DEVICE, Residency.HOST, Residency.LOADING)
+
+
+def usable(view: PoolView, expert: str) -> bool:
+    """Whether a pool could answer with an expert, now or after loading it."""
+    state = view.snapshot.experts.get(expert)
+    return state is not None and not view.snapshot.draining and state.state is not Residency.FAILED
+
+
+def home(expert: str, views: Iterable[PoolView]) -> str | None:
+    """The one pool to tell of an expert's unmet demand: where loading it displaces least.
+
+    A pool that has it in memory or on its way comes first. Loads are compared by
+    powers of two and ties broken by rendezvous hash of expert and pool, so that
+    gateways with slightly different snapshots agree without talking.
+    """
+
+    def key(view: PoolView) -> tuple[int, int, bytes]:
+        snapshot = view.snapshot
+        state = snapshot.experts[expert]
+        load = 0
+        for name, other in snapshot.experts.items():
+            if other.slot == state.slot and name != expert:
+                queue = snapshot.queues.get(name, Queue())
+                load += queue.waiting + queue.running
+        digest = hashlib.blake2b(f"{expert}\0{view.boot}".encode(), digest_size=8).digest()
+        return 0 if state.state in _NEAR else 1, load.bit_length(), digest
+
+    able = [view for view in views if usable(view, expert)]
+    return min(able, key=key).boot if able else None
+
+
+def failure_reason(expert: str, views: Iterable[PoolView]) -> str | None:
+    """Why no pool has the expert, if every pool that should have it failed to load it."""
+    reasons = []
+    for view in views:
+        state = view.snapshot.experts.get(expert)
+        if state is None:
+            continue
+        if state.state is not Residency.FAILED:
+            return None
+        reasons.append(state.reason)
+    return reasons[0] if reasons else None

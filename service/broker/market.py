@@ -1,0 +1,76 @@
+"""What a call of each expert is expected to cost, and how long its answer to be. No clock, no I/O.
+
+Lengths are moving averages per category and expert, of what was seen here; where a
+category has few, its expert's average over all of them stands in, by shrinkage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from service.broker.board import Floats
+from service.broker.price import Price
+
+_EWMA = 0.05
+# So many answers of a category weigh as much as the average over all.
+_SHRINK = 8.0
+# Until anything was seen.
+USUAL_TOKENS = 64.0
+_LONG_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """For each expert (experts,): tokens of its answer, and spending of one call."""
+
+    tokens: Floats
+    cost: Floats
+
+
+class Market:
+    """Prices and lengths by index of expert and category; the last category is "not known"."""
+
+    def __init__(
+        self, experts: Sequence[str], categories: Sequence[str], prices: Mapping[str, Price]
+    ) -> None:
+        self._expert = {name: i for i, name in enumerate(experts)}
+        self._category = {name: i for i, name in enumerate(categories)}
+        self._sum = np.zeros((len(categories) + 1, len(experts)))
+        self._weight = np.zeros((len(categories) + 1, len(experts)))
+        self._usual = np.full(len(experts), USUAL_TOKENS)
+        self._unseen = True
+        self.prices = tuple(prices[name] for name in experts)
+        self._per_prompt = np.array([price.prompt for price in self.prices]) / 1e6
+        self._per_answer = np.array([price.completion for price in self.prices]) / 1e6
+
+    def price(self, expert: str) -> Price:
+        """Of one expert."""
+        return self.prices[self._expert[expert]]
+
+    def expect(self, category: str, prompt_tokens: int, most_tokens: int | None) -> Expected:
+        """Lengths and costs of an answer to a prompt of this length."""
+        row = self._category.get(category, -1)
+        tokens = (self._sum[row] + _SHRINK * self._usual) / (self._weight[row] + _SHRINK)
+        if most_tokens is not None:
+            # Before any answer was seen, the bound itself is the best guess, within reason.
+            tokens = (
+                np.full_like(tokens, min(most_tokens, _LONG_TOKENS))
+                if self._unseen
+                else np.minimum(tokens, most_tokens)
+            )
+        return Expected(tokens, self._per_prompt * prompt_tokens + self._per_answer * tokens)
+
+    def saw(self, expert: str, category: str, tokens: int) -> None:
+        """One answer of so many tokens."""
+        e = self._expert[expert]
+        row = self._category.get(category, -1)
+        self._sum[row, e] = (1 - _EWMA) * self._sum[row, e] + tokens
+        self._weight[row, e] = (1 - _EWMA) * self._weight[row, e] + 1.0
+        self._unseen = False
+        # An expert's usual length leans on everybody's until it has enough of its own.
+        sums, weights = self._sum.sum(axis=0), self._weight.sum(axis=0)
+        everybody = sums.sum() / weights.sum()
+        self._usual = (sums + _SHRINK * everybody) / (weights + _SHRINK)

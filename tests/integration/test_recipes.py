@@ -1,0 +1,252 @@
+"""Recipes over real HTTP: experts that say what they are told, compared, and one answer sent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from service.config import Config
+from service.link.asgi import read_body
+from tests.support.serving import Site, chat, events, serving, site
+from tests.support.waiting import until
+
+
+class Cast:
+    """An OpenAI-like server on which each model says its line."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, str] = {}
+        self.broken: set[str] = set()
+        self.silent: set[str] = set()
+        self.asked: list[dict[str, Any]] = []
+        self.left: list[str] = []
+
+    @property
+    def models(self) -> list[str]:
+        """Who was asked, in order."""
+        return sorted(body["model"] for body in self.asked)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body = json.loads(await read_body(receive, 10**6))
+        model = body["model"]
+        self.asked.append(body)
+        if model in self.silent:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self.left.append(model)
+            return
+        status = 500 if model in self.broken else 200
+        text = self.lines.get(model, "")
+        usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+        head = {"id": "chatcmpl-x", "created": 1, "model": model}
+        kind = b"application/json"
+        if body.get("stream"):
+            kind = b"text/event-stream"
+            delta = {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
+            data = b"data: " + json.dumps({**head, **delta}).encode() + b"\n\n"
+            if (body.get("stream_options") or {}).get("include_usage"):
+                last = json.dumps({**head, "choices": [], "usage": usage}, separators=(",", ":"))
+                data += b"data: " + last.encode() + b"\n\n"
+            data += b"data: [DONE]\n\n"
+        else:
+            message = {"role": "assistant", "content": text}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            data = json.dumps({**head, "choices": [choice], "usage": usage}).encode()
+        start = {"type": "http.response.start", "status": status}
+        await send({**start, "headers": [(b"content-type", kind)]})
+        await send({"type": "http.response.body", "body": data})
+
+
+def config(url: str) -> Config:
+    def far(name: str, price: float) -> dict[str, Any]:
+        return {
+            "remote": {"url": url + "/v1", "model": name},
+            "price": {"prompt": price, "completion": price},
+        }
+
+    return Config.model_validate(
+        {
+            "experts": {
+                "a": {**far("a", 1), "categories": ["general"], "quality": {"general": 0.6}},
+                "b": far("b", 1),
+                "c": far("c", 100),
+                "d": far("d", 100),
+            },
+            "recipes": {
+                "two": {"kind": "cascade", "members": ["a", "b"], "later": ["c"]},
+                "chain": {"kind": "cascade", "members": ["a", "b"], "later": ["c", "d"]},
+                "one": {"kind": "cascade", "members": ["a"], "later": ["c"]},
+                "most": {"kind": "vote", "members": ["a", "b", "c"]},
+                "worthy": {
+                    "kind": "cascade",
+                    "members": ["a", "b"],
+                    "later": ["d"],
+                    "quality": {"general": 1.0},
+                },
+            },
+            "pools": {},
+        }
+    )
+
+
+@asynccontextmanager
+async def stage(**lines: str) -> AsyncIterator[tuple[Site, Cast]]:
+    cast = Cast()
+    cast.lines = lines
+    async with serving(cast) as served, site(config(served.url)) as s:
+        yield s, cast
+        await until(lambda: len(cast.left) == len(cast.silent & set(cast.models)), "all let go")
+
+
+def said(told: dict[str, Any]) -> str:
+    return str(told["choices"][0]["message"]["content"])
+
+
+async def test_members_that_agree_settle_it_and_nobody_else_is_asked() -> None:
+    async with stage(a="The answer is 42.", b="#### 42") as (s, cast):
+        status, headers, told = await s.ask(chat(model="two"))
+        assert status == 200
+        assert said(told) == "The answer is 42."
+        assert cast.models == ["a", "b"]
+        assert headers["x-coe-recipe"] == "cascade([a, b] -> c)"
+        assert headers["x-coe-expert"] == told["model"] == "a"
+        assert int(headers["content-length"]) > 0
+        usage = told["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (10, 5)
+        coe = usage["coe"]
+        assert [call["expert"] for call in coe["calls"]] == ["a", "b"]
+        assert coe["cost"] == pytest.approx(2 * 15 / 1e6)
+        assert coe["recipe"] == "cascade([a, b] -> c)"
+
+
+async def test_members_that_differ_are_settled_by_the_last() -> None:
+    async with stage(a="41", b="42", c="It is long: 42, for many reasons. " * 9) as (s, cast):
+        _, headers, told = await s.ask(chat(model="two"))
+        assert cast.models == ["a", "b", "c"]
+        # c gave no final answer, so the newest earlier one stands.
+        assert told["model"] == headers["x-coe-expert"] == "b"
+        assert said(told) == "42"
+
+
+async def test_a_chain_stops_at_the_first_that_agrees_with_one_before() -> None:
+    async with stage(a="41", b="42", c="42", d="0") as (s, cast):
+        _, headers, told = await s.ask(chat(model="chain"))
+        assert (said(told), headers["x-coe-expert"], cast.models) == ("42", "c", ["a", "b", "c"])
+    async with stage(a="41", b="42", c="43", d="44") as (s, cast):
+        _, headers, told = await s.ask(chat(model="chain"))
+        assert (said(told), cast.models) == ("44", ["a", "b", "c", "d"])
+        assert told["usage"]["coe"]["cost"] == pytest.approx((2 * 15 + 200 * 15) / 1e6)
+
+
+async def test_one_member_without_a_final_answer_escalates() -> None:
+    for line, expert in (("B", "a"), ("I would have to think about this. " * 5, "c")):
+        async with stage(a=line, c="C") as (s, _):
+            _, headers, _ = await s.ask(chat(model="one"))
+            assert headers["x-coe-expert"] == expert
+
+
+async def test_a_vote_takes_what_most_say_and_does_not_wait_for_the_rest() -> None:
+    async with stage(a="7", b="8", c="8") as (s, _):
+        _, headers, told = await s.ask(chat(model="most"))
+        assert (said(told), headers["x-coe-recipe"]) == ("8", "vote([a, b, c])")
+    async with stage(a="8", b="8") as (s, cast):
+        cast.silent.add("c")
+        _, _, told = await s.ask(chat(model="most"))
+        assert said(told) == "8"
+        calls = told["usage"]["coe"]["calls"]
+        assert [call.get("estimated", False) for call in calls] == [False, False, True]
+
+
+@pytest.mark.parametrize("model", ["most", "two", "chain"])
+async def test_one_member_that_fails_does_not_fail_the_answer(model: str) -> None:
+    async with stage(a="1", b="1", c="1", d="1") as (s, cast):
+        cast.broken.add("a")
+        status, _, told = await s.ask(chat(model=model))
+        assert (status, said(told)) == (200, "1")
+        cast.broken |= {"c", "d"}
+        status, _, told = await s.ask(chat(model=model))
+        assert (status, said(told)) == (200, "1"), "what there is, is better than nothing"
+
+
+async def test_where_nobody_answers_the_error_is_the_last_one_s() -> None:
+    async with stage() as (s, cast):
+        cast.broken |= set("abcd")
+        status, _, told = await s.ask(chat(model="two"))
+        assert status == 502
+        assert told["error"]["type"] == "server_error"
+
+
+async def test_auto_takes_a_recipe_that_is_worth_most() -> None:
+    async with stage(a="1", b="1") as (s, cast):
+        _, headers, _ = await s.ask(chat(model="auto"))
+        assert headers["x-coe-recipe"] == "cascade([a, b] -> d)"
+        status, _, told = await s.ask(chat(model="auto"), "/v1/route")
+        assert (status, told["chosen"]) == (200, "cascade([a, b] → d)")
+        assert told["candidates"][0]["members"] == ["a", "b"]
+        assert told["candidates"][1]["why"].endswith("behind")
+        cast.broken |= {"b", "d"}
+        cast.lines["a"] = "words, words, words, words, words, words, words, words, words, words, w"
+        _, headers, _ = await s.ask(chat(model="auto"))
+        assert headers["x-coe-expert"] == "a"
+
+
+async def test_a_settled_answer_streams_and_the_last_expert_streams_itself() -> None:
+    body = chat(model="two", stream=True, stream_options={"include_usage": True})
+    for b, text, expert in (("42", "42", "a"), ("43", "44", "c")):
+        async with stage(a="42", b=b, c="44") as (s, cast), s.post(body) as reply:
+            assert reply.status == 200
+            assert reply.headers["x-coe-recipe"] == "cascade([a, b] -> c)"
+            chunks = events(await reply.read())
+            assert chunks[-1] == "[DONE]"
+            told = [json.loads(chunk) for chunk in chunks[:-1]]
+            parts = [c["choices"][0]["delta"].get("content", "") for c in told if c["choices"]]
+            assert "".join(parts) == text
+            assert {c["model"] for c in told} == {expert}
+            coe = told[-1]["usage"]["coe"]
+            assert coe["expert"] == expert
+            assert len(coe["calls"]) == len(cast.asked)
+            streamed = [body.get("stream", False) for body in cast.asked]
+            assert streamed == [False, False] + [True] * (len(cast.asked) - 2)
+
+
+async def test_a_client_that_leaves_frees_every_member() -> None:
+    async with stage() as (s, cast):
+        cast.silent |= {"a", "b"}
+        asking = asyncio.create_task(s.ask(chat(model="two")))
+        await until(lambda: cast.models == ["a", "b"], "both were asked")
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await until(lambda: sorted(cast.left) == ["a", "b"], "both were let go")
+
+
+async def test_a_bound_on_cost_keeps_dear_recipes_out() -> None:
+    async with stage(a="1", b="2", d="3") as (s, cast):
+        body = chat(model="auto", max_tokens=10)
+        _, headers, _ = await s.ask({**body, "coe": {"max_cost": 0.0005}})
+        assert "x-coe-recipe" not in headers
+        assert cast.models == ["a"]
+        assert "coe" not in cast.asked[0]
+        status, _, told = await s.ask(body, headers={"x-coe-max-cost": "0.000001"})
+        assert status == 400
+        assert "the cheapest costs about" in told["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("coe", "words"),
+    [
+        (7, "`coe` must be an object"),
+        ({"max_price": 1}, "it takes deadline_ms, max_cost"),
+        ({"max_cost": -1}, "`coe.max_cost` must be a number of at least 0"),
+        ({"deadline_ms": 0}, "`coe.deadline_ms` must be an integer"),
+    ],
+)
+async def test_wishes_that_cannot_be_are_named(coe: Any, words: str) -> None:
+    async with stage() as (s, _):
+        status, _, told = await s.ask({**chat(model="auto"), "coe": coe})
+        assert status == 400
+        assert words in told["error"]["message"]
