@@ -173,11 +173,6 @@ class Relay:
                 param="coe.max_cost",
             )
 
-    def context(self, expert: str) -> int:
-        """An expert's context in tokens, the greatest that any pool tells; 0: not known."""
-        told = (view.snapshot.experts.get(expert) for view in self.views())
-        return max((state.max_model_len for state in told if state is not None), default=0)
-
     def _next(
         self,
         asked: Asked,
