@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -156,7 +157,30 @@ class GatewayProcess:
 
 def open_store(config: Config, owner: str) -> Store:
     """The store of a config. `owner`: whose reservations they are. Raises ConfigError."""
-    return MemoryStore()
+    given = config.store
+    if given.kind == "memory":
+        return MemoryStore()
+    # Imported here: only who uses Redis needs its client.
+    from service.store.redis import RedisClient
+    from service.store.shared import SharedStore
+
+    url = given.url
+    if given.url_env is not None:
+        url = os.environ.get(given.url_env)
+        if not url:
+            raise ConfigError(
+                f"store.url_env: the environment variable {given.url_env} that should hold "
+                "the store's URL is not set"
+            )
+    assert url is not None
+    client = RedisClient(
+        url,
+        owner,
+        prefix=given.prefix,
+        timeout_s=given.timeout_ms / 1000,
+        lease_s=given.lease_s,
+    )
+    return SharedStore(client, share=given.slice, lease_s=given.lease_s)
 
 
 def key_book(config: Config, store: Store) -> KeyBook:

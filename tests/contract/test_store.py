@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from itertools import count
 
@@ -12,7 +12,11 @@ import pytest_asyncio
 
 from service.store.memory import MemoryStore
 from service.store.protocol import Account, Balance, Claim, Granted, Line, Note, Refused, Store
+from service.store.redis import RedisClient
+from service.store.shared import SharedStore
 from service.store.windows import DAY, MINUTE, NOW, fixed
+from tests.support.redis import RedisServer, redis_server
+from tests.support.waiting import until
 
 _ids = count()
 REQUESTS = Account("k/requests", 3, MINUTE)
@@ -50,10 +54,28 @@ class Tried:
         return (await self.store.balances([account]))[0]
 
 
-@pytest_asyncio.fixture(params=["memory"])
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(params=["memory", "redis"])
 async def tried(request: pytest.FixtureRequest) -> AsyncIterator[Tried]:
     clock = Clock()
-    yield Tried(MemoryStore(clock), clock)
+    if request.param == "memory":
+        yield Tried(MemoryStore(clock), clock)
+        return
+    server: RedisServer = request.getfixturevalue("server")
+    # Nothing of one test is seen by the next.
+    client = RedisClient(
+        server.url, "me", prefix=f"t{next(_ids)}", timeout_s=5, lease_s=10**6, clock=clock
+    )
+    # No slices: they would count as reserved.
+    store = SharedStore(client, share=0, lease_s=10**6, beat_s=0.02)
+    await store.start()
+    yield Tried(store, clock)
+    await store.stop()
 
 
 async def test_no_more_than_the_limit_in_any_minute(tried: Tried) -> None:
@@ -182,4 +204,8 @@ async def test_notes_add_up(tried: Tried) -> None:
         await tried.store.settle(got, [1], Note("u/1", {"requests": 1, "tokens": i}, 1000))
     # A claim on nothing is noted all the same.
     await tried.store.settle(await tried.granted(), [], Note("u/1", {"requests": 1}, 1000))
-    assert await tried.store.counts(["u/1", "u/2"]) == [{"requests": 4, "tokens": 3}, {}]
+
+    async def told() -> bool:
+        return await tried.store.counts(["u/1", "u/2"]) == [{"requests": 4, "tokens": 3}, {}]
+
+    await until(told, "the notes have added up")

@@ -49,7 +49,7 @@ ONLY_IN = {
         "service/deployment/replicas.py",
     },
     "fastapi": {"service/api/gateway.py"},
-    "redis": set(),
+    "redis": {"service/store/redis.py"},
     "pickle": set(),
 }
 

@@ -1,0 +1,242 @@
+"""Redis, asked: scripts and values, over connections with a timeout. The only user of `redis`.
+
+It knows nothing of outages: whatever can't be done now raises StoreGone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, cast
+
+import orjson
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from service.errors import ConfigError, StoreGone
+from service.store import lua
+from service.store.protocol import Account, Balance, Claim, Granted, Note, Refused
+
+log = logging.getLogger("coe.store")
+
+_CONNECTIONS = 64
+Lines = Sequence[tuple[str, int, int, int]]
+
+
+class RedisClient:
+    """One owner's connection to Redis.
+
+    `clock`, in seconds since 1970, stands in for the server's own: for tests.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        owner: str,
+        *,
+        prefix: str,
+        timeout_s: float,
+        lease_s: float,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self.owner = owner
+        self._clock = clock
+        self._prefix = f"{{{prefix}}}"
+        self._lease_ms = int(lease_s * 1000)
+        try:
+            pool = BlockingConnectionPool.from_url(
+                url,
+                max_connections=_CONNECTIONS,
+                timeout=timeout_s,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                # Twice might count twice: who asks decides what follows from a fault.
+                retry=Retry(NoBackoff(), 0),
+                decode_responses=False,
+            )
+        except (ValueError, RedisError):
+            # Its own text may quote the URL, and with it a password.
+            raise ConfigError("store: the Redis URL can't be understood") from None
+        self._redis: Redis = Redis(connection_pool=pool)
+        scripts = {
+            "reserve": lua.RESERVE,
+            "settle": lua.SETTLE,
+            "undo": lua.UNDO,
+            "beat": lua.BEAT,
+            "leave": lua.LEAVE,
+            "restore": lua.RESTORE,
+            "balances": lua.BALANCES,
+        }
+        self._scripts = {name: self._redis.register_script(text) for name, text in scripts.items()}
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._redis.aclose()
+        await self._redis.connection_pool.disconnect()
+
+    async def reserve(self, claim: Claim) -> Granted | Refused:
+        """See `Store`. Raises StoreGone also for a claim that was undone already."""
+        told = await self._run(
+            "reserve",
+            id=claim.id,
+            tokens=claim.tokens,
+            least=claim.least,
+            lines=[
+                {
+                    "account": self._account(line.account),
+                    "base": line.base,
+                    "per_token": line.per_token,
+                }
+                for line in claim.lines
+            ],
+        )
+        if "gone" in told:
+            raise StoreGone("the store answered too late")
+        if (refused := told.get("refused")) is not None:
+            wait = refused["wait"]
+            return Refused(
+                refused["account"], wait / 1000 if wait >= 0 else None, bool(refused["busy"])
+            )
+        return Granted(
+            claim,
+            int(told["tokens"]),
+            tuple(map(int, told["amounts"])),
+            tuple(map(int, told["starts"])),
+        )
+
+    async def settle(
+        self, claim_id: str, lines: Lines, note: Note | None, *, offline: bool = False
+    ) -> None:
+        """Put `used` in the place of what was reserved: account, start, reserved, used."""
+        await self._run(
+            "settle",
+            id=claim_id,
+            lines=[[name, *map(str, numbers)] for name, *numbers in lines],
+            note=_note(note),
+            offline=offline,
+        )
+
+    async def undo(self, claim_id: str) -> None:
+        """A claim of which nobody knows whether it was granted: it is not, now or later."""
+        await self._run("undo", id=claim_id)
+
+    async def beat(
+        self,
+        number: int,
+        share: float,
+        slices: Sequence[tuple[Account, int, int]],
+        batch: int,
+        notes: Sequence[Note],
+    ) -> dict[str, Any]:
+        """This owner is there. `slices`: account, what it has of it, how much more it wants."""
+        return cast(
+            dict[str, Any],
+            await self._run(
+                "beat",
+                beat=number,
+                share=share,
+                slices=[
+                    {"account": self._account(account), "have": have, "more": more}
+                    for account, have, more in slices
+                ],
+                batch=batch,
+                notes=[_note(one) for one in notes],
+            ),
+        )
+
+    async def leave(self) -> None:
+        """Give back all that this owner holds."""
+        await self._run("leave")
+
+    async def restore(self, claims: Sequence[tuple[str, Lines]]) -> None:
+        """Claims that hold, for a store that has lost them."""
+        await self._run(
+            "restore",
+            claims=[
+                {"id": claim_id, "lines": [[n, str(start), str(r)] for n, start, r, _ in lines]}
+                for claim_id, lines in claims
+            ],
+        )
+
+    async def balances(self, accounts: Sequence[Account]) -> list[Balance]:
+        """See `Store`."""
+        told = await self._run("balances", accounts=[self._account(one) for one in accounts])
+        return [Balance(*map(int, one)) for one in told]
+
+    async def counts(self, names: Sequence[str]) -> list[dict[str, int]]:
+        """See `Store`."""
+        found = []
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.hgetall(self._key("n", name))
+            found = await self._ask(pipe.execute())
+        return [{key.decode(): int(value) for key, value in one.items()} for one in found]
+
+    async def get(self, name: str) -> bytes | None:
+        """See `Store`."""
+        return cast("bytes | None", await self._ask(self._redis.get(self._key("v", name))))
+
+    async def put(self, name: str, value: bytes, *, ttl_s: float | None = None) -> None:
+        """See `Store`."""
+        ttl_ms = max(1, int(ttl_s * 1000)) if ttl_s is not None else None
+        await self._ask(self._redis.set(self._key("v", name), value, px=ttl_ms))
+
+    async def delete(self, name: str) -> None:
+        """See `Store`."""
+        await self._ask(self._redis.delete(self._key("v", name)))
+
+    async def names(self, prefix: str) -> list[str]:
+        """See `Store`."""
+        own = self._key("v", "")
+        quoted = "".join(f"[{c}]" if c in "*?[]\\^" else c for c in prefix)
+        pattern = "".join(f"[{c}]" if c in "*?[]\\^" else c for c in own) + quoted + "*"
+
+        async def scan() -> list[bytes]:
+            return [name async for name in self._redis.scan_iter(match=pattern, count=1000)]
+
+        found: list[bytes] = await self._ask(scan())
+        return sorted({name.decode()[len(own) :] for name in found})
+
+    async def _run(self, script: str, **arguments: Any) -> Any:
+        # Lua's JSON has a null that counts as true.
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        arguments |= {"owner": self.owner, "lease": self._lease_ms}
+        if self._clock is not None:
+            arguments["now"] = int(self._clock() * 1000)
+        made = self._scripts[script]
+        told = await self._ask(made(args=[self._prefix, orjson.dumps(arguments)]))
+        return orjson.loads(told) if isinstance(told, bytes) else told
+
+    async def _ask(self, asking: Awaitable[Any]) -> Any:
+        try:
+            return await asking
+        except (TimeoutError, RedisError, OSError) as error:
+            # The kind only: the text may hold the address.
+            raise StoreGone(f"the store can't be reached ({type(error).__name__})") from None
+
+    def _key(self, kind: str, name: str) -> str:
+        return f"{self._prefix}:{kind}:{name}"
+
+    def _account(self, account: Account) -> dict[str, Any]:
+        window = account.window
+        told: dict[str, Any] = {
+            "name": account.name,
+            "limit": account.limit,
+            "kind": window.kind,
+            "length": window.length_ms,
+        }
+        if window.kind == "sliding":
+            told["part"] = window.part_ms
+        elif window.kind != "now":
+            told["spans"] = window.spans(int((self._clock or time.time)() * 1000))
+        return told
+
+
+def _note(note: Note | None) -> dict[str, Any] | None:
+    if note is None:
+        return None
+    counts = [[name, str(count)] for name, count in note.counts.items()]
+    return {"name": note.name, "counts": counts, "keep": note.keep_s}

@@ -1,0 +1,103 @@
+"""Memory and Redis count alike: the same random claims, and the same answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from itertools import count
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.store.memory import MemoryStore
+from service.store.protocol import Account, Claim, Granted, Line, Note, Refused
+from service.store.redis import RedisClient
+from service.store.shared import SharedStore
+from service.store.windows import DAY, MINUTE, MONTH, NOW, fixed
+from tests.support.redis import RedisServer, redis_server
+
+_ids = count()
+ACCOUNTS = (
+    Account("requests", 7, MINUTE),
+    Account("tokens", 1000, MINUTE),
+    Account("day", 9 * 10**15, DAY),
+    Account("month", 10**6, MONTH),
+    Account("window", 500, fixed(90)),
+    Account("now", 3, NOW),
+)
+lines = st.lists(
+    st.builds(
+        Line,
+        st.sampled_from(ACCOUNTS),
+        st.sampled_from([0, 1, 2, 333, 10**15]),
+        st.sampled_from([0.0, 0.15, 1.0, 3.7, 1e9]),
+    ),
+    min_size=1,
+    max_size=4,
+    unique_by=lambda line: line.account.name,
+)
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("claim"), lines, st.integers(0, 1000), st.integers(0, 3)),
+        st.tuples(st.just("settle"), st.integers(0, 20), st.integers(0, 400)),
+        st.tuples(st.just("wait"), st.sampled_from([0.1, 1.0, 7.3, 61.0, 90_000.0, 2_700_000.0])),
+    ),
+    max_size=30,
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@settings(max_examples=150, deadline=None)
+@given(steps)
+def test_the_same_claims_get_the_same_answers(server: RedisServer, steps: list[tuple]) -> None:
+    asyncio.run(_compare(server, steps))
+
+
+async def _compare(server: RedisServer, steps: list[tuple]) -> None:
+    clock_at = [1_700_000_000.123]
+
+    def clock() -> float:
+        return clock_at[0]
+
+    client = RedisClient(
+        server.url, "me", prefix=f"p{next(_ids)}", timeout_s=5, lease_s=10**9, clock=clock
+    )
+    # It beats only when asked to: nothing but these steps happens.
+    shared = SharedStore(client, share=0, lease_s=10**9)
+    try:
+        await shared._beat()
+        await _same(steps, clock_at, MemoryStore(clock), shared)
+    finally:
+        await client.close()
+
+
+async def _same(
+    steps: list[tuple], now: list[float], memory: MemoryStore, shared: SharedStore
+) -> None:
+    held: list[tuple[Granted, Granted]] = []
+    for number, step in enumerate(steps):
+        match step:
+            case ("claim", wanted, tokens, least):
+                claim = Claim(f"c{number}", tuple(wanted), tokens, min(least, tokens))
+                one, other = await memory.reserve(claim), await shared.reserve(claim)
+                assert one == other
+                if isinstance(one, Granted):
+                    assert isinstance(other, Granted)
+                    held.append((one, other))
+                else:
+                    assert isinstance(one, Refused)
+            case ("settle", which, used) if held:
+                one, other = held.pop(which % len(held))
+                amounts = [min(used, amount) for amount in one.amounts]
+                note = Note("n", {"used": sum(amounts)}, 10**6)
+                await memory.settle(one, amounts, note)
+                await shared.settle(other, amounts, note)
+            case ("wait", seconds):
+                now[0] += seconds
+        assert await memory.balances(ACCOUNTS) == await shared.balances(ACCOUNTS)
