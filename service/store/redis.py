@@ -14,7 +14,7 @@ import orjson
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from service.errors import ConfigError, StoreGone
 from service.store import lua
@@ -213,6 +213,10 @@ class RedisClient:
     async def _ask(self, asking: Awaitable[Any]) -> Any:
         try:
             return await asking
+        except ResponseError as error:
+            # It answers, but will not: full, read-only, loading. Its words quote no values.
+            log.error("the store refused: %s", str(error)[:200])
+            raise StoreGone("the store refused") from None
         except (TimeoutError, RedisError, OSError) as error:
             # The kind only: the text may hold the address.
             raise StoreGone(f"the store can't be reached ({type(error).__name__})") from None
