@@ -143,6 +143,7 @@ class GatewayProcess:
 
     async def stop(self) -> None:
         """Close every connection."""
+        await self.gateway.feed.close()
         if self._node is not None:
             await self._node.stop()
         await self._relay.close()
@@ -239,6 +240,8 @@ class PoolProcess:
         if self._traces is not None:
             self._metrics.traced = self._traces.pooled
         self._metrics.follow(self.pool)
+        self._config = config
+        self._weights: dict[str, int] = {}
         self.app = PoolApp(self, secret, config.server.max_body_bytes)
         self._node = _node_target(config, node, f"pool-{kind}-{self.pool.boot}", self.metrics)
 
@@ -267,7 +270,26 @@ class PoolProcess:
 
     def experts(self) -> dict[str, Any]:
         """See `PoolHandler`."""
-        return self.pool.details()
+        told = self.pool.details()
+        for name, entry in told.items():
+            if (weight_bytes := self._weight_bytes(name)) is not None:
+                entry["weight_bytes"] = weight_bytes
+        return told
+
+    def _weight_bytes(self, expert: str) -> int | None:
+        """What an expert's files hold, from their headers; None where they are not here."""
+        if expert in self._weights:
+            return self._weights[expert]
+        settings = self._config.experts[expert]
+        beside = settings.base is not None and settings.form == "adapter"
+        try:
+            folder = settings.adapter if beside else _folder_here(self._config, expert)
+            if folder is None:
+                return None
+            self._weights[expert] = inspect_model(Path(folder)).weight_bytes
+        except CoeError:
+            return None
+        return self._weights[expert]
 
     def demand(self, wanted: dict[str, float]) -> None:
         """See `PoolHandler`."""
@@ -367,12 +389,23 @@ def _shared_slot(
     )
 
 
-def _folder(config: Config, expert: str) -> str:
-    """Where an expert's full weights are, fetched first if need be. Raises ModelStoreError."""
+def _source(config: Config, expert: str) -> tuple[str, Path | None]:
+    """What an expert's full weights are called, and where models are kept."""
     settings = config.experts[expert]
     source = settings.model if settings.base is None else config.experts[settings.base].model
     assert source is not None
-    root = Path(config.models_dir) if config.models_dir is not None else None
+    return source, Path(config.models_dir) if config.models_dir is not None else None
+
+
+def _folder_here(config: Config, expert: str) -> Path | None:
+    """Where an expert's full weights are, or None where they are not here."""
+    source, root = _source(config, expert)
+    return locate(source, root=root)
+
+
+def _folder(config: Config, expert: str) -> str:
+    """Where an expert's full weights are, fetched first if need be. Raises ModelStoreError."""
+    source, root = _source(config, expert)
     folder = locate(source, root=root) or pull(source, dest_root=root)
     # Says what is wrong with the files better than an engine that fails to start.
     inspect_model(Path(folder))

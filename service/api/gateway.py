@@ -24,6 +24,9 @@ from service.api.accounts import Accounts
 from service.api.admission import Admission
 from service.api.answering import Answering
 from service.api.body import ENDPOINTS, Asked, read_asked
+from service.api.console.endpoints import console_routes
+from service.api.console.feed import Feed
+from service.api.console.recent import Recent, answered
 from service.api.limits import Limits
 from service.api.passage import Passage
 from service.api.plan import Plan, Router
@@ -100,6 +103,15 @@ class Gateway:
         self.metrics.meter.on_read(self._read_pools)
         self._neighbours = neighbours
         self._traces = traces
+        self._recent = Recent()
+        self.feed = Feed(
+            config,
+            directory,
+            relay.views,
+            remote_states,
+            lambda: self.metrics.in_flight,
+            self._recent,
+        )
 
     # --- prompts
 
@@ -107,11 +119,13 @@ class Gateway:
         """One request to an endpoint that carries a prompt."""
         began_s = time.monotonic()
         passage = Passage()
+        plan: Plan | None = None
         category = ""
         client_id = ""
         self.metrics.began()
         streamed = False
         fault = ""
+        route_s = 0.0
         try:
             if self._traces is not None:
                 given = trace_of(dict(scope["headers"]))
@@ -157,6 +171,10 @@ class Gateway:
             self.metrics.ended(ended)
             if passage.trace is not None:
                 passage.trace.ended(ended, passage.status)
+            if plan is not None:
+                self._recent.note(
+                    answered(ended, client_id, asked.model, plan.confidence, route_s, passage)
+                )
             if self._config.server.access_log:
                 fields = {
                     "request_id": client_id,
@@ -262,6 +280,9 @@ class Gateway:
             return _json(describe(self._config))
 
         app.router.routes.extend(self._accounts.routes(self._admin_key))
+        app.router.routes.extend(
+            console_routes(self.feed, self._may_watch, behind_serve=self._behind_serve)
+        )
         if self._admin_key is not None:
             self._add_admin(app, self._admin_key)
 
@@ -280,6 +301,14 @@ class Gateway:
             return _response(fault_of(UnknownEndpoint(f"there is no {path}")))
 
         return app
+
+    def _may_watch(self, headers: dict[bytes, bytes]) -> None:
+        """Where keys are asked for, everybody's traffic is the admin's to see. Raises CoeError."""
+        if not self._admission.keyring.needed:
+            return
+        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+        if self._admin_key is None or not same(given, self._admin_key.encode()):
+            raise Unauthorized("the console's events need the admin key as Bearer token")
 
     def _add_admin(self, app: FastAPI, key: str) -> None:
         def check(request: Request) -> None:

@@ -6,9 +6,11 @@ import asyncio
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from service.engine.protocol import EngineRequest, Message, Send
@@ -44,6 +46,7 @@ class Pool:
         self._slot_of: dict[str, Slot] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._speeds: dict[str, Speedometer] = {}
+        self._tokens: Counter[str] = Counter()
         self._acks: dict[str, int] = {}
         self._draining = False
         self._seq = 0
@@ -98,7 +101,8 @@ class Pool:
                         f"expert {call.expert!r} has no {call.endpoint}; "
                         f"it has {', '.join(sorted(lease.report.endpoints))}"
                     )
-                reply.lease_began(lease.queue_s, lease.swap_s, lease.served)
+                served = partial(self._served, call.expert, lease.served)
+                reply.lease_began(lease.queue_s, lease.swap_s, served)
                 request = EngineRequest(call.endpoint, call.expert, body, call.request_id)
                 await lease.engine.run(request, reply)
                 fault = ""
@@ -118,6 +122,10 @@ class Pool:
             if self._watch is not None:
                 self._watch.ended(call, reply.times(), fault)
         reply.tell(self._speeds.setdefault(call.expert, Speedometer()), 1 + len(body) // 4)
+
+    def _served(self, expert: str, tell: Callable[[int], None], tokens: int) -> None:
+        self._tokens[expert] += tokens
+        tell(tokens)
 
     def snapshot(self) -> Snapshot:
         """The state as of now."""
@@ -164,7 +172,11 @@ class Pool:
 
     def details(self) -> dict[str, dict[str, Any]]:
         """Each expert's residency in full, for people."""
-        return {name: told for slot in self._slots for name, told in slot.details().items()}
+        return {
+            name: {**told, "tokens": self._tokens[name]}
+            for slot in self._slots
+            for name, told in slot.details().items()
+        }
 
     async def operate(self, act: str, expert: str) -> None:
         """load, evict, pin or unpin an expert. Raises UnknownModel, UnknownEndpoint, Conflict."""

@@ -1,0 +1,116 @@
+// The page: one stream of events in, everything drawn from it.
+
+import { addSample, rebuildChart, startChart } from "./chart.js";
+import { byId, el, setOrder } from "./dom.js";
+import { drawExperts, gather } from "./experts.js";
+import { follow } from "./feed.js";
+import { drawFlow } from "./flow.js";
+import { key, setKey } from "./keys.js";
+import { explain, listen, startPlayground, stop } from "./playground.js";
+import { addRoutes, clearRoutes, drawBudgets, drawTotals } from "./routes.js";
+
+let experts = [];
+let state = null;
+let wasReady = 0;
+
+function status(kind, text) {
+  byId("status").className = `pill ${kind}`;
+  byId("status").lastElementChild.textContent = text;
+}
+
+function draw() {
+  const all = gather(experts, state);
+  drawExperts(all);
+  drawTotals(state, all);
+  drawFlow(state.flows, experts);
+  drawBudgets(state.budgets);
+  const rates = Object.fromEntries(all.map((one) => [one.name, one.tokensPerS]));
+  addSample(state.at_s, rates);
+  const ready = all.filter((one) => one.state === "device" || one.state === "host").length;
+  if (ready !== wasReady) { wasReady = ready; explain(); }
+  const loading = all.filter((one) => one.state === "loading");
+  const eta = Math.max(0, ...loading.map((one) => one.etaS));
+  if (ready) status("up", `serving · ${state.pools.length} ${state.pools.length === 1 ? "pool" : "pools"}`);
+  else if (loading.length) status("", `loading ${loading.map((one) => one.name).slice(0, 3).join(", ")}${eta >= 1 ? ` · about ${Math.ceil(eta)} s` : ""}`);
+  else status("down", "no expert answers");
+}
+
+function waiting(on) {
+  document.body.classList.toggle("waiting", on);
+  byId("starting").hidden = !on;
+}
+
+follow({
+  hello(told) {
+    waiting(false);
+    experts = told.experts;
+    state = told.state;
+    setOrder(experts.map((one) => one.name));
+    startPlayground(experts);
+    startChart(experts, told.history);
+    clearRoutes();
+    addRoutes(told.routes);
+    draw();
+  },
+  state(told) { state = told; draw(); },
+  routes(told) { addRoutes(told.routes); },
+  // Before there is a gateway, `coe serve` itself tells how far it is.
+  progress(told) {
+    waiting(true);
+    status("", `starting · ${Math.round(told.elapsed_s)} s`);
+    byId("steps").replaceChildren(...told.steps.map((step) =>
+      el("li", { class: step.done_s !== null ? "done" : step.now ? "now" : "" }, step.name,
+        el("span", {}, step.done_s !== null ? `${step.done_s.toFixed(1)} s` : step.now ? "…" : ""))));
+  },
+  lost(why) {
+    if (why === "key") { status("down", "a key is needed"); byId("keys").open || byId("keys").showModal(); return; }
+    status(state ? "down" : "", state ? "no connection, trying again" : "connecting");
+  },
+});
+
+// --- theme, keys, shortcuts
+
+function switchTheme() {
+  const root = document.documentElement;
+  root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
+  try { localStorage.setItem("coe-theme", root.dataset.theme); } catch { /* only for this page, then */ }
+  rebuildChart();
+}
+
+function openKeys() {
+  byId("api-key").value = key("api");
+  byId("admin-key").value = key("admin");
+  byId("keys").showModal();
+}
+
+byId("keys").addEventListener("close", () => {
+  if (byId("keys").returnValue === "keep") {
+    setKey("api", byId("api-key").value.trim());
+    setKey("admin", byId("admin-key").value.trim());
+  }
+  byId("api-key").value = byId("admin-key").value = byId("keys").returnValue = "";
+  if (state) draw();
+});
+byId("forget").addEventListener("click", () => {
+  setKey("api", "");
+  setKey("admin", "");
+  byId("keys").close();
+});
+
+byId("theme").addEventListener("click", switchTheme);
+byId("keys-open").addEventListener("click", openKeys);
+byId("help-open").addEventListener("click", () => byId("help").showModal());
+addEventListener("resize", () => state && drawFlow(state.flows, experts));
+
+const SHORTCUTS = {
+  "/": () => byId("prompt").focus(), t: switchTheme, k: openKeys, "?": () => byId("help").showModal(),
+  c: () => byId("compare").click(),
+};
+addEventListener("keydown", (event) => {
+  if (event.key === "Escape") { stop(); return; }
+  const typing = event.target.closest?.("input, textarea, select, dialog");
+  if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
+  const act = SHORTCUTS[event.key];
+  if (act) { event.preventDefault(); act(); }
+});
+listen();

@@ -1,0 +1,76 @@
+// Every expert: which tier holds its weights, what waits for it, how fast it answers.
+
+import { ago, byId, bytes, el, ms, swatch } from "./dom.js";
+import { bearer, key } from "./keys.js";
+
+const TIERS = ["device", "host", "loading", "draining", "disk", "failed"];
+const SAYS = { device: "device", host: "host", loading: "loading", draining: "draining", disk: "disk", failed: "failed" };
+
+// One account of each expert, out of every pool that may hold it.
+export function gather(experts, state) {
+  return experts.map((expert) => {
+    const held = state.pools.map((pool) => ({ pool, ...pool.experts[expert.name] })).filter((one) => one.state);
+    const remote = state.remotes[expert.name];
+    const best = remote || held.slice().sort((a, b) => TIERS.indexOf(a.state) - TIERS.indexOf(b.state))[0]
+      || { state: "disk", reason: "no pool that holds it runs yet" };
+    const sum = (name) => held.reduce((total, one) => total + (one[name] || 0), 0);
+    return {
+      ...expert, state: best.state, reason: best.reason, etaS: best.eta_s || 0, pools: held.length,
+      waiting: sum("waiting"), running: sum("running"), tokensPerS: sum("tokens_per_s"),
+      bytes: best.host_bytes || best.weight_bytes || 0, swapS: best.swap_s || 0, chunkS: best.chunk_s || 0,
+      pinned: held.some((one) => one.pinned), lastSwap: best.last_swap,
+      movable: held.some((one) => one.last_swap !== undefined || "pinned" in one),
+    };
+  });
+}
+
+export function drawExperts(all) {
+  const list = byId("experts");
+  const focused = document.activeElement?.closest?.("#experts button");
+  const was = focused && [focused.dataset.expert, focused.dataset.act];
+  list.replaceChildren(...all.map(row));
+  if (was) list.querySelector(`button[data-expert="${CSS.escape(was[0])}"][data-act="${CSS.escape(was[1])}"]`)?.focus();
+  const ready = all.filter((one) => one.state === "device").length;
+  byId("experts-note").textContent = `${ready} of ${all.length} answer at once`;
+}
+
+function row(one) {
+  const kind = { full: "full weights", lora: one.form === "merged" ? `merged into ${one.base}` : `LoRA on ${one.base}`, remote: "remote" }[one.kind];
+  const facts = [];
+  if (one.bytes) facts.push(el("span", {}, el("b", {}, bytes(one.bytes))));
+  facts.push(el("span", {}, el("b", {}, String(one.running)), " running · ", el("b", {}, String(one.waiting)), " waiting"));
+  if (one.tokensPerS >= 0.05) facts.push(el("span", {}, el("b", {}, one.tokensPerS.toFixed(1)), " tokens/s"));
+  else if (one.chunkS) facts.push(el("span", {}, el("b", {}, (1 / one.chunkS).toFixed(0)), " tokens/s alone"));
+  if (one.lastSwap) facts.push(el("span", {}, `swapped in ${ago(one.lastSwap.ago_s)}, ${ms(one.lastSwap.swap_s * 1000)}`));
+  if (one.pinned) facts.push(el("span", {}, el("b", {}, "pinned")));
+  if (one.pools > 1) facts.push(el("span", {}, `${one.pools} pools`));
+  if (one.reason) facts.push(el("span", {}, one.reason));
+  const says = one.state === "loading" && one.etaS >= 1 ? `in ${Math.ceil(one.etaS)} s` : SAYS[one.state];
+  return el("li", { class: "expert", dataset: { name: one.name, state: one.state } },
+    el("div", { class: "name", title: one.description }, swatch(one.name), el("span", {}, one.name), el("span", { class: "kind" }, kind)),
+    el("div", { class: "tier", dataset: { state: one.state }, title: "disk, host memory, device" }, el("i"), el("i"), el("i"), el("span", {}, says)),
+    el("div", { class: "facts" }, ...facts),
+    key("admin") && one.movable ? acts(one) : null);
+}
+
+function acts(one) {
+  const able = ["load", "evict", one.pinned ? "unpin" : "pin"];
+  return el("div", { class: "acts" }, ...able.map((act) =>
+    el("button", { type: "button", dataset: { expert: one.name, act }, "aria-label": `${act} ${one.name}`, onclick: () => operate(one.name, act) }, act)));
+}
+
+async function operate(name, act) {
+  const said = byId("admin-said");
+  said.className = "said";
+  said.textContent = `${act} ${name} …`;
+  try {
+    const path = `/admin/experts/${encodeURIComponent(name).replaceAll("%2F", "/")}/${act}`;
+    const reply = await fetch(path, { method: "POST", headers: bearer("admin") });
+    const told = await reply.json();
+    if (!reply.ok) throw new Error(told.error?.message || `status ${reply.status}`);
+    said.textContent = `${act} ${name}: done in ${told.pools} ${told.pools === 1 ? "pool" : "pools"}`;
+  } catch (error) {
+    said.className = "said bad";
+    said.textContent = `${act} ${name}: ${error.message}`;
+  }
+}

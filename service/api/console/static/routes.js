@@ -1,0 +1,50 @@
+// What was answered lately, and the four figures at the top.
+
+import { byId, el, ms, swatch } from "./dom.js";
+
+const MOST = 40;
+
+export function addRoutes(routes) {
+  if (!routes.length) return;
+  const body = byId("routes");
+  body.prepend(...routes.map(row).reverse());
+  while (body.children.length > MOST) body.lastChild.remove();
+  byId("routes-note").hidden = true;
+}
+
+export const clearRoutes = () => byId("routes").replaceChildren();
+
+function row(one) {
+  const time = new Date(one.at_s * 1000).toLocaleTimeString([], { hour12: false });
+  const sure = one.category ? `${one.category} ${Math.round(one.confidence * 100)} %` : "named";
+  const by = one.recipe && one.recipe !== one.expert ? `${one.expert} · ${one.recipe}` : one.expert;
+  const num = (value) => el("td", { class: "num" }, value ? ms(value) : "–");
+  const outcome = { ok: "ok", client_gone: "client left" }[one.outcome] || one.outcome.replaceAll("_", " ");
+  return el("tr", { dataset: { request: one.request } },
+    el("td", {}, time), el("td", {}, one.asked.slice(0, 40)), el("td", {}, sure),
+    el("td", {}, one.expert ? swatch(one.expert) : "", ` ${by || "nobody"}`),
+    num(one.route_ms), num(Math.max(0, one.queue_ms - one.swap_ms)), num(one.swap_ms), num(one.first_ms), num(one.total_ms),
+    el("td", { class: `outcome ${one.outcome === "ok" ? "ok" : one.outcome === "client_gone" ? "" : "bad"}` }, outcome));
+}
+
+export function drawTotals(state, experts) {
+  const rate = experts.reduce((sum, one) => sum + one.tokensPerS, 0);
+  const figure = (id, value, unit) => byId(id).replaceChildren(value, unit ? el("small", {}, unit) : "");
+  figure("t-requests", String(state.totals.requests), state.totals.failed ? `${state.totals.failed} failed` : "");
+  figure("t-tokens", rate >= 100 ? rate.toFixed(0) : rate.toFixed(1));
+  const [value, unit] = state.totals.first_ms ? ms(state.totals.first_ms).split(" ") : ["–", ""];
+  figure("t-first", value, unit);
+  figure("t-flight", String(state.in_flight));
+}
+
+export function drawBudgets(budgets) {
+  byId("budgets-card").hidden = !budgets?.length;
+  if (!budgets?.length) return;
+  byId("budgets").replaceChildren(...budgets.map((one) => {
+    const share = one.limit ? Math.min(1, one.spent / one.limit) : 0;
+    return el("div", { class: "budget" }, el("span", {}, one.name),
+      el("span", { class: "meter" }, el("b", { style: { width: `${share * 100}%` } })),
+      el("span", {}, `${one.spent.toPrecision(3)} of ${one.limit.toPrecision(3)} ${one.unit}`),
+      el("span", { class: "note" }, `λ ${one.price.toPrecision(2)}`));
+  }));
+}

@@ -1,0 +1,238 @@
+"""What answers on the service's port until a gateway does: the console, showing how far it is.
+
+`coe serve` opens it in its first second. Once HAProxy listens, it passes to the lobby what
+it can't pass to a gateway: before there is one, and after the last has stopped. Only the
+standard library and files, because everything else still has to be imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from socketserver import ThreadingMixIn, UnixStreamServer
+from typing import Any
+
+from service.api.console.assets import Asset, load_assets
+
+_BEAT_S = 0.5
+_MOST_CONNECTIONS = 64
+_READ_S = 5.0
+_MOST_BODY_BYTES = 2**20
+_RETRY_S = 2
+
+
+@dataclass(slots=True)
+class _Step:
+    name: str
+    done_s: float | None = None
+
+
+class Lobby:
+    """`step` says what is done next; `serve_port` and `leave_port` open and close the port."""
+
+    def __init__(self, steps: tuple[str, ...], began_s: float) -> None:
+        self._steps = [_Step(name) for name in steps]
+        self._began_s = began_s
+        self._changed = threading.Condition()
+        self._servers: list[_Server] = []
+        self._assets = load_assets()
+        self._over = False
+        self._word = "starting"
+
+    # --- telling
+
+    def done(self, name: str) -> float:
+        """This step is done; in s since the start."""
+        now_s = time.monotonic() - self._began_s
+        with self._changed:
+            for step in self._steps:
+                if step.name == name:
+                    step.done_s = round(now_s, 1)
+            self._changed.notify_all()
+        return now_s
+
+    def finish(self) -> None:
+        """A gateway answers from now on: whoever looks at the lobby looks again, there."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+    def stopping(self) -> None:
+        """What comes now comes too late."""
+        self._word = "stopping"
+
+    def progress(self) -> dict[str, Any]:
+        """How far it is."""
+        first = next((step for step in self._steps if step.done_s is None), None)
+        return {
+            "elapsed_s": round(time.monotonic() - self._began_s, 1),
+            "steps": [
+                {"name": step.name, "done_s": step.done_s, "now": step is first}
+                for step in self._steps
+            ],
+        }
+
+    # --- listening
+
+    def serve_socket(self, path: Path) -> None:
+        """Answer on a Unix socket: HAProxy's way here."""
+        self._serve(_UnixServer(str(path), _Handler))
+
+    def serve_port(self, host: str, port: int) -> None:
+        """Answer on the service's own port, beside whoever else will. Raises OSError."""
+        self._serve(_PortServer((host, port), _Handler))
+
+    def leave_port(self) -> None:
+        """Give the port up: somebody else listens there now."""
+        for server in [one for one in self._servers if isinstance(one, _PortServer)]:
+            self._end(server)
+
+    def close(self) -> None:
+        """End everything."""
+        self.finish()
+        for server in list(self._servers):
+            self._end(server)
+
+    def _serve(self, server: _Server) -> None:
+        server.lobby = self
+        self._servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+
+    def _end(self, server: _Server) -> None:
+        self._servers.remove(server)
+        server.shutdown()
+        server.server_close()
+
+    # --- for the handlers
+
+    def asset(self, path: str) -> Asset | None:
+        """The file served there."""
+        return self._assets.get(path)
+
+    def wait(self) -> bool:
+        """Until something changes, half a second at most. False: it is over."""
+        with self._changed:
+            if not self._over:
+                self._changed.wait(_BEAT_S)
+            return not self._over
+
+    def excuse(self) -> bytes:
+        """Why there is no answer yet, in OpenAI's shape."""
+        seconds = time.monotonic() - self._began_s
+        message = f"the service is {self._word}"
+        if self._word == "starting":
+            message += f", for {seconds:.0f} s so far; /console shows how far it is"
+        error = {"message": message, "type": "server_error", "param": None, "code": self._word}
+        return json.dumps({"error": error}).encode()
+
+
+class _Server(ThreadingMixIn, UnixStreamServer):
+    """A thread for each connection, up to a bound; those above it are closed at once."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+    lobby: Lobby
+
+    def __init__(self, address: Any, handler: type[BaseHTTPRequestHandler]) -> None:
+        self._places = threading.Semaphore(_MOST_CONNECTIONS)
+        super().__init__(address, handler)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is a place for it."""
+        return self._places.acquire(blocking=False)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """In the connection's thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that left is nobody's fault."""
+
+
+class _UnixServer(_Server):
+    """On a Unix socket."""
+
+
+class _PortServer(_Server):
+    """On a TCP port that HAProxy binds too, before this one leaves it."""
+
+    address_family = socket.AF_INET
+
+    def server_bind(self) -> None:
+        """With both options that HAProxy uses."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        super().server_bind()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One request; the connection ends with it."""
+
+    server: _Server
+    timeout = _READ_S
+
+    def do_GET(self) -> None:
+        """The console's files and its events; the rest is not there yet."""
+        lobby = self.server.lobby
+        path = self.path.partition("?")[0]
+        asset = lobby.asset(path)
+        if path == "/":
+            self._reply(307, {"location": "/console"}, b"")
+        elif path == "/console/events":
+            self._stream(lobby)
+        elif path == "/docs":
+            # It needs the description that only a gateway has.
+            self._reply(307, {"location": "/console"}, b"")
+        elif asset is not None:
+            self._reply(200, asset.headers, asset.body)
+        elif path == "/health":
+            self._json(200, b'{"status":"starting"}')
+        elif path == "/ready":
+            self._json(503, b'{"ready":false,"experts":{}}')
+        else:
+            self._json(503, lobby.excuse())
+
+    def do_POST(self) -> None:
+        """Nobody answers prompts yet."""
+        # Unread, the body would make the kernel reset the connection under our reply.
+        length = self.headers.get("content-length", "")
+        if length.isdigit() and int(length) <= _MOST_BODY_BYTES:
+            self.rfile.read(int(length))
+        self._json(503, self.server.lobby.excuse())
+
+    def _stream(self, lobby: Lobby) -> None:
+        head = {"content-type": "text/event-stream", "cache-control": "no-store"}
+        self._reply(200, head, b"retry: 300\n\n")
+        with contextlib.suppress(OSError):
+            while True:
+                data = json.dumps(lobby.progress()).encode()
+                self.wfile.write(b"event: progress\ndata: " + data + b"\n\n")
+                if not lobby.wait():
+                    return
+
+    def _json(self, status: int, body: bytes) -> None:
+        headers = {"content-type": "application/json"}
+        if status == 503:
+            headers["retry-after"] = str(_RETRY_S)
+        self._reply(status, headers, body)
+
+    def _reply(self, status: int, headers: Any, body: bytes) -> None:
+        self.send_response_only(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing is logged here."""
