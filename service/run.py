@@ -19,14 +19,25 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from service import cluster_env
 from service.config import Config
 from service.errors import CoeError
 from service.link.secret import admin_key_path, make_secret, read_secret
+from service.lobby import Lobby
 
 _POLL_S = 0.5
 _PR_SET_PDEATHSIG = 1
 _SETTLED = {"device", "host", "failed"}
+_HAPROXY_S = 10.0
+
+# The steps of a start, as the console shows them.
+_IMPORTS = "reading the code"
+_RAY = "starting Ray"
+_SERVE = "starting Ray Serve and HAProxy"
+_GATEWAY = "starting gateway and pools"
+_EXPERTS = "loading experts"
 
 
 class _Stop(BaseException):
@@ -50,22 +61,31 @@ def run(config: Config, *, source: Path) -> None:
     _warn_if_open(config)
     run_dir = _make_run_dir()
     cluster = None
+    lobby = Lobby((_IMPORTS, _RAY, _SERVE, _GATEWAY, _EXPERTS), began_s)
     _on_signals(stop)
     try:
         secret_path = run_dir / "secret"
         _keep_admin_key()
         make_secret(secret_path)
         _say(f"starting {source} ({len(config.experts)} experts); logs in {run_dir}")
-        cluster_env.prepare(run_dir, config.server)
+        url = f"http://{_host(config)}:{config.server.port}"
+        lobby.serve_socket(run_dir / "lobby")
+        lobby.serve_port(config.server.host, config.server.port)
+        _say(f"watch it start: {url}/console")
+        cluster_env.prepare(run_dir, config.server, run_dir / "lobby")
         from service.deployment.local import LocalCluster
 
+        lobby.done(_IMPORTS)
         cluster = LocalCluster(config, run_dir)
-        cluster.start()
+        cluster.start_ray()
+        lobby.done(_RAY)
+        cluster.start_serve()
         _on_signals(stop)  # Ray has put its own in their place
-        _say(f"Ray Serve is up ({time.monotonic() - began_s:.0f} s)")
+        _leave_to_haproxy(lobby, config)
+        _say(f"Ray Serve is up ({lobby.done(_SERVE):.0f} s)")
         cluster.deploy(secret_path, admin_key_path())
-        url = f"http://{_host(config)}:{config.server.port}"
-        _say(f"the gateway answers at {url} ({time.monotonic() - began_s:.0f} s)")
+        _say(f"the gateway answers at {url} ({lobby.done(_GATEWAY):.0f} s)")
+        lobby.finish()
         _follow(config, began_s)
         _say(_how_to_call(url))
         while True:
@@ -74,8 +94,10 @@ def run(config: Config, *, source: Path) -> None:
         _say("stopping: letting running requests end")
     finally:
         stopping.set()
+        lobby.stopping()
         if cluster is not None:
             cluster.stop()
+        lobby.close()
         shutil.rmtree(run_dir, ignore_errors=True)
     _say("stopped")
 
@@ -107,6 +129,20 @@ def _lead_own_session() -> None:
 def _pass_on(child: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, number)
+
+
+def _leave_to_haproxy(lobby: Lobby, config: Config) -> None:
+    """Give the port up once HAProxy listens there too."""
+    end_s = time.monotonic() + _HAPROXY_S
+    while time.monotonic() < end_s:
+        for one in psutil.net_connections(kind="tcp"):
+            listens = one.status == psutil.CONN_LISTEN and one.laddr.port == config.server.port
+            if listens and one.pid not in (None, os.getpid()):
+                lobby.leave_port()
+                return
+        time.sleep(0.05)
+    lobby.leave_port()
+    raise CoeError(f"HAProxy does not listen on port {config.server.port}")
 
 
 def _make_run_dir() -> Path:

@@ -29,8 +29,8 @@ class LocalCluster:
         self._config = config
         self._run_dir = run_dir
 
-    def start(self) -> None:
-        """Start Ray and Serve's controller and proxy."""
+    def start_ray(self) -> None:
+        """Start Ray's own processes."""
         # Its progress is ours to tell.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         pools = self._config.pools.values()
@@ -46,6 +46,9 @@ class LocalCluster:
             configure_logging=True,
             _temp_dir=str(self._run_dir / "ray"),
         )
+
+    def start_serve(self) -> None:
+        """Start Serve's controller and HAProxy."""
         serve.start(
             proxy_location=ProxyLocation.HeadOnly,
             http_options=HTTPOptions(host=self._config.server.host, port=self._config.server.port),
