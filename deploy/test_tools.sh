@@ -3,7 +3,7 @@
 # As root they are installed; elsewhere what is missing is named, and its tests skip with that reason.
 set -euo pipefail
 
-tools=(redis-server:redis-server)
+tools=(redis-server:redis-server chromium:chromium)
 
 missing=()
 for tool in "${tools[@]}"; do
