@@ -20,6 +20,7 @@ from service.config import Config, SimulatedOptions
 from service.engine.protocol import EngineRequest, EngineWatch, Send
 from service.engine.simulated import SimulatedEngine
 from service.link.client import PoolAddress
+from service.link.snapshot import Snapshot
 from tests.support.waiting import until
 
 SECRET = "the-cluster-s-secret"
@@ -226,10 +227,17 @@ async def site(config: Config) -> AsyncIterator[Site]:
 def _settled(made: Site) -> bool:
     links = made.gateway.directory.links()
     known = [link.snapshot for link in links if link.snapshot is not None]
-    return len(known) == len(made.pools) and all(
+    return len(known) == len(made.pools) and all(map(_up, known))
+
+
+def _up(snapshot: Snapshot) -> bool:
+    """Each expert answers, or can't; those that share a slot wait for their turn."""
+    states = snapshot.experts.values()
+    answering = {state.slot for state in states if state.state == "device"}
+    return all(
         state.state in ("device", "failed")
-        for snapshot in known
-        for state in snapshot.experts.values()
+        or (state.state in ("host", "disk") and state.slot in answering)
+        for state in states
     )
 
 

@@ -5,7 +5,7 @@ import { byId, el, setOrder } from "./dom.js";
 import { drawExperts, gather } from "./experts.js";
 import { follow } from "./feed.js";
 import { drawFlow } from "./flow.js";
-import { key, setKey } from "./keys.js";
+import { bearer, key, setKey } from "./keys.js";
 import { explain, listen, startPlayground, stop } from "./playground.js";
 import { addRoutes, clearRoutes, drawBudgets, drawTotals } from "./routes.js";
 
@@ -63,10 +63,24 @@ follow({
         el("span", {}, step.done_s !== null ? `${step.done_s.toFixed(1)} s` : step.now ? "…" : ""))));
   },
   lost(why) {
-    if (why === "key") { status("down", "a key is needed"); byId("keys").open || byId("keys").showModal(); return; }
+    if (why === "key") { status("", "the admin key shows traffic"); withoutFeed(); return; }
     status(state ? "down" : "", state ? "no connection, trying again" : "connecting");
   },
 });
+
+// Whoever has an API key only sees no traffic of others, and can ask all the same.
+let asked = false;
+async function withoutFeed() {
+  if (asked) return;
+  asked = true;
+  waiting(false);
+  const reply = await fetch("/v1/models", { headers: bearer("api") });
+  if (!reply.ok) { asked = false; if (!offered) { offered = true; openKeys(); } return; }
+  experts = (await reply.json()).data.filter((one) => one.id !== "auto").map((one) => ({ name: one.id, categories: [] }));
+  setOrder(experts.map((one) => one.name));
+  startPlayground(experts);
+}
+let offered = false;
 
 // --- theme, keys, shortcuts
 

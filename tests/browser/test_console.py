@@ -1,0 +1,194 @@
+"""The console in a real browser: what a person sees and does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import axe_playwright_python
+import pytest
+from playwright.async_api import Browser, Page, expect
+
+from service.config import Config
+from tests.browser.conftest import Watched, watched
+from tests.support.serving import ADMIN_KEY, chat, site
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
+expect.set_options(timeout=20_000)
+MATH = "A farmer has 12 cows and buys 7 more. How many cows?"
+
+# Four experts that take turns in one slot, and the demo's router before them.
+TURNS = Config.model_validate(
+    {
+        "router": {"artifact": str(ROOT / "router_models" / "artifacts" / "demo@1")},
+        "experts": {
+            name: {"model": name, "categories": [name]}
+            for name in ("general", "math", "intents", "code")
+        },
+        "pools": {
+            "cpu": {
+                "engine": "simulated",
+                "slots": 1,
+                "swap": {"min_stay_s": 0},
+                "simulated": {"swap_s": 0.02, "decode_ms": 5, "tokens": 12},
+            }
+        },
+    }
+)
+
+
+def expert(page: Page, name: str) -> Any:
+    return page.locator(f'.expert[data-name="{name}"]')
+
+
+async def opened(seen: Watched, url: str, path: str = "/console") -> Page:
+    await seen.page.goto(url + path)
+    if path == "/console":
+        await expect(seen.page.locator(".expert")).to_have_count(4)
+    return seen.page
+
+
+async def faults(page: Page) -> list[str]:
+    """What axe-core finds against WCAG 2 A and AA, contrast included."""
+    await page.evaluate(AXE)
+    found = await page.evaluate(
+        "axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']})"
+    )
+    assert any(rule["id"] == "color-contrast" for rule in found["passes"]), "contrast was measured"
+    return [
+        f"{rule['id']}: {node['html'][:120]} {node['any'][:1]}"
+        for rule in found["violations"]
+        for node in rule["nodes"]
+    ]
+
+
+async def test_a_prompt_is_explained_answered_and_timed(chromium: Browser) -> None:
+    async with site(TURNS) as s, watched(chromium, s.url) as seen:
+        page = await opened(seen, s.url)
+        await page.fill("#prompt", MATH)
+        await expect(page.locator("#posterior .first")).to_contain_text("math")
+        await expect(page.locator("tr.chosen")).to_contain_text("math")
+        await expect(page.locator("#formula")).to_contain_text("U = Q − 0.01")
+        await page.press("#prompt", "Control+Enter")
+        answer = page.locator(".answer:not(.busy)")
+        await expect(answer.locator("pre")).to_contain_text("math:")
+        await expect(answer.locator("header")).to_contain_text("math")
+        for step in ("route", "queue", "swap", "prefill", "decode"):
+            await expect(answer.locator(".legend")).to_contain_text(step)
+        # The swap that it needed is seen in the experts' list, and the request below.
+        await expect(expert(page, "math")).to_have_attribute("data-state", "device")
+        await expect(expert(page, "math")).to_contain_text("swapped in")
+        await expect(page.locator("#routes tr")).to_have_count(1)
+        await expect(page.locator("#routes tr")).to_contain_text("math")
+        await expect(page.locator("#flow .ribbon")).to_have_count(1)
+        assert MATH not in await page.locator(".routes").inner_text()
+        seen.clean()
+
+
+async def test_residency_follows_the_traffic(chromium: Browser) -> None:
+    async with site(TURNS) as s, watched(chromium, s.url) as seen:
+        page = await opened(seen, s.url)
+        for name in ("code", "intents"):
+            await s.ask(chat(model=name))
+            await expect(expert(page, name)).to_have_attribute("data-state", "device")
+        await expect(expert(page, "code")).to_have_attribute("data-state", "host")
+        seen.clean()
+
+
+async def test_two_experts_side_by_side_and_a_stop(chromium: Browser) -> None:
+    slow = TURNS.model_dump()
+    slow["pools"]["cpu"]["simulated"]["decode_ms"] = 50
+    async with site(Config.model_validate(slow)) as s, watched(chromium, s.url) as seen:
+        page = await opened(seen, s.url)
+        await page.locator("#prompt").blur()
+        await page.keyboard.press("c")
+        await page.select_option("#model-a", "code")
+        await page.select_option("#model-b", "general")
+        await page.fill("#tokens", "10")
+        await page.click("#send")
+        await expect(page.locator(".answer")).to_have_count(2)
+        await expect(page.locator(".answer:not(.busy)")).to_have_count(2)
+        await expect(page.locator(".answer").nth(0).locator("pre")).to_contain_text("code:")
+        await expect(page.locator(".answer").nth(1).locator("pre")).to_contain_text("general:")
+        await page.fill("#tokens", "2000")
+        await page.click("#send")
+        await expect(page.locator(".answer pre").first).to_contain_text("code:")
+        await page.keyboard.press("Escape")
+        await expect(page.locator(".answer .fault")).to_have_count(2)
+        seen.clean()
+
+
+async def test_the_admin_key_moves_weights_and_stays_out_of_addresses(chromium: Browser) -> None:
+    async with site(TURNS) as s, watched(chromium, s.url) as seen:
+        page = await opened(seen, s.url)
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        assert await page.locator(".acts").count() == 0
+        await page.locator("#prompt").blur()
+        await page.keyboard.press("k")
+        await page.fill("#admin-key", "wrong-key")
+        await page.press("#admin-key", "Enter")
+        await page.get_by_role("button", name="load code").click()
+        await expect(page.locator("#admin-said")).to_contain_text("admin key")
+        await page.click("#keys-open")
+        await page.fill("#admin-key", ADMIN_KEY)
+        await page.press("#admin-key", "Enter")
+        await page.get_by_role("button", name="load code").click()
+        await expect(page.locator("#admin-said")).to_contain_text("load code: done")
+        await expect(expert(page, "code")).to_have_attribute("data-state", "host")
+        await page.get_by_role("button", name="pin code", exact=True).click()
+        await expect(expert(page, "code")).to_contain_text("pinned")
+        await page.get_by_role("button", name="unpin code").click()
+        await page.get_by_role("button", name="evict code").click()
+        await expect(expert(page, "code")).to_have_attribute("data-state", "disk")
+        assert not any(ADMIN_KEY in url for url in asked)
+        assert ADMIN_KEY not in await page.content()
+        assert await page.evaluate("Object.keys(localStorage).join()") == ""
+        await page.click("#keys-open")
+        await page.click("#forget")
+        await expect(page.locator(".acts")).to_have_count(0)
+        # The wrong key's refusal is the one thing that the browser has noted.
+        assert [one for one in seen.complaints if "401" not in one] == []
+        assert seen.strangers == []
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+@pytest.mark.parametrize("width", [1440, 390])
+async def test_everybody_can_read_it(chromium: Browser, theme: str, width: int) -> None:
+    async with site(TURNS) as s, watched(chromium, s.url, theme=theme, width=width) as seen:
+        page = await opened(seen, s.url)
+        await page.evaluate(f"sessionStorage.setItem('coe-admin-key', '{ADMIN_KEY}')")
+        await page.reload()
+        await page.click("#send")
+        await expect(page.locator(".answer:not(.busy)")).to_be_visible()
+        await expect(page.locator("#routes tr")).to_have_count(1)
+        assert await page.evaluate("document.documentElement.dataset.theme") == theme
+        assert await faults(page) == []
+        wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert await page.evaluate(wide) <= 0, "nothing hangs over the edge"
+        seen.clean()
+
+
+async def test_the_theme_is_switched_and_remembered(chromium: Browser) -> None:
+    async with site(TURNS) as s, watched(chromium, s.url) as seen:
+        page = await opened(seen, s.url)
+        await page.keyboard.press("t")
+        root = page.locator("html")
+        await expect(root).to_have_attribute("data-theme", "light")
+        await page.reload()
+        await expect(root).to_have_attribute("data-theme", "light")
+        seen.clean()
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+async def test_the_api_s_page_sends_what_it_shows(chromium: Browser, theme: str) -> None:
+    async with site(TURNS) as s, watched(chromium, s.url, theme=theme) as seen:
+        page = await opened(seen, s.url, "/docs")
+        chat_card = page.locator("#post-v1-chat-completions")
+        await chat_card.get_by_role("button", name="Send").click()
+        await expect(chat_card.get_by_label("Reply")).to_contain_text("200 OK")
+        await expect(chat_card.get_by_label("Reply")).to_contain_text("x-coe-expert: general")
+        assert await faults(page) == []
+        seen.clean()

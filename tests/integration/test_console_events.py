@@ -1,0 +1,139 @@
+"""The console's files and its stream of events, over real HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+
+from service.api.console import feed as feeds
+from service.config import Config
+from tests.support.serving import ADMIN_KEY, Site, chat, simulated, site
+
+TWO = simulated(
+    {"cpu": {"tokens": 6}},
+    experts={
+        "general": {"model": "m", "categories": ["general"], "description": "anything"},
+        "math": {"model": "m", "categories": ["math"]},
+    },
+)
+
+
+async def events(reply: aiohttp.ClientResponse) -> AsyncIterator[tuple[str, Any]]:
+    name = ""
+    async for line in reply.content:
+        if line.startswith(b"event: "):
+            name = line[7:].strip().decode()
+        elif line.startswith(b"data: "):
+            yield name, json.loads(line[6:])
+
+
+async def first(told: AsyncIterator[tuple[str, Any]], name: str) -> Any:
+    """The next event of that name."""
+    async for got, data in told:
+        if got == name:
+            return data
+    raise AssertionError(f"the stream ended without {name}")
+
+
+async def test_pages_come_with_a_strict_policy_and_are_not_sent_twice() -> None:
+    async with site(TWO) as s:
+        for path in ("/console", "/docs"):
+            async with s.get(path) as reply:
+                assert reply.status == 200
+                assert reply.headers["content-type"].startswith("text/html")
+                policy = reply.headers["content-security-policy"]
+                assert "unsafe" not in policy
+                assert "default-src 'none'" in policy
+                etag = reply.headers["etag"]
+            async with s.client.get(s.url + path, headers={"if-none-match": etag}) as reply:
+                assert (reply.status, await reply.read()) == (304, b"")
+        async with s.client.get(s.url + "/", allow_redirects=False) as reply:
+            assert (reply.status, reply.headers["location"]) == (307, "/console")
+        async with s.get("/console/vendor/uplot-LICENSE.txt") as reply:
+            assert "MIT License" in await reply.text()
+        for path in ("/console/nothing.js", "/console/../app.py", "/console/%2e%2e/feed.py"):
+            async with s.get(path) as reply:
+                assert reply.status == 404
+
+
+async def test_events_tell_experts_then_each_request_and_its_tokens() -> None:
+    async with site(TWO) as s, s.get("/console/events") as reply:
+        assert reply.headers["content-type"] == "text/event-stream"
+        told = events(reply)
+        hello = await first(told, "hello")
+        assert [one["name"] for one in hello["experts"]] == ["general", "math"]
+        assert hello["experts"][0]["kind"] == "full"
+        (pool,) = hello["state"]["pools"]
+        assert pool["experts"]["math"]["state"] == "device"
+        status, headers, _ = await s.ask(chat("my private words", model="auto"))
+        assert status == 200
+        (route,) = (await first(told, "routes"))["routes"]
+        assert route["request"] == headers["x-request-id"]
+        assert (route["asked"], route["expert"], route["outcome"]) == ("auto", "general", "ok")
+        assert route["first_ms"] > 0
+        state = await first(told, "state")
+        while state["pools"][0]["experts"]["general"].get("tokens", 0) < 6:
+            state = await first(told, "state")
+        assert state["flows"] == [
+            {"category": "general", "recipe": "general", "expert": "general", "count": 1}
+        ]
+        assert state["totals"]["requests"] == 1
+        assert "private" not in json.dumps([route, state])
+
+
+async def test_a_failed_request_is_shown_and_an_unreadable_one_is_not() -> None:
+    config = simulated({"cpu": {"fail": "first_byte"}})
+    async with site(config) as s:
+        await s.ask(chat())
+        await s.ask({"model": "general", "messages": []})
+        recent = s.gateway.gateway._recent
+        (one,) = recent.since(0)
+        assert one["outcome"] != "ok"
+        assert one["status"] >= 500
+
+
+async def test_where_keys_are_asked_for_the_admin_sees_the_traffic_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COE_TEST_KEY", "a-key-that-is-long-enough")
+    keyed = Config.model_validate(
+        {
+            **TWO.model_dump(),
+            "tenants": {"acme": {}},
+            "keys": {"one": {"tenant": "acme", "key_env": "COE_TEST_KEY"}},
+        }
+    )
+    async with site(keyed) as s:
+        for given in ({}, {"authorization": "Bearer a-key-that-is-long-enough"}):
+            async with s.client.get(s.url + "/console/events", headers=given) as reply:
+                assert reply.status == 401
+                assert (await reply.json())["error"]["code"]
+        admin = {"authorization": f"Bearer {ADMIN_KEY}"}
+        async with s.client.get(s.url + "/console/events", headers=admin) as reply:
+            assert (await first(events(reply), "hello"))["experts"]
+
+
+async def test_a_pool_that_drains_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with site(TWO) as s, s.get("/console/events") as reply:
+        told = events(reply)
+        await first(told, "hello")
+        await s.pools["cpu"].process.pool.stop(0)
+        names = [name async for name, _ in told]
+        assert set(names) <= {"state", "routes"}
+
+
+async def test_listeners_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeds, "_MOST_LISTENERS", 1)
+    async with site(TWO) as s, s.get("/console/events") as reply:
+        await first(events(reply), "hello")
+        await _refused(s)
+
+
+async def _refused(s: Site) -> None:
+    async with s.get("/console/events") as second:
+        assert second.status == 503
+        assert (await second.json())["error"]["code"] == "over_capacity"

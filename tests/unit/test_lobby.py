@@ -1,0 +1,105 @@
+"""What answers on the port before a gateway does."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.lobby import Lobby
+
+
+@pytest.fixture
+def lobby() -> Iterator[Lobby]:
+    made = Lobby(("first", "second"), time.monotonic())
+    made.serve_port("127.0.0.1", 0)
+    yield made
+    made.close()
+
+
+def port_of(lobby: Lobby) -> int:
+    port: int = lobby._servers[0].server_address[1]
+    return port
+
+
+def ask(lobby: Lobby, path: str, body: str | None = None) -> tuple[int, Any, bytes]:
+    with closing(http.client.HTTPConnection("127.0.0.1", port_of(lobby), timeout=5)) as c:
+        c.request("POST" if body is not None else "GET", path, body)
+        reply = c.getresponse()
+        return reply.status, reply.headers, reply.read()
+
+
+def events(data: bytes) -> list[Any]:
+    return [json.loads(line[6:]) for line in data.splitlines() if line.startswith(b"data: ")]
+
+
+def test_the_page_is_there_and_prompts_are_put_off(lobby: Lobby) -> None:
+    status, headers, page = ask(lobby, "/console")
+    assert (status, b"coe" in page) == (200, True)
+    assert "default-src 'none'" in headers["content-security-policy"]
+    assert ask(lobby, "/console/app.js")[0] == 200
+    status, headers, _ = ask(lobby, "/")
+    assert (status, headers["location"]) == (307, "/console")
+    assert ask(lobby, "/health")[0] == 200
+    assert ask(lobby, "/ready")[0] == 503
+    assert ask(lobby, "/console/../secret")[0] == 503
+    status, headers, body = ask(lobby, "/v1/chat/completions", "x" * 100_000)
+    error = json.loads(body)["error"]
+    assert (status, headers["retry-after"], error["code"]) == (503, "2", "starting")
+    assert error.keys() == {"message", "type", "param", "code"}
+    lobby.stopping()
+    assert json.loads(ask(lobby, "/v1/models")[2])["error"]["code"] == "stopping"
+
+
+def test_the_stream_shows_each_step_and_ends_with_the_start(lobby: Lobby) -> None:
+    got: list[bytes] = []
+    reader = threading.Thread(target=lambda: got.append(ask(lobby, "/console/events")[2]))
+    reader.start()
+    assert lobby.done("first") >= 0
+    assert [step["now"] for step in lobby.progress()["steps"]] == [False, True]
+    lobby.done("second")
+    lobby.finish()
+    reader.join(10)
+    assert not reader.is_alive()
+    last = events(got[0])[-1]
+    assert [step["name"] for step in last["steps"]] == ["first", "second"]
+
+
+def test_who_listens_on_the_port_beside_it_has_it_alone_afterwards(lobby: Lobby) -> None:
+    port = port_of(lobby)
+    with closing(socket.socket()) as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        lobby.leave_port()
+        with closing(socket.create_connection(("127.0.0.1", port), 5)):
+            other.settimeout(5)
+            other.accept()[0].close()
+
+
+def test_a_unix_socket_answers_too(lobby: Lobby, tmp_path: Path) -> None:
+    lobby.serve_socket(tmp_path / "lobby")
+    with closing(socket.socket(socket.AF_UNIX)) as client:
+        client.settimeout(5)
+        client.connect(str(tmp_path / "lobby"))
+        client.sendall(b"GET /ready HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert client.recv(4096).startswith(b"HTTP/1.0 503")
+
+
+def test_it_is_bounded(lobby: Lobby, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = lobby._servers[0]
+    monkeypatch.setattr(server, "_places", threading.Semaphore(1))
+    with closing(http.client.HTTPConnection("127.0.0.1", port_of(lobby), timeout=5)) as stream:
+        stream.request("GET", "/console/events")
+        stream.getresponse()
+        with pytest.raises((http.client.HTTPException, OSError)):
+            ask(lobby, "/health")
