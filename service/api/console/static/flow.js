@@ -14,7 +14,7 @@ export function drawFlow(flows, experts) {
   drawn = shape;
   const total = flows.reduce((sum, flow) => sum + flow.count, 0);
   byId("flow-note").textContent = total ? "" : "No requests in the last five minutes: the dashed lines are what the config says.";
-  const links = total ? flows : experts.flatMap((one) => one.categories.map((category) => ({ category, recipe: one.name, expert: one.name, count: 1 })));
+  const links = total ? flows.map((flow) => ({ ...flow, recipe: flow.recipe === "single" ? flow.expert : flow.recipe })) : experts.flatMap((one) => one.categories.map((category) => ({ category, recipe: one.name, expert: one.name, count: 1 })));
   const recipes = links.some((link) => link.recipe && link.recipe !== link.expert);
   const columns = recipes ? ["category", "recipe", "expert"] : ["category", "expert"];
   const height = box.clientHeight;

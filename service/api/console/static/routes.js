@@ -17,7 +17,7 @@ export const clearRoutes = () => byId("routes").replaceChildren();
 function row(one) {
   const time = new Date(one.at_s * 1000).toLocaleTimeString([], { hour12: false });
   const sure = one.category ? `${one.category} ${Math.round(one.confidence * 100)} %` : "named";
-  const by = one.recipe && one.recipe !== one.expert ? `${one.expert} · ${one.recipe}` : one.expert;
+  const by = one.recipe && one.recipe !== "single" && one.recipe !== one.expert ? `${one.expert} · ${one.recipe}` : one.expert;
   const num = (value) => el("td", { class: "num" }, value ? ms(value) : "–");
   const outcome = { ok: "ok", client_gone: "client left" }[one.outcome] || one.outcome.replaceAll("_", " ");
   return el("tr", { dataset: { request: one.request } },
