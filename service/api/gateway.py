@@ -26,7 +26,7 @@ from service.api.answering import Answering
 from service.api.body import ENDPOINTS, Asked, read_asked
 from service.api.console.endpoints import console_routes
 from service.api.console.feed import Feed
-from service.api.console.recent import Recent, answered
+from service.api.console.recent import Recent, account
 from service.api.limits import Limits
 from service.api.passage import Passage
 from service.api.plan import Plan, Router
@@ -173,7 +173,7 @@ class Gateway:
                 passage.trace.ended(ended, passage.status)
             if plan is not None:
                 self._recent.note(
-                    answered(ended, client_id, asked.model, plan.confidence, route_s, passage)
+                    account(ended, client_id, asked.model, plan.confidence, route_s, passage)
                 )
             if self._config.server.access_log:
                 fields = {

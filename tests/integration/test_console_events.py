@@ -79,7 +79,7 @@ async def test_events_tell_experts_then_each_request_and_its_tokens() -> None:
         while state["pools"][0]["experts"]["general"].get("tokens", 0) < 6:
             state = await first(told, "state")
         assert state["flows"] == [
-            {"category": "general", "recipe": "single", "expert": "general", "count": 1}
+            {"category": "general", "recipe": "general", "expert": "general", "count": 1}
         ]
         assert state["totals"]["requests"] == 1
         assert "private" not in json.dumps([route, state])

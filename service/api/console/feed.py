@@ -17,7 +17,7 @@ import orjson
 from service import __version__
 from service.api.console.recent import Recent
 from service.api.console.state import describe_experts, describe_pools
-from service.broker.choice import PoolView
+from service.broker.board import REMOTE, PoolView
 from service.config import Config
 from service.errors import OverCapacity, PoolGone
 from service.link.directory import Directory
@@ -174,7 +174,8 @@ class Feed:
 
 def _over(pools: list[dict[str, Any]]) -> bool:
     """Whether this service is stopping: then a stream must not hold the gateway up."""
-    return bool(pools) and all(pool["draining"] for pool in pools)
+    local = [pool for pool in pools if pool["boot"] != REMOTE]
+    return bool(local) and all(pool["draining"] for pool in local)
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:

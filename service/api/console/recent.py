@@ -42,11 +42,12 @@ class Passed(Protocol):
     """What is known of a request's way."""
 
     status: int
+    recipe: str
     queue_ms: float
     swap_ms: float
 
 
-def answered(
+def account(
     ended: Ended, request: str, asked: str, confidence: float, route_s: float, passed: Passed
 ) -> Answered:
     """For the console: a request that has just ended."""
@@ -56,7 +57,7 @@ def answered(
         asked=asked,
         category=ended.category,
         confidence=round(confidence, 3),
-        recipe=ended.recipe,
+        recipe=passed.recipe or ended.expert,
         expert=ended.expert,
         status=passed.status,
         outcome=ended.fault or ended.outcome,

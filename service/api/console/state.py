@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from service.broker.choice import PoolView
+from service.broker.board import REMOTE, PoolView
 from service.config import Config
 
 # Of a pool's own account of an expert, what its snapshots do not hold.
@@ -65,7 +65,7 @@ def _pool(
         more = details.get(name, {})
         experts[name] = told | {key: more[key] for key in _DETAILS if key in more}
     return {
-        "id": f"{snapshot.kind}-{view.boot[:6]}",
+        "id": f"{snapshot.kind}-{view.boot[:6]}" if view.boot != REMOTE else "remote",
         "kind": snapshot.kind,
         "boot": view.boot,
         "age_s": round(view.age_s, 2),

@@ -30,7 +30,8 @@ function draw() {
   if (ready !== wasReady) { wasReady = ready; explain(); }
   const loading = all.filter((one) => one.state === "loading");
   const eta = Math.max(0, ...loading.map((one) => one.etaS));
-  if (ready) status("up", `serving · ${state.pools.length} ${state.pools.length === 1 ? "pool" : "pools"}`);
+  const pools = state.pools.filter((pool) => pool.boot).length;
+  if (ready) status("up", `serving · ${pools} ${pools === 1 ? "pool" : "pools"}`);
   else if (loading.length) status("", `loading ${loading.map((one) => one.name).slice(0, 3).join(", ")}${eta >= 1 ? ` · about ${Math.ceil(eta)} s` : ""}`);
   else status("down", "no expert answers");
 }

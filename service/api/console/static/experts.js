@@ -43,7 +43,7 @@ function row(one) {
   else if (one.chunkS) facts.push(el("span", {}, el("b", {}, (1 / one.chunkS).toFixed(0)), " tokens/s alone"));
   if (one.lastSwap) facts.push(el("span", {}, `swapped in ${ago(one.lastSwap.ago_s)}, ${ms(one.lastSwap.swap_s * 1000)}`));
   if (one.pinned) facts.push(el("span", {}, el("b", {}, "pinned")));
-  if (one.pools > 1) facts.push(el("span", {}, `${one.pools} pools`));
+  if (one.pools > 1 && one.kind !== "remote") facts.push(el("span", {}, `${one.pools} pools`));
   if (one.reason) facts.push(el("span", {}, one.reason));
   const says = one.state === "loading" && one.etaS >= 1 ? `in ${Math.ceil(one.etaS)} s` : SAYS[one.state];
   return el("li", { class: "expert", dataset: { name: one.name, state: one.state } },

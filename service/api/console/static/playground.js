@@ -67,14 +67,19 @@ function drawWhy(told) {
   const about = { classified: "", named: "The expert was named: nothing to classify.", "no classifier": "This config names no router.", "named category": `Category ${told.category}, as asked.` };
   const novelty = told.novelty >= 0.01 ? `${Math.round(told.novelty * 100)} % of it was never seen in training.` : "";
   byId("posterior-note").textContent = [about[told.reason] ?? told.reason, novelty].filter(Boolean).join(" ");
-  byId("formula").textContent = `U = Q − ${told.time_price} · (T + X)`;
-  const rows = told.candidates.slice(0, 8);
-  byId("candidates").replaceChildren(...rows.map((one, i) => {
-    const who = one.expert ?? one.recipe;
-    const num = (value) => el("td", { class: "num" }, value === undefined || value === null ? "–" : value.toFixed(2));
-    return el("tr", { class: i ? "" : "chosen" }, el("td", {}, swatch(who), ` ${who}`), num(one.quality), num(one.wait_s), num(one.answer_s), num(one.displaced_s),
-      el("td", {}, el("span", { class: "meter" }, el("b", { style: { width: `${Math.max(0, Math.min(1, one.utility)) * 100}%`, background: colour(who) } })), one.utility.toFixed(3)));
-  }));
+  const cost = told.cost_price ? ` − ${told.cost_price.toPrecision(2)} · c` : "";
+  byId("formula").textContent = `U = Q${cost} − ${told.time_price} · (T + X)`;
+  byId("candidates").replaceChildren(...told.candidates.slice(0, 8).map((one) => candidate(one, told)));
+}
+
+function candidate(one, told) {
+  const num = (value, digits = 2) => el("td", { class: "num" }, typeof value === "number" ? value.toFixed(digits) : "–");
+  const who = el("td", { title: one.why }, swatch(one.expert), ` ${one.recipe ?? one.expert}`);
+  const known = typeof one.utility === "number";
+  const share = known ? Math.max(0, Math.min(1, one.utility)) * 100 : 0;
+  return el("tr", { class: (one.recipe ?? one.expert) === told.chosen ? "chosen" : "" }, who, num(one.quality),
+    el("td", { class: "num" }, one.cost ? one.cost.toPrecision(2) : "0"), num(one.wait_s), num(one.answer_s), num(one.displaced_s),
+    el("td", {}, known ? el("span", { class: "meter" }, el("b", { style: { width: `${share}%`, background: colour(one.expert) } })) : "", known ? one.utility.toFixed(3) : one.why));
 }
 
 // --- the answer
@@ -151,6 +156,7 @@ class Pane {
       this.drawTimes(times, usage?.completion_tokens || pieces);
     }
     if (usage?.coe) this.measured(usage.coe, times);
+    if (usage?.coe?.recipe && usage.coe.recipe !== usage.coe.expert) this.head.append(el("span", { class: "note" }, `${usage.coe.recipe}, ${usage.coe.calls.length} calls`));
     this.drawTimes(times, usage?.completion_tokens || pieces, usage?.coe);
   }
 
@@ -165,6 +171,6 @@ class Pane {
     const speed = times.decode > 0 && count > 1 ? `${(((count - 1) * 1000) / times.decode).toFixed(1)} tokens/s` : "";
     this.legend.replaceChildren(...STEPS.map((step) =>
       el("span", {}, el("i", { class: "dot", style: { background: `var(--s-${step})` } }), step, " ", el("b", {}, ms(times[step])))),
-    el("span", {}, el("b", {}, String(count)), " tokens ", speed), coe && typeof coe.cost === "number" ? el("span", {}, "cost ", el("b", {}, coe.cost.toPrecision(3))) : "");
+    el("span", {}, el("b", {}, String(count)), " tokens ", speed), coe?.cost > 0 ? el("span", {}, "cost ", el("b", {}, coe.cost.toPrecision(3))) : "");
   }
 }
