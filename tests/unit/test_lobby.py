@@ -100,6 +100,7 @@ def test_it_is_bounded(lobby: Lobby, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "_places", threading.Semaphore(1))
     with closing(http.client.HTTPConnection("127.0.0.1", port_of(lobby), timeout=5)) as stream:
         stream.request("GET", "/console/events")
-        stream.getresponse()
+        reply = stream.getresponse()  # kept: a reply that nobody holds closes its connection
         with pytest.raises((http.client.HTTPException, OSError)):
             ask(lobby, "/health")
+        assert reply.status == 200
