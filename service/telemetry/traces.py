@@ -48,6 +48,8 @@ _NUMBERS = {
     "n": "gen_ai.request.choice.count",
     "seed": "gen_ai.request.seed",
 }
+# A collector that does not answer holds up a process's end for so long.
+_SEND_S = 2
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
@@ -72,7 +74,7 @@ class Traces:
             ),
             shutdown_on_exit=False,
         )
-        out = exporter or OTLPSpanExporter(endpoint=config.traces_url)
+        out = exporter or OTLPSpanExporter(endpoint=config.traces_url, timeout=_SEND_S)
         self._provider.add_span_processor(BatchSpanProcessor(out))
         self._tracer = self._provider.get_tracer("coe", __version__)
 

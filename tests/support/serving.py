@@ -181,11 +181,11 @@ async def pool_of(config: Config, kind: str) -> AsyncIterator[RunningPool]:
     for slot in process.pool._slots:
         slot._build = _patched(slot._build, build)
     async with serving(process.app) as served:
-        process.pool.start()
+        await process.start()
         try:
             yield RunningPool(process, served, engines)
         finally:
-            await process.pool.stop(0)
+            await process.stop(0)
 
 
 def _patched(real: Callable[[], Any], build: Any) -> Callable[[], Any]:
