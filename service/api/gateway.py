@@ -350,12 +350,11 @@ class Gateway:
 
     def _read_pools(self) -> None:
         """What is known of pools, for the metrics."""
-        meter, now_s = self.metrics.meter, time.monotonic()
-        links = self._directory.links()
-        meter.put(table.POOLS, len(links))
+        meter = self.metrics.meter
+        meter.put(table.POOLS, len(self._directory.links()))
         meter.forget(table.SNAPSHOT_AGE)
-        for link in links:
-            meter.put(table.SNAPSHOT_AGE, link.age_s(now_s), link.address.name)
+        for pool, age_s in self._directory.silences().items():
+            meter.put(table.SNAPSHOT_AGE, age_s, pool)
 
     async def _metrics_text(self) -> str:
         """Of this process, of the node's other gateways, and of every pool."""

@@ -86,8 +86,8 @@ class EngineStats:
                         stats._finished(finished)
 
             def log_engine_initialized(self) -> None:
-                self._initialized = True
                 self._logger(stats.running).log_engine_initialized()
+                self._initialized = True
 
             def record_sleep_state(self, sleep: int = 0, level: int = 0) -> None:
                 for made in self._of.values():

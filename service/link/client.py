@@ -92,6 +92,10 @@ class PoolLink:
         """Seconds since the pool was last heard of."""
         return now_s - self.received_s if self.snapshot is not None else GONE_S + 1
 
+    def silent_s(self, now_s: float) -> float:
+        """Seconds since the pool was heard of, or since it is followed if it never was."""
+        return now_s - (self.received_s if self.snapshot is not None else self._silent_since_s)
+
     def unseen(self) -> dict[str, int]:
         """Requests sent that the snapshot can't count yet, by expert."""
         return Counter(name for _, name in self._unseen) if self._unseen else {}

@@ -58,6 +58,11 @@ class Directory:
         now_s = time.monotonic()
         return [link for link in self._links.values() if link.age_s(now_s) <= GONE_S]
 
+    def silences(self) -> dict[str, float]:
+        """Seconds since each followed pool was heard of, by its name; those gone included."""
+        now_s = time.monotonic()
+        return {link.address.name: link.silent_s(now_s) for link in self._links.values()}
+
     def _changed(self) -> None:
         for waiter in self._waiters:
             waiter.set()

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from prometheus_client.parser import text_string_to_metric_families
 
 from service.config import VllmOptions
 from service.engine.protocol import EngineRequest, Message
 from service.engine.vllm_swap import SwappingVllmEngine, Weights
+from service.telemetry.pool_metrics import PoolMetrics
 
 ADAPTERS = Path(__file__).parents[2] / "router_models/experts/artifacts"
 MODELS = Path(os.environ.get("COE_MODELS", Path.home() / ".cache/coe/models"))
@@ -60,7 +62,16 @@ class Swapping(SwappingVllmEngine):
     die_at = ""
 
     def __init__(self, first: str, weights: dict[str, Weights], canaries: dict[str, str]) -> None:
-        super().__init__(first, weights, OPTIONS, on_cpu=True, canary_every=10, canaries=canaries)
+        self.metrics = PoolMetrics()
+        super().__init__(
+            first,
+            weights,
+            OPTIONS,
+            on_cpu=True,
+            canary_every=10,
+            canaries=canaries,
+            watch=self.metrics,
+        )
 
     async def _rpc(self, method: str, *args: object) -> Any:
         if method == self.die_at:
@@ -107,3 +118,14 @@ async def ask_one(engine: Any, expert: str, prompt: str = _PROMPTS[0], tokens: i
     answer = orjson.loads(b"".join(parts))
     assert "choices" in answer, answer
     return " ".join(map(str, answer["choices"][0]["token_ids"]))
+
+
+async def told(metrics: PoolMetrics) -> dict[tuple[str, str], float]:
+    """Every sample by its name and expert; of answers where tokens have kinds."""
+    text = await metrics.text({})
+    return {
+        (sample.name, sample.labels["expert"]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if "expert" in sample.labels and sample.labels.get("kind", "answer") == "answer"
+    }

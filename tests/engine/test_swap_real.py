@@ -9,6 +9,7 @@ import random
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from tests.engine.real import (
     core_of,
     demo,
     kill,
+    told,
 )
 from tests.support.waiting import until
 
@@ -138,6 +140,33 @@ async def test_outputs_survive_swaps_and_fills_beside_them(stage: Stage) -> None
     for name in DEMO:
         await stage.run(name)
         assert await ask(engine, name) == said[name]
+
+
+async def test_metrics_are_the_running_expert_s(stage: Stage) -> None:
+    engine = stage.engine
+    for name in DEMO:
+        await stage.run(name)
+        before = await told(engine.metrics)
+        await ask(engine, name, tokens=5)
+        # vLLM tells of a request after its answer has gone out.
+        counted = partial(_counted, engine, name, before, 15)
+        await until(counted, "three answers were counted")
+        after = await told(engine.metrics)
+        grown = {key[1] for key, value in after.items() if value > before.get(key, 0.0)}
+        assert grown == {name}
+        assert after["vllm:generation_tokens_total", name] > 0
+        assert after["vllm:num_requests_running", name] == 0
+        prefill = after["coe_prefill_seconds_sum", name] - before["coe_prefill_seconds_sum", name]
+        decode = after["coe_decode_seconds_sum", name] - before["coe_decode_seconds_sum", name]
+        assert 0 < prefill < 60
+        assert 0 < decode < 60
+
+
+async def _counted(
+    engine: Swapping, name: str, before: dict[tuple[str, str], float], tokens: int
+) -> bool:
+    key = "coe_tokens_total", name
+    return (await told(engine.metrics))[key] - before[key] == tokens
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -269,10 +298,18 @@ async def test_swapped_in_is_as_started_on_the_same_weights(stage: Stage, tmp_pa
         await ask(stage.engine, "base")
     folder = tmp_path / "merged"
     await asyncio.to_thread(_merge, folder, "intents")
-    engine = VllmEngine(VllmModel("fresh", str(folder), {}), OPTIONS, on_cpu=True)
+    metrics = stage.engine.metrics
+    before = await told(metrics)
+    model = VllmModel("fresh", str(folder), {})
+    engine = VllmEngine(model, OPTIONS, on_cpu=True, watch=metrics)
     try:
         await engine.start()
         assert await ask(engine, "fresh") == stage.said["intents"]
+        # A second engine in the process has metrics of its own, and takes nobody's away.
+        after = await told(metrics)
+        assert before == {key: value for key, value in after.items() if key[1] != "fresh"}
+        assert after["vllm:generation_tokens_total", "fresh"] == 36
+        assert after["coe_tokens_total", "fresh"] == 36
     finally:
         await engine.stop()
 

@@ -1,0 +1,153 @@
+"""What vLLM tells of itself, and our own processes."""
+
+from __future__ import annotations
+
+from deploy.grafana.chart import EXPERT, RATE, Board, Chart, Query, quantile, rate
+
+ENGINES = Board(
+    "coe-engines",
+    "coe / Engines",
+    "What vLLM tells of itself, by the expert whose weights it had, and our processes.",
+    (
+        (
+            "As the service measures",
+            (
+                Chart(
+                    "Prefill, p95",
+                    (Query(quantile(0.95, "coe_prefill_seconds", "expert", EXPERT), "{{expert}}"),),
+                    "s",
+                ),
+                Chart(
+                    "Decode, p95",
+                    (Query(quantile(0.95, "coe_decode_seconds", "expert", EXPERT), "{{expert}}"),),
+                    "s",
+                ),
+                Chart(
+                    "Between tokens, median",
+                    (
+                        Query(
+                            quantile(0.5, "coe_between_tokens_seconds", "expert", EXPERT),
+                            "{{expert}}",
+                        ),
+                    ),
+                    "s",
+                ),
+                Chart(
+                    "Tokens",
+                    (
+                        Query(
+                            rate("coe_tokens_total", "expert, kind", EXPERT),
+                            "{{expert}} {{kind}}",
+                        ),
+                    ),
+                    "short",
+                    "lines",
+                    "Per second.",
+                ),
+            ),
+        ),
+        (
+            "vLLM",
+            (
+                Chart(
+                    "Requests in the scheduler",
+                    (
+                        Query(
+                            f"sum by (expert) (vllm:num_requests_running{{{EXPERT}}})",
+                            "{{expert}} runs",
+                        ),
+                        Query(
+                            f"sum by (expert) (vllm:num_requests_waiting{{{EXPERT}}})",
+                            "{{expert}} waits",
+                        ),
+                    ),
+                ),
+                Chart(
+                    "KV cache in use",
+                    (
+                        Query(
+                            f"max by (expert) (vllm:kv_cache_usage_perc{{{EXPERT}}})",
+                            "{{expert}}",
+                        ),
+                    ),
+                    "percentunit",
+                ),
+                Chart(
+                    "Tokens",
+                    (
+                        Query(
+                            rate("vllm:prompt_tokens_total", "expert", EXPERT), "{{expert}} prompt"
+                        ),
+                        Query(
+                            rate("vllm:generation_tokens_total", "expert", EXPERT),
+                            "{{expert}} answer",
+                        ),
+                    ),
+                    "short",
+                    "lines",
+                    "Per second.",
+                ),
+                Chart(
+                    "Prompt tokens found in the prefix cache",
+                    (
+                        Query(
+                            f"{rate('vllm:prefix_cache_hits_total', 'expert', EXPERT)} / "
+                            f"{rate('vllm:prefix_cache_queries_total', 'expert', EXPERT)}",
+                            "{{expert}}",
+                        ),
+                    ),
+                    "percentunit",
+                ),
+                Chart(
+                    "Between tokens, p95",
+                    (
+                        Query(
+                            quantile(0.95, "vllm:inter_token_latency_seconds", "expert", EXPERT),
+                            "{{expert}}",
+                        ),
+                    ),
+                    "s",
+                ),
+                Chart(
+                    "Preempted",
+                    (Query(rate("vllm:num_preemptions_total", "expert", EXPERT), "{{expert}}"),),
+                    "ops",
+                    "lines",
+                    "Requests put back because the KV cache was full.",
+                ),
+            ),
+        ),
+        (
+            "Processes",
+            (
+                Chart(
+                    "Memory of gateways and pools",
+                    (
+                        Query(
+                            "sum by (gateway, pool) (process_resident_memory_bytes"
+                            '{gateway!=""} or process_resident_memory_bytes{pool!=""})',
+                            "{{gateway}}{{pool}}",
+                        ),
+                    ),
+                    "bytes",
+                    "lines",
+                    "Resident; an engine's core is a process of its own and not in it.",
+                ),
+                Chart(
+                    "Processor time of gateways and pools",
+                    (
+                        Query(
+                            "sum by (gateway, pool) (rate(process_cpu_seconds_total"
+                            f'{{gateway!=""}}[{RATE}]) or rate(process_cpu_seconds_total'
+                            f'{{pool!=""}}[{RATE}]))',
+                            "{{gateway}}{{pool}}",
+                        ),
+                    ),
+                    "short",
+                    "lines",
+                    "Cores in use.",
+                ),
+            ),
+        ),
+    ),
+)

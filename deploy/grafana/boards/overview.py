@@ -1,0 +1,144 @@
+"""Is it well, who answers, and where the time goes."""
+
+from __future__ import annotations
+
+from deploy.grafana.chart import EXPERT, RATE, Board, Chart, Query, mean, quantile, quantiles, rate
+
+# The outcomes that are our fault; a test holds them to the table of errors.
+OURS = (
+    "deadline_exceeded|draining|engine_dead|expert_failed|internal_error|over_capacity|"
+    "pool_gone|server_error|unavailable|upstream_error"
+)
+ERROR_SHARE = (
+    f'(sum(rate(coe_requests_total{{outcome=~"{OURS}"}}[{RATE}])) or vector(0))'
+    f" / sum(rate(coe_requests_total[{RATE}]))"
+)
+
+OVERVIEW = Board(
+    "coe-overview",
+    "coe / Overview",
+    "Is it well, who answers, and where the time goes.",
+    (
+        (
+            "Now",
+            (
+                Chart("Requests", (Query(rate("coe_requests_total")),), "reqps", "number", "", 3),
+                Chart(
+                    "Errors of ours",
+                    (Query(ERROR_SHARE),),
+                    "percentunit",
+                    "number",
+                    "Share of requests that ended with a status of 500 or more.",
+                    3,
+                ),
+                Chart(
+                    "Time to first token, p95",
+                    (Query(quantile(0.95, "coe_first_token_seconds")),),
+                    "s",
+                    "number",
+                    "Streamed answers, from the request's arrival.",
+                    3,
+                ),
+                Chart(
+                    "Added by us, median",
+                    (Query(quantile(0.5, "coe_overhead_seconds")),),
+                    "s",
+                    "number",
+                    "Time to the first byte less the pool's queue and the engine.",
+                    3,
+                ),
+                Chart(
+                    "Answer tokens",
+                    (Query(rate("coe_tokens_total", "", 'kind="answer"')),),
+                    "short",
+                    "number",
+                    "Per second.",
+                    3,
+                ),
+                Chart(
+                    "In flight", (Query("sum(coe_in_flight_requests)"),), "short", "number", "", 3
+                ),
+                Chart("Waiting", (Query("sum(coe_queue_requests)"),), "short", "number", "", 3),
+                Chart(
+                    "Pools",
+                    (Query("min(coe_pools)"),),
+                    "short",
+                    "number",
+                    "As the gateway knows that knows fewest.",
+                    3,
+                ),
+            ),
+        ),
+        (
+            "Requests",
+            (
+                Chart(
+                    "Requests by expert",
+                    (Query(rate("coe_requests_total", "expert", EXPERT), "{{expert}}"),),
+                    "reqps",
+                    "stacked",
+                ),
+                Chart(
+                    "How requests end",
+                    (Query(rate("coe_requests_total", "outcome"), "{{outcome}}"),),
+                    "reqps",
+                    "stacked",
+                ),
+                Chart("Time to first token", quantiles("coe_first_token_seconds", EXPERT), "s"),
+                Chart(
+                    "Time to the end of the answer", quantiles("coe_request_seconds", EXPERT), "s"
+                ),
+            ),
+        ),
+        (
+            "Where the time goes",
+            (
+                Chart(
+                    "Mean time of a request, by part",
+                    (
+                        Query(mean("coe_route_seconds"), "route"),
+                        Query(mean("coe_queue_seconds", EXPERT), "queue, swaps included"),
+                        Query(mean("coe_engine_queue_seconds", EXPERT), "engine's queue"),
+                        Query(mean("coe_prefill_seconds", EXPERT), "prefill"),
+                        Query(mean("coe_decode_seconds", EXPERT), "decode"),
+                    ),
+                    "s",
+                    "stacked",
+                    "Route and queue are ours, the rest is the engine's.",
+                ),
+                Chart(
+                    "Answer tokens by expert",
+                    (
+                        Query(
+                            rate("coe_tokens_total", "expert", f'kind="answer",{EXPERT}'),
+                            "{{expert}}",
+                        ),
+                    ),
+                    "short",
+                    "stacked",
+                    "Per second.",
+                ),
+                Chart(
+                    "Waiting and running",
+                    (
+                        Query(
+                            f"sum by (expert) (coe_queue_requests{{{EXPERT}}})",
+                            "{{expert}} waits",
+                        ),
+                        Query(
+                            f"sum by (expert) (coe_running_requests{{{EXPERT}}})",
+                            "{{expert}} runs",
+                        ),
+                    ),
+                ),
+                Chart(
+                    "Where weights are",
+                    (Query("sum by (state) (coe_residency)", "{{state}}"),),
+                    "short",
+                    "stacked",
+                    "Experts by the state of their weights, over all pools.",
+                ),
+            ),
+        ),
+    ),
+)

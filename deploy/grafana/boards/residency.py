@@ -1,0 +1,110 @@
+"""Where weights are, who takes turns, and what that costs those who wait."""
+
+from __future__ import annotations
+
+from deploy.grafana.chart import EXPERT, Board, Chart, Query, quantile, quantiles, rate
+
+RESIDENCY = Board(
+    "coe-residency",
+    "coe / Residency and swaps",
+    "Where weights are, who takes turns, and what that costs those who wait.",
+    (
+        (
+            "Residency",
+            (
+                Chart(
+                    "State of each expert's weights",
+                    (
+                        Query(
+                            f"max by (expert, state) (coe_residency{{{EXPERT}}}) == 1",
+                            "{{expert}}: {{state}}",
+                        ),
+                    ),
+                    "short",
+                    "states",
+                    "A bar where an expert is in a state in at least one pool.",
+                    24,
+                ),
+                Chart(
+                    "Memory for weights",
+                    (
+                        Query(
+                            f"sum by (expert, tier) (coe_weights_bytes{{{EXPERT}}})",
+                            "{{expert}} {{tier}}",
+                        ),
+                    ),
+                    "bytes",
+                    "stacked",
+                ),
+                Chart(
+                    "Experts by state",
+                    (Query("sum by (state) (coe_residency)", "{{state}}"),),
+                    "short",
+                    "stacked",
+                ),
+            ),
+        ),
+        (
+            "Swaps",
+            (
+                Chart(
+                    "Swaps by expert and method",
+                    (
+                        Query(
+                            rate("coe_swaps_total", "expert, method", EXPERT),
+                            "{{expert}} {{method}}",
+                        ),
+                    ),
+                    "ops",
+                    "stacked",
+                ),
+                Chart(
+                    "Swaps by reason",
+                    (Query(rate("coe_swaps_total", "reason"), "{{reason}}"),),
+                    "ops",
+                    "stacked",
+                ),
+                Chart(
+                    "Time requests waited for swaps",
+                    quantiles("coe_swap_wait_seconds", EXPERT),
+                    "s",
+                ),
+                Chart(
+                    "Share of the wait that was swapping",
+                    (
+                        Query(
+                            f"{rate('coe_swap_wait_seconds_sum', 'expert', EXPERT)} / "
+                            f"{rate('coe_queue_seconds_sum', 'expert', EXPERT)}",
+                            "{{expert}}",
+                        ),
+                    ),
+                    "percentunit",
+                ),
+                Chart(
+                    "Canary failures",
+                    (Query("sum by (pool) (coe_canary_failures_total)", "{{pool}}"),),
+                    "short",
+                    "lines",
+                    "Since each pool's start. Swaps after which the weights were not as first "
+                    "loaded.",
+                ),
+            ),
+        ),
+        (
+            "Queues",
+            (
+                Chart(
+                    "Waiting",
+                    (Query(f"sum by (expert) (coe_queue_requests{{{EXPERT}}})", "{{expert}}"),),
+                    "short",
+                    "stacked",
+                ),
+                Chart(
+                    "Time in the pool's queue, p95",
+                    (Query(quantile(0.95, "coe_queue_seconds", "expert", EXPERT), "{{expert}}"),),
+                    "s",
+                ),
+            ),
+        ),
+    ),
+)

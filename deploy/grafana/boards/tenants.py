@@ -1,0 +1,91 @@
+"""Who asks, what it costs, what is left."""
+
+from __future__ import annotations
+
+from deploy.grafana.chart import EXPERT, RATE, Board, Chart, Query, rate
+
+TENANTS = Board(
+    "coe-tenants",
+    "coe / Tenants and budgets",
+    "Who asks, what it costs, what is left.",
+    (
+        (
+            "Budgets",
+            (
+                Chart(
+                    "Left of each budget",
+                    (Query("min by (budget) (coe_budget_left_ratio)", "{{budget}}"),),
+                    "percentunit",
+                    "lines",
+                    "Of the present period: 1 untouched, 0 spent.",
+                ),
+                Chart(
+                    "Shadow prices",
+                    (Query("max by (budget) (coe_shadow_price)", "{{budget}}"),),
+                    "short",
+                    "lines",
+                    "Quality that one more unit of cost is worth now. It rises while a budget "
+                    "is spent too fast.",
+                ),
+                Chart(
+                    "Spending by expert",
+                    (Query(rate("coe_cost_total", "expert", EXPERT), "{{expert}}"),),
+                    "short",
+                    "stacked",
+                    "Units of cost per second.",
+                ),
+                Chart(
+                    "Refused",
+                    (Query(rate("coe_rejections_total", "reason"), "{{reason}}"),),
+                    "reqps",
+                    "stacked",
+                ),
+            ),
+        ),
+        (
+            "Tenants",
+            (
+                Chart(
+                    "Requests by tenant",
+                    (Query(rate("coe_tenant_requests_total", "tenant"), "{{tenant}}"),),
+                    "reqps",
+                    "stacked",
+                ),
+                Chart(
+                    "Tokens by tenant",
+                    (Query(rate("coe_tenant_tokens_total", "tenant"), "{{tenant}}"),),
+                    "short",
+                    "stacked",
+                    "Prompts and answers, per second.",
+                ),
+            ),
+        ),
+        (
+            "Cache and endpoints elsewhere",
+            (
+                Chart(
+                    "Answers from the cache",
+                    (
+                        Query(
+                            "(sum by (kind) (rate(coe_cache_lookups_total"
+                            f'{{result="hit"}}[{RATE}])) or 0 * sum by (kind) '
+                            f"(rate(coe_cache_lookups_total[{RATE}]))) / "
+                            f"{rate('coe_cache_lookups_total', 'kind')}",
+                            "{{kind}}",
+                        ),
+                    ),
+                    "percentunit",
+                    "lines",
+                    "Share of looks into the cache that found an answer.",
+                ),
+                Chart(
+                    "Endpoints kept away from",
+                    (Query("max by (expert) (coe_breaker_open)", "{{expert}}"),),
+                    "short",
+                    "lines",
+                    "1 while the breaker is open.",
+                ),
+            ),
+        ),
+    ),
+)
