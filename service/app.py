@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.api.accounts import Accounts
-from service.api.admission import Admission
+from service.api.admission import Admission, Called
 from service.api.answering import Answering
 from service.api.gateway import Gateway
-from service.api.keyring import Keyring
+from service.api.keyring import Keyring, any_key
 from service.api.plan import Assess, Router
 from service.api.relay import Relay
 from service.api.seats import RemoteSeat
@@ -49,6 +49,7 @@ from service.telemetry import table
 from service.telemetry.logs import log_fields
 from service.telemetry.node import NodeTarget
 from service.telemetry.pool_metrics import PoolMetrics
+from service.types import Tenant
 
 if TYPE_CHECKING:
     from service.telemetry.traces import Traces
@@ -95,7 +96,9 @@ class GatewayProcess:
         book = key_book(config, self.store)
         self._keyring = Keyring(config, book)
         self.ledger = Ledger(config, self.store)
-        self._admission = Admission(config, self._keyring, self.ledger, self._relay.context)
+        self._admission = Admission(
+            config, self._keyring, self.ledger, self._relay.context, self._charged
+        )
         self._traces = _traces(config, "gateway", gateway_id)
         self.gateway = Gateway(
             config,
@@ -121,9 +124,22 @@ class GatewayProcess:
         """The metrics of the node's other gateways."""
         return await self._node.others("gateway-") if self._node is not None else []
 
+    def _charged(self, tenant: Tenant, outcome: str, calls: Sequence[Called]) -> None:
+        """A request that somebody is charged for has ended."""
+        add = self.gateway.metrics.meter.add
+        add(table.TENANT_REQUESTS, 1, tenant.name, outcome)
+        for call in calls:
+            add(table.TENANT_TOKENS, call.prompt_tokens + call.completion_tokens, tenant.name)
+            add(table.COST, call.cost, call.expert)
+
     def _read(self) -> None:
-        """The queues of remote experts, for the metrics."""
+        """The queues of remote experts and the state of the store, for the metrics."""
         put = self.gateway.metrics.meter.put
+        told = self.store.health()
+        put(table.STORE_UP, told.up)
+        put(table.STORE_OWED, told.owed)
+        self.gateway.metrics.meter.total(table.STORE_OUTAGES, told.outages)
+        self.gateway.metrics.meter.total(table.STORE_SLICE_GRANTS, told.slice_grants)
         for name, seat in self._seats.items():
             put(table.QUEUED, seat.waiting, name)
             put(table.RUNNING, seat.running, name)
@@ -190,6 +206,26 @@ def key_book(config: Config, store: Store) -> KeyBook:
         given = config.store.keys_file
         return FileBook(Path(given) if given is not None else keys_path())
     return StoreBook(store)
+
+
+async def has_keys(config: Config) -> bool:
+    """Whether there is or was an API key. Raises ConfigError, StoreGone."""
+    store = open_store(config, "starting")
+    await store.start()
+    try:
+        return await any_key(config, key_book(config, store))
+    finally:
+        await store.stop()
+
+
+async def with_keys(config: Config, act: Callable[[Keys], Awaitable[Any]]) -> Any:
+    """Do something with the keys where they are kept, no service running. Raises StoreGone."""
+    store = open_store(config, f"keys-{os.getpid()}")
+    await store.start()
+    try:
+        return await act(Keys(key_book(config, store)))
+    finally:
+        await store.stop()
 
 
 class Routing:

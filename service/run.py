@@ -23,7 +23,8 @@ import psutil
 
 from service import cluster_env
 from service.config import Config
-from service.errors import CoeError
+from service.config.server import LOOPBACK
+from service.errors import CoeError, StoreGone
 from service.link.secret import admin_key_path, make_secret, read_secret
 from service.lobby import Lobby
 
@@ -57,8 +58,8 @@ def run(config: Config, *, source: Path) -> None:
         stopping.set()
         raise _Stop
 
+    config = _where_keys_allow(config)
     _check_port(config)
-    _warn_if_open(config)
     run_dir = _make_run_dir()
     cluster = None
     lobby = Lobby((_IMPORTS, _RAY, _SERVE, _GATEWAY, _EXPERTS), began_s)
@@ -242,12 +243,40 @@ def _check_port(config: Config) -> None:
             ) from None
 
 
-def _warn_if_open(config: Config) -> None:
-    if config.server.host not in ("127.0.0.1", "localhost", "::1"):
+def _where_keys_allow(config: Config) -> Config:
+    """The config with the address that it may listen on. Raises CoeError, ConfigError."""
+    import asyncio
+
+    from service.app import has_keys
+
+    host = config.server.host
+    try:
+        keys = asyncio.run(has_keys(config))
+    except StoreGone as error:
+        if host in LOOPBACK:
+            _say(f"warning: {error.message}; requests get 503 until it can")
+            return config
+        raise CoeError(
+            f"{error.message}: whether there are API keys is not known, and without any it "
+            "must not listen on other addresses than loopback"
+        ) from None
+    if keys:
+        return config
+    if host in LOOPBACK:
+        _say(f"no API key yet: whoever can use this machine may ask, on {host} only")
+        return config
+    if config.server.open:
         _say(
-            f"warning: listening on {config.server.host}: whoever reaches port "
-            f"{config.server.port} can use every expert; this version asks for no keys"
+            f"warning: no API key yet, and server.open is set: whoever reaches {host} port "
+            f"{config.server.port} can use every expert"
         )
+        return config
+    _say(
+        f"no API key yet: listening on 127.0.0.1 only, not on {host}; make a key with "
+        "`coe keys create`, and start again"
+    )
+    server = config.server.model_copy(update={"host": "127.0.0.1"})
+    return config.model_copy(update={"server": server})
 
 
 def _how_to_call(url: str) -> str:

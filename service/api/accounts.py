@@ -47,6 +47,23 @@ class Rotation(BaseModel):
     grace_s: float = Field(0, ge=0, le=30 * 86_400)
 
 
+def record_of(config: Config, wanted: NewKey, now_s: float) -> KeyRecord:
+    """What is to be kept of a new key. Raises InvalidRequest."""
+    unknown = [name for name in wanted.experts or () if name not in config.experts]
+    if unknown:
+        raise InvalidRequest(f"no expert {unknown[0][:128]!r}", param="experts")
+    return KeyRecord(
+        "",
+        wanted.tenant,
+        "",
+        label=wanted.label,
+        expires_s=now_s + wanted.expires_in_s if wanted.expires_in_s else None,
+        experts=wanted.experts,
+        priority=wanted.priority,
+        limits=limits_of(wanted),
+    )
+
+
 class Accounts:
     """Answers what is asked about keys and their use."""
 
@@ -93,20 +110,8 @@ class Accounts:
 
     async def _create(self, request: Request) -> Response:
         wanted = await _body(request, NewKey)
-        unknown = [name for name in wanted.experts or () if name not in self._config.experts]
-        if unknown:
-            raise InvalidRequest(f"no expert {unknown[0][:128]!r}", param="experts")
         now_s = time.time()
-        record = KeyRecord(
-            "",
-            wanted.tenant,
-            "",
-            label=wanted.label,
-            expires_s=now_s + wanted.expires_in_s if wanted.expires_in_s else None,
-            experts=wanted.experts,
-            priority=wanted.priority,
-            limits=limits_of(wanted),
-        )
+        record = record_of(self._config, wanted, now_s)
         made, key = await self._keys.create(record, now_s)
         await self._admission.keyring.look()
         return _json({**made.told(now_s), "key": key})
@@ -136,7 +141,11 @@ def _guarded(endpoint: Endpoint, admin_key: str) -> Endpoint:
 
 
 async def _body(request: Request, kind: type[_Body]) -> _Body:
-    raw = await read_body(request.receive, _MOST_BYTES)
+    return parsed(kind, await read_body(request.receive, _MOST_BYTES))
+
+
+def parsed(kind: type[_Body], raw: bytes) -> _Body:
+    """A body as its schema says. Raises InvalidRequest, naming the field."""
     try:
         return kind.model_validate_json(raw or b"{}")
     except ValidationError as error:

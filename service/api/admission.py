@@ -38,6 +38,19 @@ _UNKNOWN_CONTEXT = 8192
 _TEMPLATE_TOKENS = 64
 
 
+@dataclass(frozen=True, slots=True)
+class Called:
+    """One call of an expert: tokens, and units of cost."""
+
+    expert: str
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float
+
+
+Charged = Callable[[Tenant, str, Sequence[Called]], None]
+
+
 @dataclass(slots=True)
 class Admitted:
     """A request that may run. `asked` may have its answer clipped, to `clipped` tokens.
@@ -67,16 +80,24 @@ class Admitted:
 class Admission:
     """Admits requests of one gateway.
 
-    `context`: an expert's context in tokens, 0 where it is not known.
+    `context`: an expert's context in tokens, 0 where it is not known. `charged` is told
+    of each request at its end: whose it was, its outcome, and of every call the expert,
+    its tokens and its cost.
     """
 
     def __init__(
-        self, config: Config, keyring: Keyring, ledger: Ledger, context: Callable[[str], int]
+        self,
+        config: Config,
+        keyring: Keyring,
+        ledger: Ledger,
+        context: Callable[[str], int],
+        charged: Charged,
     ) -> None:
         self.keyring = keyring
         self.ledger = ledger
         self._prices = prices_of(config)
         self._context = context
+        self._charged = charged
         self._counts = bool(config.tenants or config.budgets)
         self._settling: set[asyncio.Task[None]] = set()
 
@@ -100,7 +121,11 @@ class Admission:
         bound = Bound(0)
         if self.ledger.bounds(asked.tenant):
             bound = self._bound(asked, ways)
-        held = await self.ledger.reserve(asked.request_id, asked.tenant, bound)
+        try:
+            held = await self.ledger.reserve(asked.request_id, asked.tenant, bound)
+        except CoeError as error:
+            self._charged(asked.tenant, error.code, ())
+            raise
         try:
             clipped = held.max_tokens if held.max_tokens < bound.max_tokens else None
             yield self._admitted(asked, meter, bound, clipped)
@@ -163,7 +188,13 @@ class Admission:
         return Admitted(replace(asked, data=data, raw=raw), meter, clipped)
 
     async def _settle(self, held: Reservation, meter: Meter, expert: str) -> None:
-        usage = self._usage(meter, expert)
+        calls = self._calls(meter, expert)
+        usage = Usage(
+            sum(call.prompt_tokens for call in calls),
+            sum(call.completion_tokens for call in calls),
+            sum(call.cost for call in calls),
+        )
+        self._charged(held.tenant, _outcome(meter.status), calls)
         try:
             await self.ledger.settle(
                 held, usage, expert=expert, ended_s=time.time(), served=0 < meter.status < 500
@@ -171,16 +202,20 @@ class Admission:
         except CoeError as error:
             log.error("a request could not be settled: %s", error.code)
 
-    def _usage(self, meter: Meter, expert: str) -> Usage:
-        calls = meter.calls_made(expert)
-        return Usage(
-            sum(prompt for _, prompt, _ in calls),
-            sum(completion for _, _, completion in calls),
-            sum(
-                cost(self._prices.get(expert, Price()), prompt, completion)
-                for expert, prompt, completion in calls
-            ),
-        )
+    def _calls(self, meter: Meter, expert: str) -> list[Called]:
+        return [
+            Called(name, prompt, completion, cost(self._prices[name], prompt, completion))
+            for name, prompt, completion in meter.calls_made(expert)
+            if name in self._prices
+        ]
+
+
+def _outcome(status: int) -> str:
+    if status == 0:
+        return "no_answer"
+    if status < 400:
+        return "ok"
+    return "client_error" if status < 500 else "server_error"
 
 
 def _answers(data: dict[str, Any]) -> int:

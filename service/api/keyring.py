@@ -9,6 +9,7 @@ import time
 
 from service.broker.ledger import limits_of
 from service.config import Config, KeyConfig, TenantConfig
+from service.config.server import LOOPBACK
 from service.errors import CoeError, ConfigError, StoreGone, Unauthorized
 from service.store.keys import KeyBook, KeyRecord, KeyTable, digest_of
 from service.types import NOBODY, Tenant
@@ -45,10 +46,16 @@ def _record(name: str, given: KeyConfig) -> KeyRecord:
     )
 
 
+async def any_key(config: Config, book: KeyBook) -> bool:
+    """Whether there is or was a key. Raises ConfigError, StoreGone."""
+    return bool(configured(config) or await book.load())
+
+
 class Keyring:
     """The keys of a service, looked at again every second.
 
-    `needed`: whether a key has to be shown; once there was one, always.
+    `needed`: whether a key has to be shown. Once there was one, always; and wherever
+    others than this machine's users could ask, unless the config says `open`.
     """
 
     def __init__(self, config: Config, book: KeyBook) -> None:
@@ -57,6 +64,7 @@ class Keyring:
         self._book = book
         self._table = KeyTable(self._own)
         self._version: bytes | None = None
+        self._strict = config.server.host not in LOOPBACK and not config.server.open
         self._looking: asyncio.Task[None] | None = None
 
     @property
@@ -64,7 +72,7 @@ class Keyring:
         """Whether a request needs a key. Raises StoreGone while that is not known."""
         if self._version is None and not self._table.records:
             raise StoreGone("the store of keys can't be reached yet")
-        return bool(self._table.records)
+        return self._strict or bool(self._table.records)
 
     async def start(self) -> None:
         """Look at the keys, now and then every second."""

@@ -17,6 +17,7 @@ _COMMANDS = {
     "models": ("service.cli.models:models", "The models on this machine."),
     "route": ("service.cli.route:route", "Show which expert would answer a prompt, and why."),
     "experts": ("service.cli.experts:experts", "Where each expert's weights are; move them."),
+    "keys": ("service.cli.keys:keys", "API keys: make, list, rotate, revoke."),
     "router": ("router_models.cli:group", "Fit and judge routers on recorded outcomes."),
 }
 

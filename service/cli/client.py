@@ -8,7 +8,7 @@ from typing import Any
 from service.errors import CoeError
 
 
-def admin(url: str, method: str, path: str) -> Any:
+def admin(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
     """Ask an admin endpoint, with the key of this user's file. Raises CoeError."""
     from service.link.secret import admin_key_path, read_secret
 
@@ -18,7 +18,8 @@ def admin(url: str, method: str, path: str) -> Any:
         raise CoeError(
             f"no admin key in {admin_key_path()}: `coe serve` makes one at its first start"
         ) from None
-    return ask(url, method, path, {"authorization": f"Bearer {key}"})
+    text = json.dumps(body) if body is not None else None
+    return ask(url, method, path, {"authorization": f"Bearer {key}"}, text)
 
 
 def ask(url: str, method: str, path: str, headers: dict[str, str], body: str | None = None) -> Any:

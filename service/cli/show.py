@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+
+_PIPED_COLUMNS = 400
 
 
 def size(value: object) -> str:
@@ -22,7 +25,8 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in head:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    # Somebody's file or program gets every line whole.
+    Console(width=None if sys.stdout.isatty() else _PIPED_COLUMNS).print(table)

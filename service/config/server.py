@@ -7,12 +7,19 @@ from pydantic import Field
 from service.config.base import Bytes, Section
 from service.config.limits import RequestLimits
 
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
 
 class ServerConfig(Section):
     """The HTTP side: where it listens and what it accepts."""
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
+    open: bool = Field(
+        False,
+        description="While there is no API key: listen on `host` all the same, and answer "
+        "whoever reaches it. Default: then it listens on loopback only.",
+    )
     gateways: int = Field(1, ge=1, le=64, description="Gateway replicas (processes without a GPU).")
     max_body_bytes: Bytes = Field(
         8 * 1024**2, description="Largest request body accepted, in bytes; more gets 413."

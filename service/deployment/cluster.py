@@ -33,6 +33,8 @@ class ClusterArgs(BaseModel):
 
 def build(args: ClusterArgs) -> serve.Application:
     """The application, as `import_path: service.deployment.cluster:build`. Raises ConfigError."""
-    return application(
-        load_config(args.config), args.secret, args.admin_key, host=None, placed=args.placed
-    )
+    config = load_config(args.config)
+    # Whoever runs the cluster says where it listens: never on its nodes' loopback.
+    server = config.server.model_copy(update={"host": "0.0.0.0"})
+    config = config.model_copy(update={"server": server})
+    return application(config, args.secret, args.admin_key, host=None, placed=args.placed)

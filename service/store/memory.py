@@ -10,6 +10,7 @@ from service.store.protocol import (
     Balance,
     Claim,
     Granted,
+    Health,
     Line,
     Note,
     Refused,
@@ -51,6 +52,10 @@ class MemoryStore:
 
     async def stop(self) -> None:
         """See `Store`."""
+
+    def health(self) -> Health:
+        """See `Store`. Nothing can be wrong with it."""
+        return Health()
 
     async def reserve(self, claim: Claim) -> Granted | Refused:
         """See `Store`."""

@@ -104,6 +104,18 @@ class Note:
     keep_s: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How it goes with the store: whether it answers, what it has still to be told of,
+    how often it was lost, and how many claims were granted from slices meanwhile.
+    """
+
+    up: bool = True
+    owed: int = 0
+    outages: int = 0
+    slice_grants: int = 0
+
+
 class Store(Protocol):
     """Where several gateways count as one. Every method may raise StoreGone."""
 
@@ -112,6 +124,9 @@ class Store(Protocol):
 
     async def stop(self) -> None:
         """Give back what this owner holds, and close."""
+
+    def health(self) -> Health:
+        """How it goes."""
 
     async def reserve(self, claim: Claim) -> Granted | Refused:
         """Reserve a claim's upper bound in all its accounts, or in none.

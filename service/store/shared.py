@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.errors import StoreGone
-from service.store.protocol import Account, Balance, Claim, Granted, Note, Refused
+from service.store.protocol import Account, Balance, Claim, Granted, Health, Note, Refused
 from service.store.redis import Lines, RedisClient
 from service.store.slices import Slices
 
@@ -78,11 +78,6 @@ class SharedStore:
         self.outages = 0
         self.offline_grants = 0
 
-    @property
-    def owed(self) -> int:
-        """Settlements that the store has not been told of yet."""
-        return len(self._owed)
-
     async def start(self) -> None:
         """See `Store`."""
         await self._beat()
@@ -101,6 +96,10 @@ class SharedStore:
         except (StoreGone, TimeoutError):
             log.warning("stopping without the store: what is reserved there ends with its lease")
         await self._client.close()
+
+    def health(self) -> Health:
+        """See `Store`."""
+        return Health(self.up, len(self._owed), self.outages, self.offline_grants)
 
     # --- claims
 

@@ -294,6 +294,27 @@ TENANT_TOKENS = _counter(
     ("tenant",),
     "Tokens of prompts and answers, by tenant.",
 )
+STORE_UP = _gauge(
+    "coe_store_up",
+    Side.GATEWAY,
+    (),
+    "1 while the store of limits and budgets answers this gateway, 0 while it spends its slices.",
+)
+STORE_OUTAGES = _counter(
+    "coe_store_outages_total", Side.GATEWAY, (), "Times that the store was lost."
+)
+STORE_OWED = _gauge(
+    "coe_store_owed_requests",
+    Side.GATEWAY,
+    (),
+    "Requests whose settlement the store has not been told of yet; 0 but for an outage.",
+)
+STORE_SLICE_GRANTS = _counter(
+    "coe_store_slice_grants_total",
+    Side.GATEWAY,
+    (),
+    "Requests admitted from slices while the store was gone.",
+)
 CACHE = _counter(
     "coe_cache_lookups_total",
     Side.GATEWAY,
@@ -340,6 +361,10 @@ GROUPS: dict[str, tuple[Declared, ...]] = {
         SHADOW_PRICE,
         TENANT_REQUESTS,
         TENANT_TOKENS,
+        STORE_UP,
+        STORE_OUTAGES,
+        STORE_OWED,
+        STORE_SLICE_GRANTS,
         CACHE,
         BREAKER,
     ),

@@ -164,7 +164,7 @@ async def test_redis_gone_then_back(server: RedisServer) -> None:
 
         async def told() -> bool:
             spent, _ = await amounts(stores[0], BUDGET)
-            return spent == used and not any(store.owed for store in stores)
+            return spent == used and not any(store.health().owed for store in stores)
 
         await until(told, "what was used is told")
         assert await stores[0].counts(["u"]) == [{"requests": len(offline)}]
@@ -195,7 +195,7 @@ async def test_redis_hung_then_goes_on(server: RedisServer) -> None:
             await store.settle(offline, [20, 1], None)
         finally:
             server.go_on()
-        await until(lambda: store.up and not store.owed, "it is back and told")
+        await until(lambda: store.up and not store.health().owed, "it is back and told")
         # The claim that Redis heard of but could not answer came to nothing.
         assert server.client().hlen("{coe}:own:g0") == 0
         assert (await amounts(store, BUDGET))[0] == 30

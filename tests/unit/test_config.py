@@ -57,7 +57,7 @@ def test_every_field_is_described() -> None:
         (
             {"server": {"prot": 1}},
             "coe.yaml: server.prot: unknown key; did you mean 'port'? allowed: access_log, "
-            "deadline_ms, drain_s, gateways, host, limits, max_body_bytes, port",
+            "deadline_ms, drain_s, gateways, host, limits, max_body_bytes, open, port",
         ),
         (
             {"servers": {}},

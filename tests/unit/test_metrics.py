@@ -24,7 +24,7 @@ from service.types import Residency
 ROOT = Path(__file__).parents[2]
 # What a name may end with: a unit, what is counted, or Prometheus' own words.
 UNITS = ("_seconds", "_bytes", "_ratio", "_requests", "_pools", "_info", "_price")
-STATES = ("_residency", "_open")
+STATES = ("_residency", "_open", "_up")
 OK = Ended("a", "math", "single", "ok", "", 1, True, True, 0.5, 1.0, 0.2, 0.25, 0.1)
 CALL = Call("/v1/chat/completions", "a", "r", 1000, True, "g", 1)
 
