@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from service.api.accounts import Accounts
 from service.api.admission import Admission, Called
 from service.api.answering import Answering
+from service.api.feedback import Feedback
 from service.api.gateway import Gateway
 from service.api.keyring import Keyring, any_key
 from service.api.plan import Assess, Router
 from service.api.relay import Relay
 from service.api.seats import RemoteSeat
+from service.api.spending import Spending
 from service.api.worth import Worth
 from service.broker.book import Book
 from service.broker.ledger import Ledger
@@ -90,12 +92,22 @@ class GatewayProcess:
             for name, expert in config.experts.items()
             if expert.remote is not None
         }
-        routing = Routing(config)
-        self._relay = Relay(routing.book, routing.market, self.directory, self._seats, wake)
         self.store = open_store(config, gateway_id)
         book = key_book(config, self.store)
         self._keyring = Keyring(config, book)
         self.ledger = Ledger(config, self.store)
+        self._spending = Spending(self.ledger, any_budgets=_any_budgets(config))
+        routing = Routing(config)
+        self._relay = Relay(
+            routing.book, routing.market, self.directory, self._seats, wake, self._spending
+        )
+        self._feedback = Feedback(
+            config.feedback,
+            self.store,
+            routing.worth,
+            routing.book,
+            shared=config.store.kind != "memory",
+        )
         self._admission = Admission(
             config, self._keyring, self.ledger, self._relay.context, self._charged
         )
@@ -106,7 +118,7 @@ class GatewayProcess:
             self._relay,
             self._admission,
             Accounts(config, self._admission, Keys(book)),
-            Answering(self._relay, routing.worth),
+            Answering(self._relay, routing.worth, self._feedback),
             self.directory,
             lambda: {name: seat.failed for name, seat in self._seats.items()},
             self._neighbours,
@@ -133,7 +145,7 @@ class GatewayProcess:
             add(table.COST, call.cost, call.expert)
 
     def _read(self) -> None:
-        """The queues of remote experts and the state of the store, for the metrics."""
+        """The queues of remote experts, the budgets and the state of the store, for the metrics."""
         put = self.gateway.metrics.meter.put
         told = self.store.health()
         put(table.STORE_UP, told.up)
@@ -143,11 +155,16 @@ class GatewayProcess:
         for name, seat in self._seats.items():
             put(table.QUEUED, seat.waiting, name)
             put(table.RUNNING, seat.running, name)
+        for name, price, left in self._spending.prices():
+            put(table.SHADOW_PRICE, price, name)
+            put(table.BUDGET_LEFT, left, name)
 
     async def start(self) -> None:
         """Connect remote experts; one that can't be is shown as failed."""
         await self.store.start()
         await self._keyring.start()
+        await self._spending.start()
+        await self._feedback.start()
         if self._node is not None:
             await self._node.start()
         for name, seat in self._seats.items():
@@ -163,6 +180,8 @@ class GatewayProcess:
         if self._node is not None:
             await self._node.stop()
         await self._relay.close()
+        await self._feedback.stop()
+        await self._spending.stop()
         await self._admission.stop()
         await self._keyring.stop()
         await self.directory.close()
@@ -226,6 +245,10 @@ async def with_keys(config: Config, act: Callable[[Keys], Awaitable[Any]]) -> An
         return await act(Keys(key_book(config, store)))
     finally:
         await store.stop()
+
+
+def _any_budgets(config: Config) -> bool:
+    return bool(config.budgets) or any(tenant.budget for tenant in config.tenants.values())
 
 
 class Routing:

@@ -84,6 +84,12 @@ class UnknownModel(CoeError):
     code = "model_not_found"
 
 
+class UnknownReply(CoeError):
+    """No reply of that id that could be voted on (404)."""
+
+    code = "reply_not_found"
+
+
 class UnknownEndpoint(CoeError):
     """No such path (404)."""
 

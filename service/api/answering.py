@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
+
+import numpy as np
 
 from service.api.body import Asked
 from service.api.ensemble import Ensemble
 from service.api.explain import explain
+from service.api.feedback import Feedback
 from service.api.meter import Meter
 from service.api.passage import Passage
 from service.api.plan import Plan
@@ -22,9 +26,10 @@ from service.types import Recipe
 class Answering:
     """Takes the best recipe for each request and learns from how it went."""
 
-    def __init__(self, relay: Relay, worth: Worth) -> None:
+    def __init__(self, relay: Relay, worth: Worth, feedback: Feedback) -> None:
         self._relay = relay
         self._worth = worth
+        self.feedback = feedback
 
     async def answer(
         self,
@@ -50,10 +55,13 @@ class Answering:
             recipe = relay.book.recipes[int(plan.rows[at])]
             passage.predicted_s = float(weighed.time[at])
             passage.predicted_cost = float(weighed.cost[at])
+            asked = self._within(asked, recipe)
+        row = -1
         try:
             if recipe is None or recipe.kind == "single":
                 first = weighed if recipe is not None else None
                 await relay.carry(asked, plan, reply, deadline_s, first=first)
+                row = relay.book.index[passage.expert]
                 return
             ensemble = Ensemble(relay, recipe, asked, plan, weighed, reply, deadline_s)
             try:
@@ -66,11 +74,62 @@ class Answering:
                     raise
                 # No member answered: anybody may.
                 await relay.carry(asked, singles, reply, deadline_s)
+                row = relay.book.index[passage.expert]
+                return
+            row = relay.book.recipe_index[recipe]
             if recipe.later:
-                row = relay.book.recipe_index[recipe]
                 self._worth.escalated(row, ensemble.escalations, len(recipe.later))
         finally:
             self._learn(plan, reply)
+            if row >= 0 and passage.status == 200:
+                relay.conversations.answered(asked, passage.expert, passage.pool)
+                ids = (asked.request_id, asked.client_id)
+                self.feedback.answered(asked.tenant, ids, plan.category, row)
+
+    def affordable(self, asked: Asked, plan: Plan) -> Plan:
+        """Without the recipes that cost more than the tenant's budgets have left; the cheapest
+        stays in any case, for the ledger to judge."""
+        left = self._relay.spending.left(asked.tenant)
+        if math.isinf(left) or len(plan.rows) < 2:
+            return plan
+        market, book = self._relay.market, self._relay.book
+        each = market.expect(plan.category, asked.prompt_tokens, asked.most_tokens).cost
+        worst = book.asks[plan.rows] @ each
+        keep = worst <= left
+        if not keep.any():
+            keep[int(worst.argmin())] = True
+        return plan.only(keep)
+
+    def cheapest(self, plan: Plan) -> Plan:
+        """Only the recipe that costs least in the worst case."""
+        per_token = self._relay.market.per_token
+        worst = self._relay.book.asks[plan.rows] @ per_token
+        keep = np.zeros(len(plan.rows), dtype=bool)
+        keep[int(worst.argmin())] = True
+        return plan.only(keep)
+
+    def _within(self, asked: Asked, recipe: Recipe) -> Asked:
+        """With its answer so short that all calls of the recipe surely cost `max_cost` at most.
+
+        Raises InvalidRequest where not even one token does.
+        """
+        if asked.max_cost is None:
+            return asked
+        prices = [self._relay.market.price(name) for name in recipe.experts]
+        # No tokenizer makes more tokens than there are bytes.
+        left = asked.max_cost - sum(p.prompt for p in prices) * asked.body_bytes / 1e6
+        per_token = sum(p.completion for p in prices) / 1e6
+        if left < per_token:
+            raise InvalidRequest(
+                f"a prompt of {asked.body_bytes} bytes may cost more than {asked.max_cost:g} with "
+                f"{recipe.name}",
+                param="coe.max_cost",
+            )
+        if per_token <= 0:
+            return asked
+        most = int(left / per_token)
+        wanted = asked.most_tokens
+        return asked if wanted is not None and wanted <= most else asked.at_most(most)
 
     def ways(self, plan: Plan) -> list[tuple[str, ...]]:
         """Whom each recipe of a plan may ask."""

@@ -32,6 +32,8 @@ _PROMPTS: dict[str, tuple[str, tuple[type, ...]]] = {
     "/detokenize": ("", ()),
 }
 ENDPOINTS = tuple(_PROMPTS)
+# What says how long an answer may be.
+_LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +69,19 @@ class Asked:
     @property
     def most_tokens(self) -> int | None:
         """The bound on the answer's length that the client set, in tokens."""
-        for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
+        for name in _LENGTHS:
             given = self.data.get(name)
             if isinstance(given, int) and given > 0:
                 return given
         return None
+
+    def at_most(self, tokens: int) -> Asked:
+        """The same, with its answer no longer than that."""
+        names = [name for name in _LENGTHS if self.data.get(name) is not None]
+        if not names:
+            names = ["max_output_tokens" if self.endpoint == "/v1/responses" else "max_tokens"]
+        data = {**self.data, **dict.fromkeys(names, tokens)}
+        return replace(self, data=data, raw=b"")
 
     def for_member(self, number: int, *, logprobs: bool) -> Asked:
         """The same question as one of several calls for one answer: whole, not streamed."""

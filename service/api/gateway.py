@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -21,12 +22,13 @@ from starlette.routing import Route
 from service import __version__
 from service.api import catalog
 from service.api.accounts import Accounts
-from service.api.admission import Admission
+from service.api.admission import Admission, Admitted
 from service.api.answering import Answering
 from service.api.body import ENDPOINTS, Asked, read_asked
 from service.api.console.endpoints import console_routes
 from service.api.console.feed import Feed
 from service.api.console.recent import Recent, account
+from service.api.feedback import read_vote
 from service.api.limits import Limits
 from service.api.passage import Passage
 from service.api.plan import Plan, Router
@@ -37,6 +39,7 @@ from service.errors import (
     CoeError,
     InvalidRequest,
     PoolGone,
+    TooMany,
     Unauthorized,
     UnknownEndpoint,
     UnknownModel,
@@ -57,6 +60,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("coe.api")
 access = logging.getLogger("coe.access")
+
+_VOTE_BYTES = 10_000
 
 
 class Gateway:
@@ -144,9 +149,8 @@ class Gateway:
                 passage.trace.asked(asked.request_id, asked.model, streamed, asked.data)
                 passage.trace.routed(category, plan.confidence, began_s, route_s)
             told = _headers(plan, route_s) + self._id_header(client_id)
-            async with self._admission.admit(
-                asked, self._answering.ways(plan), lambda: passage.expert
-            ) as admitted:
+            plan = self._answering.affordable(asked, plan)
+            async with self._admitted(asked, plan, passage) as (admitted, plan):
                 told += admitted.headers
                 answered = self._answering.answer(
                     admitted.asked, plan, told, send, passage, admitted.counting
@@ -186,6 +190,26 @@ class Gateway:
                     "outcome": passage.outcome,
                 }
                 access.info("request", extra=fields)
+
+    @asynccontextmanager
+    async def _admitted(
+        self, asked: Asked, plan: Plan, passage: Passage
+    ) -> AsyncIterator[tuple[Admitted, Plan]]:
+        """Admit a request with all that its plan may ask; where a budget has not enough left for
+        that, with the cheapest only."""
+        async with AsyncExitStack() as stack:
+            for tried in (plan, self._answering.cheapest(plan)):
+                admission = self._admission.admit(
+                    asked, self._answering.ways(tried), lambda: passage.expert
+                )
+                try:
+                    admitted = await stack.enter_async_context(admission)
+                except TooMany as error:
+                    if tried is not plan or error.code != "insufficient_quota":
+                        raise
+                    continue
+                yield admitted, tried
+                return
 
     async def _read(
         self, path: str, pairs: Iterable[tuple[bytes, bytes]], receive: Receive
@@ -270,6 +294,15 @@ class Gateway:
             )
             plan = self._router.plan(asked)
             return _json(self._answering.explain(asked, plan))
+
+        if self._answering.feedback.enabled:
+
+            @app.post("/v1/feedback")
+            async def feedback(request: Request) -> Response:
+                headers = dict(request.scope["headers"])
+                tenant = self._admission.identify(headers)
+                raw = await read_body(request.receive, _VOTE_BYTES)
+                return _json(await self._answering.feedback.vote(tenant, read_vote(raw)))
 
         @app.get("/metrics")
         async def metrics() -> Response:

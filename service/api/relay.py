@@ -16,10 +16,12 @@ import aiohttp
 import orjson
 
 from service.api.body import Asked
+from service.api.conversations import Conversations
 from service.api.passage import Passage, Spent
 from service.api.plan import Plan
 from service.api.reply import Reply
 from service.api.seats import RemoteSeat, seats_view
+from service.api.spending import Spending
 from service.api.unmet import Unmet
 from service.api.wish import wish_for
 from service.broker.board import REMOTE, Board, PoolView
@@ -64,7 +66,10 @@ class Relay:
         directory: Directory,
         seats: Mapping[str, RemoteSeat],
         wake: Callable[[str], None],
+        spending: Spending,
     ) -> None:
+        self.spending = spending
+        self.conversations = Conversations()
         self.book = book
         self.market = market
         self._board = Board(book.index)
@@ -104,7 +109,15 @@ class Relay:
         views: list[PoolView] | None = None,
     ) -> Weighed:
         """Every way to answer this now. Sends nothing."""
-        wish = wish_for(self.market, asked, plan, left_s=left_s, banned=banned)
+        wish = wish_for(
+            self.market,
+            asked,
+            plan,
+            left_s=left_s,
+            banned=banned,
+            cost_price=self.spending.cost_price(asked.tenant),
+            warm=self.conversations.warm(asked),
+        )
         standing = self._board.standing(self.views() if views is None else views)
         return weigh(self.book, standing, wish)
 
@@ -155,6 +168,7 @@ class Relay:
         """The first choice for a request: tells pools of what it would rather have had."""
         views = self.views()
         weighed = self.weigh(asked, plan, views=views)
+        self.spending.offered(asked.tenant, weighed.worth, weighed.cost)
         at = weighed.best()
         if at is None:
             self._refuse_cost(asked, weighed)

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from service.api.body import Asked
 from service.api.plan import Plan
-from service.broker.choice import Wish
+from service.broker.choice import Warm, Wish
 from service.broker.market import Market
 
 
@@ -19,8 +19,10 @@ def wish_for(
     left_s: float | None = None,
     banned: Collection[tuple[str, str]] = (),
     cost_price: float = 0.0,
+    warm: Warm | None = None,
 ) -> Wish:
-    """`left_s`: what is left of the deadline; `banned`: places not to be asked again."""
+    """`left_s`: what is left of the deadline; `banned`: places not to be asked again;
+    `cost_price`: quality per unit of cost; `warm`: where the conversation is cached."""
     expected = market.expect(plan.category, asked.prompt_tokens, asked.most_tokens)
     return Wish(
         rows=plan.rows,
@@ -34,5 +36,6 @@ def wish_for(
         most_cost=asked.max_cost if asked.max_cost is not None else math.inf,
         deadline_s=left_s if left_s is not None else asked.deadline_ms / 1000,
         streams=asked.stream,
+        warm=warm,
         banned=banned,
     )

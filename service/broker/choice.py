@@ -111,6 +111,13 @@ class Weighed:
         at = int(self.utility.argmax())
         return at if self.utility[at] > -_NEVER else None
 
+    @property
+    def worth(self) -> Floats:
+        """Quality less the price of time, whatever it costs; -inf where it is impossible."""
+        possible = np.isfinite(self.utility)
+        taken = self.wish.time_price * (self.time + self.displaced)
+        return np.where(possible, self.wish.quality - np.where(possible, taken, 0.0), -_NEVER)
+
     def order(self) -> Ints:
         """Positions, best first; barred ones last."""
         return np.argsort(-self.utility, kind="stable")

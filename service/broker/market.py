@@ -46,6 +46,11 @@ class Market:
         self._per_prompt = np.array([price.prompt for price in self.prices]) / 1e6
         self._per_answer = np.array([price.completion for price in self.prices]) / 1e6
 
+    @property
+    def per_token(self) -> Floats:
+        """Cost of one token of prompt and one of answer together, (experts,)."""
+        return self._per_prompt + self._per_answer
+
     def price(self, expert: str) -> Price:
         """Of one expert."""
         return self.prices[self._expert[expert]]

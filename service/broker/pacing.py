@@ -24,6 +24,7 @@ _EVERY = 16
 # Options of one request that are kept: those that some price would choose.
 _MOST_OPTIONS = 24
 _HALVINGS = 40
+_CALM_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class Pacer:
         self._since = 0
         self._arrivals = 0.0
         self._window = (math.nan, math.nan)
+        self._from_s = math.nan
 
     def offered(self, worth: Floats, cost: Floats) -> None:
         """The options of one request: quality less the price of time, and expected cost.
@@ -74,14 +76,18 @@ class Pacer:
         """The price for what is left of the window at the rate at which requests came in it."""
         self._since = 0
         if (purse.start_s, purse.end_s) != self._window:
-            # A new window: arrivals are counted anew, what was on offer is still the best guess.
+            # In a new window arrivals are counted anew; what was on offer is still the best guess.
+            first = math.isnan(self._window[0])
             self._window = (purse.start_s, purse.end_s)
-            self._arrivals = min(self._arrivals, 1.0)
-        elapsed_s = now_s - purse.start_s
-        left_s = max(purse.end_s - now_s, 0.0)
-        if elapsed_s <= 0 or not self._seen:
+            self._arrivals = self._arrivals if first else min(self._arrivals, 1.0)
+            self._from_s = max(now_s, purse.start_s) if first else purse.start_s
+        if not self._seen:
             return self.price
-        coming = self._arrivals / elapsed_s * left_s
+        span_s = purse.end_s - purse.start_s
+        # A burst at the start is no rate yet.
+        calm_s = min(_CALM_S, span_s / 100)
+        rate = self._arrivals / (max(now_s - self._from_s, 0.0) + calm_s)
+        coming = rate * max(purse.end_s - now_s, 0.0)
         left = max(0.0, purse.amount - purse.spent)
         self.price = self.solve(left / max(coming, 1.0))
         return self.price

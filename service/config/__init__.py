@@ -7,6 +7,7 @@ names the file, the path in it, what is wrong and what is allowed.
 from service.config.base import parse_bytes
 from service.config.composition import SECTIONS, Config
 from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
+from service.config.feedback import FeedbackConfig
 from service.config.limits import RequestLimits
 from service.config.pools import PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.reading import load_config, parse_config
@@ -27,6 +28,7 @@ __all__ = [
     "BudgetConfig",
     "Config",
     "ExpertConfig",
+    "FeedbackConfig",
     "KeyConfig",
     "LimitsConfig",
     "PoolConfig",

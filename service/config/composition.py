@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from service.config.base import Name, Section
 from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
+from service.config.feedback import FeedbackConfig
 from service.config.limits import RequestLimits
 from service.config.pools import PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.recipes import RecipeConfig
@@ -40,6 +41,7 @@ class Config(Section):
         default_factory=dict, description="API keys that the config names, by name."
     )
     budgets: dict[Name, BudgetConfig] = Field(default_factory=dict, description="Budgets, by name.")
+    feedback: FeedbackConfig = Field(default_factory=lambda: FeedbackConfig())
     store: StoreConfig = Field(default_factory=lambda: StoreConfig())
 
     @model_validator(mode="after")
@@ -192,6 +194,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("experts", "*", "remote"): RemoteConfig,
     ("experts", "*", "price"): PriceConfig,
     ("recipes", "*"): RecipeConfig,
+    ("feedback",): FeedbackConfig,
     ("pools", "*"): PoolConfig,
     ("pools", "*", "vllm"): VllmOptions,
     ("pools", "*", "swap"): SwapOptions,

@@ -20,6 +20,7 @@ _STATUS: dict[type[CoeError], int] = {
     errors.TooMany: 429,
     errors.UnknownModel: 404,
     errors.Conflict: 409,
+    errors.UnknownReply: 404,
     errors.UnknownEndpoint: 404,
     errors.DeadlineExceeded: 504,
     errors.Unavailable: 503,

@@ -23,6 +23,7 @@ STATUS = {
     "TooSlow": 408,
     "NotAllowed": 400,
     "UnknownModel": 404,
+    "UnknownReply": 404,
     "UnknownEndpoint": 404,
     "Unauthorized": 401,
     "Forbidden": 403,

@@ -1,0 +1,62 @@
+"""Who answered a conversation last, and where: its beginning is in that engine's prefix cache.
+
+Kept in this gateway only, by a hash of what was said; nothing of the text itself.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from service.api.body import Asked
+from service.broker.choice import Warm
+
+_MOST = 20_000
+_BYTES_PER_TOKEN = 4
+
+
+class Conversations:
+    """The latest conversations of one gateway, forgotten in the order of their use."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[int, tuple[str, str]] = OrderedDict()
+
+    def warm(self, asked: Asked) -> Warm | None:
+        """Where the beginning of this request is cached, as far as known."""
+        messages = asked.data.get("messages")
+        if not isinstance(messages, list):
+            return None
+        said = [i for i, one in enumerate(messages) if one.get("role") == "assistant"]
+        if not said:
+            return None
+        before = messages[: said[-1]]
+        found = self._known.get(_key(asked, before))
+        if found is None:
+            return None
+        return Warm(*found, sum(map(_length, before)) // _BYTES_PER_TOKEN)
+
+    def answered(self, asked: Asked, expert: str, boot: str) -> None:
+        """This expert has answered it there: what was asked is cached now."""
+        messages = asked.data.get("messages")
+        if not isinstance(messages, list):
+            return
+        key = _key(asked, messages)
+        self._known[key] = (expert, boot)
+        self._known.move_to_end(key)
+        if len(self._known) > _MOST:
+            self._known.popitem(last=False)
+
+
+def _key(asked: Asked, messages: Sequence[Mapping[str, Any]]) -> int:
+    # Python's own hash of strings: quick, and different in every process.
+    said = tuple((one.get("role"), _text(one.get("content"))) for one in messages)
+    return hash((asked.tenant.name, said))
+
+
+def _text(content: object) -> str:
+    return content if isinstance(content, str) else repr(content)
+
+
+def _length(message: Mapping[str, Any]) -> int:
+    return len(_text(message.get("content")))

@@ -1,0 +1,89 @@
+"""What clients say of answers: an expert that turns bad loses its traffic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from service.config import Config
+from tests.support.serving import Site, chat, simulated, site
+
+VOTES = 12
+
+
+def config(**feedback: Any) -> Config:
+    base = simulated(
+        {"cpu": {"tokens": 2}},
+        experts={
+            "good": {"model": "m", "categories": ["general"], "quality": {"general": 0.9}},
+            "other": {"model": "m", "quality": {"general": 0.6}},
+        },
+    )
+    return Config.model_validate({**base.model_dump(), "feedback": {"votes": VOTES, **feedback}})
+
+
+async def vote(s: Site, reply: str, score: float) -> tuple[int, Any]:
+    status, _, told = await s.ask({"id": reply, "score": score}, "/v1/feedback")
+    return status, told
+
+
+async def test_an_expert_that_turns_bad_loses_its_traffic_within_the_votes() -> None:
+    async with site(config()) as s:
+        asked = []
+        for _ in range(VOTES + 1):
+            _, headers, told = await s.ask(chat(model="auto"))
+            asked.append(told["model"])
+            if told["model"] == "other":
+                break
+            status, said = await vote(s, told["id"], 0)
+            assert status == 200, said
+            assert said["recipe"] == headers["x-coe-expert"]
+        assert asked[0] == "good"
+        assert asked[-1] == "other"
+        # Praise brings it back.
+        for _ in range(3 * VOTES):
+            _, _, told = await s.ask(chat(model="auto"))
+            if told["model"] == "good":
+                break
+            await vote(s, told["id"], 0)
+        else:
+            pytest.fail("a worse one kept the traffic")
+
+
+async def test_a_reply_has_one_vote_under_any_of_its_ids() -> None:
+    async with site(config()) as s:
+        headers = {"x-request-id": "mine-1"}
+        _, _, told = await s.ask(chat(model="auto"), headers=headers)
+        assert (await vote(s, "mine-1", 1))[0] == 200
+        assert (await vote(s, "mine-1", 1))[0] == 409
+        for reply in ("nothing", "0" * 24, "chatcmpl-" + "a" * 24):
+            status, said = await vote(s, reply, 1)
+            assert (status, said["error"]["code"]) == (404, "reply_not_found")
+        # Who was named can't be misrouted.
+        _, _, told = await s.ask(chat(model="good"))
+        assert (await vote(s, told["id"], 1))[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ([], "JSON object"),
+        ({"id": "x"}, "`score` must be a number from 0 to 1"),
+        ({"id": "x", "score": 1.5}, "`score` must be a number from 0 to 1"),
+        ({"id": "x", "score": True}, "`score` must be a number from 0 to 1"),
+        ({"id": 7, "score": 1}, "`id` must be a reply's id"),
+        ({"id": "x", "score": 1, "comment": "hi"}, "unknown field 'comment'"),
+    ],
+)
+async def test_votes_that_cannot_be_are_named(body: Any, words: str) -> None:
+    async with site(config()) as s:
+        status, _, told = await s.ask(body, "/v1/feedback")
+        assert status == 400
+        assert words in told["error"]["message"]
+
+
+async def test_it_can_be_switched_off() -> None:
+    async with site(config(enabled=False)) as s:
+        status, _, _ = await s.ask({"id": "x", "score": 1}, "/v1/feedback")
+        assert status == 404
