@@ -62,7 +62,7 @@ def test_every_field_is_described() -> None:
         (
             {"servers": {}},
             "coe.yaml: servers: unknown key; did you mean 'server'? allowed: budgets, "
-            "experts, keys, models_dir, pools, recipes, router, server, store, telemetry, tenants",
+            "experts, feedback, keys, models_dir, pools, recipes, router, server, store, telemetry, tenants",
         ),
         (
             {"server": {"port": 70_000}},
