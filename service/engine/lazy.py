@@ -63,6 +63,6 @@ class LazyEngine:
         """See `SwappingEngine.exchange`."""
         return await self._engine().exchange(expert)
 
-    async def drop(self, expert: str) -> None:
+    async def drop(self, expert: str, *, for_next: bool = False) -> None:
         """See `SwappingEngine.drop`."""
-        await self._engine().drop(expert)
+        await self._engine().drop(expert, for_next=for_next)

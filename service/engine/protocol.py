@@ -127,5 +127,8 @@ class SwappingEngine(Engine, Protocol):
     async def exchange(self, expert: str) -> Exchanged:
         """Run an expert whose weights are held. Nothing may be running. Raises ExpertFailed."""
 
-    async def drop(self, expert: str) -> None:
-        """Forget an expert's weights; not those of the running one."""
+    async def drop(self, expert: str, *, for_next: bool = False) -> None:
+        """Forget an expert's weights; not those of the running one.
+
+        `for_next`: a fill follows at once, and may have their memory as it is.
+        """

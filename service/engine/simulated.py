@@ -90,7 +90,7 @@ class SimulatedEngine:
         self.swaps += 1
         return Exchanged(self._options.swap_s, ok=True)
 
-    async def drop(self, expert: str) -> None:
+    async def drop(self, expert: str, *, for_next: bool = False) -> None:
         """Forget an expert."""
         self._loaded.discard(expert)
 

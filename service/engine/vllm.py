@@ -206,7 +206,7 @@ class VllmEngine:
         """See `exchangeable`. Raises ExpertFailed."""
         raise ExpertFailed(f"this engine can't be given the weights of {expert!r}")
 
-    async def drop(self, expert: str) -> None:
+    async def drop(self, expert: str, *, for_next: bool = False) -> None:
         """Nothing but the running expert is held."""
 
     async def run(self, request: EngineRequest, send: Send) -> None:

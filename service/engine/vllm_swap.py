@@ -33,7 +33,7 @@ from service.engine.vllm_stats import CANARY
 from service.errors import CoeError, EngineDead, ExpertFailed
 
 _EXTENSION = "service.engine.vllm_worker.SwapExtension"
-_POLL_S = 0.02
+_POLL_S = 0.01
 _LOOK_S = 0.2
 _CANARY_PROMPT = list(range(101, 117))
 _CANARY_TOKENS = 6
@@ -186,9 +186,9 @@ class SwappingVllmEngine(VllmEngine):
             ok = await self._canary(expert)
         return Exchanged(swap_s, ok)
 
-    async def drop(self, expert: str) -> None:
+    async def drop(self, expert: str, *, for_next: bool = False) -> None:
         """See `SwappingEngine.drop`."""
-        await self._rpc("coe_drop", expert)
+        await self._rpc("coe_drop", expert, for_next)
 
     async def memory(self) -> dict[str, int]:
         """The core process's resident bytes, and what held experts were measured to take."""

@@ -325,7 +325,7 @@ class SwapSlot(Slot):
     async def _fill(self, engine: SwappingEngine, unit: str | None, drops: list[str]) -> None:
         try:
             for name in drops:
-                await engine.drop(name)
+                await engine.drop(name, for_next=unit is not None)
             if unit is not None:
                 filled = await engine.fill(unit)
                 known = self._known[unit]

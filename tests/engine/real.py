@@ -73,6 +73,11 @@ class Swapping(SwappingVllmEngine):
             watch=self.metrics,
         )
 
+    def _frontend_args(self) -> Any:
+        args = super()._frontend_args()
+        args.worker_extension_cls = "tests.engine.extension.BreakableExtension"
+        return args
+
     async def _rpc(self, method: str, *args: object) -> Any:
         if method == self.die_at:
             self.die_at = ""

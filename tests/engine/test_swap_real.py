@@ -91,6 +91,41 @@ BROKEN = {
 }
 
 
+def _full(folder: Path, spoil: Callable[[Path], None]) -> Weights:
+    """Full weights of the base's family, spoiled."""
+    shutil.copytree(BASE, folder)
+    spoil(folder / "model.safetensors")
+    return Weights(str(folder))
+
+
+def _cut_full(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 10**6)
+
+
+def _misshapen_full(file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(str(file))
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, str(file), metadata={"format": "pt"})
+
+
+def _incomplete_full(file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(str(file))
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    save_file(tensors, str(file), metadata={"format": "pt"})
+
+
+BROKEN_FULL = {
+    "full-cut": (_cut_full, "could not be loaded"),
+    "full-misshapen": (_misshapen_full, "could not be loaded"),
+    "full-incomplete": (_incomplete_full, "not in the file"),
+}
+
+
 class Stage:
     """The module's engine, what its experts said at first, and their canaries."""
 
@@ -110,7 +145,8 @@ async def stage(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage
     os.environ.update(ENVIRONMENT)
     folder = tmp_path_factory.mktemp("adapters")
     broken = {name: _spoiled(folder / name, spoil) for name, (spoil, _) in BROKEN.items()}
-    stage = Stage({**demo(), **broken})
+    full = {name: _full(folder / name, spoil) for name, (spoil, _) in BROKEN_FULL.items()}
+    stage = Stage({**demo(), **broken, **full})
     stage.report = await stage.engine.start()
     yield stage
     await stage.engine.stop()
@@ -169,11 +205,11 @@ async def _counted(
     return (await told(engine.metrics))[key] - before[key] == tokens
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", [*BROKEN, *BROKEN_FULL])
 async def test_weights_that_can_not_be_used_disturb_nobody(stage: Stage, name: str) -> None:
     await stage.run("base")
     beside = asyncio.create_task(ask_one(stage.engine, "base"))
-    with pytest.raises(ExpertFailed, match=BROKEN[name][1]):
+    with pytest.raises(ExpertFailed, match={**BROKEN, **BROKEN_FULL}[name][1]):
         await stage.engine.fill(name)
     with pytest.raises(ExpertFailed, match="not held"):
         await stage.engine.exchange(name)
@@ -210,6 +246,30 @@ async def test_the_probe_sees_weights_that_changed(stage: Stage) -> None:
     await engine.fill("math")
     await stage.run("math")
     assert await ask(engine, "math") == stage.said["math"]
+
+
+@pytest.mark.parametrize(("how", "why"), [("told", "are free"), ("refused", "memory")])
+async def test_memory_that_runs_out_in_a_fill_disturbs_nobody(
+    stage: Stage, how: str, why: str
+) -> None:
+    engine = stage.engine
+    await stage.run("base")
+    await engine.drop("code")
+    before = await engine.memory()
+    await engine._rpc("coe_no_memory", how)
+    try:
+        beside = asyncio.create_task(ask_one(engine, "base"))
+        with pytest.raises(ExpertFailed, match=why):
+            await engine.fill("code")
+        assert stage.said["base"].startswith(await beside)
+    finally:
+        await engine._rpc("coe_no_memory", "not")
+    # What the failed fill had taken is given back.
+    after = await engine.memory()
+    assert after["resident_bytes"] < before["resident_bytes"] + 50 * 1024**2
+    assert (await engine.fill("code")).host_bytes > 400 * 1024**2
+    await stage.run("code")
+    assert stage.said["code"].startswith(await ask_one(engine, "code"))
 
 
 async def test_the_canary_sees_another_expert_in_its_place(stage: Stage) -> None:

@@ -104,11 +104,11 @@ class FaultyEngine(SimulatedEngine):
             self.world.wrong.append("a request began during an exchange")
         return Exchanged(SWAP_S, ok=not self.spoiled)
 
-    async def drop(self, expert: str) -> None:
+    async def drop(self, expert: str, *, for_next: bool = False) -> None:
         if expert == self.runs:
             self.world.wrong.append(f"{expert} dropped while it ran")
         self.held.discard(expert)
-        await super().drop(expert)
+        await super().drop(expert, for_next=for_next)
 
     async def run(self, request: EngineRequest, send: Send) -> None:
         self._look(request.expert)

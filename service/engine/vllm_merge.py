@@ -1,0 +1,78 @@
+"""A LoRA adapter as what it adds to full weights, while they stream in from disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+# What PEFT's adapters may have beyond A and B.
+_OTHER_ADAPTERS = (
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "fan_in_fan_out",
+    "rank_pattern",
+    "alpha_pattern",
+    "layer_replication",
+    "trainable_token_indices",
+)
+
+
+class Delta:
+    """A LoRA adapter as what it adds to full weights: strength · alpha / rank · B A.
+
+    Reads PEFT's files: `base_model.model.<name>.lora_A.weight` (rank × in) and
+    `lora_B.weight` (out × rank). Raises ValueError where an adapter's tensor has
+    no weight to be added to.
+    """
+
+    def __init__(self, folder: Path, strength: float) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text())
+            tensors = load_file(str(folder / "adapter_model.safetensors"))
+            rank = int(config["r"])
+            alpha = float(config["lora_alpha"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(
+                f"the adapter in {folder} can't be read: {type(error).__name__}: {error}"
+            ) from error
+        # Each of these means other arithmetic than what is done here.
+        others = [name for name in _OTHER_ADAPTERS if config.get(name)]
+        if others:
+            raise ValueError(f"the adapter in {folder} uses {others[0]}, which can't be merged")
+        self._scale = strength * alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        self._pairs: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, which = key.removeprefix("base_model.model.").partition(".lora_")
+            if which not in ("A.weight", "B.weight"):
+                raise ValueError(f"the adapter in {folder} has {key}, which can't be merged")
+            self._pairs.setdefault(name + ".weight", {})[which[0]] = tensor
+        for name, pair in self._pairs.items():
+            shapes = {which: tuple(tensor.shape) for which, tensor in pair.items()}
+            if len(pair) != 2 or shapes["A"][0] != rank or shapes["B"][1] != rank:
+                raise ValueError(f"{name}: the adapter of rank {rank} has {shapes}")
+
+    def applied(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        left = set(self._pairs)
+        for name, weight in weights:
+            pair = self._pairs.get(name)
+            if pair is not None:
+                left.discard(name)
+                a, b = pair["A"].float(), pair["B"].float()
+                if (b.shape[0], a.shape[1]) != weight.shape:
+                    raise ValueError(
+                        f"{name}: the adapter adds {(b.shape[0], a.shape[1])} "
+                        f"to {tuple(weight.shape)}"
+                    )
+                weight = torch.addmm(weight.float(), b, a, alpha=self._scale).to(weight.dtype)
+            yield name, weight
+        if left:
+            raise ValueError(f"the base has no {sorted(left)[0]}, which the adapter changes")

@@ -1,0 +1,30 @@
+"""The worker extension with ways to break things, for tests: it runs in the engine's core."""
+
+from __future__ import annotations
+
+import resource
+
+from service.engine import vllm_memory
+from service.engine.vllm_worker import SwapExtension
+
+
+class BreakableExtension(SwapExtension):
+    """What can be done to a core's memory and weights from a test."""
+
+    def coe_spoil(self, expert: str) -> None:
+        """Change an expert's weights behind the probe's back."""
+        for parameter in self._coe().held[expert].model.parameters():
+            if parameter.numel():
+                parameter.data.add_(1.0)
+
+    def coe_no_memory(self, how: str) -> None:
+        """From now on memory runs out: `told` before it is taken, `refused` when it is, or not."""
+        with open("/proc/self/statm") as file:
+            mapped = int(file.read().split()[0]) * 4096
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        soft = mapped + 100 * 1024**2 if how == "refused" else hard
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        vllm_memory.free_bytes = (lambda: 10**6) if how == "told" else _free_bytes
+
+
+_free_bytes = vllm_memory.free_bytes
