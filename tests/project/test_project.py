@@ -37,9 +37,10 @@ TOP = {
 ONLY_IN = {
     "vllm": {
         "service/engine/vllm.py",
+        "service/engine/vllm_loading.py",
+        "service/engine/vllm_packing.py",
         "service/engine/vllm_stats.py",
         "service/engine/vllm_swap.py",
-        "service/engine/vllm_worker.py",
     },
     "ray": {
         "service/deployment/application.py",
