@@ -26,7 +26,8 @@ from loadtests.swap_engine import SharedEngine, ask, prepare, settings, weights
 from service.config import Config
 from service.errors import CoeError
 from service.pool.planner import Policy
-from service.pool.swap_slot import SwapSlot, Unit
+from service.pool.swap_slot import SwapSlot
+from service.pool.units import Known, Unit
 
 KIND = "cpu"
 _FEWER_SWITCHES, _TIMES, _OF_ALONE = 0.75, 3.0, 0.7
@@ -86,9 +87,7 @@ async def _planned(engine: SharedEngine, config: Config, asks: Sequence[Ask]) ->
         capacity=pool.max_running,
         max_waiting=10**6,
         start_guess_s=40.0,
-        size_guess_bytes=1024**3,
-        fill_guess_s=5.0,
-        swap_guess_s=0.05,
+        guess=Known(host_bytes=1024**3, fill_s=5.0, swap_s=0.05),
         changed=lambda: None,
     )
 

@@ -39,7 +39,8 @@ from service.models import ModelInfo, inspect_model, locate, pull
 from service.pool.planner import Policy
 from service.pool.pool import Pool
 from service.pool.slot import Slot
-from service.pool.swap_slot import SwapSlot, Unit
+from service.pool.swap_slot import SwapSlot
+from service.pool.units import Known, Unit
 from service.router.artifact import load_artifact
 from service.router.classify import Classifier
 from service.router.conversation import assess_body
@@ -406,7 +407,7 @@ def _own_slot(
     unit: tuple[str, ...],
     changed: Callable[[], None],
     watch: EngineWatch,
-) -> Slot:
+) -> Slot[SwappingEngine]:
     base, *adapters = unit
     simulated = settings.engine == "simulated"
     return Slot(
@@ -441,9 +442,11 @@ def _shared_slot(
         capacity=settings.max_running,
         max_waiting=settings.max_queue,
         start_guess_s=settings.simulated.load_s if simulated else _VLLM_START_S,
-        size_guess_bytes=_WEIGHTS_GUESS_BYTES,
-        fill_guess_s=settings.simulated.fill_s if simulated else _FILL_GUESS_S,
-        swap_guess_s=settings.simulated.swap_s if simulated else _SWAP_GUESS_S,
+        guess=Known(
+            host_bytes=_WEIGHTS_GUESS_BYTES,
+            fill_s=settings.simulated.fill_s if simulated else _FILL_GUESS_S,
+            swap_s=settings.simulated.swap_s if simulated else _SWAP_GUESS_S,
+        ),
         changed=changed,
     )
 

@@ -24,7 +24,9 @@ class Policy:
     thrash. max_wait_s: the bound on waiting for a swap that the slot aims at.
     aging_per_s: what a second of waiting counts, in queued tokens. host_bytes: room
     for weights in host memory, the running unit's included. crowding: how many times
-    as many requests as still run another unit must have waiting to end a stay.
+    as many requests as still run another unit must have waiting to end a stay. preempt:
+    running requests of which no byte has gone out are put back where another unit's turn
+    comes, instead of being waited for.
     """
 
     min_stay_s: float = 1.0
@@ -33,6 +35,7 @@ class Policy:
     host_bytes: int | None = None
     prefetch: bool = True
     crowding: float = 1.0
+    preempt: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import secrets
 import time
@@ -18,9 +19,15 @@ from service.errors import CoeError, DeadlineExceeded, EngineDead, UnknownEndpoi
 from service.link.call import ENGINE_MS, QUEUE_MS, SWAP_MS, Call, Times
 from service.link.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
 from service.link.speed import Speedometer, Stopwatch
+from service.pool.lease import Again, Lease
+from service.pool.placement import next_move
 from service.pool.slot import Slot
+from service.pool.swap_slot import SwapSlot
 from service.types import Residency
 
+log = logging.getLogger("coe.pool")
+
+_PLACE_S = 0.25
 _COMPLETION = re.compile(rb'"(?:completion|output)_tokens":(\d{1,9})')
 OPERATIONS = ("load", "evict", "pin", "unpin")
 
@@ -42,9 +49,12 @@ class Pool:
         self.kind = kind
         self._watch = watch
         self.boot = secrets.token_hex(8)
-        self._slots: list[Slot] = []
-        self._slot_of: dict[str, Slot] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._slots: list[Slot[Any]] = []
+        self._slot_of: dict[str, Slot[Any]] = {}
+        self._tasks: dict[Slot[Any], asyncio.Task[None]] = {}
+        # Engines that load together fight for the same cores and disk.
+        self._turn = asyncio.Lock()
+        self._placing: asyncio.Task[None] | None = None
         self._speeds: dict[str, Speedometer] = {}
         self._tokens: Counter[str] = Counter()
         self._acks: dict[str, int] = {}
@@ -52,7 +62,7 @@ class Pool:
         self._seq = 0
         self._listeners: set[asyncio.Event] = set()
 
-    def add(self, slot: Slot) -> None:
+    def add(self, slot: Slot[Any]) -> None:
         """Give the pool a slot."""
         self._slots.append(slot)
         self._slot_of.update(dict.fromkeys(slot.experts, slot))
@@ -65,19 +75,45 @@ class Pool:
 
     def start(self) -> None:
         """Start every slot's engine, one after the other, in the background."""
-        # One at a time: engines that load together fight for the same cores and disk.
-        turn = asyncio.Lock()
         for slot in self._slots:
-            self._tasks.append(asyncio.create_task(slot.supervise(turn)))
+            self._supervise(slot)
+        self._placing = asyncio.create_task(self._place())
+
+    def _supervise(self, slot: Slot[Any]) -> None:
+        self._tasks[slot] = asyncio.create_task(slot.supervise(self._turn))
+
+    async def _place(self) -> None:
+        """Let units that share slots move between them, as placement says."""
+        while True:
+            await asyncio.sleep(_PLACE_S)
+            shared = [slot for slot in self._slots if isinstance(slot, SwapSlot)]
+            if len(shared) > 1:
+                self._move_one(shared)
+
+    def _move_one(self, shared: list[SwapSlot]) -> None:
+        names = [unit.name for slot in shared for unit in slot.units]
+        move = next_move([slot.view(names) for slot in shared], shared[0].policy)
+        if move is None:
+            return
+        source, target = shared[move.source], shared[move.target]
+        unit = next(one for one in source.units if one.name == move.unit)
+        # Both in one step: a unit is never in two slots, nor in none.
+        if (known := source.hand_over(unit.name)) is not None:
+            target.take_in(unit, known)
+            self._slot_of.update(dict.fromkeys(unit.experts, target))
+            log.info("unit %s goes to slot %d", unit.name, self._slots.index(target))
 
     async def stop(self, drain_s: float) -> None:
         """Refuse new work, let running requests end, then stop the engines."""
         self._draining = True
         self.changed()
         await asyncio.gather(*(slot.drain(drain_s) for slot in self._slots))
-        for task in self._tasks:
+        tasks = list(self._tasks.values())
+        if self._placing is not None:
+            tasks.append(self._placing)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._tasks.clear()
 
     async def run(self, call: Call, body: bytes, send: Send) -> None:
@@ -87,25 +123,22 @@ class Pool:
         DeadlineExceeded, EngineDead, and what the engine raises.
         """
         self._acks[call.gateway] = max(call.seq, self._acks.get(call.gateway, 0))
-        slot = self._slot_of.get(call.expert)
-        if slot is None:
-            raise UnknownModel(f"pool {self.kind!r} has no expert {call.expert!r}")
+        self._slot(call.expert)
         loop = asyncio.get_running_loop()
         limit = asyncio.timeout_at(loop.time() + call.deadline_ms / 1000)
         reply = _Measured(send, limit if call.stream else None)
         fault = "client_gone"
         try:
-            async with limit, slot.lease(call.expert, 1 + len(body) // 4, call.tenant) as lease:
-                if call.endpoint not in lease.report.endpoints:
-                    raise UnknownEndpoint(
-                        f"expert {call.expert!r} has no {call.endpoint}; "
-                        f"it has {', '.join(sorted(lease.report.endpoints))}"
-                    )
-                served = partial(self._served, call.expert, lease.served)
-                reply.lease_began(lease.queue_s, lease.swap_s, served)
-                request = EngineRequest(call.endpoint, call.expert, body, call.request_id)
-                await lease.engine.run(request, reply)
-                fault = ""
+            async with limit:
+                again: Again | None = None
+                while True:
+                    try:
+                        await self._run_in(self._slot(call.expert), call, body, reply, again)
+                    except Again as back:
+                        again = back
+                    else:
+                        break
+            fault = ""
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -115,8 +148,6 @@ class Pool:
             ) from None
         except CoeError as error:
             fault = error.code
-            if isinstance(error, EngineDead):
-                slot.lost()
             raise
         finally:
             if self._watch is not None:
@@ -126,6 +157,31 @@ class Pool:
     def _served(self, expert: str, tell: Callable[[int], None], tokens: int) -> None:
         self._tokens[expert] += tokens
         tell(tokens)
+
+    async def _run_in(
+        self, slot: Slot[Any], call: Call, body: bytes, reply: _Measured, again: Again | None
+    ) -> None:
+        tokens = 1 + len(body) // 4
+        try:
+            async with slot.lease(call.expert, tokens, call.tenant, again) as lease:
+                if call.endpoint not in lease.report.endpoints:
+                    raise UnknownEndpoint(
+                        f"expert {call.expert!r} has no {call.endpoint}; "
+                        f"it has {', '.join(sorted(lease.report.endpoints))}"
+                    )
+                served = partial(self._served, call.expert, lease.served)
+                reply.lease_began(lease, served)
+                request = EngineRequest(call.endpoint, call.expert, body, call.request_id)
+                await lease.engine.run(request, reply)
+        except EngineDead:
+            slot.lost()
+            raise
+
+    def _slot(self, expert: str) -> Slot[Any]:
+        slot = self._slot_of.get(expert)
+        if slot is None:
+            raise UnknownModel(f"pool {self.kind!r} has no expert {expert!r}")
+        return slot
 
     def snapshot(self) -> Snapshot:
         """The state as of now."""
@@ -180,9 +236,7 @@ class Pool:
 
     async def operate(self, act: str, expert: str) -> None:
         """load, evict, pin or unpin an expert. Raises UnknownModel, UnknownEndpoint, Conflict."""
-        slot = self._slot_of.get(expert)
-        if slot is None:
-            raise UnknownModel(f"pool {self.kind!r} has no expert {expert!r}")
+        slot = self._slot(expert)
         if act not in OPERATIONS:
             raise UnknownEndpoint(f"no operation {act!r}; operations: {', '.join(OPERATIONS)}")
         await slot.operate(act, expert)
@@ -197,7 +251,10 @@ class Pool:
 
     def swap_counts(self) -> dict[tuple[str, str, str], int]:
         """Swaps since the start, by unit, method and reason."""
-        return {key: n for slot in self._slots for key, n in slot.swap_counts().items()}
+        counts: Counter[tuple[str, str, str]] = Counter()
+        for slot in self._slots:
+            counts.update(slot.swap_counts())
+        return dict(counts)
 
     def canary_failures(self) -> int:
         """Swaps after which the weights were not as they had been loaded."""
@@ -205,7 +262,7 @@ class Pool:
 
     def unhealthy(self) -> str | None:
         """Why this process should be replaced, or None."""
-        if not self._draining and any(task.done() for task in self._tasks):
+        if not self._draining and any(task.done() for task in self._tasks.values()):
             return "a slot is no longer looked after"
         return next((why for slot in self._slots if (why := slot.unhealthy())), None)
 
@@ -233,14 +290,22 @@ class _Measured:
         self._arrived_s = self._clock()
         self._watch: Stopwatch | None = None
         self._served: Callable[[int], None] = lambda tokens: None
+        self._begun: Callable[[], bool] = lambda: True
+        self._void = False
 
-    def lease_began(self, queue_s: float, swap_s: float, served: Callable[[int], None]) -> None:
+    def lease_began(self, lease: Lease, served: Callable[[int], None]) -> None:
+        self._begun = lease.begun
+        self._void = False
         self._served = served
-        self._queue_s = queue_s
-        self._swap_s = swap_s
+        self._queue_s = lease.queue_s
+        self._swap_s = lease.swap_s
         self._watch = Stopwatch(self._clock())
 
     async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._void = not self._begun()
+        if self._void:
+            return  # the request was put back: it will be answered by another run
         if self._watch is not None:
             self._watch.saw(message, self._clock())
         if message["type"] == "http.response.start":

@@ -23,12 +23,16 @@ _LONGEST_RETRY_S = 60.0
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One request's place in the queue. `tokens`: about how much work its prompt is."""
+    """One request's place in the queue. `tokens`: about how much work its prompt is.
+
+    `again`: it was put back here.
+    """
 
     expert: str
     arrived_s: float
     tokens: int = 1
     tenant: Tenant = NOBODY
+    again: bool = False
     running: bool = False
 
     @property
@@ -54,16 +58,29 @@ class Queues:
         self._fairness = Fairness()
         self._ends_s: deque[float] = deque(maxlen=32)
 
+    def welcome(self, expert: str) -> None:
+        """One more expert that requests may come for."""
+        self._waiting_by.setdefault(expert, 0)
+        self._running_by.setdefault(expert, 0)
+
     def offer(
-        self, expert: str, now_s: float, *, ready: bool, tokens: int = 1, tenant: Tenant = NOBODY
+        self,
+        expert: str,
+        now_s: float,
+        *,
+        ready: bool,
+        tokens: int = 1,
+        tenant: Tenant = NOBODY,
+        again: bool = False,
     ) -> Ticket:
         """Take a request in: running at once where it can, else waiting. Raises OverCapacity.
 
-        Where the queue is full for it, see `crowded_out` first.
+        Where the queue is full for it, see `crowded_out` first. `again`: it had a place
+        since `now_s`, and gets that one back before all who came later, however full it is.
         """
-        ticket = Ticket(expert, now_s, tokens, tenant)
+        ticket = Ticket(expert, now_s, tokens, tenant, again)
         at_once = ready and self._running < self.capacity and not self._waiting
-        if not at_once and self._waiting_by[expert] >= self._max_waiting:
+        if not at_once and not again and self._waiting_by[expert] >= self._max_waiting:
             raise self.full(expert)
         self._fairness.arrived(tenant, self._present)
         self._present[tenant.name] += 1
@@ -71,6 +88,9 @@ class Queues:
             self._run(ticket)
             return ticket
         self._waiting[ticket] = None
+        if again:
+            # Equal times stay in the order in which they came.
+            self._waiting = dict.fromkeys(sorted(self._waiting, key=lambda one: one.arrived_s))
         self._waiting_by[expert] += 1
         return ticket
 

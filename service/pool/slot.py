@@ -11,17 +11,19 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from service.engine.protocol import Engine, EngineReport
 from service.errors import CoeError, Conflict, Draining, EngineDead, ExpertFailed
 from service.link.snapshot import ExpertState, Queue
+from service.pool.lease import Again, Lease, Run
 from service.pool.queues import Queues, Ticket
 from service.types import NOBODY, Residency, Tenant
 
 log = logging.getLogger("coe.pool")
+E = TypeVar("E", bound=Engine)
 
 _WATCH_S = 0.2
 _RELOAD_S = 30.0
@@ -29,26 +31,7 @@ _RETRY_S = (1.0, 5.0, 30.0, 120.0, 300.0)
 _UNHEALTHY_AFTER = 3
 
 
-def _nothing(tokens: int) -> None:
-    """Nobody counts them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """The right to run one request on the slot's engine, and how long it waited for it.
-
-    `swap_s`: how much of that other weights were being put in place. `served` is told
-    of tokens as they are made, for whose turn it is next.
-    """
-
-    engine: Engine
-    report: EngineReport
-    queue_s: float
-    swap_s: float = 0.0
-    served: Callable[[int], None] = _nothing
-
-
-class Slot:
+class Slot(Generic[E]):
     """An engine with its base and adapters.
 
     `build` makes a new engine; `changed` is called whenever a snapshot would differ.
@@ -57,7 +40,7 @@ class Slot:
     def __init__(
         self,
         experts: tuple[str, ...],
-        build: Callable[[], Engine],
+        build: Callable[[], E],
         *,
         capacity: int,
         max_waiting: int,
@@ -70,10 +53,11 @@ class Slot:
         self._changed = changed
         self._start_s = start_guess_s
         self._started_at = 0.0
-        self._engine: Engine | None = None
+        self._engine: E | None = None
         self._report: EngineReport | None = None
         self._states = {name: ExpertState(Residency.LOADING) for name in experts}
         self._waits: dict[Ticket, asyncio.Future[None]] = {}
+        self._runs: dict[Ticket, Run] = {}
         self._lost = asyncio.Event()
         self._failed_starts = 0
         self._has_worked = False
@@ -85,26 +69,38 @@ class Slot:
 
     @asynccontextmanager
     async def lease(
-        self, expert: str, tokens: int = 1, tenant: Tenant = NOBODY
+        self,
+        expert: str,
+        tokens: int = 1,
+        tenant: Tenant = NOBODY,
+        again: Again | None = None,
     ) -> AsyncIterator[Lease]:
         """Wait until `expert` answers and there is room; give the place back at the end.
 
-        `tokens`: about how much work its prompt is.
+        `tokens`: about how much work its prompt is. `again`: what an earlier lease of this
+        request raised; its place in the queue is kept.
 
-        Raises OverCapacity, ExpertFailed, Draining, EngineDead.
+        Raises OverCapacity, ExpertFailed, Draining, EngineDead; Again where the request has
+        to be put back: in this or in another slot.
         """
-        if self._draining:
+        if self._draining and again is None:
             raise Draining("this pool is stopping")
         if self._states[expert].state is Residency.FAILED:
             raise self._failed(expert)
         ready = expert in self._ready()
-        if (gone := self._queues.crowded_out(expert, tenant)) is not None:
-            self._crowd_out(gone)
+        if again is None and (gone := self._queues.crowded_out(expert, tenant)) is not None:
+            self._refuse(gone, self._queues.full(gone.expert))
         ticket = self._queues.offer(
-            expert, time.monotonic(), ready=ready, tokens=tokens, tenant=tenant
+            expert,
+            time.monotonic() if again is None else again.arrived_s,
+            ready=ready,
+            tokens=tokens,
+            tenant=tenant,
+            again=again is not None,
         )
         self._idle.clear()
-        self._arrived(ticket)
+        if again is None:
+            self._arrived(ticket)
         self._changed()
         try:
             if not ticket.running:
@@ -115,13 +111,15 @@ class Slot:
             if self._engine is None or self._report is None:
                 # It died between waking this request and now.
                 raise EngineDead(f"the engine of expert {expert!r} died")
-            yield Lease(
-                self._engine,
-                self._report,
-                queue_s=time.monotonic() - ticket.arrived_s,
-                swap_s=self._swap_s_since(ticket.arrived_s),
-                served=partial(self._queues.served, ticket),
-            )
+            async with self._revocable(ticket) as run:
+                yield Lease(
+                    self._engine,
+                    self._report,
+                    queue_s=time.monotonic() - ticket.arrived_s,
+                    swap_s=self._swap_s_since(ticket.arrived_s),
+                    served=partial(self._queues.served, ticket),
+                    begun=run.begin,
+                )
         finally:
             self._waits.pop(ticket, None)
             self._queues.close(ticket, time.monotonic())
@@ -130,6 +128,33 @@ class Slot:
                 self._idle.set()
             self._left()
             self._changed()
+
+    @asynccontextmanager
+    async def _revocable(self, ticket: Ticket) -> AsyncIterator[Run]:
+        """Let a request run until it ends or `_put_back` takes its lease. Raises Again then."""
+        task = asyncio.current_task()
+        assert task is not None
+        cancelled = task.cancelling()
+        run = self._runs[ticket] = Run(task)
+        try:
+            yield run
+        except asyncio.CancelledError:
+            # As asyncio.timeout does it: somebody else may have cancelled the request, too.
+            if not run.revoked or task.uncancel() > cancelled:
+                raise
+            raise Again(ticket.arrived_s) from None
+        finally:
+            del self._runs[ticket]
+
+    def _put_back(self) -> None:
+        """Running requests of which no byte has gone out go back into the queue, once each.
+
+        A body that is cancelled must not swallow that, as with asyncio.timeout.
+        """
+        for ticket, run in self._runs.items():
+            if not run.begun and not run.revoked and not ticket.again:
+                run.revoked = True
+                run.task.cancel()
 
     def _ready(self) -> set[str]:
         """The experts whose requests may run now."""
@@ -155,13 +180,12 @@ class Slot:
                 # Its client left between being woken and running.
                 self._queues.close(ticket)
 
-    def _crowd_out(self, ticket: Ticket) -> None:
-        """Refuse one that waits: its tenant fills the queue, and another's has no place in it."""
+    def _refuse(self, ticket: Ticket, why: Exception) -> None:
+        """One that waits is told that it does so in vain, and its place is free at once."""
         wait = self._waits.pop(ticket, None)
-        full = self._queues.full(ticket.expert)
         self._queues.close(ticket)
         if wait is not None and not wait.done():
-            wait.set_exception(full)
+            wait.set_exception(why)
 
     def _failed(self, expert: str) -> ExpertFailed:
         reason = self._states[expert].reason
@@ -172,7 +196,7 @@ class Slot:
     async def supervise(self, turn: asyncio.Lock) -> None:
         """Keep an engine running until cancelled; hold `turn` while one starts."""
         while True:
-            engine: Engine | None = None
+            engine: E | None = None
             try:
                 engine = self._build()
                 async with turn:
@@ -197,7 +221,7 @@ class Slot:
         """How long to wait after a start that failed, before the next."""
         return _RETRY_S[min(self._failed_starts, len(_RETRY_S)) - 1]
 
-    async def _bring_up(self, engine: Engine) -> None:
+    async def _bring_up(self, engine: E) -> None:
         self._started_at = time.monotonic()
         self._set_all(Residency.LOADING, "")
         report = await engine.start()
@@ -233,7 +257,7 @@ class Slot:
             if state.state is Residency.FAILED:
                 await self._load(engine, self._report, name)
 
-    async def _watch(self, engine: Engine) -> None:
+    async def _watch(self, engine: E) -> None:
         retry_at_s = time.monotonic() + _RELOAD_S
         while (why := engine.failure()) is None:
             if time.monotonic() >= retry_at_s:
@@ -263,9 +287,7 @@ class Slot:
             if state.state is not Residency.FAILED:
                 continue
             for ticket in self._queues.waiting_for(name):
-                wait = self._waits.get(ticket)
-                if wait is not None and not wait.done():
-                    wait.set_exception(self._failed(name))
+                self._refuse(ticket, self._failed(name))
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new requests, and wait for those it has, at most `timeout_s`."""

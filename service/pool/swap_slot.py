@@ -1,9 +1,9 @@
 """A slot that several units share, one running at a time.
 
 The planner decides; this module does what it says: closes the gate, waits for the
-running requests, exchanges the weights (in place where the engine can, with a new
-engine where not), opens the gate. No request is dropped, and none is answered by
-another unit's weights.
+running requests or puts them back into the queue, exchanges the weights (in place where
+the engine can, with a new engine where not), opens the gate. No request is dropped, and
+none is answered by another unit's weights.
 """
 
 from __future__ import annotations
@@ -11,161 +11,98 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any
 
 from service.engine.protocol import SwappingEngine
-from service.errors import CoeError, Conflict, EngineDead
+from service.errors import CoeError, Conflict, EngineDead, UnknownModel
 from service.link.snapshot import ExpertState
-from service.pool.planner import (
-    Next,
-    Policy,
-    SlotView,
-    UnitView,
-    bounded,
-    next_fetch,
-    next_step,
-    to_drop,
-)
-from service.pool.queues import Ticket
-from service.pool.slot import Slot
+from service.pool.lease import Again
+from service.pool.planner import Next, UnitView, bounded, next_fetch, next_step, to_drop
+from service.pool.shared_slot import SharedSlot
+from service.pool.units import Known, Swap
 from service.types import Residency
 
 log = logging.getLogger("coe.pool")
 
 _TICK_S = 0.05
 _EWMA = 0.3
-_DEMAND_HALF_S = 30.0
 _RETRY_S = 30.0
-_SWAPS_KEPT = 64
 # A unit in whose fill or exchange the engine died this often in a row is at fault.
 _DEATHS = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """An expert with full weights, and the adapters that come with it."""
-
-    name: str
-    experts: tuple[str, ...]
-    pinned: bool = False
-
-
-@dataclass(slots=True)
-class _Known:
-    """What is known of one unit in this slot."""
-
-    tier: Residency = Residency.DISK
-    host_bytes: int = 0
-    fill_s: float = 0.0
-    swap_s: float = 0.0
-    demand: float = 0.0
-    demand_at: float = 0.0
-    failed_until: float = 0.0
-    deaths: int = 0
-    pinned: bool = False
-    wanted: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Swap:
-    """One swap that happened: times are `time.monotonic` seconds."""
-
-    unit: str
-    method: str
-    reason: str
-    began_s: float
-    swap_s: float
-
-
-class SwapSlot(Slot):
+class SwapSlot(SharedSlot):
     """An engine and the units that take turns in it.
 
-    `build_for(unit)` makes an engine that starts with that unit running.
-    `size_guess_bytes` and `fill_guess_s` stand in until a unit was measured.
+    `build_for(unit)` makes an engine that starts with that unit running. `guess` stands in
+    until a unit was measured.
     """
 
-    def __init__(
-        self,
-        units: tuple[Unit, ...],
-        build_for: Callable[[str], SwappingEngine],
-        policy: Policy,
-        *,
-        capacity: int,
-        max_waiting: int,
-        start_guess_s: float,
-        size_guess_bytes: int,
-        fill_guess_s: float,
-        swap_guess_s: float,
-        changed: Callable[[], None],
-    ) -> None:
-        super().__init__(
-            tuple(name for unit in units for name in unit.experts),
-            lambda: build_for(self._unit),
-            capacity=capacity,
-            max_waiting=max_waiting,
-            start_guess_s=start_guess_s,
-            changed=changed,
+    _filling: asyncio.Task[None] | None = None
+    _gone = False
+
+    # --- units come and go
+
+    def hand_over(self, unit: str) -> Known | None:
+        """Give a unit to another slot: what is known of it, or None where it can't go now.
+
+        Who waits for it is put back, and finds it where it is then.
+        """
+        if unit in (self._unit, self._filling_unit) or self._filling is not None:
+            return None
+        if self._known[unit].tier not in (Residency.DISK, Residency.HOST):
+            return None
+        self._send_away(unit, lambda ticket: Again(ticket.arrived_s))
+        return self._let_go(unit)
+
+    def _let_go(self, unit: str) -> Known:
+        known = self._forget_unit(unit)
+        if known.tier is Residency.HOST and self._engine is not None:
+            self._fetch(self._engine, None, [], gone=unit)
+        return known
+
+    async def retire(self, unit: str, why: str) -> None:
+        """A unit goes for good: who waits for it is told why, who runs is let end.
+
+        Returns when nothing of it is left. There must be another unit to run.
+        """
+        self._send_away(unit, lambda _: UnknownModel(why))
+        if self._engine is None and unit != self._unit:
+            self._let_go(unit)
+            return
+        gone = self._retired[unit] = asyncio.Event()
+        self._event.set()
+        await gone.wait()
+
+    async def _leave_retired(self, engine: SwappingEngine, units: list[UnitView]) -> bool:
+        """Let go of units that are to go. False: the one that comes needs another engine."""
+        for unit in [name for name in self._retired if name != self._unit]:
+            if self._filling is not None:
+                return True
+            self._let_go(unit)
+            self._retired.pop(unit).set()
+        if self._unit not in self._retired or self._slot_view(time.monotonic()).running:
+            return True
+        heirs = [one for one in units if one.name not in self._retired]
+        if not heirs or self._filling is not None:
+            return True
+        heir = max(
+            heirs,
+            key=lambda one: (one.waiting, one.tier is Residency.HOST, one.demand_per_s, one.name),
         )
-        self._units = {unit.name: unit for unit in units}
-        self._unit_of = {name: unit.name for unit in units for name in unit.experts}
-        self._known = {
-            unit.name: _Known(
-                host_bytes=size_guess_bytes,
-                fill_s=fill_guess_s,
-                swap_s=swap_guess_s,
-                pinned=unit.pinned,
-            )
-            for unit in units
-        }
-        self._policy = policy
-        self._unit = units[0].name
-        self._since_s = 0.0
         self._open = False
-        self._drain_s = 0.0
-        self._closed_s: float | None = None
-        self._gone = False
-        self._event = asyncio.Event()
-        self._filling: asyncio.Task[None] | None = None
-        self._filling_unit: str | None = None
-        self.swaps: list[Swap] = []
-        self.counts: dict[tuple[str, str, str], int] = {}
-        self.canary_failures = 0
-        self._states = {
-            name: ExpertState(
-                Residency.LOADING if self._unit_of[name] == self._unit else Residency.DISK
-            )
-            for name in self.experts
-        }
-
-    # --- requests
-
-    def _ready(self) -> set[str]:
-        return super()._ready() if self._open else set()
-
-    def _arrived(self, ticket: Ticket) -> None:
-        self.demand(ticket.expert, 1.0, ticket.arrived_s)
-
-    def demand(self, expert: str, amount: float, now_s: float) -> None:
-        """Utility asked of an expert: what is served, and what gateways would have sent."""
-        known = self._known[self._unit_of[expert]]
-        known.demand = _faded(known, now_s) + amount
-        known.demand_at = now_s
-        self._event.set()
-
-    def _left(self) -> None:
-        self._event.set()
-
-    def _swap_s_since(self, since_s: float) -> float:
-        return sum(
-            swap.swap_s for swap in reversed(self.swaps) if swap.began_s + swap.swap_s > since_s
-        )
+        if heir.tier is Residency.HOST:
+            return await self._swap(engine, heir.name, "removed")
+        if not heir.exchangeable:
+            self._respawn_for(heir.name, "removed")
+            return False
+        slot = self._slot_view(time.monotonic())
+        self._fetch(engine, heir.name, to_drop(slot, units, self.policy, heir.name))
+        return True
 
     # --- the engine's life
 
-    async def _bring_up(self, engine: SwappingEngine) -> None:  # type: ignore[override]
+    async def _bring_up(self, engine: SwappingEngine) -> None:
         """Start the engine with the unit that is to run."""
         began_s = time.monotonic()
         self._emptied()
@@ -189,7 +126,7 @@ class SwapSlot(Slot):
                 self._set_unit(name, Residency.DISK)
         self._set_unit(self._unit, Residency.LOADING)
 
-    async def _watch(self, engine: SwappingEngine) -> None:  # type: ignore[override]
+    async def _watch(self, engine: SwappingEngine) -> None:
         """Do what the planner says until the engine dies, or another kind of engine is needed."""
         self._lost.clear()
         try:
@@ -221,9 +158,11 @@ class SwapSlot(Slot):
         now_s = time.monotonic()
         slot = self._slot_view(now_s)
         units = bounded(
-            slot, self._unit_views(now_s, engine.exchangeable), self._policy, self._start_s
+            slot, self._unit_views(now_s, engine.exchangeable), self.policy, self._start_s
         )
-        step = next_step(slot, units, self._policy)
+        if self._retired:
+            return await self._leave_retired(engine, units)
+        step = next_step(slot, units, self.policy)
         if step.act is Next.STAY:
             self._closed_s = None
             if not self._open:
@@ -233,6 +172,8 @@ class SwapSlot(Slot):
             if self._open or self._closed_s is None:
                 self._closed_s = now_s
             self._open = False
+            if self.policy.preempt:
+                self._put_back()
         else:
             self._open = False
             if self._closed_s is not None:
@@ -244,8 +185,8 @@ class SwapSlot(Slot):
                 return False
             return await self._swap(engine, step.unit, step.reason)
         if self._filling is None:
-            coming = next_fetch(slot, units, self._policy)
-            self._fetch(engine, coming, to_drop(slot, units, self._policy, coming))
+            coming = next_fetch(slot, units, self.policy)
+            self._fetch(engine, coming, to_drop(slot, units, self.policy, coming))
         return True
 
     async def _swap(self, engine: SwappingEngine, unit: str, reason: str) -> bool:
@@ -285,12 +226,6 @@ class SwapSlot(Slot):
         self._note(Swap(unit, "respawn", reason, time.monotonic(), self._start_s))
         self._unit = unit
 
-    def _note(self, swap: Swap) -> None:
-        self.swaps.append(swap)
-        del self.swaps[:-_SWAPS_KEPT]
-        key = (swap.unit, swap.method, swap.reason)
-        self.counts[key] = self.counts.get(key, 0) + 1
-
     def _run_unit(self, unit: str) -> None:
         assert self._report is not None
         self._unit = unit
@@ -310,8 +245,13 @@ class SwapSlot(Slot):
 
     # --- host memory
 
-    def _fetch(self, engine: SwappingEngine, unit: str | None, drops: list[str]) -> None:
-        """Begin to bring a unit to host memory, once others have made room for it."""
+    def _fetch(
+        self, engine: SwappingEngine, unit: str | None, drops: list[str], gone: str = ""
+    ) -> None:
+        """Begin to bring a unit to host memory, once others have made room for it.
+
+        `gone`: a unit that isn't this slot's any more, to be forgotten, too.
+        """
         for name in drops:
             # From here on nobody swaps to it.
             self._known[name].tier = Residency.DISK
@@ -319,6 +259,7 @@ class SwapSlot(Slot):
         if unit is not None:
             self._filling_unit = unit
             self._set_unit(unit, Residency.LOADING)
+        drops = [*drops, gone] if gone else drops
         if unit is not None or drops:
             self._filling = asyncio.create_task(self._fill(engine, unit, drops))
 
@@ -370,22 +311,23 @@ class SwapSlot(Slot):
         asyncio.get_running_loop().call_later(_RETRY_S, self._forgive, unit)
 
     def _forgive(self, unit: str) -> None:
+        if unit not in self._known:
+            return  # it went to another slot, or for good
         if self._known[unit].failed_until > time.monotonic() + _TICK_S:
             return
         if all(self._states[n].state is Residency.FAILED for n in self._units[unit].experts):
             self._set_unit(unit, Residency.DISK)
-
-    def _set_unit(self, unit: str, state: Residency, reason: str = "") -> None:
-        for name in self._units[unit].experts:
-            self._states[name] = replace(self._states[name], state=state, reason=reason, eta_s=0.0)
-        self._changed()
 
     def _retry_s(self) -> float:
         # Somebody else may be able to start meanwhile.
         now_s = time.monotonic()
         self._known[self._unit].failed_until = now_s + _RETRY_S
         asyncio.get_running_loop().call_later(_RETRY_S, self._forgive, self._unit)
-        able = [name for name, known in self._known.items() if known.failed_until <= now_s]
+        able = [
+            name
+            for name, known in self._known.items()
+            if known.failed_until <= now_s and name not in self._retired
+        ]
         if not able:
             return super()._retry_s()
         self._unit = max(able, key=self._waiting_in)
@@ -419,102 +361,5 @@ class SwapSlot(Slot):
             known.wanted = False
             known.demand = 0.0
             self._set_unit(unit, Residency.DISK)
-            await engine.drop(unit)  # type: ignore[attr-defined]
+            await engine.drop(unit)
         self._event.set()
-
-    def details(self) -> dict[str, dict[str, Any]]:
-        """Each expert's residency in full, its last swap included."""
-        told = super().details()
-        last = {swap.unit: swap for swap in self.swaps}
-        for name, entry in told.items():
-            unit = self._unit_of[name]
-            known = self._known[unit]
-            entry |= {
-                "unit": unit,
-                "pinned": known.pinned,
-                "host_bytes": known.host_bytes if known.tier is not Residency.DISK else 0,
-                "fill_s": round(known.fill_s, 3),
-                "swap_s": round(known.swap_s, 4),
-            }
-            if (swap := last.get(unit)) is not None:
-                ago_s = round(time.monotonic() - swap.began_s, 1)
-                entry["last_swap"] = {
-                    "method": swap.method,
-                    "reason": swap.reason,
-                    "swap_s": round(swap.swap_s, 4),
-                    "ago_s": ago_s,
-                }
-        return told
-
-    def swap_counts(self) -> dict[tuple[str, str, str], int]:
-        """Swaps by unit, method and reason."""
-        return dict(self.counts)
-
-    # --- what it tells
-
-    def states(self) -> dict[str, ExpertState]:
-        """Each expert's state, with the time until it could answer if it were its turn."""
-        told = {}
-        left_s = max(0.5, self._start_s - (time.monotonic() - self._started_at))
-        for name, state in self._states.items():
-            known = self._known[self._unit_of[name]]
-            if self._engine is None and state.state is Residency.LOADING:
-                eta_s = float(round(left_s))
-            elif state.state is Residency.HOST:
-                eta_s = round(known.swap_s, 3)
-            elif state.state in (Residency.DISK, Residency.LOADING):
-                eta_s = round(known.fill_s + known.swap_s, 1)
-            else:
-                eta_s = 0.0
-            told[name] = replace(state, eta_s=eta_s, swap_s=round(known.swap_s, 3))
-        return told
-
-    def _waiting_in(self, unit: str) -> int:
-        return sum(self._queues.counts(name)[0] for name in self._units[unit].experts)
-
-    def _slot_view(self, now_s: float) -> SlotView:
-        running = sum(self._queues.counts(name)[1] for name in self._units[self._unit].experts)
-        return SlotView(
-            self._unit,
-            now_s - self._since_s,
-            running,
-            self._waiting_in(self._unit),
-            self._drain_s,
-            closing=self._closed_s is not None,
-        )
-
-    def _unit_views(self, now_s: float, exchangeable: frozenset[str]) -> list[UnitView]:
-        views = []
-        for name, unit in self._units.items():
-            known = self._known[name]
-            if known.failed_until > now_s and name != self._unit:
-                continue
-            waiting = [t for expert in unit.experts for t in self._queues.waiting_for(expert)]
-            at_host = known.tier in (Residency.HOST, Residency.DEVICE)
-            views.append(
-                UnitView(
-                    name=name,
-                    tier=known.tier if self._filling_unit != name else Residency.LOADING,
-                    waiting=len(waiting),
-                    waiting_tokens=sum(ticket.tokens for ticket in waiting),
-                    oldest_s=max((now_s - t.arrived_s for t in waiting), default=0.0),
-                    # Asked for by hand counts as asked for just now.
-                    demand_per_s=max(_faded(known, now_s), float(known.wanted)) / _DEMAND_HALF_S,
-                    host_bytes=known.host_bytes,
-                    bring_s=known.fill_s,
-                    swap_s=(known.swap_s + (0.0 if at_host else known.fill_s))
-                    if name in exchangeable
-                    else self._start_s,
-                    pinned=known.pinned,
-                    exchangeable=name in exchangeable,
-                )
-            )
-        return views
-
-
-def _faded(known: _Known, now_s: float) -> float:
-    """Requests seen, each one's weight halving every 30 s."""
-    if not known.demand:
-        return 0.0
-    faded: float = known.demand * 0.5 ** ((now_s - known.demand_at) / _DEMAND_HALF_S)
-    return faded

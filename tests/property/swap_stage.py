@@ -15,7 +15,8 @@ from service.engine.protocol import EngineReport, EngineRequest, Exchanged, Fill
 from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, EngineDead, ExpertFailed
 from service.pool.planner import Policy
-from service.pool.swap_slot import SwapSlot, Unit
+from service.pool.swap_slot import SwapSlot
+from service.pool.units import Known, Unit
 
 UNITS = (Unit("a", ("a", "a-tuned")), Unit("b", ("b",)), Unit("c", ("c",)), Unit("d", ("d",)))
 UNIT_OF = {expert: unit.name for unit in UNITS for expert in unit.experts}
@@ -145,9 +146,7 @@ class Stage:
             capacity=capacity,
             max_waiting=3,
             start_guess_s=LOAD_S,
-            size_guess_bytes=size_guess,
-            fill_guess_s=FILL_S,
-            swap_guess_s=SWAP_S,
+            guess=Known(host_bytes=size_guess, fill_s=FILL_S, swap_s=SWAP_S),
             changed=lambda: None,
         )
 
@@ -185,8 +184,8 @@ class Stage:
 
 def on_clock(monkeypatched: Any, now: Callable[[], float]) -> None:
     """Let the slot read this clock instead of the machine's."""
-    from service.pool import slot, swap_slot
+    from service.pool import pool, shared_slot, slot, swap_slot
 
     clock = SimpleNamespace(monotonic=now)
-    monkeypatched.setattr(slot, "time", clock)
-    monkeypatched.setattr(swap_slot, "time", clock)
+    for module in (slot, shared_slot, swap_slot, pool):
+        monkeypatched.setattr(module, "time", clock)

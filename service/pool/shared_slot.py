@@ -1,0 +1,253 @@
+"""What a shared slot knows of its units, and what it tells.
+
+`swap_slot` does what the planner says; here are the units, which may come and go, the
+views that the planner decides by, and the states that gateways and people see.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from service.engine.protocol import SwappingEngine
+from service.errors import CoeError
+from service.link.snapshot import ExpertState
+from service.pool.lease import Again
+from service.pool.placement import Place
+from service.pool.planner import Policy, SlotView, UnitView
+from service.pool.queues import Ticket
+from service.pool.slot import Slot
+from service.pool.units import Known, Swap, Unit
+from service.types import Residency
+
+_SWAPS_KEPT = 64
+
+
+class SharedSlot(Slot[SwappingEngine]):
+    """A slot with units of which one runs at a time."""
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        build_for: Callable[[str], SwappingEngine],
+        policy: Policy,
+        *,
+        capacity: int,
+        max_waiting: int,
+        start_guess_s: float,
+        guess: Known,
+        changed: Callable[[], None],
+    ) -> None:
+        super().__init__(
+            tuple(name for unit in units for name in unit.experts),
+            lambda: build_for(self._unit),
+            capacity=capacity,
+            max_waiting=max_waiting,
+            start_guess_s=start_guess_s,
+            changed=changed,
+        )
+        self._units: dict[str, Unit] = {}
+        self._unit_of: dict[str, str] = {}
+        self._known: dict[str, Known] = {}
+        self._guess = guess
+        self._states = {}
+        self.policy = policy
+        self._unit = units[0].name
+        self._since_s = 0.0
+        self._open = False
+        self._drain_s = 0.0
+        self._closed_s: float | None = None
+        self._event = asyncio.Event()
+        self._filling_unit: str | None = None
+        # Units that are to go, and who waits until they are gone.
+        self._retired: dict[str, asyncio.Event] = {}
+        self.swaps: list[Swap] = []
+        self.counts: dict[tuple[str, str, str], int] = {}
+        self.canary_failures = 0
+        for unit in units:
+            self.take_in(unit)
+        self._set_unit(self._unit, Residency.LOADING)
+
+    # --- units come and go
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The units that are here."""
+        return tuple(self._units.values())
+
+    @property
+    def running_unit(self) -> str:
+        """The unit that runs, or that the next engine starts with."""
+        return self._unit
+
+    def take_in(self, unit: Unit, known: Known | None = None) -> None:
+        """One more unit, and what another slot knew of it."""
+        if known is None:
+            size = unit.size_bytes or self._guess.host_bytes
+            known = replace(self._guess, host_bytes=size, pinned=unit.pinned)
+        known.begins_anew()
+        self._units[unit.name] = unit
+        self._known[unit.name] = known
+        for name in unit.experts:
+            self._unit_of[name] = unit.name
+            self._states[name] = ExpertState(Residency.DISK)
+            self._queues.welcome(name)
+        self._recount()
+
+    def _forget_unit(self, unit: str) -> Known:
+        gone = self._units.pop(unit)
+        for name in gone.experts:
+            del self._unit_of[name], self._states[name]
+        self._recount()
+        return self._known.pop(unit)
+
+    def _recount(self) -> None:
+        self.experts = tuple(name for unit in self._units.values() for name in unit.experts)
+        self._event.set()
+        self._changed()
+
+    def _send_away(self, unit: str, why: Callable[[Ticket], CoeError | Again]) -> None:
+        """Whoever waits for a unit is told."""
+        for name in self._units[unit].experts:
+            for ticket in self._queues.waiting_for(name):
+                self._refuse(ticket, why(ticket))
+
+    # --- requests
+
+    def _ready(self) -> set[str]:
+        return super()._ready() if self._open else set()
+
+    def _arrived(self, ticket: Ticket) -> None:
+        self.demand(ticket.expert, 1.0, ticket.arrived_s)
+
+    def demand(self, expert: str, amount: float, now_s: float) -> None:
+        """Utility asked of an expert: what is served, and what gateways would have sent."""
+        self._known[self._unit_of[expert]].asked(amount, now_s)
+        self._event.set()
+
+    def _left(self) -> None:
+        self._event.set()
+
+    def _swap_s_since(self, since_s: float) -> float:
+        return sum(
+            swap.swap_s for swap in reversed(self.swaps) if swap.began_s + swap.swap_s > since_s
+        )
+
+    # --- what it tells
+
+    def _note(self, swap: Swap) -> None:
+        self.swaps.append(swap)
+        del self.swaps[:-_SWAPS_KEPT]
+        key = (swap.unit, swap.method, swap.reason)
+        self.counts[key] = self.counts.get(key, 0) + 1
+
+    def _set_unit(self, unit: str, state: Residency, reason: str = "") -> None:
+        for name in self._units[unit].experts:
+            self._states[name] = replace(self._states[name], state=state, reason=reason, eta_s=0.0)
+        self._changed()
+
+    def details(self) -> dict[str, dict[str, Any]]:
+        """Each expert's residency in full, its last swap included."""
+        told = super().details()
+        last = {swap.unit: swap for swap in self.swaps}
+        for name, entry in told.items():
+            unit = self._unit_of[name]
+            known = self._known[unit]
+            entry |= {
+                "unit": unit,
+                "pinned": known.pinned,
+                "host_bytes": known.host_bytes if known.tier is not Residency.DISK else 0,
+                "fill_s": round(known.fill_s, 3),
+                "swap_s": round(known.swap_s, 4),
+            }
+            if (swap := last.get(unit)) is not None:
+                ago_s = round(time.monotonic() - swap.began_s, 1)
+                entry["last_swap"] = {
+                    "method": swap.method,
+                    "reason": swap.reason,
+                    "swap_s": round(swap.swap_s, 4),
+                    "ago_s": ago_s,
+                }
+        return told
+
+    def swap_counts(self) -> dict[tuple[str, str, str], int]:
+        """Swaps by unit, method and reason."""
+        return dict(self.counts)
+
+    def states(self) -> dict[str, ExpertState]:
+        """Each expert's state, with the time until it could answer if it were its turn."""
+        told = {}
+        left_s = max(0.5, self._start_s - (time.monotonic() - self._started_at))
+        for name, state in self._states.items():
+            known = self._known[self._unit_of[name]]
+            if self._engine is None and state.state is Residency.LOADING:
+                eta_s = float(round(left_s))
+            elif state.state is Residency.HOST:
+                eta_s = round(known.swap_s, 3)
+            elif state.state in (Residency.DISK, Residency.LOADING):
+                eta_s = round(known.fill_s + known.swap_s, 1)
+            else:
+                eta_s = 0.0
+            told[name] = replace(state, eta_s=eta_s, swap_s=round(known.swap_s, 3))
+        return told
+
+    def view(self, pool_units: Iterable[str]) -> Place:
+        """This slot as the pool's placement sees it."""
+        now_s = time.monotonic()
+        engine = self._engine
+        able = engine.exchangeable if engine is not None else frozenset()
+        return Place(
+            self._slot_view(now_s),
+            self._unit_views(now_s, able),
+            frozenset(pool_units) & able,
+            self._start_s,
+            settled=engine is not None and self._filling_unit is None and self._is_settled(),
+        )
+
+    def _is_settled(self) -> bool:
+        return not self._retired
+
+    def _waiting_in(self, unit: str) -> int:
+        return sum(self._queues.counts(name)[0] for name in self._units[unit].experts)
+
+    def _slot_view(self, now_s: float) -> SlotView:
+        running = sum(self._queues.counts(name)[1] for name in self._units[self._unit].experts)
+        return SlotView(
+            self._unit,
+            now_s - self._since_s,
+            running,
+            self._waiting_in(self._unit),
+            self._drain_s,
+            closing=self._closed_s is not None,
+        )
+
+    def _unit_views(self, now_s: float, exchangeable: frozenset[str]) -> list[UnitView]:
+        views = []
+        for name, unit in self._units.items():
+            known = self._known[name]
+            gone = known.failed_until > now_s or name in self._retired
+            if gone and name != self._unit:
+                continue
+            waiting = [t for expert in unit.experts for t in self._queues.waiting_for(expert)]
+            at_host = known.tier in (Residency.HOST, Residency.DEVICE)
+            views.append(
+                UnitView(
+                    name=name,
+                    tier=known.tier if self._filling_unit != name else Residency.LOADING,
+                    waiting=len(waiting),
+                    waiting_tokens=sum(ticket.tokens for ticket in waiting),
+                    oldest_s=max((now_s - t.arrived_s for t in waiting), default=0.0),
+                    demand_per_s=known.demand_per_s(now_s),
+                    host_bytes=known.host_bytes,
+                    bring_s=known.fill_s,
+                    swap_s=(known.swap_s + (0.0 if at_host else known.fill_s))
+                    if name in exchangeable
+                    else self._start_s,
+                    pinned=known.pinned,
+                    exchangeable=name in exchangeable,
+                )
+            )
+        return views

@@ -1,0 +1,70 @@
+"""The units of a shared slot: who they are, and what is known of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from service.types import Residency
+
+_HALF_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """An expert with full weights, and the adapters that come with it.
+
+    size_bytes: of its weights in memory, as its files tell; 0 where they are not known.
+    """
+
+    name: str
+    experts: tuple[str, ...]
+    pinned: bool = False
+    size_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Known:
+    """What is known of one unit. Times in s, sizes in bytes; guesses until it was measured."""
+
+    host_bytes: int = 0
+    fill_s: float = 0.0
+    swap_s: float = 0.0
+    pinned: bool = False
+    tier: Residency = Residency.DISK
+    demand: float = 0.0
+    demand_at: float = 0.0
+    failed_until: float = 0.0
+    deaths: int = 0
+    wanted: bool = False
+
+    def asked(self, amount: float, now_s: float) -> None:
+        """Somebody wants it: utility."""
+        self.demand = self.faded(now_s) + amount
+        self.demand_at = now_s
+
+    def faded(self, now_s: float) -> float:
+        """What was asked, the weight of each asking halving every 30 s."""
+        if not self.demand:
+            return 0.0
+        faded: float = self.demand * 0.5 ** ((now_s - self.demand_at) / _HALF_S)
+        return faded
+
+    def demand_per_s(self, now_s: float) -> float:
+        """As a moving average. Asked for by hand counts as asked for just now."""
+        return max(self.faded(now_s), float(self.wanted)) / _HALF_S
+
+    def begins_anew(self) -> None:
+        """It goes to another slot: what was measured stays, where it was does not."""
+        self.tier = Residency.DISK
+        self.deaths = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """One swap that happened: times are `time.monotonic` seconds."""
+
+    unit: str
+    method: str
+    reason: str
+    began_s: float
+    swap_s: float
