@@ -110,7 +110,11 @@ def _movable(place: Place) -> list[UnitView]:
 
 
 def _wait_s(place: Place, unit: UnitView, policy: Policy) -> float:
-    """About how long until it is this unit's turn where it is."""
+    """About how long until it is this unit's turn where it is.
+
+    How long the running unit's queue goes on nobody knows. So a wait is taken to last as
+    long again as it has: who rents until that cost as much as buying pays at most twice.
+    """
     slot = place.slot
     rounds = 1 + slot.waiting / max(1, slot.running)
     wait_s = max(policy.min_stay_s - slot.stayed_s, slot.drain_s * rounds, 0.0) + unit.swap_s
@@ -119,7 +123,7 @@ def _wait_s(place: Place, unit: UnitView, policy: Policy) -> float:
         first = other.waiting and other.name not in (unit.name, slot.running_unit)
         if first and urgency(other, policy) > mine:
             wait_s += other.swap_s + max(policy.min_stay_s, slot.drain_s)
-    return wait_s
+    return max(wait_s, unit.oldest_s)
 
 
 def _cost_s(place: Place, unit: UnitView) -> float:

@@ -14,6 +14,7 @@ from service.config import SimulatedOptions
 from service.engine.protocol import EngineReport, EngineRequest, Exchanged, Filled, Message, Send
 from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, EngineDead, ExpertFailed
+from service.pool.lease import Again
 from service.pool.planner import Policy
 from service.pool.swap_slot import SwapSlot
 from service.pool.units import Known, Unit
@@ -134,15 +135,24 @@ class Stage:
         pinned: str = "",
         capacity: int = 2,
         prefetch: bool = True,
+        preempt: bool = False,
     ) -> None:
         self.world = world
         self.waits: list[float] = []
         self.running = 0
         self.most_running = 0
+        self.asked = 0
+        self.put_back = 0
         self.slot = SwapSlot(
             tuple(Unit(u.name, u.experts, u.name == pinned) for u in UNITS),
             lambda unit: FaultyEngine(unit, world),
-            Policy(min_stay_s=STAY_S, max_wait_s=WAIT_S, host_bytes=world.bound, prefetch=prefetch),
+            Policy(
+                min_stay_s=STAY_S,
+                max_wait_s=WAIT_S,
+                host_bytes=world.bound,
+                prefetch=prefetch,
+                preempt=preempt,
+            ),
             capacity=capacity,
             max_waiting=3,
             start_guess_s=LOAD_S,
@@ -150,36 +160,59 @@ class Stage:
             changed=lambda: None,
         )
 
-    async def ask(self, expert: str, tokens: int = 1) -> str:
-        """One client: how its request ended, by its error's code or "ok"."""
-        body = orjson.dumps({"prompt": "x", "max_tokens": tokens, "stream": True})
+    async def ask(self, expert: str, tokens: int = 1, stream: bool | None = None) -> str:
+        """One client: how its request ended, by its error's code or "ok".
+
+        Every other one wants its answer whole, so that it may be put back until the end.
+        """
+        self.asked += 1
+        stream = self.asked % 2 == 0 if stream is None else stream
+        body = orjson.dumps({"prompt": "x", "max_tokens": tokens, "stream": stream})
         request = EngineRequest("/v1/completions", expert, body, "r")
         sent: list[Message] = []
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        try:
-            async with self.slot.lease(expert, tokens) as lease:
-                self.waits.append(lease.queue_s)
-                self.running += 1
-                self.most_running = max(self.most_running, self.running)
-                try:
-                    await lease.engine.run(request, send)
-                finally:
-                    self.running -= 1
-        except EngineDead as error:
-            self.slot.lost()
-            return error.code
-        except CoeError as error:
-            return error.code
+        again: Again | None = None
+        while True:
+            try:
+                await self._run(request, tokens, again, sent)
+                break
+            except Again as back:
+                if sent:
+                    self.world.wrong.append("put back after its first byte")
+                again = back
+                self.put_back += 1
+            except EngineDead as error:
+                self.slot.lost()
+                return error.code
+            except CoeError as error:
+                return error.code
         ends = [m for m in sent if m["type"] == "http.response.body" and not m.get("more_body")]
         if len(ends) != 1:
             self.world.wrong.append(f"{len(ends)} ends of one answer")
         whole = b"".join(m.get("body", b"") for m in sent)
-        if b'"error"' not in whole and f'"{expert}:"'.encode() not in whole:
+        if b'"error"' not in whole and f'"{expert}:'.encode() not in whole:
             self.world.wrong.append(f"{expert} was answered {whole[:200]!r}")
         return "ok"
+
+    async def _run(
+        self, request: EngineRequest, tokens: int, again: Again | None, sent: list[Message]
+    ) -> None:
+        async with self.slot.lease(request.expert, tokens, again=again) as lease:
+            void = False
+
+            async def send(message: Message) -> None:
+                nonlocal void
+                if message["type"] == "http.response.start":
+                    void = not lease.begun()
+                if not void:
+                    sent.append(message)
+
+            self.waits.append(lease.queue_s)
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
+            try:
+                await lease.engine.run(request, send)
+            finally:
+                self.running -= 1
 
 
 def on_clock(monkeypatched: Any, now: Callable[[], float]) -> None:

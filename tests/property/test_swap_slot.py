@@ -172,24 +172,27 @@ def play(story: list[Any], world: World, **given: Any) -> tuple[Stage, list[Any]
     bounds,
     st.sampled_from([SIZE, SIZE + 5]),
     st.sampled_from(["", "b", "d"]),
+    st.booleans(),
 )
 def test_whatever_breaks_every_request_ends_once_and_meets_its_own_weights(
-    seed: int, bound: int | None, size_guess: int, pinned: str
+    seed: int, bound: int | None, size_guess: int, pinned: str, preempt: bool
 ) -> None:
     world = World(bound, lambda: 0.0)
-    _, outcomes = play(a_story(seed, rough=0.1), world, size_guess=size_guess, pinned=pinned)
+    _, outcomes = play(
+        a_story(seed, rough=0.1), world, size_guess=size_guess, pinned=pinned, preempt=preempt
+    )
     known = {"ok", "engine_dead", "over_capacity", "expert_failed"}
     strange = [o for o in outcomes if not isinstance(o, asyncio.CancelledError) and o not in known]
     assert strange == []
 
 
 @settings(max_examples=60, deadline=None)
-@given(seeds, bounds, st.sampled_from(["", "b"]))
+@given(seeds, bounds, st.sampled_from(["", "b"]), st.booleans())
 def test_where_nothing_breaks_all_are_answered_within_the_bound(
-    seed: int, bound: int | None, pinned: str
+    seed: int, bound: int | None, pinned: str, preempt: bool
 ) -> None:
     world = World(bound, lambda: 0.0)
-    stage, outcomes = play(a_story(seed, rough=0.0), world, pinned=pinned)
+    stage, outcomes = play(a_story(seed, rough=0.0), world, pinned=pinned, preempt=preempt)
     ended = [o for o in outcomes if not isinstance(o, asyncio.CancelledError)]
     assert set(ended) <= {"ok", "over_capacity"}
     assert max(stage.waits, default=0.0) <= WAIT_S + len(UNITS) * TURN_S

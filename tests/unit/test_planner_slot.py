@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.property.test_slot import FastTime
 from tests.support.waiting import until
 
 
-def play(world: World, act: Callable[[Stage], Awaitable[None]]) -> Stage:
+def play(world: World, act: Callable[[Stage], Awaitable[None]], **given: Any) -> Stage:
     """One act on a stage with a clock of its own."""
     stages: list[Stage] = []
 
@@ -23,7 +24,7 @@ def play(world: World, act: Callable[[Stage], Awaitable[None]]) -> Stage:
         clock = FastTime(asyncio.get_running_loop())
         with pytest.MonkeyPatch.context() as patch:
             on_clock(patch, lambda: clock.now_s)
-            stage = Stage(world, prefetch=False)
+            stage = Stage(world, prefetch=False, **given)
             stages.append(stage)
             supervisor = asyncio.create_task(stage.slot.supervise(asyncio.Lock()))
             try:
@@ -127,5 +128,72 @@ def test_what_is_being_swapped_in_can_not_be_evicted() -> None:
             await asyncio.sleep(0.005)
         assert refused
         assert await waiting == "ok"
+
+    play(world(), act)
+
+
+@pytest.mark.parametrize("preempt", [True, False])
+def test_running_requests_are_put_back_or_waited_for(preempt: bool) -> None:
+    async def act(stage: Stage) -> None:
+        ends: list[str] = []
+
+        async def ask(expert: str, tokens: int) -> None:
+            assert await stage.ask(expert, tokens, stream=False) == "ok"
+            ends.append(expert)
+
+        await ask("c", 1)
+        await ask("b", 1)  # c is held now
+        whole = asyncio.create_task(ask("b", 300))  # 3 s, and nothing of it goes out before
+        await until(lambda: stage.running == 1, "it runs", timeout_s=5)
+        other = asyncio.create_task(ask("c", 2))
+        await asyncio.gather(whole, other)
+        # Put back once, and run to its end at the second time.
+        assert stage.put_back == preempt
+        assert ends == (["c", "b", "c", "b"] if preempt else ["c", "b", "b", "c"])
+
+    play(world(), act, preempt=preempt)
+
+
+def test_a_request_that_streams_is_waited_for_and_one_is_put_back_but_once() -> None:
+    async def act(stage: Stage) -> None:
+        assert await stage.ask("c") == "ok"
+        stream = asyncio.create_task(stage.ask("b", 100, stream=True))
+        await until(lambda: stage.running == 1, "it runs", timeout_s=5)
+        await asyncio.sleep(0.1)  # its first byte is out
+        assert await stage.ask("c") == "ok"
+        assert await stream == "ok"
+        assert stage.put_back == 0
+        whole = asyncio.create_task(stage.ask("b", 300, stream=False))
+        await until(lambda: stage.running == 1, "it runs", timeout_s=5)
+        assert await stage.ask("c") == "ok"
+        assert stage.put_back == 1
+        assert not whole.done()
+        await until(lambda: stage.running == 1, "it runs again", timeout_s=5)
+        assert await stage.ask("c") == "ok"
+        assert whole.done(), "it was put back again"
+        assert await whole == "ok"
+        assert stage.put_back == 1
+
+    play(world(), act, preempt=True)
+
+
+def test_a_unit_that_goes_tells_who_waits_and_frees_its_memory() -> None:
+    async def act(stage: Stage) -> None:
+        assert await stage.ask("b") == "ok"
+        assert await stage.ask("c") == "ok"
+        whole = asyncio.create_task(stage.ask("c", 100))
+        await until(lambda: stage.running == 1, "it runs", timeout_s=5)
+        waiting = asyncio.create_task(stage.ask("d"))
+        others = asyncio.create_task(stage.ask("b"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await stage.slot.retire("d", "expert 'd' is not in the config any more")
+        assert await waiting == "model_not_found"
+        # The one that runs goes when its requests have ended, and another comes.
+        await stage.slot.retire("c", "expert 'c' is not in the config any more")
+        assert await whole == "ok"
+        assert await others == "ok"
+        assert stage.slot.experts == ("a", "a-tuned", "b")
+        assert stage.world.engines[-1].held == {"b"}
 
     play(world(), act)
