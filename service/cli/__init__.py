@@ -12,12 +12,16 @@ from service.errors import CoeError, ConfigError
 
 # Where each command is, and the line that `coe --help` shows without importing it.
 _COMMANDS = {
+    "init": ("service.cli.init:init", "Look at this machine and write a config that fits it."),
     "serve": ("service.cli.serve:serve", "Start the service on this machine."),
     "check": ("service.cli.serve:check", "Validate a config and print its memory plan."),
     "models": ("service.cli.models:models", "The models on this machine."),
+    "chat": ("service.cli.chat:chat", "Talk to the experts; the route under each answer."),
+    "top": ("service.cli.top:top", "Experts, queues, swaps and routes, live."),
     "route": ("service.cli.route:route", "Show which expert would answer a prompt, and why."),
     "experts": ("service.cli.experts:experts", "Where each expert's weights are; move them."),
     "keys": ("service.cli.keys:keys", "API keys: make, list, rotate, revoke."),
+    "completion": ("service.cli.completion:completion", "Completion for bash, zsh or fish."),
     "router": ("router_models.cli:group", "Fit and judge routers on recorded outcomes."),
 }
 

@@ -41,11 +41,15 @@ def experts(ctx: click.Context, url: str, as_json: bool, watch: bool) -> None:
 def _operation(act: str, text: str) -> None:
     @experts.command(name=act, help=text)
     @click.argument("name")
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
     @click.pass_obj
-    def operate(url: str, name: str) -> None:
+    def operate(url: str, name: str, as_json: bool) -> None:
         from urllib.parse import quote
 
         done = admin(url, "POST", f"/admin/experts/{quote(name)}/{act}")
+        if as_json:
+            click.echo(json.dumps(done))
+            return
         click.echo(f"{act}: {name} in {done['pools']} pool(s)")
 
 

@@ -1,0 +1,66 @@
+"""Reading a running service's event streams from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from service.errors import CoeError
+
+
+def api_headers() -> dict[str, str]:
+    """The API key of $COE_API_KEY, where there is one."""
+    key = os.environ.get("COE_API_KEY")
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
+def admin_headers() -> dict[str, str]:
+    """The admin key of this user's file, where there is one."""
+    from service.link.secret import admin_key_path, read_secret
+
+    try:
+        return {"authorization": f"Bearer {read_secret(admin_key_path())}"}
+    except OSError:
+        return {}
+
+
+def open_stream(
+    url: str, path: str, headers: dict[str, str], body: dict[str, Any] | None = None
+) -> Any:
+    """A reply whose body is still to be read, as a context manager. Raises CoeError."""
+    import urllib.error
+    import urllib.request
+
+    request = urllib.request.Request(
+        url.rstrip("/") + path,
+        data=json.dumps(body).encode() if body is not None else None,
+        headers={"content-type": "application/json", **headers},
+    )
+    try:
+        return urllib.request.urlopen(request, timeout=130)
+    except urllib.error.HTTPError as error:
+        with error:
+            try:
+                message = json.load(error)["error"]["message"]
+            except (ValueError, KeyError, TypeError):
+                message = f"status {error.code}"
+        raise CoeError(f"{url}: {message}") from None
+    except OSError as error:
+        raise CoeError(f"{url} can't be reached: {getattr(error, 'reason', error)}") from None
+
+
+def events(reply: Any) -> Iterator[tuple[str, str]]:
+    """Server-sent events as (name, data), until the stream ends."""
+    name, data = "message", ""
+    for raw in reply:
+        line = raw.decode().rstrip("\r\n")
+        if not line:
+            if data:
+                yield name, data
+            name, data = "message", ""
+        elif line.startswith("event:"):
+            name = line[6:].strip()
+        elif line.startswith("data:"):
+            data += line[5:].removeprefix(" ")

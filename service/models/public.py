@@ -1,0 +1,68 @@
+"""Public models that `coe init` proposes: facts from their model cards, nothing fetched.
+
+Sizes are those of the safetensors files as published (bfloat16).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GB = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class PublicModel:
+    """A model by its id on the hub (or a name of the built-in catalogue)."""
+
+    source: str
+    category: str
+    licence: str
+    parameters: float
+    weight_bytes: int
+    about: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trio:
+    """Models of one family and size, one for each category that the demo's router knows."""
+
+    name: str
+    models: tuple[PublicModel, ...]
+    context_tokens: int
+
+    @property
+    def largest_bytes(self) -> int:
+        """Of its weights as published."""
+        return max(model.weight_bytes for model in self.models)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all its weights as published."""
+        return sum(model.weight_bytes for model in self.models)
+
+    @property
+    def parameters(self) -> float:
+        """Of its largest model."""
+        return max(model.parameters for model in self.models)
+
+
+def _qwen(size: str, parameters: float, weight_bytes: int, *, math: bool) -> Trio:
+    def one(part: str, category: str, about: str) -> PublicModel:
+        source = f"Qwen/Qwen2.5-{part}{size}-Instruct"
+        return PublicModel(source, category, "Apache-2.0", parameters, weight_bytes, about)
+
+    models = [one("", "general", "for anything"), one("Coder-", "code", "programs")]
+    if math:
+        models.append(one("Math-", "math", "mathematics, step by step"))
+    # The mathematical models are trained for 4,096 tokens.
+    return Trio(f"Qwen2.5 {size}", tuple(models), 4096)
+
+
+# Largest first. Of this family 3B and 72B have another licence, and are left out.
+TRIOS = (
+    _qwen("32B", 32.8e9, int(65.6 * GB), math=False),
+    _qwen("14B", 14.8e9, int(29.6 * GB), math=False),
+    _qwen("7B", 7.62e9, int(15.3 * GB), math=True),
+    _qwen("1.5B", 1.54e9, int(3.1 * GB), math=True),
+    _qwen("0.5B", 0.49e9, int(1.0 * GB), math=False),
+)

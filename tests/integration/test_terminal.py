@@ -1,0 +1,93 @@
+"""`coe chat`, `coe top` and `coe route` against a running service."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from textual.widgets import DataTable, Static
+
+from service.cli import cli
+from service.cli.top import make_app
+from tests.support.serving import ADMIN_KEY, chat, simulated, site
+from tests.support.waiting import until
+
+TURNS = simulated(
+    {"cpu": {"tokens": 6, "swap_s": 0.01}},
+    experts={"general": {"model": "m", "categories": ["general"]}, "math": {"model": "m"}},
+    kinds={"cpu": {"slots": 1, "swap": {"min_stay_s": 0}}},
+)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's files: the admin key's."""
+    monkeypatch.setenv("COE_HOME", str(tmp_path))
+    (tmp_path / "admin-key").write_text(ADMIN_KEY)
+
+
+async def coe(*words: str, given: str | None = None) -> Result:
+    return await asyncio.to_thread(CliRunner().invoke, cli, words, input=given)
+
+
+async def test_a_prompt_and_the_route_under_its_answer() -> None:
+    async with site(TURNS) as s:
+        told = await coe("chat", "hello there", "--url", s.url)
+        assert told.exit_code == 0, told.output
+        answer, route = told.output.strip().split("\n")
+        assert answer.startswith("general:")
+        assert route.startswith("↳ general · general, ")
+        for step in ("route", "queue", "swap", "prefill", "decode"):
+            assert f"{step} " in route
+        assert "6 tokens" in route
+
+
+async def test_a_conversation_keeps_its_turns() -> None:
+    async with site(TURNS) as s:
+        told = await coe("chat", "--url", s.url, "-m", "math", "--json", given="one\n\ntwo\n")
+        lines = [json.loads(line) for line in told.output.strip().split("\n")]
+        assert [one["expert"] for one in lines] == ["math", "math"]
+        assert lines[0]["category"] is None
+        asked = s.pools["cpu"].engine.asked[-1]
+        turns = json.loads(asked.body)["messages"]
+        assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
+
+
+async def test_errors_are_one_line() -> None:
+    async with site(TURNS) as s:
+        told = await coe("chat", "hi", "--url", s.url, "-m", "nobody")
+        assert "nobody" in str(told.exception)
+    told = await coe("chat", "hi", "--url", "http://127.0.0.1:9")
+    assert "can't be reached" in str(told.exception)
+
+
+async def test_every_table_can_be_json() -> None:
+    async with site(TURNS) as s:
+        top = json.loads((await coe("top", "--json", "--url", s.url)).output)
+        assert [one["name"] for one in top["experts"]] == ["general", "math"]
+        experts = json.loads((await coe("experts", "--json", "--url", s.url)).output)
+        assert "math" in next(iter(experts["pools"].values()))
+        done = json.loads((await coe("experts", "--url", s.url, "pin", "math", "--json")).output)
+        assert done == {"expert": "math", "done": "pin", "pools": 1}
+        route = json.loads((await coe("route", "hi", "--url", s.url, "--json")).output)
+        assert route["chosen"] == "general"
+
+
+async def test_top_follows_experts_and_routes_and_moves_weights() -> None:
+    async with site(TURNS) as s:
+        app = make_app(s.url)
+        async with app.run_test(size=(140, 40)) as pilot:
+            experts = app.query_one("#experts", DataTable)
+            routes = app.query_one("#routes", DataTable)
+            await until(lambda: experts.row_count == 2, "the experts are shown")
+            await s.ask(chat(model="math"))
+            await until(lambda: routes.row_count == 1, "the request is shown")
+            assert "math" in routes.get_row_at(0)
+            await until(lambda: experts.get_row_at(1)[2] == "device", "the swap is shown")
+            await pilot.press("p")
+            said = app.query_one("#said", Static)
+            await until(lambda: "pin general: done" in str(said.render()), "it was pinned")
+            await pilot.press("q")
