@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,14 @@ from service.api.admission import Admission, Called
 from service.api.answering import Answering
 from service.api.feedback import Feedback
 from service.api.gateway import Gateway
+from service.api.guard.guard import Guard
+from service.api.guard.screen import Screen
 from service.api.keyring import Keyring, any_key
 from service.api.plan import Assess, Router
 from service.api.relay import Relay
 from service.api.seats import RemoteSeat
 from service.api.spending import Spending
+from service.api.trips import Trips
 from service.api.worth import Worth
 from service.broker.book import Book
 from service.broker.ledger import Ledger
@@ -70,6 +73,7 @@ class GatewayProcess:
     """A gateway with what it holds: links to pools, clients of remote experts.
 
     `node`: folder where the node's processes find each other's metrics (`node_folder`).
+    `screens` take the places of the guard's own, by name.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class GatewayProcess:
         wake: Callable[[str], None],
         behind_serve: bool,
         node: Path | None = None,
+        screens: Mapping[str, Screen] | None = None,
     ) -> None:
         self.directory = Directory(gateway_id, secret)
         self._seats = {
@@ -93,6 +98,14 @@ class GatewayProcess:
             for name, expert in config.experts.items()
             if expert.remote is not None
         }
+        trips = Trips(
+            config.server.breaker,
+            {
+                name: expert.remote.url
+                for name, expert in config.experts.items()
+                if expert.remote is not None
+            },
+        )
         self.store = open_store(config, gateway_id)
         book = key_book(config, self.store)
         self._keyring = Keyring(config, book)
@@ -100,7 +113,7 @@ class GatewayProcess:
         self._spending = Spending(self.ledger, any_budgets=_any_budgets(config))
         routing = Routing(config)
         self._relay = Relay(
-            routing.book, routing.market, self.directory, self._seats, wake, self._spending
+            routing.book, routing.market, self.directory, self._seats, wake, self._spending, trips
         )
         self._feedback = Feedback(
             config.feedback,
@@ -126,9 +139,12 @@ class GatewayProcess:
             admin_key=admin_key,
             traces=self._traces,
             behind_serve=behind_serve,
+            guard=Guard(config, screens),
         )
         metrics, labels = self.gateway.metrics, {"gateway": gateway_id}
         metrics.meter.on_read(self._read)
+        trips.meter = metrics.meter
+        metrics.meter.on_read(trips.read)
         self._node = _node_target(
             config, node, f"gateway-{gateway_id}", lambda: metrics.text(labels)
         )

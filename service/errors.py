@@ -78,6 +78,16 @@ class NotAllowed(InvalidRequest):
     code = "not_allowed"
 
 
+class GuardRefused(InvalidRequest):
+    """The tenant's guard lets no such prompt through (400)."""
+
+    code = "guard_refused"
+
+    def __init__(self, message: str, *, screen: str = "", param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.screen = screen
+
+
 class UnknownModel(CoeError):
     """No expert of that name (404)."""
 
@@ -163,6 +173,12 @@ class ExpertFailed(Unavailable):
     code = "expert_failed"
 
 
+class CircuitOpen(Unavailable):
+    """It failed too often of late and is left alone for a while (503)."""
+
+    code = "circuit_open"
+
+
 class Draining(Unavailable):
     """This pool is stopping and takes no new work: the gateway chooses again (503)."""
 
@@ -188,17 +204,41 @@ class EngineDead(Unavailable):
 
 
 class DeadlineExceeded(Unavailable):
-    """The request's deadline passed before an answer began (504)."""
+    """The request's deadline passed before an answer began (504).
+
+    `silent`: somebody had the request all that time and said nothing.
+    """
 
     code = "deadline_exceeded"
+    silent = False
+
+
+class EngineSilent(DeadlineExceeded):
+    """The deadline passed while an engine had the request and said nothing (504)."""
+
+    code = "engine_silent"
+    silent = True
 
 
 class UpstreamError(CoeError):
-    """A remote expert answered with an error of its own (its status is passed on)."""
+    """A remote expert answered with an error of its own (its status is passed on).
+
+    `limited`: it has too much to do, or we asked too often. `unreachable`: it gave no answer.
+    """
 
     code = "upstream_error"
 
-    def __init__(self, message: str, *, status: int = 502, retry_after_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 502,
+        retry_after_s: float = 1.0,
+        limited: bool = False,
+        unreachable: bool = False,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
+        self.limited = limited
+        self.unreachable = unreachable

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,13 @@ from service.api import catalog
 from service.api.accounts import Accounts
 from service.api.admission import Admission, Admitted
 from service.api.answering import Answering
-from service.api.body import ENDPOINTS, Asked, read_asked
+from service.api.body import ENDPOINTS, Asked
 from service.api.console.endpoints import console_routes
 from service.api.console.feed import Feed
 from service.api.console.recent import Recent, account
 from service.api.feedback import read_vote
-from service.api.limits import Limits
+from service.api.guard.guard import Guard
+from service.api.intake import Intake
 from service.api.passage import Passage
 from service.api.plan import Plan, Router
 from service.api.relay import Relay
@@ -91,6 +92,7 @@ class Gateway:
         admin_key: str | None = None,
         traces: Traces | None = None,
         behind_serve: bool = False,
+        guard: Guard | None = None,
     ) -> None:
         self._config = config
         self._router = router
@@ -102,9 +104,11 @@ class Gateway:
         self._remote_states = remote_states
         self._behind_serve = behind_serve
         self._admin_key = admin_key
-        self._limits = Limits(config)
         self._created_s = int(time.time())
         self.metrics = GatewayMetrics()
+        self._intake = Intake(
+            config, guard or Guard(config), admission.identify, self.metrics.meter
+        )
         self.metrics.meter.on_read(self._read_pools)
         self._neighbours = neighbours
         self._traces = traces
@@ -136,7 +140,8 @@ class Gateway:
                 given = trace_of(dict(scope["headers"]))
                 passage.trace = self._traces.begin(given, scope["path"], began_s)
                 log_fields(trace_id=passage.trace.trace_id)
-            asked = await self._read(scope["path"], scope["headers"], receive)
+            verdict = await self._intake.read(scope["path"], scope["headers"], receive)
+            asked = verdict.asked
             client_id = asked.client_id
             log_fields(request_id=client_id)
             streamed = asked.stream
@@ -148,7 +153,7 @@ class Gateway:
             if passage.trace is not None:
                 passage.trace.asked(asked.request_id, asked.model, streamed, asked.data)
                 passage.trace.routed(category, plan.confidence, began_s, route_s)
-            told = _headers(plan, route_s) + self._id_header(client_id)
+            told = _headers(plan, route_s) + self._id_header(client_id) + verdict.headers
             plan = self._answering.affordable(asked, plan)
             async with self._admitted(asked, plan, passage) as (admitted, plan):
                 told += admitted.headers
@@ -211,26 +216,6 @@ class Gateway:
                 yield admitted, tried
                 return
 
-    async def _read(
-        self, path: str, pairs: Iterable[tuple[bytes, bytes]], receive: Receive
-    ) -> Asked:
-        """A request, understood and within every bound. Raises InvalidRequest, ClientGone."""
-        server = self._config.server
-        pairs = list(pairs)
-        self._limits.headers(pairs)
-        headers = dict(pairs)
-        tenant = self._admission.identify(headers)
-        raw = await read_body(
-            receive,
-            server.max_body_bytes,
-            declared=headers.get(b"content-length", b""),
-            timeout_s=server.limits.body_timeout_s,
-        )
-        self._limits.shape(raw)
-        asked = read_asked(path, raw, headers, server.deadline_ms, tenant)
-        self._limits.fields(asked.data)
-        return asked
-
     async def _fail(self, error: CoeError, client_id: str, passage: Passage, send: Send) -> None:
         if passage.status:
             # The reply has begun and is no stream: cutting it short is all that is left.
@@ -289,11 +274,13 @@ class Gateway:
 
         @app.post("/v1/route")
         async def route(request: Request) -> Response:
-            asked = await self._read(
+            verdict = await self._intake.read(
                 "/v1/chat/completions", request.scope["headers"], request.receive
             )
+            asked = verdict.asked
             plan = self._router.plan(asked)
-            return _json(self._answering.explain(asked, plan))
+            told = self._answering.explain(asked, plan)
+            return _json({**told, "guard": verdict.explained()})
 
         if self._answering.feedback.enabled:
 

@@ -22,6 +22,7 @@ from service.api.plan import Plan
 from service.api.reply import Reply
 from service.api.seats import RemoteSeat, seats_view
 from service.api.spending import Spending
+from service.api.trips import Trips
 from service.api.unmet import Unmet
 from service.api.wish import wish_for
 from service.broker.board import REMOTE, Board, PoolView
@@ -34,6 +35,7 @@ from service.errors import (
     CoeError,
     DeadlineExceeded,
     EngineDead,
+    EngineSilent,
     ExpertFailed,
     InvalidRequest,
     OverCapacity,
@@ -67,10 +69,12 @@ class Relay:
         seats: Mapping[str, RemoteSeat],
         wake: Callable[[str], None],
         spending: Spending,
+        trips: Trips,
     ) -> None:
         self.spending = spending
         self.conversations = Conversations()
         self.book = book
+        self.trips = trips
         self.market = market
         self._board = Board(book.index)
         self._directory = directory
@@ -109,6 +113,7 @@ class Relay:
         views: list[PoolView] | None = None,
     ) -> Weighed:
         """Every way to answer this now. Sends nothing."""
+        banned |= self.trips.blocked()
         wish = wish_for(
             self.market,
             asked,
@@ -139,6 +144,7 @@ class Relay:
         passage = reply.passage
         fault: CoeError | None = None
         single = plan.only(self.book.single[plan.rows])
+        self.trips.began()
         while True:
             option = self._next(asked, single, passage, fault, deadline_s, first)
             first = None
@@ -150,9 +156,15 @@ class Relay:
             passage.local = option.boot != REMOTE
             passage.predicted_s = option.wait_s
             passage.attempts += 1
+            if (tried := passage.tried[option.expert, option.boot]) > 0:
+                await self.trips.pause(tried)
             passage.tried[option.expert, option.boot] += 1
+            left_s = deadline_s - time.monotonic()
             try:
-                with _traced(passage.trace, option, asked) as trace:
+                with (
+                    _traced(passage.trace, option, asked) as trace,
+                    self.trips.attempt(option.expert, option.boot, left_s),
+                ):
                     await self._attempt(option, asked, deadline_s, reply, trace)
                 return
             except (Unavailable, UpstreamError) as error:
@@ -163,6 +175,9 @@ class Relay:
                 if isinstance(error, DeadlineExceeded):
                     raise
                 passage.failed.append((option.expert, error.code))
+                self.trips.forget_all_but([view.boot for view in self.views()])
+                if not self.trips.may_retry(error):
+                    raise
 
     def begin(self, asked: Asked, plan: Plan) -> Weighed:
         """The first choice for a request: tells pools of what it would rather have had."""
@@ -214,6 +229,9 @@ class Relay:
                 passage.predicted_cost = float(weighed.cost[at])
                 return weighed.option(expert)
         experts = self._experts(plan)
+        shut = self.trips.blocked()
+        if any((name, v.boot) in shut and usable(v, name) for v in views for name in experts):
+            raise fault if fault is not None else self.trips.refusal(experts)
         if fault is not None and not isinstance(fault, (PoolGone, EngineDead)):
             raise fault
         if isinstance(fault, EngineDead) and any(
@@ -268,6 +286,10 @@ class Relay:
         reply.first_byte_limit = limit if remote and asked.stream else None
         reply.sent_s = time.monotonic()
         reply.passage.pool = option.boot
+        # The one before may not have ended yet in the engine: no two have the same id.
+        again = reply.passage.attempts - 1
+        attempt_id = f"{asked.request_id}-again{again}" if again else asked.request_id
+        handed = asyncio.Event()
         spent = Spent(option.expert, self.market.price(option.expert))
         reply.spent = spent
         try:
@@ -276,15 +298,16 @@ class Relay:
                     seat = self._seats[option.expert]
                     reply.passage.calls.append(spent)
                     await seat.run(
-                        EngineRequest(asked.endpoint, option.expert, body, asked.request_id, trace),
+                        EngineRequest(asked.endpoint, option.expert, body, attempt_id, trace),
                         reply,
+                        handed,
                     )
                     return
                 link = self._link(option.boot)
                 call = Call(
                     endpoint=asked.endpoint,
                     expert=option.expert,
-                    request_id=asked.request_id,
+                    request_id=attempt_id,
                     deadline_ms=left_ms,
                     stream=asked.stream,
                     gateway=self._directory.gateway,
@@ -298,7 +321,9 @@ class Relay:
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise _too_late(asked) from None
+            raise _too_late(
+                asked, silent=asked.stream and (handed.is_set() or not remote)
+            ) from None
 
     def _link(self, boot: str) -> PoolLink:
         for link in self._directory.links():
@@ -310,9 +335,9 @@ class Relay:
         self, answer: PoolReply, asked: Asked, limit: asyncio.Timeout, reply: Reply
     ) -> None:
         fault = answer.headers.get(FAULT_HEADER.decode())
-        if fault == DeadlineExceeded.code:
+        if fault in (DeadlineExceeded.code, EngineSilent.code):
             # In the client's own figure: the pool knows only what was left of it.
-            raise _too_late(asked)
+            raise _too_late(asked, silent=fault == EngineSilent.code)
         if fault in _RETRIED:
             raise _fault_from(fault, await _whole(answer), answer.headers.get("retry-after"))
         content_type = answer.headers.get("content-type", "application/json").encode("latin-1")
@@ -352,8 +377,10 @@ def _traced(
     return trace.attempt(option.expert, option.boot or None)
 
 
-def _too_late(asked: Asked) -> DeadlineExceeded:
-    return DeadlineExceeded(f"no answer within the deadline of {asked.deadline_ms} ms")
+def _too_late(asked: Asked, *, silent: bool) -> DeadlineExceeded:
+    kind = EngineSilent if silent else DeadlineExceeded
+    said = f"no answer within the deadline of {asked.deadline_ms} ms"
+    return kind(said, code=DeadlineExceeded.code)
 
 
 def _start(status: int, headers: list[tuple[bytes, bytes]]) -> Message:

@@ -31,8 +31,13 @@ class RemoteSeat:
     def __post_init__(self) -> None:
         self.places = asyncio.Semaphore(self.max_in_flight)
 
-    async def run(self, request: EngineRequest, send: Send) -> None:
-        """Answer a request when there is a place. Raises OverCapacity, ExpertFailed."""
+    async def run(
+        self, request: EngineRequest, send: Send, handed: asyncio.Event | None = None
+    ) -> None:
+        """Answer a request when there is a place. Raises OverCapacity, ExpertFailed.
+
+        `handed` is set once it has one, and the endpoint has the request.
+        """
         if self.failed is not None:
             raise ExpertFailed(
                 f"expert {request.expert!r} can't be used: {self.failed}", retry_after_s=60
@@ -48,6 +53,8 @@ class RemoteSeat:
         finally:
             self.waiting -= 1
         self.running += 1
+        if handed is not None:
+            handed.set()
         try:
             await self._timed(request, send)
         finally:

@@ -5,9 +5,11 @@ names the file, the path in it, what is wrong and what is allowed.
 """
 
 from service.config.base import parse_bytes
+from service.config.breaker import BreakerConfig
 from service.config.composition import SECTIONS, Config
 from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
+from service.config.guard import GuardConfig
 from service.config.limits import RequestLimits
 from service.config.pools import PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.reading import load_config, parse_config
@@ -25,10 +27,12 @@ from service.config.tenants import (
 
 __all__ = [
     "SECTIONS",
+    "BreakerConfig",
     "BudgetConfig",
     "Config",
     "ExpertConfig",
     "FeedbackConfig",
+    "GuardConfig",
     "KeyConfig",
     "LimitsConfig",
     "PoolConfig",

@@ -8,8 +8,10 @@ from typing import Annotated
 from pydantic import BaseModel, Field, model_validator
 
 from service.config.base import Name, Section
+from service.config.breaker import BreakerConfig
 from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
+from service.config.guard import GuardConfig, InjectionConfig, PersonalConfig
 from service.config.limits import RequestLimits
 from service.config.pools import PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.recipes import RecipeConfig
@@ -188,6 +190,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     (): Config,
     ("server",): ServerConfig,
     ("server", "limits"): RequestLimits,
+    ("server", "breaker"): BreakerConfig,
     ("router",): RouterConfig,
     ("telemetry",): TelemetryConfig,
     ("experts", "*"): ExpertConfig,
@@ -201,6 +204,9 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("pools", "*", "simulated"): SimulatedOptions,
     ("tenants", "*"): TenantConfig,
     ("tenants", "*", "budget"): SpendConfig,
+    ("tenants", "*", "guard"): GuardConfig,
+    ("tenants", "*", "guard", "injection"): InjectionConfig,
+    ("tenants", "*", "guard", "personal"): PersonalConfig,
     ("keys", "*"): KeyConfig,
     ("keys", "*", "budget"): SpendConfig,
     ("budgets", "*"): BudgetConfig,

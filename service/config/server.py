@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from service.config.base import Bytes, Section
+from service.config.breaker import BreakerConfig
 from service.config.limits import RequestLimits
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -36,6 +37,7 @@ class ServerConfig(Section):
     access_log: bool = Field(
         False, description="Log one line per request: id, path, status, expert, ms. Never prompts."
     )
+    breaker: BreakerConfig = Field(default_factory=lambda: BreakerConfig())
     limits: RequestLimits = Field(default_factory=lambda: RequestLimits())
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from service.config.base import Name, Section
+from service.config.guard import GuardConfig
 
 Period = Literal["day", "month"]
 Priority = Literal["high", "normal", "low"]
@@ -53,6 +54,7 @@ class TenantConfig(LimitsConfig):
     weight: float = Field(
         1.0, gt=0, le=1000, description="Share of the tokens served within its class."
     )
+    guard: GuardConfig = Field(default_factory=lambda: GuardConfig())
 
 
 class KeyConfig(LimitsConfig):

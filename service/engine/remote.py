@@ -25,6 +25,10 @@ from service.errors import (
 ENDPOINTS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"}
 )
+
+_EVENT = re.compile(rb"\s*(?:data|event|id|retry)?:")
+_ANSWER_BYTES = 64 * 1024**2
+_LINE_BYTES = 8 * 1024**2
 # In JSON an unescaped `"model":"` can only be a key: inside any string the
 # quotes would be escaped. So the upstream's name may be replaced as bytes.
 _MODEL = re.compile(rb'"model"(\s*):(\s*)"[^"\\]*"')
@@ -104,7 +108,7 @@ class RemoteEngine:
                     "headers": [(b"content-type", content_type.encode("latin-1"))],
                 }
                 if not content_type.startswith("text/event-stream"):
-                    data = self._renamed(await reply.read())
+                    data = self._renamed(_answer(await _bounded(reply), self._expert))
                     started = True
                     await send(head)
                     await send({"type": "http.response.body", "body": data})
@@ -115,8 +119,12 @@ class RemoteEngine:
                     end = piece.rfind(b"\n") + 1
                     if end == 0:
                         rest += piece
+                        if len(rest) > _LINE_BYTES:
+                            raise _nonsense(self._expert, "a line without an end")
                         continue
                     lines, rest = rest + piece[:end], piece[end:]
+                    if not started and not _EVENT.match(lines):
+                        raise _nonsense(self._expert, "no stream of events")
                     if not started:
                         started = True
                         await send(head)
@@ -138,15 +146,12 @@ class RemoteEngine:
                 f"expert {self._expert!r}: its endpoint can't be reached ({type(error).__name__})"
             )
             if not started:
-                raise UpstreamError(what) from None
-            detail = {
-                "message": what,
-                "type": "server_error",
-                "param": None,
-                "code": "upstream_error",
-            }
-            event = b"data: " + orjson.dumps({"error": detail}) + b"\n\ndata: [DONE]\n\n"
-            await send({"type": "http.response.body", "body": event})
+                raise UpstreamError(what, unreachable=True) from None
+            await _break_off(send, what)
+        except UpstreamError as error:
+            if not started:
+                raise
+            await _break_off(send, error.message)
 
     def _addressed(self, body: bytes) -> bytes:
         try:
@@ -170,13 +175,15 @@ class RemoteEngine:
         body = await reply.content.read(65536)
         if reply.status in (401, 403) or reply.status < 400:
             raise UpstreamError(
-                f"expert {self._expert!r}: its endpoint refused us with status {reply.status}"
+                f"expert {self._expert!r}: its endpoint refused us with status {reply.status}",
+                limited=reply.status >= 400,
             )
         if reply.status >= 500 or reply.status == 429:
             raise UpstreamError(
                 f"expert {self._expert!r}: its endpoint answered with status {reply.status}",
                 status=503 if reply.status in (429, 503) else 502,
                 retry_after_s=_seconds(reply.headers.get("retry-after")),
+                limited=reply.status == 429,
             )
         error = openai_error(reply.status, body)
         headers = [
@@ -185,6 +192,37 @@ class RemoteEngine:
         ]
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await send({"type": "http.response.body", "body": error})
+
+
+async def _bounded(reply: aiohttp.ClientResponse) -> bytes:
+    """A whole answer, of a length that a gateway can hold."""
+    parts = bytearray()
+    async for piece in reply.content.iter_any():
+        parts += piece
+        if len(parts) > _ANSWER_BYTES:
+            raise UpstreamError("a remote expert's endpoint sent more than any answer has")
+    return bytes(parts)
+
+
+def _answer(body: bytes, expert: str) -> bytes:
+    """The body, if it is an answer of any kind."""
+    try:
+        if isinstance(orjson.loads(body), dict):
+            return body
+    except orjson.JSONDecodeError:
+        pass
+    raise _nonsense(expert, "no JSON object")
+
+
+def _nonsense(expert: str, what: str) -> UpstreamError:
+    return UpstreamError(f"expert {expert!r}: what its endpoint sent is {what}")
+
+
+async def _break_off(send: Send, why: str) -> None:
+    """End a stream that had begun with an error event."""
+    detail = {"message": why, "type": "server_error", "param": None, "code": "upstream_error"}
+    event = b"data: " + orjson.dumps({"error": detail}) + b"\n\ndata: [DONE]\n\n"
+    await send({"type": "http.response.body", "body": event})
 
 
 def _seconds(retry_after: str | None) -> float:

@@ -207,6 +207,8 @@ class SimulatedEngine:
         }
         if body.get("stream"):
             options = body.get("stream_options") or {}
+            if not isinstance(options, dict):
+                raise InvalidRequest("`stream_options` must be an object", param="stream_options")
             told = "each" if options.get("continuous_usage_stats") else "last"
             await self._stream(
                 send, head, text, finish, n, chat, usage, options.get("include_usage") and told

@@ -15,7 +15,14 @@ from functools import partial
 from typing import Any, Protocol
 
 from service.engine.protocol import EngineRequest, Message, Send
-from service.errors import CoeError, DeadlineExceeded, EngineDead, UnknownEndpoint, UnknownModel
+from service.errors import (
+    CoeError,
+    DeadlineExceeded,
+    EngineDead,
+    EngineSilent,
+    UnknownEndpoint,
+    UnknownModel,
+)
 from service.link.call import ENGINE_MS, QUEUE_MS, SWAP_MS, Call, Times
 from service.link.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
 from service.link.speed import Speedometer, Stopwatch
@@ -142,8 +149,10 @@ class Pool:
         except TimeoutError:
             if not limit.expired():
                 raise
-            fault = DeadlineExceeded.code
-            raise DeadlineExceeded(
+            # Of an answer in one piece nobody can tell how far it had come.
+            kind = EngineSilent if call.stream and reply.silent() else DeadlineExceeded
+            fault = kind.code
+            raise kind(
                 f"no answer within the deadline of {call.deadline_ms} ms", retry_after_s=1
             ) from None
         except CoeError as error:
@@ -300,6 +309,13 @@ class _Measured:
         self._queue_s = lease.queue_s
         self._swap_s = lease.swap_s
         self._watch = Stopwatch(self._clock())
+
+    def silent(self) -> bool:
+        """Whether the engine had the request for most of the time, and said nothing."""
+        watch = self._watch
+        if watch is None or watch.first_s:
+            return False
+        return self._queue_s < self._clock() - watch.began_s
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -47,6 +47,7 @@ class Declared:
 LABELS = {
     "budget": "name of a budget in the config, or tenant/NAME for a tenant's own",
     "category": "a category of the router's artifact or the config; empty where none was found",
+    "done": "guard: passed, flagged, redacted, refused; retries: made, refused",
     "expert": "name of an expert in the config; empty where none was chosen",
     "gateway": "the gateway process, on every sample of it",
     "kind": "as the metric says",
@@ -56,6 +57,7 @@ LABELS = {
     "reason": "an error's code, or why the planner swapped",
     "recipe": "name of a recipe in the artifact, or single",
     "result": "hit or miss",
+    "screen": "injection or personal",
     "state": "disk, host, device, loading, draining, failed",
     "tenant": "name of a tenant in the config or the store; never a key",
     "tier": "host or device",
@@ -328,6 +330,25 @@ BREAKER = _gauge(
     "1 while requests are kept away from an expert's endpoint because it failed, else 0.",
 )
 
+GUARD = _counter(
+    "coe_guard_looks_total",
+    Side.GATEWAY,
+    ("screen", "done"),
+    "Prompts that a tenant's guard looked through.",
+)
+RETRIES = _counter(
+    "coe_retries_total",
+    Side.GATEWAY,
+    ("done",),
+    "Second attempts before the first byte: made, or refused because the budget for them was out.",
+)
+TRIPS = _counter(
+    "coe_breaker_trips_total",
+    Side.GATEWAY,
+    ("expert",),
+    "Times that failures of an expert's own opened a breaker.",
+)
+
 PROCESS = (_gauge("coe_build_info", Side.BOTH, ("version",), "1; the label tells the version."),)
 BUILD = PROCESS[0]
 
@@ -366,8 +387,8 @@ GROUPS: dict[str, tuple[Declared, ...]] = {
         STORE_OWED,
         STORE_SLICE_GRANTS,
         CACHE,
-        BREAKER,
     ),
+    "Guard, breakers, retries": (GUARD, BREAKER, TRIPS, RETRIES),
     "Processes": PROCESS,
 }
 TABLE: tuple[Declared, ...] = tuple(one for group in GROUPS.values() for one in group)

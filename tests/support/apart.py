@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -110,27 +111,27 @@ def site_apart(config: Config) -> Iterator[Apart]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    context = site(config)
+    made: Future[Site] = Future()
+    enough = asyncio.Event()
 
-    def over_there(work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, loop).result(60)
+    async def live() -> None:
+        # One task from beginning to end: a site looks at the end that no other is left.
+        async with site(config) as running:
+            made.set_result(running)
+            await enough.wait()
 
+    living = asyncio.run_coroutine_threadsafe(live(), loop)
+    living.add_done_callback(lambda done: made.done() or made.set_exception(_why(done)))
     try:
-        made = over_there(_entered(context))
-        try:
-            yield Apart(loop, made, made.gateway.gateway.app())
-        finally:
-            over_there(_left(context))
+        yield Apart(loop, made.result(60), made.result().gateway.gateway.app())
+        loop.call_soon_threadsafe(enough.set)
+        living.result(60)
     finally:
+        living.cancel()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
 
 
-async def _entered(context: Any) -> Site:
-    made: Site = await context.__aenter__()
-    return made
-
-
-async def _left(context: Any) -> None:
-    await context.__aexit__(None, None, None)
+def _why(done: Future[None]) -> BaseException:
+    return done.exception() or AssertionError("the site ended")

@@ -57,12 +57,13 @@ def test_every_field_is_described() -> None:
         (
             {"server": {"prot": 1}},
             "coe.yaml: server.prot: unknown key; did you mean 'port'? allowed: access_log, "
-            "deadline_ms, drain_s, gateways, host, limits, max_body_bytes, open, port",
+            "breaker, deadline_ms, drain_s, gateways, host, limits, max_body_bytes, open, port",
         ),
         (
             {"servers": {}},
             "coe.yaml: servers: unknown key; did you mean 'server'? allowed: budgets, "
-            "experts, feedback, keys, models_dir, pools, recipes, router, server, store, telemetry, tenants",
+            "experts, feedback, keys, models_dir, pools, recipes, router, server, store, "
+            "telemetry, tenants",
         ),
         (
             {"server": {"port": 70_000}},

@@ -22,6 +22,7 @@ STATUS = {
     "HeadersTooLarge": 431,
     "TooSlow": 408,
     "NotAllowed": 400,
+    "GuardRefused": 400,
     "UnknownModel": 404,
     "UnknownReply": 404,
     "UnknownEndpoint": 404,
@@ -37,6 +38,8 @@ STATUS = {
     "StoreGone": 503,
     "EngineDead": 503,
     "DeadlineExceeded": 504,
+    "EngineSilent": 504,
+    "CircuitOpen": 503,
     "UpstreamError": 502,
 }
 CLASSES: dict[str, type[CoeError]] = {

@@ -1,0 +1,200 @@
+"""Circuit breakers and the retry budget. Pure: clock and randomness come as arguments.
+
+A breaker stands for one way of getting an answer: an expert in one pool, a remote
+expert, or a remote endpoint. It opens after failures in a row that are that one's own; what
+a client did wrong, a full queue or a client that left say nothing of it. Open, it lets nothing
+through for a while, then one request as a probe: its success closes the breaker, its failure
+opens it for twice as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Generic, TypeVar
+
+Random = Callable[[], float]
+
+
+class State(StrEnum):
+    """Of a breaker."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """When a breaker opens, and for how long.
+
+    failures: events in a row; faults within `together_s` are one event, because one cause
+    ends everything that was under way. Open for open_s, then twice that, at most
+    longest_open_s; up to a fifth longer at random, so that gateways do not probe together.
+    """
+
+    failures: int = 5
+    open_s: float = 2.0
+    longest_open_s: float = 60.0
+    together_s: float = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """One request let through. `turn`: how often the breaker had opened before."""
+
+    turn: int
+    probe: bool
+
+
+class Breaker:
+    """One breaker. Times are in s of any clock that only goes forward."""
+
+    def __init__(self, policy: Policy, random: Random) -> None:
+        self._policy = policy
+        self._random = random
+        self._turn = 0
+        self._row = 0
+        self._last_s = float("-inf")
+        self._opened_row = 0
+        self._until_s: float | None = None
+        self._probing = False
+
+    def state(self, now_s: float) -> State:
+        """What it would do with a request now."""
+        if self._until_s is None:
+            return State.CLOSED
+        return State.OPEN if now_s < self._until_s else State.HALF_OPEN
+
+    def allows(self, now_s: float) -> bool:
+        """Whether a request may pass now."""
+        state = self.state(now_s)
+        return state is State.CLOSED or (state is State.HALF_OPEN and not self._probing)
+
+    def left_s(self, now_s: float) -> float:
+        """Until a request may pass: 0 where one may, else at least a moment."""
+        if self.allows(now_s):
+            return 0.0
+        assert self._until_s is not None
+        return max(self._until_s - now_s, self._policy.together_s)
+
+    def begin(self, now_s: float) -> Try:
+        """A request passes. It must be one that `allows`, and it must come to an end."""
+        probe = self.state(now_s) is State.HALF_OPEN
+        if probe:
+            self._probing = True
+        return Try(self._turn, probe)
+
+    def end(self, one: Try, ok: bool | None, now_s: float) -> bool:
+        """A request has ended: well, by a failure of its own (False), or without saying
+        anything (None). True where this opened the breaker.
+        """
+        if one.turn != self._turn:
+            return False  # it began before the breaker opened: old news
+        if one.probe:
+            self._probing = False
+        if ok is None:
+            return False
+        if ok:
+            self._row = 0
+            if one.probe:
+                self._turn += 1
+                self._until_s = None
+                self._opened_row = 0
+            return False
+        if one.probe:
+            self._open(now_s)
+            return True
+        if now_s - self._last_s >= self._policy.together_s:
+            self._row += 1
+        self._last_s = now_s
+        if self._row < self._policy.failures:
+            return False
+        self._open(now_s)
+        return True
+
+    def _open(self, now_s: float) -> None:
+        policy = self._policy
+        span_s = min(policy.open_s * 2.0 ** min(self._opened_row, 30), policy.longest_open_s)
+        self._opened_row += 1
+        self._turn += 1
+        self._row = 0
+        self._probing = False
+        self._until_s = now_s + span_s * (1 + 0.2 * self._random())
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Breakers(Generic[Key]):
+    """The breakers of one gateway. One that never saw a failure costs nothing."""
+
+    def __init__(self, policy: Policy, random: Random) -> None:
+        self._policy = policy
+        self._random = random
+        self._all: dict[Key, Breaker] = {}
+
+    def blocked(self, now_s: float) -> frozenset[Key]:
+        """What lets nothing through now."""
+        if not self._all:
+            return frozenset()
+        return frozenset(key for key, one in self._all.items() if not one.allows(now_s))
+
+    def left_s(self, keys: Iterable[Key], now_s: float) -> float:
+        """Until the first of them may be tried again."""
+        found = [self._all[key].left_s(now_s) for key in keys if key in self._all]
+        return min(found, default=0.0)
+
+    def begin(self, key: Key, now_s: float) -> Try:
+        """See `Breaker.begin`."""
+        one = self._all.get(key)
+        return one.begin(now_s) if one is not None else Try(0, probe=False)
+
+    def end(self, key: Key, one: Try, ok: bool | None, now_s: float) -> bool:
+        """See `Breaker.end`."""
+        breaker = self._all.get(key)
+        if breaker is None:
+            if ok is not False:
+                return False
+            breaker = self._all[key] = Breaker(self._policy, self._random)
+        return breaker.end(one, ok, now_s)
+
+    def forget(self, gone: Callable[[Key], bool]) -> None:
+        """Those that stand for something that is not there any more."""
+        for key in [key for key in self._all if gone(key)]:
+            del self._all[key]
+
+    def states(self, now_s: float) -> dict[Key, State]:
+        """Every breaker that has seen a failure."""
+        return {key: one.state(now_s) for key, one in self._all.items()}
+
+
+class RetryBudget:
+    """How many requests may be sent a second time: a share of all, and a reserve.
+
+    When everything fails, retries must not double the load.
+    """
+
+    def __init__(self, share: float, reserve: float) -> None:
+        self._share = share
+        self._most = reserve
+        self._left = reserve
+
+    def earn(self) -> None:
+        """A request has come."""
+        self._left = min(self._most, self._left + self._share)
+
+    def spend(self) -> bool:
+        """Whether one more attempt may be made; then it is paid for."""
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+def pause_s(attempt: int, random: Random, *, base_s: float = 0.05, most_s: float = 1.0) -> float:
+    """How long to wait before going back to one that has just failed: exponential, with full
+    jitter, so that those whom one fault has hit do not come back together.
+    """
+    return float(random() * min(most_s, base_s * 2.0 ** min(attempt, 30)))
