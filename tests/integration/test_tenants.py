@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from service.app import GatewayProcess
 from service.store.keys import digest_of
-from tests.support.serving import ADMIN_KEY, CHAT, Site, chat, simulated, site
+from tests.support.redis import redis_server
+from tests.support.serving import ADMIN_KEY, CHAT, SECRET, Site, chat, serving, simulated, site
 from tests.support.waiting import until
 
 KEY = "a-key-of-the-tests-a"
@@ -218,3 +223,79 @@ async def test_without_any_key_nobody_has_to_show_one() -> None:
         status, headers, _ = await s.ask(chat(), CHAT)
         assert status == 200
         assert "x-coe-max-tokens" not in headers
+
+
+async def test_64_clients_through_two_gateways_overspend_nothing(tmp_path: Path) -> None:
+    experts = {"general": {"model": "m", "price": {"prompt": 0, "completion": 1_000_000}}}
+    with redis_server(tmp_path) as redis:
+        given = config(
+            {"requests_per_min": 90},
+            experts=experts,
+            budgets={"other": {"amount": 200, "period": "day", "tenant": "other"}},
+            store={"kind": "redis", "url": redis.url},
+        )
+        async with site(given) as s, second_gateway(s, given) as other:
+            urls = (s.url, other)
+            served = {KEY: 0, OTHER: 0}
+
+            async def client(i: int, key: str) -> None:
+                for n in range(4):
+                    url = urls[(i + n) % 2]
+                    body = chat(max_tokens=3, stream=i % 8 == 0)
+                    async with s.client.post(url + CHAT, json=body, headers=bearer(key)) as reply:
+                        if reply.status == 200 and i % 8:
+                            told = await reply.json()
+                            tokens = told["usage"]["completion_tokens"]
+                            served[key] += tokens if key == OTHER else 1
+                        elif reply.status == 200:
+                            # Leaves in mid-answer.
+                            await reply.content.readany()
+                            reply.close()
+                        else:
+                            assert reply.status == 429
+                            assert int(reply.headers["retry-after"]) >= 1
+
+            await asyncio.gather(*(client(i, KEY) for i in range(64)))
+            await asyncio.gather(*(client(i, OTHER) for i in range(64)))
+
+            def leaked() -> bool:
+                with redis.client() as inside:
+                    return not any(inside.hlen(n) for n in inside.scan_iter("?coe?:own:*"))
+
+            await until(leaked, "nothing is reserved by anybody")
+            assert 0 < served[KEY] <= (await limit(s, "requests"))["spent"] <= 90
+            budget = (await s.gateway.ledger.state())["other"]
+            assert 0 < served[OTHER] <= budget.spent <= 200
+            assert (await usage(s, OTHER))["days"]
+
+
+@asynccontextmanager
+async def second_gateway(s: Site, given: Any) -> AsyncIterator[str]:
+    """Another gateway to the same pools: its URL."""
+    gateway = GatewayProcess(
+        given, "second", SECRET, admin_key=None, wake=lambda _: None, behind_serve=False
+    )
+    await gateway.start()
+    gateway.directory.update([pool.address for pool in s.pools.values()])
+    try:
+        async with serving(gateway.gateway.app()) as served:
+            async with s.client.get(served.url + "/health") as reply:
+                assert reply.status == 200
+            await until(lambda: bool(gateway.directory.links()), "it knows the pools")
+            yield served.url
+    finally:
+        await gateway.stop()
+
+
+async def test_a_tenant_with_a_long_queue_does_not_hold_up_another() -> None:
+    pool = {"decode_ms": 20, "max_num_seqs": 2}
+    async with site(config(pool=pool)) as s:
+        body = chat(max_tokens=4)
+        heavy = [asyncio.ensure_future(s.ask(body, headers=bearer(KEY))) for _ in range(40)]
+        await until(lambda: s.pools["cpu"].waiting == 38, "the queue is long")
+        for _ in range(3):
+            status, _, _ = await s.ask(body, headers=bearer(OTHER))
+            assert status == 200
+        # Each of them waited for one place, not for the queue.
+        assert sum(task.done() for task in heavy) <= 16
+        assert {(await task)[0] for task in heavy} == {200}
