@@ -44,8 +44,8 @@ def prepare(run_dir: Path, server: ServerConfig, lobby: Path) -> None:
     # Ray listens on every interface of this machine. Whoever has no token gets nothing.
     make_secret(run_dir / "ray-token")
     os.environ.update(
-        {
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        every_node(server)
+        | {
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
@@ -55,32 +55,44 @@ def prepare(run_dir: Path, server: ServerConfig, lobby: Path) -> None:
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
-            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(server.drain_s) + 5),
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _STRETCH),
-            # Serve waits this long at least before it stops a gateway, for load
-            # balancers to notice; ours is told at once.
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
-            # A client that neither sends nor reads: its connection is closed then, and
-            # the gateway notices. A stream that is quiet on our side is left alone.
-            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(server.limits.stall_timeout_s)),
-            # Three looks in vain and HAProxy is started again.
-            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
-            # An engine core must not outlive the replica that started it.
-            "RAY_process_group_cleanup_enabled": "1",
-            "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(run_dir / "ray-token"),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            # Ray would run its workers at niceness 15, and so our engines.
-            "RAY_worker_niceness": "0",
-            # How soon autoscaling hears of queued work.
-            "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-            "RAY_DEDUP_LOGS": "0",
-            "RAY_SERVE_LOG_TO_STDERR": "0",
-            "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         }
     )
+
+
+def every_node(server: ServerConfig) -> dict[str, str]:
+    """What every node of a cluster needs in its environment before Ray starts there.
+
+    `deploy/ray/node.env` holds it for clusters that others start.
+    """
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(server.drain_s) + 5),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(_GATEWAY_PORTS.start),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(_GATEWAY_PORTS.stop),
+        # Serve waits this long at least before it stops a gateway, for load
+        # balancers to notice; ours is told at once.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+        # A client that neither sends nor reads: its connection is closed then, and
+        # the gateway notices. A stream that is quiet on our side is left alone.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(server.limits.stall_timeout_s)),
+        # Three looks in vain and HAProxy is started again.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
+        # An engine core must not outlive the replica that started it.
+        "RAY_process_group_cleanup_enabled": "1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray would run its workers at niceness 15, and so our engines.
+        "RAY_worker_niceness": "0",
+        # How soon autoscaling hears of queued work.
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
 
 
 def _free_stretch() -> int:

@@ -1,0 +1,132 @@
+{{/* Names, labels and amounts. */}}
+
+{{- define "coe.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What pods are selected by. KubeRay keeps app.kubernetes.io/name of its pods for itself. */}}
+{{- define "coe.selector" -}}
+app.kubernetes.io/part-of: coe
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "coe.labels" -}}
+{{ include "coe.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
+{{- define "coe.secretName" -}}
+{{- .Values.secrets.existingSecret | default (printf "%s-secrets" (include "coe.fullname" .)) -}}
+{{- end -}}
+
+{{- define "coe.claimName" -}}
+{{- if eq .Values.modelCache.type "existing" -}}
+{{- required "modelCache.existingClaim is needed with modelCache.type existing" .Values.modelCache.existingClaim -}}
+{{- else -}}
+{{- printf "%s-models" (include "coe.fullname" .) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "coe.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- .Values.serviceAccount.name | default (include "coe.fullname" .) -}}
+{{- else -}}
+{{- .Values.serviceAccount.name | default "default" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A memory amount (512Mi, 8Gi) as a number of MiB. */}}
+{{- define "coe.mib" -}}
+{{- $amount := toString . -}}
+{{- if hasSuffix "Gi" $amount -}}
+{{- mul 1024 (trimSuffix "Gi" $amount | int64) -}}
+{{- else -}}
+{{- trimSuffix "Mi" $amount | int64 -}}
+{{- end -}}
+{{- end -}}
+
+{{/* An image: dict "root" $ "own" (a pool's) "gpus" (asked for). */}}
+{{- define "coe.image" -}}
+{{- $image := merge (dict) (.own | default dict) .root.Values.image -}}
+{{- if $image.digest -}}
+{{- printf "%s@%s" $image.repository $image.digest -}}
+{{- else -}}
+{{- $target := ternary "gpu" "cpu" (gt (float64 .gpus) 0.0) -}}
+{{- printf "%s:%s" $image.repository ($image.tag | default (printf "%s-%s" .root.Chart.AppVersion $target)) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The config that runs: the user's, with what the chart decides. */}}
+{{- define "coe.config" -}}
+{{- $config := deepCopy .Values.config -}}
+{{- if not $config -}}
+{{- $config = .Files.Get "files/default-config.yaml" | fromYaml -}}
+{{- end -}}
+{{- $fixed := dict "host" "0.0.0.0" "port" 8000 -}}
+{{- $default := dict "gateways" (ternary 1 2 (eq .Values.mode "plain")) "drain_s" 60 -}}
+{{- $_ := set $config "server" (merge $fixed ($config.server | default dict) $default) -}}
+{{- $_ := set $config "models_dir" "/models" -}}
+{{- toYaml $config -}}
+{{- end -}}
+
+{{/* Its pools, by kind, as JSON. */}}
+{{- define "coe.pools" -}}
+{{- (include "coe.config" . | fromYaml).pools | default dict | toJson -}}
+{{- end -}}
+
+{{/* A pool kind's values: dict "root" $ "kind". */}}
+{{- define "coe.pool" -}}
+{{- merge (dict) (deepCopy (index .root.Values.pools .kind | default dict)) (deepCopy .root.Values.poolDefaults) | toYaml -}}
+{{- end -}}
+
+{{- define "coe.drainSeconds" -}}
+{{- ceil (float64 (include "coe.config" . | fromYaml).server.drain_s) | int -}}
+{{- end -}}
+
+{{- define "coe.gatewayCount" -}}
+{{- (include "coe.config" . | fromYaml).server.gateways | int -}}
+{{- end -}}
+
+{{/* GPUs of a pool of the config, whole ones: a pod can't have half of one. */}}
+{{- define "coe.gpus" -}}
+{{- ceil (float64 (dig "gpus" 0 (. | default dict))) | int -}}
+{{- end -}}
+
+{{/* Where Redis is: host and port, for Ray; empty where there is none of the chart's own. */}}
+{{- define "coe.redisHost" -}}
+{{- printf "%s-redis" .Release.Name -}}
+{{- end -}}
+
+{{/* Faults that the schema can't see. */}}
+{{- define "coe.check" -}}
+{{- $pools := include "coe.pools" . | fromJson -}}
+{{- range $kind, $_ := .Values.pools -}}
+{{- if not (hasKey $pools $kind) -}}
+{{- fail (printf "pools.%s: config.pools has no such kind; it has: %s" $kind (keys $pools | sortAlpha | join ", ")) -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.redis.enabled .Values.externalRedis.existingSecret -}}
+{{- fail "redis.enabled and externalRedis.existingSecret: choose one" -}}
+{{- end -}}
+{{- if and .Values.kuberay.gcsFaultTolerance (not .Values.redis.enabled) -}}
+{{- fail "kuberay.gcsFaultTolerance needs redis.enabled" -}}
+{{- end -}}
+{{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}
+{{- fail "ingress.enabled needs ingress.hosts" -}}
+{{- end -}}
+{{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}
+{{- fail "httpRoute.enabled needs httpRoute.parentRefs" -}}
+{{- end -}}
+{{- $_ := include "coe.claimName" . -}}
+{{- end -}}
