@@ -31,6 +31,12 @@ lock: setup ## Resolve the dependencies anew into deploy/locks
 	@$(BIN)/uv pip compile pyproject.toml --extra cpu --extra gguf --extra dev --universal \
 		--python-version 3.11 --generate-hashes --no-annotate --no-header --quiet \
 		--output-file deploy/locks/cpu.txt
+	@$(BIN)/uv pip compile pyproject.toml --extra cpu --extra gguf --python-version 3.11 \
+		--python-platform linux --constraint deploy/locks/cpu.txt --generate-hashes \
+		--no-annotate --no-header --quiet --output-file deploy/locks/image-cpu.txt
+	@$(BIN)/uv pip compile pyproject.toml --extra gpu --extra gguf --python-version 3.11 \
+		--python-platform x86_64-manylinux_2_28 --no-config --generate-hashes \
+		--no-annotate --no-header --quiet --output-file deploy/locks/image-gpu.txt
 
 clean: ## Remove the environment and caches
 	@rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache *.egg-info

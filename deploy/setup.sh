@@ -7,7 +7,6 @@ cd "$(dirname "$0")/.."
 venv=.venv
 lock=deploy/locks/cpu.txt
 torch=2.13.0
-uv=0.13.9
 python=${PYTHON:-python3}
 
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
@@ -17,7 +16,7 @@ command -v "$python" >/dev/null || fail "$python is not installed (apt-get insta
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' ||
     fail "Python 3.11, 3.12 or 3.13 is needed, and $python is $("$python" -V 2>&1); name another with PYTHON=…"
 
-stamp=$( (cat pyproject.toml "$lock" "$0"; "$python" -V) | sha256sum | cut -d' ' -f1)
+stamp=$( (cat pyproject.toml "$lock" "$0" deploy/torch.sh; "$python" -V) | sha256sum | cut -d' ' -f1)
 [ "$(cat $venv/.ready 2>/dev/null || true)" = "$stamp" ] && exit 0
 
 if [ ! -x $venv/bin/pip ]; then
@@ -29,13 +28,7 @@ pip() { $venv/bin/python -m pip --disable-pip-version-check "$@"; }
 installed=$($venv/bin/python -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true)
 if [ "${installed%%+*}" != "$torch" ]; then
     say "installing torch $torch, CPU build"
-    # Where pip is configured to find the CPU build, it comes from there; else uv
-    # knows PyTorch's own index.
-    if ! pip install --quiet --no-deps "torch==$torch+cpu" 2>/dev/null; then
-        pip install --quiet "uv==$uv"
-        $venv/bin/uv pip install --quiet --python $venv/bin/python --no-deps \
-            --torch-backend cpu "torch==$torch" || fail "can't get the CPU build of torch $torch"
-    fi
+    deploy/torch.sh "$venv" "$torch" || fail "torch $torch is needed"
 fi
 say "installing the locked packages (one to three minutes the first time)"
 pip install --quiet --no-deps --require-hashes --progress-bar off -r "$lock" 2> >(grep -v '^WARNING' >&2) ||

@@ -2,8 +2,11 @@
 # Programs that some tests drive, from Debian's packages: `package:program` each.
 # As root they are installed; elsewhere what is missing is named, and its tests skip with that reason.
 set -euo pipefail
+cd "$(dirname "$0")/.."
 
 tools=(redis-server:redis-server chromium:chromium)
+
+deploy/chart_tools.sh
 
 missing=()
 for tool in "${tools[@]}"; do

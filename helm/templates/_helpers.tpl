@@ -74,8 +74,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $config = .Files.Get "files/default-config.yaml" | fromYaml -}}
 {{- end -}}
 {{- $fixed := dict "host" "0.0.0.0" "port" 8000 -}}
-{{- $default := dict "gateways" (ternary 1 2 (eq .Values.mode "plain")) "drain_s" 60 -}}
+{{- $redis := or .Values.redis.enabled (ne .Values.externalRedis.existingSecret "") -}}
+{{- $many := and $redis (eq .Values.mode "kuberay") -}}
+{{- $default := dict "gateways" (ternary 2 1 $many) "drain_s" 60 -}}
 {{- $_ := set $config "server" (merge $fixed ($config.server | default dict) $default) -}}
+{{- if $redis -}}
+{{- $store := dict "kind" "redis" "url_env" "COE_REDIS_URL" -}}
+{{- $_ := set $config "store" (merge $store ($config.store | default dict)) -}}
+{{- end -}}
 {{- $_ := set $config "models_dir" "/models" -}}
 {{- toYaml $config -}}
 {{- end -}}
@@ -118,6 +124,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- if and .Values.redis.enabled .Values.externalRedis.existingSecret -}}
 {{- fail "redis.enabled and externalRedis.existingSecret: choose one" -}}
+{{- end -}}
+{{- if not (or .Values.redis.enabled .Values.externalRedis.existingSecret (hasKey (.Values.config.store | default dict) "url") (hasKey (.Values.config.store | default dict) "url_env")) -}}
+{{- if or (gt (int .Values.plain.replicas) 1) (gt (include "coe.gatewayCount" . | int) 1) -}}
+{{- fail "several gateways need a Redis that they share: redis.enabled or externalRedis.existingSecret" -}}
+{{- end -}}
 {{- end -}}
 {{- if and .Values.kuberay.gcsFaultTolerance (not .Values.redis.enabled) -}}
 {{- fail "kuberay.gcsFaultTolerance needs redis.enabled" -}}

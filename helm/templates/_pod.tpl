@@ -84,10 +84,12 @@ limits:
 - name: config
   configMap:
     name: {{ include "coe.fullname" .root }}
+{{- if .secrets }}
 - name: secrets
   secret:
     secretName: {{ include "coe.secretName" .root }}
     defaultMode: 0440
+{{- end }}
 {{- if .models }}
 - name: models
   {{- if eq .root.Values.modelCache.type "hostPath" }}
@@ -112,37 +114,41 @@ limits:
 - name: config
   mountPath: /etc/coe
   readOnly: true
+{{- if .secrets }}
 - name: secrets
   mountPath: /run/coe
   readOnly: true
+{{- end }}
 {{- if .models }}
 - name: models
   mountPath: /models
 {{- end }}
 {{- end -}}
 
-{{/* Environment of everything that runs coe. */}}
+{{/* Environment of everything that runs coe; of gateways and whole services with "secrets". */}}
 {{- define "coe.env" -}}
 - name: COE_MODELS
   value: /models
+{{- if .secrets }}
 - name: COE_HOME
   value: /run/coe
-{{- if .Values.redis.enabled }}
-- name: REDIS_PASSWORD
+{{- if .root.Values.redis.enabled }}
+- name: COE_REDIS_PASSWORD
   valueFrom:
     secretKeyRef:
-      name: {{ include "coe.redisHost" . }}
+      name: {{ include "coe.redisHost" .root }}
       key: password
 - name: COE_REDIS_URL
-  value: redis://:$(REDIS_PASSWORD)@{{ include "coe.redisHost" . }}:6379/0
-{{- else if .Values.externalRedis.existingSecret }}
+  value: redis://:$(COE_REDIS_PASSWORD)@{{ include "coe.redisHost" .root }}:6379/0
+{{- else if .root.Values.externalRedis.existingSecret }}
 - name: COE_REDIS_URL
   valueFrom:
     secretKeyRef:
-      name: {{ .Values.externalRedis.existingSecret }}
-      key: {{ .Values.externalRedis.key }}
+      name: {{ .root.Values.externalRedis.existingSecret }}
+      key: {{ .root.Values.externalRedis.key }}
 {{- end }}
-{{- with .Values.extraEnv }}
+{{- end }}
+{{- with .root.Values.extraEnv }}
 {{ toYaml . }}
 {{- end }}
 {{- end -}}
@@ -184,8 +190,8 @@ initContainers:
     imagePullPolicy: {{ .root.Values.image.pullPolicy }}
     command: [coe, models, pull, --config, /etc/coe/config.yaml{{ with .kind }}, --pool, {{ . }}{{ end }}]
     env:
-      {{- include "coe.env" .root | nindent 6 }}
-    {{- include "coe.envFrom" .root | nindent 4 }}
+      {{- with include "coe.env" (dict "root" .root "secrets" false) | trim }}{{ . | nindent 6 }}{{- end }}
+    {{- with include "coe.envFrom" .root | trim }}{{ . | nindent 4 }}{{- end }}
     securityContext:
       {{- toYaml .root.Values.containerSecurityContext | nindent 6 }}
     resources:
@@ -195,7 +201,7 @@ initContainers:
       limits:
         memory: 2Gi
     volumeMounts:
-      {{- include "coe.mounts" (dict "models" true) | nindent 6 }}
+      {{- include "coe.mounts" (dict "models" true "secrets" false) | nindent 6 }}
 {{- end }}
 {{- end -}}
 
@@ -217,13 +223,13 @@ readinessProbe:
   failureThreshold: 2
 {{- end -}}
 
-{{/* One pod template of a Ray node. dict: root, own, component, class, kind, gpus, models, http. */}}
+{{/* One pod template of a Ray node. dict: root, own, component, class, kind, gpus, models, secrets, http. */}}
 {{- define "coe.rayPod" -}}
 {{- $image := include "coe.image" (dict "root" .root "own" .own.image "gpus" .gpus) -}}
 {{- $drain := include "coe.drainSeconds" .root | int -}}
 metadata:
   labels:
-    {{- include "coe.labels" .root | nindent 4 }}
+    {{- include "coe.selector" .root | nindent 4 }}
     app.kubernetes.io/component: {{ .component }}
     {{- with .kind }}
     coe/pool: {{ . }}
@@ -233,24 +239,26 @@ metadata:
     {{- toYaml . | nindent 4 }}
   {{- end }}
 spec:
-  {{- include "coe.podBase" .root | nindent 2 }}
-  {{- include "coe.placement" . | nindent 2 }}
+  {{- with include "coe.podBase" .root | trim }}{{ . | nindent 2 }}{{- end }}
+  {{- with include "coe.placement" . | trim }}{{ . | nindent 2 }}{{- end }}
   {{- if ne .component "head" }}
   serviceAccountName: {{ include "coe.serviceAccountName" .root }}
   automountServiceAccountToken: false
   {{- end }}
   terminationGracePeriodSeconds: {{ add $drain 45 }}
   {{- if and .models .kind }}
-  {{- include "coe.fetch" (dict "root" .root "own" .own "image" $image "kind" .kind) | nindent 2 }}
+  {{- with include "coe.fetch" (dict "root" .root "own" .own "image" $image "kind" .kind) | trim }}{{ . | nindent 2 }}{{- end }}
   {{- end }}
   containers:
     - name: ray-{{ .component }}
       image: {{ $image }}
       imagePullPolicy: {{ .root.Values.image.pullPolicy }}
       env:
-        {{- include "coe.env" .root | nindent 8 }}
-        {{- include "coe.rayEnv" .root | nindent 8 }}
-      {{- include "coe.envFrom" .root | nindent 6 }}
+        {{- with include "coe.env" . | trim }}{{ . | nindent 8 }}{{- end }}
+        {{- with include "coe.rayEnv" .root | trim }}{{ . | nindent 8 }}{{- end }}
+      {{- if .secrets }}
+      {{- with include "coe.envFrom" .root | trim }}{{ . | nindent 6 }}{{- end }}
+      {{- end }}
       ports:
         {{- if .http }}
         - name: http
@@ -279,7 +287,7 @@ spec:
         timeoutSeconds: 5
         failureThreshold: 12
       {{- if .http }}
-      {{- include "coe.httpProbes" .root | nindent 6 }}
+      {{- with include "coe.httpProbes" .root | trim }}{{ . | nindent 6 }}{{- end }}
       {{- else }}
       readinessProbe:
         httpGet:

@@ -256,8 +256,11 @@ class Gateway:
         async def ready() -> Response:
             experts = self._states()
             answering = [name for name, state in experts.items() if state["state"] == "device"]
-            body = {"ready": bool(answering), "experts": experts}
-            return _json(body, status_code=200 if answering else 503)
+            # Where every pool is scaled to zero, experts come when they are asked for.
+            asleep = all(pool.min_replicas == 0 for pool in self._config.pools.values())
+            up = bool(answering) or (asleep and bool(self._config.pools))
+            body = {"ready": up, "experts": experts}
+            return _json(body, status_code=200 if up else 503)
 
         @app.get("/v1/models")
         async def models(request: Request) -> Response:

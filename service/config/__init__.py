@@ -12,7 +12,7 @@ from service.config.feedback import FeedbackConfig
 from service.config.guard import GuardConfig
 from service.config.limits import RequestLimits
 from service.config.pools import PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
-from service.config.reading import load_config, parse_config
+from service.config.reading import load_config, parse_config, read_config
 from service.config.recipes import RecipeConfig
 from service.config.server import RouterConfig, ServerConfig
 from service.config.telemetry import TelemetryConfig
@@ -52,4 +52,5 @@ __all__ = [
     "load_config",
     "parse_bytes",
     "parse_config",
+    "read_config",
 ]

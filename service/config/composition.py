@@ -92,12 +92,15 @@ class Config(Section):
             if self.experts[name].model is not None or self.experts[name].form == "merged"
         )
 
-    def model_sources(self) -> dict[str, str]:
-        """Where the weights come from that pools with real engines need: expert → source."""
+    def model_sources(self, only: str | None = None) -> dict[str, str]:
+        """Where the weights come from that pools with real engines need: expert → source.
+
+        `only`: pools of that kind.
+        """
         return {
             name: source
             for kind, pool in self.pools.items()
-            if pool.engine == "vllm"
+            if pool.engine == "vllm" and only in (None, kind)
             for name in self.local_experts(kind)
             if (source := self.experts[name].model) is not None
         }

@@ -52,6 +52,18 @@ def parse_config(text: str, source: str) -> Config:
         at = f" line {where.line + 1}, column {where.column + 1}" if where else ""
         problem = getattr(error, "problem", None) or "can't be read"
         raise ConfigError(f"{source}:{at} not valid YAML: {problem}") from None
+    return _validated(data, source)
+
+
+def read_config(data: object, source: str, folder: Path) -> Config:
+    """Validate a config that has been parsed already. Paths in it are taken relative to `folder`.
+
+    `source` is named in errors. Raises ConfigError with one line per fault.
+    """
+    return _anchored(_validated(data, source), folder)
+
+
+def _validated(data: object, source: str) -> Config:
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: a mapping with the key `experts` is needed at the top")
     try:

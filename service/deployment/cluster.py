@@ -8,11 +8,12 @@ Serve config, because Ray shows those.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from service.config import load_config
+from service.config import load_config, read_config
 from service.deployment.application import application
 
 
@@ -21,7 +22,10 @@ class ClusterArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    config: Path = Field(description="The config file, the same on every node.")
+    config: Path | dict[str, Any] = Field(
+        description="The config file, the same on every node; or its content, so that a change "
+        "of it is a change of the Serve config, which Serve then rolls out."
+    )
     secret: Path = Field(description="File with the cluster's secret, on every node.")
     admin_key: Path = Field(description="File with the admin key, on nodes with gateways.")
     placed: bool = Field(
@@ -33,8 +37,9 @@ class ClusterArgs(BaseModel):
 
 def build(args: ClusterArgs) -> serve.Application:
     """The application, as `import_path: service.deployment.cluster:build`. Raises ConfigError."""
-    config = load_config(args.config)
-    # Whoever runs the cluster says where it listens: never on its nodes' loopback.
-    server = config.server.model_copy(update={"host": "0.0.0.0"})
-    config = config.model_copy(update={"server": server})
+    config = (
+        load_config(args.config)
+        if isinstance(args.config, Path)
+        else read_config(args.config, "the Serve config's args.config", Path("/"))
+    )
     return application(config, args.secret, args.admin_key, host=None, placed=args.placed)

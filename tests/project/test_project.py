@@ -46,6 +46,7 @@ ONLY_IN = {
         "service/deployment/application.py",
         "service/deployment/cluster.py",
         "service/deployment/following.py",
+        "service/deployment/leave.py",
         "service/deployment/local.py",
         "service/deployment/replicas.py",
     },

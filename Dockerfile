@@ -1,0 +1,92 @@
+# syntax=docker/dockerfile:1
+# The service as an image: `--target cpu` or `--target gpu` (amd64). Run it with a config at
+# /etc/coe/config.yaml, a volume at /models and a writable /tmp; nothing else is written.
+
+# debian:bookworm-slim of August 2026, its index of all platforms.
+ARG BASE=docker.io/library/debian:bookworm-slim@sha256:88200866dfff7ea7f5cbcb6ec7c8a701889efe6fe859fe64d6990e4b07ea4171
+
+# --- building: pip, and whatever it needs, stay here
+
+FROM ${BASE} AS build
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+# hadolint ignore=DL3008
+RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
+    apt-get update && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv && \
+    rm -rf /var/lib/apt/lists/*
+RUN python3 -m venv /opt/coe
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /src
+
+FROM build AS build-cpu
+COPY deploy/torch.sh deploy/locks/image-cpu.txt ./
+RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
+    ./torch.sh /opt/coe 2.13.0 && \
+    /opt/coe/bin/pip install --quiet --no-deps --require-hashes -r image-cpu.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY service service
+COPY router_models router_models
+RUN /opt/coe/bin/pip install --quiet --no-deps --no-build-isolation . && \
+    ln -s "$(/opt/coe/bin/python -c 'import os, router_models; print(os.path.dirname(router_models.__file__))')" /opt/coe/router_models && \
+    /opt/coe/bin/pip uninstall --quiet -y uv pip
+
+FROM build AS build-gpu
+COPY deploy/locks/image-gpu.txt ./
+RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
+    /opt/coe/bin/pip install --quiet --no-deps --require-hashes -r image-gpu.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY service service
+COPY router_models router_models
+RUN /opt/coe/bin/pip install --quiet --no-deps --no-build-isolation . && \
+    ln -s "$(/opt/coe/bin/python -c 'import os, router_models; print(os.path.dirname(router_models.__file__))')" /opt/coe/router_models && \
+    /opt/coe/bin/pip uninstall --quiet -y pip
+
+# --- running
+
+FROM ${BASE} AS run
+# util-linux: setpriv, so that HAProxy ends with what started it. procps and bash: KubeRay's.
+# hadolint ignore=DL3008
+RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
+    apt-get update && apt-get install -y --no-install-recommends bash ca-certificates libnuma1 procps python3 tini util-linux && \
+    rm -rf /var/lib/apt/lists/* && \
+    groupadd --gid 10001 coe && useradd --uid 10001 --gid coe --no-create-home --home-dir /tmp --shell /usr/sbin/nologin coe && \
+    install -d -o coe -g coe /models && install -d /etc/coe
+# /tmp is the one place to write: everything that keeps a cache is told so.
+ENV PATH=/opt/coe/bin:$PATH \
+    HOME=/tmp \
+    COE_MODELS=/models \
+    HF_HOME=/tmp/huggingface \
+    VLLM_CACHE_ROOT=/tmp/vllm \
+    TRITON_CACHE_DIR=/tmp/triton \
+    TORCHINDUCTOR_CACHE_DIR=/tmp/inductor \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    RAY_USAGE_STATS_ENABLED=0 \
+    VLLM_NO_USAGE_STATS=1 \
+    DO_NOT_TRACK=1
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+ARG CREATED=unknown
+LABEL org.opencontainers.image.title="coe" \
+      org.opencontainers.image.description="One OpenAI-compatible endpoint for many expert models on few accelerators" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}"
+WORKDIR /tmp
+EXPOSE 8000
+VOLUME ["/models"]
+# A first start may download and load for long; after that it must answer.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=6 \
+    CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["/usr/bin/tini", "--", "coe"]
+CMD ["serve", "--config", "/etc/coe/config.yaml", "--host", "0.0.0.0"]
+
+FROM run AS gpu
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=build-gpu /opt/coe /opt/coe
+USER 10001:10001
+
+FROM run AS cpu
+COPY --from=build-cpu /opt/coe /opt/coe
+USER 10001:10001

@@ -1,0 +1,406 @@
+"""The chart, rendered by real helm 3 and 4 with every value file of helm/ci."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from service.cluster_env import every_node
+from service.config import ServerConfig, read_config
+from tests.support import chart
+from tests.support.chart import CHART, ROOT, VALUES, Object, of_kind, rendered
+
+HELMS = ("helm3", "helm4")
+KUBERNETES = "1.37.0"
+CUSTOM = {"RayService", "HTTPRoute", "PodMonitor", "PrometheusRule"}
+# Ray's, HAProxy's, Redis's, the gateways' own and the pools' ports.
+CLOSED = (6379, 8265, 10001, 8404, 9101, 52365, 30000, 30999, 31100, 31999, 44217)
+
+
+@pytest.fixture(params=HELMS)
+def version(request: pytest.FixtureRequest) -> str:
+    """Each helm that is here."""
+    name: str = request.param
+    if chart.tool(name, "helm") is None:
+        pytest.skip(f"{name} is not here (deploy/chart_tools.sh fetches it)")
+    return name
+
+
+@pytest.fixture
+def newest() -> str:
+    """A helm, for what does not depend on which."""
+    if chart.tool("helm4", "helm") is None:
+        pytest.skip("helm4 is not here (deploy/chart_tools.sh fetches it)")
+    return "helm4"
+
+
+def test_there_are_enough_value_files() -> None:
+    assert len(VALUES) >= 6
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_lint(version: str, values: str) -> None:
+    ran = chart.helm(version, "lint", "--strict", "helm", "-f", f"helm/ci/{values}")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "[WARNING]" not in ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_both_helms_render_the_same(values: str) -> None:
+    for name in HELMS:
+        if chart.tool(name, "helm") is None:
+            pytest.skip(f"{name} is not here (deploy/chart_tools.sh fetches it)")
+
+    def comparable(objects: tuple[Object, ...]) -> dict[str, Object]:
+        # Secrets are made anew each time.
+        return {
+            f"{one['kind']}/{one['metadata']['name']}": one
+            for one in objects
+            if one["kind"] != "Secret"
+        }
+
+    assert comparable(rendered("helm3", values)) == comparable(rendered("helm4", values))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("mode=swarm", "mode"),
+        ("modes=plain", "modes"),
+        ("gateways.memory=2000", "memory"),
+        ("pools.cpu.memroy=2Gi", "memroy"),
+        ("pools.gpu.memory=2Gi", "config.pools has no such kind"),
+        ("image.digest=sha256:12", "digest"),
+        ("image.pullPolicy=Sometimes", "pullPolicy"),
+        ("config.server.port=80", "port"),
+        ("config.server.gateways=0", "gateways"),
+        ("service.type=Cluster", "type"),
+        ("service.port=70000", "port"),
+        ("kuberay.upgrade=Later", "upgrade"),
+        ("modelCache.type=nfs", "type"),
+        ("modelCache.type=existing", "existingClaim is needed"),
+        ("modelCache.size=50", "size"),
+        ("networkPolicy.egres.enabled=true", "egres"),
+        ("ingress.enabled=true", "ingress.hosts"),
+        ("httpRoute.enabled=true", "parentRefs"),
+        ("externalRedis.existingSecret=mine", "choose one"),
+        ("redis.maxMemory=much", "maxMemory"),
+        ("redis.sentinel=true", "sentinel"),
+        ("redis.enabled=false,config.experts.a.model=m,config.server.gateways=2", "need a Redis"),
+        ("probes.startupSeconds=soon", "startupSeconds"),
+        ("tmpSize=4", "tmpSize"),
+    ],
+)
+def test_bad_values_are_refused(version: str, setting: str, said: str) -> None:
+    ran = chart.helm(version, "template", "rel", "helm", "--set", setting)
+    assert ran.returncode != 0
+    assert said in ran.stderr, ran.stderr
+
+
+def test_every_value_is_in_the_schema_and_explained() -> None:
+    """The schema refuses unknown keys at every level that is the chart's own."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+
+    def same(place: str, data: Any, part: Any) -> None:
+        if not isinstance(data, dict) or "properties" not in part or place == ".config":
+            return
+        assert part["additionalProperties"] is False, place
+        assert data.keys() <= part["properties"].keys(), place
+        for key, value in data.items():
+            same(f"{place}.{key}", value, part["properties"][key])
+
+    same("", values, schema)
+    assert schema["properties"].keys() - {"global"} == values.keys()
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_core_kinds_are_valid(newest: str, values: str) -> None:
+    for one in rendered(newest, values):
+        if one["kind"] not in CUSTOM:
+            kubernetes_validate.validate(one, KUBERNETES, strict=True)
+    # Pods inside custom resources are pods all the same.
+    for name, pod in chart.pods(rendered(newest, values)):
+        made = {"apiVersion": "v1", "kind": "Pod", **pod}
+        made["metadata"] = {"name": "pod", **pod.get("metadata", {})}
+        kubernetes_validate.validate(made, KUBERNETES, strict=True)
+        assert name
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_custom_kinds_are_valid(newest: str, values: str) -> None:
+    archive = chart.crd_archive()
+    if archive is None:
+        pytest.skip("no CRDs here: name an archive of them with COE_CRDS")
+    schemas = chart.crd_schemas(archive)
+    for one in rendered(newest, values):
+        if one["kind"] in CUSTOM:
+            assert chart.crd_faults(schemas[one["apiVersion"], one["kind"]], one) == []
+
+
+# --- what the objects say
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_pods_are_restricted(newest: str, values: str) -> None:
+    """The restricted Pod Security Standard, and no token where none is needed."""
+    volumes = {"configMap", "secret", "emptyDir", "persistentVolumeClaim"}
+    if values == "no-monitoring-values.yaml":
+        volumes.add("hostPath")  # the one way to have it, said in values.yaml
+    for name, pod in chart.pods(rendered(newest, values)):
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] is True, name
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        for one in [*spec["containers"], *spec.get("initContainers", [])]:
+            security = one["securityContext"]
+            assert security["allowPrivilegeEscalation"] is False, name
+            assert security["readOnlyRootFilesystem"] is True, name
+            assert security["capabilities"] == {"drop": ["ALL"]}, name
+            assert one["resources"]["requests"]["memory"] == one["resources"]["limits"]["memory"]
+        for volume in spec.get("volumes", []):
+            assert (volume.keys() - {"name"}) <= volumes, name
+        if not name.endswith("/head"):  # its account is the operator's, for Ray's autoscaler
+            assert spec["automountServiceAccountToken"] is False, name
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_shared_memory_is_in_the_limit(newest: str, values: str) -> None:
+    for name, pod in chart.pods(rendered(newest, values)):
+        sizes = [
+            volume["emptyDir"]["sizeLimit"]
+            for volume in pod["spec"].get("volumes", [])
+            if volume.get("emptyDir", {}).get("medium") == "Memory"
+        ]
+        limit = pod["spec"]["containers"][0]["resources"]["limits"]["memory"]
+        assert sum(map(_mib, sizes)) <= _mib(limit) / 2, name
+    service = of_kind(rendered(newest, values), "RayService")
+    for _, pod in chart.pods(service):
+        assert [m["mountPath"] for m in pod["spec"]["containers"][0]["volumeMounts"]][:2] == [
+            "/tmp",
+            "/dev/shm",
+        ]
+
+
+def _mib(amount: str) -> int:
+    return int(amount[:-2]) * {"Mi": 1, "Gi": 1024}[amount[-2:]]
+
+
+def test_memory_of_a_pool_is_its_own_and_its_shared_memory(newest: str) -> None:
+    pod = dict(chart.pods(rendered(newest, "multi-pool-values.yaml")))["RayService/rel-coe/pool-l4"]
+    assert pod["spec"]["containers"][0]["resources"]["limits"] == {
+        "memory": f"{34 * 1024}Mi",
+        "nvidia.com/gpu": 1,
+    }
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_the_service_selects_gateways_only(newest: str, values: str) -> None:
+    objects = rendered(newest, values)
+    service = next(s for s in of_kind(objects, "Service") if s["metadata"]["name"] == "rel-coe")
+    selected = {
+        name
+        for name, pod in chart.pods(objects)
+        if service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    }
+    plain = bool(of_kind(objects, "Deployment"))
+    assert selected == ({"Deployment/rel-coe"} if plain else {"RayService/rel-coe/gateway"})
+
+
+def _labels(component: str) -> dict[str, str]:
+    return {
+        "app.kubernetes.io/part-of": "coe",
+        "app.kubernetes.io/instance": "rel",
+        "app.kubernetes.io/component": component,
+    }
+
+
+def test_the_network_is_closed_but_for_the_service(newest: str) -> None:
+    objects = rendered(newest, "default-values.yaml")
+    stranger: dict[str, str] = {}
+    redis = {"app.kubernetes.io/name": "redis", "app.kubernetes.io/instance": "rel"}
+    gateway, pool, head = map(_labels, ("gateway", "pool", "head"))
+    assert chart.may_reach(objects, stranger, gateway, 8000)
+    for target in (gateway, pool, head, redis):
+        for port in CLOSED:
+            assert not chart.may_reach(objects, stranger, target, port), (target, port)
+    assert not chart.may_reach(objects, stranger, pool, 8000)
+    # Pools' ports are gateways' alone; Ray's are for all nodes of the release.
+    assert chart.may_reach(objects, gateway, pool, 31500)
+    assert not chart.may_reach(objects, pool, pool, 31500)
+    assert not chart.may_reach(objects, head, pool, 31500)
+    for source in (gateway, pool, head):
+        assert chart.may_reach(objects, source, head, 6379)
+        assert chart.may_reach(objects, source, pool, 10002)
+        assert chart.may_reach(objects, source, redis, 6379)
+    other = gateway | {"app.kubernetes.io/instance": "another"}
+    assert not chart.may_reach(objects, other, pool, 31500)
+    operator = {"app.kubernetes.io/name": "kuberay-operator"}
+    assert chart.may_reach(objects, operator, head, 8265)
+    assert not chart.may_reach(objects, operator, pool, 8265)
+
+
+def test_in_plain_mode_only_the_port_is_open(newest: str) -> None:
+    objects = rendered(newest, "minimal-cpu-values.yaml")
+    assert chart.may_reach(objects, {}, _labels("gateway"), 8000)
+    for port in CLOSED:
+        assert not chart.may_reach(objects, {}, _labels("gateway"), port)
+
+
+def test_named_clients_alone_may_call(newest: str) -> None:
+    objects = rendered(newest, "external-redis-values.yaml")
+    assert not chart.may_reach(objects, {"app": "stranger"}, _labels("gateway"), 8000)
+    assert chart.may_reach(objects, _labels("test"), _labels("gateway"), 8000)
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_a_stop_has_time_to_drain(newest: str, values: str) -> None:
+    objects = rendered(newest, values)
+    config = _config(objects)
+    for name, pod in chart.pods([*of_kind(objects, "RayService"), *of_kind(objects, "Deployment")]):
+        grace_s = pod["spec"]["terminationGracePeriodSeconds"]
+        assert grace_s >= config["server"]["drain_s"] + 20, name
+        (command,) = (
+            c["lifecycle"]["preStop"]["exec"]["command"] for c in pod["spec"]["containers"]
+        )
+        if "deployment.leave" in " ".join(command):
+            assert config["server"]["drain_s"] + 10 < int(command[-1]) < grace_s, name
+
+
+def _config(objects: tuple[Object, ...]) -> dict[str, Any]:
+    found = next(m for m in of_kind(objects, "ConfigMap") if m["metadata"]["name"] == "rel-coe")
+    config: dict[str, Any] = yaml.safe_load(found["data"]["config.yaml"])
+    return config
+
+
+# --- coe and Ray read what the chart makes
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_coe_takes_the_config(newest: str, values: str) -> None:
+    config = read_config(_config(rendered(newest, values)), values, Path("/etc/coe"))
+    assert config.server.host == "0.0.0.0"
+    assert config.models_dir == "/models"
+
+
+def test_ray_takes_the_services(newest: str) -> None:
+    """Serve's own schema, our builder, and what Ray's autoscaler makes of the groups."""
+    specs = {
+        values: services[0]["spec"]
+        for values in VALUES
+        if (services := of_kind(rendered(newest, values), "RayService"))
+    }
+    assert set(VALUES) - set(specs) == {"minimal-cpu-values.yaml", "single-gpu-values.yaml"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.support.ray_reads"],
+        cwd=ROOT,
+        input=json.dumps(specs),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    for values, read in json.loads(ran.stdout).items():
+        config = _config(rendered(newest, values))
+        kinds = {f"pool-{kind}": f"coe-pool-{kind}" for kind in config["pools"]}
+        wanted = {"gateway": "coe-gateway", **kinds}
+        assert read["deployments"] == {name: {resource: 1} for name, resource in wanted.items()}
+        groups = read["groups"]
+        for group, resource in wanted.items():
+            assert groups[group]["resources"][resource] == 1
+            assert groups[group]["resources"]["CPU"] >= 1
+        for kind, pool in config["pools"].items():
+            group = groups[f"pool-{kind}"]
+            assert group["min_workers"] == (pool or {}).get("min_replicas", 1)
+            assert group["resources"].get("GPU", 0) == pool.get("gpus", 0)
+        assert groups["headgroup"]["resources"]["CPU"] == 0
+
+
+def test_nodes_have_the_environment_that_serve_needs(newest: str) -> None:
+    lines = (ROOT / "deploy" / "ray" / "node.env").read_text().splitlines()
+    told = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
+    assert told == every_node(ServerConfig().drain_s)
+    pods = dict(chart.pods(of_kind(rendered(newest, "default-values.yaml"), "RayService")))
+    # The operator sets Ray's authentication itself.
+    wanted = every_node(60)
+    del wanted["RAY_AUTH_MODE"]
+    for name, pod in pods.items():
+        environment = {e["name"]: e.get("value") for e in pod["spec"]["containers"][0]["env"]}
+        assert wanted.items() <= environment.items(), name
+        # The operator refuses these, it sets them itself.
+        assert not environment.keys() & {"REDIS_PASSWORD", "RAY_AUTH_MODE", "RAY_ADDRESS"}, name
+
+
+def test_secrets_reach_no_serve_config(newest: str) -> None:
+    """Ray shows a Serve config to whoever asks its dashboard."""
+    for values in VALUES:
+        for service in of_kind(rendered(newest, values), "RayService"):
+            config = yaml.safe_load(service["spec"]["serveConfigV2"])
+            assert config["applications"][0]["args"]["secret"] == "/run/coe/cluster-secret"
+            assert "runtime_env" not in config["applications"][0]
+    heads = dict(chart.pods(of_kind(rendered(newest, "default-values.yaml"), "RayService")))
+    volumes = {v["name"] for v in heads["RayService/rel-coe/head"]["spec"]["volumes"]}
+    assert "secrets" not in volumes
+
+
+# --- checkov
+
+# Checks that are not ours to pass, each with its reason.
+NOT_OURS = {
+    "CKV_K8S_8": "the test pod ends by itself",
+    "CKV_K8S_9": "the test pod ends by itself",
+    "CKV_K8S_11": "a limit of cores throttles a token stream; cpuLimit sets one where it must be",
+    "CKV_K8S_15": "tags are versions; pullPolicy sets Always where it must be",
+    "CKV_K8S_22": "Redis' image is somebody else's: its root is read-only, and passes",
+    "CKV_K8S_38": "the head's pod: the operator gives it an account, for Ray's autoscaler",
+    "CKV_K8S_35": "remote experts' keys are named by variable in the config; nothing else is",
+    "CKV_K8S_43": "a digest is the operator's choice: image.digest",
+}
+
+
+def test_checkov(newest: str, tmp_path: Path) -> None:
+    checkov = chart.tool("checkov", "bin/checkov")
+    if checkov is None:
+        pytest.skip("checkov is not here (deploy/chart_tools.sh fetches it)")
+    seen = 0
+    for values in VALUES:
+        objects = [one for one in rendered(newest, values) if one["kind"] not in CUSTOM]
+        # It does not look into custom resources: their pods are given to it as such.
+        for name, pod in chart.pods(of_kind(rendered(newest, values), "RayService")):
+            made = {"apiVersion": "v1", "kind": "Pod", **pod}
+            meta = {"name": name.rsplit("/", 1)[1], "namespace": "coe", **pod["metadata"]}
+            objects.append({**made, "metadata": meta})
+        (tmp_path / values).write_text(yaml.safe_dump_all(objects))
+        seen += len(objects)
+    ran = subprocess.run(
+        [
+            checkov,
+            "--quiet",
+            "--compact",
+            "--framework",
+            "kubernetes",
+            "-d",
+            tmp_path,
+            "-o",
+            "json",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    told = json.loads(ran.stdout)
+    assert told["summary"]["parsing_errors"] == 0
+    assert told["summary"]["resource_count"] >= seen
+    failed = {
+        f"{one['check_id']} {one['check_name']}: {one['resource']}"
+        for one in told["results"]["failed_checks"]
+        if one["check_id"] not in NOT_OURS
+    }
+    assert failed == set()
