@@ -14,30 +14,30 @@ RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
     apt-get update && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv && \
     rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/coe
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/var/cache/pip
 WORKDIR /src
 
 FROM build AS build-cpu
 COPY deploy/torch.sh deploy/locks/image-cpu.txt ./
-RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
+RUN --mount=type=cache,target=/var/cache/pip,sharing=locked \
     ./torch.sh /opt/coe 2.13.0 && \
     /opt/coe/bin/pip install --quiet --no-deps --require-hashes -r image-cpu.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY service service
 COPY router_models router_models
 RUN /opt/coe/bin/pip install --quiet --no-deps --no-build-isolation . && \
-    ln -s "$(/opt/coe/bin/python -c 'import os, router_models; print(os.path.dirname(router_models.__file__))')" /opt/coe/router_models && \
+    ln -s lib/python3.11/site-packages/router_models /opt/coe/router_models && \
     /opt/coe/bin/pip uninstall --quiet -y uv pip
 
 FROM build AS build-gpu
 COPY deploy/locks/image-gpu.txt ./
-RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
+RUN --mount=type=cache,target=/var/cache/pip,sharing=locked \
     /opt/coe/bin/pip install --quiet --no-deps --require-hashes -r image-gpu.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY service service
 COPY router_models router_models
 RUN /opt/coe/bin/pip install --quiet --no-deps --no-build-isolation . && \
-    ln -s "$(/opt/coe/bin/python -c 'import os, router_models; print(os.path.dirname(router_models.__file__))')" /opt/coe/router_models && \
+    ln -s lib/python3.11/site-packages/router_models /opt/coe/router_models && \
     /opt/coe/bin/pip uninstall --quiet -y pip
 
 # --- running

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import resource
 import socket
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from service.link.secret import make_secret
 # stretch of it for itself.
 _GATEWAY_PORTS = range(30000, 31000)
 _STRETCH = 20
+_CONNECTIONS = 4096
 
 
 def prepare(run_dir: Path, server: ServerConfig, lobby: Path) -> None:
@@ -55,6 +57,7 @@ def prepare(run_dir: Path, server: ServerConfig, lobby: Path) -> None:
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+            "RAY_SERVE_HAPROXY_MAXCONN": str(_connections()),
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _STRETCH),
             "RAY_AUTH_TOKEN_PATH": str(run_dir / "ray-token"),
@@ -93,6 +96,15 @@ def every_node(server: ServerConfig) -> dict[str, str]:
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
+
+
+def _connections() -> int:
+    """How many HAProxy may have open: it ends at once where its files would be over the limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        return _CONNECTIONS
+    # Two files each, and some 2,100 for checks and threads at Serve's own 4,096.
+    return max(100, min(_CONNECTIONS, int((hard - 200) / 2.6)))
 
 
 def _free_stretch() -> int:

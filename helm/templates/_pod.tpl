@@ -156,6 +156,10 @@ limits:
 {{/* What Ray reads when it starts, of deploy/ray/node.env: the same on every node. */}}
 {{- define "coe.rayEnv" -}}
 {{- $own := dict "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S" (add 5 (include "coe.drainSeconds" . | int) | toString) -}}
+{{- $limits := (include "coe.config" . | fromYaml).server.limits | default dict -}}
+{{- with $limits.stall_timeout_s -}}
+{{- $_ := set $own "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S" (ceil (float64 .) | int | toString) -}}
+{{- end -}}
 {{- range $line := .Files.Lines "files/node.env" -}}
 {{- if regexMatch "^[A-Za-z_]+=" $line -}}
 {{- $pair := regexSplit "=" $line 2 -}}

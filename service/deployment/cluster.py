@@ -35,11 +35,15 @@ class ClusterArgs(BaseModel):
     )
 
 
-def build(args: ClusterArgs) -> serve.Application:
-    """The application, as `import_path: service.deployment.cluster:build`. Raises ConfigError."""
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application, as `import_path: service.deployment.cluster:build`.
+
+    `args`: see ClusterArgs. Raises pydantic's ValidationError and ConfigError, which Serve tells.
+    """
+    told = ClusterArgs.model_validate(args)
     config = (
-        load_config(args.config)
-        if isinstance(args.config, Path)
-        else read_config(args.config, "the Serve config's args.config", Path("/"))
+        load_config(told.config)
+        if isinstance(told.config, Path)
+        else read_config(told.config, "the Serve config's args.config", Path("/"))
     )
-    return application(config, args.secret, args.admin_key, host=None, placed=args.placed)
+    return application(config, told.secret, told.admin_key, host=None, placed=told.placed)

@@ -20,6 +20,7 @@ from ray.core.generated import autoscaler_pb2
 
 _REPLICA = "ray::ServeReplica:"
 _POLL_S = 0.25
+_ALIVE = 0  # GcsNodeInfo.state
 
 
 @click.command()
@@ -37,16 +38,15 @@ def leave(address: str, node_ip: str, within_s: float) -> None:
     """Drain the node with this address. Ends with exit code 1 where Ray refuses or is not there."""
     end_s = time.monotonic() + within_s
     gcs = GcsClient(address=address)
-    node = next(
-        (
-            node_id
-            for node_id, info in gcs.get_all_node_info(timeout=10).items()
-            if info.node_manager_address == node_ip and info.state == 0
-        ),
-        None,
-    )
-    if node is None:
+    here = {
+        node_id: info.start_time_ms
+        for node_id, info in gcs.get_all_node_info(timeout=10).items()
+        if info.node_manager_address == node_ip and info.state == _ALIVE
+    }
+    if not here:
         sys.exit(f"no Ray node at {node_ip}")
+    # The youngest: another may have been here before, and Ray not know yet that it is gone.
+    node = max(here, key=lambda node_id: here[node_id])
     accepted, why = gcs.drain_node(
         node.hex(),
         autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
@@ -55,15 +55,27 @@ def leave(address: str, node_ip: str, within_s: float) -> None:
     )
     if not accepted:
         sys.exit(f"Ray refuses: {why}")
-    while time.monotonic() < end_s and any(_is_replica(one) for one in psutil.process_iter()):
+    while time.monotonic() < end_s and _replicas(node_ip):
         time.sleep(_POLL_S)
 
 
-def _is_replica(process: psutil.Process) -> bool:
+def _replicas(node_ip: str) -> list[psutil.Process]:
+    """The replicas on the node: children of its raylet."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if f"--node_ip_address={node_ip}" in process.cmdline():
+                found += [one for one in process.children() if _title(one).startswith(_REPLICA)]
+        except psutil.Error:
+            continue
+    return found
+
+
+def _title(process: psutil.Process) -> str:
     try:
-        return process.is_running() and any(_REPLICA in part for part in process.cmdline())
-    except psutil.Error:
-        return False
+        return process.cmdline()[0]
+    except (psutil.Error, IndexError):
+        return ""
 
 
 if __name__ == "__main__":

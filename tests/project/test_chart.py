@@ -325,10 +325,10 @@ def test_ray_takes_the_services(newest: str) -> None:
 def test_nodes_have_the_environment_that_serve_needs(newest: str) -> None:
     lines = (ROOT / "deploy" / "ray" / "node.env").read_text().splitlines()
     told = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
-    assert told == every_node(ServerConfig().drain_s)
+    assert told == every_node(ServerConfig())
     pods = dict(chart.pods(of_kind(rendered(newest, "default-values.yaml"), "RayService")))
     # The operator sets Ray's authentication itself.
-    wanted = every_node(60)
+    wanted = every_node(ServerConfig(drain_s=60))
     del wanted["RAY_AUTH_MODE"]
     for name, pod in pods.items():
         environment = {e["name"]: e.get("value") for e in pod["spec"]["containers"][0]["env"]}

@@ -17,16 +17,17 @@ def main() -> None:
     from ray.autoscaler._private.kuberay.autoscaling_config import (
         _derive_autoscaling_config_from_ray_cr as derive,
     )
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as call
     from ray.serve._private.build_app import build_app
     from ray.serve.schema import ServeDeploySchema
 
-    from service.deployment.cluster import ClusterArgs, build
+    from service.deployment.cluster import build
 
     def read(spec: dict[str, Any]) -> dict[str, Any]:
         serve_config = ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"]))
         (application,) = serve_config.applications
         assert application.import_path == f"{build.__module__}:{build.__name__}"
-        built = build_app(build(ClusterArgs.model_validate(application.args)), name="coe")
+        built = build_app(call(build, application.args), name="coe")
         deployments = {
             one.name: one.ray_actor_options.get("resources", {}) for one in built.deployments
         }
