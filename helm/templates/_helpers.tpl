@@ -83,6 +83,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $_ := set $config "store" (merge $store ($config.store | default dict)) -}}
 {{- end -}}
 {{- $_ := set $config "models_dir" "/models" -}}
+{{- if .Values.secrets.apiKey -}}
+{{- $_ := set $config "keys" (merge (dict "chart" (dict "key_env" "COE_API_KEY")) ($config.keys | default dict)) -}}
+{{- end -}}
+{{- if eq .Values.mode "kuberay" -}}
+{{- $told := dict "metrics_port" 9464 "metrics_host" "0.0.0.0" -}}
+{{- $_ := set $config "telemetry" (merge $told ($config.telemetry | default dict)) -}}
+{{- end -}}
 {{- toYaml $config -}}
 {{- end -}}
 
@@ -124,6 +131,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- if and .Values.redis.enabled .Values.externalRedis.existingSecret -}}
 {{- fail "redis.enabled and externalRedis.existingSecret: choose one" -}}
+{{- end -}}
+{{- $made := include "coe.config" . | fromYaml -}}
+{{- if not (or $made.keys $made.server.open (eq (dig "kind" "memory" ($made.store | default dict)) "redis")) -}}
+{{- fail "without secrets.apiKey it needs config.keys, keys in a Redis, or config.server.open" -}}
 {{- end -}}
 {{- if not (or .Values.redis.enabled .Values.externalRedis.existingSecret (hasKey (.Values.config.store | default dict) "url") (hasKey (.Values.config.store | default dict) "url_env")) -}}
 {{- if or (gt (int .Values.plain.replicas) 1) (gt (include "coe.gatewayCount" . | int) 1) -}}

@@ -132,6 +132,13 @@ limits:
 {{- if .secrets }}
 - name: COE_HOME
   value: /run/coe
+{{- if .root.Values.secrets.apiKey }}
+- name: COE_API_KEY
+  valueFrom:
+    secretKeyRef:
+      name: {{ include "coe.secretName" .root }}
+      key: api-key
+{{- end }}
 {{- if .root.Values.redis.enabled }}
 - name: COE_REDIS_PASSWORD
   valueFrom:
@@ -273,6 +280,10 @@ spec:
           containerPort: 6379
         - name: dashboard
           containerPort: 8265
+        {{- end }}
+        {{- if ne .component "head" }}
+        - name: coe-metrics
+          containerPort: 9464
         {{- end }}
         - name: metrics
           containerPort: 8080

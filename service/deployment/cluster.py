@@ -46,4 +46,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         if isinstance(told.config, Path)
         else read_config(told.config, "the Serve config's args.config", Path("/"))
     )
+    # Whoever runs the cluster says where it listens: never on its nodes' loopback.
+    server = config.server.model_copy(update={"host": "0.0.0.0"})
+    config = config.model_copy(update={"server": server})
     return application(config, told.secret, told.admin_key, host=None, placed=told.placed)

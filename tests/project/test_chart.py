@@ -94,6 +94,7 @@ def test_both_helms_render_the_same(values: str) -> None:
         ("redis.maxMemory=much", "maxMemory"),
         ("redis.sentinel=true", "sentinel"),
         ("redis.enabled=false,config.experts.a.model=m,config.server.gateways=2", "need a Redis"),
+        ("redis.enabled=false,secrets.apiKey=false", "needs config.keys"),
         ("probes.startupSeconds=soon", "startupSeconds"),
         ("tmpSize=4", "tmpSize"),
     ],
@@ -335,6 +336,28 @@ def test_nodes_have_the_environment_that_serve_needs(newest: str) -> None:
         assert wanted.items() <= environment.items(), name
         # The operator refuses these, it sets them itself.
         assert not environment.keys() & {"REDIS_PASSWORD", "RAY_AUTH_MODE", "RAY_ADDRESS"}, name
+
+
+def test_monitoring(newest: str) -> None:
+    objects = rendered(newest, "all-on-values.yaml")
+    monitor = of_kind(objects, "PodMonitor")[0]["spec"]
+    assert monitor["podMetricsEndpoints"][0]["port"] == "coe-metrics"
+    for name, pod in chart.pods(of_kind(objects, "RayService")):
+        assert monitor["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+        # Rules and dashboards go by the job's name.
+        assert pod["metadata"]["labels"][monitor["jobLabel"]] == "coe"
+        ports = {port["name"] for port in pod["spec"]["containers"][0]["ports"]}
+        assert ("coe-metrics" in ports) != name.endswith("/head")
+    rules = yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yml").read_text())
+    assert of_kind(objects, "PrometheusRule")[0]["spec"] == rules
+    boards = {
+        name: json.loads(text)
+        for one in of_kind(objects, "ConfigMap")
+        if one["metadata"]["labels"].get("grafana_dashboard") == "1"
+        for name, text in one["data"].items()
+    }
+    folder = ROOT / "deploy" / "grafana" / "dashboards"
+    assert boards == {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
 def test_secrets_reach_no_serve_config(newest: str) -> None:
