@@ -27,6 +27,7 @@ COPY service service
 COPY router_models router_models
 RUN /opt/coe/bin/pip install --quiet --no-deps --no-build-isolation . && \
     ln -s lib/python3.11/site-packages/router_models /opt/coe/router_models && \
+    /opt/coe/bin/python -m service.haproxy /opt/coe/haproxy && \
     /opt/coe/bin/pip uninstall --quiet -y uv pip
 
 FROM build AS build-gpu
@@ -38,6 +39,7 @@ COPY service service
 COPY router_models router_models
 RUN /opt/coe/bin/pip install --quiet --no-deps --no-build-isolation . && \
     ln -s lib/python3.11/site-packages/router_models /opt/coe/router_models && \
+    /opt/coe/bin/python -m service.haproxy /opt/coe/haproxy && \
     /opt/coe/bin/pip uninstall --quiet -y pip
 
 # --- running

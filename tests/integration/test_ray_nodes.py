@@ -118,6 +118,18 @@ def client(cluster: RayCluster) -> Client:
     return made
 
 
+def test_haproxy_is_ours(cluster: RayCluster, client: Client) -> None:
+    """The wrapper has changed its configuration: own pages on loopback, our faults."""
+    (path,) = (cluster.folder / "h").rglob("haproxy.cfg")
+    text = path.read_text()
+    assert "# limits of coe" in text
+    for name in ("STATS", "METRICS"):
+        port = cluster.environment[f"RAY_SERVE_HAPROXY_{name}_PORT"]
+        assert f"bind 127.0.0.1:{port}" in text
+        assert f"*:{port}" not in text
+    assert client.get("/health")[0] == 200
+
+
 def listening(cluster: RayCluster, ip: str) -> set[str]:
     """The addresses on which a node's pools listen."""
     found = set()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from service.haproxy import write_wrapper
 from service.link.secret import make_secret
 from tests.support.cluster import wait_until
 
@@ -137,10 +138,15 @@ def ray_cluster() -> Iterator[RayCluster]:
     haproxy = folder / "h"
     haproxy.mkdir()
     stats, metrics = _free_port(), _free_port()
+    # As `python -m service.haproxy` does it for Serve's own ports.
+    wrapper = write_wrapper(
+        folder / "w", host="127.0.0.1", own_ports=(stats, metrics), header_timeout_s=10, lobby=None
+    )
     environment |= {
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "PYTHONPATH": str(ROOT),
         # Of its own, as other services on this machine have theirs.
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "a.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
