@@ -301,6 +301,7 @@ class Relay:
                         EngineRequest(asked.endpoint, option.expert, body, attempt_id, trace),
                         reply,
                         handed,
+                        asked.tenant,
                     )
                     return
                 link = self._link(option.boot)

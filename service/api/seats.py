@@ -9,30 +9,48 @@ from dataclasses import dataclass, field
 
 from service.broker.board import REMOTE, PoolView
 from service.engine.protocol import Engine, EngineRequest, Message, Send
-from service.errors import ExpertFailed, OverCapacity
+from service.errors import ExpertFailed
 from service.link.snapshot import ExpertState, Queue, Snapshot, Speed
 from service.link.speed import Speedometer, Stopwatch
-from service.types import Residency
+from service.pool.queues import Queues, Ticket
+from service.types import NOBODY, Residency, Tenant
+
+# A seat's queue knows one expert only, and it is always there.
+_IT = ""
+_READY = {_IT}
 
 
 @dataclass(slots=True)
 class RemoteSeat:
-    """A remote expert's places: bounded, first come, first served."""
+    """A remote expert's places: bounded; tenants take turns as in a pool's queue."""
 
     engine: Engine
     max_in_flight: int
     max_queue: int
     failed: str | None = None
-    places: asyncio.Semaphore = field(init=False)
-    waiting: int = field(init=False, default=0)
-    running: int = field(init=False, default=0)
+    queues: Queues = field(init=False)
+    waits: dict[Ticket, asyncio.Future[None]] = field(init=False, default_factory=dict)
     speed: Speedometer = field(init=False, default_factory=Speedometer)
 
     def __post_init__(self) -> None:
-        self.places = asyncio.Semaphore(self.max_in_flight)
+        self.queues = Queues((_IT,), capacity=self.max_in_flight, max_waiting=self.max_queue)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place."""
+        return self.queues.counts(_IT)[0]
+
+    @property
+    def running(self) -> int:
+        """Requests that the endpoint has."""
+        return self.queues.counts(_IT)[1]
 
     async def run(
-        self, request: EngineRequest, send: Send, handed: asyncio.Event | None = None
+        self,
+        request: EngineRequest,
+        send: Send,
+        handed: asyncio.Event | None = None,
+        tenant: Tenant = NOBODY,
     ) -> None:
         """Answer a request when there is a place. Raises OverCapacity, ExpertFailed.
 
@@ -42,33 +60,52 @@ class RemoteSeat:
             raise ExpertFailed(
                 f"expert {request.expert!r} can't be used: {self.failed}", retry_after_s=60
             )
-        if self.waiting >= self.max_queue and self.places.locked():
-            raise OverCapacity(
-                f"expert {request.expert!r} has {self.waiting} requests waiting, "
-                f"and no more than {self.max_queue} may"
-            )
-        self.waiting += 1
+        if (gone := self.queues.crowded_out(_IT, tenant)) is not None:
+            self._crowd_out(gone, request.expert)
+        if self.waiting >= self.max_queue and self.running >= self.max_in_flight:
+            raise self.queues.full(_IT, request.expert)
+        ticket = self.queues.offer(
+            _IT, time.monotonic(), ready=True, tokens=1 + len(request.body) // 4, tenant=tenant
+        )
         try:
-            await self.places.acquire()
+            if not ticket.running:
+                self.waits[ticket] = asyncio.get_running_loop().create_future()
+                await self.waits[ticket]
+            if handed is not None:
+                handed.set()
+            await self._timed(request, send, ticket)
         finally:
-            self.waiting -= 1
-        self.running += 1
-        if handed is not None:
-            handed.set()
-        try:
-            await self._timed(request, send)
-        finally:
-            self.running -= 1
-            self.places.release()
+            self.waits.pop(ticket, None)
+            self.queues.close(ticket, time.monotonic())
+            self._grant()
 
-    async def _timed(self, request: EngineRequest, send: Send) -> None:
+    def _grant(self) -> None:
+        for ticket in self.queues.grant(_READY):
+            wait = self.waits.get(ticket)
+            if wait is not None and not wait.done():
+                wait.set_result(None)
+            else:
+                # Its client left between being woken and running.
+                self.queues.close(ticket)
+
+    def _crowd_out(self, ticket: Ticket, expert: str) -> None:
+        wait = self.waits.pop(ticket, None)
+        full = self.queues.full(_IT, expert)
+        self.queues.close(ticket)
+        if wait is not None and not wait.done():
+            wait.set_exception(full)
+
+    async def _timed(self, request: EngineRequest, send: Send, ticket: Ticket) -> None:
         watch = Stopwatch(time.monotonic())
 
         async def timed(message: Message) -> None:
             watch.saw(message, time.monotonic())
             await send(message)
 
-        await self.engine.run(request, timed)
+        try:
+            await self.engine.run(request, timed)
+        finally:
+            self.queues.served(ticket, watch.tokens())
         watch.tell(self.speed, 1 + len(request.body) // 4)
 
 

@@ -87,6 +87,10 @@ class Stopwatch:
         self.chunks += 1
         self._body = message.get("body", b"")
 
+    def tokens(self) -> int:
+        """About how many tokens have passed: a stream's chunks, a whole answer's own count."""
+        return self.chunks if self._streams else _answer_tokens(self._body)
+
     def tell(self, meter: Speedometer, prompt_tokens: int) -> None:
         """What it came to, if it was a good answer."""
         if not self._good:

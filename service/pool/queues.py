@@ -111,15 +111,18 @@ class Queues:
             return None
         return next(ticket for ticket in reversed(waiting) if ticket.tenant.name == most)
 
-    def full(self, expert: str) -> OverCapacity:
-        """What a request is told that finds no place. Half the queue should be gone by then."""
+    def full(self, expert: str, named: str = "") -> OverCapacity:
+        """What a request is told that finds no place. Half the queue should be gone by then.
+
+        `named`: what the expert is called, where it is called otherwise here.
+        """
         waiting = self._waiting_by[expert]
         retry_s = _RETRY_S
         if len(self._ends_s) > 1:
             pace_s = (self._ends_s[-1] - self._ends_s[0]) / (len(self._ends_s) - 1)
             retry_s = min(_LONGEST_RETRY_S, max(_RETRY_S, pace_s * waiting / 2))
         return OverCapacity(
-            f"expert {expert!r} has {waiting} requests waiting, "
+            f"expert {(named or expert)!r} has {waiting} requests waiting, "
             f"and no more than {self._max_waiting} may",
             retry_after_s=retry_s,
         )
