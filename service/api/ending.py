@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from service.api.passage import Passage
+from service.link.faults import codes_of_ours
 from service.telemetry.metrics import Asking, Ended
 
 
@@ -21,6 +22,7 @@ def ended(passage: Passage, *, category: str, streamed: bool, fault: str, began_
         fault=fault,
         attempts=passage.attempts,
         streamed=streamed,
+        ours=passage.status >= 500 or outcome in codes_of_ours(),
         local=passage.local,
         first_byte_s=max(0.0, passage.first_byte_at_s - began_s),
         total_s=time.monotonic() - began_s,

@@ -28,10 +28,10 @@ class Asking:
 class Ended:
     """A request that has ended, one way or another. Times in s from its arrival; 0: never.
 
-    `tenant` is empty where nobody was told from others. `fault`: the error's code, or
-    empty. `local`: a pool answered, and so `queue_s` and `predicted_s` (the wait) are
-    known. `engine_s`: until the engine's first byte. `failed`: the attempts that did
-    before the first byte, as (expert, code).
+    `tenant` is empty where it was not known yet. `fault`: the error's code, or empty.
+    `ours`: it ended by our fault. `local`: a pool answered, and so `queue_s` and
+    `predicted_s` (the wait) are known. `engine_s`: until the engine's first byte.
+    `failed`: the attempts that did before the first byte, as (expert, code).
     """
 
     expert: str
@@ -49,6 +49,7 @@ class Ended:
     predicted_s: float = 0.0
     predicted_cost: float = 0.0
     escalations: int = 0
+    ours: bool = False
     failed: Sequence[tuple[str, str]] = ()
     calls: Sequence[Asking] = ()
 
@@ -88,6 +89,8 @@ class GatewayMetrics:
         self._in_flight -= 1
         meter = self.meter
         meter.add(table.REQUESTS, 1, one.expert, one.category, one.recipe, one.outcome)
+        # 0 as well, so that a share of errors can be told before there are any.
+        meter.add(table.SERVER_ERRORS, one.ours, one.expert)
         for expert, code in one.failed:
             meter.add(table.FAILED_ATTEMPTS, 1, expert, code)
         if one.fault and (one.attempts == 0 or one.fault in _NO_ROOM):

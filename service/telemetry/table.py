@@ -99,6 +99,12 @@ REQUESTS = _counter(
     ("expert", "category", "recipe", "outcome"),
     "Requests that have ended.",
 )
+SERVER_ERRORS = _counter(
+    "coe_server_errors_total",
+    Side.GATEWAY,
+    ("expert",),
+    "Requests that ended with an error of ours, of status 500 and more, also after a stream began.",
+)
 REJECTIONS = _counter(
     "coe_rejections_total",
     Side.GATEWAY,
@@ -361,6 +367,7 @@ BUILD = PROCESS[0]
 GROUPS: dict[str, tuple[Declared, ...]] = {
     "Requests": (
         REQUESTS,
+        SERVER_ERRORS,
         REJECTIONS,
         FAILED_ATTEMPTS,
         ESCALATIONS,

@@ -28,10 +28,12 @@ ROUTING = Board(
                     "Of requests to auto.",
                 ),
                 Chart(
-                    "Requests by recipe",
-                    (Query(rate("coe_requests_total", "recipe"), "{{recipe}}"),),
+                    "Requests by recipe, and escalations",
+                    (
+                        Query(rate("coe_requests_total", "recipe"), "{{recipe}}"),
+                        Query(rate("coe_escalations_total", "recipe"), "{{recipe}} escalated"),
+                    ),
                     "reqps",
-                    "stacked",
                 ),
                 Chart("Time to choose", quantiles("coe_route_seconds"), "s"),
                 Chart("Added to the first byte", quantiles("coe_overhead_seconds"), "s"),
