@@ -29,6 +29,7 @@ def everything(url: str) -> Config:
     }
     given["recipes"] = {"careful": {"kind": "cascade", "members": ["far"], "later": ["strong"]}}
     given["pools"]["cpu"] |= {"slots": 1, "swap": {"min_stay_s": 0.02}}
+    given["tenants"] = {"default": {"guard": {"personal": {"action": "flag"}}}}
     given["budgets"] = {"all": {"amount": 1000.0, "period": "day"}}
     return Config.model_validate(given)
 
@@ -55,6 +56,8 @@ async def round_of_traffic(s: Site) -> None:
         async with s.post(chat(model=model, stream=model == "far", **usage)) as reply:
             assert reply.status == 200, await reply.text()
             await reply.read()
+    status, _, _ = await s.ask(chat("write to somebody@example.com", model="general"))
+    assert status == 200
     status, _, _ = await s.ask(chat(model="nobody"))
     assert status == 404
 

@@ -106,6 +106,13 @@ ROUTING = Board(
                     "stacked",
                     "Before the first byte: the next best option was asked, if one was left.",
                 ),
+                Chart(
+                    "Second attempts",
+                    (Query(rate("coe_retries_total", "done"), "{{done}}"),),
+                    "reqps",
+                    "stacked",
+                    "Before the first byte: made, or refused because too many had failed.",
+                ),
             ),
         ),
     ),
