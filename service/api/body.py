@@ -9,7 +9,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -17,6 +17,8 @@ from service.errors import InvalidRequest
 from service.link.call import trace_of
 from service.types import NOBODY, Tenant
 
+CacheWish = Literal["off", "exact", "semantic"]
+_CACHE: dict[bytes, CacheWish] = {b"off": "off", b"exact": "exact", b"semantic": "semantic"}
 AUTO = "auto"
 GENERAL = "general"
 _GIVEN_ID = re.compile(rb"^[A-Za-z0-9._:-]{1,128}$")
@@ -42,6 +44,7 @@ class Asked:
 
     `deadline_ms`: to the first token when `stream`, else to the end. `needs`: the
     capabilities that an expert must have to answer it. `trace`: its W3C trace context.
+    `cache`: which answers that were kept will do.
     `max_cost`: the most that all calls for it may cost together, in the unit of prices.
     `combinable`: several experts may be asked for one answer.
     """
@@ -59,6 +62,7 @@ class Asked:
     trace: Mapping[str, str] = field(default_factory=dict)
     body_bytes: int = 0
     max_cost: float | None = None
+    cache: CacheWish = "off"
     combinable: bool = False
 
     @property
@@ -148,6 +152,7 @@ def read_asked(
         deadline_ms=wishes.deadline_ms or default_deadline_ms,
         body_bytes=len(raw),
         max_cost=wishes.max_cost,
+        cache=_cache(headers),
         combinable=_combinable(endpoint, data),
     )
 
@@ -237,6 +242,17 @@ def _wishes(given: object, headers: dict[bytes, bytes]) -> _Wishes:
             param=where.split()[-1].strip("`"),
         )
     return _Wishes(given is not None, deadline_ms, _max_cost(wishes, headers))
+
+
+def _cache(headers: dict[bytes, bytes]) -> CacheWish:
+    """Whether an answer that was kept will do, and this one may be kept."""
+    given = headers.get(b"x-coe-cache", b"off")
+    found = _CACHE.get(given)
+    if found is None:
+        raise InvalidRequest(
+            "the header x-coe-cache takes exact, semantic or off", param="x-coe-cache"
+        )
+    return found
 
 
 def _max_cost(wishes: dict[str, Any], headers: dict[bytes, bytes]) -> float | None:

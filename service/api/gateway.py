@@ -20,11 +20,12 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from service import __version__
-from service.api import catalog, ending
+from service.api import catalog
 from service.api.accounts import Accounts
 from service.api.admission import Admission, Admitted
 from service.api.answering import Answering
 from service.api.body import ENDPOINTS, Asked
+from service.api.cache import Cache
 from service.api.console.endpoints import console_routes
 from service.api.console.feed import Feed
 from service.api.console.recent import Recent, account
@@ -54,7 +55,7 @@ from service.link.secret import same
 from service.telemetry import table
 from service.telemetry.exposition import CONTENT_TYPE, join
 from service.telemetry.logs import log_fields
-from service.telemetry.metrics import GatewayMetrics
+from service.telemetry.metrics import Ended, GatewayMetrics
 
 if TYPE_CHECKING:
     from service.telemetry.traces import Traces
@@ -93,6 +94,7 @@ class Gateway:
         traces: Traces | None = None,
         behind_serve: bool = False,
         guard: Guard | None = None,
+        cache: Cache,
     ) -> None:
         self._config = config
         self._router = router
@@ -105,7 +107,9 @@ class Gateway:
         self._behind_serve = behind_serve
         self._admin_key = admin_key
         self._created_s = int(time.time())
-        self.metrics = GatewayMetrics(name for name, e in config.experts.items() if e.remote)
+        self.metrics = GatewayMetrics()
+        self._cache = cache
+        cache.meter = self.metrics.meter
         self._intake = Intake(
             config, guard or Guard(config), admission.identify, self.metrics.meter
         )
@@ -154,16 +158,24 @@ class Gateway:
                 passage.trace.asked(asked.request_id, asked.model, streamed, asked.data)
                 passage.trace.routed(category, plan.confidence, began_s, route_s)
             told = _headers(plan, route_s) + self._id_header(client_id) + verdict.headers
+            visit = await self._cache.begin(asked, send)
+            told += visit.headers
+            if visit.hit is not None:
+                passage.expert = passage.recipe = visit.hit.expert
+                passage.status = 200
+                await visit.serve(told)
+                return
             plan = self._answering.affordable(asked, plan)
             async with self._admitted(asked, plan, passage) as (admitted, plan):
                 told += admitted.headers
                 answered = self._answering.answer(
-                    admitted.asked, plan, told, send, passage, admitted.counting
+                    admitted.asked, plan, told, visit.send, passage, admitted.counting
                 )
                 if self._behind_serve:
                     await answered
                 else:
                     await until_gone(answered, receive)
+            await visit.keep()
         except CoeError as error:
             passage.outcome = fault = error.code
             await self._fail(error, client_id, passage, send)
@@ -176,13 +188,7 @@ class Gateway:
             unknown = CoeError("something went wrong here; the log has its kind and place")
             await self._fail(unknown, client_id, passage, send)
         finally:
-            ended = ending.ended(
-                passage,
-                category=category,
-                streamed=streamed,
-                fault=fault,
-                began_s=began_s,
-            )
+            ended = _ended(passage, category, streamed, fault, began_s)
             self.metrics.ended(ended)
             if passage.trace is not None:
                 passage.trace.ended(ended, passage.status)
@@ -416,6 +422,28 @@ class _Endpoint:
             await self._answer(scope, receive, send)
         except ClientGone:
             return
+
+
+def _ended(passage: Passage, category: str, streamed: bool, fault: str, began_s: float) -> Ended:
+    outcome = passage.outcome
+    if outcome == "ok" and passage.status >= 400:
+        outcome = "client_error" if passage.status < 500 else "server_error"
+    return Ended(
+        expert=passage.expert,
+        category=category,
+        recipe="single" if passage.recipe == passage.expert else passage.recipe,
+        outcome=outcome,
+        fault=fault,
+        attempts=passage.attempts,
+        streamed=streamed,
+        local=passage.local,
+        first_byte_s=max(0.0, passage.first_byte_at_s - began_s),
+        total_s=time.monotonic() - began_s,
+        queue_s=passage.queue_ms / 1000,
+        engine_s=passage.engine_ms / 1000,
+        predicted_s=passage.predicted_s,
+        failed=passage.failed,
+    )
 
 
 def _headers(plan: Plan, route_s: float) -> list[tuple[bytes, bytes]]:

@@ -6,6 +6,7 @@ names the file, the path in it, what is wrong and what is allowed.
 
 from service.config.base import parse_bytes
 from service.config.breaker import BreakerConfig
+from service.config.cache import CacheConfig
 from service.config.composition import SECTIONS, Config
 from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
@@ -29,6 +30,7 @@ __all__ = [
     "SECTIONS",
     "BreakerConfig",
     "BudgetConfig",
+    "CacheConfig",
     "Config",
     "ExpertConfig",
     "FeedbackConfig",

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from service.config.base import Name, Section
 from service.config.breaker import BreakerConfig
+from service.config.cache import CacheConfig
 from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
 from service.config.guard import GuardConfig, InjectionConfig, PersonalConfig
@@ -207,6 +208,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("pools", "*", "simulated"): SimulatedOptions,
     ("tenants", "*"): TenantConfig,
     ("tenants", "*", "budget"): SpendConfig,
+    ("tenants", "*", "cache"): CacheConfig,
     ("tenants", "*", "guard"): GuardConfig,
     ("tenants", "*", "guard", "injection"): InjectionConfig,
     ("tenants", "*", "guard", "personal"): PersonalConfig,

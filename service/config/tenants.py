@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from service.config.base import Name, Section
+from service.config.cache import CacheConfig
 from service.config.guard import GuardConfig
 
 Period = Literal["day", "month"]
@@ -55,6 +56,7 @@ class TenantConfig(LimitsConfig):
         1.0, gt=0, le=1000, description="Share of the tokens served within its class."
     )
     guard: GuardConfig = Field(default_factory=lambda: GuardConfig())
+    cache: CacheConfig = Field(default_factory=lambda: CacheConfig())
 
 
 class KeyConfig(LimitsConfig):

@@ -1,0 +1,321 @@
+"""`python -m loadtests.chaos`: the service with traffic on it, while parts of it are killed,
+hung, starved of disk, or answer nonsense. Says what came of every request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import orjson
+import psutil
+
+from loadtests.chaos_site import GATEWAY, POOL, Site, site
+from loadtests.chaos_traffic import BAD, BROKEN, RESET, RIGHT, TYPED, Tally, Traffic
+from loadtests.machine import Watch, describe
+from loadtests.process import fetch, say
+from loadtests.reach import Reach, Report, Table
+
+_CALM_S = 30.0
+_WORKS_AGAIN_S = 5.0
+_MIX = [
+    ("general", frozenset({"general"}), 15.0),
+    ("math", frozenset({"math"}), 15.0),
+    ("auto", frozenset({"general", "math", "turn-a", "turn-b", "other"}), 15.0),
+    ("turn-a", frozenset({"turn-a"}), 15.0),
+    ("turn-b", frozenset({"turn-b"}), 15.0),
+    ("auto/math", frozenset({"math", "general"}), 15.0),
+    ("other", frozenset({"other"}), 3.0),
+    ("auto/other", frozenset({"other", "general"}), 15.0),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One fault: begun by `begin`, undone by `end` after `for_s`.
+
+    `resets`: the process that holds the client's connection is killed, so a request in it
+    may see a reset. `spared`: models whose requests must all be answered right all the while.
+    """
+
+    name: str
+    begin: Callable[[Site], object]
+    end: Callable[[Site], object] | None = None
+    for_s: float = 0.0
+    resets: bool = False
+    spared: frozenset[str] = frozenset()
+    needs: str = ""
+
+
+def _manner(what: str) -> Callable[[Site], None]:
+    def tell(site: Site) -> None:
+        site.upstream.manner = what
+
+    return tell
+
+
+_LOCAL = frozenset({"general", "math", "auto/math", "turn-a", "turn-b"})
+CASES = (
+    Case("kill -9 a pool replica", lambda s: s.kill(POOL + "main")),
+    Case("kill -9 the swapping pool", lambda s: s.kill(POOL + "turns"), spared=frozenset({"math"})),
+    Case("kill -9 a gateway replica", lambda s: s.kill(GATEWAY), resets=True),
+    Case("kill -9 HAProxy", lambda s: s.kill("bin/haproxy", every=True), resets=True),
+    Case("Redis stopped", lambda s: s.redis.stop(), lambda s: s.redis.start(), 3.0, needs="redis"),  # type: ignore[union-attr]
+    Case("Redis hung", lambda s: s.redis.hang(), lambda s: s.redis.go_on(), 3.0, needs="redis"),  # type: ignore[union-attr]
+    Case("disk full", Site.fill_disk, Site.free_disk, 3.0, spared=_LOCAL, needs="disk"),
+    Case("an expert hangs", _manner("hangs"), _manner("well"), 5.0, spared=_LOCAL),
+    Case("an expert answers garbage", _manner("garbage"), _manner("well"), 3.0, spared=_LOCAL),
+    Case("an expert is slow", _manner("slow"), _manner("well"), 5.0, spared=_LOCAL),
+)
+
+
+@dataclass(slots=True)
+class Seen:
+    """What came of one case, over all rounds."""
+
+    case: Case
+    tallies: list[Tally] = field(default_factory=list)
+    again_s: list[float] = field(default_factory=list)
+    spared_failed: int = 0
+
+    def count(self, kind: str) -> int:
+        """Over all rounds."""
+        return sum(tally.kinds[kind] for tally in self.tallies)
+
+
+def _footprint(site: Site) -> tuple[int, float]:
+    """File descriptors, and resident MiB, of gateways, pools and HAProxy."""
+    descriptors, resident = 0, 0
+    for process in [*site.processes("ray::ServeReplica"), *site.processes("bin/haproxy")]:
+        try:
+            descriptors += process.num_fds()
+            resident += process.memory_info().rss
+        except psutil.Error:
+            continue
+    return descriptors, resident / 2**20
+
+
+def _reserved(site: Site) -> float:
+    """What /v1/usage says is still reserved, over all of the tenant's limits."""
+    import http.client
+
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=5)
+    try:
+        connection.request("GET", "/v1/usage", headers={"authorization": f"Bearer {site.key}"})
+        reply = connection.getresponse()
+        data = orjson.loads(reply.read())
+        return _sum(data, "reserved") if reply.status == 200 else float("inf")
+    except (OSError, http.client.HTTPException, orjson.JSONDecodeError):
+        return float("inf")
+    finally:
+        connection.close()
+
+
+def _sum(value: object, name: str) -> float:
+    """Of every number of that name, however deep."""
+    if isinstance(value, dict):
+        here = value.get(name)
+        own = float(here) if isinstance(here, (int, float)) else 0.0
+        return own + sum(_sum(one, name) for one in value.values())
+    if isinstance(value, list):
+        return sum(_sum(one, name) for one in value)
+    return 0.0
+
+
+_COUNTERS = ("coe_in_flight_requests", "coe_queue_requests", "coe_running_requests")
+
+
+def _left(site: Site) -> dict[str, float]:
+    """Everything that must be zero when nobody asks."""
+    told = {name: site.metric(name) for name in _COUNTERS}
+    return {**told, "reserved": _reserved(site)}
+
+
+async def _calm(site: Site) -> dict[str, float]:
+    """Wait until every counter is back, and the service whole; what is left of them if never."""
+    end_s = time.monotonic() + _CALM_S
+    while True:
+        left = await asyncio.to_thread(_left, site)
+        whole = len(site.processes(POOL)) >= 3 and site.processes("bin/haproxy")
+        if (whole and not any(left.values())) or time.monotonic() > end_s:
+            return left
+        await asyncio.sleep(0.5)
+
+
+async def _case(site: Site, traffic: Traffic, case: Case, seen: Seen, settle_s: float) -> None:
+    with traffic.tally() as tally:
+        await asyncio.sleep(1)
+        at_s = time.monotonic()
+        case.begin(site)
+        if case.end is not None:
+            await asyncio.sleep(case.for_s)
+            case.end(site)
+        # Until new requests are answered, and a while longer: faults may come late.
+        end_s = time.monotonic() + 2 * _CALM_S
+        while tally.works_again_s(at_s) == float("inf") and time.monotonic() < end_s:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(settle_s)
+        end_s = time.monotonic() + _CALM_S
+        while time.monotonic() < end_s and not await asyncio.to_thread(_whole, site):  # noqa: ASYNC110
+            await asyncio.sleep(0.25)
+        await asyncio.sleep(0.5)
+    seen.tallies.append(tally)
+    seen.again_s.append(tally.works_again_s(at_s))
+    seen.spared_failed += sum(
+        one.kind != RIGHT for one in tally.verdicts if one.model in case.spared
+    )
+    kinds = ", ".join(f"{count} {kind}" for kind, count in tally.kinds.most_common())
+    say(f"{case.name}: {kinds}; works again after {seen.again_s[-1]:.2f} s")
+
+
+def _whole(site: Site) -> bool:
+    """Whether everything that was started is there and answers."""
+    if len(site.processes(POOL)) < 3 or not site.processes("bin/haproxy"):
+        return False
+    gateways = 2 if site.redis is not None else 1
+    if len(site.processes(GATEWAY)) < gateways:
+        return False
+    status, body = fetch(site.port, "/ready")
+    return status == 200 and all(
+        one["state"] in ("device", "host", "disk") for one in orjson.loads(body)["experts"].values()
+    )
+
+
+async def simulated(port: int, rounds: int, clients: int, settle_s: float) -> Report:
+    """Rounds of every case around the simulated engine."""
+    report = Report("chaos")
+    async with site(port) as running:
+        have = {"": True, "redis": running.redis is not None, "disk": running.disk is not None}
+        cases = [case for case in CASES if have[case.needs]]
+        for case in CASES:
+            if not have[case.needs]:
+                report.notes.append(f"Left out: {case.name} (no {case.needs} here).")
+        seen = {case.name: Seen(case) for case in cases}
+        async with Traffic(port, _MIX, clients, key=running.key, seed=7):
+            await asyncio.sleep(5)
+        await _calm(running)
+        before = _footprint(running)
+        for number in range(rounds):
+            say(f"round {number + 1} of {rounds}")
+            async with Traffic(port, _MIX, clients, key=running.key, seed=number) as traffic:
+                for case in cases:
+                    await _case(running, traffic, case, seen[case.name], settle_s)
+        left = await _calm(running)
+        after = _footprint(running)
+    _tell(report, seen, left, before, after, rounds)
+    return report
+
+
+def _tell(
+    report: Report,
+    seen: Mapping[str, Seen],
+    left: Mapping[str, float],
+    before: tuple[int, float],
+    after: tuple[int, float],
+    rounds: int,
+) -> None:
+    columns = ("fault", RIGHT, TYPED, "broken", "resets", "bad", "works again, s", "codes")
+    table = Table(f"What came of requests, {rounds} rounds", columns)
+    for name, one in seen.items():
+        codes = sum((tally.codes for tally in one.tallies), start=one.tallies[0].codes.__class__())
+        table.rows.append(
+            (
+                name,
+                str(one.count(RIGHT)),
+                str(one.count(TYPED)),
+                str(one.count(BROKEN)),
+                str(one.count(RESET)),
+                str(sum(one.count(kind) for kind in BAD)),
+                f"{max(one.again_s):.2f}",
+                ", ".join(f"{count} {code}" for code, count in codes.most_common(4)),
+            )
+        )
+        for kind in (*BAD, RESET):
+            for tally in one.tallies:
+                for detail in tally.details(kind):
+                    if kind in BAD or not one.case.resets:
+                        report.notes.append(f"{name}: {kind}: {detail}")
+    report.tables.append(table)
+
+    def total(kind: str) -> float:
+        return float(sum(one.count(kind) for one in seen.values()))
+
+    def zero(name: str, value: float) -> Reach:
+        return Reach(name, 0.0, value, value == 0)
+
+    asked = total(RIGHT) + total(TYPED) + total(BROKEN) + total(RESET)
+    report.reach += [
+        Reach("requests, at least", 100.0, asked, asked >= 100),
+        *(zero(f"{kind}s, at most", total(kind)) for kind in BAD),
+        zero(
+            "resets where nobody held the connection was killed, at most",
+            float(sum(one.count(RESET) for one in seen.values() if not one.case.resets)),
+        ),
+        zero(
+            "failures of requests that the fault had nothing to do with, at most",
+            float(sum(one.spared_failed for one in seen.values())),
+        ),
+    ]
+    for name, one in seen.items():
+        if one.case.resets:
+            worst = max(one.again_s)
+            what = f"s until new requests work after {name}, at most"
+            report.reach.append(
+                Reach(what, _WORKS_AGAIN_S, round(worst, 2), worst <= _WORKS_AGAIN_S)
+            )
+    report.reach += [zero(f"{name} afterwards, at most", value) for name, value in left.items()]
+    grown_fds, grown_mib = after[0] - before[0], after[1] / before[1]
+    report.reach += [
+        Reach(
+            "file descriptors more than before, at most", 24.0, float(grown_fds), grown_fds <= 24
+        ),
+        Reach("times the memory of before, at most", 1.25, round(grown_mib, 3), grown_mib <= 1.25),
+    ]
+    report.facts["rounds"] = rounds
+    report.facts["outcomes"] = {
+        name: dict(sum((t.kinds for t in one.tallies), start=one.tallies[0].kinds.__class__()))
+        for name, one in seen.items()
+    }
+
+
+async def _measure(given: argparse.Namespace) -> Report:
+    report = await simulated(given.port, given.rounds, given.clients, given.settle)
+    if given.real:
+        from loadtests.chaos_real import real
+
+        await real(given.port + 10, report)
+    return report
+
+
+def main() -> int:
+    """0: measured, whatever was reached. 1: could not be measured."""
+    parser = argparse.ArgumentParser(prog="python -m loadtests.chaos", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="of every fault (default 3)")
+    parser.add_argument("--clients", type=int, default=16, help="requests at once (default 16)")
+    parser.add_argument(
+        "--settle", type=float, default=3.0, help="s of traffic after each fault (default 3)"
+    )
+    parser.add_argument(
+        "--no-real", dest="real", action="store_false", help="leave out the real engine"
+    )
+    parser.add_argument("--port", type=int, default=8200, help="first of 12 free ports (8200)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    given = parser.parse_args()
+    watch = Watch.start()
+    try:
+        report = asyncio.run(_measure(given))
+    except (RuntimeError, OSError) as error:
+        print(f"loadtests: {error}", file=sys.stderr)
+        return 1
+    report.facts["machine"] = watch.report()
+    report.notes.append(describe(report.facts["machine"]))
+    report.tell(as_json=given.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""The response cache: opt-in twice, bounded, never across tenants; what it takes for the same."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from service.config import Config
+from service.store.memory import MemoryStore
+from tests.support.serving import Site, chat, simulated, site
+from tests.support.waiting import until
+
+
+def config(**cache: Any) -> Config:
+    given = simulated(
+        {"cpu": {"tokens": 4}}, experts={"general": {"model": "m"}, "x": {"model": "m"}}
+    )
+    data = given.model_dump(mode="json")
+    data["tenants"] = {"default": {"cache": {"mode": "semantic", **cache}}}
+    return Config.model_validate(data)
+
+
+async def ask(s: Site, wish: str | None, text: str = "What is the sea?", **more: Any) -> Any:
+    headers = {} if wish is None else {"x-coe-cache": wish}
+    status, told, body = await s.ask(chat(text, **more), headers=headers)
+    assert status == 200
+    return told, body
+
+
+async def test_the_same_request_is_answered_from_the_cache() -> None:
+    async with site(config()) as s:
+        first, body = await ask(s, "exact")
+        assert first["x-coe-cache"] == "miss"
+        again, same = await ask(s, "exact")
+        assert again["x-coe-cache"] == "exact"
+        assert again["x-coe-expert"] == "general"
+        assert same == body
+        async with s.get("/metrics") as reply:
+            text = await reply.text()
+        assert re.search(r'coe_cache_lookups_total\{.*kind="exact",result="hit".*\} 1', text)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"max_tokens": 3},
+        {"temperature": 0.5},
+        {"model": "x"},
+        {"seed": 1},
+        {"stream": False},
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": "What is the sea?"},
+            ]
+        },
+    ],
+)
+async def test_other_parameters_are_another_request(more: dict[str, Any]) -> None:
+    async with site(config()) as s:
+        await ask(s, "exact")
+        told, _ = await ask(s, "exact", **more)
+        assert told["x-coe-cache"] == "miss"
+
+
+async def test_nothing_is_kept_or_found_unless_both_want_it() -> None:
+    async with site(config()) as s:
+        for wish in (None, "off"):
+            told, _ = await ask(s, wish)
+            assert "x-coe-cache" not in told
+        told, _ = await ask(s, "exact")
+        assert told["x-coe-cache"] == "miss"
+    async with site(simulated({"cpu": {"tokens": 4}})) as s:
+        for _ in range(2):
+            told, _ = await ask(s, "exact")
+            assert "x-coe-cache" not in told
+    async with site(config()) as s:
+        status, _, told = await s.ask(chat(), headers={"x-coe-cache": "always"})
+        assert (status, told["error"]["param"]) == (400, "x-coe-cache")
+
+
+async def test_nearly_the_same_words() -> None:
+    async with site(config()) as s:
+        _, body = await ask(s, "semantic", "What is the depth of the sea?")
+        told, same = await ask(s, "semantic", "please, what is the depth of the sea")
+        assert told["x-coe-cache"] == "semantic"
+        assert float(told["x-coe-likeness"]) >= 0.8
+        assert same == body
+        told, _ = await ask(s, "exact", "please what is the depth of the sea")
+        assert told["x-coe-cache"] == "miss"
+        told, _ = await ask(s, "semantic", "What is the depth of the lake?")
+        assert told["x-coe-cache"] == "miss"
+        told, _ = await ask(s, "semantic", "please, what is the depth of the sea", max_tokens=2)
+        assert told["x-coe-cache"] == "miss"
+
+
+async def test_a_tenant_may_allow_exact_only() -> None:
+    async with site(config(mode="exact")) as s:
+        await ask(s, "semantic", "What is the depth of the sea?")
+        told, _ = await ask(s, "semantic", "what is the depth of the sea")
+        assert told["x-coe-cache"] == "miss"
+
+
+async def test_answers_expire() -> None:
+    async with site(config(ttl_s=0.05)) as s:
+        await ask(s, "exact")
+
+        async def gone() -> bool:
+            told, _ = await ask(s, "exact")
+            return bool(told["x-coe-cache"] == "miss")
+
+        await until(gone, "it has expired")
+
+
+async def test_a_stream_is_kept_whole_and_played_back() -> None:
+    async with site(config()) as s:
+        bodies = []
+        for kind in ("miss", "exact"):
+            async with s.post(chat(stream=True), headers={"x-coe-cache": "exact"}) as reply:
+                assert reply.headers["x-coe-cache"] == kind
+                assert reply.headers["content-type"].startswith("text/event-stream")
+                bodies.append(await reply.read())
+        assert bodies[0] == bodies[1]
+
+
+async def test_errors_and_broken_streams_are_not_kept() -> None:
+    broken = config().model_dump(mode="json")
+    broken["pools"]["cpu"]["simulated"]["fail"] = "mid_stream"
+    async with site(Config.model_validate(broken)) as s:
+        for _ in range(2):
+            async with s.post(chat(stream=True), headers={"x-coe-cache": "exact"}) as reply:
+                assert reply.headers["x-coe-cache"] == "miss"
+                await reply.read()
+    async with site(config()) as s:
+        for _ in range(2):
+            status, _, _ = await s.ask(chat(n=0), headers={"x-coe-cache": "exact"})
+            assert status == 400
+
+
+async def test_no_more_is_kept_than_allowed() -> None:
+    async with site(config(max_entries=4, max_entry_bytes=100_000)) as s:
+        for i in range(20):
+            await ask(s, "semantic", f"question {i} about the sea")
+        store = s.gateway.store
+        assert isinstance(store, MemoryStore)
+        names = await store.names("cache/default/")
+        assert 0 < len([name for name in names if "/shelf/" not in name]) <= 4
+        assert len([name for name in names if "/shelf/" in name]) <= 4
+    async with site(config(max_entry_bytes=10)) as s:
+        for _ in range(2):
+            told, _ = await ask(s, "exact")
+            assert told["x-coe-cache"] == "miss"
