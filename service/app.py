@@ -25,26 +25,20 @@ from service.api.seats import RemoteSeat
 from service.api.spending import Spending
 from service.api.trips import Trips
 from service.api.worth import Worth
+from service.assembly import Assembly, folder_here
 from service.broker.book import Book
 from service.broker.ledger import Ledger
 from service.broker.market import Market
 from service.broker.price import prices_of
-from service.config import Config, PoolConfig
-from service.engine.lazy import LazyEngine
-from service.engine.protocol import EngineWatch, SwappingEngine
+from service.config import Config
 from service.engine.remote import RemoteEngine
-from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, ConfigError
 from service.link.call import Call
 from service.link.directory import Directory
 from service.link.secret import keys_path
 from service.link.server import PoolApp
-from service.models import ModelInfo, inspect_model, locate, pull
-from service.pool.planner import Policy
+from service.models import inspect_model
 from service.pool.pool import Pool
-from service.pool.slot import Slot
-from service.pool.swap_slot import SwapSlot
-from service.pool.units import Known, Unit
 from service.router.artifact import load_artifact
 from service.router.classify import Classifier
 from service.router.conversation import assess_body
@@ -62,12 +56,6 @@ if TYPE_CHECKING:
     from service.telemetry.traces import Traces
 
 log = logging.getLogger("coe.app")
-
-# What a first start takes before one has been measured.
-_VLLM_START_S = 40.0
-_FILL_GUESS_S = 5.0
-_SWAP_GUESS_S = 0.05
-_WEIGHTS_GUESS_BYTES = 1024**3
 
 
 class GatewayProcess:
@@ -313,7 +301,8 @@ class PoolProcess:
 
     def __init__(self, config: Config, kind: str, secret: str, *, node: Path | None = None) -> None:
         self._metrics = PoolMetrics()
-        self.pool = build_pool(config, kind, self._metrics)
+        self._assembly = Assembly(config, kind, Pool(kind, self._metrics), self._metrics)
+        self.pool = self._assembly.pool
         self._traces = _traces(config, "pool", f"{kind}-{self.pool.boot}")
         if self._traces is not None:
             self._metrics.traced = self._traces.pooled
@@ -361,7 +350,7 @@ class PoolProcess:
         settings = self._config.experts[expert]
         beside = settings.base is not None and settings.form == "adapter"
         try:
-            folder = settings.adapter if beside else _folder_here(self._config, expert)
+            folder = settings.adapter if beside else folder_here(self._config, expert)
             if folder is None:
                 return None
             self._weights[expert] = inspect_model(Path(folder)).weight_bytes
@@ -398,190 +387,3 @@ def _node_target(
         return None
     told = config.telemetry
     return NodeTarget(folder, name, text, host=told.metrics_host, port=told.metrics_port)
-
-
-def build_pool(config: Config, kind: str, watch: PoolMetrics) -> Pool:
-    """A pool of this kind with its slots.
-
-    A slot for each unit (an expert with full weights, and its adapters); with fewer
-    slots than units, each slot is shared by several, which take turns in it.
-    """
-    settings = config.pools[kind]
-    pool = Pool(kind, watch)
-    units = config.units(kind)
-    if settings.slots is None or settings.slots >= len(units):
-        for unit in units:
-            pool.add(_own_slot(config, settings, unit, pool.changed, watch))
-    else:
-        for i in range(settings.slots):
-            own = units[i :: settings.slots]
-            pool.add(_shared_slot(config, settings, own, pool.changed, watch))
-    return pool
-
-
-def _own_slot(
-    config: Config,
-    settings: PoolConfig,
-    unit: tuple[str, ...],
-    changed: Callable[[], None],
-    watch: EngineWatch,
-) -> Slot[SwappingEngine]:
-    base, *adapters = unit
-    simulated = settings.engine == "simulated"
-    return Slot(
-        unit,
-        partial(_build_engine, config, settings, base, tuple(adapters), watch),
-        capacity=settings.max_running,
-        max_waiting=settings.max_queue,
-        start_guess_s=settings.simulated.load_s if simulated else _VLLM_START_S,
-        changed=changed,
-    )
-
-
-def _shared_slot(
-    config: Config,
-    settings: PoolConfig,
-    units: tuple[tuple[str, ...], ...],
-    changed: Callable[[], None],
-    watch: EngineWatch,
-) -> SwapSlot:
-    simulated = settings.engine == "simulated"
-    canaries: dict[str, str] = {}
-    swap = settings.swap
-    return SwapSlot(
-        tuple(Unit(unit[0], unit, config.experts[unit[0]].pinned) for unit in units),
-        partial(_build_swapping, config, settings, units, canaries, watch),
-        Policy(
-            min_stay_s=swap.min_stay_s,
-            max_wait_s=swap.max_wait_s,
-            host_bytes=swap.host_bytes,
-            prefetch=swap.prefetch,
-        ),
-        capacity=settings.max_running,
-        max_waiting=settings.max_queue,
-        start_guess_s=settings.simulated.load_s if simulated else _VLLM_START_S,
-        guess=Known(
-            host_bytes=_WEIGHTS_GUESS_BYTES,
-            fill_s=settings.simulated.fill_s if simulated else _FILL_GUESS_S,
-            swap_s=settings.simulated.swap_s if simulated else _SWAP_GUESS_S,
-        ),
-        changed=changed,
-    )
-
-
-def _source(config: Config, expert: str) -> tuple[str, Path | None]:
-    """What an expert's full weights are called, and where models are kept."""
-    settings = config.experts[expert]
-    source = settings.model if settings.base is None else config.experts[settings.base].model
-    assert source is not None
-    return source, Path(config.models_dir) if config.models_dir is not None else None
-
-
-def _folder_here(config: Config, expert: str) -> Path | None:
-    """Where an expert's full weights are, or None where they are not here."""
-    source, root = _source(config, expert)
-    return locate(source, root=root)
-
-
-def _folder(config: Config, expert: str) -> str:
-    """Where an expert's full weights are, fetched first if need be. Raises ModelStoreError."""
-    source, root = _source(config, expert)
-    folder = locate(source, root=root) or pull(source, dest_root=root)
-    # Says what is wrong with the files better than an engine that fails to start.
-    inspect_model(Path(folder))
-    return str(folder)
-
-
-def _build_engine(
-    config: Config,
-    settings: PoolConfig,
-    base: str,
-    adapters: tuple[str, ...],
-    watch: EngineWatch,
-) -> SwappingEngine:
-    """An engine that runs one unit."""
-    unit = (base, *adapters)
-    if settings.engine == "simulated":
-        return SimulatedEngine(unit, settings.simulated, watch)
-    if adapters or config.experts[base].form != "merged":
-        return LazyEngine(partial(_make_vllm, config, settings, base, adapters, watch))
-    return LazyEngine(partial(_make_swapping, config, settings, (unit,), {}, watch, base))
-
-
-def _build_swapping(
-    config: Config,
-    settings: PoolConfig,
-    units: tuple[tuple[str, ...], ...],
-    canaries: dict[str, str],
-    watch: EngineWatch,
-    first: str,
-) -> SwappingEngine:
-    """An engine that starts with `first`, and can run all units of its family."""
-    if settings.engine == "simulated":
-        names = tuple(name for unit in units for name in unit)
-        return SimulatedEngine(names, settings.simulated, watch)
-    adapters = next(unit[1:] for unit in units if unit[0] == first)
-    if adapters or settings.gpus > 0:
-        # Exchanging whole models would need room for all of them on the GPU.
-        return LazyEngine(partial(_make_vllm, config, settings, first, adapters, watch))
-    return LazyEngine(partial(_make_swapping, config, settings, units, canaries, watch, first))
-
-
-def _make_vllm(
-    config: Config,
-    settings: PoolConfig,
-    base: str,
-    adapters: tuple[str, ...],
-    watch: EngineWatch,
-) -> SwappingEngine:
-    # Imported here: it takes seconds, and only a pool with real engines needs it.
-    from service.engine.vllm import VllmEngine, VllmModel
-
-    paths = {name: str(config.experts[name].adapter) for name in adapters}
-    model = VllmModel(base, _folder(config, base), paths)
-    return VllmEngine(model, settings.vllm, on_cpu=settings.gpus == 0, watch=watch)
-
-
-def _make_swapping(
-    config: Config,
-    settings: PoolConfig,
-    units: tuple[tuple[str, ...], ...],
-    canaries: dict[str, str],
-    watch: EngineWatch,
-    first: str,
-) -> SwappingEngine:
-    from service.engine.vllm_swap import SwappingVllmEngine, Weights
-
-    family = _family(config, first)
-    weights = {}
-    for unit in units:
-        # A unit with adapters needs an engine made for adapters: not this one.
-        name = unit[0]
-        if name != first and len(unit) > 1:
-            continue
-        try:
-            if _family(config, name) != family:
-                continue
-        except CoeError as error:
-            # Its own fault, told when its turn comes; the others go on.
-            log.error("expert %s: %s", name, error.message)
-            continue
-        expert = config.experts[name]
-        adapter = expert.adapter if expert.form == "merged" else None
-        weights[name] = Weights(_folder(config, name), adapter, expert.strength)
-    return SwappingVllmEngine(
-        first,
-        weights,
-        settings.vllm,
-        on_cpu=settings.gpus == 0,
-        canary_every=settings.swap.canary_every,
-        canaries=canaries,
-        watch=watch,
-    )
-
-
-def _family(config: Config, expert: str) -> str:
-    info = inspect_model(Path(_folder(config, expert)))
-    if not isinstance(info, ModelInfo):
-        raise ConfigError(f"experts.{expert}.model: this folder holds an adapter, not a model")
-    return info.family
