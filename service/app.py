@@ -57,12 +57,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("coe.app")
 
+# How often a gateway that was succeeded looks whether its last request has ended.
+_ENDED_S = 0.5
+
 
 class GatewayProcess:
     """A gateway with what it holds: links to pools, clients of remote experts.
 
     `node`: folder where the node's processes find each other's metrics (`node_folder`).
-    `screens` take the places of the guard's own, by name.
+    `screens` take the places of the guard's own, by name. `after`: the gateway by another
+    config that this one comes after, see `succeed`.
     """
 
     def __init__(
@@ -76,8 +80,25 @@ class GatewayProcess:
         behind_serve: bool,
         node: Path | None = None,
         screens: Mapping[str, Screen] | None = None,
+        after: GatewayProcess | None = None,
     ) -> None:
-        self.directory = Directory(gateway_id, secret)
+        self._again: Callable[..., GatewayProcess] = partial(
+            GatewayProcess,
+            gateway_id=gateway_id,
+            secret=secret,
+            admin_key=admin_key,
+            wake=wake,
+            behind_serve=behind_serve,
+            node=node,
+            screens=screens,
+        )
+        self._follows = after is not None
+        self._succeeded = False
+        self._ending: asyncio.Task[None] | None = None
+        # Links to pools, and what tenants have used, outlive a config.
+        self.directory: Directory = (
+            Directory(gateway_id, secret) if after is None else after.directory
+        )
         self._seats = {
             name: RemoteSeat(
                 RemoteEngine(name, expert.remote),
@@ -95,7 +116,7 @@ class GatewayProcess:
                 if expert.remote is not None
             },
         )
-        self.store = open_store(config, gateway_id)
+        self.store: Store = open_store(config, gateway_id) if after is None else after.store
         book = key_book(config, self.store)
         self._keyring = Keyring(config, book)
         self.ledger = Ledger(config, self.store)
@@ -168,7 +189,8 @@ class GatewayProcess:
 
     async def start(self) -> None:
         """Connect remote experts; one that can't be is shown as failed."""
-        await self.store.start()
+        if not self._follows:
+            await self.store.start()
         await self._keyring.start()
         await self._spending.start()
         await self._feedback.start()
@@ -181,18 +203,38 @@ class GatewayProcess:
                 seat.failed = error.message
                 log.error("expert %s failed: %s", name, error.message)
 
+    async def succeed(self, config: Config) -> GatewayProcess:
+        """A gateway by another config in this one's place; requests under way end in this one."""
+        heir = self._again(config, after=self)
+        heir.gateway.reload = self.gateway.reload
+        self._succeeded = True
+        if self._node is not None:
+            await self._node.stop()
+        await heir.start()
+        heir._ending = asyncio.create_task(self._end())
+        return heir
+
+    async def _end(self) -> None:
+        while self.gateway.metrics.in_flight:  # noqa: ASYNC110  # a gauge has no event
+            await asyncio.sleep(_ENDED_S)
+        await self.stop()
+
     async def stop(self) -> None:
         """Close every connection."""
+        if self._ending is not None:
+            self._ending.cancel()
+            await asyncio.gather(self._ending, return_exceptions=True)
         await self.gateway.feed.close()
-        if self._node is not None:
+        if self._node is not None and not self._succeeded:
             await self._node.stop()
         await self._relay.close()
         await self._feedback.stop()
         await self._spending.stop()
         await self._admission.stop()
         await self._keyring.stop()
-        await self.directory.close()
-        await self.store.stop()
+        if not self._succeeded:
+            await self.directory.close()
+            await self.store.stop()
         await asyncio.gather(*(seat.engine.stop() for seat in self._seats.values()))
         if self._traces is not None:
             await asyncio.to_thread(self._traces.stop)
@@ -325,6 +367,12 @@ class PoolProcess:
             await asyncio.to_thread(self._traces.stop)
         if self._node is not None:
             await self._node.stop()
+
+    async def reload(self, config: Config) -> None:
+        """Go on as another config says."""
+        self._config = config
+        self._weights.clear()
+        await self._assembly.reload(config)
 
     async def run(self, call: Call, body: bytes, send: Any) -> None:
         """See `PoolHandler`."""

@@ -57,6 +57,19 @@ class Running:
         new.replace(file)
 
 
+def config_file(secret_path: Path) -> Path:
+    """Where the config in force is kept: beside the secret, in the run folder."""
+    return secret_path.parent / "config.json"
+
+
+def current_config(file: Path, given: str) -> Config:
+    """The config in force; where nobody keeps a file of it, the one that was given, as JSON."""
+    try:
+        return Running.load(file).config
+    except FileNotFoundError:
+        return Config.model_validate_json(given)
+
+
 def reload(file: Path) -> dict[str, list[str]]:
     """Read the user's config anew and put it in force: experts added, removed and changed.
 
@@ -70,7 +83,10 @@ def reload(file: Path) -> dict[str, list[str]]:
     config = read.model_copy(update={"server": before.config.server})
     root = Path(config.models_dir) if config.models_dir else None
     sources = set(config.model_sources().values())
-    found = {source: Path(locate(source, root=root) or pull(source, root)) for source in sources}
+    found = {
+        source: Path(locate(source, root=root) or pull(source, dest_root=root))
+        for source in sources
+    }
     folders = folders_of(config, found) if sources else {}
     for kind in config.pools:
         check_plan(plan_pool(config, kind, lambda name: inspect_model(folders[name])), None)

@@ -39,6 +39,8 @@ from service.api.schemas import describe
 from service.config import Config
 from service.errors import (
     CoeError,
+    ConfigError,
+    Conflict,
     InvalidRequest,
     PoolGone,
     TooMany,
@@ -106,6 +108,8 @@ class Gateway:
         self._remote_states = remote_states
         self._behind_serve = behind_serve
         self._admin_key = admin_key
+        # Puts the config's file in force anew, where somebody here keeps it.
+        self.reload: Callable[[], Awaitable[dict[str, list[str]]]] | None = None
         self._created_s = int(time.time())
         self.metrics = GatewayMetrics()
         self._cache = cache
@@ -362,6 +366,16 @@ class Gateway:
                 if isinstance(one, dict)
             }
             return _json({"pools": pools})
+
+        @app.post("/admin/reload")
+        async def reload(request: Request) -> Response:
+            check(request)
+            if self.reload is None:
+                raise Conflict("this service's config is changed where it was deployed from")
+            try:
+                return _json(await self.reload())
+            except ConfigError as error:
+                raise Conflict(error.message) from None
 
         @app.post("/admin/experts/{name:path}/{act}")
         async def operate(request: Request, name: str, act: str) -> Response:

@@ -94,7 +94,7 @@ class Pool:
         """Let units that share slots move between them, as placement says."""
         while True:
             await asyncio.sleep(_PLACE_S)
-            if len(shared := self._shared()) > 1:
+            if len(shared := self.shared) > 1:
                 self._move_one(shared)
 
     def _move_one(self, shared: list[SwapSlot]) -> None:
@@ -120,7 +120,7 @@ class Pool:
 
     def take_in(self, unit: Unit) -> None:
         """One more unit for the slots that units share: where the fewest are."""
-        slot = min(self._shared(), key=lambda one: len(one.units))
+        slot = min(self.shared, key=lambda one: len(one.units))
         slot.take_in(unit)
         self._slot_of.update(dict.fromkeys(unit.experts, slot))
 
@@ -149,7 +149,7 @@ class Pool:
 
     def _give_one_to(self, slot: SwapSlot) -> None:
         """Another slot's unit for one whose only unit goes, if one can be spared."""
-        for other in sorted(self._shared(), key=lambda one: -len(one.units)):
+        for other in sorted(self.shared, key=lambda one: -len(one.units)):
             for unit in other.units if other is not slot and len(other.units) > 1 else ():
                 if (known := other.hand_over(unit.name)) is not None:
                     slot.take_in(unit, known)
@@ -158,7 +158,7 @@ class Pool:
 
     def set_policy(self, policy: Policy) -> None:
         """How shared slots weigh things from now on."""
-        for slot in self._shared():
+        for slot in self.shared:
             slot.policy = policy
 
     def set_pinned(self, expert: str, pinned: bool) -> None:
@@ -167,7 +167,9 @@ class Pool:
         if isinstance(slot, SwapSlot):
             slot.set_pinned(expert, pinned)
 
-    def _shared(self) -> list[SwapSlot]:
+    @property
+    def shared(self) -> list[SwapSlot]:
+        """The slots that units share."""
         return [slot for slot in self._slots if isinstance(slot, SwapSlot)]
 
     async def stop(self, drain_s: float) -> None:
