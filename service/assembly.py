@@ -206,7 +206,11 @@ class Assembly:
 
         config, settings = self._config, self._settings
         paths = {name: str(config.experts[name].adapter) for name in adapters}
-        model = VllmModel(base, _folder(config, base), paths)
+        folder = _folder(config, base)
+        info = inspect_model(Path(folder))
+        if isinstance(info, ModelInfo):
+            self._watch.weighs(base, weights_bytes(info, settings.vllm.dtype))
+        model = VllmModel(base, folder, paths)
         return VllmEngine(model, settings.vllm, on_cpu=settings.gpus == 0, watch=self._watch)
 
     def _make_swapping(self, first: str, *, alone: bool = False) -> SwappingEngine:

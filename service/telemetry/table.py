@@ -243,7 +243,8 @@ WEIGHTS = _gauge(
     "coe_weights_bytes",
     Side.POOL,
     ("expert", "tier"),
-    "Memory for an expert's weights, where it was measured.",
+    "An expert's full weights: device where they answer, host where they wait for their turn. "
+    "On CPU both are the same memory.",
 )
 SWAPS = _counter(
     "coe_swaps_total",
