@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-_WINDOW_S = 300
+_WINDOW_S = 180
 _STEP_S = 5
 _RATE = "30s"
 _UNITS = {"reqps": "requests/s", "s": "s", "short": "", "percentunit": ""}
