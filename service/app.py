@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -156,6 +157,7 @@ class GatewayProcess:
         metrics.meter.on_read(self._read)
         trips.meter = metrics.meter
         metrics.meter.on_read(trips.read)
+        metrics.on_ask(self._ask_budgets)
         self._node = _node_target(
             config, node, f"gateway-{gateway_id}", lambda: metrics.text(labels)
         )
@@ -170,7 +172,6 @@ class GatewayProcess:
         add(table.TENANT_REQUESTS, 1, tenant.name, outcome)
         for call in calls:
             add(table.TENANT_TOKENS, call.prompt_tokens + call.completion_tokens, tenant.name)
-            add(table.COST, call.cost, call.expert)
 
     def _read(self) -> None:
         """The queues of remote experts, the budgets and the state of the store, for the metrics."""
@@ -183,9 +184,15 @@ class GatewayProcess:
         for name, seat in self._seats.items():
             put(table.QUEUED, seat.waiting, name)
             put(table.RUNNING, seat.running, name)
-        for name, price, left in self._spending.prices():
+        for name, price, _ in self._spending.prices():
             put(table.SHADOW_PRICE, price, name)
-            put(table.BUDGET_LEFT, left, name)
+
+    async def _ask_budgets(self) -> None:
+        """What is left of every budget, for the metrics; nothing while the store is gone."""
+        with contextlib.suppress(CoeError):
+            for name, state in (await self.ledger.state()).items():
+                left = max(0.0, 1 - state.spent / state.amount)
+                self.gateway.metrics.meter.put(table.BUDGET_LEFT, left, name)
 
     async def start(self) -> None:
         """Connect remote experts; one that can't be is shown as failed."""
