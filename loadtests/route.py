@@ -1,4 +1,8 @@
-"""`python -m loadtests.route`: what choosing costs: time to classify, memory of the artifact.
+"""`python -m loadtests.route`: what choosing costs, and what it is worth.
+
+Time to classify, memory of the artifact, time to choose. With `--outcomes` and `--costs` also
+the online choice under a budget against the exact optimum; with `--share` how traffic moves in
+the running service as load grows.
 
 One core, the artifact that the demo serves unless another is named, prompts of
 the size given made of many different words. Each figure is the median over
@@ -16,6 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: one core is what we state
 
+from loadtests import route_choice, route_replay, route_share
 from loadtests.machine import Watch, describe
 from loadtests.reach import Reach, Report, Table, at_most
 from loadtests.stats import median
@@ -107,15 +112,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtests.route", description=__doc__)
     parser.add_argument("--artifact", type=Path, default=DEMO, help="a router artifact's folder")
     parser.add_argument("--rounds", type=int, default=400, help="prompts a size (default 400)")
+    parser.add_argument("--outcomes", type=Path, nargs="+", help="recorded outcomes, to replay")
+    parser.add_argument("--costs", type=Path, help="JSON: {expert: cost of one call}")
+    parser.add_argument("--experts", type=lambda text: text.split(","), help="only these")
+    parser.add_argument(
+        "--budgets", type=lambda text: [float(b) for b in text.split(",")], default=[7.5, 20, 31]
+    )
+    parser.add_argument("--share", action="store_true", help="share of traffic against load")
+    parser.add_argument("--plot", type=Path, help="with --share: draw it into this PNG")
+    parser.add_argument("--port", type=int, default=8180)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     given = parser.parse_args()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    if given.outcomes and given.costs is None:
+        parser.error("--outcomes needs --costs")
     watch = Watch.start()
     try:
-        report = measure(given.artifact, max(given.rounds, 10))
-    except ArtifactError as error:
-        print(f"loadtests: {error.message}", file=sys.stderr)
+        report = Report("route")
+        if given.share:
+            route_share.measure(report, given.port, given.plot)
+        elif given.outcomes:
+            route_replay.measure(report, given.outcomes, given.costs, given.experts, given.budgets)
+        else:
+            if hasattr(os, "sched_setaffinity"):
+                os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+            report = measure(given.artifact, max(given.rounds, 10))
+            route_choice.measure(report, max(given.rounds, 10))
+    except (ArtifactError, RuntimeError, ValueError, OSError) as error:
+        print(f"loadtests: {error}", file=sys.stderr)
         return 1
     machine = watch.report()
     report.facts["machine"] = machine
