@@ -67,8 +67,9 @@ def instance(played: Played, predicted: Predicted) -> Instance:
 def optimum(given: Instance, budget: float) -> NDArray[np.intp]:
     """The recipe of each prompt that is best for all together at this mean expected cost.
 
-    Solved exactly; recipes that no price would choose but that fill up a rest are left out,
-    which costs less than one recipe's worth in all. Raises ValueError where nothing fits.
+    Solved to within a hundred-thousandth; recipes that no price would choose but that fill up
+    a rest are left out, which costs less than one recipe's worth in all. Raises ValueError
+    where nothing fits.
     """
     rows, columns = [], []
     for row in range(len(given.quality)):
@@ -87,7 +88,7 @@ def optimum(given: Instance, budget: float) -> NDArray[np.intp]:
             optimize.LinearConstraint(pick, 1, 1),
             optimize.LinearConstraint(spend, -np.inf, budget * total),
         ],
-        options={"mip_rel_gap": 1e-6, "time_limit": 120},
+        options={"mip_rel_gap": 1e-5, "time_limit": 120},
     )
     if found.x is None:
         raise ValueError(f"nothing costs {budget:g} or less: {found.message}")

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from service.api.body import read_asked
 from service.config import Config
 from service.link.asgi import read_body
-from tests.support.serving import Site, chat, events, serving, site
+from tests.support.serving import CHAT, Site, chat, events, serving, site
 from tests.support.waiting import until
 
 
@@ -62,7 +63,7 @@ class Cast:
         await send({"type": "http.response.body", "body": data})
 
 
-def config(url: str) -> Config:
+def config(url: str, **sections: Any) -> Config:
     def far(name: str, price: float) -> dict[str, Any]:
         return {
             "remote": {"url": url + "/v1", "model": name},
@@ -90,15 +91,18 @@ def config(url: str) -> Config:
                 },
             },
             "pools": {},
+            **sections,
         }
     )
 
 
 @asynccontextmanager
-async def stage(**lines: str) -> AsyncIterator[tuple[Site, Cast]]:
+async def stage(
+    sections: dict[str, Any] | None = None, **lines: str
+) -> AsyncIterator[tuple[Site, Cast]]:
     cast = Cast()
     cast.lines = lines
-    async with serving(cast) as served, site(config(served.url)) as s:
+    async with serving(cast) as served, site(config(served.url, **(sections or {}))) as s:
         yield s, cast
         await until(lambda: len(cast.left) == len(cast.silent & set(cast.models)), "all let go")
 
@@ -250,3 +254,63 @@ async def test_wishes_that_cannot_be_are_named(coe: Any, words: str) -> None:
         status, _, told = await s.ask({**chat(model="auto"), "coe": coe})
         assert status == 400
         assert words in told["error"]["message"]
+
+
+async def test_a_budget_steers_to_the_cheaper_before_it_is_spent_and_is_never_overrun() -> None:
+    # 15 tokens a call: c costs 1,500 millionths, a 15; what is reserved for c is some 19,000.
+    amount = 60_000e-6
+    dear = {"quality": {"general": 1.0}}
+    sections = {
+        "budgets": {"all": {"amount": amount, "window_s": 3600}},
+        "recipes": {},
+        "experts": {},
+    }
+    async with serving(cast := Cast()) as served:
+        cast.lines = {"a": "1", "c": "2"}
+        base = config(served.url).model_dump()
+        sections["experts"] = {
+            "a": base["experts"]["a"],
+            "c": {**base["experts"]["c"], **dear},
+        }
+        async with site(config(served.url, **sections)) as s:
+            body = chat(model="auto", max_tokens=5)
+            spent = 0.0
+            asked = []
+            for _ in range(60):
+                status, _, told = await s.ask(body)
+                assert status == 200, told
+                asked.append(told["model"])
+                spent += told["usage"]["coe"]["cost"]
+            assert asked[0] == "c"
+            assert asked[-1] == "a"
+            assert 1 <= asked.count("c") <= 27
+            assert spent <= amount
+            # Who names the dear one is held by the cap alone.
+            for _ in range(60):
+                status, headers, told = await s.ask({**body, "model": "c"})
+                if status != 200:
+                    break
+                spent += told["usage"]["coe"]["cost"]
+            assert (status, told["error"]["code"]) == (429, "insufficient_quota")
+            assert int(headers["retry-after"]) <= 3600
+            assert spent <= amount
+
+
+async def test_a_conversation_stays_where_it_began_and_leaves_for_a_better_one() -> None:
+    async with stage(a="1", b="1", c="1", d="1") as (s, _):
+        text = "words " * 2000
+        first = [{"role": "user", "content": text}]
+        _, _, told = await s.ask({"model": "auto", "messages": first})
+        follow = [*first, {"role": "assistant", "content": said(told)}]
+        relay = s.gateway._relay
+        body = {"model": "auto", "messages": [*follow, {"role": "user", "content": "go on"}]}
+        data = json.dumps(body).encode()
+        warm = relay.conversations.warm(read_asked(CHAT, data, {}, 1000))
+        assert warm is not None
+        assert (warm.expert, warm.boot) == (told["model"], "")
+        assert warm.tokens == pytest.approx(len(text) / 4, rel=0.1)
+        other = {
+            "model": "auto",
+            "messages": [{"role": "user", "content": "hi"}, *follow[1:], *first],
+        }
+        assert relay.conversations.warm(read_asked(CHAT, json.dumps(other).encode(), {}, 1)) is None
