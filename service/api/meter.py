@@ -7,19 +7,20 @@ is taken out again.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from typing import Any
-
-import orjson
 
 from service.api.body import Asked
 from service.engine.protocol import Message, Send
 
 # In JSON an unescaped quote ends a string: these can only be keys of an object.
-_OBJECT = rb"(null|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})"
-_USAGE = re.compile(rb',"usage":' + _OBJECT + rb'|"usage":' + _OBJECT + rb",?")
-_INDEX = re.compile(rb'"choices":\[\{"index":(\d+)')
-_NO_CHOICES = b'"choices":[]'
+_USAGE = re.compile(rb'(,\s*)?"usage"\s*:\s*')
+_COMMA = re.compile(rb"\s*,")
+_INDEX = re.compile(rb'"choices"\s*:\s*\[\s*\{\s*"index"\s*:\s*(\d+)')
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_DECODER = json.JSONDecoder()
 _STREAMED = frozenset({"/v1/chat/completions", "/v1/completions"})
 # Of a prompt whose tokens nobody has told.
 _BYTES_PER_TOKEN = 4
@@ -43,6 +44,7 @@ class Meter:
         self._completion = 0
         self._by_choice: dict[int, int] = {}
         self._events = 0
+        self._bytes = 0
         self._rest = b""
         self._status = 0
         self._streams = False
@@ -67,9 +69,10 @@ class Meter:
         if self._status == 0 or self._status >= 400:
             return self.calls
         prompt, completion = self._prompt, self._completion
-        if not self._told and self._streams:
+        if not self._told:
+            # Whoever answers without telling is charged for by size.
             prompt = self._prompt_bytes // _BYTES_PER_TOKEN
-            completion = self._events
+            completion = self._events if self._streams else self._bytes // _BYTES_PER_TOKEN
         return [*self.calls, (expert, prompt, completion)]
 
     @property
@@ -91,6 +94,7 @@ class Meter:
                 return
             body, more = message.get("body", b""), message.get("more_body", False)
             if not self._streams:
+                self._bytes += len(body)
                 self._read(body)
                 await send(message)
                 return
@@ -124,17 +128,13 @@ class Meter:
         self._read(line)
         if self._each or not self._rewrites:
             return line
-        if _NO_CHOICES in line and b'"usage":{' in line:
-            return line if self._total else b""
-        return _USAGE.sub(b"", line) if b'"usage":' in line else line
+        if _NO_CHOICES.search(line):
+            return line if self._total or b'"usage"' not in line else b""
+        return _without_usage(line) if b'"usage"' in line else line
 
     def _read(self, data: bytes) -> None:
-        for match in _USAGE.finditer(data):
-            try:
-                usage = orjson.loads(match[1] or match[2])
-            except orjson.JSONDecodeError:
-                continue
-            if usage is None:
+        for usage, _, _ in _usages(data):
+            if not isinstance(usage, dict):
                 continue
             self._told = True
             for name in ("prompt_tokens", "input_tokens"):
@@ -145,6 +145,29 @@ class Meter:
                 self._by_choice[int(choice[1])] = completion
                 completion = sum(self._by_choice.values())
             self._completion = max(self._completion, completion)
+
+
+def _usages(data: bytes) -> Iterator[tuple[object, int, int]]:
+    """Every usage in a text of JSON, with where its key begins and where it ends."""
+    if b'"usage"' not in data:
+        return
+    # One byte a character, so that places are the same.
+    text = data.decode("latin-1")
+    for match in _USAGE.finditer(data):
+        try:
+            usage, end = _DECODER.raw_decode(text, match.end())
+        except (json.JSONDecodeError, RecursionError):
+            continue
+        yield usage, match.start(), end
+
+
+def _without_usage(line: bytes) -> bytes:
+    for _, start, end in reversed(list(_usages(line))):
+        # The comma before it goes with it, or else the one behind it.
+        if line[start : start + 1] != b"," and (comma := _COMMA.match(line, end)):
+            end = comma.end()
+        line = line[:start] + line[end:]
+    return line
 
 
 def _count(value: object) -> int:

@@ -16,9 +16,9 @@ from service.link.call import QUEUE_MS, SWAP_MS
 from service.link.faults import sse_event
 
 # Inside a JSON string every quote has a backslash before it, so this is the usage itself.
-_USAGE = re.compile(rb'"usage":\s*\{')
-_PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)":\s*(\d{1,12})')
-_ANSWER = re.compile(rb'"(?:completion_tokens|output_tokens)":\s*(\d{1,12})')
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d{1,12})')
+_ANSWER = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d{1,12})')
 
 
 class Reply:

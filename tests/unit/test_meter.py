@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import orjson
@@ -151,3 +152,25 @@ def test_what_is_asked_of_the_engine() -> None:
     assert Meter(asked(stream=True)).asks(data)["stream_options"] == options
     assert Meter(asked()).asks(data) is data
     assert Meter(asked("/v1/messages", stream=True)).asks(data) is data
+
+
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": "), (" , ", " : ")])
+async def test_others_write_json_with_blanks(separators: tuple[str, str]) -> None:
+    deep = {**counts(7, 3), "more": {"a": {"b": {"c": [1]}}}}
+    body = json.dumps({"usage": deep, "choices": []}, separators=separators).encode()
+    meter = Meter(asked())
+    assert await through(meter, [body], kind=b"application/json") == body
+    assert meter.calls_made("e") == [("e", 7, 3)]
+    told = json.dumps({"id": 1, "usage": deep, "choices": [{"index": 0}]}, separators=separators)
+    meter = Meter(asked(stream=True))
+    out = await through(meter, [b"data: " + told.encode() + b"\n\n"])
+    assert json.loads(out[6:]) == {"id": 1, "choices": [{"index": 0}]}
+    assert meter.calls_made("e") == [("e", 7, 3)]
+
+
+async def test_who_tells_no_usage_is_charged_by_size() -> None:
+    meter = Meter(asked())
+    await through(meter, [b'{"choices": ["' + b"x" * 400 + b'"]}'], kind=b"application/json")
+    ((_, prompt, completion),) = meter.calls_made("e")
+    assert prompt > 0
+    assert completion > 90
