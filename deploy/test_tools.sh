@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-tools=(redis-server:redis-server chromium:chromium prometheus:prometheus)
+tools=(redis-server:redis-server chromium:chromium)
 
 deploy/chart_tools.sh
 

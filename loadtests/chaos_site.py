@@ -10,7 +10,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,11 @@ import orjson
 import psutil
 
 from loadtests.process import fetch, running
+from service.app import open_store
+from service.broker.ledger import Ledger
+from service.config import Config
+from service.errors import StoreGone
+from service.types import Tenant
 
 KEY_ENV = "COE_CHAOS_KEY"
 POOL, GATEWAY = "ray::ServeReplica:coe:pool-", "ray::ServeReplica:coe:gateway"
@@ -226,6 +232,8 @@ class Site:
     redis: Redis | None
     upstream: Misbehaving
     disk: Path | None
+    config: dict[str, Any]
+    stop: Callable[[], None]
     filler: Path | None = field(default=None)
 
     def processes(self, part: str = "") -> list[psutil.Process]:
@@ -263,6 +271,28 @@ class Site:
         """And free it again."""
         assert self.filler is not None
         self.filler.unlink()
+
+    async def reserved(self) -> float:
+        """What is reserved still, in all of the tenant's limits, once the service was stopped.
+
+        Gateways that were killed are waited for as long as their leases run.
+        """
+        if self.redis is None:
+            return 0.0
+        config = Config.model_validate(self.config)
+        store = open_store(config, "auditor")
+        await store.start()
+        try:
+            end_s = time.monotonic() + 2 * config.store.lease_s + 5
+            while True:
+                with contextlib.suppress(StoreGone):
+                    limits = await Ledger(config, store).limits(Tenant("chaos"))
+                    left = float(sum(balance.reserved for _, balance in limits.values()))
+                    if left == 0 or time.monotonic() > end_s:
+                        return left
+                await asyncio.sleep(0.5)
+        finally:
+            await store.stop()
 
     def metric(self, name: str) -> float:
         """The sum of a metric's samples."""
@@ -320,9 +350,11 @@ async def site(port: int) -> AsyncIterator[Site]:
         upstream = Misbehaving()
         async with upstream.listening(port + 2):
             # Starting blocks, and the endpoint must answer meanwhile.
+            running_service = contextlib.ExitStack()
             context = service(config, folder, key, disk)
-            pid = await asyncio.to_thread(context.__enter__)
+            pid = await asyncio.to_thread(running_service.enter_context, context)
+            stop = running_service.close
             try:
-                yield Site(port, pid, key, redis, upstream, disk)
+                yield Site(port, pid, key, redis, upstream, disk, config, stop)
             finally:
-                await asyncio.to_thread(context.__exit__, None, None, None)
+                await asyncio.to_thread(stop)

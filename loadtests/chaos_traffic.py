@@ -26,6 +26,7 @@ RIGHT = "right"
 TYPED = "typed error"
 BROKEN = "stream ended by an error event"
 RESET = "reset"
+LEFT = "left by the client"
 # And how none may.
 WRONG = "wrong or doubled answer"
 UNTYPED = "untyped error"
@@ -162,6 +163,7 @@ class Traffic:
     """Clients in closed loops, each with one request under way.
 
     `mix`: a model to ask for, the experts that may answer then, and a deadline in s.
+    `leaving`: share of streams whose client leaves after the first piece.
     """
 
     def __init__(
@@ -173,6 +175,7 @@ class Traffic:
         key: str = "",
         seed: int = 1,
         pause_s: float = 0.02,
+        leaving: float = 0.0,
     ) -> None:
         self._url = f"http://127.0.0.1:{port}/v1/chat/completions"
         self._mix = mix
@@ -180,6 +183,7 @@ class Traffic:
         self._key = key
         self._random = random.Random(seed)
         self._pause_s = pause_s
+        self._leaving = leaving
         self._ids = itertools.count()
         self._tallies: list[Tally] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -231,11 +235,15 @@ class Traffic:
         began_s = time.monotonic()
         first_s = 0.0
         body = bytearray()
+        leaves = ask.stream and self._random.random() < self._leaving
         try:
             async with session.post(self._url, json=ask.body(), headers=headers) as reply:
                 first_s = time.monotonic()
                 async for piece in reply.content.iter_any():
                     body += piece
+                    if leaves:
+                        reply.close()
+                        return Verdict(LEFT, ask.model, began_s, time.monotonic())
             kind, detail = judged(
                 ask, reply.status, reply.headers.get("x-coe-expert", ""), bytes(body)
             )

@@ -82,7 +82,7 @@ def every_node(server: ServerConfig) -> dict[str, str]:
         # the gateway notices. A stream that is quiet on our side is left alone.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(server.limits.stall_timeout_s)),
         # Three looks in vain and HAProxy is started again.
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25",
         # An engine core must not outlive the replica that started it.
         "RAY_process_group_cleanup_enabled": "1",
         "RAY_AUTH_MODE": "token",

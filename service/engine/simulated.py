@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Collection
 from typing import Any
 
 import orjson
@@ -46,7 +45,7 @@ class SimulatedEngine:
 
     def __init__(
         self,
-        experts: Collection[str],
+        experts: tuple[str, ...],
         options: SimulatedOptions,
         watch: EngineWatch | None = None,
     ) -> None:

@@ -1,0 +1,171 @@
+"""`python -m loadtests.soak`: mixed traffic for a long time, and what grows meanwhile.
+
+Named experts and `auto`, whole answers and streams, clients that leave, experts that take
+turns in a slot, a remote one, two gateways and their Redis; memory, descriptors and
+threads of every process are looked at all the while.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import psutil
+
+from loadtests.chaos import MIX, calm
+from loadtests.chaos_site import Site, site
+from loadtests.chaos_traffic import LEFT, RIGHT, Traffic
+from loadtests.machine import Watch, describe
+from loadtests.process import say
+from loadtests.reach import Reach, Report, Table
+
+_ROLES = {"gateways": "coe:gateway", "pools": "coe:pool-", "HAProxy": "bin/haproxy"}
+_LOOKS = 60
+# What a process takes in its first minutes is no leak: tables fill, code is compiled.
+_WARM_SHARE = 0.25
+_GROWTH = 1.05
+_SLACK_MIB = 3.0
+_DESCRIPTORS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at a role's processes."""
+
+    at_s: float
+    resident_mib: float
+    descriptors: int
+    threads: int
+
+
+def _look(running: Site, part: str, began_s: float) -> Look:
+    resident, descriptors, threads = 0, 0, 0
+    for process in running.processes(part):
+        try:
+            resident += process.memory_info().rss
+            descriptors += process.num_fds()
+            threads += process.num_threads()
+        except psutil.Error:
+            continue
+    return Look(time.monotonic() - began_s, resident / 2**20, descriptors, threads)
+
+
+async def soak(port: int, minutes: float, clients: int) -> Report:
+    """Everything, for so long."""
+    report = Report("soak")
+    looks: dict[str, list[Look]] = {role: [] for role in _ROLES}
+    ended: Counter[str] = Counter()
+    details: Counter[str] = Counter()
+    async with site(port) as running:
+        began_s = time.monotonic()
+        end_s = began_s + minutes * 60
+        step_s = minutes * 60 / _LOOKS
+        async with Traffic(
+            port, MIX, clients, key=running.key, seed=3, pause_s=0.01, leaving=0.1
+        ) as traffic:
+            number = 0
+            while time.monotonic() < end_s:
+                number += 1
+                with traffic.tally() as tally:
+                    await asyncio.sleep(max(0.0, began_s + number * step_s - time.monotonic()))
+                    for role, part in _ROLES.items():
+                        one = await asyncio.to_thread(_look, running, part, began_s)
+                        looks[role].append(one)
+                ended.update(tally.kinds)
+                details.update(
+                    f"{one.kind} {one.model}: {one.detail}"
+                    for one in tally.verdicts
+                    if one.kind not in (RIGHT, LEFT)
+                )
+                if number % (_LOOKS // 6) == 0:
+                    say(f"{number * step_s / 60:.1f} min: {sum(ended.values())} requests")
+        left = await calm(running)
+        await asyncio.to_thread(running.stop)
+        left["reserved in Redis"] = await running.reserved()
+    _tell(report, looks, ended, details, left, minutes)
+    return report
+
+
+def _tell(
+    report: Report,
+    looks: dict[str, list[Look]],
+    ended: Counter[str],
+    details: Counter[str],
+    left: dict[str, float],
+    minutes: float,
+) -> None:
+    asked = sum(ended.values())
+    bad = asked - ended[RIGHT] - ended[LEFT]
+    report.reach += [
+        Reach("requests, at least", 20.0 * minutes, float(asked), asked >= 20 * minutes),
+        Reach("requests not answered right, at most", 0.0, float(bad), bad == 0),
+    ]
+    columns = ("processes", "MiB, early", "MiB, late", "descriptors", "threads")
+    table = Table(f"{asked} requests in {minutes:g} minutes", columns)
+    for role, seen in looks.items():
+        warm = seen[int(len(seen) * _WARM_SHARE) :]
+        quarter = max(1, len(warm) // 4)
+        early, late = warm[:quarter], warm[-quarter:]
+        before = statistics.median(one.resident_mib for one in early)
+        after = statistics.median(one.resident_mib for one in late)
+        most = before * _GROWTH + _SLACK_MIB
+        more = max(one.descriptors for one in late) - max(one.descriptors for one in early)
+        table.rows.append(
+            (
+                role,
+                f"{before:.1f}",
+                f"{after:.1f}",
+                f"{early[0].descriptors} to {late[-1].descriptors}",
+                f"{early[0].threads} to {late[-1].threads}",
+            )
+        )
+        report.reach += [
+            Reach(f"MiB of {role}, at most", round(most, 1), round(after, 1), after <= most),
+            Reach(f"descriptors more of {role}", _DESCRIPTORS, float(more), more <= _DESCRIPTORS),
+        ]
+    report.tables.append(table)
+    report.reach += [
+        Reach(f"{name} afterwards, at most", 0.0, value, value == 0) for name, value in left.items()
+    ]
+    report.notes += [f"{count} x {what}" for what, count in details.most_common(5)]
+    report.facts |= {
+        "minutes": minutes,
+        "ended": dict(ended),
+        "looks": {
+            role: [[round(one.at_s), round(one.resident_mib, 1), one.descriptors] for one in seen]
+            for role, seen in looks.items()
+        },
+    }
+
+
+def main() -> int:
+    """0: measured, whatever was reached. 1: could not be measured."""
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.soak",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--minutes", type=float, default=30.0, help="how long (default 30)")
+    parser.add_argument("--clients", type=int, default=16, help="requests at once (default 16)")
+    parser.add_argument("--port", type=int, default=8200, help="first of three free ports (8200)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    given = parser.parse_args()
+    watch = Watch.start()
+    try:
+        report = asyncio.run(soak(given.port, given.minutes, given.clients))
+    except (RuntimeError, OSError) as error:
+        print(f"loadtests: {error}", file=sys.stderr)
+        return 1
+    report.facts["machine"] = watch.report()
+    report.notes.append(describe(report.facts["machine"]))
+    report.tell(as_json=given.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""Through Serve and HAProxy: half-sent, slow, pipelined and broken requests, clients that read
+nothing, a thousand that say nothing. One `coe serve` for all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from tests.support.cluster import Service, serve, wait_until
+
+pytestmark = pytest.mark.cluster
+
+CONFIG = {
+    "server": {
+        "drain_s": 5,
+        "max_body_bytes": 12_000_000,
+        "limits": {"header_timeout_s": 2, "body_timeout_s": 3, "stall_timeout_s": 4},
+    },
+    "experts": {"general": {"model": "m", "categories": ["general"]}},
+    "pools": {
+        "main": {
+            "engine": "simulated",
+            "cpus": 0.1,
+            "simulated": {"tokens": 4, "max_model_len": 10_000_000},
+        }
+    },
+}
+GATEWAY, POOL = "ray::ServeReplica:coe:gateway", "ray::ServeReplica:coe:pool-main"
+BODY = json.dumps(
+    {"model": "general", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+).encode()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    path = tmp_path_factory.mktemp("hostile") / "coe.yaml"
+    path.write_text(yaml.safe_dump(CONFIG, sort_keys=False))
+    with serve(path) as running:
+        yield running
+
+
+def connect(service: Service) -> socket.socket:
+    made = socket.create_connection(("127.0.0.1", service.port), timeout=20)
+    return made
+
+
+def request(
+    body: bytes = BODY, headers: bytes = b"", path: bytes = b"/v1/chat/completions"
+) -> bytes:
+    head = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n%s\r\n" % (
+        path,
+        len(body),
+        headers,
+    )
+    return head + body
+
+
+def read_reply(made: socket.socket) -> tuple[int, dict[bytes, bytes], bytes]:
+    """One reply with a content-length."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        piece = made.recv(65536)
+        assert piece, f"closed after {data!r}"
+        data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    headers = {
+        name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)
+    }
+    length = int(headers.get(b"content-length", b"0"))
+    while len(body) < length:
+        piece = made.recv(65536)
+        assert piece, "closed within a body"
+        body += piece
+    return int(first.split()[1]), headers, body[:length]
+
+
+def ask(service: Service, raw: bytes) -> tuple[int, dict[bytes, bytes], bytes]:
+    with closing(connect(service)) as made:
+        made.sendall(raw)
+        return read_reply(made)
+
+
+def works(service: Service) -> bool:
+    return ask(service, request())[0] == 200
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"x-request-id: \xff\xfe\r\n",
+        b"x-request-id: " + b"a" * 5000 + b"\r\n",
+        b"x-request-id: a\r\nx-request-id: b\r\n",
+        b"x-request-timeout-seconds: 0.000001\r\n",
+        b"x-request-timeout-seconds: \xff\r\n",
+        b"x-request-disconnect-disabled: ?1\r\n",
+        b"x-session-id: \xff\r\n",
+        b"serve-multiplexed-model-id: \xff\r\n",
+        b"accept: \xff\r\n",
+        b"user-agent: \x80\r\n",
+    ],
+)
+def test_headers_that_would_upset_serve(service: Service, header: bytes) -> None:
+    status, told, _ = ask(service, request(headers=header))
+    assert status == 200
+    assert b"server" not in told
+    assert len(told[b"x-request-id"]) <= 128
+
+
+def test_a_good_request_id_comes_back(service: Service) -> None:
+    _, told, _ = ask(service, request(headers=b"x-request-id: mine-1\r\n"))
+    assert told[b"x-request-id"] == b"mine-1"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\x00\x01\x02\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n"
+        b"content-length: 6\r\n\r\nabcdef",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+        b"transfer-encoding: chunked\r\n\r\nZZ\r\n",
+        b"GET /\xff HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a: " + b"b" * 20_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: x\r\n"
+        + b"".join(b"a%d: b\r\n" % i for i in range(500))
+        + b"\r\n",
+    ],
+)
+def test_what_is_no_http_is_a_400(service: Service, raw: bytes) -> None:
+    assert ask(service, raw)[0] == 400
+    assert works(service)
+
+
+def test_many_headers_are_a_431(service: Service) -> None:
+    many = b"".join(b"a%d: b\r\n" % i for i in range(95)) + b"x: y\r\n" * 6
+    status, _, body = ask(service, request(headers=many))
+    assert (status, json.loads(body)["error"]["code"]) in (
+        (431, "headers_too_large"),
+        (400, "invalid_request_error"),
+    )
+
+
+def test_requests_one_after_the_other_without_waiting(service: Service) -> None:
+    with closing(connect(service)) as made:
+        bodies = [BODY, b"{", BODY, b"\xff" * 100, BODY]
+        made.sendall(b"".join(map(request, bodies)))
+        # HAProxy reads them one by one from its buffer.
+        reader = made.makefile("rb")
+        statuses = []
+        for _ in bodies:
+            statuses.append(int(reader.readline().split()[1]))
+            length = 0
+            while (line := reader.readline()) != b"\r\n":
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line.split(b":")[1])
+            reader.read(length)
+        assert statuses == [200, 400, 200, 400, 200]
+
+
+def test_half_a_head_and_half_a_body_are_given_up(service: Service) -> None:
+    began_s = time.monotonic()
+    with closing(connect(service)) as head, closing(connect(service)) as body:
+        head.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost")
+        body.sendall(request()[:-10])
+        assert read_reply(body)[0] in (400, 408)
+        status = head.recv(4096)
+        assert status == b"" or b" 408 " in status.split(b"\r\n")[0]
+    assert time.monotonic() - began_s < 15
+    assert works(service)
+
+
+def test_a_body_that_trickles_is_given_up(service: Service) -> None:
+    with closing(connect(service)) as made:
+        made.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n\r\n"
+        )
+        made.settimeout(0.2)
+        data = b""
+        end_s = time.monotonic() + 20
+        while not data and time.monotonic() < end_s:
+            try:
+                made.sendall(b" ")
+                data = made.recv(65536)
+            except TimeoutError:
+                continue
+        assert b" 408 " in data.split(b"\r\n")[0]
+        assert b"request_timeout" in data
+
+
+def test_a_prompt_of_ten_megabytes(service: Service) -> None:
+    text = "word " * 2_000_000
+    body = json.dumps(
+        {"model": "auto", "messages": [{"role": "user", "content": text}], "max_tokens": 2}
+    ).encode()
+    assert ask(service, request(body))[0] == 200
+    declared = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n"
+    )
+    assert ask(service, declared)[0] == 413
+    assert works(service)
+
+
+async def test_a_thousand_connections_that_say_nothing(service: Service) -> None:
+    writers = []
+    for _ in range(10):
+        made = await asyncio.gather(
+            *(asyncio.open_connection("127.0.0.1", service.port) for _ in range(100))
+        )
+        writers += [writer for _, writer in made]
+    try:
+        for _ in range(5):
+            assert await asyncio.to_thread(works, service)
+    finally:
+        for writer in writers:
+            writer.close()
+        await asyncio.gather(*(w.wait_closed() for w in writers), return_exceptions=True)
+    assert await asyncio.to_thread(works, service)
+
+
+def resident(service: Service) -> int:
+    sizes = 0
+    for process in [*service.named(GATEWAY), *service.named(POOL)]:
+        sizes += process.memory_info().rss
+    return sizes
+
+
+def running(service: Service) -> float:
+    _, _, body = ask(service, b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+    lines = [one for one in body.decode().splitlines() if one.startswith("coe_running_requests{")]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+def test_a_stream_that_nobody_reads_takes_no_memory_and_is_ended(service: Service) -> None:
+    """Each would have 200 MB to say."""
+    before = resident(service)
+    body: Any = {
+        "model": "general",
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 1_000_000,
+        "stream": True,
+    }
+    with ExitStack() as stack:
+        for _ in range(4):
+            made = stack.enter_context(closing(socket.socket()))
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            made.settimeout(20)
+            made.connect(("127.0.0.1", service.port))
+            made.sendall(request(json.dumps(body).encode()))
+            assert b" 200 " in made.recv(12)
+        most = before
+        end_s = time.monotonic() + 30
+        while time.monotonic() < end_s:
+            most = max(most, resident(service))
+            if running(service) == 0:
+                break
+            time.sleep(0.2)
+        assert running(service) == 0, "they still hold their places"
+        assert (most - before) / 2**20 < 100
+    assert works(service)
+
+
+def test_nothing_of_it_is_in_a_log(service: Service) -> None:
+    """And no traceback either."""
+    logs = [
+        path
+        for path in service.run_dir.rglob("*")
+        if path.is_file() and path.suffix in (".log", ".err", ".out")
+    ]
+    assert logs
+    found = [str(path) for path in logs if b"Traceback" in path.read_bytes()]
+    # Workers' own files: what our code prints goes there.
+    assert [one for one in found if "worker" in one or "replica" in one] == []
+    assert "Traceback" not in service.log
+
+
+def test_descriptors_come_back(service: Service) -> None:
+    def few() -> bool:
+        return all(
+            p.num_fds() < 200 for p in service.named(GATEWAY) if isinstance(p, psutil.Process)
+        )
+
+    wait_until(few, "connections are closed", 30)
