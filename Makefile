@@ -1,6 +1,6 @@
 # The two commands of the README are `make serve` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-unit check lock clean
+.PHONY: help setup serve test test-unit check lock dashboards clean
 BIN := .venv/bin
 CONFIG ?= deploy/config/demo.yaml
 
@@ -37,6 +37,9 @@ lock: setup ## Resolve the dependencies anew into deploy/locks
 	@$(BIN)/uv pip compile pyproject.toml --extra gpu --extra gguf --python-version 3.11 \
 		--python-platform x86_64-manylinux_2_28 --no-config --generate-hashes \
 		--no-annotate --no-header --quiet --output-file deploy/locks/image-gpu.txt
+
+dashboards: setup ## Render the dashboards into deploy/grafana/dashboards
+	@$(BIN)/python -m deploy.grafana.render
 
 clean: ## Remove the environment and caches
 	@rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache *.egg-info

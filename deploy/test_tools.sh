@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-tools=(redis-server:redis-server chromium:chromium)
+tools=(redis-server:redis-server chromium:chromium prometheus:prometheus)
 
 deploy/chart_tools.sh
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -25,26 +26,20 @@ from service.api.seats import RemoteSeat
 from service.api.spending import Spending
 from service.api.trips import Trips
 from service.api.worth import Worth
+from service.assembly import Assembly, folder_here
 from service.broker.book import Book
 from service.broker.ledger import Ledger
 from service.broker.market import Market
 from service.broker.price import prices_of
-from service.config import Config, PoolConfig
-from service.engine.lazy import LazyEngine
-from service.engine.protocol import EngineWatch, SwappingEngine
+from service.config import Config
 from service.engine.remote import RemoteEngine
-from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, ConfigError
 from service.link.call import Call
 from service.link.directory import Directory
 from service.link.secret import keys_path
 from service.link.server import PoolApp
-from service.models import ModelInfo, inspect_model, locate, pull
-from service.pool.planner import Policy
+from service.models import inspect_model
 from service.pool.pool import Pool
-from service.pool.slot import Slot
-from service.pool.swap_slot import SwapSlot
-from service.pool.units import Known, Unit
 from service.router.artifact import load_artifact
 from service.router.classify import Classifier
 from service.router.conversation import assess_body
@@ -63,18 +58,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("coe.app")
 
-# What a first start takes before one has been measured.
-_VLLM_START_S = 40.0
-_FILL_GUESS_S = 5.0
-_SWAP_GUESS_S = 0.05
-_WEIGHTS_GUESS_BYTES = 1024**3
+# How often a gateway that was succeeded looks whether its last request has ended.
+_ENDED_S = 0.5
 
 
 class GatewayProcess:
     """A gateway with what it holds: links to pools, clients of remote experts.
 
     `node`: folder where the node's processes find each other's metrics (`node_folder`).
-    `screens` take the places of the guard's own, by name.
+    `screens` take the places of the guard's own, by name. `after`: the gateway by another
+    config that this one comes after, see `succeed`.
     """
 
     def __init__(
@@ -88,8 +81,25 @@ class GatewayProcess:
         behind_serve: bool,
         node: Path | None = None,
         screens: Mapping[str, Screen] | None = None,
+        after: GatewayProcess | None = None,
     ) -> None:
-        self.directory = Directory(gateway_id, secret)
+        self._again: Callable[..., GatewayProcess] = partial(
+            GatewayProcess,
+            gateway_id=gateway_id,
+            secret=secret,
+            admin_key=admin_key,
+            wake=wake,
+            behind_serve=behind_serve,
+            node=node,
+            screens=screens,
+        )
+        self._follows = after is not None
+        self._succeeded = False
+        self._ending: asyncio.Task[None] | None = None
+        # Links to pools, and what tenants have used, outlive a config.
+        self.directory: Directory = (
+            Directory(gateway_id, secret) if after is None else after.directory
+        )
         self._seats = {
             name: RemoteSeat(
                 RemoteEngine(name, expert.remote),
@@ -107,7 +117,7 @@ class GatewayProcess:
                 if expert.remote is not None
             },
         )
-        self.store = open_store(config, gateway_id)
+        self.store: Store = open_store(config, gateway_id) if after is None else after.store
         book = key_book(config, self.store)
         self._keyring = Keyring(config, book)
         self.ledger = Ledger(config, self.store)
@@ -147,6 +157,7 @@ class GatewayProcess:
         metrics.meter.on_read(self._read)
         trips.meter = metrics.meter
         metrics.meter.on_read(trips.read)
+        metrics.on_ask(self._ask_budgets)
         self._node = _node_target(
             config, node, f"gateway-{gateway_id}", lambda: metrics.text(labels)
         )
@@ -161,7 +172,6 @@ class GatewayProcess:
         add(table.TENANT_REQUESTS, 1, tenant.name, outcome)
         for call in calls:
             add(table.TENANT_TOKENS, call.prompt_tokens + call.completion_tokens, tenant.name)
-            add(table.COST, call.cost, call.expert)
 
     def _read(self) -> None:
         """The queues of remote experts, the budgets and the state of the store, for the metrics."""
@@ -174,13 +184,20 @@ class GatewayProcess:
         for name, seat in self._seats.items():
             put(table.QUEUED, seat.waiting, name)
             put(table.RUNNING, seat.running, name)
-        for name, price, left in self._spending.prices():
+        for name, price, _ in self._spending.prices():
             put(table.SHADOW_PRICE, price, name)
-            put(table.BUDGET_LEFT, left, name)
+
+    async def _ask_budgets(self) -> None:
+        """What is left of every budget, for the metrics; nothing while the store is gone."""
+        with contextlib.suppress(CoeError):
+            for name, state in (await self.ledger.state()).items():
+                left = max(0.0, 1 - state.spent / state.amount)
+                self.gateway.metrics.meter.put(table.BUDGET_LEFT, left, name)
 
     async def start(self) -> None:
         """Connect remote experts; one that can't be is shown as failed."""
-        await self.store.start()
+        if not self._follows:
+            await self.store.start()
         await self._keyring.start()
         await self._spending.start()
         await self._feedback.start()
@@ -193,18 +210,38 @@ class GatewayProcess:
                 seat.failed = error.message
                 log.error("expert %s failed: %s", name, error.message)
 
+    async def succeed(self, config: Config) -> GatewayProcess:
+        """A gateway by another config in this one's place; requests under way end in this one."""
+        heir = self._again(config, after=self)
+        heir.gateway.reload = self.gateway.reload
+        self._succeeded = True
+        if self._node is not None:
+            await self._node.stop()
+        await heir.start()
+        heir._ending = asyncio.create_task(self._end())
+        return heir
+
+    async def _end(self) -> None:
+        while self.gateway.metrics.in_flight:  # noqa: ASYNC110  # a gauge has no event
+            await asyncio.sleep(_ENDED_S)
+        await self.stop()
+
     async def stop(self) -> None:
         """Close every connection."""
+        if self._ending is not None:
+            self._ending.cancel()
+            await asyncio.gather(self._ending, return_exceptions=True)
         await self.gateway.feed.close()
-        if self._node is not None:
+        if self._node is not None and not self._succeeded:
             await self._node.stop()
         await self._relay.close()
         await self._feedback.stop()
         await self._spending.stop()
         await self._admission.stop()
         await self._keyring.stop()
-        await self.directory.close()
-        await self.store.stop()
+        if not self._succeeded:
+            await self.directory.close()
+            await self.store.stop()
         await asyncio.gather(*(seat.engine.stop() for seat in self._seats.values()))
         if self._traces is not None:
             await asyncio.to_thread(self._traces.stop)
@@ -313,7 +350,8 @@ class PoolProcess:
 
     def __init__(self, config: Config, kind: str, secret: str, *, node: Path | None = None) -> None:
         self._metrics = PoolMetrics()
-        self.pool = build_pool(config, kind, self._metrics)
+        self._assembly = Assembly(config, kind, Pool(kind, self._metrics), self._metrics)
+        self.pool = self._assembly.pool
         self._traces = _traces(config, "pool", f"{kind}-{self.pool.boot}")
         if self._traces is not None:
             self._metrics.traced = self._traces.pooled
@@ -336,6 +374,12 @@ class PoolProcess:
             await asyncio.to_thread(self._traces.stop)
         if self._node is not None:
             await self._node.stop()
+
+    async def reload(self, config: Config) -> None:
+        """Go on as another config says."""
+        self._config = config
+        self._weights.clear()
+        await self._assembly.reload(config)
 
     async def run(self, call: Call, body: bytes, send: Any) -> None:
         """See `PoolHandler`."""
@@ -361,7 +405,7 @@ class PoolProcess:
         settings = self._config.experts[expert]
         beside = settings.base is not None and settings.form == "adapter"
         try:
-            folder = settings.adapter if beside else _folder_here(self._config, expert)
+            folder = settings.adapter if beside else folder_here(self._config, expert)
             if folder is None:
                 return None
             self._weights[expert] = inspect_model(Path(folder)).weight_bytes
@@ -398,190 +442,3 @@ def _node_target(
         return None
     told = config.telemetry
     return NodeTarget(folder, name, text, host=told.metrics_host, port=told.metrics_port)
-
-
-def build_pool(config: Config, kind: str, watch: PoolMetrics) -> Pool:
-    """A pool of this kind with its slots.
-
-    A slot for each unit (an expert with full weights, and its adapters); with fewer
-    slots than units, each slot is shared by several, which take turns in it.
-    """
-    settings = config.pools[kind]
-    pool = Pool(kind, watch)
-    units = config.units(kind)
-    if settings.slots is None or settings.slots >= len(units):
-        for unit in units:
-            pool.add(_own_slot(config, settings, unit, pool.changed, watch))
-    else:
-        for i in range(settings.slots):
-            own = units[i :: settings.slots]
-            pool.add(_shared_slot(config, settings, own, pool.changed, watch))
-    return pool
-
-
-def _own_slot(
-    config: Config,
-    settings: PoolConfig,
-    unit: tuple[str, ...],
-    changed: Callable[[], None],
-    watch: EngineWatch,
-) -> Slot[SwappingEngine]:
-    base, *adapters = unit
-    simulated = settings.engine == "simulated"
-    return Slot(
-        unit,
-        partial(_build_engine, config, settings, base, tuple(adapters), watch),
-        capacity=settings.max_running,
-        max_waiting=settings.max_queue,
-        start_guess_s=settings.simulated.load_s if simulated else _VLLM_START_S,
-        changed=changed,
-    )
-
-
-def _shared_slot(
-    config: Config,
-    settings: PoolConfig,
-    units: tuple[tuple[str, ...], ...],
-    changed: Callable[[], None],
-    watch: EngineWatch,
-) -> SwapSlot:
-    simulated = settings.engine == "simulated"
-    canaries: dict[str, str] = {}
-    swap = settings.swap
-    return SwapSlot(
-        tuple(Unit(unit[0], unit, config.experts[unit[0]].pinned) for unit in units),
-        partial(_build_swapping, config, settings, units, canaries, watch),
-        Policy(
-            min_stay_s=swap.min_stay_s,
-            max_wait_s=swap.max_wait_s,
-            host_bytes=swap.host_bytes,
-            prefetch=swap.prefetch,
-        ),
-        capacity=settings.max_running,
-        max_waiting=settings.max_queue,
-        start_guess_s=settings.simulated.load_s if simulated else _VLLM_START_S,
-        guess=Known(
-            host_bytes=_WEIGHTS_GUESS_BYTES,
-            fill_s=settings.simulated.fill_s if simulated else _FILL_GUESS_S,
-            swap_s=settings.simulated.swap_s if simulated else _SWAP_GUESS_S,
-        ),
-        changed=changed,
-    )
-
-
-def _source(config: Config, expert: str) -> tuple[str, Path | None]:
-    """What an expert's full weights are called, and where models are kept."""
-    settings = config.experts[expert]
-    source = settings.model if settings.base is None else config.experts[settings.base].model
-    assert source is not None
-    return source, Path(config.models_dir) if config.models_dir is not None else None
-
-
-def _folder_here(config: Config, expert: str) -> Path | None:
-    """Where an expert's full weights are, or None where they are not here."""
-    source, root = _source(config, expert)
-    return locate(source, root=root)
-
-
-def _folder(config: Config, expert: str) -> str:
-    """Where an expert's full weights are, fetched first if need be. Raises ModelStoreError."""
-    source, root = _source(config, expert)
-    folder = locate(source, root=root) or pull(source, dest_root=root)
-    # Says what is wrong with the files better than an engine that fails to start.
-    inspect_model(Path(folder))
-    return str(folder)
-
-
-def _build_engine(
-    config: Config,
-    settings: PoolConfig,
-    base: str,
-    adapters: tuple[str, ...],
-    watch: EngineWatch,
-) -> SwappingEngine:
-    """An engine that runs one unit."""
-    unit = (base, *adapters)
-    if settings.engine == "simulated":
-        return SimulatedEngine(unit, settings.simulated, watch)
-    if adapters or config.experts[base].form != "merged":
-        return LazyEngine(partial(_make_vllm, config, settings, base, adapters, watch))
-    return LazyEngine(partial(_make_swapping, config, settings, (unit,), {}, watch, base))
-
-
-def _build_swapping(
-    config: Config,
-    settings: PoolConfig,
-    units: tuple[tuple[str, ...], ...],
-    canaries: dict[str, str],
-    watch: EngineWatch,
-    first: str,
-) -> SwappingEngine:
-    """An engine that starts with `first`, and can run all units of its family."""
-    if settings.engine == "simulated":
-        names = tuple(name for unit in units for name in unit)
-        return SimulatedEngine(names, settings.simulated, watch)
-    adapters = next(unit[1:] for unit in units if unit[0] == first)
-    if adapters or settings.gpus > 0:
-        # Exchanging whole models would need room for all of them on the GPU.
-        return LazyEngine(partial(_make_vllm, config, settings, first, adapters, watch))
-    return LazyEngine(partial(_make_swapping, config, settings, units, canaries, watch, first))
-
-
-def _make_vllm(
-    config: Config,
-    settings: PoolConfig,
-    base: str,
-    adapters: tuple[str, ...],
-    watch: EngineWatch,
-) -> SwappingEngine:
-    # Imported here: it takes seconds, and only a pool with real engines needs it.
-    from service.engine.vllm import VllmEngine, VllmModel
-
-    paths = {name: str(config.experts[name].adapter) for name in adapters}
-    model = VllmModel(base, _folder(config, base), paths)
-    return VllmEngine(model, settings.vllm, on_cpu=settings.gpus == 0, watch=watch)
-
-
-def _make_swapping(
-    config: Config,
-    settings: PoolConfig,
-    units: tuple[tuple[str, ...], ...],
-    canaries: dict[str, str],
-    watch: EngineWatch,
-    first: str,
-) -> SwappingEngine:
-    from service.engine.vllm_swap import SwappingVllmEngine, Weights
-
-    family = _family(config, first)
-    weights = {}
-    for unit in units:
-        # A unit with adapters needs an engine made for adapters: not this one.
-        name = unit[0]
-        if name != first and len(unit) > 1:
-            continue
-        try:
-            if _family(config, name) != family:
-                continue
-        except CoeError as error:
-            # Its own fault, told when its turn comes; the others go on.
-            log.error("expert %s: %s", name, error.message)
-            continue
-        expert = config.experts[name]
-        adapter = expert.adapter if expert.form == "merged" else None
-        weights[name] = Weights(_folder(config, name), adapter, expert.strength)
-    return SwappingVllmEngine(
-        first,
-        weights,
-        settings.vllm,
-        on_cpu=settings.gpus == 0,
-        canary_every=settings.swap.canary_every,
-        canaries=canaries,
-        watch=watch,
-    )
-
-
-def _family(config: Config, expert: str) -> str:
-    info = inspect_model(Path(_folder(config, expert)))
-    if not isinstance(info, ModelInfo):
-        raise ConfigError(f"experts.{expert}.model: this folder holds an adapter, not a model")
-    return info.family

@@ -8,7 +8,7 @@ what a process takes without any model is measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from service.config import Config, PoolConfig
@@ -78,24 +78,28 @@ def plan_pool(
         return PoolPlan(kind, (), 0, pool.memory_bytes, on_gpu=False)
     units = config.units(kind)
     slots = len(units) if pool.slots is None else min(pool.slots, len(units))
-    engines = []
-    for i in range(slots):
-        shared = units[i::slots]
-        first, *others = (_plan_unit(config, unit, pool, inspect) for unit in shared)
-        engines.append(_share(first, others, config, pool))
+    plans = [_plan_unit(config, unit, pool, inspect) for unit in units]
+    engines = [_share(plans[i::slots], plans, config, pool) for i in range(slots)]
+    if slots < len(units) and pool.swap.host_bytes is not None:
+        # Units move between slots, and each is in one at a time.
+        left = sum(plan.weight_bytes for plan in plans)
+        for i, engine in enumerate(engines):
+            held = min(pool.swap.host_bytes, left)
+            engines[i] = replace(engine, weight_bytes=held)
+            left -= held
     on_gpu = pool.gpus > 0
     return PoolPlan(kind, tuple(engines), 0 if on_gpu else REPLICA_BYTES, pool.memory_bytes, on_gpu)
 
 
 def _share(
-    first: EnginePlan, others: list[EnginePlan], config: Config, pool: PoolConfig
+    every: list[EnginePlan], all_units: list[EnginePlan], config: Config, pool: PoolConfig
 ) -> EnginePlan:
-    """One engine for several units: the biggest runs, the rest lie in host memory."""
+    """One engine for several units: one runs, the rest lie in host memory."""
+    first, *others = every
     if not others:
         return first
-    every = [first, *others]
-    weights = [plan.weight_bytes for plan in every]
-    held = sum(weights)
+    weights = [plan.weight_bytes for plan in all_units]
+    held = sum(plan.weight_bytes for plan in every)
     if pool.swap.host_bytes is not None:
         if pool.swap.host_bytes < max(weights):
             raise ConfigError(
@@ -103,7 +107,7 @@ def _share(
                 f"and the largest expert alone takes {_gib(max(weights))}"
             )
         pinned = [plan for plan in every if config.experts[plan.base].pinned]
-        loose = [plan.weight_bytes for plan in every if plan not in pinned]
+        loose = [plan.weight_bytes for plan in all_units if not config.experts[plan.base].pinned]
         most = sum(plan.weight_bytes for plan in pinned) + max(loose, default=0)
         if most > pool.swap.host_bytes:
             raise ConfigError(
@@ -157,10 +161,8 @@ def _plan_unit(
             f"{info.max_context_tokens} tokens"
         )
     on_gpu = pool.gpus > 0
-    dtype = info.dtype if options.dtype == "auto" else options.dtype
-    element = _ELEMENT_BYTES.get(dtype, 2)
-    stored = _ELEMENT_BYTES.get(info.dtype, element)
-    weights = info.weight_bytes if info.quantization else info.weight_bytes * element // stored
+    element = _element_bytes(info, options.dtype)
+    weights = weights_bytes(info, options.dtype)
     if adapters and info.is_moe and not on_gpu:
         raise ConfigError(f"{where}: LoRA on a mixture-of-experts model needs a GPU")
     adapter_bytes = 0
@@ -193,6 +195,17 @@ def _plan_unit(
         kv_tokens=tokens,
         overhead_bytes=0 if on_gpu else ENGINE_BYTES,
     )
+
+
+def weights_bytes(info: ModelInfo, dtype: str) -> int:
+    """What a model's weights take in memory in that dtype (`auto`: their own)."""
+    element = _element_bytes(info, dtype)
+    stored = _ELEMENT_BYTES.get(info.dtype, element)
+    return info.weight_bytes if info.quantization else info.weight_bytes * element // stored
+
+
+def _element_bytes(info: ModelInfo, dtype: str) -> int:
+    return _ELEMENT_BYTES.get(info.dtype if dtype == "auto" else dtype, 2)
 
 
 def check_plan(plan: PoolPlan, machine_bytes: int | None) -> None:

@@ -22,11 +22,12 @@ from typing import Any
 import psutil
 
 from service import cluster_env
-from service.config import Config
+from service.config import Config, load_config
 from service.config.server import LOOPBACK
 from service.errors import CoeError, StoreGone
 from service.link.secret import admin_key_path, make_secret, read_secret
 from service.lobby import Lobby
+from service.reload import Running, config_file, reload
 
 _POLL_S = 0.5
 _PR_SET_PDEATHSIG = 1
@@ -50,6 +51,7 @@ def run(config: Config, *, source: Path) -> None:
     _lead_own_session()
     began_s = time.monotonic()
     stopping = threading.Event()
+    hangup = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
         del number, frame
@@ -58,6 +60,7 @@ def run(config: Config, *, source: Path) -> None:
         stopping.set()
         raise _Stop
 
+    signal.signal(signal.SIGHUP, lambda number, frame: hangup.set())
     config = _where_keys_allow(config)
     _check_port(config)
     run_dir = _make_run_dir()
@@ -77,6 +80,8 @@ def run(config: Config, *, source: Path) -> None:
         from service.deployment.local import LocalCluster
 
         lobby.done(_IMPORTS)
+        in_force = config_file(secret_path)
+        Running(str(source.resolve()), load_config(source), config).save(in_force)
         cluster = LocalCluster(config, run_dir)
         cluster.start_ray()
         lobby.done(_RAY)
@@ -90,7 +95,9 @@ def run(config: Config, *, source: Path) -> None:
         _follow(config, began_s)
         _say(_how_to_call(url))
         while True:
-            time.sleep(3600)
+            hangup.wait()
+            hangup.clear()
+            _reload(in_force)
     except _Stop:
         _say("stopping: letting running requests end")
     finally:
@@ -120,11 +127,22 @@ def _lead_own_session() -> None:
         if os.getppid() != parent:
             os._exit(1)  # killed before we could ask to be told
         return
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: _pass_on(child, number))
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     os._exit(code if code >= 0 else 128 - code)
+
+
+def _reload(in_force: Path) -> None:
+    """Put the user's config in force anew; where it can't be, say why, and go on as before."""
+    try:
+        told = reload(in_force)
+    except CoeError as error:
+        _say(f"the config stays as it was: {error.message}")
+        return
+    changes = [f"{what} {', '.join(names)}" for what, names in told.items() if names]
+    _say(f"config reloaded: {'; '.join(changes) or 'no expert changed'}")
 
 
 def _pass_on(child: int, number: int) -> None:

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from service import __version__
-from service.api import catalog
+from service.api import catalog, ending
 from service.api.accounts import Accounts
 from service.api.admission import Admission, Admitted
 from service.api.answering import Answering
@@ -39,6 +39,8 @@ from service.api.schemas import describe
 from service.config import Config
 from service.errors import (
     CoeError,
+    ConfigError,
+    Conflict,
     InvalidRequest,
     PoolGone,
     TooMany,
@@ -55,7 +57,7 @@ from service.link.secret import same
 from service.telemetry import table
 from service.telemetry.exposition import CONTENT_TYPE, join
 from service.telemetry.logs import log_fields
-from service.telemetry.metrics import Ended, GatewayMetrics
+from service.telemetry.metrics import GatewayMetrics
 
 if TYPE_CHECKING:
     from service.telemetry.traces import Traces
@@ -106,8 +108,10 @@ class Gateway:
         self._remote_states = remote_states
         self._behind_serve = behind_serve
         self._admin_key = admin_key
+        # Puts the config's file in force anew, where somebody here keeps it.
+        self.reload: Callable[[], Awaitable[dict[str, list[str]]]] | None = None
         self._created_s = int(time.time())
-        self.metrics = GatewayMetrics()
+        self.metrics = GatewayMetrics(name for name, e in config.experts.items() if e.remote)
         self._cache = cache
         cache.meter = self.metrics.meter
         self._intake = Intake(
@@ -188,7 +192,13 @@ class Gateway:
             unknown = CoeError("something went wrong here; the log has its kind and place")
             await self._fail(unknown, client_id, passage, send)
         finally:
-            ended = _ended(passage, category, streamed, fault, began_s)
+            ended = ending.ended(
+                passage,
+                category=category,
+                streamed=streamed,
+                fault=fault,
+                began_s=began_s,
+            )
             self.metrics.ended(ended)
             if passage.trace is not None:
                 passage.trace.ended(ended, passage.status)
@@ -363,6 +373,16 @@ class Gateway:
             }
             return _json({"pools": pools})
 
+        @app.post("/admin/reload")
+        async def reload(request: Request) -> Response:
+            check(request)
+            if self.reload is None:
+                raise Conflict("this service's config is changed where it was deployed from")
+            try:
+                return _json(await self.reload())
+            except ConfigError as error:
+                raise Conflict(error.message) from None
+
         @app.post("/admin/experts/{name:path}/{act}")
         async def operate(request: Request, name: str, act: str) -> Response:
             check(request)
@@ -422,28 +442,6 @@ class _Endpoint:
             await self._answer(scope, receive, send)
         except ClientGone:
             return
-
-
-def _ended(passage: Passage, category: str, streamed: bool, fault: str, began_s: float) -> Ended:
-    outcome = passage.outcome
-    if outcome == "ok" and passage.status >= 400:
-        outcome = "client_error" if passage.status < 500 else "server_error"
-    return Ended(
-        expert=passage.expert,
-        category=category,
-        recipe="single" if passage.recipe == passage.expert else passage.recipe,
-        outcome=outcome,
-        fault=fault,
-        attempts=passage.attempts,
-        streamed=streamed,
-        local=passage.local,
-        first_byte_s=max(0.0, passage.first_byte_at_s - began_s),
-        total_s=time.monotonic() - began_s,
-        queue_s=passage.queue_ms / 1000,
-        engine_s=passage.engine_ms / 1000,
-        predicted_s=passage.predicted_s,
-        failed=passage.failed,
-    )
 
 
 def _headers(plan: Plan, route_s: float) -> list[tuple[bytes, bytes]]:

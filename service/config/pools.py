@@ -61,6 +61,12 @@ class SwapOptions(Section):
         description="Memory for experts' weights in a slot, the running one's included, in bytes. "
         "Default: no bound.",
     )
+    running: Literal["wait", "preempt"] = Field(
+        "wait",
+        description="What becomes of running requests when another expert's turn comes. wait: "
+        "they end first. preempt: those of which nothing has been sent go back to the head of "
+        "their queue, once, and are run again; those that stream end first.",
+    )
     prefetch: bool = Field(
         True, description="Bring the experts most in demand to host memory before they are asked."
     )

@@ -140,7 +140,7 @@ class StoreConfig(Section):
         "Default: keys.jsonl beside the admin key.",
     )
     timeout_ms: int = Field(
-        500, ge=10, le=60_000, description="Redis: longest wait for a reply, in ms."
+        1000, ge=10, le=60_000, description="Redis: longest wait for a reply, in ms."
     )
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from service.config import Config
 from service.deployment.server import QuietServer, bind_free_port, server_config
 from service.link import addresses
 from service.link.secret import read_secret
+from service.reload import config_file, current_config, follow, reload
 from service.telemetry.logs import set_up_logs
 from service.telemetry.node import node_folder
 
@@ -34,7 +36,8 @@ class PoolReplica:
         self, config_json: str, kind: str, secret_path: str, host: str | None
     ) -> None:
         set_up_logs()
-        config = Config.model_validate_json(config_json)
+        in_force = config_file(Path(secret_path))
+        config = current_config(in_force, config_json)
         self._drain_s = config.server.drain_s
         secret = read_secret(Path(secret_path))
         self._process = PoolProcess(config, kind, secret, node=node_folder(secret))
@@ -49,6 +52,7 @@ class PoolReplica:
             "boot": self._process.pool.boot,
         }
         await self._process.start()
+        self._following = asyncio.create_task(follow(in_force, self._process.reload))
 
     def record_replica_metadata(self) -> dict[str, str]:
         """What gateways need to find this pool. Serve asks once, when it is ready."""
@@ -73,6 +77,7 @@ class PoolReplica:
         process = getattr(self, "_process", None)
         if process is None:
             return
+        self._following.cancel()
         await process.stop(self._drain_s)
         self._server.should_exit = True
         with contextlib.suppress(asyncio.TimeoutError):
@@ -91,12 +96,10 @@ class GatewayReplica:
         pools: dict[str, DeploymentHandle],
     ) -> None:
         set_up_logs()
-        config = Config.model_validate_json(config_json)
+        in_force = config_file(Path(secret_path))
+        config = current_config(in_force, config_json)
         self._handles = pools
-        self._kinds_of: dict[str, list[str]] = {}
-        for kind in config.pools:
-            for expert in config.local_experts(kind):
-                self._kinds_of.setdefault(expert, []).append(kind)
+        self._config = config
         self._waking: dict[str, asyncio.Task[None]] = {}
         secret = read_secret(Path(secret_path))
         self._process = GatewayProcess(
@@ -108,7 +111,11 @@ class GatewayReplica:
             behind_serve=True,
             node=node_folder(secret),
         )
+        if in_force.exists():
+            self._process.gateway.reload = partial(asyncio.to_thread, reload, in_force)
+        self._app = Exchangeable(self._process.gateway.app())
         await self._process.start()
+        self._following = asyncio.create_task(follow(in_force, self._reload))
         loop = asyncio.get_running_loop()
         directory = self._process.directory
         addresses.listen(lambda known: _in_loop(loop, lambda: directory.update(known)))
@@ -117,11 +124,18 @@ class GatewayReplica:
                 self._wake(kind)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self._process.gateway.app()
+        return self._app
+
+    async def _reload(self, config: Config) -> None:
+        """Another config is in force: new requests are its, those under way end as they began."""
+        self._config = config
+        self._process = await self._process.succeed(config)
+        self._app.app = self._process.gateway.app()
 
     def _wake_for(self, expert: str) -> None:
-        for kind in self._kinds_of.get(expert, ()):
-            self._wake(kind)
+        for kind in self._config.pools:
+            if expert in self._config.experts and expert in self._config.local_experts(kind):
+                self._wake(kind)
 
     def _wake(self, kind: str) -> None:
         running = self._waking.get(kind)
@@ -137,7 +151,18 @@ class GatewayReplica:
     async def __del__(self) -> None:
         process = getattr(self, "_process", None)
         if process is not None:
+            self._following.cancel()
             await process.stop()
+
+
+class Exchangeable:
+    """An ASGI application in whose place another can be put."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app(scope, receive, send)
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> None:

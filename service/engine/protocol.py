@@ -63,6 +63,9 @@ class EngineWatch(Protocol):
     def worked(self, work: Work) -> None:
         """A request has ended."""
 
+    def weighs(self, expert: str, size_bytes: int) -> None:
+        """What the weights of an expert with an engine of its own take."""
+
     def registry(self, expert: str) -> CollectorRegistry:
         """An empty place for the engine's own metrics while it runs this expert.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections.abc import Collection
 from typing import Any
 
 import orjson
@@ -45,7 +46,7 @@ class SimulatedEngine:
 
     def __init__(
         self,
-        experts: tuple[str, ...],
+        experts: Collection[str],
         options: SimulatedOptions,
         watch: EngineWatch | None = None,
     ) -> None:

@@ -63,6 +63,7 @@ class _Face:
     """One expert's OpenAI layer; `renderer` is None where it is the engine's own."""
 
     app: Any
+    source: Weights
     renderer: Any = None
     generation_config: Any = None
 
@@ -87,7 +88,8 @@ class SwappingVllmEngine(VllmEngine):
     ) -> None:
         model = VllmModel(first, weights[first].folder, {})
         super().__init__(model, options, on_cpu=on_cpu, watch=watch)
-        self._weights = dict(weights)
+        # The caller's own: experts may come and go.
+        self._weights = weights
         self._first = first
         self._canary_every = canary_every
         self._canaries = canaries
@@ -129,7 +131,7 @@ class SwappingVllmEngine(VllmEngine):
             # The pool counts what is held from the first unit on.
             await self.drop(adopted)
         else:
-            self._faces[self._first] = _Face(self._app)
+            self._faces[self._first] = _Face(self._app, self._weights[self._first])
             if not await self._canary(self._first):
                 raise ExpertFailed(
                     f"expert {self._first!r} answers otherwise than when first loaded"
@@ -150,8 +152,9 @@ class SwappingVllmEngine(VllmEngine):
         if told["state"] != "host":
             reason = told.get("reason", "its weights went away while they were loaded")
             raise ExpertFailed(f"expert {expert!r} could not be loaded: {reason}", retry_after_s=30)
-        if expert not in self._faces:
-            self._faces[expert] = await self._make_face(expert)
+        face = self._faces.get(expert)
+        if face is None or face.source != source:
+            self._faces[expert] = await self._make_face(expert, source)
         return Filled(int(told["host_bytes"]), float(told["fill_s"]))
 
     async def exchange(self, expert: str) -> Exchanged:
@@ -261,15 +264,15 @@ class SwappingVllmEngine(VllmEngine):
 
     # --- faces
 
-    async def _make_face(self, expert: str) -> _Face:
-        folder = self._weights[expert].folder
+    async def _make_face(self, expert: str, source: Weights) -> _Face:
+        folder = source.folder
         args = copy.copy(self._args)
         args.served_model_name = [expert]
         if _fingerprint(folder) == _fingerprint(self._model.path):
             # Not the engine's of this moment: another expert's may be on it now.
             assert self._own_face is not None
             client = _Client(self._llm, self._llm.vllm_config, self._own_face[0])
-            return _Face(await self._openai_layer(args, client, self._tasks))
+            return _Face(await self._openai_layer(args, client, self._tasks), source)
         from vllm.renderers import renderer_from_config
 
         args.model = folder
@@ -279,7 +282,7 @@ class SwappingVllmEngine(VllmEngine):
         renderer = await asyncio.to_thread(renderer_from_config, config)
         client = _Client(self._llm, config, renderer)
         app = await self._openai_layer(args, client, self._tasks)
-        return _Face(app, renderer, config.model_config.try_get_generation_config())
+        return _Face(app, source, renderer, config.model_config.try_get_generation_config())
 
     def _put_on(self, face: _Face) -> None:
         """Tokens and text of this expert's kind from now on. Nothing is running."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import orjson
 
@@ -58,6 +59,15 @@ def status_of(error: CoeError) -> int:
         if kind in _STATUS:
             return _STATUS[kind]
     return 500
+
+
+@cache
+def codes_of_ours() -> frozenset[str]:
+    """The codes of the errors that are our fault: of status 500 and more."""
+    kinds = [CoeError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return frozenset(kind.code for kind in kinds if status_of(kind("")) >= 500)
 
 
 def detail_of(error: CoeError) -> dict[str, str | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import secrets
 import time
 from collections import Counter
@@ -14,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-from service.engine.protocol import EngineRequest, Message, Send
+from service.engine.protocol import EngineRequest, Send
 from service.errors import (
     CoeError,
     DeadlineExceeded,
@@ -23,19 +22,21 @@ from service.errors import (
     UnknownEndpoint,
     UnknownModel,
 )
-from service.link.call import ENGINE_MS, QUEUE_MS, SWAP_MS, Call, Times
+from service.link.call import Call, Times
 from service.link.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
-from service.link.speed import Speedometer, Stopwatch
-from service.pool.lease import Again, Lease
+from service.link.speed import Speedometer
+from service.pool.lease import Again
+from service.pool.measured import Measured
 from service.pool.placement import next_move
+from service.pool.planner import Policy
 from service.pool.slot import Slot
 from service.pool.swap_slot import SwapSlot
+from service.pool.units import Unit
 from service.types import Residency
 
 log = logging.getLogger("coe.pool")
 
 _PLACE_S = 0.25
-_COMPLETION = re.compile(rb'"(?:completion|output)_tokens":(\d{1,9})')
 OPERATIONS = ("load", "evict", "pin", "unpin")
 
 
@@ -93,8 +94,7 @@ class Pool:
         """Let units that share slots move between them, as placement says."""
         while True:
             await asyncio.sleep(_PLACE_S)
-            shared = [slot for slot in self._slots if isinstance(slot, SwapSlot)]
-            if len(shared) > 1:
+            if len(shared := self.shared) > 1:
                 self._move_one(shared)
 
     def _move_one(self, shared: list[SwapSlot]) -> None:
@@ -109,6 +109,68 @@ class Pool:
             target.take_in(unit, known)
             self._slot_of.update(dict.fromkeys(unit.experts, target))
             log.info("unit %s goes to slot %d", unit.name, self._slots.index(target))
+
+    # --- units come and go
+
+    def add_running(self, slot: Slot[Any]) -> None:
+        """Give the pool a slot while it runs."""
+        self.add(slot)
+        self._supervise(slot)
+        self.changed()
+
+    def take_in(self, unit: Unit) -> None:
+        """One more unit for the slots that units share: where the fewest are."""
+        slot = min(self.shared, key=lambda one: len(one.units))
+        slot.take_in(unit)
+        self._slot_of.update(dict.fromkeys(unit.experts, slot))
+
+    async def remove(self, expert: str, why: str) -> None:
+        """A unit goes for good. Who waits for it is told why; returns when who runs has ended."""
+        slot = self._slot_of.get(expert)
+        if slot is None:
+            return
+        unit = slot.unit_of(expert)
+        for name in unit.experts:
+            del self._slot_of[name]
+            self._speeds.pop(name, None)
+        if isinstance(slot, SwapSlot):
+            if len(slot.units) == 1:
+                self._give_one_to(slot)
+            if len(slot.units) > 1:
+                await slot.retire(unit.name, why)
+                self.changed()
+                return
+        await slot.close(why)
+        task = self._tasks.pop(slot)
+        self._slots.remove(slot)
+        self.changed()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    def _give_one_to(self, slot: SwapSlot) -> None:
+        """Another slot's unit for one whose only unit goes, if one can be spared."""
+        for other in sorted(self.shared, key=lambda one: -len(one.units)):
+            for unit in other.units if other is not slot and len(other.units) > 1 else ():
+                if (known := other.hand_over(unit.name)) is not None:
+                    slot.take_in(unit, known)
+                    self._slot_of.update(dict.fromkeys(unit.experts, slot))
+                    return
+
+    def set_policy(self, policy: Policy) -> None:
+        """How shared slots weigh things from now on."""
+        for slot in self.shared:
+            slot.policy = policy
+
+    def set_pinned(self, expert: str, pinned: bool) -> None:
+        """Whether an expert's unit is pinned, as the config says now."""
+        slot = self._slot_of.get(expert)
+        if isinstance(slot, SwapSlot):
+            slot.set_pinned(expert, pinned)
+
+    @property
+    def shared(self) -> list[SwapSlot]:
+        """The slots that units share."""
+        return [slot for slot in self._slots if isinstance(slot, SwapSlot)]
 
     async def stop(self, drain_s: float) -> None:
         """Refuse new work, let running requests end, then stop the engines."""
@@ -133,7 +195,7 @@ class Pool:
         self._slot(call.expert)
         loop = asyncio.get_running_loop()
         limit = asyncio.timeout_at(loop.time() + call.deadline_ms / 1000)
-        reply = _Measured(send, limit if call.stream else None)
+        reply = Measured(send, limit if call.stream else None)
         fault = "client_gone"
         try:
             async with limit:
@@ -168,7 +230,7 @@ class Pool:
         tell(tokens)
 
     async def _run_in(
-        self, slot: Slot[Any], call: Call, body: bytes, reply: _Measured, again: Again | None
+        self, slot: Slot[Any], call: Call, body: bytes, reply: Measured, again: Again | None
     ) -> None:
         tokens = 1 + len(body) // 4
         try:
@@ -284,80 +346,3 @@ class Pool:
         for slot in self._slots:
             for name, state in slot.states().items():
                 yield name, state.state
-
-
-class _Measured:
-    """An ASGI send that times chunks, adds the queue header, and ends the wait for a first byte."""
-
-    def __init__(self, send: Send, first_byte_limit: asyncio.Timeout | None) -> None:
-        self._send = send
-        self._limit = first_byte_limit
-        # The loop's own may be coarse and stand still while it works.
-        self._clock = time.monotonic
-        self._queue_s = 0.0
-        self._swap_s = 0.0
-        self._arrived_s = self._clock()
-        self._watch: Stopwatch | None = None
-        self._served: Callable[[int], None] = lambda tokens: None
-        self._begun: Callable[[], bool] = lambda: True
-        self._void = False
-
-    def lease_began(self, lease: Lease, served: Callable[[int], None]) -> None:
-        self._begun = lease.begun
-        self._void = False
-        self._served = served
-        self._queue_s = lease.queue_s
-        self._swap_s = lease.swap_s
-        self._watch = Stopwatch(self._clock())
-
-    def silent(self) -> bool:
-        """Whether the engine had the request for most of the time, and said nothing."""
-        watch = self._watch
-        if watch is None or watch.first_s:
-            return False
-        return self._queue_s < self._clock() - watch.began_s
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self._void = not self._begun()
-        if self._void:
-            return  # the request was put back: it will be answered by another run
-        if self._watch is not None:
-            self._watch.saw(message, self._clock())
-        if message["type"] == "http.response.start":
-            if self._limit is not None:
-                self._limit.reschedule(None)
-            watch = self._watch
-            engine_s = watch.first_s - watch.began_s if watch is not None else 0.0
-            told = [
-                (QUEUE_MS.encode(), f"{self._queue_s * 1000:.1f}".encode()),
-                (SWAP_MS.encode(), f"{self._swap_s * 1000:.1f}".encode()),
-                (ENGINE_MS.encode(), f"{engine_s * 1000:.2f}".encode()),
-            ]
-            message = {**message, "headers": [*message["headers"], *told]}
-        elif self._watch is not None:
-            self._count(message, self._watch.chunks)
-        await self._send(message)
-
-    def _count(self, message: Message, chunks: int) -> None:
-        """Tokens made, for fairness: a chunk is about one, a whole reply says how many."""
-        if message.get("more_body", False):
-            self._served(1)
-        elif chunks == 1 and (told := _COMPLETION.search(message.get("body", b""))):
-            self._served(int(told[1]))
-
-    def times(self) -> Times:
-        watch = self._watch
-        return Times(
-            self._arrived_s,
-            watch.began_s if watch is not None else 0.0,
-            watch.first_s if watch is not None else 0.0,
-            self._clock(),
-            self._queue_s,
-            self._swap_s,
-        )
-
-    def tell(self, meter: Speedometer, prompt_tokens: int) -> None:
-        """How fast it was."""
-        if self._watch is not None:
-            self._watch.tell(meter, prompt_tokens)

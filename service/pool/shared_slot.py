@@ -83,6 +83,15 @@ class SharedSlot(Slot[SwappingEngine]):
         """The unit that runs, or that the next engine starts with."""
         return self._unit
 
+    def unit_of(self, expert: str) -> Unit:
+        """The unit that an expert belongs to."""
+        return self._units[self._unit_of[expert]]
+
+    def set_pinned(self, expert: str, pinned: bool) -> None:
+        """Whether an expert's unit stays in host memory, whatever else wants the room."""
+        self._known[self._unit_of[expert]].pinned = pinned
+        self._event.set()
+
     def take_in(self, unit: Unit, known: Known | None = None) -> None:
         """One more unit, and what another slot knew of it."""
         if known is None:

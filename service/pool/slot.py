@@ -16,10 +16,18 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from service.engine.protocol import Engine, EngineReport
-from service.errors import CoeError, Conflict, Draining, EngineDead, ExpertFailed
+from service.errors import (
+    CoeError,
+    Conflict,
+    Draining,
+    EngineDead,
+    ExpertFailed,
+    UnknownModel,
+)
 from service.link.snapshot import ExpertState, Queue
 from service.pool.lease import Again, Lease, Run
 from service.pool.queues import Queues, Ticket
+from service.pool.units import Unit
 from service.types import NOBODY, Residency, Tenant
 
 log = logging.getLogger("coe.pool")
@@ -288,6 +296,20 @@ class Slot(Generic[E]):
                 continue
             for ticket in self._queues.waiting_for(name):
                 self._refuse(ticket, self._failed(name))
+
+    def unit_of(self, expert: str) -> Unit:
+        """The unit that an expert belongs to: here, all of them."""
+        assert expert in self.experts
+        return Unit(self.experts[0], self.experts)
+
+    async def close(self, why: str) -> None:
+        """Its experts go for good: who waits is told why, who runs is let end."""
+        for name in self.experts:
+            for ticket in self._queues.waiting_for(name):
+                self._refuse(ticket, UnknownModel(why))
+        self._draining = True
+        if self._queues.total:
+            await self._idle.wait()
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new requests, and wait for those it has, at most `timeout_s`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from service.telemetry import table
@@ -15,11 +15,22 @@ _NO_ROOM = frozenset({"over_capacity"})
 
 
 @dataclass(frozen=True, slots=True)
+class Asking:
+    """One call of an expert: its tokens, as far as they were told, and its units of cost."""
+
+    expert: str
+    prompt_tokens: int
+    answer_tokens: int
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """A request that has ended, one way or another. Times in s from its arrival; 0: never.
 
-    `fault`: the error's code, or empty. `local`: a pool answered, and so `queue_s`,
-    `engine_s` (until the engine's first byte) and `predicted_s` (the wait) are known.
+    `tenant` is empty where it was not known yet. `fault`: the error's code, or empty.
+    `ours`: it ended by our fault. `local`: a pool answered, and so `queue_s` and
+    `predicted_s` (the wait) are known. `engine_s`: until the engine's first byte.
     `failed`: the attempts that did before the first byte, as (expert, code).
     """
 
@@ -36,16 +47,29 @@ class Ended:
     queue_s: float = 0.0
     engine_s: float = 0.0
     predicted_s: float = 0.0
+    predicted_cost: float = 0.0
+    escalations: int = 0
+    ours: bool = False
     failed: Sequence[tuple[str, str]] = ()
+    calls: Sequence[Asking] = ()
 
 
 class GatewayMetrics:
-    """The meter of a gateway, and what one request adds to it."""
+    """The meter of a gateway, and what one request adds to it.
 
-    def __init__(self) -> None:
+    `remote`: the experts that no pool counts.
+    """
+
+    def __init__(self, remote: Iterable[str] = ()) -> None:
         self.meter = Meter(table.Side.GATEWAY)
+        self._remote = frozenset(remote)
         self._in_flight = 0
+        self._asked: list[Callable[[], Awaitable[None]]] = []
         self.meter.on_read(lambda: self.meter.put(table.IN_FLIGHT, self._in_flight))
+
+    def on_ask(self, asked: Callable[[], Awaitable[None]]) -> None:
+        """Like the meter's `on_read`, for what must be waited for."""
+        self._asked.append(asked)
 
     @property
     def in_flight(self) -> int:
@@ -57,7 +81,7 @@ class GatewayMetrics:
         self._in_flight += 1
 
     def routed(self, route_s: float) -> None:
-        """It was understood, and who shall answer is known."""
+        """It was understood, and who may answer is known."""
         self.meter.observe(table.ROUTE, route_s)
 
     def ended(self, one: Ended) -> None:
@@ -65,23 +89,54 @@ class GatewayMetrics:
         self._in_flight -= 1
         meter = self.meter
         meter.add(table.REQUESTS, 1, one.expert, one.category, one.recipe, one.outcome)
+        # 0 as well, so that a share of errors can be told before there are any.
+        meter.add(table.SERVER_ERRORS, one.ours, one.expert)
         for expert, code in one.failed:
             meter.add(table.FAILED_ATTEMPTS, 1, expert, code)
         if one.fault and (one.attempts == 0 or one.fault in _NO_ROOM):
             meter.add(table.REJECTIONS, 1, one.fault)
+        if one.escalations:
+            meter.add(table.ESCALATIONS, one.escalations, one.recipe)
+        self._bill(one)
         if one.outcome != "ok" or not one.first_byte_s:
             return
         meter.observe(table.TOTAL, one.total_s, one.expert)
         if one.streamed:
             meter.observe(table.FIRST_TOKEN, one.first_byte_s, one.expert)
         if not one.local:
+            if one.expert in self._remote:
+                self._remote_times(one)
             return
         meter.observe(table.OVERHEAD, max(0.0, one.first_byte_s - one.queue_s - one.engine_s))
         meter.observe(table.WAIT_ERROR, one.queue_s - one.predicted_s)
         meter.add(table.WAIT_PREDICTED, one.predicted_s, one.expert)
         meter.add(table.WAIT_REAL, one.queue_s, one.expert)
 
+    def _bill(self, one: Ended) -> None:
+        """What its calls used."""
+        meter = self.meter
+        if not one.calls:
+            return
+        meter.add(table.COST_PREDICTED, one.predicted_cost, one.recipe)
+        for call in one.calls:
+            meter.add(table.COST, call.cost, one.recipe, call.expert)
+            if call.expert in self._remote:
+                meter.add(table.TOKENS, call.prompt_tokens, call.expert, "prompt")
+                meter.add(table.TOKENS, call.answer_tokens, call.expert, "answer")
+
+    def _remote_times(self, one: Ended) -> None:
+        """A remote expert's engine is known by its bytes alone: only a stream tells them apart."""
+        if not one.streamed:
+            return
+        meter, decode_s = self.meter, one.total_s - one.first_byte_s
+        meter.observe(table.PREFILL, one.engine_s, one.expert)
+        meter.observe(table.DECODE, decode_s, one.expert)
+        tokens = one.calls[-1].answer_tokens if one.calls else 0
+        if tokens > 1:
+            meter.observe(table.BETWEEN_TOKENS, decode_s / (tokens - 1), one.expert)
+
     async def text(self, labels: Mapping[str, str]) -> str:
         """Everything as Prometheus' text, every sample with these labels."""
+        await asyncio.gather(*(asked() for asked in self._asked))
         self.meter.refresh()
         return await asyncio.to_thread(text_of, [(self.meter.registry, labels)])

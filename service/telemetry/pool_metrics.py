@@ -43,6 +43,7 @@ class PoolMetrics:
     def __init__(self) -> None:
         self.meter = Meter(table.Side.POOL)
         self.traced: Callable[[Call, Times, str], None] | None = None
+        self._weights: dict[str, int] = {}
         self._engines: dict[str, CollectorRegistry] = {}
 
     def follow(self, pool: Told) -> None:
@@ -61,8 +62,11 @@ class PoolMetrics:
             self.meter.total(table.SWAPS, count, *key)
         self.meter.total(table.CANARY_FAILURES, pool.canary_failures())
         for expert, told in pool.details().items():
-            if "host_bytes" in told:
-                put(table.WEIGHTS, told["host_bytes"], expert, "host")
+            size = told.get("host_bytes", self._weights.get(expert))
+            if size is not None:
+                here = told["state"]
+                put(table.WEIGHTS, size if here == Residency.DEVICE else 0, expert, "device")
+                put(table.WEIGHTS, size if here == Residency.HOST else 0, expert, "host")
 
     # --- as the pool's watch
 
@@ -87,6 +91,10 @@ class PoolMetrics:
             self.meter.add(table.TOKENS, work.answer_tokens, expert, "answer")
         if work.answer_tokens > 1:
             observe(table.BETWEEN_TOKENS, work.decode_s / (work.answer_tokens - 1), expert)
+
+    def weighs(self, expert: str, size_bytes: int) -> None:
+        """See `EngineWatch`. Threads may call it."""
+        self._weights[expert] = size_bytes
 
     def registry(self, expert: str) -> CollectorRegistry:
         """See `EngineWatch`."""

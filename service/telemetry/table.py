@@ -99,6 +99,12 @@ REQUESTS = _counter(
     ("expert", "category", "recipe", "outcome"),
     "Requests that have ended.",
 )
+SERVER_ERRORS = _counter(
+    "coe_server_errors_total",
+    Side.GATEWAY,
+    ("expert",),
+    "Requests that ended with an error of ours, of status 500 and more, also after a stream began.",
+)
 REJECTIONS = _counter(
     "coe_rejections_total",
     Side.GATEWAY,
@@ -111,6 +117,12 @@ FAILED_ATTEMPTS = _counter(
     ("expert", "reason"),
     "Attempts that failed before the first byte; the next best option is asked, if one is left.",
 )
+ESCALATIONS = _counter(
+    "coe_escalations_total",
+    Side.GATEWAY,
+    ("recipe",),
+    "Answers for which a recipe asked its stronger expert after all.",
+)
 IN_FLIGHT = _gauge("coe_in_flight_requests", Side.GATEWAY, (), "Requests in the gateway now.")
 FIRST_TOKEN = _histogram(
     "coe_first_token_seconds",
@@ -122,8 +134,7 @@ BETWEEN_TOKENS = _histogram(
     "coe_between_tokens_seconds",
     Side.BOTH,
     ("expert",),
-    "Mean time from one token of an answer to the next, once per answer. Remote experts: per "
-    "chunk of a stream.",
+    "Mean time from one token of an answer to the next, once per answer.",
     _FAST,
 )
 TOTAL = _histogram(
@@ -159,10 +170,9 @@ OVERHEAD = _histogram(
 )
 QUEUE = _histogram(
     "coe_queue_seconds",
-    Side.BOTH,
+    Side.POOL,
     ("expert",),
-    "Time a request waited for its expert: in the pool's queue, swaps included; remote experts: "
-    "for a place in the gateway.",
+    "Time a request waited in the pool's queue, swaps included.",
 )
 SWAP_WAIT = _histogram(
     "coe_swap_wait_seconds",
@@ -243,7 +253,8 @@ WEIGHTS = _gauge(
     "coe_weights_bytes",
     Side.POOL,
     ("expert", "tier"),
-    "Memory for an expert's weights, where it was measured.",
+    "An expert's full weights: device where they answer, host where they wait for their turn. "
+    "On CPU both are the same memory.",
 )
 SWAPS = _counter(
     "coe_swaps_total",
@@ -263,14 +274,15 @@ CANARY_FAILURES = _counter(
 COST_PREDICTED = _counter(
     "coe_cost_predicted_total",
     Side.GATEWAY,
-    ("expert",),
-    "Units of cost (see `price` in the config) expected when the expert was chosen.",
+    ("recipe",),
+    "Units of cost (see `price` in the config) expected when the recipe was chosen.",
 )
 COST = _counter(
     "coe_cost_total",
     Side.GATEWAY,
-    ("expert",),
-    "Units of cost as settled after the answers.",
+    ("recipe", "expert"),
+    "Units of cost by the tokens that replies told of, by the expert that was asked. A stream "
+    "without usage tells none where nobody is charged.",
 )
 BUDGET_LEFT = _gauge(
     "coe_budget_left_ratio",
@@ -288,13 +300,13 @@ TENANT_REQUESTS = _counter(
     "coe_tenant_requests_total",
     Side.GATEWAY,
     ("tenant", "outcome"),
-    "Requests that have ended, by tenant.",
+    "Requests that have ended, by tenant; only where keys, tenants or budgets are configured.",
 )
 TENANT_TOKENS = _counter(
     "coe_tenant_tokens_total",
     Side.GATEWAY,
     ("tenant",),
-    "Tokens of prompts and answers, by tenant.",
+    "Tokens of prompts and answers, by tenant, as they were charged.",
 )
 STORE_UP = _gauge(
     "coe_store_up",
@@ -356,8 +368,10 @@ BUILD = PROCESS[0]
 GROUPS: dict[str, tuple[Declared, ...]] = {
     "Requests": (
         REQUESTS,
+        SERVER_ERRORS,
         REJECTIONS,
         FAILED_ATTEMPTS,
+        ESCALATIONS,
         IN_FLIGHT,
         FIRST_TOKEN,
         BETWEEN_TOKENS,

@@ -23,7 +23,7 @@ from tests.support.cluster import Service, serve, wait_until
 
 pytestmark = pytest.mark.cluster
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "server": {"drain_s": 20, "max_body_bytes": 20_000},
     "experts": {
         "general": {"model": "m", "categories": ["general"]},
@@ -59,11 +59,17 @@ HELLO: Any = [{"role": "user", "content": "hello there"}]
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The running service."""
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The service's config."""
     path = tmp_path_factory.mktemp("cluster") / "coe.yaml"
     path.write_text(yaml.safe_dump(CONFIG, sort_keys=False))
-    with serve(path) as running:
+    return path
+
+
+@pytest.fixture(scope="module")
+def service(config_file: Path) -> Iterator[Service]:
+    """The running service."""
+    with serve(config_file) as running:
         yield running
 
 
@@ -247,6 +253,59 @@ def test_a_killed_pool_is_replaced_and_requests_are_answered(
     )
 
 
+def test_a_config_reloaded_while_it_runs(
+    service: Service, client: openai.OpenAI, config_file: Path
+) -> None:
+    """SIGHUP: an expert comes, one goes, and what they don't concern is undisturbed."""
+    stream = client.chat.completions.create(
+        model="general", messages=HELLO, stream=True, max_tokens=150
+    )
+    chunks = [next(stream)]
+    vectors = CONFIG["experts"]["vectors"]
+    config: Any = yaml.safe_load(config_file.read_text())
+    config["experts"] |= {"late": {"model": "m"}}
+    del config["experts"]["vectors"]
+    config["pools"]["main"]["experts"] = ["general", "math", "late"]
+    config_file.write_text(yaml.safe_dump(config, sort_keys=False))
+    os.kill(service.process.pid, signal.SIGHUP)
+    wait_until(lambda: "config reloaded: added late; removed vectors" in service.log, "reloaded")
+
+    def answers() -> bool:
+        try:
+            told = client.chat.completions.create(model="late", messages=HELLO)
+        except (openai.NotFoundError, openai.InternalServerError):
+            return False
+        return (told.choices[0].message.content or "").startswith("late:")
+
+    wait_until(answers, "the new expert answers", 20)
+    with pytest.raises(openai.NotFoundError, match="vectors"):
+        client.embeddings.create(model="vectors", input=["a"])
+    chunks += list(stream)
+    assert len(chunks) == 150
+    # What can't change is refused, and what is wrong, and all goes on as it was.
+    key = (service.folder / "home" / "admin-key").read_text().strip()
+
+    def reload() -> Any:
+        headers = {"authorization": f"Bearer {key}"}
+        admin = client.with_options(base_url=service.url, default_headers=headers)
+        return admin.post("/admin/reload", cast_to=object)
+
+    config["pools"]["main"]["max_queue"] = 1
+    config_file.write_text(yaml.safe_dump(config, sort_keys=False))
+    with pytest.raises(openai.ConflictError, match=r"pools\.main\.max_queue"):
+        reload()
+    config_file.write_text("experts: {")
+    os.kill(service.process.pid, signal.SIGHUP)
+    wait_until(lambda: "the config stays as it was" in service.log, "a wrong one is refused")
+    config["pools"]["main"].pop("max_queue")
+    config["pools"]["main"]["experts"] = ["general", "math", "vectors"]
+    config["experts"] |= {"vectors": vectors}
+    del config["experts"]["late"]
+    config_file.write_text(yaml.safe_dump(config, sort_keys=False))
+    assert reload() == {"added": ["vectors"], "removed": ["late"], "changed": []}
+    assert client.chat.completions.create(model="math", messages=HELLO).model == "math"
+
+
 def test_a_stop_lets_streams_end_and_leaves_nothing(
     service: Service, client: openai.OpenAI
 ) -> None:
@@ -255,8 +314,9 @@ def test_a_stop_lets_streams_end_and_leaves_nothing(
     )
     chunks = [next(stream)]
     service.tree()
-    os.kill(service.process.pid, signal.SIGTERM)
-    os.kill(service.process.pid, signal.SIGINT)  # an impatient user
+    # Ctrl-C on a terminal reaches the whole group; and again, by an impatient user.
+    os.killpg(service.process.pid, signal.SIGINT)
+    os.killpg(service.process.pid, signal.SIGINT)
     chunks += list(stream)
     assert chunks[-1].choices[0].finish_reason == "length"
     assert len(chunks) == 150

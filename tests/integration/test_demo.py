@@ -16,8 +16,10 @@ import jsonschema
 import openai
 import pytest
 
+from tests.project.test_dashboards import BOARDS, panels
 from tests.support.cluster import Service, serve, wait_until
 from tests.support.models import small_model
+from tests.support.prometheus import needs_prometheus, prometheus
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -167,6 +169,27 @@ def test_a_client_that_leaves_stops_the_generation(client: openai.OpenAI) -> Non
         next(iter(stream))
         wait_until(lambda: running(client) == 1, "vLLM tells of it", 20)
     wait_until(lambda: running(client) == 0, "the engine has stopped it", 20)
+
+
+@needs_prometheus
+def test_the_engines_panels_show_vllm_s_own(
+    service: Service, client: openai.OpenAI, tmp_path: Path
+) -> None:
+    board = next(board for board in BOARDS if board.stem == "coe-engines")
+    vllm = [p for p in panels(board) if any("vllm:" in t["expr"] for t in p["targets"])]
+    assert vllm
+    with prometheus(service.url, tmp_path) as live:
+        for model in ("general", "math"):
+            for _ in range(2):
+                client.chat.completions.create(model=model, messages=HELLO, max_tokens=8)
+
+        def shown() -> bool:
+            return all(live.series(t["expr"]) for p in vllm for t in p["targets"])
+
+        wait_until(shown, "every panel of vLLM's metrics shows something", 30)
+        # Adapters have no engine of their own, and their tokens are told all the same.
+        answers = live.series('sum by (expert) (coe_tokens_total{kind="answer"}) > 0')
+        assert {one["metric"]["expert"] for one in answers} >= {"general", "math"}
 
 
 def test_a_killed_engine_is_replaced_and_a_request_answered(

@@ -31,20 +31,25 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 def made(
-    server: RedisServer, owner: str, *, share: float = 0.1, lease_s: float = 30
+    server: RedisServer,
+    owner: str,
+    *,
+    share: float = 0.1,
+    lease_s: float = 30,
+    timeout_s: float = 10,
 ) -> SharedStore:
-    client = RedisClient(server.url, owner, prefix="coe", timeout_s=0.3, lease_s=lease_s)
+    client = RedisClient(server.url, owner, prefix="coe", timeout_s=timeout_s, lease_s=lease_s)
     return SharedStore(client, share=share, lease_s=lease_s, beat_s=0.05)
 
 
 @asynccontextmanager
 async def gateways(
-    server: RedisServer, n: int = 2, *, share: float = 0.1, lease_s: float = 30
+    server: RedisServer, n: int = 2, **settings: float
 ) -> AsyncIterator[list[SharedStore]]:
     async with AsyncExitStack() as stack:
         stores = []
         for i in range(n):
-            store = made(server, f"g{i}", share=share, lease_s=lease_s)
+            store = made(server, f"g{i}", **settings)
             await store.start()
             stack.push_async_callback(store.stop)
             stores.append(store)
@@ -106,7 +111,7 @@ async def test_a_burst_through_two_gateways_takes_exactly_the_limits(server: Red
 
 async def test_a_killed_gateway_leaks_nothing(server: RedisServer) -> None:
     async with gateways(server, 1, share=0) as (living,):
-        killed = made(server, "killed", share=0, lease_s=0.4)
+        killed = made(server, "killed", share=0, lease_s=2)
         await killed._beat()
         lines = (Line(BUDGET, 7000), Line(AT_ONCE, 90))
         held = await granted(killed, *lines)
@@ -181,14 +186,13 @@ async def test_redis_gone_then_back(server: RedisServer) -> None:
 
 
 async def test_redis_hung_then_goes_on(server: RedisServer) -> None:
-    async with gateways(server, 1) as (store,):
+    async with gateways(server, 1, timeout_s=1) as (store,):
         got = await granted(store)
         await holds_slices(store, server)
         server.hang()
         try:
-            # Asked while nobody knows yet: answered from the slice, within the timeout.
-            async with asyncio.timeout(2):
-                offline = await granted(store)
+            # Asked while nobody knows yet: answered from the slice, after the timeout.
+            offline = await granted(store)
             assert offline.offline
             assert not store.up
             await store.settle(got, [10, 1], None)

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import aiohttp
 import uvicorn
 
-from service import app
+from service import assembly
 from service.app import GatewayProcess, PoolProcess
 from service.config import Config, SimulatedOptions
 from service.engine.protocol import EngineRequest, EngineWatch, Send
@@ -190,7 +190,7 @@ async def pool_of(config: Config, kind: str) -> AsyncIterator[RunningPool]:
 
 def _patched(real: Callable[[], Any], build: Any) -> Callable[[], Any]:
     def make() -> Any:
-        with patch.object(app, "SimulatedEngine", build):
+        with patch.object(assembly, "SimulatedEngine", build):
             return real()
 
     return make

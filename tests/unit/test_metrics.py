@@ -64,18 +64,7 @@ def test_no_metric_is_declared_and_never_fed() -> None:
     code = "".join(
         path.read_text() for path in (ROOT / "service").rglob("*.py") if path.name != "table.py"
     )
-    # Those whose parts are not there yet.
-    coming = {
-        "COST_PREDICTED",
-        "COST",
-        "BUDGET_LEFT",
-        "SHADOW_PRICE",
-        "TENANT_REQUESTS",
-        "TENANT_TOKENS",
-        "CACHE",
-        "BREAKER",
-    }
-    assert {name for name in names if f"table.{name}" not in code} <= coming
+    assert {name for name in names if f"table.{name}" not in code} == set()
 
 
 def test_each_process_tells_its_own_metrics() -> None:
@@ -145,7 +134,7 @@ class Told:
         return 1
 
     def details(self) -> dict[str, dict[str, object]]:
-        return {"a": {"host_bytes": 7}}
+        return {"a": {"host_bytes": 7, "state": "device"}}
 
 
 async def test_a_pool_tells_its_queues_residency_and_requests() -> None:
@@ -160,7 +149,8 @@ async def test_a_pool_tells_its_queues_residency_and_requests() -> None:
     assert got["coe_running_requests", (a, p)] == 1
     assert got["coe_swaps_total", (a, ("method", "inplace"), p, ("reason", "queue"))] == 3
     assert got["coe_canary_failures_total", (p,)] == 1
-    assert got["coe_weights_bytes", (a, p, ("tier", "host"))] == 7
+    assert got["coe_weights_bytes", (a, p, ("tier", "device"))] == 7
+    assert got["coe_weights_bytes", (a, p, ("tier", "host"))] == 0
     assert got["coe_queue_seconds_sum", (a, p)] == 0.5
     assert got["coe_swap_wait_seconds_sum", (a, p)] == 0.25
     assert got["coe_engine_queue_seconds_sum", (a, p)] == 0.125

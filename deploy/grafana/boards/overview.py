@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from deploy.grafana.chart import EXPERT, RATE, Board, Chart, Query, mean, quantile, quantiles, rate
+from deploy.grafana.chart import EXPERT, Board, Chart, Query, mean, quantile, quantiles, rate
 
-# The outcomes that are our fault; a test holds them to the table of errors.
-OURS = (
-    "deadline_exceeded|draining|engine_dead|expert_failed|internal_error|over_capacity|"
-    "pool_gone|server_error|unavailable|upstream_error"
-)
-ERROR_SHARE = (
-    f'(sum(rate(coe_requests_total{{outcome=~"{OURS}"}}[{RATE}])) or vector(0))'
-    f" / sum(rate(coe_requests_total[{RATE}]))"
-)
+ERROR_SHARE = f"{rate('coe_server_errors_total')} / {rate('coe_requests_total')}"
 
 OVERVIEW = Board(
     "coe-overview",

@@ -80,10 +80,31 @@ TENANTS = Board(
                 ),
                 Chart(
                     "Endpoints kept away from",
-                    (Query("max by (expert) (coe_breaker_open)", "{{expert}}"),),
+                    (
+                        Query("max by (expert) (coe_breaker_open)", "{{expert}} open"),
+                        Query(rate("coe_breaker_trips_total", "expert"), "{{expert}} trips/s"),
+                    ),
                     "short",
                     "lines",
-                    "1 while the breaker is open.",
+                    "Open is 1 while the breaker keeps requests away.",
+                ),
+                Chart(
+                    "Store of limits and budgets",
+                    (
+                        Query("min(coe_store_up)", "up"),
+                        Query("sum(coe_store_owed_requests)", "owed settlements"),
+                        Query(rate("coe_store_slice_grants_total"), "granted from slices/s"),
+                        Query("sum(coe_store_outages_total)", "outages"),
+                    ),
+                    "short",
+                    "lines",
+                    "Up is 0 while a gateway has lost it and spends its slices.",
+                ),
+                Chart(
+                    "Prompts that the guard looked through",
+                    (Query(rate("coe_guard_looks_total", "screen, done"), "{{screen}}: {{done}}"),),
+                    "reqps",
+                    "stacked",
                 ),
             ),
         ),

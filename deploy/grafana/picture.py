@@ -1,0 +1,106 @@
+"""Draws the overview from a live Prometheus: `python -m deploy.grafana.picture URL FILE`.
+
+The same queries as the dashboard's panels, drawn with matplotlib: a picture for the README
+where no Grafana is at hand.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import urllib.parse
+import urllib.request
+from typing import Any
+
+import matplotlib
+
+from deploy.grafana.boards.overview import OVERVIEW
+from deploy.grafana.chart import Chart, Query
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_WINDOW_S = 180
+_STEP_S = 5
+_RATE = "30s"
+_UNITS = {"reqps": "requests/s", "s": "s", "short": "", "percentunit": ""}
+
+
+def _asked(url: str, query: Query, now_s: float) -> list[dict[str, Any]]:
+    """The series of a query over the window."""
+    expr = query.expr.replace("$__rate_interval", _RATE).replace("$expert", ".*")
+    asked = {"query": expr, "start": now_s - _WINDOW_S, "end": now_s, "step": _STEP_S}
+    whole = f"{url}/api/v1/query_range?{urllib.parse.urlencode(asked)}"
+    with urllib.request.urlopen(whole, timeout=30) as reply:
+        series: list[dict[str, Any]] = json.load(reply)["data"]["result"]
+    return series
+
+
+def _named(legend: str, labels: dict[str, str]) -> str:
+    for name, value in labels.items():
+        legend = legend.replace("{{" + name + "}}", value)
+    return legend
+
+
+def _draw(axes: Axes, url: str, chart: Chart, now_s: float) -> None:
+    axes.set_title(chart.title, loc="left", fontsize=10, fontweight="bold")
+    lines = [
+        (_named(query.legend, one["metric"]), one["values"])
+        for query in chart.queries
+        for one in _asked(url, query, now_s)
+    ]
+    times = sorted({t for _, values in lines for t, _ in values})
+    told = {name: [float(dict(values).get(t, "nan")) for t in times] for name, values in lines}
+    told = {name: [0.0 if v != v else v for v in values] for name, values in told.items()}
+    ago = [t - now_s for t in times]
+    if chart.shape == "stacked":
+        axes.stackplot(ago, *told.values(), labels=list(told), alpha=0.75)
+    else:
+        for name, values in told.items():
+            axes.plot(ago, values, label=name, linewidth=1.4)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(-_WINDOW_S, 0)
+    axes.set_ylabel(_UNITS.get(chart.unit, chart.unit), fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    if any(told):
+        axes.legend(fontsize=7, loc="upper left", ncols=2, framealpha=0.6)
+
+
+def _number(figure: Figure, url: str, chart: Chart, now_s: float, at: float) -> None:
+    series = _asked(url, chart.queries[0], now_s)
+    value = float(series[0]["values"][-1][1]) if series else float("nan")
+    text = f"{value * 1000:.1f} ms" if chart.unit == "s" and value < 1 else f"{value:.3g}"
+    if chart.unit == "s" and value >= 1:
+        text = f"{value:.2f} s"
+    if chart.unit == "percentunit":
+        text = f"{value:.1%}"
+    figure.text(at, 0.945, text, fontsize=17, fontweight="bold", ha="center", color="#1f6f43")
+    figure.text(at, 0.925, chart.title, fontsize=8, ha="center", color="#444444")
+
+
+def main() -> int:
+    """0: drawn."""
+    url, path = sys.argv[1:3]
+    now_s = time.time()
+    (_, numbers), *rows = OVERVIEW.rows
+    charts = [chart for _, row in rows for chart in row]
+    figure = plt.figure(figsize=(13, 3.1 * ((len(charts) + 1) // 2) + 1.4))
+    figure.suptitle(OVERVIEW.title, x=0.045, y=0.99, ha="left", fontsize=13)
+    for i, chart in enumerate(numbers):
+        _number(figure, url, chart, now_s, (i + 0.5) / len(numbers))
+    grid = figure.add_gridspec(
+        (len(charts) + 1) // 2, 2, left=0.06, right=0.985, top=0.895, bottom=0.05, hspace=0.4
+    )
+    for i, chart in enumerate(charts):
+        _draw(figure.add_subplot(grid[i // 2, i % 2]), url, chart, now_s)
+    figure.text(0.06, 0.012, "seconds before now", fontsize=8, color="#444444")
+    figure.savefig(path, dpi=80)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

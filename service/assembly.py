@@ -1,0 +1,309 @@
+"""From a config to a pool's slots and engines, and from one config to the next.
+
+The only place that knows both what a config says and what engines are made of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import weakref
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from service.config import Config, PoolConfig
+from service.engine.lazy import LazyEngine
+from service.engine.protocol import EngineWatch, SwappingEngine
+from service.engine.simulated import SimulatedEngine
+from service.errors import CoeError, ConfigError
+from service.memory import weights_bytes
+from service.models import ModelInfo, inspect_model, locate, pull
+from service.pool.planner import Policy
+from service.pool.pool import Pool
+from service.pool.slot import Slot
+from service.pool.swap_slot import SwapSlot
+from service.pool.units import Known, Unit
+
+if TYPE_CHECKING:
+    from service.engine.vllm_swap import Weights
+
+log = logging.getLogger("coe.app")
+
+# What a first start takes before one has been measured.
+_VLLM_START_S = 40.0
+_FILL_GUESS_S = 5.0
+_SWAP_GUESS_S = 0.05
+_WEIGHTS_GUESS_BYTES = 1024**3
+
+
+class _Sources(dict[str, "Weights"]):
+    """Where the weights of one running engine's experts are: kept as the config says."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  # one is itself, whatever is in it
+
+
+class Assembly:
+    """The pool of one kind: built once, and changed as its config changes.
+
+    A slot for each unit (an expert with full weights, and its adapters); with fewer slots
+    than units, the units share them, take turns, and move between them.
+    """
+
+    def __init__(self, config: Config, kind: str, pool: Pool, watch: EngineWatch) -> None:
+        self._config = config
+        self._kind = kind
+        self._watch = watch
+        self._canaries: dict[str, str] = {}
+        self._sources: weakref.WeakSet[_Sources] = weakref.WeakSet()
+        self._played: dict[str, None] = {}
+        self.pool = pool
+        units = config.units(kind)
+        self._name_played()
+        slots = self._settings.slots
+        self._shared = slots is not None and slots < len(units)
+        if slots is None or not self._shared:
+            for unit in units:
+                pool.add(self._own_slot(unit))
+        else:
+            for i in range(slots):
+                pool.add(self._shared_slot(units[i::slots]))
+
+    @property
+    def _settings(self) -> PoolConfig:
+        return self._config.pools[self._kind]
+
+    async def reload(self, config: Config) -> None:
+        """Go on as another config says: experts come and go, and the policy of swaps changes.
+
+        Returns when what went is gone: its running requests have ended.
+        """
+        old, self._config = self._config, config
+        before = {unit[0]: _signature(old, unit) for unit in old.units(self._kind)}
+        after = {unit[0]: _signature(config, unit) for unit in config.units(self._kind)}
+        units = {unit[0]: unit for unit in config.units(self._kind)}
+        gone = [name for name in before if after.get(name) != before[name]]
+        self.pool.set_policy(_policy(self._settings))
+        # Those that only come first: they may have to take a slot over.
+        for name in [name for name in after if name not in before]:
+            await self._come(units[name])
+        whys = {
+            name: f"expert {name!r} was changed in the config; ask again"
+            if name in after
+            else f"expert {name!r} is not in the config any more"
+            for name in gone
+        }
+        await asyncio.gather(*(self.pool.remove(name, whys[name]) for name in gone))
+        for name in gone:
+            self._canaries.pop(name, None)
+        await asyncio.to_thread(self._look_again)
+        for name in [name for name in gone if name in after]:
+            await self._come(units[name])
+        for name in after:
+            self.pool.set_pinned(name, config.experts[name].pinned)
+
+    async def _come(self, unit: tuple[str, ...]) -> None:
+        await asyncio.to_thread(self._look_again)
+        if self._shared:
+            self.pool.take_in(await asyncio.to_thread(self._unit, unit))
+        else:
+            self.pool.add_running(self._own_slot(unit))
+
+    def _look_again(self) -> None:
+        self._name_played()
+        for sources in list(self._sources):
+            first = next(iter(sources), None)
+            if first is not None:
+                found = self._sources_like(first, sources[first])
+                for name in [name for name in sources if name not in found]:
+                    del sources[name]
+                sources.update(found)
+
+    def _name_played(self) -> None:
+        names = self._config.local_experts(self._kind)
+        for name in [name for name in self._played if name not in names]:
+            del self._played[name]
+        self._played.update(dict.fromkeys(names))
+
+    # --- slots
+
+    def _own_slot(self, unit: tuple[str, ...]) -> Slot[SwappingEngine]:
+        settings = self._settings
+        base, *adapters = unit
+        return Slot(
+            unit,
+            partial(self._engine, base, tuple(adapters)),
+            capacity=settings.max_running,
+            max_waiting=settings.max_queue,
+            start_guess_s=self._start_guess_s,
+            changed=self.pool.changed,
+        )
+
+    def _shared_slot(self, units: tuple[tuple[str, ...], ...]) -> SwapSlot:
+        settings = self._settings
+        simulated = settings.engine == "simulated"
+        return SwapSlot(
+            [self._unit(unit) for unit in units],
+            self._swapping_engine,
+            _policy(settings),
+            capacity=settings.max_running,
+            max_waiting=settings.max_queue,
+            start_guess_s=self._start_guess_s,
+            guess=Known(
+                host_bytes=_WEIGHTS_GUESS_BYTES,
+                fill_s=settings.simulated.fill_s if simulated else _FILL_GUESS_S,
+                swap_s=settings.simulated.swap_s if simulated else _SWAP_GUESS_S,
+            ),
+            changed=self.pool.changed,
+        )
+
+    @property
+    def _start_guess_s(self) -> float:
+        settings = self._settings
+        return settings.simulated.load_s if settings.engine == "simulated" else _VLLM_START_S
+
+    def _unit(self, unit: tuple[str, ...]) -> Unit:
+        config, settings = self._config, self._settings
+        size = 0
+        if settings.engine == "vllm" and (folder := folder_here(config, unit[0])) is not None:
+            try:
+                info = inspect_model(folder)
+            except CoeError as error:
+                # Told again, to those who ask for it, when its turn comes.
+                log.warning("expert %s: %s", unit[0], error.message)
+            else:
+                size = (
+                    weights_bytes(info, settings.vllm.dtype) if isinstance(info, ModelInfo) else 0
+                )
+        return Unit(unit[0], unit, config.experts[unit[0]].pinned, size)
+
+    # --- engines
+
+    def _engine(self, base: str, adapters: tuple[str, ...]) -> SwappingEngine:
+        """An engine that runs one unit."""
+        settings = self._settings
+        if settings.engine == "simulated":
+            return SimulatedEngine((base, *adapters), settings.simulated, self._watch)
+        if adapters or self._config.experts[base].form != "merged":
+            return LazyEngine(partial(self._make_vllm, base, adapters))
+        return LazyEngine(partial(self._make_swapping, base, alone=True))
+
+    def _swapping_engine(self, first: str) -> SwappingEngine:
+        """An engine that starts with `first`, and can run all units of its family."""
+        settings = self._settings
+        if settings.engine == "simulated":
+            return SimulatedEngine(self._played, settings.simulated, self._watch)
+        units = self._config.units(self._kind)
+        adapters = next((unit[1:] for unit in units if unit[0] == first), ())
+        if adapters or settings.gpus > 0:
+            # Exchanging whole models would need room for all of them on the GPU.
+            return LazyEngine(partial(self._make_vllm, first, adapters))
+        return LazyEngine(partial(self._make_swapping, first))
+
+    def _make_vllm(self, base: str, adapters: tuple[str, ...]) -> SwappingEngine:
+        # Imported here: it takes seconds, and only a pool with real engines needs it.
+        from service.engine.vllm import VllmEngine, VllmModel
+
+        config, settings = self._config, self._settings
+        paths = {name: str(config.experts[name].adapter) for name in adapters}
+        folder = _folder(config, base)
+        info = inspect_model(Path(folder))
+        if isinstance(info, ModelInfo):
+            self._watch.weighs(base, weights_bytes(info, settings.vllm.dtype))
+        model = VllmModel(base, folder, paths)
+        return VllmEngine(model, settings.vllm, on_cpu=settings.gpus == 0, watch=self._watch)
+
+    def _make_swapping(self, first: str, *, alone: bool = False) -> SwappingEngine:
+        from service.engine.vllm_swap import SwappingVllmEngine
+
+        settings = self._settings
+        own = _weights(self._config, first)
+        sources = _Sources({first: own} if alone else self._sources_like(first, own))
+        if not alone:
+            self._sources.add(sources)
+        return SwappingVllmEngine(
+            first,
+            sources,
+            settings.vllm,
+            on_cpu=settings.gpus == 0,
+            canary_every=settings.swap.canary_every,
+            canaries=self._canaries,
+            watch=self._watch,
+        )
+
+    def _sources_like(self, first: str, own: Weights) -> _Sources:
+        """The experts that an engine of one family can run, `first` first. May fetch models."""
+        family = _family_in(first, own.folder)
+        found = _Sources()
+        for unit in self._config.units(self._kind):
+            name = unit[0]
+            # A unit with adapters needs an engine made for adapters: not this one.
+            if name != first and len(unit) > 1:
+                continue
+            try:
+                weights = _weights(self._config, name)
+                if _family_in(name, weights.folder) == family:
+                    found[name] = weights
+            except CoeError as error:
+                # Its own fault, told when its turn comes; the others go on.
+                log.error("expert %s: %s", name, error.message)
+        return _Sources({name: found[name] for name in sorted(found, key=lambda n: n != first)})
+
+
+def _policy(settings: PoolConfig) -> Policy:
+    swap = settings.swap
+    return Policy(
+        min_stay_s=swap.min_stay_s,
+        max_wait_s=swap.max_wait_s,
+        host_bytes=swap.host_bytes,
+        prefetch=swap.prefetch,
+        preempt=swap.running == "preempt",
+    )
+
+
+def _signature(config: Config, unit: tuple[str, ...]) -> tuple[Any, ...]:
+    """What a unit's weights depend on: where that changes, it is another one."""
+    parts = []
+    for name in unit:
+        expert = config.experts[name]
+        base = config.experts[expert.base].model if expert.base is not None else None
+        parts.append((name, expert.model, base, expert.adapter, expert.form, expert.strength))
+    return tuple(parts)
+
+
+def _source(config: Config, expert: str) -> tuple[str, Path | None]:
+    """What an expert's full weights are called, and where models are kept."""
+    settings = config.experts[expert]
+    source = settings.model if settings.base is None else config.experts[settings.base].model
+    assert source is not None
+    return source, Path(config.models_dir) if config.models_dir is not None else None
+
+
+def folder_here(config: Config, expert: str) -> Path | None:
+    """Where an expert's full weights are, or None where they are not here."""
+    source, root = _source(config, expert)
+    return locate(source, root=root)
+
+
+def _folder(config: Config, expert: str) -> str:
+    """Where an expert's full weights are, fetched first if need be. Raises ModelStoreError."""
+    source, root = _source(config, expert)
+    folder = locate(source, root=root) or pull(source, dest_root=root)
+    # Says what is wrong with the files better than an engine that fails to start.
+    inspect_model(Path(folder))
+    return str(folder)
+
+
+def _weights(config: Config, expert: str) -> Weights:
+    from service.engine.vllm_swap import Weights
+
+    settings = config.experts[expert]
+    adapter = settings.adapter if settings.form == "merged" else None
+    return Weights(_folder(config, expert), adapter, settings.strength)
+
+
+def _family_in(expert: str, folder: str) -> str:
+    info = inspect_model(Path(folder))
+    if not isinstance(info, ModelInfo):
+        raise ConfigError(f"experts.{expert}.model: this folder holds an adapter, not a model")
+    return info.family

@@ -1,0 +1,147 @@
+"""The config of a running service: kept in a file of its run folder, and exchanged there.
+
+Who starts the service writes the file. Whoever reloads reads the user's config anew, holds it
+against what runs, and replaces the file in one step; every gateway and pool looks at it
+twice a second and goes on as it says. A replica that Serve starts later begins with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from service.config import Config, PoolConfig, load_config
+from service.errors import CoeError, ConfigError
+from service.memory import check_plan, folders_of, plan_pool
+from service.models import inspect_model, locate, pull
+
+log = logging.getLogger("coe.app")
+
+_LOOK_S = 0.5
+# Of a config, and of one of its pools: what may change while it runs.
+_FREE = {"experts", "pools", "router", "recipes"}
+_FREE_OF_POOL = {"experts", "swap"}
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What runs: the user's file, what it said at first, and the config made of it."""
+
+    source: str
+    read: Config
+    config: Config
+
+    @classmethod
+    def load(cls, file: Path) -> Running:
+        """Raises OSError, ValueError."""
+        told = json.loads(file.read_text())
+        read, config = (Config.model_validate(told[name]) for name in ("read", "config"))
+        return cls(told["source"], read, config)
+
+    def save(self, file: Path) -> None:
+        """In one step: nobody sees half of it. Its owner's alone."""
+        told = {
+            "source": self.source,
+            "read": self.read.model_dump(mode="json"),
+            "config": self.config.model_dump(mode="json"),
+        }
+        new = file.with_suffix(".new")
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+            json.dump(told, out)
+        new.replace(file)
+
+
+def config_file(secret_path: Path) -> Path:
+    """Where the config in force is kept: beside the secret, in the run folder."""
+    return secret_path.parent / "config.json"
+
+
+def current_config(file: Path, given: str) -> Config:
+    """The config in force; where nobody keeps a file of it, the one that was given, as JSON."""
+    try:
+        return Running.load(file).config
+    except FileNotFoundError:
+        return Config.model_validate_json(given)
+
+
+def reload(file: Path) -> dict[str, list[str]]:
+    """Read the user's config anew and put it in force: experts added, removed and changed.
+
+    Fetches models that are missing. Raises ConfigError or ModelStoreError, and then all
+    goes on as it was.
+    """
+    before = Running.load(file)
+    read = load_config(Path(before.source))
+    _check_fixed(before.read, read)
+    # What the command line said instead of the file stays.
+    config = read.model_copy(update={"server": before.config.server})
+    root = Path(config.models_dir) if config.models_dir else None
+    sources = set(config.model_sources().values())
+    found = {
+        source: Path(locate(source, root=root) or pull(source, dest_root=root))
+        for source in sources
+    }
+    folders = folders_of(config, found) if sources else {}
+    for kind in config.pools:
+        check_plan(plan_pool(config, kind, lambda name: inspect_model(folders[name])), None)
+    Running(before.source, read, config).save(file)
+    old, new = before.config.experts, config.experts
+    return {
+        "added": [name for name in new if name not in old],
+        "removed": [name for name in old if name not in new],
+        "changed": [name for name in new if name in old and new[name] != old[name]],
+    }
+
+
+def _check_fixed(old: Config, new: Config) -> None:
+    """Raises ConfigError where something has changed that can't while it runs."""
+    for name in _differing(old, new) - _FREE:
+        raise ConfigError(f"{name}: can't be changed while the service runs; restart it")
+    if old.pools.keys() != new.pools.keys():
+        kinds = sorted(old.pools.keys() ^ new.pools.keys())
+        raise ConfigError(f"pools.{kinds[0]}: pools can't come or go while the service runs")
+    for kind, pool in new.pools.items():
+        for name in _differing(old.pools[kind], pool) - _FREE_OF_POOL:
+            raise ConfigError(
+                f"pools.{kind}.{name}: can't be changed while the service runs; only "
+                f"{' and '.join(sorted(_FREE_OF_POOL))} of a pool can"
+            )
+        slots = pool.slots
+        if slots is not None and len(old.units(kind)) <= slots < len(new.units(kind)):
+            raise ConfigError(
+                f"pools.{kind}.slots: each expert was given a slot of its own, and now there "
+                f"are more than {slots}; restart the service"
+            )
+
+
+def _differing(old: Config | PoolConfig, new: Config | PoolConfig) -> set[str]:
+    fields = type(old).model_fields
+    return {name for name in fields if getattr(old, name) != getattr(new, name)}
+
+
+async def follow(file: Path, apply: Callable[[Config], Awaitable[None]]) -> None:
+    """Call `apply` with each config that comes into force, until cancelled."""
+    seen = _version(file)
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        if (now := _version(file)) in (seen, None):
+            continue
+        seen = now
+        try:
+            await apply((await asyncio.to_thread(Running.load, file)).config)
+        except (OSError, ValueError, CoeError):
+            log.exception("a new config could not be put in force")
+
+
+def _version(file: Path) -> tuple[Any, ...] | None:
+    try:
+        told = file.stat()
+    except OSError:
+        return None  # the service is stopping
+    return told.st_mtime_ns, told.st_ino, told.st_size

@@ -1,0 +1,104 @@
+"""A config exchanged while it is in force: what may change, and how it is kept."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from service.config import Config, load_config
+from service.errors import ConfigError
+from service.reload import Running, config_file, current_config, follow, reload
+from tests.support.waiting import until
+
+CONFIG: dict[str, Any] = {
+    "experts": {"a": {"model": "m"}, "b": {"model": "m"}, "c": {"model": "m"}},
+    "pools": {"p": {"engine": "simulated", "slots": 2}},
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The file of a running service, whose port the command line has set."""
+    source = tmp_path / "coe.yaml"
+    source.write_text(yaml.safe_dump(CONFIG))
+    read = load_config(source)
+    server = read.server.model_copy(update={"port": 9999})
+    file = config_file(tmp_path / "secret")
+    Running(str(source), read, read.model_copy(update={"server": server})).save(file)
+    return file
+
+
+def write(file: Path, **changed: Any) -> None:
+    """The user's config with other sections."""
+    (file.parent / "coe.yaml").write_text(yaml.safe_dump({**CONFIG, **changed}))
+
+
+def test_experts_come_go_and_change(file: Path) -> None:
+    write(file, experts={"a": {"model": "other"}, "b": {"model": "m"}, "d": {"model": "m"}})
+    assert reload(file) == {"added": ["d"], "removed": ["c"], "changed": ["a"]}
+    config = current_config(file, "")
+    assert list(config.experts) == ["a", "b", "d"]
+    assert config.server.port == 9999
+    assert not file.stat().st_mode & 0o077
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"server": {"drain_s": 1}}, "server: can't be changed"),
+        ({"pools": {"q": {"engine": "simulated"}}}, "pools.p: pools can't come or go"),
+        ({"pools": {"p": {"engine": "simulated", "slots": 1}}}, "pools.p.slots: can't"),
+        ({"pools": {"p": {"engine": "vllm", "slots": 2}}}, "pools.p.engine: can't"),
+        ({"experts": {"a": {"base": "nobody", "adapter": "x"}}}, "nobody"),
+        ({"experts": {}}, "experts"),
+    ],
+)
+def test_what_can_not_change_is_refused_and_all_stays(
+    file: Path, changed: dict[str, Any], why: str
+) -> None:
+    before = file.read_bytes()
+    write(file, **changed)
+    with pytest.raises(ConfigError, match=why):
+        reload(file)
+    assert file.read_bytes() == before
+
+
+def test_slots_of_their_own_can_not_become_too_few(tmp_path: Path) -> None:
+    pools = {"p": {"engine": "simulated", "slots": 3}}
+    source = tmp_path / "coe.yaml"
+    source.write_text(yaml.safe_dump({**CONFIG, "pools": pools}))
+    file = config_file(tmp_path / "secret")
+    Running(str(source), load_config(source), load_config(source)).save(file)
+    experts = {**CONFIG["experts"], "d": {"model": "m"}}
+    write(file, experts=experts, pools=pools)
+    with pytest.raises(ConfigError, match="more than 3"):
+        reload(file)
+
+
+async def test_who_follows_hears_of_each_and_survives_a_bad_one(file: Path) -> None:
+    heard: list[list[str]] = []
+
+    async def apply(config: Config) -> None:
+        heard.append(list(config.experts))
+        if len(heard) == 1:
+            raise ConfigError("it can't be put in force")
+
+    task = asyncio.create_task(follow(file, apply))
+    await asyncio.sleep(0)
+    write(file, experts={"a": {"model": "m"}, "b": {"model": "m"}, "d": {"model": "m"}})
+    await asyncio.to_thread(reload, file)
+    await until(lambda: len(heard) == 1, "the first")
+    write(file)
+    await asyncio.to_thread(reload, file)
+    await until(lambda: len(heard) == 2, "the second")
+    task.cancel()
+    assert heard == [["a", "b", "d"], ["a", "b", "c"]]
+
+
+def test_without_a_file_it_is_what_was_given(tmp_path: Path) -> None:
+    given = Config.model_validate(CONFIG)
+    assert current_config(tmp_path / "none", given.model_dump_json()) == given
