@@ -16,6 +16,7 @@ from service.config import Config, PoolConfig
 from service.engine.lazy import LazyEngine
 from service.engine.protocol import EngineWatch, SwappingEngine
 from service.engine.simulated import SimulatedEngine
+from service.engine.sleeping import Sleeper, SleepingEngines
 from service.errors import CoeError, ConfigError
 from service.memory import weights_bytes
 from service.models import ModelInfo, inspect_model, locate, pull
@@ -195,10 +196,15 @@ class Assembly:
             return SimulatedEngine(self._played, settings.simulated, self._watch)
         units = self._config.units(self._kind)
         adapters = next((unit[1:] for unit in units if unit[0] == first), ())
-        if adapters or settings.gpus > 0:
-            # Exchanging whole models would need room for all of them on the GPU.
+        method = settings.swap.method
+        if method == "auto":
+            method = "respawn" if settings.gpus > 0 else "inplace"
+        if method == "sleep":
+            return LazyEngine(partial(self._make_sleeping, first))
+        merged = self._config.experts[first].form == "merged"
+        if adapters or (method == "respawn" and not merged):
             return LazyEngine(partial(self._make_vllm, first, adapters))
-        return LazyEngine(partial(self._make_swapping, first))
+        return LazyEngine(partial(self._make_swapping, first, alone=method == "respawn"))
 
     def _make_vllm(self, base: str, adapters: tuple[str, ...]) -> SwappingEngine:
         # Imported here: it takes seconds, and only a pool with real engines needs it.
@@ -212,6 +218,23 @@ class Assembly:
             self._watch.weighs(base, weights_bytes(info, settings.vllm.dtype))
         model = VllmModel(base, folder, paths)
         return VllmEngine(model, settings.vllm, on_cpu=settings.gpus == 0, watch=self._watch)
+
+    def _make_sleeping(self, first: str) -> SwappingEngine:
+        from service.engine.vllm import VllmEngine, VllmModel
+
+        config, settings = self._config, self._settings
+        units = {unit[0]: unit for unit in config.units(self._kind)}
+        level = settings.swap.sleep_level
+
+        def build(name: str) -> Sleeper:
+            paths = {one: str(config.experts[one].adapter) for one in units[name][1:]}
+            model = VllmModel(name, _folder(config, name), paths)
+            return VllmEngine(
+                model, settings.vllm, on_cpu=False, watch=self._watch, sleep_level=level
+            )
+
+        sizes = {n: self._unit(unit).size_bytes for n, unit in units.items()} if level == 1 else {}
+        return SleepingEngines(first, units, build, sizes)
 
     def _make_swapping(self, first: str, *, alone: bool = False) -> SwappingEngine:
         from service.engine.vllm_swap import SwappingVllmEngine

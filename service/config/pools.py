@@ -67,6 +67,18 @@ class SwapOptions(Section):
         "they end first. preempt: those of which nothing has been sent go back to the head of "
         "their queue, once, and are run again; those that stream end first.",
     )
+    method: Literal["auto", "inplace", "sleep", "respawn"] = Field(
+        "auto",
+        description="How experts that share a slot take each other's place. inplace: other weights "
+        "in the running engine, for those of one family; on a GPU copied from pinned memory. "
+        "sleep: an engine each, of which one is awake; GPU only. respawn: another engine is "
+        "started. auto: inplace on CPU, respawn on a GPU, where the other two have not been "
+        "measured yet.",
+    )
+    sleep_level: Literal[1, 2] = Field(
+        1,
+        description="sleep: 1 keeps a sleeping engine's weights in host memory, 2 reads them anew.",
+    )
     prefetch: bool = Field(
         True, description="Bring the experts most in demand to host memory before they are asked."
     )
@@ -133,6 +145,12 @@ class PoolConfig(Section):
     def _replicas(self) -> PoolConfig:
         if self.max_replicas is not None and self.max_replicas < max(1, self.min_replicas):
             raise ValueError("max_replicas is at least min_replicas, and at least 1")
+        return self
+
+    @model_validator(mode="after")
+    def _can_sleep(self) -> PoolConfig:
+        if self.swap.method == "sleep" and self.gpus == 0:
+            raise ValueError("swap.method sleep needs a GPU; on CPU use inplace")
         return self
 
     @property

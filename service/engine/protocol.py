@@ -107,7 +107,7 @@ class Filled:
 
 @dataclass(frozen=True, slots=True)
 class Exchanged:
-    """Another expert runs: how long it took, pause and resume included.
+    """Another expert runs: how long it took, pause and resume included, and by which method.
 
     `ok` is false where a look at the weights found other ones than were loaded:
     such an engine must not answer.
@@ -115,6 +115,7 @@ class Exchanged:
 
     swap_s: float
     ok: bool
+    method: str = "inplace"
 
 
 class SwappingEngine(Engine, Protocol):

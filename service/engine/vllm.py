@@ -52,7 +52,11 @@ class VllmModel:
 
 
 class VllmEngine:
-    """One base and its adapters on one `AsyncLLM`."""
+    """One base and its adapters on one `AsyncLLM`.
+
+    `sleep_level`: how deep it can sleep: 1 keeps its weights in host memory, 2 reads them
+    again; 0: not at all.
+    """
 
     def __init__(
         self,
@@ -61,8 +65,10 @@ class VllmEngine:
         *,
         on_cpu: bool,
         watch: EngineWatch | None = None,
+        sleep_level: int = 0,
     ) -> None:
         self._model = model
+        self._sleep_level = sleep_level
         self._options = options
         self._on_cpu = on_cpu
         self._stats = EngineStats(watch, model.name) if watch is not None else None
@@ -94,6 +100,8 @@ class VllmEngine:
         args.disable_log_stats = False
         args.enable_log_requests = False
         args.disable_fastapi_docs = True
+        if self._sleep_level:
+            args.enable_sleep_mode = True
         if options.kv_cache_bytes is not None:
             args.kv_cache_memory_bytes = options.kv_cache_bytes
         if self._on_cpu:
@@ -237,6 +245,17 @@ class VllmEngine:
             await reply.send_error()
         elif not reply.started:
             raise EngineDead(f"the engine of expert {request.expert!r} ended without an answer")
+
+    async def sleep(self) -> None:
+        """See `Sleeper.sleep`. GPU only."""
+        await self._llm.sleep(level=self._sleep_level, mode="wait")
+
+    async def wake(self) -> None:
+        """See `Sleeper.wake`. GPU only."""
+        await self._llm.wake_up(tags=["weights"])
+        if self._sleep_level == 2:
+            await self._llm.collective_rpc("reload_weights")
+        await self._llm.wake_up(tags=["kv_cache"])
 
     def failure(self) -> str | None:
         """Why the engine is dead, or None."""

@@ -25,7 +25,7 @@ class Beside:
     `load` may run in a thread beside the running model.
     """
 
-    def __init__(self, vllm_config: Any, folder: str) -> None:
+    def __init__(self, vllm_config: Any, folder: str, device: str | None = None) -> None:
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.utils import initialize_model
         from vllm.utils.torch_utils import set_default_torch_dtype
@@ -40,7 +40,7 @@ class Beside:
         own.load_config = copy.copy(vllm_config.load_config)
         own.load_config.use_tqdm_on_load = False
         self._config = own
-        self._device = torch.device(own.device_config.device)
+        self._device = torch.device(device or own.device_config.device)
         with (
             set_current_vllm_config(own),
             set_default_torch_dtype(own.model_config.dtype),
@@ -54,8 +54,11 @@ class Beside:
         layers: dict[str, Any] = self._config.compilation_config.static_forward_context
         return layers
 
-    def load(self, adapter: Delta | None, scratch: Scratch) -> None:
-        """Read and pack the weights, an adapter's added. Raises what vLLM does, ValueError too."""
+    def load(self, adapter: Delta | None, scratch: Scratch, *, finish: bool = True) -> None:
+        """Read and pack the weights, an adapter's added. Raises what vLLM does, ValueError too.
+
+        `finish`: make of them what the kernels want; else they stay as vLLM's loader puts them.
+        """
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
         from vllm.model_executor.model_loader.utils import process_weights_after_loading
@@ -69,6 +72,8 @@ class Beside:
         with set_current_vllm_config(config):
             with packing_as_read(self.model, scratch):
                 Loader(config.load_config).load_weights(self.model, config.model_config)
+            if not finish:
+                return
             with packing_tied_once(self.model, scratch):
                 process_weights_after_loading(self.model, config.model_config, self._device)
         self.model.eval()

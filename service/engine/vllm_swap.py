@@ -33,6 +33,7 @@ from service.engine.vllm_stats import CANARY
 from service.errors import CoeError, EngineDead, ExpertFailed
 
 _EXTENSION = "service.engine.vllm_worker.SwapExtension"
+_PINNED = "service.engine.vllm_pinned.PinnedExtension"
 _POLL_S = 0.01
 _LOOK_S = 0.2
 _CANARY_PROMPT = list(range(101, 117))
@@ -110,7 +111,7 @@ class SwappingVllmEngine(VllmEngine):
 
     def _frontend_args(self) -> Namespace:
         args = super()._frontend_args()
-        args.worker_extension_cls = _EXTENSION
+        args.worker_extension_cls = _EXTENSION if self._on_cpu else _PINNED
         return args
 
     async def _start(self) -> EngineReport:
@@ -200,7 +201,7 @@ class SwappingVllmEngine(VllmEngine):
 
     async def _rpc(self, method: str, *args: object) -> Any:
         try:
-            return (await self._alive(self._llm.collective_rpc(method, args=args)))[0]
+            return _agreed(await self._alive(self._llm.collective_rpc(method, args=args)))
         except CoeError:
             raise
         except Exception as error:
@@ -294,6 +295,19 @@ class SwappingVllmEngine(VllmEngine):
         llm.renderer = llm.input_processor.renderer = renderer
         llm.input_processor.generation_config_fields = generation_config
         llm.output_processor.tokenizer = renderer.tokenizer
+
+
+def _agreed(answers: list[Any]) -> Any:
+    """What several workers of one engine say together: as far as the last, as bad as the worst."""
+    told = [answer for answer in answers if isinstance(answer, dict)]
+    for state in ("failed", "filling", "disk"):
+        for answer in told:
+            if answer.get("state") == state:
+                return answer
+    for answer in told:
+        if answer.get("ok") is False:
+            return answer
+    return answers[0]
 
 
 class _Client:

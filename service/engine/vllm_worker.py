@@ -35,13 +35,13 @@ from service.engine.vllm_probe import Probe
 
 
 @dataclass(slots=True)
-class _Held:
+class Held:
     """One expert's weights in this process. `probe` is recorded between two steps."""
 
     model: Any
     layers: dict[str, Any]
     host_bytes: int
-    fill_s: float
+    fill_s: float = 0.0
     probe: Probe | None = None
 
 
@@ -59,7 +59,7 @@ class _Filling:
 
 @dataclass(slots=True)
 class _State:
-    held: dict[str, _Held] = field(default_factory=dict)
+    held: dict[str, Any] = field(default_factory=dict)
     filling: dict[str, _Filling] = field(default_factory=dict)
     running: str = ""
 
@@ -70,6 +70,8 @@ class SwapExtension:
     # Set by vLLM's worker.
     vllm_config: Any
     model_runner: Any
+    # Where an expert is loaded; None: where the engine computes.
+    _coe_device: str | None = None
 
     def _coe(self) -> _State:
         state: _State | None = self.__dict__.get("_coe_state")
@@ -91,7 +93,7 @@ class SwapExtension:
         keep_freed()
         own = {name: one for name, one in self._coe_layers().items() if not is_attention(one)}
         model = self.model_runner.model
-        state.held[expert] = _Held(model, own, 0, 0.0, Probe.of(model))
+        state.held[expert] = Held(model, own, 0, probe=Probe.of(model))
         state.running = expert
 
     def coe_fill(self, expert: str, folder: str, adapter: str | None, strength: float) -> None:
@@ -114,7 +116,7 @@ class SwapExtension:
             if filling.thread is None and filling.error is None:
                 before = own_bytes()
                 try:
-                    beside = Beside(self.vllm_config, filling.folder)
+                    beside = Beside(self.vllm_config, filling.folder, self._coe_device)
                 except Exception as error:
                     filling.error = _told(error)
                     continue
@@ -133,30 +135,31 @@ class SwapExtension:
         try:
             delta = Delta(Path(filling.adapter), filling.strength) if filling.adapter else None
             check_room(beside.model)
-            scratch = Scratch()
-            beside.load(delta, scratch)
-            layers = beside.share_attention(self._coe_layers())
-            check_alike(beside.model, self.model_runner.model)
-            # What is packed is no tensor; what vLLM makes of other layers is only seen as growth.
-            counted = tensor_bytes(beside.model) + scratch.packed_bytes
-            host_bytes = max(counted, own_bytes() - before)
-            del scratch
+            held = self._coe_bring(beside, delta, before)
             give_back()
-            fill_s = time.monotonic() - began_s
-            held = _Held(beside.model, layers, host_bytes, fill_s)
+            held.fill_s = time.monotonic() - began_s
         except Exception as error:
             filling.error = _told(error)
             return
         state.held[expert] = held
         del state.filling[expert]
 
+    def _coe_bring(self, beside: Beside, delta: Delta | None, before: int) -> Any:
+        """Load an expert's weights and hold them."""
+        scratch = Scratch()
+        beside.load(delta, scratch)
+        layers = beside.share_attention(self._coe_layers())
+        check_alike(beside.model, self.model_runner.model)
+        # What is packed is no tensor; what vLLM makes of other layers is only seen as growth.
+        counted = tensor_bytes(beside.model) + scratch.packed_bytes
+        return Held(beside.model, layers, max(counted, own_bytes() - before))
+
     def coe_filled(self, expert: str) -> dict[str, Any]:
         """`{"state": "host" | "filling" | "failed" | "disk", …}`. A failure is told once."""
         state = self._coe()
         self._coe_next_fill()
         if (held := state.held.get(expert)) is not None:
-            if held.probe is None:
-                held.probe = Probe.of(held.model)
+            self._coe_look(held)
             return {"state": "host", "host_bytes": held.host_bytes, "fill_s": held.fill_s}
         filling = state.filling.get(expert)
         if filling is None:
@@ -168,6 +171,11 @@ class SwapExtension:
             return {"state": "failed", "reason": filling.error}
         return {"state": "filling", "since_s": time.monotonic() - filling.asked_s}
 
+    def _coe_look(self, held: Any) -> None:
+        """Record an expert that has just come. Between two steps of the running model."""
+        if held.probe is None:
+            held.probe = Probe.of(held.model)
+
     def coe_exchange(self, expert: str) -> dict[str, Any]:
         """Make an expert that is held the running one. The engine must be paused.
 
@@ -176,19 +184,27 @@ class SwapExtension:
         state = self._coe()
         began_s = time.perf_counter()
         held = state.held[expert]
-        self._coe_layers().update(held.layers)
-        self.model_runner.model = held.model
+        self._coe_put(held)
         state.running = expert
         exchange_s = time.perf_counter() - began_s
         ok = False
         # From here on the old expert is gone: a probe that fails must say so, not raise.
         with contextlib.suppress(Exception):
-            ok = held.probe is not None and held.probe.holds()
+            ok = self._coe_holds(held)
         return {
             "ok": ok,
             "exchange_s": exchange_s,
             "probe_s": time.perf_counter() - began_s - exchange_s,
         }
+
+    def _coe_put(self, held: Any) -> None:
+        """Put an expert's weights where the engine computes with them."""
+        self._coe_layers().update(held.layers)
+        self.model_runner.model = held.model
+
+    def _coe_holds(self, held: Any) -> bool:
+        """Whether those are the weights that were loaded."""
+        return held.probe is not None and held.probe.holds()
 
     def coe_drop(self, expert: str, for_next: bool = False) -> bool:
         """Forget an expert's weights. False where it is the running one, or not held.

@@ -217,7 +217,7 @@ class SwapSlot(SharedSlot):
         old = self._unit
         self._known[old].tier = Residency.HOST
         self._set_unit(old, Residency.HOST)
-        self._note(Swap(unit, "inplace", reason, began_s, done.swap_s))
+        self._note(Swap(unit, done.method, reason, began_s, done.swap_s))
         self._run_unit(unit)
         return True
 

@@ -20,6 +20,7 @@ from service.engine.protocol import EngineReport
 from service.engine.vllm import VllmEngine, VllmModel
 from service.engine.vllm_swap import Weights
 from service.errors import EngineDead, ExpertFailed
+from service.pool.lease import Again
 from service.pool.planner import Policy
 from service.pool.swap_slot import SwapSlot
 from service.pool.units import Known, Unit
@@ -296,19 +297,28 @@ class _Started(Swapping):
         return self._told
 
 
+class _Lent(_Started):
+    """The same, to be had back."""
+
+    async def stop(self) -> None:
+        pass
+
+
 @asynccontextmanager
-async def _slot(stage: Stage) -> AsyncIterator[tuple[SwapSlot, list[Any]]]:
+async def _slot(
+    stage: Stage, kind: type[_Started] = _Started, *, preempt: bool = False
+) -> AsyncIterator[tuple[SwapSlot, list[Any]]]:
     engines: list[Any] = []
 
     def build(first: str) -> Swapping:
-        engine = _Started(stage) if not engines else Swapping(first, demo(), stage.canaries)
+        engine = kind(stage) if not engines else Swapping(first, demo(), stage.canaries)
         engines.append(engine)
         return engine
 
     slot = SwapSlot(
         tuple(Unit(name, (name,)) for name in DEMO),
         build,
-        Policy(min_stay_s=0.0, prefetch=False),
+        Policy(min_stay_s=0.0, prefetch=False, preempt=preempt),
         capacity=8,
         max_waiting=8,
         start_guess_s=30.0,
@@ -326,6 +336,35 @@ async def _slot(stage: Stage) -> AsyncIterator[tuple[SwapSlot, list[Any]]]:
 async def _through(slot: SwapSlot, expert: str) -> str:
     async with slot.lease(expert) as lease:
         return await ask(lease.engine, expert)
+
+
+async def test_a_request_that_was_put_back_is_answered_as_if_alone(stage: Stage) -> None:
+    await stage.run("base")
+    alone = await ask_one(stage.engine, "base", tokens=64)
+    put_back: list[str] = []
+
+    async def through(slot: SwapSlot, expert: str, tokens: int) -> str:
+        again: Again | None = None
+        while True:
+            try:
+                async with slot.lease(expert, again=again) as lease:
+                    return await ask_one(lease.engine, expert, tokens=tokens)
+            except Again as back:
+                again = back
+                put_back.append(expert)
+
+    async with _slot(stage, _Lent, preempt=True) as (slot, engines):
+        assert stage.said["intents"].startswith(await through(slot, "intents", 4))
+        first = asyncio.create_task(through(slot, "base", 64))
+        running = slot.queues
+        await until(lambda: running()["base"].running == 1, "base runs")
+        await asyncio.sleep(0.5)  # into the answer
+        assert stage.said["intents"].startswith(await through(slot, "intents", 4))
+        assert put_back == ["base"]
+        assert not first.done()
+        assert await first == alone
+        assert await engines[0].in_flight() == 0
+    await stage.run("base")
 
 
 async def test_a_core_killed_in_a_fill_or_a_swap_is_replaced(stage: Stage) -> None:

@@ -1,0 +1,144 @@
+"""The worker extension on a GPU: experts in pinned host memory, copied into the live parameters.
+
+Captured graphs hold the addresses of the parameters, so weights are copied to where the
+running model has them, on a stream of their own, and never exchanged by reference. An
+expert is loaded beside the running one as a model on the CPU, by vLLM's own classes and
+loader, and its tensors are kept pinned, in the engine's own process. Only where a GPU's
+kernels want the weights as the loader puts them: plain linear layers and embeddings.
+
+Written against vLLM's CUDA build; where there is no GPU it has not been run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from service.engine.vllm_loading import Beside, is_attention
+from service.engine.vllm_merge import Delta
+from service.engine.vllm_packing import Scratch
+from service.engine.vllm_probe import Probe
+from service.engine.vllm_worker import SwapExtension
+
+_PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+_VALUES = 16
+
+
+@dataclass(slots=True)
+class Pinned:
+    """One expert's tensors in pinned memory, by name. `probe`: recorded at its first swap."""
+
+    tensors: dict[str, torch.Tensor]
+    host_bytes: int
+    fill_s: float = 0.0
+    probe: Probe | None = None
+
+
+class PinnedExtension(SwapExtension):
+    """What differs from the CPU: how weights are held, and how they are put in place."""
+
+    _coe_device = "cpu"
+
+    def coe_adopt(self, expert: str) -> None:
+        """The model that the engine was started with is this expert's."""
+        state = self._coe()
+        if state.held:
+            return
+        live = tensors_of(self.model_runner.model)
+        check_plain(self.model_runner.model)
+        state.held[expert] = held = hold(live)
+        held.probe = Probe.of(self.model_runner.model)
+        state.running = expert
+
+    def _coe_bring(self, beside: Beside, delta: Delta | None, before: int) -> Pinned:
+        check_plain(beside.model)
+        beside.load(delta, Scratch(), finish=False)
+        held = hold(tensors_of(beside.model))
+        check_fits(held.tensors, tensors_of(self.model_runner.model))
+        return held
+
+    def _coe_look(self, held: Any) -> None:
+        """Its layers can be asked when it runs for the first time."""
+
+    def _coe_put(self, held: Any) -> None:
+        live = tensors_of(self.model_runner.model)
+        copy_all(held.tensors, live)
+
+    def _coe_holds(self, held: Any) -> bool:
+        model = self.model_runner.model
+        if held.probe is not None:
+            return bool(held.probe.holds())
+        # The first time: what arrived is what was sent.
+        live = tensors_of(model)
+        for name, tensor in held.tensors.items():
+            for part in (slice(None, _VALUES), slice(-_VALUES, None)):
+                arrived = live[name].detach().flatten()[part].cpu()
+                if not torch.equal(arrived, tensor.flatten()[part]):
+                    return False
+        held.probe = Probe.of(model)
+        return True
+
+
+def tensors_of(model: Any) -> dict[str, torch.Tensor]:
+    """A model's own parameters and buffers by name, tied ones once, without its KV cache."""
+    attention = {
+        id(tensor)
+        for layer in model.modules()
+        if is_attention(layer)
+        for tensor in layer.buffers(recurse=False)
+    }
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in attention:
+            found[name] = tensor.data
+    return found
+
+
+def check_plain(model: Any) -> None:
+    """Raises ValueError where kernels make something else of the weights than the loader."""
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if method is None or is_attention(module):
+            continue
+        if type(method).__name__ not in _PLAIN:
+            raise ValueError(f"{name} has weights of {type(method).__name__}; they can't be copied")
+
+
+def check_fits(held: dict[str, torch.Tensor], live: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError where tensors differ in name, shape or dtype."""
+    for name in sorted(held.keys() ^ live.keys()):
+        raise ValueError(f"{name} is in one of the two models only")
+    for name, tensor in held.items():
+        if (tensor.shape, tensor.dtype) != (live[name].shape, live[name].dtype):
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, and "
+                f"{live[name].dtype} {tuple(live[name].shape)} in the running model"
+            )
+
+
+def hold(tensors: dict[str, torch.Tensor]) -> Pinned:
+    """Copies in pinned memory; plain memory where there is no accelerator. Raises RuntimeError."""
+    pin = torch.cuda.is_available()
+    kept = {}
+    for name, tensor in tensors.items():
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pin)
+        kept[name] = copy.copy_(tensor)
+    return Pinned(kept, sum(one.numel() * one.element_size() for one in kept.values()))
+
+
+def copy_all(held: dict[str, torch.Tensor], live: dict[str, torch.Tensor]) -> None:
+    """Copy into the live tensors, on a stream of their own, and wait until all are there."""
+    with torch.no_grad():
+        if not torch.cuda.is_available():
+            for name, tensor in held.items():
+                live[name].copy_(tensor)
+            return
+        stream = torch.cuda.Stream()
+        # Nothing that still reads the old weights may overlap.
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for name, tensor in held.items():
+                live[name].copy_(tensor, non_blocking=True)
+        stream.synchronize()

@@ -1,0 +1,100 @@
+"""Swaps on a GPU. Without one every test here is skipped, and says so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.config import VllmOptions
+from tests.engine.real import ask, demo
+from tests.support.models import small_model
+
+
+def _gpu() -> str | None:
+    """Why there is none, or None."""
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed"
+    return None if torch.cuda.is_available() else "no GPU here (torch.cuda.is_available() is False)"
+
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(_gpu() is not None, reason=_gpu() or ""),
+    pytest.mark.filterwarnings("ignore"),
+]
+OPTIONS = VllmOptions(
+    dtype="bfloat16", max_model_len=512, kv_cache_bytes=256 * 1024**2, max_num_seqs=8
+)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+async def test_weights_copied_into_the_live_parameters(eager: bool) -> None:
+    """With captured graphs, too: outputs are the same before, between and after swaps."""
+    from service.engine.vllm_swap import SwappingVllmEngine
+
+    options = OPTIONS.model_copy(update={"enforce_eager": eager})
+    engine = SwappingVllmEngine("base", demo(), options, on_cpu=False, canary_every=5, canaries={})
+    try:
+        await engine.start()
+        said = {"base": await ask(engine, "base")}
+        for name in ("math", "intents"):
+            await engine.fill(name)
+            assert (await engine.exchange(name)).ok
+            said[name] = await ask(engine, name)
+        assert len(set(said.values())) == 3
+        for _ in range(5):
+            for name, expected in said.items():
+                assert (await engine.exchange(name)).ok
+                assert await ask(engine, name) == expected
+    finally:
+        await engine.stop()
+
+
+@pytest.mark.parametrize("level", [1, 2])
+async def test_engines_of_two_families_sleep_in_turn(level: int, tmp_path: Path) -> None:
+    from service.engine.sleeping import SleepingEngines
+    from service.engine.vllm import VllmEngine, VllmModel
+
+    other = tmp_path / "other"
+    shutil.copytree(small_model(), other)
+    config: dict[str, Any] = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rope_theta": 5e4}))
+    folders = {"one": str(small_model()), "two": str(other)}
+
+    def build(name: str) -> VllmEngine:
+        model = VllmModel(name, folders[name], {})
+        return VllmEngine(model, OPTIONS, on_cpu=False, sleep_level=level)
+
+    engines = SleepingEngines("one", {name: (name,) for name in folders}, build, {})
+    try:
+        await engines.start()
+        said = {"one": await ask(engines, "one")}
+        await engines.exchange("two")
+        said["two"] = await ask(engines, "two")
+        for _ in range(3):
+            for name, expected in said.items():
+                await engines.exchange(name)
+                assert await ask(engines, name) == expected
+    finally:
+        await engines.stop()
+
+
+def test_every_byte_arrives_where_the_graphs_expect_it() -> None:
+    import torch
+
+    from service.engine.vllm_pinned import copy_all, hold
+
+    live = {"w": torch.zeros(1 << 20, device="cuda"), "b": torch.zeros(7, device="cuda")}
+    held = hold({name: torch.randn_like(tensor) for name, tensor in live.items()})
+    assert all(tensor.is_pinned() for tensor in held.tensors.values())
+    addresses = {name: tensor.data_ptr() for name, tensor in live.items()}
+    copy_all(held.tensors, live)
+    for name, tensor in live.items():
+        assert torch.equal(tensor.cpu(), held.tensors[name])
+        assert tensor.data_ptr() == addresses[name]
