@@ -51,7 +51,7 @@ class Queues:
         self.capacity = capacity
         self._max_waiting = max_waiting
         self._waiting: dict[Ticket, None] = {}
-        self._waiting_by = dict.fromkeys(experts, 0)
+        self._waiting_by: dict[str, dict[Ticket, None]] = {name: {} for name in experts}
         self._running_by = dict.fromkeys(experts, 0)
         self._running = 0
         self._present: Counter[str] = Counter()
@@ -60,7 +60,7 @@ class Queues:
 
     def welcome(self, expert: str) -> None:
         """One more expert that requests may come for."""
-        self._waiting_by.setdefault(expert, 0)
+        self._waiting_by.setdefault(expert, {})
         self._running_by.setdefault(expert, 0)
 
     def offer(
@@ -80,18 +80,17 @@ class Queues:
         """
         ticket = Ticket(expert, now_s, tokens, tenant, again)
         at_once = ready and self._running < self.capacity and not self._waiting
-        if not at_once and not again and self._waiting_by[expert] >= self._max_waiting:
+        if not at_once and not again and len(self._waiting_by[expert]) >= self._max_waiting:
             raise self.full(expert)
         self._fairness.arrived(tenant, self._present)
         self._present[tenant.name] += 1
         if at_once:
             self._run(ticket)
             return ticket
-        self._waiting[ticket] = None
+        self._waiting[ticket] = self._waiting_by[expert][ticket] = None
         if again:
-            # Equal times stay in the order in which they came.
-            self._waiting = dict.fromkeys(sorted(self._waiting, key=lambda one: one.arrived_s))
-        self._waiting_by[expert] += 1
+            self._waiting = _by_age(self._waiting)
+            self._waiting_by[expert] = _by_age(self._waiting_by[expert])
         return ticket
 
     def crowded_out(self, expert: str, tenant: Tenant) -> Ticket | None:
@@ -100,7 +99,7 @@ class Queues:
         The newest of the tenant that has the most waiting there, if that is at least two
         more than this one has: so each gets an equal part of the queue.
         """
-        if self._waiting_by[expert] < self._max_waiting:
+        if len(self._waiting_by[expert]) < self._max_waiting:
             return None
         waiting = self.waiting_for(expert)
         counts = Counter(ticket.tenant.name for ticket in waiting)
@@ -116,7 +115,7 @@ class Queues:
 
         `named`: what the expert is called, where it is called otherwise here.
         """
-        waiting = self._waiting_by[expert]
+        waiting = len(self._waiting_by[expert])
         retry_s = _RETRY_S
         if len(self._ends_s) > 1:
             pace_s = (self._ends_s[-1] - self._ends_s[0]) / (len(self._ends_s) - 1)
@@ -168,11 +167,11 @@ class Queues:
 
     def waiting_for(self, expert: str) -> list[Ticket]:
         """Tickets that wait for one expert, oldest first."""
-        return [ticket for ticket in self._waiting if ticket.expert == expert]
+        return list(self._waiting_by[expert])
 
     def counts(self, expert: str) -> tuple[int, int]:
         """How many wait and how many run for one expert."""
-        return self._waiting_by[expert], self._running_by[expert]
+        return len(self._waiting_by[expert]), self._running_by[expert]
 
     @property
     def total(self) -> int:
@@ -187,4 +186,9 @@ class Queues:
 
     def _forget(self, ticket: Ticket) -> None:
         del self._waiting[ticket]
-        self._waiting_by[ticket.expert] -= 1
+        del self._waiting_by[ticket.expert][ticket]
+
+
+def _by_age(tickets: Iterable[Ticket]) -> dict[Ticket, None]:
+    """Oldest first; equal times stay in the order in which they came."""
+    return dict.fromkeys(sorted(tickets, key=lambda one: one.arrived_s))
