@@ -280,6 +280,12 @@ def _config(objects: tuple[Object, ...]) -> dict[str, Any]:
     return config
 
 
+def test_the_example_for_one_gpu_is_the_documented_one() -> None:
+    values = yaml.safe_load((CHART / "ci" / "single-gpu-values.yaml").read_text())
+    told = yaml.safe_load((ROOT / "deploy" / "config" / "gpu-24gb.yaml").read_text())
+    assert values["config"] == told
+
+
 # --- coe and Ray read what the chart makes
 
 

