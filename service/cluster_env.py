@@ -135,3 +135,22 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for one in sockets:
             one.close()
+
+
+_HEAD = """\
+# The environment of every node of a Ray cluster that serves coe, before `ray start` and for
+# `serve deploy`: Ray Serve reads it when it is imported. HARD_STOP_AFTER_S and TIMEOUT_CLIENT_S come
+# from server.drain_s and server.limits.stall_timeout_s: here the defaults.
+#   set -a; . deploy/ray/node.env; set +a
+# Written by `python -m service.cluster_env >deploy/ray/node.env`.
+"""
+
+
+def node_env() -> str:
+    """The text of `deploy/ray/node.env`."""
+    told = every_node(ServerConfig())
+    return _HEAD + "".join(f"{name}={value}\n" for name, value in told.items())
+
+
+if __name__ == "__main__":
+    print(node_env(), end="")

@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from service.cluster_env import every_node
+from service.cluster_env import every_node, node_env
 from service.config import ServerConfig, read_config
 from tests.support import chart
 from tests.support.chart import CHART, ROOT, VALUES, Object, of_kind, rendered
@@ -330,9 +330,8 @@ def test_ray_takes_the_services(newest: str) -> None:
 
 
 def test_nodes_have_the_environment_that_serve_needs(newest: str) -> None:
-    lines = (ROOT / "deploy" / "ray" / "node.env").read_text().splitlines()
-    told = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
-    assert told == every_node(ServerConfig())
+    # Else: python -m service.cluster_env >deploy/ray/node.env
+    assert (ROOT / "deploy" / "ray" / "node.env").read_text() == node_env()
     pods = dict(chart.pods(of_kind(rendered(newest, "default-values.yaml"), "RayService")))
     # The operator sets Ray's authentication itself.
     wanted = every_node(ServerConfig(drain_s=60))
