@@ -139,8 +139,8 @@ def _free_ports(count: int) -> list[int]:
 
 _HEAD = """\
 # The environment of every node of a Ray cluster that serves coe, before `ray start` and for
-# `serve deploy`: Ray Serve reads it when it is imported. HARD_STOP_AFTER_S and TIMEOUT_CLIENT_S come
-# from server.drain_s and server.limits.stall_timeout_s: here the defaults.
+# `serve deploy`: Ray Serve reads it when it is imported. HARD_STOP_AFTER_S and TIMEOUT_CLIENT_S
+# come from server.drain_s and server.limits.stall_timeout_s: here the defaults.
 #   set -a; . deploy/ray/node.env; set +a
 # Written by `python -m service.cluster_env >deploy/ray/node.env`.
 """
