@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from service.api.keyring import configured
 from service.config import Config, PoolConfig, load_config
 from service.errors import CoeError, ConfigError
 from service.memory import check_plan, folders_of, plan_pool
@@ -25,7 +26,7 @@ log = logging.getLogger("coe.app")
 
 _LOOK_S = 0.5
 # Of a config, and of one of its pools: what may change while it runs.
-_FREE = {"experts", "pools", "router", "recipes"}
+_FREE = {"experts", "pools", "router", "recipes", "tenants", "keys", "budgets"}
 _FREE_OF_POOL = {"experts", "swap"}
 
 
@@ -79,6 +80,7 @@ def reload(file: Path) -> dict[str, list[str]]:
     before = Running.load(file)
     read = load_config(Path(before.source))
     _check_fixed(before.read, read)
+    configured(read)  # each of its keys can be had
     # What the command line said instead of the file stays.
     config = read.model_copy(update={"server": before.config.server})
     root = Path(config.models_dir) if config.models_dir else None

@@ -60,6 +60,7 @@ _POSTS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 _GETS = {
     "/v1/models": "The experts, and where their weights are",
     "/v1/models/{name}": "One expert",
+    "/v1/usage": "The key's limits, what is left of them, and its use by day",
     "/health": "Alive",
     "/ready": "200 once at least one expert answers",
     "/metrics": "Prometheus metrics of this gateway and its pools",
@@ -70,6 +71,8 @@ _ERROR = {
     "description": "An error in OpenAI's shape",
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
 }
+# Or none, while there was never a key.
+_KEY: list[dict[str, list[str]]] = [{"key": []}, {}]
 _HEADERS = [
     {
         "name": "x-coe-deadline-ms",
@@ -106,6 +109,7 @@ def describe(config: Config) -> dict[str, Any]:
                 "summary": summary,
                 "operationId": path.strip("/").replace("/", "_"),
                 "parameters": _HEADERS,
+                "security": _KEY,
                 "requestBody": {
                     "required": True,
                     "content": {
@@ -134,6 +138,11 @@ def describe(config: Config) -> dict[str, Any]:
             operation["parameters"] = [
                 {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
             ]
+        if path == "/v1/usage":
+            days = {"type": "integer", "minimum": 1, "maximum": 400, "default": 30}
+            operation["parameters"] = [{"name": "days", "in": "query", "schema": days}]
+        if path.startswith("/v1/"):
+            operation["security"] = _KEY
         paths[path] = {"get": operation}
     error = {
         "type": "object",
@@ -155,5 +164,8 @@ def describe(config: Config) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "coe", "version": __version__},
         "paths": paths,
-        "components": {"schemas": {"Error": error}},
+        "components": {
+            "schemas": {"Error": error},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
     }

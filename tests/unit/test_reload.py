@@ -46,9 +46,20 @@ def test_experts_come_go_and_change(file: Path) -> None:
     assert not file.stat().st_mode & 0o077
 
 
+def test_limits_and_budgets_change(file: Path) -> None:
+    budgets = {"all": {"amount": 5, "period": "day"}}
+    write(file, tenants={"a": {"requests_per_min": 7}}, budgets=budgets)
+    reload(file)
+    config = current_config(file, "")
+    assert config.tenants["a"].requests_per_min == 7
+    assert config.budgets["all"].amount == 5
+
+
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
+        ({"keys": {"a": {"key_env": "NOT_SET_ANYWHERE"}}}, "keys.a: the environment variable"),
+        ({"store": {"lease_s": 5}}, "store: can't be changed"),
         ({"server": {"drain_s": 1}}, "server: can't be changed"),
         ({"pools": {"q": {"engine": "simulated"}}}, "pools.p: pools can't come or go"),
         ({"pools": {"p": {"engine": "simulated", "slots": 1}}}, "pools.p.slots: can't"),
