@@ -24,9 +24,7 @@ class Conversations:
 
     def warm(self, asked: Asked) -> Warm | None:
         """Where the beginning of this request is cached, as far as known."""
-        messages = asked.data.get("messages")
-        if not isinstance(messages, list):
-            return None
+        messages = _messages(asked)
         said = [i for i, one in enumerate(messages) if one.get("role") == "assistant"]
         if not said:
             return None
@@ -38,8 +36,8 @@ class Conversations:
 
     def answered(self, asked: Asked, expert: str, boot: str) -> None:
         """This expert has answered it there: what was asked is cached now."""
-        messages = asked.data.get("messages")
-        if not isinstance(messages, list):
+        messages = _messages(asked)
+        if not messages:
             return
         key = _key(asked, messages)
         self._known[key] = (expert, boot)
@@ -48,9 +46,17 @@ class Conversations:
             self._known.popitem(last=False)
 
 
+def _messages(asked: Asked) -> list[Mapping[str, Any]]:
+    """What was said; nothing where that is no conversation, which is the engine's to refuse."""
+    given = asked.data.get("messages")
+    if isinstance(given, list) and all(isinstance(one, dict) for one in given):
+        return given
+    return []
+
+
 def _key(asked: Asked, messages: Sequence[Mapping[str, Any]]) -> int:
     # Python's own hash of strings: quick, and different in every process.
-    said = tuple((one.get("role"), _text(one.get("content"))) for one in messages)
+    said = tuple((_text(one.get("role")), _text(one.get("content"))) for one in messages)
     return hash((asked.tenant.name, said))
 
 

@@ -81,8 +81,11 @@ def trace_of(headers: Mapping[bytes, bytes]) -> Mapping[str, str]:
     if b"traceparent" not in headers:
         return {}
     given = {name: headers.get(name.encode(), b"") for name in TRACE}
+    # Both are printable ASCII; anything else could not be sent on.
     return {
-        name: value.decode("latin-1") for name, value in given.items() if 0 < len(value) <= _MOST
+        name: value.decode()
+        for name, value in given.items()
+        if 0 < len(value) <= _MOST and value.isascii() and value.decode().isprintable()
     }
 
 
