@@ -15,6 +15,7 @@ serve: setup ## Start the service with the demo's experts (CONFIG=… for others
 
 test: setup ## Run every test, real engines included
 	@deploy/test_tools.sh
+	@deploy/clients.sh
 	@$(BIN)/coe models pull smollm2-135m-instruct
 	@$(BIN)/python -m pytest
 

@@ -71,7 +71,13 @@ async def _act(config: Any, keys: Any, method: str, parts: list[str], body: Any)
 
 
 @click.group()
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The service.")
+@click.option(
+    "--url",
+    envvar="COE_URL",
+    default="http://127.0.0.1:8000",
+    show_default=True,
+    help="The service.",
+)
 @click.option(
     "--config",
     "-c",

@@ -14,7 +14,13 @@ from service.errors import CoeError
 
 
 @click.command()
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The service.")
+@click.option(
+    "--url",
+    envvar="COE_URL",
+    default="http://127.0.0.1:8000",
+    show_default=True,
+    help="The service.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the state once, as one JSON object.")
 def top(url: str, as_json: bool) -> None:
     """Experts, queues, swaps and recent routes, live. q quits; l, e, p move the chosen expert."""

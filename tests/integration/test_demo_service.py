@@ -1,6 +1,7 @@
 """The demo composition with real vLLM behind `coe serve`: four prompts, four experts.
 
-One service for all of them; the last tests kill its engine and stop it.
+One service for these and the tests of clients, which come before; the last tests kill its
+engine and stop it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,11 @@ import openai
 import pytest
 
 from tests.project.test_dashboards import BOARDS, panels
-from tests.support.cluster import Service, serve, wait_until
-from tests.support.models import small_model
+from tests.support.cluster import Service, wait_until
 from tests.support.prometheus import needs_prometheus, prometheus
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]
 
-DEMO = Path(__file__).parents[2] / "deploy" / "config" / "demo.yaml"
 HELLO: Any = [{"role": "user", "content": "Say hello."}]
 SCHEMA = {
     "type": "object",
@@ -33,12 +32,10 @@ SCHEMA = {
 }
 
 
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
+@pytest.fixture
+def service(demo: Service) -> Service:
     """The running demo."""
-    small_model()
-    with serve(DEMO, ready_s=300) as running:
-        yield running
+    return demo
 
 
 @pytest.fixture

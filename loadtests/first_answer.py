@@ -1,0 +1,165 @@
+"""From a clone to the first streamed answer, and again: what a newcomer waits for.
+
+`python -m loadtests.first_answer` clones this repository at HEAD into a temporary folder, runs
+`make serve` there, and takes the times at which the terminal says something, the console is
+there, and the first token of a streamed answer comes; then it stops the service and does so
+again with what is installed now. Packages come from wherever pip is configured to find them,
+and from its cache. The model is taken from this machine's store (`--fetch`: fetched anew).
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from loadtests.machine import Watch, describe
+from loadtests.reach import Report, Table, at_most
+from loadtests.service import ROOT
+from loadtests.stats import Estimate
+
+_FIRST_S = 300.0
+_SECOND_S = 60.0
+_LOOK_S = 3.0
+_GIVE_UP_S = 1800.0
+_STOP_S = 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Seconds from the command until then."""
+
+    words_s: float
+    console_s: float
+    answer_s: float
+
+
+def time_start(folder: Path, environment: dict[str, str]) -> Start:
+    """One `make serve`, stopped after its first token. Raises RuntimeError where none comes."""
+    port = _free_port()
+    config = (folder / "deploy" / "config" / "demo.yaml").read_text()
+    path = folder / "deploy" / "config" / "first.yaml"
+    path.write_text(config.replace("port: 8000", f"port: {port}"))
+    log = folder / "first.log"
+    began_s = time.monotonic()
+    with open(log, "wb") as out:
+        process = subprocess.Popen(
+            ["make", "serve", "CONFIG=deploy/config/first.yaml"],
+            cwd=folder,
+            env=environment,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    words_s = console_s = 0.0
+    try:
+        while process.poll() is None:
+            now_s = time.monotonic() - began_s
+            if now_s > _GIVE_UP_S:
+                break
+            if not words_s and log.stat().st_size:
+                words_s = now_s
+            if not console_s and _status(port, "/console") == 200:
+                console_s = time.monotonic() - began_s
+            if console_s and _first_token(port):
+                return Start(words_s, console_s, time.monotonic() - began_s)
+            time.sleep(0.05)
+        raise RuntimeError(f"no answer came:\n{log.read_text(errors='replace')[-3000:]}")
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        process.wait(_STOP_S)
+
+
+def _status(port: int, path: str) -> int:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status
+        except (OSError, http.client.HTTPException):
+            return 0
+
+
+def _first_token(port: int) -> bool:
+    """Whether a streamed answer began; waits for its first token where one is on the way."""
+    body = {
+        "model": "auto",
+        "stream": True,
+        "max_tokens": 16,
+        "messages": [{"role": "user", "content": "book a flight to Paris"}],
+    }
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=130)) as connection:
+        try:
+            connection.request(
+                "POST",
+                "/v1/chat/completions",
+                json.dumps(body),
+                {"content-type": "application/json"},
+            )
+            reply = connection.getresponse()
+            return reply.status == 200 and b"data: {" in reply.readline()
+        except (OSError, http.client.HTTPException):
+            return False
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def main() -> None:
+    """The command."""
+    words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    words.add_argument("--fetch", action="store_true", help="fetch the model anew, too")
+    given = words.parse_args()
+    watch = Watch.start()
+    folder = Path(tempfile.mkdtemp(prefix="coe-first-"))
+    environment = os.environ | {"COE_HOME": str(folder / "home")}
+    for name in ("PYTHONPATH", "VIRTUAL_ENV"):
+        environment.pop(name, None)
+    if given.fetch:
+        environment["COE_MODELS"] = str(folder / "models")
+    try:
+        began_s = time.monotonic()
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder / "coe")], check=True)
+        clone_s = time.monotonic() - began_s
+        first = time_start(folder / "coe", environment)
+        second = time_start(folder / "coe", environment)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    report = Report("first answer")
+    rows = Table("Seconds", ("start", "words", "console", "first token"))
+    for name, one in (("first", first), ("second", second)):
+        shown = (f"{value:.1f}" for value in (one.words_s, one.console_s, one.answer_s))
+        rows.rows.append((name, *shown))
+    report.tables.append(rows)
+    report.reach = [
+        at_most(f"s {what}", target, Estimate(value, value, value))
+        for what, target, value in (
+            ("from clone to the first streamed answer", _FIRST_S, clone_s + first.answer_s),
+            ("to the first streamed answer of the second start", _SECOND_S, second.answer_s),
+            ("to something to look at at the second start", _LOOK_S, second.console_s),
+        )
+    ]
+    machine = watch.report()
+    report.facts = {"clone_s": round(clone_s, 1), "first": asdict(first), "second": asdict(second)}
+    report.facts["machine"] = machine
+    report.notes.append(describe(machine))
+    report.tell(as_json=given.json)
+
+
+if __name__ == "__main__":
+    main()

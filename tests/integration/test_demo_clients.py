@@ -1,0 +1,140 @@
+"""Other people's clients against the running demo, each as its own users would use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import jsonschema
+import openai
+import pytest
+
+from tests.clients.python_clients import PLACE
+from tests.support.cluster import Service
+
+pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]
+
+ROOT = Path(__file__).parents[2]
+CLIENTS = ROOT / ".cache" / "clients"
+SCRIPTS = ROOT / "tests" / "clients"
+EXPERTS = ["general", "math", "intents", "code"]
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "LANGSMITH_TRACING": "false",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_TELEMETRY": "False",
+}
+
+
+def run(command: list[Any], **more: Any) -> str:
+    """What it prints; its complaints where it fails."""
+    environment = os.environ | QUIET | more
+    environment.pop("PYTHONPATH", None)
+    ran = subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
+    return ran.stdout
+
+
+def python() -> Path:
+    """The clients' own environment."""
+    found = CLIENTS / "venv" / "bin" / "python"
+    if not (CLIENTS / "venv" / "bin" / "llm").exists():
+        pytest.skip("the Python clients are not installed (deploy/clients.sh installs them)")
+    return found
+
+
+def last_json(text: str) -> Any:
+    return json.loads(text.strip().splitlines()[-1])
+
+
+def test_anthropic_s_client(demo: Service) -> None:
+    given: Any = {
+        "model": "auto",
+        "max_tokens": 8,
+        "messages": [{"role": "user", "content": "Say hello."}],
+    }
+    with anthropic.Anthropic(base_url=demo.url, api_key="none", max_retries=0) as client:
+        whole = client.messages.create(**given)
+        assert whole.content[0].type == "text"
+        assert whole.usage.output_tokens > 0
+        with client.messages.stream(**given) as stream:
+            assert "".join(stream.text_stream)
+        counted = client.messages.count_tokens(model="general", messages=given["messages"])
+        assert counted.input_tokens > 5
+        with pytest.raises(anthropic.NotFoundError):
+            client.messages.create(**{**given, "model": "nobody"})
+        with pytest.raises(anthropic.BadRequestError):
+            client.messages.create(**{**given, "messages": []})
+
+
+def test_openai_s_node_client(demo: Service) -> None:
+    node = shutil.which("node")
+    if node is None or not (CLIENTS / "node_modules" / "openai").is_dir():
+        pytest.skip("the Node client is not installed (deploy/clients.sh installs it)")
+    told = last_json(run([node, SCRIPTS / "openai_node.mjs", demo.url, CLIENTS / "package.json"]))
+    assert told["whole"]
+    assert told["stream"]
+    assert told["model"] in EXPERTS
+    jsonschema.validate(told["place"], PLACE)
+    assert told["call"]["name"] == "look_up"
+    jsonschema.validate(json.loads(told["call"]["arguments"]), PLACE)
+    assert set(EXPERTS) < set(told["models"])
+    assert told["unknown"] == {"kind": "NotFoundError", "status": 404, "code": "model_not_found"}
+    assert told["wrong"]["kind"] == "BadRequestError"
+    assert told["embeddings"] == "BadRequestError"
+
+
+def test_litellm(demo: Service) -> None:
+    told = last_json(run([python(), SCRIPTS / "python_clients.py", "litellm", demo.url]))
+    assert told["whole"]
+    assert told["stream"]
+    assert told["fault"] == "NotFoundError"
+
+
+def test_langchain(demo: Service) -> None:
+    told = last_json(run([python(), SCRIPTS / "python_clients.py", "langchain", demo.url]))
+    assert told["whole"]
+    assert told["expert"] in EXPERTS
+    assert told["stream"]
+    jsonschema.validate(told["place"], PLACE)
+    assert told["fault"] == "NotFoundError"
+
+
+def test_llm(demo: Service, tmp_path: Path) -> None:
+    (tmp_path / "extra-openai-models.yaml").write_text(
+        f"- model_id: coe\n  model_name: auto\n  api_base: {demo.url}/v1\n  api_key_name: coe\n"
+    )
+    llm = python().with_name("llm")
+    prompt = ["-m", "coe", "-o", "max_tokens", "8", "--key", "none", "Say hello."]
+    assert run([llm, *prompt], LLM_USER_PATH=str(tmp_path)).strip()
+    assert run([llm, *prompt, "--no-stream"], LLM_USER_PATH=str(tmp_path)).strip()
+
+
+def test_the_examples(demo: Service) -> None:
+    scripts = sorted((ROOT / "examples").glob("[a-z]*"))
+    assert len(scripts) == 5
+    for script in scripts:
+        if script.suffix == ".py":
+            command: list[Any] = [sys.executable, script]
+        else:
+            command = ["bash", script]
+        said = run(command, COE_URL=demo.url)
+        assert said.strip(), f"{script.name} says nothing"
+
+
+def test_the_official_client_lists_every_expert(demo: Service) -> None:
+    with openai.OpenAI(base_url=demo.url + "/v1", api_key="none", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["auto", *EXPERTS]
