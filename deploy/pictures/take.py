@@ -68,7 +68,7 @@ def picture(page: Page, url: str, name: str, height: int) -> None:
     page.wait_for_selector(".expert")
     page.fill("#prompt", ASKED)
     page.fill("#tokens", "48")
-    time.sleep(45)
+    time.sleep(25)
     page.click("#send")
     page.wait_for_selector(".answer:not(.busy)", timeout=120_000)
     time.sleep(1)

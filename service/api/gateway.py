@@ -128,6 +128,7 @@ class Gateway:
             remote_states,
             lambda: self.metrics.in_flight,
             self._recent,
+            relay.spending.prices,
         )
 
     # --- prompts

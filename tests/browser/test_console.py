@@ -88,6 +88,21 @@ async def test_a_prompt_is_explained_answered_and_timed(chromium: Browser) -> No
         seen.clean()
 
 
+async def test_budgets_are_shown_with_what_is_left_of_them(chromium: Browser) -> None:
+    given = TURNS.model_dump(exclude_defaults=True)
+    priced = {**given["experts"]["math"], "price": {"prompt": 1000, "completion": 1000}}
+    experts = {**given["experts"], "math": priced}
+    budgets = {"everybody": {"amount": 1, "period": "day"}}
+    config = Config.model_validate({**given, "experts": experts, "budgets": budgets})
+    async with site(config) as s, watched(chromium, s.url) as seen:
+        page = await opened(seen, s.url)
+        await expect(page.locator(".budget")).to_contain_text("everybody100 % left")
+        for _ in range(3):
+            await s.ask(chat("word " * 60, model="math"))
+        await expect(page.locator(".budget")).not_to_contain_text("100 % left")
+        seen.clean()
+
+
 async def test_residency_follows_the_traffic(chromium: Browser) -> None:
     async with site(TURNS) as s, watched(chromium, s.url) as seen:
         page = await opened(seen, s.url)

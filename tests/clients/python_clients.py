@@ -46,7 +46,7 @@ def with_langchain(url: str) -> dict[str, Any]:
     whole = model("auto", 8).invoke("Say hello.")
     stream = "".join(chunk.content for chunk in model("general", 8).stream("Say hello."))
     schema = {**PLACE, "title": "place", "description": "a place"}
-    place = model("math", 60).with_structured_output(schema, method="json_schema")
+    place = model("math", 120).with_structured_output(schema, method="json_schema")
     try:
         model("nobody", 8).invoke("Say hello.")
     except openai.NotFoundError as error:

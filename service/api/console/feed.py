@@ -35,7 +35,10 @@ _LONGEST_ALONE_S = 10.0
 
 
 class Feed:
-    """Gathers while somebody listens. `close` ends every stream."""
+    """Gathers while somebody listens. `close` ends every stream.
+
+    `budgets` tells each one's name, shadow price, and the share of it that is left.
+    """
 
     def __init__(
         self,
@@ -45,8 +48,10 @@ class Feed:
         remotes: Callable[[], dict[str, str | None]],
         in_flight: Callable[[], float],
         recent: Recent,
+        budgets: Callable[[], list[tuple[str, float, float]]],
     ) -> None:
         self._config = config
+        self._budgets = budgets
         self._directory = directory
         self._views = views
         self._remotes = remotes
@@ -99,6 +104,10 @@ class Feed:
             "in_flight": int(self._in_flight()),
             "pools": pools,
             "remotes": remotes,
+            "budgets": [
+                {"name": name, "price": price, "left": round(left, 4)}
+                for name, price, left in self._budgets()
+            ],
             "totals": self._recent.totals(now_s),
             "flows": self._recent.flows(now_s),
         }

@@ -40,11 +40,9 @@ export function drawTotals(state, experts) {
 export function drawBudgets(budgets) {
   byId("budgets-card").hidden = !budgets?.length;
   if (!budgets?.length) return;
-  byId("budgets").replaceChildren(...budgets.map((one) => {
-    const share = one.limit ? Math.min(1, one.spent / one.limit) : 0;
-    return el("div", { class: "budget" }, el("span", {}, one.name),
-      el("span", { class: "meter" }, el("b", { style: { width: `${share * 100}%` } })),
-      el("span", {}, `${one.spent.toPrecision(3)} of ${one.limit.toPrecision(3)} ${one.unit}`),
-      el("span", { class: "note" }, `λ ${one.price.toPrecision(2)}`));
-  }));
+  byId("budgets").replaceChildren(...budgets.map((one) =>
+    el("div", { class: "budget" }, el("span", {}, one.name),
+      el("span", { class: "meter" }, el("b", { style: { width: `${Math.max(0, Math.min(1, one.left)) * 100}%` } })),
+      el("span", {}, `${Math.max(0, one.left * 100).toFixed(0)} % left`),
+      el("span", { class: "note" }, one.price ? `a unit is worth ${one.price.toPrecision(2)}` : "not short"))));
 }
