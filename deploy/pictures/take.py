@@ -92,7 +92,7 @@ def main() -> None:
         browser = play.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
         )
-        shots = (("dark", 1440, 1130), ("light", 1440, 1130), ("phone", 390, 844))
+        shots = (("dark", 1440, 1085), ("light", 1440, 1085), ("phone", 390, 844))
         for name, width, height in shots:
             context = browser.new_context(
                 viewport={"width": width, "height": height},

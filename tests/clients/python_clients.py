@@ -50,7 +50,8 @@ def with_langchain(url: str) -> dict[str, Any]:
     try:
         model("nobody", 8).invoke("Say hello.")
     except openai.NotFoundError as error:
-        fault = type(error).__name__
+        # A subclass of its own; the code is ours.
+        fault = str(error.code)
     return {
         "whole": whole.content,
         "expert": whole.response_metadata["model_name"],

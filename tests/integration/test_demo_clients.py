@@ -110,7 +110,7 @@ def test_langchain(demo: Service) -> None:
     assert told["expert"] in EXPERTS
     assert told["stream"]
     jsonschema.validate(told["place"], PLACE)
-    assert told["fault"] == "NotFoundError"
+    assert told["fault"] == "model_not_found"
 
 
 def test_llm(demo: Service, tmp_path: Path) -> None:

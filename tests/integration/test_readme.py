@@ -172,5 +172,6 @@ def test_every_command_named_is_there_with_its_options(line: str) -> None:
 def test_pictures_and_links_are_there() -> None:
     linked = re.findall(r"\]\(((?!http)[^)#]+)", README)
     pictures = re.findall(r'src(?:set)?="([^"]+)"', README)
+    assert len(pictures) == 2
     for path in [*linked, *pictures]:
         assert (ROOT / path).exists(), path

@@ -28,6 +28,8 @@ _MOST_LISTENERS = 64
 # A listener that does not read loses events; the next state holds everything anyway.
 _MOST_QUEUED = 16
 _HISTORY = 240
+# Rates are over so many seconds: one alone jumps with every batch.
+_OVER = 4
 # A stream ends in time for a gateway that stops: at once when its pools drain, and
 # where there are none, soon.
 _LONGEST_S = 600.0
@@ -61,7 +63,7 @@ class Feed:
         self._task: asyncio.Task[None] | None = None
         self._details: dict[str, dict[str, dict[str, Any]]] = {}
         self._rates: dict[tuple[str, str], float] = {}
-        self._counted: dict[tuple[str, str], tuple[float, int]] = {}
+        self._counted: deque[tuple[float, dict[tuple[str, str], int]]] = deque(maxlen=_OVER)
         self._history: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -128,7 +130,7 @@ class Feed:
         told = b""
         told_s = counted_s = 0.0
         seen = self._recent.count
-        self._counted = {}
+        self._counted.clear()
         while self._listeners:
             now_s = time.monotonic()
             if now_s - counted_s >= 1.0:
@@ -160,18 +162,19 @@ class Feed:
                 raise one
         self._details = details
         counted = {
-            (boot, name): (now_s, int(one.get("tokens", 0)))
+            (boot, name): int(one.get("tokens", 0))
             for boot, experts in details.items()
             for name, one in experts.items()
         }
+        before_s, before = self._counted[0] if self._counted else (now_s, counted)
+        self._counted.append((now_s, counted))
         by_expert: dict[str, float] = {}
         self._rates = {}
-        for key, (at_s, tokens) in counted.items():
-            before_s, before = self._counted.get(key, (at_s, tokens))
-            rate = (tokens - before) / (at_s - before_s) if at_s > before_s else 0.0
+        for key, tokens in counted.items():
+            made = tokens - before.get(key, tokens)
+            rate = made / (now_s - before_s) if now_s > before_s else 0.0
             self._rates[key] = rate
             by_expert[key[1]] = round(by_expert.get(key[1], 0.0) + rate, 1)
-        self._counted = counted
         self._history.append({"at_s": round(time.time(), 1), "tokens_per_s": by_expert})
 
     def _tell(self, data: bytes | None) -> None:
