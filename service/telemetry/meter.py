@@ -2,97 +2,141 @@
 
     meter = Meter(Side.GATEWAY)
     meter.add(table.REJECTIONS, 1, "rate_limited")
-    meter.put(table.BUDGET_LEFT, 0.25, "eur", "team-a")
+    meter.put(table.BUDGET_LEFT, 0.25, "eur")
     meter.observe(table.ROUTE, 0.0004)
 
 Label values stand in the table's order. What another object knows anyway (a length, a
 price) is asked for when metrics are read: give `on_read` a function that calls `put`.
-Threads may call these.
+
+A request adds a dozen values, so they are plain numbers here, without locks: call all of
+this in one thread, the event loop's. Only `registry` may be read in another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
 
-import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from service import __version__
 from service.telemetry import table
 from service.telemetry.table import MOST_SERIES, OTHER, TABLE, Declared, Kind, Side
 
+# A metric and the values of its labels.
+_Key = tuple[Declared | str, ...]
+
+
+class _Series:
+    """One label set. `value` is a counter's or gauge's, and the sum of a histogram's values."""
+
+    __slots__ = ("buckets", "value")
+
+    def __init__(self, metric: Declared) -> None:
+        self.value = 0.0
+        # One more than there are bounds: what is over all of them.
+        self.buckets = [0] * (len(metric.buckets) + 1)
+
 
 class Meter:
-    """The instruments of one gateway or pool process."""
+    """The counters, gauges and histograms of one gateway or pool process."""
 
     def __init__(self, side: Side) -> None:
-        # A time of creation beside every series would double what is scraped.
-        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        self._made: dict[Declared, Any] = {
-            one: _make(one, self.registry) for one in TABLE if one.side in (side, Side.BOTH)
-        }
-        self._series: dict[tuple[Any, ...], Any] = {}
-        self._count: dict[Declared, int] = {}
+        self._declared = tuple(one for one in TABLE if one.side in (side, Side.BOTH))
+        self._series: dict[_Key, _Series] = {}
+        self._count = dict.fromkeys(self._declared, 0)
         self._readers: list[Callable[[], None]] = []
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(_Told(self))
+        ProcessCollector(registry=self.registry)
         self.put(table.BUILD, 1, __version__)
 
     def add(self, metric: Declared, amount: float, *labels: str) -> None:
         """Count: `amount` ≥ 0 more."""
-        (self._series.get((metric, *labels)) or self._child(metric, labels)).inc(amount)
+        (self._series.get((metric, *labels)) or self._new(metric, labels)).value += amount
 
     def total(self, metric: Declared, value: float, *labels: str) -> None:
         """A counter that somebody else keeps has come to `value`."""
-        child = self._series.get((metric, *labels)) or self._child(metric, labels)
-        child.inc(max(0.0, value - child._value.get()))
+        series = self._series.get((metric, *labels)) or self._new(metric, labels)
+        series.value = max(series.value, value)
 
     def put(self, metric: Declared, value: float, *labels: str) -> None:
         """A gauge stands at `value` now."""
-        (self._series.get((metric, *labels)) or self._child(metric, labels)).set(value)
+        (self._series.get((metric, *labels)) or self._new(metric, labels)).value = float(value)
 
     def observe(self, metric: Declared, value: float, *labels: str) -> None:
         """One value for a histogram."""
-        (self._series.get((metric, *labels)) or self._child(metric, labels)).observe(value)
+        series = self._series.get((metric, *labels)) or self._new(metric, labels)
+        series.buckets[bisect_left(metric.buckets, value)] += 1
+        series.value += value
 
     def forget(self, metric: Declared) -> None:
         """Drop a gauge's series: those that are still there are put again."""
-        self._made[metric].clear()
-        self._count.pop(metric, None)
         for key in [key for key in self._series if key[0] is metric]:
             del self._series[key]
+        self._count[metric] = 0
 
     def value(self, metric: Declared, *labels: str) -> float:
         """What a counter or gauge stands at; 0 where nothing was counted."""
-        child = self._series.get((metric, *labels))
-        return float(child._value.get()) if child is not None else 0.0
+        series = self._series.get((metric, *labels))
+        return series.value if series is not None else 0.0
 
     def on_read(self, reader: Callable[[], None]) -> None:
         """Call `reader` before metrics are read, in the event loop."""
         self._readers.append(reader)
 
     def refresh(self) -> None:
-        """Ask the readers. Before `collect`, in the thread that they belong to."""
+        """Ask the readers. Before `registry` is read."""
         for reader in self._readers:
             reader()
 
-    def _child(self, metric: Declared, labels: tuple[str, ...]) -> Any:
+    def _new(self, metric: Declared, labels: tuple[str, ...]) -> _Series:
         if len(labels) != len(metric.labels):
             raise ValueError(f"{metric.name} has the labels {', '.join(metric.labels) or 'none'}")
-        if self._count.get(metric, 0) >= MOST_SERIES:
+        if self._count[metric] >= MOST_SERIES:
             labels = (OTHER,) * len(labels)
-        else:
-            self._count[metric] = self._count.get(metric, 0) + 1
-        made = self._made[metric]
-        child = made.labels(*labels) if labels else made
-        self._series[metric, *labels] = child
-        return child
+            if (other := self._series.get((metric, *labels))) is not None:
+                return other
+        self._count[metric] += 1
+        made = self._series[(metric, *labels)] = _Series(metric)
+        return made
+
+    def families(self) -> Iterable[Metric]:
+        """As Prometheus' client has them; every declared metric, also without a series yet."""
+        found: dict[Declared, list[tuple[tuple[str, ...], _Series]]] = {}
+        # Copied at once: more may be counted meanwhile.
+        for (metric, *labels), series in list(self._series.items()):
+            assert isinstance(metric, Declared)
+            found.setdefault(metric, []).append((tuple(map(str, labels)), series))
+        for one in self._declared:
+            family = Metric(one.name.removesuffix("_total"), one.meaning, one.kind.value)
+            for values, series in found.get(one, []):
+                told = dict(zip(one.labels, values, strict=True))
+                if one.kind is Kind.HISTOGRAM:
+                    _histogram(family, one, told, series)
+                else:
+                    family.add_sample(one.name, told, series.value)
+            yield family
 
 
-def _make(one: Declared, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
-    if one.kind is Kind.COUNTER:
-        return Counter(one.name, one.meaning, one.labels, registry=registry)
-    if one.kind is Kind.GAUGE:
-        return Gauge(one.name, one.meaning, one.labels, registry=registry)
-    return Histogram(one.name, one.meaning, one.labels, buckets=one.buckets, registry=registry)
+def _histogram(family: Metric, one: Declared, labels: dict[str, str], series: _Series) -> None:
+    buckets, so_far = list(series.buckets), 0
+    for bound, count in zip((*one.buckets, float("inf")), buckets, strict=True):
+        so_far += count
+        le = "+Inf" if bound == float("inf") else repr(float(bound))
+        told = {**labels, "le": le}
+        family.add_sample(f"{one.name}_bucket", told, so_far)
+    family.add_sample(f"{one.name}_count", labels, so_far)
+    if one.buckets[0] >= 0:
+        # One that can fall would be taken for a counter that began anew.
+        family.add_sample(f"{one.name}_sum", labels, series.value)
+
+
+class _Told(Collector):
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+
+    def collect(self) -> Iterable[Metric]:
+        return self._meter.families()

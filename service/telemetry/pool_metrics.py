@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import prometheus_client
 from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 
@@ -42,6 +43,8 @@ class PoolMetrics:
 
     def __init__(self) -> None:
         self.meter = Meter(table.Side.POOL)
+        # Engines' own: a time of creation beside each series would double what is scraped.
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.traced: Callable[[Call, Times, str], None] | None = None
         self._weights: dict[str, int] = {}
         self._engines: dict[str, CollectorRegistry] = {}
