@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-_WINDOW_S = 180
+WINDOW_S = 180
 _STEP_S = 5
 _RATE = "30s"
 _UNITS = {"reqps": "requests/s", "s": "s", "short": "", "percentunit": ""}
@@ -32,7 +32,7 @@ _UNITS = {"reqps": "requests/s", "s": "s", "short": "", "percentunit": ""}
 def _asked(url: str, query: Query, now_s: float) -> list[dict[str, Any]]:
     """The series of a query over the window."""
     expr = query.expr.replace("$__rate_interval", _RATE).replace("$expert", ".*")
-    asked = {"query": expr, "start": now_s - _WINDOW_S, "end": now_s, "step": _STEP_S}
+    asked = {"query": expr, "start": now_s - WINDOW_S, "end": now_s, "step": _STEP_S}
     whole = f"{url}/api/v1/query_range?{urllib.parse.urlencode(asked)}"
     with urllib.request.urlopen(whole, timeout=30) as reply:
         series: list[dict[str, Any]] = json.load(reply)["data"]["result"]
@@ -55,6 +55,7 @@ def _draw(axes: Axes, url: str, chart: Chart, now_s: float) -> None:
     times = sorted({t for _, values in lines for t, _ in values})
     told = {name: [float(dict(values).get(t, "nan")) for t in times] for name, values in lines}
     told = {name: [0.0 if v != v else v for v in values] for name, values in told.items()}
+    told = {name: values for name, values in told.items() if any(values)} or told
     ago = [t - now_s for t in times]
     if chart.shape == "stacked":
         axes.stackplot(ago, *told.values(), labels=list(told), alpha=0.75)
@@ -62,7 +63,7 @@ def _draw(axes: Axes, url: str, chart: Chart, now_s: float) -> None:
         for name, values in told.items():
             axes.plot(ago, values, label=name, linewidth=1.4)
     axes.set_ylim(bottom=0)
-    axes.set_xlim(-_WINDOW_S, 0)
+    axes.set_xlim(-WINDOW_S, 0)
     axes.set_ylabel(_UNITS.get(chart.unit, chart.unit), fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
@@ -82,9 +83,8 @@ def _number(figure: Figure, url: str, chart: Chart, now_s: float, at: float) -> 
     figure.text(at, 0.925, chart.title, fontsize=8, ha="center", color="#444444")
 
 
-def main() -> int:
-    """0: drawn."""
-    url, path = sys.argv[1:3]
+def draw(url: str, path: str) -> None:
+    """The last minutes of the overview, as this Prometheus knows them, into a file."""
     now_s = time.time()
     (_, numbers), *rows = OVERVIEW.rows
     charts = [chart for _, row in rows for chart in row]
@@ -99,6 +99,11 @@ def main() -> int:
         _draw(figure.add_subplot(grid[i // 2, i % 2]), url, chart, now_s)
     figure.text(0.06, 0.012, "seconds before now", fontsize=8, color="#444444")
     figure.savefig(path, dpi=80)
+
+
+def main() -> int:
+    """0: drawn."""
+    draw(*sys.argv[1:3])
     return 0
 
 
