@@ -24,7 +24,12 @@ CONFIG = {
     "server": {
         "drain_s": 5,
         "max_body_bytes": 12_000_000,
-        "limits": {"header_timeout_s": 2, "body_timeout_s": 3, "stall_timeout_s": 4},
+        "limits": {
+            "header_timeout_s": 2,
+            "body_timeout_s": 3,
+            "stall_timeout_s": 4,
+            "max_headers": 50,
+        },
     },
     "experts": {"general": {"model": "m", "categories": ["general"]}},
     "pools": {
@@ -126,7 +131,6 @@ def test_a_good_request_id_comes_back(service: Service) -> None:
     "raw",
     [
         b"\x00\x01\x02\r\n\r\n",
-        b"GET / HTTP/9.9\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n"
         b"content-length: 6\r\n\r\nabcdef",
@@ -145,12 +149,9 @@ def test_what_is_no_http_is_a_400(service: Service, raw: bytes) -> None:
 
 
 def test_many_headers_are_a_431(service: Service) -> None:
-    many = b"".join(b"a%d: b\r\n" % i for i in range(95)) + b"x: y\r\n" * 6
+    many = b"".join(b"a%d: b\r\n" % i for i in range(60))
     status, _, body = ask(service, request(headers=many))
-    assert (status, json.loads(body)["error"]["code"]) in (
-        (431, "headers_too_large"),
-        (400, "invalid_request_error"),
-    )
+    assert (status, json.loads(body)["error"]["code"]) == (431, "headers_too_large")
 
 
 def test_requests_one_after_the_other_without_waiting(service: Service) -> None:
@@ -244,12 +245,13 @@ def running(service: Service) -> float:
 
 
 def test_a_stream_that_nobody_reads_takes_no_memory_and_is_ended(service: Service) -> None:
-    """Each would have 200 MB to say."""
+    """Each would have 170 MB to say; the engine's own words take 7."""
     before = resident(service)
     body: Any = {
         "model": "general",
         "messages": [{"role": "user", "content": "x"}],
-        "max_tokens": 1_000_000,
+        "max_tokens": 100_000,
+        "n": 8,
         "stream": True,
     }
     with ExitStack() as stack:
@@ -259,7 +261,7 @@ def test_a_stream_that_nobody_reads_takes_no_memory_and_is_ended(service: Servic
             made.settimeout(20)
             made.connect(("127.0.0.1", service.port))
             made.sendall(request(json.dumps(body).encode()))
-            assert b" 200 " in made.recv(12)
+            assert made.recv(12) == b"HTTP/1.1 200"
         most = before
         end_s = time.monotonic() + 30
         while time.monotonic() < end_s:
