@@ -23,7 +23,8 @@ from prometheus_client.registry import Collector
 
 from service import __version__
 from service.telemetry import table
-from service.telemetry.table import MOST_SERIES, OTHER, TABLE, Declared, Kind, Side
+from service.telemetry.declared import Declared, Kind, Side
+from service.telemetry.table import MOST_SERIES, OTHER, TABLE
 
 # A metric and the values of its labels.
 _Key = tuple[Declared | str, ...]

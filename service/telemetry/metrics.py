@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from service.telemetry import table
+from service.telemetry.declared import Side
 from service.telemetry.exposition import text_of
 from service.telemetry.meter import Meter
 
@@ -61,7 +62,7 @@ class GatewayMetrics:
     """
 
     def __init__(self, remote: Iterable[str] = ()) -> None:
-        self.meter = Meter(table.Side.GATEWAY)
+        self.meter = Meter(Side.GATEWAY)
         self._remote = frozenset(remote)
         self._in_flight = 0
         self._asked: list[Callable[[], Awaitable[None]]] = []

@@ -14,6 +14,7 @@ from service.engine.protocol import Work
 from service.link.call import Call, Times
 from service.link.snapshot import Snapshot
 from service.telemetry import table
+from service.telemetry.declared import Side
 from service.telemetry.exposition import text_of
 from service.telemetry.meter import Meter
 from service.types import Residency
@@ -42,7 +43,7 @@ class PoolMetrics:
     """
 
     def __init__(self) -> None:
-        self.meter = Meter(table.Side.POOL)
+        self.meter = Meter(Side.POOL)
         # Engines' own: a time of creation beside each series would double what is scraped.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.traced: Callable[[Call, Times, str], None] | None = None

@@ -8,40 +8,7 @@ only what `LABELS` says that it may, and no label ever holds anything of a promp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
-
-
-class Kind(StrEnum):
-    """What can be done with a metric's values."""
-
-    COUNTER = "counter"
-    GAUGE = "gauge"
-    HISTOGRAM = "histogram"
-
-
-class Side(StrEnum):
-    """Which processes tell a metric."""
-
-    GATEWAY = "gateway"
-    POOL = "pool"
-    BOTH = "gateway, pool"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Declared:
-    """One metric: its full name as Prometheus stores it, and what it means.
-
-    `buckets`: upper bounds, histograms only, in the unit of the name.
-    """
-
-    name: str
-    kind: Kind
-    side: Side
-    meaning: str
-    labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()
-
+from service.telemetry.declared import ERROR, FAST, Declared, Side, counter, gauge, histogram
 
 # What bounds each label. A meter cuts off what is over `MOST_SERIES` all the same.
 LABELS = {
@@ -67,83 +34,60 @@ LABELS = {
 MOST_SERIES = 2000
 OTHER = "other"
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-_FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
-_LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_ERROR = (-60, -30, -10, -5, -2, -1, -0.5, -0.1, 0, 0.1, 0.5, 1, 2, 5, 10, 30, 60)
-
-
-def _counter(name: str, side: Side, labels: tuple[str, ...], meaning: str) -> Declared:
-    return Declared(name, Kind.COUNTER, side, meaning, labels)
-
-
-def _gauge(name: str, side: Side, labels: tuple[str, ...], meaning: str) -> Declared:
-    return Declared(name, Kind.GAUGE, side, meaning, labels)
-
-
-def _histogram(
-    name: str,
-    side: Side,
-    labels: tuple[str, ...],
-    meaning: str,
-    buckets: tuple[float, ...] = _SECONDS,
-) -> Declared:
-    return Declared(name, Kind.HISTOGRAM, side, meaning, labels, buckets)
-
 
 # --- requests, as their client sees them
 
-REQUESTS = _counter(
+REQUESTS = counter(
     "coe_requests_total",
     Side.GATEWAY,
     ("expert", "category", "recipe", "outcome"),
     "Requests that have ended.",
 )
-SERVER_ERRORS = _counter(
+SERVER_ERRORS = counter(
     "coe_server_errors_total",
     Side.GATEWAY,
     ("expert",),
     "Requests that ended with an error of ours, of status 500 and more, also after a stream began.",
 )
-REJECTIONS = _counter(
+REJECTIONS = counter(
     "coe_rejections_total",
     Side.GATEWAY,
     ("reason",),
     "Requests refused before anybody worked on them: bad, not allowed, over a limit, no room.",
 )
-FAILED_ATTEMPTS = _counter(
+FAILED_ATTEMPTS = counter(
     "coe_failed_attempts_total",
     Side.GATEWAY,
     ("expert", "reason"),
     "Attempts that failed before the first byte; the next best option is asked, if one is left.",
 )
-ESCALATIONS = _counter(
+ESCALATIONS = counter(
     "coe_escalations_total",
     Side.GATEWAY,
     ("recipe",),
     "Answers for which a recipe asked its stronger expert after all.",
 )
-IN_FLIGHT = _gauge("coe_in_flight_requests", Side.GATEWAY, (), "Requests in the gateway now.")
-FIRST_TOKEN = _histogram(
+IN_FLIGHT = gauge("coe_in_flight_requests", Side.GATEWAY, (), "Requests in the gateway now.")
+FIRST_TOKEN = histogram(
     "coe_first_token_seconds",
     Side.GATEWAY,
     ("expert",),
     "Streamed answers: from the request's arrival at the gateway to the first byte of its answer.",
 )
-BETWEEN_TOKENS = _histogram(
+BETWEEN_TOKENS = histogram(
     "coe_between_tokens_seconds",
     Side.BOTH,
     ("expert",),
     "Mean time from one token of an answer to the next, once per answer.",
-    _FAST,
+    FAST,
 )
-TOTAL = _histogram(
+TOTAL = histogram(
     "coe_request_seconds",
     Side.GATEWAY,
     ("expert",),
     "From the request's arrival at the gateway to the end of its answer.",
 )
-TOKENS = _counter(
+TOKENS = counter(
     "coe_tokens_total",
     Side.BOTH,
     ("expert", "kind"),
@@ -153,47 +97,47 @@ TOKENS = _counter(
 
 # --- where the time goes: ours, then the engine's
 
-ROUTE = _histogram(
+ROUTE = histogram(
     "coe_route_seconds",
     Side.GATEWAY,
     (),
     "Time to read and understand a request and choose its expert.",
-    _FAST,
+    FAST,
 )
-OVERHEAD = _histogram(
+OVERHEAD = histogram(
     "coe_overhead_seconds",
     Side.GATEWAY,
     (),
     "Our share of the time to the first byte: all of it less the pool's queue and the engine. "
     "Answered by a pool only.",
-    _FAST,
+    FAST,
 )
-QUEUE = _histogram(
+QUEUE = histogram(
     "coe_queue_seconds",
     Side.POOL,
     ("expert",),
     "Time a request waited in the pool's queue, swaps included.",
 )
-SWAP_WAIT = _histogram(
+SWAP_WAIT = histogram(
     "coe_swap_wait_seconds",
     Side.POOL,
     ("expert",),
     "How much of a request's wait other weights were being put in place.",
 )
-ENGINE_QUEUE = _histogram(
+ENGINE_QUEUE = histogram(
     "coe_engine_queue_seconds",
     Side.POOL,
     ("expert",),
     "Time a request waited in the engine's own scheduler.",
 )
-PREFILL = _histogram(
+PREFILL = histogram(
     "coe_prefill_seconds",
     Side.BOTH,
     ("expert",),
     "The engine's time to the first token: from being scheduled. Remote experts, streamed: to "
     "the first byte.",
 )
-DECODE = _histogram(
+DECODE = histogram(
     "coe_decode_seconds",
     Side.BOTH,
     ("expert",),
@@ -202,20 +146,20 @@ DECODE = _histogram(
 
 # --- how good the choice was
 
-WAIT_ERROR = _histogram(
+WAIT_ERROR = histogram(
     "coe_wait_error_seconds",
     Side.GATEWAY,
     (),
     "Real less predicted wait of a request in its pool (queue and swap). Over 0: it took longer.",
-    _ERROR,
+    ERROR,
 )
-WAIT_PREDICTED = _counter(
+WAIT_PREDICTED = counter(
     "coe_wait_predicted_seconds_total",
     Side.GATEWAY,
     ("expert",),
     "Predicted waits, added up.",
 )
-WAIT_REAL = _counter(
+WAIT_REAL = counter(
     "coe_wait_real_seconds_total",
     Side.GATEWAY,
     ("expert",),
@@ -224,8 +168,8 @@ WAIT_REAL = _counter(
 
 # --- pools, as gateways know them
 
-POOLS = _gauge("coe_pools", Side.GATEWAY, (), "Pools that the gateway hears of.")
-SNAPSHOT_AGE = _gauge(
+POOLS = gauge("coe_pools", Side.GATEWAY, (), "Pools that the gateway hears of.")
+SNAPSHOT_AGE = gauge(
     "coe_snapshot_age_seconds",
     Side.GATEWAY,
     ("pool",),
@@ -234,35 +178,35 @@ SNAPSHOT_AGE = _gauge(
 
 # --- queues, residency and swaps
 
-QUEUED = _gauge(
+QUEUED = gauge(
     "coe_queue_requests",
     Side.BOTH,
     ("expert",),
     "Requests waiting: for a local expert in the pool, for a remote one in the gateway.",
 )
-RUNNING = _gauge(
+RUNNING = gauge(
     "coe_running_requests", Side.BOTH, ("expert",), "Requests on engines, remote ones included."
 )
-RESIDENCY = _gauge(
+RESIDENCY = gauge(
     "coe_residency",
     Side.POOL,
     ("expert", "state"),
     "1 for the state that an expert's weights are in, 0 for the others.",
 )
-WEIGHTS = _gauge(
+WEIGHTS = gauge(
     "coe_weights_bytes",
     Side.POOL,
     ("expert", "tier"),
     "An expert's full weights: device where they answer, host where they wait for their turn. "
     "On CPU both are the same memory.",
 )
-SWAPS = _counter(
+SWAPS = counter(
     "coe_swaps_total",
     Side.POOL,
     ("expert", "method", "reason"),
     "Swaps, by the expert swapped in.",
 )
-CANARY_FAILURES = _counter(
+CANARY_FAILURES = counter(
     "coe_canary_failures_total",
     Side.POOL,
     (),
@@ -271,97 +215,97 @@ CANARY_FAILURES = _counter(
 
 # --- money and tenants. Gateways feed these from what budgets, limits and caches tell.
 
-COST_PREDICTED = _counter(
+COST_PREDICTED = counter(
     "coe_cost_predicted_total",
     Side.GATEWAY,
     ("recipe",),
     "Units of cost (see `price` in the config) expected when the recipe was chosen.",
 )
-COST = _counter(
+COST = counter(
     "coe_cost_total",
     Side.GATEWAY,
     ("recipe", "expert"),
     "Units of cost by the tokens that replies told of, by the expert that was asked. A stream "
     "without usage tells none where nobody is charged.",
 )
-BUDGET_LEFT = _gauge(
+BUDGET_LEFT = gauge(
     "coe_budget_left_ratio",
     Side.GATEWAY,
     ("budget",),
     "What is left of a budget in its present period: 1 untouched, 0 spent.",
 )
-SHADOW_PRICE = _gauge(
+SHADOW_PRICE = gauge(
     "coe_shadow_price",
     Side.GATEWAY,
     ("budget",),
     "Quality that one more unit of cost is worth now to this budget (its λ).",
 )
-TENANT_REQUESTS = _counter(
+TENANT_REQUESTS = counter(
     "coe_tenant_requests_total",
     Side.GATEWAY,
     ("tenant", "outcome"),
     "Requests that have ended, by tenant; only where keys, tenants or budgets are configured.",
 )
-TENANT_TOKENS = _counter(
+TENANT_TOKENS = counter(
     "coe_tenant_tokens_total",
     Side.GATEWAY,
     ("tenant",),
     "Tokens of prompts and answers, by tenant, as they were charged.",
 )
-STORE_UP = _gauge(
+STORE_UP = gauge(
     "coe_store_up",
     Side.GATEWAY,
     (),
     "1 while the store of limits and budgets answers this gateway, 0 while it spends its slices.",
 )
-STORE_OUTAGES = _counter(
+STORE_OUTAGES = counter(
     "coe_store_outages_total", Side.GATEWAY, (), "Times that the store was lost."
 )
-STORE_OWED = _gauge(
+STORE_OWED = gauge(
     "coe_store_owed_requests",
     Side.GATEWAY,
     (),
     "Requests whose settlement the store has not been told of yet; 0 but for an outage.",
 )
-STORE_SLICE_GRANTS = _counter(
+STORE_SLICE_GRANTS = counter(
     "coe_store_slice_grants_total",
     Side.GATEWAY,
     (),
     "Requests admitted from slices while the store was gone.",
 )
-CACHE = _counter(
+CACHE = counter(
     "coe_cache_lookups_total",
     Side.GATEWAY,
     ("kind", "result"),
     "Looks into the answer cache. kind: exact or semantic.",
 )
-BREAKER = _gauge(
+BREAKER = gauge(
     "coe_breaker_open",
     Side.GATEWAY,
     ("expert",),
     "1 while requests are kept away from an expert's endpoint because it failed, else 0.",
 )
 
-GUARD = _counter(
+GUARD = counter(
     "coe_guard_looks_total",
     Side.GATEWAY,
     ("screen", "done"),
     "Prompts that a tenant's guard looked through.",
 )
-RETRIES = _counter(
+RETRIES = counter(
     "coe_retries_total",
     Side.GATEWAY,
     ("done",),
     "Second attempts before the first byte: made, or refused because the budget for them was out.",
 )
-TRIPS = _counter(
+TRIPS = counter(
     "coe_breaker_trips_total",
     Side.GATEWAY,
     ("expert",),
     "Times that failures of an expert's own opened a breaker.",
 )
 
-PROCESS = (_gauge("coe_build_info", Side.BOTH, ("version",), "1; the label tells the version."),)
+PROCESS = (gauge("coe_build_info", Side.BOTH, ("version",), "1; the label tells the version."),)
 BUILD = PROCESS[0]
 
 # In the order of the docs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 import sys
@@ -9,7 +10,7 @@ import sys
 import orjson
 import pytest
 
-from service.telemetry.logs import JsonLines, set_up_logs
+from service.telemetry.logs import JsonLines, log_fields, set_up_logs
 
 SECRET = "the prompt of a user"
 
@@ -57,6 +58,33 @@ def test_a_line_is_one_json_object_with_the_request_s_fields(
     assert line["level"] == "warning"
     assert (line["request_id"], line["status"]) == ("r", 200)
     assert SECRET not in stream.getvalue()
+
+
+async def test_lines_of_a_request_tell_its_id_and_no_other_s(
+    lines: tuple[logging.Logger, io.StringIO],
+) -> None:
+    logger, stream = lines
+
+    async def request(number: int) -> None:
+        log_fields(request_id=f"r{number}")
+        log_fields(trace_id=f"t{number}")
+        await asyncio.sleep(0)
+        # What a request starts belongs to it.
+        await asyncio.create_task(inner(number))
+
+    async def inner(number: int) -> None:
+        await asyncio.sleep(0)
+        logger.warning("at %d", number)
+
+    await asyncio.gather(*(request(number) for number in range(3)))
+    logger.warning("nobody's")
+    told = [orjson.loads(line) for line in stream.getvalue().splitlines()]
+    assert {(t["message"], t.get("request_id"), t.get("trace_id")) for t in told} == {
+        ("at 0", "r0", "t0"),
+        ("at 1", "r1", "t1"),
+        ("at 2", "r2", "t2"),
+        ("nobody's", None, None),
+    }
 
 
 def test_set_up_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:

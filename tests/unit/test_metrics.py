@@ -14,11 +14,12 @@ from service.engine.protocol import Work
 from service.link.call import Call, Times
 from service.link.snapshot import ExpertState, Queue, Snapshot
 from service.telemetry import table
+from service.telemetry.declared import Declared, Kind, Side
 from service.telemetry.exposition import join
 from service.telemetry.meter import Meter
 from service.telemetry.metrics import Ended, GatewayMetrics
 from service.telemetry.pool_metrics import PoolMetrics
-from service.telemetry.table import LABELS, MOST_SERIES, OTHER, TABLE, Kind, Side
+from service.telemetry.table import LABELS, MOST_SERIES, OTHER, TABLE
 from service.types import Residency
 
 ROOT = Path(__file__).parents[2]
@@ -57,9 +58,7 @@ def test_every_metric_is_declared_once_and_named_by_the_rules() -> None:
 
 
 def test_no_metric_is_declared_and_never_fed() -> None:
-    names = {
-        name: value for name, value in vars(table).items() if isinstance(value, table.Declared)
-    }
+    names = {name: value for name, value in vars(table).items() if isinstance(value, Declared)}
     assert set(names.values()) == set(TABLE)
     code = "".join(
         path.read_text() for path in (ROOT / "service").rglob("*.py") if path.name != "table.py"
