@@ -5,7 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-python=${PYTHON:-python3}
+python=.venv/bin/python
+[ -x $python ] || python=${PYTHON:-python3}
 tools=.cache/tools
 mkdir -p $tools
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }

@@ -409,6 +409,7 @@ def test_checkov(newest: str, tmp_path: Path) -> None:
     ran = subprocess.run(
         [
             checkov,
+            "--skip-download",
             "--quiet",
             "--compact",
             "--framework",
