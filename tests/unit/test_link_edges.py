@@ -12,7 +12,7 @@ import pytest
 from service.errors import BodyTooLarge, InvalidRequest
 from service.link import secret
 from service.link.asgi import ClientGone, Message, Receive, read_body, until_gone
-from service.link.call import Call, parse_call
+from service.link.call import Call, parse_call, trace_of
 
 CALL = Call("/v1/completions", "a/b", "id", 250, True, "gateway", 7)
 
@@ -126,3 +126,11 @@ async def test_work_s_fault_goes_through() -> None:
         await until_gone(work(), never)
     await asyncio.sleep(0)  # the watch ends in its own turn
     assert len(asyncio.all_tasks()) == 1
+
+
+@pytest.mark.parametrize("bad", [b"a\x0bb", b"a\rb", b"\xff", b"", b"x" * 10_000])
+def test_a_trace_context_that_could_not_be_sent_on_is_left_out(bad: bytes) -> None:
+    good = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    headers = {b"traceparent": good, b"tracestate": bad}
+    assert trace_of(headers) == {"traceparent": good.decode()}
+    assert trace_of({b"traceparent": bad}) == {}
