@@ -64,8 +64,9 @@ class SwapOptions(Section):
     running: Literal["wait", "preempt"] = Field(
         "wait",
         description="What becomes of running requests when another expert's turn comes. wait: "
-        "they end first. preempt: those of which nothing has been sent go back to the head of "
-        "their queue, once, and are run again; those that stream end first.",
+        "they end first. preempt: where somebody would wait longer than max_wait_s, those of which "
+        "nothing has been sent go back to the head of their queue, once, and are run again; those "
+        "that stream end first.",
     )
     method: Literal["auto", "inplace", "sleep", "respawn"] = Field(
         "auto",

@@ -25,8 +25,8 @@ class Policy:
     aging_per_s: what a second of waiting counts, in queued tokens. host_bytes: room
     for weights in host memory, the running unit's included. crowding: how many times
     as many requests as still run another unit must have waiting to end a stay. preempt:
-    running requests of which no byte has gone out are put back where another unit's turn
-    comes, instead of being waited for.
+    where somebody would wait longer than the bound, running requests of which no byte has gone
+    out are put back, instead of being waited for.
     """
 
     min_stay_s: float = 1.0
@@ -93,6 +93,8 @@ class Step:
     reason: str = ""
 
 
+# Why a turn begins: somebody would wait too long.
+LATE = "bound on waiting"
 # A unit that is held is worth this much more than one that is not: fetching costs, too.
 _HELD_BONUS = 1.5
 # Turns are begun with the bound this far used up: how long a drain takes is a guess.
@@ -141,7 +143,7 @@ def next_step(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> Step
     eldest = max(able, key=lambda u: (u.oldest_s, u.name))
     urgent = max(able, key=lambda u: (urgency(u, policy), u.name))
     if _late(slot, able, policy):
-        chosen, reason = eldest, "bound on waiting"
+        chosen, reason = eldest, LATE
     elif slot.closing:
         chosen, reason = urgent, "queue served"
     elif slot.waiting or slot.running > urgent.waiting * policy.crowding:

@@ -17,7 +17,7 @@ from service.engine.protocol import SwappingEngine
 from service.errors import CoeError, Conflict, EngineDead, UnknownModel
 from service.link.snapshot import ExpertState
 from service.pool.lease import Again
-from service.pool.planner import Next, UnitView, bounded, next_fetch, next_step, to_drop
+from service.pool.planner import LATE, Next, UnitView, bounded, next_fetch, next_step, to_drop
 from service.pool.shared_slot import SharedSlot
 from service.pool.units import Known, Swap
 from service.types import Residency
@@ -172,7 +172,7 @@ class SwapSlot(SharedSlot):
             if self._open or self._closed_s is None:
                 self._closed_s = now_s
             self._open = False
-            if self.policy.preempt:
+            if self.policy.preempt and step.reason == LATE and self._first_comes(step.unit):
                 self._put_back()
         else:
             self._open = False
@@ -188,6 +188,14 @@ class SwapSlot(SharedSlot):
             coming = next_fetch(slot, units, self.policy)
             self._fetch(engine, coming, to_drop(slot, units, self.policy, coming))
         return True
+
+    def _first_comes(self, unit: str) -> bool:
+        """Whether somebody waits for a unit who was not put back: else two would do it in turn."""
+        return any(
+            not ticket.again
+            for name in self._units[unit].experts
+            for ticket in self._queues.waiting_for(name)
+        )
 
     async def _swap(self, engine: SwappingEngine, unit: str, reason: str) -> bool:
         began_s = time.monotonic()

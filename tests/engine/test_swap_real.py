@@ -318,7 +318,7 @@ async def _slot(
     slot = SwapSlot(
         tuple(Unit(name, (name,)) for name in DEMO),
         build,
-        Policy(min_stay_s=0.0, prefetch=False, preempt=preempt),
+        Policy(0.0, max_wait_s=2.0 if preempt else 30.0, prefetch=False, preempt=preempt),
         capacity=8,
         max_waiting=8,
         start_guess_s=30.0,
@@ -340,7 +340,7 @@ async def _through(slot: SwapSlot, expert: str) -> str:
 
 async def test_a_request_that_was_put_back_is_answered_as_if_alone(stage: Stage) -> None:
     await stage.run("base")
-    alone = await ask_one(stage.engine, "base", tokens=64)
+    alone = await ask_one(stage.engine, "base", tokens=128)
     put_back: list[str] = []
 
     async def through(slot: SwapSlot, expert: str, tokens: int) -> str:
@@ -355,7 +355,7 @@ async def test_a_request_that_was_put_back_is_answered_as_if_alone(stage: Stage)
 
     async with _slot(stage, _Lent, preempt=True) as (slot, engines):
         assert stage.said["intents"].startswith(await through(slot, "intents", 4))
-        first = asyncio.create_task(through(slot, "base", 64))
+        first = asyncio.create_task(through(slot, "base", 128))
         running = slot.queues
         await until(lambda: running()["base"].running == 1, "base runs")
         await asyncio.sleep(0.5)  # into the answer

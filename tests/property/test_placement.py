@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import orjson
@@ -34,7 +35,7 @@ from tests.property.swap_stage import (
     World,
     on_clock,
 )
-from tests.property.test_slot import FastTime
+from tests.support.clock import FastTime
 
 _calls = itertools.count()
 
@@ -46,7 +47,6 @@ class Fleet:
     pool: Pool
     slots: list[SwapSlot]
     worlds: list[World]
-    moves: int = 0
 
     @classmethod
     def build(cls, bound: int | None, preempt: bool) -> Fleet:
@@ -56,7 +56,7 @@ class Fleet:
         for i, world in enumerate(worlds):
             slot = SwapSlot(
                 UNITS[i::2],
-                lambda unit, world=world: FaultyEngine(unit, world),  # type: ignore[misc]
+                partial(FaultyEngine, world=world),
                 Policy(STAY_S, WAIT_S, host_bytes=bound, preempt=preempt),
                 capacity=2,
                 max_waiting=50,

@@ -18,6 +18,7 @@ from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError
 from service.link.snapshot import Queue
 from service.pool.slot import Slot
+from tests.support.clock import FastTime
 
 EXPERTS = ("base", "tuned")
 CAPACITY = 2
@@ -52,23 +53,6 @@ events = st.lists(
     | st.builds(Turn, st.integers(1, 20)),
     max_size=30,
 )
-
-
-class FastTime:
-    """The loop's clock runs on by itself: sleeping costs nothing, and order stays."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.now_s = 0.0
-        selector: Any = loop._selector  # type: ignore[attr-defined]
-        real = selector.select
-
-        def select(timeout: float | None) -> Any:
-            if timeout:
-                self.now_s += timeout
-            return real(0.001 if timeout is None else 0)
-
-        selector.select = select
-        loop.time = lambda: self.now_s  # type: ignore[method-assign]
 
 
 class Story:

@@ -29,7 +29,7 @@ from tests.property.swap_stage import (
     World,
     on_clock,
 )
-from tests.property.test_slot import FastTime
+from tests.support.clock import FastTime
 
 CAPACITY = 2
 # One turn of everybody else's: fetched or started, swapped in, stayed, drained.

@@ -12,7 +12,7 @@ from service.engine.protocol import Filled
 from service.errors import Conflict
 from service.types import Residency
 from tests.property.swap_stage import SIZE, FaultyEngine, Stage, World, on_clock
-from tests.property.test_slot import FastTime
+from tests.support.clock import FastTime
 from tests.support.waiting import until
 
 
