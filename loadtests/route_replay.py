@@ -64,38 +64,40 @@ def instance(played: Played, predicted: Predicted) -> Instance:
     )
 
 
-def optimum(given: Instance, budget: float) -> NDArray[np.intp]:
-    """The recipe of each prompt that is best for all together at this mean expected cost.
+def optimum(given: Instance, budget: float) -> tuple[float, NDArray[np.intp]]:
+    """The most that any assignment can score at this mean expected cost, and one that does.
 
-    Solved to within a hundred-thousandth; recipes that no price would choose but that fill up
-    a rest are left out, which costs less than one recipe's worth in all. Raises ValueError
-    where nothing fits.
+    HiGHS solves the linear relaxation of this multiple-choice knapsack exactly: an upper bound
+    of the whole-numbered optimum. At most one prompt is split in its solution (there is one
+    budget); that one is given its cheaper part, so the assignment is within one prompt's worth of
+    the bound. Raises ValueError where nothing fits.
     """
     rows, columns = [], []
     for row in range(len(given.quality)):
+        # What no price would choose is in no solution of the relaxation.
         for column in hull(given.quality[row], given.cost[row]).tolist():
             rows.append(row)
             columns.append(column)
     at, of = np.array(rows), np.array(columns)
     count, total = len(at), len(given.quality)
     pick = sparse.csr_matrix((np.ones(count), (at, np.arange(count))), shape=(total, count))
-    spend = sparse.csr_matrix(given.cost[at, of][None, :])
-    found = optimize.milp(
+    found = optimize.linprog(
         -given.quality[at, of],
-        integrality=np.ones(count),
-        bounds=optimize.Bounds(0, 1),
-        constraints=[
-            optimize.LinearConstraint(pick, 1, 1),
-            optimize.LinearConstraint(spend, -np.inf, budget * total),
-        ],
-        options={"mip_rel_gap": 1e-5, "time_limit": 120},
+        A_ub=sparse.csr_matrix(given.cost[at, of][None, :]),
+        b_ub=[budget * total],
+        A_eq=pick,
+        b_eq=np.ones(total),
+        bounds=(0, 1),
+        method="highs",
     )
     if found.x is None:
         raise ValueError(f"nothing costs {budget:g} or less: {found.message}")
-    chosen = np.zeros(total, dtype=np.intp)
-    taken = found.x > 0.5
-    chosen[at[taken]] = of[taken]
-    return chosen
+    chosen = np.full(total, -1, dtype=np.intp)
+    for i in np.flatnonzero(found.x > 1e-6).tolist():
+        row, column = at[i], of[i]
+        if chosen[row] < 0 or given.cost[row, column] < given.cost[row, chosen[row]]:
+            chosen[row] = column
+    return -float(found.fun), chosen
 
 
 def online(given: Instance, budget: float, seed: int, rule: str) -> Run:
@@ -153,8 +155,7 @@ def measure(
     rows = np.arange(len(given.quality))
     for budget in budgets:
         say(f"budget {budget:g}: the exact optimum")
-        best = optimum(given, budget)
-        most = float(given.quality[rows, best].sum())
+        most, best = optimum(given, budget)
         real = float(given.scored[rows, best].sum())
         for rule in ("resolved", "stepped"):
             runs = [online(given, budget, seed, rule) for seed in range(_ORDERS)]
