@@ -16,16 +16,21 @@ from service.api.body import ENDPOINTS
 from tests.support.apart import Apart, site_apart
 from tests.support.serving import simulated
 
-# A third of them each; together over 10,000.
-EXAMPLES = 3_400
-often = settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    # The same ones in every run: what it finds is to be found by whoever broke it.
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+ALL = 10_000
+
+
+def often(examples: int) -> settings:
+    """Drawing one is most of the work, so each is sent whole, broken and cut short."""
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        # The same ones in every run: what it finds is to be found by whoever broke it.
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
 CONFIG = simulated(
     {"cpu": {"tokens": 2, "max_model_len": 100_000}},
     experts={
@@ -41,6 +46,7 @@ def apart() -> Iterator[Apart]:
     with site_apart(CONFIG) as made:
         yield made
         seen = Counter(sorted(statuses.elements()))
+        assert sum(seen.values()) >= ALL, seen
         assert seen[200] > 100, f"hardly anything got through: {seen}"
         assert seen[400] > 1000, seen
 
@@ -210,20 +216,33 @@ def check(answer: Any) -> None:
         assert len(answer.body) < 2000
 
 
-@often
-@given(st.sampled_from([*ENDPOINTS, "/v1/route"]), bodies, headers)
+@often(1_200)
+@given(st.permutations([*ENDPOINTS, "/v1/route"]), bodies, headers, st.integers(0), junk)
 def test_any_body_gets_a_typed_answer(
-    apart: Apart, path: str, body: bytes, given_headers: list[tuple[bytes, bytes]]
+    apart: Apart,
+    paths: list[str],
+    body: bytes,
+    given_headers: list[tuple[bytes, bytes]],
+    at: int,
+    noise: bytes,
 ) -> None:
-    check(apart.ask("POST", path, body, given_headers))
+    bodies = (body, broken(body, at, noise), body[: at % (len(body) + 1)])
+    for path, one in zip(paths, bodies, strict=False):
+        check(apart.ask("POST", path, one, given_headers))
 
 
-@often
-@given(st.sampled_from(["/v1/chat/completions", "/v1/route"]), good_bodies, headers)
+@often(1_200)
+@given(good_bodies, headers, st.integers(0), junk)
 def test_what_is_nearly_right_gets_a_typed_answer(
-    apart: Apart, path: str, body: bytes, given_headers: list[tuple[bytes, bytes]]
+    apart: Apart,
+    body: bytes,
+    given_headers: list[tuple[bytes, bytes]],
+    at: int,
+    noise: bytes,
 ) -> None:
-    check(apart.ask("POST", path, body, given_headers))
+    chat = "/v1/chat/completions"
+    for path, one in ((chat, body), ("/v1/route", body), (chat, broken(body, at, noise))):
+        check(apart.ask("POST", path, one, given_headers))
 
 
 methods = st.sampled_from(
@@ -248,7 +267,7 @@ paths = st.one_of(
 )
 
 
-@often
+@often(3_000)
 @given(methods, paths, st.binary(max_size=30), headers, st.binary(max_size=50))
 def test_any_method_and_path_gets_a_typed_answer(
     apart: Apart,
@@ -260,6 +279,7 @@ def test_any_method_and_path_gets_a_typed_answer(
 ) -> None:
     answer = apart.ask(method, path, body, given_headers, query=query)
     if method == "HEAD" and not answer.body:
+        statuses[answer.status] += 1
         assert answer.status < 500
         return
     check(answer)

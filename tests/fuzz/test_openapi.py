@@ -1,0 +1,66 @@
+"""Schemathesis over the service's own description: what it says is true of what is answered."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import response_schema_conformance
+
+from tests.support.apart import Apart, site_apart
+from tests.support.serving import simulated
+
+CONFIG = simulated(
+    {"cpu": {"tokens": 2, "max_model_len": 100_000}},
+    experts={
+        "general": {"model": "m", "categories": ["general"]},
+        "vectors": {"model": "m", "capabilities": ["embeddings"]},
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Apart]:
+    with site_apart(CONFIG) as made:
+        yield made
+
+
+thorough = settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def test_every_operation_keeps_to_its_description(apart: Apart) -> None:
+    schema = schemathesis.openapi.from_url(apart.site.url + "/openapi.json")
+    asked: Counter[str] = Counter()
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        thorough(given(case=operation.as_strategy())(keeping(asked, operation)))()
+    assert len(asked) >= 15
+    assert sum(asked.values()) > 200
+
+
+def keeping(asked: Counter[str], operation: Any) -> Any:
+    name = f"{operation.method.upper()} {operation.path}"
+
+    def holds(case: Any) -> None:
+        # A deadline that is really short is answered by a 504, which is right.
+        if "x-coe-deadline-ms" in (case.headers or {}):
+            case.headers["x-coe-deadline-ms"] = "86400000"
+        reply = case.call(timeout=20)
+        asked[name] += 1
+        if name == "GET /ready":
+            return  # 503 is its way to say no
+        case.validate_response(reply, checks=[not_a_server_error, response_schema_conformance])
+        assert "Traceback" not in reply.text
+
+    return holds
