@@ -74,8 +74,11 @@ def run(config: Config, *, source: Path) -> None:
         _say(f"starting {source} ({len(config.experts)} experts); logs in {run_dir}")
         url = f"http://{_host(config)}:{config.server.port}"
         lobby.serve_socket(run_dir / "lobby")
-        lobby.serve_port(config.server.host, config.server.port)
-        _say(f"watch it start: {url}/console")
+        try:
+            lobby.serve_port(config.server.host, config.server.port)
+            _say(f"watch it start: {url}/console")
+        except OSError as error:
+            _say(f"nothing to look at until a gateway is there: {error}")
         cluster_env.prepare(run_dir, config.server, run_dir / "lobby")
         from service.deployment.local import LocalCluster
 

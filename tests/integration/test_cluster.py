@@ -9,6 +9,7 @@ import asyncio
 import os
 import re
 import signal
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -78,6 +79,16 @@ def client(service: Service) -> Iterator[openai.OpenAI]:
     """The official client, without its own retries."""
     with openai.OpenAI(base_url=service.url + "/v1", api_key="none", max_retries=0) as made:
         yield made
+
+
+def test_the_console_is_there_first_and_streams_through_haproxy(service: Service) -> None:
+    said = service.log
+    assert said.index(f"{service.url}/console") < said.index("Ray Serve is up")
+    with urllib.request.urlopen(service.url + "/console", timeout=10) as page:
+        assert b"<title>coe" in page.read()
+    with urllib.request.urlopen(service.url + "/console/events", timeout=10) as stream:
+        lines = [stream.readline() for _ in range(4)]
+    assert b"event: hello\n" in lines
 
 
 def test_chat(client: openai.OpenAI) -> None:
@@ -313,6 +324,8 @@ def test_a_stop_lets_streams_end_and_leaves_nothing(
         model="general", messages=HELLO, stream=True, max_tokens=150
     )
     chunks = [next(stream)]
+    # A page that somebody has left open must not hold the stop up.
+    page = urllib.request.urlopen(service.url + "/console/events", timeout=30)
     service.tree()
     # Ctrl-C on a terminal reaches the whole group; and again, by an impatient user.
     os.killpg(service.process.pid, signal.SIGINT)
@@ -320,6 +333,8 @@ def test_a_stop_lets_streams_end_and_leaves_nothing(
     chunks += list(stream)
     assert chunks[-1].choices[0].finish_reason == "length"
     assert len(chunks) == 150
+    with page:
+        assert page.read().startswith(b"retry:")
     run_dir = service.run_dir
     assert run_dir.is_dir()
     service.stop()
