@@ -25,7 +25,7 @@ from service import cluster_env
 from service.config import Config, load_config
 from service.config.server import LOOPBACK
 from service.errors import CoeError, StoreGone
-from service.link.secret import admin_key_path, make_secret, read_secret
+from service.link.secret import admin_key_path, make_secret, node_folder, read_secret
 from service.lobby import Lobby
 from service.reload import Running, config_file, reload
 
@@ -64,13 +64,13 @@ def run(config: Config, *, source: Path) -> None:
     config = _where_keys_allow(config)
     _check_port(config)
     run_dir = _make_run_dir()
-    cluster = None
+    cluster = node = None
     lobby = Lobby((_IMPORTS, _RAY, _SERVE, _GATEWAY, _EXPERTS), began_s)
     _on_signals(stop)
     try:
         secret_path = run_dir / "secret"
         _keep_admin_key()
-        make_secret(secret_path)
+        node = node_folder(make_secret(secret_path))
         _say(f"starting {source} ({len(config.experts)} experts); logs in {run_dir}")
         url = f"http://{_host(config)}:{config.server.port}"
         lobby.serve_socket(run_dir / "lobby")
@@ -110,6 +110,9 @@ def run(config: Config, *, source: Path) -> None:
             cluster.stop()
         lobby.close()
         shutil.rmtree(run_dir, ignore_errors=True)
+        if node is not None:
+            # A killed process leaves its socket.
+            shutil.rmtree(node, ignore_errors=True)
     _say("stopped")
 
 

@@ -19,10 +19,9 @@ from service.app import GatewayProcess, PoolProcess
 from service.config import Config
 from service.deployment.server import QuietServer, bind_free_port, server_config
 from service.link import addresses
-from service.link.secret import read_secret
+from service.link.secret import node_folder, read_secret
 from service.reload import config_file, current_config, follow, reload
 from service.telemetry.logs import set_up_logs
-from service.telemetry.node import node_folder
 
 # The name under which autoscaling reads what a pool reports.
 QUEUED = "queued"

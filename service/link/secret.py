@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 HEADER = "x-coe-secret"
@@ -48,3 +50,9 @@ def read_secret(path: Path) -> str:
 def same(given: bytes, secret: bytes) -> bool:
     """Whether they are equal, in constant time."""
     return hmac.compare_digest(given, secret)
+
+
+def node_folder(secret: str) -> Path:
+    """Where the processes of one cluster have their sockets for metrics on this node."""
+    digest = hashlib.blake2b(secret.encode(), digest_size=8).hexdigest()
+    return Path(tempfile.gettempdir()) / f"coe-{os.getuid()}-{digest}"

@@ -10,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import hashlib
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -32,12 +30,6 @@ _YOUNG_S = 10.0
 _MOST_PATH = 107
 
 Text = Callable[[], Awaitable[str]]
-
-
-def node_folder(secret: str) -> Path:
-    """Where the processes of one cluster have their sockets on this node."""
-    digest = hashlib.blake2b(secret.encode(), digest_size=8).hexdigest()
-    return Path(tempfile.gettempdir()) / f"coe-{os.getuid()}-{digest}"
 
 
 class NodeTarget:

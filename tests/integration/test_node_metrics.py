@@ -12,7 +12,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from service.telemetry.node import NodeTarget, node_folder
+from service.link.secret import node_folder
+from service.telemetry.node import NodeTarget
 from tests.support.waiting import until
 
 
