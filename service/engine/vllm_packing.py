@@ -86,6 +86,8 @@ class _Matrix:
             if mapped:
                 module.weight.data = module.weight.data.clone()
         else:
+            # These two hold each other; the file must not stay mapped until the collector comes.
+            self._parameter.data = torch.empty(0, dtype=self._parameter.dtype)
             self._scratch.packed_bytes += self._bytes
             if self._own is not None:
                 self._scratch.give(self._own)
