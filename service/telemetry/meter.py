@@ -31,12 +31,15 @@ _Key = tuple[Declared | str, ...]
 
 
 class _Series:
-    """One label set. `value` is a counter's or gauge's, and the sum of a histogram's values."""
+    """One label set. `value` is a counter's or gauge's, and the sum of a histogram's values.
 
-    __slots__ = ("buckets", "value")
+    `told`: what somebody else's counter stood at last.
+    """
+
+    __slots__ = ("buckets", "told", "value")
 
     def __init__(self, metric: Declared) -> None:
-        self.value = 0.0
+        self.value = self.told = 0.0
         # One more than there are bounds: what is over all of them.
         self.buckets = [0] * (len(metric.buckets) + 1)
 
@@ -59,9 +62,13 @@ class Meter:
         (self._series.get((metric, *labels)) or self._new(metric, labels)).value += amount
 
     def total(self, metric: Declared, value: float, *labels: str) -> None:
-        """A counter that somebody else keeps has come to `value`."""
+        """A counter that somebody else keeps has come to `value`.
+
+        Where it fell, as a part of it went away, what is counted from there on is added.
+        """
         series = self._series.get((metric, *labels)) or self._new(metric, labels)
-        series.value = max(series.value, value)
+        series.value += max(0.0, value - series.told)
+        series.told = value
 
     def put(self, metric: Declared, value: float, *labels: str) -> None:
         """A gauge stands at `value` now."""
