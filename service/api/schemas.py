@@ -81,6 +81,12 @@ _HEADERS = [
         "schema": {"type": "integer", "minimum": 1, "maximum": 86_400_000},
     },
     {
+        "name": "x-coe-cache",
+        "in": "header",
+        "description": "Whether an answer that was kept will do, where the tenant has a cache.",
+        "schema": {"type": "string", "enum": ["off", "exact", "semantic"]},
+    },
+    {
         "name": "x-request-id",
         "in": "header",
         "description": "Yours, given back in the reply.",
