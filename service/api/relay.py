@@ -13,12 +13,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import aiohttp
-import orjson
 
 from service.api.body import Asked
 from service.api.conversations import Conversations
 from service.api.passage import Passage, Spent
 from service.api.plan import Plan
+from service.api.pool_faults import RETRIED, fault_from, too_late, whole
 from service.api.reply import Reply
 from service.api.seats import RemoteSeat, seats_view
 from service.api.spending import Spending
@@ -38,7 +38,6 @@ from service.errors import (
     EngineSilent,
     ExpertFailed,
     InvalidRequest,
-    OverCapacity,
     PoolGone,
     Unavailable,
     UpstreamError,
@@ -54,7 +53,6 @@ if TYPE_CHECKING:
 # The pool enforces the deadline; the gateway only sees to it that a pool that
 # hangs can't keep a client for ever.
 _GRACE_S = 1.0
-_RETRIED = frozenset({"draining", "engine_dead", "over_capacity", "expert_failed", "pool_gone"})
 _TRIES_PER_POOL = 2
 
 
@@ -322,9 +320,7 @@ class Relay:
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise _too_late(
-                asked, silent=asked.stream and (handed.is_set() or not remote)
-            ) from None
+            raise too_late(asked, silent=asked.stream and (handed.is_set() or not remote)) from None
 
     def _link(self, boot: str) -> PoolLink:
         for link in self._directory.links():
@@ -338,9 +334,9 @@ class Relay:
         fault = answer.headers.get(FAULT_HEADER.decode())
         if fault in (DeadlineExceeded.code, EngineSilent.code):
             # In the client's own figure: the pool knows only what was left of it.
-            raise _too_late(asked, silent=fault == EngineSilent.code)
-        if fault in _RETRIED:
-            raise _fault_from(fault, await _whole(answer), answer.headers.get("retry-after"))
+            raise too_late(asked, silent=fault == EngineSilent.code)
+        if fault in RETRIED:
+            raise fault_from(fault, await whole(answer), answer.headers.get("retry-after"))
         content_type = answer.headers.get("content-type", "application/json").encode("latin-1")
         head = [(b"content-type", content_type)]
         for name in ("retry-after", "x-coe-fault"):
@@ -350,7 +346,7 @@ class Relay:
         reply.passage.swap_ms = float(answer.headers.get(SWAP_MS, "0"))
         reply.passage.engine_ms = float(answer.headers.get(ENGINE_MS, "0"))
         if not content_type.startswith(b"text/event-stream"):
-            body = await _whole(answer)
+            body = await whole(answer)
             await reply(_start(answer.status, head))
             await reply({"type": "http.response.body", "body": body})
             return
@@ -378,32 +374,5 @@ def _traced(
     return trace.attempt(option.expert, option.boot or None)
 
 
-def _too_late(asked: Asked, *, silent: bool) -> DeadlineExceeded:
-    kind = EngineSilent if silent else DeadlineExceeded
-    said = f"no answer within the deadline of {asked.deadline_ms} ms"
-    return kind(said, code=DeadlineExceeded.code)
-
-
 def _start(status: int, headers: list[tuple[bytes, bytes]]) -> Message:
     return {"type": "http.response.start", "status": status, "headers": headers}
-
-
-async def _whole(answer: PoolReply) -> bytes:
-    try:
-        return await answer.chunks.read()
-    except (aiohttp.ClientError, OSError):
-        raise PoolGone("the pool that was answering went away") from None
-
-
-def _fault_from(code: str, body: bytes, retry_after: str | None) -> Unavailable:
-    """A pool's error as an exception again, with its own words."""
-    try:
-        message = str(orjson.loads(body)["error"]["message"])
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        message = "the pool could not answer"
-    kinds: dict[str, type[Unavailable]] = {
-        "over_capacity": OverCapacity,
-        "expert_failed": ExpertFailed,
-        "engine_dead": EngineDead,
-    }
-    return kinds.get(code, PoolGone)(message, retry_after_s=float(retry_after or 1))
