@@ -13,7 +13,9 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from service.config import Config
 from service.link.asgi import read_body
+from tests.integration.test_recipes import Cast
 from tests.support.serving import chat, serving, simulated, site
+from tests.support.traffic import LINES, everything
 
 CLIENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 SECRET = "a prompt that nobody else may read"
@@ -185,3 +187,20 @@ async def test_a_remote_expert_gets_the_context(on: bool) -> None:
         _, trace_id, parent, _ = got[0].split("-")
         assert trace_id == CLIENT.split("-")[1]
         assert collector.one("chat far").span_id.hex() == parent
+
+
+async def test_a_recipe_s_experts_stand_in_one_trace() -> None:
+    cast = Cast()
+    cast.lines = dict(LINES)
+    async with serving(cast) as upstream, collecting() as (collector, url):
+        config = everything(upstream.url)
+        telemetry = config.telemetry.model_copy(update={"traces_url": url})
+        async with site(config.model_copy(update={"telemetry": telemetry})) as s:
+            status, headers, _ = await s.ask(chat(model="careful"))
+            assert (status, headers["x-coe-expert"]) == (200, "strong")
+        server = collector.one("POST /v1/chat/completions")
+        for name in ("chat far", "chat near", "chat strong"):
+            asked = collector.one(name)
+            assert asked.trace_id == server.trace_id
+            assert collector.parent(asked) == "coe-gateway POST /v1/chat/completions"
+        assert attributes(server)["coe.recipe"].startswith("cascade(")

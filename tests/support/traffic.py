@@ -11,6 +11,9 @@ from tests.integration.test_recipes import Cast
 from tests.support.serving import Site, chat, serving, simulated, site
 from tests.support.waiting import until
 
+# The first two differ, so that the cascade goes on to the strong one.
+LINES = {"far": "41", "near": "42", "strong": "The answer is 42."}
+
 
 def everything(url: str) -> Config:
     """Two experts that share a slot, remote ones with a cascade, prices and a budget."""
@@ -25,9 +28,12 @@ def everything(url: str) -> Config:
         "general": {"model": "m", "categories": ["general"], "price": price},
         "math": {"model": "m", "categories": ["math"], "price": price},
         "far": far("far"),
+        "near": far("near"),
         "strong": far("strong"),
     }
-    given["recipes"] = {"careful": {"kind": "cascade", "members": ["far"], "later": ["strong"]}}
+    given["recipes"] = {
+        "careful": {"kind": "cascade", "members": ["far", "near"], "later": ["strong"]}
+    }
     given["pools"]["cpu"] |= {"slots": 1, "swap": {"min_stay_s": 0.02}}
     given["tenants"] = {
         "default": {
@@ -43,8 +49,7 @@ def everything(url: str) -> Config:
 async def busy_site() -> AsyncIterator[Site]:
     """The site, and its upstream."""
     cast = Cast()
-    # Unsure, so that the cascade goes on to the strong one.
-    cast.lines = {"far": "It is 41, or 42.", "strong": "The answer is 42."}
+    cast.lines = dict(LINES)
     async with serving(cast) as upstream, site(everything(upstream.url)) as s:
         yield s
 
