@@ -257,7 +257,6 @@ class Ensemble:
         passage.calls = [call for one in self.answers for call in one.passage.calls]
         passage.queue_ms = max((one.passage.queue_ms for one in self.answers), default=0.0)
         passage.swap_ms = max((one.passage.swap_ms for one in self.answers), default=0.0)
-        passage.attempts = sum(one.passage.attempts for one in self.answers)
 
     async def _send(self, answer: Answer) -> None:
         """A member's answer to the client, as a stream if that was asked for."""

@@ -31,7 +31,7 @@ log = logging.getLogger("coe.feedback")
 _MOST = 100_000
 _RENEW_S = 2.0
 _LONGEST_ID = 200
-_OURS = re.compile(r"(?:^|[-_])([0-9a-f]{24})(?:-\d{1,2})?$")
+_OURS = re.compile(r"(?:^|[-_])([0-9a-f]{24})(?:-[a-z0-9]{1,8})*$")
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,13 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Print a table without lines."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in head:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        # As text: what stands in brackets is no markup.
+        table.add_row(*map(Text, row))
     # Somebody's file or program gets every line whole.
     Console(width=None if sys.stdout.isatty() else _PIPED_COLUMNS).print(table)
