@@ -163,6 +163,9 @@ limits:
 {{/* What Ray reads when it starts, of deploy/ray/node.env: the same on every node. */}}
 {{- define "coe.rayEnv" -}}
 {{- $own := dict "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S" (add 5 (include "coe.drainSeconds" . | int) | toString) -}}
+{{- if .Values.kuberay.logsToStderr -}}
+{{- $_ := set $own "RAY_SERVE_LOG_TO_STDERR" "1" -}}
+{{- end -}}
 {{- $limits := (include "coe.config" . | fromYaml).server.limits | default dict -}}
 {{- with $limits.stall_timeout_s -}}
 {{- $_ := set $own "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S" (ceil (float64 .) | int | toString) -}}

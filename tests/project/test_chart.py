@@ -336,6 +336,8 @@ def test_nodes_have_the_environment_that_serve_needs(newest: str) -> None:
     # The operator sets Ray's authentication itself.
     wanted = every_node(ServerConfig(drain_s=60))
     del wanted["RAY_AUTH_MODE"]
+    # Else Serve keeps what its replicas say for a file of its own.
+    wanted |= {"RAY_SERVE_LOG_TO_STDERR": "1", "RAY_LOG_TO_STDERR": "1"}
     for name, pod in pods.items():
         environment = {e["name"]: e.get("value") for e in pod["spec"]["containers"][0]["env"]}
         assert wanted.items() <= environment.items(), name
