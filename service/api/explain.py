@@ -10,6 +10,7 @@ from service.broker.choice import Weighed
 
 _WHY = {
     "no pool": "no running pool has it",
+    "context": "the prompt and its answer do not fit into its context",
     "max_cost": "costs more than max_cost",
     "deadline": "would miss the deadline",
 }

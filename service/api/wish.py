@@ -35,6 +35,7 @@ def wish_for(
         cost_price=cost_price,
         most_cost=asked.max_cost if asked.max_cost is not None else math.inf,
         deadline_s=left_s if left_s is not None else asked.deadline_ms / 1000,
+        context_tokens=asked.prompt_tokens + (asked.most_tokens or 0),
         streams=asked.stream,
         warm=warm,
         banned=banned,

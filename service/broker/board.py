@@ -24,7 +24,8 @@ REMOTE = ""
 
 _IDLE = Queue()
 # Rows of one pool's array.
-_ETA, _FIRST, _PER_TOKEN, _CHUNK, _CAPACITY, _AHEAD, _DISPLACED, _USABLE = range(8)
+_ETA, _FIRST, _PER_TOKEN, _CHUNK, _CAPACITY, _AHEAD, _DISPLACED, _USABLE, _CONTEXT = range(9)
+_COLUMNS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,8 @@ class Standing:
 
     eta: until the expert's weights are there; first, per_token: to its first token, and more
     for each prompt token; chunk: per token of the answer; ahead: requests before a new one
-    in its slot; displaced: what a swap for it costs others.
+    in its slot; displaced: what a swap for it costs others; context: tokens that prompt and
+    answer may have together, 0 where that is not known.
     """
 
     boots: tuple[str, ...]
@@ -66,6 +68,7 @@ class Standing:
     capacity: Floats
     ahead: Floats
     displaced: Floats
+    context: Floats
 
 
 class Board:
@@ -82,7 +85,7 @@ class Board:
             known = {view.boot for view in views}
             self._rows = {boot: row for boot, row in self._rows.items() if boot in known}
         width = len(self._index)
-        table = np.empty((len(views), 8, width))
+        table = np.empty((len(views), _COLUMNS, width))
         for i, view in enumerate(views):
             table[i] = self._row(view.boot, view.snapshot)
             if view.unseen:
@@ -98,6 +101,7 @@ class Board:
             capacity=table[:, _CAPACITY],
             ahead=table[:, _AHEAD],
             displaced=table[:, _DISPLACED],
+            context=table[:, _CONTEXT],
         )
 
     def _row(self, boot: str, snapshot: Snapshot) -> Floats:
@@ -121,7 +125,7 @@ class Board:
 
 
 def _row_of(snapshot: Snapshot, index: dict[str, int]) -> Floats:
-    row = np.zeros((8, len(index)))
+    row = np.zeros((_COLUMNS, len(index)))
     row[_CAPACITY] = 1.0
     queues, speeds = snapshot.queues, snapshot.speeds
     in_slot: dict[int, int] = {}
@@ -151,6 +155,7 @@ def _row_of(snapshot: Snapshot, index: dict[str, int]) -> Floats:
                 ahead,
                 displaced,
                 1.0,
+                state.max_model_len,
             )
         )
     if columns:

@@ -48,6 +48,7 @@ class Wish:
     expected spending of one call. time_price: quality per second. cost_price: quality per
     unit of cost. most_cost: hard bound on what all calls of a recipe may cost together.
     deadline_s: time that is left, to the first token where `streams`, else to the end.
+    context_tokens: what prompt and answer need together, as far as that is known.
     """
 
     rows: Ints
@@ -60,6 +61,7 @@ class Wish:
     cost_price: float = 0.0
     most_cost: float = _NEVER
     deadline_s: float = _NEVER
+    context_tokens: int = 0
     streams: bool = False
     warm: Warm | None = None
     banned: Collection[tuple[str, str]] = field(default=())
@@ -154,7 +156,9 @@ class Weighed:
 def weigh(book: Book, standing: Standing, wish: Wish) -> Weighed:
     """Weigh every recipe of a wish. Pools that were not heard of for over a second count only
     where nothing else is left."""
-    usable = standing.usable
+    roomy = standing.usable & ((standing.context == 0) | (standing.context >= wish.context_tokens))
+    # Where it fits nowhere, the engine says so, with both numbers.
+    usable = roomy if roomy.any() else standing.usable
     if wish.banned:
         usable = usable.copy()
         for expert, boot in wish.banned:
@@ -240,6 +244,10 @@ def _total(
     barred = np.zeros(len(rows), dtype="U8")
     nowhere = ~np.isfinite(time)
     barred[nowhere] = "no pool"
+    if nowhere.any() and wish.context_tokens:
+        held = standing.usable.any(axis=0)
+        small = held & ~np.isfinite(wait)
+        barred[nowhere & (book.asks[rows] & small).any(axis=1)] = "context"
     if np.isfinite(wish.most_cost):
         worst = asked[2].sum(axis=1) + per[2][later].sum(axis=1)
         barred[(worst > wish.most_cost) & (barred == "")] = "max_cost"

@@ -225,6 +225,18 @@ def test_a_stale_pool_only_where_nothing_else_is_left() -> None:
     assert winner(decided(view("x", age_s=1.5))) == ("a", "x")
 
 
+def test_a_prompt_goes_where_it_fits_and_to_the_engine_s_own_error_where_it_fits_nowhere() -> None:
+    both = {
+        "a": ExpertState(Residency.DEVICE, max_model_len=1000),
+        "b": ExpertState(Residency.DEVICE, slot=1, max_model_len=8000),
+    }
+    pool = view("x", experts=both)
+    for tokens, first in ((900, "a"), (1100, "b"), (9000, "a")):
+        got = decided(pool, quality={"a": 0.9, "b": 0.5}, context_tokens=tokens)
+        assert winner(got) == (first, "x")
+    assert decided(pool, quality={"a": 0.9, "b": 0.5}, context_tokens=1100).barred[0] == "context"
+
+
 def test_banned_places_are_not_asked_again() -> None:
     pools = view("x"), view("y", running=8)
     assert winner(decided(*pools, banned={("a", "x")})) == ("a", "y")
