@@ -16,7 +16,7 @@ import psutil
 
 from loadtests.chaos_site import GATEWAY, POOL, Site, site
 from loadtests.chaos_traffic import BAD, BROKEN, RESET, RIGHT, TYPED, Tally, Traffic
-from loadtests.machine import Watch, describe
+from loadtests.command import parser, tell
 from loadtests.process import fetch, say
 from loadtests.reach import Reach, Report, Table
 
@@ -282,28 +282,18 @@ async def _measure(given: argparse.Namespace) -> Report:
 
 def main() -> int:
     """0: measured, whatever was reached. 1: could not be measured."""
-    parser = argparse.ArgumentParser(prog="python -m loadtests.chaos", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="of every fault (default 3)")
-    parser.add_argument("--clients", type=int, default=16, help="requests at once (default 16)")
-    parser.add_argument(
+    words = parser("chaos", __doc__)
+    words.add_argument("--rounds", type=int, default=3, help="of every fault (default 3)")
+    words.add_argument("--clients", type=int, default=16, help="requests at once (default 16)")
+    words.add_argument(
         "--settle", type=float, default=3.0, help="s of traffic after each fault (default 3)"
     )
-    parser.add_argument(
+    words.add_argument(
         "--no-real", dest="real", action="store_false", help="leave out the real engine"
     )
-    parser.add_argument("--port", type=int, default=8200, help="first of 12 free ports (8200)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    given = parser.parse_args()
-    watch = Watch.start()
-    try:
-        report = asyncio.run(_measure(given))
-    except (RuntimeError, OSError) as error:
-        print(f"loadtests: {error}", file=sys.stderr)
-        return 1
-    report.facts["machine"] = watch.report()
-    report.notes.append(describe(report.facts["machine"]))
-    report.tell(as_json=given.json)
-    return 0
+    words.add_argument("--port", type=int, default=8200, help="first of 12 free ports (8200)")
+    given = words.parse_args()
+    return tell(lambda _: asyncio.run(_measure(given)), as_json=given.json)
 
 
 if __name__ == "__main__":

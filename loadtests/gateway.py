@@ -13,27 +13,23 @@ import sys
 import uvloop
 
 from loadtests import against_bare, against_litellm, simulated
-from loadtests.machine import Watch, describe
+from loadtests.command import parser, tell
+from loadtests.machine import Watch
 from loadtests.reach import Report
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.gateway",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--engine", choices=("vllm", "simulated"), default="vllm")
-    parser.add_argument("--peer", choices=("litellm",), help="another gateway to compare with")
-    parser.add_argument("--quick", action="store_true", help="fewer pairs, wider intervals")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument(
+    words = parser("gateway", __doc__)
+    words.add_argument("--engine", choices=("vllm", "simulated"), default="vllm")
+    words.add_argument("--peer", choices=("litellm",), help="another gateway to compare with")
+    words.add_argument("--quick", action="store_true", help="fewer pairs, wider intervals")
+    words.add_argument(
         "--threads", type=int, default=2, help="OMP threads of each vLLM engine (default 2)"
     )
-    parser.add_argument(
+    words.add_argument(
         "--port", type=int, default=8200, help="first of four free ports in a row (default 8200)"
     )
-    return parser.parse_args()
+    return words.parse_args()
 
 
 async def _measure(given: argparse.Namespace, watch: Watch) -> Report:
@@ -47,17 +43,7 @@ async def _measure(given: argparse.Namespace, watch: Watch) -> Report:
 def main() -> int:
     """0: measured, whatever was reached. 1: could not be measured."""
     given = _arguments()
-    watch = Watch.start()
-    try:
-        report = uvloop.run(_measure(given, watch))
-    except (RuntimeError, OSError) as error:
-        print(f"loadtests: {error}", file=sys.stderr)
-        return 1
-    machine = watch.report()
-    report.facts["machine"] = machine
-    report.notes.append(describe(machine))
-    report.tell(as_json=given.json)
-    return 0
+    return tell(lambda watch: uvloop.run(_measure(given, watch)), as_json=given.json)
 
 
 if __name__ == "__main__":

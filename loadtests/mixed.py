@@ -8,7 +8,6 @@ with the base alone in memory.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 import time
@@ -16,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 
-from loadtests.machine import Watch, describe
+from loadtests.command import parser, tell
 from loadtests.mixed_fcfs import Fcfs
 from loadtests.mixed_trace import Ask, mean_tokens, trace
 from loadtests.process import say
@@ -24,7 +23,6 @@ from loadtests.reach import Reach, Report, Table
 from loadtests.stats import percentile
 from loadtests.swap_engine import SharedEngine, ask, prepare, settings, weights
 from service.config import Config
-from service.errors import CoeError
 from service.pool.planner import Policy
 from service.pool.swap_slot import SwapSlot
 from service.pool.units import Known, Unit
@@ -230,32 +228,20 @@ def _report(
 
 def main() -> int:
     """0: measured, whatever was reached. 1: could not be measured."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.mixed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--quick", action="store_true", help="a trace of 15 s instead of 50")
-    parser.add_argument(
+    words = parser("mixed", __doc__)
+    words.add_argument("--quick", action="store_true", help="a trace of 15 s instead of 50")
+    words.add_argument(
         "--share",
         type=float,
         default=0.55,
         help="load as a share of what the engine can do with every place taken (default 0.55)",
     )
-    given = parser.parse_args()
+    given = words.parse_args()
     prepare()
-    watch = Watch.start()
-    try:
-        report = asyncio.run(run(given.share, 15.0 if given.quick else 50.0))
-    except (RuntimeError, OSError, CoeError) as error:
-        print(f"loadtests: {error}", file=sys.stderr)
-        return 1
-    machine = watch.report()
-    report.facts["machine"] = machine
-    report.notes.append(describe(machine))
-    report.tell(as_json=given.json)
-    return 0
+    return tell(
+        lambda _: asyncio.run(run(given.share, 15.0 if given.quick else 50.0)),
+        as_json=given.json,
+    )
 
 
 if __name__ == "__main__":

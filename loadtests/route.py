@@ -21,10 +21,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: one core is what we state
 
 from loadtests import route_choice, route_replay, route_share
-from loadtests.machine import Watch, describe
+from loadtests.command import parser, tell
 from loadtests.reach import Reach, Report, Table, at_most
 from loadtests.stats import median
-from service.errors import ArtifactError
 from service.router.artifact import load_artifact
 from service.router.classify import Classifier
 from service.router.conversation import assess_turns
@@ -109,42 +108,36 @@ def measure(artifact: Path, rounds: int) -> Report:
 
 def main() -> int:
     """0: measured, whatever was reached. 1: could not be measured."""
-    parser = argparse.ArgumentParser(prog="python -m loadtests.route", description=__doc__)
-    parser.add_argument("--artifact", type=Path, default=DEMO, help="a router artifact's folder")
-    parser.add_argument("--rounds", type=int, default=400, help="prompts a size (default 400)")
-    parser.add_argument("--outcomes", type=Path, nargs="+", help="recorded outcomes, to replay")
-    parser.add_argument("--costs", type=Path, help="JSON: {expert: cost of one call}")
-    parser.add_argument("--experts", type=lambda text: text.split(","), help="only these")
-    parser.add_argument(
+    words = parser("route", __doc__)
+    words.add_argument("--artifact", type=Path, default=DEMO, help="a router artifact's folder")
+    words.add_argument("--rounds", type=int, default=400, help="prompts a size (default 400)")
+    words.add_argument("--outcomes", type=Path, nargs="+", help="recorded outcomes, to replay")
+    words.add_argument("--costs", type=Path, help="JSON: {expert: cost of one call}")
+    words.add_argument("--experts", type=lambda text: text.split(","), help="only these")
+    words.add_argument(
         "--budgets", type=lambda text: [float(b) for b in text.split(",")], default=[7.5, 20, 31]
     )
-    parser.add_argument("--share", action="store_true", help="share of traffic against load")
-    parser.add_argument("--plot", type=Path, help="with --share: draw it into this PNG")
-    parser.add_argument("--port", type=int, default=8180)
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    given = parser.parse_args()
+    words.add_argument("--share", action="store_true", help="share of traffic against load")
+    words.add_argument("--plot", type=Path, help="with --share: draw it into this PNG")
+    words.add_argument("--port", type=int, default=8180)
+    given = words.parse_args()
     if given.outcomes and given.costs is None:
-        parser.error("--outcomes needs --costs")
-    watch = Watch.start()
-    try:
-        report = Report("route")
-        if given.share:
-            route_share.measure(report, given.port, given.plot)
-        elif given.outcomes:
-            route_replay.measure(report, given.outcomes, given.costs, given.experts, given.budgets)
-        else:
-            if hasattr(os, "sched_setaffinity"):
-                os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-            report = measure(given.artifact, max(given.rounds, 10))
-            route_choice.measure(report, max(given.rounds, 10))
-    except (ArtifactError, RuntimeError, ValueError, OSError) as error:
-        print(f"loadtests: {error}", file=sys.stderr)
-        return 1
-    machine = watch.report()
-    report.facts["machine"] = machine
-    report.notes.append(describe(machine))
-    report.tell(as_json=given.json)
-    return 0
+        words.error("--outcomes needs --costs")
+    return tell(lambda _: _measured(given), as_json=given.json)
+
+
+def _measured(given: argparse.Namespace) -> Report:
+    report = Report("route")
+    if given.share:
+        route_share.measure(report, given.port, given.plot)
+    elif given.outcomes:
+        route_replay.measure(report, given.outcomes, given.costs, given.experts, given.budgets)
+    else:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        report = measure(given.artifact, max(given.rounds, 10))
+        route_choice.measure(report, max(given.rounds, 10))
+    return report
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ threads of every process are looked at all the while.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import statistics
 import sys
@@ -20,7 +19,7 @@ import psutil
 from loadtests.chaos import MIX, calm
 from loadtests.chaos_site import Site, site
 from loadtests.chaos_traffic import LEFT, RIGHT, Traffic
-from loadtests.machine import Watch, describe
+from loadtests.command import parser, tell
 from loadtests.process import say
 from loadtests.reach import Reach, Report, Table
 
@@ -145,26 +144,15 @@ def _tell(
 
 def main() -> int:
     """0: measured, whatever was reached. 1: could not be measured."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.soak",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    words = parser("soak", __doc__)
+    words.add_argument("--minutes", type=float, default=30.0, help="how long (default 30)")
+    words.add_argument("--clients", type=int, default=16, help="requests at once (default 16)")
+    words.add_argument("--port", type=int, default=8200, help="first of three free ports (8200)")
+    given = words.parse_args()
+    return tell(
+        lambda _: asyncio.run(soak(given.port, given.minutes, given.clients)),
+        as_json=given.json,
     )
-    parser.add_argument("--minutes", type=float, default=30.0, help="how long (default 30)")
-    parser.add_argument("--clients", type=int, default=16, help="requests at once (default 16)")
-    parser.add_argument("--port", type=int, default=8200, help="first of three free ports (8200)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    given = parser.parse_args()
-    watch = Watch.start()
-    try:
-        report = asyncio.run(soak(given.port, given.minutes, given.clients))
-    except (RuntimeError, OSError) as error:
-        print(f"loadtests: {error}", file=sys.stderr)
-        return 1
-    report.facts["machine"] = watch.report()
-    report.notes.append(describe(report.facts["machine"]))
-    report.tell(as_json=given.json)
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ memory, reading and packing the same file, and starting an engine.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import subprocess
@@ -19,14 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from loadtests.machine import Watch, describe
+from loadtests.command import parser, tell
 from loadtests.process import say
 from loadtests.reach import Report, Table, at_least, at_most
 from loadtests.stats import Estimate, median, ratio_of_medians
 from loadtests.swap_engine import SharedEngine, ask, prepare, settings, weights
 from service.config import Config
 from service.engine.vllm import VllmEngine, VllmModel
-from service.errors import CoeError
 
 _FAMILY = 4
 _INPLACE_MS, _TIMES_FASTER, _OF_PACKING, _GROWTH = 60.0, 300.0, 1.5, 0.02
@@ -214,27 +212,15 @@ def report_of(found: Found) -> Report:
 
 def main() -> int:
     """0: measured, whatever was reached. 1: could not be measured."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.swap",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--times", type=int, default=10, help="swaps by each method (10)")
-    parser.add_argument("--respawns", type=int, default=3, help="new engines (3)")
-    given = parser.parse_args()
+    words = parser("swap", __doc__)
+    words.add_argument("--times", type=int, default=10, help="swaps by each method (10)")
+    words.add_argument("--respawns", type=int, default=3, help="new engines (3)")
+    given = words.parse_args()
     prepare()
-    watch = Watch.start()
-    try:
-        report = report_of(asyncio.run(measure(settings(), given.times, given.respawns)))
-    except (RuntimeError, OSError, CoeError) as error:
-        print(f"loadtests: {error}", file=sys.stderr)
-        return 1
-    machine = watch.report()
-    report.facts["machine"] = machine
-    report.notes.append(describe(machine))
-    report.tell(as_json=given.json)
-    return 0
+    return tell(
+        lambda _: report_of(asyncio.run(measure(settings(), given.times, given.respawns))),
+        as_json=given.json,
+    )
 
 
 if __name__ == "__main__":

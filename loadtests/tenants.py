@@ -27,7 +27,7 @@ from redis.exceptions import RedisError
 
 from loadtests import stats
 from loadtests.client import Exchange, Target, closed_loop
-from loadtests.machine import Watch, describe
+from loadtests.command import parser, tell
 from loadtests.process import fetch, running, say
 from loadtests.prompts import prompts
 from loadtests.reach import Reach, Report, Table
@@ -255,21 +255,16 @@ async def _later(loop: Any, target: Target, ask: Callable[[], bytes], for_s: flo
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.tenants",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--only", choices=("limits", "fairness"), help="one of the two")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the limits (default 3)")
-    parser.add_argument(
+    words = parser("tenants", __doc__)
+    words.add_argument("--only", choices=("limits", "fairness"), help="one of the two")
+    words.add_argument("--rounds", type=int, default=3, help="rounds of the limits (default 3)")
+    words.add_argument(
         "--for-s", type=float, default=40.0, help="seconds for each way of the fairness"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument(
+    words.add_argument(
         "--port", type=int, default=8200, help="first of four free ports in a row (default 8200)"
     )
-    return parser.parse_args()
+    return words.parse_args()
 
 
 async def _measure(given: argparse.Namespace) -> Report:
@@ -284,17 +279,7 @@ async def _measure(given: argparse.Namespace) -> Report:
 def main() -> int:
     """0: measured, whatever was reached. 1: could not be measured."""
     given = _arguments()
-    watch = Watch.start()
-    try:
-        report = uvloop.run(_measure(given))
-    except (RuntimeError, OSError) as error:
-        print(f"loadtests: {error}", file=sys.stderr)
-        return 1
-    machine = watch.report()
-    report.facts["machine"] = machine
-    report.notes.append(describe(machine))
-    report.tell(as_json=given.json)
-    return 0
+    return tell(lambda _: uvloop.run(_measure(given)), as_json=given.json)
 
 
 if __name__ == "__main__":
