@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -20,43 +19,39 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from service import __version__
-from service.api import catalog, ending
+from service.api import catalog
 from service.api.accounts import Accounts
-from service.api.admission import Admission, Admitted
+from service.api.admin import Reload, admin_routes
+from service.api.admission import Admission
 from service.api.answering import Answering
-from service.api.body import ENDPOINTS, Asked
+from service.api.body import ENDPOINTS
 from service.api.cache import Cache
 from service.api.console.endpoints import console_routes
 from service.api.console.feed import Feed
-from service.api.console.recent import Recent, account
+from service.api.console.recent import Recent
 from service.api.feedback import read_vote
 from service.api.guard.guard import Guard
 from service.api.intake import Intake
-from service.api.passage import Passage
-from service.api.plan import Plan, Router
+from service.api.plan import Router
+from service.api.prompts import Prompts
 from service.api.relay import Relay
 from service.api.schemas import describe
 from service.config import Config
 from service.errors import (
     CoeError,
-    ConfigError,
-    Conflict,
     InvalidRequest,
     PoolGone,
-    TooMany,
     Unauthorized,
     UnknownEndpoint,
     UnknownModel,
 )
-from service.link.asgi import ClientGone, Message, Receive, Send, read_body, until_gone
-from service.link.call import trace_of
+from service.link.asgi import ClientGone, Receive, Send, read_body
 from service.link.client import PoolLink
 from service.link.directory import Directory
 from service.link.faults import Fault, fault_of
 from service.link.secret import same
 from service.telemetry import table
 from service.telemetry.exposition import CONTENT_TYPE, join
-from service.telemetry.logs import log_fields
 from service.telemetry.metrics import GatewayMetrics
 
 if TYPE_CHECKING:
@@ -109,154 +104,39 @@ class Gateway:
         self._behind_serve = behind_serve
         self._admin_key = admin_key
         # Puts the config's file in force anew, where somebody here keeps it.
-        self.reload: Callable[[], Awaitable[dict[str, list[str]]]] | None = None
+        self.reload: Reload | None = None
         self._created_s = int(time.time())
         self.metrics = GatewayMetrics(name for name, e in config.experts.items() if e.remote)
-        self._cache = cache
         cache.meter = self.metrics.meter
         self._intake = Intake(
             config, guard or Guard(config), admission.identify, self.metrics.meter
         )
         self.metrics.meter.on_read(self._read_pools)
         self._neighbours = neighbours
-        self._traces = traces
-        self._recent = Recent()
+        recent = Recent()
+        self._prompts = Prompts(
+            intake=self._intake,
+            router=router,
+            cache=cache,
+            admission=admission,
+            answering=answering,
+            metrics=self.metrics,
+            recent=recent,
+            traces=traces,
+            behind_serve=behind_serve,
+            access_log=config.server.access_log,
+        )
         self.feed = Feed(
             config,
             directory,
             relay.views,
             remote_states,
             lambda: self.metrics.in_flight,
-            self._recent,
+            recent,
             relay.spending.prices,
         )
 
-    # --- prompts
-
-    async def answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """One request to an endpoint that carries a prompt."""
-        began_s = time.monotonic()
-        passage = Passage()
-        plan: Plan | None = None
-        category = ""
-        client_id = ""
-        self.metrics.began()
-        streamed = False
-        fault = ""
-        route_s = 0.0
-        try:
-            if self._traces is not None:
-                given = trace_of(dict(scope["headers"]))
-                passage.trace = self._traces.begin(given, scope["path"], began_s)
-                log_fields(trace_id=passage.trace.trace_id)
-            verdict = await self._intake.read(scope["path"], scope["headers"], receive)
-            asked = verdict.asked
-            client_id = asked.client_id
-            log_fields(request_id=client_id)
-            streamed = asked.stream
-            plan = self._router.plan(asked)
-            category = plan.category
-            route_s = time.monotonic() - began_s
-            self.metrics.routed(route_s)
-            passage.route_ms = route_s * 1000
-            if passage.trace is not None:
-                passage.trace.asked(asked.request_id, asked.model, streamed, asked.data)
-                passage.trace.routed(category, plan.confidence, began_s, route_s)
-            told = _headers(plan, route_s) + self._id_header(client_id) + verdict.headers
-            visit = await self._cache.begin(asked, send)
-            told += visit.headers
-            if visit.hit is not None:
-                passage.expert = passage.recipe = visit.hit.expert
-                passage.status = 200
-                await visit.serve(told)
-                return
-            plan = self._answering.affordable(asked, plan)
-            async with self._admitted(asked, plan, passage) as (admitted, plan):
-                told += admitted.headers
-                answered = self._answering.answer(
-                    admitted.asked, plan, told, visit.send, passage, admitted.counting
-                )
-                if self._behind_serve:
-                    await answered
-                else:
-                    await until_gone(answered, receive)
-            await visit.keep()
-        except CoeError as error:
-            passage.outcome = fault = error.code
-            await self._fail(error, client_id, passage, send)
-        except (ClientGone, asyncio.CancelledError):
-            passage.outcome = "client_gone"
-            raise
-        except Exception:
-            passage.outcome = fault = CoeError.code
-            log.exception("a request failed unexpectedly")
-            unknown = CoeError("something went wrong here; the log has its kind and place")
-            await self._fail(unknown, client_id, passage, send)
-        finally:
-            ended = ending.ended(
-                passage,
-                category=category,
-                streamed=streamed,
-                fault=fault,
-                began_s=began_s,
-            )
-            self.metrics.ended(ended)
-            if passage.trace is not None:
-                passage.trace.ended(ended, passage.status)
-            if plan is not None:
-                self._recent.note(
-                    account(ended, client_id, asked.model, plan.confidence, route_s, passage)
-                )
-            if self._config.server.access_log:
-                fields = {
-                    "request_id": client_id,
-                    "path": scope["path"],
-                    "status": passage.status,
-                    "expert": passage.expert,
-                    "category": category,
-                    "ms": round((time.monotonic() - began_s) * 1000, 1),
-                    "outcome": passage.outcome,
-                }
-                access.info("request", extra=fields)
-
-    @asynccontextmanager
-    async def _admitted(
-        self, asked: Asked, plan: Plan, passage: Passage
-    ) -> AsyncIterator[tuple[Admitted, Plan]]:
-        """Admit a request with all that its plan may ask; where a budget has not enough left for
-        that, with the cheapest only."""
-        async with AsyncExitStack() as stack:
-            for tried in (plan, self._answering.cheapest(plan)):
-                admission = self._admission.admit(
-                    asked, self._answering.ways(tried), lambda: passage.expert
-                )
-                try:
-                    admitted = await stack.enter_async_context(admission)
-                except TooMany as error:
-                    if tried is not plan or error.code != "insufficient_quota":
-                        raise
-                    continue
-                yield admitted, tried
-                return
-
-    async def _fail(self, error: CoeError, client_id: str, passage: Passage, send: Send) -> None:
-        if passage.status:
-            # The reply has begun and is no stream: cutting it short is all that is left.
-            raise ConnectionResetError(error.code)
-        fault = fault_of(error)
-        passage.status = fault.status
-        head: Message = {
-            "type": "http.response.start",
-            "status": fault.status,
-            "headers": [*fault.headers, *self._id_header(client_id)],
-        }
-        await send(head)
-        await send({"type": "http.response.body", "body": fault.body})
-
-    def _id_header(self, client_id: str) -> list[tuple[bytes, bytes]]:
-        return [] if self._behind_serve else [(b"x-request-id", client_id.encode())]
-
-    # --- everything else
+    # --- endpoints
 
     def app(self) -> FastAPI:
         """The ASGI application with every endpoint."""
@@ -269,7 +149,7 @@ class Gateway:
             redirect_slashes=False,
         )
         for path in ENDPOINTS:
-            app.router.routes.append(Route(path, _Endpoint(self.answer), methods=["POST"]))
+            app.router.routes.append(Route(path, _Endpoint(self._prompts.answer), methods=["POST"]))
 
         @app.get("/health")
         async def health() -> Response:
@@ -330,7 +210,9 @@ class Gateway:
             console_routes(self.feed, self._may_watch, behind_serve=self._behind_serve)
         )
         if self._admin_key is not None:
-            self._add_admin(app, self._admin_key)
+            app.router.routes.extend(
+                admin_routes(self._directory, self._admin_key, lambda: self.reload)
+            )
 
         @app.exception_handler(CoeError)
         async def known(request: Request, error: CoeError) -> Response:
@@ -355,50 +237,6 @@ class Gateway:
         given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
         if self._admin_key is None or not same(given, self._admin_key.encode()):
             raise Unauthorized("the console's events need the admin key as Bearer token")
-
-    def _add_admin(self, app: FastAPI, key: str) -> None:
-        def check(request: Request) -> None:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not same(given.encode(), key.encode()):
-                raise Unauthorized("the admin endpoints need the admin key as Bearer token")
-
-        @app.get("/admin/experts")
-        async def experts(request: Request) -> Response:
-            check(request)
-            links = self._directory.links()
-            told = await asyncio.gather(*(link.experts() for link in links), return_exceptions=True)
-            pools = {
-                link.address.name: one
-                for link, one in zip(links, told, strict=True)
-                if isinstance(one, dict)
-            }
-            return _json({"pools": pools})
-
-        @app.post("/admin/reload")
-        async def reload(request: Request) -> Response:
-            check(request)
-            if self.reload is None:
-                raise Conflict("this service's config is changed where it was deployed from")
-            try:
-                return _json(await self.reload())
-            except ConfigError as error:
-                raise Conflict(error.message) from None
-
-        @app.post("/admin/experts/{name:path}/{act}")
-        async def operate(request: Request, name: str, act: str) -> Response:
-            check(request)
-            links = [
-                link
-                for link in self._directory.links()
-                if link.snapshot is not None and name in link.snapshot.experts
-            ]
-            if not links:
-                raise UnknownModel(f"no running pool holds an expert {name[:128]!r}")
-            answers = await asyncio.gather(*(link.operate(act, name) for link in links))
-            for status, body in answers:
-                if status >= 400:
-                    return Response(body, status_code=status, media_type="application/json")
-            return _json({"expert": name, "done": act, "pools": len(links)})
 
     def _states(self) -> dict[str, dict[str, Any]]:
         views = self._relay.views()
@@ -443,14 +281,6 @@ class _Endpoint:
             await self._answer(scope, receive, send)
         except ClientGone:
             return
-
-
-def _headers(plan: Plan, route_s: float) -> list[tuple[bytes, bytes]]:
-    headers = [(b"x-coe-route-ms", f"{route_s * 1000:.2f}".encode())]
-    if plan.category:
-        headers.append((b"x-coe-category", plan.category.encode()))
-        headers.append((b"x-coe-confidence", f"{plan.confidence:.3f}".encode()))
-    return headers
 
 
 def _json(body: dict[str, Any], *, status_code: int = 200) -> Response:

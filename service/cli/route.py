@@ -60,8 +60,8 @@ def _route_here(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     """The decision as if every expert were resident and idle."""
     from service.api.body import read_asked
     from service.api.explain import explain
+    from service.api.routing import Routing
     from service.api.wish import wish_for
-    from service.app import Routing
     from service.broker.board import Board, idle_view
     from service.broker.choice import weigh
     from service.config import load_config

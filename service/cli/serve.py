@@ -75,7 +75,7 @@ def _with_models(config: Config) -> Config:
 
 
 def _check_artifacts(config: Config) -> None:
-    from service.app import Routing
+    from service.api.routing import Routing
 
     Routing(config)
 

@@ -1,0 +1,77 @@
+"""The admin's endpoints: experts in every pool, and the config anew."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from service.errors import ConfigError, Conflict, Unauthorized, UnknownModel
+from service.link.directory import Directory
+from service.link.secret import same
+
+Reload = Callable[[], Awaitable[dict[str, list[str]]]]
+
+
+def admin_routes(
+    directory: Directory, key: str, reload: Callable[[], Reload | None]
+) -> list[BaseRoute]:
+    """Endpoints that ask for the admin key. `reload` gives what puts the config's file in force
+    anew, None where nobody here keeps it."""
+
+    def check(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not same(given.encode(), key.encode()):
+            raise Unauthorized("the admin endpoints need the admin key as Bearer token")
+
+    async def experts(request: Request) -> Response:
+        check(request)
+        links = directory.links()
+        told = await asyncio.gather(*(link.experts() for link in links), return_exceptions=True)
+        pools = {
+            link.address.name: one
+            for link, one in zip(links, told, strict=True)
+            if isinstance(one, dict)
+        }
+        return _json({"pools": pools})
+
+    async def again(request: Request) -> Response:
+        check(request)
+        act = reload()
+        if act is None:
+            raise Conflict("this service's config is changed where it was deployed from")
+        try:
+            return _json(await act())
+        except ConfigError as error:
+            raise Conflict(error.message) from None
+
+    async def operate(request: Request) -> Response:
+        check(request)
+        name, act = request.path_params["name"], request.path_params["act"]
+        links = [
+            link
+            for link in directory.links()
+            if link.snapshot is not None and name in link.snapshot.experts
+        ]
+        if not links:
+            raise UnknownModel(f"no running pool holds an expert {name[:128]!r}")
+        answers = await asyncio.gather(*(link.operate(act, name) for link in links))
+        for status, body in answers:
+            if status >= 400:
+                return Response(body, status_code=status, media_type="application/json")
+        return _json({"expert": name, "done": act, "pools": len(links)})
+
+    return [
+        Route("/admin/experts", experts, methods=["GET"]),
+        Route("/admin/reload", again, methods=["POST"]),
+        Route("/admin/experts/{name:path}/{act}", operate, methods=["POST"]),
+    ]
+
+
+def _json(body: dict[str, Any]) -> Response:
+    return Response(orjson.dumps(body), media_type="application/json")

@@ -1,0 +1,195 @@
+"""A request that carries a prompt, from its first byte to its last: every step in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, MutableMapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from service.api import ending
+from service.api.admission import Admission, Admitted
+from service.api.answering import Answering
+from service.api.body import Asked
+from service.api.cache import Cache
+from service.api.console.recent import Recent, account
+from service.api.intake import Intake
+from service.api.passage import Passage
+from service.api.plan import Plan, Router
+from service.errors import CoeError, TooMany
+from service.link.asgi import ClientGone, Message, Receive, Send, until_gone
+from service.link.call import trace_of
+from service.link.faults import fault_of
+from service.telemetry.logs import log_fields
+from service.telemetry.metrics import GatewayMetrics
+
+if TYPE_CHECKING:
+    from service.telemetry.traces import Traces
+
+log = logging.getLogger("coe.api")
+access = logging.getLogger("coe.access")
+
+
+class Prompts:
+    """Reads, plans, admits, answers and accounts for requests. See `Gateway` for `behind_serve`.
+
+    `access_log`: one line of each request, without its prompt.
+    """
+
+    def __init__(
+        self,
+        *,
+        intake: Intake,
+        router: Router,
+        cache: Cache,
+        admission: Admission,
+        answering: Answering,
+        metrics: GatewayMetrics,
+        recent: Recent,
+        traces: Traces | None,
+        behind_serve: bool,
+        access_log: bool,
+    ) -> None:
+        self._intake = intake
+        self._router = router
+        self._cache = cache
+        self._admission = admission
+        self._answering = answering
+        self._metrics = metrics
+        self._recent = recent
+        self._traces = traces
+        self._behind_serve = behind_serve
+        self._access_log = access_log
+
+    async def answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """One request to an endpoint that carries a prompt."""
+        began_s = time.monotonic()
+        passage = Passage()
+        plan: Plan | None = None
+        category = ""
+        client_id = ""
+        self._metrics.began()
+        streamed = False
+        fault = ""
+        route_s = 0.0
+        try:
+            if self._traces is not None:
+                given = trace_of(dict(scope["headers"]))
+                passage.trace = self._traces.begin(given, scope["path"], began_s)
+                log_fields(trace_id=passage.trace.trace_id)
+            verdict = await self._intake.read(scope["path"], scope["headers"], receive)
+            asked = verdict.asked
+            client_id = asked.client_id
+            log_fields(request_id=client_id)
+            streamed = asked.stream
+            plan = self._router.plan(asked)
+            category = plan.category
+            route_s = time.monotonic() - began_s
+            self._metrics.routed(route_s)
+            passage.route_ms = route_s * 1000
+            if passage.trace is not None:
+                passage.trace.asked(asked.request_id, asked.model, streamed, asked.data)
+                passage.trace.routed(category, plan.confidence, began_s, route_s)
+            told = _headers(plan, route_s) + self._id_header(client_id) + verdict.headers
+            visit = await self._cache.begin(asked, send)
+            told += visit.headers
+            if visit.hit is not None:
+                passage.expert = passage.recipe = visit.hit.expert
+                passage.status = 200
+                await visit.serve(told)
+                return
+            plan = self._answering.affordable(asked, plan)
+            async with self._admitted(asked, plan, passage) as (admitted, plan):
+                told += admitted.headers
+                answered = self._answering.answer(
+                    admitted.asked, plan, told, visit.send, passage, admitted.counting
+                )
+                if self._behind_serve:
+                    await answered
+                else:
+                    await until_gone(answered, receive)
+            await visit.keep()
+        except CoeError as error:
+            passage.outcome = fault = error.code
+            await self._fail(error, client_id, passage, send)
+        except (ClientGone, asyncio.CancelledError):
+            passage.outcome = "client_gone"
+            raise
+        except Exception:
+            passage.outcome = fault = CoeError.code
+            log.exception("a request failed unexpectedly")
+            unknown = CoeError("something went wrong here; the log has its kind and place")
+            await self._fail(unknown, client_id, passage, send)
+        finally:
+            ended = ending.ended(
+                passage,
+                category=category,
+                streamed=streamed,
+                fault=fault,
+                began_s=began_s,
+            )
+            self._metrics.ended(ended)
+            if passage.trace is not None:
+                passage.trace.ended(ended, passage.status)
+            if plan is not None:
+                self._recent.note(
+                    account(ended, client_id, asked.model, plan.confidence, route_s, passage)
+                )
+            if self._access_log:
+                fields = {
+                    "request_id": client_id,
+                    "path": scope["path"],
+                    "status": passage.status,
+                    "expert": passage.expert,
+                    "category": category,
+                    "ms": round((time.monotonic() - began_s) * 1000, 1),
+                    "outcome": passage.outcome,
+                }
+                access.info("request", extra=fields)
+
+    @asynccontextmanager
+    async def _admitted(
+        self, asked: Asked, plan: Plan, passage: Passage
+    ) -> AsyncIterator[tuple[Admitted, Plan]]:
+        """Admit a request with all that its plan may ask; where a budget has not enough left for
+        that, with the cheapest only."""
+        async with AsyncExitStack() as stack:
+            for tried in (plan, self._answering.cheapest(plan)):
+                admission = self._admission.admit(
+                    asked, self._answering.ways(tried), lambda: passage.expert
+                )
+                try:
+                    admitted = await stack.enter_async_context(admission)
+                except TooMany as error:
+                    if tried is not plan or error.code != "insufficient_quota":
+                        raise
+                    continue
+                yield admitted, tried
+                return
+
+    async def _fail(self, error: CoeError, client_id: str, passage: Passage, send: Send) -> None:
+        if passage.status:
+            # The reply has begun and is no stream: cutting it short is all that is left.
+            raise ConnectionResetError(error.code)
+        fault = fault_of(error)
+        passage.status = fault.status
+        head: Message = {
+            "type": "http.response.start",
+            "status": fault.status,
+            "headers": [*fault.headers, *self._id_header(client_id)],
+        }
+        await send(head)
+        await send({"type": "http.response.body", "body": fault.body})
+
+    def _id_header(self, client_id: str) -> list[tuple[bytes, bytes]]:
+        return [] if self._behind_serve else [(b"x-request-id", client_id.encode())]
+
+
+def _headers(plan: Plan, route_s: float) -> list[tuple[bytes, bytes]]:
+    headers = [(b"x-coe-route-ms", f"{route_s * 1000:.2f}".encode())]
+    if plan.category:
+        headers.append((b"x-coe-category", plan.category.encode()))
+        headers.append((b"x-coe-confidence", f"{plan.confidence:.3f}".encode()))
+    return headers

@@ -1,0 +1,58 @@
+"""What decides for one config, without any pool: recipes, their worth, their prices."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+
+from service.api.plan import Assess, Router
+from service.api.worth import Worth
+from service.broker.book import Book
+from service.broker.market import Market
+from service.broker.price import prices_of
+from service.config import Config
+from service.router.artifact import load_artifact
+from service.router.classify import Classifier
+from service.router.conversation import assess_body
+from service.router.map import ExpertMap
+
+log = logging.getLogger("coe.routing")
+
+
+class Routing:
+    """What decides for one config, without any pool: recipes, their worth, their prices.
+
+    Raises ArtifactError where the router's artifact can't be used.
+    """
+
+    def __init__(self, config: Config) -> None:
+        found: ExpertMap | None = None
+        labels: tuple[str, ...] = ()
+        assess: Assess | None = None
+        if config.router.artifact is not None:
+            artifact = load_artifact(Path(config.router.artifact))
+            classifier = Classifier.from_artifact(artifact)
+            assess = partial(assess_body, classifier)
+            labels = classifier.labels
+            if "map" in artifact.manifest:
+                found = _known_part(ExpertMap.from_artifact(artifact), config)
+        recipes = [recipe.recipe() for recipe in config.recipes.values()]
+        self.book = Book(tuple(config.experts), [*recipes, *(found.recipes if found else ())])
+        self.worth = Worth(config, self.book, labels)
+        if found is not None:
+            self.worth.use_map(found, self.book)
+        self.market = Market(self.book.experts, self.worth.labels, prices_of(config))
+        self.router = Router(config, self.book, self.worth, assess)
+
+
+def _known_part(found: ExpertMap, config: Config) -> ExpertMap | None:
+    """The artifact's map over the experts of this config; None where it knows none of them."""
+    known = [name for name in found.experts if name in config.experts]
+    strangers = sorted(set(found.experts) - set(known))
+    if strangers:
+        log.warning("the router's map knows experts that the config has not: %s", strangers)
+    try:
+        return found.only(known)
+    except ValueError:
+        return None
