@@ -22,6 +22,7 @@ from service.broker.book import Book
 from service.broker.votes import SCALE, recent, shift, slice_of
 from service.config import FeedbackConfig
 from service.errors import Conflict, InvalidRequest, StoreGone, UnknownReply
+from service.store.ending import end
 from service.store.protocol import Account, Claim, Line, Note, Refused, Store
 from service.store.windows import DAY
 from service.types import Tenant
@@ -85,10 +86,7 @@ class Feedback:
 
     async def stop(self) -> None:
         """End what is under way."""
-        tasks = [*self._tasks, *([self._renewing] if self._renewing else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*self._tasks, self._renewing)
 
     def answered(self, tenant: Tenant, ids: tuple[str, ...], label: str, recipe: int) -> None:
         """A reply went out under these ids: it may be voted on."""

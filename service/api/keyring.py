@@ -11,6 +11,7 @@ from service.broker.ledger import limits_of
 from service.config import Config, KeyConfig, TenantConfig
 from service.config.server import LOOPBACK
 from service.errors import CoeError, ConfigError, StoreGone, Unauthorized
+from service.store.ending import end
 from service.store.keys import KeyBook, KeyRecord, KeyTable, digest_of
 from service.types import NOBODY, Tenant
 
@@ -81,9 +82,7 @@ class Keyring:
 
     async def stop(self) -> None:
         """Look no more."""
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
+        await end(self._looking)
 
     async def look(self) -> None:
         """Read the keys again if they changed. While the store is gone, the known ones hold."""

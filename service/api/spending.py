@@ -14,6 +14,7 @@ import time
 from service.broker.ledger import BudgetState, Ledger
 from service.broker.pacing import Floats, Pacer, Purse
 from service.errors import StoreGone
+from service.store.ending import end
 from service.types import Tenant
 
 log = logging.getLogger("coe.spending")
@@ -95,9 +96,7 @@ class Spending:
 
     async def stop(self) -> None:
         """Ask no more."""
-        if self._renewing is not None:
-            self._renewing.cancel()
-            await asyncio.gather(self._renewing, return_exceptions=True)
+        await end(self._renewing)
 
 
 def _purse(state: BudgetState) -> Purse:

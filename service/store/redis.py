@@ -5,13 +5,14 @@ It knows nothing of outages: whatever can't be done now raises StoreGone.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
 import orjson
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
@@ -47,10 +48,8 @@ class RedisClient:
         self._prefix = f"{{{prefix}}}"
         self._lease_ms = int(lease_s * 1000)
         try:
-            pool = BlockingConnectionPool.from_url(
+            pool = ConnectionPool.from_url(
                 url,
-                max_connections=_CONNECTIONS,
-                timeout=timeout_s,
                 socket_timeout=timeout_s,
                 socket_connect_timeout=timeout_s,
                 # Twice might count twice: who asks decides what follows from a fault.
@@ -61,6 +60,10 @@ class RedisClient:
             # Its own text may quote the URL, and with it a password.
             raise ConfigError("store: the Redis URL can't be understood") from None
         self._redis: Redis = Redis(connection_pool=pool)
+        # Not the library's blocking pool, whose waiters hang on an asyncio.Condition: a plain
+        # bound, with a time limit of its own.
+        self._places = asyncio.Semaphore(_CONNECTIONS)
+        self._timeout_s = timeout_s
         scripts = {
             "reserve": lua.RESERVE,
             "settle": lua.SETTLE,
@@ -172,21 +175,21 @@ class RedisClient:
         async with self._redis.pipeline(transaction=False) as pipe:
             for name in names:
                 pipe.hgetall(self._key("n", name))
-            found = await self._ask(pipe.execute())
+            found = await self._ask(pipe.execute)
         return [{key.decode(): int(value) for key, value in one.items()} for one in found]
 
     async def get(self, name: str) -> bytes | None:
         """See `Store`."""
-        return cast("bytes | None", await self._ask(self._redis.get(self._key("v", name))))
+        return cast("bytes | None", await self._ask(lambda: self._redis.get(self._key("v", name))))
 
     async def put(self, name: str, value: bytes, *, ttl_s: float | None = None) -> None:
         """See `Store`."""
         ttl_ms = max(1, int(ttl_s * 1000)) if ttl_s is not None else None
-        await self._ask(self._redis.set(self._key("v", name), value, px=ttl_ms))
+        await self._ask(lambda: self._redis.set(self._key("v", name), value, px=ttl_ms))
 
     async def delete(self, name: str) -> None:
         """See `Store`."""
-        await self._ask(self._redis.delete(self._key("v", name)))
+        await self._ask(lambda: self._redis.delete(self._key("v", name)))
 
     async def names(self, prefix: str) -> list[str]:
         """See `Store`."""
@@ -197,7 +200,7 @@ class RedisClient:
         async def scan() -> list[bytes]:
             return [name async for name in self._redis.scan_iter(match=pattern, count=1000)]
 
-        found: list[bytes] = await self._ask(scan())
+        found: list[bytes] = await self._ask(scan)
         return sorted({name.decode()[len(own) :] for name in found})
 
     async def _run(self, script: str, **arguments: Any) -> Any:
@@ -207,12 +210,18 @@ class RedisClient:
         if self._clock is not None:
             arguments["now"] = int(self._clock() * 1000)
         made = self._scripts[script]
-        told = await self._ask(made(args=[self._prefix, orjson.dumps(arguments)]))
+        told = await self._ask(lambda: made(args=[self._prefix, orjson.dumps(arguments)]))
         return orjson.loads(told) if isinstance(told, bytes) else told
 
-    async def _ask(self, asking: Awaitable[Any]) -> Any:
+    async def _ask(self, ask: Callable[[], Awaitable[Any]]) -> Any:
+        """Ask when there is a place among the connections. Raises StoreGone."""
         try:
-            return await asking
+            async with asyncio.timeout(self._timeout_s):
+                await self._places.acquire()
+            try:
+                return await ask()
+            finally:
+                self._places.release()
         except ResponseError as error:
             # It answers, but will not: full, read-only, loading. Its words quote no values.
             log.error("the store refused: %s", str(error)[:200])

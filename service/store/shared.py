@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.errors import StoreGone
+from service.store.ending import end
 from service.store.protocol import Account, Balance, Claim, Granted, Health, Note, Refused
 from service.store.redis import Lines, RedisClient
 from service.store.slices import Slices
@@ -74,6 +75,7 @@ class SharedStore:
         self._gone_since_s = time.monotonic()
         self._beating: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
+        self._stopping = False
         self.up = False
         self.outages = 0
         self.offline_grants = 0
@@ -85,9 +87,11 @@ class SharedStore:
 
     async def stop(self) -> None:
         """See `Store`."""
+        self._stopping = True
+        self._hurry.set()
         if self._beating is not None:
-            self._beating.cancel()
-            await asyncio.gather(self._beating, return_exceptions=True)
+            await asyncio.wait({self._beating}, timeout=_TIDY_S)
+            await end(self._beating)
         try:
             async with asyncio.timeout(_TIDY_S):
                 await self._beat()
@@ -184,7 +188,7 @@ class SharedStore:
     # --- being heard of
 
     async def _beat_on(self) -> None:
-        while True:
+        while not self._stopping:
             if self.up:
                 wait_s = self._beat_s
             else:
@@ -197,7 +201,8 @@ class SharedStore:
             except TimeoutError:
                 pass
             self._hurry.clear()
-            await self._beat()
+            if not self._stopping:
+                await self._beat()
 
     async def _beat(self) -> None:
         """Tell Redis that we are there, exchange slices, and deliver what is owed."""
