@@ -6,6 +6,7 @@ One `coe serve` for all of them; the last test stops it.
 from __future__ import annotations
 
 import asyncio
+import http.client
 import os
 import re
 import signal
@@ -334,7 +335,11 @@ def test_a_stop_lets_streams_end_and_leaves_nothing(
     assert chunks[-1].choices[0].finish_reason == "length"
     assert len(chunks) == 150
     with page:
-        assert page.read().startswith(b"retry:")
+        try:
+            seen = page.read()
+        except http.client.IncompleteRead as error:
+            seen = error.partial  # cut off or ended: it did not hold the stop up
+        assert seen.startswith(b"retry:")
     run_dir = service.run_dir
     assert run_dir.is_dir()
     service.stop()
