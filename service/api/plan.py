@@ -122,8 +122,9 @@ class Router:
             )
         at = self._book.recipe_index[recipe]
         rows = self._book.everything[at : at + 1]
-        _, reach = self._worth.quality(np.zeros(len(self._worth.labels)), None)
-        return Plan(rows, np.ones(1), reach[rows], recipe.experts[0], "", 1.0, "named")
+        return Plan(
+            rows, np.ones(1), self._worth.reach(at)[None], recipe.experts[0], "", 1.0, "named"
+        )
 
     def _auto(self, model: str) -> tuple[str, str | None]:
         """`auto[:preset][/category]` taken apart. Raises UnknownModel."""

@@ -156,18 +156,22 @@ class Prompts:
         """Admit a request with all that its plan may ask; where a budget has not enough left for
         that, with the cheapest only."""
         async with AsyncExitStack() as stack:
-            for tried in (plan, self._answering.cheapest(plan)):
-                admission = self._admission.admit(
-                    asked, self._answering.ways(tried), lambda: passage.expert
+
+            async def admit(tried: Plan) -> Admitted:
+                return await stack.enter_async_context(
+                    self._admission.admit(
+                        asked, self._answering.ways(tried), lambda: passage.expert
+                    )
                 )
-                try:
-                    admitted = await stack.enter_async_context(admission)
-                except TooMany as error:
-                    if tried is not plan or error.code != "insufficient_quota":
-                        raise
-                    continue
-                yield admitted, tried
-                return
+
+            try:
+                admitted = await admit(plan)
+            except TooMany as error:
+                if error.code != "insufficient_quota":
+                    raise
+                plan = self._answering.cheapest(plan)
+                admitted = await admit(plan)
+            yield admitted, plan
 
     async def _fail(self, error: CoeError, client_id: str, passage: Passage, send: Send) -> None:
         if passage.status:

@@ -181,7 +181,7 @@ class Relay:
         """The first choice for a request: tells pools of what it would rather have had."""
         views = self.views()
         weighed = self.weigh(asked, plan, views=views)
-        self.spending.offered(asked.tenant, weighed.worth, weighed.cost)
+        self.spending.offered(asked.tenant, weighed)
         at = weighed.best()
         if at is None:
             self._refuse_cost(asked, weighed)

@@ -11,8 +11,9 @@ import logging
 import math
 import time
 
+from service.broker.choice import Weighed
 from service.broker.ledger import BudgetState, Ledger
-from service.broker.pacing import Floats, Pacer, Purse
+from service.broker.pacing import Pacer, Purse
 from service.errors import StoreGone
 from service.store.ending import end
 from service.types import Tenant
@@ -45,11 +46,12 @@ class Spending:
             default=math.inf,
         )
 
-    def offered(self, tenant: Tenant, worth: Floats, cost: Floats) -> None:
-        """The options of one request (recipes,): quality less the price of time, and cost."""
+    def offered(self, tenant: Tenant, weighed: Weighed) -> None:
+        """The options of one request."""
         if not self._any:
             return
         now_s = time.time()
+        worth, cost = weighed.worth, weighed.cost
         for name in self._concern(tenant):
             pacer = self._pacers[name]
             pacer.offered(worth, cost)

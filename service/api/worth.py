@@ -76,6 +76,11 @@ class Worth:
         quality += posterior @ self.shift
         return np.clip(quality, 0.0, 1.0), reach
 
+    def reach(self, recipe: int) -> Floats:
+        """How likely each later expert of one recipe is asked, (MAX_LATER,): without a prompt."""
+        found: Floats = self._reach[recipe]
+        return found
+
     def expected(self, label: str, recipe: int) -> float:
         """Without shifts: of one recipe on one category, in [0, 1]."""
         if self._map is not None and label in self._map.categories:

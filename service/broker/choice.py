@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from service.broker.board import REMOTE, Floats, Standing
+from service.broker.board import Floats, Standing
 from service.broker.book import Book, Ints
 
 _NEVER = np.inf
@@ -69,7 +69,7 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """An expert in a pool (`boot`; `REMOTE`: in this gateway).
+    """An expert in a pool (`boot`; empty: in this gateway).
 
     Times in s. eta_s: until its weights are there, swaps included; wait_s: until its first
     token is begun, that included; answer_s: from then to the end; displaced_s: what it costs
@@ -274,6 +274,3 @@ def _total(
     return Weighed(
         book, wish, standing, pool, wait, answer, time, displacing, cost, utility, barred, ideal
     )
-
-
-__all__ = ["REMOTE", "Option", "Warm", "Weighed", "Wish", "weigh"]
