@@ -24,6 +24,17 @@ def admin(url: str, method: str, path: str, body: dict[str, Any] | None = None) 
 
 def ask(url: str, method: str, path: str, headers: dict[str, str], body: str | None = None) -> Any:
     """Ask a running service. Raises CoeError with its own words."""
+    with open_reply(url, method, path, headers, body) as reply:
+        try:
+            return json.load(reply)
+        except OSError as error:
+            raise CoeError(f"{url} broke off: {error}") from None
+
+
+def open_reply(
+    url: str, method: str, path: str, headers: dict[str, str], body: str | None = None
+) -> Any:
+    """A reply whose body is still to be read, as a context manager. Raises CoeError."""
     import urllib.error
     import urllib.request
 
@@ -32,13 +43,13 @@ def ask(url: str, method: str, path: str, headers: dict[str, str], body: str | N
         url.rstrip("/") + path, data=data, method=method, headers=headers
     )
     try:
-        with urllib.request.urlopen(request, timeout=130) as reply:
-            return json.load(reply)
+        return urllib.request.urlopen(request, timeout=130)
     except urllib.error.HTTPError as error:
-        try:
-            message = json.load(error)["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            message = f"status {error.code}"
+        with error:
+            try:
+                message = json.load(error)["error"]["message"]
+            except (ValueError, KeyError, TypeError):
+                message = f"status {error.code}"
         raise CoeError(f"{url}: {message}") from None
     except OSError as error:
         raise CoeError(f"{url} can't be reached: {getattr(error, 'reason', error)}") from None

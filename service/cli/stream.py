@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from service.errors import CoeError
+from service.cli.client import open_reply
 
 
 def api_headers() -> dict[str, str]:
@@ -30,25 +30,9 @@ def open_stream(
     url: str, path: str, headers: dict[str, str], body: dict[str, Any] | None = None
 ) -> Any:
     """A reply whose body is still to be read, as a context manager. Raises CoeError."""
-    import urllib.error
-    import urllib.request
-
-    request = urllib.request.Request(
-        url.rstrip("/") + path,
-        data=json.dumps(body).encode() if body is not None else None,
-        headers={"content-type": "application/json", **headers},
-    )
-    try:
-        return urllib.request.urlopen(request, timeout=130)
-    except urllib.error.HTTPError as error:
-        with error:
-            try:
-                message = json.load(error)["error"]["message"]
-            except (ValueError, KeyError, TypeError):
-                message = f"status {error.code}"
-        raise CoeError(f"{url}: {message}") from None
-    except OSError as error:
-        raise CoeError(f"{url} can't be reached: {getattr(error, 'reason', error)}") from None
+    text = json.dumps(body) if body is not None else None
+    headers = {"content-type": "application/json", **headers}
+    return open_reply(url, "GET" if text is None else "POST", path, headers, text)
 
 
 def events(reply: Any) -> Iterator[tuple[str, str]]:
