@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from service.api.admin import as_json, guarded
 from service.api.admission import Admission
 from service.broker.ledger import limits_of
 from service.broker.price import MICRO
 from service.config import Config, LimitsConfig
 from service.config.base import Name
 from service.config.tenants import Priority
-from service.errors import InvalidRequest, Unauthorized
+from service.errors import InvalidRequest
 from service.link.asgi import read_body
-from service.link.secret import same
 from service.store.keys import KeyRecord, Keys
 from service.store.protocol import Account, Balance
 
@@ -28,7 +26,6 @@ _MOST_BYTES = 64 * 1024
 _DAYS = 30
 _MOST_DAYS = 400
 _Body = TypeVar("_Body", bound=BaseModel)
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class NewKey(LimitsConfig):
@@ -82,7 +79,7 @@ class Accounts:
                 ("/admin/keys/{id}/rotate", "POST", self._rotate),
                 ("/admin/keys/{id}/revoke", "POST", self._revoke),
             ):
-                found.append(Route(path, _guarded(endpoint, admin_key), methods=[method]))
+                found.append(Route(path, guarded(endpoint, admin_key), methods=[method]))
         return found
 
     async def _usage(self, request: Request) -> Response:
@@ -93,7 +90,7 @@ class Accounts:
         ledger = self._admission.ledger
         limits = await ledger.limits(tenant)
         days = await ledger.usage(tenant, time.time(), int(given))
-        return _json(
+        return as_json(
             {
                 "object": "usage",
                 "tenant": tenant.name,
@@ -106,7 +103,7 @@ class Accounts:
     async def _list(self, request: Request) -> Response:
         del request
         now_s = time.time()
-        return _json({"keys": [one.told(now_s) for one in await self._keys.records()]})
+        return as_json({"keys": [one.told(now_s) for one in await self._keys.records()]})
 
     async def _create(self, request: Request) -> Response:
         wanted = await _body(request, NewKey)
@@ -114,30 +111,20 @@ class Accounts:
         record = record_of(self._config, wanted, now_s)
         made, key = await self._keys.create(record, now_s)
         await self._admission.keyring.look()
-        return _json({**made.told(now_s), "key": key})
+        return as_json({**made.told(now_s), "key": key})
 
     async def _rotate(self, request: Request) -> Response:
         wanted = await _body(request, Rotation)
         now_s = time.time()
         made, key = await self._keys.rotate(request.path_params["id"], now_s, wanted.grace_s)
         await self._admission.keyring.look()
-        return _json({**made.told(now_s), "key": key})
+        return as_json({**made.told(now_s), "key": key})
 
     async def _revoke(self, request: Request) -> Response:
         now_s = time.time()
         record = await self._keys.revoke(request.path_params["id"], now_s)
         await self._admission.keyring.look()
-        return _json(record.told(now_s))
-
-
-def _guarded(endpoint: Endpoint, admin_key: str) -> Endpoint:
-    async def checked(request: Request) -> Response:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not same(given.encode(), admin_key.encode()):
-            raise Unauthorized("the admin endpoints need the admin key as Bearer token")
-        return await endpoint(request)
-
-    return checked
+        return as_json(record.told(now_s))
 
 
 async def _body(request: Request, kind: type[_Body]) -> _Body:
@@ -181,7 +168,3 @@ def _day(counts: dict[str, int]) -> dict[str, Any]:
         place = told["experts"].setdefault(expert, {}) if expert else told
         place["cost" if what == "cost_micro" else what] = value
     return told
-
-
-def _json(body: dict[str, Any]) -> Response:
-    return Response(orjson.dumps(body), media_type="application/json")

@@ -15,6 +15,7 @@ from service.errors import ConfigError, Conflict, Unauthorized, UnknownModel
 from service.link.directory import Directory
 from service.link.secret import same
 
+Endpoint = Callable[[Request], Awaitable[Response]]
 Reload = Callable[[], Awaitable[dict[str, list[str]]]]
 
 
@@ -24,13 +25,7 @@ def admin_routes(
     """Endpoints that ask for the admin key. `reload` gives what puts the config's file in force
     anew, None where nobody here keeps it."""
 
-    def check(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not same(given.encode(), key.encode()):
-            raise Unauthorized("the admin endpoints need the admin key as Bearer token")
-
     async def experts(request: Request) -> Response:
-        check(request)
         links = directory.links()
         told = await asyncio.gather(*(link.experts() for link in links), return_exceptions=True)
         pools = {
@@ -38,20 +33,18 @@ def admin_routes(
             for link, one in zip(links, told, strict=True)
             if isinstance(one, dict)
         }
-        return _json({"pools": pools})
+        return as_json({"pools": pools})
 
     async def again(request: Request) -> Response:
-        check(request)
         act = reload()
         if act is None:
             raise Conflict("this service's config is changed where it was deployed from")
         try:
-            return _json(await act())
+            return as_json(await act())
         except ConfigError as error:
             raise Conflict(error.message) from None
 
     async def operate(request: Request) -> Response:
-        check(request)
         name, act = request.path_params["name"], request.path_params["act"]
         links = [
             link
@@ -64,14 +57,27 @@ def admin_routes(
         for status, body in answers:
             if status >= 400:
                 return Response(body, status_code=status, media_type="application/json")
-        return _json({"expert": name, "done": act, "pools": len(links)})
+        return as_json({"expert": name, "done": act, "pools": len(links)})
 
     return [
-        Route("/admin/experts", experts, methods=["GET"]),
-        Route("/admin/reload", again, methods=["POST"]),
-        Route("/admin/experts/{name:path}/{act}", operate, methods=["POST"]),
+        Route("/admin/experts", guarded(experts, key), methods=["GET"]),
+        Route("/admin/reload", guarded(again, key), methods=["POST"]),
+        Route("/admin/experts/{name:path}/{act}", guarded(operate, key), methods=["POST"]),
     ]
 
 
-def _json(body: dict[str, Any]) -> Response:
+def as_json(body: dict[str, Any]) -> Response:
+    """A reply of status 200."""
     return Response(orjson.dumps(body), media_type="application/json")
+
+
+def guarded(endpoint: Endpoint, admin_key: str) -> Endpoint:
+    """The endpoint, for who has the admin key; others get Unauthorized."""
+
+    async def checked(request: Request) -> Response:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not same(given.encode(), admin_key.encode()):
+            raise Unauthorized("the admin endpoints need the admin key as Bearer token")
+        return await endpoint(request)
+
+    return checked
