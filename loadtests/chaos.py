@@ -66,8 +66,8 @@ CASES = (
     Case("kill -9 the swapping pool", lambda s: s.kill(POOL + "turns"), spared=frozenset({"math"})),
     Case("kill -9 a gateway replica", lambda s: s.kill(GATEWAY), resets=True),
     Case("kill -9 HAProxy", lambda s: s.kill("bin/haproxy", every=True), resets=True),
-    Case("Redis stopped", lambda s: s.redis.stop(), lambda s: s.redis.start(), 3.0, needs="redis"),  # type: ignore[union-attr]
-    Case("Redis hung", lambda s: s.redis.hang(), lambda s: s.redis.go_on(), 3.0, needs="redis"),  # type: ignore[union-attr]
+    Case("Redis stopped", lambda s: s.redis.stop(), lambda s: s.redis.start(), 3.0, needs="redis"),  # type: ignore[union-attr]  # left out where there is none
+    Case("Redis hung", lambda s: s.redis.hang(), lambda s: s.redis.go_on(), 3.0, needs="redis"),  # type: ignore[union-attr]  # left out where there is none
     Case("disk full", Site.fill_disk, Site.free_disk, 3.0, spared=_LOCAL, needs="disk"),
     Case("an expert hangs", _manner("hangs"), _manner("well"), 5.0, spared=_LOCAL),
     Case("an expert answers garbage", _manner("garbage"), _manner("well"), 3.0, spared=_LOCAL),
@@ -140,11 +140,11 @@ async def _case(site: Site, traffic: Traffic, case: Case, seen: Seen, settle_s: 
             case.end(site)
         # Until new requests are answered, and a while longer: faults may come late.
         end_s = time.monotonic() + 2 * _CALM_S
-        while tally.works_again_s(at_s) == float("inf") and time.monotonic() < end_s:  # noqa: ASYNC110
+        while tally.works_again_s(at_s) == float("inf") and time.monotonic() < end_s:  # noqa: ASYNC110  # a tally has no event
             await asyncio.sleep(0.1)
         await asyncio.sleep(settle_s)
         end_s = time.monotonic() + _CALM_S
-        while time.monotonic() < end_s and not await asyncio.to_thread(_whole, site):  # noqa: ASYNC110
+        while time.monotonic() < end_s and not await asyncio.to_thread(_whole, site):  # noqa: ASYNC110  # asked over HTTP
             await asyncio.sleep(0.25)
         await asyncio.sleep(0.5)
     seen.tallies.append(tally)

@@ -114,7 +114,7 @@ class Misbehaving:
     async def _answer(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         from service.engine.simulated import answer_text
 
-        while self.manner == "hangs":  # noqa: ASYNC110
+        while self.manner == "hangs":  # noqa: ASYNC110  # a flag of the test has no event
             await asyncio.sleep(0.05)
         if self.manner == "garbage":
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\n\xff\xfe{no>")

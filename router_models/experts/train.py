@@ -100,7 +100,7 @@ def train(
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = answer_logits(model, row)
         loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(row.targets))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch is not read
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

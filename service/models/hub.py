@@ -32,7 +32,7 @@ def fetch_snapshot(
     """Fills `folder`; returns the commit fetched and the licence the model card names."""
     try:
         import huggingface_hub
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # made at run time
             disable_progress_bars,
             enable_progress_bars,
             filter_repo_objects,
