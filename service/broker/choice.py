@@ -157,8 +157,11 @@ def weigh(book: Book, standing: Standing, wish: Wish) -> Weighed:
     """Weigh every recipe of a wish. Pools that were not heard of for over a second count only
     where nothing else is left."""
     roomy = standing.usable & ((standing.context == 0) | (standing.context >= wish.context_tokens))
-    # Where it fits nowhere, the engine says so, with both numbers.
-    usable = roomy if roomy.any() else standing.usable
+    usable = standing.usable
+    if not np.array_equal(roomy, usable):
+        fits = (roomy.any(axis=0) | ~book.asks[wish.rows]).all(axis=1)
+        # Where no recipe has room for it, the engine says so, with both numbers.
+        usable = roomy if fits.any() else usable
     if wish.banned:
         usable = usable.copy()
         for expert, boot in wish.banned:

@@ -81,7 +81,7 @@ class Service:
 
     def left(self) -> list[str]:
         """Its processes that are still there, once it has stopped."""
-        there = {p for p in self.seen if p.is_running() and p.status() != psutil.STATUS_ZOMBIE}
+        there = {p for p in self.seen if _alive(p)}
         for process in psutil.process_iter():
             if str(self.run_dir) in _title(process):
                 there.add(process)
@@ -93,6 +93,13 @@ class Service:
         if self.process.poll() is None:
             self.process.send_signal(number)
         self.process.wait(timeout_s)
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _title(process: psutil.Process) -> str:

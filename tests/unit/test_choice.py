@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -234,7 +235,12 @@ def test_a_prompt_goes_where_it_fits_and_to_the_engine_s_own_error_where_it_fits
     for tokens, first in ((900, "a"), (1100, "b"), (9000, "a")):
         got = decided(pool, quality={"a": 0.9, "b": 0.5}, context_tokens=tokens)
         assert winner(got) == (first, "x")
-    assert decided(pool, quality={"a": 0.9, "b": 0.5}, context_tokens=1100).barred[0] == "context"
+    got = decided(pool, quality={"a": 0.9, "b": 0.5}, context_tokens=1100)
+    assert got.barred[0] == "context"
+    # Named, so that no other will do: its engine says that it does not fit.
+    wish = got.wish
+    named = replace(wish, rows=wish.rows[:1], quality=wish.quality[:1], reach=wish.reach[:1])
+    assert winner(weigh(got.book, got.standing, named)) == ("a", "x")
 
 
 def test_banned_places_are_not_asked_again() -> None:
