@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 
 import click
 
 from service import __version__
+from service.cli.late import Commands
 from service.errors import CoeError, ConfigError
 
 # Where each command is, and the line that `coe --help` shows without importing it.
@@ -22,33 +22,14 @@ _COMMANDS = {
     "experts": ("service.cli.experts:experts", "Where each expert's weights are; move them."),
     "keys": ("service.cli.keys:keys", "API keys: make, list, rotate, revoke."),
     "completion": ("service.cli.completion:completion", "Completion for bash, zsh or fish."),
+    "moe": ("service.cli.moe:moe", "Mixtures of experts: look inside, steer, build, place."),
     "router": ("router_models.cli:group", "Fit and judge routers on recorded outcomes."),
 }
 
 
-class _Commands(click.Group):
-    """A group whose commands live in modules of their own, imported when they are used."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands in the order in which a newcomer needs them."""
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command itself, or None where there is none of that name."""
-        if cmd_name not in _COMMANDS:
-            return None
-        module, _, attribute = _COMMANDS[cmd_name][0].partition(":")
-        command = getattr(importlib.import_module(module), attribute)
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list in `coe --help`."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands, table=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="coe")
 def cli() -> None:
     """Serve a composition of expert language models behind one OpenAI-compatible endpoint."""
