@@ -7,20 +7,15 @@ is taken out again.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from service.api.body import Asked
 from service.engine.protocol import Message, Send
+from service.link.usage import usages, without_usage
 
-# In JSON an unescaped quote ends a string: these can only be keys of an object.
-_USAGE = re.compile(rb'(,\s*)?"usage"\s*:\s*')
-_COMMA = re.compile(rb"\s*,")
 _INDEX = re.compile(rb'"choices"\s*:\s*\[\s*\{\s*"index"\s*:\s*(\d+)')
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-_DECODER = json.JSONDecoder()
 _STREAMED = frozenset({"/v1/chat/completions", "/v1/completions"})
 # Of a prompt whose tokens nobody has told.
 _BYTES_PER_TOKEN = 4
@@ -130,45 +125,17 @@ class Meter:
             return line
         if _NO_CHOICES.search(line):
             return line if self._total or b'"usage"' not in line else b""
-        return _without_usage(line) if b'"usage"' in line else line
+        return without_usage(line) if b'"usage"' in line else line
 
     def _read(self, data: bytes) -> None:
-        for usage, _, _ in _usages(data):
-            if not isinstance(usage, dict):
+        for usage in usages(data):
+            if not usage.told:
                 continue
             self._told = True
-            for name in ("prompt_tokens", "input_tokens"):
-                self._prompt = max(self._prompt, _count(usage.get(name)))
-            completion = _count(usage.get("completion_tokens", usage.get("output_tokens")))
+            self._prompt = max(self._prompt, usage.prompt_tokens or 0)
+            completion = usage.answer_tokens or 0
             if self._rewrites and (choice := _INDEX.search(data)) is not None:
                 # In each chunk vLLM counts the tokens of that chunk's choice.
                 self._by_choice[int(choice[1])] = completion
                 completion = sum(self._by_choice.values())
             self._completion = max(self._completion, completion)
-
-
-def _usages(data: bytes) -> Iterator[tuple[object, int, int]]:
-    """Every usage in a text of JSON, with where its key begins and where it ends."""
-    if b'"usage"' not in data:
-        return
-    # One byte a character, so that places are the same.
-    text = data.decode("latin-1")
-    for match in _USAGE.finditer(data):
-        try:
-            usage, end = _DECODER.raw_decode(text, match.end())
-        except (json.JSONDecodeError, RecursionError):
-            continue
-        yield usage, match.start(), end
-
-
-def _without_usage(line: bytes) -> bytes:
-    for _, start, end in reversed(list(_usages(line))):
-        # The comma before it goes with it, or else the one behind it.
-        if line[start : start + 1] != b"," and (comma := _COMMA.match(line, end)):
-            end = comma.end()
-        line = line[:start] + line[end:]
-    return line
-
-
-def _count(value: object) -> int:
-    return value if isinstance(value, int) else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 
 import orjson
@@ -14,11 +13,7 @@ from service.engine.protocol import Message, Send
 from service.errors import CoeError
 from service.link.call import QUEUE_MS, SWAP_MS
 from service.link.faults import sse_event
-
-# Inside a JSON string every quote has a backslash before it, so this is the usage itself.
-_USAGE = re.compile(rb'"usage"\s*:\s*\{')
-_PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d{1,12})')
-_ANSWER = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d{1,12})')
+from service.link.usage import last_usage
 
 
 class Reply:
@@ -103,15 +98,16 @@ class Reply:
 
     def _with_usage(self, body: bytes) -> bytes:
         """The body with `coe` in its usage, if its usage is in it."""
-        found = list(_USAGE.finditer(body))
-        if not found:
+        usage = last_usage(body)
+        if usage is None:
             return body
-        at = found[-1].end()
+        at = usage.value + 1
         spent = self.spent
         if spent is not None:
-            prompt, answer = _PROMPT.search(body, at), _ANSWER.search(body, at)
-            spent.prompt_tokens = int(prompt[1]) if prompt else spent.prompt_tokens
-            spent.completion_tokens = int(answer[1]) if answer else spent.completion_tokens
+            if usage.prompt_tokens is not None:
+                spent.prompt_tokens = usage.prompt_tokens
+            if usage.answer_tokens is not None:
+                spent.completion_tokens = usage.answer_tokens
         if self.passage.status >= 400:
             return body
         passage = self.passage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from service.link.snapshot import Speed
+from service.link.usage import last_usage
 
 _EWMA = 0.2
 # Prompts must differ by this much (standard deviation against mean) to tell what length costs.
@@ -106,10 +107,5 @@ class Stopwatch:
 
 def _answer_tokens(body: bytes) -> int:
     """The tokens of a whole answer, by its usage; 0 where it tells none."""
-    for name in (b'"completion_tokens":', b'"output_tokens":'):
-        at = body.rfind(name)
-        if at >= 0:
-            digits = body[at + len(name) : at + len(name) + 12].lstrip()
-            end = next((i for i, c in enumerate(digits) if not 48 <= c <= 57), len(digits))
-            return int(digits[:end] or 0)
-    return 0
+    usage = last_usage(body)
+    return (usage.answer_tokens or 0) if usage is not None else 0

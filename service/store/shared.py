@@ -8,6 +8,7 @@ What could not be told meanwhile is kept and told when Redis is back, each thing
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -195,11 +196,9 @@ class SharedStore:
                 # Not all gateways at the same moment.
                 wait_s = self._retry_s * random.uniform(0.5, 1.0)
                 self._retry_s = min(_LAST_RETRY_S, self._retry_s * 2)
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._hurry.wait()
-            except TimeoutError:
-                pass
             self._hurry.clear()
             if not self._stopping:
                 await self._beat()
