@@ -75,9 +75,15 @@ def guarded(endpoint: Endpoint, admin_key: str) -> Endpoint:
     """The endpoint, for who has the admin key; others get Unauthorized."""
 
     async def checked(request: Request) -> Response:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not same(given.encode(), admin_key.encode()):
-            raise Unauthorized("the admin endpoints need the admin key as Bearer token")
+        given = request.headers.get("authorization", "").encode()
+        check_admin(given, admin_key, "the admin endpoints")
         return await endpoint(request)
 
     return checked
+
+
+def check_admin(authorization: bytes, admin_key: str | None, what: str) -> None:
+    """Raises Unauthorized unless this header's value holds the admin key. `what` needs it."""
+    given = authorization.removeprefix(b"Bearer ")
+    if admin_key is None or not same(given, admin_key.encode()):
+        raise Unauthorized(f"{what} need the admin key as Bearer token")

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from service import __version__
 from service.api import catalog
 from service.api.accounts import Accounts
-from service.api.admin import Reload, admin_routes
+from service.api.admin import Reload, admin_routes, check_admin
 from service.api.admission import Admission
 from service.api.answering import Answering
 from service.api.body import ENDPOINTS
@@ -41,7 +41,6 @@ from service.errors import (
     CoeError,
     InvalidRequest,
     PoolGone,
-    Unauthorized,
     UnknownEndpoint,
     UnknownModel,
 )
@@ -49,7 +48,6 @@ from service.link.asgi import ClientGone, Receive, Send, read_body
 from service.link.client import PoolLink
 from service.link.directory import Directory
 from service.link.faults import Fault, fault_of
-from service.link.secret import same
 from service.telemetry import table
 from service.telemetry.exposition import CONTENT_TYPE, join
 from service.telemetry.metrics import GatewayMetrics
@@ -234,9 +232,7 @@ class Gateway:
         """Where keys are asked for, everybody's traffic is the admin's to see. Raises CoeError."""
         if not self._admission.keyring.needed:
             return
-        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        if self._admin_key is None or not same(given, self._admin_key.encode()):
-            raise Unauthorized("the console's events need the admin key as Bearer token")
+        check_admin(headers.get(b"authorization", b""), self._admin_key, "the console's events")
 
     def _states(self) -> dict[str, dict[str, Any]]:
         views = self._relay.views()

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from service.cli.client import url_option
 from service.cli.stream import api_headers, events, open_stream
 from service.errors import CoeError
 
@@ -17,13 +18,7 @@ _STEPS = ("route", "queue", "swap", "prefill", "decode")
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option(
-    "--url",
-    envvar="COE_URL",
-    default="http://127.0.0.1:8000",
-    show_default=True,
-    help="The service.",
-)
+@url_option
 @click.option("--model", "-m", default="auto", show_default=True, help="auto, auto:fast, code, …")
 @click.option("--max-tokens", default=256, show_default=True, help="Longest answer, in tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer.")

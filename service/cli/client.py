@@ -5,21 +5,39 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import click
+
 from service.errors import CoeError
+
+url_option = click.option(
+    "--url",
+    envvar="COE_URL",
+    default="http://127.0.0.1:8000",
+    show_default=True,
+    help="The service.",
+)
 
 
 def admin(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
     """Ask an admin endpoint, with the key of this user's file. Raises CoeError."""
+    from service.link.secret import admin_key_path
+
+    if not (headers := admin_headers()):
+        raise CoeError(
+            f"no admin key in {admin_key_path()}: `coe serve` makes one at its first start"
+        )
+    text = json.dumps(body) if body is not None else None
+    return ask(url, method, path, headers, text)
+
+
+def admin_headers() -> dict[str, str]:
+    """The admin key of this user's file, where there is one."""
     from service.link.secret import admin_key_path, read_secret
 
     try:
-        key = read_secret(admin_key_path())
+        return {"authorization": f"Bearer {read_secret(admin_key_path())}"}
     except OSError:
-        raise CoeError(
-            f"no admin key in {admin_key_path()}: `coe serve` makes one at its first start"
-        ) from None
-    text = json.dumps(body) if body is not None else None
-    return ask(url, method, path, {"authorization": f"Bearer {key}"}, text)
+        return {}
 
 
 def ask(url: str, method: str, path: str, headers: dict[str, str], body: str | None = None) -> Any:

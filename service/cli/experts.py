@@ -7,18 +7,12 @@ from typing import Any
 
 import click
 
-from service.cli.client import admin
+from service.cli.client import admin, url_option
 from service.cli.show import size
 
 
 @click.group(invoke_without_command=True)
-@click.option(
-    "--url",
-    envvar="COE_URL",
-    default="http://127.0.0.1:8000",
-    show_default=True,
-    help="The service.",
-)
+@url_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--watch", is_flag=True, help="Go on showing it, until Ctrl-C.")
 @click.pass_context

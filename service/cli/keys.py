@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from service.cli.client import admin
+from service.cli.client import admin, url_option
 from service.cli.show import table
 from service.errors import CoeError
 
@@ -71,13 +71,7 @@ async def _act(config: Any, keys: Any, method: str, parts: list[str], body: Any)
 
 
 @click.group()
-@click.option(
-    "--url",
-    envvar="COE_URL",
-    default="http://127.0.0.1:8000",
-    show_default=True,
-    help="The service.",
-)
+@url_option
 @click.option(
     "--config",
     "-c",

@@ -16,16 +16,6 @@ def api_headers() -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
-def admin_headers() -> dict[str, str]:
-    """The admin key of this user's file, where there is one."""
-    from service.link.secret import admin_key_path, read_secret
-
-    try:
-        return {"authorization": f"Bearer {read_secret(admin_key_path())}"}
-    except OSError:
-        return {}
-
-
 def open_stream(
     url: str, path: str, headers: dict[str, str], body: dict[str, Any] | None = None
 ) -> Any:

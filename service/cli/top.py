@@ -8,19 +8,14 @@ from typing import Any, ClassVar
 
 import click
 
+from service.cli.client import admin_headers, url_option
 from service.cli.show import size
-from service.cli.stream import admin_headers, events, open_stream
+from service.cli.stream import events, open_stream
 from service.errors import CoeError
 
 
 @click.command()
-@click.option(
-    "--url",
-    envvar="COE_URL",
-    default="http://127.0.0.1:8000",
-    show_default=True,
-    help="The service.",
-)
+@url_option
 @click.option("--json", "as_json", is_flag=True, help="Print the state once, as one JSON object.")
 def top(url: str, as_json: bool) -> None:
     """Experts, queues, swaps and recent routes, live. q quits; l, e, p move the chosen expert."""
