@@ -1,0 +1,44 @@
+"""Where a running vLLM model routes tokens: its mixture-of-experts layers and their routers.
+
+What begins with `service.engine.vllm` is all that imports vllm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """One layer that routes: the decoder layer's index, and vLLM's router in it.
+
+    `experts`: routed experts of the layer; `top_k`: how many of them a token gets.
+    """
+
+    layer: int
+    experts: int
+    top_k: int
+    router: Any
+
+
+def routed_layers(model: Any) -> tuple[Routed, ...]:
+    """The layers that route, in order; none where the model is no mixture of experts.
+
+    Raises ValueError where a kernel routes by itself: nobody can see or change its choice.
+    """
+    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+    found = []
+    for module in model.modules():
+        if not isinstance(module, MoERunner):
+            continue
+        layer, router = module.layer_id, module.router
+        if module._quant_method.is_monolithic or not isinstance(router, BaseRouter):
+            raise ValueError(
+                f"layer {layer} is routed inside its kernel "
+                f"({type(module._quant_method).__name__}), where its choice can't be seen"
+            )
+        found.append(Routed(layer, router.global_num_experts, router.top_k, router))
+    return tuple(sorted(found, key=lambda one: one.layer))
