@@ -31,6 +31,11 @@ def templated(label: str, count: int, seed: int) -> list[str]:
     return [_fill(templates[i % len(templates)], draw) for i in range(count)]
 
 
+def template_count(label: str) -> int:
+    """How many templates a category has: prompt i of `templated` is of template i modulo this."""
+    return len(_lists()["templates"][label])
+
+
 def _fill(template: str, draw: random.Random) -> str:
     fillers = _lists()["fillers"]
     parts = template.split("{")

@@ -1,0 +1,1 @@
+"""Mixture-of-experts models: made of dense experts, and measured. Owns no engine."""
