@@ -78,7 +78,8 @@ class Answering:
                 return
             row = relay.book.recipe_index[recipe]
             if recipe.later:
-                self._worth.escalated(row, ensemble.escalations, len(recipe.later))
+                expected = plan.reach[at]
+                self._worth.escalated(row, expected, ensemble.escalations, len(recipe.later))
         finally:
             self._learn(plan, reply)
             if row >= 0 and passage.status == 200:

@@ -23,6 +23,8 @@ from service.types import CategoryScores, Recipe
 PRESETS = {"fast": 0.05, "": 0.01, "best": 0.001}
 # A way of answering worth less than this is none, however idle.
 _LEAST = 0.05
+# Sets of allowed experts whose recipes are remembered.
+_MOST_ALLOWANCES = 1000
 
 Assess = Callable[[Mapping[str, Any]], Assessment]
 
@@ -71,6 +73,7 @@ class Router:
             kind: np.array([kind in config.experts[name].capabilities for name in book.experts])
             for kind in kinds
         }
+        self._allowances: dict[frozenset[str], NDArray[np.bool_]] = {}
         self._lacking = {kind: (book.asks & ~able).any(axis=1) for kind, able in self._able.items()}
 
     def plan(self, asked: Asked) -> Plan:
@@ -193,11 +196,20 @@ class Router:
                 f"no expert can do {', '.join(sorted(asked.needs))}", param="model"
             )
         if asked.tenant.experts is not None:
-            barred = np.array([name not in asked.tenant.experts for name in book.experts])
-            able &= ~(book.asks & barred).any(axis=1)
+            able &= self._allowed(asked.tenant.experts)
             if not able.any():
                 raise Forbidden("this key may ask no expert that can do this", param="model")
         return able
+
+    def _allowed(self, experts: frozenset[str]) -> NDArray[np.bool_]:
+        """The recipes that ask nobody else."""
+        if (found := self._allowances.get(experts)) is None:
+            barred = np.array([name not in experts for name in self._book.experts])
+            found = ~(self._book.asks & barred).any(axis=1)
+            if len(self._allowances) >= _MOST_ALLOWANCES:
+                self._allowances.clear()
+            self._allowances[experts] = found
+        return found
 
     def _unknown(self, model: str) -> UnknownModel:
         # Names are that long at most, and likeness of megabytes takes seconds.

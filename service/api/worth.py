@@ -33,6 +33,8 @@ class Worth:
         self.shift = np.zeros((len(self.labels), len(book.recipes)))
         self._table = np.zeros((len(self.labels), len(book.recipes)))
         self._reach = np.zeros((len(book.recipes), MAX_LATER))
+        # How much oftener than expected each later expert was asked.
+        self._oftener = np.zeros_like(self._reach)
         home = config.category_map()
         for row, label in enumerate(self.labels):
             owner = home.get(label, config.fallback)
@@ -74,11 +76,11 @@ class Worth:
             reach = reach.copy()
             reach[self._map_columns] = found.reach
         quality += posterior @ self.shift
-        return np.clip(quality, 0.0, 1.0), reach
+        return np.clip(quality, 0.0, 1.0), np.clip(reach + self._oftener, 0.0, 1.0)
 
     def reach(self, recipe: int) -> Floats:
         """How likely each later expert of one recipe is asked, (MAX_LATER,): without a prompt."""
-        found: Floats = self._reach[recipe]
+        found: Floats = np.clip(self._reach[recipe] + self._oftener[recipe], 0.0, 1.0)
         return found
 
     def expected(self, label: str, recipe: int) -> float:
@@ -90,8 +92,11 @@ class Worth:
                 return float(self._map.score[row, where[0]])
         return float(self._table[self.index[label], recipe]) if label in self.index else 0.0
 
-    def escalated(self, recipe: int, asked: int, later: int) -> None:
-        """A cascade asked `asked` of its `later` experts: learn how likely each is."""
+    def escalated(self, recipe: int, expected: Floats, asked: int, later: int) -> None:
+        """A cascade asked `asked` of its `later` experts: learn how likely each is.
+
+        `expected` (MAX_LATER,): how likely each was thought to be when it was chosen.
+        """
         for i in range(later):
             seen = 1.0 if i < asked else 0.0
-            self._reach[recipe, i] += 0.05 * (seen - self._reach[recipe, i])
+            self._oftener[recipe, i] += 0.05 * (seen - expected[i])
