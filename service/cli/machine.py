@@ -8,6 +8,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from service import ram
+
 _MIB = 1024**2
 
 
@@ -31,14 +33,12 @@ class Machine:
 
 def look(models_dir: Path) -> Machine:
     """This machine; `models_dir` is where models would be kept."""
-    import psutil
-
     there = models_dir
     while not there.exists():
         there = there.parent
     return Machine(
         gpus(),
-        psutil.virtual_memory().total,
+        ram.total_bytes(),
         shutil.disk_usage(there).free,
         len(os.sched_getaffinity(0)),
     )

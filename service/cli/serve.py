@@ -81,8 +81,7 @@ def _check_artifacts(config: Config) -> None:
 
 
 def _plans(config: Config) -> list[Any]:
-    import psutil
-
+    from service import ram
     from service.memory import check_plan, folders_of, plan_pool
     from service.models import inspect_model, locate
 
@@ -91,7 +90,7 @@ def _plans(config: Config) -> list[Any]:
     found = {
         source: folder for source in sources if (folder := locate(source, root=root)) is not None
     }
-    machine_bytes = psutil.virtual_memory().total
+    machine_bytes = ram.total_bytes()
     plans = []
     folders = folders_of(config, found) if sources else {}
     for kind in config.pools:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from pathlib import Path
 from typing import Any
 
+from service.ram import free_bytes
+
 _PAGE_BYTES = 4096
-_CGROUP = Path("/sys/fs/cgroup")
-_CGROUP_FILES = (
-    (_CGROUP / "memory.max", _CGROUP / "memory.current"),
-    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
-)
 # glibc's <malloc.h>; the arenas of its threads are made of heaps of 64 MiB.
 _M_TRIM_THRESHOLD, _M_TOP_PAD = -1, -2
 _KEPT_BYTES = 2**31 - 1
@@ -39,17 +35,6 @@ def own_bytes() -> int:
     """Resident bytes that are this process's own: files that it has mapped don't count."""
     _, resident, shared = _statm()[:3]
     return resident - shared
-
-
-def free_bytes() -> int:
-    """Memory that can still be taken: what the system has available, or this container."""
-    with open("/proc/meminfo") as file:
-        told = dict(line.split(":") for line in file)
-    found = [int(told["MemAvailable"].split()[0]) * 1024]
-    for limit, used in _CGROUP_FILES:
-        with contextlib.suppress(OSError, ValueError):  # another version, or "max"
-            found.append(int(limit.read_text()) - int(used.read_text()))
-    return max(0, min(found))
 
 
 def check_room(model: Any) -> None:
