@@ -30,6 +30,12 @@ class ConfigError(CoeError):
     code = "invalid_config"
 
 
+class InvalidProfile(ConfigError):
+    """A steering profile is damaged or fits another base; the message names layer and numbers."""
+
+    code = "invalid_profile"
+
+
 class ArtifactError(CoeError):
     """A router artifact or model folder is missing, damaged or of another version."""
 

@@ -43,12 +43,13 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor as its file's header describes it."""
+    """One tensor as its file's header describes it. `begin`: where it begins in the file."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     data_bytes: int
+    begin: int = 0
 
     @property
     def elements(self) -> int:
@@ -72,7 +73,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise ModelStoreError(f"{path}: can't be read: {error.strerror or error}") from error
     try:
-        tensors, end = _parse_header(json.loads(raw))
+        tensors, end = _parse_header(json.loads(raw), 8 + header_bytes)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelStoreError(f"{path}: corrupt safetensors header: {error}") from error
     expected = 8 + header_bytes + end
@@ -87,7 +88,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _parse_header(header: dict[str, object]) -> tuple[dict[str, TensorInfo], int]:
+def _parse_header(header: dict[str, object], data: int) -> tuple[dict[str, TensorInfo], int]:
     tensors: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int]] = []
     for name, entry in header.items():
@@ -104,7 +105,7 @@ def _parse_header(header: dict[str, object]) -> tuple[dict[str, TensorInfo], int
             raise ValueError(f"tensor {name!r} has a negative size")
         if (end - begin) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
             raise ValueError(f"tensor {name!r}: shape and byte range disagree")
-        tensors[name] = TensorInfo(name, dtype, shape, end - begin)
+        tensors[name] = TensorInfo(name, dtype, shape, end - begin, data + begin)
         spans.append((begin, end))
     position = 0
     for begin, end in sorted(spans):

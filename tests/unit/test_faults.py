@@ -14,6 +14,7 @@ from service.link.faults import detail_of, fault_of, sse_event, status_of
 STATUS = {
     "CoeError": 500,
     "ConfigError": 500,
+    "InvalidProfile": 500,
     "ArtifactError": 500,
     "ModelStoreError": 500,
     "InvalidRequest": 400,

@@ -1,0 +1,131 @@
+"""Steering is what it says, token by token and expert by expert; a profile survives its file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.models.steering import (
+    LayerSteering,
+    MoeShape,
+    SteeringProfile,
+    check_profile,
+    read_profile,
+    steer,
+    write_profile,
+)
+
+_small = st.integers(-80, 80).map(lambda n: n / 16)
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> MoeShape:
+    experts = draw(st.integers(2, 9))
+    return MoeShape(
+        tuple(sorted(draw(st.sets(st.integers(0, 40), min_size=1, max_size=3)))),
+        experts,
+        draw(st.integers(1, experts)),
+        draw(st.booleans()),
+        draw(st.text("0123456789abcdef", min_size=64, max_size=64)),
+    )
+
+
+@st.composite
+def layers(draw: st.DrawFn, shape: MoeShape) -> LayerSteering:
+    """One that fits."""
+    n = shape.experts
+    k = draw(st.none() | st.integers(1, n))
+    masked = draw(st.sets(st.integers(0, n - 1), max_size=n - (k or shape.top_k)))
+    return LayerSteering.of(
+        n,
+        mask=[i in masked for i in range(n)],
+        bias=draw(st.lists(_small, min_size=n, max_size=n)),
+        boost=[abs(b) for b in draw(st.lists(_small, min_size=n, max_size=n))],
+        top_k=k,
+        top_p=draw(st.none() | st.integers(1, 64).map(lambda i: i / 64)),
+    )
+
+
+def by_hand(row: list[float], layer: LayerSteering, shape: MoeShape) -> dict[int, float]:
+    """Weight by expert for one token, those of weight 0 included."""
+    odds = {
+        e: math.exp(row[e] + float(layer.bias[e]))
+        for e in range(shape.experts)
+        if not layer.mask[e]
+    }
+    total = sum(odds.values())
+    order = sorted(odds, key=lambda e: (-odds[e], e))[: layer.top_k or shape.top_k]
+    stay = {}
+    reached = 0.0
+    for e in order:
+        if layer.top_p is not None and stay and reached >= layer.top_p - 1e-6:
+            break
+        stay[e] = odds[e] / total
+        reached += stay[e]
+    scale = 1 / sum(stay.values()) if shape.renormalize else 1.0
+    return {e: stay.get(e, 0.0) * scale * float(layer.boost[e]) for e in order}
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_steering_is_what_it_says(data: st.DataObject) -> None:
+    shape = data.draw(shapes())
+    layer = data.draw(layers(shape))
+    rows = data.draw(
+        st.lists(
+            st.lists(_small, min_size=shape.experts, max_size=shape.experts), min_size=1, max_size=4
+        )
+    )
+    # At the very edge of top_p either answer is right.
+    if layer.top_p is not None:
+        for row in rows:
+            for p in np.cumsum(list(_probabilities(row, layer).values())):
+                if abs(p - layer.top_p) < 1e-5:
+                    return
+    weights, ids = steer(np.array(rows, np.float64), layer, shape)
+    assert weights.dtype == np.float32
+    assert ids.dtype == np.int32
+    for row, said, chosen in zip(rows, weights, ids, strict=True):
+        expected = by_hand(row, layer, shape)
+        assert list(chosen) == list(expected)
+        np.testing.assert_allclose(said, list(expected.values()), rtol=1e-4, atol=1e-6)
+
+
+def _probabilities(row: list[float], layer: LayerSteering) -> dict[int, float]:
+    odds = {e: math.exp(x + float(layer.bias[e])) for e, x in enumerate(row) if not layer.mask[e]}
+    return {e: odds[e] / sum(odds.values()) for e in sorted(odds, key=lambda e: (-odds[e], e))}
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_profile_survives_its_file(data: st.DataObject) -> None:
+    shape = data.draw(shapes())
+    profile = SteeringProfile(
+        shape,
+        {
+            index: data.draw(layers(shape))
+            for index in sorted(data.draw(st.sets(st.sampled_from(shape.layers))))
+        },
+        about=data.draw(st.text(max_size=20)),
+    )
+    check_profile(profile, shape)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "p.safetensors"
+        write_profile(profile, path)
+        back = read_profile(path)
+    check_profile(back, shape)
+    assert back.shape == shape
+    assert back.about == profile.about
+    for index, layer in profile.layers.items():
+        if layer.is_neutral:
+            assert index not in back.layers
+            continue
+        found = back.layers[index]
+        for name in ("mask", "bias", "boost"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(layer, name))
+        assert (found.top_k, found.top_p) == (layer.top_k, layer.top_p)
