@@ -27,6 +27,12 @@ os.environ.update(
 )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _sockets_of_engines(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """vLLM leaves them behind: here they go with pytest's own folders."""
+    os.environ["VLLM_RPC_BASE_PATH"] = str(tmp_path_factory.mktemp("rpc"))
+
+
 @pytest.fixture(autouse=True)
 def _home_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keys made by a test are not this user's, nor another test's."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,7 @@ from service.link import addresses
 from service.link.secret import node_folder, read_secret
 from service.reload import config_file, current_config, follow, reload
 from service.telemetry.logs import set_up_logs
+from service.telemetry.node import own_folder
 
 # The name under which autoscaling reads what a pool reports.
 QUEUED = "queued"
@@ -39,7 +41,12 @@ class PoolReplica:
         config = current_config(in_force, config_json)
         self._drain_s = config.server.drain_s
         secret = read_secret(Path(secret_path))
-        self._process = PoolProcess(config, kind, secret, node=node_folder(secret))
+        node = node_folder(secret)
+        # Each of vLLM's engines leaves sockets behind: here they go when the service does.
+        with contextlib.suppress(OSError):
+            own_folder(node)
+            os.environ.setdefault("VLLM_RPC_BASE_PATH", str(node))
+        self._process = PoolProcess(config, kind, secret, node=node)
         host = host or ray.util.get_node_ip_address()
         listener = bind_free_port(host)
         self._server = QuietServer(server_config(self._process.app))

@@ -50,7 +50,7 @@ class NodeTarget:
     async def start(self) -> None:
         """Answer. Without a place for the socket the process goes on, and says so in its log."""
         try:
-            _own_folder(self._path.parent)
+            own_folder(self._path.parent)
             if len(os.fsencode(self._path)) > _MOST_PATH:
                 raise OSError(errno.ENAMETOOLONG, "the path is too long for a socket")
             runner = await self._runner(self._text)
@@ -134,7 +134,7 @@ def _remove_dead(path: Path) -> None:
             path.unlink()
 
 
-def _own_folder(folder: Path) -> None:
+def own_folder(folder: Path) -> None:
     """Make it, for us alone. Raises OSError where it is somebody else's."""
     folder.mkdir(mode=0o700, exist_ok=True)
     told = folder.lstat()
