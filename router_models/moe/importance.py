@@ -1,4 +1,4 @@
-"""How much each routed expert matters for some texts, and which must never be masked. Owns both sums.
+"""How much each routed expert matters for some texts, and which must never be masked.
 
 *Importance* is EASY-EP's (Dong and others, arXiv 2504.06792): over all tokens that chose an
 expert, its weight times the L2 norm of its output times the token's contribution, which is

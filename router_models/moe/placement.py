@@ -25,7 +25,7 @@ class Placed:
     devices: tuple[tuple[int, ...], ...]
 
     def device_load(self, load: Floats) -> Floats:
-        """What each device has to do, (devices,), where the experts' loads are `load` (experts,)."""
+        """What each device has to do, (devices,), for loads of the experts (experts,)."""
         copies = np.bincount([e for held in self.devices for e in held], minlength=len(load))
         share = load / np.maximum(copies, 1)
         return np.array([share[list(held)].sum() for held in self.devices])
@@ -106,9 +106,7 @@ def exact(load: Floats, copies: Counts, devices: int, *, time_limit_s: float) ->
     found = milp(
         np.append(np.zeros(experts * devices), 1.0),
         integrality=np.append(np.ones(experts * devices), 0),
-        bounds=Bounds(
-            np.zeros(experts * devices + 1), np.append(np.repeat(copies, devices), 1.0)
-        ),
+        bounds=Bounds(np.zeros(experts * devices + 1), np.append(np.repeat(copies, devices), 1.0)),
         constraints=[
             LinearConstraint(
                 sparse.hstack([sparse.kron(sparse.eye(experts), many[None]), last]), copies, copies
@@ -134,7 +132,9 @@ def exact(load: Floats, copies: Counts, devices: int, *, time_limit_s: float) ->
     if found.status != 0 or found.x is None:
         return None
     counts = np.rint(found.x[:-1]).astype(np.int64).reshape(experts, devices)
-    return _placed([[e for e in range(experts) for _ in range(counts[e, d])] for d in range(devices)])
+    return _placed(
+        [[e for e in range(experts) for _ in range(counts[e, d])] for d in range(devices)]
+    )
 
 
 def least_possible(load: Floats, copies: Counts, devices: int) -> float:

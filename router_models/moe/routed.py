@@ -256,7 +256,7 @@ def _ids_at(out: tuple[Any, ...]) -> int:
 def _one_by_one(
     experts: Any, inputs: Tensor, ids: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms (T, k) and peaks (E,) of each expert's own output, and their weighted sum (T, hidden)."""
+    """Each expert's own output: norms (T, k), peaks (E,); and the weighted sum (T, hidden)."""
     norms = torch.zeros(ids.shape, dtype=torch.float32)
     peaks = torch.zeros(experts.gate_up_proj.shape[0], dtype=torch.float32)
     total = torch.zeros(inputs.shape, dtype=torch.float32)

@@ -6,7 +6,16 @@ import click
 
 from service.cli.late import Commands
 
-_COMMANDS: dict[str, tuple[str, str]] = {}
+_COMMANDS: dict[str, tuple[str, str]] = {
+    "profile": (
+        "service.cli.moe_profile:profile",
+        "Learn which experts a domain needs, as a steering profile.",
+    ),
+    "place": (
+        "service.cli.moe_place:place",
+        "Spread routed experts over devices by recorded loads.",
+    ),
+}
 
 
 @click.group(cls=Commands, table=_COMMANDS)

@@ -59,9 +59,7 @@ def test_every_expert_is_placed_in_equal_room_and_the_bounds_hold(
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    st.lists(st.integers(0, 30), min_size=6, max_size=6), st.sampled_from([2, 3])
-)
+@given(st.lists(st.integers(0, 30), min_size=6, max_size=6), st.sampled_from([2, 3]))
 def test_exact_is_what_trying_everything_finds(loads: list[int], devices: int) -> None:
     load = np.array(loads, dtype=np.float64)
     room = 6 // devices
