@@ -93,7 +93,7 @@ def read_loads(path: Path) -> tuple[tuple[int, ...], tuple[Floats, ...]]:
     for layer, load in rows.items():
         if load.shape != (count,) or count < 2:
             raise PlacementError(
-                f"{path}: layer {layer} has loads of shape {load.shape}; the first layer has {count}"
+                f"{path}: layer {layer} has loads {load.shape}; the first layer has {count}"
             )
         if not np.isfinite(load).all() or (load < 0).any():
             raise PlacementError(f"{path}: layer {layer}: loads are finite numbers from 0 on")
