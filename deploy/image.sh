@@ -12,9 +12,10 @@ case $target in cpu | gpu) ;; *) printf 'image: the targets are cpu and gpu, not
 
 tool=${BUILDER:-}
 for each in docker buildah podman; do
-    [ -n "$tool" ] || ! command -v "$each" >/dev/null || tool=$each
+    # docker's client alone builds nothing.
+    [ -n "$tool" ] || ! "$each" info >/dev/null 2>&1 || tool=$each
 done
-[ -n "$tool" ] || { printf 'image: needs docker, podman or buildah\n' >&2; exit 1; }
+[ -n "$tool" ] || { printf 'image: needs docker (running), podman or buildah\n' >&2; exit 1; }
 # Docker's own format has health checks, which OCI's leaves out.
 [ "$tool" = docker ] || options+=(--format docker)
 export DOCKER_BUILDKIT=1

@@ -32,7 +32,7 @@ def prepare(run_dir: Path, server: ServerConfig, lobby: Path) -> None:
     """
     haproxy = run_dir / "haproxy"
     haproxy.mkdir(parents=True, exist_ok=True)
-    stats, metrics = _free_ports(2)
+    stats, metrics, fallback, fallback_grpc = _free_ports(4)
     first = _free_stretch()
     wrapper = write_wrapper(
         haproxy,
@@ -56,6 +56,10 @@ def prepare(run_dir: Path, server: ServerConfig, lobby: Path) -> None:
             # Two services on one machine must not fight for these.
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+            # Where HAProxy sends requests while no gateway is up. Serve's proxies share their
+            # ports, so that with the default one service's requests would reach another's.
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
             "RAY_SERVE_HAPROXY_MAXCONN": str(_connections()),
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
