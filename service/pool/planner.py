@@ -45,7 +45,7 @@ class UnitView:
     oldest_s: how long its oldest waiting request has waited. demand_per_s: requests
     per second, as a moving average. bring_s: from disk to host. swap_s: from where it
     is now to running. exchangeable: the slot's present engine can run it; another one
-    has to be started otherwise.
+    has to be started otherwise. wanted: an operator asked for it to be held.
     """
 
     name: str
@@ -59,6 +59,7 @@ class UnitView:
     swap_s: float
     pinned: bool
     exchangeable: bool = True
+    wanted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +169,18 @@ def _late(slot: SlotView, able: Sequence[UnitView], policy: Policy) -> bool:
 
 
 def next_fetch(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> str | None:
-    """The unit to bring to host memory next, beside the running one: who waits, then by demand."""
+    """The unit to bring to host memory next, beside the running one.
+
+    Who waits, then whom an operator wants there, then by demand.
+    """
     wanted = to_keep(slot, units, policy)
     absent = [u for u in units if u.tier is Residency.DISK and u.exchangeable and u.name in wanted]
     waiting = [u for u in absent if u.waiting]
     if waiting:
         return min(waiting, key=lambda u: _turn(u, policy)).name
+    asked_for = [u.name for u in absent if u.wanted]
+    if asked_for:
+        return min(asked_for)
     if not policy.prefetch or slot.waiting:
         return None
     hot = [u for u in absent if u.demand_per_s > 0 or u.pinned]
@@ -189,8 +196,8 @@ def _turn(unit: UnitView, policy: Policy) -> tuple[bool, float, str]:
 def to_keep(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> frozenset[str]:
     """The units whose weights belong into host memory.
 
-    The running, pinned, and waited-for ones, as far as they fit; of the others the
-    best knapsack of demand × cost of bringing back.
+    The running, pinned, waited-for, and wanted ones, as far as they fit; of the others
+    the best knapsack of demand × cost of bringing back.
     """
     if policy.host_bytes is None:
         return frozenset(u.name for u in units)
@@ -198,9 +205,15 @@ def to_keep(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> frozen
         (
             u
             for u in units
-            if u.name == slot.running_unit or (u.exchangeable and (u.pinned or u.waiting))
+            if u.name == slot.running_unit
+            or (u.exchangeable and (u.pinned or u.waiting or u.wanted))
         ),
-        key=lambda u: (u.name != slot.running_unit, not u.pinned, *_turn(u, policy)),
+        key=lambda u: (
+            u.name != slot.running_unit,
+            not u.pinned,
+            not u.waiting,
+            *_turn(u, policy),
+        ),
     )
     kept: list[str] = []
     left = policy.host_bytes

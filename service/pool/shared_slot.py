@@ -13,11 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 from service.engine.protocol import SwappingEngine
-from service.errors import CoeError
+from service.errors import CoeError, Conflict
 from service.link.snapshot import ExpertState
 from service.pool.lease import Again
 from service.pool.placement import Place
-from service.pool.planner import Policy, SlotView, UnitView
+from service.pool.planner import Policy, SlotView, UnitView, bounded
 from service.pool.queues import Ticket
 from service.pool.slot import Slot
 from service.pool.units import Known, Swap, Unit
@@ -91,6 +91,25 @@ class SharedSlot(Slot[SwappingEngine]):
         """Whether an expert's unit stays in host memory, whatever else wants the room."""
         self._known[self._unit_of[expert]].pinned = pinned
         self._event.set()
+
+    def _is_to_come(self, unit: str) -> bool:
+        """Whether a unit that an operator wants is not held yet. Raises Conflict if it can't be."""
+        known = self._known[unit]
+        if known.tier is not Residency.DISK:
+            return False
+        now_s = time.monotonic()
+        if known.failed_until > now_s:
+            raise Conflict(f"expert {unit!r} could not be loaded: {self._states[unit].reason}")
+        if (engine := self._engine) is None:
+            return unit != self._unit  # the next engine starts with that one
+        views = self._unit_views(now_s, engine.exchangeable)
+        beside = bounded(self._slot_view(now_s), views, self.policy, self._start_s)
+        if not any(view.name == unit and view.exchangeable for view in beside):
+            raise Conflict(
+                f"expert {unit!r} can't be held beside {self._unit!r}: it needs an engine of its "
+                "own, or more host_bytes; it is started when it is asked for"
+            )
+        return True
 
     def take_in(self, unit: Unit, known: Known | None = None) -> None:
         """One more unit, and what another slot knew of it."""
@@ -257,6 +276,7 @@ class SharedSlot(Slot[SwappingEngine]):
                     else self._start_s,
                     pinned=known.pinned,
                     exchangeable=name in exchangeable,
+                    wanted=known.wanted,
                 )
             )
         return views

@@ -241,6 +241,7 @@ class SwapSlot(SharedSlot):
         self._closed_s = None
         self._known[unit].tier = Residency.DEVICE
         self._known[unit].failed_until = 0.0
+        self._known[unit].wanted = False
         for name in self._units[unit].experts:
             self._states[name] = ExpertState(
                 Residency.DEVICE,
@@ -313,6 +314,7 @@ class SwapSlot(SharedSlot):
         log.error("expert %s failed: %s", unit, reason)
         known = self._known[unit]
         known.tier = Residency.DISK
+        known.wanted = False
         known.failed_until = time.monotonic() + _RETRY_S
         self._set_unit(unit, Residency.FAILED, reason)
         self._refuse_waiting()
@@ -356,8 +358,7 @@ class SwapSlot(SharedSlot):
         elif act == "unpin":
             known.pinned = False
         elif act == "load":
-            # As if somebody had asked for it: the planner fetches it when there is room.
-            known.wanted = True
+            known.wanted = self._is_to_come(unit)
         else:
             if unit == self._unit or known.pinned or known.tier is not Residency.HOST:
                 why = "running" if unit == self._unit else "pinned" if known.pinned else "not held"

@@ -24,7 +24,10 @@ class Unit:
 
 @dataclass(slots=True)
 class Known:
-    """What is known of one unit. Times in s, sizes in bytes; guesses until it was measured."""
+    """What is known of one unit. Times in s, sizes in bytes; guesses until it was measured.
+
+    wanted: an operator asked for it to be held, and it has not been since.
+    """
 
     host_bytes: int = 0
     fill_s: float = 0.0
@@ -50,8 +53,8 @@ class Known:
         return faded
 
     def demand_per_s(self, now_s: float) -> float:
-        """As a moving average. Asked for by hand counts as asked for just now."""
-        return max(self.faded(now_s), float(self.wanted)) / _HALF_S
+        """Requests per second, as a moving average."""
+        return self.faded(now_s) / _HALF_S
 
     def begins_anew(self) -> None:
         """It goes to another slot: what was measured stays, where it was does not."""

@@ -122,7 +122,7 @@ async def tell(stage: Stage, story: list[Any]) -> list[Any]:
                 try:
                     await stage.slot.operate(act, expert)
                 except Conflict:
-                    assert act == "evict"
+                    assert act in ("load", "evict")
             case Turn(times):
                 for _ in range(times):
                     await asyncio.sleep(0.005)

@@ -36,6 +36,7 @@ def unit(
     bring_s: float = 2.0,
     pinned: bool = False,
     exchangeable: bool = True,
+    wanted: bool = False,
 ) -> UnitView:
     return UnitView(
         name=name,
@@ -49,6 +50,7 @@ def unit(
         swap_s=swap_s,
         pinned=pinned,
         exchangeable=exchangeable,
+        wanted=wanted,
     )
 
 
@@ -238,6 +240,27 @@ def test_nothing_is_fetched_ahead_while_requests_wait_for_the_running_unit() -> 
     assert next_fetch(replace(RUNS, waiting=1), [A, hot], POLICY) is None
     assert next_fetch(RUNS, [A, hot], replace(POLICY, prefetch=False)) is None
     assert next_fetch(RUNS, [A, unit("cold", tier=Residency.DISK)], POLICY) is None
+
+
+def test_whom_an_operator_wants_is_fetched_whatever_else_but_after_who_waits() -> None:
+    hot = unit("hot", tier=Residency.DISK, demand=50.0)
+    wanted = unit("wanted", tier=Residency.DISK, wanted=True)
+    waits = unit("waits", tier=Residency.DISK, waiting=1)
+    nothing_ahead = replace(POLICY, prefetch=False)
+    assert next_fetch(RUNS, [A, hot, wanted], nothing_ahead) == "wanted"
+    assert next_fetch(replace(RUNS, waiting=1), [A, wanted], POLICY) == "wanted"
+    assert next_fetch(RUNS, [A, hot, wanted], POLICY) == "wanted"
+    assert next_fetch(RUNS, [A, waits, wanted], nothing_ahead) == "waits"
+    assert next_fetch(RUNS, [A, replace(wanted, exchangeable=False)], nothing_ahead) is None
+
+
+def test_whom_an_operator_wants_takes_the_room_of_who_is_in_demand_never_of_who_waits() -> None:
+    held = [A, unit("b", demand=1.0), unit("c", demand=2.0)]
+    wanted = unit("wanted", tier=Residency.DISK, wanted=True)
+    assert to_keep(RUNS, [*held, wanted], POLICY) == {"a", "c", "wanted"}
+    assert to_drop(RUNS, [*held, wanted], POLICY, "wanted") == ["b"]
+    waiting = [A, unit("b", waiting=1), unit("c", waiting=1)]
+    assert "wanted" not in to_keep(RUNS, [*waiting, wanted], POLICY)
 
 
 def test_a_pinned_unit_is_fetched_though_nobody_asked() -> None:

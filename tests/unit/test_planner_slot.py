@@ -132,6 +132,43 @@ def test_what_is_being_swapped_in_can_not_be_evicted() -> None:
     play(world(), act)
 
 
+def test_load_brings_a_unit_to_host_memory_where_nothing_is_fetched_ahead() -> None:
+    async def act(stage: Stage) -> None:
+        assert await stage.ask("b") == "ok"
+        assert stage.slot.states()["c"].state is Residency.DISK
+        await stage.slot.operate("load", "c")
+        host = Residency.HOST
+        await until(lambda: stage.slot.states()["c"].state is host, "held", timeout_s=5)
+        assert stage.slot.states()["b"].state is Residency.DEVICE
+        # It is done once: what is dropped later, for others, is not fetched again by itself.
+        await stage.slot.operate("load", "c")
+        await stage.slot.operate("evict", "c")
+        await asyncio.sleep(1)
+        assert stage.slot.states()["c"].state is Residency.DISK
+
+    play(world(), act)
+
+
+def test_load_says_why_it_can_not() -> None:
+    async def act(stage: Stage) -> None:
+        assert await stage.ask("b") == "ok"
+        with pytest.raises(Conflict, match="more host_bytes"):
+            await stage.slot.operate("load", "c")
+        # As it was before: asked for, it takes the whole engine.
+        assert await stage.ask("c") == "ok"
+
+    play(world(bound=SIZE), act)
+
+    async def fail(stage: Stage) -> None:
+        assert await stage.ask("b") == "ok"
+        stage.world.armed["fill"] = "fail"
+        assert await stage.ask("c") == "expert_failed"
+        with pytest.raises(Conflict, match="told to fail"):
+            await stage.slot.operate("load", "c")
+
+    play(world(), fail)
+
+
 @pytest.mark.parametrize("preempt", [True, False])
 def test_running_requests_are_put_back_or_waited_for(preempt: bool) -> None:
     async def act(stage: Stage) -> None:
