@@ -5,7 +5,7 @@
 # debian:bookworm-slim of August 2026, its index of all platforms.
 ARG BASE=docker.io/library/debian:bookworm-slim@sha256:88200866dfff7ea7f5cbcb6ec7c8a701889efe6fe859fe64d6990e4b07ea4171
 
-# --- building: pip, and whatever it needs, stay here
+# --- building: what that needs stays here
 
 FROM ${BASE} AS build
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
@@ -28,7 +28,7 @@ COPY router_models router_models
 RUN /opt/coe/bin/pip install --quiet --no-deps --no-build-isolation . && \
     ln -s lib/python3.11/site-packages/router_models /opt/coe/router_models && \
     /opt/coe/bin/python -m service.haproxy /opt/coe/haproxy && \
-    /opt/coe/bin/pip uninstall --quiet -y uv pip
+    /opt/coe/bin/pip uninstall --quiet -y uv
 
 FROM build AS build-gpu
 COPY deploy/locks/image-gpu.txt ./
@@ -39,8 +39,7 @@ COPY service service
 COPY router_models router_models
 RUN /opt/coe/bin/pip install --quiet --no-deps --no-build-isolation . && \
     ln -s lib/python3.11/site-packages/router_models /opt/coe/router_models && \
-    /opt/coe/bin/python -m service.haproxy /opt/coe/haproxy && \
-    /opt/coe/bin/pip uninstall --quiet -y pip
+    /opt/coe/bin/python -m service.haproxy /opt/coe/haproxy
 
 # --- running
 
@@ -52,7 +51,8 @@ RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
     rm -rf /var/lib/apt/lists/* && \
     groupadd --gid 10001 coe && useradd --uid 10001 --gid coe --no-create-home --home-dir /tmp --shell /usr/sbin/nologin coe && \
     install -d -o coe -g coe /models && install -d /etc/coe
-# /tmp is the one place to write: everything that keeps a cache is told so.
+# /tmp is the one place to write: everything that keeps a cache is told so. pip fetches the
+# catalogue's models (it compiles nothing here), and keeps them once.
 ENV PATH=/opt/coe/bin:$PATH \
     HOME=/tmp \
     COE_MODELS=/models \
@@ -60,6 +60,7 @@ ENV PATH=/opt/coe/bin:$PATH \
     VLLM_CACHE_ROOT=/tmp/vllm \
     TRITON_CACHE_DIR=/tmp/triton \
     TORCHINDUCTOR_CACHE_DIR=/tmp/inductor \
+    PIP_NO_CACHE_DIR=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     RAY_USAGE_STATS_ENABLED=0 \

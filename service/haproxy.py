@@ -8,9 +8,9 @@ its own use: they are removed, as is an x-request-id that is no such thing, on w
 Serve's replica would fail with a plain 500. What it has no gateway for goes to the lobby,
 with which it shares the port for a moment (its option -dR would forbid that).
 
-What can't be changed: HAProxy (2.8) answers what does not parse as HTTP, and heads that come too
-slowly, in its connection layer, with HTML that is built in. No rule is asked there and no errorfile;
-an empty one would only leave out the answer.
+What can't be changed: HAProxy (2.8) answers what does not parse as HTTP, and heads that come
+too slowly, in its connection layer, with HTML that is built in. No rule is asked there and no
+errorfile; an empty one would only leave out the answer.
 """
 
 from __future__ import annotations

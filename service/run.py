@@ -95,8 +95,8 @@ def run(config: Config, *, source: Path) -> None:
         cluster.deploy(secret_path, admin_key_path())
         _say(f"the gateway answers at {url} ({lobby.done(_GATEWAY):.0f} s)")
         lobby.finish()
-        _follow(config, began_s)
-        _say(_how_to_call(url))
+        works = _follow(config, began_s)
+        _say(_how_to_call(url) if works else f"no expert works, see above; tried again: {url}")
         while True:
             hangup.wait()
             hangup.clear()
@@ -196,8 +196,8 @@ def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
         signal.signal(number, handler)
 
 
-def _follow(config: Config, began_s: float) -> None:
-    """Tell how the experts come up, until each one answers or has failed."""
+def _follow(config: Config, began_s: float) -> bool:
+    """Tell how the experts come up, until each one answers or has failed. False: all have."""
     told: dict[str, str] = {}
     # Those of a pool scaled to zero come when they are asked for.
     asleep = set(config.experts) - {
@@ -220,9 +220,9 @@ def _follow(config: Config, began_s: float) -> None:
             elif now == "failed":
                 _say(f"expert {name} failed: {state.get('reason', 'no reason given')}")
         if not config.experts.keys() - asleep:
-            return
+            return True
         if experts and all(map(_settled, experts.values())):
-            return
+            return bool(asleep) or any(one["state"] != "failed" for one in experts.values())
         if time.monotonic() - last_tell_s > 5:
             last_tell_s = time.monotonic()
             loading = {n: s for n, s in experts.items() if not _settled(s)}
