@@ -1,0 +1,172 @@
+"""What the routers of a mixture of experts chose, in numbers: load, balance, cacheability. Pure.
+
+A layer's choices are an integer array (tokens, k): the routed experts of each token; -1 fills a
+token's row where it was given fewer than k.
+
+Cacheability follows J. Liang and others, "Not All Models Suit Expert Offloading: On Local
+Routing Consistency of Mixture-of-Expert Models", https://arxiv.org/abs/2505.16056 (v3):
+
+- *SRP*, segment routing best performance. Every `SEGMENT` consecutive tokens of a text are a
+  segment. Could a router choose only once for a whole segment, which experts should it take? Its
+  choice is right in as far as the tokens use what it took: recall of all uses, precision over
+  segment length times experts taken, and their F1. SRP is the best F1 that any such router can
+  have. F1 = 2u / (t + n) with u uses covered, t tokens times experts taken, n uses in all is best
+  for a router that takes what is used often enough, so a histogram of uses per segment and expert
+  is all that has to be kept.
+- *SCH*, segment cache best hit rate: hits of a cache of so many experts of a layer that knows
+  which experts the next `SEGMENT` tokens use, this one included. What a token uses is brought in;
+  out goes what is used least of the others by what is known, then what was used longest ago (then
+  the lower number). A cache that is not full yet holds what is asked for first.
+
+Both are 1 where all tokens choose alike. Their sums over texts can be added up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Tokens of a segment, and how many times a token's experts the cache holds: the paper's middle
+# length, and the size that it finds to be worth its memory for most models.
+SEGMENT = 16
+CACHE_TIMES = 2
+
+Ints = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cacheability:
+    """Sums over texts, layer by layer; what SRP and SCH are reckoned from.
+
+    segments: (layers, SEGMENT + 1): pairs of a segment and an expert, by how many of the
+    segment's tokens use the expert. hits, uses: (layers,), of the cache.
+    """
+
+    segments: NDArray[np.int64]
+    hits: NDArray[np.int64]
+    uses: NDArray[np.int64]
+
+    @staticmethod
+    def none(layers: int) -> Cacheability:
+        """Nothing seen yet."""
+        zeros = np.zeros(layers, np.int64)
+        return Cacheability(np.zeros((layers, SEGMENT + 1), np.int64), zeros, zeros)
+
+    def __add__(self, other: Cacheability) -> Cacheability:
+        return Cacheability(
+            self.segments + other.segments, self.hits + other.hits, self.uses + other.uses
+        )
+
+    def srp(self, layer: int) -> float | None:
+        """Of one layer, by its place; None before a whole segment was seen."""
+        return best_f1(self.segments[layer])
+
+    def sch(self, layer: int) -> float | None:
+        """Of one layer, by its place; None before anything was seen."""
+        uses = int(self.uses[layer])
+        return int(self.hits[layer]) / uses if uses else None
+
+
+def load_of(choices: Ints, experts: int) -> NDArray[np.int64]:
+    """How many tokens each of a layer's experts got."""
+    chosen = choices[choices >= 0]
+    return np.bincount(chosen, minlength=experts).astype(np.int64, copy=False)
+
+
+def imbalance(load: Ints) -> float | None:
+    """The busiest expert's load against the mean: 1 (even) to experts / k. None: no load."""
+    mean = float(np.mean(load))
+    return float(np.max(load)) / mean if mean > 0 else None
+
+
+def entropy_bits(load: Ints) -> float | None:
+    """Shannon entropy of the load's distribution over experts, in bits: 0 to log2(experts)."""
+    total = float(np.sum(load))
+    if total <= 0:
+        return None
+    share = load[load > 0] / total
+    return float(-(share * np.log2(share)).sum()) + 0.0
+
+
+def evenness(load: Ints) -> float | None:
+    """The entropy against the highest possible: 0 (one expert has it all) to 1 (even)."""
+    bits = entropy_bits(load)
+    if bits is None or len(load) < 2:
+        return None
+    return bits / float(np.log2(len(load)))
+
+
+def cacheability(choices: Ints, experts: int, *, cache: int) -> Cacheability:
+    """What one text adds: `choices` of consecutive tokens, (layers, tokens, k).
+
+    `cache`: routed experts of a layer that fit, at least k. Raises ValueError.
+    """
+    width = choices.shape[2]
+    if cache < min(width, experts):
+        raise ValueError(f"a cache of {cache} experts can't hold the {width} that a token needs")
+    used = _used(choices, experts)
+    # So far: uses of each expert before each token.
+    before = np.zeros((used.shape[0], used.shape[1] + 1, experts), np.int32)
+    np.cumsum(used, axis=1, out=before[:, 1:])
+    hits, uses = _cache(used, before, cache)
+    return Cacheability(_segments(before), hits, uses)
+
+
+def best_f1(segments: Ints) -> float | None:
+    """SRP of a histogram: entry c counts pairs of segment and expert with c uses."""
+    length = len(segments) - 1
+    counts = np.arange(length + 1)
+    # From each threshold up: what a router that takes those experts covers, and takes.
+    covered = np.cumsum((segments * counts)[::-1])[::-1]
+    taken = np.cumsum(segments[::-1])[::-1] * length
+    if covered[0] == 0:
+        return None
+    return float((2 * covered[1:] / (taken[1:] + covered[0])).max())
+
+
+def _used(choices: Ints, experts: int) -> NDArray[np.bool_]:
+    """(layers, tokens, experts): whether a token uses an expert."""
+    used = np.zeros((*choices.shape[:2], experts + 1), np.bool_)
+    np.put_along_axis(used, choices.astype(np.int64), True, axis=2)  # -1: the last, cut off
+    return used[:, :, :experts]
+
+
+def _segments(before: NDArray[np.int32]) -> NDArray[np.int64]:
+    layers = before.shape[0]
+    uses = before[:, SEGMENT:] - before[:, :-SEGMENT]
+    places = uses + (np.arange(layers) * (SEGMENT + 1))[:, None, None]
+    found = np.bincount(places.ravel(), minlength=layers * (SEGMENT + 1))
+    return found.reshape(layers, SEGMENT + 1).astype(np.int64, copy=False)
+
+
+def _cache(
+    used: NDArray[np.bool_], before: NDArray[np.int32], size: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Hits and uses of each layer's cache; all layers go through the text side by side."""
+    layers, tokens, experts = used.shape
+    held = np.zeros((layers, experts), np.bool_)
+    last = np.zeros((layers, experts), np.int64)
+    numbers = np.arange(experts)
+    hits = np.zeros(layers, np.int64)
+    never = np.iinfo(np.int64).max
+    for at in range(tokens):
+        needed = used[:, at]
+        room = size - held.sum(axis=1)
+        missing = (needed & ~held).sum(axis=1)
+        hits += (needed & held).sum(axis=1) + np.minimum(missing, room)
+        held |= needed
+        last[needed] = at + 1
+        over = held.sum(axis=1) - size
+        if (over > 0).any():
+            coming = before[:, min(at + SEGMENT, tokens)] - before[:, at + 1]
+            worth = (coming.astype(np.int64) * (tokens + 1) + last) * experts + numbers
+            worth[needed | ~held] = never
+            order = np.argsort(worth, axis=1)
+            out = numbers[None, :] < np.maximum(over, 0)[:, None]
+            gone = np.zeros_like(held)
+            np.put_along_axis(gone, order, out, axis=1)
+            held &= ~gone
+    return hits, used.sum(axis=(1, 2)).astype(np.int64)
