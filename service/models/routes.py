@@ -164,9 +164,9 @@ def _cache(
             coming = before[:, min(at + SEGMENT, tokens)] - before[:, at + 1]
             worth = (coming.astype(np.int64) * (tokens + 1) + last) * experts + numbers
             worth[needed | ~held] = never
-            order = np.argsort(worth, axis=1)
-            out = numbers[None, :] < np.maximum(over, 0)[:, None]
-            gone = np.zeros_like(held)
-            np.put_along_axis(gone, order, out, axis=1)
-            held &= ~gone
+            for left in range(int(over.max()), 0, -1):
+                full = over >= left
+                gone = worth[full].argmin(axis=1)
+                held[full, gone] = False
+                worth[full, gone] = never
     return hits, used.sum(axis=(1, 2)).astype(np.int64)
