@@ -12,7 +12,7 @@ from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
 from service.config.guard import GuardConfig
 from service.config.limits import RequestLimits
-from service.config.pools import PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
+from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.reading import load_config, parse_config, read_config
 from service.config.recipes import RecipeConfig
 from service.config.server import RouterConfig, ServerConfig
@@ -37,6 +37,7 @@ __all__ = [
     "GuardConfig",
     "KeyConfig",
     "LimitsConfig",
+    "MoeCapture",
     "PoolConfig",
     "PriceConfig",
     "RecipeConfig",

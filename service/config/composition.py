@@ -14,7 +14,7 @@ from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
 from service.config.guard import GuardConfig, InjectionConfig, PersonalConfig
 from service.config.limits import RequestLimits
-from service.config.pools import PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
+from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.recipes import RecipeConfig
 from service.config.server import RouterConfig, ServerConfig
 from service.config.telemetry import TelemetryConfig
@@ -204,6 +204,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("feedback",): FeedbackConfig,
     ("pools", "*"): PoolConfig,
     ("pools", "*", "vllm"): VllmOptions,
+    ("pools", "*", "vllm", "moe_capture"): MoeCapture,
     ("pools", "*", "swap"): SwapOptions,
     ("pools", "*", "simulated"): SimulatedOptions,
     ("tenants", "*"): TenantConfig,

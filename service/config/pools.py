@@ -9,6 +9,27 @@ from pydantic import Field, model_validator
 from service.config.base import Bytes, Section
 
 
+class MoeCapture(Section):
+    """What is recorded of the choices of a mixture of experts' routers; `{}`: with the defaults.
+
+    Only where layers are called one by one: with `enforce_eager: true`. On a GPU not tested.
+    """
+
+    every: int = Field(
+        16, ge=1, description="Every how many steps of the engine are looked at. 1: exact counts."
+    )
+    stretches: int = Field(
+        4,
+        ge=0,
+        le=64,
+        description="Stretches of prompts kept of each expert every 10 s, to tell how cacheable "
+        "its routed experts are. Their text is not kept.",
+    )
+    tokens: int = Field(
+        64, ge=32, le=1024, description="Tokens of a stretch at most; those under 32 are left out."
+    )
+
+
 class VllmOptions(Section):
     """How vLLM runs in a pool. Names follow vLLM's own where it has one."""
 
@@ -33,6 +54,9 @@ class VllmOptions(Section):
     moe_backend: str = Field(
         "auto", description="Kernels for mixture-of-experts layers, as vLLM names them."
     )
+    moe_capture: MoeCapture | None = Field(
+        None, description="Record which experts each layer chooses, in samples. Default: off."
+    )
     tool_call_parser: str | None = Field(
         None, description="vLLM's parser for tool calls; needed for tool_choice auto."
     )
@@ -45,6 +69,15 @@ class VllmOptions(Section):
     trust_remote_code: bool = Field(
         False, description="Run code from model folders. Off: a model folder is data."
     )
+
+    @model_validator(mode="after")
+    def _can_capture(self) -> VllmOptions:
+        if self.moe_capture is not None and not self.enforce_eager:
+            raise ValueError(
+                "moe_capture needs enforce_eager: true; compiled code and captured graphs choose "
+                "experts without asking anybody"
+            )
+        return self
 
 
 class SwapOptions(Section):

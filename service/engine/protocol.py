@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 Message = MutableMapping[str, Any]
@@ -57,6 +59,25 @@ class Work:
     answer_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What the routers of an expert chose since this was last told, in the steps looked at.
+
+    layers: decoder layers that route; none: not a mixture of experts. experts: routed experts of
+    each; top_k: how many a token gets, as the model was made. tokens: how many were seen. load:
+    (layers, experts), tokens that each got. stretches: of a few prompts' consecutive tokens what
+    they got, each (layers, tokens, k); -1: none.
+    """
+
+    expert: str
+    layers: tuple[int, ...]
+    experts: int
+    top_k: int
+    tokens: int = 0
+    load: NDArray[np.int64] | None = None
+    stretches: tuple[NDArray[np.int16], ...] = ()
+
+
 class EngineWatch(Protocol):
     """Who counts what engines do."""
 
@@ -65,6 +86,9 @@ class EngineWatch(Protocol):
 
     def weighs(self, expert: str, size_bytes: int) -> None:
         """What the weights of an expert with an engine of its own take."""
+
+    def chosen(self, chosen: Chosen) -> None:
+        """Routers are looked at: told once without tokens, then now and then what they chose."""
 
     def registry(self, expert: str) -> CollectorRegistry:
         """An empty place for the engine's own metrics while it runs this expert.

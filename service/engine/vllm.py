@@ -1,6 +1,6 @@
 """The vLLM engine: an `AsyncLLM` in this process, answered through vLLM's own OpenAI layer.
 
-With `vllm_stats`, `vllm_swap` and `vllm_worker` the only module that imports vllm. Requests go
+What begins with `service.engine.vllm` is all that imports vllm. Requests go
 into vLLM's ASGI application without a socket in between; its EngineCore is a child
 process of this one.
 """
@@ -26,6 +26,7 @@ from service.engine.protocol import (
     Send,
 )
 from service.engine.vllm_stats import EngineStats
+from service.engine.watching import RouterWatch
 from service.errors import EngineDead, ExpertFailed
 
 GENERATE_ENDPOINTS = frozenset(
@@ -40,6 +41,7 @@ GENERATE_ENDPOINTS = frozenset(
     }
 )
 POOLING_ENDPOINTS = frozenset({"/v1/embeddings", "/tokenize", "/detokenize"})
+_CAPTURE = "service.engine.vllm_capture.CaptureExtension"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,10 @@ class VllmEngine:
         self._options = options
         self._on_cpu = on_cpu
         self._stats = EngineStats(watch, model.name) if watch is not None else None
+        capture = options.moe_capture
+        self._routers = (
+            RouterWatch(self._rpc, watch, capture) if watch is not None and capture else None
+        )
         self._llm: Any = None
         self._app: Any = None
         self._args = Namespace()
@@ -106,6 +112,8 @@ class VllmEngine:
             args.kv_cache_memory_bytes = options.kv_cache_bytes
         if self._on_cpu:
             args.distributed_executor_backend = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+        if self._routers is not None:
+            args.worker_extension_cls = _CAPTURE
         if self._model.adapters:
             args.enable_lora = True
             args.max_lora_rank = options.max_lora_rank
@@ -123,7 +131,10 @@ class VllmEngine:
     async def start(self) -> EngineReport:
         """Start the engine core and vLLM's OpenAI layer. Raises ExpertFailed."""
         try:
-            return await self._start()
+            report = await self._start()
+            if self._routers is not None:
+                await self._routers.begin(self._model.name, self.exchangeable)
+            return report
         except Exception as error:
             await self.stop()
             raise ExpertFailed(first_line(error), retry_after_s=30) from error
@@ -239,6 +250,9 @@ class VllmEngine:
                 async with asyncio.timeout(5):
                     await task
             raise
+        finally:
+            if self._routers is not None:
+                self._routers.asked = True
         if reply.error is not None:
             if reply.error[0] >= 500 and self.failure() is not None:
                 raise EngineDead(f"the engine of expert {request.expert!r} died")
@@ -271,8 +285,14 @@ class VllmEngine:
             return 0  # vLLM keeps the dead core's requests on its books
         return int(self._llm.get_num_unfinished_requests())
 
+    async def _rpc(self, method: str, *args: object) -> Any:
+        """What the worker answers to a call of a method of our extension."""
+        return (await self._llm.collective_rpc(method, args=args))[0]
+
     async def stop(self) -> None:
         """Stop the core process."""
+        if self._routers is not None:
+            await self._routers.end(look=self._llm is not None and self.failure() is None)
         self._stopped = True
         llm, self._llm = self._llm, None
         if llm is not None:

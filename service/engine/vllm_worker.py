@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from service.engine.vllm_capture import CaptureExtension
 from service.engine.vllm_loading import Beside, check_alike, is_attention
 from service.engine.vllm_memory import (
     check_room,
@@ -64,12 +65,11 @@ class _State:
     running: str = ""
 
 
-class SwapExtension:
+class SwapExtension(CaptureExtension):
     """Methods that the pool calls through `collective_rpc`. Names begin with `coe_`."""
 
     # Set by vLLM's worker.
     vllm_config: Any
-    model_runner: Any
     # Where an expert is loaded; None: where the engine computes.
     _coe_device: str | None = None
 
@@ -186,6 +186,7 @@ class SwapExtension:
         held = state.held[expert]
         self._coe_put(held)
         state.running = expert
+        self._coe_watch(self.model_runner.model)
         exchange_s = time.perf_counter() - began_s
         ok = False
         # From here on the old expert is gone: a probe that fails must say so, not raise.
@@ -201,6 +202,9 @@ class SwapExtension:
         """Put an expert's weights where the engine computes with them."""
         self._coe_layers().update(held.layers)
         self.model_runner.model = held.model
+
+    def _coe_runs(self) -> str:
+        return self._coe().running
 
     def _coe_holds(self, held: Any) -> bool:
         """Whether those are the weights that were loaded."""

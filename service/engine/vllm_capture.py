@@ -1,0 +1,197 @@
+"""The worker's side of watching routers: what they choose in sampled steps, by expert name.
+
+vLLM's routers hand each choice to a function of ours. A step that is left out costs one call
+per layer; in the others the load is counted, and of a few prompts whole stretches of tokens are
+kept. Nothing leaves this process but numbers of routed experts.
+
+What begins with `service.engine.vllm` is all that imports vllm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engine.vllm_moe import Routed, routed_layers
+from service.engine.vllm_stats import CANARY
+
+# A shorter stretch tells nothing of a cache: it is as good as empty all along.
+_LEAST_TOKENS = 32
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What has not been told yet of one expert: tokens, load by layer, stretches of prompts."""
+
+    load: NDArray[np.int64]
+    tokens: int = 0
+    stretches: list[NDArray[np.int16]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step that is looked at: whose, how many tokens, and which stretches of it are kept."""
+
+    seen: _Seen
+    tokens: int
+    kept: list[tuple[slice, list[NDArray[np.int16]]]]
+
+
+class Capture:
+    """Looks at every `every`th step of one worker.
+
+    `stretches`: how many stretches of prompts are kept of each expert until they are told;
+    `tokens`: their length at most. `running`: which expert the engine computes now.
+    """
+
+    def __init__(
+        self,
+        runner: Any,
+        running: Callable[[], str],
+        *,
+        every: int,
+        stretches: int,
+        tokens: int,
+    ) -> None:
+        self._runner = runner
+        self._running = running
+        self._every = every
+        self._stretches = stretches
+        self._tokens = tokens
+        self._layers: Sequence[Routed] = ()
+        self._steps = 0
+        self._step: _Step | None = None
+        self._seen: dict[str, _Seen] = {}
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The layers that route, and how: `layers` is empty where the model is no MoE."""
+        first = self._layers[0] if self._layers else None
+        return {
+            "layers": [one.layer for one in self._layers],
+            "experts": first.experts if first else 0,
+            "top_k": first.top_k if first else 0,
+        }
+
+    def attach(self, layers: Sequence[Routed]) -> None:
+        """Look at these routers from now on, and at no others."""
+        self.detach()
+        self._layers = layers
+        for place, one in enumerate(layers):
+            one.router.set_capture_fn(partial(self._chosen, place))
+
+    def detach(self) -> None:
+        """Look at nothing any more; what was seen is kept."""
+        for one in self._layers:
+            one.router.set_capture_fn(None)
+        self._step = None
+
+    def _chosen(self, place: int, ids: Any) -> None:
+        """A router chose `ids`, (tokens, k), for every token of this step."""
+        if place == 0:
+            self._steps += 1
+            self._step = self._begin() if self._steps % self._every == 0 else None
+        step = self._step
+        if step is None:
+            return
+        # Rows beyond the tokens are padding.
+        chosen = np.asarray(ids.cpu())[: step.tokens]
+        load = step.seen.load[place]
+        load += np.bincount(chosen.ravel(), minlength=len(load))
+        for rows, layers in step.kept:
+            layers.append(chosen[rows].astype(np.int16))
+        if place == len(self._layers) - 1:
+            self._end(step)
+
+    def _begin(self) -> _Step | None:
+        batch = self._runner.input_batch
+        if any(f"-{CANARY}" in name for name in batch.req_ids):
+            return None  # our own question, asked alone
+        begins = self._runner.query_start_loc.np[: batch.num_reqs + 1]
+        expert = self._running()
+        seen = self._seen.get(expert)
+        if seen is None:
+            shape = (len(self._layers), self._layers[0].experts)
+            seen = self._seen[expert] = _Seen(np.zeros(shape, np.int64))
+        kept: list[tuple[slice, list[NDArray[np.int16]]]] = []
+        for begin, end in zip(begins[:-1].tolist(), begins[1:].tolist(), strict=True):
+            if len(seen.stretches) + len(kept) >= self._stretches:
+                break
+            if end - begin >= _LEAST_TOKENS:
+                kept.append((slice(begin, min(end, begin + self._tokens)), []))
+        return _Step(seen, int(begins[-1]), kept)
+
+    def _end(self, step: _Step) -> None:
+        self._step = None
+        step.seen.tokens += step.tokens
+        for _, layers in step.kept:
+            width = max(one.shape[1] for one in layers)
+            # A layer that was told to choose fewer has none in the places that are left.
+            step.seen.stretches.append(
+                np.stack(
+                    [
+                        np.pad(one, ((0, 0), (0, width - one.shape[1])), constant_values=-1)
+                        for one in layers
+                    ]
+                )
+            )
+
+    def told(self) -> dict[str, Any]:
+        """What was seen since this was last asked for, by expert, as plain data; forgets it."""
+        seen, self._seen = self._seen, {}
+        return {
+            expert: {
+                "tokens": one.tokens,
+                "load": one.load.tobytes(),
+                "stretches": [[*kept.shape, kept.tobytes()] for kept in one.stretches],
+            }
+            for expert, one in seen.items()
+        }
+
+
+class CaptureExtension:
+    """Methods that the engine calls through `collective_rpc`. Names begin with `coe_`."""
+
+    # Set by vLLM's worker.
+    model_runner: Any
+    _coe_capturing: Capture | None = None
+    _coe_named = ""
+
+    def coe_capture(self, expert: str, every: int, stretches: int, tokens: int) -> dict[str, Any]:
+        """Look at every `every`th step from now on; 0: at none.
+
+        `expert`: whose weights run, where they stay. The model's shape, or `refused` and why.
+        """
+        if self._coe_capturing is not None:
+            self._coe_capturing.detach()
+            self._coe_capturing = None
+        self._coe_named = expert
+        if every == 0:
+            return {}
+        capture = Capture(
+            self.model_runner, self._coe_runs, every=every, stretches=stretches, tokens=tokens
+        )
+        try:
+            capture.attach(routed_layers(self.model_runner.model))
+        except ValueError as error:
+            return {"refused": str(error)}
+        self._coe_capturing = capture
+        return capture.shape
+
+    def coe_captured(self) -> dict[str, Any]:
+        """See `Capture.told`."""
+        return self._coe_capturing.told() if self._coe_capturing is not None else {}
+
+    def _coe_runs(self) -> str:
+        """The expert that the engine computes now."""
+        return self._coe_named
+
+    def _coe_watch(self, model: Any) -> None:
+        """Another model runs from now on: look at its routers instead."""
+        if self._coe_capturing is not None:
+            self._coe_capturing.attach(routed_layers(model))
