@@ -303,7 +303,8 @@ class PoolProcess:
     """A pool with its engines, its application and its metrics."""
 
     def __init__(self, config: Config, kind: str, secret: str, *, node: Path | None = None) -> None:
-        self._metrics = PoolMetrics()
+        self._metrics = PoolMetrics(config.pools[kind].vllm.moe_capture)
+        self.routes = self._metrics.routes_of
         self._assembly = Assembly(config, kind, Pool(kind, self._metrics), self._metrics)
         self.pool = self._assembly.pool
         self._traces = _traces(config, "pool", f"{kind}-{self.pool.boot}")

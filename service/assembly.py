@@ -97,6 +97,7 @@ class Assembly:
         await asyncio.gather(*(self.pool.remove(name, whys[name]) for name in gone))
         for name in gone:
             self._canaries.pop(name, None)
+            self._watch.gone(name)
         await asyncio.to_thread(self._look_again)
         for name in [name for name in gone if name in after]:
             await self._come(units[name])

@@ -7,7 +7,7 @@ what a process takes without any model is measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,6 +79,7 @@ def plan_pool(
     units = config.units(kind)
     slots = len(units) if pool.slots is None else min(pool.slots, len(units))
     plans = [_plan_unit(config, unit, pool, inspect) for unit in units]
+    _check_capture(config, kind, units, inspect)
     engines = [_share(plans[i::slots], plans, config, pool) for i in range(slots)]
     if slots < len(units) and pool.swap.host_bytes is not None:
         # Units move between slots, and each is in one at a time.
@@ -89,6 +90,22 @@ def plan_pool(
             left -= held
     on_gpu = pool.gpus > 0
     return PoolPlan(kind, tuple(engines), 0 if on_gpu else REPLICA_BYTES, pool.memory_bytes, on_gpu)
+
+
+def _check_capture(
+    config: Config,
+    kind: str,
+    units: Sequence[tuple[str, ...]],
+    inspect: Callable[[str], ModelInfo | AdapterInfo],
+) -> None:
+    if config.pools[kind].vllm.moe_capture is None:
+        return
+    infos = [inspect(config.experts[unit[0]].base or unit[0]) for unit in units]
+    if not any(isinstance(info, ModelInfo) and info.is_moe for info in infos):
+        raise ConfigError(
+            f"pools.{kind}.vllm.moe_capture: none of its experts is a mixture of experts, so "
+            "there are no routers to look at"
+        )
 
 
 def _share(

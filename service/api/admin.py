@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from service.api.routed import routed
 from service.errors import ConfigError, Conflict, Unauthorized, UnknownModel
 from service.link.directory import Directory
 from service.link.secret import same
@@ -34,6 +35,9 @@ def admin_routes(
             if isinstance(one, dict)
         }
         return as_json({"pools": pools})
+
+    async def moe(request: Request) -> Response:
+        return await routed(directory, request)
 
     async def again(request: Request) -> Response:
         act = reload()
@@ -63,6 +67,7 @@ def admin_routes(
         Route("/admin/experts", guarded(experts, key), methods=["GET"]),
         Route("/admin/reload", guarded(again, key), methods=["POST"]),
         Route("/admin/experts/{name:path}/{act}", guarded(operate, key), methods=["POST"]),
+        Route("/admin/experts/{name:path}/moe", guarded(moe, key), methods=["GET"]),
     ]
 
 

@@ -90,6 +90,9 @@ class EngineWatch(Protocol):
     def chosen(self, chosen: Chosen) -> None:
         """Routers are looked at: told once without tokens, then now and then what they chose."""
 
+    def gone(self, expert: str) -> None:
+        """The config has no such expert any more, or another one of that name."""
+
     def registry(self, expert: str) -> CollectorRegistry:
         """An empty place for the engine's own metrics while it runs this expert.
 

@@ -145,6 +145,10 @@ class PoolLink:
             "POST", f"/operate/{quote(act, safe='')}/{quote(expert, safe='')}", timeout_s=120
         )
 
+    async def routes(self, expert: str) -> tuple[int, bytes]:
+        """What an expert's routers chose there: the pool's status and body. Raises PoolGone."""
+        return await self._small("GET", f"/routes/{quote(expert, safe='')}", timeout_s=10)
+
     async def _get(self, path: str) -> bytes:
         status, body = await self._small("GET", path)
         if status != 200:

@@ -36,6 +36,9 @@ class PoolHandler(Protocol):
     def experts(self) -> dict[str, Any]:
         """Each expert's residency in full, for people."""
 
+    async def routes(self, expert: str) -> dict[str, Any]:
+        """What an expert's routers chose, as sums. Raises CoeError where nothing is known."""
+
     def demand(self, wanted: dict[str, float]) -> None:
         """Utility that a gateway would have sent here, by expert, were it resident."""
 
@@ -68,6 +71,9 @@ class PoolApp:
                 await reply.whole(200, b"text/plain; version=0.0.4", text.encode())
             elif path == "/experts":
                 body = orjson.dumps(self._handler.experts())
+                await reply.whole(200, b"application/json", body)
+            elif path.startswith("/routes/"):
+                body = orjson.dumps(await self._handler.routes(path.removeprefix("/routes/")))
                 await reply.whole(200, b"application/json", body)
             elif scope["method"] == "POST" and path == "/demand":
                 self._handler.demand(_amounts(await read_body(receive, self._max_body_bytes)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -10,13 +11,15 @@ import prometheus_client
 from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 
-from service.engine.protocol import Work
+from service.config import MoeCapture
+from service.engine.protocol import Chosen, Work
 from service.link.call import Call, Times
 from service.link.snapshot import Snapshot
 from service.telemetry import table
 from service.telemetry.declared import Side
 from service.telemetry.exposition import text_of
 from service.telemetry.meter import Meter
+from service.telemetry.routes import Routes
 from service.types import Residency
 
 
@@ -39,11 +42,14 @@ class Told(Protocol):
 class PoolMetrics:
     """The meter of a pool, and its engines' own metrics.
 
-    It is the pool's watch and its engines'. `traced` is told of calls as well.
+    It is the pool's watch and its engines'. `traced` is told of calls as well. `capture`: how
+    routers are looked at, None: not at all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, capture: MoeCapture | None = None) -> None:
         self.meter = Meter(Side.POOL)
+        self._routes = Routes(capture.every if capture is not None else 0, time.time)
+        self.meter.on_read(lambda: self._routes.read(self.meter))
         # Engines' own: a time of creation beside each series would double what is scraped.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.traced: Callable[[Call, Times, str], None] | None = None
@@ -100,6 +106,14 @@ class PoolMetrics:
         """See `EngineWatch`. Threads may call it."""
         self._weights[expert] = size_bytes
 
+    def chosen(self, chosen: Chosen) -> None:
+        """See `EngineWatch`."""
+        self._routes.heard(chosen)
+
+    def gone(self, expert: str) -> None:
+        """See `EngineWatch`."""
+        self._routes.forget(expert)
+
     def registry(self, expert: str) -> CollectorRegistry:
         """See `EngineWatch`."""
         fresh = self._engines[expert] = CollectorRegistry()
@@ -107,8 +121,13 @@ class PoolMetrics:
 
     # --- reading
 
+    async def routes_of(self, expert: str) -> dict[str, Any]:
+        """See `PoolHandler.routes`."""
+        return (await self._routes.tally(expert)).sums()
+
     async def text(self, labels: Mapping[str, str]) -> str:
         """Everything as Prometheus' text, every sample with these labels."""
+        await self._routes.reckon()
         self.meter.refresh()
         collectors: list[tuple[Collector, Mapping[str, str]]] = [(self.meter.registry, labels)]
         collectors += [

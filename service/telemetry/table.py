@@ -18,6 +18,7 @@ LABELS = {
     "expert": "name of an expert in the config; empty where none was chosen",
     "gateway": "the gateway process, on every sample of it",
     "kind": "as the metric says",
+    "layer": "number of a decoder layer that routes tokens",
     "method": "how a swap is done: inplace, respawn, lora, sleep, steer",
     "outcome": "ok, client_gone, client_error, server_error, or an error's code",
     "pool": "kind and boot id of the pool process, on every sample of it",
@@ -213,6 +214,41 @@ CANARY_FAILURES = counter(
     "Swaps after which the weights were not as first loaded. No client saw their output.",
 )
 
+# --- inside mixtures of experts, where a pool has vllm.moe_capture
+
+MOE_TOKENS = counter(
+    "coe_moe_tokens_total",
+    Side.POOL,
+    ("expert",),
+    "Tokens whose routed experts were looked at, prompts and answers.",
+)
+MOE_IMBALANCE = gauge(
+    "coe_moe_imbalance_ratio",
+    Side.POOL,
+    ("expert", "layer"),
+    "Tokens of a layer's busiest routed expert against the mean; 1: even.",
+)
+MOE_ENTROPY = gauge(
+    "coe_moe_entropy_ratio",
+    Side.POOL,
+    ("expert", "layer"),
+    "Entropy of the tokens' distribution over a layer's routed experts against the highest "
+    "possible; 1: even, 0: one has them all.",
+)
+MOE_SRP = gauge(
+    "coe_moe_srp_ratio",
+    Side.POOL,
+    ("expert", "layer"),
+    "Segment routing best performance: how well one choice for 16 consecutive tokens can do (F1).",
+)
+MOE_SCH = gauge(
+    "coe_moe_sch_ratio",
+    Side.POOL,
+    ("expert", "layer"),
+    "Segment cache best hit rate: of a cache with room for twice the experts that a token gets, "
+    "which knows what the next 16 tokens use.",
+)
+
 # --- money and tenants. Gateways feed these from what budgets, limits and caches tell.
 
 COST_PREDICTED = counter(
@@ -332,6 +368,13 @@ GROUPS: dict[str, tuple[Declared, ...]] = {
         WEIGHTS,
         SWAPS,
         CANARY_FAILURES,
+    ),
+    "Inside mixtures of experts": (
+        MOE_TOKENS,
+        MOE_IMBALANCE,
+        MOE_ENTROPY,
+        MOE_SRP,
+        MOE_SCH,
     ),
     "Budgets, tenants, cache": (
         COST_PREDICTED,
