@@ -10,10 +10,7 @@ from service.config.base import Bytes, Section
 
 
 class MoeCapture(Section):
-    """What is recorded of the choices of a mixture of experts' routers; `{}`: with the defaults.
-
-    Only where layers are called one by one: with `enforce_eager: true`. On a GPU not tested.
-    """
+    """What is seen of the routers of mixtures of experts. `{}`: as by default. GPU: not tested."""
 
     every: int = Field(
         16, ge=1, description="Every how many steps of the engine are looked at. 1: exact counts."

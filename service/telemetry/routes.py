@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,15 +48,8 @@ class Routes:
         if chosen.load is None:
             return
         tally = known.tally
-        now = self._nothing(chosen)
-        known.tally = tally + Tally(
-            *shape,
-            self._every,
-            tally.cache,
-            tally.since_s if tally.tokens else now.since_s,
-            chosen.tokens,
-            chosen.load,
-            Cacheability.none(len(chosen.layers)),
+        known.tally = replace(
+            tally, tokens=tally.tokens + chosen.tokens, load=tally.load + chosen.load
         )
         known.waiting = [*known.waiting, *chosen.stretches][-_MOST_WAITING:]
 
@@ -91,17 +84,7 @@ class Routes:
                 cache = max(before.cache, width)
                 more = await asyncio.to_thread(_reckon, waiting, before.experts, cache)
                 now = known.tally  # more may have been heard meanwhile
-                known.tally = Tally(
-                    now.layers,
-                    now.experts,
-                    now.top_k,
-                    now.every,
-                    cache,
-                    now.since_s,
-                    now.tokens,
-                    now.load,
-                    now.cacheability + more,
-                )
+                known.tally = replace(now, cache=cache, cacheability=now.cacheability + more)
 
     async def tally(self, expert: str) -> Tally:
         """Of one expert that this pool has. Raises Conflict with the reason where there is none."""

@@ -38,6 +38,7 @@ ONLY_IN = {
     "vllm": {
         "service/engine/vllm.py",
         "service/engine/vllm_loading.py",
+        "service/engine/vllm_moe.py",
         "service/engine/vllm_packing.py",
         "service/engine/vllm_stats.py",
         "service/engine/vllm_swap.py",

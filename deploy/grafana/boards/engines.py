@@ -118,6 +118,53 @@ ENGINES = Board(
             ),
         ),
         (
+            "Inside mixtures of experts",
+            (
+                Chart(
+                    "Busiest routed expert against the mean",
+                    (
+                        Query(
+                            f"max by (expert) (coe_moe_imbalance_ratio{{{EXPERT}}})",
+                            "{{expert}}, worst layer",
+                        ),
+                    ),
+                    "short",
+                    "lines",
+                    "Where a pool has vllm.moe_capture. Since its start; 1: even.",
+                ),
+                Chart(
+                    "Evenness of the load",
+                    (
+                        Query(
+                            f"min by (expert) (coe_moe_entropy_ratio{{{EXPERT}}})",
+                            "{{expert}}, worst layer",
+                        ),
+                    ),
+                    "percentunit",
+                    "lines",
+                    "Entropy over routed experts against the highest possible.",
+                ),
+                Chart(
+                    "Cacheability",
+                    (
+                        Query(f"avg by (expert) (coe_moe_srp_ratio{{{EXPERT}}})", "{{expert}} SRP"),
+                        Query(f"avg by (expert) (coe_moe_sch_ratio{{{EXPERT}}})", "{{expert}} SCH"),
+                    ),
+                    "percentunit",
+                    "lines",
+                    "Mean of the layers: one choice for 16 tokens (SRP); a cache with room for "
+                    "twice the experts of a token (SCH).",
+                ),
+                Chart(
+                    "Tokens looked at",
+                    (Query(rate("coe_moe_tokens_total", "expert", EXPERT), "{{expert}}"),),
+                    "short",
+                    "lines",
+                    "Per second.",
+                ),
+            ),
+        ),
+        (
             "Processes",
             (
                 Chart(
