@@ -6,7 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import numpy as np
+
 from service.config import Config
+from service.engine.protocol import Chosen
 from tests.integration.test_recipes import Cast
 from tests.support.serving import Site, chat, serving, simulated, site
 from tests.support.waiting import until
@@ -54,8 +57,18 @@ async def busy_site() -> AsyncIterator[Site]:
         yield s
 
 
+def routers_choose(s: Site) -> None:
+    """As an engine tells it that runs a mixture of experts."""
+    stretch = np.zeros((1, 32, 2), np.int16)
+    stretch[:, :, 1] = 1
+    load = np.array([[32, 32, 0, 0]], np.int64)
+    told = Chosen("general", (0,), 4, 2, 32, load, (stretch,))
+    s.pools["cpu"].process._metrics.chosen(told)
+
+
 async def round_of_traffic(s: Site) -> None:
     """Every kind of request once: streamed or not, routed, swapped, remote, refused, failed."""
+    routers_choose(s)
     for model in ("general", "math", "auto", "auto/math"):
         for stream in (True, False):
             async with s.post(chat(model=model, stream=stream, max_tokens=6)) as reply:
