@@ -7,7 +7,6 @@ import click
 from service.cli.late import Commands
 
 _COMMANDS: dict[str, tuple[str, str]] = {
-_COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("service.cli.moe_show:show", "Which experts a model's layers choose: a heat map."),
     "profile": (
         "service.cli.moe_profile:profile",
