@@ -218,7 +218,8 @@ class Assembly:
         if isinstance(info, ModelInfo):
             self._watch.weighs(base, weights_bytes(info, settings.vllm.dtype))
         model = VllmModel(base, folder, paths)
-        return VllmEngine(model, settings.vllm, on_cpu=settings.gpus == 0, watch=self._watch)
+        options = config.vllm_of(self._kind, base)
+        return VllmEngine(model, options, on_cpu=settings.gpus == 0, watch=self._watch)
 
     def _make_sleeping(self, first: str) -> SwappingEngine:
         from service.engine.vllm import VllmEngine, VllmModel
@@ -230,9 +231,8 @@ class Assembly:
         def build(name: str) -> Sleeper:
             paths = {one: str(config.experts[one].adapter) for one in units[name][1:]}
             model = VllmModel(name, _folder(config, name), paths)
-            return VllmEngine(
-                model, settings.vllm, on_cpu=False, watch=self._watch, sleep_level=level
-            )
+            options = config.vllm_of(self._kind, name)
+            return VllmEngine(model, options, on_cpu=False, watch=self._watch, sleep_level=level)
 
         sizes = {n: self._unit(unit).size_bytes for n, unit in units.items()} if level == 1 else {}
         return SleepingEngines(first, units, build, sizes)
@@ -248,7 +248,7 @@ class Assembly:
         return SwappingVllmEngine(
             first,
             sources,
-            settings.vllm,
+            self._config.vllm_of(self._kind, first),
             on_cpu=settings.gpus == 0,
             canary_every=settings.swap.canary_every,
             canaries=self._canaries,
@@ -258,11 +258,15 @@ class Assembly:
     def _sources_like(self, first: str, own: Weights) -> _Sources:
         """The experts that an engine of one family can run, `first` first. May fetch models."""
         family = _family_in(first, own.folder)
+        options = self._config.vllm_of(self._kind, first)
         found = _Sources()
         for unit in self._config.units(self._kind):
             name = unit[0]
             # A unit with adapters needs an engine made for adapters: not this one.
             if name != first and len(unit) > 1:
+                continue
+            # Nor can one be made for other kernels.
+            if self._config.vllm_of(self._kind, name) != options:
                 continue
             try:
                 weights = _weights(self._config, name)
@@ -287,11 +291,14 @@ def _policy(settings: PoolConfig) -> Policy:
 
 def _signature(config: Config, unit: tuple[str, ...]) -> tuple[Any, ...]:
     """What a unit's weights depend on: where that changes, it is another one."""
-    parts = []
+    parts: list[Any] = []
     for name in unit:
         expert = config.experts[name]
         base = config.experts[expert.base].model if expert.base is not None else None
         parts.append((name, expert.model, base, expert.adapter, expert.form, expert.strength))
+    # And on what its engine computes with.
+    own = config.experts[unit[0]]
+    parts.append(own.vllm if own.base is None else config.experts[own.base].vllm)
     return tuple(parts)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from service.config import Config, PoolConfig
 from service.errors import ConfigError, ModelStoreError
 from service.models import AdapterInfo, ModelInfo
+from service.models.kernels import check_kernels
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MIB = 1024**2
@@ -51,6 +52,7 @@ class PoolPlan:
     replica_bytes: int
     bound_bytes: int | None
     on_gpu: bool
+    moe: tuple[str, ...] = ()  # what is set for mixtures of experts, a line for each
 
     @property
     def total_bytes(self) -> int:
@@ -76,6 +78,7 @@ def plan_pool(
     pool = config.pools[kind]
     if pool.engine == "simulated":
         return PoolPlan(kind, (), 0, pool.memory_bytes, on_gpu=False)
+    moe = check_kernels(config, kind, inspect)
     units = config.units(kind)
     slots = len(units) if pool.slots is None else min(pool.slots, len(units))
     plans = [_plan_unit(config, unit, pool, inspect) for unit in units]
@@ -89,7 +92,8 @@ def plan_pool(
             engines[i] = replace(engine, weight_bytes=held)
             left -= held
     on_gpu = pool.gpus > 0
-    return PoolPlan(kind, tuple(engines), 0 if on_gpu else REPLICA_BYTES, pool.memory_bytes, on_gpu)
+    replica_bytes = 0 if on_gpu else REPLICA_BYTES
+    return PoolPlan(kind, tuple(engines), replica_bytes, pool.memory_bytes, on_gpu, moe)
 
 
 def _check_capture(

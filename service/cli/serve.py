@@ -128,6 +128,9 @@ def _print_plans(config: Config, plans: list[Any]) -> None:
         bound = size(plan.bound_bytes) if plan.bound_bytes is not None else "no bound"
         rows.append((plan.kind, "(a replica)", "", "", f"{size(plan.total_bytes)} of {bound}"))
     table(("pool", "experts", "weights", "KV cache", "in all"), rows)
+    for plan in plans:
+        for line in plan.moe:
+            click.echo(f"{plan.kind}: {line}")
     remote = [name for name, expert in config.experts.items() if expert.remote is not None]
     if remote:
         click.echo(f"remote: {', '.join(remote)}")

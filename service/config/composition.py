@@ -13,6 +13,7 @@ from service.config.cache import CacheConfig
 from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
 from service.config.guard import GuardConfig, InjectionConfig, PersonalConfig
+from service.config.kernels import ON_CPU, EplbOptions, ExpertKernels
 from service.config.limits import RequestLimits
 from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.recipes import RecipeConfig
@@ -50,6 +51,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _names_meet(self) -> Config:
         _check_names(self)
+        _check_kernels(self)
         _check_tenants(self)
         return self
 
@@ -92,6 +94,13 @@ class Config(Section):
             for name in held
             if self.experts[name].model is not None or self.experts[name].form == "merged"
         )
+
+    def vllm_of(self, kind: str, expert: str) -> VllmOptions:
+        """How vLLM runs in a pool for the weights of an expert: its base's own settings first."""
+        settings = self.experts[expert]
+        own = (settings if settings.base is None else self.experts[settings.base]).vllm
+        given = {name: value for name, value in own if value is not None}
+        return self.pools[kind].vllm.model_copy(update=given)
 
     def model_sources(self, only: str | None = None) -> dict[str, str]:
         """Where the weights come from that pools with real engines need: expert → source.
@@ -172,6 +181,17 @@ def _check_names(config: Config) -> None:
         )
 
 
+def _check_kernels(config: Config) -> None:
+    for kind, pool in config.pools.items():
+        if pool.engine != "vllm" or pool.gpus > 0:
+            continue
+        for expert in config.local_experts(kind):
+            own = config.experts[expert].vllm
+            for name in ("moe_backend", "tuned_config_folder"):
+                if getattr(own, name) not in (None, "auto"):
+                    raise ValueError(f"experts.{expert}.vllm.{name}: pools.{kind}: {ON_CPU[name]}")
+
+
 def _check_recipes(config: Config, names: set[str]) -> None:
     for name, recipe in config.recipes.items():
         if name in names or name == "auto" or name.startswith(("auto/", "auto:")):
@@ -200,11 +220,13 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("experts", "*"): ExpertConfig,
     ("experts", "*", "remote"): RemoteConfig,
     ("experts", "*", "price"): PriceConfig,
+    ("experts", "*", "vllm"): ExpertKernels,
     ("recipes", "*"): RecipeConfig,
     ("feedback",): FeedbackConfig,
     ("pools", "*"): PoolConfig,
     ("pools", "*", "vllm"): VllmOptions,
     ("pools", "*", "vllm", "moe_capture"): MoeCapture,
+    ("pools", "*", "vllm", "eplb_config"): EplbOptions,
     ("pools", "*", "swap"): SwapOptions,
     ("pools", "*", "simulated"): SimulatedOptions,
     ("tenants", "*"): TenantConfig,

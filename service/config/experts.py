@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from service.config.base import Section
+from service.config.kernels import ExpertKernels
 
 
 class RemoteConfig(Section):
@@ -64,6 +65,7 @@ class ExpertConfig(Section):
         description="Expected quality by category, in [0, 1]. Default: 1 on categories that it "
         "is the first to name, 0.5 elsewhere for the fallback, 0 elsewhere for others.",
     )
+    vllm: ExpertKernels = Field(default_factory=lambda: ExpertKernels())
     price: PriceConfig | None = Field(None, description="What its tokens cost. Default: nothing.")
     description: str = Field("", description="One line for people, shown in /v1/models.")
     capabilities: tuple[Literal["chat", "completions", "embeddings", "tools", "json"], ...] = Field(
@@ -81,4 +83,6 @@ class ExpertConfig(Section):
             raise ValueError("form merged needs base and adapter")
         if self.form == "adapter" and self.strength != 1.0:
             raise ValueError("strength needs form merged")
+        if self.model is None and self.vllm != ExpertKernels():
+            raise ValueError("vllm is for experts with full weights of their own (model)")
         return self

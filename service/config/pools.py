@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from service.config.base import Bytes, Section
+from service.config.kernels import RoutedOptions
 
 
 class MoeCapture(Section):
@@ -27,8 +28,8 @@ class MoeCapture(Section):
     )
 
 
-class VllmOptions(Section):
-    """How vLLM runs in a pool. Names follow vLLM's own where it has one."""
+class EngineOptions(Section):
+    """What a pool's `vllm` says of any model."""
 
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "auto", description="Weights and activations. On CPU float32 is often the fastest."
@@ -48,9 +49,6 @@ class VllmOptions(Section):
     enforce_eager: bool = Field(False, description="No compilation: starts minutes sooner on CPU.")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one engine.")
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = Field(8, description="Largest adapter rank.")
-    moe_backend: str = Field(
-        "auto", description="Kernels for mixture-of-experts layers, as vLLM names them."
-    )
     moe_capture: MoeCapture | None = Field(
         None, description="Record which experts each layer chooses, in samples. Default: off."
     )
@@ -68,13 +66,17 @@ class VllmOptions(Section):
     )
 
     @model_validator(mode="after")
-    def _can_capture(self) -> VllmOptions:
+    def _can_capture(self) -> EngineOptions:
         if self.moe_capture is not None and not self.enforce_eager:
             raise ValueError(
                 "moe_capture needs enforce_eager: true; compiled code and captured graphs choose "
                 "experts without asking anybody"
             )
         return self
+
+
+class VllmOptions(RoutedOptions, EngineOptions):  # the second's fields come first
+    """How vLLM runs in a pool. Names follow vLLM's own where it has one."""
 
 
 class SwapOptions(Section):
@@ -182,6 +184,14 @@ class PoolConfig(Section):
     def _can_sleep(self) -> PoolConfig:
         if self.swap.method == "sleep" and self.gpus == 0:
             raise ValueError("swap.method sleep needs a GPU; on CPU use inplace")
+        return self
+
+    @model_validator(mode="after")
+    def _can_route(self) -> PoolConfig:
+        if self.engine == "vllm":
+            devices = self.vllm.tensor_parallel_size
+            if (why := self.vllm.why_not(gpus=self.gpus, devices=devices)) is not None:
+                raise ValueError(why)
         return self
 
     @property

@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from service.config.base import shown
 from service.config.composition import SECTIONS, Config
+from service.config.kernels import ExpertKernels, RoutedOptions
 from service.errors import ConfigError
+
+_Tuned = TypeVar("_Tuned", ExpertKernels, RoutedOptions)
 
 _VARIABLE = "the name of an environment variable is needed, in capitals"
 # What is needed where a secret may have been written by mistake.
@@ -121,6 +124,12 @@ def _anchored(config: Config, folder: Path) -> Config:
     def looks_like_path(value: str) -> bool:
         return value.startswith(("./", "../", "/", "~"))
 
+    def tuned(options: _Tuned) -> _Tuned:
+        folder = options.tuned_config_folder
+        if folder is None:
+            return options
+        return options.model_copy(update={"tuned_config_folder": at(folder)})
+
     experts = {
         name: expert.model_copy(
             update={
@@ -128,15 +137,21 @@ def _anchored(config: Config, folder: Path) -> Config:
                 "model": at(expert.model)
                 if expert.model is not None and looks_like_path(expert.model)
                 else expert.model,
+                "vllm": tuned(expert.vllm),
             }
         )
         for name, expert in config.experts.items()
+    }
+    pools = {
+        kind: pool.model_copy(update={"vllm": tuned(pool.vllm)})
+        for kind, pool in config.pools.items()
     }
     artifact = config.router.artifact
     keys_file = config.store.keys_file
     return config.model_copy(
         update={
             "experts": experts,
+            "pools": pools,
             "router": config.router.model_copy(
                 update={"artifact": at(artifact) if artifact is not None else None}
             ),

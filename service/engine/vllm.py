@@ -16,6 +16,7 @@ from typing import Any
 
 from service.config import VllmOptions
 from service.engine.held import HeldReply
+from service.engine.inherited import TUNED, inherited
 from service.engine.protocol import (
     EngineReport,
     EngineRequest,
@@ -101,6 +102,10 @@ class VllmEngine:
         args.trust_remote_code = options.trust_remote_code
         args.load_format = "safetensors"  # never pickle
         args.moe_backend = options.moe_backend
+        args.enable_expert_parallel = options.enable_expert_parallel
+        args.expert_placement_strategy = options.expert_placement_strategy
+        args.enable_eplb = options.enable_eplb
+        args.eplb_config = options.eplb_config.model_dump()
         # An empty list would mean any host: a request must not make us fetch things.
         args.allowed_media_domains = list(options.media_domains) or ["none.invalid"]
         args.disable_log_stats = False
@@ -149,13 +154,14 @@ class VllmEngine:
         def build() -> Any:
             engine_args = AsyncEngineArgs.from_cli_args(args)
             context = UsageContext.OPENAI_API_SERVER
-            return AsyncLLM.from_vllm_config(
-                vllm_config=engine_args.create_engine_config(usage_context=context),
-                usage_context=context,
-                enable_log_requests=False,
-                disable_log_stats=engine_args.disable_log_stats,
-                stat_loggers=[self._stats.logger()] if self._stats is not None else None,
-            )
+            with inherited(TUNED, self._options.tuned_config_folder):
+                return AsyncLLM.from_vllm_config(
+                    vllm_config=engine_args.create_engine_config(usage_context=context),
+                    usage_context=context,
+                    enable_log_requests=False,
+                    disable_log_stats=engine_args.disable_log_stats,
+                    stat_loggers=[self._stats.logger()] if self._stats is not None else None,
+                )
 
         # It blocks for as long as the core takes to load.
         building = asyncio.ensure_future(asyncio.to_thread(build))

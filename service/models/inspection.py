@@ -35,11 +35,12 @@ _DTYPE_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class MoeInfo:
-    """FFN experts of a mixture-of-experts model."""
+    """FFN experts of a mixture-of-experts model, in `groups` from which a gate chooses first."""
 
     experts: int
     experts_per_token: int
     expert_intermediate_size: int | None
+    groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +254,7 @@ def _moe(sizes: dict[str, Any]) -> MoeInfo | None:
         experts_per_token=_optional(sizes, "num_experts_per_tok", "num_experts_per_token", "top_k")
         or 1,
         expert_intermediate_size=_optional(sizes, "moe_intermediate_size", "intermediate_size"),
+        groups=_optional(sizes, "n_group") or 1,
     )
 
 

@@ -1,0 +1,131 @@
+"""How vLLM computes mixtures of experts: kernels, expert parallelism, load balancing.
+
+Names are vLLM 0.32's. What a platform can't do is said here, before anything starts.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from service.config.base import Section
+
+MoeBackend = Literal[
+    "auto",
+    "triton",
+    "batched_triton",
+    "deep_gemm",
+    "deep_gemm_mega_moe",
+    "cutlass",
+    "flashinfer_trtllm",
+    "flashinfer_cutlass",
+    "flashinfer_cutedsl",
+    "flashinfer_moe_ep_cutedsl",
+    "flashinfer_b12x",
+    "b12x",
+    "flashinfer_moe_ep_mega_deep_gemm",
+    "marlin",
+    "humming",
+    "triton_unfused",
+    "aiter",
+    "aiter_mega_moe",
+    "aiter_triton_mxfp4_bf16",
+    "flydsl",
+    "hpc",
+    "emulation",
+    "rdna3",
+]
+
+
+class EplbOptions(Section):
+    """vLLM's load balancing of experts over the GPUs of one engine, by the loads that it sees."""
+
+    window_size: int = Field(1000, ge=1, description="Engine steps whose loads are kept.")
+    step_interval: int = Field(3000, ge=1, description="Engine steps between two rearrangements.")
+    num_redundant_experts: int = Field(
+        0, ge=0, description="Copies of hot experts in each layer (`coe moe place` says how many)."
+    )
+    log_balancedness: bool = Field(False, description="Log each step's balance; costs some speed.")
+    use_async: bool = Field(True, description="Move experts while requests run.")
+
+
+class ExpertKernels(Section):
+    """An expert's own settings, over those of its pool's `vllm`. For mixtures of experts."""
+
+    moe_backend: MoeBackend | None = Field(
+        None, description="Kernels for its routed experts. Default: the pool's."
+    )
+    tuned_config_folder: str | None = Field(
+        None, description="Folder of tuned kernel configs. Default: the pool's."
+    )
+
+
+class RoutedOptions(Section):
+    """What a pool's `vllm` says of mixtures of experts."""
+
+    moe_backend: MoeBackend = Field(
+        "auto", description="Kernels for mixture-of-experts layers, as vLLM names them; GPU only."
+    )
+    tuned_config_folder: str | None = Field(
+        None,
+        description="Folder of tuned configs for Triton's mixture-of-experts kernels, as vLLM's "
+        "benchmark_moe writes them (VLLM_TUNED_CONFIG_FOLDER); GPU only.",
+    )
+    enable_expert_parallel: bool = Field(
+        False,
+        description="Whole experts on each of the engine's GPUs instead of slices of all; needs "
+        "tensor_parallel_size of at least 2.",
+    )
+    expert_placement_strategy: Literal["linear", "round_robin"] = Field(
+        "linear",
+        description="Which experts share a GPU. round_robin: for models with groups of experts.",
+    )
+    enable_eplb: bool = Field(
+        False, description="Balance experts over the GPUs by load; needs enable_expert_parallel."
+    )
+    eplb_config: EplbOptions = Field(default_factory=lambda: EplbOptions())
+
+    def why_not(self, *, gpus: float, devices: int) -> str | None:
+        """What a pool of `gpus` with engines of `devices` each can't do of this, or None."""
+        if gpus == 0:
+            for name, default in (
+                ("enable_eplb", False),
+                ("enable_expert_parallel", False),
+                ("moe_backend", "auto"),
+                ("tuned_config_folder", None),
+            ):
+                if getattr(self, name) != default:
+                    return f"vllm.{name}: {ON_CPU[name]}"
+        if self.enable_expert_parallel and devices < 2:
+            what = "enable_eplb" if self.enable_eplb else "enable_expert_parallel"
+            return (
+                f"vllm.{what}: on one GPU there is nothing to spread experts over; "
+                "vllm.tensor_parallel_size is 1"
+            )
+        if self.enable_expert_parallel and gpus < devices:
+            return (
+                f"vllm.enable_expert_parallel: experts are to be spread over {devices} GPUs "
+                f"(vllm.tensor_parallel_size), and a replica asks for {gpus:g} (gpus)"
+            )
+        if self.enable_eplb and not self.enable_expert_parallel:
+            return "vllm.enable_eplb: it balances whole experts; set enable_expert_parallel too"
+        if not self.enable_eplb and self.eplb_config != EplbOptions():
+            return "vllm.eplb_config: it has no effect without enable_eplb"
+        if self.expert_placement_strategy != "linear":
+            if not self.enable_expert_parallel:
+                return "vllm.expert_placement_strategy: it has no effect without " + (
+                    "enable_expert_parallel"
+                )
+            if self.enable_eplb:
+                return "vllm.expert_placement_strategy: EPLB begins with linear, always"
+        return None
+
+
+ON_CPU = {
+    "enable_eplb": "load balancing is for several GPUs; this pool runs on CPU",
+    "enable_expert_parallel": "on CPU an engine is one device, with all experts on it",
+    "moe_backend": "on CPU vLLM has one kernel for each format of weights; only auto is possible",
+    "tuned_config_folder": "tuned configs are for Triton's kernels, on GPUs; this pool runs on CPU",
+}
+"""Why a setting is not possible on CPU."""
