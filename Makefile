@@ -1,6 +1,6 @@
 # The two commands of the README are `make serve` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-unit check lock dashboards clean
+.PHONY: help setup serve demo-moe test test-unit check lock dashboards clean
 BIN := .venv/bin
 CONFIG ?= deploy/config/demo.yaml
 
@@ -12,6 +12,10 @@ setup: ## Make the environment in .venv
 
 serve: setup ## Start the service with the demo's experts (CONFIG=… for others)
 	@exec $(BIN)/coe serve --config $(CONFIG)
+
+demo-moe: setup ## Join the demo's experts into one mixture of experts (deploy/config/demo-moe.yaml)
+	@$(BIN)/coe models pull smollm2-135m-instruct
+	@$(BIN)/coe moe upcycle --base smollm2-135m-instruct --experts math,intents,code --out .cache/demo-moe
 
 test: setup ## Run every test, real engines included
 	@deploy/test_tools.sh

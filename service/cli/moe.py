@@ -12,6 +12,10 @@ _COMMANDS: dict[str, tuple[str, str]] = {
         "service.cli.moe_profile:profile",
         "Learn which experts a domain needs, as a steering profile.",
     ),
+    "upcycle": (
+        "service.cli.moe_upcycle:upcycle",
+        "Join dense experts of one family into one mixture, without training.",
+    ),
     "place": (
         "service.cli.moe_place:place",
         "Spread routed experts over devices by recorded loads.",

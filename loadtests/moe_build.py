@@ -1,0 +1,196 @@
+"""What upcycling keeps: bits per byte of the mixture, each dense expert and the base.
+
+`python -m loadtests.moe_build --data DIR [--model FOLDER]` makes the demo's mixture, or takes a
+folder made before, and judges it on rows that neither its gates nor the experts learned from. The
+mixture is read back from its files by transformers' own Mixtral.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loadtests.command import parser, tell
+from loadtests.machine import Watch
+from loadtests.reach import Reach, Report, Table
+from router_models.experts.data import EXPERTS
+from router_models.experts.evaluate import ARTIFACTS, RowScore
+from router_models.experts.packing import Conversation, pack, shared_beginning
+from router_models.moe import answers, bits, loaded, texts, upcycle
+from router_models.moe.dense import Dense, read_config
+from service.errors import ModelStoreError
+from service.models import locate
+
+TARGET = 0.95
+_BASE = "smollm2-135m-instruct"
+# Held-out rows of each field that are judged; short answers are cheap.
+ROWS = {texts.GENERAL: 40, "math": 100, "intents": 400, "code": 100}
+
+
+def base_folder() -> Path:
+    """The demo's base on this machine. Raises ModelStoreError."""
+    folder = locate(_BASE)
+    if folder is None:
+        raise ModelStoreError(f"{_BASE} is not here: coe models pull {_BASE}")
+    return folder
+
+
+def build(out: Path, data: Path | None, *, top_k: int = upcycle.TOP_K) -> float:
+    """Makes the demo's mixture in `out`; returns seconds."""
+    began_s = time.monotonic()
+    experts = {name: ARTIFACTS / name for name in EXPERTS}
+    work = upcycle.plan(base_folder(), experts, data)
+    upcycle.build(work, out, top_k=top_k, say=lambda line: print(line, file=sys.stderr))
+    return time.monotonic() - began_s
+
+
+def judge(
+    model: Path, data: Path, rows: Mapping[str, int]
+) -> tuple[dict[str, bits.Kept], dict[str, NDArray[np.float64]]]:
+    """By field: what the mixture keeps, and by layer how many tokens go to the field's expert."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = base_folder()
+    tokenizer = AutoTokenizer.from_pretrained(str(base), local_files_only=True)
+    dense = loaded.blank(read_config(base))
+    loaded.fill(dense, Dense(texts.GENERAL, base))
+
+    def ask(prompts: list[str]) -> list[str]:
+        return answers.greedy(dense, tokenizer, prompts)
+
+    fields: dict[str, list[Conversation]] = {}
+    scores: dict[tuple[str, str], list[RowScore]] = {}
+    for name in (texts.GENERAL, *EXPERTS):
+        field = texts.read(name, data)
+        short = texts.Field(name, (), field.held_out, field.source, field.licence)
+        done = texts.answered(short, ask, rows[name])
+        fields[name] = bits.conversations(done.held_out, tokenizer)
+    for name, held_out in fields.items():
+        scores[name, "base"] = bits.measure(dense, held_out)
+    for name in EXPERTS:
+        loaded.fill(dense, Dense(name, base, ARTIFACTS / name))
+        scores[name, "expert"] = bits.measure(dense, fields[name])
+    scores[texts.GENERAL, "expert"] = scores[texts.GENERAL, "base"]
+    mixture = AutoModelForCausalLM.from_pretrained(
+        str(model), dtype=torch.float32, local_files_only=True
+    ).eval()
+    result, shares = {}, {}
+    for index, (name, held_out) in enumerate(fields.items()):
+        shares[name] = right_share(mixture, held_out, index)
+        scores[name, "model"] = bits.measure(mixture, held_out)
+        three = (scores[name, part] for part in ("base", "expert", "model"))
+        result[name] = bits.kept(*three, seed=0)
+    return result, shares
+
+
+def right_share(model: Any, held_out: list[Conversation], expert: int) -> NDArray[np.float64]:
+    """By layer: the share of a field's own tokens whose first choice is its expert."""
+    chosen: list[list[int]] = [[] for _ in model.model.layers]
+    own = torch.empty(0, dtype=torch.bool)
+
+    def tap(layer: int) -> Any:
+        def read(_module: Any, _inputs: Any, out: Any) -> None:
+            chosen[layer] += (out[2][own, 0] == expert).tolist()
+
+        return read
+
+    hooks = [
+        layer.mlp.gate.register_forward_hook(tap(i)) for i, layer in enumerate(model.model.layers)
+    ]
+    some = held_out[:30]
+    try:
+        with torch.no_grad():
+            for row in pack(some, shared_beginning(some), row_tokens=768):
+                own = torch.from_numpy(row.segments != 0)
+                model.model(
+                    input_ids=torch.from_numpy(row.token_ids)[None],
+                    attention_mask=torch.from_numpy(row.may_attend())[None, None],
+                    position_ids=torch.from_numpy(row.positions)[None],
+                    use_cache=False,
+                )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return np.array([np.mean(layer) for layer in chosen])
+
+
+def reach(kept: Mapping[str, bits.Kept]) -> list[Reach]:
+    """One for each expert: what its field keeps of its gain."""
+    return [
+        Reach(
+            f"share of the gain of {name} over the base that the mixture keeps, at least",
+            TARGET,
+            round(kept[name].share, 4),
+            kept[name].share >= TARGET,
+        )
+        for name in EXPERTS
+    ]
+
+
+def report(data: Path, model: Path | None, rows: Mapping[str, int] = ROWS) -> Report:
+    """Everything: built in a folder of its own where `model` is none."""
+    made = Report("moe_build")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = model or Path(scratch) / "demo-moe"
+        if model is None:
+            made.facts["build_s"] = round(build(folder, data), 1)
+            made.notes.append(f"Built in {made.facts['build_s']:.0f} s.")
+        kept, shares = judge(folder, data, rows)
+    table = Table(
+        "Bits per byte on held-out answers",
+        ("field", "rows", "base", "expert", "mixture", "kept", "±", "tokens gone to its expert"),
+    )
+    for name, one in kept.items():
+        gained = name != texts.GENERAL
+        table.rows.append(
+            (
+                name,
+                f"{one.rows}",
+                f"{one.base:.4f}",
+                f"{one.expert:.4f}" if gained else "–",
+                f"{one.model:.4f}",
+                f"{one.share:.1%}" if gained else "–",
+                f"{one.share_error:.1%}" if gained else "–",
+                f"{shares[name].mean():.0%} (by layer {shares[name].min():.0%} to "
+                f"{shares[name].max():.0%})",
+            )
+        )
+    made.tables.append(table)
+    made.notes.append(f"The answers of {texts.GENERAL} are the base's own greedy ones.")
+    made.reach = reach(kept)
+    made.facts["fields"] = {
+        name: asdict(one) if name != texts.GENERAL else {"base": one.base, "model": one.model}
+        for name, one in kept.items()
+    }
+    made.facts["right_by_layer"] = {
+        name: [round(float(x), 3) for x in share] for name, share in shares.items()
+    }
+    return made
+
+
+def main() -> int:
+    """0: measured."""
+    words = parser("moe_build", __doc__)
+    words.add_argument("--data", type=Path, required=True, help="folder with recorded texts")
+    words.add_argument("--model", type=Path, help="a mixture made before")
+    words.add_argument("--threads", type=int, default=2)
+    given = words.parse_args()
+    torch.set_num_threads(given.threads)
+
+    def measure(_: Watch) -> Report:
+        return report(given.data, given.model)
+
+    return tell(measure, as_json=given.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

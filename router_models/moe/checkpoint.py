@@ -1,0 +1,137 @@
+"""Owns the mixture's folder: a stock Mixtral of one shared file and one file for each expert.
+
+The layout that engines know by its index; gates stand in the shared file, so that another
+expert is one file more, and the shared one written anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from router_models.moe import gates
+from router_models.moe.dense import BASE_CONFIG, STATISTICS, Dense, ffn_name
+from router_models.moe.gates import Statistics
+
+SHARED = "shared.safetensors"
+_INDEX = "model.safetensors.index.json"
+# What decides how text becomes tokens and back, and what is said by default.
+_FACE_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+)  # fmt: skip
+_KEPT_KEYS = (
+    "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "head_dim", "hidden_act",
+    "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps",
+    "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings",
+    "use_cache", "vocab_size",
+)  # fmt: skip
+
+
+def mixtral_config(base: Mapping[str, Any], *, experts: int, top_k: int) -> dict[str, Any]:
+    """The mixture's config.json; what the two architectures share stays as the base has it."""
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "sliding_window": None,
+        **{key: base[key] for key in _KEPT_KEYS if key in base},
+        "num_local_experts": experts,
+        "num_experts_per_tok": top_k,
+        "dtype": base.get("dtype", base.get("torch_dtype", "float32")),
+    }
+
+
+def write_shared(
+    folder: Path, shared: Mapping[str, torch.Tensor], weights: NDArray[np.float32]
+) -> None:
+    """Attention, embeddings and norms as given, and the gates (L, E, H) in the same dtype."""
+    dtype = next(iter(shared.values())).dtype
+    gate = {
+        f"model.layers.{layer}.block_sparse_moe.gate.weight": torch.from_numpy(one).to(dtype)
+        for layer, one in enumerate(weights)
+    }
+    _save({**shared, **gate}, folder / SHARED)
+
+
+def write_expert(folder: Path, index: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """The FFNs of a dense model as expert `index`; everything else of it is passed over."""
+    _save(
+        {
+            named: weight.contiguous()
+            for name, weight in weights
+            if (named := ffn_name(name, index)) is not None
+        },
+        folder / expert_file(index),
+    )
+
+
+def expert_file(index: int) -> str:
+    """The name of the file with expert `index`."""
+    return f"expert-{index:03}.safetensors"
+
+
+def keep_experts(source: Path, folder: Path, count: int) -> None:
+    """The first `count` experts of another mixture; by hard link where the disk can."""
+    for index in range(count):
+        name = expert_file(index)
+        try:
+            os.link(source / name, folder / name)
+        except OSError:
+            shutil.copyfile(source / name, folder / name)
+
+
+def finish(
+    folder: Path,
+    base: Path,
+    base_config: Mapping[str, Any],
+    statistics: Statistics,
+    *,
+    top_k: int,
+    card: str,
+) -> None:
+    """Everything beside the weights: index, config, tokenizer, statistics, model card."""
+    files = [SHARED, *(expert_file(i) for i in range(len(statistics.experts)))]
+    placed: dict[str, str] = {}
+    size = 0
+    for name in files:
+        with safe_open(str(folder / name), "pt") as file:
+            placed.update(dict.fromkeys(file.keys(), name))
+        size += (folder / name).stat().st_size
+    _dump({"metadata": {"total_size": size}, "weight_map": placed}, folder / _INDEX)
+    config = mixtral_config(base_config, experts=len(statistics.experts), top_k=top_k)
+    _dump(config, folder / "config.json")
+    for name in _FACE_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    (folder / STATISTICS).parent.mkdir()
+    gates.write(statistics, folder / STATISTICS)
+    _dump(dict(base_config), folder / BASE_CONFIG)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def split(dense: Dense) -> dict[str, torch.Tensor]:
+    """What all experts share of the base: everything but its FFNs, and gates it may have."""
+    return {
+        name: weight.contiguous() for name, weight in dense.weights() if ffn_name(name, 0) is None
+    }
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors, str(path), metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes it for its owner only
+
+
+def _dump(data: object, path: Path) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

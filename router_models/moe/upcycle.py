@@ -1,0 +1,161 @@
+"""Owns joining dense experts of one family into one mixture of experts, without training.
+
+Attention, embeddings and norms are the base's, the FFNs of base and experts become the
+experts of each layer, and gates come in closed form from hidden states on each expert's own
+texts (`gates`). What comes out is a stock Mixtral. Given a mixture made so as the base, it
+is extended: the experts in it are not read, nor their texts.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from router_models.experts.packing import tokenize
+from router_models.moe import answers, card, checkpoint, dense, loaded, texts
+from router_models.moe.dense import Dense, UpcycleError
+from router_models.moe.gates import Origin, Statistics
+from router_models.moe.hidden import moments
+
+BASE = "base"
+TEXTS = 200
+MAX_TOKENS = 256
+MAX_FIELD_TOKENS = 6000
+TOP_K = 1
+SCALE = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be joined, held against the base already. `statistics`: of a mixture before."""
+
+    base: Path
+    config: Mapping[str, Any]
+    statistics: Statistics | None
+    experts: tuple[Dense, ...]
+    fields: Mapping[str, texts.Field]
+
+
+def plan(base: Path, experts: Mapping[str, Path], data: Path | None) -> Plan:
+    """Everything that can be refused before work begins is refused here. Raises ArtifactError.
+
+    `experts`: name → folder. `data`: a folder of texts (see `texts`).
+    """
+    config = dense.check_base(base)
+    before = dense.statistics_of(base)
+    if not experts:
+        raise UpcycleError("no experts to join with the base")
+    named = {texts.GENERAL: base, **experts} if before is None else dict(experts)
+    taken = before.experts if before is not None else (texts.GENERAL,)
+    for name in experts:
+        if name in taken:
+            raise UpcycleError(f"an expert {name!r} is in {base} already: give it another name")
+    joined = tuple(
+        Dense(name, base)
+        if folder is base
+        else dense.check_expert(name, folder, base, dict(config))
+        for name, folder in named.items()
+    )
+    return Plan(
+        base, config, before, joined, {one.name: texts.read(one.name, data) for one in joined}
+    )
+
+
+def build(
+    work: Plan, out: Path, *, top_k: int, say: Callable[[str], None] = lambda _: None
+) -> Statistics:
+    """Makes the mixture in `out`, which must not exist; nothing is left there if it fails.
+
+    `top_k`: experts for each token. Raises ArtifactError. Minutes, on a CPU.
+    """
+    count = len(work.experts) + (len(work.statistics.experts) if work.statistics else 0)
+    if not 1 <= top_k <= count:
+        raise UpcycleError(f"top-k {top_k}: there are {count} experts")
+    if out.exists():
+        raise UpcycleError(f"{out} exists already: remove it or choose another folder")
+    shared = checkpoint.split(Dense(BASE, work.base))
+    for one in work.experts:
+        _tell_lost(one, shared, say)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        statistics = _fill(partial, work, shared, top_k, say)
+        partial.rename(out)
+    except OSError as error:
+        raise UpcycleError(f"{out}: can't be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return statistics
+
+
+def _fill(
+    folder: Path,
+    work: Plan,
+    shared: dict[str, torch.Tensor],
+    top_k: int,
+    say: Callable[[str], None],
+) -> Statistics:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(work.base), local_files_only=True)
+    model = loaded.blank(work.config)
+    layers, hidden = work.config["num_hidden_layers"], work.config["hidden_size"]
+    statistics = work.statistics or Statistics.empty(layers, hidden)
+    if work.statistics is not None:
+        checkpoint.keep_experts(work.base, folder, len(statistics.experts))
+    for one in work.experts:
+        began_s = time.monotonic()
+        loaded.fill(model, one)
+        statistics = _learn(statistics, one, work.fields[one.name], model, tokenizer)
+        checkpoint.write_expert(folder, len(statistics.experts) - 1, one.weights())
+        told = statistics.origins[-1]
+        took_s = time.monotonic() - began_s
+        say(f"{one.name}: {told.rows} texts, {told.tokens:,} tokens, {took_s:.0f} s")
+    checkpoint.write_shared(folder, shared, statistics.gates(scale=SCALE))
+    text = card.text(statistics, top_k=top_k, hidden=hidden, layers=layers)
+    checkpoint.finish(folder, work.base, work.config, statistics, top_k=top_k, card=text)
+    return statistics
+
+
+def _learn(
+    statistics: Statistics, one: Dense, field: texts.Field, model: Any, tokenizer: Any
+) -> Statistics:
+    """The statistics with this expert's own: `model` holds its weights."""
+    answered = texts.answered(
+        texts.Field(field.name, field.train, (), field.source, field.licence),
+        lambda prompts: answers.greedy(model, tokenizer, prompts),
+        TEXTS,
+    )
+    read = tokenize(answered.train, tokenizer, max_tokens=MAX_TOKENS)
+    kept, total = [], 0
+    for conversation in read:
+        if total >= MAX_FIELD_TOKENS:
+            break
+        kept.append(conversation)
+        total += len(conversation)
+    if not kept:
+        raise texts.NoTextsError(
+            f"texts of {one.name}: none of {len(field.train)} has an answer and fits "
+            f"{MAX_TOKENS} tokens"
+        )
+    own, tokens = moments(model, kept, tokenizer)
+    weights = (one.adapter or one.folder).resolve().name
+    origin = Origin(one.name, weights, field.source, field.licence, len(kept), tokens)
+    return statistics.added(origin, own)
+
+
+def _tell_lost(one: Dense, shared: dict[str, torch.Tensor], say: Callable[[str], None]) -> None:
+    changed, share = dense.lost(one, shared) if one.name != texts.GENERAL else (0, 0.0)
+    if changed:
+        say(
+            f"{one.name}: {changed} weights outside its FFNs differ from the base's by "
+            f"{share:.2%} of their norm; the base's are shared, so that is lost"
+        )
