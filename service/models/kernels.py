@@ -52,11 +52,7 @@ def check_kernels(
             _check_tuned(at, name, info.moe, options)
             _check_spread(f"pools.{kind}.vllm", name, info.moe, options)
             lines.append(_told(name, info.moe, options))
-    for field, default in (
-        ("moe_backend", "auto"),
-        ("tuned_config_folder", None),
-        ("moe_capture", None),
-    ):
+    for field, default in (("moe_backend", "auto"), ("tuned_config_folder", None)):
         if not lines and dense and getattr(pool.vllm, field) != default:
             raise ConfigError(
                 f"pools.{kind}.vllm.{field}: none of its models is a mixture of experts"

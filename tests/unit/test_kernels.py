@@ -140,8 +140,6 @@ EPLB = {**EP, "enable_eplb": True}
         ({"moe_backend": "triton"}, {}, model(),
          "pools.main.vllm.moe_backend: none of its models is a mixture of experts"),
         ({"tuned_config_folder": "/t"}, {}, model(), "pools.main.vllm.tuned_config_folder: none"),
-        ({"moe_capture": {}, "enforce_eager": True}, {}, model(),
-         "pools.main.vllm.moe_capture: none of its models is a mixture of experts"),
         (EP, {}, model(), "'big' (LlamaForCausalLM) is no mixture of experts; give it a pool"),
         ({}, {"moe_backend": "triton"}, model(),
          "experts.big.vllm.moe_backend: LlamaForCausalLM is no mixture of experts"),
