@@ -1,7 +1,8 @@
 """`python -m loadtests.moe`: mixtures of experts, seen from inside.
 
-What looking at routers costs (`capture`), and what a mixture made of dense experts keeps of each
-(`build`, where `--data` is given). Each part runs alone with `--part`.
+What looking at routers costs (`capture`), what steering them costs and saves (`steer`), and what a
+mixture made of dense experts keeps of each (`build`, where `--data` is given). Each part runs
+alone with `--part`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def joined(parts: dict[str, Part]) -> Report:
 def main() -> int:
     """0: measured, whatever was reached. 1: could not be measured."""
     words = parser("moe", __doc__)
-    names = ("capture", "build")
+    names = ("capture", "steer", "build")
     words.add_argument(
         "--part", action="append", choices=names, help="only this one; may be given again"
     )
@@ -50,6 +51,8 @@ def main() -> int:
         default=MoeCapture().every,
         help="capture: one step of how many is looked at (as the config's default)",
     )
+    words.add_argument("--exchanges", type=int, default=200, help="steer: of profiles (200)")
+    words.add_argument("--turns", type=int, default=8, help="steer: of each profile (8)")
     given = words.parse_args()
     wanted = given.part or [name for name in names if name != "build" or given.data is not None]
     if "build" in wanted and given.data is None:
@@ -69,12 +72,17 @@ def main() -> int:
                 every=given.every,
             )
 
+        def steer() -> Report:
+            from loadtests import moe_steer
+
+            return moe_steer.report(given.model, times=given.exchanges, turns=given.turns)
+
         def build() -> Report:
             from loadtests import moe_build
 
             return moe_build.report(given.data, given.model)
 
-        known: dict[str, Part] = {"capture": capture, "build": build}
+        known: dict[str, Part] = {"capture": capture, "steer": steer, "build": build}
         return joined({name: known[name] for name in names if name in wanted})
 
     return tell(measure, as_json=given.json)

@@ -36,6 +36,7 @@ from service.link.secret import keys_path
 from service.link.server import PoolApp
 from service.models import inspect_model
 from service.pool.pool import Pool
+from service.steered import profile_bytes
 from service.store.keys import FileBook, KeyBook, Keys, StoreBook
 from service.store.memory import MemoryStore
 from service.store.protocol import Store
@@ -358,6 +359,8 @@ class PoolProcess:
         if expert in self._weights:
             return self._weights[expert]
         settings = self._config.experts[expert]
+        if settings.profile is not None:
+            return profile_bytes(self._config, expert)
         beside = settings.base is not None and settings.form == "adapter"
         try:
             folder = settings.adapter if beside else folder_here(self._config, expert)

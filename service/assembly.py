@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from service.pool.pool import Pool
 from service.pool.slot import Slot
 from service.pool.swap_slot import SwapSlot
 from service.pool.units import Known, Unit
+from service.steered import profile_bytes, profile_digests, steering_of
 
 if TYPE_CHECKING:
     from service.engine.vllm_swap import Weights
@@ -47,8 +49,9 @@ class _Sources(dict[str, "Weights"]):
 class Assembly:
     """The pool of one kind: built once, and changed as its config changes.
 
-    A slot for each unit (an expert with full weights, and its adapters); with fewer slots
-    than units, the units share them, take turns, and move between them.
+    A slot for each unit (an expert with full weights, and its adapters) and the virtual experts
+    of it, who take turns; with fewer slots than that, all share them, take turns, and move
+    between them.
     """
 
     def __init__(self, config: Config, kind: str, pool: Pool, watch: EngineWatch) -> None:
@@ -58,17 +61,18 @@ class Assembly:
         self._canaries: dict[str, str] = {}
         self._sources: weakref.WeakSet[_Sources] = weakref.WeakSet()
         self._played: dict[str, None] = {}
+        self._profiles = profile_digests(config)
         self.pool = pool
-        units = config.units(kind)
+        groups = config.groups(kind)
         self._name_played()
         slots = self._settings.slots
-        self._shared = slots is not None and slots < len(units)
+        self._shared = slots is not None and slots < len(groups)
         if slots is None or not self._shared:
-            for unit in units:
-                pool.add(self._own_slot(unit))
+            for group in groups:
+                pool.add(self._own_slot(group))
         else:
             for i in range(slots):
-                pool.add(self._shared_slot(units[i::slots]))
+                pool.add(self._shared_slot(tuple(u for group in groups[i::slots] for u in group)))
 
     @property
     def _settings(self) -> PoolConfig:
@@ -80,13 +84,23 @@ class Assembly:
         Returns when what went is gone: its running requests have ended.
         """
         old, self._config = self._config, config
-        before = {unit[0]: _signature(old, unit) for unit in old.units(self._kind)}
-        after = {unit[0]: _signature(config, unit) for unit in config.units(self._kind)}
+        profiles, self._profiles = self._profiles, await asyncio.to_thread(profile_digests, config)
+        before = {unit[0]: _signature(old, unit, profiles) for unit in old.units(self._kind)}
+        after = {
+            unit[0]: _signature(config, unit, self._profiles) for unit in config.units(self._kind)
+        }
         units = {unit[0]: unit for unit in config.units(self._kind)}
-        gone = [name for name in before if after.get(name) != before[name]]
+        # An engine that was not made to be shared has to make room for one that is.
+        alone = {
+            base
+            for name in after
+            if (base := config.needs(name)) in before and not self.pool.is_shared(base)
+        }
+        gone = [name for name in before if after.get(name) != before[name] or name in alone]
         self.pool.set_policy(_policy(self._settings))
+        later = [name for name in after if name in gone or config.needs(name) in gone]
         # Those that only come first: they may have to take a slot over.
-        for name in [name for name in after if name not in before]:
+        for name in [name for name in after if name not in before and name not in later]:
             await self._come(units[name])
         whys = {
             name: f"expert {name!r} was changed in the config; ask again"
@@ -94,22 +108,30 @@ class Assembly:
             else f"expert {name!r} is not in the config any more"
             for name in gone
         }
-        await asyncio.gather(*(self.pool.remove(name, whys[name]) for name in gone))
+        # Virtual experts before what they run on.
+        virtual = [name for name in gone if old.needs(name)]
+        await asyncio.gather(*(self.pool.remove(name, whys[name]) for name in virtual))
+        rest = [name for name in gone if name not in virtual]
+        await asyncio.gather(*(self.pool.remove(name, whys[name]) for name in rest))
         for name in gone:
             self._canaries.pop(name, None)
             self._watch.gone(name)
         await asyncio.to_thread(self._look_again)
-        for name in [name for name in gone if name in after]:
+        for name in later:
             await self._come(units[name])
         for name in after:
             self.pool.set_pinned(name, config.experts[name].pinned)
 
     async def _come(self, unit: tuple[str, ...]) -> None:
         await asyncio.to_thread(self._look_again)
-        if self._shared:
+        if self._shared or self._config.needs(unit[0]):
             self.pool.take_in(await asyncio.to_thread(self._unit, unit))
         else:
-            self.pool.add_running(self._own_slot(unit))
+            held = self._config.local_experts(self._kind)
+            virtual = any(self._config.needs(name) == unit[0] for name in held)
+            self.pool.add_running(
+                self._shared_slot((unit,)) if virtual else self._own_slot((unit,))
+            )
 
     def _look_again(self) -> None:
         self._name_played()
@@ -129,8 +151,11 @@ class Assembly:
 
     # --- slots
 
-    def _own_slot(self, unit: tuple[str, ...]) -> Slot[SwappingEngine]:
+    def _own_slot(self, group: tuple[tuple[str, ...], ...]) -> Slot[SwappingEngine]:
+        if len(group) > 1:
+            return self._shared_slot(group)
         settings = self._settings
+        (unit,) = group
         base, *adapters = unit
         return Slot(
             unit,
@@ -166,7 +191,9 @@ class Assembly:
 
     def _unit(self, unit: tuple[str, ...]) -> Unit:
         config, settings = self._config, self._settings
-        size = 0
+        size = profile_bytes(config, unit[0])
+        if needs := config.needs(unit[0]):
+            return Unit(unit[0], unit, config.experts[unit[0]].pinned, size, needs)
         if settings.engine == "vllm" and (folder := folder_here(config, unit[0])) is not None:
             try:
                 info = inspect_model(folder)
@@ -194,7 +221,8 @@ class Assembly:
         """An engine that starts with `first`, and can run all units of its family."""
         settings = self._settings
         if settings.engine == "simulated":
-            return SimulatedEngine(self._played, settings.simulated, self._watch)
+            bases = {name: needs for name in self._played if (needs := self._config.needs(name))}
+            return SimulatedEngine(self._played, settings.simulated, self._watch, bases)
         units = self._config.units(self._kind)
         adapters = next((unit[1:] for unit in units if unit[0] == first), ())
         method = settings.swap.method
@@ -289,13 +317,16 @@ def _policy(settings: PoolConfig) -> Policy:
     )
 
 
-def _signature(config: Config, unit: tuple[str, ...]) -> tuple[Any, ...]:
+def _signature(
+    config: Config, unit: tuple[str, ...], profiles: Mapping[str, str]
+) -> tuple[Any, ...]:
     """What a unit's weights depend on: where that changes, it is another one."""
     parts: list[Any] = []
     for name in unit:
         expert = config.experts[name]
         base = config.experts[expert.base].model if expert.base is not None else None
-        parts.append((name, expert.model, base, expert.adapter, expert.form, expert.strength))
+        made = (expert.adapter, expert.profile, profiles.get(name), expert.form, expert.strength)
+        parts.append((name, expert.model, expert.base, base, *made))
     # And on what its engine computes with.
     own = config.experts[unit[0]]
     parts.append(own.vllm if own.base is None else config.experts[own.base].vllm)
@@ -329,8 +360,14 @@ def _weights(config: Config, expert: str) -> Weights:
     from service.engine.vllm_swap import Weights
 
     settings = config.experts[expert]
+    folder = _folder(config, expert)
+    if settings.form == "steered":
+        try:
+            return Weights(folder, steering=steering_of(config, expert, Path(folder)))
+        except ConfigError as error:
+            return Weights(folder, fault=error.message)
     adapter = settings.adapter if settings.form == "merged" else None
-    return Weights(_folder(config, expert), adapter, settings.strength)
+    return Weights(folder, adapter, settings.strength)
 
 
 def _family_in(expert: str, folder: str) -> str:

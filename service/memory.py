@@ -15,6 +15,7 @@ from service.config import Config, PoolConfig
 from service.errors import ConfigError, ModelStoreError
 from service.models import AdapterInfo, ModelInfo
 from service.models.kernels import check_kernels
+from service.steered import profile_of
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MIB = 1024**2
@@ -79,12 +80,16 @@ def plan_pool(
     if pool.engine == "simulated":
         return PoolPlan(kind, (), 0, pool.memory_bytes, on_gpu=False)
     moe = check_kernels(config, kind, inspect)
-    units = config.units(kind)
-    slots = len(units) if pool.slots is None else min(pool.slots, len(units))
-    plans = [_plan_unit(config, unit, pool, inspect) for unit in units]
-    _check_capture(config, kind, units, inspect)
-    engines = [_share(plans[i::slots], plans, config, pool) for i in range(slots)]
-    if slots < len(units) and pool.swap.host_bytes is not None:
+    groups = config.groups(kind)
+    slots = len(groups) if pool.slots is None else min(pool.slots, len(groups))
+    grouped = [[_plan_unit(config, unit, pool, inspect) for unit in group] for group in groups]
+    plans = [plan for group in grouped for plan in group]
+    _check_capture(config, kind, config.units(kind), inspect)
+    engines = [
+        _share([plan for group in grouped[i::slots] for plan in group], plans, config, pool)
+        for i in range(slots)
+    ]
+    if slots < len(groups) and pool.swap.host_bytes is not None:
         # Units move between slots, and each is in one at a time.
         left = sum(plan.weight_bytes for plan in plans)
         for i, engine in enumerate(engines):
@@ -127,8 +132,10 @@ def _share(
                 f"pools: swap.host_bytes holds {_gib(pool.swap.host_bytes)}, "
                 f"and the largest expert alone takes {_gib(max(weights))}"
             )
-        pinned = [plan for plan in every if config.experts[plan.base].pinned]
-        loose = [plan.weight_bytes for plan in all_units if not config.experts[plan.base].pinned]
+        # Who runs on another's weights keeps those.
+        names = {config.needs(n) or n for n, expert in config.experts.items() if expert.pinned}
+        pinned = [plan for plan in every if plan.base in names]
+        loose = [plan.weight_bytes for plan in all_units if plan.base not in names]
         most = sum(plan.weight_bytes for plan in pinned) + max(loose, default=0)
         if most > pool.swap.host_bytes:
             raise ConfigError(
@@ -162,6 +169,8 @@ def _plan_unit(
     if expert.form == "merged" and not isinstance(inspect(base), AdapterInfo):
         raise ConfigError(f"experts.{base}.adapter: this folder holds a model, not an adapter")
     options = pool.vllm
+    if expert.form == "steered":
+        _check_steered(config, base, pool, info)
     if expert.form == "merged" and pool.gpus > 0:
         raise ConfigError(f"experts.{base}.form: merged is for pools on CPU; on a GPU use adapter")
     exchanged = pool.slots is not None or expert.form == "merged"
@@ -207,6 +216,8 @@ def _plan_unit(
             f"request of max_model_len {context} may need; give it at least "
             f"{context * per_token} bytes, or set vllm.max_model_len to at most {tokens}"
         )
+    if expert.form == "steered":
+        weights = 0  # its base's, counted there
     return EnginePlan(
         base=base,
         adapters=tuple(adapters),
@@ -216,6 +227,28 @@ def _plan_unit(
         kv_tokens=tokens,
         overhead_bytes=0 if on_gpu else ENGINE_BYTES,
     )
+
+
+def _check_steered(config: Config, name: str, pool: PoolConfig, info: ModelInfo) -> None:
+    """Raises ConfigError where a virtual expert can't be: InvalidProfile if by its profile."""
+    where = f"experts.{name}"
+    if pool.gpus > 0:
+        raise ConfigError(
+            f"{where}.profile: virtual experts are for pools on CPU; on a GPU the gates run "
+            "inside captured graphs, which would go on choosing as they were captured"
+        )
+    if not pool.vllm.enforce_eager:
+        raise ConfigError(
+            f"{where}.profile: virtual experts need vllm.enforce_eager: true; compiled code "
+            "would go on with the gates as they were compiled"
+        )
+    base = config.experts[name].base
+    if any(e.base == base and e.form == "adapter" for e in config.experts.values()):
+        raise ConfigError(
+            f"{where}.base: {base!r} has adapters beside it; an engine made for these can't be "
+            "steered"
+        )
+    profile_of(config, name, info.path)
 
 
 def weights_bytes(info: ModelInfo, dtype: str) -> int:

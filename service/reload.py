@@ -11,8 +11,8 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from service.config import Config, PoolConfig, load_config
 from service.errors import CoeError, ConfigError
 from service.memory import check_plan, folders_of, plan_pool
 from service.models import inspect_model, locate, pull
+from service.steered import profile_digests
 
 log = logging.getLogger("coe.app")
 
@@ -32,18 +33,22 @@ _FREE_OF_POOL = {"experts", "swap"}
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """What runs: the user's file, what it said at first, and the config made of it."""
+    """What runs: the user's file, what it said at first, and the config made of it.
+
+    profiles: what the virtual experts' files held then, as sha256.
+    """
 
     source: str
     read: Config
     config: Config
+    profiles: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, file: Path) -> Running:
         """Raises OSError, ValueError."""
         told = json.loads(file.read_text())
         read, config = (Config.model_validate(told[name]) for name in ("read", "config"))
-        return cls(told["source"], read, config)
+        return cls(told["source"], read, config, told.get("profiles", {}))
 
     def save(self, file: Path) -> None:
         """In one step: nobody sees half of it. Its owner's alone."""
@@ -51,6 +56,7 @@ class Running:
             "source": self.source,
             "read": self.read.model_dump(mode="json"),
             "config": self.config.model_dump(mode="json"),
+            "profiles": profile_digests(self.config),
         }
         new = file.with_suffix(".new")
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
@@ -92,12 +98,16 @@ def reload(file: Path) -> dict[str, list[str]]:
     folders = folders_of(config, found) if sources else {}
     for kind in config.pools:
         check_plan(plan_pool(config, kind, lambda name: inspect_model(folders[name])), None)
+    profiles = profile_digests(config)
     Running(before.source, read, config).save(file)
     old, new = before.config.experts, config.experts
+    exchanged = {name for name in new if before.profiles.get(name) != profiles.get(name)}
     return {
         "added": [name for name in new if name not in old],
         "removed": [name for name in old if name not in new],
-        "changed": [name for name in new if name in old and new[name] != old[name]],
+        "changed": [
+            name for name in new if name in old and (new[name] != old[name] or name in exchanged)
+        ],
     }
 
 
@@ -115,7 +125,7 @@ def _check_fixed(old: Config, new: Config) -> None:
                 f"{' and '.join(sorted(_FREE_OF_POOL))} of a pool can"
             )
         slots = pool.slots
-        if slots is not None and len(old.units(kind)) <= slots < len(new.units(kind)):
+        if slots is not None and len(old.groups(kind)) <= slots < len(new.groups(kind)):
             raise ConfigError(
                 f"pools.{kind}.slots: each expert was given a slot of its own, and now there "
                 f"are more than {slots}; restart the service"

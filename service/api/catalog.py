@@ -57,7 +57,9 @@ def _kind(config: Config, name: str) -> str:
     expert = config.experts[name]
     if expert.remote is not None:
         return "remote"
-    return "lora" if expert.base is not None else "full"
+    if expert.base is not None:
+        return "steered" if expert.profile is not None else "lora"
+    return "full"
 
 
 def _expert(config: Config, name: str, state: dict[str, Any], created_s: int) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Config(Section):
         return next(iter(self.experts))
 
     def local_experts(self, kind: str) -> tuple[str, ...]:
-        """Names of the experts that pools of this kind hold, bases before their adapters."""
+        """Names of the experts that pools of this kind hold, bases before what is made of them."""
         named = self.pools[kind].experts
         names = [
             name
@@ -79,7 +79,8 @@ class Config(Section):
         """The experts of a pool by the weights they run on.
 
         Each tuple begins with an expert that has full weights (or merged ones), and
-        goes on with the adapters of it.
+        goes on with the adapters of it. A virtual expert runs on its base's weights, and not
+        beside it: it is a unit of its own.
         """
         held = self.local_experts(kind)
         return tuple(
@@ -92,7 +93,7 @@ class Config(Section):
                 ),
             )
             for name in held
-            if self.experts[name].model is not None or self.experts[name].form == "merged"
+            if self.experts[name].model is not None or self.experts[name].form != "adapter"
         )
 
     def vllm_of(self, kind: str, expert: str) -> VllmOptions:
@@ -101,6 +102,20 @@ class Config(Section):
         own = (settings if settings.base is None else self.experts[settings.base]).vllm
         given = {name: value for name, value in own if value is not None}
         return self.pools[kind].vllm.model_copy(update=given)
+
+    def groups(self, kind: str) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """The units of a pool by the slot they have to share: virtual experts after their base."""
+        units = self.units(kind)
+        return tuple(
+            (unit, *(other for other in units if self.needs(other[0]) == unit[0]))
+            for unit in units
+            if not self.needs(unit[0])
+        )
+
+    def needs(self, expert: str) -> str:
+        """The expert on whose weights a virtual expert runs; empty for any other."""
+        settings = self.experts[expert]
+        return settings.base or "" if settings.form == "steered" else ""
 
     def model_sources(self, only: str | None = None) -> dict[str, str]:
         """Where the weights come from that pools with real engines need: expert → source.
@@ -167,8 +182,9 @@ def _check_names(config: Config) -> None:
         for name in held:
             base_name = config.experts[name].base
             if base_name is not None and base_name not in held:
+                what = "a virtual expert" if config.needs(name) else "an adapter"
                 raise ValueError(
-                    f"pools.{kind}.experts: {name!r} is an adapter of {base_name!r}, which is "
+                    f"pools.{kind}.experts: {name!r} is {what} of {base_name!r}, which is "
                     "not in this pool; list it too"
                 )
         if not held:

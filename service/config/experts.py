@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -37,19 +37,27 @@ class PriceConfig(Section):
 
 
 class ExpertConfig(Section):
-    """One named model: full weights (`model`), LoRA (`base` + `adapter`), or `remote`."""
+    """One named model: full weights (`model`), `base` with `adapter` or `profile`, or `remote`."""
 
     model: str | None = Field(
         None, description="Full weights: a name from `coe models list`, a folder, or a hub id."
     )
-    base: str | None = Field(None, description="LoRA: the expert that has the base's full weights.")
+    base: str | None = Field(
+        None, description="LoRA and virtual experts: the expert that has the base's full weights."
+    )
     adapter: str | None = Field(None, description="LoRA: folder of the adapter.")
+    profile: str | None = Field(
+        None,
+        description="Virtual expert: a steering profile, a file that changes which experts the "
+        "gates of `base`, a mixture of experts, choose for a token. It has no weights of its own.",
+    )
     remote: RemoteConfig | None = Field(None, description="A remote endpoint.")
-    form: Literal["adapter", "merged"] = Field(
+    form: Literal["adapter", "merged", "steered"] = Field(
         "adapter",
         description="How an adapter is served. adapter: beside its base, in one batch with it. "
         "merged: added to the base's weights once, as full weights of the base's family; "
-        "faster on CPU, and a swap away.",
+        "faster on CPU, and a swap away. steered: what `profile` makes it; it takes turns with "
+        "its base.",
     )
     strength: float = Field(
         1.0, gt=0, le=4, description="merged: how much of the adapter is added."
@@ -72,16 +80,27 @@ class ExpertConfig(Section):
         ("chat", "completions", "tools", "json"), description="What it can be asked for."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_profile_steers(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("profile") is not None and "form" not in data:
+            return {**data, "form": "steered"}
+        return data
+
     @model_validator(mode="after")
     def _one_kind(self) -> ExpertConfig:
         kinds = [self.model is not None, self.base is not None, self.remote is not None]
         if sum(kinds) != 1:
-            raise ValueError("exactly one of model, base (with adapter), remote")
-        if (self.base is None) != (self.adapter is None):
-            raise ValueError("base and adapter go together")
+            raise ValueError("exactly one of model, base (with adapter or profile), remote")
+        if self.profile is not None and (self.adapter is not None or self.base is None):
+            raise ValueError("profile needs base, and no adapter")
+        if (self.profile is None) != (self.form != "steered"):
+            raise ValueError("form steered is that of an expert with a profile, and no other's")
+        if (self.base is None) != (self.adapter is None and self.profile is None):
+            raise ValueError("base goes together with adapter or profile")
         if self.adapter is None and self.form == "merged":
             raise ValueError("form merged needs base and adapter")
-        if self.form == "adapter" and self.strength != 1.0:
+        if self.form != "merged" and self.strength != 1.0:
             raise ValueError("strength needs form merged")
         if self.model is None and self.vllm != ExpertKernels():
             raise ValueError("vllm is for experts with full weights of their own (model)")

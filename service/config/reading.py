@@ -134,6 +134,7 @@ def _anchored(config: Config, folder: Path) -> Config:
         name: expert.model_copy(
             update={
                 "adapter": at(expert.adapter) if expert.adapter is not None else None,
+                "profile": at(expert.profile) if expert.profile is not None else None,
                 "model": at(expert.model)
                 if expert.model is not None and looks_like_path(expert.model)
                 else expert.model,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import orjson
@@ -42,15 +42,18 @@ _WEIGHT_BYTES = 1024**3
 
 
 class SimulatedEngine:
-    """Plays an engine that holds `experts`."""
+    """Plays an engine that holds `experts`. `bases`: of those that run on another's weights."""
 
     def __init__(
         self,
         experts: Collection[str],
         options: SimulatedOptions,
         watch: EngineWatch | None = None,
+        bases: Mapping[str, str] | None = None,
     ) -> None:
         self._experts = experts
+        self._bases = bases or {}
+        self._runs = ""
         self._options = options
         self._watch = watch
         self._loaded: set[str] = set()
@@ -71,6 +74,7 @@ class SimulatedEngine:
         if expert not in self._experts:
             raise ExpertFailed(f"no weights for {expert!r}")
         self._loaded.add(expert)
+        self._runs = self._runs or expert
 
     @property
     def exchangeable(self) -> frozenset[str]:
@@ -89,7 +93,9 @@ class SimulatedEngine:
             raise ExpertFailed(f"the weights of {expert!r} are not held")
         await asyncio.sleep(self._options.swap_s)
         self.swaps += 1
-        return Exchanged(self._options.swap_s, ok=True)
+        before, self._runs = self._runs, expert
+        same = self._bases.get(before, before) == self._bases.get(expert, expert)
+        return Exchanged(self._options.swap_s, ok=True, method="steer" if same else "inplace")
 
     async def drop(self, expert: str, *, for_next: bool = False) -> None:
         """Forget an expert."""

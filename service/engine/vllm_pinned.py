@@ -62,9 +62,14 @@ class PinnedExtension(SwapExtension):
     def _coe_look(self, held: Any) -> None:
         """Its layers can be asked when it runs for the first time."""
 
-    def _coe_put(self, held: Any) -> None:
+    def coe_steer(self, expert: str, told: dict[str, Any]) -> int:
+        """Captured graphs would go on choosing as they were captured. Raises ValueError."""
+        raise ValueError(f"{expert!r} can't be steered: on a GPU the gates are in captured graphs")
+
+    def _coe_put(self, held: Any) -> str:
         live = tensors_of(self.model_runner.model)
         copy_all(held.tensors, live)
+        return "inplace"
 
     def _coe_holds(self, held: Any) -> bool:
         model = self.model_runner.model

@@ -13,7 +13,7 @@ import hashlib
 import time
 from argparse import Namespace
 from collections.abc import Awaitable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from service.engine.protocol import (
     Filled,
     Message,
 )
+from service.engine.steered import Steering
 from service.engine.vllm import VllmEngine, VllmModel, first_line
 from service.engine.vllm_stats import CANARY
 from service.errors import CoeError, EngineDead, ExpertFailed
@@ -52,11 +53,22 @@ _FACE_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Where one expert's full weights come from: a folder, and a LoRA folder merged into it."""
+    """Where one expert's full weights come from: a folder, and a LoRA folder merged into it.
+
+    steering: it has none of its own, but its base's, with other rules for the gates. fault:
+    why there can be no such expert, told to who asks for it.
+    """
 
     folder: str
     adapter: str | None = None
     strength: float = 1.0
+    steering: Steering | None = None
+    fault: str = ""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is what the folder holds, with nothing changed."""
+        return self.adapter is None and self.steering is None and not self.fault
 
 
 @dataclass(slots=True)
@@ -121,7 +133,7 @@ class SwappingVllmEngine(VllmEngine):
         plain = [
             name
             for name, w in self._weights.items()
-            if w.adapter is None and w.folder == self._weights[self._first].folder
+            if w.is_plain and w.folder == self._weights[self._first].folder
         ]
         adopted = self._first if self._first in plain else next(iter(plain), "")
         await self._rpc("coe_adopt", adopted)
@@ -145,6 +157,13 @@ class SwappingVllmEngine(VllmEngine):
     async def fill(self, expert: str) -> Filled:
         """See `SwappingEngine.fill`."""
         source = self._weights[expert]
+        if source.fault:
+            raise ExpertFailed(source.fault, retry_after_s=30)
+        if source.steering is not None:
+            began_s = time.monotonic()
+            size = await self._rpc("coe_steer", expert, asdict(source.steering))
+            await self._face_for(expert, source)
+            return Filled(int(size), time.monotonic() - began_s)
         await self._rpc("coe_fill", expert, source.folder, source.adapter, source.strength)
         told = await self._rpc("coe_filled", expert)
         while told["state"] == "filling":  # in another process: there is no event to await
@@ -153,9 +172,7 @@ class SwappingVllmEngine(VllmEngine):
         if told["state"] != "host":
             reason = told.get("reason", "its weights went away while they were loaded")
             raise ExpertFailed(f"expert {expert!r} could not be loaded: {reason}", retry_after_s=30)
-        face = self._faces.get(expert)
-        if face is None or face.source != source:
-            self._faces[expert] = await self._make_face(expert, source)
+        await self._face_for(expert, source)
         return Filled(int(told["host_bytes"]), float(told["fill_s"]))
 
     async def exchange(self, expert: str) -> Exchanged:
@@ -188,7 +205,7 @@ class SwappingVllmEngine(VllmEngine):
         ok = bool(done["ok"])
         if ok and (count % self._canary_every == 0 or count == 1):
             ok = await self._canary(expert)
-        return Exchanged(swap_s, ok)
+        return Exchanged(swap_s, ok, str(done["method"]))
 
     async def drop(self, expert: str, *, for_next: bool = False) -> None:
         """See `SwappingEngine.drop`."""
@@ -264,6 +281,11 @@ class SwappingVllmEngine(VllmEngine):
         return [token % config.get_vocab_size() for token in _CANARY_PROMPT][: max(1, room)]
 
     # --- faces
+
+    async def _face_for(self, expert: str, source: Weights) -> None:
+        face = self._faces.get(expert)
+        if face is None or face.source != source:
+            self._faces[expert] = await self._make_face(expert, source)
 
     async def _make_face(self, expert: str, source: Weights) -> _Face:
         folder = source.folder

@@ -33,17 +33,22 @@ from service.engine.vllm_memory import (
 from service.engine.vllm_merge import Delta
 from service.engine.vllm_packing import Scratch
 from service.engine.vllm_probe import Probe
+from service.engine.vllm_steer import Steered
 
 
 @dataclass(slots=True)
 class Held:
-    """One expert's weights in this process. `probe` is recorded between two steps."""
+    """One expert's weights in this process. `probe` is recorded between two steps.
+
+    steered: the rules of a steered expert; the rest is then its base's own, held by both.
+    """
 
     model: Any
     layers: dict[str, Any]
     host_bytes: int
     fill_s: float = 0.0
     probe: Probe | None = None
+    steered: Steered | None = None
 
 
 @dataclass(slots=True)
@@ -106,6 +111,21 @@ class SwapExtension(CaptureExtension):
         if expert not in state.held and expert not in state.filling:
             state.filling[expert] = _Filling(folder, adapter, strength, time.monotonic())
             self._coe_next_fill()
+
+    def coe_steer(self, expert: str, told: dict[str, Any]) -> int:
+        """Hold a steered expert (`told`: a `Steering`), whose base is held. Returns its bytes.
+
+        Raises ValueError where the base isn't held, or its gates can't be steered so.
+        """
+        state = self._coe()
+        base = state.held.get(told["base"])
+        if base is None:
+            raise ValueError(f"the weights of {told['base']!r} are not held")
+        steered = Steered.of(base.model, told)
+        state.held[expert] = Held(
+            base.model, base.layers, steered.size_bytes, probe=base.probe, steered=steered
+        )
+        return steered.size_bytes
 
     def _coe_next_fill(self) -> None:
         """Begin the next fill, if none is under way. Between two steps of the running model."""
@@ -184,7 +204,7 @@ class SwapExtension(CaptureExtension):
         state = self._coe()
         began_s = time.perf_counter()
         held = state.held[expert]
-        self._coe_put(held)
+        method = self._coe_put(held)
         state.running = expert
         self._coe_watch(self.model_runner.model)
         exchange_s = time.perf_counter() - began_s
@@ -194,20 +214,29 @@ class SwapExtension(CaptureExtension):
             ok = self._coe_holds(held)
         return {
             "ok": ok,
+            "method": method,
             "exchange_s": exchange_s,
             "probe_s": time.perf_counter() - began_s - exchange_s,
         }
 
-    def _coe_put(self, held: Any) -> None:
-        """Put an expert's weights where the engine computes with them."""
+    def _coe_put(self, held: Any) -> str:
+        """Put an expert's weights where the engine computes with them. Returns the method."""
+        old = self._coe().held[self._coe().running]
+        if old.steered is not None:
+            old.steered.lift()
         self._coe_layers().update(held.layers)
         self.model_runner.model = held.model
+        if held.steered is not None:
+            held.steered.put()
+        return "steer" if held.model is old.model else "inplace"
 
     def _coe_runs(self) -> str:
         return self._coe().running
 
     def _coe_holds(self, held: Any) -> bool:
         """Whether those are the weights that were loaded."""
+        if held.steered is not None and not held.steered.holds():
+            return False
         return held.probe is not None and held.probe.holds()
 
     def coe_drop(self, expert: str, for_next: bool = False) -> bool:

@@ -100,11 +100,15 @@ def _is_idle(place: Place) -> bool:
 
 
 def _movable(place: Place) -> list[UnitView]:
+    # Who runs on another's weights stays with them, and they with it.
+    tied = {unit.needs for unit in place.units if unit.needs}
     return [
         unit
         for unit in place.units
         if unit.name != place.slot.running_unit
         and not unit.pinned
+        and not unit.needs
+        and unit.name not in tied
         and unit.tier in (Residency.DISK, Residency.HOST)
     ]
 

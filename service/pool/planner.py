@@ -45,7 +45,9 @@ class UnitView:
     oldest_s: how long its oldest waiting request has waited. demand_per_s: requests
     per second, as a moving average. bring_s: from disk to host. swap_s: from where it
     is now to running. exchangeable: the slot's present engine can run it; another one
-    has to be started otherwise. wanted: an operator asked for it to be held.
+    has to be started otherwise. wanted: an operator asked for it to be held. needs: the unit
+    whose weights it runs on; it weighs nothing then, can't be held without them, and they not be
+    forgotten without it.
     """
 
     name: str
@@ -60,6 +62,7 @@ class UnitView:
     pinned: bool
     exchangeable: bool = True
     wanted: bool = False
+    needs: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +120,21 @@ def bounded(
     """
     if policy.host_bytes is None:
         return list(units)
-    stay = {u.name: u.host_bytes for u in units if u.pinned or u.name == slot.running_unit}
-    room = policy.host_bytes - sum(stay.values())
+    weights = {u.name: u.host_bytes for u in units}
+    stay = {_owner(u) for u in units if u.pinned or u.name == slot.running_unit}
+    room = policy.host_bytes - sum(weights.get(owner, 0) for owner in stay)
     return [
         u
-        if u.tier is not Residency.DISK or u.host_bytes <= room + stay.get(u.name, 0)
+        if u.tier is not Residency.DISK
+        or (0 if _owner(u) in stay else weights.get(_owner(u), 0)) <= room
         else replace(u, exchangeable=False, swap_s=start_s)
         for u in units
     ]
+
+
+def _owner(unit: UnitView) -> str:
+    """The unit that has the weights that a unit runs on."""
+    return unit.needs or unit.name
 
 
 def next_step(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> Step:
@@ -174,17 +184,29 @@ def next_fetch(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> str
     Who waits, then whom an operator wants there, then by demand.
     """
     wanted = to_keep(slot, units, policy)
-    absent = [u for u in units if u.tier is Residency.DISK and u.exchangeable and u.name in wanted]
+    tiers = {u.name: u.tier for u in units if u.exchangeable}
+    absent = [
+        u
+        for u in units
+        if u.tier is Residency.DISK
+        and u.exchangeable
+        and u.name in wanted
+        and tiers.get(_owner(u), Residency.LOADING) is not Residency.LOADING
+    ]
     waiting = [u for u in absent if u.waiting]
-    if waiting:
-        return min(waiting, key=lambda u: _turn(u, policy)).name
-    asked_for = [u.name for u in absent if u.wanted]
-    if asked_for:
-        return min(asked_for)
-    if not policy.prefetch or slot.waiting:
-        return None
+    asked_for = [u for u in absent if u.wanted]
     hot = [u for u in absent if u.demand_per_s > 0 or u.pinned]
-    return max(hot, key=lambda u: (u.pinned, u.demand_per_s, u.name)).name if hot else None
+    if waiting:
+        chosen = min(waiting, key=lambda u: _turn(u, policy))
+    elif asked_for:
+        chosen = min(asked_for, key=lambda u: u.name)
+    elif policy.prefetch and not slot.waiting and hot:
+        chosen = max(hot, key=lambda u: (u.pinned, u.demand_per_s, u.name))
+    else:
+        return None
+    # First the weights that it runs on.
+    absent_too = chosen.needs and tiers[chosen.needs] is Residency.DISK
+    return chosen.needs if absent_too else chosen.name
 
 
 def _turn(unit: UnitView, policy: Policy) -> tuple[bool, float, str]:
@@ -215,21 +237,35 @@ def to_keep(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> frozen
             *_turn(u, policy),
         ),
     )
-    kept: list[str] = []
+    weights = {u.name: u.host_bytes for u in units}
+    kept: set[str] = set()
     left = policy.host_bytes
     for unit in sure:
-        if unit.name == slot.running_unit or unit.host_bytes <= left:
-            kept.append(unit.name)
-            left -= unit.host_bytes
-    rest = [u for u in units if u.exchangeable and u.name not in kept]
-    chosen = keep([_worth(u) for u in rest], [u.host_bytes for u in rest], max(0, left))
-    return frozenset([*kept, *(rest[i].name for i in chosen)])
+        size = 0 if _owner(unit) in kept else weights.get(_owner(unit), 0)
+        if unit.name == slot.running_unit or size <= left:
+            kept.add(_owner(unit))
+            left -= size
+    rest = [u for u in units if u.exchangeable and not u.needs and u.name not in kept]
+    worth = _worths(units)
+    chosen = keep([worth[u.name] for u in rest], [u.host_bytes for u in rest], max(0, left))
+    kept.update(rest[i].name for i in chosen)
+    # Who runs on what is kept adds nothing to it.
+    return frozenset(
+        u.name
+        for u in units
+        if _owner(u) in kept and (u.exchangeable or u.name == slot.running_unit)
+    )
 
 
-def _worth(unit: UnitView) -> float:
-    """Demand × cost of bringing back."""
-    held = unit.tier is not Residency.DISK
-    return unit.demand_per_s * unit.bring_s * (_HELD_BONUS if held else 1.0)
+def _worths(units: Sequence[UnitView]) -> dict[str, float]:
+    """Demand × cost of bringing back, of each unit's weights, by whoever runs on them."""
+    demand = {u.name: 0.0 for u in units}
+    for unit in units:
+        demand[_owner(unit)] = demand.get(_owner(unit), 0.0) + unit.demand_per_s
+    return {
+        u.name: demand[u.name] * u.bring_s * (_HELD_BONUS if u.tier is not Residency.DISK else 1.0)
+        for u in units
+    }
 
 
 def to_drop(
@@ -237,7 +273,8 @@ def to_drop(
 ) -> list[str]:
     """Units to forget so that what is held, and `coming`, stays within the bound.
 
-    What belongs there least goes first; never the running unit, nor a pinned one.
+    What belongs there least goes first; never the running unit, nor a pinned one, nor the
+    weights that these or `coming` run on. With weights go the units that run on them.
     """
     if policy.host_bytes is None:
         return []
@@ -247,15 +284,24 @@ def to_drop(
     if excess <= 0:
         return []
     wanted = to_keep(slot, units, policy)
+    worth = _worths(units)
+    stay = {
+        _owner(u)
+        for u in units
+        if u.name in (slot.running_unit, coming)
+        or u.tier is Residency.LOADING
+        or (u.pinned and u.tier is not Residency.DISK)
+    }
+    wait = {_owner(u) for u in units if u.waiting}
     order = sorted(
-        (u for u in held if u.tier is Residency.HOST and not u.pinned),
-        key=lambda u: (u.name in wanted, u.waiting > 0, _worth(u), u.name),
+        (u for u in held if u.tier is Residency.HOST and not u.needs and u.name not in stay),
+        key=lambda u: (u.name in wanted, u.name in wait, worth[u.name], u.name),
     )
     dropped = []
     for unit in order:
         if excess <= 0:
             break
-        if unit.name != slot.running_unit:
-            dropped.append(unit.name)
-            excess -= unit.host_bytes
+        dropped += [u.name for u in held if u.needs == unit.name]
+        dropped.append(unit.name)
+        excess -= unit.host_bytes
     return dropped

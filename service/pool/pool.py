@@ -119,8 +119,15 @@ class Pool:
         self.changed()
 
     def take_in(self, unit: Unit) -> None:
-        """One more unit for the slots that units share: where the fewest are."""
-        slot = min(self.shared, key=lambda one: len(one.units))
+        """One more unit for the slots that units share: where what it needs is, or the fewest are.
+
+        Raises KeyError where what it needs is in no shared slot.
+        """
+        slot = (
+            {one.name: slot for slot in self.shared for one in slot.units}[unit.needs]
+            if unit.needs
+            else min(self.shared, key=lambda one: len(one.units))
+        )
         slot.take_in(unit)
         self._slot_of.update(dict.fromkeys(unit.experts, slot))
 
@@ -166,6 +173,10 @@ class Pool:
         slot = self._slot_of.get(expert)
         if isinstance(slot, SwapSlot):
             slot.set_pinned(expert, pinned)
+
+    def is_shared(self, expert: str) -> bool:
+        """Whether an expert is in a slot that units share, or that could be shared."""
+        return isinstance(self._slot_of.get(expert), SwapSlot)
 
     @property
     def shared(self) -> list[SwapSlot]:

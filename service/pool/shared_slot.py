@@ -24,6 +24,8 @@ from service.pool.units import Known, Swap, Unit
 from service.types import Residency
 
 _SWAPS_KEPT = 64
+# Bringing a unit that has no weights of its own is but a few kilobytes.
+_LIGHT_FILL_S = 0.05
 
 
 class SharedSlot(Slot[SwappingEngine]):
@@ -114,8 +116,9 @@ class SharedSlot(Slot[SwappingEngine]):
     def take_in(self, unit: Unit, known: Known | None = None) -> None:
         """One more unit, and what another slot knew of it."""
         if known is None:
-            size = unit.size_bytes or self._guess.host_bytes
-            known = replace(self._guess, host_bytes=size, pinned=unit.pinned)
+            size = unit.size_bytes or (0 if unit.needs else self._guess.host_bytes)
+            fill_s = min(self._guess.fill_s, _LIGHT_FILL_S) if unit.needs else self._guess.fill_s
+            known = replace(self._guess, host_bytes=size, fill_s=fill_s, pinned=unit.pinned)
         known.begins_anew()
         self._units[unit.name] = unit
         self._known[unit.name] = known
@@ -136,6 +139,17 @@ class SharedSlot(Slot[SwappingEngine]):
         self.experts = tuple(name for unit in self._units.values() for name in unit.experts)
         self._event.set()
         self._changed()
+
+    def _is_held(self, unit: str) -> bool:
+        """Whether a unit is in host memory, running or not."""
+        return self._known[unit].tier in (Residency.HOST, Residency.DEVICE)
+
+    def _bring_s(self, unit: str) -> float:
+        """From where it is to host memory, and first the weights that it needs."""
+        known = self._known[unit]
+        own_s = 0.0 if self._is_held(unit) else known.fill_s
+        needs = self._units[unit].needs
+        return own_s + (self._bring_s(needs) if needs in self._units else 0.0)
 
     def _send_away(self, unit: str, why: Callable[[Ticket], CoeError | Again]) -> None:
         """Whoever waits for a unit is told."""
@@ -216,7 +230,7 @@ class SharedSlot(Slot[SwappingEngine]):
             elif state.state is Residency.HOST:
                 eta_s = round(known.swap_s, 3)
             elif state.state in (Residency.DISK, Residency.LOADING):
-                eta_s = round(known.fill_s + known.swap_s, 1)
+                eta_s = round(self._bring_s(self._unit_of[name]) + known.swap_s, 1)
             else:
                 eta_s = 0.0
             told[name] = replace(state, eta_s=eta_s, swap_s=round(known.swap_s, 3))
@@ -256,11 +270,11 @@ class SharedSlot(Slot[SwappingEngine]):
         views = []
         for name, unit in self._units.items():
             known = self._known[name]
-            gone = known.failed_until > now_s or name in self._retired
-            if gone and name != self._unit:
+            # One that failed and is held all the same has weights that others run on.
+            failed = known.failed_until > now_s and known.tier is not Residency.HOST
+            if (failed or name in self._retired) and name != self._unit:
                 continue
             waiting = [t for expert in unit.experts for t in self._queues.waiting_for(expert)]
-            at_host = known.tier in (Residency.HOST, Residency.DEVICE)
             views.append(
                 UnitView(
                     name=name,
@@ -269,14 +283,15 @@ class SharedSlot(Slot[SwappingEngine]):
                     waiting_tokens=sum(ticket.tokens for ticket in waiting),
                     oldest_s=max((now_s - t.arrived_s for t in waiting), default=0.0),
                     demand_per_s=known.demand_per_s(now_s),
-                    host_bytes=known.host_bytes,
+                    host_bytes=0 if unit.needs else known.host_bytes,
                     bring_s=known.fill_s,
-                    swap_s=(known.swap_s + (0.0 if at_host else known.fill_s))
+                    swap_s=(known.swap_s + self._bring_s(name))
                     if name in exchangeable
                     else self._start_s,
                     pinned=known.pinned,
                     exchangeable=name in exchangeable,
                     wanted=known.wanted,
+                    needs=unit.needs,
                 )
             )
         return views

@@ -14,32 +14,28 @@ import time
 from contextlib import suppress
 
 from service.engine.protocol import SwappingEngine
-from service.errors import CoeError, Conflict, EngineDead, UnknownModel
+from service.errors import CoeError, EngineDead, UnknownModel
 from service.link.snapshot import ExpertState
+from service.pool.held_slot import RETRY_S, TICK_S, HeldSlot
 from service.pool.lease import Again
 from service.pool.planner import LATE, Next, UnitView, bounded, next_fetch, next_step, to_drop
-from service.pool.shared_slot import SharedSlot
 from service.pool.units import Known, Swap
 from service.types import Residency
 
 log = logging.getLogger("coe.pool")
 
-_TICK_S = 0.05
 _EWMA = 0.3
-_RETRY_S = 30.0
-# A unit in whose fill or exchange the engine died this often in a row is at fault.
-_DEATHS = 2
 
 
-class SwapSlot(SharedSlot):
+class SwapSlot(HeldSlot):
     """An engine and the units that take turns in it.
 
     `build_for(unit)` makes an engine that starts with that unit running. `guess` stands in
     until a unit was measured.
     """
 
-    _filling: asyncio.Task[None] | None = None
-    _gone = False
+    # Whom the next engine is started for, where that is a unit without weights of its own.
+    _meant = ""
 
     # --- units come and go
 
@@ -50,6 +46,8 @@ class SwapSlot(SharedSlot):
         """
         if unit in (self._unit, self._filling_unit) or self._filling is not None:
             return None
+        if self._units[unit].needs or any(one.needs == unit for one in self.units):
+            return None  # they stay together
         if self._known[unit].tier not in (Residency.DISK, Residency.HOST):
             return None
         self._send_away(unit, lambda ticket: Again(ticket.arrived_s))
@@ -83,7 +81,12 @@ class SwapSlot(SharedSlot):
             self._retired.pop(unit).set()
         if self._unit not in self._retired or self._slot_view(time.monotonic()).running:
             return True
-        heirs = [one for one in units if one.name not in self._retired]
+        held = {one.name for one in units if one.tier is not Residency.DISK}
+        heirs = [
+            one
+            for one in units
+            if one.name not in self._retired and (not one.needs or one.needs in held)
+        ]
         if not heirs or self._filling is not None:
             return True
         heir = max(
@@ -113,7 +116,33 @@ class SwapSlot(SharedSlot):
         self._start_s = time.monotonic() - began_s
         self._failed_starts = 0
         self._has_worked = True
+        meant, self._meant = self._meant, ""
+        if meant in self._units and self._units[meant].needs == self._unit:
+            await self._take_on(engine, meant)
         self._run_unit(self._unit)
+
+    async def _take_on(self, engine: SwappingEngine, unit: str) -> None:
+        """Give an engine that has just started to the unit that it was started for.
+
+        Before the gate opens: whoever waits for others would have it started for them first.
+        """
+        base = self._unit
+        try:
+            filled = await engine.fill(unit)
+            known = self._known[unit]
+            known.host_bytes, known.fill_s = filled.host_bytes, filled.fill_s
+            if (await engine.exchange(unit)).ok:
+                self._known[base].tier = Residency.HOST
+                self._set_unit(base, Residency.HOST)
+                self._unit = unit
+                return
+            self.canary_failures += 1
+            self._fail_unit(unit, "it does not answer as when it was first loaded")
+            await engine.exchange(base)
+        except EngineDead:
+            raise
+        except CoeError as error:
+            self._fail_unit(unit, error.message)
 
     def _emptied(self) -> None:
         """Whatever an engine held went with it; the next one starts with the running unit."""
@@ -135,7 +164,7 @@ class SwapSlot(SharedSlot):
                 if not await self._steer(engine):
                     break
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(_TICK_S):
+                    async with asyncio.timeout(TICK_S):
                         await self._event.wait()
         finally:
             self._open = False
@@ -211,8 +240,11 @@ class SwapSlot(SharedSlot):
                 self._died_with(unit, error)
                 return False
             self._fail_unit(unit, error.message)
+            if self._in_use(unit):
+                self._known[unit].tier = Residency.HOST
+                return True
             with suppress(CoeError):
-                await engine.drop(unit)
+                await self._forget(engine, unit)
             return True
         if not done.ok:
             self.canary_failures += 1
@@ -232,7 +264,12 @@ class SwapSlot(SharedSlot):
     def _respawn_for(self, unit: str, reason: str) -> None:
         """Leave this engine; the next one starts with `unit`."""
         self._note(Swap(unit, "respawn", reason, time.monotonic(), self._start_s))
-        self._unit = unit
+        self._start_for(unit)
+
+    def _start_for(self, unit: str) -> None:
+        """The next engine starts with the weights that a unit runs on."""
+        self._unit = self._units[unit].needs or unit
+        self._meant = unit if unit != self._unit else ""
 
     def _run_unit(self, unit: str) -> None:
         assert self._report is not None
@@ -252,123 +289,25 @@ class SwapSlot(SharedSlot):
         self._grant()
         self._changed()
 
-    # --- host memory
-
-    def _fetch(
-        self, engine: SwappingEngine, unit: str | None, drops: list[str], gone: str = ""
-    ) -> None:
-        """Begin to bring a unit to host memory, once others have made room for it.
-
-        `gone`: a unit that isn't this slot's any more, to be forgotten, too.
-        """
-        for name in drops:
-            # From here on nobody swaps to it.
-            self._known[name].tier = Residency.DISK
-            self._set_unit(name, Residency.DISK)
-        if unit is not None:
-            self._filling_unit = unit
-            self._set_unit(unit, Residency.LOADING)
-        drops = [*drops, gone] if gone else drops
-        if unit is not None or drops:
-            self._filling = asyncio.create_task(self._fill(engine, unit, drops))
-
-    async def _fill(self, engine: SwappingEngine, unit: str | None, drops: list[str]) -> None:
-        try:
-            for name in drops:
-                await engine.drop(name, for_next=unit is not None)
-            if unit is not None:
-                filled = await engine.fill(unit)
-                known = self._known[unit]
-                known.tier = Residency.HOST
-                known.host_bytes = filled.host_bytes
-                known.fill_s = filled.fill_s
-                known.wanted = False
-                known.deaths = 0
-                self._set_unit(unit, Residency.HOST)
-        except Exception as error:
-            why = error.message if isinstance(error, CoeError) else repr(error)
-            if isinstance(error, EngineDead) or engine.failure() is not None:
-                if unit is not None:
-                    self._died_with(unit, error)
-            elif unit is not None:
-                self._fail_unit(unit, why)
-            else:
-                log.error("could not forget %s: %s", "/".join(drops), why)
-        finally:
-            self._filling = self._filling_unit = None
-            self._event.set()
-
-    def _died_with(self, unit: str, error: Exception) -> None:
-        """The engine died while it took in a unit's weights: perhaps not that unit's fault."""
-        known = self._known[unit]
-        known.deaths += 1
-        if known.deaths >= _DEATHS:
-            known.deaths = 0
-            self._fail_unit(unit, f"the engine died while it loaded it ({error})")
-        else:
-            self._set_unit(unit, Residency.DISK)
-        self._gone = True
-        self.lost()
-
-    def _fail_unit(self, unit: str, reason: str) -> None:
-        log.error("expert %s failed: %s", unit, reason)
-        known = self._known[unit]
-        known.tier = Residency.DISK
-        known.wanted = False
-        known.failed_until = time.monotonic() + _RETRY_S
-        self._set_unit(unit, Residency.FAILED, reason)
-        self._refuse_waiting()
-        asyncio.get_running_loop().call_later(_RETRY_S, self._forgive, unit)
-
-    def _forgive(self, unit: str) -> None:
-        if unit not in self._known:
-            return  # it went to another slot, or for good
-        if self._known[unit].failed_until > time.monotonic() + _TICK_S:
-            return
-        if all(self._states[n].state is Residency.FAILED for n in self._units[unit].experts):
-            self._set_unit(unit, Residency.DISK)
+    # --- starts that fail
 
     def _retry_s(self) -> float:
         # Somebody else may be able to start meanwhile.
         now_s = time.monotonic()
-        self._known[self._unit].failed_until = now_s + _RETRY_S
-        asyncio.get_running_loop().call_later(_RETRY_S, self._forgive, self._unit)
+        self._known[self._unit].failed_until = now_s + RETRY_S
+        asyncio.get_running_loop().call_later(RETRY_S, self._forgive, self._unit)
         able = [
             name
             for name, known in self._known.items()
-            if known.failed_until <= now_s and name not in self._retired
+            if known.failed_until <= now_s
+            and name not in self._retired
+            and self._known[self._units[name].needs or name].failed_until <= now_s
         ]
         if not able:
             return super()._retry_s()
-        self._unit = max(able, key=self._waiting_in)
+        self._start_for(max(able, key=self._waiting_in))
         return 0.5
 
     def _set_all(self, state: Residency, reason: str) -> None:
         # An engine that can't start is the running unit's fault alone.
         self._set_unit(self._unit, state, reason)
-
-    # --- operating it
-
-    async def operate(self, act: str, expert: str) -> None:
-        """load, evict, pin or unpin. Raises Conflict where the present state forbids it."""
-        unit = self._unit_of[expert]
-        known = self._known[unit]
-        if act == "pin":
-            known.pinned = True
-        elif act == "unpin":
-            known.pinned = False
-        elif act == "load":
-            known.wanted = self._is_to_come(unit)
-        else:
-            if unit == self._unit or known.pinned or known.tier is not Residency.HOST:
-                why = "running" if unit == self._unit else "pinned" if known.pinned else "not held"
-                raise Conflict(f"expert {expert!r} is {why} and can't be evicted")
-            engine = self._engine
-            if engine is None:
-                raise Conflict("the slot's engine is starting; nothing is held")
-            known.tier = Residency.DISK
-            known.wanted = False
-            known.demand = 0.0
-            self._set_unit(unit, Residency.DISK)
-            await engine.drop(unit)
-        self._event.set()

@@ -14,12 +14,14 @@ class Unit:
     """An expert with full weights, and the adapters that come with it.
 
     size_bytes: of its weights in memory, as its files tell; 0 where they are not known.
+    needs: the unit on whose weights this one runs, having none of its own; both are in one slot.
     """
 
     name: str
     experts: tuple[str, ...]
     pinned: bool = False
     size_bytes: int = 0
+    needs: str = ""
 
 
 @dataclass(slots=True)

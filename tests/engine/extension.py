@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import resource
+from typing import Any
 
 from service.engine import vllm_memory
+from service.engine.vllm_moe import routed_layers
 from service.engine.vllm_worker import SwapExtension
 
 
@@ -16,6 +18,19 @@ class BreakableExtension(SwapExtension):
         for parameter in self._coe().held[expert].model.parameters():
             if parameter.numel():
                 parameter.data.add_(1.0)
+
+    def coe_see(self) -> None:
+        """From now on remember which experts the running model's layers choose."""
+        self._seen: dict[int, list[Any]] = {}
+        for one in routed_layers(self.model_runner.model):
+            rows = self._seen.setdefault(one.layer, [])
+            one.router.set_capture_fn(lambda ids, rows=rows: rows.extend(ids.tolist()))
+
+    def coe_seen(self) -> dict[int, list[list[int]]]:
+        """What was chosen since `coe_see`: by layer, the experts of each token."""
+        for one in routed_layers(self.model_runner.model):
+            one.router.set_capture_fn(None)
+        return self._seen
 
     def coe_no_memory(self, how: str) -> None:
         """From now on memory runs out: `told` before it is taken, `refused` when it is, or not."""

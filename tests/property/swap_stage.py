@@ -217,8 +217,8 @@ class Stage:
 
 def on_clock(monkeypatched: Any, now: Callable[[], float]) -> None:
     """Let the slot read this clock instead of the machine's."""
-    from service.pool import pool, shared_slot, slot, swap_slot
+    from service.pool import held_slot, pool, shared_slot, slot, swap_slot
 
     clock = SimpleNamespace(monotonic=now)
-    for module in (slot, shared_slot, swap_slot, pool):
+    for module in (slot, shared_slot, held_slot, swap_slot, pool):
         monkeypatched.setattr(module, "time", clock)

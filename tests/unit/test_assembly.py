@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -91,3 +92,63 @@ async def test_the_policy_of_swaps_changes_with_it() -> None:
     policy = running.pool.shared[0].policy
     assert (policy.max_wait_s, policy.preempt) == (7.0, True)
     await running.pool.stop(1)
+
+
+def steered(folder: Path, names: str, slots: int | None = None) -> Config:
+    """a and b, full; a1 and a2 virtual experts of a. Simulated: their profiles are any files."""
+    experts = {
+        name: {"base": name[0], "profile": str(folder / name)} if name[1:] else {"model": "m"}
+        for name in names.split()
+    }
+    for name in experts:
+        if not (folder / name).exists():
+            (folder / name).write_text(name)
+    simulated = {"decode_ms": 10, "tokens": 4, "fill_s": 0.02, "swap_s": 0.01}
+    pool = {"engine": "simulated", "simulated": simulated, "swap": {"min_stay_s": 0.0}}
+    if slots is not None:
+        pool["slots"] = slots
+    return Config.model_validate({"experts": experts, "pools": {"p": pool}})
+
+
+@pytest.mark.parametrize("slots", [None, 1, 2])
+async def test_virtual_experts_take_turns_with_their_base(
+    tmp_path: Path, slots: int | None
+) -> None:
+    running = Running(steered(tmp_path, "a b a1 a2", slots))
+    try:
+        for _ in range(2):
+            assert [await running.ask(name) for name in ("a1", "b", "a2", "a")] == ["ok"] * 4
+        told = running.pool.snapshot().experts
+        assert len({told[name].slot for name in ("a", "a1", "a2")}) == 1
+        assert len({one.slot for one in told.values()}) == (1 if slots == 1 else 2)
+        methods = {method for _, method, _ in running.pool.swap_counts()}
+        assert methods == ({"steer", "inplace"} if slots == 1 else {"steer"})
+    finally:
+        await running.pool.stop(1)
+
+
+@pytest.mark.parametrize("slots", [None, 1])
+async def test_virtual_experts_come_go_and_change(tmp_path: Path, slots: int | None) -> None:
+    running = Running(steered(tmp_path, "a b", slots))
+    try:
+        assert await running.ask("a") == "ok"
+        await running.assembly.reload(steered(tmp_path, "a b a1 a2", slots))
+        assert [await running.ask(name) for name in ("a1", "a2", "a", "b")] == ["ok"] * 4
+        # The same config, another file: nobody else has to go for it.
+        (tmp_path / "a1").write_text("other")
+        await running.assembly.reload(steered(tmp_path, "a b a1 a2", slots))
+        details = running.pool.details()
+        assert details["a1"]["host_bytes"] == 0
+        assert details["a2"]["host_bytes"] > 0
+        assert [await running.ask(name) for name in ("a1", "a2", "a")] == ["ok"] * 3
+        # While one runs; then its base with it.
+        await running.assembly.reload(steered(tmp_path, "a b a2", slots))
+        with pytest.raises(UnknownModel):
+            await running.pool.operate("load", "a1")
+        assert [await running.ask(name) for name in ("a2", "a")] == ["ok"] * 2
+        await running.assembly.reload(steered(tmp_path, "b", slots))
+        assert set(running.pool.snapshot().experts) == {"b"}
+        assert await running.ask("b") == "ok"
+        assert running.pool.unhealthy() is None
+    finally:
+        await running.pool.stop(1)

@@ -98,11 +98,21 @@ def test_every_field_is_described() -> None:
         ),
         (
             {"experts": {"general": {}}},
-            "coe.yaml: experts.general: exactly one of model, base (with adapter), remote",
+            "coe.yaml: experts.general: exactly one of model, base (with adapter or profile), "
+            "remote",
         ),
         (
             {"experts": {"general": {"model": "m", "adapter": "a"}}},
-            "coe.yaml: experts.general: base and adapter go together",
+            "coe.yaml: experts.general: base goes together with adapter or profile",
+        ),
+        (
+            {"experts": {"general": {"model": "m", "profile": "p"}}},
+            "coe.yaml: experts.general: profile needs base, and no adapter",
+        ),
+        (
+            {"experts": {"general": {"base": "b", "profile": "p", "form": "merged"}}},
+            "coe.yaml: experts.general: form steered is that of an expert with a profile, and no "
+            "other's",
         ),
         (
             {"pools": {}},

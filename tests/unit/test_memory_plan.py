@@ -11,8 +11,11 @@ from service.config import Config
 from service.errors import ConfigError, ModelStoreError
 from service.memory import ENGINE_BYTES, REPLICA_BYTES, check_plan, folders_of, plan_pool
 from service.models import AdapterInfo, ModelInfo, MoeInfo
+from service.models.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
+from tests.unit.test_steering import gates
 
 MIB = 1024**2
+GATE = "model.layers.{}.block_sparse_moe.gate.weight"
 
 
 def model(**changes: Any) -> ModelInfo:
@@ -114,6 +117,70 @@ def test_what_can_not_work_is_said_before_anything_starts(
     with pytest.raises(ConfigError) as caught:
         plan_pool(config(**vllm), "cpu", inspect(base, tuned))
     assert words in caught.value.message
+
+
+def steered(tmp_path: Path, pool: dict[str, Any], mask: Any = None, **more: Any) -> Any:
+    """A plan with a mixture of experts and a virtual expert of it; its gates are real."""
+    folder = gates(tmp_path / "m", {"model_type": "mixtral", "num_experts_per_tok": 2}, GATE)
+    shape = moe_shape(folder)
+    assert shape is not None
+    profile = SteeringProfile(shape, {1: LayerSteering.of(4, mask=mask, top_k=1)})
+    write_profile(profile, tmp_path / "p")
+    options = {"dtype": "float32", "kv_cache_bytes": "128MiB", "enforce_eager": True}
+    made = Config.model_validate(
+        {
+            "experts": {
+                "base": {"model": "m"},
+                "less": {"base": "base", "profile": str(tmp_path / "p")},
+                **more,
+            },
+            "pools": {"cpu": {**pool, "vllm": {**options, **pool.get("vllm", {})}}},
+        }
+    )
+    info = model(path=folder, moe=MoeInfo(4, 2, 64))
+    return plan_pool(made, "cpu", {"base": info, "tuned": adapter()}.__getitem__)
+
+
+def test_a_virtual_expert_weighs_nothing_and_has_its_base_s_engine(tmp_path: Path) -> None:
+    plan = steered(tmp_path, {})
+    (engine,) = plan.engines
+    assert (engine.base, engine.adapters) == ("base", ("less",))
+    assert engine.weight_bytes == 2 * 2 * 100 * MIB
+    assert steered(tmp_path, {"swap": {"host_bytes": "400MiB"}}).fits
+
+
+@pytest.mark.parametrize(
+    ("pool", "mask", "more", "words"),
+    [
+        ({"gpus": 1}, None, {}, "experts.less.profile: virtual experts are for pools on CPU"),
+        ({"vllm": {"enforce_eager": False}}, None, {}, "need vllm.enforce_eager: true"),
+        ({}, [1, 1, 1, 1], {}, "p: layer 1: all 4 experts are masked"),
+        (
+            {},
+            None,
+            {"tuned": {"base": "base", "adapter": "a"}},
+            "LoRA on a mixture-of-experts model needs a GPU",
+        ),
+    ],
+)
+def test_a_virtual_expert_that_can_not_be(
+    tmp_path: Path, pool: dict[str, Any], mask: Any, more: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        steered(tmp_path, pool, mask, **more)
+    assert words in caught.value.message
+
+
+def test_a_virtual_expert_of_a_model_without_gates(tmp_path: Path) -> None:
+    gates(tmp_path / "m", {"model_type": "llama"}, "model.layers.{}.mlp.up_proj.weight")
+    made = Config.model_validate(
+        {
+            "experts": {"base": {"model": "m"}, "less": {"base": "base", "profile": "p"}},
+            "pools": {"cpu": {"vllm": {"enforce_eager": True, "kv_cache_bytes": "128MiB"}}},
+        }
+    )
+    with pytest.raises(ConfigError, match="'base' is no mixture of experts"):
+        plan_pool(made, "cpu", {"base": model(path=tmp_path / "m")}.__getitem__)
 
 
 def test_folders_are_found_or_how_to_get_them_is_said() -> None:

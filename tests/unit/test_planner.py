@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from service.pool.planner import (
     Next,
@@ -37,6 +38,7 @@ def unit(
     pinned: bool = False,
     exchangeable: bool = True,
     wanted: bool = False,
+    needs: str = "",
 ) -> UnitView:
     return UnitView(
         name=name,
@@ -51,6 +53,7 @@ def unit(
         pinned=pinned,
         exchangeable=exchangeable,
         wanted=wanted,
+        needs=needs,
     )
 
 
@@ -283,3 +286,54 @@ def test_two_that_wait_do_not_push_each_other_out() -> None:
 def test_what_another_engine_would_be_needed_for_is_not_fetched() -> None:
     other = unit("b", tier=Residency.DISK, waiting=1, exchangeable=False)
     assert next_fetch(RUNS, [A, other], POLICY) is None
+
+
+# --- units that run on another's weights
+
+
+def light(name: str, needs: str, **given: Any) -> UnitView:
+    return unit(name, size=0, bring_s=0.01, needs=needs, **given)
+
+
+def test_the_weights_come_before_who_runs_on_them() -> None:
+    waits = light("b1", "b", tier=Residency.DISK, waiting=1)
+    absent, here = unit("b", tier=Residency.DISK), unit("b")
+    assert next_fetch(RUNS, [A, absent, waits], POLICY) == "b"
+    assert next_fetch(RUNS, [A, here, waits], POLICY) == "b1"
+    coming = replace(absent, tier=Residency.LOADING)
+    assert next_fetch(RUNS, [A, coming, waits], POLICY) is None
+    # They could not be loaded, and are not tried now.
+    assert next_fetch(RUNS, [A, waits], POLICY) is None
+
+
+def test_weights_go_with_who_runs_on_them_and_never_under_them() -> None:
+    tight = replace(POLICY, host_bytes=20)
+    b, b1, b2 = unit("b"), light("b1", "b"), light("b2", "b")
+    c = unit("c", tier=Residency.DISK, waiting=1)
+    assert to_drop(RUNS, [A, b, b1, b2, c], tight, "c") == ["b1", "b2", "b"]
+    # a1 runs on what a has; so there is no room for c but b's.
+    runs = replace(RUNS, running_unit="a1")
+    a, a1 = unit("a"), light("a1", "a", tier=Residency.DEVICE)
+    assert to_drop(runs, [a, a1, b, b1, c], tight, "c") == ["b1", "b"]
+    assert to_drop(runs, [a, a1, c], replace(tight, host_bytes=10), "c") == []
+    pinned = replace(b1, pinned=True)
+    assert to_drop(runs, [a, a1, b, pinned, c], tight, "c") == []
+
+
+def test_whoever_runs_on_weights_speaks_for_them() -> None:
+    tight = replace(POLICY, host_bytes=20)
+    b, c = unit("b", demand=1.0), unit("c", demand=2.0)
+    assert to_keep(RUNS, [A, b, c], tight) == {"a", "c"}
+    asked = light("b1", "b", demand=5.0)
+    assert to_keep(RUNS, [A, b, asked, c], tight) == {"a", "b", "b1"}
+    waits = light("b1", "b", tier=Residency.DISK, waiting=1)
+    assert to_keep(RUNS, [A, replace(b, demand_per_s=0.0), waits, c], tight) == {"a", "b", "b1"}
+
+
+def test_who_needs_the_running_weights_needs_no_room() -> None:
+    a1 = light("a1", "a", tier=Residency.DISK, waiting=1)
+    alone = replace(POLICY, host_bytes=10)
+    assert bounded(RUNS, [A, a1], alone, 9.0)[1].exchangeable
+    b, b1 = unit("b", tier=Residency.DISK), light("b1", "b", tier=Residency.DISK, waiting=1)
+    found = bounded(RUNS, [A, b, b1], alone, 9.0)
+    assert [one.exchangeable for one in found] == [True, False, False]

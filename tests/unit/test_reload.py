@@ -46,6 +46,17 @@ def test_experts_come_go_and_change(file: Path) -> None:
     assert not file.stat().st_mode & 0o077
 
 
+def test_a_profile_that_holds_something_else_is_a_change(file: Path) -> None:
+    experts = {**CONFIG["experts"], "v": {"base": "a", "profile": "./v.safetensors"}}
+    (file.parent / "v.safetensors").write_text("one")
+    write(file, experts=experts)
+    assert reload(file)["added"] == ["v"]
+    assert reload(file)["changed"] == []
+    (file.parent / "v.safetensors").write_text("another")
+    assert reload(file) == {"added": [], "removed": [], "changed": ["v"]}
+    assert reload(file)["changed"] == []
+
+
 def test_limits_and_budgets_change(file: Path) -> None:
     budgets = {"all": {"amount": 5, "period": "day"}}
     write(file, tenants={"a": {"requests_per_min": 7}}, budgets=budgets)

@@ -16,7 +16,8 @@ def describe_experts(config: Config) -> list[dict[str, Any]]:
     """What does not change while the service runs."""
     told = []
     for name, expert in config.experts.items():
-        kind = "remote" if expert.remote else "lora" if expert.base else "full"
+        made = "steered" if expert.profile else "lora"
+        kind = "remote" if expert.remote else made if expert.base else "full"
         told.append(
             {
                 "name": name,

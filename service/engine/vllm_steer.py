@@ -1,0 +1,134 @@
+"""Steering in the worker: other rules for the gates of a model that is held.
+
+The rules are put into each router in the place of its own, and taken out again: a model that
+is not steered runs vLLM's own code, untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from service.engine.vllm_moe import Routed, routed_layers
+
+# What a router calls for its choice; an attribute of its own hides the class's.
+_CHOOSES = "_compute_routing"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One layer's. Tensors of E: `barred` is -inf where masked and the bias elsewhere."""
+
+    barred: torch.Tensor
+    boost: torch.Tensor
+    top_k: int
+    top_p: float | None
+    renormalize: bool
+
+    def __call__(
+        self, hidden_states: Any, router_logits: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """In the place of a router's own choice."""
+        del hidden_states
+        return choose(router_logits, self)
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes."""
+        return sum(one.numel() * one.element_size() for one in (self.barred, self.boost))
+
+
+def choose(logits: torch.Tensor, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (float32) and ids (int32), (T, k): `service.models.steering.steer` in torch."""
+    probability = torch.softmax(logits.float() + rule.barred, dim=-1)
+    weights, ids = torch.sort(probability, dim=-1, descending=True, stable=True)
+    weights, ids = weights[:, : rule.top_k], ids[:, : rule.top_k]
+    if rule.top_p is not None:
+        before = torch.cumsum(weights, dim=-1) - weights
+        before[:, 0] = 0
+        weights = torch.where(before < rule.top_p, weights, 0.0)
+    if rule.renormalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return (weights * rule.boost[ids]).contiguous(), ids.to(torch.int32).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Steered:
+    """The rules of one steered expert, and the routers of its base's model that they are for."""
+
+    rules: tuple[tuple[Any, Rule], ...]
+
+    @classmethod
+    def of(cls, model: Any, told: Mapping[str, Any]) -> Steered:
+        """The rules that `told` (a `Steering` as a mapping) asks for, not yet put in.
+
+        Raises ValueError where the model's gates are others, or can't be steered.
+        """
+        found = {one.layer: one for one in routed_layers(model)}
+        if not found:
+            raise ValueError("it has no gates: it is no mixture of experts")
+        rules = []
+        for layer in told["layers"]:
+            index = int(layer["layer"])
+            if (routed := found.get(index)) is None:
+                raise ValueError(f"layer {index} has no gate")
+            if (why := _why_not(routed)) is not None:
+                raise ValueError(why)
+            asked = (told["experts"], told["top_k"], told["renormalize"])
+            has = (routed.experts, routed.top_k, routed.router.renormalize)
+            if asked != has:
+                raise ValueError(
+                    f"layer {index} has {has[0]} experts, of which {has[1]} are chosen, "
+                    f"normalised: {has[2]}; the profile is for {asked[0]}, {asked[1]}, {asked[2]}"
+                )
+            rules.append((routed.router, _rule(layer, told)))
+        return cls(tuple(rules))
+
+    @property
+    def size_bytes(self) -> int:
+        """What its rules take."""
+        return sum(rule.size_bytes for _, rule in self.rules)
+
+    def put(self) -> None:
+        """From now on the routers choose by these rules. Can't fail."""
+        for router, rule in self.rules:
+            router.__dict__[_CHOOSES] = rule
+
+    def lift(self) -> None:
+        """The routers choose as vLLM has made them. Can't fail."""
+        for router, _ in self.rules:
+            router.__dict__.pop(_CHOOSES, None)
+
+    def holds(self) -> bool:
+        """Whether the routers choose by these rules."""
+        return all(router.__dict__.get(_CHOOSES) is rule for router, rule in self.rules)
+
+
+def _why_not(routed: Routed) -> str | None:
+    """Why a router's choice can't be steered; None where it is by softmax and top-k alone."""
+    router = routed.router
+    kind = type(router).__name__
+    if kind != "CPURouter":
+        return f"layer {routed.layer} has a {kind}; steered can be a CPURouter"
+    if router.use_grouped_topk or router.scoring_func != "softmax":
+        how = "in groups" if router.use_grouped_topk else f"by {router.scoring_func}"
+    elif router.custom_routing_function is not None:
+        how = "by the model's own code"
+    else:
+        return None
+    return f"layer {routed.layer} has a {kind} that chooses {how}, not by softmax and top-k"
+
+
+def _rule(layer: Mapping[str, Any], told: Mapping[str, Any]) -> Rule:
+    bias = torch.tensor(layer["bias"], dtype=torch.float32)
+    mask = torch.tensor(layer["mask"], dtype=torch.bool)
+    return Rule(
+        bias.masked_fill(mask, float("-inf")),
+        torch.tensor(layer["boost"], dtype=torch.float32),
+        told["top_k"] if layer["top_k"] is None else int(layer["top_k"]),
+        layer["top_p"],
+        bool(told["renormalize"]),
+    )

@@ -1,0 +1,220 @@
+"""Steered experts on the real engine: they say what transformers says with its gates steered alike.
+
+One engine for all: a tiny random Mixtral, another of its family, and profiles for the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import pytest_asyncio
+
+from service.config import Config
+from service.engine.protocol import EngineRequest, Message
+from service.engine.vllm_swap import Weights
+from service.errors import ExpertFailed
+from service.models.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
+from service.steered import steering_of
+from tests.engine.mixtral import EXPERTS, LAYERS, mixtral
+from tests.engine.real import BASE, ENVIRONMENT, Swapping
+from tests.engine.steered_reference import Reference
+from tests.support.waiting import until
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.asyncio(loop_scope="module"),
+    # vLLM's and torch's own.
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(not Path(BASE).is_dir(), reason="coe models pull smollm2-135m-instruct"),
+]
+
+PROMPT = [917, 5, 40021, 333, 8, 1207, 29, 17777, 64]
+TOKENS = 10
+RULES: dict[str, dict[str, Any]] = {
+    "masked": {"mask": [True, False, False, True]},
+    "biased": {"bias": [0.0, 1.5, -0.75, 0.25]},
+    "boosted": {"boost": [2.0, 0.25, 1.0, 1.5]},
+    "one": {"top_k": 1},
+    "three": {"top_k": 3},
+    "sure": {"top_p": 0.6, "top_k": 4},
+    "all": {"mask": [False, True, False, False], "bias": [0.5, 0, 0, 0], "boost": [1, 1, 3, 1]},
+}
+_count = itertools.count()
+
+
+class Steering:
+    """The engine, the reference, and the profiles."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder = mixtral(root / "plain", 0)
+        self.other = mixtral(root / "other", 1)
+        shape = moe_shape(self.folder)
+        assert shape is not None
+        self.profiles = {
+            name: SteeringProfile(
+                shape, {i: LayerSteering.of(EXPERTS, **rule) for i in range(LAYERS)}
+            )
+            for name, rule in RULES.items()
+        }
+        # One layer only: the other one's gate is vLLM's own.
+        self.profiles["half"] = SteeringProfile(
+            shape, {1: LayerSteering.of(EXPERTS, **RULES["masked"])}
+        )
+        experts: dict[str, Any] = {"plain": {"model": self.folder}}
+        for name, profile in self.profiles.items():
+            path = root / f"{name}.safetensors"
+            write_profile(profile, path)
+            assert path.stat().st_size < 4096
+            experts[name] = {"base": "plain", "profile": str(path)}
+        config = Config.model_validate(
+            {"experts": experts, "pools": {"p": {"engine": "simulated"}}}
+        )
+        weights = {"plain": Weights(self.folder), "other": Weights(self.other)}
+        for name in self.profiles:
+            told = steering_of(config, name, Path(self.folder))
+            weights[name] = Weights(self.folder, steering=told)
+        odd = weights["one"].steering
+        assert odd is not None
+        weights["odd"] = Weights(self.folder, steering=replace(odd, top_k=3))
+        weights["lost"] = Weights(self.folder, fault="experts.lost.profile: can't be read")
+        self.canaries: dict[str, str] = {}
+        self.engine = Swapping("plain", weights, self.canaries)
+        self.reference = Reference(self.folder)
+        self.runs = "plain"
+
+    async def go_to(self, name: str) -> str:
+        if self.runs == name:
+            return ""
+        done = await self.engine.exchange(name)
+        assert done.ok
+        self.runs = name
+        return done.method
+
+    async def say(self, name: str, tokens: int = TOKENS) -> tuple[list[int], list[float]]:
+        """Greedy tokens and their logprobs."""
+        body = {
+            "model": name,
+            "prompt": PROMPT,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "logprobs": 1,
+        }
+        parts: list[bytes] = []
+
+        async def collect(message: Message) -> None:
+            parts.append(message.get("body", b""))
+
+        request = EngineRequest(
+            "/v1/completions", name, orjson.dumps(body), f"steer-{next(_count)}"
+        )
+        await self.engine.run(request, collect)
+        choice = orjson.loads(b"".join(parts))["choices"][0]
+        return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def steering(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Steering]:
+    os.environ.update(ENVIRONMENT)
+    made = await asyncio.to_thread(Steering, tmp_path_factory.mktemp("steer"))
+    try:
+        await made.engine.start()
+        for name in made.profiles:
+            filled = await made.engine.fill(name)
+            assert filled.host_bytes < 1024
+        yield made
+    finally:
+        await made.engine.stop()
+
+
+@pytest.mark.parametrize("name", ["plain", *RULES, "half"])
+async def test_it_says_and_routes_as_the_reference(steering: Steering, name: str) -> None:
+    method = await steering.go_to(name)
+    assert method == ("" if name == "plain" else "steer")
+    # The canary may have left its prompt's blocks, but not of this one.
+    await steering.engine._rpc("coe_see")
+    said, _ = await steering.say(name)
+    seen = await steering.engine._rpc("coe_seen")
+    profile = steering.profiles.get(name)
+    expected, chosen = await asyncio.to_thread(steering.reference.say, PROMPT, TOKENS, profile)
+    assert said == expected
+    for layer in range(LAYERS):
+        rows = [sorted(row) for row in seen[layer]]
+        assert rows == [sorted(row) for row in chosen[layer]], f"layer {layer}"
+        if "mask" in RULES.get(name, {}):
+            barred = {e for e in range(EXPERTS) if RULES[name]["mask"][e]}
+            assert not barred & {e for row in rows for e in row}
+    width = {"one": 1, "three": 3, "sure": 4}.get(name, 2)
+    assert {len(row) for row in seen[0]} == {width}
+
+
+async def test_fifty_exchanges_leave_no_trace(steering: Steering) -> None:
+    await steering.go_to("plain")
+    first = await steering.say("plain")
+    own = {name: await _of(steering, name) for name in steering.profiles}
+    assert len({repr(said) for said in (first, *own.values())}) == len(own) + 1
+    before = (await steering.engine.memory())["resident_bytes"]
+    names = itertools.cycle([*steering.profiles, "plain"])
+    for name in itertools.islice(names, 50):
+        await steering.go_to(name)
+        assert await steering.say(name) == (first if name == "plain" else own[name])
+    await steering.go_to("plain")
+    assert await steering.say("plain") == first, "not bit for bit what it was"
+    grown = (await steering.engine.memory())["resident_bytes"] - before
+    assert grown < 8 * 1024**2, f"{grown} bytes leaked"
+
+
+async def _of(steering: Steering, name: str) -> tuple[list[int], list[float]]:
+    await steering.go_to(name)
+    return await steering.say(name)
+
+
+async def test_who_runs_ends_as_the_old_expert_s(steering: Steering) -> None:
+    await steering.go_to("masked")
+    alone = await steering.say("masked", 60)
+    running = [asyncio.create_task(steering.say("masked", 60)) for _ in range(2)]
+    llm = steering.engine._llm
+    await until(lambda: llm.get_num_unfinished_requests() == 2, "both run")
+    assert await steering.go_to("biased") == "steer"
+    ended = await asyncio.gather(*running)
+    assert [tokens for tokens, _ in ended] == [alone[0]] * 2
+    assert (await steering.say("biased", 60))[0] != alone[0]
+
+
+async def test_a_canary_of_its_own(steering: Steering) -> None:
+    for name in ("plain", "masked", "biased"):
+        await steering.go_to(name)
+    assert {"plain", "masked", "biased"} <= steering.canaries.keys()
+    assert len({steering.canaries[name] for name in ("plain", "masked", "biased")}) == 3
+
+
+async def test_beside_another_of_the_family(steering: Steering) -> None:
+    own = await _of(steering, "masked")
+    await steering.engine.fill("other")
+    assert await steering.go_to("other") == "inplace"
+    foreign = await steering.say("other")
+    assert foreign != own
+    # The weights are its base's, and it has rules for these only.
+    assert await steering.go_to("masked") == "inplace"
+    assert await steering.say("masked") == own
+    assert await steering.go_to("other") == "inplace"
+    assert await steering.say("other") == foreign
+    assert await steering.go_to("plain") == "inplace"
+    await steering.engine.drop("other")
+
+
+async def test_what_does_not_fit_the_live_gates(steering: Steering) -> None:
+    with pytest.raises(ExpertFailed, match=r"layer 0 has 4 experts, of which 2 are .* 4, 3"):
+        await steering.engine.fill("odd")
+    with pytest.raises(ExpertFailed, match=r"experts\.lost\.profile: can't be read"):
+        await steering.engine.fill("lost")
+    assert steering.engine.failure() is None

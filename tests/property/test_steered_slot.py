@@ -1,0 +1,140 @@
+"""Units that run on another's weights: held once, never without them, under random asking."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.config import SimulatedOptions
+from service.engine.protocol import EngineReport, EngineRequest, Exchanged, Filled, Message, Send
+from service.engine.simulated import SimulatedEngine
+from service.errors import CoeError, Conflict, ExpertFailed
+from service.pool.planner import Policy
+from service.pool.swap_slot import SwapSlot
+from service.pool.units import Known, Unit
+from tests.property.swap_stage import on_clock
+from tests.support.clock import FastTime
+
+SIZE = 10
+NEEDS = {"a1": "a", "a2": "a", "b1": "b"}
+FULL = ("a", "b", "c")
+NAMES = (*FULL, *NEEDS)
+UNITS = tuple(Unit(name, (name,), needs=NEEDS.get(name, "")) for name in NAMES)
+
+
+class Engine(SimulatedEngine):
+    """Tells when weights are held twice or missing, or a request meets another's."""
+
+    def __init__(self, first: str, bound: int | None, wrong: list[str], chance: Any) -> None:
+        options = SimulatedOptions(load_s=0.05, fill_s=0.05, swap_s=0.01, decode_ms=5)
+        super().__init__(NAMES, options, bases=NEEDS)
+        self.bound, self.wrong, self.chance = bound, wrong, chance
+        self.first = self.now = first
+        self.held = {first}
+
+    async def start(self) -> EngineReport:
+        if self.first in NEEDS:
+            self.wrong.append(f"started with {self.first}")
+        return await super().start()
+
+    def _must(self, fine: bool, what: str) -> None:
+        if not fine:
+            self.wrong.append(what)
+
+    async def fill(self, expert: str) -> Filled:
+        base = NEEDS.get(expert)
+        self._must(base is None or base in self.held, f"{expert} without {base}")
+        full = {name for name in (*self.held, expert) if name not in NEEDS}
+        if self.bound is not None:
+            self._must(len(full) * SIZE <= self.bound, f"{full} held")
+        if self.chance.random() < 0.05:
+            raise ExpertFailed("told to fail")
+        await super().fill(expert)
+        self.held.add(expert)
+        return Filled(3 if base else SIZE, 0.05)
+
+    async def exchange(self, expert: str) -> Exchanged:
+        self._must(self._running == 0, "exchanged under requests")
+        self._must(NEEDS.get(expert, expert) in self.held, f"{expert} without its base")
+        if self.chance.random() < 0.05:
+            raise ExpertFailed("told to fail")
+        done = await super().exchange(expert)
+        same = NEEDS.get(self.now, self.now) == NEEDS.get(expert, expert)
+        self._must(done.method == ("steer" if same else "inplace"), f"{done.method} to {expert}")
+        self.now = expert
+        return done
+
+    async def drop(self, expert: str, *, for_next: bool = False) -> None:
+        kept = [name for name in self.held if NEEDS.get(name) == expert]
+        self._must(not kept, f"{expert} dropped under {kept}")
+        self._must(expert != self.now, f"{expert} dropped while it ran")
+        self.held.discard(expert)
+        await super().drop(expert, for_next=for_next)
+
+    async def run(self, request: EngineRequest, send: Send) -> None:
+        self._must(request.expert == self.now, f"{request.expert} met {self.now}")
+        await super().run(request, send)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([None, 10, 20, 30]))
+def test_weights_are_there_once_for_whoever_runs_on_them(seed: int, bound: int | None) -> None:
+    asyncio.run(_story(random.Random(seed), bound))
+
+
+async def _story(chance: random.Random, bound: int | None) -> None:
+    clock = FastTime(asyncio.get_running_loop())
+    wrong: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        on_clock(patch, lambda: clock.now_s)
+        slot = SwapSlot(
+            UNITS,
+            lambda first: Engine(first, bound, wrong, chance),
+            Policy(min_stay_s=0.02, max_wait_s=2.0, host_bytes=bound, prefetch=True),
+            capacity=2,
+            max_waiting=50,
+            start_guess_s=0.05,
+            guess=Known(host_bytes=SIZE, fill_s=0.05, swap_s=0.01),
+            changed=lambda: None,
+        )
+        supervisor = asyncio.create_task(slot.supervise(asyncio.Lock()))
+        ended: list[str] = []
+
+        async def ask(expert: str) -> None:
+            body = orjson.dumps({"prompt": "x", "max_tokens": 2})
+            sent: list[Message] = []
+
+            async def send(message: Message) -> None:
+                sent.append(message)
+
+            try:
+                async with slot.lease(expert) as lease:
+                    request = EngineRequest("/v1/completions", expert, body, "r")
+                    await lease.engine.run(request, send)
+            except CoeError as error:
+                ended.append(error.code)
+                return
+            ended.append("ok" if f'"{expert}:'.encode() in sent[-1]["body"] else repr(sent))
+
+        asking = []
+        for _ in range(60):
+            asking.append(asyncio.create_task(ask(chance.choice(NAMES))))
+            await asyncio.sleep(chance.choice((0, 0, 0.01, 0.1, 0.4)))
+            if chance.random() < 0.1:
+                with contextlib.suppress(Conflict):
+                    await slot.operate("evict", chance.choice(NAMES))
+        async with asyncio.timeout(300):
+            await asyncio.gather(*asking)
+        supervisor.cancel()
+        await asyncio.gather(supervisor, return_exceptions=True)
+    assert wrong == []
+    assert len(ended) == 60
+    assert set(ended) <= {"ok", "expert_failed"}
+    assert ended.count("ok") > 20
