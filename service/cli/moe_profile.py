@@ -42,6 +42,9 @@ def _places(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> li
     show_default=True,
     help="Longer texts are cut.",
 )
+@click.option(
+    "--threads", type=click.IntRange(1), help="Threads to compute with. Default: one for each core."
+)
 @click.option("--models-dir", type=click.Path(path_type=Path), help="Where models are kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def profile(
@@ -52,6 +55,7 @@ def profile(
     others: Path | None,
     protect: list[tuple[int, int]],
     max_tokens: int,
+    threads: int | None,
     models_dir: Path | None,
     as_json: bool,
 ) -> None:
@@ -63,6 +67,10 @@ def profile(
     from router_models.moe.profile import as_json as plain
     from router_models.moe.profile import learn
 
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
     told = learn(
         model=model,
         prompts=prompts,
