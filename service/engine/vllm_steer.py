@@ -75,7 +75,7 @@ class Steered:
             index = int(layer["layer"])
             if (routed := found.get(index)) is None:
                 raise ValueError(f"layer {index} has no gate")
-            if (why := _why_not(routed)) is not None:
+            if (why := why_not(routed)) is not None:
                 raise ValueError(why)
             asked = (told["experts"], told["top_k"], told["renormalize"])
             has = (routed.experts, routed.top_k, routed.router.renormalize)
@@ -84,7 +84,7 @@ class Steered:
                     f"layer {index} has {has[0]} experts, of which {has[1]} are chosen, "
                     f"normalised: {has[2]}; the profile is for {asked[0]}, {asked[1]}, {asked[2]}"
                 )
-            rules.append((routed.router, _rule(layer, told)))
+            rules.append((routed.router, rule_of(layer, told)))
         return cls(tuple(rules))
 
     @property
@@ -107,7 +107,7 @@ class Steered:
         return all(router.__dict__.get(_CHOOSES) is rule for router, rule in self.rules)
 
 
-def _why_not(routed: Routed) -> str | None:
+def why_not(routed: Routed) -> str | None:
     """Why a router's choice can't be steered; None where it is by softmax and top-k alone."""
     router = routed.router
     kind = type(router).__name__
@@ -122,7 +122,8 @@ def _why_not(routed: Routed) -> str | None:
     return f"layer {routed.layer} has a {kind} that chooses {how}, not by softmax and top-k"
 
 
-def _rule(layer: Mapping[str, Any], told: Mapping[str, Any]) -> Rule:
+def rule_of(layer: Mapping[str, Any], told: Mapping[str, Any]) -> Rule:
+    """One layer's rule: `layer` is a `SteeredLayer`, `told` its `Steering`, as mappings."""
     bias = torch.tensor(layer["bias"], dtype=torch.float32)
     mask = torch.tensor(layer["mask"], dtype=torch.bool)
     return Rule(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,6 +96,35 @@ def test_steering_is_what_it_says(data: st.DataObject) -> None:
         expected = by_hand(row, layer, shape)
         assert list(chosen) == list(expected)
         np.testing.assert_allclose(said, list(expected.values()), rtol=1e-4, atol=1e-6)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_the_engine_s_choice_is_the_definition(data: st.DataObject) -> None:
+    torch = pytest.importorskip("torch")
+    from service.engine.vllm_steer import choose, rule_of
+
+    shape = data.draw(shapes())
+    layer = data.draw(layers(shape))
+    rows = data.draw(st.lists(st.lists(_small, min_size=shape.experts, max_size=shape.experts)))
+    logits = np.array(rows, np.float32).reshape(-1, shape.experts)
+    told = {
+        "mask": layer.mask.tolist(),
+        "bias": layer.bias.tolist(),
+        "boost": layer.boost.tolist(),
+        "top_k": layer.top_k,
+        # The sum of what comes before may differ in its last bit.
+        "top_p": None if layer.top_p is None else layer.top_p + 1e-4,
+    }
+    base = {"top_k": shape.top_k, "renormalize": shape.renormalize}
+    weights, ids = choose(torch.from_numpy(logits), rule_of(told, base))
+    wanted = replace(layer, top_p=told["top_p"])
+    expected, chosen = steer(logits, wanted, shape)
+    assert ids.numpy().tolist() == chosen.tolist()
+    assert (ids.dtype, weights.dtype) == (torch.int32, torch.float32)
+    assert ids.is_contiguous()
+    assert weights.is_contiguous()
+    np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-5, atol=1e-7)
 
 
 def _probabilities(row: list[float], layer: LayerSteering) -> dict[int, float]:
