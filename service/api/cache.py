@@ -24,6 +24,7 @@ from service.api.likeness import MOST_CHARACTERS, likeness, said, same_words
 from service.config import CacheConfig, Config
 from service.engine.protocol import Message, Send
 from service.errors import CoeError, StoreGone
+from service.steered import profile_digests
 from service.store.protocol import Store
 from service.telemetry import table
 from service.telemetry.meter import Meter
@@ -73,7 +74,9 @@ class Cache:
         self._store = store
         self.meter = meter
         experts = config.model_dump_json(include={"experts", "pools", "router", "recipes"})
-        self._made_by = hashlib.blake2b(experts.encode(), digest_size=8).hexdigest()
+        # A steering profile may hold something else under the same name.
+        made_by = experts + repr(sorted(profile_digests(config).items()))
+        self._made_by = hashlib.blake2b(made_by.encode(), digest_size=8).hexdigest()
 
     async def begin(self, asked: Asked, send: Send) -> Visit:
         """Look for a request's answer; `Visit.send` is where another one has to go then."""
