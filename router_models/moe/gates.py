@@ -2,8 +2,9 @@
 
 For each layer W = (XᵀX + λI)⁻¹XᵀY, with X the gate's inputs on the experts' own texts and Y
 which expert's text a token is from; columns normalised (DUME, training-free dynamic upcycling
-of dense experts). Each expert's texts count alike, however many tokens they have, so
-`Statistics` are sums of means: adding an expert adds to them, and needs no text of the others.
+of dense experts). Each expert's texts count alike, however many tokens they have, and so do
+prompts and answers; `Statistics` are sums of means: adding an expert adds to them, and needs no
+text of the others.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """Of one expert's texts, per layer: mean of x xᵀ (L, H, H) and of x (L, H)."""
+    """Of one expert's texts, per layer: means of x xᵀ (L, H, H) and of x (L, H)."""
 
     second: NDArray[np.float64]
     first: NDArray[np.float64]

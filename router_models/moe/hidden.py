@@ -18,38 +18,48 @@ _ROW_TOKENS = 768
 def moments(model: Any, texts: Sequence[Conversation], tokenizer: Any) -> tuple[Moments, int]:
     """Moments of what enters each FFN while the expert reads its texts; and of how many tokens.
 
-    The tokens with which every conversation begins (the template's system prompt) say
-    nothing of the field and are left out. ValueError where there are no texts.
+    Prompts and answers count alike, however long they are. The tokens with which every
+    conversation begins (the template's system prompt) say nothing of the field and are left
+    out. ValueError where there are no texts.
     """
     if not texts:
         raise ValueError("no texts")
     layers = model.model.layers
     hidden = model.config.hidden_size
-    second = torch.zeros(len(layers), hidden, hidden, dtype=torch.float64)
-    first = torch.zeros(len(layers), hidden, dtype=torch.float64)
-    own = torch.empty(0, dtype=torch.bool)
+    second = torch.zeros(2, len(layers), hidden, hidden, dtype=torch.float64)
+    first = torch.zeros(2, len(layers), hidden, dtype=torch.float64)
+    tokens = torch.zeros(2, dtype=torch.float64)
+    parts: tuple[torch.Tensor, ...] = ()
 
     def tap(layer: int) -> Any:
         def read(_: Any, inputs: tuple[torch.Tensor]) -> None:
-            x = inputs[0][0][own]
-            second[layer] += (x.T @ x).double()
-            first[layer] += x.sum(dim=0).double()
+            for side, positions in enumerate(parts):
+                x = inputs[0][0][positions]
+                second[side, layer] += (x.T @ x).double()
+                first[side, layer] += x.sum(dim=0).double()
 
         return read
 
     hooks = [layer.mlp.register_forward_pre_hook(tap(i)) for i, layer in enumerate(layers)]
     beginning = template_beginning(tokenizer)
-    tokens = 0
     try:
         with torch.no_grad():
             for row in pack(texts, beginning, row_tokens=_ROW_TOKENS):
-                own = torch.from_numpy(row.segments != 0)
-                tokens += int(own.sum())
+                # What predicts an answer's token is of the answer.
+                answer = torch.zeros(len(row.token_ids), dtype=torch.bool)
+                answer[torch.from_numpy(row.predictors)] = True
+                parts = (torch.from_numpy(row.segments != 0) & ~answer, answer)
+                tokens += torch.stack([positions.sum() for positions in parts])
                 answer_logits(model, row)
     finally:
         for hook in hooks:
             hook.remove()
-    return Moments((second / tokens).numpy(), (first / tokens).numpy()), tokens
+    share = 0.5 / tokens
+    own = Moments(
+        torch.einsum("slij,s->lij", second, share).numpy(),
+        torch.einsum("sli,s->li", first, share).numpy(),
+    )
+    return own, int(tokens.sum())
 
 
 def template_beginning(tokenizer: Any) -> tuple[int, ...]:

@@ -25,6 +25,8 @@ from router_models.moe.hidden import moments
 
 BASE = "base"
 TEXTS = 200
+ANSWERED = 96
+"""Where the expert has to answer first: its answers take longer than reading them."""
 MAX_TOKENS = 256
 MAX_FIELD_TOKENS = 6000
 TOP_K = 1
@@ -132,7 +134,7 @@ def _learn(
     answered = texts.answered(
         texts.Field(field.name, field.train, (), field.source, field.licence),
         lambda prompts: answers.greedy(model, tokenizer, prompts),
-        TEXTS,
+        TEXTS if all(row.answer for row in field.train[:TEXTS]) else ANSWERED,
     )
     read = tokenize(answered.train, tokenizer, max_tokens=MAX_TOKENS)
     kept, total = [], 0

@@ -188,7 +188,7 @@ def test_changes_outside_the_ffns_are_told_as_lost(made: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"hidden_size": 48, "head_dim": 12}, r"hidden_size is 48.*multiples of 32"),
+        ({"hidden_size": 48, "head_dim": 24}, r"hidden_size is 48.*multiples of 32"),
         ({"intermediate_size": 80}, r"intermediate_size is 80.*multiples of 32"),
         ({"model_type": "gpt_neox"}, r"model_type 'gpt_neox'"),
         ({"hidden_act": "gelu"}, r"hidden_act 'gelu'"),
