@@ -27,7 +27,8 @@ class Kept:
     """What a model keeps of an expert's gain over the base, on one field.
 
     `share` is 1 where it is as good as the expert, 0 where as the base; `share_error` its
-    standard error over groups of rows, the three models resampled together.
+    standard error over groups of rows, the three models resampled together. Both are NaN where
+    the expert gains nothing.
     """
 
     rows: int
@@ -67,15 +68,19 @@ def kept(
     # The bytes are the same for all three and cancel.
     draw = np.random.default_rng(seed)
     chosen = draw.integers(0, len(names), (_RESAMPLES, len(names)))
-    sums = bits[:, chosen].sum(axis=2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shares = (sums[0] - sums[2]) / (sums[0] - sums[1])
-        share = float(np.divide(*(bits[0] - bits[[2, 1]]).sum(axis=1)))
+    share, error = float("nan"), float("nan")
+    gained = bits[0].sum() - bits[1].sum()
+    if gained:
+        share = float((bits[0].sum() - bits[2].sum()) / gained)
+        sums = bits[:, chosen].sum(axis=2)
+        some = sums[0] != sums[1]
+        shares = (sums[0] - sums[2])[some] / (sums[0] - sums[1])[some]
+        error = float(shares.std(ddof=1))
     return Kept(
         rows=len(base),
         base=per_byte(base),
         expert=per_byte(expert),
         model=per_byte(model),
         share=share,
-        share_error=float(shares.std(ddof=1)),
+        share_error=error,
     )

@@ -25,12 +25,14 @@ from router_models.moe.hidden import moments
 
 BASE = "base"
 TEXTS = 200
+"""Of each field, at most, and fewer once MAX_FIELD_TOKENS are reached."""
 ANSWERED = 96
 """Where the expert has to answer first: its answers take longer than reading them."""
 MAX_TOKENS = 256
-MAX_FIELD_TOKENS = 6000
+MAX_FIELD_TOKENS = 10_000
 TOP_K = 1
 SCALE = 8.0
+"""Of the gates' columns: what two chosen experts weigh depends on it, which are chosen does not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,7 @@ def test_the_share_of_a_gain_that_is_kept() -> None:
     assert bits.kept(base, expert, base, seed=0).share == pytest.approx(0.0)
     uneven = bits.kept(base, expert, _scores(20, 30, 50, 50), seed=0)
     assert 0.2 < uneven.share_error < 0.6
+    nothing = bits.kept(base, base, expert, seed=0)
+    assert (nothing.base, nothing.model) == (5.0, 2.5)
+    assert math.isnan(nothing.share)
+    assert math.isnan(nothing.share_error)
