@@ -40,7 +40,7 @@ def _places(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> li
     type=click.IntRange(8, 1 << 20),
     default=512,
     show_default=True,
-    help="Longer texts are cut.",
+    help="Longer texts are cut, longer conversations left out.",
 )
 @click.option(
     "--threads", type=click.IntRange(1), help="Threads to compute with. Default: one for each core."
