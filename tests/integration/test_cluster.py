@@ -21,6 +21,7 @@ import openai
 import pytest
 import yaml
 
+from tests.support.clients import run_node
 from tests.support.cluster import Service, serve, wait_until
 
 pytestmark = pytest.mark.cluster
@@ -133,6 +134,17 @@ def test_embeddings(client: openai.OpenAI) -> None:
     assert [one.index for one in told.data] == [0, 1]
     assert len(told.data[0].embedding) == 32
     assert told.data[0].embedding != told.data[1].embedding
+
+
+def test_embeddings_with_the_node_client(service: Service) -> None:
+    told = run_node("embeddings_node.mjs", service.url, "vectors", "general")
+    assert told["model"] == "vectors"
+    assert told["usage"]["prompt_tokens"] > 0
+    assert (told["indices"], told["sizes"]) == ([0, 1], [32, 32])
+    first, second = told["values"]
+    assert first != second
+    assert told["again"] == second
+    assert told["fault"] == {"kind": "BadRequestError", "status": 400, "param": "model"}
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,48 +13,12 @@ import openai
 import pytest
 
 from tests.clients.python_clients import PLACE
+from tests.support.clients import ROOT, SCRIPTS, last_json, python, run, run_node
 from tests.support.cluster import Service
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]
 
-ROOT = Path(__file__).parents[2]
-CLIENTS = ROOT / ".cache" / "clients"
-SCRIPTS = ROOT / "tests" / "clients"
 EXPERTS = ["general", "math", "intents", "code"]
-QUIET = {
-    "DO_NOT_TRACK": "1",
-    "LANGSMITH_TRACING": "false",
-    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-    "LITELLM_TELEMETRY": "False",
-}
-
-
-def run(command: list[Any], **more: Any) -> str:
-    """What it prints; its complaints where it fails."""
-    environment = os.environ | QUIET | more
-    environment.pop("PYTHONPATH", None)
-    ran = subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=environment,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
-    return ran.stdout
-
-
-def python() -> Path:
-    """The clients' own environment."""
-    found = CLIENTS / "venv" / "bin" / "python"
-    if not (CLIENTS / "venv" / "bin" / "llm").exists():
-        pytest.skip("the Python clients are not installed (deploy/clients.sh installs them)")
-    return found
-
-
-def last_json(text: str) -> Any:
-    return json.loads(text.strip().splitlines()[-1])
 
 
 def test_anthropic_s_client(demo: Service) -> None:
@@ -81,10 +42,7 @@ def test_anthropic_s_client(demo: Service) -> None:
 
 
 def test_openai_s_node_client(demo: Service) -> None:
-    node = shutil.which("node")
-    if node is None or not (CLIENTS / "node_modules" / "openai").is_dir():
-        pytest.skip("the Node client is not installed (deploy/clients.sh installs it)")
-    told = last_json(run([node, SCRIPTS / "openai_node.mjs", demo.url, CLIENTS / "package.json"]))
+    told = run_node("openai_node.mjs", demo.url)
     assert told["whole"]
     assert told["stream"]
     assert told["model"] in EXPERTS
