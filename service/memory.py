@@ -23,7 +23,7 @@ _MIB = 1024**2
 # an engine core before it has a model.
 REPLICA_BYTES = 900 * _MIB
 ENGINE_BYTES = 1000 * _MIB
-_PACKING = 2
+PACKING = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +221,7 @@ def _plan_unit(
     return EnginePlan(
         base=base,
         adapters=tuple(adapters),
-        weight_bytes=weights if on_gpu else weights * _PACKING,
+        weight_bytes=weights if on_gpu else weights * PACKING,
         adapter_bytes=adapter_bytes,
         kv_bytes=kv_bytes,
         kv_tokens=tokens,

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from service.cli.machine import Machine
 from service.cli.show import size
+from service.memory import ENGINE_BYTES, PACKING, REPLICA_BYTES
 from service.models.public import TRIOS, Trio
 
 _GIB = 1024**3
-# vLLM, its workspace and the process around it, for each engine.
+# On a GPU: vLLM and its workspace, for each engine.
 _ENGINE_BYTES = 2 * _GIB
 _GPU_SHARE = 0.9
 _MEMORY_SHARE = 0.75
@@ -73,8 +74,9 @@ def _on_gpu(trio: Trio, machine: Machine) -> Proposal | None:
 def _on_cpu(trio: Trio, machine: Machine) -> Proposal | None:
     if trio.parameters > _PARAMETERS_A_CORE * machine.cores:
         return None
-    # float32 is twice what was published, and all of them stay in memory.
-    needs = 2 * trio.total_bytes + _GIB + _ENGINE_BYTES
+    # As the memory plan will count: float32 is twice what was published, packed beside
+    # itself while it loads, and all of them stay in memory.
+    needs = 2 * PACKING * trio.total_bytes + _GIB + ENGINE_BYTES + REPLICA_BYTES
     if needs > _MEMORY_SHARE * machine.memory_bytes:
         return None
     return Proposal(trio, False, 1, _GIB, needs, trio.total_bytes)

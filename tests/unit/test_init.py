@@ -15,6 +15,8 @@ from service.cli import cli
 from service.cli.machine import Gpu, Machine, read_gpus
 from service.cli.proposal import config_text, propose
 from service.config import load_config
+from service.memory import check_plan, plan_pool
+from tests.unit.test_memory_plan import model as model_info
 
 GIB = 1024**3
 ARTIFACTS = Path(router_models.__file__).resolve().parent
@@ -78,6 +80,43 @@ def test_every_config_is_one(machine: Machine, tmp_path: Path) -> None:
         assert config.router.artifact is not None
         assert Path(config.router.artifact).is_dir()
         assert {"general", "code"} <= config.category_map().keys()
+
+
+# Qwen2.5's own shapes: layers, KV heads, head size, context of the shortest in its trio.
+SHAPES = {
+    "0.5B": (24, 2, 64, 32768),
+    "1.5B": (28, 2, 128, 4096),
+    "7B": (28, 4, 128, 4096),
+    "14B": (48, 8, 128, 32768),
+    "32B": (64, 8, 128, 32768),
+}
+
+
+@pytest.mark.parametrize(
+    "machine", [Machine((), 64 * GIB, 99 * GIB, 8), Machine((), 16 * GIB, 99 * GIB, 2), gpu(192)]
+)
+def test_the_memory_plan_lets_every_proposal_start(machine: Machine, tmp_path: Path) -> None:
+    for one in propose(machine):
+        if one.trio is None:
+            continue
+        path = tmp_path / "coe.yaml"
+        path.write_text(config_text(one, machine, ARTIFACTS))
+        config = load_config(path)
+        layers, kv_heads, head_size, context = SHAPES[one.trio.name.split()[-1]]
+        by_category = {
+            each.category: model_info(
+                weight_bytes=each.weight_bytes,
+                layers=layers,
+                kv_heads=kv_heads,
+                head_size=head_size,
+                max_context_tokens=context,
+            )
+            for each in one.trio.models
+        }
+        plan = plan_pool(config, next(iter(config.pools)), by_category.__getitem__)
+        check_plan(plan, None if one.on_gpu else machine.memory_bytes)
+        if not one.on_gpu:
+            assert plan.total_bytes == one.needs_bytes
 
 
 def test_gpus_as_nvidia_s_tool_tells_them() -> None:
