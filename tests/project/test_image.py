@@ -162,6 +162,15 @@ def test_compose_lets_the_service_drain() -> None:
     assert {key.key_env for key in config.keys.values()} <= coe["environment"].keys()
 
 
+def test_redis_itself_is_the_first_process_of_its_container() -> None:
+    # Of a pipe it would be the last, and a shell that passes no signal on the first.
+    told = [*compose()["services"]["redis"]["command"]]
+    chart_s = (ROOT / "helm/charts/redis/templates/redis.yaml").read_text()
+    for script in (told[-1], chart_s.split("args:")[1].split("ports:")[0]):
+        assert "exec valkey-server - <<END" in script
+        assert "|" not in script.replace("- |\n", "")
+
+
 def test_prometheus_scrapes_the_service_by_its_name() -> None:
     path = ROOT / "deploy" / "prometheus" / "prometheus.yml"
     (job,) = yaml.safe_load(path.read_text())["scrape_configs"]
