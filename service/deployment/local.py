@@ -14,6 +14,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 
 from service.config import Config
 from service.deployment.application import APP, application
+from service.deployment.gpus import check_gpus
 
 _LEFT_S = 3.0
 
@@ -30,7 +31,7 @@ class LocalCluster:
         self._run_dir = run_dir
 
     def start_ray(self) -> None:
-        """Start Ray's own processes."""
+        """Start Ray's own processes. Raises ConfigError where GPUs are missing."""
         # Its progress is ours to tell.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         pools = self._config.pools.values()
@@ -46,6 +47,7 @@ class LocalCluster:
             configure_logging=True,
             _temp_dir=str(self._run_dir / "ray"),
         )
+        check_gpus(self._config, ray.cluster_resources().get("GPU", 0.0))
 
     def start_serve(self) -> None:
         """Start Serve's controller and HAProxy."""

@@ -1,0 +1,36 @@
+"""Pools held against a machine's GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from service.config import Config
+from service.deployment.gpus import check_gpus
+from service.errors import ConfigError
+
+
+def config(**pools: dict[str, Any]) -> Config:
+    whole = {kind: {"engine": "simulated", "experts": [kind], **one} for kind, one in pools.items()}
+    return Config.model_validate({"experts": {n: {"model": n} for n in pools}, "pools": whole})
+
+
+@pytest.mark.parametrize(
+    ("pools", "have", "said"),
+    [
+        ({"a": {"gpus": 1}}, 0, r"pools\.a\.gpus: a replica asks for 1, and Ray finds none"),
+        ({"a": {"gpus": 4}}, 2, r"asks for 4, and Ray finds 2"),
+        ({"a": {"gpus": 1}, "b": {"gpus": 2}}, 2, r"replicas ask for 3 GPUs, and Ray finds 2"),
+        ({"a": {"gpus": 1, "min_replicas": 3}}, 2, r"replicas ask for 3 GPUs"),
+    ],
+)
+def test_missing_gpus_are_named(pools: dict[str, Any], have: float, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_gpus(config(**pools), have)
+
+
+def test_what_is_enough_for_the_replicas_that_always_run_is_enough() -> None:
+    check_gpus(config(a={}), 0)
+    check_gpus(config(a={"gpus": 0.5}, b={"gpus": 0.5}), 1)
+    check_gpus(config(a={"gpus": 1}, b={"gpus": 1, "min_replicas": 0, "max_replicas": 1}), 1)
