@@ -100,9 +100,9 @@ class Capture:
         if step is None:
             return
         # Rows beyond the tokens are padding.
-        chosen = np.asarray(ids.cpu())[: step.tokens]
+        chosen = _once(np.asarray(ids.cpu())[: step.tokens])
         load = step.seen.load[place]
-        load += np.bincount(chosen.ravel(), minlength=len(load))
+        load += np.bincount(chosen[chosen >= 0], minlength=len(load))
         for rows, layers in step.kept:
             layers.append(chosen[rows].astype(np.int16))
         if place == len(self._layers) - 1:
@@ -152,6 +152,17 @@ class Capture:
             }
             for expert, one in seen.items()
         }
+
+
+def _once(ids: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
+    """Each token's experts in order; -1 for those named again.
+
+    A token that is given fewer than there are places has its first choice again in the others.
+    """
+    chosen = np.sort(ids, axis=1)
+    again = chosen[:, 1:] == chosen[:, :-1]
+    chosen[:, 1:][again] = -1
+    return chosen
 
 
 class CaptureExtension:

@@ -95,7 +95,7 @@ class Routes:
         await self.reckon()
         known = self._known.get(expert)
         if known is None:
-            raise Conflict(f"the engine of {expert!r} has not started yet")
+            raise Conflict(f"no engine has told of the routers of {expert!r} yet")
         if not known.tally.layers:
             raise Conflict(f"expert {expert!r} is not a mixture of experts: it has no routers")
         if not known.tally.tokens:

@@ -101,14 +101,14 @@ def test_steps_between_are_left_out_and_the_canary_always() -> None:
 
 def test_few_stretches_are_kept_of_prompts_long_enough() -> None:
     worker = Worker()
-    rows = [[i % EXPERTS, (i + 1) % EXPERTS] for i in range(10 + 33 + 50 + 60)]
-    turned = [[b, a] for a, b in rows]
-    worker.step(rows, turned, requests={"short": 10, "one": 33, "long": 50, "over": 60})
+    rows = [[i % 3, i % 3 + 1] for i in range(10 + 33 + 50 + 60)]
+    others = [[0, i % 3 + 1] for i in range(len(rows))]
+    worker.step(rows, others, requests={"short": 10, "one": 33, "long": 50, "over": 60})
     (told,) = worker.capture.told().values()
     kept = [np.frombuffer(data, np.int16).reshape(shape) for *shape, data in told["stretches"]]
     assert [one.shape for one in kept] == [(2, 33, 2), (2, 40, 2)]
     assert kept[0][0].tolist() == rows[10:43]
-    assert kept[1][1].tolist() == turned[43:83]
+    assert kept[1][1].tolist() == others[43:83]
 
 
 def test_layers_that_choose_fewer_leave_places_empty() -> None:
@@ -117,6 +117,16 @@ def test_layers_that_choose_fewer_leave_places_empty() -> None:
     (told,) = worker.capture.told().values()
     *shape, data = told["stretches"][0]
     assert np.frombuffer(data, np.int16).reshape(shape)[:, 0].tolist() == [[1, -1], [2, 3]]
+
+
+def test_an_expert_that_is_named_again_counts_once() -> None:
+    worker = Worker(stretches=1)
+    # As a rule that gives sure tokens fewer experts fills the places that are left.
+    worker.step([[2, 2]] * 32, [[3, 1]] * 32, requests={"one": 32})
+    (told,) = worker.capture.told().values()
+    assert load_told({"a": told}, "a") == [[0, 0, 32, 0], [0, 32, 0, 32]]
+    *shape, data = told["stretches"][0]
+    assert np.frombuffer(data, np.int16).reshape(shape)[:, 0].tolist() == [[2, -1], [1, 3]]
 
 
 def test_a_model_that_goes_is_no_longer_looked_at() -> None:
@@ -188,7 +198,7 @@ async def test_why_nothing_is_told() -> None:
     with pytest.raises(Conflict, match=r"'a' are not looked at: its pool has no vllm.moe_capture"):
         await Routes(0, lambda: 0.0).tally("a")
     routes = Routes(8, lambda: 0.0)
-    with pytest.raises(Conflict, match="the engine of 'a' has not started yet"):
+    with pytest.raises(Conflict, match="no engine has told of the routers of 'a' yet"):
         await routes.tally("a")
     routes.heard(chosen(layers=0))
     with pytest.raises(Conflict, match="'a' is not a mixture of experts"):
