@@ -14,7 +14,9 @@ class MoeCapture(Section):
     """What is seen of the routers of mixtures of experts. `{}`: as by default. GPU: not tested."""
 
     every: int = Field(
-        16, ge=1, description="Every how many steps of the engine are looked at. 1: exact counts."
+        16,
+        ge=1,
+        description="One step of the engine of how many is looked at, on average. 1: exact counts.",
     )
     stretches: int = Field(
         4,

@@ -9,6 +9,7 @@ What begins with `service.engine.vllm` is all that imports vllm.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,10 +44,12 @@ class _Step:
 
 
 class Capture:
-    """Looks at every `every`th step of one worker.
+    """Looks at one step of `every`, on average, of one worker.
 
-    `stretches`: how many stretches of prompts are kept of each expert until they are told;
-    `tokens`: their length at most. `running`: which expert the engine computes now.
+    Steps are drawn by `chance`, from 1 to 2 · `every` - 1 after the one before: requests of one
+    length would else be seen at the same places again and again. `stretches`: how many
+    stretches of prompts are kept of each expert until they are told; `tokens`: their length at
+    most. `running`: which expert the engine computes now.
     """
 
     def __init__(
@@ -57,14 +60,16 @@ class Capture:
         every: int,
         stretches: int,
         tokens: int,
+        chance: random.Random,
     ) -> None:
+        self._chance = chance
         self._runner = runner
         self._running = running
         self._every = every
         self._stretches = stretches
         self._tokens = tokens
         self._layers: Sequence[Routed] = ()
-        self._steps = 0
+        self._left = self._drawn()
         self._step: _Step | None = None
         self._seen: dict[str, _Seen] = {}
 
@@ -94,8 +99,11 @@ class Capture:
     def _chosen(self, place: int, ids: Any) -> None:
         """A router chose `ids`, (tokens, k), for every token of this step."""
         if place == 0:
-            self._steps += 1
-            self._step = self._begin() if self._steps % self._every == 0 else None
+            self._left -= 1
+            self._step = None
+            if self._left == 0:
+                self._left = self._drawn()
+                self._step = self._begin()
         step = self._step
         if step is None:
             return
@@ -107,6 +115,9 @@ class Capture:
             layers.append(chosen[rows].astype(np.int16))
         if place == len(self._layers) - 1:
             self._end(step)
+
+    def _drawn(self) -> int:
+        return self._chance.randint(1, 2 * self._every - 1)
 
     def _begin(self) -> _Step | None:
         batch = self._runner.input_batch
@@ -174,7 +185,7 @@ class CaptureExtension:
     _coe_named = ""
 
     def coe_capture(self, expert: str, every: int, stretches: int, tokens: int) -> dict[str, Any]:
-        """Look at every `every`th step from now on; 0: at none.
+        """Look at one step of `every` from now on; 0: at none.
 
         `expert`: whose weights run, where they stay. The model's shape, or `refused` and why.
         """
@@ -185,7 +196,12 @@ class CaptureExtension:
         if every == 0:
             return {}
         capture = Capture(
-            self.model_runner, self._coe_runs, every=every, stretches=stretches, tokens=tokens
+            self.model_runner,
+            self._coe_runs,
+            every=every,
+            stretches=stretches,
+            tokens=tokens,
+            chance=random.Random(0),
         )
         try:
             capture.attach(routed_layers(self.model_runner.model))

@@ -42,14 +42,20 @@ class Rule:
 
 
 def choose(logits: torch.Tensor, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (float32) and ids (int32), (T, k): `service.models.steering.steer` in torch."""
+    """Weights (float32) and ids (int32), (T, k): `service.models.steering.steer` in torch.
+
+    But for the ids that top-p leaves with weight 0: here they are the token's first choice.
+    """
     probability = torch.softmax(logits.float() + rule.barred, dim=-1)
     weights, ids = torch.sort(probability, dim=-1, descending=True, stable=True)
     weights, ids = weights[:, : rule.top_k], ids[:, : rule.top_k]
     if rule.top_p is not None:
         before = torch.cumsum(weights, dim=-1) - weights
         before[:, 0] = 0
-        weights = torch.where(before < rule.top_p, weights, 0.0)
+        stays = before < rule.top_p
+        weights = torch.where(stays, weights, 0.0)
+        # The first choice again in the places that are left: no other expert is computed in vain.
+        ids = torch.where(stays, ids, ids[:, :1])
     if rule.renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return (weights * rule.boost[ids]).contiguous(), ids.to(torch.int32).contiguous()

@@ -22,7 +22,7 @@ class Reference:
     def say(
         self, prompt: list[int], tokens: int, profile: SteeringProfile | None
     ) -> tuple[list[int], dict[int, list[list[int]]]]:
-        """Greedy tokens, and by layer the experts chosen for each token but the last."""
+        """Greedy tokens, and by layer the experts that had a part in each token but the last."""
         import torch
 
         chosen: dict[int, list[list[int]]] = {}
@@ -45,7 +45,7 @@ class Reference:
         def forward(hidden: Any) -> tuple[Any, Any, Any]:
             logits = torch.nn.functional.linear(hidden.reshape(-1, gate.hidden_dim), gate.weight)
             rows = [_choice(row, rule, gate.top_k) for row in logits.tolist()]
-            chosen[index] = [list(row) for row in rows]
+            chosen[index] = [[e for e, weight in row.items() if weight] for row in rows]
             return (
                 logits,
                 torch.tensor([list(row.values()) for row in rows]),

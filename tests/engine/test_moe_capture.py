@@ -14,12 +14,15 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from service.config import MoeCapture
+from service.config import Config, MoeCapture
 from service.engine.protocol import Chosen, EngineRequest, Message
 from service.engine.vllm_swap import SwappingVllmEngine, Weights
+from service.models.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
+from service.steered import steering_of
 from service.telemetry.pool_metrics import PoolMetrics
 from tests.engine.mixtral import EXPERTS, LAYERS, mixtral
 from tests.engine.real import BASE, ENVIRONMENT, OPTIONS, told
+from tests.engine.steered_reference import Reference
 
 pytestmark = [
     pytest.mark.engine,
@@ -51,11 +54,12 @@ class Watch(PoolMetrics):
 
 @dataclass
 class Slot:
-    """An engine with two mixtures of experts, and what each was asked and said, as token ids."""
+    """An engine with two mixtures of experts and a steered one; what each was asked and said."""
 
     engine: SwappingVllmEngine
     folders: dict[str, str]
     watch: Watch
+    profiles: dict[str, SteeringProfile]
     texts: dict[str, list[list[int]]] = field(default_factory=dict)
 
     async def ask(self, expert: str, prompt: list[int], tokens: int = 8) -> None:
@@ -85,6 +89,17 @@ class Slot:
         await self.engine._routers.look()
 
 
+def profile_of(folder: str) -> SteeringProfile:
+    """Never the first expert in layer 0, and in layer 1 one expert where the gate is sure."""
+    shape = moe_shape(folder)
+    assert shape is not None
+    rules = {
+        0: LayerSteering.of(EXPERTS, mask=[True, False, False, False]),
+        1: LayerSteering.of(EXPERTS, top_p=0.6),
+    }
+    return SteeringProfile(shape, rules)
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def slot(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Slot]:
     os.environ.update(ENVIRONMENT)
@@ -93,10 +108,25 @@ async def slot(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Slot]:
         name: await asyncio.to_thread(mixtral, root / name, seed)
         for seed, name in enumerate(("one", "two"))
     }
+    weights = {name: Weights(folder) for name, folder in folders.items()}
+    profiles = {"sure": profile_of(folders["one"])}
+    config = Config.model_validate(
+        {
+            "experts": {
+                "one": {"model": folders["one"]},
+                "sure": {"base": "one", "profile": str(root / "sure.safetensors")},
+            },
+            "pools": {"p": {"engine": "simulated"}},
+        }
+    )
+    write_profile(profiles["sure"], root / "sure.safetensors")
+    folders["sure"] = folders["one"]
+    steering = steering_of(config, "sure", Path(folders["one"]))
+    weights["sure"] = Weights(folders["one"], steering=steering)
     watch = Watch()
     engine = SwappingVllmEngine(
         "one",
-        {name: Weights(folder) for name, folder in folders.items()},
+        weights,
         OPTIONS.model_copy(update={"moe_capture": _CAPTURE}),
         on_cpu=True,
         canary_every=1,
@@ -106,51 +136,48 @@ async def slot(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Slot]:
     try:
         await engine.start()
         await engine.fill("two")
-        yield Slot(engine, folders, watch)
+        await engine.fill("sure")
+        yield Slot(engine, folders, watch, profiles)
     finally:
         await engine.stop()
 
 
-def choices_of(folder: str, texts: list[list[int]]) -> list[Any]:
-    """What transformers' eager model routes, text by text: (layers, tokens, k), sorted."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
+def chosen_for(slot: Slot, expert: str) -> list[list[list[set[int]]]]:
+    """By transformers' eager model: for each text, layer and token the experts chosen."""
+    reference = Reference(slot.folders[expert])
     found = []
-    with torch.no_grad():
-        for text in texts:
-            logits = model(torch.tensor([text]), output_router_logits=True).router_logits
-            found.append(torch.stack([one.topk(2).indices.sort().values for one in logits]).numpy())
+    for text in slot.texts[expert]:
+        _, chosen = reference.say(text, 1, slot.profiles.get(expert))
+        found.append([[set(row) for row in chosen[layer]] for layer in range(LAYERS)])
     return found
 
 
 async def test_counts_are_the_references_by_expert_name(slot: Slot) -> None:
     chance = np.random.default_rng(0)
-    for expert in ("one", "two", "one"):
-        if expert != slot.engine._stats.running:  # type: ignore[union-attr]
+    for expert in ("one", "two", "sure", "one"):
+        if slot.texts:
             # With the canary's tokens each time: they are not counted.
             assert (await slot.engine.exchange(expert)).ok
         prompts = [chance.integers(1000, 40_000, n).tolist() for n in _LENGTHS]
         await asyncio.gather(*(slot.ask(expert, prompt) for prompt in prompts))
     await slot.look()
-    for expert, folder in slot.folders.items():
-        expected = await asyncio.to_thread(choices_of, folder, slot.texts[expert])
-        load = sum(
-            np.stack([np.bincount(layer.ravel(), minlength=EXPERTS) for layer in text])
-            for text in expected
-        )
-        assert slot.watch.load(expert).tolist() == load.tolist()
+    for expert in slot.folders:
+        texts = await asyncio.to_thread(chosen_for, slot, expert)
+        load = [
+            [sum(e in row for text in texts for row in text[layer]) for e in range(EXPERTS)]
+            for layer in range(LAYERS)
+        ]
+        assert slot.watch.load(expert).tolist() == load
+        if expert == "sure":
+            assert load[0][0] == 0
+            assert sum(load[1]) < 2 * sum(map(len, slot.texts[expert]))
         kept = [one for told in slot.watch.told if told.expert == expert for one in told.stretches]
         assert len(kept) == _CAPTURE.stretches
-        for one in kept:
-            assert one.shape[0] == LAYERS
-            found = np.sort(one, axis=2)
-            # Of the 36 tokens all, of the 70 the first 40.
-            assert any(np.array_equal(found, text[:, : one.shape[1]]) for text in expected)
+        # Of the 36 tokens all, of the 70 the first 40.
         assert {one.shape[1] for one in kept} <= {36, 40}
+        for one in kept:
+            rows = [[{e for e in row if e >= 0} for row in layer] for layer in one.tolist()]
+            assert any(rows == [layer[: len(rows[0])] for layer in text] for text in texts)
 
 
 async def test_the_pool_tells_it(slot: Slot) -> None:

@@ -148,7 +148,8 @@ async def test_it_says_and_routes_as_the_reference(steering: Steering, name: str
     expected, chosen = await asyncio.to_thread(steering.reference.say, PROMPT, TOKENS, profile)
     assert said == expected
     for layer in range(LAYERS):
-        rows = [sorted(row) for row in seen[layer]]
+        # What top-p leaves out has no part in it: its place names the first choice again.
+        rows = [sorted(set(row)) for row in seen[layer]]
         assert rows == [sorted(row) for row in chosen[layer]], f"layer {layer}"
         if "mask" in RULES.get(name, {}):
             barred = {e for e in range(EXPERTS) if RULES[name]["mask"][e]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,7 +59,9 @@ class Worker:
         self.running = "a"
         self.routers = [Router(), Router()]
         settings = {"every": 1, "stretches": 2, "tokens": 40, **options}
-        self.capture = Capture(self.runner, lambda: self.running, **settings)
+        self.capture = Capture(
+            self.runner, lambda: self.running, chance=random.Random(1), **settings
+        )
         self.capture.attach([Routed(3 * i, EXPERTS, 2, r) for i, r in enumerate(self.routers)])
 
     def step(self, *chosen: Any, requests: dict[str, int], padding: int = 0) -> None:
@@ -88,15 +91,31 @@ def test_a_worker_counts_by_the_expert_that_runs_and_tells_once() -> None:
     assert worker.capture.told() == {}
 
 
-def test_steps_between_are_left_out_and_the_canary_always() -> None:
+def test_one_step_of_so_many_is_looked_at() -> None:
     worker = Worker(every=3)
-    for _ in range(7):
+    for _ in range(3000):
         worker.step([[0, 1]], [[2, 3]], requests={"cmpl-1": 1})
-    worker.step([[0, 1]], [[2, 3]], requests={"cmpl-1": 1})
-    # The ninth would be looked at, were it not ours.
+    seen = worker.capture.told()["a"]["tokens"]
+    assert 900 < seen < 1100
+
+
+def test_steps_are_drawn_so_that_no_rhythm_is_missed() -> None:
+    # Every fourth step brings a prompt: it must not be always seen, nor never.
+    worker = Worker(every=4)
+    prompts = 0
+    for i in range(2000):
+        tokens = 5 if i % 4 == 0 else 1
+        worker.step([[0, 1]] * tokens, [[2, 3]] * tokens, requests={"cmpl-1": tokens})
+        prompts += tokens == 5
+    seen = worker.capture.told()["a"]["tokens"]
+    assert 0.2 < seen / (5 * prompts + 3 * prompts) < 0.3
+
+
+def test_the_canary_is_left_out() -> None:
+    worker = Worker()
     worker.step([[3, 1]], [[2, 3]], requests={"cmpl-canary-77-0": 1})
-    told = worker.capture.told()
-    assert load_told(told, "a") == [[2, 2, 0, 0], [0, 0, 2, 2]]
+    worker.step([[0, 1]], [[2, 3]], requests={"cmpl-1": 1})
+    assert load_told(worker.capture.told(), "a") == [[1, 1, 0, 0], [0, 0, 1, 1]]
 
 
 def test_few_stretches_are_kept_of_prompts_long_enough() -> None:
