@@ -20,10 +20,13 @@ _CHOOSES = "_compute_routing"
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One layer's. Tensors of E: `barred` is -inf where masked and the bias elsewhere."""
+    """One layer's. Tensors of E: `barred` is -inf where masked and the bias elsewhere.
+
+    boost: None where all are 1.
+    """
 
     barred: torch.Tensor
-    boost: torch.Tensor
+    boost: torch.Tensor | None
     top_k: int
     top_p: float | None
     renormalize: bool
@@ -38,7 +41,8 @@ class Rule:
     @property
     def size_bytes(self) -> int:
         """What it takes."""
-        return sum(one.numel() * one.element_size() for one in (self.barred, self.boost))
+        tensors = [one for one in (self.barred, self.boost) if one is not None]
+        return sum(one.numel() * one.element_size() for one in tensors)
 
 
 def choose(logits: torch.Tensor, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +62,9 @@ def choose(logits: torch.Tensor, rule: Rule) -> tuple[torch.Tensor, torch.Tensor
         ids = torch.where(stays, ids, ids[:, :1])
     if rule.renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
-    return (weights * rule.boost[ids]).contiguous(), ids.to(torch.int32).contiguous()
+    if rule.boost is not None:
+        weights = weights * rule.boost[ids]
+    return weights.contiguous(), ids.to(torch.int32).contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +138,10 @@ def rule_of(layer: Mapping[str, Any], told: Mapping[str, Any]) -> Rule:
     """One layer's rule: `layer` is a `SteeredLayer`, `told` its `Steering`, as mappings."""
     bias = torch.tensor(layer["bias"], dtype=torch.float32)
     mask = torch.tensor(layer["mask"], dtype=torch.bool)
+    boost = torch.tensor(layer["boost"], dtype=torch.float32)
     return Rule(
         bias.masked_fill(mask, float("-inf")),
-        torch.tensor(layer["boost"], dtype=torch.float32),
+        boost if bool((boost != 1).any()) else None,
         told["top_k"] if layer["top_k"] is None else int(layer["top_k"]),
         layer["top_p"],
         bool(told["renormalize"]),
