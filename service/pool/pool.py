@@ -141,9 +141,9 @@ class Pool:
             del self._slot_of[name]
             self._speeds.pop(name, None)
         if isinstance(slot, SwapSlot):
-            if len(slot.units) == 1:
+            if len(slot.staying) == 1:
                 self._give_one_to(slot)
-            if len(slot.units) > 1:
+            if len(slot.staying) > 1:
                 await slot.retire(unit.name, why)
                 self.changed()
                 return
@@ -155,9 +155,9 @@ class Pool:
         await asyncio.gather(task, return_exceptions=True)
 
     def _give_one_to(self, slot: SwapSlot) -> None:
-        """Another slot's unit for one whose only unit goes, if one can be spared."""
-        for other in sorted(self.shared, key=lambda one: -len(one.units)):
-            for unit in other.units if other is not slot and len(other.units) > 1 else ():
+        """Another slot's unit for one whose last unit goes, if one can be spared."""
+        for other in sorted(self.shared, key=lambda one: -len(one.staying)):
+            for unit in other.staying if other is not slot and len(other.staying) > 1 else ():
                 if (known := other.hand_over(unit.name)) is not None:
                     slot.take_in(unit, known)
                     self._slot_of.update(dict.fromkeys(unit.experts, slot))

@@ -19,7 +19,7 @@ from service.link.snapshot import ExpertState
 from service.pool.held_slot import RETRY_S, TICK_S, HeldSlot
 from service.pool.lease import Again
 from service.pool.planner import LATE, Next, UnitView, bounded, next_fetch, next_step, to_drop
-from service.pool.units import Known, Swap
+from service.pool.units import Known, Swap, Unit
 from service.types import Residency
 
 log = logging.getLogger("coe.pool")
@@ -58,6 +58,17 @@ class SwapSlot(HeldSlot):
         if known.tier is Residency.HOST and self._engine is not None:
             self._fetch(self._engine, None, [], gone=unit)
         return known
+
+    @property
+    def staying(self) -> list[Unit]:
+        """Its units, without those that are to go for good."""
+        return [unit for unit in self.units if unit.name not in self._retired]
+
+    async def close(self, why: str) -> None:
+        """All its experts go for good, and with them those that were to go already."""
+        await super().close(why)
+        while self._retired:
+            self._retired.popitem()[1].set()
 
     async def retire(self, unit: str, why: str) -> None:
         """A unit goes for good: who waits for it is told why, who runs is let end.

@@ -83,6 +83,26 @@ async def test_an_expert_that_changes_is_another_one(slots: int | None) -> None:
     await running.pool.stop(1)
 
 
+@pytest.mark.parametrize("stay", ["bd", "acd", "f", "bdfg"])
+async def test_a_shared_slot_whose_units_all_go(stay: str) -> None:
+    running = Running(config("abcdef", 2))
+    assert [await running.ask(name) for name in "abcdef"] == ["ok"] * 6
+    under_way = [asyncio.create_task(running.ask(name, 30)) for name in "ae"]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await running.assembly.reload(config(stay, 2))
+    assert await asyncio.gather(*under_way) in (
+        ["ok", "ok"],
+        ["model_not_found", "ok"],
+        ["ok", "model_not_found"],
+        ["model_not_found", "model_not_found"],
+    )
+    assert set(running.pool.snapshot().experts) == set(stay)
+    assert [await running.ask(name) for name in stay] == ["ok"] * len(stay)
+    assert running.pool.unhealthy() is None
+    await running.pool.stop(1)
+
+
 async def test_the_policy_of_swaps_changes_with_it() -> None:
     running = Running(config("abc", 1))
     other = config("abc", 1)
