@@ -186,8 +186,14 @@ async def test_who_runs_ends_as_the_old_expert_s(steering: Steering) -> None:
     await steering.go_to("masked")
     alone = await steering.say("masked", 60)
     running = [asyncio.create_task(steering.say("masked", 60)) for _ in range(2)]
-    llm = steering.engine._llm
-    await until(lambda: llm.get_num_unfinished_requests() == 2, "both run")
+    known = steering.engine._llm.output_processor.request_states
+
+    def begun() -> bool:
+        return len(known) == 2 and all(
+            one.detokenizer.num_output_tokens() for one in known.values()
+        )
+
+    await until(begun, "both run")
     assert await steering.go_to("biased") == "steer"
     ended = await asyncio.gather(*running)
     assert [tokens for tokens, _ in ended] == [alone[0]] * 2

@@ -137,4 +137,5 @@ async def _story(chance: random.Random, bound: int | None) -> None:
     assert wrong == []
     assert len(ended) == 60
     assert set(ended) <= {"ok", "expert_failed"}
-    assert ended.count("ok") > 20
+    # A unit that failed is left alone for a while, and so are those who ask for it.
+    assert ended.count("ok") > 5
