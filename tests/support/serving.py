@@ -91,8 +91,9 @@ class WatchedEngine(SimulatedEngine):
         experts: tuple[str, ...],
         options: SimulatedOptions,
         watch: EngineWatch | None = None,
+        bases: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(experts, options, watch)
+        super().__init__(experts, options, watch, bases)
         self.asked: list[EngineRequest] = []
         self.now = 0
 
@@ -171,9 +172,12 @@ async def pool_of(config: Config, kind: str) -> AsyncIterator[RunningPool]:
     engines: list[WatchedEngine] = []
 
     def build(
-        experts: tuple[str, ...], options: SimulatedOptions, watch: EngineWatch | None = None
+        experts: tuple[str, ...],
+        options: SimulatedOptions,
+        watch: EngineWatch | None = None,
+        bases: Mapping[str, str] | None = None,
     ) -> WatchedEngine:
-        engines.append(WatchedEngine(experts, options, watch))
+        engines.append(WatchedEngine(experts, options, watch, bases))
         return engines[-1]
 
     # Each slot asks for its engine whenever it needs one: the name stays patched
