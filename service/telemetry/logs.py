@@ -43,7 +43,13 @@ class JsonLines(logging.Formatter):
 
 
 def set_up_logs(level: int = logging.INFO) -> None:
-    """Send this package's logs to stderr as JSON lines."""
+    """Send this package's logs to stderr as JSON lines.
+
+    From then on a line that can't be written, the disk being full, is lost without a word:
+    under Ray Serve stderr is a logger as well, and telling it of the failure would fail again,
+    and so on, until the request that the line was about had failed too.
+    """
+    logging.raiseExceptions = False
     logger = logging.getLogger("coe")
     if logger.handlers:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import logging
 import sys
@@ -97,3 +98,43 @@ def test_set_up_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
     set_up_logs()
     assert len(logger.handlers) == 1
     assert not logger.propagate
+
+
+class _Full:
+    """A stream on a full disk."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self) -> None:
+        self.write("")
+
+
+class _Told:
+    """Standard error as Ray Serve has it: a logger."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+
+    def write(self, text: str) -> int:
+        self._logger.error("%s", text)
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def test_what_a_full_disk_can_not_take_fails_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    logger = logging.getLogger("full")
+    logger.propagate = False
+    handler = logging.StreamHandler(_Full())
+    logger.addHandler(handler)
+    monkeypatch.setattr(sys, "stderr", _Told(logger))
+    try:
+        with pytest.raises(RecursionError):
+            logger.error("nobody reads this")
+        set_up_logs()
+        logger.error("nor this")
+    finally:
+        logger.removeHandler(handler)
