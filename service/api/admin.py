@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from service.api.routed import routed
-from service.errors import ConfigError, Conflict, Unauthorized, UnknownModel
+from service.errors import ConfigError, Conflict, Unauthorized
 from service.link.directory import Directory
 from service.link.secret import same
 
@@ -50,13 +50,7 @@ def admin_routes(
 
     async def operate(request: Request) -> Response:
         name, act = request.path_params["name"], request.path_params["act"]
-        links = [
-            link
-            for link in directory.links()
-            if link.snapshot is not None and name in link.snapshot.experts
-        ]
-        if not links:
-            raise UnknownModel(f"no running pool holds an expert {name[:128]!r}")
+        links = directory.holding(name)
         answers = await asyncio.gather(*(link.operate(act, name) for link in links))
         for status, body in answers:
             if status >= 400:

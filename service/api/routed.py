@@ -10,7 +10,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.errors import PoolGone, UnknownModel
+from service.errors import PoolGone
 from service.link.directory import Directory
 from service.models.tally import Tally
 
@@ -21,13 +21,7 @@ async def routed(directory: Directory, request: Request) -> Response:
     Raises UnknownModel where no pool has the expert, PoolGone where none answered.
     """
     name = request.path_params["name"]
-    links = [
-        link
-        for link in directory.links()
-        if link.snapshot is not None and name in link.snapshot.experts
-    ]
-    if not links:
-        raise UnknownModel(f"no running pool holds an expert {name[:128]!r}")
+    links = directory.holding(name)
     told = await asyncio.gather(*(link.routes(name) for link in links), return_exceptions=True)
     answers = [one for one in told if isinstance(one, tuple)]
     if not answers:

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import aiohttp
 
+from service.errors import UnknownModel
 from service.link.client import PoolAddress, PoolLink, new_session
 from service.link.snapshot import GONE_S
 
@@ -57,6 +58,17 @@ class Directory:
         """The pools heard of within the last 3 s."""
         now_s = time.monotonic()
         return [link for link in self._links.values() if link.age_s(now_s) <= GONE_S]
+
+    def holding(self, expert: str) -> list[PoolLink]:
+        """Those that hold an expert, in whatever tier. Raises UnknownModel where none does."""
+        found = [
+            link
+            for link in self.links()
+            if link.snapshot is not None and expert in link.snapshot.experts
+        ]
+        if not found:
+            raise UnknownModel(f"no running pool holds an expert {expert[:128]!r}")
+        return found
 
     def silences(self) -> dict[str, float]:
         """Seconds since each followed pool was heard of, by its name; those gone included."""
