@@ -7,9 +7,11 @@ be driven without one. It says so in every answer's `system_fingerprint`.
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
+import struct
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import orjson
@@ -160,8 +162,10 @@ class SimulatedEngine:
         texts = given if isinstance(given, list) else [given]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise InvalidRequest("`input` must be a string or a list of strings", param="input")
+        if (encode := _ENCODINGS.get(str(body.get("encoding_format") or "float"))) is None:
+            raise InvalidRequest(f"`encoding_format` must be one of {', '.join(_ENCODINGS)}")
         data = [
-            {"object": "embedding", "index": i, "embedding": _vector(text)}
+            {"object": "embedding", "index": i, "embedding": encode(_vector(text))}
             for i, text in enumerate(texts)
         ]
         count = sum(map(_tokens, texts))
@@ -370,7 +374,14 @@ def _tokens(text: str) -> int:
 
 def _vector(text: str) -> list[float]:
     digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=32).digest()
-    return [byte / 255 for byte in digest]
+    # Exact in float32, so that it is the same in every encoding.
+    return [byte / 256 for byte in digest]
+
+
+_ENCODINGS: dict[str, Callable[[list[float]], object]] = {
+    "float": list,
+    "base64": lambda vector: base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode(),
+}
 
 
 async def _send_json(send: Send, data: dict[str, Any]) -> None:

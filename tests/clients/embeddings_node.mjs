@@ -7,11 +7,11 @@ const { default: OpenAI } = createRequire(from)("openai");
 const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: "none", maxRetries: 0 });
 const input = ["one text", "another"];
 
-const told = await client.embeddings.create({ model, input, encoding_format: "float" });
+const told = await client.embeddings.create({ model, input }); // the client asks for base64
 const again = await client.embeddings.create({ model, input: input[1], encoding_format: "float" });
 let fault;
 try {
-  await client.embeddings.create({ model: other, input, encoding_format: "float" });
+  await client.embeddings.create({ model: other, input });
 } catch (error) {
   fault = { kind: error.constructor.name, status: error.status, param: error.param };
 }

@@ -131,6 +131,10 @@ def test_completions(client: openai.OpenAI) -> None:
 
 def test_embeddings(client: openai.OpenAI) -> None:
     told = client.embeddings.create(model="vectors", input=["a", "b"], encoding_format="float")
+    # The client's own default is base64.
+    assert client.embeddings.create(model="vectors", input=["a", "b"]).data == told.data
+    with pytest.raises(openai.BadRequestError, match="one of float, base64"):
+        client.embeddings.create(model="vectors", input="a", extra_body={"encoding_format": "no"})
     assert [one.index for one in told.data] == [0, 1]
     assert len(told.data[0].embedding) == 32
     assert told.data[0].embedding != told.data[1].embedding
