@@ -103,26 +103,33 @@ async def ask(engine: Any, expert: str, tokens: int = 12) -> str:
 
 async def ask_one(engine: Any, expert: str, prompt: str = _PROMPTS[0], tokens: int = 12) -> str:
     """The greedy answer to one prompt, as token ids."""
-    body = orjson.dumps(
-        {
-            "model": expert,
-            "prompt": prompt,
-            "max_tokens": tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-        }
-    )
+    return " ".join(map(str, (await greedy(engine, expert, prompt, tokens))["token_ids"]))
+
+
+async def greedy(
+    engine: Any, expert: str, prompt: str | list[int], tokens: int, **more: Any
+) -> dict[str, Any]:
+    """The choice of a greedy answer of exactly so many tokens. `more`: of the request's body."""
+    body = {
+        "model": expert,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        **more,
+    }
     parts: list[bytes] = []
 
     async def collect(message: Message) -> None:
         parts.append(message.get("body", b""))
 
-    request = EngineRequest("/v1/completions", expert, body, f"test-{next(_count)}")
+    request = EngineRequest("/v1/completions", expert, orjson.dumps(body), f"test-{next(_count)}")
     await engine.run(request, collect)
     answer = orjson.loads(b"".join(parts))
     assert "choices" in answer, answer
-    return " ".join(map(str, answer["choices"][0]["token_ids"]))
+    choice: dict[str, Any] = answer["choices"][0]
+    return choice
 
 
 async def told(metrics: PoolMetrics) -> dict[tuple[str, str], float]:

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pytest
 import pytest_asyncio
 
 from service.config import Config, MoeCapture
-from service.engine.protocol import Chosen, EngineRequest, Message
+from service.engine.protocol import Chosen
 from service.engine.vllm_swap import SwappingVllmEngine, Weights
 from service.models.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
 from service.steered import steering_of
 from service.telemetry.pool_metrics import PoolMetrics
 from tests.engine.mixtral import EXPERTS, LAYERS, mixtral
-from tests.engine.real import BASE, ENVIRONMENT, OPTIONS, told
+from tests.engine.real import BASE, ENVIRONMENT, OPTIONS, greedy, told
 from tests.engine.steered_reference import Reference
 
 pytestmark = [
@@ -63,24 +62,7 @@ class Slot:
     texts: dict[str, list[list[int]]] = field(default_factory=dict)
 
     async def ask(self, expert: str, prompt: list[int], tokens: int = 8) -> None:
-        body = {
-            "model": expert,
-            "prompt": prompt,
-            "max_tokens": tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-        }
-        parts: list[bytes] = []
-
-        async def collect(message: Message) -> None:
-            parts.append(message.get("body", b""))
-
-        name = f"test-{expert}-{len(prompt)}-{prompt[0]}"
-        await self.engine.run(
-            EngineRequest("/v1/completions", expert, orjson.dumps(body), name), collect
-        )
-        answer = orjson.loads(b"".join(parts))["choices"][0]["token_ids"]
+        answer = (await greedy(self.engine, expert, prompt, tokens))["token_ids"]
         # The last token is sampled, and never routed.
         self.texts.setdefault(expert, []).append([*prompt, *answer[:-1]])
 

@@ -11,14 +11,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 import torch
 
 from router_models.moe import upcycle
-from service.engine.protocol import EngineRequest, Message
 from service.engine.vllm_swap import Weights
-from tests.engine.real import ENVIRONMENT, Swapping
+from tests.engine.real import ENVIRONMENT, Swapping, greedy
 from tests.support import dense_family as family
 
 pytestmark = [
@@ -65,24 +63,7 @@ async def test_an_upcycled_mixture_is_served_right(tmp_path: Path) -> None:
 
 async def _said(engine: Any, expert: str) -> tuple[list[int], list[float]]:
     """Greedy tokens and the logarithm of each one's probability."""
-    body = orjson.dumps(
-        {
-            "model": expert,
-            "prompt": _PROMPT,
-            "max_tokens": _TOKENS,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-            "logprobs": 1,
-        }
-    )
-    parts: list[bytes] = []
-
-    async def collect(message: Message) -> None:
-        parts.append(message.get("body", b""))
-
-    await engine.run(EngineRequest("/v1/completions", expert, body, f"test-{expert}"), collect)
-    choice = orjson.loads(b"".join(parts))["choices"][0]
+    choice = await greedy(engine, expert, _PROMPT, _TOKENS, logprobs=1)
     return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
 

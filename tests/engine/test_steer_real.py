@@ -13,18 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 import pytest_asyncio
 
 from service.config import Config
-from service.engine.protocol import EngineRequest, Message
 from service.engine.vllm_swap import Weights
 from service.errors import ExpertFailed
 from service.models.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
 from service.steered import steering_of
 from tests.engine.mixtral import EXPERTS, LAYERS, mixtral
-from tests.engine.real import BASE, ENVIRONMENT, Swapping
+from tests.engine.real import BASE, ENVIRONMENT, Swapping, greedy
 from tests.engine.steered_reference import Reference
 from tests.support.waiting import until
 
@@ -47,7 +45,6 @@ RULES: dict[str, dict[str, Any]] = {
     "sure": {"top_p": 0.6, "top_k": 4},
     "all": {"mask": [False, True, False, False], "bias": [0.5, 0, 0, 0], "boost": [1, 1, 3, 1]},
 }
-_count = itertools.count()
 
 
 class Steering:
@@ -102,25 +99,7 @@ class Steering:
 
     async def say(self, name: str, tokens: int = TOKENS) -> tuple[list[int], list[float]]:
         """Greedy tokens and their logprobs."""
-        body = {
-            "model": name,
-            "prompt": PROMPT,
-            "max_tokens": tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-            "logprobs": 1,
-        }
-        parts: list[bytes] = []
-
-        async def collect(message: Message) -> None:
-            parts.append(message.get("body", b""))
-
-        request = EngineRequest(
-            "/v1/completions", name, orjson.dumps(body), f"steer-{next(_count)}"
-        )
-        await self.engine.run(request, collect)
-        choice = orjson.loads(b"".join(parts))["choices"][0]
+        choice = await greedy(self.engine, name, PROMPT, tokens, logprobs=1)
         return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
 
