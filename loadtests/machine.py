@@ -1,9 +1,9 @@
 """The machine a figure was measured on, and how much of it others took meanwhile.
 
-Everything that a load test starts shares its session, so whatever else the
-processors did is other people's work. That matters beyond bookkeeping: Linux
-shares processors out by session where autogroups are on, and then somebody
-else's niceness does not keep their work out of our way.
+Ours is what a load test and whatever it started did, in whatever sessions: services put
+Ray and engines into some of their own. All else is other people's work. That matters beyond
+bookkeeping: Linux shares processors out by session where autogroups are on, and then
+somebody else's niceness does not keep their work out of our way.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,14 +46,36 @@ def revision() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def parse_stat(line: str) -> tuple[int, int]:
-    """Session, and ticks used so far with those of children that ended: /proc/<pid>/stat."""
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process by /proc/<pid>/stat. ticks: used so far, with those of children that ended."""
+
+    pid: int
+    parent: int
+    session: int
+    ticks: int
+
+
+def parse_stat(line: str) -> Process:
+    """A process by its line in /proc."""
     fields = line.rsplit(")", 1)[1].split()
-    return int(fields[3]), sum(int(ticks) for ticks in fields[11:15])
+    ticks = sum(int(field) for field in fields[11:15])
+    return Process(int(line.split(" ", 1)[0]), int(fields[1]), int(fields[3]), ticks)
 
 
-def _session_ticks(session: int) -> int:
-    ticks = 0
+def ours_of(processes: Sequence[Process], session: int) -> list[Process]:
+    """Those of a session, all that they started, and all of the sessions that these began."""
+    sessions, pids = {session}, set[int]()
+    while True:
+        found = [p for p in processes if p.session in sessions or p.parent in pids]
+        if len(found) == len(pids):
+            return found
+        pids = {p.pid for p in found}
+        sessions |= {p.session for p in found}
+
+
+def _our_ticks(session: int) -> int:
+    processes = []
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue
@@ -61,15 +83,13 @@ def _session_ticks(session: int) -> int:
             line = Path(entry.path, "stat").read_text()
         except OSError:
             continue  # it has just ended; its parent's next figure holds its ticks
-        sid, used = parse_stat(line)
-        if sid == session:
-            ticks += used
-    return ticks
+        processes.append(parse_stat(line))
+    return sum(process.ticks for process in ours_of(processes, session))
 
 
 @dataclass(frozen=True, slots=True)
 class Ticks:
-    """Processor time since boot: of all kinds, idle, and used by this session."""
+    """Processor time since boot: of all kinds, idle, and used by us."""
 
     whole: int
     idle: int
@@ -84,7 +104,7 @@ class Ticks:
             return cls(0, 0, 0)
         fields = [int(n) for n in first.split()[1:9]]
         idle = fields[_IDLE] + fields[_IOWAIT]
-        return cls(sum(fields), idle, _session_ticks(os.getsid(0)))
+        return cls(sum(fields), idle, _our_ticks(os.getsid(0)))
 
     def since(self, before: Ticks) -> Ticks:
         """What was spent since then."""

@@ -9,7 +9,7 @@ import pytest
 from loadtests import machine
 from loadtests.against_bare import Measured, judge, unfairness
 from loadtests.bare import EngineArguments
-from loadtests.machine import Ticks, Watch, describe, parse_stat
+from loadtests.machine import Process, Ticks, Watch, describe, ours_of, parse_stat
 from loadtests.prompts import prompts
 from loadtests.reach import Report
 from loadtests.service import config
@@ -72,7 +72,19 @@ def test_ticks() -> None:
 
 def test_reading_a_process() -> None:
     line = "42 (a (b) c) S 1 42 7 0 -1 0 0 0 0 0 11 12 13 14 20 0 1 0 5"
-    assert parse_stat(line) == (7, 50)
+    assert parse_stat(line) == Process(42, 1, 7, 50)
+
+
+def test_what_we_started_is_ours_in_other_sessions_too() -> None:
+    ours = [
+        Process(10, 1, 10, 0),  # the load test
+        Process(11, 10, 11, 0),  # a service that it started, in a session of its own
+        Process(13, 12, 12, 0),  # Ray's worker, before its parent in the list
+        Process(12, 11, 12, 0),  # Ray, started by that in another
+        Process(14, 1, 12, 0),  # whose parent has gone
+    ]
+    others = [Process(1, 0, 1, 0), Process(20, 1, 20, 0), Process(21, 20, 20, 0)]
+    assert ours_of([*ours, *others], 10) == ours
 
 
 def test_a_busy_machine_is_called_one(monkeypatch: pytest.MonkeyPatch) -> None:
