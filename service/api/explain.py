@@ -6,13 +6,13 @@ import math
 from typing import Any
 
 from service.api.plan import Plan
-from service.broker.choice import Weighed
+from service.broker.choice import Bar, Weighed
 
 _WHY = {
-    "no pool": "no running pool has it",
-    "context": "the prompt and its answer do not fit into its context",
-    "max_cost": "costs more than max_cost",
-    "deadline": "would miss the deadline",
+    Bar.NO_POOL: "no running pool has it",
+    Bar.CONTEXT: "the prompt and its answer do not fit into its context",
+    Bar.MAX_COST: "costs more than max_cost",
+    Bar.DEADLINE: "would miss the deadline",
 }
 _MOST = 256
 
@@ -40,7 +40,7 @@ def _candidate(weighed: Weighed, at: int, best: int | None) -> dict[str, Any]:
     recipe = weighed.book.recipes[int(weighed.wish.rows[at])]
     options = [weighed.option(name) for name in recipe.members]
     there = [one for one in options if one is not None]
-    barred = str(weighed.barred[at])
+    barred = Bar(int(weighed.barred[at]))
     behind = None if best is None else float(weighed.utility[best] - weighed.utility[at])
     if barred:
         why = _WHY[barred]

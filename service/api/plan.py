@@ -17,7 +17,7 @@ from service.broker.book import Book, Ints
 from service.config import Config
 from service.errors import Forbidden, InvalidRequest, UnknownModel
 from service.router.classify import Assessment
-from service.types import CategoryScores, Recipe
+from service.types import MAX_LATER, CategoryScores, Recipe
 
 # Quality per second: what a wait is worth against a better answer.
 PRESETS = {"fast": 0.05, "": 0.01, "best": 0.001}
@@ -25,6 +25,10 @@ PRESETS = {"fast": 0.05, "": 0.01, "best": 0.001}
 _LEAST = 0.05
 # Sets of allowed experts whose recipes are remembered.
 _MOST_ALLOWANCES = 1000
+
+# One recipe, named by the client: nobody is asked whether it is worth anything.
+_CERTAIN = np.ones(1)
+_NO_LATER = np.zeros((1, MAX_LATER))
 
 Assess = Callable[[Mapping[str, Any]], Assessment]
 
@@ -50,6 +54,8 @@ class Plan:
 
     def only(self, keep: NDArray[np.bool_]) -> Plan:
         """Only some of the rows."""
+        if keep.all():
+            return self
         return replace(
             self, rows=self.rows[keep], quality=self.quality[keep], reach=self.reach[keep]
         )
@@ -125,9 +131,8 @@ class Router:
             )
         at = self._book.recipe_index[recipe]
         rows = self._book.everything[at : at + 1]
-        return Plan(
-            rows, np.ones(1), self._worth.reach(at)[None], recipe.experts[0], "", 1.0, "named"
-        )
+        reach = self._worth.reach(at)[None] if recipe.later else _NO_LATER
+        return Plan(rows, _CERTAIN, reach, recipe.experts[0], "", 1.0, "named")
 
     def _auto(self, model: str) -> tuple[str, str | None]:
         """`auto[:preset][/category]` taken apart. Raises UnknownModel."""

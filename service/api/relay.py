@@ -27,7 +27,7 @@ from service.api.unmet import Unmet
 from service.api.wish import wish_for
 from service.broker.board import REMOTE, Board, PoolView
 from service.broker.book import Book
-from service.broker.choice import Option, Weighed, weigh
+from service.broker.choice import Bar, Option, Weighed, weigh
 from service.broker.demand import failure_reason, usable
 from service.broker.market import Market
 from service.engine.protocol import EngineRequest, Message
@@ -43,7 +43,7 @@ from service.errors import (
     UpstreamError,
 )
 from service.link.call import ENGINE_MS, QUEUE_MS, SWAP_MS, Call
-from service.link.client import PoolLink, PoolReply
+from service.link.client import PoolReply
 from service.link.directory import Directory
 from service.link.faults import FAULT_HEADER
 
@@ -187,7 +187,8 @@ class Relay:
             self._refuse_cost(asked, weighed)
             return weighed
         self._wake_better(plan, weighed, at, views)
-        self._unmet.note(weighed.unmet(at), weighed.missed(at))
+        if wanted := weighed.unmet(at):
+            self._unmet.note(wanted, weighed.missed(at))
         return weighed
 
     @staticmethod
@@ -214,18 +215,15 @@ class Relay:
         tries = _TRIES_PER_POOL if isinstance(fault, (EngineDead, PoolGone)) else 1
         # After a fault, somebody else first.
         least_tried = range(min(1, len(passage.tried)), tries + 1)
+        if first is not None and (found := self._winner(first, passage)) is not None:
+            return found
         views = self.views()
         for most in least_tried:
             banned = frozenset(key for key, count in passage.tried.items() if count >= most)
-            weighed = first
-            if weighed is None:
-                left_s = max(0.0, deadline_s - time.monotonic())
-                weighed = self.weigh(asked, plan, left_s=left_s, banned=banned, views=views)
-            at = weighed.best()
-            if at is not None:
-                expert = self.book.recipes[int(weighed.wish.rows[at])].members[0]
-                passage.predicted_cost = float(weighed.cost[at])
-                return weighed.option(expert)
+            left_s = max(0.0, deadline_s - time.monotonic())
+            weighed = self.weigh(asked, plan, left_s=left_s, banned=banned, views=views)
+            if (found := self._winner(weighed, passage)) is not None:
+                return found
         experts = self._experts(plan)
         shut = self.trips.blocked()
         if any((name, v.boot) in shut and usable(v, name) for v in views for name in experts):
@@ -245,12 +243,19 @@ class Relay:
             )
         return None
 
+    def _winner(self, weighed: Weighed, passage: Passage) -> Option | None:
+        at = weighed.best()
+        if at is None:
+            return None
+        passage.predicted_cost = float(weighed.cost[at])
+        return weighed.option(self.book.recipes[int(weighed.wish.rows[at])].members[0])
+
     def _experts(self, plan: Plan) -> list[str]:
         return [self.book.recipes[row].members[0] for row in plan.rows.tolist()]
 
     def _wake_better(self, plan: Plan, weighed: Weighed, at: int, views: list[PoolView]) -> None:
         """Ask for a pool of an expert worth more than the winner that no pool has now."""
-        if not (weighed.barred == "no pool").any():
+        if not (weighed.barred == Bar.NO_POOL).any():
             return
         there = {name for view in views for name in view.snapshot.experts}
         best: tuple[float, str] | None = None
@@ -302,7 +307,7 @@ class Relay:
                         asked.tenant,
                     )
                     return
-                link = self._link(option.boot)
+                link = self._directory.link(option.boot)
                 call = Call(
                     endpoint=asked.endpoint,
                     expert=option.expert,
@@ -321,12 +326,6 @@ class Relay:
             if not limit.expired():
                 raise
             raise too_late(asked, silent=asked.stream and (handed.is_set() or not remote)) from None
-
-    def _link(self, boot: str) -> PoolLink:
-        for link in self._directory.links():
-            if link.address.boot == boot:
-                return link
-        raise PoolGone("the pool has just gone")
 
     async def _pass_on(
         self, answer: PoolReply, asked: Asked, limit: asyncio.Timeout, reply: Reply

@@ -17,8 +17,10 @@ it alone a cold expert gets loaded that each single request shies away from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,16 @@ from service.broker.book import Book, Ints
 
 _NEVER = np.inf
 _NO_ONE = np.zeros(0, dtype=np.intp)
+
+
+class Bar(IntEnum):
+    """Why a recipe is out of the question."""
+
+    NONE = 0
+    NO_POOL = 1
+    CONTEXT = 2
+    MAX_COST = 3
+    DEADLINE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +100,7 @@ class Option:
 class Weighed:
     """All recipes of a wish, weighed. Arrays (recipes,) in the order of `wish.rows`.
 
-    `barred`: why a recipe is out of the question: "" where it is not.
+    `barred`: a `Bar` for each, 0 where it is possible.
     `pool` (experts,): the best pool for each expert, an index into `standing.boots`.
     """
 
@@ -102,7 +114,7 @@ class Weighed:
     displaced: Floats
     cost: Floats
     utility: Floats
-    barred: NDArray[np.str_]
+    barred: NDArray[np.int8]
     ideal: Floats
 
     def best(self) -> int | None:
@@ -158,7 +170,7 @@ def weigh(book: Book, standing: Standing, wish: Wish) -> Weighed:
     where nothing else is left."""
     roomy = standing.usable & ((standing.context == 0) | (standing.context >= wish.context_tokens))
     usable = standing.usable
-    if not np.array_equal(roomy, usable):
+    if (roomy != usable).any():
         fits = (roomy.any(axis=0) | ~book.asks[wish.rows]).all(axis=1)
         # Where no recipe has room for it, the engine says so, with both numbers.
         usable = roomy if fits.any() else usable
@@ -193,7 +205,7 @@ def _weigh(book: Book, standing: Standing, wish: Wish, usable: NDArray[np.bool_]
     together = wait + answer + s.displaced
     together[~usable] = _NEVER
     pool = together.argmin(axis=0)
-    columns = np.arange(experts)
+    columns = book.all_singles
     there = usable[pool, columns]
     idle = np.where(usable, answer, _NEVER).min(axis=0)
     return _total(
@@ -220,60 +232,92 @@ def _total(
     displaced: Floats,
     idle: Floats,
 ) -> Weighed:
-    """From experts to recipes: the slowest of those together, the sum of what they cost."""
+    """From experts, (experts,), to recipes."""
     rows = wish.rows
-    members, later = book.members[rows], book.later[rows]
-    reach = wish.reach
-    # One more column stands for nobody.
-    per = np.zeros((5, len(book.experts) + 1))
-    per[0, :-1] = wait + answer
-    per[1, :-1] = displaced
-    per[2, :-1] = wish.cost
-    per[3, :-1] = idle
-    per[4, :-1] = wait + prefill
-    asked = per[:, members]
-    chained = per[:, later]
-    expected = np.zeros((4, len(rows)))
-    # 0 · ∞ is no number, and who is never asked costs nothing.
-    np.multiply(chained[:4], reach, out=chained[:4], where=reach > 0)
-    chained[:4][:, reach <= 0] = 0.0
-    expected[:] = chained[:4].sum(axis=2)
-    time = asked[0].max(axis=1) + expected[0]
-    displacing = asked[1].sum(axis=1) + expected[1]
-    cost = asked[2].sum(axis=1) + expected[2]
-    ideal_time = asked[3].max(axis=1) + expected[3]
+    alone = book.single[rows]
+    per = (wait + answer, displaced, wish.cost, idle, wait + prefill)
+    sums = _alone(book, wish, per) if alone.all() else _together(book, wish, per, alone)
+    time, displacing, cost = sums.time, sums.displacing, sums.cost
     worth = wish.quality - wish.cost_price * cost
     utility = worth - wish.time_price * (time + displacing)
-    barred = np.zeros(len(rows), dtype="U8")
+    barred = np.zeros(len(rows), dtype=np.int8)
     nowhere = ~np.isfinite(time)
-    barred[nowhere] = "no pool"
-    if nowhere.any() and wish.context_tokens:
-        held = standing.usable.any(axis=0)
-        small = held & ~np.isfinite(wait)
-        barred[nowhere & (book.asks[rows] & small).any(axis=1)] = "context"
-    if np.isfinite(wish.most_cost):
-        worst = asked[2].sum(axis=1) + per[2][later].sum(axis=1)
-        barred[(worst > wish.most_cost) & (barred == "")] = "max_cost"
-    if np.isfinite(wish.deadline_s):
-        last = per[4] if wish.streams else per[0]
-        alone = book.single[rows]
-        # Nothing of an answer by several can stream before they have agreed.
-        ends = np.where(
-            alone,
-            last[members[:, 0]],
-            per[0][members].max(axis=1) + per[0][later].sum(axis=1),
-        )
-        late = (ends > wish.deadline_s) & (barred == "")
-        # Where all are late, single experts may try.
-        if (late | (barred != "")).all():
-            late &= ~alone
-        barred[late] = "deadline"
-    utility[barred != ""] = -_NEVER
+    if nowhere.any():
+        barred[nowhere] = Bar.NO_POOL
+        if wish.context_tokens:
+            held = standing.usable.any(axis=0)
+            small = held & ~np.isfinite(wait)
+            barred[nowhere & (book.asks[rows] & small).any(axis=1)] = Bar.CONTEXT
+    if math.isfinite(wish.most_cost):
+        barred[(sums.worst > wish.most_cost) & (barred == 0)] = Bar.MAX_COST
+    if math.isfinite(wish.deadline_s):
+        late = (sums.ends > wish.deadline_s) & (barred == 0)
+        if late.any():
+            # Where all are late, single experts may try.
+            if (late | (barred != 0)).all():
+                late &= ~alone
+            barred[late] = Bar.DEADLINE
+    utility[barred != 0] = -_NEVER
     ideal = np.where(
-        np.isfinite(ideal_time) & (barred != "max_cost"),
-        worth - wish.time_price * ideal_time,
+        np.isfinite(sums.ideal_time) & (barred != Bar.MAX_COST),
+        worth - wish.time_price * sums.ideal_time,
         -_NEVER,
     )
     return Weighed(
         book, wish, standing, pool, wait, answer, time, displacing, cost, utility, barred, ideal
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """Of each recipe, (recipes,): what its experts' figures come to.
+
+    ideal_time: were all resident and idle. worst: its cost if all are asked; ends: when its
+    first token is there, or its end, in the worst case.
+    """
+
+    time: Floats
+    displacing: Floats
+    cost: Floats
+    ideal_time: Floats
+    worst: Floats
+    ends: Floats
+
+
+# By expert, (experts,): time, displaced, cost, time if idle, time to the first token.
+_Per = tuple[Floats, Floats, Floats, Floats, Floats]
+
+
+def _alone(book: Book, wish: Wish, per: _Per) -> _Sums:
+    """Of single experts only: their own figures. What `_together` gives for them, sooner."""
+    experts = book.members[wish.rows, 0]
+    time, displaced, cost, idle, first = (figure[experts] for figure in per)
+    return _Sums(time, displaced, cost, idle, cost, first if wish.streams else time)
+
+
+def _together(book: Book, wish: Wish, per: _Per, alone: NDArray[np.bool_]) -> _Sums:
+    """Of any recipes: the slowest of those asked together, the sum of what they cost, and of
+    those asked later each times how likely that is. `alone`: which are single experts."""
+    members, later = book.members[wish.rows], book.later[wish.rows]
+    reach = wish.reach
+    # One more column stands for nobody.
+    table = np.zeros((5, len(book.experts) + 1))
+    table[:, :-1] = per
+    asked = table[:, members]
+    chained = table[:, later]
+    worst = asked[2].sum(axis=1) + chained[2].sum(axis=1)
+    # Nothing of an answer by several can stream before they have agreed.
+    first = table[4] if wish.streams else table[0]
+    ends = np.where(alone, first[members[:, 0]], asked[0].max(axis=1) + chained[0].sum(axis=1))
+    # 0 · ∞ is no number, and who is never asked costs nothing.
+    np.multiply(chained[:4], reach, out=chained[:4], where=reach > 0)
+    chained[:4][:, reach <= 0] = 0.0
+    expected = chained[:4].sum(axis=2)
+    return _Sums(
+        asked[0].max(axis=1) + expected[0],
+        asked[1].sum(axis=1) + expected[1],
+        asked[2].sum(axis=1) + expected[2],
+        asked[3].max(axis=1) + expected[3],
+        worst,
+        ends,
     )

@@ -71,6 +71,8 @@ def application(
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=5,
         health_check_timeout_s=10,
+        # A line on disk for each request; ours is `access_log`.
+        logging_config={"enable_access_log": False},
         ray_actor_options={
             "num_cpus": 0.1,
             "resources": {GATEWAY_RESOURCE: 1} if placed else {},

@@ -10,7 +10,7 @@ import pytest
 
 from service.broker.board import REMOTE, Board, PoolView
 from service.broker.book import Book
-from service.broker.choice import Warm, Weighed, Wish, weigh
+from service.broker.choice import Bar, Warm, Weighed, Wish, weigh
 from service.broker.demand import failure_reason, home
 from service.link.snapshot import ExpertState, Queue, Snapshot, Speed
 from service.types import MAX_LATER, Recipe, Residency
@@ -198,7 +198,7 @@ def test_more_than_may_be_spent_in_the_worst_case_is_barred() -> None:
     for most, first in ((12.0, cascade.name), (11.9, "a"), (0.5, None)):
         got = decided(view("x", experts=three), quality=wanted, cost=cost, most_cost=most)
         assert (winner(got) or (None,))[0] == first
-    assert set(got.barred) == {"max_cost"}
+    assert set(got.barred) == {Bar.MAX_COST}
 
 
 def test_a_recipe_that_would_miss_the_deadline_gives_way_to_a_single_expert() -> None:
@@ -236,7 +236,7 @@ def test_a_prompt_goes_where_it_fits_and_to_the_engine_s_own_error_where_it_fits
         got = decided(pool, quality={"a": 0.9, "b": 0.5}, context_tokens=tokens)
         assert winner(got) == (first, "x")
     got = decided(pool, quality={"a": 0.9, "b": 0.5}, context_tokens=1100)
-    assert got.barred[0] == "context"
+    assert got.barred[0] == Bar.CONTEXT
     # Named, so that no other will do: its engine says that it does not fit.
     wish = got.wish
     named = replace(wish, rows=wish.rows[:1], quality=wish.quality[:1], reach=wish.reach[:1])
