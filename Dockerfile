@@ -86,7 +86,16 @@ ENTRYPOINT ["/usr/bin/tini", "--", "coe"]
 CMD ["serve", "--config", "/etc/coe/config.yaml", "--host", "0.0.0.0"]
 
 FROM run AS gpu
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# A C compiler and Python's headers: Triton compiles its bridge to CUDA's driver when it first
+# runs, and every engine has kernels of Triton's.
+# hadolint ignore=DL3008
+RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
+    apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libpython3-dev && \
+    rm -rf /var/lib/apt/lists/*
+# FlashInfer's sampler would be compiled at the first start, by CUDA's compiler, with a C++ one: vLLM
+# has another, of Triton's.
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    VLLM_USE_FLASHINFER_SAMPLER=0
 COPY --from=build-gpu /opt/coe /opt/coe
 USER 10001:10001
 

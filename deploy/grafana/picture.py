@@ -54,11 +54,12 @@ def _draw(axes: Axes, url: str, chart: Chart, now_s: float) -> None:
     ]
     times = sorted({t for _, values in lines for t, _ in values})
     told = {name: [float(dict(values).get(t, "nan")) for t in times] for name, values in lines}
-    told = {name: [0.0 if v != v else v for v in values] for name, values in told.items()}
-    told = {name: values for name, values in told.items() if any(values)} or told
+    # What has nothing to show but 0 is left out, unless all is like that.
+    told = {name: vs for name, vs in told.items() if any(v > 0 for v in vs)} or told
     ago = [t - now_s for t in times]
     if chart.shape == "stacked":
-        axes.stackplot(ago, *told.values(), labels=list(told), alpha=0.75)
+        filled = [[0.0 if v != v else v for v in values] for values in told.values()]
+        axes.stackplot(ago, *filled, labels=list(told), alpha=0.75)
     else:
         for name, values in told.items():
             axes.plot(ago, values, label=name, linewidth=1.4)
@@ -68,7 +69,16 @@ def _draw(axes: Axes, url: str, chart: Chart, now_s: float) -> None:
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     if any(told):
-        axes.legend(fontsize=7, loc="upper left", ncols=2, framealpha=0.6)
+        # Beside the title, where it hides nothing.
+        axes.legend(
+            fontsize=7,
+            loc="lower right",
+            bbox_to_anchor=(1.01, 0.985),
+            ncols=3,
+            frameon=False,
+            handlelength=1.2,
+            columnspacing=1.2,
+        )
 
 
 def _number(figure: Figure, url: str, chart: Chart, now_s: float, at: float) -> None:

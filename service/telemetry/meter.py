@@ -81,7 +81,7 @@ class Meter:
         series.value += value
 
     def forget(self, metric: Declared) -> None:
-        """Drop a gauge's series: those that are still there are put again."""
+        """Drop a metric's series: those that are still there are told again."""
         for key in [key for key in self._series if key[0] is metric]:
             del self._series[key]
         self._count[metric] = 0

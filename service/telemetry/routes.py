@@ -109,11 +109,18 @@ class Routes:
         """Put what is known into the metrics."""
         for metric in (table.MOE_IMBALANCE, table.MOE_ENTROPY, table.MOE_SRP, table.MOE_SCH):
             meter.forget(metric)
+        meter.forget(table.MOE_ROUTED)
+        room = table.MOST_SERIES
         for expert, known in self._known.items():
             tally = known.tally
             if not tally.tokens:
                 continue
             meter.total(table.MOE_TOKENS, tally.tokens, expert)
+            if tally.load.size <= room:
+                room -= tally.load.size
+                for (place, routed), count in np.ndenumerate(tally.load):
+                    layer = tally.layers[place]
+                    meter.total(table.MOE_ROUTED, int(count), expert, str(layer), str(routed))
             for place, layer in enumerate(tally.layers):
                 one = tally.balance(place)
                 for metric, value in (

@@ -25,6 +25,7 @@ LABELS = {
     "reason": "an error's code, or why the planner swapped",
     "recipe": "name of a recipe in the artifact, or single",
     "result": "hit or miss",
+    "routed": "number of an expert inside a layer of a mixture of experts",
     "screen": "injection or personal",
     "state": "disk, host, device, loading, draining, failed",
     "tenant": "name of a tenant in the config or the store; never a key",
@@ -222,6 +223,13 @@ MOE_TOKENS = counter(
     ("expert",),
     "Tokens whose routed experts were looked at, prompts and answers.",
 )
+MOE_ROUTED = counter(
+    "coe_moe_routed_tokens_total",
+    Side.POOL,
+    ("expert", "layer", "routed"),
+    "Of these, those that each of a layer's routed experts got. Of models with more of them than "
+    f"a metric has room for ({MOST_SERIES:,} in all) `GET /admin/experts/NAME/moe` alone tells it.",
+)
 MOE_IMBALANCE = gauge(
     "coe_moe_imbalance_ratio",
     Side.POOL,
@@ -371,6 +379,7 @@ GROUPS: dict[str, tuple[Declared, ...]] = {
     ),
     "Inside mixtures of experts": (
         MOE_TOKENS,
+        MOE_ROUTED,
         MOE_IMBALANCE,
         MOE_ENTROPY,
         MOE_SRP,

@@ -199,6 +199,13 @@ class Trace:
         self._span.set_attribute("http.response.status_code", status)
         self._span.set_attribute("gen_ai.response.model", one.expert)
         self._span.set_attribute("coe.recipe", one.recipe)
+        if any(call.prompt_tokens or call.answer_tokens for call in one.calls):
+            # Of all calls, a recipe's every one; a stream that told no usage has none.
+            asked = sum(call.prompt_tokens for call in one.calls)
+            answered = sum(call.answer_tokens for call in one.calls)
+            self._span.set_attribute("gen_ai.usage.input_tokens", asked)
+            self._span.set_attribute("gen_ai.usage.output_tokens", answered)
+            self._span.set_attribute("coe.cost", sum(call.cost for call in one.calls))
         if one.streamed and one.first_byte_s:
             self._span.set_attribute("gen_ai.response.time_to_first_chunk", one.first_byte_s)
         _end(self._span, "" if one.outcome == "ok" else one.outcome)

@@ -113,6 +113,20 @@ async def test_one_trace_from_the_client_to_the_engine() -> None:
         assert SECRET.encode() not in collector.raw
 
 
+async def test_tokens_and_cost_are_those_that_the_client_was_told() -> None:
+    async with collecting() as (collector, url):
+        config = traced(url).model_dump(mode="json", exclude_defaults=True)
+        config["experts"] = {"general": {"model": "m", "price": {"prompt": 2, "completion": 3}}}
+        async with site(Config.model_validate(config)) as s:
+            status, _, body = await s.ask(chat("one two three", max_tokens=4))
+            assert status == 200
+        usage = body["usage"]
+        told = attributes(collector.one("POST /v1/chat/completions"))
+        assert told["gen_ai.usage.input_tokens"] == usage["prompt_tokens"] > 0
+        assert told["gen_ai.usage.output_tokens"] == usage["completion_tokens"] == 4
+        assert told["coe.cost"] == usage["coe"]["cost"] > 0
+
+
 async def test_a_swap_stands_in_the_wait() -> None:
     async with collecting() as (collector, url):
         config = traced(url).model_dump(mode="json", exclude_defaults=True)

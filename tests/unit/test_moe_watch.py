@@ -244,6 +244,29 @@ async def test_metrics_are_by_layer_and_go_with_their_expert() -> None:
     routes.forget("a")
     routes.read(meter)
     assert meter.value(table.MOE_IMBALANCE, "a", "1") == 0
+    assert meter.value(table.MOE_ROUTED, "a", "1", "0") == 0
+
+
+def test_tokens_of_each_routed_expert_are_told_while_there_is_room() -> None:
+    routes, meter = Routes(1, lambda: 0.0), Meter(Side.POOL)
+    small, more = chosen(tokens=50, seed=1), chosen(tokens=40, seed=2)
+    layers, experts = 80, 50
+    load = np.ones((layers, experts), np.int64)
+    routes.heard(Chosen("large", tuple(range(layers)), experts, 1, experts, load, ()))
+    for one in (small, more):
+        routes.heard(one)
+        routes.read(meter)
+    assert small.load is not None
+    assert more.load is not None
+    told = [
+        (sample.labels["expert"], sample.value)
+        for family in meter.families()
+        for sample in family.samples
+        if sample.name == table.MOE_ROUTED.name
+    ]
+    # Of the large one nothing, rather than some of it by name and the rest as "other".
+    assert told == [("a", value) for value in (small.load + more.load).ravel().tolist()]
+    assert load.size > table.MOST_SERIES
 
 
 def told_of(layers: int = 2, experts: int = EXPERTS) -> dict[str, Any]:

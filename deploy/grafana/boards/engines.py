@@ -156,6 +156,20 @@ ENGINES = Board(
                     "twice the experts of a token (SCH).",
                 ),
                 Chart(
+                    "Tokens of the busiest routed experts",
+                    (
+                        Query(
+                            "topk(16, "
+                            + rate("coe_moe_routed_tokens_total", "expert, routed", EXPERT)
+                            + ")",
+                            "{{expert}}, routed expert {{routed}}",
+                        ),
+                    ),
+                    "short",
+                    "lines",
+                    "Per second, all layers together. Of large models the admin endpoint tells it.",
+                ),
+                Chart(
                     "Tokens looked at",
                     (Query(rate("coe_moe_tokens_total", "expert", EXPERT), "{{expert}}"),),
                     "short",
