@@ -41,8 +41,12 @@ _WEIGHTS_GUESS_BYTES = 1024**3
 
 
 class _Sources(dict[str, "Weights"]):
-    """Where the weights of one running engine's experts are: kept as the config says."""
+    """Where the weights of one running engine's experts are: kept as the config says.
 
+    alone: they are one expert's, and of those that need its weights.
+    """
+
+    alone = False
     __hash__ = object.__hash__  # type: ignore[assignment]  # one is itself, whatever is in it
 
 
@@ -136,9 +140,10 @@ class Assembly:
     def _look_again(self) -> None:
         self._name_played()
         for sources in list(self._sources):
-            first = next(iter(sources), None)
+            # One that went is not known to the config any more.
+            first = next((name for name in sources if name in self._played), None)
             if first is not None:
-                found = self._sources_like(first, sources[first])
+                found = self._sources_like(first, sources[first], alone=sources.alone)
                 for name in [name for name in sources if name not in found]:
                     del sources[name]
                 sources.update(found)
@@ -231,7 +236,8 @@ class Assembly:
         if method == "sleep":
             return LazyEngine(partial(self._make_sleeping, first))
         merged = self._config.experts[first].form == "merged"
-        if adapters or (method == "respawn" and not merged):
+        steered = any(self._config.needs(name) == first for name in self._played)
+        if adapters or (method == "respawn" and not merged and not steered):
             return LazyEngine(partial(self._make_vllm, first, adapters))
         return LazyEngine(partial(self._make_swapping, first, alone=method == "respawn"))
 
@@ -270,9 +276,8 @@ class Assembly:
 
         settings = self._settings
         own = _weights(self._config, first)
-        sources = _Sources({first: own} if alone else self._sources_like(first, own))
-        if not alone:
-            self._sources.add(sources)
+        sources = self._sources_like(first, own, alone=alone)
+        self._sources.add(sources)
         return SwappingVllmEngine(
             first,
             sources,
@@ -283,13 +288,18 @@ class Assembly:
             watch=self._watch,
         )
 
-    def _sources_like(self, first: str, own: Weights) -> _Sources:
-        """The experts that an engine of one family can run, `first` first. May fetch models."""
+    def _sources_like(self, first: str, own: Weights, *, alone: bool) -> _Sources:
+        """The experts that an engine of one family can run, `first` first. May fetch models.
+
+        `alone`: of these, only those that run on the weights of `first`.
+        """
         family = _family_in(first, own.folder)
         options = self._config.vllm_of(self._kind, first)
         found = _Sources()
         for unit in self._config.units(self._kind):
             name = unit[0]
+            if alone and first not in (name, self._config.needs(name)):
+                continue
             # A unit with adapters needs an engine made for adapters: not this one.
             if name != first and len(unit) > 1:
                 continue
@@ -303,7 +313,9 @@ class Assembly:
             except CoeError as error:
                 # Its own fault, told when its turn comes; the others go on.
                 log.error("expert %s: %s", name, error.message)
-        return _Sources({name: found[name] for name in sorted(found, key=lambda n: n != first)})
+        ordered = _Sources({name: found[name] for name in sorted(found, key=lambda n: n != first)})
+        ordered.alone = alone
+        return ordered
 
 
 def _policy(settings: PoolConfig) -> Policy:

@@ -232,14 +232,19 @@ def _plan_unit(
 def _check_steered(config: Config, name: str, pool: PoolConfig, info: ModelInfo) -> None:
     """Raises ConfigError where a virtual expert can't be: InvalidProfile if by its profile."""
     where = f"experts.{name}"
-    if pool.gpus > 0:
+    if pool.gpus > 0 and pool.swap.method == "sleep":
         raise ConfigError(
-            f"{where}.profile: virtual experts are for pools on CPU; on a GPU the gates run "
-            "inside captured graphs, which would go on choosing as they were captured"
+            f"{where}.profile: swap.method sleep has an engine for each expert, and a virtual one "
+            "runs in its base's; use auto, inplace or respawn"
         )
-    if not pool.vllm.enforce_eager:
+    if pool.vllm.eplb_config.num_redundant_experts:
         raise ConfigError(
-            f"{where}.profile: virtual experts need vllm.enforce_eager: true; compiled code "
+            f"{where}.profile: vllm.eplb_config.num_redundant_experts: copies of experts would be "
+            "chosen among, and a profile is for the model's own; set it to 0"
+        )
+    if pool.gpus == 0 and not pool.vllm.enforce_eager:
+        raise ConfigError(
+            f"{where}.profile: virtual experts need vllm.enforce_eager: true on CPU; compiled code "
             "would go on with the gates as they were compiled"
         )
     base = config.experts[name].base

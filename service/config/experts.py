@@ -49,7 +49,8 @@ class ExpertConfig(Section):
     profile: str | None = Field(
         None,
         description="Virtual expert: a steering profile, a file that changes which experts the "
-        "gates of `base`, a mixture of experts, choose for a token. It has no weights of its own.",
+        "gates of `base`, a mixture of experts, choose for a token. It has no weights of its own. "
+        "GPU: not tested.",
     )
     remote: RemoteConfig | None = Field(None, description="A remote endpoint.")
     form: Literal["adapter", "merged", "steered"] = Field(

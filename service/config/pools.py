@@ -108,7 +108,7 @@ class SwapOptions(Section):
         "in the running engine, for those of one family; on a GPU copied from pinned memory. "
         "sleep: an engine each, of which one is awake; GPU only. respawn: another engine is "
         "started. auto: inplace on CPU, respawn on a GPU, where the other two have not been "
-        "measured yet.",
+        "measured yet. Virtual experts run in their base's engine, by any but sleep.",
     )
     sleep_level: Literal[1, 2] = Field(
         1,

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# The key of vLLM's `additional_config` that tells a worker whose routers have standing rules how
+# many experts for a token they are made for.
+PLACES = "coe_places"
+
 
 @dataclass(frozen=True, slots=True)
 class SteeredLayer:
@@ -29,3 +33,8 @@ class Steering:
     top_k: int
     renormalize: bool
     layers: tuple[SteeredLayer, ...]
+
+    @property
+    def places(self) -> int:
+        """The most experts that are chosen for a token in any layer."""
+        return max([self.top_k, *(layer.top_k or 0 for layer in self.layers)])

@@ -21,6 +21,10 @@ from numpy.typing import NDArray
 from service.engine.vllm_moe import Routed, routed_layers
 from service.engine.vllm_stats import CANARY
 
+_NO_BATCH = (
+    "vLLM's second model runner does not say which tokens of a step are whose; with "
+    "VLLM_USE_V2_MODEL_RUNNER=0 in the pool's environment the first one runs"
+)
 # A shorter stretch tells nothing of a cache: it is as good as empty all along.
 _LEAST_TOKENS = 32
 
@@ -195,6 +199,8 @@ class CaptureExtension:
         self._coe_named = expert
         if every == 0:
             return {}
+        if not hasattr(self.model_runner, "input_batch"):
+            return {"refused": _NO_BATCH}
         capture = Capture(
             self.model_runner,
             self._coe_runs,

@@ -13,13 +13,15 @@ from typing import Any
 class Routed:
     """One layer that routes: the decoder layer's index, and vLLM's router in it.
 
-    `experts`: routed experts of the layer; `top_k`: how many of them a token gets.
+    `experts`: routed experts of the layer; `top_k`: how many of them a token gets. `kernel`:
+    the class of vLLM's that computes them.
     """
 
     layer: int
     experts: int
     top_k: int
     router: Any
+    kernel: str = ""
 
 
 def routed_layers(model: Any) -> tuple[Routed, ...]:
@@ -34,11 +36,13 @@ def routed_layers(model: Any) -> tuple[Routed, ...]:
     for module in model.modules():
         if not isinstance(module, MoERunner):
             continue
-        layer, router = module.layer_id, module.router
-        if module._quant_method.is_monolithic or not isinstance(router, BaseRouter):
+        layer, router, method = module.layer_id, module.router, module._quant_method
+        computes = getattr(method.moe_kernel, "fused_experts", method)
+        kernel = type(computes).__name__
+        if method.is_monolithic or not isinstance(router, BaseRouter):
             raise ValueError(
-                f"layer {layer} is routed inside its kernel "
-                f"({type(module._quant_method).__name__}), where its choice can't be seen"
+                f"layer {layer} is routed inside its kernel ({kernel}), where its choice can't be "
+                "seen or changed; vllm.moe_backend: triton routes before its kernel"
             )
-        found.append(Routed(layer, router.global_num_experts, router.top_k, router))
+        found.append(Routed(layer, router.global_num_experts, router.top_k, router, kernel))
     return tuple(sorted(found, key=lambda one: one.layer))

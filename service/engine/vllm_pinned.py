@@ -6,6 +6,9 @@ expert is loaded beside the running one as a model on the CPU, by vLLM's own cla
 loader, and its tensors are kept pinned, in the engine's own process. Only where a GPU's
 kernels want the weights as the loader puts them: plain linear layers and embeddings.
 
+Where they don't (mixtures of experts), the engine keeps the weights that it was started with.
+Steered experts run on these by the rules that stand in its routers (`vllm_standing`).
+
 Written against vLLM's CUDA build; where there is no GPU it has not been run.
 """
 
@@ -20,6 +23,7 @@ from service.engine.vllm_loading import Beside, is_attention
 from service.engine.vllm_merge import Delta
 from service.engine.vllm_packing import Scratch
 from service.engine.vllm_probe import Probe
+from service.engine.vllm_standing import Standing, Written
 from service.engine.vllm_worker import SwapExtension
 
 _PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
@@ -28,29 +32,44 @@ _VALUES = 16
 
 @dataclass(slots=True)
 class Pinned:
-    """One expert's tensors in pinned memory, by name. `probe`: recorded at its first swap."""
+    """One expert's tensors in pinned memory, by name. `probe`: recorded at its first swap.
+
+    Empty where they can't be copied: they are then where they were loaded, and stay. `steered`:
+    a steered expert's part of the rules; its tensors are its base's own.
+    """
 
     tensors: dict[str, torch.Tensor]
     host_bytes: int
     fill_s: float = 0.0
     probe: Probe | None = None
+    steered: Written | None = None
 
 
 class PinnedExtension(SwapExtension):
     """What differs from the CPU: how weights are held, and how they are put in place."""
 
     _coe_device = "cpu"
+    # Rules that stand in the routers, or why there can be none; None: nobody asked for any.
+    _coe_standing: Standing | str | None = None
 
-    def coe_adopt(self, expert: str) -> None:
-        """The model that the engine was started with is this expert's."""
+    def coe_adopt(self, expert: str) -> str:
+        """The model that the engine was started with is this expert's.
+
+        Returns why no other's weights can be put in their place; empty where they can.
+        """
         state = self._coe()
         if state.held:
-            return
-        live = tensors_of(self.model_runner.model)
-        check_plain(self.model_runner.model)
-        state.held[expert] = held = hold(live)
-        held.probe = Probe.of(self.model_runner.model)
+            return ""
+        model, fixed = self.model_runner.model, ""
+        try:
+            check_plain(model)
+            held = hold(tensors_of(model))
+        except ValueError as error:
+            fixed, held = str(error), Pinned({}, 0)
+        held.probe = Probe.of(model)
+        state.held[expert] = held
         state.running = expert
+        return fixed
 
     def _coe_bring(self, beside: Beside, delta: Delta | None, before: int) -> Pinned:
         check_plain(beside.model)
@@ -63,16 +82,36 @@ class PinnedExtension(SwapExtension):
         """Its layers can be asked when it runs for the first time."""
 
     def coe_steer(self, expert: str, told: dict[str, Any]) -> int:
-        """Captured graphs would go on choosing as they were captured. Raises ValueError."""
-        raise ValueError(f"{expert!r} can't be steered: on a GPU the gates are in captured graphs")
+        """Hold a steered expert (`told`: a `Steering`), whose base is held. Returns its bytes.
+
+        Raises ValueError where the base isn't held, or its gates can't be steered so.
+        """
+        state = self._coe()
+        base = state.held.get(told["base"])
+        if base is None:
+            raise ValueError(f"the weights of {told['base']!r} are not held")
+        standing = self._coe_standing
+        if not isinstance(standing, Standing):
+            raise ValueError(standing or "this engine was not started for steered experts")
+        steered = standing.steering(told)
+        state.held[expert] = Pinned(
+            base.tensors, steered.size_bytes, probe=base.probe, steered=steered
+        )
+        return steered.size_bytes
 
     def _coe_put(self, held: Any) -> str:
-        live = tensors_of(self.model_runner.model)
-        copy_all(held.tensors, live)
-        return "inplace"
+        state = self._coe()
+        stays = held.tensors is state.held[state.running].tensors
+        if not stays:
+            copy_all(held.tensors, tensors_of(self.model_runner.model))
+        if isinstance(self._coe_standing, Standing):
+            self._coe_standing.write(held.steered)
+        return "steer" if stays else "inplace"
 
     def _coe_holds(self, held: Any) -> bool:
         model = self.model_runner.model
+        if isinstance(self._coe_standing, Standing) and not self._coe_standing.holds():
+            return False
         if held.probe is not None:
             return bool(held.probe.holds())
         # The first time: what arrived is what was sent.

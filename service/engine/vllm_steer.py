@@ -1,4 +1,4 @@
-"""Steering in the worker: other rules for the gates of a model that is held.
+"""Steering in the worker, where nothing is compiled: other rules for the gates of a held model.
 
 The rules are put into each router in the place of its own, and taken out again: a model that
 is not steered runs vLLM's own code, untouched.
@@ -15,7 +15,8 @@ import torch
 from service.engine.vllm_moe import Routed, routed_layers
 
 # What a router calls for its choice; an attribute of its own hides the class's.
-_CHOOSES = "_compute_routing"
+CHOOSES = "_compute_routing"
+_STEERABLE = ("CPURouter", "FusedTopKRouter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,23 +80,12 @@ class Steered:
 
         Raises ValueError where the model's gates are others, or can't be steered.
         """
-        found = {one.layer: one for one in routed_layers(model)}
-        if not found:
-            raise ValueError("it has no gates: it is no mixture of experts")
+        found = gates_of(model)
         rules = []
         for layer in told["layers"]:
-            index = int(layer["layer"])
-            if (routed := found.get(index)) is None:
-                raise ValueError(f"layer {index} has no gate")
+            routed = gate_for(found, int(layer["layer"]), told)
             if (why := why_not(routed)) is not None:
                 raise ValueError(why)
-            asked = (told["experts"], told["top_k"], told["renormalize"])
-            has = (routed.experts, routed.top_k, routed.router.renormalize)
-            if asked != has:
-                raise ValueError(
-                    f"layer {index} has {has[0]} experts, of which {has[1]} are chosen, "
-                    f"normalised: {has[2]}; the profile is for {asked[0]}, {asked[1]}, {asked[2]}"
-                )
             rules.append((routed.router, rule_of(layer, told)))
         return cls(tuple(rules))
 
@@ -107,27 +97,52 @@ class Steered:
     def put(self) -> None:
         """From now on the routers choose by these rules. Can't fail."""
         for router, rule in self.rules:
-            router.__dict__[_CHOOSES] = rule
+            router.__dict__[CHOOSES] = rule
 
     def lift(self) -> None:
         """The routers choose as vLLM has made them. Can't fail."""
         for router, _ in self.rules:
-            router.__dict__.pop(_CHOOSES, None)
+            router.__dict__.pop(CHOOSES, None)
 
     def holds(self) -> bool:
         """Whether the routers choose by these rules."""
-        return all(router.__dict__.get(_CHOOSES) is rule for router, rule in self.rules)
+        return all(router.__dict__.get(CHOOSES) is rule for router, rule in self.rules)
+
+
+def gates_of(model: Any) -> dict[int, Routed]:
+    """A model's gates by layer. Raises ValueError where there are none."""
+    found = {one.layer: one for one in routed_layers(model)}
+    if not found:
+        raise ValueError("it has no gates: it is no mixture of experts")
+    return found
+
+
+def gate_for(found: Mapping[int, Routed], layer: int, told: Mapping[str, Any]) -> Routed:
+    """The gate of a layer, if it is as `told` says. Raises ValueError."""
+    if (routed := found.get(layer)) is None:
+        raise ValueError(f"layer {layer} has no gate")
+    asked = (told["experts"], told["top_k"], told["renormalize"])
+    has = (routed.experts, routed.top_k, routed.router.renormalize)
+    if asked != has:
+        raise ValueError(
+            f"layer {layer} has {has[0]} experts, of which {has[1]} are chosen, "
+            f"normalised: {has[2]}; the profile is for {asked[0]}, {asked[1]}, {asked[2]}"
+        )
+    return routed
 
 
 def why_not(routed: Routed) -> str | None:
     """Why a router's choice can't be steered; None where it is by softmax and top-k alone."""
     router = routed.router
     kind = type(router).__name__
-    if kind != "CPURouter":
-        return f"layer {routed.layer} has a {kind}; steered can be a CPURouter"
-    if router.use_grouped_topk or router.scoring_func != "softmax":
-        how = "in groups" if router.use_grouped_topk else f"by {router.scoring_func}"
-    elif router.custom_routing_function is not None:
+    if kind not in _STEERABLE:
+        return f"layer {routed.layer} has a {kind}; steered can be a {' or a '.join(_STEERABLE)}"
+    # The second is a GPU's, and knows neither groups nor a model's own code.
+    if getattr(router, "use_grouped_topk", False):
+        how = "in groups"
+    elif router.scoring_func != "softmax":
+        how = f"by {router.scoring_func}"
+    elif getattr(router, "custom_routing_function", None) is not None:
         how = "by the model's own code"
     else:
         return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import hashlib
+import logging
 import time
 from argparse import Namespace
 from collections.abc import Awaitable, Mapping
@@ -28,13 +29,16 @@ from service.engine.protocol import (
     Filled,
     Message,
 )
-from service.engine.steered import Steering
+from service.engine.steered import PLACES, Steering
 from service.engine.vllm import VllmEngine, VllmModel, first_line
 from service.engine.vllm_stats import CANARY
 from service.errors import CoeError, EngineDead, ExpertFailed
 
+log = logging.getLogger("coe.engine")
+
 _EXTENSION = "service.engine.vllm_worker.SwapExtension"
 _PINNED = "service.engine.vllm_pinned.PinnedExtension"
+_STANDING = "service.engine.vllm_standing_worker.StandingWorker"
 _POLL_S = 0.01
 _LOOK_S = 0.2
 _CANARY_PROMPT = list(range(101, 117))
@@ -69,6 +73,11 @@ class Weights:
     def is_plain(self) -> bool:
         """Whether it is what the folder holds, with nothing changed."""
         return self.adapter is None and self.steering is None and not self.fault
+
+    @property
+    def places(self) -> int:
+        """The most experts that its steering chooses for a token; 0: it has none."""
+        return self.steering.places if self.steering is not None else 0
 
 
 @dataclass(slots=True)
@@ -111,11 +120,25 @@ class SwappingVllmEngine(VllmEngine):
         self._own_face: tuple[Any, Any] | None = None
         self._tasks: Any = None
         self._broken: str | None = None
+        # On CPU rules are put into live routers; a GPU's stand there from the start.
+        self._stands = not on_cpu
+        self._places = 0
+        # Whose weights the engine keeps for good, if it does.
+        self._fixed = ""
 
     @property
     def exchangeable(self) -> frozenset[str]:
-        """All of this engine's experts."""
-        return frozenset(self._weights)
+        """Those of this engine's experts that it can run as it was started."""
+        # A copy: they may come and go in another thread.
+        return frozenset(name for name, w in tuple(self._weights.items()) if self._can_run(name, w))
+
+    def _can_run(self, expert: str, weights: Weights) -> bool:
+        if weights.fault:
+            return True  # no engine could; it is told to who asks
+        base = weights.steering.base if weights.steering is not None else expert
+        if self._fixed and base != self._fixed:
+            return False
+        return not self._stands or weights.places <= self._places
 
     def failure(self) -> str | None:
         """Why the engine must not be used, or None."""
@@ -123,7 +146,11 @@ class SwappingVllmEngine(VllmEngine):
 
     def _frontend_args(self) -> Namespace:
         args = super()._frontend_args()
-        args.worker_extension_cls = _EXTENSION if self._on_cpu else _PINNED
+        args.worker_extension_cls = _PINNED if self._stands else _EXTENSION
+        self._places = max(weights.places for weights in tuple(self._weights.values()))
+        if self._stands and self._places:
+            args.worker_cls = _STANDING
+            args.additional_config = {PLACES: self._places}
         return args
 
     async def _start(self) -> EngineReport:
@@ -136,7 +163,9 @@ class SwappingVllmEngine(VllmEngine):
             if w.is_plain and w.folder == self._weights[self._first].folder
         ]
         adopted = self._first if self._first in plain else next(iter(plain), "")
-        await self._rpc("coe_adopt", adopted)
+        if why := await self._rpc("coe_adopt", adopted):
+            log.info("the engine of %s keeps its weights: %s", adopted, why)
+            self._fixed = adopted
         if adopted != self._first:
             await self.fill(self._first)
             if not (await self.exchange(self._first)).ok:

@@ -90,16 +90,20 @@ class SwapExtension(CaptureExtension):
         layers: dict[str, Any] = self.vllm_config.compilation_config.static_forward_context
         return layers
 
-    def coe_adopt(self, expert: str) -> None:
-        """The model that the engine was started with is this expert's."""
+    def coe_adopt(self, expert: str) -> str:
+        """The model that the engine was started with is this expert's.
+
+        Returns why no other's weights can be put in their place; empty where they can.
+        """
         state = self._coe()
         if state.held:
-            return
+            return ""
         keep_freed()
         own = {name: one for name, one in self._coe_layers().items() if not is_attention(one)}
         model = self.model_runner.model
         state.held[expert] = Held(model, own, 0, probe=Probe.of(model))
         state.running = expert
+        return ""
 
     def coe_fill(self, expert: str, folder: str, adapter: str | None, strength: float) -> None:
         """Begin to bring an expert's weights to this process, beside the running one.

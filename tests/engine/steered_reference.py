@@ -25,16 +25,34 @@ class Reference:
         """Greedy tokens, and by layer the experts that had a part in each token but the last."""
         import torch
 
-        chosen: dict[int, list[list[int]]] = {}
-        for index, layer in enumerate(self._model.model.layers):
-            rule = profile.layers.get(index) if profile is not None else None
-            layer.mlp.gate.forward = self._gate(layer.mlp.gate, rule, chosen, index)
+        chosen = self._steer(profile)
         said = list(prompt)
         with torch.inference_mode():
             for _ in range(tokens):
                 logits = self._model(torch.tensor([said]), use_cache=False).logits
                 said.append(int(logits[0, -1].argmax()))
         return said[len(prompt) :], chosen
+
+    def weigh(
+        self, prompt: list[int], said: list[int], profile: SteeringProfile | None
+    ) -> tuple[list[float], dict[int, list[list[int]]]]:
+        """The log probability of each token that somebody said, and the experts as in `say`."""
+        import torch
+
+        chosen = self._steer(profile)
+        whole = torch.tensor([[*prompt, *said[:-1]]])
+        with torch.inference_mode():
+            logits = self._model(whole, use_cache=False).logits[0, len(prompt) - 1 :]
+        told = torch.log_softmax(logits.double(), dim=-1)
+        return told[range(len(said)), said].tolist(), chosen
+
+    def _steer(self, profile: SteeringProfile | None) -> dict[int, list[list[int]]]:
+        """From now on its gates choose so, and the experts of the last step are written there."""
+        chosen: dict[int, list[list[int]]] = {}
+        for index, layer in enumerate(self._model.model.layers):
+            rule = profile.layers.get(index) if profile is not None else None
+            layer.mlp.gate.forward = self._gate(layer.mlp.gate, rule, chosen, index)
+        return chosen
 
     @staticmethod
     def _gate(

@@ -14,7 +14,7 @@ from tests.engine.real import ask, demo
 from tests.support.models import small_model
 
 
-def _gpu() -> str | None:
+def why_no_gpu() -> str | None:
     """Why there is none, or None."""
     try:
         import torch
@@ -25,7 +25,7 @@ def _gpu() -> str | None:
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(_gpu() is not None, reason=_gpu() or ""),
+    pytest.mark.skipif(why_no_gpu() is not None, reason=why_no_gpu() or ""),
     pytest.mark.filterwarnings("ignore"),
 ]
 OPTIONS = VllmOptions(

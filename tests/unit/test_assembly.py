@@ -14,9 +14,11 @@ from service.config import Config
 from service.engine.protocol import Message
 from service.errors import CoeError, UnknownModel
 from service.link.call import Call
+from service.models.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
 from service.pool.pool import Pool
 from service.telemetry.pool_metrics import PoolMetrics
 from tests.support.waiting import until
+from tests.unit.test_steering import gates
 
 
 def config(names: str, slots: int | None, **changed: Any) -> Config:
@@ -172,3 +174,79 @@ async def test_virtual_experts_come_go_and_change(tmp_path: Path, slots: int | N
         assert running.pool.unhealthy() is None
     finally:
         await running.pool.stop(1)
+
+
+GATE = "model.layers.{}.block_sparse_moe.gate.weight"
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_experts_per_tok": 2,
+    "num_local_experts": 4,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "vocab_size": 32,
+}
+
+
+def on_a_gpu(root: Path, names: str, method: str = "auto", **top_k: int) -> Config:
+    """a and b, mixtures of experts; a1 and a2 virtual experts of a. Profiles and gates are real."""
+    experts: dict[str, Any] = {}
+    for name in names.split():
+        if not name[1:]:
+            experts[name] = {"model": str(gates(root / name, MIXTRAL, GATE))}
+            continue
+        shape = moe_shape(root / name[0])
+        assert shape is not None
+        layer = LayerSteering.of(4, top_k=top_k.get(name, 1))
+        write_profile(SteeringProfile(shape, {1: layer}), root / f"{name}.safetensors")
+        experts[name] = {"base": name[0], "profile": str(root / f"{name}.safetensors")}
+    pool = {"gpus": 1, "slots": 1, "swap": {"method": method}}
+    return Config.model_validate({"experts": experts, "pools": {"p": pool}})
+
+
+async def test_engines_on_a_gpu_and_their_virtual_experts(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from service.engine.vllm_swap import SwappingVllmEngine
+
+    pool = Pool("p")
+    assembly = Assembly(on_a_gpu(tmp_path, "a b a1"), "p", pool, PoolMetrics())
+
+    def engine_for(unit: str) -> Any:
+        return assembly._swapping_engine(unit)._make()  # type: ignore[attr-defined]
+
+    # Weights are exchanged by another engine, gates in this one.
+    steered, plain = engine_for("a"), engine_for("b")
+    assert isinstance(steered, SwappingVllmEngine)
+    assert not isinstance(plain, SwappingVllmEngine)
+    steered._places = 2  # as it was started
+    assert steered.exchangeable == {"a", "a1"}
+    assert plain.exchangeable == {"b"}
+    # Of those that come, it has what it can run; for the other it is started anew.
+    await assembly.reload(on_a_gpu(tmp_path, "a b a1 a2 a3", a3=3))
+    assert steered.exchangeable == {"a", "a1", "a2"}
+    again = engine_for("a")
+    assert {name: weights.places for name, weights in again._weights.items()} == {
+        "a": 0,
+        "a1": 2,
+        "a2": 2,
+        "a3": 3,
+    }
+    # Nothing of an engine whose experts went is looked for.
+    assembly._config = on_a_gpu(tmp_path, "b")
+    assembly._look_again()
+    assert steered.exchangeable == {"a", "a1", "a2"}
+
+
+async def test_engines_on_a_gpu_that_take_other_weights_in(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    first = on_a_gpu(tmp_path, "a b a1", "inplace")
+    assembly = Assembly(first, "p", Pool("p"), PoolMetrics())
+    engine: Any = assembly._swapping_engine("a")._make()  # type: ignore[attr-defined]
+    engine._places = 2
+    assert engine.exchangeable == {"a", "a1", "b"}
+    # Whose first expert went.
+    assembly._config = on_a_gpu(tmp_path, "b c", "inplace")
+    assembly._look_again()
+    assert engine.exchangeable == {"b", "c"}

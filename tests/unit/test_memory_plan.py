@@ -149,11 +149,38 @@ def test_a_virtual_expert_weighs_nothing_and_has_its_base_s_engine(tmp_path: Pat
     assert steered(tmp_path, {"swap": {"host_bytes": "400MiB"}}).fits
 
 
+@pytest.mark.parametrize("method", ["auto", "inplace", "respawn"])
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_virtual_expert_on_a_gpu(tmp_path: Path, method: str, eager: bool) -> None:
+    pool = {"gpus": 1, "swap": {"method": method}, "vllm": {"enforce_eager": eager}}
+    (engine,) = steered(tmp_path, pool).engines
+    assert (engine.base, engine.adapters) == ("base", ("less",))
+
+
 @pytest.mark.parametrize(
     ("pool", "mask", "more", "words"),
     [
-        ({"gpus": 1}, None, {}, "experts.less.profile: virtual experts are for pools on CPU"),
-        ({"vllm": {"enforce_eager": False}}, None, {}, "need vllm.enforce_eager: true"),
+        (
+            {"gpus": 1, "swap": {"method": "sleep"}},
+            None,
+            {},
+            "experts.less.profile: swap.method sleep has an engine for each expert",
+        ),
+        (
+            {
+                "gpus": 2,
+                "vllm": {
+                    "tensor_parallel_size": 2,
+                    "enable_expert_parallel": True,
+                    "enable_eplb": True,
+                    "eplb_config": {"num_redundant_experts": 2},
+                },
+            },
+            None,
+            {},
+            "vllm.eplb_config.num_redundant_experts: copies of experts would be chosen among",
+        ),
+        ({"vllm": {"enforce_eager": False}}, None, {}, "need vllm.enforce_eager: true on CPU"),
         ({}, [1, 1, 1, 1], {}, "p: layer 1: all 4 experts are masked"),
         (
             {},

@@ -22,15 +22,27 @@ class CPURouter:
         return "its own"
 
 
-class FusedTopKRouter(CPURouter):
-    """Stands for a GPU's."""
+class FusedTopKRouter:
+    """Stands for a GPU's: it knows neither groups nor a model's own code."""
+
+    def __init__(self, scoring_func: str = "softmax") -> None:
+        self.scoring_func = scoring_func
+
+
+class GroupedTopKRouter(FusedTopKRouter):
+    """Stands for another of a GPU's."""
 
 
 @pytest.mark.parametrize(
     ("router", "words"),
     [
         (CPURouter(), None),
-        (FusedTopKRouter(), "layer 3 has a FusedTopKRouter; steered can be a CPURouter"),
+        (FusedTopKRouter(), None),
+        (FusedTopKRouter("sigmoid"), "has a FusedTopKRouter that chooses by sigmoid, not"),
+        (
+            GroupedTopKRouter(),
+            "layer 3 has a GroupedTopKRouter; steered can be a CPURouter or a FusedTopKRouter",
+        ),
         (CPURouter(use_grouped_topk=True), "chooses in groups, not by softmax and top-k"),
         (CPURouter(scoring_func="sigmoid"), "chooses by sigmoid, not"),
         (CPURouter(custom_routing_function=min), "chooses by the model's own code, not"),

@@ -1,0 +1,94 @@
+"""Steered experts on a GPU, with captured graphs and without. Skipped, and says so, where none is.
+
+A random model is never sure by much, and a GPU's sums are not a CPU's: tokens are held against the
+reference's probabilities, not against its tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.config import VllmOptions
+from service.engine.vllm_swap import SwappingVllmEngine, Weights
+from tests.engine.mixtral import LAYERS
+from tests.engine.real import BASE, greedy
+from tests.engine.steered_family import PROMPT, RULES, Steering
+from tests.gpu.test_gpu_swap import why_no_gpu
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(why_no_gpu() is not None, reason=why_no_gpu() or ""),
+    pytest.mark.skipif(not Path(BASE).is_dir(), reason="coe models pull smollm2-135m-instruct"),
+    pytest.mark.filterwarnings("ignore"),
+]
+OPTIONS = VllmOptions(
+    dtype="float32",
+    max_model_len=512,
+    kv_cache_bytes=256 * 1024**2,
+    max_num_seqs=8,
+    moe_backend="triton",
+)
+# Triton's products of float32 are made of 10 bits of each factor.
+_NEAR = 0.05
+_MOST_OTHERS = 0.05
+
+
+class Seeing(SwappingVllmEngine):
+    """The engine itself, with a worker that writes down what its routers chose."""
+
+    def __init__(
+        self,
+        options: VllmOptions,
+        first: str,
+        weights: Mapping[str, Weights],
+        canaries: dict[str, str],
+    ) -> None:
+        super().__init__(first, weights, options, on_cpu=False, canary_every=5, canaries=canaries)
+
+    def _frontend_args(self) -> Any:
+        args = super()._frontend_args()
+        assert args.worker_cls == "service.engine.vllm_standing_worker.StandingWorker"
+        args.worker_cls = "tests.gpu.seeing_gpu.SeeingGpuWorker"
+        args.worker_extension_cls = "tests.engine.seeing.SeeingExtension"
+        return args
+
+
+@pytest.mark.parametrize("eager", [True, False])
+async def test_it_says_and_routes_as_the_reference(eager: bool, tmp_path: Path) -> None:
+    options = OPTIONS.model_copy(update={"enforce_eager": eager})
+    steering = await asyncio.to_thread(Steering, tmp_path, lambda *given: Seeing(options, *given))
+    try:
+        await steering.engine.start()
+        said = {"plain": await steering.say("plain")}
+        for name in (*RULES, "half"):
+            await steering.engine.fill(name)
+            assert await steering.go_to(name) == "steer"
+            said[name] = await steering.say(name)
+        assert len({repr(one) for one in said.values()}) == len(said)
+        for name, (tokens, logprobs) in said.items():
+            await steering.go_to(name)
+            whole = [*PROMPT, *tokens[:-1]]
+            await greedy(steering.engine, name, whole, 1)
+            seen = await steering.engine._rpc("coe_seen", len(whole))
+            expected, chosen = await asyncio.to_thread(
+                steering.reference.weigh, PROMPT, tokens, steering.profiles.get(name)
+            )
+            assert max(abs(a - b) for a, b in zip(logprobs, expected, strict=True)) < _NEAR, name
+            rows = [
+                sorted(set(seen[layer][i])) == sorted(chosen[layer][i])
+                for layer in range(LAYERS)
+                for i in range(len(whole))
+            ]
+            # Where two experts are as good as equally probable, either may be chosen.
+            assert rows.count(False) <= _MOST_OTHERS * len(rows), name
+        # Bit for bit what they were, in any order, whatever ran before.
+        for name in [*said, *reversed(said), "plain"]:
+            await steering.go_to(name)
+            assert await steering.say(name) == said[name], name
+    finally:
+        await steering.engine.stop()
