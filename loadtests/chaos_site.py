@@ -21,7 +21,7 @@ import orjson
 import psutil
 
 from loadtests.process import fetch, running
-from service.app import open_store
+from service.app.stores import open_store
 from service.broker.ledger import Ledger
 from service.config import Config
 from service.errors import StoreGone

@@ -11,14 +11,15 @@ import asyncio
 import json
 import logging
 import os
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from service.api.keyring import configured
+from service.api.routing import Routing
 from service.config import Config, PoolConfig, load_config
-from service.errors import CoeError, ConfigError
+from service.errors import ConfigError
 from service.memory import check_plan, folders_of, plan_pool
 from service.models import inspect_model, locate, pull
 from service.steered import profile_digests
@@ -29,6 +30,8 @@ _LOOK_S = 0.5
 # Of a config, and of one of its pools: what may change while it runs.
 _FREE = {"experts", "pools", "router", "recipes", "tenants", "keys", "budgets"}
 _FREE_OF_POOL = {"experts", "swap"}
+
+Version = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +54,23 @@ class Running:
         return cls(told["source"], read, config, told.get("profiles", {}))
 
     def save(self, file: Path) -> None:
-        """In one step: nobody sees half of it. Its owner's alone."""
+        """In one step: nobody sees half of it. Its owner's alone. Raises ConfigError."""
         told = {
             "source": self.source,
             "read": self.read.model_dump(mode="json"),
             "config": self.config.model_dump(mode="json"),
             "profiles": profile_digests(self.config),
         }
-        new = file.with_suffix(".new")
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
-            json.dump(told, out)
-        new.replace(file)
+        # Two may reload at the same time.
+        new = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}")
+        try:
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+                json.dump(told, out)
+            new.replace(file)
+        except OSError as error:
+            raise ConfigError(f"the config can't be kept: {error.strerror}") from None
+        finally:
+            new.unlink(missing_ok=True)
 
 
 def config_file(secret_path: Path) -> Path:
@@ -80,13 +89,14 @@ def current_config(file: Path, given: str) -> Config:
 def reload(file: Path) -> dict[str, list[str]]:
     """Read the user's config anew and put it in force: experts added, removed and changed.
 
-    Fetches models that are missing. Raises ConfigError or ModelStoreError, and then all
-    goes on as it was.
+    Fetches models that are missing. Raises ConfigError, ArtifactError or ModelStoreError, and
+    then all goes on as it was.
     """
     before = Running.load(file)
     read = load_config(Path(before.source))
     _check_fixed(before.read, read)
     configured(read)  # each of its keys can be had
+    Routing(read)  # and its router
     # What the command line said instead of the file stays.
     config = read.model_copy(update={"server": before.config.server})
     root = Path(config.models_dir) if config.models_dir else None
@@ -137,21 +147,27 @@ def _differing(old: Config | PoolConfig, new: Config | PoolConfig) -> set[str]:
     return {name for name in fields if getattr(old, name) != getattr(new, name)}
 
 
-async def follow(file: Path, apply: Callable[[Config], Awaitable[None]]) -> None:
-    """Call `apply` with each config that comes into force, until cancelled."""
-    seen = _version(file)
+async def follow(
+    file: Path, seen: Version | None, apply: Callable[[Config], Awaitable[None]]
+) -> None:
+    """Call `apply` with each config that comes into force, until cancelled.
+
+    `seen`: the `version` before the config was read that is in force here.
+    """
     while True:
         await asyncio.sleep(_LOOK_S)
-        if (now := _version(file)) in (seen, None):
+        if (now := version(file)) in (seen, None):
             continue
         seen = now
         try:
             await apply((await asyncio.to_thread(Running.load, file)).config)
-        except (OSError, ValueError, CoeError):
+        except Exception:
+            # Whatever it was: the next one must be heard of.
             log.exception("a new config could not be put in force")
 
 
-def _version(file: Path) -> tuple[Any, ...] | None:
+def version(file: Path) -> Version | None:
+    """Another one whenever the file was replaced; None where there is none."""
     try:
         told = file.stat()
     except OSError:

@@ -271,7 +271,7 @@ def _where_keys_allow(config: Config) -> Config:
     """The config with the address that it may listen on. Raises CoeError, ConfigError."""
     import asyncio
 
-    from service.app import has_keys
+    from service.app.stores import has_keys
 
     host = config.server.host
     try:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from service.api.routed import routed
-from service.errors import ConfigError, Conflict, Unauthorized
+from service.errors import ArtifactError, ConfigError, Conflict, ModelStoreError, Unauthorized
 from service.link.directory import Directory
 from service.link.secret import same
 
@@ -45,7 +45,7 @@ def admin_routes(
             raise Conflict("this service's config is changed where it was deployed from")
         try:
             return as_json(await act())
-        except ConfigError as error:
+        except (ConfigError, ArtifactError, ModelStoreError) as error:
             raise Conflict(error.message) from None
 
     async def operate(request: Request) -> Response:

@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 from service.api.body import Asked
+from service.api.extent import LENGTHS, answers_of, length_of, prompts_of
 from service.api.keyring import Keyring
 from service.api.meter import Meter
 from service.broker.ledger import Bound, Ledger, Reservation
@@ -23,15 +24,6 @@ from service.types import Tenant, Usage
 
 log = logging.getLogger("coe.admission")
 
-# Where each endpoint's body says how long the answer may be; the first that is given counts.
-_LENGTHS: dict[str, tuple[str, ...]] = {
-    "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
-    "/v1/completions": ("max_tokens",),
-    "/v1/responses": ("max_output_tokens",),
-    "/v1/messages": ("max_tokens",),
-}
-# vLLM's own, where a completion gives none.
-_COMPLETION = 16
 # Of an expert whose context nobody knows.
 _UNKNOWN_CONTEXT = 8192
 # What a chat template may put around a prompt, beyond the bytes of its JSON.
@@ -112,7 +104,8 @@ class Admission:
         """Reserve the most that a request may use, charge at the end what it used.
 
         `ways`: the experts that each way of answering may ask; `answered_by` tells at the
-        end whose answer it was. Raises TooMany, StoreGone, InvalidRequest.
+        end whose answer it was. Raises InvalidRequest; TooMany, StoreGone, which are to be
+        told to `refused` unless it is tried again with other ways.
         """
         meter = Meter(asked)
         if not self._counts and not asked.tenant.key:
@@ -121,11 +114,7 @@ class Admission:
         bound = Bound(0)
         if self.ledger.bounds(asked.tenant):
             bound = self._bound(asked, ways)
-        try:
-            held = await self.ledger.reserve(asked.request_id, asked.tenant, bound)
-        except CoeError as error:
-            self._charged(asked.tenant, error.code, ())
-            raise
+        held = await self.ledger.reserve(asked.request_id, asked.tenant, bound)
         try:
             clipped = held.max_tokens if held.max_tokens < bound.max_tokens else None
             yield self._admitted(asked, meter, bound, clipped)
@@ -135,6 +124,10 @@ class Admission:
             self._settling.add(settling)
             settling.add_done_callback(self._settling.discard)
             await asyncio.shield(settling)
+
+    def refused(self, tenant: Tenant, error: CoeError) -> None:
+        """A request was not admitted, and that is the end of it."""
+        self._charged(tenant, error.code, ())
 
     async def stop(self) -> None:
         """Wait for what is being settled."""
@@ -146,7 +139,7 @@ class Admission:
         contexts = [self._context(name) or _UNKNOWN_CONTEXT for name in experts]
         context = max(contexts, default=_UNKNOWN_CONTEXT)
         # No tokenizer makes more tokens than there are bytes.
-        prompt = min(asked.body_bytes + _TEMPLATE_TOKENS, context)
+        prompt = min(asked.body_bytes + _TEMPLATE_TOKENS, prompts_of(asked) * context)
         if asked.endpoint in ("/tokenize", "/detokenize", "/v1/messages/count_tokens"):
             return Bound(0)
         calls = max((len(way) for way in ways), default=1)
@@ -155,10 +148,10 @@ class Admission:
             max((sum(p.prompt for p in way) for way in prices), default=0.0),
             max((sum(p.completion for p in way) for way in prices), default=0.0),
         )
-        if asked.endpoint not in _LENGTHS:
+        if asked.endpoint not in LENGTHS:
             return Bound(prompt, 0, 0, prompt_cost=cost(dearest, prompt, 0))
-        answers = _answers(asked.data)
-        wanted = _wanted(asked)
+        answers = answers_of(asked)
+        wanted = length_of(asked)
         length = min(wanted if wanted is not None else context, context)
         return Bound(
             calls * prompt,
@@ -171,12 +164,12 @@ class Admission:
     def _admitted(self, asked: Asked, meter: Meter, bound: Bound, clipped: int | None) -> Admitted:
         data: dict[str, Any] = meter.asks(asked.data)
         if clipped is not None:
-            if _wanted(asked) is None and asked.endpoint != "/v1/completions":
+            if length_of(asked) is None and asked.endpoint != "/v1/completions":
                 # It must fit into the context beside the prompt, or the engine refuses it.
                 context = bound.max_tokens
                 prompt = asked.body_bytes + _TEMPLATE_TOKENS
                 clipped = min(clipped, max(1, context - prompt))
-            names = _LENGTHS[asked.endpoint]
+            names = LENGTHS[asked.endpoint]
             given = [name for name in names if data.get(name) is not None] or [names[-1]]
             data = {**data, **dict.fromkeys(given, clipped)}
         if data is asked.data:
@@ -216,22 +209,3 @@ def _outcome(status: int) -> str:
     if status < 400:
         return "ok"
     return "client_error" if status < 500 else "server_error"
-
-
-def _answers(data: dict[str, Any]) -> int:
-    """How many answers are asked for: choices, times prompts where there are several."""
-    n = data.get("n")
-    choices = n if isinstance(n, int) and not isinstance(n, bool) and n > 0 else 1
-    prompt = data.get("prompt")
-    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-        return choices * len(prompt)
-    return choices
-
-
-def _wanted(asked: Asked) -> int | None:
-    """How many tokens each answer may have, as asked for."""
-    for name in _LENGTHS[asked.endpoint]:
-        given = asked.data.get(name)
-        if isinstance(given, int) and not isinstance(given, bool) and given > 0:
-            return given
-    return _COMPLETION if asked.endpoint == "/v1/completions" else None

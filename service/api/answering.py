@@ -11,6 +11,7 @@ import numpy as np
 from service.api.body import Asked
 from service.api.ensemble import Ensemble
 from service.api.explain import explain
+from service.api.extent import within
 from service.api.feedback import Feedback
 from service.api.meter import Meter
 from service.api.passage import Passage
@@ -55,7 +56,7 @@ class Answering:
             recipe = relay.book.recipes[int(plan.rows[at])]
             passage.predicted_s = float(weighed.time[at])
             passage.predicted_cost = float(weighed.cost[at])
-            asked = self._within(asked, recipe)
+            asked = within(asked, recipe.experts, relay.market)
         row = -1
         try:
             if recipe is None or recipe.kind == "single":
@@ -108,29 +109,6 @@ class Answering:
         keep = np.zeros(len(plan.rows), dtype=bool)
         keep[int(worst.argmin())] = True
         return plan.only(keep)
-
-    def _within(self, asked: Asked, recipe: Recipe) -> Asked:
-        """With its answer so short that all calls of the recipe surely cost `max_cost` at most.
-
-        Raises InvalidRequest where not even one token does.
-        """
-        if asked.max_cost is None:
-            return asked
-        prices = [self._relay.market.price(name) for name in recipe.experts]
-        # No tokenizer makes more tokens than there are bytes.
-        left = asked.max_cost - sum(p.prompt for p in prices) * asked.body_bytes / 1e6
-        per_token = sum(p.completion for p in prices) / 1e6
-        if left < per_token:
-            raise InvalidRequest(
-                f"a prompt of {asked.body_bytes} bytes may cost more than {asked.max_cost:g} with "
-                f"{recipe.name}",
-                param="coe.max_cost",
-            )
-        if per_token <= 0:
-            return asked
-        most = int(left / per_token)
-        wanted = asked.most_tokens
-        return asked if wanted is not None and wanted <= most else asked.at_most(most)
 
     def ways(self, plan: Plan) -> list[tuple[str, ...]]:
         """Whom each recipe of a plan may ask."""

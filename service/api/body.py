@@ -133,6 +133,11 @@ def read_asked(
     stream = data.get("stream", False)
     if stream is not None and not isinstance(stream, bool):
         raise InvalidRequest(f"`stream` must be true or false, not {_kind(stream)}", param="stream")
+    options = data.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise InvalidRequest(
+            f"`stream_options` must be an object, not {_kind(options)}", param="stream_options"
+        )
     _check_prompt(endpoint, data)
     wishes = _wishes(data.pop("coe", None), headers)
     request_id = secrets.token_hex(12)

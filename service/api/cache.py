@@ -32,8 +32,9 @@ from service.telemetry.meter import Meter
 log = logging.getLogger("coe.cache")
 
 _ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
-# Who asks, and what an answer is sent as, makes no other answer.
-_ASIDE = frozenset({"user", "metadata", "stream_options", "safety_identifier"})
+# Who asks makes no other answer. What a stream is to hold beside it does: it is kept as it went
+# out, and a client may fail on a chunk of usage that it did not ask for.
+_ASIDE = frozenset({"user", "metadata", "safety_identifier"})
 _RANK = {"off": 0, "exact": 1, "semantic": 2}
 _SHELF = 16
 _DONE = b"data: [DONE]"

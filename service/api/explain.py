@@ -10,6 +10,7 @@ from service.broker.choice import Bar, Weighed
 
 _WHY = {
     Bar.NO_POOL: "no running pool has it",
+    Bar.RESTING: "it has failed several times in a row, and is left alone for a moment",
     Bar.CONTEXT: "the prompt and its answer do not fit into its context",
     Bar.MAX_COST: "costs more than max_cost",
     Bar.DEADLINE: "would miss the deadline",

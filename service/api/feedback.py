@@ -24,7 +24,7 @@ from service.config import FeedbackConfig
 from service.errors import Conflict, InvalidRequest, StoreGone, UnknownReply
 from service.store.ending import end
 from service.store.protocol import Account, Claim, Line, Note, Refused, Store
-from service.store.windows import DAY
+from service.store.windows import Window
 from service.types import Tenant
 
 log = logging.getLogger("coe.feedback")
@@ -89,10 +89,11 @@ class Feedback:
         await end(*self._tasks, self._renewing)
 
     def answered(self, tenant: Tenant, ids: tuple[str, ...], label: str, recipe: int) -> None:
-        """A reply went out under these ids: it may be voted on."""
+        """A reply went out under these ids, the first of which is its own: it may be voted on."""
         if not self.enabled or label not in self._worth.index:
             return
-        about = f"{label}\n{recipe}"
+        # By its name: other gateways, and this one after a reload, may number recipes otherwise.
+        about = f"{ids[0]}\n{label}\n{self._book.recipes[recipe].name}"
         now_s = time.monotonic()
         for one in ids:
             self._replies[_name(tenant, one)] = (now_s, about)
@@ -111,7 +112,7 @@ class Feedback:
         try:
             for one in ids:
                 await self._store.put(
-                    f"reply/{_name(tenant, one)}", about.encode(), ttl_s=self._config.keep_s
+                    f"replied/{_name(tenant, one)}", about.encode(), ttl_s=self._config.keep_s
                 )
         except StoreGone:
             log.debug("a reply can't be voted on elsewhere: the store is gone")
@@ -126,12 +127,14 @@ class Feedback:
                 "was of an expert that you named",
                 param="id",
             )
-        once = Account(f"vote/{name}", 1, DAY)
-        granted = await self._store.reserve(Claim(f"vote/{name}", (Line(once, 1),)))
+        reply, label, recipe = about.split("\n")
+        voted = f"vote/{_name(tenant, reply)}"
+        # For as long as anybody could vote on it, whatever day it is.
+        once = Account(voted, 1, Window("sliding", self._config.keep_s * 1000))
+        granted = await self._store.reserve(Claim(voted, (Line(once, 1),)))
         if isinstance(granted, Refused):
             raise Conflict(f"reply {vote.reply[:64]!r} has its vote")
-        label, _, row = about.partition("\n")
-        key = _key(label, self._book.recipes[int(row)].name)
+        key = _key(label, recipe)
         now_s = time.time()
         note = Note(
             _slice_name(slice_of(now_s, self._config.half_life_s)),
@@ -140,7 +143,6 @@ class Feedback:
         )
         await self._store.settle(granted, [1], note)
         await self._renew()
-        recipe = self._book.recipes[int(row)].name
         return {"id": vote.reply, "recipe": recipe, "category": label, "score": vote.score}
 
     async def _about(self, name: str) -> str | None:
@@ -149,7 +151,7 @@ class Feedback:
             return held[1]
         if not self._shared:
             return None
-        told = await self._store.get(f"reply/{name}")
+        told = await self._store.get(f"replied/{name}")
         return told.decode() if told is not None else None
 
     async def _follow(self) -> None:

@@ -192,7 +192,12 @@ class Gateway:
             async def feedback(request: Request) -> Response:
                 headers = dict(request.scope["headers"])
                 tenant = self._admission.identify(headers)
-                raw = await read_body(request.receive, _VOTE_BYTES)
+                raw = await read_body(
+                    request.receive,
+                    _VOTE_BYTES,
+                    declared=headers.get(b"content-length", b""),
+                    timeout_s=self._config.server.limits.body_timeout_s,
+                )
                 return _json(await self._answering.feedback.vote(tenant, read_vote(raw)))
 
         @app.get("/metrics")

@@ -93,7 +93,10 @@ class Keyring:
                 self._version = version
         except StoreGone:
             return
-        except (OSError, ValueError, CoeError) as error:
+        except CoeError as error:
+            log.error("the keys can't be read: %s", error.message)
+        except Exception as error:
+            # Its own words may quote a record; and whatever it was, they are looked at again.
             log.error("the keys can't be read: %s", type(error).__name__)
 
     async def _look_on(self) -> None:

@@ -18,7 +18,7 @@ from service.api.console.recent import Recent, account
 from service.api.intake import Intake
 from service.api.passage import Passage
 from service.api.plan import Plan, Router
-from service.errors import CoeError, TooMany
+from service.errors import CoeError, StoreGone, TooMany
 from service.link.asgi import ClientGone, Message, Receive, Send, until_gone
 from service.link.call import trace_of
 from service.link.faults import fault_of
@@ -165,12 +165,16 @@ class Prompts:
                 )
 
             try:
-                admitted = await admit(plan)
-            except TooMany as error:
-                if error.code != "insufficient_quota":
-                    raise
-                plan = self._answering.cheapest(plan)
-                admitted = await admit(plan)
+                try:
+                    admitted = await admit(plan)
+                except TooMany as error:
+                    if error.code != "insufficient_quota" or len(plan.rows) == 1:
+                        raise
+                    plan = self._answering.cheapest(plan)
+                    admitted = await admit(plan)
+            except (TooMany, StoreGone) as error:
+                self._admission.refused(asked.tenant, error)
+                raise
             yield admitted, plan
 
     async def _fail(self, error: CoeError, client_id: str, passage: Passage, send: Send) -> None:

@@ -16,6 +16,7 @@ import aiohttp
 
 from service.api.body import Asked
 from service.api.conversations import Conversations
+from service.api.extent import within
 from service.api.passage import Passage, Spent
 from service.api.plan import Plan
 from service.api.pool_faults import RETRIED, fault_from, too_late, whole
@@ -159,11 +160,16 @@ class Relay:
             passage.tried[option.expert, option.boot] += 1
             left_s = deadline_s - time.monotonic()
             try:
+                # Of another expert than the first fewer tokens may cost as much.
+                bounded = within(asked, (option.expert,), self.market)
+            except InvalidRequest as error:
+                raise fault or error from None
+            try:
                 with (
                     _traced(passage.trace, option, asked) as trace,
                     self.trips.attempt(option.expert, option.boot, left_s),
                 ):
-                    await self._attempt(option, asked, deadline_s, reply, trace)
+                    await self._attempt(option, bounded, deadline_s, reply, trace)
                 return
             except (Unavailable, UpstreamError) as error:
                 if reply.started:

@@ -66,6 +66,15 @@ _GETS = {
     "/metrics": "Prometheus metrics of this gateway and its pools",
     "/openapi.json": "This description",
 }
+_VOTE = {
+    "type": "object",
+    "required": ["id", "score"],
+    "additionalProperties": False,
+    "properties": {
+        "id": {"type": "string", "minLength": 1, "maxLength": 200},
+        "score": {"type": "number", "minimum": 0, "maximum": 1},
+    },
+}
 _STREAMING = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
 _ERROR = {
     "description": "An error in OpenAI's shape",
@@ -79,6 +88,12 @@ _HEADERS = [
         "in": "header",
         "description": "To the first token when streaming, else to the end.",
         "schema": {"type": "integer", "minimum": 1, "maximum": 86_400_000},
+    },
+    {
+        "name": "x-coe-max-cost",
+        "in": "header",
+        "description": "The most that all calls for it may cost together, in units of price.",
+        "schema": {"type": "number", "minimum": 0},
     },
     {
         "name": "x-coe-cache",
@@ -110,31 +125,17 @@ def describe(config: Config) -> dict[str, Any]:
         ok: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
         if path in _STREAMING:
             ok["text/event-stream"] = {"schema": {"type": "string"}}
-        paths[path] = {
-            "post": {
-                "summary": summary,
-                "operationId": path.strip("/").replace("/", "_"),
-                "parameters": _HEADERS,
-                "security": _KEY,
-                "requestBody": {
-                    "required": True,
-                    "content": {
-                        "application/json": {
-                            "schema": {
-                                "type": "object",
-                                "properties": fields,
-                                "required": required,
-                                "additionalProperties": True,
-                            }
-                        }
-                    },
-                },
-                "responses": {
-                    "200": {"description": "The answer", "content": ok},
-                    "default": _ERROR,
-                },
-            }
+        body = {
+            "type": "object",
+            "properties": fields,
+            "required": required,
+            "additionalProperties": True,
         }
+        paths[path] = {"post": _post(path, summary, body, ok, _HEADERS)}
+    if config.feedback.enabled:
+        path, summary = "/v1/feedback", "Say how good a reply of `auto` was: each has one vote"
+        counted = {"application/json": {"schema": {"type": "object"}}}
+        paths[path] = {"post": _post(path, summary, _VOTE, counted, [])}
     for path, summary in _GETS.items():
         operation: dict[str, Any] = {
             "summary": summary,
@@ -174,4 +175,22 @@ def describe(config: Config) -> dict[str, Any]:
             "schemas": {"Error": error},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
+    }
+
+
+def _post(
+    path: str,
+    summary: str,
+    body: dict[str, Any],
+    ok: dict[str, Any],
+    headers: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """One operation that takes JSON, in the words of OpenAPI."""
+    return {
+        "summary": summary,
+        "operationId": path.strip("/").replace("/", "_"),
+        "parameters": headers,
+        "security": _KEY,
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+        "responses": {"200": {"description": "The answer", "content": ok}, "default": _ERROR},
     }

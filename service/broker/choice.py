@@ -40,6 +40,7 @@ class Bar(IntEnum):
     CONTEXT = 2
     MAX_COST = 3
     DEADLINE = 4
+    RESTING = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,7 @@ class Weighed:
 def weigh(book: Book, standing: Standing, wish: Wish) -> Weighed:
     """Weigh every recipe of a wish. Pools that were not heard of for over a second count only
     where nothing else is left."""
-    roomy = standing.usable & ((standing.context == 0) | (standing.context >= wish.context_tokens))
+    roomy = _roomy(standing, wish)
     usable = standing.usable
     if (roomy != usable).any():
         fits = (roomy.any(axis=0) | ~book.asks[wish.rows]).all(axis=1)
@@ -185,6 +186,12 @@ def weigh(book: Book, standing: Standing, wish: Wish) -> Weighed:
         if weighed.best() is not None or not (usable & ~fresh).any():
             return weighed
     return _weigh(book, standing, wish, usable)
+
+
+def _roomy(standing: Standing, wish: Wish) -> NDArray[np.bool_]:
+    """Where prompt and answer fit into the context, as far as that is known, (pools, experts)."""
+    fits: NDArray[np.bool_] = (standing.context == 0) | (standing.context >= wish.context_tokens)
+    return standing.usable & fits
 
 
 def _weigh(book: Book, standing: Standing, wish: Wish, usable: NDArray[np.bool_]) -> Weighed:
@@ -245,9 +252,14 @@ def _total(
     if nowhere.any():
         barred[nowhere] = Bar.NO_POOL
         if wish.context_tokens:
-            held = standing.usable.any(axis=0)
-            small = held & ~np.isfinite(wait)
+            small = standing.usable.any(axis=0) & ~_roomy(standing, wish).any(axis=0)
             barred[nowhere & (book.asks[rows] & small).any(axis=1)] = Bar.CONTEXT
+        if wish.banned:
+            resting = np.zeros(len(book.experts), dtype=bool)
+            there = [name for name, boot in wish.banned if boot in standing.boots]
+            resting[[book.index[name] for name in there]] = True
+            known = (barred == Bar.NO_POOL) & (book.asks[rows] & resting).any(axis=1)
+            barred[known] = Bar.RESTING
     if math.isfinite(wish.most_cost):
         barred[(sums.worst > wish.most_cost) & (barred == 0)] = Bar.MAX_COST
     if math.isfinite(wish.deadline_s):

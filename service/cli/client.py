@@ -42,11 +42,15 @@ def admin_headers() -> dict[str, str]:
 
 def ask(url: str, method: str, path: str, headers: dict[str, str], body: str | None = None) -> Any:
     """Ask a running service. Raises CoeError with its own words."""
+    from http.client import HTTPException
+
     with open_reply(url, method, path, headers, body) as reply:
         try:
             return json.load(reply)
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             raise CoeError(f"{url} broke off: {error}") from None
+        except ValueError:
+            raise CoeError(f"{url} answers, but not as this service does: no JSON") from None
 
 
 def open_reply(
@@ -55,12 +59,13 @@ def open_reply(
     """A reply whose body is still to be read, as a context manager. Raises CoeError."""
     import urllib.error
     import urllib.request
+    from http.client import HTTPException
 
     data = body.encode() if body is not None else None
-    request = urllib.request.Request(
-        url.rstrip("/") + path, data=data, method=method, headers=headers
-    )
     try:
+        request = urllib.request.Request(
+            url.rstrip("/") + path, data=data, method=method, headers=headers
+        )
         return urllib.request.urlopen(request, timeout=130)
     except urllib.error.HTTPError as error:
         with error:
@@ -71,3 +76,6 @@ def open_reply(
         raise CoeError(f"{url}: {message}") from None
     except OSError as error:
         raise CoeError(f"{url} can't be reached: {getattr(error, 'reason', error)}") from None
+    except (HTTPException, ValueError) as error:
+        # Another protocol's port, or no URL at all.
+        raise CoeError(f"{url} can't be asked: {error}") from None

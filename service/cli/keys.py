@@ -45,7 +45,7 @@ class _Place:
             return admin(self._url, method, path, body)
         import asyncio
 
-        from service.app import with_keys
+        from service.app.stores import with_keys
         from service.config import load_config
 
         config = load_config(self._config)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from service.cli.client import open_reply
+from service.errors import CoeError
 
 
 def api_headers() -> dict[str, str]:
@@ -26,9 +27,9 @@ def open_stream(
 
 
 def events(reply: Any) -> Iterator[tuple[str, str]]:
-    """Server-sent events as (name, data), until the stream ends."""
+    """Server-sent events as (name, data), until the stream ends. Raises CoeError if it breaks."""
     name, data = "message", ""
-    for raw in reply:
+    for raw in _lines(reply):
         line = raw.decode().rstrip("\r\n")
         if not line:
             if data:
@@ -38,3 +39,12 @@ def events(reply: Any) -> Iterator[tuple[str, str]]:
             name = line[6:].strip()
         elif line.startswith("data:"):
             data += line[5:].removeprefix(" ")
+
+
+def _lines(reply: Any) -> Iterator[bytes]:
+    from http.client import HTTPException
+
+    try:
+        yield from reply
+    except (OSError, HTTPException) as error:
+        raise CoeError(f"the stream broke off ({type(error).__name__})") from None

@@ -16,12 +16,13 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from service.app import GatewayProcess, PoolProcess
+from service.app.gateway import GatewayProcess
+from service.app.pool import PoolProcess
 from service.config import Config
 from service.deployment.server import QuietServer, bind_free_port, server_config
 from service.link import addresses
 from service.link.secret import node_folder, read_secret
-from service.reload import config_file, current_config, follow, reload
+from service.reload import config_file, current_config, follow, reload, version
 from service.telemetry.logs import set_up_logs
 from service.telemetry.node import own_folder
 
@@ -38,6 +39,7 @@ class PoolReplica:
     ) -> None:
         set_up_logs()
         in_force = config_file(Path(secret_path))
+        seen = version(in_force)
         config = current_config(in_force, config_json)
         self._drain_s = config.server.drain_s
         secret = read_secret(Path(secret_path))
@@ -58,7 +60,7 @@ class PoolReplica:
             "boot": self._process.pool.boot,
         }
         await self._process.start()
-        self._following = asyncio.create_task(follow(in_force, self._process.reload))
+        self._following = asyncio.create_task(follow(in_force, seen, self._process.reload))
 
     def record_replica_metadata(self) -> dict[str, str]:
         """What gateways need to find this pool. Serve asks once, when it is ready."""
@@ -103,6 +105,7 @@ class GatewayReplica:
     ) -> None:
         set_up_logs()
         in_force = config_file(Path(secret_path))
+        seen = version(in_force)
         config = current_config(in_force, config_json)
         self._handles = pools
         self._config = config
@@ -121,7 +124,7 @@ class GatewayReplica:
             self._process.gateway.reload = partial(asyncio.to_thread, reload, in_force)
         self._app = Exchangeable(self._process.gateway.app())
         await self._process.start()
-        self._following = asyncio.create_task(follow(in_force, self._reload))
+        self._following = asyncio.create_task(follow(in_force, seen, self._reload))
         loop = asyncio.get_running_loop()
         directory = self._process.directory
         addresses.listen(lambda known: _in_loop(loop, lambda: directory.update(known)))

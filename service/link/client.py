@@ -85,6 +85,9 @@ class PoolLink:
         self._seq = 0
         self._unseen: deque[tuple[int, str]] = deque()
         self._open: set[aiohttp.ClientResponse] = set()
+        self._calls = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
         self._silent_since_s = time.monotonic()
         self._task = asyncio.create_task(self._follow())
 
@@ -113,22 +116,30 @@ class PoolLink:
         Raises PoolGone where no head of an answer came.
         """
         headers = {**self._headers, **call.headers(), "content-type": "application/json"}
+        self._calls += 1
+        self._unused.clear()
+        reply: aiohttp.ClientResponse | None = None
         try:
-            reply = await self._session.post(
-                self.address.url + call.endpoint, data=body, headers=headers
-            )
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise PoolGone(
-                f"a pool of kind {self.address.kind!r} can't be reached ({type(error).__name__})"
-            ) from None
-        try:
+            try:
+                reply = await self._session.post(
+                    self.address.url + call.endpoint, data=body, headers=headers
+                )
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                kind = self.address.kind
+                raise PoolGone(
+                    f"a pool of kind {kind!r} can't be reached ({type(error).__name__})"
+                ) from None
             lowered = {key.lower(): value for key, value in reply.headers.items()}
             self._open.add(reply)
             yield PoolReply(reply.status, lowered, reply.content)
         finally:
-            self._open.discard(reply)
-            # Closes the connection unless the body was read to its end.
-            reply.release() if reply.content.at_eof() else reply.close()
+            self._calls -= 1
+            if not self._calls:
+                self._unused.set()
+            if reply is not None:
+                self._open.discard(reply)
+                # Closes the connection unless the body was read to its end.
+                reply.release() if reply.content.at_eof() else reply.close()
 
     async def metrics(self) -> str:
         """The pool's Prometheus text. Raises PoolGone."""
@@ -173,6 +184,11 @@ class PoolLink:
                 return reply.status, await reply.read()
         except (aiohttp.ClientError, TimeoutError, OSError):
             raise PoolGone("the pool can't be reached") from None
+
+    async def unused(self) -> None:
+        """Wait until no call is under way. Until then somebody has to follow a pool that is not
+        to be called any more: nothing else notices when it falls silent for good."""
+        await self._unused.wait()
 
     async def close(self) -> None:
         """Stop following."""

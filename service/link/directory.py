@@ -29,6 +29,8 @@ class Directory:
         self._secret = secret
         self._session: aiohttp.ClientSession | None = None
         self._links: dict[str, PoolLink] = {}
+        # Those whose last calls have not ended yet.
+        self._left: dict[PoolLink, asyncio.Task[None]] = {}
         self._waiters: set[asyncio.Event] = set()
 
     def update(self, addresses: Iterable[PoolAddress]) -> None:
@@ -38,12 +40,17 @@ class Directory:
             self._session = new_session()
         for boot in self._links.keys() - wanted.keys():
             link = self._links.pop(boot)
-            asyncio.ensure_future(link.close())
+            self._left[link] = asyncio.create_task(self._leave(link))
         for boot in wanted.keys() - self._links.keys():
             self._links[boot] = PoolLink(
                 wanted[boot], self._session, self._secret, self.gateway, self._changed
             )
         self._changed()
+
+    async def _leave(self, link: PoolLink) -> None:
+        await link.unused()
+        await link.close()
+        del self._left[link]
 
     def _subset(self, addresses: list[PoolAddress]) -> list[PoolAddress]:
         if len(addresses) <= _MOST_POOLS:
@@ -101,7 +108,12 @@ class Directory:
 
     async def close(self) -> None:
         """Stop following, close connections."""
-        await asyncio.gather(*(link.close() for link in self._links.values()))
+        for task in self._left.values():
+            task.cancel()
+        await asyncio.gather(*self._left.values(), return_exceptions=True)
+        links = [*self._links.values(), *self._left]
+        await asyncio.gather(*(link.close() for link in links))
         self._links.clear()
+        self._left.clear()
         if self._session is not None:
             await self._session.close()

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -37,6 +37,7 @@ from service.types import Residency
 log = logging.getLogger("coe.pool")
 
 _PLACE_S = 0.25
+_MOST_GATEWAYS = 256
 OPERATIONS = ("load", "evict", "pin", "unpin")
 
 
@@ -65,7 +66,7 @@ class Pool:
         self._placing: asyncio.Task[None] | None = None
         self._speeds: dict[str, Speedometer] = {}
         self._tokens: Counter[str] = Counter()
-        self._acks: dict[str, int] = {}
+        self._acks: OrderedDict[str, int] = OrderedDict()
         self._draining = False
         self._seq = 0
         self._listeners: set[asyncio.Event] = set()
@@ -202,7 +203,7 @@ class Pool:
         Raises UnknownModel, UnknownEndpoint, OverCapacity, ExpertFailed, Draining,
         DeadlineExceeded, EngineDead, and what the engine raises.
         """
-        self._acks[call.gateway] = max(call.seq, self._acks.get(call.gateway, 0))
+        self._acknowledge(call)
         self._slot(call.expert)
         loop = asyncio.get_running_loop()
         limit = asyncio.timeout_at(loop.time() + call.deadline_ms / 1000)
@@ -235,6 +236,13 @@ class Pool:
             if self._watch is not None:
                 self._watch.ended(call, reply.times(), fault)
         reply.tell(self._speeds.setdefault(call.expert, Speedometer()), 1 + len(body) // 4)
+
+    def _acknowledge(self, call: Call) -> None:
+        self._acks[call.gateway] = max(call.seq, self._acks.get(call.gateway, 0))
+        self._acks.move_to_end(call.gateway)
+        # Every gateway that is started has another id, and each snapshot tells them all.
+        if len(self._acks) > _MOST_GATEWAYS:
+            self._acks.popitem(last=False)
 
     def _served(self, expert: str, tell: Callable[[int], None], tokens: int) -> None:
         self._tokens[expert] += tokens

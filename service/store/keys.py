@@ -18,7 +18,7 @@ from typing import Protocol
 
 import orjson
 
-from service.errors import Conflict, UnknownModel
+from service.errors import ConfigError, Conflict, UnknownModel
 from service.store.protocol import Store
 from service.types import Limits
 
@@ -65,11 +65,18 @@ class KeyRecord:
 
 
 def loads(data: bytes) -> KeyRecord:
-    """The reverse of `dumps`."""
-    told = orjson.loads(data)
-    told["limits"] = Limits(**told["limits"])
-    told["experts"] = tuple(told["experts"]) if told["experts"] is not None else None
-    return KeyRecord(**told)
+    """The reverse of `dumps`. Raises ConfigError where it is none, of this version."""
+    try:
+        told = orjson.loads(data)
+        told["limits"] = Limits(**told["limits"])
+        told["experts"] = tuple(told["experts"]) if told["experts"] is not None else None
+        record = KeyRecord(**told)
+        for digest in (record.digest, record.old_digest):
+            bytes.fromhex(digest)
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+        # Its own words may quote the record.
+        raise ConfigError("a record of an API key is damaged, or of another version") from None
+    return record
 
 
 def digest_of(key: str) -> str:
@@ -168,7 +175,12 @@ class FileBook:
             lines = self._path.read_bytes().splitlines()
         except FileNotFoundError:
             return []
-        return [loads(line) for line in lines if line.strip()]
+        except OSError as error:
+            raise ConfigError(f"{self._path}: {error.strerror}") from None
+        try:
+            return [loads(line) for line in lines if line.strip()]
+        except ConfigError as error:
+            raise ConfigError(f"{self._path}: {error.message}") from None
 
     async def save(self, record: KeyRecord) -> None:
         """See `KeyBook`."""

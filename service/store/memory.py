@@ -15,6 +15,7 @@ from service.store.protocol import (
     Note,
     Refused,
 )
+from service.store.windows import Window
 
 Clock = Callable[[], float]
 _BUSY_RETRY_S = 1.0
@@ -23,14 +24,19 @@ _BUSY_RETRY_S = 1.0
 class _Counts:
     """One account: spent and reserved, by the start of window (or piece of one)."""
 
-    __slots__ = ("reserved", "spent")
+    __slots__ = ("reserved", "spent", "window")
 
-    def __init__(self) -> None:
+    def __init__(self, window: Window) -> None:
+        self.window = window
         self.spent: dict[int, int] = {}
         self.reserved: dict[int, int] = {}
 
-    def forget_before(self, oldest_ms: int) -> None:
+    def forget(self, now_ms: int) -> None:
         """Drop windows that count no more."""
+        oldest_ms, _ = self.window.span(now_ms)
+        if self.window.kind == "sliding":
+            # The piece that is partly out of the window still counts whole.
+            oldest_ms -= self.window.length_ms
         for counts in (self.spent, self.reserved):
             for start in [start for start in counts if start < oldest_ms]:
                 del counts[start]
@@ -89,8 +95,9 @@ class MemoryStore:
         for line, amount, start, spent in zip(
             granted.claim.lines, granted.amounts, granted.starts_ms, used, strict=True
         ):
-            counts = self._accounts[line.account.name]
-            if start in counts.reserved:
+            # Its window may be over, and the account forgotten.
+            counts = self._accounts.get(line.account.name)
+            if counts is not None and start in counts.reserved:
                 counts.reserved[start] -= amount
                 if spent:
                     counts.spent[start] = counts.spent.get(start, 0) + spent
@@ -144,13 +151,9 @@ class MemoryStore:
         )
 
     def _counts(self, account: Account, now_ms: int) -> _Counts:
-        counts = self._accounts.setdefault(account.name, _Counts())
-        window = account.window
-        start, _ = window.span(now_ms)
-        if window.kind == "sliding":
-            # The piece that is partly out of the window still counts whole.
-            start -= window.length_ms
-        counts.forget_before(start)
+        counts = self._accounts.setdefault(account.name, _Counts(account.window))
+        counts.window = account.window
+        counts.forget(now_ms)
         return counts
 
     def _sweep(self, now_s: float) -> None:
@@ -160,6 +163,9 @@ class MemoryStore:
         self._swept_s = now_s
         self._values = {n: v for n, v in self._values.items() if v[0] > now_s}
         self._notes = {n: v for n, v in self._notes.items() if v[0] > now_s}
+        for counts in self._accounts.values():
+            counts.forget(int(now_s * 1000))
+        self._accounts = {n: c for n, c in self._accounts.items() if c.spent or c.reserved}
 
 
 def _taken(counts: _Counts) -> int:

@@ -201,7 +201,11 @@ class SharedStore:
                     await self._hurry.wait()
             self._hurry.clear()
             if not self._stopping:
-                await self._beat()
+                try:
+                    await self._beat()
+                except Exception:
+                    # Whoever is not heard of any more is taken for dead, and grants nothing.
+                    log.exception("a beat failed unexpectedly")
 
     async def _beat(self) -> None:
         """Tell Redis that we are there, exchange slices, and deliver what is owed."""

@@ -94,14 +94,16 @@ class Slices:
     def used(self, granted: Granted, used: Sequence[int]) -> None:
         """A claim granted from here has ended: what it did not use may be spent again."""
         for line, amount, spent in zip(granted.claim.lines, granted.amounts, used, strict=True):
-            self._slices[line.account.name].busy -= amount - spent
+            if (one := self._slices.get(line.account.name)) is not None:
+                one.busy -= amount - spent
 
     def delivered(self, granted: Granted, used: Sequence[int]) -> None:
         """The store has been told what was used: it is spent there, and no slice any more."""
         for line, spent in zip(granted.claim.lines, used, strict=True):
-            one = self._slices[line.account.name]
-            one.busy -= spent
-            one.held = max(0, one.held - spent)
+            # One that nothing was spent of may have been forgotten meanwhile.
+            if (one := self._slices.get(line.account.name)) is not None:
+                one.busy -= spent
+                one.held = max(0, one.held - spent)
 
     def lost(self) -> None:
         """The store holds nothing for us any more."""

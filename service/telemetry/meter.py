@@ -15,7 +15,7 @@ this in one thread, the event loop's. Only `registry` may be read in another.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import Metric
@@ -80,11 +80,14 @@ class Meter:
         series.buckets[bisect_left(metric.buckets, value)] += 1
         series.value += value
 
-    def forget(self, metric: Declared) -> None:
-        """Drop a metric's series: those that are still there are told again."""
-        for key in [key for key in self._series if key[0] is metric]:
+    def forget(self, metric: Declared, but: Collection[str] = ()) -> None:
+        """Drop a metric's series, but for those whose first label is one of these: those that are
+        still there are told again."""
+        known = [key for key in self._series if key[0] is metric]
+        gone = [key for key in known if len(key) == 1 or key[1] not in but]
+        for key in gone:
             del self._series[key]
-        self._count[metric] = 0
+        self._count[metric] = len(known) - len(gone)
 
     def value(self, metric: Declared, *labels: str) -> float:
         """What a counter or gauge stands at; 0 where nothing was counted."""

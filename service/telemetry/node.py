@@ -98,11 +98,16 @@ class NodeTarget:
 
     async def _claim(self, port: int) -> None:
         runner = await self._runner(self.whole)
+        told: int | None = None
         while True:
+            site = web.TCPSite(runner, self._host, port)
             try:
-                await web.TCPSite(runner, self._host, port).start()
+                await site.start()
             except OSError as error:
-                if error.errno != errno.EADDRINUSE:
+                # The runner keeps a site that could not start, too: one a second, for ever.
+                await site.stop()
+                if error.errno not in (errno.EADDRINUSE, told):
+                    told = error.errno
                     log.error("metrics port %d: %s", port, error.strerror)
                 await asyncio.sleep(_RETRY_S)
             else:

@@ -62,6 +62,9 @@ class PoolMetrics:
 
     def _read(self, pool: Told) -> None:
         put, now = self.meter.put, pool.snapshot()
+        # Those that went with a change of the config are nowhere any more.
+        for gauge in (table.QUEUED, table.RUNNING, table.RESIDENCY, table.WEIGHTS):
+            self.meter.forget(gauge, but=now.experts)
         for expert, queue in now.queues.items():
             put(table.QUEUED, queue.waiting, expert)
             put(table.RUNNING, queue.running, expert)

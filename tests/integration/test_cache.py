@@ -125,6 +125,15 @@ async def test_a_stream_is_kept_whole_and_played_back() -> None:
         assert bodies[0] == bodies[1]
 
 
+async def test_a_stream_with_usage_is_no_answer_for_who_asked_for_none() -> None:
+    async with site(config()) as s:
+        for options, kind in (({"include_usage": True}, "miss"), ({}, "miss"), ({}, "exact")):
+            body = chat(stream=True, stream_options=options)
+            async with s.post(body, headers={"x-coe-cache": "exact"}) as reply:
+                assert reply.headers["x-coe-cache"] == kind
+                assert (b'"choices":[]' in await reply.read()) == bool(options)
+
+
 async def test_errors_and_broken_streams_are_not_kept() -> None:
     broken = config().model_dump(mode="json")
     broken["pools"]["cpu"]["simulated"]["fail"] = "mid_stream"

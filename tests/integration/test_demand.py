@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 
 import aiohttp
 
-from service.app import GatewayProcess
+from service.app.gateway import GatewayProcess
 from service.config import Config
 from service.types import Residency
 from tests.support.serving import CHAT, SECRET, pool_of, serving, until

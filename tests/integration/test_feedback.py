@@ -57,6 +57,7 @@ async def test_a_reply_has_one_vote_under_any_of_its_ids() -> None:
         _, _, told = await s.ask(chat(model="auto"), headers=headers)
         assert (await vote(s, "mine-1", 1))[0] == 200
         assert (await vote(s, "mine-1", 1))[0] == 409
+        assert (await vote(s, told["id"], 1))[0] == 409
         for reply in ("nothing", "0" * 24, "chatcmpl-" + "a" * 24):
             status, said = await vote(s, reply, 1)
             assert (status, said["error"]["code"]) == (404, "reply_not_found")

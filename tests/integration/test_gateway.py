@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from yarl import URL
 
-from tests.support.serving import CHAT, chat, events, simulated, site
+from service.errors import ArtifactError, CoeError, ConfigError, ModelStoreError
+from tests.support.serving import ADMIN_KEY, CHAT, chat, events, simulated, site
 
 ONE = simulated({"cpu": {"tokens": 4}}, server={"max_body_bytes": 2000})
 
@@ -179,3 +182,26 @@ async def test_an_unforeseen_fault_is_a_500_without_its_text(
         assert (status, told["error"]["code"]) == (500, "internal_error")
         assert "private" not in str(told)
     assert {r.name for r in caplog.records if r.exc_info} <= {"coe.api", "coe.link"}
+
+
+async def test_a_vote_is_waited_for_no_longer_than_a_prompt() -> None:
+    slow = simulated({"cpu": {}}, server={"limits": {"body_timeout_s": 1}})
+    async with site(slow) as s:
+        reader, writer = await asyncio.open_connection("127.0.0.1", URL(s.url).port)
+        writer.write(b"POST /v1/feedback HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{")
+        assert b" 408 " in await reader.readline()
+        writer.close()
+        await writer.wait_closed()
+
+
+@pytest.mark.parametrize("kind", [ConfigError, ArtifactError, ModelStoreError])
+async def test_a_config_that_can_not_be_put_in_force_is_a_conflict(kind: type[CoeError]) -> None:
+    async def reload() -> dict[str, list[str]]:
+        raise kind("experts.a: it is wrong")
+
+    async with site(ONE) as s:
+        s.gateway.gateway.reload = reload
+        headers = {"authorization": f"Bearer {ADMIN_KEY}"}
+        status, _, told = await s.ask({}, "/admin/reload", headers=headers)
+        assert (status, told["error"]["code"]) == (409, "conflict")
+        assert told["error"]["message"] == "experts.a: it is wrong"

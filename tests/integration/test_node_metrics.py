@@ -11,8 +11,10 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from service.link.secret import node_folder
+from service.telemetry import node
 from service.telemetry.node import NodeTarget
 from tests.support.waiting import until
 
@@ -100,3 +102,23 @@ def test_the_folder_tells_nothing_of_the_secret() -> None:
     folder = node_folder("secret")
     assert "secret" not in folder.name
     assert folder == node_folder("secret") != node_folder("another")
+
+
+async def test_whoever_waits_for_the_port_holds_nothing_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[web.TCPSite] = []
+
+    class Site(web.TCPSite):
+        async def start(self) -> None:
+            tried.append(self)
+            await super().start()
+
+    monkeypatch.setattr(web, "TCPSite", Site)
+    monkeypatch.setattr(node, "_RETRY_S", 0.001)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        async with target(tmp_path / "node", "gateway-1", taken.getsockname()[1]) as waiting:
+            await until(lambda: len(tried) > 20, "it has tried again and again")
+            assert sum(len(runner.sites) for runner in waiting._runners) <= 2

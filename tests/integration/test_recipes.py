@@ -240,6 +240,22 @@ async def test_a_bound_on_cost_keeps_dear_recipes_out() -> None:
         assert "the cheapest costs about" in told["error"]["message"]
 
 
+async def test_a_bound_on_cost_holds_for_whoever_answers_in_the_end() -> None:
+    """The first is cheap and fails; the next one's tokens cost a hundred times as much."""
+    cast = Cast()
+    cast.lines, cast.broken = {"d": "3"}, {"a"}
+    async with serving(cast) as served:
+        given = config(served.url, recipes={}).model_dump(mode="json")
+        given["experts"]["d"]["quality"] = {"general": 0.5}
+        async with site(Config.model_validate(given)) as s:
+            body = {**chat(model="auto"), "coe": {"max_cost": 0.05}}
+            status, headers, _ = await s.ask(body)
+        assert (status, headers["x-coe-expert"], cast.models) == (200, "d", ["a", "d"])
+        for one, price in zip(cast.asked, (1, 100), strict=True):
+            # So many tokens, and as many of the prompt as it has bytes.
+            assert price * (one["max_tokens"] + len(json.dumps(body))) <= 0.05e6 + 20 * price
+
+
 @pytest.mark.parametrize(
     ("coe", "words"),
     [

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from service.app import GatewayProcess
+from service.app.gateway import GatewayProcess
 from service.store.keys import digest_of
 from tests.support.redis import redis_server
 from tests.support.serving import ADMIN_KEY, CHAT, SECRET, Site, chat, serving, simulated, site
@@ -132,6 +132,46 @@ async def test_an_answer_is_clipped_to_what_is_affordable() -> None:
         found = await limit(s, "tokens")
         assert found["spent"] == body["usage"]["total_tokens"]
         assert found["reserved"] == 0
+
+
+async def test_a_list_of_prompts_is_bound_by_all_of_them() -> None:
+    """Each may fill the context: ten times a hundred tokens are more than five hundred."""
+    experts = {"vectors": {"model": "m", "capabilities": ["embeddings", "completions"]}}
+    pool = {"max_model_len": 100}
+    texts = ["word " * 90] * 10
+    async with site(config({"tokens_per_min": 500}, pool=pool, experts=experts)) as s:
+        for path, body in (
+            ("/v1/embeddings", {"model": "vectors", "input": texts}),
+            ("/v1/completions", {"model": "vectors", "prompt": texts, "max_tokens": 1}),
+        ):
+            status, _, told = await s.ask(body, path, headers=bearer(KEY))
+            assert (status, told["error"]["code"]) == (429, "rate_limit_exceeded"), path
+        assert (await limit(s, "tokens"))["spent"] == 0
+        few = {"model": "vectors", "input": texts[:2]}
+        assert (await s.ask(few, "/v1/embeddings", headers=bearer(KEY)))[0] == 200
+
+
+async def test_a_request_that_is_refused_counts_once() -> None:
+    experts = {
+        "general": {"model": "m", "price": {"prompt": 0, "completion": 500_000}},
+        "dear": {"model": "n", "price": {"prompt": 0, "completion": 1_000_000}},
+    }
+    pool = {"decode_ms": 20}
+    async with site(config({"budget": {"amount": 5}}, experts=experts, pool=pool)) as s:
+        holding = asyncio.create_task(s.ask(chat(max_tokens=10), headers=bearer(KEY)))
+        await until(lambda: s.pools["cpu"].engines[0].now == 1, "all that there is, is reserved")
+        for model in ("general", "auto"):
+            status, _, told = await s.ask(chat(model=model, max_tokens=10), headers=bearer(KEY))
+            assert (status, told["error"]["code"]) == (429, "insufficient_quota")
+        assert (await holding)[0] == 200
+        async with s.get("/metrics") as reply:
+            text = await reply.text()
+        counts = {
+            line.split('outcome="')[1].split('"')[0]: float(line.rpartition(" ")[2])
+            for line in text.splitlines()
+            if line.startswith("coe_tenant_requests_total")
+        }
+        assert counts == {"insufficient_quota": 2, "ok": 1}
 
 
 async def test_a_budget_is_never_overspent_by_a_burst() -> None:

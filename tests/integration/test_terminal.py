@@ -12,6 +12,7 @@ from textual.widgets import DataTable, Static
 
 from service.cli import cli
 from service.cli.top import make_app
+from service.errors import CoeError
 from tests.support.serving import ADMIN_KEY, chat, simulated, site
 from tests.support.waiting import until
 
@@ -62,6 +63,32 @@ async def test_errors_are_one_line() -> None:
         assert "nobody" in str(told.exception)
     told = await coe("chat", "hi", "--url", "http://127.0.0.1:9")
     assert "can't be reached" in str(told.exception)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (b"+OK another protocol\r\n", "can't be asked"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello", "no JSON"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 50\r\n\r\nhello", "broke off"),
+    ],
+)
+async def test_who_is_no_such_service_is_told_in_one_line(said: bytes, words: str) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(said)
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server:
+        told = await coe("keys", "--url", url, "list")
+    assert isinstance(told.exception, CoeError)
+    assert words in told.exception.message
+    if words == "broke off":
+        return
+    told = await coe("keys", "--url", "nowhere", "list")
+    assert isinstance(told.exception, CoeError)
 
 
 async def test_every_table_can_be_json() -> None:

@@ -109,7 +109,7 @@ def test_one_place_each(package: str) -> None:
 def test_importing_the_service_imports_nothing_heavy() -> None:
     """Help is quick, and a gateway holds no engine."""
     code = (
-        "import sys, service.cli, service.app, service.api.gateway\n"
+        "import sys, service.cli, service.app.gateway, service.app.pool\n"
         "heavy = {'vllm', 'torch', 'transformers', 'ray', 'sklearn'}\n"
         "print(sorted(heavy & sys.modules.keys()))"
     )

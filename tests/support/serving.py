@@ -15,7 +15,8 @@ import aiohttp
 import uvicorn
 
 from service import assembly
-from service.app import GatewayProcess, PoolProcess
+from service.app.gateway import GatewayProcess
+from service.app.pool import PoolProcess
 from service.config import Config, SimulatedOptions
 from service.engine.protocol import EngineRequest, EngineWatch, Send
 from service.engine.simulated import SimulatedEngine

@@ -42,6 +42,7 @@ def test_auto_is_the_default_model_and_null_stream_is_none() -> None:
         (CHAT, {"model": 1, "messages": HELLO}, "model", "a non-empty string, not a number"),
         (CHAT, {"model": "", "messages": HELLO}, "model", "`model` must be a non-empty string"),
         (CHAT, {"stream": "yes", "messages": HELLO}, "stream", "not a string"),
+        (CHAT, {"stream_options": "all", "messages": HELLO}, "stream_options", "not a string"),
         (CHAT, {}, "messages", "`messages` is needed"),
         (CHAT, {"messages": None}, "messages", "`messages` is needed"),
         (CHAT, {"messages": "hi"}, "messages", "must be a list, not a string"),

@@ -68,6 +68,6 @@ def test_the_listing_is_openai_s() -> None:
 def test_every_endpoint_is_described() -> None:
     told = describe(CONFIG)
     posts = {path for path, item in told["paths"].items() if "post" in item}
-    assert posts == {*ENDPOINTS, "/v1/route"}
+    assert posts == {*ENDPOINTS, "/v1/route", "/v1/feedback"}
     ids = [item["post"]["operationId"] for item in told["paths"].values() if "post" in item]
     assert len(ids) == len(set(ids))

@@ -226,6 +226,19 @@ def test_a_stale_pool_only_where_nothing_else_is_left() -> None:
     assert winner(decided(view("x", age_s=1.5))) == ("a", "x")
 
 
+def test_why_nobody_can_be_asked_is_told_as_it_is() -> None:
+    held = {"a": ExpertState(Residency.DEVICE, max_model_len=1000)}
+    pool = view("x", experts=held)
+    resting = frozenset({("a", "x"), ("", "https://far.example"), ("a", "gone")})
+    for given, tokens, why in (
+        ({"banned": resting}, 10, Bar.RESTING),
+        ({"banned": resting}, 0, Bar.RESTING),
+        ({"banned": {("a", "gone")}}, 10, Bar.NONE),
+    ):
+        assert list(decided(pool, context_tokens=tokens, **given).barred) == [why]
+    assert list(decided(view("x", draining=True), context_tokens=10).barred) == [Bar.NO_POOL]
+
+
 def test_a_prompt_goes_where_it_fits_and_to_the_engine_s_own_error_where_it_fits_nowhere() -> None:
     both = {
         "a": ExpertState(Residency.DEVICE, max_model_len=1000),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from service.api.keyring import Keyring, configured
+from service.api.keyring import Keyring, any_key, configured
 from service.cli import cli
 from service.config import Config
 from service.errors import ConfigError, Conflict, StoreGone, Unauthorized, UnknownModel
@@ -101,6 +101,37 @@ async def test_who_is_behind_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(Unauthorized) as caught:
             ring.identify(headers)
         assert "0123456789" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"not json",
+        b"{}",
+        b'{"limits": {}}',
+        b'{"id":"x","tenant":"t","digest":"no hex","limits":{},"experts":null}',
+        b'{"id":"x","tenant":"t","digest":"00","limits":{},"experts":null,"of_a_later":1}',
+    ],
+)
+async def test_a_damaged_record_is_told_and_keys_known_before_still_hold(
+    tmp_path: Path, line: bytes
+) -> None:
+    path = tmp_path / "keys.jsonl"
+    book = FileBook(path)
+    _, key = await Keys(book).create(replace(WANTED, experts=None), 1.0)
+    ring = Keyring(config(), book)
+    await ring.look()
+    whole = path.read_bytes()
+    path.write_bytes(whole + line + b"\n")
+    with pytest.raises(ConfigError, match=r"keys\.jsonl: a record of an API key is damaged"):
+        await any_key(config(), book)
+    await ring.look()
+    assert ring.identify({b"x-api-key": key.encode()}).name == "acme"
+    path.unlink()
+    await Keys(book).create(WANTED, 2.0)
+    await ring.look()
+    with pytest.raises(Unauthorized):
+        ring.identify({b"x-api-key": key.encode()})
 
 
 def test_a_variable_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,28 @@ async def test_a_pool_tells_its_queues_residency_and_requests() -> None:
         if name == "coe_residency"
     }
     assert states == {state.value: float(state is Residency.DEVICE) for state in Residency}
+
+
+async def test_an_expert_that_went_is_nowhere_any_more() -> None:
+    class Emptied(Told):
+        """The same pool, once its config has changed."""
+
+        gone = False
+
+        def snapshot(self) -> Snapshot:
+            whole = super().snapshot()
+            return replace(whole, experts={}, queues={}) if self.gone else whole
+
+        def details(self) -> dict[str, dict[str, object]]:
+            return {} if self.gone else super().details()
+
+    told, pool = PoolMetrics(), Emptied()
+    told.follow(pool)
+    assert any("expert" in dict(labels) for _, labels in samples(await told.text({"pool": "p"})))
+    pool.gone = True
+    gauges = {one.name for one in TABLE if one.kind is Kind.GAUGE}
+    left = samples(await told.text({"pool": "p"}))
+    assert [name for name, labels in left if name in gauges and "expert" in dict(labels)] == []
 
 
 async def test_an_engine_s_own_metrics_stay_when_another_starts() -> None:

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from service.config import Config, load_config
-from service.errors import ConfigError
-from service.reload import Running, config_file, current_config, follow, reload
+from service.errors import ArtifactError, ConfigError
+from service.reload import Running, config_file, current_config, follow, reload, version
 from tests.support.waiting import until
 
 CONFIG: dict[str, Any] = {
@@ -89,6 +89,25 @@ def test_what_can_not_change_is_refused_and_all_stays(
     assert file.read_bytes() == before
 
 
+def test_a_router_that_can_not_be_had_is_refused(file: Path) -> None:
+    """Else pools would go on by the new config, and gateways by the old one."""
+    before = file.read_bytes()
+    write(file, router={"artifact": "./nowhere"})
+    with pytest.raises(ArtifactError, match="nowhere"):
+        reload(file)
+    assert file.read_bytes() == before
+
+
+def test_a_config_that_can_not_be_kept_is_no_end_of_the_service(file: Path) -> None:
+    running = Running.load(file)
+    nowhere = file.parent / "gone" / "config.json"
+    with pytest.raises(ConfigError, match="can't be kept: No such file"):
+        running.save(nowhere)
+    assert [path.name for path in file.parent.iterdir() if "config.json" in path.name] == [
+        "config.json"
+    ]
+
+
 def test_slots_of_their_own_can_not_become_too_few(tmp_path: Path) -> None:
     pools = {"p": {"engine": "simulated", "slots": 3}}
     source = tmp_path / "coe.yaml"
@@ -101,16 +120,19 @@ def test_slots_of_their_own_can_not_become_too_few(tmp_path: Path) -> None:
         reload(file)
 
 
-async def test_who_follows_hears_of_each_and_survives_a_bad_one(file: Path) -> None:
+@pytest.mark.parametrize("fault", [ConfigError("it can't be put in force"), KeyError("a")])
+async def test_who_follows_hears_of_each_and_survives_a_bad_one(
+    file: Path, fault: Exception
+) -> None:
     heard: list[list[str]] = []
 
     async def apply(config: Config) -> None:
         heard.append(list(config.experts))
         if len(heard) == 1:
-            raise ConfigError("it can't be put in force")
+            raise fault
 
-    task = asyncio.create_task(follow(file, apply))
-    await asyncio.sleep(0)
+    # What is in force was read at some time before: nothing that came since is missed.
+    task = asyncio.create_task(follow(file, version(file), apply))
     write(file, experts={"a": {"model": "m"}, "b": {"model": "m"}, "d": {"model": "m"}})
     await asyncio.to_thread(reload, file)
     await until(lambda: len(heard) == 1, "the first")

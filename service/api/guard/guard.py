@@ -12,7 +12,7 @@ from service.api.body import Asked
 from service.api.guard.injection import InjectionScreen
 from service.api.guard.personal import PersonalScreen, redacted
 from service.api.guard.screen import Finding, Screen, Text
-from service.api.guard.texts import rewritten, texts_of
+from service.api.guard.texts import check_readable, rewritten, texts_of
 from service.config import Config, GuardConfig
 from service.errors import GuardRefused, InvalidRequest
 
@@ -72,10 +72,14 @@ class Guard:
         }
 
     async def check(self, asked: Asked) -> Verdict:
-        """Look through a request. Raises GuardRefused; InvalidRequest where it is too long."""
+        """Look through a request.
+
+        Raises GuardRefused; InvalidRequest where it is too long, or no text.
+        """
         guard = self._guards.get(asked.tenant.name)
         if guard is None:
             return Verdict(asked)
+        check_readable(asked.data)
         texts = texts_of(asked.data)
         size = sum(len(one.text) for one in texts)
         if size > guard.max_characters:

@@ -148,7 +148,7 @@ _FAMILIES = tuple(
             r"end of (?:context|input))\b"
             r"|(?:^|\n) ?\[?(?:system|admin|developer)(?: (?:note|override|message|prompt|update|"
             r"alert))?\]? ?[:>]"
-            r"|</?(?:system|instructions?|system_prompt)>|-{3,} ?(?:end|begin) (?:of )?(?:system|"
+            r"|</?(?:system|instructions?|system_prompt)>|-{3} ?(?:end|begin) (?:of )?(?:system|"
             r"user|prompt|data|document)",
         ),
         (
@@ -215,7 +215,8 @@ _ALIKE = str.maketrans(
     "aeopcyxiijsdhlaeiknoptux",
 )
 _DIGITS = str.maketrans("013457@$", "oieastas")
-_IN_WORD = re.compile(r"(?=[0-9@$]*[a-z])(?=[a-z]*[0-9@$])[a-z0-9@$]{3,24}")
+# Bounded, each of them: a search begins anew at every character of a long word.
+_IN_WORD = re.compile(r"(?=[0-9@$]{0,23}[a-z])(?=[a-z]{0,23}[0-9@$])[a-z0-9@$]{3,24}")
 _SPACED = re.compile(r"(?<![a-z])(?:[a-z][ .\-_*]){4,}[a-z](?![a-z])")
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{24,4096}={0,2}")
 _BLANKS = re.compile(r"[^\S\n]+")

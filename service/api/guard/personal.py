@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from service.api.guard.screen import NOTHING, Finding, Span, Text, aside
 
-# Each is linear: no part of it can match the same characters in two ways.
+# Each is linear: no part of it can match the same characters in two ways, and what may begin
+# inside of what it has just looked through looks no further than some bound.
 _SHAPES: dict[str, re.Pattern[str]] = {
     "secret": re.compile(
         r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----"
@@ -24,7 +25,7 @@ _SHAPES: dict[str, re.Pattern[str]] = {
         r"|\bxox[abprs]-[A-Za-z0-9-]{10,}\b"
         r"|\bAIza[A-Za-z0-9_-]{35}\b"
         r"|\bhf_[A-Za-z0-9]{30,}\b"
-        r"|\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"
+        r"|\beyJ[A-Za-z0-9_-]{10,1000}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"
     ),
     "email": re.compile(
         r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b"
@@ -108,16 +109,16 @@ class PersonalScreen:
 
     def _found(self, text: str) -> Iterator[tuple[int, int, str]]:
         """Where, and what; of two that overlap the kind that is named first."""
-        taken: list[tuple[int, int]] = []
+        taken = bytearray(len(text))
         for kind in self._kinds:
             check = _CHECKS.get(kind)
             for match in _SHAPES[kind].finditer(text):
                 start, end = match.span()
                 if check is not None and not check(match[0]):
                     continue
-                if any(start < other_end and end > other for other, other_end in taken):
+                if taken.find(1, start, end) >= 0:
                     continue
-                taken.append((start, end))
+                taken[start:end] = b"\1" * (end - start)
                 yield start, end, kind
 
 

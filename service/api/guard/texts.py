@@ -10,7 +10,10 @@ from service.errors import InvalidRequest
 
 _TRUSTED = frozenset({"system", "developer"})
 # What else of a body an expert reads: names, arguments and results of tools, answers begun.
-_INNER = ("content", "output", "arguments", "text", "input", "name", "description", "thinking")
+_INNER = (
+    *("content", "output", "arguments", "text", "input", "name", "description"),
+    *("thinking", "reasoning", "reasoning_content", "refusal", "summary"),
+)
 _DEEP = 16
 
 Change = Callable[[Text], str]
@@ -26,6 +29,19 @@ def texts_of(data: Mapping[str, Any]) -> list[Text]:
 
     rewritten(data, note)
     return found
+
+
+def check_readable(data: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest where a prompt is given as ids of tokens, which no screen can read."""
+    for name in ("prompt", "input"):
+        given = data.get(name)
+        for one in given if isinstance(given, list) else ():
+            inner = one if isinstance(one, list) else (one,)
+            if any(isinstance(value, int) for value in inner):
+                raise InvalidRequest(
+                    f"`{name}` must be text: the guard can't look through ids of tokens",
+                    param=name,
+                )
 
 
 def rewritten(data: Mapping[str, Any], change: Change) -> dict[str, Any]:

@@ -1,15 +1,13 @@
-"""The composition root: builds gateways and pools from a config. Knows nothing of Ray."""
+"""A gateway's process: the gateway of a config, what it holds, and the one that comes after it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from service.api.accounts import Accounts
 from service.api.admission import Admission, Called
@@ -19,35 +17,23 @@ from service.api.feedback import Feedback
 from service.api.gateway import Gateway
 from service.api.guard.guard import Guard
 from service.api.guard.screen import Screen
-from service.api.keyring import Keyring, any_key
+from service.api.keyring import Keyring
 from service.api.relay import Relay
 from service.api.routing import Routing
 from service.api.seats import RemoteSeat
 from service.api.spending import Spending
 from service.api.trips import Trips
-from service.assembly import Assembly, folder_here
+from service.app.stores import key_book, open_store
+from service.app.watched import node_target, traces_of
 from service.broker.ledger import Ledger
 from service.config import Config
 from service.engine.remote import RemoteEngine
-from service.errors import CoeError, ConfigError
-from service.link.call import Call
+from service.errors import CoeError
 from service.link.directory import Directory
-from service.link.secret import keys_path
-from service.link.server import PoolApp
-from service.models import inspect_model
-from service.pool.pool import Pool
-from service.steered import profile_bytes
-from service.store.keys import FileBook, KeyBook, Keys, StoreBook
-from service.store.memory import MemoryStore
+from service.store.keys import Keys
 from service.store.protocol import Store
 from service.telemetry import table
-from service.telemetry.logs import log_fields
-from service.telemetry.node import NodeTarget
-from service.telemetry.pool_metrics import PoolMetrics
 from service.types import Tenant
-
-if TYPE_CHECKING:
-    from service.telemetry.traces import Traces
 
 log = logging.getLogger("coe.app")
 
@@ -88,6 +74,8 @@ class GatewayProcess:
         )
         self._follows = after is not None
         self._succeeded = False
+        # The one that this one came after, until that has ended.
+        self._before: GatewayProcess | None = None
         self._ending: asyncio.Task[None] | None = None
         # Links to pools, and what tenants have used, outlive a config.
         self.directory: Directory = (
@@ -129,7 +117,7 @@ class GatewayProcess:
         self._admission = Admission(
             config, self._keyring, self.ledger, self._relay.context, self._charged
         )
-        self._traces = _traces(config, "gateway", gateway_id)
+        self._traces = traces_of(config, "gateway", gateway_id)
         self.gateway = Gateway(
             config,
             routing.router,
@@ -151,7 +139,7 @@ class GatewayProcess:
         trips.meter = metrics.meter
         metrics.meter.on_read(trips.read)
         metrics.on_ask(self._ask_budgets)
-        self._node = _node_target(
+        self._node = node_target(
             config, node, f"gateway-{gateway_id}", lambda: metrics.text(labels)
         )
 
@@ -207,23 +195,30 @@ class GatewayProcess:
         """A gateway by another config in this one's place; requests under way end in this one."""
         heir = self._again(config, after=self)
         heir.gateway.reload = self.gateway.reload
-        self._succeeded = True
         if self._node is not None:
             await self._node.stop()
         await heir.start()
-        heir._ending = asyncio.create_task(self._end())
+        self._succeeded = True
+        heir._before = self
+        heir._ending = asyncio.create_task(heir._let_end(self))
         return heir
 
-    async def _end(self) -> None:
-        while self.gateway.metrics.in_flight:  # noqa: ASYNC110  # a gauge has no event
-            await asyncio.sleep(_ENDED_S)
-        await self.stop()
+    async def _let_end(self, before: GatewayProcess) -> None:
+        """Stop the one that this one came after, once its last request has ended, and those
+        before it have."""
+        while before.gateway.metrics.in_flight or before._before is not None:  # noqa: ASYNC110
+            await asyncio.sleep(_ENDED_S)  # a gauge has no event
+        await before.stop()
+        self._before = None
 
     async def stop(self) -> None:
-        """Close every connection."""
+        """Close every connection, and those of who has not ended yet of those before."""
         if self._ending is not None:
             self._ending.cancel()
             await asyncio.gather(self._ending, return_exceptions=True)
+        if self._before is not None:
+            await self._before.stop()
+            self._before = None
         await self.gateway.feed.close()
         if self._node is not None and not self._succeeded:
             await self._node.stop()
@@ -240,163 +235,5 @@ class GatewayProcess:
             await asyncio.to_thread(self._traces.stop)
 
 
-def open_store(config: Config, owner: str) -> Store:
-    """The store of a config. `owner`: whose reservations they are. Raises ConfigError."""
-    given = config.store
-    if given.kind == "memory":
-        return MemoryStore()
-    # Imported here: only who uses Redis needs its client.
-    from service.store.redis import RedisClient
-    from service.store.shared import SharedStore
-
-    url = given.url
-    if given.url_env is not None:
-        url = os.environ.get(given.url_env)
-        if not url:
-            raise ConfigError(
-                f"store.url_env: the environment variable {given.url_env} that should hold "
-                "the store's URL is not set"
-            )
-    assert url is not None
-    client = RedisClient(
-        url,
-        owner,
-        prefix=given.prefix,
-        timeout_s=given.timeout_ms / 1000,
-        lease_s=given.lease_s,
-    )
-    return SharedStore(client, share=given.slice, lease_s=given.lease_s)
-
-
-def key_book(config: Config, store: Store) -> KeyBook:
-    """Where API keys made by people are kept."""
-    if config.store.kind == "memory":
-        given = config.store.keys_file
-        return FileBook(Path(given) if given is not None else keys_path())
-    return StoreBook(store)
-
-
-async def has_keys(config: Config) -> bool:
-    """Whether there is or was an API key. Raises ConfigError, StoreGone."""
-    store = open_store(config, "starting")
-    await store.start()
-    try:
-        return await any_key(config, key_book(config, store))
-    finally:
-        await store.stop()
-
-
-async def with_keys(config: Config, act: Callable[[Keys], Awaitable[Any]]) -> Any:
-    """Do something with the keys where they are kept, no service running. Raises StoreGone."""
-    store = open_store(config, f"keys-{os.getpid()}")
-    await store.start()
-    try:
-        return await act(Keys(key_book(config, store)))
-    finally:
-        await store.stop()
-
-
 def _any_budgets(config: Config) -> bool:
     return bool(config.budgets) or any(tenant.budget for tenant in config.tenants.values())
-
-
-class PoolProcess:
-    """A pool with its engines, its application and its metrics."""
-
-    def __init__(self, config: Config, kind: str, secret: str, *, node: Path | None = None) -> None:
-        self._metrics = PoolMetrics(config.pools[kind].vllm.moe_capture)
-        self.routes = self._metrics.routes_of
-        self._assembly = Assembly(config, kind, Pool(kind, self._metrics), self._metrics)
-        self.pool = self._assembly.pool
-        self._traces = _traces(config, "pool", f"{kind}-{self.pool.boot}")
-        if self._traces is not None:
-            self._metrics.traced = self._traces.pooled
-        self._metrics.follow(self.pool)
-        self._config = config
-        self._weights: dict[str, int] = {}
-        self.app = PoolApp(self, secret, config.server.max_body_bytes)
-        self._node = _node_target(config, node, f"pool-{kind}-{self.pool.boot}", self.metrics)
-
-    async def start(self) -> None:
-        """Start the engines, in the background."""
-        if self._node is not None:
-            await self._node.start()
-        self.pool.start()
-
-    async def stop(self, drain_s: float) -> None:
-        """Drain, at most so long, and stop the engines."""
-        await self.pool.stop(drain_s)
-        if self._traces is not None:
-            await asyncio.to_thread(self._traces.stop)
-        if self._node is not None:
-            await self._node.stop()
-
-    async def reload(self, config: Config) -> None:
-        """Go on as another config says."""
-        self._config = config
-        self._weights.clear()
-        await self._assembly.reload(config)
-
-    async def run(self, call: Call, body: bytes, send: Any) -> None:
-        """See `PoolHandler`."""
-        log_fields(request_id=call.request_id, expert=call.expert)
-        await self.pool.run(call, body, send)
-
-    def snapshots(self) -> Any:
-        """See `PoolHandler`."""
-        return self.pool.snapshots()
-
-    def experts(self) -> dict[str, Any]:
-        """See `PoolHandler`."""
-        told = self.pool.details()
-        for name, entry in told.items():
-            if (weight_bytes := self._weight_bytes(name)) is not None:
-                entry["weight_bytes"] = weight_bytes
-        return told
-
-    def _weight_bytes(self, expert: str) -> int | None:
-        """What an expert's files hold, from their headers; None where they are not here."""
-        if expert in self._weights:
-            return self._weights[expert]
-        settings = self._config.experts[expert]
-        if settings.profile is not None:
-            return profile_bytes(self._config, expert)
-        beside = settings.base is not None and settings.form == "adapter"
-        try:
-            folder = settings.adapter if beside else folder_here(self._config, expert)
-            if folder is None:
-                return None
-            self._weights[expert] = inspect_model(Path(folder)).weight_bytes
-        except CoeError:
-            return None
-        return self._weights[expert]
-
-    def demand(self, wanted: dict[str, float]) -> None:
-        """See `PoolHandler`."""
-        self.pool.demand(wanted)
-
-    async def operate(self, act: str, expert: str) -> None:
-        """See `PoolHandler`."""
-        await self.pool.operate(act, expert)
-
-    async def metrics(self) -> str:
-        """See `PoolHandler`."""
-        return await self._metrics.text({"pool": f"{self.pool.kind}-{self.pool.boot}"})
-
-
-def _traces(config: Config, process: str, instance: str) -> Traces | None:
-    if config.telemetry.traces_url is None:
-        return None
-    # Imported here: most do without, and it takes its time.
-    from service.telemetry.traces import Traces
-
-    return Traces(config.telemetry, process, instance)
-
-
-def _node_target(
-    config: Config, folder: Path | None, name: str, text: Callable[[], Awaitable[str]]
-) -> NodeTarget | None:
-    if folder is None:
-        return None
-    told = config.telemetry
-    return NodeTarget(folder, name, text, host=told.metrics_host, port=told.metrics_port)
