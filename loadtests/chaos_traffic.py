@@ -149,15 +149,6 @@ class Tally:
         )
         return min(right, default=float("inf")) - fault_s
 
-    def last_bad_s(self, fault_s: float, models: frozenset[str]) -> float:
-        """From a fault until the last request to these models began that was not answered."""
-        bad = (
-            one.began_s
-            for one in self.verdicts
-            if one.kind != RIGHT and one.began_s >= fault_s and one.model in models
-        )
-        return max(bad, default=fault_s) - fault_s
-
 
 class Traffic:
     """Clients in closed loops, each with one request under way.

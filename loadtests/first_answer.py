@@ -9,7 +9,6 @@ and from its cache. The model is taken from this machine's store (`--fetch`: fet
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import os
@@ -17,13 +16,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from loadtests.machine import Watch, describe
+from loadtests.command import parser, tell
 from loadtests.reach import Report, Table, at_most
 from loadtests.service import ROOT
 from loadtests.stats import Estimate
@@ -119,18 +119,13 @@ def _free_port() -> int:
         return port
 
 
-def main() -> None:
-    """The command."""
-    words = argparse.ArgumentParser(description=__doc__)
-    words.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    words.add_argument("--fetch", action="store_true", help="fetch the model anew, too")
-    given = words.parse_args()
-    watch = Watch.start()
+def measure(*, fetch: bool) -> Report:
+    """Both starts, in a clone of their own. `fetch`: the model is fetched anew."""
     folder = Path(tempfile.mkdtemp(prefix="coe-first-"))
     environment = os.environ | {"COE_HOME": str(folder / "home")}
     for name in ("PYTHONPATH", "VIRTUAL_ENV"):
         environment.pop(name, None)
-    if given.fetch:
+    if fetch:
         environment["COE_MODELS"] = str(folder / "models")
     try:
         began_s = time.monotonic()
@@ -154,12 +149,17 @@ def main() -> None:
             ("to something to look at at the second start", _LOOK_S, second.console_s),
         )
     ]
-    machine = watch.report()
     report.facts = {"clone_s": round(clone_s, 1), "first": asdict(first), "second": asdict(second)}
-    report.facts["machine"] = machine
-    report.notes.append(describe(machine))
-    report.tell(as_json=given.json)
+    return report
+
+
+def main() -> int:
+    """0: measured, whatever was reached. 1: could not be measured."""
+    words = parser("first_answer", __doc__)
+    words.add_argument("--fetch", action="store_true", help="fetch the model anew, too")
+    given = words.parse_args()
+    return tell(lambda _: measure(fetch=given.fetch), as_json=given.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

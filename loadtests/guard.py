@@ -5,11 +5,11 @@ Says what is caught, not that it is enough: both sets come from the people who w
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 import time
 
+from loadtests.command import parser, tell
 from loadtests.guard_examples import ATTACKS, HARMLESS, PERSONAL, fitted, held_out
 from loadtests.reach import Reach, Report, Table
 from service.api.guard.injection import InjectionScreen
@@ -69,12 +69,9 @@ async def measure() -> Report:
 
 
 def main() -> int:
-    """0: measured."""
-    parser = argparse.ArgumentParser(prog="python -m loadtests.guard", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    given = parser.parse_args()
-    asyncio.run(measure()).tell(as_json=given.json)
-    return 0
+    """0: measured, whatever was reached. 1: could not be measured."""
+    given = parser("guard", __doc__).parse_args()
+    return tell(lambda _: asyncio.run(measure()), as_json=given.json)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ slot. Engines are modelled, see `mixed_slot.py`; what planning costs is real tim
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import random
 import sys
@@ -15,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loadtests.machine import Watch, describe
+from loadtests.command import parser, tell
 from loadtests.mixed_slot import Costs, FcfsSlot, Seen, SimSlot
 from loadtests.mixed_trace import Ask, mean_tokens, trace
 from loadtests.process import say
@@ -215,22 +214,11 @@ def run(for_s: float) -> Report:
 
 
 def main() -> int:
-    """0: measured, whatever was reached."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.mixed_sim",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--for-s", type=float, default=60.0, help="length of the trace (60 s)")
-    given = parser.parse_args()
-    watch = Watch.start()
-    report = run(given.for_s)
-    machine = watch.report()
-    report.facts["machine"] = machine
-    report.notes.append(describe(machine))
-    report.tell(as_json=given.json)
-    return 0
+    """0: measured, whatever was reached. 1: could not be measured."""
+    words = parser("mixed_sim", __doc__)
+    words.add_argument("--for-s", type=float, default=60.0, help="length of the trace (60 s)")
+    given = words.parse_args()
+    return tell(lambda _: run(given.for_s), as_json=given.json)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""A random Mixtral with layers of the demo's size: what it says is noise, what it costs is real."""
+"""Random Mixtrals: what they say is noise, what they cost is real."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,29 +15,60 @@ from safetensors.numpy import save_file
 from service.models import locate
 
 _BASE = "smollm2-135m-instruct"
-HIDDEN, INNER, HEADS, KV_HEADS, WORDS = 576, 1536, 9, 3, 49152
 _SEED = 1
+
+# Of so many rows and columns: normally distributed, times the third.
+Draw = Callable[[int, int, float], NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class MixtralShape:
+    """The sizes of a Mixtral. `embedding`: standard deviation of its embeddings."""
+
+    layers: int
+    experts: int
+    top_k: int
+    hidden: int = 576
+    inner: int = 1536
+    heads: int = 9
+    kv_heads: int = 3
+    words: int = 49152
+    context: int = 2048
+    embedding: float = 576**-0.5
 
 
 def random_mixtral(folder: Path, *, layers: int, experts: int, top_k: int) -> Path:
-    """Write one into a new folder, float32. Raises RuntimeError where the tokenizer is not here."""
+    """Write one with layers of the demo's size into a new folder, float32.
+
+    Raises RuntimeError where the tokenizer is not here.
+    """
     base = locate(_BASE)
     if base is None:
         raise RuntimeError(f"{_BASE} is not here yet; get it with: coe models pull {_BASE}")
+    chance = np.random.default_rng(_SEED)
+
+    def draw(rows: int, columns: int, scale: float) -> NDArray[np.float32]:
+        return chance.standard_normal((rows, columns), dtype=np.float32) * np.float32(scale)
+
+    return write_mixtral(folder, base, MixtralShape(layers, experts, top_k), draw)
+
+
+def write_mixtral(folder: Path, base: Path, shape: MixtralShape, draw: Draw) -> Path:
+    """Write one into a new folder, with the tokenizer in `base`; `draw` makes every matrix."""
     ignored = shutil.ignore_patterns("*.safetensors", "config.json")
     shutil.copytree(base, folder, ignore=ignored)
     config = {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "num_local_experts": experts,
-        "num_experts_per_tok": top_k,
-        "vocab_size": WORDS,
-        "max_position_embeddings": 2048,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "num_local_experts": shape.experts,
+        "num_experts_per_tok": shape.top_k,
+        "vocab_size": shape.words,
+        "max_position_embeddings": shape.context,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "hidden_act": "silu",
@@ -44,39 +77,39 @@ def random_mixtral(folder: Path, *, layers: int, experts: int, top_k: int) -> Pa
         "torch_dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(_weights(layers, experts), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(_weights(shape, draw), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def _weights(layers: int, experts: int) -> dict[str, NDArray[np.float32]]:
-    chance = np.random.default_rng(_SEED)
+def _weights(shape: MixtralShape, draw: Draw) -> dict[str, NDArray[np.float32]]:
+    hidden, inner = shape.hidden, shape.inner
 
     def matrix(out: int, into: int) -> NDArray[np.float32]:
-        return chance.standard_normal((out, into), dtype=np.float32) * np.float32(into**-0.5)
+        return draw(out, into, into**-0.5)
 
-    ones = np.ones(HIDDEN, np.float32)
-    key = HIDDEN // HEADS * KV_HEADS
+    ones = np.ones(hidden, np.float32)
+    key = hidden // shape.heads * shape.kv_heads
     weights = {
-        "model.embed_tokens.weight": matrix(WORDS, HIDDEN),
+        "model.embed_tokens.weight": draw(shape.words, hidden, shape.embedding),
         "model.norm.weight": ones,
-        "lm_head.weight": matrix(WORDS, HIDDEN),
+        "lm_head.weight": matrix(shape.words, hidden),
     }
-    for i in range(layers):
+    for i in range(shape.layers):
         layer = f"model.layers.{i}"
         weights |= {
             f"{layer}.input_layernorm.weight": ones,
             f"{layer}.post_attention_layernorm.weight": ones,
-            f"{layer}.self_attn.q_proj.weight": matrix(HIDDEN, HIDDEN),
-            f"{layer}.self_attn.k_proj.weight": matrix(key, HIDDEN),
-            f"{layer}.self_attn.v_proj.weight": matrix(key, HIDDEN),
-            f"{layer}.self_attn.o_proj.weight": matrix(HIDDEN, HIDDEN),
-            f"{layer}.block_sparse_moe.gate.weight": matrix(experts, HIDDEN),
+            f"{layer}.self_attn.q_proj.weight": matrix(hidden, hidden),
+            f"{layer}.self_attn.k_proj.weight": matrix(key, hidden),
+            f"{layer}.self_attn.v_proj.weight": matrix(key, hidden),
+            f"{layer}.self_attn.o_proj.weight": matrix(hidden, hidden),
+            f"{layer}.block_sparse_moe.gate.weight": matrix(shape.experts, hidden),
         }
-        for k in range(experts):
+        for k in range(shape.experts):
             expert = f"{layer}.block_sparse_moe.experts.{k}"
             weights |= {
-                f"{expert}.w1.weight": matrix(INNER, HIDDEN),
-                f"{expert}.w2.weight": matrix(HIDDEN, INNER),
-                f"{expert}.w3.weight": matrix(INNER, HIDDEN),
+                f"{expert}.w1.weight": matrix(inner, hidden),
+                f"{expert}.w2.weight": matrix(hidden, inner),
+                f"{expert}.w3.weight": matrix(inner, hidden),
             }
     return weights

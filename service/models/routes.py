@@ -70,12 +70,6 @@ class Cacheability:
         return int(self.hits[layer]) / uses if uses else None
 
 
-def load_of(choices: Ints, experts: int) -> NDArray[np.int64]:
-    """How many tokens each of a layer's experts got."""
-    chosen = choices[choices >= 0]
-    return np.bincount(chosen, minlength=experts).astype(np.int64, copy=False)
-
-
 def imbalance(load: Ints) -> float | None:
     """The busiest expert's load against the mean: 1 (even) to experts / k. None: no load."""
     mean = float(np.mean(load))
