@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from service.config import Config, PoolConfig
 from service.engine.lazy import LazyEngine
 from service.engine.protocol import EngineWatch, SwappingEngine
+from service.engine.shared_cache import SharedCache, clear_dead
 from service.engine.simulated import SimulatedEngine
 from service.engine.sleeping import Sleeper, SleepingEngines
 from service.errors import CoeError, ConfigError
+from service.folders import folder_here, folder_of
 from service.memory import weights_bytes
-from service.models import ModelInfo, inspect_model, locate, pull
+from service.models import ModelInfo, inspect_model
 from service.pool.planner import Policy
 from service.pool.pool import Pool
 from service.pool.slot import Slot
@@ -65,6 +67,8 @@ class Assembly:
         self._canaries: dict[str, str] = {}
         self._sources: weakref.WeakSet[_Sources] = weakref.WeakSet()
         self._played: dict[str, None] = {}
+        self._cache: SharedCache | None = None
+        clear_dead()
         self._profiles = profile_digests(config)
         self.pool = pool
         groups = config.groups(kind)
@@ -102,6 +106,8 @@ class Assembly:
         }
         gone = [name for name in before if after.get(name) != before[name] or name in alone]
         self.pool.set_policy(_policy(self._settings))
+        if self._cache is not None:
+            self._cache.bound_bytes = self._settings.swap.host_bytes
         later = [name for name in after if name in gone or config.needs(name) in gone]
         # Those that only come first: they may have to take a slot over.
         for name in [name for name in after if name not in before and name not in later]:
@@ -125,6 +131,12 @@ class Assembly:
             await self._come(units[name])
         for name in after:
             self.pool.set_pinned(name, config.experts[name].pinned)
+
+    async def stop(self, drain_s: float) -> None:
+        """Stop the pool; nothing of it stays in shared memory."""
+        await self.pool.stop(drain_s)
+        if self._cache is not None:
+            await asyncio.to_thread(self._cache.close)
 
     async def _come(self, unit: tuple[str, ...]) -> None:
         await asyncio.to_thread(self._look_again)
@@ -247,7 +259,7 @@ class Assembly:
 
         config, settings = self._config, self._settings
         paths = {name: str(config.experts[name].adapter) for name in adapters}
-        folder = _folder(config, base)
+        folder = folder_of(config, base)
         info = inspect_model(Path(folder))
         if isinstance(info, ModelInfo):
             self._watch.weighs(base, weights_bytes(info, settings.vllm.dtype))
@@ -264,7 +276,7 @@ class Assembly:
 
         def build(name: str) -> Sleeper:
             paths = {one: str(config.experts[one].adapter) for one in units[name][1:]}
-            model = VllmModel(name, _folder(config, name), paths)
+            model = VllmModel(name, folder_of(config, name), paths)
             options = config.vllm_of(self._kind, name)
             return VllmEngine(model, options, on_cpu=False, watch=self._watch, sleep_level=level)
 
@@ -286,7 +298,15 @@ class Assembly:
             canary_every=settings.swap.canary_every,
             canaries=self._canaries,
             watch=self._watch,
+            cache=self._shared_cache(),
         )
+
+    def _shared_cache(self) -> SharedCache | None:
+        """Where this pool's engines share weights: on a GPU. Raises ExpertFailed."""
+        settings = self._settings
+        if self._cache is None and settings.gpus > 0:
+            self._cache = SharedCache(settings.swap.host_bytes)
+        return self._cache
 
     def _sources_like(self, first: str, own: Weights, *, alone: bool) -> _Sources:
         """The experts that an engine of one family can run, `first` first. May fetch models.
@@ -345,34 +365,11 @@ def _signature(
     return tuple(parts)
 
 
-def _source(config: Config, expert: str) -> tuple[str, Path | None]:
-    """What an expert's full weights are called, and where models are kept."""
-    settings = config.experts[expert]
-    source = settings.model if settings.base is None else config.experts[settings.base].model
-    assert source is not None
-    return source, Path(config.models_dir) if config.models_dir is not None else None
-
-
-def folder_here(config: Config, expert: str) -> Path | None:
-    """Where an expert's full weights are, or None where they are not here."""
-    source, root = _source(config, expert)
-    return locate(source, root=root)
-
-
-def _folder(config: Config, expert: str) -> str:
-    """Where an expert's full weights are, fetched first if need be. Raises ModelStoreError."""
-    source, root = _source(config, expert)
-    folder = locate(source, root=root) or pull(source, dest_root=root)
-    # Says what is wrong with the files better than an engine that fails to start.
-    inspect_model(Path(folder))
-    return str(folder)
-
-
 def _weights(config: Config, expert: str) -> Weights:
     from service.engine.vllm_swap import Weights
 
     settings = config.experts[expert]
-    folder = _folder(config, expert)
+    folder = folder_of(config, expert)
     if settings.form == "steered":
         try:
             return Weights(folder, steering=steering_of(config, expert, Path(folder)))

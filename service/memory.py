@@ -54,10 +54,13 @@ class PoolPlan:
     bound_bytes: int | None
     on_gpu: bool
     moe: tuple[str, ...] = ()  # what is set for mixtures of experts, a line for each
+    # On a GPU: weights that it keeps in host memory, once for all its engines, in /dev/shm
+    # where they are exchanged in place.
+    host_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """What a replica takes at its peak."""
+        """What a replica takes at its peak: on a GPU of its memory, else of the machine's."""
         return self.replica_bytes + sum(engine.total_bytes for engine in self.engines)
 
     @property
@@ -83,22 +86,57 @@ def plan_pool(
     groups = config.groups(kind)
     slots = len(groups) if pool.slots is None else min(pool.slots, len(groups))
     grouped = [[_plan_unit(config, unit, pool, inspect) for unit in group] for group in groups]
-    plans = [plan for group in grouped for plan in group]
     _check_capture(config, kind, config.units(kind), inspect)
-    engines = [
-        _share([plan for group in grouped[i::slots] for plan in group], plans, config, pool)
-        for i in range(slots)
-    ]
-    if slots < len(groups) and pool.swap.host_bytes is not None:
-        # Units move between slots, and each is in one at a time.
-        left = sum(plan.weight_bytes for plan in plans)
-        for i, engine in enumerate(engines):
-            held = min(pool.swap.host_bytes, left)
-            engines[i] = replace(engine, weight_bytes=held)
-            left -= held
     on_gpu = pool.gpus > 0
+    shared = [group for group in grouped if slots < len(groups) or len(group) > 1]
+    turns = [plan for group in shared for plan in group]
+    sharing = min(slots, len(shared))
+    bound = pool.swap.host_bytes
+    _check_bound(config, bound, turns, sharing)
+    held = sum(plan.weight_bytes for plan in turns)
+    held = held if bound is None else min(bound, held)
+    engines = []
+    for i in range(slots):
+        engine = _share([plan for group in grouped[i::slots] for plan in group])
+        if slots < len(groups):
+            # Units move between slots, and each is in one at a time. On a GPU is who runs.
+            largest = max(plan.weight_bytes for plan in turns)
+            own = held // slots + (held % slots if i == 0 else 0)
+            engine = replace(engine, weight_bytes=largest if on_gpu else own)
+        engines.append(engine)
+    caches = pool.swap.method == "inplace" or (
+        pool.swap.method == "sleep" and pool.swap.sleep_level == 1
+    )
     replica_bytes = 0 if on_gpu else REPLICA_BYTES
-    return PoolPlan(kind, tuple(engines), replica_bytes, pool.memory_bytes, on_gpu, moe)
+    return PoolPlan(
+        kind,
+        tuple(engines),
+        replica_bytes,
+        pool.memory_bytes,
+        on_gpu,
+        moe,
+        held if on_gpu and caches else 0,
+    )
+
+
+def _check_bound(
+    config: Config, bound: int | None, units: Sequence[EnginePlan], slots: int
+) -> None:
+    """Hold what must be in host memory at once against the pool's bound. Raises ConfigError."""
+    if bound is None or not units:
+        return
+    # Who runs on another's weights keeps those.
+    names = {config.needs(n) or n for n, expert in config.experts.items() if expert.pinned}
+    pinned = sum(plan.weight_bytes for plan in units if plan.base in names)
+    loose = sorted((plan.weight_bytes for plan in units if plan.base not in names), reverse=True)
+    most = pinned + sum(loose[:slots])
+    if most <= bound:
+        return
+    what = "the largest expert" if slots == 1 else f"the largest experts of its {slots} slots"
+    raise ConfigError(
+        f"pools: swap.host_bytes is {_gib(bound)} for a pool's slots together, and "
+        f"{_gib(most)} are needed for {what}" + (" and the pinned ones" if pinned else "")
+    )
 
 
 def _check_capture(
@@ -117,36 +155,15 @@ def _check_capture(
         )
 
 
-def _share(
-    every: list[EnginePlan], all_units: list[EnginePlan], config: Config, pool: PoolConfig
-) -> EnginePlan:
+def _share(every: list[EnginePlan]) -> EnginePlan:
     """One engine for several units: one runs, the rest lie in host memory."""
     first, *others = every
     if not others:
         return first
-    weights = [plan.weight_bytes for plan in all_units]
-    held = sum(plan.weight_bytes for plan in every)
-    if pool.swap.host_bytes is not None:
-        if pool.swap.host_bytes < max(weights):
-            raise ConfigError(
-                f"pools: swap.host_bytes holds {_gib(pool.swap.host_bytes)}, "
-                f"and the largest expert alone takes {_gib(max(weights))}"
-            )
-        # Who runs on another's weights keeps those.
-        names = {config.needs(n) or n for n, expert in config.experts.items() if expert.pinned}
-        pinned = [plan for plan in every if plan.base in names]
-        loose = [plan.weight_bytes for plan in all_units if plan.base not in names]
-        most = sum(plan.weight_bytes for plan in pinned) + max(loose, default=0)
-        if most > pool.swap.host_bytes:
-            raise ConfigError(
-                f"pools: swap.host_bytes holds {_gib(pool.swap.host_bytes)}, and the pinned "
-                f"experts with the largest other one take {_gib(most)}; pin fewer"
-            )
-        held = min(held, pool.swap.host_bytes)
     return EnginePlan(
         base=first.base,
         adapters=(*first.adapters, *(n for plan in others for n in (plan.base, *plan.adapters))),
-        weight_bytes=held,
+        weight_bytes=sum(plan.weight_bytes for plan in every),
         adapter_bytes=max(plan.adapter_bytes for plan in every),
         kv_bytes=first.kv_bytes,
         kv_tokens=min(plan.kv_tokens for plan in every),

@@ -98,9 +98,48 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- (include "coe.config" . | fromYaml).pools | default dict | toJson -}}
 {{- end -}}
 
-{{/* A pool kind's values: dict "root" $ "kind". */}}
+{{/* A pool kind's values, its shared weights in shm: dict "root" $ "kind". */}}
 {{- define "coe.pool" -}}
-{{- merge (dict) (deepCopy (index .root.Values.pools .kind | default dict)) (deepCopy .root.Values.poolDefaults) | toYaml -}}
+{{- $own := merge (dict) (deepCopy (index .root.Values.pools .kind | default dict)) (deepCopy .root.Values.poolDefaults) -}}
+{{- $weights := include "coe.sharedMib" (dict "kind" .kind "pool" (index (include "coe.pools" .root | fromJson) .kind)) | int64 -}}
+{{- include "coe.withShared" (dict "own" $own "weights" $weights) -}}
+{{- end -}}
+
+{{/* Pool values with so many MiB more in /dev/shm: dict "own" "weights". */}}
+{{- define "coe.withShared" -}}
+{{- $own := deepCopy .own -}}
+{{- if gt (int64 .weights) 0 -}}
+{{- $_ := set $own "shm" (printf "%dMi" (add (include "coe.mib" $own.shm | int64) (int64 .weights))) -}}
+{{- end -}}
+{{- toYaml $own -}}
+{{- end -}}
+
+{{/* MiB of /dev/shm in which a replica's engines share weights: dict "kind" "pool" (of the config). */}}
+{{- define "coe.sharedMib" -}}
+{{- $pool := .pool | default dict -}}
+{{- $swap := $pool.swap | default dict -}}
+{{- if and (gt (include "coe.gpus" $pool | int) 0) (eq (dig "method" "auto" $swap) "inplace") -}}
+{{- if not $swap.host_bytes -}}
+{{- fail (printf "config.pools.%s.swap: method inplace on a GPU keeps weights in /dev/shm, which is memory: it needs host_bytes" .kind) -}}
+{{- end -}}
+{{- $bytes := 0.0 -}}
+{{- if kindIs "string" $swap.host_bytes -}}
+{{- $unit := regexFind "[a-z]" (lower $swap.host_bytes) -}}
+{{- $base := ternary 1024.0 1000.0 (contains "i" (lower $swap.host_bytes)) -}}
+{{- $bytes = float64 (regexFind "[0-9.]+" $swap.host_bytes) -}}
+{{- range $step := list "k" "m" "g" "t" -}}
+{{- if has $unit (list "k" "m" "g" "t") -}}
+{{- $bytes = mulf $bytes $base -}}
+{{- if eq $unit $step -}}{{- $unit = "" -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- else -}}
+{{- $bytes = float64 $swap.host_bytes -}}
+{{- end -}}
+{{- ceil (divf $bytes 1048576.0) | int64 -}}
+{{- else -}}
+0
+{{- end -}}
 {{- end -}}
 
 {{- define "coe.drainSeconds" -}}

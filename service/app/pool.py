@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from service.app.watched import node_target, traces_of
-from service.assembly import Assembly, folder_here
+from service.assembly import Assembly
 from service.config import Config
 from service.errors import CoeError
+from service.folders import folder_here
 from service.link.call import Call
 from service.link.server import PoolApp
 from service.models import inspect_model
@@ -44,7 +45,7 @@ class PoolProcess:
 
     async def stop(self, drain_s: float) -> None:
         """Drain, at most so long, and stop the engines."""
-        await self.pool.stop(drain_s)
+        await self._assembly.stop(drain_s)
         if self._traces is not None:
             await asyncio.to_thread(self._traces.stop)
         if self._node is not None:

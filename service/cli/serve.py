@@ -127,6 +127,8 @@ def _print_plans(config: Config, plans: list[Any]) -> None:
             )
         bound = size(plan.bound_bytes) if plan.bound_bytes is not None else "no bound"
         rows.append((plan.kind, "(a replica)", "", "", f"{size(plan.total_bytes)} of {bound}"))
+        if plan.host_bytes:
+            rows.append((plan.kind, "(its host memory)", size(plan.host_bytes), "", ""))
     table(("pool", "experts", "weights", "KV cache", "in all"), rows)
     for plan in plans:
         for line in plan.moe:

@@ -92,8 +92,9 @@ class SwapOptions(Section):
     )
     host_bytes: Bytes | None = Field(
         None,
-        description="Memory for experts' weights in a slot, the running one's included, in bytes. "
-        "Default: no bound.",
+        description="Host memory for the weights of experts that share slots, in bytes: of all "
+        "slots of a replica together, the running experts' included. Divided over them by need; "
+        "it must hold each slot's largest expert, and the pinned ones. Default: no bound.",
     )
     running: Literal["wait", "preempt"] = Field(
         "wait",

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import hashlib
 import logging
 import time
 from argparse import Namespace
 from collections.abc import Awaitable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -29,8 +27,10 @@ from service.engine.protocol import (
     Filled,
     Message,
 )
+from service.engine.shared_cache import Share, SharedCache
 from service.engine.steered import PLACES, Steering
 from service.engine.vllm import VllmEngine, VllmModel, first_line
+from service.engine.vllm_face import EngineClient, face_digest
 from service.engine.vllm_stats import CANARY
 from service.errors import CoeError, EngineDead, ExpertFailed
 
@@ -44,15 +44,6 @@ _LOOK_S = 0.2
 _CANARY_PROMPT = list(range(101, 117))
 _CANARY_TOKENS = 6
 _SURE = 1e-3
-# What decides how text becomes tokens and back.
-_FACE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +85,8 @@ class SwappingVllmEngine(VllmEngine):
     """An engine for `weights`' experts, all of one family; it starts with `first` running.
 
     `canaries` outlives the engine: each expert's first greedy tokens, as its first
-    load gave them.
+    load gave them. `cache`: on a GPU, where the pool's engines share the weights they hold; an
+    engine that keeps the weights it was started with needs none.
     """
 
     def __init__(
@@ -107,7 +99,9 @@ class SwappingVllmEngine(VllmEngine):
         canary_every: int,
         canaries: dict[str, str],
         watch: EngineWatch | None = None,
+        cache: SharedCache | None = None,
     ) -> None:
+        self._share = Share(cache) if cache is not None else None
         model = VllmModel(first, weights[first].folder, {})
         super().__init__(model, options, on_cpu=on_cpu, watch=watch)
         # The caller's own: experts may come and go.
@@ -163,6 +157,7 @@ class SwappingVllmEngine(VllmEngine):
             if w.is_plain and w.folder == self._weights[self._first].folder
         ]
         adopted = self._first if self._first in plain else next(iter(plain), "")
+        await self._take(adopted)
         if why := await self._rpc("coe_adopt", adopted):
             log.info("the engine of %s keeps its weights: %s", adopted, why)
             self._fixed = adopted
@@ -193,12 +188,14 @@ class SwappingVllmEngine(VllmEngine):
             size = await self._rpc("coe_steer", expert, asdict(source.steering))
             await self._face_for(expert, source)
             return Filled(int(size), time.monotonic() - began_s)
+        await self._take(expert)
         await self._rpc("coe_fill", expert, source.folder, source.adapter, source.strength)
         told = await self._rpc("coe_filled", expert)
         while told["state"] == "filling":  # in another process: there is no event to await
             await asyncio.sleep(_POLL_S)
             told = await self._rpc("coe_filled", expert)
         if told["state"] != "host":
+            self._give_back(expert)
             reason = told.get("reason", "its weights went away while they were loaded")
             raise ExpertFailed(f"expert {expert!r} could not be loaded: {reason}", retry_after_s=30)
         await self._face_for(expert, source)
@@ -239,6 +236,26 @@ class SwappingVllmEngine(VllmEngine):
     async def drop(self, expert: str, *, for_next: bool = False) -> None:
         """See `SwappingEngine.drop`."""
         await self._rpc("coe_drop", expert, for_next)
+        self._give_back(expert)
+
+    async def _take(self, expert: str) -> None:
+        """Tell the workers where in shared memory an expert's weights are, or are to be."""
+        if self._share is not None:
+            source = self._weights.get(expert, Weights(self._model.path))
+            path, token = await asyncio.to_thread(
+                self._share.take, expert, source.folder, source.adapter, source.strength
+            )
+            await self._rpc("coe_share", expert, path, token)
+
+    def _give_back(self, expert: str) -> None:
+        if self._share is not None:
+            asyncio.get_running_loop().call_later(self._share.give_back(expert), self._share.sweep)
+
+    async def stop(self) -> None:
+        """Stop the core process; what it shared stays for a while, for the next."""
+        await super().stop()
+        if self._share is not None:
+            asyncio.get_running_loop().call_later(self._share.end(), self._share.sweep)
 
     async def memory(self) -> dict[str, int]:
         """The core process's resident bytes, and what held experts were measured to take."""
@@ -320,10 +337,10 @@ class SwappingVllmEngine(VllmEngine):
         folder = source.folder
         args = copy.copy(self._args)
         args.served_model_name = [expert]
-        if _fingerprint(folder) == _fingerprint(self._model.path):
+        if face_digest(folder) == face_digest(self._model.path):
             # Not the engine's of this moment: another expert's may be on it now.
             assert self._own_face is not None
-            client = _Client(self._llm, self._llm.vllm_config, self._own_face[0])
+            client = EngineClient(self._llm, self._llm.vllm_config, self._own_face[0])
             return _Face(await self._openai_layer(args, client, self._tasks), source)
         from vllm.renderers import renderer_from_config
 
@@ -332,7 +349,7 @@ class SwappingVllmEngine(VllmEngine):
         config.model_config = copy.copy(config.model_config)
         config.model_config.model = config.model_config.tokenizer = folder
         renderer = await asyncio.to_thread(renderer_from_config, config)
-        client = _Client(self._llm, config, renderer)
+        client = EngineClient(self._llm, config, renderer)
         app = await self._openai_layer(args, client, self._tasks)
         return _Face(app, source, renderer, config.model_config.try_get_generation_config())
 
@@ -359,26 +376,3 @@ def _agreed(answers: list[Any]) -> Any:
         if answer.get("ok") is False:
             return answer
     return answers[0]
-
-
-class _Client:
-    """The engine client as one expert's OpenAI layer sees it: its own config and renderer."""
-
-    def __init__(self, llm: Any, vllm_config: Any, renderer: Any) -> None:
-        self._llm = llm
-        self.vllm_config = vllm_config
-        self.model_config = vllm_config.model_config
-        self.renderer = renderer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._llm, name)
-
-
-def _fingerprint(folder: str) -> str:
-    digest = hashlib.sha256()
-    for name in _FACE_FILES:
-        path = Path(folder) / name
-        digest.update(name.encode() + b"\0")
-        if path.is_file():
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()

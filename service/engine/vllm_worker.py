@@ -16,6 +16,7 @@ import contextlib
 import gc
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Held:
 
 
 @dataclass(slots=True)
-class _Filling:
+class Filling:
     """An expert on its way in; `thread` is None until it is its turn."""
 
     folder: str
@@ -66,7 +67,7 @@ class _Filling:
 @dataclass(slots=True)
 class _State:
     held: dict[str, Any] = field(default_factory=dict)
-    filling: dict[str, _Filling] = field(default_factory=dict)
+    filling: dict[str, Filling] = field(default_factory=dict)
     running: str = ""
 
 
@@ -113,7 +114,7 @@ class SwapExtension(CaptureExtension):
         """
         state = self._coe()
         if expert not in state.held and expert not in state.filling:
-            state.filling[expert] = _Filling(folder, adapter, strength, time.monotonic())
+            state.filling[expert] = Filling(folder, adapter, strength, time.monotonic())
             self._coe_next_fill()
 
     def coe_steer(self, expert: str, told: dict[str, Any]) -> int:
@@ -138,28 +139,37 @@ class SwapExtension(CaptureExtension):
             return
         for expert, filling in state.filling.items():
             if filling.thread is None and filling.error is None:
-                before = own_bytes()
                 try:
-                    beside = Beside(self.vllm_config, filling.folder, self._coe_device)
+                    bring = self._coe_begin(expert, filling)
                 except Exception as error:
                     filling.error = _told(error)
                     continue
                 filling.thread = threading.Thread(
                     target=self._coe_load,
-                    args=(expert, filling, beside, before),
+                    args=(expert, filling, bring),
                     name=f"fill-{expert}",
                     daemon=True,
                 )
                 filling.thread.start()
                 return
 
-    def _coe_load(self, expert: str, filling: _Filling, beside: Beside, before: int) -> None:
+    def _coe_begin(self, expert: str, filling: Filling) -> Callable[[], Any]:
+        """What can't be done in a thread; the rest, which brings what is to be held."""
+        before = own_bytes()
+        beside = Beside(self.vllm_config, filling.folder, self._coe_device)
+
+        def bring() -> Any:
+            delta = Delta(Path(filling.adapter), filling.strength) if filling.adapter else None
+            check_room(beside.model)
+            return self._coe_bring(expert, beside, delta, before)
+
+        return bring
+
+    def _coe_load(self, expert: str, filling: Filling, bring: Callable[[], Any]) -> None:
         state = self._coe()
         began_s = time.monotonic()
         try:
-            delta = Delta(Path(filling.adapter), filling.strength) if filling.adapter else None
-            check_room(beside.model)
-            held = self._coe_bring(beside, delta, before)
+            held = bring()
             give_back()
             held.fill_s = time.monotonic() - began_s
         except Exception as error:
@@ -168,8 +178,9 @@ class SwapExtension(CaptureExtension):
         state.held[expert] = held
         del state.filling[expert]
 
-    def _coe_bring(self, beside: Beside, delta: Delta | None, before: int) -> Any:
+    def _coe_bring(self, expert: str, beside: Beside, delta: Delta | None, before: int) -> Any:
         """Load an expert's weights and hold them."""
+        del expert
         scratch = Scratch()
         beside.load(delta, scratch)
         layers = beside.share_attention(self._coe_layers())

@@ -36,6 +36,7 @@ class HeldSlot(SharedSlot):
             # From here on nobody swaps to it.
             self._known[name].tier = Residency.DISK
             self._set_unit(name, Residency.DISK)
+            self._dropping[name] = self._known[name].host_bytes
         if unit is not None:
             self._filling_unit = unit
             self._set_unit(unit, Residency.LOADING)
@@ -47,6 +48,7 @@ class HeldSlot(SharedSlot):
         try:
             for name in drops:
                 await engine.drop(name, for_next=unit is not None)
+                self._dropping.pop(name, None)
             if unit is not None:
                 filled = await engine.fill(unit)
                 known = self._known[unit]
@@ -67,6 +69,8 @@ class HeldSlot(SharedSlot):
                 log.error("could not forget %s: %s", "/".join(drops), why)
         finally:
             self._filling = self._filling_unit = None
+            for name in drops:
+                self._dropping.pop(name, None)
             self._event.set()
 
     def _in_use(self, unit: str) -> str:
@@ -94,8 +98,13 @@ class HeldSlot(SharedSlot):
             known.tier = Residency.DISK
             if known.failed_until <= time.monotonic():
                 self._set_unit(name, Residency.DISK)
-        for name in names:
-            await engine.drop(name)
+            self._dropping[name] = known.host_bytes
+        try:
+            for name in names:
+                await engine.drop(name)
+        finally:
+            for name in names:
+                self._dropping.pop(name, None)
 
     def _died_with(self, unit: str, error: Exception) -> None:
         """The engine died while it took in a unit's weights: perhaps not that unit's fault."""

@@ -26,7 +26,8 @@ class Policy:
     for weights in host memory, the running unit's included. crowding: how many times
     as many requests as still run another unit must have waiting to end a stay. preempt:
     where somebody would wait longer than the bound, running requests of which no byte has gone
-    out are put back, instead of being waited for.
+    out are put back, instead of being waited for. most_bytes: what host_bytes can become where
+    slots share a bound (`pool.sharing`); None: nothing else.
     """
 
     min_stay_s: float = 1.0
@@ -36,6 +37,7 @@ class Policy:
     prefetch: bool = True
     crowding: float = 1.0
     preempt: bool = False
+    most_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,21 +120,22 @@ def bounded(
     One that can't be held beside the running and the pinned ones needs an engine to
     itself, which takes `start_s`.
     """
-    if policy.host_bytes is None:
+    bound = policy.most_bytes if policy.most_bytes is not None else policy.host_bytes
+    if bound is None:
         return list(units)
     weights = {u.name: u.host_bytes for u in units}
-    stay = {_owner(u) for u in units if u.pinned or u.name == slot.running_unit}
-    room = policy.host_bytes - sum(weights.get(owner, 0) for owner in stay)
+    stay = {owner_of(u) for u in units if u.pinned or u.name == slot.running_unit}
+    room = bound - sum(weights.get(owner, 0) for owner in stay)
     return [
         u
         if u.tier is not Residency.DISK
-        or (0 if _owner(u) in stay else weights.get(_owner(u), 0)) <= room
+        or (0 if owner_of(u) in stay else weights.get(owner_of(u), 0)) <= room
         else replace(u, exchangeable=False, swap_s=start_s)
         for u in units
     ]
 
 
-def _owner(unit: UnitView) -> str:
+def owner_of(unit: UnitView) -> str:
     """The unit that has the weights that a unit runs on."""
     return unit.needs or unit.name
 
@@ -191,13 +194,13 @@ def next_fetch(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> str
         if u.tier is Residency.DISK
         and u.exchangeable
         and u.name in wanted
-        and tiers.get(_owner(u), Residency.LOADING) is not Residency.LOADING
+        and tiers.get(owner_of(u), Residency.LOADING) is not Residency.LOADING
     ]
     waiting = [u for u in absent if u.waiting]
     asked_for = [u for u in absent if u.wanted]
     hot = [u for u in absent if u.demand_per_s > 0 or u.pinned]
     if waiting:
-        chosen = min(waiting, key=lambda u: _turn(u, policy))
+        chosen = min(waiting, key=lambda u: turn(u, policy))
     elif asked_for:
         chosen = min(asked_for, key=lambda u: u.name)
     elif policy.prefetch and not slot.waiting and hot:
@@ -209,7 +212,7 @@ def next_fetch(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> str
     return chosen.needs if absent_too else chosen.name
 
 
-def _turn(unit: UnitView, policy: Policy) -> tuple[bool, float, str]:
+def turn(unit: UnitView, policy: Policy) -> tuple[bool, float, str]:
     """Order of those who wait: first who may wait too long, by age; then by urgency."""
     late = unit.oldest_s + unit.swap_s >= policy.max_wait_s / 2
     return (not late, -(unit.oldest_s if late else urgency(unit, policy)), unit.name)
@@ -234,34 +237,34 @@ def to_keep(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> frozen
             u.name != slot.running_unit,
             not u.pinned,
             not u.waiting,
-            *_turn(u, policy),
+            *turn(u, policy),
         ),
     )
     weights = {u.name: u.host_bytes for u in units}
     kept: set[str] = set()
     left = policy.host_bytes
     for unit in sure:
-        size = 0 if _owner(unit) in kept else weights.get(_owner(unit), 0)
+        size = 0 if owner_of(unit) in kept else weights.get(owner_of(unit), 0)
         if unit.name == slot.running_unit or size <= left:
-            kept.add(_owner(unit))
+            kept.add(owner_of(unit))
             left -= size
     rest = [u for u in units if u.exchangeable and not u.needs and u.name not in kept]
-    worth = _worths(units)
+    worth = worths(units)
     chosen = keep([worth[u.name] for u in rest], [u.host_bytes for u in rest], max(0, left))
     kept.update(rest[i].name for i in chosen)
     # Who runs on what is kept adds nothing to it.
     return frozenset(
         u.name
         for u in units
-        if _owner(u) in kept and (u.exchangeable or u.name == slot.running_unit)
+        if owner_of(u) in kept and (u.exchangeable or u.name == slot.running_unit)
     )
 
 
-def _worths(units: Sequence[UnitView]) -> dict[str, float]:
+def worths(units: Sequence[UnitView]) -> dict[str, float]:
     """Demand × cost of bringing back, of each unit's weights, by whoever runs on them."""
     demand = {u.name: 0.0 for u in units}
     for unit in units:
-        demand[_owner(unit)] = demand.get(_owner(unit), 0.0) + unit.demand_per_s
+        demand[owner_of(unit)] = demand.get(owner_of(unit), 0.0) + unit.demand_per_s
     return {
         u.name: demand[u.name] * u.bring_s * (_HELD_BONUS if u.tier is not Residency.DISK else 1.0)
         for u in units
@@ -273,8 +276,9 @@ def to_drop(
 ) -> list[str]:
     """Units to forget so that what is held, and `coming`, stays within the bound.
 
-    What belongs there least goes first; never the running unit, nor a pinned one, nor the
-    weights that these or `coming` run on. With weights go the units that run on them.
+    What belongs there least goes first; never the running unit, nor a pinned one (unless other
+    slots need the room that it has beyond this one's), nor the weights that these or `coming` run
+    on. With weights go the units that run on them.
     """
     if policy.host_bytes is None:
         return []
@@ -284,15 +288,19 @@ def to_drop(
     if excess <= 0:
         return []
     wanted = to_keep(slot, units, policy)
-    worth = _worths(units)
+    worth = worths(units)
     stay = {
-        _owner(u)
+        owner_of(u)
         for u in units
         if u.name in (slot.running_unit, coming)
         or u.tier is Residency.LOADING
-        or (u.pinned and u.tier is not Residency.DISK)
+        or (
+            u.pinned
+            and u.tier is not Residency.DISK
+            and (policy.most_bytes is None or u.name in wanted)
+        )
     }
-    wait = {_owner(u) for u in units if u.waiting}
+    wait = {owner_of(u) for u in units if u.waiting}
     order = sorted(
         (u for u in held if u.tier is Residency.HOST and not u.needs and u.name not in stay),
         key=lambda u: (u.name in wanted, u.name in wait, worth[u.name], u.name),

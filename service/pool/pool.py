@@ -29,6 +29,7 @@ from service.pool.lease import Again
 from service.pool.measured import Measured
 from service.pool.placement import next_move
 from service.pool.planner import Policy
+from service.pool.sharing import claims, divide
 from service.pool.slot import Slot
 from service.pool.swap_slot import SwapSlot
 from service.pool.units import Unit
@@ -56,6 +57,9 @@ class Pool:
 
     def __init__(self, kind: str, watch: PoolWatch | None = None) -> None:
         self.kind = kind
+        # How its shared slots weigh things, and what they may hold together and each.
+        self._policy: Policy | None = None
+        self._rooms: dict[SwapSlot, int] = {}
         self._watch = watch
         self.boot = secrets.token_hex(8)
         self._slots: list[Slot[Any]] = []
@@ -75,6 +79,8 @@ class Pool:
         """Give the pool a slot."""
         self._slots.append(slot)
         self._slot_of.update(dict.fromkeys(slot.experts, slot))
+        if isinstance(slot, SwapSlot):
+            self._policy = self._policy or slot.policy
 
     def changed(self) -> None:
         """Something that a snapshot tells is different now."""
@@ -84,6 +90,7 @@ class Pool:
 
     def start(self) -> None:
         """Start every slot's engine, one after the other, in the background."""
+        self._divide()
         for slot in self._slots:
             self._supervise(slot)
         self._placing = asyncio.create_task(self._place())
@@ -97,6 +104,23 @@ class Pool:
             await asyncio.sleep(_PLACE_S)
             if len(shared := self.shared) > 1:
                 self._move_one(shared)
+                self._divide()
+
+    def _divide(self) -> None:
+        """Give each shared slot its part of the bound on host memory, which is the pool's."""
+        policy, shared = self._policy, self.shared
+        if policy is None or policy.host_bytes is None or len(shared) < 2:
+            self._rooms.clear()
+            for slot in shared:
+                slot.policy = policy or slot.policy
+            return
+        claimed = claims(policy.host_bytes, [slot.view(()) for slot in shared], policy)
+        given = [self._rooms.get(slot, 0) for slot in shared]
+        held = [slot.held_bytes() for slot in shared]
+        rooms = divide(policy.host_bytes, claimed, given, held)
+        self._rooms = dict(zip(shared, rooms, strict=True))
+        for slot, claim in zip(shared, claimed, strict=True):
+            slot.policy = replace(policy, host_bytes=self._rooms[slot], most_bytes=claim.most)
 
     def _move_one(self, shared: list[SwapSlot]) -> None:
         names = [unit.name for slot in shared for unit in slot.units]
@@ -116,6 +140,7 @@ class Pool:
     def add_running(self, slot: Slot[Any]) -> None:
         """Give the pool a slot while it runs."""
         self.add(slot)
+        self._divide()
         self._supervise(slot)
         self.changed()
 
@@ -131,6 +156,7 @@ class Pool:
         )
         slot.take_in(unit)
         self._slot_of.update(dict.fromkeys(unit.experts, slot))
+        self._divide()
 
     async def remove(self, expert: str, why: str) -> None:
         """A unit goes for good. Who waits for it is told why; returns when who runs has ended."""
@@ -151,6 +177,7 @@ class Pool:
         await slot.close(why)
         task = self._tasks.pop(slot)
         self._slots.remove(slot)
+        self._divide()
         self.changed()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -166,8 +193,8 @@ class Pool:
 
     def set_policy(self, policy: Policy) -> None:
         """How shared slots weigh things from now on."""
-        for slot in self.shared:
-            slot.policy = policy
+        self._policy = policy
+        self._divide()
 
     def set_pinned(self, expert: str, pinned: bool) -> None:
         """Whether an expert's unit is pinned, as the config says now."""

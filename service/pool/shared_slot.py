@@ -64,6 +64,8 @@ class SharedSlot(Slot[SwappingEngine]):
         self._closed_s: float | None = None
         self._event = asyncio.Event()
         self._filling_unit: str | None = None
+        # Bytes that are on their way out of the engine, by unit.
+        self._dropping: dict[str, int] = {}
         # Units that are to go, and who waits until they are gone.
         self._retired: dict[str, asyncio.Event] = {}
         self.swaps: list[Swap] = []
@@ -143,6 +145,24 @@ class SharedSlot(Slot[SwappingEngine]):
     def _is_held(self, unit: str) -> bool:
         """Whether a unit is in host memory, running or not."""
         return self._known[unit].tier in (Residency.HOST, Residency.DEVICE)
+
+    def held_bytes(self) -> int:
+        """Bytes of weights that are in host memory, or on their way to it or out of it."""
+        there = {self._weighs(self._unit)} | {
+            name
+            for name, known in self._known.items()
+            if known.tier is not Residency.DISK or name == self._filling_unit
+        }
+        held = sum(self._known[n].host_bytes for n in there if not self._units[n].needs)
+        leaving = sum(self._dropping.values())
+        if self._filling_unit is not None and leaving and not self._units[self._filling_unit].needs:
+            # It comes when these have gone.
+            return max(held, held - self._known[self._filling_unit].host_bytes + leaving)
+        return held + leaving
+
+    def _weighs(self, unit: str) -> str:
+        """The unit whose weights a unit runs on."""
+        return self._units[unit].needs or unit
 
     def _bring_s(self, unit: str) -> float:
         """From where it is to host memory, and first the weights that it needs."""

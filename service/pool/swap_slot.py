@@ -56,6 +56,7 @@ class SwapSlot(HeldSlot):
     def _let_go(self, unit: str) -> Known:
         known = self._forget_unit(unit)
         if known.tier is Residency.HOST and self._engine is not None:
+            self._dropping[unit] = known.host_bytes
             self._fetch(self._engine, None, [], gone=unit)
         return known
 
@@ -118,8 +119,10 @@ class SwapSlot(HeldSlot):
 
     async def _bring_up(self, engine: SwappingEngine) -> None:
         """Start the engine with the unit that is to run."""
-        began_s = time.monotonic()
         self._emptied()
+        self._dropping.clear()  # the engine before has stopped
+        await self._room_for_one()
+        began_s = self._started_at = time.monotonic()
         report = await engine.start()
         self._engine, self._report = engine, report
         for name in self._units[self._unit].experts:
@@ -131,6 +134,13 @@ class SwapSlot(HeldSlot):
         if meant in self._units and self._units[meant].needs == self._unit:
             await self._take_on(engine, meant)
         self._run_unit(self._unit)
+
+    async def _room_for_one(self) -> None:
+        """Where slots share a bound: wait until others have made room for the unit that starts."""
+        while self.policy.most_bytes is not None and self.policy.host_bytes is not None:
+            if self._known[self._weighs(self._unit)].host_bytes <= self.policy.host_bytes:
+                return
+            await asyncio.sleep(TICK_S)
 
     async def _take_on(self, engine: SwappingEngine, unit: str) -> None:
         """Give an engine that has just started to the unit that it was started for.
@@ -186,7 +196,10 @@ class SwapSlot(HeldSlot):
         if (why := engine.failure()) is not None:
             log.error("engine of %s died (%s); starting another", self._unit, why)
         self._engine = None
+        held = self.held_bytes()
         self._emptied()
+        # Until that engine has been stopped its memory is not free.
+        self._dropping = {"": max(0, held - self.held_bytes())}
 
     def lost(self) -> None:
         """A request saw the engine die."""
@@ -224,7 +237,7 @@ class SwapSlot(HeldSlot):
                 self._respawn_for(step.unit, step.reason)
                 return False
             return await self._swap(engine, step.unit, step.reason)
-        if self._filling is None:
+        if self._filling is None and not self._dropping:
             coming = next_fetch(slot, units, self.policy)
             self._fetch(engine, coming, to_drop(slot, units, self.policy, coming))
         return True

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service.config import VllmOptions
+from service.engine.shared_cache import SharedCache
 from tests.engine.real import ask, demo
 from tests.support.models import small_model
 
@@ -39,7 +41,10 @@ async def test_weights_copied_into_the_live_parameters(eager: bool) -> None:
     from service.engine.vllm_swap import SwappingVllmEngine
 
     options = OPTIONS.model_copy(update={"enforce_eager": eager})
-    engine = SwappingVllmEngine("base", demo(), options, on_cpu=False, canary_every=5, canaries={})
+    cache = SharedCache(None)
+    engine = SwappingVllmEngine(
+        "base", demo(), options, on_cpu=False, canary_every=5, canaries={}, cache=cache
+    )
     try:
         await engine.start()
         said = {"base": await ask(engine, "base")}
@@ -54,6 +59,40 @@ async def test_weights_copied_into_the_live_parameters(eager: bool) -> None:
                 assert await ask(engine, name) == expected
     finally:
         await engine.stop()
+        cache.close()
+
+
+async def test_two_engines_of_one_pool_have_one_file_of_an_expert() -> None:
+    from service.engine.vllm_swap import SwappingVllmEngine
+
+    cache = SharedCache(None)
+    engines = [
+        SwappingVllmEngine(
+            "base", demo(), OPTIONS, on_cpu=False, canary_every=5, canaries={}, cache=cache
+        )
+        for _ in range(2)
+    ]
+    try:
+        said = []
+        for engine in engines:
+            await engine.start()
+            filled = await engine.fill("math")
+            assert (await engine.exchange("math")).ok
+            said.append(await ask(engine, "math"))
+        assert said[0] == said[1]
+        # The base's and the expert's, each once; the second engine only mapped them.
+        assert len(cache.sizes()) == 2
+        assert sum(cache.sizes().values()) < 2.1 * filled.host_bytes
+        await engines[0].stop()
+        assert (await engines[1].exchange("base")).ok
+        assert (await engines[1].exchange("math")).ok
+        assert await ask(engines[1], "math") == said[0]
+        assert len(cache.sizes()) == 2
+    finally:
+        for engine in engines:
+            await engine.stop()
+        cache.close()
+    assert not cache.folder.exists()
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -85,16 +124,21 @@ async def test_engines_of_two_families_sleep_in_turn(level: int, tmp_path: Path)
         await engines.stop()
 
 
-def test_every_byte_arrives_where_the_graphs_expect_it() -> None:
+def test_every_byte_arrives_where_the_graphs_expect_it(tmp_path: Path) -> None:
     import torch
 
-    from service.engine.vllm_pinned import copy_all, hold
+    from service.engine.shared_weights import write
+    from service.engine.vllm_pinned import copy_all, copy_to, describe, pinned
 
     live = {"w": torch.zeros(1 << 20, device="cuda"), "b": torch.zeros(7, device="cuda")}
-    held = hold({name: torch.randn_like(tensor) for name, tensor in live.items()})
+    made = {name: torch.randn_like(tensor) for name, tensor in live.items()}
+    mapped = write(tmp_path / "w.weights", describe(made), partial(copy_to, made), "t")
+    held = pinned(mapped)
     assert all(tensor.is_pinned() for tensor in held.tensors.values())
     addresses = {name: tensor.data_ptr() for name, tensor in live.items()}
     copy_all(held.tensors, live)
     for name, tensor in live.items():
         assert torch.equal(tensor.cpu(), held.tensors[name])
+        assert torch.equal(tensor, made[name])
         assert tensor.data_ptr() == addresses[name]
+    held.let_go()

@@ -201,6 +201,53 @@ def test_memory_of_a_pool_is_its_own_and_its_shared_memory(newest: str) -> None:
     }
 
 
+def _shared(newest: str, pool: str, *settings: str) -> tuple[int, int]:
+    """MiB of a GPU pool's /dev/shm, and of the limit that it counts in."""
+    plain = [] if "pool-" in pool else ["--set", "mode=plain,redis.enabled=false"]
+    ran = chart.helm(
+        newest, "template", "rel", "helm", "--set", ",".join(
+            ["config.experts.a.model=m", "config.pools.g.gpus=1", *settings]
+        ), *plain
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    pod = dict(chart.pods([one for one in yaml.safe_load_all(ran.stdout) if one]))[pool]
+    (size,) = (
+        volume["emptyDir"]["sizeLimit"]
+        for volume in pod["spec"]["volumes"]
+        if volume["name"] == "shm"
+    )
+    return _mib(size), _mib(pod["spec"]["containers"][0]["resources"]["limits"]["memory"])
+
+
+@pytest.mark.parametrize(
+    ("amount", "mib"),
+    [("40GiB", 40 * 1024), ("1.5 gi", 1536), ("2GB", 1908), ("700M", 668), ("53687091200", 51200)],
+)
+def test_shared_weights_are_in_shared_memory_and_in_the_limit(
+    newest: str, amount: str, mib: int
+) -> None:
+    pool = "RayService/rel-coe/pool-g"
+    swap = f"config.pools.g.swap.host_bytes={amount}"
+    before = _shared(newest, pool, swap)
+    after = _shared(newest, pool, swap, "config.pools.g.swap.method=inplace")
+    assert after == (before[0] + mib, before[1] + mib)
+    plain = _shared(
+        newest, "Deployment/rel-coe", swap, "config.pools.g.swap.method=inplace",
+        "config.pools.g.max_replicas=2",
+    )  # fmt: skip
+    assert plain[0] == before[0] + 2 * mib
+    assert plain[1] == before[1] + 2 * mib
+
+
+def test_shared_weights_need_a_bound(newest: str) -> None:
+    ran = chart.helm(
+        newest, "template", "rel", "helm", "--set",
+        "config.experts.a.model=m,config.pools.g.gpus=1,config.pools.g.swap.method=inplace",
+    )  # fmt: skip
+    assert ran.returncode != 0
+    assert "it needs host_bytes" in ran.stderr
+
+
 @pytest.mark.parametrize("values", VALUES)
 def test_the_service_selects_gateways_only(newest: str, values: str) -> None:
     objects = rendered(newest, values)

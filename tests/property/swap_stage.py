@@ -31,7 +31,10 @@ MOST_TOKENS = 4
 
 @dataclass
 class World:
-    """What is asked of the engines, and what they saw that must never happen."""
+    """What is asked of the engines, and what they saw that must never happen.
+
+    together: the worlds of all slots that share the bound, this one among them.
+    """
 
     bound: int | None
     now: Callable[[], float]
@@ -39,6 +42,21 @@ class World:
     wrong: list[str] = field(default_factory=list)
     engines: list[FaultyEngine] = field(default_factory=list)
     faults: int = 0
+    together: list[World] = field(default_factory=list)
+
+    def look(self, coming: str = "") -> None:
+        """Whether more is held than may be; one unit of each slot is always."""
+        worlds = self.together or [self]
+        there = [
+            unit
+            for world in worlds
+            for engine in world.engines
+            if engine.started and engine.failure() is None
+            for unit in engine.held
+        ]
+        there += [coming] if coming else []
+        if self.bound is not None and len(there) * SIZE > max(len(worlds) * SIZE, self.bound):
+            self.wrong.append(f"{sorted(there)} held")
 
     def fault(self, call: str) -> str:
         """The fault that was asked for at the next such call."""
@@ -61,6 +79,7 @@ class FaultyEngine(SimulatedEngine):
         self.runs = unit
         self.held = {unit}
         self.spoiled = False
+        self.started = False
         world.engines.append(self)
 
     @property
@@ -70,6 +89,8 @@ class FaultyEngine(SimulatedEngine):
     async def start(self) -> EngineReport:
         if sum(engine.failure() is None for engine in self.world.engines) > 1:
             self.world.wrong.append("two engines at once")
+        self.started = True
+        self.world.look()
         if self.world.fault("start"):
             raise ExpertFailed("told not to start")
         return await super().start()
@@ -82,9 +103,7 @@ class FaultyEngine(SimulatedEngine):
         raise ExpertFailed("told to fail")
 
     async def fill(self, expert: str) -> Filled:
-        coming = {*self.held, expert}
-        if self.world.bound is not None and len(coming) * SIZE > max(SIZE, self.world.bound):
-            self.world.wrong.append(f"{sorted(coming)} held")
+        self.world.look("" if expert in self.held else expert)
         if fault := self.world.fault("fill"):
             await self._break(fault, FILL_S / 2)
         await super().fill(expert)

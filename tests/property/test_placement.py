@@ -51,6 +51,8 @@ class Fleet:
     @classmethod
     def build(cls, bound: int | None, preempt: bool) -> Fleet:
         worlds = [World(bound, lambda: 0.0) for _ in range(2)]
+        for world in worlds:
+            world.together = worlds
         pool = Pool("cpu")
         slots = []
         for i, world in enumerate(worlds):
@@ -127,7 +129,8 @@ def play(fleet_of: tuple[int | None, bool], act: Any) -> Fleet:
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 2**32),
-    st.sampled_from([None, SIZE, 2 * SIZE]),
+    # Of both slots together.
+    st.sampled_from([None, 2 * SIZE, 3 * SIZE, 4 * SIZE]),
     st.booleans(),
     st.booleans(),
 )

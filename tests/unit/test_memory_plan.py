@@ -81,6 +81,66 @@ def test_on_a_gpu_weights_count_once_and_processes_not_at_all() -> None:
     assert plan.total_bytes == (100 + 2 + 128) * MIB
 
 
+def three(pool: dict[str, Any], pinned: tuple[str, ...] = ()) -> Any:
+    """The plan of a pool of three experts: 100, 100 and 300 MiB, packed twice as much."""
+    sizes = {"a": 100, "b": 100, "c": 300}
+    made = Config.model_validate(
+        {
+            "experts": {name: {"model": name, "pinned": name in pinned} for name in sizes},
+            "router": {"fallback": "a"},
+            "pools": {
+                "cpu": {
+                    **pool,
+                    "vllm": {"kv_cache_bytes": "128MiB", "enforce_eager": True},
+                }
+            },
+        }
+    )
+    found = {name: model(weight_bytes=mib * MIB) for name, mib in sizes.items()}
+    return plan_pool(made, "cpu", found.__getitem__)
+
+
+def test_the_bound_on_host_memory_is_the_pool_s() -> None:
+    """Counted once, however many slots share it."""
+    fixed = {n: REPLICA_BYTES + n * (128 * MIB + ENGINE_BYTES) for n in (1, 2)}
+    assert three({"slots": 1}).total_bytes == fixed[1] + 2 * 500 * MIB
+    assert three({"slots": 2}).total_bytes == fixed[2] + 2 * 500 * MIB
+    for slots in (1, 2):
+        plan = three({"slots": slots, "swap": {"host_bytes": "900MiB"}})
+        assert plan.total_bytes == fixed[slots] + 900 * MIB
+        assert plan.host_bytes == 0
+
+
+def test_on_a_gpu_who_runs_is_there_and_all_are_in_host_memory_once() -> None:
+    gpu = {"gpus": 1, "slots": 2, "swap": {"method": "inplace"}}
+    plan = three(gpu)
+    assert plan.total_bytes == 2 * (300 + 128) * MIB
+    assert plan.host_bytes == 500 * MIB
+    bounded = {**gpu, "swap": {"method": "inplace", "host_bytes": "450MiB"}}
+    assert three(bounded).host_bytes == 450 * MIB
+    for swap in ({}, {"method": "respawn"}, {"method": "sleep", "sleep_level": 2}):
+        assert three({**gpu, "swap": swap}).host_bytes == 0
+    assert three({**gpu, "swap": {"method": "sleep"}}).host_bytes == 500 * MIB
+
+
+@pytest.mark.parametrize(
+    ("slots", "least", "pinned", "words"),
+    [
+        (1, 600, (), "0.59 GiB are needed for the largest expert"),
+        (2, 800, (), "0.78 GiB are needed for the largest experts of its 2 slots"),
+        (1, 800, ("a",), "0.78 GiB are needed for the largest expert and the pinned ones"),
+        (2, 1000, ("c",), "needed for the largest experts of its 2 slots and the pinned ones"),
+    ],
+)
+def test_a_bound_that_can_not_hold_what_runs(
+    slots: int, least: int, pinned: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        three({"slots": slots, "swap": {"host_bytes": f"{least - 1}MiB"}}, pinned)
+    assert words in caught.value.message
+    assert three({"slots": slots, "swap": {"host_bytes": f"{least}MiB"}}, pinned).fits
+
+
 def test_a_simulated_pool_needs_nothing() -> None:
     assert plan_pool(config({"engine": "simulated"}), "cpu", inspect()).total_bytes == 0
 

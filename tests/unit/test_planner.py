@@ -218,6 +218,10 @@ def test_running_and_pinned_are_never_dropped() -> None:
     policy = replace(POLICY, host_bytes=5)
     units = [A, unit("pinned", pinned=True), unit("b"), unit("c", tier=Residency.LOADING)]
     assert to_drop(RUNS, units, policy, None) == ["b"]
+    # Where slots share a bound, another's need of its own room comes first.
+    assert to_drop(RUNS, units, replace(policy, most_bytes=5), None) == ["b", "pinned"]
+    roomy = replace(policy, host_bytes=30, most_bytes=30)
+    assert to_drop(RUNS, units, roomy, None) == ["b"]
 
 
 def test_no_more_is_dropped_than_needed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -224,7 +225,10 @@ class Loads:
     """Stands for vLLM's worker."""
 
     def load_model(self) -> None:
-        self.vllm_config = SimpleNamespace(additional_config={PLACES: WIDTH})
+        self.rank = 0
+        self.vllm_config = SimpleNamespace(
+            additional_config={PLACES: WIDTH}, parallel_config=SimpleNamespace(world_size=1)
+        )
         model = torch.nn.Linear(2, 2)
         self.model_runner = SimpleNamespace(model=model, get_model=lambda: model)
 
@@ -277,7 +281,7 @@ def test_a_worker_holds_exchanges_and_looks_after_its_rules(
 
 
 def test_a_model_that_can_not_be_steered_runs_and_says_why(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from service.engine import vllm_standing
 
@@ -287,6 +291,7 @@ def test_a_model_that_can_not_be_steered_runs_and_says_why(
     monkeypatch.setattr(vllm_standing, "gates_of", none)
     one = worker()
     one.load_model()
+    one.coe_share("base", str(tmp_path / "base"), "token")
     assert one.coe_adopt("base") == ""
     with pytest.raises(ValueError, match=r"layer 0 is routed inside its kernel \(X\)"):
         one.coe_steer("masked", told({}, 0))
