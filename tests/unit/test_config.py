@@ -8,12 +8,18 @@ import pytest
 import yaml
 
 from service.config import Config, load_config, parse_bytes, parse_config
+from service.docs import reference
 from service.errors import ConfigError
 
 MINIMAL = {
     "experts": {"general": {"model": "some-model"}},
     "pools": {"cpu": {"engine": "simulated"}},
 }
+
+
+def test_the_reference_is_that_of_the_schema() -> None:
+    written = (Path(__file__).parents[2] / "service" / "README.md").read_text()
+    assert reference().strip() in written, "python -m service.docs prints it"
 
 
 def faults(data: object) -> list[str]:
