@@ -12,6 +12,7 @@ import pytest
 from service.assembly import Assembly
 from service.config import Config
 from service.engine.protocol import Message
+from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, UnknownModel
 from service.link.call import Call
 from service.models.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
@@ -171,6 +172,32 @@ async def test_virtual_experts_come_go_and_change(tmp_path: Path, slots: int | N
         await running.assembly.reload(steered(tmp_path, "b", slots))
         assert set(running.pool.snapshot().experts) == {"b"}
         assert await running.ask("b") == "ok"
+        assert running.pool.unhealthy() is None
+    finally:
+        await running.pool.stop(1)
+
+
+async def test_a_virtual_expert_for_which_the_engine_was_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the engine is started anew, once, for the base, and then takes it on."""
+    first: list[Any] = []
+
+    class Made(SimulatedEngine):
+        @property
+        def exchangeable(self) -> frozenset[str]:
+            first[:] = first or [self]
+            return super().exchangeable - ({"a2"} if first[0] is self else set())
+
+    monkeypatch.setattr("service.assembly.SimulatedEngine", Made)
+    running = Running(steered(tmp_path, "a a1"))
+    try:
+        assert [await running.ask(name) for name in ("a", "a1")] == ["ok"] * 2
+        await running.assembly.reload(steered(tmp_path, "a a1 a2"))
+        assert [await running.ask(name) for name in ("a2", "a", "a1", "a2")] == ["ok"] * 4
+        counted = running.pool.swap_counts()
+        respawned = {unit: n for (unit, method, _), n in counted.items() if method == "respawn"}
+        assert respawned == {"a2": 1}
         assert running.pool.unhealthy() is None
     finally:
         await running.pool.stop(1)
