@@ -63,7 +63,7 @@ class StandingRule:
         weights, ids = torch.sort(probability, dim=-1, descending=True, stable=True)
         weights, ids = weights[:, : len(self.rank)], ids[:, : len(self.rank)]
         before = torch.cumsum(weights, dim=-1) - weights
-        stays = (self.rank < self.top_k) & ((before < self.top_p) | (self.rank == 0))
+        stays = (self.rank < self.top_k) & (before < self.top_p)
         weights = torch.where(stays, weights, 0.0)
         ids = torch.where(stays, ids, ids[:, :1])
         if self.renormalize:
