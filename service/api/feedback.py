@@ -66,15 +66,25 @@ class Feedback:
     """Remembers replies for a while, counts votes, and shifts what recipes are worth."""
 
     def __init__(
-        self, config: FeedbackConfig, store: Store, worth: Worth, book: Book, *, shared: bool
+        self,
+        config: FeedbackConfig,
+        store: Store,
+        worth: Worth,
+        book: Book,
+        *,
+        shared: bool,
+        after: Feedback | None = None,
     ) -> None:
-        """`shared`: other gateways use the same store."""
+        """`shared`: other gateways use the same store. `after`: by another config, whose replies
+        may still be voted on."""
         self.enabled = config.enabled
         self._config = config
         self._store = store
         self._worth = worth
         self._book = book
-        self._replies: OrderedDict[str, tuple[float, str]] = OrderedDict()
+        self._replies: OrderedDict[str, tuple[float, str]] = (
+            OrderedDict() if after is None else after._replies
+        )
         self._shared = shared
         self._tasks: set[asyncio.Task[None]] = set()
         self._renewing: asyncio.Task[None] | None = None

@@ -29,14 +29,25 @@ _COURTESY = re.compile(
     r"(?:(?:can|could|would|will) you\b[\s,]*)?(?:(?:please|kindly)\b[\s,]*)?"
     r"(?:(?:tell|explain to) me\b[\s,]*)?"
 )
-_THANKS = re.compile(r"[\s,.!]*(?:\b(?:please|thanks|thank you|thx)\b[\s,.!]*)+$")
+# By hand: a search for them from every place on would take long where many follow each other.
+_THANKS = ("please", "thanks", "thank you", "thx")
+_ENDS = ",.! \t\n\r\v\f"
 
 
 def said(text: str) -> list[str]:
     """The words of a question that carry its meaning, in order."""
     plain = unicodedata.normalize("NFKC", text).casefold().strip()
-    bare = _THANKS.sub("", _COURTESY.sub("", plain, count=1))
+    bare = _without_thanks(_COURTESY.sub("", plain, count=1))
     return [word for word in _WORDS.findall(bare) if word not in _SILENT]
+
+
+def _without_thanks(text: str) -> str:
+    while True:
+        bare = text.rstrip(_ENDS)
+        word = next((one for one in _THANKS if bare.endswith(one)), None)
+        if word is None or re.match(r"\w", bare[-len(word) - 1 : -len(word)]):
+            return text
+        text = bare[: -len(word)]
 
 
 def same_words(one: list[str], other: list[str]) -> bool:

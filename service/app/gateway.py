@@ -107,12 +107,13 @@ class GatewayProcess:
         self._relay = Relay(
             routing.book, routing.market, self.directory, self._seats, wake, self._spending, trips
         )
-        self._feedback = Feedback(
+        self._feedback: Feedback = Feedback(
             config.feedback,
             self.store,
             routing.worth,
             routing.book,
             shared=config.store.kind != "memory",
+            after=None if after is None else after._feedback,
         )
         self._admission = Admission(
             config, self._keyring, self.ledger, self._relay.context, self._charged

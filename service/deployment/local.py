@@ -15,6 +15,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from service.config import Config
 from service.deployment.application import APP, application
 from service.deployment.gpus import check_gpus
+from service.deployment.processes import of_run
 
 _LEFT_S = 3.0
 
@@ -63,7 +64,7 @@ class LocalCluster:
 
     def stop(self) -> None:
         """Drain and stop everything; whatever of ours is left after that is ended."""
-        ours = _descendants(self._run_dir)
+        ours = of_run(self._run_dir)
         with contextlib.suppress(Exception):
             # First the application alone: `shutdown` takes HAProxy away at the same
             # time, and with it every stream that still runs.
@@ -71,19 +72,8 @@ class LocalCluster:
         with contextlib.suppress(Exception):
             serve.shutdown()
         ray.shutdown()
-        _, left = psutil.wait_procs(ours | _descendants(self._run_dir), timeout=_LEFT_S)
+        _, left = psutil.wait_procs(ours | of_run(self._run_dir), timeout=_LEFT_S)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(left, timeout=_LEFT_S)
-
-
-def _descendants(run_dir: Path) -> set[psutil.Process]:
-    """Our children, theirs, and processes that name our folder: their parent may have died."""
-    found = set(psutil.Process().children(recursive=True))
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if any(str(run_dir) in part for part in process.cmdline()):
-                found.add(process)
-    found.discard(psutil.Process())
-    return found

@@ -82,6 +82,10 @@ class SleepingEngines:
         if engine is not None and engine.failure() is None:
             await self._or_broken(engine.wake(), "it could not be woken")
         else:
+            if engine is not None:
+                # It died in its sleep: what is left of it goes before another comes.
+                del self._engines[expert]
+                await engine.stop()
             engine = self._build(expert)
             try:
                 await engine.start()
@@ -89,7 +93,6 @@ class SleepingEngines:
                     await engine.load(name)
             except CoeError:
                 await engine.stop()
-                self._engines.pop(expert, None)
                 await self._or_broken(before.wake(), "it could not be woken again")
                 raise
             self._engines[expert] = engine

@@ -75,8 +75,10 @@ class RouterWatch:
         try:
             async with asyncio.timeout(timeout_s):
                 await self.look()
-        except (CoeError, TimeoutError) as error:
-            log.warning("the routers of an expert could not be looked at: %r", error)
+        except Exception as error:
+            # Whatever the worker says: the next look may go well. Its text may be anything.
+            kind = error.message if isinstance(error, CoeError) else type(error).__name__
+            log.warning("the routers of an expert could not be looked at: %s", kind)
 
     async def end(self, *, look: bool) -> None:
         """Look no more, or, with `look`, once. Safe to call twice, and before `begin`."""

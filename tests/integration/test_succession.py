@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from service.api.feedback import Vote
 from service.app import gateway
 from service.app.gateway import GatewayProcess
+from service.types import NOBODY
 from tests.support.serving import chat, simulated, site
 from tests.support.waiting import until
 
@@ -48,3 +50,13 @@ async def test_the_last_one_s_end_is_the_end_of_all() -> None:
             last = await (await first.succeed(config)).succeed(config)
             await last.stop()
             assert not looks_for_keys(first)
+
+
+async def test_what_was_answered_before_can_still_be_voted_on() -> None:
+    config = simulated({"cpu": {}}, experts={"general": {"model": "m", "categories": ["general"]}})
+    async with site(config) as s:
+        _, _, told = await s.ask(chat(model="auto"))
+        second = await s.gateway.succeed(config)
+        said = await second._feedback.vote(NOBODY, Vote(told["id"], 1.0))
+        assert said["recipe"] == "general"
+        await second.stop()

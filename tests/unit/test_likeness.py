@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from service.api.likeness import likeness, said, same_words
@@ -61,3 +63,30 @@ def test_likeness_is_one_for_the_same_and_less_for_others() -> None:
     assert likeness("hello there", "hello there") == pytest.approx(1)
     assert likeness("hello there", "quantum physics") < 0.2
     assert likeness("", "") == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What is the sea?",
+        "What is unpleased",
+        "Tell a tale, please!",
+        "x, thank you! Thanks.",
+        "please",
+        "thx!",
+        "",
+    ],
+)
+@pytest.mark.parametrize("more", ["", " please", ", thanks", " thank you very, thx!!", "thanks"])
+def test_thanks_at_the_end_are_no_part_of_a_question(text: str, more: str) -> None:
+    whole = (text + more).casefold()
+    # As a search for them from every place on finds them, which takes long.
+    bare = re.sub(r"[\s,.!]*(?:\b(?:please|thanks|thank you|thx)\b[\s,.!]*)+$", "", whole)
+    assert said(whole) == said(bare + " .")
+
+
+@pytest.mark.parametrize("text", [", " * 2000, "please " * 570 + "x", "thx" * 1300])
+@pytest.mark.timeout(30)
+def test_no_question_holds_the_gateway_up(text: str) -> None:
+    for _ in range(200):
+        said(text)

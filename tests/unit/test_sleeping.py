@@ -104,3 +104,16 @@ async def test_half_a_swap_is_the_end_of_all(act: str, done: list[str]) -> None:
     with pytest.raises(EngineDead):
         await stage.engines.exchange("a" if done else "b")
     assert stage.engines.failure() is not None
+
+
+async def test_one_that_died_in_its_sleep_is_stopped_before_another_comes() -> None:
+    stage = Stage()
+    engines = stage.engines
+    await engines.start()
+    await engines.exchange("b")
+    dead = engines._engines["a"]
+    assert isinstance(dead, Dozer)
+    dead.kill("a test killed it")
+    await engines.exchange("a")
+    assert stage.log[-3:] == ["sleep b", "stop a", "start a"]
+    assert b"a:" in await stage.ask("a")
