@@ -17,9 +17,10 @@ from scipy import optimize, sparse
 
 from loadtests.process import say
 from loadtests.reach import Reach, Report, Table
-from router_models.learn import Predicted, Problem, Settings
+from router_models.learn import Predicted, Problem
 from router_models.outcomes import read_costs, read_outcomes
 from router_models.recipes import Played
+from router_models.tuning import Settings
 from service.broker.pacing import Pacer, Purse, hull
 
 Floats = NDArray[np.float64]

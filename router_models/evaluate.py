@@ -10,9 +10,10 @@ import numpy as np
 
 from router_models.fit import prompt_hashes, settings_from_json
 from router_models.judge import default_budgets, plot, report
-from router_models.learn import Predicted, Problem, Settings
+from router_models.learn import Predicted, Problem
 from router_models.outcomes import OutcomeError, Table, read_costs, read_outcomes
 from router_models.recipes import play
+from router_models.tuning import Settings
 from service.errors import ArtifactError
 from service.router.artifact import Artifact, load_artifact
 from service.router.classify import Classifier

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from router_models.compose import compose
 from router_models.judge import default_budgets, report, with_errors
-from router_models.learn import Fitted, Predicted, Problem, Settings
+from router_models.learn import Fitted, Predicted, Problem
 from router_models.linear import calibration_error, known_bitmap
 from router_models.outcomes import OutcomeError, Table, read_costs, read_outcomes
+from router_models.tuning import Settings
 from service.router.artifact import Artifact, save_artifact
 from service.router.features import FeatureSpec
 

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_models.learn import Predicted, prices_for
+from router_models.learn import Predicted
 from router_models.outcomes import Table
 from router_models.recipes import Played
+from router_models.second import prices_for
 
 Floats = NDArray[np.float64]
 

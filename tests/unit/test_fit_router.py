@@ -13,10 +13,12 @@ from click.testing import CliRunner
 
 from router_models import evaluate, fit
 from router_models.cli import group
-from router_models.learn import Problem, Settings, shrunk_cells
+from router_models.learn import Problem
 from router_models.linear import calibration_error, design, featurize, fit_logistic, softmax
 from router_models.outcomes import read_outcomes
 from router_models.ridge import TextKernel
+from router_models.second import shrunk_cells
+from router_models.tuning import Settings
 from service.errors import ArtifactError
 from service.router.artifact import load_artifact
 from service.router.classify import Classifier
