@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from service.config import SECTIONS
 from service.telemetry import table
+from service.telemetry.labels import LABELS
 
 
 def reference() -> str:
@@ -66,7 +67,7 @@ def metrics() -> str:
             )
         parts.append("")
     parts.append("### Labels\n\n| label | values |\n| --- | --- |")
-    parts += [f"| `{label}` | {_cell(bound)} |" for label, bound in table.LABELS.items()]
+    parts += [f"| `{label}` | {_cell(bound)} |" for label, bound in LABELS.items()]
     parts.append("")
     return "\n".join(parts)
 

@@ -24,7 +24,8 @@ from prometheus_client.registry import Collector
 from service import __version__
 from service.telemetry import table
 from service.telemetry.declared import Declared, Kind, Side
-from service.telemetry.table import MOST_SERIES, OTHER, TABLE
+from service.telemetry.labels import MOST_SERIES, OTHER
+from service.telemetry.table import TABLE
 
 # A metric and the values of its labels.
 _Key = tuple[Declared | str, ...]

@@ -14,6 +14,7 @@ from service.errors import Conflict
 from service.models.routes import CACHE_TIMES, Cacheability, cacheability
 from service.models.tally import Tally
 from service.telemetry import table
+from service.telemetry.labels import MOST_SERIES
 from service.telemetry.meter import Meter
 
 # Stretches that wait to be reckoned; of more, the eldest are left out.
@@ -110,7 +111,7 @@ class Routes:
         for metric in (table.MOE_IMBALANCE, table.MOE_ENTROPY, table.MOE_SRP, table.MOE_SCH):
             meter.forget(metric)
         meter.forget(table.MOE_ROUTED)
-        room = table.MOST_SERIES
+        room = MOST_SERIES
         for expert, known in self._known.items():
             tally = known.tally
             if not tally.tokens:

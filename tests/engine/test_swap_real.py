@@ -7,7 +7,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from tests.engine.real import (
     kill,
     told,
 )
+from tests.engine.spoiled import WHY, spoiled_weights
 from tests.support.waiting import until
 
 pytestmark = [
@@ -48,84 +49,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not Path(BASE).is_dir(), reason="coe models pull smollm2-135m-instruct"),
 ]
-
-
-def _spoiled(folder: Path, spoil: Callable[[Path], None]) -> Weights:
-    shutil.copytree(ADAPTERS / "math", folder)
-    spoil(folder)
-    return Weights(BASE, str(folder))
-
-
-def _cut_short(folder: Path) -> None:
-    file = folder / "adapter_model.safetensors"
-    os.truncate(file, file.stat().st_size // 2)
-
-
-def _misshapen(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    file = str(folder / "adapter_model.safetensors")
-    tensors = {
-        key: tensor[:-8].contiguous() if "lora_B" in key else tensor
-        for key, tensor in load_file(file).items()
-    }
-    save_file(tensors, file)
-
-
-def _other_names(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    file = str(folder / "adapter_model.safetensors")
-    save_file({key.replace("mlp", "glp"): t for key, t in load_file(file).items()}, file)
-
-
-def _dora(folder: Path) -> None:
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "use_dora": True}))
-
-
-BROKEN = {
-    "cut": (_cut_short, "can't be read"),
-    "misshapen": (_misshapen, "the adapter adds"),
-    "other-names": (_other_names, "the base has no"),
-    "dora": (_dora, "use_dora"),
-    "gone": (shutil.rmtree, "can't be read"),
-}
-
-
-def _full(folder: Path, spoil: Callable[[Path], None]) -> Weights:
-    """Full weights of the base's family, spoiled."""
-    shutil.copytree(BASE, folder)
-    spoil(folder / "model.safetensors")
-    return Weights(str(folder))
-
-
-def _cut_full(file: Path) -> None:
-    os.truncate(file, file.stat().st_size - 10**6)
-
-
-def _misshapen_full(file: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(str(file))
-    name = "model.layers.0.mlp.down_proj.weight"
-    tensors[name] = tensors[name][:-1].contiguous()
-    save_file(tensors, str(file), metadata={"format": "pt"})
-
-
-def _incomplete_full(file: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(str(file))
-    del tensors["model.layers.1.self_attn.k_proj.weight"]
-    save_file(tensors, str(file), metadata={"format": "pt"})
-
-
-BROKEN_FULL = {
-    "full-cut": (_cut_full, "could not be loaded"),
-    "full-misshapen": (_misshapen_full, "could not be loaded"),
-    "full-incomplete": (_incomplete_full, "not in the file"),
-}
 
 
 class Stage:
@@ -146,9 +69,7 @@ class Stage:
 async def stage(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage]:
     os.environ.update(ENVIRONMENT)
     folder = tmp_path_factory.mktemp("adapters")
-    broken = {name: _spoiled(folder / name, spoil) for name, (spoil, _) in BROKEN.items()}
-    full = {name: _full(folder / name, spoil) for name, (spoil, _) in BROKEN_FULL.items()}
-    stage = Stage({**demo(), **broken, **full})
+    stage = Stage({**demo(), **spoiled_weights(folder)})
     stage.report = await stage.engine.start()
     yield stage
     await stage.engine.stop()
@@ -207,11 +128,11 @@ async def _counted(
     return (await told(engine.metrics))[key] - before[key] == tokens
 
 
-@pytest.mark.parametrize("name", [*BROKEN, *BROKEN_FULL])
+@pytest.mark.parametrize("name", WHY)
 async def test_weights_that_can_not_be_used_disturb_nobody(stage: Stage, name: str) -> None:
     await stage.run("base")
     beside = asyncio.create_task(ask_one(stage.engine, "base"))
-    with pytest.raises(ExpertFailed, match={**BROKEN, **BROKEN_FULL}[name][1]):
+    with pytest.raises(ExpertFailed, match=WHY[name]):
         await stage.engine.fill(name)
     with pytest.raises(ExpertFailed, match="not held"):
         await stage.engine.exchange(name)

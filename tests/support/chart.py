@@ -15,6 +15,7 @@ from jsonschema import Draft202012Validator
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm"
+HELMS = ("helm3", "helm4")
 TOOLS = ROOT / ".cache" / "tools"
 VALUES = sorted(path.name for path in (CHART / "ci").glob("*-values.yaml"))
 

@@ -17,10 +17,11 @@ from service.link.snapshot import ExpertState, Queue, Snapshot
 from service.telemetry import table
 from service.telemetry.declared import Declared, Kind, Side
 from service.telemetry.exposition import join
+from service.telemetry.labels import LABELS, MOST_SERIES, OTHER
 from service.telemetry.meter import Meter
 from service.telemetry.metrics import Ended, GatewayMetrics
 from service.telemetry.pool_metrics import PoolMetrics
-from service.telemetry.table import LABELS, MOST_SERIES, OTHER, TABLE
+from service.telemetry.table import TABLE
 from service.types import Residency
 
 ROOT = Path(__file__).parents[2]

@@ -23,6 +23,7 @@ from service.models.routes import cacheability
 from service.models.tally import Tally
 from service.telemetry import table
 from service.telemetry.declared import Side
+from service.telemetry.labels import MOST_SERIES
 from service.telemetry.meter import Meter
 from service.telemetry.routes import Routes
 
@@ -266,7 +267,7 @@ def test_tokens_of_each_routed_expert_are_told_while_there_is_room() -> None:
     ]
     # Of the large one nothing, rather than some of it by name and the rest as "other".
     assert told == [("a", value) for value in (small.load + more.load).ravel().tolist()]
-    assert load.size > table.MOST_SERIES
+    assert load.size > MOST_SERIES
 
 
 def told_of(layers: int = 2, experts: int = EXPERTS) -> dict[str, Any]:

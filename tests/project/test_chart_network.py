@@ -1,0 +1,70 @@
+"""Who may reach whom in what the chart renders."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support import chart
+from tests.support.chart import VALUES, of_kind, rendered
+
+# Ray's, HAProxy's, Redis's, the gateways' own and the pools' ports.
+CLOSED = (6379, 8265, 10001, 8404, 9101, 52365, 30000, 30999, 31100, 31999, 44217)
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_the_service_selects_gateways_only(newest: str, values: str) -> None:
+    objects = rendered(newest, values)
+    service = next(s for s in of_kind(objects, "Service") if s["metadata"]["name"] == "rel-coe")
+    selected = {
+        name
+        for name, pod in chart.pods(objects)
+        if service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    }
+    plain = bool(of_kind(objects, "Deployment"))
+    assert selected == ({"Deployment/rel-coe"} if plain else {"RayService/rel-coe/gateway"})
+
+
+def _labels(component: str) -> dict[str, str]:
+    return {
+        "app.kubernetes.io/part-of": "coe",
+        "app.kubernetes.io/instance": "rel",
+        "app.kubernetes.io/component": component,
+    }
+
+
+def test_the_network_is_closed_but_for_the_service(newest: str) -> None:
+    objects = rendered(newest, "default-values.yaml")
+    stranger: dict[str, str] = {}
+    redis = {"app.kubernetes.io/name": "redis", "app.kubernetes.io/instance": "rel"}
+    gateway, pool, head = map(_labels, ("gateway", "pool", "head"))
+    assert chart.may_reach(objects, stranger, gateway, 8000)
+    for target in (gateway, pool, head, redis):
+        for port in CLOSED:
+            assert not chart.may_reach(objects, stranger, target, port), (target, port)
+    assert not chart.may_reach(objects, stranger, pool, 8000)
+    # Pools' ports are gateways' alone; Ray's are for all nodes of the release.
+    assert chart.may_reach(objects, gateway, pool, 31500)
+    assert not chart.may_reach(objects, pool, pool, 31500)
+    assert not chart.may_reach(objects, head, pool, 31500)
+    for source in (gateway, pool, head):
+        assert chart.may_reach(objects, source, head, 6379)
+        assert chart.may_reach(objects, source, pool, 10002)
+        assert chart.may_reach(objects, source, redis, 6379)
+    other = gateway | {"app.kubernetes.io/instance": "another"}
+    assert not chart.may_reach(objects, other, pool, 31500)
+    operator = {"app.kubernetes.io/name": "kuberay-operator"}
+    assert chart.may_reach(objects, operator, head, 8265)
+    assert not chart.may_reach(objects, operator, pool, 8265)
+
+
+def test_in_plain_mode_only_the_port_is_open(newest: str) -> None:
+    objects = rendered(newest, "minimal-cpu-values.yaml")
+    assert chart.may_reach(objects, {}, _labels("gateway"), 8000)
+    for port in CLOSED:
+        assert not chart.may_reach(objects, {}, _labels("gateway"), port)
+
+
+def test_named_clients_alone_may_call(newest: str) -> None:
+    objects = rendered(newest, "external-redis-values.yaml")
+    assert not chart.may_reach(objects, {"app": "stranger"}, _labels("gateway"), 8000)
+    assert chart.may_reach(objects, _labels("test"), _labels("gateway"), 8000)
