@@ -7,6 +7,7 @@ what a process takes without any model is measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,7 +136,7 @@ def _check_bound(
     what = "the largest expert" if slots == 1 else f"the largest experts of its {slots} slots"
     raise ConfigError(
         f"pools: swap.host_bytes is {_gib(bound)} for a pool's slots together, and "
-        f"{_gib(most)} are needed for {what}" + (" and the pinned ones" if pinned else "")
+        f"{_gib(most, up=True)} are needed for {what}" + (" and the pinned ones" if pinned else "")
     )
 
 
@@ -299,8 +300,9 @@ def check_plan(plan: PoolPlan, machine_bytes: int | None) -> None:
         )
 
 
-def _gib(size: int) -> str:
-    return f"{size / 1024**3:.2f} GiB"
+def _gib(size: int, *, up: bool = False) -> str:
+    shown = size / 1024**3
+    return f"{math.ceil(shown * 100) / 100 if up else shown:.2f} GiB"
 
 
 def folders_of(config: Config, found: Mapping[str, Path]) -> dict[str, Path]:

@@ -79,6 +79,15 @@ class SharedCache:
         except OSError as error:
             why = f"no folder for shared weights in {root}: {error.strerror}"
             raise ExpertFailed(why, retry_after_s=30) from error
+        about = os.statvfs(root)
+        if (there := about.f_blocks * about.f_frsize) < (bound_bytes or 0):
+            log.warning(
+                "%s has %.2f GB, less than the %.2f of swap.host_bytes: weights that do not fit "
+                "will fail to load",
+                root,
+                there / 1e9,
+                (bound_bytes or 0) / 1e9,
+            )
 
     def key(self, expert: str, version: str) -> str:
         """What the names of an expert's files begin with."""

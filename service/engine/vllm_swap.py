@@ -375,4 +375,8 @@ def _agreed(answers: list[Any]) -> Any:
     for answer in told:
         if answer.get("ok") is False:
             return answer
+    if told and all(answer.get("state") == "host" for answer in told):
+        # Each rank holds its own part.
+        whole = sum(int(answer["host_bytes"]) for answer in told)
+        return {**told[0], "host_bytes": whole, "fill_s": max(a["fill_s"] for a in told)}
     return answers[0]

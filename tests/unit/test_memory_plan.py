@@ -127,8 +127,8 @@ def test_on_a_gpu_who_runs_is_there_and_all_are_in_host_memory_once() -> None:
     ("slots", "least", "pinned", "words"),
     [
         (1, 600, (), "0.59 GiB are needed for the largest expert"),
-        (2, 800, (), "0.78 GiB are needed for the largest experts of its 2 slots"),
-        (1, 800, ("a",), "0.78 GiB are needed for the largest expert and the pinned ones"),
+        (2, 800, (), "0.79 GiB are needed for the largest experts of its 2 slots"),
+        (1, 800, ("a",), "0.79 GiB are needed for the largest expert and the pinned ones"),
         (2, 1000, ("c",), "needed for the largest experts of its 2 slots and the pinned ones"),
     ],
 )

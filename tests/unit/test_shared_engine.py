@@ -94,3 +94,17 @@ async def test_a_fill_that_fails_holds_nothing(tmp_path: Path) -> None:
     assert not made.is_there()
     await made.stop()
     cache.close()
+
+
+def test_ranks_hold_a_part_each() -> None:
+    from service.engine.vllm_swap import _agreed
+
+    ranks = [{"state": "host", "host_bytes": 5, "fill_s": s} for s in (0.1, 0.3)]
+    assert _agreed(ranks) == {"state": "host", "host_bytes": 10, "fill_s": 0.3}
+    waits = [ranks[0], {"state": "filling"}]
+    assert _agreed(waits) == waits[1]
+    assert _agreed([{"resident_bytes": 1, "host_bytes": 2}]) == {
+        "resident_bytes": 1,
+        "host_bytes": 2,
+    }
+    assert _agreed([4, 4]) == 4

@@ -363,6 +363,15 @@ sys.stdin.read()
     again.close()
 
 
+def test_too_little_shared_memory_is_told_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    SharedCache(1 << 20, root=tmp_path).close()
+    assert caplog.text == ""
+    SharedCache(1 << 60, root=tmp_path).close()
+    assert "less than the 1152921504.61 of swap.host_bytes" in caplog.text
+
+
 def test_where_there_is_no_shared_memory_it_is_said(tmp_path: Path) -> None:
     with pytest.raises(ExpertFailed, match="no folder for shared weights in"):
         SharedCache(None, root=tmp_path / "none")
