@@ -10,6 +10,8 @@ from typing import Any
 
 _NOISE = 1 << 22
 _ELEMENT_BYTES = 2  # bfloat16
+# Tokens that every shape has: the bytes.
+WORDS = range(256)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 _requests = itertools.count()
+# Tokens of the demo's vocabulary that are plain words.
+_WORDS = range(1000, 40_000)
 
 
 def prepare() -> None:
@@ -81,14 +83,16 @@ class SharedEngine(SwappingVllmEngine):
             await self.drop(name)
 
 
-async def ask(engine: Engine, expert: str, prompt_tokens: int, tokens: int) -> int:
-    """Exactly `tokens` tokens to a prompt of that length; returns how many came."""
+async def ask(
+    engine: Engine, expert: str, prompt_tokens: int, tokens: int, words: range = _WORDS
+) -> int:
+    """Exactly `tokens` tokens to a prompt of that length, of `words`; returns how many came."""
     number = next(_requests)
     chance = random.Random(number)
     body = orjson.dumps(
         {
             "model": expert,
-            "prompt": [chance.randrange(1000, 40_000) for _ in range(prompt_tokens)],
+            "prompt": [chance.choice(words) for _ in range(prompt_tokens)],
             "max_tokens": tokens,
             "temperature": 0,
             "ignore_eos": True,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loadtests.command import parser, tell
-from loadtests.gpu_model import SHAPES, Shape, write_random
+from loadtests.gpu_model import SHAPES, WORDS, Shape, write_random
 from loadtests.process import say
 from loadtests.reach import Report, Table, at_least
 from loadtests.stats import median, ratio_of_medians
@@ -116,7 +116,7 @@ async def _inplace(folders: dict[str, str], options: VllmOptions, times: int, fo
                 raise RuntimeError("not the weights that were loaded")
             found.add(INPLACE, done.swap_s)
             if i % 4 == 3:
-                await ask(engine, (other, first)[i % 2], 16, 2)
+                await ask(engine, (other, first)[i % 2], 16, 2, WORDS)
         await engine.stop()
         say("another engine of the same pool")
         engine = make()
@@ -140,7 +140,7 @@ async def _sleeping(folder: str, options: VllmOptions, times: int, found: Found)
             if i:  # the first time allocates the memory that it sleeps in
                 found.add(SLEEP, slept_s - began_s)
                 found.add(WAKE, time.perf_counter() - slept_s)
-        await ask(engine, "one", 16, 2)
+        await ask(engine, "one", 16, 2, WORDS)
     finally:
         await engine.stop()
 
