@@ -302,7 +302,14 @@ class VllmEngine:
         self._stopped = True
         llm, self._llm = self._llm, None
         if llm is not None:
+            from vllm.v1.engine.exceptions import EngineDeadError
+
+            # Else vLLM takes the end of the core for its death, and logs it as an error.
+            if (listening := llm.output_handler) is not None:
+                listening.cancel()
             await asyncio.to_thread(llm.shutdown)
+            # Whoever still waits for the core must be told.
+            llm.output_processor.propagate_error(EngineDeadError())
 
 
 class _Call:

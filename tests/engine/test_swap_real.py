@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import random
 import shutil
@@ -330,6 +331,18 @@ async def test_swapped_in_is_as_started_on_the_same_weights(stage: Stage, tmp_pa
         assert before == {key: value for key, value in after.items() if key[1] != "fresh"}
         assert after["vllm:generation_tokens_total", "fresh"] == 36
         assert after["coe_tokens_total", "fresh"] == 36
+        # A stop is no death: nobody waits for ever, and nothing is logged as an error.
+        logged: list[str] = []
+        listener = logging.Handler(logging.ERROR)
+        listener.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("vllm").addHandler(listener)
+        running = asyncio.create_task(ask_one(engine, "fresh", tokens=450))
+        await until(engine.in_flight, "a request under way", 30)
+        await engine.stop()
+        with pytest.raises(EngineDead):
+            await running
+        logging.getLogger("vllm").removeHandler(listener)
+        assert not logged
     finally:
         await engine.stop()
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 
 async def until(
-    condition: Callable[[], bool | Awaitable[bool]], what: str, timeout_s: float = 15
+    condition: Callable[[], object | Awaitable[object]], what: str, timeout_s: float = 15
 ) -> None:
     """Look again and again; an AssertionError says what never happened."""
     try:
