@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import stat
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -49,7 +50,7 @@ def version_of(folder: str, adapter: str | None, strength: float) -> str:
 
 
 class SharedCache:
-    """One pool's shared weights.
+    """One pool's shared weights. Its methods may be called from any thread.
 
     `bound_bytes`: what all files may take (None: no bound of its own). `clock` tells seconds.
     Raises ExpertFailed where no folder can be made.
@@ -67,6 +68,8 @@ class SharedCache:
         self._holders: dict[str, set[str]] = {}
         # Keys that nobody holds, and until when they stay.
         self._left: dict[str, float] = {}
+        # Giving gigabytes back to the system takes a while: not in the event loop's thread.
+        self._one = threading.RLock()
         clear_dead(root)
         name = f"coe-{os.getuid()}-{secrets.token_hex(8)}"
         fresh = root / f".{name}"
@@ -96,48 +99,53 @@ class SharedCache:
 
     def hold(self, engine: str, key: str) -> None:
         """An engine has an expert's weights mapped, or is about to."""
-        self._holders.setdefault(key, set()).add(engine)
-        self._left.pop(key, None)
+        with self._one:
+            self._holders.setdefault(key, set()).add(engine)
+            self._left.pop(key, None)
 
     def release(self, engine: str, key: str, stays_s: float = DROPPED_S) -> None:
         """It has them no more."""
-        holders = self._holders.get(key)
-        if holders is None:
-            return
-        holders.discard(engine)
-        if not holders:
-            del self._holders[key]
-            self._left[key] = self._clock() + stays_s
+        with self._one:
+            holders = self._holders.get(key)
+            if holders is None:
+                return
+            holders.discard(engine)
+            if not holders:
+                del self._holders[key]
+                self._left[key] = self._clock() + stays_s
 
     def ended(self, engine: str) -> None:
         """An engine has ended, of itself or not: what it did not finish goes with it."""
-        for key in [key for key, holders in self._holders.items() if engine in holders]:
-            self.release(engine, key, ENDED_S)
-        for path in self.folder.glob(f"*.{engine}{UNFINISHED}"):
-            path.unlink(missing_ok=True)
+        with self._one:
+            for key in [key for key, holders in self._holders.items() if engine in holders]:
+                self.release(engine, key, ENDED_S)
+            for path in self.folder.glob(f"*.{engine}{UNFINISHED}"):
+                path.unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Remove what nobody has held for long enough. Does nothing once the pool has stopped."""
-        for key in [key for key, until_s in self._left.items() if until_s <= self._clock()]:
-            self._remove(key)
+        with self._one:
+            for key in [key for key, until_s in self._left.items() if until_s <= self._clock()]:
+                self._remove(key)
 
     def make_room(self, coming: str) -> None:
         """Before an expert is filled: what nobody holds goes, longest unheld first, for its sake.
 
         Files of one family are alike, so it is taken to be as large as the largest.
         """
-        sizes = self.sizes()
-        if coming in sizes:
-            return
-        size = max(sizes.values(), default=0)
-        for key in sorted(self._left, key=self._left.__getitem__):
-            about = os.statvfs(self.folder)
-            left = about.f_bavail * about.f_frsize
-            if self.bound_bytes is not None:
-                left = min(left, self.bound_bytes - sum(self.sizes().values()))
-            if size <= left:
+        with self._one:
+            sizes = self.sizes()
+            if coming in sizes:
                 return
-            self._remove(key)
+            size = max(sizes.values(), default=0)
+            for key in sorted(self._left, key=self._left.__getitem__):
+                about = os.statvfs(self.folder)
+                left = about.f_bavail * about.f_frsize
+                if self.bound_bytes is not None:
+                    left = min(left, self.bound_bytes - sum(self.sizes().values()))
+                if size <= left:
+                    return
+                self._remove(key)
 
     def sizes(self) -> dict[str, int]:
         """Bytes by key, of all ranks together, those being written included."""

@@ -195,7 +195,7 @@ class SwappingVllmEngine(VllmEngine):
             await asyncio.sleep(_POLL_S)
             told = await self._rpc("coe_filled", expert)
         if told["state"] != "host":
-            self._give_back(expert)
+            await self._give_back(expert)
             reason = told.get("reason", "its weights went away while they were loaded")
             raise ExpertFailed(f"expert {expert!r} could not be loaded: {reason}", retry_after_s=30)
         await self._face_for(expert, source)
@@ -236,7 +236,7 @@ class SwappingVllmEngine(VllmEngine):
     async def drop(self, expert: str, *, for_next: bool = False) -> None:
         """See `SwappingEngine.drop`."""
         await self._rpc("coe_drop", expert, for_next)
-        self._give_back(expert)
+        await self._give_back(expert)
 
     async def _take(self, expert: str) -> None:
         """Tell the workers where in shared memory an expert's weights are, or are to be."""
@@ -247,15 +247,20 @@ class SwappingVllmEngine(VllmEngine):
             )
             await self._rpc("coe_share", expert, path, token)
 
-    def _give_back(self, expert: str) -> None:
+    async def _give_back(self, expert: str) -> None:
         if self._share is not None:
-            asyncio.get_running_loop().call_later(self._share.give_back(expert), self._share.sweep)
+            stays_s = await asyncio.to_thread(self._share.give_back, expert)
+            self._sweep_in(stays_s, self._share)
+
+    def _sweep_in(self, stays_s: float, share: Share) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_later(stays_s, loop.run_in_executor, None, share.sweep)
 
     async def stop(self) -> None:
         """Stop the core process; what it shared stays for a while, for the next."""
         await super().stop()
         if self._share is not None:
-            asyncio.get_running_loop().call_later(self._share.end(), self._share.sweep)
+            self._sweep_in(await asyncio.to_thread(self._share.end), self._share)
 
     async def memory(self) -> dict[str, int]:
         """The core process's resident bytes, and what held experts were measured to take."""
