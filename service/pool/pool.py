@@ -37,7 +37,7 @@ from service.types import Residency
 
 log = logging.getLogger("coe.pool")
 
-_PLACE_S = 0.25
+_PLACE_S, _SOON_S = 0.25, 0.05
 _MOST_GATEWAYS = 256
 OPERATIONS = ("load", "evict", "pin", "unpin")
 
@@ -101,19 +101,22 @@ class Pool:
     async def _place(self) -> None:
         """Let units that share slots move between them, as placement says."""
         while True:
-            await asyncio.sleep(_PLACE_S)
+            # Room that a slot lacks comes as soon as others have forgotten something.
+            await asyncio.sleep(_SOON_S if self._divide() else _PLACE_S)
             if len(shared := self.shared) > 1:
                 self._move_one(shared)
-                self._divide()
 
-    def _divide(self) -> None:
-        """Give each shared slot its part of the bound on host memory, which is the pool's."""
+    def _divide(self) -> bool:
+        """Give each shared slot its part of the bound on host memory, which is the pool's.
+
+        True: some have less than they should, until others have forgotten as much.
+        """
         policy, shared = self._policy, self.shared
         if policy is None or policy.host_bytes is None or len(shared) < 2:
             self._rooms.clear()
             for slot in shared:
                 slot.policy = policy or slot.policy
-            return
+            return False
         claimed = claims(policy.host_bytes, [slot.view(()) for slot in shared], policy)
         given = [self._rooms.get(slot, 0) for slot in shared]
         held = [slot.held_bytes() for slot in shared]
@@ -121,6 +124,7 @@ class Pool:
         self._rooms = dict(zip(shared, rooms, strict=True))
         for slot, claim in zip(shared, claimed, strict=True):
             slot.policy = replace(policy, host_bytes=self._rooms[slot], most_bytes=claim.most)
+        return any(room < claim.needs for room, claim in zip(rooms, claimed, strict=True))
 
     def _move_one(self, shared: list[SwapSlot]) -> None:
         names = [unit.name for slot in shared for unit in slot.units]

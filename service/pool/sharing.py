@@ -37,16 +37,23 @@ def claims(bound: int, places: Sequence[Place], policy: Policy) -> list[Claim]:
     floors = [max(sizes.values(), default=0) for sizes in weights]
     if sum(floors) >= bound:
         return [Claim(floor, floor) for floor in floors]
-    taking = _Taking(weights, floors, bound - sum(floors))
     every = [(i, unit) for i, place in enumerate(places) for unit in place.units]
-    for i, unit in every:
-        if unit.name == places[i].slot.running_unit or unit.tier is Residency.LOADING:
-            taking.take(i, unit)
+    running = [(i, unit) for i, unit in every if unit.name == places[i].slot.running_unit]
     able = [(i, unit) for i, unit in every if unit.exchangeable]
-    pinned = [(i, unit) for i, unit in able if unit.pinned]
-    for i, unit in sorted(pinned, key=lambda one: (one[1].tier is Residency.DISK, one[1].name)):
+    pinned = sorted(
+        ((i, unit) for i, unit in able if unit.pinned),
+        key=lambda one: (one[1].tier is Residency.DISK, one[1].name),
+    )
+    # What somebody is being fetched into now is free again one day: it is no reason to start
+    # another engine.
+    lasting = _Taking(weights, floors, bound - sum(floors))
+    for i, unit in (*running, *pinned):
+        lasting.take(i, unit)
+    most = [needs + lasting.left for needs in lasting.needs]
+    taking = _Taking(weights, floors, bound - sum(floors))
+    coming = [(i, unit) for i, unit in every if unit.tier is Residency.LOADING]
+    for i, unit in (*running, *coming, *pinned):
         taking.take(i, unit)
-    most = [needs + taking.left for needs in taking.needs]
     waiting = [(i, unit) for i, unit in able if unit.waiting]
     for i, unit in sorted(waiting, key=lambda one: _turn(one[1], policy)):
         taking.take(i, unit)

@@ -208,3 +208,19 @@ def test_where_not_even_one_of_each_fits_everybody_has_that(seed: int, bound: in
     if sum(floors) >= bound:
         rooms = divide(bound, claimed, [0] * len(models), [0] * len(models))
         assert rooms == floors
+
+
+def test_what_another_slot_fetches_is_no_reason_to_start_another_engine() -> None:
+    def unit(name: str, tier: Residency, waiting: int = 0) -> UnitView:
+        return UnitView(name, tier, waiting, 9 * waiting, 1.0, 0.0, 10, 1.0, 0.1, pinned=False)
+
+    busy = Model({"a": unit("a", Residency.DEVICE), "b": unit("b", Residency.LOADING, 1)}, "a")
+    other = Model({"c": unit("c", Residency.DEVICE), "d": unit("d", Residency.DISK, 1)}, "c")
+    claimed = claims(30, [busy.place(), other.place()], POLICY)
+    # The room is taken now; but d can have it when b has run.
+    assert [claim.needs for claim in claimed] == [20, 10]
+    assert [claim.most for claim in claimed] == [20, 20]
+    # Somebody pinned stays: then d has to have an engine to itself.
+    busy.put("b", tier=Residency.HOST, pinned=True)
+    claimed = claims(30, [busy.place(), other.place()], POLICY)
+    assert [claim.most for claim in claimed] == [20, 10]
