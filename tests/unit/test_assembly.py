@@ -264,6 +264,31 @@ async def test_engines_on_a_gpu_and_their_virtual_experts(tmp_path: Path) -> Non
     assembly._config = on_a_gpu(tmp_path, "b")
     assembly._look_again()
     assert steered.exchangeable == {"a", "a1", "a2"}
+    # What its engines would share goes with the pool.
+    cache = assembly._cache
+    assert cache is not None
+    assert cache is assembly._shared_cache()
+    assert cache.folder.is_dir()
+    await assembly.stop(0)
+    assert not cache.folder.is_dir()
+
+
+async def test_the_bound_on_shared_weights_is_the_config_s(tmp_path: Path) -> None:
+    config = on_a_gpu(tmp_path, "a b", "inplace")
+
+    def bounded(amount: int) -> Config:
+        pool = config.pools["p"]
+        swap = pool.swap.model_copy(update={"host_bytes": amount})
+        changed = {"p": pool.model_copy(update={"swap": swap})}
+        return config.model_copy(update={"pools": changed})
+
+    assembly = Assembly(bounded(1000), "p", Pool("p"), PoolMetrics())
+    cache = assembly._shared_cache()
+    assert cache is not None
+    assert cache.bound_bytes == 1000
+    await assembly.reload(bounded(2000))
+    assert cache.bound_bytes == 2000
+    await assembly.stop(0)
 
 
 async def test_engines_on_a_gpu_that_take_other_weights_in(tmp_path: Path) -> None:
