@@ -111,6 +111,7 @@ class RemoteSeat:
 
 def seats_view(seats: Mapping[str, RemoteSeat]) -> PoolView:
     """All remote experts as one pool, each in a slot of its own."""
+    now_s = time.monotonic()
     states = {
         name: ExpertState(Residency.DEVICE if seat.failed is None else Residency.FAILED, slot=i)
         for i, (name, seat) in enumerate(seats.items())
@@ -126,7 +127,7 @@ def seats_view(seats: Mapping[str, RemoteSeat]) -> PoolView:
             speeds={
                 name: speed
                 for name, seat in seats.items()
-                if (speed := seat.speed.speed()) != Speed()
+                if (speed := seat.speed.speed(now_s)) != Speed()
             },
         ),
         0.0,

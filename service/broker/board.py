@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.link.snapshot import STALE_S, ExpertState, Queue, Snapshot, Speed
+from service.link.speed import GUESS
 from service.types import Residency
 
 Floats = NDArray[np.float64]
 
-# Until an expert was measured.
-GUESS = Speed(first_s=0.2, chunk_s=0.02)
 # The pool of remote experts: the gateway itself.
 REMOTE = ""
 

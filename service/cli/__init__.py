@@ -49,3 +49,8 @@ def main() -> None:
     except CoeError as error:
         click.echo(f"coe: {error.message}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except OSError as error:
+        if error.filename is None:
+            raise  # no file that somebody named
+        click.echo(f"coe: {error.filename}: {error.strerror}", err=True)
+        sys.exit(1)

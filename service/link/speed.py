@@ -1,4 +1,9 @@
-"""How fast an expert answers: moving averages of what was seen. No clock of its own."""
+"""How fast an expert answers: moving averages of what was seen. No clock of its own.
+
+An expert that seems slow is asked less, or not at all where it seems to miss every deadline, and
+so would never be measured again, although only the machine was busy. Therefore what was measured
+is believed less the longer ago it was, as far as it is slower than an unmeasured one is taken for.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,11 @@ from service.link.usage import last_usage
 _EWMA = 0.2
 # Prompts must differ by this much (standard deviation against mean) to tell what length costs.
 _LEAST_SPREAD = 0.1
+# What an expert is taken for that was never measured.
+GUESS = Speed(first_s=0.2, chunk_s=0.02)
+# Time in which what is slower comes half way to that, and in what steps: each is told to gateways.
+_HALF_LIFE_S = 600.0
+_STEP_S = 60.0
 
 
 class Speedometer:
@@ -21,9 +31,11 @@ class Speedometer:
         self._streams = False
         self._length = self._time = self._square = self._product = 0.0
         self._chunk_s = 0.0
+        self._measured_at_s = 0.0
 
-    def streamed(self, prompt_tokens: int, first_s: float, chunk_s: float) -> None:
+    def streamed(self, prompt_tokens: int, first_s: float, chunk_s: float, now_s: float) -> None:
         """A stream: seconds to its first byte, and between chunks (0: it had too few to tell)."""
+        self._measured_at_s = now_s
         weight = _EWMA if self._streams else 1.0
         self._streams = True
         self._length += weight * (prompt_tokens - self._length)
@@ -33,11 +45,12 @@ class Speedometer:
         if chunk_s:
             self._chunk(chunk_s)
 
-    def whole(self, prompt_tokens: int, total_s: float, tokens: int) -> None:
+    def whole(self, prompt_tokens: int, total_s: float, tokens: int, now_s: float) -> None:
         """A reply in one piece: all that is known is the sum. What streams have taught of the
         first byte is taken off; before any was seen, all time counts to the tokens."""
         if tokens < 1:
             return
+        self._measured_at_s = now_s
         first_s, per_token_s = self._line()
         left_s = total_s - first_s - per_token_s * prompt_tokens
         self._chunk(max(left_s, 0.0) / tokens)
@@ -55,10 +68,20 @@ class Speedometer:
             per_token_s = min(max(slope, 0.0), self._time / max(self._length, 1.0))
         return self._time - per_token_s * self._length, per_token_s
 
-    def speed(self) -> Speed:
-        """What is known by now."""
+    def speed(self, now_s: float) -> Speed:
+        """What is known by now; nothing (`Speed()`) before anything was seen."""
         first_s, per_token_s = self._line()
-        return Speed(round(first_s, 4), round(self._chunk_s, 5), round(per_token_s, 7))
+        steps = max(0.0, now_s - self._measured_at_s) // _STEP_S
+        kept = 0.5 ** (steps * _STEP_S / _HALF_LIFE_S)
+        return Speed(
+            round(_faded(first_s, GUESS.first_s, kept), 4),
+            round(_faded(self._chunk_s, GUESS.chunk_s, kept), 5),
+            round(_faded(per_token_s, GUESS.per_token_s, kept), 7),
+        )
+
+
+def _faded(measured: float, guess: float, kept: float) -> float:
+    return guess + kept * (measured - guess) if measured > guess else measured
 
 
 class Stopwatch:
@@ -100,9 +123,10 @@ class Stopwatch:
             # The last message is the end mark.
             between = self.chunks - 2
             chunk_s = (self._last_s - self.first_s) / between if between > 0 else 0.0
-            meter.streamed(prompt_tokens, self.first_s - self.began_s, chunk_s)
+            meter.streamed(prompt_tokens, self.first_s - self.began_s, chunk_s, self._last_s)
             return
-        meter.whole(prompt_tokens, self._last_s - self.began_s, _answer_tokens(self._body))
+        tokens = _answer_tokens(self._body)
+        meter.whole(prompt_tokens, self._last_s - self.began_s, tokens, self._last_s)
 
 
 def _answer_tokens(body: bytes) -> int:

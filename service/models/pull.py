@@ -79,6 +79,8 @@ def _store_name(source: str) -> str:
         return folder.resolve().name
     if match := _HUB_NAME.fullmatch(source):
         return match["repo"].replace("/", "--")
+    if folder.is_absolute():
+        raise ModelStoreError(f"there is no folder {source}")
     raise ModelStoreError(
         f"{source!r} is no model I know: allowed are a catalogue name ({', '.join(CATALOGUE)}), "
         "a folder with safetensors, or org/name of the Hugging Face hub"

@@ -306,6 +306,7 @@ class Pool:
 
     def snapshot(self) -> Snapshot:
         """The state as of now."""
+        now_s = time.monotonic()
         states = {}
         queues = {}
         capacity = {}
@@ -324,7 +325,7 @@ class Pool:
             speeds={
                 name: speed
                 for name, meter in self._speeds.items()
-                if (speed := meter.speed()) != Speed()
+                if (speed := meter.speed(now_s)) != Speed()
             },
             acks=dict(self._acks),
         )

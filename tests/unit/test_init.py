@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import router_models
-from service.cli import cli
+from service.cli import cli, main
 from service.cli.machine import Gpu, Machine, read_gpus
 from service.cli.proposal import config_text, propose
 from service.config import load_config
@@ -148,6 +148,17 @@ def _machine(told: dict[str, object]) -> dict[str, object]:
     gpus = told["gpus"]
     assert isinstance(gpus, list)
     return {**told, "gpus": tuple(Gpu(**one) for one in gpus)}
+
+
+def test_a_file_that_can_not_be_written_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "nowhere" / "coe.yaml"
+    monkeypatch.setattr("sys.argv", ["coe", "init", "--yes", "-o", str(path)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == f"coe: {path}: No such file or directory\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

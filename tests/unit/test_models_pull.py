@@ -238,6 +238,11 @@ def test_unknown_names_say_what_is_allowed(root: Path, name: str) -> None:
         get(name, root)
 
 
+def test_a_folder_that_is_not_there_is_called_that(root: Path) -> None:
+    with pytest.raises(ModelStoreError, match=f"there is no folder {root}/nothing"):
+        get(f"{root}/nothing", root)
+
+
 def _hold(root: Path, ready: Any, release: Any) -> None:
     with store.locked(root, "mine", Silent()):
         ready.set()
