@@ -36,6 +36,7 @@ from service.api.plan import Router
 from service.api.prompts import Prompts
 from service.api.relay import Relay
 from service.api.schemas import describe
+from service.api.unforeseen import Unforeseen
 from service.config import Config
 from service.errors import (
     CoeError,
@@ -208,6 +209,7 @@ class Gateway:
         async def openapi() -> Response:
             return _json(describe(self._config))
 
+        app.add_middleware(Unforeseen)
         app.router.routes.extend(self._accounts.routes(self._admin_key))
         app.router.routes.extend(
             console_routes(self.feed, self._may_watch, behind_serve=self._behind_serve)

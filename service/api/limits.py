@@ -106,7 +106,7 @@ class Limits:
         self._choices(data)
         self._template_kwargs(data.get("chat_template_kwargs"))
         for i, tool in enumerate(_list(data.get("tools"))):
-            if isinstance(tool, dict) and tool.get("type") not in _CLIENT_TOOLS:
+            if isinstance(tool, dict) and _type_of(tool) not in _CLIENT_TOOLS:
                 raise NotAllowed(
                     f"`tools[{i}]`: the service runs no tools of its own; "
                     "only tools of type function or custom, which the client runs, are allowed",
@@ -144,7 +144,7 @@ class Limits:
     def _part(self, part: Mapping[str, Any], where: str, deep: int) -> None:
         """A message, a part of its content, or what such a part holds."""
         for name in _ADDRESSES:
-            if name in part and part.get("type") not in _TEXT:
+            if name in part and _type_of(part) not in _TEXT:
                 self._address(part[name], f"{where}.{name}")
         for name in _FILES:
             if part.get(name) is not None:
@@ -179,6 +179,12 @@ class Limits:
             + (f"data URLs and the hosts {allowed} are" if allowed else "only data URLs are"),
             param=where,
         )
+
+
+def _type_of(part: Mapping[str, Any]) -> str | None:
+    """What it says that it is; empty where that is no word."""
+    given = part.get("type")
+    return given if given is None or isinstance(given, str) else ""
 
 
 def _host(url: str) -> str | None:

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
 from service.errors import ArtifactError, CoeError, ConfigError, ModelStoreError
+from service.telemetry.logs import JsonLines
 from tests.support.serving import ADMIN_KEY, CHAT, chat, events, simulated, site
 
 ONE = simulated({"cpu": {"tokens": 4}}, server={"max_body_bytes": 2000})
@@ -205,3 +206,22 @@ async def test_a_config_that_can_not_be_put_in_force_is_a_conflict(kind: type[Co
         status, _, told = await s.ask({}, "/admin/reload", headers=headers)
         assert (status, told["error"]["code"]) == (409, "conflict")
         assert told["error"]["message"] == "experts.a: it is wrong"
+
+
+async def test_what_nobody_thought_of_is_said_in_our_words(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def plan(asked: object) -> None:
+        raise RuntimeError("hello there")
+
+    async with site(ONE) as s:
+        monkeypatch.setattr(s.gateway.gateway._router, "plan", plan)
+        for path in ("/v1/route", CHAT):
+            status, headers, told = await s.ask(chat("hello there"), path)
+            assert (status, told["error"]["code"]) == (500, "internal_error"), path
+            assert headers["x-coe-fault"] == "internal_error"
+            assert "hello" not in str(told)
+    logged = [record for record in caplog.records if record.exc_info]
+    # Our own logger's alone, which leaves texts out.
+    assert [record.name for record in logged] == ["coe.api", "coe.api"]
+    assert not any("hello" in JsonLines().format(record) for record in logged)

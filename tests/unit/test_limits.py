@@ -94,6 +94,12 @@ def image(url: Any) -> dict[str, Any]:
         ({"background": True}, "background"),
         ({"tools": [{"type": "mcp", "server_url": "http://evil"}]}, "tools"),
         ({"tools": [{"type": "code_interpreter"}]}, "tools"),
+        ({"tools": [{"type": ["function"]}]}, "tools"),
+        ({"tools": [{"type": {}}]}, "tools"),
+        (
+            {"messages": [{"content": [{"type": ["text"], "url": "http://evil"}]}]},
+            "messages[0].content[0].url",
+        ),
         (image("http://evil/x.png"), "messages[0].content[0].image_url"),
         (image("file:///etc/passwd"), "messages[0].content[0].image_url"),
         (image("/etc/passwd"), "messages[0].content[0].image_url"),
