@@ -101,10 +101,15 @@ class Pool:
     async def _place(self) -> None:
         """Let units that share slots move between them, as placement says."""
         while True:
-            # Room that a slot lacks comes as soon as others have forgotten something.
-            await asyncio.sleep(_SOON_S if self._divide() else _PLACE_S)
-            if len(shared := self.shared) > 1:
-                self._move_one(shared)
+            try:
+                # Room that a slot lacks comes as soon as others have forgotten something.
+                await asyncio.sleep(_SOON_S if self._divide() else _PLACE_S)
+                if len(shared := self.shared) > 1:
+                    self._move_one(shared)
+            except Exception:
+                # Whatever it was: who waits in the wrong slot must be found a place later.
+                log.exception("placing failed")
+                await asyncio.sleep(_PLACE_S)
 
     def _divide(self) -> bool:
         """Give each shared slot its part of the bound on host memory, which is the pool's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -137,3 +138,24 @@ async def _refused(s: Site) -> None:
     async with s.get("/console/events") as second:
         assert second.status == 503
         assert (await second.json())["error"]["code"] == "over_capacity"
+
+
+async def test_a_stream_ends_where_nothing_more_can_be_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A page then asks again; one that was kept waiting would show the last state for ever."""
+    async with site(TWO) as s:
+        feed = s.gateway.gateway.feed
+        async with s.get("/console/events") as reply:
+            told = events(reply)
+            assert await first(told, "hello")
+
+            def state() -> Any:
+                raise KeyError("what nobody thought of")
+
+            with monkeypatch.context() as patched:
+                patched.setattr(feed, "state", state)
+                async with asyncio.timeout(20):
+                    assert [name async for name, _ in told if name == "hello"] == []
+        async with s.get("/console/events") as reply:
+            assert await first(events(reply), "state")

@@ -7,6 +7,7 @@ was before), then `state` twice a second at most, and `routes` as requests end.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -21,6 +22,8 @@ from service.broker.board import REMOTE, PoolView
 from service.config import Config
 from service.errors import OverCapacity, PoolGone
 from service.link.directory import Directory
+
+log = logging.getLogger("coe.api")
 
 _TICK_S = 0.5
 _BEAT_S = 3.0
@@ -127,6 +130,14 @@ class Feed:
 
     async def _gather(self) -> None:
         """Tell what changes, as long as somebody listens."""
+        try:
+            await self._follow()
+        except Exception:
+            # Else who listens would wait for ever; a page that was ended asks again.
+            log.exception("the console's events failed")
+            self._tell(None)
+
+    async def _follow(self) -> None:
         told = b""
         told_s = counted_s = 0.0
         seen = self._recent.count
