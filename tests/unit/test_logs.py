@@ -88,11 +88,17 @@ async def test_lines_of_a_request_tell_its_id_and_no_other_s(
     }
 
 
-def test_set_up_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> logging.Logger:
+    """Our logger as it is before it is set up; it is what it was again afterwards."""
     logger = logging.getLogger("coe")
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setattr(logger, "level", logging.WARNING)
+    return logger
+
+
+def test_set_up_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = _fresh(monkeypatch)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     set_up_logs()
     set_up_logs()
@@ -126,6 +132,7 @@ class _Told:
 
 def test_what_a_full_disk_can_not_take_fails_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging, "raiseExceptions", True)
+    _fresh(monkeypatch)
     logger = logging.getLogger("full")
     logger.propagate = False
     handler = logging.StreamHandler(_Full())
