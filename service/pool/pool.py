@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -25,6 +25,7 @@ from service.errors import (
 from service.link.call import Call, Times
 from service.link.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
 from service.link.speed import Speedometer
+from service.pool.acks import Acks
 from service.pool.lease import Again
 from service.pool.measured import Measured
 from service.pool.placement import next_move
@@ -38,7 +39,6 @@ from service.types import Residency
 log = logging.getLogger("coe.pool")
 
 _PLACE_S, _SOON_S = 0.25, 0.05
-_MOST_GATEWAYS = 256
 OPERATIONS = ("load", "evict", "pin", "unpin")
 
 
@@ -70,7 +70,7 @@ class Pool:
         self._placing: asyncio.Task[None] | None = None
         self._speeds: dict[str, Speedometer] = {}
         self._tokens: Counter[str] = Counter()
-        self._acks: OrderedDict[str, int] = OrderedDict()
+        self._acks = Acks()
         self._draining = False
         self._seq = 0
         self._listeners: set[asyncio.Event] = set()
@@ -239,7 +239,7 @@ class Pool:
         Raises UnknownModel, UnknownEndpoint, OverCapacity, ExpertFailed, Draining,
         DeadlineExceeded, EngineDead, and what the engine raises.
         """
-        self._acknowledge(call)
+        self._acks.heard(call.gateway, call.seq)
         self._slot(call.expert)
         loop = asyncio.get_running_loop()
         limit = asyncio.timeout_at(loop.time() + call.deadline_ms / 1000)
@@ -272,13 +272,6 @@ class Pool:
             if self._watch is not None:
                 self._watch.ended(call, reply.times(), fault)
         reply.tell(self._speeds.setdefault(call.expert, Speedometer()), 1 + len(body) // 4)
-
-    def _acknowledge(self, call: Call) -> None:
-        self._acks[call.gateway] = max(call.seq, self._acks.get(call.gateway, 0))
-        self._acks.move_to_end(call.gateway)
-        # Every gateway that is started has another id, and each snapshot tells them all.
-        if len(self._acks) > _MOST_GATEWAYS:
-            self._acks.popitem(last=False)
 
     def _served(self, expert: str, tell: Callable[[int], None], tokens: int) -> None:
         self._tokens[expert] += tokens
@@ -332,7 +325,7 @@ class Pool:
                 for name, meter in self._speeds.items()
                 if (speed := meter.speed(now_s)) != Speed()
             },
-            acks=dict(self._acks),
+            acks=self._acks.told(),
         )
 
     async def snapshots(self) -> AsyncIterator[bytes]:

@@ -13,7 +13,6 @@ from service.link.call import Call
 from service.link.client import PoolAddress
 from service.link.directory import Directory
 from service.link.snapshot import Snapshot, encode
-from service.pool.pool import Pool
 from tests.support.serving import serving
 from tests.support.waiting import until
 
@@ -88,12 +87,3 @@ async def test_a_directory_that_closes_waits_for_no_call() -> None:
             directory.update([])
             await directory.close()
             assert link._task.done()
-
-
-def test_a_pool_remembers_the_latest_gateways_only() -> None:
-    pool = Pool("cpu")
-    for seq in range(1, 1000):
-        pool._acknowledge(call(seq))
-    acks = pool.snapshot().acks
-    assert len(acks) <= 256
-    assert acks["gateway-999"] == 999
