@@ -118,6 +118,8 @@ class PinnedExtension(SwapExtension):
         return fixed
 
     def _coe_begin(self, expert: str, filling: Filling) -> Callable[[], Any]:
+        # Where the running one's can't be copied, none can be put in their place.
+        check_plain(self.model_runner.model)
         # Another of the pool's engines may have them already.
         live = describe(tensors_of(self.model_runner.model))
         mapped = find(self._coe_path(expert, live), live)
