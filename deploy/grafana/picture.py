@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 WINDOW_S = 180
 _STEP_S = 5
 _RATE = "30s"
+_LEGEND_COLUMNS = 6
 _UNITS = {"reqps": "requests/s", "s": "s", "short": "", "percentunit": ""}
 
 
@@ -46,7 +47,6 @@ def _named(legend: str, labels: dict[str, str]) -> str:
 
 
 def _draw(axes: Axes, url: str, chart: Chart, now_s: float) -> None:
-    axes.set_title(chart.title, loc="left", fontsize=10, fontweight="bold")
     lines = [
         (_named(query.legend, one["metric"]), one["values"])
         for query in chart.queries
@@ -68,17 +68,19 @@ def _draw(axes: Axes, url: str, chart: Chart, now_s: float) -> None:
     axes.set_ylabel(_UNITS.get(chart.unit, chart.unit), fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
+    rows = -(-len(told) // _LEGEND_COLUMNS)
     if any(told):
-        # Beside the title, where it hides nothing.
+        # Below the title, where it hides nothing.
         axes.legend(
             fontsize=7,
-            loc="lower right",
-            bbox_to_anchor=(1.01, 0.985),
-            ncols=3,
+            loc="lower left",
+            bbox_to_anchor=(-0.01, 0.98),
+            ncols=_LEGEND_COLUMNS,
             frameon=False,
             handlelength=1.2,
             columnspacing=1.2,
         )
+    axes.set_title(chart.title, loc="left", fontsize=10, fontweight="bold", pad=8 + 11 * rows)
 
 
 def _number(figure: Figure, url: str, chart: Chart, now_s: float, at: float) -> None:
@@ -103,7 +105,7 @@ def draw(url: str, path: str) -> None:
     for i, chart in enumerate(numbers):
         _number(figure, url, chart, now_s, (i + 0.5) / len(numbers))
     grid = figure.add_gridspec(
-        (len(charts) + 1) // 2, 2, left=0.06, right=0.985, top=0.895, bottom=0.05, hspace=0.4
+        (len(charts) + 1) // 2, 2, left=0.06, right=0.985, top=0.875, bottom=0.05, hspace=0.45
     )
     for i, chart in enumerate(charts):
         _draw(figure.add_subplot(grid[i // 2, i % 2]), url, chart, now_s)
