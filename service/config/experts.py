@@ -25,6 +25,9 @@ class RemoteConfig(Section):
     max_in_flight: int = Field(64, ge=1, description="Requests under way at once; more wait.")
     max_queue: int = Field(256, ge=0, description="Requests that may wait; more get 503.")
     connect_timeout_s: float = Field(5.0, gt=0, description="Time to connect, in s.")
+    stall_timeout_s: float = Field(
+        300.0, gt=0, description="How long a stream that has begun may be silent, in s."
+    )
 
 
 class PriceConfig(Section):

@@ -6,8 +6,10 @@ goes nowhere but into the upstream's Authorization header.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+from collections.abc import AsyncIterator
 
 import aiohttp
 import orjson
@@ -114,15 +116,10 @@ class RemoteEngine:
                     await send({"type": "http.response.body", "body": data})
                     return
                 rest = b""
-                async for piece in reply.content.iter_any():
-                    # Whole lines only, so that a name is never cut in two.
-                    end = piece.rfind(b"\n") + 1
-                    if end == 0:
-                        rest += piece
-                        if len(rest) > _LINE_BYTES:
-                            raise _nonsense(self._expert, "a line without an end")
+                async for lines in self._lines(reply):
+                    if not lines.endswith(b"\n"):
+                        rest = lines
                         continue
-                    lines, rest = rest + piece[:end], piece[end:]
                     if not started and not _EVENT.match(lines):
                         raise _nonsense(self._expert, "no stream of events")
                     if not started:
@@ -152,6 +149,41 @@ class RemoteEngine:
             if not started:
                 raise
             await _break_off(send, error.message)
+
+    async def _lines(self, reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        """A stream's whole lines as they come, so that a name is never cut in two; last the rest.
+
+        Raises UpstreamError for a line without an end, and where a stream that had begun stalls.
+        """
+        rest = b""
+        pieces = reply.content.iter_any()
+        begun = False
+        while True:
+            # How long the first may take is the request's own deadline.
+            limit = asyncio.timeout(self._config.stall_timeout_s if begun else None)
+            try:
+                async with limit:
+                    piece = await anext(pieces, b"")
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise UpstreamError(
+                    f"expert {self._expert!r}: its endpoint said nothing for "
+                    f"{self._config.stall_timeout_s:g} s amid an answer"
+                ) from None
+            if not piece:
+                break
+            end = piece.rfind(b"\n") + 1
+            if end == 0:
+                rest += piece
+                if len(rest) > _LINE_BYTES:
+                    raise _nonsense(self._expert, "a line without an end")
+                continue
+            lines, rest = rest + piece[:end], piece[end:]
+            begun = True
+            yield lines
+        if rest:
+            yield rest
 
     def _addressed(self, body: bytes) -> bytes:
         try:

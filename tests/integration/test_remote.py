@@ -166,6 +166,16 @@ async def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
         assert told[-1] == "[DONE]"
 
 
+async def test_a_stream_that_stalls_ends_with_an_error_event() -> None:
+    async with far_site(stall_timeout_s=0.3) as (s, _):
+        async with s.post(far(stream=True)) as reply:
+            told = events(await reply.read())
+        assert '"model":"far"' in told[0]
+        error = json.loads(told[-2])["error"]
+        assert error["code"] == "upstream_error"
+        assert "said nothing for 0.3 s" in error["message"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves_leaves_there_too(stream: bool) -> None:
     async with far_site() as (s, upstream):
