@@ -67,15 +67,6 @@ class EngineOptions(Section):
         False, description="Run code from model folders. Off: a model folder is data."
     )
 
-    @model_validator(mode="after")
-    def _can_capture(self) -> EngineOptions:
-        if self.moe_capture is not None and not self.enforce_eager:
-            raise ValueError(
-                "moe_capture needs enforce_eager: true; compiled code and captured graphs choose "
-                "experts without asking anybody"
-            )
-        return self
-
 
 class VllmOptions(RoutedOptions, EngineOptions):  # the second's fields come first
     """How vLLM runs in a pool. Names follow vLLM's own where it has one."""
@@ -187,6 +178,15 @@ class PoolConfig(Section):
     def _can_sleep(self) -> PoolConfig:
         if self.swap.method == "sleep" and self.gpus == 0:
             raise ValueError("swap.method sleep needs a GPU; on CPU use inplace")
+        return self
+
+    @model_validator(mode="after")
+    def _can_capture(self) -> PoolConfig:
+        if self.vllm.moe_capture is not None and not self.vllm.enforce_eager and self.gpus == 0:
+            raise ValueError(
+                "vllm.moe_capture needs enforce_eager: true on CPU; compiled code there chooses "
+                "experts without asking anybody"
+            )
         return self
 
     @model_validator(mode="after")

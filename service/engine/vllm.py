@@ -26,6 +26,7 @@ from service.engine.protocol import (
     Message,
     Send,
 )
+from service.engine.steered import NOTES
 from service.engine.vllm_stats import EngineStats
 from service.engine.watching import RouterWatch
 from service.errors import EngineDead, ExpertFailed
@@ -43,6 +44,7 @@ GENERATE_ENDPOINTS = frozenset(
 )
 POOLING_ENDPOINTS = frozenset({"/v1/embeddings", "/tokenize", "/detokenize"})
 _CAPTURE = "service.engine.vllm_capture.CaptureExtension"
+STANDING = "service.engine.vllm_standing_worker.StandingWorker"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ class VllmEngine:
         self._routers = (
             RouterWatch(self._rpc, watch, capture) if watch is not None and capture else None
         )
+        # Captured graphs call nobody who looks on: they write down what he would see.
+        self._notes = not on_cpu and not options.enforce_eager
         self._llm: Any = None
         self._app: Any = None
         self._args = Namespace()
@@ -119,6 +123,9 @@ class VllmEngine:
             args.distributed_executor_backend = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
         if self._routers is not None:
             args.worker_extension_cls = _CAPTURE
+            if self._notes:
+                args.worker_cls = STANDING
+                args.additional_config = {NOTES: True}
         if self._model.adapters:
             args.enable_lora = True
             args.max_lora_rank = options.max_lora_rank

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.vllm_moe import Routed, routed_layers
+from service.engine.vllm_noting import Noted
 from service.engine.vllm_stats import CANARY
 
 _NO_BATCH = (
@@ -73,6 +74,7 @@ class Capture:
         self._stretches = stretches
         self._tokens = tokens
         self._layers: Sequence[Routed] = ()
+        self._noted: Noted | None = None
         self._left = self._drawn()
         self._step: _Step | None = None
         self._seen: dict[str, _Seen] = {}
@@ -94,11 +96,32 @@ class Capture:
         for place, one in enumerate(layers):
             one.router.set_capture_fn(partial(self._chosen, place))
 
+    def follow(self, noted: Noted) -> None:
+        """Look at what is written down there after each step (`stepped`), and call no routers."""
+        self._noted = noted
+        self._layers = noted.layers
+
     def detach(self) -> None:
         """Look at nothing any more; what was seen is kept."""
-        for one in self._layers:
-            one.router.set_capture_fn(None)
+        if self._noted is None:
+            for one in self._layers:
+                one.router.set_capture_fn(None)
         self._step = None
+
+    def stepped(self) -> None:
+        """A step was computed, whose choices are written down where they are followed."""
+        if self._noted is None or not self._layers:
+            return
+        self._left -= 1
+        if self._left > 0:
+            return
+        self._left = self._drawn()
+        if (step := self._begin()) is None or not step.tokens:
+            return
+        chosen = self._noted.chosen[: step.tokens].cpu().numpy()
+        for place in range(len(self._layers)):
+            self._add(step, place, chosen[:, place])
+        self._end(step)
 
     def _chosen(self, place: int, ids: Any) -> None:
         """A router chose `ids`, (tokens, k), for every token of this step."""
@@ -112,13 +135,17 @@ class Capture:
         if step is None:
             return
         # Rows beyond the tokens are padding.
-        chosen = _once(np.asarray(ids.cpu())[: step.tokens])
+        self._add(step, place, np.asarray(ids.cpu())[: step.tokens])
+        if place == len(self._layers) - 1:
+            self._end(step)
+
+    def _add(self, step: _Step, place: int, ids: NDArray[np.integer[Any]]) -> None:
+        """One layer's choice, (tokens, k), for all tokens of a step."""
+        chosen = _once(ids)
         load = step.seen.load[place]
         load += np.bincount(chosen[chosen >= 0], minlength=len(load))
         for rows, layers in step.kept:
             layers.append(chosen[rows].astype(np.int16))
-        if place == len(self._layers) - 1:
-            self._end(step)
 
     def _drawn(self) -> int:
         return self._chance.randint(1, 2 * self._every - 1)
@@ -187,6 +214,8 @@ class CaptureExtension:
     model_runner: Any
     _coe_capturing: Capture | None = None
     _coe_named = ""
+    # Where captured graphs write down what they choose, or why they can't; None: they don't.
+    _coe_noted: Noted | str | None = None
 
     def coe_capture(self, expert: str, every: int, stretches: int, tokens: int) -> dict[str, Any]:
         """Look at one step of `every` from now on; 0: at none.
@@ -210,11 +239,21 @@ class CaptureExtension:
             chance=random.Random(0),
         )
         try:
-            capture.attach(routed_layers(self.model_runner.model))
+            if self._coe_noted is None:
+                capture.attach(routed_layers(self.model_runner.model))
+            elif isinstance(self._coe_noted, str):
+                return {"refused": self._coe_noted}
+            else:
+                capture.follow(self._coe_noted)
         except ValueError as error:
             return {"refused": str(error)}
         self._coe_capturing = capture
         return capture.shape
+
+    def _coe_stepped(self) -> None:
+        """The worker has computed a step."""
+        if self._coe_capturing is not None:
+            self._coe_capturing.stepped()
 
     def coe_captured(self) -> dict[str, Any]:
         """See `Capture.told`."""
@@ -226,5 +265,5 @@ class CaptureExtension:
 
     def _coe_watch(self, model: Any) -> None:
         """Another model runs from now on: look at its routers instead."""
-        if self._coe_capturing is not None:
+        if self._coe_capturing is not None and self._coe_noted is None:
             self._coe_capturing.attach(routed_layers(model))

@@ -170,7 +170,9 @@ class Stands:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load it as vLLM does; then the rules."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]  # the worker's
-        places = int(self.vllm_config.additional_config[PLACES])
+        places = int(self.vllm_config.additional_config.get(PLACES, 0))
+        if not places:
+            return
         try:
             self._coe_standing: Standing | str = Standing(self.model_runner.get_model(), places)
         except ValueError as error:

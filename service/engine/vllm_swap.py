@@ -29,7 +29,7 @@ from service.engine.protocol import (
 )
 from service.engine.shared_cache import Share, SharedCache
 from service.engine.steered import PLACES, Steering
-from service.engine.vllm import VllmEngine, VllmModel, first_line
+from service.engine.vllm import STANDING, VllmEngine, VllmModel, first_line
 from service.engine.vllm_face import EngineClient, face_digest
 from service.engine.vllm_stats import CANARY
 from service.errors import CoeError, EngineDead, ExpertFailed
@@ -38,7 +38,6 @@ log = logging.getLogger("coe.engine")
 
 _EXTENSION = "service.engine.vllm_worker.SwapExtension"
 _PINNED = "service.engine.vllm_pinned.PinnedExtension"
-_STANDING = "service.engine.vllm_standing_worker.StandingWorker"
 _POLL_S = 0.01
 _LOOK_S = 0.2
 _CANARY_PROMPT = list(range(101, 117))
@@ -143,8 +142,8 @@ class SwappingVllmEngine(VllmEngine):
         args.worker_extension_cls = _PINNED if self._stands else _EXTENSION
         self._places = max(weights.places for weights in tuple(self._weights.values()))
         if self._stands and self._places:
-            args.worker_cls = _STANDING
-            args.additional_config = {PLACES: self._places}
+            args.worker_cls = STANDING
+            args.additional_config = {**args.additional_config, PLACES: self._places}
         return args
 
     async def _start(self) -> EngineReport:

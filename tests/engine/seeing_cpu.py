@@ -1,11 +1,12 @@
-"""See `tests.engine.seeing`: on a CPU."""
+"""What a GPU's worker is made of, around the CPU's."""
 
 from __future__ import annotations
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from tests.engine.seeing import Sees
+from service.engine.vllm_noting import Notes
+from service.engine.vllm_standing import Stands
 
 
-class SeeingCpuWorker(Sees, CPUWorker):  # type: ignore[misc]  # vLLM is not read for types
-    """What a GPU's worker is made of, around the CPU's."""
+class SeeingCpuWorker(Notes, Stands, CPUWorker):  # type: ignore[misc]  # vLLM is not read for types
+    """See `service.engine.vllm_standing_worker`."""

@@ -7,21 +7,19 @@ import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import pytest_asyncio
 
 from service.config import Config, MoeCapture
-from service.engine.protocol import Chosen
 from service.engine.vllm_swap import SwappingVllmEngine, Weights
 from service.models.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
 from service.steered import steering_of
-from service.telemetry.pool_metrics import PoolMetrics
 from tests.engine.mixtral import EXPERTS, LAYERS, mixtral
 from tests.engine.real import BASE, ENVIRONMENT, OPTIONS, greedy, told
 from tests.engine.steered_reference import Reference
+from tests.engine.watch import Watch
 
 pytestmark = [
     pytest.mark.engine,
@@ -33,22 +31,6 @@ pytestmark = [
 _CAPTURE = MoeCapture(every=1, stretches=2, tokens=40)
 # Tokens of the prompts: short, and long enough to be kept, and longer than what is kept.
 _LENGTHS = (9, 36, 70)
-
-
-class Watch(PoolMetrics):
-    """The pool's own, which remembers what it was told."""
-
-    def __init__(self) -> None:
-        super().__init__(_CAPTURE)
-        self.told: list[Chosen] = []
-
-    def chosen(self, chosen: Chosen) -> None:
-        super().chosen(chosen)
-        self.told.append(chosen)
-
-    def load(self, expert: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-        loads = [one.load for one in self.told if one.expert == expert and one.load is not None]
-        return np.sum(loads, axis=0)
 
 
 @dataclass
@@ -105,7 +87,7 @@ async def slot(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Slot]:
     folders["sure"] = folders["one"]
     steering = steering_of(config, "sure", Path(folders["one"]))
     weights["sure"] = Weights(folders["one"], steering=steering)
-    watch = Watch()
+    watch = Watch(_CAPTURE)
     engine = SwappingVllmEngine(
         "one",
         weights,

@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from service.config import MoeCapture
+from service.engine.watching import RouterWatch
 from service.errors import ExpertFailed
-from tests.engine.mixtral import LAYERS
+from tests.engine.mixtral import EXPERTS, LAYERS
 from tests.engine.real import BASE, ENVIRONMENT, Swapping, greedy
 from tests.engine.steered_family import PROMPT, RULES, TOKENS, Steering
+from tests.engine.watch import Watch
 
 pytestmark = [
     pytest.mark.engine,
@@ -28,6 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not Path(BASE).is_dir(), reason="coe models pull smollm2-135m-instruct"),
 ]
+_CAPTURE = MoeCapture(every=1, stretches=2, tokens=40)
 # vLLM's own tests' way to have a model traced on CPU without waiting for a compiler.
 _TRACED = "VLLM_CPU_CI_ENV"
 
@@ -37,11 +41,18 @@ class Compiled(Swapping):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._stands = True
+        self._stands = self._notes = True
+        self.watch = Watch(_CAPTURE)
+        self._routers = RouterWatch(self._rpc, self.watch, _CAPTURE)
+
+    async def look(self) -> None:
+        assert self._routers is not None
+        await self._routers.look()
 
     def _frontend_args(self) -> Any:
         args = super()._frontend_args()
         assert args.worker_cls == "service.engine.vllm_standing_worker.StandingWorker"
+        assert args.additional_config == {"coe_notes": True, "coe_places": 4}
         args.worker_cls = "tests.engine.seeing_cpu.SeeingCpuWorker"
         args.worker_extension_cls = "tests.engine.seeing.SeeingExtension"
         args.enforce_eager = False
@@ -80,6 +91,20 @@ async def test_it_says_and_routes_as_the_reference(steering: Steering, name: str
         assert {len(row) for row in seen[layer]} == {4}, "as many places as any profile needs"
         rows = [sorted(set(row)) for row in seen[layer]]
         assert rows == [sorted(row) for row in chosen[layer]], f"layer {layer}"
+
+
+@pytest.mark.parametrize("name", ["masked", "three", "plain"])
+async def test_who_looks_on_sees_what_was_chosen(steering: Steering, name: str) -> None:
+    """Nothing of ours runs in the routers: what they wrote down is read after each step."""
+    await steering.engine.look()
+    before = steering.engine.watch.load(name)
+    await steering.go_to(name)
+    said, _ = await steering.say(name)
+    await steering.engine.look()
+    profile = steering.profiles.get(name)
+    _, chosen = await asyncio.to_thread(steering.reference.say, PROMPT, len(said), profile)
+    load = [[sum(e in row for row in rows) for e in range(EXPERTS)] for rows in chosen.values()]
+    assert (steering.engine.watch.load(name) - before).tolist() == load
 
 
 async def test_exchanges_leave_no_trace(steering: Steering) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from service.config import VllmOptions
+from service.engine.steered import NOTES
 from service.engine.vllm_swap import SwappingVllmEngine, Weights
 from tests.engine.mixtral import LAYERS
 from tests.engine.real import BASE, greedy
@@ -53,7 +54,7 @@ class Seeing(SwappingVllmEngine):
     def _frontend_args(self) -> Any:
         args = super()._frontend_args()
         assert args.worker_cls == "service.engine.vllm_standing_worker.StandingWorker"
-        args.worker_cls = "tests.gpu.seeing_gpu.SeeingGpuWorker"
+        args.additional_config = {**args.additional_config, NOTES: True}
         args.worker_extension_cls = "tests.engine.seeing.SeeingExtension"
         return args
 

@@ -324,6 +324,8 @@ def test_capture_needs_layers_that_are_called_one_by_one() -> None:
     capture = config.pools["cpu"].vllm.moe_capture
     assert capture is not None
     assert (capture.every, capture.stretches, capture.tokens) == (16, 4, 64)
+    # On a GPU captured graphs write it down.
+    Config.model_validate({**experts, "pools": {"gpu": {"gpus": 1, "vllm": {"moe_capture": {}}}}})
 
 
 def test_capture_needs_a_mixture_of_experts() -> None:
