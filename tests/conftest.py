@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Iterator
 
@@ -25,6 +26,10 @@ os.environ.update(
         "RAY_USAGE_STATS_ENABLED": "0",
     }
 )
+
+
+# vLLM sets the root logger's level when it is imported; ours has one of its own, as in a service.
+logging.getLogger("coe").setLevel(logging.WARNING)
 
 
 @pytest.fixture(autouse=True, scope="session")

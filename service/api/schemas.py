@@ -75,6 +75,10 @@ _VOTE = {
         "score": {"type": "number", "minimum": 0, "maximum": 1},
     },
 }
+# Not "type: string": some readers hold each event against it, taken apart into its fields.
+_EVENTS = {
+    "description": "Server-sent events; the data of each is a JSON object, of the last [DONE]"
+}
 _STREAMING = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
 _ERROR = {
     "description": "An error in OpenAI's shape",
@@ -124,7 +128,7 @@ def describe(config: Config) -> dict[str, Any]:
             fields["stream"] = {"type": ["boolean", "null"]}
         ok: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
         if path in _STREAMING:
-            ok["text/event-stream"] = {"schema": {"type": "string"}}
+            ok["text/event-stream"] = {"schema": _EVENTS}
         body = {
             "type": "object",
             "properties": fields,

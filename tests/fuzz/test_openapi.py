@@ -49,6 +49,17 @@ def test_every_operation_keeps_to_its_description(apart: Apart) -> None:
     assert sum(asked.values()) > 200
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_stream_keeps_to_its_description(apart: Apart, path: str) -> None:
+    schema = schemathesis.openapi.from_url(apart.site.url + "/openapi.json")
+    words = {"messages": [{"role": "user", "content": "x"}], "prompt": "x"}
+    body = {"model": "general", "max_tokens": 2, "stream": True, **words}
+    case = schema[path]["POST"].Case(body=body, media_type="application/json")
+    reply = case.call(timeout=20)
+    assert "text/event-stream" in reply.headers["content-type"][0]
+    case.validate_response(reply, checks=[not_a_server_error, response_schema_conformance])
+
+
 def keeping(asked: Counter[str], operation: Any) -> Any:
     name = f"{operation.method.upper()} {operation.path}"
 
