@@ -28,14 +28,16 @@ os.environ.update(
 )
 
 
-# vLLM sets the root logger's level when it is imported; ours has one of its own, as in a service.
-logging.getLogger("coe").setLevel(logging.WARNING)
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _sockets_of_engines(tmp_path_factory: pytest.TempPathFactory) -> None:
     """vLLM leaves them behind: here they go with pytest's own folders."""
     os.environ["VLLM_RPC_BASE_PATH"] = str(tmp_path_factory.mktemp("rpc"))
+
+
+@pytest.fixture(autouse=True)
+def _level_of_logs() -> None:
+    """vLLM sets the root logger's when it is imported; a service's own is not the root's."""
+    logging.getLogger().setLevel(logging.WARNING)
 
 
 @pytest.fixture(autouse=True)
