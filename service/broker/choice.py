@@ -317,16 +317,17 @@ def _together(book: Book, wish: Wish, per: _Per, alone: NDArray[np.bool_]) -> _S
     table[:, :-1] = per
     asked = table[:, members]
     chained = table[:, later]
+    slowest = asked[0].max(axis=1)
     worst = asked[2].sum(axis=1) + chained[2].sum(axis=1)
     # Nothing of an answer by several can stream before they have agreed.
     first = table[4] if wish.streams else table[0]
-    ends = np.where(alone, first[members[:, 0]], asked[0].max(axis=1) + chained[0].sum(axis=1))
+    ends = np.where(alone, first[members[:, 0]], slowest + chained[0].sum(axis=1))
     # 0 · ∞ is no number, and who is never asked costs nothing.
     np.multiply(chained[:4], reach, out=chained[:4], where=reach > 0)
     chained[:4][:, reach <= 0] = 0.0
     expected = chained[:4].sum(axis=2)
     return _Sums(
-        asked[0].max(axis=1) + expected[0],
+        slowest + expected[0],
         asked[1].sum(axis=1) + expected[1],
         asked[2].sum(axis=1) + expected[2],
         asked[3].max(axis=1) + expected[3],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.config import VllmOptions
@@ -28,6 +29,14 @@ OPTIONS = VllmOptions(
     threads=1,
     enforce_eager=True,
 )
+# For modules whose tests share an engine, as `pytestmark`.
+ON_ONE_ENGINE = [
+    pytest.mark.engine,
+    pytest.mark.asyncio(loop_scope="module"),
+    # vLLM's and torch's own.
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(not Path(BASE).is_dir(), reason="coe models pull smollm2-135m-instruct"),
+]
 # vLLM reads these when it is imported, its engine core when it starts.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

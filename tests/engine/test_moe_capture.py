@@ -17,17 +17,11 @@ from service.engine.vllm_swap import SwappingVllmEngine, Weights
 from service.models.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
 from service.steered import steering_of
 from tests.engine.mixtral import EXPERTS, LAYERS, mixtral
-from tests.engine.real import BASE, ENVIRONMENT, OPTIONS, greedy, told
+from tests.engine.real import ENVIRONMENT, ON_ONE_ENGINE, OPTIONS, greedy, told
 from tests.engine.steered_reference import Reference
 from tests.engine.watch import Watch
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.asyncio(loop_scope="module"),
-    # vLLM's and torch's own.
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(not Path(BASE).is_dir(), reason="coe models pull smollm2-135m-instruct"),
-]
+pytestmark = ON_ONE_ENGINE
 _CAPTURE = MoeCapture(every=1, stretches=2, tokens=40)
 # Tokens of the prompts: short, and long enough to be kept, and longer than what is kept.
 _LENGTHS = (9, 36, 70)

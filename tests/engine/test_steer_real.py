@@ -9,24 +9,17 @@ import asyncio
 import itertools
 import os
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from service.errors import ExpertFailed
 from tests.engine.mixtral import EXPERTS, LAYERS
-from tests.engine.real import BASE, ENVIRONMENT, Swapping
+from tests.engine.real import ENVIRONMENT, ON_ONE_ENGINE, Swapping
 from tests.engine.steered_family import PROMPT, RULES, TOKENS, Steering
 from tests.support.waiting import until
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.asyncio(loop_scope="module"),
-    # vLLM's and torch's own.
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(not Path(BASE).is_dir(), reason="coe models pull smollm2-135m-instruct"),
-]
+pytestmark = ON_ONE_ENGINE
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

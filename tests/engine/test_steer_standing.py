@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import os
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,17 +19,11 @@ from service.config import MoeCapture
 from service.engine.watching import RouterWatch
 from service.errors import ExpertFailed
 from tests.engine.mixtral import EXPERTS, LAYERS
-from tests.engine.real import BASE, ENVIRONMENT, Swapping, greedy
+from tests.engine.real import ENVIRONMENT, ON_ONE_ENGINE, Swapping, greedy
 from tests.engine.steered_family import PROMPT, RULES, TOKENS, Steering
 from tests.engine.watch import Watch
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.asyncio(loop_scope="module"),
-    # vLLM's and torch's own.
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(not Path(BASE).is_dir(), reason="coe models pull smollm2-135m-instruct"),
-]
+pytestmark = ON_ONE_ENGINE
 _CAPTURE = MoeCapture(every=1, stretches=2, tokens=40)
 # vLLM's own tests' way to have a model traced on CPU without waiting for a compiler.
 _TRACED = "VLLM_CPU_CI_ENV"

@@ -9,7 +9,6 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -17,15 +16,9 @@ import pytest_asyncio
 from service.engine.vllm import VllmEngine, VllmModel
 from service.engine.vllm_swap import Weights
 from tests.engine.mixtral import mixtral
-from tests.engine.real import BASE, ENVIRONMENT, OPTIONS, Swapping, ask
+from tests.engine.real import ENVIRONMENT, ON_ONE_ENGINE, OPTIONS, Swapping, ask
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.asyncio(loop_scope="module"),
-    # vLLM's and torch's own.
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(not Path(BASE).is_dir(), reason="coe models pull smollm2-135m-instruct"),
-]
+pytestmark = ON_ONE_ENGINE
 
 
 @dataclass

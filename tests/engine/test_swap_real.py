@@ -31,6 +31,7 @@ from tests.engine.real import (
     BASE,
     DEMO,
     ENVIRONMENT,
+    ON_ONE_ENGINE,
     OPTIONS,
     Swapping,
     ask,
@@ -43,13 +44,7 @@ from tests.engine.real import (
 from tests.engine.spoiled import WHY, spoiled_weights
 from tests.support.waiting import until
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.asyncio(loop_scope="module"),
-    # vLLM's and torch's own.
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(not Path(BASE).is_dir(), reason="coe models pull smollm2-135m-instruct"),
-]
+pytestmark = ON_ONE_ENGINE
 
 
 class Stage:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -10,7 +12,7 @@ import pytest
 
 from service.link import client
 from service.link.call import Call
-from service.link.client import PoolAddress
+from service.link.client import PoolAddress, PoolLink
 from service.link.directory import Directory
 from service.link.snapshot import Snapshot, encode
 from tests.support.serving import serving
@@ -47,12 +49,20 @@ def call(seq: int) -> Call:
     return Call("/v1/chat/completions", "a", f"r{seq}", 10_000, True, f"gateway-{seq}", seq)
 
 
-async def test_a_stream_ends_though_its_pool_is_followed_no_more() -> None:
-    node, directory = Node(), Directory("gateway", "secret")
+@asynccontextmanager
+async def followed(node: Node) -> AsyncIterator[tuple[Directory, PoolLink]]:
+    """A gateway that follows this pool alone."""
+    directory = Directory("gateway", "secret")
     async with serving(node) as served:
         directory.update([PoolAddress(served.url, "cpu", "boot")])
         await until(lambda: len(directory.links()) == 1, "the pool is followed")
         (link,) = directory.links()
+        yield directory, link
+
+
+async def test_a_stream_ends_though_its_pool_is_followed_no_more() -> None:
+    node = Node()
+    async with followed(node) as (directory, link):
         async with link.call(call(1), b"{}") as answer:
             assert await answer.chunks.readany() == b"one"
             directory.update([])
@@ -66,24 +76,15 @@ async def test_a_stream_ends_though_its_pool_is_followed_no_more() -> None:
 
 
 async def test_whoever_has_no_call_left_is_left_at_once() -> None:
-    node, directory = Node(), Directory("gateway", "secret")
-    async with serving(node) as served:
-        directory.update([PoolAddress(served.url, "cpu", "boot")])
-        await until(lambda: len(directory.links()) == 1, "the pool is followed")
-        (link,) = directory.links()
+    async with followed(Node()) as (directory, link):
         directory.update([])
         await until(lambda: link._task.done(), "nobody follows it any more")
         await directory.close()
 
 
 async def test_a_directory_that_closes_waits_for_no_call() -> None:
-    node, directory = Node(), Directory("gateway", "secret")
-    async with serving(node) as served:
-        directory.update([PoolAddress(served.url, "cpu", "boot")])
-        await until(lambda: len(directory.links()) == 1, "the pool is followed")
-        (link,) = directory.links()
-        async with link.call(call(1), b"{}") as answer:
-            await answer.chunks.readany()
-            directory.update([])
-            await directory.close()
-            assert link._task.done()
+    async with followed(Node()) as (directory, link), link.call(call(1), b"{}") as answer:
+        await answer.chunks.readany()
+        directory.update([])
+        await directory.close()
+        assert link._task.done()
