@@ -22,16 +22,26 @@ from service.types import Recipe
 
 Floats = NDArray[np.float64]
 
+# What `scipy.optimize.milp` says of how it ended.
+_OPTIMAL, _TIME_OUT = 0, 1
+
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """The best choice: experts held, recipe for each category, expected score and cost a call."""
+    """A choice: experts held, recipe for each category, expected score and cost a call.
+
+    Attributes:
+        optimal: Whether it is proven that no choice is better.
+        gap: How much better the best one may be at most, in expected score. 0 where `optimal`.
+    """
 
     experts: tuple[str, ...]
     recipes: dict[str, str]
     score: float
     cost: float
     memory: float
+    optimal: bool
+    gap: float
 
 
 def compose(
@@ -46,9 +56,18 @@ def compose(
     budget: float = np.inf,
     time_limit_s: float = 60.0,
 ) -> Composition:
-    """The exact optimum. `prior` (C,), `score` and `cost` (C, R); `sizes` and `memory` in one unit.
+    """The exact optimum; where the time is not enough to prove it, the best choice found, and
+    how far from the optimum it may be.
 
-    Raises ValueError where an expert has no size, or no choice fits both bounds.
+    Args:
+        prior: (C,), how much of the traffic each category is.
+        score: (C, R), expected score of each recipe on each category.
+        cost: (C, R), expected cost of a call.
+        sizes: Of each expert, in the unit of `memory`.
+        time_limit_s: How long the solver may search.
+
+    Raises:
+        ValueError: An expert has no size, no choice fits both bounds, or none was found in time.
     """
     experts = tuple(dict.fromkeys(e for recipe in recipes for e in recipe.experts))
     unknown = [e for e in experts if e not in sizes]
@@ -105,18 +124,29 @@ def compose(
         options={"time_limit": time_limit_s, "mip_rel_gap": 0.0},
     )
     if found.x is None:
-        raise ValueError(
-            f"no choice of experts fits memory {memory:g} and budget {budget:g}: {found.message}"
-        )
+        bounds = f"memory {memory:g} and budget {budget:g}"
+        if found.status == _TIME_OUT:
+            raise ValueError(
+                f"no choice of experts that fits {bounds} was found in {time_limit_s:g} s; "
+                "that none exists is not proven"
+            )
+        raise ValueError(f"no choice of experts fits {bounds}: {found.message}")
     x = found.x[:x_count].reshape(cells, count) > 0.5
     chosen = x.argmax(axis=1)
     at = np.arange(cells)
     used = {e for r in chosen for e in recipes[r].experts}
     kept = tuple(e for e in experts if e in used)
+    reached = float(prior @ score[at, chosen])
+    # What was minimised has the thrift in it, of which any choice has this much at most.
+    most_thrift = thrift[:x_count].reshape(cells, count).max(axis=1).sum() + thrift[x_count:].sum()
+    bound = np.inf if found.mip_dual_bound is None else most_thrift - found.mip_dual_bound
+    optimal = found.status == _OPTIMAL
     return Composition(
         experts=kept,
         recipes={name: recipes[r].name for name, r in zip(categories, chosen, strict=True)},
-        score=float(prior @ score[at, chosen]),
+        score=reached,
         cost=float(prior @ cost[at, chosen]),
         memory=float(sum(sizes[e] for e in kept)),
+        optimal=optimal,
+        gap=0.0 if optimal else max(0.0, float(bound) - reached),
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from router_models.fit import prompt_hashes, settings_from_json
-from router_models.judge import default_budgets, plot, report
+from router_models.judge import compared_lines, default_budgets, plot, report
 from router_models.learn import Predicted, Problem
 from router_models.outcomes import OutcomeError, Table, read_costs, read_outcomes
 from router_models.recipes import play
@@ -124,6 +124,7 @@ def readable(result: dict[str, Any]) -> list[str]:
     best, top, any_ = result["best_single"], result["oracle"], result["random"]
     accuracy = result["category_accuracy"]
     lines = [
+        *(line.strip() for line in compared_lines(result["compared"])),
         f"best single  {100 * best['score']:6.2f} @ {best['cost']:.4g}  ({best['model']})",
         f"random       {100 * any_['score']:6.2f} @ {any_['cost']:.4g}",
         f"oracle       {100 * top['score']:6.2f} @ {top['cost']:.4g}",

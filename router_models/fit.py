@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_models.compose import compose
-from router_models.judge import default_budgets, report, with_errors
+from router_models.judge import compared_lines, default_budgets, report, with_errors
 from router_models.learn import Fitted, Predicted, Problem
 from router_models.linear import calibration_error, known_bitmap
 from router_models.outcomes import OutcomeError, Table, read_costs, read_outcomes
@@ -70,6 +70,11 @@ def run(
     if sizes is not None:
         composition = _composition(problem, fitted, sizes, memory, budget)
         say(f"composition: {json.dumps(composition)}")
+        if not composition["optimal"]:
+            say(
+                "the time for the composition is up: it is the best one found, and its score at "
+                f"most {composition['gap']:.4g} below the best there is"
+            )
     data = [
         {"file": f.name, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()}
         for f in [*outcomes, costs]
@@ -90,6 +95,7 @@ def out_of_fold_metrics(
         "held_out": f"{folds}-fold",
         "category_accuracy": found["category_accuracy"],
         "ece": _calibration(problem, predicted),
+        "compared": found["compared"],
         "best_single": found["best_single"],
         "oracle": found["oracle"],
         "at": with_errors(table, problem.played, predicted, budgets),
@@ -109,6 +115,7 @@ def table_lines(metrics: dict[str, Any]) -> list[str]:
     best, top, accuracy = metrics["best_single"], metrics["oracle"], metrics["category_accuracy"]
     lines = [
         f"out of fold ({metrics['held_out']}), {metrics['rows']} prompts:",
+        *compared_lines(metrics["compared"]),
         f"  best single  {100 * best['score']:6.2f} @ {best['cost']:.4g}  ({best['model']})",
         f"  oracle       {100 * top['score']:6.2f} @ {top['cost']:.4g}",
         f"  category accuracy {'-' if accuracy is None else f'{100 * accuracy:.1f} %'}, "

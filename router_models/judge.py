@@ -71,6 +71,57 @@ def sweep(played: Played, predicted: Predicted) -> Sweep:
     return Sweep(rows, price, choice, played.score[rows, choice], played.cost[rows, choice])
 
 
+# Experts are compared on at least this share of the rows.
+_LEAST_COMPARED = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Rows on which everything that is compared was recorded.
+
+    Attributes:
+        rows: Indices (N,) of these rows in the whole table.
+        table: The table of these rows.
+        played: What each recipe did on them.
+        predicted: What the router expects of them.
+        left_out: Experts that too few rows have, so that they are compared with nobody.
+    """
+
+    rows: NDArray[np.int64]
+    table: Table
+    played: Played
+    predicted: Predicted
+    left_out: tuple[str, ...]
+
+
+def comparison(table: Table, played: Played, predicted: Predicted) -> Comparison:
+    """The rows that have every expert, for a comparison of experts, mixtures and the router.
+
+    A mean over other rows would compare prompts instead of experts. The experts with the fewest
+    rows are left out until half of the rows have all the others.
+
+    Raises:
+        ValueError: No row has an outcome of any expert.
+    """
+    known = ~np.isnan(table.score)
+    total = int(known.any(axis=1).sum())
+    if not total:
+        raise ValueError("no row has an outcome of any expert")
+    counts = known.sum(axis=0)
+    compared = [e for e in range(len(table.experts)) if counts[e]]
+    while len(compared) > 1 and known[:, compared].all(axis=1).sum() < _LEAST_COMPARED * total:
+        compared.remove(min(compared, key=lambda e: (counts[e], -e)))
+    rows = np.flatnonzero(known[:, compared].all(axis=1))
+    left_out = [e for e in range(len(table.experts)) if e not in compared]
+    return Comparison(
+        rows,
+        table.take(rows),
+        played.rows(rows),
+        Predicted(predicted.posterior[rows], predicted.quality[rows], predicted.cost[rows]),
+        tuple(table.experts[e] for e in left_out),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Singles:
     """Single experts on N rows: means, and the hull of what mixing them at random gives."""
@@ -97,10 +148,13 @@ class Singles:
 
 
 def singles(table: Table) -> Singles:
-    """Means over the rows that have the expert, and the upper concave hull."""
+    """Means over all rows, and the upper concave hull of the experts that every row has.
+
+    The others have a score of -inf: over other rows it could not be compared.
+    """
     known = ~np.isnan(table.score)
+    score = np.where(known.all(axis=0), np.where(known, table.score, 0).mean(axis=0), -np.inf)
     rows = np.maximum(known.sum(axis=0), 1)
-    score = np.where(known.any(axis=0), np.nansum(table.score, axis=0) / rows, -np.inf)
     cost = np.where(known, table.cost, 0).sum(axis=0) / rows
     hull: list[int] = []
     for e in sorted(range(len(score)), key=lambda e: (cost[e], -score[e])):
@@ -139,17 +193,25 @@ def report(
     labels: Sequence[str],
     budgets: Sequence[float],
 ) -> dict[str, Any]:
-    """The keys of `coe router evaluate --json`; scores in 0..1."""
+    """The keys of `coe router evaluate --json`; scores in 0..1.
+
+    All results are over the rows of `comparison`, but the accuracy, which is over all that give
+    their category.
+    """
+    compared = comparison(table, played, predicted)
+    everything, asked = table, predicted
+    table, played, predicted = compared.table, compared.played, compared.predicted
     found = sweep(played, predicted)
     alone = singles(table)
     best = int(np.argmax(alone.score))
     top = oracle(table)
     finite = np.isfinite(alone.score)
-    given = np.array([c is not None for c in table.categories])
+    given = np.array([c is not None for c in everything.categories])
     guess = predicted.posterior.argmax(axis=1)
     accuracy = None
     if given.any():
-        right = [labels[g] == c for g, c in zip(guess, table.categories, strict=True)]
+        guesses = asked.posterior.argmax(axis=1)
+        right = [labels[g] == c for g, c in zip(guesses, everything.categories, strict=True)]
         accuracy = float(np.mean(np.array(right)[given]))
     at = []
     for budget in budgets:
@@ -163,6 +225,7 @@ def report(
             }
         )
     return {
+        "compared": {"rows": len(table), "of": len(everything), "left_out": [*compared.left_out]},
         "best_single": {
             "model": alone.names[best],
             "score": float(alone.score[best]),
@@ -209,13 +272,17 @@ def _frontier(
 def with_errors(
     table: Table, played: Played, predicted: Predicted, budgets: Sequence[float]
 ) -> list[dict[str, float]]:
-    """At each budget: score, cost, mix and gain over it, with standard errors over the rows.
+    """At each budget: score, cost, mix and gain over it, with standard errors over prompts.
 
     The gain is compared row by row with the mixture of the two experts around
-    that cost, and differences in cost are charged at the mixture's slope.
+    that cost, and differences in cost are charged at the mixture's slope. All is over the rows
+    of `comparison`.
     """
+    compared = comparison(table, played, predicted)
+    table, played, predicted = compared.table, compared.played, compared.predicted
     found = sweep(played, predicted)
     alone = singles(table)
+    prompts = np.unique(np.array(table.prompts, dtype=object)[found.rows], return_inverse=True)[1]
     filled = np.where(np.isnan(table.score), alone.score, table.score)
     rows = []
     for budget in budgets:
@@ -225,20 +292,46 @@ def with_errors(
         mix = (share * filled[:, a] + (1 - share) * filled[:, b])[found.rows]
         spread = alone.cost[b] - alone.cost[a]
         slope = (alone.score[b] - alone.score[a]) / spread if spread > 0 else 0.0
-        root = np.sqrt(len(score))
         gain = score - mix - slope * (cost - mean_cost)
         rows.append(
             {
                 "budget": float(budget),
                 "score": float(score.mean()),
-                "score_se": float(score.std() / root),
+                "score_se": standard_error(score, prompts),
                 "cost": mean_cost,
                 "mix_score": alone.mix(mean_cost),
                 "gain": float(score.mean()) - alone.mix(mean_cost),
-                "gain_se": float(gain.std() / root),
+                "gain_se": standard_error(gain, prompts),
             }
         )
     return rows
+
+
+def compared_lines(compared: dict[str, Any]) -> list[str]:
+    """For people: on how many rows experts were compared, where that is not all of them."""
+    lines = []
+    if compared["rows"] < compared["of"]:
+        lines.append(
+            f"  compared on the {compared['rows']} of {compared['of']} rows that have every expert"
+        )
+    if compared["left_out"]:
+        lines.append(f"  on too few rows to be compared: {', '.join(compared['left_out'])}")
+    return lines
+
+
+def standard_error(values: Floats, clusters: NDArray[np.intp]) -> float:
+    """Standard error of the mean of values (N,), of which those of one cluster may depend on
+    each other.
+
+    The cluster-robust estimate (Liang and Zeger, 1986) √(Σ_c (Σ_{i in c} (v_i - mean))²) / N; with
+    a cluster for each value it is the usual one.
+
+    Args:
+        values: (N,).
+        clusters: (N,), the cluster of each value as a number from 0 up: here, its prompt.
+    """
+    sums = np.bincount(clusters, weights=values - values.mean())
+    return float(np.sqrt((sums**2).sum()) / len(values))
 
 
 def plot(report: dict[str, Any], table: Table, path: Path) -> None:
@@ -248,7 +341,10 @@ def plot(report: dict[str, Any], table: Table, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    alone = singles(table)
+    known = ~np.isnan(table.score)
+    left_out = report["compared"]["left_out"]
+    compared = [e for e, name in enumerate(table.experts) if name not in left_out]
+    alone = singles(table.take(np.flatnonzero(known[:, compared].all(axis=1))))
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for key, style in (("mix", "k--"), ("frontier", "C0-")):
         points = report[key]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
+from scipy.optimize import OptimizeResult, milp
 
 from router_models.compose import compose
 from service.types import Recipe
@@ -67,3 +69,54 @@ def test_what_does_not_fit_is_said() -> None:
         compose(**common, sizes=SIZES, memory=0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no size is given for c"):
         compose(**common, sizes={"a": 1, "b": 1})  # type: ignore[arg-type]
+
+
+def hard(seed: int) -> dict[str, Any]:
+    """A problem that takes the solver more than one node of its tree."""
+    rng = np.random.default_rng(seed)
+    names = [f"e{i}" for i in range(8)]
+    recipes = [Recipe("single", (name,)) for name in names]
+    triples = itertools.permutations(names, 3)
+    recipes += [Recipe("cascade", (a, b), (c,)) for a, b, c in triples if a < b][:40]
+    return {
+        "categories": [f"c{i}" for i in range(6)],
+        "recipes": recipes,
+        "prior": np.full(6, 1 / 6),
+        "score": rng.random((6, len(recipes))),
+        "cost": rng.random((6, len(recipes))),
+        "sizes": {name: float(rng.integers(5, 20)) for name in names},
+        "memory": 40.0,
+        "budget": 0.4,
+    }
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_compose_cut_short_tells_how_far_the_optimum_may_be(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = hard(seed)
+    best = compose(**given)
+    assert best.optimal
+    assert best.gap == 0
+
+    def cut_short(*args: Any, options: dict[str, Any], **more: Any) -> Any:
+        return milp(*args, options={**options, "node_limit": 1, "presolve": False}, **more)
+
+    monkeypatch.setattr("router_models.compose.milp", cut_short)
+    found = compose(**given)
+    assert found.score <= best.score + 1e-6
+    assert found.score + found.gap >= best.score - 1e-6
+    if found.score < best.score - 1e-6:
+        assert not found.optimal
+    assert found.optimal or found.gap > 0
+
+
+def test_compose_without_any_choice_in_time_does_not_say_that_none_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none_found(*_: Any, **__: Any) -> Any:
+        return OptimizeResult(x=None, status=1, message="Time limit reached.", mip_dual_bound=None)
+
+    monkeypatch.setattr("router_models.compose.milp", none_found)
+    with pytest.raises(ValueError, match=r"was found in 2 s; that none exists is not proven"):
+        compose(**hard(0), time_limit_s=2)

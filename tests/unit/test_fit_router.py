@@ -137,6 +137,7 @@ def test_evaluate_judges_unseen_rows(folder: Path) -> None:
         say=said.append,
     )
     assert set(result) == {
+        "compared",
         "best_single",
         "random",
         "oracle",
