@@ -7,6 +7,7 @@ weights to host memory `fill_s`, beside the running ones.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
@@ -205,7 +206,7 @@ class SimSlot:
                 waiting=len(unit.waiting),
                 waiting_tokens=sum(ask.tokens for ask in unit.waiting),
                 oldest_s=now_s - unit.waiting[0].at_s if unit.waiting else 0.0,
-                demand_per_s=self._faded(unit, now_s) / _HALF_S,
+                demand_per_s=self._faded(unit, now_s) * math.log(2) / _HALF_S,
                 host_bytes=costs.unit_bytes,
                 bring_s=costs.fill_s,
                 swap_s=costs.swap_s + (costs.fill_s if unit.tier is Residency.DISK else 0.0),

@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,7 @@ from pathlib import Path
 from service.api.keyring import configured
 from service.api.routing import Routing
 from service.config import Config, PoolConfig, load_config
-from service.errors import ConfigError
+from service.errors import CoeError, ConfigError
 from service.memory import check_plan, folders_of, plan_pool
 from service.models import inspect_model, locate, pull
 from service.steered import profile_digests
@@ -27,6 +29,8 @@ from service.steered import profile_digests
 log = logging.getLogger("coe.app")
 
 _LOOK_S = 0.5
+# Between attempts to put a config in force that failed: doubled from the first to the last.
+_FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 30.0
 # Of a config, and of one of its pools: what may change while it runs.
 _FREE = {"experts", "pools", "router", "recipes", "tenants", "keys", "budgets"}
 _FREE_OF_POOL = {"experts", "swap"}
@@ -150,20 +154,42 @@ def _differing(old: Config | PoolConfig, new: Config | PoolConfig) -> set[str]:
 async def follow(
     file: Path, seen: Version | None, apply: Callable[[Config], Awaitable[None]]
 ) -> None:
-    """Call `apply` with each config that comes into force, until cancelled.
+    """Put each config that comes into force in force here, by `apply`, until cancelled.
 
-    `seen`: the `version` before the config was read that is in force here.
+    A config whose application fails is tried again, after 1 s at first and every 30 s at last,
+    until it succeeds or a newer one takes its place: it is in force everywhere else.
+
+    Args:
+        file: Where the config in force is kept.
+        seen: The `version` before the config was read that is in force here.
+        apply: Puts a config in force. It should not wait for what ends in its own time, such as
+            running requests: no newer config is heard of until it returns.
     """
+    failures = 0
+    retry_at_s = math.inf
     while True:
         await asyncio.sleep(_LOOK_S)
-        if (now := version(file)) in (seen, None):
+        now = version(file)
+        if now is None or (now == seen and time.monotonic() < retry_at_s):
             continue
+        if now != seen:
+            failures = 0
         seen = now
         try:
             await apply((await asyncio.to_thread(Running.load, file)).config)
-        except Exception:
+        except Exception as error:
             # Whatever it was: the next one must be heard of.
-            log.exception("a new config could not be put in force")
+            wait_s = min(_LAST_RETRY_S, _FIRST_RETRY_S * 2**failures)
+            failures += 1
+            retry_at_s = time.monotonic() + wait_s
+            log.error(
+                "a new config could not be put in force; trying again in %.0f s: %s",
+                wait_s,
+                error.message if isinstance(error, CoeError) else type(error).__name__,
+                exc_info=failures == 1,
+            )
+        else:
+            failures, retry_at_s = 0, math.inf
 
 
 def version(file: Path) -> Version | None:

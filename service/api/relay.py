@@ -99,8 +99,7 @@ class Relay:
 
     def context(self, expert: str) -> int:
         """An expert's context in tokens, the greatest that any pool tells; 0: not known."""
-        told = (view.snapshot.experts.get(expert) for view in self.views())
-        return max((state.max_model_len for state in told if state is not None), default=0)
+        return self._directory.context(expert)
 
     def weigh(
         self,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 from urllib.parse import quote
 
@@ -64,7 +65,8 @@ def new_session() -> aiohttp.ClientSession:
 class PoolLink:
     """One pool as a gateway sees it.
 
-    `changed` is called when the snapshot is new. Times are `time.monotonic` seconds.
+    `changed` is called when the snapshot is new, `experts_changed` before it when the pool's
+    experts are told anew or it falls silent. Times are `time.monotonic` seconds.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class PoolLink:
         secret: str,
         gateway: str,
         changed: Callable[[], None],
+        experts_changed: Callable[[], None] | None = None,
     ) -> None:
         self.address = address
+        self._experts_changed = experts_changed or changed
         self.snapshot: Snapshot | None = None
         self.received_s = 0.0
         self._session = session
@@ -83,7 +87,8 @@ class PoolLink:
         self._gateway = gateway
         self._changed = changed
         self._seq = 0
-        self._unseen: deque[tuple[int, str]] = deque()
+        # Calls under way that no snapshot has acknowledged, by number, in the order of sending.
+        self._unseen: dict[int, str] = {}
         self._open: set[aiohttp.ClientResponse] = set()
         self._calls = 0
         self._unused = asyncio.Event()
@@ -101,12 +106,12 @@ class PoolLink:
 
     def unseen(self) -> dict[str, int]:
         """Requests sent that the snapshot can't count yet, by expert."""
-        return Counter(name for _, name in self._unseen) if self._unseen else {}
+        return Counter(self._unseen.values()) if self._unseen else {}
 
     def next_seq(self, expert: str) -> int:
         """Number a call that is about to be sent."""
         self._seq += 1
-        self._unseen.append((self._seq, expert))
+        self._unseen[self._seq] = expert
         return self._seq
 
     @asynccontextmanager
@@ -133,6 +138,8 @@ class PoolLink:
             self._open.add(reply)
             yield PoolReply(reply.status, lowered, reply.content)
         finally:
+            # A call that has ended is ahead of nobody, whether it ever reached the pool or not.
+            self._unseen.pop(call.seq, None)
             self._calls -= 1
             if not self._calls:
                 self._unused.set()
@@ -204,6 +211,7 @@ class PoolLink:
             if self.snapshot is not None:
                 self._silent_since_s = self.received_s
             self.snapshot = None
+            self._experts_changed()
             self._changed()
             if time.monotonic() - self._silent_since_s > _SILENT_S:
                 # It hangs without having closed: its streams would wait for ever.
@@ -229,11 +237,13 @@ class PoolLink:
                 self._heard(snapshot)
 
     def _heard(self, snapshot: Snapshot) -> None:
-        new = self.snapshot is None or self.snapshot.seq != snapshot.seq
-        self.snapshot = snapshot
+        before, self.snapshot = self.snapshot, snapshot
         self.received_s = time.monotonic()
         acknowledged = snapshot.acks.get(self._gateway, 0)
-        while self._unseen and self._unseen[0][0] <= acknowledged:
-            self._unseen.popleft()
-        if new:
+        for seq in list(takewhile(lambda seq: seq <= acknowledged, self._unseen)):
+            del self._unseen[seq]
+        # A line without news of experts leaves the very same dict in the snapshot.
+        if before is None or before.experts is not snapshot.experts:
+            self._experts_changed()
+        if before is None or before.seq != snapshot.seq:
             self._changed()

@@ -32,6 +32,8 @@ class Directory:
         # Those whose last calls have not ended yet.
         self._left: dict[PoolLink, asyncio.Task[None]] = {}
         self._waiters: set[asyncio.Event] = set()
+        # The greatest context of each expert over all pools; None: to be made anew.
+        self._contexts: dict[str, int] | None = None
 
     def update(self, addresses: Iterable[PoolAddress]) -> None:
         """Follow exactly these pools. Must be called in the event loop."""
@@ -43,8 +45,14 @@ class Directory:
             self._left[link] = asyncio.create_task(self._leave(link))
         for boot in wanted.keys() - self._links.keys():
             self._links[boot] = PoolLink(
-                wanted[boot], self._session, self._secret, self.gateway, self._changed
+                wanted[boot],
+                self._session,
+                self._secret,
+                self.gateway,
+                self._changed,
+                self._forget_contexts,
             )
+        self._forget_contexts()
         self._changed()
 
     async def _leave(self, link: PoolLink) -> None:
@@ -83,6 +91,23 @@ class Directory:
         if not found:
             raise UnknownModel(f"no running pool holds an expert {expert[:128]!r}")
         return found
+
+    def context(self, expert: str) -> int:
+        """The greatest context that any followed pool tells of an expert, in tokens; 0: unknown.
+
+        All experts' are found at once, and again only when a pool tells of its experts anew.
+        """
+        if self._contexts is None:
+            self._contexts = {}
+            for link in self._links.values():
+                states = link.snapshot.experts if link.snapshot is not None else {}
+                for name, state in states.items():
+                    known = self._contexts.get(name, 0)
+                    self._contexts[name] = max(known, state.max_model_len)
+        return self._contexts.get(expert, 0)
+
+    def _forget_contexts(self) -> None:
+        self._contexts = None
 
     def silences(self) -> dict[str, float]:
         """Seconds since each followed pool was heard of, by its name; those gone included."""

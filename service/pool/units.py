@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from service.types import Residency
 
 _HALF_S = 30.0
+# The faded sum of one request per second, in the long run: the integral of its weights.
+_MEAN_S = _HALF_S / math.log(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Known:
 
     def demand_per_s(self, now_s: float) -> float:
         """Requests per second, as a moving average."""
-        return self.faded(now_s) / _HALF_S
+        return self.faded(now_s) / _MEAN_S
 
     def begins_anew(self) -> None:
         """It goes to another slot: what was measured stays, where it was does not."""

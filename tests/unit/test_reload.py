@@ -143,6 +143,53 @@ async def test_who_follows_hears_of_each_and_survives_a_bad_one(
     assert heard == [["a", "b", "d"], ["a", "b", "c"]]
 
 
+@pytest.mark.parametrize("failures", [1, 3])
+async def test_follow_a_config_that_failed_tries_it_again_until_it_is_in_force(
+    file: Path, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.reload._LOOK_S", 0.01)
+    monkeypatch.setattr("service.reload._FIRST_RETRY_S", 0.02)
+    tried: list[list[str]] = []
+
+    async def apply(config: Config) -> None:
+        tried.append(list(config.experts))
+        if len(tried) <= failures:
+            raise OSError("the store is away for a moment")
+
+    task = asyncio.create_task(follow(file, version(file), apply))
+    write(file, experts={"a": {"model": "m"}, "d": {"model": "m"}})
+    await asyncio.to_thread(reload, file)
+    await until(lambda: len(tried) == failures + 1, "it is in force")
+    await asyncio.sleep(0.3)
+    task.cancel()
+    assert tried == [["a", "d"]] * (failures + 1), "and is not applied once more"
+
+
+async def test_follow_a_newer_config_takes_the_place_of_one_that_failed(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.reload._LOOK_S", 0.01)
+    monkeypatch.setattr("service.reload._FIRST_RETRY_S", 0.3)
+    tried: list[list[str]] = []
+
+    async def apply(config: Config) -> None:
+        tried.append(list(config.experts))
+        if "d" in config.experts:
+            raise OSError("this one never works")
+
+    task = asyncio.create_task(follow(file, version(file), apply))
+    write(file, experts={"a": {"model": "m"}, "d": {"model": "m"}})
+    await asyncio.to_thread(reload, file)
+    await until(lambda: len(tried) == 1, "the first was tried")
+    write(file, experts={"a": {"model": "m"}, "e": {"model": "m"}})
+    await asyncio.to_thread(reload, file)
+    await until(lambda: ["a", "e"] in tried, "the second is in force")
+    await asyncio.sleep(0.5)
+    task.cancel()
+    assert tried[-1] == ["a", "e"]
+    assert tried.count(["a", "e"]) == 1
+
+
 def test_without_a_file_it_is_what_was_given(tmp_path: Path) -> None:
     given = Config.model_validate(CONFIG)
     assert current_config(tmp_path / "none", given.model_dump_json()) == given
