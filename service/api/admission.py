@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from service.api.body import Asked
-from service.api.extent import LENGTHS, answers_of, length_of, prompts_of
+from service.api.endpoints import TABLE, UNCHARGED
 from service.api.keyring import Keyring
 from service.api.meter import Meter
 from service.broker.ledger import Bound, Ledger, Reservation
@@ -24,7 +24,7 @@ from service.types import Tenant, Usage
 
 log = logging.getLogger("coe.admission")
 
-# Of an expert whose context nobody knows.
+# The bound of an answer without one, of an expert whose context nobody knows.
 _UNKNOWN_CONTEXT = 8192
 # What a chat template may put around a prompt, beyond the bytes of its JSON.
 _TEMPLATE_TOKENS = 64
@@ -45,14 +45,13 @@ Charged = Callable[[Tenant, str, Sequence[Called]], None]
 
 @dataclass(slots=True)
 class Admitted:
-    """A request that may run. `asked` may have its answer clipped, to `clipped` tokens.
+    """A request that may run; `asked` may have its answer clipped.
 
     `counts`: somebody is charged for it; else what passes is left alone.
     """
 
     asked: Asked
     meter: Meter
-    clipped: int | None = None
     counts: bool = True
 
     @property
@@ -61,18 +60,11 @@ class Admitted:
         find it are added; None where nobody is charged."""
         return self.meter if self.counts else None
 
-    @property
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        """What the reply tells of it."""
-        if self.clipped is None:
-            return []
-        return [(b"x-coe-max-tokens", str(self.clipped).encode())]
-
 
 class Admission:
     """Admits requests of one gateway.
 
-    `context`: an expert's context in tokens, 0 where it is not known. `charged` is told
+    `context`: an expert's in tokens, 0 where it is not known. `charged` is told
     of each request at its end: whose it was, its outcome, and of every call the expert,
     its tokens and its cost.
     """
@@ -116,8 +108,7 @@ class Admission:
             bound = self._bound(asked, ways)
         held = await self.ledger.reserve(asked.request_id, asked.tenant, bound)
         try:
-            clipped = held.max_tokens if held.max_tokens < bound.max_tokens else None
-            yield self._admitted(asked, meter, bound, clipped)
+            yield self._admitted(asked, meter, bound, held.max_tokens)
         finally:
             # On its own: a client that leaves cancels us, and it must be settled all the same.
             settling = asyncio.create_task(self._settle(held, meter, answered_by()))
@@ -135,50 +126,48 @@ class Admission:
 
     def _bound(self, asked: Asked, ways: Sequence[Sequence[str]]) -> Bound:
         """The most that any of these ways could use for it, all its calls together."""
-        experts = {name for way in ways for name in way}
-        contexts = [self._context(name) or _UNKNOWN_CONTEXT for name in experts]
-        context = max(contexts, default=_UNKNOWN_CONTEXT)
-        # No tokenizer makes more tokens than there are bytes.
-        prompt = min(asked.body_bytes + _TEMPLATE_TOKENS, prompts_of(asked) * context)
-        if asked.endpoint in ("/tokenize", "/detokenize", "/v1/messages/count_tokens"):
+        if asked.endpoint in UNCHARGED:
             return Bound(0)
+        known = [self._context(name) for name in {name for way in ways for name in way}]
+        context = max(known, default=0)
+        # No tokenizer makes more tokens than there are bytes.
+        prompt = asked.body_bytes + _TEMPLATE_TOKENS
+        if all(known):
+            prompt = min(prompt, asked.prompts * context)
         calls = max((len(way) for way in ways), default=1)
         prices = [[self._prices[name] for name in way] for way in ways]
         dearest = Price(
             max((sum(p.prompt for p in way) for way in prices), default=0.0),
             max((sum(p.completion for p in way) for way in prices), default=0.0),
         )
-        if asked.endpoint not in LENGTHS:
+        if not TABLE[asked.endpoint].generates:
             return Bound(prompt, 0, 0, prompt_cost=cost(dearest, prompt, 0))
-        answers = answers_of(asked)
-        wanted = length_of(asked)
-        length = min(wanted if wanted is not None else context, context)
+        length = asked.most_tokens
+        if length is None:
+            length = context if all(known) else max(context, _UNKNOWN_CONTEXT)
+        elif all(known):
+            length = min(length, context)
         return Bound(
             calls * prompt,
             length,
-            calls * answers,
+            calls * asked.answers,
             prompt_cost=cost(dearest, prompt, 0),
-            token_cost=cost(dearest, 0, answers),
+            token_cost=cost(dearest, 0, asked.answers),
+            # The context bounds an answer only where it is known.
+            needs_clip=asked.most_tokens is None and not all(known),
         )
 
-    def _admitted(self, asked: Asked, meter: Meter, bound: Bound, clipped: int | None) -> Admitted:
+    def _admitted(self, asked: Asked, meter: Meter, bound: Bound, granted: int) -> Admitted:
+        if granted < bound.max_tokens or bound.needs_clip:
+            asked = asked.at_most(granted)
         data: dict[str, Any] = meter.asks(asked.data)
-        if clipped is not None:
-            if length_of(asked) is None and asked.endpoint != "/v1/completions":
-                # It must fit into the context beside the prompt, or the engine refuses it.
-                context = bound.max_tokens
-                prompt = asked.body_bytes + _TEMPLATE_TOKENS
-                clipped = min(clipped, max(1, context - prompt))
-            names = LENGTHS[asked.endpoint]
-            given = [name for name in names if data.get(name) is not None] or [names[-1]]
-            data = {**data, **dict.fromkeys(given, clipped)}
         if data is asked.data:
             return Admitted(asked, meter)
         try:
             raw = orjson.dumps(data)
         except orjson.JSONEncodeError:
             raise InvalidRequest("the body is nested too deep") from None
-        return Admitted(replace(asked, data=data, raw=raw), meter, clipped)
+        return Admitted(replace(asked, data=data, raw=raw), meter)
 
     async def _settle(self, held: Reservation, meter: Meter, expert: str) -> None:
         calls = self._calls(meter, expert)

@@ -11,7 +11,7 @@ import numpy as np
 from service.api.body import Asked
 from service.api.ensemble import Ensemble
 from service.api.explain import explain
-from service.api.extent import within
+from service.api.extent import within_cost
 from service.api.feedback import Feedback
 from service.api.meter import Meter
 from service.api.passage import Passage
@@ -56,7 +56,9 @@ class Answering:
             recipe = relay.book.recipes[int(plan.rows[at])]
             passage.predicted_s = float(weighed.time[at])
             passage.predicted_cost = float(weighed.cost[at])
-            asked = within(asked, recipe.experts, relay.market)
+            contexts = [relay.context(name) for name in recipe.experts]
+            asked = within_cost(asked, recipe.experts, relay.market, contexts)
+        passage.clipped = asked.clipped
         row = -1
         try:
             if recipe is None or recipe.kind == "single":

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import orjson
 
+from service.api.endpoints import TABLE, Endpoint
 from service.errors import InvalidRequest
 from service.link.call import trace_of
 from service.types import NOBODY, Tenant
@@ -22,22 +23,6 @@ _CACHE: dict[bytes, CacheWish] = {b"off": "off", b"exact": "exact", b"semantic":
 AUTO = "auto"
 GENERAL = "general"
 _GIVEN_ID = re.compile(rb"^[A-Za-z0-9._:-]{1,128}$")
-# Where the prompt of each endpoint stands, and what type it must be.
-_PROMPTS: dict[str, tuple[str, tuple[type, ...]]] = {
-    "/v1/chat/completions": ("messages", (list,)),
-    "/v1/messages": ("messages", (list,)),
-    "/v1/messages/count_tokens": ("messages", (list,)),
-    "/v1/completions": ("prompt", (str, list)),
-    "/v1/embeddings": ("input", (str, list)),
-    "/v1/responses": ("input", (str, list)),
-    "/tokenize": ("", ()),
-    "/detokenize": ("", ()),
-}
-ENDPOINTS = tuple(_PROMPTS)
-# What says how long an answer may be.
-_LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-
-
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A request as the gateway understands it.
@@ -46,7 +31,8 @@ class Asked:
     capabilities that an expert must have to answer it. `trace`: its W3C trace context.
     `cache`: which answers that were kept will do.
     `max_cost`: the most that all calls for it may cost together, in the unit of prices.
-    `combinable`: several experts may be asked for one answer.
+    `combinable`: several experts may be asked for one answer. `clipped`: what its answers were
+    cut to, in tokens, where that is less than the client asked for.
     """
 
     endpoint: str
@@ -64,6 +50,7 @@ class Asked:
     max_cost: float | None = None
     cache: CacheWish = "off"
     combinable: bool = False
+    clipped: int | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -71,21 +58,50 @@ class Asked:
         return 1 + self.body_bytes // 4
 
     @property
-    def most_tokens(self) -> int | None:
-        """The bound on the answer's length that the client set, in tokens."""
-        for name in _LENGTHS:
-            given = self.data.get(name)
-            if isinstance(given, int) and given > 0:
-                return given
+    def _reads(self) -> Endpoint:
+        return TABLE[self.endpoint]
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts it has, each of which may fill the context."""
+        given = self.data.get(self._reads.prompt) if self._reads.several else None
+        if isinstance(given, list) and given and not isinstance(given[0], int):
+            return len(given)
+        return 1
+
+    @property
+    def answers(self) -> int:
+        """How many answers are asked for: choices, times prompts where there are several."""
+        given = (self.data.get(name) for name in self._reads.choices)
+        return max([1, *(one for one in given if isinstance(one, int))]) * self.prompts
+
+    @property
+    def sequences(self) -> int:
+        """How many of an engine's places it takes: its answers, or its prompts where it makes
+        none."""
+        return self.answers if self._reads.generates else self.prompts
+
+    @property
+    def given_tokens(self) -> int | None:
+        """The bound on each answer's length that the client set, in tokens."""
+        for name in self._reads.lengths:
+            given: int | None = self.data.get(name)
+            if given is not None:
+                return given if given > 0 else None
         return None
 
+    @property
+    def most_tokens(self) -> int | None:
+        """The bound on each answer's length, in tokens: the client's, or the engine's own. None
+        where only the context bounds it."""
+        return self.given_tokens or self._reads.usual_length
+
     def at_most(self, tokens: int) -> Asked:
-        """The same, with its answer no longer than that."""
-        names = [name for name in _LENGTHS if self.data.get(name) is not None]
-        if not names:
-            names = ["max_output_tokens" if self.endpoint == "/v1/responses" else "max_tokens"]
-        data = {**self.data, **dict.fromkeys(names, tokens)}
-        return replace(self, data=data, raw=b"")
+        """The same with each answer no longer than that. Only where it can be bounded."""
+        names = self._reads.lengths
+        given = {name: self.data[name] for name in names if self.data.get(name) is not None}
+        bounds = {name: min(tokens, one) for name, one in given.items()} or {names[-1]: tokens}
+        return replace(self, data={**self.data, **bounds}, raw=b"", clipped=tokens)
 
     def for_member(self, number: int, *, logprobs: bool) -> Asked:
         """The same question as one of several calls for one answer: whole, not streamed."""
@@ -126,12 +142,16 @@ def read_asked(
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {_kind(data)}")
+    # Null is "not set" in every client's words; engines refuse it in many fields.
+    unset = [name for name, value in data.items() if value is None]
+    for name in unset:
+        del data[name]
     model = data.get("model", AUTO)
     if not isinstance(model, str) or not model:
         what = "an empty one" if model == "" else _kind(model)
         raise InvalidRequest(f"`model` must be a non-empty string, not {what}", param="model")
     stream = data.get("stream", False)
-    if stream is not None and not isinstance(stream, bool):
+    if not isinstance(stream, bool):
         raise InvalidRequest(f"`stream` must be true or false, not {_kind(stream)}", param="stream")
     options = data.get("stream_options")
     if options is not None and not isinstance(options, dict):
@@ -139,17 +159,18 @@ def read_asked(
             f"`stream_options` must be an object, not {_kind(options)}", param="stream_options"
         )
     _check_prompt(endpoint, data)
+    _check_integers(data)
     wishes = _wishes(data.pop("coe", None), headers)
     request_id = secrets.token_hex(12)
     given = headers.get(b"x-request-id", b"")
     return Asked(
         endpoint=endpoint,
         model=model,
-        stream=bool(stream),
+        stream=stream,
         needs=_needs(endpoint, data),
         data=data,
-        # Without our own key: engines would refuse it.
-        raw=b"" if wishes.own_key else raw,
+        # Without our own key and without nulls: engines would refuse them.
+        raw=b"" if wishes.own_key or unset else raw,
         request_id=request_id,
         client_id=given.decode() if _GIVEN_ID.match(given) else request_id,
         tenant=tenant,
@@ -163,7 +184,7 @@ def read_asked(
 
 
 def _check_prompt(endpoint: str, data: dict[str, Any]) -> None:
-    name, kinds = _PROMPTS[endpoint]
+    name, kinds = TABLE[endpoint].prompt, TABLE[endpoint].prompt_types
     if not name:
         return
     if data.get(name) is None:
@@ -183,14 +204,19 @@ def _check_prompt(endpoint: str, data: dict[str, Any]) -> None:
                 )
 
 
+def _check_integers(data: dict[str, Any]) -> None:
+    """Whatever says how many or how long is an integer, on every endpoint: engines also take
+    "16" and 16.0, and what is counted here has to be what they will do."""
+    for name, value in data.items():
+        counts = name in ("n", "best_of") or name.startswith("max_")
+        if counts and (isinstance(value, bool) or not isinstance(value, int)):
+            raise InvalidRequest(f"`{name}` must be an integer, not {_kind(value)}", param=name)
+
+
 def _needs(endpoint: str, data: dict[str, Any]) -> frozenset[str]:
     needs: set[str] = set()
-    if endpoint == "/v1/embeddings":
-        needs.add("embeddings")
-    elif endpoint == "/v1/completions":
-        needs.add("completions")
-    elif endpoint not in ("/tokenize", "/detokenize"):
-        needs.add("chat")
+    if own := TABLE[endpoint].needs:
+        needs.add(own)
     if data.get("tools") and data.get("tool_choice") != "none":
         needs.add("tools")
     form = data.get("response_format")

@@ -264,6 +264,7 @@ class Ensemble:
         self._sent = answer
         passage = self.reply.passage
         passage.expert, passage.pool = answer.expert, answer.passage.pool
+        passage.clipped = answer.passage.clipped
         data = _without_ours(orjson.loads(answer.body), self.asked)
         if self.asked.stream:
             content_type, body = b"text/event-stream; charset=utf-8", _as_stream(data, self.asked)

@@ -5,50 +5,68 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from service.api.body import Asked
+from service.api.endpoints import TABLE
 from service.broker.market import Market
+from service.config.limits import RequestLimits
 from service.errors import InvalidRequest
 
-# Where each endpoint's body says how long the answer may be; the first that is given counts.
-LENGTHS: dict[str, tuple[str, ...]] = {
-    "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
-    "/v1/completions": ("max_tokens",),
-    "/v1/responses": ("max_output_tokens",),
-    "/v1/messages": ("max_tokens",),
-}
-# Where a body may hold a list of prompts.
-_SEVERAL = {"/v1/completions": "prompt", "/v1/embeddings": "input"}
-# vLLM's own, where a completion gives none.
-_COMPLETION = 16
+
+def check_extent(asked: Asked, limits: RequestLimits) -> None:
+    """Raises InvalidRequest where a request has too many prompts, answers or messages."""
+    endpoint = TABLE[asked.endpoint]
+    name = endpoint.prompt
+    if endpoint.several:
+        most = limits.max_prompts if endpoint.generates else limits.max_inputs
+        if asked.prompts > most:
+            raise InvalidRequest(
+                f"`{name}` holds {asked.prompts} prompts, and no more than {most} may come in one "
+                "request",
+                param=name,
+            )
+    for field in ("n", "best_of"):
+        given = asked.data.get(field)
+        if isinstance(given, int) and given > limits.max_choices:
+            raise InvalidRequest(
+                f"`{field}` must be no more than {limits.max_choices}", param=field
+            )
+    most = max(limits.max_prompts, limits.max_choices)
+    if endpoint.generates and asked.answers > most:
+        raise InvalidRequest(
+            f"{asked.prompts} prompts times {asked.answers // asked.prompts} choices are "
+            f"{asked.answers} answers, and no more than {most} may be asked for in one request",
+            param="n",
+        )
+    given = None if endpoint.several else asked.data.get(name)
+    if isinstance(given, list):
+        parts = (one.get("content") for one in given if isinstance(one, dict))
+        count = len(given) + sum(len(part) for part in parts if isinstance(part, list))
+        if count > limits.max_messages:
+            raise InvalidRequest(
+                f"`{name}` holds {count} messages and parts of them, and no more than "
+                f"{limits.max_messages} may come",
+                param=name,
+            )
 
 
-def prompts_of(asked: Asked) -> int:
-    """How many prompts a request has, each of which may fill the context."""
-    given = asked.data.get(_SEVERAL.get(asked.endpoint, ""))
-    if isinstance(given, list) and given and not isinstance(given[0], int):
-        return len(given)
-    return 1
+def within_context(asked: Asked, expert: str, context: int) -> Asked:
+    """With answers no longer than an expert's context, for a client that did not choose it.
+
+    Who names an expert can know its context, and is told by the engine that it is too small.
+    `context`: in tokens, 0 where it is not known.
+    """
+    wanted = asked.given_tokens
+    if not context or wanted is None or wanted <= context or asked.model == expert:
+        return asked
+    return asked.at_most(context)
 
 
-def answers_of(asked: Asked) -> int:
-    """How many answers are asked for: choices, times prompts where there are several."""
-    given = [asked.data.get(name) for name in ("n", "best_of")]
-    choices = [one for one in given if isinstance(one, int) and not isinstance(one, bool)]
-    return max([1, *choices]) * prompts_of(asked)
-
-
-def length_of(asked: Asked) -> int | None:
-    """How many tokens each answer may have, as asked for. Only for the endpoints of `LENGTHS`."""
-    for name in LENGTHS[asked.endpoint]:
-        given = asked.data.get(name)
-        if isinstance(given, int) and not isinstance(given, bool) and given > 0:
-            return given
-    return _COMPLETION if asked.endpoint == "/v1/completions" else None
-
-
-def within(asked: Asked, experts: Sequence[str], market: Market) -> Asked:
+def within_cost(
+    asked: Asked, experts: Sequence[str], market: Market, contexts: Sequence[int] = ()
+) -> Asked:
     """With answers so short that one call of each expert surely costs `max_cost` at most together.
 
-    Raises InvalidRequest where not even one token does.
+    `contexts`: those of the experts in tokens, 0 where one is not known; engines refuse a
+    bound above theirs. Raises InvalidRequest where not even one token is cheap enough.
     """
     if asked.max_cost is None:
         return asked
@@ -56,8 +74,8 @@ def within(asked: Asked, experts: Sequence[str], market: Market) -> Asked:
     # No tokenizer makes more tokens than there are bytes.
     left = asked.max_cost - sum(price.prompt for price in prices) * asked.body_bytes / 1e6
     per_token = 0.0
-    if asked.endpoint in LENGTHS:
-        per_token = sum(price.completion for price in prices) * answers_of(asked) / 1e6
+    if TABLE[asked.endpoint].generates:
+        per_token = sum(price.completion for price in prices) * asked.answers / 1e6
     if left < per_token:
         raise InvalidRequest(
             f"a prompt of {asked.body_bytes} bytes may cost more than {asked.max_cost:g} with "
@@ -66,6 +84,12 @@ def within(asked: Asked, experts: Sequence[str], market: Market) -> Asked:
         )
     if per_token <= 0:
         return asked
-    most = int(left / per_token)
+    affordable = int(left / per_token)
     wanted = asked.most_tokens
-    return asked if wanted is not None and wanted <= most else asked.at_most(most)
+    if wanted is None:
+        # Where none is given the smallest context bounds it as well: no clip is needed above.
+        known = [context for context in contexts if context]
+        if len(known) == len(experts) and affordable >= max(known):
+            return asked
+        return asked.at_most(min([affordable, *known]))
+    return asked if wanted <= affordable else asked.at_most(affordable)

@@ -24,11 +24,11 @@ from service.api.accounts import Accounts
 from service.api.admin import Reload, admin_routes, check_admin
 from service.api.admission import Admission
 from service.api.answering import Answering
-from service.api.body import ENDPOINTS
 from service.api.cache import Cache
 from service.api.console.endpoints import console_routes
 from service.api.console.feed import Feed
 from service.api.console.recent import Recent
+from service.api.endpoints import ENDPOINTS
 from service.api.feedback import read_vote
 from service.api.guard.guard import Guard
 from service.api.intake import Intake

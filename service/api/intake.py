@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from service.api.body import read_asked
+from service.api.extent import check_extent
 from service.api.guard.guard import Guard, Verdict
 from service.api.limits import Limits
 from service.config import Config
@@ -50,6 +51,7 @@ class Intake:
         )
         self._limits.shape(raw)
         asked = read_asked(path, raw, headers, self._server.deadline_ms, tenant)
+        check_extent(asked, self._server.limits)
         self._limits.fields(asked.data)
         try:
             verdict = await self._guard.check(asked)

@@ -103,7 +103,6 @@ class Limits:
             # vLLM's clients send some of them with their default.
             if data[name] not in (None, False, 0, {}, []):
                 raise NotAllowed(f"`{name}` is not allowed: {_FORBIDDEN[name]}", param=name)
-        self._choices(data)
         self._template_kwargs(data.get("chat_template_kwargs"))
         for i, tool in enumerate(_list(data.get("tools"))):
             if isinstance(tool, dict) and _type_of(tool) not in _CLIENT_TOOLS:
@@ -116,13 +115,6 @@ class Limits:
             for i, item in enumerate(_list(data.get(name))):
                 if isinstance(item, dict):
                     self._part(item, f"{name}[{i}]", _PARTS_DEEP)
-
-    def _choices(self, data: Mapping[str, Any]) -> None:
-        most = self._limits.max_choices
-        for name in ("n", "best_of"):
-            given = data.get(name)
-            if isinstance(given, (int, float)) and given > most:
-                raise InvalidRequest(f"`{name}` must be no more than {most}", param=name)
 
     def _template_kwargs(self, given: object) -> None:
         if not isinstance(given, dict):

@@ -47,7 +47,8 @@ class Passage:
 
     `predicted_s`: the wait that was expected of the option that answered. `..._at_s`: by
     `time.monotonic`; 0: never. `failed`: attempts that did before the first byte, as
-    (expert, code). `engine_ms`: until the engine's first byte, as the pool measured it.
+    (expert, code). `clipped`: what its answer was cut to, in tokens, where that is less than was
+    asked for. `engine_ms`: until the engine's first byte, as the pool measured it.
     """
 
     expert: str = ""
@@ -67,6 +68,7 @@ class Passage:
     attempts: int = 0
     escalations: int = 0
     outcome: str = "ok"
+    clipped: int | None = None
     failed: list[tuple[str, str]] = field(default_factory=list)
     trace: Trace | None = None
     calls: list[Spent] = field(default_factory=list)

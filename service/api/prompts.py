@@ -102,7 +102,6 @@ class Prompts:
                 return
             plan = self._answering.affordable(asked, plan)
             async with self._admitted(asked, plan, passage) as (admitted, plan):
-                told += admitted.headers
                 answered = self._answering.answer(
                     admitted.asked, plan, told, visit.send, passage, admitted.counting
                 )

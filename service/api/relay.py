@@ -16,7 +16,7 @@ import aiohttp
 
 from service.api.body import Asked
 from service.api.conversations import Conversations
-from service.api.extent import within
+from service.api.extent import within_context, within_cost
 from service.api.passage import Passage, Spent
 from service.api.plan import Plan
 from service.api.pool_faults import RETRIED, fault_from, too_late, whole
@@ -160,9 +160,12 @@ class Relay:
             left_s = deadline_s - time.monotonic()
             try:
                 # Of another expert than the first fewer tokens may cost as much.
-                bounded = within(asked, (option.expert,), self.market)
+                context = self.context(option.expert)
+                bounded = within_cost(asked, (option.expert,), self.market, (context,))
             except InvalidRequest as error:
                 raise fault or error from None
+            bounded = within_context(bounded, option.expert, context)
+            passage.clipped = bounded.clipped
             try:
                 with (
                     _traced(passage.trace, option, asked) as trace,

@@ -91,6 +91,8 @@ class Reply:
         ]
         if passage.recipe != passage.expert:
             ours.append((b"x-coe-recipe", passage.recipe.encode()))
+        if passage.clipped is not None:
+            ours.append((b"x-coe-max-tokens", str(passage.clipped).encode()))
         if length is not None:
             ours.append((b"content-length", str(length).encode()))
         given = [pair for pair in message["headers"] if pair[0] != b"content-length"]

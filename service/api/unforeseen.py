@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from service.api.body import ENDPOINTS
+from service.api.endpoints import ENDPOINTS
 from service.errors import CoeError
 from service.link.asgi import Message, Receive, Send
 from service.link.faults import fault_of

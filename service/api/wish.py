@@ -8,7 +8,7 @@ from collections.abc import Collection
 from service.api.body import Asked
 from service.api.plan import Plan
 from service.broker.choice import Warm, Wish
-from service.broker.market import Market
+from service.broker.market import LONG_TOKENS, Market
 
 
 def wish_for(
@@ -35,7 +35,8 @@ def wish_for(
         cost_price=cost_price,
         most_cost=asked.max_cost if asked.max_cost is not None else math.inf,
         deadline_s=left_s if left_s is not None else asked.deadline_ms / 1000,
-        context_tokens=asked.prompt_tokens + (asked.most_tokens or 0),
+        # A bound above that is a cap: what does not fit is clipped.
+        context_tokens=asked.prompt_tokens + min(asked.most_tokens or 0, LONG_TOKENS),
         streams=asked.stream,
         warm=warm,
         banned=banned,

@@ -31,7 +31,8 @@ class Bound:
     prompt_tokens: of all calls. max_tokens: of one answer; it may be clipped, to
     `least` at the least. answers: how many answers of that length there may be
     (choices times calls). prompt_cost: units of cost of the prompts; token_cost: units
-    for each token of `max_tokens`, all answers together.
+    for each token of `max_tokens`, all answers together. needs_clip: the request itself does
+    not bound its answers so far, and has to be given that bound.
     """
 
     prompt_tokens: int
@@ -40,6 +41,7 @@ class Bound:
     prompt_cost: float = 0.0
     token_cost: float = 0.0
     least: int = 1
+    needs_clip: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ _EWMA = 0.05
 _SHRINK = 8.0
 # Until anything was seen.
 USUAL_TOKENS = 64.0
-_LONG_TOKENS = 512
+# What an answer may need, of however many tokens its client allows.
+LONG_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Market:
         if most_tokens is not None:
             # Before any answer was seen, the bound itself is the best guess, within reason.
             tokens = (
-                np.full_like(tokens, min(most_tokens, _LONG_TOKENS))
+                np.full_like(tokens, min(most_tokens, LONG_TOKENS))
                 if self._unseen
                 else np.minimum(tokens, most_tokens)
             )

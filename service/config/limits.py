@@ -23,6 +23,21 @@ class RequestLimits(Section):
     max_choices: int = Field(
         128, ge=1, description="Largest `n` or `best_of` of a request; more gets 400."
     )
+    max_prompts: int = Field(
+        64,
+        ge=1,
+        description="Prompts of one completions request; more gets 400. Prompts times choices may "
+        "be no more than this or `max_choices`, whichever is greater.",
+    )
+    max_inputs: int = Field(
+        1024, ge=1, description="Texts of one embeddings request; more gets 400."
+    )
+    max_messages: int = Field(
+        4096,
+        ge=1,
+        description="Messages of one request, and the parts of their contents, together; more "
+        "gets 400.",
+    )
     header_timeout_s: int = Field(
         10, ge=1, description="Time for a request's headers to arrive, in s; then 408."
     )

@@ -190,12 +190,15 @@ class SimulatedEngine:
             else _integer({"max_tokens": asked}, "max_tokens", 1, 1, 10**6)
         )
         prompt_tokens = _tokens(prompt)
-        if prompt_tokens + tokens > self._options.max_model_len:
+        context = self._options.max_model_len
+        # As vLLM does: a bound above the context is refused, one beside the prompt is cut.
+        if (asked is not None and tokens > context) or prompt_tokens >= context:
             raise PromptTooLong(
-                f"the maximum context length is {self._options.max_model_len} tokens, but "
+                f"the maximum context length is {context} tokens, but "
                 f"{prompt_tokens} prompt tokens and {tokens} of answer were asked for",
                 param="messages" if chat else "prompt",
             )
+        tokens = min(tokens, context - prompt_tokens)
         began_s = time.monotonic()
         if self._options.prefill_tokens_per_s:
             await asyncio.sleep(prompt_tokens / self._options.prefill_tokens_per_s)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.api.body import ENDPOINTS
+from service.api.endpoints import ENDPOINTS
 from tests.support.apart import Apart, site_apart
 from tests.support.serving import simulated
 

@@ -225,3 +225,17 @@ async def test_what_nobody_thought_of_is_said_in_our_words(
     # Our own logger's alone, which leaves texts out.
     assert [record.name for record in logged] == ["coe.api", "coe.api"]
     assert not any("hello" in JsonLines().format(record) for record in logged)
+
+
+async def test_a_cap_above_the_context_under_auto_is_clipped_and_told() -> None:
+    config = simulated({"cpu": {"tokens": 4, "max_model_len": 50}})
+    async with site(config) as s:
+        for name in ("auto", "auto:fast"):
+            status, headers, body = await s.ask(chat(model=name, max_completion_tokens=64_000))
+            assert (status, headers["x-coe-max-tokens"]) == (200, "50")
+            assert body["usage"]["completion_tokens"] == 48
+        status, headers, body = await s.ask(chat(max_tokens=64_000))
+        assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+        status, headers, _ = await s.ask(chat(model="auto", max_tokens=7))
+        assert status == 200
+        assert "x-coe-max-tokens" not in headers

@@ -9,7 +9,8 @@ import orjson
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.body import ENDPOINTS, read_asked
+from service.api.body import read_asked
+from service.api.endpoints import ENDPOINTS
 from service.errors import CoeError
 from service.link.call import Call, parse_call
 from service.link.snapshot import ExpertState, Queue, Snapshot, Speed, decode, encode

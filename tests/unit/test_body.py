@@ -8,6 +8,7 @@ import orjson
 import pytest
 
 from service.api.body import Asked, read_asked
+from service.api.endpoints import ENDPOINTS
 from service.errors import InvalidRequest
 
 CHAT = "/v1/chat/completions"
@@ -113,3 +114,53 @@ def test_a_body_nested_too_deep_to_be_sent_on_is_refused() -> None:
     deep = b'{"messages":[{"role":"user","content":' + b"[" * 500 + b"]" * 500 + b"}]}"
     with pytest.raises(InvalidRequest, match="nested too deep"):
         asked(deep).body_for("general")
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+@pytest.mark.parametrize(
+    "field", ["n", "best_of", "max_tokens", "max_completion_tokens", "max_output_tokens", "max_new"]
+)
+@pytest.mark.parametrize("value", ["16384", 16384.0, True, [5], {}, 1e30, "x"])
+def test_read_asked_a_count_that_is_no_integer_is_refused(
+    path: str, field: str, value: object
+) -> None:
+    body = {"messages": HELLO, "prompt": "x", "input": "x", field: value}
+    with pytest.raises(InvalidRequest, match=f"`{field}` must be an integer") as caught:
+        asked(body, path)
+    assert caught.value.param == field
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_read_asked_null_is_as_if_not_set(path: str) -> None:
+    body = {"messages": HELLO, "prompt": "x", "input": "x"}
+    nulls = ("model", "stream", "stream_options", "n", "max_tokens", "priority", "coe", "tools")
+    got = asked({**body, **dict.fromkeys(nulls)}, path)
+    assert got.data == body
+    assert orjson.loads(got.body_for("general")) == {**body, "model": "general"}
+
+
+def test_read_asked_null_beside_a_named_expert_is_not_sent_on() -> None:
+    got = asked({"model": "math", "messages": HELLO, "priority": None})
+    assert orjson.loads(got.body_for("math")) == {"model": "math", "messages": HELLO}
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "tokens"),
+    [
+        (CHAT, {}, None),
+        (CHAT, {"max_tokens": 7}, 7),
+        (CHAT, {"max_tokens": 7, "max_completion_tokens": 5}, 5),
+        (CHAT, {"max_output_tokens": 7}, None),
+        ("/v1/completions", {"prompt": "x"}, 16),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 7}, 7),
+        ("/v1/completions", {"prompt": "x", "max_completion_tokens": 7}, 16),
+        ("/v1/responses", {"input": "x", "max_tokens": 7}, None),
+        ("/v1/responses", {"input": "x", "max_output_tokens": 7}, 7),
+        ("/v1/messages", {"max_tokens": 7}, 7),
+        ("/v1/embeddings", {"input": "x", "max_tokens": 7}, None),
+    ],
+)
+def test_most_tokens_is_what_the_endpoint_s_engine_reads(
+    path: str, more: dict[str, Any], tokens: int | None
+) -> None:
+    assert asked({"messages": HELLO, **more}, path).most_tokens == tokens

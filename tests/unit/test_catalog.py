@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from service.api import catalog
-from service.api.body import ENDPOINTS
+from service.api.endpoints import ENDPOINTS
 from service.api.schemas import describe
 from service.broker.board import PoolView
 from service.config import Config

@@ -1,0 +1,60 @@
+"""The endpoints that carry a prompt: where a body says what is asked, how often and how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One endpoint as its engine reads it.
+
+    Attributes:
+        prompt: The field that holds the prompt; empty where any will do.
+        prompt_types: JSON types that the prompt may have.
+        needs: The capability that an expert must have, if any.
+        lengths: The fields that bound an answer's tokens. The first that is given counts;
+            the last is the one to add. Empty: it makes no answer that could be bounded.
+        usual_length: The engine's own bound in tokens where the body gives none.
+        choices: The fields that ask for several answers to one prompt.
+        several: Whether the prompt's field may hold a list of prompts.
+    """
+
+    prompt: str = ""
+    prompt_types: tuple[type, ...] = ()
+    needs: str = ""
+    lengths: tuple[str, ...] = ()
+    usual_length: int | None = None
+    choices: tuple[str, ...] = ()
+    several: bool = False
+
+    @property
+    def generates(self) -> bool:
+        """Whether it makes tokens, so that an answer's length can be bounded."""
+        return bool(self.lengths)
+
+
+_TEXTS = (str, list)
+TABLE: dict[str, Endpoint] = {
+    "/v1/chat/completions": Endpoint(
+        "messages", (list,), "chat", ("max_completion_tokens", "max_tokens"), choices=("n",)
+    ),
+    "/v1/messages": Endpoint("messages", (list,), "chat", ("max_tokens",)),
+    "/v1/messages/count_tokens": Endpoint("messages", (list,), "chat"),
+    "/v1/completions": Endpoint(
+        "prompt",
+        _TEXTS,
+        "completions",
+        ("max_tokens",),
+        usual_length=16,
+        choices=("n", "best_of"),
+        several=True,
+    ),
+    "/v1/embeddings": Endpoint("input", _TEXTS, "embeddings", several=True),
+    "/v1/responses": Endpoint("input", _TEXTS, "chat", ("max_output_tokens",)),
+    "/tokenize": Endpoint(),
+    "/detokenize": Endpoint(),
+}
+ENDPOINTS = tuple(TABLE)
+# They neither generate nor embed: nobody is charged for what they make.
+UNCHARGED = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
