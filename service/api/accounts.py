@@ -10,13 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service.api.admin import as_json, guarded
+from service.api.admin import as_json, guarded, note
 from service.api.admission import Admission
 from service.broker.ledger import limits_of
 from service.broker.price import MICRO
 from service.config import Config, LimitsConfig
 from service.config.base import Name
-from service.config.tenants import Priority
+from service.config.composition import unknown_tenant
+from service.config.tenants import Priority, known_tenant
 from service.errors import InvalidRequest
 from service.link.asgi import read_body
 from service.store.keys import KeyRecord, Keys
@@ -49,6 +50,8 @@ def record_of(config: Config, wanted: NewKey, now_s: float) -> KeyRecord:
     unknown = [name for name in wanted.experts or () if name not in config.experts]
     if unknown:
         raise InvalidRequest(f"no expert {unknown[0][:128]!r}", param="experts")
+    if not known_tenant(wanted.tenant, config.tenants):
+        raise InvalidRequest(unknown_tenant(wanted.tenant, config.tenants), param="tenant")
     return KeyRecord(
         "",
         wanted.tenant,
@@ -111,6 +114,7 @@ class Accounts:
         record = record_of(self._config, wanted, now_s)
         made, key = await self._keys.create(record, now_s)
         await self._admission.keyring.look()
+        note(request, key=made.id, tenant=made.tenant)
         return as_json({**made.told(now_s), "key": key})
 
     async def _rotate(self, request: Request) -> Response:
@@ -118,12 +122,14 @@ class Accounts:
         now_s = time.time()
         made, key = await self._keys.rotate(request.path_params["id"], now_s, wanted.grace_s)
         await self._admission.keyring.look()
+        note(request, key=made.id, tenant=made.tenant)
         return as_json({**made.told(now_s), "key": key})
 
     async def _revoke(self, request: Request) -> Response:
         now_s = time.time()
         record = await self._keys.revoke(request.path_params["id"], now_s)
         await self._admission.keyring.look()
+        note(request, key=record.id, tenant=record.tenant)
         return as_json(record.told(now_s))
 
 

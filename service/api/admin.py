@@ -11,13 +11,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from service.api.audit import REFUSALS, acted
 from service.api.routed import routed
-from service.errors import ArtifactError, ConfigError, Conflict, ModelStoreError, Unauthorized
+from service.errors import (
+    ArtifactError,
+    CoeError,
+    ConfigError,
+    Conflict,
+    ModelStoreError,
+    Unauthorized,
+)
 from service.link.directory import Directory
 from service.link.secret import same
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 Reload = Callable[[], Awaitable[dict[str, list[str]]]]
+_LONGEST_PATH = 200
 
 
 def admin_routes(
@@ -71,18 +80,41 @@ def as_json(body: dict[str, Any]) -> Response:
 
 
 def guarded(endpoint: Endpoint, admin_key: str) -> Endpoint:
-    """The endpoint, for who has the admin key; others get Unauthorized."""
+    """The endpoint, for who has the admin key; others get Unauthorized.
+
+    What changes something is written into the audit log, with how it went.
+    """
 
     async def checked(request: Request) -> Response:
-        given = request.headers.get("authorization", "").encode()
-        check_admin(given, admin_key, "the admin endpoints")
-        return await endpoint(request)
+        check_admin(dict(request.scope["headers"]), admin_key, "the admin endpoints")
+        outcome = "cancelled"
+        try:
+            response = await endpoint(request)
+            outcome = str(response.status_code)
+            return response
+        except CoeError as error:
+            outcome = error.code
+            raise
+        except Exception as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            if request.method != "GET":
+                path = str(request.scope["path"])[:_LONGEST_PATH]
+                told = getattr(request.state, "audit", {})
+                acted(f"{request.method} {path}", outcome, told)
 
     return checked
 
 
-def check_admin(authorization: bytes, admin_key: str | None, what: str) -> None:
-    """Raises Unauthorized unless this header's value holds the admin key. `what` needs it."""
-    given = authorization.removeprefix(b"Bearer ")
+def note(request: Request, **details: object) -> None:
+    """Put details of what is done into its line of the audit log."""
+    request.state.audit = {**getattr(request.state, "audit", {}), **details}
+
+
+def check_admin(headers: dict[bytes, bytes], admin_key: str | None, what: str) -> None:
+    """Raises Unauthorized unless a request shows the admin key. `what` needs it."""
+    given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
     if admin_key is None or not same(given, admin_key.encode()):
+        REFUSALS.refused("admin" if given else "admin, none", headers)
         raise Unauthorized(f"{what} need the admin key as Bearer token")

@@ -1,4 +1,4 @@
-"""Answers kept for requests that ask for it, in the store. Never across tenants.
+"""Answers kept for requests that ask for it, where they may be lost. Never across tenants.
 
 An exact key is a hash of tenant, endpoint, the model asked for, every parameter and message,
 and of how the experts are configured; its answers stand in one of `max_entries` places
@@ -25,7 +25,8 @@ from service.config import CacheConfig, Config
 from service.engine.protocol import Message, Send
 from service.errors import CoeError, StoreGone
 from service.steered import profile_digests
-from service.store.protocol import Store
+from service.store.places import place
+from service.store.volatile import VolatileStore
 from service.telemetry import table
 from service.telemetry.meter import Meter
 
@@ -56,6 +57,7 @@ class Search:
     """What a request is looked for by. `question`: its last message, if likeness will do."""
 
     settings: CacheConfig
+    tenant: str
     place: str
     key: str
     shelf: str
@@ -66,7 +68,7 @@ class Search:
 class Cache:
     """The response cache of one gateway."""
 
-    def __init__(self, config: Config, store: Store, meter: Meter | None = None) -> None:
+    def __init__(self, config: Config, store: VolatileStore, meter: Meter | None = None) -> None:
         self._settings = {
             name: tenant.cache
             for name, tenant in config.tenants.items()
@@ -101,7 +103,8 @@ class Cache:
         question, rest = _question(asked, data) if kind == "semantic" else ("", {})
         shelf = self._hash(tenant, asked.endpoint, rest) if question else ""
         number = int(key, 16) % settings.max_entries
-        return Search(settings, f"cache/{tenant}/{number}", key, shelf, question, kind)
+        where = place("cache", tenant, "answer", str(number))
+        return Search(settings, tenant, where, key, shelf, question, kind)
 
     def _hash(self, *what: Any) -> str:
         data = orjson.dumps([self._made_by, *what], option=orjson.OPT_SORT_KEYS)
@@ -144,7 +147,7 @@ class Cache:
     def _shelf_name(self, search: Search) -> str:
         # As many shelves as answers at most, for the same reason.
         number = int(search.shelf, 16) % search.settings.max_entries
-        return f"{search.place.rsplit('/', 1)[0]}/shelf/{number}"
+        return place("cache", search.tenant, "shelf", str(number))
 
     async def keep(self, search: Search, recorded: Recorded) -> None:
         """Keep an answer that came whole. Never raises for a store that is gone."""

@@ -12,6 +12,7 @@ from service.config import Config
 from service.errors import GuardRefused
 from service.link.asgi import Receive, read_body
 from service.telemetry import table
+from service.telemetry.logs import log_fields
 from service.telemetry.meter import Meter
 from service.types import Tenant
 
@@ -43,6 +44,7 @@ class Intake:
         self._limits.headers(pairs)
         headers = dict(pairs)
         tenant = self._identify(headers)
+        log_fields(tenant=tenant.name, key=tenant.key)
         raw = await read_body(
             receive,
             self._server.max_body_bytes,

@@ -164,7 +164,7 @@ class Router:
         """The recipes that can do what is needed and are worth anything here."""
         book = self._book
         given = self._worth.posterior(posterior)
-        quality, reach = self._worth.quality(given, assessment)
+        quality, reach = self._worth.quality(given, assessment, asked.tenant.name)
         able = self._possible(asked)
         keep = able & (quality >= _LEAST)
         if not keep.any():

@@ -1,7 +1,7 @@
 """What every recipe is worth on every category: the matrix W as the service uses it.
 
 From the config (`quality`, `categories`), or where the router's artifact has a map, from
-that. What clients say of answers (`/v1/feedback`) shifts it.
+that. What a tenant says of answers (`/v1/feedback`) shifts it for that tenant.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ _OWN, _FALLBACK, _OTHER = 1.0, 0.5, 0.0
 class Worth:
     """Expected quality and escalation of the book's recipes, for a posterior over `labels`.
 
-    `shift` (labels, recipes) is added to what was expected; feedback writes it.
+    What a tenant said of answers is added to what was expected for that tenant, and for nobody
+    else: `shifts`, by the tenant's name (labels, recipes); feedback writes them.
     """
 
     def __init__(self, config: Config, book: Book, labels: Sequence[str]) -> None:
         self.labels = tuple(dict.fromkeys([*labels, *config.category_map()]))
         self.index = {label: i for i, label in enumerate(self.labels)}
-        self.shift = np.zeros((len(self.labels), len(book.recipes)))
+        self.shifts: dict[str, Floats] = {}
         self._table = np.zeros((len(self.labels), len(book.recipes)))
         self._reach = np.zeros((len(book.recipes), MAX_LATER))
         # How much oftener than expected each later expert was asked.
@@ -62,8 +63,10 @@ class Worth:
                 vector[self.index[label]] = p
         return vector
 
-    def quality(self, posterior: Floats, assessment: Assessment | None) -> tuple[Floats, Floats]:
-        """Expected quality (recipes,) and reach (recipes, MAX_LATER) for one prompt.
+    def quality(
+        self, posterior: Floats, assessment: Assessment | None, tenant: str = ""
+    ) -> tuple[Floats, Floats]:
+        """Expected quality (recipes,) and reach (recipes, MAX_LATER) for one prompt of a tenant.
 
         `assessment`: of the prompt, where it was classified; without one, a map's rows count
         by the posterior alone.
@@ -75,7 +78,8 @@ class Worth:
             quality[self._map_columns] = found.quality
             reach = reach.copy()
             reach[self._map_columns] = found.reach
-        quality += posterior @ self.shift
+        if (shift := self.shifts.get(tenant)) is not None:
+            quality += posterior @ shift
         return np.clip(quality, 0.0, 1.0), np.clip(reach + self._oftener, 0.0, 1.0)
 
     def reach(self, recipe: int) -> Floats:

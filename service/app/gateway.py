@@ -23,7 +23,7 @@ from service.api.routing import Routing
 from service.api.seats import RemoteSeat
 from service.api.spending import Spending
 from service.api.trips import Trips
-from service.app.stores import key_book, open_store
+from service.app.stores import key_book, keys_marker, open_store, open_volatile
 from service.app.watched import node_target, traces_of
 from service.broker.ledger import Ledger
 from service.config import Config
@@ -32,8 +32,9 @@ from service.errors import CoeError
 from service.link.directory import Directory
 from service.store.keys import Keys
 from service.store.protocol import Store
+from service.store.volatile import VolatileStore
 from service.telemetry import table
-from service.types import Tenant
+from service.types import NOBODY, Tenant
 
 log = logging.getLogger("coe.app")
 
@@ -99,8 +100,15 @@ class GatewayProcess:
             },
         )
         self.store: Store = open_store(config, gateway_id) if after is None else after.store
+        # What may be lost stands apart from what counts.
+        self.volatile: VolatileStore = open_volatile(config) if after is None else after.volatile
         book = key_book(config, self.store)
-        self._keyring = Keyring(config, book)
+        self._keyring: Keyring = Keyring(
+            config,
+            book,
+            marker=keys_marker(config),
+            after=None if after is None else after._keyring,
+        )
         self.ledger = Ledger(config, self.store)
         self._spending = Spending(self.ledger, any_budgets=_any_budgets(config))
         routing = Routing(config)
@@ -110,9 +118,11 @@ class GatewayProcess:
         self._feedback: Feedback = Feedback(
             config.feedback,
             self.store,
+            self.volatile,
             routing.worth,
             routing.book,
-            shared=config.store.kind != "memory",
+            shared=(config.store.cache_url or config.store.cache_url_env) is not None,
+            tenants=[NOBODY.name, *config.tenants],
             after=None if after is None else after._feedback,
         )
         self._admission = Admission(
@@ -133,7 +143,7 @@ class GatewayProcess:
             traces=self._traces,
             behind_serve=behind_serve,
             guard=Guard(config, screens),
-            cache=Cache(config, self.store),
+            cache=Cache(config, self.volatile),
         )
         metrics, labels = self.gateway.metrics, {"gateway": gateway_id}
         metrics.meter.on_read(self._read)
@@ -231,6 +241,7 @@ class GatewayProcess:
         if not self._succeeded:
             await self.directory.close()
             await self.store.stop()
+            await self.volatile.close()
         await asyncio.gather(*(seat.engine.stop() for seat in self._seats.values()))
         if self._traces is not None:
             await asyncio.to_thread(self._traces.stop)

@@ -8,7 +8,10 @@ believed and what was voted are joined as a mean, in which the belief counts lik
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+# How many votes, and the sum of their scores, both faded.
+Tally = tuple[float, float]
 
 # Votes are counted in so many slices of a half-life.
 SLICES = 4
@@ -34,17 +37,40 @@ def prior_votes(votes: int) -> float:
     return votes / 4
 
 
-def shift(
-    slices: list[Mapping[str, int]], key: str, believed: float, votes: int, max_shift: float
-) -> float:
-    """What to add to `believed`. `slices`, newest first, hold `KEY/n` and `KEY/sum`."""
-    weight = total = 0.0
+def tally(slices: Iterable[Mapping[str, int]]) -> dict[str, dict[str, Tally]]:
+    """What was voted on each subject, by voter. `slices`, newest first, are counts by `field`."""
+    found: dict[str, dict[str, Tally]] = {}
     for age, counts in enumerate(slices):
-        count = counts.get(f"{key}/n", 0)
-        if count:
-            fades = math.exp2(-age / SLICES)
-            weight += fades * count
-            total += fades * counts.get(f"{key}/sum", 0) / SCALE
+        fades = math.exp2(-age / SLICES)
+        for name, count in counts.items():
+            what, _, kind = name.rpartition("/")
+            subject, _, voter = what.rpartition("\n")
+            weight, total = found.setdefault(subject, {}).get(voter, (0.0, 0.0))
+            if kind == "n":
+                weight += fades * count
+            else:
+                total += fades * count / SCALE
+            found[subject][voter] = (weight, total)
+    return found
+
+
+def fields(subject: str, voter: str, score: float) -> dict[str, int]:
+    """The counts to add for one vote."""
+    return {f"{subject}\n{voter}/n": 1, f"{subject}\n{voter}/sum": round(score * SCALE)}
+
+
+def shift(voters: Mapping[str, Tally], believed: float, votes: int, max_shift: float) -> float:
+    """What to add to `believed`, by what each voter said.
+
+    A voter counts as `votes` votes at most, however many it gave: more of them change nothing
+    against what others say.
+    """
+    weight = total = 0.0
+    for said, score in voters.values():
+        if said > 0:
+            counts = min(said, float(votes))
+            weight += counts
+            total += counts * score / said
     if not weight:
         return 0.0
     joined = (prior_votes(votes) * believed + total) / (prior_votes(votes) + weight)

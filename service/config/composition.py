@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from typing import Annotated
 
 from pydantic import BaseModel, Field, model_validator
@@ -19,7 +20,14 @@ from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapO
 from service.config.recipes import RecipeConfig
 from service.config.server import RouterConfig, ServerConfig
 from service.config.telemetry import TelemetryConfig
-from service.config.tenants import BudgetConfig, KeyConfig, SpendConfig, StoreConfig, TenantConfig
+from service.config.tenants import (
+    BudgetConfig,
+    KeyConfig,
+    SpendConfig,
+    StoreConfig,
+    TenantConfig,
+    known_tenant,
+)
 
 
 class Config(Section):
@@ -39,7 +47,9 @@ class Config(Section):
         default_factory=dict, description="The pools, by kind."
     )
     tenants: dict[Name, TenantConfig] = Field(
-        default_factory=dict, description="The tenants, by name. Others have no limits."
+        default_factory=dict,
+        description="The tenants, by name. Where none is given, a key may be of any tenant; else "
+        "of these, or of `default`, which has no limits unless it is among them.",
     )
     keys: dict[Name, KeyConfig] = Field(
         default_factory=dict, description="API keys that the config names, by name."
@@ -147,6 +157,11 @@ def _check_tenants(config: Config) -> None:
         for name in one.experts or ():
             if name not in names:
                 raise ValueError(f"{place}.experts: {_unknown(name, names)}")
+    of_tenants = [(f"keys.{n}", k.tenant) for n, k in config.keys.items()]
+    of_tenants += [(f"budgets.{n}", b.tenant) for n, b in config.budgets.items() if b.tenant]
+    for place, tenant in of_tenants:
+        if not known_tenant(tenant, config.tenants):
+            raise ValueError(f"{place}.tenant: {unknown_tenant(tenant, config.tenants)}")
     if config.store.kind == "memory" and config.server.gateways > 1:
         raise ValueError(
             "server.gateways: several gateways need a store that they share; "
@@ -217,6 +232,13 @@ def _check_recipes(config: Config, names: set[str]) -> None:
                 raise ValueError(f"recipes.{name}: {_unknown(expert, names)}")
             if "chat" not in config.experts[expert].capabilities:
                 raise ValueError(f"recipes.{name}: {expert!r} can't chat")
+
+
+def unknown_tenant(name: str, tenants: Collection[str]) -> str:
+    """What is wrong with a tenant's name that is none of these."""
+    close = difflib.get_close_matches(name, tenants, n=1)
+    hint = f" did you mean {close[0]!r}?" if close else ""
+    return f"no tenant {name[:128]!r};{hint} tenants: {', '.join(sorted({*tenants, 'default'}))}"
 
 
 def _unknown(name: str, allowed: set[str]) -> str:

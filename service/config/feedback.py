@@ -15,8 +15,9 @@ class FeedbackConfig(Section):
         20,
         ge=1,
         le=100_000,
-        description="How many votes on a category turn what is believed of a recipe there: after "
-        "so many that all say otherwise, four fifths of it is theirs.",
+        description="How many votes of a tenant on a category turn what is believed of a recipe "
+        "there, for that tenant: after so many that all say otherwise, four fifths of it is "
+        "theirs. No key counts as more votes than that against its tenant's other keys.",
     )
     max_shift: float = Field(
         0.8, gt=0, le=1, description="Most that votes may shift an expected quality, in [0, 1]."

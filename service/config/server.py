@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from service.config.base import Bytes, Section
 from service.config.breaker import BreakerConfig
@@ -21,6 +21,11 @@ class ServerConfig(Section):
         description="While there is no API key: listen on `host` all the same, and answer "
         "whoever reaches it. Default: then it listens on loopback only.",
     )
+    require_keys: bool = Field(
+        False,
+        description="Ask for an API key also while there is none yet. Without it: once there was "
+        "a key, and wherever `host` is not loopback, unless it is `open`.",
+    )
     gateways: int = Field(1, ge=1, le=64, description="Gateway replicas (processes without a GPU).")
     max_body_bytes: Bytes = Field(
         8 * 1024**2, description="Largest request body accepted, in bytes; more gets 413."
@@ -35,10 +40,19 @@ class ServerConfig(Section):
         30.0, ge=0, description="Longest time to let running requests finish at a stop, in s."
     )
     access_log: bool = Field(
-        False, description="Log one line per request: id, path, status, expert, ms. Never prompts."
+        False,
+        description="Log one line per request: id, path, status, tenant, key id, expert, ms. "
+        "Never prompts.",
     )
     breaker: BreakerConfig = Field(default_factory=lambda: BreakerConfig())
     limits: RequestLimits = Field(default_factory=lambda: RequestLimits())
+
+
+    @model_validator(mode="after")
+    def _open_or_not(self) -> ServerConfig:
+        if self.open and self.require_keys:
+            raise ValueError("open and require_keys exclude each other")
+        return self
 
 
 class RouterConfig(Section):

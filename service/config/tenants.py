@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from service.config.base import Name, Section
+from service.config.base import Bytes, Name, Section
 from service.config.cache import CacheConfig
 from service.config.guard import GuardConfig
 
@@ -142,6 +143,24 @@ class StoreConfig(Section):
     timeout_ms: int = Field(
         1000, ge=10, le=60_000, description="Redis: longest wait for a reply, in ms."
     )
+    cache_url: str | None = Field(
+        None,
+        pattern=r"^(redis|rediss|unix)://[^\s]+$",
+        description="Redis: another one, for what may be lost: kept answers, and replies that can "
+        "be voted on. Tell it maxmemory-policy allkeys-lru. Without it each gateway keeps its own, "
+        "and a vote has to reach the gateway that answered.",
+    )
+    cache_url_env: str | None = Field(
+        None,
+        pattern=_ENV,
+        description="Redis: environment variable that holds that URL, instead of `cache_url`.",
+    )
+    cache_bytes: Bytes = Field(
+        256 * 1024**2,
+        ge=1024**2,
+        description="Without `cache_url`: most memory of a gateway for what may be lost, in bytes; "
+        "what was used longest ago goes first.",
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> StoreConfig:
@@ -151,6 +170,21 @@ class StoreConfig(Section):
             raise ValueError("url and url_env need kind redis")
         if self.kind == "redis" and self.keys_file is not None:
             raise ValueError("keys_file needs kind memory: Redis keeps the keys")
-        if self.url is not None and "@" in self.url.split("?")[0]:
-            raise ValueError("a URL with a password belongs into url_env")
+        if self.cache_url is not None and self.cache_url_env is not None:
+            raise ValueError("at most one of cache_url, cache_url_env")
+        if self.kind == "memory" and (self.cache_url or self.cache_url_env):
+            raise ValueError("cache_url and cache_url_env need kind redis")
+        for name in ("url", "cache_url"):
+            given = getattr(self, name)
+            if given is not None and "@" in given.split("?")[0]:
+                raise ValueError(f"a URL with a password belongs into {name}_env")
         return self
+
+
+# Whose keys are that name no tenant, and requests where no key is needed.
+DEFAULT_TENANT = "default"
+
+
+def known_tenant(name: str, tenants: Collection[str]) -> bool:
+    """Whether there is such a tenant: any, until the config names some."""
+    return not tenants or name == DEFAULT_TENANT or name in tenants

@@ -6,12 +6,14 @@ outlive revocation: once there was a key, keys are needed.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import fcntl
 import hashlib
 import hmac
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +26,13 @@ from service.types import Limits
 
 _PREFIX = "coe-"
 _NONE = bytes(32)
+# The table of the store that holds them.
+_TABLE = "keys"
+# How often a record is read and changed anew because somebody else changed it meanwhile.
+_TRIES = 20
+
+# What becomes of a record; None where there is no such key yet.
+Change = Callable[["KeyRecord | None"], "KeyRecord"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +130,20 @@ class KeyTable:
 class KeyBook(Protocol):
     """Where keys made by people are kept."""
 
-    async def version(self) -> bytes:
-        """Another one whenever a record has changed. May raise StoreGone."""
+    async def version(self) -> bytes | None:
+        """Another one whenever a record has changed; None: no key was ever kept here.
+
+        May raise StoreGone.
+        """
 
     async def load(self) -> list[KeyRecord]:
-        """All records. May raise StoreGone."""
+        """All records. May raise StoreGone, ConfigError."""
 
-    async def save(self, record: KeyRecord) -> None:
-        """Keep a record. May raise StoreGone."""
+    async def change(self, key_id: str, change: Change) -> KeyRecord:
+        """Put what `change` makes of a record in its place, with nobody coming between.
+
+        `change` may be called more than once. May raise StoreGone, and what `change` raises.
+        """
 
 
 class StoreBook:
@@ -137,38 +152,44 @@ class StoreBook:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def version(self) -> bytes:
+    async def version(self) -> bytes | None:
         """See `KeyBook`."""
-        return await self._store.get("keys-version") or b""
+        return await self._store.version(_TABLE)
 
     async def load(self) -> list[KeyRecord]:
         """See `KeyBook`."""
-        found = [await self._store.get(name) for name in await self._store.names("key/")]
-        return [loads(data) for data in found if data is not None]
+        return [loads(data) for data in (await self._store.records(_TABLE)).values()]
 
-    async def save(self, record: KeyRecord) -> None:
+    async def change(self, key_id: str, change: Change) -> KeyRecord:
         """See `KeyBook`."""
-        await self._store.put(f"key/{record.id}", record.dumps())
-        await self._store.put("keys-version", secrets.token_bytes(8))
+        for _ in range(_TRIES):
+            data = (await self._store.records(_TABLE)).get(key_id)
+            record = change(loads(data) if data is not None else None)
+            if await self._store.replace(_TABLE, key_id, data, record.dumps()):
+                return record
+        raise Conflict(f"key {key_id[:64]!r} is being changed by others all the time: try again")
 
 
 class FileBook:
-    """Keys in a file of their own, its owner's alone; for a store that forgets."""
+    """Keys in a file of their own, its owner's alone; for a store that forgets.
+
+    The file is read and written in threads: a lock on it may be held by another process.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    async def version(self) -> bytes:
+    async def version(self) -> bytes | None:
         """See `KeyBook`."""
         try:
             found = self._path.stat()
         except FileNotFoundError:
-            return b""
+            return None
         return f"{found.st_mtime_ns}.{found.st_ino}.{found.st_size}".encode()
 
     async def load(self) -> list[KeyRecord]:
         """See `KeyBook`."""
-        return self._read()
+        return await asyncio.to_thread(self._read)
 
     def _read(self) -> list[KeyRecord]:
         try:
@@ -182,13 +203,15 @@ class FileBook:
         except ConfigError as error:
             raise ConfigError(f"{self._path}: {error.message}") from None
 
-    async def save(self, record: KeyRecord) -> None:
+    async def change(self, key_id: str, change: Change) -> KeyRecord:
         """See `KeyBook`."""
+        return await asyncio.to_thread(self._change, key_id, change)
+
+    def _change(self, key_id: str, change: Change) -> KeyRecord:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(self._path.with_suffix(".lock"), os.O_WRONLY | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            records = {one.id: one for one in self._read()} | {record.id: record}
+        with self._locked():
+            records = {one.id: one for one in self._read()}
+            record = records[key_id] = change(records.get(key_id))
             partial = self._path.with_suffix(f".{os.getpid()}")
             handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(handle, "wb") as file:
@@ -196,6 +219,15 @@ class FileBook:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(self._path)
+        return record
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """While this runs, nobody else changes the file, in this process or another."""
+        lock = os.open(self._path.with_suffix(".lock"), os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
         finally:
             os.close(lock)
 
@@ -210,36 +242,41 @@ class Keys:
         """A new key with what `wanted` says of it. Only here is the key itself told."""
         key_id, key, digest = new_key()
         record = replace(wanted, id=key_id, digest=digest, created_s=now_s)
-        await self._book.save(record)
-        return record, key
+        return await self._book.change(key_id, lambda _: record), key
 
     async def records(self) -> Sequence[KeyRecord]:
         """All of them, oldest first."""
         return sorted(await self._book.load(), key=lambda one: (one.created_s, one.id))
 
     async def rotate(self, key_id: str, now_s: float, grace_s: float) -> tuple[KeyRecord, str]:
-        """Another key in its place; the old one is good for `grace_s` more. Raises as `_find`."""
-        record = await self._find(key_id)
-        if record.state(now_s) != "active":
-            raise Conflict(f"key {key_id!r} is {record.state(now_s)}: make a new one")
+        """Another key in its place; the old one is good for `grace_s` more.
+
+        Raises UnknownModel (404), Conflict.
+        """
         _, key, digest = new_key()
-        changed = replace(
-            record, digest=digest, old_digest=record.digest, old_until_s=now_s + grace_s
-        )
-        await self._book.save(changed)
-        return changed, key
+
+        def rotated(record: KeyRecord | None) -> KeyRecord:
+            record = _known(record, key_id)
+            if record.state(now_s) != "active":
+                raise Conflict(f"key {key_id!r} is {record.state(now_s)}: make a new one")
+            return replace(
+                record, digest=digest, old_digest=record.digest, old_until_s=now_s + grace_s
+            )
+
+        return await self._book.change(key_id, rotated), key
 
     async def revoke(self, key_id: str, now_s: float) -> KeyRecord:
-        """From now on it is worth nothing. Raises as `_find`."""
-        record = await self._find(key_id)
-        if record.revoked_s is None:
-            record = replace(record, revoked_s=now_s)
-            await self._book.save(record)
-        return record
+        """From now on it is worth nothing, whatever else is done to it. Raises UnknownModel."""
 
-    async def _find(self, key_id: str) -> KeyRecord:
-        """Raises UnknownModel (404)."""
-        for record in await self._book.load():
-            if record.id == key_id:
-                return record
+        def revoked(record: KeyRecord | None) -> KeyRecord:
+            record = _known(record, key_id)
+            return record if record.revoked_s is not None else replace(record, revoked_s=now_s)
+
+        return await self._book.change(key_id, revoked)
+
+
+def _known(record: KeyRecord | None, key_id: str) -> KeyRecord:
+    """Raises UnknownModel (404)."""
+    if record is None:
         raise UnknownModel(f"no key {key_id[:64]!r} is kept here", code="key_not_found")
+    return record

@@ -8,7 +8,8 @@ Names below `{prefix}:`
 - `own:OWNER` hash: claim → its lines; `sl:OWNER` hash: account → slice; `o:OWNER` hash: numbers
   of the last beat and of the last notes; `owners` sorted set: owner → end of its lease
 - `heard`: when anybody was last heard of; `gone:ID`, `lapsed:ID`: what became of claims
-- `n:NAME` hash: notes; `v:NAME`: values
+- `n:NAME` hash: notes
+- `t:TABLE` hash: record → its value; `tv:TABLE`: another one whenever a record changed
 """
 
 PRELUDE = """
@@ -310,3 +311,16 @@ end
 return cjson.encode(told)
 """
 )
+
+# A record of a table, if it still is what was read: ARGV[3], or nothing with `absent`.
+REPLACE = """
+local P, A = ARGV[1], cjson.decode(ARGV[2])
+local records = P .. ':t:' .. A.table
+local found = redis.call('HGET', records, A.id)
+if A.absent then
+  if found then return 0 end
+elseif found ~= ARGV[3] then return 0 end
+redis.call('HSET', records, A.id, ARGV[4])
+redis.call('SET', P .. ':tv:' .. A.table, A.version)
+return 1
+"""

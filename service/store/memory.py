@@ -50,7 +50,8 @@ class MemoryStore:
         self._accounts: dict[str, _Counts] = {}
         self._open: dict[str, Granted] = {}
         self._notes: dict[str, tuple[float, dict[str, int]]] = {}
-        self._values: dict[str, tuple[float, bytes]] = {}
+        self._tables: dict[str, dict[str, bytes]] = {}
+        self._versions: dict[str, int] = {}
         self._swept_s = 0.0
 
     async def start(self) -> None:
@@ -126,29 +127,25 @@ class MemoryStore:
         found = (self._notes.get(name, (0.0, {})) for name in names)
         return [dict(noted) if until > now_s else {} for until, noted in found]
 
-    async def get(self, name: str) -> bytes | None:
+    async def records(self, table: str) -> dict[str, bytes]:
         """See `Store`."""
-        until, value = self._values.get(name, (0.0, b""))
-        return value if until > self._clock() else None
+        return dict(self._tables.get(table, {}))
 
-    async def put(self, name: str, value: bytes, *, ttl_s: float | None = None) -> None:
+    async def version(self, table: str) -> bytes | None:
         """See `Store`."""
-        now_s = self._clock()
-        self._values[name] = (now_s + ttl_s if ttl_s is not None else float("inf"), value)
-        self._sweep(now_s)
+        known = self._versions.get(table)
+        return None if known is None else str(known).encode()
 
-    async def delete(self, name: str) -> None:
+    async def replace(
+        self, table: str, record_id: str, expected: bytes | None, value: bytes
+    ) -> bool:
         """See `Store`."""
-        self._values.pop(name, None)
-
-    async def names(self, prefix: str) -> list[str]:
-        """See `Store`."""
-        now_s = self._clock()
-        return sorted(
-            name
-            for name, (until, _) in self._values.items()
-            if name.startswith(prefix) and until > now_s
-        )
+        records = self._tables.setdefault(table, {})
+        if records.get(record_id) != expected:
+            return False
+        records[record_id] = value
+        self._versions[table] = self._versions.get(table, 0) + 1
+        return True
 
     def _counts(self, account: Account, now_ms: int) -> _Counts:
         counts = self._accounts.setdefault(account.name, _Counts(account.window))
@@ -161,7 +158,6 @@ class MemoryStore:
         if now_s - self._swept_s < 60:
             return
         self._swept_s = now_s
-        self._values = {n: v for n, v in self._values.items() if v[0] > now_s}
         self._notes = {n: v for n, v in self._notes.items() if v[0] > now_s}
         for counts in self._accounts.values():
             counts.forget(int(now_s * 1000))

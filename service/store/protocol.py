@@ -1,4 +1,4 @@
-"""What a store does: claims on limited accounts, exact under concurrency, and small values.
+"""What a store does: claims on limited accounts, exact under concurrency, and few small records.
 
 An account is anything with a limit: requests, tokens or millionths of cost in a window,
 or requests at once. A claim reserves an upper bound in several accounts at once, or
@@ -143,14 +143,16 @@ class Store(Protocol):
     async def counts(self, names: Sequence[str]) -> list[dict[str, int]]:
         """What was noted under each name."""
 
-    async def get(self, name: str) -> bytes | None:
-        """A value, if it is there and has not expired."""
+    async def records(self, table: str) -> dict[str, bytes]:
+        """Every record of a table, by its id. Records are kept until they are replaced."""
 
-    async def put(self, name: str, value: bytes, *, ttl_s: float | None = None) -> None:
-        """Keep a value, for `ttl_s` if given."""
+    async def version(self, table: str) -> bytes | None:
+        """Another one whenever a record of the table changed; None: it never had a record."""
 
-    async def delete(self, name: str) -> None:
-        """Forget a value."""
+    async def replace(
+        self, table: str, record_id: str, expected: bytes | None, value: bytes
+    ) -> bool:
+        """Put `value` in the place of what was read of a record (None: there was none).
 
-    async def names(self, prefix: str) -> list[str]:
-        """The names of values that begin so, in order."""
+        False, and nothing is changed, where somebody else has changed it since.
+        """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
@@ -15,7 +16,15 @@ import orjson
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
 
 from service.errors import ConfigError, StoreGone
 from service.store import lua
@@ -25,6 +34,82 @@ log = logging.getLogger("coe.store")
 
 _CONNECTIONS = 64
 Lines = Sequence[tuple[str, int, int, int]]
+
+
+# What a refusal means, by its class and by its first word. Their own words are not told: they may
+# hold an address or a user's name.
+_REFUSALS: tuple[tuple[type[RedisError], str], ...] = (
+    (AuthenticationError, "refused authentication: wrong user or password in its URL, or none"),
+    (NoPermissionError, "refused permission: its user lacks commands or keys in the ACL"),
+    (OutOfMemoryError, "is full: it refuses to keep more (maxmemory)"),
+    (ReadOnlyError, "is read-only: its URL names a replica, not the primary"),
+    (BusyLoadingError, "is still loading its data"),
+)
+_CLUSTER_WORDS = ("MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN", "TRYAGAIN")
+_CLUSTER = "is a node of a Redis cluster, which is not supported: a single Redis is needed"
+
+
+def refusal(error: RedisError) -> str | None:
+    """What Redis' refusal means, as a predicate; None where it can't be reached at all."""
+    for kind, what in _REFUSALS:
+        if isinstance(error, kind):
+            return what
+    if not isinstance(error, ResponseError):
+        return None
+    # Some of its errors come without their first word, by which the class was chosen.
+    name = type(error).__name__.upper().removesuffix("ERROR")
+    text = str(error)
+    if text.startswith(_CLUSTER_WORDS) or name in _CLUSTER_WORDS or "cluster node" in text:
+        return _CLUSTER
+    return "refused"
+
+
+class RedisConnections:
+    """Connections to one Redis. `what` it is, for errors: "the store"."""
+
+    def __init__(self, url: str, *, timeout_s: float, what: str) -> None:
+        self._what = what
+        try:
+            pool = ConnectionPool.from_url(
+                url,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                # Twice might count twice: who asks decides what follows from a fault.
+                retry=Retry(NoBackoff(), 0),
+                decode_responses=False,
+            )
+        except (ValueError, RedisError):
+            # Its own text may quote the URL, and with it a password.
+            raise ConfigError(f"{what}: the Redis URL can't be understood") from None
+        self.redis: Redis = Redis(connection_pool=pool)
+        # Not the library's blocking pool, whose waiters hang on an asyncio.Condition: a plain
+        # bound, with a time limit of its own.
+        self._places = asyncio.Semaphore(_CONNECTIONS)
+        self._timeout_s = timeout_s
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self.redis.aclose()
+        await self.redis.connection_pool.disconnect()
+
+    async def ask(self, ask: Callable[[], Awaitable[Any]]) -> Any:
+        """Ask when there is a place among the connections. Raises StoreGone."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._places.acquire()
+            try:
+                return await ask()
+            finally:
+                self._places.release()
+        except (TimeoutError, RedisError, OSError) as error:
+            why = refusal(error) if isinstance(error, RedisError) else None
+            if why is None:
+                # The kind only: the text may hold the address.
+                why = f"can't be reached ({type(error).__name__})"
+            elif why == "refused":
+                # Its words quote no values.
+                log.error("%s refused: %s", self._what, str(error)[:200])
+            raise StoreGone(f"{self._what} {why}") from None
 
 
 class RedisClient:
@@ -47,23 +132,9 @@ class RedisClient:
         self._clock = clock
         self._prefix = f"{{{prefix}}}"
         self._lease_ms = int(lease_s * 1000)
-        try:
-            pool = ConnectionPool.from_url(
-                url,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
-                # Twice might count twice: who asks decides what follows from a fault.
-                retry=Retry(NoBackoff(), 0),
-                decode_responses=False,
-            )
-        except (ValueError, RedisError):
-            # Its own text may quote the URL, and with it a password.
-            raise ConfigError("store: the Redis URL can't be understood") from None
-        self._redis: Redis = Redis(connection_pool=pool)
-        # Not the library's blocking pool, whose waiters hang on an asyncio.Condition: a plain
-        # bound, with a time limit of its own.
-        self._places = asyncio.Semaphore(_CONNECTIONS)
-        self._timeout_s = timeout_s
+        self._connections = RedisConnections(url, timeout_s=timeout_s, what="the store")
+        self._redis = self._connections.redis
+        self._ask = self._connections.ask
         scripts = {
             "reserve": lua.RESERVE,
             "settle": lua.SETTLE,
@@ -72,13 +143,13 @@ class RedisClient:
             "leave": lua.LEAVE,
             "restore": lua.RESTORE,
             "balances": lua.BALANCES,
+            "replace": lua.REPLACE,
         }
         self._scripts = {name: self._redis.register_script(text) for name, text in scripts.items()}
 
     async def close(self) -> None:
         """Close every connection."""
-        await self._redis.aclose()
-        await self._redis.connection_pool.disconnect()
+        await self._connections.close()
 
     async def reserve(self, claim: Claim) -> Granted | Refused:
         """See `Store`. Raises StoreGone also for a claim that was undone already."""
@@ -178,57 +249,41 @@ class RedisClient:
             found = await self._ask(pipe.execute)
         return [{key.decode(): int(value) for key, value in one.items()} for one in found]
 
-    async def get(self, name: str) -> bytes | None:
+    async def records(self, table: str) -> dict[str, bytes]:
         """See `Store`."""
-        return cast("bytes | None", await self._ask(lambda: self._redis.get(self._key("v", name))))
+        found = await self._ask(lambda: self._redis.hgetall(self._key("t", table)))
+        return {name.decode(): value for name, value in found.items()}
 
-    async def put(self, name: str, value: bytes, *, ttl_s: float | None = None) -> None:
+    async def version(self, table: str) -> bytes | None:
         """See `Store`."""
-        ttl_ms = max(1, int(ttl_s * 1000)) if ttl_s is not None else None
-        await self._ask(lambda: self._redis.set(self._key("v", name), value, px=ttl_ms))
+        asked = self._ask(lambda: self._redis.get(self._key("tv", table)))
+        return cast("bytes | None", await asked)
 
-    async def delete(self, name: str) -> None:
+    async def replace(
+        self, table: str, record_id: str, expected: bytes | None, value: bytes
+    ) -> bool:
         """See `Store`."""
-        await self._ask(lambda: self._redis.delete(self._key("v", name)))
+        told = await self._run(
+            "replace",
+            expected or b"",
+            value,
+            table=table,
+            id=record_id,
+            absent=True if expected is None else None,
+            version=secrets.token_hex(8),
+        )
+        return bool(told)
 
-    async def names(self, prefix: str) -> list[str]:
-        """See `Store`."""
-        own = self._key("v", "")
-        quoted = "".join(f"[{c}]" if c in "*?[]\\^" else c for c in prefix)
-        pattern = "".join(f"[{c}]" if c in "*?[]\\^" else c for c in own) + quoted + "*"
-
-        async def scan() -> list[bytes]:
-            return [name async for name in self._redis.scan_iter(match=pattern, count=1000)]
-
-        found: list[bytes] = await self._ask(scan)
-        return sorted({name.decode()[len(own) :] for name in found})
-
-    async def _run(self, script: str, **arguments: Any) -> Any:
+    async def _run(self, script: str, *values: bytes, **arguments: Any) -> Any:
         # Lua's JSON has a null that counts as true.
         arguments = {name: value for name, value in arguments.items() if value is not None}
         arguments |= {"owner": self.owner, "lease": self._lease_ms}
         if self._clock is not None:
             arguments["now"] = int(self._clock() * 1000)
         made = self._scripts[script]
-        told = await self._ask(lambda: made(args=[self._prefix, orjson.dumps(arguments)]))
+        given: list[bytes | str] = [self._prefix, orjson.dumps(arguments), *values]
+        told = await self._ask(lambda: made(args=given))
         return orjson.loads(told) if isinstance(told, bytes) else told
-
-    async def _ask(self, ask: Callable[[], Awaitable[Any]]) -> Any:
-        """Ask when there is a place among the connections. Raises StoreGone."""
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._places.acquire()
-            try:
-                return await ask()
-            finally:
-                self._places.release()
-        except ResponseError as error:
-            # It answers, but will not: full, read-only, loading. Its words quote no values.
-            log.error("the store refused: %s", str(error)[:200])
-            raise StoreGone("the store refused") from None
-        except (TimeoutError, RedisError, OSError) as error:
-            # The kind only: the text may hold the address.
-            raise StoreGone(f"the store can't be reached ({type(error).__name__})") from None
 
     def _key(self, kind: str, name: str) -> str:
         return f"{self._prefix}:{kind}:{name}"

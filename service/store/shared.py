@@ -77,6 +77,7 @@ class SharedStore:
         self._beating: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
         self._stopping = False
+        self._why = "the store is gone"
         self.up = False
         self.outages = 0
         self.offline_grants = 0
@@ -134,7 +135,7 @@ class SharedStore:
     def _from_slices(self, claim: Claim) -> Granted:
         retry_s = max(1.0, self._retry_s)
         if time.monotonic() >= self._lease_ends_s:
-            raise StoreGone("limits can't be counted: the store is gone", retry_after_s=retry_s)
+            raise StoreGone(f"limits can't be counted: {self._why}", retry_after_s=retry_s)
         granted = self._slices.take(claim, int(time.time() * 1000))
         if isinstance(granted, Refused):
             raise StoreGone(
@@ -250,6 +251,10 @@ class SharedStore:
             await self._client.restore(claims)
 
     def _lost(self, error: StoreGone) -> None:
+        if error.message != self._why and not self.up:
+            # Said once for each reason: a wrong password, then nobody there.
+            log.error("%s", error.message)
+        self._why = error.message
         if self.up:
             self.up = False
             self.outages += 1
@@ -267,27 +272,24 @@ class SharedStore:
         """See `Store`. What has no limit to be charged to is up to a second late."""
         return await self._client.counts(names)
 
-    async def get(self, name: str) -> bytes | None:
+    async def records(self, table: str) -> dict[str, bytes]:
         """See `Store`."""
         self._check()
-        return await self._client.get(name)
+        return await self._client.records(table)
 
-    async def put(self, name: str, value: bytes, *, ttl_s: float | None = None) -> None:
+    async def version(self, table: str) -> bytes | None:
         """See `Store`."""
         self._check()
-        await self._client.put(name, value, ttl_s=ttl_s)
+        return await self._client.version(table)
 
-    async def delete(self, name: str) -> None:
+    async def replace(
+        self, table: str, record_id: str, expected: bytes | None, value: bytes
+    ) -> bool:
         """See `Store`."""
         self._check()
-        await self._client.delete(name)
-
-    async def names(self, prefix: str) -> list[str]:
-        """See `Store`."""
-        self._check()
-        return await self._client.names(prefix)
+        return await self._client.replace(table, record_id, expected, value)
 
     def _check(self) -> None:
         """Nobody waits for a store that is known to be gone."""
         if not self.up:
-            raise StoreGone("the store is gone", retry_after_s=max(1.0, self._retry_s))
+            raise StoreGone(self._why, retry_after_s=max(1.0, self._retry_s))

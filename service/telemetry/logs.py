@@ -12,7 +12,21 @@ import orjson
 
 # What is known of the request that is being worked on, in this task and those it starts.
 _FIELDS: ContextVar[Mapping[str, str]] = ContextVar("fields", default={})  # noqa: B039
-_EXTRA = ("request_id", "path", "status", "expert", "category", "ms", "outcome")
+_EXTRA = (
+    "request_id",
+    "path",
+    "status",
+    "tenant",
+    "key",
+    "expert",
+    "category",
+    "ms",
+    "act",
+    "outcome",
+    "reason",
+    "client",
+    "unsaid",
+)
 
 
 def log_fields(**fields: str) -> None:

@@ -184,18 +184,35 @@ async def test_a_burst_takes_exactly_the_limit(tried: Tried) -> None:
     assert (await tried.balance(cents)).spent == 45 * 10**13
 
 
-async def test_values(tried: Tried) -> None:
+async def test_records_are_replaced_only_as_they_were_read(tried: Tried) -> None:
     store = tried.store
-    assert await store.get("a") is None
-    await store.put("p/b", b"\x00two")
-    await store.put("p/a", b"one", ttl_s=60)
-    await store.put("q", b"")
-    assert await store.get("p/b") == b"\x00two"
-    assert await store.get("q") == b""
-    assert await store.names("p/") == ["p/a", "p/b"]
-    await store.delete("p/b")
-    await store.delete("p/b")
-    assert await store.names("p/") == ["p/a"]
+    assert await store.records("t") == {}
+    assert await store.version("t") is None
+    odd = b'\x00two \xff"'
+    assert await store.replace("t", "a/b", None, odd)
+    assert not await store.replace("t", "a/b", None, b"again")
+    first = await store.version("t")
+    assert first is not None
+    assert not await store.replace("t", "a/b", b"other", b"again")
+    assert not await store.replace("t", "new", b"other", b"again")
+    assert await store.version("t") == first
+    assert await store.replace("t", "a/b", odd, b"")
+    assert await store.replace("t", "c", None, b"three")
+    assert await store.version("t") != first
+    assert await store.records("t") == {"a/b": b"", "c": b"three"}
+    assert await store.records("u") == {}
+
+
+async def test_of_many_who_replace_a_record_at_once_none_is_lost(tried: Tried) -> None:
+    async def add_one() -> None:
+        while True:
+            known = (await tried.store.records("t")).get("n")
+            wanted = str(int(known or b"0") + 1).encode()
+            if await tried.store.replace("t", "n", known, wanted):
+                return
+
+    await asyncio.gather(*(add_one() for _ in range(30)))
+    assert await tried.store.records("t") == {"n": b"30"}
 
 
 async def test_notes_add_up(tried: Tried) -> None:

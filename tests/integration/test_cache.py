@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from service.config import Config
-from service.store.memory import MemoryStore
+from service.store.volatile import MemoryVolatile
 from tests.support.serving import Site, chat, simulated, site
 from tests.support.waiting import until
 
@@ -152,10 +152,10 @@ async def test_no_more_is_kept_than_allowed() -> None:
     async with site(config(max_entries=4, max_entry_bytes=100_000)) as s:
         for i in range(20):
             await ask(s, "semantic", f"question {i} about the sea")
-        store = s.gateway.store
-        assert isinstance(store, MemoryStore)
-        names = await store.names("cache/default/")
-        assert 0 < len([name for name in names if "/shelf/" not in name]) <= 4
+        volatile = s.gateway.volatile
+        assert isinstance(volatile, MemoryVolatile)
+        names = [name for name in volatile._values if name.startswith("cache/default/")]
+        assert 0 < len([name for name in names if "/answer/" in name]) <= 4
         assert len([name for name in names if "/shelf/" in name]) <= 4
     async with site(config(max_entry_bytes=10)) as s:
         for _ in range(2):

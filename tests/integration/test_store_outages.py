@@ -150,7 +150,7 @@ async def test_redis_gone_then_back(server: RedisServer) -> None:
             assert caught.value.retry_after_s >= 1
             assert "used up" in caught.value.message
             with pytest.raises(StoreGone):
-                await store.get("x")
+                await store.version("x")
         # A tenth of what was left, each: more than nothing, and together never too much.
         assert 2 <= len(offline) <= 20
         assert all(got.offline for _, got in offline)
@@ -246,13 +246,13 @@ async def test_the_ledger_survives_a_restart_of_everything(server: RedisServer) 
     async with gateways(server, 1) as (store,):
         got = await granted(store)
         await store.settle(got, [77, 1], Note("u", {"cost": 77}, 1000))
-        await store.put("key/1", b"kept")
+        assert await store.replace("keys", "1", None, b"kept")
     server.kill()
     server.start()
     async with gateways(server, 1) as (store,):
         assert await amounts(store, BUDGET) == (77, 0)
         assert await store.counts(["u"]) == [{"cost": 77}]
-        assert await store.get("key/1") == b"kept"
+        assert await store.records("keys") == {"1": b"kept"}
 
 
 async def test_without_redis_at_the_start_nothing_is_granted(server: RedisServer) -> None:

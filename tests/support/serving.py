@@ -253,6 +253,7 @@ def simulated(
     server: dict[str, Any] | None = None,
     kinds: dict[str, dict[str, Any]] | None = None,
     router: dict[str, Any] | None = None,
+    **sections: Any,
 ) -> Config:
     """A config of simulated pools: `pools` are the engines' options, `kinds` the pools' own."""
     given = experts or {"general": {"model": "m"}}
@@ -265,6 +266,7 @@ def simulated(
                 kind: {"engine": "simulated", "simulated": options, **(kinds or {}).get(kind, {})}
                 for kind, options in pools.items()
             },
+            **sections,
         }
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from service.api.cache import Cache
 from service.config import Config
-from service.store.memory import MemoryStore
+from service.store.volatile import MemoryVolatile
 
 
 def test_another_profile_of_the_same_name_has_other_answers(tmp_path: Path) -> None:
@@ -19,7 +19,8 @@ def test_another_profile_of_the_same_name_has_other_answers(tmp_path: Path) -> N
     )
 
     def key() -> str:
-        return Cache(config, MemoryStore())._hash("tenant", "/v1/completions", {"model": "v"})
+        cache = Cache(config, MemoryVolatile(1000))
+        return cache._hash("tenant", "/v1/completions", {"model": "v"})
 
     profile.write_text("one")
     first = key()

@@ -63,7 +63,8 @@ def test_every_field_is_described() -> None:
         (
             {"server": {"prot": 1}},
             "coe.yaml: server.prot: unknown key; did you mean 'port'? allowed: access_log, "
-            "breaker, deadline_ms, drain_s, gateways, host, limits, max_body_bytes, open, port",
+            "breaker, deadline_ms, drain_s, gateways, host, limits, max_body_bytes, open, port, "
+            "require_keys",
         ),
         (
             {"servers": {}},
@@ -144,6 +145,30 @@ def test_every_field_is_described() -> None:
         (
             {"keys": {"a": {"tenant": "a"}}},
             "coe.yaml: keys.a: exactly one of key_env, sha256",
+        ),
+        (
+            {"tenants": {"acme": {}}, "keys": {"k": {"tenant": "acne", "sha256": "0" * 64}}},
+            "coe.yaml: keys.k.tenant: no tenant 'acne'; did you mean 'acme'? "
+            "tenants: acme, default",
+        ),
+        (
+            {
+                "tenants": {"acme": {}},
+                "budgets": {"b": {"amount": 1, "period": "day", "tenant": "x"}},
+            },
+            "coe.yaml: budgets.b.tenant: no tenant 'x'; tenants: acme, default",
+        ),
+        (
+            {"server": {"open": True, "require_keys": True}},
+            "coe.yaml: server: open and require_keys exclude each other",
+        ),
+        (
+            {"store": {"cache_url": "redis://host"}},
+            "coe.yaml: store: cache_url and cache_url_env need kind redis",
+        ),
+        (
+            {"store": {"kind": "redis", "url": "redis://a", "cache_url": "redis://:secret@host"}},
+            "coe.yaml: store: a URL with a password belongs into cache_url_env",
         ),
         (
             {"tenants": {"a": {"experts": ["genral"]}}},

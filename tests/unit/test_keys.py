@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,20 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from service.api.accounts import NewKey, record_of
 from service.api.keyring import Keyring, any_key, configured
+from service.app.stores import keys_marker
 from service.cli import cli
 from service.config import Config
-from service.errors import ConfigError, Conflict, StoreGone, Unauthorized, UnknownModel
+from service.errors import (
+    ConfigError,
+    Conflict,
+    Forbidden,
+    InvalidRequest,
+    StoreGone,
+    Unauthorized,
+    UnknownModel,
+)
 from service.run import _where_keys_allow
 from service.store.keys import FileBook, KeyRecord, Keys, KeyTable, StoreBook, digest_of, new_key
 from service.store.memory import MemoryStore
@@ -158,6 +170,116 @@ async def test_while_the_keys_are_not_known_nobody_is_let_in() -> None:
     ring = Keyring(config(), StoreBook(MemoryStore()))
     with pytest.raises(StoreGone):
         ring.identify({})
+
+
+async def test_a_store_that_came_back_empty_lets_nobody_in(tmp_path: Path) -> None:
+    """Emptied, or another one in its place: what was told once holds until the next start."""
+    store = MemoryStore()
+    book = StoreBook(store)
+    _, key = await Keys(book).create(WANTED, 1.0)
+    ring = Keyring(config(), book, marker=tmp_path / "home" / "keys.needed")
+    await ring.look()
+    assert ring.identify({b"x-api-key": key.encode()}).name == "acme"
+    store._tables.clear()
+    store._versions.clear()
+    for _ in range(2):
+        await ring.look()
+        for headers in ({}, {b"x-api-key": key.encode()}):
+            with pytest.raises(Unauthorized):
+                ring.identify(headers)
+    heir = Keyring(config(), book, after=ring)
+    await heir.look()
+    with pytest.raises(Unauthorized):
+        heir.identify({})
+
+
+async def test_a_service_that_starts_after_its_keys_were_lost_lets_nobody_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("coe"), "propagate", True)
+    given = config(store={"keys_file": str(tmp_path / "keys.jsonl")})
+    book, marker = FileBook(tmp_path / "keys.jsonl"), keys_marker(given)
+    assert not await any_key(given, book, marker)
+    await Keys(book).create(WANTED, 1.0)
+    await Keyring(given, book, marker=marker).look()
+    (tmp_path / "keys.jsonl").unlink()
+    assert await any_key(given, book, marker)
+    ring = Keyring(given, book, marker=marker)
+    await ring.look()
+    with pytest.raises(Unauthorized):
+        ring.identify({})
+    assert f"remove {marker} and start again" in caplog.text
+    marker.unlink()
+    ring = Keyring(given, book, marker=marker)
+    await ring.look()
+    assert ring.identify({}) == NOBODY
+
+
+def test_each_store_of_keys_has_a_marker_of_its_own_without_its_password() -> None:
+    urls = ["redis://a:1/0", "redis://a:1/1", "redis://b:1/0"]
+    markers = [keys_marker(config(store={"kind": "redis", "url": url})) for url in urls]
+    assert len(set(markers)) == 3
+    assert keys_marker(config(store={"kind": "redis", "url": urls[0]})) == markers[0]
+
+
+async def test_with_require_keys_a_key_is_needed_before_there_is_one() -> None:
+    given, book = config(server={"require_keys": True}), StoreBook(MemoryStore())
+    assert await any_key(given, book)
+    ring = Keyring(given, book)
+    await ring.look()
+    with pytest.raises(Unauthorized):
+        ring.identify({})
+
+
+async def test_a_key_of_a_tenant_that_the_config_does_not_name_is_worth_nothing() -> None:
+    book = StoreBook(MemoryStore())
+    _, key = await Keys(book).create(WANTED, 1.0)
+    _, other = await Keys(book).create(replace(WANTED, tenant="default"), 1.0)
+    for tenants, allowed in (({}, True), ({"acme": {}}, True), ({"acne": {}}, False)):
+        ring = Keyring(config(tenants=tenants), book)
+        await ring.look()
+        if allowed:
+            assert ring.identify({b"x-api-key": key.encode()}).name == "acme"
+        else:
+            with pytest.raises(Forbidden, match="tenant of this API key is not in the config"):
+                ring.identify({b"x-api-key": key.encode()})
+        assert ring.identify({b"x-api-key": other.encode()}).name == "default"
+
+
+def test_a_key_for_a_tenant_that_the_config_does_not_name_is_not_made() -> None:
+    given = config(tenants={"acme": {"requests_per_min": 5}})
+    for tenant in ("acme", "default"):
+        assert record_of(given, NewKey(tenant=tenant), 1.0).tenant == tenant
+    with pytest.raises(InvalidRequest, match=r"no tenant 'acne'; did you mean 'acme'\? tenants: "):
+        record_of(given, NewKey(tenant="acne"), 1.0)
+    assert record_of(config(), NewKey(tenant="acne"), 1.0).tenant == "acne"
+
+
+@pytest.mark.parametrize("which", [0, 1])
+async def test_rotating_and_revoking_at_once_never_brings_a_key_back(
+    tmp_path: Path, which: int
+) -> None:
+    keys = Keys(books(tmp_path)[which])
+    for _ in range(10):
+        made, _ = await keys.create(WANTED, 1.0)
+        await asyncio.gather(
+            *(keys.rotate(made.id, 2.0, 60.0) for _ in range(3)),
+            keys.revoke(made.id, 2.0),
+            *(keys.rotate(made.id, 2.0, 60.0) for _ in range(3)),
+            return_exceptions=True,
+        )
+        after = {record.id: record for record in await keys.records()}[made.id]
+        assert after.state(3.0) == "revoked"
+
+
+async def test_a_lock_that_another_process_holds_does_not_stop_the_loop(tmp_path: Path) -> None:
+    book = FileBook(tmp_path / "keys.jsonl")
+    made, _ = await Keys(book).create(WANTED, 1.0)
+    with book._locked():
+        revoking = asyncio.create_task(Keys(book).revoke(made.id, 2.0))
+        await asyncio.sleep(0.05)  # the loop runs on
+        assert not revoking.done()
+    assert (await revoking).revoked_s == 2.0
 
 
 def test_without_a_key_it_listens_on_loopback_only(capsys: pytest.CaptureFixture[str]) -> None:

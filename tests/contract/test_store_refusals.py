@@ -1,0 +1,111 @@
+"""What a Redis that answers and will not is told as: never as one that can't be reached."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from urllib.parse import quote
+
+import pytest
+
+from service.errors import StoreGone
+from service.store.keys import KeyRecord, Keys, StoreBook
+from service.store.protocol import Account, Claim, Line
+from service.store.redis import RedisClient
+from service.store.shared import SharedStore
+from service.store.windows import DAY
+from tests.support.redis import RedisServer, redis_server
+
+PASSWORD = "p@ss#w/rd%:é"
+BUDGET = Account("budget/all", 100, DAY)
+
+
+@pytest.fixture
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@asynccontextmanager
+async def store_at(url: str) -> AsyncIterator[SharedStore]:
+    store = SharedStore(
+        RedisClient(url, "me", prefix="coe", timeout_s=2, lease_s=30), share=0, lease_s=30
+    )
+    await store.start()
+    try:
+        yield store
+    finally:
+        await store.stop()
+
+
+async def refused(url: str) -> set[str]:
+    """What each operation says, which has to be a refusal."""
+    said = set()
+    async with store_at(url) as store:
+        for ask in (
+            lambda: store.records("keys"),
+            lambda: store.replace("keys", "a", None, b""),
+            lambda: store.reserve(Claim("c", (Line(BUDGET, 1),))),
+        ):
+            with pytest.raises(StoreGone) as caught:
+                await ask()
+            said.add(caught.value.message)
+    return said
+
+
+async def test_a_user_with_an_awkward_password_gets_in_and_a_wrong_one_is_told(
+    server: RedisServer,
+) -> None:
+    with server.client() as client:
+        client.acl_setuser(
+            "coe", enabled=True, passwords=[f"+{PASSWORD}"], keys=["*"], categories=["+@all"]
+        )
+    where = f"127.0.0.1:{server.port}/3"
+    async with store_at(f"redis://coe:{quote(PASSWORD, safe='')}@{where}") as store:
+        keys = Keys(StoreBook(store))
+        made, _ = await keys.create(KeyRecord("", "acme", ""), 1.0)
+        assert [one.id for one in await keys.records()] == [made.id]
+    for who in ("coe:wrong-hunter2", "nobody:wrong-hunter2"):
+        for text in await refused(f"redis://{who}@{where}"):
+            assert "authentication" in text
+            assert "password" in text
+            assert "hunter2" not in text
+            assert "gone" not in text
+
+
+async def test_a_url_without_the_password_that_is_asked_for_is_told(server: RedisServer) -> None:
+    with server.client() as client:
+        client.config_set("requirepass", "secret")
+    assert all("authentication" in text for text in await refused(server.url))
+
+
+async def test_a_user_who_may_not_run_scripts_is_told(server: RedisServer) -> None:
+    with server.client() as client:
+        client.acl_setuser(
+            "coe", enabled=True, passwords=["+x"], keys=["*"], categories=["+@read", "+@connection"]
+        )
+    said = await refused(f"redis://coe:x@127.0.0.1:{server.port}/0")
+    assert all("permission" in text for text in said)
+
+
+async def test_a_replica_and_a_full_store_are_told(server: RedisServer) -> None:
+    with server.client() as client:
+        client.config_set("maxmemory", 1)
+        assert any("full" in text for text in await refused(server.url))
+        client.config_set("maxmemory", 0)
+        client.replicaof("127.0.0.1", "1")
+        said = await refused(server.url)
+        assert all("read-only" in text for text in said)
+
+
+async def test_a_node_of_a_cluster_is_told(tmp_path_factory: pytest.TempPathFactory) -> None:
+    server = RedisServer(tmp_path_factory.mktemp("node"), 21_379)
+    server.more = ["--cluster-enabled", "yes"]
+    server.start()
+    try:
+        with server.client() as client:
+            # Half of the slots: the cluster is down.
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
+        assert all("cluster" in text for text in await refused(server.url))
+    finally:
+        server.kill()

@@ -1,0 +1,143 @@
+"""What may be lost: memory and Redis keep it alike, and however much it is, what counts goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from itertools import count
+
+import pytest
+import pytest_asyncio
+from redis import Redis
+
+from service.errors import StoreGone
+from service.store.keys import KeyRecord, Keys, StoreBook
+from service.store.protocol import Account, Claim, Granted, Line
+from service.store.redis import RedisClient
+from service.store.shared import SharedStore
+from service.store.volatile import MemoryVolatile, VolatileStore
+from service.store.volatile_redis import RedisVolatile
+from service.store.windows import DAY
+from tests.support.redis import RedisServer, redis_server
+
+_ids = count()
+_MIB = 1024**2
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(params=["memory", "redis"])
+async def kept(request: pytest.FixtureRequest) -> AsyncIterator[VolatileStore]:
+    if request.param == "memory":
+        yield MemoryVolatile(_MIB)
+        return
+    server: RedisServer = request.getfixturevalue("server")
+    store = RedisVolatile(server.url, prefix=f"t{next(_ids)}", timeout_s=5)
+    yield store
+    await store.close()
+
+
+async def test_values_are_kept_for_a_while(kept: VolatileStore) -> None:
+    assert await kept.get("a/b") is None
+    await kept.put("a/b", b"\x00one", ttl_s=60)
+    await kept.put("a/b", b"\x00two", ttl_s=60)
+    await kept.put("short", b"x", ttl_s=0.02)
+    assert await kept.get("a/b") == b"\x00two"
+    await asyncio.sleep(0.05)
+    assert await kept.get("short") is None
+
+
+async def test_of_several_who_add_one_is_first(kept: VolatileStore) -> None:
+    first = await asyncio.gather(*(kept.add("v", b"1", ttl_s=60) for _ in range(10)))
+    assert sorted(first) == [False] * 9 + [True]
+    assert await kept.add("w", b"1", ttl_s=0.02)
+    await asyncio.sleep(0.05)
+    assert await kept.add("w", b"1", ttl_s=60)
+
+
+async def test_memory_stays_within_its_bytes_and_keeps_what_was_used_last() -> None:
+    kept = MemoryVolatile(10_000)
+    for i in range(1000):
+        await kept.put(f"n{i}", bytes(500), ttl_s=60)
+        assert kept.size_bytes <= 10_000
+        assert i == 0 or await kept.get("n0") is not None
+    assert await kept.get("n999") is not None
+    assert await kept.get("n500") is None
+    await kept.put("huge", bytes(20_000), ttl_s=60)
+    assert await kept.get("huge") is None
+    assert kept.size_bytes == 0
+
+
+async def test_however_much_may_be_lost_what_counts_is_not_refused(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Two Redis of little memory: the one for what may be lost is filled several times over."""
+    with (
+        redis_server(tmp_path_factory.mktemp("counts")) as counting,
+        redis_server(tmp_path_factory.mktemp("volatile")) as losing,
+    ):
+        for server, policy in ((counting, "noeviction"), (losing, "allkeys-lru")):
+            with server.client() as client:
+                client.config_set("maxmemory", _used(client) + 4 * _MIB)
+                client.config_set("maxmemory-policy", policy)
+        client_ = RedisClient(counting.url, "me", prefix="coe", timeout_s=5, lease_s=30)
+        store = SharedStore(client_, share=0, lease_s=30)
+        volatile = RedisVolatile(losing.url, prefix="coe", timeout_s=5)
+        await store.start()
+        keys = Keys(StoreBook(store))
+        made, _ = await keys.create(KeyRecord("", "acme", ""), 1.0)
+        budget = Account("budget/all", 10**9, DAY)
+        for i in range(400):
+            await volatile.put(f"cache/acme/answer/{i}", bytes(65_536), ttl_s=3600)
+            if i % 40 == 0:
+                got = await store.reserve(Claim(f"c{i}", (Line(budget, 7),)))
+                assert isinstance(got, Granted)
+                await store.settle(got, [7], None)
+        assert (await store.balances([budget]))[0].spent == 70
+        assert (await keys.revoke(made.id, 2.0)).revoked_s == 2.0
+        with losing.client() as client:
+            assert client.info("stats")["evicted_keys"] > 200
+        with counting.client() as client:
+            assert not [name for name in client.keys("*") if ":v:" in str(name)]
+        await volatile.close()
+        await store.stop()
+
+
+async def test_one_that_is_gone_is_said_so_and_not_waited_for(server: RedisServer) -> None:
+    gone = RedisVolatile("redis://127.0.0.1:1/0", prefix="x", timeout_s=5)
+    for _ in range(3):
+        with pytest.raises(StoreGone, match="volatile store can't be reached"):
+            await gone.get("a")
+    assert gone._rests_until_s > 0
+    await gone.close()
+
+
+def _used(client: Redis) -> int:
+    return int(client.info("memory")["used_memory"])
+
+
+async def test_rotating_and_revoking_at_once_never_brings_a_key_back(server: RedisServer) -> None:
+    """Two gateways, and somebody who rotates a key while another one revokes it."""
+    stores = []
+    for _ in range(2):
+        owner = f"o{next(_ids)}"
+        client = RedisClient(server.url, owner, prefix="race", timeout_s=5, lease_s=30)
+        store = SharedStore(client, share=0, lease_s=30)
+        await store.start()
+        stores.append(store)
+    one, other = (Keys(StoreBook(store)) for store in stores)
+    wanted = KeyRecord("", "acme", "")
+    for _ in range(30):
+        made, _ = await one.create(replace(wanted), 1.0)
+        await asyncio.gather(
+            one.rotate(made.id, 2.0, 60.0), other.revoke(made.id, 2.0), return_exceptions=True
+        )
+        after = {record.id: record for record in await one.records()}[made.id]
+        assert after.state(3.0) == "revoked"
+    for store in stores:
+        await store.stop()
