@@ -198,15 +198,39 @@ class StoreGone(Unavailable):
 
 
 class PoolGone(Unavailable):
-    """The pool can't be reached, or went away before the first byte (503)."""
+    """The pool went away while it had the request, before the first byte (503)."""
 
     code = "pool_gone"
+
+
+class PoolUnreachable(PoolGone):
+    """No connection to the pool was made: the request never got there (503)."""
+
+    code = "pool_unreachable"
+
+
+class PoolStopped(PoolGone):
+    """The pool stopped, as it had told that it would, before it had answered (503)."""
+
+    code = "pool_stopped"
 
 
 class EngineDead(Unavailable):
     """The engine died under the request (503, or an SSE error once bytes have gone out)."""
 
     code = "engine_dead"
+
+
+class EngineRestarting(EngineDead):
+    """The engine had died before the request reached it, and another is starting (503)."""
+
+    code = "engine_restarting"
+
+
+class EngineDiedTwice(CoeError):
+    """Two engines or pools died while they had this request; no third is given it (500)."""
+
+    code = "engine_died_twice"
 
 
 class DeadlineExceeded(Unavailable):

@@ -20,7 +20,7 @@ from service.api.relay import Relay
 from service.api.reply import Reply
 from service.api.worth import Worth
 from service.engine.protocol import Send
-from service.errors import CoeError, InvalidRequest, PromptTooLong
+from service.errors import CoeError, EngineDiedTwice, InvalidRequest, PromptTooLong
 from service.types import Recipe
 
 
@@ -69,7 +69,7 @@ class Answering:
             ensemble = Ensemble(relay, recipe, asked, plan, weighed, reply, deadline_s)
             try:
                 await ensemble.run()
-            except (InvalidRequest, PromptTooLong):
+            except (InvalidRequest, PromptTooLong, EngineDiedTwice):
                 raise
             except CoeError:
                 singles = plan.only(relay.book.single[plan.rows])

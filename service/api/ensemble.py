@@ -203,7 +203,8 @@ class Ensemble:
         sure = self.recipe.sure > 0 and len(self.recipe.members) == 1 and number == 0
         asked = self.asked.for_member(number, logprobs=sure and local)
         heard = _Heard()
-        answer = Answer(expert, Passage(expert=expert, trace=self.reply.passage.trace))
+        ours = self.reply.passage
+        answer = Answer(expert, Passage(expert=expert, trace=ours.trace, losses=ours.losses))
         reply = Reply(heard, [], answer.passage, time.monotonic())
         try:
             await self.relay.carry(asked, self._only(expert), reply, self.deadline_s)

@@ -47,8 +47,10 @@ class Passage:
 
     `predicted_s`: the wait that was expected of the option that answered. `..._at_s`: by
     `time.monotonic`; 0: never. `failed`: attempts that did before the first byte, as
-    (expert, code). `clipped`: what its answer was cut to, in tokens, where that is less than was
-    asked for. `engine_ms`: until the engine's first byte, as the pool measured it.
+    (expert, code). `losses`: boot ids of the pools that died, or whose engine did, while they
+    had the request; all calls of one request share the list. `clipped`: what its answer was cut
+    to, in tokens, where that is less than was asked for. `engine_ms`: until the engine's first
+    byte, as the pool measured it.
     """
 
     expert: str = ""
@@ -73,6 +75,7 @@ class Passage:
     trace: Trace | None = None
     calls: list[Spent] = field(default_factory=list)
     tried: Counter[tuple[str, str]] = field(default_factory=Counter)
+    losses: list[str] = field(default_factory=list)
 
     @property
     def cost(self) -> float:

@@ -9,6 +9,7 @@ from service.api.body import Asked
 from service.errors import (
     DeadlineExceeded,
     EngineDead,
+    EngineRestarting,
     EngineSilent,
     ExpertFailed,
     OverCapacity,
@@ -18,7 +19,16 @@ from service.errors import (
 from service.link.client import PoolReply
 
 # After these somebody else may answer.
-RETRIED = frozenset({"draining", "engine_dead", "over_capacity", "expert_failed", "pool_gone"})
+RETRIED = frozenset(
+    {
+        "draining",
+        "engine_dead",
+        "engine_restarting",
+        "over_capacity",
+        "expert_failed",
+        "pool_gone",
+    }
+)
 
 
 def too_late(asked: Asked, *, silent: bool) -> DeadlineExceeded:
@@ -46,5 +56,6 @@ def fault_from(code: str, body: bytes, retry_after: str | None) -> Unavailable:
         "over_capacity": OverCapacity,
         "expert_failed": ExpertFailed,
         "engine_dead": EngineDead,
+        "engine_restarting": EngineRestarting,
     }
     return kinds.get(code, PoolGone)(message, retry_after_s=float(retry_after or 1))

@@ -21,6 +21,15 @@ from service.api.passage import Passage, Spent
 from service.api.plan import Plan
 from service.api.pool_faults import RETRIED, fault_from, too_late, whole
 from service.api.reply import Reply
+from service.api.retries import (
+    MOST_LOSSES,
+    AfterFault,
+    WithoutOption,
+    after_fault,
+    is_loss,
+    tries_per_pool,
+    without_option,
+)
 from service.api.seats import RemoteSeat, seats_view
 from service.api.spending import Spending
 from service.api.trips import Trips
@@ -35,11 +44,13 @@ from service.engine.protocol import EngineRequest, Message
 from service.errors import (
     CoeError,
     DeadlineExceeded,
-    EngineDead,
+    EngineDiedTwice,
     EngineSilent,
     ExpertFailed,
     InvalidRequest,
     PoolGone,
+    PoolStopped,
+    PoolUnreachable,
     Unavailable,
     UpstreamError,
 )
@@ -54,7 +65,6 @@ if TYPE_CHECKING:
 # The pool enforces the deadline; the gateway only sees to it that a pool that
 # hangs can't keep a client for ever.
 _GRACE_S = 1.0
-_TRIES_PER_POOL = 2
 
 
 class Relay:
@@ -144,6 +154,8 @@ class Relay:
         single = plan.only(self.book.single[plan.rows])
         self.trips.began()
         while True:
+            if len(passage.losses) >= MOST_LOSSES:
+                raise _died_twice()  # another call of the same request may have seen the second
             option = self._next(asked, single, passage, fault, deadline_s, first)
             first = None
             if option is None:
@@ -178,12 +190,18 @@ class Relay:
                     await reply.break_off(error)
                     return
                 fault = error
-                if isinstance(error, DeadlineExceeded):
-                    raise
-                passage.failed.append((option.expert, error.code))
-                self.trips.forget_all_but([view.boot for view in self.views()])
-                if not self.trips.may_retry(error):
-                    raise
+                if is_loss(error):
+                    passage.losses.append(option.boot)
+                if not isinstance(error, DeadlineExceeded):
+                    passage.failed.append((option.expert, error.code))
+                    self.trips.forget_all_but([view.boot for view in self.views()])
+                match after_fault(error, len(passage.losses)):
+                    case AfterFault.DIED_TWICE:
+                        raise _died_twice() from None
+                    case AfterFault.RAISE:
+                        raise
+                    case AfterFault.RETRY_IF_PAID if not self.trips.pay_for_retry():
+                        raise
 
     def begin(self, asked: Asked, plan: Plan) -> Weighed:
         """The first choice for a request: tells pools of what it would rather have had."""
@@ -220,7 +238,7 @@ class Relay:
     ) -> Option | None:
         """The best option left. None: wait for a pool. Raises when there is no hope."""
         # The same pool again only where its engine died: it is starting another.
-        tries = _TRIES_PER_POOL if isinstance(fault, (EngineDead, PoolGone)) else 1
+        tries = tries_per_pool(fault)
         # After a fault, somebody else first.
         least_tried = range(min(1, len(passage.tried)), tries + 1)
         if first is not None and (found := self._winner(first, passage)) is not None:
@@ -234,21 +252,24 @@ class Relay:
                 return found
         experts = self._experts(plan)
         shut = self.trips.blocked()
-        if any((name, v.boot) in shut and usable(v, name) for v in views for name in experts):
-            raise fault if fault is not None else self.trips.refusal(experts)
-        if fault is not None and not isinstance(fault, (PoolGone, EngineDead)):
-            raise fault
-        if isinstance(fault, EngineDead) and any(
-            usable(view, name) for view in views for name in experts
+        there = [(name, v.boot) for v in views for name in experts if usable(v, name)]
+        reason = failure_reason(plan.first, views)
+        match without_option(
+            fault,
+            attempts=passage.attempts,
+            resting=any(place in shut for place in there),
+            usable=bool(there),
+            failed=reason is not None,
         ):
-            # The pool is there, and its next engine died of this request as well.
-            raise fault
-        if passage.attempts >= 2 * _TRIES_PER_POOL and fault is not None:
-            raise fault
-        if (reason := failure_reason(plan.first, views)) is not None:
-            raise ExpertFailed(
-                f"expert {plan.first!r} could not be loaded: {reason}", retry_after_s=30
-            )
+            case WithoutOption.RAISE_FAULT:
+                assert fault is not None
+                raise fault
+            case WithoutOption.REFUSE_AS_RESTING:
+                raise self.trips.refusal(experts)
+            case WithoutOption.REFUSE_AS_FAILED:
+                raise ExpertFailed(
+                    f"expert {plan.first!r} could not be loaded: {reason}", retry_after_s=30
+                )
         return None
 
     def _winner(self, weighed: Weighed, passage: Passage) -> Option | None:
@@ -327,9 +348,14 @@ class Relay:
                     tenant=asked.tenant,
                     trace=trace,
                 )
-                async with link.call(call, body) as answer:
-                    reply.passage.calls.append(spent)
-                    await self._pass_on(answer, asked, limit, reply)
+                try:
+                    async with link.call(call, body) as answer:
+                        reply.passage.calls.append(spent)
+                        await self._pass_on(answer, asked, limit, reply)
+                except PoolGone as error:
+                    if link.draining and not isinstance(error, PoolUnreachable):
+                        raise PoolStopped(error.message) from None
+                    raise
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -379,6 +405,12 @@ def _traced(
     if trace is None:
         return nullcontext(asked.trace)
     return trace.attempt(option.expert, option.boot or None)
+
+
+def _died_twice() -> EngineDiedTwice:
+    return EngineDiedTwice(
+        f"{MOST_LOSSES} engines died while they had this request; it is given to no other"
+    )
 
 
 def _start(status: int, headers: list[tuple[bytes, bytes]]) -> Message:

@@ -21,18 +21,13 @@ from service.errors import (
     CircuitOpen,
     CoeError,
     DeadlineExceeded,
-    Draining,
     EngineDead,
-    ExpertFailed,
-    OverCapacity,
     PoolGone,
     UpstreamError,
 )
 from service.telemetry import table
 from service.telemetry.meter import Meter
 
-# Nobody had worked on it: another attempt costs no more than the first would have.
-_FREE = (Draining, OverCapacity, ExpertFailed)
 _OWN = (EngineDead, PoolGone)
 
 Place = tuple[str, str]
@@ -79,10 +74,8 @@ class Trips:
         """A request has come: it earns its share of a retry."""
         self._budget.earn()
 
-    def may_retry(self, error: CoeError) -> bool:
-        """Whether another attempt may be made after this error; then it is paid for."""
-        if isinstance(error, _FREE):
-            return True
+    def pay_for_retry(self) -> bool:
+        """Whether the retry budget has another attempt left; then it is paid for."""
         made = self._budget.spend()
         if self.meter is not None:
             self.meter.add(table.RETRIES, 1, "made" if made else "refused")

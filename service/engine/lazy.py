@@ -13,7 +13,7 @@ from service.engine.protocol import (
     Send,
     SwappingEngine,
 )
-from service.errors import EngineDead
+from service.errors import EngineRestarting
 
 
 class LazyEngine:
@@ -25,7 +25,7 @@ class LazyEngine:
 
     def _engine(self) -> SwappingEngine:
         if self._made is None:
-            raise EngineDead("the engine has not been started")
+            raise EngineRestarting("the engine has not been started")
         return self._made
 
     async def start(self) -> EngineReport:

@@ -29,6 +29,7 @@ from service.engine.protocol import (
 from service.errors import (
     CoeError,
     EngineDead,
+    EngineRestarting,
     ExpertFailed,
     InvalidRequest,
     PromptTooLong,
@@ -123,7 +124,8 @@ class SimulatedEngine:
         """See `Engine.run`."""
         self._running += 1
         try:
-            self._check_alive(request.expert)
+            if self._dead is not None:
+                raise EngineRestarting(f"the engine of expert {request.expert!r} is dead")
             await self._answer(request, send)
         finally:
             self._running -= 1

@@ -29,7 +29,7 @@ from service.engine.protocol import (
 from service.engine.steered import NOTES
 from service.engine.vllm_stats import EngineStats
 from service.engine.watching import RouterWatch
-from service.errors import EngineDead, ExpertFailed
+from service.errors import EngineDead, EngineRestarting, ExpertFailed
 
 GENERATE_ENDPOINTS = frozenset(
     {
@@ -244,7 +244,7 @@ class VllmEngine:
     async def run(self, request: EngineRequest, send: Send) -> None:
         """See `Engine.run`."""
         if (why := self.failure()) is not None:
-            raise EngineDead(f"the engine of expert {request.expert!r} died: {why}")
+            raise EngineRestarting(f"the engine of expert {request.expert!r} died: {why}")
         reply = HeldReply(send)
         call = _Call(request)
         if self._stats is not None:

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import aiohttp
 import orjson
 
-from service.errors import PoolGone
+from service.errors import PoolGone, PoolUnreachable
 from service.link import secret as secrets
 from service.link.call import Call
 from service.link.snapshot import GONE_S, Snapshot, decode
@@ -82,6 +82,7 @@ class PoolLink:
         self._experts_changed = experts_changed or changed
         self.snapshot: Snapshot | None = None
         self.received_s = 0.0
+        self.draining = False  # as last heard: it stays known when the pool has gone
         self._session = session
         self._headers = {secrets.HEADER: secret}
         self._gateway = gateway
@@ -118,7 +119,8 @@ class PoolLink:
     async def call(self, call: Call, body: bytes) -> AsyncIterator[PoolReply]:
         """Send a call; leaving the context early stops it in the pool.
 
-        Raises PoolGone where no head of an answer came.
+        Raises PoolUnreachable where no connection was made, PoolGone where no head of an answer
+        came.
         """
         headers = {**self._headers, **call.headers(), "content-type": "application/json"}
         self._calls += 1
@@ -129,10 +131,15 @@ class PoolLink:
                 reply = await self._session.post(
                     self.address.url + call.endpoint, data=body, headers=headers
                 )
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+                kind = self.address.kind
+                raise PoolUnreachable(
+                    f"a pool of kind {kind!r} can't be reached ({type(error).__name__})"
+                ) from None
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 kind = self.address.kind
                 raise PoolGone(
-                    f"a pool of kind {kind!r} can't be reached ({type(error).__name__})"
+                    f"a pool of kind {kind!r} went away ({type(error).__name__})"
                 ) from None
             lowered = {key.lower(): value for key, value in reply.headers.items()}
             self._open.add(reply)
@@ -238,6 +245,7 @@ class PoolLink:
 
     def _heard(self, snapshot: Snapshot) -> None:
         before, self.snapshot = self.snapshot, snapshot
+        self.draining = snapshot.draining
         self.received_s = time.monotonic()
         acknowledged = snapshot.acks.get(self._gateway, 0)
         for seq in list(takewhile(lambda seq: seq <= acknowledged, self._unseen)):

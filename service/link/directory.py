@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import aiohttp
 
-from service.errors import PoolGone, UnknownModel
+from service.errors import PoolUnreachable, UnknownModel
 from service.link.client import PoolAddress, PoolLink, new_session
 from service.link.snapshot import GONE_S
 
@@ -75,10 +75,10 @@ class Directory:
         return [link for link in self._links.values() if link.age_s(now_s) <= GONE_S]
 
     def link(self, boot: str) -> PoolLink:
-        """The one to a pool. Raises PoolGone where it was not heard of for 3 s."""
+        """The one to a pool. Raises PoolUnreachable where it was not heard of for 3 s."""
         link = self._links.get(boot)
         if link is None or link.age_s(time.monotonic()) > GONE_S:
-            raise PoolGone("the pool has just gone")
+            raise PoolUnreachable("the pool has just gone")
         return link
 
     def holding(self, expert: str) -> list[PoolLink]:

@@ -88,6 +88,9 @@ def fault_of(error: CoeError) -> Fault:
     retry_after_s = _retry_after_s(error, status)
     if retry_after_s is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(retry_after_s))).encode()))
+    if isinstance(error, errors.EngineDiedTwice):
+        # OpenAI's and Anthropic's clients repeat what got a 500 unless they are told not to.
+        headers.append((b"x-should-retry", b"false"))
     return Fault(status, headers, body)
 
 

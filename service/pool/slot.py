@@ -20,7 +20,7 @@ from service.errors import (
     CoeError,
     Conflict,
     Draining,
-    EngineDead,
+    EngineRestarting,
     ExpertFailed,
     UnknownModel,
 )
@@ -88,7 +88,7 @@ class Slot(Generic[E]):
         `tokens`: about how much work its prompt is. `again`: what an earlier lease of this
         request raised; its place in the queue is kept.
 
-        Raises OverCapacity, ExpertFailed, Draining, EngineDead; Again where the request has
+        Raises OverCapacity, ExpertFailed, Draining, EngineRestarting; Again where the request has
         to be put back: in this or in another slot.
         """
         if self._draining and again is None:
@@ -118,7 +118,7 @@ class Slot(Generic[E]):
                 await self._waits[ticket]
             if self._engine is None or self._report is None:
                 # It died between waking this request and now.
-                raise EngineDead(f"the engine of expert {expert!r} died")
+                raise EngineRestarting(f"the engine of expert {expert!r} died")
             async with self._revocable(ticket) as run:
                 yield Lease(
                     self._engine,

@@ -147,7 +147,7 @@ async def test_a_swap_stands_in_the_wait() -> None:
 async def test_a_failed_attempt_and_a_refusal_are_errors() -> None:
     async with collecting() as (collector, url):
         async with site(traced(url, fail="first_byte")) as s:
-            assert (await s.ask(chat()))[0] == 503
+            assert (await s.ask(chat()))[0] == 500
             assert (await s.ask(chat(model="nobody")))[0] == 404
         failed = [attributes(span).get("error.type") for _, span in collector.spans]
         assert "engine_dead" in failed

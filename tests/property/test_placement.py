@@ -37,6 +37,8 @@ from tests.property.swap_stage import (
 )
 from tests.support.clock import FastTime
 
+_ROUGH = ("ok", "engine_dead", "engine_restarting", "expert_failed")
+
 _calls = itertools.count()
 
 
@@ -163,7 +165,7 @@ def test_every_request_ends_once_wherever_its_unit_goes(
             one
             for one in ended
             if not isinstance(one, asyncio.CancelledError)
-            and one not in (("ok", "engine_dead", "expert_failed") if rough else ("ok",))
+            and one not in (_ROUGH if rough else ("ok",))
         ]
         assert strange == []
 
