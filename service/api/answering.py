@@ -60,11 +60,13 @@ class Answering:
             asked = within_cost(asked, recipe.experts, relay.market, contexts)
         passage.clipped = asked.clipped
         row = -1
+        ended = False
         try:
             if recipe is None or recipe.kind == "single":
                 first = weighed if recipe is not None else None
                 await relay.carry(asked, plan, reply, deadline_s, first=first)
                 row = relay.book.index[passage.expert]
+                ended = passage.outcome == "ok"
                 return
             ensemble = Ensemble(relay, recipe, asked, plan, weighed, reply, deadline_s)
             try:
@@ -78,13 +80,15 @@ class Answering:
                 # No member answered: anybody may.
                 await relay.carry(asked, singles, reply, deadline_s)
                 row = relay.book.index[passage.expert]
+                ended = passage.outcome == "ok"
                 return
+            ended = passage.outcome == "ok"
             row = relay.book.recipe_index[recipe]
             if recipe.later:
                 expected = plan.reach[at]
                 self._worth.escalated(row, expected, ensemble.escalations, len(recipe.later))
         finally:
-            self._learn(plan, reply)
+            self._learn(plan, reply, ended=ended)
             if row >= 0 and passage.status == 200:
                 relay.conversations.answered(asked, passage.expert, passage.pool)
                 ids = (asked.request_id, asked.client_id)
@@ -97,7 +101,9 @@ class Answering:
         if math.isinf(left) or len(plan.rows) < 2:
             return plan
         market, book = self._relay.market, self._relay.book
-        each = market.expect(plan.category, asked.prompt_tokens, asked.most_tokens).cost
+        each = market.expect(
+            plan.category, asked.prompt_tokens, asked.most_tokens, asked.answers
+        ).cost
         worst = book.asks[plan.rows] @ each
         keep = worst <= left
         if not keep.any():
@@ -116,7 +122,8 @@ class Answering:
         """Whom each recipe of a plan may ask."""
         return [self._relay.book.recipes[row].experts for row in plan.rows.tolist()]
 
-    def _learn(self, plan: Plan, reply: Reply) -> None:
+    def _learn(self, plan: Plan, reply: Reply, *, ended: bool) -> None:
+        """Learn the lengths of the answers. `ended`: the last one came to its own end."""
         passage, spent = reply.passage, reply.spent
         if passage.status != 200:
             return
@@ -124,9 +131,11 @@ class Answering:
             # It told no usage: chunks are tokens, but for the first and the last.
             spent.completion_tokens = reply.events - 2
             spent.estimated = True
+        if spent is not None and not ended:
+            spent.ended = False
         for call in passage.calls:
-            if call.completion_tokens:
-                self._relay.market.saw(call.expert, plan.category, call.completion_tokens)
+            if call.length:
+                self._relay.market.saw(call.expert, plan.category, call.length, cut=call.cut)
 
     def explain(self, asked: Asked, plan: Plan) -> dict[str, Any]:
         """A decision for people: the posterior, and every candidate with what decided."""

@@ -183,7 +183,14 @@ class Ensemble:
             tokens = int(whole * min(1.0, max(0.0, running_s / max(option.answer_s, 1e-3))))
         passage = Passage(expert=expert)
         passage.calls.append(
-            Spent(expert, self.relay.market.price(expert), self.asked.prompt_tokens, tokens, True)
+            Spent(
+                expert,
+                self.relay.market.price(expert),
+                self.asked.prompt_tokens,
+                tokens,
+                estimated=True,
+                ended=False,
+            )
         )
         return Answer(expert, passage, error=Unavailable("no longer needed"))
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 class Spent:
     """One call of an expert. Times in ms. `tokens` are None until the reply told them.
 
-    `estimated`: the call was cut short, and its tokens are by the clock.
+    `estimated`: the call was cut short, and its tokens are by the clock. `answers`: how many are
+    asked for at once, each of `most_tokens` at most where there is a bound. `ended`: false where
+    it was stopped before its end.
     """
 
     expert: str
@@ -24,6 +26,20 @@ class Spent:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     estimated: bool = False
+    answers: int = 1
+    most_tokens: int | None = None
+    ended: bool = True
+
+    @property
+    def length(self) -> int:
+        """Tokens of each answer, on average; 0 until they are known."""
+        return (self.completion_tokens or 0) // self.answers
+
+    @property
+    def cut(self) -> bool:
+        """Whether its answers would have gone on, had they not been stopped or bounded."""
+        bounded = self.most_tokens is not None and self.length >= self.most_tokens
+        return bounded or not self.ended
 
     @property
     def cost(self) -> float:

@@ -322,7 +322,12 @@ class Relay:
         again = reply.passage.attempts - 1
         attempt_id = f"{asked.request_id}-again{again}" if again else asked.request_id
         handed = asyncio.Event()
-        spent = Spent(option.expert, self.market.price(option.expert))
+        spent = Spent(
+            option.expert,
+            self.market.price(option.expert),
+            answers=asked.answers,
+            most_tokens=asked.most_tokens,
+        )
         reply.spent = spent
         try:
             async with limit:

@@ -23,7 +23,9 @@ def wish_for(
 ) -> Wish:
     """`left_s`: what is left of the deadline; `banned`: places not to be asked again;
     `cost_price`: quality per unit of cost; `warm`: where the conversation is cached."""
-    expected = market.expect(plan.category, asked.prompt_tokens, asked.most_tokens)
+    expected = market.expect(
+        plan.category, asked.prompt_tokens, asked.most_tokens, asked.answers
+    )
     return Wish(
         rows=plan.rows,
         quality=plan.quality,
