@@ -178,7 +178,7 @@ class SimSlot:
             self._drain_s,
             closing=self._closed_s is not None,
         )
-        units = bounded(slot, self._views(now_s), self._policy, _NEVER)
+        units = bounded(slot, self._views(now_s), self._policy)
         step = next_step(slot, units, self._policy)
         if step.act is Next.SWAP:
             if self._closed_s is not None:
@@ -211,6 +211,7 @@ class SimSlot:
                 bring_s=costs.fill_s,
                 swap_s=costs.swap_s + (costs.fill_s if unit.tier is Residency.DISK else 0.0),
                 pinned=False,
+                start_s=_NEVER,
             )
             for name, unit in self._units.items()
         ]

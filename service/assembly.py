@@ -199,7 +199,16 @@ class Assembly:
                 swap_s=settings.simulated.swap_s if simulated else _SWAP_GUESS_S,
             ),
             changed=self.pool.changed,
+            apart=not simulated and self._swap_method == "respawn",
         )
+
+    @property
+    def _swap_method(self) -> str:
+        """How this pool's units take each other's place."""
+        method = self._settings.swap.method
+        if method == "auto":
+            return "respawn" if self._settings.gpus > 0 else "inplace"
+        return method
 
     @property
     def _start_guess_s(self) -> float:
@@ -242,9 +251,7 @@ class Assembly:
             return SimulatedEngine(self._played, settings.simulated, self._watch, bases)
         units = self._config.units(self._kind)
         adapters = next((unit[1:] for unit in units if unit[0] == first), ())
-        method = settings.swap.method
-        if method == "auto":
-            method = "respawn" if settings.gpus > 0 else "inplace"
+        method = self._swap_method
         if method == "sleep":
             return LazyEngine(partial(self._make_sleeping, first))
         merged = self._config.experts[first].form == "merged"

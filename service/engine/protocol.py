@@ -126,10 +126,14 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """An expert's weights are in host memory: how many bytes, and how long it took."""
+    """An expert's weights are in host memory: how many bytes, and how long it took.
+
+    starts: they are not yet: they come with an engine that the next exchange has to start.
+    """
 
     host_bytes: int
     fill_s: float
+    starts: bool = False
 
 
 @dataclass(frozen=True, slots=True)

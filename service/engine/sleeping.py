@@ -68,7 +68,7 @@ class SleepingEngines:
 
     async def fill(self, expert: str) -> Filled:
         """Nothing can be loaded beside the one that is awake: what will sleep is counted."""
-        return Filled(self._sizes.get(expert, 0), 0.0)
+        return Filled(self._sizes.get(expert, 0), 0.0, starts=expert not in self._engines)
 
     async def exchange(self, expert: str) -> Exchanged:
         """Put the running unit to sleep, and wake or start another's engine.

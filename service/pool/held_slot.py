@@ -36,7 +36,8 @@ class HeldSlot(SharedSlot):
             # From here on nobody swaps to it.
             self._known[name].tier = Residency.DISK
             self._set_unit(name, Residency.DISK)
-            self._dropping[name] = self._known[name].host_bytes
+            leaving = self._dropping if unit is None else self._clearing
+            leaving[name] = self._known[name].host_bytes
         if unit is not None:
             self._filling_unit = unit
             self._set_unit(unit, Residency.LOADING)
@@ -48,19 +49,21 @@ class HeldSlot(SharedSlot):
         try:
             for name in drops:
                 await engine.drop(name, for_next=unit is not None)
-                self._dropping.pop(name, None)
+                self._has_left(name)
             if unit is not None:
                 filled = await engine.fill(unit)
                 known = self._known[unit]
                 known.tier = Residency.HOST
                 known.host_bytes = filled.host_bytes
                 known.fill_s = filled.fill_s
+                known.starts = filled.starts
                 known.wanted = False
                 known.deaths = 0
                 self._set_unit(unit, Residency.HOST)
         except Exception as error:
             why = error.message if isinstance(error, CoeError) else repr(error)
             if isinstance(error, EngineDead) or engine.failure() is not None:
+                self._freeze_held()
                 if unit is not None:
                     self._died_with(unit, error)
             elif unit is not None:
@@ -70,8 +73,12 @@ class HeldSlot(SharedSlot):
         finally:
             self._filling = self._filling_unit = None
             for name in drops:
-                self._dropping.pop(name, None)
+                self._has_left(name)
             self._event.set()
+
+    def _has_left(self, unit: str) -> None:
+        self._dropping.pop(unit, None)
+        self._clearing.pop(unit, None)
 
     def _in_use(self, unit: str) -> str:
         """A unit on whose account a unit's weights can't go, as it runs on them; or empty."""
@@ -102,12 +109,17 @@ class HeldSlot(SharedSlot):
         try:
             for name in names:
                 await engine.drop(name)
+        except CoeError as error:
+            if isinstance(error, EngineDead) or engine.failure() is not None:
+                self._freeze_held()
+            raise
         finally:
             for name in names:
                 self._dropping.pop(name, None)
 
     def _died_with(self, unit: str, error: Exception) -> None:
         """The engine died while it took in a unit's weights: perhaps not that unit's fault."""
+        self._freeze_held()
         known = self._known[unit]
         known.deaths += 1
         if known.deaths >= _DEATHS:

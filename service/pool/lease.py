@@ -38,14 +38,17 @@ class Lease:
 
 
 class Again(Exception):
-    """A request that was put back before its first byte: ask for a lease again, with this.
+    """A request that must ask for a lease again, with this: it keeps its place in the queue.
 
-    `arrived_s`: when it first came. Not an error: nobody but the pool sees it.
+    `arrived_s`: when it first came. `put_back`: it ran, and was put back before its first byte; who
+    only waited and was moved to another slot has not used up that right. Not an error: nobody but
+    the pool sees it.
     """
 
-    def __init__(self, arrived_s: float) -> None:
+    def __init__(self, arrived_s: float, *, put_back: bool) -> None:
         super().__init__("asked again")
         self.arrived_s = arrived_s
+        self.put_back = put_back
 
 
 @dataclass(slots=True)

@@ -24,14 +24,12 @@ _EVENED = 0.25
 class Place:
     """One slot: its state, its units, the pool's units that its engine can take in.
 
-    start_s: what another engine takes to start there. settled: its engine runs, and
-    nothing is on its way to or from its memory.
+    settled: its engine runs, and nothing is on its way to or from its memory.
     """
 
     slot: SlotView
     units: Sequence[UnitView]
     fits: frozenset[str]
-    start_s: float
     settled: bool
 
 
@@ -133,7 +131,7 @@ def _wait_s(place: Place, unit: UnitView, policy: Policy) -> float:
 def _cost_s(place: Place, unit: UnitView) -> float:
     """What running it there takes, from its files."""
     if unit.name not in place.fits:
-        return place.start_s
+        return unit.start_s
     return unit.bring_s + (unit.swap_s - unit.bring_s if _counts_bring(unit) else unit.swap_s)
 
 

@@ -47,9 +47,9 @@ class UnitView:
     oldest_s: how long its oldest waiting request has waited. demand_per_s: requests
     per second, as a moving average. bring_s: from disk to host. swap_s: from where it
     is now to running. exchangeable: the slot's present engine can run it; another one
-    has to be started otherwise. wanted: an operator asked for it to be held. needs: the unit
-    whose weights it runs on; it weighs nothing then, can't be held without them, and they not be
-    forgotten without it.
+    has to be started otherwise, which takes start_s. wanted: an operator asked for it to be held.
+    needs: the unit whose weights it runs on; it weighs nothing then, can't be held without them,
+    and they not be forgotten without it.
     """
 
     name: str
@@ -65,6 +65,7 @@ class UnitView:
     exchangeable: bool = True
     wanted: bool = False
     needs: str = ""
+    start_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +113,10 @@ def urgency(unit: UnitView, policy: Policy) -> float:
     return (unit.waiting_tokens + policy.aging_per_s * unit.oldest_s) / max(unit.swap_s, 1e-3)
 
 
-def bounded(
-    slot: SlotView, units: Sequence[UnitView], policy: Policy, start_s: float
-) -> list[UnitView]:
+def bounded(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> list[UnitView]:
     """The units as they are under the bound on host memory.
 
-    One that can't be held beside the running and the pinned ones needs an engine to
-    itself, which takes `start_s`.
+    One that can't be held beside the running and the pinned ones needs an engine to itself.
     """
     bound = policy.most_bytes if policy.most_bytes is not None else policy.host_bytes
     if bound is None:
@@ -130,7 +128,7 @@ def bounded(
         u
         if u.tier is not Residency.DISK
         or (0 if owner_of(u) in stay else weights.get(owner_of(u), 0)) <= room
-        else replace(u, exchangeable=False, swap_s=start_s)
+        else replace(u, exchangeable=False, swap_s=u.start_s)
         for u in units
     ]
 
@@ -276,15 +274,13 @@ def to_drop(
 ) -> list[str]:
     """Units to forget so that what is held, and `coming`, stays within the bound.
 
-    What belongs there least goes first; never the running unit, nor a pinned one (unless other
-    slots need the room that it has beyond this one's), nor the weights that these or `coming` run
-    on. With weights go the units that run on them.
+    What belongs there least goes first; never the running unit, nor a pinned one that fits beside
+    it, nor the weights that these or `coming` run on. With weights go the units that run on them.
     """
     if policy.host_bytes is None:
         return []
     held = [u for u in units if u.tier is not Residency.DISK and u.name != coming]
-    arriving = sum(u.host_bytes for u in units if u.name == coming)
-    excess = sum(u.host_bytes for u in held) + arriving - policy.host_bytes
+    excess = _held_with(units, coming) - policy.host_bytes
     if excess <= 0:
         return []
     wanted = to_keep(slot, units, policy)
@@ -294,11 +290,7 @@ def to_drop(
         for u in units
         if u.name in (slot.running_unit, coming)
         or u.tier is Residency.LOADING
-        or (
-            u.pinned
-            and u.tier is not Residency.DISK
-            and (policy.most_bytes is None or u.name in wanted)
-        )
+        or (u.pinned and u.tier is not Residency.DISK and u.name in wanted)
     }
     wait = {owner_of(u) for u in units if u.waiting}
     order = sorted(
@@ -313,3 +305,15 @@ def to_drop(
         dropped.append(unit.name)
         excess -= unit.host_bytes
     return dropped
+
+
+def _held_with(units: Sequence[UnitView], coming: str | None) -> int:
+    return sum(u.host_bytes for u in units if u.tier is not Residency.DISK or u.name == coming)
+
+
+def has_room(
+    units: Sequence[UnitView], policy: Policy, coming: str, dropped: Sequence[str]
+) -> bool:
+    """Whether `coming` is within the bound on host memory once others have been dropped."""
+    gone = sum(u.host_bytes for u in units if u.name in dropped)
+    return policy.host_bytes is None or _held_with(units, coming) - gone <= policy.host_bytes

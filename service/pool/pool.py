@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from service.engine.protocol import EngineRequest, Send
 from service.errors import (
     CoeError,
+    Conflict,
     DeadlineExceeded,
     EngineDead,
     EngineSilent,
@@ -30,7 +31,7 @@ from service.pool.lease import Again
 from service.pool.measured import Measured
 from service.pool.placement import next_move
 from service.pool.planner import Policy
-from service.pool.sharing import claims, divide
+from service.pool.sharing import claims, divide, least
 from service.pool.slot import Slot
 from service.pool.swap_slot import SwapSlot
 from service.pool.units import Unit
@@ -60,6 +61,8 @@ class Pool:
         # How its shared slots weigh things, and what they may hold together and each.
         self._policy: Policy | None = None
         self._rooms: dict[SwapSlot, int] = {}
+        # Slots that went, whose engines have not ended yet: they hold what they hold.
+        self._ending: set[SwapSlot] = set()
         self._watch = watch
         self.boot = secrets.token_hex(8)
         self._slots: list[Slot[Any]] = []
@@ -117,15 +120,16 @@ class Pool:
         True: some have less than they should, until others have forgotten as much.
         """
         policy, shared = self._policy, self.shared
-        if policy is None or policy.host_bytes is None or len(shared) < 2:
+        if policy is None or policy.host_bytes is None or len(shared) + len(self._ending) < 2:
             self._rooms.clear()
             for slot in shared:
                 slot.policy = policy or slot.policy
             return False
-        claimed = claims(policy.host_bytes, [slot.view(()) for slot in shared], policy)
+        bound = policy.host_bytes - sum(slot.held_bytes() for slot in self._ending)
+        claimed = claims(bound, [slot.view(()) for slot in shared], policy)
         given = [self._rooms.get(slot, 0) for slot in shared]
         held = [slot.held_bytes() for slot in shared]
-        rooms = divide(policy.host_bytes, claimed, given, held)
+        rooms = divide(bound, claimed, given, held)
         self._rooms = dict(zip(shared, rooms, strict=True))
         for slot, claim in zip(shared, claimed, strict=True):
             slot.policy = replace(policy, host_bytes=self._rooms[slot], most_bytes=claim.most)
@@ -186,10 +190,14 @@ class Pool:
         await slot.close(why)
         task = self._tasks.pop(slot)
         self._slots.remove(slot)
+        if isinstance(slot, SwapSlot):
+            self._ending.add(slot)
         self._divide()
         self.changed()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        self._ending.discard(slot)
+        self._divide()
 
     def _give_one_to(self, slot: SwapSlot) -> None:
         """Another slot's unit for one whose last unit goes, if one can be spared."""
@@ -359,7 +367,19 @@ class Pool:
         slot = self._slot(expert)
         if act not in OPERATIONS:
             raise UnknownEndpoint(f"no operation {act!r}; operations: {', '.join(OPERATIONS)}")
+        if act == "pin" and isinstance(slot, SwapSlot):
+            self._check_pin(slot.unit_of(expert).name)
         await slot.operate(act, expert)
+
+    def _check_pin(self, unit: str) -> None:
+        """Raises Conflict where a pin would leave no room for the others to take turns."""
+        bound = self._policy.host_bytes if self._policy is not None else None
+        places = [slot.view(()) for slot in self.shared]
+        if bound is not None and (needed := least(places, unit)) > bound:
+            raise Conflict(
+                f"expert {unit!r} can't be pinned: with it {needed / 1024**3:.2f} GiB have to stay "
+                f"in host memory, and swap.host_bytes is {bound / 1024**3:.2f} GiB"
+            )
 
     def demand(self, wanted: dict[str, float]) -> None:
         """What gateways would have sent here, were it resident: utility by expert."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +42,9 @@ class SharedSlot(Slot[SwappingEngine]):
         start_guess_s: float,
         guess: Known,
         changed: Callable[[], None],
+        apart: bool = False,
     ) -> None:
+        """`apart`: until an engine has told, each unit with weights is taken to need its own."""
         super().__init__(
             tuple(name for unit in units for name in unit.experts),
             lambda: build_for(self._unit),
@@ -64,8 +66,20 @@ class SharedSlot(Slot[SwappingEngine]):
         self._closed_s: float | None = None
         self._event = asyncio.Event()
         self._filling_unit: str | None = None
-        # Bytes that are on their way out of the engine, by unit.
+        # Bytes that are on their way out of the engine, by unit; and those that go so that
+        # `_filling_unit` can come.
         self._dropping: dict[str, int] = {}
+        self._clearing: dict[str, int] = {}
+        # Whether there is an engine's process, or room was made for one; and what an engine that
+        # is being stopped held at last: until it has ended its memory is not free.
+        self._occupied = False
+        self._ending_bytes: int | None = None
+        self._stop_s = 0.0
+        # The unit that the engine was started with.
+        self._first = ""
+        # What engines that started with a unit can run, as they told.
+        self._apart = apart
+        self._able: dict[str, frozenset[str]] = {}
         # Units that are to go, and who waits until they are gone.
         self._retired: dict[str, asyncio.Event] = {}
         self.swaps: list[Swap] = []
@@ -107,7 +121,7 @@ class SharedSlot(Slot[SwappingEngine]):
         if (engine := self._engine) is None:
             return unit != self._unit  # the next engine starts with that one
         views = self._unit_views(now_s, engine.exchangeable)
-        beside = bounded(self._slot_view(now_s), views, self.policy, self._start_s)
+        beside = bounded(self._slot_view(now_s), views, self.policy)
         if not any(view.name == unit and view.exchangeable for view in beside):
             raise Conflict(
                 f"expert {unit!r} can't be held beside {self._unit!r}: it needs an engine of its "
@@ -132,6 +146,7 @@ class SharedSlot(Slot[SwappingEngine]):
 
     def _forget_unit(self, unit: str) -> Known:
         gone = self._units.pop(unit)
+        self._able.pop(unit, None)
         for name in gone.experts:
             del self._unit_of[name], self._states[name]
         self._recount()
@@ -147,18 +162,33 @@ class SharedSlot(Slot[SwappingEngine]):
         return self._known[unit].tier in (Residency.HOST, Residency.DEVICE)
 
     def held_bytes(self) -> int:
-        """Bytes of weights that are in host memory, or on their way to it or out of it."""
+        """Bytes of weights that are in host memory, or on their way to it or out of it.
+
+        Those of an engine that is still to start count from when room was made for it.
+        """
+        if self._ending_bytes is not None:
+            return self._ending_bytes
+        if not self._occupied:
+            return 0
         there = {self._weighs(self._unit)} | {
-            name
-            for name, known in self._known.items()
-            if known.tier is not Residency.DISK or name == self._filling_unit
+            name for name, known in self._known.items() if known.tier is not Residency.DISK
         }
-        held = sum(self._known[n].host_bytes for n in there if not self._units[n].needs)
-        leaving = sum(self._dropping.values())
-        if self._filling_unit is not None and leaving and not self._units[self._filling_unit].needs:
-            # It comes when these have gone.
-            return max(held, held - self._known[self._filling_unit].host_bytes + leaving)
-        return held + leaving
+        coming = self._filling_unit
+        held = sum(
+            self._known[name].host_bytes
+            for name in there
+            if not self._units[name].needs and name != coming
+        )
+        arriving = 0
+        if coming is not None and not self._units[coming].needs:
+            arriving = self._known[coming].host_bytes
+        # It comes when those that make room for it have gone, and not before.
+        return held + sum(self._dropping.values()) + max(arriving, sum(self._clearing.values()))
+
+    def _freeze_held(self) -> None:
+        """The engine died or is given up: until it has been stopped, all that it held is there."""
+        if self._ending_bytes is None:
+            self._ending_bytes = self.held_bytes()
 
     def _weighs(self, unit: str) -> str:
         """The unit whose weights a unit runs on."""
@@ -170,6 +200,34 @@ class SharedSlot(Slot[SwappingEngine]):
         own_s = 0.0 if self._is_held(unit) else known.fill_s
         needs = self._units[unit].needs
         return own_s + (self._bring_s(needs) if needs in self._units else 0.0)
+
+    def _start_of(self, unit: str) -> float:
+        """What another engine takes to run a unit, in s, once there is none."""
+        owner = self._weighs(unit)
+        known = self._known.get(owner)
+        start_s = (known.start_s if known is not None else 0.0) or self._start_s
+        if owner == unit:
+            return start_s
+        return start_s + self._known[unit].fill_s + self._known[unit].swap_s
+
+    def _stop_of(self, unit: str) -> float:
+        """What the end of an engine that was started with a unit takes, in s."""
+        known = self._known.get(unit)
+        return (known.stop_s if known is not None else 0.0) or self._stop_s
+
+    def _respawn_to(self, unit: str) -> float:
+        """What leaving this engine for another that runs a unit takes, in s."""
+        return self._stop_of(self._first) + self._start_of(unit)
+
+    def _can_run(self) -> frozenset[str]:
+        """The units that this slot's engine can run; while one starts, as far as that is known."""
+        if self._engine is not None:
+            return self._engine.exchangeable
+        if (told := self._able.get(self._unit)) is not None:
+            return told
+        if not self._apart:
+            return frozenset(self._units)
+        return frozenset(n for n in self._units if self._weighs(n) == self._weighs(self._unit))
 
     def _send_away(self, unit: str, why: Callable[[Ticket], CoeError | Again]) -> None:
         """Whoever waits for a unit is told."""
@@ -194,8 +252,9 @@ class SharedSlot(Slot[SwappingEngine]):
         self._event.set()
 
     def _swap_s_since(self, since_s: float) -> float:
+        # What of each was after that.
         return sum(
-            swap.swap_s for swap in reversed(self.swaps) if swap.began_s + swap.swap_s > since_s
+            min(swap.swap_s, max(0.0, swap.began_s + swap.swap_s - since_s)) for swap in self.swaps
         )
 
     # --- what it tells
@@ -240,21 +299,58 @@ class SharedSlot(Slot[SwappingEngine]):
         return dict(self.counts)
 
     def states(self) -> dict[str, ExpertState]:
-        """Each expert's state, with the time until it could answer if it were its turn."""
-        told = {}
-        left_s = max(0.5, self._start_s - (time.monotonic() - self._started_at))
-        for name, state in self._states.items():
-            known = self._known[self._unit_of[name]]
-            if self._engine is None and state.state is Residency.LOADING:
-                eta_s = float(round(left_s))
-            elif state.state is Residency.HOST:
-                eta_s = round(known.swap_s, 3)
-            elif state.state in (Residency.DISK, Residency.LOADING):
-                eta_s = round(self._bring_s(self._unit_of[name]) + known.swap_s, 1)
+        """Each expert's state, with the time until it could answer if it were its turn.
+
+        Both times are those that the planner reckons with: where another engine must be started,
+        what that takes. swap_s: of the ways there and back again the mean.
+        """
+        now_s = time.monotonic()
+        units = self._unit_views(now_s, self._can_run())
+        views = bounded(self._slot_view(now_s), units, self.policy)
+        able = {view.name for view in views if view.exchangeable}
+        starting = self._engine is None
+        left_s = max(0.5, self._respawn_to(self._unit) - (now_s - self._started_at))
+        times: dict[str, tuple[float, float]] = {}
+        for unit, known in self._known.items():
+            there_s, back_s = self._way(unit, able)
+            bring_s = self._bring_s(unit) if unit in able else 0.0
+            if starting:
+                # Rounded, so that a countdown is no change worth a line in every snapshot.
+                after_s = 0.0 if unit == self._unit else bring_s + there_s
+                eta_s = float(round(left_s + after_s))
+            elif known.tier is Residency.HOST:
+                eta_s = round(there_s, 3)
             else:
-                eta_s = 0.0
-            told[name] = replace(state, eta_s=eta_s, swap_s=round(known.swap_s, 3))
+                eta_s = round(bring_s + there_s, 1)
+            times[unit] = eta_s, round((there_s + back_s) / 2, 3)
+        told = {}
+        for name, state in self._states.items():
+            eta_s, swap_s = times[self._unit_of[name]]
+            waits = state.state in (Residency.HOST, Residency.DISK, Residency.LOADING)
+            told[name] = replace(state, eta_s=eta_s if waits else 0.0, swap_s=swap_s)
         return told
+
+    def _swap_to(self, unit: str, able: Collection[str]) -> float:
+        """From where a unit's weights are now to running, in s."""
+        if unit not in able:
+            return self._respawn_to(unit)
+        known = self._known[unit]
+        return self._start_of(unit) if known.starts else known.swap_s + self._bring_s(unit)
+
+    def _way(self, unit: str, able: Collection[str]) -> tuple[float, float]:
+        """From the running unit to another, its weights at hand, and back. In s."""
+        running = self._unit
+        if unit == running:
+            swap_s = self._known[unit].swap_s
+            return swap_s, swap_s
+        if unit not in able:
+            there_s, back_s = self._start_of(unit), self._start_of(running)
+            if self._engine is None:
+                return self._stop_of(running) + there_s, self._stop_of(unit) + back_s
+            return self._stop_of(self._first) + there_s, self._stop_of(unit) + back_s
+        there, back = self._known[unit], self._known[running]
+        there_s = self._start_of(unit) if there.starts else there.swap_s
+        return there_s, back.swap_s if back.measured else there.swap_s
 
     def view(self, pool_units: Iterable[str]) -> Place:
         """This slot as the pool's placement sees it."""
@@ -265,7 +361,6 @@ class SharedSlot(Slot[SwappingEngine]):
             self._slot_view(now_s),
             self._unit_views(now_s, able),
             frozenset(pool_units) & able,
-            self._start_s,
             settled=engine is not None and self._filling_unit is None and self._is_settled(),
         )
 
@@ -305,13 +400,12 @@ class SharedSlot(Slot[SwappingEngine]):
                     demand_per_s=known.demand_per_s(now_s),
                     host_bytes=0 if unit.needs else known.host_bytes,
                     bring_s=known.fill_s,
-                    swap_s=(known.swap_s + self._bring_s(name))
-                    if name in exchangeable
-                    else self._start_s,
+                    swap_s=self._swap_to(name, exchangeable),
                     pinned=known.pinned,
                     exchangeable=name in exchangeable,
                     wanted=known.wanted,
                     needs=unit.needs,
+                    start_s=self._respawn_to(name),
                 )
             )
         return views

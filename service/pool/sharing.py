@@ -78,6 +78,18 @@ def _turn(unit: UnitView, policy: Policy) -> tuple[bool, bool, float, str]:
     return (not_late, not_late and unit.tier is Residency.DISK, order, name)
 
 
+def least(places: Sequence[Place], pinned: str = "") -> int:
+    """Bytes that slots hold at least, whatever runs: pinned units, and the largest others.
+
+    `pinned`: a unit that is to be pinned, beside those that are.
+    """
+    owners = {owner_of(u) for place in places for u in place.units if u.pinned or u.name == pinned}
+    sizes = {u.name: u.host_bytes for place in places for u in place.units if not u.needs}
+    kept = sum(size for name, size in sizes.items() if name in owners)
+    loose = sorted((size for name, size in sizes.items() if name not in owners), reverse=True)
+    return kept + sum(loose[: len(places)])
+
+
 class _Taking:
     """Units taken one by one, as far as there is room left beyond each slot's own."""
 
@@ -106,11 +118,11 @@ def divide(
     """What each slot may hold from now on. `given`: until now; `held`: what it does hold.
 
     Taken at once from those that have more than they need, as far as others need it; given
-    as far as it is free.
+    as far as it is free. Where the bound can't hold what all need, which is then the largest unit
+    of each alone, that much is divided: not more, and by the same rules.
     """
     needs = [claim.needs for claim in claimed]
-    if sum(needs) > bound:
-        return needs
+    bound = max(bound, sum(needs))
     rooms = list(given)
     short = sum(map(max, given, needs)) - bound
     for i in sorted(range(len(rooms)), key=lambda k: (needs[k] - given[k], k)):

@@ -106,6 +106,7 @@ class Slot(Generic[E]):
             tenant=tenant,
             again=again is not None,
         )
+        ticket.again = again is not None and again.put_back
         self._idle.clear()
         if again is None:
             self._arrived(ticket)
@@ -150,7 +151,7 @@ class Slot(Generic[E]):
             # As asyncio.timeout does it: somebody else may have cancelled the request, too.
             if not run.revoked or task.uncancel() > cancelled:
                 raise
-            raise Again(ticket.arrived_s) from None
+            raise Again(ticket.arrived_s, put_back=True) from None
         finally:
             del self._runs[ticket]
 
@@ -207,6 +208,7 @@ class Slot(Generic[E]):
             engine: E | None = None
             try:
                 engine = self._build()
+                await self._make_ready()
                 async with turn:
                     await self._bring_up(engine)
                 await self._watch(engine)
@@ -217,13 +219,19 @@ class Slot(Generic[E]):
                 log.error("engine of %s failed: %s", "/".join(self.experts), why)
                 self._set_all(Residency.FAILED, why)
                 self._refuse_waiting()
-                if engine is not None:
-                    await engine.stop()
+                await self._end(engine)
                 await asyncio.sleep(self._retry_s())
             finally:
                 self._engine = None
-                if engine is not None:
-                    await engine.stop()
+                await self._end(engine)
+
+    async def _make_ready(self) -> None:
+        """What must be so before this slot's next engine may take its turn to start."""
+
+    async def _end(self, engine: E | None) -> None:
+        """Stop an engine; from then on its memory is free."""
+        if engine is not None:
+            await engine.stop()
 
     def _retry_s(self) -> float:
         """How long to wait after a start that failed, before the next."""

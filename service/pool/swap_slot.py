@@ -18,13 +18,22 @@ from service.errors import CoeError, EngineDead, UnknownModel
 from service.link.snapshot import ExpertState
 from service.pool.held_slot import RETRY_S, TICK_S, HeldSlot
 from service.pool.lease import Again
-from service.pool.planner import LATE, Next, UnitView, bounded, next_fetch, next_step, to_drop
+from service.pool.planner import (
+    LATE,
+    Next,
+    UnitView,
+    bounded,
+    has_room,
+    next_fetch,
+    next_step,
+    to_drop,
+)
 from service.pool.units import Known, Swap, Unit
 from service.types import Residency
 
 log = logging.getLogger("coe.pool")
 
-_EWMA = 0.3
+_EWMA = 0.3  # of how long ending the running requests takes
 
 
 class SwapSlot(HeldSlot):
@@ -36,6 +45,8 @@ class SwapSlot(HeldSlot):
 
     # Whom the next engine is started for, where that is a unit without weights of its own.
     _meant = ""
+    # The swap that the next engine is started for: its unit, why, and when it began.
+    _respawn: tuple[str, str, float] | None = None
 
     # --- units come and go
 
@@ -50,7 +61,9 @@ class SwapSlot(HeldSlot):
             return None  # they stay together
         if self._known[unit].tier not in (Residency.DISK, Residency.HOST):
             return None
-        self._send_away(unit, lambda ticket: Again(ticket.arrived_s))
+        if self._retired and len(self.staying) == 1:
+            return None  # who is to go needs somebody who can run instead
+        self._send_away(unit, lambda ticket: Again(ticket.arrived_s, put_back=ticket.again))
         return self._let_go(unit)
 
     def _let_go(self, unit: str) -> Known:
@@ -108,31 +121,55 @@ class SwapSlot(HeldSlot):
         self._open = False
         if heir.tier is Residency.HOST:
             return await self._swap(engine, heir.name, "removed")
-        if not heir.exchangeable:
+        drops = to_drop(self._slot_view(time.monotonic()), units, self.policy, heir.name)
+        # It is only fetched beside the unit that goes where there is room for both.
+        if not heir.exchangeable or not has_room(units, self.policy, heir.name, drops):
             self._respawn_for(heir.name, "removed")
             return False
-        slot = self._slot_view(time.monotonic())
-        self._fetch(engine, heir.name, to_drop(slot, units, self.policy, heir.name))
+        self._fetch(engine, heir.name, drops)
         return True
 
     # --- the engine's life
 
+    async def _make_ready(self) -> None:
+        """Nothing is held; wait for room, before others' starts would have to wait for that."""
+        self._emptied()
+        await self._room_for_one()
+        self._occupied = True
+
+    async def _end(self, engine: SwappingEngine | None) -> None:
+        began_s = time.monotonic()
+        lived = self._ending_bytes is not None and engine is not None and engine.failure() is None
+        await super()._end(engine)
+        if lived:
+            self._stop_s = time.monotonic() - began_s
+            if (known := self._known.get(self._first)) is not None:
+                known.stop_s = self._stop_s
+        self._occupied, self._ending_bytes = False, None
+        self._dropping.clear()
+        self._clearing.clear()
+
     async def _bring_up(self, engine: SwappingEngine) -> None:
         """Start the engine with the unit that is to run."""
-        self._emptied()
-        self._dropping.clear()  # the engine before has stopped
-        await self._room_for_one()
-        began_s = self._started_at = time.monotonic()
+        began_s = time.monotonic()
+        self._started_at = began_s - self._stop_of(self._first)
         report = await engine.start()
         self._engine, self._report = engine, report
         for name in self._units[self._unit].experts:
             await engine.load(name)
+        self._able[self._unit] = engine.exchangeable
+        self._first = self._unit
         self._start_s = time.monotonic() - began_s
+        self._known[self._unit].start_s = self._start_s
         self._failed_starts = 0
         self._has_worked = True
         meant, self._meant = self._meant, ""
         if meant in self._units and self._units[meant].needs == self._unit:
             await self._take_on(engine, meant)
+        if self._respawn is not None and self._respawn[0] == self._unit:
+            unit, reason, began_s = self._respawn
+            self._note(Swap(unit, "respawn", reason, began_s, time.monotonic() - began_s))
+        self._respawn = None
         self._run_unit(self._unit)
 
     async def _room_for_one(self) -> None:
@@ -152,6 +189,7 @@ class SwapSlot(HeldSlot):
             filled = await engine.fill(unit)
             known = self._known[unit]
             known.host_bytes, known.fill_s = filled.host_bytes, filled.fill_s
+            known.starts = filled.starts
             if (await engine.exchange(unit)).ok:
                 self._known[base].tier = Residency.HOST
                 self._set_unit(base, Residency.HOST)
@@ -189,6 +227,7 @@ class SwapSlot(HeldSlot):
                         await self._event.wait()
         finally:
             self._open = False
+            self._freeze_held()
             if self._filling is not None:
                 self._filling.cancel()
                 await asyncio.gather(self._filling, return_exceptions=True)
@@ -196,10 +235,7 @@ class SwapSlot(HeldSlot):
         if (why := engine.failure()) is not None:
             log.error("engine of %s died (%s); starting another", self._unit, why)
         self._engine = None
-        held = self.held_bytes()
         self._emptied()
-        # Until that engine has been stopped its memory is not free.
-        self._dropping = {"": max(0, held - self.held_bytes())}
 
     def lost(self) -> None:
         """A request saw the engine die."""
@@ -210,10 +246,11 @@ class SwapSlot(HeldSlot):
         """One look and what follows from it. False: this engine can't run who is next."""
         now_s = time.monotonic()
         slot = self._slot_view(now_s)
-        units = bounded(
-            slot, self._unit_views(now_s, engine.exchangeable), self.policy, self._start_s
-        )
+        units = bounded(slot, self._unit_views(now_s, engine.exchangeable), self.policy)
         if self._retired:
+            if self._filling is None and not self._dropping:
+                # Others may need the room meanwhile.
+                self._fetch(engine, None, to_drop(slot, units, self.policy, None))
             return await self._leave_retired(engine, units)
         step = next_step(slot, units, self.policy)
         if step.act is Next.STAY:
@@ -277,7 +314,7 @@ class SwapSlot(HeldSlot):
             return False
         known = self._known[unit]
         known.deaths = 0
-        known.swap_s += _EWMA * (done.swap_s - known.swap_s)
+        known.swapped(done.swap_s)
         old = self._unit
         self._known[old].tier = Residency.HOST
         self._set_unit(old, Residency.HOST)
@@ -287,7 +324,8 @@ class SwapSlot(HeldSlot):
 
     def _respawn_for(self, unit: str, reason: str) -> None:
         """Leave this engine; the next one starts with `unit`."""
-        self._note(Swap(unit, "respawn", reason, time.monotonic(), self._start_s))
+        self._freeze_held()
+        self._respawn = unit, reason, time.monotonic()
         self._start_for(unit)
 
     def _start_for(self, unit: str) -> None:

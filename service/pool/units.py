@@ -10,6 +10,7 @@ from service.types import Residency
 _HALF_S = 30.0
 # The faded sum of one request per second, in the long run: the integral of its weights.
 _MEAN_S = _HALF_S / math.log(2)
+_EWMA = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,9 @@ class Unit:
 class Known:
     """What is known of one unit. Times in s, sizes in bytes; guesses until it was measured.
 
-    wanted: an operator asked for it to be held, and it has not been since.
+    wanted: an operator asked for it to be held, and it has not been since. start_s: what another
+    engine takes to start with it; stop_s: what an engine that did takes to end; 0: not measured.
+    measured: `swap_s` is no guess any more. starts: its next exchange has to start an engine.
     """
 
     host_bytes: int = 0
@@ -44,6 +47,19 @@ class Known:
     failed_until: float = 0.0
     deaths: int = 0
     wanted: bool = False
+    start_s: float = 0.0
+    stop_s: float = 0.0
+    measured: bool = False
+    starts: bool = False
+
+    def swapped(self, swap_s: float) -> None:
+        """An exchange was measured: the first takes the guess's place, later ones are averaged."""
+        if self.starts:
+            self.start_s, self.starts = swap_s, False
+        elif self.measured:
+            self.swap_s += _EWMA * (swap_s - self.swap_s)
+        else:
+            self.swap_s, self.measured = swap_s, True
 
     def asked(self, amount: float, now_s: float) -> None:
         """Somebody wants it: utility."""
@@ -65,6 +81,7 @@ class Known:
         """It goes to another slot: what was measured stays, where it was does not."""
         self.tier = Residency.DISK
         self.deaths = 0
+        self.starts = False
 
 
 @dataclass(frozen=True, slots=True)

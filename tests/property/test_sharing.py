@@ -49,6 +49,21 @@ def test_what_may_be_held_and_what_is_never_pass_the_bound(
     assert all(room >= claim.needs for room, claim in zip(rooms, claimed, strict=True))
 
 
+@settings(max_examples=300, deadline=None)
+@given(divisions(), sizes)
+def test_divide_below_what_slots_need_alone_gives_no_more_than_that_at_any_time(
+    case: tuple[int, list[Claim], list[int], list[int]], bound: int
+) -> None:
+    _, claimed, _, held = case
+    most = max(bound, sum(claim.needs for claim in claimed), sum(held))
+    rooms = [0] * len(held)
+    for _ in range(4):
+        rooms = divide(bound, claimed, rooms, held)
+        assert sum(map(max, rooms, held)) <= most
+        held = [min(h, r) for h, r in zip(held, rooms, strict=True)]
+    assert all(room >= claim.needs for room, claim in zip(rooms, claimed, strict=True))
+
+
 @dataclass
 class Model:
     """A slot that does what the planner says, one thing at a time."""
@@ -61,7 +76,7 @@ class Model:
 
     def place(self) -> Place:
         slot = SlotView(self.running, 5.0, 0, 0, 0.1)
-        return Place(slot, list(self.units.values()), frozenset(self.units), 30.0, settled=True)
+        return Place(slot, list(self.units.values()), frozenset(self.units), settled=True)
 
     def put(self, name: str, **changes: object) -> None:
         self.units[name] = replace(self.units[name], **changes)  # type: ignore[arg-type]
@@ -83,7 +98,7 @@ class Model:
             self.filling = ""
         else:
             place = self.place()
-            units = bounded(place.slot, place.units, self.policy, 30.0)
+            units = bounded(place.slot, place.units, self.policy)
             coming = next_fetch(place.slot, units, self.policy)
             for name in to_drop(place.slot, units, self.policy, coming):
                 self.put(name, tier=Residency.DISK)
@@ -120,6 +135,7 @@ def _models(chance: random.Random) -> list[Model]:
                 bring_s=1.0,
                 swap_s=0.1,
                 pinned=False,
+                start_s=30.0,
             )
             for i in range(chance.randint(1, 5))
         }
@@ -183,7 +199,7 @@ def test_a_pool_holds_no_more_than_its_bound_and_nobody_waits_for_ever(seed: int
                 one.act()
             assert sum(m.held() for m in models) <= bound
             unit = model.units[name]
-            fits = bounded(model.place().slot, model.place().units, model.policy, 30.0)
+            fits = bounded(model.place().slot, model.place().units, model.policy)
             if unit.tier is Residency.HOST:
                 model.swap(name)
                 break

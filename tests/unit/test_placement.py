@@ -24,6 +24,7 @@ def unit(name: str, waiting: int = 0, demand: float = 0.0, held: bool = True) ->
         bring_s=2.0,
         swap_s=0.1 if held else 2.1,
         pinned=False,
+        start_s=30.0,
     )
 
 
@@ -38,7 +39,7 @@ def place(
 ) -> Place:
     slot = SlotView(running, 10.0, busy, waiting, drain_s)
     runs = replace(unit(running, demand=demand), tier=Residency.DEVICE)
-    return Place(slot, [runs, *others], fits, start_s=30.0, settled=True)
+    return Place(slot, [runs, *others], fits, settled=True)
 
 
 def test_who_waits_goes_to_a_slot_with_nothing_to_do() -> None:

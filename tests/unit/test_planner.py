@@ -54,6 +54,7 @@ def unit(
         exchangeable=exchangeable,
         wanted=wanted,
         needs=needs,
+        start_s=30.0,
     )
 
 
@@ -166,13 +167,13 @@ def test_without_a_bound_all_is_kept_and_nothing_dropped() -> None:
     units = [A, *(unit(name, size=10**12) for name in "bcd")]
     assert to_keep(RUNS, units, policy) == {"a", "b", "c", "d"}
     assert to_drop(RUNS, units, policy, None) == []
-    assert bounded(RUNS, units, policy, 30.0) == units
+    assert bounded(RUNS, units, policy) == units
 
 
 def test_what_does_not_fit_beside_the_running_one_needs_an_engine_to_itself() -> None:
     big = unit("b", tier=Residency.DISK, size=21)
     fits = unit("c", tier=Residency.DISK, size=20)
-    assert bounded(RUNS, [A, big, fits], POLICY, 30.0) == [
+    assert bounded(RUNS, [A, big, fits], POLICY) == [
         A,
         replace(big, exchangeable=False, swap_s=30.0),
         fits,
@@ -180,7 +181,7 @@ def test_what_does_not_fit_beside_the_running_one_needs_an_engine_to_itself() ->
     # Pinned ones stay, so they take room, too; what is held already needs none.
     pinned = unit("p", pinned=True)
     held = unit("h", size=20)
-    after = bounded(RUNS, [A, pinned, fits, held], POLICY, 30.0)
+    after = bounded(RUNS, [A, pinned, fits, held], POLICY)
     assert [u.exchangeable for u in after] == [True, True, False, True]
 
 
@@ -214,14 +215,18 @@ def test_a_unit_that_is_held_is_not_exchanged_for_one_hardly_better() -> None:
     assert to_keep(RUNS, [A, held, much], policy) == {"a", "much"}
 
 
-def test_running_and_pinned_are_never_dropped() -> None:
-    policy = replace(POLICY, host_bytes=5)
+def test_to_drop_running_and_fitting_pinned_unit_are_never_dropped() -> None:
+    policy = replace(POLICY, host_bytes=20)
     units = [A, unit("pinned", pinned=True), unit("b"), unit("c", tier=Residency.LOADING)]
     assert to_drop(RUNS, units, policy, None) == ["b"]
-    # Where slots share a bound, another's need of its own room comes first.
-    assert to_drop(RUNS, units, replace(policy, most_bytes=5), None) == ["b", "pinned"]
-    roomy = replace(policy, host_bytes=30, most_bytes=30)
-    assert to_drop(RUNS, units, roomy, None) == ["b"]
+
+
+def test_to_drop_pinned_unit_that_does_not_fit_gives_way_to_the_bound() -> None:
+    units = [A, unit("pinned", pinned=True)]
+    assert to_drop(RUNS, units, replace(POLICY, host_bytes=19), None) == ["pinned"]
+    # The same where slots share a bound, and another needs its own room.
+    shared = replace(POLICY, host_bytes=19, most_bytes=19)
+    assert to_drop(RUNS, units, shared, None) == ["pinned"]
 
 
 def test_no_more_is_dropped_than_needed() -> None:
@@ -337,7 +342,7 @@ def test_whoever_runs_on_weights_speaks_for_them() -> None:
 def test_who_needs_the_running_weights_needs_no_room() -> None:
     a1 = light("a1", "a", tier=Residency.DISK, waiting=1)
     alone = replace(POLICY, host_bytes=10)
-    assert bounded(RUNS, [A, a1], alone, 9.0)[1].exchangeable
+    assert bounded(RUNS, [A, a1], alone)[1].exchangeable
     b, b1 = unit("b", tier=Residency.DISK), light("b1", "b", tier=Residency.DISK, waiting=1)
-    found = bounded(RUNS, [A, b, b1], alone, 9.0)
+    found = bounded(RUNS, [A, b, b1], alone)
     assert [one.exchangeable for one in found] == [True, False, False]

@@ -10,6 +10,7 @@ import pytest
 
 from service.engine.protocol import Filled
 from service.errors import Conflict
+from service.pool.lease import Again
 from service.types import Residency
 from tests.property.swap_stage import SIZE, FaultyEngine, Stage, World, on_clock
 from tests.support.clock import FastTime
@@ -232,5 +233,64 @@ def test_a_unit_that_goes_tells_who_waits_and_frees_its_memory() -> None:
         assert await others == "ok"
         assert stage.slot.experts == ("a", "a-tuned", "b")
         assert stage.world.engines[-1].held == {"b"}
+
+    play(world(), act)
+
+
+@pytest.mark.parametrize("put_back", [False, True])
+def test_moved_waiter_is_preempted_for_unless_it_was_put_back_itself(put_back: bool) -> None:
+    async def act(stage: Stage) -> None:
+        assert await stage.ask("c") == "ok"
+        assert await stage.ask("b") == "ok"  # c is held now
+        whole = asyncio.create_task(stage.ask("b", 300, stream=False))
+        await until(lambda: stage.running == 1, "it runs", timeout_s=5)
+        now_s = asyncio.get_running_loop().time()
+        # As one that placement has moved here: its place in the queue is that of its arrival.
+        async with stage.slot.lease("c", again=Again(now_s, put_back=put_back)):
+            assert whole.done() == put_back
+        assert await whole == "ok"
+        assert stage.put_back == (not put_back)
+
+    play(world(), act, preempt=True)
+
+
+def test_hand_over_keeps_what_each_waiting_request_has_used_up() -> None:
+    async def act(stage: Stage) -> None:
+        assert await stage.ask("b") == "ok"
+        told: list[bool] = []
+
+        async def wait(again: Again | None) -> None:
+            try:
+                async with stage.slot.lease("a", again=again):
+                    raise AssertionError("it was moved before it ran")
+            except Again as moved:
+                told.append(moved.put_back)
+
+        waits = [
+            asyncio.create_task(wait(again))
+            for again in (None, Again(0.0, put_back=False), Again(0.0, put_back=True))
+        ]
+        await asyncio.sleep(0)
+        assert stage.slot.hand_over("a") is not None
+        await asyncio.gather(*waits)
+        assert sorted(told) == [False, False, True]
+
+    play(world(), act)
+
+
+def test_retire_of_the_running_unit_keeps_the_last_one_that_can_run_instead() -> None:
+    async def act(stage: Stage) -> None:
+        assert await stage.ask("b") == "ok"
+        assert stage.slot.hand_over("a") is not None
+        await stage.slot.retire("d", "it went")
+        whole = asyncio.create_task(stage.ask("b", 50))
+        await until(lambda: stage.running == 1, "it runs", timeout_s=5)
+        goes = asyncio.create_task(stage.slot.retire("b", "it went"))
+        await asyncio.sleep(0)
+        # Placement may not take it away: nothing could run here, and b would never be gone.
+        assert stage.slot.hand_over("c") is None
+        assert await whole == "ok"
+        await goes
+        assert stage.slot.experts == ("c",)
 
     play(world(), act)
