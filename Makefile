@@ -1,6 +1,6 @@
 # The two commands of the README are `make serve` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo-moe test test-unit check lock dashboards clean
+.PHONY: help setup serve demo-moe test test-unit check format dist lock dashboards clean
 BIN := .venv/bin
 CONFIG ?= deploy/config/demo.yaml
 
@@ -31,6 +31,16 @@ check: setup ## Lint, types, and who may import whom
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --config pyproject.toml
 
+format: setup ## Format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix --quiet .
+
+dist: setup ## Build the wheel and the source archive into dist
+	@rm -rf dist build
+	@$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" >/dev/null
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist
+
 lock: setup ## Resolve the dependencies anew into deploy/locks
 	@$(BIN)/python -m pip install --quiet uv==0.13.9
 	@$(BIN)/uv pip compile pyproject.toml --extra cpu --extra gguf --extra dev --universal \
@@ -47,4 +57,4 @@ dashboards: setup ## Render the dashboards into deploy/grafana/dashboards
 	@$(BIN)/python -m deploy.grafana.render
 
 clean: ## Remove the environment and caches
-	@rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	@rm -rf .venv .cache dist build .mypy_cache .ruff_cache .pytest_cache *.egg-info

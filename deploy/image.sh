@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 target=${1:-cpu}
-version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)
+version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' service/__init__.py)
 name=${2:-coe:$version-$target}
 read -ra options <<<"${OPTIONS:-}"
 case $target in cpu | gpu) ;; *) printf 'image: the targets are cpu and gpu, not %s\n' "$target" >&2; exit 2 ;; esac
