@@ -1,4 +1,4 @@
-"""The wheel and the source archive install and run outside a checkout; the version stands in one place."""
+"""The wheel and the source archive run outside a checkout; one place holds the version."""
 
 from __future__ import annotations
 
