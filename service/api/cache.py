@@ -135,7 +135,7 @@ class Cache:
         best: tuple[float, Mapping[str, str]] | None = None
         for one in _shelf(await self._store.get(self._shelf_name(search))):
             if one["shelf"] == search.shelf and same_words(words, said(one["question"])):
-                how = likeness(" ".join(words), " ".join(said(one["question"])))
+                how = likeness(search.question, one["question"])
                 if how >= search.settings.threshold and (best is None or how > best[0]):
                     best = how, one
         if best is None:

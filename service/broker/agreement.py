@@ -1,7 +1,15 @@
 """Whether answers agree: the final answer of a text, made comparable. Pure.
 
-A final answer is a JSON value, a choice among letters, a number, or a short text. Long free
-text has none, and agrees with nobody: then the stronger expert is asked.
+Everything here errs towards "different". Two answers that differ cost one more call; two that are
+wrongly taken for the same cost the right answer. So a final answer keeps its signs, operators,
+units, case and words. Only spellings that can't mean anything else are made one: white space,
+emphasis, LaTeX's delimiters, the full stop at the end, thousands separators, `5.0` and `5`,
+`1/2` and `0.5`, `(B)` and `B`, `Yes` and `yes`, and JSON's own equalities.
+
+A text has a final answer where it states one: on a last line `#### 72`, in `\\boxed{}`, after
+"the answer is", as a JSON value, or by being short. A refusal has none, and neither has a text
+that goes on after its conclusion with anything but an explanation or a courtesy, nor a text of
+more than 80 characters without a conclusion. Where there is none, the stronger expert is asked.
 """
 
 from __future__ import annotations
@@ -9,97 +17,438 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 # A short text is an answer of its own; a longer one would agree with nobody anyway.
 _SHORT_CHARS = 80
+_STATED_CHARS = 200
 _LOOKED_AT_CHARS = 20_000
-_MARKED = re.compile(
-    r"(?:\bfinal answer\b|\bthe (?:correct )?(?:answer|option|choice)\b|\banswer\b)"
-    r"\s*(?:is|are|:|=|would be)?\s*:?\s*(?P<said>[^\n]{1,200})",
+_LINE_CHARS = 4_000
+_OPENING_CHARS = 200
+
+_SAME_SIGNS = str.maketrans(
+    {"’": "'", "‘": "'", "“": '"', "”": '"', "\u2212": "-", "\u00a0": " ", "\u202f": " "}
+)
+_HASHES = re.compile(r"####\s*(.{1,100})")
+_BOXED = re.compile(r"\\f?boxed\s*\{")
+_HEADING = re.compile(r"#{1,6}\s+")
+_BOLD = re.compile(r"(?<![\w)*])\*\*(?=[^\s*])([^*\n]{1,300}?)\*\*(?![\w(*])")
+_MARKER = re.compile(
+    r"\b(?:(?:the|my|our)\s+)?(?:(?:final|correct|right|best)\s+)?(?:answer|option|choice)"
+    r"(?:\s+to\s+(?:the|this|that|your)\s+(?:question|problem|exercise|task|puzzle))?"
+    r"\s*(?:(?:is|are|would\s+be|must\s+be)\b\s*:?|[:=])\s*",
     re.IGNORECASE,
 )
-_BOXED = re.compile(r"\\boxed\s*\{([^{}]{1,100})\}")
-_HASHES = re.compile(r"^####\s*(.{1,100})$", re.MULTILINE)
-# A letter in brackets, or one that ends or is set off; "A man" and "I think" are none.
-_CHOICE = re.compile(r"^\W*?(?:(?:option|choice)\s+)?(?:\(([A-Z])\)|([A-Z])(?:[.):,]|\W*$))", re.I)
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d{1,3})?%?")
-_FENCE = re.compile(r"^```(?:json)?\s*\n(.*?)\n```$", re.DOTALL)
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_NO_WORD = re.compile(r"[^\w%./+-]+")
+_MARKER_ALONE = re.compile(r"(?:the\s+)?(?:final|correct)\s+answer|answer", re.IGNORECASE)
+# What may stand before a conclusion in its sentence and add nothing to it.
+_CONNECTIVES = re.compile(
+    r"(?:[-*>•]\s+)?(?:(?:so|thus|hence|therefore|then|and|now|finally|overall|okay|ok"
+    r"|in\s+(?:conclusion|summary)|to\s+(?:conclude|summari[sz]e)|as\s+a\s+result|consequently"
+    r"|accordingly|i\s+(?:think|believe|conclude)(?:\s+that)?"
+    r"|we\s+(?:can\s+)?(?:conclude|find|see)(?:\s+that)?|(?:this|which|that)\s+means(?:\s+that)?"
+    r"|it\s+follows\s+that|based\s+on\s+(?:the|this|my|these)\s+"
+    r"(?:above|analysis|information|reasoning|calculations?))(?:[\s,:]+|$))*",
+    re.IGNORECASE,
+)
+_REASON = re.compile(r"(?:since|because)\b", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.!?;]\s+")
+# Before a box these change what is in it, or whether it is meant at all.
+_TURNS = re.compile(
+    r"\b(?:not|never|no|neither|nor|cannot|less|more|fewer|greater|smaller|larger|least|most|about"
+    r"|approximately|roughly|around|nearly|almost|over|under|between|or|if|unless|except|minus"
+    r"|negative|plus|times|than|up|half|twice|double|other|wrong|incorrect)\b|n't\b|[<>≤≥≠≈~±]",
+    re.IGNORECASE,
+)
+_NEUTRAL_BEFORE = re.compile(r"(?:[\s$*]|\\[(\[])+$")
+_NEUTRAL_AFTER = re.compile(r"^(?:[\s$*]|\\[)\]])+")
+_PLAIN_BEFORE = re.compile(r"(?:(?:^|[\s(])[^\W\d_]{2,}|[.,:=])$")
+_LEFT_SIDE = re.compile(r"([^\s=,;:$]{0,40}[^\W\d_][^\s=,;:$]{0,40})\s*=$")
+_CLOSER = (
+    r"(?:(?:i\s+)?hope\s+(?:this|that|it|the)\b[^.!?\n]{0,60}\bhelp[^.!?\n]{0,40}[.!]?"
+    r"|(?:please\s+)?let\s+me\s+know\b[^.!?\n]{0,150}[.!?]?"
+    r"|(?:please\s+)?feel\s+free\s+to\s+(?:ask|reach)\b[^.!?\n]{0,100}[.!]?"
+    r"|if\s+you\b[^.!?\n]{0,100}\b(?:let\s+me\s+know|just\s+ask|feel\s+free|please\s+ask"
+    r"|happy\s+to\s+help|glad\s+to\s+help)\b[^.!?\n]{0,80}[.!]?"
+    r"|is\s+there\s+anything\s+else\b[^.!?\n]{0,80}\?"
+    r"|thank(?:s|\s+you)[.!]|have\s+a\s+(?:great|nice|good)\s+day[.!]?)"
+)
+_CLOSING = re.compile(rf"(?:(?<=[.!?\n])\s*|^)(?:{_CLOSER}\s*)+$", re.IGNORECASE)
+_CLOSING_CHARS = 600
+_EXPLAINS = re.compile(
+    r"(?:explanation|reasoning|justification|rationale|here(?:'s|\s+is)\s+why"
+    r"|(?:this|that)\s+is\s+because|because)\b",
+    re.IGNORECASE,
+)
+_THEN_EXPLAINS = re.compile(
+    r"(?:[.;,]\s+(?=explanation|reasoning|here(?:'s|\s+is)\s+why|(?:this|that)\s+is\s+because)"
+    r"|[.,;]?\s+(?=because\b))",
+    re.IGNORECASE,
+)
+_TAKEN_BACK = re.compile(
+    r"\b(?:wait|actually|on\s+second\s+thought|correction|mistak\w*|oops|scratch\s+that|hold\s+on"
+    r"|hmm+|apolog\w*|sorry|re-?(?:check|consider|calculat|evaluat|examin)\w*|wrong|instead"
+    r"|should\s+(?:be|have\s+been))\b",
+    re.IGNORECASE,
+)
+_REFUSAL = re.compile(
+    r"\b(?:i|we)\s*(?:'m|am|'re|are)?\s*(?:(?:very|really|truly|so|just|simply|only)\s+)?"
+    r"(?:can(?:not|'t|\s+not)|could(?:\s+not|n't)|won't|(?:will|would|do|did|am|are)\s+not|wouldn't"
+    r"|don't|didn't|aren't|not|unable|afraid|sorry|unsure|uncertain|must\s+decline|decline|refuse"
+    r"|regret|apologi[sz]e|lack|have\s+(?:no|not)|haven't|need\s+more|would\s+need|would\s+rather)\b"
+    r"|\b(?:i|we)'d\s+(?:rather|prefer)\b|\bdecline\b|\bnot\s+something\b|\bit\s+depends\b"
+    r"|\b(?:something|anything)\s+(?:that\s+)?i\s+can\b|\bno\s+(?:information|way\s+to)\b"
+    r"|\bimpossible\s+to\s+(?:say|tell|know|determine|answer)\b"
+    r"|\bas\s+an?\s+(?:ai|assistant|(?:large\s+)?language\s+model)\b"
+    r"|\b(?:sorry|apologies|unable\s+to|not\s+able\s+to|unfortunately|no\s+comment|no\s+idea)\b"
+    r"|\b(?:can(?:not|'t)|can\s+not|won't)\s+(?:be\s+)?(?:answer|help|assist|comply|provide|determin"
+    r"|discuss|respond|do\s+that|say|tell|share|fulfil)"
+    r"|\bdo(?:n't|\s+not)\s+know\b|\bnot\s+(?:sure|certain|known|enough\s+information)\b"
+    r"|\binsufficient\s+(?:information|data|context)\b|^(?:unknown|n/a)$"
+    r"|\b(?:against|violates?)\s+(?:my|the|our)\s+(?:\w+\s+){0,2}(?:guidelines|polic|programming)"
+    r"|\b(?:lo\s+siento|no\s+(?:puedo|sé)|désolée?|je\s+ne\s+(?:peux|sais)|tut\s+mir\s+leid"
+    r"|ich\s+(?:kann|weiß|darf)\s+(?:\w+\s+){0,4}nicht|mi\s+dispiace|non\s+(?:posso|so)"
+    r"|desculpe|não\s+(?:posso|sei)|het\s+spijt|ik\s+(?:kan|weet)\s+(?:\w+\s+){0,4}niet|beklager"
+    r"|извините|к\s+сожалению|не\s+(?:могу|знаю))\b"
+    r"|抱歉|对不起|對不起|我不能|我无法|我無法|我不知道|申し訳|すみません|ごめん|できません|わかりません"
+    r"|죄송|모르겠",
+    re.IGNORECASE,
+)
+# Who speaks of himself answers no question; "I and II" are numerals.
+_OF_ITSELF = re.compile(r"(?:I|We)(?:'\w+)?\s+(?!and\b|or\b|only\b)[a-z]")
+_CHOICE = re.compile(
+    r"(?:(?:option|choice|Option|Choice) )?(?:\(([A-J])\)|\[([A-J])\]|([A-J])[.):]?)"
+)
+_CHOICE_AND_TEXT = re.compile(r"(?:\(([A-J])\)|([A-J])[.):]) +(\S.*)")
+_NUMBER = re.compile(
+    r"([+-]?)((?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|0|[1-9][0-9]{0,60})?(?:\.[0-9]{1,60})?)"
+    r"([eE][+-]?[0-9]{1,2})?(%?)"
+)
+_FRACTION = re.compile(r"(-?)([1-9][0-9]{0,9})/([1-9][0-9]{0,9})")
+_VERDICTS = {
+    said: verdict
+    for verdict in ("yes", "no", "true", "false")
+    for said in (verdict, verdict.capitalize(), verdict.upper())
+    # NO is also an oxide of nitrogen.
+    if said != "NO"
+}
+_SURE_KINDS = frozenset({"choice", "number", "verdict"})
+_WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
+_LATEX = (
+    (re.compile(r"\\[dt]frac"), r"\\frac"),
+    (re.compile(r"\\frac\s*\{(-?[0-9]{1,10})\}\s*\{([0-9]{1,10})\}"), r"\1/\2"),
+    (re.compile(r"\\frac\s*([0-9])\s*([0-9])(?![0-9])"), r"\1/\2"),
+    (re.compile(r"\\(?:left|right)(?=[()\[\]|.])"), ""),
+    (re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\[,;!]"), ""),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\([%$#&])"), r"\1"),
+)
+_AROUND_SIGNS = re.compile(r" *([=<>+*^≤≥≠]) *")
+_FENCE = re.compile(r"^```(?:json)?[ \t]*\n(.*?)\n[ \t]*```$", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """A final answer: equal ones agree. `kind`: json, choice, number or text."""
+    """A final answer: equal ones agree. `kind`: json, choice, number, verdict, text or several."""
 
     kind: str
     value: str
 
 
 def final_answer(text: str, *, as_json: bool = False) -> Final | None:
-    """The final answer that a text gives, None where it gives none.
+    """The final answer that a text states, None where it states none.
 
     `as_json`: the client asked for JSON, so nothing else is an answer.
     """
-    text = text.strip()[-_LOOKED_AT_CHARS:]
+    text = _after_thinking(text).strip()
     if as_json or text[:1] in ("{", "[") or text.startswith("```"):
         found = _json(text)
         if found is not None or as_json:
             return found
-    for pattern in (_HASHES, _BOXED):
-        marked = pattern.findall(text)
-        if marked:
-            return _short(marked[-1])
-    said = [match["said"] for match in _MARKED.finditer(text)]
-    if said:
-        return _short(said[-1])
-    return _short(text) if len(text) <= _SHORT_CHARS else None
+        if text.startswith("```"):
+            return Final("text", text) if len(text) <= _SHORT_CHARS else None
+    text = unicodedata.normalize("NFC", text).translate(_SAME_SIGNS)
+    if len(text) > _LOOKED_AT_CHARS:
+        # The first line of what is left may have lost its beginning.
+        text = text[-_LOOKED_AT_CHARS:].partition("\n")[2]
+    text = _without_closing(text)
+    if not text or _REFUSAL.search(text[:_OPENING_CHARS]):
+        return None
+    lines = [line for line in map(_plain_line, text.split("\n")) if line]
+    concluded = _conclusions(lines)
+    if concluded is not None:
+        return _together(concluded)
+    if len(text) > _SHORT_CHARS or _OF_ITSELF.match(text):
+        return None
+    return _canonical("\n".join(lines))
 
 
-def _short(said: str) -> Final | None:
-    """A choice, a number, or a few words."""
-    said = said.strip().strip("*_`$ ")
-    choice = _CHOICE.match(said)
-    if choice is not None:
-        return Final("choice", (choice[1] or choice[2]).upper())
-    number = _number(said)
-    if number is not None:
+def _after_thinking(text: str) -> str:
+    """A reasoning model's text after its thoughts; nothing where those never end."""
+    _, ended, rest = text.rpartition("</think>")
+    return rest if ended else "" if "<think>" in text else text
+
+
+def _without_closing(text: str) -> str:
+    """A text without the courtesies at its very end."""
+    head, tail = text[:-_CLOSING_CHARS], text[-_CLOSING_CHARS:]
+    closing = _CLOSING.search(tail)
+    return (head + (tail[: closing.start()] if closing else tail)).strip()
+
+
+def _plain_line(line: str) -> str:
+    """A line without emphasis, as far as it is looked at."""
+    return _BOLD.sub(r"\1", line[-_LINE_CHARS:]).strip()
+
+
+def _conclusions(lines: list[str]) -> list[Final | None] | None:
+    """What each concluding line states, in order: None instead of a list where no line concludes.
+
+    None in the list: a conclusion that can't be compared, or that something unknown follows.
+    """
+    found: list[Final | None] = []
+    last = -1
+    for i, line in enumerate(lines):
+        if i == last:
+            continue  # the value of the line before
+        hashes = _HASHES.fullmatch(line) if i == len(lines) - 1 else None
+        if hashes is not None:
+            found.append(_canonical(hashes[1]))
+            last = i
+            continue
+        bare = _HEADING.sub("", line, count=1) if line.startswith("#") else line
+        if _BOXED.search(bare):
+            found.append(_boxed(bare))
+            last = i
+            continue
+        if _MARKER_ALONE.fullmatch(bare.rstrip(": ")) and i + 1 < len(lines):
+            follows = lines[i + 1]
+            found.append(_boxed(follows) if _BOXED.search(follows) else _stated("", follows))
+            last = i + 1
+            continue
+        marker = _MARKER.search(bare)
+        if marker is None:
+            continue
+        stated = bare[marker.end() :]
+        last = i
+        if not stated and i + 1 < len(lines):
+            stated, last = lines[i + 1], i + 1
+        if not stated:
+            continue
+        found.append(
+            _boxed(stated)
+            if last > i and _BOXED.search(stated)
+            else _stated(_sentence_start(bare[: marker.start()]), stated)
+        )
+    if not found:
+        return None
+    tail = lines[last + 1 :]
+    if tail and not _only_explains(found[-1], "\n".join(tail)):
+        found.append(None)
+    return found
+
+
+def _together(concluded: list[Final | None]) -> Final | None:
+    """One final answer of all that a text concluded."""
+    distinct = list(dict.fromkeys(concluded))
+    if None in distinct:
+        return None
+    if len(distinct) == 1:
+        return distinct[0]
+    parts = [f"{one.kind}:{one.value}" for one in distinct if one is not None]
+    return Final("several", json.dumps(parts, ensure_ascii=False))
+
+
+def _sentence_start(before: str) -> str:
+    """The part of a line that belongs to the sentence which goes on after it."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(before)]
+    return before[ends[-1] if ends else 0 :].strip()
+
+
+def _adds_nothing(before: str) -> bool:
+    return bool(_CONNECTIVES.fullmatch(before) or _REASON.match(before))
+
+
+def _stated(before: str, stated: str) -> Final | None:
+    """What a sentence states: `before` the words "the answer is", and after them."""
+    if not _adds_nothing(before):
+        return _canonical(f"{before} … {stated}", _STATED_CHARS)
+    return _explained(stated)
+
+
+def _explained(stated: str) -> Final | None:
+    """A value, and perhaps why it is so in the same line."""
+    cut = _THEN_EXPLAINS.search(stated)
+    if cut is not None:
+        value = _canonical(stated[: cut.start()])
+        if _only_explains(value, stated[cut.end() :]):
+            return value
+    return _canonical(stated, _STATED_CHARS)
+
+
+def _only_explains(value: Final | None, more: str) -> bool:
+    """Whether what follows a value gives reasons for it, and takes nothing back.
+
+    The reasons for a number, a choice or a verdict are not a part of it; those for anything else
+    may be just what was asked for.
+    """
+    return (
+        value is not None
+        and value.kind in _SURE_KINDS
+        and _EXPLAINS.match(more) is not None
+        and _TAKEN_BACK.search(more) is None
+    )
+
+
+def _boxed(line: str) -> Final | None:
+    """What a line with a box states: the box alone, unless what surrounds it changes it."""
+    opened = list(_BOXED.finditer(line))
+    end = _closing_brace(line, opened[0].end())
+    if end is None:
+        return None
+    if len(opened) > 1:
+        # Several boxes: the whole line counts, whichever of them is meant.
+        return _canonical(line, _STATED_CHARS)
+    inner = line[opened[0].end() : end]
+    before = _NEUTRAL_BEFORE.sub("", _sentence_start(line[: opened[0].start()]))
+    after = _NEUTRAL_AFTER.sub("", line[end + 1 :]).strip()
+    side = _LEFT_SIDE.search(before)
+    named = f"{side[1]}=" if side is not None else ""
+    if _TURNS.search(before) or (before and not _PLAIN_BEFORE.search(before)):
+        named = f"{before} "
+    value = _canonical(named + inner)
+    if after.strip(".") and not _only_explains(value, after.lstrip(".,;: ")):
+        return _canonical(f"{named}{inner} {after}", _STATED_CHARS)
+    return value
+
+
+def _closing_brace(line: str, start: int) -> int | None:
+    depth = 1
+    for i in range(start, len(line)):
+        if line[i] == "{":
+            depth += 1
+        elif line[i] == "}":
+            depth -= 1
+            if depth == 0:
+                return i
+    return None
+
+
+def _canonical(said: str, most: int = _SHORT_CHARS) -> Final | None:
+    """A choice, a number, a verdict, or a few words as they stand."""
+    said = _unwrapped(said)
+    for pattern, instead in _LATEX:
+        said = pattern.sub(instead, said)
+    said = "\n".join(" ".join(line.split()) for line in said.split("\n"))
+    said = _unwrapped(_AROUND_SIGNS.sub(r"\1", said))
+    if not said or len(said) > most or _REFUSAL.search(said):
+        return None
+    if choice := _CHOICE.fullmatch(said):
+        return Final("choice", choice[1] or choice[2] or choice[3])
+    if (number := _number(said)) is not None:
         return Final("number", number)
-    words = _NO_WORD.sub(" ", _ARTICLES.sub(" ", said.casefold())).strip(" .")
-    words = " ".join(words.split())
-    return Final("text", words) if words and len(words) <= _SHORT_CHARS else None
+    if said in _VERDICTS:
+        return Final("verdict", _VERDICTS[said])
+    if both := _CHOICE_AND_TEXT.fullmatch(said):
+        said = f"{both[1] or both[2]}) {both[3]}"
+    return Final("text", said)
+
+
+def _unwrapped(said: str) -> str:
+    """A value without the full stop at its end, and without what encloses all of it."""
+    while True:
+        before = said = said.strip()
+        if said.endswith(".") and not said.endswith(".."):
+            said = said[:-1]
+        for opens, closes in _WRAPPINGS:
+            inner = said[len(opens) : len(said) - len(closes)]
+            if (
+                said.startswith(opens)
+                and said.endswith(closes)
+                and len(said) > len(opens) + len(closes)
+                and opens not in inner
+                and closes not in inner
+            ):
+                said = inner
+        if said == before:
+            return said
 
 
 def _number(said: str) -> str | None:
-    """The one number of a short text, written one way: 1,200.50 and 1200.5 are the same."""
-    found = [text for text in _NUMBER.findall(said) if any(c.isdigit() for c in text)]
-    if len(found) != 1:
+    """A number with nothing but an optional % beside it, written one way."""
+    if fraction := _FRACTION.fullmatch(said):
+        return _decimal_of(fraction[1], int(fraction[2]), int(fraction[3]))
+    said = said[:-2] + "%" if said.endswith(" %") else said
+    found = _NUMBER.fullmatch(said)
+    if found is None or not found[2]:
         return None
-    # "7 days" is a number; "windows 7 is better than the others" is not.
-    if len(_NO_WORD.sub(" ", said).split()) > 4:
+    sign, digits, exponent, percent = found[1], found[2].replace(",", ""), found[3], found[4]
+    if exponent:
+        digits = f"{Decimal(digits + exponent):f}"
+    whole, _, rest = digits.partition(".")
+    # 3.10 and 3.1 may be versions; 3.0 and 3 are one number.
+    rest = rest if rest.strip("0") else ""
+    return sign + (whole or "0") + (f".{rest}" if rest else "") + percent
+
+
+def _decimal_of(sign: str, over: int, under: int) -> str | None:
+    """A fraction in lowest terms as a decimal, where it has one; 2/4 and 3/1 may be something
+    else than a number."""
+    rest = under
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    if rest != 1 or under == 1 or math.gcd(over, under) != 1:
         return None
-    text = found[0].rstrip("%").replace(",", "")
-    try:
-        value = Decimal(text)
-    except InvalidOperation:
-        return None
-    # An exponent of a thousand would be written out as a thousand digits.
-    if not value.is_finite() or abs(value.adjusted()) > 50:
-        return None
-    plain = format(value.normalize() + 0, "f")
-    return plain + ("%" if found[0].endswith("%") else "")
+    return f"{sign}{Decimal(over) / Decimal(under):f}"
 
 
 def _json(text: str) -> Final | None:
     fenced = _FENCE.match(text)
     try:
-        value = json.loads(fenced[1] if fenced else text)
-        return Final("json", json.dumps(value, sort_keys=True, separators=(",", ":")))
-    except (ValueError, RecursionError):
+        value = json.loads(
+            fenced[1] if fenced else text,
+            parse_float=Decimal,
+            parse_int=Decimal,
+            parse_constant=_no_constant,
+            object_pairs_hook=_distinct,
+        )
+        return Final("json", _written(value))
+    except (ValueError, RecursionError, InvalidOperation):
         return None
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"JSON has no {name}")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key twice")
+    return found
+
+
+def _written(value: Any) -> str:
+    """A JSON value in one way: keys in order, 1.0 as 1. Raises ValueError for a refusal."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{json.dumps(k)}:{_written(value[k])}" for k in sorted(value)) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_written, value)) + "]"
+    if isinstance(value, Decimal):
+        sign, digits, exponent = value.as_tuple()
+        bare = "".join(map(str, digits)).lstrip("0")
+        short = bare.rstrip("0")
+        if not short:
+            return "0"
+        return f"{'-' * sign}{short}e{int(exponent) + len(bare) - len(short)}"
+    if isinstance(value, str) and _REFUSAL.search(value[:_OPENING_CHARS].translate(_SAME_SIGNS)):
+        raise ValueError("a refusal")
+    return json.dumps(value)
 
 
 def agreed(finals: Sequence[Final | None]) -> bool:

@@ -17,8 +17,8 @@ class CacheConfig(Section):
     mode: CacheMode = Field(
         "off",
         description="The most that a request may ask for with the header x-coe-cache. exact: the "
-        "same request again. semantic: also one whose last message says the same in nearly "
-        "the same words.",
+        "same request again. semantic: also one whose last message is the same but for "
+        "courtesy, white space, the mark at its end and the like.",
     )
     ttl_s: float = Field(
         3600.0, gt=0, le=2_592_000, description="How long an answer is kept, in s."
@@ -33,9 +33,10 @@ class CacheConfig(Section):
         65_536, ge=1, le=16 * 1024**2, description="Largest answer kept, in bytes."
     )
     threshold: float = Field(
-        0.8,
+        0.5,
         gt=0,
         le=1,
-        description="semantic: least likeness in [0, 1] of the last message, as the cosine of "
-        "hashed n-grams.",
+        description="semantic: least likeness in [0, 1] of the two last messages as they were "
+        "written, as the cosine of hashed n-grams. It bounds how much courtesy may stand around "
+        "a question; the question itself has to be the same in any case.",
     )

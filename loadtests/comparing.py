@@ -1,0 +1,181 @@
+"""`python -m loadtests.comparing`: what agreement and the semantic cache take for the same.
+
+Both have to err towards "different". Told are the pairs that differ in one meaningful token and
+were taken for the same (none may be), and the pairs that mean the same and were missed. `--data`
+names a folder with gsm8k_train.jsonl.gz, clinc150.jsonl.gz and labelled_prompts.jsonl.gz; without
+it, questions and answers are made up.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from loadtests.command import parser, tell
+from loadtests.comparing_pairs import (
+    REFUSALS,
+    SPELLINGS,
+    STATED,
+    changed,
+    different_answers,
+    different_questions,
+    paraphrases,
+)
+from loadtests.reach import Reach, Report, Table
+from service.api.likeness import MOST_CHARACTERS, likeness, said, same_words
+from service.broker.agreement import agreed, final_answer
+from service.config import CacheConfig
+
+_SEED = 1
+
+
+def agree(one: str, other: str) -> bool:
+    """Whether a cascade would take two answers for the same."""
+    return agreed([final_answer(one), final_answer(other)])
+
+
+def hit(one: str, other: str) -> bool:
+    """Whether the semantic cache would answer one question with what was kept for the other."""
+    return same_words(said(one), said(other)) and likeness(one, other) >= CacheConfig().threshold
+
+
+def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+    with gzip.open(folder / name, "rt", encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def _answers(folder: Path | None) -> list[tuple[str, str]]:
+    """Numbers and their texts: worked answers as they were recorded, or made up."""
+    if folder is None:
+        draw = random.Random(_SEED)
+        numbers = [str(draw.randrange(1, 10**6)) for _ in range(500)]
+        return [(n, f"We add it up.\n#### {n}") for n in numbers]
+    found = [row["answer"] for row in _rows(folder, "gsm8k_train.jsonl.gz")]
+    return [(text.rpartition("#### ")[2].replace(",", ""), text) for text in found]
+
+
+def _questions(folder: Path | None) -> dict[str, list[str]]:
+    """Real questions by where they are from, or made up."""
+    if folder is None:
+        made = {one for pair in different_questions(_SEED, 500) for one in pair}
+        return {"made up": sorted(made)}
+    return {
+        "short requests (CLINC150)": [
+            row["text"] for row in _rows(folder, "clinc150.jsonl.gz") if row["split"] == "test"
+        ],
+        "arithmetic (GSM8K)": [
+            row["question"] for row in itertools.islice(_rows(folder, "gsm8k_train.jsonl.gz"), 3000)
+        ],
+        "prompts (MT-Bench, Arena-Hard)": [
+            row["prompt"]
+            for row in _rows(folder, "labelled_prompts.jsonl.gz")
+            if not row["id"].startswith("gsm8k") and len(row["prompt"]) <= MOST_CHARACTERS
+        ],
+    }
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "–"
+
+
+def _agreement(report: Report, pairs: int, folder: Path | None) -> None:
+    wrong = [pair for pair in different_answers(_SEED, pairs) if agree(*pair)]
+    alike = [(one, other) for one in REFUSALS for other in REFUSALS if agree(one, other)]
+    answers = _answers(folder)
+    draw = random.Random(_SEED)
+    units = ("apples", "dollars", "hours", "miles")
+    missed: defaultdict[str, list[int]] = defaultdict(list)
+    false_pairs = 0
+    for (number, text), (other, other_text) in itertools.pairwise(answers):
+        # Reasoning does not count, only what it comes to.
+        false_pairs += agree(text, other_text) and number != other
+        way, style = draw.choice(sorted(SPELLINGS)), draw.choice(sorted(STATED))
+        again = STATED[style](SPELLINGS[way](number, draw.choice(units)))
+        missed[f"spelt: {way}"].append(not agree(text, again))
+        missed[f"stated: {style}"].append(not agree(text, STATED[style](number)))
+    report.reach += [
+        Reach(
+            f"answers wrongly taken to agree, of {pairs} pairs, at most", 0, len(wrong), not wrong
+        ),
+        Reach(f"refusals taken to agree, of {len(REFUSALS)}², at most", 0, len(alike), not alike),
+        Reach(
+            f"recorded answers wrongly taken to agree, of {len(answers) - 1} pairs, at most",
+            0,
+            false_pairs,
+            false_pairs == 0,
+        ),
+    ]
+    table = Table("The same number, missed", ("how the second one says it", "pairs", "missed"))
+    for way, seen in sorted(missed.items()):
+        table.rows.append((way, str(len(seen)), _share(sum(seen), len(seen))))
+    report.tables.append(table)
+    report.facts["false_agreement"] = wrong[:20]
+    report.facts["missed_agreement"] = {w: sum(s) / len(s) for w, s in sorted(missed.items())}
+
+
+def _likeness(report: Report, pairs: int, folder: Path | None) -> None:
+    wrong = [pair for pair in different_questions(_SEED, pairs) if hit(*pair)]
+    draw = random.Random(_SEED)
+    known = _questions(folder)
+    real_pairs = 0
+    real_wrong: list[tuple[str, str]] = []
+    table = Table("Paraphrases answered from the semantic cache", ("said with", *known))
+    rates: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    told: dict[str, dict[str, float]] = {}
+    for name, questions in known.items():
+        seen: defaultdict[str, list[bool]] = defaultdict(list)
+        for question in questions:
+            other = changed(draw, question)
+            if other is not None:
+                real_pairs += 1
+                if hit(question, other):
+                    real_wrong.append((question, other))
+            for way, text in paraphrases(question).items():
+                seen[way].append(hit(question, text))
+        for way, hits in seen.items():
+            rates[way][name] = _share(sum(hits), len(hits))
+        told[name] = {way: sum(hits) / len(hits) for way, hits in seen.items()}
+    for way, shares in rates.items():
+        table.rows.append((way, *(shares.get(name, "–") for name in known)))
+    report.tables.append(table)
+    report.reach += [
+        Reach(
+            f"questions wrongly taken for one, of {pairs} pairs, at most", 0, len(wrong), not wrong
+        ),
+        Reach(
+            f"real questions with a token changed taken for one, of {real_pairs} pairs, at most",
+            0,
+            len(real_wrong),
+            not real_wrong,
+        ),
+    ]
+    report.facts["false_hits"] = [*wrong[:20], *real_wrong[:20]]
+    report.facts["hit_rate"] = told
+
+
+def measure(pairs: int, folder: Path | None) -> Report:
+    """Every figure."""
+    report = Report("comparing")
+    _agreement(report, pairs, folder)
+    _likeness(report, pairs, folder)
+    return report
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """0: measured, whatever was reached. 1: could not be measured."""
+    words = parser("comparing", __doc__)
+    words.add_argument("--pairs", type=int, default=50_000, help="generated pairs of each kind")
+    words.add_argument("--data", type=Path, help="folder of recorded questions and answers")
+    asked = words.parse_args(given)
+    return tell(lambda _: measure(asked.pairs, asked.data), as_json=asked.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Which answers agree, and which never do."""
+
+from __future__ import annotations
+
+import pytest
+
+from loadtests.comparing_pairs import GROUPS, REFUSALS, SPELLINGS, STATED, different_answers
+from service.broker.agreement import Final, agreed, confidence, final_answer, majority
+
+_PAIRS = 20_000
+
+
+def agree(one: str, other: str) -> bool:
+    return agreed([final_answer(one), final_answer(other)])
+
+
+def test_answers_that_differ_in_one_token_never_agree() -> None:
+    wrong = [pair for pair in different_answers(7, _PAIRS) if agree(*pair)]
+    print(f"{len(wrong)} of {_PAIRS} pairs wrongly taken to agree")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group[0])
+@pytest.mark.parametrize("style", STATED)
+def test_no_two_of_a_group_agree_however_they_are_stated(
+    group: tuple[str, ...], style: str
+) -> None:
+    stated = [final_answer(STATED[style](one)) for one in group]
+    known = [one for one in stated if one is not None]
+    assert len(known) == len(set(known))
+
+
+@pytest.mark.parametrize("said", REFUSALS)
+def test_a_refusal_is_no_answer(said: str) -> None:
+    assert final_answer(said) is None
+    assert final_answer(said, as_json=True) is None
+    assert not agree(said, said)
+    assert majority([final_answer(said), final_answer(said), final_answer("5")]) == 2
+
+
+@pytest.mark.parametrize("style", STATED)
+@pytest.mark.parametrize(
+    "value", ["42", "-3", "B", "0.5", "x + 1", "Paris", "7 days", "12%", "yes"]
+)
+def test_a_value_is_the_same_however_it_is_stated(value: str, style: str) -> None:
+    assert agree(value, STATED[style](value))
+
+
+@pytest.mark.parametrize(
+    "way", [way for way in SPELLINGS if way not in ("with the unit", "with $")]
+)
+@pytest.mark.parametrize("number", ["5", "-7", "1234", "1000000", "0.25"])
+def test_a_number_is_the_same_however_it_is_written(number: str, way: str) -> None:
+    assert agree(number, SPELLINGS[way](number, ""))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ('{"a":1}', '{"a": 1.0}'),
+        ('{"a": [1e2, true]}', '```json\n{"a": [100, true]}\n```'),
+        ('{"a": 1, "b": "x"}', '{"b": "x", "a": 1}'),
+        ("1/2", "0.5"),
+        ("3/4", "\\boxed{\\frac{3}{4}}"),
+        ("10%", "10 %"),
+        ("5.", "5"),
+        ("\u22125", "-5"),
+        ("1,200", "1200.00"),
+        ("(C)", "C"),
+        ("[C]", "option C"),
+        ("Yes.", "yes"),
+        ("Answer:\n\n5", "5"),
+        ("The answer is 5 because 2 + 3 = 5.", "5"),
+        ("The answer is B.\n\nExplanation: the others are too small.", "(B)"),
+        ("<think>Perhaps 4? No.</think>The answer is 5.", "5"),
+        ("The answer is 5. I hope this helps!", "The answer is 5."),
+        ("$x = \\boxed{5}$", "Thus $x=\\boxed{5}$."),
+        ("So the answer is J. Smith.", "J. Smith"),
+    ],
+)
+def test_the_same_answer_written_otherwise_agrees(one: str, other: str) -> None:
+    assert agree(one, other)
+    assert agree(other, one)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            "The answer is 5.\nI hope this answer helps!",
+            "The answer is 7.\nI hope this answer helps!",
+        ),
+        (
+            "Answer: 12 apples.\n\nLet me know if you need another answer explained.",
+            "Answer: 15 apples.\n\nLet me know if you need another answer explained.",
+        ),
+        ("The answer is 5.", "I don't think that the answer is 5."),
+        ("The answer is 5.", "The answer isn't 5."),
+        ("For x < 0, the answer is 5.", "For x > 0, the answer is 5."),
+        ("The wrong answer is 5.", "The answer is 5."),
+        ("\\boxed{5}", "-\\boxed{5}"),
+        ("\\boxed{5}", "\\boxed{5} million"),
+        ("\\boxed{5}", "It is less than \\boxed{5}."),
+        ("\\boxed{5}", "2\\boxed{5}"),
+        ("$x = \\boxed{5}$", "$y = \\boxed{5}$"),
+        ("\\boxed{3} so \\boxed{\\frac12}", "\\boxed{3} so \\boxed{\\frac14}"),
+        ("x is \\boxed{3} and y is \\boxed{4}", "x is \\boxed{2} and y is \\boxed{4}"),
+        (
+            "(a) The answer is 3.\n(b) The answer is 4.",
+            "(a) The answer is 2.\n(b) The answer is 4.",
+        ),
+        ("The answer is 5.\nThat is in thousands.", "The answer is 5.\nThat is in millions."),
+        ("The answer is 5.\nWait, that is wrong: 6.", "The answer is 5."),
+        ("The answer is rain. This is because of snow.", "The answer is rain."),
+        ("$5", "5"),
+        ("2/4", "1/2"),
+        ("3.10", "3.1"),
+        ('{"a": 1}', '{"a": "1"}'),
+        ('{"a": 1}', '{"a": true}'),
+        ('{"a": 1, "a": 2}', '{"a": 2}'),
+        ("```\nx = 1\n```", "```\nx  = 1\n```"),
+        ("#### 5\nThat is one of them.", "#### 5"),
+    ],
+)
+def test_answers_that_differ_in_their_surroundings_do_not_agree(one: str, other: str) -> None:
+    assert not agree(one, other)
+    assert not agree(other, one)
+
+
+@pytest.mark.parametrize(
+    "text", ["", " \n", "word " * 60, "<think>The answer is 5.", "I am happy."]
+)
+def test_a_text_without_a_conclusion_has_no_final_answer(text: str) -> None:
+    assert final_answer(text) is None
+
+
+def test_what_was_asked_for_as_json_is_compared_as_json_only() -> None:
+    assert final_answer("The answer is 5.", as_json=True) is None
+    assert final_answer("5", as_json=True) == Final("json", "5e0")
+    assert final_answer("[NaN]", as_json=True) is None
+    assert final_answer("[" * 100_000, as_json=True) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        one * (20_000 // len(one))
+        for one in (
+            *("**a", "\\boxed{", "answer is ", "so, ", "i hope this ", "1", "let me know "),
+            *("{", "I am just ", "because ", "## ", "answer: the ", "it follows that "),
+        )
+    ],
+)
+@pytest.mark.timeout(20)
+def test_no_text_holds_the_gateway_up(text: str) -> None:
+    for _ in range(10):
+        final_answer(text)
+
+
+def test_the_majority_is_the_answer_that_most_gave() -> None:
+    finals = [final_answer(text) for text in ("4", "5", "The answer is 5.", "I don't know.")]
+    assert majority(finals) == 2
+    assert majority([None, None]) is None
+
+
+def test_confidence_is_the_geometric_mean_of_probabilities() -> None:
+    assert confidence([]) == 0
+    assert confidence([0.0, 0.0]) == 1
+    assert confidence([-1.0, -3.0]) == pytest.approx(0.1353, abs=1e-4)
