@@ -75,7 +75,8 @@ LABEL org.opencontainers.image.title="coe" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.created="${CREATED}"
-WORKDIR /tmp
+# Not /tmp, where everybody may write: nothing is taken from the working directory by chance.
+WORKDIR /
 EXPOSE 8000
 VOLUME ["/models"]
 # A first start may download and load for long; after that it must answer.

@@ -8,13 +8,14 @@ what a process takes without any model is measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from service.config import Config, PoolConfig
+from service.config import Config, ExpertConfig, PoolConfig
 from service.errors import ConfigError, ModelStoreError
 from service.models import AdapterInfo, ModelInfo
+from service.models.adapters import find_misfit, name_another_base
 from service.models.kernels import check_kernels
 from service.steered import profile_of
 
@@ -58,6 +59,10 @@ class PoolPlan:
     # On a GPU: weights that it keeps in host memory, once for all its engines, in /dev/shm
     # where they are exchanged in place.
     host_bytes: int = 0
+    # What will not work as somebody may expect, a line for each.
+    warnings: tuple[str, ...] = ()
+    # What is special about its adapters, and served as they say.
+    notes: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -117,7 +122,72 @@ def plan_pool(
         on_gpu,
         moe,
         held if on_gpu and caches else 0,
+        tuple(_warnings(config, kind, inspect)),
+        tuple(_notes(config, kind, inspect)),
     )
+
+
+def _notes(
+    config: Config, kind: str, inspect: Callable[[str], ModelInfo | AdapterInfo]
+) -> Iterator[str]:
+    for name in config.local_experts(kind):
+        if config.experts[name].adapter is None:
+            continue
+        info = inspect(name)
+        if isinstance(info, AdapterInfo) and info.not_merged:
+            keys = ", ".join(info.not_merged)
+            yield f"{name}: {keys} of its adapter is followed, with ranks of up to {info.rank}"
+
+
+def _warnings(
+    config: Config, kind: str, inspect: Callable[[str], ModelInfo | AdapterInfo]
+) -> Iterator[str]:
+    for name in config.local_experts(kind):
+        expert = config.experts[name]
+        info = inspect(name if expert.adapter is not None else expert.base or name)
+        if isinstance(info, AdapterInfo):
+            assert expert.base is not None
+            source = config.experts[expert.base].model or ""
+            if (other := name_another_base(info, source)) is not None:
+                yield f"experts.{name}.adapter: it was trained on {other}, and its base is {source}"
+            continue
+        if expert.model is None:
+            continue
+        if info.second_copies:
+            yield (
+                f"experts.{name}.model: {info.second_copies[0]} holds the same weights once more, "
+                "and an engine will read it, too; move it away, or get a copy without it: "
+                f"coe models pull {expert.model}"
+            )
+        chats = [
+            other
+            for other, one in config.experts.items()
+            if "chat" in one.capabilities and name in (other, one.base)
+        ]
+        if not info.has_chat_template and chats:
+            yield (
+                f"experts.{name}.model: no chat template in its folder, so that requests to chat "
+                "may be refused; put a chat_template.jinja there, or set capabilities: "
+                f"[completions] for {', '.join(chats)}"
+            )
+
+
+def _check_adapter(
+    name: str, expert: ExpertConfig, adapter: ModelInfo | AdapterInfo, base: ModelInfo
+) -> AdapterInfo:
+    """The adapter of an expert, if the engine will serve it on this base. Raises ConfigError."""
+    where = f"experts.{name}.adapter"
+    if not isinstance(adapter, AdapterInfo):
+        raise ConfigError(f"{where}: this folder holds a model, not an adapter")
+    if expert.form == "merged" and adapter.not_merged:
+        raise ConfigError(
+            f"{where}: {adapter.not_merged[0]} of its adapter_config.json can't be merged; "
+            "use form: adapter"
+        )
+    # Quantised weights are packed, with other names and shapes.
+    if base.quantization is None and (why := find_misfit(adapter, base.shapes)) is not None:
+        raise ConfigError(f"{where}: it is of another base than {expert.base!r}: {why}")
+    return adapter
 
 
 def _check_bound(
@@ -184,8 +254,13 @@ def _plan_unit(
     info = inspect(base if expert.base is None else expert.base)
     if not isinstance(info, ModelInfo):
         raise ConfigError(f"{where}: this folder holds an adapter, not a model")
-    if expert.form == "merged" and not isinstance(inspect(base), AdapterInfo):
-        raise ConfigError(f"experts.{base}.adapter: this folder holds a model, not an adapter")
+    if not info.has_tokenizer:
+        raise ConfigError(
+            f"{where}: no tokenizer in its folder (tokenizer.json, tokenizer.model or the like); "
+            "put that of its base model there"
+        )
+    if expert.form == "merged":
+        _check_adapter(base, expert, inspect(base), info)
     options = pool.vllm
     if expert.form == "steered":
         _check_steered(config, base, pool, info)
@@ -215,9 +290,7 @@ def _plan_unit(
         raise ConfigError(f"{where}: LoRA on a mixture-of-experts model needs a GPU")
     adapter_bytes = 0
     for name in adapters:
-        adapter = inspect(name)
-        if not isinstance(adapter, AdapterInfo):
-            raise ConfigError(f"experts.{name}.adapter: this folder holds a model, not an adapter")
+        adapter = _check_adapter(name, config.experts[name], inspect(name), info)
         if adapter.rank > options.max_lora_rank:
             raise ConfigError(
                 f"experts.{name}.adapter: its rank is {adapter.rank}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import click
@@ -25,22 +26,57 @@ def models() -> None:
     help="Fetch what this config needs and is not here, instead of NAME.",
 )
 @click.option("--pool", "kind", help="With --config: only what pools of this kind need.")
+@click.option(
+    "--pin", is_flag=True, help="With --config: write the commits that were fetched into it."
+)
 @click.option("--models-dir", type=click.Path(path_type=Path), help="Where models are kept.")
 def pull(
-    name: str | None, config_path: Path | None, kind: str | None, models_dir: Path | None
+    name: str | None,
+    config_path: Path | None,
+    kind: str | None,
+    pin: bool,
+    models_dir: Path | None,
 ) -> None:
-    """Fetch NAME: a name of the built-in catalogue, a folder, or ORG/REPO on the hub."""
-    from service.models import locate
+    """Fetch NAME: a name of the built-in catalogue, a folder (./NAME), or ORG/REPO[@COMMIT]."""
+    from service.models import locate, pinned_source
     from service.models import pull as fetch
 
     if (name is None) == (config_path is None):
         raise click.UsageError("give NAME or --config")
+    if pin and config_path is None:
+        raise click.UsageError("--pin needs --config: it writes into that file")
     if name is not None:
         click.echo(fetch(name, dest_root=models_dir))
         return
     assert config_path is not None
+    pinned = {}
     for source, root in _needed(config_path, kind, models_dir):
-        click.echo(locate(source, root=root) or fetch(source, dest_root=root))
+        folder = locate(source, root=root) or fetch(source, dest_root=root)
+        click.echo(folder)
+        if (found := pinned_source(source, folder)) is not None:
+            pinned[source] = found
+    if pin:
+        _pin(config_path, pinned)
+
+
+def _pin(path: Path, pinned: dict[str, str]) -> None:
+    """Write the commits into the file, at once or not at all."""
+    from service.config.pinning import pin_models
+
+    with path.open(encoding="utf-8", newline="") as file:  # its line ends stay as they are
+        text = file.read()
+    changed = pin_models(text, pinned)
+    if changed == text:
+        click.echo(f"{path}: nothing to pin")
+        return
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8", newline="") as file:
+        file.write(changed)
+    shutil.copymode(path, part)
+    part.replace(path)
+    for source, found in pinned.items():
+        if source != found:
+            click.echo(f"{path}: {source} is now {found}")
 
 
 def _needed(

@@ -67,7 +67,8 @@ def _with_models(config: Config) -> Config:
             if locate(source, root=root) is None:
                 click.echo(f"expert {name}: fetching {source}", err=True)
                 pull(source, dest_root=root)
-        _plans(config)
+        for line in _told(_plans(config)):
+            click.echo(f"coe: warning: {line}", err=True)
     except ModelStoreError as error:
         click.echo(f"coe: warning: {error.message}", err=True)
         click.echo("coe: warning: starting without a memory plan", err=True)
@@ -98,6 +99,11 @@ def _plans(config: Config) -> list[Any]:
         check_plan(plan, machine_bytes)
         plans.append(plan)
     return plans
+
+
+def _told(plans: list[Any]) -> list[str]:
+    """The warnings of all plans, each once."""
+    return list(dict.fromkeys(line for plan in plans for line in plan.warnings))
 
 
 def _plan_json(plan: Any) -> dict[str, Any]:
@@ -131,8 +137,10 @@ def _print_plans(config: Config, plans: list[Any]) -> None:
             rows.append((plan.kind, "(its host memory)", size(plan.host_bytes), "", ""))
     table(("pool", "experts", "weights", "KV cache", "in all"), rows)
     for plan in plans:
-        for line in plan.moe:
+        for line in (*plan.moe, *plan.notes):
             click.echo(f"{plan.kind}: {line}")
+    for line in _told(plans):
+        click.echo(f"warning: {line}", err=True)
     remote = [name for name, expert in config.experts.items() if expert.remote is not None]
     if remote:
         click.echo(f"remote: {', '.join(remote)}")

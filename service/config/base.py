@@ -38,6 +38,14 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
 
 
+def is_path(source: str) -> bool:
+    """Whether a model's source is a path: only what begins with ./, ../, / or ~ is.
+
+    What else there happens to be in the working directory never takes a model's place.
+    """
+    return source in (".", "..") or source.startswith(("./", "../", "/", "~"))
+
+
 def shown(value: object) -> str:
     """A value as an error shows it: short."""
     text = repr(value)

@@ -43,7 +43,9 @@ class ExpertConfig(Section):
     """One named model: full weights (`model`), `base` with `adapter` or `profile`, or `remote`."""
 
     model: str | None = Field(
-        None, description="Full weights: a name from `coe models list`, a folder, or a hub id."
+        None,
+        description="Full weights: a name from `coe models list`, a folder (a path that begins "
+        "with ./, ../, / or ~), or ORG/NAME of the hub, with @COMMIT to stay at one.",
     )
     base: str | None = Field(
         None, description="LoRA and virtual experts: the expert that has the base's full weights."

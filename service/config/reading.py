@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterator
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from service.config.base import shown
+from service.config.base import is_path, shown
 from service.config.composition import SECTIONS, Config
 from service.config.kernels import ExpertKernels, RoutedOptions
+from service.config.yaml_loader import ConfigLoader, written_at
 from service.errors import ConfigError
 
 _Tuned = TypeVar("_Tuned", ExpertKernels, RoutedOptions)
@@ -28,19 +30,12 @@ _SECRET: dict[int | str, str] = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, that refuses a key given twice instead of taking the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+# Variables as other tools write them: ${NAME}, $NAME at the beginning of a path, os.environ/NAME.
+_VARIABLE_USED = re.compile(
+    r"\$\{[A-Za-z_][A-Za-z0-9_.]*[^}]*\}|^\$[A-Za-z_][A-Za-z0-9_]*(?=$|[/:])|^os\.environ/"
+)
+_MAX_VALUES = 100_000
+_TYPES = {bool: "boolean", int: "number", float: "number", type(None): "null"}
 
 
 def parse_config(text: str, source: str) -> Config:
@@ -49,13 +44,15 @@ def parse_config(text: str, source: str) -> Config:
     Raises ConfigError with one line per fault.
     """
     try:
-        data = yaml.load(text, _Loader)  # a safe loader, made stricter
+        data = yaml.load(text, ConfigLoader)  # a safe loader, made stricter
+    except RecursionError:
+        raise ConfigError(f"{source}: not valid YAML: it is nested too deeply") from None
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         at = f" line {where.line + 1}, column {where.column + 1}" if where else ""
         problem = getattr(error, "problem", None) or "can't be read"
         raise ConfigError(f"{source}:{at} not valid YAML: {problem}") from None
-    return _validated(data, source)
+    return _validated(data, source, text)
 
 
 def read_config(data: object, source: str, folder: Path) -> Config:
@@ -66,16 +63,51 @@ def read_config(data: object, source: str, folder: Path) -> Config:
     return _anchored(_validated(data, source), folder)
 
 
-def _validated(data: object, source: str) -> Config:
+def _validated(data: object, source: str, text: str | None = None) -> Config:
+    """`text`: what `data` was parsed from, so that errors can show values as they are written."""
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: a mapping with the key `experts` is needed at the top")
     try:
+        if used := list(_variables(data, (), [_MAX_VALUES])):
+            raise ConfigError("\n".join(f"{source}: {line}" for line in used))
         return Config.model_validate(data)
+    except RecursionError:
+        raise ConfigError(
+            f"{source}: it is nested too deeply, holds itself, or has over {_MAX_VALUES:,} values"
+        ) from None
     except ValidationError as error:
-        raise ConfigError("\n".join(_faults(error, source))) from None
+        raise ConfigError("\n".join(_faults(error, source, text))) from None
 
 
-def _faults(error: ValidationError, source: str) -> Iterator[str]:
+def _variables(value: object, place: tuple[str, ...], left: list[int]) -> Iterator[str]:
+    """A line for each value that would be taken literally where a variable was meant.
+
+    `left`: how many values may still follow, as aliases of aliases can make billions of them.
+    """
+    left[0] -= 1
+    if left[0] < 0:
+        raise RecursionError
+    if isinstance(value, dict):
+        for key, one in value.items():
+            if key != "description":  # free text
+                yield from _variables(one, (*place, str(key)), left)
+    elif isinstance(value, list):
+        for number, one in enumerate(value):
+            yield from _variables(one, (*place, str(number)), left)
+    elif isinstance(value, str) and (found := _VARIABLE_USED.search(value)) is not None:
+        where = ".".join(place)
+        if place and place[-1].endswith("_env"):
+            yield f"{where}: {_VARIABLE}, as it is: NAME, not ${{NAME}} or os.environ/NAME"
+            return
+        name = re.match(r"\$\{?[A-Za-z_][A-Za-z0-9_]*\}?|os\.environ/", found[0])
+        yield (
+            f"{where}: variables are not replaced in this file, and "
+            f"{name[0] if name else found[0]} would be taken as it is; write the value (keys and "
+            "the store's URL come from the environment, by the fields that end in _env)"
+        )
+
+
+def _faults(error: ValidationError, source: str, text: str | None) -> Iterator[str]:
     for fault in error.errors(include_url=False):
         path = ".".join(str(part) for part in fault["loc"] if part != "[key]")
         said = fault["msg"].removeprefix("Value error, ")
@@ -89,6 +121,12 @@ def _faults(error: ValidationError, source: str) -> Iterator[str]:
         elif fault["loc"] and fault["loc"][-1] in _SECRET:
             # Not shown: somebody may have put the key itself here.
             said = _SECRET[fault["loc"][-1]]
+        elif fault["type"] == "string_type" and type(fault["input"]) in _TYPES:
+            written = None if text is None else written_at(text, fault["loc"])
+            value = shown(fault["input"]) if written is None else written or "nothing"
+            remedy = "put it in quotes" if written is None else f'write "{written}"'
+            kind = _TYPES[type(fault["input"])]
+            said = f"a text is needed, and {value} is a {kind}; {remedy}"
         elif fault["type"] != "value_error":
             said = f"{said[0].lower()}{said[1:]}, not {shown(fault['input'])}"
         yield f"{source}: {path + ': ' if path else ''}{said}"
@@ -121,9 +159,6 @@ def _anchored(config: Config, folder: Path) -> Config:
     def at(value: str) -> str:
         return str((folder / Path(value).expanduser()).resolve())
 
-    def looks_like_path(value: str) -> bool:
-        return value.startswith(("./", "../", "/", "~"))
-
     def tuned(options: _Tuned) -> _Tuned:
         folder = options.tuned_config_folder
         if folder is None:
@@ -136,7 +171,7 @@ def _anchored(config: Config, folder: Path) -> Config:
                 "adapter": at(expert.adapter) if expert.adapter is not None else None,
                 "profile": at(expert.profile) if expert.profile is not None else None,
                 "model": at(expert.model)
-                if expert.model is not None and looks_like_path(expert.model)
+                if expert.model is not None and is_path(expert.model)
                 else expert.model,
                 "vllm": tuned(expert.vllm),
             }

@@ -6,7 +6,7 @@ Weights are safetensors and nothing else; no code from a model folder is ever ru
 from service.models.catalogue import CATALOGUE, CatalogueEntry
 from service.models.inspection import AdapterInfo, ModelInfo, MoeInfo, inspect_model
 from service.models.progress import Progress, Silent, progress_for
-from service.models.pull import locate, pull
+from service.models.pull import locate, pinned_source, pull
 from service.models.store import (
     Manifest,
     StoredFile,
@@ -31,6 +31,7 @@ __all__ = [
     "list_models",
     "locate",
     "model_root",
+    "pinned_source",
     "progress_for",
     "pull",
     "verify",

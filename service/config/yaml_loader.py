@@ -1,0 +1,97 @@
+"""YAML as config files need it: names stay as they are written, and nothing is given twice.
+
+YAML 1.1, which PyYAML reads, takes `no` and `on` for booleans, `1:30` for 90 and `010` for 8. This
+loader follows the core schema of YAML 1.2 instead, and keeps 1.1's merge keys (`<<`). Keys are
+always texts: an expert may be called `no`, `1.5` or `7`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import ClassVar
+
+import yaml
+
+_MERGE = "tag:yaml.org,2002:merge"
+_RULES: tuple[tuple[str, str, str], ...] = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    ("null", r"~|null|Null|NULL|", "~nN"),
+    ("merge", r"<<", "<"),
+)
+
+
+class ConfigLoader(yaml.SafeLoader):
+    """YAML's safe loader, by the rules above. Refuses a key given twice, and a second document."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """As it is composed, before merge keys put others' keys into it."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[assignment,arg-type]
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is a name, not a list or a mapping", key.start_mark
+                )
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+            if key.tag != _MERGE:
+                key.tag = "tag:yaml.org,2002:str"
+        return node
+
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        """Decimal, or with 0o or 0x."""
+        text = self.construct_scalar(node)
+        if len(text) > 4000:
+            raise yaml.constructor.ConstructorError(
+                None, None, "a number of more than 4,000 digits", node.start_mark
+            )
+        return int(text, 0)
+
+    def construct_float(self, node: yaml.ScalarNode) -> float:
+        """Also `.inf` and `.nan`, and 1e3 without a point."""
+        text = self.construct_scalar(node).lower()
+        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+for _kind, _pattern, _firsts in _RULES:
+    ConfigLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}",
+        re.compile(f"(?:{_pattern})$"),
+        [*_firsts, ""] if _kind == "null" else [*_firsts],
+    )
+ConfigLoader.add_constructor("tag:yaml.org,2002:int", ConfigLoader.construct_int)
+ConfigLoader.add_constructor("tag:yaml.org,2002:float", ConfigLoader.construct_float)
+
+
+def written_at(text: str, place: Sequence[int | str]) -> str | None:
+    """How a value that is no text stands in the file; None where that can't be found.
+
+    For errors: `3.10` arrives as 3.1, and who wrote it would not know it again.
+    """
+    try:
+        node = yaml.compose(text, ConfigLoader)
+    except yaml.YAMLError:
+        return None
+    for part in place:
+        if isinstance(node, yaml.MappingNode):
+            node = next((value for key, value in node.value if key.value == str(part)), None)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            node = node.value[part] if part < len(node.value) else None
+        else:
+            return None
+    if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":str"):
+        return None
+    return str(node.value)

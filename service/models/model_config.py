@@ -1,0 +1,105 @@
+"""What a model folder's JSON files say: read without trusting them, without torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from service.errors import ModelStoreError
+
+_log = logging.getLogger("coe.models")
+_MAX_JSON_BYTES = 100_000_000
+_MAX_NUMBER = 2**53
+# Where models that also see or hear keep the language model's part of their config, outermost
+# first: a part may hold another one (Qwen-Omni's `thinker_config` has a `text_config`).
+_LANGUAGE_PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
+# What every plan needs, each by the names that architectures give it.
+HIDDEN_SIZE = ("hidden_size", "n_embd", "d_model")
+HEADS = ("num_attention_heads", "n_head")
+LAYERS = ("num_hidden_layers", "n_layer")
+CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+VOCABULARY = ("vocab_size",)
+_NEEDED = (HIDDEN_SIZE, HEADS, LAYERS, CONTEXT, VOCABULARY)
+_OFTEN_DEFAULT = (("num_key_value_heads",), ("head_dim",))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ModelStoreError."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ModelStoreError(f"{path}: larger than {_MAX_JSON_BYTES // 10**6} MB")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelStoreError(f"{path}: can't be read: {error.strerror or error}") from error
+    except RecursionError:
+        raise ModelStoreError(f"{path}: not valid JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise ModelStoreError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ModelStoreError(f"{path}: must hold a JSON object")
+    return data
+
+
+def optional_integer(sizes: dict[str, Any], *keys: str) -> int | None:
+    """The first of the keys that holds a number, as a whole one."""
+    for key in keys:
+        value = sizes.get(key)
+        # Compared so, as a whole number may be too large for a float, and infinity for a whole one.
+        if type(value) in (int, float) and -_MAX_NUMBER <= value <= _MAX_NUMBER:
+            return int(value)
+    return None
+
+
+def integer(sizes: dict[str, Any], where: Path, *keys: str) -> int:
+    """As `optional_integer`. Raises ModelStoreError where there is none above 0."""
+    value = optional_integer(sizes, *keys)
+    if value is None or value < 1:
+        raise ModelStoreError(f"{where}: {keys[0]!r} is missing or not a positive number")
+    return value
+
+
+def language_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of the language model, whose config may be a part of the whole one.
+
+    What a config leaves out has the default of its architecture's class. Where a size that is
+    needed is missing, transformers is asked for it (seconds, as that imports torch; no code of the
+    model is run). What transformers does not know stays missing.
+    """
+    sizes = config
+    for name in _LANGUAGE_PARTS:
+        part = sizes.get(name)
+        if isinstance(part, dict):
+            sizes = {**sizes, **part}
+    nested = sizes is not config
+    wanted = (*_NEEDED, *_OFTEN_DEFAULT) if nested else _NEEDED
+    if all(optional_integer(sizes, *keys) is not None for keys in wanted):
+        return sizes
+    given = {key: value for key, value in sizes.items() if value is not None}
+    flat = {key: value for key, value in given.items() if not key.endswith("_config")}
+    # The whole config first: its class knows the kind of its parts, which they need not name.
+    for one in (config, flat) if nested else (config,):
+        if defaults := _class_defaults(one):
+            return {**defaults, **given}
+    return sizes
+
+
+def _class_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """What the architecture's class makes of a config: the language model's part of it.
+
+    Empty where transformers does not know the architecture, or its class refuses the config.
+    """
+    kind = config.get("model_type")
+    given = {key: value for key, value in config.items() if value is not None}
+    try:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+            return {}
+        found: dict[str, Any] = CONFIG_MAPPING[kind](**given).get_text_config().to_dict()
+    except Exception as error:
+        # A class may refuse a config in any way; what is missing is then told by its name.
+        _log.debug("no defaults for model_type %s: %s", kind, type(error).__name__)
+        return {}
+    return found
