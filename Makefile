@@ -1,6 +1,6 @@
 # The two commands of the README are `make serve` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo-moe test test-unit check format dist lock dashboards clean
+.PHONY: help setup serve demo-moe test test-unit check format docs dist lock dashboards clean
 BIN := .venv/bin
 CONFIG ?= deploy/config/demo.yaml
 
@@ -34,6 +34,9 @@ check: setup ## Lint, types, and who may import whom
 format: setup ## Format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix --quiet .
+
+docs: ## Build the documents into .cache/site, strictly
+	@deploy/docs/build.sh
 
 dist: setup ## Build the wheel and the source archive into dist
 	@rm -rf dist build
