@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from service.api.structured_outputs import StructuredOutputBounds
 from service.config import Config
 from service.errors import HeadersTooLarge, InvalidRequest, NotAllowed
 
@@ -43,6 +44,7 @@ _TEXT = frozenset({"text", "input_text", "output_text", "refusal", "thinking", "
 _ADDRESSES = ("image_url", "audio_url", "video_url", "file_url", "url")
 _FILES = ("file_id", "file", "image_pil", "image_embeds", "audio_embeds", "path")
 _PARTS_DEEP = 4
+_INNER = ("content", "output")
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 # Readers of addresses differ in what they take these for.
 _ODD = re.compile(r"[\s\\@\x00-\x20\x7f]|[^\x00-\x7f]")
@@ -58,6 +60,7 @@ class Limits:
 
     def __init__(self, config: Config) -> None:
         self._limits = config.server.limits
+        self._structured_outputs = StructuredOutputBounds(config.server.limits)
         self._hosts = frozenset(
             host.lower() for pool in config.pools.values() for host in pool.vllm.media_domains
         )
@@ -103,6 +106,7 @@ class Limits:
             # vLLM's clients send some of them with their default.
             if data[name] not in (None, False, 0, {}, []):
                 raise NotAllowed(f"`{name}` is not allowed: {_FORBIDDEN[name]}", param=name)
+        self._structured_outputs.check(data)
         self._template_kwargs(data.get("chat_template_kwargs"))
         for i, tool in enumerate(_list(data.get("tools"))):
             if isinstance(tool, dict) and _type_of(tool) not in _CLIENT_TOOLS:
@@ -144,11 +148,16 @@ class Limits:
                     f"`{where}.{name}` is not allowed: a request can't name files", param=where
                 )
         if deep == 0:
+            if any(isinstance(part.get(name), (dict, list)) for name in ("source", *_INNER)):
+                raise InvalidRequest(
+                    f"`{where}` has parts within parts more than {_PARTS_DEEP} levels deep",
+                    param=where.partition("[")[0],
+                )
             return
         source = part.get("source")
         if isinstance(source, dict):
             self._part(source, f"{where}.source", deep - 1)
-        for name in ("content", "output"):
+        for name in _INNER:
             for i, inner in enumerate(_list(part.get(name))):
                 if isinstance(inner, dict):
                     self._part(inner, f"{where}.{name}[{i}]", deep - 1)

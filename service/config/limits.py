@@ -38,6 +38,28 @@ class RequestLimits(Section):
         description="Messages of one request, and the parts of their contents, together; more "
         "gets 400.",
     )
+    max_tools: int = Field(512, ge=1, description="Tools of a request; more gets 400.")
+    max_schema_bytes: int = Field(
+        65_536,
+        ge=256,
+        description="Bytes of a schema, a grammar or a tool, wherever a request may carry one; "
+        "more gets 400. All of a request together may have eight times as many.",
+    )
+    max_schema_properties: int = Field(
+        512, ge=1, description="Properties and definitions of a schema; more gets 400."
+    )
+    max_pattern_bytes: int = Field(
+        2048, ge=16, description="Bytes of a regular expression; more gets 400."
+    )
+    max_grammar_bytes: int = Field(
+        16_384, ge=16, description="Bytes of an EBNF or Lark grammar; more gets 400."
+    )
+    max_pattern_depth: int = Field(
+        64,
+        ge=1,
+        le=256,
+        description="Groups within groups in a regular expression or grammar; more gets 400.",
+    )
     header_timeout_s: int = Field(
         10, ge=1, description="Time for a request's headers to arrive, in s; then 408."
     )

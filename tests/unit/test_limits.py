@@ -204,3 +204,14 @@ def test_a_large_body_is_measured_quickly_enough_to_notice() -> None:
     with pytest.raises(InvalidRequest):
         MANY.shape(b"[[]," * 2_000_000)
     MANY.shape(b'"' + b"\\" * 4_000_000)
+
+
+@pytest.mark.parametrize("inner", [[], [{"type": "text", "text": "x"}], {"type": "base64"}])
+def test_parts_deeper_than_are_looked_at_are_refused(inner: object) -> None:
+    name = "source" if isinstance(inner, dict) else "content"
+    part: dict[str, object] = {"role": "user", name: inner}
+    for _ in range(4):
+        part = {"role": "user", "content": [part]}
+    MANY.fields({"messages": part["content"]})
+    with pytest.raises(InvalidRequest, match="levels deep"):
+        MANY.fields({"messages": [part]})

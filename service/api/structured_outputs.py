@@ -1,0 +1,209 @@
+"""Bounds on the schemas, patterns and grammars that a request carries, in every field that can.
+
+An engine turns them into automata in native code, whose stack and time their author chooses. Size,
+nesting and number of properties are looked at here, before an engine sees them. What cannot be told
+by looking is tried out by the engine in a process of its own (`engine.grammar_check`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import orjson
+
+from service.config.limits import RequestLimits
+from service.errors import InvalidRequest
+
+# Fields that hold nothing but constraints, and those that hold one in their `format`.
+_WHOLE = (
+    "response_format",
+    "structured_outputs",
+    "output_format",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "guided_whitespace_pattern",
+)
+_IN_FORMAT = ("text", "output_config")
+_LISTED = ("tools", "functions")
+# Keys whose string is a pattern or a grammar, and those whose string is JSON.
+_PATTERNS = frozenset({"pattern", "regex", "whitespace_pattern"})
+_PATTERNS |= {"guided_regex", "guided_whitespace_pattern"}
+_GRAMMARS = frozenset({"grammar", "guided_grammar", "definition", "ebnf", "lark"})
+_JSON = frozenset({"json", "guided_json", "schema", "json_schema", "structural_tag"})
+_PROPERTIES = frozenset(
+    {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+)
+# All of a request together may have so many times the bytes that one may have.
+_ALL_TOGETHER = 8
+# What brackets in a pattern or grammar do not mean: escaped, in a class of characters, quoted.
+_ESCAPED = re.compile(r"\\.", re.DOTALL)
+_CLASS = re.compile(r"\[[^\]]*\]")
+_QUOTED = re.compile(r"\"[^\"\n]*\"|'[^'\n]*'|#[^\n]*")
+# Lists of which an engine works through every item as it takes the request in.
+_ITEMS = {
+    "stop": 64,
+    "stop_sequences": 64,
+    "stop_token_ids": 256,
+    "bad_words": 256,
+    "allowed_token_ids": 65_536,
+    "logit_bias": 1024,
+    "logprob_token_ids": 1024,
+}
+
+
+class StructuredOutputBounds:
+    """The bounds of one config's `server.limits`."""
+
+    def __init__(self, limits: RequestLimits) -> None:
+        self._limits = limits
+
+    def check(self, data: Mapping[str, Any]) -> None:
+        """Look at every field of a body that can constrain an answer.
+
+        Raises:
+            InvalidRequest: It names the field, what was found, and what is allowed.
+        """
+        most = self._limits
+        total = 0
+        for param, where, value in _constraints(data, most.max_tools):
+            size = _size(value, param)
+            if size > most.max_schema_bytes:
+                raise InvalidRequest(
+                    f"`{where}` has {size} bytes, "
+                    f"and no more than {most.max_schema_bytes} may come",
+                    param=param,
+                )
+            total += size
+            if total > _ALL_TOGETHER * most.max_schema_bytes:
+                raise InvalidRequest(
+                    f"the schemas of the request have more than {total - 1} bytes together, and no "
+                    f"more than {_ALL_TOGETHER * most.max_schema_bytes} may come",
+                    param=param,
+                )
+            _Walk(most, param, where).value(value, where.rpartition(".")[2], 1)
+        for name in _ITEMS.keys() & data.keys():
+            items = data[name]
+            if isinstance(items, (list, dict)) and len(items) > _ITEMS[name]:
+                raise InvalidRequest(
+                    f"`{name}` has {len(items)} items, and no more than {_ITEMS[name]} may come",
+                    param=name,
+                )
+
+
+def _constraints(
+    data: Mapping[str, Any], max_tools: int
+) -> Iterator[tuple[str, str, dict[str, Any] | list[Any] | str]]:
+    """Every value that may hold a constraint, with its field and its place."""
+    for name in _WHOLE:
+        if isinstance(value := data.get(name), (dict, list, str)):
+            yield name, name, value
+    for name in _IN_FORMAT:
+        outer = data.get(name)
+        value = outer.get("format") if isinstance(outer, dict) else None
+        if isinstance(value, (dict, list, str)):
+            yield name, f"{name}.format", value
+    for name in _LISTED:
+        tools = data.get(name)
+        if not isinstance(tools, list):
+            continue
+        if len(tools) > max_tools:
+            raise InvalidRequest(
+                f"`{name}` has {len(tools)} items, and no more than {max_tools} may come",
+                param=name,
+            )
+        for i, tool in enumerate(tools):
+            if isinstance(tool, (dict, list)):
+                yield name, f"{name}[{i}]", tool
+
+
+def _size(value: dict[str, Any] | list[Any] | str, param: str) -> int:
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode(errors="surrogatepass"))
+    try:
+        return len(orjson.dumps(value))
+    except orjson.JSONEncodeError:
+        raise InvalidRequest(f"`{param}` is nested too deep", param=param) from None
+
+
+class _Walk:
+    """One walk through one constraint. Counts its properties."""
+
+    def __init__(self, limits: RequestLimits, param: str, where: str) -> None:
+        self._most = limits
+        self._param = param
+        self._where = where
+        self._properties = 0
+
+    def value(self, value: object, key: str, depth: int) -> None:
+        """Look at what a key holds. Raises InvalidRequest."""
+        if isinstance(value, str):
+            self._string(value, key, depth)
+            return
+        if not isinstance(value, (dict, list)):
+            return
+        if depth > self._most.max_json_depth:
+            raise self._error(
+                f"is nested more than {self._most.max_json_depth} levels deep, and no more are read"
+            )
+        if isinstance(value, list):
+            for item in value:
+                self.value(item, key, depth + 1)
+            return
+        if key in _PROPERTIES:
+            self._properties += len(value)
+            if self._properties > self._most.max_schema_properties:
+                raise self._error(
+                    f"has {self._properties} properties or more, and no more than "
+                    f"{self._most.max_schema_properties} may come"
+                )
+        for name, inner in value.items():
+            if key == "patternProperties":
+                self._pattern(name)
+            self.value(inner, name, depth + 1)
+
+    def _string(self, text: str, key: str, depth: int) -> None:
+        if key in _PATTERNS:
+            self._pattern(text)
+        elif key in _GRAMMARS:
+            self._bounded(text, "grammar", self._most.max_grammar_bytes)
+            self._nesting(_CLASS.sub("", _QUOTED.sub("", _ESCAPED.sub("", text))), "grammar")
+        elif key in _JSON and text.lstrip()[:1] in ("{", "["):
+            try:
+                parsed = orjson.loads(text)
+            except (orjson.JSONDecodeError, UnicodeEncodeError):
+                raise self._error(f"has a `{key}` that is not valid JSON") from None
+            self.value(parsed, key, depth)
+
+    def _pattern(self, text: str) -> None:
+        self._bounded(text, "pattern", self._most.max_pattern_bytes)
+        self._nesting(_CLASS.sub("", _ESCAPED.sub("", text)), "pattern")
+
+    def _bounded(self, text: str, what: str, most: int) -> None:
+        size = len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+        if size > most:
+            raise self._error(
+                f"has a {what} of {size} bytes, and no more than {most} may come"
+            )
+
+    def _nesting(self, text: str, what: str) -> None:
+        most = self._most.max_pattern_depth
+        if text.count("(") + text.count("[") + text.count("{") <= most:
+            return
+        depth = 0
+        for letter in text:
+            if letter in "([{":
+                depth += 1
+                if depth > most:
+                    raise self._error(
+                        f"has a {what} whose groups are nested more than {most} levels deep, and "
+                        "no more are read"
+                    )
+            elif letter in ")]}":
+                depth -= 1
+
+    def _error(self, what: str) -> InvalidRequest:
+        return InvalidRequest(f"`{self._where}` {what}", param=self._param)
