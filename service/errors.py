@@ -11,10 +11,12 @@ class CoeError(Exception):
     """Root of the tree. `message` is for the user and never holds a prompt or a key.
 
     `param` names the request field at fault, where there is one. `code` is the
-    machine-readable reason of OpenAI's error shape.
+    machine-readable reason of OpenAI's error shape. `final`: the same request will fail again,
+    although its status makes clients retry.
     """
 
     code = "internal_error"
+    final = False
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -76,6 +78,12 @@ class TooSlow(InvalidRequest):
     """The request did not arrive within the configured time (408)."""
 
     code = "request_timeout"
+
+
+class UnsupportedMediaType(InvalidRequest):
+    """The body of a request is not declared as JSON (415)."""
+
+    code = "unsupported_media_type"
 
 
 class NotAllowed(InvalidRequest):
@@ -231,6 +239,7 @@ class EngineDiedTwice(CoeError):
     """Two engines or pools died while they had this request; no third is given it (500)."""
 
     code = "engine_died_twice"
+    final = True
 
 
 class DeadlineExceeded(Unavailable):

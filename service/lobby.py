@@ -13,12 +13,15 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
+from email.message import Message
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import Any
 
 from service.api.console.assets import Asset, load_assets
+from service.api.cross_origin import CrossOriginRules, has_body
+from service.errors import CoeError
 
 _BEAT_S = 0.5
 _MOST_CONNECTIONS = 64
@@ -34,9 +37,21 @@ class _Step:
 
 
 class Lobby:
-    """`step` says what is done next; `serve_port` and `leave_port` open and close the port."""
+    """`step` says what is done next; `serve_port` and `leave_port` open and close the port.
 
-    def __init__(self, steps: tuple[str, ...], began_s: float) -> None:
+    `rules` say which browsers' requests are answered, `keyless` whether keys are not needed.
+    """
+
+    def __init__(
+        self,
+        steps: tuple[str, ...],
+        began_s: float,
+        rules: CrossOriginRules,
+        *,
+        keyless: bool,
+    ) -> None:
+        self._rules = rules
+        self._keyless = keyless
         self._steps = [_Step(name) for name in steps]
         self._began_s = began_s
         self._changed = threading.Condition()
@@ -122,6 +137,14 @@ class Lobby:
                 self._changed.wait(_BEAT_S)
             return not self._over
 
+    def check(self, method: str, headers: Message) -> None:
+        """Raises CoeError where only a misled browser would ask this way."""
+        given = {
+            name.lower().encode("latin-1"): value.encode("latin-1", "replace")
+            for name, value in reversed(headers.items())
+        }
+        self._rules.check(method.encode(), given, keyless=self._keyless, body=has_body(given))
+
     def excuse(self) -> bytes:
         """Why there is no answer yet, in OpenAI's shape."""
         seconds = time.monotonic() - self._began_s
@@ -181,9 +204,15 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
     timeout = _READ_S
 
+    def do_HEAD(self) -> None:
+        """As GET, without the body."""
+        self.do_GET()
+
     def do_GET(self) -> None:
         """The console's files and its events; the rest is not there yet."""
         lobby = self.server.lobby
+        if self._refused():
+            return
         path = self.path.partition("?")[0]
         asset = lobby.asset(path)
         if path == "/":
@@ -208,11 +237,32 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("content-length", "")
         if length.isdigit() and int(length) <= _MOST_BODY_BYTES:
             self.rfile.read(int(length))
-        self._json(503, self.server.lobby.excuse())
+        if not self._refused():
+            self._json(503, self.server.lobby.excuse())
+
+    def _refused(self) -> bool:
+        """Whether the rules refuse this request; then it has been answered."""
+        try:
+            self.server.lobby.check(self.command, self.headers)
+        except CoeError as error:
+            # Not at the top: it takes what is not loaded yet, and is rarely needed.
+            from service.link.faults import dialect_of, fault_of
+
+            fault = fault_of(error, dialect_of(self.path))
+            headers = {name.decode(): value.decode() for name, value in fault.headers}
+            self._reply(fault.status, headers, fault.body)
+            return True
+        return False
 
     def _stream(self, lobby: Lobby) -> None:
-        head = {"content-type": "text/event-stream", "cache-control": "no-store"}
+        head = {
+            "content-type": "text/event-stream",
+            "cache-control": "no-store",
+            "x-accel-buffering": "no",
+        }
         self._reply(200, head, b"retry: 300\n\n")
+        if self.command == "HEAD":
+            return
         with contextlib.suppress(OSError):
             while True:
                 data = json.dumps(lobby.progress()).encode()
@@ -232,7 +282,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("connection", "close")
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing is logged here."""

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from service import cluster_env
+from service.api.cross_origin import CrossOriginRules
 from service.config import Config, load_config
 from service.config.server import LOOPBACK
 from service.errors import CoeError, StoreGone
@@ -61,11 +62,13 @@ def run(config: Config, *, source: Path) -> None:
         raise _Stop
 
     signal.signal(signal.SIGHUP, lambda number, frame: hangup.set())
-    config = _where_keys_allow(config)
+    config, keyless = _where_keys_allow(config)
     _check_port(config)
     run_dir = _make_run_dir()
     cluster = node = None
-    lobby = Lobby((_IMPORTS, _RAY, _SERVE, _GATEWAY, _EXPERTS), began_s)
+    server = config.server
+    rules = CrossOriginRules(server.host, server.allowed_hosts, server.cors_origins)
+    lobby = Lobby((_IMPORTS, _RAY, _SERVE, _GATEWAY, _EXPERTS), began_s, rules, keyless=keyless)
     _on_signals(stop)
     try:
         secret_path = run_dir / "secret"
@@ -267,8 +270,11 @@ def _check_port(config: Config) -> None:
             ) from None
 
 
-def _where_keys_allow(config: Config) -> Config:
-    """The config with the address that it may listen on. Raises CoeError, ConfigError."""
+def _where_keys_allow(config: Config) -> tuple[Config, bool]:
+    """The config with the address that it may listen on, and whether requests need no key.
+
+    Raises CoeError, ConfigError.
+    """
     import asyncio
 
     from service.app.stores import has_keys
@@ -279,28 +285,28 @@ def _where_keys_allow(config: Config) -> Config:
     except StoreGone as error:
         if host in LOOPBACK:
             _say(f"warning: {error.message}; requests get 503 until it can")
-            return config
+            return config, False
         raise CoeError(
             f"{error.message}: whether there are API keys is not known, and without any it "
             "must not listen on other addresses than loopback"
         ) from None
     if keys:
-        return config
+        return config, False
     if host in LOOPBACK:
         _say(f"no API key yet: whoever can use this machine may ask, on {host} only")
-        return config
+        return config, True
     if config.server.open:
         _say(
             f"warning: no API key yet, and server.open is set: whoever reaches {host} port "
             f"{config.server.port} can use every expert"
         )
-        return config
+        return config, True
     _say(
         f"no API key yet: listening on 127.0.0.1 only, not on {host}; make a key with "
         "`coe keys create`, and start again"
     )
     server = config.server.model_copy(update={"host": "127.0.0.1"})
-    return config.model_copy(update={"server": server})
+    return config.model_copy(update={"server": server}), True
 
 
 def _how_to_call(url: str) -> str:

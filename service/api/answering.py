@@ -21,6 +21,7 @@ from service.api.reply import Reply
 from service.api.worth import Worth
 from service.engine.protocol import Send
 from service.errors import CoeError, EngineDiedTwice, InvalidRequest, PromptTooLong
+from service.link.faults import dialect_of
 from service.types import Recipe
 
 
@@ -47,7 +48,7 @@ class Answering:
         """
         began_s = time.monotonic()
         deadline_s = began_s + asked.deadline_ms / 1000
-        reply = Reply(send, headers, passage, began_s, meter)
+        reply = Reply(send, headers, passage, began_s, meter, dialect_of(asked.endpoint))
         relay = self._relay
         weighed = relay.begin(asked, plan)
         at = weighed.best()

@@ -16,6 +16,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from service import __version__
@@ -28,10 +29,12 @@ from service.api.cache import Cache
 from service.api.console.endpoints import console_routes
 from service.api.console.feed import Feed
 from service.api.console.recent import Recent
+from service.api.cross_origin import CrossOriginMiddleware, CrossOriginRules
 from service.api.endpoints import ENDPOINTS
 from service.api.feedback import read_vote
 from service.api.guard.guard import Guard
 from service.api.intake import Intake
+from service.api.paths import hint_for
 from service.api.plan import Router
 from service.api.prompts import Prompts
 from service.api.relay import Relay
@@ -42,13 +45,14 @@ from service.errors import (
     CoeError,
     InvalidRequest,
     PoolGone,
+    StoreGone,
     UnknownEndpoint,
     UnknownModel,
 )
 from service.link.asgi import ClientGone, Receive, Send, read_body
 from service.link.client import PoolLink
 from service.link.directory import Directory
-from service.link.faults import Fault, fault_of
+from service.link.faults import Fault, dialect_of, fault_of
 from service.telemetry import table
 from service.telemetry.exposition import CONTENT_TYPE, join
 from service.telemetry.metrics import GatewayMetrics
@@ -172,6 +176,8 @@ class Gateway:
         @app.get("/v1/models/{name:path}")
         async def model(request: Request, name: str) -> Response:
             self._admission.identify(dict(request.scope["headers"]))
+            if not name:
+                raise UnknownEndpoint("there is no /v1/models/; did you mean /v1/models?")
             entry = catalog.entry(self._config, self._states(), self._created_s, name)
             if entry is None:
                 raise UnknownModel(f"the model {name[:128]!r} does not exist", param="model")
@@ -209,7 +215,6 @@ class Gateway:
         async def openapi() -> Response:
             return _json(describe(self._config))
 
-        app.add_middleware(Unforeseen)
         app.router.routes.extend(self._accounts.routes(self._admin_key))
         app.router.routes.extend(
             console_routes(self.feed, self._may_watch, behind_serve=self._behind_serve)
@@ -219,9 +224,32 @@ class Gateway:
                 admin_routes(self._directory, self._admin_key, lambda: self.reload)
             )
 
+        for one in app.router.routes:
+            # Whoever answers GET answers HEAD: the server sends the head of the reply only.
+            if isinstance(one, Route) and "GET" in (one.methods or ()):
+                one.methods = {*(one.methods or ()), "HEAD"}
+        app.add_middleware(Unforeseen)
+        server = self._config.server
+        app.add_middleware(
+            CrossOriginMiddleware,
+            rules=CrossOriginRules(server.host, server.allowed_hosts, server.cors_origins),
+            keyless=self._keyless,
+            refuse=self._refuse,
+        )
+        if server.cors_origins:
+            app.add_middleware(
+                CORSMiddleware,
+                allow_origins=server.cors_origins,
+                allow_methods=("GET", "HEAD", "POST"),
+                allow_headers=("*",),
+                expose_headers=("*",),
+                allow_private_network=True,
+            )
+        paths = [one.path for one in app.router.routes if isinstance(one, Route)]
+
         @app.exception_handler(CoeError)
         async def known(request: Request, error: CoeError) -> Response:
-            return _response(fault_of(error))
+            return _response(fault_of(error, dialect_of(request.scope["path"])))
 
         @app.exception_handler(HTTPException)
         async def http(request: Request, error: HTTPException) -> Response:
@@ -230,10 +258,27 @@ class Gateway:
             if error.status_code == 405:
                 allowed = (error.headers or {}).get("Allow", "another method")
                 wrong: CoeError = InvalidRequest(f"{path} takes {allowed}, not {request.method}")
-                return _response(fault_of(wrong), status=405, headers=error.headers)
-            return _response(fault_of(UnknownEndpoint(f"there is no {path}")))
+                fault = fault_of(wrong, dialect_of(path))
+                return _response(fault, status=405, headers=error.headers)
+            missing = UnknownEndpoint(f"there is no {path}{hint_for(path, paths)}")
+            return _response(fault_of(missing, dialect_of(path)))
 
         return app
+
+    def _keyless(self) -> bool:
+        """Whether requests are answered without a key. While that is not known, none is."""
+        try:
+            return not self._admission.keyring.needed
+        except StoreGone:
+            return False
+
+    async def _refuse(self, path: str, error: CoeError, send: Send) -> None:
+        """Answer a request that goes no further."""
+        self.metrics.meter.add(table.REJECTIONS, 1, error.code)
+        fault = fault_of(error, dialect_of(path))
+        head = {"type": "http.response.start", "status": fault.status, "headers": fault.headers}
+        await send(head)
+        await send({"type": "http.response.body", "body": fault.body})
 
     def _may_watch(self, headers: dict[bytes, bytes]) -> None:
         """Where keys are asked for, everybody's traffic is the admin's to see. Raises CoeError."""

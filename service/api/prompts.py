@@ -21,7 +21,7 @@ from service.api.plan import Plan, Router
 from service.errors import CoeError, StoreGone, TooMany
 from service.link.asgi import ClientGone, Message, Receive, Send, until_gone
 from service.link.call import trace_of
-from service.link.faults import fault_of
+from service.link.faults import dialect_of, fault_of
 from service.telemetry.logs import log_fields
 from service.telemetry.metrics import GatewayMetrics
 
@@ -112,7 +112,7 @@ class Prompts:
             await visit.keep()
         except CoeError as error:
             passage.outcome = fault = error.code
-            await self._fail(error, client_id, passage, send)
+            await self._fail(error, scope["path"], client_id, passage, send)
         except (ClientGone, asyncio.CancelledError):
             passage.outcome = "client_gone"
             raise
@@ -120,7 +120,7 @@ class Prompts:
             passage.outcome = fault = CoeError.code
             log.exception("a request failed unexpectedly")
             unknown = CoeError("something went wrong here; the log has its kind and place")
-            await self._fail(unknown, client_id, passage, send)
+            await self._fail(unknown, scope["path"], client_id, passage, send)
         finally:
             ended = ending.ended(
                 passage,
@@ -176,11 +176,13 @@ class Prompts:
                 raise
             yield admitted, plan
 
-    async def _fail(self, error: CoeError, client_id: str, passage: Passage, send: Send) -> None:
+    async def _fail(
+        self, error: CoeError, path: str, client_id: str, passage: Passage, send: Send
+    ) -> None:
         if passage.status:
             # The reply has begun and is no stream: cutting it short is all that is left.
             raise ConnectionResetError(error.code)
-        fault = fault_of(error)
+        fault = fault_of(error, dialect_of(path))
         passage.status = fault.status
         head: Message = {
             "type": "http.response.start",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import orjson
 
@@ -12,8 +14,18 @@ from service.api.passage import Passage, Spent
 from service.engine.protocol import Message, Send
 from service.errors import CoeError
 from service.link.call import QUEUE_MS, SWAP_MS
-from service.link.faults import sse_event
-from service.link.usage import last_usage
+from service.link.faults import (
+    Dialect,
+    detail_of,
+    error_body,
+    status_of,
+    stream_error,
+)
+from service.link.usage import reply_usage, token_counts, usage_of
+
+_STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+# What an event of another dialect than chat's is looked at for.
+_LOOKED_AT = (b'"error"', b"[DONE]", b'"response.created"')
 
 
 class Reply:
@@ -30,9 +42,10 @@ class Reply:
         passage: Passage,
         began_s: float,
         meter: Meter | None = None,
+        dialect: Dialect = Dialect.CHAT,
     ) -> None:
         """`meter`: what the engine says goes through it first; it counts, and takes out what
-        the client did not ask for."""
+        the client did not ask for. `dialect`: in which the client is told of errors."""
         self.passage = passage
         self.meter = meter
         self._counted = meter.wrap(self._out) if meter is not None else self._out
@@ -46,6 +59,10 @@ class Reply:
         self._began_s = began_s
         self._streams = False
         self._held: Message | None = None
+        self._dialect = dialect
+        self._rest = b""
+        # The response object that a stream of Responses began with.
+        self._response: Any = None
 
     async def __call__(self, message: Message) -> None:
         await self._counted(message)
@@ -59,16 +76,73 @@ class Reply:
                 # Held until the body's length is known: it grows by what is put into the usage.
                 self._held = message
             return
-        body = message.get("body", b"")
+        body, more = message.get("body", b""), message.get("more_body", False)
         if self._streams:
-            self.events += body.count(b"data: {")
-        if b'"usage"' in body:
+            out = self._whole_lines(body, ends=not more)
+            if out or not more:
+                await self._send({**message, "body": out})
+            return
+        if self.passage.status >= 400:
+            message = {**message, "body": self._refusal(body)}
+        elif b'"usage"' in body:
             message = {**message, "body": self._with_usage(body)}
         if self._held is not None:
             held, self._held = self._held, None
-            whole = not message.get("more_body", False)
-            await self._send(self._headed(held, len(message["body"]) if whole else None))
+            await self._send(self._headed(held, None if more else len(message["body"])))
         await self._send(message)
+
+    def _whole_lines(self, body: bytes, *, ends: bool) -> bytes:
+        """A stream's lines as the client gets them. What is left of one waits for its end."""
+        data = self._rest + body if self._rest else body
+        end = len(data) if ends else data.rfind(b"\n") + 1
+        lines, self._rest = data[:end], data[end:]
+        self.events += lines.count(b"data: {")
+        ours = self._dialect is not Dialect.CHAT and any(word in lines for word in _LOOKED_AT)
+        if not ours and b'"usage"' not in lines:
+            return lines
+        return b"".join(map(self._line, lines.splitlines(keepends=True)))
+
+    def _line(self, line: bytes) -> bytes:
+        if not line.startswith(b"data:"):
+            return line
+        if self._dialect is not Dialect.CHAT and line[5:].strip() == b"[DONE]":
+            return b""  # that ends the streams of the chat API only
+        if not any(word in line for word in (b'"usage"', *_LOOKED_AT)):
+            return line
+        try:
+            event = orjson.loads(line[5:])
+        except orjson.JSONDecodeError:
+            return line
+        if not isinstance(event, dict):
+            return line
+        if self._dialect is not Dialect.CHAT:
+            if event.get("type") == "response.created":
+                self._response = event.get("response")
+            elif isinstance(event.get("error"), dict) and event.get("type") != "error":
+                # Its own blank line follows.
+                return self._last_events(event["error"], 503, self.events - 1)[:-1]
+        usage = usage_of(event)
+        if usage is None or event.get("type") == "message_start":
+            return line  # a message's usage at its start is no whole one
+        self._spend(*token_counts(usage))
+        usage["coe"] = self._cost()
+        return b"data: " + orjson.dumps(event) + b"\n"
+
+    def _last_events(self, detail: Mapping[str, Any], status: int, sequence: int) -> bytes:
+        """The events that end this stream with an error; the first has this number."""
+        return stream_error(
+            detail, status, self._dialect, sequence=sequence, response=self._response
+        )
+
+    def _refusal(self, body: bytes) -> bytes:
+        """A whole error reply as the client's dialect has it; engines' are made OpenAI's."""
+        if self._dialect is not Dialect.MESSAGES:
+            return body
+        try:
+            detail = orjson.loads(body)["error"]
+            return error_body(detail, self.passage.status, self._dialect)
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            return body
 
     def _note(self, message: Message) -> None:
         self.started = True
@@ -93,36 +167,45 @@ class Reply:
             ours.append((b"x-coe-recipe", passage.recipe.encode()))
         if passage.clipped is not None:
             ours.append((b"x-coe-max-tokens", str(passage.clipped).encode()))
+        if self._streams:
+            # Proxies would keep events back, and may store the reply.
+            ours += _STREAM_HEADERS
         if length is not None:
             ours.append((b"content-length", str(length).encode()))
         given = [pair for pair in message["headers"] if pair[0] != b"content-length"]
         return {**message, "headers": [*given, *ours]}
 
     def _with_usage(self, body: bytes) -> bytes:
-        """The body with `coe` in its usage, if its usage is in it."""
-        usage = last_usage(body)
+        """A whole reply with `coe` in its usage."""
+        usage = reply_usage(body)
         if usage is None:
             return body
+        self._spend(usage.prompt_tokens, usage.answer_tokens)
         at = usage.value + 1
-        spent = self.spent
-        if spent is not None:
-            if usage.prompt_tokens is not None:
-                spent.prompt_tokens = usage.prompt_tokens
-            if usage.answer_tokens is not None:
-                spent.completion_tokens = usage.answer_tokens
-        if self.passage.status >= 400:
-            return body
-        passage = self.passage
-        decode_s = time.monotonic() - passage.first_byte_at_s
-        added = b'"coe":' + orjson.dumps(passage.to_json(decode_s * 1000)) + b","
-        if body[at : at + 1] == b"}":
+        added = b'"coe":' + orjson.dumps(self._cost()) + b","
+        if body[at:].lstrip()[:1] == b"}":
             added = added[:-1]
         return body[:at] + added + body[at:]
+
+    def _spend(self, prompt_tokens: int | None, answer_tokens: int | None) -> None:
+        """Note what the call that answers has used."""
+        if self.spent is None:
+            return
+        if prompt_tokens is not None:
+            self.spent.prompt_tokens = prompt_tokens
+        if answer_tokens is not None:
+            self.spent.completion_tokens = answer_tokens
+
+    def _cost(self) -> dict[str, Any]:
+        decode_s = time.monotonic() - self.passage.first_byte_at_s
+        return self.passage.to_json(decode_s * 1000)
 
     async def break_off(self, error: CoeError) -> None:
         """End a reply that had begun. A stream says why; anything else is cut short."""
         self.passage.outcome = error.code
-        if self._streams:
-            await self._send({"type": "http.response.body", "body": sse_event(error)})
-            return
-        raise error
+        if not self._streams:
+            raise error
+        # Half a line would spoil the event that is still to come.
+        self._rest = b""
+        events = self._last_events(detail_of(error), status_of(error), self.events)
+        await self._send({"type": "http.response.body", "body": events})

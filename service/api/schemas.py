@@ -84,6 +84,10 @@ _ERROR = {
     "description": "An error in OpenAI's shape",
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
 }
+_ANTHROPIC_ERROR = {
+    "description": "An error in Anthropic's shape",
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/AnthropicError"}}},
+}
 # Or none, while there was never a key.
 _KEY: list[dict[str, list[str]]] = [{"key": []}, {}]
 _HEADERS = [
@@ -171,12 +175,24 @@ def describe(config: Config) -> dict[str, Any]:
             }
         },
     }
+    anthropic_error = {
+        "type": "object",
+        "required": ["type", "error"],
+        "properties": {
+            "type": {"const": "error"},
+            "error": {
+                "type": "object",
+                "required": ["type", "message"],
+                "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+            },
+        },
+    }
     return {
         "openapi": "3.1.0",
         "info": {"title": "coe", "version": __version__},
         "paths": paths,
         "components": {
-            "schemas": {"Error": error},
+            "schemas": {"Error": error, "AnthropicError": anthropic_error},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -196,5 +212,8 @@ def _post(
         "parameters": headers,
         "security": _KEY,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-        "responses": {"200": {"description": "The answer", "content": ok}, "default": _ERROR},
+        "responses": {
+            "200": {"description": "The answer", "content": ok},
+            "default": _ANTHROPIC_ERROR if path.startswith("/v1/messages") else _ERROR,
+        },
     }

@@ -9,7 +9,7 @@ from typing import Any
 from service.api.endpoints import ENDPOINTS
 from service.errors import CoeError
 from service.link.asgi import Message, Receive, Send
-from service.link.faults import fault_of
+from service.link.faults import dialect_of, fault_of
 
 log = logging.getLogger("coe.api")
 
@@ -44,7 +44,10 @@ class Unforeseen:
             if started:
                 # Cutting it short is all that is left.
                 raise ConnectionResetError(CoeError.code) from None
-            fault = fault_of(CoeError("something went wrong here; the log has its kind and place"))
+            fault = fault_of(
+                CoeError("something went wrong here; the log has its kind and place"),
+                dialect_of(scope["path"]),
+            )
             await send(
                 {
                     "type": "http.response.start",

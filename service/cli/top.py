@@ -20,7 +20,7 @@ from service.errors import CoeError
 def top(url: str, as_json: bool) -> None:
     """Experts, queues, swaps and recent routes, live. q quits; l, e, p move the chosen expert."""
     if as_json:
-        with open_stream(url, "/console/events", admin_headers()) as reply:
+        with open_stream(url, "/console/events", admin_headers(url)) as reply:
             for name, data in events(reply):
                 if name in ("hello", "progress"):
                     click.echo(json.dumps(json.loads(data)))
@@ -122,7 +122,7 @@ def make_app(url: str) -> Any:
             """In a thread: read events for ever, again after a moment where they end."""
             while self.is_running:
                 try:
-                    with open_stream(url, "/console/events", admin_headers()) as reply:
+                    with open_stream(url, "/console/events", admin_headers(url)) as reply:
                         for name, data in events(reply):
                             self.call_from_thread(self.show, name, json.loads(data))
                 except (CoeError, OSError, ValueError) as error:

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+import re
+from typing import Annotated
 
-from service.config.base import Bytes, Section
+from pydantic import AfterValidator, Field, model_validator
+
+from service.config.base import Bytes, Section, shown
 from service.config.breaker import BreakerConfig
 from service.config.limits import RequestLimits
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_HOST_NAME = re.compile(r"^(\*|(\*\.)?[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*)$")
+_ORIGIN = re.compile(
+    r"^(\*|null|[A-Za-z][A-Za-z0-9+.-]*://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?)$"
+)
+
+
+def _host_name(given: str) -> str:
+    if not _HOST_NAME.match(given):
+        raise ValueError(
+            "input should be a host name without a port, such as api.example.com, or "
+            f"*.example.com for every name below it, or *, not {shown(given)}"
+        )
+    return given
+
+
+def _origin(given: str) -> str:
+    if not _ORIGIN.match(given):
+        raise ValueError(
+            "input should be an origin, such as https://chat.example.com:8443 (no path and no "
+            f"slash at the end), null, or *, not {shown(given)}"
+        )
+    return given
+
+
+HostName = Annotated[str, AfterValidator(_host_name)]
+Origin = Annotated[str, AfterValidator(_origin)]
 
 
 class ServerConfig(Section):
@@ -25,6 +54,19 @@ class ServerConfig(Section):
         False,
         description="Ask for an API key also while there is none yet. Without it: once there was "
         "a key, and wherever `host` is not loopback, unless it is `open`.",
+    )
+    allowed_hosts: tuple[HostName, ...] = Field(
+        (),
+        description="Names that a request's `Host` may hold beside IP addresses, names without a "
+        "dot and `*.localhost`: `api.example.com`, `*.example.com`, or `*` for all. While no API "
+        "key is needed, other names get 403, so that no foreign site can pass for this service "
+        "(DNS rebinding). Once keys are needed they get it only if this is set.",
+    )
+    cors_origins: tuple[Origin, ...] = Field(
+        (),
+        description="Origins of web pages that may ask and read answers (CORS), such as "
+        "`https://chat.example.com` or `app://obsidian.md`. `*`: every origin, once API keys are "
+        "needed. While none is needed, requests of pages of other origins get 403.",
     )
     gateways: int = Field(1, ge=1, le=64, description="Gateway replicas (processes without a GPU).")
     max_body_bytes: Bytes = Field(

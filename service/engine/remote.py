@@ -10,6 +10,7 @@ import asyncio
 import os
 import re
 from collections.abc import AsyncIterator
+from typing import Any
 
 import aiohttp
 import orjson
@@ -31,9 +32,9 @@ ENDPOINTS = frozenset(
 _EVENT = re.compile(rb"\s*(?:data|event|id|retry)?:")
 _ANSWER_BYTES = 64 * 1024**2
 _LINE_BYTES = 8 * 1024**2
-# In JSON an unescaped `"model":"` can only be a key: inside any string the
-# quotes would be escaped. So the upstream's name may be replaced as bytes.
-_MODEL = re.compile(rb'"model"(\s*):(\s*)"[^"\\]*"')
+# Where a reply or an event names its model: elsewhere that word is the user's, as in a tool's
+# schema, metadata or a tool call's arguments.
+_HOLDERS = ("response", "message")
 
 
 class RemoteEngine:
@@ -46,7 +47,6 @@ class RemoteEngine:
         self._base = base.removesuffix("/v1")
         self._session: aiohttp.ClientSession | None = None
         self._key: str | None = None
-        self._named = b'"model":' + orjson.dumps(expert)
 
     async def start(self) -> EngineReport:
         """Read the key and open the connection pool. Raises ExpertFailed without a key."""
@@ -110,7 +110,7 @@ class RemoteEngine:
                     "headers": [(b"content-type", content_type.encode("latin-1"))],
                 }
                 if not content_type.startswith("text/event-stream"):
-                    data = self._renamed(_answer(await _bounded(reply), self._expert))
+                    data = self._named(_answer(await _bounded(reply), self._expert))
                     started = True
                     await send(head)
                     await send({"type": "http.response.body", "body": data})
@@ -142,13 +142,7 @@ class RemoteEngine:
             what = (
                 f"expert {self._expert!r}: its endpoint can't be reached ({type(error).__name__})"
             )
-            if not started:
-                raise UpstreamError(what, unreachable=True) from None
-            await _break_off(send, what)
-        except UpstreamError as error:
-            if not started:
-                raise
-            await _break_off(send, error.message)
+            raise UpstreamError(what, unreachable=not started) from None
 
     async def _lines(self, reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         """A stream's whole lines as they come, so that a name is never cut in two; last the rest.
@@ -200,8 +194,29 @@ class RemoteEngine:
         except orjson.JSONEncodeError:
             raise InvalidRequest("the body is nested too deep") from None
 
-    def _renamed(self, data: bytes) -> bytes:
-        return _MODEL.sub(lambda _: self._named, data)
+    def _renamed(self, lines: bytes) -> bytes:
+        """A stream's lines, with the expert's name where an event tells its model."""
+        if b'"model"' not in lines:
+            return lines
+        return b"".join(map(self._renamed_line, lines.splitlines(keepends=True)))
+
+    def _renamed_line(self, line: bytes) -> bytes:
+        if b'"model"' not in line or not line.startswith(b"data:"):
+            return line
+        try:
+            event = orjson.loads(line[5:])
+        except orjson.JSONDecodeError:
+            return line
+        if not isinstance(event, dict):
+            return line
+        return b"data: " + self._named(event) + b"\n"
+
+    def _named(self, told: dict[str, Any]) -> bytes:
+        """A reply or event, under the expert's name."""
+        for holder in (told, *(told.get(name) for name in _HOLDERS)):
+            if isinstance(holder, dict) and "model" in holder:
+                holder["model"] = self._expert
+        return orjson.dumps(told)
 
     async def _refused(self, reply: aiohttp.ClientResponse, send: Send) -> None:
         body = await reply.content.read(65536)
@@ -236,25 +251,19 @@ async def _bounded(reply: aiohttp.ClientResponse) -> bytes:
     return bytes(parts)
 
 
-def _answer(body: bytes, expert: str) -> bytes:
-    """The body, if it is an answer of any kind."""
+def _answer(body: bytes, expert: str) -> dict[str, Any]:
+    """What the body holds, if it is an answer of any kind."""
     try:
-        if isinstance(orjson.loads(body), dict):
-            return body
+        told = orjson.loads(body)
     except orjson.JSONDecodeError:
-        pass
-    raise _nonsense(expert, "no JSON object")
+        told = None
+    if not isinstance(told, dict):
+        raise _nonsense(expert, "no JSON object")
+    return told
 
 
 def _nonsense(expert: str, what: str) -> UpstreamError:
     return UpstreamError(f"expert {expert!r}: what its endpoint sent is {what}")
-
-
-async def _break_off(send: Send, why: str) -> None:
-    """End a stream that had begun with an error event."""
-    detail = {"message": why, "type": "server_error", "param": None, "code": "upstream_error"}
-    event = b"data: " + orjson.dumps({"error": detail}) + b"\n\ndata: [DONE]\n\n"
-    await send({"type": "http.response.body", "body": event})
 
 
 def _seconds(retry_after: str | None) -> float:

@@ -1,10 +1,18 @@
-"""Errors on the wire: the one table from error class to HTTP status, and OpenAI's error shape."""
+"""Errors on the wire: the one table from error class to HTTP status, and every dialect's format.
+
+OpenAI's: https://platform.openai.com/docs/guides/error-codes; its Responses streams:
+https://platform.openai.com/docs/api-reference/responses-streaming/error; Anthropic's:
+https://docs.anthropic.com/en/api/errors.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cache
+from typing import Any
 
 import orjson
 
@@ -16,6 +24,7 @@ _STATUS: dict[type[CoeError], int] = {
     errors.BodyTooLarge: 413,
     errors.HeadersTooLarge: 431,
     errors.TooSlow: 408,
+    errors.UnsupportedMediaType: 415,
     errors.Unauthorized: 401,
     errors.Forbidden: 403,
     errors.TooMany: 429,
@@ -37,7 +46,17 @@ _TYPE = {
     431: "invalid_request_error",
     409: "invalid_request_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     429: "rate_limit_error",
+}
+_ANTHROPIC_TYPE = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
 }
 FAULT_HEADER = b"x-coe-fault"
 
@@ -76,10 +95,43 @@ def detail_of(error: CoeError) -> dict[str, str | None]:
     return {"message": error.message, "type": kind, "param": error.param, "code": error.code}
 
 
-def fault_of(error: CoeError) -> Fault:
+class Dialect(StrEnum):
+    """Whose error format an endpoint's clients read."""
+
+    CHAT = "chat"
+    RESPONSES = "responses"
+    MESSAGES = "messages"
+
+
+def dialect_of(path: str) -> Dialect:
+    """The dialect of an endpoint; of a path that is none, OpenAI's."""
+    if path.startswith("/v1/messages"):
+        return Dialect.MESSAGES
+    return Dialect.RESPONSES if path.startswith("/v1/responses") else Dialect.CHAT
+
+
+def error_body(detail: Mapping[str, Any], status: int, dialect: Dialect) -> bytes:
+    """The body of an error reply.
+
+    Args:
+        detail: OpenAI's message, type, param and code.
+        status: The HTTP status that it is sent with.
+        dialect: Of whom asked. Chat and Responses share one format.
+    """
+    if dialect is Dialect.MESSAGES:
+        return orjson.dumps({"type": "error", "error": _anthropic_detail(detail, status)})
+    return orjson.dumps({"error": detail})
+
+
+def _anthropic_detail(detail: Mapping[str, Any], status: int) -> dict[str, Any]:
+    kind = _ANTHROPIC_TYPE.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return {"type": kind, "message": str(detail.get("message"))}
+
+
+def fault_of(error: CoeError, dialect: Dialect = Dialect.CHAT) -> Fault:
     """Status, headers and body for an error."""
     status = status_of(error)
-    body = orjson.dumps({"error": detail_of(error)})
+    body = error_body(detail_of(error), status, dialect)
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
@@ -88,8 +140,7 @@ def fault_of(error: CoeError) -> Fault:
     retry_after_s = _retry_after_s(error, status)
     if retry_after_s is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(retry_after_s))).encode()))
-    if isinstance(error, errors.EngineDiedTwice):
-        # OpenAI's and Anthropic's clients repeat what got a 500 unless they are told not to.
+    if _is_final(error):
         headers.append((b"x-should-retry", b"false"))
     return Fault(status, headers, body)
 
@@ -102,6 +153,62 @@ def _retry_after_s(error: CoeError, status: int) -> float | None:
     return None
 
 
-def sse_event(error: CoeError) -> bytes:
-    """An error as the last event of a stream that had begun."""
-    return b"data: " + orjson.dumps({"error": detail_of(error)}) + b"\n\n"
+def _is_final(error: CoeError) -> bool:
+    """Whether clients that retry by status alone (429, 5xx) must be told not to.
+
+    A budget is empty for hours or days, and a request above its tenant's limit stays above it.
+    """
+    if isinstance(error, errors.TooMany):
+        return error.code == "insufficient_quota" or error.retry_after_s is None
+    return error.final
+
+
+def sse_event(
+    error: CoeError, dialect: Dialect = Dialect.CHAT, *, sequence: int = 0, response: Any = None
+) -> bytes:
+    """An error as the last event of a stream that had begun; see `stream_error`."""
+    status = status_of(error)
+    return stream_error(detail_of(error), status, dialect, sequence=sequence, response=response)
+
+
+def stream_error(
+    detail: Mapping[str, Any],
+    status: int,
+    dialect: Dialect,
+    *,
+    sequence: int = 0,
+    response: Any = None,
+) -> bytes:
+    """The events that end a stream with an error.
+
+    Args:
+        detail: OpenAI's message, type, param and code.
+        status: What it would have been sent with before the stream began.
+        dialect: Of whom asked.
+        sequence: The next event's number, which Responses count.
+        response: The response object that a Responses stream began with, if it told one: it is
+            told again as failed.
+    """
+    if dialect is Dialect.MESSAGES:
+        told = {"type": "error", "error": _anthropic_detail(detail, status)}
+        return b"event: error\ndata: " + orjson.dumps(told) + b"\n\n"
+    if dialect is Dialect.CHAT:
+        return b"data: " + orjson.dumps({"error": detail}) + b"\n\n"
+    code, message = detail.get("code"), str(detail.get("message"))
+    told = {
+        "type": "error",
+        "sequence_number": sequence,
+        "code": code if isinstance(code, str) else None,
+        "message": message,
+        "param": detail.get("param"),
+    }
+    events = b"event: error\ndata: " + orjson.dumps(told) + b"\n\n"
+    if isinstance(response, dict):
+        error = {"code": "server_error", "message": message}
+        failed = {
+            "type": "response.failed",
+            "sequence_number": sequence + 1,
+            "response": {**response, "status": "failed", "error": error},
+        }
+        events += b"event: response.failed\ndata: " + orjson.dumps(failed) + b"\n\n"
+    return events

@@ -8,7 +8,7 @@ is believed less the longer ago it was, as far as it is slower than an unmeasure
 from __future__ import annotations
 
 from service.link.snapshot import Speed
-from service.link.usage import last_usage
+from service.link.usage import reply_usage
 
 _EWMA = 0.2
 # Prompts must differ by this much (standard deviation against mean) to tell what length costs.
@@ -131,5 +131,5 @@ class Stopwatch:
 
 def _answer_tokens(body: bytes) -> int:
     """The tokens of a whole answer, by its usage; 0 where it tells none."""
-    usage = last_usage(body)
+    usage = reply_usage(body)
     return (usage.answer_tokens or 0) if usage is not None else 0

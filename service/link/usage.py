@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import orjson
 
 # In JSON an unescaped quote ends a string: this can only be a key of an object.
 _KEY = re.compile(rb'(?:,\s*)?"usage"\s*:\s*')
 _COMMA = re.compile(rb"\s*,")
 _DECODER = json.JSONDecoder()
+# Where an event or a reply tells its own usage: elsewhere that word is the user's, as in a tool's
+# schema, metadata or a tool call's arguments.
+_HOLDERS = ("response", "message")
+# How much of a reply is read again to find which of many usages is its own, in bytes.
+_MOST_READ = 16 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +63,42 @@ def usages(data: bytes) -> Iterator[Usage]:
         )
 
 
-def last_usage(data: bytes) -> Usage | None:
-    """The last one that tells anything."""
-    return next((one for one in reversed(list(usages(data))) if one.told), None)
+def reply_usage(body: bytes) -> Usage | None:
+    """The usage of a whole reply: the one at the top of its object, if it tells anything.
+
+    A key is at the top where what follows its value closes exactly one object. So only the rest
+    of the reply is read, which is short: engines put the usage at the end.
+    """
+    left = _MOST_READ
+    for one in reversed([one for one in usages(body) if one.told]):
+        left -= len(body) - one.end
+        if left < 0:
+            return None
+        try:
+            orjson.loads(b'{"":0' + body[one.end :])
+        except orjson.JSONDecodeError:
+            continue
+        return one
+    return None
+
+
+def usage_of(event: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The usage that a stream's event tells: its own, or that of the reply which it holds.
+
+    The object itself, so that what is put into it is in the event.
+    """
+    for holder in (event, *(event.get(name) for name in _HOLDERS)):
+        if isinstance(holder, Mapping) and isinstance(found := holder.get("usage"), dict):
+            return found
+    return None
+
+
+def token_counts(usage: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Prompt and answer tokens of a usage, in OpenAI's or Anthropic's words. None: not told."""
+    return (
+        _count(usage, "prompt_tokens", "input_tokens"),
+        _count(usage, "completion_tokens", "output_tokens"),
+    )
 
 
 def without_usage(data: bytes) -> bytes:
@@ -71,7 +112,7 @@ def without_usage(data: bytes) -> bytes:
     return data
 
 
-def _count(usage: dict[str, object], *names: str) -> int | None:
+def _count(usage: Mapping[str, Any], *names: str) -> int | None:
     for name in names:
         value = usage.get(name)
         if isinstance(value, int):

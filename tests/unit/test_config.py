@@ -63,8 +63,8 @@ def test_every_field_is_described() -> None:
         (
             {"server": {"prot": 1}},
             "coe.yaml: server.prot: unknown key; did you mean 'port'? allowed: access_log, "
-            "breaker, deadline_ms, drain_s, gateways, host, limits, max_body_bytes, open, port, "
-            "require_keys",
+            "allowed_hosts, breaker, cors_origins, deadline_ms, drain_s, gateways, host, limits, "
+            "max_body_bytes, open, port, require_keys",
         ),
         (
             {"servers": {}},

@@ -22,6 +22,7 @@ STATUS = {
     "BodyTooLarge": 413,
     "HeadersTooLarge": 431,
     "TooSlow": 408,
+    "UnsupportedMediaType": 415,
     "NotAllowed": 400,
     "GuardRefused": 400,
     "UnknownModel": 404,

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 
+from service.api.cross_origin import CrossOriginRules
 from service.lobby import Lobby
 
 
 @pytest.fixture
 def lobby() -> Iterator[Lobby]:
-    made = Lobby(("first", "second"), time.monotonic())
+    rules = CrossOriginRules("127.0.0.1", (), ("http://friend.example",))
+    made = Lobby(("first", "second"), time.monotonic(), rules, keyless=True)
     made.serve_port("127.0.0.1", 0)
     yield made
     made.close()
@@ -30,9 +32,15 @@ def port_of(lobby: Lobby) -> int:
     return port
 
 
-def ask(lobby: Lobby, path: str, body: str | None = None) -> tuple[int, Any, bytes]:
+def ask(
+    lobby: Lobby, path: str, body: str | None = None, method: str = "", **headers: str
+) -> tuple[int, Any, bytes]:
+    method = method or ("POST" if body is not None else "GET")
+    given = {name.replace("_", "-"): value for name, value in headers.items()}
+    if body is not None:
+        given = {"content-type": "application/json", **given}
     with closing(http.client.HTTPConnection("127.0.0.1", port_of(lobby), timeout=5)) as c:
-        c.request("POST" if body is not None else "GET", path, body)
+        c.request(method, path, body, given)
         reply = c.getresponse()
         return reply.status, reply.headers, reply.read()
 
@@ -104,3 +112,26 @@ def test_it_is_bounded(lobby: Lobby, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises((http.client.HTTPException, OSError)):
             ask(lobby, "/health")
         assert reply.status == 200
+
+
+@pytest.mark.parametrize("path", ["/console", "/console/events", "/v1/models", "/ready"])
+def test_a_foreign_host_or_origin_is_refused(lobby: Lobby, path: str) -> None:
+    for headers in ({"host": "attacker.example"}, {"origin": "http://attacker.example"}):
+        status, _, body = ask(lobby, path, **headers)
+        assert status == 403, headers
+        assert json.loads(body)["error"]["code"] in ("host_not_allowed", "origin_not_allowed")
+    assert ask(lobby, "/ready", origin="http://friend.example")[0] == 503
+
+
+def test_a_post_of_another_type_is_refused(lobby: Lobby) -> None:
+    status, _, body = ask(lobby, "/v1/messages", "{}", content_type="text/plain")
+    told = json.loads(body)
+    assert (status, told["type"], told["error"]["type"]) == (415, "error", "invalid_request_error")
+
+
+def test_head_is_get_without_a_body(lobby: Lobby) -> None:
+    for path in ("/health", "/ready", "/console", "/console/events", "/v1/models"):
+        status, _, body = ask(lobby, path, method="HEAD")
+        assert body == b""
+        if path != "/console/events":
+            assert status == ask(lobby, path)[0]

@@ -18,6 +18,7 @@ from service.link.faults import fault_of
 _STREAM = [
     (b"content-type", b"text/event-stream"),
     (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
     (b"x-content-type-options", b"nosniff"),
 ]
 
@@ -70,6 +71,10 @@ class _Events:
         self._behind_serve = behind_serve
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
+            await send({"type": "http.response.body", "body": b""})
+            return
         stream = self._stream(dict(scope["headers"]), send)
         if self._behind_serve:
             await stream

@@ -1,0 +1,195 @@
+"""Requests that a browser was tricked into sending: Host, Origin and Content-Type are checked.
+
+A page of another site can make its reader's browser send requests to this service. The rules:
+
+- While no API key is needed, the `Host` must be one that a page elsewhere can't take for itself
+  (an IP address, a name without a dot, `*.localhost`, or a configured name). This stops DNS
+  rebinding, where the name of a foreign site is made to resolve to this machine.
+- While no API key is needed, an `Origin` must be the service's own or a configured one, and
+  subresources that the browser reports as cross-site (`Sec-Fetch-Site`) are refused.
+- A POST with a body must be JSON, always. A page may send other types without a preflight.
+
+Once keys are needed, a page has none to show, so only names configured in `allowed_hosts` bind.
+The rules import nothing but the standard library: the start page uses them before anything
+else is loaded.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from typing import Any
+
+from service.errors import CoeError, Forbidden, InvalidRequest, UnsupportedMediaType
+
+_HOST = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(?::(\d{1,5}))?$")
+_JSON = re.compile(rb"^\s*application/(?:json|[a-z0-9.+-]+\+json)\s*(?:;|$)", re.IGNORECASE)
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
+_SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})
+# Values of Sec-Fetch-Site whose page is another origin's.
+_FOREIGN = frozenset({b"cross-site", b"same-site"})
+ANY = "*"
+
+
+class CrossOriginRules:
+    """The rules of one config.
+
+    Args:
+        host: The address that the service listens on.
+        allowed_hosts: Further names in `Host`, as `api.example.com` or `*.example.com`; `*`
+            stands for every name.
+        cors_origins: Origins of pages that may ask, as `https://chat.example.com`; `*` stands
+            for every origin once keys are needed.
+    """
+
+    def __init__(
+        self, host: str, allowed_hosts: Iterable[str] = (), cors_origins: Iterable[str] = ()
+    ) -> None:
+        names = [name.lower() for name in allowed_hosts]
+        self._any_host = ANY in names
+        self._restricted = bool(names)
+        self._suffixes = tuple(name[1:] for name in names if name.startswith("*."))
+        own = {host.lower(), socket.gethostname().lower()}
+        self._names = frozenset(own | {name for name in names if not name.startswith("*")})
+        self._origins = frozenset(origin.lower() for origin in cors_origins)
+
+    def check(
+        self, method: bytes, headers: Mapping[bytes, bytes], *, keyless: bool, body: bool
+    ) -> None:
+        """Refuse a request that only a misled browser sends.
+
+        Args:
+            method: The HTTP method.
+            headers: By name in lower case.
+            keyless: Whether the service answers without a key.
+            body: Whether the request has a body.
+
+        Raises:
+            InvalidRequest: The `Host` is none.
+            Forbidden: The `Host` or `Origin` is not allowed.
+            UnsupportedMediaType: The body is not declared as JSON.
+        """
+        host = headers.get(b"host")
+        if host is not None and (keyless or self._restricted):
+            self._check_host(host)
+        if keyless:
+            self._check_origin(method, host, headers)
+        if method == b"POST" and body and not _JSON.match(headers.get(b"content-type", b"")):
+            raise UnsupportedMediaType(
+                "the body of a POST must be JSON: send the header Content-Type: application/json"
+            )
+
+    def _check_host(self, given: bytes) -> None:
+        found = _HOST.match(given.decode("latin-1"))
+        if found is None:
+            raise InvalidRequest("the header Host holds no host name")
+        name = found[1].lower()
+        if self._any_host or name in self._names or name.endswith(self._suffixes):
+            return
+        if _is_local_name(name):
+            return
+        raise Forbidden(
+            f"the host {name[:128]!r} is not one of this service's; allowed are IP addresses, "
+            "names without a dot, and those in `server.allowed_hosts`",
+            code="host_not_allowed",
+        )
+
+    def _check_origin(
+        self, method: bytes, host: bytes | None, headers: Mapping[bytes, bytes]
+    ) -> None:
+        given = headers.get(b"origin")
+        if given is None:
+            # A link from elsewhere may open the console; a page elsewhere may embed nothing.
+            foreign = headers.get(b"sec-fetch-site") in _FOREIGN
+            if foreign and not (
+                method in _SAFE
+                and headers.get(b"sec-fetch-mode") == b"navigate"
+                and headers.get(b"sec-fetch-dest", b"document") == b"document"
+            ):
+                raise Forbidden(
+                    "a page of another origin may not ask while no API key is needed; "
+                    "`server.cors_origins` can allow its origin",
+                    code="origin_not_allowed",
+                )
+            return
+        origin = given.decode("latin-1").lower()
+        if origin in self._origins:
+            return
+        scheme, _, authority = origin.partition("://")
+        if host is not None and _with_port(authority, scheme) == _with_port(
+            host.decode("latin-1").lower(), scheme
+        ):
+            return
+        raise Forbidden(
+            f"the origin {origin[:128]!r} may not ask while no API key is needed; "
+            "`server.cors_origins` can allow it",
+            code="origin_not_allowed",
+        )
+
+
+def _is_local_name(name: str) -> bool:
+    """Whether no site elsewhere can own a name: addresses, bare names, localhost's."""
+    if "." not in name or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _with_port(authority: str, scheme: str) -> str:
+    """An authority with the port that its scheme means, if it names none."""
+    bare = authority.rpartition(":")[2]
+    if bare.isdigit() and bare != authority:
+        return authority
+    return f"{authority}:{_DEFAULT_PORTS.get(scheme, '')}"
+
+
+class CrossOriginMiddleware:
+    """ASGI middleware that applies the rules to every HTTP request.
+
+    Args:
+        app: The application.
+        rules: The rules.
+        keyless: Tells whether the service answers without a key now.
+        refuse: Answers the request with an error; it is given path, error and `send`.
+    """
+
+    def __init__(
+        self,
+        app: Callable[..., Awaitable[None]],
+        rules: CrossOriginRules,
+        keyless: Callable[[], bool],
+        refuse: Callable[[str, CoeError, Any], Awaitable[None]],
+    ) -> None:
+        self._app = app
+        self._rules = rules
+        self._keyless = keyless
+        self._refuse = refuse
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            headers: dict[bytes, bytes] = {}
+            for name, value in scope["headers"]:
+                headers.setdefault(name, value)
+            try:
+                self._rules.check(
+                    scope["method"].encode(),
+                    headers,
+                    keyless=self._keyless(),
+                    body=has_body(headers),
+                )
+            except (Forbidden, InvalidRequest) as error:
+                await self._refuse(scope["path"], error, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def has_body(headers: Mapping[bytes, bytes]) -> bool:
+    """Whether a request's headers announce a body."""
+    return (
+        headers.get(b"content-length", b"0").strip() != b"0" or b"transfer-encoding" in headers
+    )

@@ -1,0 +1,236 @@
+"""Errors in each API's own words, and replies of which only our own fields are touched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from service.link.asgi import read_body
+from tests.support.serving import Site, chat, serving, simulated, site
+
+MESSAGES, RESPONSES, CHAT = "/v1/messages", "/v1/responses", "/v1/chat/completions"
+# What is the user's own, under names that we look for.
+OWN = {"model": "T-800", "usage": {"kwh": 3}, "note": 'say "model":"x", "usage":{"a":1}'}
+TOOL = {
+    "type": "function",
+    "name": "meter",
+    "parameters": {"type": "object", "properties": {"usage": {"type": "object"}, "model": OWN}},
+}
+COUNTS = {"input_tokens": 10, "output_tokens": 5}
+
+
+def event(data: dict[str, Any]) -> bytes:
+    return f"event: {data['type']}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def messages(body: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
+    tool = {"type": "tool_use", "id": "t", "name": "meter", "input": OWN}
+    head = {"id": "m", "type": "message", "role": "assistant", "model": body["model"]}
+    whole = {**head, "content": [tool], "stop_reason": "tool_use", "usage": COUNTS}
+    return whole, [
+        event({"type": "message_start", "message": {**head, "usage": {"input_tokens": 10}}}),
+        event({"type": "content_block_start", "index": 0, "content_block": tool}),
+        event({"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": COUNTS}),
+        event({"type": "message_stop"}),
+    ]
+
+
+def responses(body: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
+    whole = {
+        "id": "r",
+        "object": "response",
+        "status": "completed",
+        "model": body["model"],
+        "tools": [TOOL],
+        "usage": {**COUNTS, "total_tokens": 15},
+        "metadata": OWN,
+    }
+    created = {**whole, "status": "in_progress", "usage": None}
+    return whole, [
+        event({"type": "response.created", "sequence_number": 0, "response": created}),
+        event({"type": "response.output_text.delta", "sequence_number": 1, "delta": "hi"}),
+        event({"type": "response.completed", "sequence_number": 2, "response": whole}),
+    ]
+
+
+def completions(body: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
+    call = {"id": "t", "function": {"name": "meter", "arguments": json.dumps(OWN)}}
+    head = {"id": "c", "model": body["model"], "metadata": OWN}
+    usage = {"prompt_tokens": 10, "completion_tokens": 5}
+    whole = {**head, "choices": [{"index": 0, "message": {"tool_calls": [call]}}], "usage": usage}
+    chunk = {**head, "choices": [{"index": 0, "delta": {"tool_calls": [call]}}]}
+    last = {**head, "choices": [], "usage": usage}
+    return whole, [
+        *(f"data: {json.dumps(one)}\n\n".encode() for one in (chunk, chunk, last)),
+        b"data: [DONE]\n\n",
+    ]
+
+
+MADE = {MESSAGES: messages, RESPONSES: responses, CHAT: completions}
+
+
+async def upstream(scope: Any, receive: Any, send: Any) -> None:
+    """Answers in the API that it is asked in; `metadata.end` says how."""
+    body = json.loads(await read_body(receive, 10**6))
+    whole, parts = MADE[scope["path"]](body)
+    end = (body.get("metadata") or {}).get("end")
+    kind = b"text/event-stream" if body.get("stream") and end != "refuse" else b"application/json"
+    status = 400 if end == "refuse" else 200
+    head = {"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]}
+    await send(head)
+    if end == "refuse":
+        told = {"error": {"message": "upstream says no", "param": "n", "code": None}}
+        await send({"type": "http.response.body", "body": json.dumps(told).encode()})
+        return
+    if not body.get("stream"):
+        await send({"type": "http.response.body", "body": json.dumps(whole).encode()})
+        return
+    for part in parts[:2] if end == "cut" else parts:
+        # In two pieces: networks cut where they like.
+        for piece in (part[:25], part[25:]):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+    if end == "cut":
+        await send({"type": "http.response.body", "body": b"data: {\"ty", "more_body": True})
+        raise ConnectionResetError
+    await send({"type": "http.response.body", "body": b""})
+
+
+@asynccontextmanager
+async def remote() -> AsyncIterator[Site]:
+    async with serving(upstream) as served:
+        config = simulated(
+            {"cpu": {"tokens": 2}},
+            experts={
+                "general": {"model": "m"},
+                "far": {"remote": {"url": served.url + "/v1", "model": "theirs"}},
+            },
+            server={"max_body_bytes": 2_000},
+        )
+        async with site(config) as s:
+            yield s
+
+
+def body_of(path: str, **more: Any) -> dict[str, Any]:
+    body = chat(model="far", max_tokens=5) if path != RESPONSES else {"model": "far", "input": "x"}
+    return {**body, **more}
+
+
+async def stream(s: Site, path: str, **more: Any) -> list[tuple[str, Any]]:
+    """Every event as (name, data)."""
+    async with s.post(body_of(path, stream=True, **more), path) as reply:
+        assert reply.status == 200
+        text = (await reply.read()).decode()
+    found, name = [], ""
+    for line in text.split("\n"):
+        if line.startswith("event: "):
+            name = line[7:]
+        elif line.startswith("data: "):
+            data = line[6:]
+            found.append((name, data if data == "[DONE]" else json.loads(data)))
+            name = ""
+    return found
+
+
+@pytest.mark.parametrize("path", MADE)
+async def test_a_whole_reply_has_only_its_own_model_and_usage_changed(path: str) -> None:
+    async with remote() as s:
+        status, _, told = await s.ask(body_of(path), path)
+    given, _ = MADE[path]({"model": "theirs"})
+    assert status == 200
+    assert told.pop("model") == "far"
+    assert told["usage"].pop("coe")["expert"] == "far"
+    given.pop("model")
+    assert told == given
+
+
+@pytest.mark.parametrize("path", MADE)
+async def test_a_stream_has_only_its_own_model_and_usage_changed(path: str) -> None:
+    async with remote() as s:
+        told = await stream(s, path, stream_options={"include_usage": True})
+    _, parts = MADE[path]({"model": "far"})
+    given = [part.split(b"data: ")[1].strip() for part in parts]
+    costs = 0
+    for (_, data), expected in zip(told, given, strict=True):
+        if data == "[DONE]":
+            assert (path, expected) == (CHAT, b"[DONE]")
+            continue
+        for holder in (data, data.get("response") or {}):
+            if isinstance(holder.get("usage"), dict) and "coe" in holder["usage"]:
+                assert holder["usage"].pop("coe")["expert"] == "far"
+                costs += 1
+        assert data == json.loads(expected)
+    assert costs == 1
+
+
+@pytest.mark.parametrize("path", MADE)
+async def test_an_upstream_that_breaks_off_is_told_in_the_client_s_words(path: str) -> None:
+    async with remote() as s:
+        told = await stream(s, path, metadata={"end": "cut"})
+        assert (await s.ask(body_of(path), path))[0] == 200
+    assert "[DONE]" not in [data for _, data in told]
+    name, last = told[-1]
+    if path == CHAT:
+        assert last["error"]["code"] == "upstream_error"
+    elif path == MESSAGES:
+        assert (name, last["type"]) == ("error", "error")
+        assert last["error"].keys() == {"type", "message"}
+        assert "message_stop" not in [data["type"] for _, data in told]
+    else:
+        error = told[-2][1]
+        assert (told[-2][0], error["type"], error["code"]) == ("error", "error", "upstream_error")
+        assert (name, last["type"], last["response"]["status"]) == (
+            "response.failed",
+            "response.failed",
+            "failed",
+        )
+        assert last["response"]["error"]["message"] == error["message"]
+        assert [data["sequence_number"] for _, data in told] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("change", "status", "kind"),
+    [
+        ({"model": "nobody"}, 404, "not_found_error"),
+        ({"messages": None}, 400, "invalid_request_error"),
+        ({"messages": 3}, 400, "invalid_request_error"),
+        ({"chat_template": "x"}, 400, "invalid_request_error"),
+        ({"metadata": {"end": "refuse"}}, 400, "invalid_request_error"),
+    ],
+)
+async def test_messages_are_refused_in_anthropic_s_shape(
+    change: dict[str, Any], status: int, kind: str, streamed: bool
+) -> None:
+    async with remote() as s:
+        got, headers, told = await s.ask(body_of(MESSAGES, stream=streamed, **change), MESSAGES)
+    assert (got, told["type"], told["error"]["type"]) == (status, "error", kind)
+    assert told["error"]["message"]
+    assert told["error"].keys() == {"type", "message"}
+    assert int(headers["content-length"]) == len(json.dumps(told, separators=(",", ":")))
+
+
+async def test_messages_are_refused_in_anthropic_s_shape_before_they_are_read() -> None:
+    json_type = {"content-type": "application/json"}
+    async with remote() as s:
+        tries = [
+            ("POST", b"{nonsense", json_type, 400, "invalid_request_error"),
+            ("POST", b"{}", {"content-type": "text/plain"}, 415, "invalid_request_error"),
+            ("POST", b"{}", {**json_type, "host": "a.example"}, 403, "permission_error"),
+            ("POST", b"x" * 3_000, json_type, 413, "request_too_large"),
+            ("GET", None, {}, 405, "invalid_request_error"),
+        ]
+        for method, data, headers, status, kind in tries:
+            async with s.client.request(
+                method, s.url + MESSAGES, data=data, headers=headers
+            ) as reply:
+                told = await reply.json()
+                assert (reply.status, told["type"], told["error"]["type"]) == (
+                    status,
+                    "error",
+                    kind,
+                )
+
