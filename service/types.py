@@ -73,7 +73,8 @@ class Tenant:
 
     `key` is the key's public id, empty where no key is needed. `experts`: those that
     it may ask for, None for all. `priority` in (`high`, `normal`, `low`) and `weight`
-    are its share in the pools' queues. `limits` are the key's own.
+    are its share in the pools' queues. `limits` are the key's own. `cache_salt`: what keeps its
+    prompts apart from others' in an engine's prefix cache; empty where that is shared.
     """
 
     name: str = "default"
@@ -82,6 +83,7 @@ class Tenant:
     priority: str = "normal"
     weight: float = 1.0
     limits: Limits = Limits()
+    cache_salt: str = ""
 
     def may_ask(self, expert: str) -> bool:
         """Whether it may ask for this expert."""

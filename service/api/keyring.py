@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import os
 import time
+from functools import lru_cache
 from pathlib import Path
 
 from service.api.audit import REFUSALS
@@ -68,7 +70,7 @@ class Keyring:
     `needed`: whether a key has to be shown. Wherever others than this machine's users could ask,
     unless the config says `open`; and once there was one, always: a store that lost its keys
     lets nobody in. For the next start that is remembered by the file `marker`. `after`: the one
-    of the config before.
+    of the config before. `secret`: the cluster's, of which tenants' cache salts are made.
     """
 
     def __init__(
@@ -76,9 +78,11 @@ class Keyring:
         config: Config,
         book: KeyBook,
         *,
+        secret: str = "",
         marker: Path | None = None,
         after: Keyring | None = None,
     ) -> None:
+        self._secret = secret
         self._tenants = config.tenants
         self._own = configured(config)
         self._book = book
@@ -200,7 +204,14 @@ class Keyring:
             record.priority or given.priority,
             given.weight,
             record.limits,
+            "" if given.share_prefix else cache_salt(self._secret, name),
         )
+
+
+@lru_cache(maxsize=4096)
+def cache_salt(secret: str, tenant: str) -> str:
+    """What keeps a tenant's prompts apart in prefix caches: nobody else can make it."""
+    return hmac.digest(secret.encode(), b"prefix\0" + tenant.encode(), "sha256").hex()[:32]
 
 
 def _all_of(allowed: list[frozenset[str]]) -> frozenset[str] | None:

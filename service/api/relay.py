@@ -335,7 +335,14 @@ class Relay:
                     seat = self._seats[option.expert]
                     reply.passage.calls.append(spent)
                     await seat.run(
-                        EngineRequest(asked.endpoint, option.expert, body, attempt_id, trace),
+                        EngineRequest(
+                            asked.endpoint,
+                            option.expert,
+                            body,
+                            attempt_id,
+                            trace,
+                            asked.tenant.cache_salt,
+                        ),
                         reply,
                         handed,
                         asked.tenant,

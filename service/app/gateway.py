@@ -106,6 +106,7 @@ class GatewayProcess:
         self._keyring: Keyring = Keyring(
             config,
             book,
+            secret=secret,
             marker=keys_marker(config),
             after=None if after is None else after._keyring,
         )

@@ -22,6 +22,11 @@ class RemoteConfig(Section):
         pattern=r"^[A-Z_][A-Z0-9_]{0,63}$",
         description="Environment variable that holds the key. Never the key itself.",
     )
+    cache_salt: bool = Field(
+        False,
+        description="It takes vLLM's field cache_salt: send one of each tenant's own, so that "
+        "tenants share no prefix there. A client's own is made the tenant's in any case.",
+    )
     max_in_flight: int = Field(64, ge=1, description="Requests under way at once; more wait.")
     max_queue: int = Field(256, ge=0, description="Requests that may wait; more get 503.")
     connect_timeout_s: float = Field(5.0, gt=0, description="Time to connect, in s.")

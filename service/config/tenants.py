@@ -56,6 +56,12 @@ class TenantConfig(LimitsConfig):
     weight: float = Field(
         1.0, gt=0, le=1000, description="Share of the tokens served within its class."
     )
+    share_prefix: bool = Field(
+        False,
+        description="Share what engines have cached of prompts with the other tenants that say so. "
+        "Faster where their prompts begin alike; but how long an answer takes tells whether "
+        "another's prompt began the same way. Without keys everybody shares.",
+    )
     guard: GuardConfig = Field(default_factory=lambda: GuardConfig())
     cache: CacheConfig = Field(default_factory=lambda: CacheConfig())
 

@@ -23,7 +23,8 @@ class EngineRequest:
     """One call: the endpoint's path, the expert by name, and the body as it came.
 
     `request_id` is unique among all requests in flight. `trace`: the W3C headers to go on
-    with, for an engine that is elsewhere.
+    with, for an engine that is elsewhere. `cache_salt`: only requests of the same one share what
+    the engine has cached of prompts; empty: those without one.
     """
 
     endpoint: str
@@ -31,6 +32,7 @@ class EngineRequest:
     body: bytes
     request_id: str
     trace: Mapping[str, str] = field(default_factory=dict)
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import orjson
 from service.config import RemoteConfig
 from service.engine.held import openai_error
 from service.engine.protocol import EngineReport, EngineRequest, Send
+from service.engine.salting import joined
 from service.errors import (
     ExpertFailed,
     InvalidRequest,
@@ -28,6 +29,8 @@ from service.errors import (
 ENDPOINTS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"}
 )
+# Those whose requests have vLLM's field `cache_salt`.
+_SALTED = ENDPOINTS - {"/v1/messages"}
 
 _EVENT = re.compile(rb"\s*(?:data|event|id|retry)?:")
 _ANSWER_BYTES = 64 * 1024**2
@@ -94,7 +97,7 @@ class RemoteEngine:
         }
         if self._key is not None:
             headers["authorization"] = f"Bearer {self._key}"
-        body = self._addressed(request.body)
+        body = self._addressed(request)
         started = False
         try:
             async with self._session.post(
@@ -179,9 +182,9 @@ class RemoteEngine:
         if rest:
             yield rest
 
-    def _addressed(self, body: bytes) -> bytes:
+    def _addressed(self, request: EngineRequest) -> bytes:
         try:
-            data = orjson.loads(body)
+            data = orjson.loads(request.body)
         except orjson.JSONDecodeError as error:
             raise InvalidRequest(f"the body is not valid JSON: {error}") from None
         options = data.get("stream_options") if isinstance(data, dict) else None
@@ -189,6 +192,12 @@ class RemoteEngine:
             # vLLM's own; others would refuse what they don't know.
             known = {k: v for k, v in options.items() if k != "continuous_usage_stats"}
             data = {**data, "stream_options": known}
+        salt = request.cache_salt
+        if salt and isinstance(data, dict):
+            given = data.get("cache_salt")
+            # Whether it keeps tenants apart is known of those that are said to.
+            if given or (self._config.cache_salt and request.endpoint in _SALTED):
+                data = {**data, "cache_salt": joined(salt, given)}
         try:
             return orjson.dumps({**data, "model": self._config.model})
         except orjson.JSONEncodeError:

@@ -26,7 +26,9 @@ from service.engine.protocol import (
     Message,
     Send,
 )
+from service.engine.salting import CACHE_SALT
 from service.engine.steered import NOTES
+from service.engine.vllm_face import EngineClient
 from service.engine.vllm_stats import EngineStats
 from service.engine.watching import RouterWatch
 from service.errors import EngineDead, EngineRestarting, ExpertFailed
@@ -181,7 +183,8 @@ class VllmEngine:
             await self.stop()
             raise
         tasks = await self._llm.get_supported_tasks()
-        self._app = await self._openai_layer(args, self._llm, tasks)
+        client = EngineClient(self._llm, self._llm.vllm_config, self._llm.renderer)
+        self._app = await self._openai_layer(args, client, tasks)
         config = self._llm.vllm_config
         generates = "generate" in tasks
         return EngineReport(
@@ -249,6 +252,8 @@ class VllmEngine:
         call = _Call(request)
         if self._stats is not None:
             self._stats.asked(request.request_id, request.expert)
+        # vLLM's handlers run in this task and in those it starts.
+        CACHE_SALT.set(request.cache_salt)
         task = asyncio.ensure_future(
             self._layer_of(request.expert)(call.scope, call.receive, reply)
         )

@@ -1,10 +1,16 @@
-"""What of an engine an expert's own OpenAI layer sees, and when two experts need not have two."""
+"""What of an engine an expert's own OpenAI layer sees, and when two experts need not have two.
+
+All prompts go through it, of every endpoint: here they get the salt that keeps tenants apart in
+the engine's prefix cache.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 from typing import Any
+
+from service.engine.salting import CACHE_SALT, salted
 
 # What decides how text becomes tokens and back.
 _FACE_FILES = (
@@ -25,6 +31,14 @@ class EngineClient:
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
         self.renderer = renderer
+
+    def generate(self, prompt: Any, *args: Any, **more: Any) -> Any:
+        """As the engine's, with the request's salt."""
+        return self._llm.generate(salted(prompt, CACHE_SALT.get()), *args, **more)
+
+    def encode(self, prompt: Any, *args: Any, **more: Any) -> Any:
+        """As the engine's, with the request's salt."""
+        return self._llm.encode(salted(prompt, CACHE_SALT.get()), *args, **more)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)

@@ -17,6 +17,7 @@ SEQ = "x-coe-seq"
 TENANT = "x-coe-tenant"
 PRIORITY = "x-coe-priority"
 WEIGHT = "x-coe-weight"
+CACHE_SALT = "x-coe-cache-salt"
 QUEUE_MS = "x-coe-queue-ms"
 SWAP_MS = "x-coe-swap-ms"
 ENGINE_MS = "x-coe-engine-ms"
@@ -31,7 +32,7 @@ class Call:
 
     `deadline_ms` is what is left, to the first byte when `stream`, else to the end.
     `seq` counts this gateway's calls to this pool, so that snapshots can
-    acknowledge them. Of `tenant` name, priority and weight travel. `trace`: the W3C
+    acknowledge them. Of `tenant` name, priority, weight and cache salt travel. `trace`: the W3C
     headers to go on with, none where the request is not traced.
     """
 
@@ -58,6 +59,7 @@ class Call:
             TENANT: self.tenant.name,
             PRIORITY: self.tenant.priority,
             WEIGHT: str(self.tenant.weight),
+            **({CACHE_SALT: self.tenant.cache_salt} if self.tenant.cache_salt else {}),
         }
 
 
@@ -107,7 +109,12 @@ def parse_call(endpoint: str, headers: dict[bytes, bytes]) -> Call:
             stream=text(STREAM) == "1",
             gateway=text(GATEWAY),
             seq=int(text(SEQ)),
-            tenant=Tenant(text(TENANT), priority=text(PRIORITY), weight=float(text(WEIGHT))),
+            tenant=Tenant(
+                text(TENANT),
+                priority=text(PRIORITY),
+                weight=float(text(WEIGHT)),
+                cache_salt=headers.get(CACHE_SALT.encode(), b"").decode("latin-1"),
+            ),
             trace=trace_of(headers),
         )
     except ValueError as error:

@@ -298,7 +298,13 @@ class Pool:
                     )
                 served = partial(self._served, call.expert, lease.served)
                 reply.lease_began(lease, served)
-                request = EngineRequest(call.endpoint, call.expert, body, call.request_id)
+                request = EngineRequest(
+                    call.endpoint,
+                    call.expert,
+                    body,
+                    call.request_id,
+                    cache_salt=call.tenant.cache_salt,
+                )
                 await lease.engine.run(request, reply)
         except EngineDead:
             slot.lost()

@@ -16,7 +16,8 @@ SECOND = [*FIRST, {"role": "assistant", "content": "hi"}, {"role": "user", "cont
 
 
 def asked(messages: Any, tenant: str = "a", path: str = "/v1/chat/completions") -> Asked:
-    return read_asked(path, orjson.dumps({"messages": messages}), {}, 1000, Tenant(tenant))
+    whose = Tenant(tenant, cache_salt=f"salt of {tenant}")
+    return read_asked(path, orjson.dumps({"messages": messages}), {}, 1000, whose)
 
 
 def test_a_conversation_is_known_where_it_was_answered_and_to_its_tenant_only() -> None:

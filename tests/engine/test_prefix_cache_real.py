@@ -1,0 +1,88 @@
+"""The real engine's prefix cache: a tenant finds its own prompts in it, never another's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+import pytest
+import pytest_asyncio
+
+from service.engine.protocol import EngineRequest, Message
+from service.engine.vllm import VllmEngine, VllmModel
+from service.telemetry.pool_metrics import PoolMetrics
+from tests.engine.real import BASE, ON_ONE_ENGINE, OPTIONS, told
+from tests.support.waiting import until
+
+pytestmark = ON_ONE_ENGINE
+
+
+def _said(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+TEXT = "The harbour master writes down every ship that comes in, its flag and its cargo. " * 18
+# Each endpoint has a text of its own: most of them make the same prompt of the same words.
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": f"1. {TEXT}", "max_tokens": 1},
+    "/v1/chat/completions": {"messages": _said(f"2. {TEXT}"), "max_tokens": 1},
+    "/v1/responses": {"input": f"3. {TEXT}", "max_output_tokens": 1},
+    "/v1/messages": {"messages": _said(f"4. {TEXT}"), "max_tokens": 1},
+}
+_ids = itertools.count()
+
+
+class Asked:
+    """An engine, and what it finds in its prefix cache."""
+
+    def __init__(self, engine: VllmEngine, metrics: PoolMetrics) -> None:
+        self.engine = engine
+        self.metrics = metrics
+        self.queries = 0.0
+
+    async def hits(self, path: str, body: dict[str, Any], salt: str) -> float:
+        """How many tokens of a request's prompt were cached."""
+        before = await self._count("vllm:prefix_cache_hits_total")
+        queried = await self._count("vllm:prefix_cache_queries_total")
+        parts: list[bytes] = []
+
+        async def collect(message: Message) -> None:
+            parts.append(message.get("body", b""))
+
+        raw = orjson.dumps({"model": "base", **body})
+        await self.engine.run(
+            EngineRequest(path, "base", raw, f"t{next(_ids)}", cache_salt=salt), collect
+        )
+        assert b'"error"' not in b"".join(parts), parts
+
+        async def counted() -> bool:
+            return await self._count("vllm:prefix_cache_queries_total") > queried
+
+        await until(counted, "the engine has told its counts")
+        return await self._count("vllm:prefix_cache_hits_total") - before
+
+    async def _count(self, name: str) -> float:
+        return (await told(self.metrics)).get((name, "base"), 0.0)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def asked() -> AsyncIterator[Asked]:
+    metrics = PoolMetrics()
+    engine = VllmEngine(VllmModel("base", BASE, {}), OPTIONS, on_cpu=True, watch=metrics)
+    await engine.start()
+    yield Asked(engine, metrics)
+    await engine.stop()
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_a_tenant_finds_its_own_prompts_and_never_another_s(asked: Asked, path: str) -> None:
+    body, who = BODIES[path], path.replace("/", "-")
+    assert await asked.hits(path, body, f"{who}-a") == 0
+    assert await asked.hits(path, body, f"{who}-a") > 0
+    assert await asked.hits(path, body, f"{who}-b") == 0
+    assert await asked.hits(path, body, "") == 0
+    # Not by a salt of its own either, whatever it is.
+    if path != "/v1/messages":
+        assert await asked.hits(path, {**body, "cache_salt": f"{who}-a"}, f"{who}-c") == 0
