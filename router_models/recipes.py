@@ -135,7 +135,6 @@ def _cascade(experts: list[int], together: int, table: Table) -> tuple[Floats, F
     agreed = (first != NO_ANSWER) & (answer[:, :together] == first[:, None]).all(axis=1)
     taken[agreed] = 0
     asked = np.zeros((len(table), len(experts) - together))
-    newest = _newest(answer[:, :together])
     for i in range(together, len(experts)):
         open_ = taken < 0
         asked[:, i - together] = open_
@@ -143,21 +142,10 @@ def _cascade(experts: list[int], together: int, table: Table) -> tuple[Floats, F
         missing |= open_ & np.isnan(score[:, i])
         gave = answer[:, i] != NO_ANSWER
         agrees = gave & (answer[:, :i] == answer[:, i : i + 1]).any(axis=1)
-        if i == len(experts) - 1:
-            # An earlier answer is better than none.
-            taken[open_] = np.where(gave | (newest < 0), i, newest)[open_]
-        else:
-            taken[open_ & agrees] = i
-        newest = np.where(gave, i, newest)
+        # The last one's answer is sent as it stands, readable or not.
+        taken[open_ & (agrees | (i == len(experts) - 1))] = i
     found = score[rows, taken]
     return np.where(missing, np.nan, found), np.where(missing, np.nan, cost), asked
-
-
-def _newest(answer: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The last position that has an answer, -1 where none has; (rows,)."""
-    given = answer != NO_ANSWER
-    last = given.shape[1] - 1 - given[:, ::-1].argmax(axis=1)
-    return np.where(given.any(axis=1), last, -1)
 
 
 def _vote(experts: list[int], table: Table) -> tuple[Floats, Floats]:

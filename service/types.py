@@ -101,7 +101,7 @@ class Recipe:
     agree (one member: if its tokens' mean probability is at least `sure`, or where that
     is 0, if it gives a final answer at all), that is the answer; else those of `later`
     are asked in turn, each one's answer taken if it agrees with one before, the last
-    one's in any case (or the newest earlier answer where the last gives none). `vote`:
+    one's in any case (or the newest earlier answer where the last one fails). `vote`:
     all members are asked together; the answer most of them give, the last member's where
     none has most.
     """

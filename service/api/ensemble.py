@@ -2,12 +2,13 @@
 
 One member failing does not fail the answer. A stream begins as soon as the answer is
 settled: what a member has answered is sent as it stands, and the last expert of a cascade, whose
-answer counts in any case, streams itself.
+answer counts in any case, streams itself. A client gets the same answer whole and streamed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,12 +21,19 @@ from service.api.body import Asked
 from service.api.passage import Passage, Spent
 from service.api.plan import Plan
 from service.api.relay import Relay
-from service.api.reply import Reply
+from service.api.reply import NoAnswer, Reply
 from service.broker.agreement import Final, agreed, confidence, final_answer, majority
 from service.broker.choice import Weighed
 from service.engine.protocol import Message
 from service.errors import CoeError, Unavailable
 from service.types import MAX_LATER, Recipe
+
+log = logging.getLogger("coe.ensemble")
+
+# Answers that were cut, by a bound on their length or by a filter, can't be compared.
+_CUT = frozenset({"length", "content_filter"})
+# Experts that told no log probabilities though they were asked to; each is named in the log once.
+_without_logprobs: set[str] = set()
 
 
 class NoMember(Unavailable):
@@ -87,9 +95,7 @@ class Ensemble:
         at = majority([one.final if one.ok else None for one in answers])
         if at is None:
             good = [one for one in answers if one.ok]
-            if not good:
-                raise self._nobody()
-            await self._send(good[-1])
+            await (self._send(good[-1]) if good else self._refuse())
             return
         await self._send(answers[at])
 
@@ -98,7 +104,7 @@ class Ensemble:
         members = await self._together(recipe.members, most=None)
         finals = [one.final if one.ok else None for one in members]
         if len(members) == 1 and recipe.sure > 0:
-            settled = members[0].ok and confidence(members[0].logprobs) >= recipe.sure
+            settled = self._sure(members[0])
         else:
             settled = agreed(finals)
         if settled:
@@ -117,18 +123,30 @@ class Ensemble:
             answer = await self._ask(expert, len(self.answers))
             self.answers.append(answer)
             agrees = answer.ok and answer.final is not None and answer.final in finals
-            if agrees or (last and answer.ok and (answer.final or self._newest() is None)):
+            if agrees or (last and answer.ok):
                 await self._send(answer)
                 return
             finals.append(answer.final if answer.ok else None)
         newest = self._newest() or next((one for one in self.answers[::-1] if one.ok), None)
-        if newest is None:
-            raise self._nobody()
-        await self._send(newest)
+        await (self._send(newest) if newest is not None else self._refuse())
+
+    def _sure(self, answer: Answer) -> bool:
+        """Whether a member was sure enough of its own tokens."""
+        if not answer.ok:
+            return False
+        if not answer.logprobs and answer.text and answer.expert not in _without_logprobs:
+            _without_logprobs.add(answer.expert)
+            log.warning(
+                "expert %s tells no log probabilities, so the cascade %s always asks the next",
+                answer.expert,
+                self.name,
+            )
+        return confidence(answer.logprobs) >= self.recipe.sure
 
     async def _streamed(self, expert: str) -> bool:
         """Let the last expert answer the client itself. False where it failed before it began."""
         self._account()
+        self.reply.answers_only = True
         try:
             await self.relay.carry(
                 replace(self.asked, request_id=f"{self.asked.request_id}-{len(self.answers)}"),
@@ -140,8 +158,13 @@ class Ensemble:
         except CoeError as error:
             if self.reply.started:
                 raise
-            self.answers.append(Answer(expert, Passage(), error=error))
+            # That attempt's bound has ended with it.
+            self.reply.first_byte_limit = None
+            refused = isinstance(error, NoAnswer)
+            self.answers.append(Answer(expert, Passage(), error=None if refused else error))
             return False
+        finally:
+            self.reply.answers_only = False
         return True
 
     @property
@@ -206,9 +229,8 @@ class Ensemble:
 
     async def _ask(self, expert: str, number: int) -> Answer:
         """One member's whole answer; its faults are told, not raised."""
-        local = (option := self.weighed.option(expert)) is None or option.boot != ""
         sure = self.recipe.sure > 0 and len(self.recipe.members) == 1 and number == 0
-        asked = self.asked.for_member(number, logprobs=sure and local)
+        asked = self.asked.for_member(number, logprobs=sure)
         heard = _Heard()
         ours = self.reply.passage
         answer = Answer(expert, Passage(expert=expert, trace=ours.trace, losses=ours.losses))
@@ -225,14 +247,16 @@ class Ensemble:
     def _read(self, answer: Answer) -> None:
         try:
             choice = orjson.loads(answer.body)["choices"][0]
-            answer.text = choice["message"].get("content") or ""
+            message = choice["message"]
+            answer.text = message.get("content") or ""
             tokens = (choice.get("logprobs") or {}).get("content") or []
             answer.logprobs = tuple(float(token["logprob"]) for token in tokens)
         except (orjson.JSONDecodeError, KeyError, TypeError, IndexError, ValueError):
             if answer.status == 200:
                 answer.error = Unavailable(f"expert {answer.expert!r} answered in no known form")
             return
-        answer.final = final_answer(answer.text, as_json="json" in self.asked.needs)
+        if choice.get("finish_reason") not in _CUT and not message.get("refusal"):
+            answer.final = final_answer(answer.text, as_json="json" in self.asked.needs)
 
     def _newest(self) -> Answer | None:
         """The last answer that has a final one in it."""
@@ -243,6 +267,19 @@ class Ensemble:
         option = self.weighed.option(expert)
         needed_s = option.wait_s + option.answer_s if option is not None else 0.0
         return time.monotonic() + needed_s > self.deadline_s
+
+    async def _refuse(self) -> None:
+        """Nobody answered: send what an expert said against the request, if any did.
+
+        Raises the last error, or NoMember.
+        """
+        refused = [a for a in self.answers if a.error is None and 400 <= a.status < 500]
+        if not refused:
+            raise self._nobody()
+        self._account()
+        self._sent = refused[-1]
+        self.reply.passage.expert = refused[-1].expert
+        await self._answer(refused[-1].status, b"application/json", refused[-1].body)
 
     def _nobody(self) -> CoeError:
         errors = [one.error for one in self.answers if one.error is not None]
@@ -278,13 +315,11 @@ class Ensemble:
             content_type, body = b"text/event-stream; charset=utf-8", _as_stream(data, self.asked)
         else:
             content_type, body = b"application/json", orjson.dumps(data)
-        await self.reply(
-            {
-                "type": "http.response.start",
-                "status": 200,
-                "headers": [(b"content-type", content_type)],
-            }
-        )
+        await self._answer(200, content_type, body)
+
+    async def _answer(self, status: int, content_type: bytes, body: bytes) -> None:
+        head = [(b"content-type", content_type)]
+        await self.reply({"type": "http.response.start", "status": status, "headers": head})
         await self.reply({"type": "http.response.body", "body": body})
 
 

@@ -28,11 +28,18 @@ _STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"
 _LOOKED_AT = (b'"error"', b"[DONE]", b'"response.created"')
 
 
+class NoAnswer(CoeError):
+    """An expert refused the request, where only an answer may go to the client."""
+
+    code = "expert_refused"
+
+
 class Reply:
     """An ASGI send that adds our headers, reads the usage and adds to it what all cost.
 
     `spent` is the call that answers. `started`: whether anything has gone out. `events`: how
-    many a stream has had by now.
+    many a stream has had by now. `answers_only`: a reply that is none is not passed on, but
+    raised as NoAnswer.
     """
 
     def __init__(
@@ -50,6 +57,7 @@ class Reply:
         self.meter = meter
         self._counted = meter.wrap(self._out) if meter is not None else self._out
         self.started = False
+        self.answers_only = False
         self.spent: Spent | None = None
         self.first_byte_limit: asyncio.Timeout | None = None
         self.sent_s = began_s
@@ -65,6 +73,10 @@ class Reply:
         self._response: Any = None
 
     async def __call__(self, message: Message) -> None:
+        if self.answers_only and message["type"] == "http.response.start":
+            self.answers_only = False
+            if message["status"] != 200:
+                raise NoAnswer(f"the expert's reply has the status {message['status']}")
         await self._counted(message)
 
     async def _out(self, message: Message) -> None:

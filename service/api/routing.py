@@ -12,6 +12,8 @@ from service.broker.book import Book
 from service.broker.market import Market
 from service.broker.price import prices_of
 from service.config import Config
+from service.config.composition import silent_member
+from service.errors import ArtifactError
 from service.router.artifact import load_artifact
 from service.router.classify import Classifier
 from service.router.conversation import assess_body
@@ -37,6 +39,13 @@ class Routing:
             labels = classifier.labels
             if "map" in artifact.manifest:
                 found = _known_part(ExpertMap.from_artifact(artifact), config)
+        for recipe in found.recipes if found else ():
+            if (silent := silent_member(config, recipe)) is not None:
+                raise ArtifactError(
+                    f"{config.router.artifact}: {recipe.name} needs the log probabilities of "
+                    f"{silent!r}, which is remote; set experts.{silent}.remote.logprobs to true "
+                    "where it tells them"
+                )
         recipes = [recipe.recipe() for recipe in config.recipes.values()]
         self.book = Book(tuple(config.experts), [*recipes, *(found.recipes if found else ())])
         self.worth = Worth(config, self.book, labels)

@@ -28,6 +28,7 @@ from service.config.tenants import (
     TenantConfig,
     known_tenant,
 )
+from service.types import Recipe
 
 
 class Config(Section):
@@ -232,6 +233,20 @@ def _check_recipes(config: Config, names: set[str]) -> None:
                 raise ValueError(f"recipes.{name}: {_unknown(expert, names)}")
             if "chat" not in config.experts[expert].capabilities:
                 raise ValueError(f"recipes.{name}: {expert!r} can't chat")
+        if (silent := silent_member(config, recipe.recipe())) is not None:
+            raise ValueError(
+                f"recipes.{name}.sure: {silent!r} is remote and not known to tell log "
+                f"probabilities; set experts.{silent}.remote.logprobs to true where it does, "
+                "or `sure` to 0"
+            )
+
+
+def silent_member(config: Config, recipe: Recipe) -> str | None:
+    """The member of whose tokens' probabilities a recipe needs to hear, but will not."""
+    if recipe.sure <= 0:
+        return None
+    remote = config.experts[recipe.members[0]].remote
+    return recipe.members[0] if remote is not None and not remote.logprobs else None
 
 
 def unknown_tenant(name: str, tenants: Collection[str]) -> str:

@@ -27,6 +27,11 @@ class RemoteConfig(Section):
         description="It takes vLLM's field cache_salt: send one of each tenant's own, so that "
         "tenants share no prefix there. A client's own is made the tenant's in any case.",
     )
+    logprobs: bool = Field(
+        False,
+        description="Whether it tells the log probabilities of its tokens when asked to "
+        "(`logprobs` of chat completions). A cascade with `sure` that begins with it needs them.",
+    )
     max_in_flight: int = Field(64, ge=1, description="Requests under way at once; more wait.")
     max_queue: int = Field(256, ge=0, description="Requests that may wait; more get 503.")
     connect_timeout_s: float = Field(5.0, gt=0, description="Time to connect, in s.")

@@ -40,6 +40,7 @@ ENDPOINTS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize"}
 )
 _WORDS = ("one", "small", "answer", "from", "an", "engine", "that", "only", "plays", "a", "part")
+_LOGPROB = -0.1
 _FINGERPRINT = "simulated"
 _WEIGHT_BYTES = 1024**3
 
@@ -239,8 +240,9 @@ class SimulatedEngine:
         message: dict[str, Any] = (
             {"message": {"role": "assistant", "content": whole}} if chat else {"text": whole}
         )
+        logprobs = _logprobs(text) if chat and body.get("logprobs") else None
         choices = [
-            {"index": i, **message, "logprobs": None, "finish_reason": finish} for i in range(n)
+            {"index": i, **message, "logprobs": logprobs, "finish_reason": finish} for i in range(n)
         ]
         kind = "chat.completion" if chat else "text_completion"
         await _send_json(send, {**head, "object": kind, "choices": choices, "usage": usage})
@@ -362,6 +364,16 @@ def _prompt_text(body: dict[str, Any]) -> str:
     if isinstance(prompt, str) and prompt:
         return prompt
     raise InvalidRequest("`messages` or `prompt` is needed", param="messages")
+
+
+def _logprobs(words: list[str]) -> dict[str, Any]:
+    """As if every word had had the same probability."""
+    return {
+        "content": [
+            {"token": word, "logprob": _LOGPROB, "bytes": list(word.encode()), "top_logprobs": []}
+            for word in words
+        ]
+    }
 
 
 def _integer(body: dict[str, Any], name: str, default: int, low: int, high: int) -> int:

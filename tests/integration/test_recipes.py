@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -23,6 +24,9 @@ class Cast:
     def __init__(self) -> None:
         self.lines: dict[str, str] = {}
         self.broken: set[str] = set()
+        self.refusing: set[str] = set()
+        self.finish: dict[str, str] = {}
+        self.logprob: dict[str, float] = {}
         self.silent: set[str] = set()
         self.asked: list[dict[str, Any]] = []
         self.left: list[str] = []
@@ -42,6 +46,13 @@ class Cast:
             self.left.append(model)
             return
         status = 500 if model in self.broken else 200
+        if model in self.refusing:
+            start = {"type": "http.response.start", "status": 400}
+            await send({**start, "headers": [(b"content-type", b"application/json")]})
+            error = {"message": f"{model} says no", "type": "invalid_request_error"}
+            body = json.dumps({"error": error}).encode()
+            await send({"type": "http.response.body", "body": body})
+            return
         text = self.lines.get(model, "")
         usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
         head = {"id": "chatcmpl-x", "created": 1, "model": model}
@@ -56,7 +67,10 @@ class Cast:
             data += b"data: [DONE]\n\n"
         else:
             message = {"role": "assistant", "content": text}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            finish = self.finish.get(model, "stop")
+            choice = {"index": 0, "message": message, "finish_reason": finish}
+            if body.get("logprobs") and model in self.logprob:
+                choice["logprobs"] = {"content": [{"token": "x", "logprob": self.logprob[model]}]}
             data = json.dumps({**head, "choices": [choice], "usage": usage}).encode()
         start = {"type": "http.response.start", "status": status}
         await send({**start, "headers": [(b"content-type", kind)]})
@@ -129,12 +143,85 @@ async def test_members_that_agree_settle_it_and_nobody_else_is_asked() -> None:
 
 
 async def test_members_that_differ_are_settled_by_the_last() -> None:
-    async with stage(a="41", b="42", c="It is long: 42, for many reasons. " * 9) as (s, cast):
+    for line in ("43", "It is long: 42, for many reasons. " * 9, "I don't know."):
+        async with stage(a="41", b="42", c=line) as (s, cast):
+            _, headers, told = await s.ask(chat(model="two"))
+            assert cast.models == ["a", "b", "c"]
+            assert told["model"] == headers["x-coe-expert"] == "c"
+            assert said(told) == line
+
+
+LINES = ("42", "43", "I can't answer that.", "Here is the proof, step by step. " * 9, "")
+
+
+@pytest.mark.parametrize("recipe", ["one", "two", "chain", "most"])
+async def test_the_same_answer_whole_and_streamed(recipe: str) -> None:
+    chance = random.Random(recipe)
+    for _ in range(12):
+        async with stage(**{name: chance.choice(LINES) for name in "abcd"}) as (s, cast):
+            cast.broken |= {name for name in "abcd" if chance.random() < 0.15}
+            cast.refusing |= {name for name in "abcd" if chance.random() < 0.15}
+            status, headers, told = await s.ask(chat(model=recipe))
+            async with s.post(chat(model=recipe, stream=True)) as reply:
+                assert reply.status == status
+                if status != 200:
+                    continue
+                assert reply.headers["x-coe-expert"] == headers["x-coe-expert"]
+                chunks = [json.loads(one) for one in events(await reply.read())[:-1]]
+            parts = [c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"]]
+            assert "".join(parts) == said(told)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_last_expert_that_refuses_leaves_the_answer_to_those_before(stream: bool) -> None:
+    async with stage(a="41", b="42") as (s, cast):
+        cast.refusing.add("c")
+        async with s.post(chat(model="two", stream=stream)) as reply:
+            assert (reply.status, reply.headers["x-coe-expert"]) == (200, "b")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_that_every_expert_refuses_is_told_so(stream: bool) -> None:
+    async with stage() as (s, cast):
+        cast.refusing |= set("abc")
+        for model in ("two", "most"):
+            async with s.post(chat(model=model, stream=stream)) as reply:
+                assert reply.status == 400
+                assert "says no" in (await reply.json())["error"]["message"]
+
+
+async def test_refusals_and_answers_that_were_cut_escalate() -> None:
+    for line in ("I cannot answer that question.", "I'm sorry, I can't help with that."):
+        async with stage(a=line, b=line, c="42") as (s, _):
+            _, headers, told = await s.ask(chat(model="two"))
+            assert (said(told), headers["x-coe-expert"]) == ("42", "c")
+    async with stage(a="4", b="4", c="42") as (s, cast):
+        cast.finish = {"a": "length"}
         _, headers, told = await s.ask(chat(model="two"))
-        assert cast.models == ["a", "b", "c"]
-        # c gave no final answer, so the newest earlier one stands.
-        assert told["model"] == headers["x-coe-expert"] == "b"
-        assert said(told) == "42"
+        assert (said(told), headers["x-coe-expert"]) == ("42", "c")
+
+
+async def test_a_remote_member_is_taken_where_it_is_sure_of_its_tokens(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    recipes = {"sure": {"kind": "cascade", "members": ["a"], "later": ["c"], "sure": 0.8}}
+    async with serving(cast := Cast()) as served:
+        given = config(served.url, recipes={}).model_dump(mode="json", exclude={"recipes"})
+        with pytest.raises(ValueError, match=r"experts\.a\.remote\.logprobs"):
+            Config.model_validate({**given, "recipes": recipes})
+        given["experts"]["a"]["remote"]["logprobs"] = True
+        async with site(Config.model_validate({**given, "recipes": recipes})) as s:
+            cast.lines = {"a": "It is long. " * 20, "c": "42"}
+            for logprob, expert in ((-0.01, "a"), (-0.5, "c")):
+                cast.logprob["a"] = logprob
+                _, headers, told = await s.ask(chat(model="sure"))
+                assert headers["x-coe-expert"] == expert
+                assert not told["choices"][0].get("logprobs")
+            cast.logprob.clear()
+            for _ in range(2):
+                _, headers, _ = await s.ask(chat(model="sure"))
+                assert headers["x-coe-expert"] == "c"
+            assert caplog.text.count("tells no log probabilities") == 1
 
 
 async def test_a_chain_stops_at_the_first_that_agrees_with_one_before() -> None:

@@ -52,10 +52,10 @@ VOTE = Recipe("vote", ("a", "b", "c"))
         (PAIR, [1, 1, 2, 2], 2, (0, 3)),
         (PAIR, [1, 3, 2, 2], 2, (1, 13)),  # they differ: c decides
         (PAIR, [NONE, NONE, 2, 2], 2, (1, 13)),  # silence is no agreement
-        (PAIR, [1, 3, NONE, 2], 3, (1, 13)),  # c is silent: the newest answer stands
+        (PAIR, [1, 3, NONE, 2], 3, (0, 13)),  # c is the last: its answer counts, though silent
         (CHAIN, [1, 2, 2, 9], 2, (1, 13)),  # c agrees with b: d is not asked
         (CHAIN, [1, 2, 3, 9], 9, (1, 63)),
-        (CHAIN, [1, 2, 3, NONE], 3, (1, 63)),
+        (CHAIN, [1, 2, 3, NONE], 3, (0, 63)),
         (FALLBACK, [1, 2, 3, 4], 1, (1, 1)),
         (FALLBACK, [NONE, 2, 3, 4], 4, (1, 51)),
         (VOTE, [1, 1, 2, 3], 1, (1, 13)),
