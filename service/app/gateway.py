@@ -111,7 +111,7 @@ class GatewayProcess:
             after=None if after is None else after._keyring,
         )
         self.ledger = Ledger(config, self.store)
-        self._spending = Spending(self.ledger, any_budgets=_any_budgets(config))
+        self._spending = Spending(self.ledger)
         routing = Routing(config)
         self._relay = Relay(
             routing.book, routing.market, self.directory, self._seats, wake, self._spending, trips
@@ -246,7 +246,3 @@ class GatewayProcess:
         await asyncio.gather(*(seat.engine.stop() for seat in self._seats.values()))
         if self._traces is not None:
             await asyncio.to_thread(self._traces.stop)
-
-
-def _any_budgets(config: Config) -> bool:
-    return bool(config.budgets) or any(tenant.budget for tenant in config.tenants.values())

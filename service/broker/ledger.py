@@ -8,7 +8,7 @@ end. `state` tells how far each budget is spent.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -48,7 +48,8 @@ class Bound:
 class BudgetState:
     """A budget now: units of cost, and the window in seconds since 1970.
 
-    `reserved` is held by requests under way, most of which will not be spent.
+    `reserved` is held by requests under way, most of which will not be spent. `tenant` and `key`:
+    whose alone it is; None and empty where others spend it, too.
     """
 
     amount: float
@@ -57,6 +58,7 @@ class BudgetState:
     starts_s: float
     ends_s: float
     tenant: str | None = None
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,18 +121,33 @@ class Ledger:
         note = _note(reservation.tenant, usage, expert, ended_s) if served else None
         await self.store.settle(granted, used, note)
 
-    async def state(self) -> dict[str, BudgetState]:
-        """Every named budget, and every tenant's own as `tenant/NAME`."""
-        named: dict[str, tuple[Account, str | None]] = {
-            name: (account, self._of_tenant[name]) for name, account in self._budgets.items()
+    @property
+    def has_budgets(self) -> bool:
+        """Whether the config has any: keys may have budgets of their own besides."""
+        return bool(self._budgets) or any(
+            limits.budget is not None for limits in self._tenants.values()
+        )
+
+    async def state(self, keys: Iterable[Tenant] = ()) -> dict[str, BudgetState]:
+        """Every named budget, every tenant's own as `tenant/NAME`, and as `key/ID` those of the
+        keys that these tenants showed. Raises StoreGone."""
+        named: dict[str, tuple[Account, str | None, str]] = {
+            name: (account, self._of_tenant[name], "") for name, account in self._budgets.items()
         }
         for tenant, limits in self._tenants.items():
             if (account := _own_budget(f"tenant/{tenant}", limits)) is not None:
-                named[f"tenant/{tenant}"] = (account, tenant)
-        balances = await self.store.balances([account for account, _ in named.values()])
+                named[f"tenant/{tenant}"] = (account, tenant, "")
+        for one in keys:
+            if (account := _own_budget(f"key/{one.key}", one.limits)) is not None:
+                named[f"key/{one.key}"] = (account, one.name, one.key)
+        if not named:
+            return {}
+        balances = await self.store.balances([account for account, *_ in named.values()])
         return {
-            name: _state(account, balance, tenant)
-            for (name, (account, tenant)), balance in zip(named.items(), balances, strict=True)
+            name: _state(account, balance, tenant, key)
+            for (name, (account, tenant, key)), balance in zip(
+                named.items(), balances, strict=True
+            )
         }
 
     async def limits(self, tenant: Tenant) -> dict[str, tuple[Account, Balance]]:
@@ -220,7 +237,7 @@ def _whole(units: float) -> int:
     return math.floor(round(units * MICRO, 6))
 
 
-def _state(account: Account, balance: Balance, tenant: str | None) -> BudgetState:
+def _state(account: Account, balance: Balance, tenant: str | None, key: str) -> BudgetState:
     return BudgetState(
         account.limit / MICRO,
         balance.spent / MICRO,
@@ -228,6 +245,7 @@ def _state(account: Account, balance: Balance, tenant: str | None) -> BudgetStat
         balance.starts_ms / 1000,
         balance.ends_ms / 1000,
         tenant,
+        key,
     )
 
 

@@ -6,12 +6,16 @@ of the budget for each request still to come. This is the resolving form of dual
 for online knapsacks (Agrawal, Wang, Ye: A Dynamic Near-Optimal Algorithm for Online Linear
 Programming, 2014; Balseiro, Besbes, Pizarro: Survey of Dynamic Resource-Constrained Reward
 Collection Problems, 2023). It steers before the cap is hit; the cap itself is the ledger's.
+
+Where several gateways spend one budget, each learns from its own requests what is on offer, but
+what is left is for the requests of all of them: how many came is shared (`untold`, `heard`).
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +29,10 @@ _EVERY = 16
 _MOST_OPTIONS = 24
 _HALVINGS = 40
 _CALM_S = 60.0
+# A price is old after this share of its window: others may have spent meanwhile.
+_OLD = 1e-4
+# Pieces of a window in which arrivals are shared.
+_PIECES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,50 +55,111 @@ class Purse:
 
 
 class Pacer:
-    """Prices one budget. `offered` every decision that concerns it, `repriced` as it is spent."""
+    """Prices one budget. `offered` every decision that concerns it, `repriced` as it is spent.
+
+    Arrivals are shared by pieces of the budget's window, so that a gateway that comes later knows
+    since when the others have counted.
+    """
 
     def __init__(self) -> None:
         self.price = 0.0
         self._seen: deque[tuple[Floats, Floats]] = deque(maxlen=_REMEMBERED)
         self._since = 0
-        self._arrivals = 0.0
         self._window = (math.nan, math.nan)
-        self._from_s = math.nan
+        self._from_s = self._priced_s = math.nan
+        # Requests in this window: this gateway's, how many of them the others were told of, and
+        # those of all gateways by piece of the window, as far as heard.
+        self._own = 0
+        self._told = 0
+        self._shared: Mapping[int, int] = {}
+        # Requests per second in the window before.
+        self._rate_before = 0.0
 
     def offered(self, worth: Floats, cost: Floats) -> None:
         """The options of one request: quality less the price of time, and expected cost.
 
         Options that are impossible have a worth of -inf.
         """
-        self._arrivals += 1.0
+        self._own += 1
         self._since += 1
         keep = hull(worth, cost)
         if len(keep):
             self._seen.append((worth[keep], cost[keep]))
 
     def due(self) -> bool:
-        """Whether it is time to reprice."""
+        """Whether it is time to reprice, though nothing new is known of the budget."""
         return self._since >= _EVERY or (self._since > 0 and len(self._seen) < _EVERY)
+
+    @property
+    def starts_s(self) -> float:
+        """When the window began that it prices; NaN before any was told."""
+        return self._window[0]
+
+    @property
+    def asked(self) -> bool:
+        """Whether a request concerned the budget here in this window."""
+        return self._own > 0
+
+    def stale(self, purse: Purse, now_s: float) -> bool:
+        """Whether its price does not stand for this state of the budget any more."""
+        window = (purse.start_s, purse.end_s)
+        old_s = _OLD * (purse.end_s - purse.start_s)
+        return self._since > 0 or window != self._window or now_s - self._priced_s > old_s
+
+    def untold(self, now_s: float) -> tuple[int, int]:
+        """The piece of the window that now is, and how many requests came since this was asked
+        last: to be added to what all gateways are told."""
+        count, self._told = self._own - self._told, self._own
+        return self._piece(now_s), count
+
+    def heard(self, arrivals: Mapping[int, int]) -> None:
+        """How many requests came to all gateways, this one included, by piece of the window."""
+        self._shared = arrivals
+
+    def _piece(self, now_s: float) -> int:
+        start_s, end_s = self._window
+        share = (now_s - start_s) / (end_s - start_s)
+        return min(_PIECES - 1, max(0, int(_PIECES * share)))
 
     def reprice(self, purse: Purse, now_s: float) -> float:
         """The price for what is left of the window at the rate at which requests came in it."""
         self._since = 0
+        self._priced_s = now_s
         if (purse.start_s, purse.end_s) != self._window:
-            # In a new window arrivals are counted anew; what was on offer is still the best guess.
-            first = math.isnan(self._window[0])
-            self._window = (purse.start_s, purse.end_s)
-            self._arrivals = self._arrivals if first else min(self._arrivals, 1.0)
-            self._from_s = max(now_s, purse.start_s) if first else purse.start_s
+            self._begin(purse, now_s)
         if not self._seen:
             return self.price
-        span_s = purse.end_s - purse.start_s
-        # A burst at the start is no rate yet.
-        calm_s = min(_CALM_S, span_s / 100)
-        rate = self._arrivals / (max(now_s - self._from_s, 0.0) + calm_s)
-        coming = rate * max(purse.end_s - now_s, 0.0)
+        coming = self._rate(now_s) * max(purse.end_s - now_s, 0.0)
         left = max(0.0, purse.amount - purse.spent)
         self.price = self.solve(left / max(coming, 1.0))
         return self.price
+
+    def _begin(self, purse: Purse, now_s: float) -> None:
+        """In a new window arrivals are counted anew; what was on offer is still the best guess."""
+        first = math.isnan(self._window[0])
+        if first:
+            self._from_s = max(now_s, purse.start_s)
+        else:
+            self._rate_before = self._rate(min(now_s, self._window[1]))
+            self._from_s = purse.start_s
+            self._own = self._told = 0
+        self._window = (purse.start_s, purse.end_s)
+        self._shared = {}
+
+    def _rate(self, now_s: float) -> float:
+        """Requests per second of all gateways together."""
+        start_s, end_s = self._window
+        from_s = self._from_s
+        if self._shared and (first := min(self._shared)) < self._piece(from_s):
+            # Others have counted since before this gateway did.
+            from_s = start_s + first * (end_s - start_s) / _PIECES
+        told = max(self._told, sum(self._shared.values()))
+        # What is not heard of yet is as many times ours as what is.
+        times = told / self._told if self._told else 1.0
+        arrivals = told + (self._own - self._told) * times
+        # A burst at the start is no rate yet: the one before weighs as much as this time.
+        calm_s = min(_CALM_S, (end_s - start_s) / 100)
+        return (arrivals + calm_s * self._rate_before) / (max(now_s - from_s, 0.0) + calm_s)
 
     def solve(self, each: float) -> float:
         """The least λ at which the requests remembered would have spent `each` or less on average.

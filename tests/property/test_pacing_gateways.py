@@ -1,0 +1,31 @@
+"""Several gateways spend one budget about as well as one."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+
+from loadtests.pacing import MOST_LOST, SCENES, Outcome, Scene, simulate
+
+DAY, NOON, MINUTE = SCENES
+SEEDS = range(3)
+
+
+async def outcomes(scene: Scene, gateways: int) -> list[Outcome]:
+    return [await simulate(scene, gateways, seed) for seed in SEEDS]
+
+
+@pytest.mark.parametrize("scene", [DAY, MINUTE], ids=["day", "minute"])
+async def test_quality_of_several_gateways_is_within_two_percent_of_one_s(scene: Scene) -> None:
+    alone = statistics.mean(one.quality for one in await outcomes(scene, 1))
+    for gateways in (2, 4, 8):
+        found = await outcomes(scene, gateways)
+        assert statistics.mean(one.quality for one in found) >= (1 - MOST_LOST) * alone
+        assert all(one.spent <= scene.amount for one in found)
+
+
+async def test_spending_of_eight_gateways_leaves_half_of_it_for_half_of_the_window() -> None:
+    for one in await outcomes(DAY, 8):
+        assert one.marks[1] == pytest.approx(0.5, abs=0.06)
+        assert one.marks[3] >= 0.97
