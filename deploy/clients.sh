@@ -7,20 +7,19 @@ cd "$(dirname "$0")/.."
 folder=.cache/clients
 say() { printf 'clients: %s\n' "$*" >&2; }
 
-stamp=$( (cat "$0" deploy/clients/*; .venv/bin/python -V 2>/dev/null || python3 -V) | sha256sum | cut -d' ' -f1)
+stamp=$( (cat "$0" deploy/clients/* deploy/locks/tools/clients.txt
+    .venv/bin/python -V 2>/dev/null || python3 -V) | sha256sum | cut -d' ' -f1)
 [ "$(cat $folder/.ready 2>/dev/null || true)" = "$stamp" ] && exit 0
 mkdir -p $folder
 python=.venv/bin/python
 [ -x $python ] || python=python3
 
 say "installing LiteLLM, LangChain and llm into $folder"
-# One of them asks for a certifi of the same week, which mirrors may not have yet; nothing
-# here speaks TLS.
-printf 'certifi>=2024\n' >$folder/overrides.txt
 ready=1
-if ! { $python -m venv $folder/venv && $folder/venv/bin/python -m pip install --quiet uv==0.13.9 &&
-    $folder/venv/bin/uv pip install --quiet --python $folder/venv/bin/python \
-        --override $folder/overrides.txt -r deploy/clients/requirements.txt; } >$folder/log 2>&1; then
+if ! { $python -m venv $folder/venv &&
+    $folder/venv/bin/python -m pip install --quiet --no-deps --require-hashes -r deploy/locks/tools/uv.txt &&
+    $folder/venv/bin/uv pip install --quiet --no-config --python $folder/venv/bin/python --no-deps --require-hashes \
+        -r deploy/locks/tools/clients.txt; } >$folder/log 2>&1; then
     say "could not install the Python clients (see $folder/log): their tests will be skipped"
     ready=
 fi

@@ -6,7 +6,6 @@ cd "$(dirname "$0")/.."
 
 venv=.venv
 lock=deploy/locks/cpu.txt
-torch=2.13.0
 python=${PYTHON:-python3}
 
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
@@ -16,7 +15,7 @@ command -v "$python" >/dev/null || fail "$python is not installed (apt-get insta
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' ||
     fail "Python 3.11, 3.12 or 3.13 is needed, and $python is $("$python" -V 2>&1); name another with PYTHON=…"
 
-stamp=$( (cat pyproject.toml "$lock" "$0" deploy/torch.sh; "$python" -V) | sha256sum | cut -d' ' -f1)
+stamp=$( (cat pyproject.toml "$lock" "$0" deploy/torch.sh deploy/locks/torch-cpu.txt; "$python" -V) | sha256sum | cut -d' ' -f1)
 [ "$(cat $venv/.ready 2>/dev/null || true)" = "$stamp" ] && exit 0
 
 if [ ! -x $venv/bin/pip ]; then
@@ -25,11 +24,8 @@ if [ ! -x $venv/bin/pip ]; then
 fi
 pip() { $venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
-installed=$($venv/bin/python -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true)
-if [ "${installed%%+*}" != "$torch" ]; then
-    say "installing torch $torch, CPU build"
-    deploy/torch.sh "$venv" "$torch" || fail "torch $torch is needed"
-fi
+say "installing torch, CPU build"
+deploy/torch.sh "$venv" || fail "the CPU build of torch is needed"
 say "installing the locked packages (one to three minutes the first time)"
 pip install --quiet --no-deps --require-hashes --progress-bar off -r "$lock" 2> >(grep -v '^WARNING' >&2) ||
     fail "installing from $lock failed"

@@ -1,0 +1,156 @@
+"""What is installed is what was looked at: every file by its SHA-256, torch and uv included."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.support.chart import ROOT
+
+LOCKS = ROOT / "deploy" / "locks"
+SCRIPTS = sorted((ROOT / "deploy").glob("*.sh"))
+# Installed by nobody but who asks for it, and some 3 GB: too much to pin file by file.
+NOT_LOCKED = {"open_webui.sh": 1}
+
+
+@pytest.mark.parametrize("lock", sorted(LOCKS.rglob("*.txt")), ids=lambda path: path.name)
+def test_lock_has_a_hash_for_every_package(lock: Path) -> None:
+    text = lock.read_text()
+    packages = re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]
+    assert packages
+    for package in packages:
+        assert re.match(r"[a-z0-9._-]+==\S+", package), package
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}\b", package), package
+    assert not re.search(r"\bgit\+|https?://", text)
+
+
+def test_torch_lock_has_a_file_for_every_python_and_platform() -> None:
+    text = (LOCKS / "torch-cpu.txt").read_text()
+    hashes = re.findall(r"--hash=sha256:([0-9a-f]{64})", text)
+    assert len(set(hashes)) == 3 * 2
+    assert re.findall(r"^torch==(\S+)\+cpu", text, re.MULTILINE) == re.findall(
+        r"^torch==(\S+)", (LOCKS / "image-gpu.txt").read_text(), re.MULTILINE
+    )
+
+
+def installs(text: str) -> list[str]:
+    """Every command of a script that installs or fetches packages, lines joined."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    return re.findall(r"\bpip\"? [^&|\n]*\b(?:install|download)\b[^&|\n]*", joined)
+
+
+@pytest.mark.parametrize(
+    "path", [*SCRIPTS, ROOT / "Makefile", ROOT / "Dockerfile"], ids=lambda path: path.name
+)
+def test_script_installs_by_hashes_only(path: Path) -> None:
+    loose = [
+        command
+        for command in installs(path.read_text())
+        # coe itself comes from this folder.
+        if "--require-hashes" not in command and not re.search(r"-e \.|isolation \.", command)
+    ]
+    assert len(loose) == NOT_LOCKED.get(path.name, 0), loose
+
+
+def test_installs_finds_what_it_should() -> None:
+    assert (
+        len(installs("pip install x\n$v/bin/pip --quiet install \\\n  y && uv pip install z")) == 3
+    )
+
+
+def test_uv_is_pinned_in_one_place() -> None:
+    (pinned,) = re.findall(r"^uv==(\S+)", (LOCKS / "tools" / "uv.txt").read_text(), re.MULTILINE)
+    named = {
+        version
+        for path in (*SCRIPTS, ROOT / "Makefile", ROOT / "Dockerfile")
+        for version in re.findall(r"uv==([\d.]+)", path.read_text())
+    }
+    assert named == {pinned}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty virtual environment, for all of this module's installs to fail in or not."""
+    folder = tmp_path_factory.mktemp("environment") / "venv"
+    venv.create(folder, with_pip=True)
+    return folder
+
+
+def wheel(folder: Path, version: str) -> str:
+    """A wheel that calls itself torch; its SHA-256."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"torch-{version}-py3-none-any.whl"
+    about = f"torch-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("torch.py", "")
+        archive.writestr(
+            f"{about}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
+        )
+        archive.writestr(
+            f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{about}/RECORD", "")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def install(
+    folder: Path, environment: Path, wheels: Path, sha256: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a copy of torch.sh with a lock of one hash; pip sees a folder of wheels and no index."""
+    locks = folder / "locks" / "tools"
+    locks.mkdir(parents=True)
+    shutil.copy(ROOT / "deploy" / "torch.sh", folder)
+    shutil.copy(LOCKS / "tools" / "uv.txt", locks)
+    lock = f"# A comment.\ntorch==2.13.0+cpu \\\n    --hash=sha256:{sha256}\n"
+    (folder / "locks" / "torch-cpu.txt").write_text(lock)
+    own = {"PIP_FIND_LINKS": str(wheels), "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+    return subprocess.run(
+        [folder / "torch.sh", environment],
+        env={**os.environ, **own},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def version_there(environment: Path) -> str:
+    """The version of torch in the environment, or nothing."""
+    found = sorted(environment.glob("lib/python*/site-packages/torch-*.dist-info"))
+    return found[0].name.removeprefix("torch-").removesuffix(".dist-info") if found else ""
+
+
+def test_torch_sh_takes_the_file_of_the_lock_and_no_other(
+    tmp_path: Path, environment: Path
+) -> None:
+    known = wheel(tmp_path / "wheels", "2.13.0+cpu")
+    other = install(tmp_path / "other", environment, tmp_path / "wheels", "0" * 64)
+    assert other.returncode == 1
+    assert "torch 2.13.0+cpu that pip finds is not one of those in" in other.stderr
+    assert version_there(environment) == ""
+    nothing = install(tmp_path / "nothing", environment, tmp_path / "none", known)
+    assert nothing.returncode == 1
+    assert "can't get uv" in nothing.stderr
+    assert version_there(environment) == ""
+    good = install(tmp_path / "good", environment, tmp_path / "wheels", known)
+    assert (good.returncode, good.stderr) == (0, "")
+    assert version_there(environment) == "2.13.0+cpu"
+    # There already: nothing is looked for.
+    again = install(tmp_path / "again", environment, tmp_path / "none", "0" * 64)
+    assert (again.returncode, again.stderr) == (0, "")
+
+
+def test_torch_sh_asks_uv_without_the_settings_that_leave_torch_out() -> None:
+    # The project tells uv to leave torch out of the lock; uv would leave it out here as well, and
+    # say that all went well.
+    assert "torch ; sys_platform == 'never'" in (ROOT / "pyproject.toml").read_text()
+    commands = installs((ROOT / "deploy" / "torch.sh").read_text())
+    (by_uv,) = [one for one in commands if "--torch-backend cpu" in one]
+    assert "--no-config" in by_uv
