@@ -20,7 +20,7 @@ from service.engine.shared_cache import SharedCache, clear_dead
 from service.engine.simulated import SimulatedEngine
 from service.engine.sleeping import Sleeper, SleepingEngines
 from service.errors import CoeError, ConfigError
-from service.folders import folder_here, folder_of
+from service.folders import file_versions, folder_here, folder_of
 from service.memory import weights_bytes
 from service.models import ModelInfo, inspect_model
 from service.pool.planner import Policy
@@ -31,7 +31,7 @@ from service.pool.units import Known, Unit
 from service.steered import profile_bytes, profile_digests, steering_of
 
 if TYPE_CHECKING:
-    from service.engine.vllm_swap import Weights
+    from service.engine.vllm_swap import Canary, Weights
 
 log = logging.getLogger("coe.app")
 
@@ -64,12 +64,13 @@ class Assembly:
         self._config = config
         self._kind = kind
         self._watch = watch
-        self._canaries: dict[str, str] = {}
+        self._canaries: dict[str, Canary] = {}
         self._sources: weakref.WeakSet[_Sources] = weakref.WeakSet()
         self._played: dict[str, None] = {}
         self._cache: SharedCache | None = None
         clear_dead()
         self._profiles = profile_digests(config)
+        self._files = file_versions(config, config.local_experts(kind))
         self.pool = pool
         groups = config.groups(kind)
         self._name_played()
@@ -93,9 +94,16 @@ class Assembly:
         """
         old, self._config = self._config, config
         profiles, self._profiles = self._profiles, await asyncio.to_thread(profile_digests, config)
-        before = {unit[0]: _signature(old, unit, profiles) for unit in old.units(self._kind)}
+        names = config.local_experts(self._kind)
+        found = await asyncio.to_thread(file_versions, config, names)
+        # What can't be looked at now is as it was; what was not here yet has not changed since.
+        files = {name: version or self._files.get(name, "") for name, version in found.items()}
+        read = {name: version or files.get(name, "") for name, version in self._files.items()}
+        self._files = files
+        before = {unit[0]: _signature(old, unit, profiles, read) for unit in old.units(self._kind)}
         after = {
-            unit[0]: _signature(config, unit, self._profiles) for unit in config.units(self._kind)
+            unit[0]: _signature(config, unit, self._profiles, files)
+            for unit in config.units(self._kind)
         }
         units = {unit[0]: unit for unit in config.units(self._kind)}
         # An engine that was not made to be shared has to make room for one that is.
@@ -113,7 +121,7 @@ class Assembly:
         for name in [name for name in after if name not in before and name not in later]:
             await self._come(units[name])
         whys = {
-            name: f"expert {name!r} was changed in the config; ask again"
+            name: f"expert {name!r} was changed in the config, or its files were; ask again"
             if name in after
             else f"expert {name!r} is not in the config any more"
             for name in gone
@@ -357,7 +365,7 @@ def _policy(settings: PoolConfig) -> Policy:
 
 
 def _signature(
-    config: Config, unit: tuple[str, ...], profiles: Mapping[str, str]
+    config: Config, unit: tuple[str, ...], profiles: Mapping[str, str], files: Mapping[str, str]
 ) -> tuple[Any, ...]:
     """What a unit's weights depend on: where that changes, it is another one."""
     parts: list[Any] = []
@@ -365,7 +373,7 @@ def _signature(
         expert = config.experts[name]
         base = config.experts[expert.base].model if expert.base is not None else None
         made = (expert.adapter, expert.profile, profiles.get(name), expert.form, expert.strength)
-        parts.append((name, expert.model, expert.base, base, *made))
+        parts.append((name, expert.model, expert.base, base, files.get(name), *made))
     # And on what its engine computes with.
     own = config.experts[unit[0]]
     parts.append(own.vllm if own.base is None else config.experts[own.base].vllm)

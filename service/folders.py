@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from service.config import Config
+from service.engine.shared_cache import version_of
+from service.errors import CoeError
 from service.models import inspect_model, locate, pull
 
 
@@ -20,6 +23,19 @@ def folder_here(config: Config, expert: str) -> Path | None:
     """Where an expert's full weights are, or None where they are not here."""
     source, root = _source(config, expert)
     return locate(source, root=root)
+
+
+def file_versions(config: Config, experts: Iterable[str]) -> dict[str, str]:
+    """The version of the files that each local expert is loaded from; empty: they are not here."""
+    versions = {}
+    for name in experts:
+        try:
+            folder = folder_here(config, name)
+            adapter = config.experts[name].adapter
+            versions[name] = version_of(str(folder), adapter, 1.0) if folder is not None else ""
+        except (OSError, CoeError):
+            versions[name] = ""
+    return versions
 
 
 def folder_of(config: Config, expert: str) -> str:

@@ -22,6 +22,7 @@ from service.api.keyring import configured
 from service.api.routing import Routing
 from service.config import Config, PoolConfig, load_config
 from service.errors import CoeError, ConfigError
+from service.folders import file_versions
 from service.memory import check_plan, folders_of, plan_pool
 from service.models import inspect_model, locate, pull
 from service.steered import profile_digests
@@ -42,20 +43,22 @@ Version = tuple[int, int, int]
 class Running:
     """What runs: the user's file, what it said at first, and the config made of it.
 
-    profiles: what the virtual experts' files held then, as sha256.
+    profiles: what the virtual experts' files held then, as sha256. files: the version of those that
+    each local expert is loaded from, as seen from here.
     """
 
     source: str
     read: Config
     config: Config
     profiles: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, file: Path) -> Running:
         """Raises OSError, ValueError."""
         told = json.loads(file.read_text())
         read, config = (Config.model_validate(told[name]) for name in ("read", "config"))
-        return cls(told["source"], read, config, told.get("profiles", {}))
+        return cls(told["source"], read, config, told.get("profiles", {}), told.get("files", {}))
 
     def save(self, file: Path) -> None:
         """In one step: nobody sees half of it. Its owner's alone. Raises ConfigError."""
@@ -64,6 +67,7 @@ class Running:
             "read": self.read.model_dump(mode="json"),
             "config": self.config.model_dump(mode="json"),
             "profiles": profile_digests(self.config),
+            "files": _files(self.config),
         }
         # Two may reload at the same time.
         new = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}")
@@ -112,10 +116,12 @@ def reload(file: Path) -> dict[str, list[str]]:
     folders = folders_of(config, found) if sources else {}
     for kind in config.pools:
         check_plan(plan_pool(config, kind, lambda name: inspect_model(folders[name])), None)
-    profiles = profile_digests(config)
+    profiles, files = profile_digests(config), _files(config)
     Running(before.source, read, config).save(file)
     old, new = before.config.experts, config.experts
     exchanged = {name for name in new if before.profiles.get(name) != profiles.get(name)}
+    # What was not here yet when it was last looked at has been fetched since, not changed.
+    exchanged |= {name for name, was in before.files.items() if was and files.get(name, was) != was}
     return {
         "added": [name for name in new if name not in old],
         "removed": [name for name in old if name not in new],
@@ -123,6 +129,11 @@ def reload(file: Path) -> dict[str, list[str]]:
             name for name in new if name in old and (new[name] != old[name] or name in exchanged)
         ],
     }
+
+
+def _files(config: Config) -> dict[str, str]:
+    local = [name for name, expert in config.experts.items() if expert.remote is None]
+    return file_versions(config, local)
 
 
 def _check_fixed(old: Config, new: Config) -> None:

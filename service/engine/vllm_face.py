@@ -7,20 +7,33 @@ the engine's prefix cache.
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from service.engine.salting import CACHE_SALT, salted
+from service.engine.shared_cache import files_in
 
-# What decides how text becomes tokens and back.
-_FACE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
+# Files of a model's folder that say nothing of how text becomes tokens and back: its weights, and
+# what people read. All others count, whatever they are called: tokenizers have many forms.
+_WEIGHTS = (
+    ".safetensors",
+    ".index.json",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
 )
+_FOR_PEOPLE = (".md", ".pdf", ".png", ".jpg", ".svg")
+# In JSON of Hugging Face: who wrote it, and what the weights are stored as.
+_NEUTRAL_KEYS = frozenset(
+    {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype"}
+)
+_CONFIGS = ("config.json", "generation_config.json")
 
 
 class EngineClient:
@@ -45,11 +58,32 @@ class EngineClient:
 
 
 def face_digest(folder: str) -> str:
-    """The same for folders whose text becomes tokens, and back, in the same way."""
+    """The same for folders whose text becomes tokens, and back, in the same way.
+
+    Rather two for what is the same than one for what is not: then an expert has an OpenAI layer and
+    a tokenizer of its own, which costs memory. Raises OSError where a file can't be read.
+    """
+    root = Path(folder)
     digest = hashlib.sha256()
-    for name in _FACE_FILES:
-        path = Path(folder) / name
-        digest.update(name.encode() + b"\0")
-        if path.is_file():
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in files_in(root):
+        name = path.relative_to(root).as_posix()
+        told = name.lower()
+        if told.endswith((*_WEIGHTS, *_FOR_PEOPLE)) or told.startswith(("license", "notice")):
+            continue
+        digest.update(name.encode() + b"\0" + _contents(path))
     return digest.hexdigest()
+
+
+def _contents(path: Path) -> bytes:
+    with path.open("rb") as file:
+        whole = hashlib.file_digest(file, "sha256").digest()
+    if path.name not in _CONFIGS:
+        return whole
+    try:
+        told = json.loads(path.read_bytes())
+    except ValueError:
+        return whole
+    if not isinstance(told, dict):
+        return whole
+    kept = {key: value for key, value in told.items() if key not in _NEUTRAL_KEYS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).digest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 import logging
 import time
 from argparse import Namespace
@@ -27,7 +28,7 @@ from service.engine.protocol import (
     Filled,
     Message,
 )
-from service.engine.shared_cache import Share, SharedCache
+from service.engine.shared_cache import Share, SharedCache, version_of
 from service.engine.steered import PLACES, Steering
 from service.engine.vllm import STANDING, VllmEngine, VllmModel, first_line
 from service.engine.vllm_face import EngineClient, face_digest
@@ -70,12 +71,24 @@ class Weights:
         return self.steering.places if self.steering is not None else 0
 
 
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """What an expert said at its first load. `version`: of the files that it was loaded from.
+
+    said: the greedy tokens, and how sure each was, as JSON.
+    """
+
+    version: str
+    said: str
+
+
 @dataclass(slots=True)
 class _Face:
     """One expert's OpenAI layer; `renderer` is None where it is the engine's own."""
 
     app: Any
     source: Weights
+    version: str
     renderer: Any = None
     generation_config: Any = None
 
@@ -83,9 +96,10 @@ class _Face:
 class SwappingVllmEngine(VllmEngine):
     """An engine for `weights`' experts, all of one family; it starts with `first` running.
 
-    `canaries` outlives the engine: each expert's first greedy tokens, as its first
-    load gave them. `cache`: on a GPU, where the pool's engines share the weights they hold; an
-    engine that keeps the weights it was started with needs none.
+    `canaries` outlives the engine: each expert's first greedy tokens, as the first load of its
+    files gave them; other files under the same path are another version. `cache`: on a GPU, where
+    the pool's engines share the weights they hold; an engine that keeps the weights it was started
+    with needs none.
     """
 
     def __init__(
@@ -96,7 +110,7 @@ class SwappingVllmEngine(VllmEngine):
         *,
         on_cpu: bool,
         canary_every: int,
-        canaries: dict[str, str],
+        canaries: dict[str, Canary],
         watch: EngineWatch | None = None,
         cache: SharedCache | None = None,
     ) -> None:
@@ -110,6 +124,9 @@ class SwappingVllmEngine(VllmEngine):
         self._canaries = canaries
         self._swaps: dict[str, int] = {}
         self._faces: dict[str, _Face] = {}
+        # Of the files that each expert's weights were read from.
+        self._versions: dict[str, str] = {}
+        self._own_digest = ""
         self._own_face: tuple[Any, Any] | None = None
         self._tasks: Any = None
         self._broken: str | None = None
@@ -147,7 +164,11 @@ class SwappingVllmEngine(VllmEngine):
         return args
 
     async def _start(self) -> EngineReport:
+        before = await self._version_of(Weights(self._model.path))
+        self._own_digest = await asyncio.to_thread(face_digest, self._model.path)
         report = await super()._start()
+        if await self._version_of(Weights(self._model.path)) != before:
+            raise ExpertFailed(_changed_while(self._first), retry_after_s=30)
         self._tasks = await self._llm.get_supported_tasks()
         self._own_face = (self._llm.renderer, self._llm.input_processor.generation_config_fields)
         plain = [
@@ -156,6 +177,7 @@ class SwappingVllmEngine(VllmEngine):
             if w.is_plain and w.folder == self._weights[self._first].folder
         ]
         adopted = self._first if self._first in plain else next(iter(plain), "")
+        self._versions[adopted] = before
         await self._take(adopted)
         if why := await self._rpc("coe_adopt", adopted):
             log.info("the engine of %s keeps its weights: %s", adopted, why)
@@ -163,11 +185,12 @@ class SwappingVllmEngine(VllmEngine):
         if adopted != self._first:
             await self.fill(self._first)
             if not (await self.exchange(self._first)).ok:
-                raise ExpertFailed(f"the weights of {self._first!r} changed while they were loaded")
+                raise ExpertFailed(_changed_while(self._first), retry_after_s=30)
             # The pool counts what is held from the first unit on.
             await self.drop(adopted)
         else:
-            self._faces[self._first] = _Face(self._app, self._weights[self._first])
+            source = self._weights[self._first]
+            self._faces[self._first] = _Face(self._app, source, before)
             if not await self._canary(self._first):
                 raise ExpertFailed(
                     f"expert {self._first!r} answers otherwise than when first loaded"
@@ -185,8 +208,13 @@ class SwappingVllmEngine(VllmEngine):
         if source.steering is not None:
             began_s = time.monotonic()
             size = await self._rpc("coe_steer", expert, asdict(source.steering))
+            # Its base's as they are held, whatever lies under their path now.
+            rules = hashlib.sha256(repr(source.steering).encode()).hexdigest()[:24]
+            base = self._versions.get(source.steering.base, "")
+            self._versions[expert] = f"{base}-{rules}"
             await self._face_for(expert, source)
             return Filled(int(size), time.monotonic() - began_s)
+        version = await self._version_of(source)
         await self._take(expert)
         await self._rpc("coe_fill", expert, source.folder, source.adapter, source.strength)
         told = await self._rpc("coe_filled", expert)
@@ -197,6 +225,11 @@ class SwappingVllmEngine(VllmEngine):
             await self._give_back(expert)
             reason = told.get("reason", "its weights went away while they were loaded")
             raise ExpertFailed(f"expert {expert!r} could not be loaded: {reason}", retry_after_s=30)
+        if await self._version_of(source) != version:
+            # Some of what was read may be of the old files, and some of the new ones.
+            await self.drop(expert)
+            raise ExpertFailed(_changed_while(expert), retry_after_s=30)
+        self._versions[expert] = version
         await self._face_for(expert, source)
         return Filled(int(told["host_bytes"]), float(told["fill_s"]))
 
@@ -236,6 +269,16 @@ class SwappingVllmEngine(VllmEngine):
         """See `SwappingEngine.drop`."""
         await self._rpc("coe_drop", expert, for_next)
         await self._give_back(expert)
+
+    async def _version_of(self, source: Weights) -> str:
+        """Of the files that weights would be read from now. Raises ExpertFailed where it can't."""
+        try:
+            return await asyncio.to_thread(
+                version_of, source.folder, source.adapter, source.strength
+            )
+        except OSError as error:
+            why = f"the files in {source.folder} can't be read: {error}"
+            raise ExpertFailed(why, retry_after_s=30) from error
 
     async def _take(self, expert: str) -> None:
         """Tell the workers where in shared memory an expert's weights are, or are to be."""
@@ -293,7 +336,7 @@ class SwappingVllmEngine(VllmEngine):
     # --- the token canary
 
     async def _canary(self, expert: str) -> bool:
-        """Whether the first greedy tokens are those of the first load; records them then."""
+        """Whether its first greedy tokens are as at its files' first load, which records them."""
         body = {
             "model": expert,
             "prompt": self._canary_prompt(),
@@ -319,7 +362,13 @@ class SwappingVllmEngine(VllmEngine):
             raise ExpertFailed(self._broken, retry_after_s=30) from None
         # Experts of one family often begin alike: how sure they are tells them apart.
         said = [choice["token_ids"], choice["logprobs"]["token_logprobs"]]
-        first = orjson.loads(self._canaries.setdefault(expert, orjson.dumps(said).decode()))
+        version = self._versions.get(expert, "")
+        kept = self._canaries.get(expert)
+        if kept is None or kept.version != version:
+            if kept is not None:
+                log.info("expert %s: its files are others than at its last load", expert)
+            kept = self._canaries[expert] = Canary(version, orjson.dumps(said).decode())
+        first = orjson.loads(kept.said)
         return first[0] == said[0] and all(
             abs(a - b) < _SURE for a, b in zip(first[1], said[1], strict=True)
         )
@@ -334,18 +383,19 @@ class SwappingVllmEngine(VllmEngine):
 
     async def _face_for(self, expert: str, source: Weights) -> None:
         face = self._faces.get(expert)
-        if face is None or face.source != source:
-            self._faces[expert] = await self._make_face(expert, source)
+        version = self._versions.get(expert, "")
+        if face is None or face.source != source or face.version != version:
+            self._faces[expert] = await self._make_face(expert, source, version)
 
-    async def _make_face(self, expert: str, source: Weights) -> _Face:
+    async def _make_face(self, expert: str, source: Weights, version: str) -> _Face:
         folder = source.folder
         args = copy.copy(self._args)
         args.served_model_name = [expert]
-        if face_digest(folder) == face_digest(self._model.path):
+        if await asyncio.to_thread(face_digest, folder) == self._own_digest:
             # Not the engine's of this moment: another expert's may be on it now.
             assert self._own_face is not None
             client = EngineClient(self._llm, self._llm.vllm_config, self._own_face[0])
-            return _Face(await self._openai_layer(args, client, self._tasks), source)
+            return _Face(await self._openai_layer(args, client, self._tasks), source, version)
         from vllm.renderers import renderer_from_config
 
         args.model = folder
@@ -355,7 +405,8 @@ class SwappingVllmEngine(VllmEngine):
         renderer = await asyncio.to_thread(renderer_from_config, config)
         client = EngineClient(self._llm, config, renderer)
         app = await self._openai_layer(args, client, self._tasks)
-        return _Face(app, source, renderer, config.model_config.try_get_generation_config())
+        generation_config = config.model_config.try_get_generation_config()
+        return _Face(app, source, version, renderer, generation_config)
 
     def _put_on(self, face: _Face) -> None:
         """Tokens and text of this expert's kind from now on. Nothing is running."""
@@ -367,6 +418,10 @@ class SwappingVllmEngine(VllmEngine):
         llm.renderer = llm.input_processor.renderer = renderer
         llm.input_processor.generation_config_fields = generation_config
         llm.output_processor.tokenizer = renderer.tokenizer
+
+
+def _changed_while(expert: str) -> str:
+    return f"the files of expert {expert!r} changed while they were loaded"
 
 
 def _agreed(answers: list[Any]) -> Any:

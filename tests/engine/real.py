@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.config import VllmOptions
 from service.engine.protocol import EngineRequest, Message
-from service.engine.vllm_swap import SwappingVllmEngine, Weights
+from service.engine.vllm_swap import Canary, SwappingVllmEngine, Weights
 from service.telemetry.pool_metrics import PoolMetrics
 
 ADAPTERS = Path(__file__).parents[2] / "router_models/experts/artifacts"
@@ -70,7 +70,9 @@ class Swapping(SwappingVllmEngine):
 
     die_at = ""
 
-    def __init__(self, first: str, weights: dict[str, Weights], canaries: dict[str, str]) -> None:
+    def __init__(
+        self, first: str, weights: dict[str, Weights], canaries: dict[str, Canary]
+    ) -> None:
         self.metrics = PoolMetrics()
         super().__init__(
             first,

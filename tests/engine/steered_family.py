@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from service.config import Config
-from service.engine.vllm_swap import Weights
+from service.engine.vllm_swap import Canary, Weights
 from service.models.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
 from service.steered import steering_of
 from tests.engine.mixtral import EXPERTS, LAYERS, mixtral
@@ -65,7 +65,7 @@ class Steering:
         assert odd is not None
         weights["odd"] = Weights(self.folder, steering=replace(odd, top_k=3))
         weights["lost"] = Weights(self.folder, fault="experts.lost.profile: can't be read")
-        self.canaries: dict[str, str] = {}
+        self.canaries: dict[str, Canary] = {}
         self.engine = engine("plain", weights, self.canaries)
         self.reference = Reference(self.folder)
         self.runs = "plain"

@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from service.engine.vllm import VllmEngine, VllmModel
-from service.engine.vllm_swap import Weights
+from service.engine.vllm_swap import Canary, Weights
 from tests.engine.mixtral import mixtral
 from tests.engine.real import ENVIRONMENT, ON_ONE_ENGINE, OPTIONS, Swapping, ask
 
@@ -48,7 +48,7 @@ async def pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
 
 
 async def test_an_exchanged_moe_is_right_and_the_canary_sees_a_reloaded_one(pair: Pair) -> None:
-    canaries: dict[str, str] = {}
+    canaries: dict[str, Canary] = {}
     weights = {name: Weights(folder) for name, folder in pair.folders.items()}
     engine = Swapping("one", weights, canaries)
     try:

@@ -10,6 +10,7 @@ import random
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pytest_asyncio
 
 from service.engine.protocol import EngineReport
 from service.engine.vllm import VllmEngine, VllmModel
-from service.engine.vllm_swap import Weights
+from service.engine.vllm_swap import Canary, Weights
 from service.errors import EngineDead, ExpertFailed
 from service.pool.lease import Again
 from service.pool.planner import Policy
@@ -52,7 +53,7 @@ class Stage:
 
     def __init__(self, weights: dict[str, Weights]) -> None:
         self.weights = weights
-        self.canaries: dict[str, str] = {}
+        self.canaries: dict[str, Canary] = {}
         self.engine = Swapping("base", weights, self.canaries)
         self.report: EngineReport | None = None
         self.said: dict[str, str] = {}
@@ -196,8 +197,12 @@ async def test_the_canary_sees_another_expert_in_its_place(stage: Stage) -> None
     await stage.run("base")
     assert await engine._canary("base")
     kept = stage.canaries["base"]
-    stage.canaries["base"] = stage.canaries["math"]
+    stage.canaries["base"] = replace(kept, said=stage.canaries["math"].said)
     assert not await engine._canary("base")
+    # What was said by other files is nothing to hold these against.
+    stage.canaries["base"] = replace(kept, version="older", said=stage.canaries["math"].said)
+    assert await engine._canary("base")
+    assert stage.canaries["base"].version == kept.version
     stage.canaries["base"] = kept
 
 

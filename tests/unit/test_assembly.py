@@ -222,7 +222,9 @@ def on_a_gpu(root: Path, names: str, method: str = "auto", **top_k: int) -> Conf
     experts: dict[str, Any] = {}
     for name in names.split():
         if not name[1:]:
-            experts[name] = {"model": str(gates(root / name, MIXTRAL, GATE))}
+            if not (root / name).exists():  # written anew it would be another one
+                gates(root / name, MIXTRAL, GATE)
+            experts[name] = {"model": str(root / name)}
             continue
         shape = moe_shape(root / name[0])
         assert shape is not None
