@@ -163,7 +163,7 @@ def _whole(site: Site) -> bool:
     gateways = 2 if site.redis is not None else 1
     if len(site.processes(GATEWAY)) < gateways:
         return False
-    status, body = fetch(site.port, "/ready")
+    status, body = fetch(site.port, "/ready", admin_key=site.admin_key)
     return status == 200 and all(
         one["state"] in ("device", "host", "disk") for one in orjson.loads(body)["experts"].values()
     )

@@ -20,7 +20,7 @@ from typing import Any
 import orjson
 import psutil
 
-from loadtests.process import fetch, running
+from loadtests.process import admin_key_of, fetch, running
 from service.app.stores import open_store
 from service.broker.ledger import Ledger
 from service.config import Config
@@ -234,6 +234,7 @@ class Site:
     disk: Path | None
     config: dict[str, Any]
     stop: Callable[[], None]
+    admin_key: str
     filler: Path | None = field(default=None)
 
     def processes(self, part: str = "") -> list[psutil.Process]:
@@ -296,7 +297,7 @@ class Site:
 
     def metric(self, name: str) -> float:
         """The sum of a metric's samples."""
-        _, body = fetch(self.port, "/metrics")
+        _, body = fetch(self.port, "/metrics", admin_key=self.admin_key)
         lines = [
             line for line in body.decode().splitlines() if line.startswith((name + " ", name + "{"))
         ]
@@ -315,7 +316,7 @@ def service(config: Any, folder: Path, key: str, disk: Path | None) -> Iterator[
     port = config["server"]["port"]
 
     def ready() -> bool:
-        status, body = fetch(port, "/ready")
+        status, body = fetch(port, "/ready", admin_key=admin_key_of(folder / "home"))
         if status != 200:
             return False
         states = [one["state"] for one in orjson.loads(body)["experts"].values()]
@@ -355,6 +356,7 @@ async def site(port: int) -> AsyncIterator[Site]:
             pid = await asyncio.to_thread(running_service.enter_context, context)
             stop = running_service.close
             try:
-                yield Site(port, pid, key, redis, upstream, disk, config, stop)
+                admin_key = admin_key_of(folder / "home")
+                yield Site(port, pid, key, redis, upstream, disk, config, stop, admin_key)
             finally:
                 await asyncio.to_thread(stop)

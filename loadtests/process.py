@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from service.link.secret import admin_key_path
+
 _POLL_S = 0.25
 _STOP_S = 90.0
 
@@ -24,11 +26,20 @@ def say(text: str) -> None:
     print(f"loadtests: {text}", file=sys.stderr, flush=True)
 
 
-def fetch(port: int, path: str, timeout_s: float = 5.0) -> tuple[int, bytes]:
+def admin_key_of(home: Path | None = None) -> str:
+    """The admin key in a service's COE_HOME, by default this process's; empty: none yet."""
+    path = home / "admin-key" if home is not None else admin_key_path()
+    return path.read_text().strip() if path.is_file() else ""
+
+
+def fetch(
+    port: int, path: str, timeout_s: float = 5.0, *, admin_key: str = ""
+) -> tuple[int, bytes]:
     """GET from this machine: status (0 where nobody answers) and body."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     try:
-        connection.request("GET", path)
+        headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
+        connection.request("GET", path, headers=headers)
         reply = connection.getresponse()
         return reply.status, reply.read()
     except (OSError, http.client.HTTPException):

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from loadtests.process import fetch, running
+from loadtests.process import admin_key_of, fetch, running
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUTER = ROOT / "router_models" / "artifacts" / "demo@1"
@@ -30,7 +30,7 @@ def config(port: int, experts: dict[str, Any], pools: dict[str, Any] | None = No
 
 
 def _all_ready(port: int) -> bool:
-    status, body = fetch(port, "/ready")
+    status, body = fetch(port, "/ready", admin_key=admin_key_of())
     if status != 200:
         return False
     experts = json.loads(body)["experts"].values()

@@ -28,7 +28,7 @@ from redis.exceptions import RedisError
 from loadtests import stats
 from loadtests.client import Exchange, Target, closed_loop
 from loadtests.command import parser, tell
-from loadtests.process import fetch, running, say
+from loadtests.process import admin_key_of, fetch, running, say
 from loadtests.prompts import prompts
 from loadtests.reach import Reach, Report, Table
 from loadtests.service import config, serving
@@ -169,7 +169,7 @@ async def _leaked(redis: Redis, prefix: str) -> int:
 
 def _gateways(port: int) -> int:
     """How many gateways have answered somebody."""
-    _, text = fetch(port, "/metrics")
+    _, text = fetch(port, "/metrics", admin_key=admin_key_of())
     found = set()
     for line in text.decode().splitlines():
         if line.startswith("coe_requests_total{") and not line.endswith(" 0.0"):

@@ -244,7 +244,10 @@ def _settled(state: dict[str, Any]) -> bool:
 def _ready(config: Config) -> dict[str, dict[str, Any]]:
     connection = http.client.HTTPConnection(_host(config), config.server.port, timeout=5)
     try:
-        connection.request("GET", "/ready")
+        headers = {}
+        with contextlib.suppress(OSError):
+            headers["Authorization"] = f"Bearer {read_secret(admin_key_path())}"
+        connection.request("GET", "/ready", headers=headers)
         data = json.loads(connection.getresponse().read())
         experts: dict[str, dict[str, Any]] = data["experts"]
         return experts

@@ -114,7 +114,12 @@ def note(request: Request, **details: object) -> None:
 
 def check_admin(headers: dict[bytes, bytes], admin_key: str | None, what: str) -> None:
     """Raises Unauthorized unless a request shows the admin key. `what` needs it."""
+    if not shows_admin_key(headers, admin_key):
+        REFUSALS.refused("admin" if headers.get(b"authorization") else "admin, none", headers)
+        raise Unauthorized(f"the admin key is needed for {what}: Authorization: Bearer KEY")
+
+
+def shows_admin_key(headers: dict[bytes, bytes], admin_key: str | None) -> bool:
+    """Whether a request has the admin key as its Bearer token."""
     given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-    if admin_key is None or not same(given, admin_key.encode()):
-        REFUSALS.refused("admin" if given else "admin, none", headers)
-        raise Unauthorized(f"{what} need the admin key as Bearer token")
+    return admin_key is not None and same(given, admin_key.encode())

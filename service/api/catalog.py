@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from service.api.body import AUTO
+from service.api.disclosure import without_folders
+from service.api.plan import PRESETS
 from service.broker.board import PoolView
 from service.config import Config
-from service.types import Residency
+from service.types import NOBODY, Residency, Tenant
 
 # Which of several pools' states speaks for an expert.
 _BEST_FIRST = (
@@ -62,7 +64,17 @@ def _kind(config: Config, name: str) -> str:
     return "full"
 
 
-def _expert(config: Config, name: str, state: dict[str, Any], created_s: int) -> dict[str, Any]:
+def for_clients(told: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The states as clients may read them: no reason names a folder of this machine."""
+    return {
+        name: {**one, "reason": without_folders(one["reason"])} if "reason" in one else one
+        for name, one in told.items()
+    }
+
+
+def _expert(
+    config: Config, name: str, state: dict[str, Any], created_s: int, tenant: Tenant
+) -> dict[str, Any]:
     expert = config.experts[name]
     entry: dict[str, Any] = {
         "id": name,
@@ -77,16 +89,16 @@ def _expert(config: Config, name: str, state: dict[str, Any], created_s: int) ->
             **state,
         },
     }
-    if expert.base is not None:
+    if expert.base is not None and tenant.may_ask(expert.base):
         entry["parent"] = expert.base
     if "max_model_len" in state:
         entry["max_model_len"] = state["max_model_len"]
     return entry
 
 
-def _auto(config: Config, created_s: int) -> dict[str, Any]:
+def _auto(config: Config, name: str, created_s: int) -> dict[str, Any]:
     return {
-        "id": AUTO,
+        "id": name,
         "object": "model",
         "created": created_s,
         "owned_by": "coe",
@@ -114,21 +126,41 @@ def _recipe(config: Config, name: str, created_s: int) -> dict[str, Any]:
     }
 
 
-def listing(config: Config, now: dict[str, dict[str, Any]], created_s: int) -> dict[str, Any]:
-    """OpenAI's list of models: `auto`, every expert (failed ones with their reason), recipes."""
-    experts = [_expert(config, name, now[name], created_s) for name in config.experts]
-    recipes = [_recipe(config, name, created_s) for name in config.recipes]
-    return {"object": "list", "data": [_auto(config, created_s), *experts, *recipes]}
+def may_ask(config: Config, name: str, tenant: Tenant) -> bool:
+    """Whether a tenant may ask for an expert or recipe of the config, with all whom it asks."""
+    recipe = config.recipes.get(name)
+    asked = (name,) if recipe is None else (*recipe.members, *recipe.later)
+    return all(map(tenant.may_ask, asked))
+
+
+def listing(
+    config: Config, now: dict[str, dict[str, Any]], created_s: int, tenant: Tenant = NOBODY
+) -> dict[str, Any]:
+    """OpenAI's list of models: `auto`, and the experts (failed ones with their reason) and
+    recipes that this tenant may ask for."""
+    names = [name for name in (*config.experts, *config.recipes) if may_ask(config, name, tenant)]
+    entries = [entry(config, now, created_s, name, tenant) for name in names]
+    return {"object": "list", "data": [_auto(config, AUTO, created_s), *entries]}
 
 
 def entry(
-    config: Config, now: dict[str, dict[str, Any]], created_s: int, name: str
+    config: Config,
+    now: dict[str, dict[str, Any]],
+    created_s: int,
+    name: str,
+    tenant: Tenant = NOBODY,
 ) -> dict[str, Any] | None:
-    """One of the list, or None."""
-    if name == AUTO:
-        return _auto(config, created_s)
-    if name in config.recipes:
-        return _recipe(config, name, created_s)
-    if name not in config.experts:
-        return None
-    return _expert(config, name, now[name], created_s)
+    """What may be asked for by this name, or None: there is no such thing, or not for this
+    tenant."""
+    if name in config.recipes or name in config.experts:
+        if not may_ask(config, name, tenant):
+            return None
+        if name in config.recipes:
+            return _recipe(config, name, created_s)
+        return _expert(config, name, now[name], created_s, tenant)
+    head, slash, category = name.partition("/")
+    base, colon, preset = head.partition(":")
+    known = not slash or category in config.category_map()
+    if base == AUTO and known and (preset in PRESETS and (preset or not colon)):
+        return _auto(config, name, created_s)
+    return None

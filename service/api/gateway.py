@@ -22,7 +22,7 @@ from starlette.routing import Route
 from service import __version__
 from service.api import catalog
 from service.api.accounts import Accounts
-from service.api.admin import Reload, admin_routes, check_admin
+from service.api.admin import Reload, admin_routes, check_admin, shows_admin_key
 from service.api.admission import Admission
 from service.api.answering import Answering
 from service.api.cache import Cache
@@ -159,26 +159,32 @@ class Gateway:
             return _json({"status": "ok"})
 
         @app.get("/ready")
-        async def ready() -> Response:
+        async def ready(request: Request) -> Response:
             experts = self._states()
             answering = [name for name, state in experts.items() if state["state"] == "device"]
             # Where every pool is scaled to zero, experts come when they are asked for.
             asleep = all(pool.min_replicas == 0 for pool in self._config.pools.values())
             up = bool(answering) or (asleep and bool(self._config.pools))
-            body = {"ready": up, "experts": experts}
+            body: dict[str, Any] = {"ready": up}
+            if self._is_admin(dict(request.scope["headers"])):
+                # Names and reasons are no stranger's business, nor every key's.
+                body["experts"] = experts
             return _json(body, status_code=200 if up else 503)
 
         @app.get("/v1/models")
         async def models(request: Request) -> Response:
-            self._admission.identify(dict(request.scope["headers"]))
-            return _json(catalog.listing(self._config, self._states(), self._created_s))
+            headers = dict(request.scope["headers"])
+            tenant = self._admission.identify(headers)
+            states = catalog.for_clients(self._states())
+            return _json(catalog.listing(self._config, states, self._created_s, tenant))
 
         @app.get("/v1/models/{name:path}")
         async def model(request: Request, name: str) -> Response:
-            self._admission.identify(dict(request.scope["headers"]))
+            tenant = self._admission.identify(dict(request.scope["headers"]))
             if not name:
                 raise UnknownEndpoint("there is no /v1/models/; did you mean /v1/models?")
-            entry = catalog.entry(self._config, self._states(), self._created_s, name)
+            states = catalog.for_clients(self._states())
+            entry = catalog.entry(self._config, states, self._created_s, name, tenant)
             if entry is None:
                 raise UnknownModel(f"the model {name[:128]!r} does not exist", param="model")
             return _json(entry)
@@ -208,12 +214,13 @@ class Gateway:
                 return _json(await self._answering.feedback.vote(tenant, read_vote(raw)))
 
         @app.get("/metrics")
-        async def metrics() -> Response:
+        async def metrics(request: Request) -> Response:
+            self._check_watcher(dict(request.scope["headers"]), "/metrics")
             return PlainTextResponse(await self._metrics_text(), media_type=CONTENT_TYPE)
 
         @app.get("/openapi.json")
         async def openapi() -> Response:
-            return _json(describe(self._config))
+            return _json(describe(self._config, named=self._keyless()))
 
         app.router.routes.extend(self._accounts.routes(self._admin_key))
         app.router.routes.extend(
@@ -281,10 +288,16 @@ class Gateway:
         await send({"type": "http.response.body", "body": fault.body})
 
     def _may_watch(self, headers: dict[bytes, bytes]) -> None:
+        self._check_watcher(headers, "the console's events")
+
+    def _check_watcher(self, headers: dict[bytes, bytes], what: str) -> None:
         """Where keys are asked for, everybody's traffic is the admin's to see. Raises CoeError."""
-        if not self._admission.keyring.needed:
-            return
-        check_admin(headers, self._admin_key, "the console's events")
+        if self._admission.keyring.needed:
+            check_admin(headers, self._admin_key, what)
+
+    def _is_admin(self, headers: dict[bytes, bytes]) -> bool:
+        """Whether a request may see everything: it shows the admin key, or no key is needed."""
+        return self._keyless() or shows_admin_key(headers, self._admin_key)
 
     def _states(self) -> dict[str, dict[str, Any]]:
         views = self._relay.views()

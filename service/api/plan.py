@@ -17,7 +17,7 @@ from service.broker.book import Book, Ints
 from service.config import Config
 from service.errors import Forbidden, InvalidRequest, UnknownModel
 from service.router.classify import Assessment
-from service.types import MAX_LATER, CategoryScores, Recipe
+from service.types import MAX_LATER, CategoryScores, Recipe, Tenant
 
 # Quality per second: what a wait is worth against a better answer.
 PRESETS = {"fast": 0.05, "": 0.01, "best": 0.001}
@@ -90,7 +90,7 @@ class Router:
             return self._by_name(asked, Recipe("single", (model,)), f"expert {model!r}")
         if model in self._named:
             return self._by_name(asked, self._named[model], f"recipe {model!r}")
-        preset, category = self._auto(model)
+        preset, category = self._auto(model, asked.tenant)
         price = PRESETS[preset]
         if category is not None:
             return self._plan(asked, {category: 1.0}, category, 1.0, "named category", None, price)
@@ -112,6 +112,9 @@ class Router:
         )
 
     def _by_name(self, asked: Asked, recipe: Recipe, what: str) -> Plan:
+        if not all(map(asked.tenant.may_ask, recipe.experts)):
+            # Not whom else it asks, nor what they can do.
+            raise Forbidden(f"this key may not ask {what}", param="model")
         for name in recipe.experts:
             able = frozenset(self._experts[name].capabilities)
             lacking = asked.needs - able
@@ -121,8 +124,6 @@ class Router:
                     f"it can do {', '.join(sorted(able))}",
                     param="model",
                 )
-            if not asked.tenant.may_ask(name):
-                raise Forbidden(f"this key may not ask expert {name!r}", param="model")
         if recipe.kind != "single" and not asked.combinable:
             raise InvalidRequest(
                 f"{what} asks several experts: it answers chat with n = 1, without tools and "
@@ -134,12 +135,12 @@ class Router:
         reach = self._worth.reach(at)[None] if recipe.later else _NO_LATER
         return Plan(rows, _CERTAIN, reach, recipe.experts[0], "", 1.0, "named")
 
-    def _auto(self, model: str) -> tuple[str, str | None]:
+    def _auto(self, model: str, tenant: Tenant) -> tuple[str, str | None]:
         """`auto[:preset][/category]` taken apart. Raises UnknownModel."""
         name, slash, category = model.partition("/")
         head, colon, preset = name.partition(":")
         if head != AUTO:
-            raise self._unknown(model)
+            raise self._unknown(model, tenant)
         if preset not in PRESETS or (colon and not preset):
             raise UnknownModel(
                 f"no preset {preset[:128]!r}; presets: auto:fast, auto, auto:best", param="model"
@@ -216,9 +217,11 @@ class Router:
             self._allowances[experts] = found
         return found
 
-    def _unknown(self, model: str) -> UnknownModel:
+    def _unknown(self, model: str, tenant: Tenant) -> UnknownModel:
         # Names are that long at most, and likeness of megabytes takes seconds.
-        names = [*self._experts, *self._named]
+        named = {name: (name,) for name in self._experts}
+        named |= {name: recipe.experts for name, recipe in self._named.items()}
+        names = [name for name, experts in named.items() if all(map(tenant.may_ask, experts))]
         close = difflib.get_close_matches(model[:128], names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         return UnknownModel(

@@ -6,6 +6,7 @@ import aiohttp
 import orjson
 
 from service.api.body import Asked
+from service.api.disclosure import without_folders
 from service.errors import (
     DeadlineExceeded,
     EngineDead,
@@ -49,7 +50,7 @@ async def whole(answer: PoolReply) -> bytes:
 def fault_from(code: str, body: bytes, retry_after: str | None) -> Unavailable:
     """A pool's error as an exception again, with its own words."""
     try:
-        message = str(orjson.loads(body)["error"]["message"])
+        message = without_folders(str(orjson.loads(body)["error"]["message"]))
     except (orjson.JSONDecodeError, KeyError, TypeError):
         message = "the pool could not answer"
     kinds: dict[str, type[Unavailable]] = {

@@ -16,6 +16,7 @@ import aiohttp
 
 from service.api.body import Asked
 from service.api.conversations import Conversations
+from service.api.disclosure import without_folders
 from service.api.extent import within_context, within_cost
 from service.api.passage import Passage, Spent
 from service.api.plan import Plan
@@ -268,7 +269,8 @@ class Relay:
                 raise self.trips.refusal(experts)
             case WithoutOption.REFUSE_AS_FAILED:
                 raise ExpertFailed(
-                    f"expert {plan.first!r} could not be loaded: {reason}", retry_after_s=30
+                    f"expert {plan.first!r} could not be loaded: {without_folders(reason or '')}",
+                    retry_after_s=30,
                 )
         return None
 

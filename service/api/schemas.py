@@ -118,13 +118,13 @@ _HEADERS = [
 ]
 
 
-def describe(config: Config) -> dict[str, Any]:
-    """The whole description, OpenAPI 3.1, for a config's experts."""
+def describe(config: Config, *, named: bool = True) -> dict[str, Any]:
+    """The whole description, OpenAPI 3.1, for a config's experts; with their names if `named`."""
     paths: dict[str, Any] = {}
     model = {
         "type": "string",
         "description": "auto, auto:fast, auto:best, auto/<category>, or an expert",
-        "examples": ["auto", *config.experts],
+        "examples": ["auto", *(config.experts if named else ())],
     }
     for path, (summary, properties, required) in _POSTS.items():
         fields = {"model": model, **properties}

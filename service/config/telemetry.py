@@ -15,8 +15,8 @@ class TelemetryConfig(Section):
         ge=1,
         le=65535,
         description="Port on every node that serves the metrics of all our processes there: one "
-        "scrape target per node, for clusters. Default: none; on a single node /metrics on the "
-        "HTTP port has everything.",
+        "scrape target per node. It asks for no key. Default: none; on a single node /metrics on "
+        "the HTTP port has everything, where keys are needed for who shows the admin key.",
     )
     metrics_host: str = Field("127.0.0.1", description="Address that `metrics_port` listens on.")
     traces_url: str | None = Field(

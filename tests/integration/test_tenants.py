@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from service.app.gateway import GatewayProcess
+from service.engine.simulated import SimulatedEngine
+from service.errors import ExpertFailed
 from service.store.keys import digest_of
 from tests.support.redis import redis_server
 from tests.support.serving import ADMIN_KEY, CHAT, SECRET, Site, chat, serving, simulated, site
@@ -67,12 +69,88 @@ async def test_a_key_is_needed_once_there_is_one() -> None:
         status, _, told = await s.ask(chat(), headers=bearer(KEY + "x"))
         assert status == 401
         assert KEY not in json.dumps(told)
-        for path in ("/health", "/ready", "/metrics", "/openapi.json"):
+        for path in ("/health", "/ready", "/openapi.json"):
             async with s.get(path) as reply:
                 assert reply.status == 200, path
+                assert b"general" not in await reply.read(), "experts are named to strangers"
+        for who, status in (({}, 401), (bearer(KEY), 401), (bearer(ADMIN_KEY), 200)):
+            async with s.get("/metrics", headers=who) as reply:
+                assert reply.status == status
+            async with s.get("/ready", headers=who) as reply:
+                told = await reply.json()
+                assert ("experts" in told) == (status == 200)
+                assert told["ready"]
         for headers in (bearer(KEY), {"x-api-key": KEY}):
             status, _, _ = await s.ask(chat(), headers=headers)
             assert status == 200
+
+
+async def test_a_key_hears_of_what_it_may_ask_for_and_of_nothing_else() -> None:
+    experts = {
+        "mine": {"model": "m", "categories": ["general"]},
+        "secret-base": {"model": "n", "capabilities": ["chat", "embeddings"]},
+        "tuned": {"base": "secret-base", "adapter": "a"},
+        "far-secret": {"remote": {"url": "http://127.0.0.1:1/v1", "model": "m"}},
+    }
+    recipes = {
+        "ours": {"kind": "cascade", "members": ["mine"], "later": ["tuned"]},
+        "theirs": {"kind": "cascade", "members": ["mine"], "later": ["secret-base"]},
+    }
+    given = config({"experts": ["mine", "tuned"]}, experts=experts, recipes=recipes)
+    async with site(given) as s:
+        told: list[str] = []
+        async with s.get("/v1/models", headers=bearer(KEY)) as reply:
+            told.append(await reply.text())
+            listed = {one["id"] for one in json.loads(told[0])["data"]}
+            assert listed == {"auto", "mine", "tuned", "ours"}
+        async with s.get("/v1/models", headers=bearer(OTHER)) as reply:
+            listed = {one["id"] for one in (await reply.json())["data"]}
+            assert listed == {"auto", *experts, *recipes}
+        for name in ("secret-base", "far-secret", "theirs", "nobody"):
+            async with s.get(f"/v1/models/{name}", headers=bearer(KEY)) as reply:
+                assert reply.status == 404
+                told.append((await reply.text()).replace(name, ""))
+        for name in ("mine", "tuned", "ours", "auto", "auto:fast", "auto:best/general"):
+            async with s.get(f"/v1/models/{name}", headers=bearer(KEY)) as reply:
+                entry = await reply.json()
+                assert (reply.status, entry["id"]) == (200, name)
+                told.append(json.dumps(entry))
+        for name in ("auto:", "auto:slow", "auto/nothing", "auto/", "auto:fast/"):
+            async with s.get(f"/v1/models/{name}", headers=bearer(OTHER)) as reply:
+                assert reply.status == 404, name
+        statuses = {"theirs": 403, "secret-base": 403, "nobody": 404, "auto/x": 404}
+        for name, status in statuses.items():
+            for more in ({}, {"tools": [{"type": "function", "function": {"name": "f"}}]}):
+                answered, _, said = await s.ask(chat(model=name, **more), headers=bearer(KEY))
+                assert answered == status
+                told.append(json.dumps(said).replace(name, ""))
+        for path in ("/openapi.json", "/ready"):
+            async with s.get(path, headers=bearer(KEY)) as reply:
+                told.append(await reply.text())
+        for text in told:
+            assert "secret" not in text
+
+
+async def test_reasons_name_no_folder_to_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(self: SimulatedEngine) -> Any:
+        raise ExpertFailed("/srv/weights/m/model.safetensors: damaged", retry_after_s=30)
+
+    monkeypatch.setattr(SimulatedEngine, "start", refuse)
+    async with site(config()) as s:
+
+        async def failed() -> bool:
+            status, _, _ = await s.ask(chat(), headers=bearer(KEY))
+            return status == 503
+
+        await until(failed, "the expert has failed")
+        _, _, said = await s.ask(chat(), headers=bearer(KEY))
+        async with s.get("/v1/models", headers=bearer(KEY)) as reply:
+            listed = await reply.text()
+        for text in (json.dumps(said), listed):
+            assert "model.safetensors: damaged" in text
+            assert "/srv" not in text
+        async with s.get("/ready", headers=bearer(ADMIN_KEY)) as reply:
+            assert "/srv/weights/m/model.safetensors" in await reply.text()
 
 
 async def test_a_key_asks_for_its_experts_only() -> None:
@@ -164,7 +242,7 @@ async def test_a_request_that_is_refused_counts_once() -> None:
             status, _, told = await s.ask(chat(model=model, max_tokens=10), headers=bearer(KEY))
             assert (status, told["error"]["code"]) == (429, "insufficient_quota")
         assert (await holding)[0] == 200
-        async with s.get("/metrics") as reply:
+        async with s.get("/metrics", headers=bearer(ADMIN_KEY)) as reply:
             text = await reply.text()
         counts = {
             line.split('outcome="')[1].split('"')[0]: float(line.rpartition(" ")[2])

@@ -148,8 +148,8 @@ class Site:
         """A POST of JSON, as an async context manager."""
         return self.client.post(self.url + path, json=body, **more)
 
-    def get(self, path: str) -> Any:
-        return self.client.get(self.url + path)
+    def get(self, path: str, **more: Any) -> Any:
+        return self.client.get(self.url + path, **more)
 
     async def ask(
         self, body: Any, path: str = CHAT, **more: Any
