@@ -86,7 +86,7 @@ class Accounts:
         return found
 
     async def _usage(self, request: Request) -> Response:
-        tenant = self._admission.identify(dict(request.scope["headers"]))
+        tenant = await self._admission.look_up(dict(request.scope["headers"]))
         given = request.query_params.get("days", str(_DAYS))
         if not given.isdigit() or len(given) > 3 or not 1 <= int(given) <= _MOST_DAYS:
             raise InvalidRequest(f"`days` must be an integer from 1 to {_MOST_DAYS}", param="days")

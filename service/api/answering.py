@@ -16,6 +16,7 @@ from service.api.feedback import Feedback
 from service.api.meter import Meter
 from service.api.passage import Passage
 from service.api.plan import Plan
+from service.api.pool_faults import too_late
 from service.api.relay import Relay
 from service.api.reply import Reply
 from service.api.worth import Worth
@@ -40,17 +41,25 @@ class Answering:
         headers: list[tuple[bytes, bytes]],
         send: Send,
         passage: Passage,
+        began_s: float,
         meter: Meter | None = None,
     ) -> None:
-        """Answer a request. `meter` counts, where somebody is charged.
+        """Answer a request that arrived at `began_s`, from where its deadline counts. `meter`
+        counts, where somebody is charged.
 
         Raises CoeError while nothing has been sent.
         """
-        began_s = time.monotonic()
+        chosen_from_s = time.monotonic()
         deadline_s = began_s + asked.deadline_ms / 1000
-        reply = Reply(send, headers, passage, began_s, meter, dialect_of(asked.endpoint))
+        if chosen_from_s >= deadline_s:
+            raise too_late(asked, silent=False)
+        reply = Reply(send, headers, passage, chosen_from_s, meter, dialect_of(asked.endpoint))
         relay = self._relay
-        weighed = relay.begin(asked, plan)
+        weighed = relay.begin(asked, plan, deadline_s - chosen_from_s)
+        took_s = time.monotonic() - chosen_from_s
+        passage.route_ms += took_s * 1000
+        if passage.trace is not None:
+            passage.trace.chose(chosen_from_s, took_s)
         at = weighed.best()
         recipe: Recipe | None = None
         if at is not None:
@@ -118,6 +127,13 @@ class Answering:
         keep = np.zeros(len(plan.rows), dtype=bool)
         keep[int(worst.argmin())] = True
         return plan.only(keep)
+
+    def likely_tokens(self, asked: Asked, plan: Plan) -> float:
+        """Tokens that the calls of one way to answer are expected to make: of the longest."""
+        each = self._relay.market.expect(
+            plan.category, asked.prompt_tokens, asked.most_tokens
+        ).tokens
+        return float((self._relay.book.asks[plan.rows] @ each).max())
 
     def ways(self, plan: Plan) -> list[tuple[str, ...]]:
         """Whom each recipe of a plan may ask."""

@@ -27,7 +27,8 @@ _GIVEN_ID = re.compile(rb"^[A-Za-z0-9._:-]{1,128}$")
 class Asked:
     """A request as the gateway understands it.
 
-    `deadline_ms`: to the first token when `stream`, else to the end. `needs`: the
+    `deadline_ms`: from its arrival to the first token when `stream`, else to the end;
+    `own_deadline`: the client has set it. `needs`: the
     capabilities that an expert must have to answer it. `trace`: its W3C trace context.
     `cache`: which answers that were kept will do.
     `max_cost`: the most that all calls for it may cost together, in the unit of prices.
@@ -44,6 +45,7 @@ class Asked:
     request_id: str
     client_id: str
     deadline_ms: int
+    own_deadline: bool = False
     tenant: Tenant = NOBODY
     trace: Mapping[str, str] = field(default_factory=dict)
     body_bytes: int = 0
@@ -176,6 +178,7 @@ def read_asked(
         tenant=tenant,
         trace=trace_of(headers),
         deadline_ms=wishes.deadline_ms or default_deadline_ms,
+        own_deadline=wishes.deadline_ms is not None,
         body_bytes=len(raw),
         max_cost=wishes.max_cost,
         cache=_cache(headers),

@@ -120,7 +120,13 @@ class Ensemble:
                 if await self._streamed(expert):
                     return
                 break
-            answer = await self._ask(expert, len(self.answers))
+            began_s = time.monotonic()
+            try:
+                answer = await self._ask(expert, len(self.answers))
+            except asyncio.CancelledError:
+                # The client has left: what was begun is charged all the same.
+                self.answers.append(self._cut_short(expert, began_s))
+                raise
             self.answers.append(answer)
             agrees = answer.ok and answer.final is not None and answer.final in finals
             if agrees or (last and answer.ok):

@@ -34,6 +34,7 @@ from service.api.endpoints import ENDPOINTS
 from service.api.feedback import read_vote
 from service.api.guard.guard import Guard
 from service.api.intake import Intake
+from service.api.passage import Passage
 from service.api.paths import hint_for
 from service.api.plan import Router
 from service.api.prompts import Prompts
@@ -111,9 +112,7 @@ class Gateway:
         self._created_s = int(time.time())
         self.metrics = GatewayMetrics(name for name, e in config.experts.items() if e.remote)
         cache.meter = self.metrics.meter
-        self._intake = Intake(
-            config, guard or Guard(config), admission.identify, self.metrics.meter
-        )
+        self._intake = Intake(config, guard or Guard(config), self.metrics.meter)
         self.metrics.meter.on_read(self._read_pools)
         self._neighbours = neighbours
         recent = Recent()
@@ -191,12 +190,15 @@ class Gateway:
 
         @app.post("/v1/route")
         async def route(request: Request) -> Response:
-            verdict = await self._intake.read(
-                "/v1/chat/completions", request.scope["headers"], request.receive
-            )
-            asked = verdict.asked
-            plan = self._router.plan(asked)
-            told = self._answering.explain(asked, plan)
+            headers = self._intake.headers(request.scope["headers"])
+            async with self._admission.enter(headers, Passage()) as entry:
+                verdict = await self._intake.read(
+                    "/v1/chat/completions", headers, entry.tenant, request.receive
+                )
+                asked = verdict.asked
+                plan = self._router.plan(asked)
+                told = self._answering.explain(asked, plan)
+                entry.passage.status = 200
             return _json({**told, "guard": verdict.explained()})
 
         if self._answering.feedback.enabled:
@@ -204,7 +206,7 @@ class Gateway:
             @app.post("/v1/feedback")
             async def feedback(request: Request) -> Response:
                 headers = dict(request.scope["headers"])
-                tenant = self._admission.identify(headers)
+                tenant = await self._admission.look_up(headers)
                 raw = await read_body(
                     request.receive,
                     _VOTE_BYTES,

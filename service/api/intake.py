@@ -1,10 +1,14 @@
-"""Taking a request in: whose it is, within every bound, understood, and past its tenant's guard."""
+"""Taking a request in: within every bound, understood, and past its tenant's guard."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import asyncio
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 
-from service.api.body import read_asked
+from service.api.body import Asked, read_asked
 from service.api.extent import check_extent
 from service.api.guard.guard import Guard, Verdict
 from service.api.limits import Limits
@@ -12,49 +16,53 @@ from service.config import Config
 from service.errors import GuardRefused
 from service.link.asgi import Receive, read_body
 from service.telemetry import table
-from service.telemetry.logs import log_fields
 from service.telemetry.meter import Meter
 from service.types import Tenant
 
+# From so many bytes on a body is understood in a thread, so that streams go on meanwhile.
+_LARGE_BYTES = 128 * 1024
+
 
 class Intake:
-    """The way in of one gateway. `identify`: whose request it is, by its headers."""
+    """The way in of one gateway."""
 
-    def __init__(
-        self,
-        config: Config,
-        guard: Guard,
-        identify: Callable[[dict[bytes, bytes]], Tenant],
-        meter: Meter,
-    ) -> None:
+    def __init__(self, config: Config, guard: Guard, meter: Meter) -> None:
         self._server = config.server
         self._limits = Limits(config)
         self._guard = guard
-        self._identify = identify
         self._meter = meter
 
-    async def read(
-        self, path: str, pairs: Iterable[tuple[bytes, bytes]], receive: Receive
-    ) -> Verdict:
-        """Raises InvalidRequest, Unauthorized, StoreGone, ClientGone.
-
-        Nothing of a body is read before its key is known.
-        """
+    def headers(self, pairs: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+        """A request's headers, if they are within their bounds. Raises HeadersTooLarge."""
         pairs = list(pairs)
         self._limits.headers(pairs)
-        headers = dict(pairs)
-        tenant = self._identify(headers)
-        log_fields(tenant=tenant.name, key=tenant.key)
+        return dict(pairs)
+
+    async def read(
+        self, path: str, headers: dict[bytes, bytes], tenant: Tenant, receive: Receive
+    ) -> Verdict:
+        """Read a body and understand it. Raises InvalidRequest, ClientGone."""
         raw = await read_body(
             receive,
             self._server.max_body_bytes,
             declared=headers.get(b"content-length", b""),
             timeout_s=self._server.limits.body_timeout_s,
         )
+        arrived_s = time.monotonic()
+        understand = partial(self._understand, path, raw, headers, tenant)
+        asked = await asyncio.to_thread(understand) if len(raw) > _LARGE_BYTES else understand()
+        return replace(await self._guarded(asked), arrived_s=arrived_s)
+
+    def _understand(
+        self, path: str, raw: bytes, headers: dict[bytes, bytes], tenant: Tenant
+    ) -> Asked:
         self._limits.shape(raw)
         asked = read_asked(path, raw, headers, self._server.deadline_ms, tenant)
         check_extent(asked, self._server.limits)
         self._limits.fields(asked.data)
+        return asked
+
+    async def _guarded(self, asked: Asked) -> Verdict:
         try:
             verdict = await self._guard.check(asked)
         except GuardRefused as error:

@@ -1,8 +1,9 @@
 """What an answer used, read as it passes: from a JSON reply, or from a stream's chunks.
 
-For a metered stream the engine is asked to tell its usage in every chunk, so that a
-client that leaves is charged exactly what went out; what the client did not ask for
-is taken out again.
+For a metered stream the engine is asked to tell its usage in every chunk, where its API has
+words for that; what the client did not ask for is taken out again. Other streams tell it at
+their end only: until then their pieces are counted. What the engine of a client that left had
+made by then is told from outside (`left`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from service.link.usage import usages, without_usage
 _INDEX = re.compile(rb'"choices"\s*:\s*\[\s*\{\s*"index"\s*:\s*(\d+)')
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _STREAMED = frozenset({"/v1/chat/completions", "/v1/completions"})
+# Events of other APIs that carry a piece of an answer; the rest are its frame.
+_PIECE = re.compile(rb'"type"\s*:\s*"(?:content_block_delta|response\.[a-z_.]+\.delta)"')
 # Of a prompt whose tokens nobody has told.
 _BYTES_PER_TOKEN = 4
 
@@ -30,6 +33,7 @@ class Meter:
     def __init__(self, asked: Asked) -> None:
         self.calls: list[tuple[str, int, int]] = []
         self._prompt_bytes = asked.body_bytes
+        self._endpoint = asked.endpoint
         self._rewrites = asked.stream and asked.endpoint in _STREAMED
         given = asked.data.get("stream_options")
         options = given if isinstance(given, dict) else {}
@@ -38,7 +42,9 @@ class Meter:
         self._prompt = 0
         self._completion = 0
         self._by_choice: dict[int, int] = {}
-        self._events = 0
+        # Pieces of the answer since its tokens were told last.
+        self._pieces = 0
+        self._left = False
         self._bytes = 0
         self._rest = b""
         self._status = 0
@@ -59,16 +65,34 @@ class Meter:
         options = {**(given or {}), "include_usage": True, "continuous_usage_stats": True}
         return {**data, "stream_options": options}
 
+    def left(self, prompt_tokens: int, completion_tokens: int, counted: bool) -> None:
+        """Nobody waits for the answer any more: what had been made of it by then.
+
+        `counted`: by its engine. What was only guessed gives way to what went out.
+        """
+        self._left = True
+        if counted or not self._status:
+            told = self._completion if self._told else 0
+            self._told = True
+            self._pieces = 0
+            self._prompt = prompt_tokens
+            self._completion = max(told, completion_tokens)
+
+    def _counted(self) -> tuple[int, int]:
+        """Tokens of prompt and answer, as far as they were told or counted."""
+        if self._told:
+            return self._prompt, self._completion + self._pieces
+        if not self._status:
+            return 0, 0
+        # Whoever answers without telling is charged for by size.
+        made = self._pieces if self._streams else self._bytes // _BYTES_PER_TOKEN
+        return self._prompt_bytes // _BYTES_PER_TOKEN, made
+
     def calls_made(self, expert: str) -> list[tuple[str, int, int]]:
         """Every call: expert, prompt tokens, tokens of the answer. `expert`: whose went out."""
-        if self._status == 0 or self._status >= 400:
+        if not self._left and (self._status == 0 or self._status >= 400):
             return self.calls
-        prompt, completion = self._prompt, self._completion
-        if not self._told:
-            # Whoever answers without telling is charged for by size.
-            prompt = self._prompt_bytes // _BYTES_PER_TOKEN
-            completion = self._events if self._streams else self._bytes // _BYTES_PER_TOKEN
-        return [*self.calls, (expert, prompt, completion)]
+        return [*self.calls, (expert, *self._counted())]
 
     @property
     def status(self) -> int:
@@ -119,7 +143,8 @@ class Meter:
         return b"".join(kept)
 
     def _event(self, line: bytes) -> bytes:
-        self._events += 1
+        if self._endpoint in _STREAMED or _PIECE.search(line):
+            self._pieces += 1
         self._read(line)
         if self._each or not self._rewrites:
             return line
@@ -132,6 +157,7 @@ class Meter:
             if not usage.told:
                 continue
             self._told = True
+            self._pieces = 0
             self._prompt = max(self._prompt, usage.prompt_tokens or 0)
             completion = usage.answer_tokens or 0
             if self._rewrites and (choice := _INDEX.search(data)) is not None:

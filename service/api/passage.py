@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,26 @@ class Spent:
         return {**told, "estimated": True} if self.estimated else told
 
 
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A call that was given up while an expert worked on it.
+
+    Attributes:
+        asks: Asks the pool for the prompt's and the answer's tokens, as its engine counted
+            them; None where it can't tell, or nobody can.
+        guess: The same by the clock.
+    """
+
+    asks: Callable[[], Awaitable[tuple[int, int] | None]] | None
+    guess: tuple[int, int]
+
+    async def used(self) -> tuple[int, int, bool]:
+        """Tokens of its prompt, of its answer as far as it was made, and whether an engine has
+        counted them."""
+        told = await self.asks() if self.asks is not None else None
+        return (*self.guess, False) if told is None else (*told, True)
+
+
 @dataclass(slots=True)
 class Passage:
     """Filled in as a request goes its way.
@@ -64,9 +85,12 @@ class Passage:
     `predicted_s`: the wait that was expected of the option that answered. `..._at_s`: by
     `time.monotonic`; 0: never. `failed`: attempts that did before the first byte, as
     (expert, code). `losses`: boot ids of the pools that died, or whose engine did, while they
-    had the request; all calls of one request share the list. `clipped`: what its answer was cut
-    to, in tokens, where that is less than was asked for. `engine_ms`: until the engine's first
-    byte, as the pool measured it.
+    had the request; all calls of one request share the list. `engine_ms`: until the engine's
+    first byte, as the pool measured it.
+    `route_ms`: to understand the request once its body is there, and to choose who answers.
+    `clipped`: what its answer was cut to, in tokens, where that is less than was asked for.
+    `own_deadline`: its client has set one. `unfinished`: calls that were given up because the
+    client left, or its own deadline passed.
     """
 
     expert: str = ""
@@ -89,7 +113,9 @@ class Passage:
     clipped: int | None = None
     failed: list[tuple[str, str]] = field(default_factory=list)
     trace: Trace | None = None
+    own_deadline: bool = False
     calls: list[Spent] = field(default_factory=list)
+    unfinished: list[Unfinished] = field(default_factory=list)
     tried: Counter[tuple[str, str]] = field(default_factory=Counter)
     losses: list[str] = field(default_factory=list)
 
@@ -97,6 +123,11 @@ class Passage:
     def cost(self) -> float:
         """Of all calls, in the unit of prices."""
         return sum(call.cost for call in self.calls)
+
+    @property
+    def route_header(self) -> tuple[bytes, bytes]:
+        """What the reply tells of its routing."""
+        return b"x-coe-route-ms", f"{self.route_ms:.2f}".encode()
 
     @property
     def prefill_ms(self) -> float:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, MutableMapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import MutableMapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from service.api import ending
-from service.api.admission import Admission, Admitted
+from service.api.admission import Admission, Entry
 from service.api.answering import Answering
 from service.api.body import Asked
 from service.api.cache import Cache
@@ -18,7 +18,7 @@ from service.api.console.recent import Recent, account
 from service.api.intake import Intake
 from service.api.passage import Passage
 from service.api.plan import Plan, Router
-from service.errors import CoeError, StoreGone, TooMany
+from service.errors import CoeError, TooMany
 from service.link.asgi import ClientGone, Message, Receive, Send, until_gone
 from service.link.call import trace_of
 from service.link.faults import dialect_of, fault_of
@@ -73,43 +73,45 @@ class Prompts:
         self._metrics.began()
         streamed = False
         fault = ""
-        route_s = 0.0
         try:
             if self._traces is not None:
                 given = trace_of(dict(scope["headers"]))
                 passage.trace = self._traces.begin(given, scope["path"], began_s)
                 log_fields(trace_id=passage.trace.trace_id)
-            verdict = await self._intake.read(scope["path"], scope["headers"], receive)
-            asked = verdict.asked
-            client_id = asked.client_id
-            log_fields(request_id=client_id)
-            streamed = asked.stream
-            plan = self._router.plan(asked)
-            category = plan.category
-            route_s = time.monotonic() - began_s
-            self._metrics.routed(route_s)
-            passage.route_ms = route_s * 1000
-            if passage.trace is not None:
-                passage.trace.asked(asked.request_id, asked.model, streamed, asked.data)
-                passage.trace.routed(category, plan.confidence, began_s, route_s)
-            told = _headers(plan, route_s) + self._id_header(client_id) + verdict.headers
-            visit = await self._cache.begin(asked, send)
-            told += visit.headers
-            if visit.hit is not None:
-                passage.expert = passage.recipe = visit.hit.expert
-                passage.status = 200
-                await visit.serve(told)
-                return
-            plan = self._answering.affordable(asked, plan)
-            async with self._admitted(asked, plan, passage) as (admitted, plan):
+            headers = self._intake.headers(scope["headers"])
+            async with self._admission.enter(headers, passage) as entry:
+                verdict = await self._intake.read(scope["path"], headers, entry.tenant, receive)
+                asked = verdict.asked
+                client_id = asked.client_id
+                log_fields(request_id=client_id)
+                streamed = asked.stream
+                passage.own_deadline = asked.own_deadline
+                plan = self._router.plan(asked)
+                category = plan.category
+                understood_s = time.monotonic()
+                passage.route_ms = (understood_s - verdict.arrived_s) * 1000
+                if passage.trace is not None:
+                    passage.trace.asked(asked.request_id, asked.model, streamed, asked.data)
+                    route_s = passage.route_ms / 1000
+                    passage.trace.routed(category, plan.confidence, verdict.arrived_s, route_s)
+                told = _headers(plan) + self._id_header(client_id) + verdict.headers
+                visit = await self._cache.begin(asked, send)
+                told += visit.headers
+                if visit.hit is not None:
+                    passage.expert = passage.recipe = visit.hit.expert
+                    passage.status = 200
+                    await visit.serve([*told, passage.route_header])
+                    return
+                plan = self._answering.affordable(asked, plan)
+                asked, plan = await self._admitted(entry, asked, plan)
                 answered = self._answering.answer(
-                    admitted.asked, plan, told, visit.send, passage, admitted.counting
+                    asked, plan, told, visit.send, passage, began_s, entry.counting
                 )
                 if self._behind_serve:
                     await answered
                 else:
                     await until_gone(answered, receive)
-            await visit.keep()
+                await visit.keep()
         except CoeError as error:
             passage.outcome = fault = error.code
             await self._fail(error, scope["path"], client_id, passage, send)
@@ -130,11 +132,20 @@ class Prompts:
                 began_s=began_s,
             )
             self._metrics.ended(ended)
+            if plan is not None:
+                self._metrics.routed(passage.route_ms / 1000)
             if passage.trace is not None:
                 passage.trace.ended(ended, passage.status)
             if plan is not None:
                 self._recent.note(
-                    account(ended, client_id, asked.model, plan.confidence, route_s, passage)
+                    account(
+                        ended,
+                        client_id,
+                        asked.model,
+                        plan.confidence,
+                        passage.route_ms / 1000,
+                        passage,
+                    )
                 )
             if self._access_log:
                 fields = {
@@ -148,33 +159,22 @@ class Prompts:
                 }
                 access.info("request", extra=fields)
 
-    @asynccontextmanager
-    async def _admitted(
-        self, asked: Asked, plan: Plan, passage: Passage
-    ) -> AsyncIterator[tuple[Admitted, Plan]]:
+    async def _admitted(self, entry: Entry, asked: Asked, plan: Plan) -> tuple[Asked, Plan]:
         """Admit a request with all that its plan may ask; where a budget has not enough left for
         that, with the cheapest only."""
-        async with AsyncExitStack() as stack:
-
-            async def admit(tried: Plan) -> Admitted:
-                return await stack.enter_async_context(
-                    self._admission.admit(
-                        asked, self._answering.ways(tried), lambda: passage.expert
-                    )
-                )
-
-            try:
-                try:
-                    admitted = await admit(plan)
-                except TooMany as error:
-                    if error.code != "insufficient_quota" or len(plan.rows) == 1:
-                        raise
-                    plan = self._answering.cheapest(plan)
-                    admitted = await admit(plan)
-            except (TooMany, StoreGone) as error:
-                self._admission.refused(asked.tenant, error)
+        try:
+            return await self._admit(entry, asked, plan), plan
+        except TooMany as error:
+            if error.code != "insufficient_quota" or len(plan.rows) == 1:
                 raise
-            yield admitted, plan
+            plan = self._answering.cheapest(plan)
+            return await self._admit(entry, asked, plan), plan
+
+    async def _admit(self, entry: Entry, asked: Asked, plan: Plan) -> Asked:
+        answering = self._answering
+        return await self._admission.admit(
+            entry, asked, answering.ways(plan), partial(answering.likely_tokens, asked, plan)
+        )
 
     async def _fail(
         self, error: CoeError, path: str, client_id: str, passage: Passage, send: Send
@@ -196,8 +196,8 @@ class Prompts:
         return [] if self._behind_serve else [(b"x-request-id", client_id.encode())]
 
 
-def _headers(plan: Plan, route_s: float) -> list[tuple[bytes, bytes]]:
-    headers = [(b"x-coe-route-ms", f"{route_s * 1000:.2f}".encode())]
+def _headers(plan: Plan) -> list[tuple[bytes, bytes]]:
+    headers = []
     if plan.category:
         headers.append((b"x-coe-category", plan.category.encode()))
         headers.append((b"x-coe-confidence", f"{plan.confidence:.3f}".encode()))

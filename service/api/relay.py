@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -17,8 +18,9 @@ import aiohttp
 from service.api.body import Asked
 from service.api.conversations import Conversations
 from service.api.disclosure import without_folders
+from service.api.endpoints import TABLE
 from service.api.extent import within_context, within_cost
-from service.api.passage import Passage, Spent
+from service.api.passage import Passage, Spent, Unfinished
 from service.api.plan import Plan
 from service.api.pool_faults import RETRIED, fault_from, too_late, whole
 from service.api.reply import Reply
@@ -204,10 +206,11 @@ class Relay:
                     case AfterFault.RETRY_IF_PAID if not self.trips.pay_for_retry():
                         raise
 
-    def begin(self, asked: Asked, plan: Plan) -> Weighed:
-        """The first choice for a request: tells pools of what it would rather have had."""
+    def begin(self, asked: Asked, plan: Plan, left_s: float) -> Weighed:
+        """The first choice for a request, with so much left of its deadline: tells pools of what
+        it would rather have had."""
         views = self.views()
-        weighed = self.weigh(asked, plan, views=views)
+        weighed = self.weigh(asked, plan, left_s=left_s, views=views)
         self.spending.offered(asked.tenant, weighed)
         at = weighed.best()
         if at is None:
@@ -324,6 +327,7 @@ class Relay:
         again = reply.passage.attempts - 1
         attempt_id = f"{asked.request_id}-again{again}" if again else asked.request_id
         handed = asyncio.Event()
+        left = partial(self._left, option, asked, attempt_id, reply)
         spent = Spent(
             option.expert,
             self.market.price(option.expert),
@@ -370,10 +374,44 @@ class Relay:
                     if link.draining and not isinstance(error, PoolUnreachable):
                         raise PoolStopped(error.message) from None
                     raise
+        except asyncio.CancelledError:
+            left(begun=handed.is_set() or not remote)
+            raise
+        except DeadlineExceeded:
+            left(begun=asked.own_deadline)
+            raise
         except TimeoutError:
             if not limit.expired():
                 raise
+            left(begun=asked.own_deadline and (handed.is_set() or not remote))
             raise too_late(asked, silent=asked.stream and (handed.is_set() or not remote)) from None
+
+    def _left(
+        self, option: Option, asked: Asked, attempt_id: str, reply: Reply, *, begun: bool
+    ) -> None:
+        """A call is given up: nobody waits for it any more. What it has used will be asked.
+
+        `begun`: somebody may have worked on it.
+        """
+        if not begun:
+            return
+        asks = None
+        if option.boot != REMOTE:
+            with suppress(CoeError):
+                asks = self._directory.link(option.boot).used
+        tokens = 0
+        if TABLE[asked.endpoint].generates:
+            expected = self.market.expect("", asked.prompt_tokens, asked.most_tokens)
+            likely = asked.answers * float(expected.tokens[self.book.index[option.expert]])
+            running_s = max(0.0, time.monotonic() - reply.sent_s - option.wait_s)
+            most = asked.answers * (asked.most_tokens or self.context(option.expert) or 2**31)
+            tokens = min(most, int(likely * running_s / max(option.answer_s, 1e-3)))
+        reply.passage.unfinished.append(
+            Unfinished(
+                partial(asks, attempt_id) if asks is not None else None,
+                (asked.prompt_tokens, tokens),
+            )
+        )
 
     async def _pass_on(
         self, answer: PoolReply, asked: Asked, limit: asyncio.Timeout, reply: Reply

@@ -171,6 +171,7 @@ class Reply:
         passage = self.passage
         ours = [
             *self._headers,
+            passage.route_header,
             (b"x-coe-expert", passage.expert.encode()),
             (QUEUE_MS.encode(), f"{passage.queue_ms:.1f}".encode()),
             (SWAP_MS.encode(), f"{passage.swap_ms:.1f}".encode()),

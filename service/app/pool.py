@@ -62,6 +62,10 @@ class PoolProcess:
         log_fields(request_id=call.request_id, expert=call.expert)
         await self.pool.run(call, body, send)
 
+    async def used(self, request_id: str) -> tuple[int, int] | None:
+        """See `PoolHandler`."""
+        return await self.pool.used(request_id)
+
     def snapshots(self) -> Any:
         """See `PoolHandler`."""
         return self.pool.snapshots()

@@ -1,15 +1,17 @@
 """Who may use how much, and what was used: claims on limits and budgets, and their settling.
 
-A request reserves its upper bound in every account that bounds it (its key's, its
-tenant's, the named budgets'), all at once, and is charged what it really used at the
-end. `state` tells how far each budget is spent.
+A request counts as one as soon as it arrives, before its body is read. Once it is understood, it
+reserves in every account that bounds it (its key's, its tenant's, the named budgets'), all at
+once, and is charged what it really used at the end: of budgets the most that it may cost, so
+that nothing is ever overspent; of tokens per minute what it is expected to use, so that clients
+that bound nothing do not wait for each other. `state` tells how far each budget is spent.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from service.broker.price import MICRO, micro
@@ -26,13 +28,20 @@ _PERIODS = {"day": DAY, "month": MONTH}
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """The most that a request may use, all its calls together.
+    """The most that a request may use, all its calls together, and what it is expected to.
 
-    prompt_tokens: of all calls. max_tokens: of one answer; it may be clipped, to
-    `least` at the least. answers: how many answers of that length there may be
-    (choices times calls). prompt_cost: units of cost of the prompts; token_cost: units
-    for each token of `max_tokens`, all answers together. needs_clip: the request itself does
-    not bound its answers so far, and has to be given that bound.
+    Attributes:
+        prompt_tokens: The most that the prompts of all calls may have.
+        max_tokens: The most that one answer may have; it may be clipped, to `least` at the least.
+        answers: How many answers of that length there may be (choices times calls).
+        prompt_cost: Units of cost of the prompts, at the most.
+        token_cost: Units of cost for each token of `max_tokens`, all answers together.
+        needs_clip: The request itself does not bound its answers so far, and has to be given
+            that bound.
+        likely_prompt: Tokens that the prompts of all calls are expected to have.
+        likely_tokens: Tokens that one answer is expected to have; None where the client has
+            bounded it, and then it is that bound.
+        places: How many requests at once it counts as.
     """
 
     prompt_tokens: int
@@ -42,6 +51,19 @@ class Bound:
     token_cost: float = 0.0
     least: int = 1
     needs_clip: bool = False
+    likely_prompt: int | None = None
+    likely_tokens: int | None = None
+    places: int = 1
+
+    def rate_line(self, account: Account) -> Line:
+        """Its part of a limit on tokens per minute."""
+        prompt = self.prompt_tokens if self.likely_prompt is None else self.likely_prompt
+        if self.likely_tokens is None:
+            return Line(account, prompt, self.answers)
+        answers = self.answers * min(self.likely_tokens, self.max_tokens)
+        # Where the limit is smaller than what is usual, one at a time may still try.
+        least = prompt + self.answers * self.least
+        return Line(account, min(prompt + answers, max(account.limit, least)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +112,41 @@ class Ledger:
             one.tokens_per_min is not None or one.budget is not None for one in limits
         ) or any(self._concerns(name, tenant) for name in self._budgets)
 
+    async def arrive(self, request_id: str, tenant: Tenant) -> Reservation:
+        """Count a request whose body nobody has read. Raises TooMany, StoreGone."""
+        at_once = ("requests", "concurrent")
+        lines = [line for line in self._lines(tenant, Bound(0)) if _kind(line) in at_once]
+        return await self._claim(request_id, tenant, Bound(0), lines)
+
+    async def look_up(self, request_id: str, tenant: Tenant) -> None:
+        """Count a request that asks no expert. Raises TooMany, StoreGone."""
+        lines = []
+        for line in self._lines(tenant, Bound(0)):
+            if _kind(line) == "requests":
+                name = line.account.name.removesuffix("requests") + "lookups"
+                lines.append(Line(replace(line.account, name=name), 1))
+        held = await self._claim(request_id, tenant, Bound(0), lines)
+        await self.store.settle(held.granted, [1] * len(lines), None)
+
     async def reserve(self, request_id: str, tenant: Tenant, bound: Bound) -> Reservation:
-        """Reserve the bound. Raises TooMany, telling which limit; StoreGone."""
-        lines = tuple(self._lines(tenant, bound))
+        """Reserve what an arrived request may use. Raises TooMany, naming the limit; StoreGone."""
+        lines = []
+        for line in self._lines(tenant, bound):
+            if _kind(line) == "concurrent":
+                # One of them it is since it arrived; nothing counts as more than there are.
+                more = min(bound.places, line.account.limit) - 1
+                lines += [Line(line.account, more)] if more > 0 else []
+            elif _kind(line) != "requests":
+                lines.append(line)
+        return await self._claim(request_id, tenant, bound, lines)
+
+    async def _claim(
+        self, claim_id: str, tenant: Tenant, bound: Bound, lines: Sequence[Line]
+    ) -> Reservation:
         if not lines:
-            granted = Granted(Claim(request_id, ()), bound.max_tokens, (), ())
+            granted = Granted(Claim(claim_id, ()), bound.max_tokens, (), ())
             return Reservation(tenant, bound, bound.max_tokens, granted)
-        claim = Claim(request_id, lines, bound.max_tokens, min(bound.least, bound.max_tokens))
+        claim = Claim(claim_id, tuple(lines), bound.max_tokens, min(bound.least, bound.max_tokens))
         answer = await self.store.reserve(claim)
         if isinstance(answer, Refused):
             raise _too_many(answer, next(a for a in lines if a.account.name == answer.account))
@@ -109,16 +159,22 @@ class Ledger:
         *,
         expert: str = "",
         ended_s: float = 0.0,
-        served: bool = True,
+        counts: bool = True,
+        noted: bool = True,
     ) -> None:
         """Charge what was used and give back the rest.
 
-        `ended_s`: seconds since 1970. `served`: false where it came to no answer through
-        no fault of the client's; then it does not count as a request either.
+        Args:
+            reservation: What `arrive` or `reserve` granted; each is settled once.
+            usage: What all calls of the request used.
+            expert: Whose answer it was.
+            ended_s: When it ended, in seconds since 1970.
+            counts: Whether it counts as a request: not where we are to blame for its failure.
+            noted: Whether this is the reservation of the request with which its usage is noted.
         """
         granted = reservation.granted
-        used = [_used(line, usage, served) for line in granted.claim.lines]
-        note = _note(reservation.tenant, usage, expert, ended_s) if served else None
+        used = [_used(line, usage, counts) for line in granted.claim.lines]
+        note = _note(reservation.tenant, usage, expert, ended_s) if noted else None
         await self.store.settle(granted, used, note)
 
     @property
@@ -212,7 +268,7 @@ def _limited(whose: str, limits: Limits, bound: Bound) -> Iterator[Line]:
         yield Line(Account(f"{whose}/requests", limits.requests_per_min, MINUTE), 1)
     if limits.tokens_per_min is not None:
         account = Account(f"{whose}/tokens", limits.tokens_per_min, MINUTE)
-        yield Line(account, bound.prompt_tokens, bound.answers)
+        yield bound.rate_line(account)
     if limits.concurrent is not None:
         yield Line(Account(f"{whose}/concurrent", limits.concurrent, NOW), 1)
     if (account_ := _own_budget(whose, limits)) is not None:
@@ -223,13 +279,19 @@ def _cost_line(account: Account, bound: Bound) -> Line:
     return Line(account, micro(bound.prompt_cost), bound.token_cost * MICRO)
 
 
-def _used(line: Line, usage: Usage, served: bool) -> int:
-    kind = line.account.name.rpartition("/")[2]
-    if line.account.name.startswith("budget/") or kind == "budget":
+def _kind(line: Line) -> str:
+    """What it counts: requests, lookups, tokens, concurrent, or budget."""
+    name = line.account.name
+    return "budget" if name.startswith("budget/") else name.rpartition("/")[2]
+
+
+def _used(line: Line, usage: Usage, counts: bool) -> int:
+    kind = _kind(line)
+    if kind == "budget":
         return micro(usage.cost)
     if kind == "tokens":
         return usage.prompt_tokens + usage.completion_tokens
-    return 1 if kind == "requests" and served else 0
+    return 1 if kind == "requests" and counts else 0
 
 
 def _whole(units: float) -> int:
@@ -251,6 +313,7 @@ def _state(account: Account, balance: Balance, tenant: str | None, key: str) -> 
 
 _WORDS = {
     "requests": "requests per minute",
+    "lookups": "requests per minute that ask no expert",
     "tokens": "tokens per minute",
     "concurrent": "requests at once",
 }

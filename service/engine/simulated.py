@@ -12,6 +12,7 @@ import hashlib
 import struct
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -43,6 +44,24 @@ _WORDS = ("one", "small", "answer", "from", "an", "engine", "that", "only", "pla
 _LOGPROB = -0.1
 _FINGERPRINT = "simulated"
 _WEIGHT_BYTES = 1024**3
+
+
+@dataclass(slots=True)
+class _Made:
+    """How far an answer is: `answers` of `length` tokens at once, from `first_s` on."""
+
+    prompt_tokens: int
+    length: int
+    answers: int
+    step_s: float
+    first_s: float = 0.0
+
+    def tokens(self) -> int:
+        """Made by now, all answers together."""
+        if not self.first_s:
+            return 0
+        steps = (time.monotonic() - self.first_s) / self.step_s if self.step_s else self.length
+        return self.answers * min(self.length, 1 + int(steps))
 
 
 class SimulatedEngine:
@@ -185,7 +204,8 @@ class SimulatedEngine:
     async def _generate(self, request: EngineRequest, body: dict[str, Any], send: Send) -> None:
         chat = request.endpoint == "/v1/chat/completions"
         prompt = _prompt_text(body)
-        n = _integer(body, "n", 1, 1, 128)
+        given = body.get("prompt") if not chat else None
+        n = _integer(body, "n", 1, 1, 128) * (len(given) if isinstance(given, list) else 1)
         asked = body.get("max_completion_tokens") or body.get("max_tokens")
         tokens = (
             self._options.tokens
@@ -202,15 +222,32 @@ class SimulatedEngine:
                 param="messages" if chat else "prompt",
             )
         tokens = min(tokens, context - prompt_tokens)
+        text, finish = _cut(answer_text(request.expert, prompt, tokens), body.get("stop"))
+        made = _Made(prompt_tokens, len(text), n, self._options.decode_ms / 1000)
+        try:
+            await self._make(request, body, send, made, text, finish)
+        except asyncio.CancelledError:
+            request.given_up(prompt_tokens, made.tokens())
+            raise
+
+    async def _make(
+        self,
+        request: EngineRequest,
+        body: dict[str, Any],
+        send: Send,
+        made: _Made,
+        text: list[str],
+        finish: str,
+    ) -> None:
+        chat = request.endpoint == "/v1/chat/completions"
+        prompt_tokens, n = made.prompt_tokens, made.answers
         began_s = time.monotonic()
         if self._options.prefill_tokens_per_s:
             await asyncio.sleep(prompt_tokens / self._options.prefill_tokens_per_s)
         if self._options.fail == "first_byte":
             self.kill("told to die before the first byte")
         self._check_alive(request.expert)
-        first_s = time.monotonic()
-        text = answer_text(request.expert, prompt, tokens)
-        text, finish = _cut(text, body.get("stop"))
+        first_s = made.first_s = time.monotonic()
         usage = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": n * len(text),

@@ -28,7 +28,7 @@ from service.engine.protocol import (
 )
 from service.engine.salting import CACHE_SALT
 from service.engine.steered import NOTES
-from service.engine.vllm_face import EngineClient
+from service.engine.vllm_face import REQUEST_IDS, EngineClient
 from service.engine.vllm_stats import EngineStats
 from service.engine.watching import RouterWatch
 from service.errors import EngineDead, EngineRestarting, ExpertFailed
@@ -211,6 +211,21 @@ class VllmEngine:
         app.state.server = SimpleNamespace(should_exit=False)
         return app
 
+    def _used(self, ids: list[str]) -> tuple[int, int]:
+        """Tokens of the prompts and of the answers so far, of a call's requests."""
+        processor = self._llm.output_processor
+        prompt = answer = 0
+        for one in ids:
+            answer += self._stats.made(one) if self._stats is not None else 0
+            states = [
+                processor.request_states[name]
+                for name in processor.external_req_ids.get(one, ())
+                if name in processor.request_states
+            ]
+            prompt += max((state.prompt_len for state in states), default=0)
+            answer += sum(state.stats.num_generation_tokens for state in states if state.stats)
+        return prompt, answer
+
     def _layer_of(self, expert: str) -> Any:
         """The application that answers for an expert."""
         del expert
@@ -254,12 +269,16 @@ class VllmEngine:
             self._stats.asked(request.request_id, request.expert)
         # vLLM's handlers run in this task and in those it starts.
         CACHE_SALT.set(request.cache_salt)
+        ids: list[str] = []
+        REQUEST_IDS.set(ids)
         task = asyncio.ensure_future(
             self._layer_of(request.expert)(call.scope, call.receive, reply)
         )
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
+            if self._llm is not None:
+                request.given_up(*self._used(ids))
             # vLLM runs handlers in tasks of their own and stops them only when
             # it reads that the client has gone; then it answers with nothing.
             reply.shut()

@@ -1,19 +1,23 @@
 """What of an engine an expert's own OpenAI layer sees, and when two experts need not have two.
 
 All prompts go through it, of every endpoint: here they get the salt that keeps tenants apart in
-the engine's prefix cache.
+the engine's prefix cache, and vLLM's ids of a call's requests are noted, which its layer makes up.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from service.engine.salting import CACHE_SALT, salted
 from service.engine.shared_cache import files_in
 
+# vLLM's ids of the requests of the call that is worked on in this task and those it starts.
+REQUEST_IDS: ContextVar[list[str] | None] = ContextVar("request_ids", default=None)
 # Files of a model's folder that say nothing of how text becomes tokens and back: its weights, and
 # what people read. All others count, whatever they are called: tokenizers have many forms.
 _WEIGHTS = (
@@ -47,14 +51,22 @@ class EngineClient:
 
     def generate(self, prompt: Any, *args: Any, **more: Any) -> Any:
         """As the engine's, with the request's salt."""
+        _note(args, more)
         return self._llm.generate(salted(prompt, CACHE_SALT.get()), *args, **more)
 
     def encode(self, prompt: Any, *args: Any, **more: Any) -> Any:
         """As the engine's, with the request's salt."""
+        _note(args, more)
         return self._llm.encode(salted(prompt, CACHE_SALT.get()), *args, **more)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
+
+
+def _note(args: Sequence[Any], more: Mapping[str, Any]) -> None:
+    """Remember vLLM's id of a request; it comes second after the prompt, or by name."""
+    if (ids := REQUEST_IDS.get()) is not None:
+        ids.append(str(more["request_id"] if "request_id" in more else args[1]))
 
 
 def face_digest(folder: str) -> str:

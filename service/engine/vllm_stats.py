@@ -27,6 +27,7 @@ class EngineStats:
         self._watch = watch
         self.running = running
         self._expert_of: dict[str, str] = {}
+        self._made: dict[str, int] = {}
 
     def asked(self, request_id: str, expert: str) -> None:
         """A request with this id is for this expert."""
@@ -98,7 +99,16 @@ class EngineStats:
 
         return Logger
 
+    def made(self, vllm_id: str) -> int:
+        """Tokens of those answers to a request, by vLLM's id of it, that have ended."""
+        return self._made.get(vllm_id, 0)
+
     def _finished(self, finished: Any) -> None:
+        self._made[finished.request_id] = self.made(finished.request_id) + (
+            finished.num_generation_tokens
+        )
+        if len(self._made) > _REMEMBERED:
+            del self._made[next(iter(self._made))]
         expert = self._asked_for(str(finished.request_id))
         if expert is not None:
             self._watch.worked(

@@ -26,6 +26,8 @@ log = logging.getLogger("coe.link")
 _RECONNECT_S = 0.25
 _CONNECT_TIMEOUT_S = 2.0
 _SILENT_S = 15.0
+# An engine takes its time to stop.
+_USED_TIMEOUT_S = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,17 @@ class PoolLink:
     async def routes(self, expert: str) -> tuple[int, bytes]:
         """What an expert's routers chose there: the pool's status and body. Raises PoolGone."""
         return await self._small("GET", f"/routes/{quote(expert, safe='')}", timeout_s=10)
+
+    async def used(self, request_id: str) -> tuple[int, int] | None:
+        """Tokens of prompt and answer of a call that was left; None where that is not known."""
+        try:
+            status, body = await self._small(
+                "GET", f"/used/{quote(request_id, safe='')}", timeout_s=_USED_TIMEOUT_S
+            )
+        except PoolGone:
+            return None
+        told = orjson.loads(body) if status == 200 else None
+        return (int(told[0]), int(told[1])) if told is not None else None
 
     async def _get(self, path: str) -> bytes:
         status, body = await self._small("GET", path)

@@ -27,6 +27,9 @@ class PoolHandler(Protocol):
     async def run(self, call: Call, body: bytes, send: Send) -> None:
         """Answer a call; raises CoeError if it can't, before or after the first byte."""
 
+    async def used(self, request_id: str) -> tuple[int, int] | None:
+        """Tokens of prompt and answer of a call that was given up; None where nobody knows."""
+
     def snapshots(self) -> AsyncIterator[bytes]:
         """Lines of the snapshot stream."""
 
@@ -72,6 +75,9 @@ class PoolApp:
             elif path == "/experts":
                 body = orjson.dumps(self._handler.experts())
                 await reply.whole(200, b"application/json", body)
+            elif path.startswith("/used/"):
+                told = await self._handler.used(path.removeprefix("/used/"))
+                await reply.whole(200, b"application/json", orjson.dumps(told))
             elif path.startswith("/routes/"):
                 body = orjson.dumps(await self._handler.routes(path.removeprefix("/routes/")))
                 await reply.whole(200, b"application/json", body)

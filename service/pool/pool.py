@@ -26,6 +26,7 @@ from service.errors import (
 from service.link.call import Call, Times
 from service.link.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
 from service.link.speed import Speedometer
+from service.pool.abandoned import AbandonedCalls
 from service.pool.acks import Acks
 from service.pool.lease import Again
 from service.pool.measured import Measured
@@ -74,6 +75,7 @@ class Pool:
         self._speeds: dict[str, Speedometer] = {}
         self._tokens: Counter[str] = Counter()
         self._acks = Acks()
+        self._abandoned = AbandonedCalls()
         self._draining = False
         self._seq = 0
         self._listeners: set[asyncio.Event] = set()
@@ -254,15 +256,18 @@ class Pool:
         reply = Measured(send, limit if call.stream else None)
         fault = "client_gone"
         try:
-            async with limit:
-                again: Again | None = None
-                while True:
-                    try:
-                        await self._run_in(self._slot(call.expert), call, body, reply, again)
-                    except Again as back:
-                        again = back
-                    else:
-                        break
+            with self._abandoned.call(call.request_id):
+                async with limit:
+                    again: Again | None = None
+                    while True:
+                        try:
+                            await self._run_in(
+                                self._slot(call.expert), call, body, reply, again
+                            )
+                        except Again as back:
+                            again = back
+                        else:
+                            break
             fault = ""
         except TimeoutError:
             if not limit.expired():
@@ -281,6 +286,11 @@ class Pool:
                 self._watch.ended(call, reply.times(), fault)
         reply.tell(self._speeds.setdefault(call.expert, Speedometer()), 1 + len(body) // 4)
 
+    async def used(self, request_id: str) -> tuple[int, int] | None:
+        """Tokens of prompt and answer of a call that its gateway has given up, told once; None
+        where that is not known."""
+        return await self._abandoned.used(request_id)
+
     def _served(self, expert: str, tell: Callable[[int], None], tokens: int) -> None:
         self._tokens[expert] += tokens
         tell(tokens)
@@ -298,12 +308,14 @@ class Pool:
                     )
                 served = partial(self._served, call.expert, lease.served)
                 reply.lease_began(lease, served)
+                self._abandoned.begun(call.request_id)
                 request = EngineRequest(
                     call.endpoint,
                     call.expert,
                     body,
                     call.request_id,
                     cache_salt=call.tenant.cache_salt,
+                    given_up=partial(self._abandoned.note, call.request_id),
                 )
                 await lease.engine.run(request, reply)
         except EngineDead:

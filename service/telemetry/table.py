@@ -77,7 +77,7 @@ ROUTE = histogram(
     "coe_route_seconds",
     Side.GATEWAY,
     (),
-    "Time to read and understand a request and choose its expert.",
+    "Time to understand a request, from when its body is there, and to choose who answers it.",
     FAST,
 )
 OVERHEAD = histogram(

@@ -1,8 +1,8 @@
 """OpenTelemetry spans, where the config asks for them; the only module that imports it.
 
-One trace per request: the gateway's server span, in it `route` and an attempt for each
-expert that was asked (named by the GenAI conventions, as `chat EXPERT`); in an attempt the
-pool's span with `queue`, `swap` and `engine`, which has `prefill` and `decode` where the
+One trace per request: the gateway's server span, in it `route` (understanding it), `choose` and
+an attempt for each expert that was asked (named by the GenAI conventions, as `chat EXPERT`); in
+an attempt the pool's span with `queue`, `swap` and `engine`, with `prefill` and `decode` where the
 answer was streamed. The W3C context of the client is continued, and travels to pools and
 remote experts. Attributes are names, numbers and codes; never prompts, answers or keys.
 
@@ -156,6 +156,11 @@ class Trace:
             start_time=_epoch_ns(began_s),
         )
         span.end(_epoch_ns(began_s + route_s))
+
+    def chose(self, began_s: float, took_s: float) -> None:
+        """Who answers was chosen, once the request had been admitted."""
+        span = self._tracer.start_span("choose", self._context, start_time=_epoch_ns(began_s))
+        span.end(_epoch_ns(began_s + took_s))
 
     def asked(self, request_id: str, model: str, stream: bool, data: Mapping[str, Any]) -> None:
         """What the client asked for: names and numbers of it."""

@@ -27,6 +27,11 @@ def ledger(**sections: Any) -> Ledger:
     return Ledger(config, MemoryStore(lambda: NOW_S))
 
 
+async def taken(book: Ledger, name: str, tenant: Tenant, bound: Bound = BOUND) -> None:
+    await book.arrive(name, tenant)
+    await book.reserve(name + "-0", tenant, bound)
+
+
 async def test_without_limits_nothing_is_refused_but_all_is_noted() -> None:
     book = ledger()
     assert not book.bounds(NOBODY)
@@ -96,22 +101,22 @@ async def test_the_answer_is_clipped_to_what_is_left() -> None:
 async def test_each_limit_of_a_key_is_named(limits: Limits, message: str, code: str) -> None:
     book = ledger()
     tenant = Tenant("a", key="k1", limits=limits)
-    await book.reserve("1", tenant, BOUND)
+    await taken(book, "1", tenant)
     with pytest.raises(TooMany) as caught:
-        await book.reserve("2", tenant, BOUND)
+        await taken(book, "2", tenant)
     assert caught.value.message.startswith(message)
     assert caught.value.code == (code or "rate_limit_exceeded")
     assert caught.value.retry_after_s is not None
     # Another key of the same tenant has its own.
-    await book.reserve("3", Tenant("a", key="k2", limits=limits), BOUND)
+    await taken(book, "3", Tenant("a", key="k2", limits=limits))
 
 
 async def test_a_tenant_s_limits_hold_for_all_its_keys_together() -> None:
     book = ledger(tenants={"a": {"requests_per_min": 2, "budget": {"amount": 100}}})
     for key in ("k1", "k2"):
-        await book.reserve(key, Tenant("a", key=key), Bound(1))
+        await taken(book, key, Tenant("a", key=key), Bound(1))
     with pytest.raises(TooMany) as caught:
-        await book.reserve("k3", Tenant("a", key="k3"), Bound(1))
+        await book.arrive("k3", Tenant("a", key="k3"))
     assert caught.value.message == "this tenant may use 2 requests per minute"
     assert set(await book.state()) == {"tenant/a"}
 
@@ -122,3 +127,66 @@ async def test_a_request_larger_than_its_limit_is_told_so() -> None:
         await book.reserve("1", NOBODY, BOUND)
     assert caught.value.retry_after_s is None
     assert caught.value.message.startswith("this request alone is larger")
+
+
+async def test_arrive_a_request_counts_before_anything_is_known_of_it() -> None:
+    book = ledger(tenants={"default": {"requests_per_min": 2, "concurrent": 1}})
+    held = await book.arrive("1", NOBODY)
+    with pytest.raises(TooMany, match="1 requests at once"):
+        await book.arrive("2", NOBODY)
+    await book.settle(held, Usage())
+    await book.arrive("3", NOBODY)
+    with pytest.raises(TooMany, match="2 requests per minute"):
+        await book.arrive("4", NOBODY)
+
+
+async def test_settle_what_failed_by_our_fault_is_no_request() -> None:
+    book = ledger(tenants={"default": {"requests_per_min": 1}})
+    await book.settle(await book.arrive("1", NOBODY), Usage(), counts=False, noted=False)
+    await book.arrive("2", NOBODY)
+    assert await book.usage(NOBODY, NOW_S, 1) == {}
+
+
+async def test_look_up_has_an_allowance_of_its_own_as_large() -> None:
+    book = ledger(tenants={"default": {"requests_per_min": 2}})
+    for number in range(2):
+        await book.look_up(f"l{number}", NOBODY)
+    with pytest.raises(TooMany, match="2 requests per minute that ask no expert"):
+        await book.look_up("l", NOBODY)
+    await book.arrive("1", NOBODY)
+
+
+@pytest.mark.parametrize(("places", "taken_up"), [(1, 1), (3, 3), (4, 4), (1024, 4)])
+async def test_reserve_a_request_weighs_its_places_and_never_more_than_there_are(
+    places: int, taken_up: int
+) -> None:
+    book = ledger(tenants={"default": {"concurrent": 4}})
+    await taken(book, "1", NOBODY, Bound(0, places=places))
+    ((_, balance),) = (await book.limits(NOBODY)).values()
+    assert balance.reserved == taken_up
+    for number in range(4 - taken_up):
+        await book.arrive(f"more{number}", NOBODY)
+    with pytest.raises(TooMany, match="4 requests at once"):
+        await book.arrive("one more", NOBODY)
+
+
+@pytest.mark.parametrize(
+    ("bound", "reserved"),
+    [
+        # Bounded by the client: that, and the prompt as it is likely to be.
+        (Bound(4000, 50, 2, likely_prompt=1000), 1100),
+        # Not bounded: what is usual.
+        (Bound(4000, 130_000, 2, likely_prompt=1000, likely_tokens=64), 1128),
+        (Bound(4000, 40, 2, likely_prompt=1000, likely_tokens=64), 1080),
+        # More than the limit is usual: one may try.
+        (Bound(4000, 130_000, 2, likely_prompt=1000, likely_tokens=9000), 5000),
+    ],
+)
+async def test_reserve_a_rate_of_tokens_holds_what_a_request_is_expected_to_use(
+    bound: Bound, reserved: int
+) -> None:
+    book = ledger(tenants={"default": {"tokens_per_min": 5000}})
+    held = await book.reserve("1", NOBODY, bound)
+    ((_, balance),) = (await book.limits(NOBODY)).values()
+    assert balance.reserved == reserved
+    assert held.max_tokens == bound.max_tokens

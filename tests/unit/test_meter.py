@@ -174,3 +174,69 @@ async def test_who_tells_no_usage_is_charged_by_size() -> None:
     ((_, prompt, completion),) = meter.calls_made("e")
     assert prompt > 0
     assert completion > 90
+
+
+def typed(kind: str, **data: Any) -> bytes:
+    return f"event: {kind}\n".encode() + b"data: " + orjson.dumps({"type": kind, **data}) + b"\n\n"
+
+
+_MESSAGE = [
+    typed("message_start", message={"id": "x", "usage": {"input_tokens": 9, "output_tokens": 1}}),
+    typed("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+    *[typed("content_block_delta", index=0, delta={"type": "text_delta", "text": "tok "})] * 40,
+    typed("content_block_stop", index=0),
+    typed("message_delta", delta={}, usage={"input_tokens": 9, "output_tokens": 37}),
+    typed("message_stop"),
+]
+_RESPONSE = [
+    typed("response.created", response={"id": "x", "usage": None}),
+    typed("response.output_item.added", output_index=0, item={}),
+    *[typed("response.output_text.delta", delta="tok ")] * 40,
+    typed("response.output_text.done", text="tok " * 40),
+    typed("response.completed", response={"usage": {"input_tokens": 9, "output_tokens": 37}}),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "pieces", "sent", "used"),
+    [
+        ("/v1/messages", _MESSAGE, 2, (9, 1)),
+        ("/v1/messages", _MESSAGE, 12, (9, 11)),
+        ("/v1/messages", _MESSAGE, 42, (9, 41)),
+        ("/v1/messages", _MESSAGE, len(_MESSAGE), (9, 37)),
+        ("/v1/responses", _RESPONSE, 2, (..., 0)),
+        ("/v1/responses", _RESPONSE, 12, (..., 10)),
+        ("/v1/responses", _RESPONSE, 42, (..., 40)),
+        ("/v1/responses", _RESPONSE, len(_RESPONSE), (9, 37)),
+    ],
+)
+async def test_a_stream_that_tells_its_usage_last_is_counted_as_it_goes(
+    path: str, pieces: list[bytes], sent: int, used: tuple[Any, int]
+) -> None:
+    request = asked(path, stream=True)
+    meter = Meter(request)
+    await through(meter, pieces[:sent], ends=False)
+    ((expert, prompt, completion),) = meter.calls_made("big")
+    assert (expert, completion) == ("big", used[1])
+    assert prompt == (request.body_bytes // 4 if used[0] is ... else used[0])
+
+
+@pytest.mark.parametrize(
+    ("sent", "told", "counted", "used"),
+    [
+        # Nothing has gone out: the engine's count, or else the guess.
+        (None, (12, 300), True, (12, 300)),
+        (None, (12, 300), False, (12, 300)),
+        # A stream: the engine had made more than what went out; a guess gives way to that.
+        (12, (9, 25), True, (9, 25)),
+        (12, (9, 999), False, (9, 11)),
+    ],
+)
+async def test_left_the_engine_s_count_is_charged_or_else_what_went_out(
+    sent: int | None, told: tuple[int, int], counted: bool, used: tuple[int, int]
+) -> None:
+    meter = Meter(asked("/v1/messages", stream=True))
+    if sent is not None:
+        await through(meter, _MESSAGE[:sent], ends=False)
+    meter.left(*told, counted)
+    assert meter.calls_made("big") == [("big", *used)]

@@ -31,10 +31,14 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A request that may go on, as it may go on."""
+    """A request that may go on, as it may go on.
+
+    `arrived_s`: when its body was there, by `time.monotonic`.
+    """
 
     asked: Asked
     seen: tuple[Seen, ...] = ()
+    arrived_s: float = 0.0
 
     @property
     def done(self) -> str:
