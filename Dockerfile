@@ -28,19 +28,28 @@ COPY service service
 COPY router_models router_models
 RUN /opt/coe/bin/pip install --quiet --no-deps --no-build-isolation . && \
     ln -s lib/python3.11/site-packages/router_models /opt/coe/router_models && \
-    /opt/coe/bin/python -m service.haproxy /opt/coe/haproxy && \
+    /opt/coe/bin/python -m service.haproxy /opt/coe/haproxy
+COPY Dockerfile NOTICE ./
+COPY deploy/packages.py deploy/sbom.py deploy/
+RUN /opt/coe/bin/python -m deploy.sbom -o /opt/coe/sbom.cdx.json && \
+    cp LICENSE NOTICE /opt/coe/ && \
     /opt/coe/bin/pip uninstall --quiet -y uv
 
 FROM build AS build-gpu
-COPY deploy/locks/image-gpu.txt ./
+COPY deploy/locks deploy/locks/
 RUN --mount=type=cache,target=/var/cache/pip,sharing=locked \
-    /opt/coe/bin/pip install --quiet --no-deps --require-hashes -r image-gpu.txt
+    /opt/coe/bin/pip install --quiet --no-deps --require-hashes -r deploy/locks/image-gpu.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY service service
 COPY router_models router_models
 RUN /opt/coe/bin/pip install --quiet --no-deps --no-build-isolation . && \
     ln -s lib/python3.11/site-packages/router_models /opt/coe/router_models && \
     /opt/coe/bin/python -m service.haproxy /opt/coe/haproxy
+COPY Dockerfile ./
+COPY deploy/packages.py deploy/notice.py deploy/sbom.py deploy/
+RUN /opt/coe/bin/python -m deploy.sbom --gpu -o /opt/coe/sbom.cdx.json && \
+    /opt/coe/bin/python -m deploy.notice --gpu /opt/coe/NOTICE && \
+    cp LICENSE /opt/coe/
 
 # --- running
 
@@ -72,7 +81,6 @@ ARG REVISION=unknown
 ARG CREATED=unknown
 LABEL org.opencontainers.image.title="coe" \
       org.opencontainers.image.description="One OpenAI-compatible endpoint for many expert models on few accelerators" \
-      org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.created="${CREATED}"
@@ -98,9 +106,13 @@ RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
 # has another, of Triton's.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     VLLM_USE_FLASHINFER_SAMPLER=0
+# Of all that is in it: /opt/coe/NOTICE says what is whose.
+LABEL org.opencontainers.image.licenses="Apache-2.0 AND Apache-2.0 WITH LLVM-exception AND 0BSD AND BSD-2-Clause AND BSD-3-Clause AND BSL-1.0 AND CC0-1.0 AND CNRI-Python AND GPL-2.0-only AND ISC AND LGPL-2.1-only AND LicenseRef-Debian AND LicenseRef-NVIDIA AND LicenseRef-Repoze AND MIT AND MIT-0 AND MIT-CMU AND MPL-2.0 AND PSF-2.0 AND Unlicense"
 COPY --from=build-gpu /opt/coe /opt/coe
 USER 10001:10001
 
 FROM run AS cpu
+# Of all that is in it: /opt/coe/NOTICE says what is whose.
+LABEL org.opencontainers.image.licenses="Apache-2.0 AND Apache-2.0 WITH LLVM-exception AND 0BSD AND BSD-2-Clause AND BSD-3-Clause AND BSL-1.0 AND CC0-1.0 AND CNRI-Python AND GPL-2.0-only AND ISC AND LGPL-2.1-only AND LicenseRef-Debian AND LicenseRef-Intel-EULA AND LicenseRef-Repoze AND MIT AND MIT-0 AND MIT-CMU AND MPL-2.0 AND PSF-2.0 AND Unlicense"
 COPY --from=build-cpu /opt/coe /opt/coe
 USER 10001:10001

@@ -59,6 +59,15 @@ lock: setup ## Resolve the dependencies anew into deploy/locks
 lock-tools: setup ## Resolve anew what only tests and installing use, into deploy/locks/tools
 	@deploy/lock_tools.sh
 
+notice: setup ## Write NOTICE from the locks and the packages' metadata
+	@$(BIN)/python -m deploy.notice
+
+sbom: setup ## Write the images' bills of materials (CycloneDX) into dist
+	@mkdir -p dist
+	@$(BIN)/python -m deploy.sbom -o dist/sbom-cpu.cdx.json
+	@$(BIN)/python -m deploy.sbom --gpu -o dist/sbom-gpu.cdx.json
+	@ls dist/sbom-*
+
 dashboards: setup ## Render the dashboards into deploy/grafana/dashboards
 	@$(BIN)/python -m deploy.grafana.render
 

@@ -75,8 +75,11 @@ def test_bases_are_pinned_and_named_once() -> None:
 
 def test_the_recipe_says_what_it_should() -> None:
     run = stages()["run"]
-    for word in ("HEALTHCHECK", "STOPSIGNAL SIGTERM", "org.opencontainers.image.licenses"):
+    for word in ("HEALTHCHECK", "STOPSIGNAL SIGTERM"):
         assert word in run
+    # Nothing that lies where everybody may write is taken for a module or a model.
+    (folder,) = re.findall(r"^WORKDIR (.+)$", run, re.MULTILINE)
+    assert folder == "/"
     assert "--mount=type=cache" in DOCKERFILE
     allowed = (ROOT / ".dockerignore").read_text().split()
     assert "*" in allowed

