@@ -264,6 +264,11 @@ def _plan_unit(
     options = pool.vllm
     if expert.form == "steered":
         _check_steered(config, base, pool, info)
+    if expert.form == "merged" and info.quantization:
+        raise ConfigError(
+            f"experts.{base}.form: its base is quantised ({info.quantization}), and nothing can be "
+            "merged into such weights; use form: adapter"
+        )
     if expert.form == "merged" and pool.gpus > 0:
         raise ConfigError(f"experts.{base}.form: merged is for pools on CPU; on a GPU use adapter")
     exchanged = pool.slots is not None or expert.form == "merged"

@@ -8,25 +8,20 @@ from pathlib import Path
 
 import torch
 
-# What PEFT's adapters may have beyond A and B.
-_OTHER_ADAPTERS = (
-    "use_dora",
-    "modules_to_save",
-    "lora_bias",
-    "fan_in_fan_out",
-    "rank_pattern",
-    "alpha_pattern",
-    "layer_replication",
-    "trainable_token_indices",
-)
+from service.errors import ModelStoreError
+from service.models.adapters import CONFIG_NAME, keys_not_merged, refuse_variants
+
+# What a base's weight may be stored as: others are quantised, and mean something only with their
+# scales.
+_PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Delta:
     """A LoRA adapter as what it adds to full weights: strength · alpha / rank · B A.
 
     Reads PEFT's files: `base_model.model.<name>.lora_A.weight` (rank × in) and
-    `lora_B.weight` (out × rank). Raises ValueError where an adapter's tensor has
-    no weight to be added to.
+    `lora_B.weight` (out × rank). Raises ValueError where its config means other arithmetic, where a
+    tensor has no weight to be added to, and where such a weight is quantised.
     """
 
     def __init__(self, folder: Path, strength: float) -> None:
@@ -34,7 +29,7 @@ class Delta:
         from safetensors.torch import load_file
 
         try:
-            config = json.loads((folder / "adapter_config.json").read_text())
+            config = json.loads((folder / CONFIG_NAME).read_text())
             tensors = load_file(str(folder / "adapter_model.safetensors"))
             rank = int(config["r"])
             alpha = float(config["lora_alpha"])
@@ -42,9 +37,11 @@ class Delta:
             raise ValueError(
                 f"the adapter in {folder} can't be read: {type(error).__name__}: {error}"
             ) from error
-        # Each of these means other arithmetic than what is done here.
-        others = [name for name in _OTHER_ADAPTERS if config.get(name)]
-        if others:
+        try:
+            refuse_variants(config, folder / CONFIG_NAME)
+        except ModelStoreError as error:
+            raise ValueError(error.message) from error
+        if others := keys_not_merged(config):
             raise ValueError(f"the adapter in {folder} uses {others[0]}, which can't be merged")
         self._scale = strength * alpha / (rank**0.5 if config.get("use_rslora") else rank)
         self._pairs: dict[str, dict[str, torch.Tensor]] = {}
@@ -66,6 +63,12 @@ class Delta:
             pair = self._pairs.get(name)
             if pair is not None:
                 left.discard(name)
+                if weight.dtype not in _PLAIN_DTYPES:
+                    dtype = str(weight.dtype).removeprefix("torch.")
+                    raise ValueError(
+                        f"{name} is quantised ({dtype}): nothing can be merged into it; "
+                        "use form: adapter"
+                    )
                 a, b = pair["A"].float(), pair["B"].float()
                 if (b.shape[0], a.shape[1]) != weight.shape:
                     raise ValueError(

@@ -29,8 +29,38 @@ _UNSERVED = {
 # Inits that leave the base's weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ)
 # expect another base than the one on disk.
 _PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
-# What vLLM serves beside the base, and merging does not know.
-_NOT_MERGED = ("rank_pattern", "alpha_pattern", "fan_in_fan_out")
+# Keys that change nothing of what a saved adapter adds: who made it, and how it was trained.
+_NEUTRAL = frozenset(
+    {
+        "arrow_config",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
+)
 _HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>A\.weight|B\.weight|embedding_A|embedding_B)")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(?P<layer>\d+)\.")
 
@@ -62,7 +92,7 @@ def inspect_adapter(path: Path) -> AdapterInfo:
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise ModelStoreError(f"{where}: peft_type {kind!r} is not supported, only 'LORA'")
-    _refuse_variants(config, where)
+    refuse_variants(config, where)
     if not (path / _WEIGHTS_NAME).is_file():
         raise ModelStoreError(f"{path}: {_WEIGHTS_NAME} is missing")
     tensors = read_header(path / _WEIGHTS_NAME)
@@ -88,7 +118,7 @@ def inspect_adapter(path: Path) -> AdapterInfo:
         dtype=main_dtype(tensors),
         parameters=sum(tensor.elements for tensor in tensors.values()),
         weight_bytes=sum(tensor.data_bytes for tensor in tensors.values()),
-        not_merged=tuple(name for name in _NOT_MERGED if config.get(name)),
+        not_merged=keys_not_merged(config),
         shapes=_shapes(path, tensors, {rank, *ranks}),
     )
 
@@ -135,7 +165,17 @@ def name_another_base(adapter: AdapterInfo, source: str) -> str | None:
     return named if of_adapter != of_base else None
 
 
-def _refuse_variants(config: dict[str, Any], where: Path) -> None:
+def keys_not_merged(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keys of an adapter's config that merging does not follow, or that nobody here has heard of.
+
+    A key that a newer PEFT has brought may mean other arithmetic: merging computes by itself.
+    """
+    known = _NEUTRAL | _UNSERVED.keys()
+    return tuple(name for name in config if config[name] and name not in known)
+
+
+def refuse_variants(config: Mapping[str, Any], where: Path) -> None:
+    """Raises ModelStoreError where an adapter is another arithmetic than plain LoRA's."""
     for key, meaning in _UNSERVED.items():
         if config.get(key):
             raise ModelStoreError(f"{where}: {key} ({meaning}) can't be served; only plain LoRA")
