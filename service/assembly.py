@@ -280,7 +280,13 @@ class Assembly:
             self._watch.weighs(base, weights_bytes(info, settings.vllm.dtype))
         model = VllmModel(base, folder, paths)
         options = config.vllm_of(self._kind, base)
-        return VllmEngine(model, options, on_cpu=settings.gpus == 0, watch=self._watch)
+        return VllmEngine(
+            model,
+            options,
+            on_cpu=settings.gpus == 0,
+            watch=self._watch,
+            secrets=_secrets(config),
+        )
 
     def _make_sleeping(self, first: str) -> SwappingEngine:
         from service.engine.vllm import VllmEngine, VllmModel
@@ -293,7 +299,14 @@ class Assembly:
             paths = {one: str(config.experts[one].adapter) for one in units[name][1:]}
             model = VllmModel(name, folder_of(config, name), paths)
             options = config.vllm_of(self._kind, name)
-            return VllmEngine(model, options, on_cpu=False, watch=self._watch, sleep_level=level)
+            return VllmEngine(
+                model,
+                options,
+                on_cpu=False,
+                watch=self._watch,
+                sleep_level=level,
+                secrets=_secrets(config),
+            )
 
         sizes = {n: self._unit(unit).size_bytes for n, unit in units.items()} if level == 1 else {}
         return SleepingEngines(first, units, build, sizes)
@@ -314,6 +327,7 @@ class Assembly:
             canaries=self._canaries,
             watch=self._watch,
             cache=self._shared_cache(),
+            secrets=_secrets(self._config),
         )
 
     def _shared_cache(self) -> SharedCache | None:
@@ -378,6 +392,14 @@ def _signature(
     own = config.experts[unit[0]]
     parts.append(own.vllm if own.base is None else config.experts[own.base].vllm)
     return tuple(parts)
+
+
+def _secrets(config: Config) -> frozenset[str]:
+    """The environment variables that a config names: they hold keys, and addresses with one."""
+    store = config.store
+    named = [store.url_env, store.cache_url_env, *(key.key_env for key in config.keys.values())]
+    named += [one.remote.api_key_env for one in config.experts.values() if one.remote is not None]
+    return frozenset(name for name in named if name is not None)
 
 
 def _weights(config: Config, expert: str) -> Weights:

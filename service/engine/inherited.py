@@ -1,4 +1,4 @@
-"""An environment variable that one child process inherits, and others, started beside it, do not.
+"""Environment variables that one child process inherits, and others, started beside it, do not.
 
 A process has one environment for all its threads. Whoever wants a variable to have another
 value than those who are starting something now waits until they are done.
@@ -7,28 +7,41 @@ value than those who are starting something now waits until they are done.
 from __future__ import annotations
 
 import os
+import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+
+WITHHELD = object()
+"""The value of a variable that a child does not inherit at all."""
+_SECRET = re.compile(
+    r"(?:^|_)(?:APIKEYS?|KEYS?|TOKENS?|SECRETS?|PASS|PASSWORDS?|PASSWD|CREDENTIALS?)(?:_|$)"
+)
+# What names a place instead; runs know their own processes by one.
+_PLACE = re.compile(r"_(?:PATH|FILE|DIR|FOLDER|SOCK)$")
+# An address with somebody's password in it.
+_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 TUNED = "VLLM_TUNED_CONFIG_FOLDER"
 """Where vLLM looks for tuned kernel configs; its engine core reads it when it starts."""
 
 _turn = threading.Condition()
-_inside: dict[str, tuple[str | None, str | None, int]] = {}
+_inside: dict[str, tuple[str | object | None, str | None, int]] = {}
 """By variable: the value now, the value before, and how many are within."""
 
 
 @contextmanager
-def inherited(name: str, value: str | None) -> Iterator[None]:
+def inherited(name: str, value: str | object | None) -> Iterator[None]:
     """Within, the variable has `value`, and whoever wants another waits.
 
-    None: it is as it was found, for those who set nothing.
+    None: it is as it was found, for those who set nothing. WITHHELD: it is not there.
     """
     with _turn:
         _turn.wait_for(lambda: name not in _inside or _inside[name][0] == value)
         _, found, count = _inside.get(name, (None, os.environ.get(name), 0))
-        if not count and value is not None:
+        if not count and value is WITHHELD:
+            os.environ.pop(name, None)
+        elif not count and isinstance(value, str):
             os.environ[name] = value
         _inside[name] = (value, found, count + 1)
     try:
@@ -45,3 +58,34 @@ def inherited(name: str, value: str | None) -> Iterator[None]:
                 else:
                     os.environ[name] = found
             _turn.notify_all()
+
+
+def secret_variables(named: Collection[str] = ()) -> list[str]:
+    """Variables of this process that hold keys or passwords, sorted: by their names, or values.
+
+    `named`: others that do, as a config says.
+    """
+    return sorted(
+        name
+        for name, value in os.environ.items()
+        if name in named or _is_secret(name.upper(), value)
+    )
+
+
+def _is_secret(name: str, value: str) -> bool:
+    if _WITH_PASSWORD.search(value):
+        return True
+    return _SECRET.search(name) is not None and _PLACE.search(name) is None
+
+
+@contextmanager
+def without_secrets(named: Collection[str] = ()) -> Iterator[None]:
+    """Within, a child that is started inherits no keys: what runs a model needs none."""
+    with _turn:
+        # Those that another start withholds now come back at its end, and this one may go on.
+        names = {name for name, (value, _, _) in _inside.items() if value is WITHHELD}
+        names.update(secret_variables(named))
+    with ExitStack() as stack:
+        for name in sorted(names):
+            stack.enter_context(inherited(name, WITHHELD))
+        yield

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from argparse import Namespace
+from collections.abc import Collection
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from service.config import VllmOptions
 from service.engine.held import HeldReply
-from service.engine.inherited import TUNED, inherited
+from service.engine.inherited import TUNED, inherited, without_secrets
 from service.engine.protocol import (
     EngineReport,
     EngineRequest,
@@ -62,7 +63,8 @@ class VllmEngine:
     """One base and its adapters on one `AsyncLLM`.
 
     `sleep_level`: how deep it can sleep: 1 keeps its weights in host memory, 2 reads them
-    again; 0: not at all.
+    again; 0: not at all. `secrets`: environment variables that its core need not inherit, beside
+    those that look like keys.
     """
 
     def __init__(
@@ -73,8 +75,10 @@ class VllmEngine:
         on_cpu: bool,
         watch: EngineWatch | None = None,
         sleep_level: int = 0,
+        secrets: Collection[str] = (),
     ) -> None:
         self._model = model
+        self._secrets = secrets
         self._sleep_level = sleep_level
         self._options = options
         self._on_cpu = on_cpu
@@ -163,7 +167,10 @@ class VllmEngine:
         def build() -> Any:
             engine_args = AsyncEngineArgs.from_cli_args(args)
             context = UsageContext.OPENAI_API_SERVER
-            with inherited(TUNED, self._options.tuned_config_folder):
+            with (
+                without_secrets(self._secrets),
+                inherited(TUNED, self._options.tuned_config_folder),
+            ):
                 return AsyncLLM.from_vllm_config(
                     vllm_config=engine_args.create_engine_config(usage_context=context),
                     usage_context=context,

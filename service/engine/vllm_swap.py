@@ -13,7 +13,7 @@ import hashlib
 import logging
 import time
 from argparse import Namespace
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -113,10 +113,11 @@ class SwappingVllmEngine(VllmEngine):
         canaries: dict[str, Canary],
         watch: EngineWatch | None = None,
         cache: SharedCache | None = None,
+        secrets: Collection[str] = (),
     ) -> None:
         self._share = Share(cache) if cache is not None else None
         model = VllmModel(first, weights[first].folder, {})
-        super().__init__(model, options, on_cpu=on_cpu, watch=watch)
+        super().__init__(model, options, on_cpu=on_cpu, watch=watch, secrets=secrets)
         # The caller's own: experts may come and go.
         self._weights = weights
         self._first = first

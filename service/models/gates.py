@@ -22,7 +22,7 @@ _GATE = re.compile(
 )
 # Those whose gates choose by softmax and top-k, and whether they normalise the weights of the
 # chosen; None: as `norm_topk_prob` in config.json says.
-_SOFTMAX: dict[str, bool | None] = {
+STEERABLE: dict[str, bool | None] = {
     "mixtral": True,
     "granitemoe": True,
     "olmoe": False,
@@ -82,16 +82,16 @@ def moe_shape(folder: Path | str) -> MoeShape | None:
 def why_not_steerable(folder: Path | str) -> str | None:
     """Why a mixture-of-experts model's gates can't be steered, or None where they can."""
     kind = _sizes(Path(folder)).get("model_type")
-    if kind in _SOFTMAX:
+    if kind in STEERABLE:
         return None
     return (
         f"its gates are of type {kind!r}; those that can be steered choose by softmax and top-k: "
-        f"{', '.join(sorted(_SOFTMAX))}"
+        f"{', '.join(sorted(STEERABLE))}"
     )
 
 
 def _renormalizes(sizes: dict[str, Any]) -> bool:
-    known = _SOFTMAX.get(str(sizes.get("model_type")))
+    known = STEERABLE.get(str(sizes.get("model_type")))
     return bool(sizes.get("norm_topk_prob", False)) if known is None else known
 
 

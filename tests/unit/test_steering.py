@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from service.errors import InvalidProfile, ModelStoreError
+from service.models.gates import STEERABLE
 from service.models.steering import (
     LayerSteering,
     MoeShape,
@@ -85,6 +86,13 @@ def test_gates_of_another_kind_are_named(tmp_path: Path) -> None:
     why = why_not_steerable(gates(tmp_path, config, "model.layers.{}.mlp.gate.weight"))
     assert why is not None
     assert "deepseek_v3" in why
+    assert all(name in why for name in STEERABLE)
+
+
+def test_readme_lists_exactly_the_models_that_can_be_steered() -> None:
+    text = (Path(__file__).parents[2] / "service/README.md").read_text()
+    table = text.partition("| can be steered |\n| --- |\n")[2].partition("\n\n")[0]
+    assert [line.strip("| `") for line in table.splitlines()] == sorted(STEERABLE)
 
 
 def of(**settings: Any) -> SteeringProfile:
