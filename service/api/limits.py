@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from service.api.media import INNER, PARTS_DEEP, inner_parts, top_parts
 from service.api.structured_outputs import StructuredOutputBounds
 from service.config import Config
 from service.errors import HeadersTooLarge, InvalidRequest, NotAllowed
@@ -39,12 +40,13 @@ _FORBIDDEN = {
 }
 # Tools that the client runs itself. The others would have us fetch or run something.
 _CLIENT_TOOLS = frozenset({"function", "custom", None})
+# In a content part: what holds an address, and what names a file or an object in memory. They count
+# whatever type the part says that it has: vLLM goes by the keys where there is a uuid or no type.
+_ADDRESSES = ("image_url", "audio_url", "video_url", "file_url", "url", "input_image")
+# Only in a text nobody reads an address under this one: it may be where a quotation is from.
 _TEXT = frozenset({"text", "input_text", "output_text", "refusal", "thinking", "reasoning_text"})
-# In a content part: what holds an address, and what names a file or an object in memory.
-_ADDRESSES = ("image_url", "audio_url", "video_url", "file_url", "url")
-_FILES = ("file_id", "file", "image_pil", "image_embeds", "audio_embeds", "path")
-_PARTS_DEEP = 4
-_INNER = ("content", "output")
+_EMBEDDED = ("image_embeds", "audio_embeds", "video_embeds", "prompt_embeds", "image_pil")
+_FILES = ("file_id", "file", "path", *_EMBEDDED)
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 # Readers of addresses differ in what they take these for.
 _ODD = re.compile(r"[\s\\@\x00-\x20\x7f]|[^\x00-\x7f]")
@@ -115,10 +117,8 @@ class Limits:
                     "only tools of type function or custom, which the client runs, are allowed",
                     param="tools",
                 )
-        for name in ("messages", "input", "system"):
-            for i, item in enumerate(_list(data.get(name))):
-                if isinstance(item, dict):
-                    self._part(item, f"{name}[{i}]", _PARTS_DEEP)
+        for where, item in top_parts(data):
+            self._part(item, where, PARTS_DEEP)
 
     def _template_kwargs(self, given: object) -> None:
         if not isinstance(given, dict):
@@ -140,27 +140,27 @@ class Limits:
     def _part(self, part: Mapping[str, Any], where: str, deep: int) -> None:
         """A message, a part of its content, or what such a part holds."""
         for name in _ADDRESSES:
-            if name in part and _type_of(part) not in _TEXT:
+            if name in part and (name != "url" or _type_of(part) not in _TEXT):
                 self._address(part[name], f"{where}.{name}")
+        if _type_of(part) in _EMBEDDED:
+            raise NotAllowed(
+                f"`{where}` is not allowed: embeddings in place of a prompt are not accepted",
+                param=where,
+            )
         for name in _FILES:
             if part.get(name) is not None:
                 raise NotAllowed(
                     f"`{where}.{name}` is not allowed: a request can't name files", param=where
                 )
         if deep == 0:
-            if any(isinstance(part.get(name), (dict, list)) for name in ("source", *_INNER)):
+            if any(isinstance(part.get(name), (dict, list)) for name in INNER):
                 raise InvalidRequest(
-                    f"`{where}` has parts within parts more than {_PARTS_DEEP} levels deep",
+                    f"`{where}` has parts within parts more than {PARTS_DEEP} levels deep",
                     param=where.partition("[")[0],
                 )
             return
-        source = part.get("source")
-        if isinstance(source, dict):
-            self._part(source, f"{where}.source", deep - 1)
-        for name in _INNER:
-            for i, inner in enumerate(_list(part.get(name))):
-                if isinstance(inner, dict):
-                    self._part(inner, f"{where}.{name}[{i}]", deep - 1)
+        for name, inner in inner_parts(part):
+            self._part(inner, f"{where}.{name}", deep - 1)
 
     def _address(self, given: object, where: str) -> None:
         if isinstance(given, dict):

@@ -1,0 +1,86 @@
+"""What of a content part is an address or an object in memory: vLLM's own parser and our check."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from service.api.limits import Limits
+from service.api.media import media_of
+from service.config import Config
+from service.errors import CoeError
+
+LIMITS = Limits(
+    Config.model_validate({"experts": {"a": {"model": "m"}}, "pools": {"cpu": {"engine": "vllm"}}})
+)
+TYPES = (None, "text", "thinking", "refusal", "input_text", "output_text", "tool_reference")
+MEDIA = ("image_url", "audio_url", "video_url", "input_audio", "image_pil")
+EMBEDS = ("image_embeds", "audio_embeds", "video_embeds", "prompt_embeds")
+URL = "http://169.254.169.254/latest/meta-data"
+
+
+def parts() -> list[dict[str, Any]]:
+    """Every type with every key, with and without a uuid, the address alone and in an object."""
+    found = []
+    for said, key, uuid, whole in itertools.product(
+        (*TYPES, *MEDIA, *EMBEDS, "input_image", ["text"]),
+        (*MEDIA, *EMBEDS),
+        (None, "1"),
+        (False, True),
+    ):
+        part: dict[str, Any] = {"text": "x", "detail": "auto"}
+        part[key] = {"url": URL} if whole else URL
+        if said is not None:
+            part["type"] = said
+        if uuid is not None:
+            part["uuid"] = uuid
+        if said == "prompt_embeds":
+            part["data"] = "gASV"
+        found.append(part)
+    return found
+
+
+def refused(part: dict[str, Any]) -> bool:
+    try:
+        LIMITS.fields({"messages": [{"role": "user", "content": [part]}]})
+    except CoeError:
+        return True
+    return False
+
+
+def test_whatever_vllm_would_fetch_or_load_is_refused() -> None:
+    chat = pytest.importorskip("vllm.renderers.chat_utils")
+    taken = 0
+    for part in parts():
+        try:
+            kind, content = chat._parse_chat_message_content_mm_part(dict(part))
+        except Exception:
+            continue  # vLLM refuses it
+        if content is None or kind == "input_audio":
+            continue
+        if kind in chat.TEXT_PART_TYPES or kind == "tool_reference":
+            continue
+        if content == "unknown part_type content":
+            continue
+        taken += 1
+        assert refused(part), (kind, part)
+    assert taken > 100
+
+
+def test_what_vllm_takes_for_media_is_media_here() -> None:
+    chat = pytest.importorskip("vllm.renderers.chat_utils")
+    capability = {"image_url": "vision", "input_image": "vision", "video_url": "vision"}
+    capability |= {"audio_url": "audio", "input_audio": "audio"}
+    seen = set()
+    for part in parts():
+        try:
+            kind, content = chat._parse_chat_message_content_mm_part(dict(part))
+        except Exception:
+            continue
+        if content is not None and kind in capability:
+            seen.add(kind)
+            needs = media_of({"messages": [{"role": "user", "content": [part]}]}).needs
+            assert capability[kind] in needs, (kind, part)
+    assert seen == capability.keys()
