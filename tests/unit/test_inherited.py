@@ -33,7 +33,7 @@ OTHERS = {
     "KEYBOARD": "us",
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN_PATH": "/run/coe/ray-token",
-    "HF_TOKEN_PATH": "/home/x/token",
+    "HF_TOKEN_PATH": "/somewhere/token",
     "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318/a@b:c",
     "HTTP_PROXY": "http://proxy:3128",
 }
