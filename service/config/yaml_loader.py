@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any
 
 import yaml
 
@@ -31,11 +31,12 @@ _RULES: tuple[tuple[str, str, str], ...] = (
 class ConfigLoader(yaml.SafeLoader):
     """YAML's safe loader, by the rules above. Refuses a key given twice, and a second document."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    # PyYAML's resolvers are one dictionary on the class; this class begins with none of its base's.
+    yaml_implicit_resolvers = {}  # noqa: RUF012
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """As it is composed, before merge keys put others' keys into it."""
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[assignment,arg-type]
+        node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):

@@ -3,8 +3,9 @@
 Weights are safetensors and nothing else; no code from a model folder is ever run.
 """
 
+from service.models.adapters import AdapterInfo
 from service.models.catalogue import CATALOGUE, CatalogueEntry
-from service.models.inspection import AdapterInfo, ModelInfo, MoeInfo, inspect_model
+from service.models.inspection import ModelInfo, MoeInfo, inspect_model
 from service.models.progress import Progress, Silent, progress_for
 from service.models.pull import locate, pinned_source, pull
 from service.models.store import (

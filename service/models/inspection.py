@@ -242,8 +242,8 @@ def _weight_files(path: Path) -> list[Path]:
     if not shards:
         return files
     if len(shards) > 1:
-        names = ", ".join(sorted(f"{stem} in {count} parts" for stem, count in shards))
-        raise ModelStoreError(f"{path}: several sets of shards and no {_INDEX}: {names}")
+        sets = ", ".join(sorted(f"{stem} in {count} parts" for stem, count in shards))
+        raise ModelStoreError(f"{path}: several sets of shards and no {_INDEX}: {sets}")
     (((stem, count), numbered),) = shards.items()
     missing = [number for number in range(1, min(count, 10_000) + 1) if number not in numbered]
     if missing:

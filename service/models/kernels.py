@@ -11,7 +11,8 @@ from pathlib import Path
 
 from service.config import Config, VllmOptions
 from service.errors import ConfigError
-from service.models.inspection import AdapterInfo, ModelInfo, MoeInfo
+from service.models.adapters import AdapterInfo
+from service.models.inspection import ModelInfo, MoeInfo
 
 # Those that vLLM has for weights that are not quantised; others stop its start.
 _UNQUANTIZED = (

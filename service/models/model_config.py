@@ -46,8 +46,10 @@ def optional_integer(sizes: dict[str, Any], *keys: str) -> int | None:
     """The first of the keys that holds a number, as a whole one."""
     for key in keys:
         value = sizes.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
         # Compared so, as a whole number may be too large for a float, and infinity for a whole one.
-        if type(value) in (int, float) and -_MAX_NUMBER <= value <= _MAX_NUMBER:
+        if -_MAX_NUMBER <= value <= _MAX_NUMBER:
             return int(value)
     return None
 

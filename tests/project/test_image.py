@@ -178,7 +178,8 @@ def test_redis_itself_is_the_first_process_of_its_container() -> None:
 def test_prometheus_scrapes_the_service_by_its_name() -> None:
     path = ROOT / "deploy" / "prometheus" / "prometheus.yml"
     (job,) = yaml.safe_load(path.read_text())["scrape_configs"]
-    assert job["static_configs"] == [{"targets": ["coe:8000"]}]
+    config = load_config(ROOT / "deploy" / "config" / "compose.yaml")
+    assert job["static_configs"] == [{"targets": [f"coe:{config.telemetry.metrics_port}"]}]
 
 
 @pytest.mark.parametrize(
