@@ -4,13 +4,18 @@ Amounts travel as strings of digits, because Redis' JSON keeps 14 digits of a nu
 Names below `{prefix}:`
 
 - `a:ACCOUNT` hash: `s<start>` spent and `r<start>` reserved in the window (or piece of one)
-  that starts then, `h` held by slices, `w` when a claim was refused while there were slices
+  that starts then (later than now: a debt), `h` held by slices, `w` when a claim was refused while
+  there were slices
 - `own:OWNER` hash: claim → its lines; `sl:OWNER` hash: account → slice; `o:OWNER` hash: numbers
   of the last beat and of the last notes; `owners` sorted set: owner → end of its lease
 - `heard`: when anybody was last heard of; `gone:ID`, `lapsed:ID`: what became of claims
 - `n:NAME` hash: notes
 - `t:TABLE` hash: record → its value; `tv:TABLE`: another one whenever a record changed
 """
+
+from __future__ import annotations
+
+from service.store.protocol import MOST_WINDOWS_OWED
 
 PRELUDE = """
 local P, A = ARGV[1], cjson.decode(ARGV[2])
@@ -187,19 +192,52 @@ return cjson.encode({tokens = int(tokens), amounts = amounts, starts = starts})
 """
 )
 
-# `lines`: {account, start, reserved, used}. `offline`: granted from a slice. `unknown`: whether
-# the claim was ever granted is not known; if it comes later, it comes to nothing.
+# `lines`: {account, start, reserved, used, limit, length, part}; part is 0 but in a sliding window.
+# `offline`: granted from a slice. `unknown`: whether the claim was ever granted is not known; if it
+# comes later, it comes to nothing.
 SETTLE = (
     PRELUDE
+    + f"local MOST_OWED = {MOST_WINDOWS_OWED}"
     + """
-local function charge(line)
-  if tonumber(line[4]) ~= 0 then
-    redis.call('HINCRBY', key('a:' .. line[1]), 's' .. line[2], line[4])
-    redis.call('EXPIRE', key('a:' .. line[1]), 70 * DAY_S, 'NX')
+local function add(line, start, amount)
+  if amount == 0 then return end
+  redis.call('HINCRBY', key('a:' .. line[1]), 's' .. start, int(amount))
+  redis.call('EXPIRE', key('a:' .. line[1]), 70 * DAY_S, 'NX')
+end
+-- More was used than reserved: what this window has no room for is a debt of the next ones.
+local function owe(line, over)
+  local limit, length, part = tonumber(line[5]), tonumber(line[6]), tonumber(line[7])
+  local piece = now - now % part
+  local taken = {}
+  local flat = redis.call('HGETALL', key('a:' .. line[1]))
+  for i = 1, #flat, 2 do
+    local kind, later = string.sub(flat[i], 1, 1), 0
+    if kind == 's' or kind == 'r' then
+      local at = tonumber(string.sub(flat[i], 2))
+      if at < piece - length then later = nil
+      elseif at > piece then later = math.min(math.ceil((at - piece) / length), MOST_OWED) end
+    elseif kind ~= 'h' then
+      later = nil
+    end
+    if later then taken[later] = (taken[later] or 0) + tonumber(flat[i + 1]) end
+  end
+  for later = 0, MOST_OWED do
+    local put = math.min(over, math.max(0, limit - (taken[later] or 0)))
+    if later == MOST_OWED then put = over end
+    add(line, int(piece + later * length), put)
+    over = over - put
+    if over <= 0 then return end
   end
 end
+local function charge(line, counts)
+  local reserved, used = tonumber(line[3]), tonumber(line[4])
+  local within = used
+  if line[7] ~= '0' then within = math.min(used, reserved) end
+  if counts then add(line, line[2], within) end
+  if used > within then owe(line, used - within) end
+end
 local function charge_all()
-  for _, line in ipairs(A.lines) do charge(line) end
+  for _, line in ipairs(A.lines) do charge(line, true) end
 end
 
 if A.offline then
@@ -208,10 +246,9 @@ if A.offline then
 elseif redis.call('HDEL', key('own:' .. A.owner), A.id) == 1 then
   for _, line in ipairs(A.lines) do
     local name, field = key('a:' .. line[1]), 'r' .. line[2]
-    if redis.call('HEXISTS', name, field) == 1 then
-      redis.call('HINCRBY', name, field, int(-tonumber(line[3])))
-      charge(line)
-    end
+    local counts = redis.call('HEXISTS', name, field) == 1
+    if counts then redis.call('HINCRBY', name, field, int(-tonumber(line[3]))) end
+    charge(line, counts)
   end
 elseif redis.call('DEL', key('lapsed:' .. A.id)) == 1 then
   charge_all()

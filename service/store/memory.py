@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from service.store.protocol import (
+    MOST_WINDOWS_OWED,
     Account,
     Balance,
     Claim,
@@ -98,10 +99,15 @@ class MemoryStore:
         ):
             # Its window may be over, and the account forgotten.
             counts = self._accounts.get(line.account.name)
+            sliding = line.account.window.kind == "sliding"
+            within = min(spent, amount) if sliding else spent
             if counts is not None and start in counts.reserved:
                 counts.reserved[start] -= amount
-                if spent:
-                    counts.spent[start] = counts.spent.get(start, 0) + spent
+                if within:
+                    counts.spent[start] = counts.spent.get(start, 0) + within
+            if spent > within:
+                now_ms = int(now_s * 1000)
+                _owe(self._counts(line.account, now_ms), line.account, spent - within, now_ms)
         if note is not None:
             _, noted = self._notes.get(note.name, (0.0, {}))
             for name, count in note.counts.items():
@@ -166,6 +172,27 @@ class MemoryStore:
 
 def _taken(counts: _Counts) -> int:
     return sum(counts.spent.values()) + sum(counts.reserved.values())
+
+
+def _owe(counts: _Counts, account: Account, over: int, now_ms: int) -> None:
+    """Charge what a claim used beyond what it had reserved: what this window has no room for
+    is a debt, to be worked off in the next ones."""
+    length_ms = account.window.length_ms
+    piece = account.window.span(now_ms)[0]
+    taken = [0] * (MOST_WINDOWS_OWED + 1)
+    for start, amount in (*counts.spent.items(), *counts.reserved.items()):
+        later = max(0, -((piece - start) // length_ms))
+        taken[min(later, MOST_WINDOWS_OWED)] += amount
+    for window in range(MOST_WINDOWS_OWED + 1):
+        put = min(over, max(0, account.limit - taken[window]))
+        if window == MOST_WINDOWS_OWED:
+            put = over
+        if put:
+            start = piece + window * length_ms
+            counts.spent[start] = counts.spent.get(start, 0) + put
+        over -= put
+        if not over:
+            return
 
 
 def _refusal(line: Line, least: int, counts: _Counts, now_ms: int) -> Refused:

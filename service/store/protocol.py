@@ -16,6 +16,9 @@ from typing import Protocol
 
 from service.store.windows import Window
 
+MOST_WINDOWS_OWED = 1440
+"""How many sliding windows a debt is spread over at the most: of minutes a day."""
+
 
 @dataclass(frozen=True, slots=True)
 class Account:
@@ -135,7 +138,11 @@ class Store(Protocol):
         """
 
     async def settle(self, granted: Granted, used: Sequence[int], note: Note | None) -> None:
-        """Put `used`, line by line, in the place of what was reserved. Never lost, never twice."""
+        """Put `used`, line by line, in the place of what was reserved. Never lost, never twice.
+
+        Of a sliding window more may be used than was reserved: the rest is charged now, and what
+        this window has no room for in the next ones, of which each takes as much as the limit.
+        """
 
     async def balances(self, accounts: Sequence[Account]) -> list[Balance]:
         """The accounts as of now."""

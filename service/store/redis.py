@@ -33,7 +33,8 @@ from service.store.protocol import Account, Balance, Claim, Granted, Note, Refus
 log = logging.getLogger("coe.store")
 
 _CONNECTIONS = 64
-Lines = Sequence[tuple[str, int, int, int]]
+# Account, start, reserved, used; limit, and length and part of a sliding window.
+Lines = Sequence[tuple[str, int, int, int, int, int, int]]
 
 
 # What a refusal means, by its class and by its first word. Their own words are not told: they may
@@ -184,7 +185,7 @@ class RedisClient:
     async def settle(
         self, claim_id: str, lines: Lines, note: Note | None, *, offline: bool = False
     ) -> None:
-        """Put `used` in the place of what was reserved: account, start, reserved, used."""
+        """Put `used` in the place of what was reserved."""
         await self._run(
             "settle",
             id=claim_id,
@@ -230,7 +231,7 @@ class RedisClient:
         await self._run(
             "restore",
             claims=[
-                {"id": claim_id, "lines": [[n, str(start), str(r)] for n, start, r, _ in lines]}
+                {"id": claim_id, "lines": [[n, str(start), str(r)] for n, start, r, *_ in lines]}
                 for claim_id, lines in claims
             ],
         )

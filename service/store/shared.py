@@ -20,6 +20,7 @@ from service.store.ending import end
 from service.store.protocol import Account, Balance, Claim, Granted, Health, Note, Refused
 from service.store.redis import Lines, RedisClient
 from service.store.slices import Slices
+from service.store.windows import Window
 
 log = logging.getLogger("coe.store")
 
@@ -40,7 +41,7 @@ class _Owed:
 
     @property
     def lines(self) -> Lines:
-        """Account, start, reserved, used."""
+        """As the client takes them."""
         assert self.granted is not None
         assert self.used is not None
         return lines_of(self.granted, self.used)
@@ -49,11 +50,23 @@ class _Owed:
 def lines_of(granted: Granted, used: Sequence[int]) -> Lines:
     """As the client takes them."""
     return [
-        (line.account.name, start, amount, spent)
+        (
+            line.account.name,
+            start,
+            amount,
+            spent,
+            line.account.limit,
+            *_sliding(line.account.window),
+        )
         for line, start, amount, spent in zip(
             granted.claim.lines, granted.starts_ms, granted.amounts, used, strict=True
         )
     ]
+
+
+def _sliding(window: Window) -> tuple[int, int]:
+    """Length and piece of a sliding window in ms; of others 0."""
+    return (window.length_ms, window.part_ms) if window.kind == "sliding" else (0, 0)
 
 
 class SharedStore:

@@ -105,6 +105,35 @@ async def test_what_was_not_used_is_free_again(tried: Tried) -> None:
     assert (after.spent, after.reserved) == (35, 0)
 
 
+async def test_settle_more_than_was_reserved_is_a_debt_of_the_next_windows(tried: Tried) -> None:
+    got = await tried.granted(Line(TOKENS, 10))
+    tried.clock.now_s += 5
+    await tried.store.settle(got, [350], None)
+    began_s = tried.clock.now_s
+    assert (await tried.balance(TOKENS)).spent == 350
+    granted = 0
+    while tried.clock.now_s - began_s < 600:
+        answer = await tried.take(Line(TOKENS, 50))
+        if isinstance(answer, Granted):
+            await tried.store.settle(answer, [50], None)
+            granted += 50
+            continue
+        assert answer.retry_after_s is not None
+        tried.clock.now_s += answer.retry_after_s
+    # In ten minutes ten times the limit, the debt included; the windows' pieces cost a little.
+    assert 350 + granted <= 10 * TOKENS.limit
+    assert 350 + granted >= 9 * TOKENS.limit
+
+
+async def test_settle_a_request_longer_than_the_window_is_charged_what_it_had_not_reserved(
+    tried: Tried,
+) -> None:
+    got = await tried.granted(Line(TOKENS, 10))
+    tried.clock.now_s += 400
+    await tried.store.settle(got, [95], None)
+    assert (await tried.balance(TOKENS)).spent == 85
+
+
 async def test_settling_twice_charges_once(tried: Tried) -> None:
     got = await tried.granted(Line(COST, 10, 2.5), tokens=100)
     for _ in range(3):

@@ -40,7 +40,12 @@ lines = st.lists(
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("claim"), lines, st.integers(0, 1000), st.integers(0, 3)),
-        st.tuples(st.just("settle"), st.integers(0, 20), st.integers(0, 400)),
+        st.tuples(
+            st.just("settle"),
+            st.integers(0, 20),
+            st.integers(0, 400),
+            st.sampled_from([0, 0, 1, 900, 5000, 3 * 10**6]),
+        ),
         st.tuples(st.just("wait"), st.sampled_from([0.1, 1.0, 7.3, 61.0, 90_000.0, 2_700_000.0])),
     ),
     max_size=30,
@@ -92,9 +97,15 @@ async def _same(
                     held.append((one, other))
                 else:
                     assert isinstance(one, Refused)
-            case ("settle", which, used) if held:
+            case ("settle", which, used, over) if held:
                 one, other = held.pop(which % len(held))
-                amounts = [min(used, amount) for amount in one.amounts]
+                # Of sliding windows more may be used than was reserved.
+                amounts = [
+                    amount + over
+                    if over and line.account.window.kind == "sliding"
+                    else min(used, amount)
+                    for line, amount in zip(one.claim.lines, one.amounts, strict=True)
+                ]
                 note = Note("n", {"used": sum(amounts)}, 10**6)
                 await memory.settle(one, amounts, note)
                 await shared.settle(other, amounts, note)
