@@ -27,8 +27,8 @@ _CONNECTIONS = 4096
 def prepare(run_dir: Path, server: ServerConfig, lobby: Path) -> None:
     """Set the variables for a cluster of our own on this machine, with its files in `run_dir`.
 
-    HAProxy's own pages listen where the service does. `lobby`: the Unix socket that
-    answers what no gateway can.
+    HAProxy listens where the config says; its own pages, and the gateways behind it, on loopback.
+    `lobby`: the Unix socket that answers what no gateway can.
     """
     haproxy = run_dir / "haproxy"
     haproxy.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,11 @@ its own use: they are removed, as is an x-request-id that is no such thing, on w
 Serve's replica would fail with a plain 500. What it has no gateway for goes to the lobby,
 with which it shares the port for a moment (its option -dR would forbid that).
 
+Serve opens more than it needs to: statistics and metrics on every interface, and a socket with
+which any user of the machine may reconfigure HAProxy. Both are narrowed. A body on GET is refused,
+because Serve's replica would read it without bound while an event stream runs, and so is an
+upgrade to a websocket, which nothing here speaks.
+
 What can't be changed: HAProxy (2.8) answers what does not parse as HTTP, and heads that come
 too slowly, in its connection layer, with HTML that is built in. No rule is asked there and no
 errorfile; an empty one would only leave out the answer.
@@ -40,6 +45,7 @@ exec {binary} "$@"
 # Serve's controls, which a client could turn against us: keep a request running that
 # nobody waits for, end it with an answer in no shape of ours, pick a replica.
 _STRIPPED = (
+    "http-request del-header upgrade",
     "http-request del-header x-request-disconnect-disabled",
     "http-request del-header x-request-timeout-seconds",
     "http-request del-header x-session-id",
@@ -48,6 +54,20 @@ _STRIPPED = (
     "http-request del-header x-request-id if { req.fhdr(x-request-id) -m found } "
     "!{ req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{1,128}$ }",
     "http-response del-header server",
+)
+# Requests that are refused with a page of ours: file, message, condition.
+_REFUSED = (
+    (
+        "websocket",
+        "websockets are not spoken here: ask over plain HTTP",
+        "{ req.hdr(upgrade) -i -m sub websocket }",
+    ),
+    (
+        "body",
+        "GET and HEAD take no body",
+        "METH_GET { req.hdr_val(content-length) gt 0 } or "
+        "METH_GET { req.hdr(transfer-encoding) -m found }",
+    ),
 )
 _REASONS = {
     400: "Bad Request",
@@ -85,15 +105,23 @@ _ANSWERS: tuple[tuple[Sequence[int], int, str, str, str], ...] = (
 def write_wrapper(
     folder: Path,
     *,
-    host: str,
     own_ports: Sequence[int],
     header_timeout_s: int,
     lobby: Path | None,
+    host: str | None = None,
 ) -> Path:
     """Write the program to start in HAProxy's place, into its folder.
 
-    `own_ports`: those of its statistics and metrics, which are bound to `host` then.
-    `lobby`: the Unix socket of what answers while no gateway can; None: nobody does.
+    Args:
+        folder: Where the program and its files are put.
+        own_ports: Those of its statistics and metrics, which are bound to loopback then.
+        header_timeout_s: How long a request's headers may take, in s.
+        lobby: The Unix socket of what answers while no gateway can; None: nobody does.
+        host: The address to listen on where Serve was told 127.0.0.1, so that its gateways'
+            own ports are reached from this machine only; None: as Serve was told.
+
+    Returns:
+        The program's path.
     """
     pages = folder / "errors"
     pages.mkdir(parents=True, exist_ok=True)
@@ -102,19 +130,27 @@ def write_wrapper(
         page = pages / f"{status}.http"
         page.write_bytes(_page(status, kind, code, message))
         lines += [f"errorfile {number} {page}" for number in theirs]
+    denied = []
+    for name, message, condition in _REFUSED:
+        page = pages / f"{name}.http"
+        page.write_bytes(_page(400, "invalid_request_error", "invalid_request_error", message))
+        denied.append(f"http-request deny deny_status 400 errorfile {page} if {condition}")
     ports = "|".join(f"({port})" for port in own_ports)
     to_lobby = (
         rf"s#^( *)http-request return status 404 .*/-/routes .*#\1server lobby unix@{lobby}#" "\n"
     )
     (folder / "rules.sed").write_text(
-        rf"s/^( *bind )\*?:({ports})$/\1{host}:\2/"
+        rf"s/^( *bind )\*?:({ports})$/\1127.0.0.1:\2/"
+        "\n"
+        r"s/^( *stats socket .* mode )666 /\1600 /"
         "\n"
         r"/^ *errorfile 50[0-9] .*$/d"
         "\n"
         + (to_lobby if lobby is not None else "")
         + _after("^defaults *$", lines)
         + "/^frontend http_frontend/,/^ *bind /{\n"
-        + _after("^ *bind ", _STRIPPED)
+        + (rf"s/^( *bind )127\.0\.0\.1:/\1{_bracketed(host)}:/" "\n" if host is not None else "")
+        + _after("^ *bind ", [*denied, *_STRIPPED])
         + "}\n"
     )
     wrapper = folder / "haproxy.sh"
@@ -134,12 +170,16 @@ def main() -> None:
     print(
         write_wrapper(
             folder,
-            host="127.0.0.1",
             own_ports=(8404, 9101),
             header_timeout_s=timeout_s,
             lobby=None,
         )
     )
+
+
+def _bracketed(host: str) -> str:
+    """An address as it stands before a port."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _after(pattern: str, lines: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import orjson
 
 from service.api.endpoints import TABLE, Endpoint
+from service.api.hosted_tools import leave_out_hosted_tools
 from service.errors import InvalidRequest
 from service.link.call import trace_of
 from service.types import NOBODY, Tenant
@@ -33,7 +34,8 @@ class Asked:
     `cache`: which answers that were kept will do.
     `max_cost`: the most that all calls for it may cost together, in the unit of prices.
     `combinable`: several experts may be asked for one answer. `clipped`: what its answers were
-    cut to, in tokens, where that is less than the client asked for.
+    cut to, in tokens, where that is less than the client asked for. `left_out`: types of tools
+    that were taken out, because the service does not run them.
     """
 
     endpoint: str
@@ -53,6 +55,7 @@ class Asked:
     cache: CacheWish = "off"
     combinable: bool = False
     clipped: int | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def prompt_tokens(self) -> int:
@@ -162,6 +165,7 @@ def read_asked(
         )
     _check_prompt(endpoint, data)
     _check_integers(data)
+    left_out = leave_out_hosted_tools(endpoint, data)
     wishes = _wishes(data.pop("coe", None), headers)
     request_id = secrets.token_hex(12)
     given = headers.get(b"x-request-id", b"")
@@ -171,8 +175,8 @@ def read_asked(
         stream=stream,
         needs=_needs(endpoint, data),
         data=data,
-        # Without our own key and without nulls: engines would refuse them.
-        raw=b"" if wishes.own_key or unset else raw,
+        # Without our own key, nulls and tools that nobody runs: engines would refuse them.
+        raw=b"" if wishes.own_key or unset or left_out else raw,
         request_id=request_id,
         client_id=given.decode() if _GIVEN_ID.match(given) else request_id,
         tenant=tenant,
@@ -183,6 +187,7 @@ def read_asked(
         max_cost=wishes.max_cost,
         cache=_cache(headers),
         combinable=_combinable(endpoint, data),
+        left_out=left_out,
     )
 
 

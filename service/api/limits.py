@@ -39,7 +39,7 @@ _FORBIDDEN = {
     "include_server_logs": "an engine's insides are not given out",
 }
 # Tools that the client runs itself. The others would have us fetch or run something.
-_CLIENT_TOOLS = frozenset({"function", "custom", None})
+_CLIENT_TOOLS = frozenset({"function", "custom", "namespace", None})
 # In a content part: what holds an address, and what names a file or an object in memory. They count
 # whatever type the part says that it has: vLLM goes by the keys where there is a uuid or no type.
 _ADDRESSES = ("image_url", "audio_url", "video_url", "file_url", "url", "input_image")
@@ -111,12 +111,15 @@ class Limits:
         self._structured_outputs.check(data)
         self._template_kwargs(data.get("chat_template_kwargs"))
         for i, tool in enumerate(_list(data.get("tools"))):
-            if isinstance(tool, dict) and _type_of(tool) not in _CLIENT_TOOLS:
-                raise NotAllowed(
-                    f"`tools[{i}]`: the service runs no tools of its own; "
-                    "only tools of type function or custom, which the client runs, are allowed",
-                    param="tools",
-                )
+            # A namespace holds tools of its own.
+            inner = _list(tool.get("tools")) if isinstance(tool, dict) else []
+            for one in (tool, *inner):
+                if isinstance(one, dict) and _type_of(one) not in _CLIENT_TOOLS:
+                    raise NotAllowed(
+                        f"`tools[{i}]`: the service runs no tools of its own; only tools of type "
+                        "function, custom or namespace, which the client runs, are allowed",
+                        param="tools",
+                    )
         for where, item in top_parts(data):
             self._part(item, where, PARTS_DEEP)
 

@@ -95,6 +95,8 @@ class Prompts:
                     route_s = passage.route_ms / 1000
                     passage.trace.routed(category, plan.confidence, verdict.arrived_s, route_s)
                 told = _headers(plan) + self._id_header(client_id) + verdict.headers
+                if asked.left_out:
+                    told.append((b"x-coe-tools-left-out", ", ".join(asked.left_out).encode()))
                 visit = await self._cache.begin(asked, send)
                 told += visit.headers
                 if visit.hit is not None:
@@ -107,7 +109,7 @@ class Prompts:
                 answered = self._answering.answer(
                     asked, plan, told, visit.send, passage, began_s, entry.counting
                 )
-                if self._behind_serve:
+                if self._behind_serve and not _keeps_on(scope["headers"]):
                     await answered
                 else:
                     await until_gone(answered, receive)
@@ -194,6 +196,14 @@ class Prompts:
 
     def _id_header(self, client_id: str) -> list[tuple[bytes, bytes]]:
         return [] if self._behind_serve else [(b"x-request-id", client_id.encode())]
+
+
+def _keeps_on(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Whether Serve was told not to notice when the client leaves: then it is done here.
+
+    HAProxy takes that header out, but a gateway's own port can be reached without it.
+    """
+    return any(name == b"x-request-disconnect-disabled" for name, _ in headers)
 
 
 def _headers(plan: Plan) -> list[tuple[bytes, bytes]]:

@@ -52,9 +52,14 @@ class LocalCluster:
 
     def start_serve(self) -> None:
         """Start Serve's controller and HAProxy."""
+        server = self._config.server
+        # Serve binds its gateways' own ports to the same address. Our program in HAProxy's place
+        # listens where the config says, so that they need not.
+        program = os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH", "")
+        ours = Path(program).is_relative_to(self._run_dir)
         serve.start(
             proxy_location=ProxyLocation.HeadOnly,
-            http_options=HTTPOptions(host=self._config.server.host, port=self._config.server.port),
+            http_options=HTTPOptions(host="127.0.0.1" if ours else server.host, port=server.port),
         )
 
     def deploy(self, secret_path: Path, admin_key_path: Path) -> None:

@@ -189,6 +189,7 @@ def stream_error(
         response: The response object that a Responses stream began with, if it told one: it is
             told again as failed.
     """
+    told: dict[str, Any]
     if dialect is Dialect.MESSAGES:
         told = {"type": "error", "error": _anthropic_detail(detail, status)}
         return b"event: error\ndata: " + orjson.dumps(told) + b"\n\n"

@@ -19,6 +19,8 @@ _ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
     "--no-first-run",
+    # Names of other sites that lead here.
+    "--host-resolver-rules=MAP attacker.example 127.0.0.1, MAP friend.example 127.0.0.1",
 )
 
 

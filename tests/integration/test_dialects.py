@@ -234,3 +234,12 @@ async def test_messages_are_refused_in_anthropic_s_shape_before_they_are_read() 
                     kind,
                 )
 
+
+
+async def test_tools_that_nobody_runs_are_left_out_and_named() -> None:
+    async with remote() as s:
+        tools = [{"type": "web_search"}, TOOL, {"type": "web_search"}]
+        status, headers, _ = await s.ask(body_of(RESPONSES, tools=tools), RESPONSES)
+        assert (status, headers["x-coe-tools-left-out"]) == (200, "web_search")
+        status, headers, _ = await s.ask(body_of(RESPONSES, tools=[TOOL]), RESPONSES)
+        assert (status, "x-coe-tools-left-out" in headers) == (200, False)

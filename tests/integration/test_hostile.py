@@ -22,6 +22,8 @@ pytestmark = pytest.mark.cluster
 
 CONFIG = {
     "server": {
+        "host": "0.0.0.0",
+        "open": True,
         "drain_s": 5,
         "max_body_bytes": 12_000_000,
         "limits": {
@@ -62,12 +64,8 @@ def connect(service: Service) -> socket.socket:
 def request(
     body: bytes = BODY, headers: bytes = b"", path: bytes = b"/v1/chat/completions"
 ) -> bytes:
-    head = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n%s\r\n" % (
-        path,
-        len(body),
-        headers,
-    )
-    return head + body
+    head = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n" % path
+    return head + b"content-length: %d\r\n%s\r\n" % (len(body), headers) + body
 
 
 def read_reply(made: socket.socket) -> tuple[int, dict[bytes, bytes], bytes]:
@@ -186,7 +184,8 @@ def test_half_a_head_and_half_a_body_are_given_up(service: Service) -> None:
 def test_a_body_that_trickles_is_given_up(service: Service) -> None:
     with closing(connect(service)) as made:
         made.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n\r\n"
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+            b"content-type: application/json\r\ncontent-length: 900\r\n\r\n"
         )
         made.settimeout(0.2)
         data = b""
@@ -208,10 +207,35 @@ def test_a_prompt_of_ten_megabytes(service: Service) -> None:
     ).encode()
     assert ask(service, request(body))[0] == 200
     declared = (
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"content-length: 99999999999\r\n\r\n"
     )
     assert ask(service, declared)[0] == 413
     assert works(service)
+
+
+def test_on_every_interface_the_service_alone_listens(service: Service) -> None:
+    """Serve's gateways, and HAProxy's statistics, are reached from this machine only."""
+    # Ray's own ports in these processes need its token.
+    found = [
+        (one.address, one.port)
+        for one in service.listening()
+        if "haproxy" in one.process or 30000 <= one.port < 32000
+    ]
+    assert any(30000 <= port < 31000 for _, port in found)
+    assert ("0.0.0.0", service.port) in found
+    assert {address for address, port in found if port != service.port} == {"127.0.0.1"}
+
+
+def test_a_gateway_s_own_port_lets_nobody_keep_a_generation(service: Service) -> None:
+    ports = [one.port for one in service.listening() if GATEWAY in one.process]
+    body = {"model": "general", "messages": [{"role": "user", "content": "x"}], "stream": True}
+    long = json.dumps({**body, "max_tokens": 1_000_000}).encode()
+    port = next(port for port in ports if 30000 <= port < 31000)
+    with closing(socket.create_connection(("127.0.0.1", port), timeout=20)) as made:
+        made.sendall(request(long, headers=b"x-request-disconnect-disabled: ?1\r\n"))
+        assert b" 200 " in made.recv(65536)
+    wait_until(lambda: running(service) == 0, "it ended with its client")
 
 
 async def test_a_thousand_connections_that_say_nothing(service: Service) -> None:

@@ -27,6 +27,7 @@ README = (ROOT / "README.md").read_text()
 SOMETIMES = {
     "x-coe-recipe",
     "x-coe-max-tokens",
+    "x-coe-tools-left-out",
     "x-coe-guard",
     "x-coe-cache",
     "x-coe-likeness",

@@ -9,7 +9,14 @@ import pytest
 
 from service import errors
 from service.errors import CoeError, UpstreamError
-from service.link.faults import detail_of, fault_of, sse_event, status_of
+from service.link.faults import (
+    Dialect,
+    detail_of,
+    dialect_of,
+    fault_of,
+    sse_event,
+    status_of,
+)
 
 STATUS = {
     "CoeError": 500,
@@ -109,3 +116,57 @@ def test_a_limit_says_when_there_is_room_and_nothing_where_there_never_is() -> N
     soon = fault_of(errors.TooMany("full", retry_after_s=2.1))
     assert (soon.status, dict(soon.headers)[b"retry-after"]) == (429, b"3")
     assert b"retry-after" not in dict(fault_of(errors.TooMany("too large")).headers)
+
+
+@pytest.mark.parametrize(
+    ("error", "final"),
+    [
+        (errors.TooMany("empty", retry_after_s=9e4, code="insufficient_quota"), True),
+        (errors.TooMany("larger than the limit"), True),
+        (errors.EngineDiedTwice("it kills engines"), True),
+        (errors.TooMany("full", retry_after_s=2), False),
+        (errors.OverCapacity("full"), False),
+        (errors.CoeError("who knows"), False),
+    ],
+)
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_clients_are_told_where_a_retry_is_vain(
+    error: CoeError, final: bool, dialect: Dialect
+) -> None:
+    told = dict(fault_of(error, dialect).headers).get(b"x-should-retry")
+    assert told == (b"false" if final else None)
+
+
+@pytest.mark.parametrize(
+    ("path", "dialect"),
+    [
+        ("/v1/messages", Dialect.MESSAGES),
+        ("/v1/messages/count_tokens", Dialect.MESSAGES),
+        ("/v1/responses", Dialect.RESPONSES),
+        ("/v1/chat/completions", Dialect.CHAT),
+        ("/v1/models", Dialect.CHAT),
+        ("/nothing", Dialect.CHAT),
+    ],
+)
+def test_a_path_has_its_clients_dialect(path: str, dialect: Dialect) -> None:
+    assert dialect_of(path) is dialect
+
+
+@pytest.mark.parametrize("name", sorted(STATUS))
+def test_anthropic_s_shape_has_a_type_that_its_clients_know(name: str) -> None:
+    fault = fault_of(CLASSES[name]("what happened"), Dialect.MESSAGES)
+    told = orjson.loads(fault.body)
+    kind = {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+        500: "api_error",
+        502: "api_error",
+        503: "overloaded_error",
+        504: "timeout_error",
+    }.get(STATUS[name], "invalid_request_error")
+    assert told == {"type": "error", "error": {"type": kind, "message": "what happened"}}
+    assert dict(fault.headers)[b"content-length"] == str(len(fault.body)).encode()
+    assert dict(fault.headers)[b"x-coe-fault"].decode() == CLASSES[name].code

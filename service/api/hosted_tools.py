@@ -1,0 +1,90 @@
+"""Tools that coding agents send with every request and that the service does not run.
+
+Agents list the tools of their provider's servers (web search, image generation) and those that
+clients run by a protocol of that provider's models (a shell, an editor) beside their own functions.
+A request is answered without them, and the reply's header names them; it is refused only where
+it insists on one. Nothing is fetched or run.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from service.errors import InvalidRequest, NotAllowed
+
+# By endpoint: which values of a tool's `type` are left out. Those that name a server, a file or a
+# sandbox stay refused: who writes them means them.
+_LEFT_OUT = {
+    "/v1/responses": re.compile(
+        r"(web_search(_preview)?|web_fetch|image_generation|local_shell|shell|apply_patch"
+        r"|tool_search)(_\d{4}_\d{2}_\d{2})?"
+    ),
+    "/v1/messages": re.compile(r"[a-z_]{1,64}_\d{8}"),
+    "/v1/messages/count_tokens": re.compile(r"[a-z_]{1,64}_\d{8}"),
+}
+
+
+def leave_out_hosted_tools(endpoint: str, data: dict[str, Any]) -> tuple[str, ...]:
+    """Take such tools out of a request's body.
+
+    Args:
+        endpoint: The path that was asked.
+        data: The body, which is changed.
+
+    Returns:
+        The types that were left out, each once, in the order in which they came.
+
+    Raises:
+        NotAllowed: `tool_choice` insists on a tool that is left out, or on any where none is left.
+    """
+    pattern, tools = _LEFT_OUT.get(endpoint), data.get("tools")
+    if pattern is None or not isinstance(tools, list):
+        return ()
+    gone = [tool for tool in tools if _is_hosted(tool, pattern)]
+    if not gone:
+        return ()
+    kinds = tuple(dict.fromkeys(str(tool["type"]) for tool in gone))
+    kept = [tool for tool in tools if not _is_hosted(tool, pattern)]
+    names = {*kinds, *(str(tool.get("name", "")) for tool in gone)}
+    _choose_among(data, kept, names, kinds)
+    data["tools"] = kept
+    if not kept:
+        del data["tools"]
+        data.pop("tool_choice", None)
+    return kinds
+
+
+def _is_hosted(tool: object, pattern: re.Pattern[str]) -> bool:
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    return isinstance(kind, str) and pattern.fullmatch(kind) is not None
+
+
+def _choose_among(
+    data: dict[str, Any], kept: list[Any], names: set[str], kinds: tuple[str, ...]
+) -> None:
+    """Hold `tool_choice` against the tools that are kept."""
+    choice = data.get("tool_choice")
+    if isinstance(choice, dict):
+        if choice.get("type") in names or choice.get("name") in names:
+            raise _insisted(kinds)
+        if choice.get("type") == "allowed_tools" and isinstance(choice.get("tools"), list):
+            allowed = [
+                one
+                for one in choice["tools"]
+                if not (isinstance(one, dict) and {one.get("type"), one.get("name")} & names)
+            ]
+            if not allowed and choice.get("mode") == "required":
+                raise _insisted(kinds)
+            data["tool_choice"] = {**choice, "tools": allowed} if allowed else "auto"
+    mode = choice.get("type") if isinstance(choice, dict) else choice
+    if not kept and mode in ("required", "any"):
+        raise _insisted(kinds)
+
+
+def _insisted(kinds: tuple[str, ...]) -> InvalidRequest:
+    return NotAllowed(
+        f"`tool_choice` insists on a tool that the service does not run ({', '.join(kinds)}); "
+        "tools that the client runs itself can be chosen",
+        param="tool_choice",
+    )

@@ -1,0 +1,134 @@
+"""Pages of other sites in a real browser: what they may send, and what they may read.
+
+`attacker.example` and `friend.example` lead to this machine for this browser only, so that a name
+which was rebound is what the browser shows to the service.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.async_api import Browser, Page
+
+from tests.support.serving import CHAT, Site, chat, serving, simulated, site
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+# What a page does: ask, and tell what it could read.
+ASK = """async ([url, options]) => {
+    try {
+        const reply = await fetch(url, options);
+        return {kind: reply.type, status: reply.status, text: await reply.text(),
+                expert: reply.headers.get("x-coe-expert")};
+    } catch (error) {
+        return {kind: "failed", status: 0, text: String(error), expert: null};
+    }
+}"""
+
+
+async def blank(scope: Any, receive: Any, send: Any) -> None:
+    """An empty page of somebody else's."""
+    del scope, receive
+    head = [(b"content-type", b"text/html")]
+    await send({"type": "http.response.start", "status": 200, "headers": head})
+    await send({"type": "http.response.body", "body": b"<!doctype html><title>x</title>"})
+
+
+@asynccontextmanager
+async def two_sites(chromium: Browser, host: str) -> AsyncIterator[tuple[Site, Page]]:
+    """The service, which knows `friend.example`, and a page of a host on another port."""
+    async with serving(blank) as other:
+        port = urlsplit(other.url).port
+        config = simulated(
+            {"cpu": {"tokens": 3}}, server={"cors_origins": [f"http://friend.example:{port}"]}
+        )
+        async with site(config) as s:
+            context = await chromium.new_context()
+            try:
+                page = await context.new_page()
+                page.set_default_timeout(20_000)
+                await page.goto(f"http://{host}:{port}/")
+                yield s, page
+            finally:
+                await context.close()
+
+
+def post(**more: Any) -> dict[str, Any]:
+    return {"method": "POST", "body": json.dumps(chat("hi", stream=True)), **more}
+
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize("host", ["attacker.example", "localhost", "127.0.0.1"])
+async def test_a_page_elsewhere_can_not_make_the_service_work(chromium: Browser, host: str) -> None:
+    async with two_sites(chromium, host) as (s, page):
+        tries = [
+            post(mode="no-cors", headers={"content-type": "text/plain"}),
+            post(mode="no-cors"),
+            post(headers=JSON),
+            post(headers={**JSON, "authorization": "Bearer x"}),
+        ]
+        for options in tries:
+            told = await page.evaluate(ASK, [s.url + CHAT, options])
+            assert told["kind"] in ("failed", "opaque"), options
+            assert told["text"] == "" or told["kind"] == "failed"
+        # A form needs no script at all.
+        await page.set_content(
+            f'<form method="post" enctype="text/plain" action="{s.url}{CHAT}">'
+            """<input name='{"model":"general","messages":[{"role":"user","content":"hi'"""
+            """ value='"}]}'></form>"""
+        )
+        await page.evaluate("document.forms[0].submit()")
+        await page.wait_for_url(s.url + CHAT)
+        assert "may not ask" in await page.content()
+        assert s.pools["cpu"].engine.asked == []
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/console/events", "/metrics"])
+async def test_a_page_elsewhere_can_not_read(chromium: Browser, path: str) -> None:
+    async with two_sites(chromium, "attacker.example") as (s, page):
+        told = await page.evaluate(ASK, [s.url + path, {}])
+        assert told["kind"] == "failed"
+
+
+async def test_a_name_that_was_rebound_reads_and_does_nothing(chromium: Browser) -> None:
+    async with two_sites(chromium, "attacker.example") as (s, page):
+        # The same origin for the browser: no preflight, and everything may be read.
+        there = f"http://attacker.example:{urlsplit(s.url).port}"
+        reply = await page.goto(there + "/console")
+        assert reply is not None
+        assert reply.status == 403
+        for path, options in ((CHAT, post(headers=JSON)), ("/v1/models", {}), ("/metrics", {})):
+            told = await page.evaluate(ASK, [there + path, options])
+            assert told["status"] == 403
+            assert "host" in told["text"]
+        assert s.pools["cpu"].engine.asked == []
+
+
+async def test_a_page_of_a_configured_origin_asks_and_reads(chromium: Browser) -> None:
+    async with two_sites(chromium, "friend.example") as (s, page):
+        headers = {**JSON, "authorization": "Bearer any", "x-stainless-os": "Linux"}
+        told = await page.evaluate(ASK, [s.url + CHAT, post(headers=headers)])
+        assert (told["status"], told["kind"], told["expert"]) == (200, "cors", "general")
+        assert told["text"].endswith("data: [DONE]\n\n")
+        told = await page.evaluate(ASK, [s.url + "/v1/models", {}])
+        assert '"general"' in told["text"]
+        wrong = {"method": "POST", "headers": JSON, "body": "{"}
+        told = await page.evaluate(ASK, [s.url + CHAT, wrong])
+        assert (told["status"], "valid JSON" in told["text"]) == (400, True)
+
+
+async def test_the_service_s_own_page_works(chromium: Browser) -> None:
+    async with two_sites(chromium, "localhost") as (s, page):
+        for host in ("127.0.0.1", "localhost"):
+            there = f"http://{host}:{urlsplit(s.url).port}"
+            await page.goto(there + "/console")
+            told = await page.evaluate(ASK, [CHAT, post(headers=JSON)])
+            assert (told["status"], told["kind"]) == (200, "basic")
+

@@ -1,0 +1,203 @@
+"""The real HAProxy with a configuration as Serve writes it, started by our program in its place."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from ray.serve._private import haproxy_templates
+
+from service.haproxy import write_wrapper
+
+# The lines of Serve's own file that we change, and those between.
+CONFIG = """global
+    stats socket {folder}/admin.sock mode 666 level admin expose-fd listeners
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 5s
+    timeout server 5s
+    errorfile 502 {folder}/none
+frontend prometheus
+    bind :{metrics}
+    mode http
+    http-request use-service prometheus-exporter if {{ path /metrics }}
+frontend http_frontend
+    bind 127.0.0.1:{port}
+    default_backend gateway
+backend gateway
+    server one 127.0.0.1:{gateway}
+listen stats
+  bind *:{stats}
+  stats enable
+  stats uri /stats
+"""
+
+
+class Gateway(BaseHTTPRequestHandler):
+    """Tells the headers that it got."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        body = json.dumps({k.lower(): v for k, v in self.headers.items()}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@dataclass
+class Running:
+    folder: Path
+    ports: dict[str, int]
+
+    def ask(self, raw: bytes) -> tuple[int, Any]:
+        """Send bytes, read a reply: status and JSON."""
+        with closing(socket.create_connection(("127.0.0.1", self.ports["port"]), 5)) as made:
+            made.sendall(raw)
+            data = b""
+            while b"\r\n\r\n" not in data:
+                data += made.recv(65536)
+            head, _, body = data.partition(b"\r\n\r\n")
+            length = int(re.search(rb"(?i)content-length: (\d+)", head)[1])  # type: ignore[index]
+            while len(body) < length:
+                body += made.recv(65536)
+            return int(head.split()[1]), json.loads(body)
+
+
+def free_ports(count: int) -> list[int]:
+    made = [socket.socket() for _ in range(count)]
+    for one in made:
+        one.bind(("127.0.0.1", 0))
+    found = [one.getsockname()[1] for one in made]
+    for one in made:
+        one.close()
+    return found
+
+
+@contextmanager
+def running(folder: Path, host: str | None) -> Iterator[Running]:
+    names = ("port", "metrics", "stats")
+    ports = dict(zip(names, free_ports(3), strict=True))
+    own = (ports["stats"], ports["metrics"])
+    program = write_wrapper(folder, own_ports=own, header_timeout_s=5, lobby=None, host=host)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Gateway)
+    Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    config = folder / "haproxy.cfg"
+    config.write_text(CONFIG.format(folder=folder, gateway=server.server_address[1], **ports))
+    process = subprocess.Popen([program, "-db", "-f", str(config)])
+    try:
+        end_s = time.monotonic() + 10
+        while time.monotonic() < end_s and not listens("127.0.0.1", ports["port"]):
+            assert process.poll() is None
+            time.sleep(0.05)
+        yield Running(folder, ports)
+    finally:
+        process.terminate()
+        process.wait(10)
+        server.shutdown()
+        server.server_close()
+
+
+def listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running(tmp_path_factory.mktemp("haproxy"), None) as made:
+        yield made
+
+
+def test_serve_s_template_has_the_lines_that_are_changed() -> None:
+    text = "".join(v for v in vars(haproxy_templates).values() if isinstance(v, str))
+    for line in (
+        "stats socket {{ config.socket_path }} mode 666 level admin",
+        "frontend http_frontend\n    bind {{ config.frontend_host }}:{{ config.frontend_port }}",
+        "bind :{{ config.metrics_port }}",
+        "bind *:{{ config.stats_port }}",
+    ):
+        assert line in text
+
+
+def test_statistics_are_on_loopback_and_the_admin_socket_is_its_owner_s(proxy: Running) -> None:
+    for name in ("metrics", "stats"):
+        assert listens("127.0.0.1", proxy.ports[name])
+        # Bound to every interface it would answer there too.
+        assert not listens("127.0.0.2", proxy.ports[name])
+    assert stat.S_IMODE((proxy.folder / "admin.sock").stat().st_mode) == 0o600
+
+
+def test_the_service_listens_where_the_config_says(tmp_path: Path) -> None:
+    with running(tmp_path, "0.0.0.0") as made:
+        assert listens("127.0.0.2", made.ports["port"])
+        assert not listens("127.0.0.2", made.ports["stats"])
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+@pytest.mark.parametrize(
+    "announced",
+    [b"content-length: 5\r\n\r\nhello", b"transfer-encoding: chunked\r\n\r\n5\r\nhello"],
+)
+def test_a_body_on_get_is_refused(proxy: Running, method: bytes, announced: bytes) -> None:
+    if method == b"HEAD":
+        with closing(socket.create_connection(("127.0.0.1", proxy.ports["port"]), 5)) as made:
+            made.sendall(b"HEAD / HTTP/1.1\r\nhost: x\r\n" + announced)
+            assert made.recv(65536).startswith(b"HTTP/1.1 400")
+        return
+    status, told = proxy.ask(b"GET /console/events HTTP/1.1\r\nhost: x\r\n" + announced)
+    assert (status, told["error"]["message"]) == (400, "GET and HEAD take no body")
+
+
+@pytest.mark.parametrize("bare", [b"", b"content-length: 0\r\n"])
+def test_a_get_without_one_passes(proxy: Running, bare: bytes) -> None:
+    assert proxy.ask(b"GET / HTTP/1.1\r\nhost: x\r\n" + bare + b"\r\n")[0] == 200
+
+
+def test_a_websocket_is_refused_and_other_upgrades_are_ignored(proxy: Running) -> None:
+    upgrade = b"connection: upgrade\r\nupgrade: %s\r\nsec-websocket-version: 13\r\n"
+    key = b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    head = b"GET / HTTP/1.1\r\nhost: x\r\n"
+    status, told = proxy.ask(head + upgrade % b"WebSocket" + key)
+    assert (status, told["error"]["code"]) == (400, "invalid_request_error")
+    status, told = proxy.ask(head + upgrade % b"h2c" + b"\r\n")
+    assert (status, "upgrade" in told) == (200, False)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "x-request-disconnect-disabled: ?1",
+        "x-request-timeout-seconds: 1",
+        "x-session-id: a",
+        "serve_multiplexed_model_id: a",
+        "x-request-id: a b",
+    ],
+)
+def test_serve_s_own_controls_do_not_pass(proxy: Running, header: str) -> None:
+    status, told = proxy.ask(f"GET / HTTP/1.1\r\nhost: x\r\n{header}\r\n\r\n".encode())
+    assert status == 200
+    assert header.partition(":")[0] not in told
