@@ -11,12 +11,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import orjson
+
 from service.api.body import Asked
 from service.engine.protocol import Message, Send
-from service.link.usage import usages, without_usage
+from service.link.usage import reply_usage, token_counts, usage_of
 
-_INDEX = re.compile(rb'"choices"\s*:\s*\[\s*\{\s*"index"\s*:\s*(\d+)')
-_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _STREAMED = frozenset({"/v1/chat/completions", "/v1/completions"})
 # Events of other APIs that carry a piece of an answer; the rest are its frame.
 _PIECE = re.compile(rb'"type"\s*:\s*"(?:content_block_delta|response\.[a-z_.]+\.delta)"')
@@ -145,23 +145,38 @@ class Meter:
     def _event(self, line: bytes) -> bytes:
         if self._endpoint in _STREAMED or _PIECE.search(line):
             self._pieces += 1
-        self._read(line)
-        if self._each or not self._rewrites:
+        if b'"usage"' not in line:
             return line
-        if _NO_CHOICES.search(line):
-            return line if self._total or b'"usage"' not in line else b""
-        return without_usage(line) if b'"usage"' in line else line
+        try:
+            event = orjson.loads(line[5:])
+        except orjson.JSONDecodeError:
+            return line
+        if not isinstance(event, dict):
+            return line
+        if (usage := usage_of(event)) is not None:
+            prompt, completion = token_counts(usage)
+            choices = event.get("choices") if self._rewrites else None
+            first = choices[0] if isinstance(choices, list) and choices else None
+            self._note(prompt, completion, first.get("index") if isinstance(first, dict) else None)
+        if self._each or not self._rewrites or "usage" not in event:
+            return line
+        if not event.get("choices"):
+            return line if self._total else b""
+        del event["usage"]
+        return b"data: " + orjson.dumps(event) + b"\n"
 
-    def _read(self, data: bytes) -> None:
-        for usage in usages(data):
-            if not usage.told:
-                continue
-            self._told = True
-            self._pieces = 0
-            self._prompt = max(self._prompt, usage.prompt_tokens or 0)
-            completion = usage.answer_tokens or 0
-            if self._rewrites and (choice := _INDEX.search(data)) is not None:
-                # In each chunk vLLM counts the tokens of that chunk's choice.
-                self._by_choice[int(choice[1])] = completion
-                completion = sum(self._by_choice.values())
-            self._completion = max(self._completion, completion)
+    def _read(self, body: bytes) -> None:
+        """A whole reply."""
+        if (usage := reply_usage(body)) is not None:
+            self._note(usage.prompt_tokens, usage.answer_tokens, None)
+
+    def _note(self, prompt_tokens: int | None, answer_tokens: int | None, choice: Any) -> None:
+        """A usage was told. `choice`: whose, where each chunk counts its own choice's tokens."""
+        self._told = True
+        self._pieces = 0
+        self._prompt = max(self._prompt, prompt_tokens or 0)
+        completion = answer_tokens or 0
+        if isinstance(choice, int):
+            self._by_choice[choice] = completion
+            completion = sum(self._by_choice.values())
+        self._completion = max(self._completion, completion)

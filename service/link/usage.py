@@ -12,7 +12,6 @@ import orjson
 
 # In JSON an unescaped quote ends a string: this can only be a key of an object.
 _KEY = re.compile(rb'(?:,\s*)?"usage"\s*:\s*')
-_COMMA = re.compile(rb"\s*,")
 _DECODER = json.JSONDecoder()
 # Where an event or a reply tells its own usage: elsewhere that word is the user's, as in a tool's
 # schema, metadata or a tool call's arguments.
@@ -37,7 +36,7 @@ class Usage:
     answer_tokens: int | None = None
 
 
-def usages(data: bytes) -> Iterator[Usage]:
+def _usages(data: bytes) -> Iterator[Usage]:
     """Every usage in a text of JSON; `told` is false for those that are null."""
     if b'"usage"' not in data:
         return
@@ -70,7 +69,7 @@ def reply_usage(body: bytes) -> Usage | None:
     of the reply is read, which is short: engines put the usage at the end.
     """
     left = _MOST_READ
-    for one in reversed([one for one in usages(body) if one.told]):
+    for one in reversed([one for one in _usages(body) if one.told]):
         left -= len(body) - one.end
         if left < 0:
             return None
@@ -99,17 +98,6 @@ def token_counts(usage: Mapping[str, Any]) -> tuple[int | None, int | None]:
         _count(usage, "prompt_tokens", "input_tokens"),
         _count(usage, "completion_tokens", "output_tokens"),
     )
-
-
-def without_usage(data: bytes) -> bytes:
-    """The same JSON with no usage in it."""
-    for one in reversed(list(usages(data))):
-        end = one.end
-        # The comma before it goes with it, or else the one behind it.
-        if data[one.start : one.start + 1] != b"," and (comma := _COMMA.match(data, end)):
-            end = comma.end()
-        data = data[: one.start] + data[end:]
-    return data
 
 
 def _count(usage: Mapping[str, Any], *names: str) -> int | None:

@@ -240,3 +240,39 @@ async def test_left_the_engine_s_count_is_charged_or_else_what_went_out(
         await through(meter, _MESSAGE[:sent], ends=False)
     meter.left(*told, counted)
     assert meter.calls_made("big") == [("big", *used)]
+
+
+_SCHEMA = {"type": "object", "properties": {"usage": {"input_tokens": 10**6, "type": "object"}}}
+_OWN = {"usage": {"prompt_tokens": 10**6, "completion_tokens": 10**6}}
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_the_user_s_own_usage_in_events_is_no_count(leaves: bool) -> None:
+    told = {"tools": [{"name": "f", "parameters": _SCHEMA}], "metadata": _OWN}
+    stream = [
+        typed("response.created", response={**told, "usage": None}),
+        *[typed("response.output_text.delta", delta="tok ")] * 5,
+        typed("response.completed", response={**told, "usage": {"input_tokens": 9}}),
+    ]
+    meter = Meter(asked("/v1/responses", stream=True))
+    given = stream[:-1] if leaves else stream
+    assert await through(meter, given, ends=not leaves) == b"".join(given)
+    ((_, prompt, completion),) = meter.calls_made("e")
+    # Left before any was told, the prompt counts by its size, and the answer by its pieces.
+    assert (prompt, completion) == ((asked("/v1/responses", stream=True).body_bytes // 4, 5)
+                                    if leaves else (9, 0))
+
+
+async def test_the_user_s_own_usage_in_a_whole_reply_is_no_count() -> None:
+    body = orjson.dumps({"tools": [_SCHEMA], "metadata": _OWN, "usage": {"input_tokens": 9}})
+    meter = Meter(asked("/v1/responses"))
+    assert await through(meter, [body], kind=b"application/json") == body
+    assert meter.calls_made("e") == [("e", 9, 0)]
+
+
+async def test_only_a_chunk_s_own_usage_is_taken_out() -> None:
+    chunk = {"choices": [{"index": 0, "delta": {"extra": _OWN}}], "usage": counts(9, 1)}
+    meter = Meter(asked(stream=True))
+    out = await through(meter, [b"data: " + orjson.dumps(chunk) + b"\n\n"])
+    assert json.loads(out[6:]) == {"choices": chunk["choices"]}
+    assert meter.calls_made("e") == [("e", 9, 1)]
