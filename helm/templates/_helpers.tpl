@@ -80,16 +80,17 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $_ := set $config "server" (merge $fixed ($config.server | default dict) $default) -}}
 {{- if $redis -}}
 {{- $store := dict "kind" "redis" "url_env" "COE_REDIS_URL" -}}
+{{- if or .Values.redis.enabled .Values.externalRedis.cacheKey -}}
+{{- $_ := set $store "cache_url_env" "COE_CACHE_URL" -}}
+{{- end -}}
 {{- $_ := set $config "store" (merge $store ($config.store | default dict)) -}}
 {{- end -}}
 {{- $_ := set $config "models_dir" "/models" -}}
 {{- if .Values.secrets.apiKey -}}
 {{- $_ := set $config "keys" (merge (dict "chart" (dict "key_env" "COE_API_KEY")) ($config.keys | default dict)) -}}
 {{- end -}}
-{{- if eq .Values.mode "kuberay" -}}
 {{- $told := dict "metrics_port" 9464 "metrics_host" "0.0.0.0" -}}
 {{- $_ := set $config "telemetry" (merge $told ($config.telemetry | default dict)) -}}
-{{- end -}}
 {{- toYaml $config -}}
 {{- end -}}
 
@@ -158,6 +159,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{/* Where Redis is: host and port, for Ray; empty where there is none of the chart's own. */}}
 {{- define "coe.redisHost" -}}
 {{- printf "%s-redis" .Release.Name -}}
+{{- end -}}
+
+{{/* Where the Redis for what may be lost is. */}}
+{{- define "coe.cacheHost" -}}
+{{- printf "%s-cache" .Release.Name -}}
 {{- end -}}
 
 {{/* Faults that the schema can't see. */}}

@@ -84,11 +84,18 @@ limits:
 - name: config
   configMap:
     name: {{ include "coe.fullname" .root }}
-{{- if .secrets }}
+{{- if ne .secrets "none" }}
 - name: secrets
   secret:
     secretName: {{ include "coe.secretName" .root }}
     defaultMode: 0440
+    items:
+      - key: cluster-secret
+        path: cluster-secret
+      {{- if eq .secrets "all" }}
+      - key: admin-key
+        path: admin-key
+      {{- end }}
 {{- end }}
 {{- if .models }}
 - name: models
@@ -114,7 +121,7 @@ limits:
 - name: config
   mountPath: /etc/coe
   readOnly: true
-{{- if .secrets }}
+{{- if ne .secrets "none" }}
 - name: secrets
   mountPath: /run/coe
   readOnly: true
@@ -125,11 +132,14 @@ limits:
 {{- end }}
 {{- end -}}
 
-{{/* Environment of everything that runs coe; of gateways and whole services with "secrets". */}}
+{{/* What pods know, by "secrets": all (gateways and whole services: every key), cluster (pools: the
+cluster's secret alone, which gateways show them), none. */}}
+
+{{/* Environment of everything that runs coe. */}}
 {{- define "coe.env" -}}
 - name: COE_MODELS
   value: /models
-{{- if .secrets }}
+{{- if eq .secrets "all" }}
 - name: COE_HOME
   value: /run/coe
 {{- if .root.Values.secrets.apiKey }}
@@ -147,12 +157,21 @@ limits:
       key: password
 - name: COE_REDIS_URL
   value: redis://:$(COE_REDIS_PASSWORD)@{{ include "coe.redisHost" .root }}:6379/0
+- name: COE_CACHE_URL
+  value: redis://:$(COE_REDIS_PASSWORD)@{{ include "coe.cacheHost" .root }}:6379/0
 {{- else if .root.Values.externalRedis.existingSecret }}
 - name: COE_REDIS_URL
   valueFrom:
     secretKeyRef:
       name: {{ .root.Values.externalRedis.existingSecret }}
       key: {{ .root.Values.externalRedis.key }}
+{{- with .root.Values.externalRedis.cacheKey }}
+- name: COE_CACHE_URL
+  valueFrom:
+    secretKeyRef:
+      name: {{ $.root.Values.externalRedis.existingSecret }}
+      key: {{ . }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- with .root.Values.extraEnv }}
@@ -187,8 +206,12 @@ limits:
 {{- end }}
 {{- end -}}
 
+{{/* dict "root" $ "pool" (weights are fetched or run there) "gateway" (remote experts are asked there). */}}
 {{- define "coe.envFrom" -}}
-{{- with .Values.secrets.environment }}
+{{- $names := list -}}
+{{- if .gateway -}}{{- $names = concat $names .root.Values.secrets.environment -}}{{- end -}}
+{{- if .pool -}}{{- $names = concat $names .root.Values.secrets.poolEnvironment -}}{{- end -}}
+{{- with uniq $names }}
 envFrom:
   {{- range . }}
   - secretRef:
@@ -206,8 +229,8 @@ initContainers:
     imagePullPolicy: {{ .root.Values.image.pullPolicy }}
     command: [coe, models, pull, --config, /etc/coe/config.yaml{{ with .kind }}, --pool, {{ . }}{{ end }}]
     env:
-      {{- with include "coe.env" (dict "root" .root "secrets" false) | trim }}{{ . | nindent 6 }}{{- end }}
-    {{- with include "coe.envFrom" .root | trim }}{{ . | nindent 4 }}{{- end }}
+      {{- with include "coe.env" (dict "root" .root "secrets" "none") | trim }}{{ . | nindent 6 }}{{- end }}
+    {{- with include "coe.envFrom" (dict "root" .root "pool" true "gateway" false) | trim }}{{ . | nindent 4 }}{{- end }}
     securityContext:
       {{- toYaml .root.Values.containerSecurityContext | nindent 6 }}
     resources:
@@ -217,7 +240,7 @@ initContainers:
       limits:
         memory: 2Gi
     volumeMounts:
-      {{- include "coe.mounts" (dict "models" true "secrets" false) | nindent 6 }}
+      {{- include "coe.mounts" (dict "models" true "secrets" "none") | nindent 6 }}
 {{- end }}
 {{- end -}}
 
@@ -272,9 +295,7 @@ spec:
       env:
         {{- with include "coe.env" . | trim }}{{ . | nindent 8 }}{{- end }}
         {{- with include "coe.rayEnv" .root | trim }}{{ . | nindent 8 }}{{- end }}
-      {{- if .secrets }}
-      {{- with include "coe.envFrom" .root | trim }}{{ . | nindent 6 }}{{- end }}
-      {{- end }}
+      {{- with include "coe.envFrom" (dict "root" .root "pool" (eq .component "pool") "gateway" (eq .component "gateway")) | trim }}{{ . | nindent 6 }}{{- end }}
       ports:
         {{- if .http }}
         - name: http
@@ -318,6 +339,19 @@ spec:
         failureThreshold: 5
       {{- end }}
       lifecycle:
+        {{- if .root.Values.kuberay.auth }}
+        # The operator makes Ray's ports ask for a token. One too old to know of that would leave them
+        # open without a word: then the container is not left running.
+        postStart:
+          exec:
+            command:
+              - sh
+              - -c
+              - |
+                [ "$RAY_AUTH_MODE" = token ] && exit 0
+                echo "RAY_AUTH_MODE is not token: this KubeRay operator does not know authOptions (1.5 or newer does); kuberay.auth"
+                exit 1
+        {{- end }}
         preStop:
           exec:
             {{- if eq .component "head" }}

@@ -128,6 +128,17 @@ class Config(Section):
         settings = self.experts[expert]
         return settings.base or "" if settings.form == "steered" else ""
 
+    @property
+    def key_variables(self) -> frozenset[str]:
+        """The environment variables that hold keys: clients', remote endpoints' and the stores'.
+
+        They are gateways' to know. Not the hub's token, with which pools fetch models.
+        """
+        named = [key.key_env for key in self.keys.values()]
+        named += [one.remote.api_key_env for one in self.experts.values() if one.remote is not None]
+        named += [self.store.url_env, self.store.cache_url_env]
+        return frozenset(name for name in named if name is not None) - {"HF_TOKEN"}
+
     def model_sources(self, only: str | None = None) -> dict[str, str]:
         """Where the weights come from that pools with real engines need: expert → source.
 

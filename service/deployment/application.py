@@ -115,11 +115,14 @@ def _pool_deployment(config: Config, kind: str, placed: bool) -> Any:
             "num_cpus": pool.cpus,
             "num_gpus": pool.gpus,
             "resources": {pool_resource(kind): 1} if placed else {},
-            "runtime_env": {"env_vars": _pool_environment(pool)},
+            "runtime_env": {"env_vars": _pool_environment(config, pool)},
         },
         **scaling,
     )(PoolReplica)
 
+
+# What commands and examples read a key from.
+CLIENT_KEYS = frozenset({"COE_ADMIN_KEY", "COE_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"})
 
 # One thread for everything: a hop between Serve's loop and ours would cost a
 # request more than all we do with it.
@@ -130,8 +133,11 @@ _GATEWAY_ENVIRONMENT = {
 }
 
 
-def _pool_environment(pool: PoolConfig) -> dict[str, str]:
-    environment = {
+def _pool_environment(config: Config, pool: PoolConfig) -> dict[str, str]:
+    # Pools, and the engines that they start, need none of the keys that this machine's environment
+    # may hold. Ray can't take a variable away; empty is as good.
+    environment = dict.fromkeys(sorted(config.key_variables | CLIENT_KEYS), "")
+    environment |= {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",

@@ -41,6 +41,9 @@ class PoolReplica:
         in_force = config_file(Path(secret_path))
         seen = version(in_force)
         config = current_config(in_force, config_json)
+        for name in config.key_variables:
+            # Emptied by Ray; its engines need not even know the names.
+            os.environ.pop(name, None)
         self._drain_s = config.server.drain_s
         secret = read_secret(Path(secret_path))
         node = node_folder(secret)

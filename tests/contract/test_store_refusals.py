@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from redis import Redis
+from redis.exceptions import NoPermissionError
 
 from service.errors import StoreGone
 from service.store.keys import KeyRecord, Keys, StoreBook
-from service.store.protocol import Account, Claim, Line
+from service.store.protocol import Account, Claim, Granted, Line, Note
 from service.store.redis import RedisClient
 from service.store.shared import SharedStore
+from service.store.volatile_redis import RedisVolatile
 from service.store.windows import DAY
 from tests.support.redis import RedisServer, redis_server
 
@@ -86,6 +91,46 @@ async def test_a_user_who_may_not_run_scripts_is_told(server: RedisServer) -> No
         )
     said = await refused(f"redis://coe:x@127.0.0.1:{server.port}/0")
     assert all("permission" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    "place", ["deploy/compose.yaml", "helm/charts/redis/templates/redis.yaml"]
+)
+async def test_the_user_that_deployments_make_may_do_what_is_needed_and_no_harm(
+    server: RedisServer, place: str
+) -> None:
+    text = (Path(__file__).parents[2] / place).read_text()
+    rules = re.search(r'user default on ">\$.*?" (~\S.*)', text)
+    assert rules is not None
+    with server.client() as client:
+        client.execute_command("ACL", "SETUSER", "coe", "on", ">x", *rules[1].split())
+    url = f"redis://coe:x@127.0.0.1:{server.port}/0"
+    async with store_at(url) as store:
+        keys = Keys(StoreBook(store))
+        made, _ = await keys.create(KeyRecord("", "acme", ""), 1.0)
+        await keys.revoke(made.id, 2.0)
+        got = await store.reserve(Claim("c", (Line(BUDGET, 1),)))
+        assert isinstance(got, Granted)
+        await store.settle(got, [1], Note("n", {"requests": 1}, 100))
+        assert await store.counts(["n"]) == [{"requests": 1}]
+        assert (await store.balances([BUDGET]))[0].spent == 1
+    volatile = RedisVolatile(url, prefix="coe", timeout_s=2)
+    assert await volatile.add("a", b"1", ttl_s=9)
+    await volatile.put("b", b"2", ttl_s=9)
+    assert await volatile.get("b") == b"2"
+    await volatile.close()
+    with Redis.from_url(url) as client:
+        for command in (
+            ("FLUSHALL",),
+            ("FLUSHDB",),
+            ("KEYS", "*"),
+            ("CONFIG", "GET", "*"),
+            ("SHUTDOWN",),
+            ("ACL", "LIST"),
+            ("REPLICAOF", "NO", "ONE"),
+        ):
+            with pytest.raises(NoPermissionError):
+                client.execute_command(*command)
 
 
 async def test_a_replica_and_a_full_store_are_told(server: RedisServer) -> None:

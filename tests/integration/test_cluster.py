@@ -6,6 +6,7 @@ One `coe serve` for all of them; the last test stops it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import yaml
 
@@ -34,6 +36,9 @@ CONFIG: dict[str, Any] = {
         "vectors": {"model": "m", "capabilities": ["embeddings"]},
         "small": {"model": "m"},
         "broken": {"model": "m"},
+        "far": {
+            "remote": {"url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "KEY_OF_FAR"}
+        },
     },
     "pools": {
         "main": {
@@ -58,6 +63,9 @@ CONFIG: dict[str, Any] = {
         },
     },
 }
+# Of a remote expert, and what clients have theirs in.
+KEYS = ("KEY_OF_FAR", "OPENAI_API_KEY", "COE_ADMIN_KEY")
+SECRET = "a-secret-of-the-tests-0123456789"
 HELLO: Any = [{"role": "user", "content": "hello there"}]
 
 
@@ -71,9 +79,12 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(config_file: Path) -> Iterator[Service]:
-    """The running service."""
-    with serve(config_file) as running:
-        yield running
+    """The running service, in whose environment there are keys."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in KEYS:
+            patch.setenv(name, SECRET)
+        with serve(config_file) as running:
+            yield running
 
 
 @pytest.fixture
@@ -104,6 +115,20 @@ def test_chat(client: openai.OpenAI) -> None:
     assert len(raw.headers.get_list("x-request-id")) == 1
     for name in ("x-coe-route-ms", "x-coe-queue-ms"):
         assert float(raw.headers[name]) >= 0
+
+
+def test_pools_know_no_key_that_gateways_have(service: Service) -> None:
+    seen = {"gateway": 0, "pool": 0}
+    for process in service.tree():
+        with contextlib.suppress(psutil.Error):
+            title = " ".join(process.cmdline())
+            kind = "pool" if "PoolReplica" in title or ":pool-" in title else ""
+            kind = kind or ("gateway" if "GatewayReplica" in title or ":gateway" in title else "")
+            if kind:
+                seen[kind] += 1
+                held = {name for name in KEYS if process.environ().get(name)}
+                assert held == (set(KEYS) if kind == "gateway" else set()), (title, held)
+    assert min(seen.values()) > 0, seen
 
 
 def test_auto(client: openai.OpenAI) -> None:

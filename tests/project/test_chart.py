@@ -76,6 +76,8 @@ def test_both_helms_render_the_same(values: str) -> None:
         ("redis.enabled=false,config.experts.a.model=m,config.server.gateways=2", "need a Redis"),
         ("redis.enabled=false,secrets.apiKey=false", "needs config.keys"),
         ("probes.startupSeconds=soon", "startupSeconds"),
+        ("ingress.paths[0]=v1", "paths"),
+        ("redis.cache.maxMemory=much", "maxMemory"),
         ("tmpSize=4", "tmpSize"),
     ],
 )
@@ -345,6 +347,94 @@ def test_secrets_reach_no_serve_config(newest: str) -> None:
     heads = dict(chart.pods(of_kind(rendered(newest, "default-values.yaml"), "RayService")))
     volumes = {v["name"] for v in heads["RayService/rel-coe/head"]["spec"]["volumes"]}
     assert "secrets" not in volumes
+
+
+# --- who knows what
+
+# What the values of these tests call the Secrets that the chart does not make.
+_KEYS = ("--set", "secrets.environment={remote-keys},secrets.poolEnvironment={hub-token}")
+
+
+def _knows(pod: Object) -> set[str]:
+    """Secrets of a pod: `NAME/KEY` for each key that is mounted or in the environment, `NAME/*`."""
+    found = set()
+    for volume in pod["spec"].get("volumes", []):
+        if (secret := volume.get("secret")) is not None:
+            items = [item["key"] for item in secret.get("items", [])] or ["*"]
+            found |= {f"{secret['secretName']}/{key}" for key in items}
+    for one in [*pod["spec"]["containers"], *pod["spec"].get("initContainers", [])]:
+        for variable in one.get("env", []):
+            if (of := variable.get("valueFrom", {}).get("secretKeyRef")) is not None:
+                found.add(f"{of['name']}/{of['key']}")
+        found |= {f"{source['secretRef']['name']}/*" for source in one.get("envFrom", [])}
+    return found
+
+
+def test_each_pod_knows_what_it_needs_and_nothing_else(newest: str) -> None:
+    ran = chart.helm(newest, "template", "rel", "helm", *_KEYS)
+    assert ran.returncode == 0, ran.stderr
+    knows = {
+        name: _knows(pod)
+        for name, pod in chart.pods([one for one in yaml.safe_load_all(ran.stdout) if one])
+    }
+    own = "rel-coe-secrets"
+    assert knows == {
+        "RayService/rel-coe/head": set(),
+        "RayService/rel-coe/pool-cpu": {f"{own}/cluster-secret", "hub-token/*"},
+        "RayService/rel-coe/gateway": {
+            *(f"{own}/{key}" for key in ("cluster-secret", "admin-key", "api-key")),
+            "rel-redis/password",
+            "remote-keys/*",
+        },
+        "StatefulSet/rel-redis": {"rel-redis/*"},
+        "StatefulSet/rel-cache": {"rel-redis/*"},
+        "Pod/rel-coe-test": {f"{own}/api-key"},
+    }
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_pools_have_no_key_in_their_environment(newest: str, values: str) -> None:
+    for name, pod in chart.pods(of_kind(rendered(newest, values), "RayService")):
+        if "/pool-" in name:
+            names = {one["name"] for one in pod["spec"]["containers"][0]["env"]}
+            assert not {n for n in names if n.startswith("COE_")} - {"COE_MODELS"}, name
+
+
+def test_what_may_be_lost_has_a_redis_of_its_own_that_evicts(newest: str) -> None:
+    objects = rendered(newest, "default-values.yaml")
+    confs = {
+        one["metadata"]["name"]: one["data"]["redis.conf"]
+        for one in of_kind(objects, "ConfigMap")
+        if "redis.conf" in one["data"]
+    }
+    assert "maxmemory-policy noeviction" in confs["rel-redis"]
+    assert "appendonly yes" in confs["rel-redis"]
+    assert "maxmemory-policy allkeys-lru" in confs["rel-cache"]
+    assert "appendonly no" in confs["rel-cache"]
+    store = _config(objects)["store"]
+    assert (store["url_env"], store["cache_url_env"]) == ("COE_REDIS_URL", "COE_CACHE_URL")
+
+
+def test_without_ray_s_token_no_container_of_ray_stays_up(newest: str) -> None:
+    for name, pod in chart.pods(of_kind(rendered(newest, "default-values.yaml"), "RayService")):
+        hook = pod["spec"]["containers"][0]["lifecycle"]["postStart"]["exec"]["command"]
+        for mode, code in (({"RAY_AUTH_MODE": "token"}, 0), ({}, 1), ({"RAY_AUTH_MODE": ""}, 1)):
+            ran = subprocess.run(hook, env=mode, capture_output=True, text=True, check=False)
+            assert ran.returncode == code, name
+            assert ("RAY_AUTH_MODE is not token" in ran.stdout) == bool(code)
+    ran = chart.helm(newest, "template", "rel", "helm", "--set", "kuberay.auth=false")
+    assert "postStart" not in ran.stdout
+
+
+def test_only_the_api_is_sent_on_from_outside(newest: str) -> None:
+    objects = rendered(newest, "all-on-values.yaml")
+    wanted = {"/v1", "/tokenize", "/detokenize"}
+    (ingress,) = of_kind(objects, "Ingress")
+    (rule,) = ingress["spec"]["rules"]
+    assert {path["path"] for path in rule["http"]["paths"]} == wanted
+    (route,) = of_kind(objects, "HTTPRoute")
+    matches = route["spec"]["rules"][0]["matches"]
+    assert {match["path"]["value"] for match in matches} == wanted
 
 
 # --- checkov

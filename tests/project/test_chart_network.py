@@ -38,7 +38,8 @@ def test_the_network_is_closed_but_for_the_service(newest: str) -> None:
     redis = {"app.kubernetes.io/name": "redis", "app.kubernetes.io/instance": "rel"}
     gateway, pool, head = map(_labels, ("gateway", "pool", "head"))
     assert chart.may_reach(objects, stranger, gateway, 8000)
-    for target in (gateway, pool, head, redis):
+    cache = redis | {"app.kubernetes.io/name": "redis-cache"}
+    for target in (gateway, pool, head, redis, cache):
         for port in CLOSED:
             assert not chart.may_reach(objects, stranger, target, port), (target, port)
     assert not chart.may_reach(objects, stranger, pool, 8000)
@@ -49,12 +50,27 @@ def test_the_network_is_closed_but_for_the_service(newest: str) -> None:
     for source in (gateway, pool, head):
         assert chart.may_reach(objects, source, head, 6379)
         assert chart.may_reach(objects, source, pool, 10002)
-        assert chart.may_reach(objects, source, redis, 6379)
+    # What counts, and what may be lost, is asked by gateways alone.
+    for store in (redis, cache):
+        assert chart.may_reach(objects, gateway, store, 6379)
+        assert not chart.may_reach(objects, pool, store, 6379)
+        assert not chart.may_reach(objects, head, store, 6379)
     other = gateway | {"app.kubernetes.io/instance": "another"}
     assert not chart.may_reach(objects, other, pool, 31500)
     operator = {"app.kubernetes.io/name": "kuberay-operator"}
-    assert chart.may_reach(objects, operator, head, 8265)
-    assert not chart.may_reach(objects, operator, pool, 8265)
+    assert chart.may_reach(objects, operator, head, 8265, namespace="kuberay-system")
+    assert not chart.may_reach(objects, operator, head, 8265, namespace="somebody-s")
+    assert not chart.may_reach(objects, operator, pool, 8265, namespace="kuberay-system")
+    prometheus = {"app.kubernetes.io/name": "prometheus"}
+    assert chart.may_reach(objects, prometheus, pool, 9464, namespace="monitoring")
+    assert not chart.may_reach(objects, prometheus, pool, 9464, namespace="somebody-s")
+
+
+def test_the_head_reaches_the_redis_that_keeps_its_state(newest: str) -> None:
+    objects = rendered(newest, "all-on-values.yaml")
+    redis = {"app.kubernetes.io/name": "redis", "app.kubernetes.io/instance": "rel"}
+    for component, may in (("gateway", True), ("head", True), ("pool", False)):
+        assert chart.may_reach(objects, _labels(component), redis, 6379) is may
 
 
 def test_in_plain_mode_only_the_port_is_open(newest: str) -> None:

@@ -144,7 +144,7 @@ def test_compose_mounts_what_is_there() -> None:
 
 def test_compose_is_hardened_and_of_this_machine_only() -> None:
     services = compose()["services"]
-    assert set(services) == {"coe", "redis", "prometheus", "grafana"}
+    assert set(services) == {"coe", "redis", "cache", "prometheus", "grafana"}
     assert services["coe"]["image"] == f"coe:{__version__}-cpu"
     for name, service in services.items():
         assert service["read_only"] is True, name
@@ -162,15 +162,18 @@ def test_compose_lets_the_service_drain() -> None:
     coe = compose()["services"]["coe"]
     config = load_config(ROOT / "deploy" / "config" / "compose.yaml")
     assert int(coe["stop_grace_period"].removesuffix("s")) >= config.server.drain_s + 20
-    assert config.store.url_env in coe["environment"]
+    assert {config.store.url_env, config.store.cache_url_env} <= coe["environment"].keys()
+    assert config.telemetry.metrics_port == 9464
     assert {key.key_env for key in config.keys.values()} <= coe["environment"].keys()
 
 
 def test_redis_itself_is_the_first_process_of_its_container() -> None:
     # Of a pipe it would be the last, and a shell that passes no signal on the first.
-    told = [*compose()["services"]["redis"]["command"]]
-    chart_s = (ROOT / "helm/charts/redis/templates/redis.yaml").read_text()
-    for script in (told[-1], chart_s.split("args:")[1].split("ports:")[0]):
+    folder = ROOT / "helm/charts/redis/templates"
+    scripts = [compose()["services"][name]["command"][-1] for name in ("redis", "cache")]
+    for name in ("redis.yaml", "cache.yaml"):
+        scripts.append((folder / name).read_text().split("args:")[1].split("ports:")[0])
+    for script in scripts:
         assert "exec valkey-server - <<END" in script
         assert "|" not in script.replace("- |\n", "")
 

@@ -122,11 +122,17 @@ def crd_faults(schema: Object, one: Object) -> list[str]:
 
 
 def may_reach(
-    objects: Sequence[Object], source: Mapping[str, str], target: Mapping[str, str], port: int
+    objects: Sequence[Object],
+    source: Mapping[str, str],
+    target: Mapping[str, str],
+    port: int,
+    *,
+    namespace: str = "",
 ) -> bool:
     """Whether policies let a pod of these labels reach another's port.
 
-    Both in the release's namespace, or `source` without labels: somebody elsewhere.
+    Both in the release's namespace, or `source` in another `namespace`, or without labels:
+    somebody elsewhere.
     """
     closing = [
         policy["spec"]
@@ -137,7 +143,7 @@ def may_reach(
     if not closing:
         return True
     return any(
-        _peer(rule.get("from"), source) and _port(rule.get("ports"), port)
+        _peer(rule.get("from"), source, namespace) and _port(rule.get("ports"), port)
         for spec in closing
         for rule in spec.get("ingress") or ()
     )
@@ -154,10 +160,23 @@ def _selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
     return True
 
 
-def _peer(peers: Sequence[Mapping[str, Any]] | None, labels: Mapping[str, str]) -> bool:
+def _peer(
+    peers: Sequence[Mapping[str, Any]] | None, labels: Mapping[str, str], namespace: str
+) -> bool:
     if not peers:
         return True
-    return any("podSelector" in one and _selects(one["podSelector"], labels) for one in peers)
+    name = {"kubernetes.io/metadata.name": namespace}
+    return any(
+        "podSelector" in one
+        and _selects(one["podSelector"], labels)
+        # Without a selector of namespaces: the policy's own.
+        and (
+            _selects(one["namespaceSelector"], name)
+            if "namespaceSelector" in one
+            else not namespace
+        )
+        for one in peers
+    )
 
 
 def _port(ports: Sequence[Mapping[str, Any]] | None, port: int) -> bool:
