@@ -145,14 +145,17 @@ class Lobby:
         }
         self._rules.check(method.encode(), given, keyless=self._keyless, body=has_body(given))
 
-    def excuse(self) -> bytes:
-        """Why there is no answer yet, in OpenAI's shape."""
+    def excuse(self, path: str) -> bytes:
+        """Why there is no answer yet, as the clients of a path read it."""
+        # Not at the top: it takes what is not loaded yet.
+        from service.link.faults import dialect_of, error_body
+
         seconds = time.monotonic() - self._began_s
         message = f"the service is {self._word}"
         if self._word == "starting":
             message += f", for {seconds:.0f} s so far; /console shows how far it is"
-        error = {"message": message, "type": "server_error", "param": None, "code": self._word}
-        return json.dumps({"error": error}).encode()
+        detail = {"message": message, "type": "server_error", "param": None, "code": self._word}
+        return error_body(detail, 503, dialect_of(path))
 
 
 class _Server(ThreadingMixIn, UnixStreamServer):
@@ -229,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/ready":
             self._json(503, b'{"ready":false,"experts":{}}')
         else:
-            self._json(503, lobby.excuse())
+            self._json(503, lobby.excuse(path))
 
     def do_POST(self) -> None:
         """Nobody answers prompts yet."""
@@ -238,7 +241,7 @@ class _Handler(BaseHTTPRequestHandler):
         if length.isdigit() and int(length) <= _MOST_BODY_BYTES:
             self.rfile.read(int(length))
         if not self._refused():
-            self._json(503, self.server.lobby.excuse())
+            self._json(503, self.server.lobby.excuse(self.path))
 
     def _refused(self) -> bool:
         """Whether the rules refuse this request; then it has been answered."""

@@ -24,6 +24,7 @@ from service.api.likeness import MOST_CHARACTERS, likeness, said, same_words
 from service.config import CacheConfig, Config
 from service.engine.protocol import Message, Send
 from service.errors import CoeError, StoreGone
+from service.link.asgi import STREAM_HEADERS
 from service.steered import profile_digests
 from service.store.places import place
 from service.store.volatile import VolatileStore
@@ -259,6 +260,8 @@ class Visit:
             (b"x-coe-expert", self.hit.expert.encode()),
             *headers,
         ]
+        if self.hit.content_type.startswith("text/event-stream"):
+            head += STREAM_HEADERS
         await self.send({"type": "http.response.start", "status": 200, "headers": head})
         await self.send({"type": "http.response.body", "body": self.hit.body})
 

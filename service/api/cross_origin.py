@@ -3,8 +3,9 @@
 A page of another site can make its reader's browser send requests to this service. The rules:
 
 - While no API key is needed, the `Host` must be one that a page elsewhere can't take for itself
-  (an IP address, a name without a dot, `*.localhost`, or a configured name). This stops DNS
-  rebinding, where the name of a foreign site is made to resolve to this machine.
+  (an IP address, a name without a dot, one under a domain that nobody can register, or a
+  configured name). This stops DNS rebinding, where the name of a foreign site is made to resolve
+  to this machine.
 - While no API key is needed, an `Origin` must be the service's own or a configured one, and
   subresources that the browser reports as cross-site (`Sec-Fetch-Site`) are refused.
 - A POST with a body must be JSON, always. A page may send other types without a preflight.
@@ -31,6 +32,8 @@ _SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})
 # Values of Sec-Fetch-Site whose page is another origin's.
 _FOREIGN = frozenset({b"cross-site", b"same-site"})
 ANY = "*"
+# Domains of machines, networks and clusters: none is in the public DNS, nor can be.
+_PRIVATE = (".localhost", ".local", ".internal", ".home.arpa", ".lan", ".svc")
 
 
 class CrossOriginRules:
@@ -92,7 +95,8 @@ class CrossOriginRules:
             return
         raise Forbidden(
             f"the host {name[:128]!r} is not one of this service's; allowed are IP addresses, "
-            "names without a dot, and those in `server.allowed_hosts`",
+            f"names without a dot or under {', '.join(_PRIVATE)}, and those in "
+            "`server.allowed_hosts`",
             code="host_not_allowed",
         )
 
@@ -130,8 +134,8 @@ class CrossOriginRules:
 
 
 def _is_local_name(name: str) -> bool:
-    """Whether no site elsewhere can own a name: addresses, bare names, localhost's."""
-    if "." not in name or name.endswith(".localhost"):
+    """Whether no site elsewhere can own a name: addresses, bare names, private domains."""
+    if "." not in name or name.endswith(_PRIVATE):
         return True
     try:
         ipaddress.ip_address(name.strip("[]"))

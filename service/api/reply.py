@@ -13,6 +13,7 @@ from service.api.meter import Meter
 from service.api.passage import Passage, Spent
 from service.engine.protocol import Message, Send
 from service.errors import CoeError
+from service.link.asgi import STREAM_HEADERS
 from service.link.call import QUEUE_MS, SWAP_MS
 from service.link.faults import (
     Dialect,
@@ -23,7 +24,6 @@ from service.link.faults import (
 )
 from service.link.usage import reply_usage, token_counts, usage_of
 
-_STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 # What an event of another dialect than chat's is looked at for.
 _LOOKED_AT = (b'"error"', b"[DONE]", b'"response.created"')
 
@@ -181,8 +181,7 @@ class Reply:
         if passage.clipped is not None:
             ours.append((b"x-coe-max-tokens", str(passage.clipped).encode()))
         if self._streams:
-            # Proxies would keep events back, and may store the reply.
-            ours += _STREAM_HEADERS
+            ours += STREAM_HEADERS
         if length is not None:
             ours.append((b"content-length", str(length).encode()))
         given = [pair for pair in message["headers"] if pair[0] != b"content-length"]

@@ -58,9 +58,10 @@ class ServerConfig(Section):
     allowed_hosts: tuple[HostName, ...] = Field(
         (),
         description="Names that a request's `Host` may hold beside IP addresses, names without a "
-        "dot and `*.localhost`: `api.example.com`, `*.example.com`, or `*` for all. While no API "
-        "key is needed, other names get 403, so that no foreign site can pass for this service "
-        "(DNS rebinding). Once keys are needed they get it only if this is set.",
+        "dot and those under `.localhost`, `.local`, `.internal`, `.home.arpa`, `.lan` and `.svc`: "
+        "`api.example.com`, `*.example.com`, or `*` for all. While no API key is needed, other "
+        "names get 403, so that no foreign site can pass for this service (DNS rebinding). Once "
+        "keys are needed they get it only if this is set.",
     )
     cors_origins: tuple[Origin, ...] = Field(
         (),

@@ -13,6 +13,10 @@ Send = Callable[[Message], Awaitable[None]]
 Receive = Callable[[], Awaitable[Message]]
 
 
+# On every stream: proxies would keep its events back, and may store the reply.
+STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+
+
 class ClientGone(Exception):
     """The client has left: there is nobody to answer."""
 

@@ -63,6 +63,8 @@ def test_the_page_is_there_and_prompts_are_put_off(lobby: Lobby) -> None:
     error = json.loads(body)["error"]
     assert (status, headers["retry-after"], error["code"]) == (503, "2", "starting")
     assert error.keys() == {"message", "type", "param", "code"}
+    told = json.loads(ask(lobby, "/v1/messages", "{}")[2])
+    assert (told["type"], told["error"]["type"]) == ("error", "overloaded_error")
     lobby.stopping()
     assert json.loads(ask(lobby, "/v1/models")[2])["error"]["code"] == "stopping"
 
