@@ -352,6 +352,8 @@ class Relay:
                         reply,
                         handed,
                         asked.tenant,
+                        tokens=asked.prompt_tokens,
+                        places=asked.sequences,
                     )
                     return
                 link = self._directory.link(option.boot)
@@ -365,6 +367,8 @@ class Relay:
                     seq=link.next_seq(option.expert),
                     tenant=asked.tenant,
                     trace=trace,
+                    prompt_tokens=asked.prompt_tokens,
+                    places=asked.sequences,
                 )
                 try:
                     async with link.call(call, body) as answer:

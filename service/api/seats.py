@@ -41,6 +41,12 @@ class RemoteSeat:
         return self.queues.counts(_IT)[0]
 
     @property
+    def queue(self) -> Queue:
+        """As pools tell theirs."""
+        queues = self.queues
+        return Queue(*queues.counts(_IT), queues.places(_IT), queues.waiting_tokens(_IT))
+
+    @property
     def running(self) -> int:
         """Requests that the endpoint has."""
         return self.queues.counts(_IT)[1]
@@ -51,21 +57,29 @@ class RemoteSeat:
         send: Send,
         handed: asyncio.Event | None = None,
         tenant: Tenant = NOBODY,
+        *,
+        tokens: int = 1,
+        places: int = 1,
     ) -> None:
-        """Answer a request when there is a place. Raises OverCapacity, ExpertFailed.
+        """Answer a request when there is room for it. Raises OverCapacity, ExpertFailed.
 
-        `handed` is set once it has one, and the endpoint has the request.
+        `handed` is set once there is, and the endpoint has the request. `tokens`: about how long
+        its prompts are; `places`: how many it takes, for its answers.
         """
         if self.failed is not None:
             raise ExpertFailed(
                 f"expert {request.expert!r} can't be used: {self.failed}", retry_after_s=60
             )
-        if (gone := self.queues.crowded_out(_IT, tenant)) is not None:
+        for gone in self.queues.crowded_out(_IT, tenant, tokens=tokens, places=places):
             self._crowd_out(gone, request.expert)
-        if self.waiting >= self.max_queue and self.running >= self.max_in_flight:
-            raise self.queues.full(_IT, request.expert)
         ticket = self.queues.offer(
-            _IT, time.monotonic(), ready=True, tokens=1 + len(request.body) // 4, tenant=tenant
+            _IT,
+            time.monotonic(),
+            ready=True,
+            tokens=tokens,
+            places=places,
+            tenant=tenant,
+            named=request.expert,
         )
         try:
             if not ticket.running:
@@ -106,7 +120,7 @@ class RemoteSeat:
             await self.engine.run(request, timed)
         finally:
             self.queues.served(ticket, watch.tokens())
-        watch.tell(self.speed, 1 + len(request.body) // 4)
+        watch.tell(self.speed, ticket.tokens)
 
 
 def seats_view(seats: Mapping[str, RemoteSeat]) -> PoolView:
@@ -122,7 +136,7 @@ def seats_view(seats: Mapping[str, RemoteSeat]) -> PoolView:
             boot=REMOTE,
             kind="remote",
             experts=states,
-            queues={name: Queue(seat.waiting, seat.running) for name, seat in seats.items()},
+            queues={name: seat.queue for name, seat in seats.items()},
             capacity={name: seat.max_in_flight for name, seat in seats.items()},
             speeds={
                 name: speed

@@ -23,8 +23,10 @@ REMOTE = ""
 
 _IDLE = Queue()
 # Rows of one pool's array.
-_ETA, _FIRST, _PER_TOKEN, _CHUNK, _CAPACITY, _AHEAD, _DISPLACED, _USABLE, _CONTEXT = range(9)
-_COLUMNS = 9
+_ETA, _FIRST, _PER_TOKEN, _CHUNK, _CAPACITY, _AHEAD, _DISPLACED, _USABLE, _CONTEXT, _PROMPTS = (
+    range(10)
+)
+_COLUMNS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,9 @@ class Standing:
 
     eta: until the expert's weights are there; first, per_token: to its first token, and more
     for each prompt token; chunk: per token of the answer; ahead: requests before a new one
-    in its slot; displaced: what a swap for it costs others; context: tokens that prompt and
-    answer may have together, 0 where that is not known.
+    in its slot; prompts: tokens of the prompts that wait there; displaced: what a swap for it
+    costs others; context: tokens that prompt and answer may have together, 0 where that is not
+    known.
     """
 
     boots: tuple[str, ...]
@@ -68,6 +71,7 @@ class Standing:
     ahead: Floats
     displaced: Floats
     context: Floats
+    prompts: Floats
 
 
 class Board:
@@ -101,6 +105,7 @@ class Board:
             ahead=table[:, _AHEAD],
             displaced=table[:, _DISPLACED],
             context=table[:, _CONTEXT],
+            prompts=table[:, _PROMPTS],
         )
 
     def _row(self, boot: str, snapshot: Snapshot) -> Floats:
@@ -128,9 +133,13 @@ def _row_of(snapshot: Snapshot, index: dict[str, int]) -> Floats:
     row[_CAPACITY] = 1.0
     queues, speeds = snapshot.queues, snapshot.speeds
     in_slot: dict[int, int] = {}
+    requests: dict[int, int] = {}
+    prompts: dict[int, int] = {}
     for name, state in snapshot.experts.items():
         queue = queues.get(name, _IDLE)
-        in_slot[state.slot] = in_slot.get(state.slot, 0) + queue.waiting + queue.running
+        in_slot[state.slot] = in_slot.get(state.slot, 0) + queue.ahead
+        requests[state.slot] = requests.get(state.slot, 0) + queue.waiting + queue.running
+        prompts[state.slot] = prompts.get(state.slot, 0) + queue.waiting_tokens
     guess = _guess(list(speeds.values()))
     columns = []
     values = []
@@ -140,7 +149,7 @@ def _row_of(snapshot: Snapshot, index: dict[str, int]) -> Floats:
             continue
         queue, speed = queues.get(name, _IDLE), speeds.get(name, guess)
         ahead = in_slot[state.slot]
-        others = ahead - queue.waiting - queue.running
+        others = requests[state.slot] - queue.waiting - queue.running
         # There and back, for each request that waits or runs in that slot for others.
         displaced = 0.0 if state.state is Residency.DEVICE else 2 * state.swap_s * others
         columns.append(at)
@@ -155,6 +164,7 @@ def _row_of(snapshot: Snapshot, index: dict[str, int]) -> Floats:
                 displaced,
                 1.0,
                 state.max_model_len,
+                prompts[state.slot],
             )
         )
     if columns:

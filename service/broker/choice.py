@@ -209,6 +209,8 @@ def _weigh(book: Book, standing: Standing, wish: Wish, usable: NDArray[np.bool_]
     batches, rest = np.divmod(s.ahead, s.capacity)
     # Whole batches ahead must end first; those in the same one cost little, but not nothing.
     wait = s.eta + batches * answer + rest / s.capacity * prefill
+    # Those ahead were taken for ones like this; a long prompt among them takes what it takes.
+    wait += s.per_token * np.maximum(0.0, s.prompts - s.ahead * wish.prompt_tokens)
     together = wait + answer + s.displaced
     together[~usable] = _NEVER
     pool = together.argmin(axis=0)

@@ -33,7 +33,12 @@ class RemoteConfig(Section):
         "(`logprobs` of chat completions). A cascade with `sure` that begins with it needs them.",
     )
     max_in_flight: int = Field(64, ge=1, description="Requests under way at once; more wait.")
-    max_queue: int = Field(256, ge=0, description="Requests that may wait; more get 503.")
+    max_queue: int = Field(
+        256,
+        ge=0,
+        description="Requests that may wait; more get 503. One counts for each of its answers, or "
+        "for each 2,048 tokens of its prompt, whichever is more.",
+    )
     connect_timeout_s: float = Field(5.0, gt=0, description="Time to connect, in s.")
     stall_timeout_s: float = Field(
         300.0, gt=0, description="How long a stream that has begun may be silent, in s."

@@ -162,7 +162,10 @@ class PoolConfig(Section):
         None, description="Memory a replica may use, in bytes; the memory plan is held against it."
     )
     max_queue: int = Field(
-        256, ge=0, description="Requests that may wait per expert; more get 503."
+        256,
+        ge=0,
+        description="Requests that may wait per expert; more get 503. One counts for each of its "
+        "answers, or for each 2,048 tokens of its prompt, whichever is more.",
     )
     vllm: VllmOptions = Field(default_factory=lambda: VllmOptions())
     swap: SwapOptions = Field(default_factory=lambda: SwapOptions())

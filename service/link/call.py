@@ -18,6 +18,8 @@ TENANT = "x-coe-tenant"
 PRIORITY = "x-coe-priority"
 WEIGHT = "x-coe-weight"
 CACHE_SALT = "x-coe-cache-salt"
+PROMPT_TOKENS = "x-coe-prompt-tokens"
+PLACES = "x-coe-places"
 QUEUE_MS = "x-coe-queue-ms"
 SWAP_MS = "x-coe-swap-ms"
 ENGINE_MS = "x-coe-engine-ms"
@@ -31,6 +33,8 @@ class Call:
     """What a pool has to know of a request besides its body.
 
     `deadline_ms` is what is left, to the first byte when `stream`, else to the end.
+    `prompt_tokens`: about how long its prompts are together; `places`: how many of the engine's
+    it takes, for its answers or, where it makes none, its prompts.
     `seq` counts this gateway's calls to this pool, so that snapshots can
     acknowledge them. Of `tenant` name, priority, weight and cache salt travel. `trace`: the W3C
     headers to go on with, none where the request is not traced.
@@ -45,6 +49,8 @@ class Call:
     seq: int
     tenant: Tenant = NOBODY
     trace: Mapping[str, str] = field(default_factory=dict)
+    prompt_tokens: int = 1
+    places: int = 1
 
     def headers(self) -> dict[str, str]:
         """As HTTP headers."""
@@ -56,6 +62,8 @@ class Call:
             STREAM: "1" if self.stream else "0",
             GATEWAY: self.gateway,
             SEQ: str(self.seq),
+            PROMPT_TOKENS: str(self.prompt_tokens),
+            PLACES: str(self.places),
             TENANT: self.tenant.name,
             PRIORITY: self.tenant.priority,
             WEIGHT: str(self.tenant.weight),
@@ -116,6 +124,8 @@ def parse_call(endpoint: str, headers: dict[bytes, bytes]) -> Call:
                 cache_salt=headers.get(CACHE_SALT.encode(), b"").decode("latin-1"),
             ),
             trace=trace_of(headers),
+            prompt_tokens=max(1, int(text(PROMPT_TOKENS))),
+            places=max(1, int(text(PLACES))),
         )
     except ValueError as error:
         raise InvalidRequest(f"a pool's header is not a number: {error}") from None

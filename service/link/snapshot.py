@@ -40,10 +40,21 @@ class ExpertState:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """Requests of one expert in a pool: waiting for a place, and running."""
+    """Requests of one expert in a pool: waiting for a place, and running.
+
+    `places`: of the engine, that all of them take together; a request has one for each of its
+    answers. `waiting_tokens`: of the prompts that wait.
+    """
 
     waiting: int = 0
     running: int = 0
+    places: int = 0
+    waiting_tokens: int = 0
+
+    @property
+    def ahead(self) -> int:
+        """How many usual requests are before a new one."""
+        return max(self.places, self.waiting + self.running)
 
 
 @dataclass(frozen=True, slots=True)

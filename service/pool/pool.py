@@ -284,7 +284,7 @@ class Pool:
         finally:
             if self._watch is not None:
                 self._watch.ended(call, reply.times(), fault)
-        reply.tell(self._speeds.setdefault(call.expert, Speedometer()), 1 + len(body) // 4)
+        reply.tell(self._speeds.setdefault(call.expert, Speedometer()), call.prompt_tokens)
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
         """Tokens of prompt and answer of a call that its gateway has given up, told once; None
@@ -298,9 +298,10 @@ class Pool:
     async def _run_in(
         self, slot: Slot[Any], call: Call, body: bytes, reply: Measured, again: Again | None
     ) -> None:
-        tokens = 1 + len(body) // 4
         try:
-            async with slot.lease(call.expert, tokens, call.tenant, again) as lease:
+            async with slot.lease(
+                call.expert, call.prompt_tokens, call.tenant, again, call.places
+            ) as lease:
                 if call.endpoint not in lease.report.endpoints:
                     raise UnknownEndpoint(
                         f"expert {call.expert!r} has no {call.endpoint}; "

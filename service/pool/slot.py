@@ -82,10 +82,12 @@ class Slot(Generic[E]):
         tokens: int = 1,
         tenant: Tenant = NOBODY,
         again: Again | None = None,
+        places: int = 1,
     ) -> AsyncIterator[Lease]:
         """Wait until `expert` answers and there is room; give the place back at the end.
 
-        `tokens`: about how much work its prompt is. `again`: what an earlier lease of this
+        `tokens`: about how much work its prompt is; `places`: how many of the engine's it takes.
+        `again`: what an earlier lease of this
         request raised; its place in the queue is kept.
 
         Raises OverCapacity, ExpertFailed, Draining, EngineRestarting; Again where the request has
@@ -96,13 +98,15 @@ class Slot(Generic[E]):
         if self._states[expert].state is Residency.FAILED:
             raise self._failed(expert)
         ready = expert in self._ready()
-        if again is None and (gone := self._queues.crowded_out(expert, tenant)) is not None:
-            self._refuse(gone, self._queues.full(gone.expert))
+        if again is None:
+            for gone in self._queues.crowded_out(expert, tenant, tokens=tokens, places=places):
+                self._refuse(gone, self._queues.full(gone.expert))
         ticket = self._queues.offer(
             expert,
             time.monotonic() if again is None else again.arrived_s,
             ready=ready,
             tokens=tokens,
+            places=places,
             tenant=tenant,
             again=again is not None,
         )
@@ -342,7 +346,14 @@ class Slot(Generic[E]):
 
     def queues(self) -> dict[str, Queue]:
         """Each expert's waiting and running requests."""
-        return {name: Queue(*self._queues.counts(name)) for name in self.experts}
+        return {
+            name: Queue(
+                *self._queues.counts(name),
+                self._queues.places(name),
+                self._queues.waiting_tokens(name),
+            )
+            for name in self.experts
+        }
 
     canary_failures = 0
 

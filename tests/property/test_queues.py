@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from service.errors import OverCapacity
-from service.pool.queues import Queues, Ticket
+from service.pool.queues import PROMPT_TOKENS, Queues, Ticket
 
 EXPERTS = ("a", "b", "c")
 CAPACITY = 3
@@ -25,27 +25,45 @@ class QueuesMachine(RuleBasedStateMachine):
         self.ended: list[Ticket] = []
         self.now_s = 0.0
 
-    @rule(expert=experts, ready=st.booleans())
-    def offer(self, expert: str, ready: bool) -> None:
+    def taken(self) -> int:
+        return sum(ticket.places for ticket in self.running)
+
+    @rule(
+        expert=experts,
+        ready=st.booleans(),
+        places=st.sampled_from([1, 1, 1, 2, 3, 9]),
+        tokens=st.sampled_from([1, 1, 2048, 2049, 30_000]),
+    )
+    def offer(self, expert: str, ready: bool, places: int, tokens: int) -> None:
         self.now_s += 1
-        full = sum(t.expert == expert for t in self.waiting) >= MAX_WAITING
-        at_once = ready and len(self.running) < CAPACITY and not self.waiting
+        places_taken = min(places, CAPACITY)
+        load = min(MAX_WAITING, max(places_taken, -(-tokens // PROMPT_TOKENS)))
+        full = sum(t.load for t in self.waiting if t.expert == expert) + load > MAX_WAITING
+        at_once = ready and self.taken() + places_taken <= CAPACITY and not self.waiting
         try:
-            ticket = self.queues.offer(expert, self.now_s, ready=ready)
+            ticket = self.queues.offer(
+                expert, self.now_s, ready=ready, places=places, tokens=tokens
+            )
         except OverCapacity:
             assert full
             assert not at_once
             return
         assert ticket.running == at_once
         assert at_once or not full
+        assert ticket.places == places_taken
         (self.running if at_once else self.waiting).append(ticket)
 
     @rule(ready=st.sets(experts))
     def grant(self, ready: set[str]) -> None:
-        able = [t for t in self.waiting if t.expert in ready]
-        expected = able[: CAPACITY - len(self.running)]
+        expected = []
+        room = CAPACITY - self.taken()
+        for ticket in (t for t in self.waiting if t.expert in ready):
+            if ticket.places > room:
+                break
+            room -= ticket.places
+            expected.append(ticket)
         granted = self.queues.grant(ready)
-        # First come, first served among the ready, and no place is left empty.
+        # First come, first served among the ready, and no place is left empty but for who is next.
         assert granted == expected
         assert all(ticket.running for ticket in granted)
         self.running += granted
@@ -68,12 +86,16 @@ class QueuesMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_hold(self) -> None:
-        assert len(self.running) <= CAPACITY
+        assert self.taken() <= CAPACITY
         assert self.queues.total == len(self.waiting) + len(self.running)
         for expert in EXPERTS:
             waits = [t for t in self.waiting if t.expert == expert]
             runs = sum(t.expert == expert for t in self.running)
-            assert len(waits) <= MAX_WAITING
+            assert len(waits) <= 1 or sum(t.load for t in waits) <= MAX_WAITING
+            assert self.queues.places(expert) == sum(
+                t.places for t in self.waiting + self.running if t.expert == expert
+            )
+            assert self.queues.waiting_tokens(expert) == sum(t.tokens for t in waits)
             assert self.queues.counts(expert) == (len(waits), runs)
             assert self.queues.waiting_for(expert) == waits
         assert all(ticket.running for ticket in self.running)

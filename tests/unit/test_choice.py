@@ -135,6 +135,18 @@ def test_quality_goes_before_a_short_wait_and_not_before_a_long_one() -> None:
         assert winner(got) == (first, "x")
 
 
+def test_a_long_prompt_that_waits_counts_with_its_tokens() -> None:
+    def wait(queue: Queue) -> float:
+        pool = view("x", per_token_s=0.01, queues={"a": queue})
+        return float(decided(pool, prompt_tokens=100).wait[0])
+
+    usual = wait(Queue(1, 0, 1, 100))
+    assert wait(Queue(1, 0)) == usual
+    assert wait(Queue(1, 0, 1, 30_000)) == pytest.approx(usual + 0.01 * 29_900)
+    # Several answers of one request are as many requests ahead.
+    assert wait(Queue(1, 0, 4, 100)) == wait(Queue(4, 0))
+
+
 def test_traffic_moves_where_the_formula_says() -> None:
     both = {"a": READY, "b": ExpertState(Residency.DEVICE, slot=1)}
     price, gap, capacity = 0.05, 0.3, 4

@@ -6,6 +6,7 @@ import pytest
 
 from service.errors import OverCapacity
 from service.pool.queues import Queues
+from service.types import Tenant
 
 
 def queues(capacity: int = 2, max_waiting: int = 3) -> Queues:
@@ -70,3 +71,51 @@ def test_waiting_for_is_oldest_first() -> None:
     q.offer("a", 0, ready=False)
     second = q.offer("b", 1, ready=False)
     assert q.waiting_for("b") == [first, second]
+
+
+def test_a_request_of_many_answers_takes_as_many_places_and_is_not_overtaken() -> None:
+    q = queues(capacity=4, max_waiting=9)
+    first = q.offer("a", 0, ready=True, places=3)
+    assert first.running
+    big = q.offer("a", 1, ready=True, places=3)
+    small = q.offer("a", 2, ready=True)
+    assert not big.running
+    assert q.grant({"a"}) == []
+    assert not small.running
+    q.close(first)
+    assert q.grant({"a"}) == [big, small]
+
+
+def test_what_asks_for_more_places_than_there_are_runs_alone() -> None:
+    q = queues(capacity=2, max_waiting=3)
+    huge = q.offer("a", 0, ready=True, places=128)
+    assert (huge.running, huge.places) == (True, 2)
+    assert not q.offer("a", 1, ready=True).running
+
+
+def test_a_long_prompt_waits_as_many() -> None:
+    q = queues(capacity=1, max_waiting=20)
+    q.offer("a", 0, ready=True)
+    q.offer("a", 0, ready=True, tokens=30_000)
+    assert (q.counts("a"), q.load("a"), q.waiting_tokens("a")) == ((1, 1), 15, 30_000)
+    with pytest.raises(OverCapacity, match="1 requests, worth 15 usual ones, waiting"):
+        q.offer("a", 0, ready=True, tokens=30_000)
+    q.offer("a", 0, ready=True, tokens=10_000)
+
+
+def test_what_is_longer_than_the_queue_may_wait_where_nobody_does() -> None:
+    q = queues(capacity=1, max_waiting=3)
+    q.offer("a", 0, ready=True)
+    q.offer("a", 0, ready=True, tokens=10**6)
+    with pytest.raises(OverCapacity):
+        q.offer("a", 0, ready=True)
+
+
+def test_crowded_out_the_heaviest_tenant_gives_up_as_much_as_is_needed() -> None:
+    q = queues(capacity=1, max_waiting=8)
+    heavy, small = Tenant("heavy"), Tenant("small")
+    q.offer("a", 0, ready=True, tenant=heavy)
+    waiting = [q.offer("a", 0, ready=True, tenant=heavy, places=1) for _ in range(8)]
+    assert q.crowded_out("a", small, tokens=3 * 2048) == waiting[:-4:-1]
+    # More than an equal part is nobody's.
+    assert q.crowded_out("a", small, tokens=5 * 2048) == []
