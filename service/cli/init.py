@@ -58,7 +58,7 @@ def init(output: Path, yes: bool, force: bool, as_json: bool) -> None:
         number = click.prompt("which", type=click.IntRange(1, len(proposals)), default=1)
         chosen = proposals[number - 1]
     artifacts = Path(router_models.__file__).resolve().parent
-    output.write_text(config_text(chosen, machine, artifacts))
+    output.write_text(config_text(chosen, machine, artifacts), encoding="utf-8")
     if as_json:
         found = {"machine": asdict(machine), "proposals": [asdict(one) for one in proposals]}
         click.echo(json.dumps({**found, "chosen": chosen.name, "config": str(output)}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,16 +91,30 @@ def config_text(proposal: Proposal, machine: Machine, artifacts: Path) -> str:
         f"# Made for: {describe(machine)}",
         f"# {proposal.name}, {proposal.licence}; about {size(proposal.download_bytes)} to fetch,",
         f"# {size(proposal.needs_bytes)} of {'GPU' if proposal.on_gpu else 'main'} memory in use.",
+        *(
+            ()
+            if proposal.trio is None
+            else (
+                "# Models are taken as they are on the hub when first fetched. To stay with what",
+                "# you have tried: coe models pull --pin --config THIS_FILE",
+            )
+        ),
         "server:",
         "  port: 8000            # on loopback; `host: 0.0.0.0` opens it, after you made keys",
         "",
         "# Finds out what kind of prompt it is. Yours: `coe router fit`.",
         "router:",
-        f"  artifact: {artifacts / 'artifacts' / 'demo@1'}",
+        f"  artifact: {_text(artifacts / 'artifacts' / 'demo@1')}",
         "",
         "experts:",
     ]
     return "\n".join([*head, *_experts(proposal, artifacts), "", *_pools(proposal, machine), ""])
+
+
+def _text(path: Path) -> str:
+    """A path as YAML takes it for a text, whatever is in it."""
+    plain = re.fullmatch(r"[A-Za-z0-9_./@+-]+", str(path)) is not None
+    return str(path) if plain else json.dumps(str(path), ensure_ascii=False)
 
 
 def _experts(proposal: Proposal, artifacts: Path) -> list[str]:
@@ -121,7 +137,7 @@ def _experts(proposal: Proposal, artifacts: Path) -> list[str]:
         lines += [
             f"  {name}:",
             "    base: general              # a LoRA beside its base",
-            f"    adapter: {artifacts / 'experts' / 'artifacts' / name}",
+            f"    adapter: {_text(artifacts / 'experts' / 'artifacts' / name)}",
             f"    categories: [{name}]",
         ]
     return lines

@@ -21,6 +21,8 @@ from service.models.inspection import hub_snapshot, inspect_model, is_second_cop
 from service.models.progress import Progress, progress_for
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+# What the names of the hub's models are in the store; the hub client's own cache has others.
+_OF_THE_HUB = re.compile(r"(?!models--)[\w][\w.-]*--[\w][\w.@-]*")
 _SPARE_BYTES = 64_000_000
 _COPY_BLOCK_BYTES = 8 << 20
 
@@ -112,15 +114,22 @@ def _store_name(source: str) -> str:
         folder = Path(source).expanduser()
         if not folder.is_dir():
             raise ModelStoreError(f"there is no folder {source}")
-        return folder.resolve().name
+        name = folder.resolve().name
+        if name in CATALOGUE or _OF_THE_HUB.fullmatch(name):
+            raise ModelStoreError(
+                f"{source}: the store has another model's folder by the name {name!r}; give yours "
+                "another name, or use it where it is: model: PATH"
+            )
+        return name
     if match := _HUB_NAME.fullmatch(source):
         name = match["repo"].replace("/", "--")
         revision = match["revision"]
         return name if revision is None else f"{name}@{revision.replace('/', '--')}"
+    hint = f"; for the folder write ./{source}" if source and Path(source).is_dir() else ""
     raise ModelStoreError(
-        f"{source!r} is no model I know: allowed are a catalogue name ({', '.join(CATALOGUE)}), "
-        "a folder with safetensors (a path that begins with ./, ../, / or ~), or org/name of the "
-        "Hugging Face hub"
+        f"{source!r} is no model I know{hint}: allowed are a catalogue name "
+        f"({', '.join(CATALOGUE)}), a folder with safetensors (a path that begins with ./, "
+        "../, / or ~), or org/name of the Hugging Face hub"
     )
 
 

@@ -28,6 +28,18 @@ def gpu(memory_gib: int, disk_gib: int = 2000) -> Machine:
 
 
 @pytest.mark.parametrize(
+    "folder", ["plain-1.0", "with space", "a: b", "a #b", "it's", 'a"b', "ä", "{x}", "~", "- x"]
+)
+def test_config_text_of_any_installation_s_path_is_read_back(tmp_path: Path, folder: str) -> None:
+    artifacts = tmp_path / folder
+    path = tmp_path / "coe.yaml"
+    path.write_text(config_text(propose(SMALL)[0], SMALL, artifacts), encoding="utf-8")
+    config = load_config(path)
+    assert config.router.artifact == str(artifacts / "artifacts" / "demo@1")
+    assert config.experts["math"].adapter == str(artifacts / "experts" / "artifacts" / "math")
+
+
+@pytest.mark.parametrize(
     ("machine", "best", "slots"),
     [
         (SMALL, "SmolLM2 135M with three adapters", None),

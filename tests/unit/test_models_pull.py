@@ -255,10 +255,20 @@ def test_folder_of_the_working_directory_never_takes_a_model_s_place(
     for source in (f"./{name}", f"../here/{name}", str(tmp_path / "here" / name)):
         assert locate(source, root=root) == tmp_path / "here" / name
     if name == "someone":
-        with pytest.raises(ModelStoreError, match=r"a path that begins with \./"):
+        with pytest.raises(ModelStoreError, match=r"for the folder write \./someone: allowed"):
             locate(name, root=root)
     else:
         assert locate(name, root=root) is None
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "someone--model", "someone--model@v1"])
+def test_pull_folder_that_would_pass_for_another_model_is_refused(
+    tmp_path: Path, root: Path, name: str
+) -> None:
+    source = make_model(tmp_path / name)
+    with pytest.raises(ModelStoreError, match="give yours another name"):
+        get(source, root)
+    assert list_models(root) == ()
 
 
 def _hold(root: Path, ready: Any, release: Any) -> None:
