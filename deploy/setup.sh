@@ -14,6 +14,9 @@ say() { printf 'setup: %s\n' "$*" >&2; }
 command -v "$python" >/dev/null || fail "$python is not installed (apt-get install python3 python3-venv)"
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' ||
     fail "Python 3.11, 3.12 or 3.13 is needed, and $python is $("$python" -V 2>&1); name another with PYTHON=…"
+# The engine's own libraries need it, and minimal systems are without.
+"$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
+    fail "libnuma is not installed (apt-get install libnuma1)"
 
 stamp=$( (cat pyproject.toml "$lock" "$0" deploy/torch.sh deploy/locks/torch-cpu.txt; "$python" -V) | sha256sum | cut -d' ' -f1)
 [ "$(cat $venv/.ready 2>/dev/null || true)" = "$stamp" ] && exit 0

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import venv
 import zipfile
 from pathlib import Path
@@ -154,3 +155,32 @@ def test_torch_sh_asks_uv_without_the_settings_that_leave_torch_out() -> None:
     commands = installs((ROOT / "deploy" / "torch.sh").read_text())
     (by_uv,) = [one for one in commands if "--torch-backend cpu" in one]
     assert "--no-config" in by_uv
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("libnuma", "apt-get install libnuma1"),
+        ("version_info", "Python 3.11, 3.12 or 3.13 is needed"),
+    ],
+)
+def test_setup_says_what_the_system_lacks_before_anything_is_made(
+    tmp_path: Path, missing: str, told: str
+) -> None:
+    (tmp_path / "deploy").mkdir()
+    shutil.copy(ROOT / "deploy" / "setup.sh", tmp_path / "deploy")
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *{missing}*) exit 1 ;; esac\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    ran = subprocess.run(
+        [tmp_path / "deploy" / "setup.sh"],
+        env={**os.environ, "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert told in ran.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deploy", "python"]
