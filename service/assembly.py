@@ -285,7 +285,7 @@ class Assembly:
             options,
             on_cpu=settings.gpus == 0,
             watch=self._watch,
-            secrets=_secrets(config),
+            secrets=config.key_variables,
         )
 
     def _make_sleeping(self, first: str) -> SwappingEngine:
@@ -305,7 +305,7 @@ class Assembly:
                 on_cpu=False,
                 watch=self._watch,
                 sleep_level=level,
-                secrets=_secrets(config),
+                secrets=config.key_variables,
             )
 
         sizes = {n: self._unit(unit).size_bytes for n, unit in units.items()} if level == 1 else {}
@@ -327,7 +327,7 @@ class Assembly:
             canaries=self._canaries,
             watch=self._watch,
             cache=self._shared_cache(),
-            secrets=_secrets(self._config),
+            secrets=self._config.key_variables,
         )
 
     def _shared_cache(self) -> SharedCache | None:
@@ -392,14 +392,6 @@ def _signature(
     own = config.experts[unit[0]]
     parts.append(own.vllm if own.base is None else config.experts[own.base].vllm)
     return tuple(parts)
-
-
-def _secrets(config: Config) -> frozenset[str]:
-    """The environment variables that a config names: they hold keys, and addresses with one."""
-    store = config.store
-    named = [store.url_env, store.cache_url_env, *(key.key_env for key in config.keys.values())]
-    named += [one.remote.api_key_env for one in config.experts.values() if one.remote is not None]
-    return frozenset(name for name in named if name is not None)
 
 
 def _weights(config: Config, expert: str) -> Weights:

@@ -98,10 +98,19 @@ class Accounts:
                 "object": "usage",
                 "tenant": tenant.name,
                 "key": tenant.key or None,
-                "limits": [_limit(account, balance) for account, balance in limits.values()],
+                "limits": [
+                    _limit(account, balance, shared=bool(tenant.key) and self._shared(account))
+                    for account, balance in limits.values()
+                ],
                 "days": {day: _day(counts) for day, counts in days.items()},
             }
         )
+
+    def _shared(self, account: Account) -> bool:
+        """Whether others' requests count there, too."""
+        kind, _, name = account.name.partition("/")
+        budget = self._config.budgets.get(name)
+        return kind == "budget" and budget is not None and budget.tenant is None
 
     async def _list(self, request: Request) -> Response:
         del request
@@ -149,17 +158,24 @@ def parsed(kind: type[_Body], raw: bytes) -> _Body:
         ) from None
 
 
-def _limit(account: Account, balance: Balance) -> dict[str, Any]:
+def _limit(account: Account, balance: Balance, *, shared: bool = False) -> dict[str, Any]:
+    """An account as its key may see it: of a `shared` one not what others have used."""
     costs = account.name.startswith("budget/") or account.name.endswith("/budget")
     scale = MICRO if costs else 1
     told: dict[str, Any] = {
         "name": account.name,
         "unit": "cost" if costs else account.name.rpartition("/")[2],
         "limit": account.limit / scale,
-        "spent": balance.spent / scale,
-        "reserved": balance.reserved / scale,
-        "left": max(0.0, (account.limit - balance.spent - balance.reserved) / scale),
     }
+    left = max(0.0, (account.limit - balance.spent - balance.reserved) / scale)
+    if shared:
+        told |= {"shared": True, "used_up": left <= 0}
+    else:
+        told |= {
+            "spent": balance.spent / scale,
+            "reserved": balance.reserved / scale,
+            "left": left,
+        }
     if account.window.kind in ("day", "month", "fixed"):
         told |= {"starts_s": balance.starts_ms / 1000, "ends_s": balance.ends_ms / 1000}
     return told

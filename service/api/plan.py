@@ -219,7 +219,7 @@ class Router:
 
     def _unknown(self, model: str, tenant: Tenant) -> UnknownModel:
         # Names are that long at most, and likeness of megabytes takes seconds.
-        named = {name: (name,) for name in self._experts}
+        named: dict[str, tuple[str, ...]] = {name: (name,) for name in self._experts}
         named |= {name: recipe.experts for name, recipe in self._named.items()}
         names = [name for name, experts in named.items() if all(map(tenant.may_ask, experts))]
         close = difflib.get_close_matches(model[:128], names, n=1)

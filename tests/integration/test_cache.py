@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import pytest
 
+from service.api.body import read_asked
+from service.api.cache import Cache, Visit
 from service.config import Config
 from service.store.volatile import MemoryVolatile
+from service.types import Tenant
 from tests.support.serving import Site, chat, simulated, site
 from tests.support.waiting import until
 
@@ -36,6 +40,8 @@ async def test_the_same_request_is_answered_from_the_cache() -> None:
         again, same = await ask(s, "exact")
         assert again["x-coe-cache"] == "exact"
         assert again["x-coe-expert"] == "general"
+        for told in (same, body):
+            told["usage"].pop("coe")
         assert same == body
         async with s.get("/metrics") as reply:
             text = await reply.text()
@@ -87,7 +93,8 @@ async def test_nearly_the_same_words() -> None:
         told, same = await ask(s, "semantic", "please, what is the depth of the sea")
         assert told["x-coe-cache"] == "semantic"
         assert float(told["x-coe-likeness"]) >= 0.8
-        assert same == body
+        assert same["id"] == body["id"]
+        assert same["choices"] == body["choices"]
         told, _ = await ask(s, "exact", "please what is the depth of the sea")
         assert told["x-coe-cache"] == "miss"
         told, _ = await ask(s, "semantic", "What is the depth of the lake?")
@@ -161,3 +168,65 @@ async def test_no_more_is_kept_than_allowed() -> None:
         for _ in range(2):
             told, _ = await ask(s, "exact")
             assert told["x-coe-cache"] == "miss"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_comes_from_the_cache_costs_nothing(stream: bool) -> None:
+    priced = json.loads(config().model_dump_json())
+    priced["experts"]["general"]["price"] = {"prompt": 1000.0, "completion": 1000.0}
+    body = chat(stream=stream, stream_options={"include_usage": True} if stream else None)
+    told: list[dict[str, Any]] = []
+    async with site(Config.model_validate(priced)) as s:
+        for _ in range(2):
+            async with s.post(body, headers={"x-coe-cache": "exact"}) as reply:
+                text = (await reply.text()).strip()
+            if stream:
+                text = text.removesuffix("data: [DONE]").strip().rpartition("data: ")[2]
+            told.append(json.loads(text)["usage"])
+    first, second = told
+    assert first["coe"]["cost"] > 0
+    assert second["coe"] == {
+        "expert": "general",
+        "recipe": "general",
+        "cost": 0.0,
+        "calls": [],
+        "cached": True,
+    }
+    assert {n: v for n, v in second.items() if n != "coe"} == {
+        n: v for n, v in first.items() if n != "coe"
+    }
+
+
+async def test_tenants_whose_names_hold_a_slash_share_no_place() -> None:
+    given = Config.model_validate(
+        {
+            "experts": {"big": {"model": "m"}},
+            "pools": {"cpu": {"engine": "simulated"}},
+            "tenants": {
+                "a": {"cache": {"mode": "semantic", "max_entries": 1}},
+                "a/shelf": {"cache": {"mode": "exact", "max_entries": 1}},
+                "a/answer": {"cache": {"mode": "exact", "max_entries": 1}},
+            },
+        }
+    )
+    cache = Cache(given, MemoryVolatile(10**6))
+
+    async def visit(tenant: str, how: bytes) -> Visit:
+        raw = json.dumps(chat(model="big")).encode()
+        asked = read_asked(
+            "/v1/chat/completions", raw, {b"x-coe-cache": how}, 1, Tenant(tenant, "k")
+        )
+
+        async def send(message: Any) -> None:
+            del message
+
+        return await cache.begin(asked, send)
+
+    for tenant in ("a/shelf", "a/answer"):
+        made = await visit(tenant, b"exact")
+        head = [(b"content-type", b"application/json"), (b"x-coe-expert", b"big")]
+        await made.send({"type": "http.response.start", "status": 200, "headers": head})
+        await made.send({"type": "http.response.body", "body": b"{}"})
+        await made.keep()
+        assert (await visit(tenant, b"exact")).hit is not None
+    assert (await visit("a", b"semantic")).hit is None

@@ -131,6 +131,28 @@ async def test_a_key_hears_of_what_it_may_ask_for_and_of_nothing_else() -> None:
             assert "secret" not in text
 
 
+async def test_a_budget_of_everybody_s_tells_a_key_nothing_of_what_others_spend() -> None:
+    experts = {"general": {"model": "m", "price": {"prompt": 0, "completion": 1_000_000}}}
+    budgets = {
+        "all": {"amount": 8, "period": "day"},
+        "mine": {"amount": 8, "period": "day", "tenant": "acme"},
+    }
+
+    async def told(s: Site) -> dict[str, Any]:
+        return {one["name"]: one for one in (await usage(s))["limits"]}
+
+    async with site(config(experts=experts, budgets=budgets)) as s:
+        before = await told(s)
+        assert before["budget/all"]["shared"]
+        assert not before["budget/all"]["used_up"]
+        assert before["budget/mine"]["left"] == 8
+        assert (await s.ask(chat(max_tokens=4), headers=bearer(OTHER)))[0] == 200
+        assert await told(s) == before
+        assert (await s.ask(chat(max_tokens=4), headers=bearer(OTHER)))[0] == 200
+        assert (await told(s))["budget/all"]["used_up"]
+        assert not {"spent", "reserved", "left"} & (await told(s))["budget/all"].keys()
+
+
 async def test_reasons_name_no_folder_to_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     async def refuse(self: SimulatedEngine) -> Any:
         raise ExpertFailed("/srv/weights/m/model.safetensors: damaged", retry_after_s=30)

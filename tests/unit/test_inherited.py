@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from service.assembly import _secrets
 from service.config import Config
 from service.engine.inherited import TUNED, inherited, secret_variables, without_secrets
 
@@ -93,4 +92,4 @@ def test_secrets_of_a_config_are_the_variables_that_it_names(tmp_path: Path) -> 
             "store": {"kind": "redis", "url_env": "SHELF", "cache_url_env": "DRAWER"},
         }
     )
-    assert _secrets(config) == {"LETMEIN", "DOOR", "SHELF", "DRAWER"}
+    assert config.key_variables == {"LETMEIN", "DOOR", "SHELF", "DRAWER"}
