@@ -96,7 +96,7 @@ class Answering:
             row = relay.book.recipe_index[recipe]
             if recipe.later:
                 expected = plan.reach[at]
-                self._worth.escalated(row, expected, ensemble.escalations, len(recipe.later))
+                self._worth.escalated(row, expected, ensemble.escalations)
         finally:
             self._learn(plan, reply, ended=ended)
             if row >= 0 and passage.status == 200:

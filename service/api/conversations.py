@@ -6,7 +6,7 @@ Kept in this gateway only, by a hash of what was said; nothing of the text itsel
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from service.api.body import Asked
@@ -44,6 +44,11 @@ class Conversations:
         self._known.move_to_end(key)
         if len(self._known) > _MOST:
             self._known.popitem(last=False)
+
+    def forget(self, experts: Collection[str]) -> None:
+        """What these have cached is not theirs any more."""
+        for key in [key for key, (expert, _) in self._known.items() if expert in experts]:
+            del self._known[key]
 
 
 def _messages(asked: Asked) -> list[Mapping[str, Any]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +27,10 @@ from service.api.answering import Answering
 from service.api.cache import Cache
 from service.api.console.endpoints import console_routes
 from service.api.console.feed import Feed
-from service.api.console.recent import Recent
 from service.api.cross_origin import CrossOriginMiddleware, CrossOriginRules
 from service.api.endpoints import ENDPOINTS
 from service.api.feedback import read_vote
+from service.api.gateway_state import GatewayState
 from service.api.guard.guard import Guard
 from service.api.intake import Intake
 from service.api.passage import Passage
@@ -56,7 +55,6 @@ from service.link.directory import Directory
 from service.link.faults import Fault, dialect_of, fault_of
 from service.telemetry import table
 from service.telemetry.exposition import CONTENT_TYPE, join
-from service.telemetry.metrics import GatewayMetrics
 
 if TYPE_CHECKING:
     from service.telemetry.traces import Traces
@@ -71,6 +69,9 @@ class Gateway:
     """Answers requests. `app()` is its ASGI application.
 
     `neighbours`: the metrics of the other gateways on this node, as texts.
+
+    `state`: what it has counted and learned, by earlier configs too. `reload` puts the config's
+    file in force anew, where somebody here keeps it.
 
     `admin_key`: without one there are no admin endpoints.
 
@@ -90,8 +91,10 @@ class Gateway:
         directory: Directory,
         remote_states: Callable[[], dict[str, str | None]],
         neighbours: Callable[[], Awaitable[list[str]]],
+        state: GatewayState,
         *,
         admin_key: str | None = None,
+        reload: Reload | None = None,
         traces: Traces | None = None,
         behind_serve: bool = False,
         guard: Guard | None = None,
@@ -107,15 +110,15 @@ class Gateway:
         self._remote_states = remote_states
         self._behind_serve = behind_serve
         self._admin_key = admin_key
-        # Puts the config's file in force anew, where somebody here keeps it.
-        self.reload: Reload | None = None
-        self._created_s = int(time.time())
-        self.metrics = GatewayMetrics(name for name, e in config.experts.items() if e.remote)
-        cache.meter = self.metrics.meter
+        self._reload = reload
+        self._created_s = state.created_s
+        self.metrics = state.metrics
+        # Requests that this config answers.
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._intake = Intake(config, guard or Guard(config), self.metrics.meter)
-        self.metrics.meter.on_read(self._read_pools)
         self._neighbours = neighbours
-        recent = Recent()
         self._prompts = Prompts(
             intake=self._intake,
             router=router,
@@ -123,7 +126,7 @@ class Gateway:
             admission=admission,
             answering=answering,
             metrics=self.metrics,
-            recent=recent,
+            recent=state.recent,
             traces=traces,
             behind_serve=behind_serve,
             access_log=config.server.access_log,
@@ -134,9 +137,24 @@ class Gateway:
             relay.views,
             remote_states,
             lambda: self.metrics.in_flight,
-            recent,
+            state.recent,
             relay.spending.prices,
+            state.history,
         )
+
+    async def idle(self) -> None:
+        """Wait until no request is under way that came to this one."""
+        await self._idle.wait()
+
+    async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            await self._prompts.answer(scope, receive, send)
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
 
     # --- endpoints
 
@@ -151,7 +169,7 @@ class Gateway:
             redirect_slashes=False,
         )
         for path in ENDPOINTS:
-            app.router.routes.append(Route(path, _Endpoint(self._prompts.answer), methods=["POST"]))
+            app.router.routes.append(Route(path, _Endpoint(self._answer), methods=["POST"]))
 
         @app.get("/health")
         async def health() -> Response:
@@ -230,7 +248,7 @@ class Gateway:
         )
         if self._admin_key is not None:
             app.router.routes.extend(
-                admin_routes(self._directory, self._admin_key, lambda: self.reload)
+                admin_routes(self._directory, self._admin_key, lambda: self._reload)
             )
 
         for one in app.router.routes:
@@ -304,14 +322,6 @@ class Gateway:
     def _states(self) -> dict[str, dict[str, Any]]:
         views = self._relay.views()
         return catalog.states(self._config, views, self._remote_states())
-
-    def _read_pools(self) -> None:
-        """What is known of pools, for the metrics."""
-        meter = self.metrics.meter
-        meter.put(table.POOLS, len(self._directory.links()))
-        meter.forget(table.SNAPSHOT_AGE)
-        for pool, age_s in self._directory.silences().items():
-            meter.put(table.SNAPSHOT_AGE, age_s, pool)
 
     async def _metrics_text(self) -> str:
         """Of this process, of the node's other gateways, and of every pool."""

@@ -82,9 +82,10 @@ class Relay:
         wake: Callable[[str], None],
         spending: Spending,
         trips: Trips,
+        conversations: Conversations,
     ) -> None:
         self.spending = spending
-        self.conversations = Conversations()
+        self.conversations = conversations
         self.book = book
         self.trips = trips
         self.market = market

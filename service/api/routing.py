@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from service.api.plan import Assess, Router
-from service.api.worth import Worth
+from service.api.worth import Escalations, Worth
 from service.broker.book import Book
-from service.broker.market import Market
+from service.broker.market import Lengths, Market
 from service.broker.price import prices_of
 from service.config import Config
 from service.config.composition import silent_member
@@ -28,7 +28,13 @@ class Routing:
     Raises ArtifactError where the router's artifact can't be used.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(
+        self,
+        config: Config,
+        lengths: Lengths | None = None,
+        escalations: Escalations | None = None,
+    ) -> None:
+        """`lengths`, `escalations`: what is known already; of a new gateway nothing."""
         found: ExpertMap | None = None
         labels: tuple[str, ...] = ()
         assess: Assess | None = None
@@ -48,10 +54,10 @@ class Routing:
                 )
         recipes = [recipe.recipe() for recipe in config.recipes.values()]
         self.book = Book(tuple(config.experts), [*recipes, *(found.recipes if found else ())])
-        self.worth = Worth(config, self.book, labels)
+        self.worth = Worth(config, self.book, labels, escalations)
         if found is not None:
             self.worth.use_map(found, self.book)
-        self.market = Market(self.book.experts, self.worth.labels, prices_of(config))
+        self.market = Market(self.book.experts, self.worth.labels, prices_of(config), lengths)
         self.router = Router(config, self.book, self.worth, assess)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from service.broker.board import REMOTE, PoolView
 from service.engine.protocol import Engine, EngineRequest, Message, Send
-from service.errors import ExpertFailed
+from service.errors import CoeError, ExpertFailed
 from service.link.snapshot import ExpertState, Queue, Snapshot, Speed
 from service.link.speed import Speedometer, Stopwatch
 from service.pool.queues import Queues, Ticket
@@ -22,7 +23,10 @@ _READY = {_IT}
 
 @dataclass(slots=True)
 class RemoteSeat:
-    """A remote expert's places: bounded; tenants take turns as in a pool's queue."""
+    """A remote expert's places: bounded; tenants take turns as in a pool's queue.
+
+    It outlives a config, because the endpoint's bound holds for the requests of all of them.
+    """
 
     engine: Engine
     max_in_flight: int
@@ -31,6 +35,9 @@ class RemoteSeat:
     queues: Queues = field(init=False)
     waits: dict[Ticket, asyncio.Future[None]] = field(init=False, default_factory=dict)
     speed: Speedometer = field(init=False, default_factory=Speedometer)
+    # Engines that run requests, by how many; an engine that was replaced ends with the last.
+    _users: Counter[Engine] = field(init=False, default_factory=Counter)
+    _ending: set[asyncio.Task[None]] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self.queues = Queues((_IT,), capacity=self.max_in_flight, max_waiting=self.max_queue)
@@ -50,6 +57,32 @@ class RemoteSeat:
     def running(self) -> int:
         """Requests that the endpoint has."""
         return self.queues.counts(_IT)[1]
+
+    async def start(self) -> None:
+        """Connect. Whoever can't be is shown as failed."""
+        self.failed = None
+        try:
+            await self.engine.start()
+        except CoeError as error:
+            self.failed = error.message
+
+    async def replace(self, engine: Engine, max_in_flight: int, max_queue: int) -> None:
+        """Answer new requests by another engine, within other bounds.
+
+        Requests under way stay with theirs, and count against the new bound as well.
+        """
+        before, self.engine = self.engine, engine
+        self.max_in_flight, self.max_queue = max_in_flight, max_queue
+        self.queues.resize(max_in_flight, max_queue)
+        await self.start()
+        if not self._users[before]:
+            await before.stop()
+        self._grant()
+
+    async def stop(self) -> None:
+        """Close every connection."""
+        await asyncio.gather(*(engine.stop() for engine in {self.engine, *self._users}))
+        await asyncio.gather(*self._ending)
 
     async def run(
         self,
@@ -116,11 +149,25 @@ class RemoteSeat:
             watch.saw(message, time.monotonic())
             await send(message)
 
+        engine = self.engine
+        self._users[engine] += 1
         try:
-            await self.engine.run(request, timed)
+            await engine.run(request, timed)
         finally:
             self.queues.served(ticket, watch.tokens())
+            self._left(engine)
         watch.tell(self.speed, ticket.tokens)
+
+    def _left(self, engine: Engine) -> None:
+        """A request of an engine has ended."""
+        self._users[engine] -= 1
+        if self._users[engine]:
+            return
+        del self._users[engine]
+        if engine is not self.engine:
+            task = asyncio.create_task(engine.stop())
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
 
 
 def seats_view(seats: Mapping[str, RemoteSeat]) -> PoolView:

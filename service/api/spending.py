@@ -35,29 +35,18 @@ _MOST_KEYS = 1024
 # How much longer than its window what is shared of it is kept.
 _LONGER_S = 3600
 
-Pacers = dict[str, Pacer]
-
-
 class Spending:
-    """Prices the budgets of one gateway's requests.
+    """Prices the budgets of one gateway's requests. It outlives a config, see `follow`.
 
     Args:
         ledger: Counts them.
-        pacers: What is known of each budget's requests, by the budget's name. Kept up to date
-            here; a gateway by another config goes on with it.
         clock: Seconds since 1970.
     """
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        pacers: Pacers | None = None,
-        *,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, ledger: Ledger, *, clock: Callable[[], float] = time.time) -> None:
         self._ledger = ledger
         self._clock = clock
-        self._pacers: Pacers = {} if pacers is None else pacers
+        self._pacers: dict[str, Pacer] = {}
         self._states: dict[str, BudgetState] = {}
         # By whose they are: names of everybody's budgets, and of each tenant's.
         self._common: list[str] = []
@@ -202,9 +191,14 @@ class Spending:
     async def start(self) -> None:
         """Read the budgets for the first time, and then now and then."""
         await self.look()
-        self._following = asyncio.create_task(self._follow())
+        self._following = asyncio.create_task(self._look_on())
 
-    async def _follow(self) -> None:
+    async def follow(self, ledger: Ledger) -> None:
+        """Go on with the budgets of another config; what is known of those it shares stays."""
+        self._ledger = ledger
+        await self.look()
+
+    async def _look_on(self) -> None:
         while True:
             await asyncio.sleep(RENEW_IDLE_S)
             self.renew()

@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from random import random
 
 from service.broker.board import REMOTE
-from service.broker.breaker import Breakers, Policy, RetryBudget, State, pause_s
-from service.config import BreakerConfig
+from service.broker.breaker import Breakers, RetryBudget, State, pause_s
 from service.errors import (
     CircuitOpen,
     CoeError,
@@ -37,18 +36,23 @@ class Trips:
     """The breakers of one gateway. A place is (expert, pool's boot id) or (expert, REMOTE).
 
     `endpoints`: the address of each remote expert; experts with the same one share a breaker
-    for it, which only failures to reach it open.
+    for it, which only failures to reach it open. `hang_s`: time in which an attempt must have
+    said something. `breakers` and `budget`, that of retries, outlive a config.
     """
 
     def __init__(
-        self, config: BreakerConfig, endpoints: Mapping[str, str], meter: Meter | None = None
+        self,
+        endpoints: Mapping[str, str],
+        hang_s: float,
+        breakers: Breakers[Place],
+        budget: RetryBudget,
+        meter: Meter,
     ) -> None:
-        policy = Policy(config.failures, config.open_s, config.longest_open_s)
-        self._hang_s = config.hang_s
-        self._breakers: Breakers[Place] = Breakers(policy, random)
         self._endpoints = endpoints
-        self._budget = RetryBudget(config.retry_share, config.retry_reserve)
-        self.meter = meter
+        self._hang_s = hang_s
+        self._breakers = breakers
+        self._budget = budget
+        self._meter = meter
 
     def blocked(self) -> frozenset[Place]:
         """Places where nobody is to be asked now."""
@@ -77,8 +81,7 @@ class Trips:
     def pay_for_retry(self) -> bool:
         """Whether the retry budget has another attempt left; then it is paid for."""
         made = self._budget.spend()
-        if self.meter is not None:
-            self.meter.add(table.RETRIES, 1, "made" if made else "refused")
+        self._meter.add(table.RETRIES, 1, "made" if made else "refused")
         return made
 
     async def pause(self, times_tried: int) -> None:
@@ -108,8 +111,8 @@ class Trips:
             now_s = time.monotonic()
             ends = (ok, reached)
             for key, one, end in zip(keys, tries, ends, strict=False):
-                if self._breakers.end(key, one, end, now_s) and self.meter is not None:
-                    self.meter.add(table.TRIPS, 1, expert)
+                if self._breakers.end(key, one, end, now_s):
+                    self._meter.add(table.TRIPS, 1, expert)
 
     def _judged(self, error: CoeError, given_s: float) -> bool | None:
         if isinstance(error, DeadlineExceeded):
@@ -124,10 +127,9 @@ class Trips:
 
     def read(self) -> None:
         """Tell metrics which experts have an open breaker."""
-        if self.meter is None:
-            return
-        self.meter.forget(table.BREAKER)
+        self._meter.forget(table.BREAKER)
         for (expert, _), state in self._breakers.states(time.monotonic()).items():
             if expert:
-                before = self.meter.value(table.BREAKER, expert)
-                self.meter.put(table.BREAKER, max(before, float(state is not State.CLOSED)), expert)
+                before = self._meter.value(table.BREAKER, expert)
+                shut = max(before, float(state is not State.CLOSED))
+                self._meter.put(table.BREAKER, shut, expert)

@@ -6,19 +6,51 @@ that. What a tenant says of answers (`/v1/feedback`) shifts it for that tenant.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from service.broker.board import Floats
 from service.broker.book import Book
+from service.broker.market import Places
 from service.config import Config
 from service.router.classify import Assessment
 from service.router.map import ExpertMap
-from service.types import MAX_LATER
+from service.types import MAX_LATER, Recipe
 
 # Of an expert on a category that the config says nothing of.
 _OWN, _FALLBACK, _OTHER = 1.0, 0.5, 0.0
+
+
+class Escalations:
+    """How much oftener than expected cascades ask each later expert: it outlives a config.
+
+    Attributes:
+        excess: (recipes, MAX_LATER), differences of probabilities.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[Recipe, int] = {}
+        self.excess = np.zeros((0, MAX_LATER))
+
+    def rows(self, recipes: Sequence[Recipe]) -> Places:
+        """Where these recipes' rows are; new ones get theirs."""
+        found = [self._rows.setdefault(recipe, len(self._rows)) for recipe in recipes]
+        self.excess = np.pad(self.excess, ((0, len(self._rows) - len(self.excess)), (0, 0)))
+        return slice(0, len(found)) if found == list(range(len(found))) else np.array(found)
+
+    def forget(self, experts: Collection[str]) -> None:
+        """Nothing is known any more of recipes that ask any of these."""
+        for recipe, row in self._rows.items():
+            if any(name in experts for name in recipe.experts):
+                self.excess[row] = 0.0
+
+    def saw(self, recipe: Recipe, expected: Floats, asked: int) -> None:
+        """See `Worth.escalated`."""
+        row = self._rows[recipe]
+        for i in range(len(recipe.later)):
+            seen = 1.0 if i < asked else 0.0
+            self.excess[row, i] += 0.05 * (seen - expected[i])
 
 
 class Worth:
@@ -28,14 +60,21 @@ class Worth:
     else: `shifts`, by the tenant's name (labels, recipes); feedback writes them.
     """
 
-    def __init__(self, config: Config, book: Book, labels: Sequence[str]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        book: Book,
+        labels: Sequence[str],
+        escalations: Escalations | None = None,
+    ) -> None:
         self.labels = tuple(dict.fromkeys([*labels, *config.category_map()]))
         self.index = {label: i for i, label in enumerate(self.labels)}
         self.shifts: dict[str, Floats] = {}
         self._table = np.zeros((len(self.labels), len(book.recipes)))
         self._reach = np.zeros((len(book.recipes), MAX_LATER))
-        # How much oftener than expected each later expert was asked.
-        self._oftener = np.zeros_like(self._reach)
+        self._recipes = book.recipes
+        self._escalations = Escalations() if escalations is None else escalations
+        self._rows = self._escalations.rows(book.recipes)
         home = config.category_map()
         for row, label in enumerate(self.labels):
             owner = home.get(label, config.fallback)
@@ -49,6 +88,12 @@ class Worth:
             self._reach[at, : len(recipe.later)] = recipe.escalates
         self._map: ExpertMap | None = None
         self._map_columns = np.zeros(0, dtype=np.intp)
+
+    @property
+    def _oftener(self) -> Floats:
+        """How much oftener than expected each later expert was asked, (recipes, MAX_LATER)."""
+        oftener: Floats = self._escalations.excess[self._rows]
+        return oftener
 
     def use_map(self, found: ExpertMap, book: Book) -> None:
         """Believe an artifact's map where it knows a recipe, and the config elsewhere."""
@@ -96,11 +141,9 @@ class Worth:
                 return float(self._map.score[row, where[0]])
         return float(self._table[self.index[label], recipe]) if label in self.index else 0.0
 
-    def escalated(self, recipe: int, expected: Floats, asked: int, later: int) -> None:
-        """A cascade asked `asked` of its `later` experts: learn how likely each is.
+    def escalated(self, recipe: int, expected: Floats, asked: int) -> None:
+        """A cascade asked `asked` of its later experts: learn how likely each is.
 
         `expected` (MAX_LATER,): how likely each was thought to be when it was chosen.
         """
-        for i in range(later):
-            seen = 1.0 if i < asked else 0.0
-            self._oftener[recipe, i] += 0.05 * (seen - expected[i])
+        self._escalations.saw(self._recipes[recipe], expected, asked)

@@ -1,53 +1,52 @@
-"""A gateway's process: the gateway of a config, what it holds, and the one that comes after it."""
+"""A gateway's process: what it holds as long as it runs, and the gateway of the config in force."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from service.api.accounts import Accounts
-from service.api.admission import Admission, Called
-from service.api.answering import Answering
-from service.api.cache import Cache
-from service.api.feedback import Feedback
+from service.api.admin import Reload
 from service.api.gateway import Gateway
-from service.api.guard.guard import Guard
+from service.api.gateway_state import GatewayState, replaced
 from service.api.guard.screen import Screen
-from service.api.keyring import Keyring
-from service.api.relay import Relay
-from service.api.routing import Routing
 from service.api.seats import RemoteSeat
 from service.api.spending import Spending
-from service.api.trips import Trips
-from service.app.stores import key_book, keys_marker, open_store, open_volatile
+from service.app.configured_gateway import ConfiguredGateway
+from service.app.stores import open_store, open_volatile
 from service.app.watched import node_target, traces_of
 from service.broker.ledger import Ledger
 from service.config import Config
 from service.engine.remote import RemoteEngine
 from service.errors import CoeError
 from service.link.directory import Directory
-from service.store.keys import Keys
+from service.steered import profile_digests
 from service.store.protocol import Store
 from service.store.volatile import VolatileStore
 from service.telemetry import table
-from service.types import NOBODY, Tenant
 
 log = logging.getLogger("coe.app")
 
-# How often a gateway that was succeeded looks whether its last request has ended.
-_ENDED_S = 0.5
-
 
 class GatewayProcess:
-    """A gateway with what it holds: links to pools, clients of remote experts.
+    """A gateway with what it holds: links to pools, stores, clients of remote experts.
 
-    `node`: folder where the node's processes find each other's metrics (`node_folder`).
-    `screens` take the places of the guard's own, by name. `after`: the gateway by another
-    config that this one comes after, see `succeed`.
+    It is an ASGI application that goes over to another config by `reload`: new requests are
+    answered by the new config, those under way end by the one that they began with.
+
+    Args:
+        config: In force at first.
+        gateway_id: Unique among gateways, and new whenever the process is.
+        secret: The cluster's.
+        admin_key: Without one there are no admin endpoints.
+        wake: Asks for a pool that holds an expert where none runs.
+        behind_serve: See `Gateway`.
+        node: Folder where the node's processes find each other's metrics (`node_folder`).
+        screens: Take the places of the guard's own, by name.
+        reload: Puts the config's file in force anew, where somebody here keeps it.
     """
 
     def __init__(
@@ -61,188 +60,207 @@ class GatewayProcess:
         behind_serve: bool,
         node: Path | None = None,
         screens: Mapping[str, Screen] | None = None,
-        after: GatewayProcess | None = None,
+        reload: Reload | None = None,
     ) -> None:
-        self._again: Callable[..., GatewayProcess] = partial(
-            GatewayProcess,
-            gateway_id=gateway_id,
-            secret=secret,
-            admin_key=admin_key,
-            wake=wake,
-            behind_serve=behind_serve,
-            node=node,
-            screens=screens,
-        )
-        self._follows = after is not None
-        self._succeeded = False
-        # The one that this one came after, until that has ended.
-        self._before: GatewayProcess | None = None
-        self._ending: asyncio.Task[None] | None = None
-        # Links to pools, and what tenants have used, outlive a config.
-        self.directory: Directory = (
-            Directory(gateway_id, secret) if after is None else after.directory
-        )
-        self._seats = {
-            name: RemoteSeat(
-                RemoteEngine(name, expert.remote),
-                expert.remote.max_in_flight,
-                expert.remote.max_queue,
-            )
-            for name, expert in config.experts.items()
-            if expert.remote is not None
-        }
-        trips = Trips(
-            config.server.breaker,
-            {
-                name: expert.remote.url
-                for name, expert in config.experts.items()
-                if expert.remote is not None
-            },
-        )
-        self.store: Store = open_store(config, gateway_id) if after is None else after.store
+        self._secret = secret
+        self._admin_key = admin_key
+        self._wake = wake
+        self._behind_serve = behind_serve
+        self._screens = screens
+        self._reload_file = reload
+        self._profiles = profile_digests(config)
+        self.state = GatewayState.new(config.server.breaker)
+        self.directory = Directory(gateway_id, secret)
+        self.store: Store = open_store(config, gateway_id)
         # What may be lost stands apart from what counts.
-        self.volatile: VolatileStore = open_volatile(config) if after is None else after.volatile
-        book = key_book(config, self.store)
-        self._keyring: Keyring = Keyring(
-            config,
-            book,
-            secret=secret,
-            marker=keys_marker(config),
-            after=None if after is None else after._keyring,
-        )
-        self.ledger = Ledger(config, self.store)
-        self._spending = Spending(self.ledger)
-        routing = Routing(config)
-        self._relay = Relay(
-            routing.book, routing.market, self.directory, self._seats, wake, self._spending, trips
-        )
-        self._feedback: Feedback = Feedback(
-            config.feedback,
-            self.store,
-            self.volatile,
-            routing.worth,
-            routing.book,
-            shared=(config.store.cache_url or config.store.cache_url_env) is not None,
-            tenants=[NOBODY.name, *config.tenants],
-            after=None if after is None else after._feedback,
-        )
-        self._admission = Admission(
-            config, self._keyring, self.ledger, self._relay.context, self._charged
-        )
+        self.volatile: VolatileStore = open_volatile(config)
         self._traces = traces_of(config, "gateway", gateway_id)
-        self.gateway = Gateway(
-            config,
-            routing.router,
-            self._relay,
-            self._admission,
-            Accounts(config, self._admission, Keys(book)),
-            Answering(self._relay, routing.worth, self._feedback),
-            self.directory,
-            lambda: {name: seat.failed for name, seat in self._seats.items()},
-            self._neighbours,
-            admin_key=admin_key,
-            traces=self._traces,
-            behind_serve=behind_serve,
-            guard=Guard(config, screens),
-            cache=Cache(config, self.volatile),
-        )
-        metrics, labels = self.gateway.metrics, {"gateway": gateway_id}
-        metrics.meter.on_read(self._read)
-        trips.meter = metrics.meter
-        metrics.meter.on_read(trips.read)
-        metrics.on_ask(self._ask_budgets)
+        self.seats: dict[str, RemoteSeat] = {}
+        self._seat_all(config)
+        ledger = Ledger(config, self.store)
+        self.spending = Spending(ledger)
+        self.current = self._configured(config, ledger)
+        self._app = self.current.gateway.app()
+        # Those of earlier configs whose last requests have not ended yet.
+        self._ending: set[asyncio.Task[None]] = set()
+        self._earlier: set[ConfiguredGateway] = set()
         self._node = node_target(
-            config, node, f"gateway-{gateway_id}", lambda: metrics.text(labels)
+            config,
+            node,
+            f"gateway-{gateway_id}",
+            lambda: self.state.metrics.text({"gateway": gateway_id}),
         )
+        self.state.metrics.meter.on_read(self._read)
+        self.state.metrics.on_ask(self._ask_budgets)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._app(scope, receive, send)
+
+    @property
+    def gateway(self) -> Gateway:
+        """The gateway of the config in force."""
+        return self.current.gateway
+
+    @property
+    def ledger(self) -> Ledger:
+        """Counts by the config in force."""
+        return self.current.ledger
+
+    def _configured(
+        self, config: Config, ledger: Ledger, before: ConfiguredGateway | None = None
+    ) -> ConfiguredGateway:
+        return ConfiguredGateway(
+            config,
+            state=self.state,
+            directory=self.directory,
+            store=self.store,
+            volatile=self.volatile,
+            ledger=ledger,
+            spending=self.spending,
+            seats=self.seats,
+            traces=self._traces,
+            secret=self._secret,
+            admin_key=self._admin_key,
+            wake=self._wake,
+            neighbours=self._neighbours,
+            behind_serve=self._behind_serve,
+            reload=self._reload_file,
+            screens=self._screens,
+            before=before,
+        )
+
+    async def start(self) -> None:
+        """Connect remote experts; one that can't be is shown as failed. Raises StoreGone."""
+        await self.store.start()
+        await self.current.start()
+        await self.spending.start()
+        if self._node is not None:
+            await self._node.start()
+        for name, seat in self.seats.items():
+            await self._connect(name, seat)
+
+    async def _connect(self, name: str, seat: RemoteSeat) -> None:
+        await seat.start()
+        if seat.failed is not None:
+            log.error("expert %s failed: %s", name, seat.failed)
+
+    async def reload(self, config: Config) -> None:
+        """Go on as another config says. Returns at once: requests under way end in their own time.
+
+        Raises ConfigError, ArtifactError, StoreGone, and then all goes on as it was.
+        """
+        before = self.current
+        profiles = await asyncio.to_thread(profile_digests, config)
+        ledger = Ledger(config, self.store)
+        after = self._configured(config, ledger, before)
+        try:
+            await after.start()
+        except BaseException:
+            await after.stop()
+            raise
+        await self._go_over_seats(before.config, config)
+        await self.spending.follow(ledger)
+        self.state.forget(replaced(before.config, config, self._profiles, profiles))
+        self._profiles = profiles
+        self.current, self._app = after, after.gateway.app()
+        self._earlier.add(before)
+        task = asyncio.create_task(self._let_end(before))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _let_end(self, earlier: ConfiguredGateway) -> None:
+        """Stop a gateway of an earlier config after its last request, and what only it needed."""
+        await earlier.end()
+        self._earlier.discard(earlier)
+        needed = {*self._remote(self.current.config)}
+        needed.update(*(self._remote(one.config) for one in self._earlier))
+        for name in [name for name in self.seats if name not in needed]:
+            await self.seats.pop(name).stop()
+
+    # --- remote experts
+
+    @staticmethod
+    def _remote(config: Config) -> list[str]:
+        return [name for name, expert in config.experts.items() if expert.remote is not None]
+
+    def _seat_all(self, config: Config) -> list[str]:
+        """Give every remote expert a seat: those that had none."""
+        new = [name for name in self._remote(config) if name not in self.seats]
+        for name in new:
+            remote = config.experts[name].remote
+            assert remote is not None
+            engine = RemoteEngine(name, remote)
+            self.seats[name] = RemoteSeat(engine, remote.max_in_flight, remote.max_queue)
+        self.state.metrics.remote |= frozenset(new)
+        return new
+
+    async def _go_over_seats(self, old: Config, config: Config) -> None:
+        new = self._seat_all(config)
+        for name in self._remote(config):
+            seat, remote = self.seats[name], config.experts[name].remote
+            assert remote is not None
+            if name in new:
+                await self._connect(name, seat)
+                continue
+            before = old.experts[name].remote if name in old.experts else None
+            if before != remote or seat.failed is not None:
+                engine = RemoteEngine(name, remote)
+                await seat.replace(engine, remote.max_in_flight, remote.max_queue)
+                if seat.failed is not None:
+                    log.error("expert %s failed: %s", name, seat.failed)
+
+    # --- metrics
 
     async def _neighbours(self) -> list[str]:
         """The metrics of the node's other gateways."""
         return await self._node.others("gateway-") if self._node is not None else []
 
-    def _charged(self, tenant: Tenant, outcome: str, calls: Sequence[Called]) -> None:
-        """A request that somebody is charged for has ended."""
-        add = self.gateway.metrics.meter.add
-        add(table.TENANT_REQUESTS, 1, tenant.name, outcome)
-        for call in calls:
-            add(table.TENANT_TOKENS, call.prompt_tokens + call.completion_tokens, tenant.name)
-
     def _read(self) -> None:
-        """The queues of remote experts, the budgets and the state of the store, for the metrics."""
-        put = self.gateway.metrics.meter.put
+        """What others know, for the metrics: pools, remote queues, breakers, budgets, the store."""
+        meter = self.state.metrics.meter
+        meter.put(table.POOLS, len(self.directory.links()))
+        meter.forget(table.SNAPSHOT_AGE)
+        for pool, age_s in self.directory.silences().items():
+            meter.put(table.SNAPSHOT_AGE, age_s, pool)
         told = self.store.health()
-        put(table.STORE_UP, told.up)
-        put(table.STORE_OWED, told.owed)
-        self.gateway.metrics.meter.total(table.STORE_OUTAGES, told.outages)
-        self.gateway.metrics.meter.total(table.STORE_SLICE_GRANTS, told.slice_grants)
-        for name, seat in self._seats.items():
-            put(table.QUEUED, seat.waiting, name)
-            put(table.RUNNING, seat.running, name)
-        for name, price, _ in self._spending.prices():
-            put(table.SHADOW_PRICE, price, name)
+        meter.put(table.STORE_UP, told.up)
+        meter.put(table.STORE_OWED, told.owed)
+        meter.total(table.STORE_OUTAGES, told.outages)
+        meter.total(table.STORE_SLICE_GRANTS, told.slice_grants)
+        meter.forget(table.QUEUED, self.seats)
+        meter.forget(table.RUNNING, self.seats)
+        for name, seat in self.seats.items():
+            meter.put(table.QUEUED, seat.waiting, name)
+            meter.put(table.RUNNING, seat.running, name)
+        prices = {name: price for name, price, _ in self.spending.prices()}
+        meter.forget(table.SHADOW_PRICE, prices)
+        for name, price in prices.items():
+            meter.put(table.SHADOW_PRICE, price, name)
+        self.current.trips.read()
 
     async def _ask_budgets(self) -> None:
         """What is left of every budget, for the metrics; nothing while the store is gone."""
+        meter = self.state.metrics.meter
         with contextlib.suppress(CoeError):
-            for name, state in (await self.ledger.state()).items():
+            states = await self.ledger.state()
+            meter.forget(table.BUDGET_LEFT, states)
+            for name, state in states.items():
                 left = max(0.0, 1 - state.spent / state.amount)
-                self.gateway.metrics.meter.put(table.BUDGET_LEFT, left, name)
-
-    async def start(self) -> None:
-        """Connect remote experts; one that can't be is shown as failed."""
-        if not self._follows:
-            await self.store.start()
-        await self._keyring.start()
-        await self._spending.start()
-        await self._feedback.start()
-        if self._node is not None:
-            await self._node.start()
-        for name, seat in self._seats.items():
-            try:
-                await seat.engine.start()
-            except CoeError as error:
-                seat.failed = error.message
-                log.error("expert %s failed: %s", name, error.message)
-
-    async def succeed(self, config: Config) -> GatewayProcess:
-        """A gateway by another config in this one's place; requests under way end in this one."""
-        heir = self._again(config, after=self)
-        heir.gateway.reload = self.gateway.reload
-        if self._node is not None:
-            await self._node.stop()
-        await heir.start()
-        self._succeeded = True
-        heir._before = self
-        heir._ending = asyncio.create_task(heir._let_end(self))
-        return heir
-
-    async def _let_end(self, before: GatewayProcess) -> None:
-        """Stop the one that this one came after, once its last request has ended, and those
-        before it have."""
-        while before.gateway.metrics.in_flight or before._before is not None:  # noqa: ASYNC110
-            await asyncio.sleep(_ENDED_S)  # a gauge has no event
-        await before.stop()
-        self._before = None
+                meter.put(table.BUDGET_LEFT, left, name)
 
     async def stop(self) -> None:
-        """Close every connection, and those of who has not ended yet of those before."""
-        if self._ending is not None:
-            self._ending.cancel()
-            await asyncio.gather(self._ending, return_exceptions=True)
-        if self._before is not None:
-            await self._before.stop()
-            self._before = None
-        await self.gateway.feed.close()
-        if self._node is not None and not self._succeeded:
+        """Close every connection, and end what is left of earlier configs."""
+        for task in list(self._ending):
+            task.cancel()
+        await asyncio.gather(*self._ending, return_exceptions=True)
+        if self._node is not None:
             await self._node.stop()
-        await self._relay.close()
-        await self._feedback.stop()
-        await self._spending.stop()
-        await self._admission.stop()
-        await self._keyring.stop()
-        if not self._succeeded:
-            await self.directory.close()
-            await self.store.stop()
-            await self.volatile.close()
-        await asyncio.gather(*(seat.engine.stop() for seat in self._seats.values()))
+        for one in (*self._earlier, self.current):
+            await one.stop()
+        await self.spending.stop()
+        await self.directory.close()
+        await self.store.stop()
+        await self.volatile.close()
+        await asyncio.gather(*(seat.stop() for seat in self.seats.values()))
         if self._traces is not None:
             await asyncio.to_thread(self._traces.stop)

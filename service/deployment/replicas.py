@@ -122,10 +122,8 @@ class GatewayReplica:
             wake=self._wake_for,
             behind_serve=True,
             node=node_folder(secret),
+            reload=partial(asyncio.to_thread, reload, in_force) if in_force.exists() else None,
         )
-        if in_force.exists():
-            self._process.gateway.reload = partial(asyncio.to_thread, reload, in_force)
-        self._app = Exchangeable(self._process.gateway.app())
         await self._process.start()
         self._following = asyncio.create_task(follow(in_force, seen, self._reload))
         loop = asyncio.get_running_loop()
@@ -136,13 +134,12 @@ class GatewayReplica:
                 self._wake(kind)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self._app
+        return self._process
 
     async def _reload(self, config: Config) -> None:
         """Another config is in force: new requests are its, those under way end as they began."""
+        await self._process.reload(config)
         self._config = config
-        self._process = await self._process.succeed(config)
-        self._app.app = self._process.gateway.app()
 
     def _wake_for(self, expert: str) -> None:
         for kind in self._config.pools:
@@ -165,16 +162,6 @@ class GatewayReplica:
         if process is not None:
             self._following.cancel()
             await process.stop()
-
-
-class Exchangeable:
-    """An ASGI application in whose place another can be put."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await self.app(scope, receive, send)
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> None:

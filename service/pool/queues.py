@@ -81,6 +81,10 @@ class Queues:
         self._running_by.setdefault(expert, 0)
         self._places_by.setdefault(expert, 0)
 
+    def resize(self, capacity: int, max_waiting: int) -> None:
+        """Other bounds from now on; who runs or waits already stays."""
+        self.capacity, self._max_waiting = capacity, max_waiting
+
     def offer(
         self,
         expert: str,

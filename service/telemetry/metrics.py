@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from service.telemetry import table
@@ -58,12 +58,13 @@ class Ended:
 class GatewayMetrics:
     """The meter of a gateway, and what one request adds to it.
 
-    `remote`: the experts that no pool counts.
+    `remote`: the experts that no pool counts. Requests that began by an earlier config may be
+    answered by such that the config does not have any more.
     """
 
-    def __init__(self, remote: Iterable[str] = ()) -> None:
+    def __init__(self) -> None:
         self.meter = Meter(Side.GATEWAY)
-        self._remote = frozenset(remote)
+        self.remote: frozenset[str] = frozenset()
         self._in_flight = 0
         self._asked: list[Callable[[], Awaitable[None]]] = []
         self.meter.on_read(lambda: self.meter.put(table.IN_FLIGHT, self._in_flight))
@@ -105,7 +106,7 @@ class GatewayMetrics:
         if one.streamed:
             meter.observe(table.FIRST_TOKEN, one.first_byte_s, one.expert)
         if not one.local:
-            if one.expert in self._remote:
+            if one.expert in self.remote:
                 self._remote_times(one)
             return
         meter.observe(table.OVERHEAD, max(0.0, one.first_byte_s - one.queue_s - one.engine_s))
@@ -121,7 +122,7 @@ class GatewayMetrics:
         meter.add(table.COST_PREDICTED, one.predicted_cost, one.recipe)
         for call in one.calls:
             meter.add(table.COST, call.cost, one.recipe, call.expert)
-            if call.expert in self._remote:
+            if call.expert in self.remote:
                 meter.add(table.TOKENS, call.prompt_tokens, call.expert, "prompt")
                 meter.add(table.TOKENS, call.answer_tokens, call.expert, "answer")
 

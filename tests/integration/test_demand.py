@@ -53,7 +53,7 @@ async def test_a_cold_expert_becomes_resident_in_one_pool_with_four_gateways_dec
             gateway.directory.update([pool.address for pool in pools])
             links = gateway.directory.links
             await until(lambda links=links: len(links()) == len(pools), "the gateway knows both")
-            urls.append((await stack.enter_async_context(serving(gateway.gateway.app()))).url)
+            urls.append((await stack.enter_async_context(serving(gateway))).url)
         client = await stack.enter_async_context(aiohttp.ClientSession())
 
         def states() -> list[Residency]:

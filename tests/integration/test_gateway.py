@@ -202,8 +202,7 @@ async def test_a_config_that_can_not_be_put_in_force_is_a_conflict(kind: type[Co
     async def reload() -> dict[str, list[str]]:
         raise kind("experts.a: it is wrong")
 
-    async with site(ONE) as s:
-        s.gateway.gateway.reload = reload
+    async with site(ONE, reload) as s:
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
         status, _, told = await s.ask({}, "/admin/reload", headers=headers)
         assert (status, told["error"]["code"]) == (409, "conflict")

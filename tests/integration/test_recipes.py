@@ -405,7 +405,7 @@ async def test_a_conversation_stays_where_it_began_and_leaves_for_a_better_one()
         first = [{"role": "user", "content": text}]
         _, _, told = await s.ask({"model": "auto", "messages": first})
         follow = [*first, {"role": "assistant", "content": said(told)}]
-        relay = s.gateway._relay
+        relay = s.gateway.current.relay
         body = {"model": "auto", "messages": [*follow, {"role": "user", "content": "go on"}]}
         data = json.dumps(body).encode()
         warm = relay.conversations.warm(read_asked(CHAT, data, {}, 1000))

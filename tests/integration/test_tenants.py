@@ -418,7 +418,7 @@ async def second_gateway(s: Site, given: Any) -> AsyncIterator[str]:
     await gateway.start()
     gateway.directory.update([pool.address for pool in s.pools.values()])
     try:
-        async with serving(gateway.gateway.app()) as served:
+        async with serving(gateway) as served:
             async with s.client.get(served.url + "/health") as reply:
                 assert reply.status == 200
             await until(lambda: bool(gateway.directory.links()), "it knows the pools")

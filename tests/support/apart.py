@@ -123,7 +123,7 @@ def site_apart(config: Config) -> Iterator[Apart]:
     living = asyncio.run_coroutine_threadsafe(live(), loop)
     living.add_done_callback(lambda done: made.done() or made.set_exception(_why(done)))
     try:
-        yield Apart(loop, made.result(60), made.result().gateway.gateway.app())
+        yield Apart(loop, made.result(60), made.result().gateway)
         loop.call_soon_threadsafe(enough.set)
         living.result(60)
     finally:

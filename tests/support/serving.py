@@ -15,6 +15,7 @@ import aiohttp
 import uvicorn
 
 from service import assembly
+from service.api.admin import Reload
 from service.app.gateway import GatewayProcess
 from service.app.pool import PoolProcess
 from service.config import Config, SimulatedOptions
@@ -202,7 +203,7 @@ def _patched(real: Callable[[], Any], build: Any) -> Callable[[], Any]:
 
 
 @asynccontextmanager
-async def site(config: Config) -> AsyncIterator[Site]:
+async def site(config: Config, reload: Reload | None = None) -> AsyncIterator[Site]:
     """A gateway and one pool of each kind; afterwards nothing must run or wait."""
     before = asyncio.all_tasks()
     async with AsyncExitStack() as stack:
@@ -211,12 +212,18 @@ async def site(config: Config) -> AsyncIterator[Site]:
         }
         woken: list[str] = []
         gateway = GatewayProcess(
-            config, "gateway", SECRET, admin_key=ADMIN_KEY, wake=woken.append, behind_serve=False
+            config,
+            "gateway",
+            SECRET,
+            admin_key=ADMIN_KEY,
+            wake=woken.append,
+            behind_serve=False,
+            reload=reload,
         )
         await gateway.start()
         stack.push_async_callback(gateway.stop)
         gateway.directory.update([pool.address for pool in pools.values()])
-        served = await stack.enter_async_context(serving(gateway.gateway.app()))
+        served = await stack.enter_async_context(serving(gateway))
         client = await stack.enter_async_context(
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30))
         )

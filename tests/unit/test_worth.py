@@ -58,10 +58,10 @@ def test_how_often_a_cascade_escalates_is_learned_whoever_expected_what(by_map: 
     before = expected()
     for i in range(400):
         reach = worth.quality(math, assessment)[1][AT]
-        worth.escalated(AT, reach, i % 5 < 4, 1)
+        worth.escalated(AT, reach, i % 5 < 4)
     assert abs(before - 0.8) > 0.2
     assert expected() == pytest.approx(0.8, abs=0.1)
     for _ in range(400):
-        worth.escalated(AT, worth.quality(math, assessment)[1][AT], 1, 1)
+        worth.escalated(AT, worth.quality(math, assessment)[1][AT], 1)
     assert expected() <= 1.0
     assert worth.reach(AT)[0] <= 1.0

@@ -30,7 +30,8 @@ _BEAT_S = 3.0
 _MOST_LISTENERS = 64
 # A listener that does not read loses events; the next state holds everything anyway.
 _MOST_QUEUED = 16
-_HISTORY = 240
+# So many points of its graphs are kept.
+HISTORY = 240
 # Rates are over so many seconds: one alone jumps with every batch.
 _OVER = 4
 # A stream ends in time for a gateway that stops: at once when its pools drain, and
@@ -42,7 +43,8 @@ _LONGEST_ALONE_S = 10.0
 class Feed:
     """Gathers while somebody listens. `close` ends every stream.
 
-    `budgets` tells each one's name, shadow price, and the share of it that is left.
+    `budgets` tells each one's name, shadow price, and the share of it that is left. `history`:
+    the points of its graphs, at most `HISTORY`; they outlive a config.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Feed:
         in_flight: Callable[[], float],
         recent: Recent,
         budgets: Callable[[], list[tuple[str, float, float]]],
+        history: deque[dict[str, Any]],
     ) -> None:
         self._config = config
         self._budgets = budgets
@@ -67,7 +70,7 @@ class Feed:
         self._details: dict[str, dict[str, dict[str, Any]]] = {}
         self._rates: dict[tuple[str, str], float] = {}
         self._counted: deque[tuple[float, dict[tuple[str, str], int]]] = deque(maxlen=_OVER)
-        self._history: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
+        self._history = history
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events. Raises OverCapacity when too many listen."""
