@@ -75,17 +75,17 @@ class GatewayState:
 
 
 def replaced(
-    old: Config, new: Config, old_profiles: Mapping[str, str], new_profiles: Mapping[str, str]
+    old: Config, new: Config, old_files: Mapping[str, str], new_files: Mapping[str, str]
 ) -> set[str]:
     """The experts of a config that are gone in another one, or have other weights there.
 
-    `old_profiles`, `new_profiles`: digests of the virtual experts' files.
+    `old_files`, `new_files`: for each expert another text whenever what its files hold is.
     """
     return {
         name
         for name in old.experts
         if name not in new.experts
-        or old_profiles.get(name) != new_profiles.get(name)
+        or old_files.get(name) != new_files.get(name)
         or _weights(old, name) != _weights(new, name)
     }
 

@@ -71,7 +71,7 @@ class ConfiguredGateway:
         self.seats = seats
         self._meter = state.metrics.meter
         book = key_book(config, store)
-        self.keyring = Keyring(
+        self.keyring: Keyring = Keyring(
             config,
             book,
             secret=secret,

@@ -22,6 +22,7 @@ from service.broker.ledger import Ledger
 from service.config import Config
 from service.engine.remote import RemoteEngine
 from service.errors import CoeError
+from service.folders import file_versions
 from service.link.directory import Directory
 from service.steered import profile_digests
 from service.store.protocol import Store
@@ -68,7 +69,7 @@ class GatewayProcess:
         self._behind_serve = behind_serve
         self._screens = screens
         self._reload_file = reload
-        self._profiles = profile_digests(config)
+        self._files = _files(config)
         self.state = GatewayState.new(config.server.breaker)
         self.directory = Directory(gateway_id, secret)
         self.store: Store = open_store(config, gateway_id)
@@ -150,7 +151,7 @@ class GatewayProcess:
         Raises ConfigError, ArtifactError, StoreGone, and then all goes on as it was.
         """
         before = self.current
-        profiles = await asyncio.to_thread(profile_digests, config)
+        files = await asyncio.to_thread(_files, config)
         ledger = Ledger(config, self.store)
         after = self._configured(config, ledger, before)
         try:
@@ -160,8 +161,8 @@ class GatewayProcess:
             raise
         await self._go_over_seats(before.config, config)
         await self.spending.follow(ledger)
-        self.state.forget(replaced(before.config, config, self._profiles, profiles))
-        self._profiles = profiles
+        self.state.forget(replaced(before.config, config, self._files, files))
+        self._files = files
         self.current, self._app = after, after.gateway.app()
         self._earlier.add(before)
         task = asyncio.create_task(self._let_end(before))
@@ -264,3 +265,9 @@ class GatewayProcess:
         await asyncio.gather(*(seat.stop() for seat in self.seats.values()))
         if self._traces is not None:
             await asyncio.to_thread(self._traces.stop)
+
+
+def _files(config: Config) -> dict[str, str]:
+    """What files hold, as far as they are here: versions of weights, digests of profiles."""
+    local = [name for name, expert in config.experts.items() if expert.remote is None]
+    return {**file_versions(config, local), **profile_digests(config)}
