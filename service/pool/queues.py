@@ -84,6 +84,8 @@ class Queues:
     def resize(self, capacity: int, max_waiting: int) -> None:
         """Other bounds from now on; who runs or waits already stays."""
         self.capacity, self._max_waiting = capacity, max_waiting
+        for ticket in self._waiting:
+            ticket.places = min(ticket.places, capacity)
 
     def offer(
         self,

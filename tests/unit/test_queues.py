@@ -119,3 +119,15 @@ def test_crowded_out_the_heaviest_tenant_gives_up_as_much_as_is_needed() -> None
     assert q.crowded_out("a", small, tokens=3 * 2048) == waiting[:-4:-1]
     # More than an equal part is nobody's.
     assert q.crowded_out("a", small, tokens=5 * 2048) == []
+
+
+def test_resize_to_fewer_places_lets_what_waits_for_more_run_alone() -> None:
+    q = queues(capacity=4)
+    first = q.offer("a", 0, ready=True, places=2)
+    wide = q.offer("a", 1, ready=True, places=4)
+    q.resize(1, 3)
+    q.close(first)
+    assert q.grant({"a"}) == [wide]
+    q.resize(3, 3)
+    assert q.grant({"a"}) == []
+    assert q.offer("a", 2, ready=True, places=2).running
