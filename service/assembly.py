@@ -128,9 +128,9 @@ class Assembly:
         }
         # Virtual experts before what they run on.
         virtual = [name for name in gone if old.needs(name)]
-        await asyncio.gather(*(self.pool.remove(name, whys[name]) for name in virtual))
         rest = [name for name in gone if name not in virtual]
-        await asyncio.gather(*(self.pool.remove(name, whys[name]) for name in rest))
+        for some in (virtual, rest):
+            await asyncio.gather(*(self.pool.remove(name, whys[name], names) for name in some))
         for name in gone:
             self._canaries.pop(name, None)
             self._watch.gone(name)

@@ -141,16 +141,17 @@ class SharedCache:
             for key in [key for key, until_s in self._left.items() if until_s <= self._clock()]:
                 self._remove(key)
 
-    def make_room(self, coming: str) -> None:
+    def make_room(self, coming: str, size_bytes: int = 0) -> None:
         """Before an expert is filled: what nobody holds goes, longest unheld first, for its sake.
 
-        Files of one family are alike, so it is taken to be as large as the largest.
+        `size_bytes`: of the files that it is read from. What it will take here may be more, where
+        it is computed with in another dtype: it is taken to be as large as the largest, at least.
         """
         with self._one:
             sizes = self.sizes()
             if coming in sizes:
                 return
-            size = max(sizes.values(), default=0)
+            size = max(size_bytes, *sizes.values()) if sizes else size_bytes
             for key in sorted(self._left, key=self._left.__getitem__):
                 about = os.statvfs(self.folder)
                 left = about.f_bavail * about.f_frsize
@@ -228,6 +229,7 @@ class Share:
         cache = self._cache
         try:
             key = cache.key(expert, version_of(folder, adapter, strength))
+            size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         except OSError as error:
             why = f"the files of expert {expert!r} can't be read: {error}"
             raise ExpertFailed(why, retry_after_s=30) from error
@@ -236,7 +238,7 @@ class Share:
             cache.release(self._token, before)
         self._keys[expert] = key
         cache.hold(self._token, key)
-        cache.make_room(key)
+        cache.make_room(key, size)
         return str(cache.folder / key), self._token
 
     def give_back(self, expert: str) -> float:

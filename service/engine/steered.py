@@ -10,6 +10,8 @@ from dataclasses import dataclass
 # The key of vLLM's `additional_config` that tells a worker whose routers have standing rules how
 # many experts for a token they are made for.
 PLACES = "coe_places"
+# The one that tells a worker which adapter to merge into the weights that it loads.
+MERGED = "coe_merged"
 # The one that tells a worker to have its routers write down what they choose.
 NOTES = "coe_notes"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -55,6 +55,18 @@ class Delta:
             if len(pair) != 2 or shapes["A"][0] != rank or shapes["B"][1] != rank:
                 raise ValueError(f"{name}: the adapter of rank {rank} has {shapes}")
 
+    def check_base(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises ValueError where a base with weights of these shapes, by name, isn't the one."""
+        for name in sorted(self._pairs):
+            if name not in shapes:
+                raise ValueError(_no_such(name))
+            self._check(name, shapes[name])
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        adds = self._pairs[name]["B"].shape[0], self._pairs[name]["A"].shape[1]
+        if adds != shape:
+            raise ValueError(f"{name}: the adapter adds {adds} to {shape}")
+
     def applied(
         self, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -69,13 +81,13 @@ class Delta:
                         f"{name} is quantised ({dtype}): nothing can be merged into it; "
                         "use form: adapter"
                     )
+                self._check(name, tuple(weight.shape))
                 a, b = pair["A"].float(), pair["B"].float()
-                if (b.shape[0], a.shape[1]) != weight.shape:
-                    raise ValueError(
-                        f"{name}: the adapter adds {(b.shape[0], a.shape[1])} "
-                        f"to {tuple(weight.shape)}"
-                    )
                 weight = torch.addmm(weight.float(), b, a, alpha=self._scale).to(weight.dtype)
             yield name, weight
         if left:
-            raise ValueError(f"the base has no {sorted(left)[0]}, which the adapter changes")
+            raise ValueError(_no_such(sorted(left)[0]))
+
+
+def _no_such(name: str) -> str:
+    return f"the base has no {name}, which the adapter changes"

@@ -15,6 +15,7 @@ import time
 from argparse import Namespace
 from collections.abc import Awaitable, Collection, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -29,16 +30,19 @@ from service.engine.protocol import (
     Message,
 )
 from service.engine.shared_cache import Share, SharedCache, version_of
-from service.engine.steered import PLACES, Steering
+from service.engine.steered import MERGED, PLACES, Steering
 from service.engine.vllm import STANDING, VllmEngine, VllmModel, first_line
 from service.engine.vllm_face import EngineClient, face_digest
+from service.engine.vllm_merge import Delta
 from service.engine.vllm_stats import CANARY
 from service.errors import CoeError, EngineDead, ExpertFailed
+from service.models import ModelInfo, inspect_model
 
 log = logging.getLogger("coe.engine")
 
 _EXTENSION = "service.engine.vllm_worker.SwapExtension"
 _PINNED = "service.engine.vllm_pinned.PinnedExtension"
+_MERGED_WORKER = "service.engine.vllm_merged_worker.MergedWorker"
 _POLL_S = 0.01
 _LOOK_S = 0.2
 _CANARY_PROMPT = list(range(101, 117))
@@ -162,13 +166,27 @@ class SwappingVllmEngine(VllmEngine):
         if self._stands and self._places:
             args.worker_cls = STANDING
             args.additional_config = {**args.additional_config, PLACES: self._places}
+        if (merged := self._merged_first) is not None:
+            args.worker_cls = _MERGED_WORKER
+            told = {"folder": merged.adapter, "strength": merged.strength}
+            args.additional_config = {**args.additional_config, MERGED: told}
         return args
 
+    @property
+    def _merged_first(self) -> Weights | None:
+        """What the engine starts with, where that is an adapter merged into its base."""
+        first = self._weights[self._first]
+        return first if first.adapter is not None and not self._stands else None
+
     async def _start(self) -> EngineReport:
-        before = await self._version_of(Weights(self._model.path))
+        merged = self._merged_first
+        source = merged or Weights(self._model.path)
+        before = await self._version_of(source)
         self._own_digest = await asyncio.to_thread(face_digest, self._model.path)
+        if merged is not None:
+            await asyncio.to_thread(_check_merged, self._first, merged)
         report = await super()._start()
-        if await self._version_of(Weights(self._model.path)) != before:
+        if await self._version_of(source) != before:
             raise ExpertFailed(_changed_while(self._first), retry_after_s=30)
         self._tasks = await self._llm.get_supported_tasks()
         self._own_face = (self._llm.renderer, self._llm.input_processor.generation_config_fields)
@@ -177,7 +195,8 @@ class SwappingVllmEngine(VllmEngine):
             for name, w in self._weights.items()
             if w.is_plain and w.folder == self._weights[self._first].folder
         ]
-        adopted = self._first if self._first in plain else next(iter(plain), "")
+        own = merged is not None or self._first in plain
+        adopted = self._first if own else next(iter(plain), "")
         self._versions[adopted] = before
         await self._take(adopted)
         if why := await self._rpc("coe_adopt", adopted):
@@ -419,6 +438,21 @@ class SwappingVllmEngine(VllmEngine):
         llm.renderer = llm.input_processor.renderer = renderer
         llm.input_processor.generation_config_fields = generation_config
         llm.output_processor.tokenizer = renderer.tokenizer
+
+
+def _check_merged(expert: str, source: Weights) -> None:
+    """Raises ExpertFailed where an adapter can't be merged: a core that fails tells no reason."""
+    assert source.adapter is not None
+    try:
+        delta = Delta(Path(source.adapter), source.strength)
+        base = inspect_model(Path(source.folder))
+        if isinstance(base, ModelInfo):
+            if base.quantization is not None:
+                raise ValueError(f"its base is quantised ({base.quantization})")
+            delta.check_base(base.shapes)
+    except (ValueError, CoeError) as error:
+        why = f"expert {expert!r} could not be loaded: {first_line(error)}"
+        raise ExpertFailed(why, retry_after_s=30) from error
 
 
 def _changed_while(expert: str) -> str:

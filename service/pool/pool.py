@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ from service.errors import (
     Conflict,
     DeadlineExceeded,
     EngineDead,
+    EngineRestarting,
     EngineSilent,
     UnknownEndpoint,
     UnknownModel,
@@ -64,6 +65,8 @@ class Pool:
         self._rooms: dict[SwapSlot, int] = {}
         # Slots that went, whose engines have not ended yet: they hold what they hold.
         self._ending: set[SwapSlot] = set()
+        # Experts that went so that others of their names can come, and what is said of each.
+        self._coming: dict[str, str] = {}
         self._watch = watch
         self.boot = secrets.token_hex(8)
         self._slots: list[Slot[Any]] = []
@@ -83,9 +86,14 @@ class Pool:
     def add(self, slot: Slot[Any]) -> None:
         """Give the pool a slot."""
         self._slots.append(slot)
-        self._slot_of.update(dict.fromkeys(slot.experts, slot))
+        self._belong(slot.experts, slot)
         if isinstance(slot, SwapSlot):
             self._policy = self._policy or slot.policy
+
+    def _belong(self, experts: Iterable[str], slot: Slot[Any]) -> None:
+        for name in experts:
+            self._slot_of[name] = slot
+            self._coming.pop(name, None)
 
     def changed(self) -> None:
         """Something that a snapshot tells is different now."""
@@ -170,26 +178,33 @@ class Pool:
             else min(self.shared, key=lambda one: len(one.units))
         )
         slot.take_in(unit)
-        self._slot_of.update(dict.fromkeys(unit.experts, slot))
+        self._belong(unit.experts, slot)
         self._divide()
 
-    async def remove(self, expert: str, why: str) -> None:
-        """A unit goes for good. Who waits for it is told why; returns when who runs has ended."""
+    async def remove(self, expert: str, why: str, come_again: Collection[str] = ()) -> None:
+        """A unit goes for good. Who waits for it is told why; returns when who runs has ended.
+
+        `come_again`: experts of whose names others come then. Until they are there, who asks for
+        one is told to ask again, and not that there is none.
+        """
         slot = self._slot_of.get(expert)
         if slot is None:
             return
         unit = slot.unit_of(expert)
+        kind = EngineRestarting if unit.name in come_again else UnknownModel
         for name in unit.experts:
             del self._slot_of[name]
             self._speeds.pop(name, None)
+            if name in come_again:
+                self._coming[name] = why
         if isinstance(slot, SwapSlot):
             if len(slot.staying) == 1:
                 self._give_one_to(slot)
             if len(slot.staying) > 1:
-                await slot.retire(unit.name, why)
+                await slot.retire(unit.name, why, kind)
                 self.changed()
                 return
-        await slot.close(why)
+        await slot.close(why, kind)
         task = self._tasks.pop(slot)
         self._slots.remove(slot)
         if isinstance(slot, SwapSlot):
@@ -325,6 +340,8 @@ class Pool:
 
     def _slot(self, expert: str) -> Slot[Any]:
         slot = self._slot_of.get(expert)
+        if slot is None and (why := self._coming.get(expert)) is not None:
+            raise EngineRestarting(why, retry_after_s=1)
         if slot is None:
             raise UnknownModel(f"pool {self.kind!r} has no expert {expert!r}")
         return slot

@@ -314,11 +314,11 @@ class Slot(Generic[E]):
         assert expert in self.experts
         return Unit(self.experts[0], self.experts)
 
-    async def close(self, why: str) -> None:
-        """Its experts go for good: who waits is told why, who runs is let end."""
+    async def close(self, why: str, kind: type[CoeError] = UnknownModel) -> None:
+        """Its experts go for good: who waits is told why by such an error, who runs is let end."""
         for name in self.experts:
             for ticket in self._queues.waiting_for(name):
-                self._refuse(ticket, UnknownModel(why))
+                self._refuse(ticket, kind(why))
         self._draining = True
         if self._queues.total:
             await self._idle.wait()

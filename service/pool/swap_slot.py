@@ -78,18 +78,18 @@ class SwapSlot(HeldSlot):
         """Its units, without those that are to go for good."""
         return [unit for unit in self.units if unit.name not in self._retired]
 
-    async def close(self, why: str) -> None:
+    async def close(self, why: str, kind: type[CoeError] = UnknownModel) -> None:
         """All its experts go for good, and with them those that were to go already."""
-        await super().close(why)
+        await super().close(why, kind)
         while self._retired:
             self._retired.popitem()[1].set()
 
-    async def retire(self, unit: str, why: str) -> None:
+    async def retire(self, unit: str, why: str, kind: type[CoeError] = UnknownModel) -> None:
         """A unit goes for good: who waits for it is told why, who runs is let end.
 
         Returns when nothing of it is left. There must be another unit to run.
         """
-        self._send_away(unit, lambda _: UnknownModel(why))
+        self._send_away(unit, lambda _: kind(why))
         if self._engine is None and unit != self._unit:
             self._let_go(unit)
             return

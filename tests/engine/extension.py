@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from typing import Any
 
@@ -18,6 +19,10 @@ class BreakableExtension(SwapExtension):
         for parameter in self._coe().held[expert].model.parameters():
             if parameter.numel():
                 parameter.data.add_(1.0)
+
+    def coe_environment(self) -> list[str]:
+        """The names of the variables that this process has."""
+        return sorted(os.environ)
 
     def coe_see(self) -> None:
         """From now on remember which experts the running model's layers choose."""

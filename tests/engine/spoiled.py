@@ -94,6 +94,7 @@ _FULL: dict[str, tuple[Spoil, str]] = {
 
 WHY = {name: why for name, (_, why) in {**_ADAPTERS, **_FULL}.items()}
 """By name, what is said of each."""
+OF_ADAPTERS = tuple(_ADAPTERS)
 
 
 def spoiled_weights(folder: Path) -> dict[str, Weights]:

@@ -42,7 +42,7 @@ from tests.engine.real import (
     kill,
     told,
 )
-from tests.engine.spoiled import WHY, spoiled_weights
+from tests.engine.spoiled import OF_ADAPTERS, WHY, spoiled_weights
 from tests.support.waiting import until
 
 pytestmark = ON_ONE_ENGINE
@@ -135,6 +135,41 @@ async def test_weights_that_can_not_be_used_disturb_nobody(stage: Stage, name: s
         await stage.engine.exchange(name)
     assert stage.said["base"].startswith(await beside)
     assert stage.said["base"].startswith(await ask_one(stage.engine, "base", tokens=4))
+
+
+async def test_engine_that_starts_with_a_merged_expert_holds_its_weights_once(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COE_TEST_API_KEY", "hidden")
+    engine = Swapping("math", stage.weights, stage.canaries)
+    await engine.start()
+    try:
+        # Merged as it was read, it says what it says when it is merged beside another; else its
+        # canary would have refused it, too.
+        assert await ask(engine, "math") == stage.said["math"]
+        alone = await engine.memory()
+        await engine.fill("base")
+        beside = await engine.memory()
+        assert beside["resident_bytes"] > alone["resident_bytes"] + 300 * 1024**2
+        assert (await engine.exchange("base")).ok
+        assert await ask(engine, "base") == stage.said["base"]
+        assert (await engine.exchange("math")).ok
+        assert await ask(engine, "math") == stage.said["math"]
+        names = await engine._rpc("coe_environment")
+        assert "COE_TEST_API_KEY" not in names
+        assert "PATH" in names
+    finally:
+        await engine.stop()
+
+
+@pytest.mark.parametrize("name", OF_ADAPTERS)
+async def test_engine_that_should_start_with_a_spoiled_adapter_says_why(
+    stage: Stage, name: str
+) -> None:
+    engine = Swapping(name, stage.weights, stage.canaries)
+    with pytest.raises(ExpertFailed, match=WHY[name]):
+        await engine.start()
+    await engine.stop()
 
 
 async def test_a_dropped_expert_is_gone_and_comes_back(stage: Stage) -> None:

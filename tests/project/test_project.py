@@ -40,6 +40,7 @@ ONLY_IN = {
     "vllm": {
         "service/engine/vllm.py",
         "service/engine/vllm_loading.py",
+        "service/engine/vllm_merged_worker.py",
         "service/engine/vllm_moe.py",
         "service/engine/vllm_packing.py",
         "service/engine/vllm_standing_worker.py",

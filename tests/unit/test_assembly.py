@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class Running:
     def __init__(self, first: Config) -> None:
         watch = PoolMetrics()
         self.pool = Pool("p")
+        self.count = itertools.count()
         self.assembly = Assembly(first, "p", self.pool, watch)
         self.pool.start()
 
@@ -47,7 +49,7 @@ class Running:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        call = Call("/v1/completions", expert, "r", 10_000, False, "g", 1)
+        call = Call("/v1/completions", expert, f"r{next(self.count)}", 10_000, False, "g", 1)
         try:
             await self.pool.run(call, body, send)
         except CoeError as error:
@@ -83,6 +85,26 @@ async def test_an_expert_that_changes_is_another_one(slots: int | None) -> None:
     await running.assembly.reload(config("abc", slots, b="n"))
     assert running.pool.details()["b"].get("host_bytes", 0) == 0 or slots is None
     assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
+    await running.pool.stop(1)
+
+
+@pytest.mark.parametrize("slots", [None, 1, 2])
+async def test_reload_that_changes_an_expert_tells_to_ask_again_and_one_that_went_is_unknown(
+    slots: int | None,
+) -> None:
+    running = Running(config("abc", slots))
+    assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
+    # Its running request keeps the old one of that name there for a while.
+    long = asyncio.create_task(running.ask("b", 60))
+    await until(lambda: running.pool.snapshot().queues["b"].running == 1, "b runs")
+    reload = asyncio.create_task(running.assembly.reload(config("ab", slots, b="n")))
+    await until(lambda: "b" not in running.pool._slot_of, "it goes")
+    assert await running.ask("b") == "engine_restarting"
+    await until(lambda: "c" not in running.pool._slot_of, "it goes")
+    assert await running.ask("c") == "model_not_found"
+    assert await long == "ok"
+    await reload
+    assert [await running.ask(name) for name in "abc"] == ["ok", "ok", "model_not_found"]
     await running.pool.stop(1)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import orjson
 import pytest
@@ -170,9 +170,9 @@ class _Noted(Pool):
         super().__init__("p")
         self.removed: list[str] = []
 
-    async def remove(self, expert: str, why: Any) -> None:
+    async def remove(self, expert: str, why: str, come_again: Collection[str] = ()) -> None:
         self.removed.append(expert)
-        await super().remove(expert, why)
+        await super().remove(expert, why, come_again)
 
 
 async def test_reload_takes_up_files_that_were_replaced_and_leaves_the_others(

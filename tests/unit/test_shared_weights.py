@@ -310,6 +310,25 @@ def test_what_nobody_holds_goes_where_its_room_is_wanted(tmp_path: Path) -> None
     cache.close()
 
 
+def test_make_room_for_a_larger_expert_removes_as_much_as_its_files_take(tmp_path: Path) -> None:
+    cache = SharedCache(None, root=tmp_path, clock=(clock := Clock()))
+    folder = a_model(tmp_path / "m")
+    share = Share(cache)
+    paths = {name: hold(cache, share, name, folder) for name in "abc"}
+    size = paths["a"].stat().st_size
+    cache.bound_bytes = 4 * size
+    for name in "abc":
+        share.give_back(name)
+        clock.now_s += 1
+    large = tmp_path / "large"
+    large.mkdir()
+    (large / "model-00001-of-00002.safetensors").write_bytes(bytes(size))
+    (large / "model-00002-of-00002.safetensors").write_bytes(bytes(2 * size))
+    share.take("large", str(large), None, 1.0)
+    assert [name for name, path in paths.items() if path.exists()] == ["c"]
+    cache.close()
+
+
 def test_another_version_of_an_expert_is_another_file(tmp_path: Path) -> None:
     cache = SharedCache(None, root=tmp_path, clock=(clock := Clock()))
     folder = a_model(tmp_path / "m")
