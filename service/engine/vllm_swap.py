@@ -232,7 +232,7 @@ class SwappingVllmEngine(VllmEngine):
             rules = hashlib.sha256(repr(source.steering).encode()).hexdigest()[:24]
             base = self._versions.get(source.steering.base, "")
             self._versions[expert] = f"{base}-{rules}"
-            await self._face_for(expert, source)
+            await self._face_or_drop(expert, source)
             return Filled(int(size), time.monotonic() - began_s)
         version = await self._version_of(source)
         await self._take(expert)
@@ -250,7 +250,7 @@ class SwappingVllmEngine(VllmEngine):
             await self.drop(expert)
             raise ExpertFailed(_changed_while(expert), retry_after_s=30)
         self._versions[expert] = version
-        await self._face_for(expert, source)
+        await self._face_or_drop(expert, source)
         return Filled(int(told["host_bytes"]), float(told["fill_s"]))
 
     async def exchange(self, expert: str) -> Exchanged:
@@ -401,6 +401,16 @@ class SwappingVllmEngine(VllmEngine):
 
     # --- faces
 
+    async def _face_or_drop(self, expert: str, source: Weights) -> None:
+        """An expert without a tokenizer is not held either."""
+        try:
+            await self._face_for(expert, source)
+        except Exception as error:
+            await self.drop(expert)
+            if isinstance(error, CoeError):
+                raise
+            raise self._fault(f"expert {expert!r} could not be loaded", error) from error
+
     async def _face_for(self, expert: str, source: Weights) -> None:
         face = self._faces.get(expert)
         version = self._versions.get(expert, "")
@@ -414,10 +424,19 @@ class SwappingVllmEngine(VllmEngine):
         if await asyncio.to_thread(face_digest, folder) == self._own_digest:
             # Not the engine's of this moment: another expert's may be on it now.
             assert self._own_face is not None
+            await self._rpc("coe_tokens", expert, "")
             client = EngineClient(self._llm, self._llm.vllm_config, self._own_face[0])
             return _Face(await self._openai_layer(args, client, self._tasks), source, version)
         from vllm.renderers import renderer_from_config
 
+        # The core makes grammars by its own.
+        await self._rpc("coe_tokens", expert, folder)
+        fault = await self._rpc("coe_tokens_told", expert)
+        while fault is None:  # in another process: there is no event to await
+            await asyncio.sleep(_POLL_S)
+            fault = await self._rpc("coe_tokens_told", expert)
+        if fault:
+            raise ExpertFailed(f"the tokenizer of expert {expert!r} can't be read: {fault}")
         args.model = folder
         config = copy.copy(self._llm.vllm_config)
         config.model_config = copy.copy(config.model_config)

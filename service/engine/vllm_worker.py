@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from service.engine.vllm_capture import CaptureExtension
+from service.engine.vllm_grammar import Grammars
 from service.engine.vllm_loading import Beside, check_alike, is_attention
 from service.engine.vllm_memory import (
     check_room,
@@ -69,6 +70,7 @@ class _State:
     held: dict[str, Any] = field(default_factory=dict)
     filling: dict[str, Filling] = field(default_factory=dict)
     running: str = ""
+    grammars: Grammars | None = None
 
 
 class SwapExtension(CaptureExtension):
@@ -189,6 +191,26 @@ class SwapExtension(CaptureExtension):
         counted = tensor_bytes(beside.model) + scratch.packed_bytes
         return Held(beside.model, layers, max(counted, own_bytes() - before))
 
+    def coe_tokens(self, expert: str, folder: str) -> None:
+        """Begin to read an expert's tokenizer; where `folder` is empty it has the core's own.
+
+        Raises ValueError where that is no use here.
+        """
+        state = self._coe()
+        if state.grammars is None:
+            if not folder:
+                return
+            state.grammars = Grammars(self.vllm_config)
+        if folder:
+            state.grammars.bring(expert, folder)
+        else:
+            state.grammars.forget(expert)
+
+    def coe_tokens_told(self, expert: str) -> str | None:
+        """See `Grammars.told`."""
+        grammars = self._coe().grammars
+        return grammars.told(expert) if grammars is not None else ""
+
     def coe_filled(self, expert: str) -> dict[str, Any]:
         """`{"state": "host" | "filling" | "failed" | "disk", …}`. A failure is told once."""
         state = self._coe()
@@ -221,6 +243,8 @@ class SwapExtension(CaptureExtension):
         held = state.held[expert]
         method = self._coe_put(held)
         state.running = expert
+        if state.grammars is not None:
+            state.grammars.run(expert)
         self._coe_watch(self.model_runner.model)
         exchange_s = time.perf_counter() - began_s
         ok = False

@@ -20,6 +20,10 @@ class BreakableExtension(SwapExtension):
             if parameter.numel():
                 parameter.data.add_(1.0)
 
+    def coe_running(self) -> str:
+        """The expert that runs."""
+        return self._coe().running
+
     def coe_environment(self) -> list[str]:
         """The names of the variables that this process has."""
         return sorted(os.environ)

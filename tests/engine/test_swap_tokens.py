@@ -1,0 +1,90 @@
+"""Experts of one family whose tokens mean other text: prompts, answers and grammars of each.
+
+The engine runs them with the same weights, so that only the tokenizers differ.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from service.engine.vllm_swap import Canary, Weights
+from tests.engine.real import BASE, ENVIRONMENT, ON_ONE_ENGINE, Swapping, greedy
+
+pytestmark = ON_ONE_ENGINE
+
+GRAMMARS: list[dict[str, Any]] = [
+    {"structured_outputs": {"choice": ["yes", "no"]}},
+    {"structured_outputs": {"regex": "[0-9]{4}-[0-9]{2}"}},
+    {"structured_outputs": {"json": {"type": "object", "properties": {"a": {"type": "boolean"}}}}},
+]
+
+
+def _other_tokens(folder: Path) -> str:
+    """The base, with the numbers of all its tokens but the special ones the other way round."""
+    folder.mkdir()
+    for path in Path(BASE).iterdir():
+        if path.name != "tokenizer.json" and not path.name.startswith("."):
+            os.symlink(path.resolve(), folder / path.name)
+    told = json.loads((Path(BASE) / "tokenizer.json").read_text())
+    special = {one["id"] for one in told["added_tokens"]}
+    ordinary = sorted(i for i in told["model"]["vocab"].values() if i not in special)
+    turned = dict(zip(ordinary, reversed(ordinary), strict=True))
+    vocabulary = {token: turned.get(i, i) for token, i in told["model"]["vocab"].items()}
+    told["model"]["vocab"] = vocabulary
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    return str(folder)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Swapping]:
+    os.environ.update(ENVIRONMENT)
+    other = _other_tokens(tmp_path_factory.mktemp("models") / "other")
+    canaries: dict[str, Canary] = {}
+    made = Swapping("base", {"base": Weights(BASE), "other": Weights(other)}, canaries)
+    await made.start()
+    await made.fill("other")
+    yield made
+    await made.stop()
+
+
+async def _answer(engine: Swapping, expert: str, more: dict[str, Any]) -> str:
+    answer = await greedy(engine, expert, "It is", 24, **{"ignore_eos": False, **more})
+    return str(answer["text"])
+
+
+def _fits(text: str, more: dict[str, Any]) -> bool:
+    asked = more["structured_outputs"]
+    if "choice" in asked:
+        return text in asked["choice"]
+    if "regex" in asked:
+        return len(text) == 7 and text.replace("-", "0").isdecimal() and text[4] == "-"
+    return isinstance(json.loads(text), dict)
+
+
+@pytest.mark.parametrize("more", GRAMMARS, ids=str)
+async def test_grammar_of_each_expert_is_made_of_its_own_tokens(
+    engine: Swapping, more: dict[str, Any]
+) -> None:
+    for expert in ("base", "other", "base", "other"):
+        if (await engine._rpc("coe_running")) != expert:
+            assert (await engine.exchange(expert)).ok
+        text = await _answer(engine, expert, more)
+        assert _fits(text, more), (expert, text)
+
+
+async def test_prompt_and_answer_of_each_expert_are_of_its_own_tokens(engine: Swapping) -> None:
+    told = {}
+    for expert in ("base", "other"):
+        if (await engine._rpc("coe_running")) != expert:
+            assert (await engine.exchange(expert)).ok
+        answer = await greedy(engine, expert, "It is", 4, logprobs=1)
+        told[expert] = answer["token_ids"]
+    # The same weights, asked in other tokens, say something else.
+    assert told["base"] != told["other"]
