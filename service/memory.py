@@ -122,7 +122,7 @@ def plan_pool(
         on_gpu,
         moe,
         held if on_gpu and caches else 0,
-        tuple(_warnings(config, kind, inspect)),
+        (*_warnings(config, kind, inspect), *_doubles(config, kind, inspect)),
         tuple(_notes(config, kind, inspect)),
     )
 
@@ -137,6 +137,29 @@ def _notes(
         if isinstance(info, AdapterInfo) and info.not_merged:
             keys = ", ".join(info.not_merged)
             yield f"{name}: {keys} of its adapter is followed, with ranks of up to {info.rank}"
+
+
+def _doubles(
+    config: Config, kind: str, inspect: Callable[[str], ModelInfo | AdapterInfo]
+) -> Iterator[str]:
+    """Experts with the same weights under several names: each has them for itself."""
+    same: dict[tuple[str, ...], list[str]] = {}
+    for name in config.local_experts(kind):
+        expert = config.experts[name]
+        if expert.form == "steered" or (expert.adapter is not None and expert.form != "merged"):
+            continue
+        made = [str(inspect(expert.base or name).path.resolve())]
+        if expert.adapter is not None:
+            made += [str(Path(expert.adapter).resolve()), str(expert.strength)]
+        made.append(config.vllm_of(kind, name).model_dump_json())
+        same.setdefault(tuple(made), []).append(name)
+    for names in same.values():
+        if len(names) > 1:
+            yield (
+                f"pools.{kind}: experts {', '.join(names)} have the same weights, and each has "
+                "them in memory for itself; give one of them all categories and capabilities, "
+                "and leave the others out"
+            )
 
 
 def _warnings(

@@ -277,3 +277,40 @@ def test_folders_are_found_or_how_to_get_them_is_said() -> None:
     }
     with pytest.raises(ModelStoreError, match="get it with: coe models pull m"):
         folders_of(config(), {})
+
+
+def _named(experts: dict[str, Any], paths: dict[str, str], gpus: int = 0) -> tuple[str, ...]:
+    pool = {"gpus": gpus, "vllm": {"kv_cache_bytes": "128MiB"}}
+    whole = Config.model_validate({"experts": experts, "pools": {"cpu": pool}})
+
+    def inspect(name: str) -> ModelInfo | AdapterInfo:
+        expert = whole.experts[name]
+        moe = MoeInfo(8, 2, 64) if gpus else None
+        found = Path(paths[name])
+        return adapter() if expert.adapter is not None else model(path=found, moe=moe)
+
+    return plan_pool(whole, "cpu", inspect).warnings
+
+
+def test_plan_pool_names_experts_that_have_the_same_weights_for_themselves(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    same, linked, other = str(tmp_path / "m"), str(tmp_path / "link"), str(tmp_path / "n")
+    paths = {"a": same, "b": linked, "c": other, "d": same}
+    full: dict[str, Any] = {name: {"model": path} for name, path in paths.items()}
+    (told,) = [line for line in _named(full, paths) if "same weights" in line]
+    assert "experts a, b, d have the same weights" in told
+    # Not those that compute otherwise with them.
+    full["b"] |= {"vllm": {"moe_backend": "triton"}}
+    (told,) = [line for line in _named(full, paths, gpus=1) if "same weights" in line]
+    assert "experts a, d have" in told
+    merged = {"base": "a", "adapter": "x", "form": "merged"}
+    some = {"a": full["a"], "m": merged, "n": merged | {"strength": 0.5}, "o": merged}
+    (told,) = [line for line in _named(some, paths) if "same weights" in line]
+    assert "experts m, o have" in told
+    beside = {"base": "a", "adapter": "x"}
+    assert not [
+        line
+        for line in _named({"a": full["a"], "e": beside, "f": beside}, paths)
+        if "same weights" in line
+    ]
