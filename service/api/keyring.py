@@ -138,7 +138,9 @@ class Keyring:
                 self._marker.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 self._marker.touch(mode=0o600)
             except OSError as error:
-                log.warning(
+                # Where they are needed in any case, it makes no difference.
+                log.log(
+                    logging.DEBUG if self._strict else logging.WARNING,
                     "that keys are needed here can't be remembered for the next start (%s: %s); "
                     "set server.require_keys",
                     self._marker,

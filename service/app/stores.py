@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from service.store.keys import FileBook, KeyBook, Keys, StoreBook
 from service.store.memory import MemoryStore
 from service.store.protocol import Store
 from service.store.volatile import MemoryVolatile, VolatileStore
+
+log = logging.getLogger("coe.app")
 
 
 def open_store(config: Config, owner: str) -> Store:
@@ -45,6 +48,12 @@ def open_volatile(config: Config) -> VolatileStore:
     given = config.store
     url = _url(given.cache_url, given.cache_url_env, "cache_url_env")
     if url is None:
+        if config.server.gateways > 1 and config.feedback.enabled:
+            log.warning(
+                "without store.cache_url a vote on a reply has to reach the gateway that gave it, "
+                "one of %d; others answer 404",
+                config.server.gateways,
+            )
         return MemoryVolatile(given.cache_bytes)
     from service.store.volatile_redis import RedisVolatile
 
