@@ -286,7 +286,7 @@ def _named(experts: dict[str, Any], paths: dict[str, str], gpus: int = 0) -> tup
     def inspect(name: str) -> ModelInfo | AdapterInfo:
         expert = whole.experts[name]
         moe = MoeInfo(8, 2, 64) if gpus else None
-        found = Path(paths[name])
+        found = Path(paths.get(name, "x"))
         return adapter() if expert.adapter is not None else model(path=found, moe=moe)
 
     return plan_pool(whole, "cpu", inspect).warnings
