@@ -280,7 +280,7 @@ def test_folders_are_found_or_how_to_get_them_is_said() -> None:
 
 
 def _named(experts: dict[str, Any], paths: dict[str, str], gpus: int = 0) -> tuple[str, ...]:
-    pool = {"gpus": gpus, "vllm": {"kv_cache_bytes": "128MiB"}}
+    pool = {"gpus": gpus, "vllm": {"kv_cache_bytes": "128MiB", "enforce_eager": True}}
     whole = Config.model_validate({"experts": experts, "pools": {"cpu": pool}})
 
     def inspect(name: str) -> ModelInfo | AdapterInfo:
