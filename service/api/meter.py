@@ -15,6 +15,7 @@ import orjson
 
 from service.api.body import Asked
 from service.engine.protocol import Message, Send
+from service.link.asgi import LineBuffer
 from service.link.usage import reply_usage, token_counts, usage_of
 
 _STREAMED = frozenset({"/v1/chat/completions", "/v1/completions"})
@@ -46,7 +47,7 @@ class Meter:
         self._pieces = 0
         self._left = False
         self._bytes = 0
-        self._rest = b""
+        self._lines = LineBuffer()
         self._status = 0
         self._streams = False
         self._told = False
@@ -125,9 +126,7 @@ class Meter:
 
     def _pass(self, body: bytes, *, ends: bool) -> bytes:
         """Count whole lines, and give back what the client gets of them."""
-        data = self._rest + body
-        end = len(data) if ends else data.rfind(b"\n") + 1
-        whole, self._rest = data[:end], data[end:]
+        whole = self._lines.take(body, ends=ends)
         if b"data:" not in whole:
             return whole
         kept = []

@@ -13,7 +13,7 @@ from service.api.meter import Meter
 from service.api.passage import Passage, Spent
 from service.engine.protocol import Message, Send
 from service.errors import CoeError
-from service.link.asgi import STREAM_HEADERS
+from service.link.asgi import STREAM_HEADERS, LineBuffer
 from service.link.call import QUEUE_MS, SWAP_MS
 from service.link.faults import (
     Dialect,
@@ -68,7 +68,7 @@ class Reply:
         self._streams = False
         self._held: Message | None = None
         self._dialect = dialect
-        self._rest = b""
+        self._lines = LineBuffer()
         # The response object that a stream of Responses began with.
         self._response: Any = None
 
@@ -105,10 +105,8 @@ class Reply:
 
     def _whole_lines(self, body: bytes, *, ends: bool) -> bytes:
         """A stream's lines as the client gets them. What is left of one waits for its end."""
-        data = self._rest + body if self._rest else body
-        end = len(data) if ends else data.rfind(b"\n") + 1
-        lines, self._rest = data[:end], data[end:]
-        self.events += lines.count(b"data: {")
+        lines = self._lines.take(body, ends=ends)
+        self.events += lines.count(b"data: {") + lines.count(b"data:{")
         ours = self._dialect is not Dialect.CHAT and any(word in lines for word in _LOOKED_AT)
         if not ours and b'"usage"' not in lines:
             return lines
@@ -218,6 +216,6 @@ class Reply:
         if not self._streams:
             raise error
         # Half a line would spoil the event that is still to come.
-        self._rest = b""
+        self._lines.drop()
         events = self._last_events(detail_of(error), status_of(error), self.events)
         await self._send({"type": "http.response.body", "body": events})

@@ -21,6 +21,29 @@ class ClientGone(Exception):
     """The client has left: there is nobody to answer."""
 
 
+class LineBuffer:
+    """Gives out whole lines of a stream that comes in pieces, and keeps what is left of one."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def take(self, piece: bytes, *, ends: bool) -> bytes:
+        """The lines that are whole with this piece. `ends`: no other comes, so all that is left."""
+        end = len(piece) if ends else piece.rfind(b"\n") + 1
+        if not end and not ends:
+            self._rest += piece
+            return b""
+        if not self._rest and end == len(piece):
+            return piece
+        lines = bytes(self._rest) + piece[:end]
+        self._rest = bytearray(piece[end:])
+        return lines
+
+    def drop(self) -> None:
+        """Forget what is left of a line."""
+        self._rest.clear()
+
+
 async def read_body(
     receive: Receive, max_bytes: int, *, declared: bytes = b"", timeout_s: float | None = None
 ) -> bytes:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Callable
 
 from service.engine.protocol import Message, Send
 from service.link.call import ENGINE_MS, QUEUE_MS, SWAP_MS, Times
 from service.link.speed import Speedometer, Stopwatch
+from service.link.usage import reply_usage
 from service.pool.lease import Lease
-
-_COMPLETION = re.compile(rb'"(?:completion|output)_tokens":(\d{1,9})')
 
 
 class Measured:
@@ -72,8 +70,8 @@ class Measured:
         """Tokens made, for fairness: a chunk is about one, a whole reply says how many."""
         if message.get("more_body", False):
             self._served(1)
-        elif chunks == 1 and (told := _COMPLETION.search(message.get("body", b""))):
-            self._served(int(told[1]))
+        elif chunks == 1 and (usage := reply_usage(message.get("body", b""))) is not None:
+            self._served(usage.answer_tokens or 0)
 
     def times(self) -> Times:
         watch = self._watch

@@ -8,10 +8,19 @@ import stat
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from service.errors import BodyTooLarge, InvalidRequest
 from service.link import secret
-from service.link.asgi import ClientGone, Message, Receive, read_body, until_gone
+from service.link.asgi import (
+    ClientGone,
+    LineBuffer,
+    Message,
+    Receive,
+    read_body,
+    until_gone,
+)
 from service.link.call import Call, parse_call, trace_of
 
 CALL = Call("/v1/completions", "a/b", "id", 250, True, "gateway", 7)
@@ -134,3 +143,16 @@ def test_a_trace_context_that_could_not_be_sent_on_is_left_out(bad: bytes) -> No
     headers = {b"traceparent": good, b"tracestate": bad}
     assert trace_of(headers) == {"traceparent": good.decode()}
     assert trace_of({b"traceparent": bad}) == {}
+
+
+@given(st.lists(st.binary(max_size=6).map(lambda b: b.replace(b"a", b"\n")), max_size=12))
+def test_a_line_buffer_gives_out_whole_lines_and_every_byte_once(pieces: list[bytes]) -> None:
+    buffer = LineBuffer()
+    given_out = [buffer.take(piece, ends=False) for piece in pieces]
+    assert all(one == b"" or one.endswith(b"\n") for one in given_out)
+    whole = b"".join(pieces)
+    assert b"".join(given_out) == whole[: whole.rfind(b"\n") + 1]
+    assert b"".join(given_out) + buffer.take(b"", ends=True) == whole
+    assert buffer.take(b"x", ends=False) == b""
+    buffer.drop()
+    assert buffer.take(b"y", ends=True) == b"y"
