@@ -1,6 +1,6 @@
 """Answers kept for requests that ask for it, where they may be lost. Never across tenants.
 
-An exact key is a hash of tenant, endpoint, the model asked for, every parameter and message,
+An exact key is a hash of tenant, endpoint, the model asked for, every parameter, bound and message,
 and of how the experts are configured; its answers stand in one of `max_entries` places
 by that hash, so that their number has a bound whoever writes, and a new one takes an old
 one's place. For likeness there are shelves beside them: the latest questions that differ in
@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,9 @@ _ASIDE = frozenset({"user", "metadata", "safety_identifier"})
 _RANK = {"off": 0, "exact": 1, "semantic": 2}
 _SHELF = 16
 _DONE = b"data: [DONE]"
+# Why an answer ended. In JSON an unescaped quote ends a string: this can only be a key.
+_ENDS = re.compile(rb'"finish_reason"\s*:\s*"([^"\\]*)"')
+_WHOLE = frozenset({b"stop", b"tool_calls", b"function_call"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +105,11 @@ class Cache:
         kind = min(asked.cache, settings.mode, key=_RANK.__getitem__)
         data = {name: value for name, value in asked.data.items() if name not in _ASIDE}
         tenant = asked.tenant.name
-        key = self._hash(tenant, asked.endpoint, data)
+        # What bounds its cost or time decides who answers, too.
+        bounds = [asked.max_cost, asked.deadline_ms if asked.own_deadline else None]
+        key = self._hash(tenant, asked.endpoint, data, bounds)
         question, rest = _question(asked, data) if kind == "semantic" else ("", {})
-        shelf = self._hash(tenant, asked.endpoint, rest) if question else ""
+        shelf = self._hash(tenant, asked.endpoint, rest, bounds) if question else ""
         number = int(key, 16) % settings.max_entries
         where = place("cache", tenant, "answer", str(number))
         return Search(settings, tenant, where, key, shelf, question, kind)
@@ -151,9 +157,13 @@ class Cache:
         number = int(search.shelf, 16) % search.settings.max_entries
         return place("cache", search.tenant, "shelf", str(number))
 
-    async def keep(self, search: Search, recorded: Recorded) -> None:
-        """Keep an answer that came whole. Never raises for a store that is gone."""
-        body = recorded.whole()
+    async def keep(self, search: Search, recorded: Recorded, *, by_own_bound: bool) -> None:
+        """Keep an answer that came whole. Never raises for a store that is gone.
+
+        `by_own_bound`: where it was cut, it was by the length that the request itself names. Cut
+        by anything else (a budget, `max_cost`, a context) it is no answer to keep.
+        """
+        body = recorded.whole(by_own_bound=by_own_bound)
         if body is None:
             return
         value = orjson.dumps(
@@ -220,11 +230,14 @@ class Recorded:
                 self._parts.clear()
         await self._send(message)
 
-    def whole(self) -> bytes | None:
-        """The body, if it ended as it should."""
+    def whole(self, *, by_own_bound: bool) -> bytes | None:
+        """The body, if it ended as it should; see `Cache.keep`."""
         if not (self._good and self._whole):
             return None
         body = b"".join(self._parts)
+        ends = set(_ENDS.findall(body))
+        if not ends <= (_WHOLE | {b"length"} if by_own_bound else _WHOLE):
+            return None
         if self.content_type.startswith("text/event-stream"):
             sound = body.rstrip().endswith(_DONE) and b'data: {"error"' not in body
             return body if sound else None
@@ -266,10 +279,10 @@ class Visit:
         await self.send({"type": "http.response.start", "status": 200, "headers": head})
         await self.send({"type": "http.response.body", "body": self.hit.body})
 
-    async def keep(self) -> None:
-        """Once answered: keep the answer, if it is to be kept."""
+    async def keep(self, *, by_own_bound: bool) -> None:
+        """Once answered: keep the answer, if it is to be kept. See `Cache.keep`."""
         if self.search is not None and isinstance(self.send, Recorded):
-            await self.cache.keep(self.search, self.send)
+            await self.cache.keep(self.search, self.send, by_own_bound=by_own_bound)
 
 
 def free_of_charge(body: bytes, content_type: str) -> bytes:

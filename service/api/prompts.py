@@ -113,7 +113,9 @@ class Prompts:
                     await answered
                 else:
                     await until_gone(answered, receive)
-                await visit.keep()
+                await visit.keep(
+                    by_own_bound=passage.clipped is None and asked.most_tokens is not None
+                )
         except CoeError as error:
             passage.outcome = fault = error.code
             await self._fail(error, scope["path"], client_id, passage, send)

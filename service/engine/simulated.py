@@ -221,8 +221,11 @@ class SimulatedEngine:
                 f"{prompt_tokens} prompt tokens and {tokens} of answer were asked for",
                 param="messages" if chat else "prompt",
             )
+        bounded = asked is not None or tokens > context - prompt_tokens
         tokens = min(tokens, context - prompt_tokens)
         text, finish = _cut(answer_text(request.expert, prompt, tokens), body.get("stop"))
+        # It ends by itself where nothing cuts it.
+        finish = finish if bounded else "stop"
         made = _Made(prompt_tokens, len(text), n, self._options.decode_ms / 1000)
         try:
             await self._make(request, body, send, made, text, finish)

@@ -230,3 +230,53 @@ async def test_tenants_whose_names_hold_a_slash_share_no_place() -> None:
         await made.keep()
         assert (await visit(tenant, b"exact")).hit is not None
     assert (await visit("a", b"semantic")).hit is None
+
+
+async def test_an_answer_cut_by_a_bound_on_cost_is_nobody_s_answer() -> None:
+    given = config().model_dump(mode="json")
+    given["experts"]["general"]["price"] = {"completion": 1_000_000}
+    given["pools"]["cpu"]["simulated"]["tokens"] = 100
+    async with site(Config.model_validate(given)) as s:
+        told, body = await ask(s, "exact", coe={"max_cost": 70.5})
+        assert (told["x-coe-cache"], told["x-coe-max-tokens"]) == ("miss", "70")
+        assert body["usage"]["completion_tokens"] == 70
+        told, body = await ask(s, "exact")
+        assert (told["x-coe-cache"], body["usage"]["completion_tokens"]) == ("miss", 100)
+        # One's own bound is part of the request, and so of what is kept.
+        for kind in ("miss", "exact"):
+            told, body = await ask(s, "exact", max_tokens=3)
+            assert (told["x-coe-cache"], body["choices"][0]["finish_reason"]) == (kind, "length")
+        # A bound that cuts nothing is another request still: it decides who answers.
+        for kind in ("miss", "exact"):
+            told, _ = await ask(s, "exact", coe={"max_cost": 10**6})
+            assert told["x-coe-cache"] == kind
+
+
+async def test_an_answer_cut_by_what_a_budget_had_left_is_nobody_s_answer() -> None:
+    given = config().model_dump(mode="json")
+    given["experts"]["general"]["price"] = {"completion": 1_000_000}
+    given["budgets"] = {"all": {"amount": 9, "period": "day"}}
+    async with site(Config.model_validate(given)) as s:
+        told, body = await ask(s, "exact", max_tokens=8)
+        assert body["usage"]["completion_tokens"] == 8
+        told, body = await ask(s, "exact", text="Another one?", max_tokens=8)
+        assert (told["x-coe-max-tokens"], body["usage"]["completion_tokens"]) == ("1", 1)
+        status, told, _ = await s.ask(
+            chat("Another one?", max_tokens=8), headers={"x-coe-cache": "exact"}
+        )
+        # Not from the cache: there is nothing left to answer it with.
+        assert status == 429
+        # What was not cut is there.
+        told, _ = await ask(s, "exact", max_tokens=8)
+        assert told["x-coe-cache"] == "exact"
+
+
+async def test_answers_from_the_cache_count_as_requests() -> None:
+    given = config().model_dump(mode="json")
+    given["tenants"]["default"]["requests_per_min"] = 3
+    async with site(Config.model_validate(given)) as s:
+        for kind in ("miss", "exact", "exact"):
+            told, _ = await ask(s, "exact")
+            assert told["x-coe-cache"] == kind
+        status, _, told = await s.ask(chat("What is the sea?"), headers={"x-coe-cache": "exact"})
+        assert (status, told["error"]["code"]) == (429, "rate_limit_exceeded")

@@ -190,7 +190,7 @@ async def test_only_the_kinds_asked_for() -> None:
 
 async def test_a_prompt_too_long_to_look_through_is_refused() -> None:
     to = guard(personal={"action": "flag"}, max_characters=1000)
-    with pytest.raises(InvalidRequest, match="1001 characters"):
+    with pytest.raises(InvalidRequest, match="more than 1000 characters"):
         await check(to, said("x" * 1001))
 
 
@@ -213,14 +213,23 @@ async def test_a_stronger_screen_takes_the_shipped_one_s_place() -> None:
         await check(to, said("hello"))
 
 
+def test_texts_of_more_than_it_may_look_through_is_not_walked_to_its_end() -> None:
+    class Unread(dict[str, Any]):
+        def get(self, *_: Any) -> Any:
+            raise AssertionError("looked at, although there was enough")
+
+    with pytest.raises(InvalidRequest, match="more than 10 characters"):
+        texts_of({"messages": [{"role": "user", "content": "x" * 11}, Unread()]}, 10)
+
+
 def test_texts_come_back_in_their_order_and_places() -> None:
     data = {
         "system": "s",
         "messages": [{"role": "user", "content": ["a", {"text": "b"}]}],
         "x": "y",
     }
-    assert [one.text for one in texts_of(data)] == ["s", "a", "b"]
-    assert [one.trusted for one in texts_of(data)] == [True, False, False]
+    assert [one.text for one in texts_of(data, 3)] == ["s", "a", "b"]
+    assert [one.trusted for one in texts_of(data, 3)] == [True, False, False]
     changed = rewritten(data, lambda one: one.text.upper())
     assert changed["messages"][0]["content"] == ["A", {"text": "B"}]
     assert (changed["system"], changed["x"]) == ("S", "y")
@@ -228,7 +237,7 @@ def test_texts_come_back_in_their_order_and_places() -> None:
     for _ in range(50):
         deep = [deep]
     with pytest.raises(InvalidRequest, match="too deep"):
-        texts_of({"input": deep})
+        texts_of({"input": deep}, 100)
 
 
 def test_text_is_made_plain() -> None:

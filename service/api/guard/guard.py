@@ -84,13 +84,7 @@ class Guard:
         if guard is None:
             return Verdict(asked)
         check_readable(asked.data)
-        texts = texts_of(asked.data)
-        size = sum(len(one.text) for one in texts)
-        if size > guard.max_characters:
-            raise InvalidRequest(
-                f"the prompt has {size} characters, and the guard looks through no more than "
-                f"{guard.max_characters}"
-            )
+        texts = texts_of(asked.data, guard.max_characters)
         return await self._look(asked, guard, texts)
 
     async def _look(self, asked: Asked, guard: GuardConfig, texts: list[Text]) -> Verdict:

@@ -19,11 +19,21 @@ _DEEP = 16
 Change = Callable[[Text], str]
 
 
-def texts_of(data: Mapping[str, Any]) -> list[Text]:
-    """Every text of a prompt, in a fixed order."""
+def texts_of(data: Mapping[str, Any], most: int) -> list[Text]:
+    """Every text of a prompt, in a fixed order.
+
+    Raises InvalidRequest as soon as they have more than `most` characters together.
+    """
     found: list[Text] = []
+    left = most
 
     def note(text: Text) -> str:
+        nonlocal left
+        left -= len(text.text)
+        if left < 0:
+            raise InvalidRequest(
+                f"the prompt has more than {most} characters, and the guard looks through no more"
+            )
         found.append(text)
         return text.text
 
