@@ -244,6 +244,23 @@ def test_a_stop_has_time_to_drain(newest: str, values: str) -> None:
             assert config["server"]["drain_s"] + 10 < int(command[-1]) < grace_s, name
 
 
+@pytest.mark.parametrize("values", VALUES)
+def test_a_slow_start_is_waited_for_and_life_does_not_depend_on_experts(
+    newest: str, values: str
+) -> None:
+    objects = rendered(newest, values)
+    for name, pod in chart.pods([*of_kind(objects, "RayService"), *of_kind(objects, "Deployment")]):
+        for container in pod["spec"]["containers"]:
+            assert "cpu" not in container.get("resources", {}).get("limits", {}), name
+            live = json.dumps(container.get("livenessProbe", {}))
+            assert "/ready" not in live, name
+            if (start := container.get("startupProbe")) is not None:
+                assert start["periodSeconds"] * start["failureThreshold"] >= 600, name
+                # Traffic comes when an expert has answered, and stays while the gateway is alive.
+                assert start["httpGet"]["path"] == "/ready", name
+                assert container["readinessProbe"]["httpGet"]["path"] == "/health", name
+
+
 def _config(objects: tuple[Object, ...]) -> dict[str, Any]:
     found = next(m for m in of_kind(objects, "ConfigMap") if m["metadata"]["name"] == "rel-coe")
     config: dict[str, Any] = yaml.safe_load(found["data"]["config.yaml"])
