@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import orjson
 import psutil
 
-from loadtests.chaos_site import GATEWAY, POOL, Site, site
+from loadtests.chaos_site import GATEWAY, MAIN_REPLICAS, POOL, Site, site
 from loadtests.chaos_traffic import BAD, BROKEN, RESET, RIGHT, TYPED, Tally, Traffic
 from loadtests.command import parser, tell
 from loadtests.process import fetch, say
@@ -64,6 +64,7 @@ _LOCAL = frozenset({"general", "math", "auto/math", "turn-a", "turn-b"})
 CASES = (
     Case("kill -9 a pool replica", lambda s: s.kill(POOL + "main")),
     Case("kill -9 the swapping pool", lambda s: s.kill(POOL + "turns"), spared=frozenset({"math"})),
+    Case("poison request", Site.poison, Site.count_lost, 8.0),
     Case("kill -9 a gateway replica", lambda s: s.kill(GATEWAY), resets=True),
     Case("kill -9 HAProxy", lambda s: s.kill("bin/haproxy", every=True), resets=True),
     Case("Redis stopped", lambda s: s.redis.stop(), lambda s: s.redis.start(), 3.0, needs="redis"),  # type: ignore[union-attr]  # left out where there is none
@@ -158,7 +159,7 @@ async def _case(site: Site, traffic: Traffic, case: Case, seen: Seen, settle_s: 
 
 def _whole(site: Site) -> bool:
     """Whether everything that was started is there and answers."""
-    if len(site.processes(POOL)) < 3 or not site.processes("bin/haproxy"):
+    if len(site.processes(POOL)) < MAIN_REPLICAS + 1 or not site.processes("bin/haproxy"):
         return False
     gateways = 2 if site.redis is not None else 1
     if len(site.processes(GATEWAY)) < gateways:
@@ -192,8 +193,26 @@ async def simulated(port: int, rounds: int, clients: int, settle_s: float) -> Re
         after = await _settled(running, before[0] + _MORE_DESCRIPTORS)
         await asyncio.to_thread(running.stop)
         left["reserved in Redis"] = await running.reserved()
+        _tell_poison(report, running)
     _tell(report, seen, left, before, after, rounds)
     return report
+
+
+def _tell_poison(report: Report, site: Site) -> None:
+    """What requests that end every process which runs them have cost."""
+    beyond = float(max((lost - 2 for lost in site.lost), default=0))
+    told = [(one.status, one.code) for one in site.poisoned]
+    typed = sum(one == (500, "engine_died_twice") for one in told)
+    report.reach += [
+        Reach("pools lost beyond two by one poison request, at most", 0.0, beyond, beyond <= 0),
+        Reach(
+            "poison requests refused as such, at least",
+            float(len(told)),
+            float(typed),
+            typed == len(told),
+        ),
+    ]
+    report.facts["poison"] = {"lost": site.lost, "answers": told}
 
 
 def _tell(

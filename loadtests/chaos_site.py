@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import os
 import secrets
 import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -29,11 +31,14 @@ from service.types import Tenant
 
 KEY_ENV = "COE_CHAOS_KEY"
 POOL, GATEWAY = "ray::ServeReplica:coe:pool-", "ray::ServeReplica:coe:gateway"
+# One more than a request may take down.
+MAIN_REPLICAS = 3
+POISON = "this text ends a pool's process"
 EXPERTS = frozenset({"general", "math"})
 
 
 def settings(port: int, redis_port: int, upstream_port: int) -> dict[str, Any]:
-    """Two gateways that share a Redis, two replicas of a pool, a swapping one, remote experts."""
+    """Two gateways that share a Redis, three replicas of a pool, a swapping one, remote experts."""
     remote = {"url": f"http://127.0.0.1:{upstream_port}/v1", "model": "m"}
     return {
         "server": {
@@ -63,9 +68,9 @@ def settings(port: int, redis_port: int, upstream_port: int) -> dict[str, Any]:
             "main": {
                 "engine": "simulated",
                 "experts": ["general", "math"],
-                "min_replicas": 2,
+                "min_replicas": MAIN_REPLICAS,
                 "cpus": 0.1,
-                "simulated": {"decode_ms": 10, "tokens": 8},
+                "simulated": {"decode_ms": 10, "tokens": 8, "poison": POISON},
             },
             "turns": {
                 "engine": "simulated",
@@ -223,6 +228,15 @@ def small_disk() -> Iterator[Path | None]:
 
 
 @dataclass
+class Poisoned:
+    """What one poison request came to: `pools` are the process ids that there were before."""
+
+    pools: frozenset[int]
+    status: int = 0
+    code: str = ""
+
+
+@dataclass
 class Site:
     """The running service, and the means to hurt it."""
 
@@ -236,6 +250,8 @@ class Site:
     stop: Callable[[], None]
     admin_key: str
     filler: Path | None = field(default=None)
+    poisoned: list[Poisoned] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
 
     def processes(self, part: str = "") -> list[psutil.Process]:
         """Those of the service's processes whose title has `part` in it."""
@@ -256,6 +272,33 @@ class Site:
         for process in found if every else found[:1]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+    def poison(self) -> None:
+        """Send a request that ends every process that runs it."""
+        sent = Poisoned(frozenset(one.pid for one in self.processes(POOL)))
+        self.poisoned.append(sent)
+
+        def ask() -> None:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+            body = {"model": "general", "messages": [{"role": "user", "content": POISON}]}
+            try:
+                headers = {"content-type": "application/json"}
+                headers["authorization"] = f"Bearer {self.key}"
+                connection.request("POST", "/v1/chat/completions", orjson.dumps(body), headers)
+                reply = connection.getresponse()
+                sent.status = reply.status
+                sent.code = str(orjson.loads(reply.read())["error"]["code"])
+            except (OSError, http.client.HTTPException, orjson.JSONDecodeError, KeyError):
+                pass
+            finally:
+                connection.close()
+
+        threading.Thread(target=ask, daemon=True).start()
+
+    def count_lost(self) -> None:
+        """Note how many pools the last poison request has ended."""
+        now = {one.pid for one in self.processes(POOL)}
+        self.lost.append(len(self.poisoned[-1].pools - now))
 
     def fill_disk(self) -> None:
         """Use up what is left of the service's disk."""

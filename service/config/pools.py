@@ -45,6 +45,12 @@ class EngineOptions(Section):
         "vLLM's own share of the free memory.",
     )
     max_num_seqs: int = Field(32, ge=1, description="Sequences in one batch.")
+    max_num_queued_reqs: int = Field(
+        4096,
+        ge=1,
+        description="Sequences that an engine may have waiting or running, each choice and prompt "
+        "of a request counted; more gets 503.",
+    )
     threads: int = Field(
         1, ge=1, description="OMP threads of each engine on CPU. Too many make it crawl."
     )
@@ -132,6 +138,9 @@ class SimulatedOptions(Section):
     max_num_seqs: int = Field(256, ge=1, description="Requests that run at once.")
     fail: Literal["none", "load", "first_byte", "mid_stream"] = Field(
         "none", description="Where it breaks on purpose."
+    )
+    poison: str = Field(
+        "", description="Text of a request that ends the pool's whole process; empty: none."
     )
 
 

@@ -23,7 +23,7 @@ from service.deployment.server import QuietServer, bind_free_port, server_config
 from service.link import addresses
 from service.link.secret import node_folder, read_secret
 from service.reload import config_file, current_config, follow, reload, version
-from service.telemetry.logs import set_up_logs
+from service.telemetry.logs import ENGINE_LOGS, set_up_logs
 from service.telemetry.node import own_folder
 
 # The name under which autoscaling reads what a pool reports.
@@ -38,6 +38,8 @@ class PoolReplica:
         self, config_json: str, kind: str, secret_path: str, host: str | None
     ) -> None:
         set_up_logs()
+        # Prompts and schemas are in no line of an engine either. Its processes inherit this.
+        os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(ENGINE_LOGS))
         in_force = config_file(Path(secret_path))
         seen = version(in_force)
         config = current_config(in_force, config_json)

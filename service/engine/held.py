@@ -39,6 +39,11 @@ class HeldReply:
         self.started = False
         self.error: tuple[int, bytes] | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether no answer came, or a fault that is not told to be the client's."""
+        return not self.started and (self.error is None or self.error[0] >= 500)
+
     def shut(self) -> None:
         """Nobody listens any more: whatever else comes is thrown away."""
         self._shut = True
@@ -102,6 +107,8 @@ def openai_error(status: int, body: bytes) -> bytes:
         message, param, code = detail or f"the engine answered with status {status}", None, None
     if not isinstance(code, str):
         code = "context_length_exceeded" if _about_context(str(message)) else None
+        if code is None and status >= 500:
+            code = "engine_error"
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return orjson.dumps(
         {"error": {"message": str(message), "type": kind, "param": param, "code": code}}

@@ -12,6 +12,7 @@ import contextlib
 from argparse import Namespace
 from collections.abc import Collection
 from dataclasses import dataclass
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,10 +30,11 @@ from service.engine.protocol import (
 )
 from service.engine.salting import CACHE_SALT
 from service.engine.steered import NOTES
+from service.engine.vllm_checked import BACKEND, GrammarTrials, llm_class, watch_refusal
 from service.engine.vllm_face import REQUEST_IDS, EngineClient
 from service.engine.vllm_stats import EngineStats
 from service.engine.watching import RouterWatch
-from service.errors import EngineDead, EngineRestarting, ExpertFailed
+from service.errors import EngineDead, EngineRestarting, ExpertFailed, OverCapacity
 
 GENERATE_ENDPOINTS = frozenset(
     {
@@ -93,8 +95,10 @@ class VllmEngine:
         self._app: Any = None
         self._args = Namespace()
         self._stopped = False
+        self._trials = GrammarTrials()
 
     def _frontend_args(self) -> Namespace:
+        from vllm.config import StructuredOutputsConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -118,6 +122,8 @@ class VllmEngine:
         args.eplb_config = options.eplb_config.model_dump()
         # An empty list would mean any host: a request must not make us fetch things.
         args.allowed_media_domains = list(options.media_domains) or ["none.invalid"]
+        args.structured_outputs_config = StructuredOutputsConfig(backend=BACKEND)
+        args.max_num_queued_reqs = options.max_num_queued_reqs
         args.disable_log_stats = False
         args.enable_log_requests = False
         args.disable_fastapi_docs = True
@@ -160,7 +166,6 @@ class VllmEngine:
     async def _start(self) -> EngineReport:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.engine.async_llm import AsyncLLM
 
         args = self._args = self._frontend_args()
 
@@ -171,7 +176,7 @@ class VllmEngine:
                 without_secrets(self._secrets),
                 inherited(TUNED, self._options.tuned_config_folder),
             ):
-                return AsyncLLM.from_vllm_config(
+                return llm_class(self._trials).from_vllm_config(
                     vllm_config=engine_args.create_engine_config(usage_context=context),
                     usage_context=context,
                     enable_log_requests=False,
@@ -194,6 +199,9 @@ class VllmEngine:
         self._app = await self._openai_layer(args, client, tasks)
         config = self._llm.vllm_config
         generates = "generate" in tasks
+        if generates:
+            model = config.model_config
+            await self._trials.start(self._llm.tokenizer, model.get_vocab_size())
         return EngineReport(
             engine="vllm",
             max_model_len=config.model_config.max_model_len,
@@ -270,8 +278,10 @@ class VllmEngine:
         """See `Engine.run`."""
         if (why := self.failure()) is not None:
             raise EngineRestarting(f"the engine of expert {request.expert!r} died: {why}")
+        await self._trials.check_body(request.body)
         reply = HeldReply(send)
         call = _Call(request)
+        refusal = watch_refusal()
         if self._stats is not None:
             self._stats.asked(request.request_id, request.expert)
         # vLLM's handlers run in this task and in those it starts.
@@ -294,12 +304,20 @@ class VllmEngine:
                 async with asyncio.timeout(5):
                     await task
             raise
+        except Exception:
+            if refusal.error is None:
+                raise
+            raise refusal.error from None  # the pool ends the stream with it, if one has begun
         finally:
             if self._routers is not None:
                 self._routers.asked = True
+        if refusal.error is not None and reply.failed:
+            raise refusal.error
         if reply.error is not None:
             if reply.error[0] >= 500 and self.failure() is not None:
                 raise EngineDead(f"the engine of expert {request.expert!r} died")
+            if reply.error[0] == HTTPStatus.SERVICE_UNAVAILABLE:
+                raise OverCapacity(f"the engine of expert {request.expert!r} has too much to do")
             await reply.send_error()
         elif not reply.started:
             raise EngineDead(f"the engine of expert {request.expert!r} ended without an answer")
@@ -335,6 +353,7 @@ class VllmEngine:
 
     async def stop(self) -> None:
         """Stop the core process."""
+        await self._trials.stop()
         if self._routers is not None:
             await self._routers.end(look=self._llm is not None and self.failure() is None)
         self._stopped = True

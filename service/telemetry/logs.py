@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from pathlib import Path
 
 import orjson
 
@@ -42,7 +44,7 @@ class JsonLines(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _message_of(record),
         }
         line |= _FIELDS.get()
         line |= {name: getattr(record, name) for name in _EXTRA if hasattr(record, name)}
@@ -54,6 +56,74 @@ class JsonLines(logging.Formatter):
             where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
             line["error"] = {"type": record.exc_info[0].__name__, "at": where}
         return orjson.dumps(line).decode()
+
+
+class EngineLines(JsonLines):
+    """An engine's own lines. Those of faults tell no text that a request may have brought.
+
+    vLLM writes what it was doing into errors: parameters, schemas, and the text of exceptions. Of
+    such lines the words of the source code are left, with numbers. An exception's text is told only
+    where an engine was starting, and so had no requests.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        if record.levelno < logging.ERROR and not record.exc_info:
+            return super().format(record)
+        bare = logging.makeLogRecord(record.__dict__)
+        if isinstance(record.args, tuple):
+            bare.args = tuple(
+                arg if isinstance(arg, (int, float)) else _Elided() for arg in record.args
+            )
+        elif record.args:
+            bare.args = {name: _Elided() for name in record.args}
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None and _was_starting(error):
+            bare.msg, bare.args = f"{_message_of(bare)}: {error}", ()
+        return super().format(bare)
+
+
+class _Elided:
+    """Stands where a line had a text. It fits every conversion of `%`."""
+
+    def __str__(self) -> str:
+        return "…"
+
+    __repr__ = __str__
+
+    def __float__(self) -> float:
+        return 0.0
+
+    __int__ = __index__ = lambda self: 0
+
+
+def _message_of(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except (TypeError, ValueError):
+        return str(record.msg)
+
+
+def _was_starting(error: BaseException) -> bool:
+    """Whether it was raised while an engine was being made."""
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if code.co_name == "__init__" and "/v1/engine/" in code.co_filename:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def engine_handler() -> logging.Handler:
+    """The handler of vLLM's lines, named in `engine_logs.json`; it sets their level as well."""
+    level = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING").upper()
+    logging.getLogger("vllm").setLevel(level)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(EngineLines())
+    return handler
+
+
+ENGINE_LOGS = Path(__file__).with_name("engine_logs.json")
 
 
 def set_up_logs(level: int = logging.INFO) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from service.errors import EngineDead
+from service.errors import EngineDead, InvalidRequest
 from tests.contract.conftest import Subject
 from tests.support.asking import CHAT, COMPLETIONS, Reply, ask, run
 from tests.support.waiting import until
@@ -260,6 +260,156 @@ async def test_a_cancelled_request_is_stopped(subject: Subject) -> None:
         await until(subject.idle, "the engine has dropped it", 20)
         assert not reply.ended
     assert (await ask(subject.engine, CHAT, subject.expert, chat())).status == 200
+
+
+def _form(schema: Any) -> dict[str, Any]:
+    return {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    }
+
+
+def _tool(parameters: Any, choice: Any = "required") -> dict[str, Any]:
+    function = {"name": "f", "strict": True, "parameters": parameters}
+    return {"tools": [{"type": "function", "function": function}], "tool_choice": choice}
+
+
+CRASHING = "(" * 17_000 + "a" + ")?" * 17_000
+COSTLY = "^(((a|b|cd){1,100}c){1,100}d){1,100}$"
+UNFIT = {"properties": {"m": {"type": "string", "pattern": "^[a-z]{1,2000}$"}}}
+TAG = {"type": "structural_tag"}
+# What no engine of ours can, or may, make an answer fit.
+REFUSED_GRAMMARS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a pattern that crashes": (CHAT, chat(**_form({"pattern": CRASHING, "type": "string"}))),
+    "a pattern that costs": (CHAT, chat(**_form({"pattern": COSTLY, "type": "string"}))),
+    "a pattern that can't be compiled": (CHAT, chat(**_form({"type": "object", **UNFIT}))),
+    "a pattern that is none": (CHAT, chat(**_form({"pattern": "(((", "type": "string"}))),
+    "what xgrammar leaves out": (CHAT, chat(**_form({"type": "integer", "multipleOf": 3}))),
+    "a type that there is not": (CHAT, chat(**_form({"type": "nothing"}))),
+    "a type that is a number": (CHAT, chat(**_form({"type": 7}))),
+    "properties that are a list": (CHAT, chat(**_form({"type": "object", "properties": [1]}))),
+    "a reference to nowhere": (CHAT, chat(**_form({"$ref": "#/$defs/nowhere"}))),
+    "a schema that is a list": (CHAT, chat(**_form([1]))),
+    "no schema": (CHAT, chat(response_format={"type": "json_schema"})),
+    "a schema that is null": (CHAT, chat(**_form(None))),
+    "an unknown form": (CHAT, chat(response_format={"type": "nothing"})),
+    "a form that is text": (CHAT, chat(response_format="json")),
+    "a regex": (CHAT, chat(structured_outputs={"regex": "((("})),
+    "a regex with a null": (CHAT, chat(structured_outputs={"regex": "a\0b"})),
+    "a regex that crashes": (CHAT, chat(structured_outputs={"regex": CRASHING})),
+    "a regex that looks ahead": (CHAT, chat(structured_outputs={"regex": "(?=a)a"})),
+    "no choice": (CHAT, chat(structured_outputs={"choice": []})),
+    "choices that are numbers": (CHAT, chat(structured_outputs={"choice": [1, {}]})),
+    "a grammar": (CHAT, chat(structured_outputs={"grammar": "root ::= ((("})),
+    "an empty grammar": (CHAT, chat(structured_outputs={"grammar": "  "})),
+    "a Lark grammar": (CHAT, chat(structured_outputs={"grammar": "start: ((("})),
+    "an empty schema": (CHAT, chat(structured_outputs={"json": ""})),
+    "text that is no schema": (CHAT, chat(structured_outputs={"json": "{"})),
+    "no object": (CHAT, chat(structured_outputs={"json_object": False})),
+    "nothing": (CHAT, chat(structured_outputs={})),
+    "two at once": (CHAT, chat(structured_outputs={"json": {}, "regex": "a"})),
+    "a tag": (CHAT, chat(response_format=TAG)),
+    "a tag without triggers": (CHAT, chat(response_format={**TAG, "structures": []})),
+    "a tag of nothing": (CHAT, chat(response_format={**TAG, "format": {"type": "nothing"}})),
+    "a tag that crashes": (
+        CHAT,
+        chat(response_format={**TAG, "format": {"type": "regex", "pattern": CRASHING}}),
+    ),
+    "a tag that is text": (CHAT, chat(structured_outputs={"structural_tag": "{"})),
+    "a tag of completions": (
+        "/v1/completions",
+        {"prompt": "a", "response_format": {**TAG, "format": {"type": "nothing"}}},
+    ),
+    "a regex of completions": (
+        "/v1/completions",
+        {"prompt": "a", "structured_outputs": {"regex": CRASHING}},
+    ),
+    "a tool that crashes": (CHAT, chat(**_tool({"type": "string", "pattern": CRASHING}))),
+    "a tool": (CHAT, chat(**_tool({"type": "string", "pattern": "((("}))),
+    "a named tool": (
+        CHAT,
+        chat(
+            **_tool(
+                {"type": "string", "pattern": "((("},
+                {"type": "function", "function": {"name": "f"}},
+            )
+        ),
+    ),
+    "a schema of Responses": (
+        "/v1/responses",
+        {
+            "input": "a",
+            "text": {
+                "format": {
+                    "type": "json_schema",
+                    "name": "x",
+                    "schema": {"type": "string", "pattern": CRASHING},
+                }
+            },
+        },
+    ),
+    "a tool of Messages": (
+        "/v1/messages",
+        {
+            "messages": [{"role": "user", "content": "a"}],
+            "max_tokens": 5,
+            "tools": [
+                {
+                    "name": "f",
+                    "strict": True,
+                    "input_schema": {"type": "string", "pattern": CRASHING},
+                }
+            ],
+            "tool_choice": {"type": "any"},
+        },
+    ),
+    "a schema of Messages": (
+        "/v1/messages",
+        {
+            "messages": [{"role": "user", "content": "a"}],
+            "max_tokens": 5,
+            "output_config": {
+                "format": {
+                    "type": "json_schema",
+                    "schema": {"type": "string", "pattern": CRASHING},
+                }
+            },
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", REFUSED_GRAMMARS)
+async def test_a_grammar_that_no_engine_can_use_is_a_400(
+    subject: Subject, name: str, stream: bool
+) -> None:
+    if subject.name != "vllm":
+        pytest.skip("the simulated engine knows no grammar; one real engine is enough")
+    path, body = REFUSED_GRAMMARS[name]
+    reply = await ask(subject.engine, path, subject.expert, {**body, "stream": stream})
+    assert subject.engine.failure() is None
+    if isinstance(reply.error, InvalidRequest):
+        return
+    assert reply.error is None
+    assert reply.status == 400, reply.body
+    assert reply.fault["type"] == "invalid_request_error"
+
+
+async def test_choices_grammars_and_tags_that_are_in_order_are_kept_to(subject: Subject) -> None:
+    if subject.name != "vllm":
+        pytest.skip("the simulated engine knows no grammar; one real engine is enough")
+    tag = {**TAG, "format": {"type": "json_schema", "json_schema": SCHEMA}}
+    for more in (
+        {"structured_outputs": {"choice": ["yes", "no"]}},
+        {"structured_outputs": {"regex": "(yes|no)"}},
+        {"structured_outputs": {"grammar": 'root ::= "yes" | "no"'}},
+    ):
+        told = (await ask(subject.engine, CHAT, subject.expert, chat(max_tokens=20, **more))).json
+        assert told["choices"][0]["message"]["content"] in ("yes", "no")
+    told = (
+        await ask(subject.engine, CHAT, subject.expert, chat(max_tokens=100, response_format=tag))
+    ).json
+    jsonschema.validate(json.loads(told["choices"][0]["message"]["content"]), SCHEMA)
 
 
 # --- from here on the engine dies

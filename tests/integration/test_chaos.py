@@ -50,6 +50,8 @@ def test_a_round_of_chaos() -> None:
     assert len(told["outcomes"]) >= 7
     if shutil.which("redis-server"):
         assert {"Redis stopped", "Redis hung"} <= told["outcomes"].keys()
+    assert len(told["poison"]["lost"]) == 1
+    assert told["poison"]["answers"] == [[500, "engine_died_twice"]]
     for name, kinds in told["outcomes"].items():
         assert kinds["right"] > 0, name
 

@@ -39,6 +39,7 @@ TOP = {
 ONLY_IN = {
     "vllm": {
         "service/engine/vllm.py",
+        "service/engine/vllm_checked.py",
         "service/engine/vllm_grammar.py",
         "service/engine/vllm_loading.py",
         "service/engine/vllm_merged_worker.py",

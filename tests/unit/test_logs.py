@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import errno
 import io
+import json
 import logging
+import logging.config
 import sys
 
 import orjson
 import pytest
 
-from service.telemetry.logs import JsonLines, log_fields, set_up_logs
+from service.telemetry.logs import ENGINE_LOGS, EngineLines, JsonLines, log_fields, set_up_logs
 
 SECRET = "the prompt of a user"
 
@@ -145,3 +147,70 @@ def test_what_a_full_disk_can_not_take_fails_nobody(monkeypatch: pytest.MonkeyPa
         logger.error("nor this")
     finally:
         logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("Error in create_messages: %s", (SECRET,)),
+        ("Dumping scheduler output for model execution: %s", ({"schema": SECRET},)),
+        ("%s of %d at %f took %5.2f s", (SECRET, 3, 1.5, SECRET)),
+        ("Failed to compile grammar for %(what)s", ({"what": SECRET},)),
+        ("%d and nothing that fits", (SECRET, SECRET)),
+    ],
+)
+def test_an_engine_s_error_tells_no_text_of_a_request(
+    message: str, arguments: tuple[object, ...]
+) -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(EngineLines())
+    logger = logging.Logger("vllm.test")
+    logger.addHandler(handler)
+    try:
+        raise ValueError(SECRET)
+    except ValueError:
+        logger.exception(message, *arguments)
+    logger.error(message, *arguments)
+    logger.warning("of %s: a level below is not about requests", "the start")
+    text = stream.getvalue()
+    assert SECRET not in text
+    first, _, last = map(orjson.loads, text.splitlines())
+    assert first["message"].startswith(message.partition("%")[0])
+    assert first["error"]["type"] == "ValueError"
+    assert last["message"] == "of the start: a level below is not about requests"
+
+
+def test_why_an_engine_could_not_start_is_told() -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(EngineLines())
+    logger = logging.Logger("vllm.test")
+    logger.addHandler(handler)
+    made = compile(
+        "class Core:\n def __init__(self): raise ValueError('no such weights')",
+        "site-packages/vllm/v1/engine/core.py",
+        "exec",
+    )
+    namespace: dict[str, type] = {}
+    exec(made, namespace)
+    try:
+        namespace["Core"]()
+    except ValueError:
+        logger.exception("EngineCore failed to start.")
+    line = orjson.loads(stream.getvalue())
+    assert line["message"] == "EngineCore failed to start.: no such weights"
+
+
+def test_vllm_takes_the_engines_log_config() -> None:
+    """As vLLM reads it: the file is a valid logging config, and names our handler."""
+    config = json.loads(ENGINE_LOGS.read_text())
+    logger = logging.getLogger("vllm")
+    before = logger.handlers[:], logger.level, logger.propagate
+    try:
+        logging.config.dictConfig(config)
+        (handler,) = logger.handlers
+        assert isinstance(handler.formatter, EngineLines)
+        assert logger.getEffectiveLevel() == logging.WARNING
+    finally:
+        logger.handlers[:], logger.level, logger.propagate = before[0], before[1], before[2]

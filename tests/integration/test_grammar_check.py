@@ -1,0 +1,188 @@
+"""Grammars are tried out in a process that may crash over them: this one goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from service.engine.grammar_check import Grammar, GrammarChecker, SharedChecker, Vocabulary
+from service.errors import InvalidRequest, OverCapacity
+
+xgrammar = pytest.importorskip("xgrammar")
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.filterwarnings("ignore", "error:::service"),
+]
+CRASHING = "(" * 17_000 + "a" + ")?" * 17_000
+
+
+def schema(**of: Any) -> Grammar:
+    return Grammar("json", json.dumps({"type": "string", **of}))
+
+
+def optional(properties: int) -> Grammar:
+    """The states of its automaton are as many as the pairs of its properties."""
+    either = {"anyOf": [{"type": "integer"}, {"type": "string"}]}
+    named = {f"p{i}": either for i in range(properties)}
+    return Grammar("json", json.dumps({"type": "object", "properties": named}))
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+    tokens = [*(chr(code) for code in range(32, 127)), "</s>", "the", '{"', '"}']
+    info = xgrammar.TokenizerInfo(tokens, stop_token_ids=[95])
+    return Vocabulary("letters", info.serialize_json())
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def checker() -> AsyncIterator[GrammarChecker]:
+    made = GrammarChecker(cpu_s=0.5)
+    yield made
+    worker = psutil.Process(pid_of(made))
+    await made.close()
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+
+
+def pid_of(checker: GrammarChecker) -> int:
+    assert checker._worker is not None
+    return checker._worker._process.pid
+
+
+FIT = {
+    "a schema": schema(maxLength=8),
+    "a pattern": schema(pattern="^[a-z]{1,8}$"),
+    "a pattern as nested as a gateway lets through": schema(pattern="(" * 64 + "a" + ")?" * 64),
+    "a regex": Grammar("regex", "(yes|no)"),
+    "EBNF": Grammar("ebnf", 'root ::= "yes" | "no"'),
+    "Lark": Grammar("lark", 'start: "yes" | "no"'),
+    "a tag": Grammar(
+        "structural_tag",
+        json.dumps(
+            {
+                "type": "structural_tag",
+                "format": {"type": "json_schema", "json_schema": {"type": "object"}},
+            }
+        ),
+    ),
+    "a tag of the older form": Grammar(
+        "structural_tag",
+        json.dumps(
+            {
+                "structures": [{"begin": "<f>", "schema": {"type": "object"}, "end": "</f>"}],
+                "triggers": ["<f"],
+            }
+        ),
+    ),
+}
+UNFIT = {
+    "a crash": (schema(pattern=CRASHING), "can't process it"),
+    "a regex that crashes": (Grammar("regex", CRASHING), ""),
+    "too much to read": (
+        schema(pattern="^(((a|b|cd){1,100}c){1,100}d){1,100}$"),
+        "too much time",
+    ),
+    "too much to compile": (optional(3000), "too much time"),
+    "no schema": (Grammar("json", "{"), "not valid"),
+    "no regex": (Grammar("regex", "((("), "not valid"),
+    "no EBNF": (Grammar("ebnf", "root ::= ((("), "not valid"),
+    "no Lark": (Grammar("lark", "start: ((("), "not valid"),
+    "no tag": (Grammar("structural_tag", "{}"), "not valid"),
+    "a tag without an end": (
+        Grammar("structural_tag", '{"structures": [{"begin": "a"}], "triggers": []}'),
+        "missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIT)
+async def test_a_grammar_in_order_passes(
+    checker: GrammarChecker, vocabulary: Vocabulary, name: str
+) -> None:
+    await checker.check(FIT[name], vocabulary)
+    await checker.check(FIT[name], None)
+
+
+@pytest.mark.parametrize("name", UNFIT)
+async def test_a_grammar_that_breaks_or_costs_is_refused_and_the_worker_goes_on(
+    checker: GrammarChecker, vocabulary: Vocabulary, name: str
+) -> None:
+    await checker.check(FIT["a regex"], vocabulary)
+    before = pid_of(checker)
+    grammar, why = UNFIT[name]
+    with pytest.raises(InvalidRequest, match=why) as refused:
+        await checker.check(grammar, vocabulary)
+    assert "/project/" not in refused.value.message, "a place in somebody's source"
+    assert pid_of(checker) == before
+    await checker.check(FIT["EBNF"], vocabulary)
+
+
+async def test_the_loop_is_not_held_by_a_grammar_that_costs(
+    checker: GrammarChecker, vocabulary: Vocabulary
+) -> None:
+    began_s = time.thread_time()
+    with pytest.raises(InvalidRequest):
+        await checker.check(optional(3001), vocabulary)
+    assert time.thread_time() - began_s < 0.1
+
+
+async def test_one_verdict_serves_all_who_ask_together_and_later(
+    checker: GrammarChecker, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await checker.check(FIT["a regex"], vocabulary)
+    asked = 0
+    real = checker._worker.ask  # type: ignore[union-attr]
+
+    async def ask(*given: Any) -> str:
+        nonlocal asked
+        asked += 1
+        return await real(*given)
+
+    monkeypatch.setattr(checker._worker, "ask", ask)
+    new = schema(pattern="^once$")
+    gone = asyncio.create_task(checker.check(new, vocabulary))
+    rest = [asyncio.create_task(checker.check(new, vocabulary)) for _ in range(8)]
+    await asyncio.sleep(0)
+    gone.cancel()  # the first who asked leaves: the others are told all the same
+    await asyncio.gather(*rest)
+    await checker.check(new, vocabulary)
+    assert asked == 1
+
+
+async def test_a_worker_that_was_killed_is_replaced(
+    checker: GrammarChecker, vocabulary: Vocabulary
+) -> None:
+    await checker.check(FIT["a regex"], vocabulary)
+    before = pid_of(checker)
+    psutil.Process(before).kill()
+    await checker.check(schema(pattern="^after a kill$"), vocabulary)
+    assert pid_of(checker) != before
+
+
+async def test_without_a_worker_a_request_is_told_to_come_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checker = GrammarChecker(cpu_s=1.0)
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    with pytest.raises(OverCapacity):
+        await checker.check(FIT["a regex"], None)
+    await checker.close()
+
+
+async def test_the_shared_checker_ends_with_its_last_user() -> None:
+    shared = SharedChecker(lambda: GrammarChecker(cpu_s=1.0))
+    first, second = shared.take(), shared.take()
+    assert first is second
+    await first.check(FIT["a regex"], None)
+    worker = psutil.Process(pid_of(first))
+    await shared.give_back()
+    assert worker.is_running()
+    await shared.give_back()
+    assert not worker.is_running()
+    assert shared.take() is not first
