@@ -306,6 +306,8 @@ async def test_a_pool_bounds_bodies_and_knows_its_paths() -> None:
             "x-coe-tenant": "default",
             "x-coe-priority": "normal",
             "x-coe-weight": "1",
+            "x-coe-prompt-tokens": "1",
+            "x-coe-places": "1",
         }
         async with client.post(pool.url + CHAT, data=b"x" * 101, headers=call) as reply:
             assert reply.status == 413
