@@ -349,6 +349,7 @@ class Pool:
     def snapshot(self) -> Snapshot:
         """The state as of now."""
         now_s = time.monotonic()
+        self._tell_turns()
         states = {}
         queues = {}
         capacity = {}
@@ -372,6 +373,16 @@ class Pool:
             acks=self._acks.told(),
         )
 
+    def _tell_turns(self) -> None:
+        """Engines start one after the other: who waits for others' starts is told how long."""
+        asked = [(slot.turn_asked_s, i) for i, slot in enumerate(self._slots)]
+        ahead_s = 0.0
+        for slot in self._slots:
+            slot.ahead_s = 0.0
+        for _, i in sorted((at_s, i) for at_s, i in asked if at_s is not None):
+            self._slots[i].ahead_s = ahead_s
+            ahead_s += self._slots[i].start_left_s()
+
     async def snapshots(self) -> AsyncIterator[bytes]:
         """Lines for one gateway: the whole state, then changes, coalesced, and heartbeats."""
         before: Snapshot | None = None
@@ -392,6 +403,7 @@ class Pool:
 
     def details(self) -> dict[str, dict[str, Any]]:
         """Each expert's residency in full, for people."""
+        self._tell_turns()
         return {
             name: {**told, "tokens": self._tokens[name]}
             for slot in self._slots

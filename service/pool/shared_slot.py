@@ -309,7 +309,7 @@ class SharedSlot(Slot[SwappingEngine]):
         views = bounded(self._slot_view(now_s), units, self.policy)
         able = {view.name for view in views if view.exchangeable}
         starting = self._engine is None
-        left_s = max(0.5, self._respawn_to(self._unit) - (now_s - self._started_at))
+        left_s = self.ahead_s + self.start_left_s()
         times: dict[str, tuple[float, float]] = {}
         for unit, known in self._known.items():
             there_s, back_s = self._way(unit, able)
@@ -336,6 +336,11 @@ class SharedSlot(Slot[SwappingEngine]):
             return self._respawn_to(unit)
         known = self._known[unit]
         return self._start_of(unit) if known.starts else known.swap_s + self._bring_s(unit)
+
+    def _start_whole_s(self) -> float:
+        # Counted from when the engine before began to end.
+        waits = self._turn_asked_s is not None and not self._begun
+        return self._start_of(self._unit) if waits else self._respawn_to(self._unit)
 
     def _way(self, unit: str, able: Collection[str]) -> tuple[float, float]:
         """From the running unit to another, its weights at hand, and back. In s."""

@@ -61,6 +61,12 @@ class Slot(Generic[E]):
         self._changed = changed
         self._start_s = start_guess_s
         self._started_at = 0.0
+        # When it asked for its turn to start an engine, which others may have before it; and
+        # whether it has had that.
+        self._turn_asked_s: float | None = None
+        self._begun = False
+        # What the starts before its own will take, as its pool says.
+        self.ahead_s = 0.0
         self._engine: E | None = None
         self._report: EngineReport | None = None
         self._states = {name: ExpertState(Residency.LOADING) for name in experts}
@@ -213,13 +219,18 @@ class Slot(Generic[E]):
             try:
                 engine = self._build()
                 await self._make_ready()
+                self._begun = False
+                self._turn_asked_s = time.monotonic()
                 async with turn:
+                    self._begun = True
                     await self._bring_up(engine)
+                self._turn_asked_s = None
                 await self._watch(engine)
             except Exception as error:
                 why = error.message if isinstance(error, CoeError) else repr(error)
                 self._failed_starts += 1
                 self._engine = None
+                self._turn_asked_s = None
                 log.error("engine of %s failed: %s", "/".join(self.experts), why)
                 self._set_all(Residency.FAILED, why)
                 self._refuse_waiting()
@@ -227,6 +238,7 @@ class Slot(Generic[E]):
                 await asyncio.sleep(self._retry_s())
             finally:
                 self._engine = None
+                self._turn_asked_s = None
                 await self._end(engine)
 
     async def _make_ready(self) -> None:
@@ -333,9 +345,23 @@ class Slot(Generic[E]):
 
     # --- what it tells
 
+    @property
+    def turn_asked_s(self) -> float | None:
+        """Since when it waits to start an engine, or starts one; None while it does neither."""
+        return self._turn_asked_s
+
+    def start_left_s(self) -> float:
+        """What is left of its engine's start, in s, once that is its turn."""
+        if self._turn_asked_s is not None and not self._begun:
+            return self._start_whole_s()
+        return max(0.5, self._start_whole_s() - (time.monotonic() - self._started_at))
+
+    def _start_whole_s(self) -> float:
+        return self._start_s
+
     def states(self) -> dict[str, ExpertState]:
         """Each expert's state, with the time until it answers."""
-        left_s = max(0.5, self._start_s - (time.monotonic() - self._started_at))
+        left_s = self.ahead_s + self.start_left_s()
         return {
             # Rounded, so that a countdown is no change worth a line in every snapshot.
             name: replace(state, eta_s=float(round(left_s)))

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from service.engine.sleeping import SleepingEngines
 from service.errors import CoeError, ExpertFailed
 from service.pool.planner import Policy
 from service.pool.pool import Pool
+from service.pool.slot import Slot
 from service.pool.swap_slot import SwapSlot
 from service.pool.units import Known, Unit
 from service.types import Residency
@@ -285,3 +287,42 @@ async def test_unit_whose_start_fails_is_told_as_failed_and_holds_nothing() -> N
     await until(lambda: slot.held_bytes() == 0, "its engine has ended", timeout_s=5)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_told_times_of_slots_that_wait_for_others_starts_add_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = FastTime(asyncio.get_running_loop())
+    on_clock(monkeypatch, lambda: clock.now_s)
+    costs = {name: Costs(10.0, 0.0, 1.0, 0.1) for name in "abc"}
+    pool = Pool("p")
+    for name in "ab":
+        pool.add(
+            Slot(
+                (name,),
+                partial(CostlyEngine, name, frozenset(name), costs),
+                capacity=1,
+                max_waiting=1,
+                start_guess_s=10.0,
+                changed=pool.changed,
+            )
+        )
+    _, slot = _slot(["c"], [frozenset("c")], costs, bound=None, apart=True)
+    pool.add(slot)
+    slot._start_s = 10.0
+    pool.start()
+    began_s = clock.now_s
+    up_s: dict[str, float] = {}
+    told: list[tuple[float, dict[str, float]]] = []
+    while len(up_s) < 3:
+        await asyncio.sleep(0.5)
+        states = pool.snapshot().experts
+        told.append((clock.now_s, {name: state.eta_s for name, state in states.items()}))
+        for name, state in states.items():
+            if state.state is Residency.DEVICE:
+                up_s.setdefault(name, clock.now_s)
+    for at_s, etas in told:
+        for name, eta_s in etas.items():
+            assert abs(max(0.0, up_s[name] - at_s) - eta_s) <= 1.5, (name, at_s - began_s, eta_s)
+    assert sorted(round(at_s - began_s, -1) for at_s in up_s.values()) == [10, 20, 30]
+    await pool.stop(0)
