@@ -244,6 +244,21 @@ def test_a_stop_has_time_to_drain(newest: str, values: str) -> None:
             assert config["server"]["drain_s"] + 10 < int(command[-1]) < grace_s, name
 
 
+@pytest.mark.parametrize(
+    "values", [one for one in VALUES if "cpuLimit:" not in (CHART / "ci" / one).read_text()]
+)
+def test_no_processor_time_is_limited_unless_somebody_says_so(newest: str, values: str) -> None:
+    objects = rendered(newest, values)
+    pods = chart.pods([*of_kind(objects, "RayService"), *of_kind(objects, "Deployment")])
+    limits = [
+        container["resources"]["limits"]
+        for _, pod in pods
+        for container in pod["spec"]["containers"]
+    ]
+    assert limits
+    assert [one for one in limits if "cpu" in one] == []
+
+
 @pytest.mark.parametrize("values", VALUES)
 def test_a_slow_start_is_waited_for_and_life_does_not_depend_on_experts(
     newest: str, values: str
@@ -251,7 +266,6 @@ def test_a_slow_start_is_waited_for_and_life_does_not_depend_on_experts(
     objects = rendered(newest, values)
     for name, pod in chart.pods([*of_kind(objects, "RayService"), *of_kind(objects, "Deployment")]):
         for container in pod["spec"]["containers"]:
-            assert "cpu" not in container.get("resources", {}).get("limits", {}), name
             live = json.dumps(container.get("livenessProbe", {}))
             assert "/ready" not in live, name
             if (start := container.get("startupProbe")) is not None:
