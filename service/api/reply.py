@@ -12,11 +12,12 @@ import orjson
 from service.api.meter import Meter
 from service.api.passage import Passage, Spent
 from service.engine.protocol import Message, Send
-from service.errors import CoeError
+from service.errors import CoeError, UpstreamError
 from service.link.asgi import STREAM_HEADERS, LineBuffer
 from service.link.call import QUEUE_MS, SWAP_MS
 from service.link.faults import (
     Dialect,
+    codes_of_ours,
     detail_of,
     error_body,
     status_of,
@@ -24,8 +25,9 @@ from service.link.faults import (
 )
 from service.link.usage import reply_usage, token_counts, usage_of
 
-# What an event of another dialect than chat's is looked at for.
-_LOOKED_AT = (b'"error"', b"[DONE]", b'"response.created"')
+# What lines must hold to be looked at.
+_CHAT_WORDS = (b'"usage"', b'{"error"', b"[DONE]")
+_OTHER_WORDS = (b'"usage"', b'"error"', b"[DONE]", b'"response.created"')
 
 
 class NoAnswer(CoeError):
@@ -68,6 +70,8 @@ class Reply:
         self._streams = False
         self._held: Message | None = None
         self._dialect = dialect
+        self._words = _CHAT_WORDS if dialect is Dialect.CHAT else _OTHER_WORDS
+        self._failed = False
         self._lines = LineBuffer()
         # The response object that a stream of Responses began with.
         self._response: Any = None
@@ -107,36 +111,47 @@ class Reply:
         """A stream's lines as the client gets them. What is left of one waits for its end."""
         lines = self._lines.take(body, ends=ends)
         self.events += lines.count(b"data: {") + lines.count(b"data:{")
-        ours = self._dialect is not Dialect.CHAT and any(word in lines for word in _LOOKED_AT)
-        if not ours and b'"usage"' not in lines:
-            return lines
-        return b"".join(map(self._line, lines.splitlines(keepends=True)))
+        for word in self._words:
+            if word in lines:
+                return b"".join(map(self._line, lines.splitlines(keepends=True)))
+        return lines
 
     def _line(self, line: bytes) -> bytes:
-        if not line.startswith(b"data:"):
+        if not line.startswith(b"data:") or not any(word in line for word in self._words):
             return line
-        if self._dialect is not Dialect.CHAT and line[5:].strip() == b"[DONE]":
-            return b""  # that ends the streams of the chat API only
-        if not any(word in line for word in (b'"usage"', *_LOOKED_AT)):
-            return line
+        chat = self._dialect is Dialect.CHAT
+        if line[5:].strip() == b"[DONE]":
+            # That ends streams of the chat API only, and those only that did not fail.
+            return b"" if self._failed or not chat else line
         try:
             event = orjson.loads(line[5:])
         except orjson.JSONDecodeError:
             return line
         if not isinstance(event, dict):
             return line
-        if self._dialect is not Dialect.CHAT:
-            if event.get("type") == "response.created":
-                self._response = event.get("response")
-            elif isinstance(event.get("error"), dict) and event.get("type") != "error":
-                # Its own blank line follows.
-                return self._last_events(event["error"], 503, self.events - 1)[:-1]
+        if not chat and event.get("type") == "response.created":
+            self._response = event.get("response")
+        if (error := _error_in(event)) is not None:
+            self._note_failure(error)
+            if not chat and "type" not in event:
+                # OpenAI's, as pools and engines tell it. Its own blank line follows.
+                return self._last_events(error, 503, self.events - 1)[:-1]
         usage = usage_of(event)
         if usage is None or event.get("type") == "message_start":
             return line  # a message's usage at its start is no whole one
         self._spend(*token_counts(usage))
         usage["coe"] = self._cost()
         return b"data: " + orjson.dumps(event) + b"\n"
+
+    def _note_failure(self, error: Mapping[str, Any]) -> None:
+        """The stream tells that it failed: so has the request."""
+        self._failed = True
+        code = error.get("code")
+        if not self.passage.local:
+            code = UpstreamError.code
+        elif not isinstance(code, str):
+            code = CoeError.code
+        self.passage.outcome = code if code in codes_of_ours() else CoeError.code
 
     def _last_events(self, detail: Mapping[str, Any], status: int, sequence: int) -> bytes:
         """The events that end this stream with an error; the first has this number."""
@@ -219,3 +234,15 @@ class Reply:
         self._lines.drop()
         events = self._last_events(detail_of(error), status_of(error), self.events)
         await self._send({"type": "http.response.body", "body": events})
+
+
+def _error_in(event: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The error that a stream's event tells, in any API's words."""
+    kind, error = event.get("type"), event.get("error")
+    if kind == "error":
+        return error if isinstance(error, dict) else event
+    if kind == "response.failed":
+        response = event.get("response")
+        told = response.get("error") if isinstance(response, dict) else None
+        return told if isinstance(told, dict) else {}
+    return error if kind is None and isinstance(error, dict) else None

@@ -178,7 +178,7 @@ def test_embeddings_with_the_node_client(service: Service) -> None:
 
 def test_models(client: openai.OpenAI) -> None:
     names = [model.id for model in client.models.list()]
-    assert names == ["auto", "general", "math", "vectors", "small", "broken"]
+    assert names == ["auto", "general", "math", "vectors", "small", "broken", "far"]
     assert client.models.retrieve("math").owned_by == "coe"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nobody")

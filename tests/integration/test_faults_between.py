@@ -147,7 +147,10 @@ async def test_an_engine_that_dies_in_mid_stream_ends_it_with_an_error_event() -
         error = json.loads(told[1])["error"]
         assert error["code"] == "engine_dead"
         assert "a test" not in error["message"]
-        assert told[2:] == ["[DONE]"]
+        assert told[2:] == []
+        async with s.get("/metrics") as reply:
+            counted = await reply.text()
+        assert 'outcome="engine_dead"' in counted
         await until(lambda: len(s.pools["cpu"].engines) == 2, "another engine is started")
 
 

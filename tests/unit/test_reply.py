@@ -198,3 +198,44 @@ def test_counts_are_read_in_either_api_s_words(
     usage: dict[str, Any], counts: tuple[int | None, int | None]
 ) -> None:
     assert token_counts(usage) == counts
+
+
+@pytest.mark.parametrize(
+    ("dialect", "event", "local", "outcome"),
+    [
+        (Dialect.CHAT, {"error": {"message": "m", "code": "engine_dead"}}, True, "engine_dead"),
+        (Dialect.CHAT, {"error": {"message": "m", "code": 500}}, True, "internal_error"),
+        (Dialect.CHAT, {"error": {"message": "m", "code": "x"}}, False, "upstream_error"),
+        (
+            Dialect.MESSAGES,
+            {"type": "error", "error": {"type": "internal_error", "message": "m"}},
+            True,
+            "internal_error",
+        ),
+        (Dialect.RESPONSES, {"type": "error", "code": "x"}, False, "upstream_error"),
+        (
+            Dialect.RESPONSES,
+            {"type": "response.failed", "response": {"error": {"code": "server_error"}}},
+            True,
+            "internal_error",
+        ),
+        (Dialect.CHAT, {"choices": [], "x": {"error": {"message": "mine"}}}, True, "ok"),
+        (Dialect.RESPONSES, {"type": "x", "response": {"error": None}}, True, "ok"),
+    ],
+)
+def test_a_stream_that_tells_a_failure_has_failed(
+    dialect: Dialect, event: dict[str, Any], local: bool, outcome: str
+) -> None:
+    async def run() -> tuple[Client, Passage]:
+        client, passage = Client(), Passage(expert="e", recipe="e", local=local)
+        reply = Reply(client, [], passage, 0.0, None, dialect)
+        headers = [(b"content-type", b"text/event-stream")]
+        await reply({"type": "http.response.start", "status": 200, "headers": headers})
+        body = b"data: " + orjson.dumps(event) + b"\n\ndata: [DONE]\n\n"
+        await reply({"type": "http.response.body", "body": body})
+        return client, passage
+
+    client, passage = asyncio.run(run())
+    assert passage.outcome == outcome
+    # An end that claims a whole answer follows none that failed.
+    assert (b"[DONE]" in client.body) is (outcome == "ok" and dialect is Dialect.CHAT)
