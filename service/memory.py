@@ -7,6 +7,7 @@ what a process takes without any model is measured.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -88,6 +89,7 @@ def plan_pool(
     pool = config.pools[kind]
     if pool.engine == "simulated":
         return PoolPlan(kind, (), 0, pool.memory_bytes, on_gpu=False)
+    inspect = functools.cache(inspect)  # each folder once: large models have hundreds of files
     moe = check_kernels(config, kind, inspect)
     groups = config.groups(kind)
     slots = len(groups) if pool.slots is None else min(pool.slots, len(groups))

@@ -314,3 +314,14 @@ def test_plan_pool_names_experts_that_have_the_same_weights_for_themselves(tmp_p
         for line in _named({"a": full["a"], "e": beside, "f": beside}, paths)
         if "same weights" in line
     ]
+
+
+def test_plan_pool_looks_at_each_folder_once() -> None:
+    looked: list[str] = []
+
+    def inspect(name: str) -> ModelInfo | AdapterInfo:
+        looked.append(name)
+        return adapter() if name == "tuned" else model()
+
+    plan_pool(config(), "cpu", inspect)
+    assert sorted(looked) == ["base", "tuned"]
