@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import orjson
 import pytest
 
-from service.api.audit import RefusalLog
+from service.api.audit import REFUSALS, RefusalLog
 from service.errors import Conflict
 from service.telemetry.logs import JsonLines
 from tests.support.serving import ADMIN_KEY, chat, simulated, site
@@ -37,7 +37,8 @@ def written_by(name: str) -> Iterator[list[dict[str, object]]]:
 
 @pytest.fixture
 def lines() -> Iterator[list[dict[str, object]]]:
-    """The lines of the audit log."""
+    """The lines of the audit log, with nothing refused so far."""
+    REFUSALS._allowance.clear()
     with written_by("coe.audit") as found:
         yield found
 
