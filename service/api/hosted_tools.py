@@ -46,7 +46,9 @@ def leave_out_hosted_tools(endpoint: str, data: dict[str, Any]) -> tuple[str, ..
         return ()
     kinds = tuple(dict.fromkeys(str(tool["type"]) for tool in gone))
     kept = [tool for tool in tools if not _is_hosted(tool, pattern)]
-    names = {*kinds, *(str(tool.get("name", "")) for tool in gone)}
+    # A function of the client's own may have such a name.
+    own = [tool.get("name") for tool in kept if isinstance(tool, dict)]
+    names = [name for tool in gone if isinstance(name := tool.get("name"), str) and name not in own]
     _choose_among(data, kept, names, kinds)
     data["tools"] = kept
     if not kept:
@@ -61,19 +63,19 @@ def _is_hosted(tool: object, pattern: re.Pattern[str]) -> bool:
 
 
 def _choose_among(
-    data: dict[str, Any], kept: list[Any], names: set[str], kinds: tuple[str, ...]
+    data: dict[str, Any], kept: list[Any], names: list[str], kinds: tuple[str, ...]
 ) -> None:
-    """Hold `tool_choice` against the tools that are kept."""
+    """Hold `tool_choice` against the tools that are kept. `names`: of those that are not."""
+
+    def is_gone(one: object) -> bool:
+        return isinstance(one, dict) and (one.get("type") in kinds or one.get("name") in names)
+
     choice = data.get("tool_choice")
     if isinstance(choice, dict):
-        if choice.get("type") in names or choice.get("name") in names:
+        if is_gone(choice):
             raise _insisted(kinds)
         if choice.get("type") == "allowed_tools" and isinstance(choice.get("tools"), list):
-            allowed = [
-                one
-                for one in choice["tools"]
-                if not (isinstance(one, dict) and {one.get("type"), one.get("name")} & names)
-            ]
+            allowed = [one for one in choice["tools"] if not is_gone(one)]
             if not allowed and choice.get("mode") == "required":
                 raise _insisted(kinds)
             data["tool_choice"] = {**choice, "tools": allowed} if allowed else "auto"

@@ -24,6 +24,7 @@ CONFIG = {
     "server": {
         "host": "0.0.0.0",
         "open": True,
+        "cors_origins": ["http://friend.example"],
         "drain_s": 5,
         "max_body_bytes": 12_000_000,
         "limits": {
@@ -212,6 +213,22 @@ def test_a_prompt_of_ten_megabytes(service: Service) -> None:
     )
     assert ask(service, declared)[0] == 413
     assert works(service)
+
+
+def test_a_page_is_let_in_by_its_origin_only(service: Service) -> None:
+    ask_for = b"access-control-request-method: POST\r\naccess-control-request-headers: x-a\r\n\r\n"
+    head = b"OPTIONS /v1/chat/completions HTTP/1.1\r\nhost: x\r\norigin: %s\r\n" + ask_for
+    status, told, _ = ask(service, head % b"http://friend.example")
+    assert (status, told[b"access-control-allow-origin"]) == (200, b"http://friend.example")
+    assert told[b"access-control-allow-headers"] == b"x-a"
+    status, told, _ = ask(service, head % b"http://attacker.example")
+    assert (status, b"access-control-allow-origin" in told) == (400, False)
+    for trick in (b"origin: http://attacker.example\r\n", b"sec-fetch-site: cross-site\r\n"):
+        assert ask(service, request(headers=trick))[0] == 403
+    rebound = request().replace(b"host: x", b"host: attacker.example")
+    assert ask(service, rebound)[0] == 403
+    text = request().replace(b"application/json", b"text/plain")
+    assert ask(service, text)[0] == 415
 
 
 def test_on_every_interface_the_service_alone_listens(service: Service) -> None:

@@ -80,12 +80,28 @@ def test_who_insists_on_one_is_refused_by_its_name(path: str, tools: Any, choice
         ("/v1/chat/completions", [SEARCH]),
         ("/v1/responses", [None, 3, {"type": {}}, {"type": ["web_search"]}]),
         ("/v1/responses", "web_search"),
+        ("/v1/responses", [{"type": "function", "name": {}}, {"type": "function", "name": []}]),
     ],
 )
 def test_all_else_is_as_it_came(path: str, tools: Any) -> None:
     found = asked(path, tools)
     assert (found.left_out, found.data["tools"]) == ((), tools)
     assert found.raw
+
+
+def test_a_function_of_the_client_s_own_may_be_called_like_one() -> None:
+    own = {**FUNCTION, "name": "web_search"}
+    choice = {"type": "function", "name": "web_search"}
+    found = asked("/v1/responses", [SEARCH, own], tool_choice=choice)
+    assert (found.data["tools"], found.data["tool_choice"]) == ([own], choice)
+    with pytest.raises(NotAllowed):
+        asked("/v1/responses", [SEARCH, own], tool_choice=SEARCH)
+
+
+@pytest.mark.parametrize("odd", [{}, [], 3, {"type": {}, "name": []}, {"type": "allowed_tools"}])
+def test_an_odd_choice_is_the_engine_s_to_refuse(odd: Any) -> None:
+    nameless = [{**SEARCH, "name": []}, {**FUNCTION, "name": {}}]
+    assert asked("/v1/responses", nameless, tool_choice=odd).data["tool_choice"] == odd
 
 
 async def test_over_http_a_header_names_them_and_a_namespace_may_hide_none() -> None:
