@@ -20,6 +20,7 @@ from pathlib import Path
 
 from service.api.keyring import configured
 from service.api.routing import Routing
+from service.capabilities import with_capabilities
 from service.config import Config, PoolConfig, load_config
 from service.errors import CoeError, ConfigError
 from service.folders import file_versions
@@ -105,6 +106,7 @@ def reload(file: Path) -> dict[str, list[str]]:
     _check_fixed(before.read, read)
     configured(read)  # each of its keys can be had
     Routing(read)  # and its router
+    with_capabilities(read)  # nothing is declared that a model can't do
     # What the command line said instead of the file stays.
     config = read.model_copy(update={"server": before.config.server})
     root = Path(config.models_dir) if config.models_dir else None

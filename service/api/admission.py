@@ -225,7 +225,7 @@ class Admission:
         known = [self._context(name) for name in {name for way in ways for name in way}]
         context = max(known, default=0)
         # No tokenizer makes more tokens than there are bytes.
-        prompt = asked.body_bytes + _TEMPLATE_TOKENS
+        prompt = asked.most_prompt_tokens + _TEMPLATE_TOKENS
         if all(known):
             prompt = min(prompt, asked.prompts * context)
         calls = max((len(way) for way in ways), default=1)

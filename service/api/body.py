@@ -15,6 +15,7 @@ import orjson
 
 from service.api.endpoints import TABLE, Endpoint
 from service.api.hosted_tools import leave_out_hosted_tools
+from service.api.media import NOTHING, Media, media_of
 from service.errors import InvalidRequest
 from service.link.call import trace_of
 from service.types import NOBODY, Tenant
@@ -35,7 +36,8 @@ class Asked:
     `max_cost`: the most that all calls for it may cost together, in the unit of prices.
     `combinable`: several experts may be asked for one answer. `clipped`: what its answers were
     cut to, in tokens, where that is less than the client asked for. `left_out`: types of tools
-    that were taken out, because the service does not run them.
+    that were taken out, because the service does not run them. `media`: what it holds beside text;
+    `media_tokens`: as how many tokens that counts.
     """
 
     endpoint: str
@@ -55,12 +57,24 @@ class Asked:
     cache: CacheWish = "off"
     combinable: bool = False
     clipped: int | None = None
+    media: Media = NOTHING
+    media_tokens: int = 0
     left_out: tuple[str, ...] = ()
 
     @property
     def prompt_tokens(self) -> int:
-        """About how long the prompt is: four bytes a token."""
-        return 1 + self.body_bytes // 4
+        """About how long the prompt is: four bytes of text a token, and what media take."""
+        return 1 + self._text_bytes // 4 + self.media_tokens
+
+    @property
+    def most_prompt_tokens(self) -> int:
+        """The most tokens that the prompt can be, but for a chat template's: no tokenizer makes
+        more of a text than there are bytes."""
+        return self._text_bytes + self.media_tokens
+
+    @property
+    def _text_bytes(self) -> int:
+        return max(0, self.body_bytes - self.media.carried_bytes)
 
     @property
     def _reads(self) -> Endpoint:
@@ -166,6 +180,7 @@ def read_asked(
     _check_prompt(endpoint, data)
     _check_integers(data)
     left_out = leave_out_hosted_tools(endpoint, data)
+    media = media_of(data)
     wishes = _wishes(data.pop("coe", None), headers)
     request_id = secrets.token_hex(12)
     given = headers.get(b"x-request-id", b"")
@@ -173,7 +188,7 @@ def read_asked(
         endpoint=endpoint,
         model=model,
         stream=stream,
-        needs=_needs(endpoint, data),
+        needs=_needs(endpoint, data) | media.needs,
         data=data,
         # Without our own key, nulls and tools that nobody runs: engines would refuse them.
         raw=b"" if wishes.own_key or unset or left_out else raw,
@@ -188,6 +203,7 @@ def read_asked(
         cache=_cache(headers),
         combinable=_combinable(endpoint, data),
         left_out=left_out,
+        media=media,
     )
 
 

@@ -106,6 +106,7 @@ def _auto(config: Config, name: str, created_s: int) -> dict[str, Any]:
             "kind": "auto",
             "description": "the expert that fits the prompt",
             "categories": sorted(config.category_map()),
+            "capabilities": sorted({c for e in config.experts.values() for c in e.capabilities}),
         },
     }
 
@@ -121,7 +122,7 @@ def _recipe(config: Config, name: str, created_s: int) -> dict[str, Any]:
             "kind": recipe.kind,
             "members": list(recipe.members),
             "later": list(recipe.later),
-            "capabilities": ["chat"],
+            "capabilities": _common(config, (*recipe.members, *recipe.later)),
         },
     }
 
@@ -131,6 +132,12 @@ def may_ask(config: Config, name: str, tenant: Tenant) -> bool:
     recipe = config.recipes.get(name)
     asked = (name,) if recipe is None else (*recipe.members, *recipe.later)
     return all(map(tenant.may_ask, asked))
+
+
+def _common(config: Config, experts: Iterable[str]) -> list[str]:
+    """What all experts of a recipe can do, of what recipes answer."""
+    able = [set(config.experts[name].capabilities) for name in experts]
+    return [one for one in ("chat", "json", "vision", "audio") if all(one in a for a in able)]
 
 
 def listing(

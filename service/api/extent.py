@@ -72,14 +72,14 @@ def within_cost(
         return asked
     prices = [market.price(name) for name in experts]
     # No tokenizer makes more tokens than there are bytes.
-    left = asked.max_cost - sum(price.prompt for price in prices) * asked.body_bytes / 1e6
+    left = asked.max_cost - sum(price.prompt for price in prices) * asked.most_prompt_tokens / 1e6
     per_token = 0.0
     if TABLE[asked.endpoint].generates:
         per_token = sum(price.completion for price in prices) * asked.answers / 1e6
     if left < per_token:
         raise InvalidRequest(
-            f"a prompt of {asked.body_bytes} bytes may cost more than {asked.max_cost:g} with "
-            f"{', '.join(experts)}",
+            f"a prompt of up to {asked.most_prompt_tokens} tokens may cost more than "
+            f"{asked.max_cost:g} with {', '.join(experts)}",
             param="coe.max_cost",
         )
     if per_token <= 0:

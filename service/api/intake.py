@@ -12,6 +12,7 @@ from service.api.body import Asked, read_asked
 from service.api.extent import check_extent
 from service.api.guard.guard import Guard, Verdict
 from service.api.limits import Limits
+from service.api.media import MediaPrices
 from service.config import Config
 from service.errors import GuardRefused
 from service.link.asgi import Receive, read_body
@@ -29,6 +30,7 @@ class Intake:
     def __init__(self, config: Config, guard: Guard, meter: Meter) -> None:
         self._server = config.server
         self._limits = Limits(config)
+        self._media = MediaPrices(config)
         self._guard = guard
         self._meter = meter
 
@@ -58,6 +60,8 @@ class Intake:
     ) -> Asked:
         self._limits.shape(raw)
         asked = read_asked(path, raw, headers, self._server.deadline_ms, tenant)
+        if tokens := self._media.tokens(asked.model, asked.media):
+            asked = replace(asked, media_tokens=tokens)
         check_extent(asked, self._server.limits)
         self._limits.fields(asked.data)
         return asked

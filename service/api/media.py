@@ -11,7 +11,10 @@ import binascii
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
+
+from service.config import Config
+from service.config.experts import MediaConfig
 
 PARTS_DEEP = 4
 """Levels of parts within parts that are looked at; deeper ones are refused."""
@@ -27,6 +30,9 @@ _KINDS = {
 }
 # So much of a picture has its size in it, but for JPEGs with large previews.
 _HEADER_CHARACTERS = 65_536
+# Processors scale small pictures up, and templates put something around each.
+_LEAST_TOKENS = 64
+_AROUND_TOKENS = 8
 
 Size = tuple[int, int]
 
@@ -56,26 +62,6 @@ class Media:
         if self.audio:
             needs.add("audio")
         return frozenset(needs)
-
-
-class MediaCosts(Protocol):
-    """What pictures, recordings and films cost one expert, in tokens."""
-
-    @property
-    def image_tokens(self) -> int:
-        """The most that one picture takes."""
-
-    @property
-    def image_edge(self) -> int | None:
-        """Pixels of the edge of the square that becomes one token."""
-
-    @property
-    def audio_tokens(self) -> int:
-        """The most that one recording takes."""
-
-    @property
-    def video_tokens(self) -> int:
-        """The most that one film takes."""
 
 
 NOTHING = Media()
@@ -123,16 +109,39 @@ def media_of(data: Mapping[str, Any]) -> Media:
     return Media(tuple(images), counts["audio"], counts["video"], carried)
 
 
-def media_tokens(media: Media, costs: MediaCosts) -> int:
+def media_tokens(media: Media, costs: MediaConfig) -> int:
     """How many tokens all of it takes: by the pictures' sizes where those are known."""
     total = media.audio * costs.audio_tokens + media.video * costs.video_tokens
     edge = costs.image_edge
     for size in media.images:
         whole = costs.image_tokens
         if size is not None and edge is not None:
-            whole = min(whole, -(-size[0] // edge) * -(-size[1] // edge))
+            area = -(-size[0] // edge) * -(-size[1] // edge)
+            whole = min(whole, max(area, _LEAST_TOKENS) + _AROUND_TOKENS)
         total += whole
     return total
+
+
+class MediaPrices:
+    """What media in a request cost the experts that may be asked for it, in tokens."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def tokens(self, model: str, media: Media) -> int:
+        """The most that any of the experts takes that `model`, an expert, a recipe or `auto`,
+        may ask."""
+        if media is NOTHING:
+            return 0
+        config = self._config
+        if model in config.experts:
+            names: Iterable[str] = (model,)
+        elif model in config.recipes:
+            names = config.recipes[model].recipe().experts
+        else:
+            able = config.experts.items()
+            names = [name for name, one in able if media.needs <= set(one.capabilities)]
+        return max((media_tokens(media, config.experts[name].media) for name in names), default=0)
 
 
 def _all_parts(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -196,7 +205,7 @@ def _size_in(data: bytes) -> Size | None:
 
 def _webp_size(data: bytes) -> Size | None:
     kind = data[12:16]
-    if kind == b"VP8X":
+    if kind == b"VP8X" and len(data) >= 30:
         width = int.from_bytes(data[24:27], "little") + 1
         return width, int.from_bytes(data[27:30], "little") + 1
     if kind == b"VP8L":

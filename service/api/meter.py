@@ -33,7 +33,7 @@ class Meter:
 
     def __init__(self, asked: Asked) -> None:
         self.calls: list[tuple[str, int, int]] = []
-        self._prompt_bytes = asked.body_bytes
+        self._prompt_tokens = asked.prompt_tokens
         self._endpoint = asked.endpoint
         self._rewrites = asked.stream and asked.endpoint in _STREAMED
         given = asked.data.get("stream_options")
@@ -87,7 +87,7 @@ class Meter:
             return 0, 0
         # Whoever answers without telling is charged for by size.
         made = self._pieces if self._streams else self._bytes // _BYTES_PER_TOKEN
-        return self._prompt_bytes // _BYTES_PER_TOKEN, made
+        return self._prompt_tokens, made
 
     def calls_made(self, expert: str) -> list[tuple[str, int, int]]:
         """Every call: expert, prompt tokens, tokens of the answer. `expert`: whose went out."""

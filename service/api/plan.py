@@ -79,6 +79,12 @@ class Router:
             kind: np.array([kind in config.experts[name].capabilities for name in book.experts])
             for kind in kinds
         }
+        # Vectors of two spaces can't be compared: `auto` must not choose between them.
+        self._spaces = {
+            name: expert.space or name
+            for name, expert in config.experts.items()
+            if "embeddings" in expert.capabilities
+        }
         self._allowances: dict[frozenset[str], NDArray[np.bool_]] = {}
         self._lacking = {kind: (book.asks & ~able).any(axis=1) for kind, able in self._able.items()}
 
@@ -91,6 +97,8 @@ class Router:
         if model in self._named:
             return self._by_name(asked, self._named[model], f"recipe {model!r}")
         preset, category = self._auto(model, asked.tenant)
+        if "embeddings" in asked.needs:
+            self._one_space(asked.tenant)
         price = PRESETS[preset]
         if category is not None:
             return self._plan(asked, {category: 1.0}, category, 1.0, "named category", None, price)
@@ -110,6 +118,20 @@ class Router:
         return self._plan(
             asked, posterior, scores.category, scores.confidence, reason, assessment, price
         )
+
+    def _one_space(self, tenant: Tenant) -> None:
+        """Raises InvalidRequest where the experts that a tenant may ask have several spaces."""
+        spaces: dict[str, list[str]] = {}
+        for name, space in self._spaces.items():
+            if tenant.may_ask(name):
+                spaces.setdefault(space, []).append(name)
+        if len(spaces) > 1:
+            told = "; ".join(f"{space}: {', '.join(names)}" for space, names in spaces.items())
+            raise InvalidRequest(
+                "vectors of several spaces can't be compared, so `auto` chooses no expert for "
+                f"embeddings; name one ({told})",
+                param="model",
+            )
 
     def _by_name(self, asked: Asked, recipe: Recipe, what: str) -> Plan:
         if not all(map(asked.tenant.may_ask, recipe.experts)):

@@ -22,6 +22,7 @@ from service.api.spending import Spending
 from service.api.trips import Trips
 from service.app.stores import key_book, keys_marker
 from service.broker.ledger import Ledger
+from service.capabilities import with_capabilities
 from service.config import Config
 from service.link.directory import Directory
 from service.store.keys import Keys
@@ -68,6 +69,7 @@ class ConfiguredGateway:
         before: ConfiguredGateway | None,
     ) -> None:
         self.config = config
+        config = with_capabilities(config)
         self.seats = seats
         self._meter = state.metrics.meter
         book = key_book(config, store)

@@ -77,8 +77,10 @@ def _with_models(config: Config) -> Config:
 
 def _check_artifacts(config: Config) -> None:
     from service.api.routing import Routing
+    from service.capabilities import with_capabilities
 
     Routing(config)
+    with_capabilities(config)
 
 
 def _plans(config: Config) -> list[Any]:

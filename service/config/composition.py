@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 from service.config.base import Name, Section
 from service.config.breaker import BreakerConfig
 from service.config.cache import CacheConfig
-from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
+from service.config.experts import ExpertConfig, MediaConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
 from service.config.guard import GuardConfig, InjectionConfig, PersonalConfig
 from service.config.kernels import ON_CPU, EplbOptions, ExpertKernels
@@ -196,6 +196,7 @@ def _check_names(config: Config) -> None:
                     "a base is an expert with `model`"
                 )
     _check_recipes(config, names)
+    _check_spaces(config)
     if config.router.fallback is not None and config.router.fallback not in names:
         raise ValueError(f"router.fallback: {_unknown(config.router.fallback, names)}")
     placed: set[str] = set()
@@ -252,6 +253,18 @@ def _check_recipes(config: Config, names: set[str]) -> None:
             )
 
 
+def _check_spaces(config: Config) -> None:
+    """Several experts that embed have to say whose vectors may stand in one index."""
+    embedding = [name for name, e in config.experts.items() if "embeddings" in e.capabilities]
+    unnamed = [name for name in embedding if config.experts[name].space is None]
+    if len(embedding) > 1 and unnamed:
+        raise ValueError(
+            f"experts.{unnamed[0]}.space: {len(embedding)} experts embed "
+            f"({', '.join(embedding)}); name the vector space of each, the same where their "
+            "vectors may stand in one index"
+        )
+
+
 def silent_member(config: Config, recipe: Recipe) -> str | None:
     """The member of whose tokens' probabilities a recipe needs to hear, but will not."""
     if recipe.sure <= 0:
@@ -285,6 +298,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("experts", "*", "remote"): RemoteConfig,
     ("experts", "*", "price"): PriceConfig,
     ("experts", "*", "vllm"): ExpertKernels,
+    ("experts", "*", "media"): MediaConfig,
     ("recipes", "*"): RecipeConfig,
     ("feedback",): FeedbackConfig,
     ("pools", "*"): PoolConfig,

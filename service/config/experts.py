@@ -54,6 +54,31 @@ class PriceConfig(Section):
     )
 
 
+class MediaConfig(Section):
+    """Prompt tokens that pictures, recordings and films take: by size, else the most it can be."""
+
+    image_tokens: int = Field(
+        4096,
+        ge=1,
+        le=1_000_000,
+        description="Most tokens of one picture. Default: as the model folder tells, where the "
+        "model's processor has a plain rule; else 4,096.",
+    )
+    image_edge: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="Edge in pixels of the square that becomes one token, for models that count "
+        "by area (Qwen2-VL: 28). Default: as the model folder tells; else every picture counts as "
+        "`image_tokens`.",
+    )
+    audio_tokens: int = Field(4096, ge=1, le=1_000_000, description="Most tokens of one recording.")
+    video_tokens: int = Field(16_384, ge=1, le=1_000_000, description="Most tokens of one film.")
+
+
+Capability = Literal["chat", "completions", "embeddings", "tools", "json", "vision", "audio"]
+
+
 class ExpertConfig(Section):
     """One named model: full weights (`model`), `base` with `adapter` or `profile`, or `remote`."""
 
@@ -97,8 +122,20 @@ class ExpertConfig(Section):
     vllm: ExpertKernels = Field(default_factory=lambda: ExpertKernels())
     price: PriceConfig | None = Field(None, description="What its tokens cost. Default: nothing.")
     description: str = Field("", description="One line for people, shown in /v1/models.")
-    capabilities: tuple[Literal["chat", "completions", "embeddings", "tools", "json"], ...] = Field(
-        ("chat", "completions", "tools", "json"), description="What it can be asked for."
+    capabilities: tuple[Capability, ...] = Field(
+        ("chat", "completions", "tools", "json"),
+        description="What it can be asked for: chat, completions, embeddings, tools, json, vision "
+        "(pictures and films), audio. Default: these, and vision and audio where the model folder "
+        "has a part for them.",
+    )
+    media: MediaConfig = Field(default_factory=lambda: MediaConfig())
+    space: str | None = Field(
+        None,
+        min_length=1,
+        max_length=100,
+        description="embeddings: the name of the vector space that its vectors are in. `auto` "
+        "goes to any expert of one space; where there are several spaces, or experts that name "
+        "none, an index would mix them.",
     )
 
     @model_validator(mode="before")
@@ -123,6 +160,8 @@ class ExpertConfig(Section):
             raise ValueError("form merged needs base and adapter")
         if self.form != "merged" and self.strength != 1.0:
             raise ValueError("strength needs form merged")
+        if self.space is not None and "embeddings" not in self.capabilities:
+            raise ValueError("space is for experts with the capability embeddings")
         if self.model is None and self.vllm != ExpertKernels():
             raise ValueError("vllm is for experts with full weights of their own (model)")
         return self

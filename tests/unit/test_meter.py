@@ -218,7 +218,7 @@ async def test_a_stream_that_tells_its_usage_last_is_counted_as_it_goes(
     await through(meter, pieces[:sent], ends=False)
     ((expert, prompt, completion),) = meter.calls_made("big")
     assert (expert, completion) == ("big", used[1])
-    assert prompt == (request.body_bytes // 4 if used[0] is ... else used[0])
+    assert prompt == (request.prompt_tokens if used[0] is ... else used[0])
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ async def test_the_user_s_own_usage_in_events_is_no_count(leaves: bool) -> None:
     assert await through(meter, given, ends=not leaves) == b"".join(given)
     ((_, prompt, completion),) = meter.calls_made("e")
     # Left before any was told, the prompt counts by its size, and the answer by its pieces.
-    assert (prompt, completion) == ((asked("/v1/responses", stream=True).body_bytes // 4, 5)
+    assert (prompt, completion) == ((asked("/v1/responses", stream=True).prompt_tokens, 5)
                                     if leaves else (9, 0))
 
 
