@@ -135,7 +135,8 @@ class Forbidden(CoeError):
 class TooMany(CoeError):
     """A tenant's own limit is reached (429).
 
-    `retry_after_s`: when there surely is room again; None: never for so large a request.
+    `retry_after_s`: when there surely is room again; None: never for so large a request. `final`:
+    to try again soon is vain, as with a budget that is used up; by default, where it is never.
     """
 
     code = "rate_limit_exceeded"
@@ -147,9 +148,11 @@ class TooMany(CoeError):
         retry_after_s: float | None = None,
         param: str | None = None,
         code: str | None = None,
+        final: bool | None = None,
     ) -> None:
         super().__init__(message, param=param, code=code)
         self.retry_after_s = retry_after_s
+        self.final = retry_after_s is None if final is None else final
 
 
 class Conflict(CoeError):

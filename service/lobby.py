@@ -1,8 +1,9 @@
 """What answers on the service's port until a gateway does: the console, showing how far it is.
 
 `coe serve` opens it in its first second. Once HAProxy listens, it passes to the lobby what
-it can't pass to a gateway: before there is one, and after the last has stopped. Only the
-standard library and files, because everything else still has to be imported.
+it can't pass to a gateway: before there is one, and after the last has stopped. It holds requests
+of browsers to the gateway's own rules (`api.cross_origin`). Only the standard library and files,
+because everything else still has to be imported; the words of errors come when they are needed.
 """
 
 from __future__ import annotations

@@ -335,7 +335,8 @@ def _too_many(refused: Refused, line: Line) -> TooMany:
         what = f"this request alone is larger than what is allowed: {what}"
     elif refused.busy:
         what += "; requests under way hold what is left"
-    return TooMany(what, retry_after_s=refused.retry_after_s, code=code)
+    vain = refused.retry_after_s is None or (code == "insufficient_quota" and not refused.busy)
+    return TooMany(what, retry_after_s=refused.retry_after_s, code=code, final=vain)
 
 
 def _usage_name(tenant: Tenant, start_s: int) -> str:

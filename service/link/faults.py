@@ -140,7 +140,8 @@ def fault_of(error: CoeError, dialect: Dialect = Dialect.CHAT) -> Fault:
     retry_after_s = _retry_after_s(error, status)
     if retry_after_s is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(retry_after_s))).encode()))
-    if _is_final(error):
+    if error.final:
+        # Clients retry by the status alone, 429 and 5xx.
         headers.append((b"x-should-retry", b"false"))
     return Fault(status, headers, body)
 
@@ -151,16 +152,6 @@ def _retry_after_s(error: CoeError, status: int) -> float | None:
     if isinstance(error, (errors.Unavailable, errors.UpstreamError)) and status == 503:
         return error.retry_after_s
     return None
-
-
-def _is_final(error: CoeError) -> bool:
-    """Whether clients that retry by status alone (429, 5xx) must be told not to.
-
-    A budget is empty for hours or days, and a request above its tenant's limit stays above it.
-    """
-    if isinstance(error, errors.TooMany):
-        return error.code == "insufficient_quota" or error.retry_after_s is None
-    return error.final
 
 
 def sse_event(

@@ -121,7 +121,8 @@ def test_a_limit_says_when_there_is_room_and_nothing_where_there_never_is() -> N
 @pytest.mark.parametrize(
     ("error", "final"),
     [
-        (errors.TooMany("empty", retry_after_s=9e4, code="insufficient_quota"), True),
+        (errors.TooMany("empty", retry_after_s=9e4, code="insufficient_quota", final=True), True),
+        (errors.TooMany("held", retry_after_s=1, code="insufficient_quota"), False),
         (errors.TooMany("larger than the limit"), True),
         (errors.EngineDiedTwice("it kills engines"), True),
         (errors.TooMany("full", retry_after_s=2), False),

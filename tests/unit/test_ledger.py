@@ -83,6 +83,12 @@ async def test_the_answer_is_clipped_to_what_is_left() -> None:
     assert caught.value.code == "insufficient_quota"
     assert caught.value.retry_after_s == 1.0
     assert "under way" in caught.value.message
+    # What is held may be given back in a moment; what is spent is gone until the month ends.
+    assert not caught.value.final
+    await book.settle(held, Usage(1, 12, 1.5), ended_s=NOW_S)
+    with pytest.raises(TooMany) as caught:
+        await book.reserve("3", NOBODY, BOUND)
+    assert (caught.value.code, caught.value.final) == ("insufficient_quota", True)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +113,7 @@ async def test_each_limit_of_a_key_is_named(limits: Limits, message: str, code: 
     assert caught.value.message.startswith(message)
     assert caught.value.code == (code or "rate_limit_exceeded")
     assert caught.value.retry_after_s is not None
+    assert not caught.value.final
     # Another key of the same tenant has its own.
     await taken(book, "3", Tenant("a", key="k2", limits=limits))
 
