@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from service.api.cross_origin import CrossOriginRules, has_body
@@ -195,3 +197,40 @@ def test_a_post_with_a_body_must_be_json(kind: str, taken: bool, keyless: bool) 
 def test_names_and_origins_of_the_config_are_checked(server: dict[str, list[str]]) -> None:
     with pytest.raises(ValidationError, match="input should be"):
         ServerConfig.model_validate(server)
+
+
+labels = st.text("abcdefghijklmnopqrstuvwxyz0123456789-", min_size=1, max_size=12)
+foreign_names = st.builds(
+    lambda parts, top: ".".join([*parts, top]),
+    st.lists(labels | st.sampled_from(["127", "localhost", "svc"]), min_size=1, max_size=4),
+    st.sampled_from(["com", "org", "io", "example", "dev", "xyz", "co.uk"]),
+)
+
+
+@given(foreign_names, st.sampled_from(["", ":80", ":8000", "."]))
+def test_a_name_that_can_be_registered_never_passes_keyless(name: str, more: str) -> None:
+    assert code_of(PLAIN, host=name + more) == "host_not_allowed"
+    origin = f"http://{name}{more}"
+    assert code_of(PLAIN, host="127.0.0.1:8000", origin=origin) == "origin_not_allowed"
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [b"host", b"origin", b"content-type", b"sec-fetch-site", b"sec-fetch-mode",
+             b"content-length", b"transfer-encoding"]
+        ),
+        st.binary(max_size=40) | st.sampled_from([b"null", b"*", b"http://", b"://", b":", b"["]),
+    ),
+    st.sampled_from([b"GET", b"POST", b"OPTIONS", b"X"]),
+    st.booleans(),
+)
+def test_any_header_is_passed_or_refused_with_a_typed_error(
+    headers: dict[bytes, bytes], method: bytes, keyless: bool
+) -> None:
+    said = "passed"
+    try:
+        RULES.check(method, headers, keyless=keyless, body=has_body(headers))
+    except CoeError as error:
+        said = error.message
+    assert 0 < len(said) < 500

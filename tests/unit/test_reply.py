@@ -239,3 +239,35 @@ def test_a_stream_that_tells_a_failure_has_failed(
     assert passage.outcome == outcome
     # An end that claims a whole answer follows none that failed.
     assert (b"[DONE]" in client.body) is (outcome == "ok" and dialect is Dialect.CHAT)
+
+
+events = st.lists(
+    st.dictionaries(
+        st.sampled_from(["type", "error", "response", "message", "usage", "choices", "model"]),
+        json_values | st.sampled_from(["error", "response.created", "response.failed"]),
+    ),
+    max_size=4,
+)
+
+
+@given(events, st.sampled_from(list(Dialect)), st.integers(0, 200))
+def test_whatever_an_upstream_tells_is_passed_on_whole(
+    told: list[Any], dialect: Dialect, at: int
+) -> None:
+    stream = b"".join(b"data: " + orjson.dumps(one) + b"\n\n" for one in told)
+    client, _ = passed([stream[:at], stream[at:]], dialect=dialect)
+    got = [
+        json.loads(line[6:]) for line in client.body.split(b"\n") if line.startswith(b"data: ")
+    ]
+    for one, original in zip(got, told, strict=False):
+        if isinstance(original.get("error"), dict) and "type" not in original:
+            break  # an error, translated: what follows it counts anew
+        for holder in (one, one.get("response"), one.get("message")):
+            if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
+                holder["usage"].pop("coe", None)
+                break
+        for holder in (original, original.get("response"), original.get("message")):
+            if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
+                holder["usage"].pop("coe", None)
+                break
+        assert one == original
