@@ -16,7 +16,7 @@ from pathlib import Path
 from service.config import Config, ExpertConfig, PoolConfig
 from service.errors import ConfigError, ModelStoreError
 from service.models import AdapterInfo, ModelInfo
-from service.models.adapters import find_misfit, name_another_base
+from service.models.adapters import FOLLOWED, find_misfit, name_another_base
 from service.models.kernels import check_kernels
 from service.steered import profile_of
 
@@ -136,8 +136,10 @@ def _notes(
         if config.experts[name].adapter is None:
             continue
         info = inspect(name)
-        if isinstance(info, AdapterInfo) and info.not_merged:
-            keys = ", ".join(info.not_merged)
+        if not isinstance(info, AdapterInfo):
+            continue
+        if followed := [key for key in info.not_merged if key in FOLLOWED]:
+            keys = ", ".join(followed)
             yield f"{name}: {keys} of its adapter is followed, with ranks of up to {info.rank}"
 
 
@@ -175,6 +177,11 @@ def _warnings(
             source = config.experts[expert.base].model or ""
             if (other := name_another_base(info, source)) is not None:
                 yield f"experts.{name}.adapter: it was trained on {other}, and its base is {source}"
+            if unknown := [key for key in info.not_merged if key not in FOLLOWED]:
+                yield (
+                    f"experts.{name}.adapter: {', '.join(unknown)} of its adapter_config.json is "
+                    "not known here, and the engine may leave it out of account"
+                )
             continue
         if expert.model is None:
             continue

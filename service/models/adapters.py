@@ -29,6 +29,8 @@ _UNSERVED = {
 # Inits that leave the base's weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ)
 # expect another base than the one on disk.
 _PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
+# What vLLM serves beside the base as it is meant, and merging does not.
+FOLLOWED = ("rank_pattern", "alpha_pattern", "fan_in_fan_out")
 # Keys that change nothing of what a saved adapter adds: who made it, and how it was trained.
 _NEUTRAL = frozenset(
     {

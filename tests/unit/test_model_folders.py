@@ -323,11 +323,21 @@ def test_check_adapter_with_patterns_is_served_beside_its_base_and_not_merged(
     assert f"experts.b.adapter: {key} of its adapter_config.json can't be merged" in said(merged)
 
 
+def test_check_adapter_with_a_key_that_nobody_knows_is_warned_of(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    adapter = make_lora(tmp_path / "lora", config={"use_newest_lora": True})
+    result = check(
+        tmp_path, {"a": {"model": str(base)}, "b": {"base": "a", "adapter": str(adapter)}}
+    )
+    assert result.exit_code == 0
+    assert "experts.b.adapter: use_newest_lora of its adapter_config.json is not known" in said(
+        result
+    )
+
+
 def test_check_adapter_whose_largest_rank_is_too_large_is_refused(tmp_path: Path) -> None:
     base = make_llama(tmp_path / "base")
-    adapter = make_lora(
-        tmp_path / "lora", config={"rank_pattern": {"layers.1": 32}}, ranks=(4, 32)
-    )
+    adapter = make_lora(tmp_path / "lora", config={"rank_pattern": {"layers.1": 32}}, ranks=(4, 32))
     experts = {"a": {"model": str(base)}, "b": {"base": "a", "adapter": str(adapter)}}
     assert "its rank is 32, and vllm.max_lora_rank is 16" in said(check(tmp_path, experts))
 
@@ -387,9 +397,7 @@ def test_check_adapter_that_names_another_base_is_warned_of(
     path = tmp_path / "coe.yaml"
     experts = {"a": {"model": "acme/tiny"}, "b": {"base": "a", "adapter": str(adapter)}}
     pools = {"cpu": {"vllm": {**POOL, "enforce_eager": True}}}
-    path.write_text(
-        json.dumps({"models_dir": str(models), "experts": experts, "pools": pools})
-    )
+    path.write_text(json.dumps({"models_dir": str(models), "experts": experts, "pools": pools}))
     from service.cli import cli
 
     result = CliRunner().invoke(cli, ["check", str(path)])
