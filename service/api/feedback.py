@@ -8,6 +8,7 @@ are worth for its requests only. Which reply was whose may be lost, and stands e
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -165,7 +166,9 @@ class Feedback:
         )
         await self._store.settle(Granted(Claim(voted, ()), 0, (), ()), [], note)
         self._active[tenant.name] = time.monotonic()
-        await self._renew([tenant.name])
+        # The vote is taken also where the store is away: it is told when it is back.
+        with contextlib.suppress(StoreGone):
+            await self._renew([tenant.name])
         return {"id": vote.reply, "recipe": recipe, "category": label, "score": vote.score}
 
     async def _about(self, tenant: Tenant, reply: str) -> str | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from service.config import Config
+from tests.support.redis import RedisServer, redis_server
 from tests.support.serving import Site, chat, simulated, site
+from tests.support.waiting import until
 
 VOTES = 12
 
@@ -88,3 +91,57 @@ async def test_it_can_be_switched_off() -> None:
     async with site(config(enabled=False)) as s:
         status, _, _ = await s.ask({"id": "x", "score": 1}, "/v1/feedback")
         assert status == 404
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RedisServer, RedisServer]]:
+    """One that counts, and one for what may be lost."""
+    with (
+        redis_server(tmp_path_factory.mktemp("counts")) as counting,
+        redis_server(tmp_path_factory.mktemp("volatile")) as losing,
+    ):
+        yield counting, losing
+
+
+async def test_gateways_that_share_the_volatile_store_take_each_other_s_votes(
+    servers: tuple[RedisServer, RedisServer],
+) -> None:
+    counting, losing = servers
+    data = config().model_dump()
+    data["store"] = {"kind": "redis", "url": counting.url, "cache_url": losing.url}
+    data["tenants"] = {"default": {"cache": {"mode": "exact"}}}
+    given = Config.model_validate(data)
+    async with site(given) as one, site(given) as other:
+        _, headers, told = await one.ask(chat(model="auto"), headers={"x-coe-cache": "exact"})
+        assert headers["x-coe-cache"] == "miss"
+
+        async def shared() -> bool:
+            return (await vote(other, told["id"], 0.0))[0] == 200
+
+        await until(shared, "the other gateway knows the reply")
+        assert (await vote(one, told["id"], 0.0))[0] == 409
+        _, headers, _ = await other.ask(chat(model="auto"), headers={"x-coe-cache": "exact"})
+        assert headers["x-coe-cache"] == "exact"
+    with counting.client() as client:
+        names = "\n".join(str(name) for name in client.keys("*"))
+        assert "replied" not in names
+        assert "cache/" not in names
+        assert "votes/" in names
+
+
+async def test_a_volatile_store_that_is_gone_costs_votes_and_no_request(
+    servers: tuple[RedisServer, RedisServer],
+) -> None:
+    counting, _ = servers
+    data = config().model_dump()
+    gone = "redis://127.0.0.1:1/0"
+    data["store"] = {"kind": "redis", "url": counting.url, "prefix": "g", "cache_url": gone}
+    data["tenants"] = {"default": {"cache": {"mode": "exact"}}}
+    async with site(Config.model_validate(data)) as s:
+        for _ in range(3):
+            status, headers, told = await s.ask(
+                chat(model="auto"), headers={"x-coe-cache": "exact"}
+            )
+            assert (status, headers["x-coe-cache"]) == (200, "miss")
+        status, said = await vote(s, told["id"], 1.0)
+        assert (status, said["error"]["code"]) == (503, "store_unavailable")

@@ -13,7 +13,7 @@ from service.api.feedback import Feedback, Vote
 from service.api.worth import Worth
 from service.broker.book import Book
 from service.config import Config, FeedbackConfig
-from service.errors import Conflict, UnknownReply
+from service.errors import Conflict, StoreGone, UnknownReply
 from service.store.memory import MemoryStore
 from service.store.places import place
 from service.store.volatile import MemoryVolatile, VolatileStore
@@ -131,3 +131,20 @@ async def test_one_key_of_a_tenant_can_t_outvote_its_other_keys_by_number() -> N
 def test_places_of_different_parts_differ(one: list[str], other: list[str]) -> None:
     if one and other:
         assert (place(*one) == place(*other)) == (one == other)
+
+
+async def test_a_vote_is_taken_also_while_the_store_that_counts_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, volatile = stores()
+    at = gateway(store, volatile, "math")
+
+    async def gone(names: object) -> None:
+        raise StoreGone("the store is gone")
+
+    at.feedback.answered(ACME, (ID, ID), "math", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "counts", gone)
+        assert (await at.feedback.vote(ACME, Vote(ID, 0.0)))["score"] == 0.0
+    await at.feedback._renew(["acme"])
+    assert at.quality(ACME)["math"] < 1.0
