@@ -1,10 +1,10 @@
 """`python -m loadtests.tenants`: limits that hold exactly, and tenants that leave each other room.
 
 The whole service around the simulated engine. First two gateways that share a Redis: 64
-clients with one key hammer a budget, then a rate limit, some of them leaving in
-mid-answer; what the answers used is held against the limits and against the ledger.
-Then one gateway and two tenants, one with 50 times the other's requests in flight: the
-small one's times beside those that it has alone.
+clients with one key hammer a budget, then a rate limit, some of them leaving early, then a budget
+with whatever asks for several answers at once, half of them leaving; what the answers used is
+held against the limits and against the ledger. Then one gateway and two tenants, one with 50
+times the other's requests in flight: the small one's times beside those that it has alone.
 """
 
 from __future__ import annotations
@@ -32,13 +32,19 @@ from loadtests.process import admin_key_of, fetch, running, say
 from loadtests.prompts import prompts
 from loadtests.reach import Reach, Report, Table
 from loadtests.service import config, serving
-from loadtests.tenants_client import Clients
+from loadtests.tenants_client import MANY, PLAIN, Clients
 
 CLIENTS = 64
 BUDGET, RATE = 3000, 300
 # Whose key, what it is allowed, and the share of its clients' requests that leave.
-PHASES = (("payer", BUDGET, 0.0), ("leaver", BUDGET, 0.1), ("rated", RATE, 0.1))
+PHASES = (
+    ("payer", BUDGET, 0.0, PLAIN),
+    ("leaver", BUDGET, 0.1, PLAIN),
+    ("rated", RATE, 0.1, PLAIN),
+    ("many", BUDGET, 0.5, MANY),
+)
 _WORDS = {
+    "many": "budget, tokens, any form, half leave",
     "payer": "budget, tokens",
     "leaver": "budget, tokens, some leave",
     "rated": "requests per minute, some leave",
@@ -105,6 +111,7 @@ async def limits(port: int, rounds: int, report: Report) -> None:
                 payer={"budget": {"amount": BUDGET, "period": "month"}},
                 leaver={"budget": {"amount": BUDGET, "period": "month"}},
                 rated={"requests_per_min": RATE},
+                many={"budget": {"amount": BUDGET, "period": "month"}},
             )
             settings = config(port, experts, {"sim": pool}) | {
                 "keys": keys,
@@ -119,9 +126,9 @@ async def limits(port: int, rounds: int, report: Report) -> None:
             settings["server"]["gateways"] = 2
             del settings["router"]
             with serving(settings):
-                for name, allowed, leaving in PHASES:
+                for name, allowed, leaving, shapes in PHASES:
                     clients = Clients(port, _key(name), seed=number)
-                    await clients.hammer(CLIENTS, allowed, leaving=leaving)
+                    await clients.hammer(CLIENTS, allowed, leaving=leaving, shapes=shapes)
                     left = await _leaked(redis, f"round{number}")
                     spent = await clients.spent()
                     used = clients.used_tokens
@@ -131,7 +138,7 @@ async def limits(port: int, rounds: int, report: Report) -> None:
                     unfilled += max(0, allowed - spent)
                     leaked += left
                     # What those who left paid for, only the ledger knows.
-                    apart += max(0, used - spent) if name == "leaver" else abs(used - spent)
+                    apart += max(0, used - spent) if leaving else abs(used - spent)
                     table.rows.append(
                         (
                             str(number + 1),
@@ -140,7 +147,7 @@ async def limits(port: int, rounds: int, report: Report) -> None:
                             str(used),
                             str(spent),
                             str(clients.refused),
-                            str(clients.left),
+                            str(clients.left + clients.gone),
                             str(left),
                         )
                     )

@@ -1,18 +1,48 @@
-"""Clients with one key that ask until nothing more is granted, some leaving in mid-answer."""
+"""Clients with one key that ask until nothing more is granted, some leaving early."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 import orjson
 
-_CHAT = "/v1/chat/completions"
+_CHAT, _TEXT = "/v1/chat/completions", "/v1/completions"
 _MOST_S = 40.0
 _TOKENS = 7
+_SAID = {"messages": [{"role": "user", "content": "hammer"}]}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A form of request: its endpoint, its body without length and stream, and its answers.
+
+    `refused`: no service may take it.
+    """
+
+    path: str
+    body: dict[str, Any]
+    refused: bool = False
+
+
+PLAIN = (Shape(_CHAT, _SAID),)
+# Whatever asks for more than one answer, in every way that an engine would understand.
+MANY = (
+    Shape(_CHAT, _SAID),
+    Shape(_CHAT, {**_SAID, "n": 4}),
+    Shape(_TEXT, {"prompt": "hammer"}),
+    Shape(_TEXT, {"prompt": ["hammer"] * 3}),
+    Shape(_TEXT, {"prompt": ["hammer"] * 3, "n": 2}),
+    Shape(_CHAT, {**_SAID, "n": "128"}, refused=True),
+    Shape(_CHAT, {**_SAID, "n": 64.0}, refused=True),
+    Shape(_TEXT, {"prompt": ["hammer"] * 400}, refused=True),
+    Shape(_TEXT, {"prompt": "hammer", "best_of": "16384"}, refused=True),
+)
 
 
 class Clients:
@@ -25,52 +55,74 @@ class Clients:
         self._url = f"http://127.0.0.1:{port}"
         self._headers = {"authorization": f"Bearer {key}"}
         self._draw = random.Random(seed)
-        self.served = self.used_tokens = self.refused = self.left = 0
+        self.served = self.used_tokens = self.refused = self.left = self.invalid = 0
+        # Those who left before they knew whether they were let in.
+        self.gone = 0
 
-    async def hammer(self, clients: int, allowed: int, *, leaving: float) -> None:
-        """Ask, all at once and again and again, until the limit is used up in the ledger."""
+    async def hammer(
+        self, clients: int, allowed: int, *, leaving: float, shapes: Sequence[Shape] = PLAIN
+    ) -> None:
+        """Ask, all at once and again and again, until the limit is used up in the ledger.
+
+        `leaving`: the share that leaves early: of streams after the first event, of whole
+        answers before the first byte.
+        """
         end_s = time.monotonic() + _MOST_S
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, headers=self._headers) as session:
 
             async def one() -> None:
                 while not full.is_set() and time.monotonic() < end_s:
-                    await self._ask(session, leaves=self._draw.random() < leaving)
+                    leaves = self._draw.random() < leaving
+                    await self._ask(session, self._draw.choice(shapes), leaves=leaves)
 
             async def watch() -> None:
                 while not full.is_set() and time.monotonic() < end_s:
                     if await self._spent(session) >= allowed:
                         full.set()
-                    await asyncio.sleep(0.2)
+                    await asyncio.sleep(0.5)
 
             full = asyncio.Event()
             await asyncio.gather(watch(), *(one() for _ in range(clients)))
             # Once more, together, against a limit that is used up.
-            await asyncio.gather(*(self._ask(session, leaves=False) for _ in range(clients)))
+            again = (self._ask(session, shapes[0], leaves=False) for _ in range(clients))
+            await asyncio.gather(*again)
 
-    async def _ask(self, session: aiohttp.ClientSession, *, leaves: bool) -> None:
-        body = {
-            "model": "sim",
-            "messages": [{"role": "user", "content": "hammer"}],
-            "max_tokens": _TOKENS,
-            "stream": leaves,
-        }
-        async with session.post(self._url + _CHAT, json=body) as reply:
-            if reply.status == 429:
-                if "retry-after" not in reply.headers:
-                    raise RuntimeError("a 429 without Retry-After")
-                self.refused += 1
-                return
-            if reply.status != 200:
-                raise RuntimeError(f"status {reply.status}: {(await reply.text())[:200]}")
-            if leaves:
-                await reply.content.readuntil(b"\n\n")
-                reply.close()
-                self.left += 1
-                return
-            told: Any = orjson.loads(await reply.read())
-            self.served += 1
-            self.used_tokens += told["usage"]["completion_tokens"]
+    async def _ask(self, session: aiohttp.ClientSession, shape: Shape, *, leaves: bool) -> None:
+        stream = leaves and self._draw.random() < 0.5
+        body = {"model": "sim", **shape.body, "max_tokens": _TOKENS, "stream": stream}
+        asking = session.post(self._url + shape.path, json=body)
+        if leaves and not stream and not shape.refused:
+            # Before the first byte: the answer takes longer than that.
+            try:
+                async with asyncio.timeout(self._draw.uniform(0.0, 0.02)):
+                    async with asking as reply:
+                        await self._read(reply, shape, leaves=False)
+            except TimeoutError:
+                self.gone += 1
+            return
+        async with asking as reply:
+            await self._read(reply, shape, leaves=leaves)
+
+    async def _read(self, reply: aiohttp.ClientResponse, shape: Shape, *, leaves: bool) -> None:
+        if reply.status == 429:
+            if "retry-after" not in reply.headers:
+                raise RuntimeError("a 429 without Retry-After")
+            self.refused += 1
+            return
+        if shape.refused and reply.status == 400:
+            self.invalid += 1
+            return
+        if reply.status != 200 or shape.refused:
+            raise RuntimeError(f"status {reply.status}: {(await reply.text())[:200]}")
+        if leaves:
+            await reply.content.readuntil(b"\n\n")
+            reply.close()
+            self.left += 1
+            return
+        told: Any = orjson.loads(await reply.read())
+        self.served += 1
+        self.used_tokens += told["usage"]["completion_tokens"]
 
     async def spent(self) -> int:
         """What the ledger says, once nothing is reserved but by slices."""

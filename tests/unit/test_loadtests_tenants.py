@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import orjson
 import pytest
 
-from loadtests.tenants_client import Clients
+from loadtests.tenants_client import MANY, Clients
 from tests.support.serving import serving
 
 
@@ -55,3 +56,25 @@ async def test_any_other_reply_ends_the_run(fake: Fake, message: str) -> None:
         clients = Clients(int(served.url.rpartition(":")[2]), "key", seed=1)
         with pytest.raises(RuntimeError, match=message):
             await clients.hammer(2, 10, leaving=0)
+
+
+async def test_hammer_what_no_service_may_take_ends_the_run_where_it_is_taken() -> None:
+    async with serving(Fake(30)) as served:
+        clients = Clients(int(served.url.rpartition(":")[2]), "key", seed=1)
+        shapes = [shape for shape in MANY if shape.refused]
+        with pytest.raises(RuntimeError, match="status 200"):
+            await clients.hammer(2, 10, leaving=0, shapes=shapes)
+
+
+async def test_hammer_who_leaves_before_the_first_byte_is_counted_apart() -> None:
+    class Slow(Fake):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            if scope["path"] != "/v1/usage":
+                self.spent += 2
+                await asyncio.sleep(0.05)
+            await super().__call__(scope, receive, send)
+
+    async with serving(Slow(10**6)) as served:
+        clients = Clients(int(served.url.rpartition(":")[2]), "key", seed=1)
+        await clients.hammer(4, 60, leaving=1.0)
+        assert clients.gone > 0

@@ -1,0 +1,86 @@
+"""The real engine tells what it had made of an answer that nobody waits for any more."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+import pytest
+import pytest_asyncio
+
+from service.engine.protocol import EngineRequest, Message
+from service.engine.vllm import VllmEngine, VllmModel
+from service.telemetry.pool_metrics import PoolMetrics
+from tests.engine.real import BASE, ON_ONE_ENGINE, OPTIONS, told
+from tests.support.waiting import until
+
+pytestmark = ON_ONE_ENGINE
+
+SAID: Any = [{"role": "user", "content": "Count from one to a million."}]
+LONG = {"ignore_eos": True}
+BODIES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "chat": ("/v1/chat/completions", {"messages": SAID, "max_tokens": 440, **LONG}, 1),
+    "choices": ("/v1/chat/completions", {"messages": SAID, "max_tokens": 440, "n": 3, **LONG}, 3),
+    "text": ("/v1/completions", {"prompt": ["One,", "Two,"], "max_tokens": 440, **LONG}, 2),
+    "response": ("/v1/responses", {"input": SAID, "max_output_tokens": 440, **LONG}, 1),
+    "message": ("/v1/messages", {"messages": SAID, "max_tokens": 440, **LONG}, 1),
+}
+_ids = itertools.count()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine() -> AsyncIterator[tuple[VllmEngine, PoolMetrics]]:
+    metrics = PoolMetrics()
+    made = VllmEngine(VllmModel("base", BASE, {}), OPTIONS, on_cpu=True, watch=metrics)
+    await made.start()
+    yield made, metrics
+    await made.stop()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("what", BODIES)
+async def test_given_up_tells_what_the_engine_has_counted(
+    engine: tuple[VllmEngine, PoolMetrics], what: str, stream: bool
+) -> None:
+    made, metrics = engine
+    path, body, sequences = BODIES[what]
+
+    async def count() -> float:
+        return (await told(metrics)).get(("vllm:generation_tokens_total", "base"), 0.0)
+
+    before = await count()
+    given: list[tuple[int, int]] = []
+    raw = orjson.dumps({"model": "base", "stream": stream, **body})
+    request = EngineRequest(
+        path,
+        "base",
+        raw,
+        f"left{next(_ids)}",
+        given_up=lambda prompt, answer: given.append((prompt, answer)),
+    )
+
+    async def ignore(message: Message) -> None:
+        assert b'"error"' not in message.get("body", b""), message
+
+    running = asyncio.create_task(made.run(request, ignore))
+
+    async def some() -> bool:
+        assert not running.done(), running.exception()
+        return await count() - before >= 20 * sequences
+
+    await until(some, "it has made some tokens")
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+
+    async def stopped() -> bool:
+        return await made.in_flight() == 0
+
+    await until(stopped, "nobody works on it any more")
+    ((prompt, answer),) = given
+    assert prompt >= 2 * (2 if what == "text" else 3)
+    # What is made in the moment of stopping is nobody's.
+    assert 20 * sequences <= answer <= await count() - before <= answer + 20 * sequences
