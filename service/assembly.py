@@ -148,7 +148,11 @@ class Assembly:
 
     async def _come(self, unit: tuple[str, ...]) -> None:
         await asyncio.to_thread(self._look_again)
-        if self._shared or self._config.needs(unit[0]):
+        lacking = self._shared and len(self.pool.shared) < (self._settings.slots or 0)
+        if lacking and not self._config.needs(unit[0]):
+            # All that was in one of the slots went.
+            self.pool.add_running(await asyncio.to_thread(self._shared_slot, (unit,)))
+        elif self._shared or self._config.needs(unit[0]):
             self.pool.take_in(await asyncio.to_thread(self._unit, unit))
         else:
             held = self._config.local_experts(self._kind)
@@ -255,7 +259,9 @@ class Assembly:
         """An engine that starts with `first`, and can run all units of its family."""
         settings = self._settings
         if settings.engine == "simulated":
-            bases = {name: needs for name in self._played if (needs := self._config.needs(name))}
+            # While a reload lets experts go, the config does not know them any more.
+            known = [name for name in self._played if name in self._config.experts]
+            bases = {name: needs for name in known if (needs := self._config.needs(name))}
             return SimulatedEngine(self._played, settings.simulated, self._watch, bases)
         units = self._config.units(self._kind)
         adapters = next((unit[1:] for unit in units if unit[0] == first), ())

@@ -108,6 +108,31 @@ async def test_reload_that_changes_an_expert_tells_to_ask_again_and_one_that_wen
     await running.pool.stop(1)
 
 
+@pytest.mark.parametrize("slots", [None, 1, 2])
+@pytest.mark.parametrize("changed", ["abc", "bc"])
+async def test_reload_that_changes_all_experts_leaves_as_many_slots_as_there_were(
+    slots: int | None, changed: str
+) -> None:
+    running = Running(config("abc", slots))
+    assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
+    async with asyncio.timeout(10):
+        await running.assembly.reload(config("abc", slots, **dict.fromkeys(changed, "n")))
+    assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
+    assert len(running.pool.shared) == (slots or 0)
+    assert running.pool.unhealthy() is None
+    await running.pool.stop(1)
+
+
+async def test_reload_with_fewer_experts_than_slots_and_then_more_has_all_slots_again() -> None:
+    running = Running(config("abc", 2))
+    await running.assembly.reload(config("a", 2))
+    assert len(running.pool.shared) == 1
+    await running.assembly.reload(config("abc", 2))
+    assert len(running.pool.shared) == 2
+    assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
+    await running.pool.stop(1)
+
+
 @pytest.mark.parametrize("stay", ["bd", "acd", "f", "bdfg"])
 async def test_a_shared_slot_whose_units_all_go(stay: str) -> None:
     running = Running(config("abcdef", 2))
