@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import pytest
 from redis import Redis
-from redis.exceptions import NoPermissionError
+from redis.exceptions import NoPermissionError, ResponseError
 
 from service.errors import StoreGone
 from service.store.keys import KeyRecord, Keys, StoreBook
@@ -120,6 +120,15 @@ async def test_the_user_that_deployments_make_may_do_what_is_needed_and_no_harm(
     assert await volatile.get("b") == b"2"
     await volatile.close()
     with Redis.from_url(url) as client:
+        # What Ray's head asks where it keeps its state there.
+        client.info("sentinel")
+        client.hset("h", "f", "v")
+        assert client.hmget("h", ["f"]) == [b"v"]
+        assert client.hscan("h")[1] == {b"f": b"v"}
+        client.scan()
+        assert client.unlink("h") == 1
+        with pytest.raises(ResponseError, match="cluster support disabled"):
+            client.execute_command("CLUSTER", "INFO")
         for command in (
             ("FLUSHALL",),
             ("FLUSHDB",),
