@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -29,6 +30,8 @@ _MOST_CONNECTIONS = 64
 _READ_S = 5.0
 _MOST_BODY_BYTES = 2**20
 _RETRY_S = 2
+# Names of headers, as a browser lists those that a page wants to send.
+_NAMES = re.compile(r"[A-Za-z0-9_, -]{1,1000}\Z")
 
 
 @dataclass(slots=True)
@@ -146,6 +149,10 @@ class Lobby:
         }
         self._rules.check(method.encode(), given, keyless=self._keyless, body=has_body(given))
 
+    def may_read(self, origin: str | None) -> bool:
+        """Whether pages of an origin elsewhere may read replies."""
+        return self._rules.may_read(origin)
+
     def excuse(self, path: str) -> bytes:
         """Why there is no answer yet, as the clients of a path read it."""
         # Not at the top: it takes what is not loaded yet.
@@ -235,6 +242,16 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._json(503, lobby.excuse(path))
 
+    def do_OPTIONS(self) -> None:
+        """A browser asks what a page may send: the same as later, to the gateway."""
+        if not self._refused():
+            wanted = self.headers.get("access-control-request-headers", "")
+            allowed = {
+                "access-control-allow-methods": "GET, HEAD, POST",
+                "access-control-allow-headers": wanted if _NAMES.match(wanted) else "content-type",
+            }
+            self._reply(204, allowed, b"")
+
     def do_POST(self) -> None:
         """Nobody answers prompts yet."""
         # Unread, the body would make the kernel reset the connection under our reply.
@@ -284,6 +301,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response_only(status)
         for name, value in headers.items():
             self.send_header(name, value)
+        origin = self.headers.get("origin")
+        if origin is not None and self.server.lobby.may_read(origin):
+            self.send_header("access-control-allow-origin", origin)
+            self.send_header("vary", "Origin")
         self.send_header("connection", "close")
         self.end_headers()
         if self.command != "HEAD":

@@ -58,6 +58,10 @@ class CrossOriginRules:
         self._names = frozenset(own | {name for name in names if not name.startswith("*")})
         self._origins = frozenset(origin.lower() for origin in cors_origins)
 
+    def may_read(self, origin: str | None) -> bool:
+        """Whether pages of an origin elsewhere may read replies."""
+        return origin is not None and (origin.lower() in self._origins or ANY in self._origins)
+
     def check(
         self, method: bytes, headers: Mapping[bytes, bytes], *, keyless: bool, body: bool
     ) -> None:

@@ -137,3 +137,20 @@ def test_head_is_get_without_a_body(lobby: Lobby) -> None:
         assert body == b""
         if path != "/console/events":
             assert status == ask(lobby, path)[0]
+
+
+def test_a_page_of_a_configured_origin_may_read_that_it_starts(lobby: Lobby) -> None:
+    friend = "http://friend.example"
+    wanted = {"access_control_request_method": "POST", "access_control_request_headers": "x-a"}
+    status, headers, _ = ask(lobby, "/v1/models", method="OPTIONS", origin=friend, **wanted)
+    assert (status, headers["access-control-allow-origin"]) == (204, friend)
+    assert headers["access-control-allow-headers"] == "x-a"
+    wanted = {"access_control_request_headers": "a\tb: c"}
+    headers = ask(lobby, "/", method="OPTIONS", origin=friend, **wanted)[1]
+    assert headers["access-control-allow-headers"] == "content-type"
+    status, headers, _ = ask(lobby, "/v1/chat/completions", "{}", origin=friend)
+    assert (status, headers["access-control-allow-origin"]) == (503, friend)
+    stranger = "http://attacker.example"
+    for method in ("OPTIONS", "GET"):
+        status, headers, _ = ask(lobby, "/v1/models", method=method, origin=stranger)
+        assert (status, headers["access-control-allow-origin"]) == (403, None)
