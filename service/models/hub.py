@@ -7,6 +7,7 @@ hub client keeps half-fetched files in the folder and continues them.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ WANTED = (
     "LICENSE*",
     "README.md",
 )
+# Read when the process starts: while an engine's core starts, it is not in the environment. Where
+# there is none, the client looks for one in its files.
+_TOKEN = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
+_ACCESS: dict[str, Any] = {"token": _TOKEN} if _TOKEN else {}
 UNWANTED = ("*/*",)
 """Copies of the same weights in other formats live in sub-folders."""
 
@@ -52,7 +57,7 @@ def fetch_snapshot(
             "pulling from the hub needs the package 'huggingface_hub': pip install huggingface_hub"
         ) from error
     try:
-        api = huggingface_hub.HfApi()
+        api = huggingface_hub.HfApi(**_ACCESS)
         info = api.model_info(repository, revision=revision, files_metadata=True)
     except Exception as error:
         # The client raises its own, requests' and httpx's errors, by version.
@@ -88,6 +93,7 @@ def fetch_snapshot(
                 revision=info.sha,
                 local_dir=folder,
                 allow_patterns=list(wanted),
+                **_ACCESS,
             )
     except ModelStoreError:
         raise

@@ -13,6 +13,7 @@ import pytest
 from service.config import Config
 from service.engine.inherited import TUNED, inherited, secret_variables, without_secrets
 
+ROOT = Path(__file__).parents[2]
 SECRETS = {
     "COE_API_KEY": "coe-1",
     "OPENAI_API_KEY": "sk-1",
@@ -93,3 +94,26 @@ def test_secrets_of_a_config_are_the_variables_that_it_names(tmp_path: Path) -> 
         }
     )
     assert config.key_variables == {"LETMEIN", "DOOR", "SHELF", "DRAWER"}
+
+
+def test_hub_s_token_is_used_by_a_pull_while_an_engine_starts() -> None:
+    # In a process of its own: the token is read when that starts.
+    code = """
+import huggingface_hub
+from service.engine.inherited import without_secrets
+from service.models import hub
+class Api:
+    def __init__(self, token=None):
+        print("asked with", token)
+        raise OSError("far enough")
+huggingface_hub.HfApi = Api
+with without_secrets():
+    try:
+        hub.fetch_snapshot("org/name", None, None, None)
+    except Exception as error:
+        print(type(error).__name__)
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert told.splitlines() == ["asked with hf_1", "ModelStoreError"]
