@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from loadtests.command import parser, tell
 from loadtests.comparing_pairs import (
     REFUSALS,
     SPELLINGS,
@@ -28,10 +27,11 @@ from loadtests.comparing_pairs import (
     different_questions,
     paraphrases,
 )
-from loadtests.reach import Reach, Report, Table
-from service.api.likeness import MOST_CHARACTERS, likeness, said, same_words
+from loadtests.lib.cli import parser, tell
+from loadtests.lib.targets import Reach, Report, Table
 from service.broker.agreement import agreed, final_answer
 from service.config import CacheConfig
+from service.gateway.cache.text_similarity import MOST_CHARACTERS, likeness, said, same_words
 
 _SEED = 1
 

@@ -23,10 +23,10 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from loadtests.command import parser, tell
-from loadtests.reach import Report, Table, at_most
-from loadtests.service import ROOT
-from loadtests.stats import Estimate
+from loadtests.lib.cli import parser, tell
+from loadtests.lib.coe_service import ROOT
+from loadtests.lib.stats import Estimate
+from loadtests.lib.targets import Report, Table, at_most
 
 _FIRST_S = 300.0
 _SECOND_S = 60.0

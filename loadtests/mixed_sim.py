@@ -14,12 +14,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loadtests.command import parser, tell
-from loadtests.mixed_slot import Costs, FcfsSlot, Seen, SimSlot
-from loadtests.mixed_trace import Ask, mean_tokens, trace
-from loadtests.process import say
-from loadtests.reach import Reach, Report, Table
-from loadtests.stats import percentile
+from loadtests.lib.cli import parser, tell
+from loadtests.lib.process import say
+from loadtests.lib.stats import percentile
+from loadtests.lib.targets import Reach, Report, Table
+from loadtests.mixed.trace import Ask, mean_tokens, trace
+from loadtests.mixed.virtual_slot import Costs, FcfsSlot, Seen, SimSlot
 from service.pool.planner import Policy, SlotView, UnitView, next_fetch, to_drop
 from service.types import Residency
 

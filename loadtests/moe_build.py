@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loadtests.command import parser, tell
-from loadtests.machine import Watch
-from loadtests.reach import Reach, Report, Table
+from loadtests.lib.cli import parser, tell
+from loadtests.lib.machine import Watch
+from loadtests.lib.targets import Reach, Report, Table
 from router_models.experts.data import EXPERTS
 from router_models.experts.evaluate import ARTIFACTS, RowScore
 from router_models.experts.packing import Conversation, pack, shared_beginning
-from router_models.moe import answers, bits, loaded, texts, upcycle
+from router_models.moe import answers, dense_loading, domain_texts, perplexity, upcycle
 from router_models.moe.dense import Dense, read_config
 from service.errors import ModelStoreError
 from service.models import locate
@@ -33,7 +33,7 @@ from service.models import locate
 TARGET = 0.95
 _BASE = "smollm2-135m-instruct"
 # Held-out rows of each field that are judged; short answers are cheap.
-ROWS = {texts.GENERAL: 40, "math": 100, "intents": 400, "code": 100}
+ROWS = {domain_texts.GENERAL: 40, "math": 100, "intents": 400, "code": 100}
 
 
 def base_folder() -> Path:
@@ -55,40 +55,40 @@ def build(out: Path, data: Path | None, *, top_k: int = upcycle.TOP_K) -> float:
 
 def judge(
     model: Path, data: Path, rows: Mapping[str, int]
-) -> tuple[dict[str, bits.Kept], dict[str, NDArray[np.float64]]]:
+) -> tuple[dict[str, perplexity.Kept], dict[str, NDArray[np.float64]]]:
     """By field: what the mixture keeps, and by layer how many tokens go to the field's expert."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base = base_folder()
     tokenizer = AutoTokenizer.from_pretrained(str(base), local_files_only=True)
-    dense = loaded.blank(read_config(base))
-    loaded.fill(dense, Dense(texts.GENERAL, base))
+    dense = dense_loading.blank(read_config(base))
+    dense_loading.fill(dense, Dense(domain_texts.GENERAL, base))
 
     def ask(prompts: list[str]) -> list[str]:
         return answers.greedy(dense, tokenizer, prompts)
 
     fields: dict[str, list[Conversation]] = {}
     scores: dict[tuple[str, str], list[RowScore]] = {}
-    for name in (texts.GENERAL, *EXPERTS):
-        field = texts.read(name, data)
-        short = texts.Field(name, (), field.held_out, field.source, field.licence)
-        done = texts.answered(short, ask, rows[name])
-        fields[name] = bits.conversations(done.held_out, tokenizer)
+    for name in (domain_texts.GENERAL, *EXPERTS):
+        field = domain_texts.read(name, data)
+        short = domain_texts.Field(name, (), field.held_out, field.source, field.licence)
+        done = domain_texts.answered(short, ask, rows[name])
+        fields[name] = perplexity.conversations(done.held_out, tokenizer)
     for name, held_out in fields.items():
-        scores[name, "base"] = bits.measure(dense, held_out)
+        scores[name, "base"] = perplexity.measure(dense, held_out)
     for name in EXPERTS:
-        loaded.fill(dense, Dense(name, base, ARTIFACTS / name))
-        scores[name, "expert"] = bits.measure(dense, fields[name])
-    scores[texts.GENERAL, "expert"] = scores[texts.GENERAL, "base"]
+        dense_loading.fill(dense, Dense(name, base, ARTIFACTS / name))
+        scores[name, "expert"] = perplexity.measure(dense, fields[name])
+    scores[domain_texts.GENERAL, "expert"] = scores[domain_texts.GENERAL, "base"]
     mixture = AutoModelForCausalLM.from_pretrained(
         str(model), dtype=torch.float32, local_files_only=True
     ).eval()
     result, shares = {}, {}
     for index, (name, held_out) in enumerate(fields.items()):
         shares[name] = right_share(mixture, held_out, index)
-        scores[name, "model"] = bits.measure(mixture, held_out)
+        scores[name, "model"] = perplexity.measure(mixture, held_out)
         three = (scores[name, part] for part in ("base", "expert", "model"))
-        result[name] = bits.kept(*three, seed=0)
+        result[name] = perplexity.kept(*three, seed=0)
     return result, shares
 
 
@@ -123,7 +123,7 @@ def right_share(model: Any, held_out: list[Conversation], expert: int) -> NDArra
     return np.array([np.mean(layer) for layer in chosen])
 
 
-def reach(kept: Mapping[str, bits.Kept]) -> list[Reach]:
+def reach(kept: Mapping[str, perplexity.Kept]) -> list[Reach]:
     """One for each expert: what its field keeps of its gain."""
     return [
         Reach(
@@ -150,7 +150,7 @@ def report(data: Path, model: Path | None, rows: Mapping[str, int] = ROWS) -> Re
         ("field", "rows", "base", "expert", "mixture", "kept", "±", "tokens gone to its expert"),
     )
     for name, one in kept.items():
-        gained = name != texts.GENERAL
+        gained = name != domain_texts.GENERAL
         table.rows.append(
             (
                 name,
@@ -165,10 +165,10 @@ def report(data: Path, model: Path | None, rows: Mapping[str, int] = ROWS) -> Re
             )
         )
     made.tables.append(table)
-    made.notes.append(f"The answers of {texts.GENERAL} are the base's own greedy ones.")
+    made.notes.append(f"The answers of {domain_texts.GENERAL} are the base's own greedy ones.")
     made.reach = reach(kept)
     made.facts["fields"] = {
-        name: asdict(one) if name != texts.GENERAL else {"base": one.base, "model": one.model}
+        name: asdict(one) if name != domain_texts.GENERAL else {"base": one.base, "model": one.model}
         for name, one in kept.items()
     }
     made.facts["right_by_layer"] = {

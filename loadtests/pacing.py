@@ -20,11 +20,11 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from service.api.spending import RENEW_IDLE_S, Spending
-from service.broker.choice import Weighed
 from service.broker.ledger import Bound, Ledger
+from service.broker.selection import Weighed
 from service.config import Config
 from service.errors import TooMany
+from service.gateway.budget_prices import RENEW_IDLE_S, Spending
 from service.store.memory import MemoryStore
 from service.types import NOBODY, Usage
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import psutil
 
-from loadtests.chaos import MIX, calm
-from loadtests.chaos_site import Site, site
-from loadtests.chaos_traffic import LEFT, RIGHT, Traffic
-from loadtests.command import parser, tell
-from loadtests.process import say
-from loadtests.reach import Reach, Report, Table
+from loadtests.chaos.__main__ import MIX, calm
+from loadtests.chaos.site import Site, site
+from loadtests.chaos.traffic import LEFT, RIGHT, Traffic
+from loadtests.lib.cli import parser, tell
+from loadtests.lib.process import say
+from loadtests.lib.targets import Reach, Report, Table
 
 _ROLES = {"gateways": "coe:gateway", "pools": "coe:pool-", "HAProxy": "bin/haproxy"}
 _LOOKS = 60

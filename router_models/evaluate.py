@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from router_models.evaluation import compared_lines, default_budgets, plot, report
 from router_models.fit import prompt_hashes, settings_from_json
-from router_models.judge import compared_lines, default_budgets, plot, report
-from router_models.learn import Predicted, Problem
 from router_models.outcomes import OutcomeError, Table, read_costs, read_outcomes
 from router_models.recipes import play
-from router_models.tuning import Settings
+from router_models.settings import Settings
+from router_models.training import Predicted, Problem
+from service.classifier.artifact import Artifact, load_artifact
+from service.classifier.classifier import Classifier
+from service.classifier.expert_map import ExpertMap
 from service.errors import ArtifactError
-from service.router.artifact import Artifact, load_artifact
-from service.router.classify import Classifier
-from service.router.map import ExpertMap
 
 FOLDS = 5
 

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_models.compose import compose
-from router_models.judge import compared_lines, default_budgets, report, with_errors
-from router_models.learn import Fitted, Predicted, Problem
-from router_models.linear import calibration_error, known_bitmap
+from router_models.evaluation import compared_lines, default_budgets, report, with_errors
+from router_models.linear_models import calibration_error, known_bitmap
+from router_models.memory_composition import compose
 from router_models.outcomes import OutcomeError, Table, read_costs, read_outcomes
-from router_models.tuning import Settings
-from service.router.artifact import Artifact, save_artifact
-from service.router.features import FeatureSpec
+from router_models.settings import Settings
+from router_models.training import Fitted, Predicted, Problem
+from service.classifier.artifact import Artifact, save_artifact
+from service.classifier.features import FeatureSpec
 
 Say = Callable[[str], None]
 

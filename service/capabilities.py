@@ -6,7 +6,7 @@ from pathlib import Path
 
 from service.config import Config, ExpertConfig
 from service.errors import CoeError, ConfigError
-from service.folders import folder_here
+from service.models.expert_folders import folder_here
 from service.models.senses import Senses, senses_of
 
 

@@ -1,6 +1,6 @@
 """The errors this service raises, as one tree.
 
-Every error says what was wrong and what is allowed. `service.link.faults` maps
+Every error says what was wrong and what is allowed. `service.http.openai_errors` maps
 each class to an HTTP status in one table; nothing else does.
 """
 

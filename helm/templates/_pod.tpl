@@ -358,7 +358,7 @@ spec:
             # The others need it to leave in order.
             command: [sleep, "{{ add $drain 25 }}"]
             {{- else }}
-            command: [python3, -m, service.deployment.leave, --within, "{{ add $drain 25 }}"]
+            command: [python3, -m, service.deployment.drain_node, --within, "{{ add $drain 25 }}"]
             {{- end }}
   volumes:
     {{- include "coe.volumes" . | nindent 4 }}

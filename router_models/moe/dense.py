@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 
 from router_models.moe.gates import Statistics
 from router_models.moe.gates import read as read_statistics
-from service.engine.vllm_merge import Delta
 from service.errors import ArtifactError, CoeError
 from service.models import AdapterInfo, inspect_model
+from service.models.lora_merge import Delta
 from service.models.store import MANIFEST, read_manifest
 
 STATISTICS = Path("upcycle/statistics.safetensors")

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from router_models.moe.routed import RoutedLayer, Visit, visited
-from service.models.steering import MoeShape
+from router_models.moe.hooks import RoutedLayer, Visit, visited
+from service.moe.steering import MoeShape
 
 Floats = NDArray[np.float64]
 

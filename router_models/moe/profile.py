@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from router_models.moe.hooks import find_routed
 from router_models.moe.importance import Importance, keep_best, measure
-from router_models.moe.judging import Judged, Loss, Reads
-from router_models.moe.prompts import ProfileError, read_texts, tokenized
-from router_models.moe.routed import find_routed
+from router_models.moe.profile_evaluation import Judged, Loss, Reads
+from router_models.moe.profile_prompts import ProfileError, read_texts, tokenized
 from service.models import inspect_model, locate
-from service.models.steering import (
+from service.moe.steering import (
     LayerSteering,
     MoeShape,
     SteeringProfile,

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from router_models.experts.packing import tokenize
-from router_models.moe import answers, card, checkpoint, dense, loaded, texts
+from router_models.moe import answers, card, checkpoint, dense, dense_loading, domain_texts
 from router_models.moe.dense import Dense, UpcycleError
+from router_models.moe.gate_inputs import moments
 from router_models.moe.gates import Origin, Statistics
-from router_models.moe.hidden import moments
 
 BASE = "base"
 TEXTS = 200
@@ -43,7 +43,7 @@ class Plan:
     config: Mapping[str, Any]
     statistics: Statistics | None
     experts: tuple[Dense, ...]
-    fields: Mapping[str, texts.Field]
+    fields: Mapping[str, domain_texts.Field]
 
 
 def plan(base: Path, experts: Mapping[str, Path], data: Path | None) -> Plan:
@@ -55,8 +55,8 @@ def plan(base: Path, experts: Mapping[str, Path], data: Path | None) -> Plan:
     before = dense.statistics_of(base)
     if not experts:
         raise UpcycleError("no experts to join with the base")
-    named = {texts.GENERAL: base, **experts} if before is None else dict(experts)
-    taken = before.experts if before is not None else (texts.GENERAL,)
+    named = {domain_texts.GENERAL: base, **experts} if before is None else dict(experts)
+    taken = before.experts if before is not None else (domain_texts.GENERAL,)
     for name in experts:
         if name in taken:
             raise UpcycleError(f"an expert {name!r} is in {base} already: give it another name")
@@ -67,7 +67,7 @@ def plan(base: Path, experts: Mapping[str, Path], data: Path | None) -> Plan:
         for name, folder in named.items()
     )
     return Plan(
-        base, config, before, joined, {one.name: texts.read(one.name, data) for one in joined}
+        base, config, before, joined, {one.name: domain_texts.read(one.name, data) for one in joined}
     )
 
 
@@ -110,14 +110,14 @@ def _fill(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(work.base), local_files_only=True)
-    model = loaded.blank(work.config)
+    model = dense_loading.blank(work.config)
     layers, hidden = work.config["num_hidden_layers"], work.config["hidden_size"]
     statistics = work.statistics or Statistics.empty(layers, hidden)
     if work.statistics is not None:
         checkpoint.keep_experts(work.base, folder, len(statistics.experts))
     for one in work.experts:
         began_s = time.monotonic()
-        loaded.fill(model, one)
+        dense_loading.fill(model, one)
         statistics = _learn(statistics, one, work.fields[one.name], model, tokenizer)
         checkpoint.write_expert(folder, len(statistics.experts) - 1, one.weights())
         told = statistics.origins[-1]
@@ -130,11 +130,11 @@ def _fill(
 
 
 def _learn(
-    statistics: Statistics, one: Dense, field: texts.Field, model: Any, tokenizer: Any
+    statistics: Statistics, one: Dense, field: domain_texts.Field, model: Any, tokenizer: Any
 ) -> Statistics:
     """The statistics with this expert's own: `model` holds its weights."""
-    answered = texts.answered(
-        texts.Field(field.name, field.train, (), field.source, field.licence),
+    answered = domain_texts.answered(
+        domain_texts.Field(field.name, field.train, (), field.source, field.licence),
         lambda prompts: answers.greedy(model, tokenizer, prompts),
         TEXTS if all(row.answer for row in field.train[:TEXTS]) else ANSWERED,
     )
@@ -146,7 +146,7 @@ def _learn(
         kept.append(conversation)
         total += len(conversation)
     if not kept:
-        raise texts.NoTextsError(
+        raise domain_texts.NoTextsError(
             f"texts of {one.name}: none of {len(field.train)} has an answer and fits "
             f"{MAX_TOKENS} tokens"
         )
@@ -157,7 +157,7 @@ def _learn(
 
 
 def _tell_lost(one: Dense, shared: dict[str, torch.Tensor], say: Callable[[str], None]) -> None:
-    changed, share = dense.lost(one, shared) if one.name != texts.GENERAL else (0, 0.0)
+    changed, share = dense.lost(one, shared) if one.name != domain_texts.GENERAL else (0, 0.0)
     if changed:
         say(
             f"{one.name}: {changed} weights outside its FFNs differ from the base's by "

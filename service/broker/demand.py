@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from service.broker.board import PoolView
-from service.link.snapshot import Queue
+from service.broker.pool_state import PoolView
+from service.rpc.snapshot import Queue
 from service.types import Residency
 
 _NEAR = (Residency.DEVICE, Residency.HOST, Residency.LOADING)

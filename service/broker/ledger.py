@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from service.broker.price import MICRO, micro
+from service.broker.prices import MICRO, micro
 from service.config import BudgetConfig, Config, LimitsConfig
 from service.errors import TooMany
 from service.store.protocol import Account, Balance, Claim, Granted, Line, Note, Refused, Store

@@ -7,7 +7,7 @@ import sys
 import click
 
 from service import __version__
-from service.cli.late import Commands
+from service.cli.lazy_group import Commands
 from service.errors import CoeError, ConfigError
 
 # Where each command is, and the line that `coe --help` shows without importing it.

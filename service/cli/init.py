@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from service.cli.show import size, table
+from service.cli.output import size, table
 from service.errors import CoeError
 
 
@@ -31,7 +31,7 @@ def init(output: Path, yes: bool, force: bool, as_json: bool) -> None:
     """
     import router_models
     from service.cli.machine import look
-    from service.cli.proposal import config_text, describe, propose
+    from service.cli.presets import config_text, describe, propose
     from service.models import model_root
 
     if output.exists() and not force:

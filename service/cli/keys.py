@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from service.cli.client import admin, url_option
-from service.cli.show import table
+from service.cli.http import admin, url_option
+from service.cli.output import table
 from service.errors import CoeError
 
 _SPAN = re.compile(r"^(\d+)([smhd])$")
@@ -45,8 +45,8 @@ class _Place:
             return admin(self._url, method, path, body)
         import asyncio
 
-        from service.app.stores import with_keys
         from service.config import load_config
+        from service.gateway.store_setup import with_keys
 
         config = load_config(self._config)
         parts = path.strip("/").split("/")
@@ -55,7 +55,7 @@ class _Place:
 
 async def _act(config: Any, keys: Any, method: str, parts: list[str], body: Any) -> Any:
     """What the admin endpoints do, without a service."""
-    from service.api.accounts import NewKey, parsed, record_of
+    from service.gateway.routes.keys_and_usage import NewKey, parsed, record_of
 
     now_s = time.time()
     if method == "GET":

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from service import ram
+from service import host_memory
 
 _MIB = 1024**2
 
@@ -38,7 +38,7 @@ def look(models_dir: Path) -> Machine:
         there = there.parent
     return Machine(
         gpus(),
-        ram.total_bytes(),
+        host_memory.total_bytes(),
         shutil.disk_usage(there).free,
         len(os.sched_getaffinity(0)),
     )

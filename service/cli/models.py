@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from service.cli.show import size, table
+from service.cli.output import size, table
 
 
 @click.group()

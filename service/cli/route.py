@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from service.cli.client import ask
+from service.cli.http import ask
+from service.cli.output import table
 from service.cli.serve import CONFIG
-from service.cli.show import table
 
 
 @click.command()
@@ -58,13 +58,13 @@ def _route_there(url: str, body: dict[str, Any]) -> Any:
 
 def _route_here(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     """The decision as if every expert were resident and idle."""
-    from service.api.body import read_asked
-    from service.api.explain import explain
-    from service.api.routing import Routing
-    from service.api.wish import wish_for
-    from service.broker.board import Board, idle_view
-    from service.broker.choice import weigh
+    from service.broker.pool_state import Board, idle_view
+    from service.broker.selection import weigh
     from service.config import load_config
+    from service.gateway.request.parsing import read_asked
+    from service.gateway.routes.explain import explain
+    from service.gateway.routing.selection_request import wish_for
+    from service.gateway.routing.setup import Routing
 
     config = load_config(path)
     raw = json.dumps(body).encode()

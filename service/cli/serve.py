@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.cli.show import size, table
+from service.cli.output import size, table
 from service.errors import ModelStoreError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ CONFIG = click.Path(path_type=Path, dir_okay=False)
 def serve(path: Path, host: str | None, port: int | None) -> None:
     """Start the service on this machine and run until Ctrl-C or SIGTERM."""
     from service.config import load_config
-    from service.run import run
+    from service.launch.supervisor import run
 
     config = load_config(path)
     changed: dict[str, Any] = {}
@@ -76,24 +76,24 @@ def _with_models(config: Config) -> Config:
 
 
 def _check_artifacts(config: Config) -> None:
-    from service.api.routing import Routing
     from service.capabilities import with_capabilities
+    from service.gateway.routing.setup import Routing
 
     Routing(config)
     with_capabilities(config)
 
 
 def _plans(config: Config) -> list[Any]:
-    from service import ram
-    from service.memory import check_plan, folders_of, plan_pool
+    from service import host_memory
     from service.models import inspect_model, locate
+    from service.pool.memory_plan import check_plan, folders_of, plan_pool
 
     root = Path(config.models_dir) if config.models_dir else None
     sources = set(config.model_sources().values())
     found = {
         source: folder for source in sources if (folder := locate(source, root=root)) is not None
     }
-    machine_bytes = ram.total_bytes()
+    machine_bytes = host_memory.total_bytes()
     plans = []
     folders = folders_of(config, found) if sources else {}
     for kind in config.pools:

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import click
 
-from service.cli.client import admin_headers, url_option
-from service.cli.show import size
-from service.cli.stream import events, open_stream
+from service.cli.http import admin_headers, url_option
+from service.cli.output import size
+from service.cli.sse import events, open_stream
 from service.errors import CoeError
 
 
@@ -186,7 +186,7 @@ def make_app(url: str) -> Any:
         def _operate(self, act: str, name: str) -> None:
             from urllib.parse import quote
 
-            from service.cli.client import admin
+            from service.cli.http import admin
 
             try:
                 done = admin(url, "POST", f"/admin/experts/{quote(name)}/{act}")

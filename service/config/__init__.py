@@ -7,14 +7,14 @@ names the file, the path in it, what is wrong and what is allowed.
 from service.config.base import parse_bytes
 from service.config.breaker import BreakerConfig
 from service.config.cache import CacheConfig
-from service.config.composition import SECTIONS, Config
 from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
 from service.config.guard import GuardConfig
 from service.config.limits import RequestLimits
+from service.config.loader import load_config, parse_config, read_config
 from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
-from service.config.reading import load_config, parse_config, read_config
 from service.config.recipes import RecipeConfig
+from service.config.schema import SECTIONS, Config
 from service.config.server import RouterConfig, ServerConfig
 from service.config.telemetry import TelemetryConfig
 from service.config.tenants import (

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from service.config.base import Section
-from service.config.kernels import ExpertKernels
+from service.config.moe_kernels import ExpertKernels
 
 
 class RemoteConfig(Section):

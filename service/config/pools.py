@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from service.config.base import Bytes, Section
-from service.config.kernels import RoutedOptions
+from service.config.moe_kernels import RoutedOptions
 
 
 class MoeCapture(Section):

@@ -16,7 +16,7 @@ from ray.serve.config import (
 )
 
 from service.config import Config, PoolConfig
-from service.deployment.following import FollowingRouter
+from service.deployment.replica_discovery import FollowingRouter
 from service.deployment.replicas import QUEUED, GatewayReplica, PoolReplica
 
 APP = "coe"

@@ -1,6 +1,6 @@
 """The application on a Ray cluster that somebody else runs: by KubeRay, or `serve deploy`.
 
-Every node needs the environment of `service.cluster_env`, and the files that are named
+Every node needs the environment of `service.launch.environment`, and the files that are named
 here: a pool or gateway reads the secrets where it runs. Secrets never stand in a
 Serve config, because Ray shows those.
 """

@@ -23,7 +23,7 @@ _LEFT_S = 3.0
 class LocalCluster:
     """Ray, Serve and HAProxy on this machine, for as long as `coe serve` runs.
 
-    The environment must have been prepared by `service.cluster_env` before this
+    The environment must have been prepared by `service.launch.environment` before this
     module was imported: Ray Serve reads its settings when it is imported.
     """
 

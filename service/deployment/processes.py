@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-# Set for everything that a run starts, and for nothing else: `service.cluster_env`.
+# Set for everything that a run starts, and for nothing else: `service.launch.environment`.
 _MARK = "RAY_AUTH_TOKEN_PATH"
 
 

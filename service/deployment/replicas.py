@@ -16,15 +16,15 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from service.app.gateway import GatewayProcess
-from service.app.pool import PoolProcess
 from service.config import Config
+from service.deployment.config_reload import config_file, current_config, follow, reload, version
 from service.deployment.server import QuietServer, bind_free_port, server_config
-from service.link import addresses
-from service.link.secret import node_folder, read_secret
-from service.reload import config_file, current_config, follow, reload, version
-from service.telemetry.logs import ENGINE_LOGS, set_up_logs
-from service.telemetry.node import own_folder
+from service.gateway.runtime import GatewayProcess
+from service.pool.process import PoolProcess
+from service.rpc import pool_addresses
+from service.rpc.auth import node_folder, read_secret
+from service.telemetry.logging import ENGINE_LOGS, set_up_logs
+from service.telemetry.node_exporter import own_folder
 
 # The name under which autoscaling reads what a pool reports.
 QUEUED = "queued"
@@ -130,7 +130,7 @@ class GatewayReplica:
         self._following = asyncio.create_task(follow(in_force, seen, self._reload))
         loop = asyncio.get_running_loop()
         directory = self._process.directory
-        addresses.listen(lambda known: _in_loop(loop, lambda: directory.update(known)))
+        pool_addresses.listen(lambda known: _in_loop(loop, lambda: directory.update(known)))
         for kind, pool in config.pools.items():
             if pool.min_replicas > 0:
                 self._wake(kind)

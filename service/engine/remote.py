@@ -16,9 +16,9 @@ import aiohttp
 import orjson
 
 from service.config import RemoteConfig
-from service.engine.held import openai_error
-from service.engine.protocol import EngineReport, EngineRequest, Send
-from service.engine.salting import joined
+from service.engine.base import EngineReport, EngineRequest, Send
+from service.engine.cache_salt import joined
+from service.engine.deferred_start import openai_error
 from service.errors import (
     ExpertFailed,
     InvalidRequest,

@@ -20,7 +20,7 @@ from typing import Any
 import orjson
 
 from service.config import SimulatedOptions
-from service.engine.protocol import (
+from service.engine.base import (
     EngineReport,
     EngineRequest,
     EngineWatch,

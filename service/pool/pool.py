@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-from service.engine.protocol import EngineRequest, Send
+from service.engine.base import EngineRequest, Send
 from service.errors import (
     CoeError,
     Conflict,
@@ -24,19 +24,19 @@ from service.errors import (
     UnknownEndpoint,
     UnknownModel,
 )
-from service.link.call import Call, Times
-from service.link.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
-from service.link.speed import Speedometer
 from service.pool.abandoned import AbandonedCalls
-from service.pool.acks import Acks
+from service.pool.acknowledgements import Acks
+from service.pool.host_budget import claims, divide, least
 from service.pool.lease import Again
-from service.pool.measured import Measured
 from service.pool.placement import next_move
 from service.pool.planner import Policy
-from service.pool.sharing import claims, divide, least
-from service.pool.slot import Slot
-from service.pool.swap_slot import SwapSlot
+from service.pool.slots.base import Slot
+from service.pool.slots.swapping import SwapSlot
+from service.pool.timed_send import Measured
 from service.pool.units import Unit
+from service.rpc.call import Call, Times
+from service.rpc.latency import Speedometer
+from service.rpc.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
 from service.types import Residency
 
 log = logging.getLogger("coe.pool")

@@ -1,144 +1,378 @@
-"""What a gateway counts of each request."""
+"""Every metric of the service, declared once.
+
+What is counted (`meter.Meter`), the table in service/README.md (`service.cli.reference`) and the
+tests come from here. To add one: declare it below, put it into its group, feed it with a
+meter's `add`, `put` or `observe`, and print the docs anew. Units stand in names, a label takes
+only what `labels.LABELS` says that it may, and no label ever holds anything of a prompt or a key.
+"""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from service.telemetry.labels import MOST_SERIES
+from service.telemetry.metric_types import ERROR, FAST, Declared, Side, counter, gauge, histogram
 
-from service.telemetry import table
-from service.telemetry.declared import Side
-from service.telemetry.exposition import text_of
-from service.telemetry.meter import Meter
+# --- requests, as their client sees them
 
-# Refused although somebody was asked: there was no room anywhere.
-_NO_ROOM = frozenset({"over_capacity"})
+REQUESTS = counter(
+    "coe_requests_total",
+    Side.GATEWAY,
+    ("expert", "category", "recipe", "outcome"),
+    "Requests that have ended.",
+)
+SERVER_ERRORS = counter(
+    "coe_server_errors_total",
+    Side.GATEWAY,
+    ("expert",),
+    "Requests that ended with an error of ours, of status 500 and more, also after a stream began.",
+)
+REJECTIONS = counter(
+    "coe_rejections_total",
+    Side.GATEWAY,
+    ("reason",),
+    "Requests refused before anybody worked on them: bad, not allowed, over a limit, no room.",
+)
+FAILED_ATTEMPTS = counter(
+    "coe_failed_attempts_total",
+    Side.GATEWAY,
+    ("expert", "reason"),
+    "Attempts that failed before the first byte; the next best option is asked, if one is left.",
+)
+ESCALATIONS = counter(
+    "coe_escalations_total",
+    Side.GATEWAY,
+    ("recipe",),
+    "Answers for which a recipe asked its stronger expert after all.",
+)
+IN_FLIGHT = gauge("coe_in_flight_requests", Side.GATEWAY, (), "Requests in the gateway now.")
+FIRST_TOKEN = histogram(
+    "coe_first_token_seconds",
+    Side.GATEWAY,
+    ("expert",),
+    "Streamed answers: from the request's arrival at the gateway to the first byte of its answer.",
+)
+BETWEEN_TOKENS = histogram(
+    "coe_between_tokens_seconds",
+    Side.BOTH,
+    ("expert",),
+    "Mean time from one token of an answer to the next, once per answer.",
+    FAST,
+)
+TOTAL = histogram(
+    "coe_request_seconds",
+    Side.GATEWAY,
+    ("expert",),
+    "From the request's arrival at the gateway to the end of its answer.",
+)
+TOKENS = counter(
+    "coe_tokens_total",
+    Side.BOTH,
+    ("expert", "kind"),
+    "Tokens: kind prompt or answer. Local experts in the pool, as their engine counts; remote "
+    "ones in the gateway, as their endpoint bills.",
+)
 
+# --- where the time goes: ours, then the engine's
 
-@dataclass(frozen=True, slots=True)
-class Asking:
-    """One call of an expert: its tokens, as far as they were told, and its units of cost."""
+ROUTE = histogram(
+    "coe_route_seconds",
+    Side.GATEWAY,
+    (),
+    "Time to understand a request, from when its body is there, and to choose who answers it.",
+    FAST,
+)
+OVERHEAD = histogram(
+    "coe_overhead_seconds",
+    Side.GATEWAY,
+    (),
+    "Our share of the time to the first byte: all of it less the pool's queue and the engine. "
+    "Answered by a pool only.",
+    FAST,
+)
+QUEUE = histogram(
+    "coe_queue_seconds",
+    Side.POOL,
+    ("expert",),
+    "Time a request waited in the pool's queue, swaps included.",
+)
+SWAP_WAIT = histogram(
+    "coe_swap_wait_seconds",
+    Side.POOL,
+    ("expert",),
+    "How much of a request's wait other weights were being put in place.",
+)
+ENGINE_QUEUE = histogram(
+    "coe_engine_queue_seconds",
+    Side.POOL,
+    ("expert",),
+    "Time a request waited in the engine's own scheduler.",
+)
+PREFILL = histogram(
+    "coe_prefill_seconds",
+    Side.BOTH,
+    ("expert",),
+    "The engine's time to the first token: from being scheduled. Remote experts, streamed: to "
+    "the first byte.",
+)
+DECODE = histogram(
+    "coe_decode_seconds",
+    Side.BOTH,
+    ("expert",),
+    "The engine's time from the first token to the last.",
+)
 
-    expert: str
-    prompt_tokens: int
-    answer_tokens: int
-    cost: float
+# --- how good the choice was
 
+WAIT_ERROR = histogram(
+    "coe_wait_error_seconds",
+    Side.GATEWAY,
+    (),
+    "Real less predicted wait of a request in its pool (queue and swap). Over 0: it took longer.",
+    ERROR,
+)
+WAIT_PREDICTED = counter(
+    "coe_wait_predicted_seconds_total",
+    Side.GATEWAY,
+    ("expert",),
+    "Predicted waits, added up.",
+)
+WAIT_REAL = counter(
+    "coe_wait_real_seconds_total",
+    Side.GATEWAY,
+    ("expert",),
+    "Real waits of the same requests, added up.",
+)
 
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A request that has ended, one way or another. Times in s from its arrival; 0: never.
+# --- pools, as gateways know them
 
-    `tenant` is empty where it was not known yet. `fault`: the error's code, or empty.
-    `ours`: it ended by our fault. `local`: a pool answered, and so `queue_s` and
-    `predicted_s` (the wait) are known. `engine_s`: until the engine's first byte.
-    `failed`: the attempts that did before the first byte, as (expert, code).
-    """
+POOLS = gauge("coe_pools", Side.GATEWAY, (), "Pools that the gateway hears of.")
+SNAPSHOT_AGE = gauge(
+    "coe_snapshot_age_seconds",
+    Side.GATEWAY,
+    ("pool",),
+    "Time since the gateway last heard of a pool.",
+)
 
-    expert: str
-    category: str
-    recipe: str
-    outcome: str
-    fault: str
-    attempts: int
-    streamed: bool
-    local: bool
-    first_byte_s: float
-    total_s: float
-    queue_s: float = 0.0
-    engine_s: float = 0.0
-    predicted_s: float = 0.0
-    predicted_cost: float = 0.0
-    escalations: int = 0
-    ours: bool = False
-    failed: Sequence[tuple[str, str]] = ()
-    calls: Sequence[Asking] = ()
+# --- queues, residency and swaps
 
+QUEUED = gauge(
+    "coe_queue_requests",
+    Side.BOTH,
+    ("expert",),
+    "Requests waiting: for a local expert in the pool, for a remote one in the gateway.",
+)
+RUNNING = gauge(
+    "coe_running_requests", Side.BOTH, ("expert",), "Requests on engines, remote ones included."
+)
+RESIDENCY = gauge(
+    "coe_residency",
+    Side.POOL,
+    ("expert", "state"),
+    "1 for the state that an expert's weights are in, 0 for the others.",
+)
+WEIGHTS = gauge(
+    "coe_weights_bytes",
+    Side.POOL,
+    ("expert", "tier"),
+    "An expert's full weights: device where they answer, host where they wait for their turn. "
+    "On CPU both are the same memory.",
+)
+SWAPS = counter(
+    "coe_swaps_total",
+    Side.POOL,
+    ("expert", "method", "reason"),
+    "Swaps, by the expert swapped in.",
+)
+CANARY_FAILURES = counter(
+    "coe_canary_failures_total",
+    Side.POOL,
+    (),
+    "Swaps after which the weights were not as first loaded. No client saw their output.",
+)
 
-class GatewayMetrics:
-    """The meter of a gateway, and what one request adds to it.
+# --- inside mixtures of experts, where a pool has vllm.moe_capture
 
-    `remote`: the experts that no pool counts. Requests that began by an earlier config may be
-    answered by such that the config does not have any more.
-    """
+MOE_TOKENS = counter(
+    "coe_moe_tokens_total",
+    Side.POOL,
+    ("expert",),
+    "Tokens whose routed experts were looked at, prompts and answers.",
+)
+MOE_ROUTED = counter(
+    "coe_moe_routed_tokens_total",
+    Side.POOL,
+    ("expert", "layer", "routed"),
+    "Of these, those that each of a layer's routed experts got. Of models with more of them than "
+    f"a metric has room for ({MOST_SERIES:,} in all) `GET /admin/experts/NAME/moe` alone tells it.",
+)
+MOE_IMBALANCE = gauge(
+    "coe_moe_imbalance_ratio",
+    Side.POOL,
+    ("expert", "layer"),
+    "Tokens of a layer's busiest routed expert against the mean; 1: even.",
+)
+MOE_ENTROPY = gauge(
+    "coe_moe_entropy_ratio",
+    Side.POOL,
+    ("expert", "layer"),
+    "Entropy of the tokens' distribution over a layer's routed experts against the highest "
+    "possible; 1: even, 0: one has them all.",
+)
+MOE_SRP = gauge(
+    "coe_moe_srp_ratio",
+    Side.POOL,
+    ("expert", "layer"),
+    "Segment routing best performance: how well one choice for 16 consecutive tokens can do (F1).",
+)
+MOE_SCH = gauge(
+    "coe_moe_sch_ratio",
+    Side.POOL,
+    ("expert", "layer"),
+    "Segment cache best hit rate: of a cache with room for twice the experts that a token gets, "
+    "which knows what the next 16 tokens use.",
+)
 
-    def __init__(self) -> None:
-        self.meter = Meter(Side.GATEWAY)
-        self.remote: frozenset[str] = frozenset()
-        self._in_flight = 0
-        self._asked: list[Callable[[], Awaitable[None]]] = []
-        self.meter.on_read(lambda: self.meter.put(table.IN_FLIGHT, self._in_flight))
+# --- money and tenants. Gateways feed these from what budgets, limits and caches tell.
 
-    def on_ask(self, asked: Callable[[], Awaitable[None]]) -> None:
-        """Like the meter's `on_read`, for what must be waited for."""
-        self._asked.append(asked)
+COST_PREDICTED = counter(
+    "coe_cost_predicted_total",
+    Side.GATEWAY,
+    ("recipe",),
+    "Units of cost (see `price` in the config) expected when the recipe was chosen.",
+)
+COST = counter(
+    "coe_cost_total",
+    Side.GATEWAY,
+    ("recipe", "expert"),
+    "Units of cost by the tokens that replies told of, by the expert that was asked. A stream "
+    "without usage tells none where nobody is charged.",
+)
+BUDGET_LEFT = gauge(
+    "coe_budget_left_ratio",
+    Side.GATEWAY,
+    ("budget",),
+    "What is left of a budget in its present period: 1 untouched, 0 spent.",
+)
+SHADOW_PRICE = gauge(
+    "coe_shadow_price",
+    Side.GATEWAY,
+    ("budget",),
+    "Quality that one more unit of cost is worth now to this budget (its λ).",
+)
+TENANT_REQUESTS = counter(
+    "coe_tenant_requests_total",
+    Side.GATEWAY,
+    ("tenant", "outcome"),
+    "Requests that have ended, by tenant; only where keys, tenants or budgets are configured.",
+)
+TENANT_TOKENS = counter(
+    "coe_tenant_tokens_total",
+    Side.GATEWAY,
+    ("tenant",),
+    "Tokens of prompts and answers, by tenant, as they were charged.",
+)
+STORE_UP = gauge(
+    "coe_store_up",
+    Side.GATEWAY,
+    (),
+    "1 while the store of limits and budgets answers this gateway, 0 while it spends its slices.",
+)
+STORE_OUTAGES = counter(
+    "coe_store_outages_total", Side.GATEWAY, (), "Times that the store was lost."
+)
+STORE_OWED = gauge(
+    "coe_store_owed_requests",
+    Side.GATEWAY,
+    (),
+    "Requests whose settlement the store has not been told of yet; 0 but for an outage.",
+)
+STORE_SLICE_GRANTS = counter(
+    "coe_store_slice_grants_total",
+    Side.GATEWAY,
+    (),
+    "Requests admitted from slices while the store was gone.",
+)
+CACHE = counter(
+    "coe_cache_lookups_total",
+    Side.GATEWAY,
+    ("kind", "result"),
+    "Looks into the answer cache. kind: exact or semantic.",
+)
+BREAKER = gauge(
+    "coe_breaker_open",
+    Side.GATEWAY,
+    ("expert",),
+    "1 while requests are kept away from an expert's endpoint because it failed, else 0.",
+)
 
-    @property
-    def in_flight(self) -> int:
-        """Requests in this gateway now."""
-        return self._in_flight
+GUARD = counter(
+    "coe_guard_looks_total",
+    Side.GATEWAY,
+    ("screen", "done"),
+    "Prompts that a tenant's guard looked through.",
+)
+RETRIES = counter(
+    "coe_retries_total",
+    Side.GATEWAY,
+    ("done",),
+    "Second attempts before the first byte: made, or refused because the budget for them was out.",
+)
+TRIPS = counter(
+    "coe_breaker_trips_total",
+    Side.GATEWAY,
+    ("expert",),
+    "Times that failures of an expert's own opened a breaker.",
+)
 
-    def began(self) -> None:
-        """A request has come; `ended` must follow."""
-        self._in_flight += 1
+PROCESS = (gauge("coe_build_info", Side.BOTH, ("version",), "1; the label tells the version."),)
+BUILD = PROCESS[0]
 
-    def routed(self, route_s: float) -> None:
-        """It was understood, and who may answer is known."""
-        self.meter.observe(table.ROUTE, route_s)
-
-    def ended(self, one: Ended) -> None:
-        """It has ended."""
-        self._in_flight -= 1
-        meter = self.meter
-        meter.add(table.REQUESTS, 1, one.expert, one.category, one.recipe, one.outcome)
-        # 0 as well, so that a share of errors can be told before there are any.
-        meter.add(table.SERVER_ERRORS, one.ours, one.expert)
-        for expert, code in one.failed:
-            meter.add(table.FAILED_ATTEMPTS, 1, expert, code)
-        if one.fault and (one.attempts == 0 or one.fault in _NO_ROOM):
-            meter.add(table.REJECTIONS, 1, one.fault)
-        if one.escalations:
-            meter.add(table.ESCALATIONS, one.escalations, one.recipe)
-        self._bill(one)
-        if one.outcome != "ok" or not one.first_byte_s:
-            return
-        meter.observe(table.TOTAL, one.total_s, one.expert)
-        if one.streamed:
-            meter.observe(table.FIRST_TOKEN, one.first_byte_s, one.expert)
-        if not one.local:
-            if one.expert in self.remote:
-                self._remote_times(one)
-            return
-        meter.observe(table.OVERHEAD, max(0.0, one.first_byte_s - one.queue_s - one.engine_s))
-        meter.observe(table.WAIT_ERROR, one.queue_s - one.predicted_s)
-        meter.add(table.WAIT_PREDICTED, one.predicted_s, one.expert)
-        meter.add(table.WAIT_REAL, one.queue_s, one.expert)
-
-    def _bill(self, one: Ended) -> None:
-        """What its calls used."""
-        meter = self.meter
-        if not one.calls:
-            return
-        meter.add(table.COST_PREDICTED, one.predicted_cost, one.recipe)
-        for call in one.calls:
-            meter.add(table.COST, call.cost, one.recipe, call.expert)
-            if call.expert in self.remote:
-                meter.add(table.TOKENS, call.prompt_tokens, call.expert, "prompt")
-                meter.add(table.TOKENS, call.answer_tokens, call.expert, "answer")
-
-    def _remote_times(self, one: Ended) -> None:
-        """A remote expert's engine is known by its bytes alone: only a stream tells them apart."""
-        if not one.streamed:
-            return
-        meter, decode_s = self.meter, one.total_s - one.first_byte_s
-        meter.observe(table.PREFILL, one.engine_s, one.expert)
-        meter.observe(table.DECODE, decode_s, one.expert)
-        tokens = one.calls[-1].answer_tokens if one.calls else 0
-        if tokens > 1:
-            meter.observe(table.BETWEEN_TOKENS, decode_s / (tokens - 1), one.expert)
-
-    async def text(self, labels: Mapping[str, str]) -> str:
-        """Everything as Prometheus' text, every sample with these labels."""
-        await asyncio.gather(*(asked() for asked in self._asked))
-        self.meter.refresh()
-        return await asyncio.to_thread(text_of, [(self.meter.registry, labels)])
+# In the order of the docs.
+GROUPS: dict[str, tuple[Declared, ...]] = {
+    "Requests": (
+        REQUESTS,
+        SERVER_ERRORS,
+        REJECTIONS,
+        FAILED_ATTEMPTS,
+        ESCALATIONS,
+        IN_FLIGHT,
+        FIRST_TOKEN,
+        BETWEEN_TOKENS,
+        TOTAL,
+        TOKENS,
+    ),
+    "Where the time goes": (ROUTE, OVERHEAD, QUEUE, SWAP_WAIT, ENGINE_QUEUE, PREFILL, DECODE),
+    "How good the choice was": (WAIT_ERROR, WAIT_PREDICTED, WAIT_REAL),
+    "Pools": (POOLS, SNAPSHOT_AGE),
+    "Queues, residency, swaps": (
+        QUEUED,
+        RUNNING,
+        RESIDENCY,
+        WEIGHTS,
+        SWAPS,
+        CANARY_FAILURES,
+    ),
+    "Inside mixtures of experts": (
+        MOE_TOKENS,
+        MOE_ROUTED,
+        MOE_IMBALANCE,
+        MOE_ENTROPY,
+        MOE_SRP,
+        MOE_SCH,
+    ),
+    "Budgets, tenants, cache": (
+        COST_PREDICTED,
+        COST,
+        BUDGET_LEFT,
+        SHADOW_PRICE,
+        TENANT_REQUESTS,
+        TENANT_TOKENS,
+        STORE_UP,
+        STORE_OUTAGES,
+        STORE_OWED,
+        STORE_SLICE_GRANTS,
+        CACHE,
+    ),
+    "Guard, breakers, retries": (GUARD, BREAKER, TRIPS, RETRIES),
+    "Processes": PROCESS,
+}
+TABLE: tuple[Declared, ...] = tuple(one for group in GROUPS.values() for one in group)

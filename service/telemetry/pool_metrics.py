@@ -12,14 +12,14 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 
 from service.config import MoeCapture
-from service.engine.protocol import Chosen, Work
-from service.link.call import Call, Times
-from service.link.snapshot import Snapshot
-from service.telemetry import table
-from service.telemetry.declared import Side
+from service.engine.base import Chosen, Work
+from service.rpc.call import Call, Times
+from service.rpc.snapshot import Snapshot
+from service.telemetry import metrics
 from service.telemetry.exposition import text_of
-from service.telemetry.meter import Meter
-from service.telemetry.routes import Routes
+from service.telemetry.metric_types import Side
+from service.telemetry.moe_collector import Routes
+from service.telemetry.registry import Meter
 from service.types import Residency
 
 
@@ -63,23 +63,23 @@ class PoolMetrics:
     def _read(self, pool: Told) -> None:
         put, now = self.meter.put, pool.snapshot()
         # Those that went with a change of the config are nowhere any more.
-        for gauge in (table.QUEUED, table.RUNNING, table.RESIDENCY, table.WEIGHTS):
+        for gauge in (metrics.QUEUED, metrics.RUNNING, metrics.RESIDENCY, metrics.WEIGHTS):
             self.meter.forget(gauge, but=now.experts)
         for expert, queue in now.queues.items():
-            put(table.QUEUED, queue.waiting, expert)
-            put(table.RUNNING, queue.running, expert)
+            put(metrics.QUEUED, queue.waiting, expert)
+            put(metrics.RUNNING, queue.running, expert)
         for expert, state in now.experts.items():
             for possible in Residency:
-                put(table.RESIDENCY, state.state is possible, expert, possible.value)
+                put(metrics.RESIDENCY, state.state is possible, expert, possible.value)
         for key, count in pool.swap_counts().items():
-            self.meter.total(table.SWAPS, count, *key)
-        self.meter.total(table.CANARY_FAILURES, pool.canary_failures())
+            self.meter.total(metrics.SWAPS, count, *key)
+        self.meter.total(metrics.CANARY_FAILURES, pool.canary_failures())
         for expert, told in pool.details().items():
             size = told.get("host_bytes", self._weights.get(expert))
             if size is not None:
                 here = told["state"]
-                put(table.WEIGHTS, size if here == Residency.DEVICE else 0, expert, "device")
-                put(table.WEIGHTS, size if here == Residency.HOST else 0, expert, "host")
+                put(metrics.WEIGHTS, size if here == Residency.DEVICE else 0, expert, "device")
+                put(metrics.WEIGHTS, size if here == Residency.HOST else 0, expert, "host")
 
     # --- as the pool's watch
 
@@ -88,22 +88,22 @@ class PoolMetrics:
         if self.traced is not None:
             self.traced(call, times, fault)
         if times.began_s:
-            self.meter.observe(table.QUEUE, times.queue_s, call.expert)
-            self.meter.observe(table.SWAP_WAIT, times.swap_s, call.expert)
+            self.meter.observe(metrics.QUEUE, times.queue_s, call.expert)
+            self.meter.observe(metrics.SWAP_WAIT, times.swap_s, call.expert)
 
     # --- as its engines' watch
 
     def worked(self, work: Work) -> None:
         """See `EngineWatch`."""
         observe, expert = self.meter.observe, work.expert
-        observe(table.ENGINE_QUEUE, work.queue_s, expert)
-        observe(table.PREFILL, work.prefill_s, expert)
-        self.meter.add(table.TOKENS, work.prompt_tokens, expert, "prompt")
+        observe(metrics.ENGINE_QUEUE, work.queue_s, expert)
+        observe(metrics.PREFILL, work.prefill_s, expert)
+        self.meter.add(metrics.TOKENS, work.prompt_tokens, expert, "prompt")
         if work.answer_tokens:
-            observe(table.DECODE, work.decode_s, expert)
-            self.meter.add(table.TOKENS, work.answer_tokens, expert, "answer")
+            observe(metrics.DECODE, work.decode_s, expert)
+            self.meter.add(metrics.TOKENS, work.answer_tokens, expert, "answer")
         if work.answer_tokens > 1:
-            observe(table.BETWEEN_TOKENS, work.decode_s / (work.answer_tokens - 1), expert)
+            observe(metrics.BETWEEN_TOKENS, work.decode_s / (work.answer_tokens - 1), expert)
 
     def weighs(self, expert: str, size_bytes: int) -> None:
         """See `EngineWatch`. Threads may call it."""

@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from service.config import SimulatedOptions, VllmOptions
-from service.engine.protocol import Engine, EngineReport
+from service.engine.base import Engine, EngineReport
 from service.engine.simulated import SimulatedEngine
 from tests.support.models import small_model, tiny_moe
 
@@ -52,7 +52,7 @@ def _is_core(process: psutil.Process) -> bool:
 
 
 def _vllm(folder: Path, moe_backend: str) -> Engine:
-    from service.engine.vllm import VllmEngine, VllmModel
+    from service.engine.vllm.engine import VllmEngine, VllmModel
 
     options = VllmOptions.model_validate(
         {

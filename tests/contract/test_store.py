@@ -12,8 +12,8 @@ import pytest_asyncio
 
 from service.store.memory import MemoryStore
 from service.store.protocol import Account, Balance, Claim, Granted, Line, Note, Refused, Store
-from service.store.redis import RedisClient
-from service.store.shared import SharedStore
+from service.store.redis_client import RedisClient
+from service.store.redis_store import SharedStore
 from service.store.windows import DAY, MINUTE, NOW, fixed
 from tests.support.redis import RedisServer, redis_server
 from tests.support.waiting import until

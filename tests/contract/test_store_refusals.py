@@ -15,8 +15,8 @@ from redis.exceptions import NoPermissionError, ResponseError
 from service.errors import StoreGone
 from service.store.keys import KeyRecord, Keys, StoreBook
 from service.store.protocol import Account, Claim, Granted, Line, Note
-from service.store.redis import RedisClient
-from service.store.shared import SharedStore
+from service.store.redis_client import RedisClient
+from service.store.redis_store import SharedStore
 from service.store.volatile_redis import RedisVolatile
 from service.store.windows import DAY
 from tests.support.redis import RedisServer, redis_server

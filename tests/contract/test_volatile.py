@@ -14,8 +14,8 @@ from redis import Redis
 from service.errors import StoreGone
 from service.store.keys import KeyRecord, Keys, StoreBook
 from service.store.protocol import Account, Claim, Granted, Line
-from service.store.redis import RedisClient
-from service.store.shared import SharedStore
+from service.store.redis_client import RedisClient
+from service.store.redis_store import SharedStore
 from service.store.volatile import MemoryVolatile, VolatileStore
 from service.store.volatile_redis import RedisVolatile
 from service.store.windows import DAY

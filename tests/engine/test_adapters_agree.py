@@ -12,7 +12,7 @@ import pytest
 from service.errors import ModelStoreError
 from service.models import inspect_model
 from service.models.adapters import AdapterInfo
-from tests.unit.test_model_folders import make_lora
+from tests.unit.models.test_model_folders import make_lora
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from service.api.limits import Limits
-from service.api.media import media_of
 from service.config import Config
 from service.errors import CoeError
+from service.gateway.request.limits import Limits
+from service.gateway.request.media import media_of
 
 LIMITS = Limits(
     Config.model_validate({"experts": {"a": {"model": "m"}}, "pools": {"cpu": {"engine": "vllm"}}})

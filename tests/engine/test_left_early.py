@@ -11,10 +11,10 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from service.engine.protocol import EngineRequest, Message
-from service.engine.vllm import VllmEngine, VllmModel
+from service.engine.base import EngineRequest, Message
+from service.engine.vllm.engine import VllmEngine, VllmModel
 from service.telemetry.pool_metrics import PoolMetrics
-from tests.engine.real import BASE, ON_ONE_ENGINE, OPTIONS, told
+from tests.support.engine.real import BASE, ON_ONE_ENGINE, OPTIONS, told
 from tests.support.waiting import until
 
 pytestmark = ON_ONE_ENGINE

@@ -13,13 +13,13 @@ import pytest
 import pytest_asyncio
 
 from service.config import Config, MoeCapture
-from service.engine.vllm_swap import SwappingVllmEngine, Weights
-from service.models.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
-from service.steered import steering_of
-from tests.engine.mixtral import EXPERTS, LAYERS, mixtral
-from tests.engine.real import ENVIRONMENT, ON_ONE_ENGINE, OPTIONS, greedy, told
-from tests.engine.steered_reference import Reference
-from tests.engine.watch import Watch
+from service.engine.vllm.swapping import SwappingVllmEngine, Weights
+from service.moe.profiles import steering_of
+from service.moe.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
+from tests.support.engine.mixtral import EXPERTS, LAYERS, mixtral
+from tests.support.engine.observer import Watch
+from tests.support.engine.real import ENVIRONMENT, ON_ONE_ENGINE, OPTIONS, greedy, told
+from tests.support.engine.steering_reference import Reference
 
 pytestmark = ON_ONE_ENGINE
 _CAPTURE = MoeCapture(every=1, stretches=2, tokens=40)

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from router_models.moe import upcycle
-from service.engine.vllm_swap import Weights
-from tests.engine.real import ENVIRONMENT, Swapping, greedy
+from service.engine.vllm.swapping import Weights
 from tests.support import dense_family as family
+from tests.support.engine.real import ENVIRONMENT, Swapping, greedy
 
 pytestmark = [
     pytest.mark.engine,

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import pytest
 import pytest_asyncio
 
-from service.engine.vllm import VllmEngine, VllmModel
-from service.engine.vllm_swap import Canary, Weights
-from tests.engine.mixtral import mixtral
-from tests.engine.real import ENVIRONMENT, ON_ONE_ENGINE, OPTIONS, Swapping, ask
+from service.engine.vllm.engine import VllmEngine, VllmModel
+from service.engine.vllm.swapping import Canary, Weights
+from tests.support.engine.mixtral import mixtral
+from tests.support.engine.real import ENVIRONMENT, ON_ONE_ENGINE, OPTIONS, Swapping, ask
 
 pytestmark = ON_ONE_ENGINE
 

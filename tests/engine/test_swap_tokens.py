@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from service.engine.vllm_swap import Canary, Weights
-from tests.engine.real import BASE, ENVIRONMENT, ON_ONE_ENGINE, Swapping, greedy
+from service.engine.vllm.swapping import Canary, Weights
+from tests.support.engine.real import BASE, ENVIRONMENT, ON_ONE_ENGINE, Swapping, greedy
 
 pytestmark = ON_ONE_ENGINE
 

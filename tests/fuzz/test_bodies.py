@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.api.endpoints import ENDPOINTS
-from tests.support.apart import Apart, site_apart
+from service.http.endpoints import ENDPOINTS
+from tests.support.separate_process import Apart, site_apart
 from tests.support.serving import simulated
 
 ALL = 10_000

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance
 
-from tests.support.apart import Apart, site_apart
+from tests.support.separate_process import Apart, site_apart
 from tests.support.serving import simulated
 
 CONFIG = simulated(

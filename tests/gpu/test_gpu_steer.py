@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from service.config import VllmOptions
-from service.engine.steered import NOTES
-from service.engine.vllm_swap import SwappingVllmEngine, Weights
-from tests.engine.mixtral import LAYERS
-from tests.engine.real import BASE, greedy
-from tests.engine.steered_family import PROMPT, RULES, Steering
+from service.engine.steering_spec import NOTES
+from service.engine.vllm.swapping import SwappingVllmEngine, Weights
 from tests.gpu.test_gpu_swap import why_no_gpu
+from tests.support.engine.mixtral import LAYERS
+from tests.support.engine.real import BASE, greedy
+from tests.support.engine.steered_family import PROMPT, RULES, Steering
 
 pytestmark = [
     pytest.mark.engine,
@@ -53,9 +53,9 @@ class Seeing(SwappingVllmEngine):
 
     def _frontend_args(self) -> Any:
         args = super()._frontend_args()
-        assert args.worker_cls == "service.engine.vllm_standing_worker.StandingWorker"
+        assert args.worker_cls == "service.engine.vllm.worker.gpu_worker.StandingWorker"
         args.additional_config = {**args.additional_config, NOTES: True}
-        args.worker_extension_cls = "tests.engine.seeing.SeeingExtension"
+        args.worker_extension_cls = "tests.support.engine.gate_observer.SeeingExtension"
         return args
 
 

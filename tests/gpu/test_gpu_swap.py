@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from service.config import VllmOptions
-from service.engine.shared_cache import SharedCache
-from tests.engine.real import ask, demo
+from service.engine.weight_cache import SharedCache
+from tests.support.engine.real import ask, demo
 from tests.support.models import small_model
 
 
@@ -38,7 +38,7 @@ OPTIONS = VllmOptions(
 @pytest.mark.parametrize("eager", [True, False])
 async def test_weights_copied_into_the_live_parameters(eager: bool) -> None:
     """With captured graphs, too: outputs are the same before, between and after swaps."""
-    from service.engine.vllm_swap import SwappingVllmEngine
+    from service.engine.vllm.swapping import SwappingVllmEngine
 
     options = OPTIONS.model_copy(update={"enforce_eager": eager})
     cache = SharedCache(None)
@@ -63,7 +63,7 @@ async def test_weights_copied_into_the_live_parameters(eager: bool) -> None:
 
 
 async def test_two_engines_of_one_pool_have_one_file_of_an_expert() -> None:
-    from service.engine.vllm_swap import SwappingVllmEngine
+    from service.engine.vllm.swapping import SwappingVllmEngine
 
     cache = SharedCache(None)
     engines = [
@@ -97,8 +97,8 @@ async def test_two_engines_of_one_pool_have_one_file_of_an_expert() -> None:
 
 @pytest.mark.parametrize("level", [1, 2])
 async def test_engines_of_two_families_sleep_in_turn(level: int, tmp_path: Path) -> None:
-    from service.engine.sleeping import SleepingEngines
-    from service.engine.vllm import VllmEngine, VllmModel
+    from service.engine.sleep_mode import SleepingEngines
+    from service.engine.vllm.engine import VllmEngine, VllmModel
 
     other = tmp_path / "other"
     shutil.copytree(small_model(), other)
@@ -127,8 +127,8 @@ async def test_engines_of_two_families_sleep_in_turn(level: int, tmp_path: Path)
 def test_every_byte_arrives_where_the_graphs_expect_it(tmp_path: Path) -> None:
     import torch
 
-    from service.engine.shared_weights import write
-    from service.engine.vllm_pinned import copy_all, copy_to, describe, pinned
+    from service.engine.shared_memory import write
+    from service.engine.vllm.worker.pinned_weights import copy_all, copy_to, describe, pinned
 
     live = {"w": torch.zeros(1 << 20, device="cuda"), "b": torch.zeros(7, device="cuda")}
     made = {name: torch.randn_like(tensor) for name, tensor in live.items()}

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from service.api.body import read_asked
-from service.api.cache import Cache, Visit
 from service.config import Config
+from service.gateway.cache.response_cache import Cache, Visit
+from service.gateway.request.parsing import read_asked
 from service.store.volatile import MemoryVolatile
 from service.types import Tenant
 from tests.support.serving import Site, chat, simulated, site

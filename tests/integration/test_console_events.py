@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from service.api.console import feed as feeds
 from service.config import Config
+from service.gateway.console import event_stream as feeds
 from tests.support.serving import ADMIN_KEY, Site, chat, simulated, site
 
 TWO = simulated(

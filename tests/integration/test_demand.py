@@ -8,8 +8,8 @@ from contextlib import AsyncExitStack
 
 import aiohttp
 
-from service.app.gateway import GatewayProcess
 from service.config import Config
+from service.gateway.runtime import GatewayProcess
 from service.types import Residency
 from tests.support.serving import CHAT, SECRET, pool_of, serving, until
 

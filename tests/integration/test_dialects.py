@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.link.asgi import read_body
+from service.http.asgi import read_body
 from tests.support.serving import Site, chat, serving, simulated, site
 
 MESSAGES, RESPONSES, CHAT = "/v1/messages", "/v1/responses", "/v1/chat/completions"

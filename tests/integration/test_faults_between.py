@@ -10,9 +10,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from service.engine.protocol import EngineRequest, Send
+from service.engine.base import EngineRequest, Send
 from service.errors import EngineDead
-from service.link.client import PoolAddress
+from service.rpc.client import PoolAddress
 from tests.support.serving import (
     CHAT,
     SECRET,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support.serving import chat, simulated, site
-from tests.unit.test_media import picture, png
+from tests.unit.gateway.request.test_media import picture, png
 
 _TEXT = {"model": "m", "categories": ["general"], "description": "reads"}
 _SEES = {"model": "m", "capabilities": ["chat", "vision"], "description": "sees"}

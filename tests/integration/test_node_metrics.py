@@ -13,9 +13,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from service.link.secret import node_folder
-from service.telemetry import node
-from service.telemetry.node import NodeTarget
+from service.rpc.auth import node_folder
+from service.telemetry import node_exporter
+from service.telemetry.node_exporter import NodeTarget
 from tests.support.waiting import until
 
 
@@ -115,7 +115,7 @@ async def test_whoever_waits_for_the_port_holds_nothing_meanwhile(
             await super().start()
 
     monkeypatch.setattr(web, "TCPSite", Site)
-    monkeypatch.setattr(node, "_RETRY_S", 0.001)
+    monkeypatch.setattr(node_exporter, "_RETRY_S", 0.001)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

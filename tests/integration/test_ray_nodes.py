@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from service.link.secret import make_secret
+from service.rpc.auth import make_secret
 from tests.support.cluster import free_port, wait_until
 from tests.support.ray_nodes import HEAD, ROOT, RayCluster, ray_cluster, up
 
@@ -192,7 +192,7 @@ def test_a_node_leaves_without_cutting_a_stream(cluster: RayCluster, client: Cli
         began_s = time.monotonic()
         wait_until(lambda: busy(client) == 8, "all are running")
         ran = cluster.run(
-            "python", "-m", "service.deployment.leave", "--within", "40", "--node-ip", OTHER
+            "python", "-m", "service.deployment.drain_node", "--within", "40", "--node-ip", OTHER
         )
         took_s = time.monotonic() - began_s
         assert ran.returncode == 0, ran.stderr

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from service.api.body import read_asked
 from service.config import Config
-from service.link.asgi import read_body
+from service.gateway.request.parsing import read_asked
+from service.http.asgi import read_body
 from tests.support.serving import CHAT, Site, chat, events, serving, site
 from tests.support.waiting import until
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from service.config import Config
-from service.link.asgi import read_body
+from service.http.asgi import read_body
 from tests.support.serving import Site, chat, events, serving, simulated, site
 from tests.support.waiting import until
 

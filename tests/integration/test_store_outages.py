@@ -12,8 +12,8 @@ import pytest
 
 from service.errors import StoreGone
 from service.store.protocol import Account, Claim, Granted, Line, Note, Refused
-from service.store.redis import RedisClient
-from service.store.shared import SharedStore
+from service.store.redis_client import RedisClient
+from service.store.redis_store import SharedStore
 from service.store.windows import DAY, MINUTE, NOW
 from tests.support.redis import RedisServer, redis_server
 from tests.support.waiting import until

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from service.app.gateway import GatewayProcess
 from service.engine.simulated import SimulatedEngine
 from service.errors import ExpertFailed
+from service.gateway.runtime import GatewayProcess
 from service.store.keys import digest_of
 from tests.support.redis import redis_server
 from tests.support.serving import ADMIN_KEY, CHAT, SECRET, Site, chat, serving, simulated, site

@@ -12,7 +12,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from service.config import Config
-from service.link.asgi import read_body
+from service.http.asgi import read_body
 from tests.integration.test_recipes import Cast
 from tests.support.serving import chat, serving, simulated, site
 from tests.support.traffic import LINES, everything

@@ -12,8 +12,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from service.cluster_env import every_node, node_env
 from service.config import ServerConfig, read_config
+from service.launch.environment import every_node, node_env
 from tests.support import chart
 from tests.support.chart import CHART, HELMS, ROOT, VALUES, Object, of_kind, rendered
 
@@ -331,7 +331,7 @@ def test_ray_takes_the_services(newest: str) -> None:
 
 
 def test_nodes_have_the_environment_that_serve_needs(newest: str) -> None:
-    # Else: python -m service.cluster_env >deploy/ray/node.env
+    # Else: python -m service.launch.environment >deploy/ray/node.env
     assert (ROOT / "deploy" / "ray" / "node.env").read_text() == node_env()
     pods = dict(chart.pods(of_kind(rendered(newest, "default-values.yaml"), "RayService")))
     # The operator sets Ray's authentication itself.

@@ -27,8 +27,8 @@ from promql_parser import (
     VectorSelector,
 )
 
-from service.telemetry.declared import Kind
-from service.telemetry.table import TABLE
+from service.telemetry.metric_types import Kind
+from service.telemetry.metrics import TABLE
 from tests.support.prometheus import RULES, needs_prometheus
 
 ROOT = Path(__file__).parents[2]

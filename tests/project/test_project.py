@@ -38,27 +38,27 @@ TOP = {
 # Each may be imported in these modules of the service, and nowhere else in it.
 ONLY_IN = {
     "vllm": {
-        "service/engine/vllm.py",
-        "service/engine/vllm_checked.py",
-        "service/engine/vllm_grammar.py",
-        "service/engine/vllm_loading.py",
-        "service/engine/vllm_merged_worker.py",
-        "service/engine/vllm_moe.py",
-        "service/engine/vllm_packing.py",
-        "service/engine/vllm_standing_worker.py",
-        "service/engine/vllm_stats.py",
-        "service/engine/vllm_swap.py",
+        "service/engine/vllm/engine.py",
+        "service/engine/vllm/checked_client.py",
+        "service/engine/vllm/worker/grammars.py",
+        "service/engine/vllm/worker/loading.py",
+        "service/engine/vllm/worker/merged_worker.py",
+        "service/engine/vllm/worker/gates.py",
+        "service/engine/vllm/worker/packing.py",
+        "service/engine/vllm/worker/gpu_worker.py",
+        "service/engine/vllm/stats.py",
+        "service/engine/vllm/swapping.py",
     },
     "ray": {
         "service/deployment/application.py",
         "service/deployment/cluster.py",
-        "service/deployment/following.py",
-        "service/deployment/leave.py",
+        "service/deployment/replica_discovery.py",
+        "service/deployment/drain_node.py",
         "service/deployment/local.py",
         "service/deployment/replicas.py",
     },
-    "fastapi": {"service/api/gateway.py"},
-    "redis": {"service/store/redis.py"},
+    "fastapi": {"service/gateway/app.py"},
+    "redis": {"service/store/redis_client.py"},
     "pickle": set(),
 }
 
@@ -114,7 +114,7 @@ def test_one_place_each(package: str) -> None:
 def test_importing_the_service_imports_nothing_heavy() -> None:
     """Help is quick, and a gateway holds no engine."""
     code = (
-        "import sys, service.cli, service.app.gateway, service.app.pool\n"
+        "import sys, service.cli, service.gateway.runtime, service.pool.process\n"
         "heavy = {'vllm', 'torch', 'transformers', 'ray', 'sklearn'}\n"
         "print(sorted(heavy & sys.modules.keys()))"
     )

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from service.errors import ModelStoreError
 from service.models import inspect_model
-from service.models.tensorfile import encode_header, read_header
-from tests.unit.test_model_folders import LLAMA, llama_tensors, make_llama, make_lora
+from service.models.safetensors_file import encode_header, read_header
+from tests.unit.models.test_model_folders import LLAMA, llama_tensors, make_llama, make_lora
 
 FILES = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150

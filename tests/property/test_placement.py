@@ -14,14 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.protocol import Message
+from service.engine.base import Message
 from service.errors import CoeError
-from service.link.call import Call
 from service.pool.planner import Policy
 from service.pool.pool import Pool
-from service.pool.swap_slot import SwapSlot
+from service.pool.slots.swapping import SwapSlot
 from service.pool.units import Known
-from tests.property.swap_stage import (
+from service.rpc.call import Call
+from tests.support.clock import FastTime
+from tests.support.swap_stage import (
     EXPERTS,
     FILL_S,
     LOAD_S,
@@ -35,7 +36,6 @@ from tests.property.swap_stage import (
     World,
     on_clock,
 )
-from tests.support.clock import FastTime
 
 _ROUGH = ("ok", "engine_dead", "engine_restarting", "expert_failed")
 

@@ -16,16 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.config import SimulatedOptions
-from service.engine.protocol import EngineReport, EngineRequest, Filled
+from service.engine.base import EngineReport, EngineRequest, Filled
 from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, Conflict, EngineDead, ExpertFailed
 from service.pool.lease import Again
 from service.pool.planner import Policy
 from service.pool.pool import Pool
-from service.pool.swap_slot import SwapSlot
+from service.pool.slots.swapping import SwapSlot
 from service.pool.units import Known, Unit
-from tests.property.swap_stage import on_clock
 from tests.support.clock import FastTime
+from tests.support.swap_stage import on_clock
 
 LOAD_S, FILL_S, SWAP_S, DROP_S, STOP_S = 0.2, 0.3, 0.02, 0.4, 0.3
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from service.errors import OverCapacity
-from service.pool.queues import PROMPT_TOKENS, Queues, Ticket
+from service.pool.queue import PROMPT_TOKENS, Queues, Ticket
 
 EXPERTS = ("a", "b", "c")
 CAPACITY = 3

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.config import SimulatedOptions
-from service.engine.protocol import EngineRequest, Message
+from service.engine.base import EngineRequest, Message
 from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError
-from service.link.snapshot import Queue
-from service.pool.slot import Slot
+from service.pool.slots.base import Slot
+from service.rpc.snapshot import Queue
 from tests.support.clock import FastTime
 
 EXPERTS = ("base", "tuned")

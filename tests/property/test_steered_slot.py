@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.config import SimulatedOptions
-from service.engine.protocol import EngineReport, EngineRequest, Exchanged, Filled, Message, Send
+from service.engine.base import EngineReport, EngineRequest, Exchanged, Filled, Message, Send
 from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, Conflict, ExpertFailed
 from service.pool.planner import Policy
-from service.pool.swap_slot import SwapSlot
+from service.pool.slots.swapping import SwapSlot
 from service.pool.units import Known, Unit
-from tests.property.swap_stage import on_clock
 from tests.support.clock import FastTime
+from tests.support.swap_stage import on_clock
 
 SIZE = 10
 NEEDS = {"a1": "a", "a2": "a", "b1": "b"}

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.models.steering import (
+from service.moe.steering import (
     LayerSteering,
     MoeShape,
     SteeringProfile,
@@ -102,7 +102,7 @@ def test_steering_is_what_it_says(data: st.DataObject) -> None:
 @given(st.data())
 def test_the_engine_s_choice_is_the_definition(data: st.DataObject) -> None:
     torch = pytest.importorskip("torch")
-    from service.engine.vllm_steer import choose, rule_of
+    from service.engine.vllm.worker.steering import choose, rule_of
 
     shape = data.draw(shapes())
     layer = data.draw(layers(shape))

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from service.store.memory import MemoryStore
 from service.store.protocol import Account, Claim, Granted, Line, Note, Refused
-from service.store.redis import RedisClient
-from service.store.shared import SharedStore
+from service.store.redis_client import RedisClient
+from service.store.redis_store import SharedStore
 from service.store.windows import DAY, MINUTE, MONTH, NOW, fixed
 from tests.support.redis import RedisServer, redis_server
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.errors import Conflict
-from service.link.snapshot import Queue
-from tests.property.swap_stage import (
+from service.rpc.snapshot import Queue
+from tests.support.clock import FastTime
+from tests.support.swap_stage import (
     EXPERTS,
     FILL_S,
     LOAD_S,
@@ -29,7 +30,6 @@ from tests.property.swap_stage import (
     World,
     on_clock,
 )
-from tests.support.clock import FastTime
 
 CAPACITY = 2
 # One turn of everybody else's: fetched or started, swapped in, stayed, drained.

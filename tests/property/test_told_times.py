@@ -12,20 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.broker.board import Board, PoolView
+from service.broker.pool_state import Board, PoolView
 from service.config import SimulatedOptions
-from service.engine.protocol import EngineReport, Exchanged, Filled
+from service.engine.base import EngineReport, Exchanged, Filled
 from service.engine.simulated import SimulatedEngine
-from service.engine.sleeping import SleepingEngines
+from service.engine.sleep_mode import SleepingEngines
 from service.errors import CoeError, ExpertFailed
 from service.pool.planner import Policy
 from service.pool.pool import Pool
-from service.pool.slot import Slot
-from service.pool.swap_slot import SwapSlot
+from service.pool.slots.base import Slot
+from service.pool.slots.swapping import SwapSlot
 from service.pool.units import Known, Unit
 from service.types import Residency
-from tests.property.swap_stage import on_clock
 from tests.support.clock import FastTime
+from tests.support.swap_stage import on_clock
 from tests.support.waiting import until
 
 # Guesses that are wrong by far: nothing that is told may rest on them once it was measured.
@@ -228,9 +228,9 @@ def test_told_times_of_sleeping_engines_are_a_start_once_and_then_a_wake() -> No
         clock = FastTime(asyncio.get_running_loop())
         with pytest.MonkeyPatch.context() as patch:
             on_clock(patch, lambda: clock.now_s)
-            from service.engine import sleeping
+            from service.engine import sleep_mode
 
-            patch.setattr(sleeping, "time", type("Clock", (), {"monotonic": lambda: clock.now_s}))
+            patch.setattr(sleep_mode, "time", type("Clock", (), {"monotonic": lambda: clock.now_s}))
             units = {name: (name,) for name in "ab"}
             slot = SwapSlot(
                 [Unit(name, (name,)) for name in "ab"],

@@ -9,11 +9,11 @@ import orjson
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.body import read_asked
-from service.api.endpoints import ENDPOINTS
 from service.errors import CoeError
-from service.link.call import Call, parse_call
-from service.link.snapshot import ExpertState, Queue, Snapshot, Speed, decode, encode
+from service.gateway.request.parsing import read_asked
+from service.http.endpoints import ENDPOINTS
+from service.rpc.call import Call, parse_call
+from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed, decode, encode
 from service.types import Residency
 
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)

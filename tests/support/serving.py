@@ -14,15 +14,15 @@ from unittest.mock import patch
 import aiohttp
 import uvicorn
 
-from service import assembly
-from service.api.admin import Reload
-from service.app.gateway import GatewayProcess
-from service.app.pool import PoolProcess
 from service.config import Config, SimulatedOptions
-from service.engine.protocol import EngineRequest, EngineWatch, Send
+from service.engine.base import EngineRequest, EngineWatch, Send
 from service.engine.simulated import SimulatedEngine
-from service.link.client import PoolAddress
-from service.link.snapshot import Snapshot
+from service.gateway.routes.admin import Reload
+from service.gateway.runtime import GatewayProcess
+from service.pool import factory
+from service.pool.process import PoolProcess
+from service.rpc.client import PoolAddress
+from service.rpc.snapshot import Snapshot
 from tests.support.waiting import until
 
 SECRET = "the-cluster-s-secret"
@@ -196,7 +196,7 @@ async def pool_of(config: Config, kind: str) -> AsyncIterator[RunningPool]:
 
 def _patched(real: Callable[[], Any], build: Any) -> Callable[[], Any]:
     def make() -> Any:
-        with patch.object(assembly, "SimulatedEngine", build):
+        with patch.object(factory, "SimulatedEngine", build):
             return real()
 
     return make

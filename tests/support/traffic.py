@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import numpy as np
 
 from service.config import Config
-from service.engine.protocol import Chosen
+from service.engine.base import Chosen
 from tests.integration.test_recipes import Cast
 from tests.support.serving import Site, chat, serving, simulated, site
 from tests.support.waiting import until

@@ -1,0 +1,50 @@
+"""`python -m loadtests.gateway`: what our gateway costs, and what others' cost.
+
+Without options: ours against vLLM's own API server on a real model. With
+`--engine simulated`: the service around an engine that costs nothing. With
+`--peer litellm`: ours and LiteLLM's proxy in front of the same upstream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import uvloop
+
+from loadtests.gateway import simulated, vs_litellm, vs_vllm
+from loadtests.lib.cli import parser, tell
+from loadtests.lib.machine import Watch
+from loadtests.lib.targets import Report
+
+
+def _arguments() -> argparse.Namespace:
+    words = parser("gateway", __doc__)
+    words.add_argument("--engine", choices=("vllm", "simulated"), default="vllm")
+    words.add_argument("--peer", choices=("litellm",), help="another gateway to compare with")
+    words.add_argument("--quick", action="store_true", help="fewer pairs, wider intervals")
+    words.add_argument(
+        "--threads", type=int, default=2, help="OMP threads of each vLLM engine (default 2)"
+    )
+    words.add_argument(
+        "--port", type=int, default=8200, help="first of four free ports in a row (default 8200)"
+    )
+    return words.parse_args()
+
+
+async def _measure(given: argparse.Namespace, watch: Watch) -> Report:
+    if given.peer == "litellm":
+        return await vs_litellm.run(given.port, watch, quick=given.quick)
+    if given.engine == "simulated":
+        return await simulated.run(given.port, watch, quick=given.quick)
+    return await vs_vllm.run(given.port, watch, quick=given.quick, threads=given.threads)
+
+
+def main() -> int:
+    """0: measured, whatever was reached. 1: could not be measured."""
+    given = _arguments()
+    return tell(lambda watch: uvloop.run(_measure(given, watch)), as_json=given.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

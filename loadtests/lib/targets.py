@@ -1,0 +1,105 @@
+"""What a load test is held against, and how a run is told: a table, or one JSON object."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, TextIO
+
+from loadtests.lib.stats import Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """One figure and what it is held against. `name` says whether at least or at most."""
+
+    name: str
+    target: float
+    value: float
+    ok: bool
+
+
+def at_least(
+    name: str, target: float, measured: Estimate, *, interval: bool = False, valid: bool = True
+) -> Reach:
+    """Met when the value is no less; with `interval`, when its interval reaches the target.
+
+    A figure that is not `valid` meets nothing.
+    """
+    seen = measured.high if interval else measured.value
+    return Reach(f"{name}, at least", target, _rounded(measured.value), valid and seen >= target)
+
+
+def at_most(
+    name: str, target: float, measured: Estimate, *, interval: bool = False, valid: bool = True
+) -> Reach:
+    """Met when the value is no more; with `interval`, when its interval reaches the target.
+
+    A figure that is not `valid` meets nothing.
+    """
+    seen = measured.low if interval else measured.value
+    return Reach(f"{name}, at most", target, _rounded(measured.value), valid and seen <= target)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+@dataclass(slots=True)
+class Table:
+    """Rows of text under a heading."""
+
+    title: str
+    columns: Sequence[str]
+    rows: list[Sequence[str]] = field(default_factory=list)
+
+    def text(self) -> str:
+        """As GitHub shows it, and readable as it is."""
+        lines = [list(self.columns), *[list(row) for row in self.rows]]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        drawn = [
+            "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+            for line in lines
+        ]
+        rule = "| " + " | ".join("-" * w for w in widths) + " |"
+        return "\n".join([self.title, "", drawn[0], rule, *drawn[1:]])
+
+
+@dataclass(slots=True)
+class Report:
+    """Everything one run has to tell. `facts` goes into the JSON object beside `reach`."""
+
+    name: str
+    reach: list[Reach] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """The tables, the notes, and what was reached."""
+        goals = Table("Reached", ("what", "target", "value", "met"))
+        goals.rows = [
+            (one.name, f"{one.target:g}", f"{one.value:g}", "yes" if one.ok else "NO")
+            for one in self.reach
+        ]
+        return "\n\n".join([*(t.text() for t in (*self.tables, goals)), *self.notes])
+
+    def as_json(self) -> dict[str, Any]:
+        """The one JSON object."""
+        return {
+            "name": self.name,
+            "reach": [asdict(one) for one in self.reach],
+            **self.facts,
+            "notes": self.notes,
+        }
+
+    def tell(self, *, as_json: bool, out: TextIO | None = None) -> None:
+        """Print it: the tables on stdout, or on stderr with only the object on stdout."""
+        out = out or sys.stdout
+        if as_json:
+            print(self.text(), file=sys.stderr)
+            print(json.dumps(self.as_json()), file=out)
+        else:
+            print(self.text(), file=out)

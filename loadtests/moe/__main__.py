@@ -1,0 +1,92 @@
+"""`python -m loadtests.moe`: mixtures of experts, seen from inside.
+
+What looking at routers costs (`capture`), what steering them costs and saves (`steer`), and what a
+mixture made of dense experts keeps of each (`build`, where `--data` is given). Each part runs
+alone with `--part`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from loadtests.lib.cli import parser, tell
+from loadtests.lib.machine import Watch
+from loadtests.lib.targets import Report
+from loadtests.swap.engine import prepare
+from service.config import MoeCapture
+
+Part = Callable[[], Report]
+
+
+def joined(parts: dict[str, Part]) -> Report:
+    """All parts, one after the other, in one report; each one's facts under its name."""
+    whole = Report("moe")
+    for name, part in parts.items():
+        made = part()
+        whole.reach += made.reach
+        whole.tables += made.tables
+        whole.notes += made.notes
+        whole.facts[name] = made.facts
+    return whole
+
+
+def main() -> int:
+    """0: measured, whatever was reached. 1: could not be measured."""
+    words = parser("moe", __doc__)
+    names = ("capture", "steer", "build")
+    words.add_argument(
+        "--part", action="append", choices=names, help="only this one; may be given again"
+    )
+    words.add_argument("--model", type=Path, help="folder of a mixture of experts, for any part")
+    words.add_argument("--data", type=Path, help="build: folder with recorded texts")
+    words.add_argument("--pairs", type=int, default=12, help="capture: turns of each kind (12)")
+    words.add_argument(
+        "--requests", type=int, default=4, help="capture: in a turn, for each of 8 places (4)"
+    )
+    words.add_argument(
+        "--every",
+        type=int,
+        default=MoeCapture().every,
+        help="capture: one step of how many is looked at (as the config's default)",
+    )
+    words.add_argument("--exchanges", type=int, default=200, help="steer: of profiles (200)")
+    words.add_argument("--turns", type=int, default=8, help="steer: of each profile (8)")
+    given = words.parse_args()
+    wanted = given.part or [name for name in names if name != "build" or given.data is not None]
+    if "build" in wanted and given.data is None:
+        words.error("--part build needs --data")
+    prepare()
+
+    def measure(watch: Watch) -> Report:
+        # Imported here: one brings vLLM, the other transformers.
+        def capture() -> Report:
+            from loadtests.moe import capture as moe_capture
+
+            return moe_capture.report(
+                given.model,
+                watch,
+                pairs=given.pairs,
+                requests=given.requests,
+                every=given.every,
+            )
+
+        def steer() -> Report:
+            from loadtests.moe import steer as moe_steer
+
+            return moe_steer.report(given.model, times=given.exchanges, turns=given.turns)
+
+        def build() -> Report:
+            from loadtests import moe_build
+
+            return moe_build.report(given.data, given.model)
+
+        known: dict[str, Part] = {"capture": capture, "steer": steer, "build": build}
+        return joined({name: known[name] for name in names if name in wanted})
+
+    return tell(measure, as_json=given.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""`python -m loadtests.route`: what choosing costs, and what it is worth.
+
+Time to classify, memory of the artifact, time to choose. With `--outcomes` and `--costs` also
+the online choice under a budget against the exact optimum; with `--share` how traffic moves in
+the running service as load grows.
+
+One core, the artifact that the demo serves unless another is named, prompts of
+the size given made of many different words. Each figure is the median over
+prompts, each timed on its own, as the gateway would run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: one core is what we state
+
+from loadtests.lib.cli import parser, tell
+from loadtests.lib.stats import median
+from loadtests.lib.targets import Reach, Report, Table, at_most
+from loadtests.route import choice, replay, share
+from service.classifier.artifact import load_artifact
+from service.classifier.classifier import Classifier
+from service.classifier.conversation import assess_turns
+from service.classifier.expert_map import ExpertMap
+
+DEMO = Path(__file__).parents[2] / "router_models" / "artifacts" / "demo@1"
+SIZES = (32, 512, 2_000, 8_000, 32_000)
+TARGETS_MS = {512: 0.5, 32_000: 1.0}
+_WARM_UP = 30
+
+
+def prompts(chars: int, count: int, seed: int) -> list[str]:
+    """`count` different prompts of `chars` characters each, of words that keep changing."""
+    draw = random.Random(f"{seed}/{chars}")
+    letters = "eeeeettttaaaooiinnsshhrrddlluucmwfgypbvkjxqz"
+    made = []
+    for _ in range(count):
+        words: list[str] = []
+        size = 0
+        while size < chars:
+            word = "".join(draw.choices(letters, k=draw.randint(1, 9)))
+            if draw.random() < 0.1:
+                word = f"{draw.randint(0, 999)}{draw.choice(',.;?')}"
+            words.append(word)
+            size += len(word) + 1
+        made.append(" ".join(words)[:chars])
+    return made
+
+
+def measure(artifact: Path, rounds: int) -> Report:
+    """Time every size and weigh the artifact. Raises ArtifactError."""
+    report = Report("route")
+    start = time.perf_counter()
+    loaded = load_artifact(artifact)
+    classifier = Classifier.from_artifact(loaded)
+    found = ExpertMap.from_artifact(loaded) if "map" in loaded.manifest else None
+    load_s = time.perf_counter() - start
+    table = Table("Classification, one core", ("characters", "median ms", "95 % interval"))
+    report.tables.append(table)
+    for chars in SIZES:
+        times: list[float] = []
+        for text in prompts(chars, rounds + _WARM_UP, 1):
+            begun = time.perf_counter()
+            assessment = classifier.assess(text)
+            if found is not None:
+                found.estimate(assessment)
+            times.append(1e3 * (time.perf_counter() - begun))
+        measured = median(times[_WARM_UP:])
+        table.rows.append(
+            (f"{chars:,}", f"{measured.value:.3f}", f"{measured.low:.3f}–{measured.high:.3f}")
+        )
+        if chars in TARGETS_MS:
+            report.reach.append(
+                at_most(f"classification of {chars} characters, ms", TARGETS_MS[chars], measured)
+            )
+        report.facts[f"classify_{chars}_ms"] = measured.value
+    turns = prompts(512, 6, 2)
+    times = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        assess_turns(classifier, turns)
+        times.append(1e3 * (time.perf_counter() - begun))
+    whole = median(times)
+    table.rows.append(
+        ("six turns of 512", f"{whole.value:.3f}", f"{whole.low:.3f}–{whole.high:.3f}")
+    )
+    memory_mb = (classifier.memory_bytes + (found.memory_bytes if found else 0)) / 1e6
+    disk_mb = sum(file.stat().st_size for file in artifact.iterdir()) / 1e6
+    report.tables.append(
+        Table(
+            f"Artifact {loaded.name}",
+            ("memory MB", "on disk MB", "loaded and checked in ms"),
+            [(f"{memory_mb:.2f}", f"{disk_mb:.2f}", f"{1e3 * load_s:.0f}")],
+        )
+    )
+    report.reach.append(
+        Reach("memory of the artifact, MB, at most", 64.0, round(memory_mb, 2), memory_mb <= 64.0)
+    )
+    report.facts |= {"artifact": loaded.name, "memory_mb": memory_mb, "disk_mb": disk_mb}
+    return report
+
+
+def main() -> int:
+    """0: measured, whatever was reached. 1: could not be measured."""
+    words = parser("route", __doc__)
+    words.add_argument("--artifact", type=Path, default=DEMO, help="a router artifact's folder")
+    words.add_argument("--rounds", type=int, default=400, help="prompts a size (default 400)")
+    words.add_argument("--outcomes", type=Path, nargs="+", help="recorded outcomes, to replay")
+    words.add_argument("--costs", type=Path, help="JSON: {expert: cost of one call}")
+    words.add_argument("--experts", type=lambda text: text.split(","), help="only these")
+    words.add_argument(
+        "--budgets", type=lambda text: [float(b) for b in text.split(",")], default=[7.5, 20, 31]
+    )
+    words.add_argument("--share", action="store_true", help="share of traffic against load")
+    words.add_argument("--plot", type=Path, help="with --share: draw it into this PNG")
+    words.add_argument("--port", type=int, default=8180)
+    given = words.parse_args()
+    if given.outcomes and given.costs is None:
+        words.error("--outcomes needs --costs")
+    return tell(lambda _: _measured(given), as_json=given.json)
+
+
+def _measured(given: argparse.Namespace) -> Report:
+    report = Report("route")
+    if given.share:
+        share.measure(report, given.port, given.plot)
+    elif given.outcomes:
+        replay.measure(report, given.outcomes, given.costs, given.experts, given.budgets)
+    else:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        report = measure(given.artifact, max(given.rounds, 10))
+        choice.measure(report, max(given.rounds, 10))
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""What one choice costs: among 150 experts, 16 pools, and recipes of several of them."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import replace
+
+import numpy as np
+
+from loadtests.lib.stats import median
+from loadtests.lib.targets import Report, Table, at_most
+from service.broker.pool_state import Board, PoolView
+from service.broker.recipe_catalog import Book
+from service.broker.selection import Wish, weigh
+from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
+from service.types import MAX_LATER, Recipe, Residency
+
+EXPERTS, POOLS, SLOTS, RECIPES = 150, 16, 10, 256
+TARGET_MS = 0.5
+_WARM_UP = 50
+
+
+def book_of(draw: random.Random) -> Book:
+    """150 experts, and recipes of two and three of them: 256 in all."""
+    names = [f"expert-{i}" for i in range(EXPERTS)]
+    recipes: dict[Recipe, None] = {}
+    while len(recipes) < RECIPES - EXPERTS:
+        a, b, c = draw.sample(names, 3)
+        kind = draw.choice(("cascade", "vote"))
+        recipes[
+            Recipe("vote", (a, b, c)) if kind == "vote" else Recipe("cascade", (a, b), (c,))
+        ] = None
+    return Book(names, recipes)
+
+
+def pool_of(boot: str, names: tuple[str, ...], draw: random.Random) -> PoolView:
+    """A pool of ten slots that can hold every expert, some of them resident, with queues."""
+    experts = {
+        name: ExpertState(
+            draw.choice((Residency.DEVICE, Residency.HOST, Residency.DISK)),
+            eta_s=draw.random() * 5,
+            swap_s=0.5,
+            slot=i % SLOTS,
+        )
+        for i, name in enumerate(names)
+    }
+    snapshot = Snapshot(
+        boot=boot,
+        kind="gpu",
+        experts=experts,
+        queues={name: Queue(draw.randint(0, 4), draw.randint(0, 8)) for name in names},
+        capacity=dict.fromkeys(names, 32),
+        speeds={name: Speed(0.1, 0.02 * draw.random(), 0.0001) for name in names},
+    )
+    return PoolView(boot, snapshot, 0.1, {})
+
+
+def measure(report: Report, rounds: int) -> None:
+    """Time choices with every snapshot known, and with one of the pools' new each time."""
+    draw = random.Random(1)
+    book = book_of(draw)
+    views = [pool_of(f"pool-{i}", book.experts, draw) for i in range(POOLS)]
+    board = Board(book.index)
+    numbers = np.random.default_rng(1)
+    rows = book.everything
+    reach = numbers.random((len(rows), MAX_LATER)) * (book.later[rows] < len(book.experts))
+    table = Table(
+        f"Choice among {EXPERTS} experts, {POOLS} pools, {len(book.recipes)} recipes, one core",
+        ("pools heard of since the last choice", "median ms", "95 % interval"),
+    )
+    report.tables.append(table)
+    for fresh in (0, 1, POOLS):
+        times = []
+        for i in range(rounds + _WARM_UP):
+            wish = Wish(
+                rows=rows,
+                quality=numbers.random(len(rows)),
+                reach=reach,
+                tokens=numbers.random(EXPERTS) * 200,
+                cost=numbers.random(EXPERTS),
+                prompt_tokens=200,
+                cost_price=0.01,
+                deadline_s=30.0,
+            )
+            for k in range(fresh):
+                at = (i + k) % POOLS
+                snapshot = views[at].snapshot
+                views[at] = replace(views[at], snapshot=replace(snapshot, seq=snapshot.seq + 1))
+            begun = time.perf_counter()
+            weighed = weigh(book, board.standing(views), wish)
+            at_best = weighed.best()
+            times.append(1e3 * (time.perf_counter() - begun))
+            assert at_best is not None
+        measured = median(times[_WARM_UP:])
+        table.rows.append(
+            (str(fresh), f"{measured.value:.3f}", f"{measured.low:.3f}–{measured.high:.3f}")
+        )
+        report.facts[f"choice_{fresh}_fresh_ms"] = measured.value
+        if fresh <= 1:
+            name = "none" if fresh == 0 else "one"
+            report.reach.append(
+                at_most(f"choice, {name} of the snapshots new, ms", TARGET_MS, measured)
+            )

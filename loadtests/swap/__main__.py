@@ -1,0 +1,227 @@
+"""`python -m loadtests.swap`: what making another expert resident costs, by each method.
+
+The real engine and the demo's family. In place from host memory and from disk, as an
+adapter, and by another engine; beside them, in the same run, copying the same bytes in
+memory, reading and packing the same file, and starting an engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from loadtests.lib.cli import parser, tell
+from loadtests.lib.process import say
+from loadtests.lib.stats import Estimate, median, ratio_of_medians
+from loadtests.lib.targets import Report, Table, at_least, at_most
+from loadtests.swap.engine import SharedEngine, ask, prepare, settings, weights
+from service.config import Config
+from service.engine.vllm.engine import VllmEngine, VllmModel
+
+_FAMILY = 4
+_INPLACE_MS, _TIMES_FASTER, _OF_PACKING, _GROWTH = 60.0, 300.0, 1.5, 0.02
+_EARLY, _LATE = 20, 200
+_MERGED = "inplace, from disk, adapter merged"
+
+
+@dataclass(slots=True)
+class Found:
+    """Seconds of each method, one entry a time; resident bytes early and late."""
+
+    seconds: dict[str, list[float]]
+    resident: tuple[int, int]
+    weight_bytes: int
+
+
+def _weight_bytes(folder: str) -> int:
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def memcpy_s(size: int, times: int) -> list[float]:
+    """Copying that many bytes from memory to memory, one thread."""
+    source = np.ones(size // 4, dtype=np.float32)
+    target = np.zeros_like(source)
+    took = []
+    for _ in range(times):
+        began_s = time.perf_counter()
+        np.copyto(target, source)
+        took.append(time.perf_counter() - began_s)
+    return took
+
+
+def pack_s(folder: str, times: int) -> list[float]:
+    """See `swap_pack`. Raises RuntimeError where it fails."""
+    command = [sys.executable, "-m", "loadtests.swap_pack", folder, str(times)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"reading and packing failed: {done.stderr[-1000:]}")
+    seconds: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return seconds
+
+
+async def _inplace(engine: SharedEngine, names: Sequence[str], times: int, found: Found) -> None:
+    for name in names[1:]:
+        await engine.fill(name)
+        await engine.exchange(name)  # the first one runs the canary
+    resident = []
+    for i in range(_LATE):
+        name = names[i % len(names)]
+        done = await engine.exchange(name)
+        if not done.ok:
+            raise RuntimeError(f"{name}: not the weights that were loaded")
+        if i < times:
+            found.seconds["inplace, from host"].append(done.swap_s)
+        if i % 10 == 9:
+            await ask(engine, name, 16, 2)
+        if i + 1 in (_EARLY, _LATE):
+            resident.append((await engine.memory())["resident_bytes"])
+    found.resident = (resident[0], resident[1])
+    plain, merged, other = names[:3]
+    await engine.exchange(other)
+    # Once unmeasured: pages that a virtual machine has never touched are slow.
+    for i in range(times + 1):
+        for name, method in ((plain, "inplace, from disk"), (merged, _MERGED)):
+            # As where it has to go to make room for the next.
+            await engine.drop(name, for_next=True)
+            began_s = time.perf_counter()
+            await engine.fill(name)
+            filled_s = time.perf_counter() - began_s
+            took_s = filled_s + (await engine.exchange(name)).swap_s
+            if i:
+                found.seconds[method].append(took_s)
+            await engine.exchange(other)
+
+
+async def measure(config: Config, times: int, respawns: int) -> Found:
+    """All methods, one engine at a time. Raises RuntimeError or CoeError."""
+    sources = weights(config)
+    names = list(sources)[:_FAMILY]
+    options = config.pools["cpu"].vllm
+    folder = sources[names[0]].folder
+    size = _weight_bytes(folder)
+    methods = (
+        *("inplace, from host", "inplace, from disk", _MERGED),
+        *("lora", "respawn", "engine start"),
+    )
+    found = Found({name: [] for name in methods}, (0, 0), size)
+    engine = SharedEngine({name: sources[name] for name in names}, options)
+    try:
+        say("an engine that swaps in place")
+        await engine.start()
+        await _inplace(engine, names, times, found)
+        found.seconds["copy of the same bytes"] = memcpy_s(size, times)
+        say("reading and packing")
+        found.seconds["read and pack the file"] = await asyncio.to_thread(pack_s, folder, times)
+    finally:
+        await engine.close()
+    adapters = {
+        f"{name}-{i}": str(sources[name].adapter)
+        for i in range(times)
+        for name in (names[1 + i % (len(names) - 1)],)
+    }
+    say("an engine with adapters")
+    lora = VllmEngine(VllmModel(names[0], folder, adapters), options, on_cpu=True)
+    try:
+        await lora.start()
+        for name in adapters:
+            began_s = time.perf_counter()
+            await lora.load(name)
+            found.seconds["lora"].append(time.perf_counter() - began_s)
+    finally:
+        await lora.stop()
+    plain: VllmEngine | None = None
+    try:
+        for i in range(respawns + 1):
+            say(f"engine {i + 1} of {respawns + 1}")
+            began_s = time.perf_counter()
+            if plain is not None:
+                await plain.stop()
+            stopped_s = time.perf_counter()
+            plain = VllmEngine(VllmModel(names[0], folder, {}), options, on_cpu=True)
+            await plain.start()
+            found.seconds["engine start"].append(time.perf_counter() - stopped_s)
+            if i:
+                found.seconds["respawn"].append(time.perf_counter() - began_s)
+    finally:
+        if plain is not None:
+            await plain.stop()
+    return found
+
+
+def report_of(found: Found) -> Report:
+    """Table and targets."""
+    report = Report("swaps")
+    table = Table(
+        f"{found.weight_bytes / 1e6:.0f} MB of weights; 95 % intervals of the median",
+        ("method", "times", "median s", "min s", "max s", "GB/s"),
+    )
+    for name, seconds in found.seconds.items():
+        middle = median(seconds)
+        rate = found.weight_bytes / middle.value / 1e9
+        table.rows.append(
+            (
+                name,
+                str(len(seconds)),
+                middle.text(4),
+                f"{min(seconds):.4f}",
+                f"{max(seconds):.4f}",
+                # An adapter is a few megabytes: its bytes are not these.
+                "" if name == "lora" else f"{rate:.2f}",
+            )
+        )
+        report.facts[name] = {
+            **middle.as_json(),
+            "min": min(seconds),
+            "max": max(seconds),
+            "times": len(seconds),
+        }
+    report.tables.append(table)
+    host = found.seconds["inplace, from host"]
+    early, late = found.resident
+    grown = abs(late - early) / early
+    report.facts |= {"resident_bytes": list(found.resident), "weight_bytes": found.weight_bytes}
+    report.notes.append(
+        f"Resident after {_EARLY} swaps {early / 1e6:.0f} MB, after {_LATE} {late / 1e6:.0f} MB."
+    )
+    report.reach += [
+        at_most("in place from host, ms", _INPLACE_MS, median([1000 * s for s in host])),
+        at_least(
+            "times faster than a new engine",
+            _TIMES_FASTER,
+            ratio_of_medians(found.seconds["engine start"], host),
+        ),
+        at_most(
+            "from disk, times reading and packing",
+            _OF_PACKING,
+            ratio_of_medians(
+                found.seconds["inplace, from disk"], found.seconds["read and pack the file"]
+            ),
+        ),
+        at_most("change of resident memory", _GROWTH, Estimate(grown, grown, grown)),
+    ]
+    return report
+
+
+def main() -> int:
+    """0: measured, whatever was reached. 1: could not be measured."""
+    words = parser("swap", __doc__)
+    words.add_argument("--times", type=int, default=10, help="swaps by each method (10)")
+    words.add_argument("--respawns", type=int, default=3, help="new engines (3)")
+    given = words.parse_args()
+    prepare()
+    return tell(
+        lambda _: report_of(asyncio.run(measure(settings(), given.times, given.respawns))),
+        as_json=given.json,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

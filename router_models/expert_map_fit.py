@@ -1,0 +1,184 @@
+"""The second stage: the map, from rows whose first-stage outputs that stage did not see.
+
+Per category and recipe the mean score and cost, shrunk toward the recipe's own mean, and
+slopes on the factors; which recipes are worth keeping.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_models.recipes import Played
+from router_models.settings import Settings
+
+Floats = NDArray[np.float64]
+Rows = NDArray[np.int64]
+
+_PENALTY_FOLDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class MapFit:
+    """The arrays of `service.classifier.expert_map.ExpertMap` for the recipes kept (indexes `kept`)."""
+
+    kept: Rows
+    prior: Floats
+    score: Floats
+    count: Floats
+    cost: Floats
+    reach: Floats
+    score_slope: Floats
+    cost_slope: Floats
+
+    def estimate(self, posterior: Floats, factors: Floats) -> tuple[Floats, Floats]:
+        """Quality and cost (rows, kept recipes), as `ExpertMap.estimate` computes for one row."""
+        cross = _cross(posterior, factors)
+        flat = (cross.shape[1], len(self.kept))
+        quality = posterior @ self.score + cross @ self.score_slope.reshape(flat)
+        cost = posterior @ self.cost + cross @ self.cost_slope.reshape(flat)
+        return np.clip(quality, 0, 1), np.maximum(cost, 0)
+
+
+def shrunk_cells(
+    values: Floats, category: Rows, categories: int, shrink_rows: float
+) -> tuple[Floats, Floats]:
+    """Mean per category and column, shrunk toward the column's own mean; and counts.
+
+    NaNs are left out. A column without any value gets 0.
+    """
+    known = ~np.isnan(values)
+    filled = np.where(known, values, 0.0)
+    overall = filled.sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    member = np.eye(categories)[category]
+    count = member.T @ known
+    cells = (member.T @ filled + shrink_rows * overall) / np.maximum(count + shrink_rows, 1e-9)
+    return cells, count
+
+
+def select_recipes(score: Floats, cost: Floats, limit: int, singles: int = 0) -> Rows:
+    """The columns on or nearest to a frontier of some category, at most `limit`.
+
+    A recipe's regret is how much utility, at the price and in the category
+    that suit it best, it lacks to the winner there. The first `singles` columns
+    are kept whatever their regret: when experts fail, one that works is needed.
+    """
+    prices = prices_for(cost)
+    regret = np.full(score.shape[1], np.inf)
+    for price in prices:
+        utility = score - price * cost
+        regret = np.minimum(regret, (utility.max(axis=1, keepdims=True) - utility).min(axis=0))
+    regret[:singles] = np.minimum(regret[:singles], -1)
+    order = np.argsort(regret, kind="stable")[:limit]
+    return np.sort(order[regret[order] <= MAX_REGRET])
+
+
+MAX_REGRET = 0.02
+"""A recipe is kept where it lacks at most this much utility to the best."""
+
+
+def prices_for(cost: Floats, count: int = 160) -> Floats:
+    """Prices λ from 0 up to where nothing but the cheapest is worth it, in quality per cost."""
+    top = float(np.max(cost))
+    if top <= 0:
+        return np.zeros(1)
+    return np.concatenate(([0.0], np.geomspace(1e-3, 100.0, count) / top))
+
+
+def fit_map(
+    played: Played, category: Rows, posterior: Floats, factors: Floats, settings: Settings
+) -> MapFit:
+    """The map from rows whose posterior and factors come from a stage that did not see them."""
+    categories = posterior.shape[1]
+    score, count = shrunk_cells(played.score, category, categories, settings.shrink_rows)
+    cost, _ = shrunk_cells(played.cost, category, categories, settings.shrink_rows)
+    judged = np.flatnonzero(count.sum(axis=0) > 0)
+    alone = sum(played.recipes[r].kind == "single" for r in judged)  # they come first
+    kept = judged[select_recipes(score[:, judged], cost[:, judged], settings.max_recipes, alone)]
+    score, count, cost = score[:, kept], count[:, kept], cost[:, kept]
+    reach = np.stack(
+        [
+            shrunk_cells(
+                played.reach[:, kept, i].astype(np.float64),
+                category,
+                categories,
+                settings.shrink_rows,
+            )[0]
+            for i in range(played.reach.shape[2])
+        ],
+        axis=2,
+    )
+    penalties = choose_penalties(
+        played.score[:, judged[:alone]], category, posterior, factors, settings
+    )
+    slopes = [
+        _slopes(values - posterior @ cells, posterior, factors, penalties)
+        for values, cells in ((played.score[:, kept], score), (played.cost[:, kept], cost))
+    ]
+    return MapFit(
+        kept=kept,
+        prior=posterior.mean(axis=0),
+        score=score,
+        count=count,
+        cost=cost,
+        reach=reach,
+        score_slope=slopes[0],
+        cost_slope=slopes[1],
+    )
+
+
+def choose_penalties(
+    score: Floats, category: Rows, posterior: Floats, factors: Floats, settings: Settings
+) -> tuple[float, float]:
+    """The pair of `slope_penalties` that predicts best in five folds of these rows.
+
+    What counts is the error in the *differences* between experts (N, E) on a
+    row: an error shared by all of them changes no choice.
+    """
+    pairs = settings.slope_penalties
+    fold = np.random.default_rng(settings.seed).integers(0, _PENALTY_FOLDS, len(score))
+    error = np.zeros(len(pairs))
+    for k in range(_PENALTY_FOLDS):
+        inside, outside = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
+        if not len(inside) or not len(outside):
+            continue
+        cells, _ = shrunk_cells(
+            score[inside], category[inside], posterior.shape[1], settings.shrink_rows
+        )
+        rest = score - posterior @ cells
+        cross = _cross(posterior[outside], factors[outside])
+        for i, pair in enumerate(pairs):
+            slopes = _slopes(rest[inside], posterior[inside], factors[inside], pair)
+            miss = rest[outside] - cross @ slopes.reshape(cross.shape[1], -1)
+            known = ~np.isnan(miss)
+            shared = np.where(known, miss, 0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
+            error[i] += float(np.nansum((miss - shared[:, None]) ** 2))
+    return pairs[int(error.argmin())]
+
+
+def _cross(posterior: Floats, factors: Floats) -> Floats:
+    """p ⊗ f of each row, (rows, C·F)."""
+    return np.asarray((posterior[:, :, None] * factors[:, None, :]).reshape(len(factors), -1))
+
+
+def _slopes(
+    rest: Floats, posterior: Floats, factors: Floats, penalties: tuple[float, float]
+) -> Floats:
+    """Slopes (C, F, R) of the residual on the factors: one shared, and each category's own.
+
+    One ridge regression over [f, p ⊗ f], the first half penalised by
+    `penalties[0]`, the second by `penalties[1]`. NaNs count as no residual.
+    """
+    categories, count = posterior.shape[1], factors.shape[1]
+    if not count:
+        return np.zeros((categories, 0, rest.shape[1]))
+    known = np.where(np.isnan(rest), 0.0, rest)
+    cross = _cross(posterior, factors)
+    x = np.concatenate((factors, cross), axis=1)
+    x = x - x.mean(axis=0)
+    penalty = np.repeat(penalties, (count, cross.shape[1]))
+    weight = np.linalg.solve(x.T @ x + np.diag(penalty), x.T @ (known - known.mean(axis=0)))
+    own = weight[count:].reshape(categories, count, -1)
+    return np.asarray(own + weight[None, :count])

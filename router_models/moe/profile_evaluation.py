@@ -1,0 +1,122 @@
+"""What a profile costs and saves on some texts: a model with and without it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from router_models.experts.evaluate import RowScore, compare
+from router_models.moe.hooks import RoutedLayer, chosen, steered
+from router_models.moe.profile_prompts import Text
+from service.moe.steering import MoeShape, SteeringProfile
+
+BATCHES = (1, 8, 32)
+"""Tokens that are decoded side by side, for which reads are counted."""
+_DRAWS = 64
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Bits per byte on some texts. `lost` > 0: steering made it worse; its standard error."""
+
+    texts: int
+    bytes: int
+    unsteered: float
+    steered: float
+    lost: float
+    lost_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What a batch of tokens of the domain needs of a layer, in the mean over layers and batches,
+
+    and of all layers, in bytes of expert weights as they are stored.
+    """
+
+    batch: int
+    experts_unsteered: float
+    experts_steered: float
+    bytes_unsteered: float
+    bytes_steered: float
+
+
+class Judged:
+    """A model with and without a profile."""
+
+    def __init__(
+        self, model: Any, layers: list[RoutedLayer], shape: MoeShape, profile: SteeringProfile
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._shape = shape
+        self._profile = profile
+
+    def loss(self, texts: Sequence[Text]) -> Loss:
+        plain = self._scores(texts)
+        with steered(self._layers, self._profile.layers, self._shape):
+            changed = self._scores(texts)
+        told = compare("domain", plain, changed, seed=_SEED)
+        return Loss(
+            texts=len(texts),
+            bytes=sum(row.bytes for row in plain),
+            unsteered=told.base,
+            steered=told.tuned,
+            lost=-told.gain,
+            lost_error=told.gain_error,
+        )
+
+    def reads(self, texts: Sequence[Text]) -> tuple[Reads, ...]:
+        plain = self._choices(texts)
+        with steered(self._layers, self._profile.layers, self._shape):
+            changed = self._choices(texts)
+        size = sum(layer.expert_bytes for layer in self._layers)
+        counted = []
+        for batch in BATCHES:
+            needed = [distinct(chose, self._shape.experts, batch) for chose in (plain, changed)]
+            counted.append(Reads(batch, *needed, *(size * experts for experts in needed)))
+        return tuple(counted)
+
+    def _scores(self, texts: Sequence[Text]) -> list[RowScore]:
+        scores = []
+        with torch.no_grad():
+            for i, text in enumerate(texts):
+                ids = torch.tensor([text.ids])
+                logits = self._model(input_ids=ids, use_cache=False).logits[0].float()
+                nats = torch.nn.functional.cross_entropy(
+                    logits[text.given - 1 : -1], ids[0, text.given :], reduction="sum"
+                )
+                scores.append(RowScore(str(i), float(nats) / math.log(2), text.size, False))
+        return scores
+
+    def _choices(self, texts: Sequence[Text]) -> NDArray[np.int64]:
+        """(layers, tokens, k): what was chosen for each token."""
+        seen: dict[int, list[NDArray[np.int64]]] = {layer.index: [] for layer in self._layers}
+
+        def see(layer: int, ids: torch.Tensor, _: torch.Tensor) -> None:
+            seen[layer].append(ids.numpy().astype(np.int64))
+
+        with chosen(self._layers, see), torch.no_grad():
+            for text in texts:
+                self._model.model(input_ids=torch.tensor([text.ids]), use_cache=False)
+        return np.stack([np.concatenate(parts) for parts in seen.values()])
+
+
+def distinct(choices: NDArray[np.int64], experts: int, batch: int) -> float:
+    """Experts that `batch` tokens need of a layer, in the mean; choices are (layers, tokens, k).
+
+    The tokens are drawn at random: those of a decoded batch come from different requests.
+    """
+    draw = np.random.default_rng(_SEED)
+    at = draw.integers(0, choices.shape[1], (_DRAWS, batch))
+    used = np.zeros((choices.shape[0], _DRAWS, experts), bool)
+    together = choices[:, at].reshape(choices.shape[0], _DRAWS, -1)
+    np.put_along_axis(used, together, True, axis=-1)
+    return float(used.sum(axis=-1).mean())

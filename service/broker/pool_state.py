@@ -1,0 +1,184 @@
+"""What is known of all pools, as arrays, so that a choice among thousands of places is quick.
+
+A pool's row is made once for each of its snapshots. Rows are for the experts of a
+`Book`, by index; what a pool does not hold is not usable there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.rpc.latency import GUESS
+from service.rpc.snapshot import STALE_S, ExpertState, Queue, Snapshot, Speed
+from service.types import Residency
+
+Floats = NDArray[np.float64]
+
+# The pool of remote experts: the gateway itself.
+REMOTE = ""
+
+_IDLE = Queue()
+# Rows of one pool's array.
+_ETA, _FIRST, _PER_TOKEN, _CHUNK, _CAPACITY, _AHEAD, _DISPLACED, _USABLE, _CONTEXT, _PROMPTS = (
+    range(10)
+)
+_COLUMNS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class PoolView:
+    """What a gateway knows of one pool.
+
+    `unseen`: requests sent that the snapshot can't count yet, by expert. `boot` is
+    `REMOTE` for the gateway's own remote experts.
+    """
+
+    boot: str
+    snapshot: Snapshot
+    age_s: float
+    unseen: dict[str, int]
+
+
+def idle_view(experts: Sequence[str]) -> PoolView:
+    """A pool in which all of these are resident and idle: for deciding without a service."""
+    states = {name: ExpertState(Residency.DEVICE, slot=i) for i, name in enumerate(experts)}
+    return PoolView("idle", Snapshot(boot="idle", kind="idle", experts=states), 0.0, {})
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """All pools at one moment; each array is (pools, experts), times in s.
+
+    eta: until the expert's weights are there; first, per_token: to its first token, and more
+    for each prompt token; chunk: per token of the answer; ahead: requests before a new one
+    in its slot; prompts: tokens of the prompts that wait there; displaced: what a swap for it
+    costs others; context: tokens that prompt and answer may have together, 0 where that is not
+    known.
+    """
+
+    boots: tuple[str, ...]
+    fresh: NDArray[np.bool_]
+    usable: NDArray[np.bool_]
+    eta: Floats
+    first: Floats
+    per_token: Floats
+    chunk: Floats
+    capacity: Floats
+    ahead: Floats
+    displaced: Floats
+    context: Floats
+    prompts: Floats
+
+
+class Board:
+    """Keeps each pool's row until its next snapshot."""
+
+    def __init__(self, index: dict[str, int]) -> None:
+        """`index`: the experts of the book."""
+        self._index = index
+        self._rows: dict[str, tuple[Snapshot, Floats]] = {}
+
+    def standing(self, views: Sequence[PoolView]) -> Standing:
+        """The pools of these views as arrays."""
+        if len(self._rows) > 2 * len(views) + 8:
+            known = {view.boot for view in views}
+            self._rows = {boot: row for boot, row in self._rows.items() if boot in known}
+        width = len(self._index)
+        table = np.empty((len(views), _COLUMNS, width))
+        for i, view in enumerate(views):
+            table[i] = self._row(view.boot, view.snapshot)
+            if view.unseen:
+                self._count_unseen(table[i, _AHEAD], view)
+        return Standing(
+            boots=tuple(view.boot for view in views),
+            fresh=np.array([view.age_s <= STALE_S for view in views], dtype=bool),
+            usable=table[:, _USABLE] > 0,
+            eta=table[:, _ETA],
+            first=table[:, _FIRST],
+            per_token=table[:, _PER_TOKEN],
+            chunk=table[:, _CHUNK],
+            capacity=table[:, _CAPACITY],
+            ahead=table[:, _AHEAD],
+            displaced=table[:, _DISPLACED],
+            context=table[:, _CONTEXT],
+            prompts=table[:, _PROMPTS],
+        )
+
+    def _row(self, boot: str, snapshot: Snapshot) -> Floats:
+        held = self._rows.get(boot)
+        if held is None or held[0] is not snapshot:
+            held = snapshot, _row_of(snapshot, self._index)
+            self._rows[boot] = held
+        return held[1]
+
+    def _count_unseen(self, ahead: Floats, view: PoolView) -> None:
+        """Requests on their way stand before a new one in the whole slot."""
+        experts = view.snapshot.experts
+        by_slot: dict[int, int] = {}
+        for name, count in view.unseen.items():
+            if name in experts:
+                slot = experts[name].slot
+                by_slot[slot] = by_slot.get(slot, 0) + count
+        for name, state in experts.items():
+            if state.slot in by_slot and name in self._index:
+                ahead[self._index[name]] += by_slot[state.slot]
+
+
+def _row_of(snapshot: Snapshot, index: dict[str, int]) -> Floats:
+    row = np.zeros((_COLUMNS, len(index)))
+    row[_CAPACITY] = 1.0
+    queues, speeds = snapshot.queues, snapshot.speeds
+    in_slot: dict[int, int] = {}
+    requests: dict[int, int] = {}
+    prompts: dict[int, int] = {}
+    for name, state in snapshot.experts.items():
+        queue = queues.get(name, _IDLE)
+        in_slot[state.slot] = in_slot.get(state.slot, 0) + queue.ahead
+        requests[state.slot] = requests.get(state.slot, 0) + queue.waiting + queue.running
+        prompts[state.slot] = prompts.get(state.slot, 0) + queue.waiting_tokens
+    guess = _guess(list(speeds.values()))
+    columns = []
+    values = []
+    for name, state in snapshot.experts.items():
+        at = index.get(name)
+        if at is None or snapshot.draining or state.state is Residency.FAILED:
+            continue
+        queue, speed = queues.get(name, _IDLE), speeds.get(name, guess)
+        ahead = in_slot[state.slot]
+        others = requests[state.slot] - queue.waiting - queue.running
+        # There and back, for each request that waits or runs in that slot for others.
+        displaced = 0.0 if state.state is Residency.DEVICE else 2 * state.swap_s * others
+        columns.append(at)
+        values.append(
+            (
+                state.eta_s,
+                speed.first_s,
+                speed.per_token_s,
+                speed.chunk_s,
+                max(1, snapshot.capacity.get(name, 1)),
+                ahead,
+                displaced,
+                1.0,
+                state.max_model_len,
+                prompts[state.slot],
+            )
+        )
+    if columns:
+        row[:, columns] = np.array(values).T
+    return row
+
+
+def _guess(measured: list[Speed]) -> Speed:
+    """An expert not measured here is as fast as those that were, on average."""
+    if not measured:
+        return GUESS
+    share = 1.0 / len(measured)
+    return Speed(
+        share * sum(speed.first_s for speed in measured),
+        share * sum(speed.chunk_s for speed in measured),
+        share * sum(speed.per_token_s for speed in measured),
+    )

@@ -1,0 +1,209 @@
+"""From a request body to a category. Owns what "the last user turn in its context" means.
+
+Pure functions. `user_turns` takes the user's texts out of an OpenAI chat,
+completions or Responses body or an Anthropic messages body. `classify_turns`
+classifies them as one conversation: how much the last turn counts depends on
+how much it says. "ok, go on" says nothing and inherits what came before; a
+full request speaks for itself; "and for 20 instead?" is in between.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.classifier.classifier import GENERAL, Assessment, Classifier
+from service.types import CategoryScores
+
+MAX_TURNS = 6
+"""User turns looked at, counted from the last."""
+
+EARLIER_EDGE_CHARS = 500
+"""Characters of an earlier turn looked at, from either end: time stays bounded."""
+
+# With h content words a turn counts h / (h + half), the turns before it the rest. A turn
+# that points back ("and now add type hints to it") needs more words to stand for itself.
+_HALF_WORDS = 0.4
+_HALF_WORDS_POINTING = 2.0
+_POINTING = re.compile(
+    r"^\W*(?:(?:ok|okay|no|yes|great|thanks)\W+)?"
+    r"(?:and|but|also|now|then|or|what if|what about|how about|in|with|without|use)\b"
+    r"|\b(?:it|its|them|those|instead|same|above|previous)\b",
+    re.IGNORECASE,
+)
+_NEGLIGIBLE = 0.02
+_MAX_COUNTED_WORDS = 200
+_MAX_PARTS = 10_000
+
+# Words that steer a conversation, or only point back into it: they say nothing of its kind.
+_STEERING_TEXT = """
+    a about above add again alright all already also am an and another any anything are as ask at
+    be because been before below better bit both bro but by bye can change clear continue
+    cool correct could details detail did different do does doing done dont else elaborate
+    everything example examples exactly expand explain false few fine first following for from
+    further give go going good got great ha haha hang have he hello hey hi him his hmm how i id
+    idea if im in incorrect instead interesting into is isnt it its just keep last less let lets
+    like little lol long longer look lot made make makes maybe me mean more much my need never new
+    next nice no nope not now of ok okay oh on one ones only or other our out over part perfect
+    please previous pls proceed question put really repeat reply response rest result
+    right said same say second see seems sense shall she short shorten shorter should show simple
+    simpler simply simplify so some something sorry sounds start stay step steps still stop such sum
+    summarize summarise sure tell than thank thanks that thats the their them then there these
+    they thing things think third this those thx to too true try two uh um understand up us use
+    very wait want was way we well were what whats when where which who why will with without wont
+    would wow wrong ya yeah yep yes yet you your yours yup k y answer answers
+"""
+_STEERING = frozenset(_STEERING_TEXT.split())
+_WORD = re.compile(r"[^\W_]+")
+_APOSTROPHES = str.maketrans("", "", "'’`")
+
+
+def content_words(text: str) -> int:
+    """How many words of `text` say something themselves; at most 200 are counted.
+
+    Scripts without spaces have few words: there every two letters count as one.
+    """
+    head = text[:4000].translate(_APOSTROPHES).lower()
+    count = 0
+    for found in _WORD.finditer(head):
+        word = found.group()
+        if word in _STEERING:
+            continue
+        count += 1 if word.isascii() or len(word) <= 12 else len(word) // 2
+        if count >= _MAX_COUNTED_WORDS:
+            break
+    return min(count, _MAX_COUNTED_WORDS)
+
+
+def classify_turns(classifier: Classifier, turns: Sequence[str]) -> CategoryScores:
+    """The category scores of `assess_turns`."""
+    return assess_turns(classifier, turns).scores
+
+
+def assess_turns(classifier: Classifier, turns: Sequence[str]) -> Assessment:
+    """Posterior and factors of a conversation's last user turn in its context.
+
+    `turns` are the user's texts, oldest first. One turn is assessed as it is;
+    none at all as the empty text. A turn too strange to classify stands for
+    `general`, where the classifier knows that label.
+    """
+    last = turns[-MAX_TURNS:]
+    if len(last) <= 1:
+        return classifier.assess(last[0] if last else "")
+    labels = len(classifier.labels)
+    combined = np.zeros(0)
+    novelty, left = 0.0, 1.0
+    # From the last turn back, until what is left for earlier ones no longer matters.
+    for age, text in enumerate(reversed(last)):
+        oldest = age == len(last) - 1
+        words = content_words(text)
+        if words == 0 and not oldest:
+            continue
+        features = classifier.features(text if age == 0 else _edges(text))
+        strange = classifier.novelty(features)
+        posterior, factors = classifier.infer(features)
+        if strange > classifier.max_novelty and GENERAL in classifier.labels:
+            posterior = np.zeros(labels)
+            posterior[classifier.labels.index(GENERAL)] = 1.0
+        if oldest:
+            share = left
+        else:
+            half = _HALF_WORDS_POINTING if _POINTING.search(text[:200]) else _HALF_WORDS
+            # A turn that could be of any kind ("what about the second one?") says less.
+            share = left * words / (words + half) * _certainty(posterior) ** 0.5
+        turn = share * np.concatenate((posterior, factors))
+        combined = combined + turn if len(combined) else turn
+        novelty += share * strange
+        left -= share
+        if left < _NEGLIGIBLE:
+            break
+    total = 1.0 - left if left > 0 else 1.0
+    combined /= total
+    posterior = combined[:labels] / combined[:labels].sum()
+    return Assessment(classifier.decide(posterior, min(novelty / total, 1.0)), combined[labels:])
+
+
+def assess_body(classifier: Classifier, body: Mapping[str, Any]) -> Assessment:
+    """`assess_turns` of the user turns of a request body."""
+    return assess_turns(classifier, user_turns(body))
+
+
+def user_turns(body: Mapping[str, Any]) -> list[str]:
+    """The user's texts in a request body, oldest first.
+
+    Knows `messages` (OpenAI chat, Anthropic), `prompt` (completions) and
+    `input` (Responses, embeddings). Parts that are no text are left out, token
+    ids too. Where no user says anything, the system's text is taken, else the
+    list is empty. Never raises on a malformed body: judging it is the API's task.
+    """
+    messages = body.get("messages")
+    if isinstance(messages, list):
+        return _from_messages(messages)
+    prompt = body.get("prompt")
+    if prompt is not None:
+        return _joined(prompt)
+    given = body.get("input")
+    if isinstance(given, list) and any(isinstance(item, Mapping) for item in given):
+        return _from_messages(given) or _texts(body.get("instructions"))
+    return _joined(given) or _texts(body.get("instructions"))
+
+
+def _from_messages(messages: list[Any]) -> list[str]:
+    said: list[str] = []
+    system: list[str] = []
+    for message in messages:
+        if isinstance(message, str):
+            said.append(message)
+            continue
+        if not isinstance(message, Mapping):
+            continue
+        role = message.get("role", "user" if "content" in message else None)
+        if role not in ("user", "system", "developer"):
+            continue
+        text = "\n".join(_texts(message.get("content")))
+        if text.strip():
+            (said if role == "user" else system).append(text)
+    return said or system[-1:]
+
+
+def _joined(value: Any) -> list[str]:
+    text = "\n".join(_texts(value))
+    return [text] if text.strip() else []
+
+
+def _texts(content: Any) -> list[str]:
+    """Texts of a content: a string, or a list of strings and of parts with a `text`."""
+    if isinstance(content, str):
+        return [content]
+    if not isinstance(content, list):
+        return []
+    return list(_part_texts(content[:_MAX_PARTS]))
+
+
+def _part_texts(parts: Iterable[Any]) -> Iterable[str]:
+    for part in parts:
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, Mapping) and part.get("type", "text") in ("text", "input_text"):
+            text = part.get("text")
+            if isinstance(text, str):
+                yield text
+
+
+def _edges(text: str) -> str:
+    if len(text) <= 2 * EARLIER_EDGE_CHARS:
+        return text
+    return f"{text[:EARLIER_EDGE_CHARS]}\n{text[-EARLIER_EDGE_CHARS:]}"
+
+
+def _certainty(posterior: NDArray[np.float64]) -> float:
+    """1 for a sure posterior, 0 for a flat one: 1 - entropy / ln(labels)."""
+    if len(posterior) < 2:
+        return 1.0
+    positive = posterior[posterior > 0]
+    entropy = -float(positive @ np.log(positive))
+    return max(0.0, 1.0 - entropy / float(np.log(len(posterior))))

@@ -1,0 +1,127 @@
+"""`coe moe profile`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from service.cli.output import size, table
+
+if TYPE_CHECKING:
+    from router_models.moe.profile import Learned
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+def _places(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> list[tuple[int, int]]:
+    found = []
+    for text in value:
+        layer, _colon, expert = text.partition(":")
+        if not (layer.isdecimal() and expert.isdecimal()):
+            raise click.BadParameter(f"expected LAYER:EXPERT, such as 3:17, not {text!r}")
+        found.append((int(layer), int(expert)))
+    return found
+
+
+@click.command()
+@click.option("--model", required=True, help="A mixture of experts: a catalogue name or a folder.")
+@click.option("--prompts", type=_FILE, required=True, help="The domain: texts, one a line.")
+@click.option("--out", type=_FILE, required=True, help="The profile's file, a new one.")
+@click.option("--keep", type=float, default=0.5, show_default=True, help="Share of experts kept.")
+@click.option("--others", type=_FILE, help="Texts of other domains, to judge by only.")
+@click.option(
+    "--protect", multiple=True, callback=_places, help="LAYER:EXPERT that stays; may be repeated."
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(8, 1 << 20),
+    default=512,
+    show_default=True,
+    help="Longer texts are cut, longer conversations left out.",
+)
+@click.option(
+    "--threads", type=click.IntRange(1), help="Threads to compute with. Default: one for each core."
+)
+@click.option("--models-dir", type=click.Path(path_type=Path), help="Where models are kept.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def profile(
+    model: str,
+    prompts: Path,
+    out: Path,
+    keep: float,
+    others: Path | None,
+    protect: list[tuple[int, int]],
+    max_tokens: int,
+    threads: int | None,
+    models_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Learn a steering profile from a few dozen prompts of a domain.
+
+    A file of prompts holds one a line, or JSON lines with "text", or with "prompt" and, if there
+    is one, "answer".
+    """
+    from router_models.moe.profile import as_json as plain
+    from router_models.moe.profile import learn
+
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    told = learn(
+        model=model,
+        prompts=prompts,
+        out=out,
+        keep=keep,
+        others=others,
+        protect=protect,
+        max_tokens=max_tokens,
+        models_dir=models_dir,
+        say=lambda line: click.echo(line, err=True),
+    )
+    if as_json:
+        click.echo(json.dumps(plain(told), allow_nan=False))
+    else:
+        _print(told)
+
+
+def _print(told: Learned) -> None:
+    protected = ", ".join(f"{layer}:{e}" for layer, ids in told.protected.items() for e in ids)
+    click.echo(
+        f"{told.profile}: {told.kept} of {told.experts} experts stay in each of {told.layers} "
+        f"layers, with {told.importance_kept:.1%} of the importance (in the worst layer "
+        f"{told.importance_kept_least:.1%})"
+    )
+    click.echo(f"learned from {told.learned_texts} texts, {told.learned_tokens} tokens")
+    click.echo(f"protected (layer:expert): {protected or 'none'}\n")
+    table(
+        ("bits per byte", "texts", "unsteered", "steered", "lost"),
+        [
+            (
+                name,
+                str(loss.texts),
+                f"{loss.unsteered:.4f}",
+                f"{loss.steered:.4f}",
+                f"{loss.lost:+.4f} ± {loss.lost_error:.4f}",
+            )
+            for name, loss in (("held out", told.domain), ("others", told.others))
+            if loss is not None
+        ],
+    )
+    click.echo()
+    table(
+        ("tokens at once", "experts of a layer", "steered", "weights read", "steered"),
+        [
+            (
+                str(one.batch),
+                f"{one.experts_unsteered:.2f}",
+                f"{one.experts_steered:.2f}",
+                size(one.bytes_unsteered),
+                size(one.bytes_steered),
+            )
+            for one in told.reads
+        ],
+    )

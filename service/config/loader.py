@@ -1,0 +1,199 @@
+"""Reading a config file: YAML, made strict, and errors that a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from service.config.base import is_path, shown
+from service.config.moe_kernels import ExpertKernels, RoutedOptions
+from service.config.schema import SECTIONS, Config
+from service.config.yaml_loader import ConfigLoader, written_at
+from service.errors import ConfigError
+
+_Tuned = TypeVar("_Tuned", ExpertKernels, RoutedOptions)
+
+_VARIABLE = "the name of an environment variable is needed, in capitals"
+# What is needed where a secret may have been written by mistake.
+_SECRET: dict[int | str, str] = {
+    "api_key_env": _VARIABLE,
+    "key_env": _VARIABLE,
+    "url_env": _VARIABLE,
+    "sha256": "64 hexadecimal digits are needed",
+    "url": "a URL is needed, http(s) for an endpoint, redis, rediss or unix for a store",
+}
+
+
+# Variables as other tools write them: ${NAME}, $NAME at the beginning of a path, os.environ/NAME.
+_VARIABLE_USED = re.compile(
+    r"\$\{[A-Za-z_][A-Za-z0-9_.]*[^}]*\}|^\$[A-Za-z_][A-Za-z0-9_]*(?=$|[/:])|^os\.environ/"
+)
+_MAX_VALUES = 100_000
+_TYPES = {bool: "boolean", int: "number", float: "number", type(None): "null"}
+
+
+def parse_config(text: str, source: str) -> Config:
+    """Parse and validate a config; `source` is named in errors.
+
+    Raises ConfigError with one line per fault.
+    """
+    try:
+        data = yaml.load(text, ConfigLoader)  # a safe loader, made stricter
+    except RecursionError:
+        raise ConfigError(f"{source}: not valid YAML: it is nested too deeply") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        at = f" line {where.line + 1}, column {where.column + 1}" if where else ""
+        problem = getattr(error, "problem", None) or "can't be read"
+        raise ConfigError(f"{source}:{at} not valid YAML: {problem}") from None
+    return _validated(data, source, text)
+
+
+def read_config(data: object, source: str, folder: Path) -> Config:
+    """Validate a config that has been parsed already. Paths in it are taken relative to `folder`.
+
+    `source` is named in errors. Raises ConfigError with one line per fault.
+    """
+    return _anchored(_validated(data, source), folder)
+
+
+def _validated(data: object, source: str, text: str | None = None) -> Config:
+    """`text`: what `data` was parsed from, so that errors can show values as they are written."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: a mapping with the key `experts` is needed at the top")
+    try:
+        if used := list(_variables(data, (), [_MAX_VALUES])):
+            raise ConfigError("\n".join(f"{source}: {line}" for line in used))
+        return Config.model_validate(data)
+    except RecursionError:
+        raise ConfigError(
+            f"{source}: it is nested too deeply, holds itself, or has over {_MAX_VALUES:,} values"
+        ) from None
+    except ValidationError as error:
+        raise ConfigError("\n".join(_faults(error, source, text))) from None
+
+
+def _variables(value: object, place: tuple[str, ...], left: list[int]) -> Iterator[str]:
+    """A line for each value that would be taken literally where a variable was meant.
+
+    `left`: how many values may still follow, as aliases of aliases can make billions of them.
+    """
+    left[0] -= 1
+    if left[0] < 0:
+        raise RecursionError
+    if isinstance(value, dict):
+        for key, one in value.items():
+            if key != "description":  # free text
+                yield from _variables(one, (*place, str(key)), left)
+    elif isinstance(value, list):
+        for number, one in enumerate(value):
+            yield from _variables(one, (*place, str(number)), left)
+    elif isinstance(value, str) and (found := _VARIABLE_USED.search(value)) is not None:
+        where = ".".join(place)
+        if place and place[-1].endswith("_env"):
+            yield f"{where}: {_VARIABLE}, as it is: NAME, not ${{NAME}} or os.environ/NAME"
+            return
+        name = re.match(r"\$\{?[A-Za-z_][A-Za-z0-9_]*\}?|os\.environ/", found[0])
+        yield (
+            f"{where}: variables are not replaced in this file, and "
+            f"{name[0] if name else found[0]} would be taken as it is; write the value (keys and "
+            "the store's URL come from the environment, by the fields that end in _env)"
+        )
+
+
+def _faults(error: ValidationError, source: str, text: str | None) -> Iterator[str]:
+    for fault in error.errors(include_url=False):
+        path = ".".join(str(part) for part in fault["loc"] if part != "[key]")
+        said = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            allowed = sorted(_keys_at(fault["loc"][:-1]))
+            close = difflib.get_close_matches(str(fault["loc"][-1]), allowed, n=1)
+            hint = f" did you mean {close[0]!r}?" if close else ""
+            said = f"unknown key;{hint} allowed: {', '.join(allowed)}"
+        elif fault["type"] == "missing":
+            said = "missing, and it has no default"
+        elif fault["loc"] and fault["loc"][-1] in _SECRET:
+            # Not shown: somebody may have put the key itself here.
+            said = _SECRET[fault["loc"][-1]]
+        elif fault["type"] == "string_type" and type(fault["input"]) in _TYPES:
+            written = None if text is None else written_at(text, fault["loc"])
+            value = shown(fault["input"]) if written is None else written or "nothing"
+            remedy = "put it in quotes" if written is None else f'write "{written}"'
+            kind = _TYPES[type(fault["input"])]
+            said = f"a text is needed, and {value} is a {kind}; {remedy}"
+        elif fault["type"] != "value_error":
+            said = f"{said[0].lower()}{said[1:]}, not {shown(fault['input'])}"
+        yield f"{source}: {path + ': ' if path else ''}{said}"
+
+
+def _keys_at(path: tuple[int | str, ...]) -> set[str]:
+    # By kind of place, not by name: an expert or a pool may well be called "vllm".
+    for place, section in SECTIONS.items():
+        if len(place) == len(path) and all(
+            want in ("*", got) for want, got in zip(place, path, strict=True)
+        ):
+            return set(section.model_fields)
+    raise KeyError(path)
+
+
+def load_config(path: Path) -> Config:
+    """Read a config file. Paths in it are taken relative to it. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read: {error}") from None
+    return _anchored(parse_config(text, str(path)), path.resolve().parent)
+
+
+def _anchored(config: Config, folder: Path) -> Config:
+    """Make the relative paths in a config absolute, so that every process reads them alike."""
+
+    def at(value: str) -> str:
+        return str((folder / Path(value).expanduser()).resolve())
+
+    def tuned(options: _Tuned) -> _Tuned:
+        folder = options.tuned_config_folder
+        if folder is None:
+            return options
+        return options.model_copy(update={"tuned_config_folder": at(folder)})
+
+    experts = {
+        name: expert.model_copy(
+            update={
+                "adapter": at(expert.adapter) if expert.adapter is not None else None,
+                "profile": at(expert.profile) if expert.profile is not None else None,
+                "model": at(expert.model)
+                if expert.model is not None and is_path(expert.model)
+                else expert.model,
+                "vllm": tuned(expert.vllm),
+            }
+        )
+        for name, expert in config.experts.items()
+    }
+    pools = {
+        kind: pool.model_copy(update={"vllm": tuned(pool.vllm)})
+        for kind, pool in config.pools.items()
+    }
+    artifact = config.router.artifact
+    keys_file = config.store.keys_file
+    return config.model_copy(
+        update={
+            "experts": experts,
+            "pools": pools,
+            "router": config.router.model_copy(
+                update={"artifact": at(artifact) if artifact is not None else None}
+            ),
+            "store": config.store.model_copy(
+                update={"keys_file": at(keys_file) if keys_file is not None else None}
+            ),
+            "models_dir": at(config.models_dir) if config.models_dir is not None else None,
+        }
+    )

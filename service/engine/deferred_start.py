@@ -1,0 +1,132 @@
+"""Holding a reply's head back until its first byte is known.
+
+vLLM sends status 200 for a stream before the engine has produced anything, and
+reports faults as JSON of its own shape. A reply held here can still become an
+honest HTTP error until its first byte.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from service.engine.base import Message, Send
+
+_SSE_ERROR = (b'data: {"error"', b"event: error")
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+class HeldReply:
+    """An ASGI `send` that passes on from the first body byte, errors made OpenAI's.
+
+    `started` says whether anything has gone out. A whole error reply is kept in
+    `error` (status, body) instead of being sent, for the caller to judge and
+    then `send_error`.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._start: Message | None = None
+        self._parts: list[bytes] = []
+        self._shut = False
+        self.started = False
+        self.error: tuple[int, bytes] | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether no answer came, or a fault that is not told to be the client's."""
+        return not self.started and (self.error is None or self.error[0] >= 500)
+
+    def shut(self) -> None:
+        """Nobody listens any more: whatever else comes is thrown away."""
+        self._shut = True
+
+    async def __call__(self, message: Message) -> None:
+        if self._shut:
+            return
+        if self.started:
+            await self._send(message)
+            return
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        body: bytes = message.get("body", b"")
+        more: bool = message.get("more_body", False)
+        assert self._start is not None
+        status: int = self._start["status"]
+        if status >= 400:
+            self._parts.append(body)
+            if not more:
+                self.error = (status, openai_error(status, b"".join(self._parts)))
+            return
+        if body.startswith(_SSE_ERROR):
+            self.error = sse_error(body)
+            return
+        if self.error is not None or (not body and more):
+            return
+        self.started = True
+        await self._send(self._start)
+        await self._send(message)
+
+    async def send_error(self) -> None:
+        """Send the error that was kept."""
+        assert self.error is not None
+        status, body = self.error
+        self.started = True
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [
+                    (b"content-type", b"application/json"),
+                    (b"content-length", str(len(body)).encode()),
+                ],
+            }
+        )
+        await self._send({"type": "http.response.body", "body": body})
+
+
+def openai_error(status: int, body: bytes) -> bytes:
+    """Any error body as OpenAI's shape: message, type, param, code."""
+    try:
+        data: Any = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        data = None
+    detail = data.get("error", data) if isinstance(data, dict) else None
+    if isinstance(detail, dict):
+        message = detail.get("message") or detail.get("detail") or f"status {status}"
+        param, code = detail.get("param"), detail.get("code")
+    else:
+        message, param, code = detail or f"the engine answered with status {status}", None, None
+    if not isinstance(code, str):
+        code = "context_length_exceeded" if _about_context(str(message)) else None
+        if code is None and status >= 500:
+            code = "engine_error"
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return orjson.dumps(
+        {"error": {"message": str(message), "type": kind, "param": param, "code": code}}
+    )
+
+
+def _about_context(message: str) -> bool:
+    return "maximum context length" in message or "maximum model length" in message
+
+
+def sse_error(event: bytes) -> tuple[int, bytes]:
+    """Status and OpenAI body of an error that came as the first event of a stream."""
+    payload = event.split(b"data: ", 1)[-1].split(b"\n", 1)[0]
+    status = 500
+    try:
+        code = orjson.loads(payload)["error"]["code"]
+        if isinstance(code, int) and 400 <= code < 600:
+            status = code
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        pass
+    return status, openai_error(status, payload)

@@ -1,0 +1,61 @@
+"""An engine that is made when it is started: finding its weights may mean fetching them first."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from service.engine.base import EngineReport, EngineRequest, Exchanged, Filled, Send, SwappingEngine
+from service.errors import EngineRestarting
+
+
+class LazyEngine:
+    """Calls `make` in a thread at its start, and is then what that made."""
+
+    def __init__(self, make: Callable[[], SwappingEngine]) -> None:
+        self._make = make
+        self._made: SwappingEngine | None = None
+
+    def _engine(self) -> SwappingEngine:
+        if self._made is None:
+            raise EngineRestarting("the engine has not been started")
+        return self._made
+
+    async def start(self) -> EngineReport:
+        """Make it, then start it. Raises what either raises."""
+        self._made = await asyncio.to_thread(self._make)
+        return await self._made.start()
+
+    async def load(self, expert: str) -> None:
+        """See `Engine.load`."""
+        await self._engine().load(expert)
+
+    async def run(self, request: EngineRequest, send: Send) -> None:
+        """See `Engine.run`."""
+        await self._engine().run(request, send)
+
+    def failure(self) -> str | None:
+        """See `Engine.failure`."""
+        return self._made.failure() if self._made is not None else None
+
+    async def stop(self) -> None:
+        """See `Engine.stop`."""
+        if self._made is not None:
+            await self._made.stop()
+
+    @property
+    def exchangeable(self) -> frozenset[str]:
+        """See `SwappingEngine.exchangeable`."""
+        return self._engine().exchangeable
+
+    async def fill(self, expert: str) -> Filled:
+        """See `SwappingEngine.fill`."""
+        return await self._engine().fill(expert)
+
+    async def exchange(self, expert: str) -> Exchanged:
+        """See `SwappingEngine.exchange`."""
+        return await self._engine().exchange(expert)
+
+    async def drop(self, expert: str, *, for_next: bool = False) -> None:
+        """See `SwappingEngine.drop`."""
+        await self._engine().drop(expert, for_next=for_next)

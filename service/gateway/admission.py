@@ -1,0 +1,306 @@
+"""Letting a request in: whose it is, the most that it may use, and what it did use.
+
+A request enters twice. As it arrives, by its headers alone, it counts as a request and as one of
+those at once: who is over such a limit is refused before a byte of the body is read. Once it is
+understood, what it may use is reserved. Both are settled when it ends, however it does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import orjson
+
+from service.broker.ledger import Bound, Ledger, Reservation
+from service.broker.prices import Price, cost, prices_of
+from service.config import Config
+from service.errors import CoeError, DeadlineExceeded, InvalidRequest, StoreGone, TooMany
+from service.gateway.auth import Keyring
+from service.gateway.request.parsing import Asked
+from service.gateway.request_record import Passage
+from service.gateway.sends.usage_meter import Meter
+from service.http.asgi import ClientGone
+from service.http.endpoints import TABLE, UNCHARGED
+from service.http.openai_errors import status_of
+from service.telemetry.logging import log_fields
+from service.types import Tenant, Usage
+
+log = logging.getLogger("coe.admission")
+
+# The bound of an answer without one, of an expert whose context nobody knows.
+_UNKNOWN_CONTEXT = 8192
+# What a chat template may put around a prompt, beyond the bytes of its JSON.
+_TEMPLATE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """One call of an expert: tokens, and units of cost."""
+
+    expert: str
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float
+
+
+Charged = Callable[[Tenant, str, Sequence[Called]], None]
+
+
+@dataclass(slots=True)
+class Entry:
+    """A request that has arrived, and what is held for it.
+
+    Attributes:
+        id: Unique among all requests of all gateways.
+        tenant: Whose it is.
+        passage: What becomes of it.
+        counts: Somebody is charged for it; else what passes is left alone.
+        held: What is reserved for it.
+        meter: Counts its answer, once it is known what was asked.
+        fault: The code of the error that ended it, and its HTTP status.
+    """
+
+    id: str
+    tenant: Tenant
+    passage: Passage
+    counts: bool
+    held: list[Reservation] = field(default_factory=list)
+    meter: Meter | None = None
+    fault: tuple[str, int] = ("", 0)
+
+    @property
+    def counting(self) -> Meter | None:
+        """What the answer has to go through, and where calls of experts that only help to
+        find it are added; None where nobody is charged."""
+        return self.meter if self.counts else None
+
+    @property
+    def outcome(self) -> str:
+        """For the metrics of tenants."""
+        if self.fault[1] in (429, 503) and not self.passage.attempts:
+            return self.fault[0]
+        status = self.passage.status or self.fault[1]
+        if status == 0:
+            return "no_answer"
+        if status < 400:
+            return "ok"
+        return "client_error" if status < 500 else "server_error"
+
+    @property
+    def ours(self) -> bool:
+        """Whether it failed by our fault: then it does not count as a request."""
+        if self.fault[0] == DeadlineExceeded.code and self.passage.own_deadline:
+            return False
+        return max(self.passage.status, self.fault[1]) >= 500
+
+
+class Admission:
+    """Admits requests of one gateway.
+
+    `context`: an expert's in tokens, 0 where it is not known. `charged` is told
+    of each request at its end: whose it was, its outcome, and of every call the expert,
+    its tokens and its cost.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        keyring: Keyring,
+        ledger: Ledger,
+        context: Callable[[str], int],
+        charged: Charged,
+    ) -> None:
+        self.keyring = keyring
+        self.ledger = ledger
+        self._prices = prices_of(config)
+        self._context = context
+        self._charged = charged
+        self._counts = bool(config.tenants or config.budgets)
+        self._settling: set[asyncio.Task[None]] = set()
+
+    def identify(self, headers: dict[bytes, bytes]) -> Tenant:
+        """Whose request it is. Raises Unauthorized, StoreGone."""
+        return self.keyring.identify(headers)
+
+    async def look_up(self, headers: dict[bytes, bytes]) -> Tenant:
+        """Whose request it is that asks no expert. Raises Unauthorized, TooMany, StoreGone."""
+        tenant = self.identify(headers)
+        if self._counts or tenant.key:
+            await self.ledger.look_up(secrets.token_hex(12), tenant)
+        return tenant
+
+    @asynccontextmanager
+    async def enter(
+        self, headers: dict[bytes, bytes], passage: Passage
+    ) -> AsyncIterator[Entry]:
+        """Take a request in by its headers, and settle what is held for it at its end.
+
+        Raises Unauthorized, TooMany, StoreGone.
+        """
+        tenant = self.identify(headers)
+        log_fields(tenant=tenant.name, key=tenant.key)
+        entry = Entry(secrets.token_hex(12), tenant, passage, self._counts or bool(tenant.key))
+        if not entry.counts:
+            yield entry
+            return
+        try:
+            entry.held.append(await self.ledger.arrive(entry.id, tenant))
+        except (TooMany, StoreGone) as error:
+            self._charged(tenant, error.code, ())
+            raise
+        try:
+            yield entry
+        except CoeError as error:
+            entry.fault = error.code, status_of(error)
+            raise
+        except ClientGone:
+            raise
+        except Exception:
+            entry.fault = CoeError.code, 500
+            raise
+        finally:
+            # On its own: a client that leaves cancels us, and it must be settled all the same.
+            settling = asyncio.create_task(self._settle(entry))
+            self._settling.add(settling)
+            settling.add_done_callback(self._settling.discard)
+            await asyncio.shield(settling)
+
+    async def admit(
+        self,
+        entry: Entry,
+        asked: Asked,
+        ways: Sequence[Sequence[str]],
+        likely_tokens: Callable[[], float],
+    ) -> Asked:
+        """Reserve the most that a request may use; its answer may come back clipped.
+
+        Args:
+            entry: The request as it arrived.
+            asked: What it asks.
+            ways: The experts that each way of answering may ask.
+            likely_tokens: Tells the tokens that the calls of one way together are expected to make.
+
+        Raises:
+            InvalidRequest: It can't be written again.
+            TooMany: One of its limits has no room for it.
+            StoreGone: Limits can't be counted.
+        """
+        entry.meter = meter = Meter(asked)
+        if not entry.counts:
+            return asked
+        bound = Bound(0, places=asked.sequences)
+        if self.ledger.bounds(asked.tenant):
+            bound = self._bound(asked, ways, likely_tokens())
+        held = await self.ledger.reserve(f"{entry.id}-{len(entry.held)}", entry.tenant, bound)
+        entry.held.append(held)
+        if held.max_tokens < bound.max_tokens or bound.needs_clip:
+            asked = asked.at_most(held.max_tokens)
+        data: dict[str, Any] = meter.asks(asked.data)
+        if data is asked.data:
+            return asked
+        try:
+            raw = orjson.dumps(data)
+        except orjson.JSONEncodeError:
+            raise InvalidRequest("the body is nested too deep") from None
+        return replace(asked, data=data, raw=raw)
+
+    async def stop(self) -> None:
+        """Wait for what is being settled."""
+        await asyncio.gather(*self._settling, return_exceptions=True)
+
+    def _bound(
+        self, asked: Asked, ways: Sequence[Sequence[str]], likely_tokens: float
+    ) -> Bound:
+        """The most that any of these ways could use for it, all its calls together."""
+        if asked.endpoint in UNCHARGED:
+            return Bound(0)
+        known = [self._context(name) for name in {name for way in ways for name in way}]
+        context = max(known, default=0)
+        # No tokenizer makes more tokens than there are bytes.
+        prompt = asked.most_prompt_tokens + _TEMPLATE_TOKENS
+        if all(known):
+            prompt = min(prompt, asked.prompts * context)
+        calls = max((len(way) for way in ways), default=1)
+        prices = [[self._prices[name] for name in way] for way in ways]
+        dearest = Price(
+            max((sum(p.prompt for p in way) for way in prices), default=0.0),
+            max((sum(p.completion for p in way) for way in prices), default=0.0),
+        )
+        if not TABLE[asked.endpoint].generates:
+            return Bound(
+                prompt,
+                0,
+                0,
+                prompt_cost=cost(dearest, prompt, 0),
+                likely_prompt=min(prompt, asked.prompt_tokens),
+                places=asked.sequences,
+            )
+        length = asked.most_tokens
+        if length is None:
+            length = context if all(known) else max(context, _UNKNOWN_CONTEXT)
+        elif all(known):
+            length = min(length, context)
+        return Bound(
+            calls * prompt,
+            length,
+            calls * asked.answers,
+            prompt_cost=cost(dearest, prompt, 0),
+            token_cost=cost(dearest, 0, asked.answers),
+            # The context bounds an answer only where it is known.
+            needs_clip=asked.most_tokens is None and not all(known),
+            likely_prompt=calls * min(prompt, asked.prompt_tokens),
+            likely_tokens=None
+            if asked.most_tokens is not None
+            else max(1, math.ceil(likely_tokens / calls)),
+            places=asked.sequences,
+        )
+
+    async def _settle(self, entry: Entry) -> None:
+        expert = entry.passage.expert
+        calls = await self._calls(entry, expert)
+        usage = Usage(
+            sum(call.prompt_tokens for call in calls),
+            sum(call.completion_tokens for call in calls),
+            sum(call.cost for call in calls),
+        )
+        self._charged(entry.tenant, entry.outcome, calls)
+        # With what is settled in the store its usage is noted there, in one step.
+        kept = [held for held in entry.held if held.granted.claim.lines] or entry.held
+        settled = await asyncio.gather(
+            *(
+                self.ledger.settle(
+                    held,
+                    usage,
+                    expert=expert,
+                    ended_s=time.time(),
+                    counts=not entry.ours,
+                    noted=held is kept[-1] and not entry.ours,
+                )
+                for held in entry.held
+            ),
+            return_exceptions=True,
+        )
+        for error in settled:
+            if isinstance(error, CoeError):
+                log.error("a request could not be settled: %s", error.code)
+            elif error is not None:
+                log.error("a request could not be settled", exc_info=error)
+
+    async def _calls(self, entry: Entry, expert: str) -> list[Called]:
+        if entry.meter is None:
+            return []
+        for call in entry.passage.unfinished:
+            entry.meter.left(*await call.used())
+        return [
+            Called(name, prompt, completion, cost(self._prices[name], prompt, completion))
+            for name, prompt, completion in entry.meter.calls_made(expert)
+            if name in self._prices
+        ]

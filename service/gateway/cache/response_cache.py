@@ -1,0 +1,354 @@
+"""Answers kept for requests that ask for it, where they may be lost. Never across tenants.
+
+An exact key is a hash of tenant, endpoint, the model asked for, every parameter, bound and message,
+and of how the experts are configured; its answers stand in one of `max_entries` places
+by that hash, so that their number has a bound whoever writes, and a new one takes an old
+one's place. For likeness there are shelves beside them: the latest questions that differ in
+their last message only. The store keeps answers as they are, so whoever reads it
+reads them. A store that is gone is a miss.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from service.config import CacheConfig, Config
+from service.engine.base import Message, Send
+from service.errors import CoeError, StoreGone
+from service.gateway.cache.text_similarity import MOST_CHARACTERS, likeness, said, same_words
+from service.gateway.request.parsing import Asked
+from service.http.asgi import STREAM_HEADERS
+from service.http.usage import reply_usage, usage_of
+from service.moe.profiles import profile_digests
+from service.store.places import place
+from service.store.volatile import VolatileStore
+from service.telemetry import metrics
+from service.telemetry.registry import Meter
+
+log = logging.getLogger("coe.cache")
+
+_ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+# Who asks makes no other answer. What a stream is to hold beside it does: it is kept as it went
+# out, and a client may fail on a chunk of usage that it did not ask for.
+_ASIDE = frozenset({"user", "metadata", "safety_identifier"})
+_RANK = {"off": 0, "exact": 1, "semantic": 2}
+_SHELF = 16
+_DONE = b"data: [DONE]"
+# Why an answer ended. In JSON an unescaped quote ends a string: this can only be a key.
+_ENDS = re.compile(rb'"finish_reason"\s*:\s*"([^"\\]*)"')
+_WHOLE = frozenset({b"stop", b"tool_calls", b"function_call"})
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """An answer that was kept. `likeness` is 1 for the very same request."""
+
+    kind: str
+    expert: str
+    content_type: str
+    body: bytes
+    likeness: float
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What a request is looked for by. `question`: its last message, if likeness will do."""
+
+    settings: CacheConfig
+    tenant: str
+    place: str
+    key: str
+    shelf: str
+    question: str
+    kind: str
+
+
+class Cache:
+    """The response cache of one gateway."""
+
+    def __init__(self, config: Config, store: VolatileStore, meter: Meter | None = None) -> None:
+        self._settings = {
+            name: tenant.cache
+            for name, tenant in config.tenants.items()
+            if tenant.cache.mode != "off"
+        }
+        self._store = store
+        self.meter = meter
+        experts = config.model_dump_json(include={"experts", "pools", "router", "recipes"})
+        # A steering profile may hold something else under the same name.
+        made_by = experts + repr(sorted(profile_digests(config).items()))
+        self._made_by = hashlib.blake2b(made_by.encode(), digest_size=8).hexdigest()
+
+    async def begin(self, asked: Asked, send: Send) -> Visit:
+        """Look for a request's answer; `Visit.send` is where another one has to go then."""
+        search = self.search(asked)
+        if search is None:
+            return Visit(self, None, None, send)
+        hit = await self.look(search, asked)
+        if hit is not None:
+            return Visit(self, search, hit, send)
+        return Visit(self, search, None, Recorded(send, search.settings.max_entry_bytes))
+
+    def search(self, asked: Asked) -> Search | None:
+        """What to look for, or None where it is not asked for or not allowed."""
+        settings = self._settings.get(asked.tenant.name)
+        if settings is None or asked.cache == "off" or asked.endpoint not in _ENDPOINTS:
+            return None
+        kind = min(asked.cache, settings.mode, key=_RANK.__getitem__)
+        data = {name: value for name, value in asked.data.items() if name not in _ASIDE}
+        tenant = asked.tenant.name
+        # What bounds its cost or time decides who answers, too.
+        bounds = [asked.max_cost, asked.deadline_ms if asked.own_deadline else None]
+        key = self._hash(tenant, asked.endpoint, data, bounds)
+        question, rest = _question(asked, data) if kind == "semantic" else ("", {})
+        shelf = self._hash(tenant, asked.endpoint, rest, bounds) if question else ""
+        number = int(key, 16) % settings.max_entries
+        where = place("cache", tenant, "answer", str(number))
+        return Search(settings, tenant, where, key, shelf, question, kind)
+
+    def _hash(self, *what: Any) -> str:
+        data = orjson.dumps([self._made_by, *what], option=orjson.OPT_SORT_KEYS)
+        return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+    async def look(self, search: Search, asked: Asked) -> Hit | None:
+        """The answer that is kept for a request, if any."""
+        try:
+            hit = await self._exact(search, asked)
+            if hit is None and search.question:
+                hit = await self._alike(search, asked)
+        except StoreGone:
+            hit = None
+        self._count("exact", hit is not None and hit.kind == "exact")
+        if search.question and (hit is None or hit.kind == "semantic"):
+            self._count("semantic", hit is not None)
+        return hit
+
+    def _count(self, kind: str, found: bool) -> None:
+        if self.meter is not None:
+            self.meter.add(metrics.CACHE, 1, kind, "hit" if found else "miss")
+
+    async def _exact(self, search: Search, asked: Asked) -> Hit | None:
+        return _read(await self._store.get(search.place), search.key, asked, "exact", 1.0)
+
+    async def _alike(self, search: Search, asked: Asked) -> Hit | None:
+        words = said(search.question)
+        best: tuple[float, Mapping[str, str]] | None = None
+        for one in _shelf(await self._store.get(self._shelf_name(search))):
+            if one["shelf"] == search.shelf and same_words(words, said(one["question"])):
+                how = likeness(search.question, one["question"])
+                if how >= search.settings.threshold and (best is None or how > best[0]):
+                    best = how, one
+        if best is None:
+            return None
+        how, found = best
+        kept = await self._store.get(found["place"])
+        return _read(kept, found["key"], asked, "semantic", how)
+
+    def _shelf_name(self, search: Search) -> str:
+        # As many shelves as answers at most, for the same reason.
+        number = int(search.shelf, 16) % search.settings.max_entries
+        return place("cache", search.tenant, "shelf", str(number))
+
+    async def keep(self, search: Search, recorded: Recorded, *, by_own_bound: bool) -> None:
+        """Keep an answer that came whole. Never raises for a store that is gone.
+
+        `by_own_bound`: where it was cut, it was by the length that the request itself names. Cut
+        by anything else (a budget, `max_cost`, a context) it is no answer to keep.
+        """
+        body = recorded.whole(by_own_bound=by_own_bound)
+        if body is None:
+            return
+        value = orjson.dumps(
+            {
+                "key": search.key,
+                "expert": recorded.expert,
+                "type": recorded.content_type,
+                "body": base64.b85encode(free_of_charge(body, recorded.content_type)).decode(),
+            }
+        )
+        ttl_s = search.settings.ttl_s
+        try:
+            await self._store.put(search.place, value, ttl_s=ttl_s)
+            if search.question:
+                name = self._shelf_name(search)
+                entry = {
+                    "shelf": search.shelf,
+                    "question": search.question,
+                    "key": search.key,
+                    "place": search.place,
+                }
+                others = [
+                    one
+                    for one in _shelf(await self._store.get(name))
+                    if one["key"] != search.key and one["shelf"] == search.shelf
+                ]
+                await self._store.put(
+                    name, orjson.dumps([entry, *others[: _SHELF - 1]]), ttl_s=ttl_s
+                )
+        except StoreGone:
+            return
+        except CoeError as error:
+            log.warning("an answer could not be kept: %s", error.code)
+
+
+class Recorded:
+    """An ASGI send that keeps a copy of an answer, as long as it is one worth keeping."""
+
+    def __init__(self, send: Send, most_bytes: int) -> None:
+        self._send = send
+        self._most_bytes = most_bytes
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._whole = False
+        self.expert = ""
+        self.content_type = ""
+        self._good = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._good = message["status"] == 200
+            for name, value in message["headers"]:
+                if name == b"content-type":
+                    self.content_type = value.decode("latin-1")
+                elif name == b"x-coe-expert":
+                    self.expert = value.decode("latin-1")
+        elif self._good:
+            body = message.get("body", b"")
+            self._size += len(body)
+            self._good = self._size <= self._most_bytes
+            self._parts.append(body)
+            self._whole = not message.get("more_body", False)
+            if not self._good:
+                self._parts.clear()
+        await self._send(message)
+
+    def whole(self, *, by_own_bound: bool) -> bytes | None:
+        """The body, if it ended as it should; see `Cache.keep`."""
+        if not (self._good and self._whole):
+            return None
+        body = b"".join(self._parts)
+        ends = set(_ENDS.findall(body))
+        if not ends <= (_WHOLE | {b"length"} if by_own_bound else _WHOLE):
+            return None
+        if self.content_type.startswith("text/event-stream"):
+            sound = body.rstrip().endswith(_DONE) and b'data: {"error"' not in body
+            return body if sound else None
+        return body
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """One request's visit to the cache: served from it, or to be kept, or neither."""
+
+    cache: Cache
+    search: Search | None
+    hit: Hit | None
+    send: Send
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """What the reply tells of it."""
+        if self.search is None:
+            return []
+        if self.hit is None:
+            return [(b"x-coe-cache", b"miss")]
+        told = [(b"x-coe-cache", self.hit.kind.encode())]
+        if self.hit.kind == "semantic":
+            told.append((b"x-coe-likeness", f"{self.hit.likeness:.3f}".encode()))
+        return told
+
+    async def serve(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """Send what was kept."""
+        assert self.hit is not None
+        head = [
+            (b"content-type", self.hit.content_type.encode("latin-1")),
+            (b"content-length", str(len(self.hit.body)).encode()),
+            (b"x-coe-expert", self.hit.expert.encode()),
+            *headers,
+        ]
+        if self.hit.content_type.startswith("text/event-stream"):
+            head += STREAM_HEADERS
+        await self.send({"type": "http.response.start", "status": 200, "headers": head})
+        await self.send({"type": "http.response.body", "body": self.hit.body})
+
+    async def keep(self, *, by_own_bound: bool) -> None:
+        """Once answered: keep the answer, if it is to be kept. See `Cache.keep`."""
+        if self.search is not None and isinstance(self.send, Recorded):
+            await self.cache.keep(self.search, self.send, by_own_bound=by_own_bound)
+
+
+def free_of_charge(body: bytes, content_type: str) -> bytes:
+    """An answer as it is served from the cache: its `usage.coe` tells that it costs nothing.
+
+    What the first one cost, and where its time went, is not true of the next.
+    """
+    if b'"coe"' not in body:
+        return body
+    if content_type.startswith("text/event-stream"):
+        return b"".join(map(_free_line, body.splitlines(keepends=True)))
+    usage = reply_usage(body)
+    if usage is None:
+        return body
+    told = orjson.loads(body[usage.value : usage.end])
+    return body[: usage.value] + orjson.dumps(_free(told)) + body[usage.end :]
+
+
+def _free_line(line: bytes) -> bytes:
+    if not line.startswith(b"data:") or b'"coe"' not in line:
+        return line
+    try:
+        event = orjson.loads(line[5:])
+    except orjson.JSONDecodeError:
+        return line
+    usage = usage_of(event) if isinstance(event, dict) else None
+    if usage is None:
+        return line
+    usage |= _free(usage)
+    return b"data: " + orjson.dumps(event) + b"\n"
+
+
+def _free(usage: Mapping[str, Any]) -> dict[str, Any]:
+    told = usage.get("coe")
+    if not isinstance(told, dict):
+        return dict(usage)
+    kept = {name: value for name, value in told.items() if name in ("expert", "recipe")}
+    return {**usage, "coe": {**kept, "cost": 0.0, "calls": [], "cached": True}}
+
+
+def _question(asked: Asked, data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The last message, where it is a plain one of the user's, and the rest of the request."""
+    messages = data.get("messages")
+    if asked.endpoint != "/v1/chat/completions" or not isinstance(messages, list) or not messages:
+        return "", {}
+    last = messages[-1]
+    if data.get("tools") or last.get("role") != "user" or last.keys() != {"role", "content"}:
+        return "", {}
+    text = last["content"]
+    if not isinstance(text, str) or not 0 < len(text) <= MOST_CHARACTERS:
+        return "", {}
+    return text, {**data, "messages": messages[:-1]}
+
+
+def _shelf(value: bytes | None) -> list[dict[str, str]]:
+    if value is None:
+        return []
+    found: list[dict[str, str]] = orjson.loads(value)
+    return found
+
+
+def _read(value: bytes | None, key: str, asked: Asked, kind: str, how: float) -> Hit | None:
+    if value is None:
+        return None
+    kept = orjson.loads(value)
+    # Another request's answer may have taken the place; a key may have lost an expert.
+    if kept["key"] != key or not asked.tenant.may_ask(kept["expert"]):
+        return None
+    return Hit(kind, kept["expert"], kept["type"], base64.b85decode(kept["body"]), round(how, 4))

@@ -1,0 +1,176 @@
+"""Whether two questions say the same in the same words. Pure.
+
+Not what they mean: nothing here knows that "car" and "automobile" are one thing, and no measure of
+likeness tells ethane from ethene or one number from another. So two questions are the same only
+where every word, number and sign is the same, in the same order and the same case. What may
+differ adds nothing: white space, a greeting, "please" and "thanks" around a request, the full
+stop or question mark at the end, a capital at the beginning, and contractions ("what's", "don't").
+Where a text may be *about* words, as in a translation, a quotation or code, even those have to
+be the same. Paraphrases are therefore missed.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+import numpy as np
+
+from service.classifier.features import Features, FeatureSpec, Featurizer
+
+# Beyond this the features do not see all of a text.
+MOST_CHARACTERS = 4000
+_FEATURES = Featurizer(FeatureSpec())
+
+# Words that begin a question, and such as begin a request. None is a name when it has a capital.
+_ASKS = (
+    "what|what's|who|who's|whom|whose|where|where's|when|why|how|which|is|isn't|are|aren't|was|were"
+    "|do|don't|does|doesn't|did|didn't|can|can't|could|should|would|has|have"
+)
+_REQUESTS = (
+    "explain|describe|write|list|give|tell|show|name|define|find|help|summarize|summarise|compare"
+    "|calculate|compute|solve|create|make|generate|provide|suggest|recommend|convert|discuss|draft"
+    "|compose|outline|analyze|analyse|evaluate|identify|determine|prove|design|implement"
+    "|book|order|schedule|cancel|remind|check|turn|set|play|add|transfer|pay|update|change|remove"
+    "|look|start|stop|open|close|send|search|let|imagine|craft|develop|act|pretend|rank|edit|build"
+    "|use|given|suppose|assume"
+)
+_I = r"i(?='(?:d|m|ve)\s| (?:need|want|would|have|am|lost|forgot|like)\b)"
+_FIRST = re.compile(rf"(?:(?:{_ASKS}|{_REQUESTS})(?![\w'-])|{_I})", re.IGNORECASE)
+_ASK = re.compile(rf"(?:{_ASKS})(?![\w'-])", re.IGNORECASE)
+_GREETING = re.compile(
+    r"(?:hi|hello|hey|good (?:morning|afternoon|evening|day))(?: there)?\s?[,.!]\s?", re.IGNORECASE
+)
+_PLEASE = re.compile(r"(?:please|kindly),?\s", re.IGNORECASE)
+# Only requests that nobody means as a question about what the other one is able to do.
+_COULD_YOU = re.compile(
+    r"(?:can|could|would) you (?:(?:please|kindly) )?"
+    r"(?=(?:explain|describe|summari[sz]e|define|(?:give|show|help|tell) me)\b)",
+    re.IGNORECASE,
+)
+_TELL_ME = re.compile(r"tell me (?=(?:what|who|where|when|why|how|which)\b)", re.IGNORECASE)
+# In the order in which they are looked for. Each has to be set off by a comma or a sentence's end.
+_THANKS = ("thank you", "thanks", "please", "thx")
+_CONTRACTIONS = {
+    "what's": "what is",
+    "who's": "who is",
+    "where's": "where is",
+    "i'm": "i am",
+    "can't": "can not",
+    "cannot": "can not",
+    "won't": "will not",
+}
+_CONTRACTED = re.compile(
+    r"(?<![\w'-])(?:what's|who's|where's|i'm|can't|cannot|won't"
+    r"|(?:do|does|did|is|are|was|were|has|have|could|should|would)n't)(?![\w'-])",
+    re.IGNORECASE,
+)
+# Texts that may be about words or signs: quotations, code, lists, and tasks on a wording.
+_LITERAL = re.compile(
+    r"[\"`“”«»„\\<>{}\[\]|_~\n]|:(?!\d)|(?<!\w)'|'(?!\w)"
+    r"|\b(?:translat|spell|pronounc|rewrit|rephras|paraphras|proofread|punctuat|capitali[sz]"
+    r"|abbreviat|regex|grep|syllab)"
+    r"|\b(?:words?|letters?|characters?|vowels?|consonants?|phrases?|grammar|grammatical"
+    r"|synonyms?|antonyms?|rhymes?|acronyms?|contractions?|lyrics|glob)\b",
+    re.IGNORECASE,
+)
+# A sentence with one of these may speak of the courtesy or the mark itself.
+_OF_SPEECH = re.compile(
+    r"\b(?:say|says|said|saying|call|called|mean|means|meaning|counts?|repeat|quotes?|sentences?"
+    r"|sings?|sang|sung|songs?|titles?|patterns?|commands?|answers?|repl(?:y|ies)|please|thanks"
+    r"|thank|hello|hi)\b",
+    re.IGNORECASE,
+)
+_SENTENCE = re.compile(r"[.?!]\s+(?=\S)")
+_MARK = re.compile(r"(?<=[\w)%])(?:\s?\?|\.)$")
+
+
+def said(text: str) -> str:
+    """A question in the one form that all its harmless variants share."""
+    plain = unicodedata.normalize("NFC", text).replace("’", "'").strip()
+    if _LITERAL.search(plain):
+        return plain
+    plain = " ".join(plain.split())
+    bare = _without_thanks(_without_opening(_without_thanks(plain)))
+    bare = _without_mark(_small_beginning(bare))
+    return _CONTRACTED.sub(_in_full, bare)
+
+
+def _last_sentence(text: str) -> str:
+    ends = [found.end() for found in _SENTENCE.finditer(text)]
+    return text[ends[-1] if ends else 0 :]
+
+
+def _without_opening(text: str) -> str:
+    """A text without greeting and the like, where a question or request follows them."""
+    bare = text
+    for courtesy in (_GREETING, _PLEASE, _COULD_YOU, _TELL_ME):
+        if found := courtesy.match(bare):
+            bare = bare[found.end() :]
+            if courtesy is _COULD_YOU:
+                # The mark was that question's, not the request's.
+                bare = _MARK.sub("", bare)
+    first = _SENTENCE.split(bare, maxsplit=1)[0]
+    return bare if _FIRST.match(bare) and not _OF_SPEECH.search(first) else text
+
+
+def _small_beginning(text: str) -> str:
+    """A text whose first word has no capital, where that word is no name."""
+    if not _FIRST.match(text):
+        return text
+    first, space, rest = text.partition(" ")
+    # WHO and US are no words with a capital.
+    if first == "I" or first[1:].islower() or "'" in first:
+        first = first.lower()
+    return first + space + rest
+
+
+def _without_mark(text: str) -> str:
+    """A text without the full stop at its end, or the question mark of a question."""
+    mark = _MARK.search(text)
+    if mark is None:
+        return text
+    last = _last_sentence(text)
+    if _OF_SPEECH.search(last) or (mark[0] != "." and not _ASK.match(last)):
+        return text
+    return text[: mark.start()]
+
+
+def _without_thanks(text: str) -> str:
+    """A text without the courtesies at its end, each set off by a comma or after a sentence."""
+    while True:
+        bare = text.rstrip(" .!?")
+        word = next((one for one in _THANKS if bare[-len(one) :].lower() == one), None)
+        if word is None:
+            return text
+        before = bare[: -len(word)].rstrip(" ")
+        # After more than one comma in its sentence it may be the last of a list.
+        last = _last_sentence(before)
+        if before[-1:] not in (",", ".", "?", "!") or last[:-1].count(","):
+            return text
+        if _OF_SPEECH.search(last) and last.lower().rstrip(" .!?,") not in _THANKS:
+            return text
+        text = before.rstrip(" ,") if before[-1] == "," else before
+
+
+def _in_full(found: re.Match[str]) -> str:
+    word = found[0].lower()
+    full = _CONTRACTIONS.get(word) or f"{word[:-3]} not"
+    return full if found[0][0].islower() else full[0].upper() + full[1:]
+
+
+def same_words(one: str, other: str) -> bool:
+    """Whether two questions, as `said` gives them, are the same."""
+    return bool(one) and one == other
+
+
+def likeness(one: str, other: str) -> float:
+    """Cosine of the hashed n-grams of two texts, in [0, 1]."""
+    a, b = _FEATURES(one), _FEATURES(other)
+    _, at_a, at_b = np.intersect1d(a.buckets, b.buckets, assume_unique=True, return_indices=True)
+    norms = _norm(a) * _norm(b)
+    return float(a.counts[at_a] @ b.counts[at_b]) / norms if norms else 0.0
+
+
+def _norm(features: Features) -> float:
+    return float(np.sqrt(np.square(features.counts.astype(np.float64)).sum()))

@@ -1,0 +1,163 @@
+"""The gateway of one config: what decides, admits and answers by it. Nothing outlives it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+from service.broker.ledger import Ledger
+from service.capabilities import with_capabilities
+from service.config import Config
+from service.gateway.admission import Admission, Called
+from service.gateway.app import Gateway
+from service.gateway.auth import Keyring
+from service.gateway.budget_prices import Spending
+from service.gateway.cache.response_cache import Cache
+from service.gateway.dispatch.circuit_breakers import Trips
+from service.gateway.dispatch.dispatcher import Relay
+from service.gateway.dispatch.execution import Answering
+from service.gateway.dispatch.remote_pool import RemoteSeat
+from service.gateway.guard.guard import Guard
+from service.gateway.guard.screen import Screen
+from service.gateway.routes.admin import Reload
+from service.gateway.routes.feedback import Feedback
+from service.gateway.routes.keys_and_usage import Accounts
+from service.gateway.routing.setup import Routing
+from service.gateway.state import GatewayState
+from service.gateway.store_setup import key_book, keys_marker
+from service.rpc.pool_directory import Directory
+from service.store.keys import Keys
+from service.store.protocol import Store
+from service.store.volatile import VolatileStore
+from service.telemetry import metrics
+from service.telemetry.tracing import Traces
+from service.types import NOBODY, Tenant
+
+
+class ConfiguredGateway:
+    """What answers by one config. Raises ConfigError, ArtifactError where it can't be built.
+
+    Args:
+        config: By which it answers.
+        state: What the gateway has counted and learned.
+        directory: Links to pools.
+        store: Counts limits and budgets.
+        volatile: Keeps what may be lost.
+        spending: Prices budgets.
+        seats: Of the remote experts, by name; it is read whenever one is asked.
+        before: The one of the config before, whose replies may be voted on still.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        state: GatewayState,
+        directory: Directory,
+        store: Store,
+        volatile: VolatileStore,
+        ledger: Ledger,
+        spending: Spending,
+        seats: Mapping[str, RemoteSeat],
+        traces: Traces | None,
+        secret: str,
+        admin_key: str | None,
+        wake: Callable[[str], None],
+        neighbours: Callable[[], Awaitable[list[str]]],
+        behind_serve: bool,
+        reload: Reload | None,
+        screens: Mapping[str, Screen] | None,
+        before: ConfiguredGateway | None,
+    ) -> None:
+        self.config = config
+        config = with_capabilities(config)
+        self.seats = seats
+        self._meter = state.metrics.meter
+        book = key_book(config, store)
+        self.keyring: Keyring = Keyring(
+            config,
+            book,
+            secret=secret,
+            marker=keys_marker(config),
+            after=None if before is None else before.keyring,
+        )
+        self.ledger = ledger
+        remotes = {
+            name: expert.remote for name, expert in config.experts.items() if expert.remote
+        }
+        self.trips = Trips(
+            {name: remote.url for name, remote in remotes.items()},
+            config.server.breaker.hang_s,
+            state.breakers,
+            state.retries,
+            self._meter,
+        )
+        routing = Routing(config, state.lengths, state.escalations)
+        self.market = routing.market
+        self.relay = Relay(
+            routing.book,
+            routing.market,
+            directory,
+            seats,
+            wake,
+            spending,
+            self.trips,
+            state.conversations,
+        )
+        self.feedback: Feedback = Feedback(
+            config.feedback,
+            store,
+            volatile,
+            routing.worth,
+            routing.book,
+            shared=(config.store.cache_url or config.store.cache_url_env) is not None,
+            tenants=[NOBODY.name, *config.tenants],
+            after=None if before is None else before.feedback,
+        )
+        self._admission = Admission(
+            config, self.keyring, self.ledger, self.relay.context, self._charged
+        )
+        self.gateway = Gateway(
+            config,
+            routing.router,
+            self.relay,
+            self._admission,
+            Accounts(config, self._admission, Keys(book)),
+            Answering(self.relay, routing.worth, self.feedback),
+            directory,
+            lambda: {name: seats[name].failed for name in remotes if name in seats},
+            neighbours,
+            state,
+            admin_key=admin_key,
+            reload=reload,
+            traces=traces,
+            behind_serve=behind_serve,
+            guard=Guard(config, screens),
+            cache=Cache(config, volatile, self._meter),
+        )
+
+    async def start(self) -> None:
+        """Begin to follow keys and votes. Raises StoreGone."""
+        await self.keyring.start()
+        await self.feedback.start()
+
+    async def stop(self) -> None:
+        """End what is under way in the background."""
+        await self.gateway.feed.close()
+        await self.relay.close()
+        await self.feedback.stop()
+        await self._admission.stop()
+        await self.keyring.stop()
+
+    async def end(self) -> None:
+        """Stop after the last request that came to it."""
+        # Consoles connect again at once, to the gateway of the newer config.
+        await self.gateway.feed.close()
+        await self.gateway.idle()
+        await self.stop()
+
+    def _charged(self, tenant: Tenant, outcome: str, calls: Sequence[Called]) -> None:
+        """A request that somebody is charged for has ended."""
+        self._meter.add(metrics.TENANT_REQUESTS, 1, tenant.name, outcome)
+        for call in calls:
+            tokens = call.prompt_tokens + call.completion_tokens
+            self._meter.add(metrics.TENANT_TOKENS, tokens, tenant.name)

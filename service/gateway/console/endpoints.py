@@ -1,0 +1,104 @@
+"""The console's endpoints, as plain ASGI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from service.errors import CoeError
+from service.gateway.console.assets import Asset, load_assets
+from service.gateway.console.event_stream import Feed
+from service.http.asgi import ClientGone, Receive, Send, until_gone
+from service.http.openai_errors import fault_of
+
+_STREAM = [
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+    (b"x-content-type-options", b"nosniff"),
+]
+
+
+def console_routes(
+    feed: Feed, may_watch: Callable[[dict[bytes, bytes]], None], *, behind_serve: bool
+) -> list[Route]:
+    """`/`, `/console`, `/docs`, their files, and the stream of events.
+
+    `may_watch` raises CoeError where a request's headers do not allow it to see the events.
+    `behind_serve`: whoever is around notices when a client leaves.
+    """
+
+    async def home(request: Request) -> Response:
+        del request
+        return RedirectResponse("/console", 307)
+
+    routes = [
+        Route("/", home, methods=["GET"]),
+        Route("/console/events", _Events(feed, may_watch, behind_serve), methods=["GET"]),
+    ]
+    for path, asset in load_assets().items():
+        routes.append(Route(path, _Page(asset), methods=["GET"]))
+    return routes
+
+
+class _Page:
+    """One file. A class, because Starlette would wrap a function."""
+
+    def __init__(self, asset: Asset) -> None:
+        self._asset = asset
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        headers = dict(self._asset.headers)
+        known = dict(scope["headers"]).get(b"if-none-match", b"")
+        if known.decode("latin-1") == self._asset.etag:
+            await Response(status_code=304, headers=headers)(scope, receive, send)
+            return
+        await Response(self._asset.body, headers=headers)(scope, receive, send)
+
+
+class _Events:
+    """Server-sent events, until the client leaves or the feed ends."""
+
+    def __init__(
+        self, feed: Feed, may_watch: Callable[[dict[bytes, bytes]], None], behind_serve: bool
+    ) -> None:
+        self._feed = feed
+        self._may_watch = may_watch
+        self._behind_serve = behind_serve
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
+            await send({"type": "http.response.body", "body": b""})
+            return
+        stream = self._stream(dict(scope["headers"]), send)
+        if self._behind_serve:
+            await stream
+            return
+        try:
+            await until_gone(stream, receive)
+        except ClientGone:
+            return
+
+    async def _stream(self, headers: dict[bytes, bytes], send: Send) -> None:
+        events = self._feed.events()
+        started = False
+        try:
+            self._may_watch(headers)
+            async for data in events:
+                if not started:
+                    started = True
+                    await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        except CoeError as error:
+            fault = fault_of(error)
+            head = {"type": "http.response.start", "status": fault.status, "headers": fault.headers}
+            await send(head)
+            await send({"type": "http.response.body", "body": fault.body})
+        finally:
+            await events.aclose()

@@ -1,0 +1,208 @@
+"""The console's one stream of events: everybody who looks gets the same, made once.
+
+Nothing is gathered while nobody looks. Events: `hello` (what does not change, and what
+was before), then `state` twice a second at most, and `routes` as requests end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import orjson
+
+from service import __version__
+from service.broker.pool_state import REMOTE, PoolView
+from service.config import Config
+from service.errors import OverCapacity, PoolGone
+from service.gateway.console.request_history import Recent
+from service.gateway.console.state import describe_experts, describe_pools
+from service.rpc.pool_directory import Directory
+
+log = logging.getLogger("coe.api")
+
+_TICK_S = 0.5
+_BEAT_S = 3.0
+_MOST_LISTENERS = 64
+# A listener that does not read loses events; the next state holds everything anyway.
+_MOST_QUEUED = 16
+# So many points of its graphs are kept.
+HISTORY = 240
+# Rates are over so many seconds: one alone jumps with every batch.
+_OVER = 4
+# A stream ends in time for a gateway that stops: at once when its pools drain, and
+# where there are none, soon.
+_LONGEST_S = 600.0
+_LONGEST_ALONE_S = 10.0
+
+
+class Feed:
+    """Gathers while somebody listens. `close` ends every stream.
+
+    `budgets` tells each one's name, shadow price, and the share of it that is left. `history`:
+    the points of its graphs, at most `HISTORY`; they outlive a config.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        directory: Directory,
+        views: Callable[[], list[PoolView]],
+        remotes: Callable[[], dict[str, str | None]],
+        in_flight: Callable[[], float],
+        recent: Recent,
+        budgets: Callable[[], list[tuple[str, float, float]]],
+        history: deque[dict[str, Any]],
+    ) -> None:
+        self._config = config
+        self._budgets = budgets
+        self._directory = directory
+        self._views = views
+        self._remotes = remotes
+        self._in_flight = in_flight
+        self._recent = recent
+        self._listeners: set[asyncio.Queue[bytes | None]] = set()
+        self._task: asyncio.Task[None] | None = None
+        self._details: dict[str, dict[str, dict[str, Any]]] = {}
+        self._rates: dict[tuple[str, str], float] = {}
+        self._counted: deque[tuple[float, dict[tuple[str, str], int]]] = deque(maxlen=_OVER)
+        self._history = history
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events. Raises OverCapacity when too many listen."""
+        if len(self._listeners) >= _MOST_LISTENERS:
+            raise OverCapacity(f"{_MOST_LISTENERS} consoles listen to this gateway already")
+        queue: asyncio.Queue[bytes | None] = asyncio.Queue(_MOST_QUEUED)
+        longest_s = _LONGEST_S if self._config.pools else _LONGEST_ALONE_S
+        end_s = time.monotonic() + longest_s
+        self._listeners.add(queue)
+        try:
+            yield b"retry: 500\n\n" + _event("hello", self._hello())
+            if self._task is None or self._task.done():
+                self._task = asyncio.create_task(self._gather())
+            while time.monotonic() < end_s:
+                data = await queue.get()
+                if data is None:
+                    return
+                yield data
+        finally:
+            self._listeners.discard(queue)
+
+    async def close(self) -> None:
+        """End every stream."""
+        self._tell(None)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that changes, as of now."""
+        now_s = time.time()
+        pools = describe_pools(self._views(), self._details, self._rates)
+        remotes = {
+            name: {"state": "failed", "reason": why} if why else {"state": "device"}
+            for name, why in self._remotes().items()
+        }
+        return {
+            "at_s": round(now_s, 1),
+            "in_flight": int(self._in_flight()),
+            "pools": pools,
+            "remotes": remotes,
+            "budgets": [
+                {"name": name, "price": price, "left": round(left, 4)}
+                for name, price, left in self._budgets()
+            ],
+            "totals": self._recent.totals(now_s),
+            "flows": self._recent.flows(now_s),
+        }
+
+    def _hello(self) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "gateway": self._directory.gateway,
+            "experts": describe_experts(self._config),
+            "categories": sorted(self._config.category_map()),
+            "routes": self._recent.since(0),
+            "history": list(self._history),
+            "state": self.state(),
+        }
+
+    async def _gather(self) -> None:
+        """Tell what changes, as long as somebody listens."""
+        try:
+            await self._follow()
+        except Exception:
+            # Else who listens would wait for ever; a page that was ended asks again.
+            log.exception("the console's events failed")
+            self._tell(None)
+
+    async def _follow(self) -> None:
+        told = b""
+        told_s = counted_s = 0.0
+        seen = self._recent.count
+        self._counted.clear()
+        while self._listeners:
+            now_s = time.monotonic()
+            if now_s - counted_s >= 1.0:
+                counted_s = now_s
+                await self._count(now_s)
+            state = self.state()
+            if _over(state["pools"]):
+                self._tell(None)
+                return
+            if self._recent.count > seen:
+                self._tell(_event("routes", {"routes": self._recent.since(seen)}))
+                seen = self._recent.count
+            # Its time alone is nothing new.
+            data = orjson.dumps({**state, "at_s": 0})
+            if data != told or now_s - told_s >= _BEAT_S:
+                told, told_s = data, now_s
+                self._tell(_event("state", state))
+            await asyncio.sleep(_TICK_S)
+
+    async def _count(self, now_s: float) -> None:
+        """Ask every pool for what its snapshots leave out, and make rates of its counts."""
+        links = self._directory.links()
+        told = await asyncio.gather(*(link.experts() for link in links), return_exceptions=True)
+        details = {}
+        for link, one in zip(links, told, strict=True):
+            if isinstance(one, dict):
+                details[link.address.boot] = one
+            elif not isinstance(one, PoolGone):
+                raise one
+        self._details = details
+        counted = {
+            (boot, name): int(one.get("tokens", 0))
+            for boot, experts in details.items()
+            for name, one in experts.items()
+        }
+        before_s, before = self._counted[0] if self._counted else (now_s, counted)
+        self._counted.append((now_s, counted))
+        by_expert: dict[str, float] = {}
+        self._rates = {}
+        for key, tokens in counted.items():
+            made = tokens - before.get(key, tokens)
+            rate = made / (now_s - before_s) if now_s > before_s else 0.0
+            self._rates[key] = rate
+            by_expert[key[1]] = round(by_expert.get(key[1], 0.0) + rate, 1)
+        self._history.append({"at_s": round(time.time(), 1), "tokens_per_s": by_expert})
+
+    def _tell(self, data: bytes | None) -> None:
+        for queue in self._listeners:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(data)
+
+
+def _over(pools: list[dict[str, Any]]) -> bool:
+    """Whether this service is stopping: then a stream must not hold the gateway up."""
+    local = [pool for pool in pools if pool["boot"] != REMOTE]
+    return bool(local) and all(pool["draining"] for pool in local)
+
+
+def _event(name: str, data: dict[str, Any]) -> bytes:
+    return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(data) + b"\n\n"

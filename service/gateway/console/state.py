@@ -1,0 +1,75 @@
+"""What the console shows of experts and pools, from snapshots. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from service.broker.pool_state import REMOTE, PoolView
+from service.config import Config
+
+# Of a pool's own account of an expert, what its snapshots do not hold.
+_DETAILS = ("pinned", "host_bytes", "weight_bytes", "last_swap", "tokens")
+
+
+def describe_experts(config: Config) -> list[dict[str, Any]]:
+    """What does not change while the service runs."""
+    told = []
+    for name, expert in config.experts.items():
+        made = "steered" if expert.profile else "lora"
+        kind = "remote" if expert.remote else made if expert.base else "full"
+        told.append(
+            {
+                "name": name,
+                "kind": kind,
+                "base": expert.base,
+                "form": expert.form if expert.base else None,
+                "description": expert.description,
+                "categories": list(expert.categories),
+            }
+        )
+    return told
+
+
+def describe_pools(
+    views: Iterable[PoolView],
+    details: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    rates: Mapping[tuple[str, str], float],
+) -> list[dict[str, Any]]:
+    """Each pool with its experts. `details`: by boot and expert; `rates`: tokens/s likewise."""
+    return [_pool(view, details.get(view.boot, {}), rates) for view in views]
+
+
+def _pool(
+    view: PoolView,
+    details: Mapping[str, Mapping[str, Any]],
+    rates: Mapping[tuple[str, str], float],
+) -> dict[str, Any]:
+    snapshot = view.snapshot
+    experts = {}
+    for name, state in snapshot.experts.items():
+        queue = snapshot.queues.get(name)
+        speed = snapshot.speeds.get(name)
+        told: dict[str, Any] = {
+            "state": state.state.value,
+            "reason": state.reason,
+            "eta_s": round(state.eta_s, 1),
+            "swap_s": state.swap_s,
+            "slot": state.slot,
+            "waiting": queue.waiting if queue else 0,
+            "running": queue.running if queue else 0,
+            "capacity": snapshot.capacity.get(name, 0),
+            "first_s": speed.first_s if speed else 0.0,
+            "chunk_s": speed.chunk_s if speed else 0.0,
+            "tokens_per_s": round(rates.get((view.boot, name), 0.0), 1),
+        }
+        more = details.get(name, {})
+        experts[name] = told | {key: more[key] for key in _DETAILS if key in more}
+    return {
+        "id": f"{snapshot.kind}-{view.boot[:6]}" if view.boot != REMOTE else "remote",
+        "kind": snapshot.kind,
+        "boot": view.boot,
+        "age_s": round(view.age_s, 2),
+        "draining": snapshot.draining,
+        "experts": experts,
+    }

@@ -1,0 +1,474 @@
+"""Carrying one call to whoever answers it, and the answer back.
+
+Until the first byte has gone to the client, a fault sends the request to the next
+best option; afterwards it ends the stream with an SSE error event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+import aiohttp
+
+from service.broker.cost_model import Market
+from service.broker.demand import failure_reason, usable
+from service.broker.pool_state import REMOTE, Board, PoolView
+from service.broker.recipe_catalog import Book
+from service.broker.selection import Bar, Option, Weighed, weigh
+from service.engine.base import EngineRequest, Message
+from service.errors import (
+    CoeError,
+    DeadlineExceeded,
+    EngineDiedTwice,
+    EngineSilent,
+    ExpertFailed,
+    InvalidRequest,
+    PoolGone,
+    PoolStopped,
+    PoolUnreachable,
+    Unavailable,
+    UpstreamError,
+)
+from service.gateway.budget_prices import Spending
+from service.gateway.dispatch.circuit_breakers import Trips
+from service.gateway.dispatch.errors import RETRIED, fault_from, too_late, whole
+from service.gateway.dispatch.remote_pool import RemoteSeat, seats_view
+from service.gateway.dispatch.retries import (
+    MOST_LOSSES,
+    AfterFault,
+    WithoutOption,
+    after_fault,
+    is_loss,
+    tries_per_pool,
+    without_option,
+)
+from service.gateway.redaction import without_folders
+from service.gateway.request.parsing import Asked
+from service.gateway.request.token_limits import within_context, within_cost
+from service.gateway.request_record import Passage, Spent, Unfinished
+from service.gateway.routing.candidates import Plan
+from service.gateway.routing.demand_reporter import Unmet
+from service.gateway.routing.prefix_affinity import Conversations
+from service.gateway.routing.selection_request import wish_for
+from service.gateway.sends.response import Reply
+from service.http.endpoints import TABLE
+from service.http.openai_errors import FAULT_HEADER
+from service.rpc.call import ENGINE_MS, QUEUE_MS, SWAP_MS, Call
+from service.rpc.client import PoolReply
+from service.rpc.pool_directory import Directory
+
+if TYPE_CHECKING:
+    from service.telemetry.tracing import Trace
+
+# The pool enforces the deadline; the gateway only sees to it that a pool that
+# hangs can't keep a client for ever.
+_GRACE_S = 1.0
+
+
+class Relay:
+    """Carries calls. `wake` asks for a pool that holds an expert where none runs."""
+
+    def __init__(
+        self,
+        book: Book,
+        market: Market,
+        directory: Directory,
+        seats: Mapping[str, RemoteSeat],
+        wake: Callable[[str], None],
+        spending: Spending,
+        trips: Trips,
+        conversations: Conversations,
+    ) -> None:
+        self.spending = spending
+        self.conversations = conversations
+        self.book = book
+        self.trips = trips
+        self.market = market
+        self._board = Board(book.index)
+        self._directory = directory
+        self._seats = seats
+        self._wake = wake
+        self._unmet = Unmet(directory, self.views)
+
+    async def close(self) -> None:
+        """Say no more."""
+        await self._unmet.close()
+
+    def views(self) -> list[PoolView]:
+        """What is known of every pool, with this gateway's own unacknowledged requests."""
+        now_s = time.monotonic()
+        views = [
+            PoolView(link.address.boot, link.snapshot, link.age_s(now_s), link.unseen())
+            for link in self._directory.links()
+            if link.snapshot is not None
+        ]
+        if self._seats:
+            views.append(seats_view(self._seats))
+        return views
+
+    def context(self, expert: str) -> int:
+        """An expert's context in tokens, the greatest that any pool tells; 0: not known."""
+        return self._directory.context(expert)
+
+    def weigh(
+        self,
+        asked: Asked,
+        plan: Plan,
+        *,
+        left_s: float | None = None,
+        banned: frozenset[tuple[str, str]] = frozenset(),
+        views: list[PoolView] | None = None,
+    ) -> Weighed:
+        """Every way to answer this now. Sends nothing."""
+        banned |= self.trips.blocked()
+        wish = wish_for(
+            self.market,
+            asked,
+            plan,
+            left_s=left_s,
+            banned=banned,
+            cost_price=self.spending.cost_price(asked.tenant),
+            warm=self.conversations.warm(asked),
+        )
+        standing = self._board.standing(self.views() if views is None else views)
+        return weigh(self.book, standing, wish)
+
+    async def carry(
+        self,
+        asked: Asked,
+        plan: Plan,
+        reply: Reply,
+        deadline_s: float,
+        *,
+        first: Weighed | None = None,
+        recipe: str = "",
+    ) -> None:
+        """Answer by one expert. `first`: the choice as it was found, for the first attempt.
+        `recipe`: as part of which this is asked, if it is.
+
+        Raises CoeError while nothing has been sent.
+        """
+        passage = reply.passage
+        fault: CoeError | None = None
+        single = plan.only(self.book.single[plan.rows])
+        self.trips.began()
+        while True:
+            if len(passage.losses) >= MOST_LOSSES:
+                raise _died_twice()  # another call of the same request may have seen the second
+            option = self._next(asked, single, passage, fault, deadline_s, first)
+            first = None
+            if option is None:
+                await self._wait_for_pool(plan, deadline_s)
+                continue
+            passage.expert = option.expert
+            passage.recipe = recipe or option.expert
+            passage.local = option.boot != REMOTE
+            passage.predicted_s = option.wait_s
+            passage.attempts += 1
+            if (tried := passage.tried[option.expert, option.boot]) > 0:
+                await self.trips.pause(tried)
+            passage.tried[option.expert, option.boot] += 1
+            left_s = deadline_s - time.monotonic()
+            try:
+                # Of another expert than the first fewer tokens may cost as much.
+                context = self.context(option.expert)
+                bounded = within_cost(asked, (option.expert,), self.market, (context,))
+            except InvalidRequest as error:
+                raise fault or error from None
+            bounded = within_context(bounded, option.expert, context)
+            passage.clipped = bounded.clipped
+            try:
+                with (
+                    _traced(passage.trace, option, asked) as trace,
+                    self.trips.attempt(option.expert, option.boot, left_s),
+                ):
+                    await self._attempt(option, bounded, deadline_s, reply, trace)
+                return
+            except (Unavailable, UpstreamError) as error:
+                if reply.started:
+                    await reply.break_off(error)
+                    return
+                fault = error
+                if is_loss(error):
+                    passage.losses.append(option.boot)
+                if not isinstance(error, DeadlineExceeded):
+                    passage.failed.append((option.expert, error.code))
+                    self.trips.forget_all_but([view.boot for view in self.views()])
+                match after_fault(error, len(passage.losses)):
+                    case AfterFault.DIED_TWICE:
+                        raise _died_twice() from None
+                    case AfterFault.RAISE:
+                        raise
+                    case AfterFault.RETRY_IF_PAID if not self.trips.pay_for_retry():
+                        raise
+
+    def begin(self, asked: Asked, plan: Plan, left_s: float) -> Weighed:
+        """The first choice for a request, with so much left of its deadline: tells pools of what
+        it would rather have had."""
+        views = self.views()
+        weighed = self.weigh(asked, plan, left_s=left_s, views=views)
+        self.spending.offered(asked.tenant, weighed)
+        at = weighed.best()
+        if at is None:
+            self._refuse_cost(asked, weighed)
+            return weighed
+        self._wake_better(plan, weighed, at, views)
+        if wanted := weighed.unmet(at):
+            self._unmet.note(wanted, weighed.missed(at))
+        return weighed
+
+    @staticmethod
+    def _refuse_cost(asked: Asked, weighed: Weighed) -> None:
+        """No way to answer is cheap enough, whatever is free: say so at once."""
+        if asked.max_cost is not None and (weighed.cost > asked.max_cost).all():
+            raise InvalidRequest(
+                f"no way to answer is expected to cost at most {asked.max_cost:g}; "
+                f"the cheapest costs about {weighed.cost.min():.3g}",
+                param="coe.max_cost",
+            )
+
+    def _next(
+        self,
+        asked: Asked,
+        plan: Plan,
+        passage: Passage,
+        fault: CoeError | None,
+        deadline_s: float,
+        first: Weighed | None,
+    ) -> Option | None:
+        """The best option left. None: wait for a pool. Raises when there is no hope."""
+        # The same pool again only where its engine died: it is starting another.
+        tries = tries_per_pool(fault)
+        # After a fault, somebody else first.
+        least_tried = range(min(1, len(passage.tried)), tries + 1)
+        if first is not None and (found := self._winner(first, passage)) is not None:
+            return found
+        views = self.views()
+        for most in least_tried:
+            banned = frozenset(key for key, count in passage.tried.items() if count >= most)
+            left_s = max(0.0, deadline_s - time.monotonic())
+            weighed = self.weigh(asked, plan, left_s=left_s, banned=banned, views=views)
+            if (found := self._winner(weighed, passage)) is not None:
+                return found
+        experts = self._experts(plan)
+        shut = self.trips.blocked()
+        there = [(name, v.boot) for v in views for name in experts if usable(v, name)]
+        reason = failure_reason(plan.first, views)
+        match without_option(
+            fault,
+            attempts=passage.attempts,
+            resting=any(place in shut for place in there),
+            usable=bool(there),
+            failed=reason is not None,
+        ):
+            case WithoutOption.RAISE_FAULT:
+                assert fault is not None
+                raise fault
+            case WithoutOption.REFUSE_AS_RESTING:
+                raise self.trips.refusal(experts)
+            case WithoutOption.REFUSE_AS_FAILED:
+                raise ExpertFailed(
+                    f"expert {plan.first!r} could not be loaded: {without_folders(reason or '')}",
+                    retry_after_s=30,
+                )
+        return None
+
+    def _winner(self, weighed: Weighed, passage: Passage) -> Option | None:
+        at = weighed.best()
+        if at is None:
+            return None
+        passage.predicted_cost = float(weighed.cost[at])
+        return weighed.option(self.book.recipes[int(weighed.wish.rows[at])].members[0])
+
+    def _experts(self, plan: Plan) -> list[str]:
+        return [self.book.recipes[row].members[0] for row in plan.rows.tolist()]
+
+    def _wake_better(self, plan: Plan, weighed: Weighed, at: int, views: list[PoolView]) -> None:
+        """Ask for a pool of an expert worth more than the winner that no pool has now."""
+        if not (weighed.barred == Bar.NO_POOL).any():
+            return
+        there = {name for view in views for name in view.snapshot.experts}
+        best: tuple[float, str] | None = None
+        for quality, row in zip(plan.quality.tolist(), plan.rows.tolist(), strict=True):
+            absent = [name for name in self.book.recipes[row].members if name not in there]
+            if absent and (best is None or quality > best[0]):
+                best = quality, absent[0]
+        if best is not None and best[0] > weighed.utility[at]:
+            self._wake(best[1])
+
+    async def _wait_for_pool(self, plan: Plan, deadline_s: float) -> None:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise Unavailable(f"no running pool holds expert {plan.first!r}", retry_after_s=5)
+        self._wake(plan.first)
+        await self._directory.change(min(left_s, 1.0))
+
+    async def _attempt(
+        self,
+        option: Option,
+        asked: Asked,
+        deadline_s: float,
+        reply: Reply,
+        trace: Mapping[str, str],
+    ) -> None:
+        left_ms = max(1, int((deadline_s - time.monotonic()) * 1000))
+        body = asked.body_for(option.expert)
+        remote = option.boot == REMOTE
+        limit = asyncio.timeout(left_ms / 1000 + (0 if remote else _GRACE_S))
+        # Never the one of an attempt before: that has ended.
+        reply.first_byte_limit = limit if remote and asked.stream else None
+        reply.sent_s = time.monotonic()
+        reply.passage.pool = option.boot
+        # The one before may not have ended yet in the engine: no two have the same id.
+        again = reply.passage.attempts - 1
+        attempt_id = f"{asked.request_id}-again{again}" if again else asked.request_id
+        handed = asyncio.Event()
+        left = partial(self._left, option, asked, attempt_id, reply)
+        spent = Spent(
+            option.expert,
+            self.market.price(option.expert),
+            answers=asked.answers,
+            most_tokens=asked.most_tokens,
+        )
+        reply.spent = spent
+        try:
+            async with limit:
+                if remote:
+                    seat = self._seats[option.expert]
+                    reply.passage.calls.append(spent)
+                    await seat.run(
+                        EngineRequest(
+                            asked.endpoint,
+                            option.expert,
+                            body,
+                            attempt_id,
+                            trace,
+                            asked.tenant.cache_salt,
+                        ),
+                        reply,
+                        handed,
+                        asked.tenant,
+                        tokens=asked.prompt_tokens,
+                        places=asked.sequences,
+                    )
+                    return
+                link = self._directory.link(option.boot)
+                call = Call(
+                    endpoint=asked.endpoint,
+                    expert=option.expert,
+                    request_id=attempt_id,
+                    deadline_ms=left_ms,
+                    stream=asked.stream,
+                    gateway=self._directory.gateway,
+                    seq=link.next_seq(option.expert),
+                    tenant=asked.tenant,
+                    trace=trace,
+                    prompt_tokens=asked.prompt_tokens,
+                    places=asked.sequences,
+                )
+                try:
+                    async with link.call(call, body) as answer:
+                        reply.passage.calls.append(spent)
+                        await self._pass_on(answer, asked, limit, reply)
+                except PoolGone as error:
+                    if link.draining and not isinstance(error, PoolUnreachable):
+                        raise PoolStopped(error.message) from None
+                    raise
+        except asyncio.CancelledError:
+            left(begun=handed.is_set() or not remote)
+            raise
+        except DeadlineExceeded:
+            left(begun=asked.own_deadline)
+            raise
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            left(begun=asked.own_deadline and (handed.is_set() or not remote))
+            raise too_late(asked, silent=asked.stream and (handed.is_set() or not remote)) from None
+
+    def _left(
+        self, option: Option, asked: Asked, attempt_id: str, reply: Reply, *, begun: bool
+    ) -> None:
+        """A call is given up: nobody waits for it any more. What it has used will be asked.
+
+        `begun`: somebody may have worked on it.
+        """
+        if not begun:
+            return
+        asks = None
+        if option.boot != REMOTE:
+            with suppress(CoeError):
+                asks = self._directory.link(option.boot).used
+        tokens = 0
+        if TABLE[asked.endpoint].generates:
+            expected = self.market.expect("", asked.prompt_tokens, asked.most_tokens)
+            likely = asked.answers * float(expected.tokens[self.book.index[option.expert]])
+            running_s = max(0.0, time.monotonic() - reply.sent_s - option.wait_s)
+            most = asked.answers * (asked.most_tokens or self.context(option.expert) or 2**31)
+            tokens = min(most, int(likely * running_s / max(option.answer_s, 1e-3)))
+        reply.passage.unfinished.append(
+            Unfinished(
+                partial(asks, attempt_id) if asks is not None else None,
+                (asked.prompt_tokens, tokens),
+            )
+        )
+
+    async def _pass_on(
+        self, answer: PoolReply, asked: Asked, limit: asyncio.Timeout, reply: Reply
+    ) -> None:
+        fault = answer.headers.get(FAULT_HEADER.decode())
+        if fault in (DeadlineExceeded.code, EngineSilent.code):
+            # In the client's own figure: the pool knows only what was left of it.
+            raise too_late(asked, silent=fault == EngineSilent.code)
+        if fault in RETRIED:
+            raise fault_from(fault, await whole(answer), answer.headers.get("retry-after"))
+        content_type = answer.headers.get("content-type", "application/json").encode("latin-1")
+        head = [(b"content-type", content_type)]
+        for name in ("retry-after", "x-coe-fault"):
+            if name in answer.headers:
+                head.append((name.encode(), answer.headers[name].encode("latin-1")))
+        reply.passage.queue_ms = float(answer.headers.get(QUEUE_MS, "0"))
+        reply.passage.swap_ms = float(answer.headers.get(SWAP_MS, "0"))
+        reply.passage.engine_ms = float(answer.headers.get(ENGINE_MS, "0"))
+        if not content_type.startswith(b"text/event-stream"):
+            body = await whole(answer)
+            await reply(_start(answer.status, head))
+            await reply({"type": "http.response.body", "body": body})
+            return
+        try:
+            first = True
+            async for chunk in answer.chunks.iter_any():
+                if first:
+                    limit.reschedule(None)
+                    await reply(_start(answer.status, head))
+                    first = False
+                await reply({"type": "http.response.body", "body": chunk, "more_body": True})
+        except (aiohttp.ClientError, OSError):
+            raise PoolGone("the pool that was answering went away") from None
+        if first:
+            raise PoolGone("the pool ended its answer before it began")
+        await reply({"type": "http.response.body", "body": b""})
+
+
+def _traced(
+    trace: Trace | None, option: Option, asked: Asked
+) -> AbstractContextManager[Mapping[str, str]]:
+    """The W3C headers to go on with; untraced, the client's own as they came."""
+    if trace is None:
+        return nullcontext(asked.trace)
+    return trace.attempt(option.expert, option.boot or None)
+
+
+def _died_twice() -> EngineDiedTwice:
+    return EngineDiedTwice(
+        f"{MOST_LOSSES} engines died while they had this request; it is given to no other"
+    )
+
+
+def _start(status: int, headers: list[tuple[bytes, bytes]]) -> Message:
+    return {"type": "http.response.start", "status": status, "headers": headers}

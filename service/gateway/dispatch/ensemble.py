@@ -1,0 +1,371 @@
+"""Recipes of several experts: asked together or in turn, compared, and one answer sent.
+
+One member failing does not fail the answer. A stream begins as soon as the answer is
+settled: what a member has answered is sent as it stands, and the last expert of a cascade, whose
+answer counts in any case, streams itself. A client gets the same answer whole and streamed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import orjson
+
+from service.broker.agreement import Final, agreed, confidence, final_answer, majority
+from service.broker.selection import Weighed
+from service.engine.base import Message
+from service.errors import CoeError, Unavailable
+from service.gateway.dispatch.dispatcher import Relay
+from service.gateway.request.parsing import Asked
+from service.gateway.request_record import Passage, Spent
+from service.gateway.routing.candidates import Plan
+from service.gateway.sends.response import NoAnswer, Reply
+from service.types import MAX_LATER, Recipe
+
+log = logging.getLogger("coe.ensemble")
+
+# Answers that were cut, by a bound on their length or by a filter, can't be compared.
+_CUT = frozenset({"length", "content_filter"})
+# Experts that told no log probabilities though they were asked to; each is named in the log once.
+_without_logprobs: set[str] = set()
+
+
+class NoMember(Unavailable):
+    """None of a recipe's members answered."""
+
+    code = "no_member_answered"
+
+
+@dataclass(slots=True)
+class Answer:
+    """What one member said. `body` is its whole reply, empty where it failed with `error`."""
+
+    expert: str
+    passage: Passage
+    status: int = 0
+    body: bytes = b""
+    text: str = ""
+    final: Final | None = None
+    logprobs: tuple[float, ...] = ()
+    error: CoeError | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is an answer."""
+        return self.error is None and self.status == 200
+
+
+@dataclass(slots=True)
+class Ensemble:
+    """Runs one recipe for one request. `weighed` is the choice that took it."""
+
+    relay: Relay
+    recipe: Recipe
+    asked: Asked
+    plan: Plan
+    weighed: Weighed
+    reply: Reply
+    deadline_s: float
+    answers: list[Answer] = field(default_factory=list)
+    _sent: Answer | None = None
+
+    @property
+    def escalations(self) -> int:
+        """How many of the recipe's later experts were asked."""
+        return sum(1 for one in self.answers if one.expert in self.recipe.later)
+
+    async def run(self) -> None:
+        """Answer. Raises NoMember where nobody did, and nothing has been sent."""
+        try:
+            if self.recipe.kind == "vote":
+                await self._vote()
+            else:
+                await self._cascade()
+        finally:
+            self._charge()
+
+    async def _vote(self) -> None:
+        answers = await self._together(self.recipe.members, most=len(self.recipe.members) // 2 + 1)
+        at = majority([one.final if one.ok else None for one in answers])
+        if at is None:
+            good = [one for one in answers if one.ok]
+            await (self._send(good[-1]) if good else self._refuse())
+            return
+        await self._send(answers[at])
+
+    async def _cascade(self) -> None:
+        recipe = self.recipe
+        members = await self._together(recipe.members, most=None)
+        finals = [one.final if one.ok else None for one in members]
+        if len(members) == 1 and recipe.sure > 0:
+            settled = self._sure(members[0])
+        else:
+            settled = agreed(finals)
+        if settled:
+            await self._send(members[0])
+            return
+        for i, expert in enumerate(recipe.later):
+            last = i == len(recipe.later) - 1
+            if self._too_late_for(expert) and (newest := self._newest()) is not None:
+                await self._send(newest)
+                return
+            self.reply.passage.escalations += 1
+            if last and self.asked.stream:
+                if await self._streamed(expert):
+                    return
+                break
+            began_s = time.monotonic()
+            try:
+                answer = await self._ask(expert, len(self.answers))
+            except asyncio.CancelledError:
+                # The client has left: what was begun is charged all the same.
+                self.answers.append(self._cut_short(expert, began_s))
+                raise
+            self.answers.append(answer)
+            agrees = answer.ok and answer.final is not None and answer.final in finals
+            if agrees or (last and answer.ok):
+                await self._send(answer)
+                return
+            finals.append(answer.final if answer.ok else None)
+        newest = self._newest() or next((one for one in self.answers[::-1] if one.ok), None)
+        await (self._send(newest) if newest is not None else self._refuse())
+
+    def _sure(self, answer: Answer) -> bool:
+        """Whether a member was sure enough of its own tokens."""
+        if not answer.ok:
+            return False
+        if not answer.logprobs and answer.text and answer.expert not in _without_logprobs:
+            _without_logprobs.add(answer.expert)
+            log.warning(
+                "expert %s tells no log probabilities, so the cascade %s always asks the next",
+                answer.expert,
+                self.name,
+            )
+        return confidence(answer.logprobs) >= self.recipe.sure
+
+    async def _streamed(self, expert: str) -> bool:
+        """Let the last expert answer the client itself. False where it failed before it began."""
+        self._account()
+        self.reply.answers_only = True
+        try:
+            await self.relay.carry(
+                replace(self.asked, request_id=f"{self.asked.request_id}-{len(self.answers)}"),
+                self._only(expert),
+                self.reply,
+                self.deadline_s,
+                recipe=self.name,
+            )
+        except CoeError as error:
+            if self.reply.started:
+                raise
+            # That attempt's bound has ended with it.
+            self.reply.first_byte_limit = None
+            refused = isinstance(error, NoAnswer)
+            self.answers.append(Answer(expert, Passage(), error=None if refused else error))
+            return False
+        finally:
+            self.reply.answers_only = False
+        return True
+
+    @property
+    def name(self) -> str:
+        """The recipe's, as a header can carry it."""
+        return self.recipe.name.replace("→", "->")
+
+    async def _together(self, experts: Sequence[str], most: int | None) -> list[Answer]:
+        """Ask all at once; stop waiting when `most` of them agree. In the order of `experts`."""
+        tasks = {asyncio.create_task(self._ask(expert, i)): i for i, expert in enumerate(experts)}
+        found: dict[int, Answer] = {}
+        began_s = time.monotonic()
+        try:
+            left = set(tasks)
+            while left:
+                done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    found[tasks[task]] = task.result()
+                finals = [one.final for one in found.values() if one.ok and one.final]
+                if most is not None and any(finals.count(f) >= most for f in finals):
+                    break
+        finally:
+            # A client that leaves cancels us: what was begun is charged all the same.
+            for task, i in tasks.items():
+                task.cancel()
+                found.setdefault(i, self._cut_short(experts[i], began_s))
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.answers += [found[i] for i in range(len(experts))]
+        return self.answers[-len(experts) :]
+
+    def _cut_short(self, expert: str, began_s: float) -> Answer:
+        """A call that was ended before its answer came: what it has cost is told by the clock."""
+        option = self.weighed.option(expert)
+        tokens = 0
+        if option is not None:
+            e = self.relay.book.index[expert]
+            whole = float(self.weighed.wish.tokens[e])
+            running_s = time.monotonic() - began_s - option.wait_s
+            tokens = int(whole * min(1.0, max(0.0, running_s / max(option.answer_s, 1e-3))))
+        passage = Passage(expert=expert)
+        passage.calls.append(
+            Spent(
+                expert,
+                self.relay.market.price(expert),
+                self.asked.prompt_tokens,
+                tokens,
+                estimated=True,
+                ended=False,
+            )
+        )
+        return Answer(expert, passage, error=Unavailable("no longer needed"))
+
+    def _only(self, expert: str) -> Plan:
+        row = self.relay.book.index[expert]
+        return replace(
+            self.plan,
+            rows=np.array([row]),
+            quality=np.ones(1),
+            reach=np.zeros((1, MAX_LATER)),
+            first=expert,
+        )
+
+    async def _ask(self, expert: str, number: int) -> Answer:
+        """One member's whole answer; its faults are told, not raised."""
+        sure = self.recipe.sure > 0 and len(self.recipe.members) == 1 and number == 0
+        asked = self.asked.for_member(number, logprobs=sure)
+        heard = _Heard()
+        ours = self.reply.passage
+        answer = Answer(expert, Passage(expert=expert, trace=ours.trace, losses=ours.losses))
+        reply = Reply(heard, [], answer.passage, time.monotonic())
+        try:
+            await self.relay.carry(asked, self._only(expert), reply, self.deadline_s)
+        except CoeError as error:
+            answer.error = error
+            return answer
+        answer.status, answer.body = heard.status, heard.body
+        self._read(answer)
+        return answer
+
+    def _read(self, answer: Answer) -> None:
+        try:
+            choice = orjson.loads(answer.body)["choices"][0]
+            message = choice["message"]
+            answer.text = message.get("content") or ""
+            tokens = (choice.get("logprobs") or {}).get("content") or []
+            answer.logprobs = tuple(float(token["logprob"]) for token in tokens)
+        except (orjson.JSONDecodeError, KeyError, TypeError, IndexError, ValueError):
+            if answer.status == 200:
+                answer.error = Unavailable(f"expert {answer.expert!r} answered in no known form")
+            return
+        if choice.get("finish_reason") not in _CUT and not message.get("refusal"):
+            answer.final = final_answer(answer.text, as_json="json" in self.asked.needs)
+
+    def _newest(self) -> Answer | None:
+        """The last answer that has a final one in it."""
+        return next((one for one in self.answers[::-1] if one.ok and one.final), None)
+
+    def _too_late_for(self, expert: str) -> bool:
+        """Whether asking one more expert would miss the deadline."""
+        option = self.weighed.option(expert)
+        needed_s = option.wait_s + option.answer_s if option is not None else 0.0
+        return time.monotonic() + needed_s > self.deadline_s
+
+    async def _refuse(self) -> None:
+        """Nobody answered: send what an expert said against the request, if any did.
+
+        Raises the last error, or NoMember.
+        """
+        refused = [a for a in self.answers if a.error is None and 400 <= a.status < 500]
+        if not refused:
+            raise self._nobody()
+        self._account()
+        self._sent = refused[-1]
+        self.reply.passage.expert = refused[-1].expert
+        await self._answer(refused[-1].status, b"application/json", refused[-1].body)
+
+    def _nobody(self) -> CoeError:
+        errors = [one.error for one in self.answers if one.error is not None]
+        return errors[-1] if errors else NoMember("no member of the recipe answered")
+
+    def _charge(self) -> None:
+        """Count the calls whose answer did not go to the client itself."""
+        if self.reply.meter is None:
+            return
+        for answer in self.answers:
+            for call in answer.passage.calls if answer is not self._sent else ():
+                self.reply.meter.add(
+                    call.expert, call.prompt_tokens or 0, call.completion_tokens or 0
+                )
+
+    def _account(self) -> None:
+        """What all calls so far have cost, into the reply's own passage."""
+        passage = self.reply.passage
+        passage.recipe = self.name
+        passage.calls = [call for one in self.answers for call in one.passage.calls]
+        passage.queue_ms = max((one.passage.queue_ms for one in self.answers), default=0.0)
+        passage.swap_ms = max((one.passage.swap_ms for one in self.answers), default=0.0)
+
+    async def _send(self, answer: Answer) -> None:
+        """A member's answer to the client, as a stream if that was asked for."""
+        self._account()
+        self._sent = answer
+        passage = self.reply.passage
+        passage.expert, passage.pool = answer.expert, answer.passage.pool
+        passage.clipped = answer.passage.clipped
+        data = _without_ours(orjson.loads(answer.body), self.asked)
+        if self.asked.stream:
+            content_type, body = b"text/event-stream; charset=utf-8", _as_stream(data, self.asked)
+        else:
+            content_type, body = b"application/json", orjson.dumps(data)
+        await self._answer(200, content_type, body)
+
+    async def _answer(self, status: int, content_type: bytes, body: bytes) -> None:
+        head = [(b"content-type", content_type)]
+        await self.reply({"type": "http.response.start", "status": status, "headers": head})
+        await self.reply({"type": "http.response.body", "body": body})
+
+
+class _Heard:
+    """An ASGI send that keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.body = b""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        else:
+            self.body += message.get("body", b"")
+
+
+def _without_ours(data: dict[str, Any], asked: Asked) -> dict[str, Any]:
+    """A member's reply without what we had it say for ourselves."""
+    if isinstance(usage := data.get("usage"), dict):
+        usage.pop("coe", None)
+    if not asked.data.get("logprobs"):
+        for choice in data["choices"]:
+            choice["logprobs"] = None
+    return data
+
+
+def _as_stream(data: dict[str, Any], asked: Asked) -> bytes:
+    """A whole chat completion as the events of a stream."""
+    head = {k: v for k, v in data.items() if k not in ("choices", "usage")}
+    head["object"] = "chat.completion.chunk"
+    message = data["choices"][0]["message"]
+    delta = {"role": "assistant", "content": message.get("content") or ""}
+    reason = data["choices"][0].get("finish_reason") or "stop"
+
+    def event(choices: list[dict[str, Any]], **more: Any) -> bytes:
+        return b"data: " + orjson.dumps({**head, "choices": choices, **more}) + b"\n\n"
+
+    events = event([{"index": 0, "delta": delta, "finish_reason": None}])
+    events += event([{"index": 0, "delta": {}, "finish_reason": reason}])
+    if (asked.data.get("stream_options") or {}).get("include_usage") and data.get("usage"):
+        events += event([], usage=data["usage"])
+    return events + b"data: [DONE]\n\n"

@@ -1,0 +1,159 @@
+"""One request from its plan to its answer: which recipe, and who runs it."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+
+from service.engine.base import Send
+from service.errors import CoeError, EngineDiedTwice, InvalidRequest, PromptTooLong
+from service.gateway.dispatch.dispatcher import Relay
+from service.gateway.dispatch.ensemble import Ensemble
+from service.gateway.dispatch.errors import too_late
+from service.gateway.request.parsing import Asked
+from service.gateway.request.token_limits import within_cost
+from service.gateway.request_record import Passage
+from service.gateway.routes.explain import explain
+from service.gateway.routes.feedback import Feedback
+from service.gateway.routing.candidates import Plan
+from service.gateway.routing.quality import Worth
+from service.gateway.sends.response import Reply
+from service.gateway.sends.usage_meter import Meter
+from service.http.openai_errors import dialect_of
+from service.types import Recipe
+
+
+class Answering:
+    """Takes the best recipe for each request and learns from how it went."""
+
+    def __init__(self, relay: Relay, worth: Worth, feedback: Feedback) -> None:
+        self._relay = relay
+        self._worth = worth
+        self.feedback = feedback
+
+    async def answer(
+        self,
+        asked: Asked,
+        plan: Plan,
+        headers: list[tuple[bytes, bytes]],
+        send: Send,
+        passage: Passage,
+        began_s: float,
+        meter: Meter | None = None,
+    ) -> None:
+        """Answer a request that arrived at `began_s`, from where its deadline counts. `meter`
+        counts, where somebody is charged.
+
+        Raises CoeError while nothing has been sent.
+        """
+        chosen_from_s = time.monotonic()
+        deadline_s = began_s + asked.deadline_ms / 1000
+        if chosen_from_s >= deadline_s:
+            raise too_late(asked, silent=False)
+        reply = Reply(send, headers, passage, chosen_from_s, meter, dialect_of(asked.endpoint))
+        relay = self._relay
+        weighed = relay.begin(asked, plan, deadline_s - chosen_from_s)
+        took_s = time.monotonic() - chosen_from_s
+        passage.route_ms += took_s * 1000
+        if passage.trace is not None:
+            passage.trace.chose(chosen_from_s, took_s)
+        at = weighed.best()
+        recipe: Recipe | None = None
+        if at is not None:
+            recipe = relay.book.recipes[int(plan.rows[at])]
+            passage.predicted_s = float(weighed.time[at])
+            passage.predicted_cost = float(weighed.cost[at])
+            contexts = [relay.context(name) for name in recipe.experts]
+            asked = within_cost(asked, recipe.experts, relay.market, contexts)
+        passage.clipped = asked.clipped
+        row = -1
+        ended = False
+        try:
+            if recipe is None or recipe.kind == "single":
+                first = weighed if recipe is not None else None
+                await relay.carry(asked, plan, reply, deadline_s, first=first)
+                row = relay.book.index[passage.expert]
+                ended = passage.outcome == "ok"
+                return
+            ensemble = Ensemble(relay, recipe, asked, plan, weighed, reply, deadline_s)
+            try:
+                await ensemble.run()
+            except (InvalidRequest, PromptTooLong, EngineDiedTwice):
+                raise
+            except CoeError:
+                singles = plan.only(relay.book.single[plan.rows])
+                if reply.started or not len(singles.rows):
+                    raise
+                # No member answered: anybody may.
+                await relay.carry(asked, singles, reply, deadline_s)
+                row = relay.book.index[passage.expert]
+                ended = passage.outcome == "ok"
+                return
+            ended = passage.outcome == "ok"
+            row = relay.book.recipe_index[recipe]
+            if recipe.later:
+                expected = plan.reach[at]
+                self._worth.escalated(row, expected, ensemble.escalations)
+        finally:
+            self._learn(plan, reply, ended=ended)
+            if row >= 0 and passage.status == 200:
+                relay.conversations.answered(asked, passage.expert, passage.pool)
+                ids = (asked.request_id, asked.client_id)
+                self.feedback.answered(asked.tenant, ids, plan.category, row)
+
+    def affordable(self, asked: Asked, plan: Plan) -> Plan:
+        """Without the recipes that cost more than the tenant's budgets have left; the cheapest
+        stays in any case, for the ledger to judge."""
+        left = self._relay.spending.left(asked.tenant)
+        if math.isinf(left) or len(plan.rows) < 2:
+            return plan
+        market, book = self._relay.market, self._relay.book
+        each = market.expect(
+            plan.category, asked.prompt_tokens, asked.most_tokens, asked.answers
+        ).cost
+        worst = book.asks[plan.rows] @ each
+        keep = worst <= left
+        if not keep.any():
+            keep[int(worst.argmin())] = True
+        return plan.only(keep)
+
+    def cheapest(self, plan: Plan) -> Plan:
+        """Only the recipe that costs least in the worst case."""
+        per_token = self._relay.market.per_token
+        worst = self._relay.book.asks[plan.rows] @ per_token
+        keep = np.zeros(len(plan.rows), dtype=bool)
+        keep[int(worst.argmin())] = True
+        return plan.only(keep)
+
+    def likely_tokens(self, asked: Asked, plan: Plan) -> float:
+        """Tokens that the calls of one way to answer are expected to make: of the longest."""
+        each = self._relay.market.expect(
+            plan.category, asked.prompt_tokens, asked.most_tokens
+        ).tokens
+        return float((self._relay.book.asks[plan.rows] @ each).max())
+
+    def ways(self, plan: Plan) -> list[tuple[str, ...]]:
+        """Whom each recipe of a plan may ask."""
+        return [self._relay.book.recipes[row].experts for row in plan.rows.tolist()]
+
+    def _learn(self, plan: Plan, reply: Reply, *, ended: bool) -> None:
+        """Learn the lengths of the answers. `ended`: the last one came to its own end."""
+        passage, spent = reply.passage, reply.spent
+        if passage.status != 200:
+            return
+        if spent is not None and spent.completion_tokens is None and reply.events > 2:
+            # It told no usage: chunks are tokens, but for the first and the last.
+            spent.completion_tokens = reply.events - 2
+            spent.estimated = True
+        if spent is not None and not ended:
+            spent.ended = False
+        for call in passage.calls:
+            if call.length:
+                self._relay.market.saw(call.expert, plan.category, call.length, cut=call.cut)
+
+    def explain(self, asked: Asked, plan: Plan) -> dict[str, Any]:
+        """A decision for people: the posterior, and every candidate with what decided."""
+        return explain(plan, self._relay.weigh(asked, plan))

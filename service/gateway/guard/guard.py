@@ -1,0 +1,138 @@
+"""The guard: which screens a tenant has asked for, what they saw, and what is done about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import orjson
+
+from service.config import Config, GuardConfig
+from service.errors import GuardRefused, InvalidRequest
+from service.gateway.guard.injection import InjectionScreen
+from service.gateway.guard.pii import PersonalScreen, redacted
+from service.gateway.guard.screen import Finding, Screen, Text
+from service.gateway.guard.texts import check_readable, rewritten, texts_of
+from service.gateway.request.parsing import Asked
+
+_RANK = {"passed": 0, "flagged": 1, "redacted": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one screen saw, and what was done."""
+
+    screen: str
+    score: float
+    kinds: tuple[str, ...]
+    done: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A request that may go on, as it may go on.
+
+    `arrived_s`: when its body was there, by `time.monotonic`.
+    """
+
+    asked: Asked
+    seen: tuple[Seen, ...] = ()
+    arrived_s: float = 0.0
+
+    @property
+    def done(self) -> str:
+        """The most that any screen did: passed, flagged or redacted."""
+        return max((one.done for one in self.seen), key=_RANK.__getitem__, default="passed")
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """What the reply tells of it."""
+        return [] if self.done == "passed" else [(b"x-coe-guard", self.done.encode())]
+
+    def explained(self) -> list[dict[str, Any]]:
+        """For /v1/route: scores and kinds, never text."""
+        return [
+            {"screen": one.screen, "score": one.score, "kinds": list(one.kinds), "done": one.done}
+            for one in self.seen
+        ]
+
+
+class Guard:
+    """The guards of every tenant that has one.
+
+    `screens` take the shipped ones' place, by name (`injection`, `personal`).
+    """
+
+    def __init__(self, config: Config, screens: Mapping[str, Screen] | None = None) -> None:
+        given = screens or {}
+        self._guards = {
+            name: tenant.guard for name, tenant in config.tenants.items() if tenant.guard.on
+        }
+        self._injection: Screen = given.get("injection") or InjectionScreen()
+        self._personal: dict[str, Screen] = {
+            name: given.get("personal") or PersonalScreen(guard.personal.kinds)
+            for name, guard in self._guards.items()
+        }
+
+    async def check(self, asked: Asked) -> Verdict:
+        """Look through a request.
+
+        Raises GuardRefused; InvalidRequest where it is too long, or no text.
+        """
+        guard = self._guards.get(asked.tenant.name)
+        if guard is None:
+            return Verdict(asked)
+        check_readable(asked.data)
+        texts = texts_of(asked.data, guard.max_characters)
+        return await self._look(asked, guard, texts)
+
+    async def _look(self, asked: Asked, guard: GuardConfig, texts: list[Text]) -> Verdict:
+        seen: list[Seen] = []
+        if guard.injection.action != "off":
+            finding = await self._injection.look(texts)
+            hit = finding.score >= guard.injection.threshold
+            if hit and guard.injection.action == "refuse":
+                raise _refused("injection", finding)
+            seen.append(_seen("injection", finding, "flagged" if hit else "passed"))
+        action = guard.personal.action
+        if action != "off":
+            finding = await self._personal[asked.tenant.name].look(texts)
+            done = "passed"
+            if finding.spans:
+                if action == "refuse":
+                    raise _refused("personal", finding)
+                done = "flagged"
+                if action == "redact":
+                    asked = _redacted(asked, finding)
+                    done = "redacted"
+            seen.append(_seen("personal", finding, done))
+        return Verdict(asked, tuple(seen))
+
+
+def _seen(screen: str, finding: Finding, done: str) -> Seen:
+    return Seen(screen, finding.score, finding.kinds, done)
+
+
+def _refused(screen: str, finding: Finding) -> GuardRefused:
+    return GuardRefused(
+        f"refused by this tenant's guard: the screen {screen!r} found "
+        f"{', '.join(finding.kinds) or 'something'} (score {finding.score:.2f})",
+        screen=screen,
+    )
+
+
+def _redacted(asked: Asked, finding: Finding) -> Asked:
+    count = -1
+
+    def change(text: Text) -> str:
+        nonlocal count
+        count += 1
+        here = [span for span in finding.spans if span.text == count]
+        return redacted(text.text, here) if here else text.text
+
+    data = rewritten(asked.data, change)
+    try:
+        return replace(asked, data=data, raw=orjson.dumps(data))
+    except orjson.JSONEncodeError:
+        raise InvalidRequest("the body can't be written again") from None

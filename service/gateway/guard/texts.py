@@ -1,0 +1,104 @@
+"""A body's texts, taken out for screens and put back where one was redacted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from service.errors import InvalidRequest
+from service.gateway.guard.screen import Text
+
+_TRUSTED = frozenset({"system", "developer"})
+# What else of a body an expert reads: names, arguments and results of tools, answers begun.
+_INNER = (
+    *("content", "output", "arguments", "text", "input", "name", "description"),
+    *("thinking", "reasoning", "reasoning_content", "refusal", "summary"),
+)
+_DEEP = 16
+
+Change = Callable[[Text], str]
+
+
+def texts_of(data: Mapping[str, Any], most: int) -> list[Text]:
+    """Every text of a prompt, in a fixed order.
+
+    Raises InvalidRequest as soon as they have more than `most` characters together.
+    """
+    found: list[Text] = []
+    left = most
+
+    def note(text: Text) -> str:
+        nonlocal left
+        left -= len(text.text)
+        if left < 0:
+            raise InvalidRequest(
+                f"the prompt has more than {most} characters, and the guard looks through no more"
+            )
+        found.append(text)
+        return text.text
+
+    rewritten(data, note)
+    return found
+
+
+def check_readable(data: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest where a prompt is given as ids of tokens, which no screen can read."""
+    for name in ("prompt", "input"):
+        given = data.get(name)
+        for one in given if isinstance(given, list) else ():
+            inner = one if isinstance(one, list) else (one,)
+            if any(isinstance(value, int) for value in inner):
+                raise InvalidRequest(
+                    f"`{name}` must be text: the guard can't look through ids of tokens",
+                    param=name,
+                )
+
+
+def rewritten(data: Mapping[str, Any], change: Change) -> dict[str, Any]:
+    """A copy of the body with every text of its prompt changed, in the order of `texts_of`.
+
+    Raises InvalidRequest where it is nested deeper than any prompt is.
+    """
+    copy = dict(data)
+    for name in ("system", "instructions"):
+        if name in copy:
+            copy[name] = _any(copy[name], True, change, _DEEP)
+    for name in ("messages", "input", "prompt", "suffix"):
+        if name in copy:
+            copy[name] = _any(copy[name], False, change, _DEEP)
+    if isinstance(copy.get("documents"), list):
+        copy["documents"] = [_all(one, False, change, _DEEP) for one in copy["documents"]]
+    return copy
+
+
+def _any(value: Any, trusted: bool, change: Change, deep: int) -> Any:
+    if isinstance(value, str):
+        return change(Text(value, trusted)) if value else value
+    if deep == 0:
+        # What was not looked through must not pass.
+        raise InvalidRequest("the prompt is nested too deep for the guard to look through")
+    if isinstance(value, list):
+        return [_any(one, trusted, change, deep - 1) for one in value]
+    if isinstance(value, dict):
+        role = value.get("role")
+        here = trusted or (isinstance(role, str) and role in _TRUSTED)
+        copy = dict(value)
+        for name in _INNER:
+            if name in copy:
+                # The input of a tool is an object of the client's own making.
+                inner = _all if name == "input" and isinstance(copy[name], dict) else _any
+                copy[name] = inner(copy[name], here, change, deep - 1)
+        for name in ("tool_calls", "function", "function_call"):
+            if name in copy:
+                copy[name] = _any(copy[name], here, change, deep - 1)
+        return copy
+    return value
+
+
+def _all(value: Any, trusted: bool, change: Change, deep: int) -> Any:
+    """Like `_any`, but every value of an object."""
+    if deep and isinstance(value, dict):
+        return {name: _all(one, trusted, change, deep - 1) for name, one in value.items()}
+    if deep and isinstance(value, list):
+        return [_all(one, trusted, change, deep - 1) for one in value]
+    return _any(value, trusted, change, deep)

@@ -1,0 +1,333 @@
+"""Reading a request: what of its body the gateway has to know.
+
+Everything else in the body is the engine's business and is passed through as it came.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import orjson
+
+from service.errors import InvalidRequest
+from service.gateway.request.hosted_tools import leave_out_hosted_tools
+from service.gateway.request.media import NOTHING, Media, media_of
+from service.http.endpoints import TABLE, Endpoint
+from service.rpc.call import trace_of
+from service.types import NOBODY, Tenant
+
+CacheWish = Literal["off", "exact", "semantic"]
+_CACHE: dict[bytes, CacheWish] = {b"off": "off", b"exact": "exact", b"semantic": "semantic"}
+AUTO = "auto"
+GENERAL = "general"
+_GIVEN_ID = re.compile(rb"^[A-Za-z0-9._:-]{1,128}$")
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as the gateway understands it.
+
+    `deadline_ms`: from its arrival to the first token when `stream`, else to the end;
+    `own_deadline`: the client has set it. `needs`: the
+    capabilities that an expert must have to answer it. `trace`: its W3C trace context.
+    `cache`: which answers that were kept will do.
+    `max_cost`: the most that all calls for it may cost together, in the unit of prices.
+    `combinable`: several experts may be asked for one answer. `clipped`: what its answers were
+    cut to, in tokens, where that is less than the client asked for. `left_out`: types of tools
+    that were taken out, because the service does not run them. `media`: what it holds beside text;
+    `media_tokens`: as how many tokens that counts.
+    """
+
+    endpoint: str
+    model: str
+    stream: bool
+    needs: frozenset[str]
+    data: dict[str, Any]
+    raw: bytes
+    request_id: str
+    client_id: str
+    deadline_ms: int
+    own_deadline: bool = False
+    tenant: Tenant = NOBODY
+    trace: Mapping[str, str] = field(default_factory=dict)
+    body_bytes: int = 0
+    max_cost: float | None = None
+    cache: CacheWish = "off"
+    combinable: bool = False
+    clipped: int | None = None
+    media: Media = NOTHING
+    media_tokens: int = 0
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """About how long the prompt is: four bytes of text a token, and what media take."""
+        return 1 + self._text_bytes // 4 + self.media_tokens
+
+    @property
+    def most_prompt_tokens(self) -> int:
+        """The most tokens that the prompt can be, but for a chat template's: no tokenizer makes
+        more of a text than there are bytes."""
+        return self._text_bytes + self.media_tokens
+
+    @property
+    def _text_bytes(self) -> int:
+        return max(0, self.body_bytes - self.media.carried_bytes)
+
+    @property
+    def _reads(self) -> Endpoint:
+        return TABLE[self.endpoint]
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts it has, each of which may fill the context."""
+        given = self.data.get(self._reads.prompt) if self._reads.several else None
+        if isinstance(given, list) and given and not isinstance(given[0], int):
+            return len(given)
+        return 1
+
+    @property
+    def answers(self) -> int:
+        """How many answers are asked for: choices, times prompts where there are several."""
+        given = (self.data.get(name) for name in self._reads.choices)
+        return max([1, *(one for one in given if isinstance(one, int))]) * self.prompts
+
+    @property
+    def sequences(self) -> int:
+        """How many of an engine's places it takes: its answers, or its prompts where it makes
+        none."""
+        return self.answers if self._reads.generates else self.prompts
+
+    @property
+    def given_tokens(self) -> int | None:
+        """The bound on each answer's length that the client set, in tokens."""
+        for name in self._reads.lengths:
+            given: int | None = self.data.get(name)
+            if given is not None:
+                return given if given > 0 else None
+        return None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The bound on each answer's length, in tokens: the client's, or the engine's own. None
+        where only the context bounds it."""
+        return self.given_tokens or self._reads.usual_length
+
+    def at_most(self, tokens: int) -> Asked:
+        """The same with each answer no longer than that. Only where it can be bounded."""
+        names = self._reads.lengths
+        given = {name: self.data[name] for name in names if self.data.get(name) is not None}
+        bounds = {name: min(tokens, one) for name, one in given.items()} or {names[-1]: tokens}
+        return replace(self, data={**self.data, **bounds}, raw=b"", clipped=tokens)
+
+    def for_member(self, number: int, *, logprobs: bool) -> Asked:
+        """The same question as one of several calls for one answer: whole, not streamed."""
+        data = {k: v for k, v in self.data.items() if k not in ("stream", "stream_options")}
+        if logprobs:
+            data["logprobs"] = True
+        return replace(
+            self,
+            stream=False,
+            data=data,
+            raw=b"",
+            request_id=f"{self.request_id}-{number}",
+            combinable=False,
+        )
+
+    def body_for(self, expert: str) -> bytes:
+        """The body to send on: untouched where the client named this expert itself."""
+        if self.data.get("model") == expert and self.raw:
+            return self.raw
+        try:
+            return orjson.dumps({**self.data, "model": expert})
+        except orjson.JSONEncodeError:
+            # Reading takes 1024 levels, writing 254.
+            raise InvalidRequest("the body is nested too deep") from None
+
+
+def read_asked(
+    endpoint: str,
+    raw: bytes,
+    headers: dict[bytes, bytes],
+    default_deadline_ms: int,
+    tenant: Tenant = NOBODY,
+) -> Asked:
+    """Understand a request. Raises InvalidRequest, naming the field."""
+    try:
+        data = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {_kind(data)}")
+    # Null is "not set" in every client's words; engines refuse it in many fields.
+    unset = [name for name, value in data.items() if value is None]
+    for name in unset:
+        del data[name]
+    model = data.get("model", AUTO)
+    if not isinstance(model, str) or not model:
+        what = "an empty one" if model == "" else _kind(model)
+        raise InvalidRequest(f"`model` must be a non-empty string, not {what}", param="model")
+    stream = data.get("stream", False)
+    if not isinstance(stream, bool):
+        raise InvalidRequest(f"`stream` must be true or false, not {_kind(stream)}", param="stream")
+    options = data.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise InvalidRequest(
+            f"`stream_options` must be an object, not {_kind(options)}", param="stream_options"
+        )
+    _check_prompt(endpoint, data)
+    _check_integers(data)
+    left_out = leave_out_hosted_tools(endpoint, data)
+    media = media_of(data)
+    wishes = _wishes(data.pop("coe", None), headers)
+    request_id = secrets.token_hex(12)
+    given = headers.get(b"x-request-id", b"")
+    return Asked(
+        endpoint=endpoint,
+        model=model,
+        stream=stream,
+        needs=_needs(endpoint, data) | media.needs,
+        data=data,
+        # Without our own key, nulls and tools that nobody runs: engines would refuse them.
+        raw=b"" if wishes.own_key or unset or left_out else raw,
+        request_id=request_id,
+        client_id=given.decode() if _GIVEN_ID.match(given) else request_id,
+        tenant=tenant,
+        trace=trace_of(headers),
+        deadline_ms=wishes.deadline_ms or default_deadline_ms,
+        own_deadline=wishes.deadline_ms is not None,
+        body_bytes=len(raw),
+        max_cost=wishes.max_cost,
+        cache=_cache(headers),
+        combinable=_combinable(endpoint, data),
+        left_out=left_out,
+        media=media,
+    )
+
+
+def _check_prompt(endpoint: str, data: dict[str, Any]) -> None:
+    name, kinds = TABLE[endpoint].prompt, TABLE[endpoint].prompt_types
+    if not name:
+        return
+    if data.get(name) is None:
+        raise InvalidRequest(f"`{name}` is needed", param=name)
+    prompt = data[name]
+    if not isinstance(prompt, kinds):
+        allowed = " or ".join("a string" if kind is str else "a list" for kind in kinds)
+        raise InvalidRequest(f"`{name}` must be {allowed}, not {_kind(prompt)}", param=name)
+    if name == "messages" and isinstance(prompt, list):
+        if not prompt:
+            raise InvalidRequest("`messages` must hold at least one message", param=name)
+        for i, message in enumerate(prompt):
+            if not isinstance(message, dict):
+                raise InvalidRequest(
+                    f"`messages[{i}]` must be an object, not {_kind(message)}",
+                    param=f"messages[{i}]",
+                )
+
+
+def _check_integers(data: dict[str, Any]) -> None:
+    """Whatever says how many or how long is an integer, on every endpoint: engines also take
+    "16" and 16.0, and what is counted here has to be what they will do."""
+    for name, value in data.items():
+        counts = name in ("n", "best_of") or name.startswith("max_")
+        if counts and (isinstance(value, bool) or not isinstance(value, int)):
+            raise InvalidRequest(f"`{name}` must be an integer, not {_kind(value)}", param=name)
+
+
+def _needs(endpoint: str, data: dict[str, Any]) -> frozenset[str]:
+    needs: set[str] = set()
+    if own := TABLE[endpoint].needs:
+        needs.add(own)
+    if data.get("tools") and data.get("tool_choice") != "none":
+        needs.add("tools")
+    form = data.get("response_format")
+    if isinstance(form, dict) and form.get("type") in ("json_object", "json_schema"):
+        needs.add("json")
+    return frozenset(needs)
+
+
+def _combinable(endpoint: str, data: dict[str, Any]) -> bool:
+    """Several answers can be compared only where each is one text, and nothing else is asked of
+    the tokens that make it."""
+    return (
+        endpoint == "/v1/chat/completions"
+        and data.get("n") in (None, 1)
+        and not data.get("tools")
+        and not data.get("functions")
+        and not data.get("logprobs")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Wishes:
+    own_key: bool = False
+    deadline_ms: int | None = None
+    max_cost: float | None = None
+
+
+_MOST_DEADLINE_MS = 86_400_000
+
+
+def _wishes(given: object, headers: dict[bytes, bytes]) -> _Wishes:
+    """What a request asks of us, not of the engine: the body's `coe`, or headers."""
+    if given is not None and not isinstance(given, dict):
+        raise InvalidRequest(f"`coe` must be an object, not {_kind(given)}", param="coe")
+    wishes: dict[str, Any] = dict(given or {})
+    unknown = wishes.keys() - {"deadline_ms", "max_cost"}
+    if unknown:
+        raise InvalidRequest(
+            f"`coe` has no {min(unknown)[:64]!r}; it takes deadline_ms, max_cost", param="coe"
+        )
+    deadline_ms = wishes.get("deadline_ms")
+    said = headers.get(b"x-coe-deadline-ms")
+    where = "`coe.deadline_ms`"
+    if said is not None:
+        where = "the header x-coe-deadline-ms"
+        deadline_ms = int(said) if len(said) <= 8 and said.isdigit() else -1
+    if deadline_ms is not None and (
+        isinstance(deadline_ms, bool)
+        or not isinstance(deadline_ms, int)
+        or not 1 <= deadline_ms <= _MOST_DEADLINE_MS
+    ):
+        raise InvalidRequest(
+            f"{where} must be an integer from 1 to {_MOST_DEADLINE_MS}",
+            param=where.split()[-1].strip("`"),
+        )
+    return _Wishes(given is not None, deadline_ms, _max_cost(wishes, headers))
+
+
+def _cache(headers: dict[bytes, bytes]) -> CacheWish:
+    """Whether an answer that was kept will do, and this one may be kept."""
+    given = headers.get(b"x-coe-cache", b"off")
+    found = _CACHE.get(given)
+    if found is None:
+        raise InvalidRequest(
+            "the header x-coe-cache takes exact, semantic or off", param="x-coe-cache"
+        )
+    return found
+
+
+def _max_cost(wishes: dict[str, Any], headers: dict[bytes, bytes]) -> float | None:
+    given = wishes.get("max_cost")
+    where, param = "`coe.max_cost`", "coe.max_cost"
+    if b"x-coe-max-cost" in headers:
+        where, param = "the header x-coe-max-cost", "x-coe-max-cost"
+        try:
+            given = float(headers[b"x-coe-max-cost"][:32])
+        except ValueError:
+            given = -1
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given < 1e15:
+        raise InvalidRequest(f"{where} must be a number of at least 0", param=param)
+    return float(given)
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    if value is None:
+        return "null"
+    return names.get(type(value), "a number")

@@ -1,0 +1,77 @@
+"""Taking a request in: within every bound, understood, and past its tenant's guard."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+
+from service.config import Config
+from service.errors import GuardRefused
+from service.gateway.guard.guard import Guard, Verdict
+from service.gateway.request.limits import Limits
+from service.gateway.request.media import MediaPrices
+from service.gateway.request.parsing import Asked, read_asked
+from service.gateway.request.token_limits import check_extent
+from service.http.asgi import Receive, read_body
+from service.telemetry import metrics
+from service.telemetry.registry import Meter
+from service.types import Tenant
+
+# From so many bytes on a body is understood in a thread, so that streams go on meanwhile.
+_LARGE_BYTES = 128 * 1024
+
+
+class Intake:
+    """The way in of one gateway."""
+
+    def __init__(self, config: Config, guard: Guard, meter: Meter) -> None:
+        self._server = config.server
+        self._limits = Limits(config)
+        self._media = MediaPrices(config)
+        self._guard = guard
+        self._meter = meter
+
+    def headers(self, pairs: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+        """A request's headers, if they are within their bounds. Raises HeadersTooLarge."""
+        pairs = list(pairs)
+        self._limits.headers(pairs)
+        return dict(pairs)
+
+    async def read(
+        self, path: str, headers: dict[bytes, bytes], tenant: Tenant, receive: Receive
+    ) -> Verdict:
+        """Read a body and understand it. Raises InvalidRequest, ClientGone."""
+        raw = await read_body(
+            receive,
+            self._server.max_body_bytes,
+            declared=headers.get(b"content-length", b""),
+            timeout_s=self._server.limits.body_timeout_s,
+        )
+        arrived_s = time.monotonic()
+        understand = partial(self._understand, path, raw, headers, tenant)
+        asked = await asyncio.to_thread(understand) if len(raw) > _LARGE_BYTES else understand()
+        return replace(await self._guarded(asked), arrived_s=arrived_s)
+
+    def _understand(
+        self, path: str, raw: bytes, headers: dict[bytes, bytes], tenant: Tenant
+    ) -> Asked:
+        self._limits.shape(raw)
+        asked = read_asked(path, raw, headers, self._server.deadline_ms, tenant)
+        if tokens := self._media.tokens(asked.model, asked.media):
+            asked = replace(asked, media_tokens=tokens)
+        check_extent(asked, self._server.limits)
+        self._limits.fields(asked.data)
+        return asked
+
+    async def _guarded(self, asked: Asked) -> Verdict:
+        try:
+            verdict = await self._guard.check(asked)
+        except GuardRefused as error:
+            self._meter.add(metrics.GUARD, 1, error.screen, "refused")
+            raise
+        for one in verdict.seen:
+            self._meter.add(metrics.GUARD, 1, one.screen, one.done)
+        return verdict

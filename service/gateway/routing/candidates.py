@@ -1,0 +1,256 @@
+"""From what was asked to what each way of answering is worth: stage 1 and 2 of the router."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.broker.pool_state import Floats
+from service.broker.recipe_catalog import Book, Ints
+from service.classifier.classifier import Assessment
+from service.config import Config
+from service.errors import Forbidden, InvalidRequest, UnknownModel
+from service.gateway.request.parsing import AUTO, GENERAL, Asked
+from service.gateway.routing.quality import Worth
+from service.types import MAX_LATER, CategoryScores, Recipe, Tenant
+
+# Quality per second: what a wait is worth against a better answer.
+PRESETS = {"fast": 0.05, "": 0.01, "best": 0.001}
+# A way of answering worth less than this is none, however idle.
+_LEAST = 0.05
+# Sets of allowed experts whose recipes are remembered.
+_MOST_ALLOWANCES = 1000
+
+# One recipe, named by the client: nobody is asked whether it is worth anything.
+_CERTAIN = np.ones(1)
+_NO_LATER = np.zeros((1, MAX_LATER))
+
+Assess = Callable[[Mapping[str, Any]], Assessment]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The recipes that may answer: rows of the book, and what each is expected to be worth.
+
+    quality (rows,) in [0, 1]; reach (rows, MAX_LATER). `category` is empty where the client
+    named who shall answer. time_price: quality per second. posterior (labels,).
+    """
+
+    rows: Ints
+    quality: Floats
+    reach: Floats
+    first: str
+    category: str
+    confidence: float
+    reason: str
+    scores: CategoryScores | None = None
+    posterior: Floats | None = None
+    time_price: float = PRESETS[""]
+
+    def only(self, keep: NDArray[np.bool_]) -> Plan:
+        """Only some of the rows."""
+        if keep.all():
+            return self
+        return replace(
+            self, rows=self.rows[keep], quality=self.quality[keep], reach=self.reach[keep]
+        )
+
+
+class Router:
+    """Stage 1 and 2 for one config.
+
+    `assess` is None where the config names no artifact: then `auto` is the fallback.
+    """
+
+    def __init__(self, config: Config, book: Book, worth: Worth, assess: Assess | None) -> None:
+        self._experts = config.experts
+        self._book = book
+        self._worth = worth
+        self._known = config.category_map()
+        self._assess = assess
+        self._named = {name: recipe.recipe() for name, recipe in config.recipes.items()}
+        kinds = sorted({c for expert in config.experts.values() for c in expert.capabilities})
+        self._able = {
+            kind: np.array([kind in config.experts[name].capabilities for name in book.experts])
+            for kind in kinds
+        }
+        # Vectors of two spaces can't be compared: `auto` must not choose between them.
+        self._spaces = {
+            name: expert.space or name
+            for name, expert in config.experts.items()
+            if "embeddings" in expert.capabilities
+        }
+        self._allowances: dict[frozenset[str], NDArray[np.bool_]] = {}
+        self._lacking = {kind: (book.asks & ~able).any(axis=1) for kind, able in self._able.items()}
+
+    def plan(self, asked: Asked) -> Plan:
+        """What may answer. Raises UnknownModel; InvalidRequest where nobody is able to;
+        Forbidden where the tenant may ask nobody who is."""
+        model = asked.model
+        if model in self._experts:
+            return self._by_name(asked, Recipe("single", (model,)), f"expert {model!r}")
+        if model in self._named:
+            return self._by_name(asked, self._named[model], f"recipe {model!r}")
+        preset, category = self._auto(model, asked.tenant)
+        if "embeddings" in asked.needs:
+            self._one_space(asked.tenant)
+        price = PRESETS[preset]
+        if category is not None:
+            return self._plan(asked, {category: 1.0}, category, 1.0, "named category", None, price)
+        if self._assess is None:
+            return self._plan(asked, {GENERAL: 1.0}, GENERAL, 0.0, "no classifier", None, price)
+        assessment = self._assess(asked.data)
+        scores = assessment.scores
+        # Where the classifier would rather not say, the prompt counts as general.
+        sure = scores.category == scores.labels[_best(scores)]
+        posterior = (
+            dict(zip(scores.labels, scores.probabilities, strict=True))
+            if sure
+            else {scores.category: 1.0}
+        )
+        known = scores.category in self._known
+        reason = "classified" if known else "category without an expert"
+        return self._plan(
+            asked, posterior, scores.category, scores.confidence, reason, assessment, price
+        )
+
+    def _one_space(self, tenant: Tenant) -> None:
+        """Raises InvalidRequest where the experts that a tenant may ask have several spaces."""
+        spaces: dict[str, list[str]] = {}
+        for name, space in self._spaces.items():
+            if tenant.may_ask(name):
+                spaces.setdefault(space, []).append(name)
+        if len(spaces) > 1:
+            told = "; ".join(f"{space}: {', '.join(names)}" for space, names in spaces.items())
+            raise InvalidRequest(
+                "vectors of several spaces can't be compared, so `auto` chooses no expert for "
+                f"embeddings; name one ({told})",
+                param="model",
+            )
+
+    def _by_name(self, asked: Asked, recipe: Recipe, what: str) -> Plan:
+        if not all(map(asked.tenant.may_ask, recipe.experts)):
+            # Not whom else it asks, nor what they can do.
+            raise Forbidden(f"this key may not ask {what}", param="model")
+        for name in recipe.experts:
+            able = frozenset(self._experts[name].capabilities)
+            lacking = asked.needs - able
+            if lacking:
+                raise InvalidRequest(
+                    f"expert {name!r} can't do {', '.join(sorted(lacking))}; "
+                    f"it can do {', '.join(sorted(able))}",
+                    param="model",
+                )
+        if recipe.kind != "single" and not asked.combinable:
+            raise InvalidRequest(
+                f"{what} asks several experts: it answers chat with n = 1, without tools and "
+                "logprobs",
+                param="model",
+            )
+        at = self._book.recipe_index[recipe]
+        rows = self._book.everything[at : at + 1]
+        reach = self._worth.reach(at)[None] if recipe.later else _NO_LATER
+        return Plan(rows, _CERTAIN, reach, recipe.experts[0], "", 1.0, "named")
+
+    def _auto(self, model: str, tenant: Tenant) -> tuple[str, str | None]:
+        """`auto[:preset][/category]` taken apart. Raises UnknownModel."""
+        name, slash, category = model.partition("/")
+        head, colon, preset = name.partition(":")
+        if head != AUTO:
+            raise self._unknown(model, tenant)
+        if preset not in PRESETS or (colon and not preset):
+            raise UnknownModel(
+                f"no preset {preset[:128]!r}; presets: auto:fast, auto, auto:best", param="model"
+            )
+        if slash and category not in self._known:
+            raise UnknownModel(
+                f"no category {category[:128]!r}; categories: {', '.join(sorted(self._known))}",
+                param="model",
+            )
+        return preset, category if slash else None
+
+    def _plan(
+        self,
+        asked: Asked,
+        posterior: Mapping[str, float],
+        category: str,
+        confidence: float,
+        reason: str,
+        assessment: Assessment | None,
+        price: float,
+    ) -> Plan:
+        """The recipes that can do what is needed and are worth anything here."""
+        book = self._book
+        given = self._worth.posterior(posterior)
+        quality, reach = self._worth.quality(given, assessment, asked.tenant.name)
+        able = self._possible(asked)
+        keep = able & (quality >= _LEAST)
+        if not keep.any():
+            # Worth nothing, but better than no answer.
+            keep[int(np.flatnonzero(able)[0])] = True
+        rows = np.flatnonzero(keep)
+        first = book.recipes[int(rows[quality[rows].argmax()])].experts[0]
+        scores = assessment.scores if assessment is not None else None
+        return Plan(
+            rows,
+            quality[rows],
+            reach[rows],
+            first,
+            category,
+            confidence,
+            reason,
+            scores,
+            given,
+            price,
+        )
+
+    def _possible(self, asked: Asked) -> NDArray[np.bool_]:
+        book = self._book
+        able = np.ones(len(book.recipes), dtype=bool)
+        for need in asked.needs:
+            if need not in self._lacking:
+                able[:] = False
+                break
+            able &= ~self._lacking[need]
+        if not asked.combinable:
+            able &= book.single
+        if not able.any():
+            raise InvalidRequest(
+                f"no expert can do {', '.join(sorted(asked.needs))}", param="model"
+            )
+        if asked.tenant.experts is not None:
+            able &= self._allowed(asked.tenant.experts)
+            if not able.any():
+                raise Forbidden("this key may ask no expert that can do this", param="model")
+        return able
+
+    def _allowed(self, experts: frozenset[str]) -> NDArray[np.bool_]:
+        """The recipes that ask nobody else."""
+        if (found := self._allowances.get(experts)) is None:
+            barred = np.array([name not in experts for name in self._book.experts])
+            found = ~(self._book.asks & barred).any(axis=1)
+            if len(self._allowances) >= _MOST_ALLOWANCES:
+                self._allowances.clear()
+            self._allowances[experts] = found
+        return found
+
+    def _unknown(self, model: str, tenant: Tenant) -> UnknownModel:
+        # Names are that long at most, and likeness of megabytes takes seconds.
+        named: dict[str, tuple[str, ...]] = {name: (name,) for name in self._experts}
+        named |= {name: recipe.experts for name, recipe in self._named.items()}
+        names = [name for name, experts in named.items() if all(map(tenant.may_ask, experts))]
+        close = difflib.get_close_matches(model[:128], names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        return UnknownModel(
+            f"the model {model[:128]!r} does not exist.{hint} Models: auto, {', '.join(names)}",
+            param="model",
+        )
+
+
+def _best(scores: CategoryScores) -> int:
+    return max(range(len(scores.labels)), key=scores.probabilities.__getitem__)

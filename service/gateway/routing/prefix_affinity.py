@@ -1,0 +1,74 @@
+"""Who answered a conversation last, and where: its beginning is in that engine's prefix cache.
+
+Kept in this gateway only, by a hash of what was said; nothing of the text itself.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from service.broker.selection import Warm
+from service.gateway.request.parsing import Asked
+
+_MOST = 20_000
+_BYTES_PER_TOKEN = 4
+
+
+class Conversations:
+    """The latest conversations of one gateway, forgotten in the order of their use."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[int, tuple[str, str]] = OrderedDict()
+
+    def warm(self, asked: Asked) -> Warm | None:
+        """Where the beginning of this request is cached, as far as known."""
+        messages = _messages(asked)
+        said = [i for i, one in enumerate(messages) if one.get("role") == "assistant"]
+        if not said:
+            return None
+        before = messages[: said[-1]]
+        found = self._known.get(_key(asked, before))
+        if found is None:
+            return None
+        return Warm(*found, sum(map(_length, before)) // _BYTES_PER_TOKEN)
+
+    def answered(self, asked: Asked, expert: str, boot: str) -> None:
+        """This expert has answered it there: what was asked is cached now."""
+        messages = _messages(asked)
+        if not messages:
+            return
+        key = _key(asked, messages)
+        self._known[key] = (expert, boot)
+        self._known.move_to_end(key)
+        if len(self._known) > _MOST:
+            self._known.popitem(last=False)
+
+    def forget(self, experts: Collection[str]) -> None:
+        """What these have cached is not theirs any more."""
+        for key in [key for key, (expert, _) in self._known.items() if expert in experts]:
+            del self._known[key]
+
+
+def _messages(asked: Asked) -> list[Mapping[str, Any]]:
+    """What was said; nothing where that is no conversation, which is the engine's to refuse."""
+    given = asked.data.get("messages")
+    if isinstance(given, list) and all(isinstance(one, dict) for one in given):
+        return given
+    return []
+
+
+def _key(asked: Asked, messages: Sequence[Mapping[str, Any]]) -> int:
+    # Python's own hash of strings: quick, and different in every process.
+    said = tuple((_text(one.get("role")), _text(one.get("content"))) for one in messages)
+    # Apart as in the engines: where two tenants share no prefix, neither is warm by the other.
+    return hash((asked.tenant.cache_salt, said))
+
+
+def _text(content: object) -> str:
+    return content if isinstance(content, str) else repr(content)
+
+
+def _length(message: Mapping[str, Any]) -> int:
+    return len(_text(message.get("content")))

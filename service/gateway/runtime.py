@@ -1,0 +1,273 @@
+"""A gateway's process: what it holds as long as it runs, and the gateway of the config in force."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from service.broker.ledger import Ledger
+from service.config import Config
+from service.engine.remote import RemoteEngine
+from service.errors import CoeError
+from service.gateway.app import Gateway
+from service.gateway.budget_prices import Spending
+from service.gateway.configured_gateway import ConfiguredGateway
+from service.gateway.dispatch.remote_pool import RemoteSeat
+from service.gateway.guard.screen import Screen
+from service.gateway.routes.admin import Reload
+from service.gateway.state import GatewayState, replaced
+from service.gateway.store_setup import open_store, open_volatile
+from service.models.expert_folders import file_versions
+from service.moe.profiles import profile_digests
+from service.rpc.pool_directory import Directory
+from service.store.protocol import Store
+from service.store.volatile import VolatileStore
+from service.telemetry import metrics
+from service.telemetry.setup import node_target, traces_of
+
+log = logging.getLogger("coe.app")
+
+
+class GatewayProcess:
+    """A gateway with what it holds: links to pools, stores, clients of remote experts.
+
+    It is an ASGI application that goes over to another config by `reload`: new requests are
+    answered by the new config, those under way end by the one that they began with.
+
+    Args:
+        config: In force at first.
+        gateway_id: Unique among gateways, and new whenever the process is.
+        secret: The cluster's.
+        admin_key: Without one there are no admin endpoints.
+        wake: Asks for a pool that holds an expert where none runs.
+        behind_serve: See `Gateway`.
+        node: Folder where the node's processes find each other's metrics (`node_folder`).
+        screens: Take the places of the guard's own, by name.
+        reload: Puts the config's file in force anew, where somebody here keeps it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        gateway_id: str,
+        secret: str,
+        *,
+        admin_key: str | None,
+        wake: Callable[[str], None],
+        behind_serve: bool,
+        node: Path | None = None,
+        screens: Mapping[str, Screen] | None = None,
+        reload: Reload | None = None,
+    ) -> None:
+        self._secret = secret
+        self._admin_key = admin_key
+        self._wake = wake
+        self._behind_serve = behind_serve
+        self._screens = screens
+        self._reload_file = reload
+        self._files = _files(config)
+        self.state = GatewayState.new(config.server.breaker)
+        self.directory = Directory(gateway_id, secret)
+        self.store: Store = open_store(config, gateway_id)
+        # What may be lost stands apart from what counts.
+        self.volatile: VolatileStore = open_volatile(config)
+        self._traces = traces_of(config, "gateway", gateway_id)
+        self.seats: dict[str, RemoteSeat] = {}
+        self._seat_all(config)
+        ledger = Ledger(config, self.store)
+        self.spending = Spending(ledger)
+        self.current = self._configured(config, ledger)
+        self._app = self.current.gateway.app()
+        # Those of earlier configs whose last requests have not ended yet.
+        self._ending: set[asyncio.Task[None]] = set()
+        self._earlier: set[ConfiguredGateway] = set()
+        self._node = node_target(
+            config,
+            node,
+            f"gateway-{gateway_id}",
+            lambda: self.state.metrics.text({"gateway": gateway_id}),
+        )
+        self.state.metrics.meter.on_read(self._read)
+        self.state.metrics.on_ask(self._ask_budgets)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._app(scope, receive, send)
+
+    @property
+    def gateway(self) -> Gateway:
+        """The gateway of the config in force."""
+        return self.current.gateway
+
+    @property
+    def ledger(self) -> Ledger:
+        """Counts by the config in force."""
+        return self.current.ledger
+
+    def _configured(
+        self, config: Config, ledger: Ledger, before: ConfiguredGateway | None = None
+    ) -> ConfiguredGateway:
+        return ConfiguredGateway(
+            config,
+            state=self.state,
+            directory=self.directory,
+            store=self.store,
+            volatile=self.volatile,
+            ledger=ledger,
+            spending=self.spending,
+            seats=self.seats,
+            traces=self._traces,
+            secret=self._secret,
+            admin_key=self._admin_key,
+            wake=self._wake,
+            neighbours=self._neighbours,
+            behind_serve=self._behind_serve,
+            reload=self._reload_file,
+            screens=self._screens,
+            before=before,
+        )
+
+    async def start(self) -> None:
+        """Connect remote experts; one that can't be is shown as failed. Raises StoreGone."""
+        await self.store.start()
+        await self.current.start()
+        await self.spending.start()
+        if self._node is not None:
+            await self._node.start()
+        for name, seat in self.seats.items():
+            await self._connect(name, seat)
+
+    async def _connect(self, name: str, seat: RemoteSeat) -> None:
+        await seat.start()
+        if seat.failed is not None:
+            log.error("expert %s failed: %s", name, seat.failed)
+
+    async def reload(self, config: Config) -> None:
+        """Go on as another config says. Returns at once: requests under way end in their own time.
+
+        Raises ConfigError, ArtifactError, StoreGone, and then all goes on as it was.
+        """
+        before = self.current
+        files = await asyncio.to_thread(_files, config)
+        ledger = Ledger(config, self.store)
+        after = self._configured(config, ledger, before)
+        try:
+            await after.start()
+        except BaseException:
+            await after.stop()
+            raise
+        await self._go_over_seats(before.config, config)
+        await self.spending.follow(ledger)
+        self.state.forget(replaced(before.config, config, self._files, files))
+        self._files = files
+        self.current, self._app = after, after.gateway.app()
+        self._earlier.add(before)
+        task = asyncio.create_task(self._let_end(before))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _let_end(self, earlier: ConfiguredGateway) -> None:
+        """Stop a gateway of an earlier config after its last request, and what only it needed."""
+        await earlier.end()
+        self._earlier.discard(earlier)
+        needed = {*self._remote(self.current.config)}
+        needed.update(*(self._remote(one.config) for one in self._earlier))
+        for name in [name for name in self.seats if name not in needed]:
+            await self.seats.pop(name).stop()
+
+    # --- remote experts
+
+    @staticmethod
+    def _remote(config: Config) -> list[str]:
+        return [name for name, expert in config.experts.items() if expert.remote is not None]
+
+    def _seat_all(self, config: Config) -> list[str]:
+        """Give every remote expert a seat: those that had none."""
+        new = [name for name in self._remote(config) if name not in self.seats]
+        for name in new:
+            remote = config.experts[name].remote
+            assert remote is not None
+            engine = RemoteEngine(name, remote)
+            self.seats[name] = RemoteSeat(engine, remote.max_in_flight, remote.max_queue)
+        self.state.metrics.remote |= frozenset(new)
+        return new
+
+    async def _go_over_seats(self, old: Config, config: Config) -> None:
+        new = self._seat_all(config)
+        for name in self._remote(config):
+            seat, remote = self.seats[name], config.experts[name].remote
+            assert remote is not None
+            if name in new:
+                await self._connect(name, seat)
+                continue
+            before = old.experts[name].remote if name in old.experts else None
+            if before != remote or seat.failed is not None:
+                engine = RemoteEngine(name, remote)
+                await seat.replace(engine, remote.max_in_flight, remote.max_queue)
+                if seat.failed is not None:
+                    log.error("expert %s failed: %s", name, seat.failed)
+
+    # --- metrics
+
+    async def _neighbours(self) -> list[str]:
+        """The metrics of the node's other gateways."""
+        return await self._node.others("gateway-") if self._node is not None else []
+
+    def _read(self) -> None:
+        """What others know, for the metrics: pools, remote queues, breakers, budgets, the store."""
+        meter = self.state.metrics.meter
+        meter.put(metrics.POOLS, len(self.directory.links()))
+        meter.forget(metrics.SNAPSHOT_AGE)
+        for pool, age_s in self.directory.silences().items():
+            meter.put(metrics.SNAPSHOT_AGE, age_s, pool)
+        told = self.store.health()
+        meter.put(metrics.STORE_UP, told.up)
+        meter.put(metrics.STORE_OWED, told.owed)
+        meter.total(metrics.STORE_OUTAGES, told.outages)
+        meter.total(metrics.STORE_SLICE_GRANTS, told.slice_grants)
+        meter.forget(metrics.QUEUED, self.seats)
+        meter.forget(metrics.RUNNING, self.seats)
+        for name, seat in self.seats.items():
+            meter.put(metrics.QUEUED, seat.waiting, name)
+            meter.put(metrics.RUNNING, seat.running, name)
+        prices = {name: price for name, price, _ in self.spending.prices()}
+        meter.forget(metrics.SHADOW_PRICE, prices)
+        for name, price in prices.items():
+            meter.put(metrics.SHADOW_PRICE, price, name)
+        self.current.trips.read()
+
+    async def _ask_budgets(self) -> None:
+        """What is left of every budget, for the metrics; nothing while the store is gone."""
+        meter = self.state.metrics.meter
+        with contextlib.suppress(CoeError):
+            states = await self.ledger.state()
+            meter.forget(metrics.BUDGET_LEFT, states)
+            for name, state in states.items():
+                left = max(0.0, 1 - state.spent / state.amount)
+                meter.put(metrics.BUDGET_LEFT, left, name)
+
+    async def stop(self) -> None:
+        """Close every connection, and end what is left of earlier configs."""
+        for task in list(self._ending):
+            task.cancel()
+        await asyncio.gather(*self._ending, return_exceptions=True)
+        if self._node is not None:
+            await self._node.stop()
+        for one in (*self._earlier, self.current):
+            await one.stop()
+        await self.spending.stop()
+        await self.directory.close()
+        await self.store.stop()
+        await self.volatile.close()
+        await asyncio.gather(*(seat.stop() for seat in self.seats.values()))
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.stop)
+
+
+def _files(config: Config) -> dict[str, str]:
+    """What files hold, as far as they are here: versions of weights, digests of profiles."""
+    local = [name for name, expert in config.experts.items() if expert.remote is None]
+    return {**file_versions(config, local), **profile_digests(config)}

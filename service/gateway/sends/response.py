@@ -1,0 +1,248 @@
+"""A reply on its way to the client: our headers, what it cost, and how far it has come."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from service.engine.base import Message, Send
+from service.errors import CoeError, UpstreamError
+from service.gateway.request_record import Passage, Spent
+from service.gateway.sends.usage_meter import Meter
+from service.http.asgi import STREAM_HEADERS, LineBuffer
+from service.http.openai_errors import (
+    Dialect,
+    codes_of_ours,
+    detail_of,
+    error_body,
+    status_of,
+    stream_error,
+)
+from service.http.usage import reply_usage, token_counts, usage_of
+from service.rpc.call import QUEUE_MS, SWAP_MS
+
+# What lines must hold to be looked at.
+_CHAT_WORDS = (b'"usage"', b'{"error"', b"[DONE]")
+_OTHER_WORDS = (b'"usage"', b'"error"', b"[DONE]", b'"response.created"')
+
+
+class NoAnswer(CoeError):
+    """An expert refused the request, where only an answer may go to the client."""
+
+    code = "expert_refused"
+
+
+class Reply:
+    """An ASGI send that adds our headers, reads the usage and adds to it what all cost.
+
+    `spent` is the call that answers. `started`: whether anything has gone out. `events`: how
+    many a stream has had by now. `answers_only`: a reply that is none is not passed on, but
+    raised as NoAnswer.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        headers: list[tuple[bytes, bytes]],
+        passage: Passage,
+        began_s: float,
+        meter: Meter | None = None,
+        dialect: Dialect = Dialect.CHAT,
+    ) -> None:
+        """`meter`: what the engine says goes through it first; it counts, and takes out what
+        the client did not ask for. `dialect`: in which the client is told of errors."""
+        self.passage = passage
+        self.meter = meter
+        self._counted = meter.wrap(self._out) if meter is not None else self._out
+        self.started = False
+        self.answers_only = False
+        self.spent: Spent | None = None
+        self.first_byte_limit: asyncio.Timeout | None = None
+        self.sent_s = began_s
+        self.events = 0
+        self._send = send
+        self._headers = headers
+        self._began_s = began_s
+        self._streams = False
+        self._held: Message | None = None
+        self._dialect = dialect
+        self._words = _CHAT_WORDS if dialect is Dialect.CHAT else _OTHER_WORDS
+        self._failed = False
+        self._lines = LineBuffer()
+        # The response object that a stream of Responses began with.
+        self._response: Any = None
+
+    async def __call__(self, message: Message) -> None:
+        if self.answers_only and message["type"] == "http.response.start":
+            self.answers_only = False
+            if message["status"] != 200:
+                raise NoAnswer(f"the expert's reply has the status {message['status']}")
+        await self._counted(message)
+
+    async def _out(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._note(message)
+            if self._streams:
+                await self._send(self._headed(message, None))
+            else:
+                # Held until the body's length is known: it grows by what is put into the usage.
+                self._held = message
+            return
+        body, more = message.get("body", b""), message.get("more_body", False)
+        if self._streams:
+            out = self._whole_lines(body, ends=not more)
+            if out or not more:
+                await self._send({**message, "body": out})
+            return
+        if self.passage.status >= 400:
+            message = {**message, "body": self._refusal(body)}
+        elif b'"usage"' in body:
+            message = {**message, "body": self._with_usage(body)}
+        if self._held is not None:
+            held, self._held = self._held, None
+            await self._send(self._headed(held, None if more else len(message["body"])))
+        await self._send(message)
+
+    def _whole_lines(self, body: bytes, *, ends: bool) -> bytes:
+        """A stream's lines as the client gets them. What is left of one waits for its end."""
+        lines = self._lines.take(body, ends=ends)
+        self.events += lines.count(b"data: {") + lines.count(b"data:{")
+        for word in self._words:
+            if word in lines:
+                return b"".join(map(self._line, lines.splitlines(keepends=True)))
+        return lines
+
+    def _line(self, line: bytes) -> bytes:
+        if not line.startswith(b"data:") or not any(word in line for word in self._words):
+            return line
+        chat = self._dialect is Dialect.CHAT
+        if line[5:].strip() == b"[DONE]":
+            # That ends streams of the chat API only, and those only that did not fail.
+            return b"" if self._failed or not chat else line
+        try:
+            event = orjson.loads(line[5:])
+        except orjson.JSONDecodeError:
+            return line
+        if not isinstance(event, dict):
+            return line
+        if not chat and event.get("type") == "response.created":
+            self._response = event.get("response")
+        if (error := _error_in(event)) is not None:
+            self._note_failure(error)
+            if not chat and "type" not in event:
+                # OpenAI's, as pools and engines tell it. Its own blank line follows.
+                return self._last_events(error, 503, self.events - 1)[:-1]
+        usage = usage_of(event)
+        if usage is None or event.get("type") == "message_start":
+            return line  # a message's usage at its start is no whole one
+        self._spend(*token_counts(usage))
+        usage["coe"] = self._cost()
+        return b"data: " + orjson.dumps(event) + b"\n"
+
+    def _note_failure(self, error: Mapping[str, Any]) -> None:
+        """The stream tells that it failed: so has the request."""
+        self._failed = True
+        code = error.get("code")
+        if not self.passage.local:
+            code = UpstreamError.code
+        elif not isinstance(code, str):
+            code = CoeError.code
+        self.passage.outcome = code if code in codes_of_ours() else CoeError.code
+
+    def _last_events(self, detail: Mapping[str, Any], status: int, sequence: int) -> bytes:
+        """The events that end this stream with an error; the first has this number."""
+        return stream_error(
+            detail, status, self._dialect, sequence=sequence, response=self._response
+        )
+
+    def _refusal(self, body: bytes) -> bytes:
+        """A whole error reply as the client's dialect has it; engines' are made OpenAI's."""
+        if self._dialect is not Dialect.MESSAGES:
+            return body
+        try:
+            detail = orjson.loads(body)["error"]
+            return error_body(detail, self.passage.status, self._dialect)
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            return body
+
+    def _note(self, message: Message) -> None:
+        self.started = True
+        passage = self.passage
+        passage.status = message["status"]
+        passage.began_at_s = self._began_s
+        passage.sent_at_s = self.sent_s
+        passage.first_byte_at_s = time.monotonic()
+        if self.first_byte_limit is not None:
+            self.first_byte_limit.reschedule(None)
+        self._streams = any(v.startswith(b"text/event-stream") for _, v in message["headers"])
+
+    def _headed(self, message: Message, length: int | None) -> Message:
+        passage = self.passage
+        ours = [
+            *self._headers,
+            passage.route_header,
+            (b"x-coe-expert", passage.expert.encode()),
+            (QUEUE_MS.encode(), f"{passage.queue_ms:.1f}".encode()),
+            (SWAP_MS.encode(), f"{passage.swap_ms:.1f}".encode()),
+        ]
+        if passage.recipe != passage.expert:
+            ours.append((b"x-coe-recipe", passage.recipe.encode()))
+        if passage.clipped is not None:
+            ours.append((b"x-coe-max-tokens", str(passage.clipped).encode()))
+        if self._streams:
+            ours += STREAM_HEADERS
+        if length is not None:
+            ours.append((b"content-length", str(length).encode()))
+        given = [pair for pair in message["headers"] if pair[0] != b"content-length"]
+        return {**message, "headers": [*given, *ours]}
+
+    def _with_usage(self, body: bytes) -> bytes:
+        """A whole reply with `coe` in its usage."""
+        usage = reply_usage(body)
+        if usage is None:
+            return body
+        self._spend(usage.prompt_tokens, usage.answer_tokens)
+        at = usage.value + 1
+        added = b'"coe":' + orjson.dumps(self._cost()) + b","
+        if body[at:].lstrip()[:1] == b"}":
+            added = added[:-1]
+        return body[:at] + added + body[at:]
+
+    def _spend(self, prompt_tokens: int | None, answer_tokens: int | None) -> None:
+        """Note what the call that answers has used."""
+        if self.spent is None:
+            return
+        if prompt_tokens is not None:
+            self.spent.prompt_tokens = prompt_tokens
+        if answer_tokens is not None:
+            self.spent.completion_tokens = answer_tokens
+
+    def _cost(self) -> dict[str, Any]:
+        decode_s = time.monotonic() - self.passage.first_byte_at_s
+        return self.passage.to_json(decode_s * 1000)
+
+    async def break_off(self, error: CoeError) -> None:
+        """End a reply that had begun. A stream says why; anything else is cut short."""
+        self.passage.outcome = error.code
+        if not self._streams:
+            raise error
+        # Half a line would spoil the event that is still to come.
+        self._lines.drop()
+        events = self._last_events(detail_of(error), status_of(error), self.events)
+        await self._send({"type": "http.response.body", "body": events})
+
+
+def _error_in(event: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The error that a stream's event tells, in any API's words."""
+    kind, error = event.get("type"), event.get("error")
+    if kind == "error":
+        return error if isinstance(error, dict) else event
+    if kind == "response.failed":
+        response = event.get("response")
+        told = response.get("error") if isinstance(response, dict) else None
+        return told if isinstance(told, dict) else {}
+    return error if kind is None and isinstance(error, dict) else None

@@ -1,0 +1,113 @@
+"""Where a config has limits counted and keys kept; and the keys, with no service running."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from service.config import Config
+from service.errors import ConfigError
+from service.gateway.auth import any_key
+from service.rpc.auth import admin_key_path, keys_path
+from service.store.keys import FileBook, KeyBook, Keys, StoreBook
+from service.store.memory import MemoryStore
+from service.store.protocol import Store
+from service.store.volatile import MemoryVolatile, VolatileStore
+
+log = logging.getLogger("coe.app")
+
+
+def open_store(config: Config, owner: str) -> Store:
+    """The store of a config. `owner`: whose reservations they are. Raises ConfigError."""
+    given = config.store
+    if given.kind == "memory":
+        return MemoryStore()
+    # Imported here: only who uses Redis needs its client.
+    from service.store.redis_client import RedisClient
+    from service.store.redis_store import SharedStore
+
+    url = _url(given.url, given.url_env, "url_env")
+    assert url is not None
+    client = RedisClient(
+        url,
+        owner,
+        prefix=given.prefix,
+        timeout_s=given.timeout_ms / 1000,
+        lease_s=given.lease_s,
+    )
+    return SharedStore(client, share=given.slice, lease_s=given.lease_s)
+
+
+def open_volatile(config: Config) -> VolatileStore:
+    """Where what may be lost is kept, by a config. Raises ConfigError."""
+    given = config.store
+    url = _url(given.cache_url, given.cache_url_env, "cache_url_env")
+    if url is None:
+        if config.server.gateways > 1 and config.feedback.enabled:
+            log.warning(
+                "without store.cache_url a vote on a reply has to reach the gateway that gave it, "
+                "one of %d; others answer 404",
+                config.server.gateways,
+            )
+        return MemoryVolatile(given.cache_bytes)
+    from service.store.volatile_redis import RedisVolatile
+
+    return RedisVolatile(url, prefix=given.prefix, timeout_s=given.timeout_ms / 1000)
+
+
+def _url(url: str | None, variable: str | None, field: str) -> str | None:
+    if variable is None:
+        return url
+    found = os.environ.get(variable)
+    if not found:
+        raise ConfigError(
+            f"store.{field}: the environment variable {variable} that should hold the URL of "
+            "a Redis is not set"
+        )
+    return found
+
+
+def key_book(config: Config, store: Store) -> KeyBook:
+    """Where API keys made by people are kept."""
+    if config.store.kind == "memory":
+        given = config.store.keys_file
+        return FileBook(Path(given) if given is not None else keys_path())
+    return StoreBook(store)
+
+
+def keys_marker(config: Config) -> Path:
+    """The file on this machine that says that there were API keys where this config keeps them."""
+    given = config.store
+    if given.kind == "memory":
+        kept = Path(given.keys_file) if given.keys_file is not None else keys_path()
+        return kept.with_suffix(".needed")
+    # Of the URL what says which store it is, without user and password.
+    url = urlsplit(_url(given.url, given.url_env, "url_env") or "")
+    where = repr((url.hostname, url.port, url.path, given.prefix))
+    digest = hashlib.blake2b(where.encode(), digest_size=8).hexdigest()
+    return admin_key_path().with_name(f"keys-{digest}.needed")
+
+
+async def has_keys(config: Config) -> bool:
+    """Whether a key has to be shown: there is or was one. Raises ConfigError, StoreGone."""
+    store = open_store(config, "starting")
+    await store.start()
+    try:
+        return await any_key(config, key_book(config, store), keys_marker(config))
+    finally:
+        await store.stop()
+
+
+async def with_keys(config: Config, act: Callable[[Keys], Awaitable[Any]]) -> Any:
+    """Do something with the keys where they are kept, no service running. Raises StoreGone."""
+    store = open_store(config, f"keys-{os.getpid()}")
+    await store.start()
+    try:
+        return await act(Keys(key_book(config, store)))
+    finally:
+        await store.stop()

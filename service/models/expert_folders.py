@@ -1,0 +1,47 @@
+"""Where experts' weights are on this machine, and fetching those that are not here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from service.config import Config
+from service.engine.weight_cache import version_of
+from service.errors import CoeError
+from service.models import inspect_model, locate, pull
+
+
+def _source(config: Config, expert: str) -> tuple[str, Path | None]:
+    """What an expert's full weights are called, and where models are kept."""
+    settings = config.experts[expert]
+    source = settings.model if settings.base is None else config.experts[settings.base].model
+    assert source is not None
+    return source, Path(config.models_dir) if config.models_dir is not None else None
+
+
+def folder_here(config: Config, expert: str) -> Path | None:
+    """Where an expert's full weights are, or None where they are not here."""
+    source, root = _source(config, expert)
+    return locate(source, root=root)
+
+
+def file_versions(config: Config, experts: Iterable[str]) -> dict[str, str]:
+    """The version of the files that each local expert is loaded from; empty: they are not here."""
+    versions = {}
+    for name in experts:
+        try:
+            folder = folder_here(config, name)
+            adapter = config.experts[name].adapter
+            versions[name] = version_of(str(folder), adapter, 1.0) if folder is not None else ""
+        except (OSError, CoeError):
+            versions[name] = ""
+    return versions
+
+
+def folder_of(config: Config, expert: str) -> str:
+    """Where an expert's full weights are, fetched first if need be. Raises ModelStoreError."""
+    source, root = _source(config, expert)
+    folder = locate(source, root=root) or pull(source, dest_root=root)
+    # Says what is wrong with the files better than an engine that fails to start.
+    inspect_model(Path(folder))
+    return str(folder)

@@ -1,0 +1,106 @@
+"""The gates of a mixture-of-experts model: which layers have one, of what shape, by which rule.
+
+Read from `config.json`, the headers of the safetensors files and the gates' own bytes;
+no other weights are touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from service.errors import ModelStoreError
+from service.models.safetensors_file import TensorInfo, read_header
+
+# Mixtral, Qwen2/3-MoE, OLMoE and others `mlp.gate`; Granite `block_sparse_moe.router.layer`.
+_GATE = re.compile(
+    r"(?:^|\.)layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)(?:\.layer)?\.weight$"
+)
+# Those whose gates choose by softmax and top-k, and whether they normalise the weights of the
+# chosen; None: as `norm_topk_prob` in config.json says.
+STEERABLE: dict[str, bool | None] = {
+    "mixtral": True,
+    "granitemoe": True,
+    "olmoe": False,
+    "qwen2_moe": None,
+    "qwen3_moe": None,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MoeShape:
+    """What a steering profile has to fit.
+
+    layers: indices of the decoder layers that have a gate; experts: of each; top_k: chosen
+    for a token; renormalize: the weights of the chosen sum to 1. gates: sha256, in hex, over the
+    gates' weights as they stand in the checkpoint, layer by layer: it tells the base exactly.
+    """
+
+    layers: tuple[int, ...]
+    experts: int
+    top_k: int
+    renormalize: bool
+    gates: str
+
+
+def moe_shape(folder: Path | str) -> MoeShape | None:
+    """A model's gates; None where it is no mixture of experts. Raises ModelStoreError."""
+    folder = Path(folder)
+    sizes = _sizes(folder)
+    found: dict[int, tuple[Path, TensorInfo]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in read_header(file).items():
+            if (match := _GATE.search(name)) is not None and len(tensor.shape) == 2:
+                found[int(match[1])] = (file, tensor)
+    if not found:
+        return None
+    top_k = sizes.get("num_experts_per_tok", sizes.get("num_experts_per_token"))
+    if not isinstance(top_k, int) or top_k < 1:
+        raise ModelStoreError(f"{folder / 'config.json'}: 'num_experts_per_tok' is missing")
+    layers = tuple(sorted(found))
+    counts = {layer: found[layer][1].shape[0] for layer in layers}
+    experts = counts[layers[0]]
+    odd = next((layer for layer in layers if counts[layer] != experts), None)
+    if odd is not None:
+        raise ModelStoreError(
+            f"{folder}: layer {odd} has {counts[odd]} experts and layer {layers[0]} {experts}"
+        )
+    digest = hashlib.sha256()
+    for layer in layers:
+        file, tensor = found[layer]
+        digest.update(f"{layer} {tensor.dtype} {tensor.shape}\n".encode())
+        with file.open("rb") as data:
+            data.seek(tensor.begin)
+            digest.update(data.read(tensor.data_bytes))
+    return MoeShape(layers, experts, top_k, _renormalizes(sizes), digest.hexdigest())
+
+
+def why_not_steerable(folder: Path | str) -> str | None:
+    """Why a mixture-of-experts model's gates can't be steered, or None where they can."""
+    kind = _sizes(Path(folder)).get("model_type")
+    if kind in STEERABLE:
+        return None
+    return (
+        f"its gates are of type {kind!r}; those that can be steered choose by softmax and top-k: "
+        f"{', '.join(sorted(STEERABLE))}"
+    )
+
+
+def _renormalizes(sizes: dict[str, Any]) -> bool:
+    known = STEERABLE.get(str(sizes.get("model_type")))
+    return bool(sizes.get("norm_topk_prob", False)) if known is None else known
+
+
+def _sizes(folder: Path) -> dict[str, Any]:
+    where = folder / "config.json"
+    try:
+        config = json.loads(where.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelStoreError(f"{where}: can't be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelStoreError(f"{where}: must hold a JSON object")
+    return config

@@ -1,0 +1,86 @@
+"""Virtual experts: whether their profiles fit their bases, and what an engine is told of them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from service.config import Config
+from service.engine.steering_spec import SteeredLayer, Steering
+from service.errors import ConfigError, InvalidProfile
+from service.moe.steering import (
+    SteeringProfile,
+    check_profile,
+    moe_shape,
+    read_profile,
+    why_not_steerable,
+)
+
+
+def profile_of(config: Config, expert: str, folder: Path) -> SteeringProfile:
+    """A virtual expert's profile, held against its base in `folder`: headers and gates are read.
+
+    Raises InvalidProfile naming expert, layer and numbers; ConfigError where the base can't be
+    steered.
+    """
+    settings = config.experts[expert]
+    assert settings.profile is not None
+    shape = moe_shape(folder)
+    if shape is None:
+        raise ConfigError(
+            f"experts.{expert}.base: {settings.base!r} is no mixture of experts; it has no gates "
+            "that a profile could steer"
+        )
+    if (why := why_not_steerable(folder)) is not None:
+        raise ConfigError(f"experts.{expert}.base: {settings.base!r} can't be steered: {why}")
+    where = f"experts.{expert}.profile: "
+    try:
+        profile = read_profile(settings.profile)
+    except InvalidProfile as error:
+        raise InvalidProfile(where + error.message) from None
+    try:
+        check_profile(profile, shape)
+    except InvalidProfile as error:
+        raise InvalidProfile(f"{where}{settings.profile}: {error.message}") from None
+    return profile
+
+
+def steering_of(config: Config, expert: str, folder: Path) -> Steering:
+    """What an engine is told of a virtual expert. Raises as `profile_of`."""
+    profile = profile_of(config, expert, folder)
+    layers = tuple(
+        SteeredLayer(
+            index,
+            tuple(map(bool, layer.mask)),
+            tuple(map(float, layer.bias)),
+            tuple(map(float, layer.boost)),
+            layer.top_k,
+            layer.top_p,
+        )
+        for index, layer in sorted(profile.layers.items())
+        if not layer.is_neutral
+    )
+    shape = profile.shape
+    base = config.needs(expert)
+    return Steering(base, shape.experts, shape.top_k, shape.renormalize, layers)
+
+
+def profile_digests(config: Config) -> dict[str, str]:
+    """What each virtual expert's file holds, as sha256 in hex; empty where it can't be read."""
+    digests = {}
+    for name, expert in config.experts.items():
+        if expert.profile is not None:
+            try:
+                digests[name] = hashlib.sha256(Path(expert.profile).read_bytes()).hexdigest()
+            except OSError:
+                digests[name] = ""
+    return digests
+
+
+def profile_bytes(config: Config, expert: str) -> int:
+    """The size of a virtual expert's file; 0 where there is none."""
+    profile = config.experts[expert].profile
+    try:
+        return Path(profile).stat().st_size if profile is not None else 0
+    except OSError:
+        return 0

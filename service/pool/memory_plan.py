@@ -1,0 +1,431 @@
+"""The memory plan: what each pool of a config will take, before anything is started. Pure.
+
+Weights are counted from the files' own headers. On CPU vLLM packs linear layers
+beside the parameters while it loads, so weights count twice there at the peak;
+what a process takes without any model is measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from service.config import Config, ExpertConfig, PoolConfig
+from service.errors import ConfigError, ModelStoreError
+from service.models import AdapterInfo, ModelInfo
+from service.models.adapters import FOLLOWED, find_misfit, name_another_base
+from service.moe.kernels import check_kernels
+from service.moe.profiles import profile_of
+
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_MIB = 1024**2
+# Resident, measured on the CPU build: the pool's process with vLLM imported, and
+# an engine core before it has a model.
+REPLICA_BYTES = 900 * _MIB
+ENGINE_BYTES = 1000 * _MIB
+PACKING = 2
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """One engine's bytes. `kv_tokens`: tokens that its KV cache holds, 0 where vLLM decides."""
+
+    base: str
+    adapters: tuple[str, ...]
+    weight_bytes: int
+    adapter_bytes: int
+    kv_bytes: int
+    kv_tokens: int
+    overhead_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.weight_bytes + self.adapter_bytes + self.kv_bytes + self.overhead_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    """One replica's bytes, and the bound it was given (None: not bounded)."""
+
+    kind: str
+    engines: tuple[EnginePlan, ...]
+    replica_bytes: int
+    bound_bytes: int | None
+    on_gpu: bool
+    moe: tuple[str, ...] = ()  # what is set for mixtures of experts, a line for each
+    # On a GPU: weights that it keeps in host memory, once for all its engines, in /dev/shm
+    # where they are exchanged in place.
+    host_bytes: int = 0
+    # What will not work as somebody may expect, a line for each.
+    warnings: tuple[str, ...] = ()
+    # What is special about its adapters, and served as they say.
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        """What a replica takes at its peak: on a GPU of its memory, else of the machine's."""
+        return self.replica_bytes + sum(engine.total_bytes for engine in self.engines)
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is within the bound."""
+        return self.bound_bytes is None or self.total_bytes <= self.bound_bytes
+
+
+def plan_pool(
+    config: Config,
+    kind: str,
+    inspect: Callable[[str], ModelInfo | AdapterInfo],
+) -> PoolPlan:
+    """The plan of one replica of a pool.
+
+    `inspect` looks at what an expert's folder holds; its ModelStoreError goes through.
+    Raises ConfigError where an expert's folder is not what the config says.
+    """
+    pool = config.pools[kind]
+    if pool.engine == "simulated":
+        return PoolPlan(kind, (), 0, pool.memory_bytes, on_gpu=False)
+    inspect = functools.cache(inspect)  # each folder once: large models have hundreds of files
+    moe = check_kernels(config, kind, inspect)
+    groups = config.groups(kind)
+    slots = len(groups) if pool.slots is None else min(pool.slots, len(groups))
+    grouped = [[_plan_unit(config, unit, pool, inspect) for unit in group] for group in groups]
+    _check_capture(config, kind, config.units(kind), inspect)
+    on_gpu = pool.gpus > 0
+    shared = [group for group in grouped if slots < len(groups) or len(group) > 1]
+    turns = [plan for group in shared for plan in group]
+    sharing = min(slots, len(shared))
+    bound = pool.swap.host_bytes
+    _check_bound(config, bound, turns, sharing)
+    held = sum(plan.weight_bytes for plan in turns)
+    held = held if bound is None else min(bound, held)
+    engines = []
+    for i in range(slots):
+        engine = _share([plan for group in grouped[i::slots] for plan in group])
+        if slots < len(groups):
+            # Units move between slots, and each is in one at a time. On a GPU is who runs.
+            largest = max(plan.weight_bytes for plan in turns)
+            own = held // slots + (held % slots if i == 0 else 0)
+            engine = replace(engine, weight_bytes=largest if on_gpu else own)
+        engines.append(engine)
+    caches = pool.swap.method == "inplace" or (
+        pool.swap.method == "sleep" and pool.swap.sleep_level == 1
+    )
+    replica_bytes = 0 if on_gpu else REPLICA_BYTES
+    return PoolPlan(
+        kind,
+        tuple(engines),
+        replica_bytes,
+        pool.memory_bytes,
+        on_gpu,
+        moe,
+        held if on_gpu and caches else 0,
+        (*_warnings(config, kind, inspect), *_doubles(config, kind, inspect)),
+        tuple(_notes(config, kind, inspect)),
+    )
+
+
+def _notes(
+    config: Config, kind: str, inspect: Callable[[str], ModelInfo | AdapterInfo]
+) -> Iterator[str]:
+    for name in config.local_experts(kind):
+        if config.experts[name].adapter is None:
+            continue
+        info = inspect(name)
+        if not isinstance(info, AdapterInfo):
+            continue
+        if followed := [key for key in info.not_merged if key in FOLLOWED]:
+            keys = ", ".join(followed)
+            yield f"{name}: {keys} of its adapter is followed, with ranks of up to {info.rank}"
+
+
+def _doubles(
+    config: Config, kind: str, inspect: Callable[[str], ModelInfo | AdapterInfo]
+) -> Iterator[str]:
+    """Experts with the same weights under several names: each has them for itself."""
+    same: dict[tuple[str, ...], list[str]] = {}
+    for name in config.local_experts(kind):
+        expert = config.experts[name]
+        if expert.form == "steered" or (expert.adapter is not None and expert.form != "merged"):
+            continue
+        made = [str(inspect(expert.base or name).path.resolve())]
+        if expert.adapter is not None:
+            made += [str(Path(expert.adapter).resolve()), str(expert.strength)]
+        made.append(config.vllm_of(kind, name).model_dump_json())
+        same.setdefault(tuple(made), []).append(name)
+    for names in same.values():
+        if len(names) > 1:
+            yield (
+                f"pools.{kind}: experts {', '.join(names)} have the same weights, and each has "
+                "them in memory for itself; give one of them all categories and capabilities, "
+                "and leave the others out"
+            )
+
+
+def _warnings(
+    config: Config, kind: str, inspect: Callable[[str], ModelInfo | AdapterInfo]
+) -> Iterator[str]:
+    for name in config.local_experts(kind):
+        expert = config.experts[name]
+        info = inspect(name if expert.adapter is not None else expert.base or name)
+        if isinstance(info, AdapterInfo):
+            assert expert.base is not None
+            source = config.experts[expert.base].model or ""
+            if (other := name_another_base(info, source)) is not None:
+                yield f"experts.{name}.adapter: it was trained on {other}, and its base is {source}"
+            if unknown := [key for key in info.not_merged if key not in FOLLOWED]:
+                yield (
+                    f"experts.{name}.adapter: {', '.join(unknown)} of its adapter_config.json is "
+                    "not known here, and the engine may leave it out of account"
+                )
+            continue
+        if expert.model is None:
+            continue
+        if info.second_copies:
+            yield (
+                f"experts.{name}.model: {info.second_copies[0]} holds the same weights once more, "
+                "and an engine will read it, too; move it away, or get a copy without it: "
+                f"coe models pull {expert.model}"
+            )
+        chats = [
+            other
+            for other, one in config.experts.items()
+            if "chat" in one.capabilities and name in (other, one.base)
+        ]
+        if not info.has_chat_template and chats:
+            yield (
+                f"experts.{name}.model: no chat template in its folder, so that requests to chat "
+                "may be refused; put a chat_template.jinja there, or set capabilities: "
+                f"[completions] for {', '.join(chats)}"
+            )
+
+
+def _check_adapter(
+    name: str, expert: ExpertConfig, adapter: ModelInfo | AdapterInfo, base: ModelInfo
+) -> AdapterInfo:
+    """The adapter of an expert, if the engine will serve it on this base. Raises ConfigError."""
+    where = f"experts.{name}.adapter"
+    if not isinstance(adapter, AdapterInfo):
+        raise ConfigError(f"{where}: this folder holds a model, not an adapter")
+    if expert.form == "merged" and adapter.not_merged:
+        raise ConfigError(
+            f"{where}: {adapter.not_merged[0]} of its adapter_config.json can't be merged; "
+            "use form: adapter"
+        )
+    # Quantised weights are packed, with other names and shapes.
+    if base.quantization is None and (why := find_misfit(adapter, base.shapes)) is not None:
+        raise ConfigError(f"{where}: it is of another base than {expert.base!r}: {why}")
+    return adapter
+
+
+def _check_bound(
+    config: Config, bound: int | None, units: Sequence[EnginePlan], slots: int
+) -> None:
+    """Hold what must be in host memory at once against the pool's bound. Raises ConfigError."""
+    if bound is None or not units:
+        return
+    # Who runs on another's weights keeps those.
+    names = {config.needs(n) or n for n, expert in config.experts.items() if expert.pinned}
+    pinned = sum(plan.weight_bytes for plan in units if plan.base in names)
+    loose = sorted((plan.weight_bytes for plan in units if plan.base not in names), reverse=True)
+    most = pinned + sum(loose[:slots])
+    if most <= bound:
+        return
+    what = "the largest expert" if slots == 1 else f"the largest experts of its {slots} slots"
+    raise ConfigError(
+        f"pools: swap.host_bytes is {_gib(bound)} for a pool's slots together, and "
+        f"{_gib(most, up=True)} are needed for {what}" + (" and the pinned ones" if pinned else "")
+    )
+
+
+def _check_capture(
+    config: Config,
+    kind: str,
+    units: Sequence[tuple[str, ...]],
+    inspect: Callable[[str], ModelInfo | AdapterInfo],
+) -> None:
+    if config.pools[kind].vllm.moe_capture is None:
+        return
+    infos = [inspect(config.experts[unit[0]].base or unit[0]) for unit in units]
+    if not any(isinstance(info, ModelInfo) and info.is_moe for info in infos):
+        raise ConfigError(
+            f"pools.{kind}.vllm.moe_capture: none of its experts is a mixture of experts, so "
+            "there are no routers to look at"
+        )
+
+
+def _share(every: list[EnginePlan]) -> EnginePlan:
+    """One engine for several units: one runs, the rest lie in host memory."""
+    first, *others = every
+    if not others:
+        return first
+    return EnginePlan(
+        base=first.base,
+        adapters=(*first.adapters, *(n for plan in others for n in (plan.base, *plan.adapters))),
+        weight_bytes=sum(plan.weight_bytes for plan in every),
+        adapter_bytes=max(plan.adapter_bytes for plan in every),
+        kv_bytes=first.kv_bytes,
+        kv_tokens=min(plan.kv_tokens for plan in every),
+        overhead_bytes=first.overhead_bytes,
+    )
+
+
+def _plan_unit(
+    config: Config,
+    unit: tuple[str, ...],
+    pool: PoolConfig,
+    inspect: Callable[[str], ModelInfo | AdapterInfo],
+) -> EnginePlan:
+    base, *adapters = unit
+    expert = config.experts[base]
+    where = f"experts.{base}.model"
+    info = inspect(base if expert.base is None else expert.base)
+    if not isinstance(info, ModelInfo):
+        raise ConfigError(f"{where}: this folder holds an adapter, not a model")
+    if not info.has_tokenizer:
+        raise ConfigError(
+            f"{where}: no tokenizer in its folder (tokenizer.json, tokenizer.model or the like); "
+            "put that of its base model there"
+        )
+    if expert.form == "merged":
+        _check_adapter(base, expert, inspect(base), info)
+    options = pool.vllm
+    if expert.form == "steered":
+        _check_steered(config, base, pool, info)
+    if expert.form == "merged" and info.quantization:
+        raise ConfigError(
+            f"experts.{base}.form: its base is quantised ({info.quantization}), and nothing can be "
+            "merged into such weights; use form: adapter"
+        )
+    if expert.form == "merged" and pool.gpus > 0:
+        raise ConfigError(f"experts.{base}.form: merged is for pools on CPU; on a GPU use adapter")
+    exchanged = pool.slots is not None or expert.form == "merged"
+    if exchanged and pool.gpus == 0 and not options.enforce_eager:
+        raise ConfigError(
+            "pools: merged experts, and experts that share a slot, need vllm.enforce_eager: true "
+            "on CPU; compiled code would go on using the first expert's weights"
+        )
+    if info.needs_custom_code and not options.trust_remote_code:
+        raise ConfigError(
+            f"{where}: this model brings its own code, which is not run; "
+            "set vllm.trust_remote_code to allow it"
+        )
+    longest = options.max_model_len
+    if longest is not None and longest > info.max_context_tokens:
+        raise ConfigError(
+            f"pools: vllm.max_model_len is {longest}, but {base!r} was made for at most "
+            f"{info.max_context_tokens} tokens"
+        )
+    on_gpu = pool.gpus > 0
+    element = _element_bytes(info, options.dtype)
+    weights = weights_bytes(info, options.dtype)
+    if adapters and info.is_moe and not on_gpu:
+        raise ConfigError(f"{where}: LoRA on a mixture-of-experts model needs a GPU")
+    adapter_bytes = 0
+    for name in adapters:
+        adapter = _check_adapter(name, config.experts[name], inspect(name), info)
+        if adapter.rank > options.max_lora_rank:
+            raise ConfigError(
+                f"experts.{name}.adapter: its rank is {adapter.rank}, "
+                f"and vllm.max_lora_rank is {options.max_lora_rank}"
+            )
+        adapter_bytes += adapter.parameters * element
+    kv_bytes = options.kv_cache_bytes or 0
+    per_token = info.kv_bytes_per_token(element)
+    tokens = kv_bytes // per_token
+    context = longest or info.max_context_tokens
+    if kv_bytes and tokens < context:
+        raise ConfigError(
+            f"pools: vllm.kv_cache_bytes holds {tokens} tokens of {base!r}, fewer than one "
+            f"request of max_model_len {context} may need; give it at least "
+            f"{context * per_token} bytes, or set vllm.max_model_len to at most {tokens}"
+        )
+    if expert.form == "steered":
+        weights = 0  # its base's, counted there
+    return EnginePlan(
+        base=base,
+        adapters=tuple(adapters),
+        weight_bytes=weights if on_gpu else weights * PACKING,
+        adapter_bytes=adapter_bytes,
+        kv_bytes=kv_bytes,
+        kv_tokens=tokens,
+        overhead_bytes=0 if on_gpu else ENGINE_BYTES,
+    )
+
+
+def _check_steered(config: Config, name: str, pool: PoolConfig, info: ModelInfo) -> None:
+    """Raises ConfigError where a virtual expert can't be: InvalidProfile if by its profile."""
+    where = f"experts.{name}"
+    if pool.gpus > 0 and pool.swap.method == "sleep":
+        raise ConfigError(
+            f"{where}.profile: swap.method sleep has an engine for each expert, and a virtual one "
+            "runs in its base's; use auto, inplace or respawn"
+        )
+    if pool.vllm.eplb_config.num_redundant_experts:
+        raise ConfigError(
+            f"{where}.profile: vllm.eplb_config.num_redundant_experts: copies of experts would be "
+            "chosen among, and a profile is for the model's own; set it to 0"
+        )
+    if pool.gpus == 0 and not pool.vllm.enforce_eager:
+        raise ConfigError(
+            f"{where}.profile: virtual experts need vllm.enforce_eager: true on CPU; compiled code "
+            "would go on with the gates as they were compiled"
+        )
+    base = config.experts[name].base
+    if any(e.base == base and e.form == "adapter" for e in config.experts.values()):
+        raise ConfigError(
+            f"{where}.base: {base!r} has adapters beside it; an engine made for these can't be "
+            "steered"
+        )
+    profile_of(config, name, info.path)
+
+
+def weights_bytes(info: ModelInfo, dtype: str) -> int:
+    """What a model's weights take in memory in that dtype (`auto`: their own)."""
+    element = _element_bytes(info, dtype)
+    stored = _ELEMENT_BYTES.get(info.dtype, element)
+    return info.weight_bytes if info.quantization else info.weight_bytes * element // stored
+
+
+def _element_bytes(info: ModelInfo, dtype: str) -> int:
+    return _ELEMENT_BYTES.get(info.dtype if dtype == "auto" else dtype, 2)
+
+
+def check_plan(plan: PoolPlan, machine_bytes: int | None) -> None:
+    """Hold a plan against its bound, and on CPU against the machine. Raises ConfigError."""
+    if not plan.fits:
+        assert plan.bound_bytes is not None
+        raise ConfigError(
+            f"pools.{plan.kind}.memory_bytes: the experts need {_gib(plan.total_bytes)}, "
+            f"and only {_gib(plan.bound_bytes)} are allowed"
+        )
+    if machine_bytes is not None and not plan.on_gpu and plan.total_bytes > machine_bytes:
+        raise ConfigError(
+            f"pools.{plan.kind}: the experts need {_gib(plan.total_bytes)}, "
+            f"and this machine has {_gib(machine_bytes)}"
+        )
+
+
+def _gib(size: int, *, up: bool = False) -> str:
+    shown = size / 1024**3
+    return f"{math.ceil(shown * 100) / 100 if up else shown:.2f} GiB"
+
+
+def folders_of(config: Config, found: Mapping[str, Path]) -> dict[str, Path]:
+    """Every local expert's folder: its adapter's, or where its model was found by source."""
+    folders: dict[str, Path] = {}
+    for name, expert in config.experts.items():
+        if expert.adapter is not None:
+            folders[name] = Path(expert.adapter)
+        elif expert.model is not None and expert.model in found:
+            folders[name] = found[expert.model]
+        elif expert.model is not None:
+            raise ModelStoreError(
+                f"experts.{name}.model: {expert.model!r} is not here yet; "
+                f"get it with: coe models pull {expert.model}"
+            )
+    return folders

@@ -1,0 +1,108 @@
+"""A pool's process: its engines, its application, its metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from service.config import Config
+from service.errors import CoeError
+from service.models import inspect_model
+from service.models.expert_folders import folder_here
+from service.moe.profiles import profile_bytes
+from service.pool.factory import Assembly
+from service.pool.pool import Pool
+from service.rpc.call import Call
+from service.rpc.server import PoolApp
+from service.telemetry.logging import log_fields
+from service.telemetry.pool_metrics import PoolMetrics
+from service.telemetry.setup import node_target, traces_of
+
+
+class PoolProcess:
+    """A pool with its engines, its application and its metrics."""
+
+    def __init__(self, config: Config, kind: str, secret: str, *, node: Path | None = None) -> None:
+        self._metrics = PoolMetrics(config.pools[kind].vllm.moe_capture)
+        self.routes = self._metrics.routes_of
+        self._assembly = Assembly(config, kind, Pool(kind, self._metrics), self._metrics)
+        self.pool = self._assembly.pool
+        self._traces = traces_of(config, "pool", f"{kind}-{self.pool.boot}")
+        if self._traces is not None:
+            self._metrics.traced = self._traces.pooled
+        self._metrics.follow(self.pool)
+        self._config = config
+        self._weights: dict[str, int] = {}
+        self.app = PoolApp(self, secret, config.server.max_body_bytes)
+        self._node = node_target(config, node, f"pool-{kind}-{self.pool.boot}", self.metrics)
+
+    async def start(self) -> None:
+        """Start the engines, in the background."""
+        if self._node is not None:
+            await self._node.start()
+        self.pool.start()
+
+    async def stop(self, drain_s: float) -> None:
+        """Drain, at most so long, and stop the engines."""
+        await self._assembly.stop(drain_s)
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.stop)
+        if self._node is not None:
+            await self._node.stop()
+
+    async def reload(self, config: Config) -> None:
+        """Go on as another config says."""
+        self._config = config
+        self._weights.clear()
+        await self._assembly.reload(config)
+
+    async def run(self, call: Call, body: bytes, send: Any) -> None:
+        """See `PoolHandler`."""
+        log_fields(request_id=call.request_id, expert=call.expert)
+        await self.pool.run(call, body, send)
+
+    async def used(self, request_id: str) -> tuple[int, int] | None:
+        """See `PoolHandler`."""
+        return await self.pool.used(request_id)
+
+    def snapshots(self) -> Any:
+        """See `PoolHandler`."""
+        return self.pool.snapshots()
+
+    def experts(self) -> dict[str, Any]:
+        """See `PoolHandler`."""
+        told = self.pool.details()
+        for name, entry in told.items():
+            if (weight_bytes := self._weight_bytes(name)) is not None:
+                entry["weight_bytes"] = weight_bytes
+        return told
+
+    def _weight_bytes(self, expert: str) -> int | None:
+        """What an expert's files hold, from their headers; None where they are not here."""
+        if expert in self._weights:
+            return self._weights[expert]
+        settings = self._config.experts[expert]
+        if settings.profile is not None:
+            return profile_bytes(self._config, expert)
+        beside = settings.base is not None and settings.form == "adapter"
+        try:
+            folder = settings.adapter if beside else folder_here(self._config, expert)
+            if folder is None:
+                return None
+            self._weights[expert] = inspect_model(Path(folder)).weight_bytes
+        except CoeError:
+            return None
+        return self._weights[expert]
+
+    def demand(self, wanted: dict[str, float]) -> None:
+        """See `PoolHandler`."""
+        self.pool.demand(wanted)
+
+    async def operate(self, act: str, expert: str) -> None:
+        """See `PoolHandler`."""
+        await self.pool.operate(act, expert)
+
+    async def metrics(self) -> str:
+        """See `PoolHandler`."""
+        return await self._metrics.text({"pool": f"{self.pool.kind}-{self.pool.boot}"})

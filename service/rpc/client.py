@@ -1,0 +1,270 @@
+"""A gateway's side of the link: one pool, followed and called over keep-alive HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+import orjson
+
+from service.errors import PoolGone, PoolUnreachable
+from service.rpc import auth as secrets
+from service.rpc.call import Call
+from service.rpc.snapshot import GONE_S, Snapshot, decode
+
+log = logging.getLogger("coe.link")
+
+_RECONNECT_S = 0.25
+_CONNECT_TIMEOUT_S = 2.0
+_SILENT_S = 15.0
+# An engine takes its time to stop.
+_USED_TIMEOUT_S = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolAddress:
+    """Where a pool's process listens. `boot` is new whenever the process is."""
+
+    url: str
+    kind: str
+    boot: str
+
+    @property
+    def name(self) -> str:
+        """How people and metrics call it."""
+        return f"{self.kind}-{self.boot}"
+
+
+@dataclass(frozen=True, slots=True)
+class PoolReply:
+    """The head of a pool's answer, and its body as it comes."""
+
+    status: int
+    headers: dict[str, str]
+    chunks: aiohttp.StreamReader
+
+
+def new_session() -> aiohttp.ClientSession:
+    """The session that a gateway's links share."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
+        auto_decompress=False,
+        trust_env=False,
+        read_bufsize=2**18,
+    )
+
+
+class PoolLink:
+    """One pool as a gateway sees it.
+
+    `changed` is called when the snapshot is new, `experts_changed` before it when the pool's
+    experts are told anew or it falls silent. Times are `time.monotonic` seconds.
+    """
+
+    def __init__(
+        self,
+        address: PoolAddress,
+        session: aiohttp.ClientSession,
+        secret: str,
+        gateway: str,
+        changed: Callable[[], None],
+        experts_changed: Callable[[], None] | None = None,
+    ) -> None:
+        self.address = address
+        self._experts_changed = experts_changed or changed
+        self.snapshot: Snapshot | None = None
+        self.received_s = 0.0
+        self.draining = False  # as last heard: it stays known when the pool has gone
+        self._session = session
+        self._headers = {secrets.HEADER: secret}
+        self._gateway = gateway
+        self._changed = changed
+        self._seq = 0
+        # Calls under way that no snapshot has acknowledged, by number, in the order of sending.
+        self._unseen: dict[int, str] = {}
+        self._open: set[aiohttp.ClientResponse] = set()
+        self._calls = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
+        self._silent_since_s = time.monotonic()
+        self._task = asyncio.create_task(self._follow())
+
+    def age_s(self, now_s: float) -> float:
+        """Seconds since the pool was last heard of."""
+        return now_s - self.received_s if self.snapshot is not None else GONE_S + 1
+
+    def silent_s(self, now_s: float) -> float:
+        """Seconds since the pool was heard of, or since it is followed if it never was."""
+        return now_s - (self.received_s if self.snapshot is not None else self._silent_since_s)
+
+    def unseen(self) -> dict[str, int]:
+        """Requests sent that the snapshot can't count yet, by expert."""
+        return Counter(self._unseen.values()) if self._unseen else {}
+
+    def next_seq(self, expert: str) -> int:
+        """Number a call that is about to be sent."""
+        self._seq += 1
+        self._unseen[self._seq] = expert
+        return self._seq
+
+    @asynccontextmanager
+    async def call(self, call: Call, body: bytes) -> AsyncIterator[PoolReply]:
+        """Send a call; leaving the context early stops it in the pool.
+
+        Raises PoolUnreachable where no connection was made, PoolGone where no head of an answer
+        came.
+        """
+        headers = {**self._headers, **call.headers(), "content-type": "application/json"}
+        self._calls += 1
+        self._unused.clear()
+        reply: aiohttp.ClientResponse | None = None
+        try:
+            try:
+                reply = await self._session.post(
+                    self.address.url + call.endpoint, data=body, headers=headers
+                )
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+                kind = self.address.kind
+                raise PoolUnreachable(
+                    f"a pool of kind {kind!r} can't be reached ({type(error).__name__})"
+                ) from None
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                kind = self.address.kind
+                raise PoolGone(
+                    f"a pool of kind {kind!r} went away ({type(error).__name__})"
+                ) from None
+            lowered = {key.lower(): value for key, value in reply.headers.items()}
+            self._open.add(reply)
+            yield PoolReply(reply.status, lowered, reply.content)
+        finally:
+            # A call that has ended is ahead of nobody, whether it ever reached the pool or not.
+            self._unseen.pop(call.seq, None)
+            self._calls -= 1
+            if not self._calls:
+                self._unused.set()
+            if reply is not None:
+                self._open.discard(reply)
+                # Closes the connection unless the body was read to its end.
+                reply.release() if reply.content.at_eof() else reply.close()
+
+    async def metrics(self) -> str:
+        """The pool's Prometheus text. Raises PoolGone."""
+        return (await self._get("/metrics")).decode()
+
+    async def experts(self) -> dict[str, Any]:
+        """The pool's experts in full. Raises PoolGone."""
+        told: dict[str, Any] = orjson.loads(await self._get("/experts"))
+        return told
+
+    async def operate(self, act: str, expert: str) -> tuple[int, bytes]:
+        """load, evict, pin or unpin: the pool's status and body. Raises PoolGone."""
+        return await self._small(
+            "POST", f"/operate/{quote(act, safe='')}/{quote(expert, safe='')}", timeout_s=120
+        )
+
+    async def routes(self, expert: str) -> tuple[int, bytes]:
+        """What an expert's routers chose there: the pool's status and body. Raises PoolGone."""
+        return await self._small("GET", f"/routes/{quote(expert, safe='')}", timeout_s=10)
+
+    async def used(self, request_id: str) -> tuple[int, int] | None:
+        """Tokens of prompt and answer of a call that was left; None where that is not known."""
+        try:
+            status, body = await self._small(
+                "GET", f"/used/{quote(request_id, safe='')}", timeout_s=_USED_TIMEOUT_S
+            )
+        except PoolGone:
+            return None
+        told = orjson.loads(body) if status == 200 else None
+        return (int(told[0]), int(told[1])) if told is not None else None
+
+    async def _get(self, path: str) -> bytes:
+        status, body = await self._small("GET", path)
+        if status != 200:
+            raise PoolGone(f"the pool answered {path} with status {status}")
+        return body
+
+    async def demand(self, wanted: dict[str, float]) -> None:
+        """Tell the pool of unmet demand. Raises PoolGone."""
+        await self._small("POST", "/demand", body=orjson.dumps(wanted))
+
+    async def _small(
+        self, method: str, path: str, *, timeout_s: float = 2, body: bytes | None = None
+    ) -> tuple[int, bytes]:
+        try:
+            async with self._session.request(
+                method,
+                self.address.url + path,
+                headers=self._headers,
+                data=body,
+                timeout=aiohttp.ClientTimeout(total=timeout_s),
+            ) as reply:
+                return reply.status, await reply.read()
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            raise PoolGone("the pool can't be reached") from None
+
+    async def unused(self) -> None:
+        """Wait until no call is under way. Until then somebody has to follow a pool that is not
+        to be called any more: nothing else notices when it falls silent for good."""
+        await self._unused.wait()
+
+    async def close(self) -> None:
+        """Stop following."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                await self._read()
+            except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+                log.debug("snapshot stream of %s: %r", self.address.url, error)
+            if self.snapshot is not None:
+                self._silent_since_s = self.received_s
+            self.snapshot = None
+            self._experts_changed()
+            self._changed()
+            if time.monotonic() - self._silent_since_s > _SILENT_S:
+                # It hangs without having closed: its streams would wait for ever.
+                for reply in list(self._open):
+                    reply.close()
+            await asyncio.sleep(_RECONNECT_S)
+
+    async def _read(self) -> None:
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=GONE_S
+        )
+        headers = {**self._headers, "x-coe-gateway": self._gateway}
+        async with self._session.get(
+            self.address.url + "/snapshots", headers=headers, timeout=timeout
+        ) as reply:
+            if reply.status != 200:
+                raise ValueError(f"status {reply.status}")
+            snapshot: Snapshot | None = None
+            async for line in reply.content:
+                snapshot = decode(line, snapshot)
+                if snapshot.boot != self.address.boot:
+                    raise ValueError("another process has this address now")
+                self._heard(snapshot)
+
+    def _heard(self, snapshot: Snapshot) -> None:
+        before, self.snapshot = self.snapshot, snapshot
+        self.draining = snapshot.draining
+        self.received_s = time.monotonic()
+        acknowledged = snapshot.acks.get(self._gateway, 0)
+        for seq in list(takewhile(lambda seq: seq <= acknowledged, self._unseen)):
+            del self._unseen[seq]
+        # A line without news of experts leaves the very same dict in the snapshot.
+        if before is None or before.experts is not snapshot.experts:
+            self._experts_changed()
+        if before is None or before.seq != snapshot.seq:
+            self._changed()

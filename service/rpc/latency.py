@@ -1,0 +1,135 @@
+"""How fast an expert answers: moving averages of what was seen. No clock of its own.
+
+An expert that seems slow is asked less, or not at all where it seems to miss every deadline, and
+so would never be measured again, although only the machine was busy. Therefore what was measured
+is believed less the longer ago it was, as far as it is slower than an unmeasured one is taken for.
+"""
+
+from __future__ import annotations
+
+from service.http.usage import reply_usage
+from service.rpc.snapshot import Speed
+
+_EWMA = 0.2
+# Prompts must differ by this much (standard deviation against mean) to tell what length costs.
+_LEAST_SPREAD = 0.1
+# What an expert is taken for that was never measured.
+GUESS = Speed(first_s=0.2, chunk_s=0.02)
+# Time in which what is slower comes half way to that, and in what steps: each is told to gateways.
+_HALF_LIFE_S = 600.0
+_STEP_S = 60.0
+
+
+class Speedometer:
+    """The time to a first byte as a line over the prompt's length, and the time per token after it.
+
+    The line is a least-squares fit with exponential forgetting: of averages of length,
+    time, length² and length · time.
+    """
+
+    def __init__(self) -> None:
+        self._streams = False
+        self._length = self._time = self._square = self._product = 0.0
+        self._chunk_s = 0.0
+        self._measured_at_s = 0.0
+
+    def streamed(self, prompt_tokens: int, first_s: float, chunk_s: float, now_s: float) -> None:
+        """A stream: seconds to its first byte, and between chunks (0: it had too few to tell)."""
+        self._measured_at_s = now_s
+        weight = _EWMA if self._streams else 1.0
+        self._streams = True
+        self._length += weight * (prompt_tokens - self._length)
+        self._time += weight * (first_s - self._time)
+        self._square += weight * (prompt_tokens * prompt_tokens - self._square)
+        self._product += weight * (prompt_tokens * first_s - self._product)
+        if chunk_s:
+            self._chunk(chunk_s)
+
+    def whole(self, prompt_tokens: int, total_s: float, tokens: int, now_s: float) -> None:
+        """A reply in one piece: all that is known is the sum. What streams have taught of the
+        first byte is taken off; before any was seen, all time counts to the tokens."""
+        if tokens < 1:
+            return
+        self._measured_at_s = now_s
+        first_s, per_token_s = self._line()
+        left_s = total_s - first_s - per_token_s * prompt_tokens
+        self._chunk(max(left_s, 0.0) / tokens)
+
+    def _chunk(self, chunk_s: float) -> None:
+        self._chunk_s += (_EWMA if self._chunk_s else 1.0) * (chunk_s - self._chunk_s)
+
+    def _line(self) -> tuple[float, float]:
+        """Seconds at length 0, and per token."""
+        variance = self._square - self._length * self._length
+        per_token_s = 0.0
+        if variance > (_LEAST_SPREAD * self._length) ** 2:
+            slope = (self._product - self._length * self._time) / variance
+            # Never more than the whole time, nor less than nothing.
+            per_token_s = min(max(slope, 0.0), self._time / max(self._length, 1.0))
+        return self._time - per_token_s * self._length, per_token_s
+
+    def speed(self, now_s: float) -> Speed:
+        """What is known by now; nothing (`Speed()`) before anything was seen."""
+        first_s, per_token_s = self._line()
+        steps = max(0.0, now_s - self._measured_at_s) // _STEP_S
+        kept = 0.5 ** (steps * _STEP_S / _HALF_LIFE_S)
+        return Speed(
+            round(_faded(first_s, GUESS.first_s, kept), 4),
+            round(_faded(self._chunk_s, GUESS.chunk_s, kept), 5),
+            round(_faded(per_token_s, GUESS.per_token_s, kept), 7),
+        )
+
+
+def _faded(measured: float, guess: float, kept: float) -> float:
+    return guess + kept * (measured - guess) if measured > guess else measured
+
+
+class Stopwatch:
+    """Times one answer as its ASGI messages pass, for a `Speedometer`. Times in s of one clock.
+
+    `first_s`: when its head passed, 0 before; `chunks`: bodies that passed.
+    """
+
+    def __init__(self, began_s: float) -> None:
+        self.began_s = began_s
+        self.first_s = 0.0
+        self.chunks = 0
+        self._last_s = 0.0
+        self._good = False
+        self._streams = False
+        self._body = b""
+
+    def saw(self, message: object, now_s: float) -> None:
+        """One message."""
+        assert isinstance(message, dict)
+        if message["type"] == "http.response.start":
+            self.first_s = now_s
+            self._good = message["status"] == 200
+            self._streams = any(v.startswith(b"text/event-stream") for _, v in message["headers"])
+            return
+        self._last_s = now_s
+        self.chunks += 1
+        self._body = message.get("body", b"")
+
+    def tokens(self) -> int:
+        """About how many tokens have passed: a stream's chunks, a whole answer's own count."""
+        return self.chunks if self._streams else _answer_tokens(self._body)
+
+    def tell(self, meter: Speedometer, prompt_tokens: int) -> None:
+        """What it came to, if it was a good answer."""
+        if not self._good:
+            return
+        if self._streams:
+            # The last message is the end mark.
+            between = self.chunks - 2
+            chunk_s = (self._last_s - self.first_s) / between if between > 0 else 0.0
+            meter.streamed(prompt_tokens, self.first_s - self.began_s, chunk_s, self._last_s)
+            return
+        tokens = _answer_tokens(self._body)
+        meter.whole(prompt_tokens, self._last_s - self.began_s, tokens, self._last_s)
+
+
+def _answer_tokens(body: bytes) -> int:
+    """The tokens of a whole answer, by its usage; 0 where it tells none."""
+    usage = reply_usage(body)
+    return (usage.answer_tokens or 0) if usage is not None else 0

@@ -1,0 +1,144 @@
+"""The pools that a gateway knows: told of their addresses, it follows each one."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+
+import aiohttp
+
+from service.errors import PoolUnreachable, UnknownModel
+from service.rpc.client import PoolAddress, PoolLink, new_session
+from service.rpc.snapshot import GONE_S
+
+_MOST_POOLS = 64
+
+
+class Directory:
+    """Links to the pools that exist now.
+
+    `update` is told the whole list whenever it changes. Above 64 pools a gateway
+    follows a stable subset of them, by rendezvous hash of its own id and the pool's.
+    """
+
+    def __init__(self, gateway: str, secret: str) -> None:
+        self.gateway = gateway
+        self._secret = secret
+        self._session: aiohttp.ClientSession | None = None
+        self._links: dict[str, PoolLink] = {}
+        # Those whose last calls have not ended yet.
+        self._left: dict[PoolLink, asyncio.Task[None]] = {}
+        self._waiters: set[asyncio.Event] = set()
+        # The greatest context of each expert over all pools; None: to be made anew.
+        self._contexts: dict[str, int] | None = None
+
+    def update(self, addresses: Iterable[PoolAddress]) -> None:
+        """Follow exactly these pools. Must be called in the event loop."""
+        wanted = {address.boot: address for address in self._subset(list(addresses))}
+        if self._session is None:
+            self._session = new_session()
+        for boot in self._links.keys() - wanted.keys():
+            link = self._links.pop(boot)
+            self._left[link] = asyncio.create_task(self._leave(link))
+        for boot in wanted.keys() - self._links.keys():
+            self._links[boot] = PoolLink(
+                wanted[boot],
+                self._session,
+                self._secret,
+                self.gateway,
+                self._changed,
+                self._forget_contexts,
+            )
+        self._forget_contexts()
+        self._changed()
+
+    async def _leave(self, link: PoolLink) -> None:
+        await link.unused()
+        await link.close()
+        del self._left[link]
+
+    def _subset(self, addresses: list[PoolAddress]) -> list[PoolAddress]:
+        if len(addresses) <= _MOST_POOLS:
+            return addresses
+
+        def weight(address: PoolAddress) -> bytes:
+            return hashlib.blake2b(f"{self.gateway}\0{address.boot}".encode()).digest()
+
+        return sorted(addresses, key=weight, reverse=True)[:_MOST_POOLS]
+
+    def links(self) -> list[PoolLink]:
+        """The pools heard of within the last 3 s."""
+        now_s = time.monotonic()
+        return [link for link in self._links.values() if link.age_s(now_s) <= GONE_S]
+
+    def link(self, boot: str) -> PoolLink:
+        """The one to a pool. Raises PoolUnreachable where it was not heard of for 3 s."""
+        link = self._links.get(boot)
+        if link is None or link.age_s(time.monotonic()) > GONE_S:
+            raise PoolUnreachable("the pool has just gone")
+        return link
+
+    def holding(self, expert: str) -> list[PoolLink]:
+        """Those that hold an expert, in whatever tier. Raises UnknownModel where none does."""
+        found = [
+            link
+            for link in self.links()
+            if link.snapshot is not None and expert in link.snapshot.experts
+        ]
+        if not found:
+            raise UnknownModel(f"no running pool holds an expert {expert[:128]!r}")
+        return found
+
+    def context(self, expert: str) -> int:
+        """The greatest context that any followed pool tells of an expert, in tokens; 0: unknown.
+
+        All experts' are found at once, and again only when a pool tells of its experts anew.
+        """
+        if self._contexts is None:
+            self._contexts = {}
+            for link in self._links.values():
+                states = link.snapshot.experts if link.snapshot is not None else {}
+                for name, state in states.items():
+                    known = self._contexts.get(name, 0)
+                    self._contexts[name] = max(known, state.max_model_len)
+        return self._contexts.get(expert, 0)
+
+    def _forget_contexts(self) -> None:
+        self._contexts = None
+
+    def silences(self) -> dict[str, float]:
+        """Seconds since each followed pool was heard of, by its name; those gone included."""
+        now_s = time.monotonic()
+        return {link.address.name: link.silent_s(now_s) for link in self._links.values()}
+
+    def _changed(self) -> None:
+        for waiter in self._waiters:
+            waiter.set()
+
+    async def change(self, timeout_s: float) -> None:
+        """Wait until something is different, at most `timeout_s`."""
+        waiter = asyncio.Event()
+        self._waiters.add(waiter)
+        try:
+            # Not wait_for: on Python 3.11 it may swallow a cancellation, and a client
+            # that left would be answered all the same.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await waiter.wait()
+        finally:
+            self._waiters.discard(waiter)
+
+    async def close(self) -> None:
+        """Stop following, close connections."""
+        for task in self._left.values():
+            task.cancel()
+        await asyncio.gather(*self._left.values(), return_exceptions=True)
+        links = [*self._links.values(), *self._left]
+        await asyncio.gather(*(link.close() for link in links))
+        self._links.clear()
+        self._left.clear()
+        if self._session is not None:
+            await self._session.close()

@@ -1,0 +1,155 @@
+"""A pool's side of the link: the ASGI application behind its port.
+
+It takes only requests that carry the cluster's secret. What it serves is told by
+a `PoolHandler`, so that this module knows nothing of pools.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, MutableMapping
+from typing import Any, Protocol
+
+import orjson
+
+from service.errors import CoeError, InvalidRequest, Unauthorized, UnknownEndpoint
+from service.http.asgi import ClientGone, Message, Receive, Send, read_body, until_gone
+from service.http.openai_errors import fault_of, sse_event
+from service.rpc import auth as secrets
+from service.rpc.call import Call, parse_call
+
+log = logging.getLogger("coe.link")
+
+
+class PoolHandler(Protocol):
+    """What a pool does for its gateways."""
+
+    async def run(self, call: Call, body: bytes, send: Send) -> None:
+        """Answer a call; raises CoeError if it can't, before or after the first byte."""
+
+    async def used(self, request_id: str) -> tuple[int, int] | None:
+        """Tokens of prompt and answer of a call that was given up; None where nobody knows."""
+
+    def snapshots(self) -> AsyncIterator[bytes]:
+        """Lines of the snapshot stream."""
+
+    async def metrics(self) -> str:
+        """Prometheus text."""
+
+    def experts(self) -> dict[str, Any]:
+        """Each expert's residency in full, for people."""
+
+    async def routes(self, expert: str) -> dict[str, Any]:
+        """What an expert's routers chose, as sums. Raises CoeError where nothing is known."""
+
+    def demand(self, wanted: dict[str, float]) -> None:
+        """Utility that a gateway would have sent here, by expert, were it resident."""
+
+    async def operate(self, act: str, expert: str) -> None:
+        """load, evict, pin or unpin an expert. Raises CoeError where that can't be."""
+
+
+class PoolApp:
+    """The application of one pool."""
+
+    def __init__(self, handler: PoolHandler, secret: str, max_body_bytes: int) -> None:
+        self._handler = handler
+        self._secret = secret.encode()
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        headers = dict(scope["headers"])
+        reply = _Reply(send)
+        try:
+            given = headers.get(secrets.HEADER.encode(), b"")
+            if not secrets.same(given, self._secret):
+                raise Unauthorized("a pool's port takes only its own cluster's requests")
+            path: str = scope["path"]
+            if path == "/snapshots":
+                await self._stream_snapshots(receive, reply)
+            elif path == "/metrics":
+                text = await self._handler.metrics()
+                await reply.whole(200, b"text/plain; version=0.0.4", text.encode())
+            elif path == "/experts":
+                body = orjson.dumps(self._handler.experts())
+                await reply.whole(200, b"application/json", body)
+            elif path.startswith("/used/"):
+                told = await self._handler.used(path.removeprefix("/used/"))
+                await reply.whole(200, b"application/json", orjson.dumps(told))
+            elif path.startswith("/routes/"):
+                body = orjson.dumps(await self._handler.routes(path.removeprefix("/routes/")))
+                await reply.whole(200, b"application/json", body)
+            elif scope["method"] == "POST" and path == "/demand":
+                self._handler.demand(_amounts(await read_body(receive, self._max_body_bytes)))
+                await reply.whole(200, b"application/json", b"{}")
+            elif scope["method"] == "POST" and path.startswith("/operate/"):
+                act, _, expert = path.removeprefix("/operate/").partition("/")
+                await self._handler.operate(act, expert)
+                await reply.whole(200, b"application/json", b"{}")
+            elif scope["method"] == "POST":
+                call = parse_call(path, headers)
+                body = await read_body(receive, self._max_body_bytes)
+                await until_gone(self._handler.run(call, body, reply), receive)
+            else:
+                raise UnknownEndpoint(f"a pool has no {path}")
+        except ClientGone:
+            return
+        except CoeError as error:
+            await reply.fail(error)
+        except Exception:
+            # Here, because the HTTP server would log its text, which may quote a prompt.
+            log.exception("a call failed unexpectedly")
+            await reply.fail(CoeError("something went wrong in a pool; its log has kind and place"))
+
+    async def _stream_snapshots(self, receive: Receive, reply: _Reply) -> None:
+        async def stream() -> None:
+            await reply(_start(200, [(b"content-type", b"application/x-ndjson")]))
+            async for line in self._handler.snapshots():
+                await reply({"type": "http.response.body", "body": line, "more_body": True})
+            await reply({"type": "http.response.body", "body": b""})
+
+        await until_gone(stream(), receive)
+
+
+class _Reply:
+    """An ASGI send that knows whether the head has gone out."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._started = False
+        self._ended = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._started = True
+        elif not message.get("more_body", False):
+            self._ended = True
+        await self._send(message)
+
+    async def whole(self, status: int, content_type: bytes, body: bytes) -> None:
+        headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
+        await self(_start(status, headers))
+        await self({"type": "http.response.body", "body": body})
+
+    async def fail(self, error: CoeError) -> None:
+        if self._ended:
+            return
+        if self._started:
+            await self({"type": "http.response.body", "body": sse_event(error)})
+            return
+        fault = fault_of(error)
+        await self(_start(fault.status, fault.headers))
+        await self({"type": "http.response.body", "body": fault.body})
+
+
+def _amounts(body: bytes) -> dict[str, float]:
+    try:
+        return {str(name): float(amount) for name, amount in orjson.loads(body).items()}
+    except (orjson.JSONDecodeError, AttributeError, TypeError, ValueError):
+        raise InvalidRequest("demand is an object of numbers by expert") from None
+
+
+def _start(status: int, headers: list[tuple[bytes, bytes]]) -> Message:
+    return {"type": "http.response.start", "status": status, "headers": headers}

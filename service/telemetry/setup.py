@@ -1,0 +1,31 @@
+"""What of a process is told to those who watch it: its traces, and its place among its node's."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from service.config import Config
+from service.telemetry.node_exporter import NodeTarget
+
+if TYPE_CHECKING:
+    from service.telemetry.tracing import Traces
+
+
+def traces_of(config: Config, process: str, instance: str) -> Traces | None:
+    if config.telemetry.traces_url is None:
+        return None
+    # Imported here: most do without, and it takes its time.
+    from service.telemetry.tracing import Traces
+
+    return Traces(config.telemetry, process, instance)
+
+
+def node_target(
+    config: Config, folder: Path | None, name: str, text: Callable[[], Awaitable[str]]
+) -> NodeTarget | None:
+    if folder is None:
+        return None
+    told = config.telemetry
+    return NodeTarget(folder, name, text, host=told.metrics_host, port=told.metrics_port)

@@ -1,0 +1,228 @@
+"""OpenTelemetry spans, where the config asks for them; the only module that imports it.
+
+One trace per request: the gateway's server span, in it `route` (understanding it), `choose` and
+an attempt for each expert that was asked (named by the GenAI conventions, as `chat EXPERT`); in
+an attempt the pool's span with `queue`, `swap` and `engine`, with `prefill` and `decode` where the
+answer was streamed. The W3C context of the client is continued, and travels to pools and
+remote experts. Attributes are names, numbers and codes; never prompts, answers or keys.
+
+https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from service import __version__
+from service.config import TelemetryConfig
+from service.errors import CoeError
+from service.rpc.call import Call, Times
+from service.telemetry.gateway_metrics import Ended
+
+_OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/messages": "chat",
+    "/v1/responses": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings",
+}
+# Numbers of the body that a span may tell.
+_NUMBERS = {
+    "max_tokens": "gen_ai.request.max_tokens",
+    "max_completion_tokens": "gen_ai.request.max_tokens",
+    "max_output_tokens": "gen_ai.request.max_tokens",
+    "temperature": "gen_ai.request.temperature",
+    "top_p": "gen_ai.request.top_p",
+    "n": "gen_ai.request.choice.count",
+    "seed": "gen_ai.request.seed",
+}
+# A collector that does not answer holds up a process's end for so long.
+_SEND_S = 2
+_PROPAGATOR = TraceContextTextMapPropagator()
+
+
+class Traces:
+    """The spans of one process. `process`: gateway or pool; `instance`: which one."""
+
+    def __init__(
+        self,
+        config: TelemetryConfig,
+        process: str,
+        instance: str,
+        exporter: SpanExporter | None = None,
+    ) -> None:
+        self._provider = TracerProvider(
+            sampler=ParentBased(TraceIdRatioBased(config.traces_sample)),
+            resource=Resource(
+                {
+                    "service.name": f"coe-{process}",
+                    "service.instance.id": instance,
+                    "service.version": __version__,
+                }
+            ),
+            shutdown_on_exit=False,
+        )
+        out = exporter or OTLPSpanExporter(endpoint=config.traces_url, timeout=_SEND_S)
+        self._provider.add_span_processor(BatchSpanProcessor(out))
+        self._tracer = self._provider.get_tracer("coe", __version__)
+
+    def stop(self) -> None:
+        """Send what is left. Blocks for as long as that takes."""
+        self._provider.shutdown()
+
+    def begin(self, given: Mapping[str, str], path: str, began_s: float) -> Trace:
+        """A request has come to the gateway, with these W3C headers; `began_s` is monotonic."""
+        span = self._tracer.start_span(
+            f"POST {path}",
+            _PROPAGATOR.extract(given),
+            SpanKind.SERVER,
+            {"http.request.method": "POST", "http.route": path, "url.path": path},
+            start_time=_epoch_ns(began_s),
+        )
+        return Trace(self._tracer, span, path)
+
+    def pooled(self, call: Call, times: Times, fault: str) -> None:
+        """A call has ended in this pool: its spans, from its times."""
+        operation = _OPERATIONS.get(call.endpoint, "other")
+        span = self._tracer.start_span(
+            f"{operation} {call.expert}",
+            _PROPAGATOR.extract(call.trace),
+            SpanKind.SERVER,
+            {
+                "gen_ai.operation.name": operation,
+                "gen_ai.provider.name": "coe",
+                "gen_ai.request.model": call.expert,
+                "coe.tenant": call.tenant.name,
+                "coe.request_id": call.request_id,
+            },
+            start_time=_epoch_ns(times.arrived_s),
+        )
+        if span.is_recording():
+            inner = set_span_in_context(span)
+            # Where it never began it waited until its end.
+            granted_s = times.began_s or times.ended_s
+            queue = self._child("queue", inner, times.arrived_s, granted_s)
+            if times.swap_s:
+                # The last one ends when the request begins, and mostly it is the only one.
+                within = set_span_in_context(queue)
+                self._child("swap", within, granted_s - times.swap_s, granted_s)
+            if times.began_s:
+                engine = set_span_in_context(
+                    self._child("engine", inner, times.began_s, times.ended_s)
+                )
+                if call.stream and times.first_s:
+                    self._child("prefill", engine, times.began_s, times.first_s)
+                    self._child("decode", engine, times.first_s, times.ended_s)
+        _end(span, fault, times.ended_s)
+
+    def _child(self, name: str, parent: Context, began_s: float, ended_s: float) -> Span:
+        span = self._tracer.start_span(name, parent, start_time=_epoch_ns(began_s))
+        span.end(_epoch_ns(ended_s))
+        return span
+
+
+class Trace:
+    """One request in the gateway."""
+
+    def __init__(self, tracer: Any, span: Span, path: str) -> None:
+        self._tracer = tracer
+        self._span = span
+        self._context = set_span_in_context(span)
+        self._operation = _OPERATIONS.get(path, "other")
+
+    @property
+    def trace_id(self) -> str:
+        """For the log."""
+        return f"{self._span.get_span_context().trace_id:032x}"
+
+    def routed(self, category: str, confidence: float, began_s: float, route_s: float) -> None:
+        """The request was understood and planned."""
+        span = self._tracer.start_span(
+            "route",
+            self._context,
+            attributes={"coe.category": category, "coe.confidence": confidence},
+            start_time=_epoch_ns(began_s),
+        )
+        span.end(_epoch_ns(began_s + route_s))
+
+    def chose(self, began_s: float, took_s: float) -> None:
+        """Who answers was chosen, once the request had been admitted."""
+        span = self._tracer.start_span("choose", self._context, start_time=_epoch_ns(began_s))
+        span.end(_epoch_ns(began_s + took_s))
+
+    def asked(self, request_id: str, model: str, stream: bool, data: Mapping[str, Any]) -> None:
+        """What the client asked for: names and numbers of it."""
+        self._span.set_attribute("gen_ai.operation.name", self._operation)
+        self._span.set_attribute("gen_ai.request.model", model)
+        self._span.set_attribute("gen_ai.request.stream", stream)
+        self._span.set_attribute("coe.request_id", request_id)
+        for name, attribute in _NUMBERS.items():
+            value = data.get(name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                self._span.set_attribute(attribute, value)
+
+    @contextmanager
+    def attempt(self, expert: str, pool: str | None) -> Iterator[Mapping[str, str]]:
+        """One expert is asked, in a pool or (None) at its own endpoint; gives W3C headers."""
+        span = self._tracer.start_span(
+            f"{self._operation} {expert}",
+            self._context,
+            SpanKind.CLIENT,
+            {
+                "gen_ai.operation.name": self._operation,
+                "gen_ai.provider.name": "coe" if pool is not None else "openai",
+                "gen_ai.request.model": expert,
+                "coe.pool": pool or "",
+            },
+        )
+        headers: dict[str, str] = {}
+        _PROPAGATOR.inject(headers, set_span_in_context(span))
+        fault = "client_gone"
+        try:
+            yield headers
+            fault = ""
+        except CoeError as error:
+            fault = error.code
+            raise
+        finally:
+            _end(span, fault)
+
+    def ended(self, one: Ended, status: int) -> None:
+        """The request has ended."""
+        self._span.set_attribute("http.response.status_code", status)
+        self._span.set_attribute("gen_ai.response.model", one.expert)
+        self._span.set_attribute("coe.recipe", one.recipe)
+        if any(call.prompt_tokens or call.answer_tokens for call in one.calls):
+            # Of all calls, a recipe's every one; a stream that told no usage has none.
+            asked = sum(call.prompt_tokens for call in one.calls)
+            answered = sum(call.answer_tokens for call in one.calls)
+            self._span.set_attribute("gen_ai.usage.input_tokens", asked)
+            self._span.set_attribute("gen_ai.usage.output_tokens", answered)
+            self._span.set_attribute("coe.cost", sum(call.cost for call in one.calls))
+        if one.streamed and one.first_byte_s:
+            self._span.set_attribute("gen_ai.response.time_to_first_chunk", one.first_byte_s)
+        _end(self._span, "" if one.outcome == "ok" else one.outcome)
+
+
+def _end(span: Span, fault: str, ended_s: float | None = None) -> None:
+    if fault:
+        span.set_attribute("error.type", fault)
+        span.set_status(StatusCode.ERROR)
+    span.end(_epoch_ns(ended_s) if ended_s is not None else None)
+
+
+def _epoch_ns(monotonic_s: float) -> int:
+    """A time of `time.monotonic` as nanoseconds since 1970."""
+    return time.time_ns() - int((time.monotonic() - monotonic_s) * 1e9)

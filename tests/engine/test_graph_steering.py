@@ -1,0 +1,169 @@
+"""The rules that stand in routers, as on a GPU, in the real engine on a CPU, compiled.
+
+vLLM traces the model once and never runs its Python again, so what was not made to be steered
+before could not be. One engine for all; the way of holding weights is a GPU's, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from service.config import MoeCapture
+from service.engine.vllm.routing_stats_poller import RouterWatch
+from service.errors import ExpertFailed
+from tests.support.engine.mixtral import EXPERTS, LAYERS
+from tests.support.engine.observer import Watch
+from tests.support.engine.real import ENVIRONMENT, ON_ONE_ENGINE, Swapping, greedy
+from tests.support.engine.steered_family import PROMPT, RULES, TOKENS, Steering
+
+pytestmark = ON_ONE_ENGINE
+_CAPTURE = MoeCapture(every=1, stretches=2, tokens=40)
+# vLLM's own tests' way to have a model traced on CPU without waiting for a compiler.
+_TRACED = "VLLM_CPU_CI_ENV"
+
+
+class Compiled(Swapping):
+    """Started as on a GPU, but for the worker that its worker is made of."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._stands = self._notes = True
+        self.watch = Watch(_CAPTURE)
+        self._routers = RouterWatch(self._rpc, self.watch, _CAPTURE)
+
+    async def look(self) -> None:
+        assert self._routers is not None
+        await self._routers.look()
+
+    def _frontend_args(self) -> Any:
+        args = super()._frontend_args()
+        assert args.worker_cls == "service.engine.vllm.worker.gpu_worker.StandingWorker"
+        assert args.additional_config == {"coe_notes": True, "coe_places": 4}
+        args.worker_cls = "tests.support.engine.gate_observer_cpu.SeeingCpuWorker"
+        args.worker_extension_cls = "tests.support.engine.gate_observer.SeeingExtension"
+        args.enforce_eager = False
+        return args
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def steering(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Steering]:
+    os.environ.update(ENVIRONMENT)
+    made = await asyncio.to_thread(Steering, tmp_path_factory.mktemp("standing"), Compiled)
+    os.environ[_TRACED] = "1"
+    try:
+        report = await made.engine.start()
+        assert report.details["eager"] == "false"
+        made.first = await made.say("plain", 4)
+        for name in made.profiles:
+            await made.engine.fill(name)
+        yield made
+    finally:
+        del os.environ[_TRACED]
+        await made.engine.stop()
+
+
+@pytest.mark.parametrize("name", ["plain", *RULES, "half"])
+async def test_it_says_and_routes_as_the_reference(steering: Steering, name: str) -> None:
+    assert await steering.go_to(name) == ("" if name == "plain" else "steer")
+    said, _ = await steering.say(name)
+    profile = steering.profiles.get(name)
+    expected, chosen = await asyncio.to_thread(steering.reference.say, PROMPT, TOKENS, profile)
+    assert said == expected
+    # All of it in one step.
+    whole = [*PROMPT, *said[:-1]]
+    assert (await greedy(steering.engine, name, whole, 1))["token_ids"] == said[-1:]
+    seen = await steering.engine._rpc("coe_seen", len(whole))
+    for layer in range(LAYERS):
+        assert {len(row) for row in seen[layer]} == {4}, "as many places as any profile needs"
+        rows = [sorted(set(row)) for row in seen[layer]]
+        assert rows == [sorted(row) for row in chosen[layer]], f"layer {layer}"
+
+
+@pytest.mark.parametrize("name", ["masked", "three", "plain"])
+async def test_who_looks_on_sees_what_was_chosen(steering: Steering, name: str) -> None:
+    """Nothing of ours runs in the routers: what they wrote down is read after each step."""
+    await steering.engine.look()
+    before = steering.engine.watch.load(name)
+    await steering.go_to(name)
+    said, _ = await steering.say(name)
+    await steering.engine.look()
+    profile = steering.profiles.get(name)
+    _, chosen = await asyncio.to_thread(steering.reference.say, PROMPT, len(said), profile)
+    load = [[sum(e in row for row in rows) for e in range(EXPERTS)] for rows in chosen.values()]
+    assert (steering.engine.watch.load(name) - before).tolist() == load
+
+
+async def test_exchanges_leave_no_trace(steering: Steering) -> None:
+    own = {}
+    for name in steering.profiles:
+        await steering.go_to(name)
+        own[name] = await steering.say(name, 4)
+    assert len({repr(said) for said in (steering.first, *own.values())}) == len(own) + 1
+    compiled = await steering.engine._rpc("coe_compiled")
+    assert compiled > 0
+    before = (await steering.engine.memory())["resident_bytes"]
+    names = itertools.cycle([*steering.profiles, "plain"])
+    for name in itertools.islice(names, 2 * (len(own) + 1)):
+        assert await steering.go_to(name) == "steer"
+        expected = steering.first if name == "plain" else own[name]
+        assert await steering.say(name, 4) == expected, "not bit for bit what it was"
+    assert await steering.engine._rpc("coe_compiled") == compiled
+    grown = (await steering.engine.memory())["resident_bytes"] - before
+    assert grown < 8 * 1024**2, f"{grown} bytes leaked"
+
+
+async def test_weights_that_can_not_be_copied_stay(steering: Steering) -> None:
+    assert "other" not in steering.engine.exchangeable
+    assert {"plain", *steering.profiles} <= steering.engine.exchangeable
+    with pytest.raises(ExpertFailed, match=r"other.* could not be loaded: .*can't be copied"):
+        await steering.engine.fill("other")
+    with pytest.raises(ExpertFailed, match=r"layer 0 has 4 experts, of which 2 are .* 4, 3"):
+        await steering.engine.fill("odd")
+    assert steering.engine.failure() is None
+
+
+async def test_the_router_that_a_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own class, with its kernel's work done here: what it is called with and gives."""
+    import torch
+    from vllm.model_executor.layers.fused_moe.router import fused_topk_router
+
+    from service.engine.vllm.worker import graph_steering
+    from service.engine.vllm.worker.gates import Routed
+
+    def topk_softmax(
+        weights: Any, ids: Any, _: Any, logits: Any, renormalize: bool, **_more: Any
+    ) -> None:
+        odds, chosen = torch.topk(torch.softmax(logits.float(), dim=-1), weights.shape[1])
+        weights.copy_(odds / odds.sum(dim=-1, keepdim=True) if renormalize else odds)
+        ids.copy_(chosen)
+        ids[-1] = -1  # a row that only fills the batch up
+
+    monkeypatch.setattr(fused_topk_router.ops, "topk_softmax", topk_softmax)
+    router = fused_topk_router.FusedTopKRouter(2, 4)
+    gates = {0: Routed(0, 4, 2, router, "TritonExperts")}
+    monkeypatch.setattr(graph_steering, "gates_of", lambda _: gates)
+    hidden, logits = torch.zeros(6, 8, dtype=torch.bfloat16), torch.randn(6, 4)
+    own, own_ids = router.select_experts(hidden, logits)
+    rules = graph_steering.Standing(torch.nn.Linear(1, 1), 3)
+    weights, ids = router.select_experts(hidden, logits)
+    assert torch.equal(weights[:, :2], own)
+    assert torch.equal(ids[:, :2], own_ids)
+    layer = {"layer": 0, "mask": [True, False, False, False], "bias": [0.0] * 4}
+    layer |= {"boost": [1.0] * 4, "top_k": 3, "top_p": None}
+    told = {"experts": 4, "top_k": 2, "renormalize": True, "layers": (layer,)}
+    rules.write(rules.steering(told))
+    captured: list[Any] = []
+    router.set_capture_fn(captured.append)
+    weights, ids = router.select_experts(hidden, logits, torch.int64)
+    assert ids.dtype == torch.int64
+    assert {tuple(sorted(row)) for row in ids[:-1].tolist()} == {(1, 2, 3)}
+    assert torch.equal(captured[0], ids), "who looks on sees what is computed"
+    assert ids[-1].tolist() == [-1, -1, -1]
+    torch.testing.assert_close(weights[:-1].sum(dim=-1), torch.ones(5))

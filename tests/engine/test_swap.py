@@ -1,0 +1,398 @@
+"""Swaps in place on the real engine: who runs answers, exactly as alone, whatever came between."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from service.engine.base import EngineReport
+from service.engine.vllm.engine import VllmEngine, VllmModel
+from service.engine.vllm.swapping import Canary, Weights
+from service.errors import EngineDead, ExpertFailed
+from service.pool.lease import Again
+from service.pool.planner import Policy
+from service.pool.slots.swapping import SwapSlot
+from service.pool.units import Known, Unit
+from service.types import Residency
+from tests.support.engine.real import (
+    ADAPTERS,
+    BASE,
+    DEMO,
+    ENVIRONMENT,
+    ON_ONE_ENGINE,
+    OPTIONS,
+    Swapping,
+    ask,
+    ask_one,
+    core_of,
+    demo,
+    kill,
+    told,
+)
+from tests.support.engine.spoiled_weights import OF_ADAPTERS, WHY, spoiled_weights
+from tests.support.waiting import until
+
+pytestmark = ON_ONE_ENGINE
+
+
+class Stage:
+    """The module's engine, what its experts said at first, and their canaries."""
+
+    def __init__(self, weights: dict[str, Weights]) -> None:
+        self.weights = weights
+        self.canaries: dict[str, Canary] = {}
+        self.engine = Swapping("base", weights, self.canaries)
+        self.report: EngineReport | None = None
+        self.said: dict[str, str] = {}
+
+    async def run(self, expert: str) -> None:
+        assert (await self.engine.exchange(expert)).ok
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stage(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage]:
+    os.environ.update(ENVIRONMENT)
+    folder = tmp_path_factory.mktemp("adapters")
+    stage = Stage({**demo(), **spoiled_weights(folder)})
+    stage.report = await stage.engine.start()
+    yield stage
+    await stage.engine.stop()
+
+
+async def test_outputs_survive_swaps_and_fills_beside_them(stage: Stage) -> None:
+    engine, said = stage.engine, stage.said
+    said["base"] = await ask(engine, "base")
+    alone = await ask_one(engine, "base", tokens=96)
+    for name in DEMO[1:]:
+        # Filled while the base generates: neither must disturb the other.
+        beside = asyncio.create_task(ask_one(engine, "base", tokens=96))
+        filled = await engine.fill(name)
+        assert not beside.done(), "it was over before the fill: nothing was shown"
+        assert filled.host_bytes > 400 * 1024**2
+        assert await beside == alone
+    for name in DEMO[1:]:
+        await stage.run(name)
+        said[name] = await ask(engine, name)
+    assert len(set(said.values())) == len(DEMO), "experts that say the same prove nothing"
+    chance = random.Random(1)
+    running = DEMO[-1]
+    for _ in range(20):
+        running = chance.choice([name for name in DEMO if name != running])
+        await stage.run(running)
+        assert said[running].startswith(await ask_one(engine, running, tokens=8))
+    for name in DEMO:
+        await stage.run(name)
+        assert await ask(engine, name) == said[name]
+
+
+async def test_metrics_are_the_running_expert_s(stage: Stage) -> None:
+    engine = stage.engine
+    for name in DEMO:
+        await stage.run(name)
+        before = await told(engine.metrics)
+        await ask(engine, name, tokens=5)
+        # vLLM tells of a request after its answer has gone out.
+        counted = partial(_counted, engine, name, before, 15)
+        await until(counted, "three answers were counted")
+        after = await told(engine.metrics)
+        grown = {key[1] for key, value in after.items() if value > before.get(key, 0.0)}
+        assert grown == {name}
+        assert after["vllm:generation_tokens_total", name] > 0
+        assert after["vllm:num_requests_running", name] == 0
+        prefill = after["coe_prefill_seconds_sum", name] - before["coe_prefill_seconds_sum", name]
+        decode = after["coe_decode_seconds_sum", name] - before["coe_decode_seconds_sum", name]
+        assert 0 < prefill < 60
+        assert 0 < decode < 60
+
+
+async def _counted(
+    engine: Swapping, name: str, before: dict[tuple[str, str], float], tokens: int
+) -> bool:
+    key = "coe_tokens_total", name
+    return (await told(engine.metrics))[key] - before[key] == tokens
+
+
+@pytest.mark.parametrize("name", WHY)
+async def test_weights_that_can_not_be_used_disturb_nobody(stage: Stage, name: str) -> None:
+    await stage.run("base")
+    beside = asyncio.create_task(ask_one(stage.engine, "base"))
+    with pytest.raises(ExpertFailed, match=WHY[name]):
+        await stage.engine.fill(name)
+    with pytest.raises(ExpertFailed, match="not held"):
+        await stage.engine.exchange(name)
+    assert stage.said["base"].startswith(await beside)
+    assert stage.said["base"].startswith(await ask_one(stage.engine, "base", tokens=4))
+
+
+async def test_engine_that_starts_with_a_merged_expert_holds_its_weights_once(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COE_TEST_API_KEY", "hidden")
+    engine = Swapping("math", stage.weights, stage.canaries)
+    await engine.start()
+    try:
+        # Merged as it was read, it says what it says when it is merged beside another; else its
+        # canary would have refused it, too.
+        assert await ask(engine, "math") == stage.said["math"]
+        alone = await engine.memory()
+        await engine.fill("base")
+        beside = await engine.memory()
+        assert beside["resident_bytes"] > alone["resident_bytes"] + 300 * 1024**2
+        assert (await engine.exchange("base")).ok
+        assert await ask(engine, "base") == stage.said["base"]
+        assert (await engine.exchange("math")).ok
+        assert await ask(engine, "math") == stage.said["math"]
+        names = await engine._rpc("coe_environment")
+        assert "COE_TEST_API_KEY" not in names
+        assert "PATH" in names
+    finally:
+        await engine.stop()
+
+
+@pytest.mark.parametrize("name", OF_ADAPTERS)
+async def test_engine_that_should_start_with_a_spoiled_adapter_says_why(
+    stage: Stage, name: str
+) -> None:
+    engine = Swapping(name, stage.weights, stage.canaries)
+    with pytest.raises(ExpertFailed, match=WHY[name]):
+        await engine.start()
+    await engine.stop()
+
+
+async def test_a_dropped_expert_is_gone_and_comes_back(stage: Stage) -> None:
+    engine = stage.engine
+    await stage.run("base")
+    before = await engine.memory()
+    await engine.drop("code")
+    after = await engine.memory()
+    assert after["resident_bytes"] < before["resident_bytes"] - 300 * 1024**2
+    assert after["host_bytes"] < before["host_bytes"]
+    with pytest.raises(ExpertFailed):
+        await engine.exchange("code")
+    # A swap that failed leaves the engine as it was.
+    assert await ask(engine, "base") == stage.said["base"]
+    await engine.drop("base")  # it runs: nothing happens
+    assert await ask(engine, "base") == stage.said["base"]
+    await engine.fill("code")
+    await stage.run("code")
+    assert await ask(engine, "code") == stage.said["code"]
+
+
+async def test_the_probe_sees_weights_that_changed(stage: Stage) -> None:
+    engine = stage.engine
+    await stage.run("base")
+    await engine._rpc("coe_spoil", "math")
+    assert not (await engine.exchange("math")).ok
+    await stage.run("base")
+    await engine.drop("math")
+    await engine.fill("math")
+    await stage.run("math")
+    assert await ask(engine, "math") == stage.said["math"]
+
+
+@pytest.mark.parametrize(("how", "why"), [("told", "are free"), ("refused", "memory")])
+async def test_memory_that_runs_out_in_a_fill_disturbs_nobody(
+    stage: Stage, how: str, why: str
+) -> None:
+    engine = stage.engine
+    await stage.run("base")
+    await engine.drop("code")
+    before = await engine.memory()
+    await engine._rpc("coe_no_memory", how)
+    try:
+        beside = asyncio.create_task(ask_one(engine, "base"))
+        with pytest.raises(ExpertFailed, match=why):
+            await engine.fill("code")
+        assert stage.said["base"].startswith(await beside)
+    finally:
+        await engine._rpc("coe_no_memory", "not")
+    # What the failed fill had taken is given back.
+    after = await engine.memory()
+    assert after["resident_bytes"] < before["resident_bytes"] + 50 * 1024**2
+    assert (await engine.fill("code")).host_bytes > 400 * 1024**2
+    await stage.run("code")
+    assert stage.said["code"].startswith(await ask_one(engine, "code"))
+
+
+async def test_the_canary_sees_another_expert_in_its_place(stage: Stage) -> None:
+    engine = stage.engine
+    await stage.run("base")
+    assert await engine._canary("base")
+    kept = stage.canaries["base"]
+    stage.canaries["base"] = replace(kept, said=stage.canaries["math"].said)
+    assert not await engine._canary("base")
+    # What was said by other files is nothing to hold these against.
+    stage.canaries["base"] = replace(kept, version="older", said=stage.canaries["math"].said)
+    assert await engine._canary("base")
+    assert stage.canaries["base"].version == kept.version
+    stage.canaries["base"] = kept
+
+
+class _Started(Swapping):
+    """The module's engine, handed to a slot that believes it starts it."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__("base", stage.weights, stage.canaries)
+        self.__dict__.update(stage.engine.__dict__)
+        assert stage.report is not None
+        self._told = stage.report
+
+    async def start(self) -> EngineReport:
+        return self._told
+
+
+class _Lent(_Started):
+    """The same, to be had back."""
+
+    async def stop(self) -> None:
+        pass
+
+
+@asynccontextmanager
+async def _slot(
+    stage: Stage, kind: type[_Started] = _Started, *, preempt: bool = False
+) -> AsyncIterator[tuple[SwapSlot, list[Any]]]:
+    engines: list[Any] = []
+
+    def build(first: str) -> Swapping:
+        engine = kind(stage) if not engines else Swapping(first, demo(), stage.canaries)
+        engines.append(engine)
+        return engine
+
+    slot = SwapSlot(
+        tuple(Unit(name, (name,)) for name in DEMO),
+        build,
+        Policy(0.0, max_wait_s=2.0 if preempt else 30.0, prefetch=False, preempt=preempt),
+        capacity=8,
+        max_waiting=8,
+        start_guess_s=30.0,
+        guess=Known(host_bytes=1024**3, fill_s=2.0, swap_s=0.05),
+        changed=lambda: None,
+    )
+    supervisor = asyncio.create_task(slot.supervise(asyncio.Lock()))
+    try:
+        yield slot, engines
+    finally:
+        supervisor.cancel()
+        await asyncio.gather(supervisor, return_exceptions=True)
+
+
+async def _through(slot: SwapSlot, expert: str) -> str:
+    async with slot.lease(expert) as lease:
+        return await ask(lease.engine, expert)
+
+
+async def test_a_request_that_was_put_back_is_answered_as_if_alone(stage: Stage) -> None:
+    await stage.run("base")
+    alone = await ask_one(stage.engine, "base", tokens=128)
+    put_back: list[str] = []
+
+    async def through(slot: SwapSlot, expert: str, tokens: int) -> str:
+        again: Again | None = None
+        while True:
+            try:
+                async with slot.lease(expert, again=again) as lease:
+                    return await ask_one(lease.engine, expert, tokens=tokens)
+            except Again as back:
+                again = back
+                put_back.append(expert)
+
+    async with _slot(stage, _Lent, preempt=True) as (slot, engines):
+        assert stage.said["intents"].startswith(await through(slot, "intents", 4))
+        first = asyncio.create_task(through(slot, "base", 128))
+        running = slot.queues
+        await until(lambda: running()["base"].running == 1, "base runs")
+        await asyncio.sleep(0.5)  # into the answer
+        assert stage.said["intents"].startswith(await through(slot, "intents", 4))
+        assert put_back == ["base"]
+        assert not first.done()
+        assert await first == alone
+        assert await engines[0].in_flight() == 0
+    await stage.run("base")
+
+
+async def test_a_core_killed_in_a_fill_or_a_swap_is_replaced(stage: Stage) -> None:
+    await stage.run("base")
+    for name in DEMO[1:]:
+        await stage.engine.drop(name)
+    async with _slot(stage) as (slot, engines):
+        assert await _through(slot, "base") == stage.said["base"]
+        waiting = asyncio.create_task(_through(slot, "intents"))
+        loading = Residency.LOADING
+        await until(lambda: slot.states()["intents"].state is loading, "the fill began")
+        await asyncio.sleep(0.2)  # into the fill
+        kill(engines[0])
+        # Who waited is answered by the next engine, and by the right expert.
+        assert await waiting == stage.said["intents"]
+        assert len(engines) == 2
+        assert await _through(slot, "base") == stage.said["base"]
+        dead = core_of(engines[1])
+        engines[1].die_at = "coe_exchange"
+        assert await _through(slot, "intents") == stage.said["intents"]
+        assert len(engines) == 3
+        assert core_of(engines[2]) != dead
+        counts = slot.swap_counts().items()
+        assert sum(n for (unit, how, _), n in counts if (unit, how) == ("intents", "inplace")) == 2
+
+
+async def test_swapped_in_is_as_started_on_the_same_weights(stage: Stage, tmp_path: Path) -> None:
+    """Last: it needs an engine of its own, and by now the module's is dead."""
+    with pytest.raises(EngineDead):
+        await ask(stage.engine, "base")
+    folder = tmp_path / "merged"
+    await asyncio.to_thread(_merge, folder, "intents")
+    metrics = stage.engine.metrics
+    before = await told(metrics)
+    model = VllmModel("fresh", str(folder), {})
+    engine = VllmEngine(model, OPTIONS, on_cpu=True, watch=metrics)
+    try:
+        await engine.start()
+        assert await ask(engine, "fresh") == stage.said["intents"]
+        # A second engine in the process has metrics of its own, and takes nobody's away.
+        after = await told(metrics)
+        assert before == {key: value for key, value in after.items() if key[1] != "fresh"}
+        assert after["vllm:generation_tokens_total", "fresh"] == 36
+        assert after["coe_tokens_total", "fresh"] == 36
+        # A stop is no death: nobody waits for ever, and nothing is logged as an error.
+        logged: list[str] = []
+        listener = logging.Handler(logging.ERROR)
+        listener.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("vllm").addHandler(listener)
+        running = asyncio.create_task(ask_one(engine, "fresh", tokens=450))
+        await until(engine.in_flight, "a request under way", 30)
+        await engine.stop()
+        with pytest.raises(EngineDead):
+            await running
+        logging.getLogger("vllm").removeHandler(listener)
+        assert not logged
+    finally:
+        await engine.stop()
+
+
+def _merge(folder: Path, adapter: str) -> None:
+    """The base's folder with an adapter added to its weights, by arithmetic of our own."""
+    from safetensors.torch import load_file, save_file
+
+    ignore = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(BASE, folder, ignore=ignore)
+    weights = load_file(f"{BASE}/model.safetensors")
+    config = json.loads((ADAPTERS / adapter / "adapter_config.json").read_text())
+    added = load_file(str(ADAPTERS / adapter / "adapter_model.safetensors"))
+    for key in [key for key in added if key.endswith("lora_A.weight")]:
+        name = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+        product = added[key.replace("lora_A", "lora_B")] @ added[key]
+        weights[name] = weights[name] + config["lora_alpha"] / config["r"] * product
+    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})

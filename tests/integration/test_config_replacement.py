@@ -1,0 +1,243 @@
+"""A gateway goes over to another config while requests are under way, and loses nothing by it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.broker.breaker import State
+from service.broker.pool_state import REMOTE
+from service.config import Config
+from service.errors import ArtifactError
+from service.gateway.configured_gateway import ConfiguredGateway
+from service.gateway.routes.feedback import Vote
+from service.http.asgi import read_body
+from service.types import NOBODY, Recipe
+from tests.support.serving import Served, Site, chat, serving, simulated, site
+from tests.support.waiting import until
+
+
+def looks_for_keys(gateway: ConfiguredGateway) -> bool:
+    """Whether it is still at work: it looks for changed keys as long as it is."""
+    looking = gateway.keyring._looking
+    return looking is not None and not looking.done()
+
+
+class Upstream:
+    """An OpenAI-like server that answers when it is told to, and counts who it has at once."""
+
+    def __init__(self) -> None:
+        self.now = self.most = self.asked = 0
+        self.go_on = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await read_body(receive, 10**6)
+        self.now += 1
+        self.asked += 1
+        self.most = max(self.most, self.now)
+        try:
+            await self.go_on.wait()
+        finally:
+            self.now -= 1
+        usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+        choice = {"index": 0, "message": {"role": "assistant", "content": "x"}}
+        body = {"id": "1", "object": "chat.completion", "model": "m", "choices": [choice]}
+        head = {"type": "http.response.start", "status": 200}
+        await send({**head, "headers": [(b"content-type", b"application/json")]})
+        told = json.dumps({**body, "usage": usage}).encode()
+        await send({"type": "http.response.body", "body": told})
+
+
+def far(served: Served, **settings: Any) -> Config:
+    """One local and one remote expert, which takes two requests at once."""
+    remote = {"url": served.url, "model": "m", "max_in_flight": 2, **settings}
+    experts = {"general": {"model": "m"}, "far": {"remote": remote}}
+    return simulated({"cpu": {}}, experts=experts)
+
+
+async def metric(s: Site, name: str) -> dict[str, float]:
+    """The samples of a metric as they stand in the text, by their labels."""
+    async with s.get("/metrics") as reply:
+        lines = (await reply.text()).splitlines()
+    found = [line for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in found}
+
+
+async def counted(s: Site) -> float:
+    return sum((await metric(s, "coe_requests_total")).values())
+
+
+async def test_reload_lets_each_config_end_after_its_last_request() -> None:
+    config = simulated({"cpu": {"decode_ms": 5}})
+    async with site(config) as s:
+        first = s.gateway.current
+        async with s.post(chat(stream=True, max_tokens=1000)) as reply:
+            await reply.content.readany()
+            await s.gateway.reload(config)
+            second = s.gateway.current
+            await s.gateway.reload(config)
+            assert looks_for_keys(first)
+            assert looks_for_keys(s.gateway.current)
+            await until(lambda: not looks_for_keys(second), "nobody came to the second")
+        await until(lambda: not looks_for_keys(first), "the first has ended")
+        assert looks_for_keys(s.gateway.current)
+
+
+async def test_stop_after_reloads_ends_every_config() -> None:
+    config = simulated({"cpu": {"decode_ms": 5}})
+    async with site(config) as s:
+        first = s.gateway.current
+        async with s.post(chat(stream=True, max_tokens=1000)) as reply:
+            await reply.content.readany()
+            await s.gateway.reload(config)
+            await s.gateway.reload(config)
+            await s.gateway.stop()
+            assert not looks_for_keys(first)
+            assert not looks_for_keys(s.gateway.current)
+
+
+async def test_vote_after_a_reload_is_for_the_answer_before_it() -> None:
+    config = simulated({"cpu": {}}, experts={"general": {"model": "m", "categories": ["general"]}})
+    async with site(config) as s:
+        _, _, told = await s.ask(chat(model="auto"))
+        await s.gateway.reload(config)
+        said = await s.gateway.current.feedback.vote(NOBODY, Vote(told["id"], 1.0))
+        assert said["recipe"] == "general"
+
+
+async def test_counters_after_a_reload_go_on_and_count_who_ends_after_it() -> None:
+    config = simulated({"cpu": {"decode_ms": 5}})
+    async with site(config) as s:
+        await s.ask(chat())
+        assert await counted(s) == 1
+        async with s.post(chat(stream=True, max_tokens=200)) as reply:
+            await reply.content.readany()
+            await s.gateway.reload(config)
+            assert await counted(s) == 1
+            assert list((await metric(s, "coe_in_flight_requests")).values()) == [1]
+            await reply.read()
+        await s.ask(chat())
+        await until(lambda: s.gateway.state.metrics.in_flight == 0, "all have ended")
+        assert await counted(s) == 3
+        assert s.gateway.state.recent.totals(time.time())["requests"] == 3
+
+
+async def test_what_was_learned_of_an_expert_outlives_a_reload_unless_it_is_another_one() -> None:
+    experts = {"general": {"model": "m"}, "other": {"model": "m"}}
+    config = simulated({"cpu": {}}, experts=experts)
+    async with site(config) as s:
+        _, _, told = await s.ask(chat(model="general"))
+        length = told["usage"]["completion_tokens"]
+        state = s.gateway.state
+        for _ in range(9):
+            now_s = asyncio.get_running_loop().time()
+            for expert in ("general", "other"):
+                one = state.breakers.begin((expert, "boot"), now_s)
+                state.breakers.end((expert, "boot"), one, False, now_s)
+            state.breakers._all["general", "boot"]._last_s = float("-inf")
+            state.breakers._all["other", "boot"]._last_s = float("-inf")
+
+        def expected() -> list[float]:
+            found = s.gateway.current.market.expect("", 10, None).tokens
+            return [float(one) for one in found]
+
+        before = expected()
+        assert before[0] == pytest.approx(length)
+        again = {**experts, "general": {"model": "m", "price": {"prompt": 1}, "pinned": True}}
+        await s.gateway.reload(simulated({"cpu": {}}, experts={"new": {"model": "m"}, **again}))
+        assert expected()[1:] == before
+        assert State.OPEN in state.breakers.states(now_s).values()
+        another = {"general": {"model": "another"}, "other": {"model": "m"}}
+        await s.gateway.reload(simulated({"cpu": {}}, experts=another))
+        assert expected()[0] == 64
+        assert {place[0] for place in state.breakers.states(now_s)} == {"other"}
+
+
+async def test_prices_outlive_a_reload_and_new_budgets_get_theirs() -> None:
+    budgets = {"all": {"amount": 1, "period": "day"}}
+    config = simulated({"cpu": {}}, budgets=budgets)
+    async with site(config) as s:
+        pacer = s.gateway.spending._pacers["all"]
+        pacer.price = 0.5
+        assert [one[:2] for one in s.gateway.spending.prices()] == [("all", 0.5)]
+        more = {**budgets, "more": {"amount": 1, "period": "day"}}
+        await s.gateway.reload(simulated({"cpu": {}}, budgets=more))
+        assert [one[:2] for one in s.gateway.spending.prices()] == [("all", 0.5), ("more", 0.0)]
+        await s.gateway.reload(simulated({"cpu": {}}))
+        assert await metric(s, "coe_shadow_price") == {}
+        assert await metric(s, "coe_budget_left_ratio") == {}
+
+
+@pytest.mark.parametrize("settings", [{}, {"connect_timeout_s": 1.0}, {"max_in_flight": 1}])
+async def test_bound_of_a_remote_expert_holds_across_reloads(settings: dict[str, Any]) -> None:
+    upstream = Upstream()
+    async with serving(upstream) as served, site(far(served)) as s:
+        asking = [asyncio.create_task(s.ask(chat(model="far"))) for _ in range(4)]
+        await until(lambda: upstream.now == 2, "two are answered")
+        await s.gateway.reload(far(served, **settings))
+        asking += [asyncio.create_task(s.ask(chat(model="far"))) for _ in range(4)]
+        await until(lambda: s.gateway.seats["far"].waiting == 6, "the others wait")
+        assert upstream.most == 2
+        upstream.go_on.set()
+        answers = await asyncio.gather(*asking)
+        assert [status for status, *_ in answers] == [200] * 8
+        assert upstream.most == 2
+        assert upstream.asked == 8
+
+
+async def test_a_remote_expert_that_goes_ends_after_its_last_request() -> None:
+    upstream = Upstream()
+    async with serving(upstream) as served, site(far(served)) as s:
+        asking = asyncio.create_task(s.ask(chat(model="far")))
+        await until(lambda: upstream.now == 1, "it is answered")
+        await s.gateway.reload(simulated({"cpu": {}}))
+        assert (await s.ask(chat(model="far")))[0] == 404
+        assert "far" in s.gateway.seats
+        upstream.go_on.set()
+        assert (await asking)[0] == 200
+        await until(lambda: "far" not in s.gateway.seats, "its connections are closed")
+        assert not any('"far"' in labels for labels in await metric(s, "coe_queue_requests"))
+
+
+async def test_a_remote_expert_with_a_new_address_has_no_open_breaker() -> None:
+    upstream = Upstream()
+    upstream.go_on.set()
+    async with serving(upstream) as served, site(far(served)) as s:
+        breakers = s.gateway.state.breakers
+        one = breakers.begin(("far", REMOTE), 0.0)
+        breakers.end(("far", REMOTE), one, False, 0.0)
+        await s.gateway.reload(far(served, max_queue=7))
+        assert ("far", REMOTE) in breakers.states(0.0)
+        await s.gateway.reload(far(served, url=served.url + "/other"))
+        assert ("far", REMOTE) not in breakers.states(0.0)
+
+
+async def test_reload_that_fails_leaves_all_as_it_was() -> None:
+    config = simulated({"cpu": {}})
+    async with site(config) as s:
+        await s.ask(chat())
+        with pytest.raises(ArtifactError):
+            await s.gateway.reload(simulated({"cpu": {}}, router={"artifact": "./nowhere"}))
+        assert (await s.ask(chat()))[0] == 200
+        assert await counted(s) == 2
+        await s.gateway.reload(config)
+        assert (await s.ask(chat()))[0] == 200
+
+
+def test_escalations_of_a_recipe_are_kept_by_the_recipe_and_forgotten_with_its_experts() -> None:
+    from service.gateway.routing.quality import Escalations
+
+    known = Escalations()
+    one, two = (Recipe("cascade", (name,), ("big",)) for name in ("a", "b"))
+    known.rows([one, two])
+    for _ in range(10):
+        known.saw(two, np.zeros(3), 1)
+    rows = known.rows([two, Recipe("single", ("c",)), one])
+    assert known.excess[rows][:, 0].tolist() == pytest.approx([0.5, 0.0, 0.0])
+    known.forget({"b"})
+    assert not known.excess.any()

@@ -1,0 +1,90 @@
+"""A pool that nobody is to call any more, and that falls silent: its streams end all the same."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+
+from service.rpc import client
+from service.rpc.call import Call
+from service.rpc.client import PoolAddress, PoolLink
+from service.rpc.pool_directory import Directory
+from service.rpc.snapshot import Snapshot, encode
+from tests.support.serving import serving
+from tests.support.waiting import until
+
+
+class Node:
+    """A pool's node: until it is cut off, it says what pools say; then nothing, ever."""
+
+    def __init__(self) -> None:
+        self.cut_off = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        follows = scope["path"] == "/snapshots"
+        if not self.cut_off.is_set():
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            first = encode(Snapshot("boot", "cpu"), None) if follows else b"one"
+            await send({"type": "http.response.body", "body": first, "more_body": True})
+        while follows and not self.cut_off.is_set():
+            await send({"type": "http.response.body", "body": b"{}\n", "more_body": True})
+            await asyncio.sleep(0.01)
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits 15 s for a pool that says nothing."""
+    monkeypatch.setattr(client, "GONE_S", 0.1)
+    monkeypatch.setattr(client, "_SILENT_S", 0.3)
+
+
+def call(seq: int) -> Call:
+    return Call("/v1/chat/completions", "a", f"r{seq}", 10_000, True, f"gateway-{seq}", seq)
+
+
+@asynccontextmanager
+async def followed(node: Node) -> AsyncIterator[tuple[Directory, PoolLink]]:
+    """A gateway that follows this pool alone."""
+    directory = Directory("gateway", "secret")
+    async with serving(node) as served:
+        directory.update([PoolAddress(served.url, "cpu", "boot")])
+        await until(lambda: len(directory.links()) == 1, "the pool is followed")
+        (link,) = directory.links()
+        yield directory, link
+
+
+async def test_a_stream_ends_though_its_pool_is_followed_no_more() -> None:
+    node = Node()
+    async with followed(node) as (directory, link):
+        async with link.call(call(1), b"{}") as answer:
+            assert await answer.chunks.readany() == b"one"
+            directory.update([])
+            assert directory.links() == []
+            node.cut_off.set()
+            with pytest.raises(aiohttp.ClientError):
+                async with asyncio.timeout(10):
+                    await answer.chunks.read()
+        await until(lambda: link._task.done(), "nobody follows it any more")
+        await directory.close()
+
+
+async def test_whoever_has_no_call_left_is_left_at_once() -> None:
+    async with followed(Node()) as (directory, link):
+        directory.update([])
+        await until(lambda: link._task.done(), "nobody follows it any more")
+        await directory.close()
+
+
+async def test_a_directory_that_closes_waits_for_no_call() -> None:
+    async with followed(Node()) as (directory, link), link.call(call(1), b"{}") as answer:
+        await answer.chunks.readany()
+        directory.update([])
+        await directory.close()
+        assert link._task.done()

@@ -1,0 +1,90 @@
+"""Weighing: single experts are worth the same whether or not others could answer together."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.broker.pool_state import Board, PoolView
+from service.broker.recipe_catalog import Book
+from service.broker.selection import Wish, weigh
+from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
+from service.types import MAX_LATER, Recipe, Residency
+
+EXPERTS = ("a", "b", "c")
+TOGETHER = (Recipe("vote", ("a", "b", "c")), Recipe("cascade", ("a", "b"), ("c",)))
+
+seconds = st.floats(0.001, 100.0)
+states = st.builds(
+    ExpertState,
+    st.sampled_from([Residency.DEVICE, Residency.DISK, Residency.FAILED]),
+    eta_s=seconds,
+    swap_s=seconds,
+    max_model_len=st.sampled_from([0, 100, 1000]),
+)
+
+
+@st.composite
+def pools(draw: st.DrawFn) -> list[PoolView]:
+    """Up to three pools, each with some of the experts."""
+    found = []
+    for i in range(draw(st.integers(0, 3))):
+        held = draw(st.dictionaries(st.sampled_from(EXPERTS), states))
+        queue = st.builds(Queue, st.integers(0, 5), st.integers(0, 5))
+        snapshot = Snapshot(
+            boot=str(i),
+            kind="cpu",
+            experts=held,
+            queues={name: draw(queue) for name in held},
+            capacity=dict.fromkeys(held, 4),
+            speeds={name: Speed(draw(seconds), draw(seconds), 0.001) for name in held},
+        )
+        found.append(PoolView(str(i), snapshot, draw(st.sampled_from([0.1, 2.0])), {}))
+    return found
+
+
+@given(
+    pools(),
+    st.lists(st.floats(0, 1), min_size=5, max_size=5),
+    st.lists(st.floats(0, 10), min_size=3, max_size=3),
+    st.sampled_from([np.inf, 5.0]),
+    st.sampled_from([np.inf, 1.0, 50.0]),
+    st.booleans(),
+    st.sampled_from([0, 500]),
+)
+def test_singles_alone_are_weighed_as_beside_others(
+    views: list[PoolView],
+    quality: list[float],
+    cost: list[float],
+    most_cost: float,
+    deadline_s: float,
+    streams: bool,
+    context_tokens: int,
+) -> None:
+    book = Book(EXPERTS, TOGETHER)
+    standing = Board(book.index).standing(views)
+
+    def weighed(rows: int, deadline_s: float):  # type: ignore[no-untyped-def]
+        wish = Wish(
+            rows=book.everything[:rows],
+            quality=np.array(quality[:rows]),
+            reach=np.full((rows, MAX_LATER), 0.5) * (book.later[:rows] < len(EXPERTS)),
+            tokens=np.full(3, 20.0),
+            cost=np.array(cost),
+            prompt_tokens=30,
+            cost_price=0.01,
+            most_cost=most_cost,
+            deadline_s=deadline_s,
+            context_tokens=context_tokens,
+            streams=streams,
+        )
+        return weigh(book, standing, wish)
+
+    alone, beside = weighed(3, np.inf), weighed(5, np.inf)
+    for figure in ("time", "displaced", "cost", "utility", "ideal", "barred"):
+        np.testing.assert_array_equal(getattr(alone, figure), getattr(beside, figure)[:3], figure)
+    alone, beside = weighed(3, deadline_s), weighed(5, deadline_s)
+    if not alone.barred.all():
+        # Else a deadline that all miss is no bar to a single expert.
+        np.testing.assert_array_equal(alone.barred, beside.barred[:3])

@@ -1,0 +1,25 @@
+"""The extension of a GPU's workers, and what tests ask of it."""
+
+from __future__ import annotations
+
+import torch
+
+from service.engine.vllm.worker.graph_capture import Noted
+from service.engine.vllm.worker.pinned_weights import PinnedExtension
+
+
+class SeeingExtension(PinnedExtension):
+    """What a test asks of it."""
+
+    def coe_seen(self, tokens: int) -> dict[int, list[list[int]]]:
+        """By layer, what was chosen for the first so many tokens of the last step."""
+        noted = self._coe_noted
+        assert isinstance(noted, Noted)
+        return {
+            one.layer: noted.chosen[:tokens, place].tolist()
+            for place, one in enumerate(noted.layers)
+        }
+
+    def coe_compiled(self) -> int:
+        """How many graphs were compiled so far."""
+        return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

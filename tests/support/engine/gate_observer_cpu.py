@@ -1,0 +1,12 @@
+"""What a GPU's worker is made of, around the CPU's."""
+
+from __future__ import annotations
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from service.engine.vllm.worker.graph_capture import Notes
+from service.engine.vllm.worker.graph_steering import Stands
+
+
+class SeeingCpuWorker(Notes, Stands, CPUWorker):  # type: ignore[misc]  # vLLM is not read for types
+    """See `service.engine.vllm.worker.gpu_worker`."""

@@ -1,0 +1,27 @@
+"""A pool's metrics that remember what an engine told of its routers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from service.config import MoeCapture
+from service.engine.base import Chosen
+from service.telemetry.pool_metrics import PoolMetrics
+
+
+class Watch(PoolMetrics):
+    """The pool's own, which remembers what it was told."""
+
+    def __init__(self, capture: MoeCapture) -> None:
+        super().__init__(capture)
+        self.told: list[Chosen] = []
+
+    def chosen(self, chosen: Chosen) -> None:
+        super().chosen(chosen)
+        self.told.append(chosen)
+
+    def load(self, expert: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+        loads = [one.load for one in self.told if one.expert == expert and one.load is not None]
+        return np.sum(loads, axis=0)

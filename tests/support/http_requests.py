@@ -1,0 +1,92 @@
+"""Asking an engine directly, as a pool does."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from service.engine.base import Engine, EngineRequest, Message
+from service.errors import CoeError
+from service.http.openai_errors import fault_of
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+_ids = itertools.count()
+
+
+@dataclass
+class Reply:
+    """An ASGI send that keeps an answer; `begun` is set at its first message."""
+
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    parts: list[bytes] = field(default_factory=list)
+    ended: bool = False
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    error: CoeError | None = None
+
+    async def __call__(self, message: Message) -> None:
+        assert not self.ended, "something came after the end"
+        if message["type"] == "http.response.start":
+            assert not self.status, "a second head"
+            self.status = message["status"]
+            self.headers = {k.decode().lower(): v.decode() for k, v in message["headers"]}
+            self.begun.set()
+            return
+        assert self.status, "a body before its head"
+        if not self.parts:
+            assert message.get("body") or not message.get("more_body"), "a head without a byte"
+        self.parts.append(message.get("body", b""))
+        self.ended = not message.get("more_body", False)
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.parts)
+
+    @property
+    def json(self) -> Any:
+        return orjson.loads(self.body)
+
+    @property
+    def events(self) -> list[Any]:
+        """The JSON events of a stream that ended as it should."""
+        lines = [line[6:] for line in self.body.split(b"\n") if line.startswith(b"data: ")]
+        assert lines[-1] == b"[DONE]"
+        return [orjson.loads(line) for line in lines[:-1]]
+
+    @property
+    def fault(self) -> dict[str, Any]:
+        """The inside of OpenAI's error shape."""
+        detail: dict[str, Any] = self.json["error"]
+        assert detail.keys() == {"message", "type", "param", "code"}
+        assert detail["message"]
+        return detail
+
+
+async def run(engine: Engine, path: str, expert: str, body: Any, reply: Reply) -> None:
+    """Run a request; an error raised is answered as a pool's port would."""
+    raw = orjson.dumps({"model": expert, **body})
+    request = EngineRequest(path, expert, raw, f"test-{next(_ids)}")
+    try:
+        await engine.run(request, reply)
+    except CoeError as error:
+        assert not reply.status, "an error was raised after something was sent"
+        fault = fault_of(error)
+        reply.error, reply.status, reply.parts, reply.ended = (
+            error,
+            fault.status,
+            [fault.body],
+            True,
+        )
+    assert reply.ended
+
+
+async def ask(engine: Engine, path: str, expert: str, body: Any) -> Reply:
+    """A whole answer."""
+    reply = Reply()
+    await run(engine, path, expert, body, reply)
+    return reply

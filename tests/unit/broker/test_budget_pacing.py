@@ -1,0 +1,101 @@
+"""Shadow prices of budgets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.broker.budget_pacing import Pacer, Purse, hull
+
+WORTH, COST = np.array([0.5, 0.9]), np.array([1.0, 11.0])
+# The dear one is worth 0.4 more for 10 more: 0.04 a unit.
+EVEN = 0.04
+
+
+def seen(count: int) -> Pacer:
+    pacer = Pacer()
+    for _ in range(count):
+        pacer.offered(WORTH, COST)
+    return pacer
+
+
+def test_plenty_costs_nothing() -> None:
+    assert seen(20).solve(11.0) == 0
+    assert Pacer().solve(1.0) == 0
+
+
+def test_scarce_costs_what_makes_everybody_take_the_cheaper() -> None:
+    price = seen(20).solve(1.0)
+    assert price == pytest.approx(EVEN, rel=0.01)
+    assert price >= EVEN
+    assert seen(20).solve(0.5) >= EVEN, "and no less where nothing is cheap enough"
+
+
+def test_what_is_left_is_for_those_who_are_still_to_come() -> None:
+    for spent, price in ((1000.0, 0.0), (2000.0, EVEN)):
+        pacer = Pacer()
+        pacer.offered(WORTH, COST)
+        pacer.reprice(Purse(2200.0, 0.0, 0.0, 100.0), 0.0)
+        for _ in range(99):
+            pacer.offered(WORTH, COST)
+        # A hundred in half the time, and as many to come.
+        got = pacer.reprice(Purse(2200.0, spent, 0.0, 100.0), 50.0)
+        assert got == pytest.approx(price, rel=0.01)
+
+
+def test_a_burst_at_the_start_is_no_rate() -> None:
+    pacer = seen(16)
+    assert pacer.reprice(Purse(86_400.0, 0.0, 0.0, 86_400.0), 43_200.0) < 1.0
+    pacer = seen(1)
+    pacer.reprice(Purse(86_400.0, 0.0, 0.0, 86_400.0), 0.0)
+    pacer.offered(WORTH, COST)
+    assert pacer.reprice(Purse(86_400.0, 0.0, 0.0, 86_400.0), 1.0) == 0
+
+
+def test_a_new_window_counts_arrivals_anew() -> None:
+    pacer = seen(1)
+    pacer.reprice(Purse(100.0, 0.0, 0.0, 100.0), 0.0)
+    for _ in range(100):
+        pacer.offered(WORTH, COST)
+    pacer.reprice(Purse(100.0, 90.0, 0.0, 100.0), 50.0)
+    assert pacer.price > 0
+    pacer.reprice(Purse(100.0, 0.0, 100.0, 200.0), 150.0)
+    assert pacer.price == 0, "one request in half a window, and the whole budget left"
+
+
+def test_impossible_options_have_no_say() -> None:
+    pacer = Pacer()
+    pacer.offered(np.array([-np.inf, 0.9]), COST)
+    assert hull(np.array([-np.inf, -np.inf]), COST).tolist() == []
+    assert pacer.solve(1.0) == pytest.approx(0, abs=1e-9), "there is only the dear one"
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.floats(0.05, 1.0))
+def test_the_price_spends_what_is_there(seed: int, share: float) -> None:
+    draw = np.random.default_rng(seed)
+    pacer = Pacer()
+    rows = [(draw.random(6), draw.random(6) * 10) for _ in range(200)]
+    for worth, cost in rows:
+        pacer.offered(worth, cost)
+
+    def spends(price: float) -> float:
+        return float(np.mean([c[(w - price * c).argmax()] for w, c in rows]))
+
+    most, least = spends(0.0), float(np.mean([c.min() for _, c in rows]))
+    each = least + share * (most - least)
+    price = pacer.solve(each)
+    assert spends(price) <= each + 1e-9
+    assert spends(price * 0.98) >= each - 0.06 * (most - least)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 10_000), st.integers(1, 20))
+def test_the_hull_holds_whatever_a_price_would_choose(seed: int, count: int) -> None:
+    draw = np.random.default_rng(seed)
+    worth, cost = draw.random(count), draw.random(count)
+    kept = set(hull(worth, cost).tolist())
+    for price in np.geomspace(1e-3, 1e3, 40):
+        assert int((worth - price * cost).argmax()) in kept

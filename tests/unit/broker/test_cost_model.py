@@ -1,0 +1,89 @@
+"""What calls are expected to cost, and how long answers to be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from service.broker.cost_model import Market
+from service.broker.prices import Price
+from service.gateway.request_record import Spent
+
+
+def market() -> Market:
+    return Market(("big",), ("math",), {"big": Price(2, 10)})
+
+
+def expected(of: Market, most: int | None = None) -> float:
+    return float(of.expect("math", 10, most).tokens[0])
+
+
+@pytest.mark.parametrize("bound", [1, 16, 100, 399])
+def test_expect_after_answers_cut_by_a_bound_is_still_the_natural_length(bound: int) -> None:
+    """Health checks and classifiers ask for a token; that says nothing of how long answers are."""
+    learning = market()
+    for _ in range(60):
+        learning.saw("big", "math", 400)
+    for _ in range(200):
+        learning.saw("big", "math", bound, cut=True)
+    assert expected(learning) == pytest.approx(400, rel=0.01)
+    assert expected(learning, bound) == bound
+
+
+@pytest.mark.parametrize("bounds", [[None], [None, 1], [None, 200], [None, 50, 50, 50, 50]])
+@pytest.mark.parametrize("shape", ["exponential", "lognormal"])
+def test_expect_of_random_lengths_is_their_mean_whatever_bounds_some(
+    bounds: list[int | None], shape: str
+) -> None:
+    draw = np.random.default_rng(0)
+    told = []
+    for _ in range(10):
+        learning = market()
+        for i in range(1500):
+            natural = (
+                draw.exponential(400)
+                if shape == "exponential"
+                else draw.lognormal(np.log(400) - 0.32, 0.8)
+            )
+            length = max(1, int(natural))
+            bound = bounds[int(draw.integers(len(bounds)))]
+            cut = bound is not None and length >= bound
+            learning.saw("big", "math", bound if cut and bound else length, cut=cut)
+            if i > 500 and i % 100 == 0:
+                told.append(expected(learning))
+    assert np.mean(told) == pytest.approx(400, rel=0.1)
+
+
+def test_expect_where_every_answer_was_cut_is_longer_than_any_bound() -> None:
+    learning = market()
+    for _ in range(50):
+        learning.saw("big", "math", 512, cut=True)
+    assert expected(learning) > 512
+    only_short = market()
+    only_short.saw("big", "math", 1, cut=True)
+    assert expected(only_short) >= 64, "one token asked for is no length of answers"
+
+
+def test_expect_of_several_answers_costs_each_of_them_and_the_prompt_once() -> None:
+    learning = market()
+    learning.saw("big", "math", 100)
+    one, three = learning.expect("math", 10, None), learning.expect("math", 10, None, 3)
+    assert three.tokens[0] == one.tokens[0]
+    assert three.cost[0] - one.cost[0] == pytest.approx(2 * 100 * 10 / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("spent", "length", "cut"),
+    [
+        (Spent("a", Price(), completion_tokens=99, most_tokens=100), 99, False),
+        (Spent("a", Price(), completion_tokens=100, most_tokens=100), 100, True),
+        (Spent("a", Price(), completion_tokens=300, answers=3, most_tokens=100), 100, True),
+        (Spent("a", Price(), completion_tokens=150, answers=3, most_tokens=100), 50, False),
+        (Spent("a", Price(), completion_tokens=7, ended=False), 7, True),
+        (Spent("a", Price()), 0, False),
+    ],
+)
+def test_cut_of_a_call_is_whether_its_bound_or_its_client_ended_it(
+    spent: Spent, length: int, cut: bool
+) -> None:
+    assert (spent.length, spent.cut) == (length, cut)

@@ -1,0 +1,322 @@
+"""Which recipe, and in which pool. The formula, and its edges."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.broker.demand import failure_reason, home
+from service.broker.pool_state import REMOTE, Board, PoolView
+from service.broker.recipe_catalog import Book
+from service.broker.selection import Bar, Warm, Weighed, Wish, weigh
+from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
+from service.types import MAX_LATER, Recipe, Residency
+
+READY = ExpertState(Residency.DEVICE)
+COLD = ExpertState(Residency.DISK, eta_s=20.0, swap_s=0.5)
+TOKENS = 10
+
+
+def view(
+    boot: str,
+    *,
+    experts: dict[str, ExpertState] | None = None,
+    queues: dict[str, Queue] | None = None,
+    running: int = 0,
+    waiting: int = 0,
+    unseen: int = 0,
+    age_s: float = 0.1,
+    draining: bool = False,
+    first_s: float = 0.1,
+    per_token_s: float = 0.0,
+) -> PoolView:
+    held = experts or {"a": READY}
+    snapshot = Snapshot(
+        boot=boot,
+        kind="cpu",
+        draining=draining,
+        experts=held,
+        queues=queues or {name: Queue(waiting, running) for name in held},
+        capacity=dict.fromkeys(held, 4),
+        speeds={name: Speed(first_s, 0.01, per_token_s) for name in held},
+    )
+    return PoolView(boot, snapshot, age_s, dict.fromkeys(held, unseen) if unseen else {})
+
+
+FAR = PoolView(REMOTE, Snapshot(boot=REMOTE, kind="remote", experts={"far": READY}), 0.0, {})
+
+
+def decided(
+    *views: PoolView,
+    quality: dict[str | Recipe, float] | None = None,
+    price: float = 0.01,
+    reach: float = 0.5,
+    cost: dict[str, float] | None = None,
+    **more: Any,
+) -> Weighed:
+    """Weigh recipes (single experts by name) with these pools."""
+    wanted = quality or {"a": 1.0}
+    recipes = [r if isinstance(r, Recipe) else Recipe("single", (r,)) for r in wanted]
+    names = dict.fromkeys(name for recipe in recipes for name in recipe.experts)
+    book = Book(tuple(names), recipes)
+    later = np.zeros((len(recipes), MAX_LATER))
+    for i, recipe in enumerate(recipes):
+        later[i, : len(recipe.later)] = reach
+    wish = Wish(
+        rows=np.array([book.recipe_index[recipe] for recipe in recipes]),
+        quality=np.array(list(wanted.values())),
+        reach=later,
+        tokens=np.full(len(names), float(TOKENS)),
+        cost=np.array([(cost or {}).get(name, 0.0) for name in names]),
+        time_price=price,
+        **more,
+    )
+    return weigh(book, Board(book.index).standing(views), wish)
+
+
+def winner(weighed: Weighed) -> tuple[str, str | None] | None:
+    """Its first expert and that one's pool."""
+    at = weighed.best()
+    if at is None:
+        return None
+    recipe = weighed.book.recipes[int(weighed.wish.rows[at])]
+    option = weighed.option(recipe.members[0])
+    return recipe.name, option.boot if option else None
+
+
+def test_the_shorter_wait_first_and_ties_are_stable() -> None:
+    assert winner(decided(view("x", running=8), view("y"))) == ("a", "y")
+    assert winner(decided(view("y"), view("y2"))) == ("a", "y")
+
+
+def test_requests_that_the_snapshot_cannot_count_yet_count() -> None:
+    assert winner(decided(view("x", unseen=8), view("y", running=4))) == ("a", "y")
+
+
+def test_wait_is_loading_plus_whole_batches_ahead_plus_a_share_of_ones_own() -> None:
+    def waits(pool: PoolView) -> float:
+        return float(decided(pool).wait[0])
+
+    assert waits(view("x", experts={"a": ExpertState(Residency.LOADING, eta_s=30)})) == 30
+    each = 0.5 + TOKENS * 0.01
+    assert waits(view("x", running=4, waiting=4, first_s=0.5)) == pytest.approx(2 * each)
+    assert waits(view("x", running=2, first_s=0.5)) == pytest.approx(0.25)
+
+
+def test_prefill_takes_as_long_as_the_prompt_is_and_a_warm_cache_saves_it() -> None:
+    pool = view("x", per_token_s=0.01)
+    cold = decided(pool, prompt_tokens=1000)
+    assert cold.answer[0] == pytest.approx(0.1 + 10 + 0.1)
+    warm = decided(pool, prompt_tokens=1000, warm=Warm("a", "x", 900))
+    assert warm.answer[0] == pytest.approx(0.1 + 1 + 0.1)
+    elsewhere = decided(pool, prompt_tokens=1000, warm=Warm("a", "gone", 900))
+    assert elsewhere.answer[0] == cold.answer[0]
+
+
+def test_switching_in_a_conversation_costs_the_prefix_and_no_more() -> None:
+    both = {"a": READY, "b": ExpertState(Residency.DEVICE, slot=1)}
+    pool = view("x", experts=both, per_token_s=0.01)
+    for tokens, stays in ((100, False), (4000, True)):
+        got = decided(
+            pool, quality={"a": 0.5, "b": 0.7}, prompt_tokens=5000, warm=Warm("a", "x", tokens)
+        )
+        # 0.01 quality a second, 0.01 s a token: 2,000 tokens are worth 0.2.
+        assert winner(got) == ("a" if stays else "b", "x")
+
+
+def test_quality_goes_before_a_short_wait_and_not_before_a_long_one() -> None:
+    both = {"a": READY, "b": ExpertState(Residency.DEVICE, slot=1)}
+    for ahead, first in ((40, "a"), (4000, "b")):
+        queues = {"a": Queue(ahead, 0), "b": Queue()}
+        got = decided(view("x", experts=both, queues=queues), quality={"a": 1.0, "b": 0.5})
+        assert winner(got) == (first, "x")
+
+
+def test_a_long_prompt_that_waits_counts_with_its_tokens() -> None:
+    def wait(queue: Queue) -> float:
+        pool = view("x", per_token_s=0.01, queues={"a": queue})
+        return float(decided(pool, prompt_tokens=100).wait[0])
+
+    usual = wait(Queue(1, 0, 1, 100))
+    assert wait(Queue(1, 0)) == usual
+    assert wait(Queue(1, 0, 1, 30_000)) == pytest.approx(usual + 0.01 * 29_900)
+    # Several answers of one request are as many requests ahead.
+    assert wait(Queue(1, 0, 4, 100)) == wait(Queue(4, 0))
+
+
+def test_traffic_moves_where_the_formula_says() -> None:
+    both = {"a": READY, "b": ExpertState(Residency.DEVICE, slot=1)}
+    price, gap, capacity = 0.05, 0.3, 4
+    each = 0.1 + TOKENS * 0.01
+    moves_at = gap / price / each * capacity
+    for ahead in range(0, 400, capacity):
+        queues = {"a": Queue(ahead, 0), "b": Queue()}
+        got = decided(
+            view("x", experts=both, queues=queues), quality={"a": 0.9, "b": 0.9 - gap}, price=price
+        )
+        assert winner(got) == ("a" if ahead < moves_at else "b", "x")
+
+
+def test_a_swap_costs_those_it_displaces_there_and_back() -> None:
+    experts = {"a": READY, "b": ExpertState(Residency.HOST, eta_s=0.5, swap_s=0.5)}
+    busy = view("x", experts=experts, queues={"a": Queue(3, 4), "b": Queue()})
+    got = decided(busy, quality={"a": 1.0, "b": 1.0})
+    assert got.displaced.tolist() == [0, 2 * 0.5 * 7]
+    elsewhere = {"b": ExpertState(Residency.HOST, eta_s=0.5, swap_s=0.5, slot=1), "a": READY}
+    assert decided(view("y", experts=elsewhere, waiting=5), quality={"b": 1}).displaced[0] == 0
+
+
+def test_a_recipe_takes_as_long_as_its_slowest_and_costs_what_all_cost() -> None:
+    three = {name: ExpertState(Residency.DEVICE, slot=i) for i, name in enumerate("abc")}
+    queues = {"a": Queue(), "b": Queue(8, 0), "c": Queue()}
+    pool = view("x", experts=three, queues=queues)
+    cascade = Recipe("cascade", ("a", "b"), ("c",))
+    vote = Recipe("vote", ("a", "b", "c"))
+    got = decided(
+        pool,
+        quality={cascade: 0.8, vote: 0.8},
+        reach=0.25,
+        cost={"a": 1.0, "b": 2.0, "c": 40.0},
+        cost_price=0.001,
+    )
+    each = 0.1 + TOKENS * 0.01
+    assert got.time.tolist() == pytest.approx([3 * each + 0.25 * each, 3 * each])
+    assert got.cost.tolist() == pytest.approx([3 + 0.25 * 40, 43])
+    assert got.utility.tolist() == pytest.approx(
+        [0.8 - 0.013 - 0.01 * 3.25 * each, 0.8 - 0.043 - 0.03 * each]
+    )
+
+
+def test_a_price_of_cost_moves_to_the_cheaper() -> None:
+    both = {"a": READY, "b": ExpertState(Residency.DEVICE, slot=1)}
+    for price, first in ((0.0, "a"), (0.009, "a"), (0.011, "b")):
+        got = decided(
+            view("x", experts=both),
+            quality={"a": 0.9, "b": 0.6},
+            cost={"a": 31.0, "b": 1.0},
+            cost_price=price,
+        )
+        assert winner(got) == (first, "x")
+
+
+def test_more_than_may_be_spent_in_the_worst_case_is_barred() -> None:
+    three = {name: ExpertState(Residency.DEVICE, slot=i) for i, name in enumerate("abc")}
+    cascade = Recipe("cascade", ("a", "b"), ("c",))
+    cost = {"a": 1.0, "b": 1.0, "c": 10.0}
+    wanted: dict[str | Recipe, float] = {cascade: 0.9, "a": 0.5}
+    for most, first in ((12.0, cascade.name), (11.9, "a"), (0.5, None)):
+        got = decided(view("x", experts=three), quality=wanted, cost=cost, most_cost=most)
+        assert (winner(got) or (None,))[0] == first
+    assert set(got.barred) == {Bar.MAX_COST}
+
+
+def test_a_recipe_that_would_miss_the_deadline_gives_way_to_a_single_expert() -> None:
+    three = {name: ExpertState(Residency.DEVICE, slot=i) for i, name in enumerate("abc")}
+    cascade = Recipe("cascade", ("a", "b"), ("c",))
+    pool = view("x", experts=three, first_s=1.0)  # 1.1 s an answer
+    wanted: dict[str | Recipe, float] = {cascade: 0.9, "a": 0.5}
+    for left_s, first in ((3.0, cascade.name), (2.0, "a"), (0.1, "a")):
+        assert (winner(decided(pool, quality=wanted, deadline_s=left_s)) or ("",))[0] == first
+    # To the first token only, where a single expert streams.
+    streams = decided(pool, quality={"a": 0.5, "b": 0.6}, deadline_s=1.05, streams=True)
+    assert not streams.barred.any()
+
+
+def test_draining_and_failed_pools_are_no_options() -> None:
+    failed = {"a": ExpertState(Residency.FAILED, reason="no weights")}
+    assert winner(decided(view("x", draining=True), view("y", experts=failed))) is None
+    assert winner(decided()) is None
+
+
+def test_a_stale_pool_only_where_nothing_else_is_left() -> None:
+    assert winner(decided(view("x", age_s=1.5), view("y", running=90))) == ("a", "y")
+    got = decided(view("x", age_s=1.5), FAR, quality={"a": 1.0, "far": 0.1})
+    assert winner(got) == ("far", REMOTE)
+    assert winner(decided(view("x", age_s=1.5))) == ("a", "x")
+
+
+def test_why_nobody_can_be_asked_is_told_as_it_is() -> None:
+    held = {"a": ExpertState(Residency.DEVICE, max_model_len=1000)}
+    pool = view("x", experts=held)
+    resting = frozenset({("a", "x"), ("", "https://far.example"), ("a", "gone")})
+    for given, tokens, why in (
+        ({"banned": resting}, 10, Bar.RESTING),
+        ({"banned": resting}, 0, Bar.RESTING),
+        ({"banned": {("a", "gone")}}, 10, Bar.NONE),
+    ):
+        assert list(decided(pool, context_tokens=tokens, **given).barred) == [why]
+    assert list(decided(view("x", draining=True), context_tokens=10).barred) == [Bar.NO_POOL]
+
+
+def test_a_prompt_goes_where_it_fits_and_to_the_engine_s_own_error_where_it_fits_nowhere() -> None:
+    both = {
+        "a": ExpertState(Residency.DEVICE, max_model_len=1000),
+        "b": ExpertState(Residency.DEVICE, slot=1, max_model_len=8000),
+    }
+    pool = view("x", experts=both)
+    for tokens, first in ((900, "a"), (1100, "b"), (9000, "a")):
+        got = decided(pool, quality={"a": 0.9, "b": 0.5}, context_tokens=tokens)
+        assert winner(got) == (first, "x")
+    got = decided(pool, quality={"a": 0.9, "b": 0.5}, context_tokens=1100)
+    assert got.barred[0] == Bar.CONTEXT
+    # Named, so that no other will do: its engine says that it does not fit.
+    wish = got.wish
+    named = replace(wish, rows=wish.rows[:1], quality=wish.quality[:1], reach=wish.reach[:1])
+    assert winner(weigh(got.book, got.standing, named)) == ("a", "x")
+
+
+def test_banned_places_are_not_asked_again() -> None:
+    pools = view("x"), view("y", running=8)
+    assert winner(decided(*pools, banned={("a", "x")})) == ("a", "y")
+    assert winner(decided(*pools, banned={("a", "x"), ("a", "y")})) is None
+
+
+def test_unmet_demand_is_what_residency_would_have_won() -> None:
+    pool = view("x", experts={"a": READY, "b": COLD})
+    got = decided(pool, quality={"a": 0.5, "b": 0.9}, price=0.05)
+    at = got.best()
+    assert at == 0
+    assert got.unmet(at) == ("b",)
+    assert got.missed(at) == pytest.approx(0.4, abs=0.01)
+    patient = decided(pool, quality={"a": 0.5, "b": 0.9}, price=0.001)
+    assert patient.unmet(patient.best() or 0) == ()
+
+
+def test_every_gateway_tells_the_same_pool() -> None:
+    cold = {"a": READY, "b": COLD}
+    pools = [view(boot, experts=cold) for boot in ("x", "y", "z")]
+    homes = {home("b", order) for order in (pools, pools[::-1], pools[1:] + pools[:1])}
+    assert len(homes) == 1
+    # Slightly different loads, as gateways see them, change nothing.
+    noisy = [
+        view(boot, experts=cold, queues={"a": Queue(running=6 + i), "b": Queue()})
+        for i, boot in enumerate(("x", "y"))
+    ]
+    assert home("b", noisy) == home("b", [view(b, experts=cold, running=6) for b in ("x", "y")])
+
+
+def test_demand_goes_where_the_weights_are_on_their_way() -> None:
+    coming = {"a": READY, "b": ExpertState(Residency.LOADING, eta_s=5, swap_s=0.5)}
+    cold = {"a": READY, "b": COLD}
+    assert home("b", [view("x", experts=cold), view("y", experts=coming, running=90)]) == "y"
+    assert home("b", [view("x")]) is None
+
+
+def test_the_reason_only_when_every_pool_failed() -> None:
+    failed = view("x", experts={"a": ExpertState(Residency.FAILED, reason="no weights")})
+    assert failure_reason("a", [failed]) == "no weights"
+    assert failure_reason("a", [failed, view("y")]) is None
+    assert failure_reason("b", [failed]) is None
+    assert failure_reason("a", []) is None
+
+
+def test_the_board_keeps_a_row_until_the_next_snapshot() -> None:
+    board = Board({"a": 0})
+    pool = view("x", running=4)
+    assert board.standing([pool]).ahead.tolist() == [[4]]
+    busier = PoolView("x", view("x", running=8).snapshot, 0.1, {"a": 2})
+    assert board.standing([busier]).ahead.tolist() == [[10]]
+    assert board.standing([pool]).ahead.tolist() == [[4]]

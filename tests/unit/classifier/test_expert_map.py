@@ -1,0 +1,118 @@
+"""The expert map: its formula by hand, and what it refuses to load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.classifier.artifact import MANIFEST, load_artifact, save_artifact
+from service.classifier.classifier import Assessment, Classifier
+from service.classifier.expert_map import ExpertMap
+from service.classifier.features import FeatureSpec
+from service.errors import ArtifactError
+from service.types import MAX_LATER, CategoryScores, Recipe
+
+SPEC = FeatureSpec(bits=8, known_bits=8)
+RECIPES = [Recipe("single", ("a",)), Recipe("single", ("b",)), Recipe("cascade", ("a",), ("b",))]
+
+
+def manifest() -> dict[str, Any]:
+    return {
+        "classifier": {
+            "features": SPEC.to_json(),
+            "categories": ["x", "y"],
+            "factors": 1,
+            "calibration": {"method": "temperature", "temperature": 1.0},
+            "thresholds": {"min_confidence": 0.3, "max_novelty": 0.5},
+        },
+        "map": {"recipes": [r.to_json() for r in RECIPES], "factors": 1},
+    }
+
+
+def tensors() -> dict[str, Any]:
+    f = np.float32
+    return {
+        "classifier.idf": np.ones(SPEC.buckets, np.float16),
+        "classifier.weight": np.zeros((SPEC.buckets, 2), np.float16),
+        "classifier.bias": np.zeros(2, f),
+        "classifier.factor_weight": np.zeros((SPEC.buckets, 1), np.float16),
+        "classifier.factor_bias": np.array([0.5], f),
+        "classifier.known": np.full(32, 255, np.uint8),
+        "map.prior": np.array([0.75, 0.25], f),
+        "map.score": np.array([[0.4, 0.8, 0.7], [0.6, 0.2, 0.5]], f),
+        "map.count": np.full((2, 3), 10, f),
+        "map.cost": np.array([[1, 9, 4], [1, 9, 6]], f),
+        "map.reach": np.array([[[0] * 3, [0] * 3, [0.5, 0, 0]]] * 2, f),
+        "map.score_slope": np.array([[[0.1, 0, 0]], [[0.3, 0, 0]]], f),
+        "map.cost_slope": np.array([[[0, 0, 2]], [[0, 0, -2]]], f),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_artifact(tmp_path / "m@1", manifest(), tensors(), "")
+    return tmp_path / "m@1"
+
+
+def assessed(p: float, factor: float, novelty: float = 0.0) -> Assessment:
+    scores = CategoryScores(("x", "y"), (p, 1 - p), "x", max(p, 1 - p), novelty)
+    return Assessment(scores, np.array([factor]))
+
+
+def test_the_formula(folder: Path) -> None:
+    found = ExpertMap.load(folder)
+    estimate = found.estimate(assessed(0.5, 2.0))
+    assert estimate.quality == pytest.approx([0.5 + 2 * 0.2, 0.5, 0.6])
+    assert estimate.cost == pytest.approx([1, 9, 5])
+    assert estimate.reach.shape == (3, MAX_LATER)
+    assert estimate.reach[2, 0] == pytest.approx(0.5)
+
+
+def test_quality_stays_within_bounds(folder: Path) -> None:
+    estimate = ExpertMap.load(folder).estimate(assessed(0.0, 1000.0))
+    assert estimate.quality.max() <= 1
+    assert estimate.cost.min() >= 0
+
+
+def test_a_novel_prompt_is_an_average_one(folder: Path) -> None:
+    estimate = ExpertMap.load(folder).estimate(assessed(0.0, 9.0, novelty=0.9))
+    assert estimate.quality == pytest.approx([0.45, 0.65, 0.65])
+
+
+def test_a_subset_computes_the_same(folder: Path) -> None:
+    whole = ExpertMap.load(folder)
+    part = whole.only(["a"])
+    assert part.recipes == (RECIPES[0],)
+    assert part.experts == ("a",)
+    asked = assessed(0.3, 1.5)
+    assert part.estimate(asked).quality == pytest.approx(whole.estimate(asked).quality[:1])
+    assert part.estimate(asked).cost == pytest.approx(whole.estimate(asked).cost[:1])
+
+
+def test_classifier_and_map_fit_together(folder: Path) -> None:
+    artifact = load_artifact(folder)
+    assessment = Classifier.from_artifact(artifact).assess("hello")
+    assert assessment.factors == pytest.approx([0.5])
+    ExpertMap.from_artifact(artifact).estimate(assessment)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"map": {"recipes": [], "factors": 1}}, "1..256 distinct recipes"),
+        ({"map": {"recipes": [RECIPES[0].to_json()] * 2, "factors": 1}}, "distinct"),
+        ({"map": {"recipes": [RECIPES[0].to_json()], "factors": 1}}, "shape"),
+        ({"map": {"recipes": [{"kind": "single"}], "factors": 1}}, "members"),
+        ({"map": {"factors": 1}}, "recipes"),
+        ({"map": None}, "'map' is missing"),
+    ],
+)
+def test_what_is_refused(folder: Path, change: dict[str, Any], fault: str) -> None:
+    found = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(found | change))
+    with pytest.raises(ArtifactError, match=fault):
+        ExpertMap.load(folder)

@@ -1,0 +1,100 @@
+"""The command line's client: whom it shows a key, and what it follows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.cli.http import admin, admin_headers, ask, is_loopback
+from service.errors import CoeError
+
+
+@contextmanager
+def server(status: int, **headers: str) -> Iterator[tuple[str, list[Any]]]:
+    """A server that answers everything alike, and what it was asked."""
+    asked: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers)
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as made:
+        thread = threading.Thread(target=made.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{made.server_address[1]}", asked
+        finally:
+            made.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("COE_HOME", str(tmp_path))
+    monkeypatch.delenv("COE_ADMIN_KEY", raising=False)
+    (tmp_path / "admin-key").write_text("this-machine-s-admin-key")
+    return tmp_path
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("body", [None, "{}"])
+def test_a_redirect_is_refused_and_the_key_stays_here(status: int, body: str | None) -> None:
+    with server(200) as (elsewhere, caught), server(status, location=elsewhere) as (url, asked):
+        with pytest.raises(CoeError, match="redirects"):
+            ask(url, "GET" if body is None else "POST", "/x", {"authorization": "Bearer K"}, body)
+        assert len(asked) == 1
+        assert caught == []
+
+
+def test_json_is_sent_as_such_and_no_proxy_hears_of_loopback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with server(200) as (url, asked), server(502) as (proxy, caught):
+        monkeypatch.setenv("http_proxy", proxy)
+        monkeypatch.delenv("no_proxy", raising=False)
+        assert ask(url, "POST", "/x", {}, "{}") == {}
+        assert asked[0]["content-type"] == "application/json"
+        assert caught == []
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://127.0.0.1:8000", True),
+        ("http://127.8.9.1", True),
+        ("http://localhost:8000", True),
+        ("http://[::1]:8000", True),
+        ("http://localhost.example.com", False),
+        ("http://127.0.0.1.example.com", False),
+        ("http://127.0.0.1@example.com", False),
+        ("http://10.0.0.1", False),
+        ("https://coe.example.com", False),
+        ("", False),
+    ],
+)
+def test_the_file_s_admin_key_goes_to_loopback_only(
+    home: Path, url: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert is_loopback(url) is expected
+    assert bool(admin_headers(url)) is expected
+    if not expected:
+        with pytest.raises(CoeError, match="COE_ADMIN_KEY"):
+            admin(url, "GET", "/admin/experts")
+    monkeypatch.setenv("COE_ADMIN_KEY", "that-service-s-own-key")
+    assert admin_headers(url) == {"authorization": "Bearer that-service-s-own-key"}

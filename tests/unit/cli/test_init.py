@@ -1,0 +1,186 @@
+"""`coe init`: what is proposed for which machine, and the config that comes of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+import router_models
+from service.cli import cli, main
+from service.cli.machine import Gpu, Machine, read_gpus
+from service.cli.presets import config_text, propose
+from service.config import load_config
+from service.pool.memory_plan import check_plan, plan_pool
+from tests.unit.pool.test_memory_plan import model as model_info
+
+GIB = 1024**3
+ARTIFACTS = Path(router_models.__file__).resolve().parent
+SMALL = Machine((), 8 * GIB, 50 * GIB, 2)
+
+
+def gpu(memory_gib: int, disk_gib: int = 2000) -> Machine:
+    return Machine((Gpu("H100", memory_gib * GIB),), 256 * GIB, disk_gib * GIB, 32)
+
+
+@pytest.mark.parametrize(
+    "folder", ["plain-1.0", "with space", "a: b", "a #b", "it's", 'a"b', "ä", "{x}", "~", "- x"]
+)
+def test_config_text_of_any_installation_s_path_is_read_back(tmp_path: Path, folder: str) -> None:
+    artifacts = tmp_path / folder
+    path = tmp_path / "coe.yaml"
+    path.write_text(config_text(propose(SMALL)[0], SMALL, artifacts), encoding="utf-8")
+    config = load_config(path)
+    assert config.router.artifact == str(artifacts / "artifacts" / "demo@1")
+    assert config.experts["math"].adapter == str(artifacts / "experts" / "artifacts" / "math")
+
+
+@pytest.mark.parametrize(
+    ("machine", "best", "slots"),
+    [
+        (SMALL, "SmolLM2 135M with three adapters", None),
+        (Machine((), 32 * GIB, 100 * GIB, 2), "Qwen2.5 0.5B", 1),
+        (Machine((), 64 * GIB, 100 * GIB, 8), "Qwen2.5 1.5B", 1),
+        (Machine((), 64 * GIB, 1 * GIB, 8), "SmolLM2 135M with three adapters", None),
+        (gpu(8), "Qwen2.5 1.5B", 1),
+        (gpu(24), "Qwen2.5 7B", 1),
+        (gpu(80), "Qwen2.5 32B", 1),
+        (gpu(80, disk_gib=60), "Qwen2.5 7B", None),
+        (gpu(192), "Qwen2.5 32B", None),
+    ],
+)
+def test_the_best_that_fits(machine: Machine, best: str, slots: int | None) -> None:
+    first = propose(machine)[0]
+    assert (first.name, first.slots) == (best, slots)
+
+
+machines = st.builds(
+    Machine,
+    st.lists(st.builds(Gpu, st.just("GPU"), st.integers(0, 200).map(GIB.__mul__)), max_size=2).map(
+        tuple
+    ),
+    st.integers(1, 512).map(GIB.__mul__),
+    st.integers(0, 2000).map(GIB.__mul__),
+    st.integers(1, 128),
+)
+
+
+@given(machines)
+def test_nothing_is_proposed_that_does_not_fit(machine: Machine) -> None:
+    proposals = propose(machine)
+    assert proposals[-1].trio is None
+    for one in proposals[:-1]:
+        room = max(g.memory_bytes for g in machine.gpus) if one.on_gpu else machine.memory_bytes
+        assert one.needs_bytes < room
+        assert one.download_bytes < machine.disk_bytes
+    sizes = [one.trio.parameters for one in proposals if one.trio]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("machine", [SMALL, Machine((), 64 * GIB, 99 * GIB, 8), gpu(24), gpu(192)])
+def test_every_config_is_one(machine: Machine, tmp_path: Path) -> None:
+    for i, one in enumerate(propose(machine)):
+        path = tmp_path / f"{i}.yaml"
+        path.write_text(config_text(one, machine, ARTIFACTS))
+        config = load_config(path)
+        (pool,) = config.pools.values()
+        assert (pool.gpus > 0) == one.on_gpu
+        assert config.router.artifact is not None
+        assert Path(config.router.artifact).is_dir()
+        assert {"general", "code"} <= config.category_map().keys()
+
+
+# Qwen2.5's own shapes: layers, KV heads, head size, context of the shortest in its trio.
+SHAPES = {
+    "0.5B": (24, 2, 64, 32768),
+    "1.5B": (28, 2, 128, 4096),
+    "7B": (28, 4, 128, 4096),
+    "14B": (48, 8, 128, 32768),
+    "32B": (64, 8, 128, 32768),
+}
+
+
+@pytest.mark.parametrize(
+    "machine", [Machine((), 64 * GIB, 99 * GIB, 8), Machine((), 16 * GIB, 99 * GIB, 2), gpu(192)]
+)
+def test_the_memory_plan_lets_every_proposal_start(machine: Machine, tmp_path: Path) -> None:
+    for one in propose(machine):
+        if one.trio is None:
+            continue
+        path = tmp_path / "coe.yaml"
+        path.write_text(config_text(one, machine, ARTIFACTS))
+        config = load_config(path)
+        layers, kv_heads, head_size, context = SHAPES[one.trio.name.split()[-1]]
+        by_category = {
+            each.category: model_info(
+                weight_bytes=each.weight_bytes,
+                layers=layers,
+                kv_heads=kv_heads,
+                head_size=head_size,
+                max_context_tokens=context,
+            )
+            for each in one.trio.models
+        }
+        plan = plan_pool(config, next(iter(config.pools)), by_category.__getitem__)
+        check_plan(plan, None if one.on_gpu else machine.memory_bytes)
+        if not one.on_gpu:
+            assert plan.total_bytes == one.needs_bytes
+
+
+def test_gpus_as_nvidia_s_tool_tells_them() -> None:
+    told = "NVIDIA H100 80GB HBM3, 81559\nSome, GPU, 24564\n\nNo devices were found\nX, [N/A]\n"
+    assert [(g.name, g.memory_bytes >> 20) for g in read_gpus(told)] == [
+        ("NVIDIA H100 80GB HBM3", 81559),
+        ("Some, GPU", 24564),
+    ]
+
+
+def test_the_command_writes_once_and_asks_only_without_yes(tmp_path: Path) -> None:
+    path = tmp_path / "coe.yaml"
+    runner = CliRunner()
+    asked = runner.invoke(cli, ["init", "-o", str(path)], input="1\n")
+    assert asked.exit_code == 0, asked.output
+    first = path.read_text()
+    again = runner.invoke(cli, ["init", "--yes", "-o", str(path)])
+    assert again.exit_code != 0
+    assert "--force" in str(again.exception)
+    told = runner.invoke(cli, ["init", "--json", "--force", "-o", str(path)])
+    found = json.loads(told.output)
+    assert found["machine"]["cores"] > 0
+    assert found["chosen"] == propose(Machine(**_machine(found["machine"])))[0].name
+    assert path.read_text().splitlines()[4:] == first.splitlines()[4:]
+    load_config(path)
+
+
+def _machine(told: dict[str, object]) -> dict[str, object]:
+    gpus = told["gpus"]
+    assert isinstance(gpus, list)
+    return {**told, "gpus": tuple(Gpu(**one) for one in gpus)}
+
+
+def test_a_file_that_can_not_be_written_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "nowhere" / "coe.yaml"
+    monkeypatch.setattr("sys.argv", ["coe", "init", "--yes", "-o", str(path)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == f"coe: {path}: No such file or directory\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_for_each_shell(shell: str) -> None:
+    told = CliRunner().invoke(cli, ["completion", shell])
+    assert told.exit_code == 0
+    assert "_COE_COMPLETE" in told.output
+
+
+def test_completion_knows_commands_and_options() -> None:
+    environment = {"_COE_COMPLETE": "bash_complete", "COMP_WORDS": "coe ro", "COMP_CWORD": "1"}
+    told = CliRunner().invoke(cli, [], env=environment, prog_name="coe")
+    assert {line.split(",")[-1] for line in told.output.split()} >= {"route", "router"}

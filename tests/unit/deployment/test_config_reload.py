@@ -1,0 +1,202 @@
+"""A config exchanged while it is in force: what may change, and how it is kept."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from service.config import Config, load_config
+from service.deployment.config_reload import (
+    Running,
+    config_file,
+    current_config,
+    follow,
+    reload,
+    version,
+)
+from service.errors import ArtifactError, ConfigError
+from tests.support.waiting import until
+
+CONFIG: dict[str, Any] = {
+    "experts": {"a": {"model": "m"}, "b": {"model": "m"}, "c": {"model": "m"}},
+    "pools": {"p": {"engine": "simulated", "slots": 2}},
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The file of a running service, whose port the command line has set."""
+    source = tmp_path / "coe.yaml"
+    source.write_text(yaml.safe_dump(CONFIG))
+    read = load_config(source)
+    server = read.server.model_copy(update={"port": 9999})
+    file = config_file(tmp_path / "secret")
+    Running(str(source), read, read.model_copy(update={"server": server})).save(file)
+    return file
+
+
+def write(file: Path, **changed: Any) -> None:
+    """The user's config with other sections."""
+    (file.parent / "coe.yaml").write_text(yaml.safe_dump({**CONFIG, **changed}))
+
+
+def test_experts_come_go_and_change(file: Path) -> None:
+    write(file, experts={"a": {"model": "other"}, "b": {"model": "m"}, "d": {"model": "m"}})
+    assert reload(file) == {"added": ["d"], "removed": ["c"], "changed": ["a"]}
+    config = current_config(file, "")
+    assert list(config.experts) == ["a", "b", "d"]
+    assert config.server.port == 9999
+    assert not file.stat().st_mode & 0o077
+
+
+def test_a_profile_that_holds_something_else_is_a_change(file: Path) -> None:
+    experts = {**CONFIG["experts"], "v": {"base": "a", "profile": "./v.safetensors"}}
+    (file.parent / "v.safetensors").write_text("one")
+    write(file, experts=experts)
+    assert reload(file)["added"] == ["v"]
+    assert reload(file)["changed"] == []
+    (file.parent / "v.safetensors").write_text("another")
+    assert reload(file) == {"added": [], "removed": [], "changed": ["v"]}
+    assert reload(file)["changed"] == []
+
+
+def test_limits_and_budgets_change(file: Path) -> None:
+    budgets = {"all": {"amount": 5, "period": "day"}}
+    write(file, tenants={"a": {"requests_per_min": 7}}, budgets=budgets)
+    reload(file)
+    config = current_config(file, "")
+    assert config.tenants["a"].requests_per_min == 7
+    assert config.budgets["all"].amount == 5
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"keys": {"a": {"key_env": "NOT_SET_ANYWHERE"}}}, "keys.a: the environment variable"),
+        ({"store": {"lease_s": 5}}, "store: can't be changed"),
+        ({"server": {"drain_s": 1}}, "server: can't be changed"),
+        ({"pools": {"q": {"engine": "simulated"}}}, "pools.p: pools can't come or go"),
+        ({"pools": {"p": {"engine": "simulated", "slots": 1}}}, "pools.p.slots: can't"),
+        ({"pools": {"p": {"engine": "vllm", "slots": 2}}}, "pools.p.engine: can't"),
+        ({"experts": {"a": {"base": "nobody", "adapter": "x"}}}, "nobody"),
+        ({"experts": {}}, "experts"),
+    ],
+)
+def test_what_can_not_change_is_refused_and_all_stays(
+    file: Path, changed: dict[str, Any], why: str
+) -> None:
+    before = file.read_bytes()
+    write(file, **changed)
+    with pytest.raises(ConfigError, match=why):
+        reload(file)
+    assert file.read_bytes() == before
+
+
+def test_a_router_that_can_not_be_had_is_refused(file: Path) -> None:
+    """Else pools would go on by the new config, and gateways by the old one."""
+    before = file.read_bytes()
+    write(file, router={"artifact": "./nowhere"})
+    with pytest.raises(ArtifactError, match="nowhere"):
+        reload(file)
+    assert file.read_bytes() == before
+
+
+def test_a_config_that_can_not_be_kept_is_no_end_of_the_service(file: Path) -> None:
+    running = Running.load(file)
+    nowhere = file.parent / "gone" / "config.json"
+    with pytest.raises(ConfigError, match="can't be kept: No such file"):
+        running.save(nowhere)
+    assert [path.name for path in file.parent.iterdir() if "config.json" in path.name] == [
+        "config.json"
+    ]
+
+
+def test_slots_of_their_own_can_not_become_too_few(tmp_path: Path) -> None:
+    pools = {"p": {"engine": "simulated", "slots": 3}}
+    source = tmp_path / "coe.yaml"
+    source.write_text(yaml.safe_dump({**CONFIG, "pools": pools}))
+    file = config_file(tmp_path / "secret")
+    Running(str(source), load_config(source), load_config(source)).save(file)
+    experts = {**CONFIG["experts"], "d": {"model": "m"}}
+    write(file, experts=experts, pools=pools)
+    with pytest.raises(ConfigError, match="more than 3"):
+        reload(file)
+
+
+@pytest.mark.parametrize("fault", [ConfigError("it can't be put in force"), KeyError("a")])
+async def test_who_follows_hears_of_each_and_survives_a_bad_one(
+    file: Path, fault: Exception
+) -> None:
+    heard: list[list[str]] = []
+
+    async def apply(config: Config) -> None:
+        heard.append(list(config.experts))
+        if len(heard) == 1:
+            raise fault
+
+    # What is in force was read at some time before: nothing that came since is missed.
+    task = asyncio.create_task(follow(file, version(file), apply))
+    write(file, experts={"a": {"model": "m"}, "b": {"model": "m"}, "d": {"model": "m"}})
+    await asyncio.to_thread(reload, file)
+    await until(lambda: len(heard) == 1, "the first")
+    write(file)
+    await asyncio.to_thread(reload, file)
+    await until(lambda: len(heard) == 2, "the second")
+    task.cancel()
+    assert heard == [["a", "b", "d"], ["a", "b", "c"]]
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+async def test_follow_a_config_that_failed_tries_it_again_until_it_is_in_force(
+    file: Path, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.deployment.config_reload._LOOK_S", 0.01)
+    monkeypatch.setattr("service.deployment.config_reload._FIRST_RETRY_S", 0.02)
+    tried: list[list[str]] = []
+
+    async def apply(config: Config) -> None:
+        tried.append(list(config.experts))
+        if len(tried) <= failures:
+            raise OSError("the store is away for a moment")
+
+    task = asyncio.create_task(follow(file, version(file), apply))
+    write(file, experts={"a": {"model": "m"}, "d": {"model": "m"}})
+    await asyncio.to_thread(reload, file)
+    await until(lambda: len(tried) == failures + 1, "it is in force")
+    await asyncio.sleep(0.3)
+    task.cancel()
+    assert tried == [["a", "d"]] * (failures + 1), "and is not applied once more"
+
+
+async def test_follow_a_newer_config_takes_the_place_of_one_that_failed(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.deployment.config_reload._LOOK_S", 0.01)
+    monkeypatch.setattr("service.deployment.config_reload._FIRST_RETRY_S", 0.3)
+    tried: list[list[str]] = []
+
+    async def apply(config: Config) -> None:
+        tried.append(list(config.experts))
+        if "d" in config.experts:
+            raise OSError("this one never works")
+
+    task = asyncio.create_task(follow(file, version(file), apply))
+    write(file, experts={"a": {"model": "m"}, "d": {"model": "m"}})
+    await asyncio.to_thread(reload, file)
+    await until(lambda: len(tried) == 1, "the first was tried")
+    write(file, experts={"a": {"model": "m"}, "e": {"model": "m"}})
+    await asyncio.to_thread(reload, file)
+    await until(lambda: ["a", "e"] in tried, "the second is in force")
+    await asyncio.sleep(0.5)
+    task.cancel()
+    assert tried[-1] == ["a", "e"]
+    assert tried.count(["a", "e"]) == 1
+
+
+def test_without_a_file_it_is_what_was_given(tmp_path: Path) -> None:
+    given = Config.model_validate(CONFIG)
+    assert current_config(tmp_path / "none", given.model_dump_json()) == given

@@ -1,0 +1,396 @@
+"""Weights in shared memory: whole or not there, the same bytes for everybody, gone at the end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.engine import shared_memory
+from service.engine.shared_memory import Tensor, find, laid_out, write
+from service.engine.weight_cache import (
+    DROPPED_S,
+    ENDED_S,
+    Share,
+    SharedCache,
+    clear_dead,
+    version_of,
+)
+from service.errors import ExpertFailed
+
+TENSORS = {
+    "w": Tensor("float32", (3, 4), 48),
+    "none": Tensor("float32", (0, 7), 0),
+    "b": Tensor("bfloat16", (5,), 10),
+}
+_COMMON = """
+import sys
+from pathlib import Path
+from service.engine.shared_memory import Tensor, find, write
+TENSORS = {"w": Tensor("float32", (3, 4), 48), "none": Tensor("float32", (0, 7), 0),
+           "b": Tensor("bfloat16", (5,), 10)}
+"""
+
+
+def fill(name: str, part: memoryview) -> None:
+    part[:] = bytes((i + ord(name[0])) % 256 for i in range(len(part)))
+
+
+def value(name: str, size: int) -> bytes:
+    made = bytearray(size)
+    fill(name, memoryview(made))
+    return bytes(made)
+
+
+def child(code: str, *words: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _COMMON + code, *map(str, words)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_another_process_maps_the_same_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "k-0of1.weights"
+    mine = write(path, TENSORS, fill, "t")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert all(one.offset % 64 == 0 for one in mine.tensors.values())
+    assert min(one.offset for one in mine.tensors.values()) % 4096 == 0
+    reader = child(
+        """
+mapped = find(Path(sys.argv[1]), TENSORS)
+for name, one in mapped.tensors.items():
+    print(mapped.memory[one.offset:one.offset + one.size_bytes].hex())
+one = mapped.tensors["b"]
+mapped.memory[one.offset] = 0  # not a copy: the writer sees it
+""",
+        path,
+    )
+    out, _ = reader.communicate(timeout=30)
+    assert reader.returncode == 0
+    assert out.split("\n")[:3] == [value(n, one.size_bytes).hex() for n, one in TENSORS.items()]
+    assert mine.memory[mine.tensors["b"].offset] == 0
+    # Its memory stays for who has mapped it, when its name has gone.
+    path.unlink()
+    w = mine.tensors["w"]
+    assert mine.memory[w.offset : w.offset + w.size_bytes] == value("w", 48)
+
+
+def test_a_writer_that_is_killed_leaves_nothing_that_could_be_taken(tmp_path: Path) -> None:
+    cache = SharedCache(None, root=tmp_path)
+    share = Share(cache)
+    begin, token = share.take("a", str(tmp_path), None, 1.0)
+    path = Path(f"{begin}-0of1.weights")
+    writer = child(
+        """
+def fill(name, part):
+    part[:] = b"x" * len(part)
+    print(name, flush=True)
+    sys.stdin.read()
+write(Path(sys.argv[1]), TENSORS, fill, sys.argv[2])
+""",
+        path,
+        token,
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "w\n"
+    assert find(path, TENSORS) is None
+    writer.send_signal(signal.SIGKILL)
+    writer.communicate(timeout=30)
+    assert find(path, TENSORS) is None
+    assert len(list(cache.folder.glob("*.new"))) == 1
+    # Another engine is not in its way, and its own end takes what it left.
+    assert write(path, TENSORS, fill, "other").tensors.keys() == TENSORS.keys()
+    share.end()
+    assert [p.name for p in cache.folder.glob("*w*") if p.name != "owner"] == [path.name]
+    cache.close()
+
+
+def test_who_comes_second_takes_the_first_one_s(tmp_path: Path) -> None:
+    path = tmp_path / "k.weights"
+
+    def slow(name: str, part: memoryview) -> None:
+        if name == "w":
+            write(path, TENSORS, fill, "first")
+        part[:] = b"\1" * len(part)
+
+    second = write(path, TENSORS, slow, "second")
+    w = second.tensors["w"]
+    assert second.memory[w.offset : w.offset + w.size_bytes] == value("w", 48)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_fault_while_writing_leaves_nothing(tmp_path: Path) -> None:
+    def broken(name: str, part: memoryview) -> None:
+        raise RuntimeError(f"no {name} of {len(part)}")
+
+    with pytest.raises(RuntimeError, match="no w of 48"):
+        write(tmp_path / "k.weights", TENSORS, broken, "t")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {**TENSORS, "b": Tensor("float16", (5,), 10)},
+        {**TENSORS, "w": Tensor("float32", (4, 3), 48)},
+        {"w": TENSORS["w"]},
+    ],
+)
+def test_other_tensors_than_are_asked_for_are_refused(
+    other: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "k.weights"
+    write(path, TENSORS, fill, "t")
+    with pytest.raises(ValueError, match="other tensors"):
+        find(path, other)
+    assert laid_out(other)[0] != laid_out(TENSORS)[0]
+
+
+@pytest.mark.parametrize("keep", [0, 10, 4095, 4096, 4100])
+def test_a_file_that_is_no_such_file_is_refused(keep: int, tmp_path: Path) -> None:
+    path = tmp_path / "k.weights"
+    write(path, TENSORS, fill, "t")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"not a file of weights|cut short"):
+        find(path, TENSORS)
+    path.write_bytes(b"\xff" * 8192)
+    with pytest.raises(ValueError, match="not a file of weights"):
+        find(path, TENSORS)
+
+
+def test_memory_that_is_not_there_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
+    """Really so: more than this machine's shared memory has."""
+    cache = SharedCache(None)
+    try:
+        huge = {"w": Tensor("float32", (1 << 48,), 1 << 50)}
+        with pytest.raises(OSError, match=r"no room for 1\d+\.\d\d GB .* /dev/shm has") as caught:
+            write(cache.folder / "k.weights", huge, fill, "t")
+        assert caught.value.errno == errno.ENOSPC
+        assert [p.name for p in cache.folder.iterdir()] == ["owner"]
+    finally:
+        cache.close()
+    writer = child(
+        f"""
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({2 * resource.getpagesize()}, ) * 2)
+try:
+    write(Path(sys.argv[1]), {{"w": Tensor("float32", (1 << 20,), 1 << 22)}}, None, "t")
+except OSError as error:
+    print(error.strerror)
+""",
+        tmp_path / "k.weights",
+    )
+    out, _ = writer.communicate(timeout=30)
+    assert "swap.host_bytes smaller" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_wrong_otherwise_is_told_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(shared_memory.os, "posix_fallocate", fail)
+    with pytest.raises(OSError, match="broken"):
+        write(tmp_path / "k.weights", TENSORS, fill, "t")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the folder
+
+
+def a_model(folder: Path) -> str:
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"abc")
+    return str(folder)
+
+
+def test_a_version_is_another_where_any_file_is(tmp_path: Path) -> None:
+    folder = a_model(tmp_path / "m")
+    adapter = a_model(tmp_path / "a")
+    before = version_of(folder, None, 1.0)
+    assert version_of(folder, None, 0.5) == before  # nothing that a strength could be of
+    versions = {before, version_of(folder, adapter, 1.0), version_of(folder, adapter, 0.5)}
+    weights = tmp_path / "m/model.safetensors"
+    told = weights.stat()
+    weights.write_bytes(b"abd")
+    os.utime(weights, ns=(told.st_atime_ns, told.st_mtime_ns + 1))
+    versions.add(version_of(folder, None, 1.0))
+    (tmp_path / "new").write_bytes(b"abd")
+    os.utime(tmp_path / "new", ns=(told.st_atime_ns, told.st_mtime_ns + 1))
+    (tmp_path / "new").rename(weights)
+    versions.add(version_of(folder, None, 1.0))
+    assert len(versions) == 5
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def hold(cache: SharedCache, share: Share, expert: str, folder: str) -> Path:
+    begin, token = share.take(expert, folder, None, 1.0)
+    path = Path(f"{begin}-0of1.weights")
+    if find(path, TENSORS) is None:
+        write(path, TENSORS, fill, token)
+    return path
+
+
+def test_a_file_stays_while_any_engine_holds_it_and_a_little_longer(tmp_path: Path) -> None:
+    clock = Clock()
+    cache = SharedCache(None, root=tmp_path, clock=clock)
+    folder = a_model(tmp_path / "m")
+    one, other = Share(cache), Share(cache)
+    path = hold(cache, one, "a", folder)
+    assert hold(cache, other, "a", folder) == path
+    assert hold(cache, one, "b", folder) != path
+    assert cache.folder.stat().st_mode & 0o777 == 0o700
+    assert one.give_back("a") == DROPPED_S
+    clock.now_s += 1000
+    cache.sweep()
+    assert path.exists()
+    other.give_back("a")
+    clock.now_s += DROPPED_S - 1
+    cache.sweep()
+    assert path.exists()
+    assert hold(cache, other, "a", folder) == path  # it was but mapped again
+    clock.now_s += 2
+    cache.sweep()
+    assert path.exists()
+    # Of an engine that ended it stays for the next one's start.
+    assert other.end() == ENDED_S
+    clock.now_s += DROPPED_S + 1
+    cache.sweep()
+    assert path.exists()
+    clock.now_s += ENDED_S
+    cache.sweep()
+    assert not path.exists()
+    assert len(cache.sizes()) == 1
+    cache.close()
+    assert not cache.folder.exists()
+    cache.sweep()  # a timer that comes too late
+    one.end()
+
+
+def test_what_nobody_holds_goes_where_its_room_is_wanted(tmp_path: Path) -> None:
+    clock = Clock()
+    cache = SharedCache(None, root=tmp_path, clock=clock)
+    folder = a_model(tmp_path / "m")
+    share = Share(cache)
+    paths = {name: hold(cache, share, name, folder) for name in "abc"}
+    size = paths["a"].stat().st_size
+    cache.bound_bytes = 3 * size
+    share.give_back("b")
+    clock.now_s += 1
+    share.give_back("a")
+    share.take("b", folder, None, 1.0)  # is there: nothing has to go
+    assert all(path.exists() for path in paths.values())
+    share.give_back("b")
+    share.take("d", folder, None, 1.0)
+    assert [name for name, path in paths.items() if path.exists()] == ["b", "c"]
+    share.take("e", folder, None, 1.0)
+    assert [name for name, path in paths.items() if path.exists()] == ["b", "c"]
+    hold(cache, share, "d", folder)
+    share.take("f", folder, None, 1.0)
+    assert [name for name, path in paths.items() if path.exists()] == ["c"]
+    cache.close()
+
+
+def test_make_room_for_a_larger_expert_removes_as_much_as_its_files_take(tmp_path: Path) -> None:
+    cache = SharedCache(None, root=tmp_path, clock=(clock := Clock()))
+    folder = a_model(tmp_path / "m")
+    share = Share(cache)
+    paths = {name: hold(cache, share, name, folder) for name in "abc"}
+    size = paths["a"].stat().st_size
+    cache.bound_bytes = 4 * size
+    for name in "abc":
+        share.give_back(name)
+        clock.now_s += 1
+    large = tmp_path / "large"
+    large.mkdir()
+    (large / "model-00001-of-00002.safetensors").write_bytes(bytes(size))
+    (large / "model-00002-of-00002.safetensors").write_bytes(bytes(2 * size))
+    share.take("large", str(large), None, 1.0)
+    assert [name for name, path in paths.items() if path.exists()] == ["c"]
+    cache.close()
+
+
+def test_another_version_of_an_expert_is_another_file(tmp_path: Path) -> None:
+    cache = SharedCache(None, root=tmp_path, clock=(clock := Clock()))
+    folder = a_model(tmp_path / "m")
+    share = Share(cache)
+    old = hold(cache, share, "a", folder)
+    (tmp_path / "m/model.safetensors").write_bytes(b"longer")
+    new = hold(cache, share, "a", folder)
+    assert new != old
+    clock.now_s += DROPPED_S
+    cache.sweep()
+    assert (old.exists(), new.exists()) == (False, True)
+    cache.close()
+    with pytest.raises(ExpertFailed, match="'a' can't be read"):
+        share.take("a", str(tmp_path / "none"), None, 1.0)
+
+
+def test_a_killed_pool_s_folder_is_cleared_by_the_next_and_no_other(tmp_path: Path) -> None:
+    living = SharedCache(None, root=tmp_path)
+    pool = child(
+        """
+from service.engine.weight_cache import SharedCache
+cache = SharedCache(None, root=Path(sys.argv[1]))
+(cache.folder / "x.weights").write_bytes(b"x")
+print(cache.folder, flush=True)
+sys.stdin.read()
+""",
+        tmp_path,
+    )
+    assert pool.stdout is not None
+    left = Path(pool.stdout.readline().strip())
+    clear_dead(tmp_path)
+    assert left.exists()
+    pool.send_signal(signal.SIGKILL)
+    pool.communicate(timeout=30)
+    (tmp_path / f"coe-{os.getuid() + 1}-00").mkdir()
+    (tmp_path / f".coe-{os.getuid()}-young").mkdir()
+    old = tmp_path / f".coe-{os.getuid()}-old"
+    old.mkdir()
+    os.utime(old, (0, 0))
+    target = tmp_path / "target"
+    target.mkdir()
+    (tmp_path / f"coe-{os.getuid()}-link").symlink_to(target)
+    again = SharedCache(None, root=tmp_path)
+    assert not left.exists()
+    assert not old.exists()
+    assert target.exists()
+    assert living.folder.exists()
+    assert (tmp_path / f".coe-{os.getuid()}-young").exists()
+    assert (tmp_path / f"coe-{os.getuid() + 1}-00").exists()
+    living.close()
+    again.close()
+
+
+def test_too_little_shared_memory_is_told_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    SharedCache(1 << 20, root=tmp_path).close()
+    assert caplog.text == ""
+    SharedCache(1 << 60, root=tmp_path).close()
+    assert "less than the 1152921504.61 of swap.host_bytes" in caplog.text
+
+
+def test_where_there_is_no_shared_memory_it_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ExpertFailed, match="no folder for shared weights in"):
+        SharedCache(None, root=tmp_path / "none")

@@ -1,0 +1,119 @@
+"""Engines on one accelerator, of which one is awake: who sleeps before whom, and what fails."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.config import SimulatedOptions
+from service.engine.base import EngineReport, EngineRequest, Message
+from service.engine.simulated import SimulatedEngine
+from service.engine.sleep_mode import SleepingEngines
+from service.errors import EngineDead, ExpertFailed
+
+UNITS = {"a": ("a", "a-tuned"), "b": ("b",), "c": ("c",)}
+
+
+class Dozer(SimulatedEngine):
+    """Writes down what it is told to do."""
+
+    def __init__(self, unit: str, log: list[str], broken: set[str]) -> None:
+        super().__init__(UNITS[unit], SimulatedOptions())
+        self.unit, self.log, self.broken = unit, log, broken
+
+    def _do(self, act: str) -> None:
+        self.log.append(f"{act} {self.unit}")
+        if f"{act} {self.unit}" in self.broken:
+            raise ExpertFailed("told to fail")
+
+    async def start(self) -> EngineReport:
+        self._do("start")
+        return await super().start()
+
+    async def sleep(self) -> None:
+        self._do("sleep")
+
+    async def wake(self) -> None:
+        self._do("wake")
+
+    async def stop(self) -> None:
+        self.log.append(f"stop {self.unit}")
+        await super().stop()
+
+
+class Stage:
+    """The engines, and what they were told."""
+
+    def __init__(self, *broken: str) -> None:
+        self.log: list[str] = []
+        self.broken = set(broken)
+        sizes = {"a": 10, "b": 20, "c": 30}
+        self.engines = SleepingEngines(
+            "a", UNITS, lambda unit: Dozer(unit, self.log, self.broken), sizes
+        )
+
+    async def ask(self, expert: str) -> bytes:
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        body = b'{"prompt": "x", "max_tokens": 2}'
+        await self.engines.run(EngineRequest("/v1/completions", expert, body, "r"), send)
+        return bytes(sent[-1]["body"])
+
+
+async def test_one_is_awake_at_a_time() -> None:
+    stage = Stage()
+    engines = stage.engines
+    await engines.start()
+    await engines.load("a-tuned")
+    assert b"a-tuned:" in await stage.ask("a-tuned")
+    assert (await engines.fill("b")).host_bytes == 20
+    done = await engines.exchange("b")
+    assert (done.ok, done.method) == (True, "sleep")
+    assert b"b:" in await stage.ask("b")
+    with pytest.raises(ExpertFailed, match="sleeps"):
+        await stage.ask("a")
+    await engines.exchange("a")
+    await engines.exchange("b")
+    await engines.drop("b")  # it is awake: nothing happens
+    await engines.drop("a")
+    assert stage.log == [
+        *("start a", "sleep a", "start b", "sleep b", "wake a", "sleep a", "wake b", "stop a"),
+    ]
+    await engines.stop()
+    assert stage.log[-1] == "stop b"
+
+
+async def test_one_that_can_not_start_leaves_the_other_awake() -> None:
+    stage = Stage("start c")
+    await stage.engines.start()
+    with pytest.raises(ExpertFailed):
+        await stage.engines.exchange("c")
+    assert stage.log == ["start a", "sleep a", "start c", "stop c", "wake a"]
+    assert b"a:" in await stage.ask("a")
+    assert stage.engines.failure() is None
+
+
+@pytest.mark.parametrize(("act", "done"), [("sleep a", []), ("wake a", ["b"])])
+async def test_half_a_swap_is_the_end_of_all(act: str, done: list[str]) -> None:
+    stage = Stage(act)
+    await stage.engines.start()
+    for expert in done:
+        await stage.engines.exchange(expert)
+    with pytest.raises(EngineDead):
+        await stage.engines.exchange("a" if done else "b")
+    assert stage.engines.failure() is not None
+
+
+async def test_one_that_died_in_its_sleep_is_stopped_before_another_comes() -> None:
+    stage = Stage()
+    engines = stage.engines
+    await engines.start()
+    await engines.exchange("b")
+    dead = engines._engines["a"]
+    assert isinstance(dead, Dozer)
+    dead.kill("a test killed it")
+    await engines.exchange("a")
+    assert stage.log[-3:] == ["sleep b", "stop a", "start a"]
+    assert b"a:" in await stage.ask("a")

@@ -1,0 +1,110 @@
+"""An engine on a GPU and its pool's shared memory: what it tells its workers, and gives back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.config import VllmOptions
+from service.engine.shared_memory import write
+from service.engine.vllm.swapping import SwappingVllmEngine, Weights
+from service.engine.weight_cache import DROPPED_S, ENDED_S, SharedCache
+from service.errors import ExpertFailed
+from tests.unit.engine.test_shared_memory import TENSORS, Clock, a_model, fill
+
+
+class Workers(SwappingVllmEngine):
+    """Its workers write a file where they are told to."""
+
+    calls: list[tuple[Any, ...]]
+    broken = False
+
+    def is_there(self) -> bool:
+        """Whether the file is."""
+        return Path(self.place).exists()
+
+    def leave(self) -> None:
+        """A file that nobody knows of."""
+        Path(self.place).write_bytes(b"left")
+
+    async def _rpc(self, method: str, *args: object) -> Any:
+        self.calls.append((method, *args))
+        if method == "coe_share":
+            self.place = f"{args[1]}-0of1.weights"
+            self.token = str(args[2])
+        if method == "coe_fill" and not self.broken and not self.is_there():
+            write(Path(self.place), TENSORS, fill, self.token)
+        if method == "coe_filled":
+            if self.broken:
+                return {"state": "failed", "reason": "no room"}
+            return {"state": "host", "host_bytes": 58, "fill_s": 0.1}
+        return None
+
+    async def _face_for(self, expert: str, source: Weights) -> None:
+        """Nobody is answered here."""
+
+
+def engine(folder: str, cache: SharedCache) -> Workers:
+    sources = {name: Weights(folder) for name in "ab"}
+    made = Workers(
+        "a", sources, VllmOptions(), on_cpu=False, canary_every=1, canaries={}, cache=cache
+    )
+    made.calls = []
+    return made
+
+
+async def test_workers_are_told_where_and_files_stay_as_long_as_they_are_held(
+    tmp_path: Path,
+) -> None:
+    clock = Clock()
+    cache = SharedCache(None, root=tmp_path, clock=clock)
+    folder = a_model(tmp_path / "m")
+    one, other = engine(folder, cache), engine(folder, cache)
+    await one.fill("b")
+    assert [call[0] for call in one.calls] == ["coe_share", "coe_fill", "coe_filled"]
+    assert Path(one.place).parent == cache.folder
+    await other.fill("b")
+    assert other.place == one.place
+    assert other.token != one.token
+    await one.drop("b")
+    clock.now_s += DROPPED_S
+    cache.sweep()
+    assert one.is_there()
+    await other.stop()
+    clock.now_s += DROPPED_S
+    cache.sweep()
+    assert one.is_there()
+    clock.now_s += ENDED_S
+    cache.sweep()
+    assert not one.is_there()
+    cache.close()
+
+
+async def test_a_fill_that_fails_holds_nothing(tmp_path: Path) -> None:
+    cache = SharedCache(None, root=tmp_path, clock=(clock := Clock()))
+    made = engine(a_model(tmp_path / "m"), cache)
+    made.broken = True
+    with pytest.raises(ExpertFailed, match="could not be loaded: no room"):
+        await made.fill("b")
+    made.leave()
+    clock.now_s += DROPPED_S
+    cache.sweep()
+    assert not made.is_there()
+    await made.stop()
+    cache.close()
+
+
+def test_ranks_hold_a_part_each() -> None:
+    from service.engine.vllm.swapping import _agreed
+
+    ranks = [{"state": "host", "host_bytes": 5, "fill_s": s} for s in (0.1, 0.3)]
+    assert _agreed(ranks) == {"state": "host", "host_bytes": 10, "fill_s": 0.3}
+    waits = [ranks[0], {"state": "filling"}]
+    assert _agreed(waits) == waits[1]
+    assert _agreed([{"resident_bytes": 1, "host_bytes": 2}]) == {
+        "resident_bytes": 1,
+        "host_bytes": 2,
+    }
+    assert _agreed([4, 4]) == 4

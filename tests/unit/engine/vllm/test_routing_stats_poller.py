@@ -1,0 +1,46 @@
+"""Following the routers of one engine, whatever its worker answers."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from service.config import MoeCapture
+from service.engine.vllm import routing_stats_poller
+from service.engine.vllm.routing_stats_poller import RouterWatch
+from tests.support.waiting import until
+
+
+class Watch:
+    """Who is told; here only that something is."""
+
+    def chosen(self, chosen: object) -> None:
+        """See `EngineWatch`."""
+
+
+async def test_a_look_that_goes_wrong_is_not_the_last(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(routing_stats_poller, "EVERY_S", 0.001)
+    looks: list[int] = []
+
+    async def ask(method: str, *args: object) -> Any:
+        if method == "coe_capture":
+            return {"layers": [0], "experts": 2, "top_k": 1}
+        looks.append(len(looks))
+        if len(looks) == 1:
+            raise RuntimeError("a prompt that somebody quotes")
+        return {}
+
+    follows = RouterWatch(ask, cast(Any, Watch()), MoeCapture())
+    await follows.begin("a", ["a"])
+    try:
+        follows.asked = True
+        await until(lambda: len(looks) == 1, "it has looked")
+        follows.asked = True
+        await until(lambda: len(looks) == 2, "it looks again")
+    finally:
+        await follows.end(look=False)
+    assert "RuntimeError" in caplog.text
+    assert "a prompt" not in caplog.text

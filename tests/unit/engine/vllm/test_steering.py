@@ -1,0 +1,78 @@
+"""Which routers can be steered, and what of it needs no engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+
+class CPURouter:
+    """Stands for vLLM's."""
+
+    def __init__(self, **other: Any) -> None:
+        self.use_grouped_topk = False
+        self.scoring_func = "softmax"
+        self.custom_routing_function: Any = None
+        self.__dict__.update(other)
+
+    def _compute_routing(self, hidden: Any, logits: Any) -> str:
+        return "its own"
+
+
+class FusedTopKRouter:
+    """Stands for a GPU's: it knows neither groups nor a model's own code."""
+
+    def __init__(self, scoring_func: str = "softmax") -> None:
+        self.scoring_func = scoring_func
+
+
+class GroupedTopKRouter(FusedTopKRouter):
+    """Stands for another of a GPU's."""
+
+
+@pytest.mark.parametrize(
+    ("router", "words"),
+    [
+        (CPURouter(), None),
+        (FusedTopKRouter(), None),
+        (FusedTopKRouter("sigmoid"), "has a FusedTopKRouter that chooses by sigmoid, not"),
+        (
+            GroupedTopKRouter(),
+            "layer 3 has a GroupedTopKRouter; steered can be a CPURouter or a FusedTopKRouter",
+        ),
+        (CPURouter(use_grouped_topk=True), "chooses in groups, not by softmax and top-k"),
+        (CPURouter(scoring_func="sigmoid"), "chooses by sigmoid, not"),
+        (CPURouter(custom_routing_function=min), "chooses by the model's own code, not"),
+    ],
+)
+def test_routers_that_choose_otherwise_are_named(router: Any, words: str | None) -> None:
+    from service.engine.vllm.worker.gates import Routed
+    from service.engine.vllm.worker.steering import why_not
+
+    why = why_not(Routed(3, 4, 2, router))
+    assert why is None if words is None else why is not None and words in why
+
+
+def test_rules_are_put_in_and_taken_out_without_a_trace() -> None:
+    import torch
+
+    from service.engine.vllm.worker.steering import Steered, rule_of
+
+    router = CPURouter()
+    before = dict(router.__dict__)
+    layer = {"mask": [0, 1], "bias": [0, 0], "boost": [2, 1], "top_k": None, "top_p": None}
+    rule = rule_of(layer, {"top_k": 1, "renormalize": True})
+    steered = Steered(((router, rule),))
+    assert not steered.holds()
+    steered.put()
+    assert steered.holds()
+    weights, ids = router._compute_routing(None, torch.tensor([[0.0, 9.0]]))
+    assert (weights, ids) == (torch.tensor([[2.0]]), torch.tensor([[0]]))
+    steered.lift()
+    steered.lift()
+    assert not steered.holds()
+    assert router._compute_routing(None, None) == "its own"
+    assert router.__dict__ == before

@@ -1,0 +1,59 @@
+"""What the console remembers of requests that have ended."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from service.gateway.console.request_history import WINDOW_S, Answered, Recent
+
+ONE = Answered(
+    at_s=1000.0,
+    request="r",
+    asked="auto",
+    category="math",
+    confidence=0.9,
+    recipe="math",
+    expert="math",
+    status=200,
+    outcome="ok",
+    route_ms=0.5,
+    queue_ms=2.0,
+    swap_ms=1.0,
+    first_ms=30.0,
+    total_ms=90.0,
+)
+
+
+def test_it_is_bounded_and_tells_what_is_new() -> None:
+    recent = Recent(size=3)
+    for i in range(5):
+        recent.note(replace(ONE, request=str(i)))
+    assert recent.count == 5
+    assert [one["request"] for one in recent.since(0)] == ["2", "3", "4"]
+    assert [one["request"] for one in recent.since(4)] == ["4"]
+    assert [one["request"] for one in recent.since(0, most=2)] == ["3", "4"]
+    assert recent.since(5) == []
+
+
+def test_flows_count_the_last_minutes_by_way() -> None:
+    recent = Recent()
+    recent.note(replace(ONE, at_s=1000 - WINDOW_S - 1))
+    recent.note(ONE)
+    recent.note(ONE)
+    recent.note(replace(ONE, category="code", recipe="vote", expert="code"))
+    recent.note(replace(ONE, expert="", recipe="", outcome="over_capacity"))
+    assert recent.flows(1000.0) == [
+        {"category": "code", "recipe": "vote", "expert": "code", "count": 1},
+        {"category": "math", "recipe": "math", "expert": "math", "count": 2},
+    ]
+
+
+def test_totals_of_the_last_minute() -> None:
+    recent = Recent()
+    recent.note(replace(ONE, at_s=900.0, first_ms=1.0))
+    for first_ms in (10.0, 20.0, 90.0):
+        recent.note(replace(ONE, first_ms=first_ms))
+    recent.note(replace(ONE, outcome="engine_dead", first_ms=0.0))
+    recent.note(replace(ONE, outcome="client_gone", first_ms=0.0))
+    assert recent.totals(1000.0) == {"requests": 5, "failed": 1, "first_ms": 20.0}
+    assert Recent().totals(0.0) == {"requests": 0, "failed": 0, "first_ms": 0.0}

@@ -1,0 +1,81 @@
+"""A remote expert's places: bounded, in turns, and given back whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from service.engine.base import EngineRequest
+from service.errors import OverCapacity
+from service.gateway.dispatch.remote_pool import RemoteSeat
+from service.types import Tenant
+from tests.support.waiting import until
+
+A, B = Tenant("a"), Tenant("b")
+
+
+class Held:
+    """An endpoint that answers when told to, and remembers who came."""
+
+    def __init__(self) -> None:
+        self.came: list[str] = []
+        self.go = asyncio.Event()
+
+    async def run(self, request: EngineRequest, send: Any) -> None:
+        self.came.append(request.request_id)
+        await self.go.wait()
+
+
+def ask(seat: RemoteSeat, name: str, tenant: Tenant) -> asyncio.Task[None]:
+    request = EngineRequest("/v1/completions", "far", b"{}", name)
+
+    async def send(message: Any) -> None:
+        raise AssertionError(message)
+
+    return asyncio.create_task(seat.run(request, send, None, tenant))
+
+
+async def test_tenants_take_turns() -> None:
+    engine = Held()
+    seat = RemoteSeat(engine, 1, 100)  # type: ignore[arg-type]
+    tasks = [ask(seat, f"a{i}", A) for i in range(10)]
+    await until(lambda: seat.waiting == 9, "nine wait")
+    tasks += [ask(seat, f"b{i}", B) for i in range(2)]
+    await until(lambda: seat.waiting == 11, "two more wait")
+    engine.go.set()
+    await asyncio.gather(*tasks)
+    assert engine.came[:5] == ["a0", "b0", "a1", "b1", "a2"]
+    assert (seat.waiting, seat.running) == (0, 0)
+
+
+async def test_a_full_queue_refuses_who_fills_it_and_those_who_leave_hold_nothing() -> None:
+    engine = Held()
+    seat = RemoteSeat(engine, 1, 3)  # type: ignore[arg-type]
+    tasks = [ask(seat, f"a{i}", A) for i in range(4)]
+    await until(lambda: seat.waiting == 3, "the queue is full")
+    with pytest.raises(OverCapacity, match="expert 'far' has 3 requests waiting"):
+        await ask(seat, "a4", A)
+    tasks.append(ask(seat, "b0", B))
+    with pytest.raises(OverCapacity):
+        await tasks[3]
+    assert seat.waiting == 3
+    for task in (tasks[0], tasks[1]):
+        task.cancel()
+    await asyncio.gather(tasks[0], tasks[1], return_exceptions=True)
+    engine.go.set()
+    await asyncio.gather(tasks[2], tasks[4])
+    assert (seat.waiting, seat.running) == (0, 0)
+
+
+async def test_without_a_queue_there_is_room_for_those_with_a_place_only() -> None:
+    engine = Held()
+    seat = RemoteSeat(engine, 2, 0)  # type: ignore[arg-type]
+    tasks = [ask(seat, str(i), A) for i in range(2)]
+    await until(lambda: seat.running == 2, "both have a place")
+    with pytest.raises(OverCapacity):
+        await ask(seat, "2", B)
+    engine.go.set()
+    await asyncio.gather(*tasks)
+    await ask(seat, "3", A)

@@ -1,0 +1,108 @@
+"""The decision whether a failed call is made again, as a table over every error."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from service import errors
+from service.errors import CoeError, Unavailable, UpstreamError
+from service.gateway.dispatch.retries import (
+    MOST_LOSSES,
+    AfterFault,
+    WithoutOption,
+    after_fault,
+    is_loss,
+    tries_per_pool,
+    without_option,
+)
+
+# Of every error that an attempt can end with: is it a loss, what follows, tries of one pool.
+TABLE: dict[type[CoeError], tuple[bool, AfterFault, int]] = {
+    errors.Draining: (False, AfterFault.RETRY, 1),
+    errors.OverCapacity: (False, AfterFault.RETRY, 1),
+    errors.ExpertFailed: (False, AfterFault.RETRY, 1),
+    errors.EngineRestarting: (False, AfterFault.RETRY_IF_PAID, 2),
+    errors.EngineDead: (True, AfterFault.RETRY_IF_PAID, 2),
+    errors.PoolUnreachable: (False, AfterFault.RETRY_IF_PAID, 2),
+    errors.PoolStopped: (False, AfterFault.RETRY_IF_PAID, 2),
+    errors.PoolGone: (True, AfterFault.RETRY_IF_PAID, 2),
+    errors.UpstreamError: (False, AfterFault.RETRY_IF_PAID, 1),
+    errors.DeadlineExceeded: (False, AfterFault.RAISE, 1),
+    errors.EngineSilent: (False, AfterFault.RAISE, 1),
+    errors.CircuitOpen: (False, AfterFault.RETRY_IF_PAID, 1),
+    errors.StoreGone: (False, AfterFault.RETRY_IF_PAID, 1),
+    errors.Unavailable: (False, AfterFault.RETRY_IF_PAID, 1),
+}
+
+
+def _kinds(base: type[CoeError]) -> set[type[CoeError]]:
+    return {base}.union(
+        *(_kinds(kind) for kind in base.__subclasses__() if kind.__module__ == errors.__name__)
+    )
+
+
+def test_the_table_has_every_error_that_an_attempt_can_end_with() -> None:
+    assert TABLE.keys() == _kinds(Unavailable) | _kinds(UpstreamError)
+
+
+@pytest.mark.parametrize("kind", TABLE, ids=lambda kind: str(kind.__name__))
+@pytest.mark.parametrize("losses", range(4))
+def test_after_a_fault_the_table_decides_and_two_losses_end_it(
+    kind: type[CoeError], losses: int
+) -> None:
+    loss, follows, tries = TABLE[kind]
+    fault = kind("it failed")
+    assert is_loss(fault) is loss
+    assert tries_per_pool(fault) == tries
+    expected = AfterFault.DIED_TWICE if losses >= MOST_LOSSES else follows
+    assert after_fault(fault, losses) is expected
+
+
+@pytest.mark.parametrize(
+    ("fault", "attempts", "resting", "usable", "failed", "expected"),
+    [
+        (None, 0, False, False, False, WithoutOption.WAIT),
+        (None, 0, False, False, True, WithoutOption.REFUSE_AS_FAILED),
+        (None, 0, True, True, False, WithoutOption.REFUSE_AS_RESTING),
+        (errors.OverCapacity, 1, False, True, False, WithoutOption.RAISE_FAULT),
+        (errors.OverCapacity, 1, True, True, False, WithoutOption.RAISE_FAULT),
+        (errors.UpstreamError, 1, False, False, False, WithoutOption.RAISE_FAULT),
+        # The engine that comes next is waited for; one that is there was asked already.
+        (errors.EngineDead, 1, False, False, False, WithoutOption.WAIT),
+        (errors.EngineDead, 1, False, True, False, WithoutOption.RAISE_FAULT),
+        (errors.EngineRestarting, 3, False, False, False, WithoutOption.WAIT),
+        (errors.EngineRestarting, 4, False, False, False, WithoutOption.RAISE_FAULT),
+        (errors.PoolGone, 1, False, True, False, WithoutOption.WAIT),
+        (errors.PoolUnreachable, 4, False, False, False, WithoutOption.RAISE_FAULT),
+        (errors.PoolGone, 1, False, False, True, WithoutOption.REFUSE_AS_FAILED),
+    ],
+)
+def test_without_option_decides(
+    fault: type[CoeError] | None,
+    attempts: int,
+    resting: bool,
+    usable: bool,
+    failed: bool,
+    expected: WithoutOption,
+) -> None:
+    given = None if fault is None else fault("it failed")
+    found = without_option(
+        given, attempts=attempts, resting=resting, usable=usable, failed=failed
+    )
+    assert found is expected
+
+
+def test_no_sequence_of_faults_gives_a_request_to_a_third_after_two_losses() -> None:
+    for sequence in itertools.product(TABLE, repeat=4):
+        losses = 0
+        asked_after_two = False
+        for kind in sequence:
+            asked_after_two |= losses >= MOST_LOSSES
+            fault = kind("it failed")
+            losses += is_loss(fault)
+            follows = after_fault(fault, losses)
+            if follows in (AfterFault.RAISE, AfterFault.DIED_TWICE):
+                break
+        assert not asked_after_two

@@ -1,0 +1,128 @@
+"""Which prompts may find each other in a prefix cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.config import Config, RemoteConfig
+from service.engine.base import EngineRequest
+from service.engine.cache_salt import joined, salted
+from service.engine.remote import RemoteEngine
+from service.gateway.auth import Keyring, cache_salt
+from service.gateway.request.parsing import read_asked
+from service.gateway.routing.prefix_affinity import Conversations
+from service.rpc.call import Call, parse_call
+from service.store.keys import KeyRecord, Keys, StoreBook
+from service.store.memory import MemoryStore
+from service.types import Tenant
+
+FORMS: list[Any] = [
+    "text",
+    [1, 2, 3],
+    {"type": "token", "prompt_token_ids": [1, 2]},
+    {"prompt": "text", "cache_salt": "the client's"},
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_prompt_of_any_form_gets_its_tenant_s_salt(form: Any) -> None:
+    one, again, other = salted(form, "a"), salted(form, "a"), salted(form, "b")
+    assert one == again
+    assert one["cache_salt"] != other["cache_salt"]
+    assert salted(form, "") is form
+
+
+def test_the_decoder_s_prompt_is_salted_and_unknown_forms_are_refused() -> None:
+    both = {"encoder_prompt": {"prompt_token_ids": [1]}, "decoder_prompt": {"prompt": "x"}}
+    assert salted(both, "a")["decoder_prompt"]["cache_salt"] == "a"
+    with pytest.raises(TypeError, match="can't be kept apart by tenant"):
+        salted(object(), "a")
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_a_client_s_own_salt_never_makes_it_another_tenant(mine: str, theirs: str) -> None:
+    a, b = cache_salt("secret", "a"), cache_salt("secret", "b")
+    assert joined(a, mine) != joined(b, theirs)
+    # Also by giving what another one's is made of.
+    assert joined(a, b) != b
+    if mine != theirs and mine and theirs:
+        assert joined(a, mine) != joined(a, theirs)
+
+
+async def salts(tenants: dict[str, Any]) -> dict[str, str]:
+    """The salt of a key of each tenant."""
+    config = Config.model_validate(
+        {
+            "experts": {"general": {"model": "m"}},
+            "pools": {"cpu": {"engine": "simulated"}},
+            "tenants": tenants,
+        }
+    )
+    book = StoreBook(MemoryStore())
+    made = {name: (await Keys(book).create(KeyRecord("", name, ""), 1.0))[1] for name in tenants}
+    ring = Keyring(config, book, secret="the-cluster-s")
+    await ring.look()
+    return {
+        name: ring.identify({b"x-api-key": key.encode()}).cache_salt for name, key in made.items()
+    }
+
+
+async def test_tenants_are_apart_unless_they_say_that_they_share() -> None:
+    shared = {"share_prefix": True}
+    found = await salts({"a": {}, "b": {}, "c": shared, "d": shared})
+    assert len({found["a"], found["b"], ""}) == 3
+    assert found["c"] == found["d"] == ""
+    assert found["a"] != cache_salt("another cluster's", "a")
+
+
+async def test_where_no_key_is_needed_everybody_shares() -> None:
+    config = {"experts": {"g": {"model": "m"}}, "pools": {"cpu": {"engine": "simulated"}}}
+    ring = Keyring(Config.model_validate(config), StoreBook(MemoryStore()), secret="s")
+    await ring.look()
+    assert ring.identify({}).cache_salt == ""
+
+
+@pytest.mark.parametrize("salt", ["", "0123abc"])
+def test_the_salt_goes_to_the_pool(salt: str) -> None:
+    call = Call("/v1/completions", "a", "r", 1, True, "g", 1, Tenant("t", cache_salt=salt))
+    headers = {name.encode(): value.encode() for name, value in call.headers().items()}
+    assert parse_call("/v1/completions", headers) == call
+
+
+def test_a_conversation_is_warm_for_those_who_share_its_prefix_only() -> None:
+    def asked(tenant: Tenant, *said: str) -> Any:
+        roles = ("user", "assistant") * 3
+        messages = [{"role": r, "content": s} for r, s in zip(roles, said, strict=False)]
+        raw = orjson.dumps({"messages": messages})
+        return read_asked("/v1/chat/completions", raw, {}, 1, tenant)
+
+    a, b = Tenant("a", cache_salt="1"), Tenant("b", cache_salt="2")
+    known = Conversations()
+    known.answered(asked(a, "hi"), "math", "boot")
+    assert known.warm(asked(a, "hi", "hello", "again")) is not None
+    assert known.warm(asked(b, "hi", "hello", "again")) is None
+    known.answered(asked(Tenant("c"), "hi"), "math", "boot")
+    assert known.warm(asked(Tenant("d"), "hi", "hello", "again")) is not None
+
+
+@pytest.mark.parametrize(
+    ("config", "path", "body", "sent"),
+    [
+        ({}, "/v1/completions", {}, None),
+        ({}, "/v1/completions", {"cache_salt": "mine"}, joined("t", "mine")),
+        ({"cache_salt": True}, "/v1/completions", {}, "t"),
+        ({"cache_salt": True}, "/v1/responses", {"cache_salt": "mine"}, joined("t", "mine")),
+        ({"cache_salt": True}, "/v1/messages", {}, None),
+    ],
+)
+def test_a_remote_endpoint_is_sent_the_tenant_s_salt_where_it_takes_one(
+    config: dict[str, Any], path: str, body: dict[str, Any], sent: str | None
+) -> None:
+    engine = RemoteEngine("far", RemoteConfig(url="http://127.0.0.1:1/v1", model="m", **config))
+    request = EngineRequest(path, "far", orjson.dumps(body), "r", cache_salt="t")
+    assert orjson.loads(engine._addressed(request)).get("cache_salt") == sent

@@ -1,0 +1,115 @@
+"""Tools that coding agents send and the service does not run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+
+from service.errors import NotAllowed
+from service.gateway.request.parsing import Asked, read_asked
+from tests.support.serving import simulated, site
+
+FUNCTION = {"type": "function", "name": "run", "parameters": {"type": "object"}}
+NAMESPACE = {"type": "namespace", "name": "mcp__notes__", "tools": [FUNCTION]}
+SEARCH = {"type": "web_search"}
+CUSTOM = {"type": "custom", "name": "edit", "format": {"type": "text"}}
+CLAUDE = {"name": "Read", "input_schema": {"type": "object"}}
+CLAUDE_SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
+
+
+def asked(path: str, tools: Any, **more: Any) -> Asked:
+    prompt = {"messages": [{"role": "user", "content": "x"}], "input": "x", "max_tokens": 5}
+    return read_asked(path, orjson.dumps({**prompt, "tools": tools, **more}), {}, 1000)
+
+
+@pytest.mark.parametrize(
+    ("path", "tools", "kept", "left_out"),
+    [
+        ("/v1/responses", [FUNCTION, SEARCH, NAMESPACE, CUSTOM], [FUNCTION, NAMESPACE, CUSTOM],
+         ("web_search",)),
+        ("/v1/responses", [SEARCH, {"type": "image_generation"}, SEARCH], None,
+         ("web_search", "image_generation")),
+        ("/v1/responses", [{"type": "web_search_preview_2025_03_11"}, FUNCTION], [FUNCTION],
+         ("web_search_preview_2025_03_11",)),
+        ("/v1/responses", [{"type": "local_shell"}, {"type": "apply_patch"}], None,
+         ("local_shell", "apply_patch")),
+        ("/v1/messages", [CLAUDE, CLAUDE_SEARCH], [CLAUDE], ("web_search_20250305",)),
+        ("/v1/messages", [{"type": "bash_20250124", "name": "bash"}], None, ("bash_20250124",)),
+        ("/v1/messages/count_tokens", [CLAUDE, CLAUDE_SEARCH], [CLAUDE], ("web_search_20250305",)),
+    ],
+)
+@pytest.mark.parametrize("choice", ["auto", {"type": "auto"}, "none", None])
+def test_they_are_left_out_and_told(
+    path: str, tools: Any, kept: Any, left_out: tuple[str, ...], choice: Any
+) -> None:
+    found = asked(path, tools, tool_choice=choice)
+    assert found.left_out == left_out
+    assert found.data.get("tools") == kept
+    assert orjson.loads(found.body_for("e")).get("tools") == kept
+    assert ("tool_choice" in found.data) is (kept is not None and choice is not None)
+    assert ("tools" in found.needs) is (kept is not None and choice != "none")
+
+
+@pytest.mark.parametrize(
+    ("path", "tools", "choice"),
+    [
+        ("/v1/responses", [SEARCH, FUNCTION], {"type": "web_search"}),
+        ("/v1/responses", [SEARCH], "required"),
+        ("/v1/responses", [SEARCH, FUNCTION],
+         {"type": "allowed_tools", "mode": "required", "tools": [SEARCH]}),
+        ("/v1/messages", [CLAUDE_SEARCH], {"type": "tool", "name": "web_search"}),
+        ("/v1/messages", [CLAUDE_SEARCH], {"type": "any"}),
+    ],
+)
+def test_who_insists_on_one_is_refused_by_its_name(path: str, tools: Any, choice: Any) -> None:
+    with pytest.raises(NotAllowed, match="web_search") as caught:
+        asked(path, tools, tool_choice=choice)
+    assert caught.value.param == "tool_choice"
+
+
+@pytest.mark.parametrize(
+    ("path", "tools"),
+    [
+        ("/v1/responses", [FUNCTION, NAMESPACE, CUSTOM]),
+        ("/v1/messages", [CLAUDE, {"type": "custom", **CLAUDE}]),
+        # Who writes these means them: the bounds on requests refuse them.
+        ("/v1/responses", [{"type": "mcp", "server_url": "https://x.example"}]),
+        ("/v1/responses", [{"type": "code_interpreter"}]),
+        ("/v1/chat/completions", [SEARCH]),
+        ("/v1/responses", [None, 3, {"type": {}}, {"type": ["web_search"]}]),
+        ("/v1/responses", "web_search"),
+        ("/v1/responses", [{"type": "function", "name": {}}, {"type": "function", "name": []}]),
+    ],
+)
+def test_all_else_is_as_it_came(path: str, tools: Any) -> None:
+    found = asked(path, tools)
+    assert (found.left_out, found.data["tools"]) == ((), tools)
+    assert found.raw
+
+
+def test_a_function_of_the_client_s_own_may_be_called_like_one() -> None:
+    own = {**FUNCTION, "name": "web_search"}
+    choice = {"type": "function", "name": "web_search"}
+    found = asked("/v1/responses", [SEARCH, own], tool_choice=choice)
+    assert (found.data["tools"], found.data["tool_choice"]) == ([own], choice)
+    with pytest.raises(NotAllowed):
+        asked("/v1/responses", [SEARCH, own], tool_choice=SEARCH)
+
+
+@pytest.mark.parametrize("odd", [{}, [], 3, {"type": {}, "name": []}, {"type": "allowed_tools"}])
+def test_an_odd_choice_is_the_engine_s_to_refuse(odd: Any) -> None:
+    nameless = [{**SEARCH, "name": []}, {**FUNCTION, "name": {}}]
+    assert asked("/v1/responses", nameless, tool_choice=odd).data["tool_choice"] == odd
+
+
+async def test_over_http_a_header_names_them_and_a_namespace_may_hide_none() -> None:
+    async with site(simulated({"cpu": {"tokens": 2}})) as s:
+        body = {"model": "general", "input": "x", "tools": [SEARCH, FUNCTION]}
+        insists = {**body, "tool_choice": {"type": "web_search"}}
+        status, _, told = await s.ask(insists, "/v1/responses")
+        assert (status, told["error"]["param"]) == (400, "tool_choice")
+        hidden = {**NAMESPACE, "tools": [{"type": "mcp", "server_url": "https://x.example"}]}
+        status, _, told = await s.ask({**body, "tools": [hidden]}, "/v1/responses")
+        assert (status, told["error"]["code"]) == (400, "not_allowed")

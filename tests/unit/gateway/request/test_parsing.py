@@ -1,0 +1,166 @@
+"""Reading a request's body: what is understood, and that a refusal names the field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+
+from service.errors import InvalidRequest
+from service.gateway.request.parsing import Asked, read_asked
+from service.http.endpoints import ENDPOINTS
+
+CHAT = "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def asked(data: Any, path: str = CHAT, headers: dict[bytes, bytes] | None = None) -> Asked:
+    raw = data if isinstance(data, bytes) else orjson.dumps(data)
+    return read_asked(path, raw, headers or {}, 120_000)
+
+
+def test_what_it_understands() -> None:
+    got = asked({"model": "math", "messages": HELLO, "stream": True, "x": [1]})
+    assert (got.model, got.stream, got.needs) == ("math", True, frozenset({"chat"}))
+    assert got.deadline_ms == 120_000
+    assert got.client_id == got.request_id
+    assert len(got.request_id) == 24
+
+
+def test_auto_is_the_default_model_and_null_stream_is_none() -> None:
+    got = asked({"messages": HELLO, "stream": None})
+    assert got.model == "auto"
+    assert not got.stream
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "param", "words"),
+    [
+        (CHAT, b"{", None, "the body is not valid JSON"),
+        (CHAT, b"\xff", None, "the body is not valid JSON"),
+        (CHAT, [], None, "the body must be a JSON object, not a list"),
+        (CHAT, {"model": 1, "messages": HELLO}, "model", "a non-empty string, not a number"),
+        (CHAT, {"model": "", "messages": HELLO}, "model", "`model` must be a non-empty string"),
+        (CHAT, {"stream": "yes", "messages": HELLO}, "stream", "not a string"),
+        (CHAT, {"stream_options": "all", "messages": HELLO}, "stream_options", "not a string"),
+        (CHAT, {}, "messages", "`messages` is needed"),
+        (CHAT, {"messages": None}, "messages", "`messages` is needed"),
+        (CHAT, {"messages": "hi"}, "messages", "must be a list, not a string"),
+        (CHAT, {"messages": []}, "messages", "at least one message"),
+        (CHAT, {"messages": [1]}, "messages[0]", "must be an object, not a number"),
+        (CHAT, {"messages": [{}, None]}, "messages[1]", "must be an object, not null"),
+        ("/v1/completions", {}, "prompt", "`prompt` is needed"),
+        ("/v1/completions", {"prompt": True}, "prompt", "a string or a list, not a boolean"),
+        ("/v1/embeddings", {"input": {}}, "input", "a string or a list, not an object"),
+        ("/v1/responses", {}, "input", "`input` is needed"),
+        ("/v1/messages", {}, "messages", "`messages` is needed"),
+    ],
+)
+def test_a_refusal_names_the_field(path: str, data: Any, param: str | None, words: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        asked(data, path)
+    assert caught.value.param == param
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize("given", [b"0", b"-1", b"1.5", b"x", b"", b"86400001", b"\xb2"])
+def test_a_bad_deadline_is_refused(given: bytes) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        asked({"messages": HELLO}, headers={b"x-coe-deadline-ms": given})
+    assert caught.value.param == "x-coe-deadline-ms"
+
+
+def test_headers_that_count() -> None:
+    given = {b"x-coe-deadline-ms": b"250", b"x-request-id": b"mine-1"}
+    got = asked({"messages": HELLO}, headers=given)
+    assert (got.deadline_ms, got.client_id) == (250, "mine-1")
+    assert got.request_id != "mine-1"
+
+
+@pytest.mark.parametrize("given", [b"a b", b"", b"x" * 129, b"a\r\nb", "é".encode()])
+def test_an_id_that_could_not_be_a_header_is_replaced(given: bytes) -> None:
+    got = asked({"messages": HELLO}, headers={b"x-request-id": given})
+    assert got.client_id == got.request_id
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "needs"),
+    [
+        (CHAT, {"tools": [{}]}, {"chat", "tools"}),
+        (CHAT, {"tools": [{}], "tool_choice": "none"}, {"chat"}),
+        (CHAT, {"response_format": {"type": "json_schema"}}, {"chat", "json"}),
+        (CHAT, {"response_format": {"type": "text"}}, {"chat"}),
+        ("/v1/completions", {"prompt": "x"}, {"completions"}),
+        ("/v1/embeddings", {"input": "x"}, {"embeddings"}),
+        ("/tokenize", {"prompt": "x"}, set()),
+        ("/detokenize", {"tokens": [1]}, set()),
+    ],
+)
+def test_what_an_expert_must_be_able_to_do(path: str, more: Any, needs: set[str]) -> None:
+    data = {"messages": HELLO, **more}
+    assert asked(data, path).needs == needs
+
+
+def test_the_body_is_untouched_where_the_client_named_the_expert() -> None:
+    raw = b'{ "model":"math" ,"messages":[{"role":"user","content":"hello"}], "seed": 1.50}'
+    got = asked(raw)
+    assert got.body_for("math") is raw
+    sent = orjson.loads(got.body_for("general"))
+    assert sent == {**orjson.loads(raw), "model": "general"}
+
+
+def test_a_body_nested_too_deep_to_be_sent_on_is_refused() -> None:
+    deep = b'{"messages":[{"role":"user","content":' + b"[" * 500 + b"]" * 500 + b"}]}"
+    with pytest.raises(InvalidRequest, match="nested too deep"):
+        asked(deep).body_for("general")
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+@pytest.mark.parametrize(
+    "field", ["n", "best_of", "max_tokens", "max_completion_tokens", "max_output_tokens", "max_new"]
+)
+@pytest.mark.parametrize("value", ["16384", 16384.0, True, [5], {}, 1e30, "x"])
+def test_read_asked_a_count_that_is_no_integer_is_refused(
+    path: str, field: str, value: object
+) -> None:
+    body = {"messages": HELLO, "prompt": "x", "input": "x", field: value}
+    with pytest.raises(InvalidRequest, match=f"`{field}` must be an integer") as caught:
+        asked(body, path)
+    assert caught.value.param == field
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_read_asked_null_is_as_if_not_set(path: str) -> None:
+    body = {"messages": HELLO, "prompt": "x", "input": "x"}
+    nulls = ("model", "stream", "stream_options", "n", "max_tokens", "priority", "coe", "tools")
+    got = asked({**body, **dict.fromkeys(nulls)}, path)
+    assert got.data == body
+    assert orjson.loads(got.body_for("general")) == {**body, "model": "general"}
+
+
+def test_read_asked_null_beside_a_named_expert_is_not_sent_on() -> None:
+    got = asked({"model": "math", "messages": HELLO, "priority": None})
+    assert orjson.loads(got.body_for("math")) == {"model": "math", "messages": HELLO}
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "tokens"),
+    [
+        (CHAT, {}, None),
+        (CHAT, {"max_tokens": 7}, 7),
+        (CHAT, {"max_tokens": 7, "max_completion_tokens": 5}, 5),
+        (CHAT, {"max_output_tokens": 7}, None),
+        ("/v1/completions", {"prompt": "x"}, 16),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 7}, 7),
+        ("/v1/completions", {"prompt": "x", "max_completion_tokens": 7}, 16),
+        ("/v1/responses", {"input": "x", "max_tokens": 7}, None),
+        ("/v1/responses", {"input": "x", "max_output_tokens": 7}, 7),
+        ("/v1/messages", {"max_tokens": 7}, 7),
+        ("/v1/embeddings", {"input": "x", "max_tokens": 7}, None),
+    ],
+)
+def test_most_tokens_is_what_the_endpoint_s_engine_reads(
+    path: str, more: dict[str, Any], tokens: int | None
+) -> None:
+    assert asked({"messages": HELLO, **more}, path).most_tokens == tokens

@@ -1,0 +1,150 @@
+"""Whose vote counts for what, and how often."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.broker.recipe_catalog import Book
+from service.config import Config, FeedbackConfig
+from service.errors import Conflict, StoreGone, UnknownReply
+from service.gateway.routes.feedback import Feedback, Vote
+from service.gateway.routing.quality import Worth
+from service.store.memory import MemoryStore
+from service.store.places import place
+from service.store.volatile import MemoryVolatile, VolatileStore
+from service.types import Tenant
+
+ACME = Tenant("acme")
+ID = "0" * 24
+
+
+@dataclass
+class Gateway:
+    """A gateway's feedback, and what it believes."""
+
+    feedback: Feedback
+    worth: Worth
+    book: Book
+
+    def quality(self, tenant: Tenant, label: str = "math") -> dict[str, float]:
+        posterior = self.worth.posterior({label: 1.0})
+        found, _ = self.worth.quality(posterior, None, tenant.name)
+        return dict(zip(self.book.experts, found.tolist(), strict=True))
+
+
+def gateway(
+    store: MemoryStore, volatile: VolatileStore, *experts: str, shared: bool = True
+) -> Gateway:
+    """One whose config names these experts."""
+    config = Config.model_validate(
+        {
+            "experts": {name: {"model": "m", "categories": [name]} for name in experts},
+            "pools": {"cpu": {"engine": "simulated"}},
+        }
+    )
+    book = Book(tuple(config.experts))
+    worth = Worth(config, book, ("math",))
+    learned = Feedback(FeedbackConfig(), store, volatile, worth, book, shared=shared)
+    return Gateway(learned, worth, book)
+
+
+def stores() -> tuple[MemoryStore, MemoryVolatile]:
+    return MemoryStore(), MemoryVolatile(10**6)
+
+
+async def vote_often(at: Gateway, tenant: Tenant, score: float, count: int = 20) -> None:
+    for i in range(count):
+        reply = f"{i:024x}"
+        at.feedback.answered(tenant, (reply, reply), "math", at.book.index["math"])
+        await at.feedback.vote(tenant, Vote(reply, score))
+
+
+async def test_a_vote_counts_for_who_answered_however_recipes_are_numbered() -> None:
+    kept = stores()
+    before, after = gateway(*kept, "math", "code"), gateway(*kept, "code", "art", "math")
+    before.feedback.answered(ACME, (ID, ID), "math", 0)
+    await asyncio.gather(*before.feedback._tasks)
+    told = await after.feedback.vote(ACME, Vote(ID, 1.0))
+    assert told["recipe"] == "math"
+    assert told["category"] == "math"
+    with pytest.raises(Conflict):
+        await before.feedback.vote(ACME, Vote(ID, 1.0))
+
+
+async def test_a_reply_has_one_vote_under_any_of_its_ids() -> None:
+    at = gateway(*stores(), "math").feedback
+    at.answered(ACME, (ID, "mine"), "math", 0)
+    await at.vote(ACME, Vote("mine", 0.0))
+    for reply in (ID, "mine", f"chatcmpl-{ID}"):
+        with pytest.raises(Conflict):
+            await at.vote(ACME, Vote(reply, 0.0))
+
+
+@pytest.mark.parametrize("mine", ["order-507f1f77bcf86cd799439011", "a" * 24, "msg_" + "b" * 24])
+async def test_a_reply_can_be_voted_on_by_the_client_s_own_id_whatever_it_looks_like(
+    mine: str,
+) -> None:
+    at = gateway(*stores(), "math").feedback
+    at.answered(ACME, (ID, mine), "math", 0)
+    assert (await at.vote(ACME, Vote(mine, 1.0)))["recipe"] == "math"
+
+
+async def test_a_tenant_s_votes_move_its_own_requests_and_nobody_else_s() -> None:
+    kept = stores()
+    here, there = gateway(*kept, "math", "code"), gateway(*kept, "math", "code")
+    mallory, keyless = Tenant("mallory", "k"), Tenant("default")
+    before = here.quality(ACME)
+    await vote_often(here, mallory, 0.0)
+    assert here.quality(mallory)["math"] == pytest.approx(before["math"] - 0.8)
+    for other in (ACME, keyless, Tenant("mallory/x"), Tenant("")):
+        assert here.quality(other) == before
+    # And at another gateway as well, for the tenant alone.
+    await there.feedback._renew(["mallory", "acme"])
+    assert there.quality(mallory) == here.quality(mallory)
+    assert there.quality(ACME) == before
+
+
+async def test_a_tenant_can_t_vote_on_replies_of_a_tenant_whose_name_begins_alike() -> None:
+    at = gateway(*stores(), "math").feedback
+    at.answered(Tenant("acme/dev"), (ID, "x"), "math", 0)
+    for tenant, reply in ((ACME, f"dev/{ID}"), (ACME, "dev/x"), (ACME, ID), (Tenant("acme/"), ID)):
+        with pytest.raises(UnknownReply):
+            await at.vote(tenant, Vote(reply, 0.0))
+
+
+async def test_one_key_of_a_tenant_can_t_outvote_its_other_keys_by_number() -> None:
+    at = gateway(*stores(), "math", "code")
+    await vote_often(at, Tenant("acme", "honest"), 1.0, 20)
+    for i in range(20, 420):
+        reply = f"{i:024x}"
+        at.feedback.answered(ACME, (reply, reply), "math", at.book.index["math"])
+        await at.feedback.vote(Tenant("acme", "leaked"), Vote(reply, 0.0))
+    assert at.quality(ACME)["math"] > 0.5
+
+
+@given(st.lists(st.text(max_size=12), max_size=4), st.lists(st.text(max_size=12), max_size=4))
+def test_places_of_different_parts_differ(one: list[str], other: list[str]) -> None:
+    if one and other:
+        assert (place(*one) == place(*other)) == (one == other)
+
+
+async def test_a_vote_is_taken_also_while_the_store_that_counts_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, volatile = stores()
+    at = gateway(store, volatile, "math")
+
+    async def gone(names: object) -> None:
+        raise StoreGone("the store is gone")
+
+    at.feedback.answered(ACME, (ID, ID), "math", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "counts", gone)
+        assert (await at.feedback.vote(ACME, Vote(ID, 0.0)))["score"] == 0.0
+    await at.feedback._renew(["acme"])
+    assert at.quality(ACME)["math"] < 1.0

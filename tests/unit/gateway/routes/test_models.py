@@ -1,0 +1,73 @@
+"""What `/v1/models` and `/openapi.json` tell."""
+
+from __future__ import annotations
+
+from service.broker.pool_state import PoolView
+from service.config import Config
+from service.gateway.openapi import describe
+from service.gateway.routes import models
+from service.http.endpoints import ENDPOINTS
+from service.rpc.snapshot import ExpertState, Snapshot
+from service.types import Residency
+
+CONFIG = Config.model_validate(
+    {
+        "experts": {
+            "base": {"model": "m", "categories": ["general"], "description": "for anything"},
+            "tuned": {"base": "base", "adapter": "a"},
+            "far": {"remote": {"url": "http://far/v1", "model": "m", "api_key_env": "FAR_KEY"}},
+        },
+        "pools": {"cpu": {"engine": "simulated"}},
+    }
+)
+
+
+def view(boot: str, **experts: ExpertState) -> PoolView:
+    return PoolView(boot, Snapshot(boot=boot, kind="cpu", experts=experts), 0.0, {})
+
+
+def test_the_best_state_of_any_pool_speaks() -> None:
+    failed = ExpertState(Residency.FAILED, reason="no weights")
+    loading = ExpertState(Residency.LOADING, eta_s=3)
+    ready = ExpertState(Residency.DEVICE, max_model_len=64, engine={"name": "simulated"})
+    views = [view("x", base=failed, tuned=failed), view("y", base=loading)]
+    now = models.states(CONFIG, views, {"far": "no key"})
+    assert now["base"] == {"state": "loading", "eta_s": 3}
+    assert now["tuned"] == {"state": "failed", "reason": "no weights"}
+    assert now["far"] == {"state": "failed", "reason": "no key"}
+    now = models.states(CONFIG, [*views, view("z", base=ready)], {"far": None})
+    assert now["base"] == {
+        "state": "device",
+        "max_model_len": 64,
+        "engine": {"name": "simulated"},
+    }
+    assert now["far"] == {"state": "device"}
+
+
+def test_without_a_pool_an_expert_is_on_disk() -> None:
+    now = models.states(CONFIG, [], {})
+    assert now["base"]["state"] == "disk"
+
+
+def test_the_listing_is_openai_s() -> None:
+    now = models.states(CONFIG, [], {})
+    listing = models.listing(CONFIG, now, 5)
+    assert listing["object"] == "list"
+    assert [one["id"] for one in listing["data"]] == ["auto", "base", "tuned", "far"]
+    for one in listing["data"]:
+        assert one["object"] == "model"
+        assert one["created"] == 5
+    kinds = [one["coe"]["kind"] for one in listing["data"]]
+    assert kinds == ["auto", "full", "lora", "remote"]
+    assert models.entry(CONFIG, now, 5, "tuned") == listing["data"][2]
+    assert listing["data"][2]["parent"] == "base"
+    assert models.entry(CONFIG, now, 5, "nobody") is None
+    assert "FAR_KEY" not in str(listing)
+
+
+def test_every_endpoint_is_described() -> None:
+    told = describe(CONFIG)
+    posts = {path for path, item in told["paths"].items() if "post" in item}
+    assert posts == {*ENDPOINTS, "/v1/route", "/v1/feedback"}
+    ids = [item["post"]["operationId"] for item in told["paths"].values() if "post" in item]
+    assert len(ids) == len(set(ids))

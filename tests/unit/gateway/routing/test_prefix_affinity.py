@@ -1,0 +1,46 @@
+"""Who answered a conversation last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+
+from service.gateway.request.parsing import Asked, read_asked
+from service.gateway.routing.prefix_affinity import Conversations
+from service.types import Tenant
+
+FIRST = [{"role": "user", "content": "hello"}]
+SECOND = [*FIRST, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "more"}]
+
+
+def asked(messages: Any, tenant: str = "a", path: str = "/v1/chat/completions") -> Asked:
+    whose = Tenant(tenant, cache_salt=f"salt of {tenant}")
+    return read_asked(path, orjson.dumps({"messages": messages}), {}, 1000, whose)
+
+
+def test_a_conversation_is_known_where_it_was_answered_and_to_its_tenant_only() -> None:
+    known = Conversations()
+    assert known.warm(asked(FIRST)) is None
+    known.answered(asked(FIRST), "math", "boot")
+    warm = known.warm(asked(SECOND))
+    assert warm is not None
+    assert (warm.expert, warm.boot) == ("math", "boot")
+    assert known.warm(asked(SECOND, tenant="b")) is None
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        None,
+        "text",
+        [1.5, {"role": "assistant"}],
+        [{"role": ["assistant"], "content": {}}, {"role": "assistant", "content": None}],
+    ],
+)
+def test_what_is_no_conversation_is_left_to_the_engine(messages: Any) -> None:
+    known = Conversations()
+    one = asked(messages, path="/tokenize")
+    known.answered(one, "math", "boot")
+    assert known.warm(one) is None

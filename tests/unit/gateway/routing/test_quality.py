@@ -1,0 +1,67 @@
+"""What is learned of recipes while they are used."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from service.broker.recipe_catalog import Book
+from service.classifier.classifier import Assessment
+from service.classifier.expert_map import ExpertMap
+from service.config import Config
+from service.gateway.routing.quality import Worth
+from service.types import MAX_LATER, CategoryScores, Recipe
+
+CASCADE = Recipe("cascade", ("small",), ("large",))
+CONFIG = Config.model_validate(
+    {
+        "experts": {"small": {"model": "m", "categories": ["math"]}, "large": {"model": "m"}},
+        "recipes": {
+            "both": {"kind": "cascade", "members": ["small"], "later": ["large"], "escalates": 0.5}
+        },
+        "pools": {"cpu": {"engine": "simulated"}},
+    }
+)
+BOOK = Book(tuple(CONFIG.experts), [CASCADE])
+AT = BOOK.recipe_index[CASCADE]
+
+
+def fitted(reach: float) -> ExpertMap:
+    """An artifact's map that knows nothing but the cascade."""
+    one = np.ones((1, 1))
+    return ExpertMap(
+        categories=("math",),
+        recipes=(CASCADE,),
+        prior=np.ones(1),
+        score=one,
+        count=one,
+        cost=one,
+        reach=np.full((1, 1, MAX_LATER), reach),
+        score_slope=np.zeros((1, 0, 1)),
+        cost_slope=np.zeros((1, 0, 1)),
+        max_novelty=1.0,
+    )
+
+
+@pytest.mark.parametrize("by_map", [False, True])
+def test_how_often_a_cascade_escalates_is_learned_whoever_expected_what(by_map: bool) -> None:
+    worth = Worth(CONFIG, BOOK, ("math",))
+    if by_map:
+        worth.use_map(fitted(0.1), BOOK)
+    math = worth.posterior({"math": 1.0})
+    scores = CategoryScores(("math",), (1.0,), "math", 1.0, 0.0)
+    assessment = Assessment(scores, np.zeros(0))
+
+    def expected() -> float:
+        return float(worth.quality(math, assessment)[1][AT, 0])
+
+    before = expected()
+    for i in range(400):
+        reach = worth.quality(math, assessment)[1][AT]
+        worth.escalated(AT, reach, i % 5 < 4)
+    assert abs(before - 0.8) > 0.2
+    assert expected() == pytest.approx(0.8, abs=0.1)
+    for _ in range(400):
+        worth.escalated(AT, worth.quality(math, assessment)[1][AT], 1)
+    assert expected() <= 1.0
+    assert worth.reach(AT)[0] <= 1.0

@@ -1,0 +1,273 @@
+"""A reply on its way to the client: usage put where it belongs, errors in the client's words."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.broker.prices import Price
+from service.engine.base import Message
+from service.errors import EngineDead
+from service.gateway.request_record import Passage, Spent
+from service.gateway.sends.response import Reply
+from service.http.openai_errors import Dialect
+from service.http.usage import reply_usage, token_counts, usage_of
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["usage", "model", "a", "response"]), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+class Client:
+    """An ASGI send that keeps a whole reply."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: dict[bytes, bytes] = {}
+        self.body = b""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status, self.headers = message["status"], dict(message["headers"])
+        else:
+            self.body += message.get("body", b"")
+
+
+def passed(
+    pieces: list[bytes],
+    *,
+    kind: bytes = b"text/event-stream",
+    status: int = 200,
+    dialect: Dialect = Dialect.CHAT,
+    broken: bool = False,
+) -> tuple[Client, Reply]:
+    """What the client gets of a reply in pieces."""
+
+    async def run() -> tuple[Client, Reply]:
+        client = Client()
+        reply = Reply(client, [], Passage(expert="e", recipe="e"), 0.0, None, dialect)
+        reply.spent = Spent("e", Price(1, 1))
+        reply.passage.calls.append(reply.spent)
+        headers = [(b"content-type", kind)]
+        await reply({"type": "http.response.start", "status": status, "headers": headers})
+        for piece in pieces:
+            await reply({"type": "http.response.body", "body": piece, "more_body": True})
+        if broken:
+            await reply.break_off(EngineDead("the engine died"))
+        else:
+            await reply({"type": "http.response.body", "body": b""})
+        return client, reply
+
+    return asyncio.run(run())
+
+
+STREAM = (
+    b'data: {"id":"1","choices":[{"delta":{"content":"\\"usage\\":{}"}}]}\n\n'
+    b'data: {"id":"1","choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3}}\n\n'
+    b"data: [DONE]\n\n"
+)
+
+
+@pytest.mark.parametrize("at", range(1, len(STREAM)))
+def test_a_stream_cut_anywhere_tells_its_cost_once(at: int) -> None:
+    client, reply = passed([STREAM[:at], STREAM[at:]])
+    lines = [line[6:] for line in client.body.split(b"\n") if line.startswith(b"data: ")]
+    assert lines[-1] == b"[DONE]"
+    usage = json.loads(lines[1])["usage"]
+    assert usage.pop("coe")["expert"] == "e"
+    assert usage == {"prompt_tokens": 7, "completion_tokens": 3}
+    assert lines[0] == STREAM.split(b"\n")[0][6:]
+    assert reply.spent is not None
+    assert (reply.spent.prompt_tokens, reply.spent.completion_tokens) == (7, 3)
+    assert reply.events == 2
+
+
+@given(st.dictionaries(st.sampled_from(["a", "tools", "metadata", "output"]), json_values))
+def test_only_the_reply_s_own_usage_is_found(given_fields: dict[str, Any]) -> None:
+    own = {"prompt_tokens": 11, "completion_tokens": 4}
+    for document in (
+        {**given_fields, "usage": own},
+        {"usage": own, **given_fields},
+        {**given_fields, "usage": own, "user": None},
+    ):
+        body = orjson.dumps(document)
+        found = reply_usage(body)
+        assert found is not None
+        assert json.loads(body[found.value : found.end]) == own
+        assert (found.prompt_tokens, found.answer_tokens) == (11, 4)
+        assert usage_of(document) is own
+    assert usage_of(given_fields) is None
+    # A nested one is none of ours, however it looks.
+    assert reply_usage(orjson.dumps(given_fields)) is None
+
+
+@given(json_values)
+def test_a_whole_reply_keeps_everything_but_our_cost(value: Any) -> None:
+    document = {"tools": value, "usage": {"input_tokens": 1}, "metadata": value}
+    client, _ = passed([orjson.dumps(document)], kind=b"application/json")
+    told = json.loads(client.body)
+    assert told["usage"].pop("coe")["expert"] == "e"
+    assert told == document
+
+
+@pytest.mark.parametrize("dialect", list(Dialect))
+@pytest.mark.parametrize("cut", [b"", b'data: {"half'])
+def test_a_stream_that_breaks_ends_with_one_readable_error(dialect: Dialect, cut: bytes) -> None:
+    created = (
+        b"event: response.created\n"
+        b'data: {"type":"response.created","sequence_number":0,"response":{"id":"r"}}\n\n'
+    )
+    client, _ = passed([created, cut], dialect=dialect, broken=True)
+    events = [part for part in client.body.decode().split("\n\n") if part]
+    told = [json.loads(part.partition("data: ")[2]) for part in events]
+    if dialect is Dialect.CHAT:
+        assert told[-1]["error"]["code"] == "engine_dead"
+    elif dialect is Dialect.MESSAGES:
+        assert events[-1].startswith("event: error\n")
+        assert told[-1]["error"] == {"type": "overloaded_error", "message": "the engine died"}
+    else:
+        assert [one["type"] for one in told] == ["response.created", "error", "response.failed"]
+        assert told[1]["code"] == "engine_dead"
+        assert told[2]["response"] == {
+            "id": "r",
+            "status": "failed",
+            "error": {"code": "server_error", "message": "the engine died"},
+        }
+        assert [one["sequence_number"] for one in told] == [0, 1, 2]
+    assert "half" not in client.body.decode()
+
+
+@pytest.mark.parametrize("dialect", [Dialect.MESSAGES, Dialect.RESPONSES])
+def test_a_pool_s_error_amid_a_stream_is_translated(dialect: Dialect) -> None:
+    first = b'event: x\ndata: {"type":"x"}\n\n'
+    error = {"message": "gone", "type": "server_error", "param": None, "code": "engine_dead"}
+    last = b"data: " + orjson.dumps({"error": error}) + b"\n\ndata: [DONE]\n\n"
+    client, _ = passed([first, last], dialect=dialect)
+    text = client.body.decode()
+    assert text.startswith(first.decode())
+    name, _, data = text[len(first) :].strip().partition("\ndata: ")
+    assert name == "event: error"
+    told = json.loads(data)
+    assert told["type"] == "error"
+    assert (told.get("error") or told)["message"] == "gone"
+    assert "[DONE]" not in text
+
+
+def test_an_engine_s_own_refusal_of_a_message_is_translated() -> None:
+    error = {"message": "too long", "type": "invalid_request_error", "param": None, "code": None}
+    body = orjson.dumps({"error": error})
+    client, _ = passed([body], kind=b"application/json", status=400, dialect=Dialect.MESSAGES)
+    assert json.loads(client.body) == {
+        "type": "error",
+        "error": {"type": "invalid_request_error", "message": "too long"},
+    }
+    client, _ = passed([body], kind=b"application/json", status=400, dialect=Dialect.RESPONSES)
+    assert client.body == body
+
+
+def test_words_in_a_stream_of_another_api_are_no_errors() -> None:
+    stream = (
+        b'event: content_block_delta\ndata: {"type":"content_block_delta","delta":{"text":'
+        b'"{\\"error\\": \\"[DONE]\\"}"},"input":{"error":{"message":"mine"}}}\n\n'
+    )
+    for dialect in Dialect:
+        client, _ = passed([stream], dialect=dialect)
+        assert client.body == stream
+
+
+@pytest.mark.parametrize(
+    ("usage", "counts"),
+    [
+        ({"prompt_tokens": 1, "completion_tokens": 2}, (1, 2)),
+        ({"input_tokens": 1, "output_tokens": 2}, (1, 2)),
+        ({"type": "object"}, (None, None)),
+    ],
+)
+def test_counts_are_read_in_either_api_s_words(
+    usage: dict[str, Any], counts: tuple[int | None, int | None]
+) -> None:
+    assert token_counts(usage) == counts
+
+
+@pytest.mark.parametrize(
+    ("dialect", "event", "local", "outcome"),
+    [
+        (Dialect.CHAT, {"error": {"message": "m", "code": "engine_dead"}}, True, "engine_dead"),
+        (Dialect.CHAT, {"error": {"message": "m", "code": 500}}, True, "internal_error"),
+        (Dialect.CHAT, {"error": {"message": "m", "code": "x"}}, False, "upstream_error"),
+        (
+            Dialect.MESSAGES,
+            {"type": "error", "error": {"type": "internal_error", "message": "m"}},
+            True,
+            "internal_error",
+        ),
+        (Dialect.RESPONSES, {"type": "error", "code": "x"}, False, "upstream_error"),
+        (
+            Dialect.RESPONSES,
+            {"type": "response.failed", "response": {"error": {"code": "server_error"}}},
+            True,
+            "internal_error",
+        ),
+        (Dialect.CHAT, {"choices": [], "x": {"error": {"message": "mine"}}}, True, "ok"),
+        (Dialect.RESPONSES, {"type": "x", "response": {"error": None}}, True, "ok"),
+    ],
+)
+def test_a_stream_that_tells_a_failure_has_failed(
+    dialect: Dialect, event: dict[str, Any], local: bool, outcome: str
+) -> None:
+    async def run() -> tuple[Client, Passage]:
+        client, passage = Client(), Passage(expert="e", recipe="e", local=local)
+        reply = Reply(client, [], passage, 0.0, None, dialect)
+        headers = [(b"content-type", b"text/event-stream")]
+        await reply({"type": "http.response.start", "status": 200, "headers": headers})
+        body = b"data: " + orjson.dumps(event) + b"\n\ndata: [DONE]\n\n"
+        await reply({"type": "http.response.body", "body": body})
+        return client, passage
+
+    client, passage = asyncio.run(run())
+    assert passage.outcome == outcome
+    # An end that claims a whole answer follows none that failed.
+    assert (b"[DONE]" in client.body) is (outcome == "ok" and dialect is Dialect.CHAT)
+
+
+events = st.lists(
+    st.dictionaries(
+        st.sampled_from(["type", "error", "response", "message", "usage", "choices", "model"]),
+        json_values | st.sampled_from(["error", "response.created", "response.failed"]),
+    ),
+    max_size=4,
+)
+
+
+@given(events, st.sampled_from(list(Dialect)), st.integers(0, 200))
+def test_whatever_an_upstream_tells_is_passed_on_whole(
+    told: list[Any], dialect: Dialect, at: int
+) -> None:
+    stream = b"".join(b"data: " + orjson.dumps(one) + b"\n\n" for one in told)
+    client, _ = passed([stream[:at], stream[at:]], dialect=dialect)
+    got = [
+        json.loads(line[6:]) for line in client.body.split(b"\n") if line.startswith(b"data: ")
+    ]
+    for one, original in zip(got, told, strict=False):
+        if isinstance(original.get("error"), dict) and "type" not in original:
+            break  # an error, translated: what follows it counts anew
+        for holder in (one, one.get("response"), one.get("message")):
+            if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
+                holder["usage"].pop("coe", None)
+                break
+        for holder in (original, original.get("response"), original.get("message")):
+            if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
+                holder["usage"].pop("coe", None)
+                break
+        assert one == original

@@ -1,0 +1,278 @@
+"""What an answer used, read as it passes, and what the client gets of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.engine.base import Message
+from service.gateway.request.parsing import Asked, read_asked
+from service.gateway.sends.usage_meter import Meter
+
+CHAT = "/v1/chat/completions"
+
+
+def asked(path: str = CHAT, **more: Any) -> Asked:
+    body = {"messages": [{"role": "user", "content": "hi"}], "input": "x", "prompt": "y", **more}
+    return read_asked(path, orjson.dumps(body), {}, 1000)
+
+
+def event(content: str, usage: Any = ..., choices: int = 1, index: int = 0) -> bytes:
+    data: dict[str, Any] = {"id": "1", "choices": [{"index": index, "delta": {"content": content}}]}
+    if not choices:
+        data["choices"] = []
+    if usage is not ...:
+        data["usage"] = usage
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+def counts(prompt: int, completion: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
+async def through(
+    meter: Meter, pieces: list[bytes], *, kind: bytes = b"text/event-stream", ends: bool = True
+) -> bytes:
+    out: list[bytes] = []
+
+    async def send(message: Message) -> None:
+        out.append(message.get("body", b""))
+
+    counted = meter.wrap(send)
+    head = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]}
+    await counted(head)
+    for piece in pieces:
+        await counted({"type": "http.response.body", "body": piece, "more_body": True})
+    if ends:
+        await counted({"type": "http.response.body", "body": b""})
+    return b"".join(out)
+
+
+STREAM = [
+    event("a", counts(9, 1)),
+    event('{"usage":{"prompt_tokens":99}}', counts(9, 2)),
+    event("", counts(9, 2), choices=0),
+    b"data: [DONE]\n\n",
+]
+
+
+async def test_a_client_that_did_not_ask_for_usage_gets_none() -> None:
+    meter = Meter(asked(stream=True))
+    out = await through(meter, STREAM)
+    assert out == event("a") + event('{"usage":{"prompt_tokens":99}}') + b"data: [DONE]\n\n"
+    assert meter.calls_made("e") == [("e", 9, 2)]
+
+
+async def test_one_that_asked_gets_the_last_chunk_s_only() -> None:
+    meter = Meter(asked(stream=True, stream_options={"include_usage": True}))
+    out = await through(meter, STREAM)
+    assert out == event("a") + event('{"usage":{"prompt_tokens":99}}') + STREAM[2] + STREAM[3]
+
+
+async def test_one_that_asked_for_each_gets_all() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    assert await through(Meter(asked(stream=True, stream_options=options)), STREAM) == b"".join(
+        STREAM
+    )
+
+
+@given(st.lists(st.integers(1, 400), max_size=6))
+async def test_wherever_the_chunks_are_cut(cuts: list[int]) -> None:
+    data = b"".join(STREAM)
+    edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    pieces = [data[a:b] for a, b in itertools.pairwise(edges)]
+    meter = Meter(asked(stream=True))
+    out = await through(meter, pieces)
+    assert out.replace(b"\n", b"") == (
+        event("a") + event('{"usage":{"prompt_tokens":99}}') + b"data: [DONE]"
+    ).replace(b"\n", b"")
+    assert meter.calls_made("e") == [("e", 9, 2)]
+
+
+async def test_a_client_that_left_is_charged_what_went_out() -> None:
+    meter = Meter(asked(stream=True, n=2))
+    pieces = [event("a", counts(9, 1), index=0), event("b", counts(9, 1), index=1)]
+    await through(meter, [*pieces, event("c", counts(9, 2), index=0)], ends=False)
+    assert meter.calls_made("e") == [("e", 9, 3)]
+
+
+async def test_an_upstream_that_tells_nothing_is_counted_by_its_chunks() -> None:
+    meter = Meter(asked(stream=True))
+    await through(meter, [event("a"), event("b")], ends=False)
+    ((expert, prompt, completion),) = meter.calls_made("e")
+    assert (expert, completion) == ("e", 2)
+    assert prompt > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "usage"),
+    [
+        (CHAT, {"prompt_tokens": 3, "completion_tokens": 4}),
+        ("/v1/responses", {"input_tokens": 3, "input_tokens_details": {}, "output_tokens": 4}),
+        ("/v1/messages", {"input_tokens": 3, "output_tokens": 4}),
+    ],
+)
+async def test_a_whole_reply_passes_as_it_is(path: str, usage: Any) -> None:
+    body = orjson.dumps({"id": "1", "usage": usage, "text": '"usage":{"input_tokens":9}'})
+    meter = Meter(asked(path))
+    assert await through(meter, [body], kind=b"application/json") == body
+    assert meter.calls_made("e") == [("e", 3, 4)]
+
+
+async def test_an_anthropic_stream_is_counted_and_passes_as_it_is() -> None:
+    data = (
+        b'event: message_start\ndata: {"message":{"usage":{"input_tokens":7,"output_tokens":0}}}'
+        b'\n\nevent: message_delta\ndata: {"delta":{},"usage":{"output_tokens":5}}\n\n'
+    )
+    meter = Meter(asked("/v1/messages", stream=True))
+    assert await through(meter, [data]) == data
+    assert meter.calls_made("e") == [("e", 7, 5)]
+
+
+async def test_calls_inside_a_recipe_are_added() -> None:
+    meter = Meter(asked())
+    meter.add("a", 10, 2)
+    await through(meter, [b'{"usage":{"prompt_tokens":1,"completion_tokens":1}}'], kind=b"x")
+    assert meter.calls_made("b") == [("a", 10, 2), ("b", 1, 1)]
+
+
+def test_what_is_asked_of_the_engine() -> None:
+    data = asked(stream=True).data
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    assert Meter(asked(stream=True)).asks(data)["stream_options"] == options
+    assert Meter(asked()).asks(data) is data
+    assert Meter(asked("/v1/messages", stream=True)).asks(data) is data
+
+
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": "), (" , ", " : ")])
+async def test_others_write_json_with_blanks(separators: tuple[str, str]) -> None:
+    deep = {**counts(7, 3), "more": {"a": {"b": {"c": [1]}}}}
+    body = json.dumps({"usage": deep, "choices": []}, separators=separators).encode()
+    meter = Meter(asked())
+    assert await through(meter, [body], kind=b"application/json") == body
+    assert meter.calls_made("e") == [("e", 7, 3)]
+    told = json.dumps({"id": 1, "usage": deep, "choices": [{"index": 0}]}, separators=separators)
+    meter = Meter(asked(stream=True))
+    out = await through(meter, [b"data: " + told.encode() + b"\n\n"])
+    assert json.loads(out[6:]) == {"id": 1, "choices": [{"index": 0}]}
+    assert meter.calls_made("e") == [("e", 7, 3)]
+
+
+async def test_who_tells_no_usage_is_charged_by_size() -> None:
+    meter = Meter(asked())
+    await through(meter, [b'{"choices": ["' + b"x" * 400 + b'"]}'], kind=b"application/json")
+    ((_, prompt, completion),) = meter.calls_made("e")
+    assert prompt > 0
+    assert completion > 90
+
+
+def typed(kind: str, **data: Any) -> bytes:
+    return f"event: {kind}\n".encode() + b"data: " + orjson.dumps({"type": kind, **data}) + b"\n\n"
+
+
+_MESSAGE = [
+    typed("message_start", message={"id": "x", "usage": {"input_tokens": 9, "output_tokens": 1}}),
+    typed("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+    *[typed("content_block_delta", index=0, delta={"type": "text_delta", "text": "tok "})] * 40,
+    typed("content_block_stop", index=0),
+    typed("message_delta", delta={}, usage={"input_tokens": 9, "output_tokens": 37}),
+    typed("message_stop"),
+]
+_RESPONSE = [
+    typed("response.created", response={"id": "x", "usage": None}),
+    typed("response.output_item.added", output_index=0, item={}),
+    *[typed("response.output_text.delta", delta="tok ")] * 40,
+    typed("response.output_text.done", text="tok " * 40),
+    typed("response.completed", response={"usage": {"input_tokens": 9, "output_tokens": 37}}),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "pieces", "sent", "used"),
+    [
+        ("/v1/messages", _MESSAGE, 2, (9, 1)),
+        ("/v1/messages", _MESSAGE, 12, (9, 11)),
+        ("/v1/messages", _MESSAGE, 42, (9, 41)),
+        ("/v1/messages", _MESSAGE, len(_MESSAGE), (9, 37)),
+        ("/v1/responses", _RESPONSE, 2, (..., 0)),
+        ("/v1/responses", _RESPONSE, 12, (..., 10)),
+        ("/v1/responses", _RESPONSE, 42, (..., 40)),
+        ("/v1/responses", _RESPONSE, len(_RESPONSE), (9, 37)),
+    ],
+)
+async def test_a_stream_that_tells_its_usage_last_is_counted_as_it_goes(
+    path: str, pieces: list[bytes], sent: int, used: tuple[Any, int]
+) -> None:
+    request = asked(path, stream=True)
+    meter = Meter(request)
+    await through(meter, pieces[:sent], ends=False)
+    ((expert, prompt, completion),) = meter.calls_made("big")
+    assert (expert, completion) == ("big", used[1])
+    assert prompt == (request.prompt_tokens if used[0] is ... else used[0])
+
+
+@pytest.mark.parametrize(
+    ("sent", "told", "counted", "used"),
+    [
+        # Nothing has gone out: the engine's count, or else the guess.
+        (None, (12, 300), True, (12, 300)),
+        (None, (12, 300), False, (12, 300)),
+        # A stream: the engine had made more than what went out; a guess gives way to that.
+        (12, (9, 25), True, (9, 25)),
+        (12, (9, 999), False, (9, 11)),
+    ],
+)
+async def test_left_the_engine_s_count_is_charged_or_else_what_went_out(
+    sent: int | None, told: tuple[int, int], counted: bool, used: tuple[int, int]
+) -> None:
+    meter = Meter(asked("/v1/messages", stream=True))
+    if sent is not None:
+        await through(meter, _MESSAGE[:sent], ends=False)
+    meter.left(*told, counted)
+    assert meter.calls_made("big") == [("big", *used)]
+
+
+_SCHEMA = {"type": "object", "properties": {"usage": {"input_tokens": 10**6, "type": "object"}}}
+_OWN = {"usage": {"prompt_tokens": 10**6, "completion_tokens": 10**6}}
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_the_user_s_own_usage_in_events_is_no_count(leaves: bool) -> None:
+    told = {"tools": [{"name": "f", "parameters": _SCHEMA}], "metadata": _OWN}
+    stream = [
+        typed("response.created", response={**told, "usage": None}),
+        *[typed("response.output_text.delta", delta="tok ")] * 5,
+        typed("response.completed", response={**told, "usage": {"input_tokens": 9}}),
+    ]
+    meter = Meter(asked("/v1/responses", stream=True))
+    given = stream[:-1] if leaves else stream
+    assert await through(meter, given, ends=not leaves) == b"".join(given)
+    ((_, prompt, completion),) = meter.calls_made("e")
+    # Left before any was told, the prompt counts by its size, and the answer by its pieces.
+    assert (prompt, completion) == ((asked("/v1/responses", stream=True).prompt_tokens, 5)
+                                    if leaves else (9, 0))
+
+
+async def test_the_user_s_own_usage_in_a_whole_reply_is_no_count() -> None:
+    body = orjson.dumps({"tools": [_SCHEMA], "metadata": _OWN, "usage": {"input_tokens": 9}})
+    meter = Meter(asked("/v1/responses"))
+    assert await through(meter, [body], kind=b"application/json") == body
+    assert meter.calls_made("e") == [("e", 9, 0)]
+
+
+async def test_only_a_chunk_s_own_usage_is_taken_out() -> None:
+    chunk = {"choices": [{"index": 0, "delta": {"extra": _OWN}}], "usage": counts(9, 1)}
+    meter = Meter(asked(stream=True))
+    out = await through(meter, [b"data: " + orjson.dumps(chunk) + b"\n\n"])
+    assert json.loads(out[6:]) == {"choices": chunk["choices"]}
+    assert meter.calls_made("e") == [("e", 9, 1)]

@@ -1,0 +1,184 @@
+"""Letting requests in: what counts before a body is read, what is reserved, what is charged."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import orjson
+import pytest
+
+from service.broker.ledger import Ledger
+from service.config import Config
+from service.errors import DeadlineExceeded, InvalidRequest, PoolGone, TooMany
+from service.gateway.admission import Admission, Called
+from service.gateway.auth import Keyring
+from service.gateway.request.parsing import Asked, read_asked
+from service.gateway.request_record import Passage, Unfinished
+from service.store.keys import digest_of
+from service.store.memory import MemoryStore
+from service.types import Tenant
+
+CHAT = "/v1/chat/completions"
+KEY = "a-key-of-the-tests-a"
+HEADERS = {b"authorization": b"Bearer " + KEY.encode()}
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+class Door:
+    """Admission with its store, and everything that it told of requests that ended."""
+
+    def __init__(self, context: int = 4096, **limits: Any) -> None:
+        config = Config.model_validate(
+            {
+                "experts": {"big": {"model": "m", "price": {"prompt": 1, "completion": 10}}},
+                "pools": {"cpu": {"engine": "simulated"}},
+                "tenants": {"acme": limits},
+                "keys": {"a": {"tenant": "acme", "sha256": digest_of(KEY)}},
+            }
+        )
+        self.tenant = Tenant("acme", "a")
+        self.ledger = Ledger(config, MemoryStore())
+        self.told: list[tuple[str, list[Called]]] = []
+
+        class NoBook:
+            async def records(self) -> list[Any]:
+                return []
+
+        self.admission = Admission(
+            config,
+            Keyring(config, NoBook()),  # type: ignore[arg-type]
+            self.ledger,
+            lambda expert: context,
+            lambda tenant, outcome, calls: self.told.append((outcome, list(calls))),
+        )
+
+    def asked(self, path: str = CHAT, **data: Any) -> Asked:
+        body = {"model": "big", "messages": HELLO, **data}
+        return read_asked(path, orjson.dumps(body), {}, 1000, self.tenant)
+
+    @asynccontextmanager
+    async def admitted(
+        self, asked: Asked, passage: Passage | None = None
+    ) -> AsyncIterator[tuple[Asked, Passage]]:
+        passage = passage or Passage(expert="big")
+        async with self.admission.enter(HEADERS, passage) as entry:
+            yield await self.admission.admit(entry, asked, [("big",)], lambda: 64.0), passage
+
+    async def spent(self, kind: str) -> tuple[float, float]:
+        found = await self.ledger.limits(self.tenant)
+        balance = next(b for name, (_, b) in found.items() if name.endswith(kind))
+        return balance.spent, balance.reserved
+
+
+async def test_enter_who_leaves_before_the_first_byte_has_asked_all_the_same() -> None:
+    door = Door(requests_per_min=3, tokens_per_min=100_000, budget={"amount": 50})
+
+    async def leaves() -> str:
+        passage = Passage(expert="big")
+
+        async def work() -> None:
+            async with door.admitted(door.asked(max_tokens=2000), passage):
+                # The engine works on it; the client waits for a whole answer.
+                passage.unfinished.append(Unfinished(None, (30, 7)))
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(work())
+        await asyncio.sleep(0.001)
+        task.cancel()
+        try:
+            await task
+        except asyncio.CancelledError:
+            return "left"
+        except TooMany:
+            return "refused"
+        return "answered"
+
+    got = [await leaves() for _ in range(10)]
+    await door.admission.stop()
+    assert got == ["left"] * 3 + ["refused"] * 7
+    assert await door.spent("requests") == (3, 0)
+    assert await door.spent("tokens") == (3 * 37, 0)
+    assert await door.spent("budget") == (3 * 100, 0)
+    assert [outcome for outcome, _ in door.told] == ["no_answer"] * 3 + ["rate_limit_exceeded"] * 7
+
+
+@pytest.mark.parametrize(
+    ("error", "own_deadline", "counts"),
+    [
+        (InvalidRequest("wrong"), False, 1),
+        (PoolGone("away"), False, 0),
+        (ValueError("a mistake of ours"), False, 0),
+        (DeadlineExceeded("late"), False, 0),
+        # By a deadline of one's own any number of requests could be made to fail.
+        (DeadlineExceeded("late"), True, 1),
+    ],
+)
+async def test_enter_only_what_fails_by_our_fault_does_not_count(
+    error: Exception, own_deadline: bool, counts: int
+) -> None:
+    door = Door(requests_per_min=5)
+    with pytest.raises(type(error)):
+        async with door.admission.enter(HEADERS, Passage(own_deadline=own_deadline)):
+            raise error
+    assert await door.spent("requests") == (counts, 0)
+
+
+async def test_admit_without_a_bound_a_rate_of_tokens_does_not_mean_one_at_a_time() -> None:
+    door = Door(context=131_072, tokens_per_min=100_000)
+    entered: list[Asked] = []
+    hold = asyncio.Event()
+
+    async def ask() -> None:
+        async with door.admitted(door.asked()) as (asked, _):
+            entered.append(asked)
+            await hold.wait()
+
+    tasks = [asyncio.create_task(ask()) for _ in range(50)]
+    await asyncio.sleep(0.01)
+    assert len(entered) == 50
+    assert all(asked.clipped is None for asked in entered)
+    hold.set()
+    await asyncio.gather(*tasks)
+
+
+async def test_admit_money_is_reserved_for_the_whole_bound() -> None:
+    door = Door(context=4096, budget={"amount": 50_000}, tokens_per_min=100_000)
+    async with door.admitted(door.asked(n=2)):
+        body = door.asked(n=2).body_bytes + 64
+        assert await door.spent("budget") == (0, body * 1 + 2 * 4096 * 10)
+
+
+@pytest.mark.parametrize(
+    ("context", "more", "bound", "sent"),
+    [
+        (4096, {}, 4096, None),
+        (4096, {"max_tokens": 100_000}, 4096, 100_000),
+        # Where nobody knows the context, the request is given what was reserved.
+        (0, {}, 8192, 8192),
+        (0, {"max_tokens": 20_000}, 20_000, 20_000),
+    ],
+)
+async def test_admit_what_is_reserved_bounds_what_the_engine_may_make(
+    context: int, more: dict[str, Any], bound: int, sent: int | None
+) -> None:
+    door = Door(context=context, budget={"amount": 10**7})
+    async with door.admitted(door.asked(**more)) as (asked, _):
+        _, reserved = await door.spent("budget")
+        assert reserved == asked.body_bytes + 64 + bound * 10
+        assert asked.given_tokens == sent
+
+
+async def test_admit_choices_and_prompts_count_as_so_many_at_once() -> None:
+    door = Door(concurrent=4)
+    async with door.admitted(door.asked(n=3)):
+        assert await door.spent("concurrent") == (0, 3)
+        with pytest.raises(TooMany, match="4 requests at once"):
+            async with door.admitted(door.asked(n=2)):
+                pass
+    texts = door.asked("/v1/embeddings", input=["x"] * 500)
+    async with door.admitted(texts):
+        assert await door.spent("concurrent") == (0, 4)
+    assert await door.spent("concurrent") == (0, 0)

@@ -1,0 +1,324 @@
+"""API keys: what is kept, who is found, and where it may listen without any."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from service.cli import cli
+from service.config import Config
+from service.errors import (
+    ConfigError,
+    Conflict,
+    Forbidden,
+    InvalidRequest,
+    StoreGone,
+    Unauthorized,
+    UnknownModel,
+)
+from service.gateway.auth import Keyring, any_key, configured
+from service.gateway.routes.keys_and_usage import NewKey, record_of
+from service.gateway.store_setup import keys_marker
+from service.launch.supervisor import _where_keys_allow
+from service.store.keys import FileBook, KeyRecord, Keys, KeyTable, StoreBook, digest_of, new_key
+from service.store.memory import MemoryStore
+from service.types import NOBODY, Limits
+
+WANTED = KeyRecord("", "acme", "", limits=Limits(requests_per_min=5), experts=("general",))
+
+
+def config(**sections: Any) -> Config:
+    return Config.model_validate(
+        {
+            "experts": {"general": {"model": "m"}, "math": {"model": "n"}},
+            "pools": {"cpu": {"engine": "simulated"}},
+            **sections,
+        }
+    )
+
+
+def books(tmp_path: Path) -> list[Any]:
+    return [FileBook(tmp_path / "deep" / "keys.jsonl"), StoreBook(MemoryStore())]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+async def test_a_key_s_life(tmp_path: Path, which: int) -> None:
+    book = books(tmp_path)[which]
+    keys = Keys(book)
+    empty = await book.version()
+    record, key = await keys.create(WANTED, 100.0)
+    assert await book.version() != empty
+    assert (await keys.records()) == [record]
+    table = KeyTable(await book.load())
+    assert table.find(key, 101.0) == record
+    assert table.find(key + "x", 101.0) is None
+    assert record.limits == WANTED.limits
+    rotated, second = await keys.rotate(record.id, 200.0, 50.0)
+    table = KeyTable(await book.load())
+    assert table.find(key, 249.0) == table.find(second, 249.0) == rotated
+    assert table.find(key, 251.0) is None
+    revoked = await keys.revoke(record.id, 300.0)
+    assert revoked.state(300.0) == "revoked"
+    assert (await keys.revoke(record.id, 400.0)).revoked_s == 300.0
+    with pytest.raises(Conflict):
+        await keys.rotate(record.id, 500.0, 0)
+    with pytest.raises(UnknownModel):
+        await keys.revoke("nobody", 1.0)
+
+
+async def test_no_key_is_kept_and_the_file_is_its_owner_s(tmp_path: Path) -> None:
+    path = tmp_path / "keys.jsonl"
+    _, key = await Keys(FileBook(path)).create(WANTED, 1.0)
+    assert key not in path.read_text()
+    assert key.rpartition("-")[2] not in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert digest_of(key) in path.read_text()
+
+
+def test_states_and_what_people_are_told() -> None:
+    record = replace(WANTED, id="x", digest="d" * 64, expires_s=10.0)
+    assert [record.state(now_s) for now_s in (9.9, 10.0)] == ["active", "expired"]
+    told = record.told(11.0)
+    assert told["state"] == "expired"
+    assert not any("digest" in name for name in told)
+
+
+async def test_who_is_behind_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY_A", "0123456789abcdef")
+    given = config(
+        keys={"a": {"tenant": "acme", "key_env": "KEY_A", "experts": ["general", "math"]}},
+        tenants={"acme": {"priority": "low", "weight": 3, "experts": ["math"]}},
+    )
+    book = StoreBook(MemoryStore())
+    _, made = await Keys(book).create(replace(WANTED, priority="high", expires_s=1.0), 0.5)
+    ring = Keyring(given, book)
+    await ring.look()
+    tenant = ring.identify({b"authorization": b"Bearer 0123456789abcdef"})
+    assert (tenant.name, tenant.key, tenant.priority, tenant.weight) == ("acme", "a", "low", 3)
+    assert tenant.experts == frozenset({"math"})
+    for headers in (
+        {},
+        {b"authorization": b"Basic 0123456789abcdef"},
+        {b"authorization": b"Bearer \xff\xfe"},
+        {b"x-api-key": b"0123456789abcdeX"},
+        {b"x-api-key": made.encode()},
+    ):
+        with pytest.raises(Unauthorized) as caught:
+            ring.identify(headers)
+        assert "0123456789" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"not json",
+        b"{}",
+        b'{"limits": {}}',
+        b'{"id":"x","tenant":"t","digest":"no hex","limits":{},"experts":null}',
+        b'{"id":"x","tenant":"t","digest":"00","limits":{},"experts":null,"of_a_later":1}',
+    ],
+)
+async def test_a_damaged_record_is_told_and_keys_known_before_still_hold(
+    tmp_path: Path, line: bytes
+) -> None:
+    path = tmp_path / "keys.jsonl"
+    book = FileBook(path)
+    _, key = await Keys(book).create(replace(WANTED, experts=None), 1.0)
+    ring = Keyring(config(), book)
+    await ring.look()
+    whole = path.read_bytes()
+    path.write_bytes(whole + line + b"\n")
+    with pytest.raises(ConfigError, match=r"keys\.jsonl: a record of an API key is damaged"):
+        await any_key(config(), book)
+    await ring.look()
+    assert ring.identify({b"x-api-key": key.encode()}).name == "acme"
+    path.unlink()
+    await Keys(book).create(WANTED, 2.0)
+    await ring.look()
+    with pytest.raises(Unauthorized):
+        ring.identify({b"x-api-key": key.encode()})
+
+
+def test_a_variable_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY_A", "short-key")
+    with pytest.raises(ConfigError) as caught:
+        configured(config(keys={"a": {"key_env": "KEY_A"}}))
+    assert "short-key" not in caught.value.message
+
+
+async def test_where_others_reach_it_a_key_is_always_needed() -> None:
+    book = StoreBook(MemoryStore())
+    for server, needed in (
+        ({}, False),
+        ({"host": "0.0.0.0"}, True),
+        ({"host": "0.0.0.0", "open": True}, False),
+    ):
+        ring = Keyring(config(server=server), book)
+        await ring.look()
+        assert ring.needed is needed
+    assert ring.identify({}) == NOBODY
+
+
+async def test_while_the_keys_are_not_known_nobody_is_let_in() -> None:
+    ring = Keyring(config(), StoreBook(MemoryStore()))
+    with pytest.raises(StoreGone):
+        ring.identify({})
+
+
+async def test_a_store_that_came_back_empty_lets_nobody_in(tmp_path: Path) -> None:
+    """Emptied, or another one in its place: what was told once holds until the next start."""
+    store = MemoryStore()
+    book = StoreBook(store)
+    _, key = await Keys(book).create(WANTED, 1.0)
+    ring = Keyring(config(), book, marker=tmp_path / "home" / "keys.needed")
+    await ring.look()
+    assert ring.identify({b"x-api-key": key.encode()}).name == "acme"
+    store._tables.clear()
+    store._versions.clear()
+    for _ in range(2):
+        await ring.look()
+        for headers in ({}, {b"x-api-key": key.encode()}):
+            with pytest.raises(Unauthorized):
+                ring.identify(headers)
+    heir = Keyring(config(), book, after=ring)
+    await heir.look()
+    with pytest.raises(Unauthorized):
+        heir.identify({})
+
+
+async def test_a_service_that_starts_after_its_keys_were_lost_lets_nobody_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("coe"), "propagate", True)
+    given = config(store={"keys_file": str(tmp_path / "keys.jsonl")})
+    book, marker = FileBook(tmp_path / "keys.jsonl"), keys_marker(given)
+    assert not await any_key(given, book, marker)
+    await Keys(book).create(WANTED, 1.0)
+    await Keyring(given, book, marker=marker).look()
+    (tmp_path / "keys.jsonl").unlink()
+    assert await any_key(given, book, marker)
+    ring = Keyring(given, book, marker=marker)
+    await ring.look()
+    with pytest.raises(Unauthorized):
+        ring.identify({})
+    assert f"remove {marker} and start again" in caplog.text
+    marker.unlink()
+    ring = Keyring(given, book, marker=marker)
+    await ring.look()
+    assert ring.identify({}) == NOBODY
+
+
+def test_each_store_of_keys_has_a_marker_of_its_own_without_its_password() -> None:
+    urls = ["redis://a:1/0", "redis://a:1/1", "redis://b:1/0"]
+    markers = [keys_marker(config(store={"kind": "redis", "url": url})) for url in urls]
+    assert len(set(markers)) == 3
+    assert keys_marker(config(store={"kind": "redis", "url": urls[0]})) == markers[0]
+
+
+async def test_with_require_keys_a_key_is_needed_before_there_is_one() -> None:
+    given, book = config(server={"require_keys": True}), StoreBook(MemoryStore())
+    assert await any_key(given, book)
+    ring = Keyring(given, book)
+    await ring.look()
+    with pytest.raises(Unauthorized):
+        ring.identify({})
+
+
+async def test_a_key_of_a_tenant_that_the_config_does_not_name_is_worth_nothing() -> None:
+    book = StoreBook(MemoryStore())
+    _, key = await Keys(book).create(WANTED, 1.0)
+    _, other = await Keys(book).create(replace(WANTED, tenant="default"), 1.0)
+    for tenants, allowed in (({}, True), ({"acme": {}}, True), ({"acne": {}}, False)):
+        ring = Keyring(config(tenants=tenants), book)
+        await ring.look()
+        if allowed:
+            assert ring.identify({b"x-api-key": key.encode()}).name == "acme"
+        else:
+            with pytest.raises(Forbidden, match="tenant of this API key is not in the config"):
+                ring.identify({b"x-api-key": key.encode()})
+        assert ring.identify({b"x-api-key": other.encode()}).name == "default"
+
+
+def test_a_key_for_a_tenant_that_the_config_does_not_name_is_not_made() -> None:
+    given = config(tenants={"acme": {"requests_per_min": 5}})
+    for tenant in ("acme", "default"):
+        assert record_of(given, NewKey(tenant=tenant), 1.0).tenant == tenant
+    with pytest.raises(InvalidRequest, match=r"no tenant 'acne'; did you mean 'acme'\? tenants: "):
+        record_of(given, NewKey(tenant="acne"), 1.0)
+    assert record_of(config(), NewKey(tenant="acne"), 1.0).tenant == "acne"
+
+
+@pytest.mark.parametrize("which", [0, 1])
+async def test_rotating_and_revoking_at_once_never_brings_a_key_back(
+    tmp_path: Path, which: int
+) -> None:
+    keys = Keys(books(tmp_path)[which])
+    for _ in range(10):
+        made, _ = await keys.create(WANTED, 1.0)
+        await asyncio.gather(
+            *(keys.rotate(made.id, 2.0, 60.0) for _ in range(3)),
+            keys.revoke(made.id, 2.0),
+            *(keys.rotate(made.id, 2.0, 60.0) for _ in range(3)),
+            return_exceptions=True,
+        )
+        after = {record.id: record for record in await keys.records()}[made.id]
+        assert after.state(3.0) == "revoked"
+
+
+async def test_a_lock_that_another_process_holds_does_not_stop_the_loop(tmp_path: Path) -> None:
+    book = FileBook(tmp_path / "keys.jsonl")
+    made, _ = await Keys(book).create(WANTED, 1.0)
+    with book._locked():
+        revoking = asyncio.create_task(Keys(book).revoke(made.id, 2.0))
+        await asyncio.sleep(0.05)  # the loop runs on
+        assert not revoking.done()
+    assert (await revoking).revoked_s == 2.0
+
+
+def test_without_a_key_it_listens_on_loopback_only(capsys: pytest.CaptureFixture[str]) -> None:
+    for host in ("127.0.0.1", "0.0.0.0"):
+        given = config(server={"host": host})
+        assert _where_keys_allow(given)[0].server.host == "127.0.0.1"
+    said = capsys.readouterr().err
+    assert "no API key yet" in said
+    assert "listening on 127.0.0.1 only, not on 0.0.0.0" in said
+    opened = config(server={"host": "0.0.0.0", "open": True})
+    assert _where_keys_allow(opened)[0].server.host == "0.0.0.0"
+    assert "warning" in capsys.readouterr().err
+    keyed = config(server={"host": "0.0.0.0"}, keys={"a": {"sha256": "0" * 64}})
+    assert _where_keys_allow(keyed)[0].server.host == "0.0.0.0"
+
+
+def test_the_command_without_a_service(tmp_path: Path) -> None:
+    path = tmp_path / "coe.json"
+    given = json.loads(config(store={"keys_file": "./keys.jsonl"}).model_dump_json())
+    path.write_text(json.dumps(given))
+
+    def run(*arguments: str) -> str:
+        ran = CliRunner().invoke(cli, ["keys", "-c", str(path), *arguments])
+        assert ran.exit_code == 0, ran.output
+        return ran.stdout
+
+    limits = ["--requests-per-min", "9", "--budget", "2.5", "--period", "month"]
+    key = run("create", "--tenant", "acme", "--expires", "90d", *limits).strip()
+    (one,) = json.loads(run("list", "--json"))["keys"]
+    assert (one["tenant"], one["state"]) == ("acme", "active")
+    assert (one["limits"]["budget"], one["limits"]["period"]) == (2.5, "month")
+    assert "9 requests/min" in run("list")
+    assert run("rotate", one["id"], "--grace", "1h").strip() != key
+    assert "revoked" in run("revoke", one["id"])
+    ran = CliRunner().invoke(cli, ["keys", "-c", str(path), "create", "--expires", "soon"])
+    assert ran.exit_code != 0
+
+
+def test_keys_are_unlike_each_other() -> None:
+    made = [new_key() for _ in range(100)]
+    assert len({key for _, key, _ in made}) == 100
+    assert all(len(key) > 50 and digest == digest_of(key) for _, key, digest in made)

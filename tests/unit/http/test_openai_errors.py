@@ -1,0 +1,173 @@
+"""Every error of ours has a status, and OpenAI's shape."""
+
+from __future__ import annotations
+
+import inspect
+
+import orjson
+import pytest
+
+from service import errors
+from service.errors import CoeError, UpstreamError
+from service.http.openai_errors import (
+    Dialect,
+    detail_of,
+    dialect_of,
+    fault_of,
+    sse_event,
+    status_of,
+)
+
+STATUS = {
+    "CoeError": 500,
+    "ConfigError": 500,
+    "InvalidProfile": 500,
+    "ArtifactError": 500,
+    "ModelStoreError": 500,
+    "InvalidRequest": 400,
+    "PromptTooLong": 400,
+    "BodyTooLarge": 413,
+    "HeadersTooLarge": 431,
+    "TooSlow": 408,
+    "UnsupportedMediaType": 415,
+    "NotAllowed": 400,
+    "GuardRefused": 400,
+    "UnknownModel": 404,
+    "UnknownReply": 404,
+    "UnknownEndpoint": 404,
+    "Unauthorized": 401,
+    "Forbidden": 403,
+    "TooMany": 429,
+    "Conflict": 409,
+    "Unavailable": 503,
+    "OverCapacity": 503,
+    "ExpertFailed": 503,
+    "Draining": 503,
+    "PoolGone": 503,
+    "StoreGone": 503,
+    "PoolUnreachable": 503,
+    "PoolStopped": 503,
+    "EngineDead": 503,
+    "EngineRestarting": 503,
+    "EngineDiedTwice": 500,
+    "DeadlineExceeded": 504,
+    "EngineSilent": 504,
+    "CircuitOpen": 503,
+    "UpstreamError": 502,
+}
+CLASSES: dict[str, type[CoeError]] = {
+    name: kind
+    for name, kind in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(kind, CoeError)
+}
+
+
+def test_the_table_knows_every_class() -> None:
+    assert CLASSES.keys() == STATUS.keys()
+
+
+@pytest.mark.parametrize("name", sorted(STATUS))
+def test_status_and_shape(name: str) -> None:
+    error = CLASSES[name]("what happened", **({} if name == "UpstreamError" else {"param": "n"}))
+    fault = fault_of(error)
+    assert fault.status == status_of(error) == STATUS[name]
+    detail = orjson.loads(fault.body)["error"]
+    assert detail == detail_of(error)
+    assert detail.keys() == {"message", "type", "param", "code"}
+    assert detail["message"] == "what happened"
+    assert detail["code"]
+    headers = dict(fault.headers)
+    assert headers[b"content-length"] == str(len(fault.body)).encode()
+    assert (b"retry-after" in headers) == (STATUS[name] == 503)
+
+
+def test_codes_tell_the_classes_apart() -> None:
+    # Two of them share OpenAI's own code for a refusal or for "no such thing here".
+    codes = [kind.code for kind in CLASSES.values()]
+    assert len(set(codes)) == len(codes)
+
+
+@pytest.mark.parametrize(("given_s", "header"), [(0, b"1"), (0.2, b"1"), (1.2, b"2"), (30, b"30")])
+def test_retry_after_is_in_whole_seconds_and_never_none(given_s: float, header: bytes) -> None:
+    fault = fault_of(errors.OverCapacity("full", retry_after_s=given_s))
+    assert dict(fault.headers)[b"retry-after"] == header
+
+
+def test_an_upstream_s_status_is_its_own() -> None:
+    assert status_of(UpstreamError("busy", status=503)) == 503
+
+
+def test_a_class_of_tomorrow_has_its_parent_s_status() -> None:
+    class Tomorrow(errors.OverCapacity):
+        pass
+
+    assert status_of(Tomorrow("x")) == 503
+
+
+def test_an_error_as_the_last_event_of_a_stream() -> None:
+    event = sse_event(errors.PoolGone("gone\n\ndata: trick"))
+    assert event.startswith(b"data: {")
+    assert event.endswith(b"}\n\n")
+    assert event.count(b"\n") == 2
+    assert orjson.loads(event[6:])["error"]["code"] == "pool_gone"
+
+
+def test_a_limit_says_when_there_is_room_and_nothing_where_there_never_is() -> None:
+    soon = fault_of(errors.TooMany("full", retry_after_s=2.1))
+    assert (soon.status, dict(soon.headers)[b"retry-after"]) == (429, b"3")
+    assert b"retry-after" not in dict(fault_of(errors.TooMany("too large")).headers)
+
+
+@pytest.mark.parametrize(
+    ("error", "final"),
+    [
+        (errors.TooMany("empty", retry_after_s=9e4, code="insufficient_quota", final=True), True),
+        (errors.TooMany("held", retry_after_s=1, code="insufficient_quota"), False),
+        (errors.TooMany("larger than the limit"), True),
+        (errors.EngineDiedTwice("it kills engines"), True),
+        (errors.TooMany("full", retry_after_s=2), False),
+        (errors.OverCapacity("full"), False),
+        (errors.CoeError("who knows"), False),
+    ],
+)
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_clients_are_told_where_a_retry_is_vain(
+    error: CoeError, final: bool, dialect: Dialect
+) -> None:
+    told = dict(fault_of(error, dialect).headers).get(b"x-should-retry")
+    assert told == (b"false" if final else None)
+
+
+@pytest.mark.parametrize(
+    ("path", "dialect"),
+    [
+        ("/v1/messages", Dialect.MESSAGES),
+        ("/v1/messages/count_tokens", Dialect.MESSAGES),
+        ("/v1/responses", Dialect.RESPONSES),
+        ("/v1/chat/completions", Dialect.CHAT),
+        ("/v1/models", Dialect.CHAT),
+        ("/nothing", Dialect.CHAT),
+    ],
+)
+def test_a_path_has_its_clients_dialect(path: str, dialect: Dialect) -> None:
+    assert dialect_of(path) is dialect
+
+
+@pytest.mark.parametrize("name", sorted(STATUS))
+def test_anthropic_s_shape_has_a_type_that_its_clients_know(name: str) -> None:
+    fault = fault_of(CLASSES[name]("what happened"), Dialect.MESSAGES)
+    told = orjson.loads(fault.body)
+    kind = {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+        500: "api_error",
+        502: "api_error",
+        503: "overloaded_error",
+        504: "timeout_error",
+    }.get(STATUS[name], "invalid_request_error")
+    assert told == {"type": "error", "error": {"type": kind, "message": "what happened"}}
+    assert dict(fault.headers)[b"content-length"] == str(len(fault.body)).encode()
+    assert dict(fault.headers)[b"x-coe-fault"].decode() == CLASSES[name].code

@@ -1,0 +1,156 @@
+"""What answers on the port before a gateway does."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.gateway.cross_origin import CrossOriginRules
+from service.launch.startup_server import Lobby
+
+
+@pytest.fixture
+def lobby() -> Iterator[Lobby]:
+    rules = CrossOriginRules("127.0.0.1", (), ("http://friend.example",))
+    made = Lobby(("first", "second"), time.monotonic(), rules, keyless=True)
+    made.serve_port("127.0.0.1", 0)
+    yield made
+    made.close()
+
+
+def port_of(lobby: Lobby) -> int:
+    port: int = lobby._servers[0].server_address[1]
+    return port
+
+
+def ask(
+    lobby: Lobby, path: str, body: str | None = None, method: str = "", **headers: str
+) -> tuple[int, Any, bytes]:
+    method = method or ("POST" if body is not None else "GET")
+    given = {name.replace("_", "-"): value for name, value in headers.items()}
+    if body is not None:
+        given = {"content-type": "application/json", **given}
+    with closing(http.client.HTTPConnection("127.0.0.1", port_of(lobby), timeout=5)) as c:
+        c.request(method, path, body, given)
+        reply = c.getresponse()
+        return reply.status, reply.headers, reply.read()
+
+
+def events(data: bytes) -> list[Any]:
+    return [json.loads(line[6:]) for line in data.splitlines() if line.startswith(b"data: ")]
+
+
+def test_the_page_is_there_and_prompts_are_put_off(lobby: Lobby) -> None:
+    status, headers, page = ask(lobby, "/console")
+    assert (status, b"coe" in page) == (200, True)
+    assert "default-src 'none'" in headers["content-security-policy"]
+    assert ask(lobby, "/console/app.js")[0] == 200
+    status, headers, _ = ask(lobby, "/")
+    assert (status, headers["location"]) == (307, "/console")
+    assert ask(lobby, "/health")[0] == 200
+    assert ask(lobby, "/ready")[0] == 503
+    assert ask(lobby, "/console/../secret")[0] == 503
+    status, headers, body = ask(lobby, "/v1/chat/completions", "x" * 100_000)
+    error = json.loads(body)["error"]
+    assert (status, headers["retry-after"], error["code"]) == (503, "2", "starting")
+    assert error.keys() == {"message", "type", "param", "code"}
+    told = json.loads(ask(lobby, "/v1/messages", "{}")[2])
+    assert (told["type"], told["error"]["type"]) == ("error", "overloaded_error")
+    lobby.stopping()
+    assert json.loads(ask(lobby, "/v1/models")[2])["error"]["code"] == "stopping"
+
+
+def test_the_stream_shows_each_step_and_ends_with_the_start(lobby: Lobby) -> None:
+    got: list[bytes] = []
+    reader = threading.Thread(target=lambda: got.append(ask(lobby, "/console/events")[2]))
+    reader.start()
+    assert lobby.done("first") >= 0
+    assert [step["now"] for step in lobby.progress()["steps"]] == [False, True]
+    lobby.done("second")
+    lobby.finish()
+    reader.join(10)
+    assert not reader.is_alive()
+    last = events(got[0])[-1]
+    assert [step["name"] for step in last["steps"]] == ["first", "second"]
+
+
+def test_who_listens_on_the_port_beside_it_has_it_alone_afterwards(lobby: Lobby) -> None:
+    port = port_of(lobby)
+    with closing(socket.socket()) as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        lobby.leave_port()
+        with closing(socket.create_connection(("127.0.0.1", port), 5)):
+            other.settimeout(5)
+            other.accept()[0].close()
+
+
+def test_a_unix_socket_answers_too(lobby: Lobby, tmp_path: Path) -> None:
+    lobby.serve_socket(tmp_path / "lobby")
+    with closing(socket.socket(socket.AF_UNIX)) as client:
+        client.settimeout(5)
+        client.connect(str(tmp_path / "lobby"))
+        client.sendall(b"GET /ready HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert client.recv(4096).startswith(b"HTTP/1.0 503")
+
+
+def test_it_is_bounded(lobby: Lobby, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = lobby._servers[0]
+    monkeypatch.setattr(server, "_places", threading.Semaphore(1))
+    with closing(http.client.HTTPConnection("127.0.0.1", port_of(lobby), timeout=5)) as stream:
+        stream.request("GET", "/console/events")
+        reply = stream.getresponse()  # kept: a reply that nobody holds closes its connection
+        with pytest.raises((http.client.HTTPException, OSError)):
+            ask(lobby, "/health")
+        assert reply.status == 200
+
+
+@pytest.mark.parametrize("path", ["/console", "/console/events", "/v1/models", "/ready"])
+def test_a_foreign_host_or_origin_is_refused(lobby: Lobby, path: str) -> None:
+    for headers in ({"host": "attacker.example"}, {"origin": "http://attacker.example"}):
+        status, _, body = ask(lobby, path, **headers)
+        assert status == 403, headers
+        assert json.loads(body)["error"]["code"] in ("host_not_allowed", "origin_not_allowed")
+    assert ask(lobby, "/ready", origin="http://friend.example")[0] == 503
+
+
+def test_a_post_of_another_type_is_refused(lobby: Lobby) -> None:
+    status, _, body = ask(lobby, "/v1/messages", "{}", content_type="text/plain")
+    told = json.loads(body)
+    assert (status, told["type"], told["error"]["type"]) == (415, "error", "invalid_request_error")
+
+
+def test_head_is_get_without_a_body(lobby: Lobby) -> None:
+    for path in ("/health", "/ready", "/console", "/console/events", "/v1/models"):
+        status, _, body = ask(lobby, path, method="HEAD")
+        assert body == b""
+        if path != "/console/events":
+            assert status == ask(lobby, path)[0]
+
+
+def test_a_page_of_a_configured_origin_may_read_that_it_starts(lobby: Lobby) -> None:
+    friend = "http://friend.example"
+    wanted = {"access_control_request_method": "POST", "access_control_request_headers": "x-a"}
+    status, headers, _ = ask(lobby, "/v1/models", method="OPTIONS", origin=friend, **wanted)
+    assert (status, headers["access-control-allow-origin"]) == (204, friend)
+    assert headers["access-control-allow-headers"] == "x-a"
+    wanted = {"access_control_request_headers": "a\tb: c"}
+    headers = ask(lobby, "/", method="OPTIONS", origin=friend, **wanted)[1]
+    assert headers["access-control-allow-headers"] == "content-type"
+    status, headers, _ = ask(lobby, "/v1/chat/completions", "{}", origin=friend)
+    assert (status, headers["access-control-allow-origin"]) == (503, friend)
+    stranger = "http://attacker.example"
+    for method in ("OPTIONS", "GET"):
+        status, headers, _ = ask(lobby, "/v1/models", method=method, origin=stranger)
+        assert (status, headers["access-control-allow-origin"]) == (403, None)

@@ -1,0 +1,36 @@
+"""What `coe serve` says of a start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from service.config import Config
+from service.launch import supervisor
+
+
+def config(**experts: dict[str, Any]) -> Config:
+    pools = {"cpu": {"engine": "simulated"}}
+    return Config.model_validate({"experts": experts, "pools": pools})
+
+
+@pytest.mark.parametrize(
+    ("states", "works"),
+    [
+        ({"a": "device", "b": "failed"}, True),
+        ({"a": "disk", "b": "failed"}, True),
+        ({"a": "failed", "b": "failed"}, False),
+    ],
+)
+def test_ready_is_said_only_where_somebody_may_answer(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    states: dict[str, str],
+    works: bool,
+) -> None:
+    why = {"failed": {"reason": "told to"}}
+    told = {name: {"state": state, **why.get(state, {})} for name, state in states.items()}
+    monkeypatch.setattr(supervisor, "_ready", lambda _: told)
+    assert supervisor._follow(config(a={"model": "m"}, b={"model": "m"}), 0.0) is works
+    assert "expert b failed: told to" in capsys.readouterr().err

@@ -1,0 +1,33 @@
+"""The load test of mixtures of experts: its parts become one report, each also alone."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from loadtests.lib.targets import Reach, Report, Table
+from loadtests.moe import __main__ as moe
+
+
+def part(name: str, ok: bool) -> Report:
+    made = Report(name, [Reach(name, 1, 2, ok)], [Table(name, ("a",))], [f"note of {name}"])
+    made.facts["value"] = name
+    return made
+
+
+def test_parts_become_one_report() -> None:
+    whole = moe.joined({"one": lambda: part("one", True), "two": lambda: part("two", False)})
+    assert [(one.name, one.ok) for one in whole.reach] == [("one", True), ("two", False)]
+    assert [table.title for table in whole.tables] == ["one", "two"]
+    assert whole.notes == ["note of one", "note of two"]
+    assert whole.as_json()["two"] == {"value": "two"}
+
+
+def test_building_needs_texts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["moe", "--part", "build"])
+    with pytest.raises(SystemExit):
+        moe.main()
+    assert "--part build needs --data" in capsys.readouterr().err

@@ -1,0 +1,60 @@
+"""The load test of swaps on a GPU: what of it needs none."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from loadtests.swap_gpu import __main__ as swap_gpu
+from loadtests.swap_gpu.models import SHAPES, write_random
+from service.models import ModelInfo, inspect_model
+
+torch = pytest.importorskip("torch")
+
+
+def test_the_shape_is_of_seven_billion() -> None:
+    assert SHAPES["7b"].parameters == 7_241_732_096
+
+
+def test_random_models_of_one_family(tmp_path: Path) -> None:
+    shape = SHAPES["tiny"]
+    one, two = (write_random(tmp_path / name, shape, seed) for seed, name in enumerate("ab"))
+    infos = [inspect_model(folder) for folder in (one, two)]
+    for info in infos:
+        assert isinstance(info, ModelInfo)
+        assert (info.parameters, info.weight_bytes) == (shape.parameters, shape.weight_bytes)
+        assert info.dtype == "bfloat16"
+    assert infos[0].family == infos[1].family  # type: ignore[union-attr]
+    files = sorted(path.name for path in one.glob("*.safetensors"))
+    assert files == ["model-0.safetensors", "model-1.safetensors", "model-rest.safetensors"]
+    assert (one / files[0]).read_bytes() != (two / files[0]).read_bytes()
+
+
+def test_bytes_are_counted_once_each_time() -> None:
+    assert len(swap_gpu.copy_s(1 << 20, 3, device="cpu")) == 3
+
+
+@pytest.mark.parametrize(("inplace_s", "met"), [(0.62, True), (0.64, False)])
+def test_what_is_reached_is_computed(inplace_s: float, met: bool) -> None:
+    found = swap_gpu.Found(14_000_000_000)
+    told = {swap_gpu.BUS: 0.5, swap_gpu.INPLACE: inplace_s, swap_gpu.WAKE: 0.9}
+    for name, seconds in told.items():
+        for _ in range(5):
+            found.add(name, seconds)
+    report = swap_gpu.report_of(found)
+    (reach,) = report.reach
+    assert (reach.target, reach.ok) == (0.8, met)
+    assert reach.value == pytest.approx(0.5 / inplace_s, rel=1e-4)
+    assert report.facts["times as fast as waking"]["value"] == pytest.approx(0.9 / inplace_s)
+    assert "28.00" in report.tables[0].text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: it would be measured")
+def test_without_a_gpu_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["swap_gpu", "--shape", "tiny"])
+    assert swap_gpu.main() == 1
+    assert "no GPU here" in capsys.readouterr().err

@@ -1,0 +1,117 @@
+"""A slot's life, event by event; under random events it is in tests/property."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from service.config import SimulatedOptions
+from service.engine.simulated import SimulatedEngine
+from service.errors import Draining, ExpertFailed
+from service.pool.slots.base import Slot
+from service.types import Residency
+
+
+class SlowAdapter(SimulatedEngine):
+    """Its adapter takes until it is told to go on, and may turn out to be broken."""
+
+    def __init__(self, broken: str | None) -> None:
+        super().__init__(("base", "tuned"), SimulatedOptions())
+        self.go_on = asyncio.Event()
+        self.broken = broken
+
+    async def load(self, expert: str) -> None:
+        if expert == "tuned":
+            await self.go_on.wait()
+            if self.broken is not None:
+                raise ExpertFailed(self.broken)
+        await super().load(expert)
+
+
+class Stage:
+    """A slot and the engines that it has had; `told` is set at every change."""
+
+    def __init__(self, broken: str | None = None) -> None:
+        self.engines: list[SlowAdapter] = []
+        self.broken = broken
+        self.told = asyncio.Event()
+        self.slot = Slot(
+            ("base", "tuned"),
+            self.build,
+            capacity=4,
+            max_waiting=4,
+            start_guess_s=0.0,
+            changed=self.told.set,
+        )
+        self.supervisor = asyncio.create_task(self.slot.supervise(asyncio.Lock()))
+
+    def build(self) -> SlowAdapter:
+        self.engines.append(SlowAdapter(self.broken))
+        return self.engines[-1]
+
+    async def until(self, expert: str, state: Residency) -> None:
+        async with asyncio.timeout(5):
+            while self.slot.states()[expert].state is not state:
+                self.told.clear()
+                await self.told.wait()
+
+    async def ask(self, expert: str) -> None:
+        async with self.slot.lease(expert) as lease:
+            assert lease.engine is self.engines[0]
+
+    async def close(self) -> None:
+        self.supervisor.cancel()
+        done, _ = await asyncio.wait({self.supervisor}, timeout=5)
+        assert done == {self.supervisor}
+        assert self.engines[-1].failure() is not None
+
+
+async def test_a_base_answers_while_its_adapters_still_load() -> None:
+    stage = Stage()
+    await stage.until("base", Residency.DEVICE)
+    tuned = asyncio.create_task(stage.ask("tuned"))
+    await asyncio.sleep(0)
+    # One that waits for the adapter is ahead; it must not hold this one up.
+    await asyncio.wait_for(stage.ask("base"), 5)
+    assert not tuned.done()
+    stage.engines[0].go_on.set()
+    await asyncio.wait_for(tuned, 5)
+    await stage.close()
+
+
+async def test_word_of_an_older_engine_s_death_does_no_harm() -> None:
+    stage = Stage()
+    await stage.until("base", Residency.DEVICE)
+    stage.engines[0].go_on.set()
+    await stage.until("tuned", Residency.DEVICE)
+    stage.slot.lost()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert len(stage.engines) == 1
+    await stage.close()
+
+
+async def test_a_draining_slot_refuses_and_waits() -> None:
+    stage = Stage()
+    await stage.until("base", Residency.DEVICE)
+    async with stage.slot.lease("base"):
+        draining = asyncio.create_task(stage.slot.drain(5))
+        await asyncio.sleep(0)
+        with pytest.raises(Draining):
+            await stage.ask("base")
+        assert not draining.done()
+    await asyncio.wait_for(draining, 5)
+    await stage.close()
+
+
+async def test_who_waits_for_an_expert_that_can_not_load_is_told() -> None:
+    stage = Stage(broken="its rank is odd")
+    await stage.until("base", Residency.DEVICE)
+    waiting = asyncio.create_task(stage.ask("tuned"))
+    await asyncio.sleep(0)
+    stage.engines[0].go_on.set()
+    with pytest.raises(ExpertFailed, match="its rank is odd"):
+        await asyncio.wait_for(waiting, 5)
+    assert stage.slot.states()["base"].state is Residency.DEVICE
+    await stage.close()

@@ -1,0 +1,22 @@
+"""What a pool acknowledges, and of whom it still knows."""
+
+from __future__ import annotations
+
+from service.pool.acknowledgements import Acks
+
+
+def test_calls_may_overtake_each_other() -> None:
+    acks = Acks()
+    for seq in (1, 3, 2):
+        acks.heard("a", seq)
+    assert acks.told() == {"a": 3}
+
+
+def test_gateways_that_are_long_gone_are_forgotten() -> None:
+    acks = Acks()
+    for seq in range(1, 1000):
+        acks.heard("always", seq)
+        acks.heard(f"gateway-{seq}", seq)
+    told = acks.told()
+    assert len(told) <= 256
+    assert told["always"] == told["gateway-999"] == 999

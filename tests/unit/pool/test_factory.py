@@ -1,0 +1,353 @@
+"""A pool that goes on by another config."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from service.config import Config
+from service.engine.base import Message
+from service.engine.simulated import SimulatedEngine
+from service.errors import CoeError, UnknownModel
+from service.moe.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
+from service.pool.factory import Assembly
+from service.pool.pool import Pool
+from service.rpc.call import Call
+from service.telemetry.pool_metrics import PoolMetrics
+from tests.support.waiting import until
+from tests.unit.moe.test_steering import gates
+
+
+def config(names: str, slots: int | None, **changed: Any) -> Config:
+    experts = {name: {"model": changed.get(name, "m")} for name in names}
+    simulated = {"decode_ms": 10, "tokens": 4, "fill_s": 0.02, "swap_s": 0.01}
+    pool: dict[str, Any] = {"engine": "simulated", "simulated": simulated}
+    if slots is not None:
+        pool |= {"slots": slots, "swap": {"min_stay_s": 0.0}}
+    return Config.model_validate({"experts": experts, "pools": {"p": pool}})
+
+
+class Running:
+    """A pool by a config."""
+
+    def __init__(self, first: Config) -> None:
+        watch = PoolMetrics()
+        self.pool = Pool("p")
+        self.count = itertools.count()
+        self.assembly = Assembly(first, "p", self.pool, watch)
+        self.pool.start()
+
+    async def ask(self, expert: str, tokens: int = 4) -> str:
+        body = orjson.dumps({"prompt": "x", "max_tokens": tokens})
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        call = Call("/v1/completions", expert, f"r{next(self.count)}", 10_000, False, "g", 1)
+        try:
+            await self.pool.run(call, body, send)
+        except CoeError as error:
+            return error.code
+        return "ok" if f"{expert}:".encode() in sent[-1]["body"] else repr(sent)
+
+
+@pytest.mark.parametrize("slots", [None, 1, 2])
+async def test_experts_come_and_go(slots: int | None) -> None:
+    running = Running(config("abc", slots))
+    assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
+    # One runs, one is asked for, one is new.
+    long = asyncio.create_task(running.ask("c", 60))
+    await until(lambda: running.pool.snapshot().queues["c"].running == 1, "c runs")
+    waiting = asyncio.create_task(running.ask("b")) if slots == 1 else None
+    await asyncio.sleep(0)
+    await running.assembly.reload(config("ad", slots))
+    assert await long == "ok", "who ran was not let end"
+    if waiting is not None:
+        assert await waiting in ("model_not_found", "ok")
+    assert set(running.pool.snapshot().experts) == {"a", "d"}
+    assert [await running.ask(name) for name in "ad"] == ["ok"] * 2
+    with pytest.raises(UnknownModel):
+        await running.pool.operate("load", "b")
+    assert running.pool.unhealthy() is None
+    await running.pool.stop(1)
+
+
+@pytest.mark.parametrize("slots", [None, 1])
+async def test_an_expert_that_changes_is_another_one(slots: int | None) -> None:
+    running = Running(config("abc", slots))
+    assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
+    await running.assembly.reload(config("abc", slots, b="n"))
+    assert running.pool.details()["b"].get("host_bytes", 0) == 0 or slots is None
+    assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
+    await running.pool.stop(1)
+
+
+@pytest.mark.parametrize("slots", [None, 1, 2])
+async def test_reload_that_changes_an_expert_tells_to_ask_again_and_one_that_went_is_unknown(
+    slots: int | None,
+) -> None:
+    running = Running(config("abc", slots))
+    assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
+    # Its running request keeps the old one of that name there for a while.
+    long = asyncio.create_task(running.ask("b", 60))
+    await until(lambda: running.pool.snapshot().queues["b"].running == 1, "b runs")
+    reload = asyncio.create_task(running.assembly.reload(config("ab", slots, b="n")))
+    await until(lambda: "b" not in running.pool._slot_of, "it goes")
+    assert await running.ask("b") == "engine_restarting"
+    await until(lambda: "c" not in running.pool._slot_of, "it goes")
+    assert await running.ask("c") == "model_not_found"
+    assert await long == "ok"
+    await reload
+    assert [await running.ask(name) for name in "abc"] == ["ok", "ok", "model_not_found"]
+    await running.pool.stop(1)
+
+
+@pytest.mark.parametrize("slots", [None, 1, 2])
+@pytest.mark.parametrize("changed", ["abc", "bc"])
+async def test_reload_that_changes_all_experts_leaves_as_many_slots_as_there_were(
+    slots: int | None, changed: str
+) -> None:
+    running = Running(config("abc", slots))
+    assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
+    async with asyncio.timeout(10):
+        await running.assembly.reload(config("abc", slots, **dict.fromkeys(changed, "n")))
+    assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
+    assert len(running.pool.shared) == (slots or 0)
+    assert running.pool.unhealthy() is None
+    await running.pool.stop(1)
+
+
+async def test_reload_with_fewer_experts_than_slots_and_then_more_has_all_slots_again() -> None:
+    running = Running(config("abc", 2))
+    await running.assembly.reload(config("a", 2))
+    assert len(running.pool.shared) == 1
+    await running.assembly.reload(config("abc", 2))
+    assert len(running.pool.shared) == 2
+    assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
+    await running.pool.stop(1)
+
+
+@pytest.mark.parametrize("stay", ["bd", "acd", "f", "bdfg"])
+async def test_a_shared_slot_whose_units_all_go(stay: str) -> None:
+    running = Running(config("abcdef", 2))
+    assert [await running.ask(name) for name in "abcdef"] == ["ok"] * 6
+    under_way = [asyncio.create_task(running.ask(name, 30)) for name in "ae"]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await running.assembly.reload(config(stay, 2))
+    assert await asyncio.gather(*under_way) in (
+        ["ok", "ok"],
+        ["model_not_found", "ok"],
+        ["ok", "model_not_found"],
+        ["model_not_found", "model_not_found"],
+    )
+    assert set(running.pool.snapshot().experts) == set(stay)
+    assert [await running.ask(name) for name in stay] == ["ok"] * len(stay)
+    assert running.pool.unhealthy() is None
+    await running.pool.stop(1)
+
+
+async def test_the_policy_of_swaps_changes_with_it() -> None:
+    running = Running(config("abc", 1))
+    other = config("abc", 1)
+    swap = other.pools["p"].swap.model_copy(update={"max_wait_s": 7.0, "running": "preempt"})
+    pool = other.pools["p"].model_copy(update={"swap": swap})
+    await running.assembly.reload(other.model_copy(update={"pools": {"p": pool}}))
+    policy = running.pool.shared[0].policy
+    assert (policy.max_wait_s, policy.preempt) == (7.0, True)
+    await running.pool.stop(1)
+
+
+def steered(folder: Path, names: str, slots: int | None = None) -> Config:
+    """a and b, full; a1 and a2 virtual experts of a. Simulated: their profiles are any files."""
+    experts = {
+        name: {"base": name[0], "profile": str(folder / name)} if name[1:] else {"model": "m"}
+        for name in names.split()
+    }
+    for name in experts:
+        if not (folder / name).exists():
+            (folder / name).write_text(name)
+    simulated = {"decode_ms": 10, "tokens": 4, "fill_s": 0.02, "swap_s": 0.01}
+    pool = {"engine": "simulated", "simulated": simulated, "swap": {"min_stay_s": 0.0}}
+    if slots is not None:
+        pool["slots"] = slots
+    return Config.model_validate({"experts": experts, "pools": {"p": pool}})
+
+
+@pytest.mark.parametrize("slots", [None, 1, 2])
+async def test_virtual_experts_take_turns_with_their_base(
+    tmp_path: Path, slots: int | None
+) -> None:
+    running = Running(steered(tmp_path, "a b a1 a2", slots))
+    try:
+        for _ in range(2):
+            assert [await running.ask(name) for name in ("a1", "b", "a2", "a")] == ["ok"] * 4
+        told = running.pool.snapshot().experts
+        assert len({told[name].slot for name in ("a", "a1", "a2")}) == 1
+        assert len({one.slot for one in told.values()}) == (1 if slots == 1 else 2)
+        methods = {method for _, method, _ in running.pool.swap_counts()}
+        assert methods == ({"steer", "inplace"} if slots == 1 else {"steer"})
+    finally:
+        await running.pool.stop(1)
+
+
+@pytest.mark.parametrize("slots", [None, 1])
+async def test_virtual_experts_come_go_and_change(tmp_path: Path, slots: int | None) -> None:
+    running = Running(steered(tmp_path, "a b", slots))
+    try:
+        assert await running.ask("a") == "ok"
+        await running.assembly.reload(steered(tmp_path, "a b a1 a2", slots))
+        assert [await running.ask(name) for name in ("a1", "a2", "a", "b")] == ["ok"] * 4
+        # The same config, another file: nobody else has to go for it.
+        (tmp_path / "a1").write_text("other")
+        await running.assembly.reload(steered(tmp_path, "a b a1 a2", slots))
+        details = running.pool.details()
+        assert details["a1"]["host_bytes"] == 0
+        assert details["a2"]["host_bytes"] > 0
+        assert [await running.ask(name) for name in ("a1", "a2", "a")] == ["ok"] * 3
+        # While one runs; then its base with it.
+        await running.assembly.reload(steered(tmp_path, "a b a2", slots))
+        with pytest.raises(UnknownModel):
+            await running.pool.operate("load", "a1")
+        assert [await running.ask(name) for name in ("a2", "a")] == ["ok"] * 2
+        await running.assembly.reload(steered(tmp_path, "b", slots))
+        assert set(running.pool.snapshot().experts) == {"b"}
+        assert await running.ask("b") == "ok"
+        assert running.pool.unhealthy() is None
+    finally:
+        await running.pool.stop(1)
+
+
+async def test_a_virtual_expert_for_which_the_engine_was_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the engine is started anew, once, for the base, and then takes it on."""
+    first: list[Any] = []
+
+    class Made(SimulatedEngine):
+        @property
+        def exchangeable(self) -> frozenset[str]:
+            first[:] = first or [self]
+            return super().exchangeable - ({"a2"} if first[0] is self else set())
+
+    monkeypatch.setattr("service.pool.factory.SimulatedEngine", Made)
+    running = Running(steered(tmp_path, "a a1"))
+    try:
+        assert [await running.ask(name) for name in ("a", "a1")] == ["ok"] * 2
+        await running.assembly.reload(steered(tmp_path, "a a1 a2"))
+        assert [await running.ask(name) for name in ("a2", "a", "a1", "a2")] == ["ok"] * 4
+        counted = running.pool.swap_counts()
+        respawned = {unit: n for (unit, method, _), n in counted.items() if method == "respawn"}
+        assert respawned == {"a2": 1}
+        assert running.pool.unhealthy() is None
+    finally:
+        await running.pool.stop(1)
+
+
+GATE = "model.layers.{}.block_sparse_moe.gate.weight"
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_experts_per_tok": 2,
+    "num_local_experts": 4,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "vocab_size": 32,
+}
+
+
+def on_a_gpu(root: Path, names: str, method: str = "auto", **top_k: int) -> Config:
+    """a and b, mixtures of experts; a1 and a2 virtual experts of a. Profiles and gates are real."""
+    experts: dict[str, Any] = {}
+    for name in names.split():
+        if not name[1:]:
+            if not (root / name).exists():  # written anew it would be another one
+                gates(root / name, MIXTRAL, GATE)
+            experts[name] = {"model": str(root / name)}
+            continue
+        shape = moe_shape(root / name[0])
+        assert shape is not None
+        layer = LayerSteering.of(4, top_k=top_k.get(name, 1))
+        write_profile(SteeringProfile(shape, {1: layer}), root / f"{name}.safetensors")
+        experts[name] = {"base": name[0], "profile": str(root / f"{name}.safetensors")}
+    pool = {"gpus": 1, "slots": 1, "swap": {"method": method}}
+    return Config.model_validate({"experts": experts, "pools": {"p": pool}})
+
+
+async def test_engines_on_a_gpu_and_their_virtual_experts(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from service.engine.vllm.swapping import SwappingVllmEngine
+
+    pool = Pool("p")
+    assembly = Assembly(on_a_gpu(tmp_path, "a b a1"), "p", pool, PoolMetrics())
+
+    def engine_for(unit: str) -> Any:
+        return assembly._swapping_engine(unit)._make()  # type: ignore[attr-defined]
+
+    # Weights are exchanged by another engine, gates in this one.
+    steered, plain = engine_for("a"), engine_for("b")
+    assert isinstance(steered, SwappingVllmEngine)
+    assert not isinstance(plain, SwappingVllmEngine)
+    steered._places = 2  # as it was started
+    assert steered.exchangeable == {"a", "a1"}
+    assert plain.exchangeable == {"b"}
+    # Of those that come, it has what it can run; for the other it is started anew.
+    await assembly.reload(on_a_gpu(tmp_path, "a b a1 a2 a3", a3=3))
+    assert steered.exchangeable == {"a", "a1", "a2"}
+    again = engine_for("a")
+    assert {name: weights.places for name, weights in again._weights.items()} == {
+        "a": 0,
+        "a1": 2,
+        "a2": 2,
+        "a3": 3,
+    }
+    # Nothing of an engine whose experts went is looked for.
+    assembly._config = on_a_gpu(tmp_path, "b")
+    assembly._look_again()
+    assert steered.exchangeable == {"a", "a1", "a2"}
+    # What its engines would share goes with the pool.
+    cache = assembly._cache
+    assert cache is not None
+    assert cache is assembly._shared_cache()
+    assert cache.folder.is_dir()
+    await assembly.stop(0)
+    assert not cache.folder.is_dir()
+
+
+async def test_the_bound_on_shared_weights_is_the_config_s(tmp_path: Path) -> None:
+    config = on_a_gpu(tmp_path, "a b", "inplace")
+
+    def bounded(amount: int) -> Config:
+        pool = config.pools["p"]
+        swap = pool.swap.model_copy(update={"host_bytes": amount})
+        changed = {"p": pool.model_copy(update={"swap": swap})}
+        return config.model_copy(update={"pools": changed})
+
+    assembly = Assembly(bounded(1000), "p", Pool("p"), PoolMetrics())
+    cache = assembly._shared_cache()
+    assert cache is not None
+    assert cache.bound_bytes == 1000
+    await assembly.reload(bounded(2000))
+    assert cache.bound_bytes == 2000
+    await assembly.stop(0)
+
+
+async def test_engines_on_a_gpu_that_take_other_weights_in(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    first = on_a_gpu(tmp_path, "a b a1", "inplace")
+    assembly = Assembly(first, "p", Pool("p"), PoolMetrics())
+    engine: Any = assembly._swapping_engine("a")._make()  # type: ignore[attr-defined]
+    engine._places = 2
+    assert engine.exchangeable == {"a", "a1", "b"}
+    # Whose first expert went.
+    assembly._config = on_a_gpu(tmp_path, "b c", "inplace")
+    assembly._look_again()
+    assert engine.exchangeable == {"b", "c"}

@@ -1,0 +1,327 @@
+"""The memory plan, from what folders say of themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.config import Config
+from service.errors import ConfigError, ModelStoreError
+from service.models import AdapterInfo, ModelInfo, MoeInfo
+from service.moe.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
+from service.pool.memory_plan import ENGINE_BYTES, REPLICA_BYTES, check_plan, folders_of, plan_pool
+from tests.unit.moe.test_steering import gates
+
+MIB = 1024**2
+GATE = "model.layers.{}.block_sparse_moe.gate.weight"
+
+
+def model(**changes: Any) -> ModelInfo:
+    fields: dict[str, Any] = {
+        "path": Path("m"),
+        "architecture": "LlamaForCausalLM",
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "quantization": None,
+        "parameters": 50 * MIB,
+        "active_parameters": 50 * MIB,
+        "weight_bytes": 100 * MIB,
+        "max_context_tokens": 2048,
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "layers": 8,
+        "attention_heads": 8,
+        "kv_heads": 4,
+        "head_size": 64,
+        "vocab_size": 1000,
+        "tied_embeddings": True,
+        "moe": None,
+        "needs_custom_code": False,
+        "family": "f",
+    }
+    return ModelInfo(**{**fields, **changes})
+
+
+def adapter(rank: int = 8, parameters: int = MIB) -> AdapterInfo:
+    return AdapterInfo(Path("a"), None, rank, 16.0, ("q_proj",), "float32", parameters, 4 * MIB)
+
+
+def config(pool: dict[str, Any] | None = None, **vllm: Any) -> Config:
+    options = {"dtype": "float32", "kv_cache_bytes": "128MiB", **vllm}
+    return Config.model_validate(
+        {
+            "experts": {"base": {"model": "m"}, "tuned": {"base": "base", "adapter": "a"}},
+            "pools": {"cpu": {"vllm": options, **(pool or {})}},
+        }
+    )
+
+
+def inspect(base: ModelInfo | None = None, tuned: AdapterInfo | None = None) -> Any:
+    found = {"base": base or model(), "tuned": tuned or adapter()}
+    return found.__getitem__
+
+
+def test_bytes_add_up_on_a_cpu() -> None:
+    plan = plan_pool(config(), "cpu", inspect())
+    (engine,) = plan.engines
+    # bfloat16 on disk, float32 in memory, and packed beside itself while it loads.
+    assert engine.weight_bytes == 100 * MIB * 2 * 2
+    assert engine.adapter_bytes == 4 * MIB
+    assert engine.kv_bytes == 128 * MIB
+    assert engine.kv_tokens == 128 * MIB // (2 * 8 * 4 * 64 * 4)
+    assert engine.overhead_bytes == ENGINE_BYTES
+    assert plan.total_bytes == REPLICA_BYTES + (400 + 4 + 128) * MIB + ENGINE_BYTES
+    assert engine.adapters == ("tuned",)
+
+
+def test_on_a_gpu_weights_count_once_and_processes_not_at_all() -> None:
+    plan = plan_pool(config({"gpus": 1}, dtype="auto"), "cpu", inspect())
+    assert plan.total_bytes == (100 + 2 + 128) * MIB
+
+
+def three(pool: dict[str, Any], pinned: tuple[str, ...] = ()) -> Any:
+    """The plan of a pool of three experts: 100, 100 and 300 MiB, packed twice as much."""
+    sizes = {"a": 100, "b": 100, "c": 300}
+    made = Config.model_validate(
+        {
+            "experts": {name: {"model": name, "pinned": name in pinned} for name in sizes},
+            "router": {"fallback": "a"},
+            "pools": {
+                "cpu": {
+                    **pool,
+                    "vllm": {"kv_cache_bytes": "128MiB", "enforce_eager": True},
+                }
+            },
+        }
+    )
+    found = {name: model(weight_bytes=mib * MIB) for name, mib in sizes.items()}
+    return plan_pool(made, "cpu", found.__getitem__)
+
+
+def test_the_bound_on_host_memory_is_the_pool_s() -> None:
+    """Counted once, however many slots share it."""
+    fixed = {n: REPLICA_BYTES + n * (128 * MIB + ENGINE_BYTES) for n in (1, 2)}
+    assert three({"slots": 1}).total_bytes == fixed[1] + 2 * 500 * MIB
+    assert three({"slots": 2}).total_bytes == fixed[2] + 2 * 500 * MIB
+    for slots in (1, 2):
+        plan = three({"slots": slots, "swap": {"host_bytes": "900MiB"}})
+        assert plan.total_bytes == fixed[slots] + 900 * MIB
+        assert plan.host_bytes == 0
+
+
+def test_on_a_gpu_who_runs_is_there_and_all_are_in_host_memory_once() -> None:
+    gpu = {"gpus": 1, "slots": 2, "swap": {"method": "inplace"}}
+    plan = three(gpu)
+    assert plan.total_bytes == 2 * (300 + 128) * MIB
+    assert plan.host_bytes == 500 * MIB
+    bounded = {**gpu, "swap": {"method": "inplace", "host_bytes": "450MiB"}}
+    assert three(bounded).host_bytes == 450 * MIB
+    for swap in ({}, {"method": "respawn"}, {"method": "sleep", "sleep_level": 2}):
+        assert three({**gpu, "swap": swap}).host_bytes == 0
+    assert three({**gpu, "swap": {"method": "sleep"}}).host_bytes == 500 * MIB
+
+
+@pytest.mark.parametrize(
+    ("slots", "least", "pinned", "words"),
+    [
+        (1, 600, (), "0.59 GiB are needed for the largest expert"),
+        (2, 800, (), "0.79 GiB are needed for the largest experts of its 2 slots"),
+        (1, 800, ("a",), "0.79 GiB are needed for the largest expert and the pinned ones"),
+        (2, 1000, ("c",), "needed for the largest experts of its 2 slots and the pinned ones"),
+    ],
+)
+def test_a_bound_that_can_not_hold_what_runs(
+    slots: int, least: int, pinned: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        three({"slots": slots, "swap": {"host_bytes": f"{least - 1}MiB"}}, pinned)
+    assert words in caught.value.message
+    assert three({"slots": slots, "swap": {"host_bytes": f"{least}MiB"}}, pinned).fits
+
+
+def test_a_simulated_pool_needs_nothing() -> None:
+    assert plan_pool(config({"engine": "simulated"}), "cpu", inspect()).total_bytes == 0
+
+
+def test_the_bound_is_held() -> None:
+    plan = plan_pool(config({"memory_bytes": "1GiB"}), "cpu", inspect())
+    with pytest.raises(ConfigError) as caught:
+        check_plan(plan, None)
+    need = f"{plan.total_bytes / 1024**3:.2f} GiB"
+    assert caught.value.message == (
+        f"pools.cpu.memory_bytes: the experts need {need}, and only 1.00 GiB are allowed"
+    )
+    plan = plan_pool(config(), "cpu", inspect())
+    check_plan(plan, plan.total_bytes)
+    with pytest.raises(ConfigError, match=r"this machine has 1\.00 GiB"):
+        check_plan(plan, 1024**3)
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "vllm", "words"),
+    [
+        (model(needs_custom_code=True), None, {}, "brings its own code, which is not run"),
+        (model(), None, {"max_model_len": 4096}, "was made for at most 2048 tokens"),
+        (model(), adapter(rank=16), {}, "its rank is 16, and vllm.max_lora_rank is 8"),
+        (model(), None, {"kv_cache_bytes": "1MiB"}, "or set vllm.max_model_len to at most 64"),
+        (model(moe=MoeInfo(4, 2, 64)), None, {}, "LoRA on a mixture-of-experts model needs a GPU"),
+        (adapter(), None, {}, "holds an adapter, not a model"),
+        (model(), model(), {}, "holds a model, not an adapter"),
+    ],
+)
+def test_what_can_not_work_is_said_before_anything_starts(
+    base: Any, tuned: Any, vllm: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_pool(config(**vllm), "cpu", inspect(base, tuned))
+    assert words in caught.value.message
+
+
+def steered(tmp_path: Path, pool: dict[str, Any], mask: Any = None, **more: Any) -> Any:
+    """A plan with a mixture of experts and a virtual expert of it; its gates are real."""
+    folder = gates(tmp_path / "m", {"model_type": "mixtral", "num_experts_per_tok": 2}, GATE)
+    shape = moe_shape(folder)
+    assert shape is not None
+    profile = SteeringProfile(shape, {1: LayerSteering.of(4, mask=mask, top_k=1)})
+    write_profile(profile, tmp_path / "p")
+    options = {"dtype": "float32", "kv_cache_bytes": "128MiB", "enforce_eager": True}
+    made = Config.model_validate(
+        {
+            "experts": {
+                "base": {"model": "m"},
+                "less": {"base": "base", "profile": str(tmp_path / "p")},
+                **more,
+            },
+            "pools": {"cpu": {**pool, "vllm": {**options, **pool.get("vllm", {})}}},
+        }
+    )
+    info = model(path=folder, moe=MoeInfo(4, 2, 64))
+    return plan_pool(made, "cpu", {"base": info, "tuned": adapter()}.__getitem__)
+
+
+def test_a_virtual_expert_weighs_nothing_and_has_its_base_s_engine(tmp_path: Path) -> None:
+    plan = steered(tmp_path, {})
+    (engine,) = plan.engines
+    assert (engine.base, engine.adapters) == ("base", ("less",))
+    assert engine.weight_bytes == 2 * 2 * 100 * MIB
+    assert steered(tmp_path, {"swap": {"host_bytes": "400MiB"}}).fits
+
+
+@pytest.mark.parametrize("method", ["auto", "inplace", "respawn"])
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_virtual_expert_on_a_gpu(tmp_path: Path, method: str, eager: bool) -> None:
+    pool = {"gpus": 1, "swap": {"method": method}, "vllm": {"enforce_eager": eager}}
+    (engine,) = steered(tmp_path, pool).engines
+    assert (engine.base, engine.adapters) == ("base", ("less",))
+
+
+@pytest.mark.parametrize(
+    ("pool", "mask", "more", "words"),
+    [
+        (
+            {"gpus": 1, "swap": {"method": "sleep"}},
+            None,
+            {},
+            "experts.less.profile: swap.method sleep has an engine for each expert",
+        ),
+        (
+            {
+                "gpus": 2,
+                "vllm": {
+                    "tensor_parallel_size": 2,
+                    "enable_expert_parallel": True,
+                    "enable_eplb": True,
+                    "eplb_config": {"num_redundant_experts": 2},
+                },
+            },
+            None,
+            {},
+            "vllm.eplb_config.num_redundant_experts: copies of experts would be chosen among",
+        ),
+        ({"vllm": {"enforce_eager": False}}, None, {}, "need vllm.enforce_eager: true on CPU"),
+        ({}, [1, 1, 1, 1], {}, "p: layer 1: all 4 experts are masked"),
+        (
+            {},
+            None,
+            {"tuned": {"base": "base", "adapter": "a"}},
+            "LoRA on a mixture-of-experts model needs a GPU",
+        ),
+    ],
+)
+def test_a_virtual_expert_that_can_not_be(
+    tmp_path: Path, pool: dict[str, Any], mask: Any, more: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        steered(tmp_path, pool, mask, **more)
+    assert words in caught.value.message
+
+
+def test_a_virtual_expert_of_a_model_without_gates(tmp_path: Path) -> None:
+    gates(tmp_path / "m", {"model_type": "llama"}, "model.layers.{}.mlp.up_proj.weight")
+    made = Config.model_validate(
+        {
+            "experts": {"base": {"model": "m"}, "less": {"base": "base", "profile": "p"}},
+            "pools": {"cpu": {"vllm": {"enforce_eager": True, "kv_cache_bytes": "128MiB"}}},
+        }
+    )
+    with pytest.raises(ConfigError, match="'base' is no mixture of experts"):
+        plan_pool(made, "cpu", {"base": model(path=tmp_path / "m")}.__getitem__)
+
+
+def test_folders_are_found_or_how_to_get_them_is_said() -> None:
+    assert folders_of(config(), {"m": Path("/there")}) == {
+        "base": Path("/there"),
+        "tuned": Path("a"),
+    }
+    with pytest.raises(ModelStoreError, match="get it with: coe models pull m"):
+        folders_of(config(), {})
+
+
+def _named(experts: dict[str, Any], paths: dict[str, str], gpus: int = 0) -> tuple[str, ...]:
+    pool = {"gpus": gpus, "vllm": {"kv_cache_bytes": "128MiB", "enforce_eager": True}}
+    whole = Config.model_validate({"experts": experts, "pools": {"cpu": pool}})
+
+    def inspect(name: str) -> ModelInfo | AdapterInfo:
+        expert = whole.experts[name]
+        moe = MoeInfo(8, 2, 64) if gpus else None
+        found = Path(paths.get(name, "x"))
+        return adapter() if expert.adapter is not None else model(path=found, moe=moe)
+
+    return plan_pool(whole, "cpu", inspect).warnings
+
+
+def test_plan_pool_names_experts_that_have_the_same_weights_for_themselves(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    same, linked, other = str(tmp_path / "m"), str(tmp_path / "link"), str(tmp_path / "n")
+    paths = {"a": same, "b": linked, "c": other, "d": same}
+    full: dict[str, Any] = {name: {"model": path} for name, path in paths.items()}
+    (told,) = [line for line in _named(full, paths) if "same weights" in line]
+    assert "experts a, b, d have the same weights" in told
+    # Not those that compute otherwise with them.
+    full["b"] |= {"vllm": {"moe_backend": "triton"}}
+    (told,) = [line for line in _named(full, paths, gpus=1) if "same weights" in line]
+    assert "experts a, d have" in told
+    merged = {"base": "a", "adapter": "x", "form": "merged"}
+    some = {"a": full["a"], "m": merged, "n": merged | {"strength": 0.5}, "o": merged}
+    (told,) = [line for line in _named(some, paths) if "same weights" in line]
+    assert "experts m, o have" in told
+    beside = {"base": "a", "adapter": "x"}
+    assert not [
+        line
+        for line in _named({"a": full["a"], "e": beside, "f": beside}, paths)
+        if "same weights" in line
+    ]
+
+
+def test_plan_pool_looks_at_each_folder_once() -> None:
+    looked: list[str] = []
+
+    def inspect(name: str) -> ModelInfo | AdapterInfo:
+        looked.append(name)
+        return adapter() if name == "tuned" else model()
+
+    plan_pool(config(), "cpu", inspect)
+    assert sorted(looked) == ["base", "tuned"]

@@ -1,0 +1,65 @@
+"""A pool's looks at who should be in which slot."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.config import SimulatedOptions
+from service.engine.simulated import SimulatedEngine
+from service.errors import Conflict
+from service.pool import pool as module
+from service.pool.planner import Policy
+from service.pool.pool import Pool
+from service.pool.slots.swapping import SwapSlot
+from service.pool.units import Known, Unit
+from tests.support.waiting import until
+
+
+async def test_a_look_that_goes_wrong_is_not_the_last(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looks: list[int] = []
+
+    def shared(self: Pool) -> list[SwapSlot]:
+        looks.append(len(looks))
+        if len(looks) == 2:  # the first is at the start
+            raise KeyError("what nobody thought of")
+        return []
+
+    monkeypatch.setattr(module, "_PLACE_S", 0.001)
+    monkeypatch.setattr(Pool, "shared", property(shared))
+    pool = Pool("cpu")
+    pool.start()
+    try:
+        await until(lambda: len(looks) > 3, "it looks again")
+    finally:
+        await pool.stop(0)
+    assert [record.getMessage() for record in caplog.records] == ["placing failed"]
+
+
+async def test_pin_beyond_host_bytes_is_refused_for_the_pool_s_slots_together() -> None:
+    gib = 1024**3
+    pool = Pool("cpu")
+    sizes = {"a": 1, "b": 2, "c": 2, "d": 1}
+    for names in ("ab", "cd"):
+        pool.add(
+            SwapSlot(
+                [Unit(name, (name,), size_bytes=sizes[name] * gib) for name in names],
+                lambda unit: SimulatedEngine(tuple(sizes), SimulatedOptions()),
+                Policy(host_bytes=5 * gib),
+                capacity=1,
+                max_waiting=1,
+                start_guess_s=1.0,
+                guess=Known(host_bytes=gib),
+                changed=pool.changed,
+            )
+        )
+    # Beside it the largest two others can take turns: 1 + 2 + 2.
+    await pool.operate("pin", "a")
+    with pytest.raises(Conflict, match=r"6\.00 GiB .* swap\.host_bytes is 5\.00 GiB"):
+        await pool.operate("pin", "d")
+    # One that is pinned may be asked for again.
+    await pool.operate("pin", "a")
+    await pool.operate("unpin", "a")
+    await pool.operate("pin", "d")
+    assert {name for name, told in pool.details().items() if told["pinned"]} == {"d"}

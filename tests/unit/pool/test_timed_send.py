@@ -1,0 +1,39 @@
+"""What a pool counts of a reply, for fairness."""
+
+from __future__ import annotations
+
+import orjson
+import pytest
+
+from service.engine.base import Message
+from service.pool.timed_send import Measured
+from service.rpc.latency import Stopwatch
+
+
+async def nobody(message: Message) -> None:
+    del message
+
+
+@pytest.mark.parametrize(
+    ("reply", "tokens"),
+    [
+        ({"usage": {"prompt_tokens": 1, "completion_tokens": 7}}, 7),
+        ({"usage": {"input_tokens": 1, "output_tokens": 7}}, 7),
+        # The user's own words for it, in a tool that the reply tells again.
+        (
+            {
+                "tools": [{"parameters": {"output_tokens": 0, "usage": {"output_tokens": 0}}}],
+                "usage": {"input_tokens": 1, "output_tokens": 7},
+            },
+            7,
+        ),
+    ],
+)
+async def test_a_whole_reply_counts_by_its_own_usage(reply: object, tokens: int) -> None:
+    counted: list[int] = []
+    measured = Measured(nobody, None)
+    measured._served = counted.append
+    measured._watch = Stopwatch(0.0)
+    await measured({"type": "http.response.start", "status": 200, "headers": []})
+    await measured({"type": "http.response.body", "body": orjson.dumps(reply)})
+    assert counted == [tokens]

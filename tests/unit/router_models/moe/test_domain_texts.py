@@ -1,0 +1,112 @@
+"""Texts of a field for mixtures of experts: where they come from and what they are worth."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from router_models.experts import data
+from router_models.experts.data import Example
+from router_models.experts.evaluate import RowScore
+from router_models.moe import domain_texts, perplexity
+
+
+def _write(folder: Path, name: str, rows: int) -> None:
+    lines = [json.dumps({"prompt": f"case {i}", "answer": f"verdict {i}"}) for i in range(rows)]
+    text = "\n".join(lines) + "\n"
+    if name.endswith(".gz"):
+        (folder / name).write_bytes(gzip.compress(text.encode()))
+    else:
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("name", ["law.jsonl", "law.jsonl.gz"])
+def test_a_field_of_ones_own_is_read_from_its_file(tmp_path: Path, name: str) -> None:
+    _write(tmp_path, name, 100)
+    field = domain_texts.read("law", tmp_path)
+    assert len(field.train) + len(field.held_out) == 100
+    assert 8 <= len(field.held_out) <= 35
+    assert not {row.group for row in field.train} & {row.group for row in field.held_out}
+    assert domain_texts.read("law", tmp_path) == field
+
+
+def test_a_field_without_texts_says_what_to_write(tmp_path: Path) -> None:
+    with pytest.raises(domain_texts.NoTextsError, match=r"no texts for 'law'.*law\.jsonl in"):
+        domain_texts.read("law", tmp_path)
+    with pytest.raises(domain_texts.NoTextsError, match="no folder of texts is given"):
+        domain_texts.read("law", None)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"answer": "x"}', "line 1: expected"),
+        ('{"prompt": "p", "answer": 3}', "line 1: expected"),
+        ("[1]", "line 1: expected"),
+        ("{", "can't be read"),
+        ('{"prompt": "p"}', "has .* rows to learn from and"),
+    ],
+)
+def test_a_broken_file_is_named_with_what_is_wrong(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "law.jsonl").write_text(line + "\n")
+    with pytest.raises(domain_texts.NoTextsError, match=said):
+        domain_texts.read("law", tmp_path)
+
+
+@pytest.mark.parametrize("name", domain_texts.DEMO_FIELDS)
+def test_the_demos_fields_have_prompts_without_any_file(name: str) -> None:
+    field = domain_texts.own_prompts(name)
+    assert len(field.train) >= 200
+    assert len(field.held_out) >= 50
+    groups = {row.group for row in field.train} & {row.group for row in field.held_out}
+    assert not groups, "a template stands on both sides"
+    assert {row.answer for row in field.train} == {""}
+
+
+def test_what_the_demos_experts_were_measured_on_is_held_out(tmp_path: Path) -> None:
+    rows = [json.dumps({"question": f"q {i}", "answer": f"a {i}"}) for i in range(400)]
+    (tmp_path / "gsm8k_train.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    field = domain_texts.read("math", tmp_path)
+    assert field.held_out == data.load("math", tmp_path, seed=0).held_out
+    assert len(field.train) == 100
+
+
+def test_only_rows_without_an_answer_are_answered() -> None:
+    rows = (Example("a", "", "1"), Example("b", "told", "2"), Example("c", "", "3"))
+    field = domain_texts.Field("law", rows, rows[:1], "", "")
+    asked: list[list[str]] = []
+
+    def answer(prompts: list[str]) -> list[str]:
+        asked.append(prompts)
+        return [prompt.upper() if prompt != "c" else "" for prompt in prompts]
+
+    done = domain_texts.answered(field, answer, 3)
+    # An expert that has nothing to say leaves nothing to learn from.
+    assert [(row.prompt, row.answer) for row in done.train] == [("a", "A"), ("b", "told")]
+    assert [row.answer for row in done.held_out] == ["A"]
+    assert asked == [["a", "c"], ["a"]]
+    assert len(domain_texts.answered(field, answer, 1).train) == 1
+
+
+def _scores(*row_bits: float) -> list[RowScore]:
+    return [RowScore(f"g{i // 2}", perplexity, 10, False) for i, perplexity in enumerate(row_bits)]
+
+
+def test_the_share_of_a_gain_that_is_kept() -> None:
+    base, expert = _scores(40, 60, 50, 50), _scores(20, 30, 30, 20)
+    half = perplexity.kept(base, expert, _scores(30, 45, 40, 35), seed=0)
+    assert (half.rows, half.base, half.expert, half.model) == (4, 5.0, 2.5, 3.75)
+    assert half.share == pytest.approx(0.5)
+    assert half.share_error == pytest.approx(0.0, abs=1e-12)
+    assert perplexity.kept(base, expert, expert, seed=0).share == pytest.approx(1.0)
+    assert perplexity.kept(base, expert, base, seed=0).share == pytest.approx(0.0)
+    uneven = perplexity.kept(base, expert, _scores(20, 30, 50, 50), seed=0)
+    assert 0.2 < uneven.share_error < 0.6
+    nothing = perplexity.kept(base, base, expert, seed=0)
+    assert (nothing.base, nothing.model) == (5.0, 2.5)
+    assert math.isnan(nothing.share)
+    assert math.isnan(nothing.share_error)

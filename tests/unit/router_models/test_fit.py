@@ -1,0 +1,261 @@
+"""Fit, write, load, judge: on made-up outcomes where the right choice is known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from router_models import evaluate, fit
+from router_models.cli import group
+from router_models.expert_map_fit import shrunk_cells
+from router_models.linear_models import calibration_error, design, featurize, fit_logistic, softmax
+from router_models.outcomes import read_outcomes
+from router_models.ridge_regression import TextKernel
+from router_models.settings import Settings
+from router_models.training import Problem
+from service.classifier.artifact import load_artifact
+from service.classifier.classifier import Classifier
+from service.classifier.expert_map import ExpertMap
+from service.classifier.features import FeatureSpec
+from service.errors import ArtifactError
+
+COSTS = {"small": 1.0, "maths": 2.0, "large": 20.0}
+WORDS = {"sums": "add cows number total", "tales": "dragon castle king story"}
+SETTINGS = Settings(spec=FeatureSpec(bits=10, known_bits=14))
+
+
+def rows(count: int, seed: int, categories: bool = True) -> list[dict[str, Any]]:
+    """`maths` is always right on sums, `small` on easy tales, `large` nearly always."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        category = ("sums", "tales")[i % 2]
+        hard = bool(rng.random() < 0.5)
+        words = rng.choice(WORDS[category].split(), 4)
+        right = {
+            "small": category == "tales" and not hard,
+            "maths": category == "sums",
+            "large": rng.random() < 0.9,
+        }
+        made.append(
+            {
+                "id": f"{seed}/{i}",
+                "prompt": " ".join([*words, "puzzling" if hard else "plain", f"x{i}q{seed}"]),
+                "outcomes": {
+                    name: {"score": int(ok), "answer": "A" if ok else rng.choice(list("BCD"))}
+                    for name, ok in right.items()
+                },
+            }
+            | ({"category": category} if categories else {})
+        )
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("fit")
+    for name, made in {
+        "train.jsonl": rows(240, 1),
+        "test.jsonl": rows(120, 2),
+        "bare.jsonl": rows(80, 3, categories=False),
+    }.items():
+        (path / name).write_text("\n".join(map(json.dumps, made)))
+    (path / "costs.json").write_text(json.dumps(COSTS))
+    fit.run(
+        outcomes=[path / "train.jsonl"],
+        costs=path / "costs.json",
+        out=path / "toy@1",
+        folds=3,
+        settings=SETTINGS,
+        say=lambda line: None,
+    )
+    return path
+
+
+def test_the_artifact_runs_in_the_service(folder: Path) -> None:
+    artifact = load_artifact(folder / "toy@1")
+    classifier, found = Classifier.from_artifact(artifact), ExpertMap.from_artifact(artifact)
+    assert set(found.experts) == set(COSTS)
+    for text, category, winner in (
+        ("add cows number plain", "sums", "maths"),
+        ("dragon castle king plain", "tales", "small"),
+        ("dragon castle king puzzling", "tales", "large"),
+    ):
+        assessment = classifier.assess(text)
+        assert assessment.scores.category == category
+        estimate = found.estimate(assessment)
+        assert estimate.quality.min() >= 0
+        assert estimate.quality.max() <= 1
+        utility = estimate.quality - 0.01 * estimate.cost
+        singles = [r for r, recipe in enumerate(found.recipes) if recipe.kind == "single"]
+        best = max(singles, key=lambda r: utility[r])
+        assert found.recipes[best].name == winner
+
+
+def test_service_and_fit_compute_the_same(folder: Path) -> None:
+    table, _ = read_outcomes([folder / "train.jsonl"], COSTS)
+    problem = Problem(table, SETTINGS)
+    inside = problem.predict(problem.fit(np.arange(len(table))), np.arange(len(table)))
+    artifact = load_artifact(folder / "toy@1")
+    found = ExpertMap.from_artifact(artifact)
+    outside = evaluate.predict(artifact, found, table)
+    kept = [problem.played.recipes.index(recipe) for recipe in found.recipes]
+    assert outside.posterior == pytest.approx(inside.posterior, abs=5e-3)
+    assert outside.quality == pytest.approx(inside.quality[:, kept], abs=5e-3)
+    assert outside.cost == pytest.approx(inside.cost[:, kept], abs=5e-2)
+
+
+def test_a_strange_prompt_is_taken_for_an_average_one(folder: Path) -> None:
+    artifact = load_artifact(folder / "toy@1")
+    classifier, found = Classifier.from_artifact(artifact), ExpertMap.from_artifact(artifact)
+    assessment = classifier.assess("我爱北京天安门" * 3)
+    assert assessment.scores.category == "general"
+    assert found.estimate(assessment).quality == pytest.approx(found.prior @ found.score)
+
+
+def test_only_leaves_recipes_of_the_experts_named(folder: Path) -> None:
+    found = ExpertMap.load(folder / "toy@1").only(["small", "maths"])
+    assert set(found.experts) == {"small", "maths"}
+    with pytest.raises(ValueError, match="no recipe"):
+        found.only(["nobody"])
+
+
+def test_evaluate_judges_unseen_rows(folder: Path) -> None:
+    said: list[str] = []
+    result = evaluate.run(
+        artifact=folder / "toy@1",
+        outcomes=[folder / "test.jsonl", folder / "train.jsonl"],
+        costs=folder / "costs.json",
+        budgets=[2, 5],
+        plot_to=folder / "plot.png",
+        say=said.append,
+    )
+    assert set(result) == {
+        "compared",
+        "best_single",
+        "random",
+        "oracle",
+        "mix",
+        "frontier",
+        "at",
+        "category_accuracy",
+    }
+    assert "240 of 360 rows were used in the fit: not judged" in said
+    assert result["category_accuracy"] == pytest.approx(1.0)
+    assert result["best_single"]["model"] == "large"
+    for at in result["at"]:
+        assert at["cost"] <= at["budget"] + 1e-9
+        assert at["score"] > at["mix_score"]
+    costs = [point["cost"] for point in result["frontier"]]
+    assert costs[0] < costs[-1]
+    assert set(result["frontier"][0]["recipes"]) == {"sums", "tales"}
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    json.dumps(result, allow_nan=False)
+
+
+def test_rows_all_seen_are_judged_out_of_fold(folder: Path) -> None:
+    said: list[str] = []
+    result = evaluate.run(
+        artifact=folder / "toy@1",
+        outcomes=[folder / "train.jsonl"],
+        costs=folder / "costs.json",
+        say=said.append,
+    )
+    assert any("did not see it" in line for line in said)
+    assert result["category_accuracy"] == 1.0
+
+
+def test_missing_categories_become_clusters(folder: Path) -> None:
+    said: list[str] = []
+    metrics = fit.run(
+        outcomes=[folder / "bare.jsonl"],
+        costs=folder / "costs.json",
+        out=folder / "bare@1",
+        folds=2,
+        settings=replace(SETTINGS, inner_folds=2),
+        say=said.append,
+    )
+    assert metrics["category_accuracy"] is None
+    assert any("clusters stand for them" in line for line in said)
+
+
+def test_a_handful_of_rows_is_enough(folder: Path) -> None:
+    few = folder / "few.jsonl"
+    few.write_text("\n".join(map(json.dumps, rows(3, 9))))
+    fit.run(
+        outcomes=[few],
+        costs=folder / "costs.json",
+        out=folder / "few@1",
+        settings=SETTINGS,
+        say=lambda line: None,
+    )
+    Classifier.load(folder / "few@1").assess("add cows")
+
+
+def test_a_classifier_alone_can_not_be_evaluated(folder: Path) -> None:
+    demo = Path(__file__).parents[3] / "router_models" / "artifacts" / "demo@1"
+    with pytest.raises(ArtifactError, match="no map"):
+        evaluate.run(artifact=demo, outcomes=[folder / "test.jsonl"], costs=folder / "costs.json")
+
+
+def test_commands(folder: Path) -> None:
+    runner = CliRunner()
+    common = ["--costs", str(folder / "costs.json"), "--outcomes"]
+    files = [str(folder / "test.jsonl"), str(folder / "bare.jsonl")]
+    sizes = ["--sizes", str(folder / "costs.json"), "--memory", "3"]
+    out = str(folder / "cli@1")
+    done = runner.invoke(group, ["fit", *common, *files, "--out", out, *sizes])
+    assert done.exit_code == 0, done.output
+    assert (
+        json.loads((folder / "cli@1" / "manifest.json").read_text())["composition"]["memory"] <= 3
+    )
+    done = runner.invoke(
+        group,
+        [
+            *("evaluate", "--artifact", out, "--json", "--budgets", "5,10"),
+            *("--experts", "small,large", *common, str(folder / "train.jsonl")),
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert [at["budget"] for at in result["at"]] == [5, 10]
+    done = runner.invoke(group, ["evaluate", "--artifact", out, *common, str(folder / "nothing")])
+    assert done.exit_code == 1
+    assert "No such file" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_shrinkage() -> None:
+    values = np.array([[1.0, 0.0], [1.0, np.nan], [0.0, 1.0]])
+    cells, count = shrunk_cells(values, np.array([0, 0, 1]), 2, 0.0)
+    assert cells.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert count.tolist() == [[2, 1], [1, 1]]
+    cells, _ = shrunk_cells(values, np.array([0, 0, 1]), 2, 1e12)
+    assert cells[0] == pytest.approx([2 / 3, 1 / 2])
+
+
+def test_logistic_regression_and_ridge_find_a_plain_rule() -> None:
+    texts = [f"{'red' if i % 2 else 'blue'} thing {i}" for i in range(80)]
+    labels = np.arange(80) % 2
+    corpus = featurize(texts, SETTINGS.spec)
+    x = design(corpus.counts, np.ones(SETTINGS.spec.buckets, np.float32))
+    weight, bias = fit_logistic(x, np.eye(2)[labels], l2=1e-4)
+    p = softmax(np.asarray(x @ weight + bias))
+    assert (p.argmax(axis=1) == labels).all()
+    assert calibration_error(p, labels) < 0.1
+    kernel = TextKernel(x)
+    train, test = np.arange(60), np.arange(60, 80)
+    target = np.eye(2)[labels]
+    direct = kernel.solve(train, target[train], 0.5)
+    iterated = TextKernel._iterate(kernel.x[train], (target[train] - 0.5).astype(np.float32), 0.5)
+    assert iterated == pytest.approx(direct, abs=1e-3)
+    assert (kernel.predict(train, direct, test).argmax(axis=1) == labels[test]).all()
+    assert np.asarray(x[test] @ kernel.weight(train, direct)) == pytest.approx(
+        kernel.predict(train, direct, test), abs=1e-4
+    )

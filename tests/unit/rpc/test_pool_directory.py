@@ -1,0 +1,143 @@
+"""A gateway's links to pools: calls on their way, and what pools tell of their experts."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from service.errors import PoolGone
+from service.rpc.call import Call
+from service.rpc.client import PoolAddress, PoolLink, new_session
+from service.rpc.pool_directory import Directory
+from service.rpc.snapshot import ExpertState, Snapshot, decode, encode
+from service.types import Residency
+from tests.support.serving import serving
+from tests.support.waiting import until
+
+
+def told(**experts: int) -> Snapshot:
+    """A pool with these experts, and each one's context."""
+    states = {
+        name: ExpertState(Residency.DEVICE, max_model_len=length)
+        for name, length in experts.items()
+    }
+    return Snapshot("boot", "cpu", seq=1, experts=states)
+
+
+def nobody_s_address() -> str:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{one.getsockname()[1]}"
+
+
+@asynccontextmanager
+async def linked(url: str) -> AsyncIterator[PoolLink]:
+    session = new_session()
+    link = PoolLink(PoolAddress(url, "cpu", "boot"), session, "secret", "gateway", lambda: None)
+    try:
+        yield link
+    finally:
+        await link.close()
+        await session.close()
+
+
+def call(link: PoolLink) -> Call:
+    seq = link.next_seq("a")
+    return Call("/v1/completions", "a", f"r{seq}", 1000, False, "gateway", seq)
+
+
+async def closes_at_once(scope: Any, receive: Any, send: Any) -> None:
+    raise ConnectionResetError("a pool that ends before it has answered")
+
+
+async def never_answers(scope: Any, receive: Any, send: Any) -> None:
+    await asyncio.sleep(60)
+
+
+async def test_unseen_after_calls_that_reached_nobody_is_empty() -> None:
+    async with linked(nobody_s_address()) as link:
+        for _ in range(40):
+            with pytest.raises(PoolGone):
+                async with link.call(call(link), b"{}"):
+                    pass
+        assert link.unseen() == {}
+
+
+async def test_unseen_after_a_pool_that_broke_off_is_empty() -> None:
+    async with serving(closes_at_once) as served, linked(served.url) as link:
+        try:
+            async with link.call(call(link), b"{}") as reply:
+                assert reply.status >= 500
+        except PoolGone:
+            pass
+        assert link.unseen() == {}
+
+
+async def test_unseen_after_a_client_left_is_empty_and_while_it_waits_is_not() -> None:
+    async with serving(never_answers) as served, linked(served.url) as link:
+
+        async def ask() -> None:
+            async with link.call(call(link), b"{}"):
+                pass
+
+        asking = asyncio.create_task(ask())
+        await until(lambda: link.unseen() == {"a": 1}, "it is on its way")
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        assert link.unseen() == {}
+
+
+async def test_unseen_when_a_later_call_is_acknowledged_counts_only_those_after_it() -> None:
+    async with linked(nobody_s_address()) as link:
+        seqs = [link.next_seq(name) for name in ("a", "b", "a")]
+        link._heard(Snapshot("boot", "cpu", seq=1, acks={"gateway": seqs[1], "other": 99}))
+        assert link.unseen() == {"a": 1}
+
+
+async def test_context_of_an_expert_is_the_greatest_that_any_pool_tells() -> None:
+    directory = Directory("gateway", "secret")
+    url = nobody_s_address()
+    directory.update([PoolAddress(url, "cpu", boot) for boot in ("one", "two")])
+    one, two = directory._links["one"], directory._links["two"]
+    assert directory.context("a") == 0
+    one._heard(told(a=100, b=7))
+    two._heard(told(a=300))
+    assert (directory.context("a"), directory.context("b"), directory.context("c")) == (300, 7, 0)
+    two._heard(told(a=50))
+    assert directory.context("a") == 100
+    directory.update([PoolAddress(url, "cpu", "two")])
+    assert (directory.context("a"), directory.context("b")) == (50, 0)
+    await directory.close()
+
+
+async def test_context_of_many_experts_reads_each_pool_once_until_it_tells_anew() -> None:
+    """However many experts a request may ask: pools are not looked through for each of them."""
+    reads = 0
+
+    class Counted(dict[str, ExpertState]):
+        def items(self) -> Any:
+            nonlocal reads
+            reads += 1
+            return super().items()
+
+    names = [f"e{i}" for i in range(100)]
+    directory = Directory("gateway", "secret")
+    url = nobody_s_address()
+    directory.update([PoolAddress(url, "cpu", f"b{p}") for p in range(20)])
+    for link in directory._links.values():
+        states = Counted({name: ExpertState(Residency.HOST, max_model_len=9) for name in names})
+        link._heard(Snapshot("boot", "cpu", seq=1, experts=states))
+    assert all(directory.context(name) == 9 for _ in range(50) for name in names)
+    assert reads == 20
+    link = directory._links["b0"]
+    assert link.snapshot is not None
+    beat = encode(Snapshot("boot", "cpu", seq=2, experts=link.snapshot.experts), link.snapshot)
+    link._heard(decode(beat, link.snapshot))
+    assert directory.context("e0") == 9
+    assert reads == 20, "a line that tells of other things than experts changes nothing"
+    await directory.close()

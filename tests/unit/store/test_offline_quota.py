@@ -1,0 +1,59 @@
+"""A gateway's slices of the limits, and the beat by which they are exchanged."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from service.store.offline_quota import Slices
+from service.store.protocol import Account, Claim, Granted, Line
+from service.store.redis_store import SharedStore
+from service.store.windows import NOW
+from tests.support.waiting import until
+
+AT_ONCE = Account("acme/concurrent", 10, NOW)
+
+
+def test_a_claim_that_used_nothing_is_told_also_when_its_slice_is_forgotten() -> None:
+    slices = Slices(0.5)
+    claim = Claim("c", (Line(AT_ONCE, 1),))
+    slices.seen(claim, 0.0)
+    slices.told([(AT_ONCE.name, 5, 10)], 0.0)
+    granted = slices.take(claim, 0)
+    assert isinstance(granted, Granted)
+    slices.used(granted, [0])
+    # The store comes back minutes later, and is told of slices first.
+    assert slices.plan(200.0) == [(AT_ONCE, 0, 0)]
+    slices.told([(AT_ONCE.name, 0, 10)], 200.0)
+    slices.used(granted, [0])
+    slices.delivered(granted, [0])
+    assert slices.plan(200.0) == []
+
+
+class Client:
+    """Redis, of which nothing is asked but the end."""
+
+    async def leave(self) -> None:
+        """Nothing is held."""
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+async def test_a_beat_that_goes_wrong_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SharedStore(cast(Any, Client()), share=0.1, lease_s=30, beat_s=0.001)
+    beats: list[int] = []
+
+    async def beat() -> None:
+        store.up = True
+        beats.append(len(beats))
+        if len(beats) == 2:
+            raise KeyError("what nobody thought of")
+
+    monkeypatch.setattr(store, "_beat", beat)
+    await store.start()
+    try:
+        await until(lambda: len(beats) > 3, "it is heard of again")
+    finally:
+        await store.stop()

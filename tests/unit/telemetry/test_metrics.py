@@ -1,0 +1,221 @@
+"""Metrics: one table, what is counted by it, and several processes' texts joined into one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.cli.reference import metrics
+from service.engine.base import Work
+from service.rpc.call import Call, Times
+from service.rpc.snapshot import ExpertState, Queue, Snapshot
+from service.telemetry import metrics as table
+from service.telemetry.exposition import join
+from service.telemetry.gateway_metrics import Ended, GatewayMetrics
+from service.telemetry.labels import LABELS, MOST_SERIES, OTHER
+from service.telemetry.metric_types import Declared, Kind, Side
+from service.telemetry.metrics import TABLE
+from service.telemetry.pool_metrics import PoolMetrics
+from service.telemetry.registry import Meter
+from service.types import Residency
+
+ROOT = Path(__file__).parents[3]
+# What a name may end with: a unit, what is counted, or Prometheus' own words.
+UNITS = ("_seconds", "_bytes", "_ratio", "_requests", "_pools", "_info", "_price")
+STATES = ("_residency", "_open", "_up")
+OK = Ended("a", "math", "single", "ok", "", 1, True, True, 0.5, 1.0, 0.2, 0.25, 0.1)
+CALL = Call("/v1/chat/completions", "a", "r", 1000, True, "g", 1)
+
+
+def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_the_docs_tell_every_metric() -> None:
+    assert metrics() in (ROOT / "service" / "README.md").read_text()
+    assert all(f"| `{one.name}` |" in metrics() for one in TABLE)
+
+
+def test_every_metric_is_declared_once_and_named_by_the_rules() -> None:
+    assert len({one.name for one in TABLE}) == len(TABLE)
+    for one in TABLE:
+        assert re.fullmatch(r"coe_[a-z_]+", one.name)
+        assert set(one.labels) <= LABELS.keys(), one.name
+        assert one.name.endswith("_total") == (one.kind is Kind.COUNTER), one.name
+        if one.kind is not Kind.COUNTER:
+            assert one.name.endswith(UNITS + STATES), one.name
+        assert (one.kind is Kind.HISTOGRAM) == bool(one.buckets), one.name
+        assert list(one.buckets) == sorted(one.buckets)
+    used = {label for one in TABLE for label in one.labels} | {"gateway", "pool"}
+    assert used == LABELS.keys()
+
+
+def test_no_metric_is_declared_and_never_fed() -> None:
+    names = {name: value for name, value in vars(table).items() if isinstance(value, Declared)}
+    assert set(names.values()) == set(TABLE)
+    code = "".join(
+        path.read_text() for path in (ROOT / "service").rglob("*.py") if path.name != "metrics.py"
+    )
+    assert {name for name in names if f"table.{name}" not in code} == set()
+
+
+def test_each_process_tells_its_own_metrics() -> None:
+    with pytest.raises(KeyError):
+        Meter(Side.GATEWAY).add(table.SWAPS, 1, "a", "b", "c")
+    with pytest.raises(KeyError):
+        Meter(Side.POOL).add(table.REJECTIONS, 1, "a")
+
+
+def test_wrong_labels_are_refused() -> None:
+    with pytest.raises(ValueError, match="expert, category, recipe, outcome"):
+        Meter(Side.GATEWAY).add(table.REQUESTS, 1, "a")
+
+
+def test_labels_stay_bounded_whatever_comes() -> None:
+    meter = Meter(Side.GATEWAY)
+    for i in range(MOST_SERIES + 50):
+        meter.add(table.TENANT_TOKENS, 1, f"tenant {i}")
+    told = [s for f in meter.registry.collect() if f.name == "coe_tenant_tokens" for s in f.samples]
+    assert len(told) == MOST_SERIES + 1
+    assert {s.value for s in told if s.labels["tenant"] == OTHER} == {50}
+
+
+def test_a_total_told_by_another_only_grows() -> None:
+    meter = Meter(Side.POOL)
+    seen = []
+    # A part of it, which had counted 3, goes away.
+    for value in (2, 5, 5, 2, 4):
+        meter.total(table.CANARY_FAILURES, value)
+        seen.append(meter.value(table.CANARY_FAILURES))
+    assert seen == [2, 5, 5, 5, 7]
+
+
+async def test_a_request_is_counted_once_with_its_times() -> None:
+    told = GatewayMetrics()
+    told.began()
+    told.ended(OK)
+    told.began()
+    told.ended(Ended("", "", "single", "over_capacity", "over_capacity", 2, True, True, 0, 1))
+    assert told.in_flight == 0
+    got = samples(await told.text({"gateway": "g"}))
+    mine = ("gateway", "g")
+    labels = (("category", "math"), ("expert", "a"), mine, ("outcome", "ok"), ("recipe", "single"))
+    assert got["coe_requests_total", labels] == 1
+    assert got["coe_rejections_total", (mine, ("reason", "over_capacity"))] == 1
+    assert got["coe_first_token_seconds_sum", (("expert", "a"), mine)] == 0.5
+    assert got["coe_request_seconds_count", (("expert", "a"), mine)] == 1
+    # Half a second to the first byte, of which 0.2 in the queue and 0.25 in the engine.
+    assert got["coe_overhead_seconds_sum", (mine,)] == pytest.approx(0.05)
+    waits = {dict(k)["le"]: v for (n, k), v in got.items() if n == "coe_wait_error_seconds_bucket"}
+    assert (waits["0.0"], waits["0.5"], waits["+Inf"]) == (0, 1, 1)
+    assert got["coe_in_flight_requests", (mine,)] == 0
+
+
+class Told:
+    """A pool's state."""
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(
+            boot="b",
+            kind="cpu",
+            experts={"a": ExpertState(Residency.DEVICE)},
+            queues={"a": Queue(2, 1)},
+        )
+
+    def swap_counts(self) -> dict[tuple[str, str, str], int]:
+        return {("a", "inplace", "queue"): 3}
+
+    def canary_failures(self) -> int:
+        return 1
+
+    def details(self) -> dict[str, dict[str, object]]:
+        return {"a": {"host_bytes": 7, "state": "device"}}
+
+
+async def test_a_pool_tells_its_queues_residency_and_requests() -> None:
+    told = PoolMetrics()
+    told.follow(Told())
+    told.ended(CALL, Times(1, 1.5, 2, 3, 0.5, 0.25), "")
+    told.worked(Work("a", 0.125, 0.5, 2.0, 10, 5))
+    for _ in range(2):
+        got = samples(await told.text({"pool": "p"}))
+    a, p = ("expert", "a"), ("pool", "p")
+    assert got["coe_queue_requests", (a, p)] == 2
+    assert got["coe_running_requests", (a, p)] == 1
+    assert got["coe_swaps_total", (a, ("method", "inplace"), p, ("reason", "queue"))] == 3
+    assert got["coe_canary_failures_total", (p,)] == 1
+    assert got["coe_weights_bytes", (a, p, ("tier", "device"))] == 7
+    assert got["coe_weights_bytes", (a, p, ("tier", "host"))] == 0
+    assert got["coe_queue_seconds_sum", (a, p)] == 0.5
+    assert got["coe_swap_wait_seconds_sum", (a, p)] == 0.25
+    assert got["coe_engine_queue_seconds_sum", (a, p)] == 0.125
+    assert got["coe_prefill_seconds_sum", (a, p)] == 0.5
+    assert got["coe_decode_seconds_sum", (a, p)] == 2
+    assert got["coe_between_tokens_seconds_sum", (a, p)] == 0.5
+    assert got["coe_tokens_total", (a, ("kind", "answer"), p)] == 5
+    states = {
+        dict(labels)["state"]: value
+        for (name, labels), value in got.items()
+        if name == "coe_residency"
+    }
+    assert states == {state.value: float(state is Residency.DEVICE) for state in Residency}
+
+
+async def test_an_expert_that_went_is_nowhere_any_more() -> None:
+    class Emptied(Told):
+        """The same pool, once its config has changed."""
+
+        gone = False
+
+        def snapshot(self) -> Snapshot:
+            whole = super().snapshot()
+            return replace(whole, experts={}, queues={}) if self.gone else whole
+
+        def details(self) -> dict[str, dict[str, object]]:
+            return {} if self.gone else super().details()
+
+    told, pool = PoolMetrics(), Emptied()
+    told.follow(pool)
+    assert any("expert" in dict(labels) for _, labels in samples(await told.text({"pool": "p"})))
+    pool.gone = True
+    gauges = {one.name for one in TABLE if one.kind is Kind.GAUGE}
+    left = samples(await told.text({"pool": "p"}))
+    assert [name for name, labels in left if name in gauges and "expert" in dict(labels)] == []
+
+
+async def test_an_engine_s_own_metrics_stay_when_another_starts() -> None:
+    told = PoolMetrics()
+    for expert in ("a", "b"):
+        Gauge("engine_tokens", "Tokens.", ("model",), registry=told.registry(expert)).labels(
+            "m"
+        ).set(1)
+    got = samples(await told.text({"pool": "p"}))
+    for expert in ("a", "b"):
+        assert got["engine_tokens", (("expert", expert), ("model", "m"), ("pool", "p"))] == 1
+    # A new engine for an expert: only that one's begin anew.
+    assert isinstance(told.registry("a"), CollectorRegistry)
+    got = samples(await told.text({"pool": "p"}))
+    assert [dict(labels)["expert"] for name, labels in got if name == "engine_tokens"] == ["b"]
+
+
+async def test_joined_texts_have_each_family_once() -> None:
+    texts = []
+    for name in ("one", "two"):
+        told = GatewayMetrics()
+        told.ended(OK)
+        texts.append(await told.text({"gateway": name}))
+    text = join([*texts, ""])
+    got = samples(text)
+    for one in TABLE:
+        assert text.count(f"# TYPE {one.name} ") == (one.side is not Side.POOL), one.name
+    assert got == samples(texts[0]) | samples(texts[1])
+    assert join([]) == ""
