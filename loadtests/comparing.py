@@ -31,7 +31,7 @@ from loadtests.lib.cli import parser, tell
 from loadtests.lib.targets import Reach, Report, Table
 from service.broker.agreement import agreed, final_answer
 from service.config import CacheConfig
-from service.gateway.cache.text_similarity import MOST_CHARACTERS, likeness, said, same_words
+from service.gateway.cache.text_similarity import MOST_CHARACTERS, said, same_words, similarity
 
 _SEED = 1
 
@@ -43,7 +43,7 @@ def agree(one: str, other: str) -> bool:
 
 def hit(one: str, other: str) -> bool:
     """Whether the semantic cache would answer one question with what was kept for the other."""
-    return same_words(said(one), said(other)) and likeness(one, other) >= CacheConfig().threshold
+    return same_words(said(one), said(other)) and similarity(one, other) >= CacheConfig().threshold
 
 
 def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:

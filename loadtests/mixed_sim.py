@@ -20,7 +20,7 @@ from loadtests.lib.stats import percentile
 from loadtests.lib.targets import Reach, Report, Table
 from loadtests.mixed.trace import Ask, mean_tokens, trace
 from loadtests.mixed.virtual_slot import Costs, FcfsSlot, Seen, SimSlot
-from service.pool.planner import Policy, SlotView, UnitView, next_fetch, to_drop
+from service.pool.planner import SlotView, SwapPolicy, UnitView, next_fetch, to_drop
 from service.types import Residency
 
 GIB = 1024**3
@@ -38,7 +38,7 @@ class Case:
 
     name: str
     costs: Costs
-    policy: Policy
+    policy: SwapPolicy
     experts: int
     pools: int
     slots: int
@@ -112,7 +112,7 @@ def plan_cost_ms(rounds: int = 100) -> list[float]:
             for i in range(EXPERTS)
         ]
         held = sum(u.host_bytes for u in units if u.tier is Residency.HOST)
-        policy = Policy(host_bytes=held + 10 * GIB)
+        policy = SwapPolicy(host_bytes=held + 10 * GIB)
         slot = SlotView("e0", 1.0, 0, 0, 0.1)
         began = time.perf_counter()
         to_drop(slot, units, policy, next_fetch(slot, units, policy))
@@ -128,7 +128,7 @@ def cases(for_s: float) -> list[Case]:
         Case(
             f"{EXPERTS} experts, {POOLS} pools of {SLOTS} slots",
             GPU,
-            Policy(host_bytes=bound),
+            SwapPolicy(host_bytes=bound),
             EXPERTS,
             POOLS,
             SLOTS,
@@ -136,7 +136,7 @@ def cases(for_s: float) -> list[Case]:
             0.3,
             for_s,
         ),
-        Case("6 experts, one slot", CPU, Policy(), 6, 1, 1, 0.5, 10 * for_s),
+        Case("6 experts, one slot", CPU, SwapPolicy(), 6, 1, 1, 0.5, 10 * for_s),
     ]
 
 

@@ -168,7 +168,9 @@ def report(data: Path, model: Path | None, rows: Mapping[str, int] = ROWS) -> Re
     made.notes.append(f"The answers of {domain_texts.GENERAL} are the base's own greedy ones.")
     made.reach = reach(kept)
     made.facts["fields"] = {
-        name: asdict(one) if name != domain_texts.GENERAL else {"base": one.base, "model": one.model}
+        name: asdict(one)
+        if name != domain_texts.GENERAL
+        else {"base": one.base, "model": one.model}
         for name, one in kept.items()
     }
     made.facts["right_by_layer"] = {

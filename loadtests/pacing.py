@@ -20,11 +20,11 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from service.broker.ledger import Bound, Ledger
-from service.broker.selection import Weighed
+from service.broker.ledger import Ledger, UsageBound
+from service.broker.selection import Selection
 from service.config import Config
-from service.errors import TooMany
-from service.gateway.budget_prices import RENEW_IDLE_S, Spending
+from service.errors import RateLimitExceededError
+from service.gateway.budget_prices import RENEW_IDLE_S, BudgetPrices
 from service.store.memory import MemoryStore
 from service.types import NOBODY, Usage
 
@@ -79,7 +79,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """What `Spending` reads of a weighed request."""
+    """What `BudgetPrices` reads of a weighed request."""
 
     worth: NDArray[np.float64]
     cost: NDArray[np.float64]
@@ -105,7 +105,7 @@ async def simulate(scene: Scene, gateways: int, seed: int) -> Outcome:
         }
     )
     ledger = Ledger(config, store)
-    all_spending = [Spending(ledger, clock=clock) for _ in range(gateways)]
+    all_spending = [BudgetPrices(ledger, clock=clock) for _ in range(gateways)]
     for one in all_spending:
         await one.look()
     looked_s = [0.0] * gateways
@@ -121,11 +121,11 @@ async def simulate(scene: Scene, gateways: int, seed: int) -> Outcome:
         if now_s - looked_s[which] >= RENEW_IDLE_S:
             await spending.look()
         better = int((worth - spending.cost_price(NOBODY) * cost).argmax()) == 1
-        spending.offered(NOBODY, cast(Weighed, _Offer(worth, cost)))
+        spending.offered(NOBODY, cast(Selection, _Offer(worth, cost)))
         if better:
             try:
-                held = await ledger.reserve(f"r{i}", NOBODY, Bound(0, prompt_cost=1.0))
-            except TooMany:
+                held = await ledger.reserve(f"r{i}", NOBODY, UsageBound(0, prompt_cost=1.0))
+            except RateLimitExceededError:
                 refused += 1
             else:
                 await ledger.settle(held, Usage(cost=1.0), ended_s=now_s)

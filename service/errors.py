@@ -32,7 +32,7 @@ class ConfigError(CoeError):
     code = "invalid_config"
 
 
-class InvalidProfile(ConfigError):
+class InvalidProfileError(ConfigError):
     """A steering profile is damaged or fits another base; the message names layer and numbers."""
 
     code = "invalid_profile"
@@ -50,49 +50,49 @@ class ModelStoreError(CoeError):
     code = "model_unavailable"
 
 
-class InvalidRequest(CoeError):
+class InvalidRequestError(CoeError):
     """The client's request can't be served as written (400)."""
 
     code = "invalid_request_error"
 
 
-class PromptTooLong(InvalidRequest):
+class PromptTooLongError(InvalidRequestError):
     """The prompt and the answer asked for do not fit the expert's context (400)."""
 
     code = "context_length_exceeded"
 
 
-class BodyTooLarge(InvalidRequest):
+class BodyTooLargeError(InvalidRequestError):
     """The request body is over the configured bound (413)."""
 
     code = "request_too_large"
 
 
-class HeadersTooLarge(InvalidRequest):
+class HeadersTooLargeError(InvalidRequestError):
     """The request's headers are over the configured bounds (431)."""
 
     code = "headers_too_large"
 
 
-class TooSlow(InvalidRequest):
+class RequestTimeoutError(InvalidRequestError):
     """The request did not arrive within the configured time (408)."""
 
     code = "request_timeout"
 
 
-class UnsupportedMediaType(InvalidRequest):
+class UnsupportedMediaTypeError(InvalidRequestError):
     """The body of a request is not declared as JSON (415)."""
 
     code = "unsupported_media_type"
 
 
-class NotAllowed(InvalidRequest):
+class DisallowedFieldError(InvalidRequestError):
     """A field that would make us open files or URLs, or run code (400)."""
 
     code = "not_allowed"
 
 
-class GuardRefused(InvalidRequest):
+class GuardRefusedError(InvalidRequestError):
     """The tenant's guard lets no such prompt through (400)."""
 
     code = "guard_refused"
@@ -102,37 +102,37 @@ class GuardRefused(InvalidRequest):
         self.screen = screen
 
 
-class UnknownModel(CoeError):
+class UnknownModelError(CoeError):
     """No expert of that name (404)."""
 
     code = "model_not_found"
 
 
-class UnknownReply(CoeError):
+class ReplyNotFoundError(CoeError):
     """No reply of that id that could be voted on (404)."""
 
     code = "reply_not_found"
 
 
-class UnknownEndpoint(CoeError):
+class UnknownEndpointError(CoeError):
     """No such path (404)."""
 
     code = "not_found"
 
 
-class Unauthorized(CoeError):
+class UnauthorizedError(CoeError):
     """No key or a wrong one (401)."""
 
     code = "invalid_api_key"
 
 
-class Forbidden(CoeError):
+class ForbiddenError(CoeError):
     """This key may not do that (403)."""
 
     code = "permission_denied"
 
 
-class TooMany(CoeError):
+class RateLimitExceededError(CoeError):
     """A tenant's own limit is reached (429).
 
     `retry_after_s`: when there surely is room again; None: never for so large a request. `final`:
@@ -155,13 +155,13 @@ class TooMany(CoeError):
         self.final = retry_after_s is None if final is None else final
 
 
-class Conflict(CoeError):
+class ConflictError(CoeError):
     """What was asked for can't be done in the present state (409)."""
 
     code = "conflict"
 
 
-class Unavailable(CoeError):
+class UnavailableError(CoeError):
     """We can't serve this now, but may soon (503). `retry_after_s` is our honest guess."""
 
     code = "unavailable"
@@ -178,74 +178,74 @@ class Unavailable(CoeError):
         self.retry_after_s = retry_after_s
 
 
-class OverCapacity(Unavailable):
+class OverCapacityError(UnavailableError):
     """A bounded queue is full (503)."""
 
     code = "over_capacity"
 
 
-class ExpertFailed(Unavailable):
+class ExpertFailedError(UnavailableError):
     """The expert could not be loaded; the message carries the reason (503)."""
 
     code = "expert_failed"
 
 
-class CircuitOpen(Unavailable):
+class CircuitOpenError(UnavailableError):
     """It failed too often of late and is left alone for a while (503)."""
 
     code = "circuit_open"
 
 
-class Draining(Unavailable):
+class PoolDrainingError(UnavailableError):
     """This pool is stopping and takes no new work: the gateway chooses again (503)."""
 
     code = "draining"
 
 
-class StoreGone(Unavailable):
+class StoreUnavailableError(UnavailableError):
     """The store of limits and budgets can't be reached (503)."""
 
     code = "store_unavailable"
 
 
-class PoolGone(Unavailable):
+class PoolUnavailableError(UnavailableError):
     """The pool went away while it had the request, before the first byte (503)."""
 
     code = "pool_gone"
 
 
-class PoolUnreachable(PoolGone):
+class PoolUnreachableError(PoolUnavailableError):
     """No connection to the pool was made: the request never got there (503)."""
 
     code = "pool_unreachable"
 
 
-class PoolStopped(PoolGone):
+class PoolStoppedError(PoolUnavailableError):
     """The pool stopped, as it had told that it would, before it had answered (503)."""
 
     code = "pool_stopped"
 
 
-class EngineDead(Unavailable):
+class EngineDeadError(UnavailableError):
     """The engine died under the request (503, or an SSE error once bytes have gone out)."""
 
     code = "engine_dead"
 
 
-class EngineRestarting(EngineDead):
+class EngineRestartingError(EngineDeadError):
     """The engine had died before the request reached it, and another is starting (503)."""
 
     code = "engine_restarting"
 
 
-class EngineDiedTwice(CoeError):
+class EngineDiedTwiceError(CoeError):
     """Two engines or pools died while they had this request; no third is given it (500)."""
 
     code = "engine_died_twice"
     final = True
 
 
-class DeadlineExceeded(Unavailable):
+class DeadlineExceededError(UnavailableError):
     """The request's deadline passed before an answer began (504).
 
     `silent`: somebody had the request all that time and said nothing.
@@ -255,7 +255,7 @@ class DeadlineExceeded(Unavailable):
     silent = False
 
 
-class EngineSilent(DeadlineExceeded):
+class EngineTimeoutError(DeadlineExceededError):
     """The deadline passed while an engine had the request and said nothing (504)."""
 
     code = "engine_silent"

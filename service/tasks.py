@@ -8,7 +8,7 @@ from typing import Any
 _AGAIN_S = 0.5
 
 
-async def end(*tasks: asyncio.Task[Any] | None) -> None:
+async def cancel_and_wait(*tasks: asyncio.Task[Any] | None) -> None:
     """Cancel tasks until all are done.
 
     More than once: Redis's client may swallow a cancellation that comes while it waits

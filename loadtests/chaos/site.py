@@ -25,7 +25,7 @@ import psutil
 from loadtests.lib.process import admin_key_of, fetch, running
 from service.broker.ledger import Ledger
 from service.config import Config
-from service.errors import StoreGone
+from service.errors import StoreUnavailableError
 from service.gateway.store_setup import open_store
 from service.types import Tenant
 
@@ -329,7 +329,7 @@ class Site:
         try:
             end_s = time.monotonic() + 2 * config.store.lease_s + 5
             while True:
-                with contextlib.suppress(StoreGone):
+                with contextlib.suppress(StoreUnavailableError):
                     limits = await Ledger(config, store).limits(Tenant("chaos"))
                     left = float(sum(balance.reserved for _, balance in limits.values()))
                     if left == 0 or time.monotonic() > end_s:

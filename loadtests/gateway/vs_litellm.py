@@ -57,7 +57,9 @@ async def run(port: int, watch: Watch, *, quick: bool) -> Report:
     longest: dict[str, list[float]] = {name: [] for name in _SIDES}
     with ExitStack() as stack:
         stack.enter_context(fake_upstream(upstream_port, STEP_MS))
-        stack.enter_context(litellm_server.proxy(targets["litellm"].port, upstream_port, _MODEL, key))
+        stack.enter_context(
+            litellm_server.proxy(targets["litellm"].port, upstream_port, _MODEL, key)
+        )
         stack.enter_context(serving(settings))
         stack.enter_context(watch.window())
         for target in targets.values():

@@ -13,7 +13,7 @@ from loadtests.guard.examples import ATTACKS, HARMLESS, PERSONAL, fitted, held_o
 from loadtests.lib.cli import parser, tell
 from loadtests.lib.targets import Reach, Report, Table
 from service.gateway.guard.injection import InjectionScreen
-from service.gateway.guard.pii import PersonalScreen
+from service.gateway.guard.pii import PiiScreen
 from service.gateway.guard.screen import Text
 
 _KINDS = ("email", "phone", "card", "iban", "ssn", "ip", "secret")
@@ -32,7 +32,7 @@ async def _share(screen: InjectionScreen, prompts: tuple[str, ...]) -> float:
 async def measure() -> Report:
     """Every figure."""
     report = Report("guard")
-    injection, personal = InjectionScreen(), PersonalScreen(_KINDS)
+    injection, personal = InjectionScreen(), PiiScreen(_KINDS)
     table = Table("Injection screen", ("prompts", "attacks caught", "harmless taken for attacks"))
     for name, half in (("fitted to", fitted), ("held out", held_out)):
         caught, wrong = (

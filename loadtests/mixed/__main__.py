@@ -23,9 +23,9 @@ from loadtests.mixed.fcfs import Fcfs
 from loadtests.mixed.trace import Ask, mean_tokens, trace
 from loadtests.swap.engine import SharedEngine, ask, prepare, settings, weights
 from service.config import Config
-from service.pool.planner import Policy
+from service.pool.planner import SwapPolicy
 from service.pool.slots.swapping import SwapSlot
-from service.pool.units import Known, Unit
+from service.pool.units import Unit, UnitState
 
 KIND = "cpu"
 _FEWER_SWITCHES, _TIMES, _OF_ALONE = 0.75, 3.0, 0.7
@@ -76,7 +76,7 @@ async def _planned(engine: SharedEngine, config: Config, asks: Sequence[Ask]) ->
     slot = SwapSlot(
         tuple(Unit(name, (name,), config.experts[name].pinned) for name in config.experts),
         lambda _: engine,
-        Policy(
+        SwapPolicy(
             min_stay_s=swap.min_stay_s,
             max_wait_s=swap.max_wait_s,
             host_bytes=swap.host_bytes,
@@ -85,7 +85,7 @@ async def _planned(engine: SharedEngine, config: Config, asks: Sequence[Ask]) ->
         capacity=pool.max_running,
         max_waiting=10**6,
         start_guess_s=40.0,
-        guess=Known(host_bytes=1024**3, fill_s=5.0, swap_s=0.05),
+        guess=UnitState(host_bytes=1024**3, fill_s=5.0, swap_s=0.05),
         changed=lambda: None,
     )
 

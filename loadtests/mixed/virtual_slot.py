@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from loadtests.mixed.trace import Ask
 from service.pool.planner import (
     Next,
-    Policy,
     SlotView,
+    SwapPolicy,
     UnitView,
     bounded,
     next_fetch,
@@ -72,7 +72,7 @@ class Seen:
 class SimSlot:
     """One slot. `submit` what arrives, and `advance` it to the times that it asks for."""
 
-    def __init__(self, names: Sequence[str], costs: Costs, policy: Policy, seen: Seen) -> None:
+    def __init__(self, names: Sequence[str], costs: Costs, policy: SwapPolicy, seen: Seen) -> None:
         self._units = {name: _Unit() for name in names}
         self._costs = costs
         self._policy = policy
@@ -224,7 +224,7 @@ class SimSlot:
 class FcfsSlot(SimSlot):
     """The same engine, strictly first come first served, LRU in host memory."""
 
-    def __init__(self, names: Sequence[str], costs: Costs, policy: Policy, seen: Seen) -> None:
+    def __init__(self, names: Sequence[str], costs: Costs, policy: SwapPolicy, seen: Seen) -> None:
         super().__init__(names, costs, policy, seen)
         self._order: deque[Ask] = deque()
         self._used: OrderedDict[str, None] = OrderedDict({self._unit: None})

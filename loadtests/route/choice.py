@@ -10,9 +10,9 @@ import numpy as np
 
 from loadtests.lib.stats import median
 from loadtests.lib.targets import Report, Table, at_most
-from service.broker.pool_state import Board, PoolView
-from service.broker.recipe_catalog import Book
-from service.broker.selection import Wish, weigh
+from service.broker.pool_state import PoolStateTable, PoolView
+from service.broker.recipe_catalog import RecipeCatalog
+from service.broker.selection import SelectionRequest, select
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
 from service.types import MAX_LATER, Recipe, Residency
 
@@ -21,7 +21,7 @@ TARGET_MS = 0.5
 _WARM_UP = 50
 
 
-def book_of(draw: random.Random) -> Book:
+def book_of(draw: random.Random) -> RecipeCatalog:
     """150 experts, and recipes of two and three of them: 256 in all."""
     names = [f"expert-{i}" for i in range(EXPERTS)]
     recipes: dict[Recipe, None] = {}
@@ -31,7 +31,7 @@ def book_of(draw: random.Random) -> Book:
         recipes[
             Recipe("vote", (a, b, c)) if kind == "vote" else Recipe("cascade", (a, b), (c,))
         ] = None
-    return Book(names, recipes)
+    return RecipeCatalog(names, recipes)
 
 
 def pool_of(boot: str, names: tuple[str, ...], draw: random.Random) -> PoolView:
@@ -61,7 +61,7 @@ def measure(report: Report, rounds: int) -> None:
     draw = random.Random(1)
     book = book_of(draw)
     views = [pool_of(f"pool-{i}", book.experts, draw) for i in range(POOLS)]
-    board = Board(book.index)
+    board = PoolStateTable(book.index)
     numbers = np.random.default_rng(1)
     rows = book.everything
     reach = numbers.random((len(rows), MAX_LATER)) * (book.later[rows] < len(book.experts))
@@ -73,7 +73,7 @@ def measure(report: Report, rounds: int) -> None:
     for fresh in (0, 1, POOLS):
         times = []
         for i in range(rounds + _WARM_UP):
-            wish = Wish(
+            wish = SelectionRequest(
                 rows=rows,
                 quality=numbers.random(len(rows)),
                 reach=reach,
@@ -88,7 +88,7 @@ def measure(report: Report, rounds: int) -> None:
                 snapshot = views[at].snapshot
                 views[at] = replace(views[at], snapshot=replace(snapshot, seq=snapshot.seq + 1))
             begun = time.perf_counter()
-            weighed = weigh(book, board.standing(views), wish)
+            weighed = select(book, board.standing(views), wish)
             at_best = weighed.best()
             times.append(1e3 * (time.perf_counter() - begun))
             assert at_best is not None

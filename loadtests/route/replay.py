@@ -21,7 +21,7 @@ from router_models.outcomes import read_costs, read_outcomes
 from router_models.recipes import Played
 from router_models.settings import Settings
 from router_models.training import Predicted, Problem
-from service.broker.budget_pacing import Pacer, Purse, hull
+from service.broker.budget_pacing import BudgetPacer, BudgetSnapshot, upper_concave_hull
 
 Floats = NDArray[np.float64]
 
@@ -76,7 +76,7 @@ def optimum(given: Instance, budget: float) -> tuple[float, NDArray[np.intp]]:
     rows, columns = [], []
     for row in range(len(given.quality)):
         # What no price would choose is in no solution of the relaxation.
-        for column in hull(given.quality[row], given.cost[row]).tolist():
+        for column in upper_concave_hull(given.quality[row], given.cost[row]).tolist():
             rows.append(row)
             columns.append(column)
     at, of = np.array(rows), np.array(columns)
@@ -110,7 +110,7 @@ def online(given: Instance, budget: float, seed: int, rule: str) -> Run:
     amount = budget * total
     spent = quality = score = price = 0.0
     unanswered = 0
-    pacer = Pacer()
+    pacer = BudgetPacer()
     for number, row in enumerate(np.random.default_rng(seed).permutation(total).tolist()):
         cost = given.cost[row]
         # The ledger reserves the most that a recipe may cost.
@@ -129,7 +129,7 @@ def online(given: Instance, budget: float, seed: int, rule: str) -> Run:
             continue
         pacer.offered(given.quality[row], cost)
         if pacer.due():
-            price = pacer.reprice(Purse(amount, spent, 0.0, float(total)), number + 1.0)
+            price = pacer.reprice(BudgetSnapshot(amount, spent, 0.0, float(total)), number + 1.0)
     return Run(quality, score, spent / amount, unanswered)
 
 

@@ -26,7 +26,7 @@ from loadtests.swap_gpu.models import SHAPES, WORDS, Shape, write_random
 from service.config import VllmOptions
 from service.engine.vllm.engine import VllmEngine, VllmModel
 from service.engine.vllm.swapping import SwappingVllmEngine, Weights
-from service.engine.weight_cache import SharedCache
+from service.engine.weight_cache import SharedWeightCache
 
 _OF_BANDWIDTH = 0.8
 _CHUNK_BYTES = 1 << 30
@@ -94,7 +94,7 @@ def _copy_apart(size: int, times: int) -> list[float]:
 async def _inplace(folders: dict[str, str], options: VllmOptions, times: int, found: Found) -> None:
     sources = {name: Weights(folder) for name, folder in folders.items()}
     first, other = sources
-    cache = SharedCache(None)
+    cache = SharedWeightCache(None)
 
     def make() -> SwappingVllmEngine:
         return SwappingVllmEngine(

@@ -20,7 +20,7 @@ from router_models.moe.gates import Statistics
 from router_models.moe.gates import read as read_statistics
 from service.errors import ArtifactError, CoeError
 from service.models import AdapterInfo, inspect_model
-from service.models.lora_merge import Delta
+from service.models.lora_merge import LoraDelta
 from service.models.store import MANIFEST, read_manifest
 
 STATISTICS = Path("upcycle/statistics.safetensors")
@@ -59,7 +59,7 @@ class Dense:
         """By the base's names, as stored; an adapter merged as the service merges it."""
         try:
             read = read_weights(self.folder)
-            yield from Delta(self.adapter, 1.0).applied(read) if self.adapter else read
+            yield from LoraDelta(self.adapter, 1.0).applied(read) if self.adapter else read
         except (ValueError, OSError, SafetensorError) as error:
             raise UpcycleError(f"{self.name}: {error}") from error
 

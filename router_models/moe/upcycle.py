@@ -67,7 +67,11 @@ def plan(base: Path, experts: Mapping[str, Path], data: Path | None) -> Plan:
         for name, folder in named.items()
     )
     return Plan(
-        base, config, before, joined, {one.name: domain_texts.read(one.name, data) for one in joined}
+        base,
+        config,
+        before,
+        joined,
+        {one.name: domain_texts.read(one.name, data) for one in joined},
     )
 
 

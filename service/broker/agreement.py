@@ -152,14 +152,14 @@ _FENCE = re.compile(r"^```(?:json)?[ \t]*\n(.*?)\n[ \t]*```$", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
-class Final:
+class FinalAnswer:
     """A final answer: equal ones agree. `kind`: json, choice, number, verdict, text or several."""
 
     kind: str
     value: str
 
 
-def final_answer(text: str, *, as_json: bool = False) -> Final | None:
+def final_answer(text: str, *, as_json: bool = False) -> FinalAnswer | None:
     """The final answer that a text states, None where it states none.
 
     `as_json`: the client asked for JSON, so nothing else is an answer.
@@ -170,7 +170,7 @@ def final_answer(text: str, *, as_json: bool = False) -> Final | None:
         if found is not None or as_json:
             return found
         if text.startswith("```"):
-            return Final("text", text) if len(text) <= _SHORT_CHARS else None
+            return FinalAnswer("text", text) if len(text) <= _SHORT_CHARS else None
     text = unicodedata.normalize("NFC", text).translate(_SAME_SIGNS)
     if len(text) > _LOOKED_AT_CHARS:
         # The first line of what is left may have lost its beginning.
@@ -205,12 +205,12 @@ def _plain_line(line: str) -> str:
     return _BOLD.sub(r"\1", line[-_LINE_CHARS:]).strip()
 
 
-def _conclusions(lines: list[str]) -> list[Final | None] | None:
+def _conclusions(lines: list[str]) -> list[FinalAnswer | None] | None:
     """What each concluding line states, in order: None instead of a list where no line concludes.
 
     None in the list: a conclusion that can't be compared, or that something unknown follows.
     """
-    found: list[Final | None] = []
+    found: list[FinalAnswer | None] = []
     last = -1
     for i, line in enumerate(lines):
         if i == last:
@@ -252,7 +252,7 @@ def _conclusions(lines: list[str]) -> list[Final | None] | None:
     return found
 
 
-def _together(concluded: list[Final | None]) -> Final | None:
+def _together(concluded: list[FinalAnswer | None]) -> FinalAnswer | None:
     """One final answer of all that a text concluded."""
     distinct = list(dict.fromkeys(concluded))
     if None in distinct:
@@ -260,7 +260,7 @@ def _together(concluded: list[Final | None]) -> Final | None:
     if len(distinct) == 1:
         return distinct[0]
     parts = [f"{one.kind}:{one.value}" for one in distinct if one is not None]
-    return Final("several", json.dumps(parts, ensure_ascii=False))
+    return FinalAnswer("several", json.dumps(parts, ensure_ascii=False))
 
 
 def _sentence_start(before: str) -> str:
@@ -273,14 +273,14 @@ def _adds_nothing(before: str) -> bool:
     return bool(_CONNECTIVES.fullmatch(before) or _REASON.match(before))
 
 
-def _stated(before: str, stated: str) -> Final | None:
+def _stated(before: str, stated: str) -> FinalAnswer | None:
     """What a sentence states: `before` the words "the answer is", and after them."""
     if not _adds_nothing(before):
         return _canonical(f"{before} … {stated}", _STATED_CHARS)
     return _explained(stated)
 
 
-def _explained(stated: str) -> Final | None:
+def _explained(stated: str) -> FinalAnswer | None:
     """A value, and perhaps why it is so in the same line."""
     cut = _THEN_EXPLAINS.search(stated)
     if cut is not None:
@@ -290,7 +290,7 @@ def _explained(stated: str) -> Final | None:
     return _canonical(stated, _STATED_CHARS)
 
 
-def _only_explains(value: Final | None, more: str) -> bool:
+def _only_explains(value: FinalAnswer | None, more: str) -> bool:
     """Whether what follows a value gives reasons for it, and takes nothing back.
 
     The reasons for a number, a choice or a verdict are not a part of it; those for anything else
@@ -304,7 +304,7 @@ def _only_explains(value: Final | None, more: str) -> bool:
     )
 
 
-def _boxed(line: str) -> Final | None:
+def _boxed(line: str) -> FinalAnswer | None:
     """What a line with a box states: the box alone, unless what surrounds it changes it."""
     opened = list(_BOXED.finditer(line))
     end = _closing_brace(line, opened[0].end())
@@ -338,7 +338,7 @@ def _closing_brace(line: str, start: int) -> int | None:
     return None
 
 
-def _canonical(said: str, most: int = _SHORT_CHARS) -> Final | None:
+def _canonical(said: str, most: int = _SHORT_CHARS) -> FinalAnswer | None:
     """A choice, a number, a verdict, or a few words as they stand."""
     said = _unwrapped(said)
     for pattern, instead in _LATEX:
@@ -348,14 +348,14 @@ def _canonical(said: str, most: int = _SHORT_CHARS) -> Final | None:
     if not said or len(said) > most or _REFUSAL.search(said):
         return None
     if choice := _CHOICE.fullmatch(said):
-        return Final("choice", choice[1] or choice[2] or choice[3])
+        return FinalAnswer("choice", choice[1] or choice[2] or choice[3])
     if (number := _number(said)) is not None:
-        return Final("number", number)
+        return FinalAnswer("number", number)
     if said in _VERDICTS:
-        return Final("verdict", _VERDICTS[said])
+        return FinalAnswer("verdict", _VERDICTS[said])
     if both := _CHOICE_AND_TEXT.fullmatch(said):
         said = f"{both[1] or both[2]}) {both[3]}"
-    return Final("text", said)
+    return FinalAnswer("text", said)
 
 
 def _unwrapped(said: str) -> str:
@@ -407,7 +407,7 @@ def _decimal_of(sign: str, over: int, under: int) -> str | None:
     return f"{sign}{Decimal(over) / Decimal(under):f}"
 
 
-def _json(text: str) -> Final | None:
+def _json(text: str) -> FinalAnswer | None:
     fenced = _FENCE.match(text)
     try:
         value = json.loads(
@@ -417,7 +417,7 @@ def _json(text: str) -> Final | None:
             parse_constant=_no_constant,
             object_pairs_hook=_distinct,
         )
-        return Final("json", _written(value))
+        return FinalAnswer("json", _written(value))
     except (ValueError, RecursionError, InvalidOperation):
         return None
 
@@ -451,12 +451,12 @@ def _written(value: Any) -> str:
     return json.dumps(value)
 
 
-def agreed(finals: Sequence[Final | None]) -> bool:
+def agreed(finals: Sequence[FinalAnswer | None]) -> bool:
     """Whether all gave a final answer, and the same."""
     return bool(finals) and finals[0] is not None and all(f == finals[0] for f in finals)
 
 
-def majority(finals: Sequence[Final | None]) -> int | None:
+def majority(finals: Sequence[FinalAnswer | None]) -> int | None:
     """Position of the answer most gave; among equals the last that gave any. None: nobody did."""
     given = [i for i, final in enumerate(finals) if final is not None]
     if not given:

@@ -26,7 +26,7 @@ class State(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class BreakerPolicy:
     """When a breaker opens, and for how long.
 
     failures: events in a row; faults within `together_s` are one event, because one cause
@@ -41,7 +41,7 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
-class Try:
+class Permit:
     """One request let through. `turn`: how often the breaker had opened before."""
 
     turn: int
@@ -51,7 +51,7 @@ class Try:
 class Breaker:
     """One breaker. Times are in s of any clock that only goes forward."""
 
-    def __init__(self, policy: Policy, random: Random) -> None:
+    def __init__(self, policy: BreakerPolicy, random: Random) -> None:
         self._policy = policy
         self._random = random
         self._turn = 0
@@ -79,14 +79,14 @@ class Breaker:
         assert self._until_s is not None
         return max(self._until_s - now_s, self._policy.together_s)
 
-    def begin(self, now_s: float) -> Try:
+    def begin(self, now_s: float) -> Permit:
         """A request passes. It must be one that `allows`, and it must come to an end."""
         probe = self.state(now_s) is State.HALF_OPEN
         if probe:
             self._probing = True
-        return Try(self._turn, probe)
+        return Permit(self._turn, probe)
 
-    def end(self, one: Try, ok: bool | None, now_s: float) -> bool:
+    def end(self, one: Permit, ok: bool | None, now_s: float) -> bool:
         """A request has ended: well, by a failure of its own (False), or without saying
         anything (None). True where this opened the breaker.
         """
@@ -130,7 +130,7 @@ Key = TypeVar("Key", bound=Hashable)
 class Breakers(Generic[Key]):
     """The breakers of one gateway. One that never saw a failure costs nothing."""
 
-    def __init__(self, policy: Policy, random: Random) -> None:
+    def __init__(self, policy: BreakerPolicy, random: Random) -> None:
         self._policy = policy
         self._random = random
         self._all: dict[Key, Breaker] = {}
@@ -146,12 +146,12 @@ class Breakers(Generic[Key]):
         found = [self._all[key].left_s(now_s) for key in keys if key in self._all]
         return min(found, default=0.0)
 
-    def begin(self, key: Key, now_s: float) -> Try:
+    def begin(self, key: Key, now_s: float) -> Permit:
         """See `Breaker.begin`."""
         one = self._all.get(key)
-        return one.begin(now_s) if one is not None else Try(0, probe=False)
+        return one.begin(now_s) if one is not None else Permit(0, probe=False)
 
-    def end(self, key: Key, one: Try, ok: bool | None, now_s: float) -> bool:
+    def end(self, key: Key, one: Permit, ok: bool | None, now_s: float) -> bool:
         """See `Breaker.end`."""
         breaker = self._all.get(key)
         if breaker is None:
@@ -193,7 +193,7 @@ class RetryBudget:
         return True
 
 
-def pause_s(attempt: int, random: Random, *, base_s: float = 0.05, most_s: float = 1.0) -> float:
+def backoff_s(attempt: int, random: Random, *, base_s: float = 0.05, most_s: float = 1.0) -> float:
     """How long to wait before going back to one that has just failed: exponential, with full
     jitter, so that those whom one fault has hit do not come back together.
     """

@@ -36,7 +36,7 @@ _PIECES = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Purse:
+class BudgetSnapshot:
     """A budget as of now. Times in s of one clock; `window`: (start, end).
 
     `reserved` is held by requests under way, most of which will not be spent.
@@ -54,7 +54,7 @@ class Purse:
         return max(0.0, self.amount - self.spent - self.reserved)
 
 
-class Pacer:
+class BudgetPacer:
     """Prices one budget. `offered` every decision that concerns it, `repriced` as it is spent.
 
     Arrivals are shared by pieces of the budget's window, so that a gateway that comes later knows
@@ -82,7 +82,7 @@ class Pacer:
         """
         self._own += 1
         self._since += 1
-        keep = hull(worth, cost)
+        keep = upper_concave_hull(worth, cost)
         if len(keep):
             self._seen.append((worth[keep], cost[keep]))
 
@@ -100,7 +100,7 @@ class Pacer:
         """Whether a request concerned the budget here in this window."""
         return self._own > 0
 
-    def stale(self, purse: Purse, now_s: float) -> bool:
+    def stale(self, purse: BudgetSnapshot, now_s: float) -> bool:
         """Whether its price does not stand for this state of the budget any more."""
         window = (purse.start_s, purse.end_s)
         old_s = _OLD * (purse.end_s - purse.start_s)
@@ -121,7 +121,7 @@ class Pacer:
         share = (now_s - start_s) / (end_s - start_s)
         return min(_PIECES - 1, max(0, int(_PIECES * share)))
 
-    def reprice(self, purse: Purse, now_s: float) -> float:
+    def reprice(self, purse: BudgetSnapshot, now_s: float) -> float:
         """The price for what is left of the window at the rate at which requests came in it."""
         self._since = 0
         self._priced_s = now_s
@@ -134,7 +134,7 @@ class Pacer:
         self.price = self.solve(left / max(coming, 1.0))
         return self.price
 
-    def _begin(self, purse: Purse, now_s: float) -> None:
+    def _begin(self, purse: BudgetSnapshot, now_s: float) -> None:
         """In a new window arrivals are counted anew; what was on offer is still the best guess."""
         first = math.isnan(self._window[0])
         if first:
@@ -201,7 +201,7 @@ def _steepest(worth: Floats, cost: Floats) -> float:
     return (spread + 1e-9) / float(gaps.min()) if len(gaps) else 0.0
 
 
-def hull(worth: Floats, cost: Floats) -> NDArray[np.intp]:
+def upper_concave_hull(worth: Floats, cost: Floats) -> NDArray[np.intp]:
     """Options that some price from 0 up would choose, cheapest first: the upper concave hull.
 
     At most 24 of them, evenly.

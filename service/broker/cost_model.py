@@ -39,7 +39,7 @@ Places = slice | NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
+class ExpectedUsage:
     """For each expert (experts,): tokens of one answer, and spending of one call."""
 
     tokens: Floats
@@ -94,7 +94,7 @@ class Lengths:
         self._lean()
 
     def saw(self, expert: str, category: str, tokens: int, *, cut: bool) -> None:
-        """See `Market.saw`."""
+        """See `CostModel.saw`."""
         column = self._columns[expert]
         length = float(tokens)
         whole = self._whole[column]
@@ -119,7 +119,7 @@ class Lengths:
         self.usual = (sums + _SHRINK * everybody) / (weights + _SHRINK)
 
 
-class Market:
+class CostModel:
     """Prices and lengths of one config's experts, by index.
 
     Args:
@@ -155,7 +155,7 @@ class Market:
 
     def expect(
         self, category: str, prompt_tokens: int, most_tokens: int | None, answers: int = 1
-    ) -> Expected:
+    ) -> ExpectedUsage:
         """What an answer to a prompt of this length is expected to come to.
 
         Args:
@@ -176,7 +176,7 @@ class Market:
                 else np.minimum(tokens, most_tokens)
             )
         cost = self._per_prompt * prompt_tokens + self._per_answer * (answers * tokens)
-        return Expected(tokens, cost)
+        return ExpectedUsage(tokens, cost)
 
     def saw(self, expert: str, category: str, tokens: int, *, cut: bool = False) -> None:
         """Learn from one answer.

@@ -12,13 +12,13 @@ from service.types import Residency
 _NEAR = (Residency.DEVICE, Residency.HOST, Residency.LOADING)
 
 
-def usable(view: PoolView, expert: str) -> bool:
+def can_serve(view: PoolView, expert: str) -> bool:
     """Whether a pool could answer with an expert, now or after loading it."""
     state = view.snapshot.experts.get(expert)
     return state is not None and not view.snapshot.draining and state.state is not Residency.FAILED
 
 
-def home(expert: str, views: Iterable[PoolView]) -> str | None:
+def pool_for_demand(expert: str, views: Iterable[PoolView]) -> str | None:
     """The one pool to tell of an expert's unmet demand: where loading it displaces least.
 
     A pool that has it in memory or on its way comes first. Loads are compared by
@@ -37,7 +37,7 @@ def home(expert: str, views: Iterable[PoolView]) -> str | None:
         digest = hashlib.blake2b(f"{expert}\0{view.boot}".encode(), digest_size=8).digest()
         return 0 if state.state in _NEAR else 1, load.bit_length(), digest
 
-    able = [view for view in views if usable(view, expert)]
+    able = [view for view in views if can_serve(view, expert)]
     return min(able, key=key).boot if able else None
 
 

@@ -16,8 +16,17 @@ from datetime import UTC, datetime
 
 from service.broker.prices import MICRO, micro
 from service.config import BudgetConfig, Config, LimitsConfig
-from service.errors import TooMany
-from service.store.protocol import Account, Balance, Claim, Granted, Line, Note, Refused, Store
+from service.errors import RateLimitExceededError
+from service.store.protocol import (
+    Account,
+    AccountBalance,
+    Charge,
+    Granted,
+    Refused,
+    Store,
+    StoreClaim,
+    UsageNote,
+)
 from service.store.windows import DAY, MINUTE, MONTH, NOW, Window, fixed
 from service.types import Limits, Tenant, Usage
 
@@ -27,7 +36,7 @@ _PERIODS = {"day": DAY, "month": MONTH}
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
+class UsageBound:
     """The most that a request may use, all its calls together, and what it is expected to.
 
     Attributes:
@@ -55,15 +64,15 @@ class Bound:
     likely_tokens: int | None = None
     places: int = 1
 
-    def rate_line(self, account: Account) -> Line:
+    def rate_line(self, account: Account) -> Charge:
         """Its part of a limit on tokens per minute."""
         prompt = self.prompt_tokens if self.likely_prompt is None else self.likely_prompt
         if self.likely_tokens is None:
-            return Line(account, prompt, self.answers)
+            return Charge(account, prompt, self.answers)
         answers = self.answers * min(self.likely_tokens, self.max_tokens)
         # Where the limit is smaller than what is usual, one at a time may still try.
         least = prompt + self.answers * self.least
-        return Line(account, min(prompt + answers, max(account.limit, least)))
+        return Charge(account, min(prompt + answers, max(account.limit, least)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +100,7 @@ class Reservation:
     """
 
     tenant: Tenant
-    bound: Bound
+    bound: UsageBound
     max_tokens: int
     granted: Granted
 
@@ -113,40 +122,42 @@ class Ledger:
         ) or any(self._concerns(name, tenant) for name in self._budgets)
 
     async def arrive(self, request_id: str, tenant: Tenant) -> Reservation:
-        """Count a request whose body nobody has read. Raises TooMany, StoreGone."""
+        """Count a request whose body nobody has read. Raises RateLimitExceededError, StoreGone."""
         at_once = ("requests", "concurrent")
-        lines = [line for line in self._lines(tenant, Bound(0)) if _kind(line) in at_once]
-        return await self._claim(request_id, tenant, Bound(0), lines)
+        lines = [line for line in self._lines(tenant, UsageBound(0)) if _kind(line) in at_once]
+        return await self._claim(request_id, tenant, UsageBound(0), lines)
 
     async def look_up(self, request_id: str, tenant: Tenant) -> None:
-        """Count a request that asks no expert. Raises TooMany, StoreGone."""
+        """Count a request that asks no expert. Raises RateLimitExceededError, StoreGone."""
         lines = []
-        for line in self._lines(tenant, Bound(0)):
+        for line in self._lines(tenant, UsageBound(0)):
             if _kind(line) == "requests":
                 name = line.account.name.removesuffix("requests") + "lookups"
-                lines.append(Line(replace(line.account, name=name), 1))
-        held = await self._claim(request_id, tenant, Bound(0), lines)
+                lines.append(Charge(replace(line.account, name=name), 1))
+        held = await self._claim(request_id, tenant, UsageBound(0), lines)
         await self.store.settle(held.granted, [1] * len(lines), None)
 
-    async def reserve(self, request_id: str, tenant: Tenant, bound: Bound) -> Reservation:
-        """Reserve what an arrived request may use. Raises TooMany, naming the limit; StoreGone."""
+    async def reserve(self, request_id: str, tenant: Tenant, bound: UsageBound) -> Reservation:
+        """Reserve what an arrived request may use. Raises RateLimitExceededError, naming the limit; StoreGone."""
         lines = []
         for line in self._lines(tenant, bound):
             if _kind(line) == "concurrent":
                 # One of them it is since it arrived; nothing counts as more than there are.
                 more = min(bound.places, line.account.limit) - 1
-                lines += [Line(line.account, more)] if more > 0 else []
+                lines += [Charge(line.account, more)] if more > 0 else []
             elif _kind(line) != "requests":
                 lines.append(line)
         return await self._claim(request_id, tenant, bound, lines)
 
     async def _claim(
-        self, claim_id: str, tenant: Tenant, bound: Bound, lines: Sequence[Line]
+        self, claim_id: str, tenant: Tenant, bound: UsageBound, lines: Sequence[Charge]
     ) -> Reservation:
         if not lines:
-            granted = Granted(Claim(claim_id, ()), bound.max_tokens, (), ())
+            granted = Granted(StoreClaim(claim_id, ()), bound.max_tokens, (), ())
             return Reservation(tenant, bound, bound.max_tokens, granted)
-        claim = Claim(claim_id, tuple(lines), bound.max_tokens, min(bound.least, bound.max_tokens))
+        claim = StoreClaim(
+            claim_id, tuple(lines), bound.max_tokens, min(bound.least, bound.max_tokens)
+        )
         answer = await self.store.reserve(claim)
         if isinstance(answer, Refused):
             raise _too_many(answer, next(a for a in lines if a.account.name == answer.account))
@@ -201,14 +212,12 @@ class Ledger:
         balances = await self.store.balances([account for account, *_ in named.values()])
         return {
             name: _state(account, balance, tenant, key)
-            for (name, (account, tenant, key)), balance in zip(
-                named.items(), balances, strict=True
-            )
+            for (name, (account, tenant, key)), balance in zip(named.items(), balances, strict=True)
         }
 
-    async def limits(self, tenant: Tenant) -> dict[str, tuple[Account, Balance]]:
+    async def limits(self, tenant: Tenant) -> dict[str, tuple[Account, AccountBalance]]:
         """The accounts that bound a tenant and its key, as they are now."""
-        accounts = [line.account for line in self._lines(tenant, Bound(0))]
+        accounts = [line.account for line in self._lines(tenant, UsageBound(0))]
         balances = await self.store.balances(accounts)
         return {a.name: (a, b) for a, b in zip(accounts, balances, strict=True)}
 
@@ -222,7 +231,7 @@ class Ledger:
         found = await self.store.counts([_usage_name(tenant, start) for start in starts])
         return {_day(start): counts for start, counts in zip(starts, found, strict=True) if counts}
 
-    def _lines(self, tenant: Tenant, bound: Bound) -> Iterator[Line]:
+    def _lines(self, tenant: Tenant, bound: UsageBound) -> Iterator[Charge]:
         if tenant.key:
             yield from _limited(f"key/{tenant.key}", tenant.limits, bound)
         yield from _limited(
@@ -263,29 +272,29 @@ def _own_budget(whose: str, limits: Limits) -> Account | None:
     return Account(f"{whose}/budget", _whole(limits.budget), _PERIODS[limits.period])
 
 
-def _limited(whose: str, limits: Limits, bound: Bound) -> Iterator[Line]:
+def _limited(whose: str, limits: Limits, bound: UsageBound) -> Iterator[Charge]:
     if limits.requests_per_min is not None:
-        yield Line(Account(f"{whose}/requests", limits.requests_per_min, MINUTE), 1)
+        yield Charge(Account(f"{whose}/requests", limits.requests_per_min, MINUTE), 1)
     if limits.tokens_per_min is not None:
         account = Account(f"{whose}/tokens", limits.tokens_per_min, MINUTE)
         yield bound.rate_line(account)
     if limits.concurrent is not None:
-        yield Line(Account(f"{whose}/concurrent", limits.concurrent, NOW), 1)
+        yield Charge(Account(f"{whose}/concurrent", limits.concurrent, NOW), 1)
     if (account_ := _own_budget(whose, limits)) is not None:
         yield _cost_line(account_, bound)
 
 
-def _cost_line(account: Account, bound: Bound) -> Line:
-    return Line(account, micro(bound.prompt_cost), bound.token_cost * MICRO)
+def _cost_line(account: Account, bound: UsageBound) -> Charge:
+    return Charge(account, micro(bound.prompt_cost), bound.token_cost * MICRO)
 
 
-def _kind(line: Line) -> str:
+def _kind(line: Charge) -> str:
     """What it counts: requests, lookups, tokens, concurrent, or budget."""
     name = line.account.name
     return "budget" if name.startswith("budget/") else name.rpartition("/")[2]
 
 
-def _used(line: Line, usage: Usage, counts: bool) -> int:
+def _used(line: Charge, usage: Usage, counts: bool) -> int:
     kind = _kind(line)
     if kind == "budget":
         return micro(usage.cost)
@@ -299,7 +308,7 @@ def _whole(units: float) -> int:
     return math.floor(round(units * MICRO, 6))
 
 
-def _state(account: Account, balance: Balance, tenant: str | None, key: str) -> BudgetState:
+def _state(account: Account, balance: AccountBalance, tenant: str | None, key: str) -> BudgetState:
     return BudgetState(
         account.limit / MICRO,
         balance.spent / MICRO,
@@ -319,7 +328,7 @@ _WORDS = {
 }
 
 
-def _too_many(refused: Refused, line: Line) -> TooMany:
+def _too_many(refused: Refused, line: Charge) -> RateLimitExceededError:
     whose, _, kind = refused.account.rpartition("/")
     limit = line.account.limit
     if kind in _WORDS and not refused.account.startswith("budget/"):
@@ -336,7 +345,7 @@ def _too_many(refused: Refused, line: Line) -> TooMany:
     elif refused.busy:
         what += "; requests under way hold what is left"
     vain = refused.retry_after_s is None or (code == "insufficient_quota" and not refused.busy)
-    return TooMany(what, retry_after_s=refused.retry_after_s, code=code, final=vain)
+    return RateLimitExceededError(what, retry_after_s=refused.retry_after_s, code=code, final=vain)
 
 
 def _usage_name(tenant: Tenant, start_s: int) -> str:
@@ -347,7 +356,7 @@ def _day(start_s: float) -> str:
     return datetime.fromtimestamp(start_s, UTC).strftime("%Y-%m-%d")
 
 
-def _note(tenant: Tenant, usage: Usage, expert: str, ended_s: float) -> Note:
+def _note(tenant: Tenant, usage: Usage, expert: str, ended_s: float) -> UsageNote:
     counts: Mapping[str, int] = {
         "requests": 1,
         "prompt_tokens": usage.prompt_tokens,
@@ -356,4 +365,4 @@ def _note(tenant: Tenant, usage: Usage, expert: str, ended_s: float) -> Note:
     }
     if expert:
         counts = {**counts, **{f"{expert}/{name}": count for name, count in counts.items()}}
-    return Note(_usage_name(tenant, int(ended_s)), counts, _KEEP_USAGE_S)
+    return UsageNote(_usage_name(tenant, int(ended_s)), counts, _KEEP_USAGE_S)

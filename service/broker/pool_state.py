@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from service.rpc.latency import GUESS
+from service.rpc.latency import PRIOR
 from service.rpc.snapshot import STALE_S, ExpertState, Queue, Snapshot, Speed
 from service.types import Residency
 
@@ -50,7 +50,7 @@ def idle_view(experts: Sequence[str]) -> PoolView:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class PoolMatrix:
     """All pools at one moment; each array is (pools, experts), times in s.
 
     eta: until the expert's weights are there; first, per_token: to its first token, and more
@@ -74,7 +74,7 @@ class Standing:
     prompts: Floats
 
 
-class Board:
+class PoolStateTable:
     """Keeps each pool's row until its next snapshot."""
 
     def __init__(self, index: dict[str, int]) -> None:
@@ -82,7 +82,7 @@ class Board:
         self._index = index
         self._rows: dict[str, tuple[Snapshot, Floats]] = {}
 
-    def standing(self, views: Sequence[PoolView]) -> Standing:
+    def standing(self, views: Sequence[PoolView]) -> PoolMatrix:
         """The pools of these views as arrays."""
         if len(self._rows) > 2 * len(views) + 8:
             known = {view.boot for view in views}
@@ -93,7 +93,7 @@ class Board:
             table[i] = self._row(view.boot, view.snapshot)
             if view.unseen:
                 self._count_unseen(table[i, _AHEAD], view)
-        return Standing(
+        return PoolMatrix(
             boots=tuple(view.boot for view in views),
             fresh=np.array([view.age_s <= STALE_S for view in views], dtype=bool),
             usable=table[:, _USABLE] > 0,
@@ -175,7 +175,7 @@ def _row_of(snapshot: Snapshot, index: dict[str, int]) -> Floats:
 def _guess(measured: list[Speed]) -> Speed:
     """An expert not measured here is as fast as those that were, on average."""
     if not measured:
-        return GUESS
+        return PRIOR
     share = 1.0 / len(measured)
     return Speed(
         share * sum(speed.first_s for speed in measured),

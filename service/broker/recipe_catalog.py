@@ -12,7 +12,7 @@ from service.types import MAX_LATER, Recipe
 Ints = NDArray[np.intp]
 
 
-class Book:
+class RecipeCatalog:
     """The experts and recipes of one config, by index.
 
     With E experts and R recipes: `members` (R, M) and `later` (R, MAX_LATER) hold indices

@@ -25,14 +25,14 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from service.broker.pool_state import Floats, Standing
-from service.broker.recipe_catalog import Book, Ints
+from service.broker.pool_state import Floats, PoolMatrix
+from service.broker.recipe_catalog import Ints, RecipeCatalog
 
 _NEVER = np.inf
 _NO_ONE = np.zeros(0, dtype=np.intp)
 
 
-class Bar(IntEnum):
+class Exclusion(IntEnum):
     """Why a recipe is out of the question."""
 
     NONE = 0
@@ -44,7 +44,7 @@ class Bar(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Warm:
+class PrefixCacheHint:
     """Where a conversation's beginning is in the prefix cache: so many prompt tokens of it."""
 
     expert: str
@@ -53,7 +53,7 @@ class Warm:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class SelectionRequest:
     """What a request wants. Arrays (recipes,) stand for the recipes `rows` of the book.
 
     quality: expected, in [0, 1]. reach (recipes, MAX_LATER): how likely each later expert is
@@ -76,12 +76,12 @@ class Wish:
     deadline_s: float = _NEVER
     context_tokens: int = 0
     streams: bool = False
-    warm: Warm | None = None
+    warm: PrefixCacheHint | None = None
     banned: Collection[tuple[str, str]] = field(default=())
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class Candidate:
     """An expert in a pool (`boot`; empty: in this gateway).
 
     Times in s. eta_s: until its weights are there, swaps included; wait_s: until its first
@@ -98,16 +98,16 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
-class Weighed:
+class Selection:
     """All recipes of a wish, weighed. Arrays (recipes,) in the order of `wish.rows`.
 
-    `barred`: a `Bar` for each, 0 where it is possible.
+    `barred`: a `Exclusion` for each, 0 where it is possible.
     `pool` (experts,): the best pool for each expert, an index into `standing.boots`.
     """
 
-    book: Book
-    wish: Wish
-    standing: Standing
+    book: RecipeCatalog
+    wish: SelectionRequest
+    standing: PoolMatrix
     pool: Ints
     wait: Floats
     answer: Floats
@@ -137,14 +137,14 @@ class Weighed:
         """Positions, best first; barred ones last."""
         return np.argsort(-self.utility, kind="stable")
 
-    def option(self, expert: str) -> Option | None:
+    def option(self, expert: str) -> Candidate | None:
         """The pool to ask for an expert; None where none can be asked."""
         e = self.book.index[expert]
         if not np.isfinite(self.wait[e]):
             return None
         p = int(self.pool[e])
         s = self.standing
-        return Option(
+        return Candidate(
             expert,
             s.boots[p],
             float(s.eta[p, e]),
@@ -166,7 +166,7 @@ class Weighed:
         return float(self.ideal.max() - self.utility[chosen])
 
 
-def weigh(book: Book, standing: Standing, wish: Wish) -> Weighed:
+def select(book: RecipeCatalog, standing: PoolMatrix, wish: SelectionRequest) -> Selection:
     """Weigh every recipe of a wish. Pools that were not heard of for over a second count only
     where nothing else is left."""
     roomy = _roomy(standing, wish)
@@ -188,13 +188,15 @@ def weigh(book: Book, standing: Standing, wish: Wish) -> Weighed:
     return _weigh(book, standing, wish, usable)
 
 
-def _roomy(standing: Standing, wish: Wish) -> NDArray[np.bool_]:
+def _roomy(standing: PoolMatrix, wish: SelectionRequest) -> NDArray[np.bool_]:
     """Where prompt and answer fit into the context, as far as that is known, (pools, experts)."""
     fits: NDArray[np.bool_] = (standing.context == 0) | (standing.context >= wish.context_tokens)
     return standing.usable & fits
 
 
-def _weigh(book: Book, standing: Standing, wish: Wish, usable: NDArray[np.bool_]) -> Weighed:
+def _weigh(
+    book: RecipeCatalog, standing: PoolMatrix, wish: SelectionRequest, usable: NDArray[np.bool_]
+) -> Selection:
     s = standing
     experts = len(book.experts)
     if not len(s.boots):
@@ -231,16 +233,16 @@ def _weigh(book: Book, standing: Standing, wish: Wish, usable: NDArray[np.bool_]
 
 
 def _total(
-    book: Book,
-    standing: Standing,
-    wish: Wish,
+    book: RecipeCatalog,
+    standing: PoolMatrix,
+    wish: SelectionRequest,
     pool: Ints,
     wait: Floats,
     answer: Floats,
     prefill: Floats,
     displaced: Floats,
     idle: Floats,
-) -> Weighed:
+) -> Selection:
     """From experts, (experts,), to recipes."""
     rows = wish.rows
     alone = book.single[rows]
@@ -252,32 +254,32 @@ def _total(
     barred = np.zeros(len(rows), dtype=np.int8)
     nowhere = ~np.isfinite(time)
     if nowhere.any():
-        barred[nowhere] = Bar.NO_POOL
+        barred[nowhere] = Exclusion.NO_POOL
         if wish.context_tokens:
             small = standing.usable.any(axis=0) & ~_roomy(standing, wish).any(axis=0)
-            barred[nowhere & (book.asks[rows] & small).any(axis=1)] = Bar.CONTEXT
+            barred[nowhere & (book.asks[rows] & small).any(axis=1)] = Exclusion.CONTEXT
         if wish.banned:
             resting = np.zeros(len(book.experts), dtype=bool)
             there = [name for name, boot in wish.banned if boot in standing.boots]
             resting[[book.index[name] for name in there]] = True
-            known = (barred == Bar.NO_POOL) & (book.asks[rows] & resting).any(axis=1)
-            barred[known] = Bar.RESTING
+            known = (barred == Exclusion.NO_POOL) & (book.asks[rows] & resting).any(axis=1)
+            barred[known] = Exclusion.RESTING
     if math.isfinite(wish.most_cost):
-        barred[(sums.worst > wish.most_cost) & (barred == 0)] = Bar.MAX_COST
+        barred[(sums.worst > wish.most_cost) & (barred == 0)] = Exclusion.MAX_COST
     if math.isfinite(wish.deadline_s):
         late = (sums.ends > wish.deadline_s) & (barred == 0)
         if late.any():
             # Where all are late, single experts may try.
             if (late | (barred != 0)).all():
                 late &= ~alone
-            barred[late] = Bar.DEADLINE
+            barred[late] = Exclusion.DEADLINE
     utility[barred != 0] = -_NEVER
     ideal = np.where(
-        np.isfinite(sums.ideal_time) & (barred != Bar.MAX_COST),
+        np.isfinite(sums.ideal_time) & (barred != Exclusion.MAX_COST),
         worth - wish.time_price * sums.ideal_time,
         -_NEVER,
     )
-    return Weighed(
+    return Selection(
         book, wish, standing, pool, wait, answer, time, displacing, cost, utility, barred, ideal
     )
 
@@ -302,14 +304,16 @@ class _Sums:
 _Per = tuple[Floats, Floats, Floats, Floats, Floats]
 
 
-def _alone(book: Book, wish: Wish, per: _Per) -> _Sums:
+def _alone(book: RecipeCatalog, wish: SelectionRequest, per: _Per) -> _Sums:
     """Of single experts only: their own figures. What `_together` gives for them, sooner."""
     experts = book.members[wish.rows, 0]
     time, displaced, cost, idle, first = (figure[experts] for figure in per)
     return _Sums(time, displaced, cost, idle, cost, first if wish.streams else time)
 
 
-def _together(book: Book, wish: Wish, per: _Per, alone: NDArray[np.bool_]) -> _Sums:
+def _together(
+    book: RecipeCatalog, wish: SelectionRequest, per: _Per, alone: NDArray[np.bool_]
+) -> _Sums:
     """Of any recipes: the slowest of those asked together, the sum of what they cost, and of
     those asked later each times how likely that is. `alone`: which are single experts."""
     members, later = book.members[wish.rows], book.later[wish.rows]

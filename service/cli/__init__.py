@@ -7,7 +7,7 @@ import sys
 import click
 
 from service import __version__
-from service.cli.lazy_group import Commands
+from service.cli.lazy_group import LazyGroup
 from service.errors import CoeError, ConfigError
 
 # Where each command is, and the line that `coe --help` shows without importing it.
@@ -28,7 +28,7 @@ _COMMANDS = {
 
 
 @click.group(
-    cls=Commands, table=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+    cls=LazyGroup, table=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
 )
 @click.version_option(__version__, prog_name="coe")
 def cli() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 
-class Commands(click.Group):
+class LazyGroup(click.Group):
     """`table`: name → (module:attribute, the line that help shows without importing it)."""
 
     def __init__(self, *, table: Mapping[str, tuple[str, str]], **attributes: Any) -> None:
@@ -33,5 +33,5 @@ class Commands(click.Group):
         """The list that help shows."""
         if not self._table:
             return
-        with formatter.section("Commands"):
+        with formatter.section("LazyGroup"):
             formatter.write_dl([(name, line) for name, (_, line) in self._table.items()])

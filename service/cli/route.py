@@ -58,18 +58,20 @@ def _route_there(url: str, body: dict[str, Any]) -> Any:
 
 def _route_here(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     """The decision as if every expert were resident and idle."""
-    from service.broker.pool_state import Board, idle_view
-    from service.broker.selection import weigh
+    from service.broker.pool_state import PoolStateTable, idle_view
+    from service.broker.selection import select
     from service.config import load_config
-    from service.gateway.request.parsing import read_asked
+    from service.gateway.request.parsing import parse_request
     from service.gateway.routes.explain import explain
-    from service.gateway.routing.selection_request import wish_for
-    from service.gateway.routing.setup import Routing
+    from service.gateway.routing.selection_request import selection_request
+    from service.gateway.routing.setup import RoutingSetup
 
     config = load_config(path)
     raw = json.dumps(body).encode()
-    asked = read_asked("/v1/chat/completions", raw, {}, config.server.deadline_ms)
-    routing = Routing(config)
+    asked = parse_request("/v1/chat/completions", raw, {}, config.server.deadline_ms)
+    routing = RoutingSetup(config)
     plan = routing.router.plan(asked)
-    standing = Board(routing.book.index).standing([idle_view(routing.book.experts)])
-    return explain(plan, weigh(routing.book, standing, wish_for(routing.market, asked, plan)))
+    standing = PoolStateTable(routing.book.index).standing([idle_view(routing.book.experts)])
+    return explain(
+        plan, select(routing.book, standing, selection_request(routing.market, asked, plan))
+    )

@@ -77,9 +77,9 @@ def _with_models(config: Config) -> Config:
 
 def _check_artifacts(config: Config) -> None:
     from service.capabilities import with_capabilities
-    from service.gateway.routing.setup import Routing
+    from service.gateway.routing.setup import RoutingSetup
 
-    Routing(config)
+    RoutingSetup(config)
     with_capabilities(config)
 
 

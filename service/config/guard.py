@@ -8,7 +8,7 @@ from pydantic import Field
 
 from service.config.base import Section
 
-PersonalKind = Literal["email", "phone", "card", "iban", "ssn", "ip", "secret"]
+PiiKind = Literal["email", "phone", "card", "iban", "ssn", "ip", "secret"]
 
 
 class InjectionConfig(Section):
@@ -22,7 +22,7 @@ class InjectionConfig(Section):
     )
 
 
-class PersonalConfig(Section):
+class PiiConfig(Section):
     """The screen for personal data and secrets."""
 
     action: Literal["off", "flag", "redact", "refuse"] = Field(
@@ -30,7 +30,7 @@ class PersonalConfig(Section):
         description="flag: tell it. redact: put a mark in its place, before the router sees it. "
         "refuse: 400.",
     )
-    kinds: tuple[PersonalKind, ...] = Field(
+    kinds: tuple[PiiKind, ...] = Field(
         ("email", "phone", "card", "iban", "ssn", "ip", "secret"), description="What is looked for."
     )
 
@@ -39,7 +39,7 @@ class GuardConfig(Section):
     """Screens in front of the router. Off unless asked for."""
 
     injection: InjectionConfig = Field(default_factory=lambda: InjectionConfig())
-    personal: PersonalConfig = Field(default_factory=lambda: PersonalConfig())
+    personal: PiiConfig = Field(default_factory=lambda: PiiConfig())
     max_characters: int = Field(
         200_000,
         ge=1000,

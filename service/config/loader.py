@@ -12,12 +12,12 @@ import yaml
 from pydantic import ValidationError
 
 from service.config.base import is_path, shown
-from service.config.moe_kernels import ExpertKernels, RoutedOptions
+from service.config.moe_kernels import ExpertKernels, MoeKernelOptions
 from service.config.schema import SECTIONS, Config
 from service.config.yaml_loader import ConfigLoader, written_at
 from service.errors import ConfigError
 
-_Tuned = TypeVar("_Tuned", ExpertKernels, RoutedOptions)
+_Tuned = TypeVar("_Tuned", ExpertKernels, MoeKernelOptions)
 
 _VARIABLE = "the name of an environment variable is needed, in capitals"
 # What is needed where a secret may have been written by mistake.

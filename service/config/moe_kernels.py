@@ -61,7 +61,7 @@ class ExpertKernels(Section):
     )
 
 
-class RoutedOptions(Section):
+class MoeKernelOptions(Section):
     """What a pool's `vllm` says of mixtures of experts."""
 
     moe_backend: MoeBackend = Field(

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from service.config.base import Bytes, Section
-from service.config.moe_kernels import RoutedOptions
+from service.config.moe_kernels import MoeKernelOptions
 
 
 class MoeCapture(Section):
@@ -74,7 +74,7 @@ class EngineOptions(Section):
     )
 
 
-class VllmOptions(RoutedOptions, EngineOptions):  # the second's fields come first
+class VllmOptions(MoeKernelOptions, EngineOptions):  # the second's fields come first
     """How vLLM runs in a pool. Names follow vLLM's own where it has one."""
 
 

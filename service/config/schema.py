@@ -13,7 +13,7 @@ from service.config.breaker import BreakerConfig
 from service.config.cache import CacheConfig
 from service.config.experts import ExpertConfig, MediaConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
-from service.config.guard import GuardConfig, InjectionConfig, PersonalConfig
+from service.config.guard import GuardConfig, InjectionConfig, PiiConfig
 from service.config.limits import RequestLimits
 from service.config.moe_kernels import ON_CPU, EplbOptions, ExpertKernels
 from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
@@ -312,7 +312,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("tenants", "*", "cache"): CacheConfig,
     ("tenants", "*", "guard"): GuardConfig,
     ("tenants", "*", "guard", "injection"): InjectionConfig,
-    ("tenants", "*", "guard", "personal"): PersonalConfig,
+    ("tenants", "*", "guard", "personal"): PiiConfig,
     ("keys", "*"): KeyConfig,
     ("keys", "*", "budget"): SpendConfig,
     ("budgets", "*"): BudgetConfig,

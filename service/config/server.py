@@ -90,7 +90,6 @@ class ServerConfig(Section):
     breaker: BreakerConfig = Field(default_factory=lambda: BreakerConfig())
     limits: RequestLimits = Field(default_factory=lambda: RequestLimits())
 
-
     @model_validator(mode="after")
     def _open_or_not(self) -> ServerConfig:
         if self.open and self.require_keys:

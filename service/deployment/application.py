@@ -16,7 +16,7 @@ from ray.serve.config import (
 )
 
 from service.config import Config, PoolConfig
-from service.deployment.replica_discovery import FollowingRouter
+from service.deployment.replica_discovery import DiscoveryRequestRouter
 from service.deployment.replicas import QUEUED, GatewayReplica, PoolReplica
 
 APP = "coe"
@@ -110,7 +110,7 @@ def _pool_deployment(config: Config, kind: str, placed: bool) -> Any:
         health_check_period_s=5,
         # Importing vLLM holds the interpreter for seconds at a time.
         health_check_timeout_s=60,
-        request_router_config=RequestRouterConfig(request_router_class=FollowingRouter),
+        request_router_config=RequestRouterConfig(request_router_class=DiscoveryRequestRouter),
         ray_actor_options={
             "num_cpus": pool.cpus,
             "num_gpus": pool.gpus,

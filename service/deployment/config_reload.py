@@ -22,7 +22,7 @@ from service.capabilities import with_capabilities
 from service.config import Config, PoolConfig, load_config
 from service.errors import CoeError, ConfigError
 from service.gateway.auth import configured
-from service.gateway.routing.setup import Routing
+from service.gateway.routing.setup import RoutingSetup
 from service.models import inspect_model, locate, pull
 from service.models.expert_folders import file_versions
 from service.moe.profiles import profile_digests
@@ -41,7 +41,7 @@ Version = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningConfig:
     """What runs: the user's file, what it said at first, and the config made of it.
 
     profiles: what the virtual experts' files held then, as sha256. files: the version of those that
@@ -55,7 +55,7 @@ class Running:
     files: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, file: Path) -> Running:
+    def load(cls, file: Path) -> RunningConfig:
         """Raises OSError, ValueError."""
         told = json.loads(file.read_text())
         read, config = (Config.model_validate(told[name]) for name in ("read", "config"))
@@ -90,7 +90,7 @@ def config_file(secret_path: Path) -> Path:
 def current_config(file: Path, given: str) -> Config:
     """The config in force; where nobody keeps a file of it, the one that was given, as JSON."""
     try:
-        return Running.load(file).config
+        return RunningConfig.load(file).config
     except FileNotFoundError:
         return Config.model_validate_json(given)
 
@@ -101,11 +101,11 @@ def reload(file: Path) -> dict[str, list[str]]:
     Fetches models that are missing. Raises ConfigError, ArtifactError or ModelStoreError, and
     then all goes on as it was.
     """
-    before = Running.load(file)
+    before = RunningConfig.load(file)
     read = load_config(Path(before.source))
     _check_fixed(before.read, read)
     configured(read)  # each of its keys can be had
-    Routing(read)  # and its router
+    RoutingSetup(read)  # and its router
     with_capabilities(read)  # nothing is declared that a model can't do
     # What the command line said instead of the file stays.
     config = read.model_copy(update={"server": before.config.server})
@@ -119,7 +119,7 @@ def reload(file: Path) -> dict[str, list[str]]:
     for kind in config.pools:
         check_plan(plan_pool(config, kind, lambda name: inspect_model(folders[name])), None)
     profiles, files = profile_digests(config), _files(config)
-    Running(before.source, read, config).save(file)
+    RunningConfig(before.source, read, config).save(file)
     old, new = before.config.experts, config.experts
     exchanged = {name for name in new if before.profiles.get(name) != profiles.get(name)}
     # What was not here yet when it was last looked at has been fetched since, not changed.
@@ -189,7 +189,7 @@ async def follow(
             failures = 0
         seen = now
         try:
-            await apply((await asyncio.to_thread(Running.load, file)).config)
+            await apply((await asyncio.to_thread(RunningConfig.load, file)).config)
         except Exception as error:
             # Whatever it was: the next one must be heard of.
             wait_s = min(_LAST_RETRY_S, _FIRST_RETRY_S * 2**failures)

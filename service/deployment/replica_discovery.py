@@ -8,7 +8,7 @@ from service.rpc import pool_addresses
 from service.rpc.client import PoolAddress
 
 
-class FollowingRouter(RequestRouter):
+class DiscoveryRequestRouter(RequestRouter):
     """Serve's hook for who gets a handle's calls, used to hear of replicas as they come and go.
 
     The calls themselves (only `wake`) go to any replica.

@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from service.config import Config
 from service.deployment.config_reload import config_file, current_config, follow, reload, version
 from service.deployment.server import QuietServer, bind_free_port, server_config
-from service.gateway.runtime import GatewayProcess
+from service.gateway.runtime import GatewayRuntime
 from service.pool.process import PoolProcess
 from service.rpc import pool_addresses
 from service.rpc.auth import node_folder, read_secret
@@ -116,7 +116,7 @@ class GatewayReplica:
         self._config = config
         self._waking: dict[str, asyncio.Task[None]] = {}
         secret = read_secret(Path(secret_path))
-        self._process = GatewayProcess(
+        self._process = GatewayRuntime(
             config,
             secrets.token_hex(8),
             secret,

@@ -49,7 +49,7 @@ class EngineReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class EngineTimings:
     """What one request that has ended took in its engine, by the engine's own clock, in s.
 
     queue_s: until it was scheduled; prefill_s: from then to the first token; decode_s:
@@ -65,7 +65,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class RoutingSample:
     """What the routers of an expert chose since this was last told, in the steps looked at.
 
     layers: decoder layers that route; none: not a mixture of experts. experts: routed experts of
@@ -83,16 +83,16 @@ class Chosen:
     stretches: tuple[NDArray[np.int16], ...] = ()
 
 
-class EngineWatch(Protocol):
+class EngineObserver(Protocol):
     """Who counts what engines do."""
 
-    def worked(self, work: Work) -> None:
+    def worked(self, work: EngineTimings) -> None:
         """A request has ended."""
 
     def weighs(self, expert: str, size_bytes: int) -> None:
         """What the weights of an expert with an engine of its own take."""
 
-    def chosen(self, chosen: Chosen) -> None:
+    def chosen(self, chosen: RoutingSample) -> None:
         """Routers are looked at: told once without tokens, then now and then what they chose."""
 
     def gone(self, expert: str) -> None:
@@ -130,7 +130,7 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Filled:
+class LoadResult:
     """An expert's weights are in host memory: how many bytes, and how long it took.
 
     starts: they are not yet: they come with an engine that the next exchange has to start.
@@ -142,7 +142,7 @@ class Filled:
 
 
 @dataclass(frozen=True, slots=True)
-class Exchanged:
+class SwapResult:
     """Another expert runs: how long it took, pause and resume included, and by which method.
 
     `ok` is false where a look at the weights found other ones than were loaded:
@@ -161,10 +161,10 @@ class SwappingEngine(Engine, Protocol):
     def exchangeable(self) -> frozenset[str]:
         """The experts that this engine can run after an exchange: those of one family."""
 
-    async def fill(self, expert: str) -> Filled:
+    async def fill(self, expert: str) -> LoadResult:
         """Bring an expert's weights to host memory, beside the running one. Raises ExpertFailed."""
 
-    async def exchange(self, expert: str) -> Exchanged:
+    async def exchange(self, expert: str) -> SwapResult:
         """Run an expert whose weights are held. Nothing may be running. Raises ExpertFailed."""
 
     async def drop(self, expert: str, *, for_next: bool = False) -> None:

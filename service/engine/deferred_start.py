@@ -23,7 +23,7 @@ _TYPES = {
 }
 
 
-class HeldReply:
+class DeferredStartSend:
     """An ASGI `send` that passes on from the first body byte, errors made OpenAI's.
 
     `started` says whether anything has gone out. A whole error reply is kept in

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import orjson
 
 from service.engine.grammar_worker import frame
-from service.errors import InvalidRequest, OverCapacity
+from service.errors import InvalidRequestError, OverCapacityError
 
 # What reading a grammar may hold a thread; a pool's event loop is held as long by vLLM.
 HOLD_S = 0.05
@@ -81,13 +81,13 @@ class GrammarChecker:
             vocabulary: The tokens to compile it for; None: it is only read.
 
         Raises:
-            InvalidRequest: It is not valid, too costly, or crashes who reads it.
-            OverCapacity: It could not be tried out now.
+            InvalidRequestError: It is not valid, too costly, or crashes who reads it.
+            OverCapacityError: It could not be tried out now.
         """
         name = vocabulary.name if vocabulary is not None else ""
-        key = hashlib.sha256("\0".join((name, grammar.kind, grammar.spec)).encode(
-            errors="surrogatepass"
-        )).digest()
+        key = hashlib.sha256(
+            "\0".join((name, grammar.kind, grammar.spec)).encode(errors="surrogatepass")
+        ).digest()
         why = self._verdicts.get(key)
         if why is None:
             task = self._asking.get(key)
@@ -99,7 +99,7 @@ class GrammarChecker:
         else:
             self._verdicts.move_to_end(key)
         if why:
-            raise InvalidRequest(f"the request's {_WORDS[grammar.kind]} is refused: {why}")
+            raise InvalidRequestError(f"the request's {_WORDS[grammar.kind]} is refused: {why}")
 
     def _keep(self, key: bytes, done: asyncio.Task[str]) -> None:
         del self._asking[key]
@@ -114,7 +114,7 @@ class GrammarChecker:
                 async with asyncio.timeout(_WAIT_S), self._turns:
                     worker = await self._running_worker()
                     return await worker.ask(grammar, vocabulary, self._cpu_s)
-        raise OverCapacity("the request's grammar could not be tried out", retry_after_s=5)
+        raise OverCapacityError("the request's grammar could not be tried out", retry_after_s=5)
 
     async def _running_worker(self) -> _Worker:
         async with self._starting:

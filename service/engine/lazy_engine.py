@@ -5,8 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from service.engine.base import EngineReport, EngineRequest, Exchanged, Filled, Send, SwappingEngine
-from service.errors import EngineRestarting
+from service.engine.base import (
+    EngineReport,
+    EngineRequest,
+    LoadResult,
+    Send,
+    SwappingEngine,
+    SwapResult,
+)
+from service.errors import EngineRestartingError
 
 
 class LazyEngine:
@@ -18,7 +25,7 @@ class LazyEngine:
 
     def _engine(self) -> SwappingEngine:
         if self._made is None:
-            raise EngineRestarting("the engine has not been started")
+            raise EngineRestartingError("the engine has not been started")
         return self._made
 
     async def start(self) -> EngineReport:
@@ -48,11 +55,11 @@ class LazyEngine:
         """See `SwappingEngine.exchangeable`."""
         return self._engine().exchangeable
 
-    async def fill(self, expert: str) -> Filled:
+    async def fill(self, expert: str) -> LoadResult:
         """See `SwappingEngine.fill`."""
         return await self._engine().fill(expert)
 
-    async def exchange(self, expert: str) -> Exchanged:
+    async def exchange(self, expert: str) -> SwapResult:
         """See `SwappingEngine.exchange`."""
         return await self._engine().exchange(expert)
 

@@ -20,9 +20,9 @@ from service.engine.base import EngineReport, EngineRequest, Send
 from service.engine.cache_salt import joined
 from service.engine.deferred_start import openai_error
 from service.errors import (
-    ExpertFailed,
-    InvalidRequest,
-    UnknownEndpoint,
+    ExpertFailedError,
+    InvalidRequestError,
+    UnknownEndpointError,
     UpstreamError,
 )
 
@@ -52,12 +52,12 @@ class RemoteEngine:
         self._key: str | None = None
 
     async def start(self) -> EngineReport:
-        """Read the key and open the connection pool. Raises ExpertFailed without a key."""
+        """Read the key and open the connection pool. Raises ExpertFailedError without a key."""
         name = self._config.api_key_env
         if name is not None:
             self._key = os.environ.get(name)
             if not self._key:
-                raise ExpertFailed(
+                raise ExpertFailedError(
                     f"the environment variable {name} that should hold its key is not set",
                     retry_after_s=60,
                 )
@@ -85,11 +85,11 @@ class RemoteEngine:
     async def run(self, request: EngineRequest, send: Send) -> None:
         """See `Engine.run`."""
         if request.endpoint not in ENDPOINTS:
-            raise UnknownEndpoint(
+            raise UnknownEndpointError(
                 f"expert {self._expert!r} is remote and has no {request.endpoint}"
             )
         if self._session is None:
-            raise ExpertFailed(f"expert {self._expert!r} is not connected")
+            raise ExpertFailedError(f"expert {self._expert!r} is not connected")
         headers = {
             **request.trace,
             "content-type": "application/json",
@@ -186,7 +186,7 @@ class RemoteEngine:
         try:
             data = orjson.loads(request.body)
         except orjson.JSONDecodeError as error:
-            raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+            raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
         options = data.get("stream_options") if isinstance(data, dict) else None
         if isinstance(options, dict) and "continuous_usage_stats" in options:
             # vLLM's own; others would refuse what they don't know.
@@ -201,7 +201,7 @@ class RemoteEngine:
         try:
             return orjson.dumps({**data, "model": self._config.model})
         except orjson.JSONEncodeError:
-            raise InvalidRequest("the body is nested too deep") from None
+            raise InvalidRequestError("the body is nested too deep") from None
 
     def _renamed(self, lines: bytes) -> bytes:
         """A stream's lines, with the expert's name where an event tells its model."""

@@ -31,7 +31,7 @@ _inside: dict[str, tuple[str | object | None, str | None, int]] = {}
 
 
 @contextmanager
-def inherited(name: str, value: str | object | None) -> Iterator[None]:
+def scoped_env(name: str, value: str | object | None) -> Iterator[None]:
     """Within, the variable has `value`, and whoever wants another waits.
 
     None: it is as it was found, for those who set nothing. WITHHELD: it is not there.
@@ -87,5 +87,5 @@ def without_secrets(named: Collection[str] = ()) -> Iterator[None]:
         names.update(secret_variables(named))
     with ExitStack() as stack:
         for name in sorted(names):
-            stack.enter_context(inherited(name, WITHHELD))
+            stack.enter_context(scoped_env(name, WITHHELD))
         yield

@@ -58,7 +58,7 @@ def _up(size: int, step: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Mapped:
+class MappedTensors:
     """A whole file in this process's memory, shared with whoever else has mapped it.
 
     Its memory stays as long as something refers to it, whatever becomes of the file's name.
@@ -73,7 +73,7 @@ def write(
     tensors: Mapping[str, Tensor],
     fill: Callable[[str, memoryview], None],
     token: str,
-) -> Mapped:
+) -> MappedTensors:
     """Make a file of tensors, `fill` each with its bytes, and keep it mapped.
 
     `token` tells whose it is until it is whole. Raises OSError (ENOSPC, where memory is short) and
@@ -99,7 +99,7 @@ def write(
             if (found := find(path, tensors)) is None:
                 raise
             return found
-        return Mapped(places, memory)
+        return MappedTensors(places, memory)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -119,7 +119,7 @@ def _reserve(handle: int, size: int, path: Path) -> None:
         ) from None
 
 
-def find(path: Path, tensors: Mapping[str, Tensor]) -> Mapped | None:
+def find(path: Path, tensors: Mapping[str, Tensor]) -> MappedTensors | None:
     """Map a file, if there is one that holds these tensors, by name, dtype and shape.
 
     Raises ValueError where it holds others, or is no such file: its name says what is in it.
@@ -138,7 +138,7 @@ def find(path: Path, tensors: Mapping[str, Tensor]) -> Mapped | None:
     held = _read(memory)
     if _described(held) != _described(tensors):
         raise ValueError(f"{path.name}: it holds other tensors than are asked for")
-    return Mapped(held, memory)
+    return MappedTensors(held, memory)
 
 
 def _read(memory: mmap.mmap) -> dict[str, Tensor]:

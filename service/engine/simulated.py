@@ -21,22 +21,22 @@ import orjson
 
 from service.config import SimulatedOptions
 from service.engine.base import (
+    EngineObserver,
     EngineReport,
     EngineRequest,
-    EngineWatch,
-    Exchanged,
-    Filled,
+    EngineTimings,
+    LoadResult,
     Send,
-    Work,
+    SwapResult,
 )
 from service.errors import (
     CoeError,
-    EngineDead,
-    EngineRestarting,
-    ExpertFailed,
-    InvalidRequest,
-    PromptTooLong,
-    UnknownEndpoint,
+    EngineDeadError,
+    EngineRestartingError,
+    ExpertFailedError,
+    InvalidRequestError,
+    PromptTooLongError,
+    UnknownEndpointError,
 )
 
 ENDPOINTS = frozenset(
@@ -73,7 +73,7 @@ class SimulatedEngine:
         self,
         experts: Collection[str],
         options: SimulatedOptions,
-        watch: EngineWatch | None = None,
+        watch: EngineObserver | None = None,
         bases: Mapping[str, str] | None = None,
     ) -> None:
         self._experts = experts
@@ -87,17 +87,17 @@ class SimulatedEngine:
         self.swaps = 0
 
     async def start(self) -> EngineReport:
-        """Take `load_s`. Raises ExpertFailed where `fail` is `load`."""
+        """Take `load_s`. Raises ExpertFailedError where `fail` is `load`."""
         if self._options.load_s:
             await asyncio.sleep(self._options.load_s)
         if self._options.fail == "load":
-            raise ExpertFailed("told to fail when loading", retry_after_s=30)
+            raise ExpertFailedError("told to fail when loading", retry_after_s=30)
         return EngineReport("simulated", self._options.max_model_len, ENDPOINTS)
 
     async def load(self, expert: str) -> None:
         """Make an expert answerable at once."""
         if expert not in self._experts:
-            raise ExpertFailed(f"no weights for {expert!r}")
+            raise ExpertFailedError(f"no weights for {expert!r}")
         self._loaded.add(expert)
         self._runs = self._runs or expert
 
@@ -106,21 +106,21 @@ class SimulatedEngine:
         """All of its experts: they have no weights that could differ."""
         return frozenset(self._experts)
 
-    async def fill(self, expert: str) -> Filled:
+    async def fill(self, expert: str) -> LoadResult:
         """Take `fill_s`."""
         await asyncio.sleep(self._options.fill_s)
         await self.load(expert)
-        return Filled(_WEIGHT_BYTES, self._options.fill_s)
+        return LoadResult(_WEIGHT_BYTES, self._options.fill_s)
 
-    async def exchange(self, expert: str) -> Exchanged:
+    async def exchange(self, expert: str) -> SwapResult:
         """Take `swap_s`."""
         if expert not in self._loaded:
-            raise ExpertFailed(f"the weights of {expert!r} are not held")
+            raise ExpertFailedError(f"the weights of {expert!r} are not held")
         await asyncio.sleep(self._options.swap_s)
         self.swaps += 1
         before, self._runs = self._runs, expert
         same = self._bases.get(before, before) == self._bases.get(expert, expert)
-        return Exchanged(self._options.swap_s, ok=True, method="steer" if same else "inplace")
+        return SwapResult(self._options.swap_s, ok=True, method="steer" if same else "inplace")
 
     async def drop(self, expert: str, *, for_next: bool = False) -> None:
         """Forget an expert."""
@@ -147,7 +147,7 @@ class SimulatedEngine:
         self._running += 1
         try:
             if self._dead is not None:
-                raise EngineRestarting(f"the engine of expert {request.expert!r} is dead")
+                raise EngineRestartingError(f"the engine of expert {request.expert!r} is dead")
             if self._options.poison and self._options.poison.encode() in request.body:
                 # As a fault in native code would: no handler runs, nothing is told.
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -157,7 +157,7 @@ class SimulatedEngine:
 
     def _check_alive(self, expert: str) -> None:
         if self._dead is not None:
-            raise EngineDead(f"the engine of expert {expert!r} died: {self._dead}")
+            raise EngineDeadError(f"the engine of expert {expert!r} died: {self._dead}")
 
     async def _answer(self, request: EngineRequest, send: Send) -> None:
         body = _json(request.body)
@@ -175,22 +175,24 @@ class SimulatedEngine:
         elif path == "/detokenize":
             ids = body.get("tokens")
             if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
-                raise InvalidRequest("`tokens` must be a list of integers", param="tokens")
+                raise InvalidRequestError("`tokens` must be a list of integers", param="tokens")
             await _send_json(send, {"prompt": " ".join(_WORDS[i % len(_WORDS)] for i in ids)})
         elif path == "/v1/embeddings":
             await self._embed(request, body, send)
         elif path in ("/v1/chat/completions", "/v1/completions"):
             await self._generate(request, body, send)
         else:
-            raise UnknownEndpoint(f"the simulated engine has no {path}")
+            raise UnknownEndpointError(f"the simulated engine has no {path}")
 
     async def _embed(self, request: EngineRequest, body: dict[str, Any], send: Send) -> None:
         given = body.get("input")
         texts = given if isinstance(given, list) else [given]
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise InvalidRequest("`input` must be a string or a list of strings", param="input")
+            raise InvalidRequestError(
+                "`input` must be a string or a list of strings", param="input"
+            )
         if (encode := _ENCODINGS.get(str(body.get("encoding_format") or "float"))) is None:
-            raise InvalidRequest(f"`encoding_format` must be one of {', '.join(_ENCODINGS)}")
+            raise InvalidRequestError(f"`encoding_format` must be one of {', '.join(_ENCODINGS)}")
         data = [
             {"object": "embedding", "index": i, "embedding": encode(_vector(text))}
             for i, text in enumerate(texts)
@@ -221,7 +223,7 @@ class SimulatedEngine:
         context = self._options.max_model_len
         # As vLLM does: a bound above the context is refused, one beside the prompt is cut.
         if (asked is not None and tokens > context) or prompt_tokens >= context:
-            raise PromptTooLong(
+            raise PromptTooLongError(
                 f"the maximum context length is {context} tokens, but "
                 f"{prompt_tokens} prompt tokens and {tokens} of answer were asked for",
                 param="messages" if chat else "prompt",
@@ -270,7 +272,9 @@ class SimulatedEngine:
         if body.get("stream"):
             options = body.get("stream_options") or {}
             if not isinstance(options, dict):
-                raise InvalidRequest("`stream_options` must be an object", param="stream_options")
+                raise InvalidRequestError(
+                    "`stream_options` must be an object", param="stream_options"
+                )
             told = "each" if options.get("continuous_usage_stats") else "last"
             await self._stream(
                 send, head, text, finish, n, chat, usage, options.get("include_usage") and told
@@ -296,7 +300,7 @@ class SimulatedEngine:
         if self._watch is not None:
             prompt, answer = usage["prompt_tokens"], usage["completion_tokens"]
             decode_s = time.monotonic() - first_s
-            self._watch.worked(Work(expert, 0.0, prefill_s, decode_s, prompt, answer))
+            self._watch.worked(EngineTimings(expert, 0.0, prefill_s, decode_s, prompt, answer))
 
     async def _stream(
         self,
@@ -344,7 +348,7 @@ class SimulatedEngine:
             if i == 1 and self._options.fail == "mid_stream":
                 self.kill("told to die in mid-stream")
             if self._dead is not None:
-                await _send_stream_error(send, EngineDead(f"the engine died: {self._dead}"))
+                await _send_stream_error(send, EngineDeadError(f"the engine died: {self._dead}"))
                 return
             last = i >= len(text) - 1
             chunk = b"".join(event([piece(j, word, i == 0, last)], **so_far(i)) for j in range(n))
@@ -381,9 +385,9 @@ def _json(body: bytes) -> dict[str, Any]:
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+        raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(data, dict):
-        raise InvalidRequest("the body must be a JSON object")
+        raise InvalidRequestError("the body must be a JSON object")
     return data
 
 
@@ -391,13 +395,13 @@ def _prompt_text(body: dict[str, Any]) -> str:
     if "messages" in body:
         messages = body["messages"]
         if not isinstance(messages, list) or not messages:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 "`messages` must be a list with at least one message", param="messages"
             )
         parts = []
         for i, message in enumerate(messages):
             if not isinstance(message, dict) or "role" not in message:
-                raise InvalidRequest(
+                raise InvalidRequestError(
                     f"`messages[{i}]` must be an object with a role", param="messages"
                 )
             content = message.get("content") or ""
@@ -408,7 +412,7 @@ def _prompt_text(body: dict[str, Any]) -> str:
         return "\n".join(prompt)
     if isinstance(prompt, str) and prompt:
         return prompt
-    raise InvalidRequest("`messages` or `prompt` is needed", param="messages")
+    raise InvalidRequestError("`messages` or `prompt` is needed", param="messages")
 
 
 def _logprobs(words: list[str]) -> dict[str, Any]:
@@ -426,7 +430,7 @@ def _integer(body: dict[str, Any], name: str, default: int, low: int, high: int)
     if value is None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidRequest(f"`{name}` must be an integer from {low} to {high}", param=name)
+        raise InvalidRequestError(f"`{name}` must be an integer from {low} to {high}", param=name)
     return value
 
 

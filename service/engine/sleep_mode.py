@@ -11,8 +11,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
-from service.engine.base import Engine, EngineReport, EngineRequest, Exchanged, Filled, Send
-from service.errors import CoeError, EngineDead, ExpertFailed
+from service.engine.base import Engine, EngineReport, EngineRequest, LoadResult, Send, SwapResult
+from service.errors import CoeError, EngineDeadError, ExpertFailedError
 
 
 class Sleeper(Engine, Protocol):
@@ -52,7 +52,7 @@ class SleepingEngines:
         return frozenset(self._units)
 
     async def start(self) -> EngineReport:
-        """Start the first unit's engine. Raises ExpertFailed."""
+        """Start the first unit's engine. Raises ExpertFailedError."""
         engine = self._engines[self._awake] = self._build(self._awake)
         return await engine.start()
 
@@ -63,17 +63,17 @@ class SleepingEngines:
     async def run(self, request: EngineRequest, send: Send) -> None:
         """See `Engine.run`."""
         if request.expert not in self._units[self._awake]:
-            raise ExpertFailed(f"{request.expert!r} sleeps", retry_after_s=1)
+            raise ExpertFailedError(f"{request.expert!r} sleeps", retry_after_s=1)
         await self._engines[self._awake].run(request, send)
 
-    async def fill(self, expert: str) -> Filled:
+    async def fill(self, expert: str) -> LoadResult:
         """Nothing can be loaded beside the one that is awake: what will sleep is counted."""
-        return Filled(self._sizes.get(expert, 0), 0.0, starts=expert not in self._engines)
+        return LoadResult(self._sizes.get(expert, 0), 0.0, starts=expert not in self._engines)
 
-    async def exchange(self, expert: str) -> Exchanged:
+    async def exchange(self, expert: str) -> SwapResult:
         """Put the running unit to sleep, and wake or start another's engine.
 
-        Raises ExpertFailed where that one can't start: the one that ran does again.
+        Raises ExpertFailedError where that one can't start: the one that ran does again.
         """
         began_s = time.monotonic()
         before = self._engines[self._awake]
@@ -97,14 +97,14 @@ class SleepingEngines:
                 raise
             self._engines[expert] = engine
         self._awake = expert
-        return Exchanged(time.monotonic() - began_s, ok=True, method="sleep")
+        return SwapResult(time.monotonic() - began_s, ok=True, method="sleep")
 
     async def _or_broken(self, act: Awaitable[None], what: str) -> None:
         try:
             await act
         except Exception as error:
             self._broken = what
-            raise EngineDead(f"{what}: {error}") from error
+            raise EngineDeadError(f"{what}: {error}") from error
 
     async def drop(self, expert: str, *, for_next: bool = False) -> None:
         """Stop a sleeping unit's engine."""

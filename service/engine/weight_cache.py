@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from service.engine.shared_memory import ENDING, UNFINISHED
-from service.errors import ExpertFailed
+from service.errors import ExpertFailedError
 
 log = logging.getLogger("coe.engine")
 
@@ -62,11 +62,11 @@ def files_in(folder: Path) -> Iterator[Path]:
             yield path
 
 
-class SharedCache:
+class SharedWeightCache:
     """One pool's shared weights. Its methods may be called from any thread.
 
     `bound_bytes`: what all files may take (None: no bound of its own). `clock` tells seconds.
-    Raises ExpertFailed where no folder can be made.
+    Raises ExpertFailedError where no folder can be made.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class SharedCache:
             self.folder = fresh.rename(root / name)
         except OSError as error:
             why = f"no folder for shared weights in {root}: {error.strerror}"
-            raise ExpertFailed(why, retry_after_s=30) from error
+            raise ExpertFailedError(why, retry_after_s=30) from error
         about = os.statvfs(root)
         if (there := about.f_blocks * about.f_frsize) < (bound_bytes or 0):
             log.warning(
@@ -211,10 +211,10 @@ def _is_dead(folder: Path) -> bool:
     return True
 
 
-class Share:
+class EngineShare:
     """What one engine has of its pool's cache, by expert."""
 
-    def __init__(self, cache: SharedCache) -> None:
+    def __init__(self, cache: SharedWeightCache) -> None:
         self._cache = cache
         self._token = secrets.token_hex(8)
         self._keys: dict[str, str] = {}
@@ -224,7 +224,7 @@ class Share:
     ) -> tuple[str, str]:
         """Before an expert's weights come: what its files' paths begin with, and whose they are.
 
-        Raises ExpertFailed where its folders can't be read.
+        Raises ExpertFailedError where its folders can't be read.
         """
         cache = self._cache
         try:
@@ -232,7 +232,7 @@ class Share:
             size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         except OSError as error:
             why = f"the files of expert {expert!r} can't be read: {error}"
-            raise ExpertFailed(why, retry_after_s=30) from error
+            raise ExpertFailedError(why, retry_after_s=30) from error
         before = self._keys.get(expert)
         if before is not None and before != key:
             cache.release(self._token, before)
@@ -254,5 +254,5 @@ class Share:
         return ENDED_S
 
     def sweep(self) -> None:
-        """See `SharedCache.sweep`."""
+        """See `SharedWeightCache.sweep`."""
         self._cache.sweep()

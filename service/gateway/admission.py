@@ -19,15 +19,21 @@ from typing import Any
 
 import orjson
 
-from service.broker.ledger import Bound, Ledger, Reservation
+from service.broker.ledger import Ledger, Reservation, UsageBound
 from service.broker.prices import Price, cost, prices_of
 from service.config import Config
-from service.errors import CoeError, DeadlineExceeded, InvalidRequest, StoreGone, TooMany
-from service.gateway.auth import Keyring
-from service.gateway.request.parsing import Asked
-from service.gateway.request_record import Passage
-from service.gateway.sends.usage_meter import Meter
-from service.http.asgi import ClientGone
+from service.errors import (
+    CoeError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    RateLimitExceededError,
+    StoreUnavailableError,
+)
+from service.gateway.auth import Authenticator
+from service.gateway.request.parsing import InferenceRequest
+from service.gateway.request_record import RequestRecord
+from service.gateway.sends.usage_meter import UsageMeter
+from service.http.asgi import ClientDisconnectedError
 from service.http.endpoints import TABLE, UNCHARGED
 from service.http.openai_errors import status_of
 from service.telemetry.logging import log_fields
@@ -42,7 +48,7 @@ _TEMPLATE_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Called:
+class ExpertCall:
     """One call of an expert: tokens, and units of cost."""
 
     expert: str
@@ -51,7 +57,7 @@ class Called:
     cost: float
 
 
-Charged = Callable[[Tenant, str, Sequence[Called]], None]
+Charged = Callable[[Tenant, str, Sequence[ExpertCall]], None]
 
 
 @dataclass(slots=True)
@@ -70,14 +76,14 @@ class Entry:
 
     id: str
     tenant: Tenant
-    passage: Passage
+    passage: RequestRecord
     counts: bool
     held: list[Reservation] = field(default_factory=list)
-    meter: Meter | None = None
+    meter: UsageMeter | None = None
     fault: tuple[str, int] = ("", 0)
 
     @property
-    def counting(self) -> Meter | None:
+    def counting(self) -> UsageMeter | None:
         """What the answer has to go through, and where calls of experts that only help to
         find it are added; None where nobody is charged."""
         return self.meter if self.counts else None
@@ -97,7 +103,7 @@ class Entry:
     @property
     def ours(self) -> bool:
         """Whether it failed by our fault: then it does not count as a request."""
-        if self.fault[0] == DeadlineExceeded.code and self.passage.own_deadline:
+        if self.fault[0] == DeadlineExceededError.code and self.passage.own_deadline:
             return False
         return max(self.passage.status, self.fault[1]) >= 500
 
@@ -113,7 +119,7 @@ class Admission:
     def __init__(
         self,
         config: Config,
-        keyring: Keyring,
+        keyring: Authenticator,
         ledger: Ledger,
         context: Callable[[str], int],
         charged: Charged,
@@ -127,11 +133,11 @@ class Admission:
         self._settling: set[asyncio.Task[None]] = set()
 
     def identify(self, headers: dict[bytes, bytes]) -> Tenant:
-        """Whose request it is. Raises Unauthorized, StoreGone."""
+        """Whose request it is. Raises Unauthorized, StoreUnavailableError."""
         return self.keyring.identify(headers)
 
     async def look_up(self, headers: dict[bytes, bytes]) -> Tenant:
-        """Whose request it is that asks no expert. Raises Unauthorized, TooMany, StoreGone."""
+        """Whose request it is that asks no expert. Raises Unauthorized, RateLimitExceededError, StoreUnavailableError."""
         tenant = self.identify(headers)
         if self._counts or tenant.key:
             await self.ledger.look_up(secrets.token_hex(12), tenant)
@@ -139,11 +145,11 @@ class Admission:
 
     @asynccontextmanager
     async def enter(
-        self, headers: dict[bytes, bytes], passage: Passage
+        self, headers: dict[bytes, bytes], passage: RequestRecord
     ) -> AsyncIterator[Entry]:
         """Take a request in by its headers, and settle what is held for it at its end.
 
-        Raises Unauthorized, TooMany, StoreGone.
+        Raises Unauthorized, RateLimitExceededError, StoreUnavailableError.
         """
         tenant = self.identify(headers)
         log_fields(tenant=tenant.name, key=tenant.key)
@@ -153,7 +159,7 @@ class Admission:
             return
         try:
             entry.held.append(await self.ledger.arrive(entry.id, tenant))
-        except (TooMany, StoreGone) as error:
+        except (RateLimitExceededError, StoreUnavailableError) as error:
             self._charged(tenant, error.code, ())
             raise
         try:
@@ -161,7 +167,7 @@ class Admission:
         except CoeError as error:
             entry.fault = error.code, status_of(error)
             raise
-        except ClientGone:
+        except ClientDisconnectedError:
             raise
         except Exception:
             entry.fault = CoeError.code, 500
@@ -176,10 +182,10 @@ class Admission:
     async def admit(
         self,
         entry: Entry,
-        asked: Asked,
+        asked: InferenceRequest,
         ways: Sequence[Sequence[str]],
         likely_tokens: Callable[[], float],
-    ) -> Asked:
+    ) -> InferenceRequest:
         """Reserve the most that a request may use; its answer may come back clipped.
 
         Args:
@@ -189,14 +195,14 @@ class Admission:
             likely_tokens: Tells the tokens that the calls of one way together are expected to make.
 
         Raises:
-            InvalidRequest: It can't be written again.
-            TooMany: One of its limits has no room for it.
-            StoreGone: Limits can't be counted.
+            InvalidRequestError: It can't be written again.
+            RateLimitExceededError: One of its limits has no room for it.
+            StoreUnavailableError: Limits can't be counted.
         """
-        entry.meter = meter = Meter(asked)
+        entry.meter = meter = UsageMeter(asked)
         if not entry.counts:
             return asked
-        bound = Bound(0, places=asked.sequences)
+        bound = UsageBound(0, places=asked.sequences)
         if self.ledger.bounds(asked.tenant):
             bound = self._bound(asked, ways, likely_tokens())
         held = await self.ledger.reserve(f"{entry.id}-{len(entry.held)}", entry.tenant, bound)
@@ -209,7 +215,7 @@ class Admission:
         try:
             raw = orjson.dumps(data)
         except orjson.JSONEncodeError:
-            raise InvalidRequest("the body is nested too deep") from None
+            raise InvalidRequestError("the body is nested too deep") from None
         return replace(asked, data=data, raw=raw)
 
     async def stop(self) -> None:
@@ -217,11 +223,11 @@ class Admission:
         await asyncio.gather(*self._settling, return_exceptions=True)
 
     def _bound(
-        self, asked: Asked, ways: Sequence[Sequence[str]], likely_tokens: float
-    ) -> Bound:
+        self, asked: InferenceRequest, ways: Sequence[Sequence[str]], likely_tokens: float
+    ) -> UsageBound:
         """The most that any of these ways could use for it, all its calls together."""
         if asked.endpoint in UNCHARGED:
-            return Bound(0)
+            return UsageBound(0)
         known = [self._context(name) for name in {name for way in ways for name in way}]
         context = max(known, default=0)
         # No tokenizer makes more tokens than there are bytes.
@@ -235,7 +241,7 @@ class Admission:
             max((sum(p.completion for p in way) for way in prices), default=0.0),
         )
         if not TABLE[asked.endpoint].generates:
-            return Bound(
+            return UsageBound(
                 prompt,
                 0,
                 0,
@@ -248,7 +254,7 @@ class Admission:
             length = context if all(known) else max(context, _UNKNOWN_CONTEXT)
         elif all(known):
             length = min(length, context)
-        return Bound(
+        return UsageBound(
             calls * prompt,
             length,
             calls * asked.answers,
@@ -294,13 +300,13 @@ class Admission:
             elif error is not None:
                 log.error("a request could not be settled", exc_info=error)
 
-    async def _calls(self, entry: Entry, expert: str) -> list[Called]:
+    async def _calls(self, entry: Entry, expert: str) -> list[ExpertCall]:
         if entry.meter is None:
             return []
         for call in entry.passage.unfinished:
             entry.meter.left(*await call.used())
         return [
-            Called(name, prompt, completion, cost(self._prices[name], prompt, completion))
+            ExpertCall(name, prompt, completion, cost(self._prices[name], prompt, completion))
             for name, prompt, completion in entry.meter.calls_made(expert)
             if name in self._prices
         ]

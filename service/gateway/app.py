@@ -22,37 +22,37 @@ from service import __version__
 from service.config import Config
 from service.errors import (
     CoeError,
-    InvalidRequest,
-    PoolGone,
-    StoreGone,
-    UnknownEndpoint,
-    UnknownModel,
+    InvalidRequestError,
+    PoolUnavailableError,
+    StoreUnavailableError,
+    UnknownEndpointError,
+    UnknownModelError,
 )
 from service.gateway.admission import Admission
-from service.gateway.cache.response_cache import Cache
+from service.gateway.cache.response_cache import ResponseCache
 from service.gateway.console.endpoints import console_routes
-from service.gateway.console.event_stream import Feed
+from service.gateway.console.event_stream import EventStream
 from service.gateway.cross_origin import CrossOriginMiddleware, CrossOriginRules
-from service.gateway.dispatch.dispatcher import Relay
-from service.gateway.dispatch.execution import Answering
+from service.gateway.dispatch.dispatcher import Dispatcher
+from service.gateway.dispatch.execution import RecipeExecutor
 from service.gateway.guard.guard import Guard
-from service.gateway.middleware import Unforeseen
+from service.gateway.middleware import InternalErrorMiddleware
 from service.gateway.openapi import describe
 from service.gateway.path_hints import hint_for
-from service.gateway.request.validation import Intake
-from service.gateway.request_record import Passage
+from service.gateway.request.validation import RequestValidator
+from service.gateway.request_record import RequestRecord
 from service.gateway.routes import models as catalog
 from service.gateway.routes.admin import Reload, admin_routes, check_admin, shows_admin_key
 from service.gateway.routes.feedback import read_vote
-from service.gateway.routes.inference import Prompts
-from service.gateway.routes.keys_and_usage import Accounts
-from service.gateway.routing.candidates import Router
+from service.gateway.routes.inference import InferenceHandler
+from service.gateway.routes.keys_and_usage import AccountEndpoints
+from service.gateway.routing.candidates import SemanticRouter
 from service.gateway.state import GatewayState
-from service.http.asgi import ClientGone, Receive, Send, read_body
+from service.http.asgi import ClientDisconnectedError, Receive, Send, read_body
 from service.http.endpoints import ENDPOINTS
-from service.http.openai_errors import Fault, dialect_of, fault_of
+from service.http.openai_errors import ErrorResponse, dialect_of, error_response
 from service.rpc.client import PoolLink
-from service.rpc.pool_directory import Directory
+from service.rpc.pool_directory import PoolDirectory
 from service.telemetry import metrics as table
 from service.telemetry.exposition import CONTENT_TYPE, join
 
@@ -83,12 +83,12 @@ class Gateway:
     def __init__(
         self,
         config: Config,
-        router: Router,
-        relay: Relay,
+        router: SemanticRouter,
+        relay: Dispatcher,
         admission: Admission,
-        accounts: Accounts,
-        answering: Answering,
-        directory: Directory,
+        accounts: AccountEndpoints,
+        answering: RecipeExecutor,
+        directory: PoolDirectory,
         remote_states: Callable[[], dict[str, str | None]],
         neighbours: Callable[[], Awaitable[list[str]]],
         state: GatewayState,
@@ -98,7 +98,7 @@ class Gateway:
         traces: Traces | None = None,
         behind_serve: bool = False,
         guard: Guard | None = None,
-        cache: Cache,
+        cache: ResponseCache,
     ) -> None:
         self._config = config
         self._router = router
@@ -117,9 +117,9 @@ class Gateway:
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._intake = Intake(config, guard or Guard(config), self.metrics.meter)
+        self._intake = RequestValidator(config, guard or Guard(config), self.metrics.meter)
         self._neighbours = neighbours
-        self._prompts = Prompts(
+        self._prompts = InferenceHandler(
             intake=self._intake,
             router=router,
             cache=cache,
@@ -131,7 +131,7 @@ class Gateway:
             behind_serve=behind_serve,
             access_log=config.server.access_log,
         )
-        self.feed = Feed(
+        self.feed = EventStream(
             config,
             directory,
             relay.views,
@@ -199,17 +199,17 @@ class Gateway:
         async def model(request: Request, name: str) -> Response:
             tenant = self._admission.identify(dict(request.scope["headers"]))
             if not name:
-                raise UnknownEndpoint("there is no /v1/models/; did you mean /v1/models?")
+                raise UnknownEndpointError("there is no /v1/models/; did you mean /v1/models?")
             states = catalog.for_clients(self._states())
             entry = catalog.entry(self._config, states, self._created_s, name, tenant)
             if entry is None:
-                raise UnknownModel(f"the model {name[:128]!r} does not exist", param="model")
+                raise UnknownModelError(f"the model {name[:128]!r} does not exist", param="model")
             return _json(entry)
 
         @app.post("/v1/route")
         async def route(request: Request) -> Response:
             headers = self._intake.headers(request.scope["headers"])
-            async with self._admission.enter(headers, Passage()) as entry:
+            async with self._admission.enter(headers, RequestRecord()) as entry:
                 verdict = await self._intake.read(
                     "/v1/chat/completions", headers, entry.tenant, request.receive
                 )
@@ -255,7 +255,7 @@ class Gateway:
             # Whoever answers GET answers HEAD: the server sends the head of the reply only.
             if isinstance(one, Route) and "GET" in (one.methods or ()):
                 one.methods = {*(one.methods or ()), "HEAD"}
-        app.add_middleware(Unforeseen)
+        app.add_middleware(InternalErrorMiddleware)
         server = self._config.server
         app.add_middleware(
             CrossOriginMiddleware,
@@ -276,7 +276,7 @@ class Gateway:
 
         @app.exception_handler(CoeError)
         async def known(request: Request, error: CoeError) -> Response:
-            return _response(fault_of(error, dialect_of(request.scope["path"])))
+            return _response(error_response(error, dialect_of(request.scope["path"])))
 
         @app.exception_handler(HTTPException)
         async def http(request: Request, error: HTTPException) -> Response:
@@ -284,11 +284,13 @@ class Gateway:
             path = str(request.scope["path"])[:128]
             if error.status_code == 405:
                 allowed = (error.headers or {}).get("Allow", "another method")
-                wrong: CoeError = InvalidRequest(f"{path} takes {allowed}, not {request.method}")
-                fault = fault_of(wrong, dialect_of(path))
+                wrong: CoeError = InvalidRequestError(
+                    f"{path} takes {allowed}, not {request.method}"
+                )
+                fault = error_response(wrong, dialect_of(path))
                 return _response(fault, status=405, headers=error.headers)
-            missing = UnknownEndpoint(f"there is no {path}{hint_for(path, paths)}")
-            return _response(fault_of(missing, dialect_of(path)))
+            missing = UnknownEndpointError(f"there is no {path}{hint_for(path, paths)}")
+            return _response(error_response(missing, dialect_of(path)))
 
         return app
 
@@ -296,13 +298,13 @@ class Gateway:
         """Whether requests are answered without a key. While that is not known, none is."""
         try:
             return not self._admission.keyring.needed
-        except StoreGone:
+        except StoreUnavailableError:
             return False
 
     async def _refuse(self, path: str, error: CoeError, send: Send) -> None:
         """Answer a request that goes no further."""
         self.metrics.meter.add(table.REJECTIONS, 1, error.code)
-        fault = fault_of(error, dialect_of(path))
+        fault = error_response(error, dialect_of(path))
         head = {"type": "http.response.start", "status": fault.status, "headers": fault.headers}
         await send(head)
         await send({"type": "http.response.body", "body": fault.body})
@@ -336,7 +338,7 @@ async def _told(link: PoolLink) -> str:
     """A pool's metrics; nothing where it has just gone."""
     try:
         return await link.metrics()
-    except PoolGone:
+    except PoolUnavailableError:
         return ""
 
 
@@ -352,7 +354,7 @@ class _Endpoint:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         try:
             await self._answer(scope, receive, send)
-        except ClientGone:
+        except ClientDisconnectedError:
             return
 
 
@@ -360,7 +362,7 @@ def _json(body: dict[str, Any], *, status_code: int = 200) -> Response:
     return Response(orjson.dumps(body), status_code, media_type="application/json")
 
 
-def _response(fault: Fault, *, status: int | None = None, headers: Any = None) -> Response:
+def _response(fault: ErrorResponse, *, status: int | None = None, headers: Any = None) -> Response:
     response = Response(fault.body, status_code=status or fault.status)
     for name, value in fault.headers:
         response.headers[name.decode()] = value.decode()

@@ -14,10 +14,16 @@ from service.broker.ledger import limits_of
 from service.config import Config, KeyConfig, TenantConfig
 from service.config.server import LOOPBACK
 from service.config.tenants import known_tenant
-from service.errors import CoeError, ConfigError, Forbidden, StoreGone, Unauthorized
+from service.errors import (
+    CoeError,
+    ConfigError,
+    ForbiddenError,
+    StoreUnavailableError,
+    UnauthorizedError,
+)
 from service.gateway.audit_log import REFUSALS
 from service.store.keys import KeyBook, KeyRecord, KeyTable, digest_of
-from service.tasks import end
+from service.tasks import cancel_and_wait
 from service.types import NOBODY, Tenant
 
 log = logging.getLogger("coe.keys")
@@ -53,7 +59,7 @@ def _record(name: str, given: KeyConfig) -> KeyRecord:
 
 
 async def any_key(config: Config, book: KeyBook, marker: Path | None = None) -> bool:
-    """Whether a key has to be shown. Raises ConfigError, StoreGone.
+    """Whether a key has to be shown. Raises ConfigError, StoreUnavailableError.
 
     `marker`: the file that says that there were keys in the book.
     """
@@ -64,7 +70,7 @@ async def any_key(config: Config, book: KeyBook, marker: Path | None = None) -> 
     return marker is not None and await asyncio.to_thread(marker.exists)
 
 
-class Keyring:
+class Authenticator:
     """The keys of a service, looked at again every second.
 
     `needed`: whether a key has to be shown. Wherever others than this machine's users could ask,
@@ -80,7 +86,7 @@ class Keyring:
         *,
         secret: str = "",
         marker: Path | None = None,
-        after: Keyring | None = None,
+        after: Authenticator | None = None,
     ) -> None:
         self._secret = secret
         self._tenants = config.tenants
@@ -97,9 +103,9 @@ class Keyring:
 
     @property
     def needed(self) -> bool:
-        """Whether a request needs a key. Raises StoreGone while that is not known."""
+        """Whether a request needs a key. Raises StoreUnavailableError while that is not known."""
         if not self._looked and not self._table.records:
-            raise StoreGone("the store of keys can't be reached yet")
+            raise StoreUnavailableError("the store of keys can't be reached yet")
         return self._strict or self._had_keys or bool(self._table.records)
 
     async def start(self) -> None:
@@ -109,7 +115,7 @@ class Keyring:
 
     async def stop(self) -> None:
         """Look no more."""
-        await end(self._looking)
+        await cancel_and_wait(self._looking)
 
     async def look(self) -> None:
         """Read the keys again if they changed. While the store is gone, the known ones hold."""
@@ -118,7 +124,7 @@ class Keyring:
             if version == self._version and self._looked:
                 return
             kept = await self._book.load()
-        except StoreGone:
+        except StoreUnavailableError:
             return
         except CoeError as error:
             log.error("the keys can't be read: %s", error.message)
@@ -164,7 +170,7 @@ class Keyring:
         """The tenant of a request.
 
         Raises Unauthorized; Forbidden where the key's tenant is not in the config any more;
-        StoreGone while no key is known.
+        StoreUnavailableError while no key is known.
         """
         if not self.needed:
             return NOBODY if NOBODY.name not in self._tenants else self._tenant(None, NOBODY.name)
@@ -174,20 +180,20 @@ class Keyring:
             key = headers.get(b"x-api-key", b"").decode("latin-1")
         if not key:
             REFUSALS.refused("none", headers)
-            raise Unauthorized("an API key is needed: Authorization: Bearer KEY")
+            raise UnauthorizedError("an API key is needed: Authorization: Bearer KEY")
         now_s = time.time()
         record = self._table.find(key.strip(), now_s)
         if record is None:
             REFUSALS.refused("unknown", headers)
-            raise Unauthorized("this API key is not valid here")
+            raise UnauthorizedError("this API key is not valid here")
         if (state := record.state(now_s)) != "active":
             REFUSALS.refused(state, headers, key=record.id, tenant=record.tenant)
             if state == "expired":
-                raise Unauthorized("this API key has expired")
-            raise Unauthorized("this API key is not valid here")
+                raise UnauthorizedError("this API key has expired")
+            raise UnauthorizedError("this API key is not valid here")
         if not known_tenant(record.tenant, self._tenants):
             REFUSALS.refused("tenant", headers, key=record.id, tenant=record.tenant)
-            raise Forbidden("the tenant of this API key is not in the config")
+            raise ForbiddenError("the tenant of this API key is not in the config")
         return self._tenant(record, record.tenant)
 
     def _tenant(self, record: KeyRecord | None, name: str) -> Tenant:

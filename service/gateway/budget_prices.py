@@ -1,7 +1,7 @@
 """Budgets as the choice sees them: a shadow price for each, and what may still be promised.
 
 Counts and caps are the ledger's; here is a copy of them, renewed twice a second while requests
-come, and every ten seconds else because other gateways spend them too. Each budget has a `Pacer`.
+come, and every ten seconds else because other gateways spend them too. Each budget has a `BudgetPacer`.
 How many requests came is shared between gateways in the ledger's store, because what is left of a
 budget is for the requests of all of them.
 """
@@ -16,13 +16,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 
-from service.broker.budget_pacing import Pacer, Purse
+from service.broker.budget_pacing import BudgetPacer, BudgetSnapshot
 from service.broker.ledger import BudgetState, Ledger
-from service.broker.selection import Weighed
-from service.errors import StoreGone
+from service.broker.selection import Selection
+from service.errors import StoreUnavailableError
 from service.store.places import place
-from service.store.protocol import Claim, Granted, Note
-from service.tasks import end
+from service.store.protocol import Granted, StoreClaim, UsageNote
+from service.tasks import cancel_and_wait
 from service.types import Tenant
 
 log = logging.getLogger("coe.spending")
@@ -35,7 +35,8 @@ _MOST_KEYS = 1024
 # How much longer than its window what is shared of it is kept.
 _LONGER_S = 3600
 
-class Spending:
+
+class BudgetPrices:
     """Prices the budgets of one gateway's requests. It outlives a config, see `follow`.
 
     Args:
@@ -46,7 +47,7 @@ class Spending:
     def __init__(self, ledger: Ledger, *, clock: Callable[[], float] = time.time) -> None:
         self._ledger = ledger
         self._clock = clock
-        self._pacers: dict[str, Pacer] = {}
+        self._pacers: dict[str, BudgetPacer] = {}
         self._states: dict[str, BudgetState] = {}
         # By whose they are: names of everybody's budgets, and of each tenant's.
         self._common: list[str] = []
@@ -70,7 +71,7 @@ class Spending:
             default=math.inf,
         )
 
-    def offered(self, tenant: Tenant, weighed: Weighed) -> None:
+    def offered(self, tenant: Tenant, weighed: Selection) -> None:
         """The options of one request."""
         if tenant.key and tenant.limits.budget is not None:
             self._shown(tenant)
@@ -109,7 +110,7 @@ class Spending:
         try:
             self._take(await self._ledger.state(list(self._keys.values())))
             await self._share()
-        except StoreGone:
+        except StoreUnavailableError:
             log.warning("budgets can't be read; their last prices stand")
             return
         now_s = self._clock()
@@ -133,11 +134,11 @@ class Spending:
         for name, state in states.items():
             pacer = self._pacers.get(name)
             if pacer is None:
-                pacer = self._pacers[name] = Pacer()
+                pacer = self._pacers[name] = BudgetPacer()
                 pacer.reprice(_purse(state), now_s)
 
     async def _share(self) -> None:
-        """Add up the requests of all gateways, in the store. Raises StoreGone."""
+        """Add up the requests of all gateways, in the store. Raises StoreUnavailableError."""
         now_s, store = self._clock(), self._ledger.store
         names = []
         for name, state in self._states.items():
@@ -148,7 +149,7 @@ class Spending:
             piece, count = pacer.untold(now_s)
             if count:
                 keep_s = int(state.ends_s - state.starts_s) + _LONGER_S
-                note = Note(_arrivals_name(name, state), {str(piece): count}, keep_s)
+                note = UsageNote(_arrivals_name(name, state), {str(piece): count}, keep_s)
                 await store.settle(_NOTHING, (), note)
         found = await store.counts([_arrivals_name(name, self._states[name]) for name in names])
         for name, counts in zip(names, found, strict=True):
@@ -205,16 +206,16 @@ class Spending:
 
     async def stop(self) -> None:
         """Ask no more."""
-        await end(self._following, self._renewing)
+        await cancel_and_wait(self._following, self._renewing)
 
 
 # What notes are settled with that belong to no claim.
-_NOTHING = Granted(Claim("", ()), 0, (), ())
+_NOTHING = Granted(StoreClaim("", ()), 0, (), ())
 
 
 def _arrivals_name(budget: str, state: BudgetState) -> str:
     return place("arrivals", budget, f"{state.starts_s:.0f}")
 
 
-def _purse(state: BudgetState) -> Purse:
-    return Purse(state.amount, state.spent, state.starts_s, state.ends_s, state.reserved)
+def _purse(state: BudgetState) -> BudgetSnapshot:
+    return BudgetSnapshot(state.amount, state.spent, state.starts_s, state.ends_s, state.reserved)

@@ -7,24 +7,24 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from service.broker.ledger import Ledger
 from service.capabilities import with_capabilities
 from service.config import Config
-from service.gateway.admission import Admission, Called
+from service.gateway.admission import Admission, ExpertCall
 from service.gateway.app import Gateway
-from service.gateway.auth import Keyring
-from service.gateway.budget_prices import Spending
-from service.gateway.cache.response_cache import Cache
-from service.gateway.dispatch.circuit_breakers import Trips
-from service.gateway.dispatch.dispatcher import Relay
-from service.gateway.dispatch.execution import Answering
-from service.gateway.dispatch.remote_pool import RemoteSeat
+from service.gateway.auth import Authenticator
+from service.gateway.budget_prices import BudgetPrices
+from service.gateway.cache.response_cache import ResponseCache
+from service.gateway.dispatch.circuit_breakers import CircuitBreakers
+from service.gateway.dispatch.dispatcher import Dispatcher
+from service.gateway.dispatch.execution import RecipeExecutor
+from service.gateway.dispatch.remote_pool import RemotePool
 from service.gateway.guard.guard import Guard
 from service.gateway.guard.screen import Screen
 from service.gateway.routes.admin import Reload
-from service.gateway.routes.feedback import Feedback
-from service.gateway.routes.keys_and_usage import Accounts
-from service.gateway.routing.setup import Routing
+from service.gateway.routes.feedback import FeedbackService
+from service.gateway.routes.keys_and_usage import AccountEndpoints
+from service.gateway.routing.setup import RoutingSetup
 from service.gateway.state import GatewayState
 from service.gateway.store_setup import key_book, keys_marker
-from service.rpc.pool_directory import Directory
+from service.rpc.pool_directory import PoolDirectory
 from service.store.keys import Keys
 from service.store.protocol import Store
 from service.store.volatile import VolatileStore
@@ -52,12 +52,12 @@ class ConfiguredGateway:
         config: Config,
         *,
         state: GatewayState,
-        directory: Directory,
+        directory: PoolDirectory,
         store: Store,
         volatile: VolatileStore,
         ledger: Ledger,
-        spending: Spending,
-        seats: Mapping[str, RemoteSeat],
+        spending: BudgetPrices,
+        seats: Mapping[str, RemotePool],
         traces: Traces | None,
         secret: str,
         admin_key: str | None,
@@ -73,7 +73,7 @@ class ConfiguredGateway:
         self.seats = seats
         self._meter = state.metrics.meter
         book = key_book(config, store)
-        self.keyring: Keyring = Keyring(
+        self.keyring: Authenticator = Authenticator(
             config,
             book,
             secret=secret,
@@ -81,19 +81,17 @@ class ConfiguredGateway:
             after=None if before is None else before.keyring,
         )
         self.ledger = ledger
-        remotes = {
-            name: expert.remote for name, expert in config.experts.items() if expert.remote
-        }
-        self.trips = Trips(
+        remotes = {name: expert.remote for name, expert in config.experts.items() if expert.remote}
+        self.trips = CircuitBreakers(
             {name: remote.url for name, remote in remotes.items()},
             config.server.breaker.hang_s,
             state.breakers,
             state.retries,
             self._meter,
         )
-        routing = Routing(config, state.lengths, state.escalations)
+        routing = RoutingSetup(config, state.lengths, state.escalations)
         self.market = routing.market
-        self.relay = Relay(
+        self.relay = Dispatcher(
             routing.book,
             routing.market,
             directory,
@@ -103,7 +101,7 @@ class ConfiguredGateway:
             self.trips,
             state.conversations,
         )
-        self.feedback: Feedback = Feedback(
+        self.feedback: FeedbackService = FeedbackService(
             config.feedback,
             store,
             volatile,
@@ -121,8 +119,8 @@ class ConfiguredGateway:
             routing.router,
             self.relay,
             self._admission,
-            Accounts(config, self._admission, Keys(book)),
-            Answering(self.relay, routing.worth, self.feedback),
+            AccountEndpoints(config, self._admission, Keys(book)),
+            RecipeExecutor(self.relay, routing.worth, self.feedback),
             directory,
             lambda: {name: seats[name].failed for name in remotes if name in seats},
             neighbours,
@@ -132,7 +130,7 @@ class ConfiguredGateway:
             traces=traces,
             behind_serve=behind_serve,
             guard=Guard(config, screens),
-            cache=Cache(config, volatile, self._meter),
+            cache=ResponseCache(config, volatile, self._meter),
         )
 
     async def start(self) -> None:
@@ -155,7 +153,7 @@ class ConfiguredGateway:
         await self.gateway.idle()
         await self.stop()
 
-    def _charged(self, tenant: Tenant, outcome: str, calls: Sequence[Called]) -> None:
+    def _charged(self, tenant: Tenant, outcome: str, calls: Sequence[ExpertCall]) -> None:
         """A request that somebody is charged for has ended."""
         self._meter.add(metrics.TENANT_REQUESTS, 1, tenant.name, outcome)
         for call in calls:

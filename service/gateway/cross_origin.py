@@ -23,7 +23,7 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
-from service.errors import CoeError, Forbidden, InvalidRequest, UnsupportedMediaType
+from service.errors import CoeError, ForbiddenError, InvalidRequestError, UnsupportedMediaTypeError
 
 _HOST = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(?::(\d{1,5}))?$")
 _JSON = re.compile(rb"^\s*application/(?:json|[a-z0-9.+-]+\+json)\s*(?:;|$)", re.IGNORECASE)
@@ -74,9 +74,9 @@ class CrossOriginRules:
             body: Whether the request has a body.
 
         Raises:
-            InvalidRequest: The `Host` is none.
+            InvalidRequestError: The `Host` is none.
             Forbidden: The `Host` or `Origin` is not allowed.
-            UnsupportedMediaType: The body is not declared as JSON.
+            UnsupportedMediaTypeError: The body is not declared as JSON.
         """
         host = headers.get(b"host")
         if host is not None and (keyless or self._restricted):
@@ -84,20 +84,20 @@ class CrossOriginRules:
         if keyless:
             self._check_origin(method, host, headers)
         if method == b"POST" and body and not _JSON.match(headers.get(b"content-type", b"")):
-            raise UnsupportedMediaType(
+            raise UnsupportedMediaTypeError(
                 "the body of a POST must be JSON: send the header Content-Type: application/json"
             )
 
     def _check_host(self, given: bytes) -> None:
         found = _HOST.match(given.decode("latin-1"))
         if found is None:
-            raise InvalidRequest("the header Host holds no host name")
+            raise InvalidRequestError("the header Host holds no host name")
         name = found[1].lower()
         if self._any_host or name in self._names or name.endswith(self._suffixes):
             return
         if _is_local_name(name):
             return
-        raise Forbidden(
+        raise ForbiddenError(
             f"the host {name[:128]!r} is not one of this service's; allowed are IP addresses, "
             f"names without a dot or under {', '.join(_PRIVATE)}, and those in "
             "`server.allowed_hosts`",
@@ -116,7 +116,7 @@ class CrossOriginRules:
                 and headers.get(b"sec-fetch-mode") == b"navigate"
                 and headers.get(b"sec-fetch-dest", b"document") == b"document"
             ):
-                raise Forbidden(
+                raise ForbiddenError(
                     "a page of another origin may not ask while no API key is needed; "
                     "`server.cors_origins` can allow its origin",
                     code="origin_not_allowed",
@@ -130,7 +130,7 @@ class CrossOriginRules:
             host.decode("latin-1").lower(), scheme
         ):
             return
-        raise Forbidden(
+        raise ForbiddenError(
             f"the origin {origin[:128]!r} may not ask while no API key is needed; "
             "`server.cors_origins` can allow it",
             code="origin_not_allowed",
@@ -190,7 +190,7 @@ class CrossOriginMiddleware:
                     keyless=self._keyless(),
                     body=has_body(headers),
                 )
-            except (Forbidden, InvalidRequest) as error:
+            except (ForbiddenError, InvalidRequestError) as error:
                 await self._refuse(scope["path"], error, send)
                 return
         await self._app(scope, receive, send)
@@ -198,6 +198,4 @@ class CrossOriginMiddleware:
 
 def has_body(headers: Mapping[bytes, bytes]) -> bool:
     """Whether a request's headers announce a body."""
-    return (
-        headers.get(b"content-length", b"0").strip() != b"0" or b"transfer-encoding" in headers
-    )
+    return headers.get(b"content-length", b"0").strip() != b"0" or b"transfer-encoding" in headers

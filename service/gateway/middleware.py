@@ -9,7 +9,7 @@ from typing import Any
 from service.errors import CoeError
 from service.http.asgi import Message, Receive, Send
 from service.http.endpoints import ENDPOINTS
-from service.http.openai_errors import dialect_of, fault_of
+from service.http.openai_errors import dialect_of, error_response
 
 log = logging.getLogger("coe.api")
 
@@ -17,7 +17,7 @@ log = logging.getLogger("coe.api")
 _PROMPTS = frozenset(ENDPOINTS)
 
 
-class Unforeseen:
+class InternalErrorMiddleware:
     """Middleware: an error of our shape for the client, its kind and place for the log.
 
     A server would log its text, which may quote a prompt, and answer with a bare line.
@@ -44,7 +44,7 @@ class Unforeseen:
             if started:
                 # Cutting it short is all that is left.
                 raise ConnectionResetError(CoeError.code) from None
-            fault = fault_of(
+            fault = error_response(
                 CoeError("something went wrong here; the log has its kind and place"),
                 dialect_of(scope["path"]),
             )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Spent:
+class CallCost:
     """One call of an expert. Times in ms. `tokens` are None until the reply told them.
 
     `estimated`: the call was cut short, and its tokens are by the clock. `answers`: how many are
@@ -79,7 +79,7 @@ class Unfinished:
 
 
 @dataclass(slots=True)
-class Passage:
+class RequestRecord:
     """Filled in as a request goes its way.
 
     `predicted_s`: the wait that was expected of the option that answered. `..._at_s`: by
@@ -114,7 +114,7 @@ class Passage:
     failed: list[tuple[str, str]] = field(default_factory=list)
     trace: Trace | None = None
     own_deadline: bool = False
-    calls: list[Spent] = field(default_factory=list)
+    calls: list[CallCost] = field(default_factory=list)
     unfinished: list[Unfinished] = field(default_factory=list)
     tried: Counter[tuple[str, str]] = field(default_factory=Counter)
     losses: list[str] = field(default_factory=list)

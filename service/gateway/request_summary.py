@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 
-from service.gateway.request_record import Passage
+from service.gateway.request_record import RequestRecord
 from service.http.openai_errors import codes_of_ours
-from service.telemetry.gateway_metrics import Asking, Ended
+from service.telemetry.gateway_metrics import ActiveCall, RequestSummary
 
 
-def ended(passage: Passage, *, category: str, streamed: bool, fault: str, began_s: float) -> Ended:
+def ended(
+    passage: RequestRecord, *, category: str, streamed: bool, fault: str, began_s: float
+) -> RequestSummary:
     """As it is now. `fault`: the error's code, or empty; `began_s`: by `time.monotonic`."""
     outcome = passage.outcome
     if outcome == "ok" and passage.status >= 400:
         outcome = "client_error" if passage.status < 500 else "server_error"
-    return Ended(
+    return RequestSummary(
         expert=passage.expert,
         category=category,
         recipe="single" if passage.recipe == passage.expert else passage.recipe,
@@ -33,7 +35,7 @@ def ended(passage: Passage, *, category: str, streamed: bool, fault: str, began_
         escalations=passage.escalations,
         failed=passage.failed,
         calls=[
-            Asking(call.expert, call.prompt_tokens or 0, call.completion_tokens or 0, call.cost)
+            ActiveCall(call.expert, call.prompt_tokens or 0, call.completion_tokens or 0, call.cost)
             for call in passage.calls
         ],
     )

@@ -14,16 +14,16 @@ from service.config import Config
 from service.engine.remote import RemoteEngine
 from service.errors import CoeError
 from service.gateway.app import Gateway
-from service.gateway.budget_prices import Spending
+from service.gateway.budget_prices import BudgetPrices
 from service.gateway.configured_gateway import ConfiguredGateway
-from service.gateway.dispatch.remote_pool import RemoteSeat
+from service.gateway.dispatch.remote_pool import RemotePool
 from service.gateway.guard.screen import Screen
 from service.gateway.routes.admin import Reload
 from service.gateway.state import GatewayState, replaced
 from service.gateway.store_setup import open_store, open_volatile
 from service.models.expert_folders import file_versions
 from service.moe.profiles import profile_digests
-from service.rpc.pool_directory import Directory
+from service.rpc.pool_directory import PoolDirectory
 from service.store.protocol import Store
 from service.store.volatile import VolatileStore
 from service.telemetry import metrics
@@ -32,7 +32,7 @@ from service.telemetry.setup import node_target, traces_of
 log = logging.getLogger("coe.app")
 
 
-class GatewayProcess:
+class GatewayRuntime:
     """A gateway with what it holds: links to pools, stores, clients of remote experts.
 
     It is an ASGI application that goes over to another config by `reload`: new requests are
@@ -71,15 +71,15 @@ class GatewayProcess:
         self._reload_file = reload
         self._files = _files(config)
         self.state = GatewayState.new(config.server.breaker)
-        self.directory = Directory(gateway_id, secret)
+        self.directory = PoolDirectory(gateway_id, secret)
         self.store: Store = open_store(config, gateway_id)
         # What may be lost stands apart from what counts.
         self.volatile: VolatileStore = open_volatile(config)
         self._traces = traces_of(config, "gateway", gateway_id)
-        self.seats: dict[str, RemoteSeat] = {}
+        self.seats: dict[str, RemotePool] = {}
         self._seat_all(config)
         ledger = Ledger(config, self.store)
-        self.spending = Spending(ledger)
+        self.spending = BudgetPrices(ledger)
         self.current = self._configured(config, ledger)
         self._app = self.current.gateway.app()
         # Those of earlier configs whose last requests have not ended yet.
@@ -140,7 +140,7 @@ class GatewayProcess:
         for name, seat in self.seats.items():
             await self._connect(name, seat)
 
-    async def _connect(self, name: str, seat: RemoteSeat) -> None:
+    async def _connect(self, name: str, seat: RemotePool) -> None:
         await seat.start()
         if seat.failed is not None:
             log.error("expert %s failed: %s", name, seat.failed)
@@ -191,7 +191,7 @@ class GatewayProcess:
             remote = config.experts[name].remote
             assert remote is not None
             engine = RemoteEngine(name, remote)
-            self.seats[name] = RemoteSeat(engine, remote.max_in_flight, remote.max_queue)
+            self.seats[name] = RemotePool(engine, remote.max_in_flight, remote.max_queue)
         self.state.metrics.remote |= frozenset(new)
         return new
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from random import random
 from typing import Any
 
-from service.broker.breaker import Breakers, Policy, RetryBudget
+from service.broker.breaker import BreakerPolicy, Breakers, RetryBudget
 from service.broker.cost_model import Lengths
 from service.config import BreakerConfig, Config, ExpertConfig
 from service.gateway.console.event_stream import HISTORY
-from service.gateway.console.request_history import Recent
+from service.gateway.console.request_history import RequestHistory
 from service.gateway.dispatch.circuit_breakers import Place
-from service.gateway.routing.prefix_affinity import Conversations
+from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.quality import Escalations
 from service.telemetry.gateway_metrics import GatewayMetrics
 
@@ -49,9 +49,9 @@ class GatewayState:
     breakers: Breakers[Place]
     retries: RetryBudget
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
-    recent: Recent = field(default_factory=Recent)
+    recent: RequestHistory = field(default_factory=RequestHistory)
     history: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=HISTORY))
-    conversations: Conversations = field(default_factory=Conversations)
+    conversations: PrefixAffinity = field(default_factory=PrefixAffinity)
     lengths: Lengths = field(default_factory=Lengths)
     escalations: Escalations = field(default_factory=Escalations)
     created_s: int = field(default_factory=lambda: int(time.time()))
@@ -59,10 +59,8 @@ class GatewayState:
     @classmethod
     def new(cls, config: BreakerConfig) -> GatewayState:
         """That of a gateway which has seen nothing."""
-        policy = Policy(config.failures, config.open_s, config.longest_open_s)
-        return cls(
-            Breakers(policy, random), RetryBudget(config.retry_share, config.retry_reserve)
-        )
+        policy = BreakerPolicy(config.failures, config.open_s, config.longest_open_s)
+        return cls(Breakers(policy, random), RetryBudget(config.retry_share, config.retry_reserve))
 
     def forget(self, experts: Collection[str]) -> None:
         """These experts went, or are others than they were."""

@@ -29,7 +29,7 @@ def open_store(config: Config, owner: str) -> Store:
         return MemoryStore()
     # Imported here: only who uses Redis needs its client.
     from service.store.redis_client import RedisClient
-    from service.store.redis_store import SharedStore
+    from service.store.redis_store import RedisStore
 
     url = _url(given.url, given.url_env, "url_env")
     assert url is not None
@@ -40,7 +40,7 @@ def open_store(config: Config, owner: str) -> Store:
         timeout_s=given.timeout_ms / 1000,
         lease_s=given.lease_s,
     )
-    return SharedStore(client, share=given.slice, lease_s=given.lease_s)
+    return RedisStore(client, share=given.slice, lease_s=given.lease_s)
 
 
 def open_volatile(config: Config) -> VolatileStore:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from service.errors import BodyTooLarge, TooSlow
+from service.errors import BodyTooLargeError, RequestTimeoutError
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -17,7 +17,7 @@ Receive = Callable[[], Awaitable[Message]]
 STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
-class ClientGone(Exception):
+class ClientDisconnectedError(Exception):
     """The client has left: there is nobody to answer."""
 
 
@@ -50,8 +50,8 @@ async def read_body(
     """The whole body.
 
     `declared`: the content-length header, so that nothing of a body that says that it
-    is too large is waited for. Raises BodyTooLarge, TooSlow where it did not come within
-    `timeout_s`, and ClientGone if the client left.
+    is too large is waited for. Raises BodyTooLargeError, RequestTimeoutError where it did not come within
+    `timeout_s`, and ClientDisconnectedError if the client left.
     """
     if declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):
         raise _too_large(max_bytes)
@@ -62,7 +62,7 @@ async def read_body(
     except TimeoutError:
         if not limit.expired():
             raise
-        raise TooSlow(f"the body did not arrive within {timeout_s:g} s") from None
+        raise RequestTimeoutError(f"the body did not arrive within {timeout_s:g} s") from None
 
 
 async def _whole(receive: Receive, max_bytes: int) -> bytes:
@@ -81,15 +81,15 @@ async def _whole(receive: Receive, max_bytes: int) -> bytes:
         if not message.get("more_body", False):
             return bytes(whole)
         message = await receive()
-    raise ClientGone
+    raise ClientDisconnectedError
 
 
-def _too_large(max_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the body is larger than the {max_bytes} bytes allowed")
+def _too_large(max_bytes: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the body is larger than the {max_bytes} bytes allowed")
 
 
 async def until_gone(work: Awaitable[None], receive: Receive) -> None:
-    """Do `work`. If the client leaves first, cancel it and raise ClientGone."""
+    """Do `work`. If the client leaves first, cancel it and raise ClientDisconnectedError."""
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_gone(receive))
     try:
@@ -97,7 +97,7 @@ async def until_gone(work: Awaitable[None], receive: Receive) -> None:
         if task.done():
             task.result()
             return
-        raise ClientGone
+        raise ClientDisconnectedError
     finally:
         watch.cancel()
         if not task.done():

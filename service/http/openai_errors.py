@@ -20,20 +20,20 @@ from service import errors
 from service.errors import CoeError
 
 _STATUS: dict[type[CoeError], int] = {
-    errors.InvalidRequest: 400,
-    errors.BodyTooLarge: 413,
-    errors.HeadersTooLarge: 431,
-    errors.TooSlow: 408,
-    errors.UnsupportedMediaType: 415,
-    errors.Unauthorized: 401,
-    errors.Forbidden: 403,
-    errors.TooMany: 429,
-    errors.UnknownModel: 404,
-    errors.Conflict: 409,
-    errors.UnknownReply: 404,
-    errors.UnknownEndpoint: 404,
-    errors.DeadlineExceeded: 504,
-    errors.Unavailable: 503,
+    errors.InvalidRequestError: 400,
+    errors.BodyTooLargeError: 413,
+    errors.HeadersTooLargeError: 431,
+    errors.RequestTimeoutError: 408,
+    errors.UnsupportedMediaTypeError: 415,
+    errors.UnauthorizedError: 401,
+    errors.ForbiddenError: 403,
+    errors.RateLimitExceededError: 429,
+    errors.UnknownModelError: 404,
+    errors.ConflictError: 409,
+    errors.ReplyNotFoundError: 404,
+    errors.UnknownEndpointError: 404,
+    errors.DeadlineExceededError: 504,
+    errors.UnavailableError: 503,
     errors.UpstreamError: 502,
     CoeError: 500,
 }
@@ -62,7 +62,7 @@ FAULT_HEADER = b"x-coe-fault"
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class ErrorResponse:
     """An error ready to be sent."""
 
     status: int
@@ -128,7 +128,7 @@ def _anthropic_detail(detail: Mapping[str, Any], status: int) -> dict[str, Any]:
     return {"type": kind, "message": str(detail.get("message"))}
 
 
-def fault_of(error: CoeError, dialect: Dialect = Dialect.CHAT) -> Fault:
+def error_response(error: CoeError, dialect: Dialect = Dialect.CHAT) -> ErrorResponse:
     """Status, headers and body for an error."""
     status = status_of(error)
     body = error_body(detail_of(error), status, dialect)
@@ -143,13 +143,13 @@ def fault_of(error: CoeError, dialect: Dialect = Dialect.CHAT) -> Fault:
     if error.final:
         # Clients retry by the status alone, 429 and 5xx.
         headers.append((b"x-should-retry", b"false"))
-    return Fault(status, headers, body)
+    return ErrorResponse(status, headers, body)
 
 
 def _retry_after_s(error: CoeError, status: int) -> float | None:
-    if isinstance(error, errors.TooMany):
+    if isinstance(error, errors.RateLimitExceededError):
         return error.retry_after_s
-    if isinstance(error, (errors.Unavailable, errors.UpstreamError)) and status == 503:
+    if isinstance(error, (errors.UnavailableError, errors.UpstreamError)) and status == 503:
         return error.retry_after_s
     return None
 

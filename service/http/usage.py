@@ -21,7 +21,7 @@ _MOST_READ = 16 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class TokenUsage:
     """One usage, in OpenAI's or Anthropic's words. None: it does not tell.
 
     `start`: where its key begins, with the comma before it; `value`: where its value does;
@@ -36,14 +36,14 @@ class Usage:
     answer_tokens: int | None = None
 
 
-def _usages(data: bytes) -> Iterator[Usage]:
+def _usages(data: bytes) -> Iterator[TokenUsage]:
     """Every usage in a text of JSON; `told` is false for those that are null."""
     if b'"usage"' not in data:
         return
     text = ""
     for key in _KEY.finditer(data):
         if data.startswith(b"null", key.end()):
-            yield Usage(key.start(), key.end(), key.end() + 4, told=False)
+            yield TokenUsage(key.start(), key.end(), key.end() + 4, told=False)
             continue
         # One byte a character, so that places are the same.
         text = text or data.decode("latin-1")
@@ -52,7 +52,7 @@ def _usages(data: bytes) -> Iterator[Usage]:
         except (json.JSONDecodeError, RecursionError):
             continue
         found = value if isinstance(value, dict) else {}
-        yield Usage(
+        yield TokenUsage(
             key.start(),
             key.end(),
             end,
@@ -62,7 +62,7 @@ def _usages(data: bytes) -> Iterator[Usage]:
         )
 
 
-def reply_usage(body: bytes) -> Usage | None:
+def reply_usage(body: bytes) -> TokenUsage | None:
     """The usage of a whole reply: the one at the top of its object, if it tells anything.
 
     A key is at the top where what follows its value closes exactly one object. So only the rest

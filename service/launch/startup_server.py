@@ -40,7 +40,7 @@ class _Step:
     done_s: float | None = None
 
 
-class Lobby:
+class StartupServer:
     """`step` says what is done next; `serve_port` and `leave_port` open and close the port.
 
     `rules` say which browsers' requests are answered, `keyless` whether keys are not needed.
@@ -172,7 +172,7 @@ class _Server(ThreadingMixIn, UnixStreamServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 64
-    lobby: Lobby
+    lobby: StartupServer
 
     def __init__(self, address: Any, handler: type[BaseHTTPRequestHandler]) -> None:
         self._places = threading.Semaphore(_MOST_CONNECTIONS)
@@ -267,15 +267,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.lobby.check(self.command, self.headers)
         except CoeError as error:
             # Not at the top: it takes what is not loaded yet, and is rarely needed.
-            from service.http.openai_errors import dialect_of, fault_of
+            from service.http.openai_errors import dialect_of, error_response
 
-            fault = fault_of(error, dialect_of(self.path))
+            fault = error_response(error, dialect_of(self.path))
             headers = {name.decode(): value.decode() for name, value in fault.headers}
             self._reply(fault.status, headers, fault.body)
             return True
         return False
 
-    def _stream(self, lobby: Lobby) -> None:
+    def _stream(self, lobby: StartupServer) -> None:
         head = {
             "content-type": "text/event-stream",
             "cache-control": "no-store",

@@ -23,11 +23,11 @@ import psutil
 
 from service.config import Config, load_config
 from service.config.server import LOOPBACK
-from service.deployment.config_reload import Running, config_file, reload
-from service.errors import CoeError, StoreGone
+from service.deployment.config_reload import RunningConfig, config_file, reload
+from service.errors import CoeError, StoreUnavailableError
 from service.gateway.cross_origin import CrossOriginRules
 from service.launch import environment
-from service.launch.startup_server import Lobby
+from service.launch.startup_server import StartupServer
 from service.rpc.auth import admin_key_path, make_secret, node_folder, read_secret
 
 _POLL_S = 0.5
@@ -68,7 +68,9 @@ def run(config: Config, *, source: Path) -> None:
     cluster = node = None
     server = config.server
     rules = CrossOriginRules(server.host, server.allowed_hosts, server.cors_origins)
-    lobby = Lobby((_IMPORTS, _RAY, _SERVE, _GATEWAY, _EXPERTS), began_s, rules, keyless=keyless)
+    lobby = StartupServer(
+        (_IMPORTS, _RAY, _SERVE, _GATEWAY, _EXPERTS), began_s, rules, keyless=keyless
+    )
     _on_signals(stop)
     try:
         secret_path = run_dir / "secret"
@@ -87,7 +89,7 @@ def run(config: Config, *, source: Path) -> None:
 
         lobby.done(_IMPORTS)
         in_force = config_file(secret_path)
-        Running(str(source.resolve()), load_config(source), config).save(in_force)
+        RunningConfig(str(source.resolve()), load_config(source), config).save(in_force)
         cluster = LocalCluster(config, run_dir)
         cluster.start_ray()
         lobby.done(_RAY)
@@ -159,7 +161,7 @@ def _pass_on(child: int, number: int) -> None:
         os.kill(child, number)
 
 
-def _leave_to_haproxy(lobby: Lobby, config: Config) -> None:
+def _leave_to_haproxy(lobby: StartupServer, config: Config) -> None:
     """Give the port up once HAProxy listens there too."""
     end_s = time.monotonic() + _HAPROXY_S
     while time.monotonic() < end_s:
@@ -285,7 +287,7 @@ def _where_keys_allow(config: Config) -> tuple[Config, bool]:
     host = config.server.host
     try:
         keys = asyncio.run(has_keys(config))
-    except StoreGone as error:
+    except StoreUnavailableError as error:
         if host in LOOPBACK:
             _say(f"warning: {error.message}; requests get 503 until it can")
             return config, False

@@ -16,7 +16,7 @@ from service.models.adapters import CONFIG_NAME, keys_not_merged, refuse_variant
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class Delta:
+class LoraDelta:
     """A LoRA adapter as what it adds to full weights: strength · alpha / rank · B A.
 
     Reads PEFT's files: `base_model.model.<name>.lora_A.weight` (rank × in) and

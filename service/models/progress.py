@@ -66,7 +66,7 @@ class Lines:
         self.note(f"{label}: done in {time.monotonic() - started:.1f} s")
 
 
-class Bar:
+class ProgressBar:
     """A rich progress bar."""
 
     def __init__(self, stream: IO[str]) -> None:
@@ -96,7 +96,7 @@ class Bar:
 def progress_for(stream: IO[str] | None = None) -> Progress:
     """A bar where `stream` (default: stderr) is a terminal, plain lines where not."""
     stream = stream if stream is not None else sys.stderr
-    return Bar(stream) if stream.isatty() else Lines(stream)
+    return ProgressBar(stream) if stream.isatty() else Lines(stream)
 
 
 @contextmanager

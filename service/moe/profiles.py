@@ -7,7 +7,7 @@ from pathlib import Path
 
 from service.config import Config
 from service.engine.steering_spec import SteeredLayer, Steering
-from service.errors import ConfigError, InvalidProfile
+from service.errors import ConfigError, InvalidProfileError
 from service.moe.steering import (
     SteeringProfile,
     check_profile,
@@ -20,7 +20,7 @@ from service.moe.steering import (
 def profile_of(config: Config, expert: str, folder: Path) -> SteeringProfile:
     """A virtual expert's profile, held against its base in `folder`: headers and gates are read.
 
-    Raises InvalidProfile naming expert, layer and numbers; ConfigError where the base can't be
+    Raises InvalidProfileError naming expert, layer and numbers; ConfigError where the base can't be
     steered.
     """
     settings = config.experts[expert]
@@ -36,12 +36,12 @@ def profile_of(config: Config, expert: str, folder: Path) -> SteeringProfile:
     where = f"experts.{expert}.profile: "
     try:
         profile = read_profile(settings.profile)
-    except InvalidProfile as error:
-        raise InvalidProfile(where + error.message) from None
+    except InvalidProfileError as error:
+        raise InvalidProfileError(where + error.message) from None
     try:
         check_profile(profile, shape)
-    except InvalidProfile as error:
-        raise InvalidProfile(f"{where}{settings.profile}: {error.message}") from None
+    except InvalidProfileError as error:
+        raise InvalidProfileError(f"{where}{settings.profile}: {error.message}") from None
     return profile
 
 

@@ -12,7 +12,7 @@ from service.moe.load_statistics import SEGMENT, Cacheability, entropy_bits, eve
 
 
 @dataclass(frozen=True, slots=True)
-class Balance:
+class LayerBalance:
     """One layer's figures; None: nothing was seen that could tell. See `routes`."""
 
     imbalance: float | None
@@ -23,7 +23,7 @@ class Balance:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Tally:
+class RoutingCounts:
     """One expert's choices.
 
     layers: decoder layers that route; experts, top_k: of each. cache: how many experts of a layer
@@ -41,10 +41,10 @@ class Tally:
     load: NDArray[np.int64]
     cacheability: Cacheability
 
-    def balance(self, place: int) -> Balance:
+    def balance(self, place: int) -> LayerBalance:
         """Of one layer, by its place in `layers`."""
         load, kept = self.load[place], self.cacheability
-        return Balance(
+        return LayerBalance(
             imbalance(load),
             entropy_bits(load),
             evenness(load),
@@ -52,7 +52,7 @@ class Tally:
             kept.sch(place),
         )
 
-    def like(self, other: Tally) -> bool:
+    def like(self, other: RoutingCounts) -> bool:
         """Whether both are of one model, as far as shapes tell."""
         return (self.layers, self.experts, self.top_k) == (
             other.layers,
@@ -60,7 +60,7 @@ class Tally:
             other.top_k,
         )
 
-    def __add__(self, other: Tally) -> Tally:
+    def __add__(self, other: RoutingCounts) -> RoutingCounts:
         return replace(
             self,
             every=max(self.every, other.every),
@@ -88,12 +88,12 @@ class Tally:
         }
 
     @staticmethod
-    def of_sums(told: dict[str, Any]) -> Tally:
+    def of_sums(told: dict[str, Any]) -> RoutingCounts:
         """The reverse of `sums`."""
         kept = Cacheability(
             *(np.array(told[name], np.int64) for name in ("segments", "hits", "uses"))
         )
-        return Tally(
+        return RoutingCounts(
             tuple(told["layers"]),
             told["experts"],
             told["top_k"],

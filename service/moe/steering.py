@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as dump_tensors
 
-from service.errors import InvalidProfile
+from service.errors import InvalidProfileError
 from service.moe.gates import MoeShape, moe_shape, why_not_steerable
 
 __all__ = [
@@ -130,11 +130,11 @@ def steer(
 
 
 def check_profile(profile: SteeringProfile, shape: MoeShape) -> None:
-    """Hold a profile against a base. Raises InvalidProfile naming layer and numbers."""
+    """Hold a profile against a base. Raises InvalidProfileError naming layer and numbers."""
     _check_base(profile.shape, shape)
     for layer, settings in sorted(profile.layers.items()):
         if layer not in shape.layers:
-            raise InvalidProfile(
+            raise InvalidProfileError(
                 f"layer {layer}: the model has gates in layers {_spans(shape.layers)} only"
             )
         _check_layer(f"layer {layer}", settings, shape)
@@ -142,14 +142,14 @@ def check_profile(profile: SteeringProfile, shape: MoeShape) -> None:
         wrong = [expert for expert in experts if not 0 <= expert < shape.experts]
         if layer not in shape.layers or wrong:
             what = f"expert {wrong[0]}" if wrong else "the layer"
-            raise InvalidProfile(
+            raise InvalidProfileError(
                 f"layer {layer}: {what} is protected and not there: the model has experts 0 to "
                 f"{shape.experts - 1} in layers {_spans(shape.layers)}"
             )
         if layer in profile.layers:
             masked = [expert for expert in experts if profile.layers[layer].mask[expert]]
             if masked:
-                raise InvalidProfile(
+                raise InvalidProfileError(
                     f"layer {layer}: expert {masked[0]} is protected and can't be masked"
                 )
 
@@ -161,19 +161,21 @@ def _check_base(mine: MoeShape, base: MoeShape) -> None:
         ("experts per token", mine.top_k, base.top_k),
     ):
         if one != other:
-            raise InvalidProfile(f"it is for another base, of {one} {what}; this one has {other}")
+            raise InvalidProfileError(
+                f"it is for another base, of {one} {what}; this one has {other}"
+            )
     if mine.layers != base.layers:
-        raise InvalidProfile(
+        raise InvalidProfileError(
             f"it is for another base, with gates in layers {_spans(mine.layers)}; this one has "
             f"them in layers {_spans(base.layers)}"
         )
     if mine.gates != base.gates:
-        raise InvalidProfile(
+        raise InvalidProfileError(
             f"it is for another base, with gates of sha256 {mine.gates[:12]}…; this one's are "
             f"{base.gates[:12]}…"
         )
     if mine.renormalize != base.renormalize:
-        raise InvalidProfile(
+        raise InvalidProfileError(
             "it is for another base, whose weights are "
             f"{'' if mine.renormalize else 'not '}normalised; this one's are "
             f"{'' if base.renormalize else 'not '}normalised"
@@ -184,32 +186,32 @@ def _check_layer(where: str, layer: LayerSteering, shape: MoeShape) -> None:
     for name in _DTYPES:
         tensor = getattr(layer, name)
         if tensor.shape != (shape.experts,):
-            raise InvalidProfile(
+            raise InvalidProfileError(
                 f"{where}: {name} has shape {tensor.shape}, and the model {shape.experts} experts"
             )
         if not np.isfinite(tensor).all():
-            raise InvalidProfile(
+            raise InvalidProfileError(
                 f"{where}: {name} of expert {int(np.argmin(np.isfinite(tensor)))} is no finite "
                 "number"
             )
     if (layer.boost < 0).any():
         worst = int(layer.boost.argmin())
-        raise InvalidProfile(
+        raise InvalidProfileError(
             f"{where}: boost of expert {worst} is {layer.boost[worst]:g}; it must be at least 0"
         )
     k = shape.top_k if layer.top_k is None else layer.top_k
     if not 1 <= k <= shape.experts:
-        raise InvalidProfile(f"{where}: top_k is {k}; allowed: 1 to {shape.experts}")
+        raise InvalidProfileError(f"{where}: top_k is {k}; allowed: 1 to {shape.experts}")
     left = int((~layer.mask).sum())
     if left == 0:
-        raise InvalidProfile(f"{where}: all {shape.experts} experts are masked")
+        raise InvalidProfileError(f"{where}: all {shape.experts} experts are masked")
     if left < k:
-        raise InvalidProfile(
+        raise InvalidProfileError(
             f"{where}: {left} of {shape.experts} experts are not masked, and {k} are chosen for "
             "each token"
         )
     if layer.top_p is not None and not 0 < layer.top_p <= 1:
-        raise InvalidProfile(f"{where}: top_p is {layer.top_p:g}; allowed: above 0, at most 1")
+        raise InvalidProfileError(f"{where}: top_p is {layer.top_p:g}; allowed: above 0, at most 1")
 
 
 def _spans(layers: tuple[int, ...]) -> str:
@@ -256,35 +258,35 @@ def write_profile(profile: SteeringProfile, path: Path | str) -> None:
 
 
 def read_profile(path: Path | str) -> SteeringProfile:
-    """Read a profile. Raises InvalidProfile naming the file; whether it fits: `check_profile`."""
+    """Read a profile. Raises InvalidProfileError naming the file; whether it fits: `check_profile`."""
     path = Path(path)
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise InvalidProfile(f"{path}: larger than {_MAX_BYTES >> 20} MiB: no profile")
+            raise InvalidProfileError(f"{path}: larger than {_MAX_BYTES >> 20} MiB: no profile")
         with safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
     except OSError as error:
-        raise InvalidProfile(f"{path}: can't be read: {error.strerror or error}") from None
+        raise InvalidProfileError(f"{path}: can't be read: {error.strerror or error}") from None
     except SafetensorError as error:
-        raise InvalidProfile(f"{path}: not a safetensors file: {error}") from None
+        raise InvalidProfileError(f"{path}: not a safetensors file: {error}") from None
     if metadata.get("format") != FORMAT:
-        raise InvalidProfile(
+        raise InvalidProfileError(
             f"{path}: its format is {metadata.get('format')!r}; a profile's is {FORMAT!r}"
         )
     try:
         shape, protected = _told(metadata)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InvalidProfile(f"{path}: its metadata is damaged: {error}") from None
+        raise InvalidProfileError(f"{path}: its metadata is damaged: {error}") from None
     parts: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         begin, _, rest = name.partition(".")
         index, _, part = rest.partition(".")
         dtype = _DTYPES.get(part) or _SCALARS.get(part)
         if begin != "layers" or not index.isdecimal() or dtype is None:
-            raise InvalidProfile(f"{path}: {name!r} is no part of a profile")
+            raise InvalidProfileError(f"{path}: {name!r} is no part of a profile")
         if tensor.dtype != dtype or (part in _SCALARS and tensor.shape != ()):
-            raise InvalidProfile(
+            raise InvalidProfileError(
                 f"{path}: layer {index}: {part} is {tensor.dtype} {tensor.shape}; it must be "
                 f"{dtype}{' ()' if part in _SCALARS else ''}"
             )

@@ -8,7 +8,7 @@ from collections import OrderedDict
 _MOST = 256
 
 
-class Acks:
+class Acknowledgements:
     """Of the gateways that were heard of last."""
 
     def __init__(self) -> None:

@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.config import Config, PoolConfig
-from service.engine.base import EngineWatch, SwappingEngine
+from service.engine.base import EngineObserver, SwappingEngine
 from service.engine.lazy_engine import LazyEngine
 from service.engine.simulated import SimulatedEngine
 from service.engine.sleep_mode import Sleeper, SleepingEngines
-from service.engine.weight_cache import SharedCache, clear_dead
+from service.engine.weight_cache import SharedWeightCache, clear_dead
 from service.errors import CoeError, ConfigError
 from service.models import ModelInfo, inspect_model
 from service.models.expert_folders import file_versions, folder_here, folder_of
 from service.moe.profiles import profile_bytes, profile_digests, steering_of
 from service.pool.memory_plan import weights_bytes
-from service.pool.planner import Policy
+from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool
-from service.pool.slots.base import Slot
+from service.pool.slots.base import BaseSlot
 from service.pool.slots.swapping import SwapSlot
-from service.pool.units import Known, Unit
+from service.pool.units import Unit, UnitState
 
 if TYPE_CHECKING:
     from service.engine.vllm.swapping import Canary, Weights
@@ -42,7 +42,7 @@ _SWAP_GUESS_S = 0.05
 _WEIGHTS_GUESS_BYTES = 1024**3
 
 
-class _Sources(dict[str, "Weights"]):
+class _WeightCatalog(dict[str, "Weights"]):
     """Where the weights of one running engine's experts are: kept as the config says.
 
     alone: they are one expert's, and of those that need its weights.
@@ -52,7 +52,7 @@ class _Sources(dict[str, "Weights"]):
     __hash__ = object.__hash__  # type: ignore[assignment]  # one is itself, whatever is in it
 
 
-class Assembly:
+class PoolFactory:
     """The pool of one kind: built once, and changed as its config changes.
 
     A slot for each unit (an expert with full weights, and its adapters) and the virtual experts
@@ -60,14 +60,14 @@ class Assembly:
     between them.
     """
 
-    def __init__(self, config: Config, kind: str, pool: Pool, watch: EngineWatch) -> None:
+    def __init__(self, config: Config, kind: str, pool: Pool, watch: EngineObserver) -> None:
         self._config = config
         self._kind = kind
         self._watch = watch
         self._canaries: dict[str, Canary] = {}
-        self._sources: weakref.WeakSet[_Sources] = weakref.WeakSet()
+        self._sources: weakref.WeakSet[_WeightCatalog] = weakref.WeakSet()
         self._played: dict[str, None] = {}
-        self._cache: SharedCache | None = None
+        self._cache: SharedWeightCache | None = None
         clear_dead()
         self._profiles = profile_digests(config)
         self._files = file_versions(config, config.local_experts(kind))
@@ -180,13 +180,13 @@ class Assembly:
 
     # --- slots
 
-    def _own_slot(self, group: tuple[tuple[str, ...], ...]) -> Slot[SwappingEngine]:
+    def _own_slot(self, group: tuple[tuple[str, ...], ...]) -> BaseSlot[SwappingEngine]:
         if len(group) > 1:
             return self._shared_slot(group)
         settings = self._settings
         (unit,) = group
         base, *adapters = unit
-        return Slot(
+        return BaseSlot(
             unit,
             partial(self._engine, base, tuple(adapters)),
             capacity=settings.max_running,
@@ -205,7 +205,7 @@ class Assembly:
             capacity=settings.max_running,
             max_waiting=settings.max_queue,
             start_guess_s=self._start_guess_s,
-            guess=Known(
+            guess=UnitState(
                 host_bytes=_WEIGHTS_GUESS_BYTES,
                 fill_s=settings.simulated.fill_s if simulated else _FILL_GUESS_S,
                 swap_s=settings.simulated.swap_s if simulated else _SWAP_GUESS_S,
@@ -336,21 +336,21 @@ class Assembly:
             secrets=self._config.key_variables,
         )
 
-    def _shared_cache(self) -> SharedCache | None:
+    def _shared_cache(self) -> SharedWeightCache | None:
         """Where this pool's engines share weights: on a GPU. Raises ExpertFailed."""
         settings = self._settings
         if self._cache is None and settings.gpus > 0:
-            self._cache = SharedCache(settings.swap.host_bytes)
+            self._cache = SharedWeightCache(settings.swap.host_bytes)
         return self._cache
 
-    def _sources_like(self, first: str, own: Weights, *, alone: bool) -> _Sources:
+    def _sources_like(self, first: str, own: Weights, *, alone: bool) -> _WeightCatalog:
         """The experts that an engine of one family can run, `first` first. May fetch models.
 
         `alone`: of these, only those that run on the weights of `first`.
         """
         family = _family_in(first, own.folder)
         options = self._config.vllm_of(self._kind, first)
-        found = _Sources()
+        found = _WeightCatalog()
         for unit in self._config.units(self._kind):
             name = unit[0]
             if alone and first not in (name, self._config.needs(name)):
@@ -368,14 +368,16 @@ class Assembly:
             except CoeError as error:
                 # Its own fault, told when its turn comes; the others go on.
                 log.error("expert %s: %s", name, error.message)
-        ordered = _Sources({name: found[name] for name in sorted(found, key=lambda n: n != first)})
+        ordered = _WeightCatalog(
+            {name: found[name] for name in sorted(found, key=lambda n: n != first)}
+        )
         ordered.alone = alone
         return ordered
 
 
-def _policy(settings: PoolConfig) -> Policy:
+def _policy(settings: PoolConfig) -> SwapPolicy:
     swap = settings.swap
-    return Policy(
+    return SwapPolicy(
         min_stay_s=swap.min_stay_s,
         max_wait_s=swap.max_wait_s,
         host_bytes=swap.host_bytes,

@@ -15,19 +15,19 @@ from dataclasses import dataclass
 
 from service.pool.knapsack import keep
 from service.pool.placement import Place
-from service.pool.planner import Policy, UnitView, owner_of, turn, worths
+from service.pool.planner import SwapPolicy, UnitView, owner_of, turn, worths
 from service.types import Residency
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class HostMemoryClaim:
     """What a slot should have, and the most it could if its need came first. In bytes."""
 
     needs: int
     most: int
 
 
-def claims(bound: int, places: Sequence[Place], policy: Policy) -> list[Claim]:
+def claims(bound: int, places: Sequence[Place], policy: SwapPolicy) -> list[HostMemoryClaim]:
     """Each slot's part of a pool's bound.
 
     Their sum is within the bound; only where it can't hold even the largest unit of each slot
@@ -36,7 +36,7 @@ def claims(bound: int, places: Sequence[Place], policy: Policy) -> list[Claim]:
     weights = [{u.name: u.host_bytes for u in place.units} for place in places]
     floors = [max(sizes.values(), default=0) for sizes in weights]
     if sum(floors) >= bound:
-        return [Claim(floor, floor) for floor in floors]
+        return [HostMemoryClaim(floor, floor) for floor in floors]
     every = [(i, unit) for i, place in enumerate(places) for unit in place.units]
     running = [(i, unit) for i, unit in every if unit.name == places[i].slot.running_unit]
     able = [(i, unit) for i, unit in every if unit.exchangeable]
@@ -69,10 +69,10 @@ def claims(bound: int, places: Sequence[Place], policy: Policy) -> list[Claim]:
     )
     for k in sorted(chosen):
         taking.take(*rest[k])
-    return [Claim(*pair) for pair in zip(taking.needs, most, strict=True)]
+    return [HostMemoryClaim(*pair) for pair in zip(taking.needs, most, strict=True)]
 
 
-def _turn(unit: UnitView, policy: Policy) -> tuple[bool, bool, float, str]:
+def _turn(unit: UnitView, policy: SwapPolicy) -> tuple[bool, bool, float, str]:
     """Who may wait too long first, by age: so everybody is first one day. Then who is held."""
     not_late, order, name = turn(unit, policy)
     return (not_late, not_late and unit.tier is Residency.DISK, order, name)
@@ -113,7 +113,7 @@ class _Taking:
 
 
 def divide(
-    bound: int, claimed: Sequence[Claim], given: Sequence[int], held: Sequence[int]
+    bound: int, claimed: Sequence[HostMemoryClaim], given: Sequence[int], held: Sequence[int]
 ) -> list[int]:
     """What each slot may hold from now on. `given`: until now; `held`: what it does hold.
 

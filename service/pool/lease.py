@@ -37,7 +37,7 @@ class Lease:
     begun: Callable[[], bool] = _always
 
 
-class Again(Exception):
+class LeaseRevokedError(Exception):
     """A request that must ask for a lease again, with this: it keeps its place in the queue.
 
     `arrived_s`: when it first came. `put_back`: it ran, and was put back before its first byte; who

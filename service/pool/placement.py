@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.pool.planner import Policy, SlotView, UnitView, urgency
+from service.pool.planner import SlotView, SwapPolicy, UnitView, urgency
 from service.types import Residency
 
 # A move must be worth this many times what it costs: guesses are guesses.
@@ -42,12 +42,12 @@ class Move:
     target: int
 
 
-def next_move(places: Sequence[Place], policy: Policy) -> Move | None:
+def next_move(places: Sequence[Place], policy: SwapPolicy) -> Move | None:
     """The move that is worth most, if any is worth it."""
     return _to_idle(places, policy) or _evening(places)
 
 
-def _to_idle(places: Sequence[Place], policy: Policy) -> Move | None:
+def _to_idle(places: Sequence[Place], policy: SwapPolicy) -> Move | None:
     """Who waits, to a slot with nothing to do: where that is sooner."""
     best: tuple[float, str, Move] | None = None
     idle = [i for i, place in enumerate(places) if place.settled and _is_idle(place)]
@@ -111,7 +111,7 @@ def _movable(place: Place) -> list[UnitView]:
     ]
 
 
-def _wait_s(place: Place, unit: UnitView, policy: Policy) -> float:
+def _wait_s(place: Place, unit: UnitView, policy: SwapPolicy) -> float:
     """About how long until it is this unit's turn where it is.
 
     How long the running unit's queue goes on nobody knows. So a wait is taken to last as

@@ -17,7 +17,7 @@ from service.types import Residency
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class SwapPolicy:
     """How a slot weighs things.
 
     min_stay_s: shortest time a unit keeps the slot while it has work, against
@@ -108,12 +108,12 @@ _HELD_BONUS = 1.5
 _AIM = 0.8
 
 
-def urgency(unit: UnitView, policy: Policy) -> float:
+def urgency(unit: UnitView, policy: SwapPolicy) -> float:
     """(Queued work + aging) / cost of the swap: how much a unit's turn it is."""
     return (unit.waiting_tokens + policy.aging_per_s * unit.oldest_s) / max(unit.swap_s, 1e-3)
 
 
-def bounded(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> list[UnitView]:
+def bounded(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> list[UnitView]:
     """The units as they are under the bound on host memory.
 
     One that can't be held beside the running and the pinned ones needs an engine to itself.
@@ -138,7 +138,7 @@ def owner_of(unit: UnitView) -> str:
     return unit.needs or unit.name
 
 
-def next_step(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> Step:
+def next_step(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> Step:
     """Whether to go on with the running unit, and to whom to give the slot if not.
 
     Whose weights are still on their way does not end anybody's stay.
@@ -169,7 +169,7 @@ def next_step(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> Step
     return Step(Next.CLOSE if slot.running else Next.SWAP, chosen.name, reason)
 
 
-def _late(slot: SlotView, able: Sequence[UnitView], policy: Policy) -> bool:
+def _late(slot: SlotView, able: Sequence[UnitView], policy: SwapPolicy) -> bool:
     """Whether somebody waits beyond the bound if all take their turns, eldest first, from now."""
     ahead_s = 0.0
     for unit in sorted(able, key=lambda u: (-u.oldest_s, u.name)):
@@ -179,7 +179,7 @@ def _late(slot: SlotView, able: Sequence[UnitView], policy: Policy) -> bool:
     return False
 
 
-def next_fetch(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> str | None:
+def next_fetch(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> str | None:
     """The unit to bring to host memory next, beside the running one.
 
     Who waits, then whom an operator wants there, then by demand.
@@ -210,13 +210,13 @@ def next_fetch(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> str
     return chosen.needs if absent_too else chosen.name
 
 
-def turn(unit: UnitView, policy: Policy) -> tuple[bool, float, str]:
+def turn(unit: UnitView, policy: SwapPolicy) -> tuple[bool, float, str]:
     """Order of those who wait: first who may wait too long, by age; then by urgency."""
     late = unit.oldest_s + unit.swap_s >= policy.max_wait_s / 2
     return (not late, -(unit.oldest_s if late else urgency(unit, policy)), unit.name)
 
 
-def to_keep(slot: SlotView, units: Sequence[UnitView], policy: Policy) -> frozenset[str]:
+def to_keep(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> frozenset[str]:
     """The units whose weights belong into host memory.
 
     The running, pinned, waited-for, and wanted ones, as far as they fit; of the others
@@ -270,7 +270,7 @@ def worths(units: Sequence[UnitView]) -> dict[str, float]:
 
 
 def to_drop(
-    slot: SlotView, units: Sequence[UnitView], policy: Policy, coming: str | None
+    slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy, coming: str | None
 ) -> list[str]:
     """Units to forget so that what is held, and `coming`, stays within the bound.
 
@@ -312,7 +312,7 @@ def _held_with(units: Sequence[UnitView], coming: str | None) -> int:
 
 
 def has_room(
-    units: Sequence[UnitView], policy: Policy, coming: str, dropped: Sequence[str]
+    units: Sequence[UnitView], policy: SwapPolicy, coming: str, dropped: Sequence[str]
 ) -> bool:
     """Whether `coming` is within the bound on host memory once others have been dropped."""
     gone = sum(u.host_bytes for u in units if u.name in dropped)

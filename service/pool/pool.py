@@ -16,26 +16,26 @@ from typing import Any, Protocol
 from service.engine.base import EngineRequest, Send
 from service.errors import (
     CoeError,
-    Conflict,
-    DeadlineExceeded,
-    EngineDead,
-    EngineRestarting,
-    EngineSilent,
-    UnknownEndpoint,
-    UnknownModel,
+    ConflictError,
+    DeadlineExceededError,
+    EngineDeadError,
+    EngineRestartingError,
+    EngineTimeoutError,
+    UnknownEndpointError,
+    UnknownModelError,
 )
 from service.pool.abandoned import AbandonedCalls
-from service.pool.acknowledgements import Acks
+from service.pool.acknowledgements import Acknowledgements
 from service.pool.host_budget import claims, divide, least
-from service.pool.lease import Again
+from service.pool.lease import LeaseRevokedError
 from service.pool.placement import next_move
-from service.pool.planner import Policy
-from service.pool.slots.base import Slot
+from service.pool.planner import SwapPolicy
+from service.pool.slots.base import BaseSlot
 from service.pool.slots.swapping import SwapSlot
-from service.pool.timed_send import Measured
+from service.pool.timed_send import TimedSend
 from service.pool.units import Unit
 from service.rpc.call import Call, Times
-from service.rpc.latency import Speedometer
+from service.rpc.latency import LatencyEstimator
 from service.rpc.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
 from service.types import Residency
 
@@ -45,7 +45,7 @@ _PLACE_S, _SOON_S = 0.25, 0.05
 OPERATIONS = ("load", "evict", "pin", "unpin")
 
 
-class PoolWatch(Protocol):
+class PoolObserver(Protocol):
     """Who counts a pool's requests."""
 
     def ended(self, call: Call, times: Times, fault: str) -> None:
@@ -58,10 +58,10 @@ class Pool:
     `add` its slots, then `start`; `run` answers calls; `stop` drains.
     """
 
-    def __init__(self, kind: str, watch: PoolWatch | None = None) -> None:
+    def __init__(self, kind: str, watch: PoolObserver | None = None) -> None:
         self.kind = kind
         # How its shared slots weigh things, and what they may hold together and each.
-        self._policy: Policy | None = None
+        self._policy: SwapPolicy | None = None
         self._rooms: dict[SwapSlot, int] = {}
         # Slots that went, whose engines have not ended yet: they hold what they hold.
         self._ending: set[SwapSlot] = set()
@@ -69,28 +69,28 @@ class Pool:
         self._coming: dict[str, str] = {}
         self._watch = watch
         self.boot = secrets.token_hex(8)
-        self._slots: list[Slot[Any]] = []
-        self._slot_of: dict[str, Slot[Any]] = {}
-        self._tasks: dict[Slot[Any], asyncio.Task[None]] = {}
+        self._slots: list[BaseSlot[Any]] = []
+        self._slot_of: dict[str, BaseSlot[Any]] = {}
+        self._tasks: dict[BaseSlot[Any], asyncio.Task[None]] = {}
         # Engines that load together fight for the same cores and disk.
         self._turn = asyncio.Lock()
         self._placing: asyncio.Task[None] | None = None
-        self._speeds: dict[str, Speedometer] = {}
+        self._speeds: dict[str, LatencyEstimator] = {}
         self._tokens: Counter[str] = Counter()
-        self._acks = Acks()
+        self._acks = Acknowledgements()
         self._abandoned = AbandonedCalls()
         self._draining = False
         self._seq = 0
         self._listeners: set[asyncio.Event] = set()
 
-    def add(self, slot: Slot[Any]) -> None:
+    def add(self, slot: BaseSlot[Any]) -> None:
         """Give the pool a slot."""
         self._slots.append(slot)
         self._belong(slot.experts, slot)
         if isinstance(slot, SwapSlot):
             self._policy = self._policy or slot.policy
 
-    def _belong(self, experts: Iterable[str], slot: Slot[Any]) -> None:
+    def _belong(self, experts: Iterable[str], slot: BaseSlot[Any]) -> None:
         for name in experts:
             self._slot_of[name] = slot
             self._coming.pop(name, None)
@@ -108,7 +108,7 @@ class Pool:
             self._supervise(slot)
         self._placing = asyncio.create_task(self._place())
 
-    def _supervise(self, slot: Slot[Any]) -> None:
+    def _supervise(self, slot: BaseSlot[Any]) -> None:
         self._tasks[slot] = asyncio.create_task(slot.supervise(self._turn))
 
     async def _place(self) -> None:
@@ -160,7 +160,7 @@ class Pool:
 
     # --- units come and go
 
-    def add_running(self, slot: Slot[Any]) -> None:
+    def add_running(self, slot: BaseSlot[Any]) -> None:
         """Give the pool a slot while it runs."""
         self.add(slot)
         self._divide()
@@ -191,7 +191,7 @@ class Pool:
         if slot is None:
             return
         unit = slot.unit_of(expert)
-        kind = EngineRestarting if unit.name in come_again else UnknownModel
+        kind = EngineRestartingError if unit.name in come_again else UnknownModelError
         for name in unit.experts:
             del self._slot_of[name]
             self._speeds.pop(name, None)
@@ -225,7 +225,7 @@ class Pool:
                     self._slot_of.update(dict.fromkeys(unit.experts, slot))
                     return
 
-    def set_policy(self, policy: Policy) -> None:
+    def set_policy(self, policy: SwapPolicy) -> None:
         """How shared slots weigh things from now on."""
         self._policy = policy
         self._divide()
@@ -261,25 +261,23 @@ class Pool:
     async def run(self, call: Call, body: bytes, send: Send) -> None:
         """Answer a call.
 
-        Raises UnknownModel, UnknownEndpoint, OverCapacity, ExpertFailed, Draining,
-        DeadlineExceeded, EngineDead, and what the engine raises.
+        Raises UnknownModelError, UnknownEndpointError, OverCapacity, ExpertFailed, Draining,
+        DeadlineExceededError, EngineDeadError, and what the engine raises.
         """
         self._acks.heard(call.gateway, call.seq)
         self._slot(call.expert)
         loop = asyncio.get_running_loop()
         limit = asyncio.timeout_at(loop.time() + call.deadline_ms / 1000)
-        reply = Measured(send, limit if call.stream else None)
+        reply = TimedSend(send, limit if call.stream else None)
         fault = "client_gone"
         try:
             with self._abandoned.call(call.request_id):
                 async with limit:
-                    again: Again | None = None
+                    again: LeaseRevokedError | None = None
                     while True:
                         try:
-                            await self._run_in(
-                                self._slot(call.expert), call, body, reply, again
-                            )
-                        except Again as back:
+                            await self._run_in(self._slot(call.expert), call, body, reply, again)
+                        except LeaseRevokedError as back:
                             again = back
                         else:
                             break
@@ -288,7 +286,7 @@ class Pool:
             if not limit.expired():
                 raise
             # Of an answer in one piece nobody can tell how far it had come.
-            kind = EngineSilent if call.stream and reply.silent() else DeadlineExceeded
+            kind = EngineTimeoutError if call.stream and reply.silent() else DeadlineExceededError
             fault = kind.code
             raise kind(
                 f"no answer within the deadline of {call.deadline_ms} ms", retry_after_s=1
@@ -299,7 +297,7 @@ class Pool:
         finally:
             if self._watch is not None:
                 self._watch.ended(call, reply.times(), fault)
-        reply.tell(self._speeds.setdefault(call.expert, Speedometer()), call.prompt_tokens)
+        reply.tell(self._speeds.setdefault(call.expert, LatencyEstimator()), call.prompt_tokens)
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
         """Tokens of prompt and answer of a call that its gateway has given up, told once; None
@@ -311,14 +309,19 @@ class Pool:
         tell(tokens)
 
     async def _run_in(
-        self, slot: Slot[Any], call: Call, body: bytes, reply: Measured, again: Again | None
+        self,
+        slot: BaseSlot[Any],
+        call: Call,
+        body: bytes,
+        reply: TimedSend,
+        again: LeaseRevokedError | None,
     ) -> None:
         try:
             async with slot.lease(
                 call.expert, call.prompt_tokens, call.tenant, again, call.places
             ) as lease:
                 if call.endpoint not in lease.report.endpoints:
-                    raise UnknownEndpoint(
+                    raise UnknownEndpointError(
                         f"expert {call.expert!r} has no {call.endpoint}; "
                         f"it has {', '.join(sorted(lease.report.endpoints))}"
                     )
@@ -334,16 +337,16 @@ class Pool:
                     given_up=partial(self._abandoned.note, call.request_id),
                 )
                 await lease.engine.run(request, reply)
-        except EngineDead:
+        except EngineDeadError:
             slot.lost()
             raise
 
-    def _slot(self, expert: str) -> Slot[Any]:
+    def _slot(self, expert: str) -> BaseSlot[Any]:
         slot = self._slot_of.get(expert)
         if slot is None and (why := self._coming.get(expert)) is not None:
-            raise EngineRestarting(why, retry_after_s=1)
+            raise EngineRestartingError(why, retry_after_s=1)
         if slot is None:
-            raise UnknownModel(f"pool {self.kind!r} has no expert {expert!r}")
+            raise UnknownModelError(f"pool {self.kind!r} has no expert {expert!r}")
         return slot
 
     def snapshot(self) -> Snapshot:
@@ -411,10 +414,10 @@ class Pool:
         }
 
     async def operate(self, act: str, expert: str) -> None:
-        """load, evict, pin or unpin an expert. Raises UnknownModel, UnknownEndpoint, Conflict."""
+        """load, evict, pin or unpin an expert. Raises UnknownModelError, UnknownEndpointError, Conflict."""
         slot = self._slot(expert)
         if act not in OPERATIONS:
-            raise UnknownEndpoint(f"no operation {act!r}; operations: {', '.join(OPERATIONS)}")
+            raise UnknownEndpointError(f"no operation {act!r}; operations: {', '.join(OPERATIONS)}")
         if act == "pin" and isinstance(slot, SwapSlot):
             self._check_pin(slot.unit_of(expert).name)
         await slot.operate(act, expert)
@@ -424,7 +427,7 @@ class Pool:
         bound = self._policy.host_bytes if self._policy is not None else None
         places = [slot.view(()) for slot in self.shared]
         if bound is not None and (needed := least(places, unit)) > bound:
-            raise Conflict(
+            raise ConflictError(
                 f"expert {unit!r} can't be pinned: with it {needed / 1024**3:.2f} GiB have to stay "
                 f"in host memory, and swap.host_bytes is {bound / 1024**3:.2f} GiB"
             )

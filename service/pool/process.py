@@ -11,7 +11,7 @@ from service.errors import CoeError
 from service.models import inspect_model
 from service.models.expert_folders import folder_here
 from service.moe.profiles import profile_bytes
-from service.pool.factory import Assembly
+from service.pool.factory import PoolFactory
 from service.pool.pool import Pool
 from service.rpc.call import Call
 from service.rpc.server import PoolApp
@@ -26,7 +26,7 @@ class PoolProcess:
     def __init__(self, config: Config, kind: str, secret: str, *, node: Path | None = None) -> None:
         self._metrics = PoolMetrics(config.pools[kind].vllm.moe_capture)
         self.routes = self._metrics.routes_of
-        self._assembly = Assembly(config, kind, Pool(kind, self._metrics), self._metrics)
+        self._assembly = PoolFactory(config, kind, Pool(kind, self._metrics), self._metrics)
         self.pool = self._assembly.pool
         self._traces = traces_of(config, "pool", f"{kind}-{self.pool.boot}")
         if self._traces is not None:

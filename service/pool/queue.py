@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from service.errors import OverCapacity
+from service.errors import OverCapacityError
 from service.pool.fairness import CLASSES, Fairness
 from service.types import NOBODY, Tenant
 
@@ -53,7 +53,7 @@ class Ticket:
         return CLASSES.get(self.tenant.priority, CLASSES["normal"]), self.tenant.name
 
 
-class Queues:
+class TicketQueue:
     """Waiting and running tickets of one slot.
 
     capacity: places that may be taken at once; max_waiting: load that may wait per expert. What
@@ -99,7 +99,7 @@ class Queues:
         again: bool = False,
         named: str = "",
     ) -> Ticket:
-        """Take a request in: running at once where it can, else waiting. Raises OverCapacity.
+        """Take a request in: running at once where it can, else waiting. Raises OverCapacityError.
 
         `named`: what the expert is called, where it is called otherwise here. Where the queue is
         full for it, see `crowded_out` first. `again`: it had a place since `now_s`, and gets that
@@ -159,7 +159,7 @@ class Queues:
         load = min(ticket.load, max(1, self._max_waiting))
         return self.load(ticket.expert) + load - self._max_waiting
 
-    def full(self, expert: str, named: str = "") -> OverCapacity:
+    def full(self, expert: str, named: str = "") -> OverCapacityError:
         """What a request is told that finds no place. Half the queue should be gone by then.
 
         `named`: what the expert is called, where it is called otherwise here.
@@ -171,7 +171,7 @@ class Queues:
             retry_s = min(_LONGEST_RETRY_S, max(_RETRY_S, pace_s * waiting / 2))
         load = self.load(expert)
         worth = "" if load == waiting else f", worth {load} usual ones,"
-        return OverCapacity(
+        return OverCapacityError(
             f"expert {(named or expert)!r} has {waiting} requests{worth} waiting, "
             f"and no more than {self._max_waiting} may",
             retry_after_s=retry_s,

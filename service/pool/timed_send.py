@@ -10,10 +10,10 @@ from service.engine.base import Message, Send
 from service.http.usage import reply_usage
 from service.pool.lease import Lease
 from service.rpc.call import ENGINE_MS, QUEUE_MS, SWAP_MS, Times
-from service.rpc.latency import Speedometer, Stopwatch
+from service.rpc.latency import LatencyEstimator, ResponseTimer
 
 
-class Measured:
+class TimedSend:
     """An ASGI send that times chunks, adds the queue header, and ends the wait for a first byte."""
 
     def __init__(self, send: Send, first_byte_limit: asyncio.Timeout | None) -> None:
@@ -24,7 +24,7 @@ class Measured:
         self._queue_s = 0.0
         self._swap_s = 0.0
         self._arrived_s = self._clock()
-        self._watch: Stopwatch | None = None
+        self._watch: ResponseTimer | None = None
         self._served: Callable[[int], None] = lambda tokens: None
         self._begun: Callable[[], bool] = lambda: True
         self._void = False
@@ -35,7 +35,7 @@ class Measured:
         self._served = served
         self._queue_s = lease.queue_s
         self._swap_s = lease.swap_s
-        self._watch = Stopwatch(self._clock())
+        self._watch = ResponseTimer(self._clock())
 
     def silent(self) -> bool:
         """Whether the engine had the request for most of the time, and said nothing."""
@@ -84,7 +84,7 @@ class Measured:
             self._swap_s,
         )
 
-    def tell(self, meter: Speedometer, prompt_tokens: int) -> None:
+    def tell(self, meter: LatencyEstimator, prompt_tokens: int) -> None:
         """How fast it was."""
         if self._watch is not None:
             self._watch.tell(meter, prompt_tokens)

@@ -29,7 +29,7 @@ class Unit:
 
 
 @dataclass(slots=True)
-class Known:
+class UnitState:
     """What is known of one unit. Times in s, sizes in bytes; guesses until it was measured.
 
     wanted: an operator asked for it to be held, and it has not been since. start_s: what another

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from service.errors import InvalidRequest
+from service.errors import InvalidRequestError
 from service.types import NOBODY, Tenant
 
 EXPERT = "x-coe-expert"
@@ -100,12 +100,12 @@ def trace_of(headers: Mapping[bytes, bytes]) -> Mapping[str, str]:
 
 
 def parse_call(endpoint: str, headers: dict[bytes, bytes]) -> Call:
-    """The reverse of `Call.headers`. Raises InvalidRequest."""
+    """The reverse of `Call.headers`. Raises InvalidRequestError."""
 
     def text(name: str) -> str:
         value = headers.get(name.encode())
         if value is None:
-            raise InvalidRequest(f"a pool needs the header {name}")
+            raise InvalidRequestError(f"a pool needs the header {name}")
         return value.decode("latin-1")
 
     try:
@@ -128,4 +128,4 @@ def parse_call(endpoint: str, headers: dict[bytes, bytes]) -> Call:
             places=max(1, int(text(PLACES))),
         )
     except ValueError as error:
-        raise InvalidRequest(f"a pool's header is not a number: {error}") from None
+        raise InvalidRequestError(f"a pool's header is not a number: {error}") from None

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import aiohttp
 import orjson
 
-from service.errors import PoolGone, PoolUnreachable
+from service.errors import PoolUnavailableError, PoolUnreachableError
 from service.rpc import auth as secrets
 from service.rpc.call import Call
 from service.rpc.snapshot import GONE_S, Snapshot, decode
@@ -121,7 +121,7 @@ class PoolLink:
     async def call(self, call: Call, body: bytes) -> AsyncIterator[PoolReply]:
         """Send a call; leaving the context early stops it in the pool.
 
-        Raises PoolUnreachable where no connection was made, PoolGone where no head of an answer
+        Raises PoolUnreachableError where no connection was made, PoolUnavailableError where no head of an answer
         came.
         """
         headers = {**self._headers, **call.headers(), "content-type": "application/json"}
@@ -135,12 +135,12 @@ class PoolLink:
                 )
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
                 kind = self.address.kind
-                raise PoolUnreachable(
+                raise PoolUnreachableError(
                     f"a pool of kind {kind!r} can't be reached ({type(error).__name__})"
                 ) from None
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 kind = self.address.kind
-                raise PoolGone(
+                raise PoolUnavailableError(
                     f"a pool of kind {kind!r} went away ({type(error).__name__})"
                 ) from None
             lowered = {key.lower(): value for key, value in reply.headers.items()}
@@ -158,22 +158,22 @@ class PoolLink:
                 reply.release() if reply.content.at_eof() else reply.close()
 
     async def metrics(self) -> str:
-        """The pool's Prometheus text. Raises PoolGone."""
+        """The pool's Prometheus text. Raises PoolUnavailableError."""
         return (await self._get("/metrics")).decode()
 
     async def experts(self) -> dict[str, Any]:
-        """The pool's experts in full. Raises PoolGone."""
+        """The pool's experts in full. Raises PoolUnavailableError."""
         told: dict[str, Any] = orjson.loads(await self._get("/experts"))
         return told
 
     async def operate(self, act: str, expert: str) -> tuple[int, bytes]:
-        """load, evict, pin or unpin: the pool's status and body. Raises PoolGone."""
+        """load, evict, pin or unpin: the pool's status and body. Raises PoolUnavailableError."""
         return await self._small(
             "POST", f"/operate/{quote(act, safe='')}/{quote(expert, safe='')}", timeout_s=120
         )
 
     async def routes(self, expert: str) -> tuple[int, bytes]:
-        """What an expert's routers chose there: the pool's status and body. Raises PoolGone."""
+        """What an expert's routers chose there: the pool's status and body. Raises PoolUnavailableError."""
         return await self._small("GET", f"/routes/{quote(expert, safe='')}", timeout_s=10)
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
@@ -182,7 +182,7 @@ class PoolLink:
             status, body = await self._small(
                 "GET", f"/used/{quote(request_id, safe='')}", timeout_s=_USED_TIMEOUT_S
             )
-        except PoolGone:
+        except PoolUnavailableError:
             return None
         told = orjson.loads(body) if status == 200 else None
         return (int(told[0]), int(told[1])) if told is not None else None
@@ -190,11 +190,11 @@ class PoolLink:
     async def _get(self, path: str) -> bytes:
         status, body = await self._small("GET", path)
         if status != 200:
-            raise PoolGone(f"the pool answered {path} with status {status}")
+            raise PoolUnavailableError(f"the pool answered {path} with status {status}")
         return body
 
     async def demand(self, wanted: dict[str, float]) -> None:
-        """Tell the pool of unmet demand. Raises PoolGone."""
+        """Tell the pool of unmet demand. Raises PoolUnavailableError."""
         await self._small("POST", "/demand", body=orjson.dumps(wanted))
 
     async def _small(
@@ -210,7 +210,7 @@ class PoolLink:
             ) as reply:
                 return reply.status, await reply.read()
         except (aiohttp.ClientError, TimeoutError, OSError):
-            raise PoolGone("the pool can't be reached") from None
+            raise PoolUnavailableError("the pool can't be reached") from None
 
     async def unused(self) -> None:
         """Wait until no call is under way. Until then somebody has to follow a pool that is not

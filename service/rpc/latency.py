@@ -14,13 +14,13 @@ _EWMA = 0.2
 # Prompts must differ by this much (standard deviation against mean) to tell what length costs.
 _LEAST_SPREAD = 0.1
 # What an expert is taken for that was never measured.
-GUESS = Speed(first_s=0.2, chunk_s=0.02)
+PRIOR = Speed(first_s=0.2, chunk_s=0.02)
 # Time in which what is slower comes half way to that, and in what steps: each is told to gateways.
 _HALF_LIFE_S = 600.0
 _STEP_S = 60.0
 
 
-class Speedometer:
+class LatencyEstimator:
     """The time to a first byte as a line over the prompt's length, and the time per token after it.
 
     The line is a least-squares fit with exponential forgetting: of averages of length,
@@ -74,18 +74,18 @@ class Speedometer:
         steps = max(0.0, now_s - self._measured_at_s) // _STEP_S
         kept = 0.5 ** (steps * _STEP_S / _HALF_LIFE_S)
         return Speed(
-            round(_faded(first_s, GUESS.first_s, kept), 4),
-            round(_faded(self._chunk_s, GUESS.chunk_s, kept), 5),
-            round(_faded(per_token_s, GUESS.per_token_s, kept), 7),
+            round(_decay_to_prior(first_s, PRIOR.first_s, kept), 4),
+            round(_decay_to_prior(self._chunk_s, PRIOR.chunk_s, kept), 5),
+            round(_decay_to_prior(per_token_s, PRIOR.per_token_s, kept), 7),
         )
 
 
-def _faded(measured: float, guess: float, kept: float) -> float:
+def _decay_to_prior(measured: float, guess: float, kept: float) -> float:
     return guess + kept * (measured - guess) if measured > guess else measured
 
 
-class Stopwatch:
-    """Times one answer as its ASGI messages pass, for a `Speedometer`. Times in s of one clock.
+class ResponseTimer:
+    """Times one answer as its ASGI messages pass, for a `LatencyEstimator`. Times in s of one clock.
 
     `first_s`: when its head passed, 0 before; `chunks`: bodies that passed.
     """
@@ -115,7 +115,7 @@ class Stopwatch:
         """About how many tokens have passed: a stream's chunks, a whole answer's own count."""
         return self.chunks if self._streams else _answer_tokens(self._body)
 
-    def tell(self, meter: Speedometer, prompt_tokens: int) -> None:
+    def tell(self, meter: LatencyEstimator, prompt_tokens: int) -> None:
         """What it came to, if it was a good answer."""
         if not self._good:
             return

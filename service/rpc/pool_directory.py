@@ -10,14 +10,14 @@ from contextlib import suppress
 
 import aiohttp
 
-from service.errors import PoolUnreachable, UnknownModel
+from service.errors import PoolUnreachableError, UnknownModelError
 from service.rpc.client import PoolAddress, PoolLink, new_session
 from service.rpc.snapshot import GONE_S
 
 _MOST_POOLS = 64
 
 
-class Directory:
+class PoolDirectory:
     """Links to the pools that exist now.
 
     `update` is told the whole list whenever it changes. Above 64 pools a gateway
@@ -75,21 +75,21 @@ class Directory:
         return [link for link in self._links.values() if link.age_s(now_s) <= GONE_S]
 
     def link(self, boot: str) -> PoolLink:
-        """The one to a pool. Raises PoolUnreachable where it was not heard of for 3 s."""
+        """The one to a pool. Raises PoolUnreachableError where it was not heard of for 3 s."""
         link = self._links.get(boot)
         if link is None or link.age_s(time.monotonic()) > GONE_S:
-            raise PoolUnreachable("the pool has just gone")
+            raise PoolUnreachableError("the pool has just gone")
         return link
 
     def holding(self, expert: str) -> list[PoolLink]:
-        """Those that hold an expert, in whatever tier. Raises UnknownModel where none does."""
+        """Those that hold an expert, in whatever tier. Raises UnknownModelError where none does."""
         found = [
             link
             for link in self.links()
             if link.snapshot is not None and expert in link.snapshot.experts
         ]
         if not found:
-            raise UnknownModel(f"no running pool holds an expert {expert[:128]!r}")
+            raise UnknownModelError(f"no running pool holds an expert {expert[:128]!r}")
         return found
 
     def context(self, expert: str) -> int:

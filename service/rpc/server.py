@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import orjson
 
-from service.errors import CoeError, InvalidRequest, Unauthorized, UnknownEndpoint
-from service.http.asgi import ClientGone, Message, Receive, Send, read_body, until_gone
-from service.http.openai_errors import fault_of, sse_event
+from service.errors import CoeError, InvalidRequestError, UnauthorizedError, UnknownEndpointError
+from service.http.asgi import ClientDisconnectedError, Message, Receive, Send, read_body, until_gone
+from service.http.openai_errors import error_response, sse_event
 from service.rpc import auth as secrets
 from service.rpc.call import Call, parse_call
 
@@ -65,7 +65,7 @@ class PoolApp:
         try:
             given = headers.get(secrets.HEADER.encode(), b"")
             if not secrets.same(given, self._secret):
-                raise Unauthorized("a pool's port takes only its own cluster's requests")
+                raise UnauthorizedError("a pool's port takes only its own cluster's requests")
             path: str = scope["path"]
             if path == "/snapshots":
                 await self._stream_snapshots(receive, reply)
@@ -93,8 +93,8 @@ class PoolApp:
                 body = await read_body(receive, self._max_body_bytes)
                 await until_gone(self._handler.run(call, body, reply), receive)
             else:
-                raise UnknownEndpoint(f"a pool has no {path}")
-        except ClientGone:
+                raise UnknownEndpointError(f"a pool has no {path}")
+        except ClientDisconnectedError:
             return
         except CoeError as error:
             await reply.fail(error)
@@ -139,7 +139,7 @@ class _Reply:
         if self._started:
             await self({"type": "http.response.body", "body": sse_event(error)})
             return
-        fault = fault_of(error)
+        fault = error_response(error)
         await self(_start(fault.status, fault.headers))
         await self({"type": "http.response.body", "body": fault.body})
 
@@ -148,7 +148,7 @@ def _amounts(body: bytes) -> dict[str, float]:
     try:
         return {str(name): float(amount) for name, amount in orjson.loads(body).items()}
     except (orjson.JSONDecodeError, AttributeError, TypeError, ValueError):
-        raise InvalidRequest("demand is an object of numbers by expert") from None
+        raise InvalidRequestError("demand is an object of numbers by expert") from None
 
 
 def _start(status: int, headers: list[tuple[bytes, bytes]]) -> Message:

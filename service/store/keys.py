@@ -20,7 +20,7 @@ from typing import Protocol
 
 import orjson
 
-from service.errors import ConfigError, Conflict, UnknownModel
+from service.errors import ConfigError, ConflictError, UnknownModelError
 from service.store.protocol import Store
 from service.types import Limits
 
@@ -167,7 +167,9 @@ class StoreBook:
             record = change(loads(data) if data is not None else None)
             if await self._store.replace(_TABLE, key_id, data, record.dumps()):
                 return record
-        raise Conflict(f"key {key_id[:64]!r} is being changed by others all the time: try again")
+        raise ConflictError(
+            f"key {key_id[:64]!r} is being changed by others all the time: try again"
+        )
 
 
 class FileBook:
@@ -251,14 +253,14 @@ class Keys:
     async def rotate(self, key_id: str, now_s: float, grace_s: float) -> tuple[KeyRecord, str]:
         """Another key in its place; the old one is good for `grace_s` more.
 
-        Raises UnknownModel (404), Conflict.
+        Raises UnknownModelError (404), Conflict.
         """
         _, key, digest = new_key()
 
         def rotated(record: KeyRecord | None) -> KeyRecord:
             record = _known(record, key_id)
             if record.state(now_s) != "active":
-                raise Conflict(f"key {key_id!r} is {record.state(now_s)}: make a new one")
+                raise ConflictError(f"key {key_id!r} is {record.state(now_s)}: make a new one")
             return replace(
                 record, digest=digest, old_digest=record.digest, old_until_s=now_s + grace_s
             )
@@ -266,7 +268,7 @@ class Keys:
         return await self._book.change(key_id, rotated), key
 
     async def revoke(self, key_id: str, now_s: float) -> KeyRecord:
-        """From now on it is worth nothing, whatever else is done to it. Raises UnknownModel."""
+        """From now on it is worth nothing, whatever else is done to it. Raises UnknownModelError."""
 
         def revoked(record: KeyRecord | None) -> KeyRecord:
             record = _known(record, key_id)
@@ -276,7 +278,7 @@ class Keys:
 
 
 def _known(record: KeyRecord | None, key_id: str) -> KeyRecord:
-    """Raises UnknownModel (404)."""
+    """Raises UnknownModelError (404)."""
     if record is None:
-        raise UnknownModel(f"no key {key_id[:64]!r} is kept here", code="key_not_found")
+        raise UnknownModelError(f"no key {key_id[:64]!r} is kept here", code="key_not_found")
     return record

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from service.store.protocol import (
     MOST_WINDOWS_OWED,
     Account,
-    Balance,
-    Claim,
+    AccountBalance,
+    Charge,
     Granted,
     Health,
-    Line,
-    Note,
     Refused,
+    StoreClaim,
+    UsageNote,
 )
 from service.store.windows import Window
 
@@ -65,7 +65,7 @@ class MemoryStore:
         """See `Store`. Nothing can be wrong with it."""
         return Health()
 
-    async def reserve(self, claim: Claim) -> Granted | Refused:
+    async def reserve(self, claim: StoreClaim) -> Granted | Refused:
         """See `Store`."""
         now_ms = int(self._clock() * 1000)
         tokens = claim.tokens
@@ -89,7 +89,7 @@ class MemoryStore:
             self._open[claim.id] = granted
         return granted
 
-    async def settle(self, granted: Granted, used: Sequence[int], note: Note | None) -> None:
+    async def settle(self, granted: Granted, used: Sequence[int], note: UsageNote | None) -> None:
         """See `Store`."""
         if granted.claim.lines and self._open.pop(granted.claim.id, None) is None:
             return
@@ -115,7 +115,7 @@ class MemoryStore:
             self._notes[note.name] = (now_s + note.keep_s, noted)
         self._sweep(now_s)
 
-    async def balances(self, accounts: Sequence[Account]) -> list[Balance]:
+    async def balances(self, accounts: Sequence[Account]) -> list[AccountBalance]:
         """See `Store`."""
         now_ms = int(self._clock() * 1000)
         told = []
@@ -123,7 +123,9 @@ class MemoryStore:
             counts = self._counts(account, now_ms)
             start, end = account.window.span(now_ms)
             told.append(
-                Balance(sum(counts.spent.values()), sum(counts.reserved.values()), start, end)
+                AccountBalance(
+                    sum(counts.spent.values()), sum(counts.reserved.values()), start, end
+                )
             )
         return told
 
@@ -195,7 +197,7 @@ def _owe(counts: _Counts, account: Account, over: int, now_ms: int) -> None:
             return
 
 
-def _refusal(line: Line, least: int, counts: _Counts, now_ms: int) -> Refused:
+def _refusal(line: Charge, least: int, counts: _Counts, now_ms: int) -> Refused:
     """Why a line has no room, and when it surely will."""
     account, wanted = line.account, line.amount(least)
     if wanted > account.limit:

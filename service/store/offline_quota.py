@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.store.protocol import Account, Claim, Granted, Refused
+from service.store.protocol import Account, Granted, Refused, StoreClaim
 
 _MOST_ACCOUNTS = 256
 _FORGET_S = 120.0
@@ -21,7 +21,7 @@ _LEAST_ROOM = 8
 
 
 @dataclass(slots=True)
-class Slice:
+class OfflineQuota:
     """Of one account: `held` for us in the store, of it `busy`, and what is left for all."""
 
     account: Account
@@ -31,14 +31,14 @@ class Slice:
     room: int = -1
 
 
-class Slices:
+class OfflineQuotas:
     """One gateway's slices. Times are `time.monotonic` seconds, windows in ms since 1970."""
 
     def __init__(self, share: float) -> None:
         self.share = share
-        self._slices: dict[str, Slice] = {}
+        self._slices: dict[str, OfflineQuota] = {}
 
-    def seen(self, claim: Claim, now_s: float) -> None:
+    def seen(self, claim: StoreClaim, now_s: float) -> None:
         """These accounts are in use: slices of them are worth having."""
         if not self.share:
             return
@@ -48,7 +48,7 @@ class Slices:
                 known.used_s = now_s
                 known.account = line.account
             elif len(self._slices) < _MOST_ACCOUNTS:
-                self._slices[line.account.name] = Slice(line.account, now_s)
+                self._slices[line.account.name] = OfflineQuota(line.account, now_s)
 
     def plan(self, now_s: float) -> list[tuple[Account, int, int]]:
         """For the next beat: account, what we have of it from here on, how much more we want."""
@@ -76,7 +76,7 @@ class Slices:
         ]:
             del self._slices[name]
 
-    def take(self, claim: Claim, now_ms: int) -> Granted | Refused:
+    def take(self, claim: StoreClaim, now_ms: int) -> Granted | Refused:
         """Grant a claim from the slices alone. Refused: what was granted before is used up."""
         tokens = claim.tokens
         for line in claim.lines:

@@ -30,7 +30,7 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class Charge:
     """One account's part of a claim: `base`, and `per_token` for each token of the answer."""
 
     account: Account
@@ -53,11 +53,11 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class StoreClaim:
     """What a request may use at most: `tokens` of answer, of which `least` have to be granted."""
 
     id: str
-    lines: tuple[Line, ...]
+    lines: tuple[Charge, ...]
     tokens: int = 0
     least: int = 0
 
@@ -69,7 +69,7 @@ class Granted:
     `offline`: granted from a slice, while the store was gone.
     """
 
-    claim: Claim
+    claim: StoreClaim
     tokens: int
     amounts: tuple[int, ...]
     starts_ms: tuple[int, ...]
@@ -89,7 +89,7 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
-class Balance:
+class AccountBalance:
     """An account in the window of now: what was spent, and what is reserved, slices included."""
 
     spent: int
@@ -99,7 +99,7 @@ class Balance:
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class UsageNote:
     """Counts to add under a name when a claim is settled: usage. Kept for `keep_s`."""
 
     name: str
@@ -131,20 +131,20 @@ class Store(Protocol):
     def health(self) -> Health:
         """How it goes."""
 
-    async def reserve(self, claim: Claim) -> Granted | Refused:
+    async def reserve(self, claim: StoreClaim) -> Granted | Refused:
         """Reserve a claim's upper bound in all its accounts, or in none.
 
         Tokens are clipped to what every account has room for, `least` at the least.
         """
 
-    async def settle(self, granted: Granted, used: Sequence[int], note: Note | None) -> None:
+    async def settle(self, granted: Granted, used: Sequence[int], note: UsageNote | None) -> None:
         """Put `used`, line by line, in the place of what was reserved. Never lost, never twice.
 
         Of a sliding window more may be used than was reserved: the rest is charged now, and what
         this window has no room for in the next ones, of which each takes as much as the limit.
         """
 
-    async def balances(self, accounts: Sequence[Account]) -> list[Balance]:
+    async def balances(self, accounts: Sequence[Account]) -> list[AccountBalance]:
         """The accounts as of now."""
 
     async def counts(self, names: Sequence[str]) -> list[dict[str, int]]:

@@ -1,6 +1,6 @@
 """Redis, asked: scripts and values, over connections with a timeout. The only user of `redis`.
 
-It knows nothing of outages: whatever can't be done now raises StoreGone.
+It knows nothing of outages: whatever can't be done now raises StoreUnavailableError.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from service.errors import ConfigError, StoreGone
+from service.errors import ConfigError, StoreUnavailableError
 from service.store import redis_scripts
-from service.store.protocol import Account, Balance, Claim, Granted, Note, Refused
+from service.store.protocol import Account, AccountBalance, Granted, Refused, StoreClaim, UsageNote
 
 log = logging.getLogger("coe.store")
 
@@ -94,7 +94,7 @@ class RedisConnections:
         await self.redis.connection_pool.disconnect()
 
     async def ask(self, ask: Callable[[], Awaitable[Any]]) -> Any:
-        """Ask when there is a place among the connections. Raises StoreGone."""
+        """Ask when there is a place among the connections. Raises StoreUnavailableError."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._places.acquire()
@@ -110,7 +110,7 @@ class RedisConnections:
             elif why == "refused":
                 # Its words quote no values.
                 log.error("%s refused: %s", self._what, str(error)[:200])
-            raise StoreGone(f"{self._what} {why}") from None
+            raise StoreUnavailableError(f"{self._what} {why}") from None
 
 
 class RedisClient:
@@ -152,8 +152,8 @@ class RedisClient:
         """Close every connection."""
         await self._connections.close()
 
-    async def reserve(self, claim: Claim) -> Granted | Refused:
-        """See `Store`. Raises StoreGone also for a claim that was undone already."""
+    async def reserve(self, claim: StoreClaim) -> Granted | Refused:
+        """See `Store`. Raises StoreUnavailableError also for a claim that was undone already."""
         told = await self._run(
             "reserve",
             id=claim.id,
@@ -169,7 +169,7 @@ class RedisClient:
             ],
         )
         if "gone" in told:
-            raise StoreGone("the store answered too late")
+            raise StoreUnavailableError("the store answered too late")
         if (refused := told.get("refused")) is not None:
             wait = refused["wait"]
             return Refused(
@@ -183,7 +183,7 @@ class RedisClient:
         )
 
     async def settle(
-        self, claim_id: str, lines: Lines, note: Note | None, *, offline: bool = False
+        self, claim_id: str, lines: Lines, note: UsageNote | None, *, offline: bool = False
     ) -> None:
         """Put `used` in the place of what was reserved."""
         await self._run(
@@ -204,7 +204,7 @@ class RedisClient:
         share: float,
         slices: Sequence[tuple[Account, int, int]],
         batch: int,
-        notes: Sequence[Note],
+        notes: Sequence[UsageNote],
     ) -> dict[str, Any]:
         """This owner is there. `slices`: account, what it has of it, how much more it wants."""
         return cast(
@@ -236,10 +236,10 @@ class RedisClient:
             ],
         )
 
-    async def balances(self, accounts: Sequence[Account]) -> list[Balance]:
+    async def balances(self, accounts: Sequence[Account]) -> list[AccountBalance]:
         """See `Store`."""
         told = await self._run("balances", accounts=[self._account(one) for one in accounts])
-        return [Balance(*map(int, one)) for one in told]
+        return [AccountBalance(*map(int, one)) for one in told]
 
     async def counts(self, names: Sequence[str]) -> list[dict[str, int]]:
         """See `Store`."""
@@ -304,7 +304,7 @@ class RedisClient:
         return told
 
 
-def _note(note: Note | None) -> dict[str, Any] | None:
+def _note(note: UsageNote | None) -> dict[str, Any] | None:
     if note is None:
         return None
     counts = [[name, str(count)] for name, count in note.counts.items()]

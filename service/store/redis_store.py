@@ -15,12 +15,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.errors import StoreGone
-from service.store.offline_quota import Slices
-from service.store.protocol import Account, Balance, Claim, Granted, Health, Note, Refused
+from service.errors import StoreUnavailableError
+from service.store.offline_quota import OfflineQuotas
+from service.store.protocol import (
+    Account,
+    AccountBalance,
+    Granted,
+    Health,
+    Refused,
+    StoreClaim,
+    UsageNote,
+)
 from service.store.redis_client import Lines, RedisClient
 from service.store.windows import Window
-from service.tasks import end
+from service.tasks import cancel_and_wait
 
 log = logging.getLogger("coe.store")
 
@@ -31,13 +39,13 @@ _TIDY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Owed:
+class _PendingSettlement:
     """What the store has to be told still. `used` None: a claim of unknown outcome is undone."""
 
     granted: Granted | None
     claim_id: str
     used: tuple[int, ...] | None = None
-    note: Note | None = None
+    note: UsageNote | None = None
 
     @property
     def lines(self) -> Lines:
@@ -69,7 +77,7 @@ def _sliding(window: Window) -> tuple[int, int]:
     return (window.length_ms, window.part_ms) if window.kind == "sliding" else (0, 0)
 
 
-class SharedStore:
+class RedisStore:
     """See `Store`. `up`: whether Redis answers, as far as known."""
 
     def __init__(
@@ -78,11 +86,11 @@ class SharedStore:
         self._client = client
         self._lease_s = lease_s
         self._beat_s = beat_s
-        self._slices = Slices(share)
+        self._slices = OfflineQuotas(share)
         self._open: dict[str, Granted] = {}
-        self._owed: dict[str, _Owed] = {}
-        self._notes: dict[str, Note] = {}
-        self._sent_notes: tuple[int, list[Note]] = (0, [])
+        self._owed: dict[str, _PendingSettlement] = {}
+        self._notes: dict[str, UsageNote] = {}
+        self._sent_notes: tuple[int, list[UsageNote]] = (0, [])
         self._number = 0
         self._lease_ends_s = 0.0
         self._retry_s = _FIRST_RETRY_S
@@ -106,13 +114,13 @@ class SharedStore:
         self._hurry.set()
         if self._beating is not None:
             await asyncio.wait({self._beating}, timeout=_TIDY_S)
-            await end(self._beating)
+            await cancel_and_wait(self._beating)
         try:
             async with asyncio.timeout(_TIDY_S):
                 await self._beat()
                 if self.up:
                     await self._client.leave()
-        except (StoreGone, TimeoutError):
+        except (StoreUnavailableError, TimeoutError):
             log.warning("stopping without the store: what is reserved there ends with its lease")
         await self._client.close()
 
@@ -122,7 +130,7 @@ class SharedStore:
 
     # --- claims
 
-    async def reserve(self, claim: Claim) -> Granted | Refused:
+    async def reserve(self, claim: StoreClaim) -> Granted | Refused:
         """See `Store`."""
         if not claim.lines:
             return Granted(claim, claim.tokens, (), ())
@@ -130,13 +138,13 @@ class SharedStore:
         if self.up:
             try:
                 answer = await self._client.reserve(claim)
-            except StoreGone as error:
+            except StoreUnavailableError as error:
                 # It may have been granted, or may be yet: that is undone when Redis is back.
-                self._owed[claim.id] = _Owed(None, claim.id)
+                self._owed[claim.id] = _PendingSettlement(None, claim.id)
                 self._lost(error)
-                claim = Claim(claim.id + ".", claim.lines, claim.tokens, claim.least)
+                claim = StoreClaim(claim.id + ".", claim.lines, claim.tokens, claim.least)
             except asyncio.CancelledError:
-                self._owed[claim.id] = _Owed(None, claim.id)
+                self._owed[claim.id] = _PendingSettlement(None, claim.id)
                 self._hurry.set()
                 raise
             else:
@@ -145,13 +153,15 @@ class SharedStore:
                 return answer
         return self._from_slices(claim)
 
-    def _from_slices(self, claim: Claim) -> Granted:
+    def _from_slices(self, claim: StoreClaim) -> Granted:
         retry_s = max(1.0, self._retry_s)
         if time.monotonic() >= self._lease_ends_s:
-            raise StoreGone(f"limits can't be counted: {self._why}", retry_after_s=retry_s)
+            raise StoreUnavailableError(
+                f"limits can't be counted: {self._why}", retry_after_s=retry_s
+            )
         granted = self._slices.take(claim, int(time.time() * 1000))
         if isinstance(granted, Refused):
-            raise StoreGone(
+            raise StoreUnavailableError(
                 "limits can't be counted: the store is gone, and what was granted before is "
                 "used up",
                 retry_after_s=retry_s,
@@ -159,14 +169,14 @@ class SharedStore:
         self.offline_grants += 1
         return granted
 
-    async def settle(self, granted: Granted, used: Sequence[int], note: Note | None) -> None:
+    async def settle(self, granted: Granted, used: Sequence[int], note: UsageNote | None) -> None:
         """See `Store`."""
         claim_id = granted.claim.id
         if not granted.claim.lines:
             if note is not None:
                 self._add_note(note)
             return
-        owed = _Owed(granted, claim_id, tuple(used), note)
+        owed = _PendingSettlement(granted, claim_id, tuple(used), note)
         if granted.offline and claim_id not in self._owed:
             self._slices.used(granted, used)
             self._owed[claim_id] = owed
@@ -177,10 +187,10 @@ class SharedStore:
         if self.up:
             try:
                 await self._deliver(owed)
-            except StoreGone as error:
+            except StoreUnavailableError as error:
                 self._lost(error)
 
-    async def _deliver(self, owed: _Owed) -> None:
+    async def _deliver(self, owed: _PendingSettlement) -> None:
         """Tell the store, and forget it. Told twice, it counts once."""
         if owed.used is None:
             await self._client.undo(owed.claim_id)
@@ -193,12 +203,12 @@ class SharedStore:
         if owed.granted is not None and owed.granted.offline and owed.used is not None:
             self._slices.delivered(owed.granted, owed.used)
 
-    def _add_note(self, note: Note) -> None:
+    def _add_note(self, note: UsageNote) -> None:
         known = self._notes.get(note.name)
         counts = dict(known.counts) if known is not None else {}
         for name, count in note.counts.items():
             counts[name] = counts.get(name, 0) + count
-        self._notes[note.name] = Note(note.name, counts, note.keep_s)
+        self._notes[note.name] = UsageNote(note.name, counts, note.keep_s)
 
     # --- being heard of
 
@@ -241,7 +251,7 @@ class SharedStore:
             self._slices.told(answer, sent_s)
             for owed in list(self._owed.values()):
                 await self._deliver(owed)
-        except StoreGone as error:
+        except StoreUnavailableError as error:
             self._lost(error)
             return
         self._lease_ends_s = sent_s + self._lease_s
@@ -263,7 +273,7 @@ class SharedStore:
         if claims:
             await self._client.restore(claims)
 
-    def _lost(self, error: StoreGone) -> None:
+    def _lost(self, error: StoreUnavailableError) -> None:
         if error.message != self._why and not self.up:
             # Said once for each reason: a wrong password, then nobody there.
             log.error("%s", error.message)
@@ -277,7 +287,7 @@ class SharedStore:
 
     # --- everything else
 
-    async def balances(self, accounts: Sequence[Account]) -> list[Balance]:
+    async def balances(self, accounts: Sequence[Account]) -> list[AccountBalance]:
         """See `Store`."""
         return await self._client.balances(accounts) if accounts else []
 
@@ -305,4 +315,4 @@ class SharedStore:
     def _check(self) -> None:
         """Nobody waits for a store that is known to be gone."""
         if not self.up:
-            raise StoreGone(self._why, retry_after_s=max(1.0, self._retry_s))
+            raise StoreUnavailableError(self._why, retry_after_s=max(1.0, self._retry_s))

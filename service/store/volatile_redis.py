@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from service.errors import StoreGone
+from service.errors import StoreUnavailableError
 from service.store.redis_client import RedisConnections
 
 log = logging.getLogger("coe.store")
@@ -49,10 +49,10 @@ class RedisVolatile:
 
     async def _ask(self, ask: Callable[[], Awaitable[Any]]) -> Any:
         if time.monotonic() < self._rests_until_s:
-            raise StoreGone(self._why, retry_after_s=_REST_S)
+            raise StoreUnavailableError(self._why, retry_after_s=_REST_S)
         try:
             told = await self._connections.ask(ask)
-        except StoreGone as error:
+        except StoreUnavailableError as error:
             self._rests_until_s = time.monotonic() + _REST_S
             if error.message != self._why:
                 log.error("%s; answers are not kept meanwhile, nor votes taken", error.message)

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from service.telemetry import metrics
 from service.telemetry.exposition import text_of
 from service.telemetry.metric_types import Side
-from service.telemetry.registry import Meter
+from service.telemetry.registry import MetricsRegistry
 
 # Refused although somebody was asked: there was no room anywhere.
 _NO_ROOM = frozenset({"over_capacity"})
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
+class ActiveCall:
     """One call of an expert: its tokens, as far as they were told, and its units of cost."""
 
     expert: str
@@ -26,7 +26,7 @@ class Asking:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class RequestSummary:
     """A request that has ended, one way or another. Times in s from its arrival; 0: never.
 
     `tenant` is empty where it was not known yet. `fault`: the error's code, or empty.
@@ -52,7 +52,7 @@ class Ended:
     escalations: int = 0
     ours: bool = False
     failed: Sequence[tuple[str, str]] = ()
-    calls: Sequence[Asking] = ()
+    calls: Sequence[ActiveCall] = ()
 
 
 class GatewayMetrics:
@@ -63,7 +63,7 @@ class GatewayMetrics:
     """
 
     def __init__(self) -> None:
-        self.meter = Meter(Side.GATEWAY)
+        self.meter = MetricsRegistry(Side.GATEWAY)
         self.remote: frozenset[str] = frozenset()
         self._in_flight = 0
         self._asked: list[Callable[[], Awaitable[None]]] = []
@@ -86,7 +86,7 @@ class GatewayMetrics:
         """It was understood, and who may answer is known."""
         self.meter.observe(metrics.ROUTE, route_s)
 
-    def ended(self, one: Ended) -> None:
+    def ended(self, one: RequestSummary) -> None:
         """It has ended."""
         self._in_flight -= 1
         meter = self.meter
@@ -114,7 +114,7 @@ class GatewayMetrics:
         meter.add(metrics.WAIT_PREDICTED, one.predicted_s, one.expert)
         meter.add(metrics.WAIT_REAL, one.queue_s, one.expert)
 
-    def _bill(self, one: Ended) -> None:
+    def _bill(self, one: RequestSummary) -> None:
         """What its calls used."""
         meter = self.meter
         if not one.calls:
@@ -126,7 +126,7 @@ class GatewayMetrics:
                 meter.add(metrics.TOKENS, call.prompt_tokens, call.expert, "prompt")
                 meter.add(metrics.TOKENS, call.answer_tokens, call.expert, "answer")
 
-    def _remote_times(self, one: Ended) -> None:
+    def _remote_times(self, one: RequestSummary) -> None:
         """A remote expert's engine is known by its bytes alone: only a stream tells them apart."""
         if not one.streamed:
             return

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.base import Chosen
-from service.errors import Conflict
+from service.engine.base import RoutingSample
+from service.errors import ConflictError
 from service.moe.load_statistics import CACHE_TIMES, Cacheability, cacheability
-from service.moe.routing_counts import Tally
+from service.moe.routing_counts import RoutingCounts
 from service.telemetry import metrics
 from service.telemetry.labels import MOST_SERIES
-from service.telemetry.registry import Meter
+from service.telemetry.registry import MetricsRegistry
 
 # Stretches that wait to be reckoned; of more, the eldest are left out.
 _MOST_WAITING = 64
@@ -23,11 +23,11 @@ _MOST_WAITING = 64
 
 @dataclass(slots=True)
 class _Known:
-    tally: Tally
+    tally: RoutingCounts
     waiting: list[NDArray[np.int16]] = field(default_factory=list)
 
 
-class Routes:
+class MoeCollector:
     """By expert. `every`: one step of how many is looked at; 0: none.
 
     `clock` gives s since 1970. Cacheability takes up to some 0.2 s for a stretch, so it is reckoned
@@ -40,7 +40,7 @@ class Routes:
         self._known: dict[str, _Known] = {}
         self._reckoning = asyncio.Lock()
 
-    def heard(self, chosen: Chosen) -> None:
+    def heard(self, chosen: RoutingSample) -> None:
         """An engine tells what its routers chose."""
         known = self._known.get(chosen.expert)
         shape = (chosen.layers, chosen.experts, chosen.top_k)
@@ -54,9 +54,9 @@ class Routes:
         )
         known.waiting = [*known.waiting, *chosen.stretches][-_MOST_WAITING:]
 
-    def _nothing(self, chosen: Chosen) -> Tally:
+    def _nothing(self, chosen: RoutingSample) -> RoutingCounts:
         layers = len(chosen.layers)
-        return Tally(
+        return RoutingCounts(
             chosen.layers,
             chosen.experts,
             chosen.top_k,
@@ -87,28 +87,33 @@ class Routes:
                 now = known.tally  # more may have been heard meanwhile
                 known.tally = replace(now, cache=cache, cacheability=now.cacheability + more)
 
-    async def tally(self, expert: str) -> Tally:
+    async def tally(self, expert: str) -> RoutingCounts:
         """Of one expert that this pool has. Raises Conflict with the reason where there is none."""
         if not self._every:
-            raise Conflict(
+            raise ConflictError(
                 f"the routers of {expert!r} are not looked at: its pool has no vllm.moe_capture"
             )
         await self.reckon()
         known = self._known.get(expert)
         if known is None:
-            raise Conflict(f"no engine has told of the routers of {expert!r} yet")
+            raise ConflictError(f"no engine has told of the routers of {expert!r} yet")
         if not known.tally.layers:
-            raise Conflict(f"expert {expert!r} is not a mixture of experts: it has no routers")
+            raise ConflictError(f"expert {expert!r} is not a mixture of experts: it has no routers")
         if not known.tally.tokens:
-            raise Conflict(
+            raise ConflictError(
                 f"nothing was seen of the routers of {expert!r} yet: one step of {self._every} is "
                 "looked at, and what was seen is told every 10 s"
             )
         return known.tally
 
-    def read(self, meter: Meter) -> None:
+    def read(self, meter: MetricsRegistry) -> None:
         """Put what is known into the metrics."""
-        for metric in (metrics.MOE_IMBALANCE, metrics.MOE_ENTROPY, metrics.MOE_SRP, metrics.MOE_SCH):
+        for metric in (
+            metrics.MOE_IMBALANCE,
+            metrics.MOE_ENTROPY,
+            metrics.MOE_SRP,
+            metrics.MOE_SCH,
+        ):
             meter.forget(metric)
         meter.forget(metrics.MOE_ROUTED)
         room = MOST_SERIES

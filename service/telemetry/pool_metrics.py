@@ -12,18 +12,18 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 
 from service.config import MoeCapture
-from service.engine.base import Chosen, Work
+from service.engine.base import EngineTimings, RoutingSample
 from service.rpc.call import Call, Times
 from service.rpc.snapshot import Snapshot
 from service.telemetry import metrics
 from service.telemetry.exposition import text_of
 from service.telemetry.metric_types import Side
-from service.telemetry.moe_collector import Routes
-from service.telemetry.registry import Meter
+from service.telemetry.moe_collector import MoeCollector
+from service.telemetry.registry import MetricsRegistry
 from service.types import Residency
 
 
-class Told(Protocol):
+class PoolStats(Protocol):
     """What is read of a pool."""
 
     def snapshot(self) -> Snapshot:
@@ -47,8 +47,8 @@ class PoolMetrics:
     """
 
     def __init__(self, capture: MoeCapture | None = None) -> None:
-        self.meter = Meter(Side.POOL)
-        self._routes = Routes(capture.every if capture is not None else 0, time.time)
+        self.meter = MetricsRegistry(Side.POOL)
+        self._routes = MoeCollector(capture.every if capture is not None else 0, time.time)
         self.meter.on_read(lambda: self._routes.read(self.meter))
         # Engines' own: a time of creation beside each series would double what is scraped.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -56,11 +56,11 @@ class PoolMetrics:
         self._weights: dict[str, int] = {}
         self._engines: dict[str, CollectorRegistry] = {}
 
-    def follow(self, pool: Told) -> None:
+    def follow(self, pool: PoolStats) -> None:
         """Read this pool's state whenever metrics are read."""
         self.meter.on_read(lambda: self._read(pool))
 
-    def _read(self, pool: Told) -> None:
+    def _read(self, pool: PoolStats) -> None:
         put, now = self.meter.put, pool.snapshot()
         # Those that went with a change of the config are nowhere any more.
         for gauge in (metrics.QUEUED, metrics.RUNNING, metrics.RESIDENCY, metrics.WEIGHTS):
@@ -93,7 +93,7 @@ class PoolMetrics:
 
     # --- as its engines' watch
 
-    def worked(self, work: Work) -> None:
+    def worked(self, work: EngineTimings) -> None:
         """See `EngineWatch`."""
         observe, expert = self.meter.observe, work.expert
         observe(metrics.ENGINE_QUEUE, work.queue_s, expert)
@@ -109,7 +109,7 @@ class PoolMetrics:
         """See `EngineWatch`. Threads may call it."""
         self._weights[expert] = size_bytes
 
-    def chosen(self, chosen: Chosen) -> None:
+    def chosen(self, chosen: RoutingSample) -> None:
         """See `EngineWatch`."""
         self._routes.heard(chosen)
 

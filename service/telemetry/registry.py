@@ -45,7 +45,7 @@ class _Series:
         self.buckets = [0] * (len(metric.buckets) + 1)
 
 
-class Meter:
+class MetricsRegistry:
     """The counters, gauges and histograms of one gateway or pool process."""
 
     def __init__(self, side: Side) -> None:
@@ -54,7 +54,7 @@ class Meter:
         self._count = dict.fromkeys(self._declared, 0)
         self._readers: list[Callable[[], None]] = []
         self.registry = CollectorRegistry(auto_describe=False)
-        self.registry.register(_Told(self))
+        self.registry.register(_Collector(self))
         ProcessCollector(registry=self.registry)
         self.put(metrics.BUILD, 1, __version__)
 
@@ -146,8 +146,8 @@ def _histogram(family: Metric, one: Declared, labels: dict[str, str], series: _S
         family.add_sample(f"{one.name}_sum", labels, series.value)
 
 
-class _Told(Collector):
-    def __init__(self, meter: Meter) -> None:
+class _Collector(Collector):
+    def __init__(self, meter: MetricsRegistry) -> None:
         self._meter = meter
 
     def collect(self) -> Iterable[Metric]:

@@ -29,7 +29,7 @@ from service import __version__
 from service.config import TelemetryConfig
 from service.errors import CoeError
 from service.rpc.call import Call, Times
-from service.telemetry.gateway_metrics import Ended
+from service.telemetry.gateway_metrics import RequestSummary
 
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
@@ -199,7 +199,7 @@ class Trace:
         finally:
             _end(span, fault)
 
-    def ended(self, one: Ended, status: int) -> None:
+    def ended(self, one: RequestSummary, status: int) -> None:
         """The request has ended."""
         self._span.set_attribute("http.response.status_code", status)
         self._span.set_attribute("gen_ai.response.model", one.expert)

@@ -131,4 +131,3 @@ async def test_the_service_s_own_page_works(chromium: Browser) -> None:
             await page.goto(there + "/console")
             told = await page.evaluate(ASK, [CHAT, post(headers=JSON)])
             assert (told["status"], told["kind"]) == (200, "basic")
-

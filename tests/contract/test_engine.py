@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from service.errors import EngineDead, InvalidRequest
+from service.errors import EngineDeadError, InvalidRequestError
 from tests.contract.conftest import Subject
 from tests.support.http_requests import CHAT, COMPLETIONS, Reply, ask, run
 from tests.support.waiting import until
@@ -388,7 +388,7 @@ async def test_a_grammar_that_no_engine_can_use_is_a_400(
     path, body = REFUSED_GRAMMARS[name]
     reply = await ask(subject.engine, path, subject.expert, {**body, "stream": stream})
     assert subject.engine.failure() is None
-    if isinstance(reply.error, InvalidRequest):
+    if isinstance(reply.error, InvalidRequestError):
         return
     assert reply.error is None
     assert reply.status == 400, reply.body
@@ -433,7 +433,7 @@ async def test_death_in_mid_stream_ends_it_with_an_error_event(subject: Subject)
     assert reply.status == 200
     assert reply.events[-1]["error"]["message"]
     # One that had no byte yet may be tried elsewhere, or was just quick enough.
-    assert isinstance(waiting.error, EngineDead) or waiting.status == 200
+    assert isinstance(waiting.error, EngineDeadError) or waiting.status == 200
     assert await subject.engine.in_flight() == 0
 
 
@@ -441,7 +441,7 @@ async def test_after_death_nothing_is_answered(subject: Subject) -> None:
     await until(lambda: subject.engine.failure() is not None, "the death is noticed", 20)
     for stream in (False, True):
         reply = await ask(subject.engine, CHAT, subject.expert, chat(stream=stream))
-        assert isinstance(reply.error, EngineDead)
+        assert isinstance(reply.error, EngineDeadError)
 
 
 async def test_stopping_leaves_no_process(subject: Subject) -> None:

@@ -11,9 +11,18 @@ import pytest
 import pytest_asyncio
 
 from service.store.memory import MemoryStore
-from service.store.protocol import Account, Balance, Claim, Granted, Line, Note, Refused, Store
+from service.store.protocol import (
+    Account,
+    AccountBalance,
+    Charge,
+    Granted,
+    Refused,
+    Store,
+    StoreClaim,
+    UsageNote,
+)
 from service.store.redis_client import RedisClient
-from service.store.redis_store import SharedStore
+from service.store.redis_store import RedisStore
 from service.store.windows import DAY, MINUTE, NOW, fixed
 from tests.support.redis import RedisServer, redis_server
 from tests.support.waiting import until
@@ -42,15 +51,15 @@ class Tried:
     store: Store
     clock: Clock
 
-    async def take(self, *lines: Line, tokens: int = 0, least: int = 0) -> Granted | Refused:
-        return await self.store.reserve(Claim(f"c{next(_ids)}", lines, tokens, least))
+    async def take(self, *lines: Charge, tokens: int = 0, least: int = 0) -> Granted | Refused:
+        return await self.store.reserve(StoreClaim(f"c{next(_ids)}", lines, tokens, least))
 
-    async def granted(self, *lines: Line, tokens: int = 0, least: int = 0) -> Granted:
+    async def granted(self, *lines: Charge, tokens: int = 0, least: int = 0) -> Granted:
         got = await self.take(*lines, tokens=tokens, least=least)
         assert isinstance(got, Granted)
         return got
 
-    async def balance(self, account: Account) -> Balance:
+    async def balance(self, account: Account) -> AccountBalance:
         return (await self.store.balances([account]))[0]
 
 
@@ -72,7 +81,7 @@ async def tried(request: pytest.FixtureRequest) -> AsyncIterator[Tried]:
         server.url, "me", prefix=f"t{next(_ids)}", timeout_s=5, lease_s=10**6, clock=clock
     )
     # No slices: they would count as reserved.
-    store = SharedStore(client, share=0, lease_s=10**6, beat_s=0.02)
+    store = RedisStore(client, share=0, lease_s=10**6, beat_s=0.02)
     await store.start()
     yield Tried(store, clock)
     await store.stop()
@@ -80,24 +89,24 @@ async def tried(request: pytest.FixtureRequest) -> AsyncIterator[Tried]:
 
 async def test_no_more_than_the_limit_in_any_minute(tried: Tried) -> None:
     for _ in range(3):
-        got = await tried.granted(Line(REQUESTS, 1))
+        got = await tried.granted(Charge(REQUESTS, 1))
         await tried.store.settle(got, [1], None)
         tried.clock.now_s += 10
-    refused = await tried.take(Line(REQUESTS, 1))
+    refused = await tried.take(Charge(REQUESTS, 1))
     assert isinstance(refused, Refused)
     assert refused.account == "k/requests"
     assert refused.retry_after_s is not None
     # The first was in the middle of a second, which counts whole.
     assert 30 <= refused.retry_after_s <= 31
     tried.clock.now_s += refused.retry_after_s - 0.1
-    assert isinstance(await tried.take(Line(REQUESTS, 1)), Refused)
+    assert isinstance(await tried.take(Charge(REQUESTS, 1)), Refused)
     tried.clock.now_s += 0.1
-    await tried.granted(Line(REQUESTS, 1))
-    assert isinstance(await tried.take(Line(REQUESTS, 1)), Refused)
+    await tried.granted(Charge(REQUESTS, 1))
+    assert isinstance(await tried.take(Charge(REQUESTS, 1)), Refused)
 
 
 async def test_what_was_not_used_is_free_again(tried: Tried) -> None:
-    got = await tried.granted(Line(TOKENS, 20, 1), tokens=80, least=1)
+    got = await tried.granted(Charge(TOKENS, 20, 1), tokens=80, least=1)
     assert got.tokens == 80
     assert (await tried.balance(TOKENS)).reserved == 100
     await tried.store.settle(got, [35], None)
@@ -106,14 +115,14 @@ async def test_what_was_not_used_is_free_again(tried: Tried) -> None:
 
 
 async def test_settle_more_than_was_reserved_is_a_debt_of_the_next_windows(tried: Tried) -> None:
-    got = await tried.granted(Line(TOKENS, 10))
+    got = await tried.granted(Charge(TOKENS, 10))
     tried.clock.now_s += 5
     await tried.store.settle(got, [350], None)
     began_s = tried.clock.now_s
     assert (await tried.balance(TOKENS)).spent == 350
     granted = 0
     while tried.clock.now_s - began_s < 600:
-        answer = await tried.take(Line(TOKENS, 50))
+        answer = await tried.take(Charge(TOKENS, 50))
         if isinstance(answer, Granted):
             await tried.store.settle(answer, [50], None)
             granted += 50
@@ -128,23 +137,23 @@ async def test_settle_more_than_was_reserved_is_a_debt_of_the_next_windows(tried
 async def test_settle_a_request_longer_than_the_window_is_charged_what_it_had_not_reserved(
     tried: Tried,
 ) -> None:
-    got = await tried.granted(Line(TOKENS, 10))
+    got = await tried.granted(Charge(TOKENS, 10))
     tried.clock.now_s += 400
     await tried.store.settle(got, [95], None)
     assert (await tried.balance(TOKENS)).spent == 85
 
 
 async def test_settling_twice_charges_once(tried: Tried) -> None:
-    got = await tried.granted(Line(COST, 10, 2.5), tokens=100)
+    got = await tried.granted(Charge(COST, 10, 2.5), tokens=100)
     for _ in range(3):
-        await tried.store.settle(got, [17], Note("n", {"requests": 1}, 1000))
+        await tried.store.settle(got, [17], UsageNote("n", {"requests": 1}, 1000))
     after = await tried.balance(COST)
     assert (after.spent, after.reserved) == (17, 0)
     assert await tried.store.counts(["n"]) == [{"requests": 1}]
 
 
 async def test_an_answer_is_clipped_to_what_every_account_affords(tried: Tried) -> None:
-    lines = (Line(TOKENS, 40, 1), Line(COST, 100, 30.5))
+    lines = (Charge(TOKENS, 40, 1), Charge(COST, 100, 30.5))
     got = await tried.granted(*lines, tokens=500, least=1)
     assert got.tokens == 29  # 100 + 29 · 30.5 = 984.5; 40 + 29 of 100
     assert got.amounts == (69, 985)
@@ -153,24 +162,24 @@ async def test_an_answer_is_clipped_to_what_every_account_affords(tried: Tried) 
 
 
 async def test_all_accounts_or_none(tried: Tried) -> None:
-    await tried.granted(Line(AT_ONCE, 2))
-    refused = await tried.take(Line(COST, 10), Line(AT_ONCE, 1))
+    await tried.granted(Charge(AT_ONCE, 2))
+    refused = await tried.take(Charge(COST, 10), Charge(AT_ONCE, 1))
     assert refused == Refused("k/concurrent", 1.0, busy=True)
     assert (await tried.balance(COST)).reserved == 0
 
 
 async def test_larger_than_the_limit_never_fits(tried: Tried) -> None:
-    refused = await tried.take(Line(TOKENS, 99, 1), tokens=10, least=2)
+    refused = await tried.take(Charge(TOKENS, 99, 1), tokens=10, least=2)
     assert refused == Refused("k/tokens", None)
 
 
 async def test_a_budget_is_whole_again_in_its_next_window(tried: Tried) -> None:
     hourly = Account("b", 10, fixed(3600))
-    got = await tried.granted(Line(hourly, 10))
-    busy = await tried.take(Line(hourly, 1))
+    got = await tried.granted(Charge(hourly, 10))
+    busy = await tried.take(Charge(hourly, 1))
     assert busy == Refused("b", 1.0, busy=True)
     await tried.store.settle(got, [10], None)
-    spent = await tried.take(Line(hourly, 1))
+    spent = await tried.take(Charge(hourly, 1))
     assert isinstance(spent, Refused)
     assert spent.retry_after_s is not None
     assert not spent.busy
@@ -178,21 +187,21 @@ async def test_a_budget_is_whole_again_in_its_next_window(tried: Tried) -> None:
     assert balance.ends_ms - balance.starts_ms == 3_600_000
     assert abs(tried.clock.now_s + spent.retry_after_s - balance.ends_ms / 1000) < 0.002
     tried.clock.now_s += spent.retry_after_s
-    await tried.granted(Line(hourly, 10))
+    await tried.granted(Charge(hourly, 10))
 
 
 async def test_a_claim_counts_in_the_window_of_its_admission(tried: Tried) -> None:
     hourly = Account("b", 10, fixed(3600))
-    got = await tried.granted(Line(hourly, 10))
+    got = await tried.granted(Charge(hourly, 10))
     tried.clock.now_s += 3600
     assert (await tried.balance(hourly)).reserved == 0
     await tried.store.settle(got, [7], None)
     assert (await tried.balance(hourly)).spent == 0
-    await tried.granted(Line(hourly, 10))
+    await tried.granted(Charge(hourly, 10))
 
 
 async def test_more_than_the_bound_is_still_charged(tried: Tried) -> None:
-    got = await tried.granted(Line(COST, 10))
+    got = await tried.granted(Charge(COST, 10))
     await tried.store.settle(got, [25], None)
     assert (await tried.balance(COST)).spent == 25
 
@@ -202,7 +211,7 @@ async def test_a_burst_takes_exactly_the_limit(tried: Tried) -> None:
     cents = Account("cents", 10**15 + 1, DAY)
 
     async def one() -> int:
-        got = await tried.take(Line(many, 3), Line(cents, 10**13))
+        got = await tried.take(Charge(many, 3), Charge(cents, 10**13))
         if isinstance(got, Refused):
             return 0
         await tried.store.settle(got, [3, 10**13], None)
@@ -246,10 +255,10 @@ async def test_of_many_who_replace_a_record_at_once_none_is_lost(tried: Tried) -
 
 async def test_notes_add_up(tried: Tried) -> None:
     for i in range(3):
-        got = await tried.granted(Line(COST, 1))
-        await tried.store.settle(got, [1], Note("u/1", {"requests": 1, "tokens": i}, 1000))
+        got = await tried.granted(Charge(COST, 1))
+        await tried.store.settle(got, [1], UsageNote("u/1", {"requests": 1, "tokens": i}, 1000))
     # A claim on nothing is noted all the same.
-    await tried.store.settle(await tried.granted(), [], Note("u/1", {"requests": 1}, 1000))
+    await tried.store.settle(await tried.granted(), [], UsageNote("u/1", {"requests": 1}, 1000))
 
     async def told() -> bool:
         return await tried.store.counts(["u/1", "u/2"]) == [{"requests": 4, "tokens": 3}, {}]

@@ -12,11 +12,11 @@ import pytest
 from redis import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
-from service.errors import StoreGone
+from service.errors import StoreUnavailableError
 from service.store.keys import KeyRecord, Keys, StoreBook
-from service.store.protocol import Account, Claim, Granted, Line, Note
+from service.store.protocol import Account, Charge, Granted, StoreClaim, UsageNote
 from service.store.redis_client import RedisClient
-from service.store.redis_store import SharedStore
+from service.store.redis_store import RedisStore
 from service.store.volatile_redis import RedisVolatile
 from service.store.windows import DAY
 from tests.support.redis import RedisServer, redis_server
@@ -32,8 +32,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 
 @asynccontextmanager
-async def store_at(url: str) -> AsyncIterator[SharedStore]:
-    store = SharedStore(
+async def store_at(url: str) -> AsyncIterator[RedisStore]:
+    store = RedisStore(
         RedisClient(url, "me", prefix="coe", timeout_s=2, lease_s=30), share=0, lease_s=30
     )
     await store.start()
@@ -50,9 +50,9 @@ async def refused(url: str) -> set[str]:
         for ask in (
             lambda: store.records("keys"),
             lambda: store.replace("keys", "a", None, b""),
-            lambda: store.reserve(Claim("c", (Line(BUDGET, 1),))),
+            lambda: store.reserve(StoreClaim("c", (Charge(BUDGET, 1),))),
         ):
-            with pytest.raises(StoreGone) as caught:
+            with pytest.raises(StoreUnavailableError) as caught:
                 await ask()
             said.add(caught.value.message)
     return said
@@ -93,9 +93,7 @@ async def test_a_user_who_may_not_run_scripts_is_told(server: RedisServer) -> No
     assert all("permission" in text for text in said)
 
 
-@pytest.mark.parametrize(
-    "place", ["deploy/compose.yaml", "helm/charts/redis/templates/redis.yaml"]
-)
+@pytest.mark.parametrize("place", ["deploy/compose.yaml", "helm/charts/redis/templates/redis.yaml"])
 async def test_the_user_that_deployments_make_may_do_what_is_needed_and_no_harm(
     server: RedisServer, place: str
 ) -> None:
@@ -109,9 +107,9 @@ async def test_the_user_that_deployments_make_may_do_what_is_needed_and_no_harm(
         keys = Keys(StoreBook(store))
         made, _ = await keys.create(KeyRecord("", "acme", ""), 1.0)
         await keys.revoke(made.id, 2.0)
-        got = await store.reserve(Claim("c", (Line(BUDGET, 1),)))
+        got = await store.reserve(StoreClaim("c", (Charge(BUDGET, 1),)))
         assert isinstance(got, Granted)
-        await store.settle(got, [1], Note("n", {"requests": 1}, 100))
+        await store.settle(got, [1], UsageNote("n", {"requests": 1}, 100))
         assert await store.counts(["n"]) == [{"requests": 1}]
         assert (await store.balances([BUDGET]))[0].spent == 1
     volatile = RedisVolatile(url, prefix="coe", timeout_s=2)

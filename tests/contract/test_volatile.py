@@ -11,11 +11,11 @@ import pytest
 import pytest_asyncio
 from redis import Redis
 
-from service.errors import StoreGone
+from service.errors import StoreUnavailableError
 from service.store.keys import KeyRecord, Keys, StoreBook
-from service.store.protocol import Account, Claim, Granted, Line
+from service.store.protocol import Account, Charge, Granted, StoreClaim
 from service.store.redis_client import RedisClient
-from service.store.redis_store import SharedStore
+from service.store.redis_store import RedisStore
 from service.store.volatile import MemoryVolatile, VolatileStore
 from service.store.volatile_redis import RedisVolatile
 from service.store.windows import DAY
@@ -86,7 +86,7 @@ async def test_however_much_may_be_lost_what_counts_is_not_refused(
                 client.config_set("maxmemory", _used(client) + 4 * _MIB)
                 client.config_set("maxmemory-policy", policy)
         client_ = RedisClient(counting.url, "me", prefix="coe", timeout_s=5, lease_s=30)
-        store = SharedStore(client_, share=0, lease_s=30)
+        store = RedisStore(client_, share=0, lease_s=30)
         volatile = RedisVolatile(losing.url, prefix="coe", timeout_s=5)
         await store.start()
         keys = Keys(StoreBook(store))
@@ -95,7 +95,7 @@ async def test_however_much_may_be_lost_what_counts_is_not_refused(
         for i in range(400):
             await volatile.put(f"cache/acme/answer/{i}", bytes(65_536), ttl_s=3600)
             if i % 40 == 0:
-                got = await store.reserve(Claim(f"c{i}", (Line(budget, 7),)))
+                got = await store.reserve(StoreClaim(f"c{i}", (Charge(budget, 7),)))
                 assert isinstance(got, Granted)
                 await store.settle(got, [7], None)
         assert (await store.balances([budget]))[0].spent == 70
@@ -111,7 +111,7 @@ async def test_however_much_may_be_lost_what_counts_is_not_refused(
 async def test_one_that_is_gone_is_said_so_and_not_waited_for(server: RedisServer) -> None:
     gone = RedisVolatile("redis://127.0.0.1:1/0", prefix="x", timeout_s=5)
     for _ in range(3):
-        with pytest.raises(StoreGone, match="volatile store can't be reached"):
+        with pytest.raises(StoreUnavailableError, match="volatile store can't be reached"):
             await gone.get("a")
     assert gone._rests_until_s > 0
     await gone.close()
@@ -127,7 +127,7 @@ async def test_rotating_and_revoking_at_once_never_brings_a_key_back(server: Red
     for _ in range(2):
         owner = f"o{next(_ids)}"
         client = RedisClient(server.url, owner, prefix="race", timeout_s=5, lease_s=30)
-        store = SharedStore(client, share=0, lease_s=30)
+        store = RedisStore(client, share=0, lease_s=30)
         await store.start()
         stores.append(store)
     one, other = (Keys(StoreBook(store)) for store in stores)

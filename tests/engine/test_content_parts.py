@@ -9,10 +9,10 @@ import pytest
 
 from service.config import Config
 from service.errors import CoeError
-from service.gateway.request.limits import Limits
+from service.gateway.request.limits import RequestLimitChecker
 from service.gateway.request.media import media_of
 
-LIMITS = Limits(
+LIMITS = RequestLimitChecker(
     Config.model_validate({"experts": {"a": {"model": "m"}}, "pools": {"cpu": {"engine": "vllm"}}})
 )
 TYPES = (None, "text", "thinking", "refusal", "input_text", "output_text", "tool_reference")

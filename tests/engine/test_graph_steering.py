@@ -16,8 +16,8 @@ import pytest
 import pytest_asyncio
 
 from service.config import MoeCapture
-from service.engine.vllm.routing_stats_poller import RouterWatch
-from service.errors import ExpertFailed
+from service.engine.vllm.routing_stats_poller import RoutingStatsPoller
+from service.errors import ExpertFailedError
 from tests.support.engine.mixtral import EXPERTS, LAYERS
 from tests.support.engine.observer import Watch
 from tests.support.engine.real import ENVIRONMENT, ON_ONE_ENGINE, Swapping, greedy
@@ -36,7 +36,7 @@ class Compiled(Swapping):
         super().__init__(*args)
         self._stands = self._notes = True
         self.watch = Watch(_CAPTURE)
-        self._routers = RouterWatch(self._rpc, self.watch, _CAPTURE)
+        self._routers = RoutingStatsPoller(self._rpc, self.watch, _CAPTURE)
 
     async def look(self) -> None:
         assert self._routers is not None
@@ -122,9 +122,9 @@ async def test_exchanges_leave_no_trace(steering: Steering) -> None:
 async def test_weights_that_can_not_be_copied_stay(steering: Steering) -> None:
     assert "other" not in steering.engine.exchangeable
     assert {"plain", *steering.profiles} <= steering.engine.exchangeable
-    with pytest.raises(ExpertFailed, match=r"other.* could not be loaded: .*can't be copied"):
+    with pytest.raises(ExpertFailedError, match=r"other.* could not be loaded: .*can't be copied"):
         await steering.engine.fill("other")
-    with pytest.raises(ExpertFailed, match=r"layer 0 has 4 experts, of which 2 are .* 4, 3"):
+    with pytest.raises(ExpertFailedError, match=r"layer 0 has 4 experts, of which 2 are .* 4, 3"):
         await steering.engine.fill("odd")
     assert steering.engine.failure() is None
 
@@ -135,7 +135,7 @@ async def test_the_router_that_a_gpu_has(monkeypatch: pytest.MonkeyPatch) -> Non
     from vllm.model_executor.layers.fused_moe.router import fused_topk_router
 
     from service.engine.vllm.worker import graph_steering
-    from service.engine.vllm.worker.gates import Routed
+    from service.engine.vllm.worker.gates import RoutedLayer
 
     def topk_softmax(
         weights: Any, ids: Any, _: Any, logits: Any, renormalize: bool, **_more: Any
@@ -147,11 +147,11 @@ async def test_the_router_that_a_gpu_has(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(fused_topk_router.ops, "topk_softmax", topk_softmax)
     router = fused_topk_router.FusedTopKRouter(2, 4)
-    gates = {0: Routed(0, 4, 2, router, "TritonExperts")}
+    gates = {0: RoutedLayer(0, 4, 2, router, "TritonExperts")}
     monkeypatch.setattr(graph_steering, "gates_of", lambda _: gates)
     hidden, logits = torch.zeros(6, 8, dtype=torch.bfloat16), torch.randn(6, 4)
     own, own_ids = router.select_experts(hidden, logits)
-    rules = graph_steering.Standing(torch.nn.Linear(1, 1), 3)
+    rules = graph_steering.GraphSteering(torch.nn.Linear(1, 1), 3)
     weights, ids = router.select_experts(hidden, logits)
     assert torch.equal(weights[:, :2], own)
     assert torch.equal(ids[:, :2], own_ids)

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from service.errors import ExpertFailed
+from service.errors import ExpertFailedError
 from tests.support.engine.mixtral import EXPERTS, LAYERS
 from tests.support.engine.real import ENVIRONMENT, ON_ONE_ENGINE, Swapping
 from tests.support.engine.steered_family import PROMPT, RULES, TOKENS, Steering
@@ -121,8 +121,8 @@ async def test_beside_another_of_the_family(steering: Steering) -> None:
 
 
 async def test_what_does_not_fit_the_live_gates(steering: Steering) -> None:
-    with pytest.raises(ExpertFailed, match=r"layer 0 has 4 experts, of which 2 are .* 4, 3"):
+    with pytest.raises(ExpertFailedError, match=r"layer 0 has 4 experts, of which 2 are .* 4, 3"):
         await steering.engine.fill("odd")
-    with pytest.raises(ExpertFailed, match=r"experts\.lost\.profile: can't be read"):
+    with pytest.raises(ExpertFailedError, match=r"experts\.lost\.profile: can't be read"):
         await steering.engine.fill("lost")
     assert steering.engine.failure() is None

@@ -21,11 +21,11 @@ import pytest_asyncio
 from service.engine.base import EngineReport
 from service.engine.vllm.engine import VllmEngine, VllmModel
 from service.engine.vllm.swapping import Canary, Weights
-from service.errors import EngineDead, ExpertFailed
-from service.pool.lease import Again
-from service.pool.planner import Policy
+from service.errors import EngineDeadError, ExpertFailedError
+from service.pool.lease import LeaseRevokedError
+from service.pool.planner import SwapPolicy
 from service.pool.slots.swapping import SwapSlot
-from service.pool.units import Known, Unit
+from service.pool.units import Unit, UnitState
 from service.types import Residency
 from tests.support.engine.real import (
     ADAPTERS,
@@ -129,9 +129,9 @@ async def _counted(
 async def test_weights_that_can_not_be_used_disturb_nobody(stage: Stage, name: str) -> None:
     await stage.run("base")
     beside = asyncio.create_task(ask_one(stage.engine, "base"))
-    with pytest.raises(ExpertFailed, match=WHY[name]):
+    with pytest.raises(ExpertFailedError, match=WHY[name]):
         await stage.engine.fill(name)
-    with pytest.raises(ExpertFailed, match="not held"):
+    with pytest.raises(ExpertFailedError, match="not held"):
         await stage.engine.exchange(name)
     assert stage.said["base"].startswith(await beside)
     assert stage.said["base"].startswith(await ask_one(stage.engine, "base", tokens=4))
@@ -167,7 +167,7 @@ async def test_engine_that_should_start_with_a_spoiled_adapter_says_why(
     stage: Stage, name: str
 ) -> None:
     engine = Swapping(name, stage.weights, stage.canaries)
-    with pytest.raises(ExpertFailed, match=WHY[name]):
+    with pytest.raises(ExpertFailedError, match=WHY[name]):
         await engine.start()
     await engine.stop()
 
@@ -180,7 +180,7 @@ async def test_a_dropped_expert_is_gone_and_comes_back(stage: Stage) -> None:
     after = await engine.memory()
     assert after["resident_bytes"] < before["resident_bytes"] - 300 * 1024**2
     assert after["host_bytes"] < before["host_bytes"]
-    with pytest.raises(ExpertFailed):
+    with pytest.raises(ExpertFailedError):
         await engine.exchange("code")
     # A swap that failed leaves the engine as it was.
     assert await ask(engine, "base") == stage.said["base"]
@@ -214,7 +214,7 @@ async def test_memory_that_runs_out_in_a_fill_disturbs_nobody(
     await engine._rpc("coe_no_memory", how)
     try:
         beside = asyncio.create_task(ask_one(engine, "base"))
-        with pytest.raises(ExpertFailed, match=why):
+        with pytest.raises(ExpertFailedError, match=why):
             await engine.fill("code")
         assert stage.said["base"].startswith(await beside)
     finally:
@@ -275,11 +275,11 @@ async def _slot(
     slot = SwapSlot(
         tuple(Unit(name, (name,)) for name in DEMO),
         build,
-        Policy(0.0, max_wait_s=2.0 if preempt else 30.0, prefetch=False, preempt=preempt),
+        SwapPolicy(0.0, max_wait_s=2.0 if preempt else 30.0, prefetch=False, preempt=preempt),
         capacity=8,
         max_waiting=8,
         start_guess_s=30.0,
-        guess=Known(host_bytes=1024**3, fill_s=2.0, swap_s=0.05),
+        guess=UnitState(host_bytes=1024**3, fill_s=2.0, swap_s=0.05),
         changed=lambda: None,
     )
     supervisor = asyncio.create_task(slot.supervise(asyncio.Lock()))
@@ -301,12 +301,12 @@ async def test_a_request_that_was_put_back_is_answered_as_if_alone(stage: Stage)
     put_back: list[str] = []
 
     async def through(slot: SwapSlot, expert: str, tokens: int) -> str:
-        again: Again | None = None
+        again: LeaseRevokedError | None = None
         while True:
             try:
                 async with slot.lease(expert, again=again) as lease:
                     return await ask_one(lease.engine, expert, tokens=tokens)
-            except Again as back:
+            except LeaseRevokedError as back:
                 again = back
                 put_back.append(expert)
 
@@ -350,7 +350,7 @@ async def test_a_core_killed_in_a_fill_or_a_swap_is_replaced(stage: Stage) -> No
 
 async def test_swapped_in_is_as_started_on_the_same_weights(stage: Stage, tmp_path: Path) -> None:
     """Last: it needs an engine of its own, and by now the module's is dead."""
-    with pytest.raises(EngineDead):
+    with pytest.raises(EngineDeadError):
         await ask(stage.engine, "base")
     folder = tmp_path / "merged"
     await asyncio.to_thread(_merge, folder, "intents")
@@ -374,7 +374,7 @@ async def test_swapped_in_is_as_started_on_the_same_weights(stage: Stage, tmp_pa
         running = asyncio.create_task(ask_one(engine, "fresh", tokens=450))
         await until(engine.in_flight, "a request under way", 30)
         await engine.stop()
-        with pytest.raises(EngineDead):
+        with pytest.raises(EngineDeadError):
             await running
         logging.getLogger("vllm").removeHandler(listener)
         assert not logged

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from service.config import VllmOptions
-from service.engine.weight_cache import SharedCache
+from service.engine.weight_cache import SharedWeightCache
 from tests.support.engine.real import ask, demo
 from tests.support.models import small_model
 
@@ -41,7 +41,7 @@ async def test_weights_copied_into_the_live_parameters(eager: bool) -> None:
     from service.engine.vllm.swapping import SwappingVllmEngine
 
     options = OPTIONS.model_copy(update={"enforce_eager": eager})
-    cache = SharedCache(None)
+    cache = SharedWeightCache(None)
     engine = SwappingVllmEngine(
         "base", demo(), options, on_cpu=False, canary_every=5, canaries={}, cache=cache
     )
@@ -65,7 +65,7 @@ async def test_weights_copied_into_the_live_parameters(eager: bool) -> None:
 async def test_two_engines_of_one_pool_have_one_file_of_an_expert() -> None:
     from service.engine.vllm.swapping import SwappingVllmEngine
 
-    cache = SharedCache(None)
+    cache = SharedWeightCache(None)
     engines = [
         SwappingVllmEngine(
             "base", demo(), OPTIONS, on_cpu=False, canary_every=5, canaries={}, cache=cache

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from service.config import Config
-from service.gateway.cache.response_cache import Cache, Visit
-from service.gateway.request.parsing import read_asked
+from service.gateway.cache.response_cache import CacheSession, ResponseCache
+from service.gateway.request.parsing import parse_request
 from service.store.volatile import MemoryVolatile
 from service.types import Tenant
 from tests.support.serving import Site, chat, simulated, site
@@ -209,11 +209,11 @@ async def test_tenants_whose_names_hold_a_slash_share_no_place() -> None:
             },
         }
     )
-    cache = Cache(given, MemoryVolatile(10**6))
+    cache = ResponseCache(given, MemoryVolatile(10**6))
 
-    async def visit(tenant: str, how: bytes) -> Visit:
+    async def visit(tenant: str, how: bytes) -> CacheSession:
         raw = json.dumps(chat(model="big")).encode()
-        asked = read_asked(
+        asked = parse_request(
             "/v1/chat/completions", raw, {b"x-coe-cache": how}, 1, Tenant(tenant, "k")
         )
 

@@ -91,8 +91,18 @@ async def test_once_keys_are_needed_an_origin_says_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/health", "/ready", "/v1/models", "/v1/models/general", "/metrics", "/openapi.json",
-             "/console", "/console/events", "/v1/usage"]
+    "path",
+    [
+        "/health",
+        "/ready",
+        "/v1/models",
+        "/v1/models/general",
+        "/metrics",
+        "/openapi.json",
+        "/console",
+        "/console/events",
+        "/v1/usage",
+    ],
 )
 async def test_head_is_get_without_a_body(path: str) -> None:
     async with site(ONE) as s:

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 import aiohttp
 
 from service.config import Config
-from service.gateway.runtime import GatewayProcess
+from service.gateway.runtime import GatewayRuntime
 from service.types import Residency
 from tests.support.serving import CHAT, SECRET, pool_of, serving, until
 
@@ -40,7 +40,7 @@ async def test_a_cold_expert_becomes_resident_in_one_pool_with_four_gateways_dec
         pools = [await stack.enter_async_context(pool_of(CONFIG, kind)) for kind in CONFIG.pools]
         urls = []
         for i in range(GATEWAYS):
-            gateway = GatewayProcess(
+            gateway = GatewayRuntime(
                 CONFIG,
                 f"gateway-{i}",
                 SECRET,

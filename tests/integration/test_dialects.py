@@ -94,7 +94,7 @@ async def upstream(scope: Any, receive: Any, send: Any) -> None:
         for piece in (part[:25], part[25:]):
             await send({"type": "http.response.body", "body": piece, "more_body": True})
     if end == "cut":
-        await send({"type": "http.response.body", "body": b"data: {\"ty", "more_body": True})
+        await send({"type": "http.response.body", "body": b'data: {"ty', "more_body": True})
         raise ConnectionResetError
     await send({"type": "http.response.body", "body": b""})
 
@@ -233,7 +233,6 @@ async def test_messages_are_refused_in_anthropic_s_shape_before_they_are_read() 
                     "error",
                     kind,
                 )
-
 
 
 async def test_tools_that_nobody_runs_are_left_out_and_named() -> None:

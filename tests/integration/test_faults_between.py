@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from service.engine.base import EngineRequest, Send
-from service.errors import EngineDead
+from service.errors import EngineDeadError
 from service.rpc.client import PoolAddress
 from tests.support.serving import (
     CHAT,
@@ -74,7 +74,7 @@ async def test_a_poison_request_costs_two_of_five_pools(how: str, model: str) ->
                 lost.append(kind)
                 if how == "engine":
                     pool.engine.kill("a request killed it")
-                    raise EngineDead("a request killed it")
+                    raise EngineDeadError("a request killed it")
                 pool.served.cut()
                 await asyncio.sleep(30)
 

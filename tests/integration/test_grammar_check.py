@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from service.engine.grammar_check import Grammar, GrammarChecker, SharedChecker, Vocabulary
-from service.errors import InvalidRequest, OverCapacity
+from service.errors import InvalidRequestError, OverCapacityError
 
 xgrammar = pytest.importorskip("xgrammar")
 pytestmark = [
@@ -116,7 +116,7 @@ async def test_a_grammar_that_breaks_or_costs_is_refused_and_the_worker_goes_on(
     await checker.check(FIT["a regex"], vocabulary)
     before = pid_of(checker)
     grammar, why = UNFIT[name]
-    with pytest.raises(InvalidRequest, match=why) as refused:
+    with pytest.raises(InvalidRequestError, match=why) as refused:
         await checker.check(grammar, vocabulary)
     assert "/project/" not in refused.value.message, "a place in somebody's source"
     assert pid_of(checker) == before
@@ -127,7 +127,7 @@ async def test_the_loop_is_not_held_by_a_grammar_that_costs(
     checker: GrammarChecker, vocabulary: Vocabulary
 ) -> None:
     began_s = time.thread_time()
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InvalidRequestError):
         await checker.check(optional(3001), vocabulary)
     assert time.thread_time() - began_s < 0.1
 
@@ -170,7 +170,7 @@ async def test_without_a_worker_a_request_is_told_to_come_again(
 ) -> None:
     checker = GrammarChecker(cpu_s=1.0)
     monkeypatch.setattr("sys.executable", "/nowhere/python")
-    with pytest.raises(OverCapacity):
+    with pytest.raises(OverCapacityError):
         await checker.check(FIT["a regex"], None)
     await checker.close()
 

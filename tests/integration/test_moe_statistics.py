@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from service.cli import cli
-from service.engine.base import Chosen
+from service.engine.base import RoutingSample
 from service.errors import CoeError
 from tests.support.serving import ADMIN_KEY, Site, simulated, site
 
@@ -22,13 +22,13 @@ CAPTURE = {"vllm": {"moe_capture": {"every": 2}, "enforce_eager": True}}
 EXPERTS = {name: {"model": "m"} for name in ("moe", "dense", "idle", "plain")}
 
 
-def chosen(expert: str, tokens: int = 0) -> Chosen:
+def chosen(expert: str, tokens: int = 0) -> RoutingSample:
     if not tokens:
-        return Chosen(expert, (0, 2), 4, 1)
+        return RoutingSample(expert, (0, 2), 4, 1)
     load = np.array([[tokens, 0, 0, 0], [tokens // 2, tokens // 2, 0, 0]], np.int64)
     stretch = np.zeros((2, tokens, 1), np.int16)
     stretch[1, tokens // 2 :] = 1
-    return Chosen(expert, (0, 2), 4, 1, tokens, load, (stretch,))
+    return RoutingSample(expert, (0, 2), 4, 1, tokens, load, (stretch,))
 
 
 @asynccontextmanager
@@ -44,7 +44,7 @@ async def two_pools() -> AsyncIterator[Site]:
             metrics = s.pools[kind].process._metrics
             for expert in ("moe", "idle"):
                 metrics.chosen(chosen(expert))
-            metrics.chosen(Chosen("dense", (), 0, 0))
+            metrics.chosen(RoutingSample("dense", (), 0, 0))
             metrics.chosen(chosen("moe", tokens))
         yield s
 

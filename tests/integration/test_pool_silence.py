@@ -13,7 +13,7 @@ import pytest
 from service.rpc import client
 from service.rpc.call import Call
 from service.rpc.client import PoolAddress, PoolLink
-from service.rpc.pool_directory import Directory
+from service.rpc.pool_directory import PoolDirectory
 from service.rpc.snapshot import Snapshot, encode
 from tests.support.serving import serving
 from tests.support.waiting import until
@@ -50,9 +50,9 @@ def call(seq: int) -> Call:
 
 
 @asynccontextmanager
-async def followed(node: Node) -> AsyncIterator[tuple[Directory, PoolLink]]:
+async def followed(node: Node) -> AsyncIterator[tuple[PoolDirectory, PoolLink]]:
     """A gateway that follows this pool alone."""
-    directory = Directory("gateway", "secret")
+    directory = PoolDirectory("gateway", "secret")
     async with serving(node) as served:
         directory.update([PoolAddress(served.url, "cpu", "boot")])
         await until(lambda: len(directory.links()) == 1, "the pool is followed")

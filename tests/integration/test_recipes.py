@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from service.config import Config
-from service.gateway.request.parsing import read_asked
+from service.gateway.request.parsing import parse_request
 from service.http.asgi import read_body
 from tests.support.serving import CHAT, Site, chat, events, serving, site
 from tests.support.waiting import until
@@ -408,7 +408,7 @@ async def test_a_conversation_stays_where_it_began_and_leaves_for_a_better_one()
         relay = s.gateway.current.relay
         body = {"model": "auto", "messages": [*follow, {"role": "user", "content": "go on"}]}
         data = json.dumps(body).encode()
-        warm = relay.conversations.warm(read_asked(CHAT, data, {}, 1000))
+        warm = relay.conversations.warm(parse_request(CHAT, data, {}, 1000))
         assert warm is not None
         assert (warm.expert, warm.boot) == (told["model"], "")
         assert warm.tokens == pytest.approx(len(text) / 4, rel=0.1)
@@ -416,4 +416,6 @@ async def test_a_conversation_stays_where_it_began_and_leaves_for_a_better_one()
             "model": "auto",
             "messages": [{"role": "user", "content": "hi"}, *follow[1:], *first],
         }
-        assert relay.conversations.warm(read_asked(CHAT, json.dumps(other).encode(), {}, 1)) is None
+        assert (
+            relay.conversations.warm(parse_request(CHAT, json.dumps(other).encode(), {}, 1)) is None
+        )

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import StoreGone
-from service.store.protocol import Account, Claim, Granted, Line, Note, Refused
+from service.errors import StoreUnavailableError
+from service.store.protocol import Account, Charge, Granted, Refused, StoreClaim, UsageNote
 from service.store.redis_client import RedisClient
-from service.store.redis_store import SharedStore
+from service.store.redis_store import RedisStore
 from service.store.windows import DAY, MINUTE, NOW
 from tests.support.redis import RedisServer, redis_server
 from tests.support.waiting import until
@@ -37,15 +37,15 @@ def made(
     share: float = 0.1,
     lease_s: float = 30,
     timeout_s: float = 10,
-) -> SharedStore:
+) -> RedisStore:
     client = RedisClient(server.url, owner, prefix="coe", timeout_s=timeout_s, lease_s=lease_s)
-    return SharedStore(client, share=share, lease_s=lease_s, beat_s=0.05)
+    return RedisStore(client, share=share, lease_s=lease_s, beat_s=0.05)
 
 
 @asynccontextmanager
 async def gateways(
     server: RedisServer, n: int = 2, **settings: float
-) -> AsyncIterator[list[SharedStore]]:
+) -> AsyncIterator[list[RedisStore]]:
     async with AsyncExitStack() as stack:
         stores = []
         for i in range(n):
@@ -56,22 +56,22 @@ async def gateways(
         yield stores
 
 
-def claim(*lines: Line) -> Claim:
-    return Claim(f"c{next(_ids)}", lines or (Line(BUDGET, 100), Line(REQUESTS, 1)))
+def claim(*lines: Charge) -> StoreClaim:
+    return StoreClaim(f"c{next(_ids)}", lines or (Charge(BUDGET, 100), Charge(REQUESTS, 1)))
 
 
-async def granted(store: SharedStore, *lines: Line) -> Granted:
+async def granted(store: RedisStore, *lines: Charge) -> Granted:
     got = await store.reserve(claim(*lines))
     assert isinstance(got, Granted)
     return got
 
 
-async def amounts(store: SharedStore, account: Account) -> tuple[int, int]:
+async def amounts(store: RedisStore, account: Account) -> tuple[int, int]:
     (balance,) = await store.balances([account])
     return balance.spent, balance.reserved
 
 
-async def holds_slices(store: SharedStore, server: RedisServer) -> None:
+async def holds_slices(store: RedisStore, server: RedisServer) -> None:
     """Until a slice of the budget is held."""
 
     def held() -> bool:
@@ -85,10 +85,10 @@ async def test_a_burst_through_two_gateways_takes_exactly_the_limits(server: Red
     async with gateways(server) as stores:
         served = 0
 
-        async def use(store: SharedStore) -> bool:
+        async def use(store: RedisStore) -> bool:
             """Whether the budget is spent, or else one more served where there is room."""
             nonlocal served
-            got = await store.reserve(claim(Line(BUDGET, 40), Line(REQUESTS, 1)))
+            got = await store.reserve(claim(Charge(BUDGET, 40), Charge(REQUESTS, 1)))
             if isinstance(got, Granted):
                 await store.settle(got, [40, 1], None)
                 served += 1
@@ -113,7 +113,7 @@ async def test_a_killed_gateway_leaks_nothing(server: RedisServer) -> None:
     async with gateways(server, 1, share=0) as (living,):
         killed = made(server, "killed", share=0, lease_s=2)
         await killed._beat()
-        lines = (Line(BUDGET, 7000), Line(AT_ONCE, 90))
+        lines = (Charge(BUDGET, 7000), Charge(AT_ONCE, 90))
         held = await granted(killed, *lines)
         assert isinstance(await living.reserve(claim(*lines)), Refused)
         assert await amounts(living, BUDGET) == (0, 7000)
@@ -138,24 +138,24 @@ async def test_redis_gone_then_back(server: RedisServer) -> None:
         for store in stores:
             await holds_slices(store, server)
         server.kill()
-        offline: list[tuple[SharedStore, Granted]] = []
+        offline: list[tuple[RedisStore, Granted]] = []
 
-        async def spend(store: SharedStore) -> None:
+        async def spend(store: RedisStore) -> None:
             while True:
                 offline.append((store, await granted(store)))
 
         for store in stores:
-            with pytest.raises(StoreGone) as caught:
+            with pytest.raises(StoreUnavailableError) as caught:
                 await spend(store)
             assert caught.value.retry_after_s >= 1
             assert "used up" in caught.value.message
-            with pytest.raises(StoreGone):
+            with pytest.raises(StoreUnavailableError):
                 await store.version("x")
         # A tenth of what was left, each: more than nothing, and together never too much.
         assert 2 <= len(offline) <= 20
         assert all(got.offline for _, got in offline)
         for store, got in offline[::2]:
-            await store.settle(got, [30, 1], Note("u", {"requests": 1}, 100))
+            await store.settle(got, [30, 1], UsageNote("u", {"requests": 1}, 100))
             used += 30
         for store, got in zip(stores, before, strict=True):
             await store.settle(got, [55, 1], None)
@@ -164,7 +164,7 @@ async def test_redis_gone_then_back(server: RedisServer) -> None:
         for store in stores:
             await until(lambda store=store: store.up, "it is back")
         for store, got in offline[1::2]:
-            await store.settle(got, [30, 1], Note("u", {"requests": 1}, 100))
+            await store.settle(got, [30, 1], UsageNote("u", {"requests": 1}, 100))
             used += 30
 
         async def told() -> bool:
@@ -228,8 +228,8 @@ async def test_an_outage_longer_than_the_lease_ends_the_slices_but_frees_nothing
 
         async def refused() -> bool:
             try:
-                await store.reserve(claim(Line(BUDGET, 1)))
-            except StoreGone:
+                await store.reserve(claim(Charge(BUDGET, 1)))
+            except StoreUnavailableError:
                 return True
             return False
 
@@ -245,7 +245,7 @@ async def test_an_outage_longer_than_the_lease_ends_the_slices_but_frees_nothing
 async def test_the_ledger_survives_a_restart_of_everything(server: RedisServer) -> None:
     async with gateways(server, 1) as (store,):
         got = await granted(store)
-        await store.settle(got, [77, 1], Note("u", {"cost": 77}, 1000))
+        await store.settle(got, [77, 1], UsageNote("u", {"cost": 77}, 1000))
         assert await store.replace("keys", "1", None, b"kept")
     server.kill()
     server.start()
@@ -258,10 +258,10 @@ async def test_the_ledger_survives_a_restart_of_everything(server: RedisServer) 
 async def test_without_redis_at_the_start_nothing_is_granted(server: RedisServer) -> None:
     server.kill()
     async with gateways(server, 1) as (store,):
-        with pytest.raises(StoreGone):
+        with pytest.raises(StoreUnavailableError):
             await store.reserve(claim())
         # What nothing bounds needs no store.
-        assert isinstance(await store.reserve(Claim("free", ())), Granted)
+        assert isinstance(await store.reserve(StoreClaim("free", ())), Granted)
         server.start()
         await until(lambda: store.up, "it is there now")
         await granted(store)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from service.engine.simulated import SimulatedEngine
-from service.errors import ExpertFailed
-from service.gateway.runtime import GatewayProcess
+from service.errors import ExpertFailedError
+from service.gateway.runtime import GatewayRuntime
 from service.store.keys import digest_of
 from tests.support.redis import redis_server
 from tests.support.serving import ADMIN_KEY, CHAT, SECRET, Site, chat, serving, simulated, site
@@ -155,7 +155,7 @@ async def test_a_budget_of_everybody_s_tells_a_key_nothing_of_what_others_spend(
 
 async def test_reasons_name_no_folder_to_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     async def refuse(self: SimulatedEngine) -> Any:
-        raise ExpertFailed("/srv/weights/m/model.safetensors: damaged", retry_after_s=30)
+        raise ExpertFailedError("/srv/weights/m/model.safetensors: damaged", retry_after_s=30)
 
     monkeypatch.setattr(SimulatedEngine, "start", refuse)
     async with site(config()) as s:
@@ -412,7 +412,7 @@ async def test_64_clients_through_two_gateways_overspend_nothing(tmp_path: Path)
 @asynccontextmanager
 async def second_gateway(s: Site, given: Any) -> AsyncIterator[str]:
     """Another gateway to the same pools: its URL."""
-    gateway = GatewayProcess(
+    gateway = GatewayRuntime(
         given, "second", SECRET, admin_key=None, wake=lambda _: None, behind_serve=False
     )
     await gateway.start()

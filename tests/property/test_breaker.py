@@ -7,9 +7,17 @@ import random
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.broker.breaker import Breaker, Breakers, Policy, RetryBudget, State, Try, pause_s
+from service.broker.breaker import (
+    Breaker,
+    BreakerPolicy,
+    Breakers,
+    Permit,
+    RetryBudget,
+    State,
+    backoff_s,
+)
 
-POLICY = Policy(failures=3, open_s=2, longest_open_s=10, together_s=0.25)
+POLICY = BreakerPolicy(failures=3, open_s=2, longest_open_s=10, together_s=0.25)
 
 
 def fail(breaker: Breaker, now_s: float) -> bool:
@@ -87,10 +95,10 @@ def test_a_budget_bounds_retries() -> None:
 
 
 def test_pauses_grow_and_are_bounded() -> None:
-    assert pause_s(0, lambda: 1.0) == 0.05
-    assert pause_s(3, lambda: 1.0) == 0.4
-    assert pause_s(1000, lambda: 1.0) == 1.0
-    assert pause_s(5, lambda: 0.0) == 0.0
+    assert backoff_s(0, lambda: 1.0) == 0.05
+    assert backoff_s(3, lambda: 1.0) == 0.4
+    assert backoff_s(1000, lambda: 1.0) == 1.0
+    assert backoff_s(5, lambda: 0.0) == 0.0
 
 
 class Machine(RuleBasedStateMachine):
@@ -100,7 +108,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.now_s = 0.0
         self.breaker = Breaker(POLICY, random.Random(0).random)
-        self.under_way: list[Try] = []
+        self.under_way: list[Permit] = []
 
     @rule(for_s=st.sampled_from([0.0, 0.1, 0.3, 1.0, 5.0, 20.0]))
     def wait(self, for_s: float) -> None:

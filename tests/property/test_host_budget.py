@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.pool.host_budget import Claim, claims, divide
+from service.pool.host_budget import HostMemoryClaim, claims, divide
 from service.pool.placement import Place
 from service.pool.planner import (
-    Policy,
     SlotView,
+    SwapPolicy,
     UnitView,
     bounded,
     next_fetch,
@@ -20,25 +20,25 @@ from service.pool.planner import (
 )
 from service.types import Residency
 
-POLICY = Policy(max_wait_s=10.0)
+POLICY = SwapPolicy(max_wait_s=10.0)
 sizes = st.integers(0, 40)
 
 
 @st.composite
-def divisions(draw: st.DrawFn) -> tuple[int, list[Claim], list[int], list[int]]:
+def divisions(draw: st.DrawFn) -> tuple[int, list[HostMemoryClaim], list[int], list[int]]:
     """Slots that are within their bound, and claims that are."""
     count = draw(st.integers(1, 5))
     given_ = draw(st.lists(sizes, min_size=count, max_size=count))
     held = draw(st.lists(sizes, min_size=count, max_size=count))
     needs = draw(st.lists(sizes, min_size=count, max_size=count))
     bound = max(sum(map(max, given_, held)), sum(needs)) + draw(sizes)
-    return bound, [Claim(n, n) for n in needs], given_, held
+    return bound, [HostMemoryClaim(n, n) for n in needs], given_, held
 
 
 @settings(max_examples=300, deadline=None)
 @given(divisions())
 def test_what_may_be_held_and_what_is_never_pass_the_bound(
-    case: tuple[int, list[Claim], list[int], list[int]],
+    case: tuple[int, list[HostMemoryClaim], list[int], list[int]],
 ) -> None:
     bound, claimed, rooms, held = case
     for _ in range(3):
@@ -52,7 +52,7 @@ def test_what_may_be_held_and_what_is_never_pass_the_bound(
 @settings(max_examples=300, deadline=None)
 @given(divisions(), sizes)
 def test_divide_below_what_slots_need_alone_gives_no_more_than_that_at_any_time(
-    case: tuple[int, list[Claim], list[int], list[int]], bound: int
+    case: tuple[int, list[HostMemoryClaim], list[int], list[int]], bound: int
 ) -> None:
     _, claimed, _, held = case
     most = max(bound, sum(claim.needs for claim in claimed), sum(held))
@@ -70,7 +70,7 @@ class Model:
 
     units: dict[str, UnitView]
     running: str
-    policy: Policy = POLICY
+    policy: SwapPolicy = POLICY
     dropping: list[str] = field(default_factory=list)
     filling: str = ""
 
@@ -145,7 +145,7 @@ def _models(chance: random.Random) -> list[Model]:
     return models
 
 
-def _share(bound: int, models: list[Model]) -> list[Claim]:
+def _share(bound: int, models: list[Model]) -> list[HostMemoryClaim]:
     places = [model.place() for model in models]
     claimed = claims(bound, places, POLICY)
     given_ = [model.policy.host_bytes or 0 for model in models]

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from service.engine.base import Message
 from service.errors import CoeError
-from service.pool.planner import Policy
+from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool
 from service.pool.slots.swapping import SwapSlot
-from service.pool.units import Known
+from service.pool.units import UnitState
 from service.rpc.call import Call
 from tests.support.clock import FastTime
 from tests.support.swap_stage import (
@@ -61,11 +61,11 @@ class Fleet:
             slot = SwapSlot(
                 UNITS[i::2],
                 partial(FaultyEngine, world=world),
-                Policy(STAY_S, WAIT_S, host_bytes=bound, preempt=preempt),
+                SwapPolicy(STAY_S, WAIT_S, host_bytes=bound, preempt=preempt),
                 capacity=2,
                 max_waiting=50,
                 start_guess_s=LOAD_S,
-                guess=Known(host_bytes=SIZE, fill_s=FILL_S, swap_s=SWAP_S),
+                guess=UnitState(host_bytes=SIZE, fill_s=FILL_S, swap_s=SWAP_S),
                 changed=pool.changed,
             )
             pool.add(slot)

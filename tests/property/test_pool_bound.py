@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.config import SimulatedOptions
-from service.engine.base import EngineReport, EngineRequest, Filled
+from service.engine.base import EngineReport, EngineRequest, LoadResult
 from service.engine.simulated import SimulatedEngine
-from service.errors import CoeError, Conflict, EngineDead, ExpertFailed
-from service.pool.lease import Again
-from service.pool.planner import Policy
+from service.errors import CoeError, ConflictError, EngineDeadError, ExpertFailedError
+from service.pool.lease import LeaseRevokedError
+from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool
 from service.pool.slots.swapping import SwapSlot
-from service.pool.units import Known, Unit
+from service.pool.units import Unit, UnitState
 from tests.support.clock import FastTime
 from tests.support.swap_stage import on_clock
 
@@ -75,22 +75,22 @@ class SlowEngine(SimulatedEngine):
         report = await super().start()
         if "start" in self.memory.armed:
             self.memory.armed.discard("start")
-            raise ExpertFailed("told not to start")
+            raise ExpertFailedError("told not to start")
         return report
 
-    async def fill(self, expert: str) -> Filled:
+    async def fill(self, expert: str) -> LoadResult:
         held = self._take(expert)
         await asyncio.sleep(FILL_S)
         if "fill" in self.memory.armed:
             self.memory.armed.discard("fill")
             held.discard(expert)
-            raise ExpertFailed("told to fail")
+            raise ExpertFailedError("told to fail")
         if "die" in self.memory.armed:
             self.memory.armed.discard("die")
             self.kill("told to die")
-            raise EngineDead("told to die")
+            raise EngineDeadError("told to die")
         await self.load(expert)
-        return Filled(self.memory.sizes[expert], FILL_S)
+        return LoadResult(self.memory.sizes[expert], FILL_S)
 
     async def drop(self, expert: str, *, for_next: bool = False) -> None:
         await asyncio.sleep(DROP_S)
@@ -124,9 +124,7 @@ class PoolStage:
         bound = chance.randint(sum(largest[:slots]), max(sum(largest[:slots]), sum(largest)))
         self.memory = Memory(sizes, bound)
         self.pool = Pool("p")
-        self.policy = Policy(
-            min_stay_s=0.05, max_wait_s=2.0, host_bytes=bound, preempt=preempt
-        )
+        self.policy = SwapPolicy(min_stay_s=0.05, max_wait_s=2.0, host_bytes=bound, preempt=preempt)
         names = list(self.units)
         for i in range(slots):
             self.pool.add(self.make_slot([self.units[name] for name in names[i::slots]]))
@@ -139,12 +137,12 @@ class PoolStage:
             capacity=2,
             max_waiting=9,
             start_guess_s=LOAD_S,
-            guess=Known(host_bytes=10, fill_s=FILL_S, swap_s=SWAP_S),
+            guess=UnitState(host_bytes=10, fill_s=FILL_S, swap_s=SWAP_S),
             changed=self.pool.changed,
         )
 
     async def ask(self, expert: str, tokens: int = 1) -> str:
-        again: Again | None = None
+        again: LeaseRevokedError | None = None
         while True:
             try:
                 slot = self.pool._slot(expert)
@@ -152,9 +150,9 @@ class PoolStage:
                     request = EngineRequest("/v1/completions", expert, b'{"prompt":"x"}', "r")
                     await lease.engine.run(request, _nowhere)
                 return "ok"
-            except Again as back:
+            except LeaseRevokedError as back:
                 again = back
-            except EngineDead as error:
+            except EngineDeadError as error:
                 slot.lost()
                 return error.code
             except CoeError as error:
@@ -185,7 +183,7 @@ async def tell(stage: PoolStage, length: int, rough: float) -> list[Any]:
                     act = chance.choice(("load", "evict", "pin", "unpin", "unpin"))
                     try:
                         await pool.operate(act, name)
-                    except Conflict:
+                    except ConflictError:
                         assert act in ("load", "evict", "pin")
         elif (kind := chance.random()) < 0.5:
             clients.append(asyncio.create_task(stage.ask(name, chance.randint(1, 4))))
@@ -248,7 +246,7 @@ async def test_pool_whose_slot_grows_waits_for_the_others_to_forget(
     stage.memory = Memory({"a": 1, "big": 3, "b1": 1, "b2": 1, "b3": 1}, 5)
     several = ["b1", "b2", "b3"]
     stage.family_of = {"a": ["a"], "big": ["big"]} | {name: several for name in several}
-    stage.policy = Policy(min_stay_s=0.05, max_wait_s=2.0, host_bytes=5)
+    stage.policy = SwapPolicy(min_stay_s=0.05, max_wait_s=2.0, host_bytes=5)
     pool = stage.pool = Pool("p")
     units = {name: Unit(name, (name,), size_bytes=n) for name, n in stage.memory.sizes.items()}
     first = stage.make_slot([units["a"]])

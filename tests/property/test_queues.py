@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.errors import OverCapacity
-from service.pool.queue import PROMPT_TOKENS, Queues, Ticket
+from service.errors import OverCapacityError
+from service.pool.queue import PROMPT_TOKENS, Ticket, TicketQueue
 
 EXPERTS = ("a", "b", "c")
 CAPACITY = 3
@@ -19,7 +19,7 @@ class QueuesMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queues = Queues(EXPERTS, capacity=CAPACITY, max_waiting=MAX_WAITING)
+        self.queues = TicketQueue(EXPERTS, capacity=CAPACITY, max_waiting=MAX_WAITING)
         self.waiting: list[Ticket] = []
         self.running: list[Ticket] = []
         self.ended: list[Ticket] = []
@@ -44,7 +44,7 @@ class QueuesMachine(RuleBasedStateMachine):
             ticket = self.queues.offer(
                 expert, self.now_s, ready=ready, places=places, tokens=tokens
             )
-        except OverCapacity:
+        except OverCapacityError:
             assert full
             assert not at_once
             return

@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.broker.pool_state import Board, PoolView
-from service.broker.recipe_catalog import Book
-from service.broker.selection import Wish, weigh
+from service.broker.pool_state import PoolStateTable, PoolView
+from service.broker.recipe_catalog import RecipeCatalog
+from service.broker.selection import SelectionRequest, select
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
 from service.types import MAX_LATER, Recipe, Residency
 
@@ -62,11 +62,11 @@ def test_singles_alone_are_weighed_as_beside_others(
     streams: bool,
     context_tokens: int,
 ) -> None:
-    book = Book(EXPERTS, TOGETHER)
-    standing = Board(book.index).standing(views)
+    book = RecipeCatalog(EXPERTS, TOGETHER)
+    standing = PoolStateTable(book.index).standing(views)
 
     def weighed(rows: int, deadline_s: float):  # type: ignore[no-untyped-def]
-        wish = Wish(
+        wish = SelectionRequest(
             rows=book.everything[:rows],
             quality=np.array(quality[:rows]),
             reach=np.full((rows, MAX_LATER), 0.5) * (book.later[:rows] < len(EXPERTS)),
@@ -79,7 +79,7 @@ def test_singles_alone_are_weighed_as_beside_others(
             context_tokens=context_tokens,
             streams=streams,
         )
-        return weigh(book, standing, wish)
+        return select(book, standing, wish)
 
     alone, beside = weighed(3, np.inf), weighed(5, np.inf)
     for figure in ("time", "displaced", "cost", "utility", "ideal", "barred"):

@@ -16,7 +16,7 @@ from service.config import SimulatedOptions
 from service.engine.base import EngineRequest, Message
 from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError
-from service.pool.slots.base import Slot
+from service.pool.slots.base import BaseSlot
 from service.rpc.snapshot import Queue
 from tests.support.clock import FastTime
 
@@ -63,7 +63,7 @@ class Story:
         self.fails_to_load = fails_to_load
         self.running = 0
         self.most_running = 0
-        self.slot = Slot(
+        self.slot = BaseSlot(
             EXPERTS,
             self.build,
             capacity=CAPACITY,

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.config import SimulatedOptions
-from service.engine.base import EngineReport, EngineRequest, Exchanged, Filled, Message, Send
+from service.engine.base import EngineReport, EngineRequest, LoadResult, Message, Send, SwapResult
 from service.engine.simulated import SimulatedEngine
-from service.errors import CoeError, Conflict, ExpertFailed
-from service.pool.planner import Policy
+from service.errors import CoeError, ConflictError, ExpertFailedError
+from service.pool.planner import SwapPolicy
 from service.pool.slots.swapping import SwapSlot
-from service.pool.units import Known, Unit
+from service.pool.units import Unit, UnitState
 from tests.support.clock import FastTime
 from tests.support.swap_stage import on_clock
 
@@ -48,23 +48,23 @@ class Engine(SimulatedEngine):
         if not fine:
             self.wrong.append(what)
 
-    async def fill(self, expert: str) -> Filled:
+    async def fill(self, expert: str) -> LoadResult:
         base = NEEDS.get(expert)
         self._must(base is None or base in self.held, f"{expert} without {base}")
         full = {name for name in (*self.held, expert) if name not in NEEDS}
         if self.bound is not None:
             self._must(len(full) * SIZE <= self.bound, f"{full} held")
         if self.chance.random() < 0.05:
-            raise ExpertFailed("told to fail")
+            raise ExpertFailedError("told to fail")
         await super().fill(expert)
         self.held.add(expert)
-        return Filled(3 if base else SIZE, 0.05)
+        return LoadResult(3 if base else SIZE, 0.05)
 
-    async def exchange(self, expert: str) -> Exchanged:
+    async def exchange(self, expert: str) -> SwapResult:
         self._must(self._running == 0, "exchanged under requests")
         self._must(NEEDS.get(expert, expert) in self.held, f"{expert} without its base")
         if self.chance.random() < 0.05:
-            raise ExpertFailed("told to fail")
+            raise ExpertFailedError("told to fail")
         done = await super().exchange(expert)
         same = NEEDS.get(self.now, self.now) == NEEDS.get(expert, expert)
         self._must(done.method == ("steer" if same else "inplace"), f"{done.method} to {expert}")
@@ -97,11 +97,11 @@ async def _story(chance: random.Random, bound: int | None) -> None:
         slot = SwapSlot(
             UNITS,
             lambda first: Engine(first, bound, wrong, chance),
-            Policy(min_stay_s=0.02, max_wait_s=2.0, host_bytes=bound, prefetch=True),
+            SwapPolicy(min_stay_s=0.02, max_wait_s=2.0, host_bytes=bound, prefetch=True),
             capacity=2,
             max_waiting=50,
             start_guess_s=0.05,
-            guess=Known(host_bytes=SIZE, fill_s=0.05, swap_s=0.01),
+            guess=UnitState(host_bytes=SIZE, fill_s=0.05, swap_s=0.01),
             changed=lambda: None,
         )
         supervisor = asyncio.create_task(slot.supervise(asyncio.Lock()))
@@ -128,7 +128,7 @@ async def _story(chance: random.Random, bound: int | None) -> None:
             asking.append(asyncio.create_task(ask(chance.choice(NAMES))))
             await asyncio.sleep(chance.choice((0, 0, 0.01, 0.1, 0.4)))
             if chance.random() < 0.1:
-                with contextlib.suppress(Conflict):
+                with contextlib.suppress(ConflictError):
                     await slot.operate("evict", chance.choice(NAMES))
         async with asyncio.timeout(300):
             await asyncio.gather(*asking)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.store.memory import MemoryStore
-from service.store.protocol import Account, Claim, Granted, Line, Note, Refused
+from service.store.protocol import Account, Charge, Granted, Refused, StoreClaim, UsageNote
 from service.store.redis_client import RedisClient
-from service.store.redis_store import SharedStore
+from service.store.redis_store import RedisStore
 from service.store.windows import DAY, MINUTE, MONTH, NOW, fixed
 from tests.support.redis import RedisServer, redis_server
 
@@ -28,7 +28,7 @@ ACCOUNTS = (
 )
 lines = st.lists(
     st.builds(
-        Line,
+        Charge,
         st.sampled_from(ACCOUNTS),
         st.sampled_from([0, 1, 2, 333, 10**15]),
         st.sampled_from([0.0, 0.15, 1.0, 3.7, 1e9]),
@@ -74,7 +74,7 @@ async def _compare(server: RedisServer, steps: list[tuple]) -> None:
         server.url, "me", prefix=f"p{next(_ids)}", timeout_s=5, lease_s=10**9, clock=clock
     )
     # It beats only when asked to: nothing but these steps happens.
-    shared = SharedStore(client, share=0, lease_s=10**9)
+    shared = RedisStore(client, share=0, lease_s=10**9)
     try:
         await shared._beat()
         await _same(steps, clock_at, MemoryStore(clock), shared)
@@ -83,13 +83,13 @@ async def _compare(server: RedisServer, steps: list[tuple]) -> None:
 
 
 async def _same(
-    steps: list[tuple], now: list[float], memory: MemoryStore, shared: SharedStore
+    steps: list[tuple], now: list[float], memory: MemoryStore, shared: RedisStore
 ) -> None:
     held: list[tuple[Granted, Granted]] = []
     for number, step in enumerate(steps):
         match step:
             case ("claim", wanted, tokens, least):
-                claim = Claim(f"c{number}", tuple(wanted), tokens, min(least, tokens))
+                claim = StoreClaim(f"c{number}", tuple(wanted), tokens, min(least, tokens))
                 one, other = await memory.reserve(claim), await shared.reserve(claim)
                 assert one == other
                 if isinstance(one, Granted):
@@ -106,7 +106,7 @@ async def _same(
                     else min(used, amount)
                     for line, amount in zip(one.claim.lines, one.amounts, strict=True)
                 ]
-                note = Note("n", {"used": sum(amounts)}, 10**6)
+                note = UsageNote("n", {"used": sum(amounts)}, 10**6)
                 await memory.settle(one, amounts, note)
                 await shared.settle(other, amounts, note)
             case ("wait", seconds):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.errors import Conflict
+from service.errors import ConflictError
 from service.rpc.snapshot import Queue
 from tests.support.clock import FastTime
 from tests.support.swap_stage import (
@@ -121,7 +121,7 @@ async def tell(stage: Stage, story: list[Any]) -> list[Any]:
             case Operate(act, expert):
                 try:
                     await stage.slot.operate(act, expert)
-                except Conflict:
+                except ConflictError:
                     assert act in ("load", "evict")
             case Turn(times):
                 for _ in range(times):

@@ -12,24 +12,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.broker.pool_state import Board, PoolView
+from service.broker.pool_state import PoolStateTable, PoolView
 from service.config import SimulatedOptions
-from service.engine.base import EngineReport, Exchanged, Filled
+from service.engine.base import EngineReport, LoadResult, SwapResult
 from service.engine.simulated import SimulatedEngine
 from service.engine.sleep_mode import SleepingEngines
-from service.errors import CoeError, ExpertFailed
-from service.pool.planner import Policy
+from service.errors import CoeError, ExpertFailedError
+from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool
-from service.pool.slots.base import Slot
+from service.pool.slots.base import BaseSlot
 from service.pool.slots.swapping import SwapSlot
-from service.pool.units import Known, Unit
+from service.pool.units import Unit, UnitState
 from service.types import Residency
 from tests.support.clock import FastTime
 from tests.support.swap_stage import on_clock
 from tests.support.waiting import until
 
 # Guesses that are wrong by far: nothing that is told may rest on them once it was measured.
-GUESS = Known(host_bytes=10, fill_s=5.0, swap_s=0.05)
+GUESS = UnitState(host_bytes=10, fill_s=5.0, swap_s=0.05)
 START_GUESS_S = 3.0
 # What a look of the slot may come late, there and for the drops before.
 SLACK_S = 0.25
@@ -61,16 +61,16 @@ class CostlyEngine(SimulatedEngine):
         await asyncio.sleep(self.costs[self.unit].start_s)
         return await super().start()
 
-    async def fill(self, expert: str) -> Filled:
+    async def fill(self, expert: str) -> LoadResult:
         await asyncio.sleep(self.costs[expert].fill_s)
         await self.load(expert)
-        return Filled(10, self.costs[expert].fill_s)
+        return LoadResult(10, self.costs[expert].fill_s)
 
-    async def exchange(self, expert: str) -> Exchanged:
+    async def exchange(self, expert: str) -> SwapResult:
         if expert not in self._loaded:
-            raise ExpertFailed("not held")
+            raise ExpertFailedError("not held")
         await asyncio.sleep(self.costs[expert].swap_s)
-        return Exchanged(self.costs[expert].swap_s, ok=True)
+        return SwapResult(self.costs[expert].swap_s, ok=True)
 
     async def sleep(self) -> None:
         """For an engine each: it takes nothing."""
@@ -96,7 +96,7 @@ def _slot(
     slot = SwapSlot(
         [Unit(name, (name,), size_bytes=10) for name in names],
         lambda unit: CostlyEngine(unit, next(f for f in families if unit in f), costs),
-        Policy(min_stay_s=0.0, max_wait_s=1000.0, host_bytes=bound, prefetch=False),
+        SwapPolicy(min_stay_s=0.0, max_wait_s=1000.0, host_bytes=bound, prefetch=False),
         capacity=4,
         max_waiting=9,
         start_guess_s=START_GUESS_S,
@@ -209,7 +209,7 @@ def test_displaced_work_of_a_unit_that_needs_another_engine_is_both_starts() -> 
             held = [asyncio.create_task(hold()) for _ in range(4)]
             await asyncio.sleep(0.1)
             view = PoolView(pool.boot, pool.snapshot(), 0.0, {})
-            told = Board({"a": 0, "b": 1}).standing([view])
+            told = PoolStateTable({"a": 0, "b": 1}).standing([view])
             # There: a ends, b starts. Back: b ends, a starts. For each of the four who run.
             assert told.eta[0, 1] == pytest.approx(2.0 + 10.0, abs=0.2)
             assert told.displaced[0, 1] == pytest.approx(4 * (12.0 + 34.0), rel=0.02)
@@ -237,7 +237,7 @@ def test_told_times_of_sleeping_engines_are_a_start_once_and_then_a_wake() -> No
                 lambda first: SleepingEngines(
                     first, units, lambda n: CostlyEngine(n, frozenset("ab"), costs), {}
                 ),
-                Policy(min_stay_s=0.0, prefetch=False),
+                SwapPolicy(min_stay_s=0.0, prefetch=False),
                 capacity=4,
                 max_waiting=9,
                 start_guess_s=START_GUESS_S,
@@ -266,13 +266,13 @@ def test_told_times_of_sleeping_engines_are_a_start_once_and_then_a_wake() -> No
 async def test_unit_whose_start_fails_is_told_as_failed_and_holds_nothing() -> None:
     class Refuses(CostlyEngine):
         async def start(self) -> EngineReport:
-            raise ExpertFailed("told not to start")
+            raise ExpertFailedError("told not to start")
 
     costs = {"a": Costs(0.1, 0.0, 0.0, 0.0)}
     slot = SwapSlot(
         [Unit("a", ("a",))],
         lambda unit: Refuses(unit, frozenset("a"), costs),
-        Policy(),
+        SwapPolicy(),
         capacity=1,
         max_waiting=1,
         start_guess_s=0.1,
@@ -298,7 +298,7 @@ async def test_told_times_of_slots_that_wait_for_others_starts_add_up(
     pool = Pool("p")
     for name in "ab":
         pool.add(
-            Slot(
+            BaseSlot(
                 (name,),
                 partial(CostlyEngine, name, frozenset(name), costs),
                 capacity=1,

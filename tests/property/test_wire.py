@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import CoeError
-from service.gateway.request.parsing import read_asked
+from service.gateway.request.parsing import parse_request
 from service.http.endpoints import ENDPOINTS
 from service.rpc.call import Call, parse_call
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed, decode, encode
@@ -100,7 +100,7 @@ def test_any_body_is_understood_or_refused(
     endpoint: str, raw: bytes, given_headers: dict[bytes, bytes]
 ) -> None:
     try:
-        asked = read_asked(endpoint, raw, given_headers, 1000)
+        asked = parse_request(endpoint, raw, given_headers, 1000)
     except CoeError:
         return
     assert asked.client_id.isascii()

@@ -11,7 +11,7 @@ import orjson
 
 from service.engine.base import Engine, EngineRequest, Message
 from service.errors import CoeError
-from service.http.openai_errors import fault_of
+from service.http.openai_errors import error_response
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -75,7 +75,7 @@ async def run(engine: Engine, path: str, expert: str, body: Any, reply: Reply) -
         await engine.run(request, reply)
     except CoeError as error:
         assert not reply.status, "an error was raised after something was sent"
-        fault = fault_of(error)
+        fault = error_response(error)
         reply.error, reply.status, reply.parts, reply.ended = (
             error,
             fault.status,

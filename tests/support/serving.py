@@ -15,10 +15,10 @@ import aiohttp
 import uvicorn
 
 from service.config import Config, SimulatedOptions
-from service.engine.base import EngineRequest, EngineWatch, Send
+from service.engine.base import EngineObserver, EngineRequest, Send
 from service.engine.simulated import SimulatedEngine
 from service.gateway.routes.admin import Reload
-from service.gateway.runtime import GatewayProcess
+from service.gateway.runtime import GatewayRuntime
 from service.pool import factory
 from service.pool.process import PoolProcess
 from service.rpc.client import PoolAddress
@@ -92,7 +92,7 @@ class WatchedEngine(SimulatedEngine):
         self,
         experts: tuple[str, ...],
         options: SimulatedOptions,
-        watch: EngineWatch | None = None,
+        watch: EngineObserver | None = None,
         bases: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(experts, options, watch, bases)
@@ -139,7 +139,7 @@ class RunningPool:
 class Site:
     """A gateway and its pools, and a client."""
 
-    gateway: GatewayProcess
+    gateway: GatewayRuntime
     url: str
     client: aiohttp.ClientSession
     pools: dict[str, RunningPool]
@@ -176,7 +176,7 @@ async def pool_of(config: Config, kind: str) -> AsyncIterator[RunningPool]:
     def build(
         experts: tuple[str, ...],
         options: SimulatedOptions,
-        watch: EngineWatch | None = None,
+        watch: EngineObserver | None = None,
         bases: Mapping[str, str] | None = None,
     ) -> WatchedEngine:
         engines.append(WatchedEngine(experts, options, watch, bases))
@@ -211,7 +211,7 @@ async def site(config: Config, reload: Reload | None = None) -> AsyncIterator[Si
             kind: await stack.enter_async_context(pool_of(config, kind)) for kind in config.pools
         }
         woken: list[str] = []
-        gateway = GatewayProcess(
+        gateway = GatewayRuntime(
             config,
             "gateway",
             SECRET,

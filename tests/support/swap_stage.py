@@ -11,13 +11,13 @@ from typing import Any
 import orjson
 
 from service.config import SimulatedOptions
-from service.engine.base import EngineReport, EngineRequest, Exchanged, Filled, Message, Send
+from service.engine.base import EngineReport, EngineRequest, LoadResult, Message, Send, SwapResult
 from service.engine.simulated import SimulatedEngine
-from service.errors import CoeError, EngineDead, ExpertFailed
-from service.pool.lease import Again
-from service.pool.planner import Policy
+from service.errors import CoeError, EngineDeadError, ExpertFailedError
+from service.pool.lease import LeaseRevokedError
+from service.pool.planner import SwapPolicy
 from service.pool.slots.swapping import SwapSlot
-from service.pool.units import Known, Unit
+from service.pool.units import Unit, UnitState
 
 UNITS = (Unit("a", ("a", "a-tuned")), Unit("b", ("b",)), Unit("c", ("c",)), Unit("d", ("d",)))
 UNIT_OF = {expert: unit.name for unit in UNITS for expert in unit.experts}
@@ -92,25 +92,25 @@ class FaultyEngine(SimulatedEngine):
         self.started = True
         self.world.look()
         if self.world.fault("start"):
-            raise ExpertFailed("told not to start")
+            raise ExpertFailedError("told not to start")
         return await super().start()
 
     async def _break(self, fault: str, at_s: float) -> None:
         await asyncio.sleep(at_s)
         if fault == "die":
             self.kill("told to die")
-            raise EngineDead("told to die")
-        raise ExpertFailed("told to fail")
+            raise EngineDeadError("told to die")
+        raise ExpertFailedError("told to fail")
 
-    async def fill(self, expert: str) -> Filled:
+    async def fill(self, expert: str) -> LoadResult:
         self.world.look("" if expert in self.held else expert)
         if fault := self.world.fault("fill"):
             await self._break(fault, FILL_S / 2)
         await super().fill(expert)
         self.held.add(expert)
-        return Filled(SIZE, FILL_S)
+        return LoadResult(SIZE, FILL_S)
 
-    async def exchange(self, expert: str) -> Exchanged:
+    async def exchange(self, expert: str) -> SwapResult:
         if self._running:
             self.world.wrong.append(f"exchanged under {self._running} requests")
         if expert not in self.held:
@@ -123,7 +123,7 @@ class FaultyEngine(SimulatedEngine):
         await asyncio.sleep(SWAP_S)
         if self._running:
             self.world.wrong.append("a request began during an exchange")
-        return Exchanged(SWAP_S, ok=not self.spoiled)
+        return SwapResult(SWAP_S, ok=not self.spoiled)
 
     async def drop(self, expert: str, *, for_next: bool = False) -> None:
         if expert == self.runs:
@@ -165,7 +165,7 @@ class Stage:
         self.slot = SwapSlot(
             tuple(Unit(u.name, u.experts, u.name == pinned) for u in UNITS),
             lambda unit: FaultyEngine(unit, world),
-            Policy(
+            SwapPolicy(
                 min_stay_s=STAY_S,
                 max_wait_s=WAIT_S,
                 host_bytes=world.bound,
@@ -175,7 +175,7 @@ class Stage:
             capacity=capacity,
             max_waiting=3,
             start_guess_s=LOAD_S,
-            guess=Known(host_bytes=size_guess, fill_s=FILL_S, swap_s=SWAP_S),
+            guess=UnitState(host_bytes=size_guess, fill_s=FILL_S, swap_s=SWAP_S),
             changed=lambda: None,
         )
 
@@ -189,17 +189,17 @@ class Stage:
         body = orjson.dumps({"prompt": "x", "max_tokens": tokens, "stream": stream})
         request = EngineRequest("/v1/completions", expert, body, "r")
         sent: list[Message] = []
-        again: Again | None = None
+        again: LeaseRevokedError | None = None
         while True:
             try:
                 await self._run(request, tokens, again, sent)
                 break
-            except Again as back:
+            except LeaseRevokedError as back:
                 if sent:
                     self.world.wrong.append("put back after its first byte")
                 again = back
                 self.put_back += 1
-            except EngineDead as error:
+            except EngineDeadError as error:
                 self.slot.lost()
                 return error.code
             except CoeError as error:
@@ -213,7 +213,11 @@ class Stage:
         return "ok"
 
     async def _run(
-        self, request: EngineRequest, tokens: int, again: Again | None, sent: list[Message]
+        self,
+        request: EngineRequest,
+        tokens: int,
+        again: LeaseRevokedError | None,
+        sent: list[Message],
     ) -> None:
         async with self.slot.lease(request.expert, tokens, again=again) as lease:
             void = False

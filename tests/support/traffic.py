@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import numpy as np
 
 from service.config import Config
-from service.engine.base import Chosen
+from service.engine.base import RoutingSample
 from tests.integration.test_recipes import Cast
 from tests.support.serving import Site, chat, serving, simulated, site
 from tests.support.waiting import until
@@ -62,7 +62,7 @@ def routers_choose(s: Site) -> None:
     stretch = np.zeros((1, 32, 2), np.int16)
     stretch[:, :, 1] = 1
     load = np.array([[32, 32, 0, 0]], np.int64)
-    told = Chosen("general", (0,), 4, 2, 32, load, (stretch,))
+    told = RoutingSample("general", (0,), 4, 2, 32, load, (stretch,))
     s.pools["cpu"].process._metrics.chosen(told)
 
 

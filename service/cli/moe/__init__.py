@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from service.cli.lazy_group import Commands
+from service.cli.lazy_group import LazyGroup
 
 _COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("service.cli.moe.show:show", "Which experts a model's layers choose: a heat map."),
@@ -23,6 +23,6 @@ _COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
-@click.group(cls=Commands, table=_COMMANDS)
+@click.group(cls=LazyGroup, table=_COMMANDS)
 def moe() -> None:
     """Look inside mixtures of experts, steer, build and place them."""

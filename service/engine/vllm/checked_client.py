@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from service.engine.grammar_check import Grammar, GrammarChecker, SharedChecker, Vocabulary
-from service.errors import InvalidRequest, OverCapacity
+from service.errors import InvalidRequestError, OverCapacityError
 
 # vLLM compiles all grammars of an engine with the one backend that the first of them was checked
 # for. Left to choose by request, the first client would decide for all others.
@@ -39,14 +39,14 @@ def llm_class(grammars: GrammarTrials) -> Any:
                 if asked is not None:
                     await grammars.check(asked)
                 return await super().add_request(request_id, prompt, params, *args, **more)
-            except InvalidRequest as error:
+            except InvalidRequestError as error:
                 _note(error)
                 raise VLLMValidationError(error.message) from None
-            except OverCapacity as error:
+            except OverCapacityError as error:
                 _note(error)
                 raise QueueOverflowError from None
             except ValueError as error:
-                _note(InvalidRequest(str(error)))
+                _note(InvalidRequestError(str(error)))
                 raise
 
     return CheckedLLM
@@ -59,7 +59,7 @@ class Refusal:
     Some of vLLM's streams, once begun, can't tell a client's fault from their own any more.
     """
 
-    error: InvalidRequest | OverCapacity | None = None
+    error: InvalidRequestError | OverCapacityError | None = None
 
 
 _REFUSAL: ContextVar[Refusal | None] = ContextVar("refusal", default=None)
@@ -72,7 +72,7 @@ def watch_refusal() -> Refusal:
     return made
 
 
-def _note(error: InvalidRequest | OverCapacity) -> None:
+def _note(error: InvalidRequestError | OverCapacityError) -> None:
     if (refusal := _REFUSAL.get()) is not None:
         refusal.error = error
 
@@ -100,7 +100,7 @@ class GrammarTrials:
             await checkers.give_back()
 
     async def check(self, asked: Any) -> None:
-        """Try out vLLM's `StructuredOutputsParams`. Raises InvalidRequest, OverCapacity."""
+        """Try out vLLM's `StructuredOutputsParams`. Raises InvalidRequestError, OverCapacityError."""
         if self._checker is not None and (grammar := _grammar_of(asked)) is not None:
             await self._checker.check(grammar, self._vocabulary)
 
@@ -108,8 +108,8 @@ class GrammarTrials:
         """Try out what vLLM reads of a body while it parses it, or when its reply has begun.
 
         Raises:
-            InvalidRequest: A grammar is not valid, too costly, or crashes who reads it.
-            OverCapacity: It could not be tried out now.
+            InvalidRequestError: A grammar is not valid, too costly, or crashes who reads it.
+            OverCapacityError: It could not be tried out now.
         """
         if self._checker is None or not any(mark in body for mark in _MARKS):
             return

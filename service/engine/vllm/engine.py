@@ -18,23 +18,28 @@ from typing import Any
 
 from service.config import VllmOptions
 from service.engine.base import (
+    EngineObserver,
     EngineReport,
     EngineRequest,
-    EngineWatch,
-    Exchanged,
-    Filled,
+    LoadResult,
     Message,
     Send,
+    SwapResult,
 )
 from service.engine.cache_salt import CACHE_SALT
-from service.engine.deferred_start import HeldReply
-from service.engine.scoped_env import TUNED, inherited, without_secrets
+from service.engine.deferred_start import DeferredStartSend
+from service.engine.scoped_env import TUNED, scoped_env, without_secrets
 from service.engine.steering_spec import NOTES
 from service.engine.vllm.checked_client import BACKEND, GrammarTrials, llm_class, watch_refusal
 from service.engine.vllm.frontend import REQUEST_IDS, EngineClient
-from service.engine.vllm.routing_stats_poller import RouterWatch
+from service.engine.vllm.routing_stats_poller import RoutingStatsPoller
 from service.engine.vllm.stats import EngineStats
-from service.errors import EngineDead, EngineRestarting, ExpertFailed, OverCapacity
+from service.errors import (
+    EngineDeadError,
+    EngineRestartingError,
+    ExpertFailedError,
+    OverCapacityError,
+)
 
 GENERATE_ENDPOINTS = frozenset(
     {
@@ -75,7 +80,7 @@ class VllmEngine:
         options: VllmOptions,
         *,
         on_cpu: bool,
-        watch: EngineWatch | None = None,
+        watch: EngineObserver | None = None,
         sleep_level: int = 0,
         secrets: Collection[str] = (),
     ) -> None:
@@ -87,7 +92,7 @@ class VllmEngine:
         self._stats = EngineStats(watch, model.name) if watch is not None else None
         capture = options.moe_capture
         self._routers = (
-            RouterWatch(self._rpc, watch, capture) if watch is not None and capture else None
+            RoutingStatsPoller(self._rpc, watch, capture) if watch is not None and capture else None
         )
         # Captured graphs call nobody who looks on: they write down what he would see.
         self._notes = not on_cpu and not options.enforce_eager
@@ -153,7 +158,7 @@ class VllmEngine:
         return args
 
     async def start(self) -> EngineReport:
-        """Start the engine core and vLLM's OpenAI layer. Raises ExpertFailed."""
+        """Start the engine core and vLLM's OpenAI layer. Raises ExpertFailedError."""
         try:
             report = await self._start()
             if self._routers is not None:
@@ -161,7 +166,7 @@ class VllmEngine:
             return report
         except Exception as error:
             await self.stop()
-            raise ExpertFailed(first_line(error), retry_after_s=30) from error
+            raise ExpertFailedError(first_line(error), retry_after_s=30) from error
 
     async def _start(self) -> EngineReport:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -174,7 +179,7 @@ class VllmEngine:
             context = UsageContext.OPENAI_API_SERVER
             with (
                 without_secrets(self._secrets),
-                inherited(TUNED, self._options.tuned_config_folder),
+                scoped_env(TUNED, self._options.tuned_config_folder),
             ):
                 return llm_class(self._trials).from_vllm_config(
                     vllm_config=engine_args.create_engine_config(usage_context=context),
@@ -247,7 +252,7 @@ class VllmEngine:
         return self._app
 
     async def load(self, expert: str) -> None:
-        """Load an adapter into the running engine. Raises ExpertFailed."""
+        """Load an adapter into the running engine. Raises ExpertFailedError."""
         if expert == self._model.name:
             return
         from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
@@ -256,20 +261,20 @@ class VllmEngine:
             LoadLoRAAdapterRequest(lora_name=expert, lora_path=self._model.adapters[expert])
         )
         if not isinstance(answer, str):
-            raise ExpertFailed(first_line(answer.error.message), retry_after_s=30)
+            raise ExpertFailedError(first_line(answer.error.message), retry_after_s=30)
 
     @property
     def exchangeable(self) -> frozenset[str]:
         """An engine with adapters runs what it was started with."""
         return frozenset({self._model.name})
 
-    async def fill(self, expert: str) -> Filled:
-        """See `exchangeable`. Raises ExpertFailed."""
-        raise ExpertFailed(f"this engine can't hold {expert!r} beside what it runs")
+    async def fill(self, expert: str) -> LoadResult:
+        """See `exchangeable`. Raises ExpertFailedError."""
+        raise ExpertFailedError(f"this engine can't hold {expert!r} beside what it runs")
 
-    async def exchange(self, expert: str) -> Exchanged:
-        """See `exchangeable`. Raises ExpertFailed."""
-        raise ExpertFailed(f"this engine can't be given the weights of {expert!r}")
+    async def exchange(self, expert: str) -> SwapResult:
+        """See `exchangeable`. Raises ExpertFailedError."""
+        raise ExpertFailedError(f"this engine can't be given the weights of {expert!r}")
 
     async def drop(self, expert: str, *, for_next: bool = False) -> None:
         """Nothing but the running expert is held."""
@@ -277,9 +282,9 @@ class VllmEngine:
     async def run(self, request: EngineRequest, send: Send) -> None:
         """See `Engine.run`."""
         if (why := self.failure()) is not None:
-            raise EngineRestarting(f"the engine of expert {request.expert!r} died: {why}")
+            raise EngineRestartingError(f"the engine of expert {request.expert!r} died: {why}")
         await self._trials.check_body(request.body)
-        reply = HeldReply(send)
+        reply = DeferredStartSend(send)
         call = _Call(request)
         refusal = watch_refusal()
         if self._stats is not None:
@@ -315,12 +320,16 @@ class VllmEngine:
             raise refusal.error
         if reply.error is not None:
             if reply.error[0] >= 500 and self.failure() is not None:
-                raise EngineDead(f"the engine of expert {request.expert!r} died")
+                raise EngineDeadError(f"the engine of expert {request.expert!r} died")
             if reply.error[0] == HTTPStatus.SERVICE_UNAVAILABLE:
-                raise OverCapacity(f"the engine of expert {request.expert!r} has too much to do")
+                raise OverCapacityError(
+                    f"the engine of expert {request.expert!r} has too much to do"
+                )
             await reply.send_error()
         elif not reply.started:
-            raise EngineDead(f"the engine of expert {request.expert!r} ended without an answer")
+            raise EngineDeadError(
+                f"the engine of expert {request.expert!r} ended without an answer"
+            )
 
     async def sleep(self) -> None:
         """See `Sleeper.sleep`. GPU only."""

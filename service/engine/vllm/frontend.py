@@ -69,7 +69,7 @@ def _note(args: Sequence[Any], more: Mapping[str, Any]) -> None:
         ids.append(str(more["request_id"] if "request_id" in more else args[1]))
 
 
-def face_digest(folder: str) -> str:
+def tokenizer_digest(folder: str) -> str:
     """The same for folders whose text becomes tokens, and back, in the same way.
 
     Rather two for what is the same than one for what is not: then an expert has an OpenAI layer and

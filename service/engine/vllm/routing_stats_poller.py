@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from service.config import MoeCapture
-from service.engine.base import Chosen, EngineWatch
-from service.errors import CoeError, ExpertFailed
+from service.engine.base import EngineObserver, RoutingSample
+from service.errors import CoeError, ExpertFailedError
 
 log = logging.getLogger("coe.engine")
 
@@ -22,14 +22,14 @@ _LAST_S = 1.0
 Ask = Callable[..., Awaitable[Any]]
 
 
-class RouterWatch:
+class RoutingStatsPoller:
     """Follows the routers of one engine's worker from `begin` to `end`.
 
     `ask` calls a method of the worker. `asked` is set whenever a request has ended: while
     none does, nothing is new.
     """
 
-    def __init__(self, ask: Ask, watch: EngineWatch, options: MoeCapture) -> None:
+    def __init__(self, ask: Ask, watch: EngineObserver, options: MoeCapture) -> None:
         self._ask = ask
         self._watch = watch
         self._options = options
@@ -38,16 +38,16 @@ class RouterWatch:
         self.asked = False
 
     async def begin(self, running: str, experts: Iterable[str]) -> None:
-        """Start: `running` is in the engine, any of `experts` may come. Raises ExpertFailed."""
+        """Start: `running` is in the engine, any of `experts` may come. Raises ExpertFailedError."""
         options = self._options
         told = await self._ask(
             "coe_capture", running, options.every, options.stretches, options.tokens
         )
         if "refused" in told:
-            raise ExpertFailed(f"vllm.moe_capture: {told['refused']}")
+            raise ExpertFailedError(f"vllm.moe_capture: {told['refused']}")
         self._shape = tuple(told["layers"]), int(told["experts"]), int(told["top_k"])
         for expert in experts:
-            self._watch.chosen(Chosen(expert, *self._shape))
+            self._watch.chosen(RoutingSample(expert, *self._shape))
         if self._shape[0]:
             self._following = asyncio.create_task(self._follow())
 
@@ -61,7 +61,7 @@ class RouterWatch:
                 np.frombuffer(data, np.int16).reshape(shape) for *shape, data in one["stretches"]
             )
             self._watch.chosen(
-                Chosen(expert, layers, experts, top_k, one["tokens"], load, stretches)
+                RoutingSample(expert, layers, experts, top_k, one["tokens"], load, stretches)
             )
 
     async def _follow(self) -> None:

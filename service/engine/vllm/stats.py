@@ -13,7 +13,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from service.engine.base import EngineWatch, Work
+from service.engine.base import EngineObserver, EngineTimings
 
 # Requests whose expert is remembered: more than any engine has in flight.
 _REMEMBERED = 8192
@@ -23,7 +23,7 @@ CANARY = "canary-"
 class EngineStats:
     """What one `AsyncLLM` tells of itself. `running` is the expert whose weights it has now."""
 
-    def __init__(self, watch: EngineWatch, running: str) -> None:
+    def __init__(self, watch: EngineObserver, running: str) -> None:
         self._watch = watch
         self.running = running
         self._expert_of: dict[str, str] = {}
@@ -112,7 +112,7 @@ class EngineStats:
         expert = self._asked_for(str(finished.request_id))
         if expert is not None:
             self._watch.worked(
-                Work(
+                EngineTimings(
                     expert,
                     queue_s=max(0.0, finished.queued_time),
                     prefill_s=max(0.0, finished.prefill_time),

@@ -21,15 +21,22 @@ from typing import Any
 import orjson
 
 from service.config import VllmOptions
-from service.engine.base import EngineReport, EngineRequest, EngineWatch, Exchanged, Filled, Message
+from service.engine.base import (
+    EngineObserver,
+    EngineReport,
+    EngineRequest,
+    LoadResult,
+    Message,
+    SwapResult,
+)
 from service.engine.steering_spec import MERGED, PLACES, Steering
 from service.engine.vllm.engine import STANDING, VllmEngine, VllmModel, first_line
-from service.engine.vllm.frontend import EngineClient, face_digest
+from service.engine.vllm.frontend import EngineClient, tokenizer_digest
 from service.engine.vllm.stats import CANARY
-from service.engine.weight_cache import Share, SharedCache, version_of
-from service.errors import CoeError, EngineDead, ExpertFailed
+from service.engine.weight_cache import EngineShare, SharedWeightCache, version_of
+from service.errors import CoeError, EngineDeadError, ExpertFailedError
 from service.models import ModelInfo, inspect_model
-from service.models.lora_merge import Delta
+from service.models.lora_merge import LoraDelta
 
 log = logging.getLogger("coe.engine")
 
@@ -80,7 +87,7 @@ class Canary:
 
 
 @dataclass(slots=True)
-class _Face:
+class _Frontend:
     """One expert's OpenAI layer; `renderer` is None where it is the engine's own."""
 
     app: Any
@@ -108,11 +115,11 @@ class SwappingVllmEngine(VllmEngine):
         on_cpu: bool,
         canary_every: int,
         canaries: dict[str, Canary],
-        watch: EngineWatch | None = None,
-        cache: SharedCache | None = None,
+        watch: EngineObserver | None = None,
+        cache: SharedWeightCache | None = None,
         secrets: Collection[str] = (),
     ) -> None:
-        self._share = Share(cache) if cache is not None else None
+        self._share = EngineShare(cache) if cache is not None else None
         model = VllmModel(first, weights[first].folder, {})
         super().__init__(model, options, on_cpu=on_cpu, watch=watch, secrets=secrets)
         # The caller's own: experts may come and go.
@@ -121,7 +128,7 @@ class SwappingVllmEngine(VllmEngine):
         self._canary_every = canary_every
         self._canaries = canaries
         self._swaps: dict[str, int] = {}
-        self._faces: dict[str, _Face] = {}
+        self._faces: dict[str, _Frontend] = {}
         # Of the files that each expert's weights were read from.
         self._versions: dict[str, str] = {}
         self._own_digest = ""
@@ -175,12 +182,12 @@ class SwappingVllmEngine(VllmEngine):
         merged = self._merged_first
         source = merged or Weights(self._model.path)
         before = await self._version_of(source)
-        self._own_digest = await asyncio.to_thread(face_digest, self._model.path)
+        self._own_digest = await asyncio.to_thread(tokenizer_digest, self._model.path)
         if merged is not None:
             await asyncio.to_thread(_check_merged, self._first, merged)
         report = await super()._start()
         if await self._version_of(source) != before:
-            raise ExpertFailed(_changed_while(self._first), retry_after_s=30)
+            raise ExpertFailedError(_changed_while(self._first), retry_after_s=30)
         self._tasks = await self._llm.get_supported_tasks()
         self._own_face = (self._llm.renderer, self._llm.input_processor.generation_config_fields)
         plain = [
@@ -198,14 +205,14 @@ class SwappingVllmEngine(VllmEngine):
         if adopted != self._first:
             await self.fill(self._first)
             if not (await self.exchange(self._first)).ok:
-                raise ExpertFailed(_changed_while(self._first), retry_after_s=30)
+                raise ExpertFailedError(_changed_while(self._first), retry_after_s=30)
             # The pool counts what is held from the first unit on.
             await self.drop(adopted)
         else:
             source = self._weights[self._first]
-            self._faces[self._first] = _Face(self._app, source, before)
+            self._faces[self._first] = _Frontend(self._app, source, before)
             if not await self._canary(self._first):
-                raise ExpertFailed(
+                raise ExpertFailedError(
                     f"expert {self._first!r} answers otherwise than when first loaded"
                 )
         return report
@@ -213,11 +220,11 @@ class SwappingVllmEngine(VllmEngine):
     def _layer_of(self, expert: str) -> Any:
         return self._faces[expert].app
 
-    async def fill(self, expert: str) -> Filled:
+    async def fill(self, expert: str) -> LoadResult:
         """See `SwappingEngine.fill`."""
         source = self._weights[expert]
         if source.fault:
-            raise ExpertFailed(source.fault, retry_after_s=30)
+            raise ExpertFailedError(source.fault, retry_after_s=30)
         if source.steering is not None:
             began_s = time.monotonic()
             size = await self._rpc("coe_steer", expert, asdict(source.steering))
@@ -226,7 +233,7 @@ class SwappingVllmEngine(VllmEngine):
             base = self._versions.get(source.steering.base, "")
             self._versions[expert] = f"{base}-{rules}"
             await self._face_or_drop(expert, source)
-            return Filled(int(size), time.monotonic() - began_s)
+            return LoadResult(int(size), time.monotonic() - began_s)
         version = await self._version_of(source)
         await self._take(expert)
         await self._rpc("coe_fill", expert, source.folder, source.adapter, source.strength)
@@ -237,20 +244,22 @@ class SwappingVllmEngine(VllmEngine):
         if told["state"] != "host":
             await self._give_back(expert)
             reason = told.get("reason", "its weights went away while they were loaded")
-            raise ExpertFailed(f"expert {expert!r} could not be loaded: {reason}", retry_after_s=30)
+            raise ExpertFailedError(
+                f"expert {expert!r} could not be loaded: {reason}", retry_after_s=30
+            )
         if await self._version_of(source) != version:
             # Some of what was read may be of the old files, and some of the new ones.
             await self.drop(expert)
-            raise ExpertFailed(_changed_while(expert), retry_after_s=30)
+            raise ExpertFailedError(_changed_while(expert), retry_after_s=30)
         self._versions[expert] = version
         await self._face_or_drop(expert, source)
-        return Filled(int(told["host_bytes"]), float(told["fill_s"]))
+        return LoadResult(int(told["host_bytes"]), float(told["fill_s"]))
 
-    async def exchange(self, expert: str) -> Exchanged:
+    async def exchange(self, expert: str) -> SwapResult:
         """See `SwappingEngine.exchange`."""
         began_s = time.monotonic()
         if (face := self._faces.get(expert)) is None:
-            raise ExpertFailed(f"the weights of {expert!r} are not held")
+            raise ExpertFailedError(f"the weights of {expert!r} are not held")
         moved = resumed = False
         try:
             await self._alive(self._llm.pause_generation(mode="wait", clear_cache=True))
@@ -276,7 +285,7 @@ class SwappingVllmEngine(VllmEngine):
         ok = bool(done["ok"])
         if ok and (count % self._canary_every == 0 or count == 1):
             ok = await self._canary(expert)
-        return Exchanged(swap_s, ok, str(done["method"]))
+        return SwapResult(swap_s, ok, str(done["method"]))
 
     async def drop(self, expert: str, *, for_next: bool = False) -> None:
         """See `SwappingEngine.drop`."""
@@ -284,14 +293,14 @@ class SwappingVllmEngine(VllmEngine):
         await self._give_back(expert)
 
     async def _version_of(self, source: Weights) -> str:
-        """Of the files that weights would be read from now. Raises ExpertFailed where it can't."""
+        """Of the files that weights would be read from now. Raises ExpertFailedError where it can't."""
         try:
             return await asyncio.to_thread(
                 version_of, source.folder, source.adapter, source.strength
             )
         except OSError as error:
             why = f"the files in {source.folder} can't be read: {error}"
-            raise ExpertFailed(why, retry_after_s=30) from error
+            raise ExpertFailedError(why, retry_after_s=30) from error
 
     async def _take(self, expert: str) -> None:
         """Tell the workers where in shared memory an expert's weights are, or are to be."""
@@ -307,7 +316,7 @@ class SwappingVllmEngine(VllmEngine):
             stays_s = await asyncio.to_thread(self._share.give_back, expert)
             self._sweep_in(stays_s, self._share)
 
-    def _sweep_in(self, stays_s: float, share: Share) -> None:
+    def _sweep_in(self, stays_s: float, share: EngineShare) -> None:
         loop = asyncio.get_running_loop()
         loop.call_later(stays_s, loop.run_in_executor, None, share.sweep)
 
@@ -324,7 +333,9 @@ class SwappingVllmEngine(VllmEngine):
 
     async def _rpc(self, method: str, *args: object) -> Any:
         try:
-            return _agreed(await self._alive(self._llm.collective_rpc(method, args=args)))
+            return _merge_rank_results(
+                await self._alive(self._llm.collective_rpc(method, args=args))
+            )
         except CoeError:
             raise
         except Exception as error:
@@ -336,15 +347,15 @@ class SwappingVllmEngine(VllmEngine):
         try:
             while not (await asyncio.wait({asked}, timeout=_LOOK_S))[0]:
                 if (why := self.failure()) is not None:
-                    raise EngineDead(f"the engine died: {why}")
+                    raise EngineDeadError(f"the engine died: {why}")
             return asked.result()
         finally:
             asked.cancel()
 
     def _fault(self, what: str, error: Exception) -> CoeError:
         if (why := self.failure()) is not None:
-            return EngineDead(f"{what}: the engine died: {why}")
-        return ExpertFailed(f"{what}: {first_line(error)}", retry_after_s=5)
+            return EngineDeadError(f"{what}: the engine died: {why}")
+        return ExpertFailedError(f"{what}: {first_line(error)}", retry_after_s=5)
 
     # --- the token canary
 
@@ -372,7 +383,7 @@ class SwappingVllmEngine(VllmEngine):
             choice = orjson.loads(b"".join(parts))["choices"][0]
         except (orjson.JSONDecodeError, KeyError, IndexError):
             self._broken = f"expert {expert!r} can't answer its canary"
-            raise ExpertFailed(self._broken, retry_after_s=30) from None
+            raise ExpertFailedError(self._broken, retry_after_s=30) from None
         # Experts of one family often begin alike: how sure they are tells them apart.
         said = [choice["token_ids"], choice["logprobs"]["token_logprobs"]]
         version = self._versions.get(expert, "")
@@ -410,16 +421,16 @@ class SwappingVllmEngine(VllmEngine):
         if face is None or face.source != source or face.version != version:
             self._faces[expert] = await self._make_face(expert, source, version)
 
-    async def _make_face(self, expert: str, source: Weights, version: str) -> _Face:
+    async def _make_face(self, expert: str, source: Weights, version: str) -> _Frontend:
         folder = source.folder
         args = copy.copy(self._args)
         args.served_model_name = [expert]
-        if await asyncio.to_thread(face_digest, folder) == self._own_digest:
+        if await asyncio.to_thread(tokenizer_digest, folder) == self._own_digest:
             # Not the engine's of this moment: another expert's may be on it now.
             assert self._own_face is not None
             await self._rpc("coe_tokens", expert, "")
             client = EngineClient(self._llm, self._llm.vllm_config, self._own_face[0])
-            return _Face(await self._openai_layer(args, client, self._tasks), source, version)
+            return _Frontend(await self._openai_layer(args, client, self._tasks), source, version)
         from vllm.renderers import renderer_from_config
 
         # The core makes grammars by its own.
@@ -429,7 +440,7 @@ class SwappingVllmEngine(VllmEngine):
             await asyncio.sleep(_POLL_S)
             fault = await self._rpc("coe_tokens_told", expert)
         if fault:
-            raise ExpertFailed(f"the tokenizer of expert {expert!r} can't be read: {fault}")
+            raise ExpertFailedError(f"the tokenizer of expert {expert!r} can't be read: {fault}")
         args.model = folder
         config = copy.copy(self._llm.vllm_config)
         config.model_config = copy.copy(config.model_config)
@@ -438,9 +449,9 @@ class SwappingVllmEngine(VllmEngine):
         client = EngineClient(self._llm, config, renderer)
         app = await self._openai_layer(args, client, self._tasks)
         generation_config = config.model_config.try_get_generation_config()
-        return _Face(app, source, version, renderer, generation_config)
+        return _Frontend(app, source, version, renderer, generation_config)
 
-    def _put_on(self, face: _Face) -> None:
+    def _put_on(self, face: _Frontend) -> None:
         """Tokens and text of this expert's kind from now on. Nothing is running."""
         assert self._own_face is not None
         renderer, generation_config = self._own_face
@@ -453,10 +464,10 @@ class SwappingVllmEngine(VllmEngine):
 
 
 def _check_merged(expert: str, source: Weights) -> None:
-    """Raises ExpertFailed where an adapter can't be merged: a core that fails tells no reason."""
+    """Raises ExpertFailedError where an adapter can't be merged: a core that fails tells no reason."""
     assert source.adapter is not None
     try:
-        delta = Delta(Path(source.adapter), source.strength)
+        delta = LoraDelta(Path(source.adapter), source.strength)
         base = inspect_model(Path(source.folder))
         if isinstance(base, ModelInfo):
             if base.quantization is not None:
@@ -464,14 +475,14 @@ def _check_merged(expert: str, source: Weights) -> None:
             delta.check_base(base.shapes)
     except (ValueError, CoeError) as error:
         why = f"expert {expert!r} could not be loaded: {first_line(error)}"
-        raise ExpertFailed(why, retry_after_s=30) from error
+        raise ExpertFailedError(why, retry_after_s=30) from error
 
 
 def _changed_while(expert: str) -> str:
     return f"the files of expert {expert!r} changed while they were loaded"
 
 
-def _agreed(answers: list[Any]) -> Any:
+def _merge_rank_results(answers: list[Any]) -> Any:
     """What several workers of one engine say together: as far as the last, as bad as the worst."""
     told = [answer for answer in answers if isinstance(answer, dict)]
     for state in ("failed", "filling", "disk"):

@@ -22,16 +22,16 @@ import orjson
 
 from service.config import CacheConfig, Config
 from service.engine.base import Message, Send
-from service.errors import CoeError, StoreGone
-from service.gateway.cache.text_similarity import MOST_CHARACTERS, likeness, said, same_words
-from service.gateway.request.parsing import Asked
+from service.errors import CoeError, StoreUnavailableError
+from service.gateway.cache.text_similarity import MOST_CHARACTERS, said, same_words, similarity
+from service.gateway.request.parsing import InferenceRequest
 from service.http.asgi import STREAM_HEADERS
 from service.http.usage import reply_usage, usage_of
 from service.moe.profiles import profile_digests
 from service.store.places import place
 from service.store.volatile import VolatileStore
 from service.telemetry import metrics
-from service.telemetry.registry import Meter
+from service.telemetry.registry import MetricsRegistry
 
 log = logging.getLogger("coe.cache")
 
@@ -48,8 +48,8 @@ _WHOLE = frozenset({b"stop", b"tool_calls", b"function_call"})
 
 
 @dataclass(frozen=True, slots=True)
-class Hit:
-    """An answer that was kept. `likeness` is 1 for the very same request."""
+class CacheHit:
+    """An answer that was kept. `similarity` is 1 for the very same request."""
 
     kind: str
     expert: str
@@ -59,7 +59,7 @@ class Hit:
 
 
 @dataclass(frozen=True, slots=True)
-class Search:
+class CacheSearch:
     """What a request is looked for by. `question`: its last message, if likeness will do."""
 
     settings: CacheConfig
@@ -71,10 +71,12 @@ class Search:
     kind: str
 
 
-class Cache:
+class ResponseCache:
     """The response cache of one gateway."""
 
-    def __init__(self, config: Config, store: VolatileStore, meter: Meter | None = None) -> None:
+    def __init__(
+        self, config: Config, store: VolatileStore, meter: MetricsRegistry | None = None
+    ) -> None:
         self._settings = {
             name: tenant.cache
             for name, tenant in config.tenants.items()
@@ -87,17 +89,19 @@ class Cache:
         made_by = experts + repr(sorted(profile_digests(config).items()))
         self._made_by = hashlib.blake2b(made_by.encode(), digest_size=8).hexdigest()
 
-    async def begin(self, asked: Asked, send: Send) -> Visit:
-        """Look for a request's answer; `Visit.send` is where another one has to go then."""
+    async def begin(self, asked: InferenceRequest, send: Send) -> CacheSession:
+        """Look for a request's answer; `CacheSession.send` is where another one has to go then."""
         search = self.search(asked)
         if search is None:
-            return Visit(self, None, None, send)
+            return CacheSession(self, None, None, send)
         hit = await self.look(search, asked)
         if hit is not None:
-            return Visit(self, search, hit, send)
-        return Visit(self, search, None, Recorded(send, search.settings.max_entry_bytes))
+            return CacheSession(self, search, hit, send)
+        return CacheSession(
+            self, search, None, RecordingSend(send, search.settings.max_entry_bytes)
+        )
 
-    def search(self, asked: Asked) -> Search | None:
+    def search(self, asked: InferenceRequest) -> CacheSearch | None:
         """What to look for, or None where it is not asked for or not allowed."""
         settings = self._settings.get(asked.tenant.name)
         if settings is None or asked.cache == "off" or asked.endpoint not in _ENDPOINTS:
@@ -112,19 +116,19 @@ class Cache:
         shelf = self._hash(tenant, asked.endpoint, rest, bounds) if question else ""
         number = int(key, 16) % settings.max_entries
         where = place("cache", tenant, "answer", str(number))
-        return Search(settings, tenant, where, key, shelf, question, kind)
+        return CacheSearch(settings, tenant, where, key, shelf, question, kind)
 
     def _hash(self, *what: Any) -> str:
         data = orjson.dumps([self._made_by, *what], option=orjson.OPT_SORT_KEYS)
         return hashlib.blake2b(data, digest_size=16).hexdigest()
 
-    async def look(self, search: Search, asked: Asked) -> Hit | None:
+    async def look(self, search: CacheSearch, asked: InferenceRequest) -> CacheHit | None:
         """The answer that is kept for a request, if any."""
         try:
             hit = await self._exact(search, asked)
             if hit is None and search.question:
                 hit = await self._alike(search, asked)
-        except StoreGone:
+        except StoreUnavailableError:
             hit = None
         self._count("exact", hit is not None and hit.kind == "exact")
         if search.question and (hit is None or hit.kind == "semantic"):
@@ -135,15 +139,15 @@ class Cache:
         if self.meter is not None:
             self.meter.add(metrics.CACHE, 1, kind, "hit" if found else "miss")
 
-    async def _exact(self, search: Search, asked: Asked) -> Hit | None:
+    async def _exact(self, search: CacheSearch, asked: InferenceRequest) -> CacheHit | None:
         return _read(await self._store.get(search.place), search.key, asked, "exact", 1.0)
 
-    async def _alike(self, search: Search, asked: Asked) -> Hit | None:
+    async def _alike(self, search: CacheSearch, asked: InferenceRequest) -> CacheHit | None:
         words = said(search.question)
         best: tuple[float, Mapping[str, str]] | None = None
         for one in _shelf(await self._store.get(self._shelf_name(search))):
             if one["shelf"] == search.shelf and same_words(words, said(one["question"])):
-                how = likeness(search.question, one["question"])
+                how = similarity(search.question, one["question"])
                 if how >= search.settings.threshold and (best is None or how > best[0]):
                     best = how, one
         if best is None:
@@ -152,12 +156,14 @@ class Cache:
         kept = await self._store.get(found["place"])
         return _read(kept, found["key"], asked, "semantic", how)
 
-    def _shelf_name(self, search: Search) -> str:
+    def _shelf_name(self, search: CacheSearch) -> str:
         # As many shelves as answers at most, for the same reason.
         number = int(search.shelf, 16) % search.settings.max_entries
         return place("cache", search.tenant, "shelf", str(number))
 
-    async def keep(self, search: Search, recorded: Recorded, *, by_own_bound: bool) -> None:
+    async def keep(
+        self, search: CacheSearch, recorded: RecordingSend, *, by_own_bound: bool
+    ) -> None:
         """Keep an answer that came whole. Never raises for a store that is gone.
 
         `by_own_bound`: where it was cut, it was by the length that the request itself names. Cut
@@ -193,13 +199,13 @@ class Cache:
                 await self._store.put(
                     name, orjson.dumps([entry, *others[: _SHELF - 1]]), ttl_s=ttl_s
                 )
-        except StoreGone:
+        except StoreUnavailableError:
             return
         except CoeError as error:
             log.warning("an answer could not be kept: %s", error.code)
 
 
-class Recorded:
+class RecordingSend:
     """An ASGI send that keeps a copy of an answer, as long as it is one worth keeping."""
 
     def __init__(self, send: Send, most_bytes: int) -> None:
@@ -231,7 +237,7 @@ class Recorded:
         await self._send(message)
 
     def whole(self, *, by_own_bound: bool) -> bytes | None:
-        """The body, if it ended as it should; see `Cache.keep`."""
+        """The body, if it ended as it should; see `ResponseCache.keep`."""
         if not (self._good and self._whole):
             return None
         body = b"".join(self._parts)
@@ -245,12 +251,12 @@ class Recorded:
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
+class CacheSession:
     """One request's visit to the cache: served from it, or to be kept, or neither."""
 
-    cache: Cache
-    search: Search | None
-    hit: Hit | None
+    cache: ResponseCache
+    search: CacheSearch | None
+    hit: CacheHit | None
     send: Send
 
     @property
@@ -280,8 +286,8 @@ class Visit:
         await self.send({"type": "http.response.body", "body": self.hit.body})
 
     async def keep(self, *, by_own_bound: bool) -> None:
-        """Once answered: keep the answer, if it is to be kept. See `Cache.keep`."""
-        if self.search is not None and isinstance(self.send, Recorded):
+        """Once answered: keep the answer, if it is to be kept. See `ResponseCache.keep`."""
+        if self.search is not None and isinstance(self.send, RecordingSend):
             await self.cache.keep(self.search, self.send, by_own_bound=by_own_bound)
 
 
@@ -323,7 +329,7 @@ def _free(usage: Mapping[str, Any]) -> dict[str, Any]:
     return {**usage, "coe": {**kept, "cost": 0.0, "calls": [], "cached": True}}
 
 
-def _question(asked: Asked, data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _question(asked: InferenceRequest, data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The last message, where it is a plain one of the user's, and the rest of the request."""
     messages = data.get("messages")
     if asked.endpoint != "/v1/chat/completions" or not isinstance(messages, list) or not messages:
@@ -344,11 +350,15 @@ def _shelf(value: bytes | None) -> list[dict[str, str]]:
     return found
 
 
-def _read(value: bytes | None, key: str, asked: Asked, kind: str, how: float) -> Hit | None:
+def _read(
+    value: bytes | None, key: str, asked: InferenceRequest, kind: str, how: float
+) -> CacheHit | None:
     if value is None:
         return None
     kept = orjson.loads(value)
     # Another request's answer may have taken the place; a key may have lost an expert.
     if kept["key"] != key or not asked.tenant.may_ask(kept["expert"]):
         return None
-    return Hit(kind, kept["expert"], kept["type"], base64.b85decode(kept["body"]), round(how, 4))
+    return CacheHit(
+        kind, kept["expert"], kept["type"], base64.b85decode(kept["body"]), round(how, 4)
+    )

@@ -164,7 +164,7 @@ def same_words(one: str, other: str) -> bool:
     return bool(one) and one == other
 
 
-def likeness(one: str, other: str) -> float:
+def similarity(one: str, other: str) -> float:
     """Cosine of the hashed n-grams of two texts, in [0, 1]."""
     a, b = _FEATURES(one), _FEATURES(other)
     _, at_a, at_b = np.intersect1d(a.buckets, b.buckets, assume_unique=True, return_indices=True)

@@ -11,9 +11,9 @@ from starlette.routing import Route
 
 from service.errors import CoeError
 from service.gateway.console.assets import Asset, load_assets
-from service.gateway.console.event_stream import Feed
-from service.http.asgi import ClientGone, Receive, Send, until_gone
-from service.http.openai_errors import fault_of
+from service.gateway.console.event_stream import EventStream
+from service.http.asgi import ClientDisconnectedError, Receive, Send, until_gone
+from service.http.openai_errors import error_response
 
 _STREAM = [
     (b"content-type", b"text/event-stream"),
@@ -24,7 +24,7 @@ _STREAM = [
 
 
 def console_routes(
-    feed: Feed, may_watch: Callable[[dict[bytes, bytes]], None], *, behind_serve: bool
+    feed: EventStream, may_watch: Callable[[dict[bytes, bytes]], None], *, behind_serve: bool
 ) -> list[Route]:
     """`/`, `/console`, `/docs`, their files, and the stream of events.
 
@@ -64,7 +64,7 @@ class _Events:
     """Server-sent events, until the client leaves or the feed ends."""
 
     def __init__(
-        self, feed: Feed, may_watch: Callable[[dict[bytes, bytes]], None], behind_serve: bool
+        self, feed: EventStream, may_watch: Callable[[dict[bytes, bytes]], None], behind_serve: bool
     ) -> None:
         self._feed = feed
         self._may_watch = may_watch
@@ -81,7 +81,7 @@ class _Events:
             return
         try:
             await until_gone(stream, receive)
-        except ClientGone:
+        except ClientDisconnectedError:
             return
 
     async def _stream(self, headers: dict[bytes, bytes], send: Send) -> None:
@@ -96,7 +96,7 @@ class _Events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
         except CoeError as error:
-            fault = fault_of(error)
+            fault = error_response(error)
             head = {"type": "http.response.start", "status": fault.status, "headers": fault.headers}
             await send(head)
             await send({"type": "http.response.body", "body": fault.body})

@@ -18,10 +18,10 @@ import orjson
 from service import __version__
 from service.broker.pool_state import REMOTE, PoolView
 from service.config import Config
-from service.errors import OverCapacity, PoolGone
-from service.gateway.console.request_history import Recent
+from service.errors import OverCapacityError, PoolUnavailableError
+from service.gateway.console.request_history import RequestHistory
 from service.gateway.console.state import describe_experts, describe_pools
-from service.rpc.pool_directory import Directory
+from service.rpc.pool_directory import PoolDirectory
 
 log = logging.getLogger("coe.api")
 
@@ -40,7 +40,7 @@ _LONGEST_S = 600.0
 _LONGEST_ALONE_S = 10.0
 
 
-class Feed:
+class EventStream:
     """Gathers while somebody listens. `close` ends every stream.
 
     `budgets` tells each one's name, shadow price, and the share of it that is left. `history`:
@@ -50,11 +50,11 @@ class Feed:
     def __init__(
         self,
         config: Config,
-        directory: Directory,
+        directory: PoolDirectory,
         views: Callable[[], list[PoolView]],
         remotes: Callable[[], dict[str, str | None]],
         in_flight: Callable[[], float],
-        recent: Recent,
+        recent: RequestHistory,
         budgets: Callable[[], list[tuple[str, float, float]]],
         history: deque[dict[str, Any]],
     ) -> None:
@@ -73,9 +73,9 @@ class Feed:
         self._history = history
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Server-sent events. Raises OverCapacity when too many listen."""
+        """Server-sent events. Raises OverCapacityError when too many listen."""
         if len(self._listeners) >= _MOST_LISTENERS:
-            raise OverCapacity(f"{_MOST_LISTENERS} consoles listen to this gateway already")
+            raise OverCapacityError(f"{_MOST_LISTENERS} consoles listen to this gateway already")
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(_MOST_QUEUED)
         longest_s = _LONGEST_S if self._config.pools else _LONGEST_ALONE_S
         end_s = time.monotonic() + longest_s
@@ -172,7 +172,7 @@ class Feed:
         for link, one in zip(links, told, strict=True):
             if isinstance(one, dict):
                 details[link.address.boot] = one
-            elif not isinstance(one, PoolGone):
+            elif not isinstance(one, PoolUnavailableError):
                 raise one
         self._details = details
         counted = {

@@ -7,14 +7,14 @@ from collections import Counter, deque
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from service.telemetry.gateway_metrics import Ended
+from service.telemetry.gateway_metrics import RequestSummary
 
 WINDOW_S = 300.0
 _MINUTE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class CompletedRequest:
     """One request that has ended.
 
     `at_s`: when, in s since the epoch. `asked`: the model that the client named.
@@ -48,10 +48,15 @@ class Passed(Protocol):
 
 
 def account(
-    ended: Ended, request: str, asked: str, confidence: float, route_s: float, passed: Passed
-) -> Answered:
+    ended: RequestSummary,
+    request: str,
+    asked: str,
+    confidence: float,
+    route_s: float,
+    passed: Passed,
+) -> CompletedRequest:
     """For the console: a request that has just ended."""
-    return Answered(
+    return CompletedRequest(
         at_s=round(time.time(), 1),
         request=request,
         asked=asked,
@@ -69,14 +74,14 @@ def account(
     )
 
 
-class Recent:
+class RequestHistory:
     """The last requests, newest last: `size` of them at most."""
 
     def __init__(self, size: int = 2000) -> None:
-        self._kept: deque[Answered] = deque(maxlen=size)
+        self._kept: deque[CompletedRequest] = deque(maxlen=size)
         self.count = 0
 
-    def note(self, one: Answered) -> None:
+    def note(self, one: CompletedRequest) -> None:
         """Remember a request that has ended."""
         self._kept.append(one)
         self.count += 1

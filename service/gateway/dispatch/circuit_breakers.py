@@ -14,25 +14,25 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from random import random
 
-from service.broker.breaker import Breakers, RetryBudget, State, pause_s
+from service.broker.breaker import Breakers, RetryBudget, State, backoff_s
 from service.broker.pool_state import REMOTE
 from service.errors import (
-    CircuitOpen,
+    CircuitOpenError,
     CoeError,
-    DeadlineExceeded,
-    EngineDead,
-    PoolGone,
+    DeadlineExceededError,
+    EngineDeadError,
+    PoolUnavailableError,
     UpstreamError,
 )
 from service.telemetry import metrics
-from service.telemetry.registry import Meter
+from service.telemetry.registry import MetricsRegistry
 
-_OWN = (EngineDead, PoolGone)
+_OWN = (EngineDeadError, PoolUnavailableError)
 
 Place = tuple[str, str]
 
 
-class Trips:
+class CircuitBreakers:
     """The breakers of one gateway. A place is (expert, pool's boot id) or (expert, REMOTE).
 
     `endpoints`: the address of each remote expert; experts with the same one share a breaker
@@ -46,7 +46,7 @@ class Trips:
         hang_s: float,
         breakers: Breakers[Place],
         budget: RetryBudget,
-        meter: Meter,
+        meter: MetricsRegistry,
     ) -> None:
         self._endpoints = endpoints
         self._hang_s = hang_s
@@ -62,14 +62,14 @@ class Trips:
         named = {(expert, REMOTE) for expert, url in self._endpoints.items() if ("", url) in shut}
         return shut | named
 
-    def refusal(self, experts: Collection[str]) -> CircuitOpen:
+    def refusal(self, experts: Collection[str]) -> CircuitOpenError:
         """The error where only closed places are left: with the time until one is tried."""
         now_s = time.monotonic()
         keys = [key for key in self.blocked() if key[0] in experts]
         keys += [("", self._endpoints[name]) for name in experts if name in self._endpoints]
         left_s = self._breakers.left_s(keys, now_s)
         name = next(iter(experts), "")
-        return CircuitOpen(
+        return CircuitOpenError(
             f"expert {name!r} has failed several times in a row and is left alone for a moment",
             retry_after_s=max(1.0, left_s),
         )
@@ -86,7 +86,7 @@ class Trips:
 
     async def pause(self, times_tried: int) -> None:
         """Before going back to a place that has just failed."""
-        await asyncio.sleep(pause_s(times_tried, random))
+        await asyncio.sleep(backoff_s(times_tried, random))
 
     @contextmanager
     def attempt(self, expert: str, boot: str, given_s: float) -> Iterator[None]:
@@ -115,7 +115,7 @@ class Trips:
                     self._meter.add(metrics.TRIPS, 1, expert)
 
     def _judged(self, error: CoeError, given_s: float) -> bool | None:
-        if isinstance(error, DeadlineExceeded):
+        if isinstance(error, DeadlineExceededError):
             return False if given_s >= self._hang_s and error.silent else None
         if isinstance(error, UpstreamError):
             return None if error.limited else False

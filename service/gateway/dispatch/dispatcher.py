@@ -15,29 +15,34 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
-from service.broker.cost_model import Market
-from service.broker.demand import failure_reason, usable
-from service.broker.pool_state import REMOTE, Board, PoolView
-from service.broker.recipe_catalog import Book
-from service.broker.selection import Bar, Option, Weighed, weigh
+from service.broker.cost_model import CostModel
+from service.broker.demand import can_serve, failure_reason
+from service.broker.pool_state import REMOTE, PoolStateTable, PoolView
+from service.broker.recipe_catalog import RecipeCatalog
+from service.broker.selection import Candidate, Exclusion, Selection, select
 from service.engine.base import EngineRequest, Message
 from service.errors import (
     CoeError,
-    DeadlineExceeded,
-    EngineDiedTwice,
-    EngineSilent,
-    ExpertFailed,
-    InvalidRequest,
-    PoolGone,
-    PoolStopped,
-    PoolUnreachable,
-    Unavailable,
+    DeadlineExceededError,
+    EngineDiedTwiceError,
+    EngineTimeoutError,
+    ExpertFailedError,
+    InvalidRequestError,
+    PoolStoppedError,
+    PoolUnavailableError,
+    PoolUnreachableError,
+    UnavailableError,
     UpstreamError,
 )
-from service.gateway.budget_prices import Spending
-from service.gateway.dispatch.circuit_breakers import Trips
-from service.gateway.dispatch.errors import RETRIED, fault_from, too_late, whole
-from service.gateway.dispatch.remote_pool import RemoteSeat, seats_view
+from service.gateway.budget_prices import BudgetPrices
+from service.gateway.dispatch.circuit_breakers import CircuitBreakers
+from service.gateway.dispatch.errors import (
+    RETRIED,
+    deadline_error,
+    error_from_fault,
+    read_whole_answer,
+)
+from service.gateway.dispatch.remote_pool import RemotePool, remote_pool_view
 from service.gateway.dispatch.retries import (
     MOST_LOSSES,
     AfterFault,
@@ -48,19 +53,19 @@ from service.gateway.dispatch.retries import (
     without_option,
 )
 from service.gateway.redaction import without_folders
-from service.gateway.request.parsing import Asked
+from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.token_limits import within_context, within_cost
-from service.gateway.request_record import Passage, Spent, Unfinished
-from service.gateway.routing.candidates import Plan
-from service.gateway.routing.demand_reporter import Unmet
-from service.gateway.routing.prefix_affinity import Conversations
-from service.gateway.routing.selection_request import wish_for
-from service.gateway.sends.response import Reply
+from service.gateway.request_record import CallCost, RequestRecord, Unfinished
+from service.gateway.routing.candidates import RoutePlan
+from service.gateway.routing.demand_reporter import DemandReporter
+from service.gateway.routing.prefix_affinity import PrefixAffinity
+from service.gateway.routing.selection_request import selection_request
+from service.gateway.sends.response import ResponseSend
 from service.http.endpoints import TABLE
 from service.http.openai_errors import FAULT_HEADER
 from service.rpc.call import ENGINE_MS, QUEUE_MS, SWAP_MS, Call
 from service.rpc.client import PoolReply
-from service.rpc.pool_directory import Directory
+from service.rpc.pool_directory import PoolDirectory
 
 if TYPE_CHECKING:
     from service.telemetry.tracing import Trace
@@ -70,30 +75,30 @@ if TYPE_CHECKING:
 _GRACE_S = 1.0
 
 
-class Relay:
+class Dispatcher:
     """Carries calls. `wake` asks for a pool that holds an expert where none runs."""
 
     def __init__(
         self,
-        book: Book,
-        market: Market,
-        directory: Directory,
-        seats: Mapping[str, RemoteSeat],
+        book: RecipeCatalog,
+        market: CostModel,
+        directory: PoolDirectory,
+        seats: Mapping[str, RemotePool],
         wake: Callable[[str], None],
-        spending: Spending,
-        trips: Trips,
-        conversations: Conversations,
+        spending: BudgetPrices,
+        trips: CircuitBreakers,
+        conversations: PrefixAffinity,
     ) -> None:
         self.spending = spending
         self.conversations = conversations
         self.book = book
         self.trips = trips
         self.market = market
-        self._board = Board(book.index)
+        self._board = PoolStateTable(book.index)
         self._directory = directory
         self._seats = seats
         self._wake = wake
-        self._unmet = Unmet(directory, self.views)
+        self._unmet = DemandReporter(directory, self.views)
 
     async def close(self) -> None:
         """Say no more."""
@@ -108,7 +113,7 @@ class Relay:
             if link.snapshot is not None
         ]
         if self._seats:
-            views.append(seats_view(self._seats))
+            views.append(remote_pool_view(self._seats))
         return views
 
     def context(self, expert: str) -> int:
@@ -117,16 +122,16 @@ class Relay:
 
     def weigh(
         self,
-        asked: Asked,
-        plan: Plan,
+        asked: InferenceRequest,
+        plan: RoutePlan,
         *,
         left_s: float | None = None,
         banned: frozenset[tuple[str, str]] = frozenset(),
         views: list[PoolView] | None = None,
-    ) -> Weighed:
+    ) -> Selection:
         """Every way to answer this now. Sends nothing."""
         banned |= self.trips.blocked()
-        wish = wish_for(
+        wish = selection_request(
             self.market,
             asked,
             plan,
@@ -136,16 +141,16 @@ class Relay:
             warm=self.conversations.warm(asked),
         )
         standing = self._board.standing(self.views() if views is None else views)
-        return weigh(self.book, standing, wish)
+        return select(self.book, standing, wish)
 
     async def carry(
         self,
-        asked: Asked,
-        plan: Plan,
-        reply: Reply,
+        asked: InferenceRequest,
+        plan: RoutePlan,
+        reply: ResponseSend,
         deadline_s: float,
         *,
-        first: Weighed | None = None,
+        first: Selection | None = None,
         recipe: str = "",
     ) -> None:
         """Answer by one expert. `first`: the choice as it was found, for the first attempt.
@@ -178,7 +183,7 @@ class Relay:
                 # Of another expert than the first fewer tokens may cost as much.
                 context = self.context(option.expert)
                 bounded = within_cost(asked, (option.expert,), self.market, (context,))
-            except InvalidRequest as error:
+            except InvalidRequestError as error:
                 raise fault or error from None
             bounded = within_context(bounded, option.expert, context)
             passage.clipped = bounded.clipped
@@ -189,14 +194,14 @@ class Relay:
                 ):
                     await self._attempt(option, bounded, deadline_s, reply, trace)
                 return
-            except (Unavailable, UpstreamError) as error:
+            except (UnavailableError, UpstreamError) as error:
                 if reply.started:
                     await reply.break_off(error)
                     return
                 fault = error
                 if is_loss(error):
                     passage.losses.append(option.boot)
-                if not isinstance(error, DeadlineExceeded):
+                if not isinstance(error, DeadlineExceededError):
                     passage.failed.append((option.expert, error.code))
                     self.trips.forget_all_but([view.boot for view in self.views()])
                 match after_fault(error, len(passage.losses)):
@@ -207,7 +212,7 @@ class Relay:
                     case AfterFault.RETRY_IF_PAID if not self.trips.pay_for_retry():
                         raise
 
-    def begin(self, asked: Asked, plan: Plan, left_s: float) -> Weighed:
+    def begin(self, asked: InferenceRequest, plan: RoutePlan, left_s: float) -> Selection:
         """The first choice for a request, with so much left of its deadline: tells pools of what
         it would rather have had."""
         views = self.views()
@@ -223,10 +228,10 @@ class Relay:
         return weighed
 
     @staticmethod
-    def _refuse_cost(asked: Asked, weighed: Weighed) -> None:
+    def _refuse_cost(asked: InferenceRequest, weighed: Selection) -> None:
         """No way to answer is cheap enough, whatever is free: say so at once."""
         if asked.max_cost is not None and (weighed.cost > asked.max_cost).all():
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"no way to answer is expected to cost at most {asked.max_cost:g}; "
                 f"the cheapest costs about {weighed.cost.min():.3g}",
                 param="coe.max_cost",
@@ -234,13 +239,13 @@ class Relay:
 
     def _next(
         self,
-        asked: Asked,
-        plan: Plan,
-        passage: Passage,
+        asked: InferenceRequest,
+        plan: RoutePlan,
+        passage: RequestRecord,
         fault: CoeError | None,
         deadline_s: float,
-        first: Weighed | None,
-    ) -> Option | None:
+        first: Selection | None,
+    ) -> Candidate | None:
         """The best option left. None: wait for a pool. Raises when there is no hope."""
         # The same pool again only where its engine died: it is starting another.
         tries = tries_per_pool(fault)
@@ -257,7 +262,7 @@ class Relay:
                 return found
         experts = self._experts(plan)
         shut = self.trips.blocked()
-        there = [(name, v.boot) for v in views for name in experts if usable(v, name)]
+        there = [(name, v.boot) for v in views for name in experts if can_serve(v, name)]
         reason = failure_reason(plan.first, views)
         match without_option(
             fault,
@@ -272,25 +277,27 @@ class Relay:
             case WithoutOption.REFUSE_AS_RESTING:
                 raise self.trips.refusal(experts)
             case WithoutOption.REFUSE_AS_FAILED:
-                raise ExpertFailed(
+                raise ExpertFailedError(
                     f"expert {plan.first!r} could not be loaded: {without_folders(reason or '')}",
                     retry_after_s=30,
                 )
         return None
 
-    def _winner(self, weighed: Weighed, passage: Passage) -> Option | None:
+    def _winner(self, weighed: Selection, passage: RequestRecord) -> Candidate | None:
         at = weighed.best()
         if at is None:
             return None
         passage.predicted_cost = float(weighed.cost[at])
         return weighed.option(self.book.recipes[int(weighed.wish.rows[at])].members[0])
 
-    def _experts(self, plan: Plan) -> list[str]:
+    def _experts(self, plan: RoutePlan) -> list[str]:
         return [self.book.recipes[row].members[0] for row in plan.rows.tolist()]
 
-    def _wake_better(self, plan: Plan, weighed: Weighed, at: int, views: list[PoolView]) -> None:
+    def _wake_better(
+        self, plan: RoutePlan, weighed: Selection, at: int, views: list[PoolView]
+    ) -> None:
         """Ask for a pool of an expert worth more than the winner that no pool has now."""
-        if not (weighed.barred == Bar.NO_POOL).any():
+        if not (weighed.barred == Exclusion.NO_POOL).any():
             return
         there = {name for view in views for name in view.snapshot.experts}
         best: tuple[float, str] | None = None
@@ -301,19 +308,19 @@ class Relay:
         if best is not None and best[0] > weighed.utility[at]:
             self._wake(best[1])
 
-    async def _wait_for_pool(self, plan: Plan, deadline_s: float) -> None:
+    async def _wait_for_pool(self, plan: RoutePlan, deadline_s: float) -> None:
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
-            raise Unavailable(f"no running pool holds expert {plan.first!r}", retry_after_s=5)
+            raise UnavailableError(f"no running pool holds expert {plan.first!r}", retry_after_s=5)
         self._wake(plan.first)
         await self._directory.change(min(left_s, 1.0))
 
     async def _attempt(
         self,
-        option: Option,
-        asked: Asked,
+        option: Candidate,
+        asked: InferenceRequest,
         deadline_s: float,
-        reply: Reply,
+        reply: ResponseSend,
         trace: Mapping[str, str],
     ) -> None:
         left_ms = max(1, int((deadline_s - time.monotonic()) * 1000))
@@ -329,7 +336,7 @@ class Relay:
         attempt_id = f"{asked.request_id}-again{again}" if again else asked.request_id
         handed = asyncio.Event()
         left = partial(self._left, option, asked, attempt_id, reply)
-        spent = Spent(
+        spent = CallCost(
             option.expert,
             self.market.price(option.expert),
             answers=asked.answers,
@@ -375,24 +382,32 @@ class Relay:
                     async with link.call(call, body) as answer:
                         reply.passage.calls.append(spent)
                         await self._pass_on(answer, asked, limit, reply)
-                except PoolGone as error:
-                    if link.draining and not isinstance(error, PoolUnreachable):
-                        raise PoolStopped(error.message) from None
+                except PoolUnavailableError as error:
+                    if link.draining and not isinstance(error, PoolUnreachableError):
+                        raise PoolStoppedError(error.message) from None
                     raise
         except asyncio.CancelledError:
             left(begun=handed.is_set() or not remote)
             raise
-        except DeadlineExceeded:
+        except DeadlineExceededError:
             left(begun=asked.own_deadline)
             raise
         except TimeoutError:
             if not limit.expired():
                 raise
             left(begun=asked.own_deadline and (handed.is_set() or not remote))
-            raise too_late(asked, silent=asked.stream and (handed.is_set() or not remote)) from None
+            raise deadline_error(
+                asked, silent=asked.stream and (handed.is_set() or not remote)
+            ) from None
 
     def _left(
-        self, option: Option, asked: Asked, attempt_id: str, reply: Reply, *, begun: bool
+        self,
+        option: Candidate,
+        asked: InferenceRequest,
+        attempt_id: str,
+        reply: ResponseSend,
+        *,
+        begun: bool,
     ) -> None:
         """A call is given up: nobody waits for it any more. What it has used will be asked.
 
@@ -419,14 +434,20 @@ class Relay:
         )
 
     async def _pass_on(
-        self, answer: PoolReply, asked: Asked, limit: asyncio.Timeout, reply: Reply
+        self,
+        answer: PoolReply,
+        asked: InferenceRequest,
+        limit: asyncio.Timeout,
+        reply: ResponseSend,
     ) -> None:
         fault = answer.headers.get(FAULT_HEADER.decode())
-        if fault in (DeadlineExceeded.code, EngineSilent.code):
+        if fault in (DeadlineExceededError.code, EngineTimeoutError.code):
             # In the client's own figure: the pool knows only what was left of it.
-            raise too_late(asked, silent=fault == EngineSilent.code)
+            raise deadline_error(asked, silent=fault == EngineTimeoutError.code)
         if fault in RETRIED:
-            raise fault_from(fault, await whole(answer), answer.headers.get("retry-after"))
+            raise error_from_fault(
+                fault, await read_whole_answer(answer), answer.headers.get("retry-after")
+            )
         content_type = answer.headers.get("content-type", "application/json").encode("latin-1")
         head = [(b"content-type", content_type)]
         for name in ("retry-after", "x-coe-fault"):
@@ -436,7 +457,7 @@ class Relay:
         reply.passage.swap_ms = float(answer.headers.get(SWAP_MS, "0"))
         reply.passage.engine_ms = float(answer.headers.get(ENGINE_MS, "0"))
         if not content_type.startswith(b"text/event-stream"):
-            body = await whole(answer)
+            body = await read_whole_answer(answer)
             await reply(_start(answer.status, head))
             await reply({"type": "http.response.body", "body": body})
             return
@@ -449,14 +470,14 @@ class Relay:
                     first = False
                 await reply({"type": "http.response.body", "body": chunk, "more_body": True})
         except (aiohttp.ClientError, OSError):
-            raise PoolGone("the pool that was answering went away") from None
+            raise PoolUnavailableError("the pool that was answering went away") from None
         if first:
-            raise PoolGone("the pool ended its answer before it began")
+            raise PoolUnavailableError("the pool ended its answer before it began")
         await reply({"type": "http.response.body", "body": b""})
 
 
 def _traced(
-    trace: Trace | None, option: Option, asked: Asked
+    trace: Trace | None, option: Candidate, asked: InferenceRequest
 ) -> AbstractContextManager[Mapping[str, str]]:
     """The W3C headers to go on with; untraced, the client's own as they came."""
     if trace is None:
@@ -464,8 +485,8 @@ def _traced(
     return trace.attempt(option.expert, option.boot or None)
 
 
-def _died_twice() -> EngineDiedTwice:
-    return EngineDiedTwice(
+def _died_twice() -> EngineDiedTwiceError:
+    return EngineDiedTwiceError(
         f"{MOST_LOSSES} engines died while they had this request; it is given to no other"
     )
 

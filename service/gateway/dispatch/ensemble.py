@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import orjson
 
-from service.broker.agreement import Final, agreed, confidence, final_answer, majority
-from service.broker.selection import Weighed
+from service.broker.agreement import FinalAnswer, agreed, confidence, final_answer, majority
+from service.broker.selection import Selection
 from service.engine.base import Message
-from service.errors import CoeError, Unavailable
-from service.gateway.dispatch.dispatcher import Relay
-from service.gateway.request.parsing import Asked
-from service.gateway.request_record import Passage, Spent
-from service.gateway.routing.candidates import Plan
-from service.gateway.sends.response import NoAnswer, Reply
+from service.errors import CoeError, UnavailableError
+from service.gateway.dispatch.dispatcher import Dispatcher
+from service.gateway.request.parsing import InferenceRequest
+from service.gateway.request_record import CallCost, RequestRecord
+from service.gateway.routing.candidates import RoutePlan
+from service.gateway.sends.response import NoAnswer, ResponseSend
 from service.types import MAX_LATER, Recipe
 
 log = logging.getLogger("coe.ensemble")
@@ -36,22 +36,22 @@ _CUT = frozenset({"length", "content_filter"})
 _without_logprobs: set[str] = set()
 
 
-class NoMember(Unavailable):
+class NoMemberError(UnavailableError):
     """None of a recipe's members answered."""
 
     code = "no_member_answered"
 
 
 @dataclass(slots=True)
-class Answer:
+class MemberAnswer:
     """What one member said. `body` is its whole reply, empty where it failed with `error`."""
 
     expert: str
-    passage: Passage
+    passage: RequestRecord
     status: int = 0
     body: bytes = b""
     text: str = ""
-    final: Final | None = None
+    final: FinalAnswer | None = None
     logprobs: tuple[float, ...] = ()
     error: CoeError | None = None
 
@@ -62,18 +62,18 @@ class Answer:
 
 
 @dataclass(slots=True)
-class Ensemble:
+class EnsembleExecutor:
     """Runs one recipe for one request. `weighed` is the choice that took it."""
 
-    relay: Relay
+    relay: Dispatcher
     recipe: Recipe
-    asked: Asked
-    plan: Plan
-    weighed: Weighed
-    reply: Reply
+    asked: InferenceRequest
+    plan: RoutePlan
+    weighed: Selection
+    reply: ResponseSend
     deadline_s: float
-    answers: list[Answer] = field(default_factory=list)
-    _sent: Answer | None = None
+    answers: list[MemberAnswer] = field(default_factory=list)
+    _sent: MemberAnswer | None = None
 
     @property
     def escalations(self) -> int:
@@ -81,7 +81,7 @@ class Ensemble:
         return sum(1 for one in self.answers if one.expert in self.recipe.later)
 
     async def run(self) -> None:
-        """Answer. Raises NoMember where nobody did, and nothing has been sent."""
+        """Answer. Raises NoMemberError where nobody did, and nothing has been sent."""
         try:
             if self.recipe.kind == "vote":
                 await self._vote()
@@ -136,7 +136,7 @@ class Ensemble:
         newest = self._newest() or next((one for one in self.answers[::-1] if one.ok), None)
         await (self._send(newest) if newest is not None else self._refuse())
 
-    def _sure(self, answer: Answer) -> bool:
+    def _sure(self, answer: MemberAnswer) -> bool:
         """Whether a member was sure enough of its own tokens."""
         if not answer.ok:
             return False
@@ -167,7 +167,9 @@ class Ensemble:
             # That attempt's bound has ended with it.
             self.reply.first_byte_limit = None
             refused = isinstance(error, NoAnswer)
-            self.answers.append(Answer(expert, Passage(), error=None if refused else error))
+            self.answers.append(
+                MemberAnswer(expert, RequestRecord(), error=None if refused else error)
+            )
             return False
         finally:
             self.reply.answers_only = False
@@ -178,10 +180,10 @@ class Ensemble:
         """The recipe's, as a header can carry it."""
         return self.recipe.name.replace("→", "->")
 
-    async def _together(self, experts: Sequence[str], most: int | None) -> list[Answer]:
+    async def _together(self, experts: Sequence[str], most: int | None) -> list[MemberAnswer]:
         """Ask all at once; stop waiting when `most` of them agree. In the order of `experts`."""
         tasks = {asyncio.create_task(self._ask(expert, i)): i for i, expert in enumerate(experts)}
-        found: dict[int, Answer] = {}
+        found: dict[int, MemberAnswer] = {}
         began_s = time.monotonic()
         try:
             left = set(tasks)
@@ -201,7 +203,7 @@ class Ensemble:
             self.answers += [found[i] for i in range(len(experts))]
         return self.answers[-len(experts) :]
 
-    def _cut_short(self, expert: str, began_s: float) -> Answer:
+    def _cut_short(self, expert: str, began_s: float) -> MemberAnswer:
         """A call that was ended before its answer came: what it has cost is told by the clock."""
         option = self.weighed.option(expert)
         tokens = 0
@@ -210,9 +212,9 @@ class Ensemble:
             whole = float(self.weighed.wish.tokens[e])
             running_s = time.monotonic() - began_s - option.wait_s
             tokens = int(whole * min(1.0, max(0.0, running_s / max(option.answer_s, 1e-3))))
-        passage = Passage(expert=expert)
+        passage = RequestRecord(expert=expert)
         passage.calls.append(
-            Spent(
+            CallCost(
                 expert,
                 self.relay.market.price(expert),
                 self.asked.prompt_tokens,
@@ -221,9 +223,9 @@ class Ensemble:
                 ended=False,
             )
         )
-        return Answer(expert, passage, error=Unavailable("no longer needed"))
+        return MemberAnswer(expert, passage, error=UnavailableError("no longer needed"))
 
-    def _only(self, expert: str) -> Plan:
+    def _only(self, expert: str) -> RoutePlan:
         row = self.relay.book.index[expert]
         return replace(
             self.plan,
@@ -233,14 +235,16 @@ class Ensemble:
             first=expert,
         )
 
-    async def _ask(self, expert: str, number: int) -> Answer:
+    async def _ask(self, expert: str, number: int) -> MemberAnswer:
         """One member's whole answer; its faults are told, not raised."""
         sure = self.recipe.sure > 0 and len(self.recipe.members) == 1 and number == 0
         asked = self.asked.for_member(number, logprobs=sure)
-        heard = _Heard()
+        heard = _BufferedSend()
         ours = self.reply.passage
-        answer = Answer(expert, Passage(expert=expert, trace=ours.trace, losses=ours.losses))
-        reply = Reply(heard, [], answer.passage, time.monotonic())
+        answer = MemberAnswer(
+            expert, RequestRecord(expert=expert, trace=ours.trace, losses=ours.losses)
+        )
+        reply = ResponseSend(heard, [], answer.passage, time.monotonic())
         try:
             await self.relay.carry(asked, self._only(expert), reply, self.deadline_s)
         except CoeError as error:
@@ -250,7 +254,7 @@ class Ensemble:
         self._read(answer)
         return answer
 
-    def _read(self, answer: Answer) -> None:
+    def _read(self, answer: MemberAnswer) -> None:
         try:
             choice = orjson.loads(answer.body)["choices"][0]
             message = choice["message"]
@@ -259,12 +263,14 @@ class Ensemble:
             answer.logprobs = tuple(float(token["logprob"]) for token in tokens)
         except (orjson.JSONDecodeError, KeyError, TypeError, IndexError, ValueError):
             if answer.status == 200:
-                answer.error = Unavailable(f"expert {answer.expert!r} answered in no known form")
+                answer.error = UnavailableError(
+                    f"expert {answer.expert!r} answered in no known form"
+                )
             return
         if choice.get("finish_reason") not in _CUT and not message.get("refusal"):
             answer.final = final_answer(answer.text, as_json="json" in self.asked.needs)
 
-    def _newest(self) -> Answer | None:
+    def _newest(self) -> MemberAnswer | None:
         """The last answer that has a final one in it."""
         return next((one for one in self.answers[::-1] if one.ok and one.final), None)
 
@@ -277,7 +283,7 @@ class Ensemble:
     async def _refuse(self) -> None:
         """Nobody answered: send what an expert said against the request, if any did.
 
-        Raises the last error, or NoMember.
+        Raises the last error, or NoMemberError.
         """
         refused = [a for a in self.answers if a.error is None and 400 <= a.status < 500]
         if not refused:
@@ -289,7 +295,7 @@ class Ensemble:
 
     def _nobody(self) -> CoeError:
         errors = [one.error for one in self.answers if one.error is not None]
-        return errors[-1] if errors else NoMember("no member of the recipe answered")
+        return errors[-1] if errors else NoMemberError("no member of the recipe answered")
 
     def _charge(self) -> None:
         """Count the calls whose answer did not go to the client itself."""
@@ -309,7 +315,7 @@ class Ensemble:
         passage.queue_ms = max((one.passage.queue_ms for one in self.answers), default=0.0)
         passage.swap_ms = max((one.passage.swap_ms for one in self.answers), default=0.0)
 
-    async def _send(self, answer: Answer) -> None:
+    async def _send(self, answer: MemberAnswer) -> None:
         """A member's answer to the client, as a stream if that was asked for."""
         self._account()
         self._sent = answer
@@ -329,7 +335,7 @@ class Ensemble:
         await self.reply({"type": "http.response.body", "body": body})
 
 
-class _Heard:
+class _BufferedSend:
     """An ASGI send that keeps what it is sent."""
 
     def __init__(self) -> None:
@@ -343,7 +349,7 @@ class _Heard:
             self.body += message.get("body", b"")
 
 
-def _without_ours(data: dict[str, Any], asked: Asked) -> dict[str, Any]:
+def _without_ours(data: dict[str, Any], asked: InferenceRequest) -> dict[str, Any]:
     """A member's reply without what we had it say for ourselves."""
     if isinstance(usage := data.get("usage"), dict):
         usage.pop("coe", None)
@@ -353,7 +359,7 @@ def _without_ours(data: dict[str, Any], asked: Asked) -> dict[str, Any]:
     return data
 
 
-def _as_stream(data: dict[str, Any], asked: Asked) -> bytes:
+def _as_stream(data: dict[str, Any], asked: InferenceRequest) -> bytes:
     """A whole chat completion as the events of a stream."""
     head = {k: v for k, v in data.items() if k not in ("choices", "usage")}
     head["object"] = "chat.completion.chunk"

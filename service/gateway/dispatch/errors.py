@@ -6,17 +6,17 @@ import aiohttp
 import orjson
 
 from service.errors import (
-    DeadlineExceeded,
-    EngineDead,
-    EngineRestarting,
-    EngineSilent,
-    ExpertFailed,
-    OverCapacity,
-    PoolGone,
-    Unavailable,
+    DeadlineExceededError,
+    EngineDeadError,
+    EngineRestartingError,
+    EngineTimeoutError,
+    ExpertFailedError,
+    OverCapacityError,
+    PoolUnavailableError,
+    UnavailableError,
 )
 from service.gateway.redaction import without_folders
-from service.gateway.request.parsing import Asked
+from service.gateway.request.parsing import InferenceRequest
 from service.rpc.client import PoolReply
 
 # After these somebody else may answer.
@@ -32,31 +32,31 @@ RETRIED = frozenset(
 )
 
 
-def too_late(asked: Asked, *, silent: bool) -> DeadlineExceeded:
+def deadline_error(asked: InferenceRequest, *, silent: bool) -> DeadlineExceededError:
     """In the client's own figure. `silent`: whoever had the request said nothing."""
-    kind = EngineSilent if silent else DeadlineExceeded
+    kind = EngineTimeoutError if silent else DeadlineExceededError
     said = f"no answer within the deadline of {asked.deadline_ms} ms"
-    return kind(said, code=DeadlineExceeded.code)
+    return kind(said, code=DeadlineExceededError.code)
 
 
-async def whole(answer: PoolReply) -> bytes:
-    """The body. Raises PoolGone."""
+async def read_whole_answer(answer: PoolReply) -> bytes:
+    """The body. Raises PoolUnavailableError."""
     try:
         return await answer.chunks.read()
     except (aiohttp.ClientError, OSError):
-        raise PoolGone("the pool that was answering went away") from None
+        raise PoolUnavailableError("the pool that was answering went away") from None
 
 
-def fault_from(code: str, body: bytes, retry_after: str | None) -> Unavailable:
+def error_from_fault(code: str, body: bytes, retry_after: str | None) -> UnavailableError:
     """A pool's error as an exception again, with its own words."""
     try:
         message = without_folders(str(orjson.loads(body)["error"]["message"]))
     except (orjson.JSONDecodeError, KeyError, TypeError):
         message = "the pool could not answer"
-    kinds: dict[str, type[Unavailable]] = {
-        "over_capacity": OverCapacity,
-        "expert_failed": ExpertFailed,
-        "engine_dead": EngineDead,
-        "engine_restarting": EngineRestarting,
+    kinds: dict[str, type[UnavailableError]] = {
+        "over_capacity": OverCapacityError,
+        "expert_failed": ExpertFailedError,
+        "engine_dead": EngineDeadError,
+        "engine_restarting": EngineRestartingError,
     }
-    return kinds.get(code, PoolGone)(message, retry_after_s=float(retry_after or 1))
+    return kinds.get(code, PoolUnavailableError)(message, retry_after_s=float(retry_after or 1))

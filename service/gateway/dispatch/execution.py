@@ -9,40 +9,40 @@ from typing import Any
 import numpy as np
 
 from service.engine.base import Send
-from service.errors import CoeError, EngineDiedTwice, InvalidRequest, PromptTooLong
-from service.gateway.dispatch.dispatcher import Relay
-from service.gateway.dispatch.ensemble import Ensemble
-from service.gateway.dispatch.errors import too_late
-from service.gateway.request.parsing import Asked
+from service.errors import CoeError, EngineDiedTwiceError, InvalidRequestError, PromptTooLongError
+from service.gateway.dispatch.dispatcher import Dispatcher
+from service.gateway.dispatch.ensemble import EnsembleExecutor
+from service.gateway.dispatch.errors import deadline_error
+from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.token_limits import within_cost
-from service.gateway.request_record import Passage
+from service.gateway.request_record import RequestRecord
 from service.gateway.routes.explain import explain
-from service.gateway.routes.feedback import Feedback
-from service.gateway.routing.candidates import Plan
-from service.gateway.routing.quality import Worth
-from service.gateway.sends.response import Reply
-from service.gateway.sends.usage_meter import Meter
+from service.gateway.routes.feedback import FeedbackService
+from service.gateway.routing.candidates import RoutePlan
+from service.gateway.routing.quality import QualityModel
+from service.gateway.sends.response import ResponseSend
+from service.gateway.sends.usage_meter import UsageMeter
 from service.http.openai_errors import dialect_of
 from service.types import Recipe
 
 
-class Answering:
+class RecipeExecutor:
     """Takes the best recipe for each request and learns from how it went."""
 
-    def __init__(self, relay: Relay, worth: Worth, feedback: Feedback) -> None:
+    def __init__(self, relay: Dispatcher, worth: QualityModel, feedback: FeedbackService) -> None:
         self._relay = relay
         self._worth = worth
         self.feedback = feedback
 
     async def answer(
         self,
-        asked: Asked,
-        plan: Plan,
+        asked: InferenceRequest,
+        plan: RoutePlan,
         headers: list[tuple[bytes, bytes]],
         send: Send,
-        passage: Passage,
+        passage: RequestRecord,
         began_s: float,
-        meter: Meter | None = None,
+        meter: UsageMeter | None = None,
     ) -> None:
         """Answer a request that arrived at `began_s`, from where its deadline counts. `meter`
         counts, where somebody is charged.
@@ -52,8 +52,10 @@ class Answering:
         chosen_from_s = time.monotonic()
         deadline_s = began_s + asked.deadline_ms / 1000
         if chosen_from_s >= deadline_s:
-            raise too_late(asked, silent=False)
-        reply = Reply(send, headers, passage, chosen_from_s, meter, dialect_of(asked.endpoint))
+            raise deadline_error(asked, silent=False)
+        reply = ResponseSend(
+            send, headers, passage, chosen_from_s, meter, dialect_of(asked.endpoint)
+        )
         relay = self._relay
         weighed = relay.begin(asked, plan, deadline_s - chosen_from_s)
         took_s = time.monotonic() - chosen_from_s
@@ -78,10 +80,10 @@ class Answering:
                 row = relay.book.index[passage.expert]
                 ended = passage.outcome == "ok"
                 return
-            ensemble = Ensemble(relay, recipe, asked, plan, weighed, reply, deadline_s)
+            ensemble = EnsembleExecutor(relay, recipe, asked, plan, weighed, reply, deadline_s)
             try:
                 await ensemble.run()
-            except (InvalidRequest, PromptTooLong, EngineDiedTwice):
+            except (InvalidRequestError, PromptTooLongError, EngineDiedTwiceError):
                 raise
             except CoeError:
                 singles = plan.only(relay.book.single[plan.rows])
@@ -104,7 +106,7 @@ class Answering:
                 ids = (asked.request_id, asked.client_id)
                 self.feedback.answered(asked.tenant, ids, plan.category, row)
 
-    def affordable(self, asked: Asked, plan: Plan) -> Plan:
+    def affordable(self, asked: InferenceRequest, plan: RoutePlan) -> RoutePlan:
         """Without the recipes that cost more than the tenant's budgets have left; the cheapest
         stays in any case, for the ledger to judge."""
         left = self._relay.spending.left(asked.tenant)
@@ -120,7 +122,7 @@ class Answering:
             keep[int(worst.argmin())] = True
         return plan.only(keep)
 
-    def cheapest(self, plan: Plan) -> Plan:
+    def cheapest(self, plan: RoutePlan) -> RoutePlan:
         """Only the recipe that costs least in the worst case."""
         per_token = self._relay.market.per_token
         worst = self._relay.book.asks[plan.rows] @ per_token
@@ -128,18 +130,18 @@ class Answering:
         keep[int(worst.argmin())] = True
         return plan.only(keep)
 
-    def likely_tokens(self, asked: Asked, plan: Plan) -> float:
+    def likely_tokens(self, asked: InferenceRequest, plan: RoutePlan) -> float:
         """Tokens that the calls of one way to answer are expected to make: of the longest."""
         each = self._relay.market.expect(
             plan.category, asked.prompt_tokens, asked.most_tokens
         ).tokens
         return float((self._relay.book.asks[plan.rows] @ each).max())
 
-    def ways(self, plan: Plan) -> list[tuple[str, ...]]:
+    def ways(self, plan: RoutePlan) -> list[tuple[str, ...]]:
         """Whom each recipe of a plan may ask."""
         return [self._relay.book.recipes[row].experts for row in plan.rows.tolist()]
 
-    def _learn(self, plan: Plan, reply: Reply, *, ended: bool) -> None:
+    def _learn(self, plan: RoutePlan, reply: ResponseSend, *, ended: bool) -> None:
         """Learn the lengths of the answers. `ended`: the last one came to its own end."""
         passage, spent = reply.passage, reply.spent
         if passage.status != 200:
@@ -154,6 +156,6 @@ class Answering:
             if call.length:
                 self._relay.market.saw(call.expert, plan.category, call.length, cut=call.cut)
 
-    def explain(self, asked: Asked, plan: Plan) -> dict[str, Any]:
+    def explain(self, asked: InferenceRequest, plan: RoutePlan) -> dict[str, Any]:
         """A decision for people: the posterior, and every candidate with what decided."""
         return explain(plan, self._relay.weigh(asked, plan))

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from service.broker.pool_state import REMOTE, PoolView
 from service.engine.base import Engine, EngineRequest, Message, Send
-from service.errors import CoeError, ExpertFailed
-from service.pool.queue import Queues, Ticket
-from service.rpc.latency import Speedometer, Stopwatch
+from service.errors import CoeError, ExpertFailedError
+from service.pool.queue import Ticket, TicketQueue
+from service.rpc.latency import LatencyEstimator, ResponseTimer
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
 from service.types import NOBODY, Residency, Tenant
 
@@ -22,7 +22,7 @@ _READY = {_IT}
 
 
 @dataclass(slots=True)
-class RemoteSeat:
+class RemotePool:
     """A remote expert's places: bounded; tenants take turns as in a pool's queue.
 
     It outlives a config, because the endpoint's bound holds for the requests of all of them.
@@ -32,15 +32,15 @@ class RemoteSeat:
     max_in_flight: int
     max_queue: int
     failed: str | None = None
-    queues: Queues = field(init=False)
+    queues: TicketQueue = field(init=False)
     waits: dict[Ticket, asyncio.Future[None]] = field(init=False, default_factory=dict)
-    speed: Speedometer = field(init=False, default_factory=Speedometer)
+    speed: LatencyEstimator = field(init=False, default_factory=LatencyEstimator)
     # Engines that run requests, by how many; an engine that was replaced ends with the last.
     _users: Counter[Engine] = field(init=False, default_factory=Counter)
     _ending: set[asyncio.Task[None]] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
-        self.queues = Queues((_IT,), capacity=self.max_in_flight, max_waiting=self.max_queue)
+        self.queues = TicketQueue((_IT,), capacity=self.max_in_flight, max_waiting=self.max_queue)
 
     @property
     def waiting(self) -> int:
@@ -94,13 +94,13 @@ class RemoteSeat:
         tokens: int = 1,
         places: int = 1,
     ) -> None:
-        """Answer a request when there is room for it. Raises OverCapacity, ExpertFailed.
+        """Answer a request when there is room for it. Raises OverCapacity, ExpertFailedError.
 
         `handed` is set once there is, and the endpoint has the request. `tokens`: about how long
         its prompts are; `places`: how many it takes, for its answers.
         """
         if self.failed is not None:
-            raise ExpertFailed(
+            raise ExpertFailedError(
                 f"expert {request.expert!r} can't be used: {self.failed}", retry_after_s=60
             )
         for gone in self.queues.crowded_out(_IT, tenant, tokens=tokens, places=places):
@@ -143,7 +143,7 @@ class RemoteSeat:
             wait.set_exception(full)
 
     async def _timed(self, request: EngineRequest, send: Send, ticket: Ticket) -> None:
-        watch = Stopwatch(time.monotonic())
+        watch = ResponseTimer(time.monotonic())
 
         async def timed(message: Message) -> None:
             watch.saw(message, time.monotonic())
@@ -170,7 +170,7 @@ class RemoteSeat:
             task.add_done_callback(self._ending.discard)
 
 
-def seats_view(seats: Mapping[str, RemoteSeat]) -> PoolView:
+def remote_pool_view(seats: Mapping[str, RemotePool]) -> PoolView:
     """All remote experts as one pool, each in a slot of its own."""
     now_s = time.monotonic()
     states = {

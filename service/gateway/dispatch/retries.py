@@ -9,15 +9,15 @@ from enum import StrEnum
 
 from service.errors import (
     CoeError,
-    DeadlineExceeded,
-    Draining,
-    EngineDead,
-    EngineRestarting,
-    ExpertFailed,
-    OverCapacity,
-    PoolGone,
-    PoolStopped,
-    PoolUnreachable,
+    DeadlineExceededError,
+    EngineDeadError,
+    EngineRestartingError,
+    ExpertFailedError,
+    OverCapacityError,
+    PoolDrainingError,
+    PoolStoppedError,
+    PoolUnavailableError,
+    PoolUnreachableError,
 )
 
 # A request that two engines or pools did not survive is given to no third.
@@ -26,7 +26,7 @@ MOST_LOSSES = 2
 TRIES_PER_POOL = 2
 _MOST_ATTEMPTS = 2 * TRIES_PER_POOL
 # Nobody had worked on it: another attempt costs no more than the first would have.
-_FREE = (Draining, OverCapacity, ExpertFailed)
+_FREE = (PoolDrainingError, OverCapacityError, ExpertFailedError)
 
 
 class AfterFault(StrEnum):
@@ -49,9 +49,9 @@ class WithoutOption(StrEnum):
 
 def is_loss(fault: CoeError) -> bool:
     """Whether an engine or a pool died while it had the request."""
-    if isinstance(fault, (PoolUnreachable, PoolStopped, EngineRestarting)):
+    if isinstance(fault, (PoolUnreachableError, PoolStoppedError, EngineRestartingError)):
         return False
-    return isinstance(fault, (PoolGone, EngineDead))
+    return isinstance(fault, (PoolUnavailableError, EngineDeadError))
 
 
 def after_fault(fault: CoeError, losses: int) -> AfterFault:
@@ -63,14 +63,14 @@ def after_fault(fault: CoeError, losses: int) -> AfterFault:
     """
     if losses >= MOST_LOSSES:
         return AfterFault.DIED_TWICE
-    if isinstance(fault, DeadlineExceeded):
+    if isinstance(fault, DeadlineExceededError):
         return AfterFault.RAISE
     return AfterFault.RETRY if isinstance(fault, _FREE) else AfterFault.RETRY_IF_PAID
 
 
 def tries_per_pool(fault: CoeError | None) -> int:
     """How often one pool may be asked by one request, after this fault."""
-    return TRIES_PER_POOL if isinstance(fault, (EngineDead, PoolGone)) else 1
+    return TRIES_PER_POOL if isinstance(fault, (EngineDeadError, PoolUnavailableError)) else 1
 
 
 def without_option(
@@ -88,9 +88,9 @@ def without_option(
     if resting:
         return WithoutOption.REFUSE_AS_RESTING if fault is None else WithoutOption.RAISE_FAULT
     if fault is not None:
-        if not isinstance(fault, (PoolGone, EngineDead)):
+        if not isinstance(fault, (PoolUnavailableError, EngineDeadError)):
             return WithoutOption.RAISE_FAULT
-        if isinstance(fault, EngineDead) and usable:
+        if isinstance(fault, EngineDeadError) and usable:
             return WithoutOption.RAISE_FAULT
         if attempts >= _MOST_ATTEMPTS:
             return WithoutOption.RAISE_FAULT

@@ -9,12 +9,12 @@ from typing import Any
 import orjson
 
 from service.config import Config, GuardConfig
-from service.errors import GuardRefused, InvalidRequest
+from service.errors import GuardRefusedError, InvalidRequestError
 from service.gateway.guard.injection import InjectionScreen
-from service.gateway.guard.pii import PersonalScreen, redacted
+from service.gateway.guard.pii import PiiScreen, redacted
 from service.gateway.guard.screen import Finding, Screen, Text
 from service.gateway.guard.texts import check_readable, rewritten, texts_of
-from service.gateway.request.parsing import Asked
+from service.gateway.request.parsing import InferenceRequest
 
 _RANK = {"passed": 0, "flagged": 1, "redacted": 2}
 
@@ -30,13 +30,13 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class GuardResult:
     """A request that may go on, as it may go on.
 
     `arrived_s`: when its body was there, by `time.monotonic`.
     """
 
-    asked: Asked
+    asked: InferenceRequest
     seen: tuple[Seen, ...] = ()
     arrived_s: float = 0.0
 
@@ -71,23 +71,25 @@ class Guard:
         }
         self._injection: Screen = given.get("injection") or InjectionScreen()
         self._personal: dict[str, Screen] = {
-            name: given.get("personal") or PersonalScreen(guard.personal.kinds)
+            name: given.get("personal") or PiiScreen(guard.personal.kinds)
             for name, guard in self._guards.items()
         }
 
-    async def check(self, asked: Asked) -> Verdict:
+    async def check(self, asked: InferenceRequest) -> GuardResult:
         """Look through a request.
 
-        Raises GuardRefused; InvalidRequest where it is too long, or no text.
+        Raises GuardRefusedError; InvalidRequestError where it is too long, or no text.
         """
         guard = self._guards.get(asked.tenant.name)
         if guard is None:
-            return Verdict(asked)
+            return GuardResult(asked)
         check_readable(asked.data)
         texts = texts_of(asked.data, guard.max_characters)
         return await self._look(asked, guard, texts)
 
-    async def _look(self, asked: Asked, guard: GuardConfig, texts: list[Text]) -> Verdict:
+    async def _look(
+        self, asked: InferenceRequest, guard: GuardConfig, texts: list[Text]
+    ) -> GuardResult:
         seen: list[Seen] = []
         if guard.injection.action != "off":
             finding = await self._injection.look(texts)
@@ -107,22 +109,22 @@ class Guard:
                     asked = _redacted(asked, finding)
                     done = "redacted"
             seen.append(_seen("personal", finding, done))
-        return Verdict(asked, tuple(seen))
+        return GuardResult(asked, tuple(seen))
 
 
 def _seen(screen: str, finding: Finding, done: str) -> Seen:
     return Seen(screen, finding.score, finding.kinds, done)
 
 
-def _refused(screen: str, finding: Finding) -> GuardRefused:
-    return GuardRefused(
+def _refused(screen: str, finding: Finding) -> GuardRefusedError:
+    return GuardRefusedError(
         f"refused by this tenant's guard: the screen {screen!r} found "
         f"{', '.join(finding.kinds) or 'something'} (score {finding.score:.2f})",
         screen=screen,
     )
 
 
-def _redacted(asked: Asked, finding: Finding) -> Asked:
+def _redacted(asked: InferenceRequest, finding: Finding) -> InferenceRequest:
     count = -1
 
     def change(text: Text) -> str:
@@ -135,4 +137,4 @@ def _redacted(asked: Asked, finding: Finding) -> Asked:
     try:
         return replace(asked, data=data, raw=orjson.dumps(data))
     except orjson.JSONEncodeError:
-        raise InvalidRequest("the body can't be written again") from None
+        raise InvalidRequestError("the body can't be written again") from None

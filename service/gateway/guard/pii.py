@@ -84,7 +84,7 @@ _CHECKS: dict[str, Callable[[str], bool]] = {
 }
 
 
-class PersonalScreen:
+class PiiScreen:
     """Finds the kinds it is told to, anywhere in a prompt."""
 
     name = "personal"

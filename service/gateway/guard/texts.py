@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from service.errors import InvalidRequest
+from service.errors import InvalidRequestError
 from service.gateway.guard.screen import Text
 
 _TRUSTED = frozenset({"system", "developer"})
@@ -22,7 +22,7 @@ Change = Callable[[Text], str]
 def texts_of(data: Mapping[str, Any], most: int) -> list[Text]:
     """Every text of a prompt, in a fixed order.
 
-    Raises InvalidRequest as soon as they have more than `most` characters together.
+    Raises InvalidRequestError as soon as they have more than `most` characters together.
     """
     found: list[Text] = []
     left = most
@@ -31,7 +31,7 @@ def texts_of(data: Mapping[str, Any], most: int) -> list[Text]:
         nonlocal left
         left -= len(text.text)
         if left < 0:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"the prompt has more than {most} characters, and the guard looks through no more"
             )
         found.append(text)
@@ -42,13 +42,13 @@ def texts_of(data: Mapping[str, Any], most: int) -> list[Text]:
 
 
 def check_readable(data: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest where a prompt is given as ids of tokens, which no screen can read."""
+    """Raises InvalidRequestError where a prompt is given as ids of tokens, which no screen can read."""
     for name in ("prompt", "input"):
         given = data.get(name)
         for one in given if isinstance(given, list) else ():
             inner = one if isinstance(one, list) else (one,)
             if any(isinstance(value, int) for value in inner):
-                raise InvalidRequest(
+                raise InvalidRequestError(
                     f"`{name}` must be text: the guard can't look through ids of tokens",
                     param=name,
                 )
@@ -57,7 +57,7 @@ def check_readable(data: Mapping[str, Any]) -> None:
 def rewritten(data: Mapping[str, Any], change: Change) -> dict[str, Any]:
     """A copy of the body with every text of its prompt changed, in the order of `texts_of`.
 
-    Raises InvalidRequest where it is nested deeper than any prompt is.
+    Raises InvalidRequestError where it is nested deeper than any prompt is.
     """
     copy = dict(data)
     for name in ("system", "instructions"):
@@ -76,7 +76,7 @@ def _any(value: Any, trusted: bool, change: Change, deep: int) -> Any:
         return change(Text(value, trusted)) if value else value
     if deep == 0:
         # What was not looked through must not pass.
-        raise InvalidRequest("the prompt is nested too deep for the guard to look through")
+        raise InvalidRequestError("the prompt is nested too deep for the guard to look through")
     if isinstance(value, list):
         return [_any(one, trusted, change, deep - 1) for one in value]
     if isinstance(value, dict):

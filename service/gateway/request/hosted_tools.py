@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from service.errors import InvalidRequest, NotAllowed
+from service.errors import DisallowedFieldError, InvalidRequestError
 
 # By endpoint: which values of a tool's `type` are left out. Those that name a server, a file or a
 # sandbox stay refused: who writes them means them.
@@ -36,7 +36,7 @@ def leave_out_hosted_tools(endpoint: str, data: dict[str, Any]) -> tuple[str, ..
         The types that were left out, each once, in the order in which they came.
 
     Raises:
-        NotAllowed: `tool_choice` insists on a tool that is left out, or on any where none is left.
+        DisallowedFieldError: `tool_choice` insists on a tool that is left out, or on any where none is left.
     """
     pattern, tools = _LEFT_OUT.get(endpoint), data.get("tools")
     if pattern is None or not isinstance(tools, list):
@@ -84,8 +84,8 @@ def _choose_among(
         raise _insisted(kinds)
 
 
-def _insisted(kinds: tuple[str, ...]) -> InvalidRequest:
-    return NotAllowed(
+def _insisted(kinds: tuple[str, ...]) -> InvalidRequestError:
+    return DisallowedFieldError(
         f"`tool_choice` insists on a tool that the service does not run ({', '.join(kinds)}); "
         "tools that the client runs itself can be chosen",
         param="tool_choice",

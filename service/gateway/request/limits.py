@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from service.config import Config
-from service.errors import HeadersTooLarge, InvalidRequest, NotAllowed
+from service.errors import DisallowedFieldError, HeadersTooLargeError, InvalidRequestError
 from service.gateway.request.media import INNER, PARTS_DEEP, inner_parts, top_parts
 from service.gateway.request.structured_outputs import StructuredOutputBounds
 
@@ -57,7 +57,7 @@ _TURN[list(b"[{")] = 1
 _TURN[list(b"]}")] = -1
 
 
-class Limits:
+class RequestLimitChecker:
     """The bounds of one config."""
 
     def __init__(self, config: Config) -> None:
@@ -68,21 +68,23 @@ class Limits:
         )
 
     def headers(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Raises HeadersTooLarge."""
+        """Raises HeadersTooLargeError."""
         count = size = 0
         for name, value in headers:
             count += 1
             size += len(name) + len(value)
         most = self._limits
         if count > most.max_headers:
-            raise HeadersTooLarge(f"{count} headers, and no more than {most.max_headers} may come")
+            raise HeadersTooLargeError(
+                f"{count} headers, and no more than {most.max_headers} may come"
+            )
         if size > most.max_header_bytes:
-            raise HeadersTooLarge(
+            raise HeadersTooLargeError(
                 f"the headers have {size} bytes, and no more than {most.max_header_bytes} may come"
             )
 
     def shape(self, raw: bytes) -> None:
-        """How deep and how many, before anything is made of it. Raises InvalidRequest."""
+        """How deep and how many, before anything is made of it. Raises InvalidRequestError."""
         most = self._limits
         opened = raw.count(b"[") + raw.count(b"{")
         if opened <= most.max_json_depth and raw.count(b",") + opened <= most.max_json_values:
@@ -90,24 +92,26 @@ class Limits:
         bare = _STRING.sub(b"", raw)
         count = bare.count(b",") + bare.count(b"[") + bare.count(b"{")
         if count > most.max_json_values:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"the body has about {count} values, and no more than "
                 f"{most.max_json_values} may come"
             )
         turns = _TURN[np.frombuffer(bare.translate(None, _NO_BRACKETS), np.uint8)]
         depth = int(turns.cumsum(dtype=np.int64).max(initial=0))
         if depth > most.max_json_depth:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"the body is nested {depth} levels deep, and no more than "
                 f"{most.max_json_depth} are read"
             )
 
     def fields(self, data: Mapping[str, Any]) -> None:
-        """Raises NotAllowed where a field would open a file or URL or run code."""
+        """Raises DisallowedFieldError where a field would open a file or URL or run code."""
         for name in _FORBIDDEN.keys() & data.keys():
             # vLLM's clients send some of them with their default.
             if data[name] not in (None, False, 0, {}, []):
-                raise NotAllowed(f"`{name}` is not allowed: {_FORBIDDEN[name]}", param=name)
+                raise DisallowedFieldError(
+                    f"`{name}` is not allowed: {_FORBIDDEN[name]}", param=name
+                )
         self._structured_outputs.check(data)
         self._template_kwargs(data.get("chat_template_kwargs"))
         for i, tool in enumerate(_list(data.get("tools"))):
@@ -115,7 +119,7 @@ class Limits:
             inner = _list(tool.get("tools")) if isinstance(tool, dict) else []
             for one in (tool, *inner):
                 if isinstance(one, dict) and _type_of(one) not in _CLIENT_TOOLS:
-                    raise NotAllowed(
+                    raise DisallowedFieldError(
                         f"`tools[{i}]`: the service runs no tools of its own; only tools of type "
                         "function, custom or namespace, which the client runs, are allowed",
                         param="tools",
@@ -129,13 +133,13 @@ class Limits:
         allowed = self._limits.chat_template_kwargs
         for name, value in given.items():
             if name not in allowed:
-                raise NotAllowed(
+                raise DisallowedFieldError(
                     f"`chat_template_kwargs.{name[:64]}` is not allowed; "
                     f"allowed: {', '.join(allowed) or 'none'}",
                     param="chat_template_kwargs",
                 )
             if not isinstance(value, (str, int, float, bool, type(None))):
-                raise NotAllowed(
+                raise DisallowedFieldError(
                     f"`chat_template_kwargs.{name}` must be a string, a number or a boolean",
                     param="chat_template_kwargs",
                 )
@@ -146,18 +150,18 @@ class Limits:
             if name in part and (name != "url" or _type_of(part) not in _TEXT):
                 self._address(part[name], f"{where}.{name}")
         if _type_of(part) in _EMBEDDED:
-            raise NotAllowed(
+            raise DisallowedFieldError(
                 f"`{where}` is not allowed: embeddings in place of a prompt are not accepted",
                 param=where,
             )
         for name in _FILES:
             if part.get(name) is not None:
-                raise NotAllowed(
+                raise DisallowedFieldError(
                     f"`{where}.{name}` is not allowed: a request can't name files", param=where
                 )
         if deep == 0:
             if any(isinstance(part.get(name), (dict, list)) for name in INNER):
-                raise InvalidRequest(
+                raise InvalidRequestError(
                     f"`{where}` has parts within parts more than {PARTS_DEEP} levels deep",
                     param=where.partition("[")[0],
                 )
@@ -171,14 +175,14 @@ class Limits:
         if given is None:
             return
         if not isinstance(given, str):
-            raise NotAllowed(f"`{where}` must be a string", param=where)
+            raise DisallowedFieldError(f"`{where}` must be a string", param=where)
         # Before anything splits it: a data URL may be megabytes long.
         if given[:5].lower() == "data:":
             return
         if _host(given) in self._hosts:
             return
         allowed = ", ".join(sorted(self._hosts))
-        raise NotAllowed(
+        raise DisallowedFieldError(
             f"`{where}` is not allowed: "
             + (f"data URLs and the hosts {allowed} are" if allowed else "only data URLs are"),
             param=where,

@@ -13,20 +13,22 @@ from typing import Any, Literal
 
 import orjson
 
-from service.errors import InvalidRequest
+from service.errors import InvalidRequestError
 from service.gateway.request.hosted_tools import leave_out_hosted_tools
 from service.gateway.request.media import NOTHING, Media, media_of
 from service.http.endpoints import TABLE, Endpoint
 from service.rpc.call import trace_of
 from service.types import NOBODY, Tenant
 
-CacheWish = Literal["off", "exact", "semantic"]
-_CACHE: dict[bytes, CacheWish] = {b"off": "off", b"exact": "exact", b"semantic": "semantic"}
+CacheMode = Literal["off", "exact", "semantic"]
+_CACHE: dict[bytes, CacheMode] = {b"off": "off", b"exact": "exact", b"semantic": "semantic"}
 AUTO = "auto"
 GENERAL = "general"
 _GIVEN_ID = re.compile(rb"^[A-Za-z0-9._:-]{1,128}$")
+
+
 @dataclass(frozen=True, slots=True)
-class Asked:
+class InferenceRequest:
     """A request as the gateway understands it.
 
     `deadline_ms`: from its arrival to the first token when `stream`, else to the end;
@@ -54,7 +56,7 @@ class Asked:
     trace: Mapping[str, str] = field(default_factory=dict)
     body_bytes: int = 0
     max_cost: float | None = None
-    cache: CacheWish = "off"
+    cache: CacheMode = "off"
     combinable: bool = False
     clipped: int | None = None
     media: Media = NOTHING
@@ -115,14 +117,14 @@ class Asked:
         where only the context bounds it."""
         return self.given_tokens or self._reads.usual_length
 
-    def at_most(self, tokens: int) -> Asked:
+    def at_most(self, tokens: int) -> InferenceRequest:
         """The same with each answer no longer than that. Only where it can be bounded."""
         names = self._reads.lengths
         given = {name: self.data[name] for name in names if self.data.get(name) is not None}
         bounds = {name: min(tokens, one) for name, one in given.items()} or {names[-1]: tokens}
         return replace(self, data={**self.data, **bounds}, raw=b"", clipped=tokens)
 
-    def for_member(self, number: int, *, logprobs: bool) -> Asked:
+    def for_member(self, number: int, *, logprobs: bool) -> InferenceRequest:
         """The same question as one of several calls for one answer: whole, not streamed."""
         data = {k: v for k, v in self.data.items() if k not in ("stream", "stream_options")}
         if logprobs:
@@ -144,23 +146,23 @@ class Asked:
             return orjson.dumps({**self.data, "model": expert})
         except orjson.JSONEncodeError:
             # Reading takes 1024 levels, writing 254.
-            raise InvalidRequest("the body is nested too deep") from None
+            raise InvalidRequestError("the body is nested too deep") from None
 
 
-def read_asked(
+def parse_request(
     endpoint: str,
     raw: bytes,
     headers: dict[bytes, bytes],
     default_deadline_ms: int,
     tenant: Tenant = NOBODY,
-) -> Asked:
-    """Understand a request. Raises InvalidRequest, naming the field."""
+) -> InferenceRequest:
+    """Understand a request. Raises InvalidRequestError, naming the field."""
     try:
         data = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+        raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(data, dict):
-        raise InvalidRequest(f"the body must be a JSON object, not {_kind(data)}")
+        raise InvalidRequestError(f"the body must be a JSON object, not {_kind(data)}")
     # Null is "not set" in every client's words; engines refuse it in many fields.
     unset = [name for name, value in data.items() if value is None]
     for name in unset:
@@ -168,13 +170,15 @@ def read_asked(
     model = data.get("model", AUTO)
     if not isinstance(model, str) or not model:
         what = "an empty one" if model == "" else _kind(model)
-        raise InvalidRequest(f"`model` must be a non-empty string, not {what}", param="model")
+        raise InvalidRequestError(f"`model` must be a non-empty string, not {what}", param="model")
     stream = data.get("stream", False)
     if not isinstance(stream, bool):
-        raise InvalidRequest(f"`stream` must be true or false, not {_kind(stream)}", param="stream")
+        raise InvalidRequestError(
+            f"`stream` must be true or false, not {_kind(stream)}", param="stream"
+        )
     options = data.get("stream_options")
     if options is not None and not isinstance(options, dict):
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"`stream_options` must be an object, not {_kind(options)}", param="stream_options"
         )
     _check_prompt(endpoint, data)
@@ -184,7 +188,7 @@ def read_asked(
     wishes = _wishes(data.pop("coe", None), headers)
     request_id = secrets.token_hex(12)
     given = headers.get(b"x-request-id", b"")
-    return Asked(
+    return InferenceRequest(
         endpoint=endpoint,
         model=model,
         stream=stream,
@@ -212,17 +216,17 @@ def _check_prompt(endpoint: str, data: dict[str, Any]) -> None:
     if not name:
         return
     if data.get(name) is None:
-        raise InvalidRequest(f"`{name}` is needed", param=name)
+        raise InvalidRequestError(f"`{name}` is needed", param=name)
     prompt = data[name]
     if not isinstance(prompt, kinds):
         allowed = " or ".join("a string" if kind is str else "a list" for kind in kinds)
-        raise InvalidRequest(f"`{name}` must be {allowed}, not {_kind(prompt)}", param=name)
+        raise InvalidRequestError(f"`{name}` must be {allowed}, not {_kind(prompt)}", param=name)
     if name == "messages" and isinstance(prompt, list):
         if not prompt:
-            raise InvalidRequest("`messages` must hold at least one message", param=name)
+            raise InvalidRequestError("`messages` must hold at least one message", param=name)
         for i, message in enumerate(prompt):
             if not isinstance(message, dict):
-                raise InvalidRequest(
+                raise InvalidRequestError(
                     f"`messages[{i}]` must be an object, not {_kind(message)}",
                     param=f"messages[{i}]",
                 )
@@ -234,7 +238,9 @@ def _check_integers(data: dict[str, Any]) -> None:
     for name, value in data.items():
         counts = name in ("n", "best_of") or name.startswith("max_")
         if counts and (isinstance(value, bool) or not isinstance(value, int)):
-            raise InvalidRequest(f"`{name}` must be an integer, not {_kind(value)}", param=name)
+            raise InvalidRequestError(
+                f"`{name}` must be an integer, not {_kind(value)}", param=name
+            )
 
 
 def _needs(endpoint: str, data: dict[str, Any]) -> frozenset[str]:
@@ -262,7 +268,7 @@ def _combinable(endpoint: str, data: dict[str, Any]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Wishes:
+class _CoeOptions:
     own_key: bool = False
     deadline_ms: int | None = None
     max_cost: float | None = None
@@ -271,14 +277,14 @@ class _Wishes:
 _MOST_DEADLINE_MS = 86_400_000
 
 
-def _wishes(given: object, headers: dict[bytes, bytes]) -> _Wishes:
+def _wishes(given: object, headers: dict[bytes, bytes]) -> _CoeOptions:
     """What a request asks of us, not of the engine: the body's `coe`, or headers."""
     if given is not None and not isinstance(given, dict):
-        raise InvalidRequest(f"`coe` must be an object, not {_kind(given)}", param="coe")
+        raise InvalidRequestError(f"`coe` must be an object, not {_kind(given)}", param="coe")
     wishes: dict[str, Any] = dict(given or {})
     unknown = wishes.keys() - {"deadline_ms", "max_cost"}
     if unknown:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"`coe` has no {min(unknown)[:64]!r}; it takes deadline_ms, max_cost", param="coe"
         )
     deadline_ms = wishes.get("deadline_ms")
@@ -292,19 +298,19 @@ def _wishes(given: object, headers: dict[bytes, bytes]) -> _Wishes:
         or not isinstance(deadline_ms, int)
         or not 1 <= deadline_ms <= _MOST_DEADLINE_MS
     ):
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"{where} must be an integer from 1 to {_MOST_DEADLINE_MS}",
             param=where.split()[-1].strip("`"),
         )
-    return _Wishes(given is not None, deadline_ms, _max_cost(wishes, headers))
+    return _CoeOptions(given is not None, deadline_ms, _max_cost(wishes, headers))
 
 
-def _cache(headers: dict[bytes, bytes]) -> CacheWish:
+def _cache(headers: dict[bytes, bytes]) -> CacheMode:
     """Whether an answer that was kept will do, and this one may be kept."""
     given = headers.get(b"x-coe-cache", b"off")
     found = _CACHE.get(given)
     if found is None:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             "the header x-coe-cache takes exact, semantic or off", param="x-coe-cache"
         )
     return found
@@ -322,7 +328,7 @@ def _max_cost(wishes: dict[str, Any], headers: dict[bytes, bytes]) -> float | No
     if given is None:
         return None
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given < 1e15:
-        raise InvalidRequest(f"{where} must be a number of at least 0", param=param)
+        raise InvalidRequestError(f"{where} must be a number of at least 0", param=param)
     return float(given)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from service.config.limits import RequestLimits
-from service.errors import InvalidRequest
+from service.errors import InvalidRequestError
 
 # Fields that hold nothing but constraints, and those that hold one in their `format`.
 _WHOLE = (
@@ -65,21 +65,21 @@ class StructuredOutputBounds:
         """Look at every field of a body that can constrain an answer.
 
         Raises:
-            InvalidRequest: It names the field, what was found, and what is allowed.
+            InvalidRequestError: It names the field, what was found, and what is allowed.
         """
         most = self._limits
         total = 0
         for param, where, value in _constraints(data, most.max_tools):
             size = _size(value, param)
             if size > most.max_schema_bytes:
-                raise InvalidRequest(
+                raise InvalidRequestError(
                     f"`{where}` has {size} bytes, "
                     f"and no more than {most.max_schema_bytes} may come",
                     param=param,
                 )
             total += size
             if total > _ALL_TOGETHER * most.max_schema_bytes:
-                raise InvalidRequest(
+                raise InvalidRequestError(
                     f"the schemas of the request have more than {total - 1} bytes together, and no "
                     f"more than {_ALL_TOGETHER * most.max_schema_bytes} may come",
                     param=param,
@@ -88,7 +88,7 @@ class StructuredOutputBounds:
         for name in _ITEMS.keys() & data.keys():
             items = data[name]
             if isinstance(items, (list, dict)) and len(items) > _ITEMS[name]:
-                raise InvalidRequest(
+                raise InvalidRequestError(
                     f"`{name}` has {len(items)} items, and no more than {_ITEMS[name]} may come",
                     param=name,
                 )
@@ -111,7 +111,7 @@ def _constraints(
         if not isinstance(tools, list):
             continue
         if len(tools) > max_tools:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"`{name}` has {len(tools)} items, and no more than {max_tools} may come",
                 param=name,
             )
@@ -126,7 +126,7 @@ def _size(value: dict[str, Any] | list[Any] | str, param: str) -> int:
     try:
         return len(orjson.dumps(value))
     except orjson.JSONEncodeError:
-        raise InvalidRequest(f"`{param}` is nested too deep", param=param) from None
+        raise InvalidRequestError(f"`{param}` is nested too deep", param=param) from None
 
 
 class _Walk:
@@ -139,7 +139,7 @@ class _Walk:
         self._properties = 0
 
     def value(self, value: object, key: str, depth: int) -> None:
-        """Look at what a key holds. Raises InvalidRequest."""
+        """Look at what a key holds. Raises InvalidRequestError."""
         if isinstance(value, str):
             self._string(value, key, depth)
             return
@@ -185,9 +185,7 @@ class _Walk:
     def _bounded(self, text: str, what: str, most: int) -> None:
         size = len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
         if size > most:
-            raise self._error(
-                f"has a {what} of {size} bytes, and no more than {most} may come"
-            )
+            raise self._error(f"has a {what} of {size} bytes, and no more than {most} may come")
 
     def _nesting(self, text: str, what: str) -> None:
         most = self._most.max_pattern_depth
@@ -205,5 +203,5 @@ class _Walk:
             elif letter in ")]}":
                 depth -= 1
 
-    def _error(self, what: str) -> InvalidRequest:
-        return InvalidRequest(f"`{self._where}` {what}", param=self._param)
+    def _error(self, what: str) -> InvalidRequestError:
+        return InvalidRequestError(f"`{self._where}` {what}", param=self._param)

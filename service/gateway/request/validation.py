@@ -9,27 +9,27 @@ from dataclasses import replace
 from functools import partial
 
 from service.config import Config
-from service.errors import GuardRefused
-from service.gateway.guard.guard import Guard, Verdict
-from service.gateway.request.limits import Limits
+from service.errors import GuardRefusedError
+from service.gateway.guard.guard import Guard, GuardResult
+from service.gateway.request.limits import RequestLimitChecker
 from service.gateway.request.media import MediaPrices
-from service.gateway.request.parsing import Asked, read_asked
+from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request.token_limits import check_extent
 from service.http.asgi import Receive, read_body
 from service.telemetry import metrics
-from service.telemetry.registry import Meter
+from service.telemetry.registry import MetricsRegistry
 from service.types import Tenant
 
 # From so many bytes on a body is understood in a thread, so that streams go on meanwhile.
 _LARGE_BYTES = 128 * 1024
 
 
-class Intake:
+class RequestValidator:
     """The way in of one gateway."""
 
-    def __init__(self, config: Config, guard: Guard, meter: Meter) -> None:
+    def __init__(self, config: Config, guard: Guard, meter: MetricsRegistry) -> None:
         self._server = config.server
-        self._limits = Limits(config)
+        self._limits = RequestLimitChecker(config)
         self._media = MediaPrices(config)
         self._guard = guard
         self._meter = meter
@@ -42,7 +42,7 @@ class Intake:
 
     async def read(
         self, path: str, headers: dict[bytes, bytes], tenant: Tenant, receive: Receive
-    ) -> Verdict:
+    ) -> GuardResult:
         """Read a body and understand it. Raises InvalidRequest, ClientGone."""
         raw = await read_body(
             receive,
@@ -57,19 +57,19 @@ class Intake:
 
     def _understand(
         self, path: str, raw: bytes, headers: dict[bytes, bytes], tenant: Tenant
-    ) -> Asked:
+    ) -> InferenceRequest:
         self._limits.shape(raw)
-        asked = read_asked(path, raw, headers, self._server.deadline_ms, tenant)
+        asked = parse_request(path, raw, headers, self._server.deadline_ms, tenant)
         if tokens := self._media.tokens(asked.model, asked.media):
             asked = replace(asked, media_tokens=tokens)
         check_extent(asked, self._server.limits)
         self._limits.fields(asked.data)
         return asked
 
-    async def _guarded(self, asked: Asked) -> Verdict:
+    async def _guarded(self, asked: InferenceRequest) -> GuardResult:
         try:
             verdict = await self._guard.check(asked)
-        except GuardRefused as error:
+        except GuardRefusedError as error:
             self._meter.add(metrics.GUARD, 1, error.screen, "refused")
             raise
         for one in verdict.seen:

@@ -15,14 +15,14 @@ from service.errors import (
     ArtifactError,
     CoeError,
     ConfigError,
-    Conflict,
+    ConflictError,
     ModelStoreError,
-    Unauthorized,
+    UnauthorizedError,
 )
 from service.gateway.audit_log import REFUSALS, acted
 from service.gateway.routes.admin_moe import routed
 from service.rpc.auth import same
-from service.rpc.pool_directory import Directory
+from service.rpc.pool_directory import PoolDirectory
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 Reload = Callable[[], Awaitable[dict[str, list[str]]]]
@@ -30,7 +30,7 @@ _LONGEST_PATH = 200
 
 
 def admin_routes(
-    directory: Directory, key: str, reload: Callable[[], Reload | None]
+    directory: PoolDirectory, key: str, reload: Callable[[], Reload | None]
 ) -> list[BaseRoute]:
     """Endpoints that ask for the admin key. `reload` gives what puts the config's file in force
     anew, None where nobody here keeps it."""
@@ -51,11 +51,11 @@ def admin_routes(
     async def again(request: Request) -> Response:
         act = reload()
         if act is None:
-            raise Conflict("this service's config is changed where it was deployed from")
+            raise ConflictError("this service's config is changed where it was deployed from")
         try:
             return as_json(await act())
         except (ConfigError, ArtifactError, ModelStoreError) as error:
-            raise Conflict(error.message) from None
+            raise ConflictError(error.message) from None
 
     async def operate(request: Request) -> Response:
         name, act = request.path_params["name"], request.path_params["act"]
@@ -116,7 +116,7 @@ def check_admin(headers: dict[bytes, bytes], admin_key: str | None, what: str) -
     """Raises Unauthorized unless a request shows the admin key. `what` needs it."""
     if not shows_admin_key(headers, admin_key):
         REFUSALS.refused("admin" if headers.get(b"authorization") else "admin, none", headers)
-        raise Unauthorized(f"the admin key is needed for {what}: Authorization: Bearer KEY")
+        raise UnauthorizedError(f"the admin key is needed for {what}: Authorization: Bearer KEY")
 
 
 def shows_admin_key(headers: dict[bytes, bytes], admin_key: str | None) -> bool:

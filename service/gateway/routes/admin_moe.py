@@ -10,23 +10,25 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.errors import PoolGone
-from service.moe.routing_counts import Tally
-from service.rpc.pool_directory import Directory
+from service.errors import PoolUnavailableError
+from service.moe.routing_counts import RoutingCounts
+from service.rpc.pool_directory import PoolDirectory
 
 
-async def routed(directory: Directory, request: Request) -> Response:
+async def routed(directory: PoolDirectory, request: Request) -> Response:
     """The sums of all pools that know something; else why the first one does not.
 
-    Raises UnknownModel where no pool has the expert, PoolGone where none answered.
+    Raises UnknownModel where no pool has the expert, PoolUnavailableError where none answered.
     """
     name = request.path_params["name"]
     links = directory.holding(name)
     told = await asyncio.gather(*(link.routes(name) for link in links), return_exceptions=True)
     answers = [one for one in told if isinstance(one, tuple)]
     if not answers:
-        raise PoolGone(f"no pool that holds {name[:128]!r} can be reached")
-    tallies = [Tally.of_sums(orjson.loads(body)) for status, body in answers if status == 200]
+        raise PoolUnavailableError(f"no pool that holds {name[:128]!r} can be reached")
+    tallies = [
+        RoutingCounts.of_sums(orjson.loads(body)) for status, body in answers if status == 200
+    ]
     if not tallies:
         status, body = answers[0]
         return Response(body, status_code=status, media_type="application/json")

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from service.broker.selection import Bar, Weighed
-from service.gateway.routing.candidates import Plan
+from service.broker.selection import Exclusion, Selection
+from service.gateway.routing.candidates import RoutePlan
 
 _WHY = {
-    Bar.NO_POOL: "no running pool has it",
-    Bar.RESTING: "it has failed several times in a row, and is left alone for a moment",
-    Bar.CONTEXT: "the prompt and its answer do not fit into its context",
-    Bar.MAX_COST: "costs more than max_cost",
-    Bar.DEADLINE: "would miss the deadline",
+    Exclusion.NO_POOL: "no running pool has it",
+    Exclusion.RESTING: "it has failed several times in a row, and is left alone for a moment",
+    Exclusion.CONTEXT: "the prompt and its answer do not fit into its context",
+    Exclusion.MAX_COST: "costs more than max_cost",
+    Exclusion.DEADLINE: "would miss the deadline",
 }
 _MOST = 256
 
 
-def explain(plan: Plan, weighed: Weighed) -> dict[str, Any]:
+def explain(plan: RoutePlan, weighed: Selection) -> dict[str, Any]:
     """As JSON; times in s, null where there are none. Candidates best first, 256 at most."""
     scores = plan.scores
     posterior = dict(zip(scores.labels, scores.probabilities, strict=True)) if scores else {}
@@ -37,11 +37,11 @@ def explain(plan: Plan, weighed: Weighed) -> dict[str, Any]:
     }
 
 
-def _candidate(weighed: Weighed, at: int, best: int | None) -> dict[str, Any]:
+def _candidate(weighed: Selection, at: int, best: int | None) -> dict[str, Any]:
     recipe = weighed.book.recipes[int(weighed.wish.rows[at])]
     options = [weighed.option(name) for name in recipe.members]
     there = [one for one in options if one is not None]
-    barred = Bar(int(weighed.barred[at]))
+    barred = Exclusion(int(weighed.barred[at]))
     behind = None if best is None else float(weighed.utility[best] - weighed.utility[at])
     if barred:
         why = _WHY[barred]

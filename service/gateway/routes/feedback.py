@@ -21,14 +21,19 @@ import numpy as np
 import orjson
 
 from service.broker.feedback_prior import fields, recent, shift, slice_of, tally
-from service.broker.recipe_catalog import Book
+from service.broker.recipe_catalog import RecipeCatalog
 from service.config import FeedbackConfig
-from service.errors import Conflict, InvalidRequest, StoreGone, UnknownReply
-from service.gateway.routing.quality import Worth
+from service.errors import (
+    ConflictError,
+    InvalidRequestError,
+    ReplyNotFoundError,
+    StoreUnavailableError,
+)
+from service.gateway.routing.quality import QualityModel
 from service.store.places import place
-from service.store.protocol import Claim, Granted, Note, Store
+from service.store.protocol import Granted, Store, StoreClaim, UsageNote
 from service.store.volatile import VolatileStore
-from service.tasks import end
+from service.tasks import cancel_and_wait
 from service.types import Tenant
 
 log = logging.getLogger("coe.feedback")
@@ -50,25 +55,25 @@ class Vote:
 
 
 def read_vote(raw: bytes) -> Vote:
-    """A vote's body. Raises InvalidRequest, naming the field."""
+    """A vote's body. Raises InvalidRequestError, naming the field."""
     try:
         data: Any = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+        raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(data, dict):
-        raise InvalidRequest("the body must be a JSON object with `id` and `score`")
+        raise InvalidRequestError("the body must be a JSON object with `id` and `score`")
     unknown = data.keys() - {"id", "score"}
     if unknown:
-        raise InvalidRequest(f"unknown field {min(unknown)[:64]!r}; fields: id, score")
+        raise InvalidRequestError(f"unknown field {min(unknown)[:64]!r}; fields: id, score")
     reply, score = data.get("id"), data.get("score")
     if not isinstance(reply, str) or not 1 <= len(reply) <= _LONGEST_ID:
-        raise InvalidRequest("`id` must be a reply's id", param="id")
+        raise InvalidRequestError("`id` must be a reply's id", param="id")
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 1:
-        raise InvalidRequest("`score` must be a number from 0 to 1", param="score")
+        raise InvalidRequestError("`score` must be a number from 0 to 1", param="score")
     return Vote(reply, float(score))
 
 
-class Feedback:
+class FeedbackService:
     """Remembers replies for a while, counts votes, and shifts what recipes are worth."""
 
     def __init__(
@@ -76,12 +81,12 @@ class Feedback:
         config: FeedbackConfig,
         store: Store,
         volatile: VolatileStore,
-        worth: Worth,
-        book: Book,
+        worth: QualityModel,
+        book: RecipeCatalog,
         *,
         shared: bool,
         tenants: Iterable[str] = (),
-        after: Feedback | None = None,
+        after: FeedbackService | None = None,
     ) -> None:
         """`shared`: other gateways use the same `volatile`. `tenants`: whose votes are read from
         the start; others' once they ask. `after`: by another config, whose replies may still be
@@ -111,7 +116,7 @@ class Feedback:
 
     async def stop(self) -> None:
         """End what is under way."""
-        await end(*self._tasks, self._renewing)
+        await cancel_and_wait(*self._tasks, self._renewing)
 
     def answered(self, tenant: Tenant, ids: tuple[str, ...], label: str, recipe: int) -> None:
         """A reply went out under these ids, the first of which is its own: it may be voted on."""
@@ -139,17 +144,17 @@ class Feedback:
             for one in ids:
                 name = place("replied", tenant.name, one)
                 await self._volatile.put(name, about.encode(), ttl_s=self._config.keep_s)
-        except StoreGone:
+        except StoreUnavailableError:
             log.debug("a reply can't be voted on elsewhere: the store is gone")
 
     async def vote(self, tenant: Tenant, vote: Vote) -> dict[str, Any]:
-        """Count a vote. Raises UnknownReply, Conflict, StoreGone."""
+        """Count a vote. Raises ReplyNotFoundError, Conflict, StoreUnavailableError."""
         # A client's own id may look as if an endpoint had put something around ours.
         about = await self._about(tenant, vote.reply) or await self._about(
             tenant, _plain(vote.reply)
         )
         if about is None:
-            raise UnknownReply(
+            raise ReplyNotFoundError(
                 f"no reply {vote.reply[:64]!r} of yours in the last {self._config.keep_s} s, or it "
                 "was of an expert that you named",
                 param="id",
@@ -158,16 +163,16 @@ class Feedback:
         voted = place("vote", tenant.name, reply)
         # For as long as anybody could vote on it, whatever day it is.
         if not await self._volatile.add(voted, b"1", ttl_s=self._config.keep_s):
-            raise Conflict(f"reply {vote.reply[:64]!r} has its vote")
-        note = Note(
+            raise ConflictError(f"reply {vote.reply[:64]!r} has its vote")
+        note = UsageNote(
             _slice_name(slice_of(time.time(), self._config.half_life_s), tenant.name),
             fields(_subject(label, recipe), tenant.key, vote.score),
             int(5 * self._config.half_life_s),
         )
-        await self._store.settle(Granted(Claim(voted, ()), 0, (), ()), [], note)
+        await self._store.settle(Granted(StoreClaim(voted, ()), 0, (), ()), [], note)
         self._active[tenant.name] = time.monotonic()
         # The vote is taken also where the store is away: it is told when it is back.
-        with contextlib.suppress(StoreGone):
+        with contextlib.suppress(StoreUnavailableError):
             await self._renew([tenant.name])
         return {"id": vote.reply, "recipe": recipe, "category": label, "score": vote.score}
 
@@ -186,7 +191,7 @@ class Feedback:
             self._active = {name: at_s for name, at_s in self._active.items() if at_s >= since_s}
             try:
                 await self._renew(list(self._active))
-            except StoreGone:
+            except StoreUnavailableError:
                 log.debug("votes can't be read; the last ones stand")
             await asyncio.sleep(_RENEW_S)
 

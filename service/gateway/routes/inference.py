@@ -9,18 +9,18 @@ from collections.abc import MutableMapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from service.errors import CoeError, TooMany
+from service.errors import CoeError, RateLimitExceededError
 from service.gateway import request_summary
 from service.gateway.admission import Admission, Entry
-from service.gateway.cache.response_cache import Cache
-from service.gateway.console.request_history import Recent, account
-from service.gateway.dispatch.execution import Answering
-from service.gateway.request.parsing import Asked
-from service.gateway.request.validation import Intake
-from service.gateway.request_record import Passage
-from service.gateway.routing.candidates import Plan, Router
-from service.http.asgi import ClientGone, Message, Receive, Send, until_gone
-from service.http.openai_errors import dialect_of, fault_of
+from service.gateway.cache.response_cache import ResponseCache
+from service.gateway.console.request_history import RequestHistory, account
+from service.gateway.dispatch.execution import RecipeExecutor
+from service.gateway.request.parsing import InferenceRequest
+from service.gateway.request.validation import RequestValidator
+from service.gateway.request_record import RequestRecord
+from service.gateway.routing.candidates import RoutePlan, SemanticRouter
+from service.http.asgi import ClientDisconnectedError, Message, Receive, Send, until_gone
+from service.http.openai_errors import dialect_of, error_response
 from service.rpc.call import trace_of
 from service.telemetry.gateway_metrics import GatewayMetrics
 from service.telemetry.logging import log_fields
@@ -32,7 +32,7 @@ log = logging.getLogger("coe.api")
 access = logging.getLogger("coe.access")
 
 
-class Prompts:
+class InferenceHandler:
     """Reads, plans, admits, answers and accounts for requests. See `Gateway` for `behind_serve`.
 
     `access_log`: one line of each request, without its prompt.
@@ -41,13 +41,13 @@ class Prompts:
     def __init__(
         self,
         *,
-        intake: Intake,
-        router: Router,
-        cache: Cache,
+        intake: RequestValidator,
+        router: SemanticRouter,
+        cache: ResponseCache,
         admission: Admission,
-        answering: Answering,
+        answering: RecipeExecutor,
         metrics: GatewayMetrics,
-        recent: Recent,
+        recent: RequestHistory,
         traces: Traces | None,
         behind_serve: bool,
         access_log: bool,
@@ -66,8 +66,8 @@ class Prompts:
     async def answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """One request to an endpoint that carries a prompt."""
         began_s = time.monotonic()
-        passage = Passage()
-        plan: Plan | None = None
+        passage = RequestRecord()
+        plan: RoutePlan | None = None
         category = ""
         client_id = ""
         self._metrics.began()
@@ -119,7 +119,7 @@ class Prompts:
         except CoeError as error:
             passage.outcome = fault = error.code
             await self._fail(error, scope["path"], client_id, passage, send)
-        except (ClientGone, asyncio.CancelledError):
+        except (ClientDisconnectedError, asyncio.CancelledError):
             passage.outcome = "client_gone"
             raise
         except Exception:
@@ -163,30 +163,34 @@ class Prompts:
                 }
                 access.info("request", extra=fields)
 
-    async def _admitted(self, entry: Entry, asked: Asked, plan: Plan) -> tuple[Asked, Plan]:
+    async def _admitted(
+        self, entry: Entry, asked: InferenceRequest, plan: RoutePlan
+    ) -> tuple[InferenceRequest, RoutePlan]:
         """Admit a request with all that its plan may ask; where a budget has not enough left for
         that, with the cheapest only."""
         try:
             return await self._admit(entry, asked, plan), plan
-        except TooMany as error:
+        except RateLimitExceededError as error:
             if error.code != "insufficient_quota" or len(plan.rows) == 1:
                 raise
             plan = self._answering.cheapest(plan)
             return await self._admit(entry, asked, plan), plan
 
-    async def _admit(self, entry: Entry, asked: Asked, plan: Plan) -> Asked:
+    async def _admit(
+        self, entry: Entry, asked: InferenceRequest, plan: RoutePlan
+    ) -> InferenceRequest:
         answering = self._answering
         return await self._admission.admit(
             entry, asked, answering.ways(plan), partial(answering.likely_tokens, asked, plan)
         )
 
     async def _fail(
-        self, error: CoeError, path: str, client_id: str, passage: Passage, send: Send
+        self, error: CoeError, path: str, client_id: str, passage: RequestRecord, send: Send
     ) -> None:
         if passage.status:
             # The reply has begun and is no stream: cutting it short is all that is left.
             raise ConnectionResetError(error.code)
-        fault = fault_of(error, dialect_of(path))
+        fault = error_response(error, dialect_of(path))
         passage.status = fault.status
         head: Message = {
             "type": "http.response.start",
@@ -208,7 +212,7 @@ def _keeps_on(headers: list[tuple[bytes, bytes]]) -> bool:
     return any(name == b"x-request-disconnect-disabled" for name, _ in headers)
 
 
-def _headers(plan: Plan) -> list[tuple[bytes, bytes]]:
+def _headers(plan: RoutePlan) -> list[tuple[bytes, bytes]]:
     headers = []
     if plan.category:
         headers.append((b"x-coe-category", plan.category.encode()))

@@ -16,12 +16,12 @@ from service.config import Config, LimitsConfig
 from service.config.base import Name
 from service.config.schema import unknown_tenant
 from service.config.tenants import Priority, known_tenant
-from service.errors import InvalidRequest
+from service.errors import InvalidRequestError
 from service.gateway.admission import Admission
 from service.gateway.routes.admin import as_json, guarded, note
 from service.http.asgi import read_body
 from service.store.keys import KeyRecord, Keys
-from service.store.protocol import Account, Balance
+from service.store.protocol import Account, AccountBalance
 
 _MOST_BYTES = 64 * 1024
 _DAYS = 30
@@ -46,12 +46,12 @@ class Rotation(BaseModel):
 
 
 def record_of(config: Config, wanted: NewKey, now_s: float) -> KeyRecord:
-    """What is to be kept of a new key. Raises InvalidRequest."""
+    """What is to be kept of a new key. Raises InvalidRequestError."""
     unknown = [name for name in wanted.experts or () if name not in config.experts]
     if unknown:
-        raise InvalidRequest(f"no expert {unknown[0][:128]!r}", param="experts")
+        raise InvalidRequestError(f"no expert {unknown[0][:128]!r}", param="experts")
     if not known_tenant(wanted.tenant, config.tenants):
-        raise InvalidRequest(unknown_tenant(wanted.tenant, config.tenants), param="tenant")
+        raise InvalidRequestError(unknown_tenant(wanted.tenant, config.tenants), param="tenant")
     return KeyRecord(
         "",
         wanted.tenant,
@@ -64,7 +64,7 @@ def record_of(config: Config, wanted: NewKey, now_s: float) -> KeyRecord:
     )
 
 
-class Accounts:
+class AccountEndpoints:
     """Answers what is asked about keys and their use."""
 
     def __init__(self, config: Config, admission: Admission, keys: Keys) -> None:
@@ -89,7 +89,9 @@ class Accounts:
         tenant = await self._admission.look_up(dict(request.scope["headers"]))
         given = request.query_params.get("days", str(_DAYS))
         if not given.isdigit() or len(given) > 3 or not 1 <= int(given) <= _MOST_DAYS:
-            raise InvalidRequest(f"`days` must be an integer from 1 to {_MOST_DAYS}", param="days")
+            raise InvalidRequestError(
+                f"`days` must be an integer from 1 to {_MOST_DAYS}", param="days"
+            )
         ledger = self._admission.ledger
         limits = await ledger.limits(tenant)
         days = await ledger.usage(tenant, time.time(), int(given))
@@ -147,18 +149,18 @@ async def _body(request: Request, kind: type[_Body]) -> _Body:
 
 
 def parsed(kind: type[_Body], raw: bytes) -> _Body:
-    """A body as its schema says. Raises InvalidRequest, naming the field."""
+    """A body as its schema says. Raises InvalidRequestError, naming the field."""
     try:
         return kind.model_validate_json(raw or b"{}")
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, fault["loc"]))
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"{place or 'the body'}: {fault['msg']}", param=place or None
         ) from None
 
 
-def _limit(account: Account, balance: Balance, *, shared: bool = False) -> dict[str, Any]:
+def _limit(account: Account, balance: AccountBalance, *, shared: bool = False) -> dict[str, Any]:
     """An account as its key may see it: of a `shared` one not what others have used."""
     costs = account.name.startswith("budget/") or account.name.endswith("/budget")
     scale = MICRO if costs else 1

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.broker.pool_state import Floats
-from service.broker.recipe_catalog import Book, Ints
+from service.broker.recipe_catalog import Ints, RecipeCatalog
 from service.classifier.classifier import Assessment
 from service.config import Config
-from service.errors import Forbidden, InvalidRequest, UnknownModel
-from service.gateway.request.parsing import AUTO, GENERAL, Asked
-from service.gateway.routing.quality import Worth
+from service.errors import ForbiddenError, InvalidRequestError, UnknownModelError
+from service.gateway.request.parsing import AUTO, GENERAL, InferenceRequest
+from service.gateway.routing.quality import QualityModel
 from service.types import MAX_LATER, CategoryScores, Recipe, Tenant
 
 # Quality per second: what a wait is worth against a better answer.
@@ -34,7 +34,7 @@ Assess = Callable[[Mapping[str, Any]], Assessment]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RoutePlan:
     """The recipes that may answer: rows of the book, and what each is expected to be worth.
 
     quality (rows,) in [0, 1]; reach (rows, MAX_LATER). `category` is empty where the client
@@ -52,7 +52,7 @@ class Plan:
     posterior: Floats | None = None
     time_price: float = PRESETS[""]
 
-    def only(self, keep: NDArray[np.bool_]) -> Plan:
+    def only(self, keep: NDArray[np.bool_]) -> RoutePlan:
         """Only some of the rows."""
         if keep.all():
             return self
@@ -61,13 +61,15 @@ class Plan:
         )
 
 
-class Router:
+class SemanticRouter:
     """Stage 1 and 2 for one config.
 
     `assess` is None where the config names no artifact: then `auto` is the fallback.
     """
 
-    def __init__(self, config: Config, book: Book, worth: Worth, assess: Assess | None) -> None:
+    def __init__(
+        self, config: Config, book: RecipeCatalog, worth: QualityModel, assess: Assess | None
+    ) -> None:
         self._experts = config.experts
         self._book = book
         self._worth = worth
@@ -88,8 +90,8 @@ class Router:
         self._allowances: dict[frozenset[str], NDArray[np.bool_]] = {}
         self._lacking = {kind: (book.asks & ~able).any(axis=1) for kind, able in self._able.items()}
 
-    def plan(self, asked: Asked) -> Plan:
-        """What may answer. Raises UnknownModel; InvalidRequest where nobody is able to;
+    def plan(self, asked: InferenceRequest) -> RoutePlan:
+        """What may answer. Raises UnknownModelError; InvalidRequestError where nobody is able to;
         Forbidden where the tenant may ask nobody who is."""
         model = asked.model
         if model in self._experts:
@@ -120,34 +122,34 @@ class Router:
         )
 
     def _one_space(self, tenant: Tenant) -> None:
-        """Raises InvalidRequest where the experts that a tenant may ask have several spaces."""
+        """Raises InvalidRequestError where the experts that a tenant may ask have several spaces."""
         spaces: dict[str, list[str]] = {}
         for name, space in self._spaces.items():
             if tenant.may_ask(name):
                 spaces.setdefault(space, []).append(name)
         if len(spaces) > 1:
             told = "; ".join(f"{space}: {', '.join(names)}" for space, names in spaces.items())
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 "vectors of several spaces can't be compared, so `auto` chooses no expert for "
                 f"embeddings; name one ({told})",
                 param="model",
             )
 
-    def _by_name(self, asked: Asked, recipe: Recipe, what: str) -> Plan:
+    def _by_name(self, asked: InferenceRequest, recipe: Recipe, what: str) -> RoutePlan:
         if not all(map(asked.tenant.may_ask, recipe.experts)):
             # Not whom else it asks, nor what they can do.
-            raise Forbidden(f"this key may not ask {what}", param="model")
+            raise ForbiddenError(f"this key may not ask {what}", param="model")
         for name in recipe.experts:
             able = frozenset(self._experts[name].capabilities)
             lacking = asked.needs - able
             if lacking:
-                raise InvalidRequest(
+                raise InvalidRequestError(
                     f"expert {name!r} can't do {', '.join(sorted(lacking))}; "
                     f"it can do {', '.join(sorted(able))}",
                     param="model",
                 )
         if recipe.kind != "single" and not asked.combinable:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"{what} asks several experts: it answers chat with n = 1, without tools and "
                 "logprobs",
                 param="model",
@@ -155,20 +157,20 @@ class Router:
         at = self._book.recipe_index[recipe]
         rows = self._book.everything[at : at + 1]
         reach = self._worth.reach(at)[None] if recipe.later else _NO_LATER
-        return Plan(rows, _CERTAIN, reach, recipe.experts[0], "", 1.0, "named")
+        return RoutePlan(rows, _CERTAIN, reach, recipe.experts[0], "", 1.0, "named")
 
     def _auto(self, model: str, tenant: Tenant) -> tuple[str, str | None]:
-        """`auto[:preset][/category]` taken apart. Raises UnknownModel."""
+        """`auto[:preset][/category]` taken apart. Raises UnknownModelError."""
         name, slash, category = model.partition("/")
         head, colon, preset = name.partition(":")
         if head != AUTO:
             raise self._unknown(model, tenant)
         if preset not in PRESETS or (colon and not preset):
-            raise UnknownModel(
+            raise UnknownModelError(
                 f"no preset {preset[:128]!r}; presets: auto:fast, auto, auto:best", param="model"
             )
         if slash and category not in self._known:
-            raise UnknownModel(
+            raise UnknownModelError(
                 f"no category {category[:128]!r}; categories: {', '.join(sorted(self._known))}",
                 param="model",
             )
@@ -176,14 +178,14 @@ class Router:
 
     def _plan(
         self,
-        asked: Asked,
+        asked: InferenceRequest,
         posterior: Mapping[str, float],
         category: str,
         confidence: float,
         reason: str,
         assessment: Assessment | None,
         price: float,
-    ) -> Plan:
+    ) -> RoutePlan:
         """The recipes that can do what is needed and are worth anything here."""
         book = self._book
         given = self._worth.posterior(posterior)
@@ -196,7 +198,7 @@ class Router:
         rows = np.flatnonzero(keep)
         first = book.recipes[int(rows[quality[rows].argmax()])].experts[0]
         scores = assessment.scores if assessment is not None else None
-        return Plan(
+        return RoutePlan(
             rows,
             quality[rows],
             reach[rows],
@@ -209,7 +211,7 @@ class Router:
             price,
         )
 
-    def _possible(self, asked: Asked) -> NDArray[np.bool_]:
+    def _possible(self, asked: InferenceRequest) -> NDArray[np.bool_]:
         book = self._book
         able = np.ones(len(book.recipes), dtype=bool)
         for need in asked.needs:
@@ -220,13 +222,13 @@ class Router:
         if not asked.combinable:
             able &= book.single
         if not able.any():
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"no expert can do {', '.join(sorted(asked.needs))}", param="model"
             )
         if asked.tenant.experts is not None:
             able &= self._allowed(asked.tenant.experts)
             if not able.any():
-                raise Forbidden("this key may ask no expert that can do this", param="model")
+                raise ForbiddenError("this key may ask no expert that can do this", param="model")
         return able
 
     def _allowed(self, experts: frozenset[str]) -> NDArray[np.bool_]:
@@ -239,14 +241,14 @@ class Router:
             self._allowances[experts] = found
         return found
 
-    def _unknown(self, model: str, tenant: Tenant) -> UnknownModel:
+    def _unknown(self, model: str, tenant: Tenant) -> UnknownModelError:
         # Names are that long at most, and likeness of megabytes takes seconds.
         named: dict[str, tuple[str, ...]] = {name: (name,) for name in self._experts}
         named |= {name: recipe.experts for name, recipe in self._named.items()}
         names = [name for name, experts in named.items() if all(map(tenant.may_ask, experts))]
         close = difflib.get_close_matches(model[:128], names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        return UnknownModel(
+        return UnknownModelError(
             f"the model {model[:128]!r} does not exist.{hint} Models: auto, {', '.join(names)}",
             param="model",
         )

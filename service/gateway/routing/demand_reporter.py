@@ -6,18 +6,18 @@ import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-from service.broker.demand import home
+from service.broker.demand import pool_for_demand
 from service.broker.pool_state import PoolView
-from service.errors import PoolGone
-from service.rpc.pool_directory import Directory
+from service.errors import PoolUnavailableError
+from service.rpc.pool_directory import PoolDirectory
 
 _TELL_S = 0.25
 
 
-class Unmet:
+class DemandReporter:
     """Adds up, and tells each expert's to the one pool that should load it."""
 
-    def __init__(self, directory: Directory, views: Callable[[], list[PoolView]]) -> None:
+    def __init__(self, directory: PoolDirectory, views: Callable[[], list[PoolView]]) -> None:
         self._directory = directory
         self._views = views
         self._amounts: dict[str, float] = {}
@@ -36,14 +36,14 @@ class Unmet:
         views = self._views()
         by_pool: dict[str, dict[str, float]] = {}
         for expert, amount in wanted.items():
-            boot = home(expert, views)
+            boot = pool_for_demand(expert, views)
             if boot:
                 by_pool.setdefault(boot, {})[expert] = amount
         links = {link.address.boot: link for link in self._directory.links()}
         for boot, amounts in by_pool.items():
             if boot in links:
                 # A pool that has just gone needs no telling.
-                with suppress(PoolGone):
+                with suppress(PoolUnavailableError):
                     await links[boot].demand(amounts)
 
     async def close(self) -> None:

@@ -9,20 +9,20 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from service.broker.selection import Warm
-from service.gateway.request.parsing import Asked
+from service.broker.selection import PrefixCacheHint
+from service.gateway.request.parsing import InferenceRequest
 
 _MOST = 20_000
 _BYTES_PER_TOKEN = 4
 
 
-class Conversations:
+class PrefixAffinity:
     """The latest conversations of one gateway, forgotten in the order of their use."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[int, tuple[str, str]] = OrderedDict()
 
-    def warm(self, asked: Asked) -> Warm | None:
+    def warm(self, asked: InferenceRequest) -> PrefixCacheHint | None:
         """Where the beginning of this request is cached, as far as known."""
         messages = _messages(asked)
         said = [i for i, one in enumerate(messages) if one.get("role") == "assistant"]
@@ -32,9 +32,9 @@ class Conversations:
         found = self._known.get(_key(asked, before))
         if found is None:
             return None
-        return Warm(*found, sum(map(_length, before)) // _BYTES_PER_TOKEN)
+        return PrefixCacheHint(*found, sum(map(_length, before)) // _BYTES_PER_TOKEN)
 
-    def answered(self, asked: Asked, expert: str, boot: str) -> None:
+    def answered(self, asked: InferenceRequest, expert: str, boot: str) -> None:
         """This expert has answered it there: what was asked is cached now."""
         messages = _messages(asked)
         if not messages:
@@ -51,7 +51,7 @@ class Conversations:
             del self._known[key]
 
 
-def _messages(asked: Asked) -> list[Mapping[str, Any]]:
+def _messages(asked: InferenceRequest) -> list[Mapping[str, Any]]:
     """What was said; nothing where that is no conversation, which is the engine's to refuse."""
     given = asked.data.get("messages")
     if isinstance(given, list) and all(isinstance(one, dict) for one in given):
@@ -59,7 +59,7 @@ def _messages(asked: Asked) -> list[Mapping[str, Any]]:
     return []
 
 
-def _key(asked: Asked, messages: Sequence[Mapping[str, Any]]) -> int:
+def _key(asked: InferenceRequest, messages: Sequence[Mapping[str, Any]]) -> int:
     # Python's own hash of strings: quick, and different in every process.
     said = tuple((_text(one.get("role")), _text(one.get("content"))) for one in messages)
     # Apart as in the engines: where two tenants share no prefix, neither is warm by the other.

@@ -12,7 +12,7 @@ import numpy as np
 
 from service.broker.cost_model import Places
 from service.broker.pool_state import Floats
-from service.broker.recipe_catalog import Book
+from service.broker.recipe_catalog import RecipeCatalog
 from service.classifier.classifier import Assessment
 from service.classifier.expert_map import ExpertMap
 from service.config import Config
@@ -46,14 +46,14 @@ class Escalations:
                 self.excess[row] = 0.0
 
     def saw(self, recipe: Recipe, expected: Floats, asked: int) -> None:
-        """See `Worth.escalated`."""
+        """See `QualityModel.escalated`."""
         row = self._rows[recipe]
         for i in range(len(recipe.later)):
             seen = 1.0 if i < asked else 0.0
             self.excess[row, i] += 0.05 * (seen - expected[i])
 
 
-class Worth:
+class QualityModel:
     """Expected quality and escalation of the book's recipes, for a posterior over `labels`.
 
     What a tenant said of answers is added to what was expected for that tenant, and for nobody
@@ -63,7 +63,7 @@ class Worth:
     def __init__(
         self,
         config: Config,
-        book: Book,
+        book: RecipeCatalog,
         labels: Sequence[str],
         escalations: Escalations | None = None,
     ) -> None:
@@ -95,7 +95,7 @@ class Worth:
         oftener: Floats = self._escalations.excess[self._rows]
         return oftener
 
-    def use_map(self, found: ExpertMap, book: Book) -> None:
+    def use_map(self, found: ExpertMap, book: RecipeCatalog) -> None:
         """Believe an artifact's map where it knows a recipe, and the config elsewhere."""
         self._map = found
         self._map_columns = np.array([book.recipe_index[recipe] for recipe in found.recipes])

@@ -5,28 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from service.broker.cost_model import LONG_TOKENS, Market
-from service.broker.selection import Warm, Wish
-from service.gateway.request.parsing import Asked
-from service.gateway.routing.candidates import Plan
+from service.broker.cost_model import LONG_TOKENS, CostModel
+from service.broker.selection import PrefixCacheHint, SelectionRequest
+from service.gateway.request.parsing import InferenceRequest
+from service.gateway.routing.candidates import RoutePlan
 
 
-def wish_for(
-    market: Market,
-    asked: Asked,
-    plan: Plan,
+def selection_request(
+    market: CostModel,
+    asked: InferenceRequest,
+    plan: RoutePlan,
     *,
     left_s: float | None = None,
     banned: Collection[tuple[str, str]] = (),
     cost_price: float = 0.0,
-    warm: Warm | None = None,
-) -> Wish:
+    warm: PrefixCacheHint | None = None,
+) -> SelectionRequest:
     """`left_s`: what is left of the deadline; `banned`: places not to be asked again;
     `cost_price`: quality per unit of cost; `warm`: where the conversation is cached."""
-    expected = market.expect(
-        plan.category, asked.prompt_tokens, asked.most_tokens, asked.answers
-    )
-    return Wish(
+    expected = market.expect(plan.category, asked.prompt_tokens, asked.most_tokens, asked.answers)
+    return SelectionRequest(
         rows=plan.rows,
         quality=plan.quality,
         reach=plan.reach,

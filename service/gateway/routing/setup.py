@@ -6,9 +6,9 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from service.broker.cost_model import Lengths, Market
+from service.broker.cost_model import CostModel, Lengths
 from service.broker.prices import prices_of
-from service.broker.recipe_catalog import Book
+from service.broker.recipe_catalog import RecipeCatalog
 from service.classifier.artifact import load_artifact
 from service.classifier.classifier import Classifier
 from service.classifier.conversation import assess_body
@@ -16,13 +16,13 @@ from service.classifier.expert_map import ExpertMap
 from service.config import Config
 from service.config.schema import silent_member
 from service.errors import ArtifactError
-from service.gateway.routing.candidates import Assess, Router
-from service.gateway.routing.quality import Escalations, Worth
+from service.gateway.routing.candidates import Assess, SemanticRouter
+from service.gateway.routing.quality import Escalations, QualityModel
 
 log = logging.getLogger("coe.routing")
 
 
-class Routing:
+class RoutingSetup:
     """What decides for one config, without any pool: recipes, their worth, their prices.
 
     Raises ArtifactError where the router's artifact can't be used.
@@ -53,12 +53,14 @@ class Routing:
                     "where it tells them"
                 )
         recipes = [recipe.recipe() for recipe in config.recipes.values()]
-        self.book = Book(tuple(config.experts), [*recipes, *(found.recipes if found else ())])
-        self.worth = Worth(config, self.book, labels, escalations)
+        self.book = RecipeCatalog(
+            tuple(config.experts), [*recipes, *(found.recipes if found else ())]
+        )
+        self.worth = QualityModel(config, self.book, labels, escalations)
         if found is not None:
             self.worth.use_map(found, self.book)
-        self.market = Market(self.book.experts, self.worth.labels, prices_of(config), lengths)
-        self.router = Router(config, self.book, self.worth, assess)
+        self.market = CostModel(self.book.experts, self.worth.labels, prices_of(config), lengths)
+        self.router = SemanticRouter(config, self.book, self.worth, assess)
 
 
 def _known_part(found: ExpertMap, config: Config) -> ExpertMap | None:

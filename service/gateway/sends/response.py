@@ -11,8 +11,8 @@ import orjson
 
 from service.engine.base import Message, Send
 from service.errors import CoeError, UpstreamError
-from service.gateway.request_record import Passage, Spent
-from service.gateway.sends.usage_meter import Meter
+from service.gateway.request_record import CallCost, RequestRecord
+from service.gateway.sends.usage_meter import UsageMeter
 from service.http.asgi import STREAM_HEADERS, LineBuffer
 from service.http.openai_errors import (
     Dialect,
@@ -36,7 +36,7 @@ class NoAnswer(CoeError):
     code = "expert_refused"
 
 
-class Reply:
+class ResponseSend:
     """An ASGI send that adds our headers, reads the usage and adds to it what all cost.
 
     `spent` is the call that answers. `started`: whether anything has gone out. `events`: how
@@ -48,9 +48,9 @@ class Reply:
         self,
         send: Send,
         headers: list[tuple[bytes, bytes]],
-        passage: Passage,
+        passage: RequestRecord,
         began_s: float,
-        meter: Meter | None = None,
+        meter: UsageMeter | None = None,
         dialect: Dialect = Dialect.CHAT,
     ) -> None:
         """`meter`: what the engine says goes through it first; it counts, and takes out what
@@ -60,7 +60,7 @@ class Reply:
         self._counted = meter.wrap(self._out) if meter is not None else self._out
         self.started = False
         self.answers_only = False
-        self.spent: Spent | None = None
+        self.spent: CallCost | None = None
         self.first_byte_limit: asyncio.Timeout | None = None
         self.sent_s = began_s
         self.events = 0

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from service.engine.base import Message, Send
-from service.gateway.request.parsing import Asked
+from service.gateway.request.parsing import InferenceRequest
 from service.http.asgi import LineBuffer
 from service.http.usage import reply_usage, token_counts, usage_of
 
@@ -25,13 +25,13 @@ _PIECE = re.compile(rb'"type"\s*:\s*"(?:content_block_delta|response\.[a-z_.]+\.
 _BYTES_PER_TOKEN = 4
 
 
-class Meter:
+class UsageMeter:
     """Counts the tokens of one request's calls, by expert.
 
     `wrap` counts the answer that goes out; `add` those calls of a recipe that don't.
     """
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: InferenceRequest) -> None:
         self.calls: list[tuple[str, int, int]] = []
         self._prompt_tokens = asked.prompt_tokens
         self._endpoint = asked.endpoint

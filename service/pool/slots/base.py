@@ -18,14 +18,14 @@ from typing import Any, Generic, TypeVar
 from service.engine.base import Engine, EngineReport
 from service.errors import (
     CoeError,
-    Conflict,
-    Draining,
-    EngineRestarting,
-    ExpertFailed,
-    UnknownModel,
+    ConflictError,
+    EngineRestartingError,
+    ExpertFailedError,
+    PoolDrainingError,
+    UnknownModelError,
 )
-from service.pool.lease import Again, Lease, Run
-from service.pool.queue import Queues, Ticket
+from service.pool.lease import Lease, LeaseRevokedError, Run
+from service.pool.queue import Ticket, TicketQueue
 from service.pool.units import Unit
 from service.rpc.snapshot import ExpertState, Queue
 from service.types import NOBODY, Residency, Tenant
@@ -39,7 +39,7 @@ _RETRY_S = (1.0, 5.0, 30.0, 120.0, 300.0)
 _UNHEALTHY_AFTER = 3
 
 
-class Slot(Generic[E]):
+class BaseSlot(Generic[E]):
     """An engine with its base and adapters.
 
     `build` makes a new engine; `changed` is called whenever a snapshot would differ.
@@ -57,7 +57,7 @@ class Slot(Generic[E]):
     ) -> None:
         self.experts = experts
         self._build = build
-        self._queues = Queues(experts, capacity=capacity, max_waiting=max_waiting)
+        self._queues = TicketQueue(experts, capacity=capacity, max_waiting=max_waiting)
         self._changed = changed
         self._start_s = start_guess_s
         self._started_at = 0.0
@@ -87,7 +87,7 @@ class Slot(Generic[E]):
         expert: str,
         tokens: int = 1,
         tenant: Tenant = NOBODY,
-        again: Again | None = None,
+        again: LeaseRevokedError | None = None,
         places: int = 1,
     ) -> AsyncIterator[Lease]:
         """Wait until `expert` answers and there is room; give the place back at the end.
@@ -96,11 +96,11 @@ class Slot(Generic[E]):
         `again`: what an earlier lease of this
         request raised; its place in the queue is kept.
 
-        Raises OverCapacity, ExpertFailed, Draining, EngineRestarting; Again where the request has
+        Raises OverCapacity, ExpertFailedError, Draining, EngineRestartingError; Again where the request has
         to be put back: in this or in another slot.
         """
         if self._draining and again is None:
-            raise Draining("this pool is stopping")
+            raise PoolDrainingError("this pool is stopping")
         if self._states[expert].state is Residency.FAILED:
             raise self._failed(expert)
         ready = expert in self._ready()
@@ -129,7 +129,7 @@ class Slot(Generic[E]):
                 await self._waits[ticket]
             if self._engine is None or self._report is None:
                 # It died between waking this request and now.
-                raise EngineRestarting(f"the engine of expert {expert!r} died")
+                raise EngineRestartingError(f"the engine of expert {expert!r} died")
             async with self._revocable(ticket) as run:
                 yield Lease(
                     self._engine,
@@ -161,7 +161,7 @@ class Slot(Generic[E]):
             # As asyncio.timeout does it: somebody else may have cancelled the request, too.
             if not run.revoked or task.uncancel() > cancelled:
                 raise
-            raise Again(ticket.arrived_s, put_back=True) from None
+            raise LeaseRevokedError(ticket.arrived_s, put_back=True) from None
         finally:
             del self._runs[ticket]
 
@@ -206,9 +206,11 @@ class Slot(Generic[E]):
         if wait is not None and not wait.done():
             wait.set_exception(why)
 
-    def _failed(self, expert: str) -> ExpertFailed:
+    def _failed(self, expert: str) -> ExpertFailedError:
         reason = self._states[expert].reason
-        return ExpertFailed(f"expert {expert!r} could not be loaded: {reason}", retry_after_s=30)
+        return ExpertFailedError(
+            f"expert {expert!r} could not be loaded: {reason}", retry_after_s=30
+        )
 
     # --- the engine's life
 
@@ -326,7 +328,7 @@ class Slot(Generic[E]):
         assert expert in self.experts
         return Unit(self.experts[0], self.experts)
 
-    async def close(self, why: str, kind: type[CoeError] = UnknownModel) -> None:
+    async def close(self, why: str, kind: type[CoeError] = UnknownModelError) -> None:
         """Its experts go for good: who waits is told why by such an error, who runs is let end."""
         for name in self.experts:
             for ticket in self._queues.waiting_for(name):
@@ -407,12 +409,12 @@ class Slot(Generic[E]):
         """load, evict, pin, unpin: this slot's experts are always there. Raises Conflict."""
         state = self._states[expert]
         if act == "load" and state.state is Residency.FAILED:
-            raise Conflict(
+            raise ConflictError(
                 f"expert {expert!r} could not be loaded and is tried again every "
                 f"{_RELOAD_S:.0f} s: {state.reason}"
             )
         if act != "load":
-            raise Conflict(f"expert {expert!r} has a slot of its own and always stays")
+            raise ConflictError(f"expert {expert!r} has a slot of its own and always stays")
 
     def demand(self, expert: str, amount: float, now_s: float) -> None:
         """Unmet demand for an expert; one with a slot of its own is there anyway."""

@@ -7,7 +7,7 @@ import logging
 import time
 
 from service.engine.base import SwappingEngine
-from service.errors import CoeError, Conflict, EngineDead
+from service.errors import CoeError, ConflictError, EngineDeadError
 from service.pool.slots.shared import SharedSlot
 from service.types import Residency
 
@@ -19,7 +19,7 @@ RETRY_S = 30.0
 _DEATHS = 2
 
 
-class HeldSlot(SharedSlot):
+class HostWeightSlot(SharedSlot):
     """A slot with units of which some are held beside the running one."""
 
     _filling: asyncio.Task[None] | None = None
@@ -62,7 +62,7 @@ class HeldSlot(SharedSlot):
                 self._set_unit(unit, Residency.HOST)
         except Exception as error:
             why = error.message if isinstance(error, CoeError) else repr(error)
-            if isinstance(error, EngineDead) or engine.failure() is not None:
+            if isinstance(error, EngineDeadError) or engine.failure() is not None:
                 self._freeze_held()
                 if unit is not None:
                     self._died_with(unit, error)
@@ -110,7 +110,7 @@ class HeldSlot(SharedSlot):
             for name in names:
                 await engine.drop(name)
         except CoeError as error:
-            if isinstance(error, EngineDead) or engine.failure() is not None:
+            if isinstance(error, EngineDeadError) or engine.failure() is not None:
                 self._freeze_held()
             raise
         finally:
@@ -163,12 +163,12 @@ class HeldSlot(SharedSlot):
         else:
             if unit == self._unit or known.pinned or known.tier is not Residency.HOST:
                 why = "running" if unit == self._unit else "pinned" if known.pinned else "not held"
-                raise Conflict(f"expert {expert!r} is {why} and can't be evicted")
+                raise ConflictError(f"expert {expert!r} is {why} and can't be evicted")
             engine = self._engine
             if engine is None:
-                raise Conflict("the slot's engine is starting; nothing is held")
+                raise ConflictError("the slot's engine is starting; nothing is held")
             if name := self._in_use(unit):
-                raise Conflict(f"expert {name!r} runs on it or is pinned: it can't be evicted")
+                raise ConflictError(f"expert {name!r} runs on it or is pinned: it can't be evicted")
             known.wanted = False
             known.demand = 0.0
             await self._forget(engine, unit)

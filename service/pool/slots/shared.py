@@ -13,13 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 from service.engine.base import SwappingEngine
-from service.errors import CoeError, Conflict
-from service.pool.lease import Again
+from service.errors import CoeError, ConflictError
+from service.pool.lease import LeaseRevokedError
 from service.pool.placement import Place
-from service.pool.planner import Policy, SlotView, UnitView, bounded
+from service.pool.planner import SlotView, SwapPolicy, UnitView, bounded
 from service.pool.queue import Ticket
-from service.pool.slots.base import Slot
-from service.pool.units import Known, Swap, Unit
+from service.pool.slots.base import BaseSlot
+from service.pool.units import Swap, Unit, UnitState
 from service.rpc.snapshot import ExpertState
 from service.types import Residency
 
@@ -28,19 +28,19 @@ _SWAPS_KEPT = 64
 _LIGHT_FILL_S = 0.05
 
 
-class SharedSlot(Slot[SwappingEngine]):
+class SharedSlot(BaseSlot[SwappingEngine]):
     """A slot with units of which one runs at a time."""
 
     def __init__(
         self,
         units: Sequence[Unit],
         build_for: Callable[[str], SwappingEngine],
-        policy: Policy,
+        policy: SwapPolicy,
         *,
         capacity: int,
         max_waiting: int,
         start_guess_s: float,
-        guess: Known,
+        guess: UnitState,
         changed: Callable[[], None],
         apart: bool = False,
     ) -> None:
@@ -55,7 +55,7 @@ class SharedSlot(Slot[SwappingEngine]):
         )
         self._units: dict[str, Unit] = {}
         self._unit_of: dict[str, str] = {}
-        self._known: dict[str, Known] = {}
+        self._known: dict[str, UnitState] = {}
         self._guess = guess
         self._states = {}
         self.policy = policy
@@ -117,19 +117,19 @@ class SharedSlot(Slot[SwappingEngine]):
             return False
         now_s = time.monotonic()
         if known.failed_until > now_s:
-            raise Conflict(f"expert {unit!r} could not be loaded: {self._states[unit].reason}")
+            raise ConflictError(f"expert {unit!r} could not be loaded: {self._states[unit].reason}")
         if (engine := self._engine) is None:
             return unit != self._unit  # the next engine starts with that one
         views = self._unit_views(now_s, engine.exchangeable)
         beside = bounded(self._slot_view(now_s), views, self.policy)
         if not any(view.name == unit and view.exchangeable for view in beside):
-            raise Conflict(
+            raise ConflictError(
                 f"expert {unit!r} can't be held beside {self._unit!r}: it needs an engine of its "
                 "own, or more host_bytes; it is started when it is asked for"
             )
         return True
 
-    def take_in(self, unit: Unit, known: Known | None = None) -> None:
+    def take_in(self, unit: Unit, known: UnitState | None = None) -> None:
         """One more unit, and what another slot knew of it."""
         if known is None:
             size = unit.size_bytes or (0 if unit.needs else self._guess.host_bytes)
@@ -144,7 +144,7 @@ class SharedSlot(Slot[SwappingEngine]):
             self._queues.welcome(name)
         self._recount()
 
-    def _forget_unit(self, unit: str) -> Known:
+    def _forget_unit(self, unit: str) -> UnitState:
         gone = self._units.pop(unit)
         self._able.pop(unit, None)
         for name in gone.experts:
@@ -229,7 +229,7 @@ class SharedSlot(Slot[SwappingEngine]):
             return frozenset(self._units)
         return frozenset(n for n in self._units if self._weighs(n) == self._weighs(self._unit))
 
-    def _send_away(self, unit: str, why: Callable[[Ticket], CoeError | Again]) -> None:
+    def _send_away(self, unit: str, why: Callable[[Ticket], CoeError | LeaseRevokedError]) -> None:
         """Whoever waits for a unit is told."""
         for name in self._units[unit].experts:
             for ticket in self._queues.waiting_for(name):

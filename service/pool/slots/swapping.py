@@ -14,8 +14,8 @@ import time
 from contextlib import suppress
 
 from service.engine.base import SwappingEngine
-from service.errors import CoeError, EngineDead, UnknownModel
-from service.pool.lease import Again
+from service.errors import CoeError, EngineDeadError, UnknownModelError
+from service.pool.lease import LeaseRevokedError
 from service.pool.planner import (
     LATE,
     Next,
@@ -26,8 +26,8 @@ from service.pool.planner import (
     next_step,
     to_drop,
 )
-from service.pool.slots.host_weights import RETRY_S, TICK_S, HeldSlot
-from service.pool.units import Known, Swap, Unit
+from service.pool.slots.host_weights import RETRY_S, TICK_S, HostWeightSlot
+from service.pool.units import Swap, Unit, UnitState
 from service.rpc.snapshot import ExpertState
 from service.types import Residency
 
@@ -36,7 +36,7 @@ log = logging.getLogger("coe.pool")
 _EWMA = 0.3  # of how long ending the running requests takes
 
 
-class SwapSlot(HeldSlot):
+class SwapSlot(HostWeightSlot):
     """An engine and the units that take turns in it.
 
     `build_for(unit)` makes an engine that starts with that unit running. `guess` stands in
@@ -50,7 +50,7 @@ class SwapSlot(HeldSlot):
 
     # --- units come and go
 
-    def hand_over(self, unit: str) -> Known | None:
+    def hand_over(self, unit: str) -> UnitState | None:
         """Give a unit to another slot: what is known of it, or None where it can't go now.
 
         Who waits for it is put back, and finds it where it is then.
@@ -63,10 +63,12 @@ class SwapSlot(HeldSlot):
             return None
         if self._retired and len(self.staying) == 1:
             return None  # who is to go needs somebody who can run instead
-        self._send_away(unit, lambda ticket: Again(ticket.arrived_s, put_back=ticket.again))
+        self._send_away(
+            unit, lambda ticket: LeaseRevokedError(ticket.arrived_s, put_back=ticket.again)
+        )
         return self._let_go(unit)
 
-    def _let_go(self, unit: str) -> Known:
+    def _let_go(self, unit: str) -> UnitState:
         known = self._forget_unit(unit)
         if known.tier is Residency.HOST and self._engine is not None:
             self._dropping[unit] = known.host_bytes
@@ -78,13 +80,13 @@ class SwapSlot(HeldSlot):
         """Its units, without those that are to go for good."""
         return [unit for unit in self.units if unit.name not in self._retired]
 
-    async def close(self, why: str, kind: type[CoeError] = UnknownModel) -> None:
+    async def close(self, why: str, kind: type[CoeError] = UnknownModelError) -> None:
         """All its experts go for good, and with them those that were to go already."""
         await super().close(why, kind)
         while self._retired:
             self._retired.popitem()[1].set()
 
-    async def retire(self, unit: str, why: str, kind: type[CoeError] = UnknownModel) -> None:
+    async def retire(self, unit: str, why: str, kind: type[CoeError] = UnknownModelError) -> None:
         """A unit goes for good: who waits for it is told why, who runs is let end.
 
         Returns when nothing of it is left. There must be another unit to run.
@@ -198,7 +200,7 @@ class SwapSlot(HeldSlot):
             self.canary_failures += 1
             self._fail_unit(unit, "it does not answer as when it was first loaded")
             await engine.exchange(base)
-        except EngineDead:
+        except EngineDeadError:
             raise
         except CoeError as error:
             self._fail_unit(unit, error.message)
@@ -293,7 +295,7 @@ class SwapSlot(HeldSlot):
         self._known[unit].tier = Residency.LOADING
         try:
             done = await engine.exchange(unit)
-        except EngineDead as error:
+        except EngineDeadError as error:
             self._died_with(unit, error)
             return False
         except CoeError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from service.engine.vllm.worker.graph_capture import Noted
+from service.engine.vllm.worker.graph_capture import ChoiceBuffer
 from service.engine.vllm.worker.pinned_weights import PinnedExtension
 
 
@@ -14,7 +14,7 @@ class SeeingExtension(PinnedExtension):
     def coe_seen(self, tokens: int) -> dict[int, list[list[int]]]:
         """By layer, what was chosen for the first so many tokens of the last step."""
         noted = self._coe_noted
-        assert isinstance(noted, Noted)
+        assert isinstance(noted, ChoiceBuffer)
         return {
             one.layer: noted.chosen[:tokens, place].tolist()
             for place, one in enumerate(noted.layers)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from service.engine.vllm.worker.graph_capture import Notes
-from service.engine.vllm.worker.graph_steering import Stands
+from service.engine.vllm.worker.graph_capture import ChoiceRecorderMixin
+from service.engine.vllm.worker.graph_steering import SteeringMixin
 
 
-class SeeingCpuWorker(Notes, Stands, CPUWorker):  # type: ignore[misc]  # vLLM is not read for types
+class SeeingCpuWorker(ChoiceRecorderMixin, SteeringMixin, CPUWorker):  # type: ignore[misc]  # vLLM is not read for types
     """See `service.engine.vllm.worker.gpu_worker`."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from service.config import MoeCapture
-from service.engine.base import Chosen
+from service.engine.base import RoutingSample
 from service.telemetry.pool_metrics import PoolMetrics
 
 
@@ -16,9 +16,9 @@ class Watch(PoolMetrics):
 
     def __init__(self, capture: MoeCapture) -> None:
         super().__init__(capture)
-        self.told: list[Chosen] = []
+        self.told: list[RoutingSample] = []
 
-    def chosen(self, chosen: Chosen) -> None:
+    def chosen(self, chosen: RoutingSample) -> None:
         super().chosen(chosen)
         self.told.append(chosen)
 

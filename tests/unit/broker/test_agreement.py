@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loadtests.comparing_pairs import GROUPS, REFUSALS, SPELLINGS, STATED, different_answers
-from service.broker.agreement import Final, agreed, confidence, final_answer, majority
+from service.broker.agreement import FinalAnswer, agreed, confidence, final_answer, majority
 
 _PAIRS = 20_000
 
@@ -136,7 +136,7 @@ def test_a_text_without_a_conclusion_has_no_final_answer(text: str) -> None:
 
 def test_what_was_asked_for_as_json_is_compared_as_json_only() -> None:
     assert final_answer("The answer is 5.", as_json=True) is None
-    assert final_answer("5", as_json=True) == Final("json", "5e0")
+    assert final_answer("5", as_json=True) == FinalAnswer("json", "5e0")
     assert final_answer("[NaN]", as_json=True) is None
     assert final_answer("[" * 100_000, as_json=True) is None
 

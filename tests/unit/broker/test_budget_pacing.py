@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.broker.budget_pacing import Pacer, Purse, hull
+from service.broker.budget_pacing import BudgetPacer, BudgetSnapshot, upper_concave_hull
 
 WORTH, COST = np.array([0.5, 0.9]), np.array([1.0, 11.0])
 # The dear one is worth 0.4 more for 10 more: 0.04 a unit.
 EVEN = 0.04
 
 
-def seen(count: int) -> Pacer:
-    pacer = Pacer()
+def seen(count: int) -> BudgetPacer:
+    pacer = BudgetPacer()
     for _ in range(count):
         pacer.offered(WORTH, COST)
     return pacer
@@ -23,7 +23,7 @@ def seen(count: int) -> Pacer:
 
 def test_plenty_costs_nothing() -> None:
     assert seen(20).solve(11.0) == 0
-    assert Pacer().solve(1.0) == 0
+    assert BudgetPacer().solve(1.0) == 0
 
 
 def test_scarce_costs_what_makes_everybody_take_the_cheaper() -> None:
@@ -35,40 +35,40 @@ def test_scarce_costs_what_makes_everybody_take_the_cheaper() -> None:
 
 def test_what_is_left_is_for_those_who_are_still_to_come() -> None:
     for spent, price in ((1000.0, 0.0), (2000.0, EVEN)):
-        pacer = Pacer()
+        pacer = BudgetPacer()
         pacer.offered(WORTH, COST)
-        pacer.reprice(Purse(2200.0, 0.0, 0.0, 100.0), 0.0)
+        pacer.reprice(BudgetSnapshot(2200.0, 0.0, 0.0, 100.0), 0.0)
         for _ in range(99):
             pacer.offered(WORTH, COST)
         # A hundred in half the time, and as many to come.
-        got = pacer.reprice(Purse(2200.0, spent, 0.0, 100.0), 50.0)
+        got = pacer.reprice(BudgetSnapshot(2200.0, spent, 0.0, 100.0), 50.0)
         assert got == pytest.approx(price, rel=0.01)
 
 
 def test_a_burst_at_the_start_is_no_rate() -> None:
     pacer = seen(16)
-    assert pacer.reprice(Purse(86_400.0, 0.0, 0.0, 86_400.0), 43_200.0) < 1.0
+    assert pacer.reprice(BudgetSnapshot(86_400.0, 0.0, 0.0, 86_400.0), 43_200.0) < 1.0
     pacer = seen(1)
-    pacer.reprice(Purse(86_400.0, 0.0, 0.0, 86_400.0), 0.0)
+    pacer.reprice(BudgetSnapshot(86_400.0, 0.0, 0.0, 86_400.0), 0.0)
     pacer.offered(WORTH, COST)
-    assert pacer.reprice(Purse(86_400.0, 0.0, 0.0, 86_400.0), 1.0) == 0
+    assert pacer.reprice(BudgetSnapshot(86_400.0, 0.0, 0.0, 86_400.0), 1.0) == 0
 
 
 def test_a_new_window_counts_arrivals_anew() -> None:
     pacer = seen(1)
-    pacer.reprice(Purse(100.0, 0.0, 0.0, 100.0), 0.0)
+    pacer.reprice(BudgetSnapshot(100.0, 0.0, 0.0, 100.0), 0.0)
     for _ in range(100):
         pacer.offered(WORTH, COST)
-    pacer.reprice(Purse(100.0, 90.0, 0.0, 100.0), 50.0)
+    pacer.reprice(BudgetSnapshot(100.0, 90.0, 0.0, 100.0), 50.0)
     assert pacer.price > 0
-    pacer.reprice(Purse(100.0, 0.0, 100.0, 200.0), 150.0)
+    pacer.reprice(BudgetSnapshot(100.0, 0.0, 100.0, 200.0), 150.0)
     assert pacer.price == 0, "one request in half a window, and the whole budget left"
 
 
 def test_impossible_options_have_no_say() -> None:
-    pacer = Pacer()
+    pacer = BudgetPacer()
     pacer.offered(np.array([-np.inf, 0.9]), COST)
-    assert hull(np.array([-np.inf, -np.inf]), COST).tolist() == []
+    assert upper_concave_hull(np.array([-np.inf, -np.inf]), COST).tolist() == []
     assert pacer.solve(1.0) == pytest.approx(0, abs=1e-9), "there is only the dear one"
 
 
@@ -76,7 +76,7 @@ def test_impossible_options_have_no_say() -> None:
 @given(st.integers(0, 10_000), st.floats(0.05, 1.0))
 def test_the_price_spends_what_is_there(seed: int, share: float) -> None:
     draw = np.random.default_rng(seed)
-    pacer = Pacer()
+    pacer = BudgetPacer()
     rows = [(draw.random(6), draw.random(6) * 10) for _ in range(200)]
     for worth, cost in rows:
         pacer.offered(worth, cost)
@@ -96,6 +96,6 @@ def test_the_price_spends_what_is_there(seed: int, share: float) -> None:
 def test_the_hull_holds_whatever_a_price_would_choose(seed: int, count: int) -> None:
     draw = np.random.default_rng(seed)
     worth, cost = draw.random(count), draw.random(count)
-    kept = set(hull(worth, cost).tolist())
+    kept = set(upper_concave_hull(worth, cost).tolist())
     for price in np.geomspace(1e-3, 1e3, 40):
         assert int((worth - price * cost).argmax()) in kept

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from service.broker.cost_model import Market
+from service.broker.cost_model import CostModel
 from service.broker.prices import Price
-from service.gateway.request_record import Spent
+from service.gateway.request_record import CallCost
 
 
-def market() -> Market:
-    return Market(("big",), ("math",), {"big": Price(2, 10)})
+def market() -> CostModel:
+    return CostModel(("big",), ("math",), {"big": Price(2, 10)})
 
 
-def expected(of: Market, most: int | None = None) -> float:
+def expected(of: CostModel, most: int | None = None) -> float:
     return float(of.expect("math", 10, most).tokens[0])
 
 
@@ -75,15 +75,15 @@ def test_expect_of_several_answers_costs_each_of_them_and_the_prompt_once() -> N
 @pytest.mark.parametrize(
     ("spent", "length", "cut"),
     [
-        (Spent("a", Price(), completion_tokens=99, most_tokens=100), 99, False),
-        (Spent("a", Price(), completion_tokens=100, most_tokens=100), 100, True),
-        (Spent("a", Price(), completion_tokens=300, answers=3, most_tokens=100), 100, True),
-        (Spent("a", Price(), completion_tokens=150, answers=3, most_tokens=100), 50, False),
-        (Spent("a", Price(), completion_tokens=7, ended=False), 7, True),
-        (Spent("a", Price()), 0, False),
+        (CallCost("a", Price(), completion_tokens=99, most_tokens=100), 99, False),
+        (CallCost("a", Price(), completion_tokens=100, most_tokens=100), 100, True),
+        (CallCost("a", Price(), completion_tokens=300, answers=3, most_tokens=100), 100, True),
+        (CallCost("a", Price(), completion_tokens=150, answers=3, most_tokens=100), 50, False),
+        (CallCost("a", Price(), completion_tokens=7, ended=False), 7, True),
+        (CallCost("a", Price()), 0, False),
     ],
 )
 def test_cut_of_a_call_is_whether_its_bound_or_its_client_ended_it(
-    spent: Spent, length: int, cut: bool
+    spent: CallCost, length: int, cut: bool
 ) -> None:
     assert (spent.length, spent.cut) == (length, cut)

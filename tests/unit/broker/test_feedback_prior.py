@@ -13,9 +13,7 @@ def voted(count: int, score: float, voter: str = "key") -> dict[str, int]:
     return {name: count * n for name, n in fields("k", voter, score).items()}
 
 
-def shifted(
-    slices: list[dict[str, int]], believed: float, votes: int, max_shift: float
-) -> float:
+def shifted(slices: list[dict[str, int]], believed: float, votes: int, max_shift: float) -> float:
     return shift(tally(slices).get("k", {}), believed, votes, max_shift)
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from service.broker.ledger import Bound, BudgetState, Ledger
+from service.broker.ledger import BudgetState, Ledger, UsageBound
 from service.config import Config
-from service.errors import TooMany
+from service.errors import RateLimitExceededError
 from service.store.memory import MemoryStore
 from service.types import NOBODY, Limits, Tenant, Usage
 
 NOW_S = 1_700_000_000.0
-BOUND = Bound(100, 50, 2, prompt_cost=1.0, token_cost=0.04)
+BOUND = UsageBound(100, 50, 2, prompt_cost=1.0, token_cost=0.04)
 
 
 def ledger(**sections: Any) -> Ledger:
@@ -27,7 +27,7 @@ def ledger(**sections: Any) -> Ledger:
     return Ledger(config, MemoryStore(lambda: NOW_S))
 
 
-async def taken(book: Ledger, name: str, tenant: Tenant, bound: Bound = BOUND) -> None:
+async def taken(book: Ledger, name: str, tenant: Tenant, bound: UsageBound = BOUND) -> None:
     await book.arrive(name, tenant)
     await book.reserve(name + "-0", tenant, bound)
 
@@ -78,7 +78,7 @@ async def test_the_answer_is_clipped_to_what_is_left() -> None:
     book = ledger(budgets={"all": {"amount": 1.5, "period": "month"}})
     held = await book.reserve("1", NOBODY, BOUND)
     assert held.max_tokens == 12  # 1 + 12 · 0.04 of 1.5
-    with pytest.raises(TooMany) as caught:
+    with pytest.raises(RateLimitExceededError) as caught:
         await book.reserve("2", NOBODY, BOUND)
     assert caught.value.code == "insufficient_quota"
     assert caught.value.retry_after_s == 1.0
@@ -86,7 +86,7 @@ async def test_the_answer_is_clipped_to_what_is_left() -> None:
     # What is held may be given back in a moment; what is spent is gone until the month ends.
     assert not caught.value.final
     await book.settle(held, Usage(1, 12, 1.5), ended_s=NOW_S)
-    with pytest.raises(TooMany) as caught:
+    with pytest.raises(RateLimitExceededError) as caught:
         await book.reserve("3", NOBODY, BOUND)
     assert (caught.value.code, caught.value.final) == ("insufficient_quota", True)
 
@@ -108,7 +108,7 @@ async def test_each_limit_of_a_key_is_named(limits: Limits, message: str, code: 
     book = ledger()
     tenant = Tenant("a", key="k1", limits=limits)
     await taken(book, "1", tenant)
-    with pytest.raises(TooMany) as caught:
+    with pytest.raises(RateLimitExceededError) as caught:
         await taken(book, "2", tenant)
     assert caught.value.message.startswith(message)
     assert caught.value.code == (code or "rate_limit_exceeded")
@@ -121,8 +121,8 @@ async def test_each_limit_of_a_key_is_named(limits: Limits, message: str, code: 
 async def test_a_tenant_s_limits_hold_for_all_its_keys_together() -> None:
     book = ledger(tenants={"a": {"requests_per_min": 2, "budget": {"amount": 100}}})
     for key in ("k1", "k2"):
-        await taken(book, key, Tenant("a", key=key), Bound(1))
-    with pytest.raises(TooMany) as caught:
+        await taken(book, key, Tenant("a", key=key), UsageBound(1))
+    with pytest.raises(RateLimitExceededError) as caught:
         await book.arrive("k3", Tenant("a", key="k3"))
     assert caught.value.message == "this tenant may use 2 requests per minute"
     assert set(await book.state()) == {"tenant/a"}
@@ -130,7 +130,7 @@ async def test_a_tenant_s_limits_hold_for_all_its_keys_together() -> None:
 
 async def test_a_request_larger_than_its_limit_is_told_so() -> None:
     book = ledger(tenants={"default": {"tokens_per_min": 50}})
-    with pytest.raises(TooMany) as caught:
+    with pytest.raises(RateLimitExceededError) as caught:
         await book.reserve("1", NOBODY, BOUND)
     assert caught.value.retry_after_s is None
     assert caught.value.message.startswith("this request alone is larger")
@@ -139,11 +139,11 @@ async def test_a_request_larger_than_its_limit_is_told_so() -> None:
 async def test_arrive_a_request_counts_before_anything_is_known_of_it() -> None:
     book = ledger(tenants={"default": {"requests_per_min": 2, "concurrent": 1}})
     held = await book.arrive("1", NOBODY)
-    with pytest.raises(TooMany, match="1 requests at once"):
+    with pytest.raises(RateLimitExceededError, match="1 requests at once"):
         await book.arrive("2", NOBODY)
     await book.settle(held, Usage())
     await book.arrive("3", NOBODY)
-    with pytest.raises(TooMany, match="2 requests per minute"):
+    with pytest.raises(RateLimitExceededError, match="2 requests per minute"):
         await book.arrive("4", NOBODY)
 
 
@@ -158,7 +158,7 @@ async def test_look_up_has_an_allowance_of_its_own_as_large() -> None:
     book = ledger(tenants={"default": {"requests_per_min": 2}})
     for number in range(2):
         await book.look_up(f"l{number}", NOBODY)
-    with pytest.raises(TooMany, match="2 requests per minute that ask no expert"):
+    with pytest.raises(RateLimitExceededError, match="2 requests per minute that ask no expert"):
         await book.look_up("l", NOBODY)
     await book.arrive("1", NOBODY)
 
@@ -168,12 +168,12 @@ async def test_reserve_a_request_weighs_its_places_and_never_more_than_there_are
     places: int, taken_up: int
 ) -> None:
     book = ledger(tenants={"default": {"concurrent": 4}})
-    await taken(book, "1", NOBODY, Bound(0, places=places))
+    await taken(book, "1", NOBODY, UsageBound(0, places=places))
     ((_, balance),) = (await book.limits(NOBODY)).values()
     assert balance.reserved == taken_up
     for number in range(4 - taken_up):
         await book.arrive(f"more{number}", NOBODY)
-    with pytest.raises(TooMany, match="4 requests at once"):
+    with pytest.raises(RateLimitExceededError, match="4 requests at once"):
         await book.arrive("one more", NOBODY)
 
 
@@ -181,16 +181,16 @@ async def test_reserve_a_request_weighs_its_places_and_never_more_than_there_are
     ("bound", "reserved"),
     [
         # Bounded by the client: that, and the prompt as it is likely to be.
-        (Bound(4000, 50, 2, likely_prompt=1000), 1100),
+        (UsageBound(4000, 50, 2, likely_prompt=1000), 1100),
         # Not bounded: what is usual.
-        (Bound(4000, 130_000, 2, likely_prompt=1000, likely_tokens=64), 1128),
-        (Bound(4000, 40, 2, likely_prompt=1000, likely_tokens=64), 1080),
+        (UsageBound(4000, 130_000, 2, likely_prompt=1000, likely_tokens=64), 1128),
+        (UsageBound(4000, 40, 2, likely_prompt=1000, likely_tokens=64), 1080),
         # More than the limit is usual: one may try.
-        (Bound(4000, 130_000, 2, likely_prompt=1000, likely_tokens=9000), 5000),
+        (UsageBound(4000, 130_000, 2, likely_prompt=1000, likely_tokens=9000), 5000),
     ],
 )
 async def test_reserve_a_rate_of_tokens_holds_what_a_request_is_expected_to_use(
-    bound: Bound, reserved: int
+    bound: UsageBound, reserved: int
 ) -> None:
     book = ledger(tenants={"default": {"tokens_per_min": 5000}})
     held = await book.reserve("1", NOBODY, bound)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.broker.demand import failure_reason, home
-from service.broker.pool_state import REMOTE, Board, PoolView
-from service.broker.recipe_catalog import Book
-from service.broker.selection import Bar, Warm, Weighed, Wish, weigh
+from service.broker.demand import failure_reason, pool_for_demand
+from service.broker.pool_state import REMOTE, PoolStateTable, PoolView
+from service.broker.recipe_catalog import RecipeCatalog
+from service.broker.selection import Exclusion, PrefixCacheHint, Selection, SelectionRequest, select
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
 from service.types import MAX_LATER, Recipe, Residency
 
@@ -56,16 +56,16 @@ def decided(
     reach: float = 0.5,
     cost: dict[str, float] | None = None,
     **more: Any,
-) -> Weighed:
+) -> Selection:
     """Weigh recipes (single experts by name) with these pools."""
     wanted = quality or {"a": 1.0}
     recipes = [r if isinstance(r, Recipe) else Recipe("single", (r,)) for r in wanted]
     names = dict.fromkeys(name for recipe in recipes for name in recipe.experts)
-    book = Book(tuple(names), recipes)
+    book = RecipeCatalog(tuple(names), recipes)
     later = np.zeros((len(recipes), MAX_LATER))
     for i, recipe in enumerate(recipes):
         later[i, : len(recipe.later)] = reach
-    wish = Wish(
+    wish = SelectionRequest(
         rows=np.array([book.recipe_index[recipe] for recipe in recipes]),
         quality=np.array(list(wanted.values())),
         reach=later,
@@ -74,10 +74,10 @@ def decided(
         time_price=price,
         **more,
     )
-    return weigh(book, Board(book.index).standing(views), wish)
+    return select(book, PoolStateTable(book.index).standing(views), wish)
 
 
-def winner(weighed: Weighed) -> tuple[str, str | None] | None:
+def winner(weighed: Selection) -> tuple[str, str | None] | None:
     """Its first expert and that one's pool."""
     at = weighed.best()
     if at is None:
@@ -110,9 +110,9 @@ def test_prefill_takes_as_long_as_the_prompt_is_and_a_warm_cache_saves_it() -> N
     pool = view("x", per_token_s=0.01)
     cold = decided(pool, prompt_tokens=1000)
     assert cold.answer[0] == pytest.approx(0.1 + 10 + 0.1)
-    warm = decided(pool, prompt_tokens=1000, warm=Warm("a", "x", 900))
+    warm = decided(pool, prompt_tokens=1000, warm=PrefixCacheHint("a", "x", 900))
     assert warm.answer[0] == pytest.approx(0.1 + 1 + 0.1)
-    elsewhere = decided(pool, prompt_tokens=1000, warm=Warm("a", "gone", 900))
+    elsewhere = decided(pool, prompt_tokens=1000, warm=PrefixCacheHint("a", "gone", 900))
     assert elsewhere.answer[0] == cold.answer[0]
 
 
@@ -121,7 +121,10 @@ def test_switching_in_a_conversation_costs_the_prefix_and_no_more() -> None:
     pool = view("x", experts=both, per_token_s=0.01)
     for tokens, stays in ((100, False), (4000, True)):
         got = decided(
-            pool, quality={"a": 0.5, "b": 0.7}, prompt_tokens=5000, warm=Warm("a", "x", tokens)
+            pool,
+            quality={"a": 0.5, "b": 0.7},
+            prompt_tokens=5000,
+            warm=PrefixCacheHint("a", "x", tokens),
         )
         # 0.01 quality a second, 0.01 s a token: 2,000 tokens are worth 0.2.
         assert winner(got) == ("a" if stays else "b", "x")
@@ -210,7 +213,7 @@ def test_more_than_may_be_spent_in_the_worst_case_is_barred() -> None:
     for most, first in ((12.0, cascade.name), (11.9, "a"), (0.5, None)):
         got = decided(view("x", experts=three), quality=wanted, cost=cost, most_cost=most)
         assert (winner(got) or (None,))[0] == first
-    assert set(got.barred) == {Bar.MAX_COST}
+    assert set(got.barred) == {Exclusion.MAX_COST}
 
 
 def test_a_recipe_that_would_miss_the_deadline_gives_way_to_a_single_expert() -> None:
@@ -243,12 +246,12 @@ def test_why_nobody_can_be_asked_is_told_as_it_is() -> None:
     pool = view("x", experts=held)
     resting = frozenset({("a", "x"), ("", "https://far.example"), ("a", "gone")})
     for given, tokens, why in (
-        ({"banned": resting}, 10, Bar.RESTING),
-        ({"banned": resting}, 0, Bar.RESTING),
-        ({"banned": {("a", "gone")}}, 10, Bar.NONE),
+        ({"banned": resting}, 10, Exclusion.RESTING),
+        ({"banned": resting}, 0, Exclusion.RESTING),
+        ({"banned": {("a", "gone")}}, 10, Exclusion.NONE),
     ):
         assert list(decided(pool, context_tokens=tokens, **given).barred) == [why]
-    assert list(decided(view("x", draining=True), context_tokens=10).barred) == [Bar.NO_POOL]
+    assert list(decided(view("x", draining=True), context_tokens=10).barred) == [Exclusion.NO_POOL]
 
 
 def test_a_prompt_goes_where_it_fits_and_to_the_engine_s_own_error_where_it_fits_nowhere() -> None:
@@ -261,11 +264,11 @@ def test_a_prompt_goes_where_it_fits_and_to_the_engine_s_own_error_where_it_fits
         got = decided(pool, quality={"a": 0.9, "b": 0.5}, context_tokens=tokens)
         assert winner(got) == (first, "x")
     got = decided(pool, quality={"a": 0.9, "b": 0.5}, context_tokens=1100)
-    assert got.barred[0] == Bar.CONTEXT
+    assert got.barred[0] == Exclusion.CONTEXT
     # Named, so that no other will do: its engine says that it does not fit.
     wish = got.wish
     named = replace(wish, rows=wish.rows[:1], quality=wish.quality[:1], reach=wish.reach[:1])
-    assert winner(weigh(got.book, got.standing, named)) == ("a", "x")
+    assert winner(select(got.book, got.standing, named)) == ("a", "x")
 
 
 def test_banned_places_are_not_asked_again() -> None:
@@ -288,21 +291,26 @@ def test_unmet_demand_is_what_residency_would_have_won() -> None:
 def test_every_gateway_tells_the_same_pool() -> None:
     cold = {"a": READY, "b": COLD}
     pools = [view(boot, experts=cold) for boot in ("x", "y", "z")]
-    homes = {home("b", order) for order in (pools, pools[::-1], pools[1:] + pools[:1])}
+    homes = {pool_for_demand("b", order) for order in (pools, pools[::-1], pools[1:] + pools[:1])}
     assert len(homes) == 1
     # Slightly different loads, as gateways see them, change nothing.
     noisy = [
         view(boot, experts=cold, queues={"a": Queue(running=6 + i), "b": Queue()})
         for i, boot in enumerate(("x", "y"))
     ]
-    assert home("b", noisy) == home("b", [view(b, experts=cold, running=6) for b in ("x", "y")])
+    assert pool_for_demand("b", noisy) == pool_for_demand(
+        "b", [view(b, experts=cold, running=6) for b in ("x", "y")]
+    )
 
 
 def test_demand_goes_where_the_weights_are_on_their_way() -> None:
     coming = {"a": READY, "b": ExpertState(Residency.LOADING, eta_s=5, swap_s=0.5)}
     cold = {"a": READY, "b": COLD}
-    assert home("b", [view("x", experts=cold), view("y", experts=coming, running=90)]) == "y"
-    assert home("b", [view("x")]) is None
+    assert (
+        pool_for_demand("b", [view("x", experts=cold), view("y", experts=coming, running=90)])
+        == "y"
+    )
+    assert pool_for_demand("b", [view("x")]) is None
 
 
 def test_the_reason_only_when_every_pool_failed() -> None:
@@ -314,7 +322,7 @@ def test_the_reason_only_when_every_pool_failed() -> None:
 
 
 def test_the_board_keeps_a_row_until_the_next_snapshot() -> None:
-    board = Board({"a": 0})
+    board = PoolStateTable({"a": 0})
     pool = view("x", running=4)
     assert board.standing([pool]).ahead.tolist() == [[4]]
     busier = PoolView("x", view("x", running=8).snapshot, 0.1, {"a": 2})

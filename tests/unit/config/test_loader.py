@@ -138,8 +138,10 @@ def test_parse_boolean_fields_take_the_old_words(written: str, value: bool) -> N
         | st.integers(-(10**12), 10**12)
         | st.floats(allow_nan=False)
         | st.text(st.characters(codec="utf-8", exclude_categories=("C",)), max_size=8),
-        lambda inner: st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(SURPRISES), inner, max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(SURPRISES), inner, max_size=3)
+        ),
         max_leaves=8,
     )
 )

@@ -11,7 +11,7 @@ import yaml
 
 from service.config import Config, load_config
 from service.deployment.config_reload import (
-    Running,
+    RunningConfig,
     config_file,
     current_config,
     follow,
@@ -35,7 +35,7 @@ def file(tmp_path: Path) -> Path:
     read = load_config(source)
     server = read.server.model_copy(update={"port": 9999})
     file = config_file(tmp_path / "secret")
-    Running(str(source), read, read.model_copy(update={"server": server})).save(file)
+    RunningConfig(str(source), read, read.model_copy(update={"server": server})).save(file)
     return file
 
 
@@ -106,7 +106,7 @@ def test_a_router_that_can_not_be_had_is_refused(file: Path) -> None:
 
 
 def test_a_config_that_can_not_be_kept_is_no_end_of_the_service(file: Path) -> None:
-    running = Running.load(file)
+    running = RunningConfig.load(file)
     nowhere = file.parent / "gone" / "config.json"
     with pytest.raises(ConfigError, match="can't be kept: No such file"):
         running.save(nowhere)
@@ -120,7 +120,7 @@ def test_slots_of_their_own_can_not_become_too_few(tmp_path: Path) -> None:
     source = tmp_path / "coe.yaml"
     source.write_text(yaml.safe_dump({**CONFIG, "pools": pools}))
     file = config_file(tmp_path / "secret")
-    Running(str(source), load_config(source), load_config(source)).save(file)
+    RunningConfig(str(source), load_config(source), load_config(source)).save(file)
     experts = {**CONFIG["experts"], "d": {"model": "m"}}
     write(file, experts=experts, pools=pools)
     with pytest.raises(ConfigError, match="more than 3"):

@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from service.engine.base import Message
-from service.engine.deferred_start import HeldReply, openai_error, sse_error
+from service.engine.deferred_start import DeferredStartSend, openai_error, sse_error
 
 
 class Sink:
@@ -31,7 +31,7 @@ def body(data: bytes, more: bool = False) -> Message:
 
 async def test_the_head_waits_for_the_first_byte() -> None:
     sink = Sink()
-    reply = HeldReply(sink)
+    reply = DeferredStartSend(sink)
     await reply(start())
     await reply(body(b"", more=True))
     assert sink.sent == []
@@ -44,7 +44,7 @@ async def test_the_head_waits_for_the_first_byte() -> None:
 
 async def test_an_error_reply_is_kept_until_its_end() -> None:
     sink = Sink()
-    reply = HeldReply(sink)
+    reply = DeferredStartSend(sink)
     await reply(start(400))
     await reply(body(b'{"error": {"message": "no ', more=True))
     assert reply.error is None
@@ -64,7 +64,7 @@ async def test_an_error_reply_is_kept_until_its_end() -> None:
 
 async def test_an_error_as_the_first_event_of_a_stream_becomes_a_status() -> None:
     sink = Sink()
-    reply = HeldReply(sink)
+    reply = DeferredStartSend(sink)
     await reply(start())
     await reply(body(b'data: {"error": {"message": "dead", "code": 500}}\n\n', more=True))
     await reply(body(b"data: [DONE]\n\n"))
@@ -75,7 +75,7 @@ async def test_an_error_as_the_first_event_of_a_stream_becomes_a_status() -> Non
 
 async def test_an_error_later_is_passed_on() -> None:
     sink = Sink()
-    reply = HeldReply(sink)
+    reply = DeferredStartSend(sink)
     await reply(start())
     await reply(body(b"data: 1\n\n", more=True))
     await reply(body(b'data: {"error": {"message": "dead"}}\n\n'))
@@ -130,7 +130,7 @@ async def test_once_shut_nothing_goes_out() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    reply = HeldReply(send)
+    reply = DeferredStartSend(send)
     reply.shut()
     await reply({"type": "http.response.start", "status": 200, "headers": []})
     await reply({"type": "http.response.body", "body": b"null"})

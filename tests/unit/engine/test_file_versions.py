@@ -11,12 +11,12 @@ import orjson
 import pytest
 
 from service.config import Config, load_config
-from service.deployment.config_reload import Running, reload
+from service.deployment.config_reload import RunningConfig, reload
 from service.engine.base import EngineRequest, Send
-from service.engine.vllm.frontend import face_digest
+from service.engine.vllm.frontend import tokenizer_digest
 from service.engine.vllm.swapping import Canary, SwappingVllmEngine
 from service.engine.weight_cache import version_of
-from service.pool.factory import Assembly
+from service.pool.factory import PoolFactory
 from service.pool.pool import Pool
 from service.telemetry.pool_metrics import PoolMetrics
 
@@ -72,18 +72,18 @@ def _folder(where: Path, **files: str) -> Path:
 
 @pytest.mark.parametrize("name", FACE_FILES)
 def test_face_digest_with_another_file_of_the_tokenizer_differs(tmp_path: Path, name: str) -> None:
-    plain = face_digest(str(_folder(tmp_path / "plain")))
-    one = face_digest(str(_folder(tmp_path / "one", **{name: '{"a":1}'})))
-    other = face_digest(str(_folder(tmp_path / "other", **{name: '{"a":2}'})))
-    same = face_digest(str(_folder(tmp_path / "same", **{name: '{"a":1}'})))
+    plain = tokenizer_digest(str(_folder(tmp_path / "plain")))
+    one = tokenizer_digest(str(_folder(tmp_path / "one", **{name: '{"a":1}'})))
+    other = tokenizer_digest(str(_folder(tmp_path / "other", **{name: '{"a":2}'})))
+    same = tokenizer_digest(str(_folder(tmp_path / "same", **{name: '{"a":1}'})))
     assert len({plain, one, other}) == 3
     assert same == one
 
 
 @pytest.mark.parametrize("name", NOT_OF_THE_FACE)
 def test_face_digest_with_other_weights_or_papers_is_the_same(tmp_path: Path, name: str) -> None:
-    one = face_digest(str(_folder(tmp_path / "one", **{name: "a"})))
-    assert one == face_digest(str(_folder(tmp_path / "other", **{name: "b"})))
+    one = tokenizer_digest(str(_folder(tmp_path / "one", **{name: "a"})))
+    assert one == tokenizer_digest(str(_folder(tmp_path / "other", **{name: "b"})))
 
 
 @pytest.mark.parametrize("key", ["eos_token_id", "bos_token_id", "pad_token_id", "image_token_id"])
@@ -92,7 +92,7 @@ def test_face_digest_sees_the_tokens_that_a_config_names(
     tmp_path: Path, name: str, key: str
 ) -> None:
     digests = {
-        face_digest(str(_folder(tmp_path / str(token), **{name: json.dumps({key: token})})))
+        tokenizer_digest(str(_folder(tmp_path / str(token), **{name: json.dumps({key: token})})))
         for token in (2, 3, [2, 3])
     }
     assert len(digests) == 3
@@ -101,8 +101,8 @@ def test_face_digest_sees_the_tokens_that_a_config_names(
 def test_face_digest_ignores_who_wrote_a_config(tmp_path: Path) -> None:
     one = {"eos_token_id": 2, "transformers_version": "4.50.0", "_name_or_path": "a"}
     other = {"transformers_version": "5.0.0", "eos_token_id": 2, "torch_dtype": "bfloat16"}
-    first = face_digest(str(_folder(tmp_path / "1", **{"config.json": json.dumps(one)})))
-    second = face_digest(str(_folder(tmp_path / "2", **{"config.json": json.dumps(other)})))
+    first = tokenizer_digest(str(_folder(tmp_path / "1", **{"config.json": json.dumps(one)})))
+    second = tokenizer_digest(str(_folder(tmp_path / "2", **{"config.json": json.dumps(other)})))
     assert first == second
 
 
@@ -151,12 +151,10 @@ async def test_canary_of_files_replaced_under_the_same_path_is_that_of_the_new_o
 def test_reload_tells_whose_files_were_replaced(tmp_path: Path) -> None:
     model = _folder(tmp_path / "m")
     source = tmp_path / "coe.yaml"
-    source.write_text(
-        f"experts: {{x: {{model: {model}}}}}\npools: {{p: {{engine: simulated}}}}\n"
-    )
+    source.write_text(f"experts: {{x: {{model: {model}}}}}\npools: {{p: {{engine: simulated}}}}\n")
     kept = tmp_path / "config.json"
     config = load_config(source)
-    Running(str(source), config, config).save(kept)
+    RunningConfig(str(source), config, config).save(kept)
     assert reload(kept)["changed"] == []
     (model / "tokenizer.json").write_text('{"new": 1}')
     assert reload(kept)["changed"] == ["x"]
@@ -191,7 +189,7 @@ async def test_reload_takes_up_files_that_were_replaced_and_leaves_the_others(
         }
     )
     pool = _Noted()
-    assembly = Assembly(config, "p", pool, PoolMetrics())
+    assembly = PoolFactory(config, "p", pool, PoolMetrics())
     pool.start()
     await assembly.reload(config)
     # What was fetched since is not another expert.

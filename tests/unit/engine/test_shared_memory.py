@@ -18,12 +18,12 @@ from service.engine.shared_memory import Tensor, find, laid_out, write
 from service.engine.weight_cache import (
     DROPPED_S,
     ENDED_S,
-    Share,
-    SharedCache,
+    EngineShare,
+    SharedWeightCache,
     clear_dead,
     version_of,
 )
-from service.errors import ExpertFailed
+from service.errors import ExpertFailedError
 
 TENSORS = {
     "w": Tensor("float32", (3, 4), 48),
@@ -86,8 +86,8 @@ mapped.memory[one.offset] = 0  # not a copy: the writer sees it
 
 
 def test_a_writer_that_is_killed_leaves_nothing_that_could_be_taken(tmp_path: Path) -> None:
-    cache = SharedCache(None, root=tmp_path)
-    share = Share(cache)
+    cache = SharedWeightCache(None, root=tmp_path)
+    share = EngineShare(cache)
     begin, token = share.take("a", str(tmp_path), None, 1.0)
     path = Path(f"{begin}-0of1.weights")
     writer = child(
@@ -170,7 +170,7 @@ def test_a_file_that_is_no_such_file_is_refused(keep: int, tmp_path: Path) -> No
 
 def test_memory_that_is_not_there_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
     """Really so: more than this machine's shared memory has."""
-    cache = SharedCache(None)
+    cache = SharedWeightCache(None)
     try:
         huge = {"w": Tensor("float32", (1 << 48,), 1 << 50)}
         with pytest.raises(OSError, match=r"no room for 1\d+\.\d\d GB .* /dev/shm has") as caught:
@@ -242,7 +242,7 @@ class Clock:
         return self.now_s
 
 
-def hold(cache: SharedCache, share: Share, expert: str, folder: str) -> Path:
+def hold(cache: SharedWeightCache, share: EngineShare, expert: str, folder: str) -> Path:
     begin, token = share.take(expert, folder, None, 1.0)
     path = Path(f"{begin}-0of1.weights")
     if find(path, TENSORS) is None:
@@ -252,9 +252,9 @@ def hold(cache: SharedCache, share: Share, expert: str, folder: str) -> Path:
 
 def test_a_file_stays_while_any_engine_holds_it_and_a_little_longer(tmp_path: Path) -> None:
     clock = Clock()
-    cache = SharedCache(None, root=tmp_path, clock=clock)
+    cache = SharedWeightCache(None, root=tmp_path, clock=clock)
     folder = a_model(tmp_path / "m")
-    one, other = Share(cache), Share(cache)
+    one, other = EngineShare(cache), EngineShare(cache)
     path = hold(cache, one, "a", folder)
     assert hold(cache, other, "a", folder) == path
     assert hold(cache, one, "b", folder) != path
@@ -288,9 +288,9 @@ def test_a_file_stays_while_any_engine_holds_it_and_a_little_longer(tmp_path: Pa
 
 def test_what_nobody_holds_goes_where_its_room_is_wanted(tmp_path: Path) -> None:
     clock = Clock()
-    cache = SharedCache(None, root=tmp_path, clock=clock)
+    cache = SharedWeightCache(None, root=tmp_path, clock=clock)
     folder = a_model(tmp_path / "m")
-    share = Share(cache)
+    share = EngineShare(cache)
     paths = {name: hold(cache, share, name, folder) for name in "abc"}
     size = paths["a"].stat().st_size
     cache.bound_bytes = 3 * size
@@ -311,9 +311,9 @@ def test_what_nobody_holds_goes_where_its_room_is_wanted(tmp_path: Path) -> None
 
 
 def test_make_room_for_a_larger_expert_removes_as_much_as_its_files_take(tmp_path: Path) -> None:
-    cache = SharedCache(None, root=tmp_path, clock=(clock := Clock()))
+    cache = SharedWeightCache(None, root=tmp_path, clock=(clock := Clock()))
     folder = a_model(tmp_path / "m")
-    share = Share(cache)
+    share = EngineShare(cache)
     paths = {name: hold(cache, share, name, folder) for name in "abc"}
     size = paths["a"].stat().st_size
     cache.bound_bytes = 4 * size
@@ -330,9 +330,9 @@ def test_make_room_for_a_larger_expert_removes_as_much_as_its_files_take(tmp_pat
 
 
 def test_another_version_of_an_expert_is_another_file(tmp_path: Path) -> None:
-    cache = SharedCache(None, root=tmp_path, clock=(clock := Clock()))
+    cache = SharedWeightCache(None, root=tmp_path, clock=(clock := Clock()))
     folder = a_model(tmp_path / "m")
-    share = Share(cache)
+    share = EngineShare(cache)
     old = hold(cache, share, "a", folder)
     (tmp_path / "m/model.safetensors").write_bytes(b"longer")
     new = hold(cache, share, "a", folder)
@@ -341,16 +341,16 @@ def test_another_version_of_an_expert_is_another_file(tmp_path: Path) -> None:
     cache.sweep()
     assert (old.exists(), new.exists()) == (False, True)
     cache.close()
-    with pytest.raises(ExpertFailed, match="'a' can't be read"):
+    with pytest.raises(ExpertFailedError, match="'a' can't be read"):
         share.take("a", str(tmp_path / "none"), None, 1.0)
 
 
 def test_a_killed_pool_s_folder_is_cleared_by_the_next_and_no_other(tmp_path: Path) -> None:
-    living = SharedCache(None, root=tmp_path)
+    living = SharedWeightCache(None, root=tmp_path)
     pool = child(
         """
-from service.engine.weight_cache import SharedCache
-cache = SharedCache(None, root=Path(sys.argv[1]))
+from service.engine.weight_cache import SharedWeightCache
+cache = SharedWeightCache(None, root=Path(sys.argv[1]))
 (cache.folder / "x.weights").write_bytes(b"x")
 print(cache.folder, flush=True)
 sys.stdin.read()
@@ -371,7 +371,7 @@ sys.stdin.read()
     target = tmp_path / "target"
     target.mkdir()
     (tmp_path / f"coe-{os.getuid()}-link").symlink_to(target)
-    again = SharedCache(None, root=tmp_path)
+    again = SharedWeightCache(None, root=tmp_path)
     assert not left.exists()
     assert not old.exists()
     assert target.exists()
@@ -385,12 +385,12 @@ sys.stdin.read()
 def test_too_little_shared_memory_is_told_at_the_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    SharedCache(1 << 20, root=tmp_path).close()
+    SharedWeightCache(1 << 20, root=tmp_path).close()
     assert caplog.text == ""
-    SharedCache(1 << 60, root=tmp_path).close()
+    SharedWeightCache(1 << 60, root=tmp_path).close()
     assert "less than the 1152921504.61 of swap.host_bytes" in caplog.text
 
 
 def test_where_there_is_no_shared_memory_it_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ExpertFailed, match="no folder for shared weights in"):
-        SharedCache(None, root=tmp_path / "none")
+    with pytest.raises(ExpertFailedError, match="no folder for shared weights in"):
+        SharedWeightCache(None, root=tmp_path / "none")

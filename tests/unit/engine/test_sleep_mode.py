@@ -8,7 +8,7 @@ from service.config import SimulatedOptions
 from service.engine.base import EngineReport, EngineRequest, Message
 from service.engine.simulated import SimulatedEngine
 from service.engine.sleep_mode import SleepingEngines
-from service.errors import EngineDead, ExpertFailed
+from service.errors import EngineDeadError, ExpertFailedError
 
 UNITS = {"a": ("a", "a-tuned"), "b": ("b",), "c": ("c",)}
 
@@ -23,7 +23,7 @@ class Dozer(SimulatedEngine):
     def _do(self, act: str) -> None:
         self.log.append(f"{act} {self.unit}")
         if f"{act} {self.unit}" in self.broken:
-            raise ExpertFailed("told to fail")
+            raise ExpertFailedError("told to fail")
 
     async def start(self) -> EngineReport:
         self._do("start")
@@ -72,7 +72,7 @@ async def test_one_is_awake_at_a_time() -> None:
     done = await engines.exchange("b")
     assert (done.ok, done.method) == (True, "sleep")
     assert b"b:" in await stage.ask("b")
-    with pytest.raises(ExpertFailed, match="sleeps"):
+    with pytest.raises(ExpertFailedError, match="sleeps"):
         await stage.ask("a")
     await engines.exchange("a")
     await engines.exchange("b")
@@ -88,7 +88,7 @@ async def test_one_is_awake_at_a_time() -> None:
 async def test_one_that_can_not_start_leaves_the_other_awake() -> None:
     stage = Stage("start c")
     await stage.engines.start()
-    with pytest.raises(ExpertFailed):
+    with pytest.raises(ExpertFailedError):
         await stage.engines.exchange("c")
     assert stage.log == ["start a", "sleep a", "start c", "stop c", "wake a"]
     assert b"a:" in await stage.ask("a")
@@ -101,7 +101,7 @@ async def test_half_a_swap_is_the_end_of_all(act: str, done: list[str]) -> None:
     await stage.engines.start()
     for expert in done:
         await stage.engines.exchange(expert)
-    with pytest.raises(EngineDead):
+    with pytest.raises(EngineDeadError):
         await stage.engines.exchange("a" if done else "b")
     assert stage.engines.failure() is not None
 

@@ -10,8 +10,8 @@ import pytest
 from service.config import VllmOptions
 from service.engine.shared_memory import write
 from service.engine.vllm.swapping import SwappingVllmEngine, Weights
-from service.engine.weight_cache import DROPPED_S, ENDED_S, SharedCache
-from service.errors import ExpertFailed
+from service.engine.weight_cache import DROPPED_S, ENDED_S, SharedWeightCache
+from service.errors import ExpertFailedError
 from tests.unit.engine.test_shared_memory import TENSORS, Clock, a_model, fill
 
 
@@ -46,7 +46,7 @@ class Workers(SwappingVllmEngine):
         """Nobody is answered here."""
 
 
-def engine(folder: str, cache: SharedCache) -> Workers:
+def engine(folder: str, cache: SharedWeightCache) -> Workers:
     sources = {name: Weights(folder) for name in "ab"}
     made = Workers(
         "a", sources, VllmOptions(), on_cpu=False, canary_every=1, canaries={}, cache=cache
@@ -59,7 +59,7 @@ async def test_workers_are_told_where_and_files_stay_as_long_as_they_are_held(
     tmp_path: Path,
 ) -> None:
     clock = Clock()
-    cache = SharedCache(None, root=tmp_path, clock=clock)
+    cache = SharedWeightCache(None, root=tmp_path, clock=clock)
     folder = a_model(tmp_path / "m")
     one, other = engine(folder, cache), engine(folder, cache)
     await one.fill("b")
@@ -83,10 +83,10 @@ async def test_workers_are_told_where_and_files_stay_as_long_as_they_are_held(
 
 
 async def test_a_fill_that_fails_holds_nothing(tmp_path: Path) -> None:
-    cache = SharedCache(None, root=tmp_path, clock=(clock := Clock()))
+    cache = SharedWeightCache(None, root=tmp_path, clock=(clock := Clock()))
     made = engine(a_model(tmp_path / "m"), cache)
     made.broken = True
-    with pytest.raises(ExpertFailed, match="could not be loaded: no room"):
+    with pytest.raises(ExpertFailedError, match="could not be loaded: no room"):
         await made.fill("b")
     made.leave()
     clock.now_s += DROPPED_S
@@ -97,14 +97,14 @@ async def test_a_fill_that_fails_holds_nothing(tmp_path: Path) -> None:
 
 
 def test_ranks_hold_a_part_each() -> None:
-    from service.engine.vllm.swapping import _agreed
+    from service.engine.vllm.swapping import _merge_rank_results
 
     ranks = [{"state": "host", "host_bytes": 5, "fill_s": s} for s in (0.1, 0.3)]
-    assert _agreed(ranks) == {"state": "host", "host_bytes": 10, "fill_s": 0.3}
+    assert _merge_rank_results(ranks) == {"state": "host", "host_bytes": 10, "fill_s": 0.3}
     waits = [ranks[0], {"state": "filling"}]
-    assert _agreed(waits) == waits[1]
-    assert _agreed([{"resident_bytes": 1, "host_bytes": 2}]) == {
+    assert _merge_rank_results(waits) == waits[1]
+    assert _merge_rank_results([{"resident_bytes": 1, "host_bytes": 2}]) == {
         "resident_bytes": 1,
         "host_bytes": 2,
     }
-    assert _agreed([4, 4]) == 4
+    assert _merge_rank_results([4, 4]) == 4

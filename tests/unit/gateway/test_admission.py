@@ -12,11 +12,16 @@ import pytest
 
 from service.broker.ledger import Ledger
 from service.config import Config
-from service.errors import DeadlineExceeded, InvalidRequest, PoolGone, TooMany
-from service.gateway.admission import Admission, Called
-from service.gateway.auth import Keyring
-from service.gateway.request.parsing import Asked, read_asked
-from service.gateway.request_record import Passage, Unfinished
+from service.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    PoolUnavailableError,
+    RateLimitExceededError,
+)
+from service.gateway.admission import Admission, ExpertCall
+from service.gateway.auth import Authenticator
+from service.gateway.request.parsing import InferenceRequest, parse_request
+from service.gateway.request_record import RequestRecord, Unfinished
 from service.store.keys import digest_of
 from service.store.memory import MemoryStore
 from service.types import Tenant
@@ -41,7 +46,7 @@ class Door:
         )
         self.tenant = Tenant("acme", "a")
         self.ledger = Ledger(config, MemoryStore())
-        self.told: list[tuple[str, list[Called]]] = []
+        self.told: list[tuple[str, list[ExpertCall]]] = []
 
         class NoBook:
             async def records(self) -> list[Any]:
@@ -49,21 +54,21 @@ class Door:
 
         self.admission = Admission(
             config,
-            Keyring(config, NoBook()),  # type: ignore[arg-type]
+            Authenticator(config, NoBook()),  # type: ignore[arg-type]
             self.ledger,
             lambda expert: context,
             lambda tenant, outcome, calls: self.told.append((outcome, list(calls))),
         )
 
-    def asked(self, path: str = CHAT, **data: Any) -> Asked:
+    def asked(self, path: str = CHAT, **data: Any) -> InferenceRequest:
         body = {"model": "big", "messages": HELLO, **data}
-        return read_asked(path, orjson.dumps(body), {}, 1000, self.tenant)
+        return parse_request(path, orjson.dumps(body), {}, 1000, self.tenant)
 
     @asynccontextmanager
     async def admitted(
-        self, asked: Asked, passage: Passage | None = None
-    ) -> AsyncIterator[tuple[Asked, Passage]]:
-        passage = passage or Passage(expert="big")
+        self, asked: InferenceRequest, passage: RequestRecord | None = None
+    ) -> AsyncIterator[tuple[InferenceRequest, RequestRecord]]:
+        passage = passage or RequestRecord(expert="big")
         async with self.admission.enter(HEADERS, passage) as entry:
             yield await self.admission.admit(entry, asked, [("big",)], lambda: 64.0), passage
 
@@ -77,7 +82,7 @@ async def test_enter_who_leaves_before_the_first_byte_has_asked_all_the_same() -
     door = Door(requests_per_min=3, tokens_per_min=100_000, budget={"amount": 50})
 
     async def leaves() -> str:
-        passage = Passage(expert="big")
+        passage = RequestRecord(expert="big")
 
         async def work() -> None:
             async with door.admitted(door.asked(max_tokens=2000), passage):
@@ -92,7 +97,7 @@ async def test_enter_who_leaves_before_the_first_byte_has_asked_all_the_same() -
             await task
         except asyncio.CancelledError:
             return "left"
-        except TooMany:
+        except RateLimitExceededError:
             return "refused"
         return "answered"
 
@@ -108,12 +113,12 @@ async def test_enter_who_leaves_before_the_first_byte_has_asked_all_the_same() -
 @pytest.mark.parametrize(
     ("error", "own_deadline", "counts"),
     [
-        (InvalidRequest("wrong"), False, 1),
-        (PoolGone("away"), False, 0),
+        (InvalidRequestError("wrong"), False, 1),
+        (PoolUnavailableError("away"), False, 0),
         (ValueError("a mistake of ours"), False, 0),
-        (DeadlineExceeded("late"), False, 0),
+        (DeadlineExceededError("late"), False, 0),
         # By a deadline of one's own any number of requests could be made to fail.
-        (DeadlineExceeded("late"), True, 1),
+        (DeadlineExceededError("late"), True, 1),
     ],
 )
 async def test_enter_only_what_fails_by_our_fault_does_not_count(
@@ -121,14 +126,14 @@ async def test_enter_only_what_fails_by_our_fault_does_not_count(
 ) -> None:
     door = Door(requests_per_min=5)
     with pytest.raises(type(error)):
-        async with door.admission.enter(HEADERS, Passage(own_deadline=own_deadline)):
+        async with door.admission.enter(HEADERS, RequestRecord(own_deadline=own_deadline)):
             raise error
     assert await door.spent("requests") == (counts, 0)
 
 
 async def test_admit_without_a_bound_a_rate_of_tokens_does_not_mean_one_at_a_time() -> None:
     door = Door(context=131_072, tokens_per_min=100_000)
-    entered: list[Asked] = []
+    entered: list[InferenceRequest] = []
     hold = asyncio.Event()
 
     async def ask() -> None:
@@ -175,7 +180,7 @@ async def test_admit_choices_and_prompts_count_as_so_many_at_once() -> None:
     door = Door(concurrent=4)
     async with door.admitted(door.asked(n=3)):
         assert await door.spent("concurrent") == (0, 3)
-        with pytest.raises(TooMany, match="4 requests at once"):
+        with pytest.raises(RateLimitExceededError, match="4 requests at once"):
             async with door.admitted(door.asked(n=2)):
                 pass
     texts = door.asked("/v1/embeddings", input=["x"] * 500)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import orjson
 import pytest
 
-from service.errors import Conflict
+from service.errors import ConflictError
 from service.gateway.audit_log import REFUSALS, RefusalLog
 from service.telemetry.logging import JsonLines
 from tests.support.serving import ADMIN_KEY, chat, simulated, site
@@ -86,7 +86,7 @@ async def test_each_act_of_the_admin_and_each_refused_key_has_its_line(
             (f"POST /admin/keys/{made['id']}/rotate", "200", made["id"]),
             (f"POST /admin/keys/{made['id']}/revoke", "200", made["id"]),
             ("POST /admin/keys/nobody/revoke", "key_not_found", None),
-            ("POST /admin/reload", Conflict.code, None),
+            ("POST /admin/reload", ConflictError.code, None),
         ]
         assert {line.get("tenant") for line in acts[:3]} == {"acme"}
         lines.clear()

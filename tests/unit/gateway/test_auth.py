@@ -16,14 +16,14 @@ from service.cli import cli
 from service.config import Config
 from service.errors import (
     ConfigError,
-    Conflict,
-    Forbidden,
-    InvalidRequest,
-    StoreGone,
-    Unauthorized,
-    UnknownModel,
+    ConflictError,
+    ForbiddenError,
+    InvalidRequestError,
+    StoreUnavailableError,
+    UnauthorizedError,
+    UnknownModelError,
 )
-from service.gateway.auth import Keyring, any_key, configured
+from service.gateway.auth import Authenticator, any_key, configured
 from service.gateway.routes.keys_and_usage import NewKey, record_of
 from service.gateway.store_setup import keys_marker
 from service.launch.supervisor import _where_keys_allow
@@ -67,9 +67,9 @@ async def test_a_key_s_life(tmp_path: Path, which: int) -> None:
     revoked = await keys.revoke(record.id, 300.0)
     assert revoked.state(300.0) == "revoked"
     assert (await keys.revoke(record.id, 400.0)).revoked_s == 300.0
-    with pytest.raises(Conflict):
+    with pytest.raises(ConflictError):
         await keys.rotate(record.id, 500.0, 0)
-    with pytest.raises(UnknownModel):
+    with pytest.raises(UnknownModelError):
         await keys.revoke("nobody", 1.0)
 
 
@@ -98,7 +98,7 @@ async def test_who_is_behind_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     book = StoreBook(MemoryStore())
     _, made = await Keys(book).create(replace(WANTED, priority="high", expires_s=1.0), 0.5)
-    ring = Keyring(given, book)
+    ring = Authenticator(given, book)
     await ring.look()
     tenant = ring.identify({b"authorization": b"Bearer 0123456789abcdef"})
     assert (tenant.name, tenant.key, tenant.priority, tenant.weight) == ("acme", "a", "low", 3)
@@ -110,7 +110,7 @@ async def test_who_is_behind_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
         {b"x-api-key": b"0123456789abcdeX"},
         {b"x-api-key": made.encode()},
     ):
-        with pytest.raises(Unauthorized) as caught:
+        with pytest.raises(UnauthorizedError) as caught:
             ring.identify(headers)
         assert "0123456789" not in caught.value.message
 
@@ -131,7 +131,7 @@ async def test_a_damaged_record_is_told_and_keys_known_before_still_hold(
     path = tmp_path / "keys.jsonl"
     book = FileBook(path)
     _, key = await Keys(book).create(replace(WANTED, experts=None), 1.0)
-    ring = Keyring(config(), book)
+    ring = Authenticator(config(), book)
     await ring.look()
     whole = path.read_bytes()
     path.write_bytes(whole + line + b"\n")
@@ -142,7 +142,7 @@ async def test_a_damaged_record_is_told_and_keys_known_before_still_hold(
     path.unlink()
     await Keys(book).create(WANTED, 2.0)
     await ring.look()
-    with pytest.raises(Unauthorized):
+    with pytest.raises(UnauthorizedError):
         ring.identify({b"x-api-key": key.encode()})
 
 
@@ -160,15 +160,15 @@ async def test_where_others_reach_it_a_key_is_always_needed() -> None:
         ({"host": "0.0.0.0"}, True),
         ({"host": "0.0.0.0", "open": True}, False),
     ):
-        ring = Keyring(config(server=server), book)
+        ring = Authenticator(config(server=server), book)
         await ring.look()
         assert ring.needed is needed
     assert ring.identify({}) == NOBODY
 
 
 async def test_while_the_keys_are_not_known_nobody_is_let_in() -> None:
-    ring = Keyring(config(), StoreBook(MemoryStore()))
-    with pytest.raises(StoreGone):
+    ring = Authenticator(config(), StoreBook(MemoryStore()))
+    with pytest.raises(StoreUnavailableError):
         ring.identify({})
 
 
@@ -177,7 +177,7 @@ async def test_a_store_that_came_back_empty_lets_nobody_in(tmp_path: Path) -> No
     store = MemoryStore()
     book = StoreBook(store)
     _, key = await Keys(book).create(WANTED, 1.0)
-    ring = Keyring(config(), book, marker=tmp_path / "home" / "keys.needed")
+    ring = Authenticator(config(), book, marker=tmp_path / "home" / "keys.needed")
     await ring.look()
     assert ring.identify({b"x-api-key": key.encode()}).name == "acme"
     store._tables.clear()
@@ -185,11 +185,11 @@ async def test_a_store_that_came_back_empty_lets_nobody_in(tmp_path: Path) -> No
     for _ in range(2):
         await ring.look()
         for headers in ({}, {b"x-api-key": key.encode()}):
-            with pytest.raises(Unauthorized):
+            with pytest.raises(UnauthorizedError):
                 ring.identify(headers)
-    heir = Keyring(config(), book, after=ring)
+    heir = Authenticator(config(), book, after=ring)
     await heir.look()
-    with pytest.raises(Unauthorized):
+    with pytest.raises(UnauthorizedError):
         heir.identify({})
 
 
@@ -201,16 +201,16 @@ async def test_a_service_that_starts_after_its_keys_were_lost_lets_nobody_in(
     book, marker = FileBook(tmp_path / "keys.jsonl"), keys_marker(given)
     assert not await any_key(given, book, marker)
     await Keys(book).create(WANTED, 1.0)
-    await Keyring(given, book, marker=marker).look()
+    await Authenticator(given, book, marker=marker).look()
     (tmp_path / "keys.jsonl").unlink()
     assert await any_key(given, book, marker)
-    ring = Keyring(given, book, marker=marker)
+    ring = Authenticator(given, book, marker=marker)
     await ring.look()
-    with pytest.raises(Unauthorized):
+    with pytest.raises(UnauthorizedError):
         ring.identify({})
     assert f"remove {marker} and start again" in caplog.text
     marker.unlink()
-    ring = Keyring(given, book, marker=marker)
+    ring = Authenticator(given, book, marker=marker)
     await ring.look()
     assert ring.identify({}) == NOBODY
 
@@ -225,9 +225,9 @@ def test_each_store_of_keys_has_a_marker_of_its_own_without_its_password() -> No
 async def test_with_require_keys_a_key_is_needed_before_there_is_one() -> None:
     given, book = config(server={"require_keys": True}), StoreBook(MemoryStore())
     assert await any_key(given, book)
-    ring = Keyring(given, book)
+    ring = Authenticator(given, book)
     await ring.look()
-    with pytest.raises(Unauthorized):
+    with pytest.raises(UnauthorizedError):
         ring.identify({})
 
 
@@ -236,12 +236,12 @@ async def test_a_key_of_a_tenant_that_the_config_does_not_name_is_worth_nothing(
     _, key = await Keys(book).create(WANTED, 1.0)
     _, other = await Keys(book).create(replace(WANTED, tenant="default"), 1.0)
     for tenants, allowed in (({}, True), ({"acme": {}}, True), ({"acne": {}}, False)):
-        ring = Keyring(config(tenants=tenants), book)
+        ring = Authenticator(config(tenants=tenants), book)
         await ring.look()
         if allowed:
             assert ring.identify({b"x-api-key": key.encode()}).name == "acme"
         else:
-            with pytest.raises(Forbidden, match="tenant of this API key is not in the config"):
+            with pytest.raises(ForbiddenError, match="tenant of this API key is not in the config"):
                 ring.identify({b"x-api-key": key.encode()})
         assert ring.identify({b"x-api-key": other.encode()}).name == "default"
 
@@ -250,7 +250,9 @@ def test_a_key_for_a_tenant_that_the_config_does_not_name_is_not_made() -> None:
     given = config(tenants={"acme": {"requests_per_min": 5}})
     for tenant in ("acme", "default"):
         assert record_of(given, NewKey(tenant=tenant), 1.0).tenant == tenant
-    with pytest.raises(InvalidRequest, match=r"no tenant 'acne'; did you mean 'acme'\? tenants: "):
+    with pytest.raises(
+        InvalidRequestError, match=r"no tenant 'acne'; did you mean 'acme'\? tenants: "
+    ):
         record_of(given, NewKey(tenant="acne"), 1.0)
     assert record_of(config(), NewKey(tenant="acne"), 1.0).tenant == "acne"
 

@@ -8,14 +8,14 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from service.broker.ledger import Bound, Ledger
-from service.broker.selection import Weighed
+from service.broker.ledger import Ledger, UsageBound
+from service.broker.selection import Selection
 from service.config import Config
-from service.errors import StoreGone
+from service.errors import StoreUnavailableError
 from service.gateway import budget_prices as module
-from service.gateway.budget_prices import Spending
+from service.gateway.budget_prices import BudgetPrices
 from service.store.memory import MemoryStore
-from service.store.protocol import Account, Balance
+from service.store.protocol import Account, AccountBalance
 from service.types import NOBODY, Limits, Tenant, Usage
 
 DAY = 86_400.0
@@ -23,13 +23,13 @@ KEY = Tenant("acme", "k1", limits=Limits(budget=5, period="day"))
 
 
 class Offer:
-    """A better answer for one unit of cost, as `Spending` reads it."""
+    """A better answer for one unit of cost, as `BudgetPrices` reads it."""
 
     worth = np.array([0.5, 1.0])
     cost = np.array([0.0, 1.0])
 
 
-OFFER = cast(Weighed, Offer())
+OFFER = cast(Selection, Offer())
 
 
 class Clock:
@@ -39,16 +39,16 @@ class Clock:
         return self.now_s
 
 
-def site(clock: Clock, **config: Any) -> tuple[Ledger, Spending]:
+def site(clock: Clock, **config: Any) -> tuple[Ledger, BudgetPrices]:
     given = Config.model_validate(
         {"experts": {"a": {"model": "m"}}, "pools": {"p": {"engine": "simulated"}}, **config}
     )
     ledger = Ledger(given, MemoryStore(clock))
-    return ledger, Spending(ledger, clock=clock)
+    return ledger, BudgetPrices(ledger, clock=clock)
 
 
 async def spend(ledger: Ledger, tenant: Tenant, cost: float, name: str) -> None:
-    held = await ledger.reserve(name, tenant, Bound(0, 1, prompt_cost=cost))
+    held = await ledger.reserve(name, tenant, UsageBound(0, 1, prompt_cost=cost))
     await ledger.settle(held, Usage(1, 1, cost))
 
 
@@ -134,9 +134,9 @@ async def test_prices_while_the_store_is_gone_stand_and_are_asked_for_again() ->
     class Gone(MemoryStore):
         gone = True
 
-        async def balances(self, accounts: Sequence[Account]) -> list[Balance]:
+        async def balances(self, accounts: Sequence[Account]) -> list[AccountBalance]:
             if self.gone:
-                raise StoreGone("it is away")
+                raise StoreUnavailableError("it is away")
             return await super().balances(accounts)
 
     clock = Clock()
@@ -157,7 +157,7 @@ async def test_prices_while_the_store_is_gone_stand_and_are_asked_for_again() ->
 async def test_arrivals_at_one_gateway_raise_the_price_at_another() -> None:
     clock = Clock()
     ledger, one = site(clock, budgets={"all": {"amount": 20, "period": "day"}})
-    two = Spending(ledger, clock=clock)
+    two = BudgetPrices(ledger, clock=clock)
     await one.start()
     await two.start()
     for i in range(200):
@@ -169,7 +169,7 @@ async def test_arrivals_at_one_gateway_raise_the_price_at_another() -> None:
         await two.look()
     # Ten requests came to the second one: for itself alone they could all have the better answer.
     assert two.cost_price(NOBODY) == pytest.approx(one.cost_price(NOBODY)) == pytest.approx(0.5)
-    late = Spending(ledger, clock=clock)
+    late = BudgetPrices(ledger, clock=clock)
     await late.start()
     late.offered(NOBODY, OFFER)
     await late.look()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from service.config import ServerConfig
-from service.errors import CoeError, UnsupportedMediaType
+from service.errors import CoeError, UnsupportedMediaTypeError
 from service.gateway.cross_origin import CrossOriginRules, has_body
 
 RULES = CrossOriginRules(
@@ -178,7 +178,7 @@ def test_a_post_with_a_body_must_be_json(kind: str, taken: bool, keyless: bool) 
     for announced in ({"content_length": "2"}, {"transfer_encoding": "chunked"}):
         headers = {"host": "localhost", "content_type": kind, **announced}
         told = code_of(PLAIN, "POST", keyless=keyless, **headers)
-        assert told == (None if taken else UnsupportedMediaType.code)
+        assert told == (None if taken else UnsupportedMediaTypeError.code)
     assert code_of(PLAIN, "POST", keyless=keyless, host="localhost", content_type=kind) is None
 
 
@@ -217,8 +217,15 @@ def test_a_name_that_can_be_registered_never_passes_keyless(name: str, more: str
 @given(
     st.dictionaries(
         st.sampled_from(
-            [b"host", b"origin", b"content-type", b"sec-fetch-site", b"sec-fetch-mode",
-             b"content-length", b"transfer-encoding"]
+            [
+                b"host",
+                b"origin",
+                b"content-type",
+                b"sec-fetch-site",
+                b"sec-fetch-mode",
+                b"content-length",
+                b"transfer-encoding",
+            ]
         ),
         st.binary(max_size=40) | st.sampled_from([b"null", b"*", b"http://", b"://", b":", b"["]),
     ),

@@ -11,8 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.errors import BodyTooLarge, InvalidRequest
-from service.http.asgi import ClientGone, LineBuffer, Message, Receive, read_body, until_gone
+from service.errors import BodyTooLargeError, InvalidRequestError
+from service.http.asgi import (
+    ClientDisconnectedError,
+    LineBuffer,
+    Message,
+    Receive,
+    read_body,
+    until_gone,
+)
 from service.rpc import auth
 from service.rpc.call import Call, parse_call, trace_of
 
@@ -61,13 +68,13 @@ def test_a_call_without_a_header_is_refused(missing: str) -> None:
         headers[b"x-coe-stream"] = b"0"
         assert not parse_call("/v1/completions", headers).stream
         return
-    with pytest.raises(InvalidRequest, match=missing):
+    with pytest.raises(InvalidRequestError, match=missing):
         parse_call("/v1/completions", headers)
 
 
 def test_a_call_s_numbers_are_numbers() -> None:
     headers = {n.encode(): v.encode() for n, v in CALL.headers().items()}
-    with pytest.raises(InvalidRequest, match="not a number"):
+    with pytest.raises(InvalidRequestError, match="not a number"):
         parse_call("/v1/completions", {**headers, b"x-coe-seq": b"many"})
 
 
@@ -91,14 +98,14 @@ async def test_a_body_in_one_or_more_parts() -> None:
 
 
 async def test_a_body_over_the_bound_is_not_read_to_its_end() -> None:
-    with pytest.raises(BodyTooLarge, match="larger than the 2 bytes"):
+    with pytest.raises(BodyTooLargeError, match="larger than the 2 bytes"):
         await read_body(receiving(part(b"abc", False)), 2)
-    with pytest.raises(BodyTooLarge):
+    with pytest.raises(BodyTooLargeError):
         await read_body(receiving(part(b"ab", True), part(b"c", True)), 2)
 
 
 async def test_a_client_that_leaves_in_its_body() -> None:
-    with pytest.raises(ClientGone):
+    with pytest.raises(ClientDisconnectedError):
         await read_body(receiving(part(b"a", True), {"type": "http.disconnect"}), 9)
 
 
@@ -111,20 +118,20 @@ async def test_work_is_cancelled_when_the_client_leaves() -> None:
         finally:
             ended.set()
 
-    with pytest.raises(ClientGone):
+    with pytest.raises(ClientDisconnectedError):
         await until_gone(work(), receiving({"type": "http.disconnect"}))
     assert ended.is_set()
 
 
 async def test_work_s_fault_goes_through() -> None:
     async def work() -> None:
-        raise InvalidRequest("no")
+        raise InvalidRequestError("no")
 
     async def never() -> Message:
         await asyncio.Event().wait()
         raise AssertionError
 
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InvalidRequestError):
         await until_gone(work(), never)
     await asyncio.sleep(0)  # the watch ends in its own turn
     assert len(asyncio.all_tasks()) == 1

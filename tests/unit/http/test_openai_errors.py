@@ -13,7 +13,7 @@ from service.http.openai_errors import (
     Dialect,
     detail_of,
     dialect_of,
-    fault_of,
+    error_response,
     sse_event,
     status_of,
 )
@@ -69,7 +69,7 @@ def test_the_table_knows_every_class() -> None:
 @pytest.mark.parametrize("name", sorted(STATUS))
 def test_status_and_shape(name: str) -> None:
     error = CLASSES[name]("what happened", **({} if name == "UpstreamError" else {"param": "n"}))
-    fault = fault_of(error)
+    fault = error_response(error)
     assert fault.status == status_of(error) == STATUS[name]
     detail = orjson.loads(fault.body)["error"]
     assert detail == detail_of(error)
@@ -89,7 +89,7 @@ def test_codes_tell_the_classes_apart() -> None:
 
 @pytest.mark.parametrize(("given_s", "header"), [(0, b"1"), (0.2, b"1"), (1.2, b"2"), (30, b"30")])
 def test_retry_after_is_in_whole_seconds_and_never_none(given_s: float, header: bytes) -> None:
-    fault = fault_of(errors.OverCapacity("full", retry_after_s=given_s))
+    fault = error_response(errors.OverCapacityError("full", retry_after_s=given_s))
     assert dict(fault.headers)[b"retry-after"] == header
 
 
@@ -98,14 +98,14 @@ def test_an_upstream_s_status_is_its_own() -> None:
 
 
 def test_a_class_of_tomorrow_has_its_parent_s_status() -> None:
-    class Tomorrow(errors.OverCapacity):
+    class Tomorrow(errors.OverCapacityError):
         pass
 
     assert status_of(Tomorrow("x")) == 503
 
 
 def test_an_error_as_the_last_event_of_a_stream() -> None:
-    event = sse_event(errors.PoolGone("gone\n\ndata: trick"))
+    event = sse_event(errors.PoolUnavailableError("gone\n\ndata: trick"))
     assert event.startswith(b"data: {")
     assert event.endswith(b"}\n\n")
     assert event.count(b"\n") == 2
@@ -113,20 +113,27 @@ def test_an_error_as_the_last_event_of_a_stream() -> None:
 
 
 def test_a_limit_says_when_there_is_room_and_nothing_where_there_never_is() -> None:
-    soon = fault_of(errors.TooMany("full", retry_after_s=2.1))
+    soon = error_response(errors.RateLimitExceededError("full", retry_after_s=2.1))
     assert (soon.status, dict(soon.headers)[b"retry-after"]) == (429, b"3")
-    assert b"retry-after" not in dict(fault_of(errors.TooMany("too large")).headers)
+    assert b"retry-after" not in dict(
+        error_response(errors.RateLimitExceededError("too large")).headers
+    )
 
 
 @pytest.mark.parametrize(
     ("error", "final"),
     [
-        (errors.TooMany("empty", retry_after_s=9e4, code="insufficient_quota", final=True), True),
-        (errors.TooMany("held", retry_after_s=1, code="insufficient_quota"), False),
-        (errors.TooMany("larger than the limit"), True),
-        (errors.EngineDiedTwice("it kills engines"), True),
-        (errors.TooMany("full", retry_after_s=2), False),
-        (errors.OverCapacity("full"), False),
+        (
+            errors.RateLimitExceededError(
+                "empty", retry_after_s=9e4, code="insufficient_quota", final=True
+            ),
+            True,
+        ),
+        (errors.RateLimitExceededError("held", retry_after_s=1, code="insufficient_quota"), False),
+        (errors.RateLimitExceededError("larger than the limit"), True),
+        (errors.EngineDiedTwiceError("it kills engines"), True),
+        (errors.RateLimitExceededError("full", retry_after_s=2), False),
+        (errors.OverCapacityError("full"), False),
         (errors.CoeError("who knows"), False),
     ],
 )
@@ -134,7 +141,7 @@ def test_a_limit_says_when_there_is_room_and_nothing_where_there_never_is() -> N
 def test_clients_are_told_where_a_retry_is_vain(
     error: CoeError, final: bool, dialect: Dialect
 ) -> None:
-    told = dict(fault_of(error, dialect).headers).get(b"x-should-retry")
+    told = dict(error_response(error, dialect).headers).get(b"x-should-retry")
     assert told == (b"false" if final else None)
 
 
@@ -155,7 +162,7 @@ def test_a_path_has_its_clients_dialect(path: str, dialect: Dialect) -> None:
 
 @pytest.mark.parametrize("name", sorted(STATUS))
 def test_anthropic_s_shape_has_a_type_that_its_clients_know(name: str) -> None:
-    fault = fault_of(CLASSES[name]("what happened"), Dialect.MESSAGES)
+    fault = error_response(CLASSES[name]("what happened"), Dialect.MESSAGES)
     told = orjson.loads(fault.body)
     kind = {
         401: "authentication_error",

@@ -15,25 +15,25 @@ from typing import Any
 import pytest
 
 from service.gateway.cross_origin import CrossOriginRules
-from service.launch.startup_server import Lobby
+from service.launch.startup_server import StartupServer
 
 
 @pytest.fixture
-def lobby() -> Iterator[Lobby]:
+def lobby() -> Iterator[StartupServer]:
     rules = CrossOriginRules("127.0.0.1", (), ("http://friend.example",))
-    made = Lobby(("first", "second"), time.monotonic(), rules, keyless=True)
+    made = StartupServer(("first", "second"), time.monotonic(), rules, keyless=True)
     made.serve_port("127.0.0.1", 0)
     yield made
     made.close()
 
 
-def port_of(lobby: Lobby) -> int:
+def port_of(lobby: StartupServer) -> int:
     port: int = lobby._servers[0].server_address[1]
     return port
 
 
 def ask(
-    lobby: Lobby, path: str, body: str | None = None, method: str = "", **headers: str
+    lobby: StartupServer, path: str, body: str | None = None, method: str = "", **headers: str
 ) -> tuple[int, Any, bytes]:
     method = method or ("POST" if body is not None else "GET")
     given = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -49,7 +49,7 @@ def events(data: bytes) -> list[Any]:
     return [json.loads(line[6:]) for line in data.splitlines() if line.startswith(b"data: ")]
 
 
-def test_the_page_is_there_and_prompts_are_put_off(lobby: Lobby) -> None:
+def test_the_page_is_there_and_prompts_are_put_off(lobby: StartupServer) -> None:
     status, headers, page = ask(lobby, "/console")
     assert (status, b"coe" in page) == (200, True)
     assert "default-src 'none'" in headers["content-security-policy"]
@@ -69,7 +69,7 @@ def test_the_page_is_there_and_prompts_are_put_off(lobby: Lobby) -> None:
     assert json.loads(ask(lobby, "/v1/models")[2])["error"]["code"] == "stopping"
 
 
-def test_the_stream_shows_each_step_and_ends_with_the_start(lobby: Lobby) -> None:
+def test_the_stream_shows_each_step_and_ends_with_the_start(lobby: StartupServer) -> None:
     got: list[bytes] = []
     reader = threading.Thread(target=lambda: got.append(ask(lobby, "/console/events")[2]))
     reader.start()
@@ -83,7 +83,7 @@ def test_the_stream_shows_each_step_and_ends_with_the_start(lobby: Lobby) -> Non
     assert [step["name"] for step in last["steps"]] == ["first", "second"]
 
 
-def test_who_listens_on_the_port_beside_it_has_it_alone_afterwards(lobby: Lobby) -> None:
+def test_who_listens_on_the_port_beside_it_has_it_alone_afterwards(lobby: StartupServer) -> None:
     port = port_of(lobby)
     with closing(socket.socket()) as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -96,7 +96,7 @@ def test_who_listens_on_the_port_beside_it_has_it_alone_afterwards(lobby: Lobby)
             other.accept()[0].close()
 
 
-def test_a_unix_socket_answers_too(lobby: Lobby, tmp_path: Path) -> None:
+def test_a_unix_socket_answers_too(lobby: StartupServer, tmp_path: Path) -> None:
     lobby.serve_socket(tmp_path / "lobby")
     with closing(socket.socket(socket.AF_UNIX)) as client:
         client.settimeout(5)
@@ -105,7 +105,7 @@ def test_a_unix_socket_answers_too(lobby: Lobby, tmp_path: Path) -> None:
         assert client.recv(4096).startswith(b"HTTP/1.0 503")
 
 
-def test_it_is_bounded(lobby: Lobby, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_bounded(lobby: StartupServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server = lobby._servers[0]
     monkeypatch.setattr(server, "_places", threading.Semaphore(1))
     with closing(http.client.HTTPConnection("127.0.0.1", port_of(lobby), timeout=5)) as stream:
@@ -117,7 +117,7 @@ def test_it_is_bounded(lobby: Lobby, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("path", ["/console", "/console/events", "/v1/models", "/ready"])
-def test_a_foreign_host_or_origin_is_refused(lobby: Lobby, path: str) -> None:
+def test_a_foreign_host_or_origin_is_refused(lobby: StartupServer, path: str) -> None:
     for headers in ({"host": "attacker.example"}, {"origin": "http://attacker.example"}):
         status, _, body = ask(lobby, path, **headers)
         assert status == 403, headers
@@ -125,13 +125,13 @@ def test_a_foreign_host_or_origin_is_refused(lobby: Lobby, path: str) -> None:
     assert ask(lobby, "/ready", origin="http://friend.example")[0] == 503
 
 
-def test_a_post_of_another_type_is_refused(lobby: Lobby) -> None:
+def test_a_post_of_another_type_is_refused(lobby: StartupServer) -> None:
     status, _, body = ask(lobby, "/v1/messages", "{}", content_type="text/plain")
     told = json.loads(body)
     assert (status, told["type"], told["error"]["type"]) == (415, "error", "invalid_request_error")
 
 
-def test_head_is_get_without_a_body(lobby: Lobby) -> None:
+def test_head_is_get_without_a_body(lobby: StartupServer) -> None:
     for path in ("/health", "/ready", "/console", "/console/events", "/v1/models"):
         status, _, body = ask(lobby, path, method="HEAD")
         assert body == b""
@@ -139,7 +139,7 @@ def test_head_is_get_without_a_body(lobby: Lobby) -> None:
             assert status == ask(lobby, path)[0]
 
 
-def test_a_page_of_a_configured_origin_may_read_that_it_starts(lobby: Lobby) -> None:
+def test_a_page_of_a_configured_origin_may_read_that_it_starts(lobby: StartupServer) -> None:
     friend = "http://friend.example"
     wanted = {"access_control_request_method": "POST", "access_control_request_headers": "x-a"}
     status, headers, _ = ask(lobby, "/v1/models", method="OPTIONS", origin=friend, **wanted)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file  # noqa: E402  # needs torch
 
 from service.errors import ModelStoreError  # noqa: E402
 from service.models.adapters import inspect_adapter  # noqa: E402
-from service.models.lora_merge import Delta  # noqa: E402
+from service.models.lora_merge import LoraDelta  # noqa: E402
 
 _NAME = "model.layers.0.q"
 
@@ -34,7 +34,7 @@ def _adapter(folder: Path, *, rank: int = 2, rows: int = 4, columns: int = 4, **
     return folder
 
 
-def _halves(delta: Delta) -> tuple[Any, Any]:
+def _halves(delta: LoraDelta) -> tuple[Any, Any]:
     pair = delta._pairs[f"{_NAME}.weight"]
     return pair["A"], pair["B"]
 
@@ -59,7 +59,7 @@ def test_merge_of_a_plain_adapter_adds_strength_times_scale_times_b_a(
 ) -> None:
     folder = tmp_path_factory.mktemp("a")
     _adapter(folder, rank=rank, rows=rows, columns=columns, use_rslora=rslora)
-    delta = Delta(folder, strength)
+    delta = LoraDelta(folder, strength)
     weight = torch.arange(rows * columns, dtype=torch.float32).reshape(rows, columns).to(dtype)
     other = torch.ones(2)
     made = dict(delta.applied([(f"{_NAME}.weight", weight), ("norm.weight", other)]))
@@ -115,7 +115,7 @@ def test_merge_of_an_adapter_of_other_arithmetic_is_refused_by_check_and_engine(
     folder = _adapter(tmp_path / "a", **extra)
     key = next(iter(extra))
     with pytest.raises(ValueError, match=key):
-        Delta(folder, 1.0)
+        LoraDelta(folder, 1.0)
     with pytest.raises(ModelStoreError, match=key):
         inspect_adapter(folder)
 
@@ -126,7 +126,7 @@ def test_merge_of_what_is_served_beside_its_base_only_is_refused(
 ) -> None:
     folder = _adapter(tmp_path / "a", **extra)
     with pytest.raises(ValueError, match=next(iter(extra))):
-        Delta(folder, 1.0)
+        LoraDelta(folder, 1.0)
     assert inspect_adapter(folder).not_merged == tuple(extra)
 
 
@@ -135,7 +135,7 @@ def test_merge_of_an_adapter_that_was_only_trained_otherwise_is_plain(
     tmp_path: Path, extra: dict[str, Any]
 ) -> None:
     folder = _adapter(tmp_path / "a", **extra)
-    assert Delta(folder, 1.0)._scale == 2.0
+    assert LoraDelta(folder, 1.0)._scale == 2.0
     assert inspect_adapter(folder).not_merged == ()
 
 
@@ -143,7 +143,7 @@ def test_merge_of_an_adapter_that_was_only_trained_otherwise_is_plain(
     "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32]
 )
 def test_merge_into_a_quantised_weight_is_refused(tmp_path: Path, dtype: Any) -> None:
-    delta = Delta(_adapter(tmp_path / "a"), 1.0)
+    delta = LoraDelta(_adapter(tmp_path / "a"), 1.0)
     weight = torch.ones(4, 4).to(dtype)
     with pytest.raises(ValueError, match="quantised"):
         list(delta.applied([(f"{_NAME}.weight", weight)]))

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from service.config import Config, load_config, parse_config
 from service.config.moe_kernels import EplbOptions, MoeBackend
-from service.engine.scoped_env import inherited
+from service.engine.scoped_env import scoped_env
 from service.errors import ConfigError
 from service.models import ModelInfo, MoeInfo
 from service.pool.memory_plan import plan_pool
@@ -246,19 +246,19 @@ def test_a_variable_is_inherited_by_those_who_asked_for_it(monkeypatch: pytest.M
     seen: list[str | None] = []
 
     def first() -> None:
-        with inherited(name, "a"):
+        with scoped_env(name, "a"):
             entered.set()
             assert leave.wait(30)
             seen.append(os.environ.get(name))
 
     def other(value: str | None) -> None:
-        with inherited(name, value):
+        with scoped_env(name, value):
             seen.append(os.environ.get(name))
 
     threads = [threading.Thread(target=first)]
     threads[0].start()
     assert entered.wait(30)
-    with inherited(name, "a"):  # the same one need not wait
+    with scoped_env(name, "a"):  # the same one need not wait
         assert os.environ[name] == "a"
     threads += [threading.Thread(target=other, args=(value,)) for value in (None, "b")]
     for thread in threads[1:]:
@@ -271,9 +271,9 @@ def test_a_variable_is_inherited_by_those_who_asked_for_it(monkeypatch: pytest.M
     assert sorted(map(str, seen[1:])) == ["None", "b"]
     assert name not in os.environ
     monkeypatch.setenv(name, "mine")
-    with inherited(name, None):
+    with scoped_env(name, None):
         assert os.environ[name] == "mine"
-    with contextlib.suppress(RuntimeError), inherited(name, "c"):
+    with contextlib.suppress(RuntimeError), scoped_env(name, "c"):
         seen.append(os.environ[name])
         raise RuntimeError
     assert seen[-1] == "c"

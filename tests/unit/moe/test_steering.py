@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from service.errors import InvalidProfile, ModelStoreError
+from service.errors import InvalidProfileError, ModelStoreError
 from service.moe.gates import STEERABLE
 from service.moe.steering import (
     LayerSteering,
@@ -118,13 +118,13 @@ def of(**settings: Any) -> SteeringProfile:
     ],
 )
 def test_what_does_not_fit(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
-    with pytest.raises(InvalidProfile, match=words) as caught:
+    with pytest.raises(InvalidProfileError, match=words) as caught:
         check_profile(of(**settings), SHAPE)
     assert caught.value.code == "invalid_profile"
     # A file may hold it; it is refused in the same words once it is held against its base.
     if settings.get("mask") != [0] * 5:
         write_profile(of(**settings), tmp_path / "p")
-        with pytest.raises(InvalidProfile, match=words):
+        with pytest.raises(InvalidProfileError, match=words):
             check_profile(read_profile(tmp_path / "p"), SHAPE)
 
 
@@ -140,35 +140,37 @@ def test_what_does_not_fit(settings: dict[str, Any], words: str, tmp_path: Path)
     ],
 )
 def test_another_base(other: MoeShape, words: str) -> None:
-    with pytest.raises(InvalidProfile, match=words):
+    with pytest.raises(InvalidProfileError, match=words):
         check_profile(of(top_k=1), other)
 
 
 def test_layers_and_protected_experts() -> None:
     neutral = LayerSteering.of(4)
-    with pytest.raises(InvalidProfile, match="layer 7: the model has gates in layers 0-2 only"):
+    with pytest.raises(
+        InvalidProfileError, match="layer 7: the model has gates in layers 0-2 only"
+    ):
         check_profile(SteeringProfile(SHAPE, {7: neutral}), SHAPE)
     masked = {2: LayerSteering.of(4, mask=[0, 0, 0, 1])}
     check_profile(SteeringProfile(SHAPE, masked, {2: (0, 1)}), SHAPE)
-    with pytest.raises(InvalidProfile, match="layer 2: expert 3 is protected"):
+    with pytest.raises(InvalidProfileError, match="layer 2: expert 3 is protected"):
         check_profile(SteeringProfile(SHAPE, masked, {2: (0, 3)}), SHAPE)
-    with pytest.raises(InvalidProfile, match="layer 1: expert 4 is protected and not there"):
+    with pytest.raises(InvalidProfileError, match="layer 1: expert 4 is protected and not there"):
         check_profile(SteeringProfile(SHAPE, {}, {1: (4,)}), SHAPE)
 
 
 def test_files_that_are_no_profiles(tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
-    with pytest.raises(InvalidProfile, match=r"p.safetensors: can't be read"):
+    with pytest.raises(InvalidProfileError, match=r"p.safetensors: can't be read"):
         read_profile(path)
     path.write_bytes(b"no such thing at all")
-    with pytest.raises(InvalidProfile, match="not a safetensors file"):
+    with pytest.raises(InvalidProfileError, match="not a safetensors file"):
         read_profile(path)
     save_file({"layers.0.mask": np.zeros(4, np.uint8)}, path)
-    with pytest.raises(InvalidProfile, match="its format is None"):
+    with pytest.raises(InvalidProfileError, match="its format is None"):
         read_profile(path)
     meta = {"format": "coe.steering/1"}
     save_file({}, path, meta)
-    with pytest.raises(InvalidProfile, match="its metadata is damaged: 'shape'"):
+    with pytest.raises(InvalidProfileError, match="its metadata is damaged: 'shape'"):
         read_profile(path)
     write_profile(of(), path)
     told = {"format": "coe.steering/1", "shape": json.dumps(_shape())}
@@ -178,7 +180,7 @@ def test_files_that_are_no_profiles(tmp_path: Path) -> None:
         ({"layers.0.top_k": np.zeros(1, np.int32)}, r"layer 0: top_k is int32 \(1,\)"),
     ):
         save_file(tensors, path, told)
-        with pytest.raises(InvalidProfile, match=words):
+        with pytest.raises(InvalidProfileError, match=words):
             read_profile(path)
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from service.pool.acknowledgements import Acks
+from service.pool.acknowledgements import Acknowledgements
 
 
 def test_calls_may_overtake_each_other() -> None:
-    acks = Acks()
+    acks = Acknowledgements()
     for seq in (1, 3, 2):
         acks.heard("a", seq)
     assert acks.told() == {"a": 3}
 
 
 def test_gateways_that_are_long_gone_are_forgotten() -> None:
-    acks = Acks()
+    acks = Acknowledgements()
     for seq in range(1, 1000):
         acks.heard("always", seq)
         acks.heard(f"gateway-{seq}", seq)

@@ -13,9 +13,9 @@ import pytest
 from service.config import Config
 from service.engine.base import Message
 from service.engine.simulated import SimulatedEngine
-from service.errors import CoeError, UnknownModel
+from service.errors import CoeError, UnknownModelError
 from service.moe.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
-from service.pool.factory import Assembly
+from service.pool.factory import PoolFactory
 from service.pool.pool import Pool
 from service.rpc.call import Call
 from service.telemetry.pool_metrics import PoolMetrics
@@ -39,7 +39,7 @@ class Running:
         watch = PoolMetrics()
         self.pool = Pool("p")
         self.count = itertools.count()
-        self.assembly = Assembly(first, "p", self.pool, watch)
+        self.assembly = PoolFactory(first, "p", self.pool, watch)
         self.pool.start()
 
     async def ask(self, expert: str, tokens: int = 4) -> str:
@@ -72,7 +72,7 @@ async def test_experts_come_and_go(slots: int | None) -> None:
         assert await waiting in ("model_not_found", "ok")
     assert set(running.pool.snapshot().experts) == {"a", "d"}
     assert [await running.ask(name) for name in "ad"] == ["ok"] * 2
-    with pytest.raises(UnknownModel):
+    with pytest.raises(UnknownModelError):
         await running.pool.operate("load", "b")
     assert running.pool.unhealthy() is None
     await running.pool.stop(1)
@@ -213,7 +213,7 @@ async def test_virtual_experts_come_go_and_change(tmp_path: Path, slots: int | N
         assert [await running.ask(name) for name in ("a1", "a2", "a")] == ["ok"] * 3
         # While one runs; then its base with it.
         await running.assembly.reload(steered(tmp_path, "a b a2", slots))
-        with pytest.raises(UnknownModel):
+        with pytest.raises(UnknownModelError):
             await running.pool.operate("load", "a1")
         assert [await running.ask(name) for name in ("a2", "a")] == ["ok"] * 2
         await running.assembly.reload(steered(tmp_path, "b", slots))
@@ -287,7 +287,7 @@ async def test_engines_on_a_gpu_and_their_virtual_experts(tmp_path: Path) -> Non
     from service.engine.vllm.swapping import SwappingVllmEngine
 
     pool = Pool("p")
-    assembly = Assembly(on_a_gpu(tmp_path, "a b a1"), "p", pool, PoolMetrics())
+    assembly = PoolFactory(on_a_gpu(tmp_path, "a b a1"), "p", pool, PoolMetrics())
 
     def engine_for(unit: str) -> Any:
         return assembly._swapping_engine(unit)._make()  # type: ignore[attr-defined]
@@ -331,7 +331,7 @@ async def test_the_bound_on_shared_weights_is_the_config_s(tmp_path: Path) -> No
         changed = {"p": pool.model_copy(update={"swap": swap})}
         return config.model_copy(update={"pools": changed})
 
-    assembly = Assembly(bounded(1000), "p", Pool("p"), PoolMetrics())
+    assembly = PoolFactory(bounded(1000), "p", Pool("p"), PoolMetrics())
     cache = assembly._shared_cache()
     assert cache is not None
     assert cache.bound_bytes == 1000
@@ -343,7 +343,7 @@ async def test_the_bound_on_shared_weights_is_the_config_s(tmp_path: Path) -> No
 async def test_engines_on_a_gpu_that_take_other_weights_in(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     first = on_a_gpu(tmp_path, "a b a1", "inplace")
-    assembly = Assembly(first, "p", Pool("p"), PoolMetrics())
+    assembly = PoolFactory(first, "p", Pool("p"), PoolMetrics())
     engine: Any = assembly._swapping_engine("a")._make()  # type: ignore[attr-defined]
     engine._places = 2
     assert engine.exchangeable == {"a", "a1", "b"}

@@ -9,23 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.errors import OverCapacity
+from service.errors import OverCapacityError
 from service.pool.fairness import STARVE
-from service.pool.queue import Queues, Ticket
+from service.pool.queue import Ticket, TicketQueue
 from service.types import Tenant
 
 READY = {"e"}
 
 
-def queues(capacity: int = 1, max_waiting: int = 1000) -> Queues:
-    return Queues(("e",), capacity=capacity, max_waiting=max_waiting)
+def queues(capacity: int = 1, max_waiting: int = 1000) -> TicketQueue:
+    return TicketQueue(("e",), capacity=capacity, max_waiting=max_waiting)
 
 
-def offer(q: Queues, tenant: Tenant, tokens: int = 1) -> Ticket:
+def offer(q: TicketQueue, tenant: Tenant, tokens: int = 1) -> Ticket:
     return q.offer("e", 0.0, ready=True, tokens=tokens, tenant=tenant)
 
 
-def serve(q: Queues, running: Ticket, answer: int = 0) -> Ticket:
+def serve(q: TicketQueue, running: Ticket, answer: int = 0) -> Ticket:
     """End the running one; who is next."""
     q.served(running, answer)
     q.close(running)
@@ -107,7 +107,7 @@ def test_a_full_queue_refuses_who_fills_it() -> None:
     heavy, small = Tenant("heavy"), Tenant("small")
     offer(q, heavy)
     waiting = [offer(q, heavy) for _ in range(6)]
-    with pytest.raises(OverCapacity):
+    with pytest.raises(OverCapacityError):
         offer(q, heavy)
     assert q.crowded_out("e", heavy) == []
     for i in range(3):
@@ -116,7 +116,7 @@ def test_a_full_queue_refuses_who_fills_it() -> None:
         q.close(gone)
         offer(q, small)
     assert q.crowded_out("e", small) == []
-    with pytest.raises(OverCapacity):
+    with pytest.raises(OverCapacityError):
         offer(q, small)
 
 

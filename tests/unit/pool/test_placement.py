@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from service.pool.placement import Move, Place, next_move
-from service.pool.planner import Policy, SlotView, UnitView
+from service.pool.planner import SlotView, SwapPolicy, UnitView
 from service.types import Residency
 
-POLICY = Policy(min_stay_s=1.0)
+POLICY = SwapPolicy(min_stay_s=1.0)
 ALL = frozenset("abcd")
 
 

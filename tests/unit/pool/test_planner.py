@@ -7,9 +7,9 @@ from typing import Any
 
 from service.pool.planner import (
     Next,
-    Policy,
     SlotView,
     Step,
+    SwapPolicy,
     UnitView,
     bounded,
     next_fetch,
@@ -21,7 +21,7 @@ from service.pool.planner import (
 from service.types import Residency
 
 # Turns begin at four fifths of the bound: at 30 s.
-POLICY = Policy(min_stay_s=1.0, max_wait_s=37.5, host_bytes=30)
+POLICY = SwapPolicy(min_stay_s=1.0, max_wait_s=37.5, host_bytes=30)
 RUNS = SlotView("a", stayed_s=5.0, running=0, waiting=0, drain_s=0.5)
 
 
@@ -61,7 +61,7 @@ def unit(
 A = unit("a", tier=Residency.DEVICE)
 
 
-def step(slot: SlotView, *units: UnitView, policy: Policy = POLICY) -> Step:
+def step(slot: SlotView, *units: UnitView, policy: SwapPolicy = POLICY) -> Step:
     return next_step(slot, [A, *units], policy)
 
 

@@ -6,12 +6,12 @@ import pytest
 
 from service.config import SimulatedOptions
 from service.engine.simulated import SimulatedEngine
-from service.errors import Conflict
+from service.errors import ConflictError
 from service.pool import pool as module
-from service.pool.planner import Policy
+from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool
 from service.pool.slots.swapping import SwapSlot
-from service.pool.units import Known, Unit
+from service.pool.units import Unit, UnitState
 from tests.support.waiting import until
 
 
@@ -46,17 +46,17 @@ async def test_pin_beyond_host_bytes_is_refused_for_the_pool_s_slots_together() 
             SwapSlot(
                 [Unit(name, (name,), size_bytes=sizes[name] * gib) for name in names],
                 lambda unit: SimulatedEngine(tuple(sizes), SimulatedOptions()),
-                Policy(host_bytes=5 * gib),
+                SwapPolicy(host_bytes=5 * gib),
                 capacity=1,
                 max_waiting=1,
                 start_guess_s=1.0,
-                guess=Known(host_bytes=gib),
+                guess=UnitState(host_bytes=gib),
                 changed=pool.changed,
             )
         )
     # Beside it the largest two others can take turns: 1 + 2 + 2.
     await pool.operate("pin", "a")
-    with pytest.raises(Conflict, match=r"6\.00 GiB .* swap\.host_bytes is 5\.00 GiB"):
+    with pytest.raises(ConflictError, match=r"6\.00 GiB .* swap\.host_bytes is 5\.00 GiB"):
         await pool.operate("pin", "d")
     # One that is pinned may be asked for again.
     await pool.operate("pin", "a")

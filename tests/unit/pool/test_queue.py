@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from service.errors import OverCapacity
-from service.pool.queue import Queues
+from service.errors import OverCapacityError
+from service.pool.queue import TicketQueue
 from service.types import Tenant
 
 
-def queues(capacity: int = 2, max_waiting: int = 3) -> Queues:
-    return Queues(("a", "b"), capacity=capacity, max_waiting=max_waiting)
+def queues(capacity: int = 2, max_waiting: int = 3) -> TicketQueue:
+    return TicketQueue(("a", "b"), capacity=capacity, max_waiting=max_waiting)
 
 
 def test_runs_at_once_where_it_can() -> None:
@@ -47,7 +47,7 @@ def test_the_bound_is_per_expert_and_named() -> None:
     q.offer("a", 0, ready=True)
     q.offer("a", 0, ready=True)
     q.offer("b", 0, ready=True)
-    with pytest.raises(OverCapacity) as caught:
+    with pytest.raises(OverCapacityError) as caught:
         q.offer("a", 0, ready=True)
     assert caught.value.message == "expert 'a' has 1 requests waiting, and no more than 1 may"
     assert q.total == 3
@@ -98,7 +98,7 @@ def test_a_long_prompt_waits_as_many() -> None:
     q.offer("a", 0, ready=True)
     q.offer("a", 0, ready=True, tokens=30_000)
     assert (q.counts("a"), q.load("a"), q.waiting_tokens("a")) == ((1, 1), 15, 30_000)
-    with pytest.raises(OverCapacity, match="1 requests, worth 15 usual ones, waiting"):
+    with pytest.raises(OverCapacityError, match="1 requests, worth 15 usual ones, waiting"):
         q.offer("a", 0, ready=True, tokens=30_000)
     q.offer("a", 0, ready=True, tokens=10_000)
 
@@ -107,7 +107,7 @@ def test_what_is_longer_than_the_queue_may_wait_where_nobody_does() -> None:
     q = queues(capacity=1, max_waiting=3)
     q.offer("a", 0, ready=True)
     q.offer("a", 0, ready=True, tokens=10**6)
-    with pytest.raises(OverCapacity):
+    with pytest.raises(OverCapacityError):
         q.offer("a", 0, ready=True)
 
 

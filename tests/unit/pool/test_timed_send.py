@@ -6,8 +6,8 @@ import orjson
 import pytest
 
 from service.engine.base import Message
-from service.pool.timed_send import Measured
-from service.rpc.latency import Stopwatch
+from service.pool.timed_send import TimedSend
+from service.rpc.latency import ResponseTimer
 
 
 async def nobody(message: Message) -> None:
@@ -31,9 +31,9 @@ async def nobody(message: Message) -> None:
 )
 async def test_a_whole_reply_counts_by_its_own_usage(reply: object, tokens: int) -> None:
     counted: list[int] = []
-    measured = Measured(nobody, None)
+    measured = TimedSend(nobody, None)
     measured._served = counted.append
-    measured._watch = Stopwatch(0.0)
+    measured._watch = ResponseTimer(0.0)
     await measured({"type": "http.response.start", "status": 200, "headers": []})
     await measured({"type": "http.response.body", "body": orjson.dumps(reply)})
     assert counted == [tokens]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from service.pool.units import Known
+from service.pool.units import UnitState
 
 
 @pytest.mark.parametrize("per_s", [0.2, 1.0, 2.0, 25.0])
 def test_demand_per_s_after_steady_requests_is_their_rate(per_s: float) -> None:
-    known = Known()
+    known = UnitState()
     seconds = 600
     for i in range(int(seconds * per_s)):
         known.asked(1.0, i / per_s)
@@ -18,7 +18,7 @@ def test_demand_per_s_after_steady_requests_is_their_rate(per_s: float) -> None:
 
 
 def test_demand_per_s_after_the_last_request_halves_every_half_minute() -> None:
-    known = Known()
+    known = UnitState()
     known.asked(100.0, 0.0)
     assert known.demand_per_s(30.0) == pytest.approx(known.demand_per_s(0.0) / 2)
     assert known.demand_per_s(90.0) == pytest.approx(known.demand_per_s(0.0) / 8)

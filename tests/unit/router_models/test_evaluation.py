@@ -34,9 +34,7 @@ def played(outcomes: Table) -> Played:
     return play([Recipe("single", (name,)) for name in outcomes.experts], outcomes)
 
 
-def drawn(
-    rng: np.random.Generator, prompts: int, recorded: int
-) -> tuple[Table, Played, Predicted]:
+def drawn(rng: np.random.Generator, prompts: int, recorded: int) -> tuple[Table, Played, Predicted]:
     """A cheap and a dear expert on prompts each recorded so many times, and a noisy router."""
     hard = rng.random(prompts)
     right = np.stack([rng.random(prompts) > hard, rng.random(prompts) > 0.4 * hard], 1)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from service.errors import PoolGone
+from service.errors import PoolUnavailableError
 from service.rpc.call import Call
 from service.rpc.client import PoolAddress, PoolLink, new_session
-from service.rpc.pool_directory import Directory
+from service.rpc.pool_directory import PoolDirectory
 from service.rpc.snapshot import ExpertState, Snapshot, decode, encode
 from service.types import Residency
 from tests.support.serving import serving
@@ -62,7 +62,7 @@ async def never_answers(scope: Any, receive: Any, send: Any) -> None:
 async def test_unseen_after_calls_that_reached_nobody_is_empty() -> None:
     async with linked(nobody_s_address()) as link:
         for _ in range(40):
-            with pytest.raises(PoolGone):
+            with pytest.raises(PoolUnavailableError):
                 async with link.call(call(link), b"{}"):
                     pass
         assert link.unseen() == {}
@@ -73,7 +73,7 @@ async def test_unseen_after_a_pool_that_broke_off_is_empty() -> None:
         try:
             async with link.call(call(link), b"{}") as reply:
                 assert reply.status >= 500
-        except PoolGone:
+        except PoolUnavailableError:
             pass
         assert link.unseen() == {}
 
@@ -100,7 +100,7 @@ async def test_unseen_when_a_later_call_is_acknowledged_counts_only_those_after_
 
 
 async def test_context_of_an_expert_is_the_greatest_that_any_pool_tells() -> None:
-    directory = Directory("gateway", "secret")
+    directory = PoolDirectory("gateway", "secret")
     url = nobody_s_address()
     directory.update([PoolAddress(url, "cpu", boot) for boot in ("one", "two")])
     one, two = directory._links["one"], directory._links["two"]
@@ -126,7 +126,7 @@ async def test_context_of_many_experts_reads_each_pool_once_until_it_tells_anew(
             return super().items()
 
     names = [f"e{i}" for i in range(100)]
-    directory = Directory("gateway", "secret")
+    directory = PoolDirectory("gateway", "secret")
     url = nobody_s_address()
     directory.update([PoolAddress(url, "cpu", f"b{p}") for p in range(20)])
     for link in directory._links.values():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from service.store.memory import MemoryStore
-from service.store.protocol import Account, Claim, Granted, Line
+from service.store.protocol import Account, Charge, Granted, StoreClaim
 from service.store.windows import DAY, MINUTE
 
 DAY_S = 86_400.0
 
 
 async def claimed(store: MemoryStore, account: Account) -> Granted:
-    got = await store.reserve(Claim(account.name, (Line(account, 1),)))
+    got = await store.reserve(StoreClaim(account.name, (Charge(account, 1),)))
     assert isinstance(got, Granted)
     return got
 

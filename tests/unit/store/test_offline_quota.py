@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import pytest
 
-from service.store.offline_quota import Slices
-from service.store.protocol import Account, Claim, Granted, Line
-from service.store.redis_store import SharedStore
+from service.store.offline_quota import OfflineQuotas
+from service.store.protocol import Account, Charge, Granted, StoreClaim
+from service.store.redis_store import RedisStore
 from service.store.windows import NOW
 from tests.support.waiting import until
 
@@ -16,8 +16,8 @@ AT_ONCE = Account("acme/concurrent", 10, NOW)
 
 
 def test_a_claim_that_used_nothing_is_told_also_when_its_slice_is_forgotten() -> None:
-    slices = Slices(0.5)
-    claim = Claim("c", (Line(AT_ONCE, 1),))
+    slices = OfflineQuotas(0.5)
+    claim = StoreClaim("c", (Charge(AT_ONCE, 1),))
     slices.seen(claim, 0.0)
     slices.told([(AT_ONCE.name, 5, 10)], 0.0)
     granted = slices.take(claim, 0)
@@ -42,7 +42,7 @@ class Client:
 
 
 async def test_a_beat_that_goes_wrong_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = SharedStore(cast(Any, Client()), share=0.1, lease_s=30, beat_s=0.001)
+    store = RedisStore(cast(Any, Client()), share=0.1, lease_s=30, beat_s=0.001)
     beats: list[int] = []
 
     async def beat() -> None:

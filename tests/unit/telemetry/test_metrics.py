@@ -11,24 +11,24 @@ from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.cli.reference import metrics
-from service.engine.base import Work
+from service.engine.base import EngineTimings
 from service.rpc.call import Call, Times
 from service.rpc.snapshot import ExpertState, Queue, Snapshot
 from service.telemetry import metrics as table
 from service.telemetry.exposition import join
-from service.telemetry.gateway_metrics import Ended, GatewayMetrics
+from service.telemetry.gateway_metrics import GatewayMetrics, RequestSummary
 from service.telemetry.labels import LABELS, MOST_SERIES, OTHER
 from service.telemetry.metric_types import Declared, Kind, Side
 from service.telemetry.metrics import TABLE
 from service.telemetry.pool_metrics import PoolMetrics
-from service.telemetry.registry import Meter
+from service.telemetry.registry import MetricsRegistry
 from service.types import Residency
 
 ROOT = Path(__file__).parents[3]
 # What a name may end with: a unit, what is counted, or Prometheus' own words.
 UNITS = ("_seconds", "_bytes", "_ratio", "_requests", "_pools", "_info", "_price")
 STATES = ("_residency", "_open", "_up")
-OK = Ended("a", "math", "single", "ok", "", 1, True, True, 0.5, 1.0, 0.2, 0.25, 0.1)
+OK = RequestSummary("a", "math", "single", "ok", "", 1, True, True, 0.5, 1.0, 0.2, 0.25, 0.1)
 CALL = Call("/v1/chat/completions", "a", "r", 1000, True, "g", 1)
 
 
@@ -70,18 +70,18 @@ def test_no_metric_is_declared_and_never_fed() -> None:
 
 def test_each_process_tells_its_own_metrics() -> None:
     with pytest.raises(KeyError):
-        Meter(Side.GATEWAY).add(table.SWAPS, 1, "a", "b", "c")
+        MetricsRegistry(Side.GATEWAY).add(table.SWAPS, 1, "a", "b", "c")
     with pytest.raises(KeyError):
-        Meter(Side.POOL).add(table.REJECTIONS, 1, "a")
+        MetricsRegistry(Side.POOL).add(table.REJECTIONS, 1, "a")
 
 
 def test_wrong_labels_are_refused() -> None:
     with pytest.raises(ValueError, match="expert, category, recipe, outcome"):
-        Meter(Side.GATEWAY).add(table.REQUESTS, 1, "a")
+        MetricsRegistry(Side.GATEWAY).add(table.REQUESTS, 1, "a")
 
 
 def test_labels_stay_bounded_whatever_comes() -> None:
-    meter = Meter(Side.GATEWAY)
+    meter = MetricsRegistry(Side.GATEWAY)
     for i in range(MOST_SERIES + 50):
         meter.add(table.TENANT_TOKENS, 1, f"tenant {i}")
     told = [s for f in meter.registry.collect() if f.name == "coe_tenant_tokens" for s in f.samples]
@@ -90,7 +90,7 @@ def test_labels_stay_bounded_whatever_comes() -> None:
 
 
 def test_a_total_told_by_another_only_grows() -> None:
-    meter = Meter(Side.POOL)
+    meter = MetricsRegistry(Side.POOL)
     seen = []
     # A part of it, which had counted 3, goes away.
     for value in (2, 5, 5, 2, 4):
@@ -104,7 +104,9 @@ async def test_a_request_is_counted_once_with_its_times() -> None:
     told.began()
     told.ended(OK)
     told.began()
-    told.ended(Ended("", "", "single", "over_capacity", "over_capacity", 2, True, True, 0, 1))
+    told.ended(
+        RequestSummary("", "", "single", "over_capacity", "over_capacity", 2, True, True, 0, 1)
+    )
     assert told.in_flight == 0
     got = samples(await told.text({"gateway": "g"}))
     mine = ("gateway", "g")
@@ -145,7 +147,7 @@ async def test_a_pool_tells_its_queues_residency_and_requests() -> None:
     told = PoolMetrics()
     told.follow(Told())
     told.ended(CALL, Times(1, 1.5, 2, 3, 0.5, 0.25), "")
-    told.worked(Work("a", 0.125, 0.5, 2.0, 10, 5))
+    told.worked(EngineTimings("a", 0.125, 0.5, 2.0, 10, 5))
     for _ in range(2):
         got = samples(await told.text({"pool": "p"}))
     a, p = ("expert", "a"), ("pool", "p")

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.vllm.stats import CANARY
-from service.engine.vllm.worker.gates import Routed, routed_layers
-from service.engine.vllm.worker.graph_capture import Noted
+from service.engine.vllm.worker.gates import RoutedLayer, routed_layers
+from service.engine.vllm.worker.graph_capture import ChoiceBuffer
 
 _NO_BATCH = (
     "vLLM's second model runner does not say which tokens of a step are whose; with "
@@ -48,7 +48,7 @@ class _Step:
     kept: list[tuple[slice, list[NDArray[np.int16]]]]
 
 
-class Capture:
+class GateCapture:
     """Looks at one step of `every`, on average, of one worker.
 
     Steps are drawn by `chance`, from 1 to 2 · `every` - 1 after the one before: requests of one
@@ -73,8 +73,8 @@ class Capture:
         self._every = every
         self._stretches = stretches
         self._tokens = tokens
-        self._layers: Sequence[Routed] = ()
-        self._noted: Noted | None = None
+        self._layers: Sequence[RoutedLayer] = ()
+        self._noted: ChoiceBuffer | None = None
         self._left = self._drawn()
         self._step: _Step | None = None
         self._seen: dict[str, _Seen] = {}
@@ -89,14 +89,14 @@ class Capture:
             "top_k": first.top_k if first else 0,
         }
 
-    def attach(self, layers: Sequence[Routed]) -> None:
+    def attach(self, layers: Sequence[RoutedLayer]) -> None:
         """Look at these routers from now on, and at no others."""
         self.detach()
         self._layers = layers
         for place, one in enumerate(layers):
             one.router.set_capture_fn(partial(self._chosen, place))
 
-    def follow(self, noted: Noted) -> None:
+    def follow(self, noted: ChoiceBuffer) -> None:
         """Look at what is written down there after each step (`stepped`), and call no routers."""
         self._noted = noted
         self._layers = noted.layers
@@ -212,10 +212,10 @@ class CaptureExtension:
 
     # Set by vLLM's worker.
     model_runner: Any
-    _coe_capturing: Capture | None = None
+    _coe_capturing: GateCapture | None = None
     _coe_named = ""
     # Where captured graphs write down what they choose, or why they can't; None: they don't.
-    _coe_noted: Noted | str | None = None
+    _coe_noted: ChoiceBuffer | str | None = None
 
     def coe_capture(self, expert: str, every: int, stretches: int, tokens: int) -> dict[str, Any]:
         """Look at one step of `every` from now on; 0: at none.
@@ -230,7 +230,7 @@ class CaptureExtension:
             return {}
         if not hasattr(self.model_runner, "input_batch"):
             return {"refused": _NO_BATCH}
-        capture = Capture(
+        capture = GateCapture(
             self.model_runner,
             self._coe_runs,
             every=every,
@@ -256,7 +256,7 @@ class CaptureExtension:
             self._coe_capturing.stepped()
 
     def coe_captured(self) -> dict[str, Any]:
-        """See `Capture.told`."""
+        """See `GateCapture.told`."""
         return self._coe_capturing.told() if self._coe_capturing is not None else {}
 
     def _coe_runs(self) -> str:

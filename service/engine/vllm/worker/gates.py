@@ -10,7 +10,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Routed:
+class RoutedLayer:
     """One layer that routes: the decoder layer's index, and vLLM's router in it.
 
     `experts`: routed experts of the layer; `top_k`: how many of them a token gets. `kernel`:
@@ -24,7 +24,7 @@ class Routed:
     kernel: str = ""
 
 
-def routed_layers(model: Any) -> tuple[Routed, ...]:
+def routed_layers(model: Any) -> tuple[RoutedLayer, ...]:
     """The layers that route, in order; none where the model is no mixture of experts.
 
     Raises ValueError where a kernel routes by itself: nobody can see or change its choice.
@@ -44,5 +44,5 @@ def routed_layers(model: Any) -> tuple[Routed, ...]:
                 f"layer {layer} is routed inside its kernel ({kernel}), where its choice can't be "
                 "seen or changed; vllm.moe_backend: triton routes before its kernel"
             )
-        found.append(Routed(layer, router.global_num_experts, router.top_k, router, kernel))
+        found.append(RoutedLayer(layer, router.global_num_experts, router.top_k, router, kernel))
     return tuple(sorted(found, key=lambda one: one.layer))

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from service.engine.vllm.worker.graph_capture import Notes
-from service.engine.vllm.worker.graph_steering import Stands
+from service.engine.vllm.worker.graph_capture import ChoiceRecorderMixin
+from service.engine.vllm.worker.graph_steering import SteeringMixin
 
 
-class StandingWorker(Notes, Stands, Worker):  # type: ignore[misc]  # vLLM is not read for types
-    """See `Notes` and `Stands`."""
+class GraphSteeringWorker(ChoiceRecorderMixin, SteeringMixin, Worker):  # type: ignore[misc]  # vLLM is not read for types
+    """See `ChoiceRecorderMixin` and `SteeringMixin`."""

@@ -20,7 +20,7 @@ from service.engine.steering_spec import NOTES
 from service.engine.vllm.worker.gates import routed_layers
 
 
-class Noted:
+class ChoiceBuffer:
     """`chosen`: (tokens, layers, places), int32: each router's choice for the last step's tokens.
 
     -1 in places that a router never fills. `tokens`: of the largest step; `places`: the most
@@ -44,7 +44,7 @@ def _note(there: torch.Tensor, ids: torch.Tensor) -> None:
     there[: ids.shape[0], : ids.shape[1]].copy_(ids)
 
 
-class Notes:
+class ChoiceRecorderMixin:
     """A vLLM worker whose routers write down what they choose, if its engine asks for it.
 
     `_coe_noted`: where, or why they can't. The worker's extension is told after each step.
@@ -62,7 +62,9 @@ class Notes:
         tokens = int(self.vllm_config.scheduler_config.max_num_batched_tokens)
         places = int(getattr(getattr(self, "_coe_standing", None), "places", 0))
         try:
-            self._coe_noted: Noted | str = Noted(self.model_runner.get_model(), tokens, places)
+            self._coe_noted: ChoiceBuffer | str = ChoiceBuffer(
+                self.model_runner.get_model(), tokens, places
+            )
         except ValueError as error:
             self._coe_noted = str(error)
 

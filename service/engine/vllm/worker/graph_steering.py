@@ -18,21 +18,21 @@ from typing import Any
 import torch
 
 from service.engine.steering_spec import PLACES
-from service.engine.vllm.worker.gates import Routed
+from service.engine.vllm.worker.gates import RoutedLayer
 from service.engine.vllm.worker.steering import CHOOSES, gate_for, gates_of, why_not
 
 # Kernels that take as many experts for a token as they are given, whatever the model says.
 _ANY_WIDTH = ("TritonExperts", "CPUUnquantizedExperts", "X86CPUUnquantizedExperts")
 
 
-class StandingRule:
+class SteeringRule:
     """One router's. `row` is its part of the table: see `_row`. `own`: vLLM's choice.
 
     A choice has `places` places, whatever the profile's top-k: what is left of them has weight
     0 and names the token's first choice again.
     """
 
-    def __init__(self, own: Any, row: torch.Tensor, gate: Routed, places: int) -> None:
+    def __init__(self, own: Any, row: torch.Tensor, gate: RoutedLayer, places: int) -> None:
         experts = gate.experts
         self.own = own
         self.barred, self.boost = row[:experts], row[experts : 2 * experts]
@@ -72,7 +72,7 @@ class StandingRule:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class SteeringTable:
     """A steered expert's table, in host memory."""
 
     table: torch.Tensor
@@ -83,7 +83,7 @@ class Written:
         return int(self.table.numel() * self.table.element_size())
 
 
-class Standing:
+class GraphSteering:
     """The standing rules of one model, and the table that they read."""
 
     def __init__(self, model: Any, places: int) -> None:
@@ -105,16 +105,16 @@ class Standing:
                 "any number)"
             )
         self.places = places
-        self._neutral = Written(_table(self._gates, {"layers": ()}))
+        self._neutral = SteeringTable(_table(self._gates, {"layers": ()}))
         self.written = self._neutral
         # Tensors of inference can't be written to outside of it.
         with torch.inference_mode(False):
             self.table = self._neutral.table.to(next(model.parameters()).device, copy=True)
             for gate, row in zip(self._gates.values(), self.table, strict=True):
                 own = getattr(gate.router, CHOOSES)
-                gate.router.__dict__[CHOOSES] = StandingRule(own, row, gate, places)
+                gate.router.__dict__[CHOOSES] = SteeringRule(own, row, gate, places)
 
-    def steering(self, told: Mapping[str, Any]) -> Written:
+    def steering(self, told: Mapping[str, Any]) -> SteeringTable:
         """The table of what `told` (a `Steering` as a mapping) asks for. Raises ValueError."""
         for layer in told["layers"]:
             gate = gate_for(self._gates, int(layer["layer"]), told)
@@ -124,9 +124,9 @@ class Standing:
                     f"layer {gate.layer}: top_k is {k}, and {self._made_for} for at most "
                     f"{self.places} experts for a token"
                 )
-        return Written(_table(self._gates, told))
+        return SteeringTable(_table(self._gates, told))
 
-    def write(self, written: Written | None) -> None:
+    def write(self, written: SteeringTable | None) -> None:
         """From now on the routers choose so; None: as vLLM has made them."""
         self.written = written if written is not None else self._neutral
         with torch.no_grad():
@@ -137,7 +137,7 @@ class Standing:
         return bool(torch.equal(self.table.cpu(), self.written.table))
 
 
-def _table(gates: Mapping[int, Routed], told: Mapping[str, Any]) -> torch.Tensor:
+def _table(gates: Mapping[int, RoutedLayer], told: Mapping[str, Any]) -> torch.Tensor:
     """A row for each gate, float32; those that `told` leaves out are not active."""
     layers = {int(layer["layer"]): layer for layer in told["layers"]}
     with torch.inference_mode(False):
@@ -145,7 +145,7 @@ def _table(gates: Mapping[int, Routed], told: Mapping[str, Any]) -> torch.Tensor
         return table.pin_memory() if torch.cuda.is_available() else table
 
 
-def _row(gate: Routed, layer: Mapping[str, Any] | None) -> torch.Tensor:
+def _row(gate: RoutedLayer, layer: Mapping[str, Any] | None) -> torch.Tensor:
     """Bias, or -inf where masked, of E; boost of E; top-k; top-p (inf: none); 1 where active."""
     if layer is None:
         plain = [0.0] * gate.experts + [1.0] * gate.experts
@@ -157,7 +157,7 @@ def _row(gate: Routed, layer: Mapping[str, Any] | None) -> torch.Tensor:
     return torch.cat((barred, torch.tensor(rest, dtype=torch.float32)))
 
 
-class Stands:
+class SteeringMixin:
     """A vLLM worker in whose model rules stand, put in before graphs are captured.
 
     `_coe_standing`: them, or why there can be none, told to whoever asks for a steered expert.
@@ -174,6 +174,8 @@ class Stands:
         if not places:
             return
         try:
-            self._coe_standing: Standing | str = Standing(self.model_runner.get_model(), places)
+            self._coe_standing: GraphSteering | str = GraphSteering(
+                self.model_runner.get_model(), places
+            )
         except ValueError as error:
             self._coe_standing = str(error)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from service.engine.vllm.worker.packing import Scratch, packing_as_read, packing_tied_once
-from service.models.lora_merge import Delta
+from service.engine.vllm.worker.packing import ScratchBuffers, packing_as_read, packing_tied_once
+from service.models.lora_merge import LoraDelta
 
 
-class Beside:
+class ShadowModel:
     """A model on its way in.
 
     Building it (`__init__`) takes some tens of milliseconds of Python and sets torch's
@@ -54,7 +54,9 @@ class Beside:
         layers: dict[str, Any] = self._config.compilation_config.static_forward_context
         return layers
 
-    def load(self, adapter: Delta | None, scratch: Scratch, *, finish: bool = True) -> None:
+    def load(
+        self, adapter: LoraDelta | None, scratch: ScratchBuffers, *, finish: bool = True
+    ) -> None:
         """Read and pack the weights, an adapter's added. Raises what vLLM does, ValueError too.
 
         `finish`: make of them what the kernels want; else they stay as vLLM's loader puts them.

@@ -13,7 +13,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from service.engine.steering_spec import MERGED
-from service.models.lora_merge import Delta
+from service.models.lora_merge import LoraDelta
 
 
 class MergedWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not read for types
@@ -25,12 +25,12 @@ class MergedWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not read for typ
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model with the adapter added. Raises ValueError where it can't be."""
         told = self.vllm_config.additional_config[MERGED]
-        with _merging(Delta(Path(told["folder"]), told["strength"])):
+        with _merging(LoraDelta(Path(told["folder"]), told["strength"])):
             super().load_model(*args, **kwargs)
 
 
 @contextmanager
-def _merging(delta: Delta) -> Iterator[None]:
+def _merging(delta: LoraDelta) -> Iterator[None]:
     """Within, what vLLM's loader reads has the adapter added. This process loads one model."""
     read = DefaultModelLoader.get_all_weights
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 
-class Scratch:
+class ScratchBuffers:
     """Matrices to put parts together in, by shape and dtype.
 
     `packed_bytes`: what was packed meanwhile, of which no tensor tells.
@@ -41,7 +41,7 @@ class _Matrix:
     """One linear layer's weight on its way in. `loader`: vLLM's own, which knows where parts go."""
 
     def __init__(
-        self, name: str, module: Any, loader: Callable[..., None], scratch: Scratch
+        self, name: str, module: Any, loader: Callable[..., None], scratch: ScratchBuffers
     ) -> None:
         self._name = name
         self._module = module
@@ -95,7 +95,7 @@ class _Matrix:
 
 
 @contextmanager
-def packing_as_read(model: Any, scratch: Scratch) -> Iterator[None]:
+def packing_as_read(model: Any, scratch: ScratchBuffers) -> Iterator[None]:
     """While a model is read, what is complete is packed at once, where that is safe.
 
     Raises ValueError at the end where a matrix was not read whole.
@@ -109,7 +109,7 @@ def packing_as_read(model: Any, scratch: Scratch) -> Iterator[None]:
         matrix.check()
 
 
-def _matrices(model: Any, scratch: Scratch) -> Iterator[_Matrix]:
+def _matrices(model: Any, scratch: ScratchBuffers) -> Iterator[_Matrix]:
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.platforms import current_platform
 
@@ -137,7 +137,7 @@ def _matrices(model: Any, scratch: Scratch) -> Iterator[_Matrix]:
 
 
 @contextmanager
-def packing_tied_once(model: Any, scratch: Scratch) -> Iterator[None]:
+def packing_tied_once(model: Any, scratch: ScratchBuffers) -> Iterator[None]:
     """While vLLM packs what is left: embeddings that share a weight share its packed form."""
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 

@@ -24,20 +24,20 @@ from typing import Any
 
 import torch
 
-from service.engine.shared_memory import ENDING, Mapped, Tensor, find, laid_out, write
-from service.engine.vllm.worker.graph_steering import Standing, Written
-from service.engine.vllm.worker.loading import Beside, is_attention
-from service.engine.vllm.worker.packing import Scratch
-from service.engine.vllm.worker.swap import Filling, SwapExtension
+from service.engine.shared_memory import ENDING, MappedTensors, Tensor, find, laid_out, write
+from service.engine.vllm.worker.graph_steering import GraphSteering, SteeringTable
+from service.engine.vllm.worker.loading import ShadowModel, is_attention
+from service.engine.vllm.worker.packing import ScratchBuffers
+from service.engine.vllm.worker.swap import PendingLoad, SwapExtension
 from service.engine.vllm.worker.weight_probe import Probe
-from service.models.lora_merge import Delta
+from service.models.lora_merge import LoraDelta
 
 _PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 _VALUES = 16
 
 
 @dataclass(slots=True)
-class Pinned:
+class PinnedWeights:
     """One expert's tensors in shared memory, by name, pinned where there is a GPU.
 
     `whole`: all of it, as bytes. `probe`: recorded at its first swap. Empty where they can't be
@@ -50,7 +50,7 @@ class Pinned:
     host_bytes: int
     fill_s: float = 0.0
     probe: Probe | None = None
-    steered: Written | None = None
+    steered: SteeringTable | None = None
 
     def let_go(self) -> None:
         """Its memory is this process's no more, once nothing refers to it."""
@@ -65,7 +65,7 @@ class PinnedExtension(SwapExtension):
 
     _coe_device = "cpu"
     # Rules that stand in the routers, or why there can be none; None: nobody asked for any.
-    _coe_standing: Standing | str | None = None
+    _coe_standing: GraphSteering | str | None = None
     # Set by vLLM's worker.
     rank: int
 
@@ -87,7 +87,7 @@ class PinnedExtension(SwapExtension):
         begin, _ = self._coe_place(expert)
         return Path(f"{begin}-{self.rank}of{ranks}-{layout}{ENDING}")
 
-    def _coe_hold(self, expert: str, tensors: dict[str, torch.Tensor]) -> Pinned:
+    def _coe_hold(self, expert: str, tensors: dict[str, torch.Tensor]) -> PinnedWeights:
         """Tensors in shared memory, written there unless they are. Raises OSError, RuntimeError."""
         described = describe(tensors)
         path = self._coe_path(expert, described)
@@ -109,7 +109,7 @@ class PinnedExtension(SwapExtension):
         try:
             check_plain(model)
         except ValueError as error:
-            fixed, held = str(error), Pinned({}, None, 0)
+            fixed, held = str(error), PinnedWeights({}, None, 0)
         else:
             held = self._coe_hold(expert, tensors_of(model))
         held.probe = Probe.of(model)
@@ -117,7 +117,7 @@ class PinnedExtension(SwapExtension):
         state.running = expert
         return fixed
 
-    def _coe_begin(self, expert: str, filling: Filling) -> Callable[[], Any]:
+    def _coe_begin(self, expert: str, filling: PendingLoad) -> Callable[[], Any]:
         # Where the running one's can't be copied, none can be put in their place.
         check_plain(self.model_runner.model)
         # Another of the pool's engines may have them already.
@@ -127,9 +127,11 @@ class PinnedExtension(SwapExtension):
             return partial(pinned, mapped)
         return super()._coe_begin(expert, filling)
 
-    def _coe_bring(self, expert: str, beside: Beside, delta: Delta | None, before: int) -> Pinned:
+    def _coe_bring(
+        self, expert: str, beside: ShadowModel, delta: LoraDelta | None, before: int
+    ) -> PinnedWeights:
         check_plain(beside.model)
-        beside.load(delta, Scratch(), finish=False)
+        beside.load(delta, ScratchBuffers(), finish=False)
         tensors = tensors_of(beside.model)
         check_fits(tensors, tensors_of(self.model_runner.model))
         return self._coe_hold(expert, tensors)
@@ -155,10 +157,10 @@ class PinnedExtension(SwapExtension):
         if base is None:
             raise ValueError(f"the weights of {told['base']!r} are not held")
         standing = self._coe_standing
-        if not isinstance(standing, Standing):
+        if not isinstance(standing, GraphSteering):
             raise ValueError(standing or "this engine was not started for steered experts")
         steered = standing.steering(told)
-        state.held[expert] = Pinned(
+        state.held[expert] = PinnedWeights(
             base.tensors, None, steered.size_bytes, probe=base.probe, steered=steered
         )
         return steered.size_bytes
@@ -168,13 +170,13 @@ class PinnedExtension(SwapExtension):
         stays = held.tensors is state.held[state.running].tensors
         if not stays:
             copy_all(held.tensors, tensors_of(self.model_runner.model))
-        if isinstance(self._coe_standing, Standing):
+        if isinstance(self._coe_standing, GraphSteering):
             self._coe_standing.write(held.steered)
         return "steer" if stays else "inplace"
 
     def _coe_holds(self, held: Any) -> bool:
         model = self.model_runner.model
-        if isinstance(self._coe_standing, Standing) and not self._coe_standing.holds():
+        if isinstance(self._coe_standing, GraphSteering) and not self._coe_standing.holds():
             return False
         if held.probe is not None:
             return bool(held.probe.holds())
@@ -245,7 +247,7 @@ def copy_to(tensors: Mapping[str, torch.Tensor], name: str, memory: memoryview) 
         torch.frombuffer(memory, dtype=tensor.dtype).copy_(tensor.detach().flatten())
 
 
-def pinned(mapped: Mapped) -> Pinned:
+def pinned(mapped: MappedTensors) -> PinnedWeights:
     """The tensors of a mapped file, registered with CUDA where it is. Raises RuntimeError."""
     whole = torch.frombuffer(mapped.memory, dtype=torch.uint8)
     tensors = {
@@ -255,7 +257,7 @@ def pinned(mapped: Mapped) -> Pinned:
         for name, one in mapped.tensors.items()
     }
     pin(whole)
-    return Pinned(tensors, whole, sum(one.size_bytes for one in mapped.tensors.values()))
+    return PinnedWeights(tensors, whole, sum(one.size_bytes for one in mapped.tensors.values()))
 
 
 def pin(memory: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from service.engine.vllm.worker.gates import Routed, routed_layers
+from service.engine.vllm.worker.gates import RoutedLayer, routed_layers
 
 # What a router calls for its choice; an attribute of its own hides the class's.
 CHOOSES = "_compute_routing"
@@ -20,7 +20,7 @@ _STEERABLE = ("CPURouter", "FusedTopKRouter")
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class GateRule:
     """One layer's. Tensors of E: `barred` is -inf where masked and the bias elsewhere.
 
     boost: None where all are 1.
@@ -46,7 +46,7 @@ class Rule:
         return sum(one.numel() * one.element_size() for one in tensors)
 
 
-def choose(logits: torch.Tensor, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
+def choose(logits: torch.Tensor, rule: GateRule) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights (float32) and ids (int32), (T, k): `service.moe.steering.steer` in torch.
 
     But for the ids that top-p leaves with weight 0: here they are the token's first choice.
@@ -69,13 +69,13 @@ def choose(logits: torch.Tensor, rule: Rule) -> tuple[torch.Tensor, torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Steered:
+class SteeredGates:
     """The rules of one steered expert, and the routers of its base's model that they are for."""
 
-    rules: tuple[tuple[Any, Rule], ...]
+    rules: tuple[tuple[Any, GateRule], ...]
 
     @classmethod
-    def of(cls, model: Any, told: Mapping[str, Any]) -> Steered:
+    def of(cls, model: Any, told: Mapping[str, Any]) -> SteeredGates:
         """The rules that `told` (a `Steering` as a mapping) asks for, not yet put in.
 
         Raises ValueError where the model's gates are others, or can't be steered.
@@ -109,7 +109,7 @@ class Steered:
         return all(router.__dict__.get(CHOOSES) is rule for router, rule in self.rules)
 
 
-def gates_of(model: Any) -> dict[int, Routed]:
+def gates_of(model: Any) -> dict[int, RoutedLayer]:
     """A model's gates by layer. Raises ValueError where there are none."""
     found = {one.layer: one for one in routed_layers(model)}
     if not found:
@@ -117,7 +117,7 @@ def gates_of(model: Any) -> dict[int, Routed]:
     return found
 
 
-def gate_for(found: Mapping[int, Routed], layer: int, told: Mapping[str, Any]) -> Routed:
+def gate_for(found: Mapping[int, RoutedLayer], layer: int, told: Mapping[str, Any]) -> RoutedLayer:
     """The gate of a layer, if it is as `told` says. Raises ValueError."""
     if (routed := found.get(layer)) is None:
         raise ValueError(f"layer {layer} has no gate")
@@ -131,7 +131,7 @@ def gate_for(found: Mapping[int, Routed], layer: int, told: Mapping[str, Any]) -
     return routed
 
 
-def why_not(routed: Routed) -> str | None:
+def why_not(routed: RoutedLayer) -> str | None:
     """Why a router's choice can't be steered; None where it is by softmax and top-k alone."""
     router = routed.router
     kind = type(router).__name__
@@ -149,12 +149,12 @@ def why_not(routed: Routed) -> str | None:
     return f"layer {routed.layer} has a {kind} that chooses {how}, not by softmax and top-k"
 
 
-def rule_of(layer: Mapping[str, Any], told: Mapping[str, Any]) -> Rule:
+def rule_of(layer: Mapping[str, Any], told: Mapping[str, Any]) -> GateRule:
     """One layer's rule: `layer` is a `SteeredLayer`, `told` its `Steering`, as mappings."""
     bias = torch.tensor(layer["bias"], dtype=torch.float32)
     mask = torch.tensor(layer["mask"], dtype=torch.bool)
     boost = torch.tensor(layer["boost"], dtype=torch.float32)
-    return Rule(
+    return GateRule(
         bias.masked_fill(mask, float("-inf")),
         boost if bool((boost != 1).any()) else None,
         told["top_k"] if layer["top_k"] is None else int(layer["top_k"]),

@@ -23,7 +23,7 @@ from typing import Any
 
 from service.engine.vllm.worker.capture import CaptureExtension
 from service.engine.vllm.worker.grammars import Grammars
-from service.engine.vllm.worker.loading import Beside, check_alike, is_attention
+from service.engine.vllm.worker.loading import ShadowModel, check_alike, is_attention
 from service.engine.vllm.worker.memory import (
     check_room,
     give_back,
@@ -32,14 +32,14 @@ from service.engine.vllm.worker.memory import (
     resident_bytes,
     tensor_bytes,
 )
-from service.engine.vllm.worker.packing import Scratch
-from service.engine.vllm.worker.steering import Steered
+from service.engine.vllm.worker.packing import ScratchBuffers
+from service.engine.vllm.worker.steering import SteeredGates
 from service.engine.vllm.worker.weight_probe import Probe
-from service.models.lora_merge import Delta
+from service.models.lora_merge import LoraDelta
 
 
 @dataclass(slots=True)
-class Held:
+class HostWeights:
     """One expert's weights in this process. `probe` is recorded between two steps.
 
     steered: the rules of a steered expert; the rest is then its base's own, held by both.
@@ -50,11 +50,11 @@ class Held:
     host_bytes: int
     fill_s: float = 0.0
     probe: Probe | None = None
-    steered: Steered | None = None
+    steered: SteeredGates | None = None
 
 
 @dataclass(slots=True)
-class Filling:
+class PendingLoad:
     """An expert on its way in; `thread` is None until it is its turn."""
 
     folder: str
@@ -68,7 +68,7 @@ class Filling:
 @dataclass(slots=True)
 class _State:
     held: dict[str, Any] = field(default_factory=dict)
-    filling: dict[str, Filling] = field(default_factory=dict)
+    filling: dict[str, PendingLoad] = field(default_factory=dict)
     running: str = ""
     grammars: Grammars | None = None
 
@@ -104,7 +104,7 @@ class SwapExtension(CaptureExtension):
         keep_freed()
         own = {name: one for name, one in self._coe_layers().items() if not is_attention(one)}
         model = self.model_runner.model
-        state.held[expert] = Held(model, own, 0, probe=Probe.of(model))
+        state.held[expert] = HostWeights(model, own, 0, probe=Probe.of(model))
         state.running = expert
         return ""
 
@@ -116,7 +116,7 @@ class SwapExtension(CaptureExtension):
         """
         state = self._coe()
         if expert not in state.held and expert not in state.filling:
-            state.filling[expert] = Filling(folder, adapter, strength, time.monotonic())
+            state.filling[expert] = PendingLoad(folder, adapter, strength, time.monotonic())
             self._coe_next_fill()
 
     def coe_steer(self, expert: str, told: dict[str, Any]) -> int:
@@ -128,8 +128,8 @@ class SwapExtension(CaptureExtension):
         base = state.held.get(told["base"])
         if base is None:
             raise ValueError(f"the weights of {told['base']!r} are not held")
-        steered = Steered.of(base.model, told)
-        state.held[expert] = Held(
+        steered = SteeredGates.of(base.model, told)
+        state.held[expert] = HostWeights(
             base.model, base.layers, steered.size_bytes, probe=base.probe, steered=steered
         )
         return steered.size_bytes
@@ -155,19 +155,19 @@ class SwapExtension(CaptureExtension):
                 filling.thread.start()
                 return
 
-    def _coe_begin(self, expert: str, filling: Filling) -> Callable[[], Any]:
+    def _coe_begin(self, expert: str, filling: PendingLoad) -> Callable[[], Any]:
         """What can't be done in a thread; the rest, which brings what is to be held."""
         before = own_bytes()
-        beside = Beside(self.vllm_config, filling.folder, self._coe_device)
+        beside = ShadowModel(self.vllm_config, filling.folder, self._coe_device)
 
         def bring() -> Any:
-            delta = Delta(Path(filling.adapter), filling.strength) if filling.adapter else None
+            delta = LoraDelta(Path(filling.adapter), filling.strength) if filling.adapter else None
             check_room(beside.model)
             return self._coe_bring(expert, beside, delta, before)
 
         return bring
 
-    def _coe_load(self, expert: str, filling: Filling, bring: Callable[[], Any]) -> None:
+    def _coe_load(self, expert: str, filling: PendingLoad, bring: Callable[[], Any]) -> None:
         state = self._coe()
         began_s = time.monotonic()
         try:
@@ -180,16 +180,18 @@ class SwapExtension(CaptureExtension):
         state.held[expert] = held
         del state.filling[expert]
 
-    def _coe_bring(self, expert: str, beside: Beside, delta: Delta | None, before: int) -> Any:
+    def _coe_bring(
+        self, expert: str, beside: ShadowModel, delta: LoraDelta | None, before: int
+    ) -> Any:
         """Load an expert's weights and hold them."""
         del expert
-        scratch = Scratch()
+        scratch = ScratchBuffers()
         beside.load(delta, scratch)
         layers = beside.share_attention(self._coe_layers())
         check_alike(beside.model, self.model_runner.model)
         # What is packed is no tensor; what vLLM makes of other layers is only seen as growth.
         counted = tensor_bytes(beside.model) + scratch.packed_bytes
-        return Held(beside.model, layers, max(counted, own_bytes() - before))
+        return HostWeights(beside.model, layers, max(counted, own_bytes() - before))
 
     def coe_tokens(self, expert: str, folder: str) -> None:
         """Begin to read an expert's tokenizer; where `folder` is empty it has the core's own.

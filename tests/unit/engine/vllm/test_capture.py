@@ -15,17 +15,17 @@ from rich.console import Console
 
 from service.cli.moe.show import draw, heat_map, shade
 from service.config import Config
-from service.engine.base import Chosen
-from service.engine.vllm.worker.capture import Capture
-from service.engine.vllm.worker.gates import Routed
-from service.errors import ConfigError, Conflict
+from service.engine.base import RoutingSample
+from service.engine.vllm.worker.capture import GateCapture
+from service.engine.vllm.worker.gates import RoutedLayer
+from service.errors import ConfigError, ConflictError
 from service.moe.load_statistics import cacheability
-from service.moe.routing_counts import Tally
+from service.moe.routing_counts import RoutingCounts
 from service.telemetry import metrics
 from service.telemetry.labels import MOST_SERIES
 from service.telemetry.metric_types import Side
-from service.telemetry.moe_collector import Routes
-from service.telemetry.registry import Meter
+from service.telemetry.moe_collector import MoeCollector
+from service.telemetry.registry import MetricsRegistry
 
 EXPERTS = 4
 
@@ -60,10 +60,10 @@ class Worker:
         self.running = "a"
         self.routers = [Router(), Router()]
         settings = {"every": 1, "stretches": 2, "tokens": 40, **options}
-        self.capture = Capture(
+        self.capture = GateCapture(
             self.runner, lambda: self.running, chance=random.Random(1), **settings
         )
-        self.capture.attach([Routed(3 * i, EXPERTS, 2, r) for i, r in enumerate(self.routers)])
+        self.capture.attach([RoutedLayer(3 * i, EXPERTS, 2, r) for i, r in enumerate(self.routers)])
 
     def step(self, *chosen: Any, requests: dict[str, int], padding: int = 0) -> None:
         """One forward pass: what each layer chooses for the tokens of these requests."""
@@ -153,7 +153,7 @@ def test_a_model_that_goes_is_no_longer_looked_at() -> None:
     worker = Worker()
     old = worker.routers
     worker.routers = [Router(), Router()]
-    worker.capture.attach([Routed(i, EXPERTS, 2, r) for i, r in enumerate(worker.routers)])
+    worker.capture.attach([RoutedLayer(i, EXPERTS, 2, r) for i, r in enumerate(worker.routers)])
     assert [router.capture_fn for router in old] == [None, None]
     worker.step([[0, 1]], [[2, 3]], requests={"cmpl-1": 1})
     assert worker.capture.told()["a"]["tokens"] == 1
@@ -162,19 +162,19 @@ def test_a_model_that_goes_is_no_longer_looked_at() -> None:
     assert worker.capture.told() == {}
 
 
-def chosen(expert: str = "a", *, tokens: int = 0, seed: int = 0, layers: int = 2) -> Chosen:
+def chosen(expert: str = "a", *, tokens: int = 0, seed: int = 0, layers: int = 2) -> RoutingSample:
     shape = (tuple(range(layers)), EXPERTS, 2)
     if not tokens:
-        return Chosen(expert, *shape)
+        return RoutingSample(expert, *shape)
     rows = np.random.default_rng(seed).random((layers, tokens, EXPERTS)).argsort(axis=2)[:, :, :2]
     load = np.stack([np.bincount(row.ravel(), minlength=EXPERTS) for row in rows])
-    return Chosen(expert, *shape, tokens, load, (rows.astype(np.int16),))
+    return RoutingSample(expert, *shape, tokens, load, (rows.astype(np.int16),))
 
 
 @pytest.mark.asyncio
 async def test_a_pool_adds_up_and_reckons_when_asked() -> None:
     now = 100.0
-    routes = Routes(16, lambda: now)
+    routes = MoeCollector(16, lambda: now)
     routes.heard(chosen())
     now = 150.0
     one, two = chosen(tokens=50, seed=1), chosen(tokens=40, seed=2)
@@ -192,7 +192,7 @@ async def test_a_pool_adds_up_and_reckons_when_asked() -> None:
     assert tally.balance(1).srp == both.srp(1)
     assert tally.balance(0).sch == both.sch(0) == 1.0
     # What travels, and two pools together.
-    again = Tally.of_sums(orjson.loads(orjson.dumps(tally.sums())))
+    again = RoutingCounts.of_sums(orjson.loads(orjson.dumps(tally.sums())))
     assert again.sums() == tally.sums()
     assert again.like(tally)
     whole = (tally + again).told()
@@ -204,33 +204,37 @@ async def test_a_pool_adds_up_and_reckons_when_asked() -> None:
 
 @pytest.mark.asyncio
 async def test_another_model_of_that_name_begins_anew() -> None:
-    routes = Routes(1, lambda: 0.0)
+    routes = MoeCollector(1, lambda: 0.0)
     routes.heard(chosen(tokens=50))
     routes.heard(chosen(tokens=60, layers=3))
     assert (await routes.tally("a")).tokens == 60
     routes.forget("a")
-    with pytest.raises(Conflict):
+    with pytest.raises(ConflictError):
         await routes.tally("a")
 
 
 @pytest.mark.asyncio
 async def test_why_nothing_is_told() -> None:
-    with pytest.raises(Conflict, match=r"'a' are not looked at: its pool has no vllm.moe_capture"):
-        await Routes(0, lambda: 0.0).tally("a")
-    routes = Routes(8, lambda: 0.0)
-    with pytest.raises(Conflict, match="no engine has told of the routers of 'a' yet"):
+    with pytest.raises(
+        ConflictError, match=r"'a' are not looked at: its pool has no vllm.moe_capture"
+    ):
+        await MoeCollector(0, lambda: 0.0).tally("a")
+    routes = MoeCollector(8, lambda: 0.0)
+    with pytest.raises(ConflictError, match="no engine has told of the routers of 'a' yet"):
         await routes.tally("a")
     routes.heard(chosen(layers=0))
-    with pytest.raises(Conflict, match="'a' is not a mixture of experts"):
+    with pytest.raises(ConflictError, match="'a' is not a mixture of experts"):
         await routes.tally("a")
     routes.heard(chosen("b"))
-    with pytest.raises(Conflict, match="nothing was seen of the routers of 'b' yet: one step of 8"):
+    with pytest.raises(
+        ConflictError, match="nothing was seen of the routers of 'b' yet: one step of 8"
+    ):
         await routes.tally("b")
 
 
 @pytest.mark.asyncio
 async def test_metrics_are_by_layer_and_go_with_their_expert() -> None:
-    routes, meter = Routes(1, lambda: 0.0), Meter(Side.POOL)
+    routes, meter = MoeCollector(1, lambda: 0.0), MetricsRegistry(Side.POOL)
     routes.heard(chosen(tokens=50))
     routes.heard(chosen("b", tokens=10))
     await routes.reckon()
@@ -249,11 +253,11 @@ async def test_metrics_are_by_layer_and_go_with_their_expert() -> None:
 
 
 def test_tokens_of_each_routed_expert_are_told_while_there_is_room() -> None:
-    routes, meter = Routes(1, lambda: 0.0), Meter(Side.POOL)
+    routes, meter = MoeCollector(1, lambda: 0.0), MetricsRegistry(Side.POOL)
     small, more = chosen(tokens=50, seed=1), chosen(tokens=40, seed=2)
     layers, experts = 80, 50
     load = np.ones((layers, experts), np.int64)
-    routes.heard(Chosen("large", tuple(range(layers)), experts, 1, experts, load, ()))
+    routes.heard(RoutingSample("large", tuple(range(layers)), experts, 1, experts, load, ()))
     for one in (small, more):
         routes.heard(one)
         routes.read(meter)

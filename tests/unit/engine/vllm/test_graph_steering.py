@@ -72,11 +72,11 @@ def standing(
 ) -> Any:
     """Rules in those routers, by layer."""
     from service.engine.vllm.worker import graph_steering
-    from service.engine.vllm.worker.gates import Routed
+    from service.engine.vllm.worker.gates import RoutedLayer
 
-    gates = {layer: Routed(layer, E, K, router, kernel) for layer, router in routers.items()}
+    gates = {layer: RoutedLayer(layer, E, K, router, kernel) for layer, router in routers.items()}
     monkeypatch.setattr(graph_steering, "gates_of", lambda _: gates)
-    return graph_steering.Standing(torch.nn.Linear(1, 1), places)
+    return graph_steering.GraphSteering(torch.nn.Linear(1, 1), places)
 
 
 def told(profile: Mapping[str, Any], *layers: int, renormalize: bool = True) -> dict[str, Any]:
@@ -239,21 +239,21 @@ class Loads:
 
 def worker() -> Any:
     """A GPU's worker as vLLM makes it of ours and our extension."""
-    from service.engine.vllm.worker.graph_steering import Stands
+    from service.engine.vllm.worker.graph_steering import SteeringMixin
     from service.engine.vllm.worker.pinned_weights import PinnedExtension
 
-    return type("Worker", (Stands, Loads, PinnedExtension), {})()
+    return type("Worker", (SteeringMixin, Loads, PinnedExtension), {})()
 
 
 def test_a_worker_holds_exchanges_and_looks_after_its_rules(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from service.engine.vllm.worker import graph_steering, pinned_weights
-    from service.engine.vllm.worker.gates import Routed
+    from service.engine.vllm.worker.gates import RoutedLayer
 
     router, logits = FusedTopKRouter(), some_logits()
     own, own_ids = router.choose(logits)
-    gates = {0: Routed(0, E, K, router, "TritonExperts")}
+    gates = {0: RoutedLayer(0, E, K, router, "TritonExperts")}
     monkeypatch.setattr(graph_steering, "gates_of", lambda _: gates)
 
     def odd(_: Any) -> None:

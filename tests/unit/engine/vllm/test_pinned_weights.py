@@ -121,7 +121,9 @@ def test_no_room_is_the_filling_expert_s_fault_and_the_engine_goes_on(
     def brings(expert: str, filling: Any) -> Any:
         return lambda: one._coe_hold(expert, pinned_weights.tensors_of(model(2)))
 
-    monkeypatch.setattr(pinned_weights.SwapExtension, "_coe_begin", lambda _, *given: brings(*given))
+    monkeypatch.setattr(
+        pinned_weights.SwapExtension, "_coe_begin", lambda _, *given: brings(*given)
+    )
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -8,7 +8,7 @@ import pytest
 
 from service.config import MoeCapture
 from service.engine.vllm import routing_stats_poller
-from service.engine.vllm.routing_stats_poller import RouterWatch
+from service.engine.vllm.routing_stats_poller import RoutingStatsPoller
 from tests.support.waiting import until
 
 
@@ -33,7 +33,7 @@ async def test_a_look_that_goes_wrong_is_not_the_last(
             raise RuntimeError("a prompt that somebody quotes")
         return {}
 
-    follows = RouterWatch(ask, cast(Any, Watch()), MoeCapture())
+    follows = RoutingStatsPoller(ask, cast(Any, Watch()), MoeCapture())
     await follows.begin("a", ["a"])
     try:
         follows.asked = True

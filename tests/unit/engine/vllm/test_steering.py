@@ -49,23 +49,23 @@ class GroupedTopKRouter(FusedTopKRouter):
     ],
 )
 def test_routers_that_choose_otherwise_are_named(router: Any, words: str | None) -> None:
-    from service.engine.vllm.worker.gates import Routed
+    from service.engine.vllm.worker.gates import RoutedLayer
     from service.engine.vllm.worker.steering import why_not
 
-    why = why_not(Routed(3, 4, 2, router))
+    why = why_not(RoutedLayer(3, 4, 2, router))
     assert why is None if words is None else why is not None and words in why
 
 
 def test_rules_are_put_in_and_taken_out_without_a_trace() -> None:
     import torch
 
-    from service.engine.vllm.worker.steering import Steered, rule_of
+    from service.engine.vllm.worker.steering import SteeredGates, rule_of
 
     router = CPURouter()
     before = dict(router.__dict__)
     layer = {"mask": [0, 1], "bias": [0, 0], "boost": [2, 1], "top_k": None, "top_p": None}
     rule = rule_of(layer, {"top_k": 1, "renormalize": True})
-    steered = Steered(((router, rule),))
+    steered = SteeredGates(((router, rule),))
     assert not steered.holds()
     steered.put()
     assert steered.holds()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from service.config import Config
-from service.gateway.cache.response_cache import Cache
+from service.gateway.cache.response_cache import ResponseCache
 from service.store.volatile import MemoryVolatile
 
 
@@ -19,7 +19,7 @@ def test_another_profile_of_the_same_name_has_other_answers(tmp_path: Path) -> N
     )
 
     def key() -> str:
-        cache = Cache(config, MemoryVolatile(1000))
+        cache = ResponseCache(config, MemoryVolatile(1000))
         return cache._hash("tenant", "/v1/completions", {"model": "v"})
 
     profile.write_text("one")

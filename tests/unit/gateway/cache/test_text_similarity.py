@@ -6,13 +6,13 @@ import pytest
 
 from loadtests.comparing_pairs import GROUPS, different_questions, paraphrases
 from service.config import CacheConfig
-from service.gateway.cache.text_similarity import likeness, said, same_words
+from service.gateway.cache.text_similarity import said, same_words, similarity
 
 _PAIRS = 20_000
 
 
 def same(one: str, other: str) -> bool:
-    alike = likeness(one, other) >= CacheConfig().threshold
+    alike = similarity(one, other) >= CacheConfig().threshold
     return same_words(said(one), said(other)) and alike
 
 
@@ -122,9 +122,9 @@ def test_courtesy_and_spacing_around_a_question_are_a_hit(way: str) -> None:
 
 
 def test_likeness_is_one_for_the_same_and_less_for_others() -> None:
-    assert likeness("hello there", "hello there") == pytest.approx(1)
-    assert likeness("hello there", "quantum physics") < 0.2
-    assert likeness("", "") == 0
+    assert similarity("hello there", "hello there") == pytest.approx(1)
+    assert similarity("hello there", "quantum physics") < 0.2
+    assert similarity("", "") == 0
 
 
 @pytest.mark.parametrize("text", ["What is the sea?", "Tell a tale.", "Explain x!"])

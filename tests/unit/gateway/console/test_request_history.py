@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from service.gateway.console.request_history import WINDOW_S, Answered, Recent
+from service.gateway.console.request_history import WINDOW_S, CompletedRequest, RequestHistory
 
-ONE = Answered(
+ONE = CompletedRequest(
     at_s=1000.0,
     request="r",
     asked="auto",
@@ -25,7 +25,7 @@ ONE = Answered(
 
 
 def test_it_is_bounded_and_tells_what_is_new() -> None:
-    recent = Recent(size=3)
+    recent = RequestHistory(size=3)
     for i in range(5):
         recent.note(replace(ONE, request=str(i)))
     assert recent.count == 5
@@ -36,7 +36,7 @@ def test_it_is_bounded_and_tells_what_is_new() -> None:
 
 
 def test_flows_count_the_last_minutes_by_way() -> None:
-    recent = Recent()
+    recent = RequestHistory()
     recent.note(replace(ONE, at_s=1000 - WINDOW_S - 1))
     recent.note(ONE)
     recent.note(ONE)
@@ -49,11 +49,11 @@ def test_flows_count_the_last_minutes_by_way() -> None:
 
 
 def test_totals_of_the_last_minute() -> None:
-    recent = Recent()
+    recent = RequestHistory()
     recent.note(replace(ONE, at_s=900.0, first_ms=1.0))
     for first_ms in (10.0, 20.0, 90.0):
         recent.note(replace(ONE, first_ms=first_ms))
     recent.note(replace(ONE, outcome="engine_dead", first_ms=0.0))
     recent.note(replace(ONE, outcome="client_gone", first_ms=0.0))
     assert recent.totals(1000.0) == {"requests": 5, "failed": 1, "first_ms": 20.0}
-    assert Recent().totals(0.0) == {"requests": 0, "failed": 0, "first_ms": 0.0}
+    assert RequestHistory().totals(0.0) == {"requests": 0, "failed": 0, "first_ms": 0.0}

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from service.engine.base import EngineRequest
-from service.errors import OverCapacity
-from service.gateway.dispatch.remote_pool import RemoteSeat
+from service.errors import OverCapacityError
+from service.gateway.dispatch.remote_pool import RemotePool
 from service.types import Tenant
 from tests.support.waiting import until
 
@@ -28,7 +28,7 @@ class Held:
         await self.go.wait()
 
 
-def ask(seat: RemoteSeat, name: str, tenant: Tenant) -> asyncio.Task[None]:
+def ask(seat: RemotePool, name: str, tenant: Tenant) -> asyncio.Task[None]:
     request = EngineRequest("/v1/completions", "far", b"{}", name)
 
     async def send(message: Any) -> None:
@@ -39,7 +39,7 @@ def ask(seat: RemoteSeat, name: str, tenant: Tenant) -> asyncio.Task[None]:
 
 async def test_tenants_take_turns() -> None:
     engine = Held()
-    seat = RemoteSeat(engine, 1, 100)  # type: ignore[arg-type]
+    seat = RemotePool(engine, 1, 100)  # type: ignore[arg-type]
     tasks = [ask(seat, f"a{i}", A) for i in range(10)]
     await until(lambda: seat.waiting == 9, "nine wait")
     tasks += [ask(seat, f"b{i}", B) for i in range(2)]
@@ -52,13 +52,13 @@ async def test_tenants_take_turns() -> None:
 
 async def test_a_full_queue_refuses_who_fills_it_and_those_who_leave_hold_nothing() -> None:
     engine = Held()
-    seat = RemoteSeat(engine, 1, 3)  # type: ignore[arg-type]
+    seat = RemotePool(engine, 1, 3)  # type: ignore[arg-type]
     tasks = [ask(seat, f"a{i}", A) for i in range(4)]
     await until(lambda: seat.waiting == 3, "the queue is full")
-    with pytest.raises(OverCapacity, match="expert 'far' has 3 requests waiting"):
+    with pytest.raises(OverCapacityError, match="expert 'far' has 3 requests waiting"):
         await ask(seat, "a4", A)
     tasks.append(ask(seat, "b0", B))
-    with pytest.raises(OverCapacity):
+    with pytest.raises(OverCapacityError):
         await tasks[3]
     assert seat.waiting == 3
     for task in (tasks[0], tasks[1]):
@@ -71,10 +71,10 @@ async def test_a_full_queue_refuses_who_fills_it_and_those_who_leave_hold_nothin
 
 async def test_without_a_queue_there_is_room_for_those_with_a_place_only() -> None:
     engine = Held()
-    seat = RemoteSeat(engine, 2, 0)  # type: ignore[arg-type]
+    seat = RemotePool(engine, 2, 0)  # type: ignore[arg-type]
     tasks = [ask(seat, str(i), A) for i in range(2)]
     await until(lambda: seat.running == 2, "both have a place")
-    with pytest.raises(OverCapacity):
+    with pytest.raises(OverCapacityError):
         await ask(seat, "2", B)
     engine.go.set()
     await asyncio.gather(*tasks)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from service import errors
-from service.errors import CoeError, Unavailable, UpstreamError
+from service.errors import CoeError, UnavailableError, UpstreamError
 from service.gateway.dispatch.retries import (
     MOST_LOSSES,
     AfterFault,
@@ -20,20 +20,20 @@ from service.gateway.dispatch.retries import (
 
 # Of every error that an attempt can end with: is it a loss, what follows, tries of one pool.
 TABLE: dict[type[CoeError], tuple[bool, AfterFault, int]] = {
-    errors.Draining: (False, AfterFault.RETRY, 1),
-    errors.OverCapacity: (False, AfterFault.RETRY, 1),
-    errors.ExpertFailed: (False, AfterFault.RETRY, 1),
-    errors.EngineRestarting: (False, AfterFault.RETRY_IF_PAID, 2),
-    errors.EngineDead: (True, AfterFault.RETRY_IF_PAID, 2),
-    errors.PoolUnreachable: (False, AfterFault.RETRY_IF_PAID, 2),
-    errors.PoolStopped: (False, AfterFault.RETRY_IF_PAID, 2),
-    errors.PoolGone: (True, AfterFault.RETRY_IF_PAID, 2),
+    errors.PoolDrainingError: (False, AfterFault.RETRY, 1),
+    errors.OverCapacityError: (False, AfterFault.RETRY, 1),
+    errors.ExpertFailedError: (False, AfterFault.RETRY, 1),
+    errors.EngineRestartingError: (False, AfterFault.RETRY_IF_PAID, 2),
+    errors.EngineDeadError: (True, AfterFault.RETRY_IF_PAID, 2),
+    errors.PoolUnreachableError: (False, AfterFault.RETRY_IF_PAID, 2),
+    errors.PoolStoppedError: (False, AfterFault.RETRY_IF_PAID, 2),
+    errors.PoolUnavailableError: (True, AfterFault.RETRY_IF_PAID, 2),
     errors.UpstreamError: (False, AfterFault.RETRY_IF_PAID, 1),
-    errors.DeadlineExceeded: (False, AfterFault.RAISE, 1),
-    errors.EngineSilent: (False, AfterFault.RAISE, 1),
-    errors.CircuitOpen: (False, AfterFault.RETRY_IF_PAID, 1),
-    errors.StoreGone: (False, AfterFault.RETRY_IF_PAID, 1),
-    errors.Unavailable: (False, AfterFault.RETRY_IF_PAID, 1),
+    errors.DeadlineExceededError: (False, AfterFault.RAISE, 1),
+    errors.EngineTimeoutError: (False, AfterFault.RAISE, 1),
+    errors.CircuitOpenError: (False, AfterFault.RETRY_IF_PAID, 1),
+    errors.StoreUnavailableError: (False, AfterFault.RETRY_IF_PAID, 1),
+    errors.UnavailableError: (False, AfterFault.RETRY_IF_PAID, 1),
 }
 
 
@@ -44,7 +44,7 @@ def _kinds(base: type[CoeError]) -> set[type[CoeError]]:
 
 
 def test_the_table_has_every_error_that_an_attempt_can_end_with() -> None:
-    assert TABLE.keys() == _kinds(Unavailable) | _kinds(UpstreamError)
+    assert TABLE.keys() == _kinds(UnavailableError) | _kinds(UpstreamError)
 
 
 @pytest.mark.parametrize("kind", TABLE, ids=lambda kind: str(kind.__name__))
@@ -66,17 +66,17 @@ def test_after_a_fault_the_table_decides_and_two_losses_end_it(
         (None, 0, False, False, False, WithoutOption.WAIT),
         (None, 0, False, False, True, WithoutOption.REFUSE_AS_FAILED),
         (None, 0, True, True, False, WithoutOption.REFUSE_AS_RESTING),
-        (errors.OverCapacity, 1, False, True, False, WithoutOption.RAISE_FAULT),
-        (errors.OverCapacity, 1, True, True, False, WithoutOption.RAISE_FAULT),
+        (errors.OverCapacityError, 1, False, True, False, WithoutOption.RAISE_FAULT),
+        (errors.OverCapacityError, 1, True, True, False, WithoutOption.RAISE_FAULT),
         (errors.UpstreamError, 1, False, False, False, WithoutOption.RAISE_FAULT),
         # The engine that comes next is waited for; one that is there was asked already.
-        (errors.EngineDead, 1, False, False, False, WithoutOption.WAIT),
-        (errors.EngineDead, 1, False, True, False, WithoutOption.RAISE_FAULT),
-        (errors.EngineRestarting, 3, False, False, False, WithoutOption.WAIT),
-        (errors.EngineRestarting, 4, False, False, False, WithoutOption.RAISE_FAULT),
-        (errors.PoolGone, 1, False, True, False, WithoutOption.WAIT),
-        (errors.PoolUnreachable, 4, False, False, False, WithoutOption.RAISE_FAULT),
-        (errors.PoolGone, 1, False, False, True, WithoutOption.REFUSE_AS_FAILED),
+        (errors.EngineDeadError, 1, False, False, False, WithoutOption.WAIT),
+        (errors.EngineDeadError, 1, False, True, False, WithoutOption.RAISE_FAULT),
+        (errors.EngineRestartingError, 3, False, False, False, WithoutOption.WAIT),
+        (errors.EngineRestartingError, 4, False, False, False, WithoutOption.RAISE_FAULT),
+        (errors.PoolUnavailableError, 1, False, True, False, WithoutOption.WAIT),
+        (errors.PoolUnreachableError, 4, False, False, False, WithoutOption.RAISE_FAULT),
+        (errors.PoolUnavailableError, 1, False, False, True, WithoutOption.REFUSE_AS_FAILED),
     ],
 )
 def test_without_option_decides(
@@ -88,9 +88,7 @@ def test_without_option_decides(
     expected: WithoutOption,
 ) -> None:
     given = None if fault is None else fault("it failed")
-    found = without_option(
-        given, attempts=attempts, resting=resting, usable=usable, failed=failed
-    )
+    found = without_option(given, attempts=attempts, resting=resting, usable=usable, failed=failed)
     assert found is expected
 
 

@@ -10,13 +10,13 @@ import pytest
 
 from loadtests.guard.__main__ import measure
 from service.config import Config
-from service.errors import GuardRefused, InvalidRequest
-from service.gateway.guard.guard import Guard, Verdict
+from service.errors import GuardRefusedError, InvalidRequestError
+from service.gateway.guard.guard import Guard, GuardResult
 from service.gateway.guard.injection import made_plain
-from service.gateway.guard.pii import PersonalScreen
+from service.gateway.guard.pii import PiiScreen
 from service.gateway.guard.screen import Finding, Text
 from service.gateway.guard.texts import rewritten, texts_of
-from service.gateway.request.parsing import read_asked
+from service.gateway.request.parsing import parse_request
 from service.types import Tenant
 
 CHAT = "/v1/chat/completions"
@@ -33,9 +33,11 @@ def guard(screens: Any = None, **settings: Any) -> Guard:
     return Guard(Config.model_validate(config), screens)
 
 
-async def check(to: Guard, data: dict[str, Any], tenant: str = "shop", path: str = CHAT) -> Verdict:
+async def check(
+    to: Guard, data: dict[str, Any], tenant: str = "shop", path: str = CHAT
+) -> GuardResult:
     raw = orjson.dumps(data)
-    return await to.check(read_asked(path, raw, {}, 1000, Tenant(tenant)))
+    return await to.check(parse_request(path, raw, {}, 1000, Tenant(tenant)))
 
 
 def said(text: str, role: str = "user") -> dict[str, Any]:
@@ -54,7 +56,7 @@ async def test_an_attack_is_flagged_or_refused_with_its_score() -> None:
     (told,) = flagged.explained()
     assert told["score"] >= 0.85
     assert told["kinds"] == ["override", "reveal"]
-    with pytest.raises(GuardRefused, match=r"override, reveal \(score 0\.9") as refused:
+    with pytest.raises(GuardRefusedError, match=r"override, reveal \(score 0\.9") as refused:
         await check(guard(injection={"action": "refuse"}), said(ATTACK))
     assert "previous" not in refused.value.message
     calm = await check(guard(injection={"action": "refuse"}), said("Book a flight to Paris."))
@@ -66,7 +68,7 @@ async def test_an_attack_is_flagged_or_refused_with_its_score() -> None:
 async def test_the_operator_s_own_words_are_no_attack() -> None:
     to = guard(injection={"action": "refuse"})
     await check(to, said(ATTACK, "system"))
-    with pytest.raises(GuardRefused):
+    with pytest.raises(GuardRefusedError):
         await check(to, said(ATTACK, "tool"))
 
 
@@ -134,7 +136,7 @@ async def test_every_endpoint_s_prompt_is_looked_through(path: str, body: dict[s
 async def test_a_prompt_of_ids_which_no_screen_can_read_does_not_pass(
     path: str, body: dict[str, Any]
 ) -> None:
-    with pytest.raises(InvalidRequest, match="must be text: the guard can't look through ids"):
+    with pytest.raises(InvalidRequestError, match="must be text: the guard can't look through ids"):
         await check(guard(injection={"action": "refuse"}), body, path=path)
     assert (await check(guard(), body, path=path)).done == "passed"
 
@@ -173,7 +175,7 @@ async def test_no_text_holds_the_screens_up(kind: str) -> None:
 
 def test_of_findings_that_overlap_the_kind_named_first_counts() -> None:
     text = "sk-4111111111111111 and 4111 1111 1111 1111, 4111111111111111@example.com"
-    found = [(text[a:b], kind) for a, b, kind in PersonalScreen(list(KINDS))._found(text)]
+    found = [(text[a:b], kind) for a, b, kind in PiiScreen(list(KINDS))._found(text)]
     assert found == [
         ("sk-4111111111111111", "secret"),
         ("4111111111111111@example.com", "email"),
@@ -184,13 +186,13 @@ def test_of_findings_that_overlap_the_kind_named_first_counts() -> None:
 async def test_only_the_kinds_asked_for() -> None:
     to = guard(personal={"action": "refuse", "kinds": ["iban"]})
     await check(to, said("a@example.com"))
-    with pytest.raises(GuardRefused, match="iban"):
+    with pytest.raises(GuardRefusedError, match="iban"):
         await check(to, said("DE89 3704 0044 0532 0130 00"))
 
 
 async def test_a_prompt_too_long_to_look_through_is_refused() -> None:
     to = guard(personal={"action": "flag"}, max_characters=1000)
-    with pytest.raises(InvalidRequest, match="more than 1000 characters"):
+    with pytest.raises(InvalidRequestError, match="more than 1000 characters"):
         await check(to, said("x" * 1001))
 
 
@@ -209,7 +211,7 @@ async def test_a_stronger_screen_takes_the_shipped_one_s_place() -> None:
             return Finding(0.77, ("a feeling",))
 
     to = guard({"injection": Suspicious()}, injection={"action": "refuse"})
-    with pytest.raises(GuardRefused, match=r"a feeling \(score 0\.77\)"):
+    with pytest.raises(GuardRefusedError, match=r"a feeling \(score 0\.77\)"):
         await check(to, said("hello"))
 
 
@@ -218,7 +220,7 @@ def test_texts_of_more_than_it_may_look_through_is_not_walked_to_its_end() -> No
         def get(self, *_: Any) -> Any:
             raise AssertionError("looked at, although there was enough")
 
-    with pytest.raises(InvalidRequest, match="more than 10 characters"):
+    with pytest.raises(InvalidRequestError, match="more than 10 characters"):
         texts_of({"messages": [{"role": "user", "content": "x" * 11}, Unread()]}, 10)
 
 
@@ -236,7 +238,7 @@ def test_texts_come_back_in_their_order_and_places() -> None:
     deep: Any = "z"
     for _ in range(50):
         deep = [deep]
-    with pytest.raises(InvalidRequest, match="too deep"):
+    with pytest.raises(InvalidRequestError, match="too deep"):
         texts_of({"input": deep}, 100)
 
 

@@ -13,9 +13,9 @@ from service.config import Config, RemoteConfig
 from service.engine.base import EngineRequest
 from service.engine.cache_salt import joined, salted
 from service.engine.remote import RemoteEngine
-from service.gateway.auth import Keyring, cache_salt
-from service.gateway.request.parsing import read_asked
-from service.gateway.routing.prefix_affinity import Conversations
+from service.gateway.auth import Authenticator, cache_salt
+from service.gateway.request.parsing import parse_request
+from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.rpc.call import Call, parse_call
 from service.store.keys import KeyRecord, Keys, StoreBook
 from service.store.memory import MemoryStore
@@ -65,7 +65,7 @@ async def salts(tenants: dict[str, Any]) -> dict[str, str]:
     )
     book = StoreBook(MemoryStore())
     made = {name: (await Keys(book).create(KeyRecord("", name, ""), 1.0))[1] for name in tenants}
-    ring = Keyring(config, book, secret="the-cluster-s")
+    ring = Authenticator(config, book, secret="the-cluster-s")
     await ring.look()
     return {
         name: ring.identify({b"x-api-key": key.encode()}).cache_salt for name, key in made.items()
@@ -82,7 +82,7 @@ async def test_tenants_are_apart_unless_they_say_that_they_share() -> None:
 
 async def test_where_no_key_is_needed_everybody_shares() -> None:
     config = {"experts": {"g": {"model": "m"}}, "pools": {"cpu": {"engine": "simulated"}}}
-    ring = Keyring(Config.model_validate(config), StoreBook(MemoryStore()), secret="s")
+    ring = Authenticator(Config.model_validate(config), StoreBook(MemoryStore()), secret="s")
     await ring.look()
     assert ring.identify({}).cache_salt == ""
 
@@ -99,10 +99,10 @@ def test_a_conversation_is_warm_for_those_who_share_its_prefix_only() -> None:
         roles = ("user", "assistant") * 3
         messages = [{"role": r, "content": s} for r, s in zip(roles, said, strict=False)]
         raw = orjson.dumps({"messages": messages})
-        return read_asked("/v1/chat/completions", raw, {}, 1, tenant)
+        return parse_request("/v1/chat/completions", raw, {}, 1, tenant)
 
     a, b = Tenant("a", cache_salt="1"), Tenant("b", cache_salt="2")
-    known = Conversations()
+    known = PrefixAffinity()
     known.answered(asked(a, "hi"), "math", "boot")
     assert known.warm(asked(a, "hi", "hello", "again")) is not None
     assert known.warm(asked(b, "hi", "hello", "again")) is None

@@ -7,8 +7,8 @@ from typing import Any
 import orjson
 import pytest
 
-from service.errors import NotAllowed
-from service.gateway.request.parsing import Asked, read_asked
+from service.errors import DisallowedFieldError
+from service.gateway.request.parsing import InferenceRequest, parse_request
 from tests.support.serving import simulated, site
 
 FUNCTION = {"type": "function", "name": "run", "parameters": {"type": "object"}}
@@ -19,22 +19,38 @@ CLAUDE = {"name": "Read", "input_schema": {"type": "object"}}
 CLAUDE_SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
 
 
-def asked(path: str, tools: Any, **more: Any) -> Asked:
+def asked(path: str, tools: Any, **more: Any) -> InferenceRequest:
     prompt = {"messages": [{"role": "user", "content": "x"}], "input": "x", "max_tokens": 5}
-    return read_asked(path, orjson.dumps({**prompt, "tools": tools, **more}), {}, 1000)
+    return parse_request(path, orjson.dumps({**prompt, "tools": tools, **more}), {}, 1000)
 
 
 @pytest.mark.parametrize(
     ("path", "tools", "kept", "left_out"),
     [
-        ("/v1/responses", [FUNCTION, SEARCH, NAMESPACE, CUSTOM], [FUNCTION, NAMESPACE, CUSTOM],
-         ("web_search",)),
-        ("/v1/responses", [SEARCH, {"type": "image_generation"}, SEARCH], None,
-         ("web_search", "image_generation")),
-        ("/v1/responses", [{"type": "web_search_preview_2025_03_11"}, FUNCTION], [FUNCTION],
-         ("web_search_preview_2025_03_11",)),
-        ("/v1/responses", [{"type": "local_shell"}, {"type": "apply_patch"}], None,
-         ("local_shell", "apply_patch")),
+        (
+            "/v1/responses",
+            [FUNCTION, SEARCH, NAMESPACE, CUSTOM],
+            [FUNCTION, NAMESPACE, CUSTOM],
+            ("web_search",),
+        ),
+        (
+            "/v1/responses",
+            [SEARCH, {"type": "image_generation"}, SEARCH],
+            None,
+            ("web_search", "image_generation"),
+        ),
+        (
+            "/v1/responses",
+            [{"type": "web_search_preview_2025_03_11"}, FUNCTION],
+            [FUNCTION],
+            ("web_search_preview_2025_03_11",),
+        ),
+        (
+            "/v1/responses",
+            [{"type": "local_shell"}, {"type": "apply_patch"}],
+            None,
+            ("local_shell", "apply_patch"),
+        ),
         ("/v1/messages", [CLAUDE, CLAUDE_SEARCH], [CLAUDE], ("web_search_20250305",)),
         ("/v1/messages", [{"type": "bash_20250124", "name": "bash"}], None, ("bash_20250124",)),
         ("/v1/messages/count_tokens", [CLAUDE, CLAUDE_SEARCH], [CLAUDE], ("web_search_20250305",)),
@@ -57,14 +73,17 @@ def test_they_are_left_out_and_told(
     [
         ("/v1/responses", [SEARCH, FUNCTION], {"type": "web_search"}),
         ("/v1/responses", [SEARCH], "required"),
-        ("/v1/responses", [SEARCH, FUNCTION],
-         {"type": "allowed_tools", "mode": "required", "tools": [SEARCH]}),
+        (
+            "/v1/responses",
+            [SEARCH, FUNCTION],
+            {"type": "allowed_tools", "mode": "required", "tools": [SEARCH]},
+        ),
         ("/v1/messages", [CLAUDE_SEARCH], {"type": "tool", "name": "web_search"}),
         ("/v1/messages", [CLAUDE_SEARCH], {"type": "any"}),
     ],
 )
 def test_who_insists_on_one_is_refused_by_its_name(path: str, tools: Any, choice: Any) -> None:
-    with pytest.raises(NotAllowed, match="web_search") as caught:
+    with pytest.raises(DisallowedFieldError, match="web_search") as caught:
         asked(path, tools, tool_choice=choice)
     assert caught.value.param == "tool_choice"
 
@@ -94,7 +113,7 @@ def test_a_function_of_the_client_s_own_may_be_called_like_one() -> None:
     choice = {"type": "function", "name": "web_search"}
     found = asked("/v1/responses", [SEARCH, own], tool_choice=choice)
     assert (found.data["tools"], found.data["tool_choice"]) == ([own], choice)
-    with pytest.raises(NotAllowed):
+    with pytest.raises(DisallowedFieldError):
         asked("/v1/responses", [SEARCH, own], tool_choice=SEARCH)
 
 

@@ -11,34 +11,34 @@ import pytest
 
 from service.config import Config
 from service.errors import (
-    BodyTooLarge,
-    HeadersTooLarge,
-    InvalidRequest,
-    NotAllowed,
-    TooSlow,
+    BodyTooLargeError,
+    DisallowedFieldError,
+    HeadersTooLargeError,
+    InvalidRequestError,
+    RequestTimeoutError,
 )
-from service.gateway.request.limits import Limits
+from service.gateway.request.limits import RequestLimitChecker
 from service.http.asgi import read_body
 from tests.support.serving import simulated
 
 LIMITS = {"max_headers": 10, "max_header_bytes": 1024, "max_json_depth": 8, "max_json_values": 100}
-MANY = Limits(simulated({"cpu": {}}))
-FEW = Limits(simulated({"cpu": {}}, server={"limits": LIMITS}))
+MANY = RequestLimitChecker(simulated({"cpu": {}}))
+FEW = RequestLimitChecker(simulated({"cpu": {}}, server={"limits": LIMITS}))
 
 
-def with_hosts(*hosts: str) -> Limits:
+def with_hosts(*hosts: str) -> RequestLimitChecker:
     config = {
         "experts": {"general": {"model": "m"}},
         "pools": {"cpu": {"engine": "simulated", "vllm": {"media_domains": hosts}}},
     }
-    return Limits(Config.model_validate(config))
+    return RequestLimitChecker(Config.model_validate(config))
 
 
 def test_headers_have_bounds() -> None:
     FEW.headers([(b"a", b"b")] * 10)
-    with pytest.raises(HeadersTooLarge, match="11 headers"):
+    with pytest.raises(HeadersTooLargeError, match="11 headers"):
         FEW.headers([(b"a", b"b")] * 11)
-    with pytest.raises(HeadersTooLarge, match="1025 bytes"):
+    with pytest.raises(HeadersTooLargeError, match="1025 bytes"):
         FEW.headers([(b"a", b"b" * 1024)])
 
 
@@ -71,7 +71,7 @@ def test_shapes_that_are_fine(raw: bytes) -> None:
     ],
 )
 def test_shapes_that_are_not(raw: bytes, words: str) -> None:
-    with pytest.raises(InvalidRequest, match=words):
+    with pytest.raises(InvalidRequestError, match=words):
         FEW.shape(raw)
 
 
@@ -122,7 +122,7 @@ def image(url: Any) -> dict[str, Any]:
     ],
 )
 def test_nothing_picks_files_urls_or_code(data: dict[str, Any], param: str | None) -> None:
-    with pytest.raises(NotAllowed) as refused:
+    with pytest.raises(DisallowedFieldError) as refused:
         MANY.fields(data)
     if param is not None:
         assert refused.value.param == param
@@ -160,7 +160,7 @@ def test_hosts_that_the_operator_allows() -> None:
         "https://images.example.com\t/x",
         "http://[x",
     ):
-        with pytest.raises(NotAllowed, match=r"hosts images\.example\.com"):
+        with pytest.raises(DisallowedFieldError, match=r"hosts images\.example\.com"):
             limits.fields(image(url))
 
 
@@ -178,12 +178,12 @@ def arriving(*messages: tuple[bytes, bool]) -> Any:
 
 async def test_a_body_in_pieces_and_its_bounds() -> None:
     assert await read_body(arriving((b"ab", True), (b"", True), (b"c", False)), 3) == b"abc"
-    with pytest.raises(BodyTooLarge):
+    with pytest.raises(BodyTooLargeError):
         await read_body(arriving((b"ab", True), (b"cd", True)), 3)
     for declared in (b"4", b"9" * 30):
-        with pytest.raises(BodyTooLarge):
+        with pytest.raises(BodyTooLargeError):
             await read_body(arriving(), 3, declared=declared)
-    with pytest.raises(TooSlow, match=r"0\.01 s"):
+    with pytest.raises(RequestTimeoutError, match=r"0\.01 s"):
         await read_body(arriving((b"a", True)), 3, declared=b"x", timeout_s=0.01)
 
 
@@ -201,7 +201,7 @@ def test_a_large_body_is_measured_quickly_enough_to_notice() -> None:
     """A guard against a scan that is not linear: these would take minutes then."""
     strings = orjson.dumps(['\\"[[' * 1_000_000])
     MANY.shape(strings)
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InvalidRequestError):
         MANY.shape(b"[[]," * 2_000_000)
     MANY.shape(b'"' + b"\\" * 4_000_000)
 
@@ -213,5 +213,5 @@ def test_parts_deeper_than_are_looked_at_are_refused(inner: object) -> None:
     for _ in range(4):
         part = {"role": "user", "content": [part]}
     MANY.fields({"messages": part["content"]})
-    with pytest.raises(InvalidRequest, match="levels deep"):
+    with pytest.raises(InvalidRequestError, match="levels deep"):
         MANY.fields({"messages": [part]})

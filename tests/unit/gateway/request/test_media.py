@@ -13,12 +13,12 @@ import numpy as np
 import orjson
 import pytest
 
-from service.broker.pool_state import Board, PoolView
-from service.broker.selection import Bar, weigh
+from service.broker.pool_state import PoolStateTable, PoolView
+from service.broker.selection import Exclusion, select
 from service.capabilities import with_capabilities
 from service.config import Config
 from service.config.experts import MediaConfig
-from service.errors import ConfigError, InvalidRequest
+from service.errors import ConfigError, InvalidRequestError
 from service.gateway.request.media import (
     NOTHING,
     Media,
@@ -27,9 +27,9 @@ from service.gateway.request.media import (
     media_of,
     media_tokens,
 )
-from service.gateway.request.parsing import Asked, read_asked
-from service.gateway.routing.selection_request import wish_for
-from service.gateway.routing.setup import Routing
+from service.gateway.request.parsing import InferenceRequest, parse_request
+from service.gateway.routing.selection_request import selection_request
+from service.gateway.routing.setup import RoutingSetup
 from service.models.senses import Senses, senses_of
 from service.rpc.snapshot import ExpertState, Snapshot, Speed
 from service.types import Residency
@@ -72,10 +72,10 @@ RECORDING = {"type": "input_audio", "input_audio": {"data": coded(b"RIFF" * 99),
 FILM = {"type": "video_url", "video_url": {"url": "https://films/x.mp4"}}
 
 
-def asked(*parts: dict[str, Any], model: str = "auto", **more: Any) -> Asked:
+def asked(*parts: dict[str, Any], model: str = "auto", **more: Any) -> InferenceRequest:
     content = [{"type": "text", "text": "what is this?"}, *parts]
     data = {"model": model, "messages": [{"role": "user", "content": content}], **more}
-    return read_asked("/v1/chat/completions", orjson.dumps(data), {}, 120_000)
+    return parse_request("/v1/chat/completions", orjson.dumps(data), {}, 120_000)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_picture_goes_to_who_sees_whatever_its_bytes() -> None:
         "quality": {"general": 0.5},
     }
     config = composition(vision={**SEES, "categories": ["general"]}, textonly=far)
-    routing = Routing(config)
+    routing = RoutingSetup(config)
     states = {"vision": ExpertState(Residency.DEVICE, max_model_len=32_768)}
     speeds = {"vision": Speed(0.2, 0.02, 0.0002)}
     views = [
@@ -212,23 +212,23 @@ def test_a_picture_goes_to_who_sees_whatever_its_bytes() -> None:
     for size in (1_000, 300_000):
         request = asked(picture(png(640, 480, size)), max_tokens=100)
         plan = routing.router.plan(request)
-        standing = Board(routing.book.index).standing(views)
-        weighed = weigh(routing.book, standing, wish_for(routing.market, request, plan))
+        standing = PoolStateTable(routing.book.index).standing(views)
+        weighed = select(routing.book, standing, selection_request(routing.market, request, plan))
         assert [routing.book.recipes[row].name for row in plan.rows.tolist()] == ["vision"]
-        assert (weighed.barred == Bar.CONTEXT).sum() == 0
+        assert (weighed.barred == Exclusion.CONTEXT).sum() == 0
         assert weighed.best() is not None
         assert np.isfinite(weighed.utility).all()
 
 
 def test_a_picture_for_who_does_not_see_is_refused_with_a_reason() -> None:
-    router = Routing(composition(text={"model": "m"}, sees=SEES)).router
+    router = RoutingSetup(composition(text={"model": "m"}, sees=SEES)).router
     router.plan(asked(picture(), model="sees"))
-    with pytest.raises(InvalidRequest, match="expert 'text' can't do vision; it can do chat"):
+    with pytest.raises(InvalidRequestError, match="expert 'text' can't do vision; it can do chat"):
         router.plan(asked(picture(), model="text"))
-    blind = Routing(composition(text={"model": "m"})).router
-    with pytest.raises(InvalidRequest, match="no expert can do chat, vision"):
+    blind = RoutingSetup(composition(text={"model": "m"})).router
+    with pytest.raises(InvalidRequestError, match="no expert can do chat, vision"):
         blind.plan(asked(picture()))
-    with pytest.raises(InvalidRequest, match="no expert can do audio, chat"):
+    with pytest.raises(InvalidRequestError, match="no expert can do audio, chat"):
         router.plan(asked(RECORDING))
 
 
@@ -303,17 +303,17 @@ def test_auto_embeds_into_one_space_only() -> None:
         return {"model": "m", "capabilities": ["embeddings"], "space": space}
 
     body = orjson.dumps({"model": "auto", "input": "x"})
-    request = read_asked("/v1/embeddings", body, {}, 1000)
+    request = parse_request("/v1/embeddings", body, {}, 1000)
     for experts in ({"a": embeds(None)}, {"a": embeds("s"), "b": embeds("s")}):
-        plan = Routing(composition(chat={"model": "m"}, **experts)).router.plan(request)
+        plan = RoutingSetup(composition(chat={"model": "m"}, **experts)).router.plan(request)
         assert plan.first == "a"
     with pytest.raises(ValueError, match=r"experts\.b\.space: 2 experts embed \(a, b\)"):
         composition(a=embeds("s"), b=embeds(None))
     with pytest.raises(ValueError, match="space is for experts with the capability embeddings"):
         composition(a={"model": "m", "space": "s"})
-    router = Routing(composition(a=embeds("s"), b=embeds("t"))).router
-    with pytest.raises(InvalidRequest, match=r"name one \(s: a; t: b\)") as caught:
+    router = RoutingSetup(composition(a=embeds("s"), b=embeds("t"))).router
+    with pytest.raises(InvalidRequestError, match=r"name one \(s: a; t: b\)") as caught:
         router.plan(request)
     assert caught.value.param == "model"
     named = orjson.dumps({"model": "b", "input": "x"})
-    assert router.plan(read_asked("/v1/embeddings", named, {}, 1000)).first == "b"
+    assert router.plan(parse_request("/v1/embeddings", named, {}, 1000)).first == "b"

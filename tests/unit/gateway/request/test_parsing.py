@@ -7,17 +7,19 @@ from typing import Any
 import orjson
 import pytest
 
-from service.errors import InvalidRequest
-from service.gateway.request.parsing import Asked, read_asked
+from service.errors import InvalidRequestError
+from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.http.endpoints import ENDPOINTS
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-def asked(data: Any, path: str = CHAT, headers: dict[bytes, bytes] | None = None) -> Asked:
+def asked(
+    data: Any, path: str = CHAT, headers: dict[bytes, bytes] | None = None
+) -> InferenceRequest:
     raw = data if isinstance(data, bytes) else orjson.dumps(data)
-    return read_asked(path, raw, headers or {}, 120_000)
+    return parse_request(path, raw, headers or {}, 120_000)
 
 
 def test_what_it_understands() -> None:
@@ -58,7 +60,7 @@ def test_auto_is_the_default_model_and_null_stream_is_none() -> None:
     ],
 )
 def test_a_refusal_names_the_field(path: str, data: Any, param: str | None, words: str) -> None:
-    with pytest.raises(InvalidRequest) as caught:
+    with pytest.raises(InvalidRequestError) as caught:
         asked(data, path)
     assert caught.value.param == param
     assert words in caught.value.message
@@ -66,7 +68,7 @@ def test_a_refusal_names_the_field(path: str, data: Any, param: str | None, word
 
 @pytest.mark.parametrize("given", [b"0", b"-1", b"1.5", b"x", b"", b"86400001", b"\xb2"])
 def test_a_bad_deadline_is_refused(given: bytes) -> None:
-    with pytest.raises(InvalidRequest) as caught:
+    with pytest.raises(InvalidRequestError) as caught:
         asked({"messages": HELLO}, headers={b"x-coe-deadline-ms": given})
     assert caught.value.param == "x-coe-deadline-ms"
 
@@ -112,7 +114,7 @@ def test_the_body_is_untouched_where_the_client_named_the_expert() -> None:
 
 def test_a_body_nested_too_deep_to_be_sent_on_is_refused() -> None:
     deep = b'{"messages":[{"role":"user","content":' + b"[" * 500 + b"]" * 500 + b"}]}"
-    with pytest.raises(InvalidRequest, match="nested too deep"):
+    with pytest.raises(InvalidRequestError, match="nested too deep"):
         asked(deep).body_for("general")
 
 
@@ -125,7 +127,7 @@ def test_read_asked_a_count_that_is_no_integer_is_refused(
     path: str, field: str, value: object
 ) -> None:
     body = {"messages": HELLO, "prompt": "x", "input": "x", field: value}
-    with pytest.raises(InvalidRequest, match=f"`{field}` must be an integer") as caught:
+    with pytest.raises(InvalidRequestError, match=f"`{field}` must be an integer") as caught:
         asked(body, path)
     assert caught.value.param == field
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from service.config import Config
 from service.config.limits import RequestLimits
-from service.errors import InvalidRequest
-from service.gateway.request.limits import Limits
+from service.errors import InvalidRequestError
+from service.gateway.request.limits import RequestLimitChecker
 from service.gateway.request.structured_outputs import StructuredOutputBounds
 
 BOUNDS = StructuredOutputBounds(RequestLimits())
@@ -136,7 +136,7 @@ HOSTILE_SCHEMAS: dict[str, tuple[Schema, str]] = {
 def test_a_hostile_schema_is_refused_wherever_it_stands(place: str, kind: str) -> None:
     param, put = SCHEMA_PLACES[place]
     schema, why = HOSTILE_SCHEMAS[kind]
-    with pytest.raises(InvalidRequest) as refused:
+    with pytest.raises(InvalidRequestError) as refused:
         BOUNDS.check(put(schema))
     assert refused.value.param == param
     assert param in refused.value.message
@@ -198,7 +198,7 @@ def test_an_ordinary_schema_passes_wherever_it_stands(place: str, kind: str) -> 
     ids=lambda body: str(orjson.dumps(body)[:50]),
 )
 def test_patterns_grammars_and_lists_are_bounded(body: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequest) as refused:
+    with pytest.raises(InvalidRequestError) as refused:
         BOUNDS.check(body)
     assert refused.value.param == next(iter(body))
 
@@ -213,8 +213,8 @@ def test_the_limits_of_a_gateway_include_them() -> None:
         "experts": {"general": {"model": "m"}},
         "pools": {"cpu": {"engine": "simulated"}},
     }
-    limits = Limits(Config.model_validate(config))
-    with pytest.raises(InvalidRequest):
+    limits = RequestLimitChecker(Config.model_validate(config))
+    with pytest.raises(InvalidRequestError):
         limits.fields({"structured_outputs": {"regex": nested(65)}})
 
 
@@ -245,5 +245,5 @@ strange = st.recursive(
     )
 )
 def test_nothing_but_a_typed_refusal_comes_of_strange_fields(body: dict[str, Any]) -> None:
-    with suppress(InvalidRequest):
+    with suppress(InvalidRequestError):
         BOUNDS.check(body)

@@ -7,20 +7,20 @@ from typing import Any
 import orjson
 import pytest
 
-from service.broker.cost_model import Market
+from service.broker.cost_model import CostModel
 from service.broker.prices import Price
 from service.config.limits import RequestLimits
-from service.errors import InvalidRequest
-from service.gateway.request.parsing import Asked, read_asked
+from service.errors import InvalidRequestError
+from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request.token_limits import check_extent, within_context, within_cost
 
 CHAT, TEXT, VECTORS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 HELLO = [{"role": "user", "content": "hello"}]
-MARKET = Market(("a", "b"), (), {"a": Price(0, 10), "b": Price(0, 90)})
+MARKET = CostModel(("a", "b"), (), {"a": Price(0, 10), "b": Price(0, 90)})
 
 
-def asked(path: str, **data: Any) -> Asked:
-    return read_asked(path, orjson.dumps(data), {}, 1000)
+def asked(path: str, **data: Any) -> InferenceRequest:
+    return parse_request(path, orjson.dumps(data), {}, 1000)
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,12 @@ def test_within_cost_both_lengths_given_neither_is_above_the_bound_or_raised() -
 
 @pytest.mark.parametrize(("context", "tokens"), [(2048, 2048), (0, 6639), (131_072, 6639)])
 def test_within_cost_generous_bound_stays_within_the_context(context: int, tokens: int) -> None:
-    market = Market(("a",), (), {"a": Price(0, 1.5)})
+    market = CostModel(("a",), (), {"a": Price(0, 1.5)})
     given = asked(CHAT, messages=HELLO, coe={"max_cost": 6639 * 1.5e-6})
     got = within_cost(given, ("a",), market, (context,))
     # Where the context is smaller, nothing has to be said at all.
     assert got.given_tokens == (None if context == 2048 else tokens)
-    two = Market(("a", "b"), (), {"a": Price(0, 1.5), "b": Price(0, 0)})
+    two = CostModel(("a", "b"), (), {"a": Price(0, 1.5), "b": Price(0, 0)})
     got = within_cost(given, ("a", "b"), two, (context, 100_000))
     assert got.given_tokens == min(tokens, context or 100_000)
 
@@ -136,7 +136,7 @@ def test_within_context_cap_above_it_is_cut_for_who_did_not_choose_the_expert(
 def test_check_extent_more_than_a_request_may_hold_is_refused(
     path: str, body: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(InvalidRequest, match=words):
+    with pytest.raises(InvalidRequestError, match=words):
         check_extent(asked(path, **body), RequestLimits())
 
 
@@ -162,5 +162,5 @@ def test_what_has_no_answer_s_length_is_given_none() -> None:
 
 def test_a_bound_below_one_token_is_refused() -> None:
     given = asked(CHAT, messages=HELLO, coe={"max_cost": 9e-6})
-    with pytest.raises(InvalidRequest, match="may cost more than 9e-06 with a"):
+    with pytest.raises(InvalidRequestError, match="may cost more than 9e-06 with a"):
         within_cost(given, ("a",), MARKET)

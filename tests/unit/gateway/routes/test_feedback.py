@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.broker.recipe_catalog import Book
+from service.broker.recipe_catalog import RecipeCatalog
 from service.config import Config, FeedbackConfig
-from service.errors import Conflict, StoreGone, UnknownReply
-from service.gateway.routes.feedback import Feedback, Vote
-from service.gateway.routing.quality import Worth
+from service.errors import ConflictError, ReplyNotFoundError, StoreUnavailableError
+from service.gateway.routes.feedback import FeedbackService, Vote
+from service.gateway.routing.quality import QualityModel
 from service.store.memory import MemoryStore
 from service.store.places import place
 from service.store.volatile import MemoryVolatile, VolatileStore
@@ -27,9 +27,9 @@ ID = "0" * 24
 class Gateway:
     """A gateway's feedback, and what it believes."""
 
-    feedback: Feedback
-    worth: Worth
-    book: Book
+    feedback: FeedbackService
+    worth: QualityModel
+    book: RecipeCatalog
 
     def quality(self, tenant: Tenant, label: str = "math") -> dict[str, float]:
         posterior = self.worth.posterior({label: 1.0})
@@ -47,9 +47,9 @@ def gateway(
             "pools": {"cpu": {"engine": "simulated"}},
         }
     )
-    book = Book(tuple(config.experts))
-    worth = Worth(config, book, ("math",))
-    learned = Feedback(FeedbackConfig(), store, volatile, worth, book, shared=shared)
+    book = RecipeCatalog(tuple(config.experts))
+    worth = QualityModel(config, book, ("math",))
+    learned = FeedbackService(FeedbackConfig(), store, volatile, worth, book, shared=shared)
     return Gateway(learned, worth, book)
 
 
@@ -72,7 +72,7 @@ async def test_a_vote_counts_for_who_answered_however_recipes_are_numbered() -> 
     told = await after.feedback.vote(ACME, Vote(ID, 1.0))
     assert told["recipe"] == "math"
     assert told["category"] == "math"
-    with pytest.raises(Conflict):
+    with pytest.raises(ConflictError):
         await before.feedback.vote(ACME, Vote(ID, 1.0))
 
 
@@ -81,7 +81,7 @@ async def test_a_reply_has_one_vote_under_any_of_its_ids() -> None:
     at.answered(ACME, (ID, "mine"), "math", 0)
     await at.vote(ACME, Vote("mine", 0.0))
     for reply in (ID, "mine", f"chatcmpl-{ID}"):
-        with pytest.raises(Conflict):
+        with pytest.raises(ConflictError):
             await at.vote(ACME, Vote(reply, 0.0))
 
 
@@ -113,7 +113,7 @@ async def test_a_tenant_can_t_vote_on_replies_of_a_tenant_whose_name_begins_alik
     at = gateway(*stores(), "math").feedback
     at.answered(Tenant("acme/dev"), (ID, "x"), "math", 0)
     for tenant, reply in ((ACME, f"dev/{ID}"), (ACME, "dev/x"), (ACME, ID), (Tenant("acme/"), ID)):
-        with pytest.raises(UnknownReply):
+        with pytest.raises(ReplyNotFoundError):
             await at.vote(tenant, Vote(reply, 0.0))
 
 
@@ -140,7 +140,7 @@ async def test_a_vote_is_taken_also_while_the_store_that_counts_is_away(
     at = gateway(store, volatile, "math")
 
     async def gone(names: object) -> None:
-        raise StoreGone("the store is gone")
+        raise StoreUnavailableError("the store is gone")
 
     at.feedback.answered(ACME, (ID, ID), "math", 0)
     with monkeypatch.context() as patch:

@@ -10,13 +10,13 @@ import numpy as np
 import orjson
 import pytest
 
-from service.broker.recipe_catalog import Book
+from service.broker.recipe_catalog import RecipeCatalog
 from service.classifier.classifier import Assessment
 from service.config import Config
-from service.errors import Forbidden, InvalidRequest, UnknownModel
-from service.gateway.request.parsing import read_asked
-from service.gateway.routing.candidates import Plan, Router
-from service.gateway.routing.quality import Worth
+from service.errors import ForbiddenError, InvalidRequestError, UnknownModelError
+from service.gateway.request.parsing import parse_request
+from service.gateway.routing.candidates import RoutePlan, SemanticRouter
+from service.gateway.routing.quality import QualityModel
 from service.types import CategoryScores, Recipe, Tenant
 
 CONFIG = Config.model_validate(
@@ -38,34 +38,34 @@ CONFIG = Config.model_validate(
     }
 )
 BOTH = Recipe("cascade", ("general",), ("math",))
-BOOK = Book(tuple(CONFIG.experts), [BOTH])
+BOOK = RecipeCatalog(tuple(CONFIG.experts), [BOTH])
 
 
 def scores(category: str) -> CategoryScores:
     return CategoryScores(("general", category), (0.1, 0.9), category, 0.9, 0.0)
 
 
-def router(category: str | None, expected: Any = None) -> Router:
+def router(category: str | None, expected: Any = None) -> SemanticRouter:
     def assess(body: Mapping[str, Any]) -> Assessment:
         assert expected is None or body == expected
         assert category is not None
         return Assessment(scores(category), np.zeros(0))
 
-    worth = Worth(CONFIG, BOOK, ("general", category) if category else ())
-    return Router(CONFIG, BOOK, worth, assess if category else None)
+    worth = QualityModel(CONFIG, BOOK, ("general", category) if category else ())
+    return SemanticRouter(CONFIG, BOOK, worth, assess if category else None)
 
 
 def plan(
     model: str, category: str | None = None, tenant: Tenant | None = None, **more: Any
-) -> Plan:
+) -> RoutePlan:
     data = {"model": model, "messages": [{"role": "user", "content": "x"}], **more}
-    asked = read_asked("/v1/chat/completions", orjson.dumps(data), {}, 1000)
+    asked = parse_request("/v1/chat/completions", orjson.dumps(data), {}, 1000)
     if tenant is not None:
         asked = replace(asked, tenant=tenant)
     return router(category, data).plan(asked)
 
 
-def names(got: Plan) -> tuple[str, ...]:
+def names(got: RoutePlan) -> tuple[str, ...]:
     """The recipes, best first."""
     order = np.argsort(-got.quality, kind="stable")
     return tuple(BOOK.recipes[int(got.rows[i])].name for i in order)
@@ -95,7 +95,7 @@ def test_auto_without_a_classifier_is_the_fallback() -> None:
 
 def test_a_named_category() -> None:
     assert names(plan("auto/math")) == ("math", BOTH.name, "general")
-    with pytest.raises(UnknownModel) as caught:
+    with pytest.raises(UnknownModelError) as caught:
         plan("auto/poetry")
     assert caught.value.message == "no category 'poetry'; categories: general, math"
     assert caught.value.param == "model"
@@ -104,7 +104,7 @@ def test_a_named_category() -> None:
 def test_who_is_not_able_is_passed_over() -> None:
     tools = [{"type": "function"}]
     assert names(plan("auto", "math", tools=tools)) == ("general",)
-    with pytest.raises(InvalidRequest) as caught:
+    with pytest.raises(InvalidRequestError) as caught:
         plan("math", tools=tools)
     assert caught.value.message == "expert 'math' can't do tools; it can do chat"
     assert caught.value.param == "model"
@@ -112,12 +112,12 @@ def test_who_is_not_able_is_passed_over() -> None:
 
 def test_an_expert_that_is_neither_chosen_nor_fallback_is_the_last_resort() -> None:
     data = orjson.dumps({"input": "x"})
-    asked = read_asked("/v1/embeddings", data, {}, 1000)
+    asked = parse_request("/v1/embeddings", data, {}, 1000)
     assert names(router(None).plan(asked)) == ("vectors",)
 
 
 def test_an_unknown_model_is_told_what_there_is() -> None:
-    with pytest.raises(UnknownModel) as caught:
+    with pytest.raises(UnknownModelError) as caught:
         plan("maths")
     assert caught.value.message == (
         "the model 'maths' does not exist. Did you mean 'math'? "
@@ -128,7 +128,7 @@ def test_an_unknown_model_is_told_what_there_is() -> None:
 
 @pytest.mark.parametrize("model", ["x" * 10_000, "auto/" + "x" * 10_000])
 def test_a_monstrous_name_is_not_echoed(model: str) -> None:
-    with pytest.raises(UnknownModel) as caught:
+    with pytest.raises(UnknownModelError) as caught:
         plan(model)
     assert len(caught.value.message) < 400
 
@@ -138,7 +138,7 @@ def test_a_recipe_may_be_named_and_is_refused_what_it_cannot_do() -> None:
     assert names(got) == (BOTH.name,)
     assert got.reach.tolist() == [[0.5, 0, 0]]
     for more in ({"n": 2}, {"logprobs": True}):
-        with pytest.raises(InvalidRequest) as caught:
+        with pytest.raises(InvalidRequestError) as caught:
             plan("both", **more)
         assert "asks several experts" in caught.value.message
 
@@ -152,7 +152,7 @@ def test_a_tenant_asks_only_whom_it_may() -> None:
     only = Tenant("t", experts=frozenset({"general"}))
     assert names(plan("auto", "math", only)) == ("general",)
     for model in ("math", "both"):
-        with pytest.raises(Forbidden):
+        with pytest.raises(ForbiddenError):
             plan(model, tenant=only)
-    with pytest.raises(Forbidden):
+    with pytest.raises(ForbiddenError):
         plan("auto", "math", Tenant("t", experts=frozenset()))

@@ -7,21 +7,21 @@ from typing import Any
 import orjson
 import pytest
 
-from service.gateway.request.parsing import Asked, read_asked
-from service.gateway.routing.prefix_affinity import Conversations
+from service.gateway.request.parsing import InferenceRequest, parse_request
+from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.types import Tenant
 
 FIRST = [{"role": "user", "content": "hello"}]
 SECOND = [*FIRST, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "more"}]
 
 
-def asked(messages: Any, tenant: str = "a", path: str = "/v1/chat/completions") -> Asked:
+def asked(messages: Any, tenant: str = "a", path: str = "/v1/chat/completions") -> InferenceRequest:
     whose = Tenant(tenant, cache_salt=f"salt of {tenant}")
-    return read_asked(path, orjson.dumps({"messages": messages}), {}, 1000, whose)
+    return parse_request(path, orjson.dumps({"messages": messages}), {}, 1000, whose)
 
 
 def test_a_conversation_is_known_where_it_was_answered_and_to_its_tenant_only() -> None:
-    known = Conversations()
+    known = PrefixAffinity()
     assert known.warm(asked(FIRST)) is None
     known.answered(asked(FIRST), "math", "boot")
     warm = known.warm(asked(SECOND))
@@ -40,7 +40,7 @@ def test_a_conversation_is_known_where_it_was_answered_and_to_its_tenant_only() 
     ],
 )
 def test_what_is_no_conversation_is_left_to_the_engine(messages: Any) -> None:
-    known = Conversations()
+    known = PrefixAffinity()
     one = asked(messages, path="/tokenize")
     known.answered(one, "math", "boot")
     assert known.warm(one) is None

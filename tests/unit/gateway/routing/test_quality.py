@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from service.broker.recipe_catalog import Book
+from service.broker.recipe_catalog import RecipeCatalog
 from service.classifier.classifier import Assessment
 from service.classifier.expert_map import ExpertMap
 from service.config import Config
-from service.gateway.routing.quality import Worth
+from service.gateway.routing.quality import QualityModel
 from service.types import MAX_LATER, CategoryScores, Recipe
 
 CASCADE = Recipe("cascade", ("small",), ("large",))
@@ -22,7 +22,7 @@ CONFIG = Config.model_validate(
         "pools": {"cpu": {"engine": "simulated"}},
     }
 )
-BOOK = Book(tuple(CONFIG.experts), [CASCADE])
+BOOK = RecipeCatalog(tuple(CONFIG.experts), [CASCADE])
 AT = BOOK.recipe_index[CASCADE]
 
 
@@ -45,7 +45,7 @@ def fitted(reach: float) -> ExpertMap:
 
 @pytest.mark.parametrize("by_map", [False, True])
 def test_how_often_a_cascade_escalates_is_learned_whoever_expected_what(by_map: bool) -> None:
-    worth = Worth(CONFIG, BOOK, ("math",))
+    worth = QualityModel(CONFIG, BOOK, ("math",))
     if by_map:
         worth.use_map(fitted(0.1), BOOK)
     math = worth.posterior({"math": 1.0})

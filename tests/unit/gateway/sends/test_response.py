@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from service.broker.prices import Price
 from service.engine.base import Message
-from service.errors import EngineDead
-from service.gateway.request_record import Passage, Spent
-from service.gateway.sends.response import Reply
+from service.errors import EngineDeadError
+from service.gateway.request_record import CallCost, RequestRecord
+from service.gateway.sends.response import ResponseSend
 from service.http.openai_errors import Dialect
 from service.http.usage import reply_usage, token_counts, usage_of
 
@@ -51,20 +51,20 @@ def passed(
     status: int = 200,
     dialect: Dialect = Dialect.CHAT,
     broken: bool = False,
-) -> tuple[Client, Reply]:
+) -> tuple[Client, ResponseSend]:
     """What the client gets of a reply in pieces."""
 
-    async def run() -> tuple[Client, Reply]:
+    async def run() -> tuple[Client, ResponseSend]:
         client = Client()
-        reply = Reply(client, [], Passage(expert="e", recipe="e"), 0.0, None, dialect)
-        reply.spent = Spent("e", Price(1, 1))
+        reply = ResponseSend(client, [], RequestRecord(expert="e", recipe="e"), 0.0, None, dialect)
+        reply.spent = CallCost("e", Price(1, 1))
         reply.passage.calls.append(reply.spent)
         headers = [(b"content-type", kind)]
         await reply({"type": "http.response.start", "status": status, "headers": headers})
         for piece in pieces:
             await reply({"type": "http.response.body", "body": piece, "more_body": True})
         if broken:
-            await reply.break_off(EngineDead("the engine died"))
+            await reply.break_off(EngineDeadError("the engine died"))
         else:
             await reply({"type": "http.response.body", "body": b""})
         return client, reply
@@ -226,9 +226,9 @@ def test_counts_are_read_in_either_api_s_words(
 def test_a_stream_that_tells_a_failure_has_failed(
     dialect: Dialect, event: dict[str, Any], local: bool, outcome: str
 ) -> None:
-    async def run() -> tuple[Client, Passage]:
-        client, passage = Client(), Passage(expert="e", recipe="e", local=local)
-        reply = Reply(client, [], passage, 0.0, None, dialect)
+    async def run() -> tuple[Client, RequestRecord]:
+        client, passage = Client(), RequestRecord(expert="e", recipe="e", local=local)
+        reply = ResponseSend(client, [], passage, 0.0, None, dialect)
         headers = [(b"content-type", b"text/event-stream")]
         await reply({"type": "http.response.start", "status": 200, "headers": headers})
         body = b"data: " + orjson.dumps(event) + b"\n\ndata: [DONE]\n\n"
@@ -256,9 +256,7 @@ def test_whatever_an_upstream_tells_is_passed_on_whole(
 ) -> None:
     stream = b"".join(b"data: " + orjson.dumps(one) + b"\n\n" for one in told)
     client, _ = passed([stream[:at], stream[at:]], dialect=dialect)
-    got = [
-        json.loads(line[6:]) for line in client.body.split(b"\n") if line.startswith(b"data: ")
-    ]
+    got = [json.loads(line[6:]) for line in client.body.split(b"\n") if line.startswith(b"data: ")]
     for one, original in zip(got, told, strict=False):
         if isinstance(original.get("error"), dict) and "type" not in original:
             break  # an error, translated: what follows it counts anew

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engine.base import Message
-from service.gateway.request.parsing import Asked, read_asked
-from service.gateway.sends.usage_meter import Meter
+from service.gateway.request.parsing import InferenceRequest, parse_request
+from service.gateway.sends.usage_meter import UsageMeter
 
 CHAT = "/v1/chat/completions"
 
 
-def asked(path: str = CHAT, **more: Any) -> Asked:
+def asked(path: str = CHAT, **more: Any) -> InferenceRequest:
     body = {"messages": [{"role": "user", "content": "hi"}], "input": "x", "prompt": "y", **more}
-    return read_asked(path, orjson.dumps(body), {}, 1000)
+    return parse_request(path, orjson.dumps(body), {}, 1000)
 
 
 def event(content: str, usage: Any = ..., choices: int = 1, index: int = 0) -> bytes:
@@ -41,7 +41,7 @@ def counts(prompt: int, completion: int) -> dict[str, Any]:
 
 
 async def through(
-    meter: Meter, pieces: list[bytes], *, kind: bytes = b"text/event-stream", ends: bool = True
+    meter: UsageMeter, pieces: list[bytes], *, kind: bytes = b"text/event-stream", ends: bool = True
 ) -> bytes:
     out: list[bytes] = []
 
@@ -67,23 +67,23 @@ STREAM = [
 
 
 async def test_a_client_that_did_not_ask_for_usage_gets_none() -> None:
-    meter = Meter(asked(stream=True))
+    meter = UsageMeter(asked(stream=True))
     out = await through(meter, STREAM)
     assert out == event("a") + event('{"usage":{"prompt_tokens":99}}') + b"data: [DONE]\n\n"
     assert meter.calls_made("e") == [("e", 9, 2)]
 
 
 async def test_one_that_asked_gets_the_last_chunk_s_only() -> None:
-    meter = Meter(asked(stream=True, stream_options={"include_usage": True}))
+    meter = UsageMeter(asked(stream=True, stream_options={"include_usage": True}))
     out = await through(meter, STREAM)
     assert out == event("a") + event('{"usage":{"prompt_tokens":99}}') + STREAM[2] + STREAM[3]
 
 
 async def test_one_that_asked_for_each_gets_all() -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
-    assert await through(Meter(asked(stream=True, stream_options=options)), STREAM) == b"".join(
-        STREAM
-    )
+    assert await through(
+        UsageMeter(asked(stream=True, stream_options=options)), STREAM
+    ) == b"".join(STREAM)
 
 
 @given(st.lists(st.integers(1, 400), max_size=6))
@@ -91,7 +91,7 @@ async def test_wherever_the_chunks_are_cut(cuts: list[int]) -> None:
     data = b"".join(STREAM)
     edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
     pieces = [data[a:b] for a, b in itertools.pairwise(edges)]
-    meter = Meter(asked(stream=True))
+    meter = UsageMeter(asked(stream=True))
     out = await through(meter, pieces)
     assert out.replace(b"\n", b"") == (
         event("a") + event('{"usage":{"prompt_tokens":99}}') + b"data: [DONE]"
@@ -100,14 +100,14 @@ async def test_wherever_the_chunks_are_cut(cuts: list[int]) -> None:
 
 
 async def test_a_client_that_left_is_charged_what_went_out() -> None:
-    meter = Meter(asked(stream=True, n=2))
+    meter = UsageMeter(asked(stream=True, n=2))
     pieces = [event("a", counts(9, 1), index=0), event("b", counts(9, 1), index=1)]
     await through(meter, [*pieces, event("c", counts(9, 2), index=0)], ends=False)
     assert meter.calls_made("e") == [("e", 9, 3)]
 
 
 async def test_an_upstream_that_tells_nothing_is_counted_by_its_chunks() -> None:
-    meter = Meter(asked(stream=True))
+    meter = UsageMeter(asked(stream=True))
     await through(meter, [event("a"), event("b")], ends=False)
     ((expert, prompt, completion),) = meter.calls_made("e")
     assert (expert, completion) == ("e", 2)
@@ -124,7 +124,7 @@ async def test_an_upstream_that_tells_nothing_is_counted_by_its_chunks() -> None
 )
 async def test_a_whole_reply_passes_as_it_is(path: str, usage: Any) -> None:
     body = orjson.dumps({"id": "1", "usage": usage, "text": '"usage":{"input_tokens":9}'})
-    meter = Meter(asked(path))
+    meter = UsageMeter(asked(path))
     assert await through(meter, [body], kind=b"application/json") == body
     assert meter.calls_made("e") == [("e", 3, 4)]
 
@@ -134,13 +134,13 @@ async def test_an_anthropic_stream_is_counted_and_passes_as_it_is() -> None:
         b'event: message_start\ndata: {"message":{"usage":{"input_tokens":7,"output_tokens":0}}}'
         b'\n\nevent: message_delta\ndata: {"delta":{},"usage":{"output_tokens":5}}\n\n'
     )
-    meter = Meter(asked("/v1/messages", stream=True))
+    meter = UsageMeter(asked("/v1/messages", stream=True))
     assert await through(meter, [data]) == data
     assert meter.calls_made("e") == [("e", 7, 5)]
 
 
 async def test_calls_inside_a_recipe_are_added() -> None:
-    meter = Meter(asked())
+    meter = UsageMeter(asked())
     meter.add("a", 10, 2)
     await through(meter, [b'{"usage":{"prompt_tokens":1,"completion_tokens":1}}'], kind=b"x")
     assert meter.calls_made("b") == [("a", 10, 2), ("b", 1, 1)]
@@ -149,27 +149,27 @@ async def test_calls_inside_a_recipe_are_added() -> None:
 def test_what_is_asked_of_the_engine() -> None:
     data = asked(stream=True).data
     options = {"include_usage": True, "continuous_usage_stats": True}
-    assert Meter(asked(stream=True)).asks(data)["stream_options"] == options
-    assert Meter(asked()).asks(data) is data
-    assert Meter(asked("/v1/messages", stream=True)).asks(data) is data
+    assert UsageMeter(asked(stream=True)).asks(data)["stream_options"] == options
+    assert UsageMeter(asked()).asks(data) is data
+    assert UsageMeter(asked("/v1/messages", stream=True)).asks(data) is data
 
 
 @pytest.mark.parametrize("separators", [(",", ":"), (", ", ": "), (" , ", " : ")])
 async def test_others_write_json_with_blanks(separators: tuple[str, str]) -> None:
     deep = {**counts(7, 3), "more": {"a": {"b": {"c": [1]}}}}
     body = json.dumps({"usage": deep, "choices": []}, separators=separators).encode()
-    meter = Meter(asked())
+    meter = UsageMeter(asked())
     assert await through(meter, [body], kind=b"application/json") == body
     assert meter.calls_made("e") == [("e", 7, 3)]
     told = json.dumps({"id": 1, "usage": deep, "choices": [{"index": 0}]}, separators=separators)
-    meter = Meter(asked(stream=True))
+    meter = UsageMeter(asked(stream=True))
     out = await through(meter, [b"data: " + told.encode() + b"\n\n"])
     assert json.loads(out[6:]) == {"id": 1, "choices": [{"index": 0}]}
     assert meter.calls_made("e") == [("e", 7, 3)]
 
 
 async def test_who_tells_no_usage_is_charged_by_size() -> None:
-    meter = Meter(asked())
+    meter = UsageMeter(asked())
     await through(meter, [b'{"choices": ["' + b"x" * 400 + b'"]}'], kind=b"application/json")
     ((_, prompt, completion),) = meter.calls_made("e")
     assert prompt > 0
@@ -214,7 +214,7 @@ async def test_a_stream_that_tells_its_usage_last_is_counted_as_it_goes(
     path: str, pieces: list[bytes], sent: int, used: tuple[Any, int]
 ) -> None:
     request = asked(path, stream=True)
-    meter = Meter(request)
+    meter = UsageMeter(request)
     await through(meter, pieces[:sent], ends=False)
     ((expert, prompt, completion),) = meter.calls_made("big")
     assert (expert, completion) == ("big", used[1])
@@ -235,7 +235,7 @@ async def test_a_stream_that_tells_its_usage_last_is_counted_as_it_goes(
 async def test_left_the_engine_s_count_is_charged_or_else_what_went_out(
     sent: int | None, told: tuple[int, int], counted: bool, used: tuple[int, int]
 ) -> None:
-    meter = Meter(asked("/v1/messages", stream=True))
+    meter = UsageMeter(asked("/v1/messages", stream=True))
     if sent is not None:
         await through(meter, _MESSAGE[:sent], ends=False)
     meter.left(*told, counted)
@@ -254,25 +254,26 @@ async def test_the_user_s_own_usage_in_events_is_no_count(leaves: bool) -> None:
         *[typed("response.output_text.delta", delta="tok ")] * 5,
         typed("response.completed", response={**told, "usage": {"input_tokens": 9}}),
     ]
-    meter = Meter(asked("/v1/responses", stream=True))
+    meter = UsageMeter(asked("/v1/responses", stream=True))
     given = stream[:-1] if leaves else stream
     assert await through(meter, given, ends=not leaves) == b"".join(given)
     ((_, prompt, completion),) = meter.calls_made("e")
     # Left before any was told, the prompt counts by its size, and the answer by its pieces.
-    assert (prompt, completion) == ((asked("/v1/responses", stream=True).prompt_tokens, 5)
-                                    if leaves else (9, 0))
+    assert (prompt, completion) == (
+        (asked("/v1/responses", stream=True).prompt_tokens, 5) if leaves else (9, 0)
+    )
 
 
 async def test_the_user_s_own_usage_in_a_whole_reply_is_no_count() -> None:
     body = orjson.dumps({"tools": [_SCHEMA], "metadata": _OWN, "usage": {"input_tokens": 9}})
-    meter = Meter(asked("/v1/responses"))
+    meter = UsageMeter(asked("/v1/responses"))
     assert await through(meter, [body], kind=b"application/json") == body
     assert meter.calls_made("e") == [("e", 9, 0)]
 
 
 async def test_only_a_chunk_s_own_usage_is_taken_out() -> None:
     chunk = {"choices": [{"index": 0, "delta": {"extra": _OWN}}], "usage": counts(9, 1)}
-    meter = Meter(asked(stream=True))
+    meter = UsageMeter(asked(stream=True))
     out = await through(meter, [b"data: " + orjson.dumps(chunk) + b"\n\n"])
     assert json.loads(out[6:]) == {"choices": chunk["choices"]}
     assert meter.calls_made("e") == [("e", 9, 1)]

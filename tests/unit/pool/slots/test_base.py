@@ -8,8 +8,8 @@ import pytest
 
 from service.config import SimulatedOptions
 from service.engine.simulated import SimulatedEngine
-from service.errors import Draining, ExpertFailed
-from service.pool.slots.base import Slot
+from service.errors import ExpertFailedError, PoolDrainingError
+from service.pool.slots.base import BaseSlot
 from service.types import Residency
 
 
@@ -25,7 +25,7 @@ class SlowAdapter(SimulatedEngine):
         if expert == "tuned":
             await self.go_on.wait()
             if self.broken is not None:
-                raise ExpertFailed(self.broken)
+                raise ExpertFailedError(self.broken)
         await super().load(expert)
 
 
@@ -36,7 +36,7 @@ class Stage:
         self.engines: list[SlowAdapter] = []
         self.broken = broken
         self.told = asyncio.Event()
-        self.slot = Slot(
+        self.slot = BaseSlot(
             ("base", "tuned"),
             self.build,
             capacity=4,
@@ -98,7 +98,7 @@ async def test_a_draining_slot_refuses_and_waits() -> None:
     async with stage.slot.lease("base"):
         draining = asyncio.create_task(stage.slot.drain(5))
         await asyncio.sleep(0)
-        with pytest.raises(Draining):
+        with pytest.raises(PoolDrainingError):
             await stage.ask("base")
         assert not draining.done()
     await asyncio.wait_for(draining, 5)
@@ -111,7 +111,7 @@ async def test_who_waits_for_an_expert_that_can_not_load_is_told() -> None:
     waiting = asyncio.create_task(stage.ask("tuned"))
     await asyncio.sleep(0)
     stage.engines[0].go_on.set()
-    with pytest.raises(ExpertFailed, match="its rank is odd"):
+    with pytest.raises(ExpertFailedError, match="its rank is odd"):
         await asyncio.wait_for(waiting, 5)
     assert stage.slot.states()["base"].state is Residency.DEVICE
     await stage.close()

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from service.engine.base import Filled
-from service.errors import Conflict
-from service.pool.lease import Again
+from service.engine.base import LoadResult
+from service.errors import ConflictError
+from service.pool.lease import LeaseRevokedError
 from service.types import Residency
 from tests.support.clock import FastTime
 from tests.support.swap_stage import SIZE, FaultyEngine, Stage, World, on_clock
@@ -49,8 +49,8 @@ def test_room_is_made_for_a_unit_larger_than_guessed(
 ) -> None:
     fill = FaultyEngine.fill
 
-    async def larger(self: FaultyEngine, expert: str) -> Filled:
-        return Filled((await fill(self, expert)).host_bytes * 3, 0.1)
+    async def larger(self: FaultyEngine, expert: str) -> LoadResult:
+        return LoadResult((await fill(self, expert)).host_bytes * 3, 0.1)
 
     monkeypatch.setattr(FaultyEngine, "fill", larger)
 
@@ -120,7 +120,7 @@ def test_what_is_being_swapped_in_can_not_be_evicted() -> None:
         waiting = asyncio.create_task(stage.ask("c"))
         refused = 0
         while not waiting.done():
-            with pytest.raises(Conflict):
+            with pytest.raises(ConflictError):
                 # Running, on its way, or on disk: at no moment of this free to go.
                 await stage.slot.operate("evict", "b" if refused % 2 else "a")
             if stage.slot.states()["c"].state is Residency.HOST:
@@ -153,7 +153,7 @@ def test_load_brings_a_unit_to_host_memory_where_nothing_is_fetched_ahead() -> N
 def test_load_says_why_it_can_not() -> None:
     async def act(stage: Stage) -> None:
         assert await stage.ask("b") == "ok"
-        with pytest.raises(Conflict, match="more host_bytes"):
+        with pytest.raises(ConflictError, match="more host_bytes"):
             await stage.slot.operate("load", "c")
         # As it was before: asked for, it takes the whole engine.
         assert await stage.ask("c") == "ok"
@@ -164,7 +164,7 @@ def test_load_says_why_it_can_not() -> None:
         assert await stage.ask("b") == "ok"
         stage.world.armed["fill"] = "fail"
         assert await stage.ask("c") == "expert_failed"
-        with pytest.raises(Conflict, match="told to fail"):
+        with pytest.raises(ConflictError, match="told to fail"):
             await stage.slot.operate("load", "c")
 
     play(world(), fail)
@@ -246,7 +246,7 @@ def test_moved_waiter_is_preempted_for_unless_it_was_put_back_itself(put_back: b
         await until(lambda: stage.running == 1, "it runs", timeout_s=5)
         now_s = asyncio.get_running_loop().time()
         # As one that placement has moved here: its place in the queue is that of its arrival.
-        async with stage.slot.lease("c", again=Again(now_s, put_back=put_back)):
+        async with stage.slot.lease("c", again=LeaseRevokedError(now_s, put_back=put_back)):
             assert whole.done() == put_back
         assert await whole == "ok"
         assert stage.put_back == (not put_back)
@@ -259,16 +259,20 @@ def test_hand_over_keeps_what_each_waiting_request_has_used_up() -> None:
         assert await stage.ask("b") == "ok"
         told: list[bool] = []
 
-        async def wait(again: Again | None) -> None:
+        async def wait(again: LeaseRevokedError | None) -> None:
             try:
                 async with stage.slot.lease("a", again=again):
                     raise AssertionError("it was moved before it ran")
-            except Again as moved:
+            except LeaseRevokedError as moved:
                 told.append(moved.put_back)
 
         waits = [
             asyncio.create_task(wait(again))
-            for again in (None, Again(0.0, put_back=False), Again(0.0, put_back=True))
+            for again in (
+                None,
+                LeaseRevokedError(0.0, put_back=False),
+                LeaseRevokedError(0.0, put_back=True),
+            )
         ]
         await asyncio.sleep(0)
         assert stage.slot.hand_over("a") is not None
