@@ -121,7 +121,7 @@ async def simulate(scene: Scene, gateways: int, seed: int) -> Outcome:
         if now_s - looked_s[which] >= RENEW_IDLE_S:
             await spending.look()
         better = int((worth - spending.cost_price(NOBODY) * cost).argmax()) == 1
-        spending.offered(NOBODY, cast(Selection, _Offer(worth, cost)))
+        spending.observe(NOBODY, cast(Selection, _Offer(worth, cost)))
         if better:
             try:
                 held = await ledger.reserve(f"r{i}", NOBODY, UsageBound(0, prompt_cost=1.0))

@@ -67,10 +67,10 @@ class Fcfs:
         if expert not in self._held:
             while self._most_held is not None and len(self._held) >= self._most_held:
                 oldest = next(name for name in self._held if name != self._running)
-                await self._engine.drop(oldest)
+                await self._engine.evict(oldest)
                 del self._held[oldest]
-            await self._engine.fill(expert)
-        if not (await self._engine.exchange(expert)).ok:
+            await self._engine.load_to_host(expert)
+        if not (await self._engine.swap_in(expert)).ok:
             raise RuntimeError(f"{expert}: not the weights that were loaded")
         self._held[expert] = None
         self._held.move_to_end(expert)

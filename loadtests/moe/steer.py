@@ -84,20 +84,20 @@ async def _measure(
         say("an engine with a mixture of experts")
         await engine.start()
         for name in names[1:]:
-            await engine.fill(name)
+            await engine.load_to_host(name)
         for name in [*names[1:], *names]:  # each one's canary, and code that is new
-            await engine.exchange(name)
+            await engine.swap_in(name)
             await _turn(engine, name, 1)
         say(f"{times} exchanges")
         for i in range(times):
-            done = await engine.exchange(names[(i + 1) % len(names)])
+            done = await engine.swap_in(names[(i + 1) % len(names)])
             if not done.ok or done.method != "steer":
                 raise RuntimeError(f"an exchange went wrong: {done}")
             found.exchange_s.append(done.swap_s)
         for i in range(turns):
             say(f"turn {i + 1} of {turns}")
             for name in names if i % 2 else reversed(names):
-                await engine.exchange(name)
+                await engine.swap_in(name)
                 rate = await _turn(engine, name, rounds)
                 found.tokens_per_s.setdefault(name, []).append(rate)
     finally:

@@ -127,7 +127,7 @@ def online(given: Instance, budget: float, seed: int, rule: str) -> Run:
             share = amount * (number + 1) / total
             price = max(0.0, price + _ETA * _SCALE * (spent - share) / share)
             continue
-        pacer.offered(given.quality[row], cost)
+        pacer.observe(given.quality[row], cost)
         if pacer.due():
             price = pacer.reprice(BudgetSnapshot(amount, spent, 0.0, float(total)), number + 1.0)
     return Run(quality, score, spent / amount, unanswered)

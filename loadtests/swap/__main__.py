@@ -69,12 +69,12 @@ def pack_s(folder: str, times: int) -> list[float]:
 
 async def _inplace(engine: SharedEngine, names: Sequence[str], times: int, found: Found) -> None:
     for name in names[1:]:
-        await engine.fill(name)
-        await engine.exchange(name)  # the first one runs the canary
+        await engine.load_to_host(name)
+        await engine.swap_in(name)  # the first one runs the canary
     resident = []
     for i in range(_LATE):
         name = names[i % len(names)]
-        done = await engine.exchange(name)
+        done = await engine.swap_in(name)
         if not done.ok:
             raise RuntimeError(f"{name}: not the weights that were loaded")
         if i < times:
@@ -85,19 +85,19 @@ async def _inplace(engine: SharedEngine, names: Sequence[str], times: int, found
             resident.append((await engine.memory())["resident_bytes"])
     found.resident = (resident[0], resident[1])
     plain, merged, other = names[:3]
-    await engine.exchange(other)
+    await engine.swap_in(other)
     # Once unmeasured: pages that a virtual machine has never touched are slow.
     for i in range(times + 1):
         for name, method in ((plain, "inplace, from disk"), (merged, _MERGED)):
             # As where it has to go to make room for the next.
-            await engine.drop(name, for_next=True)
+            await engine.evict(name, for_next=True)
             began_s = time.perf_counter()
-            await engine.fill(name)
+            await engine.load_to_host(name)
             filled_s = time.perf_counter() - began_s
-            took_s = filled_s + (await engine.exchange(name)).swap_s
+            took_s = filled_s + (await engine.swap_in(name)).swap_s
             if i:
                 found.seconds[method].append(took_s)
-            await engine.exchange(other)
+            await engine.swap_in(other)
 
 
 async def measure(config: Config, times: int, respawns: int) -> Found:

@@ -77,10 +77,10 @@ class SharedEngine(SwappingVllmEngine):
 
     async def only(self, expert: str, experts: Sequence[str]) -> None:
         """Run one expert and hold no other."""
-        await self.fill(expert)
-        await self.exchange(expert)
+        await self.load_to_host(expert)
+        await self.swap_in(expert)
         for name in experts:
-            await self.drop(name)
+            await self.evict(name)
 
 
 async def ask(

@@ -107,11 +107,11 @@ async def _inplace(folders: dict[str, str], options: VllmOptions, times: int, fo
         began_s = time.perf_counter()
         await engine.start()
         found.add(START, time.perf_counter() - began_s)
-        found.add(FILL, (await engine.fill(other)).fill_s)
+        found.add(FILL, (await engine.load_to_host(other)).fill_s)
         for name in (other, first):  # the first time runs the canary
-            await engine.exchange(name)
+            await engine.swap_in(name)
         for i in range(times):
-            done = await engine.exchange((other, first)[i % 2])
+            done = await engine.swap_in((other, first)[i % 2])
             if not done.ok:
                 raise RuntimeError("not the weights that were loaded")
             found.add(INPLACE, done.swap_s)
@@ -121,7 +121,7 @@ async def _inplace(folders: dict[str, str], options: VllmOptions, times: int, fo
         say("another engine of the same pool")
         engine = make()
         await engine.start()
-        found.add(MAP, (await engine.fill(other)).fill_s)
+        found.add(MAP, (await engine.load_to_host(other)).fill_s)
     finally:
         await engine.stop()
         cache.close()

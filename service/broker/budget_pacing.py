@@ -75,7 +75,7 @@ class BudgetPacer:
         # Requests per second in the window before.
         self._rate_before = 0.0
 
-    def offered(self, worth: Floats, cost: Floats) -> None:
+    def observe(self, worth: Floats, cost: Floats) -> None:
         """The options of one request: quality less the price of time, and expected cost.
 
         Options that are impossible have a worth of -inf.

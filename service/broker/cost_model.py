@@ -178,7 +178,7 @@ class CostModel:
         cost = self._per_prompt * prompt_tokens + self._per_answer * (answers * tokens)
         return ExpectedUsage(tokens, cost)
 
-    def saw(self, expert: str, category: str, tokens: int, *, cut: bool = False) -> None:
+    def observe(self, expert: str, category: str, tokens: int, *, cut: bool = False) -> None:
         """Learn from one answer.
 
         Args:

@@ -86,16 +86,16 @@ class RoutingSample:
 class EngineObserver(Protocol):
     """Who counts what engines do."""
 
-    def worked(self, work: EngineTimings) -> None:
+    def on_finished(self, work: EngineTimings) -> None:
         """A request has ended."""
 
-    def weighs(self, expert: str, size_bytes: int) -> None:
+    def on_weights(self, expert: str, size_bytes: int) -> None:
         """What the weights of an expert with an engine of its own take."""
 
-    def chosen(self, chosen: RoutingSample) -> None:
+    def on_routing_sample(self, chosen: RoutingSample) -> None:
         """Routers are looked at: told once without tokens, then now and then what they chose."""
 
-    def gone(self, expert: str) -> None:
+    def on_removed(self, expert: str) -> None:
         """The config has no such expert any more, or another one of that name."""
 
     def registry(self, expert: str) -> CollectorRegistry:
@@ -158,16 +158,16 @@ class SwappingEngine(Engine, Protocol):
     """An engine that can hold several experts' weights and run one of them at a time."""
 
     @property
-    def exchangeable(self) -> frozenset[str]:
+    def swappable_experts(self) -> frozenset[str]:
         """The experts that this engine can run after an exchange: those of one family."""
 
-    async def fill(self, expert: str) -> LoadResult:
+    async def load_to_host(self, expert: str) -> LoadResult:
         """Bring an expert's weights to host memory, beside the running one. Raises ExpertFailed."""
 
-    async def exchange(self, expert: str) -> SwapResult:
+    async def swap_in(self, expert: str) -> SwapResult:
         """Run an expert whose weights are held. Nothing may be running. Raises ExpertFailed."""
 
-    async def drop(self, expert: str, *, for_next: bool = False) -> None:
+    async def evict(self, expert: str, *, for_next: bool = False) -> None:
         """Forget an expert's weights; not those of the running one.
 
         `for_next`: a fill follows at once, and may have their memory as it is.

@@ -51,18 +51,18 @@ class LazyEngine:
             await self._made.stop()
 
     @property
-    def exchangeable(self) -> frozenset[str]:
+    def swappable_experts(self) -> frozenset[str]:
         """See `SwappingEngine.exchangeable`."""
-        return self._engine().exchangeable
+        return self._engine().swappable_experts
 
-    async def fill(self, expert: str) -> LoadResult:
+    async def load_to_host(self, expert: str) -> LoadResult:
         """See `SwappingEngine.fill`."""
-        return await self._engine().fill(expert)
+        return await self._engine().load_to_host(expert)
 
-    async def exchange(self, expert: str) -> SwapResult:
-        """See `SwappingEngine.exchange`."""
-        return await self._engine().exchange(expert)
+    async def swap_in(self, expert: str) -> SwapResult:
+        """See `SwappingEngine.swap_in`."""
+        return await self._engine().swap_in(expert)
 
-    async def drop(self, expert: str, *, for_next: bool = False) -> None:
+    async def evict(self, expert: str, *, for_next: bool = False) -> None:
         """See `SwappingEngine.drop`."""
-        await self._engine().drop(expert, for_next=for_next)
+        await self._engine().evict(expert, for_next=for_next)

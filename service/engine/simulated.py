@@ -102,17 +102,17 @@ class SimulatedEngine:
         self._runs = self._runs or expert
 
     @property
-    def exchangeable(self) -> frozenset[str]:
+    def swappable_experts(self) -> frozenset[str]:
         """All of its experts: they have no weights that could differ."""
         return frozenset(self._experts)
 
-    async def fill(self, expert: str) -> LoadResult:
+    async def load_to_host(self, expert: str) -> LoadResult:
         """Take `fill_s`."""
         await asyncio.sleep(self._options.fill_s)
         await self.load(expert)
         return LoadResult(_WEIGHT_BYTES, self._options.fill_s)
 
-    async def exchange(self, expert: str) -> SwapResult:
+    async def swap_in(self, expert: str) -> SwapResult:
         """Take `swap_s`."""
         if expert not in self._loaded:
             raise ExpertFailedError(f"the weights of {expert!r} are not held")
@@ -122,7 +122,7 @@ class SimulatedEngine:
         same = self._bases.get(before, before) == self._bases.get(expert, expert)
         return SwapResult(self._options.swap_s, ok=True, method="steer" if same else "inplace")
 
-    async def drop(self, expert: str, *, for_next: bool = False) -> None:
+    async def evict(self, expert: str, *, for_next: bool = False) -> None:
         """Forget an expert."""
         self._loaded.discard(expert)
 
@@ -300,7 +300,7 @@ class SimulatedEngine:
         if self._watch is not None:
             prompt, answer = usage["prompt_tokens"], usage["completion_tokens"]
             decode_s = time.monotonic() - first_s
-            self._watch.worked(EngineTimings(expert, 0.0, prefill_s, decode_s, prompt, answer))
+            self._watch.on_finished(EngineTimings(expert, 0.0, prefill_s, decode_s, prompt, answer))
 
     async def _stream(
         self,

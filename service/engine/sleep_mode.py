@@ -47,7 +47,7 @@ class SleepingEngines:
         self._broken: str | None = None
 
     @property
-    def exchangeable(self) -> frozenset[str]:
+    def swappable_experts(self) -> frozenset[str]:
         """All units: each has an engine of its own."""
         return frozenset(self._units)
 
@@ -66,11 +66,11 @@ class SleepingEngines:
             raise ExpertFailedError(f"{request.expert!r} sleeps", retry_after_s=1)
         await self._engines[self._awake].run(request, send)
 
-    async def fill(self, expert: str) -> LoadResult:
+    async def load_to_host(self, expert: str) -> LoadResult:
         """Nothing can be loaded beside the one that is awake: what will sleep is counted."""
         return LoadResult(self._sizes.get(expert, 0), 0.0, starts=expert not in self._engines)
 
-    async def exchange(self, expert: str) -> SwapResult:
+    async def swap_in(self, expert: str) -> SwapResult:
         """Put the running unit to sleep, and wake or start another's engine.
 
         Raises ExpertFailedError where that one can't start: the one that ran does again.
@@ -106,7 +106,7 @@ class SleepingEngines:
             self._broken = what
             raise EngineDeadError(f"{what}: {error}") from error
 
-    async def drop(self, expert: str, *, for_next: bool = False) -> None:
+    async def evict(self, expert: str, *, for_next: bool = False) -> None:
         """Stop a sleeping unit's engine."""
         del for_next
         if expert != self._awake and (engine := self._engines.pop(expert, None)) is not None:

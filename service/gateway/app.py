@@ -150,7 +150,7 @@ class Gateway:
         self._in_flight += 1
         self._idle.clear()
         try:
-            await self._prompts.answer(scope, receive, send)
+            await self._prompts.handle(scope, receive, send)
         finally:
             self._in_flight -= 1
             if not self._in_flight:
@@ -210,7 +210,7 @@ class Gateway:
         async def route(request: Request) -> Response:
             headers = self._intake.headers(request.scope["headers"])
             async with self._admission.enter(headers, RequestRecord()) as entry:
-                verdict = await self._intake.read(
+                verdict = await self._intake.validate(
                     "/v1/chat/completions", headers, entry.tenant, request.receive
                 )
                 asked = verdict.asked

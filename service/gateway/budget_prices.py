@@ -71,7 +71,7 @@ class BudgetPrices:
             default=math.inf,
         )
 
-    def offered(self, tenant: Tenant, weighed: Selection) -> None:
+    def observe(self, tenant: Tenant, weighed: Selection) -> None:
         """The options of one request."""
         if tenant.key and tenant.limits.budget is not None:
             self._shown(tenant)
@@ -81,7 +81,7 @@ class BudgetPrices:
             worth, cost = weighed.worth, weighed.cost
             for name in names:
                 pacer = self._pacers[name]
-                pacer.offered(worth, cost)
+                pacer.observe(worth, cost)
                 if pacer.due():
                     pacer.reprice(_purse(self._states[name]), now_s)
         self.renew()

@@ -165,11 +165,11 @@ class GatewayRuntime:
         self._files = files
         self.current, self._app = after, after.gateway.app()
         self._earlier.add(before)
-        task = asyncio.create_task(self._let_end(before))
+        task = asyncio.create_task(self._retire_after_drain(before))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
-    async def _let_end(self, earlier: ConfiguredGateway) -> None:
+    async def _retire_after_drain(self, earlier: ConfiguredGateway) -> None:
         """Stop a gateway of an earlier config after its last request, and what only it needed."""
         await earlier.end()
         self._earlier.discard(earlier)

@@ -71,7 +71,7 @@ class RoutingCounts:
             cacheability=self.cacheability + other.cacheability,
         )
 
-    def sums(self) -> dict[str, Any]:
+    def to_wire(self) -> dict[str, Any]:
         """As it travels from a pool to a gateway: what can be added up."""
         return {
             "layers": list(self.layers),
@@ -88,7 +88,7 @@ class RoutingCounts:
         }
 
     @staticmethod
-    def of_sums(told: dict[str, Any]) -> RoutingCounts:
+    def from_wire(told: dict[str, Any]) -> RoutingCounts:
         """The reverse of `sums`."""
         kept = Cacheability(
             *(np.array(told[name], np.int64) for name in ("segments", "hits", "uses"))
@@ -105,7 +105,7 @@ class RoutingCounts:
             kept,
         )
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """For people and programs: the shape, what was seen, and each layer's figures."""
         rows = []
         for place, layer in enumerate(self.layers):

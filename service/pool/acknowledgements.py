@@ -14,13 +14,13 @@ class Acknowledgements:
     def __init__(self) -> None:
         self._last: OrderedDict[str, int] = OrderedDict()
 
-    def heard(self, gateway: str, seq: int) -> None:
+    def record(self, gateway: str, seq: int) -> None:
         """A call has come; calls may overtake each other."""
         self._last[gateway] = max(seq, self._last.get(gateway, 0))
         self._last.move_to_end(gateway)
         if len(self._last) > _MOST:
             self._last.popitem(last=False)
 
-    def told(self) -> dict[str, int]:
+    def to_wire(self) -> dict[str, int]:
         """By gateway."""
         return dict(self._last)

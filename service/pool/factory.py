@@ -133,7 +133,7 @@ class PoolFactory:
             await asyncio.gather(*(self.pool.remove(name, whys[name], names) for name in some))
         for name in gone:
             self._canaries.pop(name, None)
-            self._watch.gone(name)
+            self._watch.on_removed(name)
         await asyncio.to_thread(self._look_again)
         for name in later:
             await self._come(units[name])
@@ -283,7 +283,7 @@ class PoolFactory:
         folder = folder_of(config, base)
         info = inspect_model(Path(folder))
         if isinstance(info, ModelInfo):
-            self._watch.weighs(base, weights_bytes(info, settings.vllm.dtype))
+            self._watch.on_weights(base, weights_bytes(info, settings.vllm.dtype))
         model = VllmModel(base, folder, paths)
         options = config.vllm_of(self._kind, base)
         return VllmEngine(

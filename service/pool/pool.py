@@ -198,9 +198,9 @@ class Pool:
             if name in come_again:
                 self._coming[name] = why
         if isinstance(slot, SwapSlot):
-            if len(slot.staying) == 1:
+            if len(slot.active_units) == 1:
                 self._give_one_to(slot)
-            if len(slot.staying) > 1:
+            if len(slot.active_units) > 1:
                 await slot.retire(unit.name, why, kind)
                 self.changed()
                 return
@@ -218,8 +218,10 @@ class Pool:
 
     def _give_one_to(self, slot: SwapSlot) -> None:
         """Another slot's unit for one whose last unit goes, if one can be spared."""
-        for other in sorted(self.shared, key=lambda one: -len(one.staying)):
-            for unit in other.staying if other is not slot and len(other.staying) > 1 else ():
+        for other in sorted(self.shared, key=lambda one: -len(one.active_units)):
+            for unit in (
+                other.active_units if other is not slot and len(other.active_units) > 1 else ()
+            ):
                 if (known := other.hand_over(unit.name)) is not None:
                     slot.take_in(unit, known)
                     self._slot_of.update(dict.fromkeys(unit.experts, slot))
@@ -264,7 +266,7 @@ class Pool:
         Raises UnknownModelError, UnknownEndpointError, OverCapacity, ExpertFailed, Draining,
         DeadlineExceededError, EngineDeadError, and what the engine raises.
         """
-        self._acks.heard(call.gateway, call.seq)
+        self._acks.record(call.gateway, call.seq)
         self._slot(call.expert)
         loop = asyncio.get_running_loop()
         limit = asyncio.timeout_at(loop.time() + call.deadline_ms / 1000)
@@ -373,7 +375,7 @@ class Pool:
                 for name, meter in self._speeds.items()
                 if (speed := meter.speed(now_s)) != Speed()
             },
-            acks=self._acks.told(),
+            acks=self._acks.to_wire(),
         )
 
     def _tell_turns(self) -> None:

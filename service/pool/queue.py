@@ -120,7 +120,7 @@ class TicketQueue:
             self._waiting_by[expert] = _by_age(self._waiting_by[expert])
         return ticket
 
-    def crowded_out(
+    def ticket_to_shed(
         self, expert: str, tenant: Tenant, *, tokens: int = 1, places: int = 1
     ) -> list[Ticket]:
         """Whose tickets have to go so that this tenant's request finds room in a full queue.

@@ -50,7 +50,7 @@ class TimedSend:
         if self._void:
             return  # the request was put back: it will be answered by another run
         if self._watch is not None:
-            self._watch.saw(message, self._clock())
+            self._watch.on_bytes(message, self._clock())
         if message["type"] == "http.response.start":
             if self._limit is not None:
                 self._limit.reschedule(None)
@@ -87,4 +87,4 @@ class TimedSend:
     def tell(self, meter: LatencyEstimator, prompt_tokens: int) -> None:
         """How fast it was."""
         if self._watch is not None:
-            self._watch.tell(meter, prompt_tokens)
+            self._watch.report(meter, prompt_tokens)

@@ -61,12 +61,12 @@ class UnitState:
         else:
             self.swap_s, self.measured = swap_s, True
 
-    def asked(self, amount: float, now_s: float) -> None:
+    def record_demand(self, amount: float, now_s: float) -> None:
         """Somebody wants it: utility."""
-        self.demand = self.faded(now_s) + amount
+        self.demand = self.decayed_demand(now_s) + amount
         self.demand_at = now_s
 
-    def faded(self, now_s: float) -> float:
+    def decayed_demand(self, now_s: float) -> float:
         """What was asked, the weight of each asking halving every 30 s."""
         if not self.demand:
             return 0.0
@@ -75,9 +75,9 @@ class UnitState:
 
     def demand_per_s(self, now_s: float) -> float:
         """Requests per second, as a moving average."""
-        return self.faded(now_s) / _MEAN_S
+        return self.decayed_demand(now_s) / _MEAN_S
 
-    def begins_anew(self) -> None:
+    def reset_residency(self) -> None:
         """It goes to another slot: what was measured stays, where it was does not."""
         self.tier = Residency.DISK
         self.deaths = 0

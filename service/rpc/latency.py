@@ -99,7 +99,7 @@ class ResponseTimer:
         self._streams = False
         self._body = b""
 
-    def saw(self, message: object, now_s: float) -> None:
+    def on_bytes(self, message: object, now_s: float) -> None:
         """One message."""
         assert isinstance(message, dict)
         if message["type"] == "http.response.start":
@@ -115,7 +115,7 @@ class ResponseTimer:
         """About how many tokens have passed: a stream's chunks, a whole answer's own count."""
         return self.chunks if self._streams else _answer_tokens(self._body)
 
-    def tell(self, meter: LatencyEstimator, prompt_tokens: int) -> None:
+    def report(self, meter: LatencyEstimator, prompt_tokens: int) -> None:
         """What it came to, if it was a good answer."""
         if not self._good:
             return

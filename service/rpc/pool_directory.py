@@ -42,7 +42,7 @@ class PoolDirectory:
             self._session = new_session()
         for boot in self._links.keys() - wanted.keys():
             link = self._links.pop(boot)
-            self._left[link] = asyncio.create_task(self._leave(link))
+            self._left[link] = asyncio.create_task(self._disconnect(link))
         for boot in wanted.keys() - self._links.keys():
             self._links[boot] = PoolLink(
                 wanted[boot],
@@ -55,7 +55,7 @@ class PoolDirectory:
         self._forget_contexts()
         self._changed()
 
-    async def _leave(self, link: PoolLink) -> None:
+    async def _disconnect(self, link: PoolLink) -> None:
         await link.unused()
         await link.close()
         del self._left[link]

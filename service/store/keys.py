@@ -59,7 +59,7 @@ class KeyRecord:
         """As JSON."""
         return orjson.dumps(asdict(self))
 
-    def told(self, now_s: float) -> dict[str, object]:
+    def to_public(self, now_s: float) -> dict[str, object]:
         """For people: everything but the hashes."""
         known = {k: v for k, v in asdict(self).items() if not k.startswith(("digest", "old_"))}
         return {**known, "state": self.state(now_s)}

@@ -105,8 +105,8 @@ class RedisStore:
 
     async def start(self) -> None:
         """See `Store`."""
-        await self._beat()
-        self._beating = asyncio.create_task(self._beat_on())
+        await self._heartbeat()
+        self._beating = asyncio.create_task(self._heartbeat_loop())
 
     async def stop(self) -> None:
         """See `Store`."""
@@ -117,7 +117,7 @@ class RedisStore:
             await cancel_and_wait(self._beating)
         try:
             async with asyncio.timeout(_TIDY_S):
-                await self._beat()
+                await self._heartbeat()
                 if self.up:
                     await self._client.leave()
         except (StoreUnavailableError, TimeoutError):
@@ -212,7 +212,7 @@ class RedisStore:
 
     # --- being heard of
 
-    async def _beat_on(self) -> None:
+    async def _heartbeat_loop(self) -> None:
         while not self._stopping:
             if self.up:
                 wait_s = self._beat_s
@@ -226,12 +226,12 @@ class RedisStore:
             self._hurry.clear()
             if not self._stopping:
                 try:
-                    await self._beat()
+                    await self._heartbeat()
                 except Exception:
                     # Whoever is not heard of any more is taken for dead, and grants nothing.
                     log.exception("a beat failed unexpectedly")
 
-    async def _beat(self) -> None:
+    async def _heartbeat(self) -> None:
         """Tell Redis that we are there, exchange slices, and deliver what is owed."""
         sent_s = time.monotonic()
         self._number += 1
@@ -246,7 +246,7 @@ class RedisStore:
                 return
             self._sent_notes = (batch, [])
             if not told["known"] and self._lease_ends_s:
-                await self._known_no_more(lapsed=bool(told["lapsed"]))
+                await self._on_session_lost(lapsed=bool(told["lapsed"]))
             answer = [(name, int(held), int(room)) for name, held, room in told["slices"] or ()]
             self._slices.told(answer, sent_s)
             for owed in list(self._owed.values()):
@@ -262,7 +262,7 @@ class RedisStore:
             if self.outages:
                 log.warning("the store is back after %.1f s; all that was used is told", gone_s)
 
-    async def _known_no_more(self, *, lapsed: bool) -> None:
+    async def _on_session_lost(self, *, lapsed: bool) -> None:
         """The store does not know us: our lease ended, or it came back without its memory."""
         if lapsed:
             log.warning("the store gave up on this gateway for not being heard of")

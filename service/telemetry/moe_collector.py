@@ -40,7 +40,7 @@ class MoeCollector:
         self._known: dict[str, _Known] = {}
         self._reckoning = asyncio.Lock()
 
-    def heard(self, chosen: RoutingSample) -> None:
+    def add_sample(self, chosen: RoutingSample) -> None:
         """An engine tells what its routers chose."""
         known = self._known.get(chosen.expert)
         shape = (chosen.layers, chosen.experts, chosen.top_k)

@@ -93,7 +93,7 @@ class PoolMetrics:
 
     # --- as its engines' watch
 
-    def worked(self, work: EngineTimings) -> None:
+    def on_finished(self, work: EngineTimings) -> None:
         """See `EngineWatch`."""
         observe, expert = self.meter.observe, work.expert
         observe(metrics.ENGINE_QUEUE, work.queue_s, expert)
@@ -105,15 +105,15 @@ class PoolMetrics:
         if work.answer_tokens > 1:
             observe(metrics.BETWEEN_TOKENS, work.decode_s / (work.answer_tokens - 1), expert)
 
-    def weighs(self, expert: str, size_bytes: int) -> None:
+    def on_weights(self, expert: str, size_bytes: int) -> None:
         """See `EngineWatch`. Threads may call it."""
         self._weights[expert] = size_bytes
 
-    def chosen(self, chosen: RoutingSample) -> None:
+    def on_routing_sample(self, chosen: RoutingSample) -> None:
         """See `EngineWatch`."""
-        self._routes.heard(chosen)
+        self._routes.add_sample(chosen)
 
-    def gone(self, expert: str) -> None:
+    def on_removed(self, expert: str) -> None:
         """See `EngineWatch`."""
         self._routes.forget(expert)
 
@@ -126,7 +126,7 @@ class PoolMetrics:
 
     async def routes_of(self, expert: str) -> dict[str, Any]:
         """See `PoolHandler.routes`."""
-        return (await self._routes.tally(expert)).sums()
+        return (await self._routes.tally(expert)).to_wire()
 
     async def text(self, labels: Mapping[str, str]) -> str:
         """Everything as Prometheus' text, every sample with these labels."""

@@ -93,8 +93,8 @@ async def slot(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Slot]:
     )
     try:
         await engine.start()
-        await engine.fill("two")
-        await engine.fill("sure")
+        await engine.load_to_host("two")
+        await engine.load_to_host("sure")
         yield Slot(engine, folders, watch, profiles)
     finally:
         await engine.stop()
@@ -115,7 +115,7 @@ async def test_counts_are_the_references_by_expert_name(slot: Slot) -> None:
     for expert in ("one", "two", "sure", "one"):
         if slot.texts:
             # With the canary's tokens each time: they are not counted.
-            assert (await slot.engine.exchange(expert)).ok
+            assert (await slot.engine.swap_in(expert)).ok
         prompts = [chance.integers(1000, 40_000, n).tolist() for n in _LENGTHS]
         await asyncio.gather(*(slot.ask(expert, prompt) for prompt in prompts))
     await slot.look()

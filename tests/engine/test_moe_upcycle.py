@@ -49,8 +49,8 @@ async def test_an_upcycled_mixture_is_served_right(tmp_path: Path) -> None:
     try:
         await engine.start()
         first = await _said(engine, "changed")
-        await engine.fill("unchanged")
-        assert (await engine.exchange("unchanged")).ok
+        await engine.load_to_host("unchanged")
+        assert (await engine.swap_in("unchanged")).ok
         second = await _said(engine, "unchanged")
     finally:
         await engine.stop()

@@ -59,7 +59,7 @@ class Stage:
         self.said: dict[str, str] = {}
 
     async def run(self, expert: str) -> None:
-        assert (await self.engine.exchange(expert)).ok
+        assert (await self.engine.swap_in(expert)).ok
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -79,7 +79,7 @@ async def test_outputs_survive_swaps_and_fills_beside_them(stage: Stage) -> None
     for name in DEMO[1:]:
         # Filled while the base generates: neither must disturb the other.
         beside = asyncio.create_task(ask_one(engine, "base", tokens=96))
-        filled = await engine.fill(name)
+        filled = await engine.load_to_host(name)
         assert not beside.done(), "it was over before the fill: nothing was shown"
         assert filled.host_bytes > 400 * 1024**2
         assert await beside == alone
@@ -130,9 +130,9 @@ async def test_weights_that_can_not_be_used_disturb_nobody(stage: Stage, name: s
     await stage.run("base")
     beside = asyncio.create_task(ask_one(stage.engine, "base"))
     with pytest.raises(ExpertFailedError, match=WHY[name]):
-        await stage.engine.fill(name)
+        await stage.engine.load_to_host(name)
     with pytest.raises(ExpertFailedError, match="not held"):
-        await stage.engine.exchange(name)
+        await stage.engine.swap_in(name)
     assert stage.said["base"].startswith(await beside)
     assert stage.said["base"].startswith(await ask_one(stage.engine, "base", tokens=4))
 
@@ -148,12 +148,12 @@ async def test_engine_that_starts_with_a_merged_expert_holds_its_weights_once(
         # canary would have refused it, too.
         assert await ask(engine, "math") == stage.said["math"]
         alone = await engine.memory()
-        await engine.fill("base")
+        await engine.load_to_host("base")
         beside = await engine.memory()
         assert beside["resident_bytes"] > alone["resident_bytes"] + 300 * 1024**2
-        assert (await engine.exchange("base")).ok
+        assert (await engine.swap_in("base")).ok
         assert await ask(engine, "base") == stage.said["base"]
-        assert (await engine.exchange("math")).ok
+        assert (await engine.swap_in("math")).ok
         assert await ask(engine, "math") == stage.said["math"]
         names = await engine._rpc("coe_environment")
         assert "COE_TEST_API_KEY" not in names
@@ -176,17 +176,17 @@ async def test_a_dropped_expert_is_gone_and_comes_back(stage: Stage) -> None:
     engine = stage.engine
     await stage.run("base")
     before = await engine.memory()
-    await engine.drop("code")
+    await engine.evict("code")
     after = await engine.memory()
     assert after["resident_bytes"] < before["resident_bytes"] - 300 * 1024**2
     assert after["host_bytes"] < before["host_bytes"]
     with pytest.raises(ExpertFailedError):
-        await engine.exchange("code")
+        await engine.swap_in("code")
     # A swap that failed leaves the engine as it was.
     assert await ask(engine, "base") == stage.said["base"]
-    await engine.drop("base")  # it runs: nothing happens
+    await engine.evict("base")  # it runs: nothing happens
     assert await ask(engine, "base") == stage.said["base"]
-    await engine.fill("code")
+    await engine.load_to_host("code")
     await stage.run("code")
     assert await ask(engine, "code") == stage.said["code"]
 
@@ -195,10 +195,10 @@ async def test_the_probe_sees_weights_that_changed(stage: Stage) -> None:
     engine = stage.engine
     await stage.run("base")
     await engine._rpc("coe_spoil", "math")
-    assert not (await engine.exchange("math")).ok
+    assert not (await engine.swap_in("math")).ok
     await stage.run("base")
-    await engine.drop("math")
-    await engine.fill("math")
+    await engine.evict("math")
+    await engine.load_to_host("math")
     await stage.run("math")
     assert await ask(engine, "math") == stage.said["math"]
 
@@ -209,20 +209,20 @@ async def test_memory_that_runs_out_in_a_fill_disturbs_nobody(
 ) -> None:
     engine = stage.engine
     await stage.run("base")
-    await engine.drop("code")
+    await engine.evict("code")
     before = await engine.memory()
     await engine._rpc("coe_no_memory", how)
     try:
         beside = asyncio.create_task(ask_one(engine, "base"))
         with pytest.raises(ExpertFailedError, match=why):
-            await engine.fill("code")
+            await engine.load_to_host("code")
         assert stage.said["base"].startswith(await beside)
     finally:
         await engine._rpc("coe_no_memory", "not")
     # What the failed fill had taken is given back.
     after = await engine.memory()
     assert after["resident_bytes"] < before["resident_bytes"] + 50 * 1024**2
-    assert (await engine.fill("code")).host_bytes > 400 * 1024**2
+    assert (await engine.load_to_host("code")).host_bytes > 400 * 1024**2
     await stage.run("code")
     assert stage.said["code"].startswith(await ask_one(engine, "code"))
 
@@ -327,7 +327,7 @@ async def test_a_request_that_was_put_back_is_answered_as_if_alone(stage: Stage)
 async def test_a_core_killed_in_a_fill_or_a_swap_is_replaced(stage: Stage) -> None:
     await stage.run("base")
     for name in DEMO[1:]:
-        await stage.engine.drop(name)
+        await stage.engine.evict(name)
     async with _slot(stage) as (slot, engines):
         assert await _through(slot, "base") == stage.said["base"]
         waiting = asyncio.create_task(_through(slot, "intents"))

@@ -55,11 +55,11 @@ async def test_an_exchanged_moe_is_right_and_the_canary_sees_a_reloaded_one(pair
         await engine.start()
         first = await ask(engine, "one")
         assert first != pair.said["two"]
-        await engine.fill("two")
+        await engine.load_to_host("two")
         for _ in range(3):
-            assert (await engine.exchange("two")).ok
+            assert (await engine.swap_in("two")).ok
             assert await ask(engine, "two") == pair.said["two"]
-            assert (await engine.exchange("one")).ok
+            assert (await engine.swap_in("one")).ok
             assert await ask(engine, "one") == first
         # vLLM's own way of putting other weights into a running engine.
         await engine._llm.pause_generation(mode="wait", clear_cache=True)

@@ -49,7 +49,7 @@ async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Swap
     canaries: dict[str, Canary] = {}
     made = Swapping("base", {"base": Weights(BASE), "other": Weights(other)}, canaries)
     await made.start()
-    await made.fill("other")
+    await made.load_to_host("other")
     yield made
     await made.stop()
 
@@ -74,7 +74,7 @@ async def test_grammar_of_each_expert_is_made_of_its_own_tokens(
 ) -> None:
     for expert in ("base", "other", "base", "other"):
         if (await engine._rpc("coe_running")) != expert:
-            assert (await engine.exchange(expert)).ok
+            assert (await engine.swap_in(expert)).ok
         text = await _answer(engine, expert, more)
         assert _fits(text, more), (expert, text)
 
@@ -83,7 +83,7 @@ async def test_prompt_and_answer_of_each_expert_are_of_its_own_tokens(engine: Sw
     told = {}
     for expert in ("base", "other"):
         if (await engine._rpc("coe_running")) != expert:
-            assert (await engine.exchange(expert)).ok
+            assert (await engine.swap_in(expert)).ok
         answer = await greedy(engine, expert, "It is", 4, logprobs=1)
         told[expert] = answer["token_ids"]
     # The same weights, asked in other tokens, say something else.

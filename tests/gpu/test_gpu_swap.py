@@ -49,13 +49,13 @@ async def test_weights_copied_into_the_live_parameters(eager: bool) -> None:
         await engine.start()
         said = {"base": await ask(engine, "base")}
         for name in ("math", "intents"):
-            await engine.fill(name)
-            assert (await engine.exchange(name)).ok
+            await engine.load_to_host(name)
+            assert (await engine.swap_in(name)).ok
             said[name] = await ask(engine, name)
         assert len(set(said.values())) == 3
         for _ in range(5):
             for name, expected in said.items():
-                assert (await engine.exchange(name)).ok
+                assert (await engine.swap_in(name)).ok
                 assert await ask(engine, name) == expected
     finally:
         await engine.stop()
@@ -76,16 +76,16 @@ async def test_two_engines_of_one_pool_have_one_file_of_an_expert() -> None:
         said = []
         for engine in engines:
             await engine.start()
-            filled = await engine.fill("math")
-            assert (await engine.exchange("math")).ok
+            filled = await engine.load_to_host("math")
+            assert (await engine.swap_in("math")).ok
             said.append(await ask(engine, "math"))
         assert said[0] == said[1]
         # The base's and the expert's, each once; the second engine only mapped them.
         assert len(cache.sizes()) == 2
         assert sum(cache.sizes().values()) < 2.1 * filled.host_bytes
         await engines[0].stop()
-        assert (await engines[1].exchange("base")).ok
-        assert (await engines[1].exchange("math")).ok
+        assert (await engines[1].swap_in("base")).ok
+        assert (await engines[1].swap_in("math")).ok
         assert await ask(engines[1], "math") == said[0]
         assert len(cache.sizes()) == 2
     finally:
@@ -114,11 +114,11 @@ async def test_engines_of_two_families_sleep_in_turn(level: int, tmp_path: Path)
     try:
         await engines.start()
         said = {"one": await ask(engines, "one")}
-        await engines.exchange("two")
+        await engines.swap_in("two")
         said["two"] = await ask(engines, "two")
         for _ in range(3):
             for name, expected in said.items():
-                await engines.exchange(name)
+                await engines.swap_in(name)
                 assert await ask(engines, name) == expected
     finally:
         await engines.stop()
@@ -141,4 +141,4 @@ def test_every_byte_arrives_where_the_graphs_expect_it(tmp_path: Path) -> None:
         assert torch.equal(tensor.cpu(), held.tensors[name])
         assert torch.equal(tensor, made[name])
         assert tensor.data_ptr() == addresses[name]
-    held.let_go()
+    held.release()

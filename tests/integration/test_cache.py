@@ -227,7 +227,7 @@ async def test_tenants_whose_names_hold_a_slash_share_no_place() -> None:
         head = [(b"content-type", b"application/json"), (b"x-coe-expert", b"big")]
         await made.send({"type": "http.response.start", "status": 200, "headers": head})
         await made.send({"type": "http.response.body", "body": b"{}"})
-        await made.keep(by_own_bound=False)
+        await made.store_answer(by_own_bound=False)
         assert (await visit(tenant, b"exact")).hit is not None
     assert (await visit("a", b"semantic")).hit is None
 

@@ -43,9 +43,9 @@ async def two_pools() -> AsyncIterator[Site]:
         for kind, tokens in (("a", 40), ("b", 60)):
             metrics = s.pools[kind].process._metrics
             for expert in ("moe", "idle"):
-                metrics.chosen(chosen(expert))
-            metrics.chosen(RoutingSample("dense", (), 0, 0))
-            metrics.chosen(chosen("moe", tokens))
+                metrics.on_routing_sample(chosen(expert))
+            metrics.on_routing_sample(RoutingSample("dense", (), 0, 0))
+            metrics.on_routing_sample(chosen("moe", tokens))
         yield s
 
 

@@ -408,7 +408,7 @@ async def test_a_conversation_stays_where_it_began_and_leaves_for_a_better_one()
         relay = s.gateway.current.relay
         body = {"model": "auto", "messages": [*follow, {"role": "user", "content": "go on"}]}
         data = json.dumps(body).encode()
-        warm = relay.conversations.warm(parse_request(CHAT, data, {}, 1000))
+        warm = relay.conversations.hint(parse_request(CHAT, data, {}, 1000))
         assert warm is not None
         assert (warm.expert, warm.boot) == (told["model"], "")
         assert warm.tokens == pytest.approx(len(text) / 4, rel=0.1)
@@ -417,5 +417,5 @@ async def test_a_conversation_stays_where_it_began_and_leaves_for_a_better_one()
             "messages": [{"role": "user", "content": "hi"}, *follow[1:], *first],
         }
         assert (
-            relay.conversations.warm(parse_request(CHAT, json.dumps(other).encode(), {}, 1)) is None
+            relay.conversations.hint(parse_request(CHAT, json.dumps(other).encode(), {}, 1)) is None
         )

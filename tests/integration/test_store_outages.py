@@ -112,7 +112,7 @@ async def test_a_burst_through_two_gateways_takes_exactly_the_limits(server: Red
 async def test_a_killed_gateway_leaks_nothing(server: RedisServer) -> None:
     async with gateways(server, 1, share=0) as (living,):
         killed = made(server, "killed", share=0, lease_s=2)
-        await killed._beat()
+        await killed._heartbeat()
         lines = (Charge(BUDGET, 7000), Charge(AT_ONCE, 90))
         held = await granted(killed, *lines)
         assert isinstance(await living.reserve(claim(*lines)), Refused)

@@ -61,7 +61,7 @@ class SlowEngine(SimulatedEngine):
         self.memory = memory
 
     @property
-    def exchangeable(self) -> frozenset[str]:
+    def swappable_experts(self) -> frozenset[str]:
         return self.family
 
     def _take(self, unit: str) -> set[str]:
@@ -78,7 +78,7 @@ class SlowEngine(SimulatedEngine):
             raise ExpertFailedError("told not to start")
         return report
 
-    async def fill(self, expert: str) -> LoadResult:
+    async def load_to_host(self, expert: str) -> LoadResult:
         held = self._take(expert)
         await asyncio.sleep(FILL_S)
         if "fill" in self.memory.armed:
@@ -92,10 +92,10 @@ class SlowEngine(SimulatedEngine):
         await self.load(expert)
         return LoadResult(self.memory.sizes[expert], FILL_S)
 
-    async def drop(self, expert: str, *, for_next: bool = False) -> None:
+    async def evict(self, expert: str, *, for_next: bool = False) -> None:
         await asyncio.sleep(DROP_S)
         self.memory.held.get(self, set()).discard(expert)
-        await super().drop(expert, for_next=for_next)
+        await super().evict(expert, for_next=for_next)
 
     async def stop(self) -> None:
         if self in self.memory.held:

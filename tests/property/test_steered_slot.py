@@ -48,7 +48,7 @@ class Engine(SimulatedEngine):
         if not fine:
             self.wrong.append(what)
 
-    async def fill(self, expert: str) -> LoadResult:
+    async def load_to_host(self, expert: str) -> LoadResult:
         base = NEEDS.get(expert)
         self._must(base is None or base in self.held, f"{expert} without {base}")
         full = {name for name in (*self.held, expert) if name not in NEEDS}
@@ -56,27 +56,27 @@ class Engine(SimulatedEngine):
             self._must(len(full) * SIZE <= self.bound, f"{full} held")
         if self.chance.random() < 0.05:
             raise ExpertFailedError("told to fail")
-        await super().fill(expert)
+        await super().load_to_host(expert)
         self.held.add(expert)
         return LoadResult(3 if base else SIZE, 0.05)
 
-    async def exchange(self, expert: str) -> SwapResult:
+    async def swap_in(self, expert: str) -> SwapResult:
         self._must(self._running == 0, "exchanged under requests")
         self._must(NEEDS.get(expert, expert) in self.held, f"{expert} without its base")
         if self.chance.random() < 0.05:
             raise ExpertFailedError("told to fail")
-        done = await super().exchange(expert)
+        done = await super().swap_in(expert)
         same = NEEDS.get(self.now, self.now) == NEEDS.get(expert, expert)
         self._must(done.method == ("steer" if same else "inplace"), f"{done.method} to {expert}")
         self.now = expert
         return done
 
-    async def drop(self, expert: str, *, for_next: bool = False) -> None:
+    async def evict(self, expert: str, *, for_next: bool = False) -> None:
         kept = [name for name in self.held if NEEDS.get(name) == expert]
         self._must(not kept, f"{expert} dropped under {kept}")
         self._must(expert != self.now, f"{expert} dropped while it ran")
         self.held.discard(expert)
-        await super().drop(expert, for_next=for_next)
+        await super().evict(expert, for_next=for_next)
 
     async def run(self, request: EngineRequest, send: Send) -> None:
         self._must(request.expert == self.now, f"{request.expert} met {self.now}")

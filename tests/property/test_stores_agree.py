@@ -76,7 +76,7 @@ async def _compare(server: RedisServer, steps: list[tuple]) -> None:
     # It beats only when asked to: nothing but these steps happens.
     shared = RedisStore(client, share=0, lease_s=10**9)
     try:
-        await shared._beat()
+        await shared._heartbeat()
         await _same(steps, clock_at, MemoryStore(clock), shared)
     finally:
         await client.close()

@@ -54,19 +54,19 @@ class CostlyEngine(SimulatedEngine):
         self.swaps_to: list[str] = []
 
     @property
-    def exchangeable(self) -> frozenset[str]:
+    def swappable_experts(self) -> frozenset[str]:
         return self.family
 
     async def start(self) -> EngineReport:
         await asyncio.sleep(self.costs[self.unit].start_s)
         return await super().start()
 
-    async def fill(self, expert: str) -> LoadResult:
+    async def load_to_host(self, expert: str) -> LoadResult:
         await asyncio.sleep(self.costs[expert].fill_s)
         await self.load(expert)
         return LoadResult(10, self.costs[expert].fill_s)
 
-    async def exchange(self, expert: str) -> SwapResult:
+    async def swap_in(self, expert: str) -> SwapResult:
         if expert not in self._loaded:
             raise ExpertFailedError("not held")
         await asyncio.sleep(self.costs[expert].swap_s)

@@ -83,7 +83,7 @@ class FaultyEngine(SimulatedEngine):
         world.engines.append(self)
 
     @property
-    def exchangeable(self) -> frozenset[str]:
+    def swappable_experts(self) -> frozenset[str]:
         return self.family
 
     async def start(self) -> EngineReport:
@@ -102,15 +102,15 @@ class FaultyEngine(SimulatedEngine):
             raise EngineDeadError("told to die")
         raise ExpertFailedError("told to fail")
 
-    async def fill(self, expert: str) -> LoadResult:
+    async def load_to_host(self, expert: str) -> LoadResult:
         self.world.look("" if expert in self.held else expert)
         if fault := self.world.fault("fill"):
             await self._break(fault, FILL_S / 2)
-        await super().fill(expert)
+        await super().load_to_host(expert)
         self.held.add(expert)
         return LoadResult(SIZE, FILL_S)
 
-    async def exchange(self, expert: str) -> SwapResult:
+    async def swap_in(self, expert: str) -> SwapResult:
         if self._running:
             self.world.wrong.append(f"exchanged under {self._running} requests")
         if expert not in self.held:
@@ -125,11 +125,11 @@ class FaultyEngine(SimulatedEngine):
             self.world.wrong.append("a request began during an exchange")
         return SwapResult(SWAP_S, ok=not self.spoiled)
 
-    async def drop(self, expert: str, *, for_next: bool = False) -> None:
+    async def evict(self, expert: str, *, for_next: bool = False) -> None:
         if expert == self.runs:
             self.world.wrong.append(f"{expert} dropped while it ran")
         self.held.discard(expert)
-        await super().drop(expert, for_next=for_next)
+        await super().evict(expert, for_next=for_next)
 
     async def run(self, request: EngineRequest, send: Send) -> None:
         self._look(request.expert)

@@ -63,7 +63,7 @@ def routers_choose(s: Site) -> None:
     stretch[:, :, 1] = 1
     load = np.array([[32, 32, 0, 0]], np.int64)
     told = RoutingSample("general", (0,), 4, 2, 32, load, (stretch,))
-    s.pools["cpu"].process._metrics.chosen(told)
+    s.pools["cpu"].process._metrics.on_routing_sample(told)
 
 
 async def round_of_traffic(s: Site) -> None:

@@ -162,7 +162,7 @@ class VllmEngine:
         try:
             report = await self._start()
             if self._routers is not None:
-                await self._routers.begin(self._model.name, self.exchangeable)
+                await self._routers.begin(self._model.name, self.swappable_experts)
             return report
         except Exception as error:
             await self.stop()
@@ -264,19 +264,19 @@ class VllmEngine:
             raise ExpertFailedError(first_line(answer.error.message), retry_after_s=30)
 
     @property
-    def exchangeable(self) -> frozenset[str]:
+    def swappable_experts(self) -> frozenset[str]:
         """An engine with adapters runs what it was started with."""
         return frozenset({self._model.name})
 
-    async def fill(self, expert: str) -> LoadResult:
+    async def load_to_host(self, expert: str) -> LoadResult:
         """See `exchangeable`. Raises ExpertFailedError."""
         raise ExpertFailedError(f"this engine can't hold {expert!r} beside what it runs")
 
-    async def exchange(self, expert: str) -> SwapResult:
+    async def swap_in(self, expert: str) -> SwapResult:
         """See `exchangeable`. Raises ExpertFailedError."""
         raise ExpertFailedError(f"this engine can't be given the weights of {expert!r}")
 
-    async def drop(self, expert: str, *, for_next: bool = False) -> None:
+    async def evict(self, expert: str, *, for_next: bool = False) -> None:
         """Nothing but the running expert is held."""
 
     async def run(self, request: EngineRequest, send: Send) -> None:

@@ -47,7 +47,7 @@ class RoutingStatsPoller:
             raise ExpertFailedError(f"vllm.moe_capture: {told['refused']}")
         self._shape = tuple(told["layers"]), int(told["experts"]), int(told["top_k"])
         for expert in experts:
-            self._watch.chosen(RoutingSample(expert, *self._shape))
+            self._watch.on_routing_sample(RoutingSample(expert, *self._shape))
         if self._shape[0]:
             self._following = asyncio.create_task(self._follow())
 
@@ -60,7 +60,7 @@ class RoutingStatsPoller:
             stretches = tuple(
                 np.frombuffer(data, np.int16).reshape(shape) for *shape, data in one["stretches"]
             )
-            self._watch.chosen(
+            self._watch.on_routing_sample(
                 RoutingSample(expert, layers, experts, top_k, one["tokens"], load, stretches)
             )
 

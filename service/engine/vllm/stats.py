@@ -111,7 +111,7 @@ class EngineStats:
             del self._made[next(iter(self._made))]
         expert = self._asked_for(str(finished.request_id))
         if expert is not None:
-            self._watch.worked(
+            self._watch.on_finished(
                 EngineTimings(
                     expert,
                     queue_s=max(0.0, finished.queued_time),

@@ -142,7 +142,7 @@ class SwappingVllmEngine(VllmEngine):
         self._fixed = ""
 
     @property
-    def exchangeable(self) -> frozenset[str]:
+    def swappable_experts(self) -> frozenset[str]:
         """Those of this engine's experts that it can run as it was started."""
         # A copy: they may come and go in another thread.
         return frozenset(name for name, w in tuple(self._weights.items()) if self._can_run(name, w))
@@ -203,11 +203,11 @@ class SwappingVllmEngine(VllmEngine):
             log.info("the engine of %s keeps its weights: %s", adopted, why)
             self._fixed = adopted
         if adopted != self._first:
-            await self.fill(self._first)
-            if not (await self.exchange(self._first)).ok:
+            await self.load_to_host(self._first)
+            if not (await self.swap_in(self._first)).ok:
                 raise ExpertFailedError(_changed_while(self._first), retry_after_s=30)
             # The pool counts what is held from the first unit on.
-            await self.drop(adopted)
+            await self.evict(adopted)
         else:
             source = self._weights[self._first]
             self._faces[self._first] = _Frontend(self._app, source, before)
@@ -220,7 +220,7 @@ class SwappingVllmEngine(VllmEngine):
     def _layer_of(self, expert: str) -> Any:
         return self._faces[expert].app
 
-    async def fill(self, expert: str) -> LoadResult:
+    async def load_to_host(self, expert: str) -> LoadResult:
         """See `SwappingEngine.fill`."""
         source = self._weights[expert]
         if source.fault:
@@ -249,14 +249,14 @@ class SwappingVllmEngine(VllmEngine):
             )
         if await self._version_of(source) != version:
             # Some of what was read may be of the old files, and some of the new ones.
-            await self.drop(expert)
+            await self.evict(expert)
             raise ExpertFailedError(_changed_while(expert), retry_after_s=30)
         self._versions[expert] = version
         await self._face_or_drop(expert, source)
         return LoadResult(int(told["host_bytes"]), float(told["fill_s"]))
 
-    async def exchange(self, expert: str) -> SwapResult:
-        """See `SwappingEngine.exchange`."""
+    async def swap_in(self, expert: str) -> SwapResult:
+        """See `SwappingEngine.swap_in`."""
         began_s = time.monotonic()
         if (face := self._faces.get(expert)) is None:
             raise ExpertFailedError(f"the weights of {expert!r} are not held")
@@ -287,7 +287,7 @@ class SwappingVllmEngine(VllmEngine):
             ok = await self._canary(expert)
         return SwapResult(swap_s, ok, str(done["method"]))
 
-    async def drop(self, expert: str, *, for_next: bool = False) -> None:
+    async def evict(self, expert: str, *, for_next: bool = False) -> None:
         """See `SwappingEngine.drop`."""
         await self._rpc("coe_drop", expert, for_next)
         await self._give_back(expert)
@@ -410,7 +410,7 @@ class SwappingVllmEngine(VllmEngine):
         try:
             await self._face_for(expert, source)
         except Exception as error:
-            await self.drop(expert)
+            await self.evict(expert)
             if isinstance(error, CoeError):
                 raise
             raise self._fault(f"expert {expert!r} could not be loaded", error) from error

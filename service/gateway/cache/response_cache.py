@@ -271,7 +271,7 @@ class CacheSession:
             told.append((b"x-coe-likeness", f"{self.hit.likeness:.3f}".encode()))
         return told
 
-    async def serve(self, headers: list[tuple[bytes, bytes]]) -> None:
+    async def send_hit(self, headers: list[tuple[bytes, bytes]]) -> None:
         """Send what was kept."""
         assert self.hit is not None
         head = [
@@ -285,7 +285,7 @@ class CacheSession:
         await self.send({"type": "http.response.start", "status": 200, "headers": head})
         await self.send({"type": "http.response.body", "body": self.hit.body})
 
-    async def keep(self, *, by_own_bound: bool) -> None:
+    async def store_answer(self, *, by_own_bound: bool) -> None:
         """Once answered: keep the answer, if it is to be kept. See `ResponseCache.keep`."""
         if self.search is not None and isinstance(self.send, RecordingSend):
             await self.cache.keep(self.search, self.send, by_own_bound=by_own_bound)

@@ -74,7 +74,7 @@ class CircuitBreakers:
             retry_after_s=max(1.0, left_s),
         )
 
-    def began(self) -> None:
+    def record_request(self) -> None:
         """A request has come: it earns its share of a retry."""
         self._budget.earn()
 
@@ -84,7 +84,7 @@ class CircuitBreakers:
         self._meter.add(metrics.RETRIES, 1, "made" if made else "refused")
         return made
 
-    async def pause(self, times_tried: int) -> None:
+    async def retry_delay_s(self, times_tried: int) -> None:
         """Before going back to a place that has just failed."""
         await asyncio.sleep(backoff_s(times_tried, random))
 
@@ -102,7 +102,7 @@ class CircuitBreakers:
             yield
             ok = reached = True
         except CoeError as error:
-            ok = self._judged(error, given_s)
+            ok = self._classify_outcome(error, given_s)
             if isinstance(error, UpstreamError):
                 # Any status of its own says that it is there.
                 reached = not error.unreachable
@@ -114,7 +114,7 @@ class CircuitBreakers:
                 if self._breakers.end(key, one, end, now_s):
                     self._meter.add(metrics.TRIPS, 1, expert)
 
-    def _judged(self, error: CoeError, given_s: float) -> bool | None:
+    def _classify_outcome(self, error: CoeError, given_s: float) -> bool | None:
         if isinstance(error, DeadlineExceededError):
             return False if given_s >= self._hang_s and error.silent else None
         if isinstance(error, UpstreamError):

@@ -120,7 +120,7 @@ class Dispatcher:
         """An expert's context in tokens, the greatest that any pool tells; 0: not known."""
         return self._directory.context(expert)
 
-    def weigh(
+    def weigh_candidates(
         self,
         asked: InferenceRequest,
         plan: RoutePlan,
@@ -138,12 +138,12 @@ class Dispatcher:
             left_s=left_s,
             banned=banned,
             cost_price=self.spending.cost_price(asked.tenant),
-            warm=self.conversations.warm(asked),
+            warm=self.conversations.hint(asked),
         )
         standing = self._board.standing(self.views() if views is None else views)
         return select(self.book, standing, wish)
 
-    async def carry(
+    async def dispatch(
         self,
         asked: InferenceRequest,
         plan: RoutePlan,
@@ -161,11 +161,11 @@ class Dispatcher:
         passage = reply.passage
         fault: CoeError | None = None
         single = plan.only(self.book.single[plan.rows])
-        self.trips.began()
+        self.trips.record_request()
         while True:
             if len(passage.losses) >= MOST_LOSSES:
                 raise _died_twice()  # another call of the same request may have seen the second
-            option = self._next(asked, single, passage, fault, deadline_s, first)
+            option = self._next_candidate(asked, single, passage, fault, deadline_s, first)
             first = None
             if option is None:
                 await self._wait_for_pool(plan, deadline_s)
@@ -176,7 +176,7 @@ class Dispatcher:
             passage.predicted_s = option.wait_s
             passage.attempts += 1
             if (tried := passage.tried[option.expert, option.boot]) > 0:
-                await self.trips.pause(tried)
+                await self.trips.retry_delay_s(tried)
             passage.tried[option.expert, option.boot] += 1
             left_s = deadline_s - time.monotonic()
             try:
@@ -212,19 +212,19 @@ class Dispatcher:
                     case AfterFault.RETRY_IF_PAID if not self.trips.pay_for_retry():
                         raise
 
-    def begin(self, asked: InferenceRequest, plan: RoutePlan, left_s: float) -> Selection:
+    def select(self, asked: InferenceRequest, plan: RoutePlan, left_s: float) -> Selection:
         """The first choice for a request, with so much left of its deadline: tells pools of what
         it would rather have had."""
         views = self.views()
-        weighed = self.weigh(asked, plan, left_s=left_s, views=views)
-        self.spending.offered(asked.tenant, weighed)
+        weighed = self.weigh_candidates(asked, plan, left_s=left_s, views=views)
+        self.spending.observe(asked.tenant, weighed)
         at = weighed.best()
         if at is None:
             self._refuse_cost(asked, weighed)
             return weighed
         self._wake_better(plan, weighed, at, views)
         if wanted := weighed.unmet(at):
-            self._unmet.note(wanted, weighed.missed(at))
+            self._unmet.add(wanted, weighed.missed(at))
         return weighed
 
     @staticmethod
@@ -237,7 +237,7 @@ class Dispatcher:
                 param="coe.max_cost",
             )
 
-    def _next(
+    def _next_candidate(
         self,
         asked: InferenceRequest,
         plan: RoutePlan,
@@ -251,14 +251,14 @@ class Dispatcher:
         tries = tries_per_pool(fault)
         # After a fault, somebody else first.
         least_tried = range(min(1, len(passage.tried)), tries + 1)
-        if first is not None and (found := self._winner(first, passage)) is not None:
+        if first is not None and (found := self._best(first, passage)) is not None:
             return found
         views = self.views()
         for most in least_tried:
             banned = frozenset(key for key, count in passage.tried.items() if count >= most)
             left_s = max(0.0, deadline_s - time.monotonic())
-            weighed = self.weigh(asked, plan, left_s=left_s, banned=banned, views=views)
-            if (found := self._winner(weighed, passage)) is not None:
+            weighed = self.weigh_candidates(asked, plan, left_s=left_s, banned=banned, views=views)
+            if (found := self._best(weighed, passage)) is not None:
                 return found
         experts = self._experts(plan)
         shut = self.trips.blocked()
@@ -283,7 +283,7 @@ class Dispatcher:
                 )
         return None
 
-    def _winner(self, weighed: Selection, passage: RequestRecord) -> Candidate | None:
+    def _best(self, weighed: Selection, passage: RequestRecord) -> Candidate | None:
         at = weighed.best()
         if at is None:
             return None
@@ -381,7 +381,7 @@ class Dispatcher:
                 try:
                     async with link.call(call, body) as answer:
                         reply.passage.calls.append(spent)
-                        await self._pass_on(answer, asked, limit, reply)
+                        await self._forward(answer, asked, limit, reply)
                 except PoolUnavailableError as error:
                     if link.draining and not isinstance(error, PoolUnreachableError):
                         raise PoolStoppedError(error.message) from None
@@ -433,7 +433,7 @@ class Dispatcher:
             )
         )
 
-    async def _pass_on(
+    async def _forward(
         self,
         answer: PoolReply,
         asked: InferenceRequest,

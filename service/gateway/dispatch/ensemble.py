@@ -154,7 +154,7 @@ class EnsembleExecutor:
         self._account()
         self.reply.answers_only = True
         try:
-            await self.relay.carry(
+            await self.relay.dispatch(
                 replace(self.asked, request_id=f"{self.asked.request_id}-{len(self.answers)}"),
                 self._only(expert),
                 self.reply,
@@ -246,7 +246,7 @@ class EnsembleExecutor:
         )
         reply = ResponseSend(heard, [], answer.passage, time.monotonic())
         try:
-            await self.relay.carry(asked, self._only(expert), reply, self.deadline_s)
+            await self.relay.dispatch(asked, self._only(expert), reply, self.deadline_s)
         except CoeError as error:
             answer.error = error
             return answer

@@ -34,7 +34,7 @@ class RecipeExecutor:
         self._worth = worth
         self.feedback = feedback
 
-    async def answer(
+    async def execute(
         self,
         asked: InferenceRequest,
         plan: RoutePlan,
@@ -57,7 +57,7 @@ class RecipeExecutor:
             send, headers, passage, chosen_from_s, meter, dialect_of(asked.endpoint)
         )
         relay = self._relay
-        weighed = relay.begin(asked, plan, deadline_s - chosen_from_s)
+        weighed = relay.select(asked, plan, deadline_s - chosen_from_s)
         took_s = time.monotonic() - chosen_from_s
         passage.route_ms += took_s * 1000
         if passage.trace is not None:
@@ -76,7 +76,7 @@ class RecipeExecutor:
         try:
             if recipe is None or recipe.kind == "single":
                 first = weighed if recipe is not None else None
-                await relay.carry(asked, plan, reply, deadline_s, first=first)
+                await relay.dispatch(asked, plan, reply, deadline_s, first=first)
                 row = relay.book.index[passage.expert]
                 ended = passage.outcome == "ok"
                 return
@@ -90,7 +90,7 @@ class RecipeExecutor:
                 if reply.started or not len(singles.rows):
                     raise
                 # No member answered: anybody may.
-                await relay.carry(asked, singles, reply, deadline_s)
+                await relay.dispatch(asked, singles, reply, deadline_s)
                 row = relay.book.index[passage.expert]
                 ended = passage.outcome == "ok"
                 return
@@ -102,9 +102,9 @@ class RecipeExecutor:
         finally:
             self._learn(plan, reply, ended=ended)
             if row >= 0 and passage.status == 200:
-                relay.conversations.answered(asked, passage.expert, passage.pool)
+                relay.conversations.record_answer(asked, passage.expert, passage.pool)
                 ids = (asked.request_id, asked.client_id)
-                self.feedback.answered(asked.tenant, ids, plan.category, row)
+                self.feedback.record_answer(asked.tenant, ids, plan.category, row)
 
     def affordable(self, asked: InferenceRequest, plan: RoutePlan) -> RoutePlan:
         """Without the recipes that cost more than the tenant's budgets have left; the cheapest
@@ -154,8 +154,8 @@ class RecipeExecutor:
             spent.ended = False
         for call in passage.calls:
             if call.length:
-                self._relay.market.saw(call.expert, plan.category, call.length, cut=call.cut)
+                self._relay.market.observe(call.expert, plan.category, call.length, cut=call.cut)
 
     def explain(self, asked: InferenceRequest, plan: RoutePlan) -> dict[str, Any]:
         """A decision for people: the posterior, and every candidate with what decided."""
-        return explain(plan, self._relay.weigh(asked, plan))
+        return explain(plan, self._relay.weigh_candidates(asked, plan))

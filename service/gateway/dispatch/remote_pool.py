@@ -103,8 +103,8 @@ class RemotePool:
             raise ExpertFailedError(
                 f"expert {request.expert!r} can't be used: {self.failed}", retry_after_s=60
             )
-        for gone in self.queues.crowded_out(_IT, tenant, tokens=tokens, places=places):
-            self._crowd_out(gone, request.expert)
+        for gone in self.queues.ticket_to_shed(_IT, tenant, tokens=tokens, places=places):
+            self._reject(gone, request.expert)
         ticket = self.queues.offer(
             _IT,
             time.monotonic(),
@@ -135,7 +135,7 @@ class RemotePool:
                 # Its client left between being woken and running.
                 self.queues.close(ticket)
 
-    def _crowd_out(self, ticket: Ticket, expert: str) -> None:
+    def _reject(self, ticket: Ticket, expert: str) -> None:
         wait = self.waits.pop(ticket, None)
         full = self.queues.full(_IT, expert)
         self.queues.close(ticket)
@@ -146,7 +146,7 @@ class RemotePool:
         watch = ResponseTimer(time.monotonic())
 
         async def timed(message: Message) -> None:
-            watch.saw(message, time.monotonic())
+            watch.on_bytes(message, time.monotonic())
             await send(message)
 
         engine = self.engine
@@ -156,7 +156,7 @@ class RemotePool:
         finally:
             self.queues.served(ticket, watch.tokens())
             self._left(engine)
-        watch.tell(self.speed, ticket.tokens)
+        watch.report(self.speed, ticket.tokens)
 
     def _left(self, engine: Engine) -> None:
         """A request of an engine has ended."""

@@ -40,7 +40,7 @@ class RequestValidator:
         self._limits.headers(pairs)
         return dict(pairs)
 
-    async def read(
+    async def validate(
         self, path: str, headers: dict[bytes, bytes], tenant: Tenant, receive: Receive
     ) -> GuardResult:
         """Read a body and understand it. Raises InvalidRequest, ClientGone."""

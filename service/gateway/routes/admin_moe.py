@@ -27,12 +27,12 @@ async def routed(directory: PoolDirectory, request: Request) -> Response:
     if not answers:
         raise PoolUnavailableError(f"no pool that holds {name[:128]!r} can be reached")
     tallies = [
-        RoutingCounts.of_sums(orjson.loads(body)) for status, body in answers if status == 200
+        RoutingCounts.from_wire(orjson.loads(body)) for status, body in answers if status == 200
     ]
     if not tallies:
         status, body = answers[0]
         return Response(body, status_code=status, media_type="application/json")
     # While its weights are being changed, pools may have different models of this name.
     alike = [one for one in tallies if one.like(tallies[0])]
-    whole = {"expert": name, "pools": len(alike), **reduce(add, alike).told()}
+    whole = {"expert": name, "pools": len(alike), **reduce(add, alike).to_json()}
     return Response(orjson.dumps(whole), media_type="application/json")

@@ -118,7 +118,7 @@ class FeedbackService:
         """End what is under way."""
         await cancel_and_wait(*self._tasks, self._renewing)
 
-    def answered(self, tenant: Tenant, ids: tuple[str, ...], label: str, recipe: int) -> None:
+    def record_answer(self, tenant: Tenant, ids: tuple[str, ...], label: str, recipe: int) -> None:
         """A reply went out under these ids, the first of which is its own: it may be voted on."""
         now_s = time.monotonic()
         if not self.enabled or label not in self._worth.index:

@@ -63,7 +63,7 @@ class InferenceHandler:
         self._behind_serve = behind_serve
         self._access_log = access_log
 
-    async def answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def handle(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """One request to an endpoint that carries a prompt."""
         began_s = time.monotonic()
         passage = RequestRecord()
@@ -80,7 +80,7 @@ class InferenceHandler:
                 log_fields(trace_id=passage.trace.trace_id)
             headers = self._intake.headers(scope["headers"])
             async with self._admission.enter(headers, passage) as entry:
-                verdict = await self._intake.read(scope["path"], headers, entry.tenant, receive)
+                verdict = await self._intake.validate(scope["path"], headers, entry.tenant, receive)
                 asked = verdict.asked
                 client_id = asked.client_id
                 log_fields(request_id=client_id)
@@ -102,18 +102,18 @@ class InferenceHandler:
                 if visit.hit is not None:
                     passage.expert = passage.recipe = visit.hit.expert
                     passage.status = 200
-                    await visit.serve([*told, passage.route_header])
+                    await visit.send_hit([*told, passage.route_header])
                     return
                 plan = self._answering.affordable(asked, plan)
                 asked, plan = await self._admitted(entry, asked, plan)
-                answered = self._answering.answer(
+                answered = self._answering.execute(
                     asked, plan, told, visit.send, passage, began_s, entry.counting
                 )
                 if self._behind_serve and not _keeps_on(scope["headers"]):
                     await answered
                 else:
                     await until_gone(answered, receive)
-                await visit.keep(
+                await visit.store_answer(
                     by_own_bound=passage.clipped is None and asked.most_tokens is not None
                 )
         except CoeError as error:

@@ -117,7 +117,7 @@ class AccountEndpoints:
     async def _list(self, request: Request) -> Response:
         del request
         now_s = time.time()
-        return as_json({"keys": [one.told(now_s) for one in await self._keys.records()]})
+        return as_json({"keys": [one.to_public(now_s) for one in await self._keys.records()]})
 
     async def _create(self, request: Request) -> Response:
         wanted = await _body(request, NewKey)
@@ -126,7 +126,7 @@ class AccountEndpoints:
         made, key = await self._keys.create(record, now_s)
         await self._admission.keyring.look()
         note(request, key=made.id, tenant=made.tenant)
-        return as_json({**made.told(now_s), "key": key})
+        return as_json({**made.to_public(now_s), "key": key})
 
     async def _rotate(self, request: Request) -> Response:
         wanted = await _body(request, Rotation)
@@ -134,14 +134,14 @@ class AccountEndpoints:
         made, key = await self._keys.rotate(request.path_params["id"], now_s, wanted.grace_s)
         await self._admission.keyring.look()
         note(request, key=made.id, tenant=made.tenant)
-        return as_json({**made.told(now_s), "key": key})
+        return as_json({**made.to_public(now_s), "key": key})
 
     async def _revoke(self, request: Request) -> Response:
         now_s = time.time()
         record = await self._keys.revoke(request.path_params["id"], now_s)
         await self._admission.keyring.look()
         note(request, key=record.id, tenant=record.tenant)
-        return as_json(record.told(now_s))
+        return as_json(record.to_public(now_s))
 
 
 async def _body(request: Request, kind: type[_Body]) -> _Body:

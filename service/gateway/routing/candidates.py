@@ -156,7 +156,7 @@ class SemanticRouter:
             )
         at = self._book.recipe_index[recipe]
         rows = self._book.everything[at : at + 1]
-        reach = self._worth.reach(at)[None] if recipe.later else _NO_LATER
+        reach = self._worth.escalation_prob(at)[None] if recipe.later else _NO_LATER
         return RoutePlan(rows, _CERTAIN, reach, recipe.experts[0], "", 1.0, "named")
 
     def _auto(self, model: str, tenant: Tenant) -> tuple[str, str | None]:

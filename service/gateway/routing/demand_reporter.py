@@ -23,14 +23,14 @@ class DemandReporter:
         self._amounts: dict[str, float] = {}
         self._telling: asyncio.Task[None] | None = None
 
-    def note(self, experts: Iterable[str], amount: float) -> None:
+    def add(self, experts: Iterable[str], amount: float) -> None:
         """These experts would have been worth so much more."""
         for expert in experts:
             self._amounts[expert] = self._amounts.get(expert, 0.0) + amount
         if self._amounts and (self._telling is None or self._telling.done()):
-            self._telling = asyncio.create_task(self._tell())
+            self._telling = asyncio.create_task(self._flush())
 
-    async def _tell(self) -> None:
+    async def _flush(self) -> None:
         await asyncio.sleep(_TELL_S)
         wanted, self._amounts = self._amounts, {}
         views = self._views()

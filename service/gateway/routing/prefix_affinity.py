@@ -22,7 +22,7 @@ class PrefixAffinity:
     def __init__(self) -> None:
         self._known: OrderedDict[int, tuple[str, str]] = OrderedDict()
 
-    def warm(self, asked: InferenceRequest) -> PrefixCacheHint | None:
+    def hint(self, asked: InferenceRequest) -> PrefixCacheHint | None:
         """Where the beginning of this request is cached, as far as known."""
         messages = _messages(asked)
         said = [i for i, one in enumerate(messages) if one.get("role") == "assistant"]
@@ -34,7 +34,7 @@ class PrefixAffinity:
             return None
         return PrefixCacheHint(*found, sum(map(_length, before)) // _BYTES_PER_TOKEN)
 
-    def answered(self, asked: InferenceRequest, expert: str, boot: str) -> None:
+    def record_answer(self, asked: InferenceRequest, expert: str, boot: str) -> None:
         """This expert has answered it there: what was asked is cached now."""
         messages = _messages(asked)
         if not messages:

@@ -127,7 +127,7 @@ class QualityModel:
             quality += posterior @ shift
         return np.clip(quality, 0.0, 1.0), np.clip(reach + self._oftener, 0.0, 1.0)
 
-    def reach(self, recipe: int) -> Floats:
+    def escalation_prob(self, recipe: int) -> Floats:
         """How likely each later expert of one recipe is asked, (MAX_LATER,): without a prompt."""
         found: Floats = np.clip(self._reach[recipe] + self._oftener[recipe], 0.0, 1.0)
         return found

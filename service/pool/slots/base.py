@@ -105,7 +105,7 @@ class BaseSlot(Generic[E]):
             raise self._failed(expert)
         ready = expert in self._ready()
         if again is None:
-            for gone in self._queues.crowded_out(expert, tenant, tokens=tokens, places=places):
+            for gone in self._queues.ticket_to_shed(expert, tenant, tokens=tokens, places=places):
                 self._refuse(gone, self._queues.full(gone.expert))
         ticket = self._queues.offer(
             expert,

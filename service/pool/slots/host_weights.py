@@ -48,10 +48,10 @@ class HostWeightSlot(SharedSlot):
     async def _fill(self, engine: SwappingEngine, unit: str | None, drops: list[str]) -> None:
         try:
             for name in drops:
-                await engine.drop(name, for_next=unit is not None)
+                await engine.evict(name, for_next=unit is not None)
                 self._has_left(name)
             if unit is not None:
-                filled = await engine.fill(unit)
+                filled = await engine.load_to_host(unit)
                 known = self._known[unit]
                 known.tier = Residency.HOST
                 known.host_bytes = filled.host_bytes
@@ -65,7 +65,7 @@ class HostWeightSlot(SharedSlot):
             if isinstance(error, EngineDeadError) or engine.failure() is not None:
                 self._freeze_held()
                 if unit is not None:
-                    self._died_with(unit, error)
+                    self._record_engine_death(unit, error)
             elif unit is not None:
                 self._fail_unit(unit, why)
             else:
@@ -108,7 +108,7 @@ class HostWeightSlot(SharedSlot):
             self._dropping[name] = known.host_bytes
         try:
             for name in names:
-                await engine.drop(name)
+                await engine.evict(name)
         except CoeError as error:
             if isinstance(error, EngineDeadError) or engine.failure() is not None:
                 self._freeze_held()
@@ -117,7 +117,7 @@ class HostWeightSlot(SharedSlot):
             for name in names:
                 self._dropping.pop(name, None)
 
-    def _died_with(self, unit: str, error: Exception) -> None:
+    def _record_engine_death(self, unit: str, error: Exception) -> None:
         """The engine died while it took in a unit's weights: perhaps not that unit's fault."""
         self._freeze_held()
         known = self._known[unit]
@@ -138,9 +138,9 @@ class HostWeightSlot(SharedSlot):
         known.failed_until = time.monotonic() + RETRY_S
         self._set_unit(unit, Residency.FAILED, reason)
         self._refuse_waiting()
-        asyncio.get_running_loop().call_later(RETRY_S, self._forgive, unit)
+        asyncio.get_running_loop().call_later(RETRY_S, self._clear_failure, unit)
 
-    def _forgive(self, unit: str) -> None:
+    def _clear_failure(self, unit: str) -> None:
         if unit not in self._known:
             return  # it went to another slot, or for good
         if self._known[unit].failed_until > time.monotonic() + TICK_S:

@@ -120,7 +120,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             raise ConflictError(f"expert {unit!r} could not be loaded: {self._states[unit].reason}")
         if (engine := self._engine) is None:
             return unit != self._unit  # the next engine starts with that one
-        views = self._unit_views(now_s, engine.exchangeable)
+        views = self._unit_views(now_s, engine.swappable_experts)
         beside = bounded(self._slot_view(now_s), views, self.policy)
         if not any(view.name == unit and view.exchangeable for view in beside):
             raise ConflictError(
@@ -135,7 +135,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             size = unit.size_bytes or (0 if unit.needs else self._guess.host_bytes)
             fill_s = min(self._guess.fill_s, _LIGHT_FILL_S) if unit.needs else self._guess.fill_s
             known = replace(self._guess, host_bytes=size, fill_s=fill_s, pinned=unit.pinned)
-        known.begins_anew()
+        known.reset_residency()
         self._units[unit.name] = unit
         self._known[unit.name] = known
         for name in unit.experts:
@@ -170,7 +170,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             return self._ending_bytes
         if not self._occupied:
             return 0
-        there = {self._weighs(self._unit)} | {
+        there = {self._weight_owner(self._unit)} | {
             name for name, known in self._known.items() if known.tier is not Residency.DISK
         }
         coming = self._filling_unit
@@ -190,20 +190,20 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         if self._ending_bytes is None:
             self._ending_bytes = self.held_bytes()
 
-    def _weighs(self, unit: str) -> str:
+    def _weight_owner(self, unit: str) -> str:
         """The unit whose weights a unit runs on."""
         return self._units[unit].needs or unit
 
-    def _bring_s(self, unit: str) -> float:
+    def _fetch_time_s(self, unit: str) -> float:
         """From where it is to host memory, and first the weights that it needs."""
         known = self._known[unit]
         own_s = 0.0 if self._is_held(unit) else known.fill_s
         needs = self._units[unit].needs
-        return own_s + (self._bring_s(needs) if needs in self._units else 0.0)
+        return own_s + (self._fetch_time_s(needs) if needs in self._units else 0.0)
 
     def _start_of(self, unit: str) -> float:
         """What another engine takes to run a unit, in s, once there is none."""
-        owner = self._weighs(unit)
+        owner = self._weight_owner(unit)
         known = self._known.get(owner)
         start_s = (known.start_s if known is not None else 0.0) or self._start_s
         if owner == unit:
@@ -222,14 +222,18 @@ class SharedSlot(BaseSlot[SwappingEngine]):
     def _can_run(self) -> frozenset[str]:
         """The units that this slot's engine can run; while one starts, as far as that is known."""
         if self._engine is not None:
-            return self._engine.exchangeable
+            return self._engine.swappable_experts
         if (told := self._able.get(self._unit)) is not None:
             return told
         if not self._apart:
             return frozenset(self._units)
-        return frozenset(n for n in self._units if self._weighs(n) == self._weighs(self._unit))
+        return frozenset(
+            n for n in self._units if self._weight_owner(n) == self._weight_owner(self._unit)
+        )
 
-    def _send_away(self, unit: str, why: Callable[[Ticket], CoeError | LeaseRevokedError]) -> None:
+    def _reject_waiting(
+        self, unit: str, why: Callable[[Ticket], CoeError | LeaseRevokedError]
+    ) -> None:
         """Whoever waits for a unit is told."""
         for name in self._units[unit].experts:
             for ticket in self._queues.waiting_for(name):
@@ -245,7 +249,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
 
     def demand(self, expert: str, amount: float, now_s: float) -> None:
         """Utility asked of an expert: what is served, and what gateways would have sent."""
-        self._known[self._unit_of[expert]].asked(amount, now_s)
+        self._known[self._unit_of[expert]].record_demand(amount, now_s)
         self._event.set()
 
     def _left(self) -> None:
@@ -313,7 +317,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         times: dict[str, tuple[float, float]] = {}
         for unit, known in self._known.items():
             there_s, back_s = self._way(unit, able)
-            bring_s = self._bring_s(unit) if unit in able else 0.0
+            bring_s = self._fetch_time_s(unit) if unit in able else 0.0
             if starting:
                 # Rounded, so that a countdown is no change worth a line in every snapshot.
                 after_s = 0.0 if unit == self._unit else bring_s + there_s
@@ -335,7 +339,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         if unit not in able:
             return self._respawn_to(unit)
         known = self._known[unit]
-        return self._start_of(unit) if known.starts else known.swap_s + self._bring_s(unit)
+        return self._start_of(unit) if known.starts else known.swap_s + self._fetch_time_s(unit)
 
     def _start_whole_s(self) -> float:
         # Counted from when the engine before began to end.
@@ -361,7 +365,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         """This slot as the pool's placement sees it."""
         now_s = time.monotonic()
         engine = self._engine
-        able = engine.exchangeable if engine is not None else frozenset()
+        able = engine.swappable_experts if engine is not None else frozenset()
         return Place(
             self._slot_view(now_s),
             self._unit_views(now_s, able),

@@ -61,14 +61,14 @@ class SwapSlot(HostWeightSlot):
             return None  # they stay together
         if self._known[unit].tier not in (Residency.DISK, Residency.HOST):
             return None
-        if self._retired and len(self.staying) == 1:
+        if self._retired and len(self.active_units) == 1:
             return None  # who is to go needs somebody who can run instead
-        self._send_away(
+        self._reject_waiting(
             unit, lambda ticket: LeaseRevokedError(ticket.arrived_s, put_back=ticket.again)
         )
-        return self._let_go(unit)
+        return self._release_unit(unit)
 
-    def _let_go(self, unit: str) -> UnitState:
+    def _release_unit(self, unit: str) -> UnitState:
         known = self._forget_unit(unit)
         if known.tier is Residency.HOST and self._engine is not None:
             self._dropping[unit] = known.host_bytes
@@ -76,7 +76,7 @@ class SwapSlot(HostWeightSlot):
         return known
 
     @property
-    def staying(self) -> list[Unit]:
+    def active_units(self) -> list[Unit]:
         """Its units, without those that are to go for good."""
         return [unit for unit in self.units if unit.name not in self._retired]
 
@@ -91,9 +91,9 @@ class SwapSlot(HostWeightSlot):
 
         Returns when nothing of it is left. There must be another unit to run.
         """
-        self._send_away(unit, lambda _: kind(why))
+        self._reject_waiting(unit, lambda _: kind(why))
         if self._engine is None and unit != self._unit:
-            self._let_go(unit)
+            self._release_unit(unit)
             return
         gone = self._retired[unit] = asyncio.Event()
         self._event.set()
@@ -104,7 +104,7 @@ class SwapSlot(HostWeightSlot):
         for unit in [name for name in self._retired if name != self._unit]:
             if self._filling is not None:
                 return True
-            self._let_go(unit)
+            self._release_unit(unit)
             self._retired.pop(unit).set()
         if self._unit not in self._retired or self._slot_view(time.monotonic()).running:
             return True
@@ -135,8 +135,8 @@ class SwapSlot(HostWeightSlot):
 
     async def _make_ready(self) -> None:
         """Nothing is held; wait for room, before others' starts would have to wait for that."""
-        self._emptied()
-        await self._room_for_one()
+        self._reset_residency()
+        await self._wait_for_host_memory()
         self._occupied = True
 
     async def _end(self, engine: SwappingEngine | None) -> None:
@@ -159,7 +159,7 @@ class SwapSlot(HostWeightSlot):
         self._engine, self._report = engine, report
         for name in self._units[self._unit].experts:
             await engine.load(name)
-        self._able[self._unit] = engine.exchangeable
+        self._able[self._unit] = engine.swappable_experts
         self._first = self._unit
         self._start_s = time.monotonic() - began_s
         self._known[self._unit].start_s = self._start_s
@@ -167,45 +167,45 @@ class SwapSlot(HostWeightSlot):
         self._has_worked = True
         meant, self._meant = self._meant, ""
         if meant in self._units and self._units[meant].needs == self._unit:
-            await self._take_on(engine, meant)
+            await self._adopt_started_engine(engine, meant)
         if self._respawn is not None and self._respawn[0] == self._unit:
             unit, reason, began_s = self._respawn
             self._note(Swap(unit, "respawn", reason, began_s, time.monotonic() - began_s))
         self._respawn = None
         self._run_unit(self._unit)
 
-    async def _room_for_one(self) -> None:
+    async def _wait_for_host_memory(self) -> None:
         """Where slots share a bound: wait until others have made room for the unit that starts."""
         while self.policy.most_bytes is not None and self.policy.host_bytes is not None:
-            if self._known[self._weighs(self._unit)].host_bytes <= self.policy.host_bytes:
+            if self._known[self._weight_owner(self._unit)].host_bytes <= self.policy.host_bytes:
                 return
             await asyncio.sleep(TICK_S)
 
-    async def _take_on(self, engine: SwappingEngine, unit: str) -> None:
+    async def _adopt_started_engine(self, engine: SwappingEngine, unit: str) -> None:
         """Give an engine that has just started to the unit that it was started for.
 
         Before the gate opens: whoever waits for others would have it started for them first.
         """
         base = self._unit
         try:
-            filled = await engine.fill(unit)
+            filled = await engine.load_to_host(unit)
             known = self._known[unit]
             known.host_bytes, known.fill_s = filled.host_bytes, filled.fill_s
             known.starts = filled.starts
-            if (await engine.exchange(unit)).ok:
+            if (await engine.swap_in(unit)).ok:
                 self._known[base].tier = Residency.HOST
                 self._set_unit(base, Residency.HOST)
                 self._unit = unit
                 return
             self.canary_failures += 1
             self._fail_unit(unit, "it does not answer as when it was first loaded")
-            await engine.exchange(base)
+            await engine.swap_in(base)
         except EngineDeadError:
             raise
         except CoeError as error:
             self._fail_unit(unit, error.message)
 
-    def _emptied(self) -> None:
+    def _reset_residency(self) -> None:
         """Whatever an engine held went with it; the next one starts with the running unit."""
         self._started_at = now_s = time.monotonic()
         self._open = self._gone = False
@@ -237,7 +237,7 @@ class SwapSlot(HostWeightSlot):
         if (why := engine.failure()) is not None:
             log.error("engine of %s died (%s); starting another", self._unit, why)
         self._engine = None
-        self._emptied()
+        self._reset_residency()
 
     def lost(self) -> None:
         """A request saw the engine die."""
@@ -248,7 +248,7 @@ class SwapSlot(HostWeightSlot):
         """One look and what follows from it. False: this engine can't run who is next."""
         now_s = time.monotonic()
         slot = self._slot_view(now_s)
-        units = bounded(slot, self._unit_views(now_s, engine.exchangeable), self.policy)
+        units = bounded(slot, self._unit_views(now_s, engine.swappable_experts), self.policy)
         if self._retired:
             if self._filling is None and not self._dropping:
                 # Others may need the room meanwhile.
@@ -264,7 +264,7 @@ class SwapSlot(HostWeightSlot):
             if self._open or self._closed_s is None:
                 self._closed_s = now_s
             self._open = False
-            if self.policy.preempt and step.reason == LATE and self._first_comes(step.unit):
+            if self.policy.preempt and step.reason == LATE and self._has_fresh_waiter(step.unit):
                 self._put_back()
         else:
             self._open = False
@@ -281,7 +281,7 @@ class SwapSlot(HostWeightSlot):
             self._fetch(engine, coming, to_drop(slot, units, self.policy, coming))
         return True
 
-    def _first_comes(self, unit: str) -> bool:
+    def _has_fresh_waiter(self, unit: str) -> bool:
         """Whether somebody waits for a unit who was not put back: else two would do it in turn."""
         return any(
             not ticket.again
@@ -294,13 +294,13 @@ class SwapSlot(HostWeightSlot):
         # Neither held nor running until that is done: it can't be evicted meanwhile.
         self._known[unit].tier = Residency.LOADING
         try:
-            done = await engine.exchange(unit)
+            done = await engine.swap_in(unit)
         except EngineDeadError as error:
-            self._died_with(unit, error)
+            self._record_engine_death(unit, error)
             return False
         except CoeError as error:
             if engine.failure() is not None:
-                self._died_with(unit, error)
+                self._record_engine_death(unit, error)
                 return False
             self._fail_unit(unit, error.message)
             if self._in_use(unit):
@@ -359,7 +359,7 @@ class SwapSlot(HostWeightSlot):
         # Somebody else may be able to start meanwhile.
         now_s = time.monotonic()
         self._known[self._unit].failed_until = now_s + RETRY_S
-        asyncio.get_running_loop().call_later(RETRY_S, self._forgive, self._unit)
+        asyncio.get_running_loop().call_later(RETRY_S, self._clear_failure, self._unit)
         able = [
             name
             for name, known in self._known.items()

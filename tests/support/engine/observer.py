@@ -18,8 +18,8 @@ class Watch(PoolMetrics):
         super().__init__(capture)
         self.told: list[RoutingSample] = []
 
-    def chosen(self, chosen: RoutingSample) -> None:
-        super().chosen(chosen)
+    def on_routing_sample(self, chosen: RoutingSample) -> None:
+        super().on_routing_sample(chosen)
         self.told.append(chosen)
 
     def load(self, expert: str) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -75,7 +75,7 @@ class Steering:
     async def go_to(self, name: str) -> str:
         if self.runs == name:
             return ""
-        done = await self.engine.exchange(name)
+        done = await self.engine.swap_in(name)
         assert done.ok
         self.runs = name
         return done.method

@@ -17,7 +17,7 @@ EVEN = 0.04
 def seen(count: int) -> BudgetPacer:
     pacer = BudgetPacer()
     for _ in range(count):
-        pacer.offered(WORTH, COST)
+        pacer.observe(WORTH, COST)
     return pacer
 
 
@@ -36,10 +36,10 @@ def test_scarce_costs_what_makes_everybody_take_the_cheaper() -> None:
 def test_what_is_left_is_for_those_who_are_still_to_come() -> None:
     for spent, price in ((1000.0, 0.0), (2000.0, EVEN)):
         pacer = BudgetPacer()
-        pacer.offered(WORTH, COST)
+        pacer.observe(WORTH, COST)
         pacer.reprice(BudgetSnapshot(2200.0, 0.0, 0.0, 100.0), 0.0)
         for _ in range(99):
-            pacer.offered(WORTH, COST)
+            pacer.observe(WORTH, COST)
         # A hundred in half the time, and as many to come.
         got = pacer.reprice(BudgetSnapshot(2200.0, spent, 0.0, 100.0), 50.0)
         assert got == pytest.approx(price, rel=0.01)
@@ -50,7 +50,7 @@ def test_a_burst_at_the_start_is_no_rate() -> None:
     assert pacer.reprice(BudgetSnapshot(86_400.0, 0.0, 0.0, 86_400.0), 43_200.0) < 1.0
     pacer = seen(1)
     pacer.reprice(BudgetSnapshot(86_400.0, 0.0, 0.0, 86_400.0), 0.0)
-    pacer.offered(WORTH, COST)
+    pacer.observe(WORTH, COST)
     assert pacer.reprice(BudgetSnapshot(86_400.0, 0.0, 0.0, 86_400.0), 1.0) == 0
 
 
@@ -58,7 +58,7 @@ def test_a_new_window_counts_arrivals_anew() -> None:
     pacer = seen(1)
     pacer.reprice(BudgetSnapshot(100.0, 0.0, 0.0, 100.0), 0.0)
     for _ in range(100):
-        pacer.offered(WORTH, COST)
+        pacer.observe(WORTH, COST)
     pacer.reprice(BudgetSnapshot(100.0, 90.0, 0.0, 100.0), 50.0)
     assert pacer.price > 0
     pacer.reprice(BudgetSnapshot(100.0, 0.0, 100.0, 200.0), 150.0)
@@ -67,7 +67,7 @@ def test_a_new_window_counts_arrivals_anew() -> None:
 
 def test_impossible_options_have_no_say() -> None:
     pacer = BudgetPacer()
-    pacer.offered(np.array([-np.inf, 0.9]), COST)
+    pacer.observe(np.array([-np.inf, 0.9]), COST)
     assert upper_concave_hull(np.array([-np.inf, -np.inf]), COST).tolist() == []
     assert pacer.solve(1.0) == pytest.approx(0, abs=1e-9), "there is only the dear one"
 
@@ -79,7 +79,7 @@ def test_the_price_spends_what_is_there(seed: int, share: float) -> None:
     pacer = BudgetPacer()
     rows = [(draw.random(6), draw.random(6) * 10) for _ in range(200)]
     for worth, cost in rows:
-        pacer.offered(worth, cost)
+        pacer.observe(worth, cost)
 
     def spends(price: float) -> float:
         return float(np.mean([c[(w - price * c).argmax()] for w, c in rows]))

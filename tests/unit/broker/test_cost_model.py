@@ -23,9 +23,9 @@ def test_expect_after_answers_cut_by_a_bound_is_still_the_natural_length(bound: 
     """Health checks and classifiers ask for a token; that says nothing of how long answers are."""
     learning = market()
     for _ in range(60):
-        learning.saw("big", "math", 400)
+        learning.observe("big", "math", 400)
     for _ in range(200):
-        learning.saw("big", "math", bound, cut=True)
+        learning.observe("big", "math", bound, cut=True)
     assert expected(learning) == pytest.approx(400, rel=0.01)
     assert expected(learning, bound) == bound
 
@@ -48,7 +48,7 @@ def test_expect_of_random_lengths_is_their_mean_whatever_bounds_some(
             length = max(1, int(natural))
             bound = bounds[int(draw.integers(len(bounds)))]
             cut = bound is not None and length >= bound
-            learning.saw("big", "math", bound if cut and bound else length, cut=cut)
+            learning.observe("big", "math", bound if cut and bound else length, cut=cut)
             if i > 500 and i % 100 == 0:
                 told.append(expected(learning))
     assert np.mean(told) == pytest.approx(400, rel=0.1)
@@ -57,16 +57,16 @@ def test_expect_of_random_lengths_is_their_mean_whatever_bounds_some(
 def test_expect_where_every_answer_was_cut_is_longer_than_any_bound() -> None:
     learning = market()
     for _ in range(50):
-        learning.saw("big", "math", 512, cut=True)
+        learning.observe("big", "math", 512, cut=True)
     assert expected(learning) > 512
     only_short = market()
-    only_short.saw("big", "math", 1, cut=True)
+    only_short.observe("big", "math", 1, cut=True)
     assert expected(only_short) >= 64, "one token asked for is no length of answers"
 
 
 def test_expect_of_several_answers_costs_each_of_them_and_the_prompt_once() -> None:
     learning = market()
-    learning.saw("big", "math", 100)
+    learning.observe("big", "math", 100)
     one, three = learning.expect("math", 10, None), learning.expect("math", 10, None, 3)
     assert three.tokens[0] == one.tokens[0]
     assert three.cost[0] - one.cost[0] == pytest.approx(2 * 100 * 10 / 1e6)

@@ -68,16 +68,16 @@ async def test_one_is_awake_at_a_time() -> None:
     await engines.start()
     await engines.load("a-tuned")
     assert b"a-tuned:" in await stage.ask("a-tuned")
-    assert (await engines.fill("b")).host_bytes == 20
-    done = await engines.exchange("b")
+    assert (await engines.load_to_host("b")).host_bytes == 20
+    done = await engines.swap_in("b")
     assert (done.ok, done.method) == (True, "sleep")
     assert b"b:" in await stage.ask("b")
     with pytest.raises(ExpertFailedError, match="sleeps"):
         await stage.ask("a")
-    await engines.exchange("a")
-    await engines.exchange("b")
-    await engines.drop("b")  # it is awake: nothing happens
-    await engines.drop("a")
+    await engines.swap_in("a")
+    await engines.swap_in("b")
+    await engines.evict("b")  # it is awake: nothing happens
+    await engines.evict("a")
     assert stage.log == [
         *("start a", "sleep a", "start b", "sleep b", "wake a", "sleep a", "wake b", "stop a"),
     ]
@@ -89,7 +89,7 @@ async def test_one_that_can_not_start_leaves_the_other_awake() -> None:
     stage = Stage("start c")
     await stage.engines.start()
     with pytest.raises(ExpertFailedError):
-        await stage.engines.exchange("c")
+        await stage.engines.swap_in("c")
     assert stage.log == ["start a", "sleep a", "start c", "stop c", "wake a"]
     assert b"a:" in await stage.ask("a")
     assert stage.engines.failure() is None
@@ -100,9 +100,9 @@ async def test_half_a_swap_is_the_end_of_all(act: str, done: list[str]) -> None:
     stage = Stage(act)
     await stage.engines.start()
     for expert in done:
-        await stage.engines.exchange(expert)
+        await stage.engines.swap_in(expert)
     with pytest.raises(EngineDeadError):
-        await stage.engines.exchange("a" if done else "b")
+        await stage.engines.swap_in("a" if done else "b")
     assert stage.engines.failure() is not None
 
 
@@ -110,10 +110,10 @@ async def test_one_that_died_in_its_sleep_is_stopped_before_another_comes() -> N
     stage = Stage()
     engines = stage.engines
     await engines.start()
-    await engines.exchange("b")
+    await engines.swap_in("b")
     dead = engines._engines["a"]
     assert isinstance(dead, Dozer)
     dead.kill("a test killed it")
-    await engines.exchange("a")
+    await engines.swap_in("a")
     assert stage.log[-3:] == ["sleep b", "stop a", "start a"]
     assert b"a:" in await stage.ask("a")

@@ -62,13 +62,13 @@ async def test_workers_are_told_where_and_files_stay_as_long_as_they_are_held(
     cache = SharedWeightCache(None, root=tmp_path, clock=clock)
     folder = a_model(tmp_path / "m")
     one, other = engine(folder, cache), engine(folder, cache)
-    await one.fill("b")
+    await one.load_to_host("b")
     assert [call[0] for call in one.calls] == ["coe_share", "coe_fill", "coe_filled"]
     assert Path(one.place).parent == cache.folder
-    await other.fill("b")
+    await other.load_to_host("b")
     assert other.place == one.place
     assert other.token != one.token
-    await one.drop("b")
+    await one.evict("b")
     clock.now_s += DROPPED_S
     cache.sweep()
     assert one.is_there()
@@ -87,7 +87,7 @@ async def test_a_fill_that_fails_holds_nothing(tmp_path: Path) -> None:
     made = engine(a_model(tmp_path / "m"), cache)
     made.broken = True
     with pytest.raises(ExpertFailedError, match="could not be loaded: no room"):
-        await made.fill("b")
+        await made.load_to_host("b")
     made.leave()
     clock.now_s += DROPPED_S
     cache.sweep()

@@ -85,7 +85,7 @@ async def test_no_key_is_kept_and_the_file_is_its_owner_s(tmp_path: Path) -> Non
 def test_states_and_what_people_are_told() -> None:
     record = replace(WANTED, id="x", digest="d" * 64, expires_s=10.0)
     assert [record.state(now_s) for now_s in (9.9, 10.0)] == ["active", "expired"]
-    told = record.told(11.0)
+    told = record.to_public(11.0)
     assert told["state"] == "expired"
     assert not any("digest" in name for name in told)
 

@@ -60,7 +60,7 @@ async def test_cost_price_of_a_key_with_its_own_budget_rises_as_it_is_spent() ->
     await spend(ledger, KEY, 4.9, "r")
     for _ in range(40):
         clock.now_s += 60
-        spending.offered(KEY, OFFER)
+        spending.observe(KEY, OFFER)
         await spending.look()
     assert spending.left(KEY) == pytest.approx(0.1)
     assert spending.cost_price(KEY) >= 0.5, "nobody takes the better answer at this price"
@@ -81,7 +81,7 @@ async def test_cost_price_of_a_key_is_the_sum_of_all_its_budgets() -> None:
     await spend(ledger, KEY, 4.9, "r")
     for _ in range(40):
         clock.now_s += 60
-        spending.offered(KEY, OFFER)
+        spending.observe(KEY, OFFER)
         await spending.look()
     prices = dict((name, price) for name, price, _ in spending.prices())
     assert set(prices) == {"all", "tenant/acme"}
@@ -100,7 +100,7 @@ async def test_keys_with_budgets_that_are_remembered_are_bounded(
     clock = Clock()
     _, spending = site(clock)
     for i in range(50):
-        spending.offered(Tenant("acme", f"k{i}", limits=Limits(budget=5)), OFFER)
+        spending.observe(Tenant("acme", f"k{i}", limits=Limits(budget=5)), OFFER)
     await spending.look()
     assert set(spending._pacers) == {f"key/k{i}" for i in range(40, 50)}
     await spending.stop()
@@ -114,7 +114,7 @@ async def test_cost_price_in_a_new_window_is_that_of_an_untouched_budget_at_once
     await spend(ledger, NOBODY, 20, "all of it")
     for i in range(32):
         clock.now_s = (100 + i / 64) * DAY
-        spending.offered(NOBODY, OFFER)
+        spending.observe(NOBODY, OFFER)
         await spending.look()
     assert spending.cost_price(NOBODY) >= 0.5
     good = 0
@@ -124,7 +124,7 @@ async def test_cost_price_in_a_new_window_is_that_of_an_untouched_budget_at_once
             assert spending.left(NOBODY) == 20 - good
             await spend(ledger, NOBODY, 1, f"r{i}")
             good += 1
-        spending.offered(NOBODY, OFFER)
+        spending.observe(NOBODY, OFFER)
         await spending.look()
     assert good >= 13
     await spending.stop()
@@ -144,10 +144,10 @@ async def test_prices_while_the_store_is_gone_stand_and_are_asked_for_again() ->
     ledger.store = store = Gone(clock)
     await spending.start()
     assert spending.cost_price(NOBODY) == 0
-    spending.offered(NOBODY, OFFER)
+    spending.observe(NOBODY, OFFER)
     store.gone = False
     spending._renewed_s = float("-inf")
-    spending.offered(NOBODY, OFFER)
+    spending.observe(NOBODY, OFFER)
     assert spending._renewing is not None
     await spending._renewing
     assert [name for name, *_ in spending.prices()] == ["all"]
@@ -162,16 +162,16 @@ async def test_arrivals_at_one_gateway_raise_the_price_at_another() -> None:
     await two.start()
     for i in range(200):
         clock.now_s = (100 + i / 400) * DAY
-        one.offered(NOBODY, OFFER)
+        one.observe(NOBODY, OFFER)
         if i % 20 == 0:
-            two.offered(NOBODY, OFFER)
+            two.observe(NOBODY, OFFER)
         await one.look()
         await two.look()
     # Ten requests came to the second one: for itself alone they could all have the better answer.
     assert two.cost_price(NOBODY) == pytest.approx(one.cost_price(NOBODY)) == pytest.approx(0.5)
     late = BudgetPrices(ledger, clock=clock)
     await late.start()
-    late.offered(NOBODY, OFFER)
+    late.observe(NOBODY, OFFER)
     await late.look()
     assert late.cost_price(NOBODY) == pytest.approx(0.5), "one that has just come knows it, too"
     for each in (one, two, late):

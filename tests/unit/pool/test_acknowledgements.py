@@ -8,15 +8,15 @@ from service.pool.acknowledgements import Acknowledgements
 def test_calls_may_overtake_each_other() -> None:
     acks = Acknowledgements()
     for seq in (1, 3, 2):
-        acks.heard("a", seq)
-    assert acks.told() == {"a": 3}
+        acks.record("a", seq)
+    assert acks.to_wire() == {"a": 3}
 
 
 def test_gateways_that_are_long_gone_are_forgotten() -> None:
     acks = Acknowledgements()
     for seq in range(1, 1000):
-        acks.heard("always", seq)
-        acks.heard(f"gateway-{seq}", seq)
-    told = acks.told()
+        acks.record("always", seq)
+        acks.record(f"gateway-{seq}", seq)
+    told = acks.to_wire()
     assert len(told) <= 256
     assert told["always"] == told["gateway-999"] == 999

@@ -232,9 +232,9 @@ async def test_a_virtual_expert_for_which_the_engine_was_not_started(
 
     class Made(SimulatedEngine):
         @property
-        def exchangeable(self) -> frozenset[str]:
+        def swappable_experts(self) -> frozenset[str]:
             first[:] = first or [self]
-            return super().exchangeable - ({"a2"} if first[0] is self else set())
+            return super().swappable_experts - ({"a2"} if first[0] is self else set())
 
     monkeypatch.setattr("service.pool.factory.SimulatedEngine", Made)
     running = Running(steered(tmp_path, "a a1"))
@@ -297,11 +297,11 @@ async def test_engines_on_a_gpu_and_their_virtual_experts(tmp_path: Path) -> Non
     assert isinstance(steered, SwappingVllmEngine)
     assert not isinstance(plain, SwappingVllmEngine)
     steered._places = 2  # as it was started
-    assert steered.exchangeable == {"a", "a1"}
+    assert steered.swappable_experts == {"a", "a1"}
     assert plain.exchangeable == {"b"}
     # Of those that come, it has what it can run; for the other it is started anew.
     await assembly.reload(on_a_gpu(tmp_path, "a b a1 a2 a3", a3=3))
-    assert steered.exchangeable == {"a", "a1", "a2"}
+    assert steered.swappable_experts == {"a", "a1", "a2"}
     again = engine_for("a")
     assert {name: weights.places for name, weights in again._weights.items()} == {
         "a": 0,
@@ -312,7 +312,7 @@ async def test_engines_on_a_gpu_and_their_virtual_experts(tmp_path: Path) -> Non
     # Nothing of an engine whose experts went is looked for.
     assembly._config = on_a_gpu(tmp_path, "b")
     assembly._look_again()
-    assert steered.exchangeable == {"a", "a1", "a2"}
+    assert steered.swappable_experts == {"a", "a1", "a2"}
     # What its engines would share goes with the pool.
     cache = assembly._cache
     assert cache is not None

@@ -109,13 +109,13 @@ def test_a_full_queue_refuses_who_fills_it() -> None:
     waiting = [offer(q, heavy) for _ in range(6)]
     with pytest.raises(OverCapacityError):
         offer(q, heavy)
-    assert q.crowded_out("e", heavy) == []
+    assert q.ticket_to_shed("e", heavy) == []
     for i in range(3):
-        (gone,) = q.crowded_out("e", small)
+        (gone,) = q.ticket_to_shed("e", small)
         assert gone is waiting[-1 - i]
         q.close(gone)
         offer(q, small)
-    assert q.crowded_out("e", small) == []
+    assert q.ticket_to_shed("e", small) == []
     with pytest.raises(OverCapacityError):
         offer(q, small)
 

@@ -116,9 +116,9 @@ def test_crowded_out_the_heaviest_tenant_gives_up_as_much_as_is_needed() -> None
     heavy, small = Tenant("heavy"), Tenant("small")
     q.offer("a", 0, ready=True, tenant=heavy)
     waiting = [q.offer("a", 0, ready=True, tenant=heavy, places=1) for _ in range(8)]
-    assert q.crowded_out("a", small, tokens=3 * 2048) == waiting[:-4:-1]
+    assert q.ticket_to_shed("a", small, tokens=3 * 2048) == waiting[:-4:-1]
     # More than an equal part is nobody's.
-    assert q.crowded_out("a", small, tokens=5 * 2048) == []
+    assert q.ticket_to_shed("a", small, tokens=5 * 2048) == []
 
 
 def test_resize_to_fewer_places_lets_what_waits_for_more_run_alone() -> None:

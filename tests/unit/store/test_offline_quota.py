@@ -51,7 +51,7 @@ async def test_a_beat_that_goes_wrong_is_not_the_last(monkeypatch: pytest.Monkey
         if len(beats) == 2:
             raise KeyError("what nobody thought of")
 
-    monkeypatch.setattr(store, "_beat", beat)
+    monkeypatch.setattr(store, "_heartbeat", beat)
     await store.start()
     try:
         await until(lambda: len(beats) > 3, "it is heard of again")

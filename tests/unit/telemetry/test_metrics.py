@@ -147,7 +147,7 @@ async def test_a_pool_tells_its_queues_residency_and_requests() -> None:
     told = PoolMetrics()
     told.follow(Told())
     told.ended(CALL, Times(1, 1.5, 2, 3, 0.5, 0.25), "")
-    told.worked(EngineTimings("a", 0.125, 0.5, 2.0, 10, 5))
+    told.on_finished(EngineTimings("a", 0.125, 0.5, 2.0, 10, 5))
     for _ in range(2):
         got = samples(await told.text({"pool": "p"}))
     a, p = ("expert", "a"), ("pool", "p")

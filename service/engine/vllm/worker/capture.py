@@ -183,7 +183,7 @@ class GateCapture:
                 )
             )
 
-    def told(self) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, Any]:
         """What was seen since this was last asked for, by expert, as plain data; forgets it."""
         seen, self._seen = self._seen, {}
         return {
@@ -257,7 +257,7 @@ class CaptureExtension:
 
     def coe_captured(self) -> dict[str, Any]:
         """See `GateCapture.told`."""
-        return self._coe_capturing.told() if self._coe_capturing is not None else {}
+        return self._coe_capturing.snapshot() if self._coe_capturing is not None else {}
 
     def _coe_runs(self) -> str:
         """The expert that the engine computes now."""

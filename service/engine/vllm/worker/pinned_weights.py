@@ -52,7 +52,7 @@ class PinnedWeights:
     probe: Probe | None = None
     steered: SteeringTable | None = None
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Its memory is this process's no more, once nothing refers to it."""
         self.tensors = {}
         whole, self.whole = self.whole, None
@@ -141,7 +141,7 @@ class PinnedExtension(SwapExtension):
         held = self._coe().held.get(expert)
         dropped = super().coe_drop(expert, for_next)
         if dropped and held is not None:
-            held.let_go()
+            held.release()
         return dropped
 
     def _coe_look(self, held: Any) -> None:

@@ -99,7 +99,7 @@ class SteeredGates:
         for router, rule in self.rules:
             router.__dict__[CHOOSES] = rule
 
-    def lift(self) -> None:
+    def remove(self) -> None:
         """The routers choose as vLLM has made them. Can't fail."""
         for router, _ in self.rules:
             router.__dict__.pop(CHOOSES, None)

@@ -85,18 +85,18 @@ def test_a_worker_counts_by_the_expert_that_runs_and_tells_once() -> None:
     worker.step([[0, 1]], [[2, 3]], requests={"cmpl-1": 1})
     worker.running = "b"
     worker.step([[0, 1], [0, 2]], [[2, 3], [1, 3]], requests={"cmpl-2": 1, "cmpl-3": 1}, padding=3)
-    told = worker.capture.told()
+    told = worker.capture.snapshot()
     assert load_told(told, "a") == [[1, 1, 0, 0], [0, 0, 1, 1]]
     assert load_told(told, "b") == [[2, 1, 1, 0], [0, 1, 1, 2]]
     assert (told["a"]["tokens"], told["b"]["tokens"]) == (1, 2)
-    assert worker.capture.told() == {}
+    assert worker.capture.snapshot() == {}
 
 
 def test_one_step_of_so_many_is_looked_at() -> None:
     worker = Worker(every=3)
     for _ in range(3000):
         worker.step([[0, 1]], [[2, 3]], requests={"cmpl-1": 1})
-    seen = worker.capture.told()["a"]["tokens"]
+    seen = worker.capture.snapshot()["a"]["tokens"]
     assert 900 < seen < 1100
 
 
@@ -108,7 +108,7 @@ def test_steps_are_drawn_so_that_no_rhythm_is_missed() -> None:
         tokens = 5 if i % 4 == 0 else 1
         worker.step([[0, 1]] * tokens, [[2, 3]] * tokens, requests={"cmpl-1": tokens})
         prompts += tokens == 5
-    seen = worker.capture.told()["a"]["tokens"]
+    seen = worker.capture.snapshot()["a"]["tokens"]
     assert 0.2 < seen / (5 * prompts + 3 * prompts) < 0.3
 
 
@@ -116,7 +116,7 @@ def test_the_canary_is_left_out() -> None:
     worker = Worker()
     worker.step([[3, 1]], [[2, 3]], requests={"cmpl-canary-77-0": 1})
     worker.step([[0, 1]], [[2, 3]], requests={"cmpl-1": 1})
-    assert load_told(worker.capture.told(), "a") == [[1, 1, 0, 0], [0, 0, 1, 1]]
+    assert load_told(worker.capture.snapshot(), "a") == [[1, 1, 0, 0], [0, 0, 1, 1]]
 
 
 def test_few_stretches_are_kept_of_prompts_long_enough() -> None:
@@ -124,7 +124,7 @@ def test_few_stretches_are_kept_of_prompts_long_enough() -> None:
     rows = [[i % 3, i % 3 + 1] for i in range(10 + 33 + 50 + 60)]
     others = [[0, i % 3 + 1] for i in range(len(rows))]
     worker.step(rows, others, requests={"short": 10, "one": 33, "long": 50, "over": 60})
-    (told,) = worker.capture.told().values()
+    (told,) = worker.capture.snapshot().values()
     kept = [np.frombuffer(data, np.int16).reshape(shape) for *shape, data in told["stretches"]]
     assert [one.shape for one in kept] == [(2, 33, 2), (2, 40, 2)]
     assert kept[0][0].tolist() == rows[10:43]
@@ -134,7 +134,7 @@ def test_few_stretches_are_kept_of_prompts_long_enough() -> None:
 def test_layers_that_choose_fewer_leave_places_empty() -> None:
     worker = Worker(stretches=1)
     worker.step([[1]] * 32, [[2, 3]] * 32, requests={"one": 32})
-    (told,) = worker.capture.told().values()
+    (told,) = worker.capture.snapshot().values()
     *shape, data = told["stretches"][0]
     assert np.frombuffer(data, np.int16).reshape(shape)[:, 0].tolist() == [[1, -1], [2, 3]]
 
@@ -143,7 +143,7 @@ def test_an_expert_that_is_named_again_counts_once() -> None:
     worker = Worker(stretches=1)
     # As a rule that gives sure tokens fewer experts fills the places that are left.
     worker.step([[2, 2]] * 32, [[3, 1]] * 32, requests={"one": 32})
-    (told,) = worker.capture.told().values()
+    (told,) = worker.capture.snapshot().values()
     assert load_told({"a": told}, "a") == [[0, 0, 32, 0], [0, 32, 0, 32]]
     *shape, data = told["stretches"][0]
     assert np.frombuffer(data, np.int16).reshape(shape)[:, 0].tolist() == [[2, -1], [1, 3]]
@@ -156,10 +156,10 @@ def test_a_model_that_goes_is_no_longer_looked_at() -> None:
     worker.capture.attach([RoutedLayer(i, EXPERTS, 2, r) for i, r in enumerate(worker.routers)])
     assert [router.capture_fn for router in old] == [None, None]
     worker.step([[0, 1]], [[2, 3]], requests={"cmpl-1": 1})
-    assert worker.capture.told()["a"]["tokens"] == 1
+    assert worker.capture.snapshot()["a"]["tokens"] == 1
     worker.capture.detach()
     worker.step([[0, 1]], [[2, 3]], requests={"cmpl-1": 1})
-    assert worker.capture.told() == {}
+    assert worker.capture.snapshot() == {}
 
 
 def chosen(expert: str = "a", *, tokens: int = 0, seed: int = 0, layers: int = 2) -> RoutingSample:
@@ -175,12 +175,12 @@ def chosen(expert: str = "a", *, tokens: int = 0, seed: int = 0, layers: int = 2
 async def test_a_pool_adds_up_and_reckons_when_asked() -> None:
     now = 100.0
     routes = MoeCollector(16, lambda: now)
-    routes.heard(chosen())
+    routes.add_sample(chosen())
     now = 150.0
     one, two = chosen(tokens=50, seed=1), chosen(tokens=40, seed=2)
-    routes.heard(one)
+    routes.add_sample(one)
     now = 200.0
-    routes.heard(two)
+    routes.add_sample(two)
     tally = await routes.tally("a")
     assert (tally.tokens, tally.since_s, tally.cache) == (90, 100.0, 4)
     assert one.load is not None
@@ -192,10 +192,10 @@ async def test_a_pool_adds_up_and_reckons_when_asked() -> None:
     assert tally.balance(1).srp == both.srp(1)
     assert tally.balance(0).sch == both.sch(0) == 1.0
     # What travels, and two pools together.
-    again = RoutingCounts.of_sums(orjson.loads(orjson.dumps(tally.sums())))
-    assert again.sums() == tally.sums()
+    again = RoutingCounts.from_wire(orjson.loads(orjson.dumps(tally.to_wire())))
+    assert again.to_wire() == tally.to_wire()
     assert again.like(tally)
-    whole = (tally + again).told()
+    whole = (tally + again).to_json()
     assert whole["tokens"] == 180
     assert whole["layers"][1]["srp"] == tally.balance(1).srp
     assert whole["layers"][1]["imbalance"] == pytest.approx(tally.balance(1).imbalance)
@@ -205,8 +205,8 @@ async def test_a_pool_adds_up_and_reckons_when_asked() -> None:
 @pytest.mark.asyncio
 async def test_another_model_of_that_name_begins_anew() -> None:
     routes = MoeCollector(1, lambda: 0.0)
-    routes.heard(chosen(tokens=50))
-    routes.heard(chosen(tokens=60, layers=3))
+    routes.add_sample(chosen(tokens=50))
+    routes.add_sample(chosen(tokens=60, layers=3))
     assert (await routes.tally("a")).tokens == 60
     routes.forget("a")
     with pytest.raises(ConflictError):
@@ -222,10 +222,10 @@ async def test_why_nothing_is_told() -> None:
     routes = MoeCollector(8, lambda: 0.0)
     with pytest.raises(ConflictError, match="no engine has told of the routers of 'a' yet"):
         await routes.tally("a")
-    routes.heard(chosen(layers=0))
+    routes.add_sample(chosen(layers=0))
     with pytest.raises(ConflictError, match="'a' is not a mixture of experts"):
         await routes.tally("a")
-    routes.heard(chosen("b"))
+    routes.add_sample(chosen("b"))
     with pytest.raises(
         ConflictError, match="nothing was seen of the routers of 'b' yet: one step of 8"
     ):
@@ -235,8 +235,8 @@ async def test_why_nothing_is_told() -> None:
 @pytest.mark.asyncio
 async def test_metrics_are_by_layer_and_go_with_their_expert() -> None:
     routes, meter = MoeCollector(1, lambda: 0.0), MetricsRegistry(Side.POOL)
-    routes.heard(chosen(tokens=50))
-    routes.heard(chosen("b", tokens=10))
+    routes.add_sample(chosen(tokens=50))
+    routes.add_sample(chosen("b", tokens=10))
     await routes.reckon()
     routes.read(meter)
     tally = await routes.tally("a")
@@ -257,9 +257,9 @@ def test_tokens_of_each_routed_expert_are_told_while_there_is_room() -> None:
     small, more = chosen(tokens=50, seed=1), chosen(tokens=40, seed=2)
     layers, experts = 80, 50
     load = np.ones((layers, experts), np.int64)
-    routes.heard(RoutingSample("large", tuple(range(layers)), experts, 1, experts, load, ()))
+    routes.add_sample(RoutingSample("large", tuple(range(layers)), experts, 1, experts, load, ()))
     for one in (small, more):
-        routes.heard(one)
+        routes.add_sample(one)
         routes.read(meter)
     assert small.load is not None
     assert more.load is not None

@@ -326,7 +326,7 @@ def test_what_an_engine_can_run_as_it_was_started() -> None:
             "a", weights, VllmOptions(), on_cpu=on_cpu, canary_every=1, canaries={}
         )
         made._places, made._fixed = places, fixed
-        return set(made.exchangeable)
+        return set(made.swappable_experts)
 
     assert engine(on_cpu=True, places=0, fixed="") == set(weights)
     # Started before there were any; for fewer experts; with weights that can't be copied.

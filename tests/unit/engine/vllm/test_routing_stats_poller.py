@@ -15,7 +15,7 @@ from tests.support.waiting import until
 class Watch:
     """Who is told; here only that something is."""
 
-    def chosen(self, chosen: object) -> None:
+    def on_routing_sample(self, chosen: object) -> None:
         """See `EngineWatch`."""
 
 

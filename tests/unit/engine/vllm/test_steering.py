@@ -71,8 +71,8 @@ def test_rules_are_put_in_and_taken_out_without_a_trace() -> None:
     assert steered.holds()
     weights, ids = router._compute_routing(None, torch.tensor([[0.0, 9.0]]))
     assert (weights, ids) == (torch.tensor([[2.0]]), torch.tensor([[0]]))
-    steered.lift()
-    steered.lift()
+    steered.remove()
+    steered.remove()
     assert not steered.holds()
     assert router._compute_routing(None, None) == "its own"
     assert router.__dict__ == before

@@ -103,11 +103,11 @@ def test_a_conversation_is_warm_for_those_who_share_its_prefix_only() -> None:
 
     a, b = Tenant("a", cache_salt="1"), Tenant("b", cache_salt="2")
     known = PrefixAffinity()
-    known.answered(asked(a, "hi"), "math", "boot")
-    assert known.warm(asked(a, "hi", "hello", "again")) is not None
-    assert known.warm(asked(b, "hi", "hello", "again")) is None
-    known.answered(asked(Tenant("c"), "hi"), "math", "boot")
-    assert known.warm(asked(Tenant("d"), "hi", "hello", "again")) is not None
+    known.record_answer(asked(a, "hi"), "math", "boot")
+    assert known.hint(asked(a, "hi", "hello", "again")) is not None
+    assert known.hint(asked(b, "hi", "hello", "again")) is None
+    known.record_answer(asked(Tenant("c"), "hi"), "math", "boot")
+    assert known.hint(asked(Tenant("d"), "hi", "hello", "again")) is not None
 
 
 @pytest.mark.parametrize(

@@ -60,14 +60,14 @@ def stores() -> tuple[MemoryStore, MemoryVolatile]:
 async def vote_often(at: Gateway, tenant: Tenant, score: float, count: int = 20) -> None:
     for i in range(count):
         reply = f"{i:024x}"
-        at.feedback.answered(tenant, (reply, reply), "math", at.book.index["math"])
+        at.feedback.record_answer(tenant, (reply, reply), "math", at.book.index["math"])
         await at.feedback.vote(tenant, Vote(reply, score))
 
 
 async def test_a_vote_counts_for_who_answered_however_recipes_are_numbered() -> None:
     kept = stores()
     before, after = gateway(*kept, "math", "code"), gateway(*kept, "code", "art", "math")
-    before.feedback.answered(ACME, (ID, ID), "math", 0)
+    before.feedback.record_answer(ACME, (ID, ID), "math", 0)
     await asyncio.gather(*before.feedback._tasks)
     told = await after.feedback.vote(ACME, Vote(ID, 1.0))
     assert told["recipe"] == "math"
@@ -78,7 +78,7 @@ async def test_a_vote_counts_for_who_answered_however_recipes_are_numbered() -> 
 
 async def test_a_reply_has_one_vote_under_any_of_its_ids() -> None:
     at = gateway(*stores(), "math").feedback
-    at.answered(ACME, (ID, "mine"), "math", 0)
+    at.record_answer(ACME, (ID, "mine"), "math", 0)
     await at.vote(ACME, Vote("mine", 0.0))
     for reply in (ID, "mine", f"chatcmpl-{ID}"):
         with pytest.raises(ConflictError):
@@ -90,7 +90,7 @@ async def test_a_reply_can_be_voted_on_by_the_client_s_own_id_whatever_it_looks_
     mine: str,
 ) -> None:
     at = gateway(*stores(), "math").feedback
-    at.answered(ACME, (ID, mine), "math", 0)
+    at.record_answer(ACME, (ID, mine), "math", 0)
     assert (await at.vote(ACME, Vote(mine, 1.0)))["recipe"] == "math"
 
 
@@ -111,7 +111,7 @@ async def test_a_tenant_s_votes_move_its_own_requests_and_nobody_else_s() -> Non
 
 async def test_a_tenant_can_t_vote_on_replies_of_a_tenant_whose_name_begins_alike() -> None:
     at = gateway(*stores(), "math").feedback
-    at.answered(Tenant("acme/dev"), (ID, "x"), "math", 0)
+    at.record_answer(Tenant("acme/dev"), (ID, "x"), "math", 0)
     for tenant, reply in ((ACME, f"dev/{ID}"), (ACME, "dev/x"), (ACME, ID), (Tenant("acme/"), ID)):
         with pytest.raises(ReplyNotFoundError):
             await at.vote(tenant, Vote(reply, 0.0))
@@ -122,7 +122,7 @@ async def test_one_key_of_a_tenant_can_t_outvote_its_other_keys_by_number() -> N
     await vote_often(at, Tenant("acme", "honest"), 1.0, 20)
     for i in range(20, 420):
         reply = f"{i:024x}"
-        at.feedback.answered(ACME, (reply, reply), "math", at.book.index["math"])
+        at.feedback.record_answer(ACME, (reply, reply), "math", at.book.index["math"])
         await at.feedback.vote(Tenant("acme", "leaked"), Vote(reply, 0.0))
     assert at.quality(ACME)["math"] > 0.5
 
@@ -142,7 +142,7 @@ async def test_a_vote_is_taken_also_while_the_store_that_counts_is_away(
     async def gone(names: object) -> None:
         raise StoreUnavailableError("the store is gone")
 
-    at.feedback.answered(ACME, (ID, ID), "math", 0)
+    at.feedback.record_answer(ACME, (ID, ID), "math", 0)
     with monkeypatch.context() as patch:
         patch.setattr(store, "counts", gone)
         assert (await at.feedback.vote(ACME, Vote(ID, 0.0)))["score"] == 0.0

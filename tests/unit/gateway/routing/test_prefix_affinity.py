@@ -22,12 +22,12 @@ def asked(messages: Any, tenant: str = "a", path: str = "/v1/chat/completions") 
 
 def test_a_conversation_is_known_where_it_was_answered_and_to_its_tenant_only() -> None:
     known = PrefixAffinity()
-    assert known.warm(asked(FIRST)) is None
-    known.answered(asked(FIRST), "math", "boot")
-    warm = known.warm(asked(SECOND))
+    assert known.hint(asked(FIRST)) is None
+    known.record_answer(asked(FIRST), "math", "boot")
+    warm = known.hint(asked(SECOND))
     assert warm is not None
     assert (warm.expert, warm.boot) == ("math", "boot")
-    assert known.warm(asked(SECOND, tenant="b")) is None
+    assert known.hint(asked(SECOND, tenant="b")) is None
 
 
 @pytest.mark.parametrize(
@@ -42,5 +42,5 @@ def test_a_conversation_is_known_where_it_was_answered_and_to_its_tenant_only() 
 def test_what_is_no_conversation_is_left_to_the_engine(messages: Any) -> None:
     known = PrefixAffinity()
     one = asked(messages, path="/tokenize")
-    known.answered(one, "math", "boot")
-    assert known.warm(one) is None
+    known.record_answer(one, "math", "boot")
+    assert known.hint(one) is None

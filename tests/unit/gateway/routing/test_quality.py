@@ -64,4 +64,4 @@ def test_how_often_a_cascade_escalates_is_learned_whoever_expected_what(by_map: 
     for _ in range(400):
         worth.escalated(AT, worth.quality(math, assessment)[1][AT], 1)
     assert expected() <= 1.0
-    assert worth.reach(AT)[0] <= 1.0
+    assert worth.escalation_prob(AT)[0] <= 1.0

@@ -47,12 +47,12 @@ def world(bound: int | None = None, **armed: str) -> World:
 def test_room_is_made_for_a_unit_larger_than_guessed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fill = FaultyEngine.fill
+    fill = FaultyEngine.load_to_host
 
     async def larger(self: FaultyEngine, expert: str) -> LoadResult:
         return LoadResult((await fill(self, expert)).host_bytes * 3, 0.1)
 
-    monkeypatch.setattr(FaultyEngine, "fill", larger)
+    monkeypatch.setattr(FaultyEngine, "load_to_host", larger)
 
     async def act(stage: Stage) -> None:
         assert await stage.ask("b") == "ok"
