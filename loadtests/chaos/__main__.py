@@ -102,7 +102,7 @@ def _footprint(site: Site) -> tuple[int, float]:
     return descriptors, resident / 2**20
 
 
-COUNTERS = ("coe_in_flight_requests", "coe_queue_requests", "coe_running_requests")
+COUNTERS = ("coe_in_flight_requests", "coe_requests_waiting", "coe_requests_running")
 
 
 def _left(site: Site) -> dict[str, float]:

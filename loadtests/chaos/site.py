@@ -45,7 +45,7 @@ def settings(port: int, redis_port: int, upstream_port: int) -> dict[str, Any]:
             "port": port,
             "drain_s": 5.0,
             "gateways": 2,
-            "breaker": {"hang_s": 1.0, "open_s": 1.0, "longest_open_s": 4.0},
+            "breaker": {"min_hang_s": 1.0, "open_duration_s": 1.0, "max_open_duration_s": 4.0},
         },
         "store": {"kind": "redis", "url": f"redis://127.0.0.1:{redis_port}/0", "lease_s": 5.0},
         "tenants": {

@@ -1,0 +1,1 @@
+"""Load tests of mixed traffic on few slots."""

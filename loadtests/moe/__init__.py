@@ -1,0 +1,1 @@
+"""Load tests of mixtures of experts."""

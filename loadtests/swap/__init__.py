@@ -1,0 +1,1 @@
+"""Load tests of swapping weights on a CPU."""

@@ -59,7 +59,7 @@ class SharedEngine(SwappingVllmEngine):
 
     def __init__(self, sources: dict[str, Weights], options: VllmOptions) -> None:
         first = next(iter(sources))
-        super().__init__(first, sources, options, on_cpu=True, canary_every=50, canaries={})
+        super().__init__(first, sources, options, on_cpu=True, canary_interval=50, canaries={})
         self._told: EngineReport | None = None
 
     async def start(self) -> EngineReport:

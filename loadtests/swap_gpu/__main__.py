@@ -98,7 +98,7 @@ async def _inplace(folders: dict[str, str], options: VllmOptions, times: int, fo
 
     def make() -> SwappingVllmEngine:
         return SwappingVllmEngine(
-            first, sources, options, on_cpu=False, canary_every=10**6, canaries={}, cache=cache
+            first, sources, options, on_cpu=False, canary_interval=10**6, canaries={}, cache=cache
         )
 
     engine = make()

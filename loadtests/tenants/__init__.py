@@ -1,0 +1,1 @@
+"""Load tests of tenants, limits and budgets."""

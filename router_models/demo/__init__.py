@@ -1,0 +1,1 @@
+"""The demo router: its prompts and how it is fitted."""

@@ -1,1 +1,1 @@
-"""The choice: which expert, in which pool."""
+"""Pure decisions: which recipe to take, at what price, within which budget."""

@@ -30,13 +30,13 @@ class BreakerPolicy:
     """When a breaker opens, and for how long.
 
     failures: events in a row; faults within `together_s` are one event, because one cause
-    ends everything that was under way. Open for open_s, then twice that, at most
-    longest_open_s; up to a fifth longer at random, so that gateways do not probe together.
+    ends everything that was under way. Open for open_duration_s, then twice that, at most
+    max_open_duration_s; up to a fifth longer at random, so that gateways do not probe together.
     """
 
     failures: int = 5
-    open_s: float = 2.0
-    longest_open_s: float = 60.0
+    open_duration_s: float = 2.0
+    max_open_duration_s: float = 60.0
     together_s: float = 0.25
 
 
@@ -116,7 +116,9 @@ class Breaker:
 
     def _open(self, now_s: float) -> None:
         policy = self._policy
-        span_s = min(policy.open_s * 2.0 ** min(self._opened_row, 30), policy.longest_open_s)
+        span_s = min(
+            policy.open_duration_s * 2.0 ** min(self._opened_row, 30), policy.max_open_duration_s
+        )
         self._opened_row += 1
         self._turn += 1
         self._row = 0

@@ -1,0 +1,1 @@
+"""The classifier: from a prompt to category scores and expected quality."""

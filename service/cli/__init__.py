@@ -15,6 +15,7 @@ _COMMANDS = {
     "init": ("service.cli.init:init", "Look at this machine and write a config that fits it."),
     "serve": ("service.cli.serve:serve", "Start the service on this machine."),
     "check": ("service.cli.serve:check", "Validate a config and print its memory plan."),
+    "config": ("service.cli.config:config", "What a config file may say."),
     "models": ("service.cli.models:models", "The models on this machine."),
     "chat": ("service.cli.chat:chat", "Talk to the experts; the route under each answer."),
     "top": ("service.cli.top:top", "Experts, queues, swaps and routes, live."),

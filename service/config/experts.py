@@ -33,7 +33,7 @@ class RemoteConfig(Section):
         "(`logprobs` of chat completions). A cascade with `sure` that begins with it needs them.",
     )
     max_in_flight: int = Field(64, ge=1, description="Requests under way at once; more wait.")
-    max_queue: int = Field(
+    max_queued_requests: int = Field(
         256,
         ge=0,
         description="Requests that may wait; more get 503. One counts for each of its answers, or "

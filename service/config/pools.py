@@ -115,7 +115,7 @@ class SwapOptions(Section):
     prefetch: bool = Field(
         True, description="Bring the experts most in demand to host memory before they are asked."
     )
-    canary_every: int = Field(
+    canary_interval: int = Field(
         50,
         ge=1,
         description="Every how many swaps of an expert its first greedy tokens are compared with "
@@ -162,7 +162,7 @@ class PoolConfig(Section):
     max_replicas: int | None = Field(
         None, ge=1, le=1024, description="Replicas under load. Default: min_replicas (at least 1)."
     )
-    target_queued: float = Field(
+    target_ongoing_requests: float = Field(
         16.0, gt=0, description="Requests running or waiting per replica that autoscaling aims at."
     )
     gpus: float = Field(0, ge=0, description="GPUs a replica asks Ray for.")
@@ -170,7 +170,7 @@ class PoolConfig(Section):
     memory_bytes: Bytes | None = Field(
         None, description="Memory a replica may use, in bytes; the memory plan is held against it."
     )
-    max_queue: int = Field(
+    max_queued_requests: int = Field(
         256,
         ge=0,
         description="Requests that may wait per expert; more get 503. One counts for each of its "

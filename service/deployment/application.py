@@ -92,7 +92,7 @@ def _pool_deployment(config: Config, kind: str, placed: bool) -> Any:
             "autoscaling_config": AutoscalingConfig(
                 min_replicas=pool.min_replicas,
                 max_replicas=pool.most_replicas,
-                target_ongoing_requests=pool.target_queued,
+                target_ongoing_requests=pool.target_ongoing_requests,
                 # Longer than Serve's own interval, which it insists on.
                 look_back_period_s=11,
                 upscale_delay_s=2,

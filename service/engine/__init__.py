@@ -1,1 +1,1 @@
-"""Engines: what runs an expert. One protocol, and vLLM, remote and simulated behind it."""
+"""Engines: vLLM, remote endpoints and a simulated one."""

@@ -1,0 +1,1 @@
+"""The gateway: authenticates, routes, admits and answers requests of clients."""

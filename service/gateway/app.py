@@ -53,7 +53,7 @@ from service.http.endpoints import ENDPOINTS
 from service.http.openai_errors import ErrorResponse, dialect_of, error_response
 from service.rpc.client import PoolLink
 from service.rpc.pool_directory import PoolDirectory
-from service.telemetry import metrics as table
+from service.telemetry import metrics as metric_table
 from service.telemetry.exposition import CONTENT_TYPE, join
 
 if TYPE_CHECKING:
@@ -303,7 +303,7 @@ class Gateway:
 
     async def _refuse(self, path: str, error: CoeError, send: Send) -> None:
         """Answer a request that goes no further."""
-        self.metrics.meter.add(table.REJECTIONS, 1, error.code)
+        self.metrics.meter.add(metric_table.REJECTIONS, 1, error.code)
         fault = error_response(error, dialect_of(path))
         head = {"type": "http.response.start", "status": fault.status, "headers": fault.headers}
         await send(head)

@@ -84,7 +84,7 @@ class ConfiguredGateway:
         remotes = {name: expert.remote for name, expert in config.experts.items() if expert.remote}
         self.trips = CircuitBreakers(
             {name: remote.url for name, remote in remotes.items()},
-            config.server.breaker.hang_s,
+            config.server.breaker.min_hang_s,
             state.breakers,
             state.retries,
             self._meter,

@@ -191,7 +191,7 @@ class GatewayRuntime:
             remote = config.experts[name].remote
             assert remote is not None
             engine = RemoteEngine(name, remote)
-            self.seats[name] = RemotePool(engine, remote.max_in_flight, remote.max_queue)
+            self.seats[name] = RemotePool(engine, remote.max_in_flight, remote.max_queued_requests)
         self.state.metrics.remote |= frozenset(new)
         return new
 
@@ -206,7 +206,7 @@ class GatewayRuntime:
             before = old.experts[name].remote if name in old.experts else None
             if before != remote or seat.failed is not None:
                 engine = RemoteEngine(name, remote)
-                await seat.replace(engine, remote.max_in_flight, remote.max_queue)
+                await seat.replace(engine, remote.max_in_flight, remote.max_queued_requests)
                 if seat.failed is not None:
                     log.error("expert %s failed: %s", name, seat.failed)
 

@@ -27,7 +27,7 @@ from service.telemetry.gateway_metrics import GatewayMetrics
 # What may change of an expert that still answers with the same weights.
 _ASIDE = {"pinned", "categories", "quality", "price", "description", "capabilities"}
 # Of a remote one, these too.
-_ASIDE_REMOTE = {"max_in_flight", "max_queue", "connect_timeout_s", "stall_timeout_s"}
+_ASIDE_REMOTE = {"max_in_flight", "max_queued_requests", "connect_timeout_s", "stall_timeout_s"}
 
 
 @dataclass(slots=True)
@@ -59,8 +59,11 @@ class GatewayState:
     @classmethod
     def new(cls, config: BreakerConfig) -> GatewayState:
         """That of a gateway which has seen nothing."""
-        policy = BreakerPolicy(config.failures, config.open_s, config.longest_open_s)
-        return cls(Breakers(policy, random), RetryBudget(config.retry_share, config.retry_reserve))
+        policy = BreakerPolicy(config.failures, config.open_duration_s, config.max_open_duration_s)
+        return cls(
+            Breakers(policy, random),
+            RetryBudget(config.retry_budget_ratio, config.retry_budget_min),
+        )
 
     def forget(self, experts: Collection[str]) -> None:
         """These experts went, or are others than they were."""

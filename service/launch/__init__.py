@@ -1,0 +1,1 @@
+"""`coe serve` on one machine: start, supervision, HAProxy."""

@@ -1,0 +1,1 @@
+"""Mixtures of experts: gates, steering profiles, routing statistics and kernels."""

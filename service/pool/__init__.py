@@ -1,1 +1,1 @@
-"""One accelerator group or CPU slice: its queues, its slots, and what is in them."""
+"""A pool: its queue, its planner and its slots."""

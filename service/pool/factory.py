@@ -190,7 +190,7 @@ class PoolFactory:
             unit,
             partial(self._engine, base, tuple(adapters)),
             capacity=settings.max_running,
-            max_waiting=settings.max_queue,
+            max_waiting=settings.max_queued_requests,
             start_guess_s=self._start_guess_s,
             changed=self.pool.changed,
         )
@@ -203,7 +203,7 @@ class PoolFactory:
             self._swapping_engine,
             _policy(settings),
             capacity=settings.max_running,
-            max_waiting=settings.max_queue,
+            max_waiting=settings.max_queued_requests,
             start_guess_s=self._start_guess_s,
             guess=UnitState(
                 host_bytes=_WEIGHTS_GUESS_BYTES,
@@ -329,7 +329,7 @@ class PoolFactory:
             sources,
             self._config.vllm_of(self._kind, first),
             on_cpu=settings.gpus == 0,
-            canary_every=settings.swap.canary_every,
+            canary_interval=settings.swap.canary_interval,
             canaries=self._canaries,
             watch=self._watch,
             cache=self._shared_cache(),

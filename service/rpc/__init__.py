@@ -1,1 +1,1 @@
-"""The wire between gateways and pools: errors, snapshots, client, server, directory."""
+"""HTTP between gateways and pools: calls, snapshots, discovery."""

@@ -1,1 +1,1 @@
-"""What is counted and kept: limits, budgets, usage and small values, in memory or in Redis."""
+"""Limits, budgets, keys and shared state, in memory or Redis."""

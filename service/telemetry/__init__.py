@@ -1,1 +1,1 @@
-"""Metrics and logs. Labels are bounded, units stand in names, prompts are nowhere."""
+"""Metrics, logs and traces."""

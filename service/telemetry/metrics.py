@@ -26,13 +26,13 @@ SERVER_ERRORS = counter(
     "Requests that ended with an error of ours, of status 500 and more, also after a stream began.",
 )
 REJECTIONS = counter(
-    "coe_rejections_total",
+    "coe_requests_rejected_total",
     Side.GATEWAY,
     ("reason",),
     "Requests refused before anybody worked on them: bad, not allowed, over a limit, no room.",
 )
 FAILED_ATTEMPTS = counter(
-    "coe_failed_attempts_total",
+    "coe_attempts_failed_total",
     Side.GATEWAY,
     ("expert", "reason"),
     "Attempts that failed before the first byte; the next best option is asked, if one is left.",
@@ -45,20 +45,20 @@ ESCALATIONS = counter(
 )
 IN_FLIGHT = gauge("coe_in_flight_requests", Side.GATEWAY, (), "Requests in the gateway now.")
 FIRST_TOKEN = histogram(
-    "coe_first_token_seconds",
+    "coe_time_to_first_token_seconds",
     Side.GATEWAY,
     ("expert",),
     "Streamed answers: from the request's arrival at the gateway to the first byte of its answer.",
 )
 BETWEEN_TOKENS = histogram(
-    "coe_between_tokens_seconds",
+    "coe_inter_token_latency_seconds",
     Side.BOTH,
     ("expert",),
     "Mean time from one token of an answer to the next, once per answer.",
     FAST,
 )
 TOTAL = histogram(
-    "coe_request_seconds",
+    "coe_request_duration_seconds",
     Side.GATEWAY,
     ("expert",),
     "From the request's arrival at the gateway to the end of its answer.",
@@ -81,7 +81,7 @@ ROUTE = histogram(
     FAST,
 )
 OVERHEAD = histogram(
-    "coe_overhead_seconds",
+    "coe_gateway_overhead_seconds",
     Side.GATEWAY,
     (),
     "Our share of the time to the first byte: all of it less the pool's queue and the engine. "
@@ -123,7 +123,7 @@ DECODE = histogram(
 # --- how good the choice was
 
 WAIT_ERROR = histogram(
-    "coe_wait_error_seconds",
+    "coe_wait_prediction_error_seconds",
     Side.GATEWAY,
     (),
     "Real less predicted wait of a request in its pool (queue and swap). Over 0: it took longer.",
@@ -136,7 +136,7 @@ WAIT_PREDICTED = counter(
     "Predicted waits, added up.",
 )
 WAIT_REAL = counter(
-    "coe_wait_real_seconds_total",
+    "coe_wait_actual_seconds_total",
     Side.GATEWAY,
     ("expert",),
     "Real waits of the same requests, added up.",
@@ -155,22 +155,22 @@ SNAPSHOT_AGE = gauge(
 # --- queues, residency and swaps
 
 QUEUED = gauge(
-    "coe_queue_requests",
+    "coe_requests_waiting",
     Side.BOTH,
     ("expert",),
     "Requests waiting: for a local expert in the pool, for a remote one in the gateway.",
 )
 RUNNING = gauge(
-    "coe_running_requests", Side.BOTH, ("expert",), "Requests on engines, remote ones included."
+    "coe_requests_running", Side.BOTH, ("expert",), "Requests on engines, remote ones included."
 )
 RESIDENCY = gauge(
-    "coe_residency",
+    "coe_expert_state",
     Side.POOL,
     ("expert", "state"),
     "1 for the state that an expert's weights are in, 0 for the others.",
 )
 WEIGHTS = gauge(
-    "coe_weights_bytes",
+    "coe_expert_weight_bytes",
     Side.POOL,
     ("expert", "tier"),
     "An expert's full weights: device where they answer, host where they wait for their turn. "
@@ -218,13 +218,13 @@ MOE_ENTROPY = gauge(
     "possible; 1: even, 0: one has them all.",
 )
 MOE_SRP = gauge(
-    "coe_moe_srp_ratio",
+    "coe_moe_segment_routing_ratio",
     Side.POOL,
     ("expert", "layer"),
     "Segment routing best performance: how well one choice for 16 consecutive tokens can do (F1).",
 )
 MOE_SCH = gauge(
-    "coe_moe_sch_ratio",
+    "coe_moe_segment_cache_hit_ratio",
     Side.POOL,
     ("expert", "layer"),
     "Segment cache best hit rate: of a cache with room for twice the experts that a token gets, "
@@ -247,7 +247,7 @@ COST = counter(
     "without usage tells none where nobody is charged.",
 )
 BUDGET_LEFT = gauge(
-    "coe_budget_left_ratio",
+    "coe_budget_remaining_ratio",
     Side.GATEWAY,
     ("budget",),
     "What is left of a budget in its present period: 1 untouched, 0 spent.",
@@ -280,13 +280,13 @@ STORE_OUTAGES = counter(
     "coe_store_outages_total", Side.GATEWAY, (), "Times that the store was lost."
 )
 STORE_OWED = gauge(
-    "coe_store_owed_requests",
+    "coe_store_pending_settlements",
     Side.GATEWAY,
     (),
     "Requests whose settlement the store has not been told of yet; 0 but for an outage.",
 )
 STORE_SLICE_GRANTS = counter(
-    "coe_store_slice_grants_total",
+    "coe_store_offline_admissions_total",
     Side.GATEWAY,
     (),
     "Requests admitted from slices while the store was gone.",
@@ -305,7 +305,7 @@ BREAKER = gauge(
 )
 
 GUARD = counter(
-    "coe_guard_looks_total",
+    "coe_guard_checks_total",
     Side.GATEWAY,
     ("screen", "done"),
     "Prompts that a tenant's guard looked through.",

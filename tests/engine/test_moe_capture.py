@@ -87,7 +87,7 @@ async def slot(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Slot]:
         weights,
         OPTIONS.model_copy(update={"moe_capture": _CAPTURE}),
         on_cpu=True,
-        canary_every=1,
+        canary_interval=1,
         canaries={},
         watch=watch,
     )
@@ -145,7 +145,7 @@ async def test_the_pool_tells_it(slot: Slot) -> None:
     metrics = await told(slot.watch)
     assert metrics["coe_moe_tokens_total", "two"] == sums["tokens"]
     assert 1 <= metrics["coe_moe_imbalance_ratio", "two"] <= EXPERTS
-    assert 0 < metrics["coe_moe_srp_ratio", "one"] <= 1
+    assert 0 < metrics["coe_moe_segment_routing_ratio", "one"] <= 1
 
 
 async def test_what_was_seen_last_is_told_at_the_end(slot: Slot) -> None:

@@ -340,7 +340,7 @@ async def test_a_core_killed_in_a_fill_or_a_swap_is_replaced(stage: Stage) -> No
         assert len(engines) == 2
         assert await _through(slot, "base") == stage.said["base"]
         dead = core_of(engines[1])
-        engines[1].die_at = "coe_exchange"
+        engines[1].die_at = "coe_swap_in"
         assert await _through(slot, "intents") == stage.said["intents"]
         assert len(engines) == 3
         assert core_of(engines[2]) != dead

@@ -49,7 +49,9 @@ class Seeing(SwappingVllmEngine):
         weights: Mapping[str, Weights],
         canaries: dict[str, str],
     ) -> None:
-        super().__init__(first, weights, options, on_cpu=False, canary_every=5, canaries=canaries)
+        super().__init__(
+            first, weights, options, on_cpu=False, canary_interval=5, canaries=canaries
+        )
 
     def _frontend_args(self) -> Any:
         args = super()._frontend_args()

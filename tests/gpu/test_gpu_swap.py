@@ -43,7 +43,7 @@ async def test_weights_copied_into_the_live_parameters(eager: bool) -> None:
     options = OPTIONS.model_copy(update={"enforce_eager": eager})
     cache = SharedWeightCache(None)
     engine = SwappingVllmEngine(
-        "base", demo(), options, on_cpu=False, canary_every=5, canaries={}, cache=cache
+        "base", demo(), options, on_cpu=False, canary_interval=5, canaries={}, cache=cache
     )
     try:
         await engine.start()
@@ -68,7 +68,7 @@ async def test_two_engines_of_one_pool_have_one_file_of_an_expert() -> None:
     cache = SharedWeightCache(None)
     engines = [
         SwappingVllmEngine(
-            "base", demo(), OPTIONS, on_cpu=False, canary_every=5, canaries={}, cache=cache
+            "base", demo(), OPTIONS, on_cpu=False, canary_interval=5, canaries={}, cache=cache
         )
         for _ in range(2)
     ]

@@ -51,7 +51,7 @@ async def running(**breaker: Any) -> AsyncIterator[tuple[Site, Upstream]]:
     async with serving(upstream) as served:
         remote = {"url": served.url, "model": "m"}
         config = {
-            "server": {"breaker": {"failures": 1, "open_s": 60, **breaker}},
+            "server": {"breaker": {"failures": 1, "open_duration_s": 60, **breaker}},
             "experts": {
                 "general": {"model": "m", "categories": ["general"]},
                 "far": {"remote": remote, "categories": ["other"]},
@@ -123,7 +123,7 @@ async def test_its_own_failures_do_and_others_answer_then(manner: str, first: in
 
 
 async def test_a_silent_stream_trips_it_once_it_had_time() -> None:
-    async with running(hang_s=0.1) as (s, upstream):
+    async with running(min_hang_s=0.1) as (s, upstream):
         upstream.manner = "hangs"
         for expected in ("deadline_exceeded", "circuit_open"):
             async with s.post(
@@ -133,7 +133,7 @@ async def test_a_silent_stream_trips_it_once_it_had_time() -> None:
 
 
 async def test_one_probe_closes_it_again() -> None:
-    async with running(open_s=0.2) as (s, upstream):
+    async with running(open_duration_s=0.2) as (s, upstream):
         upstream.manner = "garbage"
         await far(s)
         upstream.manner = "well"
@@ -157,7 +157,7 @@ async def test_an_endpoint_that_is_gone_is_gone_for_all_its_experts() -> None:
 
 
 async def test_retries_have_a_budget() -> None:
-    async with running(failures=10_000, retry_share=0, retry_reserve=3) as (s, upstream):
+    async with running(failures=10_000, retry_budget_ratio=0, retry_budget_min=3) as (s, upstream):
         upstream.manner = "500"
         models = []
         for _ in range(5):

@@ -92,7 +92,7 @@ async def test_nearly_the_same_words() -> None:
         _, body = await ask(s, "semantic", "What is the depth of the sea?")
         told, same = await ask(s, "semantic", "please, what is the depth of the sea")
         assert told["x-coe-cache"] == "semantic"
-        assert float(told["x-coe-likeness"]) >= 0.8
+        assert float(told["x-coe-cache-similarity"]) >= 0.8
         assert same["id"] == body["id"]
         assert same["choices"] == body["choices"]
         told, _ = await ask(s, "exact", "please what is the depth of the sea")

@@ -52,7 +52,7 @@ CONFIG: dict[str, Any] = {
             "engine": "simulated",
             "experts": ["small"],
             "cpus": 0.1,
-            "max_queue": 0,
+            "max_queued_requests": 0,
             "simulated": {"decode_ms": 50, "tokens": 20, "max_num_seqs": 1},
         },
         "broken": {
@@ -345,14 +345,14 @@ def test_a_config_reloaded_while_it_runs(
         admin = client.with_options(base_url=service.url, default_headers=headers)
         return admin.post("/admin/reload", cast_to=object)
 
-    config["pools"]["main"]["max_queue"] = 1
+    config["pools"]["main"]["max_queued_requests"] = 1
     config_file.write_text(yaml.safe_dump(config, sort_keys=False))
-    with pytest.raises(openai.ConflictError, match=r"pools\.main\.max_queue"):
+    with pytest.raises(openai.ConflictError, match=r"pools\.main\.max_queued_requests"):
         reload()
     config_file.write_text("experts: {")
     os.kill(service.process.pid, signal.SIGHUP)
     wait_until(lambda: "the config stays as it was" in service.log, "a wrong one is refused")
-    config["pools"]["main"].pop("max_queue")
+    config["pools"]["main"].pop("max_queued_requests")
     config["pools"]["main"]["experts"] = ["general", "math", "vectors"]
     config["experts"] |= {"vectors": vectors}
     del config["experts"]["late"]
@@ -398,7 +398,7 @@ def running(client: openai.OpenAI) -> float:
     text = client.with_options(base_url=str(client.base_url).removesuffix("v1/")).get(
         "/metrics", cast_to=str
     )
-    found = re.findall(r'coe_running_requests\{expert="general"[^}]*\} (\S+)', text)
+    found = re.findall(r'coe_requests_running\{expert="general"[^}]*\} (\S+)', text)
     return sum(map(float, found))
 
 

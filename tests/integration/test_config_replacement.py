@@ -170,7 +170,7 @@ async def test_prices_outlive_a_reload_and_new_budgets_get_theirs() -> None:
         assert [one[:2] for one in s.gateway.spending.prices()] == [("all", 0.5), ("more", 0.0)]
         await s.gateway.reload(simulated({"cpu": {}}))
         assert await metric(s, "coe_shadow_price") == {}
-        assert await metric(s, "coe_budget_left_ratio") == {}
+        assert await metric(s, "coe_budget_remaining_ratio") == {}
 
 
 @pytest.mark.parametrize("settings", [{}, {"connect_timeout_s": 1.0}, {"max_in_flight": 1}])
@@ -201,7 +201,7 @@ async def test_a_remote_expert_that_goes_ends_after_its_last_request() -> None:
         upstream.go_on.set()
         assert (await asking)[0] == 200
         await until(lambda: "far" not in s.gateway.seats, "its connections are closed")
-        assert not any('"far"' in labels for labels in await metric(s, "coe_queue_requests"))
+        assert not any('"far"' in labels for labels in await metric(s, "coe_requests_waiting"))
 
 
 async def test_a_remote_expert_with_a_new_address_has_no_open_breaker() -> None:
@@ -211,7 +211,7 @@ async def test_a_remote_expert_with_a_new_address_has_no_open_breaker() -> None:
         breakers = s.gateway.state.breakers
         one = breakers.begin(("far", REMOTE), 0.0)
         breakers.end(("far", REMOTE), one, False, 0.0)
-        await s.gateway.reload(far(served, max_queue=7))
+        await s.gateway.reload(far(served, max_queued_requests=7))
         assert ("far", REMOTE) in breakers.states(0.0)
         await s.gateway.reload(far(served, url=served.url + "/other"))
         assert ("far", REMOTE) not in breakers.states(0.0)

@@ -37,7 +37,7 @@ async def test_a_drive_by_post_and_a_rebound_page_are_refused() -> None:
         assert s.pools["cpu"].engine.asked == []
         async with s.get("/metrics") as reply:
             told = await reply.text()
-        assert 'coe_rejections_total{gateway="gateway",reason="host_not_allowed"} 6' in told
+        assert 'coe_requests_rejected_total{gateway="gateway",reason="host_not_allowed"} 6' in told
 
 
 async def test_a_page_of_a_configured_origin_asks_and_reads() -> None:

@@ -192,7 +192,7 @@ async def test_a_draining_pool_ends_its_streams_and_gets_no_new_ones() -> None:
 
 async def test_over_capacity_is_said_at_once() -> None:
     config = simulated(
-        {"cpu": {"max_num_seqs": 1, "decode_ms": 20}}, kinds={"cpu": {"max_queue": 1}}
+        {"cpu": {"max_num_seqs": 1, "decode_ms": 20}}, kinds={"cpu": {"max_queued_requests": 1}}
     )
     async with site(config) as s:
         pool = s.pools["cpu"]
@@ -212,7 +212,7 @@ async def test_over_capacity_is_said_at_once() -> None:
 async def test_a_full_pool_sends_to_another() -> None:
     config = simulated(
         {"full": {"max_num_seqs": 1, "decode_ms": 20}, "free": {}},
-        kinds={"full": {"max_queue": 0}},
+        kinds={"full": {"max_queued_requests": 0}},
     )
     async with site(config) as s:
         full, free = s.pools["full"], s.pools["free"]

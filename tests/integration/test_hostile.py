@@ -281,7 +281,7 @@ def resident(service: Service) -> int:
 
 def running(service: Service) -> float:
     _, _, body = ask(service, b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
-    lines = [one for one in body.decode().splitlines() if one.startswith("coe_running_requests{")]
+    lines = [one for one in body.decode().splitlines() if one.startswith("coe_requests_running{")]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 

@@ -214,5 +214,5 @@ def busy(client: Client) -> int:
         text = connection.getresponse().read().decode()
     finally:
         connection.close()
-    lines = [line for line in text.splitlines() if line.startswith("coe_running_requests{")]
+    lines = [line for line in text.splitlines() if line.startswith("coe_requests_running{")]
     return int(sum(float(line.split()[-1]) for line in lines))

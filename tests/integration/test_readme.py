@@ -30,7 +30,7 @@ SOMETIMES = {
     "x-coe-tools-left-out",
     "x-coe-guard",
     "x-coe-cache",
-    "x-coe-likeness",
+    "x-coe-cache-similarity",
 }
 LOCAL = "http://127.0.0.1:8000"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)

@@ -193,7 +193,7 @@ async def test_its_deadline_is_kept(stream: bool) -> None:
 
 
 async def test_its_places_are_bounded() -> None:
-    async with far_site(max_in_flight=1, max_queue=1) as (s, upstream):
+    async with far_site(max_in_flight=1, max_queued_requests=1) as (s, upstream):
         first = asyncio.create_task(s.ask(far("hang")))
         await until(lambda: len(upstream.asked) == 1, "one is there")
         second = asyncio.create_task(s.ask(far()))

@@ -17,7 +17,7 @@ from service.broker.breaker import (
     backoff_s,
 )
 
-POLICY = BreakerPolicy(failures=3, open_s=2, longest_open_s=10, together_s=0.25)
+POLICY = BreakerPolicy(failures=3, open_duration_s=2, max_open_duration_s=10, together_s=0.25)
 
 
 def fail(breaker: Breaker, now_s: float) -> bool:
@@ -130,9 +130,9 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def it_is_never_shut_for_good(self) -> None:
         probing = any(one.probe for one in self.under_way)
-        later_s = self.now_s + POLICY.longest_open_s * 1.2
+        later_s = self.now_s + POLICY.max_open_duration_s * 1.2
         assert probing or self.breaker.allows(later_s)
-        assert self.breaker.left_s(self.now_s) <= POLICY.longest_open_s * 1.2
+        assert self.breaker.left_s(self.now_s) <= POLICY.max_open_duration_s * 1.2
 
 
 TestAnyOrder = Machine.TestCase

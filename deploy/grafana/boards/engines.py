@@ -26,7 +26,7 @@ ENGINES = Board(
                     "Between tokens, median",
                     (
                         Query(
-                            quantile(0.5, "coe_between_tokens_seconds", "expert", EXPERT),
+                            quantile(0.5, "coe_inter_token_latency_seconds", "expert", EXPERT),
                             "{{expert}}",
                         ),
                     ),
@@ -147,8 +147,14 @@ ENGINES = Board(
                 Chart(
                     "Cacheability",
                     (
-                        Query(f"avg by (expert) (coe_moe_srp_ratio{{{EXPERT}}})", "{{expert}} SRP"),
-                        Query(f"avg by (expert) (coe_moe_sch_ratio{{{EXPERT}}})", "{{expert}} SCH"),
+                        Query(
+                            f"avg by (expert) (coe_moe_segment_routing_ratio{{{EXPERT}}})",
+                            "{{expert}} SRP",
+                        ),
+                        Query(
+                            f"avg by (expert) (coe_moe_segment_cache_hit_ratio{{{EXPERT}}})",
+                            "{{expert}} SCH",
+                        ),
                     ),
                     "percentunit",
                     "lines",

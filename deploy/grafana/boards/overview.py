@@ -25,7 +25,7 @@ OVERVIEW = Board(
                 ),
                 Chart(
                     "Time to first token, p95",
-                    (Query(quantile(0.95, "coe_first_token_seconds")),),
+                    (Query(quantile(0.95, "coe_time_to_first_token_seconds")),),
                     "s",
                     "number",
                     "Streamed answers, from the request's arrival.",
@@ -33,7 +33,7 @@ OVERVIEW = Board(
                 ),
                 Chart(
                     "Added by us, median",
-                    (Query(quantile(0.5, "coe_overhead_seconds")),),
+                    (Query(quantile(0.5, "coe_gateway_overhead_seconds")),),
                     "s",
                     "number",
                     "Time to the first byte less the pool's queue and the engine.",
@@ -50,7 +50,7 @@ OVERVIEW = Board(
                 Chart(
                     "In flight", (Query("sum(coe_in_flight_requests)"),), "short", "number", "", 3
                 ),
-                Chart("Waiting", (Query("sum(coe_queue_requests)"),), "short", "number", "", 3),
+                Chart("Waiting", (Query("sum(coe_requests_waiting)"),), "short", "number", "", 3),
                 Chart(
                     "Pools",
                     (Query("min(coe_pools)"),),
@@ -76,9 +76,13 @@ OVERVIEW = Board(
                     "reqps",
                     "stacked",
                 ),
-                Chart("Time to first token", quantiles("coe_first_token_seconds", EXPERT), "s"),
                 Chart(
-                    "Time to the end of the answer", quantiles("coe_request_seconds", EXPERT), "s"
+                    "Time to first token", quantiles("coe_time_to_first_token_seconds", EXPERT), "s"
+                ),
+                Chart(
+                    "Time to the end of the answer",
+                    quantiles("coe_request_duration_seconds", EXPERT),
+                    "s",
                 ),
             ),
         ),
@@ -114,18 +118,18 @@ OVERVIEW = Board(
                     "Waiting and running",
                     (
                         Query(
-                            f"sum by (expert) (coe_queue_requests{{{EXPERT}}})",
+                            f"sum by (expert) (coe_requests_waiting{{{EXPERT}}})",
                             "{{expert}} waits",
                         ),
                         Query(
-                            f"sum by (expert) (coe_running_requests{{{EXPERT}}})",
+                            f"sum by (expert) (coe_requests_running{{{EXPERT}}})",
                             "{{expert}} runs",
                         ),
                     ),
                 ),
                 Chart(
                     "Where weights are",
-                    (Query("sum by (state) (coe_residency)", "{{state}}"),),
+                    (Query("sum by (state) (coe_expert_state)", "{{state}}"),),
                     "short",
                     "stacked",
                     "Experts by the state of their weights, over all pools.",

@@ -16,7 +16,7 @@ RESIDENCY = Board(
                     "State of each expert's weights",
                     (
                         Query(
-                            f"max by (expert, state) (coe_residency{{{EXPERT}}}) == 1",
+                            f"max by (expert, state) (coe_expert_state{{{EXPERT}}}) == 1",
                             "{{expert}}: {{state}}",
                         ),
                     ),
@@ -29,7 +29,7 @@ RESIDENCY = Board(
                     "Memory for weights",
                     (
                         Query(
-                            f"sum by (expert, tier) (coe_weights_bytes{{{EXPERT}}})",
+                            f"sum by (expert, tier) (coe_expert_weight_bytes{{{EXPERT}}})",
                             "{{expert}} {{tier}}",
                         ),
                     ),
@@ -38,7 +38,7 @@ RESIDENCY = Board(
                 ),
                 Chart(
                     "Experts by state",
-                    (Query("sum by (state) (coe_residency)", "{{state}}"),),
+                    (Query("sum by (state) (coe_expert_state)", "{{state}}"),),
                     "short",
                     "stacked",
                 ),
@@ -95,7 +95,7 @@ RESIDENCY = Board(
             (
                 Chart(
                     "Waiting",
-                    (Query(f"sum by (expert) (coe_queue_requests{{{EXPERT}}})", "{{expert}}"),),
+                    (Query(f"sum by (expert) (coe_requests_waiting{{{EXPERT}}})", "{{expert}}"),),
                     "short",
                     "stacked",
                 ),

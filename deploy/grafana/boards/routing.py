@@ -5,7 +5,7 @@ from __future__ import annotations
 from deploy.grafana.chart import Board, Chart, Query, quantile, quantiles, rate
 
 # How many waits were predicted, per second.
-WAITS = rate("coe_wait_error_seconds_bucket", "", 'le="+Inf"')
+WAITS = rate("coe_wait_prediction_error_seconds_bucket", "", 'le="+Inf"')
 
 ROUTING = Board(
     "coe-routing",
@@ -36,7 +36,7 @@ ROUTING = Board(
                     "reqps",
                 ),
                 Chart("Time to choose", quantiles("coe_route_seconds"), "s"),
-                Chart("Added to the first byte", quantiles("coe_overhead_seconds"), "s"),
+                Chart("Added to the first byte", quantiles("coe_gateway_overhead_seconds"), "s"),
             ),
         ),
         (
@@ -50,7 +50,7 @@ ROUTING = Board(
                             "predicted",
                         ),
                         Query(
-                            f"{rate('coe_wait_real_seconds_total')} / {WAITS}",
+                            f"{rate('coe_wait_actual_seconds_total')} / {WAITS}",
                             "real",
                         ),
                     ),
@@ -61,7 +61,7 @@ ROUTING = Board(
                 Chart(
                     "Real less predicted wait",
                     tuple(
-                        Query(quantile(q, "coe_wait_error_seconds"), f"p{q * 100:g}")
+                        Query(quantile(q, "coe_wait_prediction_error_seconds"), f"p{q * 100:g}")
                         for q in (0.1, 0.5, 0.9)
                     ),
                     "s",
@@ -90,7 +90,7 @@ ROUTING = Board(
             (
                 Chart(
                     "Refused",
-                    (Query(rate("coe_rejections_total", "reason"), "{{reason}}"),),
+                    (Query(rate("coe_requests_rejected_total", "reason"), "{{reason}}"),),
                     "reqps",
                     "stacked",
                 ),
@@ -98,7 +98,7 @@ ROUTING = Board(
                     "Attempts that failed",
                     (
                         Query(
-                            rate("coe_failed_attempts_total", "expert, reason"),
+                            rate("coe_attempts_failed_total", "expert, reason"),
                             "{{expert}}: {{reason}}",
                         ),
                     ),

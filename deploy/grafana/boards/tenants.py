@@ -14,7 +14,7 @@ TENANTS = Board(
             (
                 Chart(
                     "Left of each budget",
-                    (Query("min by (budget) (coe_budget_left_ratio)", "{{budget}}"),),
+                    (Query("min by (budget) (coe_budget_remaining_ratio)", "{{budget}}"),),
                     "percentunit",
                     "lines",
                     "Of the present period: 1 untouched, 0 spent.",
@@ -36,7 +36,7 @@ TENANTS = Board(
                 ),
                 Chart(
                     "Refused",
-                    (Query(rate("coe_rejections_total", "reason"), "{{reason}}"),),
+                    (Query(rate("coe_requests_rejected_total", "reason"), "{{reason}}"),),
                     "reqps",
                     "stacked",
                 ),
@@ -92,8 +92,8 @@ TENANTS = Board(
                     "Store of limits and budgets",
                     (
                         Query("min(coe_store_up)", "up"),
-                        Query("sum(coe_store_owed_requests)", "owed settlements"),
-                        Query(rate("coe_store_slice_grants_total"), "granted from slices/s"),
+                        Query("sum(coe_store_pending_settlements)", "owed settlements"),
+                        Query(rate("coe_store_offline_admissions_total"), "granted from slices/s"),
                         Query("sum(coe_store_outages_total)", "outages"),
                     ),
                     "short",
@@ -102,7 +102,11 @@ TENANTS = Board(
                 ),
                 Chart(
                     "Prompts that the guard looked through",
-                    (Query(rate("coe_guard_looks_total", "screen, done"), "{{screen}}: {{done}}"),),
+                    (
+                        Query(
+                            rate("coe_guard_checks_total", "screen, done"), "{{screen}}: {{done}}"
+                        ),
+                    ),
                     "reqps",
                     "stacked",
                 ),

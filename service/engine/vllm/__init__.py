@@ -1,0 +1,1 @@
+"""The vLLM engine and in-place swapping of its weights."""

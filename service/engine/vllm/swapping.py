@@ -113,7 +113,7 @@ class SwappingVllmEngine(VllmEngine):
         options: VllmOptions,
         *,
         on_cpu: bool,
-        canary_every: int,
+        canary_interval: int,
         canaries: dict[str, Canary],
         watch: EngineObserver | None = None,
         cache: SharedWeightCache | None = None,
@@ -125,7 +125,7 @@ class SwappingVllmEngine(VllmEngine):
         # The caller's own: experts may come and go.
         self._weights = weights
         self._first = first
-        self._canary_every = canary_every
+        self._canary_every = canary_interval
         self._canaries = canaries
         self._swaps: dict[str, int] = {}
         self._faces: dict[str, _Frontend] = {}
@@ -199,7 +199,7 @@ class SwappingVllmEngine(VllmEngine):
         adopted = self._first if own else next(iter(plain), "")
         self._versions[adopted] = before
         await self._take(adopted)
-        if why := await self._rpc("coe_adopt", adopted):
+        if why := await self._rpc("coe_register_initial", adopted):
             log.info("the engine of %s keeps its weights: %s", adopted, why)
             self._fixed = adopted
         if adopted != self._first:
@@ -236,11 +236,11 @@ class SwappingVllmEngine(VllmEngine):
             return LoadResult(int(size), time.monotonic() - began_s)
         version = await self._version_of(source)
         await self._take(expert)
-        await self._rpc("coe_fill", expert, source.folder, source.adapter, source.strength)
-        told = await self._rpc("coe_filled", expert)
+        await self._rpc("coe_load_to_host", expert, source.folder, source.adapter, source.strength)
+        told = await self._rpc("coe_load_result", expert)
         while told["state"] == "filling":  # in another process: there is no event to await
             await asyncio.sleep(_POLL_S)
-            told = await self._rpc("coe_filled", expert)
+            told = await self._rpc("coe_load_result", expert)
         if told["state"] != "host":
             await self._give_back(expert)
             reason = told.get("reason", "its weights went away while they were loaded")
@@ -264,7 +264,7 @@ class SwappingVllmEngine(VllmEngine):
         try:
             await self._alive(self._llm.pause_generation(mode="wait", clear_cache=True))
             try:
-                done = await self._rpc("coe_exchange", expert)
+                done = await self._rpc("coe_swap_in", expert)
                 moved = True
                 self._put_on(face)
                 if self._stats is not None:
@@ -289,7 +289,7 @@ class SwappingVllmEngine(VllmEngine):
 
     async def evict(self, expert: str, *, for_next: bool = False) -> None:
         """See `SwappingEngine.drop`."""
-        await self._rpc("coe_drop", expert, for_next)
+        await self._rpc("coe_evict", expert, for_next)
         await self._give_back(expert)
 
     async def _version_of(self, source: Weights) -> str:

@@ -268,7 +268,7 @@ class CacheSession:
             return [(b"x-coe-cache", b"miss")]
         told = [(b"x-coe-cache", self.hit.kind.encode())]
         if self.hit.kind == "semantic":
-            told.append((b"x-coe-likeness", f"{self.hit.likeness:.3f}".encode()))
+            told.append((b"x-coe-cache-similarity", f"{self.hit.likeness:.3f}".encode()))
         return told
 
     async def send_hit(self, headers: list[tuple[bytes, bytes]]) -> None:

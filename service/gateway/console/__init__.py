@@ -1,1 +1,1 @@
-"""The console: a page that shows what the service does, and the stream of events behind it."""
+"""The web console: pages and their event stream."""

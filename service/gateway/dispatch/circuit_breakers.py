@@ -36,20 +36,20 @@ class CircuitBreakers:
     """The breakers of one gateway. A place is (expert, pool's boot id) or (expert, REMOTE).
 
     `endpoints`: the address of each remote expert; experts with the same one share a breaker
-    for it, which only failures to reach it open. `hang_s`: time in which an attempt must have
+    for it, which only failures to reach it open. `min_hang_s`: time in which an attempt must have
     said something. `breakers` and `budget`, that of retries, outlive a config.
     """
 
     def __init__(
         self,
         endpoints: Mapping[str, str],
-        hang_s: float,
+        min_hang_s: float,
         breakers: Breakers[Place],
         budget: RetryBudget,
         meter: MetricsRegistry,
     ) -> None:
         self._endpoints = endpoints
-        self._hang_s = hang_s
+        self._hang_s = min_hang_s
         self._breakers = breakers
         self._budget = budget
         self._meter = meter

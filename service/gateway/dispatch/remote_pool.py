@@ -30,7 +30,7 @@ class RemotePool:
 
     engine: Engine
     max_in_flight: int
-    max_queue: int
+    max_queued_requests: int
     failed: str | None = None
     queues: TicketQueue = field(init=False)
     waits: dict[Ticket, asyncio.Future[None]] = field(init=False, default_factory=dict)
@@ -40,7 +40,9 @@ class RemotePool:
     _ending: set[asyncio.Task[None]] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
-        self.queues = TicketQueue((_IT,), capacity=self.max_in_flight, max_waiting=self.max_queue)
+        self.queues = TicketQueue(
+            (_IT,), capacity=self.max_in_flight, max_waiting=self.max_queued_requests
+        )
 
     @property
     def waiting(self) -> int:
@@ -66,14 +68,14 @@ class RemotePool:
         except CoeError as error:
             self.failed = error.message
 
-    async def replace(self, engine: Engine, max_in_flight: int, max_queue: int) -> None:
+    async def replace(self, engine: Engine, max_in_flight: int, max_queued_requests: int) -> None:
         """Answer new requests by another engine, within other bounds.
 
         Requests under way stay with theirs, and count against the new bound as well.
         """
         before, self.engine = self.engine, engine
-        self.max_in_flight, self.max_queue = max_in_flight, max_queue
-        self.queues.resize(max_in_flight, max_queue)
+        self.max_in_flight, self.max_queued_requests = max_in_flight, max_queued_requests
+        self.queues.resize(max_in_flight, max_queued_requests)
         await self.start()
         if not self._users[before]:
             await before.stop()

@@ -1,1 +1,1 @@
-"""Screens in front of the router: prompt injection, and personal data."""
+"""The guard: prompt injection and personal data."""

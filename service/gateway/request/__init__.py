@@ -1,0 +1,1 @@
+"""Reading a request: parsing, validation and bounds."""

@@ -1,0 +1,1 @@
+"""Finding candidates for a request and choosing among them."""

@@ -1,0 +1,1 @@
+"""ASGI sends that the gateway puts around the server's own."""

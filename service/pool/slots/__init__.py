@@ -1,0 +1,1 @@
+"""Slots: places in a pool that hold one engine each."""

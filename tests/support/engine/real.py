@@ -79,7 +79,7 @@ class Swapping(SwappingVllmEngine):
             weights,
             OPTIONS,
             on_cpu=True,
-            canary_every=10,
+            canary_interval=10,
             canaries=canaries,
             watch=self.metrics,
         )

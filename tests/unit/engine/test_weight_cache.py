@@ -34,9 +34,9 @@ class Workers(SwappingVllmEngine):
         if method == "coe_share":
             self.place = f"{args[1]}-0of1.weights"
             self.token = str(args[2])
-        if method == "coe_fill" and not self.broken and not self.is_there():
+        if method == "coe_load_to_host" and not self.broken and not self.is_there():
             write(Path(self.place), TENSORS, fill, self.token)
-        if method == "coe_filled":
+        if method == "coe_load_result":
             if self.broken:
                 return {"state": "failed", "reason": "no room"}
             return {"state": "host", "host_bytes": 58, "fill_s": 0.1}
@@ -49,7 +49,7 @@ class Workers(SwappingVllmEngine):
 def engine(folder: str, cache: SharedWeightCache) -> Workers:
     sources = {name: Weights(folder) for name in "ab"}
     made = Workers(
-        "a", sources, VllmOptions(), on_cpu=False, canary_every=1, canaries={}, cache=cache
+        "a", sources, VllmOptions(), on_cpu=False, canary_interval=1, canaries={}, cache=cache
     )
     made.calls = []
     return made
@@ -63,7 +63,7 @@ async def test_workers_are_told_where_and_files_stay_as_long_as_they_are_held(
     folder = a_model(tmp_path / "m")
     one, other = engine(folder, cache), engine(folder, cache)
     await one.load_to_host("b")
-    assert [call[0] for call in one.calls] == ["coe_share", "coe_fill", "coe_filled"]
+    assert [call[0] for call in one.calls] == ["coe_share", "coe_load_to_host", "coe_load_result"]
     assert Path(one.place).parent == cache.folder
     await other.load_to_host("b")
     assert other.place == one.place

@@ -97,7 +97,7 @@ class PinnedExtension(SwapExtension):
             mapped = write(path, described, partial(copy_to, tensors), token)
         return pinned(mapped)
 
-    def coe_adopt(self, expert: str) -> str:
+    def coe_register_initial(self, expert: str) -> str:
         """The model that the engine was started with is this expert's.
 
         Returns why no other's weights can be put in their place; empty where they can.
@@ -136,10 +136,10 @@ class PinnedExtension(SwapExtension):
         check_fits(tensors, tensors_of(self.model_runner.model))
         return self._coe_hold(expert, tensors)
 
-    def coe_drop(self, expert: str, for_next: bool = False) -> bool:
+    def coe_evict(self, expert: str, for_next: bool = False) -> bool:
         """Forget an expert's weights: this engine's hold on them, that is."""
         held = self._coe().held.get(expert)
-        dropped = super().coe_drop(expert, for_next)
+        dropped = super().coe_evict(expert, for_next)
         if dropped and held is not None:
             held.release()
         return dropped
@@ -174,7 +174,7 @@ class PinnedExtension(SwapExtension):
             self._coe_standing.write(held.steered)
         return "steer" if stays else "inplace"
 
-    def _coe_holds(self, held: Any) -> bool:
+    def _coe_verify(self, held: Any) -> bool:
         model = self.model_runner.model
         if isinstance(self._coe_standing, GraphSteering) and not self._coe_standing.holds():
             return False

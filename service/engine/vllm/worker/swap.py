@@ -93,7 +93,7 @@ class SwapExtension(CaptureExtension):
         layers: dict[str, Any] = self.vllm_config.compilation_config.static_forward_context
         return layers
 
-    def coe_adopt(self, expert: str) -> str:
+    def coe_register_initial(self, expert: str) -> str:
         """The model that the engine was started with is this expert's.
 
         Returns why no other's weights can be put in their place; empty where they can.
@@ -108,11 +108,13 @@ class SwapExtension(CaptureExtension):
         state.running = expert
         return ""
 
-    def coe_fill(self, expert: str, folder: str, adapter: str | None, strength: float) -> None:
+    def coe_load_to_host(
+        self, expert: str, folder: str, adapter: str | None, strength: float
+    ) -> None:
         """Begin to bring an expert's weights to this process, beside the running one.
 
         `folder`: full weights; `adapter`: LoRA to merge into them, times `strength`.
-        Look at `coe_filled` for the outcome. One is filled at a time, in the order asked.
+        Look at `coe_load_result` for the outcome. One is filled at a time, in the order asked.
         """
         state = self._coe()
         if expert not in state.held and expert not in state.filling:
@@ -213,7 +215,7 @@ class SwapExtension(CaptureExtension):
         grammars = self._coe().grammars
         return grammars.told(expert) if grammars is not None else ""
 
-    def coe_filled(self, expert: str) -> dict[str, Any]:
+    def coe_load_result(self, expert: str) -> dict[str, Any]:
         """`{"state": "host" | "filling" | "failed" | "disk", …}`. A failure is told once."""
         state = self._coe()
         self._coe_next_fill()
@@ -235,7 +237,7 @@ class SwapExtension(CaptureExtension):
         if held.probe is None:
             held.probe = Probe.of(held.model)
 
-    def coe_exchange(self, expert: str) -> dict[str, Any]:
+    def coe_swap_in(self, expert: str) -> dict[str, Any]:
         """Make an expert that is held the running one. The engine must be paused.
 
         `ok` is false where the probe finds other weights than were loaded.
@@ -252,7 +254,7 @@ class SwapExtension(CaptureExtension):
         ok = False
         # From here on the old expert is gone: a probe that fails must say so, not raise.
         with contextlib.suppress(Exception):
-            ok = self._coe_holds(held)
+            ok = self._coe_verify(held)
         return {
             "ok": ok,
             "method": method,
@@ -274,13 +276,13 @@ class SwapExtension(CaptureExtension):
     def _coe_runs(self) -> str:
         return self._coe().running
 
-    def _coe_holds(self, held: Any) -> bool:
+    def _coe_verify(self, held: Any) -> bool:
         """Whether those are the weights that were loaded."""
         if held.steered is not None and not held.steered.holds():
             return False
         return held.probe is not None and held.probe.holds()
 
-    def coe_drop(self, expert: str, for_next: bool = False) -> bool:
+    def coe_evict(self, expert: str, for_next: bool = False) -> bool:
         """Forget an expert's weights. False where it is the running one, or not held.
 
         `for_next`: a fill follows, which takes their memory as it is. The system would

@@ -262,26 +262,26 @@ def test_a_worker_holds_exchanges_and_looks_after_its_rules(
     monkeypatch.setattr(pinned_weights, "check_plain", odd)
     one = worker()
     one.load_model()
-    assert one.coe_adopt("base") == "mlp has weights of FusedMoE; they can't be copied"
+    assert one.coe_register_initial("base") == "mlp has weights of FusedMoE; they can't be copied"
     assert one.coe_memory()["host_bytes"] == 0
     with pytest.raises(ValueError, match="the weights of 'base' are not held"):
         worker().coe_steer("masked", told(PROFILES["masked"], 0))
     assert one.coe_steer("masked", told(PROFILES["masked"], 0)) == 4 * (2 * E + 3)
     one.coe_steer("three", told(PROFILES["three"], 0))
-    assert one.coe_filled("three")["state"] == "host"
+    assert one.coe_load_result("three")["state"] == "host"
     said = {}
     for name in ("masked", "three", "base", "masked", "base", "three"):
-        done = one.coe_exchange(name)
+        done = one.coe_swap_in(name)
         assert (done["ok"], done["method"]) == (True, "steer")
         weights, ids = router.choose(logits)
         assert torch.equal(said.setdefault(name, (weights, ids))[0], weights)
     assert torch.equal(said["base"][0][:, :K], own)
     assert torch.equal(said["base"][1][:, :K], own_ids)
-    assert not one.coe_drop("three")
-    assert one.coe_drop("masked")
+    assert not one.coe_evict("three")
+    assert one.coe_evict("masked")
     # Somebody else wrote there.
     one._coe_standing.table[0, 0] = 1.0
-    assert not one._coe_holds(one._coe().held["three"])
+    assert not one._coe_verify(one._coe().held["three"])
 
 
 def test_a_model_that_can_not_be_steered_runs_and_says_why(
@@ -296,7 +296,7 @@ def test_a_model_that_can_not_be_steered_runs_and_says_why(
     one = worker()
     one.load_model()
     one.coe_share("base", str(tmp_path / "base"), "token")
-    assert one.coe_adopt("base") == ""
+    assert one.coe_register_initial("base") == ""
     with pytest.raises(ValueError, match=r"layer 0 is routed inside its kernel \(X\)"):
         one.coe_steer("masked", told({}, 0))
     one._coe_standing = None
@@ -323,7 +323,7 @@ def test_what_an_engine_can_run_as_it_was_started() -> None:
 
     def engine(*, on_cpu: bool, places: int, fixed: str) -> set[str]:
         made = SwappingVllmEngine(
-            "a", weights, VllmOptions(), on_cpu=on_cpu, canary_every=1, canaries={}
+            "a", weights, VllmOptions(), on_cpu=on_cpu, canary_interval=1, canaries={}
         )
         made._places, made._fixed = places, fixed
         return set(made.swappable_experts)

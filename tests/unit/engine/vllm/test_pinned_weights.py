@@ -44,9 +44,9 @@ def extension(model: Any, folder: Path, rank: int = 0) -> Any:
 
 
 def filled(one: Any, expert: str) -> dict[str, Any]:
-    one.coe_fill(expert, "nowhere", None, 1.0)
+    one.coe_load_to_host(expert, "nowhere", None, 1.0)
     until = time.monotonic() + 30
-    while (told := one.coe_filled(expert))["state"] == "filling" and time.monotonic() < until:
+    while (told := one.coe_load_result(expert))["state"] == "filling" and time.monotonic() < until:
         time.sleep(0.001)  # a thread of the worker's own: there is no event to await
     return dict(told)
 
@@ -71,42 +71,42 @@ def test_engines_of_a_pool_map_one_file(tmp_path: Path) -> None:
     from service.engine.vllm.worker.pinned_weights import tensors_of
 
     first, second = extension(model(1), tmp_path), extension(model(2), tmp_path)
-    first.coe_adopt("a")
+    first.coe_register_initial("a")
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("key-a-0of2-")
-    second.coe_adopt("b")
+    second.coe_register_initial("b")
     told = filled(second, "a")
     assert (told["state"], told["host_bytes"]) == ("host", 4 * 27)
     assert len(list(tmp_path.iterdir())) == 2
     # The same memory, not a copy of it.
     first._coe().held["a"].tensors["table"][0] = 7.0
     assert float(second._coe().held["a"].tensors["table"][0]) == 7.0
-    assert second.coe_exchange("a")["ok"]
+    assert second.coe_swap_in("a")["ok"]
     there = tensors_of(second.model_runner.model)
     for name, tensor in first._coe().held["a"].tensors.items():
         assert torch.equal(there[name], tensor)
     # The pool may take the file's name away: who has it keeps it.
     path.unlink()
-    assert second.coe_exchange("b")["ok"]
-    assert second.coe_exchange("a")["ok"]
-    assert second.coe_drop("b")
-    assert not second.coe_drop("a")
+    assert second.coe_swap_in("b")["ok"]
+    assert second.coe_swap_in("a")["ok"]
+    assert second.coe_evict("b")
+    assert not second.coe_evict("a")
     with pytest.raises(KeyError):
-        second.coe_exchange("b")
+        second.coe_swap_in("b")
 
 
 def test_each_rank_and_each_layout_has_its_own_file(tmp_path: Path) -> None:
-    extension(model(1), tmp_path).coe_adopt("a")
-    extension(model(1), tmp_path, rank=1).coe_adopt("a")
-    extension(model(1).double(), tmp_path).coe_adopt("a")
+    extension(model(1), tmp_path).coe_register_initial("a")
+    extension(model(1), tmp_path, rank=1).coe_register_initial("a")
+    extension(model(1).double(), tmp_path).coe_register_initial("a")
     assert len({path.name for path in tmp_path.iterdir()}) == 3
 
 
 def test_without_shared_memory_nothing_is_held(tmp_path: Path) -> None:
     one = extension(model(1), tmp_path)
     with pytest.raises(RuntimeError, match="no shared memory was given for the weights of 'c'"):
-        one.coe_adopt("c")
-    one.coe_adopt("a")
+        one.coe_register_initial("c")
+    one.coe_register_initial("a")
     assert "no shared memory" in filled(one, "c")["reason"]
 
 
@@ -116,7 +116,7 @@ def test_no_room_is_the_filling_expert_s_fault_and_the_engine_goes_on(
     from service.engine.vllm.worker import pinned_weights
 
     one = extension(model(1), tmp_path)
-    one.coe_adopt("a")
+    one.coe_register_initial("a")
 
     def brings(expert: str, filling: Any) -> Any:
         return lambda: one._coe_hold(expert, pinned_weights.tensors_of(model(2)))
@@ -135,7 +135,7 @@ def test_no_room_is_the_filling_expert_s_fault_and_the_engine_goes_on(
     assert "no room for 0.00 GB of weights in shared memory" in told["reason"]
     assert len(list(tmp_path.iterdir())) == 1
     assert filled(one, "b")["state"] == "host"
-    assert one.coe_exchange("b")["ok"]
+    assert one.coe_swap_in("b")["ok"]
 
 
 def test_tensors_that_do_not_fit_are_named() -> None:

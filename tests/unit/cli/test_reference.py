@@ -1,0 +1,55 @@
+"""The reference documents are those of the code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from service.cli import cli
+from service.cli.reference import DOCUMENTS, metrics_reference, write_documents
+from service.config import SECTIONS, parse_config
+from service.telemetry.metrics import TABLE
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_reference_document_in_the_checkout_is_up_to_date(name: str) -> None:
+    assert (ROOT / name).read_text() == DOCUMENTS[name](), "run `python -m service.cli.reference`"
+
+
+def test_write_documents_twice_changes_nothing_the_second_time(tmp_path: Path) -> None:
+    assert sorted(write_documents(tmp_path)) == sorted(DOCUMENTS)
+    assert write_documents(tmp_path) == []
+
+
+def test_metrics_reference_has_a_row_for_every_metric() -> None:
+    text = metrics_reference()
+    assert all(f"| `{one.name}` |" in text for one in TABLE)
+
+
+def test_reference_config_names_every_key_and_is_yaml_once_uncommented() -> None:
+    lines = (ROOT / "deploy/config/reference.yaml").read_text().splitlines()
+    start = lines.index("")
+    shown = [line[2:] for line in lines[start:] if line.startswith("# ")]
+    parsed = yaml.safe_load("\n".join(shown))
+    for place, model in SECTIONS.items():
+        node = parsed
+        for part in place:
+            key = part if part != "*" else next(iter(node))
+            node = node[key]
+        assert set(model.model_fields) <= set(node), place
+
+
+def test_config_schema_accepts_what_the_parser_accepts() -> None:
+    printed = CliRunner().invoke(cli, ["config", "schema"])
+    assert printed.exit_code == 0
+    schema = json.loads(printed.output)
+    text = (ROOT / "deploy/config/demo.yaml").read_text()
+    assert parse_config(text, "demo.yaml")
+    assert set(yaml.safe_load(text)) <= set(schema["properties"])
+    assert schema["additionalProperties"] is False
