@@ -22,7 +22,7 @@ _PENALTY_FOLDS = 5
 
 @dataclass(frozen=True, slots=True)
 class MapFit:
-    """The arrays of `service.classifier.expert_map.ExpertMap` for the recipes kept (indexes `kept`)."""
+    """The arrays of an `ExpertMap` for the recipes kept, whose indexes are in `kept`."""
 
     kept: Rows
     prior: Floats

@@ -89,8 +89,8 @@ def _judge(
     times = stats.ratios(rates["ours"], rates["litellm"])
     share = stats.ratio_of_medians(added["ours"], added["litellm"])
     table = Table(
-        f"In front of one upstream, LiteLLM {litellm_server.VERSION} with one worker, ours with one "
-        "gateway; medians with 95 % intervals",
+        f"In front of one upstream, LiteLLM {litellm_server.VERSION} with one worker, ours with "
+        "one gateway; medians with 95 % intervals",
         (
             "who",
             "one-chunk replies/s, 32 in flight",

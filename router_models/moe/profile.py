@@ -72,7 +72,7 @@ def learn(
     """Learn a profile and write it to `out`.
 
     protect: (layer, expert) that must stay, beside the super experts. max_tokens: longer texts
-    are cut. Raises ProfileError, NotSteerableError, ModelStoreError, InvalidProfile.
+    are cut. Raises ProfileError, NotSteerableError, ModelStoreError, InvalidProfileError.
     """
     if not 0 < keep <= 1:
         raise ProfileError(f"keep is {keep:g}; allowed: above 0, at most 1")

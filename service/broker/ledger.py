@@ -122,13 +122,19 @@ class Ledger:
         ) or any(self._concerns(name, tenant) for name in self._budgets)
 
     async def arrive(self, request_id: str, tenant: Tenant) -> Reservation:
-        """Count a request whose body nobody has read. Raises RateLimitExceededError, StoreGone."""
+        """Count a request whose body nobody has read.
+
+        Raises RateLimitExceededError, StoreUnavailableError.
+        """
         at_once = ("requests", "concurrent")
         lines = [line for line in self._lines(tenant, UsageBound(0)) if _kind(line) in at_once]
         return await self._claim(request_id, tenant, UsageBound(0), lines)
 
     async def look_up(self, request_id: str, tenant: Tenant) -> None:
-        """Count a request that asks no expert. Raises RateLimitExceededError, StoreGone."""
+        """Count a request that asks no expert.
+
+        Raises RateLimitExceededError, StoreUnavailableError.
+        """
         lines = []
         for line in self._lines(tenant, UsageBound(0)):
             if _kind(line) == "requests":
@@ -138,7 +144,10 @@ class Ledger:
         await self.store.settle(held.granted, [1] * len(lines), None)
 
     async def reserve(self, request_id: str, tenant: Tenant, bound: UsageBound) -> Reservation:
-        """Reserve what an arrived request may use. Raises RateLimitExceededError, naming the limit; StoreGone."""
+        """Reserve what an arrived request may use.
+
+        Raises RateLimitExceededError, naming the limit; StoreUnavailableError.
+        """
         lines = []
         for line in self._lines(tenant, bound):
             if _kind(line) == "concurrent":
@@ -197,7 +206,7 @@ class Ledger:
 
     async def state(self, keys: Iterable[Tenant] = ()) -> dict[str, BudgetState]:
         """Every named budget, every tenant's own as `tenant/NAME`, and as `key/ID` those of the
-        keys that these tenants showed. Raises StoreGone."""
+        keys that these tenants showed. Raises StoreUnavailableError."""
         named: dict[str, tuple[Account, str | None, str]] = {
             name: (account, self._of_tenant[name], "") for name, account in self._budgets.items()
         }

@@ -162,10 +162,16 @@ class SwappingEngine(Engine, Protocol):
         """The experts that this engine can run after an exchange: those of one family."""
 
     async def load_to_host(self, expert: str) -> LoadResult:
-        """Bring an expert's weights to host memory, beside the running one. Raises ExpertFailed."""
+        """Bring an expert's weights to host memory, beside the running one.
+
+        Raises ExpertFailedError.
+        """
 
     async def swap_in(self, expert: str) -> SwapResult:
-        """Run an expert whose weights are held. Nothing may be running. Raises ExpertFailed."""
+        """Run an expert whose weights are held. Nothing may be running.
+
+        Raises ExpertFailedError.
+        """
 
     async def evict(self, expert: str, *, for_next: bool = False) -> None:
         """Forget an expert's weights; not those of the running one.

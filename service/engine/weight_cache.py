@@ -17,49 +17,21 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from service.engine.shared_memory import ENDING, UNFINISHED
 from service.errors import ExpertFailedError
+from service.models.file_version import version_of
 
 log = logging.getLogger("coe.engine")
 
 SHARED_MEMORY = Path("/dev/shm")
 # How long weights that nobody holds stay: after they were dropped, and after their engine ended.
 DROPPED_S, ENDED_S = 10.0, 120.0
-# What the name of a folder of chat templates ends in.
-TEMPLATES = "chat_templates"
 _LOCK = "owner"
 _YOUNG_S = 60.0
-
-
-def version_of(folder: str, adapter: str | None, strength: float) -> str:
-    """What an expert's weights are made of: another version where any file is another.
-
-    Files by name, size, time of change and inode: reading tens of gigabytes would take longer than
-    loading them. Raises OSError where they can't be looked at.
-    """
-    digest = hashlib.blake2b(digest_size=12)
-    digest.update(repr((folder, adapter, strength if adapter else 1.0)).encode())
-    for root in (folder, adapter):
-        for path in files_in(Path(root)) if root else ():
-            told = path.stat()
-            what = (str(path), told.st_size, told.st_mtime_ns, told.st_ino)
-            digest.update(repr(what).encode())
-    return digest.hexdigest()
-
-
-def files_in(folder: Path) -> Iterator[Path]:
-    """What a model or adapter folder is loaded from; not what tools leave there, hidden."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir() and path.name.endswith(TEMPLATES):
-            yield from sorted(one for one in path.rglob("*") if one.is_file())
-        elif not path.is_dir():
-            yield path
 
 
 class SharedWeightCache:

@@ -133,11 +133,14 @@ class Admission:
         self._settling: set[asyncio.Task[None]] = set()
 
     def identify(self, headers: dict[bytes, bytes]) -> Tenant:
-        """Whose request it is. Raises Unauthorized, StoreUnavailableError."""
+        """Whose request it is. Raises UnauthorizedError, StoreUnavailableError."""
         return self.keyring.identify(headers)
 
     async def look_up(self, headers: dict[bytes, bytes]) -> Tenant:
-        """Whose request it is that asks no expert. Raises Unauthorized, RateLimitExceededError, StoreUnavailableError."""
+        """Whose request it is that asks no expert.
+
+        Raises UnauthorizedError, RateLimitExceededError, StoreUnavailableError.
+        """
         tenant = self.identify(headers)
         if self._counts or tenant.key:
             await self.ledger.look_up(secrets.token_hex(12), tenant)
@@ -149,7 +152,7 @@ class Admission:
     ) -> AsyncIterator[Entry]:
         """Take a request in by its headers, and settle what is held for it at its end.
 
-        Raises Unauthorized, RateLimitExceededError, StoreUnavailableError.
+        Raises UnauthorizedError, RateLimitExceededError, StoreUnavailableError.
         """
         tenant = self.identify(headers)
         log_fields(tenant=tenant.name, key=tenant.key)

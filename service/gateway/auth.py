@@ -169,8 +169,8 @@ class Authenticator:
     def identify(self, headers: dict[bytes, bytes]) -> Tenant:
         """The tenant of a request.
 
-        Raises Unauthorized; Forbidden where the key's tenant is not in the config any more;
-        StoreUnavailableError while no key is known.
+        Raises UnauthorizedError; ForbiddenError where the key's tenant is not in the config any
+        more; StoreUnavailableError while no key is known.
         """
         if not self.needed:
             return NOBODY if NOBODY.name not in self._tenants else self._tenant(None, NOBODY.name)

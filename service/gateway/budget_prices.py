@@ -1,9 +1,9 @@
 """Budgets as the choice sees them: a shadow price for each, and what may still be promised.
 
 Counts and caps are the ledger's; here is a copy of them, renewed twice a second while requests
-come, and every ten seconds else because other gateways spend them too. Each budget has a `BudgetPacer`.
-How many requests came is shared between gateways in the ledger's store, because what is left of a
-budget is for the requests of all of them.
+come, and every ten seconds else because other gateways spend them too. Each budget has a
+`BudgetPacer`. How many requests came is shared between gateways in the ledger's store, because
+what is left of a budget is for the requests of all of them.
 """
 
 from __future__ import annotations

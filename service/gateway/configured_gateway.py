@@ -134,7 +134,7 @@ class ConfiguredGateway:
         )
 
     async def start(self) -> None:
-        """Begin to follow keys and votes. Raises StoreGone."""
+        """Begin to follow keys and votes. Raises StoreUnavailableError."""
         await self.keyring.start()
         await self.feedback.start()
 

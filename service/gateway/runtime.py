@@ -131,7 +131,10 @@ class GatewayRuntime:
         )
 
     async def start(self) -> None:
-        """Connect remote experts; one that can't be is shown as failed. Raises StoreGone."""
+        """Connect remote experts; one that can't be is shown as failed.
+
+        Raises StoreUnavailableError.
+        """
         await self.store.start()
         await self.current.start()
         await self.spending.start()
@@ -148,7 +151,7 @@ class GatewayRuntime:
     async def reload(self, config: Config) -> None:
         """Go on as another config says. Returns at once: requests under way end in their own time.
 
-        Raises ConfigError, ArtifactError, StoreGone, and then all goes on as it was.
+        Raises ConfigError, ArtifactError, StoreUnavailableError, and then all goes on as it was.
         """
         before = self.current
         files = await asyncio.to_thread(_files, config)

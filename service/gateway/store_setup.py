@@ -94,7 +94,10 @@ def keys_marker(config: Config) -> Path:
 
 
 async def has_keys(config: Config) -> bool:
-    """Whether a key has to be shown: there is or was one. Raises ConfigError, StoreGone."""
+    """Whether a key has to be shown: there is or was one.
+
+    Raises ConfigError, StoreUnavailableError.
+    """
     store = open_store(config, "starting")
     await store.start()
     try:
@@ -104,7 +107,10 @@ async def has_keys(config: Config) -> bool:
 
 
 async def with_keys(config: Config, act: Callable[[Keys], Awaitable[Any]]) -> Any:
-    """Do something with the keys where they are kept, no service running. Raises StoreGone."""
+    """Do something with the keys where they are kept, no service running.
+
+    Raises StoreUnavailableError.
+    """
     store = open_store(config, f"keys-{os.getpid()}")
     await store.start()
     try:

@@ -50,8 +50,8 @@ async def read_body(
     """The whole body.
 
     `declared`: the content-length header, so that nothing of a body that says that it
-    is too large is waited for. Raises BodyTooLargeError, RequestTimeoutError where it did not come within
-    `timeout_s`, and ClientDisconnectedError if the client left.
+    is too large is waited for. Raises BodyTooLargeError, RequestTimeoutError where it did not
+    come within `timeout_s`, and ClientDisconnectedError if the client left.
     """
     if declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):
         raise _too_large(max_bytes)

@@ -258,7 +258,10 @@ def write_profile(profile: SteeringProfile, path: Path | str) -> None:
 
 
 def read_profile(path: Path | str) -> SteeringProfile:
-    """Read a profile. Raises InvalidProfileError naming the file; whether it fits: `check_profile`."""
+    """Read a profile.
+
+    Raises InvalidProfileError naming the file; whether it fits: `check_profile`.
+    """
     path = Path(path)
     try:
         if path.stat().st_size > _MAX_BYTES:

@@ -337,7 +337,7 @@ class PoolFactory:
         )
 
     def _shared_cache(self) -> SharedWeightCache | None:
-        """Where this pool's engines share weights: on a GPU. Raises ExpertFailed."""
+        """Where this pool's engines share weights: on a GPU. Raises ExpertFailedError."""
         settings = self._settings
         if self._cache is None and settings.gpus > 0:
             self._cache = SharedWeightCache(settings.swap.host_bytes)

@@ -358,7 +358,7 @@ def _plan_unit(
 
 
 def _check_steered(config: Config, name: str, pool: PoolConfig, info: ModelInfo) -> None:
-    """Raises ConfigError where a virtual expert can't be: InvalidProfile if by its profile."""
+    """Raises ConfigError where a virtual expert can't be: InvalidProfileError if by its profile."""
     where = f"experts.{name}"
     if pool.gpus > 0 and pool.swap.method == "sleep":
         raise ConfigError(

@@ -263,8 +263,8 @@ class Pool:
     async def run(self, call: Call, body: bytes, send: Send) -> None:
         """Answer a call.
 
-        Raises UnknownModelError, UnknownEndpointError, OverCapacity, ExpertFailed, Draining,
-        DeadlineExceededError, EngineDeadError, and what the engine raises.
+        Raises UnknownModelError, UnknownEndpointError, OverCapacityError, ExpertFailedError,
+        PoolDrainingError, DeadlineExceededError, EngineDeadError, and what the engine raises.
         """
         self._acks.record(call.gateway, call.seq)
         self._slot(call.expert)
@@ -416,7 +416,10 @@ class Pool:
         }
 
     async def operate(self, act: str, expert: str) -> None:
-        """load, evict, pin or unpin an expert. Raises UnknownModelError, UnknownEndpointError, Conflict."""
+        """load, evict, pin or unpin an expert.
+
+        Raises UnknownModelError, UnknownEndpointError, ConflictError.
+        """
         slot = self._slot(expert)
         if act not in OPERATIONS:
             raise UnknownEndpointError(f"no operation {act!r}; operations: {', '.join(OPERATIONS)}")
@@ -425,7 +428,7 @@ class Pool:
         await slot.operate(act, expert)
 
     def _check_pin(self, unit: str) -> None:
-        """Raises Conflict where a pin would leave no room for the others to take turns."""
+        """Raises ConflictError where a pin would leave no room for the others to take turns."""
         bound = self._policy.host_bytes if self._policy is not None else None
         places = [slot.view(()) for slot in self.shared]
         if bound is not None and (needed := least(places, unit)) > bound:

@@ -121,8 +121,8 @@ class PoolLink:
     async def call(self, call: Call, body: bytes) -> AsyncIterator[PoolReply]:
         """Send a call; leaving the context early stops it in the pool.
 
-        Raises PoolUnreachableError where no connection was made, PoolUnavailableError where no head of an answer
-        came.
+        Raises PoolUnreachableError where no connection was made, PoolUnavailableError where no
+        head of an answer came.
         """
         headers = {**self._headers, **call.headers(), "content-type": "application/json"}
         self._calls += 1
@@ -173,7 +173,10 @@ class PoolLink:
         )
 
     async def routes(self, expert: str) -> tuple[int, bytes]:
-        """What an expert's routers chose there: the pool's status and body. Raises PoolUnavailableError."""
+        """What an expert's routers chose there: the pool's status and body.
+
+        Raises PoolUnavailableError.
+        """
         return await self._small("GET", f"/routes/{quote(expert, safe='')}", timeout_s=10)
 
     async def used(self, request_id: str) -> tuple[int, int] | None:

@@ -85,7 +85,8 @@ def _decay_to_prior(measured: float, guess: float, kept: float) -> float:
 
 
 class ResponseTimer:
-    """Times one answer as its ASGI messages pass, for a `LatencyEstimator`. Times in s of one clock.
+    """Times one answer as its ASGI messages pass, for a `LatencyEstimator`. Times in s of one
+    clock.
 
     `first_s`: when its head passed, 0 before; `chunks`: bodies that passed.
     """

@@ -253,7 +253,7 @@ class Keys:
     async def rotate(self, key_id: str, now_s: float, grace_s: float) -> tuple[KeyRecord, str]:
         """Another key in its place; the old one is good for `grace_s` more.
 
-        Raises UnknownModelError (404), Conflict.
+        Raises UnknownModelError (404), ConflictError.
         """
         _, key, digest = new_key()
 
@@ -268,7 +268,10 @@ class Keys:
         return await self._book.change(key_id, rotated), key
 
     async def revoke(self, key_id: str, now_s: float) -> KeyRecord:
-        """From now on it is worth nothing, whatever else is done to it. Raises UnknownModelError."""
+        """From now on it is worth nothing, whatever else is done to it.
+
+        Raises UnknownModelError.
+        """
 
         def revoked(record: KeyRecord | None) -> KeyRecord:
             record = _known(record, key_id)

@@ -21,13 +21,13 @@ class VolatileStore(Protocol):
     """Small values for a while. Any of them may be gone at any time."""
 
     async def get(self, name: str) -> bytes | None:
-        """A value, if it is still there. Raises StoreGone."""
+        """A value, if it is still there. Raises StoreUnavailableError."""
 
     async def put(self, name: str, value: bytes, *, ttl_s: float) -> None:
-        """Keep a value, for `ttl_s` at most. Raises StoreGone."""
+        """Keep a value, for `ttl_s` at most. Raises StoreUnavailableError."""
 
     async def add(self, name: str, value: bytes, *, ttl_s: float) -> bool:
-        """Keep a value unless there is one: whether it was kept. Raises StoreGone."""
+        """Keep a value unless there is one: whether it was kept. Raises StoreUnavailableError."""
 
     async def close(self) -> None:
         """Close every connection."""

@@ -88,7 +88,10 @@ class MoeCollector:
                 known.tally = replace(now, cache=cache, cacheability=now.cacheability + more)
 
     async def tally(self, expert: str) -> RoutingCounts:
-        """Of one expert that this pool has. Raises Conflict with the reason where there is none."""
+        """Of one expert that this pool has.
+
+        Raises ConflictError with the reason where there is none.
+        """
         if not self._every:
             raise ConflictError(
                 f"the routers of {expert!r} are not looked at: its pool has no vllm.moe_capture"

@@ -100,7 +100,10 @@ class GrammarTrials:
             await checkers.give_back()
 
     async def check(self, asked: Any) -> None:
-        """Try out vLLM's `StructuredOutputsParams`. Raises InvalidRequestError, OverCapacityError."""
+        """Try out vLLM's `StructuredOutputsParams`.
+
+        Raises InvalidRequestError, OverCapacityError.
+        """
         if self._checker is not None and (grammar := _grammar_of(asked)) is not None:
             await self._checker.check(grammar, self._vocabulary)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from service.engine.cache_salt import CACHE_SALT, salted
-from service.engine.weight_cache import files_in
+from service.models.file_version import files_in
 
 # vLLM's ids of the requests of the call that is worked on in this task and those it starts.
 REQUEST_IDS: ContextVar[list[str] | None] = ContextVar("request_ids", default=None)

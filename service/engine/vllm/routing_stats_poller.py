@@ -38,7 +38,10 @@ class RoutingStatsPoller:
         self.asked = False
 
     async def begin(self, running: str, experts: Iterable[str]) -> None:
-        """Start: `running` is in the engine, any of `experts` may come. Raises ExpertFailedError."""
+        """Start: `running` is in the engine, any of `experts` may come.
+
+        Raises ExpertFailedError.
+        """
         options = self._options
         told = await self._ask(
             "coe_capture", running, options.every, options.stretches, options.tokens

@@ -33,9 +33,10 @@ from service.engine.steering_spec import MERGED, PLACES, Steering
 from service.engine.vllm.engine import STANDING, VllmEngine, VllmModel, first_line
 from service.engine.vllm.frontend import EngineClient, tokenizer_digest
 from service.engine.vllm.stats import CANARY
-from service.engine.weight_cache import EngineShare, SharedWeightCache, version_of
+from service.engine.weight_cache import EngineShare, SharedWeightCache
 from service.errors import CoeError, EngineDeadError, ExpertFailedError
 from service.models import ModelInfo, inspect_model
+from service.models.file_version import version_of
 from service.models.lora_merge import LoraDelta
 
 log = logging.getLogger("coe.engine")
@@ -293,7 +294,10 @@ class SwappingVllmEngine(VllmEngine):
         await self._give_back(expert)
 
     async def _version_of(self, source: Weights) -> str:
-        """Of the files that weights would be read from now. Raises ExpertFailedError where it can't."""
+        """Of the files that weights would be read from now.
+
+        Raises ExpertFailedError where it can't.
+        """
         try:
             return await asyncio.to_thread(
                 version_of, source.folder, source.adapter, source.strength
@@ -464,7 +468,10 @@ class SwappingVllmEngine(VllmEngine):
 
 
 def _check_merged(expert: str, source: Weights) -> None:
-    """Raises ExpertFailedError where an adapter can't be merged: a core that fails tells no reason."""
+    """Raises ExpertFailedError where an adapter can't be merged.
+
+    A core that fails tells no reason.
+    """
     assert source.adapter is not None
     try:
         delta = LoraDelta(Path(source.adapter), source.strength)

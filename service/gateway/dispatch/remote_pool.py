@@ -96,7 +96,7 @@ class RemotePool:
         tokens: int = 1,
         places: int = 1,
     ) -> None:
-        """Answer a request when there is room for it. Raises OverCapacity, ExpertFailedError.
+        """Answer a request when there is room for it. Raises OverCapacityError, ExpertFailedError.
 
         `handed` is set once there is, and the endpoint has the request. `tokens`: about how long
         its prompts are; `places`: how many it takes, for its answers.

@@ -42,7 +42,11 @@ def texts_of(data: Mapping[str, Any], most: int) -> list[Text]:
 
 
 def check_readable(data: Mapping[str, Any]) -> None:
-    """Raises InvalidRequestError where a prompt is given as ids of tokens, which no screen can read."""
+    """Refuse a prompt of token ids, which no screen can read.
+
+    Raises:
+        InvalidRequestError: The prompt is a list of token ids.
+    """
     for name in ("prompt", "input"):
         given = data.get(name)
         for one in given if isinstance(given, list) else ():

@@ -36,7 +36,8 @@ def leave_out_hosted_tools(endpoint: str, data: dict[str, Any]) -> tuple[str, ..
         The types that were left out, each once, in the order in which they came.
 
     Raises:
-        DisallowedFieldError: `tool_choice` insists on a tool that is left out, or on any where none is left.
+        DisallowedFieldError: `tool_choice` insists on a tool that is left out, or on any where
+        none is left.
     """
     pattern, tools = _LEFT_OUT.get(endpoint), data.get("tools")
     if pattern is None or not isinstance(tools, list):

@@ -35,7 +35,7 @@ class RequestValidator:
         self._meter = meter
 
     def headers(self, pairs: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-        """A request's headers, if they are within their bounds. Raises HeadersTooLarge."""
+        """A request's headers, if they are within their bounds. Raises HeadersTooLargeError."""
         pairs = list(pairs)
         self._limits.headers(pairs)
         return dict(pairs)
@@ -43,7 +43,7 @@ class RequestValidator:
     async def validate(
         self, path: str, headers: dict[bytes, bytes], tenant: Tenant, receive: Receive
     ) -> GuardResult:
-        """Read a body and understand it. Raises InvalidRequest, ClientGone."""
+        """Read a body and understand it. Raises InvalidRequestError, ClientDisconnectedError."""
         raw = await read_body(
             receive,
             self._server.max_body_bytes,

@@ -113,7 +113,7 @@ def note(request: Request, **details: object) -> None:
 
 
 def check_admin(headers: dict[bytes, bytes], admin_key: str | None, what: str) -> None:
-    """Raises Unauthorized unless a request shows the admin key. `what` needs it."""
+    """Raises UnauthorizedError unless a request shows the admin key. `what` needs it."""
     if not shows_admin_key(headers, admin_key):
         REFUSALS.refused("admin" if headers.get(b"authorization") else "admin, none", headers)
         raise UnauthorizedError(f"the admin key is needed for {what}: Authorization: Bearer KEY")

@@ -18,7 +18,7 @@ from service.rpc.pool_directory import PoolDirectory
 async def routed(directory: PoolDirectory, request: Request) -> Response:
     """The sums of all pools that know something; else why the first one does not.
 
-    Raises UnknownModel where no pool has the expert, PoolUnavailableError where none answered.
+    Raises UnknownModelError where no pool has the expert, PoolUnavailableError where none answered.
     """
     name = request.path_params["name"]
     links = directory.holding(name)

@@ -148,7 +148,7 @@ class FeedbackService:
             log.debug("a reply can't be voted on elsewhere: the store is gone")
 
     async def vote(self, tenant: Tenant, vote: Vote) -> dict[str, Any]:
-        """Count a vote. Raises ReplyNotFoundError, Conflict, StoreUnavailableError."""
+        """Count a vote. Raises ReplyNotFoundError, ConflictError, StoreUnavailableError."""
         # A client's own id may look as if an endpoint had put something around ours.
         about = await self._about(tenant, vote.reply) or await self._about(
             tenant, _plain(vote.reply)

@@ -92,7 +92,7 @@ class SemanticRouter:
 
     def plan(self, asked: InferenceRequest) -> RoutePlan:
         """What may answer. Raises UnknownModelError; InvalidRequestError where nobody is able to;
-        Forbidden where the tenant may ask nobody who is."""
+        ForbiddenError where the tenant may ask nobody who is."""
         model = asked.model
         if model in self._experts:
             return self._by_name(asked, Recipe("single", (model,)), f"expert {model!r}")

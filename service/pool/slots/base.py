@@ -96,8 +96,8 @@ class BaseSlot(Generic[E]):
         `again`: what an earlier lease of this
         request raised; its place in the queue is kept.
 
-        Raises OverCapacity, ExpertFailedError, Draining, EngineRestartingError; Again where the request has
-        to be put back: in this or in another slot.
+        Raises OverCapacityError, ExpertFailedError, PoolDrainingError, EngineRestartingError;
+        LeaseRevokedError where the request has to be put back: in this or in another slot.
         """
         if self._draining and again is None:
             raise PoolDrainingError("this pool is stopping")
@@ -150,7 +150,10 @@ class BaseSlot(Generic[E]):
 
     @asynccontextmanager
     async def _revocable(self, ticket: Ticket) -> AsyncIterator[Run]:
-        """Let a request run until it ends or `_put_back` takes its lease. Raises Again then."""
+        """Let a request run until it ends or `_put_back` takes its lease.
+
+        Raises LeaseRevokedError then.
+        """
         task = asyncio.current_task()
         assert task is not None
         cancelled = task.cancelling()
@@ -406,7 +409,7 @@ class BaseSlot(Generic[E]):
         return told
 
     async def operate(self, act: str, expert: str) -> None:
-        """load, evict, pin, unpin: this slot's experts are always there. Raises Conflict."""
+        """load, evict, pin, unpin: this slot's experts are always there. Raises ConflictError."""
         state = self._states[expert]
         if act == "load" and state.state is Residency.FAILED:
             raise ConflictError(

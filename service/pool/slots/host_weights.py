@@ -151,7 +151,7 @@ class HostWeightSlot(SharedSlot):
     # --- operating it
 
     async def operate(self, act: str, expert: str) -> None:
-        """load, evict, pin or unpin. Raises Conflict where the present state forbids it."""
+        """load, evict, pin or unpin. Raises ConflictError where the present state forbids it."""
         unit = self._unit_of[expert]
         known = self._known[unit]
         if act == "pin":

@@ -111,7 +111,10 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         self._event.set()
 
     def _is_to_come(self, unit: str) -> bool:
-        """Whether a unit that an operator wants is not held yet. Raises Conflict if it can't be."""
+        """Whether a unit that an operator wants is not held yet.
+
+        Raises ConflictError if it can't be.
+        """
         known = self._known[unit]
         if known.tier is not Residency.DISK:
             return False

@@ -21,9 +21,9 @@ from service.engine.weight_cache import (
     EngineShare,
     SharedWeightCache,
     clear_dead,
-    version_of,
 )
 from service.errors import ExpertFailedError
+from service.models.file_version import version_of
 
 TENSORS = {
     "w": Tensor("float32", (3, 4), 48),

@@ -15,7 +15,7 @@ from service.deployment.config_reload import RunningConfig, reload
 from service.engine.base import EngineRequest, Send
 from service.engine.vllm.frontend import tokenizer_digest
 from service.engine.vllm.swapping import Canary, SwappingVllmEngine
-from service.engine.weight_cache import version_of
+from service.models.file_version import version_of
 from service.pool.factory import PoolFactory
 from service.pool.pool import Pool
 from service.telemetry.pool_metrics import PoolMetrics
