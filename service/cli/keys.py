@@ -59,15 +59,15 @@ async def _act(config: Any, keys: Any, method: str, parts: list[str], body: Any)
 
     now_s = time.time()
     if method == "GET":
-        return {"keys": [one.told(now_s) for one in await keys.records()]}
+        return {"keys": [one.to_public(now_s) for one in await keys.records()]}
     if len(parts) == 2:
         wanted = record_of(config, parsed(NewKey, json.dumps(body).encode()), now_s)
         made, key = await keys.create(wanted, now_s)
-        return {**made.told(now_s), "key": key}
+        return {**made.to_public(now_s), "key": key}
     if parts[3] == "rotate":
         made, key = await keys.rotate(parts[2], now_s, body["grace_s"])
-        return {**made.told(now_s), "key": key}
-    return (await keys.revoke(parts[2], now_s)).told(now_s)
+        return {**made.to_public(now_s), "key": key}
+    return (await keys.revoke(parts[2], now_s)).to_public(now_s)
 
 
 @click.group()

@@ -177,7 +177,8 @@ class _Worker:
             "cpu_s": cpu_s,
             "hold_s": HOLD_S,
         }
-        told = self._waiting[number] = asyncio.get_running_loop().create_future()
+        told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = told
         try:
             assert self._process.stdin is not None
             if vocabulary is not None and vocabulary.name not in self._told:

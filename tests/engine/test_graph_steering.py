@@ -120,8 +120,8 @@ async def test_exchanges_leave_no_trace(steering: Steering) -> None:
 
 
 async def test_weights_that_can_not_be_copied_stay(steering: Steering) -> None:
-    assert "other" not in steering.engine.exchangeable
-    assert {"plain", *steering.profiles} <= steering.engine.exchangeable
+    assert "other" not in steering.engine.swappable_experts
+    assert {"plain", *steering.profiles} <= steering.engine.swappable_experts
     with pytest.raises(ExpertFailedError, match=r"other.* could not be loaded: .*can't be copied"):
         await steering.engine.fill("other")
     with pytest.raises(ExpertFailedError, match=r"layer 0 has 4 experts, of which 2 are .* 4, 3"):

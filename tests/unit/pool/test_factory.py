@@ -298,7 +298,7 @@ async def test_engines_on_a_gpu_and_their_virtual_experts(tmp_path: Path) -> Non
     assert not isinstance(plain, SwappingVllmEngine)
     steered._places = 2  # as it was started
     assert steered.swappable_experts == {"a", "a1"}
-    assert plain.exchangeable == {"b"}
+    assert plain.swappable_experts == {"b"}
     # Of those that come, it has what it can run; for the other it is started anew.
     await assembly.reload(on_a_gpu(tmp_path, "a b a1 a2 a3", a3=3))
     assert steered.swappable_experts == {"a", "a1", "a2"}
@@ -346,8 +346,8 @@ async def test_engines_on_a_gpu_that_take_other_weights_in(tmp_path: Path) -> No
     assembly = PoolFactory(first, "p", Pool("p"), PoolMetrics())
     engine: Any = assembly._swapping_engine("a")._make()  # type: ignore[attr-defined]
     engine._places = 2
-    assert engine.exchangeable == {"a", "a1", "b"}
+    assert engine.swappable_experts == {"a", "a1", "b"}
     # Whose first expert went.
     assembly._config = on_a_gpu(tmp_path, "b c", "inplace")
     assembly._look_again()
-    assert engine.exchangeable == {"b", "c"}
+    assert engine.swappable_experts == {"b", "c"}

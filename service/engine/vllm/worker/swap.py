@@ -266,7 +266,7 @@ class SwapExtension(CaptureExtension):
         """Put an expert's weights where the engine computes with them. Returns the method."""
         old = self._coe().held[self._coe().running]
         if old.steered is not None:
-            old.steered.lift()
+            old.steered.remove()
         self._coe_layers().update(held.layers)
         self.model_runner.model = held.model
         if held.steered is not None:
