@@ -197,7 +197,9 @@ def commands_reference() -> str:
 
 
 def _command_parts(command: click.Command, path: tuple[str, ...]) -> Iterator[str]:
-    context = click.Context(command, info_name=" ".join(path), max_content_width=96)
+    context = click.Context(
+        command, info_name=" ".join(path), terminal_width=96, max_content_width=96
+    )
     yield f"## `{' '.join(path)}`\n"
     yield f"```text\n{command.get_help(context).strip()}\n```\n"
     if isinstance(command, click.Group):
