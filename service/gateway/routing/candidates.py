@@ -122,7 +122,11 @@ class SemanticRouter:
         )
 
     def _one_space(self, tenant: Tenant) -> None:
-        """Raises InvalidRequestError where the experts that a tenant may ask have several spaces."""
+        """Refuse where the experts that a tenant may ask embed into several spaces.
+
+        Raises:
+            InvalidRequestError: They do; the message names the spaces.
+        """
         spaces: dict[str, list[str]] = {}
         for name, space in self._spaces.items():
             if tenant.may_ask(name):
