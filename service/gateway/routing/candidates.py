@@ -61,6 +61,13 @@ class RoutePlan:
         )
 
 
+def _held_by_request(needs: frozenset[str]) -> str:
+    """A clause that says why senses are needed, for whoever does not know our words for them."""
+    held = {"vision": "images", "audio": "sound"}
+    found = [word for need, word in held.items() if need in needs]
+    return f"; the request holds {' and '.join(found)}" if found else ""
+
+
 class SemanticRouter:
     """Stage 1 and 2 for one config.
 
@@ -149,7 +156,7 @@ class SemanticRouter:
             if lacking:
                 raise InvalidRequestError(
                     f"expert {name!r} can't do {', '.join(sorted(lacking))}; "
-                    f"it can do {', '.join(sorted(able))}",
+                    f"it can do {', '.join(sorted(able))}{_held_by_request(lacking)}",
                     param="model",
                 )
         if recipe.kind != "single" and not asked.combinable:
@@ -227,7 +234,8 @@ class SemanticRouter:
             able &= book.single
         if not able.any():
             raise InvalidRequestError(
-                f"no expert can do {', '.join(sorted(asked.needs))}", param="model"
+                f"no expert can do {', '.join(sorted(asked.needs))}{_held_by_request(asked.needs)}",
+                param="model",
             )
         if asked.tenant.experts is not None:
             able &= self._allowed(asked.tenant.experts)

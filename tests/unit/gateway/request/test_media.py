@@ -226,7 +226,9 @@ def test_a_picture_for_who_does_not_see_is_refused_with_a_reason() -> None:
     with pytest.raises(InvalidRequestError, match="expert 'text' can't do vision; it can do chat"):
         router.plan(asked(picture(), model="text"))
     blind = RoutingSetup(composition(text={"model": "m"})).router
-    with pytest.raises(InvalidRequestError, match="no expert can do chat, vision"):
+    with pytest.raises(
+        InvalidRequestError, match="no expert can do chat, vision; the request holds images"
+    ):
         blind.plan(asked(picture()))
     with pytest.raises(InvalidRequestError, match="no expert can do audio, chat"):
         router.plan(asked(RECORDING))
