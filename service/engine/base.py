@@ -146,12 +146,13 @@ class SwapResult:
     """Another expert runs: how long it took, pause and resume included, and by which method.
 
     `ok` is false where a look at the weights found other ones than were loaded:
-    such an engine must not answer.
+    such an engine must not answer. `started`: an engine was started for it.
     """
 
     swap_s: float
     ok: bool
     method: str = "inplace"
+    started: bool = False
 
 
 class SwappingEngine(Engine, Protocol):

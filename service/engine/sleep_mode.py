@@ -79,7 +79,8 @@ class SleepingEngines:
         before = self._engines[self._awake]
         await self._or_broken(before.sleep(), "it could not be put to sleep")
         engine = self._engines.get(expert)
-        if engine is not None and engine.failure() is None:
+        woken = engine is not None and engine.failure() is None
+        if engine is not None and woken:
             await self._or_broken(engine.wake(), "it could not be woken")
         else:
             if engine is not None:
@@ -97,7 +98,8 @@ class SleepingEngines:
                 raise
             self._engines[expert] = engine
         self._awake = expert
-        return SwapResult(time.monotonic() - began_s, ok=True, method="sleep")
+        swap_s = time.monotonic() - began_s
+        return SwapResult(swap_s, ok=True, method="sleep", started=not woken)
 
     async def _or_broken(self, act: Awaitable[None], what: str) -> None:
         try:

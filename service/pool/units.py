@@ -52,10 +52,14 @@ class UnitState:
     measured: bool = False
     starts: bool = False
 
-    def swapped(self, swap_s: float) -> None:
-        """An exchange was measured: the first takes the guess's place, later ones are averaged."""
-        if self.starts:
-            self.start_s, self.starts = swap_s, False
+    def swapped(self, swap_s: float, *, started: bool) -> None:
+        """An exchange was measured: the first takes the guess's place, later ones are averaged.
+
+        `started`: an engine had to be started for it.
+        """
+        self.starts = False
+        if started:
+            self.start_s = swap_s
         elif self.measured:
             self.swap_s += _EWMA * (swap_s - self.swap_s)
         else:

@@ -232,11 +232,15 @@ def test_told_times_of_sleeping_engines_are_a_start_once_and_then_a_wake() -> No
 
             patch.setattr(sleep_mode, "time", type("Clock", (), {"monotonic": lambda: clock.now_s}))
             units = {name: (name,) for name in "ab"}
+            built: list[CostlyEngine] = []
+
+            def build(name: str) -> CostlyEngine:
+                built.append(CostlyEngine(name, frozenset("ab"), costs))
+                return built[-1]
+
             slot = SwapSlot(
                 [Unit(name, (name,)) for name in "ab"],
-                lambda first: SleepingEngines(
-                    first, units, lambda n: CostlyEngine(n, frozenset("ab"), costs), {}
-                ),
+                lambda first: SleepingEngines(first, units, build, {}),
                 SwapPolicy(min_stay_s=0.0, prefetch=False),
                 capacity=4,
                 max_waiting=9,
@@ -256,6 +260,12 @@ def test_told_times_of_sleeping_engines_are_a_start_once_and_then_a_wake() -> No
             await _visit(slot, "b")
             for name in "ab":
                 await _visit(slot, name)
+            assert slot.states()["a"].eta_s == pytest.approx(0.5, abs=0.05)
+            # One that died in its sleep is started: nor is that taken for a wake.
+            built[0].kill("told to die")
+            await _visit(slot, "a")
+            assert slot.details()["a"]["last_swap"]["swap_s"] == pytest.approx(20.0, abs=0.1)
+            await _visit(slot, "b")
             assert slot.states()["a"].eta_s == pytest.approx(0.5, abs=0.05)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)

@@ -316,7 +316,7 @@ class SwapSlot(HostWeightSlot):
             return False
         known = self._known[unit]
         known.deaths = 0
-        known.swapped(done.swap_s)
+        known.swapped(done.swap_s, started=done.started)
         old = self._unit
         self._known[old].tier = Residency.HOST
         self._set_unit(old, Residency.HOST)
