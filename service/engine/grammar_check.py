@@ -23,7 +23,7 @@ from service.engine.grammar_worker import frame
 from service.errors import InvalidRequestError, OverCapacityError
 
 # What reading a grammar may hold a thread; a pool's event loop is held as long by vLLM.
-HOLD_S = 0.05
+HOLD_S = 0.03
 _ATTEMPTS = 2
 _AT_ONCE = 2
 _KEPT = 1024

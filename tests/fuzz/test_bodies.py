@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -12,17 +13,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from loadtests.loop_hold_meter import HoldMeter
 from service.http.endpoints import ENDPOINTS
 from tests.support.separate_process import Apart, site_apart
 from tests.support.serving import simulated
 
-ALL = 10_000
+ALL = int(os.environ.get("COE_FUZZ_REQUESTS", "10000"))
+# Of the event loop, in processor time of its thread.
+MOST_HELD_S = 0.1
 
 
 def often(examples: int) -> settings:
     """Drawing one is most of the work, so each is sent whole, broken and cut short."""
     return settings(
-        max_examples=examples,
+        max_examples=examples * ALL // 10_000,
         deadline=None,
         # The same ones in every run: what it finds is to be found by whoever broke it.
         derandomize=True,
@@ -43,12 +47,18 @@ CONFIG = simulated(
 
 @pytest.fixture(scope="module")
 def apart() -> Iterator[Apart]:
-    with site_apart(CONFIG) as made:
+    with site_apart(CONFIG) as made, HoldMeter() as held:
+        pools = made.site.pools
+        engines = {kind: pool.engine for kind, pool in pools.items()}
         yield made
+        # No pool was lost, and nobody else's answer waited for one request.
+        assert {kind: pool.engine for kind, pool in pools.items()} == engines
+        assert all(engine.failure() is None for engine in engines.values())
+        assert held.longest_s < MOST_HELD_S, f"held {held.longest_s:.3f} s by {held.where}"
         seen = Counter(sorted(statuses.elements()))
         assert sum(seen.values()) >= ALL, seen
-        assert seen[200] > 100, f"hardly anything got through: {seen}"
-        assert seen[400] > 1000, seen
+        assert seen[200] > ALL // 100, f"hardly anything got through: {seen}"
+        assert seen[400] > ALL // 10, seen
 
 
 statuses: Counter[int] = Counter()
@@ -99,6 +109,85 @@ message = st.fixed_dictionaries(
         "name": values,
     },
 )
+groups = st.builds(
+    lambda depth, tail: "(" * depth + "a" + tail * depth,
+    st.sampled_from([1, 40, 64, 65, 1000, 17_000]),
+    st.sampled_from([")", ")?", ")*", "", "){1,100}"]),
+)
+patterns = st.one_of(
+    groups,
+    strange_text,
+    st.sampled_from(["(?=a)", "[" * 3000, "(a|b|c){1,1000}" * 90, "\\(" * 900, "a{1,999999999}"]),
+)
+
+
+def nested(schema: Any, depth: int) -> Any:
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+schemas = st.recursive(
+    st.one_of(
+        values,
+        patterns.map(lambda text: {"type": "string", "pattern": text}),
+        st.builds(nested, st.just({}), st.sampled_from([1, 20, 31, 40, 60])),
+        st.sampled_from([300, 600, 3000]).map(
+            lambda count: {"properties": {f"p{i}": {} for i in range(count)}}
+        ),
+        st.sampled_from([100, 9000]).map(lambda count: {"enum": list(range(count))}),
+        st.just({"$ref": "#"}),
+    ),
+    lambda inner: st.one_of(
+        inner.map(lambda schema: {"type": "object", "properties": {"a": schema}}),
+        st.lists(inner, min_size=1, max_size=3).map(lambda some: {"anyOf": some}),
+        st.builds(lambda name, schema: {"patternProperties": {name: schema}}, patterns, inner),
+    ),
+    max_leaves=4,
+)
+forms = st.one_of(
+    values,
+    schemas.map(lambda schema: {"type": "json_schema", "json_schema": {"schema": schema}}),
+    schemas.map(lambda schema: {"type": "json_schema", "name": "x", "schema": schema}),
+    schemas.map(
+        lambda schema: {
+            "type": "structural_tag",
+            "structures": [{"begin": "a", "schema": schema, "end": "b"}],
+            "triggers": ["a"],
+        }
+    ),
+    patterns.map(
+        lambda text: {"type": "structural_tag", "format": {"type": "regex", "pattern": text}}
+    ),
+)
+constraints = st.one_of(
+    values,
+    schemas.map(lambda schema: {"json": schema}),
+    schemas.map(lambda schema: {"json": json.dumps(schema)}),
+    forms.map(lambda form: {"structural_tag": json.dumps(form)}),
+    st.builds(
+        lambda name, text: {name: text}, st.sampled_from(["regex", "grammar", "json"]), patterns
+    ),
+    st.lists(strange_text, max_size=3).map(lambda words: {"choice": words * 500}),
+)
+tools = st.one_of(
+    values,
+    st.builds(
+        lambda schema, shape, count: (
+            [
+                (
+                    {"type": "function", "function": {"name": "f", "parameters": schema}},
+                    {"type": "function", "name": "f", "parameters": schema},
+                    {"name": "f", "input_schema": schema},
+                )[shape]
+            ]
+            * count
+        ),
+        schemas,
+        st.integers(0, 2),
+        st.sampled_from([1, 3, 40, 600]),
+    ),
+)
 fields: dict[str, Any] = {
     "model": st.one_of(st.sampled_from(["auto", "general", "vectors"]), values),
     "messages": st.one_of(st.lists(message, max_size=3), values),
@@ -110,10 +199,16 @@ fields: dict[str, Any] = {
     "max_tokens": st.one_of(st.integers(0, 20), values),
     "max_completion_tokens": values,
     "n": st.one_of(st.integers(-1, 4), values),
-    "stop": values,
-    "tools": values,
+    "tools": tools,
+    "functions": tools,
+    "structured_outputs": constraints,
+    "guided_regex": patterns,
+    "text": forms.map(lambda form: {"format": form}),
+    "output_config": forms.map(lambda form: {"format": form}),
+    "stop": st.one_of(values, strange_text.map(lambda text: [text] * 500)),
+    "bad_words": st.one_of(values, strange_text.map(lambda text: [text] * 100)),
     "tool_choice": values,
-    "response_format": values,
+    "response_format": forms,
     "chat_template_kwargs": values,
     "chat_template": values,
     "temperature": values,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 from argparse import Namespace
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from service.engine.vllm.frontend import REQUEST_IDS, EngineClient
 from service.engine.vllm.routing_stats_poller import RoutingStatsPoller
 from service.engine.vllm.stats import EngineStats
 from service.errors import (
+    BodyTooLargeError,
     EngineDeadError,
     EngineRestartingError,
     ExpertFailedError,
@@ -53,6 +55,9 @@ GENERATE_ENDPOINTS = frozenset(
     }
 )
 POOLING_ENDPOINTS = frozenset({"/v1/embeddings", "/tokenize", "/detokenize"})
+# vLLM writes all tokens of a text into one reply, on the event loop.
+_TOKEN_ENDPOINTS = frozenset({"/tokenize", "/detokenize"})
+_MOST_TO_TOKENS = 4 * 1024 * 1024
 _CAPTURE = "service.engine.vllm.worker.capture.CaptureExtension"
 STANDING = "service.engine.vllm.worker.gpu_worker.StandingWorker"
 
@@ -202,6 +207,9 @@ class VllmEngine:
         tasks = await self._llm.get_supported_tasks()
         client = EngineClient(self._llm, self._llm.vllm_config, self._llm.renderer)
         self._app = await self._openai_layer(args, client, tasks)
+        # Else every full collection walks through all of torch's and vLLM's objects, for 0.4 s.
+        await asyncio.to_thread(gc.collect)
+        gc.freeze()
         config = self._llm.vllm_config
         generates = "generate" in tasks
         if generates:
@@ -283,6 +291,11 @@ class VllmEngine:
         """See `Engine.run`."""
         if (why := self.failure()) is not None:
             raise EngineRestartingError(f"the engine of expert {request.expert!r} died: {why}")
+        if request.endpoint in _TOKEN_ENDPOINTS and len(request.body) > _MOST_TO_TOKENS:
+            raise BodyTooLargeError(
+                f"{request.endpoint} takes no more than {_MOST_TO_TOKENS} bytes; "
+                f"the body has {len(request.body)}"
+            )
         await self._trials.check_body(request.body)
         reply = DeferredStartSend(send)
         call = _Call(request)
@@ -363,6 +376,7 @@ class VllmEngine:
     async def stop(self) -> None:
         """Stop the core process."""
         await self._trials.stop()
+        gc.unfreeze()  # what was this engine's can be collected when the next has started
         if self._routers is not None:
             await self._routers.end(look=self._llm is not None and self.failure() is None)
         self._stopped = True

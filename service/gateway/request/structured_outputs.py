@@ -44,6 +44,7 @@ _ESCAPED = re.compile(r"\\.", re.DOTALL)
 _CLASS = re.compile(r"\[[^\]]*\]")
 _QUOTED = re.compile(r"\"[^\"\n]*\"|'[^'\n]*'|#[^\n]*")
 # Lists of which an engine works through every item as it takes the request in.
+_MOST_LETTERS = 65_536
 _ITEMS = {
     "stop": 64,
     "stop_sequences": 64,
@@ -92,6 +93,13 @@ class StructuredOutputBounds:
                     f"`{name}` has {len(items)} items, and no more than {_ITEMS[name]} may come",
                     param=name,
                 )
+            if isinstance(items, list):
+                size = sum(len(item) for item in items if isinstance(item, str))
+                if size > _MOST_LETTERS:
+                    raise InvalidRequestError(
+                        f"`{name}` has {size} letters, and no more than {_MOST_LETTERS} may come",
+                        param=name,
+                    )
 
 
 def _constraints(

@@ -192,6 +192,7 @@ def test_an_ordinary_schema_passes_wherever_it_stands(place: str, kind: str) -> 
         {"tools": [{"x": "y" * 60_000}] * 10},
         {"stop": ["x"] * 65},
         {"bad_words": ["x"] * 257},
+        {"bad_words": ["x" * 300] * 256},
         {"logit_bias": {str(i): 1 for i in range(1025)}},
         {"allowed_token_ids": [1] * 65_537},
     ],

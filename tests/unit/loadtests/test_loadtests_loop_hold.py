@@ -1,0 +1,59 @@
+"""The loop-hold load test: its requests are the largest that a gateway lets through."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import orjson
+import pytest
+
+from loadtests.loop_hold import Case, cases
+from loadtests.loop_hold_meter import HoldMeter
+from service.config import Config
+from service.gateway.request.limits import RequestLimitChecker
+from service.gateway.request.parsing import parse_request
+
+CONFIG = Config.model_validate(
+    {"experts": {"small": {"model": "m"}}, "pools": {"cpu": {"engine": "simulated"}}}
+)
+LIMITS = RequestLimitChecker(CONFIG)
+
+
+@pytest.mark.parametrize("case", list(cases(CONFIG)), ids=lambda case: str(case.name))
+def test_every_request_passes_the_gateway(case: Case) -> None:
+    raw = orjson.dumps({"model": "small", **case.body})
+    assert len(raw) <= CONFIG.server.max_body_bytes
+    LIMITS.shape(raw)
+    LIMITS.fields(parse_request(case.path, raw, {}, 1000).data)
+
+
+def spin(for_s: float) -> None:
+    end_s = time.thread_time() + for_s
+    while time.thread_time() < end_s:
+        pass
+
+
+def test_the_meter_sees_the_longest_callback_and_whose_it_was() -> None:
+    async def holds() -> None:
+        await asyncio.sleep(0)
+        spin(0.03)
+        await asyncio.sleep(0)
+
+    with HoldMeter() as meter:
+        asyncio.run(holds())
+    assert meter.longest_s >= 0.03
+    assert meter.where.endswith("holds")
+    assert meter.callbacks >= 3
+
+
+def test_waiting_is_no_holding() -> None:
+    async def waits() -> None:
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(spin, 0.05)
+
+    before = asyncio.Handle._run
+    with HoldMeter() as meter:
+        asyncio.run(waits())
+    assert meter.longest_s < 0.05
+    assert asyncio.Handle._run is before
