@@ -103,7 +103,7 @@ def inspect_adapter(path: Path) -> AdapterInfo:
     rank = integer(config, where, "r")
     ranks = _pattern_ranks(config, where)
     alpha = config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 2**53:
         raise ModelStoreError(f"{where}: 'lora_alpha' is missing or not a number")
     targets = config.get("target_modules")
     if isinstance(targets, str):

@@ -24,7 +24,9 @@ from service.models.model_config import (
     HIDDEN_SIZE,
     LAYERS,
     VOCABULARY,
+    KvLayout,
     integer,
+    kv_layout,
     language_sizes,
     optional_integer,
     read_json,
@@ -82,6 +84,7 @@ class ModelInfo:
     """Tensor → its shape, as stored."""
     second_copies: tuple[str, ...] = ()
     """Files with the same weights once more, which an engine would read, as no index forbids it."""
+    kv: KvLayout | None = None
 
     @property
     def is_moe(self) -> bool:
@@ -90,6 +93,12 @@ class ModelInfo:
     def kv_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes of key and value for one token of context, over all layers, unsharded."""
         return 2 * self.layers * self.kv_heads * self.head_size * element_bytes
+
+    def least_kv_bytes(self, tokens: int, element_bytes: int) -> int:
+        """What a request of so many tokens takes at least: less where layers have a window."""
+        if self.kv is None:
+            return tokens * self.kv_bytes_per_token(element_bytes)
+        return self.kv.least_bytes(tokens, element_bytes)
 
 
 def inspect_model(path: Path) -> ModelInfo | AdapterInfo:
@@ -139,6 +148,8 @@ def _inspect_full(path: Path) -> ModelInfo:
     hidden_size = integer(sizes, where, *HIDDEN_SIZE)
     heads = integer(sizes, where, *HEADS)
     layers = integer(sizes, where, *LAYERS)
+    kv_heads = optional_integer(sizes, "num_key_value_heads") or heads
+    head_size = optional_integer(sizes, "head_dim") or hidden_size // heads
     quantization = _quantization(config)
     moe = _moe(sizes)
     parameters = sum(_parameters(tensor) for tensor in tensors.values())
@@ -156,8 +167,8 @@ def _inspect_full(path: Path) -> ModelInfo:
         intermediate_size=optional_integer(sizes, "intermediate_size", "n_inner", "ffn_dim"),
         layers=layers,
         attention_heads=heads,
-        kv_heads=optional_integer(sizes, "num_key_value_heads") or heads,
-        head_size=optional_integer(sizes, "head_dim") or hidden_size // heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
         vocab_size=integer(sizes, where, *VOCABULARY),
         tied_embeddings=bool(sizes.get("tie_word_embeddings", False)),
         moe=moe,
@@ -167,6 +178,7 @@ def _inspect_full(path: Path) -> ModelInfo:
         has_chat_template=has_chat_template(path),
         shapes={name: tensor.shape for name, tensor in tensors.items()},
         second_copies=_second_copies(path),
+        kv=kv_layout(sizes, layers, kv_heads, head_size),
     )
 
 

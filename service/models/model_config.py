@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,47 @@ CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"
 VOCABULARY = ("vocab_size",)
 _NEEDED = (HIDDEN_SIZE, HEADS, LAYERS, CONTEXT, VOCABULARY)
 _OFTEN_DEFAULT = (("num_key_value_heads",), ("head_dim",))
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """What a model's layers keep of a request, for a lower bound of its KV cache.
+
+    `elements` of a token in a layer. `window_layers` see the last `window_tokens` only; layers that
+    keep a state of fixed size (linear attention) are in neither number.
+    """
+
+    full_layers: int
+    window_layers: int
+    window_tokens: int
+    elements: int
+
+    def least_bytes(self, tokens: int, element_bytes: int) -> int:
+        """What a request of so many tokens takes at least, unsharded."""
+        windowed = self.window_layers * min(tokens, self.window_tokens)
+        return (self.full_layers * tokens + windowed) * self.elements * element_bytes
+
+
+def kv_layout(sizes: dict[str, Any], layers: int, kv_heads: int, head_size: int) -> KvLayout:
+    """From `layer_types`, a window's size and pattern, and the ranks of latent attention (MLA)."""
+    latent = optional_integer(sizes, "kv_lora_rank") or 0
+    elements = 2 * kv_heads * head_size
+    if latent > 0:
+        elements = latent + max(0, optional_integer(sizes, "qk_rope_head_dim") or 0)
+    window = optional_integer(sizes, "sliding_window", "attention_chunk_size") or 0
+    if sizes.get("use_sliding_window") is False:
+        window = 0
+    types = sizes.get("layer_types")
+    if isinstance(types, list) and len(types) == layers:
+        full = sum(one in ("full_attention", "attention") for one in types)
+        local = ("sliding_attention", "chunked_attention")
+        windowed = sum(one in local for one in types) if window > 0 else 0
+        return KvLayout(full, windowed, max(0, window), elements)
+    if window <= 0:
+        return KvLayout(layers, 0, 0, elements)
+    pattern = optional_integer(sizes, "sliding_window_pattern", "_sliding_window_pattern") or 0
+    full = layers // pattern if pattern > 1 else 0
+    return KvLayout(full, layers - full, window, elements)
 
 
 def read_json(path: Path) -> dict[str, Any]:

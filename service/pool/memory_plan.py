@@ -338,11 +338,13 @@ def _plan_unit(
     per_token = info.kv_bytes_per_token(element)
     tokens = kv_bytes // per_token
     context = longest or info.max_context_tokens
-    if kv_bytes and tokens < context:
+    least = info.least_kv_bytes(context, element)
+    if kv_bytes and kv_bytes < least:
+        fits = _longest(info, kv_bytes, element, context)
         raise ConfigError(
-            f"pools: vllm.kv_cache_bytes holds {tokens} tokens of {base!r}, fewer than one "
+            f"pools: vllm.kv_cache_bytes holds {fits} tokens of {base!r}, fewer than one "
             f"request of max_model_len {context} may need; give it at least "
-            f"{context * per_token} bytes, or set vllm.max_model_len to at most {tokens}"
+            f"{least} bytes, or set vllm.max_model_len to at most {fits}"
         )
     if expert.form == "steered":
         weights = 0  # its base's, counted there
@@ -355,6 +357,16 @@ def _plan_unit(
         kv_tokens=tokens,
         overhead_bytes=0 if on_gpu else ENGINE_BYTES,
     )
+
+
+def _longest(info: ModelInfo, kv_bytes: int, element: int, context: int) -> int:
+    """The longest request that a KV cache may hold, below `context` tokens."""
+    low, high = 0, context
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = info.least_kv_bytes(middle, element) <= kv_bytes
+        low, high = (middle, high) if fits else (low, middle)
+    return low
 
 
 def _check_steered(config: Config, name: str, pool: PoolConfig, info: ModelInfo) -> None:

@@ -156,6 +156,56 @@ def test_inspect_nested_config_reads_the_language_part(tmp_path: Path, part: str
     assert (info.hidden_size, info.layers) == (HIDDEN, LAYERS)
 
 
+TYPES = ["sliding_attention"] * 3 + ["full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout"),
+    [
+        # full layers, layers with a window, its tokens, elements of a token in a layer
+        ({}, (4, 0, 0, 64)),
+        ({"sliding_window": 8}, (0, 4, 8, 64)),
+        ({"sliding_window": 8, "use_sliding_window": False}, (4, 0, 0, 64)),
+        ({"sliding_window": None}, (4, 0, 0, 64)),
+        ({"sliding_window": 8, "sliding_window_pattern": 2}, (2, 2, 8, 64)),
+        ({"sliding_window": 8, "layer_types": TYPES}, (1, 3, 8, 64)),
+        ({"layer_types": ["linear_attention"] * 3 + ["full_attention"]}, (1, 0, 0, 64)),
+        ({"attention_chunk_size": 8, "layer_types": ["chunked_attention"] * 4}, (0, 4, 8, 64)),
+        ({"kv_lora_rank": 32, "qk_rope_head_dim": 8}, (4, 0, 0, 40)),
+    ],
+)
+def test_inspect_kv_layout_is_that_of_the_layers(
+    tmp_path: Path, changes: dict[str, Any], layout: tuple[int, ...]
+) -> None:
+    config = {**LLAMA, "num_hidden_layers": 4, **changes}
+    info = inspect_model(make_llama(tmp_path / "m", config=config))
+    assert isinstance(info, ModelInfo)
+    assert info.kv is not None
+    found = (info.kv.full_layers, info.kv.window_layers, info.kv.window_tokens, info.kv.elements)
+    assert found == layout
+    assert info.least_kv_bytes(100, 2) <= 100 * info.kv_bytes_per_token(2)
+
+
+@pytest.mark.parametrize(("kv_bytes", "fits"), [(16_384, True), (16_383, False)])
+def test_check_layers_with_a_window_need_room_for_the_window_only(
+    tmp_path: Path, kv_bytes: int, fits: bool
+) -> None:
+    # Two layers, of which each keeps 32 of 256 tokens of 64 float32 numbers.
+    folder = make_llama(tmp_path / "m", config={**LLAMA, "sliding_window": 32})
+    path = tmp_path / "coe.yaml"
+    options = {**POOL, "kv_cache_bytes": kv_bytes, "enforce_eager": True}
+    pools = {"cpu": {"vllm": options}}
+    path.write_text(json.dumps({"experts": {"a": {"model": str(folder)}}, "pools": pools}))
+    from service.cli import cli
+
+    result = CliRunner().invoke(cli, ["check", str(path)])
+    assert (result.exit_code == 0) == fits, said(result)
+    if not fits:
+        assert "give it at least 16384 bytes, or set vllm.max_model_len to at most 31" in said(
+            result
+        )
+
+
 # --- weights that are there twice
 
 
