@@ -336,12 +336,21 @@ class Pool:
                     body,
                     call.request_id,
                     cache_salt=call.tenant.cache_salt,
-                    given_up=partial(self._abandoned.note, call.request_id),
+                    given_up=partial(self._given_up, call, served),
                 )
                 await lease.engine.run(request, reply)
         except EngineDeadError:
             slot.lost()
             raise
+
+    def _given_up(
+        self, call: Call, served: Callable[[int], None], prompt_tokens: int, answer_tokens: int
+    ) -> None:
+        """An engine has stopped working on a call: its gateway will ask what that had taken."""
+        self._abandoned.note(call.request_id, prompt_tokens, answer_tokens)
+        if not call.stream:
+            # They count for whose turn it is; a stream's were told as they passed.
+            served(answer_tokens)
 
     def _slot(self, expert: str) -> BaseSlot[Any]:
         slot = self._slot_of.get(expert)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -35,7 +36,9 @@ HELLO = [{"role": "user", "content": "hello"}]
 class Door:
     """Admission with its store, and everything that it told of requests that ended."""
 
-    def __init__(self, context: int = 4096, **limits: Any) -> None:
+    def __init__(
+        self, context: int = 4096, clock: Callable[[], float] = time.time, **limits: Any
+    ) -> None:
         config = Config.model_validate(
             {
                 "experts": {"big": {"model": "m", "price": {"prompt": 1, "completion": 10}}},
@@ -45,7 +48,7 @@ class Door:
             }
         )
         self.tenant = Tenant("acme", "a")
-        self.ledger = Ledger(config, MemoryStore())
+        self.ledger = Ledger(config, MemoryStore(clock))
         self.told: list[tuple[str, list[ExpertCall]]] = []
 
         class NoBook:
@@ -147,6 +150,37 @@ async def test_admit_without_a_bound_a_rate_of_tokens_does_not_mean_one_at_a_tim
     assert all(asked.clipped is None for asked in entered)
     hold.set()
     await asyncio.gather(*tasks)
+
+
+async def test_admit_a_burst_overshoots_by_what_was_running_and_works_it_off() -> None:
+    now = [1_700_000_000.0]
+    door = Door(context=131_072, clock=lambda: now[0], tokens_per_min=10_000)
+
+    async def ask() -> bool:
+        passage = RequestRecord(expert="big")
+        try:
+            async with door.admitted(door.asked(), passage) as (asked, _):
+                # It makes far more than what is usual.
+                passage.unfinished.append(Unfinished(None, (asked.prompt_tokens, 1000)))
+                await asyncio.sleep(0)
+                now[0] += 0.1
+        except RateLimitExceededError:
+            return False
+        return True
+
+    each = door.asked().prompt_tokens + 1000
+    admitted = sum(await asyncio.gather(*(ask() for _ in range(500))))
+    # As many as are usually no more than the limit; what they made above that is owed.
+    usual = door.asked().prompt_tokens + 64
+    assert admitted == 10_000 // usual
+    minutes = admitted * each / 10_000
+    began_s = now[0]
+    while now[0] - began_s < (minutes + 10) * 60:
+        admitted += await ask()
+        now[0] += 1.0
+    # Over all that time no more than the limit, and what was running when it was reached.
+    assert admitted * each <= 10_000 * (minutes + 12) + each
+    assert admitted * each >= 10_000 * (minutes + 8)
 
 
 async def test_admit_money_is_reserved_for_the_whole_bound() -> None:
