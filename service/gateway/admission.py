@@ -43,8 +43,11 @@ log = logging.getLogger("coe.admission")
 
 # The bound of an answer without one, of an expert whose context nobody knows.
 _UNKNOWN_CONTEXT = 8192
-# What a chat template may put around a prompt, beyond the bytes of its JSON.
-_TEMPLATE_TOKENS = 64
+# What may be put around a prompt, beyond the bytes of its JSON: by a chat template, which may have
+# a system prompt and a manual for tools of its own, or by a tokenizer alone. Of an expert whose
+# template has more, more is believed as soon as it was seen.
+_TEMPLATE_TOKENS = 512
+_FRAME_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,7 @@ class Admission:
         self._charged = charged
         self._counts = bool(config.tenants or config.budgets)
         self._settling: set[asyncio.Task[None]] = set()
+        self._templates: dict[str, int] = {}
 
     def identify(self, headers: dict[bytes, bytes]) -> Tenant:
         """Whose request it is. Raises UnauthorizedError, StoreUnavailableError."""
@@ -231,10 +235,15 @@ class Admission:
         """The most that any of these ways could use for it, all its calls together."""
         if asked.endpoint in UNCHARGED:
             return UsageBound(0)
-        known = [self._context(name) for name in {name for way in ways for name in way}]
+        experts = {name for way in ways for name in way}
+        known = [self._context(name) for name in experts]
         context = max(known, default=0)
         # No tokenizer makes more tokens than there are bytes.
-        prompt = asked.most_prompt_tokens + _TEMPLATE_TOKENS
+        frame = _FRAME_TOKENS
+        if TABLE[asked.endpoint].needs == "chat":
+            learned = (self._templates.get(name, 0) for name in experts)
+            frame = max(_TEMPLATE_TOKENS, *learned)
+        prompt = asked.most_prompt_tokens + frame
         if all(known):
             prompt = min(prompt, asked.prompts * context)
         calls = max((len(way) for way in ways), default=1)
@@ -308,8 +317,12 @@ class Admission:
             return []
         for call in entry.passage.unfinished:
             entry.meter.left(*await call.used())
-        return [
-            ExpertCall(name, prompt, completion, cost(self._prices[name], prompt, completion))
-            for name, prompt, completion in entry.meter.calls_made(expert)
-            if name in self._prices
-        ]
+        calls = []
+        for name, prompt, completion in entry.meter.calls_made(expert):
+            beyond = prompt - entry.meter.most_prompt_tokens
+            if beyond > _TEMPLATE_TOKENS:
+                self._templates[name] = max(beyond, self._templates.get(name, 0))
+            if name in self._prices:
+                spent = cost(self._prices[name], prompt, completion)
+                calls.append(ExpertCall(name, prompt, completion, spent))
+        return calls

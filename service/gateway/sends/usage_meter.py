@@ -29,9 +29,11 @@ class UsageMeter:
     """Counts the tokens of one request's calls, by expert.
 
     `wrap` counts the answer that goes out; `add` those calls of a recipe that don't.
+    `most_prompt_tokens`: the bound on the prompt's tokens, but for a template's.
     """
 
     def __init__(self, asked: InferenceRequest) -> None:
+        self.most_prompt_tokens = asked.most_prompt_tokens
         self.calls: list[tuple[str, int, int]] = []
         self._prompt_tokens = asked.prompt_tokens
         self._endpoint = asked.endpoint

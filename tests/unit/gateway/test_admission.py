@@ -186,7 +186,7 @@ async def test_admit_a_burst_overshoots_by_what_was_running_and_works_it_off() -
 async def test_admit_money_is_reserved_for_the_whole_bound() -> None:
     door = Door(context=4096, budget={"amount": 50_000}, tokens_per_min=100_000)
     async with door.admitted(door.asked(n=2)):
-        body = door.asked(n=2).body_bytes + 64
+        body = door.asked(n=2).body_bytes + 512
         assert await door.spent("budget") == (0, body * 1 + 2 * 4096 * 10)
 
 
@@ -206,7 +206,7 @@ async def test_admit_what_is_reserved_bounds_what_the_engine_may_make(
     door = Door(context=context, budget={"amount": 10**7})
     async with door.admitted(door.asked(**more)) as (asked, _):
         _, reserved = await door.spent("budget")
-        assert reserved == asked.body_bytes + 64 + bound * 10
+        assert reserved == asked.body_bytes + 512 + bound * 10
         assert asked.given_tokens == sent
 
 
@@ -221,3 +221,18 @@ async def test_admit_choices_and_prompts_count_as_so_many_at_once() -> None:
     async with door.admitted(texts):
         assert await door.spent("concurrent") == (0, 4)
     assert await door.spent("concurrent") == (0, 0)
+
+
+async def test_admit_what_a_template_adds_is_believed_once_it_was_seen() -> None:
+    door = Door(budget={"amount": 10**7})
+    bytes_of_it = door.asked(max_tokens=1).body_bytes
+    passage = RequestRecord(expert="big")
+    async with door.admitted(door.asked(max_tokens=1), passage):
+        assert await door.spent("budget") == (0, bytes_of_it + 512 + 10)
+        passage.unfinished.append(Unfinished(None, (bytes_of_it + 2000, 1)))
+    async with door.admitted(door.asked(max_tokens=1)):
+        assert (await door.spent("budget"))[1] == bytes_of_it + 2000 + 10
+    async with door.admitted(
+        door.asked("/v1/completions", prompt="x", max_tokens=1, messages=None)
+    ) as (text, _):
+        assert (await door.spent("budget"))[1] == text.body_bytes + 64 + 10
