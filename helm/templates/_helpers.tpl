@@ -178,8 +178,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- fail "redis.enabled and externalRedis.existingSecret: choose one" -}}
 {{- end -}}
 {{- $made := include "coe.config" . | fromYaml -}}
-{{- if not (or $made.keys $made.server.open (eq (dig "kind" "memory" ($made.store | default dict)) "redis")) -}}
-{{- fail "without secrets.apiKey it needs config.keys, keys in a Redis, or config.server.open" -}}
+{{- if not (or $made.keys $made.server.allow_unauthenticated (eq (dig "kind" "memory" ($made.store | default dict)) "redis")) -}}
+{{- fail "without secrets.apiKey it needs config.keys, keys in a Redis, or config.server.allow_unauthenticated" -}}
 {{- end -}}
 {{- if not (or .Values.redis.enabled .Values.externalRedis.existingSecret (hasKey (.Values.config.store | default dict) "url") (hasKey (.Values.config.store | default dict) "url_env")) -}}
 {{- if or (gt (int .Values.plain.replicas) 1) (gt (include "coe.gatewayCount" . | int) 1) -}}

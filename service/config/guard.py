@@ -39,7 +39,7 @@ class GuardConfig(Section):
     """Screens in front of the router. Off unless asked for."""
 
     injection: InjectionConfig = Field(default_factory=lambda: InjectionConfig())
-    personal: PiiConfig = Field(default_factory=lambda: PiiConfig())
+    pii: PiiConfig = Field(default_factory=lambda: PiiConfig())
     max_characters: int = Field(
         200_000,
         ge=1000,
@@ -49,4 +49,4 @@ class GuardConfig(Section):
     @property
     def on(self) -> bool:
         """Whether anything is looked for."""
-        return self.injection.action != "off" or self.personal.action != "off"
+        return self.injection.action != "off" or self.pii.action != "off"

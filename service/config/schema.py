@@ -312,7 +312,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("tenants", "*", "cache"): CacheConfig,
     ("tenants", "*", "guard"): GuardConfig,
     ("tenants", "*", "guard", "injection"): InjectionConfig,
-    ("tenants", "*", "guard", "personal"): PiiConfig,
+    ("tenants", "*", "guard", "pii"): PiiConfig,
     ("keys", "*"): KeyConfig,
     ("keys", "*", "budget"): SpendConfig,
     ("budgets", "*"): BudgetConfig,

@@ -45,7 +45,7 @@ class ServerConfig(Section):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
-    open: bool = Field(
+    allow_unauthenticated: bool = Field(
         False,
         description="While there is no API key: listen on `host` all the same, and answer "
         "whoever reaches it. Default: then it listens on loopback only.",
@@ -53,7 +53,7 @@ class ServerConfig(Section):
     require_keys: bool = Field(
         False,
         description="Ask for an API key also while there is none yet. Without it: once there was "
-        "a key, and wherever `host` is not loopback, unless it is `open`.",
+        "a key, and wherever `host` is not loopback, unless `allow_unauthenticated` is set.",
     )
     allowed_hosts: tuple[HostName, ...] = Field(
         (),
@@ -91,9 +91,9 @@ class ServerConfig(Section):
     limits: RequestLimits = Field(default_factory=lambda: RequestLimits())
 
     @model_validator(mode="after")
-    def _open_or_not(self) -> ServerConfig:
-        if self.open and self.require_keys:
-            raise ValueError("open and require_keys exclude each other")
+    def _check_keys(self) -> ServerConfig:
+        if self.allow_unauthenticated and self.require_keys:
+            raise ValueError("allow_unauthenticated and require_keys exclude each other")
         return self
 
 

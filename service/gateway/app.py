@@ -303,7 +303,7 @@ class Gateway:
 
     async def _refuse(self, path: str, error: CoeError, send: Send) -> None:
         """Answer a request that goes no further."""
-        self.metrics.meter.add(metric_table.REJECTIONS, 1, error.code)
+        self.metrics.meter.add(metric_table.REQUESTS_REJECTED, 1, error.code)
         fault = error_response(error, dialect_of(path))
         head = {"type": "http.response.start", "status": fault.status, "headers": fault.headers}
         await send(head)

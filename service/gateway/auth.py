@@ -74,9 +74,10 @@ class Authenticator:
     """The keys of a service, looked at again every second.
 
     `needed`: whether a key has to be shown. Wherever others than this machine's users could ask,
-    unless the config says `open`; and once there was one, always: a store that lost its keys
-    lets nobody in. For the next start that is remembered by the file `marker`. `after`: the one
-    of the config before. `secret`: the cluster's, of which tenants' cache salts are made.
+    unless `server.allow_unauthenticated` is set; and once there was one, always: a store that
+    lost its keys lets nobody in. For the next start that is remembered by the file `marker`.
+    `after`: the one of the config before. `secret`: the cluster's, of which tenants' cache salts
+    are made.
     """
 
     def __init__(
@@ -96,7 +97,9 @@ class Authenticator:
         self._version: bytes | None = None
         self._looked = False
         server = config.server
-        self._strict = server.require_keys or (server.host not in LOOPBACK and not server.open)
+        self._strict = server.require_keys or (
+            server.host not in LOOPBACK and not server.allow_unauthenticated
+        )
         self._marker = marker
         self._had_keys: bool = after is not None and after._had_keys
         self._looking: asyncio.Task[None] | None = None

@@ -228,14 +228,14 @@ class GatewayRuntime:
             meter.put(metrics.SNAPSHOT_AGE, age_s, pool)
         told = self.store.health()
         meter.put(metrics.STORE_UP, told.up)
-        meter.put(metrics.STORE_OWED, told.owed)
+        meter.put(metrics.STORE_PENDING_SETTLEMENTS, told.owed)
         meter.total(metrics.STORE_OUTAGES, told.outages)
-        meter.total(metrics.STORE_SLICE_GRANTS, told.slice_grants)
-        meter.forget(metrics.QUEUED, self.seats)
-        meter.forget(metrics.RUNNING, self.seats)
+        meter.total(metrics.STORE_OFFLINE_ADMISSIONS, told.slice_grants)
+        meter.forget(metrics.REQUESTS_WAITING, self.seats)
+        meter.forget(metrics.REQUESTS_RUNNING, self.seats)
         for name, seat in self.seats.items():
-            meter.put(metrics.QUEUED, seat.waiting, name)
-            meter.put(metrics.RUNNING, seat.running, name)
+            meter.put(metrics.REQUESTS_WAITING, seat.waiting, name)
+            meter.put(metrics.REQUESTS_RUNNING, seat.running, name)
         prices = {name: price for name, price, _ in self.spending.prices()}
         meter.forget(metrics.SHADOW_PRICE, prices)
         for name, price in prices.items():
@@ -247,10 +247,10 @@ class GatewayRuntime:
         meter = self.state.metrics.meter
         with contextlib.suppress(CoeError):
             states = await self.ledger.state()
-            meter.forget(metrics.BUDGET_LEFT, states)
+            meter.forget(metrics.BUDGET_REMAINING, states)
             for name, state in states.items():
                 left = max(0.0, 1 - state.spent / state.amount)
-                meter.put(metrics.BUDGET_LEFT, left, name)
+                meter.put(metrics.BUDGET_REMAINING, left, name)
 
     async def stop(self) -> None:
         """Close every connection, and end what is left of earlier configs."""

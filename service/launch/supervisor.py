@@ -300,10 +300,10 @@ def _where_keys_allow(config: Config) -> tuple[Config, bool]:
     if host in LOOPBACK:
         _say(f"no API key yet: whoever can use this machine may ask, on {host} only")
         return config, True
-    if config.server.open:
+    if config.server.allow_unauthenticated:
         _say(
-            f"warning: no API key yet, and server.open is set: whoever reaches {host} port "
-            f"{config.server.port} can use every expert"
+            f"warning: no API key yet, and server.allow_unauthenticated is set: every "
+            f"client that reaches {host} port {config.server.port} can use every expert"
         )
         return config, True
     _say(

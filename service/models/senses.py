@@ -72,8 +72,9 @@ def _picture(
 
 def _count(data: Mapping[str, Any], key: str) -> int | None:
     value = data.get(key)
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return value if whole and value > 0 else None
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    return None
 
 
 def _object(file: Path) -> dict[str, Any]:

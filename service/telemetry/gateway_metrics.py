@@ -94,25 +94,27 @@ class GatewayMetrics:
         # 0 as well, so that a share of errors can be told before there are any.
         meter.add(metrics.SERVER_ERRORS, one.ours, one.expert)
         for expert, code in one.failed:
-            meter.add(metrics.FAILED_ATTEMPTS, 1, expert, code)
+            meter.add(metrics.ATTEMPTS_FAILED, 1, expert, code)
         if one.fault and (one.attempts == 0 or one.fault in _NO_ROOM):
-            meter.add(metrics.REJECTIONS, 1, one.fault)
+            meter.add(metrics.REQUESTS_REJECTED, 1, one.fault)
         if one.escalations:
             meter.add(metrics.ESCALATIONS, one.escalations, one.recipe)
         self._bill(one)
         if one.outcome != "ok" or not one.first_byte_s:
             return
-        meter.observe(metrics.TOTAL, one.total_s, one.expert)
+        meter.observe(metrics.REQUEST_DURATION, one.total_s, one.expert)
         if one.streamed:
-            meter.observe(metrics.FIRST_TOKEN, one.first_byte_s, one.expert)
+            meter.observe(metrics.TIME_TO_FIRST_TOKEN, one.first_byte_s, one.expert)
         if not one.local:
             if one.expert in self.remote:
                 self._remote_times(one)
             return
-        meter.observe(metrics.OVERHEAD, max(0.0, one.first_byte_s - one.queue_s - one.engine_s))
-        meter.observe(metrics.WAIT_ERROR, one.queue_s - one.predicted_s)
+        meter.observe(
+            metrics.GATEWAY_OVERHEAD, max(0.0, one.first_byte_s - one.queue_s - one.engine_s)
+        )
+        meter.observe(metrics.WAIT_PREDICTION_ERROR, one.queue_s - one.predicted_s)
         meter.add(metrics.WAIT_PREDICTED, one.predicted_s, one.expert)
-        meter.add(metrics.WAIT_REAL, one.queue_s, one.expert)
+        meter.add(metrics.WAIT_ACTUAL, one.queue_s, one.expert)
 
     def _bill(self, one: RequestSummary) -> None:
         """What its calls used."""
@@ -124,7 +126,7 @@ class GatewayMetrics:
             meter.add(metrics.COST, call.cost, one.recipe, call.expert)
             if call.expert in self.remote:
                 meter.add(metrics.TOKENS, call.prompt_tokens, call.expert, "prompt")
-                meter.add(metrics.TOKENS, call.answer_tokens, call.expert, "answer")
+                meter.add(metrics.TOKENS, call.answer_tokens, call.expert, "completion")
 
     def _remote_times(self, one: RequestSummary) -> None:
         """A remote expert's engine is known by its bytes alone: only a stream tells them apart."""
@@ -135,7 +137,7 @@ class GatewayMetrics:
         meter.observe(metrics.DECODE, decode_s, one.expert)
         tokens = one.calls[-1].answer_tokens if one.calls else 0
         if tokens > 1:
-            meter.observe(metrics.BETWEEN_TOKENS, decode_s / (tokens - 1), one.expert)
+            meter.observe(metrics.INTER_TOKEN_LATENCY, decode_s / (tokens - 1), one.expert)
 
     async def text(self, labels: Mapping[str, str]) -> str:
         """Everything as Prometheus' text, every sample with these labels."""

@@ -1,29 +1,30 @@
-"""What a metric's labels may hold, and how many sets of them a process tells at most."""
+"""The values that a metric's labels may hold, and the limit of series per metric."""
 
 from __future__ import annotations
 
-# What bounds each label. A meter cuts off what is over `MOST_SERIES` all the same.
+# The bound of each label's values. `MAX_SERIES` limits every metric as well.
 LABELS = {
+    "action": "passed, flagged, redacted, refused",
     "budget": "name of a budget in the config, or tenant/NAME for a tenant's own",
     "category": "a category of the router's artifact or the config; empty where none was found",
-    "done": "guard: passed, flagged, redacted, refused; retries: made, refused",
     "expert": "name of an expert in the config; empty where none was chosen",
-    "gateway": "the gateway process, on every sample of it",
-    "kind": "as the metric says",
+    "gateway": "id of the gateway process, on each of its samples",
+    "kind": "of a cache lookup: exact or semantic",
     "layer": "number of a decoder layer that routes tokens",
-    "method": "how a swap is done: inplace, respawn, lora, sleep, steer",
+    "method": "method of a swap: inplace, respawn, lora, sleep, steer",
     "outcome": "ok, client_gone, client_error, server_error, or an error's code",
-    "pool": "kind and boot id of the pool process, on every sample of it",
+    "pool": "kind and boot id of the pool process, on each of its samples",
     "reason": "an error's code, or why the planner swapped",
     "recipe": "name of a recipe in the artifact, or single",
-    "result": "hit or miss",
-    "routed": "number of an expert inside a layer of a mixture of experts",
-    "screen": "injection or personal",
+    "result": "of a cache lookup: hit or miss; of a retry: made or refused",
+    "routed_expert": "number of an expert inside a layer of a mixture of experts",
+    "screen": "injection or pii",
     "state": "disk, host, device, loading, draining, failed",
     "tenant": "name of a tenant in the config or the store; never a key",
     "tier": "host or device",
-    "version": "of this package",
+    "type": "prompt or completion",
+    "version": "version of this package",
 }
-# Label sets of one metric in one process; what comes after is counted under `OTHER`.
-MOST_SERIES = 2000
+# Series of one metric in one process. Later ones are counted under the label `OTHER`.
+MAX_SERIES = 2000
 OTHER = "other"

@@ -28,7 +28,7 @@ class Side(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Declared:
+class MetricSpec:
     """One metric: its full name as Prometheus stores it, and what it means.
 
     `buckets`: upper bounds, histograms only, in the unit of the name.
@@ -42,14 +42,14 @@ class Declared:
     buckets: tuple[float, ...] = ()
 
 
-def counter(name: str, side: Side, labels: tuple[str, ...], meaning: str) -> Declared:
+def counter(name: str, side: Side, labels: tuple[str, ...], meaning: str) -> MetricSpec:
     """It only grows."""
-    return Declared(name, Kind.COUNTER, side, meaning, labels)
+    return MetricSpec(name, Kind.COUNTER, side, meaning, labels)
 
 
-def gauge(name: str, side: Side, labels: tuple[str, ...], meaning: str) -> Declared:
+def gauge(name: str, side: Side, labels: tuple[str, ...], meaning: str) -> MetricSpec:
     """It goes up and down."""
-    return Declared(name, Kind.GAUGE, side, meaning, labels)
+    return MetricSpec(name, Kind.GAUGE, side, meaning, labels)
 
 
 def histogram(
@@ -58,6 +58,6 @@ def histogram(
     labels: tuple[str, ...],
     meaning: str,
     buckets: tuple[float, ...] = SECONDS,
-) -> Declared:
+) -> MetricSpec:
     """Values by buckets."""
-    return Declared(name, Kind.HISTOGRAM, side, meaning, labels, buckets)
+    return MetricSpec(name, Kind.HISTOGRAM, side, meaning, labels, buckets)

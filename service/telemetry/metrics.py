@@ -1,256 +1,267 @@
 """Every metric of the service, declared once.
 
-What is counted (`meter.Meter`), the table in service/README.md (`service.cli.reference`) and the
-tests come from here. To add one: declare it below, put it into its group, feed it with a
-meter's `add`, `put` or `observe`, and print the docs anew. Units stand in names, a label takes
-only what `labels.LABELS` says that it may, and no label ever holds anything of a prompt or a key.
+`registry.MetricsRegistry`, the reference table (`service.cli.reference`) and the tests read these
+declarations. To add a metric: declare it below, list it in its group, feed it with a registry's
+`add`, `put` or `observe`, and regenerate the reference. Names carry units. A label holds only what
+`labels.LABELS` allows, and never any part of a prompt or a key.
 """
 
 from __future__ import annotations
 
-from service.telemetry.labels import MOST_SERIES
-from service.telemetry.metric_types import ERROR, FAST, Declared, Side, counter, gauge, histogram
+from service.telemetry.labels import MAX_SERIES
+from service.telemetry.metric_types import ERROR, FAST, MetricSpec, Side, counter, gauge, histogram
 
-# --- requests, as their client sees them
+# --- requests, as clients see them
 
 REQUESTS = counter(
     "coe_requests_total",
     Side.GATEWAY,
     ("expert", "category", "recipe", "outcome"),
-    "Requests that have ended.",
+    "Finished requests.",
 )
 SERVER_ERRORS = counter(
     "coe_server_errors_total",
     Side.GATEWAY,
     ("expert",),
-    "Requests that ended with an error of ours, of status 500 and more, also after a stream began.",
+    "Requests that failed with a status of 500 or more, including failures after a stream began.",
 )
-REJECTIONS = counter(
+REQUESTS_REJECTED = counter(
     "coe_requests_rejected_total",
     Side.GATEWAY,
     ("reason",),
-    "Requests refused before anybody worked on them: bad, not allowed, over a limit, no room.",
+    "Requests refused before an expert worked on them: invalid, not allowed, over a limit, or "
+    "without a free place.",
 )
-FAILED_ATTEMPTS = counter(
+ATTEMPTS_FAILED = counter(
     "coe_attempts_failed_total",
     Side.GATEWAY,
     ("expert", "reason"),
-    "Attempts that failed before the first byte; the next best option is asked, if one is left.",
+    "Attempts that failed before the first byte. The gateway then tries the next best candidate, "
+    "if there is one.",
 )
 ESCALATIONS = counter(
     "coe_escalations_total",
     Side.GATEWAY,
     ("recipe",),
-    "Answers for which a recipe asked its stronger expert after all.",
+    "Answers for which a recipe also asked its stronger expert.",
 )
 IN_FLIGHT = gauge("coe_in_flight_requests", Side.GATEWAY, (), "Requests in the gateway now.")
-FIRST_TOKEN = histogram(
+TIME_TO_FIRST_TOKEN = histogram(
     "coe_time_to_first_token_seconds",
     Side.GATEWAY,
     ("expert",),
-    "Streamed answers: from the request's arrival at the gateway to the first byte of its answer.",
+    "Streamed answers: time from the request's arrival at the gateway to the first byte of the "
+    "answer.",
 )
-BETWEEN_TOKENS = histogram(
+INTER_TOKEN_LATENCY = histogram(
     "coe_inter_token_latency_seconds",
     Side.BOTH,
     ("expert",),
-    "Mean time from one token of an answer to the next, once per answer.",
+    "Mean time between two tokens of an answer, observed once per answer.",
     FAST,
 )
-TOTAL = histogram(
+REQUEST_DURATION = histogram(
     "coe_request_duration_seconds",
     Side.GATEWAY,
     ("expert",),
-    "From the request's arrival at the gateway to the end of its answer.",
+    "Time from the request's arrival at the gateway to the end of its answer.",
 )
 TOKENS = counter(
     "coe_tokens_total",
     Side.BOTH,
-    ("expert", "kind"),
-    "Tokens: kind prompt or answer. Local experts in the pool, as their engine counts; remote "
-    "ones in the gateway, as their endpoint bills.",
+    ("expert", "type"),
+    "Tokens by type: prompt or completion. The pool counts those of local experts, as the engine "
+    "reports them; the gateway those of remote experts, as the endpoint bills them.",
 )
 
-# --- where the time goes: ours, then the engine's
+# --- latency: the gateway's, then the engine's
 
 ROUTE = histogram(
     "coe_route_seconds",
     Side.GATEWAY,
     (),
-    "Time to understand a request, from when its body is there, and to choose who answers it.",
+    "Time from the complete request body to the choice of an expert: parsing, classification, "
+    "selection.",
     FAST,
 )
-OVERHEAD = histogram(
+GATEWAY_OVERHEAD = histogram(
     "coe_gateway_overhead_seconds",
     Side.GATEWAY,
     (),
-    "Our share of the time to the first byte: all of it less the pool's queue and the engine. "
-    "Answered by a pool only.",
+    "The gateway's share of the time to the first byte: all of it less the pool's queue and the "
+    "engine. Only requests that a pool answered.",
     FAST,
 )
 QUEUE = histogram(
     "coe_queue_seconds",
     Side.POOL,
     ("expert",),
-    "Time a request waited in the pool's queue, swaps included.",
+    "Time that a request waited in the pool's queue, including swaps.",
 )
 SWAP_WAIT = histogram(
     "coe_swap_wait_seconds",
     Side.POOL,
     ("expert",),
-    "How much of a request's wait other weights were being put in place.",
+    "Part of a request's wait in which the pool was swapping weights.",
 )
 ENGINE_QUEUE = histogram(
     "coe_engine_queue_seconds",
     Side.POOL,
     ("expert",),
-    "Time a request waited in the engine's own scheduler.",
+    "Time that a request waited in the engine's own scheduler.",
 )
 PREFILL = histogram(
     "coe_prefill_seconds",
     Side.BOTH,
     ("expert",),
-    "The engine's time to the first token: from being scheduled. Remote experts, streamed: to "
-    "the first byte.",
+    "Time from scheduling in the engine to the first token. Remote experts: time to the first "
+    "byte of a stream.",
 )
 DECODE = histogram(
     "coe_decode_seconds",
     Side.BOTH,
     ("expert",),
-    "The engine's time from the first token to the last.",
+    "Time in the engine from the first token to the last.",
 )
 
-# --- how good the choice was
+# --- accuracy of predictions
 
-WAIT_ERROR = histogram(
+WAIT_PREDICTION_ERROR = histogram(
     "coe_wait_prediction_error_seconds",
     Side.GATEWAY,
     (),
-    "Real less predicted wait of a request in its pool (queue and swap). Over 0: it took longer.",
+    "Actual less predicted wait of a request in its pool (queue and swap). Positive: it waited "
+    "longer than predicted.",
     ERROR,
 )
 WAIT_PREDICTED = counter(
     "coe_wait_predicted_seconds_total",
     Side.GATEWAY,
     ("expert",),
-    "Predicted waits, added up.",
+    "Sum of the predicted waits.",
 )
-WAIT_REAL = counter(
+WAIT_ACTUAL = counter(
     "coe_wait_actual_seconds_total",
     Side.GATEWAY,
     ("expert",),
-    "Real waits of the same requests, added up.",
+    "Sum of the actual waits of the same requests.",
 )
 
-# --- pools, as gateways know them
+# --- pools, as gateways see them
 
-POOLS = gauge("coe_pools", Side.GATEWAY, (), "Pools that the gateway hears of.")
+POOLS = gauge("coe_pools", Side.GATEWAY, (), "Pools that the gateway receives snapshots from.")
 SNAPSHOT_AGE = gauge(
     "coe_snapshot_age_seconds",
     Side.GATEWAY,
     ("pool",),
-    "Time since the gateway last heard of a pool.",
+    "Time since the gateway last received a snapshot of a pool.",
 )
 
 # --- queues, residency and swaps
 
-QUEUED = gauge(
+REQUESTS_WAITING = gauge(
     "coe_requests_waiting",
     Side.BOTH,
     ("expert",),
-    "Requests waiting: for a local expert in the pool, for a remote one in the gateway.",
+    "Waiting requests: of a local expert in the pool, of a remote expert in the gateway.",
 )
-RUNNING = gauge(
-    "coe_requests_running", Side.BOTH, ("expert",), "Requests on engines, remote ones included."
+REQUESTS_RUNNING = gauge(
+    "coe_requests_running",
+    Side.BOTH,
+    ("expert",),
+    "Requests that engines work on, including those of remote experts.",
 )
-RESIDENCY = gauge(
+EXPERT_STATE = gauge(
     "coe_expert_state",
     Side.POOL,
     ("expert", "state"),
-    "1 for the state that an expert's weights are in, 0 for the others.",
+    "1 for the present state of an expert's weights, 0 for the other states.",
 )
-WEIGHTS = gauge(
+EXPERT_WEIGHT_BYTES = gauge(
     "coe_expert_weight_bytes",
     Side.POOL,
     ("expert", "tier"),
-    "An expert's full weights: device where they answer, host where they wait for their turn. "
-    "On CPU both are the same memory.",
+    "Size of an expert's weights by tier: device while it can answer, host while it waits for a "
+    "swap. On CPU both tiers are the same memory.",
 )
 SWAPS = counter(
     "coe_swaps_total",
     Side.POOL,
     ("expert", "method", "reason"),
-    "Swaps, by the expert swapped in.",
+    "Swaps, by the expert that was swapped in.",
 )
 CANARY_FAILURES = counter(
     "coe_canary_failures_total",
     Side.POOL,
     (),
-    "Swaps after which the weights were not as first loaded. No client saw their output.",
+    "Swaps after which the weights differed from the first load. No client received output of "
+    "these weights.",
 )
 
-# --- inside mixtures of experts, where a pool has vllm.moe_capture
+# --- mixtures of experts, in pools with `vllm.moe_capture`
 
 MOE_TOKENS = counter(
     "coe_moe_tokens_total",
     Side.POOL,
     ("expert",),
-    "Tokens whose routed experts were looked at, prompts and answers.",
+    "Tokens of prompts and answers whose routed experts were sampled.",
 )
-MOE_ROUTED = counter(
+MOE_ROUTED_TOKENS = counter(
     "coe_moe_routed_tokens_total",
     Side.POOL,
-    ("expert", "layer", "routed"),
-    "Of these, those that each of a layer's routed experts got. Of models with more of them than "
-    f"a metric has room for ({MOST_SERIES:,} in all) `GET /admin/experts/NAME/moe` alone tells it.",
+    ("expert", "layer", "routed_expert"),
+    "Sampled tokens by layer and routed expert. A metric has at most "
+    f"{MAX_SERIES:,} series; models with more routed experts are only in "
+    "`GET /admin/experts/NAME/moe`.",
 )
 MOE_IMBALANCE = gauge(
     "coe_moe_imbalance_ratio",
     Side.POOL,
     ("expert", "layer"),
-    "Tokens of a layer's busiest routed expert against the mean; 1: even.",
+    "Tokens of a layer's busiest routed expert divided by the mean; 1: even.",
 )
 MOE_ENTROPY = gauge(
     "coe_moe_entropy_ratio",
     Side.POOL,
     ("expert", "layer"),
-    "Entropy of the tokens' distribution over a layer's routed experts against the highest "
-    "possible; 1: even, 0: one has them all.",
+    "Entropy of the tokens' distribution over a layer's routed experts, divided by the highest "
+    "possible; 1: even, 0: one routed expert gets all tokens.",
 )
-MOE_SRP = gauge(
+MOE_SEGMENT_ROUTING = gauge(
     "coe_moe_segment_routing_ratio",
     Side.POOL,
     ("expert", "layer"),
-    "Segment routing best performance: how well one choice for 16 consecutive tokens can do (F1).",
+    "Segment routing best performance: how well one choice of routed experts for 16 consecutive "
+    "tokens can do (F1).",
 )
-MOE_SCH = gauge(
+MOE_SEGMENT_CACHE_HITS = gauge(
     "coe_moe_segment_cache_hit_ratio",
     Side.POOL,
     ("expert", "layer"),
-    "Segment cache best hit rate: of a cache with room for twice the experts that a token gets, "
-    "which knows what the next 16 tokens use.",
+    "Segment cache best hit rate: hits of a cache that knows what the next 16 tokens use and has "
+    "room for twice the routed experts that a token gets.",
 )
 
-# --- money and tenants. Gateways feed these from what budgets, limits and caches tell.
+# --- budgets, tenants, cache
 
 COST_PREDICTED = counter(
     "coe_cost_predicted_total",
     Side.GATEWAY,
     ("recipe",),
-    "Units of cost (see `price` in the config) expected when the recipe was chosen.",
+    "Units of cost (see `price` in the config) that were expected when the recipe was chosen.",
 )
 COST = counter(
     "coe_cost_total",
     Side.GATEWAY,
     ("recipe", "expert"),
-    "Units of cost by the tokens that replies told of, by the expert that was asked. A stream "
-    "without usage tells none where nobody is charged.",
+    "Units of cost, computed from the tokens that replies report, by the expert that answered. A "
+    "stream without usage adds nothing where nobody is charged.",
 )
-BUDGET_LEFT = gauge(
+BUDGET_REMAINING = gauge(
     "coe_budget_remaining_ratio",
     Side.GATEWAY,
     ("budget",),
-    "What is left of a budget in its present period: 1 untouched, 0 spent.",
+    "Remaining share of a budget in its present period: 1 untouched, 0 spent.",
 )
 SHADOW_PRICE = gauge(
     "coe_shadow_price",
@@ -262,117 +273,128 @@ TENANT_REQUESTS = counter(
     "coe_tenant_requests_total",
     Side.GATEWAY,
     ("tenant", "outcome"),
-    "Requests that have ended, by tenant; only where keys, tenants or budgets are configured.",
+    "Finished requests by tenant; only where keys, tenants or budgets are configured.",
 )
 TENANT_TOKENS = counter(
     "coe_tenant_tokens_total",
     Side.GATEWAY,
     ("tenant",),
-    "Tokens of prompts and answers, by tenant, as they were charged.",
+    "Charged tokens of prompts and answers, by tenant.",
 )
 STORE_UP = gauge(
     "coe_store_up",
     Side.GATEWAY,
     (),
-    "1 while the store of limits and budgets answers this gateway, 0 while it spends its slices.",
+    "1 while the store of limits and budgets is reachable, 0 while this gateway admits from its "
+    "offline quota.",
 )
 STORE_OUTAGES = counter(
-    "coe_store_outages_total", Side.GATEWAY, (), "Times that the store was lost."
+    "coe_store_outages_total", Side.GATEWAY, (), "Times that the connection to the store was lost."
 )
-STORE_OWED = gauge(
+STORE_PENDING_SETTLEMENTS = gauge(
     "coe_store_pending_settlements",
     Side.GATEWAY,
     (),
-    "Requests whose settlement the store has not been told of yet; 0 but for an outage.",
+    "Requests whose settlement has not reached the store yet; above 0 only during an outage.",
 )
-STORE_SLICE_GRANTS = counter(
+STORE_OFFLINE_ADMISSIONS = counter(
     "coe_store_offline_admissions_total",
     Side.GATEWAY,
     (),
-    "Requests admitted from slices while the store was gone.",
+    "Requests admitted from the offline quota while the store was unreachable.",
 )
-CACHE = counter(
+CACHE_LOOKUPS = counter(
     "coe_cache_lookups_total",
     Side.GATEWAY,
     ("kind", "result"),
-    "Looks into the answer cache. kind: exact or semantic.",
+    "Lookups in the answer cache. kind: exact or semantic.",
 )
-BREAKER = gauge(
+BREAKER_OPEN = gauge(
     "coe_breaker_open",
     Side.GATEWAY,
     ("expert",),
-    "1 while requests are kept away from an expert's endpoint because it failed, else 0.",
+    "1 while the circuit breaker keeps requests away from an expert's endpoint, else 0.",
 )
 
-GUARD = counter(
+GUARD_CHECKS = counter(
     "coe_guard_checks_total",
     Side.GATEWAY,
-    ("screen", "done"),
-    "Prompts that a tenant's guard looked through.",
+    ("screen", "action"),
+    "Prompts that a screen of a tenant's guard checked.",
 )
 RETRIES = counter(
     "coe_retries_total",
     Side.GATEWAY,
-    ("done",),
-    "Second attempts before the first byte: made, or refused because the budget for them was out.",
+    ("result",),
+    "Retries before the first byte: made, or refused because the retry budget was used up.",
 )
-TRIPS = counter(
+BREAKER_TRIPS = counter(
     "coe_breaker_trips_total",
     Side.GATEWAY,
     ("expert",),
-    "Times that failures of an expert's own opened a breaker.",
+    "Times that an expert's failures opened its circuit breaker.",
 )
 
-PROCESS = (gauge("coe_build_info", Side.BOTH, ("version",), "1; the label tells the version."),)
-BUILD = PROCESS[0]
+PROCESS = (
+    gauge("coe_build_info", Side.BOTH, ("version",), "Always 1; the label holds the version."),
+)
+BUILD_INFO = PROCESS[0]
 
-# In the order of the docs.
-GROUPS: dict[str, tuple[Declared, ...]] = {
+# The reference lists the groups in this order.
+GROUPS: dict[str, tuple[MetricSpec, ...]] = {
     "Requests": (
         REQUESTS,
         SERVER_ERRORS,
-        REJECTIONS,
-        FAILED_ATTEMPTS,
+        REQUESTS_REJECTED,
+        ATTEMPTS_FAILED,
         ESCALATIONS,
         IN_FLIGHT,
-        FIRST_TOKEN,
-        BETWEEN_TOKENS,
-        TOTAL,
+        TIME_TO_FIRST_TOKEN,
+        INTER_TOKEN_LATENCY,
+        REQUEST_DURATION,
         TOKENS,
     ),
-    "Where the time goes": (ROUTE, OVERHEAD, QUEUE, SWAP_WAIT, ENGINE_QUEUE, PREFILL, DECODE),
-    "How good the choice was": (WAIT_ERROR, WAIT_PREDICTED, WAIT_REAL),
+    "Where the time goes": (
+        ROUTE,
+        GATEWAY_OVERHEAD,
+        QUEUE,
+        SWAP_WAIT,
+        ENGINE_QUEUE,
+        PREFILL,
+        DECODE,
+    ),
+    "How good the choice was": (WAIT_PREDICTION_ERROR, WAIT_PREDICTED, WAIT_ACTUAL),
     "Pools": (POOLS, SNAPSHOT_AGE),
     "Queues, residency, swaps": (
-        QUEUED,
-        RUNNING,
-        RESIDENCY,
-        WEIGHTS,
+        REQUESTS_WAITING,
+        REQUESTS_RUNNING,
+        EXPERT_STATE,
+        EXPERT_WEIGHT_BYTES,
         SWAPS,
         CANARY_FAILURES,
     ),
     "Inside mixtures of experts": (
         MOE_TOKENS,
-        MOE_ROUTED,
+        MOE_ROUTED_TOKENS,
         MOE_IMBALANCE,
         MOE_ENTROPY,
-        MOE_SRP,
-        MOE_SCH,
+        MOE_SEGMENT_ROUTING,
+        MOE_SEGMENT_CACHE_HITS,
     ),
     "Budgets, tenants, cache": (
         COST_PREDICTED,
         COST,
-        BUDGET_LEFT,
+        BUDGET_REMAINING,
         SHADOW_PRICE,
         TENANT_REQUESTS,
         TENANT_TOKENS,
         STORE_UP,
         STORE_OUTAGES,
-        STORE_OWED,
-        STORE_SLICE_GRANTS,
-        CACHE,
+        STORE_PENDING_SETTLEMENTS,
+        STORE_OFFLINE_ADMISSIONS,
+        CACHE_LOOKUPS,
     ),
-    "Guard, breakers, retries": (GUARD, BREAKER, TRIPS, RETRIES),
+    "Guard, breakers, retries": (GUARD_CHECKS, BREAKER_OPEN, BREAKER_TRIPS, RETRIES),
     "Processes": PROCESS,
 }
-TABLE: tuple[Declared, ...] = tuple(one for group in GROUPS.values() for one in group)
+METRICS: tuple[MetricSpec, ...] = tuple(metric for group in GROUPS.values() for metric in group)

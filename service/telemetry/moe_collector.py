@@ -14,7 +14,7 @@ from service.errors import ConflictError
 from service.moe.load_statistics import CACHE_TIMES, Cacheability, cacheability
 from service.moe.routing_counts import RoutingCounts
 from service.telemetry import metrics
-from service.telemetry.labels import MOST_SERIES
+from service.telemetry.labels import MAX_SERIES
 from service.telemetry.registry import MetricsRegistry
 
 # Stretches that wait to be reckoned; of more, the eldest are left out.
@@ -114,12 +114,12 @@ class MoeCollector:
         for metric in (
             metrics.MOE_IMBALANCE,
             metrics.MOE_ENTROPY,
-            metrics.MOE_SRP,
-            metrics.MOE_SCH,
+            metrics.MOE_SEGMENT_ROUTING,
+            metrics.MOE_SEGMENT_CACHE_HITS,
         ):
             meter.forget(metric)
-        meter.forget(metrics.MOE_ROUTED)
-        room = MOST_SERIES
+        meter.forget(metrics.MOE_ROUTED_TOKENS)
+        room = MAX_SERIES
         for expert, known in self._known.items():
             tally = known.tally
             if not tally.tokens:
@@ -129,14 +129,16 @@ class MoeCollector:
                 room -= tally.load.size
                 for (place, routed), count in np.ndenumerate(tally.load):
                     layer = tally.layers[place]
-                    meter.total(metrics.MOE_ROUTED, int(count), expert, str(layer), str(routed))
+                    meter.total(
+                        metrics.MOE_ROUTED_TOKENS, int(count), expert, str(layer), str(routed)
+                    )
             for place, layer in enumerate(tally.layers):
                 one = tally.balance(place)
                 for metric, value in (
                     (metrics.MOE_IMBALANCE, one.imbalance),
                     (metrics.MOE_ENTROPY, one.entropy),
-                    (metrics.MOE_SRP, one.srp),
-                    (metrics.MOE_SCH, one.sch),
+                    (metrics.MOE_SEGMENT_ROUTING, one.srp),
+                    (metrics.MOE_SEGMENT_CACHE_HITS, one.sch),
                 ):
                     if value is not None:
                         meter.put(metric, value, expert, str(layer))

@@ -63,14 +63,19 @@ class PoolMetrics:
     def _read(self, pool: PoolStats) -> None:
         put, now = self.meter.put, pool.snapshot()
         # Those that went with a change of the config are nowhere any more.
-        for gauge in (metrics.QUEUED, metrics.RUNNING, metrics.RESIDENCY, metrics.WEIGHTS):
+        for gauge in (
+            metrics.REQUESTS_WAITING,
+            metrics.REQUESTS_RUNNING,
+            metrics.EXPERT_STATE,
+            metrics.EXPERT_WEIGHT_BYTES,
+        ):
             self.meter.forget(gauge, but=now.experts)
         for expert, queue in now.queues.items():
-            put(metrics.QUEUED, queue.waiting, expert)
-            put(metrics.RUNNING, queue.running, expert)
+            put(metrics.REQUESTS_WAITING, queue.waiting, expert)
+            put(metrics.REQUESTS_RUNNING, queue.running, expert)
         for expert, state in now.experts.items():
             for possible in Residency:
-                put(metrics.RESIDENCY, state.state is possible, expert, possible.value)
+                put(metrics.EXPERT_STATE, state.state is possible, expert, possible.value)
         for key, count in pool.swap_counts().items():
             self.meter.total(metrics.SWAPS, count, *key)
         self.meter.total(metrics.CANARY_FAILURES, pool.canary_failures())
@@ -78,8 +83,18 @@ class PoolMetrics:
             size = told.get("host_bytes", self._weights.get(expert))
             if size is not None:
                 here = told["state"]
-                put(metrics.WEIGHTS, size if here == Residency.DEVICE else 0, expert, "device")
-                put(metrics.WEIGHTS, size if here == Residency.HOST else 0, expert, "host")
+                put(
+                    metrics.EXPERT_WEIGHT_BYTES,
+                    size if here == Residency.DEVICE else 0,
+                    expert,
+                    "device",
+                )
+                put(
+                    metrics.EXPERT_WEIGHT_BYTES,
+                    size if here == Residency.HOST else 0,
+                    expert,
+                    "host",
+                )
 
     # --- as the pool's watch
 
@@ -101,9 +116,9 @@ class PoolMetrics:
         self.meter.add(metrics.TOKENS, work.prompt_tokens, expert, "prompt")
         if work.answer_tokens:
             observe(metrics.DECODE, work.decode_s, expert)
-            self.meter.add(metrics.TOKENS, work.answer_tokens, expert, "answer")
+            self.meter.add(metrics.TOKENS, work.answer_tokens, expert, "completion")
         if work.answer_tokens > 1:
-            observe(metrics.BETWEEN_TOKENS, work.decode_s / (work.answer_tokens - 1), expert)
+            observe(metrics.INTER_TOKEN_LATENCY, work.decode_s / (work.answer_tokens - 1), expert)
 
     def on_weights(self, expert: str, size_bytes: int) -> None:
         """See `EngineWatch`. Threads may call it."""

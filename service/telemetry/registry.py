@@ -1,8 +1,8 @@
 """Counting in one process: a meter for the metrics that the table declares.
 
     meter = Meter(Side.GATEWAY)
-    meter.add(table.REJECTIONS, 1, "rate_limited")
-    meter.put(table.BUDGET_LEFT, 0.25, "eur")
+    meter.add(metrics.REQUESTS_REJECTED, 1, "rate_limited")
+    meter.put(metrics.BUDGET_REMAINING, 0.25, "eur")
     meter.observe(table.ROUTE, 0.0004)
 
 Label values stand in the table's order. What another object knows anyway (a length, a
@@ -23,12 +23,12 @@ from prometheus_client.registry import Collector
 
 from service import __version__
 from service.telemetry import metrics
-from service.telemetry.labels import MOST_SERIES, OTHER
-from service.telemetry.metric_types import Declared, Kind, Side
-from service.telemetry.metrics import TABLE
+from service.telemetry.labels import MAX_SERIES, OTHER
+from service.telemetry.metric_types import Kind, MetricSpec, Side
+from service.telemetry.metrics import METRICS
 
 # A metric and the values of its labels.
-_Key = tuple[Declared | str, ...]
+_Key = tuple[MetricSpec | str, ...]
 
 
 class _Series:
@@ -39,7 +39,7 @@ class _Series:
 
     __slots__ = ("buckets", "told", "value")
 
-    def __init__(self, metric: Declared) -> None:
+    def __init__(self, metric: MetricSpec) -> None:
         self.value = self.told = 0.0
         # One more than there are bounds: what is over all of them.
         self.buckets = [0] * (len(metric.buckets) + 1)
@@ -49,20 +49,20 @@ class MetricsRegistry:
     """The counters, gauges and histograms of one gateway or pool process."""
 
     def __init__(self, side: Side) -> None:
-        self._declared = tuple(one for one in TABLE if one.side in (side, Side.BOTH))
+        self._declared = tuple(one for one in METRICS if one.side in (side, Side.BOTH))
         self._series: dict[_Key, _Series] = {}
         self._count = dict.fromkeys(self._declared, 0)
         self._readers: list[Callable[[], None]] = []
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(_Collector(self))
         ProcessCollector(registry=self.registry)
-        self.put(metrics.BUILD, 1, __version__)
+        self.put(metrics.BUILD_INFO, 1, __version__)
 
-    def add(self, metric: Declared, amount: float, *labels: str) -> None:
+    def add(self, metric: MetricSpec, amount: float, *labels: str) -> None:
         """Count: `amount` ≥ 0 more."""
         (self._series.get((metric, *labels)) or self._new(metric, labels)).value += amount
 
-    def total(self, metric: Declared, value: float, *labels: str) -> None:
+    def total(self, metric: MetricSpec, value: float, *labels: str) -> None:
         """A counter that somebody else keeps has come to `value`.
 
         Where it fell, as a part of it went away, what is counted from there on is added.
@@ -71,17 +71,17 @@ class MetricsRegistry:
         series.value += max(0.0, value - series.told)
         series.told = value
 
-    def put(self, metric: Declared, value: float, *labels: str) -> None:
+    def put(self, metric: MetricSpec, value: float, *labels: str) -> None:
         """A gauge stands at `value` now."""
         (self._series.get((metric, *labels)) or self._new(metric, labels)).value = float(value)
 
-    def observe(self, metric: Declared, value: float, *labels: str) -> None:
+    def observe(self, metric: MetricSpec, value: float, *labels: str) -> None:
         """One value for a histogram."""
         series = self._series.get((metric, *labels)) or self._new(metric, labels)
         series.buckets[bisect_left(metric.buckets, value)] += 1
         series.value += value
 
-    def forget(self, metric: Declared, but: Collection[str] = ()) -> None:
+    def forget(self, metric: MetricSpec, but: Collection[str] = ()) -> None:
         """Drop a metric's series, but for those whose first label is one of these: those that are
         still there are told again."""
         known = [key for key in self._series if key[0] is metric]
@@ -90,7 +90,7 @@ class MetricsRegistry:
             del self._series[key]
         self._count[metric] = len(known) - len(gone)
 
-    def value(self, metric: Declared, *labels: str) -> float:
+    def value(self, metric: MetricSpec, *labels: str) -> float:
         """What a counter or gauge stands at; 0 where nothing was counted."""
         series = self._series.get((metric, *labels))
         return series.value if series is not None else 0.0
@@ -104,10 +104,10 @@ class MetricsRegistry:
         for reader in self._readers:
             reader()
 
-    def _new(self, metric: Declared, labels: tuple[str, ...]) -> _Series:
+    def _new(self, metric: MetricSpec, labels: tuple[str, ...]) -> _Series:
         if len(labels) != len(metric.labels):
             raise ValueError(f"{metric.name} has the labels {', '.join(metric.labels) or 'none'}")
-        if self._count[metric] >= MOST_SERIES:
+        if self._count[metric] >= MAX_SERIES:
             labels = (OTHER,) * len(labels)
             if (other := self._series.get((metric, *labels))) is not None:
                 return other
@@ -117,10 +117,10 @@ class MetricsRegistry:
 
     def families(self) -> Iterable[Metric]:
         """As Prometheus' client has them; every declared metric, also without a series yet."""
-        found: dict[Declared, list[tuple[tuple[str, ...], _Series]]] = {}
+        found: dict[MetricSpec, list[tuple[tuple[str, ...], _Series]]] = {}
         # Copied at once: more may be counted meanwhile.
         for (metric, *labels), series in list(self._series.items()):
-            assert isinstance(metric, Declared)
+            assert isinstance(metric, MetricSpec)
             found.setdefault(metric, []).append((tuple(map(str, labels)), series))
         for one in self._declared:
             family = Metric(one.name.removesuffix("_total"), one.meaning, one.kind.value)
@@ -133,7 +133,7 @@ class MetricsRegistry:
             yield family
 
 
-def _histogram(family: Metric, one: Declared, labels: dict[str, str], series: _Series) -> None:
+def _histogram(family: Metric, one: MetricSpec, labels: dict[str, str], series: _Series) -> None:
     buckets, so_far = list(series.buckets), 0
     for bound, count in zip((*one.buckets, float("inf")), buckets, strict=True):
         so_far += count

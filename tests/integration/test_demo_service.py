@@ -189,7 +189,7 @@ def test_the_engines_panels_show_vllm_s_own(
 
         wait_until(shown, "every panel of vLLM's metrics shows something", 30)
         # Adapters have no engine of their own, and their tokens are told all the same.
-        answers = live.series('sum by (expert) (coe_tokens_total{kind="answer"}) > 0')
+        answers = live.series('sum by (expert) (coe_tokens_total{type="completion"}) > 0')
         assert {one["metric"]["expert"] for one in answers} >= {"general", "math"}
 
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.cluster
 CONFIG = {
     "server": {
         "host": "0.0.0.0",
-        "open": True,
+        "allow_unauthenticated": True,
         "cors_origins": ["http://friend.example"],
         "drain_s": 5,
         "max_body_bytes": 12_000_000,

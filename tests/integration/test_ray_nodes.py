@@ -27,7 +27,7 @@ pytestmark = pytest.mark.cluster
 OTHER = "127.0.0.12"
 POOL = {"engine": "simulated", "cpus": 0.1, "simulated": {"decode_ms": 20, "tokens": 10}}
 CONFIG = {
-    "server": {"drain_s": 20, "open": True},  # asks for no keys
+    "server": {"drain_s": 20, "allow_unauthenticated": True},  # asks for no keys
     "experts": {"general": {"model": "m", "categories": ["general"]}},
     "pools": {"here": POOL, "there": POOL},
 }

@@ -28,7 +28,7 @@ from promql_parser import (
 )
 
 from service.telemetry.metric_types import Kind
-from service.telemetry.metrics import TABLE
+from service.telemetry.metrics import METRICS
 from tests.support.prometheus import RULES, needs_prometheus
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def selectors(expr: Expr) -> Iterator[VectorSelector]:
 def known_samples() -> dict[str, set[str]]:
     """Every sample of ours by its name, with the labels that it may be asked by."""
     found: dict[str, set[str]] = {}
-    for one in TABLE:
+    for one in METRICS:
         labels = {*one.labels, "pool", "gateway"}
         if one.kind is Kind.HISTOGRAM:
             found |= {f"{one.name}_sum": labels, f"{one.name}_count": labels}
@@ -120,7 +120,7 @@ def test_every_query_asks_for_metrics_that_there_are(board: Path) -> None:
 
 def test_every_metric_stands_in_a_dashboard() -> None:
     text = "".join(board.read_text() for board in BOARDS)
-    left = {one.name for one in TABLE if not re.search(rf"\b{one.name}(_bucket|_sum)?\b", text)}
+    left = {one.name for one in METRICS if not re.search(rf"\b{one.name}(_bucket|_sum)?\b", text)}
     # Its label is all that it tells.
     assert left == {"coe_build_info"}
 

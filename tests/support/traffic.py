@@ -40,7 +40,7 @@ def everything(url: str) -> Config:
     given["pools"]["cpu"] |= {"slots": 1, "swap": {"min_stay_s": 0.02}}
     given["tenants"] = {
         "default": {
-            "guard": {"personal": {"action": "flag"}},
+            "guard": {"pii": {"action": "flag"}},
             "cache": {"mode": "exact"},
         }
     }

@@ -36,7 +36,7 @@ ENGINES = Board(
                     "Tokens",
                     (
                         Query(
-                            rate("coe_tokens_total", "expert, kind", EXPERT),
+                            rate("coe_tokens_total", "expert, type", EXPERT),
                             "{{expert}} {{kind}}",
                         ),
                     ),
@@ -166,9 +166,9 @@ ENGINES = Board(
                     (
                         Query(
                             "topk(16, "
-                            + rate("coe_moe_routed_tokens_total", "expert, routed", EXPERT)
+                            + rate("coe_moe_routed_tokens_total", "expert, routed_expert", EXPERT)
                             + ")",
-                            "{{expert}}, routed expert {{routed}}",
+                            "{{expert}}, routed expert {{routed_expert}}",
                         ),
                     ),
                     "short",

@@ -41,7 +41,7 @@ OVERVIEW = Board(
                 ),
                 Chart(
                     "Answer tokens",
-                    (Query(rate("coe_tokens_total", "", 'kind="answer"')),),
+                    (Query(rate("coe_tokens_total", "", 'type="completion"')),),
                     "short",
                     "number",
                     "Per second.",
@@ -106,7 +106,7 @@ OVERVIEW = Board(
                     "Answer tokens by expert",
                     (
                         Query(
-                            rate("coe_tokens_total", "expert", f'kind="answer",{EXPERT}'),
+                            rate("coe_tokens_total", "expert", f'type="completion",{EXPERT}'),
                             "{{expert}}",
                         ),
                     ),

@@ -108,7 +108,7 @@ ROUTING = Board(
                 ),
                 Chart(
                     "Second attempts",
-                    (Query(rate("coe_retries_total", "done"), "{{done}}"),),
+                    (Query(rate("coe_retries_total", "result"), "{{result}}"),),
                     "reqps",
                     "stacked",
                     "Before the first byte: made, or refused because too many had failed.",

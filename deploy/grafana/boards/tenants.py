@@ -104,7 +104,8 @@ TENANTS = Board(
                     "Prompts that the guard looked through",
                     (
                         Query(
-                            rate("coe_guard_checks_total", "screen, done"), "{{screen}}: {{done}}"
+                            rate("coe_guard_checks_total", "screen, action"),
+                            "{{screen}}: {{action}}",
                         ),
                     ),
                     "reqps",

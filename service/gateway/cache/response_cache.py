@@ -137,7 +137,7 @@ class ResponseCache:
 
     def _count(self, kind: str, found: bool) -> None:
         if self.meter is not None:
-            self.meter.add(metrics.CACHE, 1, kind, "hit" if found else "miss")
+            self.meter.add(metrics.CACHE_LOOKUPS, 1, kind, "hit" if found else "miss")
 
     async def _exact(self, search: CacheSearch, asked: InferenceRequest) -> CacheHit | None:
         return _read(await self._store.get(search.place), search.key, asked, "exact", 1.0)

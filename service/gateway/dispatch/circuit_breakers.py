@@ -112,7 +112,7 @@ class CircuitBreakers:
             ends = (ok, reached)
             for key, one, end in zip(keys, tries, ends, strict=False):
                 if self._breakers.end(key, one, end, now_s):
-                    self._meter.add(metrics.TRIPS, 1, expert)
+                    self._meter.add(metrics.BREAKER_TRIPS, 1, expert)
 
     def _classify_outcome(self, error: CoeError, given_s: float) -> bool | None:
         if isinstance(error, DeadlineExceededError):
@@ -127,9 +127,9 @@ class CircuitBreakers:
 
     def read(self) -> None:
         """Tell metrics which experts have an open breaker."""
-        self._meter.forget(metrics.BREAKER)
+        self._meter.forget(metrics.BREAKER_OPEN)
         for (expert, _), state in self._breakers.states(time.monotonic()).items():
             if expert:
-                before = self._meter.value(metrics.BREAKER, expert)
+                before = self._meter.value(metrics.BREAKER_OPEN, expert)
                 shut = max(before, float(state is not State.CLOSED))
-                self._meter.put(metrics.BREAKER, shut, expert)
+                self._meter.put(metrics.BREAKER_OPEN, shut, expert)

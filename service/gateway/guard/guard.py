@@ -61,7 +61,7 @@ class GuardResult:
 class Guard:
     """The guards of every tenant that has one.
 
-    `screens` take the shipped ones' place, by name (`injection`, `personal`).
+    `screens` take the shipped ones' place, by name (`injection`, `pii`).
     """
 
     def __init__(self, config: Config, screens: Mapping[str, Screen] | None = None) -> None:
@@ -70,8 +70,8 @@ class Guard:
             name: tenant.guard for name, tenant in config.tenants.items() if tenant.guard.on
         }
         self._injection: Screen = given.get("injection") or InjectionScreen()
-        self._personal: dict[str, Screen] = {
-            name: given.get("personal") or PiiScreen(guard.personal.kinds)
+        self._pii: dict[str, Screen] = {
+            name: given.get("pii") or PiiScreen(guard.pii.kinds)
             for name, guard in self._guards.items()
         }
 
@@ -97,18 +97,18 @@ class Guard:
             if hit and guard.injection.action == "refuse":
                 raise _refused("injection", finding)
             seen.append(_seen("injection", finding, "flagged" if hit else "passed"))
-        action = guard.personal.action
+        action = guard.pii.action
         if action != "off":
-            finding = await self._personal[asked.tenant.name].look(texts)
+            finding = await self._pii[asked.tenant.name].look(texts)
             done = "passed"
             if finding.spans:
                 if action == "refuse":
-                    raise _refused("personal", finding)
+                    raise _refused("pii", finding)
                 done = "flagged"
                 if action == "redact":
                     asked = _redacted(asked, finding)
                     done = "redacted"
-            seen.append(_seen("personal", finding, done))
+            seen.append(_seen("pii", finding, done))
         return GuardResult(asked, tuple(seen))
 
 

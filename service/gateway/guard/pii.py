@@ -87,7 +87,7 @@ _CHECKS: dict[str, Callable[[str], bool]] = {
 class PiiScreen:
     """Finds the kinds it is told to, anywhere in a prompt."""
 
-    name = "personal"
+    name = "pii"
 
     def __init__(self, kinds: Sequence[str]) -> None:
         self._kinds = [kind for kind in _SHAPES if kind in kinds]

@@ -70,8 +70,8 @@ class RequestValidator:
         try:
             verdict = await self._guard.check(asked)
         except GuardRefusedError as error:
-            self._meter.add(metrics.GUARD, 1, error.screen, "refused")
+            self._meter.add(metrics.GUARD_CHECKS, 1, error.screen, "refused")
             raise
         for one in verdict.seen:
-            self._meter.add(metrics.GUARD, 1, one.screen, one.done)
+            self._meter.add(metrics.GUARD_CHECKS, 1, one.screen, one.done)
         return verdict

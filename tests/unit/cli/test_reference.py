@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from service.cli import cli
 from service.cli.reference import DOCUMENTS, metrics_reference, write_documents
 from service.config import SECTIONS, parse_config
-from service.telemetry.metrics import TABLE
+from service.telemetry.metrics import METRICS
 
 ROOT = Path(__file__).parents[3]
 
@@ -29,7 +29,7 @@ def test_write_documents_twice_changes_nothing_the_second_time(tmp_path: Path) -
 
 def test_metrics_reference_has_a_row_for_every_metric() -> None:
     text = metrics_reference()
-    assert all(f"| `{one.name}` |" in text for one in TABLE)
+    assert all(f"| `{one.name}` |" in text for one in METRICS)
 
 
 def test_reference_config_names_every_key_and_is_yaml_once_uncommented() -> None:

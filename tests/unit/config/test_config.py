@@ -153,7 +153,7 @@ def test_every_field_is_described() -> None:
             "coe.yaml: budgets.b.tenant: no tenant 'x'; tenants: acme, default",
         ),
         (
-            {"server": {"open": True, "require_keys": True}},
+            {"server": {"allow_unauthenticated": True, "require_keys": True}},
             "coe.yaml: server: open and require_keys exclude each other",
         ),
         (

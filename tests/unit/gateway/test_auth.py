@@ -158,7 +158,7 @@ async def test_where_others_reach_it_a_key_is_always_needed() -> None:
     for server, needed in (
         ({}, False),
         ({"host": "0.0.0.0"}, True),
-        ({"host": "0.0.0.0", "open": True}, False),
+        ({"host": "0.0.0.0", "allow_unauthenticated": True}, False),
     ):
         ring = Authenticator(config(server=server), book)
         await ring.look()
@@ -291,7 +291,7 @@ def test_without_a_key_it_listens_on_loopback_only(capsys: pytest.CaptureFixture
     said = capsys.readouterr().err
     assert "no API key yet" in said
     assert "listening on 127.0.0.1 only, not on 0.0.0.0" in said
-    opened = config(server={"host": "0.0.0.0", "open": True})
+    opened = config(server={"host": "0.0.0.0", "allow_unauthenticated": True})
     assert _where_keys_allow(opened)[0].server.host == "0.0.0.0"
     assert "warning" in capsys.readouterr().err
     keyed = config(server={"host": "0.0.0.0"}, keys={"a": {"sha256": "0" * 64}})

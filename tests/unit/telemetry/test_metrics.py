@@ -16,9 +16,9 @@ from service.rpc.snapshot import ExpertState, Queue, Snapshot
 from service.telemetry import metrics as metric_table
 from service.telemetry.exposition import join
 from service.telemetry.gateway_metrics import GatewayMetrics, RequestSummary
-from service.telemetry.labels import LABELS, MOST_SERIES, OTHER
-from service.telemetry.metric_types import Declared, Kind, Side
-from service.telemetry.metrics import TABLE
+from service.telemetry.labels import LABELS, MAX_SERIES, OTHER
+from service.telemetry.metric_types import Kind, MetricSpec, Side
+from service.telemetry.metrics import METRICS
 from service.telemetry.pool_metrics import PoolMetrics
 from service.telemetry.registry import MetricsRegistry
 from service.types import Residency
@@ -40,8 +40,8 @@ def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 
 
 def test_every_metric_is_declared_once_and_named_by_the_rules() -> None:
-    assert len({one.name for one in TABLE}) == len(TABLE)
-    for one in TABLE:
+    assert len({one.name for one in METRICS}) == len(METRICS)
+    for one in METRICS:
         assert re.fullmatch(r"coe_[a-z_]+", one.name)
         assert set(one.labels) <= LABELS.keys(), one.name
         assert one.name.endswith("_total") == (one.kind is Kind.COUNTER), one.name
@@ -49,15 +49,15 @@ def test_every_metric_is_declared_once_and_named_by_the_rules() -> None:
             assert one.name.endswith(UNITS + STATES), one.name
         assert (one.kind is Kind.HISTOGRAM) == bool(one.buckets), one.name
         assert list(one.buckets) == sorted(one.buckets)
-    used = {label for one in TABLE for label in one.labels} | {"gateway", "pool"}
+    used = {label for one in METRICS for label in one.labels} | {"gateway", "pool"}
     assert used == LABELS.keys()
 
 
 def test_no_metric_is_declared_and_never_fed() -> None:
     names = {
-        name: value for name, value in vars(metric_table).items() if isinstance(value, Declared)
+        name: value for name, value in vars(metric_table).items() if isinstance(value, MetricSpec)
     }
-    assert set(names.values()) == set(TABLE)
+    assert set(names.values()) == set(METRICS)
     code = "".join(
         path.read_text() for path in (ROOT / "service").rglob("*.py") if path.name != "metrics.py"
     )
@@ -70,7 +70,7 @@ def test_each_process_tells_its_own_metrics() -> None:
     with pytest.raises(KeyError):
         MetricsRegistry(Side.GATEWAY).add(metric_table.SWAPS, 1, "a", "b", "c")
     with pytest.raises(KeyError):
-        MetricsRegistry(Side.POOL).add(metric_table.REJECTIONS, 1, "a")
+        MetricsRegistry(Side.POOL).add(metric_table.REQUESTS_REJECTED, 1, "a")
 
 
 def test_wrong_labels_are_refused() -> None:
@@ -80,10 +80,10 @@ def test_wrong_labels_are_refused() -> None:
 
 def test_labels_stay_bounded_whatever_comes() -> None:
     meter = MetricsRegistry(Side.GATEWAY)
-    for i in range(MOST_SERIES + 50):
+    for i in range(MAX_SERIES + 50):
         meter.add(metric_table.TENANT_TOKENS, 1, f"tenant {i}")
     told = [s for f in meter.registry.collect() if f.name == "coe_tenant_tokens" for s in f.samples]
-    assert len(told) == MOST_SERIES + 1
+    assert len(told) == MAX_SERIES + 1
     assert {s.value for s in told if s.labels["tenant"] == OTHER} == {50}
 
 
@@ -165,7 +165,7 @@ async def test_a_pool_tells_its_queues_residency_and_requests() -> None:
     assert got["coe_prefill_seconds_sum", (a, p)] == 0.5
     assert got["coe_decode_seconds_sum", (a, p)] == 2
     assert got["coe_inter_token_latency_seconds_sum", (a, p)] == 0.5
-    assert got["coe_tokens_total", (a, ("kind", "answer"), p)] == 5
+    assert got["coe_tokens_total", (a, p, ("type", "completion"))] == 5
     states = {
         dict(labels)["state"]: value
         for (name, labels), value in got.items()
@@ -191,7 +191,7 @@ async def test_an_expert_that_went_is_nowhere_any_more() -> None:
     told.follow(pool)
     assert any("expert" in dict(labels) for _, labels in samples(await told.text({"pool": "p"})))
     pool.gone = True
-    gauges = {one.name for one in TABLE if one.kind is Kind.GAUGE}
+    gauges = {one.name for one in METRICS if one.kind is Kind.GAUGE}
     left = samples(await told.text({"pool": "p"}))
     assert [name for name, labels in left if name in gauges and "expert" in dict(labels)] == []
 
@@ -219,7 +219,7 @@ async def test_joined_texts_have_each_family_once() -> None:
         texts.append(await told.text({"gateway": name}))
     text = join([*texts, ""])
     got = samples(text)
-    for one in TABLE:
+    for one in METRICS:
         assert text.count(f"# TYPE {one.name} ") == (one.side is not Side.POOL), one.name
     assert got == samples(texts[0]) | samples(texts[1])
     assert join([]) == ""

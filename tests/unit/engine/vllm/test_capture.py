@@ -22,7 +22,7 @@ from service.errors import ConfigError, ConflictError
 from service.moe.load_statistics import cacheability
 from service.moe.routing_counts import RoutingCounts
 from service.telemetry import metrics
-from service.telemetry.labels import MOST_SERIES
+from service.telemetry.labels import MAX_SERIES
 from service.telemetry.metric_types import Side
 from service.telemetry.moe_collector import MoeCollector
 from service.telemetry.registry import MetricsRegistry
@@ -242,14 +242,19 @@ async def test_metrics_are_by_layer_and_go_with_their_expert() -> None:
     tally = await routes.tally("a")
     assert meter.value(metrics.MOE_TOKENS, "a") == 50
     assert meter.value(metrics.MOE_IMBALANCE, "a", "1") == tally.balance(1).imbalance
-    assert meter.value(metrics.MOE_SRP, "a", "0") == tally.balance(0).srp
+    assert meter.value(metrics.MOE_SEGMENT_ROUTING, "a", "0") == tally.balance(0).srp
     # Too short to tell: no value, not 0.
-    told = [s.labels for f in meter.families() if f.name == metrics.MOE_SRP.name for s in f.samples]
+    told = [
+        s.labels
+        for f in meter.families()
+        if f.name == metrics.MOE_SEGMENT_ROUTING.name
+        for s in f.samples
+    ]
     assert {one["expert"] for one in told} == {"a"}
     routes.forget("a")
     routes.read(meter)
     assert meter.value(metrics.MOE_IMBALANCE, "a", "1") == 0
-    assert meter.value(metrics.MOE_ROUTED, "a", "1", "0") == 0
+    assert meter.value(metrics.MOE_ROUTED_TOKENS, "a", "1", "0") == 0
 
 
 def test_tokens_of_each_routed_expert_are_told_while_there_is_room() -> None:
@@ -267,11 +272,11 @@ def test_tokens_of_each_routed_expert_are_told_while_there_is_room() -> None:
         (sample.labels["expert"], sample.value)
         for family in meter.families()
         for sample in family.samples
-        if sample.name == metrics.MOE_ROUTED.name
+        if sample.name == metrics.MOE_ROUTED_TOKENS.name
     ]
     # Of the large one nothing, rather than some of it by name and the rest as "other".
     assert told == [("a", value) for value in (small.load + more.load).ravel().tolist()]
-    assert load.size > MOST_SERIES
+    assert load.size > MAX_SERIES
 
 
 def told_of(layers: int = 2, experts: int = EXPERTS) -> dict[str, Any]:

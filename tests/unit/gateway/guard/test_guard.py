@@ -78,7 +78,7 @@ async def test_a_threshold_of_one_s_own() -> None:
 
 
 async def test_personal_data_is_taken_out_everywhere() -> None:
-    to = guard(personal={"action": "redact"})
+    to = guard(pii={"action": "redact"})
     mail, card = "jane@example.com", "4111 1111 1111 1111"
     data = {
         "model": "general",
@@ -119,7 +119,7 @@ async def test_personal_data_is_taken_out_everywhere() -> None:
     ],
 )
 async def test_every_endpoint_s_prompt_is_looked_through(path: str, body: dict[str, Any]) -> None:
-    verdict = await check(guard(personal={"action": "redact"}), body, path=path)
+    verdict = await check(guard(pii={"action": "redact"}), body, path=path)
     assert b"a@example.com" not in verdict.asked.raw
     assert b"[EMAIL]" in verdict.asked.raw
 
@@ -144,7 +144,7 @@ async def test_a_prompt_of_ids_which_no_screen_can_read_does_not_pass(
 @pytest.mark.parametrize("where", ["reasoning", "reasoning_content", "refusal"])
 async def test_what_an_assistant_is_said_to_have_thought_is_looked_through(where: str) -> None:
     turn = {"role": "assistant", "content": "yes", where: "mail a@example.com"}
-    verdict = await check(guard(personal={"action": "redact"}), {"messages": [turn]})
+    verdict = await check(guard(pii={"action": "redact"}), {"messages": [turn]})
     assert b"a@example.com" not in verdict.asked.raw
 
 
@@ -168,9 +168,9 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.timeout(60)
 async def test_no_text_holds_the_screens_up(kind: str) -> None:
-    to = guard(injection={"action": "flag"}, personal={"action": "flag"})
+    to = guard(injection={"action": "flag"}, pii={"action": "flag"})
     verdict = await check(to, said(HOSTILE[kind]))
-    assert [one.screen for one in verdict.seen] == ["injection", "personal"]
+    assert [one.screen for one in verdict.seen] == ["injection", "pii"]
 
 
 def test_of_findings_that_overlap_the_kind_named_first_counts() -> None:
@@ -184,20 +184,20 @@ def test_of_findings_that_overlap_the_kind_named_first_counts() -> None:
 
 
 async def test_only_the_kinds_asked_for() -> None:
-    to = guard(personal={"action": "refuse", "kinds": ["iban"]})
+    to = guard(pii={"action": "refuse", "kinds": ["iban"]})
     await check(to, said("a@example.com"))
     with pytest.raises(GuardRefusedError, match="iban"):
         await check(to, said("DE89 3704 0044 0532 0130 00"))
 
 
 async def test_a_prompt_too_long_to_look_through_is_refused() -> None:
-    to = guard(personal={"action": "flag"}, max_characters=1000)
+    to = guard(pii={"action": "flag"}, max_characters=1000)
     with pytest.raises(InvalidRequestError, match="more than 1000 characters"):
         await check(to, said("x" * 1001))
 
 
 async def test_a_long_prompt_is_looked_through_beside_the_loop() -> None:
-    to = guard(personal={"action": "redact"}, injection={"action": "flag"})
+    to = guard(pii={"action": "redact"}, injection={"action": "flag"})
     verdict = await check(to, said("word " * 30_000 + "a@example.com " + ATTACK))
     assert verdict.done == "redacted"
     assert [one.done for one in verdict.seen] == ["flagged", "redacted"]
