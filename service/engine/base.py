@@ -111,8 +111,19 @@ class Engine(Protocol):
     async def start(self) -> EngineReport:
         """Start and load the base. Raises CoeError with the reason if it can't."""
 
-    async def load(self, expert: str) -> None:
-        """Make one more expert answerable. Raises CoeError with the reason if it can't."""
+    async def load(self, expert: str, adapter: str | None = None) -> None:
+        """Make one more expert answerable.
+
+        Args:
+            expert: Its name.
+            adapter: Folder of its adapter, where the engine was made without it.
+
+        Raises:
+            CoeError: It can't be, with the reason.
+        """
+
+    async def unload(self, expert: str) -> None:
+        """Forget an adapter of which no request is under way. Raises CoeError."""
 
     async def run(self, request: EngineRequest, send: Send) -> None:
         """Answer one request.

@@ -33,9 +33,13 @@ class LazyEngine:
         self._made = await asyncio.to_thread(self._make)
         return await self._made.start()
 
-    async def load(self, expert: str) -> None:
+    async def load(self, expert: str, adapter: str | None = None) -> None:
         """See `Engine.load`."""
-        await self._engine().load(expert)
+        await self._engine().load(expert, adapter)
+
+    async def unload(self, expert: str) -> None:
+        """See `Engine.unload`."""
+        await self._engine().unload(expert)
 
     async def run(self, request: EngineRequest, send: Send) -> None:
         """See `Engine.run`."""

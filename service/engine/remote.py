@@ -69,8 +69,11 @@ class RemoteEngine:
         )
         return EngineReport("remote", 0, ENDPOINTS)
 
-    async def load(self, expert: str) -> None:
+    async def load(self, expert: str, adapter: str | None = None) -> None:
         """Nothing to load: the weights are elsewhere."""
+
+    async def unload(self, expert: str) -> None:
+        """Nothing to forget."""
 
     def failure(self) -> str | None:
         """A remote engine has no process of ours that could die."""

@@ -94,12 +94,16 @@ class SimulatedEngine:
             raise ExpertFailedError("told to fail when loading", retry_after_s=30)
         return EngineReport("simulated", self._options.max_model_len, ENDPOINTS)
 
-    async def load(self, expert: str) -> None:
+    async def load(self, expert: str, adapter: str | None = None) -> None:
         """Make an expert answerable at once."""
-        if expert not in self._experts:
+        if expert not in self._experts and adapter is None:
             raise ExpertFailedError(f"no weights for {expert!r}")
         self._loaded.add(expert)
         self._runs = self._runs or expert
+
+    async def unload(self, expert: str) -> None:
+        """Forget an adapter."""
+        self._loaded.discard(expert)
 
     @property
     def swappable_experts(self) -> frozenset[str]:

@@ -56,9 +56,13 @@ class SleepingEngines:
         engine = self._engines[self._awake] = self._build(self._awake)
         return await engine.start()
 
-    async def load(self, expert: str) -> None:
+    async def load(self, expert: str, adapter: str | None = None) -> None:
         """See `Engine.load`."""
-        await self._engines[self._awake].load(expert)
+        await self._engines[self._awake].load(expert, adapter)
+
+    async def unload(self, expert: str) -> None:
+        """See `Engine.unload`."""
+        await self._engines[self._awake].unload(expert)
 
     async def run(self, request: EngineRequest, send: Send) -> None:
         """See `Engine.run`."""

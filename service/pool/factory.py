@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,41 @@ class _WeightCatalog(dict[str, "Weights"]):
     __hash__ = object.__hash__  # type: ignore[assignment]  # one is itself, whatever is in it
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What an expert is made of. `version`: of its files; empty where they can't be looked at."""
+
+    parts: tuple[Any, ...]
+    version: str
+
+    def same(self, other: _Made) -> bool:
+        """Whether it is the same expert. What can't be looked at has not changed."""
+        known = self.version and other.version
+        return self.parts == other.parts and (not known or self.version == other.version)
+
+    def newer(self, other: _Made) -> _Made:
+        """The same one, with whichever version of its files is known."""
+        return other if other.version else self
+
+
+@dataclass(frozen=True, slots=True)
+class _MadeUnit:
+    """A unit: its experts, the one with the weights first, and the unit that it needs."""
+
+    made: dict[str, _Made]
+    needs: str = ""
+
+    def same(self, other: _MadeUnit) -> bool:
+        """Whether the same experts are in it."""
+        return self.made.keys() == other.made.keys() and all(
+            one.same(other.made[name]) for name, one in self.made.items()
+        )
+
+    def copied(self) -> _MadeUnit:
+        """Another one, whose experts may come and go."""
+        return _MadeUnit(dict(self.made), self.needs)
+
+
 class PoolFactory:
     """The pool of one kind: built once, and changed as its config changes.
 
@@ -69,8 +105,20 @@ class PoolFactory:
         self._played: dict[str, None] = {}
         self._cache: SharedWeightCache | None = None
         clear_dead()
-        self._profiles = profile_digests(config)
-        self._files = file_versions(config, config.local_experts(kind))
+        self._wanted = _units_of(
+            config,
+            kind,
+            profile_digests(config),
+            file_versions(config, config.local_experts(kind)),
+        )
+        # The units that are here, and those of them, and of their adapters, that are to go.
+        self._present = {name: unit.copied() for name, unit in self._wanted.items()}
+        self._leaving: dict[str, asyncio.Task[None]] = {}
+        # Of adapters that are to go: the unit whose engine goes on.
+        self._base_of: dict[str, str] = {}
+        # Units whose engine was started with adapters, and takes others.
+        self._with_adapters = {name for name, unit in self._wanted.items() if len(unit.made) > 1}
+        self._turn = asyncio.Lock()
         self.pool = pool
         groups = config.groups(kind)
         self._name_played()
@@ -90,58 +138,192 @@ class PoolFactory:
     async def reload(self, config: Config) -> None:
         """Go on as another config says: experts come and go, and the policy of swaps changes.
 
-        Returns when what went is gone: its running requests have ended.
+        An adapter comes to and goes from a running engine that was started with adapters; its base
+        and siblings go on. Where the engine has none yet, or units share it, it starts again.
+
+        Returns without waiting for requests under way of what goes, see `settled`.
         """
-        old, self._config = self._config, config
-        profiles, self._profiles = self._profiles, await asyncio.to_thread(profile_digests, config)
-        names = config.local_experts(self._kind)
-        found = await asyncio.to_thread(file_versions, config, names)
-        # What can't be looked at now is as it was; what was not here yet has not changed since.
-        files = {name: version or self._files.get(name, "") for name, version in found.items()}
-        read = {name: version or files.get(name, "") for name, version in self._files.items()}
-        self._files = files
-        before = {unit[0]: _signature(old, unit, profiles, read) for unit in old.units(self._kind)}
-        after = {
-            unit[0]: _signature(config, unit, self._profiles, files)
-            for unit in config.units(self._kind)
-        }
-        units = {unit[0]: unit for unit in config.units(self._kind)}
-        # An engine that was not made to be shared has to make room for one that is.
-        alone = {
-            base
-            for name in after
-            if (base := config.needs(name)) in before and not self.pool.is_shared(base)
-        }
-        gone = [name for name in before if after.get(name) != before[name] or name in alone]
-        self.pool.set_policy(_policy(self._settings))
-        if self._cache is not None:
-            self._cache.bound_bytes = self._settings.swap.host_bytes
-        later = [name for name in after if name in gone or config.needs(name) in gone]
-        # Those that only come first: they may have to take a slot over.
-        for name in [name for name in after if name not in before and name not in later]:
-            await self._come(units[name])
-        whys = {
-            name: f"expert {name!r} was changed in the config, or its files were; ask again"
-            if name in after
-            else f"expert {name!r} is not in the config any more"
-            for name in gone
-        }
-        # Virtual experts before what they run on.
-        virtual = [name for name in gone if old.needs(name)]
-        rest = [name for name in gone if name not in virtual]
-        for some in (virtual, rest):
-            await asyncio.gather(*(self.pool.remove(name, whys[name], names) for name in some))
-        for name in gone:
-            self._canaries.pop(name, None)
+        async with self._turn:
+            self._config = config
+            profiles = await asyncio.to_thread(profile_digests, config)
+            names = config.local_experts(self._kind)
+            versions = await asyncio.to_thread(file_versions, config, names)
+            self._wanted = _units_of(config, self._kind, profiles, versions)
+            self.pool.set_policy(_policy(self._settings))
+            if self._cache is not None:
+                self._cache.bound_bytes = self._settings.swap.host_bytes
+            gone = [name for name in self._present if self._must_go(name)]
+            # Nobody runs on weights that are not there.
+            gone += [name for name, one in self._present.items() if one.needs in gone]
+            gone = list(dict.fromkeys(gone))
+            # Those that only come first: they may have to take a slot over.
+            await self._fill_in(but=gone)
+            self._send_away([name for name in gone if name not in self._leaving])
+            self._tell_pool()
+        # What goes is refused from here on.
+        await asyncio.sleep(0)
+
+    async def settled(self) -> None:
+        """Wait until what goes by the config in force has gone, and what follows it is there."""
+        while True:
+            await asyncio.gather(*self._leaving.values())
+            async with self._turn:
+                if not self._leaving:
+                    return
+
+    def _must_go(self, name: str) -> bool:
+        """Whether a unit that is here has to make room, for nothing or for another one."""
+        here, wanted = self._present[name], self._wanted.get(name)
+        if name in self._leaving:
+            return False
+        if wanted is None or not here.made[name].same(wanted.made[name]):
+            return True
+        if not self.pool.is_shared(name):
+            # An engine that was not made to be shared has to make room for one that is.
+            if any(one.needs == name for one in self._wanted.values()):
+                return True
+            if len(wanted.made) > 1 and name not in self._with_adapters:
+                log.warning(
+                    "the engine of %s starts again: it was started without adapters, and %s came",
+                    name,
+                    ", ".join(one for one in wanted.made if one not in here.made),
+                )
+                return True
+            return False
+        if here.same(wanted):
+            return False
+        log.warning("unit %s starts again, as it shares a slot and its adapters changed", name)
+        return True
+
+    async def _change_adapters(self, unit: str) -> None:
+        """Let adapters come to and go from a unit whose engine goes on."""
+        here, wanted = self._present[unit].made, self._wanted[unit].made
+        for name, made in list(here.items()):
+            if name == unit or name in self._leaving:
+                continue
+            if name in wanted and made.same(wanted[name]):
+                here[name] = made.newer(wanted[name])
+                continue
+            del here[name]
+            self._leaving[name] = asyncio.create_task(self._let_adapter_go(unit, name))
+            self._base_of[name] = unit
+        here[unit] = here[unit].newer(wanted[unit])
+        for name in wanted:
+            # One that is a unit of its own so far has to go first.
+            if name not in here and name not in self._leaving and name not in self._present:
+                here[name] = wanted[name]
+                folder = self._config.experts[name].adapter
+                assert folder is not None
+                await self.pool.add_adapter(unit, name, folder)
+                log.info("adapter %s came to the engine of %s", name, unit)
+
+    async def _let_adapter_go(self, unit: str, name: str) -> None:
+        await self._removed(self.pool.remove_adapter(name, self._why(name), self._wanted_names()))
+        async with self._turn:
+            del self._leaving[name], self._base_of[name]
             self._watch.on_removed(name)
-        await asyncio.to_thread(self._look_again)
-        for name in later:
-            await self._come(units[name])
-        for name in after:
-            self.pool.set_pinned(name, config.experts[name].pinned)
+            log.info("adapter %s went from the engine of %s", name, unit)
+            await self._follow_up()
+
+    @staticmethod
+    async def _removed(removing: Awaitable[None]) -> None:
+        try:
+            await removing
+        except Exception:
+            # Whatever it was: what comes in its place must come.
+            log.exception("an expert could not be removed in order")
+
+    async def _follow_up(self) -> None:
+        """Something has gone: take in what had to wait for that."""
+        try:
+            await asyncio.to_thread(self._look_again)
+            await self._fill_in()
+        except Exception:
+            # The next config may be a better one.
+            log.exception("what comes in the place of an expert could not be taken in")
+        self._tell_pool()
+
+    def _send_away(self, units: Iterable[str]) -> None:
+        """Begin to remove units, virtual experts before what they run on."""
+        for name in sorted(units, key=lambda name: not self._present[name].needs):
+            before = [
+                task
+                for other, task in self._leaving.items()
+                if self._base_of.get(other) == name
+                or (other in self._present and self._present[other].needs == name)
+            ]
+            self._leaving[name] = asyncio.create_task(self._leave(name, before))
+
+    async def _leave(self, unit: str, before: Sequence[asyncio.Task[None]]) -> None:
+        """A unit goes; then come those that had to wait for it."""
+        await asyncio.gather(*before, return_exceptions=True)
+        await self._removed(self.pool.remove(unit, self._why(unit), self._wanted_names()))
+        async with self._turn:
+            for name in self._present.pop(unit).made:
+                self._canaries.pop(name, None)
+                self._watch.on_removed(name)
+            del self._leaving[unit]
+            await self._follow_up()
+
+    async def _fill_in(self, but: Collection[str] = ()) -> None:
+        """Take in what is wanted and not here, as far as nothing that goes is in its way.
+
+        `but`: units that are about to go.
+        """
+        # An adapter that is a unit of its own now has to go first.
+        for name, unit in self._present.items():
+            if name not in self._wanted or name in self._leaving or name in but:
+                continue
+            if self.pool.is_shared(name):
+                for one, made in self._wanted[name].made.items():
+                    unit.made[one] = unit.made[one].newer(made)
+            else:
+                await self._change_adapters(name)
+        await self._arrive(but)
+
+    async def _arrive(self, but: Collection[str]) -> None:
+        """Take in the units that are not here, unless they, or those they need, are still to go.
+
+        `but`: units that are about to go.
+        """
+        going = {*but, *self._leaving}
+        for name, unit in self._wanted.items():
+            if name in self._present or name in going:
+                continue
+            if unit.needs and (unit.needs in going or unit.needs not in self._present):
+                continue
+            self._present[name] = unit.copied()
+            try:
+                await self._come(tuple(unit.made))
+            except BaseException:
+                del self._present[name]
+                raise
+
+    def _why(self, name: str) -> str:
+        if name in self._wanted_names():
+            return f"expert {name!r} was changed in the config, or its files were; ask again"
+        return f"expert {name!r} is not in the config any more"
+
+    def _wanted_names(self) -> set[str]:
+        return {name for unit in self._wanted.values() for name in unit.made}
+
+    def _tell_pool(self) -> None:
+        """Which experts come again, and which are pinned."""
+        again = self._wanted_names().intersection(
+            name
+            for one in self._leaving
+            for name in (self._present[one].made if one in self._present else (one,))
+        )
+        self.pool.expect({name: self._why(name) for name in again})
+        for name in self._wanted:
+            self.pool.set_pinned(name, self._config.experts[name].pinned)
 
     async def stop(self, drain_s: float) -> None:
         """Stop the pool; nothing of it stays in shared memory."""
+        leaving = list(self._leaving.values())
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
         await self.pool.stop(drain_s)
         if self._cache is not None:
             await asyncio.to_thread(self._cache.close)
@@ -185,10 +367,9 @@ class PoolFactory:
             return self._shared_slot(group)
         settings = self._settings
         (unit,) = group
-        base, *adapters = unit
         return BaseSlot(
             unit,
-            partial(self._engine, base, tuple(adapters)),
+            partial(self._engine, unit[0]),
             capacity=settings.max_running,
             max_waiting=settings.max_queued_requests,
             start_guess_s=self._start_guess_s,
@@ -246,9 +427,14 @@ class PoolFactory:
 
     # --- engines
 
-    def _engine(self, base: str, adapters: tuple[str, ...]) -> SwappingEngine:
-        """An engine that runs one unit."""
+    def _engine(self, base: str) -> SwappingEngine:
+        """An engine that runs one unit, with the adapters that it has now."""
         settings = self._settings
+        adapters = tuple(name for name in self._present[base].made if name != base)
+        if adapters:
+            self._with_adapters.add(base)
+        else:
+            self._with_adapters.discard(base)
         if settings.engine == "simulated":
             return SimulatedEngine((base, *adapters), settings.simulated, self._watch)
         if adapters or self._config.experts[base].form != "merged":
@@ -386,20 +572,24 @@ def _policy(settings: PoolConfig) -> SwapPolicy:
     )
 
 
-def _signature(
-    config: Config, unit: tuple[str, ...], profiles: Mapping[str, str], files: Mapping[str, str]
-) -> tuple[Any, ...]:
-    """What a unit's weights depend on: where that changes, it is another one."""
-    parts: list[Any] = []
-    for name in unit:
-        expert = config.experts[name]
-        base = config.experts[expert.base].model if expert.base is not None else None
-        made = (expert.adapter, expert.profile, profiles.get(name), expert.form, expert.strength)
-        parts.append((name, expert.model, expert.base, base, files.get(name), *made))
-    # And on what its engine computes with.
-    own = config.experts[unit[0]]
-    parts.append(own.vllm if own.base is None else config.experts[own.base].vllm)
-    return tuple(parts)
+def _units_of(
+    config: Config, kind: str, profiles: Mapping[str, str], versions: Mapping[str, str]
+) -> dict[str, _MadeUnit]:
+    """The units of a pool's config, and what each of their experts is made of."""
+    units = {}
+    for unit in config.units(kind):
+        own = config.experts[unit[0]]
+        # What its engine computes with.
+        kernels = own.vllm if own.base is None else config.experts[own.base].vllm
+        made = {}
+        for name in unit:
+            expert = config.experts[name]
+            base = config.experts[expert.base].model if expert.base is not None else None
+            named = (expert.model, expert.base, base, expert.adapter, expert.profile)
+            shaped = (profiles.get(name), expert.form, expert.strength, kernels)
+            made[name] = _Made((*named, *shaped), versions.get(name, ""))
+        units[unit[0]] = _MadeUnit(made, config.needs(unit[0]))
+    return units
 
 
 def _weights(config: Config, expert: str) -> Weights:

@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -215,6 +215,29 @@ class Pool:
         await asyncio.gather(task, return_exceptions=True)
         self._ending.discard(slot)
         self._divide()
+
+    async def add_adapter(self, base: str, expert: str, folder: str) -> None:
+        """One more adapter of a base that has an engine made for adapters."""
+        slot = self._slot_of[base]
+        self._belong((expert,), slot)
+        await slot.add_adapter(expert, folder)
+
+    async def remove_adapter(
+        self, expert: str, why: str, come_again: Collection[str] = ()
+    ) -> None:
+        """An adapter goes, its base stays. See `remove`."""
+        slot = self._slot_of.pop(expert)
+        self._speeds.pop(expert, None)
+        if expert in come_again:
+            self._coming[expert] = why
+        kind = EngineRestartingError if expert in come_again else UnknownModelError
+        await slot.remove_adapter(expert, why, kind)
+        self.changed()
+
+    def expect(self, experts: Mapping[str, str]) -> None:
+        """Of the experts that have gone or are going only these come again, with what is said
+        until then."""
+        self._coming = {n: why for n, why in experts.items() if n not in self._slot_of}
 
     def _give_one_to(self, slot: SwapSlot) -> None:
         """Another slot's unit for one whose last unit goes, if one can be spared."""

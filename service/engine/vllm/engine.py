@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import gc
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -104,6 +105,8 @@ class VllmEngine:
         self._llm: Any = None
         self._app: Any = None
         self._args = Namespace()
+        # How often each adapter was unloaded.
+        self._unloaded: Counter[str] = Counter()
         self._stopped = False
         self._trials = GrammarTrials()
 
@@ -259,17 +262,39 @@ class VllmEngine:
         del expert
         return self._app
 
-    async def load(self, expert: str) -> None:
+    async def load(self, expert: str, adapter: str | None = None) -> None:
         """Load an adapter into the running engine. Raises ExpertFailedError."""
         if expert == self._model.name:
             return
+        if not self._model.adapters:
+            raise ExpertFailedError(
+                f"the engine of {self._model.name!r} was started without adapters", retry_after_s=30
+            )
         from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
+        folder = self._model.adapters[expert] if adapter is None else adapter
+        # vLLM knows prefixes by an adapter's name and path: one that was unloaded and comes again
+        # may hold something else, so that its path is written otherwise then.
+        path = folder + "/." * self._unloaded[expert]
         answer = await self._app.state.openai_serving_models.load_lora_adapter(
-            LoadLoRAAdapterRequest(lora_name=expert, lora_path=self._model.adapters[expert])
+            LoadLoRAAdapterRequest(lora_name=expert, lora_path=path)
         )
         if not isinstance(answer, str):
             raise ExpertFailedError(first_line(answer.error.message), retry_after_s=30)
+
+    async def unload(self, expert: str) -> None:
+        """Forget an adapter, in the front end and in the core. Raises ExpertFailedError."""
+        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+
+        models = self._app.state.openai_serving_models
+        known = models.lora_requests.get(expert)
+        if known is None:
+            return
+        answer = await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=expert))
+        if not isinstance(answer, str):
+            raise ExpertFailedError(first_line(answer.error.message), retry_after_s=30)
+        self._unloaded[expert] += 1
+        await self._llm.remove_lora(known.lora_int_id)
 
     @property
     def swappable_experts(self) -> frozenset[str]:

@@ -76,6 +76,9 @@ class BaseSlot(Generic[E]):
         self._failed_starts = 0
         self._has_worked = False
         self._draining = False
+        # Folders of adapters that came after the engine was built.
+        self._adapters: dict[str, str] = {}
+        self._ended = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -145,6 +148,7 @@ class BaseSlot(Generic[E]):
             self._grant()
             if self._queues.total == 0:
                 self._idle.set()
+            self._ended.set()
             self._left()
             self._changed()
 
@@ -272,14 +276,24 @@ class BaseSlot(Generic[E]):
         self._changed()
 
     async def _load(self, engine: Engine, report: EngineReport, name: str) -> None:
-        """Make one expert answer, or show why it can't."""
+        """Make one expert answer, or show why it can't.
+
+        Nothing is shown of an adapter that was removed meanwhile.
+        """
         try:
-            await engine.load(name)
+            if (adapter := self._adapters.get(name)) is not None:
+                await engine.load(name, adapter)
+            else:
+                await engine.load(name)
         except CoeError as error:
+            if name not in self._states:
+                return
             log.error("expert %s failed: %s", name, error.message)
             self._states[name] = ExpertState(Residency.FAILED, reason=error.message)
             self._refuse_waiting()
         else:
+            if name not in self._states:
+                return
             self._states[name] = ExpertState(
                 Residency.DEVICE,
                 max_model_len=report.max_model_len,
@@ -330,6 +344,39 @@ class BaseSlot(Generic[E]):
         """The unit that an expert belongs to: here, all of them."""
         assert expert in self.experts
         return Unit(self.experts[0], self.experts)
+
+    async def add_adapter(self, expert: str, folder: str) -> None:
+        """One more adapter for the base, beside the others, in the running engine."""
+        self.experts = (*self.experts, expert)
+        self._adapters[expert] = folder
+        self._states[expert] = ExpertState(Residency.LOADING)
+        self._queues.welcome(expert)
+        self._changed()
+        # An engine that is just starting loads it with the others.
+        if (engine := self._engine) is not None and (report := self._report) is not None:
+            await self._load(engine, report, expert)
+
+    async def remove_adapter(
+        self, expert: str, why: str, kind: type[CoeError] = UnknownModelError
+    ) -> None:
+        """An adapter goes, the engine stays: who waits for it is told why by such an error.
+
+        Returns when no request of it runs any more, and it is forgotten.
+        """
+        self.experts = tuple(name for name in self.experts if name != expert)
+        del self._states[expert]
+        for ticket in self._queues.waiting_for(expert):
+            self._refuse(ticket, kind(why))
+        self._changed()
+        while self._queues.counts(expert)[1]:
+            self._ended.clear()
+            await self._ended.wait()
+        self._adapters.pop(expert, None)
+        if (engine := self._engine) is not None and engine.failure() is None:
+            try:
+                await engine.unload(expert)
+            except CoeError as error:
+                log.error("adapter %s could not be unloaded: %s", expert, error.message)
 
     async def close(self, why: str, kind: type[CoeError] = UnknownModelError) -> None:
         """Its experts go for good: who waits is told why by such an error, who runs is let end."""

@@ -192,21 +192,27 @@ async def test_reload_takes_up_files_that_were_replaced_and_leaves_the_others(
     assembly = PoolFactory(config, "p", pool, PoolMetrics())
     pool.start()
     await assembly.reload(config)
+    await assembly.settled()
     # What was fetched since is not another expert.
     _folder(tmp_path / "later")
     await assembly.reload(config)
+    await assembly.settled()
     assert pool.removed == []
     (adapter / "adapter_model.safetensors").write_text("retrained")
     await assembly.reload(config)
+    await assembly.settled()
     assert pool.removed == ["merged"]
     (tmp_path / "a/tokenizer.json").write_text('{"new": 1}')
     await assembly.reload(config)
+    await assembly.settled()
     assert pool.removed[1:] == ["a", "merged"]
     # A store that can't be looked at for a moment has changed nothing.
     (tmp_path / "b").rename(tmp_path / "away")
     await assembly.reload(config)
+    await assembly.settled()
     (tmp_path / "away").rename(tmp_path / "b")
     await assembly.reload(config)
+    await assembly.settled()
     assert pool.removed[3:] == []
     assert set(pool.snapshot().experts) == {"a", "b", "merged", "later"}
     await pool.stop(0)

@@ -42,6 +42,12 @@ class Running:
         self.assembly = PoolFactory(first, "p", self.pool, watch)
         self.pool.start()
 
+    async def reload(self, config: Config) -> None:
+        """Go on by another config, until all that goes by it has gone."""
+        await self.assembly.reload(config)
+        async with asyncio.timeout(20):
+            await self.assembly.settled()
+
     async def ask(self, expert: str, tokens: int = 4) -> str:
         body = orjson.dumps({"prompt": "x", "max_tokens": tokens})
         sent: list[Message] = []
@@ -66,7 +72,7 @@ async def test_experts_come_and_go(slots: int | None) -> None:
     await until(lambda: running.pool.snapshot().queues["c"].running == 1, "c runs")
     waiting = asyncio.create_task(running.ask("b")) if slots == 1 else None
     await asyncio.sleep(0)
-    await running.assembly.reload(config("ad", slots))
+    await running.reload(config("ad", slots))
     assert await long == "ok", "who ran was not let end"
     if waiting is not None:
         assert await waiting in ("model_not_found", "ok")
@@ -82,7 +88,7 @@ async def test_experts_come_and_go(slots: int | None) -> None:
 async def test_an_expert_that_changes_is_another_one(slots: int | None) -> None:
     running = Running(config("abc", slots))
     assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
-    await running.assembly.reload(config("abc", slots, b="n"))
+    await running.reload(config("abc", slots, b="n"))
     assert running.pool.details()["b"].get("host_bytes", 0) == 0 or slots is None
     assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
     await running.pool.stop(1)
@@ -97,7 +103,7 @@ async def test_reload_that_changes_an_expert_tells_to_ask_again_and_one_that_wen
     # Its running request keeps the old one of that name there for a while.
     long = asyncio.create_task(running.ask("b", 60))
     await until(lambda: running.pool.snapshot().queues["b"].running == 1, "b runs")
-    reload = asyncio.create_task(running.assembly.reload(config("ab", slots, b="n")))
+    reload = asyncio.create_task(running.reload(config("ab", slots, b="n")))
     await until(lambda: "b" not in running.pool._slot_of, "it goes")
     assert await running.ask("b") == "engine_restarting"
     await until(lambda: "c" not in running.pool._slot_of, "it goes")
@@ -140,7 +146,7 @@ async def test_a_shared_slot_whose_units_all_go(stay: str) -> None:
     under_way = [asyncio.create_task(running.ask(name, 30)) for name in "ae"]
     await asyncio.sleep(0)
     async with asyncio.timeout(10):
-        await running.assembly.reload(config(stay, 2))
+        await running.reload(config(stay, 2))
     assert await asyncio.gather(*under_way) in (
         ["ok", "ok"],
         ["model_not_found", "ok"],
@@ -158,7 +164,7 @@ async def test_the_policy_of_swaps_changes_with_it() -> None:
     other = config("abc", 1)
     swap = other.pools["p"].swap.model_copy(update={"max_wait_s": 7.0, "running": "preempt"})
     pool = other.pools["p"].model_copy(update={"swap": swap})
-    await running.assembly.reload(other.model_copy(update={"pools": {"p": pool}}))
+    await running.reload(other.model_copy(update={"pools": {"p": pool}}))
     policy = running.pool.shared[0].policy
     assert (policy.max_wait_s, policy.preempt) == (7.0, True)
     await running.pool.stop(1)
@@ -202,21 +208,21 @@ async def test_virtual_experts_come_go_and_change(tmp_path: Path, slots: int | N
     running = Running(steered(tmp_path, "a b", slots))
     try:
         assert await running.ask("a") == "ok"
-        await running.assembly.reload(steered(tmp_path, "a b a1 a2", slots))
+        await running.reload(steered(tmp_path, "a b a1 a2", slots))
         assert [await running.ask(name) for name in ("a1", "a2", "a", "b")] == ["ok"] * 4
         # The same config, another file: nobody else has to go for it.
         (tmp_path / "a1").write_text("other")
-        await running.assembly.reload(steered(tmp_path, "a b a1 a2", slots))
+        await running.reload(steered(tmp_path, "a b a1 a2", slots))
         details = running.pool.details()
         assert details["a1"]["host_bytes"] == 0
         assert details["a2"]["host_bytes"] > 0
         assert [await running.ask(name) for name in ("a1", "a2", "a")] == ["ok"] * 3
         # While one runs; then its base with it.
-        await running.assembly.reload(steered(tmp_path, "a b a2", slots))
+        await running.reload(steered(tmp_path, "a b a2", slots))
         with pytest.raises(UnknownModelError):
             await running.pool.operate("load", "a1")
         assert [await running.ask(name) for name in ("a2", "a")] == ["ok"] * 2
-        await running.assembly.reload(steered(tmp_path, "b", slots))
+        await running.reload(steered(tmp_path, "b", slots))
         assert set(running.pool.snapshot().experts) == {"b"}
         assert await running.ask("b") == "ok"
         assert running.pool.unhealthy() is None
@@ -240,7 +246,7 @@ async def test_a_virtual_expert_for_which_the_engine_was_not_started(
     running = Running(steered(tmp_path, "a a1"))
     try:
         assert [await running.ask(name) for name in ("a", "a1")] == ["ok"] * 2
-        await running.assembly.reload(steered(tmp_path, "a a1 a2"))
+        await running.reload(steered(tmp_path, "a a1 a2"))
         assert [await running.ask(name) for name in ("a2", "a", "a1", "a2")] == ["ok"] * 4
         counted = running.pool.swap_counts()
         respawned = {unit: n for (unit, method, _), n in counted.items() if method == "respawn"}
@@ -301,6 +307,7 @@ async def test_engines_on_a_gpu_and_their_virtual_experts(tmp_path: Path) -> Non
     assert plain.swappable_experts == {"b"}
     # Of those that come, it has what it can run; for the other it is started anew.
     await assembly.reload(on_a_gpu(tmp_path, "a b a1 a2 a3", a3=3))
+    await assembly.settled()
     assert steered.swappable_experts == {"a", "a1", "a2"}
     again = engine_for("a")
     assert {name: weights.places for name, weights in again._weights.items()} == {
@@ -336,6 +343,7 @@ async def test_the_bound_on_shared_weights_is_the_config_s(tmp_path: Path) -> No
     assert cache is not None
     assert cache.bound_bytes == 1000
     await assembly.reload(bounded(2000))
+    await assembly.settled()
     assert cache.bound_bytes == 2000
     await assembly.stop(0)
 
@@ -351,3 +359,141 @@ async def test_engines_on_a_gpu_that_take_other_weights_in(tmp_path: Path) -> No
     assembly._config = on_a_gpu(tmp_path, "b c", "inplace")
     assembly._look_again()
     assert engine.swappable_experts == {"b", "c"}
+
+
+def adapted(folder: Path, names: str, slots: int | None = None, **paths: str) -> Config:
+    """a and b, full; a1, a2, … adapters of a. Simulated: their files are any."""
+    experts = {
+        name: {"base": name[0], "adapter": str(folder / paths.get(name, name))}
+        if name[1:]
+        else {"model": "m"}
+        for name in names.split()
+    }
+    for name in experts:
+        (folder / paths.get(name, name)).mkdir(exist_ok=True)
+    simulated = {"decode_ms": 10, "tokens": 4, "fill_s": 0.02, "swap_s": 0.01}
+    pool: dict[str, Any] = {"engine": "simulated", "simulated": simulated}
+    if slots is not None:
+        pool |= {"slots": slots, "swap": {"min_stay_s": 0.0}}
+    return Config.model_validate({"experts": experts, "pools": {"p": pool}})
+
+
+def engine_of(running: Running, expert: str) -> Any:
+    return running.pool._slot_of[expert]._engine
+
+
+async def test_reload_with_one_adapter_more_leaves_its_base_and_siblings_at_work(
+    tmp_path: Path,
+) -> None:
+    running = Running(adapted(tmp_path, "a a1 b"))
+    assert [await running.ask(name) for name in ("a", "a1", "b")] == ["ok"] * 3
+    engines = {name: engine_of(running, name) for name in ("a", "b")}
+    under_way = [asyncio.create_task(running.ask(name, 40)) for name in ("a", "a1")]
+    await until(lambda: running.pool.queued() == 2, "both run")
+    await running.reload(adapted(tmp_path, "a a1 a2 a3 b"))
+    assert not any(task.done() for task in under_way), "nobody was waited for"
+    assert [await running.ask(name) for name in ("a2", "a3")] == ["ok"] * 2
+    assert await asyncio.gather(*under_way) == ["ok", "ok"]
+    assert {name: engine_of(running, name) for name in ("a", "b")} == engines
+    await running.pool.stop(1)
+
+
+@pytest.mark.parametrize("names", ["a a2 b", "a b"])
+async def test_reload_without_an_adapter_lets_who_runs_end_and_the_others_go_on(
+    tmp_path: Path, names: str
+) -> None:
+    running = Running(adapted(tmp_path, "a a1 a2 b"))
+    assert [await running.ask(name) for name in ("a", "a1", "a2")] == ["ok"] * 3
+    engine = engine_of(running, "a")
+    under_way = asyncio.create_task(running.ask("a1", 40))
+    await until(lambda: running.pool.queued() == 1, "it runs")
+    await running.assembly.reload(adapted(tmp_path, names))
+    assert not under_way.done()
+    assert await running.ask("a1") == "model_not_found"
+    assert "a1" not in running.pool.snapshot().experts
+    assert await running.ask("a") == "ok"
+    assert await under_way == "ok"
+    await running.assembly.settled()
+    assert engine_of(running, "a") is engine
+    assert "a1" not in engine._loaded
+    # The engine still takes adapters, also after the last one went.
+    await running.reload(adapted(tmp_path, names + " a4"))
+    assert await running.ask("a4") == "ok"
+    assert engine_of(running, "a") is engine
+    await running.pool.stop(1)
+
+
+async def test_reload_of_an_adapter_that_changed_exchanges_it_alone(tmp_path: Path) -> None:
+    running = Running(adapted(tmp_path, "a a1 a2"))
+    assert [await running.ask(name) for name in ("a", "a1", "a2")] == ["ok"] * 3
+    engine = engine_of(running, "a")
+    under_way = asyncio.create_task(running.ask("a1", 40))
+    await until(lambda: running.pool.queued() == 1, "it runs")
+    await running.assembly.reload(adapted(tmp_path, "a a1 a2", a1="other"))
+    assert await running.ask("a1") == "engine_restarting", "it comes again: ask again"
+    assert await running.ask("a2") == "ok"
+    assert await under_way == "ok"
+    await running.assembly.settled()
+    assert await running.ask("a1") == "ok"
+    assert engine_of(running, "a") is engine
+    await running.pool.stop(1)
+
+
+async def test_reload_with_the_first_adapter_starts_the_engine_again_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = Running(adapted(tmp_path, "a b"))
+    assert await running.ask("a") == "ok"
+    engines = [engine_of(running, name) for name in "ab"]
+    await running.reload(adapted(tmp_path, "a a1 b"))
+    assert [await running.ask(name) for name in ("a", "a1", "b")] == ["ok"] * 3
+    assert engine_of(running, "a") is not engines[0]
+    assert engine_of(running, "b") is engines[1]
+    assert "the engine of a starts again: it was started without adapters" in caplog.text
+    await running.pool.stop(1)
+
+
+async def test_reload_of_an_adapter_in_a_shared_slot_starts_its_unit_again(
+    tmp_path: Path,
+) -> None:
+    running = Running(adapted(tmp_path, "a a1 b", 1))
+    assert [await running.ask(name) for name in ("a", "a1", "b")] == ["ok"] * 3
+    await running.reload(adapted(tmp_path, "a a1 a2 b", 1))
+    assert [await running.ask(name) for name in ("a", "a1", "a2", "b")] == ["ok"] * 4
+    await running.pool.stop(1)
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+async def test_reload_while_another_one_still_lets_requests_end_is_heard_at_once(
+    slots: int | None,
+) -> None:
+    running = Running(config("abc", slots))
+    assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
+    under_way = asyncio.create_task(running.ask("b", 100))
+    await until(lambda: running.pool.queued() == 1, "it runs")
+    async with asyncio.timeout(0.9):
+        await running.assembly.reload(config("ac", slots))
+        await running.assembly.reload(config("acd", slots))
+        # b comes again, though it has not gone yet.
+        await running.assembly.reload(config("abcd", slots))
+    assert not under_way.done()
+    assert await running.ask("d") == "ok"
+    assert await running.ask("b") == "engine_restarting"
+    assert await under_way == "ok"
+    await running.assembly.settled()
+    assert [await running.ask(name) for name in "abcd"] == ["ok"] * 4
+    await running.pool.stop(1)
+
+
+async def test_reload_from_an_adapter_to_full_weights_of_its_name_and_back(tmp_path: Path) -> None:
+    running = Running(adapted(tmp_path, "a a1 a2"))
+    assert await running.ask("a1") == "ok"
+    full = adapted(tmp_path, "a a1 a2").model_dump()
+    full["experts"]["a1"] = {"model": "m"}
+    await running.reload(Config.model_validate(full))
+    assert [await running.ask(name) for name in ("a", "a1", "a2")] == ["ok"] * 3
+    assert engine_of(running, "a1") is not engine_of(running, "a")
+    await running.reload(adapted(tmp_path, "a a1 a2"))
+    assert [await running.ask(name) for name in ("a", "a1", "a2")] == ["ok"] * 3
+    assert engine_of(running, "a1") is engine_of(running, "a")
+    await running.pool.stop(1)
