@@ -345,9 +345,10 @@ class PoolFactory:
 
     def _look_again(self) -> None:
         self._name_played()
+        known = set(self._config.local_experts(self._kind))
         for sources in list(self._sources):
             # One that went is not known to the config any more.
-            first = next((name for name in sources if name in self._played), None)
+            first = next((name for name in sources if name in known), None)
             if first is not None:
                 found = self._sources_like(first, sources[first], alone=sources.alone)
                 for name in [name for name in sources if name not in found]:
@@ -355,7 +356,9 @@ class PoolFactory:
                 sources.update(found)
 
     def _name_played(self) -> None:
-        names = self._config.local_experts(self._kind)
+        names = list(self._config.local_experts(self._kind))
+        # Until those that go have gone, an engine may be starting with one of them.
+        names += [name for unit in self._present.values() for name in unit.made]
         for name in [name for name in self._played if name not in names]:
             del self._played[name]
         self._played.update(dict.fromkeys(names))

@@ -122,7 +122,7 @@ async def test_reload_that_changes_all_experts_leaves_as_many_slots_as_there_wer
     running = Running(config("abc", slots))
     assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
     async with asyncio.timeout(10):
-        await running.assembly.reload(config("abc", slots, **dict.fromkeys(changed, "n")))
+        await running.reload(config("abc", slots, **dict.fromkeys(changed, "n")))
     assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
     assert len(running.pool.shared) == (slots or 0)
     assert running.pool.unhealthy() is None
@@ -131,9 +131,9 @@ async def test_reload_that_changes_all_experts_leaves_as_many_slots_as_there_wer
 
 async def test_reload_with_fewer_experts_than_slots_and_then_more_has_all_slots_again() -> None:
     running = Running(config("abc", 2))
-    await running.assembly.reload(config("a", 2))
+    await running.reload(config("a", 2))
     assert len(running.pool.shared) == 1
-    await running.assembly.reload(config("abc", 2))
+    await running.reload(config("abc", 2))
     assert len(running.pool.shared) == 2
     assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
     await running.pool.stop(1)
