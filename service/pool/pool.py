@@ -222,9 +222,7 @@ class Pool:
         self._belong((expert,), slot)
         await slot.add_adapter(expert, folder)
 
-    async def remove_adapter(
-        self, expert: str, why: str, come_again: Collection[str] = ()
-    ) -> None:
+    async def remove_adapter(self, expert: str, why: str, come_again: Collection[str] = ()) -> None:
         """An adapter goes, its base stays. See `remove`."""
         slot = self._slot_of.pop(expert)
         self._speeds.pop(expert, None)
