@@ -31,7 +31,7 @@ from service.errors import (
 )
 from service.gateway.auth import Authenticator
 from service.gateway.request.parsing import InferenceRequest
-from service.gateway.request_record import RequestRecord
+from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.sends.usage_meter import UsageMeter
 from service.http.asgi import ClientDisconnectedError
 from service.http.endpoints import TABLE, UNCHARGED
@@ -50,16 +50,6 @@ _TEMPLATE_TOKENS = 512
 _FRAME_TOKENS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertCall:
-    """One call of an expert: tokens, and units of cost."""
-
-    expert: str
-    prompt_tokens: int
-    completion_tokens: int
-    cost: float
-
-
 Charged = Callable[[Tenant, str, Sequence[ExpertCall]], None]
 
 
@@ -70,7 +60,7 @@ class Entry:
     Attributes:
         id: Unique among all requests of all gateways.
         tenant: Whose it is.
-        passage: What becomes of it.
+        record: What becomes of it.
         counts: Somebody is charged for it; else what passes is left alone.
         held: What is reserved for it.
         meter: Counts its answer, once it is known what was asked.
@@ -79,7 +69,7 @@ class Entry:
 
     id: str
     tenant: Tenant
-    passage: RequestRecord
+    record: RequestRecord
     counts: bool
     held: list[Reservation] = field(default_factory=list)
     meter: UsageMeter | None = None
@@ -94,9 +84,9 @@ class Entry:
     @property
     def outcome(self) -> str:
         """For the metrics of tenants."""
-        if self.fault[1] in (429, 503) and not self.passage.attempts:
+        if self.fault[1] in (429, 503) and not self.record.attempts:
             return self.fault[0]
-        status = self.passage.status or self.fault[1]
+        status = self.record.status or self.fault[1]
         if status == 0:
             return "no_answer"
         if status < 400:
@@ -106,9 +96,9 @@ class Entry:
     @property
     def ours(self) -> bool:
         """Whether it failed by our fault: then it does not count as a request."""
-        if self.fault[0] == DeadlineExceededError.code and self.passage.own_deadline:
+        if self.fault[0] == DeadlineExceededError.code and self.record.own_deadline:
             return False
-        return max(self.passage.status, self.fault[1]) >= 500
+        return max(self.record.status, self.fault[1]) >= 500
 
 
 class Admission:
@@ -152,7 +142,7 @@ class Admission:
 
     @asynccontextmanager
     async def enter(
-        self, headers: dict[bytes, bytes], passage: RequestRecord
+        self, headers: dict[bytes, bytes], record: RequestRecord
     ) -> AsyncIterator[Entry]:
         """Take a request in by its headers, and settle what is held for it at its end.
 
@@ -160,7 +150,7 @@ class Admission:
         """
         tenant = self.identify(headers)
         log_fields(tenant=tenant.name, key=tenant.key)
-        entry = Entry(secrets.token_hex(12), tenant, passage, self._counts or bool(tenant.key))
+        entry = Entry(secrets.token_hex(12), tenant, record, self._counts or bool(tenant.key))
         if not entry.counts:
             yield entry
             return
@@ -282,11 +272,11 @@ class Admission:
         )
 
     async def _settle(self, entry: Entry) -> None:
-        expert = entry.passage.expert
+        expert = entry.record.expert
         calls = await self._calls(entry, expert)
         usage = Usage(
-            sum(call.prompt_tokens for call in calls),
-            sum(call.completion_tokens for call in calls),
+            sum(call.prompt_tokens or 0 for call in calls),
+            sum(call.completion_tokens or 0 for call in calls),
             sum(call.cost for call in calls),
         )
         self._charged(entry.tenant, entry.outcome, calls)
@@ -315,7 +305,7 @@ class Admission:
     async def _calls(self, entry: Entry, expert: str) -> list[ExpertCall]:
         if entry.meter is None:
             return []
-        for call in entry.passage.unfinished:
+        for call in entry.record.unfinished:
             entry.meter.left(*await call.used())
         calls = []
         for name, prompt, completion in entry.meter.calls_made(expert):
@@ -323,6 +313,5 @@ class Admission:
             if beyond > _TEMPLATE_TOKENS:
                 self._templates[name] = max(beyond, self._templates.get(name, 0))
             if name in self._prices:
-                spent = cost(self._prices[name], prompt, completion)
-                calls.append(ExpertCall(name, prompt, completion, spent))
+                calls.append(ExpertCall(name, self._prices[name], prompt, completion))
         return calls

@@ -41,6 +41,7 @@ from service.gateway.openapi import describe
 from service.gateway.path_hints import hint_for
 from service.gateway.request.validation import RequestValidator
 from service.gateway.request_record import RequestRecord
+from service.gateway.request_scope import RequestObservers
 from service.gateway.routes import models as catalog
 from service.gateway.routes.admin import Reload, admin_routes, check_admin, shows_admin_key
 from service.gateway.routes.feedback import read_vote
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
     from service.telemetry.tracing import Traces
 
 log = logging.getLogger("coe.api")
-access = logging.getLogger("coe.access")
 
 _VOTE_BYTES = 10_000
 
@@ -119,17 +119,20 @@ class Gateway:
         self._idle.set()
         self._intake = RequestValidator(config, guard or Guard(config), self.metrics.meter)
         self._neighbours = neighbours
-        self._prompts = InferenceHandler(
-            intake=self._intake,
+        self._inference = InferenceHandler(
+            validator=self._intake,
             router=router,
             cache=cache,
             admission=admission,
-            answering=answering,
-            metrics=self.metrics,
-            recent=state.recent,
-            traces=traces,
+            executor=answering,
+            observers=RequestObservers(
+                self.metrics,
+                state.recent,
+                traces,
+                access_log=config.server.access_log,
+                sends_request_id=not behind_serve,
+            ),
             behind_serve=behind_serve,
-            access_log=config.server.access_log,
         )
         self.feed = EventStream(
             config,
@@ -150,7 +153,7 @@ class Gateway:
         self._in_flight += 1
         self._idle.clear()
         try:
-            await self._prompts.handle(scope, receive, send)
+            await self._inference.handle(scope, receive, send)
         finally:
             self._in_flight -= 1
             if not self._in_flight:
@@ -216,7 +219,7 @@ class Gateway:
                 asked = verdict.asked
                 plan = self._router.plan(asked)
                 told = self._answering.explain(asked, plan)
-                entry.passage.status = 200
+                entry.record.status = 200
             return _json({**told, "guard": verdict.explained()})
 
         if self._answering.feedback.enabled:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from service.broker.ledger import Ledger
 from service.capabilities import with_capabilities
 from service.config import Config
-from service.gateway.admission import Admission, ExpertCall
+from service.gateway.admission import Admission
 from service.gateway.app import Gateway
 from service.gateway.auth import Authenticator
 from service.gateway.budget_prices import BudgetPrices
@@ -18,6 +18,7 @@ from service.gateway.dispatch.execution import RecipeExecutor
 from service.gateway.dispatch.remote_pool import RemotePool
 from service.gateway.guard.guard import Guard
 from service.gateway.guard.screen import Screen
+from service.gateway.request_record import ExpertCall
 from service.gateway.routes.admin import Reload
 from service.gateway.routes.feedback import FeedbackService
 from service.gateway.routes.keys_and_usage import AccountEndpoints
@@ -157,5 +158,5 @@ class ConfiguredGateway:
         """A request that somebody is charged for has ended."""
         self._meter.add(metrics.TENANT_REQUESTS, 1, tenant.name, outcome)
         for call in calls:
-            tokens = call.prompt_tokens + call.completion_tokens
+            tokens = (call.prompt_tokens or 0) + (call.completion_tokens or 0)
             self._meter.add(metrics.TENANT_TOKENS, tokens, tenant.name)

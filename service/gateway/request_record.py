@@ -1,25 +1,36 @@
-"""What became of one request: for headers, `usage.coe`, metrics and the log."""
+"""The record of one request: its own facts, its calls of experts, and their times.
+
+Headers, `usage.coe`, metrics, traces, the console and the access log are views of it.
+"""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from service.broker.prices import Price, cost
+from service.http.openai_errors import codes_of_ours
 
 if TYPE_CHECKING:
     from service.telemetry.tracing import Trace
 
 
 @dataclass(slots=True)
-class CallCost:
-    """One call of an expert. Times in ms. `tokens` are None until the reply told them.
+class ExpertCall:
+    """One call of an expert.
 
-    `estimated`: the call was cut short, and its tokens are by the clock. `answers`: how many are
-    asked for at once, each of `most_tokens` at most where there is a bound. `ended`: false where
-    it was stopped before its end.
+    Attributes:
+        expert: The expert that was called.
+        price: Its price.
+        prompt_tokens: Tokens of the prompt; None until the reply has told them.
+        completion_tokens: Tokens of all answers together; None until the reply has told them.
+        estimated: Whether the call was cut short, so that its tokens are estimated by the clock.
+        answers: How many answers are asked for at once.
+        most_tokens: The bound of each answer, if there is one.
+        ended: False where the call was stopped before its end.
     """
 
     expert: str
@@ -49,13 +60,13 @@ class CallCost:
 
     def to_json(self) -> dict[str, Any]:
         """For `usage.coe`."""
-        told: dict[str, Any] = {
+        call: dict[str, Any] = {
             "expert": self.expert,
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "cost": round(self.cost, 9),
         }
-        return {**told, "estimated": True} if self.estimated else told
+        return {**call, "estimated": True} if self.estimated else call
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,66 +83,129 @@ class Unfinished:
     guess: tuple[int, int]
 
     async def used(self) -> tuple[int, int, bool]:
-        """Tokens of its prompt, of its answer as far as it was made, and whether an engine has
-        counted them."""
-        told = await self.asks() if self.asks is not None else None
-        return (*self.guess, False) if told is None else (*told, True)
+        """Tokens of the prompt, of the answer so far, and whether an engine has counted them."""
+        counted = await self.asks() if self.asks is not None else None
+        return (*self.guess, False) if counted is None else (*counted, True)
 
 
 @dataclass(slots=True)
 class RequestRecord:
-    """Filled in as a request goes its way.
+    """One request, from its arrival to its end. Times `..._s` are of `time.monotonic`; 0: never.
 
-    `predicted_s`: the wait that was expected of the option that answered. `..._at_s`: by
-    `time.monotonic`; 0: never. `failed`: attempts that did before the first byte, as
-    (expert, code). `losses`: boot ids of the pools that died, or whose engine did, while they
-    had the request; all calls of one request share the list. `engine_ms`: until the engine's
-    first byte, as the pool measured it.
-    `route_ms`: to understand the request once its body is there, and to choose who answers.
-    `clipped`: what its answer was cut to, in tokens, where that is less than was asked for.
-    `own_deadline`: its client has set one. `unfinished`: calls that were given up because the
-    client left, or its own deadline passed.
+    Attributes:
+        arrived_s: When the request arrived. Its deadline counts from here.
+        path: The path that was asked.
+        client_id: The request's id, as the client knows it.
+        model: The model that the client named.
+        streamed: Whether the answer is a stream.
+        own_deadline: Whether the client has set a deadline of its own.
+        category: The category of its prompt; empty until it was classified.
+        confidence: How sure the classifier is, in [0, 1].
+        routed: Whether candidates were found for it.
+        expert: The expert that answered, or was asked last.
+        recipe: The recipe that was chosen.
+        pool: The boot id of the pool that answered.
+        local: Whether a pool answers, rather than a remote endpoint.
+        status: The HTTP status that was sent; 0 until then.
+        outcome: `ok`, `client_gone`, or the code of the error that ended it.
+        fault: The code of the error that ended it before its answer began; else empty.
+        route_ms: Time to understand the request once its body is there, and to choose.
+        queue_ms: Time in the pool's queue, swaps included.
+        swap_ms: Time of these swaps.
+        engine_ms: Until the engine's first byte, as the pool measured it.
+        predicted_s: The wait that was expected of the candidate that answered.
+        predicted_cost: Its expected cost, in the unit of prices.
+        began_at_s: When choosing began.
+        sent_at_s: When the call that answered was sent.
+        first_byte_at_s: When the first byte went to the client.
+        ended_s: When the request ended.
+        attempts: Calls of experts that were tried.
+        escalations: How often a cascade asked its later members.
+        clipped: What the answer was clipped to, in tokens, where that is less than asked for.
+        failed: Attempts that failed before the first byte, as (expert, code).
+        trace: Its trace, where requests are traced.
+        calls: Its calls of experts.
+        unfinished: Calls that were given up because the client left or its deadline passed.
+        tried: How often each place, as (expert, pool), was tried.
+        losses: Boot ids of pools that died, or whose engine did, while they had the request.
+            All calls of one request share the list.
     """
 
+    arrived_s: float = field(default_factory=time.monotonic)
+    path: str = ""
+    client_id: str = ""
+    model: str = ""
+    streamed: bool = False
+    own_deadline: bool = False
+    category: str = ""
+    confidence: float = 0.0
+    routed: bool = False
     expert: str = ""
     recipe: str = ""
     pool: str = ""
     local: bool = False
     status: int = 0
+    outcome: str = "ok"
+    fault: str = ""
     route_ms: float = 0.0
     queue_ms: float = 0.0
     swap_ms: float = 0.0
+    engine_ms: float = 0.0
     predicted_s: float = 0.0
     predicted_cost: float = 0.0
-    engine_ms: float = 0.0
     began_at_s: float = 0.0
     sent_at_s: float = 0.0
     first_byte_at_s: float = 0.0
+    ended_s: float = 0.0
     attempts: int = 0
     escalations: int = 0
-    outcome: str = "ok"
     clipped: int | None = None
     failed: list[tuple[str, str]] = field(default_factory=list)
     trace: Trace | None = None
-    own_deadline: bool = False
-    calls: list[CallCost] = field(default_factory=list)
+    calls: list[ExpertCall] = field(default_factory=list)
     unfinished: list[Unfinished] = field(default_factory=list)
     tried: Counter[tuple[str, str]] = field(default_factory=Counter)
     losses: list[str] = field(default_factory=list)
 
+    def finish(self) -> None:
+        """Note the end, and the outcome of a reply that was an error."""
+        self.ended_s = time.monotonic()
+        if self.outcome == "ok" and self.status >= 400:
+            self.outcome = "client_error" if self.status < 500 else "server_error"
+
+    @property
+    def ours(self) -> bool:
+        """Whether the request failed by the service's fault."""
+        return self.status >= 500 or self.outcome in codes_of_ours()
+
+    @property
+    def recipe_label(self) -> str:
+        """The recipe as metrics and traces name it: all single experts are `single`."""
+        return "single" if self.recipe == self.expert else self.recipe
+
+    @property
+    def first_byte_s(self) -> float:
+        """Seconds from arrival to the first byte; 0 where nothing was sent."""
+        return max(0.0, self.first_byte_at_s - self.arrived_s) if self.first_byte_at_s else 0.0
+
+    @property
+    def total_s(self) -> float:
+        """Seconds from arrival to the end."""
+        return self.ended_s - self.arrived_s
+
     @property
     def cost(self) -> float:
-        """Of all calls, in the unit of prices."""
+        """The cost of all calls, in the unit of prices."""
         return sum(call.cost for call in self.calls)
 
     @property
     def route_header(self) -> tuple[bytes, bytes]:
-        """What the reply tells of its routing."""
+        """The header with the time of routing."""
         return b"x-coe-route-ms", f"{self.route_ms:.2f}".encode()
 
     @property
     def prefill_ms(self) -> float:
-        """From the engine's start on it to the first byte: of the call that answered."""
+        """Time from the engine's start to the first byte, of the call that answered."""
         if self.local:
             return self.engine_ms
         return max(0.0, (self.first_byte_at_s - self.sent_at_s) * 1000)

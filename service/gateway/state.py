@@ -20,9 +20,9 @@ from service.config import BreakerConfig, Config, ExpertConfig
 from service.gateway.console.event_stream import HISTORY
 from service.gateway.console.request_history import RequestHistory
 from service.gateway.dispatch.circuit_breakers import Place
+from service.gateway.metrics import GatewayMetrics
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.quality import Escalations
-from service.telemetry.gateway_metrics import GatewayMetrics
 
 # What may change of an expert that still answers with the same weights.
 _ASIDE = {"pinned", "categories", "quality", "price", "description", "capabilities"}

@@ -29,7 +29,6 @@ from service import __version__
 from service.config import TelemetryConfig
 from service.errors import CoeError
 from service.rpc.call import Call, Times
-from service.telemetry.gateway_metrics import RequestSummary
 
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
@@ -199,21 +198,16 @@ class Trace:
         finally:
             _end(span, fault)
 
-    def ended(self, one: RequestSummary, status: int) -> None:
-        """The request has ended."""
-        self._span.set_attribute("http.response.status_code", status)
-        self._span.set_attribute("gen_ai.response.model", one.expert)
-        self._span.set_attribute("coe.recipe", one.recipe)
-        if any(call.prompt_tokens or call.answer_tokens for call in one.calls):
-            # Of all calls, a recipe's every one; a stream that told no usage has none.
-            asked = sum(call.prompt_tokens for call in one.calls)
-            answered = sum(call.answer_tokens for call in one.calls)
-            self._span.set_attribute("gen_ai.usage.input_tokens", asked)
-            self._span.set_attribute("gen_ai.usage.output_tokens", answered)
-            self._span.set_attribute("coe.cost", sum(call.cost for call in one.calls))
-        if one.streamed and one.first_byte_s:
-            self._span.set_attribute("gen_ai.response.time_to_first_chunk", one.first_byte_s)
-        _end(self._span, "" if one.outcome == "ok" else one.outcome)
+    def end(self, attributes: Mapping[str, str | int | float], fault: str) -> None:
+        """End the request's span.
+
+        Args:
+            attributes: Attributes of the span.
+            fault: The code of the error that ended the request; empty where it succeeded.
+        """
+        for name, value in attributes.items():
+            self._span.set_attribute(name, value)
+        _end(self._span, fault)
 
 
 def _end(span: Span, fault: str, ended_s: float | None = None) -> None:

@@ -91,7 +91,7 @@ async def test_a_failed_request_is_shown_and_an_unreadable_one_is_not() -> None:
     async with site(config) as s:
         await s.ask(chat())
         await s.ask({"model": "general", "messages": []})
-        recent = s.gateway.gateway._prompts._recent
+        recent = s.gateway.gateway._inference._observers.history
         (one,) = recent.since(0)
         assert one["outcome"] != "ok"
         assert one["status"] >= 500

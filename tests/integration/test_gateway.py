@@ -179,7 +179,7 @@ async def test_an_unforeseen_fault_is_a_500_without_its_text(
         status, _, told = await s.ask(chat())
         assert (status, told["error"]["type"]) == (500, "server_error")
         assert "private" not in told["error"]["message"]
-        monkeypatch.setattr(s.gateway.gateway._prompts._router, "plan", broken)
+        monkeypatch.setattr(s.gateway.gateway._inference._router, "plan", broken)
         status, _, told = await s.ask(chat())
         assert (status, told["error"]["code"]) == (500, "internal_error")
         assert "private" not in str(told)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from service.telemetry.gateway_metrics import RequestSummary
+from service.gateway.request_record import RequestRecord
 
 WINDOW_S = 300.0
 _MINUTE_S = 60.0
@@ -37,41 +37,25 @@ class CompletedRequest:
     first_ms: float
     total_ms: float
 
-
-class Passed(Protocol):
-    """What is known of a request's way."""
-
-    status: int
-    recipe: str
-    queue_ms: float
-    swap_ms: float
-
-
-def account(
-    ended: RequestSummary,
-    request: str,
-    asked: str,
-    confidence: float,
-    route_s: float,
-    passed: Passed,
-) -> CompletedRequest:
-    """For the console: a request that has just ended."""
-    return CompletedRequest(
-        at_s=round(time.time(), 1),
-        request=request,
-        asked=asked,
-        category=ended.category,
-        confidence=round(confidence, 3),
-        recipe=passed.recipe or ended.expert,
-        expert=ended.expert,
-        status=passed.status,
-        outcome=ended.fault or ended.outcome,
-        route_ms=round(route_s * 1000, 2),
-        queue_ms=round(passed.queue_ms, 1),
-        swap_ms=round(passed.swap_ms, 1),
-        first_ms=round(ended.first_byte_s * 1000, 1),
-        total_ms=round(ended.total_s * 1000, 1),
-    )
+    @classmethod
+    def of(cls, record: RequestRecord) -> CompletedRequest:
+        """The console's view of a record that is finished."""
+        return cls(
+            at_s=round(time.time(), 1),
+            request=record.client_id,
+            asked=record.model,
+            category=record.category,
+            confidence=round(record.confidence, 3),
+            recipe=record.recipe or record.expert,
+            expert=record.expert,
+            status=record.status,
+            outcome=record.fault or record.outcome,
+            route_ms=round(record.route_ms, 2),
+            queue_ms=round(record.queue_ms, 1),
+            swap_ms=round(record.swap_ms, 1),
+            first_ms=round(record.first_byte_s * 1000, 1),
+            total_ms=round(record.total_s * 1000, 1),
+        )
 
 
 class RequestHistory:
@@ -81,7 +65,7 @@ class RequestHistory:
         self._kept: deque[CompletedRequest] = deque(maxlen=size)
         self.count = 0
 
-    def note(self, one: CompletedRequest) -> None:
+    def add(self, one: CompletedRequest) -> None:
         """Remember a request that has ended."""
         self._kept.append(one)
         self.count += 1

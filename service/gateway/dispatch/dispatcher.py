@@ -55,7 +55,7 @@ from service.gateway.dispatch.retries import (
 from service.gateway.redaction import without_folders
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.token_limits import within_context, within_cost
-from service.gateway.request_record import CallCost, RequestRecord, Unfinished
+from service.gateway.request_record import ExpertCall, RequestRecord, Unfinished
 from service.gateway.routing.candidates import RoutePlan
 from service.gateway.routing.demand_reporter import DemandReporter
 from service.gateway.routing.prefix_affinity import PrefixAffinity
@@ -158,26 +158,26 @@ class Dispatcher:
 
         Raises CoeError while nothing has been sent.
         """
-        passage = reply.passage
+        record = reply.record
         fault: CoeError | None = None
         single = plan.only(self.book.single[plan.rows])
         self.trips.record_request()
         while True:
-            if len(passage.losses) >= MOST_LOSSES:
+            if len(record.losses) >= MOST_LOSSES:
                 raise _died_twice()  # another call of the same request may have seen the second
-            option = self._next_candidate(asked, single, passage, fault, deadline_s, first)
+            option = self._next_candidate(asked, single, record, fault, deadline_s, first)
             first = None
             if option is None:
                 await self._wait_for_pool(plan, deadline_s)
                 continue
-            passage.expert = option.expert
-            passage.recipe = recipe or option.expert
-            passage.local = option.boot != REMOTE
-            passage.predicted_s = option.wait_s
-            passage.attempts += 1
-            if (tried := passage.tried[option.expert, option.boot]) > 0:
+            record.expert = option.expert
+            record.recipe = recipe or option.expert
+            record.local = option.boot != REMOTE
+            record.predicted_s = option.wait_s
+            record.attempts += 1
+            if (tried := record.tried[option.expert, option.boot]) > 0:
                 await self.trips.retry_delay_s(tried)
-            passage.tried[option.expert, option.boot] += 1
+            record.tried[option.expert, option.boot] += 1
             left_s = deadline_s - time.monotonic()
             try:
                 # Of another expert than the first fewer tokens may cost as much.
@@ -186,10 +186,10 @@ class Dispatcher:
             except InvalidRequestError as error:
                 raise fault or error from None
             bounded = within_context(bounded, option.expert, context)
-            passage.clipped = bounded.clipped
+            record.clipped = bounded.clipped
             try:
                 with (
-                    _traced(passage.trace, option, asked) as trace,
+                    _traced(record.trace, option, asked) as trace,
                     self.trips.attempt(option.expert, option.boot, left_s),
                 ):
                     await self._attempt(option, bounded, deadline_s, reply, trace)
@@ -200,11 +200,11 @@ class Dispatcher:
                     return
                 fault = error
                 if is_loss(error):
-                    passage.losses.append(option.boot)
+                    record.losses.append(option.boot)
                 if not isinstance(error, DeadlineExceededError):
-                    passage.failed.append((option.expert, error.code))
+                    record.failed.append((option.expert, error.code))
                     self.trips.forget_all_but([view.boot for view in self.views()])
-                match after_fault(error, len(passage.losses)):
+                match after_fault(error, len(record.losses)):
                     case AfterFault.DIED_TWICE:
                         raise _died_twice() from None
                     case AfterFault.RAISE:
@@ -241,7 +241,7 @@ class Dispatcher:
         self,
         asked: InferenceRequest,
         plan: RoutePlan,
-        passage: RequestRecord,
+        record: RequestRecord,
         fault: CoeError | None,
         deadline_s: float,
         first: Selection | None,
@@ -250,15 +250,15 @@ class Dispatcher:
         # The same pool again only where its engine died: it is starting another.
         tries = tries_per_pool(fault)
         # After a fault, somebody else first.
-        least_tried = range(min(1, len(passage.tried)), tries + 1)
-        if first is not None and (found := self._best(first, passage)) is not None:
+        least_tried = range(min(1, len(record.tried)), tries + 1)
+        if first is not None and (found := self._best(first, record)) is not None:
             return found
         views = self.views()
         for most in least_tried:
-            banned = frozenset(key for key, count in passage.tried.items() if count >= most)
+            banned = frozenset(key for key, count in record.tried.items() if count >= most)
             left_s = max(0.0, deadline_s - time.monotonic())
             weighed = self.weigh_candidates(asked, plan, left_s=left_s, banned=banned, views=views)
-            if (found := self._best(weighed, passage)) is not None:
+            if (found := self._best(weighed, record)) is not None:
                 return found
         experts = self._experts(plan)
         shut = self.trips.blocked()
@@ -266,7 +266,7 @@ class Dispatcher:
         reason = failure_reason(plan.first, views)
         match without_option(
             fault,
-            attempts=passage.attempts,
+            attempts=record.attempts,
             resting=any(place in shut for place in there),
             usable=bool(there),
             failed=reason is not None,
@@ -283,11 +283,11 @@ class Dispatcher:
                 )
         return None
 
-    def _best(self, weighed: Selection, passage: RequestRecord) -> Candidate | None:
+    def _best(self, weighed: Selection, record: RequestRecord) -> Candidate | None:
         at = weighed.best()
         if at is None:
             return None
-        passage.predicted_cost = float(weighed.cost[at])
+        record.predicted_cost = float(weighed.cost[at])
         return weighed.option(self.book.recipes[int(weighed.wish.rows[at])].members[0])
 
     def _experts(self, plan: RoutePlan) -> list[str]:
@@ -330,13 +330,13 @@ class Dispatcher:
         # Never the one of an attempt before: that has ended.
         reply.first_byte_limit = limit if remote and asked.stream else None
         reply.sent_s = time.monotonic()
-        reply.passage.pool = option.boot
+        reply.record.pool = option.boot
         # The one before may not have ended yet in the engine: no two have the same id.
-        again = reply.passage.attempts - 1
+        again = reply.record.attempts - 1
         attempt_id = f"{asked.request_id}-again{again}" if again else asked.request_id
         handed = asyncio.Event()
         left = partial(self._left, option, asked, attempt_id, reply)
-        spent = CallCost(
+        spent = ExpertCall(
             option.expert,
             self.market.price(option.expert),
             answers=asked.answers,
@@ -347,7 +347,7 @@ class Dispatcher:
             async with limit:
                 if remote:
                     seat = self._seats[option.expert]
-                    reply.passage.calls.append(spent)
+                    reply.record.calls.append(spent)
                     await seat.run(
                         EngineRequest(
                             asked.endpoint,
@@ -380,7 +380,7 @@ class Dispatcher:
                 )
                 try:
                     async with link.call(call, body) as answer:
-                        reply.passage.calls.append(spent)
+                        reply.record.calls.append(spent)
                         await self._forward(answer, asked, limit, reply)
                 except PoolUnavailableError as error:
                     if link.draining and not isinstance(error, PoolUnreachableError):
@@ -426,7 +426,7 @@ class Dispatcher:
             running_s = max(0.0, time.monotonic() - reply.sent_s - option.wait_s)
             most = asked.answers * (asked.most_tokens or self.context(option.expert) or 2**31)
             tokens = min(most, int(likely * running_s / max(option.answer_s, 1e-3)))
-        reply.passage.unfinished.append(
+        reply.record.unfinished.append(
             Unfinished(
                 partial(asks, attempt_id) if asks is not None else None,
                 (asked.prompt_tokens, tokens),
@@ -453,9 +453,9 @@ class Dispatcher:
         for name in ("retry-after", "x-coe-fault"):
             if name in answer.headers:
                 head.append((name.encode(), answer.headers[name].encode("latin-1")))
-        reply.passage.queue_ms = float(answer.headers.get(QUEUE_MS, "0"))
-        reply.passage.swap_ms = float(answer.headers.get(SWAP_MS, "0"))
-        reply.passage.engine_ms = float(answer.headers.get(ENGINE_MS, "0"))
+        reply.record.queue_ms = float(answer.headers.get(QUEUE_MS, "0"))
+        reply.record.swap_ms = float(answer.headers.get(SWAP_MS, "0"))
+        reply.record.engine_ms = float(answer.headers.get(ENGINE_MS, "0"))
         if not content_type.startswith(b"text/event-stream"):
             body = await read_whole_answer(answer)
             await reply(_start(answer.status, head))

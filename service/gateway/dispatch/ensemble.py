@@ -23,7 +23,7 @@ from service.engine.base import Message
 from service.errors import CoeError, UnavailableError
 from service.gateway.dispatch.dispatcher import Dispatcher
 from service.gateway.request.parsing import InferenceRequest
-from service.gateway.request_record import CallCost, RequestRecord
+from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.routing.candidates import RoutePlan
 from service.gateway.sends.response import NoAnswer, ResponseSend
 from service.types import MAX_LATER, Recipe
@@ -47,7 +47,7 @@ class MemberAnswer:
     """What one member said. `body` is its whole reply, empty where it failed with `error`."""
 
     expert: str
-    passage: RequestRecord
+    record: RequestRecord
     status: int = 0
     body: bytes = b""
     text: str = ""
@@ -115,7 +115,7 @@ class EnsembleExecutor:
             if self._too_late_for(expert) and (newest := self._newest()) is not None:
                 await self._send(newest)
                 return
-            self.reply.passage.escalations += 1
+            self.reply.record.escalations += 1
             if last and self.asked.stream:
                 if await self._streamed(expert):
                     return
@@ -212,9 +212,9 @@ class EnsembleExecutor:
             whole = float(self.weighed.wish.tokens[e])
             running_s = time.monotonic() - began_s - option.wait_s
             tokens = int(whole * min(1.0, max(0.0, running_s / max(option.answer_s, 1e-3))))
-        passage = RequestRecord(expert=expert)
-        passage.calls.append(
-            CallCost(
+        record = RequestRecord(expert=expert)
+        record.calls.append(
+            ExpertCall(
                 expert,
                 self.relay.market.price(expert),
                 self.asked.prompt_tokens,
@@ -223,7 +223,7 @@ class EnsembleExecutor:
                 ended=False,
             )
         )
-        return MemberAnswer(expert, passage, error=UnavailableError("no longer needed"))
+        return MemberAnswer(expert, record, error=UnavailableError("no longer needed"))
 
     def _only(self, expert: str) -> RoutePlan:
         row = self.relay.book.index[expert]
@@ -240,11 +240,11 @@ class EnsembleExecutor:
         sure = self.recipe.sure > 0 and len(self.recipe.members) == 1 and number == 0
         asked = self.asked.for_member(number, logprobs=sure)
         heard = _BufferedSend()
-        ours = self.reply.passage
+        ours = self.reply.record
         answer = MemberAnswer(
             expert, RequestRecord(expert=expert, trace=ours.trace, losses=ours.losses)
         )
-        reply = ResponseSend(heard, [], answer.passage, time.monotonic())
+        reply = ResponseSend(heard, [], answer.record)
         try:
             await self.relay.dispatch(asked, self._only(expert), reply, self.deadline_s)
         except CoeError as error:
@@ -290,7 +290,7 @@ class EnsembleExecutor:
             raise self._nobody()
         self._account()
         self._sent = refused[-1]
-        self.reply.passage.expert = refused[-1].expert
+        self.reply.record.expert = refused[-1].expert
         await self._answer(refused[-1].status, b"application/json", refused[-1].body)
 
     def _nobody(self) -> CoeError:
@@ -302,26 +302,26 @@ class EnsembleExecutor:
         if self.reply.meter is None:
             return
         for answer in self.answers:
-            for call in answer.passage.calls if answer is not self._sent else ():
+            for call in answer.record.calls if answer is not self._sent else ():
                 self.reply.meter.add(
                     call.expert, call.prompt_tokens or 0, call.completion_tokens or 0
                 )
 
     def _account(self) -> None:
-        """What all calls so far have cost, into the reply's own passage."""
-        passage = self.reply.passage
-        passage.recipe = self.name
-        passage.calls = [call for one in self.answers for call in one.passage.calls]
-        passage.queue_ms = max((one.passage.queue_ms for one in self.answers), default=0.0)
-        passage.swap_ms = max((one.passage.swap_ms for one in self.answers), default=0.0)
+        """What all calls so far have cost, into the reply's own record."""
+        record = self.reply.record
+        record.recipe = self.name
+        record.calls = [call for one in self.answers for call in one.record.calls]
+        record.queue_ms = max((one.record.queue_ms for one in self.answers), default=0.0)
+        record.swap_ms = max((one.record.swap_ms for one in self.answers), default=0.0)
 
     async def _send(self, answer: MemberAnswer) -> None:
         """A member's answer to the client, as a stream if that was asked for."""
         self._account()
         self._sent = answer
-        passage = self.reply.passage
-        passage.expert, passage.pool = answer.expert, answer.passage.pool
-        passage.clipped = answer.passage.clipped
+        record = self.reply.record
+        record.expert, record.pool = answer.expert, answer.record.pool
+        record.clipped = answer.record.clipped
         data = _without_ours(orjson.loads(answer.body), self.asked)
         if self.asked.stream:
             content_type, body = b"text/event-stream; charset=utf-8", _as_stream(data, self.asked)

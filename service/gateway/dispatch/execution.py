@@ -8,21 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from service.engine.base import Send
 from service.errors import CoeError, EngineDiedTwiceError, InvalidRequestError, PromptTooLongError
 from service.gateway.dispatch.dispatcher import Dispatcher
 from service.gateway.dispatch.ensemble import EnsembleExecutor
 from service.gateway.dispatch.errors import deadline_error
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.token_limits import within_cost
-from service.gateway.request_record import RequestRecord
 from service.gateway.routes.explain import explain
 from service.gateway.routes.feedback import FeedbackService
 from service.gateway.routing.candidates import RoutePlan
 from service.gateway.routing.quality import QualityModel
 from service.gateway.sends.response import ResponseSend
-from service.gateway.sends.usage_meter import UsageMeter
-from service.http.openai_errors import dialect_of
 from service.types import Recipe
 
 
@@ -34,51 +30,46 @@ class RecipeExecutor:
         self._worth = worth
         self.feedback = feedback
 
-    async def execute(
-        self,
-        asked: InferenceRequest,
-        plan: RoutePlan,
-        headers: list[tuple[bytes, bytes]],
-        send: Send,
-        passage: RequestRecord,
-        began_s: float,
-        meter: UsageMeter | None = None,
-    ) -> None:
-        """Answer a request that arrived at `began_s`, from where its deadline counts. `meter`
-        counts, where somebody is charged.
+    async def execute(self, asked: InferenceRequest, plan: RoutePlan, reply: ResponseSend) -> None:
+        """Choose a candidate for a request, run it, and learn from how it went.
 
-        Raises CoeError while nothing has been sent.
+        Args:
+            asked: The request.
+            plan: Its candidates.
+            reply: Where the answer goes. Its record says when the request arrived, from where
+                the deadline counts.
+
+        Raises:
+            CoeError: While nothing has been sent.
         """
-        chosen_from_s = time.monotonic()
-        deadline_s = began_s + asked.deadline_ms / 1000
+        record = reply.record
+        chosen_from_s = reply.began_s = time.monotonic()
+        deadline_s = record.arrived_s + asked.deadline_ms / 1000
         if chosen_from_s >= deadline_s:
             raise deadline_error(asked, silent=False)
-        reply = ResponseSend(
-            send, headers, passage, chosen_from_s, meter, dialect_of(asked.endpoint)
-        )
         relay = self._relay
         weighed = relay.select(asked, plan, deadline_s - chosen_from_s)
         took_s = time.monotonic() - chosen_from_s
-        passage.route_ms += took_s * 1000
-        if passage.trace is not None:
-            passage.trace.chose(chosen_from_s, took_s)
+        record.route_ms += took_s * 1000
+        if record.trace is not None:
+            record.trace.chose(chosen_from_s, took_s)
         at = weighed.best()
         recipe: Recipe | None = None
         if at is not None:
             recipe = relay.book.recipes[int(plan.rows[at])]
-            passage.predicted_s = float(weighed.time[at])
-            passage.predicted_cost = float(weighed.cost[at])
+            record.predicted_s = float(weighed.time[at])
+            record.predicted_cost = float(weighed.cost[at])
             contexts = [relay.context(name) for name in recipe.experts]
             asked = within_cost(asked, recipe.experts, relay.market, contexts)
-        passage.clipped = asked.clipped
+        record.clipped = asked.clipped
         row = -1
         ended = False
         try:
             if recipe is None or recipe.kind == "single":
                 first = weighed if recipe is not None else None
                 await relay.dispatch(asked, plan, reply, deadline_s, first=first)
-                row = relay.book.index[passage.expert]
-                ended = passage.outcome == "ok"
+                row = relay.book.index[record.expert]
+                ended = record.outcome == "ok"
                 return
             ensemble = EnsembleExecutor(relay, recipe, asked, plan, weighed, reply, deadline_s)
             try:
@@ -91,18 +82,18 @@ class RecipeExecutor:
                     raise
                 # No member answered: anybody may.
                 await relay.dispatch(asked, singles, reply, deadline_s)
-                row = relay.book.index[passage.expert]
-                ended = passage.outcome == "ok"
+                row = relay.book.index[record.expert]
+                ended = record.outcome == "ok"
                 return
-            ended = passage.outcome == "ok"
+            ended = record.outcome == "ok"
             row = relay.book.recipe_index[recipe]
             if recipe.later:
                 expected = plan.reach[at]
                 self._worth.escalated(row, expected, ensemble.escalations)
         finally:
             self._learn(plan, reply, ended=ended)
-            if row >= 0 and passage.status == 200:
-                relay.conversations.record_answer(asked, passage.expert, passage.pool)
+            if row >= 0 and record.status == 200:
+                relay.conversations.record_answer(asked, record.expert, record.pool)
                 ids = (asked.request_id, asked.client_id)
                 self.feedback.record_answer(asked.tenant, ids, plan.category, row)
 
@@ -143,8 +134,8 @@ class RecipeExecutor:
 
     def _learn(self, plan: RoutePlan, reply: ResponseSend, *, ended: bool) -> None:
         """Learn the lengths of the answers. `ended`: the last one came to its own end."""
-        passage, spent = reply.passage, reply.spent
-        if passage.status != 200:
+        record, spent = reply.record, reply.spent
+        if record.status != 200:
             return
         if spent is not None and spent.completion_tokens is None and reply.events > 2:
             # It told no usage: chunks are tokens, but for the first and the last.
@@ -152,7 +143,7 @@ class RecipeExecutor:
             spent.estimated = True
         if spent is not None and not ended:
             spent.ended = False
-        for call in passage.calls:
+        for call in record.calls:
             if call.length:
                 self._relay.market.observe(call.expert, plan.category, call.length, cut=call.cut)
 

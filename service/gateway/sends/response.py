@@ -11,7 +11,7 @@ import orjson
 
 from service.engine.base import Message, Send
 from service.errors import CoeError, UpstreamError
-from service.gateway.request_record import CallCost, RequestRecord
+from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.sends.usage_meter import UsageMeter
 from service.http.asgi import STREAM_HEADERS, LineBuffer
 from service.http.openai_errors import (
@@ -48,25 +48,24 @@ class ResponseSend:
         self,
         send: Send,
         headers: list[tuple[bytes, bytes]],
-        passage: RequestRecord,
-        began_s: float,
+        record: RequestRecord,
         meter: UsageMeter | None = None,
         dialect: Dialect = Dialect.CHAT,
     ) -> None:
         """`meter`: what the engine says goes through it first; it counts, and takes out what
         the client did not ask for. `dialect`: in which the client is told of errors."""
-        self.passage = passage
+        self.record = record
         self.meter = meter
         self._counted = meter.wrap(self._out) if meter is not None else self._out
         self.started = False
         self.answers_only = False
-        self.spent: CallCost | None = None
+        self.spent: ExpertCall | None = None
         self.first_byte_limit: asyncio.Timeout | None = None
-        self.sent_s = began_s
+        self.began_s = time.monotonic()
+        self.sent_s = self.began_s
         self.events = 0
         self._send = send
         self._headers = headers
-        self._began_s = began_s
         self._streams = False
         self._held: Message | None = None
         self._dialect = dialect
@@ -98,7 +97,7 @@ class ResponseSend:
             if out or not more:
                 await self._send({**message, "body": out})
             return
-        if self.passage.status >= 400:
+        if self.record.status >= 400:
             message = {**message, "body": self._refusal(body)}
         elif b'"usage"' in body:
             message = {**message, "body": self._with_usage(body)}
@@ -147,11 +146,11 @@ class ResponseSend:
         """The stream tells that it failed: so has the request."""
         self._failed = True
         code = error.get("code")
-        if not self.passage.local:
+        if not self.record.local:
             code = UpstreamError.code
         elif not isinstance(code, str):
             code = CoeError.code
-        self.passage.outcome = code if code in codes_of_ours() else CoeError.code
+        self.record.outcome = code if code in codes_of_ours() else CoeError.code
 
     def _last_events(self, detail: Mapping[str, Any], status: int, sequence: int) -> bytes:
         """The events that end this stream with an error; the first has this number."""
@@ -165,34 +164,34 @@ class ResponseSend:
             return body
         try:
             detail = orjson.loads(body)["error"]
-            return error_body(detail, self.passage.status, self._dialect)
+            return error_body(detail, self.record.status, self._dialect)
         except (orjson.JSONDecodeError, KeyError, TypeError):
             return body
 
     def _note(self, message: Message) -> None:
         self.started = True
-        passage = self.passage
-        passage.status = message["status"]
-        passage.began_at_s = self._began_s
-        passage.sent_at_s = self.sent_s
-        passage.first_byte_at_s = time.monotonic()
+        record = self.record
+        record.status = message["status"]
+        record.began_at_s = self.began_s
+        record.sent_at_s = self.sent_s
+        record.first_byte_at_s = time.monotonic()
         if self.first_byte_limit is not None:
             self.first_byte_limit.reschedule(None)
         self._streams = any(v.startswith(b"text/event-stream") for _, v in message["headers"])
 
     def _headed(self, message: Message, length: int | None) -> Message:
-        passage = self.passage
+        record = self.record
         ours = [
             *self._headers,
-            passage.route_header,
-            (b"x-coe-expert", passage.expert.encode()),
-            (QUEUE_MS.encode(), f"{passage.queue_ms:.1f}".encode()),
-            (SWAP_MS.encode(), f"{passage.swap_ms:.1f}".encode()),
+            record.route_header,
+            (b"x-coe-expert", record.expert.encode()),
+            (QUEUE_MS.encode(), f"{record.queue_ms:.1f}".encode()),
+            (SWAP_MS.encode(), f"{record.swap_ms:.1f}".encode()),
         ]
-        if passage.recipe != passage.expert:
-            ours.append((b"x-coe-recipe", passage.recipe.encode()))
-        if passage.clipped is not None:
-            ours.append((b"x-coe-max-tokens", str(passage.clipped).encode()))
+        if record.recipe != record.expert:
+            ours.append((b"x-coe-recipe", record.recipe.encode()))
+        if record.clipped is not None:
+            ours.append((b"x-coe-max-tokens", str(record.clipped).encode()))
         if self._streams:
             ours += STREAM_HEADERS
         if length is not None:
@@ -222,12 +221,12 @@ class ResponseSend:
             self.spent.completion_tokens = answer_tokens
 
     def _cost(self) -> dict[str, Any]:
-        decode_s = time.monotonic() - self.passage.first_byte_at_s
-        return self.passage.to_json(decode_s * 1000)
+        decode_s = time.monotonic() - self.record.first_byte_at_s
+        return self.record.to_json(decode_s * 1000)
 
     async def break_off(self, error: CoeError) -> None:
         """End a reply that had begun. A stream says why; anything else is cut short."""
-        self.passage.outcome = error.code
+        self.record.outcome = error.code
         if not self._streams:
             raise error
         # Half a line would spoil the event that is still to come.

@@ -7,7 +7,7 @@ import pytest
 
 from service.broker.cost_model import CostModel
 from service.broker.prices import Price
-from service.gateway.request_record import CallCost
+from service.gateway.request_record import ExpertCall
 
 
 def market() -> CostModel:
@@ -75,15 +75,15 @@ def test_expect_of_several_answers_costs_each_of_them_and_the_prompt_once() -> N
 @pytest.mark.parametrize(
     ("spent", "length", "cut"),
     [
-        (CallCost("a", Price(), completion_tokens=99, most_tokens=100), 99, False),
-        (CallCost("a", Price(), completion_tokens=100, most_tokens=100), 100, True),
-        (CallCost("a", Price(), completion_tokens=300, answers=3, most_tokens=100), 100, True),
-        (CallCost("a", Price(), completion_tokens=150, answers=3, most_tokens=100), 50, False),
-        (CallCost("a", Price(), completion_tokens=7, ended=False), 7, True),
-        (CallCost("a", Price()), 0, False),
+        (ExpertCall("a", Price(), completion_tokens=99, most_tokens=100), 99, False),
+        (ExpertCall("a", Price(), completion_tokens=100, most_tokens=100), 100, True),
+        (ExpertCall("a", Price(), completion_tokens=300, answers=3, most_tokens=100), 100, True),
+        (ExpertCall("a", Price(), completion_tokens=150, answers=3, most_tokens=100), 50, False),
+        (ExpertCall("a", Price(), completion_tokens=7, ended=False), 7, True),
+        (ExpertCall("a", Price()), 0, False),
     ],
 )
 def test_cut_of_a_call_is_whether_its_bound_or_its_client_ended_it(
-    spent: CallCost, length: int, cut: bool
+    spent: ExpertCall, length: int, cut: bool
 ) -> None:
     assert (spent.length, spent.cut) == (length, cut)

@@ -19,10 +19,10 @@ from service.errors import (
     PoolUnavailableError,
     RateLimitExceededError,
 )
-from service.gateway.admission import Admission, ExpertCall
+from service.gateway.admission import Admission
 from service.gateway.auth import Authenticator
 from service.gateway.request.parsing import InferenceRequest, parse_request
-from service.gateway.request_record import RequestRecord, Unfinished
+from service.gateway.request_record import ExpertCall, RequestRecord, Unfinished
 from service.store.keys import digest_of
 from service.store.memory import MemoryStore
 from service.types import Tenant

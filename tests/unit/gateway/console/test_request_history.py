@@ -27,7 +27,7 @@ ONE = CompletedRequest(
 def test_it_is_bounded_and_tells_what_is_new() -> None:
     recent = RequestHistory(size=3)
     for i in range(5):
-        recent.note(replace(ONE, request=str(i)))
+        recent.add(replace(ONE, request=str(i)))
     assert recent.count == 5
     assert [one["request"] for one in recent.since(0)] == ["2", "3", "4"]
     assert [one["request"] for one in recent.since(4)] == ["4"]
@@ -37,11 +37,11 @@ def test_it_is_bounded_and_tells_what_is_new() -> None:
 
 def test_flows_count_the_last_minutes_by_way() -> None:
     recent = RequestHistory()
-    recent.note(replace(ONE, at_s=1000 - WINDOW_S - 1))
-    recent.note(ONE)
-    recent.note(ONE)
-    recent.note(replace(ONE, category="code", recipe="vote", expert="code"))
-    recent.note(replace(ONE, expert="", recipe="", outcome="over_capacity"))
+    recent.add(replace(ONE, at_s=1000 - WINDOW_S - 1))
+    recent.add(ONE)
+    recent.add(ONE)
+    recent.add(replace(ONE, category="code", recipe="vote", expert="code"))
+    recent.add(replace(ONE, expert="", recipe="", outcome="over_capacity"))
     assert recent.flows(1000.0) == [
         {"category": "code", "recipe": "vote", "expert": "code", "count": 1},
         {"category": "math", "recipe": "math", "expert": "math", "count": 2},
@@ -50,10 +50,10 @@ def test_flows_count_the_last_minutes_by_way() -> None:
 
 def test_totals_of_the_last_minute() -> None:
     recent = RequestHistory()
-    recent.note(replace(ONE, at_s=900.0, first_ms=1.0))
+    recent.add(replace(ONE, at_s=900.0, first_ms=1.0))
     for first_ms in (10.0, 20.0, 90.0):
-        recent.note(replace(ONE, first_ms=first_ms))
-    recent.note(replace(ONE, outcome="engine_dead", first_ms=0.0))
-    recent.note(replace(ONE, outcome="client_gone", first_ms=0.0))
+        recent.add(replace(ONE, first_ms=first_ms))
+    recent.add(replace(ONE, outcome="engine_dead", first_ms=0.0))
+    recent.add(replace(ONE, outcome="client_gone", first_ms=0.0))
     assert recent.totals(1000.0) == {"requests": 5, "failed": 1, "first_ms": 20.0}
     assert RequestHistory().totals(0.0) == {"requests": 0, "failed": 0, "first_ms": 0.0}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from service.broker.prices import Price
 from service.engine.base import Message
 from service.errors import EngineDeadError
-from service.gateway.request_record import CallCost, RequestRecord
+from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.sends.response import ResponseSend
 from service.http.openai_errors import Dialect
 from service.http.usage import reply_usage, token_counts, usage_of
@@ -56,9 +56,9 @@ def passed(
 
     async def run() -> tuple[Client, ResponseSend]:
         client = Client()
-        reply = ResponseSend(client, [], RequestRecord(expert="e", recipe="e"), 0.0, None, dialect)
-        reply.spent = CallCost("e", Price(1, 1))
-        reply.passage.calls.append(reply.spent)
+        reply = ResponseSend(client, [], RequestRecord(expert="e", recipe="e"), None, dialect)
+        reply.spent = ExpertCall("e", Price(1, 1))
+        reply.record.calls.append(reply.spent)
         headers = [(b"content-type", kind)]
         await reply({"type": "http.response.start", "status": status, "headers": headers})
         for piece in pieces:
@@ -227,16 +227,16 @@ def test_a_stream_that_tells_a_failure_has_failed(
     dialect: Dialect, event: dict[str, Any], local: bool, outcome: str
 ) -> None:
     async def run() -> tuple[Client, RequestRecord]:
-        client, passage = Client(), RequestRecord(expert="e", recipe="e", local=local)
-        reply = ResponseSend(client, [], passage, 0.0, None, dialect)
+        client, record = Client(), RequestRecord(expert="e", recipe="e", local=local)
+        reply = ResponseSend(client, [], record, None, dialect)
         headers = [(b"content-type", b"text/event-stream")]
         await reply({"type": "http.response.start", "status": 200, "headers": headers})
         body = b"data: " + orjson.dumps(event) + b"\n\ndata: [DONE]\n\n"
         await reply({"type": "http.response.body", "body": body})
-        return client, passage
+        return client, record
 
-    client, passage = asyncio.run(run())
-    assert passage.outcome == outcome
+    client, record = asyncio.run(run())
+    assert record.outcome == outcome
     # An end that claims a whole answer follows none that failed.
     assert (b"[DONE]" in client.body) is (outcome == "ok" and dialect is Dialect.CHAT)
 

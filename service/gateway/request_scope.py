@@ -1,0 +1,205 @@
+"""The scope of one request: its record, its trace, its metrics, its log line and its errors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from service.engine.base import Send
+from service.errors import CoeError
+from service.gateway.cache.response_cache import CacheSession
+from service.gateway.console.request_history import CompletedRequest, RequestHistory
+from service.gateway.guard.guard import GuardResult
+from service.gateway.metrics import GatewayMetrics
+from service.gateway.request.parsing import InferenceRequest
+from service.gateway.request_record import RequestRecord
+from service.gateway.routing.candidates import RoutePlan
+from service.gateway.sends.response import ResponseSend
+from service.gateway.sends.usage_meter import UsageMeter
+from service.http.asgi import ClientDisconnectedError
+from service.http.openai_errors import dialect_of, error_response
+from service.rpc.call import trace_of
+from service.telemetry.logging import log_fields
+
+if TYPE_CHECKING:
+    from service.telemetry.tracing import Traces
+
+log = logging.getLogger("coe.api")
+access = logging.getLogger("coe.access")
+
+Headers = list[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestObservers:
+    """What is told of every request.
+
+    Attributes:
+        metrics: The gateway's metrics.
+        history: The console's list of requests.
+        traces: Traces, where requests are traced.
+        access_log: Whether each request gets a log line, without its prompt.
+        sends_request_id: Whether the gateway itself puts `x-request-id` into replies.
+    """
+
+    metrics: GatewayMetrics
+    history: RequestHistory
+    traces: Traces | None
+    access_log: bool
+    sends_request_id: bool
+
+
+class RequestScope:
+    """Owns what is kept of one request, and accounts for it however it ends.
+
+    As a context manager it answers a `CoeError` in the client's dialect, answers anything else
+    that is raised with 500, and lets cancellation through.
+    """
+
+    def __init__(
+        self, observers: RequestObservers, scope: MutableMapping[str, Any], send: Send
+    ) -> None:
+        self.record = RequestRecord(path=scope["path"])
+        self.headers: Headers = []
+        self._observers = observers
+        self._asgi = scope
+        self._send = send
+
+    async def __aenter__(self) -> RequestScope:
+        record = self.record
+        self._observers.metrics.request_started()
+        if (traces := self._observers.traces) is not None:
+            parent = trace_of(dict(self._asgi["headers"]))
+            record.trace = traces.begin(parent, record.path, record.arrived_s)
+            log_fields(trace_id=record.trace.trace_id)
+        return self
+
+    def add_request(self, validated: GuardResult) -> InferenceRequest:
+        """Note what the client asks for, once it is known."""
+        request, record = validated.asked, self.record
+        record.client_id, record.model = request.client_id, request.model
+        record.streamed, record.own_deadline = request.stream, request.own_deadline
+        log_fields(request_id=request.client_id)
+        if record.trace is not None:
+            record.trace.asked(request.request_id, request.model, request.stream, request.data)
+        self.headers += self._id_header() + validated.headers
+        if request.left_out:
+            self.headers.append((b"x-coe-tools-left-out", ", ".join(request.left_out).encode()))
+        return request
+
+    def add_plan(self, plan: RoutePlan, began_s: float, ended_s: float) -> RoutePlan:
+        """Note the candidates that were found between two times of `time.monotonic`."""
+        record = self.record
+        record.routed = True
+        record.category, record.confidence = plan.category, plan.confidence
+        record.route_ms = (ended_s - began_s) * 1000
+        if record.trace is not None:
+            record.trace.routed(plan.category, plan.confidence, began_s, ended_s - began_s)
+        if plan.category:
+            self.headers.append((b"x-coe-category", plan.category.encode()))
+            self.headers.append((b"x-coe-confidence", f"{plan.confidence:.3f}".encode()))
+        return plan
+
+    def compose_sends(self, session: CacheSession, meter: UsageMeter | None) -> ResponseSend:
+        """Put our ASGI sends around the server's own, in this order.
+
+        From the engine to the client: the usage meter counts what passes and takes out what the
+        client did not ask for (`UsageMeter`); then headers, cost and errors of the client's
+        dialect are added (`ResponseSend`); then the cache records what goes out
+        (`RecordingSend`, in `session.send`).
+        """
+        return ResponseSend(
+            session.send, self.headers, self.record, meter, dialect_of(self.record.path)
+        )
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        record = self.record
+        try:
+            if error is None:
+                return True
+            if isinstance(error, (ClientDisconnectedError, asyncio.CancelledError)):
+                record.outcome = "client_gone"
+                return False
+            if isinstance(error, CoeError):
+                await self._send_error(error)
+                return True
+            if isinstance(error, Exception):
+                log.error("unhandled exception in the inference handler", exc_info=error)
+                await self._send_error(
+                    CoeError("internal error; the log has its kind and its place")
+                )
+                return True
+            return False
+        finally:
+            self._account()
+
+    async def _send_error(self, error: CoeError) -> None:
+        record = self.record
+        record.outcome = record.fault = error.code
+        if record.status:
+            # The reply has begun and is no stream: cutting it short is all that is left.
+            raise ConnectionResetError(error.code)
+        response = error_response(error, dialect_of(record.path))
+        record.status = response.status
+        headers = [*response.headers, *self._id_header()]
+        await self._send(
+            {"type": "http.response.start", "status": response.status, "headers": headers}
+        )
+        await self._send({"type": "http.response.body", "body": response.body})
+
+    def _id_header(self) -> Headers:
+        if not self._observers.sends_request_id:
+            return []
+        return [(b"x-request-id", self.record.client_id.encode())]
+
+    def _account(self) -> None:
+        record, observers = self.record, self._observers
+        record.finish()
+        observers.metrics.request_finished(record)
+        if record.trace is not None:
+            record.trace.end(
+                _span_attributes(record), "" if record.outcome == "ok" else record.outcome
+            )
+        if record.routed:
+            observers.history.add(CompletedRequest.of(record))
+        if observers.access_log:
+            access.info("request", extra=_access_fields(record))
+
+
+def _span_attributes(record: RequestRecord) -> dict[str, str | int | float]:
+    attributes: dict[str, str | int | float] = {
+        "http.response.status_code": record.status,
+        "gen_ai.response.model": record.expert,
+        "coe.recipe": record.recipe_label,
+    }
+    if any(call.prompt_tokens or call.completion_tokens for call in record.calls):
+        # Of all calls; a stream that told no usage has none.
+        attributes["gen_ai.usage.input_tokens"] = sum(c.prompt_tokens or 0 for c in record.calls)
+        attributes["gen_ai.usage.output_tokens"] = sum(
+            call.completion_tokens or 0 for call in record.calls
+        )
+        attributes["coe.cost"] = record.cost
+    if record.streamed and record.first_byte_s:
+        attributes["gen_ai.response.time_to_first_chunk"] = record.first_byte_s
+    return attributes
+
+
+def _access_fields(record: RequestRecord) -> dict[str, Any]:
+    return {
+        "request_id": record.client_id,
+        "path": record.path,
+        "status": record.status,
+        "expert": record.expert,
+        "category": record.category,
+        "ms": round(record.total_s * 1000, 1),
+        "outcome": record.outcome,
+    }
