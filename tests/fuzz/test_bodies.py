@@ -47,7 +47,7 @@ CONFIG = simulated(
 
 @pytest.fixture(scope="module")
 def apart() -> Iterator[Apart]:
-    with site_apart(CONFIG) as made, HoldMeter() as held:
+    with site_apart(CONFIG) as made, HoldMeter(collections=False) as held:
         pools = made.site.pools
         engines = {kind: pool.engine for kind, pool in pools.items()}
         yield made

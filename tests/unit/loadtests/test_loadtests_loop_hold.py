@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 
 import orjson
@@ -57,3 +58,19 @@ def test_waiting_is_no_holding() -> None:
         asyncio.run(waits())
     assert meter.longest_s < 0.05
     assert asyncio.Handle._run is before
+
+
+@pytest.mark.parametrize("collections", [True, False])
+def test_collections_count_only_where_that_is_asked(collections: bool) -> None:
+    held: list[object] = [[i] for i in range(300_000)]
+
+    async def collects() -> None:
+        gc.collect()
+
+    began_s = time.thread_time()
+    gc.collect()
+    alone_s = time.thread_time() - began_s
+    with HoldMeter(collections=collections) as meter:
+        asyncio.run(collects())
+    assert (meter.longest_s > alone_s / 2) is collections
+    assert len(held) == 300_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import orjson
@@ -166,3 +167,36 @@ def test_most_tokens_is_what_the_endpoint_s_engine_reads(
     path: str, more: dict[str, Any], tokens: int | None
 ) -> None:
     assert asked({"messages": HELLO, **more}, path).most_tokens == tokens
+
+
+@pytest.mark.parametrize("model", ["math", "auto"])
+@pytest.mark.parametrize(
+    "twice",
+    [
+        b'"n": 1, "n": 128',
+        b'"n": 128, "n": 1',
+        b'"max_tokens": 1, "max_tokens": 4096',
+        b'"max_tokens": 4096, "\\u006dax_tokens": 1',
+        b'"N": 1, "n": 128, "n ": 2',
+        b'"structured_outputs": {"regex": "a"}, "structured_outputs": {"regex": "b"}',
+        b'"stream": true, "stream": false',
+        b'"tools": [], "tools": [{"name": "f", "name": "g"}]',
+    ],
+)
+def test_a_key_that_comes_twice_is_read_alike_here_and_by_the_engine(
+    model: str, twice: bytes
+) -> None:
+    """Engines read with `json`: where the bytes go on as they came, they see what was checked."""
+    raw = b'{"model": "%b", "messages": [{"role": "user", "content": "x"}], %b}' % (
+        model.encode(),
+        twice,
+    )
+    got = asked(raw)
+    sent = json.loads(got.body_for("math"))
+    assert sent == {**got.data, "model": "math"}
+
+
+def test_the_last_of_two_models_is_asked_and_sent() -> None:
+    got = asked(b'{"model": "other", "messages": [{"role": "user"}], "model": "math"}')
+    assert got.model == "math"
+    assert json.loads(got.body_for("math"))["model"] == "math"
