@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import time
 from typing import Any
 
@@ -22,6 +23,7 @@ class HoldMeter:
         self._collections = collections
         self._collecting_since_s = 0.0
         self._collected_s = 0.0
+        self._thread = 0
         self.longest_s = 0.0
         self.where = ""
         self.callbacks = 0
@@ -35,6 +37,7 @@ class HoldMeter:
         self._real = real = asyncio.Handle._run
 
         def run(handle: asyncio.Handle) -> None:
+            self._thread = threading.get_ident()
             began_s, self._collected_s = time.thread_time(), 0.0
             try:
                 real(handle)
@@ -55,6 +58,8 @@ class HoldMeter:
         gc.callbacks.remove(self._collects)
 
     def _collects(self, phase: str, _: dict[str, int]) -> None:
+        if threading.get_ident() != self._thread:
+            return
         if phase == "start":
             self._collecting_since_s = time.thread_time()
         else:
