@@ -49,7 +49,7 @@ class HoldMeter:
                 if held_s > self.longest_s:
                     self.longest_s, self.where = held_s, _name(handle)
 
-        asyncio.Handle._run = run  # type: ignore[method-assign]
+        asyncio.Handle._run = run  # type: ignore[assignment, method-assign]
         gc.callbacks.append(self._collects)
         return self
 
