@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -127,6 +128,9 @@ class GatewayReplica:
             reload=partial(asyncio.to_thread, reload, in_force) if in_force.exists() else None,
         )
         await self._process.start()
+        # A full collection would walk through every imported module's objects, on the loop.
+        gc.collect()
+        gc.freeze()
         self._following = asyncio.create_task(follow(in_force, seen, self._reload))
         loop = asyncio.get_running_loop()
         directory = self._process.directory

@@ -47,7 +47,9 @@ _ADDRESSES = ("image_url", "audio_url", "video_url", "file_url", "url", "input_i
 _TEXT = frozenset({"text", "input_text", "output_text", "refusal", "thinking", "reasoning_text"})
 _EMBEDDED = ("image_embeds", "audio_embeds", "video_embeds", "prompt_embeds", "image_pil")
 _FILES = ("file_id", "file", "path", *_EMBEDDED)
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+# One that does not end is read to the end: tried again from each quote in it, it would take the
+# square of its length.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 # Readers of addresses differ in what they take these for.
 _ODD = re.compile(r"[\s\\@\x00-\x20\x7f]|[^\x00-\x7f]")
 _BRACKETS = b"[]{}"

@@ -41,7 +41,7 @@ _PROPERTIES = frozenset(
 _ALL_TOGETHER = 8
 # What brackets in a pattern or grammar do not mean: escaped, in a class of characters, quoted.
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
-_CLASS = re.compile(r"\[[^\]]*\]")
+_CLASS = re.compile(r"\[[^\]]*(?:\]|\Z)")
 _QUOTED = re.compile(r"\"[^\"\n]*\"|'[^'\n]*'|#[^\n]*")
 # Lists of which an engine works through every item as it takes the request in.
 _MOST_LETTERS = 65_536

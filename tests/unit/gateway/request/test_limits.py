@@ -215,3 +215,17 @@ def test_parts_deeper_than_are_looked_at_are_refused(inner: object) -> None:
     MANY.fields({"messages": part["content"]})
     with pytest.raises(InvalidRequestError, match="levels deep"):
         MANY.fields({"messages": [part]})
+
+
+@pytest.mark.parametrize("tail", [b"", b"\\", b"x", b'\\"', b"\\\\"])
+def test_a_string_that_does_not_end_is_read_once(tail: bytes) -> None:
+    from service.gateway.request.limits import _STRING
+
+    quotes = rb"\"" * 50_000 + tail
+    raw = b'{"a": "b", "c": "' + quotes
+    found = list(_STRING.finditer(raw))
+    assert [raw[one.start() : one.end()] for one in found[:3]] == [b'"a"', b'"b"', b'"c"']
+    assert len(found) == 4
+    assert found[3].end() == len(raw)
+    # As deep as may be, so that it is looked at as a whole: a megabyte of it is no work.
+    MANY.shape(b'{"a":' * 60 + b'"' + rb"\"[{" * 250_000)
