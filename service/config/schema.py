@@ -139,6 +139,11 @@ class Config(Section):
         named += [self.store.url_env, self.store.cache_url_env]
         return frozenset(name for name in named if name is not None) - {"HF_TOKEN"}
 
+    def embeds(self, expert: str) -> bool:
+        """Whether an expert makes vectors and no text, so that its engine runs for that alone."""
+        able = self.experts[expert].capabilities
+        return "embeddings" in able and not {"chat", "completions"} & {*able}
+
     def model_sources(self, only: str | None = None) -> dict[str, str]:
         """Where the weights come from that pools with real engines need: expert → source.
 

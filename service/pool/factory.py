@@ -473,7 +473,7 @@ class PoolFactory:
         info = inspect_model(Path(folder))
         if isinstance(info, ModelInfo):
             self._watch.on_weights(base, weights_bytes(info, settings.vllm.dtype))
-        model = VllmModel(base, folder, paths)
+        model = VllmModel(base, folder, paths, embeds=config.embeds(base))
         options = config.vllm_of(self._kind, base)
         return VllmEngine(
             model,
@@ -492,7 +492,8 @@ class PoolFactory:
 
         def build(name: str) -> Sleeper:
             paths = {one: str(config.experts[one].adapter) for one in units[name][1:]}
-            model = VllmModel(name, folder_of(config, name), paths)
+            embeds = config.embeds(name)
+            model = VllmModel(name, folder_of(config, name), paths, embeds=embeds)
             options = config.vllm_of(self._kind, name)
             return VllmEngine(
                 model,
@@ -550,6 +551,9 @@ class PoolFactory:
             # Nor can one be made for other kernels.
             if self._config.vllm_of(self._kind, name) != options:
                 continue
+            # Nor one that makes text for who makes vectors.
+            if self._config.embeds(name) != self._config.embeds(first):
+                continue
             try:
                 weights = _weights(self._config, name)
                 if _family_in(name, weights.folder) == family:
@@ -589,7 +593,8 @@ def _units_of(
             expert = config.experts[name]
             base = config.experts[expert.base].model if expert.base is not None else None
             named = (expert.model, expert.base, base, expert.adapter, expert.profile)
-            shaped = (profiles.get(name), expert.form, expert.strength, kernels)
+            embeds = config.embeds(unit[0])
+            shaped = (profiles.get(name), expert.form, expert.strength, kernels, embeds)
             made[name] = _Made((*named, *shaped), versions.get(name, ""))
         units[unit[0]] = _MadeUnit(made, config.needs(unit[0]))
     return units
@@ -606,7 +611,7 @@ def _weights(config: Config, expert: str) -> Weights:
         except ConfigError as error:
             return Weights(folder, fault=error.message)
     adapter = settings.adapter if settings.form == "merged" else None
-    return Weights(folder, adapter, settings.strength)
+    return Weights(folder, adapter, settings.strength, embeds=config.embeds(expert))
 
 
 def _family_in(expert: str, folder: str) -> str:

@@ -65,11 +65,15 @@ STANDING = "service.engine.vllm.worker.gpu_worker.StandingWorker"
 
 @dataclass(frozen=True, slots=True)
 class VllmModel:
-    """What to load: the base expert's name and folder, and adapters' folders by expert."""
+    """What to load: the base expert's name and folder, and adapters' folders by expert.
+
+    `embeds`: it makes vectors, not text, whatever its architecture could do.
+    """
 
     name: str
     path: str
     adapters: dict[str, str]
+    embeds: bool = False
 
 
 class VllmEngine:
@@ -127,6 +131,8 @@ class VllmEngine:
         args.enforce_eager = options.enforce_eager
         args.tensor_parallel_size = options.tensor_parallel_size
         args.trust_remote_code = options.trust_remote_code
+        if self._model.embeds:
+            args.runner = "pooling"
         args.load_format = "safetensors"  # never pickle
         args.moe_backend = options.moe_backend
         args.enable_expert_parallel = options.enable_expert_parallel

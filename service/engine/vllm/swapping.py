@@ -11,6 +11,7 @@ import asyncio
 import copy
 import hashlib
 import logging
+import math
 import time
 from argparse import Namespace
 from collections.abc import Awaitable, Collection, Mapping
@@ -49,6 +50,8 @@ _LOOK_S = 0.2
 _CANARY_PROMPT = list(range(101, 117))
 _CANARY_TOKENS = 6
 _SURE = 1e-3
+# Of a vector's length: how far another computation of it may be from it.
+_SAME_VECTOR = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Weights:
     """Where one expert's full weights come from: a folder, and a LoRA folder merged into it.
 
     steering: it has none of its own, but its base's, with other rules for the gates. fault:
-    why there can be no such expert, told to who asks for it.
+    why there can be no such expert, told to who asks for it. embeds: it makes vectors, not text.
     """
 
     folder: str
@@ -64,6 +67,7 @@ class Weights:
     strength: float = 1.0
     steering: Steering | None = None
     fault: str = ""
+    embeds: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -121,7 +125,7 @@ class SwappingVllmEngine(VllmEngine):
         secrets: Collection[str] = (),
     ) -> None:
         self._share = EngineShare(cache) if cache is not None else None
-        model = VllmModel(first, weights[first].folder, {})
+        model = VllmModel(first, weights[first].folder, {}, embeds=weights[first].embeds)
         super().__init__(model, options, on_cpu=on_cpu, watch=watch, secrets=secrets)
         # The caller's own: experts may come and go.
         self._weights = weights
@@ -364,32 +368,40 @@ class SwappingVllmEngine(VllmEngine):
     # --- the token canary
 
     async def _canary(self, expert: str) -> bool:
-        """Whether its first greedy tokens are as at its files' first load, which records them."""
-        body = {
-            "model": expert,
-            "prompt": self._canary_prompt(),
-            "max_tokens": _CANARY_TOKENS,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-            "logprobs": 1,
-        }
+        """Whether its first greedy tokens are as at its files' first load, which records them.
+
+        An expert that embeds is asked for a vector instead.
+        """
+        embeds = "generate" not in self._tasks
+        body: dict[str, Any] = {"model": expert}
+        if embeds:
+            body["input"] = self._canary_prompt()
+        else:
+            body |= {
+                "prompt": self._canary_prompt(),
+                "max_tokens": _CANARY_TOKENS,
+                "temperature": 0,
+                "ignore_eos": True,
+                "return_token_ids": True,
+                "logprobs": 1,
+            }
         parts: list[bytes] = []
 
         async def collect(message: Message) -> None:
             parts.append(message.get("body", b""))
 
         request = EngineRequest(
-            "/v1/completions", expert, orjson.dumps(body), f"{CANARY}{time.monotonic_ns()}"
+            "/v1/embeddings" if embeds else "/v1/completions",
+            expert,
+            orjson.dumps(body),
+            f"{CANARY}{time.monotonic_ns()}",
         )
         await self.run(request, collect)
         try:
-            choice = orjson.loads(b"".join(parts))["choices"][0]
+            said = _canary_said(orjson.loads(b"".join(parts)))
         except (orjson.JSONDecodeError, KeyError, IndexError):
             self._broken = f"expert {expert!r} can't answer its canary"
             raise ExpertFailedError(self._broken, retry_after_s=30) from None
-        # Experts of one family often begin alike: how sure they are tells them apart.
-        said = [choice["token_ids"], choice["logprobs"]["token_logprobs"]]
         version = self._versions.get(expert, "")
         kept = self._canaries.get(expert)
         if kept is None or kept.version != version:
@@ -397,6 +409,8 @@ class SwappingVllmEngine(VllmEngine):
                 log.info("expert %s: its files are others than at its last load", expert)
             kept = self._canaries[expert] = Canary(version, orjson.dumps(said).decode())
         first = orjson.loads(kept.said)
+        if embeds:
+            return math.dist(first[1], said[1]) < _SAME_VECTOR * math.hypot(*first[1])
         return first[0] == said[0] and all(
             abs(a - b) < _SURE for a, b in zip(first[1], said[1], strict=True)
         )
@@ -487,6 +501,18 @@ def _check_merged(expert: str, source: Weights) -> None:
 
 def _changed_while(expert: str) -> str:
     return f"the files of expert {expert!r} changed while they were loaded"
+
+
+def _canary_said(told: dict[str, Any]) -> list[list[Any]]:
+    """The tokens of an answer and how sure each is, or no tokens and a vector.
+
+    Experts of one family often begin alike: how sure they are tells them apart. Raises KeyError
+    or IndexError where a reply holds neither.
+    """
+    if "data" in told:
+        return [[], told["data"][0]["embedding"]]
+    choice = told["choices"][0]
+    return [choice["token_ids"], choice["logprobs"]["token_logprobs"]]
 
 
 def _merge_rank_results(answers: list[Any]) -> Any:

@@ -1,0 +1,161 @@
+"""The real engine embeds: the vectors that the model itself makes, for one text and for many."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+import pytest_asyncio
+from numpy.typing import NDArray
+
+from service.config import Config, VllmOptions
+from service.engine.base import EngineRequest, Message
+from service.engine.vllm.engine import POOLING_ENDPOINTS, VllmEngine, VllmModel
+from service.engine.vllm.swapping import SwappingVllmEngine, Weights
+from service.models import inspect_model
+from service.pool.memory_plan import check_plan, plan_pool
+from tests.support.engine.real import BASE
+from tests.support.models import tiny_embedder
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(not Path(BASE).is_dir(), reason="coe models pull smollm2-135m-instruct"),
+]
+OPTIONS = VllmOptions(
+    dtype="float32",
+    max_model_len=256,
+    max_num_seqs=4,
+    threads=1,
+    enforce_eager=True,
+    kv_cache_bytes=16 * 1024**2,
+)
+TEXTS = (
+    "A ship comes in.",
+    "The harbour master writes down its flag and its cargo.",
+    "Two trains leave at nine.",
+    "x",
+)
+_ids = itertools.count()
+
+
+@pytest.fixture(scope="module", params=["bert", "qwen2"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_embedder(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(folder: Path) -> AsyncIterator[VllmEngine]:
+    found = VllmEngine(VllmModel("vectors", str(folder), {}, embeds=True), OPTIONS, on_cpu=True)
+    report = await found.start()
+    assert report.endpoints == POOLING_ENDPOINTS
+    yield found
+    await found.stop()
+
+
+async def embed(
+    engine: VllmEngine, given: Any, expert: str = "vectors", **more: Any
+) -> dict[str, Any]:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    body = orjson.dumps({"model": expert, "input": given, **more})
+    await engine.run(EngineRequest("/v1/embeddings", expert, body, f"r{next(_ids)}"), send)
+    assert sent[0]["status"] == 200, sent
+    told: dict[str, Any] = orjson.loads(b"".join(m.get("body", b"") for m in sent[1:]))
+    return told
+
+
+def vectors(told: dict[str, Any]) -> NDArray[np.float64]:
+    return np.array([one["embedding"] for one in told["data"]])
+
+
+def by_transformers(folder: Path) -> NDArray[np.float64]:
+    """The same vectors, computed by the library that made the model."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder).eval()
+    at = 0 if model.config.model_type == "bert" else -1
+    found = []
+    with torch.no_grad():
+        for text in TEXTS:
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            one = model(input_ids=ids).last_hidden_state[0, at]
+            found.append((one / one.norm()).numpy())
+    return np.array(found)
+
+
+async def test_its_vectors_are_the_model_s_own(engine: VllmEngine, folder: Path) -> None:
+    told = await embed(engine, list(TEXTS))
+    got = vectors(told)
+    assert [one["index"] for one in told["data"]] == list(range(len(TEXTS)))
+    assert got.shape == (len(TEXTS), 64)
+    assert np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-4)
+    assert np.abs(got - by_transformers(folder)).max() < 1e-3
+    likeness = got @ got.T
+    assert likeness[~np.eye(len(TEXTS), dtype=bool)].max() < 0.999
+
+
+async def test_one_text_has_the_vector_that_it_has_among_others(engine: VllmEngine) -> None:
+    together = vectors(await embed(engine, list(TEXTS)))
+    for text, one in zip(TEXTS, together, strict=True):
+        assert np.abs(vectors(await embed(engine, text))[0] - one).max() < 1e-4
+
+
+async def test_its_usage_counts_every_text(engine: VllmEngine) -> None:
+    alone = [(await embed(engine, text))["usage"]["prompt_tokens"] for text in TEXTS]
+    assert (await embed(engine, list(TEXTS)))["usage"]["prompt_tokens"] == sum(alone)
+    assert min(alone) > 0
+
+
+async def test_base64_holds_the_same_numbers(engine: VllmEngine) -> None:
+    plain = vectors(await embed(engine, TEXTS[0]))[0]
+    coded = (await embed(engine, TEXTS[0], encoding_format="base64"))["data"][0]["embedding"]
+    assert np.allclose(np.frombuffer(base64.b64decode(coded), np.float32), plain, atol=1e-6)
+
+
+async def test_two_of_one_family_take_turns_in_one_engine(tmp_path: Path) -> None:
+    """As on CPU by default: exchanged in place, and looked at by their vectors."""
+    from safetensors.torch import load_file, save_file
+
+    folders = [tiny_embedder(tmp_path / name, "bert") for name in ("one", "other")]
+    file = folders[1] / "model.safetensors"
+    changed = {name: weight * 1.3 + 0.01 for name, weight in load_file(file).items()}
+    save_file(changed, file, metadata={"format": "pt"})
+    weights = {f.name: Weights(str(f), embeds=True) for f in folders}
+    engine = SwappingVllmEngine(
+        "one", weights, OPTIONS, on_cpu=True, canary_interval=1, canaries={}
+    )
+    await engine.start()
+    try:
+        before = vectors(await embed(engine, "x", "one"))
+        for name in ("other", "one", "other"):
+            await engine.load_to_host(name)
+            assert (await engine.swap_in(name)).ok
+            got = vectors(await embed(engine, "x", name))
+            assert (np.abs(got - before).max() < 1e-4) == (name == "one")
+    finally:
+        await engine.stop()
+
+
+async def test_a_pool_of_it_can_be_planned(folder: Path) -> None:
+    config = Config.model_validate(
+        {
+            "experts": {"vectors": {"model": str(folder), "capabilities": ["embeddings"]}},
+            "pools": {"cpu": {"engine": "vllm", "vllm": {"max_model_len": 256}}},
+        }
+    )
+    plan = plan_pool(config, "cpu", lambda name: inspect_model(folder))
+    check_plan(plan, None)
+    assert 0 < plan.total_bytes < 8 * 1024**3
