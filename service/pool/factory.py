@@ -292,6 +292,9 @@ class PoolFactory:
                 continue
             if unit.needs and (unit.needs in going or unit.needs not in self._present):
                 continue
+            if self._shared and self.pool.closing and not unit.needs:
+                # It gets the slot that is free then.
+                continue
             self._present[name] = unit.copied()
             try:
                 await self._come(tuple(unit.made))

@@ -67,6 +67,7 @@ class Pool:
         self._ending: set[SwapSlot] = set()
         # Experts that went so that others of their names can come, and what is said of each.
         self._coming: dict[str, str] = {}
+        self._closing: set[BaseSlot[Any]] = set()
         self._watch = watch
         self.boot = secrets.token_hex(8)
         self._slots: list[BaseSlot[Any]] = []
@@ -117,7 +118,8 @@ class Pool:
             try:
                 # Room that a slot lacks comes as soon as others have forgotten something.
                 await asyncio.sleep(_SOON_S if self._divide() else _PLACE_S)
-                if len(shared := self.shared) > 1:
+                shared = [one for one in self.shared if one not in self._closing]
+                if len(shared) > 1:
                     self._move_one(shared)
             except Exception:
                 # Whatever it was: who waits in the wrong slot must be found a place later.
@@ -175,7 +177,10 @@ class Pool:
         slot = (
             {one.name: slot for slot in self.shared for one in slot.units}[unit.needs]
             if unit.needs
-            else min(self.shared, key=lambda one: len(one.units))
+            else min(
+                (one for one in self.shared if one not in self._closing),
+                key=lambda one: len(one.units),
+            )
         )
         slot.take_in(unit)
         self._belong(unit.experts, slot)
@@ -204,7 +209,11 @@ class Pool:
                 await slot.retire(unit.name, why, kind)
                 self.changed()
                 return
-        await slot.close(why, kind)
+        self._closing.add(slot)
+        try:
+            await slot.close(why, kind)
+        finally:
+            self._closing.discard(slot)
         task = self._tasks.pop(slot)
         self._slots.remove(slot)
         if isinstance(slot, SwapSlot):
@@ -215,6 +224,11 @@ class Pool:
         await asyncio.gather(task, return_exceptions=True)
         self._ending.discard(slot)
         self._divide()
+
+    @property
+    def closing(self) -> bool:
+        """Whether a slot lets its last requests end, after which there is one fewer."""
+        return bool(self._closing or self._ending)
 
     async def add_adapter(self, base: str, expert: str, folder: str) -> None:
         """One more adapter of a base that has an engine made for adapters."""

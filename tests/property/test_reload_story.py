@@ -30,6 +30,8 @@ async def _story(chance: random.Random, slots: int) -> None:
     async with asyncio.timeout(20):
         ends = set(await asyncio.gather(*clients))
         assert ends <= {"ok", "model_not_found", "engine_restarting"}
+        async with asyncio.timeout(30):
+            await running.assembly.settled()
         assert [await running.ask(name) for name in names] == ["ok"] * len(names)
     assert len(running.pool.shared) <= slots
     assert set(running.pool.snapshot().experts) == set(names)
