@@ -1,4 +1,4 @@
-"""The command `coe`. Every command imports what it needs when it runs, so that help is quick."""
+"""The command `coe`. Each command imports its modules when it runs, so that help is quick."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from service import __version__
 from service.cli.lazy_group import LazyGroup
 from service.errors import CoeError, ConfigError
 
-# Where each command is, and the line that `coe --help` shows without importing it.
+# Each command's module and attribute, and its line in `coe --help`.
 _COMMANDS = {
     "init": ("service.cli.init:init", "Look at this machine and write a config that fits it."),
     "serve": ("service.cli.serve:serve", "Start the service on this machine."),
     "check": ("service.cli.serve:check", "Validate a config and print its memory plan."),
-    "config": ("service.cli.config:config", "What a config file may say."),
-    "models": ("service.cli.models:models", "The models on this machine."),
-    "chat": ("service.cli.chat:chat", "Talk to the experts; the route under each answer."),
-    "top": ("service.cli.top:top", "Experts, queues, swaps and routes, live."),
+    "config": ("service.cli.config:config", "Describe the config file."),
+    "models": ("service.cli.models:models", "List and fetch models."),
+    "chat": ("service.cli.chat:chat", "Chat with the experts; shows the route of each answer."),
+    "top": ("service.cli.top:top", "Watch experts, queues, swaps and routes live."),
     "route": ("service.cli.route:route", "Show which expert would answer a prompt, and why."),
-    "experts": ("service.cli.experts:experts", "Where each expert's weights are; move them."),
-    "keys": ("service.cli.keys:keys", "API keys: make, list, rotate, revoke."),
-    "completion": ("service.cli.completion:completion", "Completion for bash, zsh or fish."),
-    "moe": ("service.cli.moe:moe", "Mixtures of experts: look inside, steer, build, place."),
-    "router": ("router_models.cli:group", "Fit and judge routers on recorded outcomes."),
+    "experts": ("service.cli.experts:experts", "Show where experts' weights are, and move them."),
+    "keys": ("service.cli.keys:keys", "Create, list, rotate and revoke API keys."),
+    "completion": ("service.cli.completion:completion", "Print completion for bash, zsh or fish."),
+    "moe": ("service.cli.moe:moe", "Inspect, steer, build and place mixtures of experts."),
+    "router": ("router_models.cli:group", "Fit and evaluate routers on recorded outcomes."),
 }
 
 
@@ -37,7 +37,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """The console script: errors of ours become one line each and exit status 2 or 1."""
+    """Run the console script. A `CoeError` becomes one line, and exit status 2 or 1."""
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -52,6 +52,6 @@ def main() -> None:
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except OSError as error:
         if error.filename is None:
-            raise  # no file that somebody named
+            raise  # not about a file that the user named
         click.echo(f"coe: {error.filename}: {error.strerror}", err=True)
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""`coe chat`: a conversation in the terminal, with the route under each answer."""
+"""`coe chat`: a conversation in the terminal that shows the route of each answer."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ _STEPS = ("route", "queue", "swap", "prefill", "decode")
 @click.command()
 @click.argument("prompt", required=False)
 @url_option
-@click.option("--model", "-m", default="auto", show_default=True, help="auto, auto:fast, code, …")
+@click.option(
+    "--model", "-m", default="auto", show_default=True, help="Such as auto, auto:fast or code."
+)
 @click.option("--max-tokens", default=256, show_default=True, help="Longest answer, in tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer.")
 def chat(prompt: str | None, url: str, model: str, max_tokens: int, as_json: bool) -> None:
-    """Talk to the experts; under each answer, who gave it, why, and where the time went.
+    """Chat with the experts; under each answer stand its expert, the reason, and the times.
 
-    With PROMPT, one answer; without, a conversation (Ctrl-D ends it). $COE_API_KEY is shown
-    to a service that asks for keys.
+    PROMPT gets one answer. Without it a conversation starts; Ctrl-D ends it. $COE_API_KEY holds
+    the API key for a service that needs one.
     """
     messages: list[dict[str, str]] = []
 
     def ask(text: str) -> None:
         messages.append({"role": "user", "content": text})
         body = {"model": model, "messages": messages, "max_tokens": max_tokens}
-        say: Callable[[str], None] = (lambda piece: None) if as_json else _say
-        told = _answer(url, body, say)
-        messages.append({"role": "assistant", "content": told["answer"]})
+        write: Callable[[str], None] = (lambda piece: None) if as_json else _write
+        reply = _answer(url, body, write)
+        messages.append({"role": "assistant", "content": reply["answer"]})
         if as_json:
-            click.echo(json.dumps(told))
+            click.echo(json.dumps(reply))
         else:
-            click.echo("\n" + click.style(_route_line(told), dim=True))
+            click.echo("\n" + click.style(_route_line(reply), dim=True))
 
     if prompt is not None:
         ask(prompt)
@@ -66,14 +68,18 @@ def chat(prompt: str | None, url: str, model: str, max_tokens: int, as_json: boo
                 click.echo(f"coe: {error.message}", err=True)
 
 
-def _say(piece: str) -> None:
+def _write(piece: str) -> None:
     click.echo(piece, nl=False)
 
 
-def _answer(url: str, body: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """Stream one answer. Raises CoeError."""
-    asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    with open_stream(url, "/v1/chat/completions", api_headers(), asked) as reply:
+def _answer(url: str, body: dict[str, Any], write: Callable[[str], None]) -> dict[str, Any]:
+    """Stream one answer, and return it with its route.
+
+    Raises:
+        CoeError: The service refused, or the stream broke off.
+    """
+    request = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    with open_stream(url, "/v1/chat/completions", api_headers(), request) as reply:
         head = {name.lower(): value for name, value in reply.headers.items()}
         text = ""
         usage: dict[str, Any] = {}
@@ -87,7 +93,7 @@ def _answer(url: str, body: dict[str, Any], say: Callable[[str], None]) -> dict[
             for choice in chunk.get("choices", ()):
                 piece = choice.get("delta", {}).get("content") or ""
                 text += piece
-                say(piece)
+                write(piece)
     coe = usage.pop("coe", {}) if usage else {}
     return {
         "answer": text,
@@ -99,18 +105,18 @@ def _answer(url: str, body: dict[str, Any], say: Callable[[str], None]) -> dict[
     }
 
 
-def _route_line(told: dict[str, Any]) -> str:
-    """Who, why, and where the time went, in one line."""
-    route = told["route"]
-    parts = [str(told["expert"])]
-    if route.get("recipe") and route["recipe"] != told["expert"]:
+def _route_line(reply: dict[str, Any]) -> str:
+    """Format expert, recipe, category, times, tokens and cost as one line."""
+    route = reply["route"]
+    parts = [str(reply["expert"])]
+    if route.get("recipe") and route["recipe"] != reply["expert"]:
         parts[0] += f" by {route['recipe']}"
-    if told["category"]:
-        parts.append(f"{told['category']}, {told['confidence']:.0%} sure")
+    if reply["category"]:
+        parts.append(f"{reply['category']}, {reply['confidence']:.0%} sure")
     times = [f"{step} {_ms(route[f'{step}_ms'])}" for step in _STEPS if f"{step}_ms" in route]
     if times:
         parts.append(", ".join(times))
-    tokens = told["usage"].get("completion_tokens")
+    tokens = reply["usage"].get("completion_tokens")
     if tokens is not None:
         parts.append(f"{tokens} tokens")
     if route.get("cost"):

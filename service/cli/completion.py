@@ -1,4 +1,4 @@
-"""`coe completion`: what a shell needs to complete commands and options."""
+"""`coe completion`: shell completion of commands and options."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import click
 def completion(shell: str) -> None:
     """Print SHELL's completion script.
 
-    bash: `eval "$(coe completion bash)"` in ~/.bashrc; zsh: the same in ~/.zshrc;
-    fish: `coe completion fish | source` in ~/.config/fish/config.fish.
+    bash: put `eval "$(coe completion bash)"` into ~/.bashrc. zsh: the same into ~/.zshrc.
+    fish: put `coe completion fish | source` into ~/.config/fish/config.fish.
     """
     from click.shell_completion import get_completion_class
 

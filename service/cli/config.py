@@ -1,4 +1,4 @@
-"""`coe config`: what a config file may say."""
+"""`coe config`: the format of the config file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 @click.group()
 def config() -> None:
-    """What a config file may say."""
+    """Describe the config file."""
 
 
 @config.command()
@@ -17,7 +17,7 @@ def schema() -> None:
     """Print the JSON schema of the config file, for editors and other tools."""
     from service.config import Config
 
-    described = Config.model_json_schema()
-    described["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    described["title"] = "coe config"
-    click.echo(json.dumps(described, indent=2))
+    json_schema = Config.model_json_schema()
+    json_schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    json_schema["title"] = "coe config"
+    click.echo(json.dumps(json_schema, indent=2))

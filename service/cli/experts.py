@@ -1,4 +1,4 @@
-"""`coe experts`: where weights are, and moving them."""
+"""`coe experts`: shows where experts' weights are, and moves them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from service.cli.output import size
 @click.group(invoke_without_command=True)
 @url_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--watch", is_flag=True, help="Go on showing it, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Refresh the table until Ctrl-C.")
 @click.pass_context
 def experts(ctx: click.Context, url: str, as_json: bool, watch: bool) -> None:
-    """Where each expert's weights are, its queue and its last swap. Reads the admin key's file."""
+    """Show where each expert's weights are, its queue and its last swap.
+
+    Reads the admin key from its file.
+    """
     ctx.obj = url
     if ctx.invoked_subcommand is not None:
         return
@@ -28,53 +31,53 @@ def experts(ctx: click.Context, url: str, as_json: bool, watch: bool) -> None:
     from rich.live import Live
 
     if not watch:
-        Console().print(_expertstable(admin(url, "GET", "/admin/experts")))
+        Console().print(_experts_table(admin(url, "GET", "/admin/experts")))
         return
     import time
 
     with Live(refresh_per_second=2) as live:
         while True:
-            live.update(_expertstable(admin(url, "GET", "/admin/experts")))
+            live.update(_experts_table(admin(url, "GET", "/admin/experts")))
             time.sleep(1)
 
 
-def _operation(act: str, text: str) -> None:
-    @experts.command(name=act, help=text)
+def _add_operation(operation: str, text: str) -> None:
+    @experts.command(name=operation, help=text)
     @click.argument("name")
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
     @click.pass_obj
     def operate(url: str, name: str, as_json: bool) -> None:
         from urllib.parse import quote
 
-        done = admin(url, "POST", f"/admin/experts/{quote(name)}/{act}")
+        result = admin(url, "POST", f"/admin/experts/{quote(name)}/{operation}")
         if as_json:
-            click.echo(json.dumps(done))
+            click.echo(json.dumps(result))
             return
-        click.echo(f"{act}: {name} in {done['pools']} pool(s)")
+        click.echo(f"{operation}: {name} in {result['pools']} pool(s)")
 
 
-_operation("load", "Bring an expert's weights to host memory when there is room.")
-_operation("evict", "Forget an expert's weights.")
-_operation("pin", "Keep an expert's weights in host memory.")
-_operation("unpin", "No longer keep them.")
+_add_operation("load", "Load an expert's weights into host memory when there is room.")
+_add_operation("evict", "Drop an expert's weights from memory.")
+_add_operation("pin", "Keep an expert's weights in host memory.")
+_add_operation("unpin", "Let an expert's weights be evicted again.")
 
 
-def _expertstable(told: Any) -> Any:
+def _experts_table(payload: Any) -> Any:
     from rich.table import Table
 
     head = ("pool", "expert", "state", "bytes", "waiting", "running", "swap", "last swap")
     table = Table(*head, box=None, header_style="bold", pad_edge=False)
-    for pool, experts_ in told["pools"].items():
-        for name, one in experts_.items():
-            last = one.get("last_swap")
+    for pool, states in payload["pools"].items():
+        for name, state in states.items():
+            last = state.get("last_swap")
             table.add_row(
                 pool,
-                name + (" (pinned)" if one.get("pinned") else ""),
-                one["state"] + (f": {one['reason']}" if one["reason"] else ""),
-                size(one["host_bytes"]) if one.get("host_bytes") else "",
-                str(one["waiting"]),
-                str(one["running"]),
-                f"{one['swap_s'] * 1000:.0f} ms" if "swap_s" in one else "",
+                name + (" (pinned)" if state.get("pinned") else ""),
+                state["state"] + (f": {state['reason']}" if state["reason"] else ""),
+                size(state["host_bytes"]) if state.get("host_bytes") else "",
+                str(state["waiting"]),
+                str(state["running"]),
+                f"{state['swap_s'] * 1000:.0f} ms" if "swap_s" in state else "",
                 f"{last['method']}, {last['reason']}, {last['ago_s']:.0f} s ago" if last else "",
             )
     return table

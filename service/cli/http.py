@@ -1,4 +1,4 @@
-"""Asking a running service."""
+"""HTTP requests to a running service."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ url_option = click.option(
     envvar="COE_URL",
     default="http://127.0.0.1:8000",
     show_default=True,
-    help="The service.",
+    help="URL of the service.",
 )
 
 
 def admin(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """Ask an admin endpoint, with the admin key. Raises CoeError."""
+    """Call an admin endpoint with the admin key, and return its JSON.
+
+    Raises:
+        CoeError: There is no admin key, or the call failed.
+    """
     from service.rpc.auth import admin_key_path
 
     if not (headers := admin_headers(url)):
         if not is_loopback(url):
             raise CoeError(
-                f"the admin key in {admin_key_path()} is this machine's and is not sent to {url}; "
-                f"put that service's own key into the environment variable {_ADMIN_KEY}"
+                f"the admin key in {admin_key_path()} belongs to this machine and is not sent to "
+                f"{url}; put that service's own key into the environment variable {_ADMIN_KEY}"
             )
         raise CoeError(
             f"no admin key in {admin_key_path()}: `coe serve` makes one at its first start"
@@ -39,9 +43,9 @@ def admin(url: str, method: str, path: str, body: dict[str, Any] | None = None) 
 
 
 def admin_headers(url: str) -> dict[str, str]:
-    """The admin key for a service, where there is one.
+    """Return the header with the admin key of a service, or none.
 
-    It is that of $COE_ADMIN_KEY; for a service on this machine, else that of this user's file.
+    The key comes from $COE_ADMIN_KEY, or, for a service on this machine, from this user's file.
     """
     from service.rpc.auth import admin_key_path, read_secret
 
@@ -55,7 +59,7 @@ def admin_headers(url: str) -> dict[str, str]:
 
 
 def is_loopback(url: str) -> bool:
-    """Whether a URL leads to this machine whoever answers name look-ups."""
+    """Return whether a URL leads to this machine regardless of the name server's answers."""
     import ipaddress
     from urllib.parse import urlsplit
 
@@ -67,16 +71,20 @@ def is_loopback(url: str) -> bool:
 
 
 def ask(url: str, method: str, path: str, headers: dict[str, str], body: str | None = None) -> Any:
-    """Ask a running service. Raises CoeError with its own words."""
+    """Call a running service and return its JSON.
+
+    Raises:
+        CoeError: The call failed; the message is the service's own.
+    """
     from http.client import HTTPException
 
     with open_reply(url, method, path, headers, body) as reply:
         try:
             return json.load(reply)
         except (OSError, HTTPException) as error:
-            raise CoeError(f"{url} broke off: {error}") from None
+            raise CoeError(f"{url}: the reply broke off: {error}") from None
         except ValueError:
-            raise CoeError(f"{url} answers, but not as this service does: no JSON") from None
+            raise CoeError(f"{url}: the reply is not JSON; is this a coe service?") from None
 
 
 def open_reply(
@@ -87,13 +95,13 @@ def open_reply(
     import urllib.request
     from http.client import HTTPException
 
-    class Redirects(urllib.request.HTTPRedirectHandler):
-        """Follows none: urllib would show the key to whoever the reply names."""
+    class NoRedirects(urllib.request.HTTPRedirectHandler):
+        """Follows no redirect, because urllib would send the key to the new address."""
 
-        def redirect_request(self, *args: Any, **more: Any) -> None:
+        def redirect_request(self, *_args: Any, **_options: Any) -> None:
             return None
 
-    handlers: list[urllib.request.BaseHandler] = [Redirects()]
+    handlers: list[urllib.request.BaseHandler] = [NoRedirects()]
     if is_loopback(url):
         handlers.append(urllib.request.ProxyHandler({}))
     data = body.encode() if body is not None else None
@@ -108,8 +116,8 @@ def open_reply(
         with error:
             if 300 <= error.code < 400:
                 raise CoeError(
-                    f"{url} redirects (status {error.code}), which is not followed: give the "
-                    "address that it leads to"
+                    f"{url} redirects (status {error.code}), and redirects are not followed: give "
+                    "the address that it leads to"
                 ) from None
             try:
                 message = json.load(error)["error"]["message"]
@@ -117,7 +125,7 @@ def open_reply(
                 message = f"status {error.code}"
         raise CoeError(f"{url}: {message}") from None
     except OSError as error:
-        raise CoeError(f"{url} can't be reached: {getattr(error, 'reason', error)}") from None
+        raise CoeError(f"cannot reach {url}: {getattr(error, 'reason', error)}") from None
     except (HTTPException, ValueError) as error:
-        # Another protocol's port, or no URL at all.
-        raise CoeError(f"{url} can't be asked: {error}") from None
+        # The port speaks another protocol, or this is not a URL.
+        raise CoeError(f"cannot call {url}: {error}") from None

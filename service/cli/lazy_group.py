@@ -1,4 +1,4 @@
-"""Groups of commands that live in modules of their own, imported when they are used."""
+"""Command groups that import a command's module only when the command is used."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ import click
 
 
 class LazyGroup(click.Group):
-    """`table`: name → (module:attribute, the line that help shows without importing it)."""
+    """A group whose commands are imported on use.
+
+    Args:
+        table: name → (module:attribute, line for help, which needs no import).
+    """
 
     def __init__(self, *, table: Mapping[str, tuple[str, str]], **attributes: Any) -> None:
         super().__init__(**attributes)
         self._table = table
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the table's order."""
+        """Return the names in the table's order."""
         return list(self._table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command itself, or None where there is none of that name."""
+        """Import and return a command, or None if the name is unknown."""
         if cmd_name not in self._table:
             return None
         module, _, attribute = self._table[cmd_name][0].partition(":")
@@ -30,7 +34,7 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list that help shows."""
+        """Write the commands of the help text."""
         if not self._table:
             return
         with formatter.section("LazyGroup"):

@@ -1,4 +1,4 @@
-"""What this machine has: accelerators, memory, disk, cores."""
+"""The resources of this machine: accelerators, memory, disk, cores."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ _MIB = 1024**2
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One accelerator."""
-
     name: str
     memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a composition has to fit into."""
+    """The resources that a composition has to fit into."""
 
     gpus: tuple[Gpu, ...]
     memory_bytes: int
@@ -31,34 +29,34 @@ class Machine:
     cores: int
 
 
-def look(models_dir: Path) -> Machine:
-    """This machine; `models_dir` is where models would be kept."""
-    there = models_dir
-    while not there.exists():
-        there = there.parent
+def inspect_machine(models_dir: Path) -> Machine:
+    """Inspect this machine; the free disk space is that of `models_dir`."""
+    existing = models_dir
+    while not existing.exists():
+        existing = existing.parent
     return Machine(
         gpus(),
         host_memory.total_bytes(),
-        shutil.disk_usage(there).free,
+        shutil.disk_usage(existing).free,
         len(os.sched_getaffinity(0)),
     )
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """NVIDIA's, as their own tool tells; none where there is no such tool."""
+    """Return the GPUs that nvidia-smi lists; none without nvidia-smi."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()
     command = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return ()
-    return read_gpus(told.stdout)
+    return read_gpus(result.stdout)
 
 
 def read_gpus(text: str) -> tuple[Gpu, ...]:
-    """Lines of name and MiB."""
+    """Parse lines of name and MiB."""
     found = []
     for line in text.splitlines():
         name, comma, memory = line.rpartition(",")

@@ -1,4 +1,4 @@
-"""`coe models`: what is on this machine, and fetching more."""
+"""`coe models`: lists the models on this machine, and fetches more."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from service.cli.output import size, table
 
 @click.group()
 def models() -> None:
-    """The models on this machine."""
+    """List and fetch models."""
 
 
 @models.command()
@@ -23,13 +23,11 @@ def models() -> None:
     "-c",
     "config_path",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Fetch what this config needs and is not here, instead of NAME.",
+    help="Fetch the missing models of this config, instead of NAME.",
 )
-@click.option("--pool", "kind", help="With --config: only what pools of this kind need.")
-@click.option(
-    "--pin", is_flag=True, help="With --config: write the commits that were fetched into it."
-)
-@click.option("--models-dir", type=click.Path(path_type=Path), help="Where models are kept.")
+@click.option("--pool", "kind", help="With --config: only models for pools of this kind.")
+@click.option("--pin", is_flag=True, help="With --config: write the fetched commits into it.")
+@click.option("--models-dir", type=click.Path(path_type=Path), help="Folder of the model store.")
 def pull(
     name: str | None,
     config_path: Path | None,
@@ -37,7 +35,7 @@ def pull(
     pin: bool,
     models_dir: Path | None,
 ) -> None:
-    """Fetch NAME: a name of the built-in catalogue, a folder (./NAME), or ORG/REPO[@COMMIT]."""
+    """Fetch NAME: a name of the built-in catalogue, a folder (./NAME) or ORG/REPO[@COMMIT]."""
     from service.models import locate, pinned_source
     from service.models import pull as fetch
 
@@ -60,10 +58,10 @@ def pull(
 
 
 def _pin(path: Path, pinned: dict[str, str]) -> None:
-    """Write the commits into the file, at once or not at all."""
+    """Write the commits into the file, atomically."""
     from service.config.pinning import pin_models
 
-    with path.open(encoding="utf-8", newline="") as file:  # its line ends stay as they are
+    with path.open(encoding="utf-8", newline="") as file:  # keeps the line ends
         text = file.read()
     changed = pin_models(text, pinned)
     if changed == text:
@@ -94,10 +92,10 @@ def _needed(
 
 
 @models.command(name="list")
-@click.option("--models-dir", type=click.Path(path_type=Path), help="Where models are kept.")
+@click.option("--models-dir", type=click.Path(path_type=Path), help="Folder of the model store.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_(models_dir: Path | None, as_json: bool) -> None:
-    """What is here, and what the built-in catalogue has."""
+    """List the models on this machine and those of the built-in catalogue."""
     from service.models import CATALOGUE, list_models
 
     stored = list_models(models_dir)

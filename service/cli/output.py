@@ -1,4 +1,4 @@
-"""What the commands print with: tables and sizes."""
+"""Output of the commands: tables and sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _PIPED_COLUMNS = 400
 
 
 def size(value: object) -> str:
-    """Bytes for people: `512 MiB`."""
+    """Format bytes for people, such as `512 MiB`."""
     size = float(str(value))
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
@@ -28,7 +28,7 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     for name in head:
         table.add_column(name, overflow="fold")
     for row in rows:
-        # As text: what stands in brackets is no markup.
+        # As Text, so that brackets are not taken for markup.
         table.add_row(*map(Text, row))
-    # Somebody's file or program gets every line whole.
+    # A file or a pipe gets long lines unbroken.
     Console(width=None if sys.stdout.isatty() else _PIPED_COLUMNS).print(table)

@@ -1,4 +1,4 @@
-"""Which composition fits a machine, and the config that says so. Pure."""
+"""The compositions that fit a machine, and their configs. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,96 +13,108 @@ from service.models.presets import TRIOS, Trio
 from service.pool.memory_plan import ENGINE_BYTES, PACKING, REPLICA_BYTES
 
 _GIB = 1024**3
-# On a GPU: vLLM and its workspace, for each engine.
-_ENGINE_BYTES = 2 * _GIB
+# vLLM and its workspace on a GPU, for each engine.
+_GPU_ENGINE_BYTES = 2 * _GIB
 _GPU_SHARE = 0.9
 _MEMORY_SHARE = 0.75
 _DISK_SHARE = 0.8
-# About what two cores decode at reading speed, in float32.
-_PARAMETERS_A_CORE = 0.4e9
+# One core decodes about this many float32 parameters at reading speed.
+_PARAMETERS_PER_CORE = 0.4e9
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A composition for a machine. `trio` None: the demo's small experts.
+    """A composition for a machine.
 
-    `slots`: engines at once (None: one for each expert). Memory is that of the GPU
-    where `on_gpu`, else the machine's.
+    Attributes:
+        trio: The models; None: the demo's small experts.
+        on_gpu: The experts run on a GPU, and the memory is the GPU's; else the machine's.
+        slots: Number of engines; None: one for each expert.
+        kv_bytes: KV cache of each engine.
+        required_bytes: Memory that all engines take.
+        download_bytes: Size of the models.
     """
 
     trio: Trio | None
     on_gpu: bool
     slots: int | None
     kv_bytes: int
-    needs_bytes: int
+    required_bytes: int
     download_bytes: int
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name that `coe init` shows."""
         return self.trio.name if self.trio else "SmolLM2 135M with three adapters"
 
     @property
     def licence(self) -> str:
-        """Of its models."""
+        """The models' licence."""
         return self.trio.models[0].licence if self.trio else "Apache-2.0"
 
 
 def propose(machine: Machine) -> list[Proposal]:
-    """Every composition that fits, the best first. The demo's always does."""
-    found = []
+    """Return every composition that fits, the best one first. The demo always fits."""
+    proposals = []
     for trio in TRIOS:
         if trio.total_bytes > _DISK_SHARE * machine.disk_bytes:
             continue
-        one = _on_gpu(trio, machine) if machine.gpus else _on_cpu(trio, machine)
-        if one is not None:
-            found.append(one)
-    return [*found, Proposal(None, False, None, _GIB // 2, 4 * _GIB, 93_000_000)]
+        proposal = _on_gpu(trio, machine) if machine.gpus else _on_cpu(trio, machine)
+        if proposal is not None:
+            proposals.append(proposal)
+    return [*proposals, Proposal(None, False, None, _GIB // 2, 4 * _GIB, 93_000_000)]
 
 
 def _on_gpu(trio: Trio, machine: Machine) -> Proposal | None:
     room = _GPU_SHARE * max(gpu.memory_bytes for gpu in machine.gpus)
     kv_bytes = max(_GIB, trio.largest_bytes // 8 // _GIB * _GIB)
-    each = kv_bytes + _ENGINE_BYTES
-    together = trio.total_bytes + each * len(trio.models)
-    if together <= room:
-        return Proposal(trio, True, None, kv_bytes, together, trio.total_bytes)
-    alone = trio.largest_bytes + each
-    if alone <= room:
-        return Proposal(trio, True, 1, kv_bytes, alone, trio.total_bytes)
+    engine_bytes = kv_bytes + _GPU_ENGINE_BYTES
+    all_bytes = trio.total_bytes + engine_bytes * len(trio.models)
+    if all_bytes <= room:
+        return Proposal(trio, True, None, kv_bytes, all_bytes, trio.total_bytes)
+    largest_bytes = trio.largest_bytes + engine_bytes
+    if largest_bytes <= room:
+        return Proposal(trio, True, 1, kv_bytes, largest_bytes, trio.total_bytes)
     return None
 
 
 def _on_cpu(trio: Trio, machine: Machine) -> Proposal | None:
-    if trio.parameters > _PARAMETERS_A_CORE * machine.cores:
+    if trio.parameters > _PARAMETERS_PER_CORE * machine.cores:
         return None
-    # As the memory plan will count: float32 is twice what was published, packed beside
-    # itself while it loads, and all of them stay in memory.
-    needs = 2 * PACKING * trio.total_bytes + _GIB + ENGINE_BYTES + REPLICA_BYTES
-    if needs > _MEMORY_SHARE * machine.memory_bytes:
+    # The memory plan counts the same way: float32 takes twice the published bytes, loading packs
+    # a copy, and all experts stay in memory.
+    required_bytes = 2 * PACKING * trio.total_bytes + _GIB + ENGINE_BYTES + REPLICA_BYTES
+    if required_bytes > _MEMORY_SHARE * machine.memory_bytes:
         return None
-    return Proposal(trio, False, 1, _GIB, needs, trio.total_bytes)
+    return Proposal(trio, False, 1, _GIB, required_bytes, trio.total_bytes)
 
 
 def config_text(proposal: Proposal, machine: Machine, artifacts: Path) -> str:
-    """The config file. `artifacts`: the folder of the package `router_models`."""
+    """Write the config file's text.
+
+    Args:
+        proposal: The composition.
+        machine: The machine that it is for.
+        artifacts: Folder of the package `router_models`.
+    """
+    memory = "GPU" if proposal.on_gpu else "main"
     head = [
-        "# Written by `coe init`. Every field: the config reference in service/README.md.",
-        f"# Made for: {describe(machine)}",
-        f"# {proposal.name}, {proposal.licence}; about {size(proposal.download_bytes)} to fetch,",
-        f"# {size(proposal.needs_bytes)} of {'GPU' if proposal.on_gpu else 'main'} memory in use.",
+        "# Written by `coe init`. docs/reference/config.md describes every key.",
+        f"# For: {describe(machine)}",
+        f"# {proposal.name}, {proposal.licence}; downloads {size(proposal.download_bytes)},",
+        f"# uses {size(proposal.required_bytes)} of {memory} memory.",
         *(
             ()
             if proposal.trio is None
             else (
-                "# Models are taken as they are on the hub when first fetched. To stay with what",
-                "# you have tried: coe models pull --pin --config THIS_FILE",
+                "# The first fetch takes the hub's present version of each model. To pin the",
+                "# versions that you have tried: coe models pull --pin --config THIS_FILE",
             )
         ),
         "server:",
-        "  port: 8000            # on loopback; `host: 0.0.0.0` opens it, after you made keys",
+        "  port: 8000            # loopback only; make keys first, then set `host: 0.0.0.0`",
         "",
-        "# Finds out what kind of prompt it is. Yours: `coe router fit`.",
+        "# The classifier of prompts. `coe router fit` fits one to your prompts.",
         "router:",
         f"  artifact: {_text(artifacts / 'artifacts' / 'demo@1')}",
         "",
@@ -112,7 +124,7 @@ def config_text(proposal: Proposal, machine: Machine, artifacts: Path) -> str:
 
 
 def _text(path: Path) -> str:
-    """A path as YAML takes it for a text, whatever is in it."""
+    """Quote a path for YAML if needed."""
     plain = re.fullmatch(r"[A-Za-z0-9_./@+-]+", str(path)) is not None
     return str(path) if plain else json.dumps(str(path), ensure_ascii=False)
 
@@ -150,7 +162,7 @@ def _pools(proposal: Proposal, machine: Machine) -> list[str]:
     if proposal.slots is not None:
         lines += [f"    slots: {proposal.slots}            # the experts take turns in it"]
     if not proposal.on_gpu:
-        lines += [f"    memory_bytes: {-(-proposal.needs_bytes // _GIB) + 2}GiB"]
+        lines += [f"    memory_bytes: {-(-proposal.required_bytes // _GIB) + 2}GiB"]
     context = proposal.trio.context_tokens if proposal.trio else 2048
     lines += [
         "    vllm:",
@@ -161,13 +173,13 @@ def _pools(proposal: Proposal, machine: Machine) -> list[str]:
     if not proposal.on_gpu:
         lines += [
             f"      threads: {max(1, machine.cores)}",
-            "      enforce_eager: true   # starts minutes sooner on a CPU",
+            "      enforce_eager: true   # saves minutes at the start on a CPU",
         ]
     return [*lines, "      tool_call_parser: hermes"]
 
 
 def describe(machine: Machine) -> str:
-    """The machine in one line."""
+    """Describe the machine in one line."""
     gpus = ", ".join(f"{gpu.name} ({size(gpu.memory_bytes)})" for gpu in machine.gpus) or "no GPU"
     return (
         f"{gpus}; {machine.cores} cores, {size(machine.memory_bytes)} memory, "

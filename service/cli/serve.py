@@ -22,7 +22,7 @@ CONFIG = click.Path(path_type=Path, dir_okay=False)
 @click.option("--host", help="Address to listen on, instead of the config's.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port, instead of the config's.")
 def serve(path: Path, host: str | None, port: int | None) -> None:
-    """Start the service on this machine and run until Ctrl-C or SIGTERM."""
+    """Start the service on this machine; it runs until Ctrl-C or SIGTERM."""
     from service.config import load_config
     from service.launch.supervisor import run
 
@@ -41,7 +41,7 @@ def serve(path: Path, host: str | None, port: int | None) -> None:
 @click.argument("path", type=CONFIG)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def check(path: Path, as_json: bool) -> None:
-    """Validate a config and print its memory plan. Starts nothing, fetches nothing."""
+    """Validate a config and print its memory plan; starts and fetches nothing."""
     from service.config import load_config
 
     config = load_config(path)
@@ -54,9 +54,9 @@ def check(path: Path, as_json: bool) -> None:
 
 
 def _with_models(config: Config) -> Config:
-    """Fetch what is missing, then hold the plan against the machine.
+    """Fetch missing models, then check the memory plan against the machine.
 
-    A model that can't be had costs its own experts only: they are shown as failed.
+    A model that can't be fetched fails only its own experts.
     """
     from service.models import locate, pull
 
@@ -67,7 +67,7 @@ def _with_models(config: Config) -> Config:
             if locate(source, root=root) is None:
                 click.echo(f"expert {name}: fetching {source}", err=True)
                 pull(source, dest_root=root)
-        for line in _told(_plans(config)):
+        for line in _warnings(_plans(config)):
             click.echo(f"coe: warning: {line}", err=True)
     except ModelStoreError as error:
         click.echo(f"coe: warning: {error.message}", err=True)
@@ -103,8 +103,8 @@ def _plans(config: Config) -> list[Any]:
     return plans
 
 
-def _told(plans: list[Any]) -> list[str]:
-    """The warnings of all plans, each once."""
+def _warnings(plans: list[Any]) -> list[str]:
+    """Return the distinct warnings of all plans."""
     return list(dict.fromkeys(line for plan in plans for line in plan.warnings))
 
 
@@ -141,7 +141,7 @@ def _print_plans(config: Config, plans: list[Any]) -> None:
     for plan in plans:
         for line in (*plan.moe, *plan.notes):
             click.echo(f"{plan.kind}: {line}")
-    for line in _told(plans):
+    for line in _warnings(plans):
         click.echo(f"warning: {line}", err=True)
     remote = [name for name, expert in config.experts.items() if expert.remote is not None]
     if remote:

@@ -1,4 +1,4 @@
-"""Reading a running service's event streams from the command line."""
+"""Server-sent events of a running service."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.errors import CoeError
 
 
 def api_headers() -> dict[str, str]:
-    """The API key of $COE_API_KEY, where there is one."""
+    """Return the header with the API key of $COE_API_KEY, if it is set."""
     key = os.environ.get("COE_API_KEY")
     return {"authorization": f"Bearer {key}"} if key else {}
 
@@ -20,14 +20,22 @@ def api_headers() -> dict[str, str]:
 def open_stream(
     url: str, path: str, headers: dict[str, str], body: dict[str, Any] | None = None
 ) -> Any:
-    """A reply whose body is still to be read, as a context manager. Raises CoeError."""
+    """Open a reply for reading, as a context manager.
+
+    Raises:
+        CoeError: The call failed.
+    """
     text = json.dumps(body) if body is not None else None
     headers = {"content-type": "application/json", **headers}
     return open_reply(url, "GET" if text is None else "POST", path, headers, text)
 
 
 def events(reply: Any) -> Iterator[tuple[str, str]]:
-    """Server-sent events as (name, data), until the stream ends. Raises CoeError if it breaks."""
+    """Yield server-sent events as (name, data) until the stream ends.
+
+    Raises:
+        CoeError: The stream broke off.
+    """
     name, data = "message", ""
     for raw in _lines(reply):
         line = raw.decode().rstrip("\r\n")

@@ -18,40 +18,43 @@ from service.errors import CoeError
 @url_option
 @click.option("--json", "as_json", is_flag=True, help="Print the state once, as one JSON object.")
 def top(url: str, as_json: bool) -> None:
-    """Experts, queues, swaps and recent routes, live. q quits; l, e, p move the chosen expert."""
+    """Watch experts, queues, swaps and recent routes live.
+
+    q quits. l, e, p and u load, evict, pin and unpin the selected expert.
+    """
     if as_json:
         with open_stream(url, "/console/events", admin_headers(url)) as reply:
             for name, data in events(reply):
                 if name in ("hello", "progress"):
                     click.echo(json.dumps(json.loads(data)))
                     return
-        raise CoeError(f"{url}: the stream of events ended before it began")
+        raise CoeError(f"{url}: the event stream ended without an event")
     make_app(url).run()
 
 
 def rows_of(hello: dict[str, Any], state: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row for each expert: name, kind, tier, bytes, running, waiting, tokens/s, last swap."""
+    """Return a row per expert: name, kind, tier, bytes, running, waiting, tokens/s, last swap."""
     rows: list[tuple[str, ...]] = []
     for expert in hello["experts"]:
         name = expert["name"]
-        held = [pool["experts"][name] for pool in state["pools"] if name in pool["experts"]]
+        entries = [pool["experts"][name] for pool in state["pools"] if name in pool["experts"]]
         nowhere: dict[str, Any] = {"state": "disk"}
-        best = min(held, key=lambda one: _TIERS.index(one["state"]), default=nowhere)
+        best = min(entries, key=lambda entry: _TIERS.index(entry["state"]), default=nowhere)
         best = {**best, **state["remotes"].get(name, {})}
         tier = best["state"]
         if tier == "loading" and best.get("eta_s", 0) >= 1:
             tier = f"in {best['eta_s']:.0f} s"
         held_bytes = best.get("host_bytes") or best.get("weight_bytes") or 0
         swap = best.get("last_swap")
-        rate = sum(one.get("tokens_per_s", 0.0) for one in held)
+        rate = sum(entry.get("tokens_per_s", 0.0) for entry in entries)
         rows.append(
             (
                 name + (" (pinned)" if best.get("pinned") else ""),
                 expert["kind"],
                 tier,
                 size(held_bytes) if held_bytes else "",
-                str(sum(one.get("running", 0) for one in held)),
-                str(sum(one.get("waiting", 0) for one in held)),
+                str(sum(entry.get("running", 0) for entry in entries)),
+                str(sum(entry.get("waiting", 0) for entry in entries)),
                 f"{rate:.1f}" if rate else "",
                 f"{swap['swap_s'] * 1000:.0f} ms, {swap['ago_s']:.0f} s ago" if swap else "",
             )
@@ -61,34 +64,39 @@ def rows_of(hello: dict[str, Any], state: dict[str, Any]) -> list[tuple[str, ...
 
 _TIERS = ("device", "host", "loading", "draining", "disk", "failed")
 _EXPERTS = ("expert", "kind", "tier", "bytes", "running", "waiting", "tokens/s", "last swap")
-_ROUTES = ("time", "asked", "category", "answered by", "queue", "swap", "first byte", "in all", "")
+_ROUTES = ("time", "model", "category", "answered by", "queue", "swap", "first byte", "total", "")
 
 
-def route_row(one: dict[str, Any]) -> tuple[str, ...]:
-    """A row for one recent request."""
-    sure = f"{one['category']} {one['confidence']:.0%}" if one["category"] else "named"
-    by = one["expert"] or "nobody"
-    if one["recipe"] not in ("", by):
-        by = one["recipe"]
-    times = (one["queue_ms"] - one["swap_ms"], one["swap_ms"], one["first_ms"], one["total_ms"])
-    clock = time.strftime("%H:%M:%S", time.localtime(one["at_s"]))
+def route_row(route: dict[str, Any]) -> tuple[str, ...]:
+    """Return the row of one recent request."""
+    category = f"{route['category']} {route['confidence']:.0%}" if route["category"] else "named"
+    answered_by = route["expert"] or "nobody"
+    if route["recipe"] not in ("", answered_by):
+        answered_by = route["recipe"]
+    times = (
+        route["queue_ms"] - route["swap_ms"],
+        route["swap_ms"],
+        route["first_ms"],
+        route["total_ms"],
+    )
+    clock = time.strftime("%H:%M:%S", time.localtime(route["at_s"]))
     shown = tuple(f"{max(0.0, value):.0f} ms" if value else "–" for value in times)
-    return (clock, one["asked"], sure, by, *shown, one["outcome"])
+    return (clock, route["asked"], category, answered_by, *shown, route["outcome"])
 
 
 def make_app(url: str) -> Any:
-    """The terminal application. Here, so that `coe --help` needs no textual."""
+    """Make the terminal application; defined in here so that `coe --help` needs no textual."""
     from textual.app import App, ComposeResult
     from textual.containers import Vertical
     from textual.widgets import DataTable, Footer, Static
 
     class Top(App[None]):
-        """Follows one service until q."""
+        """Shows one service until q is pressed."""
 
         TITLE = "coe top"
         CSS = """
         #head { padding: 0 1; height: 1; color: $text; background: $primary; }
-        #said { padding: 0 1; height: 1; color: $text-muted; }
+        #message { padding: 0 1; height: 1; color: $text-muted; }
         #experts { height: auto; max-height: 60%; }
         """
         BINDINGS: ClassVar = [
@@ -104,95 +112,97 @@ def make_app(url: str) -> Any:
             self.hello: dict[str, Any] = {}
 
         def compose(self) -> ComposeResult:
-            """Two tables between a line of figures and one of what was done."""
+            """Build the figures, the experts, the message line and the routes."""
             yield Static(f"{url}: connecting", id="head", markup=False)
             with Vertical():
                 yield DataTable(id="experts", cursor_type="row", zebra_stripes=True)
-                yield Static("", id="said", markup=False)
+                yield Static("", id="message", markup=False)
                 yield DataTable(id="routes", cursor_type="none")
             yield Footer()
 
         def on_mount(self) -> None:
-            """Start following."""
+            """Start to read events."""
             self.query_one("#experts", DataTable).add_columns(*_EXPERTS)
             self.query_one("#routes", DataTable).add_columns(*_ROUTES)
             self.run_worker(self._follow, thread=True, exit_on_error=False)
 
         def _follow(self) -> None:
-            """In a thread: read events for ever, again after a moment where they end."""
+            """Read events in a thread; connect again after 1 s whenever the stream ends."""
             while self.is_running:
                 try:
                     with open_stream(url, "/console/events", admin_headers(url)) as reply:
                         for name, data in events(reply):
                             self.call_from_thread(self.show, name, json.loads(data))
                 except (CoeError, OSError, ValueError) as error:
-                    words = error.message if isinstance(error, CoeError) else str(error)
+                    message = error.message if isinstance(error, CoeError) else str(error)
                     if not self.is_running:
                         return
-                    self.call_from_thread(self.say, words)
+                    self.call_from_thread(self.show_message, message)
                 time.sleep(1)
 
-        def say(self, words: str) -> None:
-            """In the line between the tables."""
-            self.query_one("#said", Static).update(words)
+        def show_message(self, text: str) -> None:
+            """Show a text in the line between the tables."""
+            self.query_one("#message", Static).update(text)
 
-        def show(self, name: str, told: dict[str, Any]) -> None:
-            """One event."""
+        def show(self, name: str, event: dict[str, Any]) -> None:
+            """Show one event."""
             if name == "progress":
-                now = next((step["name"] for step in told["steps"] if step["now"]), "")
+                now = next((step["name"] for step in event["steps"] if step["now"]), "")
                 self.query_one("#head", Static).update(
-                    f"{url}: starting, {told['elapsed_s']:.0f} s: {now}"
+                    f"{url}: starting, {event['elapsed_s']:.0f} s: {now}"
                 )
             elif name == "hello":
-                self.hello = told
+                self.hello = event
                 self.query_one("#routes", DataTable).clear()
-                self._add_routes(told["routes"])
-                self._draw(told["state"])
+                self._add_routes(event["routes"])
+                self._draw(event["state"])
             elif name == "routes":
-                self._add_routes(told["routes"])
+                self._add_routes(event["routes"])
             elif name == "state" and self.hello:
-                self._draw(told)
+                self._draw(event)
 
         def _draw(self, state: dict[str, Any]) -> None:
             totals = state["totals"]
             self.query_one("#head", Static).update(
-                f"{url}   {totals['requests']} answers a minute   {state['in_flight']} in flight"
+                f"{url}   {totals['requests']} answers per minute   {state['in_flight']} in flight"
                 f"   first byte {totals['first_ms']:.0f} ms   "
                 f"{len([pool for pool in state['pools'] if pool['boot']])} pools"
             )
             table = self.query_one("#experts", DataTable)
-            at = table.cursor_row
+            cursor = table.cursor_row
             table.clear()
             for row in rows_of(self.hello, state):
                 table.add_row(*row)
-            if at:
-                table.move_cursor(row=at)
+            if cursor:
+                table.move_cursor(row=cursor)
 
         def _add_routes(self, routes: list[dict[str, Any]]) -> None:
             table = self.query_one("#routes", DataTable)
             kept = [table.get_row(key) for key in table.rows]
             table.clear()
-            for row in ([route_row(one) for one in reversed(routes)] + kept)[:100]:
+            for row in ([route_row(route) for route in reversed(routes)] + kept)[:100]:
                 table.add_row(*row)
 
-        def action_operate(self, act: str) -> None:
+        def action_operate(self, operation: str) -> None:
             """Load, evict, pin or unpin the expert under the cursor."""
             table = self.query_one("#experts", DataTable)
             if not self.hello or table.cursor_row is None:
                 return
             name = self.hello["experts"][table.cursor_row]["name"]
-            self.run_worker(lambda: self._operate(act, name), thread=True, exit_on_error=False)
+            self.run_worker(
+                lambda: self._operate(operation, name), thread=True, exit_on_error=False
+            )
 
-        def _operate(self, act: str, name: str) -> None:
+        def _operate(self, operation: str, name: str) -> None:
             from urllib.parse import quote
 
             from service.cli.http import admin
 
             try:
-                done = admin(url, "POST", f"/admin/experts/{quote(name)}/{act}")
-                words = f"{act} {name}: done in {done['pools']} pool(s)"
+                result = admin(url, "POST", f"/admin/experts/{quote(name)}/{operation}")
+                message = f"{operation} {name}: done in {result['pools']} pool(s)"
             except CoeError as error:
-                words = f"{act} {name}: {error.message}"
-            self.call_from_thread(self.say, words)
+                message = f"{operation} {name}: {error.message}"
+            self.call_from_thread(self.show_message, message)
 
     return Top()

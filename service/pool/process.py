@@ -25,7 +25,7 @@ class PoolProcess:
 
     def __init__(self, config: Config, kind: str, secret: str, *, node: Path | None = None) -> None:
         self._metrics = PoolMetrics(config.pools[kind].vllm.moe_capture)
-        self.routes = self._metrics.routes_of
+        self.routes = self._metrics.routing_stats
         self._assembly = PoolFactory(config, kind, Pool(kind, self._metrics), self._metrics)
         self.pool = self._assembly.pool
         self._traces = traces_of(config, "pool", f"{kind}-{self.pool.boot}")

@@ -1,4 +1,4 @@
-"""Metrics as Prometheus' text, and several processes' texts as one."""
+"""Prometheus text exposition, and merging the expositions of several processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FAMILY = re.compile(r"^# HELP (\S+) ", re.MULTILINE)
 
 
 class _Labelled(Collector):
-    """Other collectors' samples, each with more labels."""
+    """Adds labels to each sample of another collector."""
 
     def __init__(self, inner: Collector, labels: Mapping[str, str]) -> None:
         self._inner = inner
@@ -22,18 +22,18 @@ class _Labelled(Collector):
 
     def collect(self) -> Iterable[Metric]:
         for family in self._inner.collect():
-            told = Metric(family.name, family.documentation, family.type)
-            told.samples = [
+            labelled = Metric(family.name, family.documentation, family.type)
+            labelled.samples = [
                 sample._replace(labels={**sample.labels, **self._labels})
                 for sample in family.samples
             ]
-            yield told
+            yield labelled
 
 
 def text_of(collectors: Iterable[tuple[Collector, Mapping[str, str]]]) -> str:
-    """One process's text; each collector's samples get its labels as well.
+    """Render one process's metrics; each collector's labels are added to its samples.
 
-    Takes milliseconds where there are engines: not for an event loop.
+    With engines this takes milliseconds, so call it outside the event loop.
     """
     texts = []
     for collector, labels in collectors:
@@ -44,9 +44,10 @@ def text_of(collectors: Iterable[tuple[Collector, Mapping[str, str]]]) -> str:
 
 
 def join(texts: Iterable[str]) -> str:
-    """One text of several: every family stands once, as Prometheus insists.
+    """Merge several expositions into one, with each metric family once.
 
-    Samples are taken as they are: processes have told themselves apart by labels.
+    Prometheus requires each family to appear once. The samples stay unchanged, because the
+    processes' labels differ.
     """
     families: dict[str, list[str]] = {}
     for text in texts:

@@ -1,4 +1,4 @@
-"""Logs as one JSON object a line. Nothing here is ever given a prompt or a key."""
+"""Logs with one JSON object per line. No line holds a prompt or a key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import orjson
 
-# What is known of the request that is being worked on, in this task and those it starts.
+# Fields of the present request, for this task and the tasks that it starts.
 _FIELDS: ContextVar[Mapping[str, str]] = ContextVar("fields", default={})  # noqa: B039
 _EXTRA = (
     "request_id",
@@ -32,12 +32,12 @@ _EXTRA = (
 
 
 def log_fields(**fields: str) -> None:
-    """From here on every line of this task tells these, such as its request's id."""
+    """Add fields, such as the request's id, to all later lines of this task."""
     _FIELDS.set({**_FIELDS.get(), **fields})
 
 
 class JsonLines(logging.Formatter):
-    """time, level, logger, message, and the request's fields where there are any."""
+    """Formats a record as JSON: time, level, logger, message, and the request's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -49,7 +49,7 @@ class JsonLines(logging.Formatter):
         line |= _FIELDS.get()
         line |= {name: getattr(record, name) for name in _EXTRA if hasattr(record, name)}
         if record.exc_info and record.exc_info[0] is not None:
-            # The kind and place of a fault, not its text: that may quote a prompt.
+            # Only the type and place of an error: its text may quote a prompt.
             trace = record.exc_info[2]
             while trace is not None and trace.tb_next is not None:
                 trace = trace.tb_next
@@ -59,11 +59,11 @@ class JsonLines(logging.Formatter):
 
 
 class EngineLines(JsonLines):
-    """An engine's own lines. Those of faults tell no text that a request may have brought.
+    """Formats an engine's lines and removes text from error lines that a request may have sent.
 
-    vLLM writes what it was doing into errors: parameters, schemas, and the text of exceptions. Of
-    such lines the words of the source code are left, with numbers. An exception's text is told only
-    where an engine was starting, and so had no requests.
+    vLLM puts parameters, schemas and exception texts into its errors. This formatter keeps the
+    constant words and the numbers of such lines. It keeps an exception's text only while an engine
+    starts, because there are no requests then.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -83,7 +83,7 @@ class EngineLines(JsonLines):
 
 
 class _Elided:
-    """Stands where a line had a text. It fits every conversion of `%`."""
+    """Replaces a text argument of a log line. It fits every conversion of `%`."""
 
     def __str__(self) -> str:
         return "…"
@@ -104,7 +104,7 @@ def _message_of(record: logging.LogRecord) -> str:
 
 
 def _was_starting(error: BaseException) -> bool:
-    """Whether it was raised while an engine was being made."""
+    """Return whether an engine's constructor raised the error."""
     trace = error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
@@ -115,7 +115,7 @@ def _was_starting(error: BaseException) -> bool:
 
 
 def engine_handler() -> logging.Handler:
-    """The handler of vLLM's lines, named in `engine_logs.json`; it sets their level as well."""
+    """Return the handler of vLLM's lines that `engine_logs.json` names, and set their level."""
     level = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING").upper()
     logging.getLogger("vllm").setLevel(level)
     handler = logging.StreamHandler(sys.stderr)
@@ -129,9 +129,9 @@ ENGINE_LOGS = Path(__file__).with_name("engine_logs.json")
 def set_up_logs(level: int = logging.INFO) -> None:
     """Send this package's logs to stderr as JSON lines.
 
-    From then on a line that can't be written, the disk being full, is lost without a word:
-    under Ray Serve stderr is a logger as well, and telling it of the failure would fail again,
-    and so on, until the request that the line was about had failed too.
+    Afterwards a line that cannot be written, for instance because the disk is full, is dropped
+    silently. Under Ray Serve stderr is a logger as well: reporting the failure there would fail
+    again, without end, until the request itself failed.
     """
     logging.raiseExceptions = False
     logger = logging.getLogger("coe")

@@ -1,18 +1,19 @@
-"""What a metric is: its kind, who tells it, its labels and, of a histogram, its buckets."""
+"""The declaration of a metric: kind, process, labels, and the buckets of a histogram."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
 
-# Upper bounds in s: of what a client waits for, of what is ours alone, of what was predicted.
+# Upper bounds in s: for times that a client waits, for the gateway's own times, and for
+# differences between actual and predicted times.
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 ERROR = (-60, -30, -10, -5, -2, -1, -0.5, -0.1, 0, 0.1, 0.5, 1, 2, 5, 10, 30, 60)
 
 
 class Kind(StrEnum):
-    """What can be done with a metric's values."""
+    """Prometheus' metric types."""
 
     COUNTER = "counter"
     GAUGE = "gauge"
@@ -20,7 +21,7 @@ class Kind(StrEnum):
 
 
 class Side(StrEnum):
-    """Which processes tell a metric."""
+    """The processes that export a metric."""
 
     GATEWAY = "gateway"
     POOL = "pool"
@@ -29,9 +30,15 @@ class Side(StrEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MetricSpec:
-    """One metric: its full name as Prometheus stores it, and what it means.
+    """One declared metric.
 
-    `buckets`: upper bounds, histograms only, in the unit of the name.
+    Attributes:
+        name: The full name, as Prometheus stores it.
+        kind: Counter, gauge or histogram.
+        side: The processes that export it.
+        meaning: The HELP text.
+        labels: Names of the labels, in the order in which their values are passed.
+        buckets: Upper bounds of a histogram, in the unit of the name.
     """
 
     name: str
@@ -43,12 +50,12 @@ class MetricSpec:
 
 
 def counter(name: str, side: Side, labels: tuple[str, ...], meaning: str) -> MetricSpec:
-    """It only grows."""
+    """Declare a counter."""
     return MetricSpec(name, Kind.COUNTER, side, meaning, labels)
 
 
 def gauge(name: str, side: Side, labels: tuple[str, ...], meaning: str) -> MetricSpec:
-    """It goes up and down."""
+    """Declare a gauge."""
     return MetricSpec(name, Kind.GAUGE, side, meaning, labels)
 
 
@@ -59,5 +66,5 @@ def histogram(
     meaning: str,
     buckets: tuple[float, ...] = SECONDS,
 ) -> MetricSpec:
-    """Values by buckets."""
+    """Declare a histogram."""
     return MetricSpec(name, Kind.HISTOGRAM, side, meaning, labels, buckets)

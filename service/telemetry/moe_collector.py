@@ -1,4 +1,7 @@
-"""What a pool knows of its experts' routers: told by engines, reckoned when somebody asks."""
+"""Routing statistics of a pool's mixture-of-experts models.
+
+Engines send samples of what their gates chose; figures are computed when they are read.
+"""
 
 from __future__ import annotations
 
@@ -17,100 +20,108 @@ from service.telemetry import metrics
 from service.telemetry.labels import MAX_SERIES
 from service.telemetry.registry import MetricsRegistry
 
-# Stretches that wait to be reckoned; of more, the eldest are left out.
-_MOST_WAITING = 64
+# Token stretches that wait for computation. With more, the oldest are dropped.
+_MAX_PENDING = 64
 
 
 @dataclass(slots=True)
-class _Known:
-    tally: RoutingCounts
-    waiting: list[NDArray[np.int16]] = field(default_factory=list)
+class _ExpertState:
+    counts: RoutingCounts
+    pending: list[NDArray[np.int16]] = field(default_factory=list)
 
 
 class MoeCollector:
-    """By expert. `every`: one step of how many is looked at; 0: none.
+    """Collects routing statistics by expert.
 
-    `clock` gives s since 1970. Cacheability takes up to some 0.2 s for a stretch, so it is reckoned
-    in a thread, and only when figures are asked for.
+    Cacheability takes up to 0.2 s for a stretch, so it is computed in a thread, and only when
+    figures are read.
+
+    Args:
+        every: One of this many steps is sampled; 0: none.
+        clock: Returns s since 1970.
     """
 
     def __init__(self, every: int, clock: Callable[[], float]) -> None:
         self._every = every
         self._clock = clock
-        self._known: dict[str, _Known] = {}
-        self._reckoning = asyncio.Lock()
+        self._states: dict[str, _ExpertState] = {}
+        self._computing = asyncio.Lock()
 
-    def add_sample(self, chosen: RoutingSample) -> None:
-        """An engine tells what its routers chose."""
-        known = self._known.get(chosen.expert)
-        shape = (chosen.layers, chosen.experts, chosen.top_k)
-        if known is None or (known.tally.layers, known.tally.experts, known.tally.top_k) != shape:
-            known = self._known[chosen.expert] = _Known(self._nothing(chosen))
-        if chosen.load is None:
+    def add_sample(self, sample: RoutingSample) -> None:
+        """Add an engine's sample of its gates' choices."""
+        state = self._states.get(sample.expert)
+        shape = (sample.layers, sample.experts, sample.top_k)
+        if (
+            state is None
+            or (state.counts.layers, state.counts.experts, state.counts.top_k) != shape
+        ):
+            state = self._states[sample.expert] = _ExpertState(self._empty_counts(sample))
+        if sample.load is None:
             return
-        tally = known.tally
-        known.tally = replace(
-            tally, tokens=tally.tokens + chosen.tokens, load=tally.load + chosen.load
+        counts = state.counts
+        state.counts = replace(
+            counts, tokens=counts.tokens + sample.tokens, load=counts.load + sample.load
         )
-        known.waiting = [*known.waiting, *chosen.stretches][-_MOST_WAITING:]
+        state.pending = [*state.pending, *sample.stretches][-_MAX_PENDING:]
 
-    def _nothing(self, chosen: RoutingSample) -> RoutingCounts:
-        layers = len(chosen.layers)
+    def _empty_counts(self, sample: RoutingSample) -> RoutingCounts:
+        layers = len(sample.layers)
         return RoutingCounts(
-            chosen.layers,
-            chosen.experts,
-            chosen.top_k,
+            sample.layers,
+            sample.experts,
+            sample.top_k,
             self._every,
-            min(chosen.experts, CACHE_TIMES * chosen.top_k),
+            min(sample.experts, CACHE_TIMES * sample.top_k),
             self._clock(),
             0,
-            np.zeros((layers, chosen.experts), np.int64),
+            np.zeros((layers, sample.experts), np.int64),
             Cacheability.none(layers),
         )
 
     def forget(self, expert: str) -> None:
-        """Another model has this name from now on, or none."""
-        self._known.pop(expert, None)
+        """Drop the statistics of an expert whose model was changed or removed."""
+        self._states.pop(expert, None)
 
-    async def reckon(self) -> None:
-        """Bring cacheability up to what was heard."""
-        async with self._reckoning:
-            for known in list(self._known.values()):
-                waiting, known.waiting = known.waiting, []
-                if not waiting:
+    async def compute(self) -> None:
+        """Compute the cacheability of all samples that have arrived."""
+        async with self._computing:
+            for state in list(self._states.values()):
+                pending, state.pending = state.pending, []
+                if not pending:
                     continue
-                before = known.tally
-                # A steered model may give a token more than the cache was meant for.
-                width = min(before.experts, max(one.shape[2] for one in waiting))
+                before = state.counts
+                # A steered model may choose more routed experts per token than the cache holds.
+                width = min(before.experts, max(stretch.shape[2] for stretch in pending))
                 cache = max(before.cache, width)
-                more = await asyncio.to_thread(_reckon, waiting, before.experts, cache)
-                now = known.tally  # more may have been heard meanwhile
-                known.tally = replace(now, cache=cache, cacheability=now.cacheability + more)
+                more = await asyncio.to_thread(_cacheability, pending, before.experts, cache)
+                now = state.counts  # more samples may have arrived meanwhile
+                state.counts = replace(now, cache=cache, cacheability=now.cacheability + more)
 
     async def tally(self, expert: str) -> RoutingCounts:
-        """Of one expert that this pool has.
+        """Return the statistics of one expert of this pool.
 
-        Raises ConflictError with the reason where there is none.
+        Raises:
+            ConflictError: There are none; the message says why.
         """
         if not self._every:
             raise ConflictError(
-                f"the routers of {expert!r} are not looked at: its pool has no vllm.moe_capture"
+                f"the gates of {expert!r} are not sampled: its pool has no vllm.moe_capture"
             )
-        await self.reckon()
-        known = self._known.get(expert)
-        if known is None:
-            raise ConflictError(f"no engine has told of the routers of {expert!r} yet")
-        if not known.tally.layers:
-            raise ConflictError(f"expert {expert!r} is not a mixture of experts: it has no routers")
-        if not known.tally.tokens:
+        await self.compute()
+        state = self._states.get(expert)
+        if state is None:
+            raise ConflictError(f"no engine has sent routing samples of {expert!r} yet")
+        if not state.counts.layers:
+            raise ConflictError(f"expert {expert!r} is not a mixture of experts: it has no gates")
+        if not state.counts.tokens:
             raise ConflictError(
-                f"nothing was seen of the routers of {expert!r} yet: one step of {self._every} is "
-                "looked at, and what was seen is told every 10 s"
+                f"no routing sample of {expert!r} has arrived yet: one step in {self._every} is "
+                "sampled, and engines send their samples every 10 s"
             )
-        return known.tally
+        return state.counts
 
     def read(self, meter: MetricsRegistry) -> None:
-        """Put what is known into the metrics."""
+        """Put the statistics into the metrics."""
         for metric in (
             metrics.MOE_IMBALANCE,
             metrics.MOE_ENTROPY,
@@ -120,30 +131,34 @@ class MoeCollector:
             meter.forget(metric)
         meter.forget(metrics.MOE_ROUTED_TOKENS)
         room = MAX_SERIES
-        for expert, known in self._known.items():
-            tally = known.tally
-            if not tally.tokens:
+        for expert, state in self._states.items():
+            counts = state.counts
+            if not counts.tokens:
                 continue
-            meter.total(metrics.MOE_TOKENS, tally.tokens, expert)
-            if tally.load.size <= room:
-                room -= tally.load.size
-                for (place, routed), count in np.ndenumerate(tally.load):
-                    layer = tally.layers[place]
+            meter.total(metrics.MOE_TOKENS, counts.tokens, expert)
+            if counts.load.size <= room:
+                room -= counts.load.size
+                for (index, routed_expert), count in np.ndenumerate(counts.load):
+                    layer = counts.layers[index]
                     meter.total(
-                        metrics.MOE_ROUTED_TOKENS, int(count), expert, str(layer), str(routed)
+                        metrics.MOE_ROUTED_TOKENS,
+                        int(count),
+                        expert,
+                        str(layer),
+                        str(routed_expert),
                     )
-            for place, layer in enumerate(tally.layers):
-                one = tally.balance(place)
+            for index, layer in enumerate(counts.layers):
+                balance = counts.balance(index)
                 for metric, value in (
-                    (metrics.MOE_IMBALANCE, one.imbalance),
-                    (metrics.MOE_ENTROPY, one.entropy),
-                    (metrics.MOE_SEGMENT_ROUTING, one.srp),
-                    (metrics.MOE_SEGMENT_CACHE_HITS, one.sch),
+                    (metrics.MOE_IMBALANCE, balance.imbalance),
+                    (metrics.MOE_ENTROPY, balance.entropy),
+                    (metrics.MOE_SEGMENT_ROUTING, balance.srp),
+                    (metrics.MOE_SEGMENT_CACHE_HITS, balance.sch),
                 ):
                     if value is not None:
                         meter.put(metric, value, expert, str(layer))
 
 
-def _reckon(stretches: list[NDArray[np.int16]], experts: int, cache: int) -> Cacheability:
-    first, *others = (cacheability(one, experts, cache=cache) for one in stretches)
+def _cacheability(stretches: list[NDArray[np.int16]], experts: int, cache: int) -> Cacheability:
+    first, *others = (cacheability(stretch, experts, cache=cache) for stretch in stretches)
     return sum(others, first)

@@ -1,8 +1,8 @@
-"""One scrape target per node: the metrics of all our processes on it.
+"""One scrape target per node, with the metrics of all coe processes on the node.
 
-Every gateway and pool answers on a Unix socket of its own in one folder. Whoever wants the
-node's metrics asks every socket there. Where a port is configured, whichever process
-binds it first answers on it for all; when that one ends, another takes its place.
+Each gateway and pool serves its metrics on a Unix socket in a shared folder. A process collects the
+node's metrics by reading every socket there. If a port is configured, the process that binds it
+first serves the metrics of all; when that process ends, another one binds the port.
 """
 
 from __future__ import annotations
@@ -25,18 +25,22 @@ log = logging.getLogger("coe.telemetry")
 
 _RETRY_S = 1.0
 _ANSWER_S = 5.0
-_YOUNG_S = 10.0
-# Bytes that a Unix socket's address may have.
-_MOST_PATH = 107
+# A younger socket may belong to a process that is still starting.
+_MIN_STALE_AGE_S = 10.0
+_MAX_SOCKET_PATH_BYTES = 107
 
 Text = Callable[[], Awaitable[str]]
 
 
 class NodeTarget:
-    """This process's place on its node.
+    """This process's metrics endpoint on its node.
 
-    `name`: unique on the node, such as gateway-ID or pool-KIND-BOOT. `text`: this process's
-    metrics. `port`: where the node's are served to others, None: nowhere.
+    Args:
+        folder: Holds the sockets of all processes on the node.
+        name: Unique on the node, such as gateway-ID or pool-KIND-BOOT.
+        text: Renders this process's metrics.
+        host: Address for `port`.
+        port: Serves the metrics of the whole node; None: no port.
     """
 
     def __init__(self, folder: Path, name: str, text: Text, *, host: str, port: int | None) -> None:
@@ -48,20 +52,20 @@ class NodeTarget:
         self._claiming: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Answer. Without a place for the socket the process goes on, and says so in its log."""
+        """Serve this process's metrics. If the socket can't be made, log it and go on without."""
         try:
             own_folder(self._path.parent)
-            if len(os.fsencode(self._path)) > _MOST_PATH:
+            if len(os.fsencode(self._path)) > _MAX_SOCKET_PATH_BYTES:
                 raise OSError(errno.ENAMETOOLONG, "the path is too long for a socket")
             runner = await self._runner(self._text)
             await web.UnixSite(runner, str(self._path)).start()
         except OSError as error:
-            log.error("metrics of this process stay out of its node's: %s", error.strerror)
+            log.error("cannot register on the node metrics socket: %s", error.strerror)
         if self._port is not None:
             self._claiming = asyncio.create_task(self._claim(self._port))
 
     async def stop(self) -> None:
-        """Answer no more."""
+        """Close the socket and the port."""
         if self._claiming is not None:
             self._claiming.cancel()
             await asyncio.gather(self._claiming, return_exceptions=True)
@@ -69,22 +73,21 @@ class NodeTarget:
             await runner.cleanup()
         self._path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            self._path.parent.rmdir()  # only the last one can
+            self._path.parent.rmdir()  # fails while other sockets remain
 
     async def others(self, kind: str = "") -> list[str]:
-        """The metrics of the node's other processes whose names begin with `kind`."""
+        """Return the metrics of the node's other processes whose names begin with `kind`."""
         found = sorted(self._path.parent.glob(f"{kind}*.sock"))
         texts = await asyncio.gather(*(_ask(path) for path in found if path != self._path))
         return [text for text in texts if text is not None]
 
     async def whole(self) -> str:
-        """The metrics of all our processes on this node."""
+        """Return the metrics of all coe processes on this node."""
         own, others = await asyncio.gather(self._text(), self.others())
         return await asyncio.to_thread(join, [own, *others])
 
     async def _runner(self, text: Text) -> web.AppRunner:
-        async def answer(request: web.Request) -> web.Response:
-            del request
+        async def answer(_request: web.Request) -> web.Response:
             return web.Response(
                 body=(await text()).encode(), headers={"content-type": CONTENT_TYPE}
             )
@@ -98,24 +101,24 @@ class NodeTarget:
 
     async def _claim(self, port: int) -> None:
         runner = await self._runner(self.whole)
-        told: int | None = None
+        logged: int | None = None
         while True:
             site = web.TCPSite(runner, self._host, port)
             try:
                 await site.start()
             except OSError as error:
-                # The runner keeps a site that could not start, too: one a second, for ever.
+                # Otherwise the runner would collect one failed site per second.
                 await site.stop()
-                if error.errno not in (errno.EADDRINUSE, told):
-                    told = error.errno
-                    log.error("metrics port %d: %s", port, error.strerror)
+                if error.errno not in (errno.EADDRINUSE, logged):
+                    logged = error.errno
+                    log.error("cannot bind metrics port %d: %s", port, error.strerror)
                 await asyncio.sleep(_RETRY_S)
             else:
                 return
 
 
 async def _ask(path: Path) -> str | None:
-    """One process's metrics; None where it has gone."""
+    """Return one process's metrics, or None if the process does not answer."""
     try:
         async with (
             aiohttp.ClientSession(
@@ -133,15 +136,20 @@ async def _ask(path: Path) -> str | None:
 
 
 def _remove_dead(path: Path) -> None:
-    """Its process was killed: nobody will use this socket again. A young one may be starting."""
+    """Remove the socket of a killed process, unless it is so young that it may be starting."""
     with contextlib.suppress(OSError):
-        if time.time() - path.lstat().st_mtime > _YOUNG_S:
+        if time.time() - path.lstat().st_mtime > _MIN_STALE_AGE_S:
             path.unlink()
 
 
 def own_folder(folder: Path) -> None:
-    """Make it, for us alone. Raises OSError where it is somebody else's."""
+    """Make a folder that only this user can access.
+
+    Raises:
+        OSError: The folder can't be made.
+        PermissionError: It belongs to another user, or others can access it.
+    """
     folder.mkdir(mode=0o700, exist_ok=True)
-    told = folder.lstat()
-    if told.st_uid != os.getuid() or told.st_mode & 0o077:
-        raise PermissionError(errno.EPERM, f"{folder} is not ours alone")
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise PermissionError(errno.EPERM, f"{folder} belongs to or is open to other users")

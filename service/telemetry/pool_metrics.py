@@ -1,4 +1,4 @@
-"""What a pool process counts: requests as they end, the rest read from the pool when asked."""
+"""Metrics of a pool process: counted when requests end, or read from the pool on demand."""
 
 from __future__ import annotations
 
@@ -24,33 +24,36 @@ from service.types import Residency
 
 
 class PoolStats(Protocol):
-    """What is read of a pool."""
+    """The state that metrics read from a pool."""
 
     def snapshot(self) -> Snapshot:
-        """Its state."""
+        """Return residency, queues and speeds."""
 
     def swap_counts(self) -> dict[tuple[str, str, str], int]:
-        """Swaps by unit, method and reason."""
+        """Return the number of swaps by unit, method and reason."""
 
     def canary_failures(self) -> int:
-        """Swaps that went wrong."""
+        """Return the number of swaps whose weights failed verification."""
 
     def details(self) -> dict[str, dict[str, Any]]:
-        """Each expert's residency in full."""
+        """Return each expert's residency, with sizes."""
 
 
 class PoolMetrics:
-    """The meter of a pool, and its engines' own metrics.
+    """The metrics registry of a pool, and its engines' own metrics.
 
-    It is the pool's watch and its engines'. `traced` is told of calls as well. `capture`: how
-    routers are looked at, None: not at all.
+    It observes the pool (`PoolObserver`) and its engines (`EngineObserver`). `traced` receives
+    finished calls as well.
+
+    Args:
+        capture: How gates are sampled; None: not at all.
     """
 
     def __init__(self, capture: MoeCapture | None = None) -> None:
         self.meter = MetricsRegistry(Side.POOL)
-        self._routes = MoeCollector(capture.every if capture is not None else 0, time.time)
-        self.meter.on_read(lambda: self._routes.read(self.meter))
-        # Engines' own: a time of creation beside each series would double what is scraped.
+        self._moe = MoeCollector(capture.every if capture is not None else 0, time.time)
+        self.meter.on_read(lambda: self._moe.read(self.meter))
+        # A creation time beside each series of an engine would double the scrape's size.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.traced: Callable[[Call, Times, str], None] | None = None
         self._weights: dict[str, int] = {}
@@ -62,14 +65,14 @@ class PoolMetrics:
 
     def _read(self, pool: PoolStats) -> None:
         put, now = self.meter.put, pool.snapshot()
-        # Those that went with a change of the config are nowhere any more.
+        # Drop the experts that a config change has removed.
         for gauge in (
             metrics.REQUESTS_WAITING,
             metrics.REQUESTS_RUNNING,
             metrics.EXPERT_STATE,
             metrics.EXPERT_WEIGHT_BYTES,
         ):
-            self.meter.forget(gauge, but=now.experts)
+            self.meter.forget(gauge, keep=now.experts)
         for expert, queue in now.queues.items():
             put(metrics.REQUESTS_WAITING, queue.waiting, expert)
             put(metrics.REQUESTS_RUNNING, queue.running, expert)
@@ -79,73 +82,59 @@ class PoolMetrics:
         for key, count in pool.swap_counts().items():
             self.meter.total(metrics.SWAPS, count, *key)
         self.meter.total(metrics.CANARY_FAILURES, pool.canary_failures())
-        for expert, told in pool.details().items():
-            size = told.get("host_bytes", self._weights.get(expert))
+        for expert, details in pool.details().items():
+            size = details.get("host_bytes", self._weights.get(expert))
             if size is not None:
-                here = told["state"]
-                put(
-                    metrics.EXPERT_WEIGHT_BYTES,
-                    size if here == Residency.DEVICE else 0,
-                    expert,
-                    "device",
-                )
-                put(
-                    metrics.EXPERT_WEIGHT_BYTES,
-                    size if here == Residency.HOST else 0,
-                    expert,
-                    "host",
-                )
+                for tier in (Residency.DEVICE, Residency.HOST):
+                    held_bytes = size if details["state"] == tier else 0
+                    put(metrics.EXPERT_WEIGHT_BYTES, held_bytes, expert, tier.value)
 
-    # --- as the pool's watch
+    # --- as the pool's observer
 
     def ended(self, call: Call, times: Times, fault: str) -> None:
-        """See `PoolWatch` of the pool."""
         if self.traced is not None:
             self.traced(call, times, fault)
         if times.began_s:
             self.meter.observe(metrics.QUEUE, times.queue_s, call.expert)
             self.meter.observe(metrics.SWAP_WAIT, times.swap_s, call.expert)
 
-    # --- as its engines' watch
+    # --- as its engines' observer
 
-    def on_finished(self, work: EngineTimings) -> None:
-        """See `EngineWatch`."""
-        observe, expert = self.meter.observe, work.expert
-        observe(metrics.ENGINE_QUEUE, work.queue_s, expert)
-        observe(metrics.PREFILL, work.prefill_s, expert)
-        self.meter.add(metrics.TOKENS, work.prompt_tokens, expert, "prompt")
-        if work.answer_tokens:
-            observe(metrics.DECODE, work.decode_s, expert)
-            self.meter.add(metrics.TOKENS, work.answer_tokens, expert, "completion")
-        if work.answer_tokens > 1:
-            observe(metrics.INTER_TOKEN_LATENCY, work.decode_s / (work.answer_tokens - 1), expert)
+    def on_finished(self, timings: EngineTimings) -> None:
+        observe, expert = self.meter.observe, timings.expert
+        observe(metrics.ENGINE_QUEUE, timings.queue_s, expert)
+        observe(metrics.PREFILL, timings.prefill_s, expert)
+        self.meter.add(metrics.TOKENS, timings.prompt_tokens, expert, "prompt")
+        if timings.answer_tokens:
+            observe(metrics.DECODE, timings.decode_s, expert)
+            self.meter.add(metrics.TOKENS, timings.answer_tokens, expert, "completion")
+        if timings.answer_tokens > 1:
+            observe(
+                metrics.INTER_TOKEN_LATENCY, timings.decode_s / (timings.answer_tokens - 1), expert
+            )
 
     def on_weights(self, expert: str, size_bytes: int) -> None:
-        """See `EngineWatch`. Threads may call it."""
+        # Worker threads may call this.
         self._weights[expert] = size_bytes
 
-    def on_routing_sample(self, chosen: RoutingSample) -> None:
-        """See `EngineWatch`."""
-        self._routes.add_sample(chosen)
+    def on_routing_sample(self, sample: RoutingSample) -> None:
+        self._moe.add_sample(sample)
 
     def on_removed(self, expert: str) -> None:
-        """See `EngineWatch`."""
-        self._routes.forget(expert)
+        self._moe.forget(expert)
 
     def registry(self, expert: str) -> CollectorRegistry:
-        """See `EngineWatch`."""
         fresh = self._engines[expert] = CollectorRegistry()
         return fresh
 
     # --- reading
 
-    async def routes_of(self, expert: str) -> dict[str, Any]:
-        """See `PoolHandler.routes`."""
-        return (await self._routes.tally(expert)).to_wire()
+    async def routing_stats(self, expert: str) -> dict[str, Any]:
+        return (await self._moe.tally(expert)).to_wire()
 
     async def text(self, labels: Mapping[str, str]) -> str:
-        """Everything as Prometheus' text, every sample with these labels."""
-        await self._routes.reckon()
+        """Render all metrics as Prometheus text, with these labels on each sample."""
+        await self._moe.compute()
         self.meter.refresh()
         collectors: list[tuple[Collector, Mapping[str, str]]] = [(self.meter.registry, labels)]
         collectors += [

@@ -1,15 +1,15 @@
-"""Counting in one process: a meter for the metrics that the table declares.
+"""The metrics registry of one process, for the metrics that `metrics.METRICS` declares.
 
-    meter = Meter(Side.GATEWAY)
+    meter = MetricsRegistry(Side.GATEWAY)
     meter.add(metrics.REQUESTS_REJECTED, 1, "rate_limited")
     meter.put(metrics.BUDGET_REMAINING, 0.25, "eur")
-    meter.observe(table.ROUTE, 0.0004)
+    meter.observe(metrics.ROUTE, 0.0004)
 
-Label values stand in the table's order. What another object knows anyway (a length, a
-price) is asked for when metrics are read: give `on_read` a function that calls `put`.
+Label values are passed in the order of the declaration. Values that another object holds anyway
+(a queue length, a price) are read on demand: pass `on_read` a function that calls `put`.
 
-A request adds a dozen values, so they are plain numbers here, without locks: call all of
-this in one thread, the event loop's. Only `registry` may be read in another.
+A request adds a dozen values, so they are plain numbers without locks. Call all methods in one
+thread, the event loop's; only `registry` may be read in another thread.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ _Key = tuple[MetricSpec | str, ...]
 
 
 class _Series:
-    """One label set. `value` is a counter's or gauge's, and the sum of a histogram's values.
+    """The values of one label set.
 
-    `told`: what somebody else's counter stood at last.
+    Attributes:
+        value: The value of a counter or gauge, or the sum of a histogram's values.
+        last_total: The last value of an external counter, for `MetricsRegistry.total`.
+        buckets: Counts by bucket of a histogram, the last one without an upper bound.
     """
 
-    __slots__ = ("buckets", "told", "value")
+    __slots__ = ("buckets", "last_total", "value")
 
     def __init__(self, metric: MetricSpec) -> None:
-        self.value = self.told = 0.0
-        # One more than there are bounds: what is over all of them.
+        self.value = self.last_total = 0.0
         self.buckets = [0] * (len(metric.buckets) + 1)
 
 
@@ -49,7 +51,7 @@ class MetricsRegistry:
     """The counters, gauges and histograms of one gateway or pool process."""
 
     def __init__(self, side: Side) -> None:
-        self._declared = tuple(one for one in METRICS if one.side in (side, Side.BOTH))
+        self._declared = tuple(metric for metric in METRICS if metric.side in (side, Side.BOTH))
         self._series: dict[_Key, _Series] = {}
         self._count = dict.fromkeys(self._declared, 0)
         self._readers: list[Callable[[], None]] = []
@@ -59,39 +61,42 @@ class MetricsRegistry:
         self.put(metrics.BUILD_INFO, 1, __version__)
 
     def add(self, metric: MetricSpec, amount: float, *labels: str) -> None:
-        """Count: `amount` ≥ 0 more."""
+        """Increase a counter by `amount` ≥ 0."""
         (self._series.get((metric, *labels)) or self._new(metric, labels)).value += amount
 
     def total(self, metric: MetricSpec, value: float, *labels: str) -> None:
-        """A counter that somebody else keeps has come to `value`.
+        """Follow an external counter that now stands at `value`.
 
-        Where it fell, as a part of it went away, what is counted from there on is added.
+        When the external counter falls, because one of its parts went away, this one keeps its
+        value and adds later increases.
         """
         series = self._series.get((metric, *labels)) or self._new(metric, labels)
-        series.value += max(0.0, value - series.told)
-        series.told = value
+        series.value += max(0.0, value - series.last_total)
+        series.last_total = value
 
     def put(self, metric: MetricSpec, value: float, *labels: str) -> None:
-        """A gauge stands at `value` now."""
+        """Set a gauge."""
         (self._series.get((metric, *labels)) or self._new(metric, labels)).value = float(value)
 
     def observe(self, metric: MetricSpec, value: float, *labels: str) -> None:
-        """One value for a histogram."""
+        """Add one value to a histogram."""
         series = self._series.get((metric, *labels)) or self._new(metric, labels)
         series.buckets[bisect_left(metric.buckets, value)] += 1
         series.value += value
 
-    def forget(self, metric: MetricSpec, but: Collection[str] = ()) -> None:
-        """Drop a metric's series, but for those whose first label is one of these: those that are
-        still there are told again."""
+    def forget(self, metric: MetricSpec, keep: Collection[str] = ()) -> None:
+        """Drop a metric's series, except those whose first label is in `but`.
+
+        Series that still exist are put again at the next read.
+        """
         known = [key for key in self._series if key[0] is metric]
-        gone = [key for key in known if len(key) == 1 or key[1] not in but]
+        gone = [key for key in known if len(key) == 1 or key[1] not in keep]
         for key in gone:
             del self._series[key]
         self._count[metric] = len(known) - len(gone)
 
     def value(self, metric: MetricSpec, *labels: str) -> float:
-        """What a counter or gauge stands at; 0 where nothing was counted."""
+        """Return the value of a counter or gauge; 0 if the series does not exist."""
         series = self._series.get((metric, *labels))
         return series.value if series is not None else 0.0
 
@@ -100,7 +105,7 @@ class MetricsRegistry:
         self._readers.append(reader)
 
     def refresh(self) -> None:
-        """Ask the readers. Before `registry` is read."""
+        """Call the readers. Call this before reading `registry`."""
         for reader in self._readers:
             reader()
 
@@ -112,38 +117,38 @@ class MetricsRegistry:
             if (other := self._series.get((metric, *labels))) is not None:
                 return other
         self._count[metric] += 1
-        made = self._series[(metric, *labels)] = _Series(metric)
-        return made
+        series = self._series[(metric, *labels)] = _Series(metric)
+        return series
 
     def families(self) -> Iterable[Metric]:
-        """As Prometheus' client has them; every declared metric, also without a series yet."""
+        """Yield every declared metric, including those without a series."""
         found: dict[MetricSpec, list[tuple[tuple[str, ...], _Series]]] = {}
-        # Copied at once: more may be counted meanwhile.
-        for (metric, *labels), series in list(self._series.items()):
-            assert isinstance(metric, MetricSpec)
-            found.setdefault(metric, []).append((tuple(map(str, labels)), series))
-        for one in self._declared:
-            family = Metric(one.name.removesuffix("_total"), one.meaning, one.kind.value)
-            for values, series in found.get(one, []):
-                told = dict(zip(one.labels, values, strict=True))
-                if one.kind is Kind.HISTOGRAM:
-                    _histogram(family, one, told, series)
+        # A copy: the event loop may add series meanwhile.
+        for (key, *values), series in list(self._series.items()):
+            assert isinstance(key, MetricSpec)
+            found.setdefault(key, []).append((tuple(map(str, values)), series))
+        for metric in self._declared:
+            family = Metric(metric.name.removesuffix("_total"), metric.meaning, metric.kind.value)
+            for label_values, series in found.get(metric, []):
+                labels = dict(zip(metric.labels, label_values, strict=True))
+                if metric.kind is Kind.HISTOGRAM:
+                    _histogram(family, metric, labels, series)
                 else:
-                    family.add_sample(one.name, told, series.value)
+                    family.add_sample(metric.name, labels, series.value)
             yield family
 
 
-def _histogram(family: Metric, one: MetricSpec, labels: dict[str, str], series: _Series) -> None:
-    buckets, so_far = list(series.buckets), 0
-    for bound, count in zip((*one.buckets, float("inf")), buckets, strict=True):
-        so_far += count
+def _histogram(family: Metric, metric: MetricSpec, labels: dict[str, str], series: _Series) -> None:
+    buckets, cumulative = list(series.buckets), 0
+    for bound, count in zip((*metric.buckets, float("inf")), buckets, strict=True):
+        cumulative += count
         le = "+Inf" if bound == float("inf") else repr(float(bound))
-        told = {**labels, "le": le}
-        family.add_sample(f"{one.name}_bucket", told, so_far)
-    family.add_sample(f"{one.name}_count", labels, so_far)
-    if one.buckets[0] >= 0:
-        # One that can fall would be taken for a counter that began anew.
-        family.add_sample(f"{one.name}_sum", labels, series.value)
+        bucket_labels = {**labels, "le": le}
+        family.add_sample(f"{metric.name}_bucket", bucket_labels, cumulative)
+    family.add_sample(f"{metric.name}_count", labels, cumulative)
+    if metric.buckets[0] >= 0:
+        # Prometheus would take a falling sum for a counter reset.
+        family.add_sample(f"{metric.name}_sum", labels, series.value)
 
 
 class _Collector(Collector):

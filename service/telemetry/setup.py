@@ -1,4 +1,4 @@
-"""What of a process is told to those who watch it: its traces, and its place among its node's."""
+"""Sets up tracing and node metrics for a process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def traces_of(config: Config, process: str, instance: str) -> Traces | None:
     if config.telemetry.traces_url is None:
         return None
-    # Imported here: most do without, and it takes its time.
+    # Imported here: OpenTelemetry is slow to import, and most configs do not use it.
     from service.telemetry.tracing import Traces
 
     return Traces(config.telemetry, process, instance)
@@ -27,5 +27,5 @@ def node_target(
 ) -> NodeTarget | None:
     if folder is None:
         return None
-    told = config.telemetry
-    return NodeTarget(folder, name, text, host=told.metrics_host, port=told.metrics_port)
+    telemetry = config.telemetry
+    return NodeTarget(folder, name, text, host=telemetry.metrics_host, port=telemetry.metrics_port)

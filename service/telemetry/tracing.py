@@ -1,10 +1,10 @@
-"""OpenTelemetry spans, where the config asks for them; the only module that imports it.
+"""OpenTelemetry spans. No other module imports OpenTelemetry.
 
-One trace per request: the gateway's server span, in it `route` (understanding it), `choose` and
-an attempt for each expert that was asked (named by the GenAI conventions, as `chat EXPERT`); in
-an attempt the pool's span with `queue`, `swap` and `engine`, with `prefill` and `decode` where the
-answer was streamed. The W3C context of the client is continued, and travels to pools and
-remote experts. Attributes are names, numbers and codes; never prompts, answers or keys.
+Each request has one trace. The gateway's server span holds `route` (parsing and classification),
+`choose` (selection) and one span per attempt, named by the GenAI conventions, as `chat EXPERT`. An
+attempt holds the pool's span with `queue`, `swap` and `engine`; streamed answers add `prefill` and
+`decode`. The trace continues the client's W3C context and passes it to pools and remote experts.
+Attributes are names, numbers and codes, never prompts, answers or keys.
 
 https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/
 """
@@ -37,8 +37,8 @@ _OPERATIONS = {
     "/v1/completions": "text_completion",
     "/v1/embeddings": "embeddings",
 }
-# Numbers of the body that a span may tell.
-_NUMBERS = {
+# Numeric fields of the request body, and their span attributes.
+_NUMERIC_FIELDS = {
     "max_tokens": "gen_ai.request.max_tokens",
     "max_completion_tokens": "gen_ai.request.max_tokens",
     "max_output_tokens": "gen_ai.request.max_tokens",
@@ -47,13 +47,20 @@ _NUMBERS = {
     "n": "gen_ai.request.choice.count",
     "seed": "gen_ai.request.seed",
 }
-# A collector that does not answer holds up a process's end for so long.
-_SEND_S = 2
+# A collector that does not answer delays the end of a process by this time.
+_EXPORT_TIMEOUT_S = 2
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class Traces:
-    """The spans of one process. `process`: gateway or pool; `instance`: which one."""
+    """The tracer of one process.
+
+    Args:
+        config: Sampling and the collector's URL.
+        process: gateway or pool.
+        instance: Id of the process.
+        exporter: Replaces the OTLP exporter.
+    """
 
     def __init__(
         self,
@@ -73,16 +80,22 @@ class Traces:
             ),
             shutdown_on_exit=False,
         )
-        out = exporter or OTLPSpanExporter(endpoint=config.traces_url, timeout=_SEND_S)
+        out = exporter or OTLPSpanExporter(endpoint=config.traces_url, timeout=_EXPORT_TIMEOUT_S)
         self._provider.add_span_processor(BatchSpanProcessor(out))
         self._tracer = self._provider.get_tracer("coe", __version__)
 
     def stop(self) -> None:
-        """Send what is left. Blocks for as long as that takes."""
+        """Export the remaining spans; blocks until that is done."""
         self._provider.shutdown()
 
     def begin(self, given: Mapping[str, str], path: str, began_s: float) -> Trace:
-        """A request has come to the gateway, with these W3C headers; `began_s` is monotonic."""
+        """Start the span of a request in the gateway.
+
+        Args:
+            given: The request's W3C trace headers.
+            path: The request's path.
+            began_s: Time of its arrival, of `time.monotonic`.
+        """
         span = self._tracer.start_span(
             f"POST {path}",
             _PROPAGATOR.extract(given),
@@ -93,7 +106,7 @@ class Traces:
         return Trace(self._tracer, span, path)
 
     def pooled(self, call: Call, times: Times, fault: str) -> None:
-        """A call has ended in this pool: its spans, from its times."""
+        """Export the spans of a finished call in this pool."""
         operation = _OPERATIONS.get(call.endpoint, "other")
         span = self._tracer.start_span(
             f"{operation} {call.expert}",
@@ -110,11 +123,11 @@ class Traces:
         )
         if span.is_recording():
             inner = set_span_in_context(span)
-            # Where it never began it waited until its end.
+            # A call that never started waited until its end.
             granted_s = times.began_s or times.ended_s
             queue = self._child("queue", inner, times.arrived_s, granted_s)
             if times.swap_s:
-                # The last one ends when the request begins, and mostly it is the only one.
+                # The last swap ends when the request starts, and there is rarely more than one.
                 within = set_span_in_context(queue)
                 self._child("swap", within, granted_s - times.swap_s, granted_s)
             if times.began_s:
@@ -133,7 +146,7 @@ class Traces:
 
 
 class Trace:
-    """One request in the gateway."""
+    """The spans of one request in the gateway."""
 
     def __init__(self, tracer: Any, span: Span, path: str) -> None:
         self._tracer = tracer
@@ -143,11 +156,11 @@ class Trace:
 
     @property
     def trace_id(self) -> str:
-        """For the log."""
+        """The trace id in hex, for log lines."""
         return f"{self._span.get_span_context().trace_id:032x}"
 
     def routed(self, category: str, confidence: float, began_s: float, route_s: float) -> None:
-        """The request was understood and planned."""
+        """Export the span of parsing and classification."""
         span = self._tracer.start_span(
             "route",
             self._context,
@@ -157,24 +170,32 @@ class Trace:
         span.end(_epoch_ns(began_s + route_s))
 
     def chose(self, began_s: float, took_s: float) -> None:
-        """Who answers was chosen, once the request had been admitted."""
+        """Export the span of the choice among candidates, after admission."""
         span = self._tracer.start_span("choose", self._context, start_time=_epoch_ns(began_s))
         span.end(_epoch_ns(began_s + took_s))
 
     def asked(self, request_id: str, model: str, stream: bool, data: Mapping[str, Any]) -> None:
-        """What the client asked for: names and numbers of it."""
+        """Set the attributes that describe the client's request."""
         self._span.set_attribute("gen_ai.operation.name", self._operation)
         self._span.set_attribute("gen_ai.request.model", model)
         self._span.set_attribute("gen_ai.request.stream", stream)
         self._span.set_attribute("coe.request_id", request_id)
-        for name, attribute in _NUMBERS.items():
+        for name, attribute in _NUMERIC_FIELDS.items():
             value = data.get(name)
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 self._span.set_attribute(attribute, value)
 
     @contextmanager
     def attempt(self, expert: str, pool: str | None) -> Iterator[Mapping[str, str]]:
-        """One expert is asked, in a pool or (None) at its own endpoint; gives W3C headers."""
+        """Trace one attempt at an expert.
+
+        Args:
+            expert: Name of the expert.
+            pool: Its pool; None for a remote expert.
+
+        Yields:
+            W3C headers for the call.
+        """
         span = self._tracer.start_span(
             f"{self._operation} {expert}",
             self._context,
@@ -218,5 +239,5 @@ def _end(span: Span, fault: str, ended_s: float | None = None) -> None:
 
 
 def _epoch_ns(monotonic_s: float) -> int:
-    """A time of `time.monotonic` as nanoseconds since 1970."""
+    """Convert a time of `time.monotonic` to nanoseconds since 1970."""
     return time.time_ns() - int((time.monotonic() - monotonic_s) * 1e9)

@@ -139,7 +139,7 @@ async def test_counts_are_the_references_by_expert_name(slot: Slot) -> None:
 
 
 async def test_the_pool_tells_it(slot: Slot) -> None:
-    sums = await slot.watch.routes_of("two")
+    sums = await slot.watch.routing_stats("two")
     assert sums["tokens"] == sum(map(len, slot.texts["two"]))
     assert (sums["layers"], sums["experts"], sums["top_k"]) == ([0, 1], EXPERTS, 2)
     metrics = await told(slot.watch)

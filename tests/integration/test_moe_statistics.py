@@ -75,7 +75,7 @@ async def test_one_clear_error_each() -> None:
     cases = {
         "nobody": (404, "no running pool holds an expert 'nobody'"),
         "dense": (409, "'dense' is not a mixture of experts"),
-        "idle": (409, "nothing was seen of the routers of 'idle' yet"),
+        "idle": (409, "no routing sample of 'idle' has arrived yet"),
         "plain": (409, "its pool has no vllm.moe_capture"),
     }
     async with two_pools() as s:

@@ -1,4 +1,4 @@
-"""`coe moe`: experts within one model, chosen for each token."""
+"""`coe moe`: commands for mixture-of-experts models."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import click
 from service.cli.lazy_group import LazyGroup
 
 _COMMANDS: dict[str, tuple[str, str]] = {
-    "show": ("service.cli.moe.show:show", "Which experts a model's layers choose: a heat map."),
+    "show": (
+        "service.cli.moe.show:show",
+        "Show the load of a model's routed experts as a heat map.",
+    ),
     "profile": (
         "service.cli.moe.profile:profile",
-        "Learn which experts a domain needs, as a steering profile.",
+        "Learn a steering profile: the routed experts that a domain needs.",
     ),
     "upcycle": (
         "service.cli.moe.upcycle:upcycle",
@@ -25,4 +28,4 @@ _COMMANDS: dict[str, tuple[str, str]] = {
 
 @click.group(cls=LazyGroup, table=_COMMANDS)
 def moe() -> None:
-    """Look inside mixtures of experts, steer, build and place them."""
+    """Inspect, steer, build and place mixtures of experts."""

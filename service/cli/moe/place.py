@@ -18,34 +18,32 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command()
-@click.option(
-    "--loads", type=_FILE, required=True, help="What GET /admin/experts/NAME/moe answered."
-)
+@click.option("--loads", type=_FILE, required=True, help="Reply of GET /admin/experts/NAME/moe.")
 @click.option("--devices", type=click.IntRange(2, 1024), required=True, help="GPUs of one engine.")
 @click.option(
     "--replicas",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Copies of hot experts in each layer.",
+    help="Redundant copies of busy routed experts in each layer.",
 )
-@click.option("--out", type=_FILE, help="Write the placement here, as JSON; a new file.")
+@click.option("--out", type=_FILE, help="New file for the placement, as JSON.")
 @click.option(
     "--seconds",
     type=click.FloatRange(0),
     default=60.0,
     show_default=True,
-    help="Time for the exact solver.",
+    help="Time limit of the exact solver.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def place(
     loads: Path, devices: int, replicas: int, out: Path | None, seconds: float, as_json: bool
 ) -> None:
-    """Spread routed experts over devices, by recorded loads. The outcome is simulated."""
+    """Spread routed experts over devices by recorded loads. The result is simulated."""
     from router_models.moe import placement_plan as work
 
     if out is not None and out.exists():
-        raise work.PlacementError(f"{out}: exists already; placements are not written over")
+        raise work.PlacementError(f"{out} exists; placements do not overwrite files")
     layers, recorded = work.read_loads(loads)
     plan = work.make_plan(
         layers,
@@ -55,13 +53,13 @@ def place(
         time_limit_s=seconds,
         clock=time.monotonic,
     )
-    told = work.as_json(plan)
+    payload = work.as_json(plan)
     if out is not None:
-        out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
     if as_json:
-        click.echo(json.dumps(told))
+        click.echo(json.dumps(payload))
     else:
-        _print(plan, told["vllm"])
+        _print(plan, payload["vllm"])
 
 
 def _print(plan: Plan, options: dict[str, object]) -> None:
@@ -77,17 +75,17 @@ def _print(plan: Plan, options: dict[str, object]) -> None:
         ("placement", "all layers", "worst layer", "nothing better possible"),
         [
             (
-                way.name + (" (best)" if way is plan.best else ""),
-                f"{way.cost:.3f}",
-                f"{way.worst:.3f}",
-                f"{way.exact} of {len(plan.layers)} layers" if way.exact else "",
+                placement.name + (" (best)" if placement is plan.best else ""),
+                f"{placement.cost:.3f}",
+                f"{placement.worst:.3f}",
+                f"{placement.exact} of {len(plan.layers)} layers" if placement.exact else "",
             )
-            for way in plan.ways
+            for placement in plan.ways
         ],
     )
-    click.echo("\nvLLM takes no map of experts to devices; what it takes, for the pool:\n")
+    click.echo("\nvLLM takes no map of experts to devices. The pool's options for vLLM:\n")
     click.echo(yaml.safe_dump({"vllm": options}, sort_keys=False).rstrip())
     if options.get("enable_eplb"):
         click.echo(
-            "\nEPLB starts with neighbours together, and moves experts by the loads that it sees."
+            "\nEPLB starts with neighbouring experts on one device, and moves them by their loads."
         )

@@ -28,24 +28,26 @@ def _places(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> li
 
 @click.command()
 @click.option("--model", required=True, help="A mixture of experts: a catalogue name or a folder.")
-@click.option("--prompts", type=_FILE, required=True, help="The domain: texts, one a line.")
-@click.option("--out", type=_FILE, required=True, help="The profile's file, a new one.")
-@click.option("--keep", type=float, default=0.5, show_default=True, help="Share of experts kept.")
-@click.option("--others", type=_FILE, help="Texts of other domains, to judge by only.")
+@click.option("--prompts", type=_FILE, required=True, help="Texts of the domain, one per line.")
+@click.option("--out", type=_FILE, required=True, help="New file for the profile.")
 @click.option(
-    "--protect", multiple=True, callback=_places, help="LAYER:EXPERT that stays; may be repeated."
+    "--keep", type=float, default=0.5, show_default=True, help="Share of routed experts to keep."
+)
+@click.option("--others", type=_FILE, help="Texts of other domains, for evaluation only.")
+@click.option(
+    "--protect", multiple=True, callback=_places, help="LAYER:EXPERT to keep; may be repeated."
 )
 @click.option(
     "--max-tokens",
     type=click.IntRange(8, 1 << 20),
     default=512,
     show_default=True,
-    help="Longer texts are cut, longer conversations left out.",
+    help="Longer texts are cut; longer conversations are left out.",
 )
 @click.option(
-    "--threads", type=click.IntRange(1), help="Threads to compute with. Default: one for each core."
+    "--threads", type=click.IntRange(1), help="Number of threads. Default: one for each core."
 )
-@click.option("--models-dir", type=click.Path(path_type=Path), help="Where models are kept.")
+@click.option("--models-dir", type=click.Path(path_type=Path), help="Folder of the model store.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def profile(
     model: str,
@@ -61,8 +63,8 @@ def profile(
 ) -> None:
     """Learn a steering profile from a few dozen prompts of a domain.
 
-    A file of prompts holds one a line, or JSON lines with "text", or with "prompt" and, if there
-    is one, "answer".
+    A file of prompts has one prompt per line, or JSON lines with "text", or with "prompt" and
+    optionally "answer".
     """
     from router_models.moe.profile import as_json as plain
     from router_models.moe.profile import learn
@@ -71,7 +73,7 @@ def profile(
         import torch
 
         torch.set_num_threads(threads)
-    told = learn(
+    result = learn(
         model=model,
         prompts=prompts,
         out=out,
@@ -83,19 +85,19 @@ def profile(
         say=lambda line: click.echo(line, err=True),
     )
     if as_json:
-        click.echo(json.dumps(plain(told), allow_nan=False))
+        click.echo(json.dumps(plain(result), allow_nan=False))
     else:
-        _print(told)
+        _print(result)
 
 
-def _print(told: Learned) -> None:
-    protected = ", ".join(f"{layer}:{e}" for layer, ids in told.protected.items() for e in ids)
+def _print(result: Learned) -> None:
+    protected = ", ".join(f"{layer}:{e}" for layer, ids in result.protected.items() for e in ids)
     click.echo(
-        f"{told.profile}: {told.kept} of {told.experts} experts stay in each of {told.layers} "
-        f"layers, with {told.importance_kept:.1%} of the importance (in the worst layer "
-        f"{told.importance_kept_least:.1%})"
+        f"{result.profile}: {result.kept} of {result.experts} experts stay in each of {result.layers} "
+        f"layers, with {result.importance_kept:.1%} of the importance (in the worst layer "
+        f"{result.importance_kept_least:.1%})"
     )
-    click.echo(f"learned from {told.learned_texts} texts, {told.learned_tokens} tokens")
+    click.echo(f"learned from {result.learned_texts} texts, {result.learned_tokens} tokens")
     click.echo(f"protected (layer:expert): {protected or 'none'}\n")
     table(
         ("bits per byte", "texts", "unsteered", "steered", "lost"),
@@ -107,7 +109,7 @@ def _print(told: Learned) -> None:
                 f"{loss.steered:.4f}",
                 f"{loss.lost:+.4f} ± {loss.lost_error:.4f}",
             )
-            for name, loss in (("held out", told.domain), ("others", told.others))
+            for name, loss in (("held out", result.domain), ("others", result.others))
             if loss is not None
         ],
     )
@@ -116,12 +118,12 @@ def _print(told: Learned) -> None:
         ("tokens at once", "experts of a layer", "steered", "weights read", "steered"),
         [
             (
-                str(one.batch),
-                f"{one.experts_unsteered:.2f}",
-                f"{one.experts_steered:.2f}",
-                size(one.bytes_unsteered),
-                size(one.bytes_steered),
+                str(reads.batch),
+                f"{reads.experts_unsteered:.2f}",
+                f"{reads.experts_steered:.2f}",
+                size(reads.bytes_unsteered),
+                size(reads.bytes_steered),
             )
-            for one in told.reads
+            for reads in result.reads
         ],
     )

@@ -1,4 +1,4 @@
-"""`coe moe upcycle`: dense experts of one family become one mixture of experts."""
+"""`coe moe upcycle`: joins dense experts of one family into a mixture of experts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _experts(_: click.Context, __: click.Parameter, value: str) -> dict[str, Pat
             if not path.exists() and str(path) in EXPERTS:
                 path = ARTIFACTS / name
         if name in found:
-            raise click.BadParameter(f"two experts are called {name!r}; write NAME=FOLDER")
+            raise click.BadParameter(f"two experts have the name {name!r}; write NAME=FOLDER")
         found[name] = path
     return found
 
@@ -34,18 +34,18 @@ def _experts(_: click.Context, __: click.Parameter, value: str) -> dict[str, Pat
     callback=_experts,
     metavar="A,B,…",
     help="Folders of LoRA adapters or full weights, or NAME=FOLDER; "
-    "math, intents and code are the demo's.",
+    "math, intents and code name the demo's.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     required=True,
-    help="The folder to be made.",
+    help="New folder for the model.",
 )
 @click.option(
     "--data",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="A folder with texts: NAME.jsonl for each expert, rows of prompt and answer. "
+    help="Folder of texts: NAME.jsonl for each expert, with rows of prompt and answer. "
     "The demo's experts need none.",
 )
 @click.option(
@@ -57,8 +57,9 @@ def upcycle(
 ) -> None:
     """Join dense experts into one mixture of experts, without training.
 
-    Attention, embeddings and norms are the base's; the base's FFNs and each expert's become the
-    experts of each layer, and gates are solved for. Give a mixture made so as --base to add to it.
+    The mixture takes attention, embeddings and norms from the base. The FFNs of the base and of
+    each expert become the routed experts of each layer, and the gates are solved for. To extend
+    such a mixture, give it as --base.
     """
     import torch
 
@@ -68,11 +69,11 @@ def upcycle(
     began_s = time.monotonic()
     folder = locate(base)
     if folder is None:
-        raise click.ClickException(f"{base} is not here: coe models pull {base}")
+        raise click.ClickException(f"{base} is not on this machine: coe models pull {base}")
     torch.set_num_threads(threads)
     planned = work.plan(folder, experts, data)
-    made = work.build(planned, out, top_k=top_k, say=lambda line: click.echo(line, err=True))
+    mixture = work.build(planned, out, top_k=top_k, say=lambda line: click.echo(line, err=True))
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    names = ", ".join(made.experts)
+    names = ", ".join(mixture.experts)
     took_s = time.monotonic() - began_s
     click.echo(f"{out}: {names}; {size / 1e9:.2f} GB, {took_s:.0f} s")

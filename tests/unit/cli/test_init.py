@@ -75,7 +75,7 @@ def test_nothing_is_proposed_that_does_not_fit(machine: Machine) -> None:
     assert proposals[-1].trio is None
     for one in proposals[:-1]:
         room = max(g.memory_bytes for g in machine.gpus) if one.on_gpu else machine.memory_bytes
-        assert one.needs_bytes < room
+        assert one.required_bytes < room
         assert one.download_bytes < machine.disk_bytes
     sizes = [one.trio.parameters for one in proposals if one.trio]
     assert sizes == sorted(sizes, reverse=True)
@@ -128,7 +128,7 @@ def test_the_memory_plan_lets_every_proposal_start(machine: Machine, tmp_path: P
         plan = plan_pool(config, next(iter(config.pools)), by_category.__getitem__)
         check_plan(plan, None if one.on_gpu else machine.memory_bytes)
         if not one.on_gpu:
-            assert plan.total_bytes == one.needs_bytes
+            assert plan.total_bytes == one.required_bytes
 
 
 def test_gpus_as_nvidia_s_tool_tells_them() -> None:

@@ -57,8 +57,8 @@ def test_every_field_is_described() -> None:
         (
             {"server": {"prot": 1}},
             "coe.yaml: server.prot: unknown key; did you mean 'port'? allowed: access_log, "
-            "allowed_hosts, breaker, cors_origins, deadline_ms, drain_s, gateways, host, limits, "
-            "max_body_bytes, open, port, require_keys",
+            "allow_unauthenticated, allowed_hosts, breaker, cors_origins, deadline_ms, drain_s, "
+            "gateways, host, limits, max_body_bytes, port, require_keys",
         ),
         (
             {"servers": {}},
@@ -154,7 +154,7 @@ def test_every_field_is_described() -> None:
         ),
         (
             {"server": {"allow_unauthenticated": True, "require_keys": True}},
-            "coe.yaml: server: open and require_keys exclude each other",
+            "coe.yaml: server: allow_unauthenticated and require_keys exclude each other",
         ),
         (
             {"store": {"cache_url": "redis://host"}},

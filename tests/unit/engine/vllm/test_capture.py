@@ -216,18 +216,18 @@ async def test_another_model_of_that_name_begins_anew() -> None:
 @pytest.mark.asyncio
 async def test_why_nothing_is_told() -> None:
     with pytest.raises(
-        ConflictError, match=r"'a' are not looked at: its pool has no vllm.moe_capture"
+        ConflictError, match=r"'a' are not sampled: its pool has no vllm.moe_capture"
     ):
         await MoeCollector(0, lambda: 0.0).tally("a")
     routes = MoeCollector(8, lambda: 0.0)
-    with pytest.raises(ConflictError, match="no engine has told of the routers of 'a' yet"):
+    with pytest.raises(ConflictError, match="no engine has sent routing samples of 'a' yet"):
         await routes.tally("a")
     routes.add_sample(chosen(layers=0))
     with pytest.raises(ConflictError, match="'a' is not a mixture of experts"):
         await routes.tally("a")
     routes.add_sample(chosen("b"))
     with pytest.raises(
-        ConflictError, match="nothing was seen of the routers of 'b' yet: one step of 8"
+        ConflictError, match="no routing sample of 'b' has arrived yet: one step in 8"
     ):
         await routes.tally("b")
 
@@ -237,7 +237,7 @@ async def test_metrics_are_by_layer_and_go_with_their_expert() -> None:
     routes, meter = MoeCollector(1, lambda: 0.0), MetricsRegistry(Side.POOL)
     routes.add_sample(chosen(tokens=50))
     routes.add_sample(chosen("b", tokens=10))
-    await routes.reckon()
+    await routes.compute()
     routes.read(meter)
     tally = await routes.tally("a")
     assert meter.value(metrics.MOE_TOKENS, "a") == 50
