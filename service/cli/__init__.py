@@ -12,7 +12,7 @@ from service.errors import CoeError, ConfigError
 
 # Each command's module and attribute, and its line in `coe --help`.
 _COMMANDS = {
-    "init": ("service.cli.init:init", "Look at this machine and write a config that fits it."),
+    "init": ("service.cli.init:init", "Write a config that fits this machine."),
     "serve": ("service.cli.serve:serve", "Start the service on this machine."),
     "check": ("service.cli.serve:check", "Validate a config and print its memory plan."),
     "config": ("service.cli.config:config", "Describe the config file."),

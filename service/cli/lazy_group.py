@@ -37,5 +37,5 @@ class LazyGroup(click.Group):
         """Write the commands of the help text."""
         if not self._table:
             return
-        with formatter.section("LazyGroup"):
+        with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in self._table.items()])

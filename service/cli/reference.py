@@ -191,21 +191,29 @@ def commands_reference() -> str:
     from service.cli import cli
 
     parts = ["# Commands\n", _NOTE]
-    parts += _command_parts(cli, ("coe",))
+    parts += _command_parts(cli, "coe", None)
     return "\n".join(parts)
 
 
-def _command_parts(command: click.Command, path: tuple[str, ...]) -> Iterator[str]:
+def _command_parts(
+    command: click.Command, name: str, parent: click.Context | None
+) -> Iterator[str]:
+    # The contexts are as in a real call: click caches the help option of the first one.
     context = click.Context(
-        command, info_name=" ".join(path), terminal_width=96, max_content_width=96
+        command,
+        parent,
+        name,
+        terminal_width=96,
+        max_content_width=96,
+        **command.context_settings,
     )
-    yield f"## `{' '.join(path)}`\n"
+    yield f"## `{context.command_path}`\n"
     yield f"```text\n{command.get_help(context).strip()}\n```\n"
     if isinstance(command, click.Group):
-        for name in command.list_commands(context):
-            inner = command.get_command(context, name)
+        for inner_name in command.list_commands(context):
+            inner = command.get_command(context, inner_name)
             assert inner is not None
-            yield from _command_parts(inner, (*path, name))
+            yield from _command_parts(inner, inner_name, context)
 
 
 def http_reference() -> str:
@@ -215,9 +223,9 @@ def http_reference() -> str:
 
     parts = ["# HTTP endpoints\n", _NOTE]
     parts.append(
-        "A running service serves its OpenAPI description at `/openapi.json` and a page to try\n"
-        "it at `/docs`. Bodies are OpenAI's or Anthropic's. The gateway passes fields that it does\n"
-        "not check to the engine unchanged.\n"
+        "A running service serves its OpenAPI description at `/openapi.json` and a page to\n"
+        "try it at `/docs`. Bodies are OpenAI's or Anthropic's. The gateway passes fields that it\n"
+        "does not check to the engine unchanged.\n"
     )
     parts.append("| method | path | summary |\n| --- | --- | --- |")
     config = parse_config("experts: {demo: {model: demo}}\npools: {cpu: {}}\n", "reference")

@@ -100,7 +100,7 @@ async def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         whole = await asyncio.to_thread(run, s.url, "moe", "--json", "--png", str(picture))
         failed = await asyncio.to_thread(run, s.url, "dense")
     assert shown.exit_code == 0
-    assert "moe: 2 layers of 4 experts, 1 a token; 100 tokens seen" in shown.output
+    assert "moe: 2 layers of 4 experts, 1 per token; 100 tokens sampled" in shown.output
     assert json.loads(whole.output)["tokens"] == 100
     assert picture.stat().st_size > 1000
     assert isinstance(failed.exception, CoeError)

@@ -62,14 +62,14 @@ async def test_errors_are_one_line() -> None:
         told = await coe("chat", "hi", "--url", s.url, "-m", "nobody")
         assert "nobody" in str(told.exception)
     told = await coe("chat", "hi", "--url", "http://127.0.0.1:9")
-    assert "can't be reached" in str(told.exception)
+    assert "cannot reach" in str(told.exception)
 
 
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        (b"+OK another protocol\r\n", "can't be asked"),
-        (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello", "no JSON"),
+        (b"+OK another protocol\r\n", "cannot call"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello", "not JSON"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 50\r\n\r\nhello", "broke off"),
     ],
 )
@@ -115,6 +115,6 @@ async def test_top_follows_experts_and_routes_and_moves_weights() -> None:
             assert "math" in routes.get_row_at(0)
             await until(lambda: experts.get_row_at(1)[2] == "device", "the swap is shown")
             await pilot.press("p")
-            said = app.query_one("#said", Static)
+            said = app.query_one("#message", Static)
             await until(lambda: "pin general: done" in str(said.render()), "it was pinned")
             await pilot.press("q")

@@ -43,7 +43,7 @@ def place(
     from router_models.moe import placement_plan as work
 
     if out is not None and out.exists():
-        raise work.PlacementError(f"{out} exists; placements do not overwrite files")
+        raise work.PlacementError(f"{out} exists already; placements do not overwrite files")
     layers, recorded = work.read_loads(loads)
     plan = work.make_plan(
         layers,

@@ -93,9 +93,9 @@ def profile(
 def _print(result: Learned) -> None:
     protected = ", ".join(f"{layer}:{e}" for layer, ids in result.protected.items() for e in ids)
     click.echo(
-        f"{result.profile}: {result.kept} of {result.experts} experts stay in each of {result.layers} "
-        f"layers, with {result.importance_kept:.1%} of the importance (in the worst layer "
-        f"{result.importance_kept_least:.1%})"
+        f"{result.profile}: {result.kept} of {result.experts} experts stay in each of "
+        f"{result.layers} layers, with {result.importance_kept:.1%} of the importance (in "
+        f"the worst layer {result.importance_kept_least:.1%})"
     )
     click.echo(f"learned from {result.learned_texts} texts, {result.learned_tokens} tokens")
     click.echo(f"protected (layer:expert): {protected or 'none'}\n")
