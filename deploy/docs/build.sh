@@ -28,8 +28,9 @@ mkdir -p docs/assets
 cp $folder/node_modules/mermaid/dist/mermaid.min.js docs/assets/
 # mkdocs-material prints an advertisement unless it is told not to.
 export NO_MKDOCS_2_WARNING=1
+# `python -m`: a script would keep the path of the folder that it was installed in.
 if [ "${1:-build}" = serve ]; then
-    exec $folder/venv/bin/mkdocs serve --config-file deploy/docs/mkdocs.yml
+    exec $folder/venv/bin/python -m mkdocs serve --config-file deploy/docs/mkdocs.yml
 fi
-$folder/venv/bin/mkdocs build --strict --quiet --config-file deploy/docs/mkdocs.yml
+$folder/venv/bin/python -m mkdocs build --strict --quiet --config-file deploy/docs/mkdocs.yml
 say "built: .cache/site/index.html"

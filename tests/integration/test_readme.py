@@ -1,5 +1,9 @@
-"""The README's commands do what it says: each is executed, or (to start the service, to run
-the tests) is what the tests themselves are run by."""
+"""The documents' commands do what they say.
+
+Every command block of README and of `docs/getting-started` is executed, or is one that other tests
+are run by (starting the service, building an image, installing the chart). Every config block of
+the documents is parsed, and every `coe …` that is named anywhere is there, with its options.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +24,25 @@ import yaml
 
 from service.cli import cli
 from service.config import Config
+from service.config.loader import parse_config
 from tests.support.serving import ADMIN_KEY, Site, site
 
 ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
-# Told only where there is something to tell.
+QUICKSTART = (DOCS / "getting-started" / "quickstart.md").read_text()
+CLIENTS = (DOCS / "getting-started" / "clients.md").read_text()
+ROUTING = (DOCS / "concepts" / "routing.md").read_text()
+START = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in [ROOT / "README.md", *sorted((DOCS / "getting-started").glob("*.md"))]
+}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+    if "reference" not in path.parts
+}
+# Sent only where there is something to say.
 SOMETIMES = {
     "x-coe-recipe",
     "x-coe-max-tokens",
@@ -33,7 +52,8 @@ SOMETIMES = {
     "x-coe-cache-similarity",
 }
 LOCAL = "http://127.0.0.1:8000"
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+# Run by the tests' own runner, by `tests/chart` and by whoever builds an image.
+ELSEWHERE = {"git", "make", "deploy/image.sh", "helm"}
 # The demo's composition, with an engine that takes no time.
 _DEMO = yaml.safe_load((ROOT / "deploy" / "config" / "demo.yaml").read_text())
 DEMO = Config.model_validate(
@@ -48,18 +68,20 @@ DEMO = Config.model_validate(
 )
 
 
-def commands() -> list[str]:
-    """What a person would paste into a shell: blocks that begin with a program's name."""
-    found = []
-    for language, block in BLOCKS:
-        lines = block.replace("\\\n", " ").strip().splitlines()
-        if language in ("", "bash") and re.match(r"(curl|coe|\.venv/bin/coe|make|git) ", lines[0]):
-            found += lines
-    return found
+def blocks(text: str, *languages: str) -> list[str]:
+    """The fenced blocks of a page, those of tabs included."""
+    found = re.findall(r"^( *)```(\w*)\n(.*?)^\1```", text, re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(block) for _, language, block in found if language in languages]
 
 
-def of(prefix: str) -> list[str]:
-    return [line for line in commands() if line.startswith(prefix)]
+def commands(text: str) -> list[str]:
+    """The lines that a person would paste into a shell."""
+    joined = [block.replace("\\\n", " ") for block in blocks(text, "bash", "")]
+    return [line.strip() for block in joined for line in block.splitlines() if line.strip()]
+
+
+def starting(prefix: str, text: str) -> list[str]:
+    return [line for line in commands(text) if line.startswith(prefix)]
 
 
 async def run(s: Site, home: Path, command: str | list[str]) -> str:
@@ -88,74 +110,146 @@ async def run(s: Site, home: Path, command: str | list[str]) -> str:
     return ran.stdout
 
 
-def test_nothing_in_it_is_left_out_here() -> None:
-    kinds = {line.split()[0] for line in commands()}
-    assert kinds == {"git", "make", "curl", ".venv/bin/coe", "coe"}
-    assert of("make ") == ["make serve"]
+PROGRAMS = {"curl", ".venv/bin/coe", "coe", *ELSEWHERE}
 
 
-async def test_the_curl_line_and_its_headers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", START)
+def test_commands_of_a_page_are_run_or_known(page: str) -> None:
+    assert {line.split()[0] for line in commands(START[page])} <= PROGRAMS
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in starting("make ", START[page]):
+        assert line.split()[1] in targets
+    for line in starting("deploy/", START[page]):
+        assert os.access(ROOT / line.split()[0], os.X_OK)
+    for line in starting("helm ", START[page]):
+        assert "./helm" in line
+        assert (ROOT / "helm" / "Chart.yaml").exists()
+
+
+@pytest.mark.parametrize("page", [page for page in START if starting("curl ", START[page])])
+async def test_curl_answers_as_the_page_shows(page: str, tmp_path: Path) -> None:
     async with site(DEMO) as s:
-        assert of("curl ")
-        for line in of("curl "):
-            told = await run(s, tmp_path, line.replace(LOCAL, s.url))
-            head, _, body = told.partition("\n\n")
+        for line in starting("curl ", START[page]):
+            plain = line if "curl -i" in line else line.replace("curl", "curl -i", 1)
+            output = await run(s, tmp_path, plain.replace(LOCAL, s.url))
+            head, _, body = output.partition("\n\n")
             assert head.startswith("HTTP/1.1 200")
-            assert json.loads(body)["model"] == "intents"
-            assert "x-coe-expert: intents" in head
-            for header in re.findall(r"^\| (`x-coe-.*?) \|", README, re.MULTILINE):
-                for name in re.findall(r"`(x-coe-[a-z-]+)`", header):
-                    assert name in head or name in SOMETIMES, name
+            reply = json.loads(body)
+            for shown in blocks(START[page], "http", "json"):
+                for name in re.findall(r"^(x-coe-[a-z-]+):", shown, re.MULTILINE):
+                    assert f"{name}: " in head
+                if "{" in shown:
+                    assert_shows(json.loads(shown[shown.index("{") :]), reply)
 
 
-async def test_each_command_line_runs(tmp_path: Path) -> None:
+def assert_shows(shown: Any, reply: Any) -> None:
+    """Every field that a document shows is in the reply."""
+    if isinstance(shown, dict):
+        for name, value in shown.items():
+            assert name in reply
+            assert_shows(value, reply[name])
+    elif isinstance(shown, list):
+        for one, other in zip(shown, reply, strict=True):
+            assert_shows(one, other)
+
+
+async def test_headers_of_the_clients_page_are_sent(tmp_path: Path) -> None:
+    listed = "".join(re.findall(r"^\| (`x-coe-.*?) \|", CLIENTS, re.MULTILINE))
+    names = re.findall(r"`(x-coe-[a-z-]+)`", listed)
+    assert set(names) >= SOMETIMES
+    [line] = starting("curl ", README)
     async with site(DEMO) as s:
-        chats = of(".venv/bin/coe chat")
-        assert chats
-        for line in chats:
-            told = await run(s, tmp_path, line)
-            assert "↳ math" in told
-        for line in of("coe "):
-            assert await run(s, tmp_path, line)
+        head = (await run(s, tmp_path, line.replace(LOCAL, s.url))).partition("\n\n")[0]
+    assert "x-coe-expert: intents" in head
+    for name in names:
+        assert name in head or name in SOMETIMES, name
 
 
-async def test_the_python_block(tmp_path: Path) -> None:
-    blocks = [block for language, block in BLOCKS if language == "python"]
-    assert blocks
+@pytest.mark.parametrize(
+    "page", [page for page in START if starting(".venv/bin/coe ", START[page])]
+)
+async def test_each_command_line_runs(page: str, tmp_path: Path) -> None:
     async with site(DEMO) as s:
-        for block in blocks:
+        for line in starting(".venv/bin/coe ", START[page]):
+            output = await run(s, tmp_path, line)
+            assert output
+            if "12 cows" in line:
+                assert "math" in output
+
+
+def test_the_quickstart_shows_a_chat_and_a_route() -> None:
+    assert starting(".venv/bin/coe chat", QUICKSTART)
+    assert starting(".venv/bin/coe route", QUICKSTART)
+
+
+@pytest.mark.parametrize("page", [page for page in START if blocks(START[page], "python")])
+async def test_python_blocks_run(page: str, tmp_path: Path) -> None:
+    async with site(DEMO) as s:
+        for block in blocks(START[page], "python"):
+            if "anthropic" in block:  # the simulated engine has no Messages API; tests/clients run it
+                compile(block, page, "exec")
+                continue
             code = block.replace(LOCAL, s.url)
-            assert "code:" in await run(s, tmp_path, [sys.executable, "-c", code])
+            assert (await run(s, tmp_path, [sys.executable, "-c", code])).strip()
 
 
 async def test_the_worked_example_s_numbers(tmp_path: Path) -> None:
-    found = re.search(r"from `(coe route \"[^`]+)`", README)
+    found = re.search(r"`(coe route \"[^`]+)`", ROUTING)
     assert found
     async with site(DEMO) as s:
-        told = json.loads(await run(s, tmp_path, found[1] + " --json"))
-    assert round(told["posterior"]["math"], 3) == 1.0
-    for one in told["candidates"]:
-        time_s = one["wait_s"] + one["answer_s"]
-        row = f"| {one['expert']} | {one['quality']:.2f} | {time_s:.2f} s | 0 |"
-        assert row in README
-        assert f"{one['utility']:.3f}" in README
+        route = json.loads(await run(s, tmp_path, found[1] + " --json"))
+    assert round(route["posterior"]["math"], 3) == 1.0
+    for candidate in route["candidates"]:
+        time_s = candidate["wait_s"] + candidate["answer_s"]
+        row = f"| {candidate['expert']} | {candidate['quality']:.2f} | {time_s:.2f} s | 0 |"
+        assert row in ROUTING
+        assert f"{candidate['utility']:.3f}" in ROUTING
 
 
-def test_yaml_blocks_are_configs() -> None:
-    blocks = [yaml.safe_load(block) for language, block in BLOCKS if language == "yaml"]
-    assert len(blocks) >= 2
-    for block in blocks:
-        known = set(Config.model_fields)
-        assert block.keys() <= known
+def configs() -> list[tuple[str, str]]:
+    """Every block of a page that is a part of a config."""
+    return [
+        (f"{page} {number}", block)
+        for page, text in PAGES.items()
+        for number, block in enumerate(blocks(text, "yaml"))
+    ]
 
 
-def inline() -> list[str]:
-    """Every `coe …` in the text and its tables."""
-    text = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
-    return sorted(set(re.findall(r"`(coe [a-z][^`]*)`", text)))
+def completed(data: dict[str, Any]) -> dict[str, Any]:
+    """A config of which a document shows a part, with the experts and the pool that it needs."""
+    experts = dict(
+        data.get("experts") or {"general": {"model": "general", "categories": ["general"]}}
+    )
+    for recipe in data.get("recipes", {}).values():
+        for name in [*recipe["members"], *recipe.get("later", [])]:
+            experts.setdefault(name, {"model": name, "categories": ["general"]})
+    for expert in list(experts.values()):
+        if "base" in expert:
+            experts.setdefault(expert["base"], {"model": expert["base"], "categories": ["general"]})
+    whole = {"pools": {"cpu": {"engine": "simulated"}}, **data, "experts": experts}
+    if all("remote" in expert for expert in experts.values()):
+        whole.pop("pools")
+    return whole
 
 
-@pytest.mark.parametrize("line", inline())
+@pytest.mark.parametrize(("name", "block"), configs(), ids=[name for name, _ in configs()])
+def test_yaml_blocks_are_configs(name: str, block: str) -> None:
+    data = yaml.safe_load(block)
+    assert data.keys() <= set(Config.model_fields)
+    parse_config(yaml.safe_dump(completed(data)), name)
+
+
+def mentioned() -> list[str]:
+    """Every `coe …` in a document's text and tables, and in its guides' blocks."""
+    found = set()
+    for text in PAGES.values():
+        prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+        found |= set(re.findall(r"`(?:\.venv/bin/)?(coe [a-z][^`\n]*)`", prose))
+        found |= {line.partition("  #")[0].strip() for line in starting("coe ", text)}
+    return sorted(found)
+
+
+@pytest.mark.parametrize("line", mentioned())
 def test_every_command_named_is_there_with_its_options(line: str) -> None:
     words = line.replace("\\|", "|").replace("[", " ").replace("]", " ").split()[1:]
     command: Any = cli
@@ -165,14 +259,24 @@ def test_every_command_named_is_there_with_its_options(line: str) -> None:
         found = [command.get_command(context, name) for name in names]
         assert all(found), line
         command = found[0]
-    options = {option for parameter in command.params for option in parameter.opts}
+    options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
     for word in re.findall(r"(?<=\s)--?[a-z-]+", " ".join(["", *words])):
         assert word in options, f"{line}: {word}"
 
 
-def test_pictures_and_links_are_there() -> None:
-    linked = re.findall(r"\]\(((?!http)[^)#]+)", README)
+def test_readme_is_short_and_its_pictures_and_links_are_there() -> None:
+    assert len(README.splitlines()) <= 120
+    assert len((ROOT / "service" / "README.md").read_text().splitlines()) <= 80
     pictures = re.findall(r'src(?:set)?="([^"]+)"', README)
     assert len(pictures) == 2
-    for path in [*linked, *pictures]:
-        assert (ROOT / path).exists(), path
+    for page in ("README.md", "service/README.md", "deploy/README.md", "loadtests/README.md"):
+        linked = re.findall(r"\]\(((?!http)[^)#]+)", (ROOT / page).read_text())
+        for path in linked:
+            assert (ROOT / page).parent.joinpath(path).exists(), (page, path)
+    assert all((ROOT / path).exists() for path in pictures)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    text = (ROOT / "deploy" / "docs" / "mkdocs.yml").read_text()
+    listed = set(re.findall(r"^ +- (\S+\.md)$", text, re.MULTILINE))
+    assert listed == {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}

@@ -138,7 +138,7 @@ def test_each_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
     tried = [case for test in cases["tests"] for case in test.get("alert_rule_test", [])]
     assert {case["alertname"] for case in tried if case["exp_alerts"]} == alerts
     assert {case["alertname"] for case in tried if not case["exp_alerts"]} == alerts
-    documented = (ROOT / "deploy" / "README.md").read_text()
+    documented = (ROOT / "docs" / "operations" / "alerts.md").read_text()
     assert [alert for alert in sorted(alerts) if f"`{alert}`" not in documented] == []
 
 

@@ -89,8 +89,8 @@ def test_gates_of_another_kind_are_named(tmp_path: Path) -> None:
     assert all(name in why for name in STEERABLE)
 
 
-def test_readme_lists_exactly_the_models_that_can_be_steered() -> None:
-    text = (Path(__file__).parents[3] / "service/README.md").read_text()
+def test_docs_list_exactly_the_models_that_can_be_steered() -> None:
+    text = (Path(__file__).parents[3] / "docs/concepts/moe.md").read_text()
     table = text.partition("| can be steered |\n| --- |\n")[2].partition("\n\n")[0]
     assert [line.strip("| `") for line in table.splitlines()] == sorted(STEERABLE)
 
