@@ -186,7 +186,9 @@ def test_the_quickstart_shows_a_chat_and_a_route() -> None:
 async def test_python_blocks_run(page: str, tmp_path: Path) -> None:
     async with site(DEMO) as s:
         for block in blocks(START[page], "python"):
-            if "anthropic" in block:  # the simulated engine has no Messages API; tests/clients run it
+            if (
+                "anthropic" in block
+            ):  # the simulated engine has no Messages API; test_demo_clients has one
                 compile(block, page, "exec")
                 continue
             code = block.replace(LOCAL, s.url)
