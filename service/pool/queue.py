@@ -1,37 +1,49 @@
-"""Who waits and who runs in one slot. Pure: no I/O, no clock of its own.
+"""The queue of one slot or remote endpoint: which requests wait, and which run.
 
-Tenants take turns by tokens served (see `fairness`); a tenant's own requests are first
-come, first served among the experts that are ready, so that vLLM batches them
-together. A request for an expert that is still loading waits without holding up the
-others. Where a queue is full, it is the tenant that fills it most who is refused.
+`FairQueue` decides and is pure: it has no I/O and no clock. `TicketQueue` wakes the requests
+that wait.
 
-A ticket weighs what its request asks: running, a place of the engine for each of its answers
-(or prompts, where it makes none); waiting, also one for each `PROMPT_TOKENS` of its prompt.
+Tenants take turns by tokens served (`fairness`). A tenant's own requests are served first come,
+first served among the experts that are ready, so that vLLM batches them together. A request for
+an expert that is still loading doesn't hold up the others. A full queue sheds the requests of the
+tenant that fills it most.
+
+A running ticket takes one place of the engine for each of its answers, or for each prompt where
+it makes no answer. A waiting ticket also counts once for each `PROMPT_TOKENS` of its prompt.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from service.errors import OverCapacityError
 from service.pool.fairness import CLASSES, Fairness
+from service.rpc.snapshot import Queue
 from service.types import NOBODY, Tenant
 
 PROMPT_TOKENS = 2048
-"""So many tokens of prompts wait as one request."""
+"""Prompt tokens that wait as one request."""
 
-# A place that nobody knows the pace of.
+# The advice where the pace of the queue is unknown.
 _RETRY_S = 1.0
 _LONGEST_RETRY_S = 60.0
 
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One request in the queue. `tokens`: about how much work its prompt is.
+    """One request in the queue.
 
-    `places`: how many of the engine's it takes. `again`: it was put back here.
+    Attributes:
+        expert: The name that the queue knows the expert by.
+        arrived_s: When the request first came.
+        tokens: About how many tokens its prompt has.
+        tenant: Whose request it is.
+        again: Whether it ran before and was put back into the queue.
+        running: Whether it runs; it waits otherwise, or has ended.
+        places: Places of the engine that it takes.
     """
 
     expert: str
@@ -44,7 +56,7 @@ class Ticket:
 
     @property
     def load(self) -> int:
-        """How many usual requests it waits as."""
+        """The number of usual requests that it counts as while it waits."""
         return max(self.places, -(-self.tokens // PROMPT_TOKENS))
 
     @property
@@ -53,11 +65,16 @@ class Ticket:
         return CLASSES.get(self.tenant.priority, CLASSES["normal"]), self.tenant.name
 
 
-class TicketQueue:
-    """Waiting and running tickets of one slot.
+class FairQueue:
+    """Waiting and running tickets, and the order in which they run.
 
-    capacity: places that may be taken at once; max_waiting: load that may wait per expert. What
-    weighs more than there is, weighs as much as there is: it runs, or waits, alone.
+    A ticket that is larger than the capacity, or than the bound on waiting, counts as much as
+    that: it runs, or waits, alone.
+
+    Args:
+        experts: Names of the experts.
+        capacity: Places that may be taken at once.
+        max_waiting: Load that may wait for each expert.
     """
 
     def __init__(self, experts: Iterable[str], *, capacity: int, max_waiting: int) -> None:
@@ -69,20 +86,20 @@ class TicketQueue:
         self._running = 0
         self._places_by = dict.fromkeys(experts, 0)
         self._places_taken = 0
-        # Whose turn it is, though there is no room for it yet.
+        # The class and tenant whose turn it is, though there is no room for it yet.
         self._next: tuple[int, str] | None = None
         self._present: Counter[str] = Counter()
         self._fairness = Fairness()
         self._ends_s: deque[float] = deque(maxlen=32)
 
-    def welcome(self, expert: str) -> None:
-        """One more expert that requests may come for."""
+    def add_expert(self, expert: str) -> None:
+        """Let requests come for one more expert."""
         self._waiting_by.setdefault(expert, {})
         self._running_by.setdefault(expert, 0)
         self._places_by.setdefault(expert, 0)
 
     def resize(self, capacity: int, max_waiting: int) -> None:
-        """Other bounds from now on; who runs or waits already stays."""
+        """Change the bounds; tickets that run or wait already stay."""
         self.capacity, self._max_waiting = capacity, max_waiting
         for ticket in self._waiting:
             ticket.places = min(ticket.places, capacity)
@@ -97,18 +114,28 @@ class TicketQueue:
         places: int = 1,
         tenant: Tenant = NOBODY,
         again: bool = False,
-        named: str = "",
+        display_name: str | None = None,
     ) -> Ticket:
-        """Take a request in: running at once where it can, else waiting. Raises OverCapacityError.
+        """Take a request in: it runs at once where it can, and waits otherwise.
 
-        `named`: what the expert is called, where it is called otherwise here. Where the queue is
-        full for it, see `crowded_out` first. `again`: it had a place since `now_s`, and gets that
-        one back before all who came later, however full it is.
+        Args:
+            expert: The expert that it is for.
+            now_s: When it came.
+            ready: Whether that expert's requests may run now.
+            tokens: About how many tokens its prompt has.
+            places: Places of the engine that it takes.
+            tenant: Whose request it is.
+            again: It had a place since `now_s`, and gets that one back before all that came
+                later, however full the queue is.
+            display_name: The expert's name in errors, where clients know another one.
+
+        Raises:
+            OverCapacityError: The queue is full, and `ticket_to_shed` found nothing to shed.
         """
         ticket = Ticket(expert, now_s, tokens, tenant, again, places=min(places, self.capacity))
         at_once = ready and not self._waiting and self._has_room(ticket)
         if not at_once and not again and self._lacks(ticket) > 0:
-            raise self.full(expert, named)
+            raise self.overload_error(expert, display_name)
         self._fairness.arrived(tenant, self._present)
         self._present[tenant.name] += 1
         if at_once:
@@ -123,46 +150,54 @@ class TicketQueue:
     def ticket_to_shed(
         self, expert: str, tenant: Tenant, *, tokens: int = 1, places: int = 1
     ) -> list[Ticket]:
-        """Whose tickets have to go so that this tenant's request finds room in a full queue.
+        """Choose the tickets to shed so that a request of this tenant finds room in a full queue.
 
-        The newest of the tenants that have most waiting there, while each has still no less than
-        this one will have then: so each gets an equal part of the queue. None where that would
-        not make room enough.
+        The newest tickets of the tenants with the most load go first, as long as each of these
+        keeps no less than this tenant has then. Each tenant so gets an equal part of the queue.
+
+        Returns:
+            The tickets; none where there is room already, or where shedding would not make it.
         """
-        wanted = Ticket(expert, 0.0, tokens, tenant, places=min(places, self.capacity))
-        lacking = self._lacks(wanted)
+        newcomer = Ticket(expert, 0.0, tokens, tenant, places=min(places, self.capacity))
+        lacking = self._lacks(newcomer)
         if lacking <= 0:
             return []
         waiting = self.waiting_for(expert)
         loads: Counter[str] = Counter()
         for ticket in waiting:
             loads[ticket.tenant.name] += ticket.load
-        mine = loads.pop(tenant.name, 0) + wanted.load
-        gone: list[Ticket] = []
+        own = loads.pop(tenant.name, 0) + newcomer.load
+        shed: list[Ticket] = []
         while lacking > 0 and loads:
             most = max(loads, key=lambda name: (loads[name], name))
             newest = next(
-                one for one in reversed(waiting) if one.tenant.name == most and one not in gone
+                ticket
+                for ticket in reversed(waiting)
+                if ticket.tenant.name == most and ticket not in shed
             )
             loads[most] -= newest.load
-            if loads[most] < mine:
+            if loads[most] < own:
                 return []
-            gone.append(newest)
+            shed.append(newest)
             lacking -= newest.load
-        return gone if lacking <= 0 else []
+        return shed if lacking <= 0 else []
 
     def _has_room(self, ticket: Ticket) -> bool:
         return self._places_taken + ticket.places <= self.capacity
 
     def _lacks(self, ticket: Ticket) -> int:
-        """How much load has to go before this one may wait."""
+        """The load that has to go before this ticket may wait."""
         load = min(ticket.load, max(1, self._max_waiting))
         return self.load(ticket.expert) + load - self._max_waiting
 
-    def full(self, expert: str, named: str = "") -> OverCapacityError:
-        """What a request is told that finds no place. Half the queue should be gone by then.
+    def overload_error(self, expert: str, display_name: str | None = None) -> OverCapacityError:
+        """Build the error of a request that finds no place.
 
-        `named`: what the expert is called, where it is called otherwise here.
+        Its retry_after_s is about the time in which half of the queue is served.
+
+        Args:
+            expert: The expert that the request is for.
+            display_name: The expert's name in errors, where clients know another one.
         """
         waiting = len(self._waiting_by[expert])
         retry_s = _RETRY_S
@@ -172,13 +207,13 @@ class TicketQueue:
         load = self.load(expert)
         worth = "" if load == waiting else f", worth {load} usual ones,"
         return OverCapacityError(
-            f"expert {(named or expert)!r} has {waiting} requests{worth} waiting, "
+            f"expert {(display_name or expert)!r} has {waiting} requests{worth} waiting, "
             f"and no more than {self._max_waiting} may",
             retry_after_s=retry_s,
         )
 
     def grant(self, ready: set[str]) -> list[Ticket]:
-        """The tickets that may run now, in turn. They count as running from here on."""
+        """Choose the tickets that may run now, in turn; they count as running from here on."""
         granted: list[Ticket] = []
         # Each tenant's tickets by class, oldest first, of the experts that are ready.
         turns: dict[tuple[int, str], deque[Ticket]] = {}
@@ -187,7 +222,7 @@ class TicketQueue:
                 if ticket.expert in ready:
                     turns.setdefault(ticket.turn, deque()).append(ticket)
         while turns and self._places_taken < self.capacity:
-            # Who has the turn keeps it until there is room: nobody smaller overtakes for ever.
+            # A turn is kept until there is room, so that smaller requests can't overtake for ever.
             turn = self._next if self._next in turns else self._fairness.choose(turns)
             self._next = turn
             if not self._has_room(turns[turn][0]):
@@ -196,17 +231,22 @@ class TicketQueue:
             ticket = turns[turn].popleft()
             if not turns[turn]:
                 del turns[turn]
-            self._forget(ticket)
+            self._remove(ticket)
             self._run(ticket)
             granted.append(ticket)
         return granted
 
     def served(self, ticket: Ticket, tokens: int) -> None:
-        """A running ticket has been given so many tokens of answer."""
+        """Account for tokens of answer that a running ticket was given."""
         self._fairness.served(ticket.tenant, tokens)
 
     def close(self, ticket: Ticket, now_s: float | None = None) -> None:
-        """A ticket's request has ended, been given up, or failed: whatever it held is free."""
+        """Free the places of a ticket whose request has ended; closing it again does nothing.
+
+        Args:
+            ticket: The ticket.
+            now_s: When a running request ended, for the pace of the queue; None: don't count it.
+        """
         if ticket.running:
             ticket.running = False
             self._running -= 1
@@ -216,7 +256,7 @@ class TicketQueue:
             if now_s is not None:
                 self._ends_s.append(now_s)
         elif ticket in self._waiting:
-            self._forget(ticket)
+            self._remove(ticket)
         else:
             return
         self._present[ticket.tenant.name] -= 1
@@ -224,29 +264,29 @@ class TicketQueue:
             del self._present[ticket.tenant.name]
 
     def waiting_for(self, expert: str) -> list[Ticket]:
-        """Tickets that wait for one expert, oldest first."""
+        """The tickets that wait for one expert, oldest first."""
         return list(self._waiting_by[expert])
 
     def counts(self, expert: str) -> tuple[int, int]:
-        """How many wait and how many run for one expert."""
+        """The numbers of waiting and of running tickets of one expert."""
         return len(self._waiting_by[expert]), self._running_by[expert]
 
     def places(self, expert: str) -> int:
-        """Places of the engine that those who wait or run for one expert take together."""
+        """The places of the engine that one expert's tickets take, waiting ones included."""
         waiting = sum(ticket.places for ticket in self._waiting_by[expert])
         return waiting + self._places_by[expert]
 
     def load(self, expert: str) -> int:
-        """What waits for one expert, in usual requests."""
+        """The load that waits for one expert, in usual requests."""
         return sum(ticket.load for ticket in self._waiting_by[expert])
 
     def waiting_tokens(self, expert: str) -> int:
-        """Tokens of the prompts that wait for one expert."""
+        """The tokens of the prompts that wait for one expert."""
         return sum(ticket.tokens for ticket in self._waiting_by[expert])
 
     @property
     def total(self) -> int:
-        """All tickets, waiting and running."""
+        """The number of tickets, waiting and running."""
         return len(self._waiting) + self._running
 
     def _run(self, ticket: Ticket) -> None:
@@ -257,11 +297,138 @@ class TicketQueue:
         self._running_by[ticket.expert] += 1
         self._fairness.started(ticket.tenant, ticket.tokens)
 
-    def _forget(self, ticket: Ticket) -> None:
+    def _remove(self, ticket: Ticket) -> None:
         del self._waiting[ticket]
         del self._waiting_by[ticket.expert][ticket]
 
 
+class TicketQueue:
+    """A fair queue whose requests wait for their turn in it.
+
+    A request calls `enter`, `wait` and, whatever happens, `leave`. All calls are made on one
+    event loop.
+
+    Args:
+        experts: Names of the experts.
+        capacity: Places that may be taken at once.
+        max_waiting: Load that may wait for each expert.
+    """
+
+    def __init__(self, experts: Iterable[str], *, capacity: int, max_waiting: int) -> None:
+        self._queue = FairQueue(experts, capacity=capacity, max_waiting=max_waiting)
+        self._turns: dict[Ticket, asyncio.Future[None]] = {}
+
+    # --- one request
+
+    def enter(
+        self,
+        expert: str,
+        now_s: float,
+        *,
+        ready: bool,
+        tokens: int = 1,
+        places: int = 1,
+        tenant: Tenant = NOBODY,
+        again: bool = False,
+        display_name: str | None = None,
+    ) -> Ticket:
+        """Take a request in; a full queue sheds others for it where that is fair.
+
+        The arguments are those of `FairQueue.offer`.
+
+        Raises:
+            OverCapacityError: The queue is full.
+        """
+        if not again:
+            shed = self._queue.ticket_to_shed(expert, tenant, tokens=tokens, places=places)
+            for ticket in shed:
+                self.refuse(ticket, self._queue.overload_error(expert, display_name))
+        ticket = self._queue.offer(
+            expert,
+            now_s,
+            ready=ready,
+            tokens=tokens,
+            places=places,
+            tenant=tenant,
+            again=again,
+            display_name=display_name,
+        )
+        if not ticket.running:
+            self._turns[ticket] = asyncio.get_running_loop().create_future()
+        return ticket
+
+    async def wait(self, ticket: Ticket) -> None:
+        """Wait until a ticket runs. Raises the error of `refuse` where it was refused."""
+        if (turn := self._turns.get(ticket)) is not None:
+            await turn
+
+    def leave(self, ticket: Ticket, now_s: float) -> None:
+        """Free the places of a request that has ended, failed or been given up."""
+        self._turns.pop(ticket, None)
+        self._queue.close(ticket, now_s)
+
+    # --- all of them
+
+    def grant(self, ready: set[str]) -> None:
+        """Let as many requests run as there is room for, of the experts that are ready."""
+        for ticket in self._queue.grant(ready):
+            turn = self._turns.get(ticket)
+            if turn is not None and not turn.done():
+                turn.set_result(None)
+            else:
+                # Its client left between being woken and running.
+                self._queue.close(ticket)
+
+    def refuse(self, ticket: Ticket, error: Exception) -> None:
+        """End the wait of a ticket with an error; its place is free at once."""
+        turn = self._turns.pop(ticket, None)
+        self._queue.close(ticket)
+        if turn is not None and not turn.done():
+            turn.set_exception(error)
+
+    def refuse_waiting(self, expert: str, error: Callable[[Ticket], Exception]) -> None:
+        """Refuse every ticket that waits for an expert, each with an error of its own."""
+        for ticket in self._queue.waiting_for(expert):
+            self.refuse(ticket, error(ticket))
+
+    def served(self, ticket: Ticket, tokens: int) -> None:
+        """Account for tokens of answer that a running ticket was given."""
+        self._queue.served(ticket, tokens)
+
+    # --- bounds and figures
+
+    def add_expert(self, expert: str) -> None:
+        """Let requests come for one more expert."""
+        self._queue.add_expert(expert)
+
+    def resize(self, capacity: int, max_waiting: int) -> None:
+        """Change the bounds; tickets that run or wait already stay."""
+        self._queue.resize(capacity, max_waiting)
+
+    @property
+    def capacity(self) -> int:
+        """Places that may be taken at once."""
+        return self._queue.capacity
+
+    @property
+    def total(self) -> int:
+        """The number of tickets, waiting and running."""
+        return self._queue.total
+
+    def waiting_for(self, expert: str) -> list[Ticket]:
+        """The tickets that wait for one expert, oldest first."""
+        return self._queue.waiting_for(expert)
+
+    def counts(self, expert: str) -> tuple[int, int]:
+        """The numbers of waiting and of running tickets of one expert."""
+        return self._queue.counts(expert)
+
+    def snapshot(self, expert: str) -> Queue:
+        """One expert's queue as pools publish it."""
+        queue = self._queue
+        return Queue(*queue.counts(expert), queue.places(expert), queue.waiting_tokens(expert))
+
+
 def _by_age(tickets: Iterable[Ticket]) -> dict[Ticket, None]:
     """Oldest first; equal times stay in the order in which they came."""
-    return dict.fromkeys(sorted(tickets, key=lambda one: one.arrived_s))
+    return dict.fromkeys(sorted(tickets, key=lambda ticket: ticket.arrived_s))

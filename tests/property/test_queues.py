@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from service.errors import OverCapacityError
-from service.pool.queue import PROMPT_TOKENS, Ticket, TicketQueue
+from service.pool.queue import PROMPT_TOKENS, FairQueue, Ticket
 
 EXPERTS = ("a", "b", "c")
 CAPACITY = 3
@@ -19,7 +19,7 @@ class QueuesMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queues = TicketQueue(EXPERTS, capacity=CAPACITY, max_waiting=MAX_WAITING)
+        self.queues = FairQueue(EXPERTS, capacity=CAPACITY, max_waiting=MAX_WAITING)
         self.waiting: list[Ticket] = []
         self.running: list[Ticket] = []
         self.ended: list[Ticket] = []

@@ -1,4 +1,4 @@
-"""Remote experts' places in this gateway, and what the broker sees of them: a pool like others."""
+"""Remote experts in this gateway: their queues and bounds, and the pool that the broker sees."""
 
 from __future__ import annotations
 
@@ -16,52 +16,50 @@ from service.rpc.latency import LatencyEstimator, ResponseTimer
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
 from service.types import NOBODY, Residency, Tenant
 
-# A seat's queue knows one expert only, and it is always there.
-_IT = ""
-_READY = {_IT}
+# The queue of a remote expert has one entry, under this name, and it is always ready.
+_EXPERT = "remote"
+_READY = {_EXPERT}
 
 
 @dataclass(slots=True)
 class RemotePool:
-    """A remote expert's places: bounded; tenants take turns as in a pool's queue.
+    """A remote expert's bounded queue; tenants take turns as in a pool's queue.
 
-    It outlives a config, because the endpoint's bound holds for the requests of all of them.
+    It outlives a config, because the endpoint's bound holds for the requests of all configs.
     """
 
     engine: Engine
     max_in_flight: int
     max_queued_requests: int
     failed: str | None = None
-    queues: TicketQueue = field(init=False)
-    waits: dict[Ticket, asyncio.Future[None]] = field(init=False, default_factory=dict)
+    tickets: TicketQueue = field(init=False)
     speed: LatencyEstimator = field(init=False, default_factory=LatencyEstimator)
     # Engines that run requests, by how many; an engine that was replaced ends with the last.
     _users: Counter[Engine] = field(init=False, default_factory=Counter)
     _ending: set[asyncio.Task[None]] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
-        self.queues = TicketQueue(
-            (_IT,), capacity=self.max_in_flight, max_waiting=self.max_queued_requests
+        self.tickets = TicketQueue(
+            (_EXPERT,), capacity=self.max_in_flight, max_waiting=self.max_queued_requests
         )
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a place."""
-        return self.queues.counts(_IT)[0]
+        """The number of requests that wait for a place."""
+        return self.tickets.counts(_EXPERT)[0]
 
     @property
     def queue(self) -> Queue:
-        """As pools tell theirs."""
-        queues = self.queues
-        return Queue(*queues.counts(_IT), queues.places(_IT), queues.waiting_tokens(_IT))
+        """The queue as pools publish theirs."""
+        return self.tickets.snapshot(_EXPERT)
 
     @property
     def running(self) -> int:
-        """Requests that the endpoint has."""
-        return self.queues.counts(_IT)[1]
+        """The number of requests that the endpoint has."""
+        return self.tickets.counts(_EXPERT)[1]
 
     async def start(self) -> None:
-        """Connect. Whoever can't be is shown as failed."""
+        """Connect; an endpoint that can't be used is shown as failed."""
         self.failed = None
         try:
             await self.engine.start()
@@ -75,11 +73,11 @@ class RemotePool:
         """
         before, self.engine = self.engine, engine
         self.max_in_flight, self.max_queued_requests = max_in_flight, max_queued_requests
-        self.queues.resize(max_in_flight, max_queued_requests)
+        self.tickets.resize(max_in_flight, max_queued_requests)
         await self.start()
         if not self._users[before]:
             await before.stop()
-        self._grant()
+        self.tickets.grant(_READY)
 
     async def stop(self) -> None:
         """Close every connection."""
@@ -96,55 +94,43 @@ class RemotePool:
         tokens: int = 1,
         places: int = 1,
     ) -> None:
-        """Answer a request when there is room for it. Raises OverCapacityError, ExpertFailedError.
+        """Answer a request when there is room for it.
 
-        `handed` is set once there is, and the endpoint has the request. `tokens`: about how long
-        its prompts are; `places`: how many it takes, for its answers.
+        Args:
+            request: The request.
+            send: Receives the answer, as ASGI messages.
+            handed: Set once the endpoint has the request.
+            tenant: Whose request it is.
+            tokens: About how many tokens its prompts have.
+            places: Places that it takes, one for each of its answers.
+
+        Raises:
+            OverCapacityError: The queue is full.
+            ExpertFailedError: The endpoint can't be used.
         """
         if self.failed is not None:
             raise ExpertFailedError(
                 f"expert {request.expert!r} can't be used: {self.failed}", retry_after_s=60
             )
-        for gone in self.queues.ticket_to_shed(_IT, tenant, tokens=tokens, places=places):
-            self._reject(gone, request.expert)
-        ticket = self.queues.offer(
-            _IT,
+        ticket = self.tickets.enter(
+            _EXPERT,
             time.monotonic(),
             ready=True,
             tokens=tokens,
             places=places,
             tenant=tenant,
-            named=request.expert,
+            display_name=request.expert,
         )
         try:
-            if not ticket.running:
-                self.waits[ticket] = asyncio.get_running_loop().create_future()
-                await self.waits[ticket]
+            await self.tickets.wait(ticket)
             if handed is not None:
                 handed.set()
-            await self._timed(request, send, ticket)
+            await self._run_timed(request, send, ticket)
         finally:
-            self.waits.pop(ticket, None)
-            self.queues.close(ticket, time.monotonic())
-            self._grant()
+            self.tickets.leave(ticket, time.monotonic())
+            self.tickets.grant(_READY)
 
-    def _grant(self) -> None:
-        for ticket in self.queues.grant(_READY):
-            wait = self.waits.get(ticket)
-            if wait is not None and not wait.done():
-                wait.set_result(None)
-            else:
-                # Its client left between being woken and running.
-                self.queues.close(ticket)
-
-    def _reject(self, ticket: Ticket, expert: str) -> None:
-        wait = self.waits.pop(ticket, None)
-        full = self.queues.full(_IT, expert)
-        self.queues.close(ticket)
-        if wait is not None and not wait.done():
-            wait.set_exception(full)
-
-    async def _timed(self, request: EngineRequest, send: Send, ticket: Ticket) -> None:
+    async def _run_timed(self, request: EngineRequest, send: Send, ticket: Ticket) -> None:
         watch = ResponseTimer(time.monotonic())
 
         async def timed(message: Message) -> None:
@@ -156,12 +142,12 @@ class RemotePool:
         try:
             await engine.run(request, timed)
         finally:
-            self.queues.served(ticket, watch.tokens())
-            self._left(engine)
+            self.tickets.served(ticket, watch.tokens())
+            self._release(engine)
         watch.report(self.speed, ticket.tokens)
 
-    def _left(self, engine: Engine) -> None:
-        """A request of an engine has ended."""
+    def _release(self, engine: Engine) -> None:
+        """Count a request of an engine out, and stop a replaced engine after its last."""
         self._users[engine] -= 1
         if self._users[engine]:
             return
@@ -172,12 +158,12 @@ class RemotePool:
             task.add_done_callback(self._ending.discard)
 
 
-def remote_pool_view(seats: Mapping[str, RemotePool]) -> PoolView:
-    """All remote experts as one pool, each in a slot of its own."""
+def remote_pool_view(pools: Mapping[str, RemotePool]) -> PoolView:
+    """Show all remote experts as one pool, each in a slot of its own."""
     now_s = time.monotonic()
     states = {
-        name: ExpertState(Residency.DEVICE if seat.failed is None else Residency.FAILED, slot=i)
-        for i, (name, seat) in enumerate(seats.items())
+        name: ExpertState(Residency.DEVICE if remote.failed is None else Residency.FAILED, slot=i)
+        for i, (name, remote) in enumerate(pools.items())
     }
     return PoolView(
         REMOTE,
@@ -185,12 +171,12 @@ def remote_pool_view(seats: Mapping[str, RemotePool]) -> PoolView:
             boot=REMOTE,
             kind="remote",
             experts=states,
-            queues={name: seat.queue for name, seat in seats.items()},
-            capacity={name: seat.max_in_flight for name, seat in seats.items()},
+            queues={name: remote.queue for name, remote in pools.items()},
+            capacity={name: remote.max_in_flight for name, remote in pools.items()},
             speeds={
                 name: speed
-                for name, seat in seats.items()
-                if (speed := seat.speed.speed(now_s)) != Speed()
+                for name, remote in pools.items()
+                if (speed := remote.speed.speed(now_s)) != Speed()
             },
         ),
         0.0,

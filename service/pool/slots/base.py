@@ -57,7 +57,7 @@ class BaseSlot(Generic[E]):
     ) -> None:
         self.experts = experts
         self._build = build
-        self._queues = TicketQueue(experts, capacity=capacity, max_waiting=max_waiting)
+        self._queue = TicketQueue(experts, capacity=capacity, max_waiting=max_waiting)
         self._changed = changed
         self._start_s = start_guess_s
         self._started_at = 0.0
@@ -70,7 +70,6 @@ class BaseSlot(Generic[E]):
         self._engine: E | None = None
         self._report: EngineReport | None = None
         self._states = {name: ExpertState(Residency.LOADING) for name in experts}
-        self._waits: dict[Ticket, asyncio.Future[None]] = {}
         self._runs: dict[Ticket, Run] = {}
         self._lost = asyncio.Event()
         self._failed_starts = 0
@@ -107,10 +106,7 @@ class BaseSlot(Generic[E]):
         if self._states[expert].state is Residency.FAILED:
             raise self._failed(expert)
         ready = expert in self._ready()
-        if again is None:
-            for gone in self._queues.ticket_to_shed(expert, tenant, tokens=tokens, places=places):
-                self._refuse(gone, self._queues.full(gone.expert))
-        ticket = self._queues.offer(
+        ticket = self._queue.enter(
             expert,
             time.monotonic() if again is None else again.arrived_s,
             ready=ready,
@@ -126,10 +122,9 @@ class BaseSlot(Generic[E]):
         self._changed()
         try:
             if not ticket.running:
-                self._waits[ticket] = asyncio.get_running_loop().create_future()
                 # Those ahead may wait for an expert that is still loading.
                 self._grant()
-                await self._waits[ticket]
+                await self._queue.wait(ticket)
             if self._engine is None or self._report is None:
                 # It died between waking this request and now.
                 raise EngineRestartingError(f"the engine of expert {expert!r} died")
@@ -139,14 +134,13 @@ class BaseSlot(Generic[E]):
                     self._report,
                     queue_s=time.monotonic() - ticket.arrived_s,
                     swap_s=self._swap_s_since(ticket.arrived_s),
-                    served=partial(self._queues.served, ticket),
+                    served=partial(self._queue.served, ticket),
                     begun=run.begin,
                 )
         finally:
-            self._waits.pop(ticket, None)
-            self._queues.close(ticket, time.monotonic())
+            self._queue.leave(ticket, time.monotonic())
             self._grant()
-            if self._queues.total == 0:
+            if self._queue.total == 0:
                 self._idle.set()
             self._ended.set()
             self._left()
@@ -198,20 +192,7 @@ class BaseSlot(Generic[E]):
         return 0.0
 
     def _grant(self) -> None:
-        for ticket in self._queues.grant(self._ready()):
-            wait = self._waits.get(ticket)
-            if wait is not None and not wait.done():
-                wait.set_result(None)
-            else:
-                # Its client left between being woken and running.
-                self._queues.close(ticket)
-
-    def _refuse(self, ticket: Ticket, why: Exception) -> None:
-        """One that waits is told that it does so in vain, and its place is free at once."""
-        wait = self._waits.pop(ticket, None)
-        self._queues.close(ticket)
-        if wait is not None and not wait.done():
-            wait.set_exception(why)
+        self._queue.grant(self._ready())
 
     def _failed(self, expert: str) -> ExpertFailedError:
         reason = self._states[expert].reason
@@ -337,8 +318,7 @@ class BaseSlot(Generic[E]):
         for name, state in self._states.items():
             if state.state is not Residency.FAILED:
                 continue
-            for ticket in self._queues.waiting_for(name):
-                self._refuse(ticket, self._failed(name))
+            self._queue.refuse_waiting(name, lambda ticket: self._failed(ticket.expert))
 
     def unit_of(self, expert: str) -> Unit:
         """The unit that an expert belongs to: here, all of them."""
@@ -350,7 +330,7 @@ class BaseSlot(Generic[E]):
         self.experts = (*self.experts, expert)
         self._adapters[expert] = folder
         self._states[expert] = ExpertState(Residency.LOADING)
-        self._queues.welcome(expert)
+        self._queue.add_expert(expert)
         self._changed()
         # An engine that is just starting loads it with the others.
         if (engine := self._engine) is not None and (report := self._report) is not None:
@@ -365,10 +345,9 @@ class BaseSlot(Generic[E]):
         """
         self.experts = tuple(name for name in self.experts if name != expert)
         del self._states[expert]
-        for ticket in self._queues.waiting_for(expert):
-            self._refuse(ticket, kind(why))
+        self._queue.refuse_waiting(expert, lambda _: kind(why))
         self._changed()
-        while self._queues.counts(expert)[1]:
+        while self._queue.counts(expert)[1]:
             self._ended.clear()
             await self._ended.wait()
         self._adapters.pop(expert, None)
@@ -381,10 +360,9 @@ class BaseSlot(Generic[E]):
     async def close(self, why: str, kind: type[CoeError] = UnknownModelError) -> None:
         """Its experts go for good: who waits is told why by such an error, who runs is let end."""
         for name in self.experts:
-            for ticket in self._queues.waiting_for(name):
-                self._refuse(ticket, kind(why))
+            self._queue.refuse_waiting(name, lambda _: kind(why))
         self._draining = True
-        if self._queues.total:
+        if self._queue.total:
             await self._idle.wait()
 
     async def drain(self, timeout_s: float) -> None:
@@ -424,27 +402,20 @@ class BaseSlot(Generic[E]):
 
     def queues(self) -> dict[str, Queue]:
         """Each expert's waiting and running requests."""
-        return {
-            name: Queue(
-                *self._queues.counts(name),
-                self._queues.places(name),
-                self._queues.waiting_tokens(name),
-            )
-            for name in self.experts
-        }
+        return {name: self._queue.snapshot(name) for name in self.experts}
 
     canary_failures = 0
 
     @property
     def capacity(self) -> int:
         """Requests that run at once."""
-        return self._queues.capacity
+        return self._queue.capacity
 
     def details(self) -> dict[str, dict[str, Any]]:
         """Each expert's residency in full."""
         told: dict[str, dict[str, Any]] = {}
         for name, state in self.states().items():
-            waiting, running = self._queues.counts(name)
+            waiting, running = self._queue.counts(name)
             told[name] = {
                 "state": state.state.value,
                 "reason": state.reason,

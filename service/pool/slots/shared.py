@@ -144,7 +144,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         for name in unit.experts:
             self._unit_of[name] = unit.name
             self._states[name] = ExpertState(Residency.DISK)
-            self._queues.welcome(name)
+            self._queue.add_expert(name)
         self._recount()
 
     def _forget_unit(self, unit: str) -> UnitState:
@@ -239,8 +239,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
     ) -> None:
         """Whoever waits for a unit is told."""
         for name in self._units[unit].experts:
-            for ticket in self._queues.waiting_for(name):
-                self._refuse(ticket, why(ticket))
+            self._queue.refuse_waiting(name, why)
 
     # --- requests
 
@@ -380,10 +379,10 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         return not self._retired
 
     def _waiting_in(self, unit: str) -> int:
-        return sum(self._queues.counts(name)[0] for name in self._units[unit].experts)
+        return sum(self._queue.counts(name)[0] for name in self._units[unit].experts)
 
     def _slot_view(self, now_s: float) -> SlotView:
-        running = sum(self._queues.counts(name)[1] for name in self._units[self._unit].experts)
+        running = sum(self._queue.counts(name)[1] for name in self._units[self._unit].experts)
         return SlotView(
             self._unit,
             now_s - self._since_s,
@@ -401,7 +400,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             failed = known.failed_until > now_s and known.tier is not Residency.HOST
             if (failed or name in self._retired) and name != self._unit:
                 continue
-            waiting = [t for expert in unit.experts for t in self._queues.waiting_for(expert)]
+            waiting = [t for expert in unit.experts for t in self._queue.waiting_for(expert)]
             views.append(
                 UnitView(
                     name=name,

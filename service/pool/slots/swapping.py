@@ -286,7 +286,7 @@ class SwapSlot(HostWeightSlot):
         return any(
             not ticket.again
             for name in self._units[unit].experts
-            for ticket in self._queues.waiting_for(name)
+            for ticket in self._queue.waiting_for(name)
         )
 
     async def _swap(self, engine: SwappingEngine, unit: str, reason: str) -> bool:

@@ -11,21 +11,21 @@ from hypothesis import strategies as st
 
 from service.errors import OverCapacityError
 from service.pool.fairness import STARVE
-from service.pool.queue import Ticket, TicketQueue
+from service.pool.queue import FairQueue, Ticket
 from service.types import Tenant
 
 READY = {"e"}
 
 
-def queues(capacity: int = 1, max_waiting: int = 1000) -> TicketQueue:
-    return TicketQueue(("e",), capacity=capacity, max_waiting=max_waiting)
+def queues(capacity: int = 1, max_waiting: int = 1000) -> FairQueue:
+    return FairQueue(("e",), capacity=capacity, max_waiting=max_waiting)
 
 
-def offer(q: TicketQueue, tenant: Tenant, tokens: int = 1) -> Ticket:
+def offer(q: FairQueue, tenant: Tenant, tokens: int = 1) -> Ticket:
     return q.offer("e", 0.0, ready=True, tokens=tokens, tenant=tenant)
 
 
-def serve(q: TicketQueue, running: Ticket, answer: int = 0) -> Ticket:
+def serve(q: FairQueue, running: Ticket, answer: int = 0) -> Ticket:
     """End the running one; who is next."""
     q.served(running, answer)
     q.close(running)
@@ -125,9 +125,9 @@ def test_a_refusal_says_when_half_the_queue_is_gone() -> None:
     running = offer(q, Tenant())
     for _ in range(40):
         offer(q, Tenant())
-    assert q.full("e").retry_after_s == 1.0
+    assert q.overload_error("e").retry_after_s == 1.0
     for i in range(5):
         q.close(running, now_s=i * 0.5)
         (running,) = q.grant(READY)
         offer(q, Tenant())
-    assert q.full("e").retry_after_s == pytest.approx(10.0)
+    assert q.overload_error("e").retry_after_s == pytest.approx(10.0)

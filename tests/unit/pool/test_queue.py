@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from service.errors import OverCapacityError
-from service.pool.queue import TicketQueue
+from service.pool.queue import FairQueue
 from service.types import Tenant
 
 
-def queues(capacity: int = 2, max_waiting: int = 3) -> TicketQueue:
-    return TicketQueue(("a", "b"), capacity=capacity, max_waiting=max_waiting)
+def queues(capacity: int = 2, max_waiting: int = 3) -> FairQueue:
+    return FairQueue(("a", "b"), capacity=capacity, max_waiting=max_waiting)
 
 
 def test_runs_at_once_where_it_can() -> None:
