@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -63,6 +64,20 @@ def refusal(error: RedisError) -> str | None:
     if text.startswith(_CLUSTER_WORDS) or name in _CLUSTER_WORDS or "cluster node" in text:
         return _CLUSTER
     return "refused"
+
+
+# Tables that were one value for each record before: the name of their version, and the prefix
+# of their records' names.
+_FORMER_TABLES = {"keys": ("keys-version", "key/")}
+
+
+async def _scan(redis: Redis, pattern: str) -> list[bytes]:
+    return [name async for name in redis.scan_iter(pattern, count=1000)]
+
+
+def _escape(text: str) -> str:
+    """Escape what Redis' patterns give a meaning."""
+    return re.sub(r"([\\*?\[\]])", r"\\\1", text)
 
 
 class RedisConnections:
@@ -253,12 +268,41 @@ class RedisClient:
     async def records(self, table: str) -> dict[str, bytes]:
         """See `Store`."""
         found = await self._ask(lambda: self._redis.hgetall(self._key("t", table)))
+        if not found and await self._take_over(table):
+            found = await self._ask(lambda: self._redis.hgetall(self._key("t", table)))
         return {name.decode(): value for name, value in found.items()}
 
     async def version(self, table: str) -> bytes | None:
         """See `Store`."""
-        asked = self._ask(lambda: self._redis.get(self._key("tv", table)))
-        return cast("bytes | None", await asked)
+        found = await self._ask(lambda: self._redis.get(self._key("tv", table)))
+        if found is None and await self._take_over(table):
+            found = await self._ask(lambda: self._redis.get(self._key("tv", table)))
+        return cast("bytes | None", found)
+
+    async def _take_over(self, table: str) -> bool:
+        """Copy a table that was written before tables existed, one value for each record.
+
+        The old values stay, so that the version before can be started again. Several gateways may
+        do this at once: a record that is already there is not written again.
+
+        Returns:
+            Whether there was anything to copy.
+        """
+        if table not in _FORMER_TABLES:
+            return False
+        marker, prefix = (self._key("v", name) for name in _FORMER_TABLES[table])
+        if await self._ask(lambda: self._redis.get(marker)) is None:
+            return False
+        names = await self._ask(lambda: _scan(self._redis, f"{_escape(prefix)}*"))
+        values = await self._ask(lambda: self._redis.mget(names)) if names else []
+        async with self._redis.pipeline(transaction=True) as pipe:
+            for name, value in zip(names, values, strict=True):
+                if value is not None:
+                    pipe.hsetnx(self._key("t", table), name.decode().removeprefix(prefix), value)
+            pipe.setnx(self._key("tv", table), secrets.token_hex(8))
+            await self._ask(pipe.execute)
+        log.info("copied %d records of the table %r from their former places", len(names), table)
+        return True
 
     async def replace(
         self, table: str, record_id: str, expected: bytes | None, value: bytes
