@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from service.engine.base import Message, Send
+from service.http.asgi import send_json
 
 _SSE_ERROR = (b'data: {"error"', b"event: error")
 _TYPES = {
@@ -80,17 +81,7 @@ class DeferredStartSend:
         assert self.error is not None
         status, body = self.error
         self.started = True
-        await self._send(
-            {
-                "type": "http.response.start",
-                "status": status,
-                "headers": [
-                    (b"content-type", b"application/json"),
-                    (b"content-length", str(len(body)).encode()),
-                ],
-            }
-        )
-        await self._send({"type": "http.response.body", "body": body})
+        await send_json(self._send, status, body)
 
 
 def openai_error(status: int, body: bytes) -> bytes:

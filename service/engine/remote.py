@@ -25,6 +25,7 @@ from service.errors import (
     UnknownEndpointError,
     UpstreamError,
 )
+from service.http.asgi import body_message, send_json, start_response
 
 ENDPOINTS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"}
@@ -110,16 +111,14 @@ class RemoteEngine:
                     await self._refused(reply, send)
                     return
                 content_type = reply.headers.get("content-type", "application/json")
-                head = {
-                    "type": "http.response.start",
-                    "status": reply.status,
-                    "headers": [(b"content-type", content_type.encode("latin-1"))],
-                }
+                head = start_response(
+                    reply.status, [(b"content-type", content_type.encode("latin-1"))]
+                )
                 if not content_type.startswith("text/event-stream"):
                     data = self._named(_answer(await _bounded(reply), self._expert))
                     started = True
                     await send(head)
-                    await send({"type": "http.response.body", "body": data})
+                    await send(body_message(data))
                     return
                 rest = b""
                 async for lines in self._lines(reply):
@@ -131,18 +130,12 @@ class RemoteEngine:
                     if not started:
                         started = True
                         await send(head)
-                    await send(
-                        {
-                            "type": "http.response.body",
-                            "body": self._renamed(lines),
-                            "more_body": True,
-                        }
-                    )
+                    await send(body_message(self._renamed(lines), more=True))
                 if not started:
                     raise UpstreamError(
                         f"expert {self._expert!r}: its endpoint sent an empty answer"
                     )
-                await send({"type": "http.response.body", "body": self._renamed(rest)})
+                await send(body_message(self._renamed(rest)))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             # The kind of error only: its text may hold the URL.
             what = (
@@ -244,13 +237,7 @@ class RemoteEngine:
                 retry_after_s=_seconds(reply.headers.get("retry-after")),
                 limited=reply.status == 429,
             )
-        error = openai_error(reply.status, body)
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(error)).encode()),
-        ]
-        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-        await send({"type": "http.response.body", "body": error})
+        await send_json(send, reply.status, openai_error(reply.status, body))
 
 
 async def _bounded(reply: aiohttp.ClientResponse) -> bytes:

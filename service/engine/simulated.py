@@ -38,6 +38,7 @@ from service.errors import (
     PromptTooLongError,
     UnknownEndpointError,
 )
+from service.http.asgi import body_message, send_json, start_response
 
 ENDPOINTS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize"}
@@ -339,11 +340,7 @@ class SimulatedEngine:
         loop = asyncio.get_running_loop()
         began = loop.time()
         step_s = self._options.decode_ms / 1000
-        start = {
-            "type": "http.response.start",
-            "status": 200,
-            "headers": [(b"content-type", b"text/event-stream; charset=utf-8")],
-        }
+        start = start_response(200, [(b"content-type", b"text/event-stream; charset=utf-8")])
         for i, word in enumerate(text or [""]):
             if step_s and (wait_s := began + i * step_s - loop.time()) > 0:
                 await asyncio.sleep(wait_s)
@@ -356,9 +353,9 @@ class SimulatedEngine:
                 return
             last = i >= len(text) - 1
             chunk = b"".join(event([piece(j, word, i == 0, last)], **so_far(i)) for j in range(n))
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send(body_message(chunk, more=True))
         tail = event([], usage=usage) if told else b""
-        await send({"type": "http.response.body", "body": tail + b"data: [DONE]\n\n"})
+        await send(body_message(tail + b"data: [DONE]\n\n"))
 
 
 def answer_text(expert: str, prompt: str, tokens: int) -> list[str]:
@@ -455,16 +452,10 @@ _ENCODINGS: dict[str, Callable[[list[float]], object]] = {
 
 
 async def _send_json(send: Send, data: dict[str, Any]) -> None:
-    body = orjson.dumps(data)
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-    ]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send_json(send, 200, orjson.dumps(data))
 
 
 async def _send_stream_error(send: Send, error: CoeError) -> None:
     detail = {"message": error.message, "type": "server_error", "param": None, "code": error.code}
     event = b"data: " + orjson.dumps({"error": detail}) + b"\n\ndata: [DONE]\n\n"
-    await send({"type": "http.response.body", "body": event})
+    await send(body_message(event))

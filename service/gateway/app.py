@@ -49,7 +49,7 @@ from service.gateway.routes.inference import InferenceHandler
 from service.gateway.routes.keys_and_usage import AccountEndpoints
 from service.gateway.routing.candidates import SemanticRouter
 from service.gateway.state import GatewayState
-from service.http.asgi import ClientDisconnectedError, Receive, Send, read_body
+from service.http.asgi import ClientDisconnectedError, Receive, Send, read_body, send_response
 from service.http.endpoints import ENDPOINTS
 from service.http.openai_errors import ErrorResponse, dialect_of, error_response
 from service.rpc.client import PoolLink
@@ -308,9 +308,7 @@ class Gateway:
         """Answer a request that goes no further."""
         self.metrics.meter.add(metric_table.REQUESTS_REJECTED, 1, error.code)
         fault = error_response(error, dialect_of(path))
-        head = {"type": "http.response.start", "status": fault.status, "headers": fault.headers}
-        await send(head)
-        await send({"type": "http.response.body", "body": fault.body})
+        await send_response(send, fault.status, fault.headers, fault.body)
 
     def _may_watch(self, headers: dict[bytes, bytes]) -> None:
         self._check_watcher(headers, "the console's events")

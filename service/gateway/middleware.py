@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from service.errors import CoeError
-from service.http.asgi import Message, Receive, Send
+from service.http.asgi import Message, Receive, Send, send_response
 from service.http.endpoints import ENDPOINTS
 from service.http.openai_errors import dialect_of, error_response
 
@@ -48,11 +48,4 @@ class InternalErrorMiddleware:
                 CoeError("something went wrong here; the log has its kind and place"),
                 dialect_of(scope["path"]),
             )
-            await send(
-                {
-                    "type": "http.response.start",
-                    "status": fault.status,
-                    "headers": fault.headers,
-                }
-            )
-            await send({"type": "http.response.body", "body": fault.body})
+            await send_response(send, fault.status, fault.headers, fault.body)

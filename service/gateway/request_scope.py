@@ -20,7 +20,7 @@ from service.gateway.request_record import RequestRecord
 from service.gateway.routing.candidates import RoutePlan
 from service.gateway.sends.response import ResponseSend
 from service.gateway.sends.usage_meter import UsageMeter
-from service.http.asgi import ClientDisconnectedError
+from service.http.asgi import ClientDisconnectedError, send_response
 from service.http.openai_errors import dialect_of, error_response
 from service.rpc.call import trace_of
 from service.telemetry.logging import log_fields
@@ -151,10 +151,7 @@ class RequestScope:
         response = error_response(error, dialect_of(record.path))
         record.status = response.status
         headers = [*response.headers, *self._id_header()]
-        await self._send(
-            {"type": "http.response.start", "status": response.status, "headers": headers}
-        )
-        await self._send({"type": "http.response.body", "body": response.body})
+        await send_response(self._send, response.status, headers, response.body)
 
     def _id_header(self) -> Headers:
         if not self._observers.sends_request_id:

@@ -1,9 +1,9 @@
-"""What both ends of an HTTP request need: its body, and knowing when the client has left."""
+"""ASGI helpers: reading a body, building a reply's messages, and noticing that a client left."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from service.errors import BodyTooLargeError, RequestTimeoutError
@@ -13,22 +13,57 @@ Send = Callable[[Message], Awaitable[None]]
 Receive = Callable[[], Awaitable[Message]]
 
 
-# On every stream: proxies would keep its events back, and may store the reply.
+# Every stream has these headers, because proxies would buffer its events and may store the reply.
 STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
 class ClientDisconnectedError(Exception):
-    """The client has left: there is nobody to answer."""
+    """The client has left, so there is nobody to answer."""
+
+
+def start_response(status: int, headers: Iterable[tuple[bytes, bytes]] = ()) -> Message:
+    """The message that begins a reply."""
+    return {"type": "http.response.start", "status": status, "headers": list(headers)}
+
+
+def body_message(body: bytes = b"", *, more: bool = False) -> Message:
+    """A message with a piece of a reply's body; `more` says that another one follows."""
+    message: Message = {"type": "http.response.body", "body": body}
+    if more:
+        message["more_body"] = True
+    return message
+
+
+async def send_response(
+    send: Send, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes
+) -> None:
+    """Send a whole reply."""
+    await send(start_response(status, headers))
+    await send(body_message(body))
+
+
+async def send_json(send: Send, status: int, body: bytes) -> None:
+    """Send a whole reply whose body is JSON already."""
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    await send_response(send, status, headers, body)
 
 
 class LineBuffer:
-    """Gives out whole lines of a stream that comes in pieces, and keeps what is left of one."""
+    """Splits a stream that comes in pieces into whole lines, and keeps the unfinished line."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
 
     def take(self, piece: bytes, *, ends: bool) -> bytes:
-        """The lines that are whole with this piece. `ends`: no other comes, so all that is left."""
+        """Return the lines that this piece completes.
+
+        Args:
+            piece: The next bytes of the stream.
+            ends: Whether the stream ends here; then the unfinished line is returned as well.
+        """
         end = len(piece) if ends else piece.rfind(b"\n") + 1
         if not end and not ends:
             self._rest += piece
@@ -40,18 +75,26 @@ class LineBuffer:
         return lines
 
     def drop(self) -> None:
-        """Forget what is left of a line."""
+        """Forget the unfinished line."""
         self._rest.clear()
 
 
 async def read_body(
     receive: Receive, max_bytes: int, *, declared: bytes = b"", timeout_s: float | None = None
 ) -> bytes:
-    """The whole body.
+    """Read the whole body.
 
-    `declared`: the content-length header, so that nothing of a body that says that it
-    is too large is waited for. Raises BodyTooLargeError, RequestTimeoutError where it did not
-    come within `timeout_s`, and ClientDisconnectedError if the client left.
+    Args:
+        receive: The request's ASGI `receive`.
+        max_bytes: The greatest body that is accepted.
+        declared: The content-length header. A body that declares too many bytes is refused
+            before any of it is read.
+        timeout_s: The time that the body may take; None for no bound.
+
+    Raises:
+        BodyTooLargeError: The body is larger than `max_bytes`.
+        RequestTimeoutError: The body did not arrive within `timeout_s`.
+        ClientDisconnectedError: The client left before its body was complete.
     """
     if declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):
         raise _too_large(max_bytes)

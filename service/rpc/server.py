@@ -13,7 +13,17 @@ from typing import Any, Protocol
 import orjson
 
 from service.errors import CoeError, InvalidRequestError, UnauthorizedError, UnknownEndpointError
-from service.http.asgi import ClientDisconnectedError, Message, Receive, Send, read_body, until_gone
+from service.http.asgi import (
+    ClientDisconnectedError,
+    Message,
+    Receive,
+    Send,
+    body_message,
+    read_body,
+    send_response,
+    start_response,
+    until_gone,
+)
 from service.http.openai_errors import error_response, sse_event
 from service.rpc import auth as secrets
 from service.rpc.call import Call, parse_call
@@ -105,10 +115,10 @@ class PoolApp:
 
     async def _stream_snapshots(self, receive: Receive, reply: _Reply) -> None:
         async def stream() -> None:
-            await reply(_start(200, [(b"content-type", b"application/x-ndjson")]))
+            await reply(start_response(200, [(b"content-type", b"application/x-ndjson")]))
             async for line in self._handler.snapshots():
-                await reply({"type": "http.response.body", "body": line, "more_body": True})
-            await reply({"type": "http.response.body", "body": b""})
+                await reply(body_message(line, more=True))
+            await reply(body_message())
 
         await until_gone(stream(), receive)
 
@@ -130,18 +140,16 @@ class _Reply:
 
     async def whole(self, status: int, content_type: bytes, body: bytes) -> None:
         headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
-        await self(_start(status, headers))
-        await self({"type": "http.response.body", "body": body})
+        await send_response(self, status, headers, body)
 
     async def fail(self, error: CoeError) -> None:
         if self._ended:
             return
         if self._started:
-            await self({"type": "http.response.body", "body": sse_event(error)})
+            await self(body_message(sse_event(error)))
             return
         fault = error_response(error)
-        await self(_start(fault.status, fault.headers))
-        await self({"type": "http.response.body", "body": fault.body})
+        await send_response(self, fault.status, fault.headers, fault.body)
 
 
 def _amounts(body: bytes) -> dict[str, float]:
@@ -149,7 +157,3 @@ def _amounts(body: bytes) -> dict[str, float]:
         return {str(name): float(amount) for name, amount in orjson.loads(body).items()}
     except (orjson.JSONDecodeError, AttributeError, TypeError, ValueError):
         raise InvalidRequestError("demand is an object of numbers by expert") from None
-
-
-def _start(status: int, headers: list[tuple[bytes, bytes]]) -> Message:
-    return {"type": "http.response.start", "status": status, "headers": headers}

@@ -25,7 +25,7 @@ from service.engine.base import Message, Send
 from service.errors import CoeError, StoreUnavailableError
 from service.gateway.cache.text_similarity import MOST_CHARACTERS, said, same_words, similarity
 from service.gateway.request.parsing import InferenceRequest
-from service.http.asgi import STREAM_HEADERS
+from service.http.asgi import STREAM_HEADERS, send_response
 from service.http.usage import reply_usage, usage_of
 from service.moe.profiles import profile_digests
 from service.store.places import place
@@ -282,8 +282,7 @@ class CacheSession:
         ]
         if self.hit.content_type.startswith("text/event-stream"):
             head += STREAM_HEADERS
-        await self.send({"type": "http.response.start", "status": 200, "headers": head})
-        await self.send({"type": "http.response.body", "body": self.hit.body})
+        await send_response(self.send, 200, head, self.hit.body)
 
     async def store_answer(self, *, by_own_bound: bool) -> None:
         """Once answered: keep the answer, if it is to be kept. See `ResponseCache.keep`."""

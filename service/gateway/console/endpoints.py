@@ -12,7 +12,15 @@ from starlette.routing import Route
 from service.errors import CoeError
 from service.gateway.console.assets import Asset, load_assets
 from service.gateway.console.event_stream import EventStream
-from service.http.asgi import ClientDisconnectedError, Receive, Send, until_gone
+from service.http.asgi import (
+    ClientDisconnectedError,
+    Receive,
+    Send,
+    body_message,
+    send_response,
+    start_response,
+    until_gone,
+)
 from service.http.openai_errors import error_response
 
 _STREAM = [
@@ -72,8 +80,7 @@ class _Events:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["method"] == "HEAD":
-            await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
-            await send({"type": "http.response.body", "body": b""})
+            await send_response(send, 200, _STREAM, b"")
             return
         stream = self._stream(dict(scope["headers"]), send)
         if self._behind_serve:
@@ -92,13 +99,11 @@ class _Events:
             async for data in events:
                 if not started:
                     started = True
-                    await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
+                    await send(start_response(200, _STREAM))
+                await send(body_message(data, more=True))
+            await send(body_message())
         except CoeError as error:
             fault = error_response(error)
-            head = {"type": "http.response.start", "status": fault.status, "headers": fault.headers}
-            await send(head)
-            await send({"type": "http.response.body", "body": fault.body})
+            await send_response(send, fault.status, fault.headers, fault.body)
         finally:
             await events.aclose()

@@ -20,7 +20,7 @@ from service.broker.demand import can_serve, failure_reason
 from service.broker.pool_state import REMOTE, PoolStateTable, PoolView
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import Candidate, Exclusion, Selection, select
-from service.engine.base import EngineRequest, Message
+from service.engine.base import EngineRequest
 from service.errors import (
     CoeError,
     DeadlineExceededError,
@@ -61,6 +61,7 @@ from service.gateway.routing.demand_reporter import DemandReporter
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.selection_request import selection_request
 from service.gateway.sends.response import ResponseSend
+from service.http.asgi import body_message, send_response, start_response
 from service.http.endpoints import TABLE
 from service.http.openai_errors import FAULT_HEADER
 from service.rpc.call import ENGINE_MS, QUEUE_MS, SWAP_MS, Call
@@ -458,22 +459,21 @@ class Dispatcher:
         reply.record.engine_ms = float(answer.headers.get(ENGINE_MS, "0"))
         if not content_type.startswith(b"text/event-stream"):
             body = await read_whole_answer(answer)
-            await reply(_start(answer.status, head))
-            await reply({"type": "http.response.body", "body": body})
+            await send_response(reply, answer.status, head, body)
             return
         try:
             first = True
             async for chunk in answer.chunks.iter_any():
                 if first:
                     limit.reschedule(None)
-                    await reply(_start(answer.status, head))
+                    await reply(start_response(answer.status, head))
                     first = False
-                await reply({"type": "http.response.body", "body": chunk, "more_body": True})
+                await reply(body_message(chunk, more=True))
         except (aiohttp.ClientError, OSError):
             raise PoolUnavailableError("the pool that was answering went away") from None
         if first:
             raise PoolUnavailableError("the pool ended its answer before it began")
-        await reply({"type": "http.response.body", "body": b""})
+        await reply(body_message())
 
 
 def _traced(
@@ -489,7 +489,3 @@ def _died_twice() -> EngineDiedTwiceError:
     return EngineDiedTwiceError(
         f"{MOST_LOSSES} engines died while they had this request; it is given to no other"
     )
-
-
-def _start(status: int, headers: list[tuple[bytes, bytes]]) -> Message:
-    return {"type": "http.response.start", "status": status, "headers": headers}

@@ -26,6 +26,7 @@ from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.routing.candidates import RoutePlan
 from service.gateway.sends.response import NoAnswer, ResponseSend
+from service.http.asgi import send_response
 from service.types import MAX_LATER, Recipe
 
 log = logging.getLogger("coe.ensemble")
@@ -330,9 +331,7 @@ class EnsembleExecutor:
         await self._answer(200, content_type, body)
 
     async def _answer(self, status: int, content_type: bytes, body: bytes) -> None:
-        head = [(b"content-type", content_type)]
-        await self.reply({"type": "http.response.start", "status": status, "headers": head})
-        await self.reply({"type": "http.response.body", "body": body})
+        await send_response(self.reply, status, [(b"content-type", content_type)], body)
 
 
 class _BufferedSend:

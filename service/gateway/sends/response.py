@@ -13,7 +13,7 @@ from service.engine.base import Message, Send
 from service.errors import CoeError, UpstreamError
 from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.sends.usage_meter import UsageMeter
-from service.http.asgi import STREAM_HEADERS, LineBuffer
+from service.http.asgi import STREAM_HEADERS, LineBuffer, body_message
 from service.http.openai_errors import (
     Dialect,
     codes_of_ours,
@@ -232,7 +232,7 @@ class ResponseSend:
         # Half a line would spoil the event that is still to come.
         self._lines.drop()
         events = self._last_events(detail_of(error), status_of(error), self.events)
-        await self._send({"type": "http.response.body", "body": events})
+        await self._send(body_message(events))
 
 
 def _error_in(event: Mapping[str, Any]) -> Mapping[str, Any] | None:
