@@ -67,7 +67,7 @@ def _local_decision(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     from service.config import load_config
     from service.gateway.request.parsing import parse_request
     from service.gateway.routes.explain import explain
-    from service.gateway.routing.selection_request import selection_request
+    from service.gateway.routing.candidates import selection_request
     from service.gateway.routing.setup import RoutingSetup
 
     config = load_config(path)
@@ -75,7 +75,10 @@ def _local_decision(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     request = parse_request("/v1/chat/completions", raw, {}, config.server.deadline_ms)
     routing = RoutingSetup(config)
     plan = routing.router.plan(request)
-    pool_matrix = PoolStateTable(routing.book.index).standing([idle_view(routing.book.experts)])
+    pool_matrix = PoolStateTable(routing.catalog.index).standing(
+        [idle_view(routing.catalog.experts)]
+    )
     return explain(
-        plan, select(routing.book, pool_matrix, selection_request(routing.market, request, plan))
+        plan,
+        select(routing.catalog, pool_matrix, selection_request(routing.cost_model, request, plan)),
     )

@@ -112,12 +112,12 @@ class Admission:
     def __init__(
         self,
         config: Config,
-        keyring: Authenticator,
+        authenticator: Authenticator,
         ledger: Ledger,
         context: Callable[[str], int],
         charged: Charged,
     ) -> None:
-        self.keyring = keyring
+        self.authenticator = authenticator
         self.ledger = ledger
         self._prices = prices_of(config)
         self._context = context
@@ -128,7 +128,7 @@ class Admission:
 
     def identify(self, headers: dict[bytes, bytes]) -> Tenant:
         """Whose request it is. Raises UnauthorizedError, StoreUnavailableError."""
-        return self.keyring.identify(headers)
+        return self.authenticator.identify(headers)
 
     async def look_up(self, headers: dict[bytes, bytes]) -> Tenant:
         """Whose request it is that asks no expert.
@@ -179,7 +179,7 @@ class Admission:
     async def admit(
         self,
         entry: Entry,
-        asked: InferenceRequest,
+        request: InferenceRequest,
         ways: Sequence[Sequence[str]],
         likely_tokens: Callable[[], float],
     ) -> InferenceRequest:
@@ -187,7 +187,7 @@ class Admission:
 
         Args:
             entry: The request as it arrived.
-            asked: What it asks.
+            request: What it asks.
             ways: The experts that each way of answering may ask.
             likely_tokens: Tells the tokens that the calls of one way together are expected to make.
 
@@ -196,62 +196,62 @@ class Admission:
             RateLimitExceededError: One of its limits has no room for it.
             StoreUnavailableError: Limits can't be counted.
         """
-        entry.meter = meter = UsageMeter(asked)
+        entry.meter = meter = UsageMeter(request)
         if not entry.counts:
-            return asked
-        bound = UsageBound(0, places=asked.sequences)
-        if self.ledger.bounds(asked.tenant):
-            bound = self._bound(asked, ways, likely_tokens())
+            return request
+        bound = UsageBound(0, places=request.sequences)
+        if self.ledger.bounds(request.tenant):
+            bound = self._bound(request, ways, likely_tokens())
         held = await self.ledger.reserve(f"{entry.id}-{len(entry.held)}", entry.tenant, bound)
         entry.held.append(held)
         if held.max_tokens < bound.max_tokens or bound.needs_clip:
-            asked = asked.at_most(held.max_tokens)
-        data: dict[str, Any] = meter.asks(asked.data)
-        if data is asked.data:
-            return asked
+            request = request.at_most(held.max_tokens)
+        data: dict[str, Any] = meter.asks(request.data)
+        if data is request.data:
+            return request
         try:
             raw = orjson.dumps(data)
         except orjson.JSONEncodeError:
             raise InvalidRequestError("the body is nested too deep") from None
-        return replace(asked, data=data, raw=raw)
+        return replace(request, data=data, raw=raw)
 
     async def stop(self) -> None:
         """Wait for what is being settled."""
         await asyncio.gather(*self._settling, return_exceptions=True)
 
     def _bound(
-        self, asked: InferenceRequest, ways: Sequence[Sequence[str]], likely_tokens: float
+        self, request: InferenceRequest, ways: Sequence[Sequence[str]], likely_tokens: float
     ) -> UsageBound:
         """The most that any of these ways could use for it, all its calls together."""
-        if asked.endpoint in UNCHARGED:
+        if request.endpoint in UNCHARGED:
             return UsageBound(0)
         experts = {name for way in ways for name in way}
         known = [self._context(name) for name in experts]
         context = max(known, default=0)
         # No tokenizer makes more tokens than there are bytes.
         frame = _FRAME_TOKENS
-        if TABLE[asked.endpoint].needs == "chat":
+        if TABLE[request.endpoint].needs == "chat":
             learned = (self._templates.get(name, 0) for name in experts)
             frame = max(_TEMPLATE_TOKENS, *learned)
-        prompt = asked.most_prompt_tokens + frame
+        prompt = request.most_prompt_tokens + frame
         if all(known):
-            prompt = min(prompt, asked.prompts * context)
+            prompt = min(prompt, request.prompts * context)
         calls = max((len(way) for way in ways), default=1)
         prices = [[self._prices[name] for name in way] for way in ways]
         dearest = Price(
             max((sum(p.prompt for p in way) for way in prices), default=0.0),
             max((sum(p.completion for p in way) for way in prices), default=0.0),
         )
-        if not TABLE[asked.endpoint].generates:
+        if not TABLE[request.endpoint].generates:
             return UsageBound(
                 prompt,
                 0,
                 0,
                 prompt_cost=cost(dearest, prompt, 0),
-                likely_prompt=min(prompt, asked.prompt_tokens),
-                places=asked.sequences,
+                likely_prompt=min(prompt, request.prompt_tokens),
+                places=request.sequences,
             )
-        length = asked.most_tokens
+        length = request.most_tokens
         if length is None:
             length = context if all(known) else max(context, _UNKNOWN_CONTEXT)
         elif all(known):
@@ -259,16 +259,16 @@ class Admission:
         return UsageBound(
             calls * prompt,
             length,
-            calls * asked.answers,
+            calls * request.answers,
             prompt_cost=cost(dearest, prompt, 0),
-            token_cost=cost(dearest, 0, asked.answers),
+            token_cost=cost(dearest, 0, request.answers),
             # The context bounds an answer only where it is known.
-            needs_clip=asked.most_tokens is None and not all(known),
-            likely_prompt=calls * min(prompt, asked.prompt_tokens),
+            needs_clip=request.most_tokens is None and not all(known),
+            likely_prompt=calls * min(prompt, request.prompt_tokens),
             likely_tokens=None
-            if asked.most_tokens is not None
+            if request.most_tokens is not None
             else max(1, math.ceil(likely_tokens / calls)),
-            places=asked.sequences,
+            places=request.sequences,
         )
 
     async def _settle(self, entry: Entry) -> None:

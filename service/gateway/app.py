@@ -84,7 +84,7 @@ class Gateway:
         self,
         config: Config,
         router: SemanticRouter,
-        relay: Dispatcher,
+        dispatcher: Dispatcher,
         admission: Admission,
         accounts: AccountEndpoints,
         answering: RecipeExecutor,
@@ -102,7 +102,7 @@ class Gateway:
     ) -> None:
         self._config = config
         self._router = router
-        self._relay = relay
+        self._dispatcher = dispatcher
         self._admission = admission
         self._accounts = accounts
         self._answering = answering
@@ -117,10 +117,10 @@ class Gateway:
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._intake = RequestValidator(config, guard or Guard(config), self.metrics.meter)
+        self._validator = RequestValidator(config, guard or Guard(config), self.metrics.meter)
         self._neighbours = neighbours
         self._inference = InferenceHandler(
-            validator=self._intake,
+            validator=self._validator,
             router=router,
             cache=cache,
             admission=admission,
@@ -137,11 +137,11 @@ class Gateway:
         self.feed = EventStream(
             config,
             directory,
-            relay.views,
+            dispatcher.views,
             remote_states,
             lambda: self.metrics.in_flight,
             state.recent,
-            relay.spending.prices,
+            dispatcher.budget_prices.prices,
             state.history,
         )
 
@@ -211,16 +211,16 @@ class Gateway:
 
         @app.post("/v1/route")
         async def route(request: Request) -> Response:
-            headers = self._intake.headers(request.scope["headers"])
+            headers = self._validator.headers(request.scope["headers"])
             async with self._admission.enter(headers, RequestRecord()) as entry:
-                verdict = await self._intake.validate(
+                validated = await self._validator.validate(
                     "/v1/chat/completions", headers, entry.tenant, request.receive
                 )
-                asked = verdict.asked
-                plan = self._router.plan(asked)
-                told = self._answering.explain(asked, plan)
+                parsed = validated.request
+                plan = self._router.plan(parsed)
+                told = self._answering.explain(parsed, plan)
                 entry.record.status = 200
-            return _json({**told, "guard": verdict.explained()})
+            return _json({**told, "guard": validated.explained()})
 
         if self._answering.feedback.enabled:
 
@@ -300,7 +300,7 @@ class Gateway:
     def _keyless(self) -> bool:
         """Whether requests are answered without a key. While that is not known, none is."""
         try:
-            return not self._admission.keyring.needed
+            return not self._admission.authenticator.needed
         except StoreUnavailableError:
             return False
 
@@ -315,7 +315,7 @@ class Gateway:
 
     def _check_watcher(self, headers: dict[bytes, bytes], what: str) -> None:
         """Where keys are asked for, everybody's traffic is the admin's to see. Raises CoeError."""
-        if self._admission.keyring.needed:
+        if self._admission.authenticator.needed:
             check_admin(headers, self._admin_key, what)
 
     def _is_admin(self, headers: dict[bytes, bytes]) -> bool:
@@ -323,7 +323,7 @@ class Gateway:
         return self._keyless() or shows_admin_key(headers, self._admin_key)
 
     def _states(self) -> dict[str, dict[str, Any]]:
-        views = self._relay.views()
+        views = self._dispatcher.views()
         return catalog.states(self._config, views, self._remote_states())
 
     async def _metrics_text(self) -> str:

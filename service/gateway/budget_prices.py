@@ -71,14 +71,14 @@ class BudgetPrices:
             default=math.inf,
         )
 
-    def observe(self, tenant: Tenant, weighed: Selection) -> None:
+    def observe(self, tenant: Tenant, selection: Selection) -> None:
         """The options of one request."""
         if tenant.key and tenant.limits.budget is not None:
             self._shown(tenant)
         names = self._concern(tenant)
         if names:
             now_s = self._clock()
-            worth, cost = weighed.worth, weighed.cost
+            worth, cost = selection.worth, selection.cost
             for name in names:
                 pacer = self._pacers[name]
                 pacer.observe(worth, cost)

@@ -43,8 +43,8 @@ class ConfiguredGateway:
         directory: Links to pools.
         store: Counts limits and budgets.
         volatile: Keeps what may be lost.
-        spending: Prices budgets.
-        seats: Of the remote experts, by name; it is read whenever one is asked.
+        budget_prices: Prices budgets.
+        remote_pools: Of the remote experts, by name; it is read whenever one is asked.
         before: The one of the config before, whose replies may be voted on still.
     """
 
@@ -57,8 +57,8 @@ class ConfiguredGateway:
         store: Store,
         volatile: VolatileStore,
         ledger: Ledger,
-        spending: BudgetPrices,
-        seats: Mapping[str, RemotePool],
+        budget_prices: BudgetPrices,
+        remote_pools: Mapping[str, RemotePool],
         traces: Traces | None,
         secret: str,
         admin_key: str | None,
@@ -71,19 +71,19 @@ class ConfiguredGateway:
     ) -> None:
         self.config = config
         config = with_capabilities(config)
-        self.seats = seats
+        self.remote_pools = remote_pools
         self._meter = state.metrics.meter
         book = key_book(config, store)
-        self.keyring: Authenticator = Authenticator(
+        self.authenticator: Authenticator = Authenticator(
             config,
             book,
             secret=secret,
             marker=keys_marker(config),
-            after=None if before is None else before.keyring,
+            after=None if before is None else before.authenticator,
         )
         self.ledger = ledger
         remotes = {name: expert.remote for name, expert in config.experts.items() if expert.remote}
-        self.trips = CircuitBreakers(
+        self.breakers = CircuitBreakers(
             {name: remote.url for name, remote in remotes.items()},
             config.server.breaker.min_hang_s,
             state.breakers,
@@ -91,39 +91,39 @@ class ConfiguredGateway:
             self._meter,
         )
         routing = RoutingSetup(config, state.lengths, state.escalations)
-        self.market = routing.market
-        self.relay = Dispatcher(
-            routing.book,
-            routing.market,
+        self.cost_model = routing.cost_model
+        self.dispatcher = Dispatcher(
+            routing.catalog,
+            routing.cost_model,
             directory,
-            seats,
+            remote_pools,
             wake,
-            spending,
-            self.trips,
-            state.conversations,
+            budget_prices,
+            self.breakers,
+            state.prefix_affinity,
         )
         self.feedback: FeedbackService = FeedbackService(
             config.feedback,
             store,
             volatile,
-            routing.worth,
-            routing.book,
+            routing.quality_model,
+            routing.catalog,
             shared=(config.store.cache_url or config.store.cache_url_env) is not None,
             tenants=[NOBODY.name, *config.tenants],
             after=None if before is None else before.feedback,
         )
         self._admission = Admission(
-            config, self.keyring, self.ledger, self.relay.context, self._charged
+            config, self.authenticator, self.ledger, self.dispatcher.context, self._charged
         )
         self.gateway = Gateway(
             config,
             routing.router,
-            self.relay,
+            self.dispatcher,
             self._admission,
             AccountEndpoints(config, self._admission, Keys(book)),
-            RecipeExecutor(self.relay, routing.worth, self.feedback),
+            RecipeExecutor(self.dispatcher, routing.quality_model, self.feedback),
             directory,
-            lambda: {name: seats[name].failed for name in remotes if name in seats},
+            lambda: {name: remote_pools[name].failed for name in remotes if name in remote_pools},
             neighbours,
             state,
             admin_key=admin_key,
@@ -136,16 +136,16 @@ class ConfiguredGateway:
 
     async def start(self) -> None:
         """Begin to follow keys and votes. Raises StoreUnavailableError."""
-        await self.keyring.start()
+        await self.authenticator.start()
         await self.feedback.start()
 
     async def stop(self) -> None:
         """End what is under way in the background."""
         await self.gateway.feed.close()
-        await self.relay.close()
+        await self.dispatcher.close()
         await self.feedback.stop()
         await self._admission.stop()
-        await self.keyring.stop()
+        await self.authenticator.stop()
 
     async def end(self) -> None:
         """Stop after the last request that came to it."""

@@ -80,7 +80,7 @@ class RequestScope:
 
     def add_request(self, validated: GuardResult) -> InferenceRequest:
         """Note what the client asks for, once it is known."""
-        request, record = validated.asked, self.record
+        request, record = validated.request, self.record
         record.client_id, record.model = request.client_id, request.model
         record.streamed, record.own_deadline = request.stream, request.own_deadline
         log_fields(request_id=request.client_id)

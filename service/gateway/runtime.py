@@ -76,10 +76,10 @@ class GatewayRuntime:
         # What may be lost stands apart from what counts.
         self.volatile: VolatileStore = open_volatile(config)
         self._traces = traces_of(config, "gateway", gateway_id)
-        self.seats: dict[str, RemotePool] = {}
+        self.remote_pools: dict[str, RemotePool] = {}
         self._seat_all(config)
         ledger = Ledger(config, self.store)
-        self.spending = BudgetPrices(ledger)
+        self.budget_prices = BudgetPrices(ledger)
         self.current = self._configured(config, ledger)
         self._app = self.current.gateway.app()
         # Those of earlier configs whose last requests have not ended yet.
@@ -117,8 +117,8 @@ class GatewayRuntime:
             store=self.store,
             volatile=self.volatile,
             ledger=ledger,
-            spending=self.spending,
-            seats=self.seats,
+            budget_prices=self.budget_prices,
+            remote_pools=self.remote_pools,
             traces=self._traces,
             secret=self._secret,
             admin_key=self._admin_key,
@@ -137,16 +137,16 @@ class GatewayRuntime:
         """
         await self.store.start()
         await self.current.start()
-        await self.spending.start()
+        await self.budget_prices.start()
         if self._node is not None:
             await self._node.start()
-        for name, seat in self.seats.items():
-            await self._connect(name, seat)
+        for name, remote_pool in self.remote_pools.items():
+            await self._connect(name, remote_pool)
 
-    async def _connect(self, name: str, seat: RemotePool) -> None:
-        await seat.start()
-        if seat.failed is not None:
-            log.error("expert %s failed: %s", name, seat.failed)
+    async def _connect(self, name: str, pool: RemotePool) -> None:
+        await pool.start()
+        if pool.failed is not None:
+            log.error("expert %s failed: %s", name, pool.failed)
 
     async def reload(self, config: Config) -> None:
         """Go on as another config says. Returns at once: requests under way end in their own time.
@@ -163,7 +163,7 @@ class GatewayRuntime:
             await after.stop()
             raise
         await self._go_over_seats(before.config, config)
-        await self.spending.follow(ledger)
+        await self.budget_prices.follow(ledger)
         self.state.forget(replaced(before.config, config, self._files, files))
         self._files = files
         self.current, self._app = after, after.gateway.app()
@@ -178,8 +178,8 @@ class GatewayRuntime:
         self._earlier.discard(earlier)
         needed = {*self._remote(self.current.config)}
         needed.update(*(self._remote(one.config) for one in self._earlier))
-        for name in [name for name in self.seats if name not in needed]:
-            await self.seats.pop(name).stop()
+        for name in [name for name in self.remote_pools if name not in needed]:
+            await self.remote_pools.pop(name).stop()
 
     # --- remote experts
 
@@ -189,29 +189,31 @@ class GatewayRuntime:
 
     def _seat_all(self, config: Config) -> list[str]:
         """Give every remote expert a seat: those that had none."""
-        new = [name for name in self._remote(config) if name not in self.seats]
+        new = [name for name in self._remote(config) if name not in self.remote_pools]
         for name in new:
             remote = config.experts[name].remote
             assert remote is not None
             engine = RemoteEngine(name, remote)
-            self.seats[name] = RemotePool(engine, remote.max_in_flight, remote.max_queued_requests)
+            self.remote_pools[name] = RemotePool(
+                engine, remote.max_in_flight, remote.max_queued_requests
+            )
         self.state.metrics.remote |= frozenset(new)
         return new
 
     async def _go_over_seats(self, old: Config, config: Config) -> None:
         new = self._seat_all(config)
         for name in self._remote(config):
-            seat, remote = self.seats[name], config.experts[name].remote
+            pool, remote = self.remote_pools[name], config.experts[name].remote
             assert remote is not None
             if name in new:
-                await self._connect(name, seat)
+                await self._connect(name, pool)
                 continue
             before = old.experts[name].remote if name in old.experts else None
-            if before != remote or seat.failed is not None:
+            if before != remote or pool.failed is not None:
                 engine = RemoteEngine(name, remote)
-                await seat.replace(engine, remote.max_in_flight, remote.max_queued_requests)
-                if seat.failed is not None:
-                    log.error("expert %s failed: %s", name, seat.failed)
+                await pool.replace(engine, remote.max_in_flight, remote.max_queued_requests)
+                if pool.failed is not None:
+                    log.error("expert %s failed: %s", name, pool.failed)
 
     # --- metrics
 
@@ -224,23 +226,23 @@ class GatewayRuntime:
         meter = self.state.metrics.meter
         meter.put(metrics.POOLS, len(self.directory.links()))
         meter.forget(metrics.SNAPSHOT_AGE)
-        for pool, age_s in self.directory.silences().items():
-            meter.put(metrics.SNAPSHOT_AGE, age_s, pool)
+        for boot, age_s in self.directory.silences().items():
+            meter.put(metrics.SNAPSHOT_AGE, age_s, boot)
         told = self.store.health()
         meter.put(metrics.STORE_UP, told.up)
         meter.put(metrics.STORE_PENDING_SETTLEMENTS, told.owed)
         meter.total(metrics.STORE_OUTAGES, told.outages)
         meter.total(metrics.STORE_OFFLINE_ADMISSIONS, told.slice_grants)
-        meter.forget(metrics.REQUESTS_WAITING, self.seats)
-        meter.forget(metrics.REQUESTS_RUNNING, self.seats)
-        for name, seat in self.seats.items():
-            meter.put(metrics.REQUESTS_WAITING, seat.waiting, name)
-            meter.put(metrics.REQUESTS_RUNNING, seat.running, name)
-        prices = {name: price for name, price, _ in self.spending.prices()}
+        meter.forget(metrics.REQUESTS_WAITING, self.remote_pools)
+        meter.forget(metrics.REQUESTS_RUNNING, self.remote_pools)
+        for name, remote_pool in self.remote_pools.items():
+            meter.put(metrics.REQUESTS_WAITING, remote_pool.waiting, name)
+            meter.put(metrics.REQUESTS_RUNNING, remote_pool.running, name)
+        prices = {name: price for name, price, _ in self.budget_prices.prices()}
         meter.forget(metrics.SHADOW_PRICE, prices)
         for name, price in prices.items():
             meter.put(metrics.SHADOW_PRICE, price, name)
-        self.current.trips.read()
+        self.current.breakers.read()
 
     async def _ask_budgets(self) -> None:
         """What is left of every budget, for the metrics; nothing while the store is gone."""
@@ -261,11 +263,11 @@ class GatewayRuntime:
             await self._node.stop()
         for one in (*self._earlier, self.current):
             await one.stop()
-        await self.spending.stop()
+        await self.budget_prices.stop()
         await self.directory.close()
         await self.store.stop()
         await self.volatile.close()
-        await asyncio.gather(*(seat.stop() for seat in self.seats.values()))
+        await asyncio.gather(*(pool.stop() for pool in self.remote_pools.values()))
         if self._traces is not None:
             await asyncio.to_thread(self._traces.stop)
 

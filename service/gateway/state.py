@@ -40,7 +40,7 @@ class GatewayState:
         metrics: Every counter of this gateway.
         recent: The last requests, for the console.
         history: The console's graphs.
-        conversations: Where conversations are in prefix caches.
+        prefix_affinity: Where conversations are in prefix caches.
         lengths: How long answers are.
         escalations: How often cascades ask their later experts.
         created_s: When the gateway began, in seconds since 1970.
@@ -51,7 +51,7 @@ class GatewayState:
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
     recent: RequestHistory = field(default_factory=RequestHistory)
     history: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=HISTORY))
-    conversations: PrefixAffinity = field(default_factory=PrefixAffinity)
+    prefix_affinity: PrefixAffinity = field(default_factory=PrefixAffinity)
     lengths: Lengths = field(default_factory=Lengths)
     escalations: Escalations = field(default_factory=Escalations)
     created_s: int = field(default_factory=lambda: int(time.time()))
@@ -70,7 +70,7 @@ class GatewayState:
         if not experts:
             return
         self.breakers.forget(lambda place: place[0] in experts)
-        self.conversations.forget(experts)
+        self.prefix_affinity.forget(experts)
         self.lengths.forget(experts)
         self.escalations.forget(experts)
 

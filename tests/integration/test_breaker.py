@@ -149,7 +149,7 @@ async def test_one_probe_closes_it_again() -> None:
 
 async def test_an_endpoint_that_is_gone_is_gone_for_all_its_experts() -> None:
     async with running() as (s, _):
-        for link in s.gateway.seats.values():
+        for link in s.gateway.remote_pools.values():
             link.engine._base = "http://127.0.0.1:9"  # type: ignore[attr-defined]
         assert (await far(s))[1] == "upstream_error"
         status, _, body = await s.ask(chat(model="beside"))

@@ -24,7 +24,7 @@ from tests.support.waiting import until
 
 def looks_for_keys(gateway: ConfiguredGateway) -> bool:
     """Whether it is still at work: it looks for changed keys as long as it is."""
-    looking = gateway.keyring._looking
+    looking = gateway.authenticator._looking
     return looking is not None and not looking.done()
 
 
@@ -143,7 +143,7 @@ async def test_what_was_learned_of_an_expert_outlives_a_reload_unless_it_is_anot
             state.breakers._all["other", "boot"]._last_s = float("-inf")
 
         def expected() -> list[float]:
-            found = s.gateway.current.market.expect("", 10, None).tokens
+            found = s.gateway.current.cost_model.expect("", 10, None).tokens
             return [float(one) for one in found]
 
         before = expected()
@@ -162,12 +162,15 @@ async def test_prices_outlive_a_reload_and_new_budgets_get_theirs() -> None:
     budgets = {"all": {"amount": 1, "period": "day"}}
     config = simulated({"cpu": {}}, budgets=budgets)
     async with site(config) as s:
-        pacer = s.gateway.spending._pacers["all"]
+        pacer = s.gateway.budget_prices._pacers["all"]
         pacer.price = 0.5
-        assert [one[:2] for one in s.gateway.spending.prices()] == [("all", 0.5)]
+        assert [one[:2] for one in s.gateway.budget_prices.prices()] == [("all", 0.5)]
         more = {**budgets, "more": {"amount": 1, "period": "day"}}
         await s.gateway.reload(simulated({"cpu": {}}, budgets=more))
-        assert [one[:2] for one in s.gateway.spending.prices()] == [("all", 0.5), ("more", 0.0)]
+        assert [one[:2] for one in s.gateway.budget_prices.prices()] == [
+            ("all", 0.5),
+            ("more", 0.0),
+        ]
         await s.gateway.reload(simulated({"cpu": {}}))
         assert await metric(s, "coe_shadow_price") == {}
         assert await metric(s, "coe_budget_remaining_ratio") == {}
@@ -181,7 +184,7 @@ async def test_bound_of_a_remote_expert_holds_across_reloads(settings: dict[str,
         await until(lambda: upstream.now == 2, "two are answered")
         await s.gateway.reload(far(served, **settings))
         asking += [asyncio.create_task(s.ask(chat(model="far"))) for _ in range(4)]
-        await until(lambda: s.gateway.seats["far"].waiting == 6, "the others wait")
+        await until(lambda: s.gateway.remote_pools["far"].waiting == 6, "the others wait")
         assert upstream.most == 2
         upstream.go_on.set()
         answers = await asyncio.gather(*asking)
@@ -197,10 +200,10 @@ async def test_a_remote_expert_that_goes_ends_after_its_last_request() -> None:
         await until(lambda: upstream.now == 1, "it is answered")
         await s.gateway.reload(simulated({"cpu": {}}))
         assert (await s.ask(chat(model="far")))[0] == 404
-        assert "far" in s.gateway.seats
+        assert "far" in s.gateway.remote_pools
         upstream.go_on.set()
         assert (await asking)[0] == 200
-        await until(lambda: "far" not in s.gateway.seats, "its connections are closed")
+        await until(lambda: "far" not in s.gateway.remote_pools, "its connections are closed")
         assert not any('"far"' in labels for labels in await metric(s, "coe_requests_waiting"))
 
 

@@ -82,7 +82,7 @@ async def test_once_keys_are_needed_an_origin_says_nothing() -> None:
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
         status, _, made = await s.ask({"tenant": "default"}, "/admin/keys", headers=headers)
         assert status in (200, 201), made
-        await s.gateway.current.keyring.look()
+        await s.gateway.current.authenticator.look()
         shown = {"authorization": f"Bearer {made['key']}"}
         foreign = {**shown, "host": "api.example.com", "origin": "http://other.example"}
         assert (await s.ask(chat(), headers=foreign))[0] == 200

@@ -405,10 +405,10 @@ async def test_a_conversation_stays_where_it_began_and_leaves_for_a_better_one()
         first = [{"role": "user", "content": text}]
         _, _, told = await s.ask({"model": "auto", "messages": first})
         follow = [*first, {"role": "assistant", "content": said(told)}]
-        relay = s.gateway.current.relay
+        dispatcher = s.gateway.current.dispatcher
         body = {"model": "auto", "messages": [*follow, {"role": "user", "content": "go on"}]}
         data = json.dumps(body).encode()
-        warm = relay.conversations.hint(parse_request(CHAT, data, {}, 1000))
+        warm = dispatcher.prefix_affinity.hint(parse_request(CHAT, data, {}, 1000))
         assert warm is not None
         assert (warm.expert, warm.boot) == (told["model"], "")
         assert warm.tokens == pytest.approx(len(text) / 4, rel=0.1)
@@ -417,5 +417,6 @@ async def test_a_conversation_stays_where_it_began_and_leaves_for_a_better_one()
             "messages": [{"role": "user", "content": "hi"}, *follow[1:], *first],
         }
         assert (
-            relay.conversations.hint(parse_request(CHAT, json.dumps(other).encode(), {}, 1)) is None
+            dispatcher.prefix_affinity.hint(parse_request(CHAT, json.dumps(other).encode(), {}, 1))
+            is None
         )

@@ -197,7 +197,7 @@ async def test_its_places_are_bounded() -> None:
         first = asyncio.create_task(s.ask(far("hang")))
         await until(lambda: len(upstream.asked) == 1, "one is there")
         second = asyncio.create_task(s.ask(far()))
-        seat = s.gateway.seats["far"]
+        seat = s.gateway.remote_pools["far"]
         await until(lambda: seat.waiting == 1, "one waits here")
         status, headers, body = await s.ask(far())
         assert (status, body["error"]["code"]) == (503, "over_capacity")

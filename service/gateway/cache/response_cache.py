@@ -89,31 +89,31 @@ class ResponseCache:
         made_by = experts + repr(sorted(profile_digests(config).items()))
         self._made_by = hashlib.blake2b(made_by.encode(), digest_size=8).hexdigest()
 
-    async def begin(self, asked: InferenceRequest, send: Send) -> CacheSession:
+    async def begin(self, request: InferenceRequest, send: Send) -> CacheSession:
         """Look for a request's answer; `CacheSession.send` is where another one has to go then."""
-        search = self.search(asked)
+        search = self.search(request)
         if search is None:
             return CacheSession(self, None, None, send)
-        hit = await self.look(search, asked)
+        hit = await self.look(search, request)
         if hit is not None:
             return CacheSession(self, search, hit, send)
         return CacheSession(
             self, search, None, RecordingSend(send, search.settings.max_entry_bytes)
         )
 
-    def search(self, asked: InferenceRequest) -> CacheSearch | None:
+    def search(self, request: InferenceRequest) -> CacheSearch | None:
         """What to look for, or None where it is not asked for or not allowed."""
-        settings = self._settings.get(asked.tenant.name)
-        if settings is None or asked.cache == "off" or asked.endpoint not in _ENDPOINTS:
+        settings = self._settings.get(request.tenant.name)
+        if settings is None or request.cache == "off" or request.endpoint not in _ENDPOINTS:
             return None
-        kind = min(asked.cache, settings.mode, key=_RANK.__getitem__)
-        data = {name: value for name, value in asked.data.items() if name not in _ASIDE}
-        tenant = asked.tenant.name
+        kind = min(request.cache, settings.mode, key=_RANK.__getitem__)
+        data = {name: value for name, value in request.data.items() if name not in _ASIDE}
+        tenant = request.tenant.name
         # What bounds its cost or time decides who answers, too.
-        bounds = [asked.max_cost, asked.deadline_ms if asked.own_deadline else None]
-        key = self._hash(tenant, asked.endpoint, data, bounds)
-        question, rest = _question(asked, data) if kind == "semantic" else ("", {})
-        shelf = self._hash(tenant, asked.endpoint, rest, bounds) if question else ""
+        bounds = [request.max_cost, request.deadline_ms if request.own_deadline else None]
+        key = self._hash(tenant, request.endpoint, data, bounds)
+        question, rest = _question(request, data) if kind == "semantic" else ("", {})
+        shelf = self._hash(tenant, request.endpoint, rest, bounds) if question else ""
         number = int(key, 16) % settings.max_entries
         where = place("cache", tenant, "answer", str(number))
         return CacheSearch(settings, tenant, where, key, shelf, question, kind)
@@ -122,12 +122,12 @@ class ResponseCache:
         data = orjson.dumps([self._made_by, *what], option=orjson.OPT_SORT_KEYS)
         return hashlib.blake2b(data, digest_size=16).hexdigest()
 
-    async def look(self, search: CacheSearch, asked: InferenceRequest) -> CacheHit | None:
+    async def look(self, search: CacheSearch, request: InferenceRequest) -> CacheHit | None:
         """The answer that is kept for a request, if any."""
         try:
-            hit = await self._exact(search, asked)
+            hit = await self._exact(search, request)
             if hit is None and search.question:
-                hit = await self._alike(search, asked)
+                hit = await self._alike(search, request)
         except StoreUnavailableError:
             hit = None
         self._count("exact", hit is not None and hit.kind == "exact")
@@ -139,10 +139,10 @@ class ResponseCache:
         if self.meter is not None:
             self.meter.add(metrics.CACHE_LOOKUPS, 1, kind, "hit" if found else "miss")
 
-    async def _exact(self, search: CacheSearch, asked: InferenceRequest) -> CacheHit | None:
-        return _read(await self._store.get(search.place), search.key, asked, "exact", 1.0)
+    async def _exact(self, search: CacheSearch, request: InferenceRequest) -> CacheHit | None:
+        return _read(await self._store.get(search.place), search.key, request, "exact", 1.0)
 
-    async def _alike(self, search: CacheSearch, asked: InferenceRequest) -> CacheHit | None:
+    async def _alike(self, search: CacheSearch, request: InferenceRequest) -> CacheHit | None:
         words = said(search.question)
         best: tuple[float, Mapping[str, str]] | None = None
         for one in _shelf(await self._store.get(self._shelf_name(search))):
@@ -154,7 +154,7 @@ class ResponseCache:
             return None
         how, found = best
         kept = await self._store.get(found["place"])
-        return _read(kept, found["key"], asked, "semantic", how)
+        return _read(kept, found["key"], request, "semantic", how)
 
     def _shelf_name(self, search: CacheSearch) -> str:
         # As many shelves as answers at most, for the same reason.
@@ -328,10 +328,10 @@ def _free(usage: Mapping[str, Any]) -> dict[str, Any]:
     return {**usage, "coe": {**kept, "cost": 0.0, "calls": [], "cached": True}}
 
 
-def _question(asked: InferenceRequest, data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _question(request: InferenceRequest, data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The last message, where it is a plain one of the user's, and the rest of the request."""
     messages = data.get("messages")
-    if asked.endpoint != "/v1/chat/completions" or not isinstance(messages, list) or not messages:
+    if request.endpoint != "/v1/chat/completions" or not isinstance(messages, list) or not messages:
         return "", {}
     last = messages[-1]
     if data.get("tools") or last.get("role") != "user" or last.keys() != {"role", "content"}:
@@ -350,13 +350,13 @@ def _shelf(value: bytes | None) -> list[dict[str, str]]:
 
 
 def _read(
-    value: bytes | None, key: str, asked: InferenceRequest, kind: str, how: float
+    value: bytes | None, key: str, request: InferenceRequest, kind: str, how: float
 ) -> CacheHit | None:
     if value is None:
         return None
     kept = orjson.loads(value)
     # Another request's answer may have taken the place; a key may have lost an expert.
-    if kept["key"] != key or not asked.tenant.may_ask(kept["expert"]):
+    if kept["key"] != key or not request.tenant.may_ask(kept["expert"]):
         return None
     return CacheHit(
         kind, kept["expert"], kept["type"], base64.b85decode(kept["body"]), round(how, 4)

@@ -56,10 +56,9 @@ from service.gateway.redaction import without_folders
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.token_limits import within_context, within_cost
 from service.gateway.request_record import ExpertCall, RequestRecord, Unfinished
-from service.gateway.routing.candidates import RoutePlan
+from service.gateway.routing.candidates import RoutePlan, selection_request
 from service.gateway.routing.demand_reporter import DemandReporter
 from service.gateway.routing.prefix_affinity import PrefixAffinity
-from service.gateway.routing.selection_request import selection_request
 from service.gateway.sends.response import ResponseSend
 from service.http.asgi import body_message, send_response, start_response
 from service.http.endpoints import TABLE
@@ -81,23 +80,23 @@ class Dispatcher:
 
     def __init__(
         self,
-        book: RecipeCatalog,
-        market: CostModel,
+        catalog: RecipeCatalog,
+        cost_model: CostModel,
         directory: PoolDirectory,
-        seats: Mapping[str, RemotePool],
+        remote_pools: Mapping[str, RemotePool],
         wake: Callable[[str], None],
-        spending: BudgetPrices,
-        trips: CircuitBreakers,
-        conversations: PrefixAffinity,
+        budget_prices: BudgetPrices,
+        breakers: CircuitBreakers,
+        prefix_affinity: PrefixAffinity,
     ) -> None:
-        self.spending = spending
-        self.conversations = conversations
-        self.book = book
-        self.trips = trips
-        self.market = market
-        self._board = PoolStateTable(book.index)
+        self.budget_prices = budget_prices
+        self.prefix_affinity = prefix_affinity
+        self.catalog = catalog
+        self.breakers = breakers
+        self.cost_model = cost_model
+        self._board = PoolStateTable(catalog.index)
         self._directory = directory
-        self._seats = seats
+        self._remote_pools = remote_pools
         self._wake = wake
         self._unmet = DemandReporter(directory, self.views)
 
@@ -113,8 +112,8 @@ class Dispatcher:
             for link in self._directory.links()
             if link.snapshot is not None
         ]
-        if self._seats:
-            views.append(remote_pool_view(self._seats))
+        if self._remote_pools:
+            views.append(remote_pool_view(self._remote_pools))
         return views
 
     def context(self, expert: str) -> int:
@@ -123,7 +122,7 @@ class Dispatcher:
 
     def weigh_candidates(
         self,
-        asked: InferenceRequest,
+        request: InferenceRequest,
         plan: RoutePlan,
         *,
         left_s: float | None = None,
@@ -131,22 +130,22 @@ class Dispatcher:
         views: list[PoolView] | None = None,
     ) -> Selection:
         """Every way to answer this now. Sends nothing."""
-        banned |= self.trips.blocked()
+        banned |= self.breakers.blocked()
         wish = selection_request(
-            self.market,
-            asked,
+            self.cost_model,
+            request,
             plan,
             left_s=left_s,
             banned=banned,
-            cost_price=self.spending.cost_price(asked.tenant),
-            warm=self.conversations.hint(asked),
+            cost_price=self.budget_prices.cost_price(request.tenant),
+            warm=self.prefix_affinity.hint(request),
         )
         standing = self._board.standing(self.views() if views is None else views)
-        return select(self.book, standing, wish)
+        return select(self.catalog, standing, wish)
 
     async def dispatch(
         self,
-        asked: InferenceRequest,
+        request: InferenceRequest,
         plan: RoutePlan,
         reply: ResponseSend,
         deadline_s: float,
@@ -161,12 +160,12 @@ class Dispatcher:
         """
         record = reply.record
         fault: CoeError | None = None
-        single = plan.only(self.book.single[plan.rows])
-        self.trips.record_request()
+        single = plan.only(self.catalog.single[plan.rows])
+        self.breakers.record_request()
         while True:
             if len(record.losses) >= MOST_LOSSES:
                 raise _died_twice()  # another call of the same request may have seen the second
-            option = self._next_candidate(asked, single, record, fault, deadline_s, first)
+            option = self._next_candidate(request, single, record, fault, deadline_s, first)
             first = None
             if option is None:
                 await self._wait_for_pool(plan, deadline_s)
@@ -177,21 +176,21 @@ class Dispatcher:
             record.predicted_s = option.wait_s
             record.attempts += 1
             if (tried := record.tried[option.expert, option.boot]) > 0:
-                await self.trips.retry_delay_s(tried)
+                await self.breakers.retry_delay_s(tried)
             record.tried[option.expert, option.boot] += 1
             left_s = deadline_s - time.monotonic()
             try:
                 # Of another expert than the first fewer tokens may cost as much.
                 context = self.context(option.expert)
-                bounded = within_cost(asked, (option.expert,), self.market, (context,))
+                bounded = within_cost(request, (option.expert,), self.cost_model, (context,))
             except InvalidRequestError as error:
                 raise fault or error from None
             bounded = within_context(bounded, option.expert, context)
             record.clipped = bounded.clipped
             try:
                 with (
-                    _traced(record.trace, option, asked) as trace,
-                    self.trips.attempt(option.expert, option.boot, left_s),
+                    _traced(record.trace, option, request) as trace,
+                    self.breakers.attempt(option.expert, option.boot, left_s),
                 ):
                     await self._attempt(option, bounded, deadline_s, reply, trace)
                 return
@@ -204,43 +203,43 @@ class Dispatcher:
                     record.losses.append(option.boot)
                 if not isinstance(error, DeadlineExceededError):
                     record.failed.append((option.expert, error.code))
-                    self.trips.forget_all_but([view.boot for view in self.views()])
+                    self.breakers.forget_all_but([view.boot for view in self.views()])
                 match after_fault(error, len(record.losses)):
                     case AfterFault.DIED_TWICE:
                         raise _died_twice() from None
                     case AfterFault.RAISE:
                         raise
-                    case AfterFault.RETRY_IF_PAID if not self.trips.pay_for_retry():
+                    case AfterFault.RETRY_IF_PAID if not self.breakers.pay_for_retry():
                         raise
 
-    def select(self, asked: InferenceRequest, plan: RoutePlan, left_s: float) -> Selection:
+    def select(self, request: InferenceRequest, plan: RoutePlan, left_s: float) -> Selection:
         """The first choice for a request, with so much left of its deadline: tells pools of what
         it would rather have had."""
         views = self.views()
-        weighed = self.weigh_candidates(asked, plan, left_s=left_s, views=views)
-        self.spending.observe(asked.tenant, weighed)
-        at = weighed.best()
+        selection = self.weigh_candidates(request, plan, left_s=left_s, views=views)
+        self.budget_prices.observe(request.tenant, selection)
+        at = selection.best()
         if at is None:
-            self._refuse_cost(asked, weighed)
-            return weighed
-        self._wake_better(plan, weighed, at, views)
-        if wanted := weighed.unmet(at):
-            self._unmet.add(wanted, weighed.missed(at))
-        return weighed
+            self._refuse_cost(request, selection)
+            return selection
+        self._wake_better(plan, selection, at, views)
+        if wanted := selection.unmet(at):
+            self._unmet.add(wanted, selection.missed(at))
+        return selection
 
     @staticmethod
-    def _refuse_cost(asked: InferenceRequest, weighed: Selection) -> None:
+    def _refuse_cost(request: InferenceRequest, selection: Selection) -> None:
         """No way to answer is cheap enough, whatever is free: say so at once."""
-        if asked.max_cost is not None and (weighed.cost > asked.max_cost).all():
+        if request.max_cost is not None and (selection.cost > request.max_cost).all():
             raise InvalidRequestError(
-                f"no way to answer is expected to cost at most {asked.max_cost:g}; "
-                f"the cheapest costs about {weighed.cost.min():.3g}",
+                f"no way to answer is expected to cost at most {request.max_cost:g}; "
+                f"the cheapest costs about {selection.cost.min():.3g}",
                 param="coe.max_cost",
             )
 
     def _next_candidate(
         self,
-        asked: InferenceRequest,
+        request: InferenceRequest,
         plan: RoutePlan,
         record: RequestRecord,
         fault: CoeError | None,
@@ -258,11 +257,13 @@ class Dispatcher:
         for most in least_tried:
             banned = frozenset(key for key, count in record.tried.items() if count >= most)
             left_s = max(0.0, deadline_s - time.monotonic())
-            weighed = self.weigh_candidates(asked, plan, left_s=left_s, banned=banned, views=views)
-            if (found := self._best(weighed, record)) is not None:
+            selection = self.weigh_candidates(
+                request, plan, left_s=left_s, banned=banned, views=views
+            )
+            if (found := self._best(selection, record)) is not None:
                 return found
         experts = self._experts(plan)
-        shut = self.trips.blocked()
+        shut = self.breakers.blocked()
         there = [(name, v.boot) for v in views for name in experts if can_serve(v, name)]
         reason = failure_reason(plan.first, views)
         match without_option(
@@ -276,7 +277,7 @@ class Dispatcher:
                 assert fault is not None
                 raise fault
             case WithoutOption.REFUSE_AS_RESTING:
-                raise self.trips.refusal(experts)
+                raise self.breakers.refusal(experts)
             case WithoutOption.REFUSE_AS_FAILED:
                 raise ExpertFailedError(
                     f"expert {plan.first!r} could not be loaded: {without_folders(reason or '')}",
@@ -284,29 +285,29 @@ class Dispatcher:
                 )
         return None
 
-    def _best(self, weighed: Selection, record: RequestRecord) -> Candidate | None:
-        at = weighed.best()
+    def _best(self, selection: Selection, record: RequestRecord) -> Candidate | None:
+        at = selection.best()
         if at is None:
             return None
-        record.predicted_cost = float(weighed.cost[at])
-        return weighed.option(self.book.recipes[int(weighed.wish.rows[at])].members[0])
+        record.predicted_cost = float(selection.cost[at])
+        return selection.option(self.catalog.recipes[int(selection.wish.rows[at])].members[0])
 
     def _experts(self, plan: RoutePlan) -> list[str]:
-        return [self.book.recipes[row].members[0] for row in plan.rows.tolist()]
+        return [self.catalog.recipes[row].members[0] for row in plan.rows.tolist()]
 
     def _wake_better(
-        self, plan: RoutePlan, weighed: Selection, at: int, views: list[PoolView]
+        self, plan: RoutePlan, selection: Selection, at: int, views: list[PoolView]
     ) -> None:
         """Ask for a pool of an expert worth more than the winner that no pool has now."""
-        if not (weighed.barred == Exclusion.NO_POOL).any():
+        if not (selection.barred == Exclusion.NO_POOL).any():
             return
         there = {name for view in views for name in view.snapshot.experts}
         best: tuple[float, str] | None = None
         for quality, row in zip(plan.quality.tolist(), plan.rows.tolist(), strict=True):
-            absent = [name for name in self.book.recipes[row].members if name not in there]
+            absent = [name for name in self.catalog.recipes[row].members if name not in there]
             if absent and (best is None or quality > best[0]):
                 best = quality, absent[0]
-        if best is not None and best[0] > weighed.utility[at]:
+        if best is not None and best[0] > selection.utility[at]:
             self._wake(best[1])
 
     async def _wait_for_pool(self, plan: RoutePlan, deadline_s: float) -> None:
@@ -319,70 +320,70 @@ class Dispatcher:
     async def _attempt(
         self,
         option: Candidate,
-        asked: InferenceRequest,
+        request: InferenceRequest,
         deadline_s: float,
         reply: ResponseSend,
         trace: Mapping[str, str],
     ) -> None:
         left_ms = max(1, int((deadline_s - time.monotonic()) * 1000))
-        body = asked.body_for(option.expert)
+        body = request.body_for(option.expert)
         remote = option.boot == REMOTE
         limit = asyncio.timeout(left_ms / 1000 + (0 if remote else _GRACE_S))
         # Never the one of an attempt before: that has ended.
-        reply.first_byte_limit = limit if remote and asked.stream else None
+        reply.first_byte_limit = limit if remote and request.stream else None
         reply.sent_s = time.monotonic()
         reply.record.pool = option.boot
         # The one before may not have ended yet in the engine: no two have the same id.
         again = reply.record.attempts - 1
-        attempt_id = f"{asked.request_id}-again{again}" if again else asked.request_id
+        attempt_id = f"{request.request_id}-again{again}" if again else request.request_id
         handed = asyncio.Event()
-        left = partial(self._left, option, asked, attempt_id, reply)
+        left = partial(self._left, option, request, attempt_id, reply)
         spent = ExpertCall(
             option.expert,
-            self.market.price(option.expert),
-            answers=asked.answers,
-            most_tokens=asked.most_tokens,
+            self.cost_model.price(option.expert),
+            answers=request.answers,
+            most_tokens=request.most_tokens,
         )
         reply.spent = spent
         try:
             async with limit:
                 if remote:
-                    seat = self._seats[option.expert]
+                    pool = self._remote_pools[option.expert]
                     reply.record.calls.append(spent)
-                    await seat.run(
+                    await pool.run(
                         EngineRequest(
-                            asked.endpoint,
+                            request.endpoint,
                             option.expert,
                             body,
                             attempt_id,
                             trace,
-                            asked.tenant.cache_salt,
+                            request.tenant.cache_salt,
                         ),
                         reply,
                         handed,
-                        asked.tenant,
-                        tokens=asked.prompt_tokens,
-                        places=asked.sequences,
+                        request.tenant,
+                        tokens=request.prompt_tokens,
+                        places=request.sequences,
                     )
                     return
                 link = self._directory.link(option.boot)
                 call = Call(
-                    endpoint=asked.endpoint,
+                    endpoint=request.endpoint,
                     expert=option.expert,
                     request_id=attempt_id,
                     deadline_ms=left_ms,
-                    stream=asked.stream,
+                    stream=request.stream,
                     gateway=self._directory.gateway,
                     seq=link.next_seq(option.expert),
-                    tenant=asked.tenant,
+                    tenant=request.tenant,
                     trace=trace,
-                    prompt_tokens=asked.prompt_tokens,
-                    places=asked.sequences,
+                    prompt_tokens=request.prompt_tokens,
+                    places=request.sequences,
                 )
                 try:
                     async with link.call(call, body) as answer:
                         reply.record.calls.append(spent)
-                        await self._forward(answer, asked, limit, reply)
+                        await self._forward(answer, request, limit, reply)
                 except PoolUnavailableError as error:
                     if link.draining and not isinstance(error, PoolUnreachableError):
                         raise PoolStoppedError(error.message) from None
@@ -391,20 +392,20 @@ class Dispatcher:
             left(begun=handed.is_set() or not remote)
             raise
         except DeadlineExceededError:
-            left(begun=asked.own_deadline)
+            left(begun=request.own_deadline)
             raise
         except TimeoutError:
             if not limit.expired():
                 raise
-            left(begun=asked.own_deadline and (handed.is_set() or not remote))
+            left(begun=request.own_deadline and (handed.is_set() or not remote))
             raise deadline_error(
-                asked, silent=asked.stream and (handed.is_set() or not remote)
+                request, silent=request.stream and (handed.is_set() or not remote)
             ) from None
 
     def _left(
         self,
         option: Candidate,
-        asked: InferenceRequest,
+        request: InferenceRequest,
         attempt_id: str,
         reply: ResponseSend,
         *,
@@ -421,30 +422,30 @@ class Dispatcher:
             with suppress(CoeError):
                 asks = self._directory.link(option.boot).used
         tokens = 0
-        if TABLE[asked.endpoint].generates:
-            expected = self.market.expect("", asked.prompt_tokens, asked.most_tokens)
-            likely = asked.answers * float(expected.tokens[self.book.index[option.expert]])
+        if TABLE[request.endpoint].generates:
+            expected = self.cost_model.expect("", request.prompt_tokens, request.most_tokens)
+            likely = request.answers * float(expected.tokens[self.catalog.index[option.expert]])
             running_s = max(0.0, time.monotonic() - reply.sent_s - option.wait_s)
-            most = asked.answers * (asked.most_tokens or self.context(option.expert) or 2**31)
+            most = request.answers * (request.most_tokens or self.context(option.expert) or 2**31)
             tokens = min(most, int(likely * running_s / max(option.answer_s, 1e-3)))
         reply.record.unfinished.append(
             Unfinished(
                 partial(asks, attempt_id) if asks is not None else None,
-                (asked.prompt_tokens, tokens),
+                (request.prompt_tokens, tokens),
             )
         )
 
     async def _forward(
         self,
         answer: PoolReply,
-        asked: InferenceRequest,
+        request: InferenceRequest,
         limit: asyncio.Timeout,
         reply: ResponseSend,
     ) -> None:
         fault = answer.headers.get(FAULT_HEADER.decode())
         if fault in (DeadlineExceededError.code, EngineTimeoutError.code):
             # In the client's own figure: the pool knows only what was left of it.
-            raise deadline_error(asked, silent=fault == EngineTimeoutError.code)
+            raise deadline_error(request, silent=fault == EngineTimeoutError.code)
         if fault in RETRIED:
             raise error_from_fault(
                 fault, await read_whole_answer(answer), answer.headers.get("retry-after")
@@ -477,11 +478,11 @@ class Dispatcher:
 
 
 def _traced(
-    trace: Trace | None, option: Candidate, asked: InferenceRequest
+    trace: Trace | None, option: Candidate, request: InferenceRequest
 ) -> AbstractContextManager[Mapping[str, str]]:
     """The W3C headers to go on with; untraced, the client's own as they came."""
     if trace is None:
-        return nullcontext(asked.trace)
+        return nullcontext(request.trace)
     return trace.attempt(option.expert, option.boot or None)
 
 

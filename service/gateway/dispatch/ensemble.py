@@ -64,13 +64,13 @@ class MemberAnswer:
 
 @dataclass(slots=True)
 class EnsembleExecutor:
-    """Runs one recipe for one request. `weighed` is the choice that took it."""
+    """Runs one recipe for one request. `selection` is the choice that took it."""
 
-    relay: Dispatcher
+    dispatcher: Dispatcher
     recipe: Recipe
-    asked: InferenceRequest
+    request: InferenceRequest
     plan: RoutePlan
-    weighed: Selection
+    selection: Selection
     reply: ResponseSend
     deadline_s: float
     answers: list[MemberAnswer] = field(default_factory=list)
@@ -117,7 +117,7 @@ class EnsembleExecutor:
                 await self._send(newest)
                 return
             self.reply.record.escalations += 1
-            if last and self.asked.stream:
+            if last and self.request.stream:
                 if await self._streamed(expert):
                     return
                 break
@@ -155,8 +155,8 @@ class EnsembleExecutor:
         self._account()
         self.reply.answers_only = True
         try:
-            await self.relay.dispatch(
-                replace(self.asked, request_id=f"{self.asked.request_id}-{len(self.answers)}"),
+            await self.dispatcher.dispatch(
+                replace(self.request, request_id=f"{self.request.request_id}-{len(self.answers)}"),
                 self._only(expert),
                 self.reply,
                 self.deadline_s,
@@ -206,19 +206,19 @@ class EnsembleExecutor:
 
     def _cut_short(self, expert: str, began_s: float) -> MemberAnswer:
         """A call that was ended before its answer came: what it has cost is told by the clock."""
-        option = self.weighed.option(expert)
+        option = self.selection.option(expert)
         tokens = 0
         if option is not None:
-            e = self.relay.book.index[expert]
-            whole = float(self.weighed.wish.tokens[e])
+            e = self.dispatcher.catalog.index[expert]
+            whole = float(self.selection.wish.tokens[e])
             running_s = time.monotonic() - began_s - option.wait_s
             tokens = int(whole * min(1.0, max(0.0, running_s / max(option.answer_s, 1e-3))))
         record = RequestRecord(expert=expert)
         record.calls.append(
             ExpertCall(
                 expert,
-                self.relay.market.price(expert),
-                self.asked.prompt_tokens,
+                self.dispatcher.cost_model.price(expert),
+                self.request.prompt_tokens,
                 tokens,
                 estimated=True,
                 ended=False,
@@ -227,7 +227,7 @@ class EnsembleExecutor:
         return MemberAnswer(expert, record, error=UnavailableError("no longer needed"))
 
     def _only(self, expert: str) -> RoutePlan:
-        row = self.relay.book.index[expert]
+        row = self.dispatcher.catalog.index[expert]
         return replace(
             self.plan,
             rows=np.array([row]),
@@ -239,7 +239,7 @@ class EnsembleExecutor:
     async def _ask(self, expert: str, number: int) -> MemberAnswer:
         """One member's whole answer; its faults are told, not raised."""
         sure = self.recipe.sure > 0 and len(self.recipe.members) == 1 and number == 0
-        asked = self.asked.for_member(number, logprobs=sure)
+        request = self.request.for_member(number, logprobs=sure)
         heard = _BufferedSend()
         ours = self.reply.record
         answer = MemberAnswer(
@@ -247,7 +247,7 @@ class EnsembleExecutor:
         )
         reply = ResponseSend(heard, [], answer.record)
         try:
-            await self.relay.dispatch(asked, self._only(expert), reply, self.deadline_s)
+            await self.dispatcher.dispatch(request, self._only(expert), reply, self.deadline_s)
         except CoeError as error:
             answer.error = error
             return answer
@@ -269,7 +269,7 @@ class EnsembleExecutor:
                 )
             return
         if choice.get("finish_reason") not in _CUT and not message.get("refusal"):
-            answer.final = final_answer(answer.text, as_json="json" in self.asked.needs)
+            answer.final = final_answer(answer.text, as_json="json" in self.request.needs)
 
     def _newest(self) -> MemberAnswer | None:
         """The last answer that has a final one in it."""
@@ -277,7 +277,7 @@ class EnsembleExecutor:
 
     def _too_late_for(self, expert: str) -> bool:
         """Whether asking one more expert would miss the deadline."""
-        option = self.weighed.option(expert)
+        option = self.selection.option(expert)
         needed_s = option.wait_s + option.answer_s if option is not None else 0.0
         return time.monotonic() + needed_s > self.deadline_s
 
@@ -323,9 +323,9 @@ class EnsembleExecutor:
         record = self.reply.record
         record.expert, record.pool = answer.expert, answer.record.pool
         record.clipped = answer.record.clipped
-        data = _without_ours(orjson.loads(answer.body), self.asked)
-        if self.asked.stream:
-            content_type, body = b"text/event-stream; charset=utf-8", _as_stream(data, self.asked)
+        data = _without_ours(orjson.loads(answer.body), self.request)
+        if self.request.stream:
+            content_type, body = b"text/event-stream; charset=utf-8", _as_stream(data, self.request)
         else:
             content_type, body = b"application/json", orjson.dumps(data)
         await self._answer(200, content_type, body)
@@ -348,17 +348,17 @@ class _BufferedSend:
             self.body += message.get("body", b"")
 
 
-def _without_ours(data: dict[str, Any], asked: InferenceRequest) -> dict[str, Any]:
+def _without_ours(data: dict[str, Any], request: InferenceRequest) -> dict[str, Any]:
     """A member's reply without what we had it say for ourselves."""
     if isinstance(usage := data.get("usage"), dict):
         usage.pop("coe", None)
-    if not asked.data.get("logprobs"):
+    if not request.data.get("logprobs"):
         for choice in data["choices"]:
             choice["logprobs"] = None
     return data
 
 
-def _as_stream(data: dict[str, Any], asked: InferenceRequest) -> bytes:
+def _as_stream(data: dict[str, Any], request: InferenceRequest) -> bytes:
     """A whole chat completion as the events of a stream."""
     head = {k: v for k, v in data.items() if k not in ("choices", "usage")}
     head["object"] = "chat.completion.chunk"
@@ -371,6 +371,6 @@ def _as_stream(data: dict[str, Any], asked: InferenceRequest) -> bytes:
 
     events = event([{"index": 0, "delta": delta, "finish_reason": None}])
     events += event([{"index": 0, "delta": {}, "finish_reason": reason}])
-    if (asked.data.get("stream_options") or {}).get("include_usage") and data.get("usage"):
+    if (request.data.get("stream_options") or {}).get("include_usage") and data.get("usage"):
         events += event([], usage=data["usage"])
     return events + b"data: [DONE]\n\n"

@@ -32,10 +32,10 @@ RETRIED = frozenset(
 )
 
 
-def deadline_error(asked: InferenceRequest, *, silent: bool) -> DeadlineExceededError:
+def deadline_error(request: InferenceRequest, *, silent: bool) -> DeadlineExceededError:
     """In the client's own figure. `silent`: whoever had the request said nothing."""
     kind = EngineTimeoutError if silent else DeadlineExceededError
-    said = f"no answer within the deadline of {asked.deadline_ms} ms"
+    said = f"no answer within the deadline of {request.deadline_ms} ms"
     return kind(said, code=DeadlineExceededError.code)
 
 

@@ -25,16 +25,20 @@ from service.types import Recipe
 class RecipeExecutor:
     """Takes the best recipe for each request and learns from how it went."""
 
-    def __init__(self, relay: Dispatcher, worth: QualityModel, feedback: FeedbackService) -> None:
-        self._relay = relay
-        self._worth = worth
+    def __init__(
+        self, dispatcher: Dispatcher, quality_model: QualityModel, feedback: FeedbackService
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._quality_model = quality_model
         self.feedback = feedback
 
-    async def execute(self, asked: InferenceRequest, plan: RoutePlan, reply: ResponseSend) -> None:
+    async def execute(
+        self, request: InferenceRequest, plan: RoutePlan, reply: ResponseSend
+    ) -> None:
         """Choose a candidate for a request, run it, and learn from how it went.
 
         Args:
-            asked: The request.
+            request: The request.
             plan: Its candidates.
             reply: Where the answer goes. Its record says when the request arrived, from where
                 the deadline counts.
@@ -44,70 +48,72 @@ class RecipeExecutor:
         """
         record = reply.record
         chosen_from_s = reply.began_s = time.monotonic()
-        deadline_s = record.arrived_s + asked.deadline_ms / 1000
+        deadline_s = record.arrived_s + request.deadline_ms / 1000
         if chosen_from_s >= deadline_s:
-            raise deadline_error(asked, silent=False)
-        relay = self._relay
-        weighed = relay.select(asked, plan, deadline_s - chosen_from_s)
+            raise deadline_error(request, silent=False)
+        dispatcher = self._dispatcher
+        selection = dispatcher.select(request, plan, deadline_s - chosen_from_s)
         took_s = time.monotonic() - chosen_from_s
         record.route_ms += took_s * 1000
         if record.trace is not None:
             record.trace.chose(chosen_from_s, took_s)
-        at = weighed.best()
+        at = selection.best()
         recipe: Recipe | None = None
         if at is not None:
-            recipe = relay.book.recipes[int(plan.rows[at])]
-            record.predicted_s = float(weighed.time[at])
-            record.predicted_cost = float(weighed.cost[at])
-            contexts = [relay.context(name) for name in recipe.experts]
-            asked = within_cost(asked, recipe.experts, relay.market, contexts)
-        record.clipped = asked.clipped
+            recipe = dispatcher.catalog.recipes[int(plan.rows[at])]
+            record.predicted_s = float(selection.time[at])
+            record.predicted_cost = float(selection.cost[at])
+            contexts = [dispatcher.context(name) for name in recipe.experts]
+            request = within_cost(request, recipe.experts, dispatcher.cost_model, contexts)
+        record.clipped = request.clipped
         row = -1
         ended = False
         try:
             if recipe is None or recipe.kind == "single":
-                first = weighed if recipe is not None else None
-                await relay.dispatch(asked, plan, reply, deadline_s, first=first)
-                row = relay.book.index[record.expert]
+                first = selection if recipe is not None else None
+                await dispatcher.dispatch(request, plan, reply, deadline_s, first=first)
+                row = dispatcher.catalog.index[record.expert]
                 ended = record.outcome == "ok"
                 return
-            ensemble = EnsembleExecutor(relay, recipe, asked, plan, weighed, reply, deadline_s)
+            ensemble = EnsembleExecutor(
+                dispatcher, recipe, request, plan, selection, reply, deadline_s
+            )
             try:
                 await ensemble.run()
             except (InvalidRequestError, PromptTooLongError, EngineDiedTwiceError):
                 raise
             except CoeError:
-                singles = plan.only(relay.book.single[plan.rows])
+                singles = plan.only(dispatcher.catalog.single[plan.rows])
                 if reply.started or not len(singles.rows):
                     raise
                 # No member answered: anybody may.
-                await relay.dispatch(asked, singles, reply, deadline_s)
-                row = relay.book.index[record.expert]
+                await dispatcher.dispatch(request, singles, reply, deadline_s)
+                row = dispatcher.catalog.index[record.expert]
                 ended = record.outcome == "ok"
                 return
             ended = record.outcome == "ok"
-            row = relay.book.recipe_index[recipe]
+            row = dispatcher.catalog.recipe_index[recipe]
             if recipe.later:
                 expected = plan.reach[at]
-                self._worth.escalated(row, expected, ensemble.escalations)
+                self._quality_model.escalated(row, expected, ensemble.escalations)
         finally:
             self._learn(plan, reply, ended=ended)
             if row >= 0 and record.status == 200:
-                relay.conversations.record_answer(asked, record.expert, record.pool)
-                ids = (asked.request_id, asked.client_id)
-                self.feedback.record_answer(asked.tenant, ids, plan.category, row)
+                dispatcher.prefix_affinity.record_answer(request, record.expert, record.pool)
+                ids = (request.request_id, request.client_id)
+                self.feedback.record_answer(request.tenant, ids, plan.category, row)
 
-    def affordable(self, asked: InferenceRequest, plan: RoutePlan) -> RoutePlan:
+    def affordable(self, request: InferenceRequest, plan: RoutePlan) -> RoutePlan:
         """Without the recipes that cost more than the tenant's budgets have left; the cheapest
         stays in any case, for the ledger to judge."""
-        left = self._relay.spending.left(asked.tenant)
+        left = self._dispatcher.budget_prices.left(request.tenant)
         if math.isinf(left) or len(plan.rows) < 2:
             return plan
-        market, book = self._relay.market, self._relay.book
-        each = market.expect(
-            plan.category, asked.prompt_tokens, asked.most_tokens, asked.answers
+        cost_model, catalog = self._dispatcher.cost_model, self._dispatcher.catalog
+        each = cost_model.expect(
+            plan.category, request.prompt_tokens, request.most_tokens, request.answers
         ).cost
-        worst = book.asks[plan.rows] @ each
+        worst = catalog.asks[plan.rows] @ each
         keep = worst <= left
         if not keep.any():
             keep[int(worst.argmin())] = True
@@ -115,22 +121,22 @@ class RecipeExecutor:
 
     def cheapest(self, plan: RoutePlan) -> RoutePlan:
         """Only the recipe that costs least in the worst case."""
-        per_token = self._relay.market.per_token
-        worst = self._relay.book.asks[plan.rows] @ per_token
+        per_token = self._dispatcher.cost_model.per_token
+        worst = self._dispatcher.catalog.asks[plan.rows] @ per_token
         keep = np.zeros(len(plan.rows), dtype=bool)
         keep[int(worst.argmin())] = True
         return plan.only(keep)
 
-    def likely_tokens(self, asked: InferenceRequest, plan: RoutePlan) -> float:
+    def likely_tokens(self, request: InferenceRequest, plan: RoutePlan) -> float:
         """Tokens that the calls of one way to answer are expected to make: of the longest."""
-        each = self._relay.market.expect(
-            plan.category, asked.prompt_tokens, asked.most_tokens
+        each = self._dispatcher.cost_model.expect(
+            plan.category, request.prompt_tokens, request.most_tokens
         ).tokens
-        return float((self._relay.book.asks[plan.rows] @ each).max())
+        return float((self._dispatcher.catalog.asks[plan.rows] @ each).max())
 
     def ways(self, plan: RoutePlan) -> list[tuple[str, ...]]:
         """Whom each recipe of a plan may ask."""
-        return [self._relay.book.recipes[row].experts for row in plan.rows.tolist()]
+        return [self._dispatcher.catalog.recipes[row].experts for row in plan.rows.tolist()]
 
     def _learn(self, plan: RoutePlan, reply: ResponseSend, *, ended: bool) -> None:
         """Learn the lengths of the answers. `ended`: the last one came to its own end."""
@@ -145,8 +151,10 @@ class RecipeExecutor:
             spent.ended = False
         for call in record.calls:
             if call.length:
-                self._relay.market.observe(call.expert, plan.category, call.length, cut=call.cut)
+                self._dispatcher.cost_model.observe(
+                    call.expert, plan.category, call.length, cut=call.cut
+                )
 
-    def explain(self, asked: InferenceRequest, plan: RoutePlan) -> dict[str, Any]:
+    def explain(self, request: InferenceRequest, plan: RoutePlan) -> dict[str, Any]:
         """A decision for people: the posterior, and every candidate with what decided."""
-        return explain(plan, self._relay.weigh_candidates(asked, plan))
+        return explain(plan, self._dispatcher.weigh_candidates(request, plan))

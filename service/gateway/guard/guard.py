@@ -36,7 +36,7 @@ class GuardResult:
     `arrived_s`: when its body was there, by `time.monotonic`.
     """
 
-    asked: InferenceRequest
+    request: InferenceRequest
     seen: tuple[Seen, ...] = ()
     arrived_s: float = 0.0
 
@@ -75,20 +75,20 @@ class Guard:
             for name, guard in self._guards.items()
         }
 
-    async def check(self, asked: InferenceRequest) -> GuardResult:
+    async def check(self, request: InferenceRequest) -> GuardResult:
         """Look through a request.
 
         Raises GuardRefusedError; InvalidRequestError where it is too long, or no text.
         """
-        guard = self._guards.get(asked.tenant.name)
+        guard = self._guards.get(request.tenant.name)
         if guard is None:
-            return GuardResult(asked)
-        check_readable(asked.data)
-        texts = texts_of(asked.data, guard.max_characters)
-        return await self._look(asked, guard, texts)
+            return GuardResult(request)
+        check_readable(request.data)
+        texts = texts_of(request.data, guard.max_characters)
+        return await self._look(request, guard, texts)
 
     async def _look(
-        self, asked: InferenceRequest, guard: GuardConfig, texts: list[Text]
+        self, request: InferenceRequest, guard: GuardConfig, texts: list[Text]
     ) -> GuardResult:
         seen: list[Seen] = []
         if guard.injection.action != "off":
@@ -99,17 +99,17 @@ class Guard:
             seen.append(_seen("injection", finding, "flagged" if hit else "passed"))
         action = guard.pii.action
         if action != "off":
-            finding = await self._pii[asked.tenant.name].look(texts)
+            finding = await self._pii[request.tenant.name].look(texts)
             done = "passed"
             if finding.spans:
                 if action == "refuse":
                     raise _refused("pii", finding)
                 done = "flagged"
                 if action == "redact":
-                    asked = _redacted(asked, finding)
+                    request = _redacted(request, finding)
                     done = "redacted"
             seen.append(_seen("pii", finding, done))
-        return GuardResult(asked, tuple(seen))
+        return GuardResult(request, tuple(seen))
 
 
 def _seen(screen: str, finding: Finding, done: str) -> Seen:
@@ -124,7 +124,7 @@ def _refused(screen: str, finding: Finding) -> GuardRefusedError:
     )
 
 
-def _redacted(asked: InferenceRequest, finding: Finding) -> InferenceRequest:
+def _redacted(request: InferenceRequest, finding: Finding) -> InferenceRequest:
     count = -1
 
     def change(text: Text) -> str:
@@ -133,8 +133,8 @@ def _redacted(asked: InferenceRequest, finding: Finding) -> InferenceRequest:
         here = [span for span in finding.spans if span.text == count]
         return redacted(text.text, here) if here else text.text
 
-    data = rewritten(asked.data, change)
+    data = rewritten(request.data, change)
     try:
-        return replace(asked, data=data, raw=orjson.dumps(data))
+        return replace(request, data=data, raw=orjson.dumps(data))
     except orjson.JSONEncodeError:
         raise InvalidRequestError("the body can't be written again") from None

@@ -52,26 +52,26 @@ class RequestValidator:
         )
         arrived_s = time.monotonic()
         understand = partial(self._understand, path, raw, headers, tenant)
-        asked = await asyncio.to_thread(understand) if len(raw) > _LARGE_BYTES else understand()
-        return replace(await self._guarded(asked), arrived_s=arrived_s)
+        request = await asyncio.to_thread(understand) if len(raw) > _LARGE_BYTES else understand()
+        return replace(await self._guarded(request), arrived_s=arrived_s)
 
     def _understand(
         self, path: str, raw: bytes, headers: dict[bytes, bytes], tenant: Tenant
     ) -> InferenceRequest:
         self._limits.shape(raw)
-        asked = parse_request(path, raw, headers, self._server.deadline_ms, tenant)
-        if tokens := self._media.tokens(asked.model, asked.media):
-            asked = replace(asked, media_tokens=tokens)
-        check_extent(asked, self._server.limits)
-        self._limits.fields(asked.data)
-        return asked
+        request = parse_request(path, raw, headers, self._server.deadline_ms, tenant)
+        if tokens := self._media.tokens(request.model, request.media):
+            request = replace(request, media_tokens=tokens)
+        check_extent(request, self._server.limits)
+        self._limits.fields(request.data)
+        return request
 
-    async def _guarded(self, asked: InferenceRequest) -> GuardResult:
+    async def _guarded(self, request: InferenceRequest) -> GuardResult:
         try:
-            verdict = await self._guard.check(asked)
+            result = await self._guard.check(request)
         except GuardRefusedError as error:
             self._meter.add(metrics.GUARD_CHECKS, 1, error.screen, "refused")
             raise
-        for one in verdict.seen:
+        for one in result.seen:
             self._meter.add(metrics.GUARD_CHECKS, 1, one.screen, one.done)
-        return verdict
+        return result

@@ -18,12 +18,12 @@ _WHY = {
 _MOST = 256
 
 
-def explain(plan: RoutePlan, weighed: Selection) -> dict[str, Any]:
+def explain(plan: RoutePlan, selection: Selection) -> dict[str, Any]:
     """As JSON; times in s, null where there are none. Candidates best first, 256 at most."""
     scores = plan.scores
     posterior = dict(zip(scores.labels, scores.probabilities, strict=True)) if scores else {}
-    order = [int(at) for at in weighed.order()[:_MOST]]
-    best = weighed.best()
+    order = [int(at) for at in selection.order()[:_MOST]]
+    best = selection.best()
     return {
         "category": plan.category,
         "confidence": round(plan.confidence, 4),
@@ -31,18 +31,18 @@ def explain(plan: RoutePlan, weighed: Selection) -> dict[str, Any]:
         "posterior": {label: round(p, 4) for label, p in posterior.items()},
         "reason": plan.reason,
         "time_price": plan.time_price,
-        "cost_price": round(weighed.wish.cost_price, 9),
-        "chosen": None if best is None else _candidate(weighed, best, best)["recipe"],
-        "candidates": [_candidate(weighed, at, best) for at in order],
+        "cost_price": round(selection.wish.cost_price, 9),
+        "chosen": None if best is None else _candidate(selection, best, best)["recipe"],
+        "candidates": [_candidate(selection, at, best) for at in order],
     }
 
 
-def _candidate(weighed: Selection, at: int, best: int | None) -> dict[str, Any]:
-    recipe = weighed.book.recipes[int(weighed.wish.rows[at])]
-    options = [weighed.option(name) for name in recipe.members]
+def _candidate(selection: Selection, at: int, best: int | None) -> dict[str, Any]:
+    recipe = selection.book.recipes[int(selection.wish.rows[at])]
+    options = [selection.option(name) for name in recipe.members]
     there = [one for one in options if one is not None]
-    barred = Exclusion(int(weighed.barred[at]))
-    behind = None if best is None else float(weighed.utility[best] - weighed.utility[at])
+    barred = Exclusion(int(selection.barred[at]))
+    behind = None if best is None else float(selection.utility[best] - selection.utility[at])
     if barred:
         why = _WHY[barred]
     elif at == best:
@@ -57,14 +57,14 @@ def _candidate(weighed: Selection, at: int, best: int | None) -> dict[str, Any]:
         "later": list(recipe.later),
         "pool": there[0].boot or None if there else None,
         "pools": {one.expert: one.boot or None for one in there},
-        "quality": round(float(weighed.wish.quality[at]), 4),
-        "cost": round(float(weighed.cost[at]), 9),
+        "quality": round(float(selection.wish.quality[at]), 4),
+        "cost": round(float(selection.cost[at]), 9),
         "swap_s": _seconds(max((one.eta_s for one in there), default=math.inf)),
         "wait_s": _seconds(max((one.wait_s for one in there), default=math.inf)),
         "answer_s": _seconds(max((one.answer_s for one in there), default=math.inf)),
-        "time_s": _seconds(float(weighed.time[at])),
-        "displaced_s": _seconds(float(weighed.displaced[at])),
-        "utility": _finite(float(weighed.utility[at]), 4),
+        "time_s": _seconds(float(selection.time[at])),
+        "displaced_s": _seconds(float(selection.displaced[at])),
+        "utility": _finite(float(selection.utility[at]), 4),
         "behind": _finite(behind, 4),
         "why": why,
     }

@@ -81,8 +81,8 @@ class FeedbackService:
         config: FeedbackConfig,
         store: Store,
         volatile: VolatileStore,
-        worth: QualityModel,
-        book: RecipeCatalog,
+        quality_model: QualityModel,
+        catalog: RecipeCatalog,
         *,
         shared: bool,
         tenants: Iterable[str] = (),
@@ -95,9 +95,9 @@ class FeedbackService:
         self._config = config
         self._store = store
         self._volatile = volatile
-        self._worth = worth
-        self._book = book
-        self._columns = {recipe.name: i for i, recipe in enumerate(book.recipes)}
+        self._quality_model = quality_model
+        self._catalog = catalog
+        self._columns = {recipe.name: i for i, recipe in enumerate(catalog.recipes)}
         self._replies: OrderedDict[str, tuple[float, str]] = (
             OrderedDict() if after is None else after._replies
         )
@@ -121,11 +121,11 @@ class FeedbackService:
     def record_answer(self, tenant: Tenant, ids: tuple[str, ...], label: str, recipe: int) -> None:
         """A reply went out under these ids, the first of which is its own: it may be voted on."""
         now_s = time.monotonic()
-        if not self.enabled or label not in self._worth.index:
+        if not self.enabled or label not in self._quality_model.index:
             return
         self._active[tenant.name] = now_s
         # By its name: other gateways, and this one after a reload, may number recipes otherwise.
-        about = f"{ids[0]}\n{label}\n{self._book.recipes[recipe].name}"
+        about = f"{ids[0]}\n{label}\n{self._catalog.recipes[recipe].name}"
         for one in ids:
             self._replies[place(tenant.name, one)] = (now_s, about)
         while self._replies:
@@ -215,17 +215,17 @@ class FeedbackService:
     def _shift(self, tenant: str, slices: list[Mapping[str, int]]) -> None:
         voted = tally(slices)
         if not voted:
-            self._worth.shifts.pop(tenant, None)
+            self._quality_model.shifts.pop(tenant, None)
             return
-        config, worth = self._config, self._worth
-        fresh = np.zeros((len(worth.labels), len(self._book.recipes)))
+        config, quality_model = self._config, self._quality_model
+        fresh = np.zeros((len(quality_model.labels), len(self._catalog.recipes)))
         for subject, voters in voted.items():
             label, _, recipe = subject.partition("\n")
-            row, column = worth.index.get(label), self._columns.get(recipe)
+            row, column = quality_model.index.get(label), self._columns.get(recipe)
             if row is not None and column is not None:
-                believed = worth.expected(label, column)
+                believed = quality_model.expected(label, column)
                 fresh[row, column] = shift(voters, believed, config.votes, config.max_shift)
-        worth.shifts[tenant] = fresh
+        quality_model.shifts[tenant] = fresh
 
 
 def _plain(reply: str) -> str:

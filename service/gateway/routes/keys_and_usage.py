@@ -124,7 +124,7 @@ class AccountEndpoints:
         now_s = time.time()
         record = record_of(self._config, wanted, now_s)
         made, key = await self._keys.create(record, now_s)
-        await self._admission.keyring.look()
+        await self._admission.authenticator.look()
         note(request, key=made.id, tenant=made.tenant)
         return as_json({**made.to_public(now_s), "key": key})
 
@@ -132,14 +132,14 @@ class AccountEndpoints:
         wanted = await _body(request, Rotation)
         now_s = time.time()
         made, key = await self._keys.rotate(request.path_params["id"], now_s, wanted.grace_s)
-        await self._admission.keyring.look()
+        await self._admission.authenticator.look()
         note(request, key=made.id, tenant=made.tenant)
         return as_json({**made.to_public(now_s), "key": key})
 
     async def _revoke(self, request: Request) -> Response:
         now_s = time.time()
         record = await self._keys.revoke(request.path_params["id"], now_s)
-        await self._admission.keyring.look()
+        await self._admission.authenticator.look()
         note(request, key=record.id, tenant=record.tenant)
         return as_json(record.to_public(now_s))
 

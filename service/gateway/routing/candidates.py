@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.broker.cost_model import LONG_TOKENS, CostModel
 from service.broker.pool_state import Floats
 from service.broker.recipe_catalog import Ints, RecipeCatalog
+from service.broker.selection import PrefixCacheHint, SelectionRequest
 from service.classifier.classifier import Assessment
 from service.config import Config
 from service.errors import ForbiddenError, InvalidRequestError, UnknownModelError
@@ -75,17 +78,21 @@ class SemanticRouter:
     """
 
     def __init__(
-        self, config: Config, book: RecipeCatalog, worth: QualityModel, assess: Assess | None
+        self,
+        config: Config,
+        catalog: RecipeCatalog,
+        quality_model: QualityModel,
+        assess: Assess | None,
     ) -> None:
         self._experts = config.experts
-        self._book = book
-        self._worth = worth
+        self._catalog = catalog
+        self._quality_model = quality_model
         self._known = config.category_map()
         self._assess = assess
         self._named = {name: recipe.recipe() for name, recipe in config.recipes.items()}
         kinds = sorted({c for expert in config.experts.values() for c in expert.capabilities})
         self._able = {
-            kind: np.array([kind in config.experts[name].capabilities for name in book.experts])
+            kind: np.array([kind in config.experts[name].capabilities for name in catalog.experts])
             for kind in kinds
         }
         # Vectors of two spaces can't be compared: `auto` must not choose between them.
@@ -95,25 +102,29 @@ class SemanticRouter:
             if "embeddings" in expert.capabilities
         }
         self._allowances: dict[frozenset[str], NDArray[np.bool_]] = {}
-        self._lacking = {kind: (book.asks & ~able).any(axis=1) for kind, able in self._able.items()}
+        self._lacking = {
+            kind: (catalog.asks & ~able).any(axis=1) for kind, able in self._able.items()
+        }
 
-    def plan(self, asked: InferenceRequest) -> RoutePlan:
+    def plan(self, request: InferenceRequest) -> RoutePlan:
         """What may answer. Raises UnknownModelError; InvalidRequestError where nobody is able to;
         ForbiddenError where the tenant may ask nobody who is."""
-        model = asked.model
+        model = request.model
         if model in self._experts:
-            return self._by_name(asked, Recipe("single", (model,)), f"expert {model!r}")
+            return self._by_name(request, Recipe("single", (model,)), f"expert {model!r}")
         if model in self._named:
-            return self._by_name(asked, self._named[model], f"recipe {model!r}")
-        preset, category = self._auto(model, asked.tenant)
-        if "embeddings" in asked.needs:
-            self._one_space(asked.tenant)
+            return self._by_name(request, self._named[model], f"recipe {model!r}")
+        preset, category = self._auto(model, request.tenant)
+        if "embeddings" in request.needs:
+            self._one_space(request.tenant)
         price = PRESETS[preset]
         if category is not None:
-            return self._plan(asked, {category: 1.0}, category, 1.0, "named category", None, price)
+            return self._plan(
+                request, {category: 1.0}, category, 1.0, "named category", None, price
+            )
         if self._assess is None:
-            return self._plan(asked, {GENERAL: 1.0}, GENERAL, 0.0, "no classifier", None, price)
-        assessment = self._assess(asked.data)
+            return self._plan(request, {GENERAL: 1.0}, GENERAL, 0.0, "no classifier", None, price)
+        assessment = self._assess(request.data)
         scores = assessment.scores
         # Where the classifier would rather not say, the prompt counts as general.
         sure = scores.category == scores.labels[_best(scores)]
@@ -125,7 +136,7 @@ class SemanticRouter:
         known = scores.category in self._known
         reason = "classified" if known else "category without an expert"
         return self._plan(
-            asked, posterior, scores.category, scores.confidence, reason, assessment, price
+            request, posterior, scores.category, scores.confidence, reason, assessment, price
         )
 
     def _one_space(self, tenant: Tenant) -> None:
@@ -146,28 +157,28 @@ class SemanticRouter:
                 param="model",
             )
 
-    def _by_name(self, asked: InferenceRequest, recipe: Recipe, what: str) -> RoutePlan:
-        if not all(map(asked.tenant.may_ask, recipe.experts)):
+    def _by_name(self, request: InferenceRequest, recipe: Recipe, what: str) -> RoutePlan:
+        if not all(map(request.tenant.may_ask, recipe.experts)):
             # Not whom else it asks, nor what they can do.
             raise ForbiddenError(f"this key may not ask {what}", param="model")
         for name in recipe.experts:
             able = frozenset(self._experts[name].capabilities)
-            lacking = asked.needs - able
+            lacking = request.needs - able
             if lacking:
                 raise InvalidRequestError(
                     f"expert {name!r} can't do {', '.join(sorted(lacking))}; "
                     f"it can do {', '.join(sorted(able))}{_held_by_request(lacking)}",
                     param="model",
                 )
-        if recipe.kind != "single" and not asked.combinable:
+        if recipe.kind != "single" and not request.combinable:
             raise InvalidRequestError(
                 f"{what} asks several experts: it answers chat with n = 1, without tools and "
                 "logprobs",
                 param="model",
             )
-        at = self._book.recipe_index[recipe]
-        rows = self._book.everything[at : at + 1]
-        reach = self._worth.escalation_prob(at)[None] if recipe.later else _NO_LATER
+        at = self._catalog.recipe_index[recipe]
+        rows = self._catalog.everything[at : at + 1]
+        reach = self._quality_model.escalation_prob(at)[None] if recipe.later else _NO_LATER
         return RoutePlan(rows, _CERTAIN, reach, recipe.experts[0], "", 1.0, "named")
 
     def _auto(self, model: str, tenant: Tenant) -> tuple[str, str | None]:
@@ -189,7 +200,7 @@ class SemanticRouter:
 
     def _plan(
         self,
-        asked: InferenceRequest,
+        request: InferenceRequest,
         posterior: Mapping[str, float],
         category: str,
         confidence: float,
@@ -198,16 +209,16 @@ class SemanticRouter:
         price: float,
     ) -> RoutePlan:
         """The recipes that can do what is needed and are worth anything here."""
-        book = self._book
-        given = self._worth.posterior(posterior)
-        quality, reach = self._worth.quality(given, assessment, asked.tenant.name)
-        able = self._possible(asked)
+        catalog = self._catalog
+        given = self._quality_model.posterior(posterior)
+        quality, reach = self._quality_model.quality(given, assessment, request.tenant.name)
+        able = self._possible(request)
         keep = able & (quality >= _LEAST)
         if not keep.any():
             # Worth nothing, but better than no answer.
             keep[int(np.flatnonzero(able)[0])] = True
         rows = np.flatnonzero(keep)
-        first = book.recipes[int(rows[quality[rows].argmax()])].experts[0]
+        first = catalog.recipes[int(rows[quality[rows].argmax()])].experts[0]
         scores = assessment.scores if assessment is not None else None
         return RoutePlan(
             rows,
@@ -222,23 +233,24 @@ class SemanticRouter:
             price,
         )
 
-    def _possible(self, asked: InferenceRequest) -> NDArray[np.bool_]:
-        book = self._book
-        able = np.ones(len(book.recipes), dtype=bool)
-        for need in asked.needs:
+    def _possible(self, request: InferenceRequest) -> NDArray[np.bool_]:
+        catalog = self._catalog
+        able = np.ones(len(catalog.recipes), dtype=bool)
+        for need in request.needs:
             if need not in self._lacking:
                 able[:] = False
                 break
             able &= ~self._lacking[need]
-        if not asked.combinable:
-            able &= book.single
+        if not request.combinable:
+            able &= catalog.single
         if not able.any():
             raise InvalidRequestError(
-                f"no expert can do {', '.join(sorted(asked.needs))}{_held_by_request(asked.needs)}",
+                f"no expert can do {', '.join(sorted(request.needs))}"
+                f"{_held_by_request(request.needs)}",
                 param="model",
             )
-        if asked.tenant.experts is not None:
-            able &= self._allowed(asked.tenant.experts)
+        if request.tenant.experts is not None:
+            able &= self._allowed(request.tenant.experts)
             if not able.any():
                 raise ForbiddenError("this key may ask no expert that can do this", param="model")
         return able
@@ -246,8 +258,8 @@ class SemanticRouter:
     def _allowed(self, experts: frozenset[str]) -> NDArray[np.bool_]:
         """The recipes that ask nobody else."""
         if (found := self._allowances.get(experts)) is None:
-            barred = np.array([name not in experts for name in self._book.experts])
-            found = ~(self._book.asks & barred).any(axis=1)
+            barred = np.array([name not in experts for name in self._catalog.experts])
+            found = ~(self._catalog.asks & barred).any(axis=1)
             if len(self._allowances) >= _MOST_ALLOWANCES:
                 self._allowances.clear()
             self._allowances[experts] = found
@@ -268,3 +280,46 @@ class SemanticRouter:
 
 def _best(scores: CategoryScores) -> int:
     return max(range(len(scores.labels)), key=scores.probabilities.__getitem__)
+
+
+def selection_request(
+    cost_model: CostModel,
+    request: InferenceRequest,
+    plan: RoutePlan,
+    *,
+    left_s: float | None = None,
+    banned: Collection[tuple[str, str]] = (),
+    cost_price: float = 0.0,
+    warm: PrefixCacheHint | None = None,
+) -> SelectionRequest:
+    """Build the request for the broker's selection.
+
+    Args:
+        cost_model: Expects tokens and cost of each expert.
+        request: The client's request.
+        plan: Its candidates.
+        left_s: Seconds left of the deadline; None takes the whole deadline.
+        banned: Places, as (expert, pool's boot id), that must not be selected.
+        cost_price: Shadow price of the tenant's budgets, in quality per unit of cost.
+        warm: Where the conversation's prefix is cached, if known.
+    """
+    expected = cost_model.expect(
+        plan.category, request.prompt_tokens, request.most_tokens, request.answers
+    )
+    return SelectionRequest(
+        rows=plan.rows,
+        quality=plan.quality,
+        reach=plan.reach,
+        tokens=expected.tokens,
+        cost=expected.cost,
+        prompt_tokens=request.prompt_tokens,
+        time_price=plan.time_price,
+        cost_price=cost_price,
+        most_cost=request.max_cost if request.max_cost is not None else math.inf,
+        deadline_s=left_s if left_s is not None else request.deadline_ms / 1000,
+        # A bound above that is a cap: what does not fit is clipped.
+        context_tokens=request.prompt_tokens + min(request.most_tokens or 0, LONG_TOKENS),
+        streams=request.stream,
+        warm=warm,
+        banned=banned,
+    )

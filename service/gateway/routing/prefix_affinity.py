@@ -22,24 +22,24 @@ class PrefixAffinity:
     def __init__(self) -> None:
         self._known: OrderedDict[int, tuple[str, str]] = OrderedDict()
 
-    def hint(self, asked: InferenceRequest) -> PrefixCacheHint | None:
+    def hint(self, request: InferenceRequest) -> PrefixCacheHint | None:
         """Where the beginning of this request is cached, as far as known."""
-        messages = _messages(asked)
+        messages = _messages(request)
         said = [i for i, one in enumerate(messages) if one.get("role") == "assistant"]
         if not said:
             return None
         before = messages[: said[-1]]
-        found = self._known.get(_key(asked, before))
+        found = self._known.get(_key(request, before))
         if found is None:
             return None
         return PrefixCacheHint(*found, sum(map(_length, before)) // _BYTES_PER_TOKEN)
 
-    def record_answer(self, asked: InferenceRequest, expert: str, boot: str) -> None:
+    def record_answer(self, request: InferenceRequest, expert: str, boot: str) -> None:
         """This expert has answered it there: what was asked is cached now."""
-        messages = _messages(asked)
+        messages = _messages(request)
         if not messages:
             return
-        key = _key(asked, messages)
+        key = _key(request, messages)
         self._known[key] = (expert, boot)
         self._known.move_to_end(key)
         if len(self._known) > _MOST:
@@ -51,19 +51,19 @@ class PrefixAffinity:
             del self._known[key]
 
 
-def _messages(asked: InferenceRequest) -> list[Mapping[str, Any]]:
+def _messages(request: InferenceRequest) -> list[Mapping[str, Any]]:
     """What was said; nothing where that is no conversation, which is the engine's to refuse."""
-    given = asked.data.get("messages")
+    given = request.data.get("messages")
     if isinstance(given, list) and all(isinstance(one, dict) for one in given):
         return given
     return []
 
 
-def _key(asked: InferenceRequest, messages: Sequence[Mapping[str, Any]]) -> int:
+def _key(request: InferenceRequest, messages: Sequence[Mapping[str, Any]]) -> int:
     # Python's own hash of strings: quick, and different in every process.
     said = tuple((_text(one.get("role")), _text(one.get("content"))) for one in messages)
     # Apart as in the engines: where two tenants share no prefix, neither is warm by the other.
-    return hash((asked.tenant.cache_salt, said))
+    return hash((request.tenant.cache_salt, said))
 
 
 def _text(content: object) -> str:

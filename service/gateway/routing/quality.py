@@ -63,26 +63,26 @@ class QualityModel:
     def __init__(
         self,
         config: Config,
-        book: RecipeCatalog,
+        catalog: RecipeCatalog,
         labels: Sequence[str],
         escalations: Escalations | None = None,
     ) -> None:
         self.labels = tuple(dict.fromkeys([*labels, *config.category_map()]))
         self.index = {label: i for i, label in enumerate(self.labels)}
         self.shifts: dict[str, Floats] = {}
-        self._table = np.zeros((len(self.labels), len(book.recipes)))
-        self._reach = np.zeros((len(book.recipes), MAX_LATER))
-        self._recipes = book.recipes
+        self._table = np.zeros((len(self.labels), len(catalog.recipes)))
+        self._reach = np.zeros((len(catalog.recipes), MAX_LATER))
+        self._recipes = catalog.recipes
         self._escalations = Escalations() if escalations is None else escalations
-        self._rows = self._escalations.rows(book.recipes)
+        self._rows = self._escalations.rows(catalog.recipes)
         home = config.category_map()
         for row, label in enumerate(self.labels):
             owner = home.get(label, config.fallback)
-            for column, name in enumerate(book.experts):
+            for column, name in enumerate(catalog.experts):
                 usual = _OWN if name == owner else _FALLBACK if name == config.fallback else _OTHER
                 self._table[row, column] = config.experts[name].quality.get(label, usual)
         for recipe in config.recipes.values():
-            at = book.recipe_index[recipe.recipe()]
+            at = catalog.recipe_index[recipe.recipe()]
             for row, label in enumerate(self.labels):
                 self._table[row, at] = recipe.quality.get(label, 0.0)
             self._reach[at, : len(recipe.later)] = recipe.escalates
@@ -95,10 +95,10 @@ class QualityModel:
         oftener: Floats = self._escalations.excess[self._rows]
         return oftener
 
-    def use_map(self, found: ExpertMap, book: RecipeCatalog) -> None:
+    def use_map(self, found: ExpertMap, catalog: RecipeCatalog) -> None:
         """Believe an artifact's map where it knows a recipe, and the config elsewhere."""
         self._map = found
-        self._map_columns = np.array([book.recipe_index[recipe] for recipe in found.recipes])
+        self._map_columns = np.array([catalog.recipe_index[recipe] for recipe in found.recipes])
 
     def posterior(self, given: Mapping[str, float]) -> Floats:
         """As an array over `labels`."""

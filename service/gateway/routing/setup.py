@@ -53,14 +53,16 @@ class RoutingSetup:
                     "where it tells them"
                 )
         recipes = [recipe.recipe() for recipe in config.recipes.values()]
-        self.book = RecipeCatalog(
+        self.catalog = RecipeCatalog(
             tuple(config.experts), [*recipes, *(found.recipes if found else ())]
         )
-        self.worth = QualityModel(config, self.book, labels, escalations)
+        self.quality_model = QualityModel(config, self.catalog, labels, escalations)
         if found is not None:
-            self.worth.use_map(found, self.book)
-        self.market = CostModel(self.book.experts, self.worth.labels, prices_of(config), lengths)
-        self.router = SemanticRouter(config, self.book, self.worth, assess)
+            self.quality_model.use_map(found, self.catalog)
+        self.cost_model = CostModel(
+            self.catalog.experts, self.quality_model.labels, prices_of(config), lengths
+        )
+        self.router = SemanticRouter(config, self.catalog, self.quality_model, assess)
 
 
 def _known_part(found: ExpertMap, config: Config) -> ExpertMap | None:

@@ -32,13 +32,13 @@ class UsageMeter:
     `most_prompt_tokens`: the bound on the prompt's tokens, but for a template's.
     """
 
-    def __init__(self, asked: InferenceRequest) -> None:
-        self.most_prompt_tokens = asked.most_prompt_tokens
+    def __init__(self, request: InferenceRequest) -> None:
+        self.most_prompt_tokens = request.most_prompt_tokens
         self.calls: list[tuple[str, int, int]] = []
-        self._prompt_tokens = asked.prompt_tokens
-        self._endpoint = asked.endpoint
-        self._rewrites = asked.stream and asked.endpoint in _STREAMED
-        given = asked.data.get("stream_options")
+        self._prompt_tokens = request.prompt_tokens
+        self._endpoint = request.endpoint
+        self._rewrites = request.stream and request.endpoint in _STREAMED
+        given = request.data.get("stream_options")
         options = given if isinstance(given, dict) else {}
         self._total = bool(options.get("include_usage"))
         self._each = self._total and bool(options.get("continuous_usage_stats"))

@@ -46,8 +46,8 @@ def said(text: str, role: str = "user") -> dict[str, Any]:
 
 async def test_nothing_is_looked_for_unless_asked() -> None:
     for to, tenant in ((guard(), "shop"), (guard(injection={"action": "refuse"}), "lab")):
-        verdict = await check(to, said(ATTACK), tenant)
-        assert (verdict.seen, verdict.headers, verdict.done) == ((), [], "passed")
+        result = await check(to, said(ATTACK), tenant)
+        assert (result.seen, result.headers, result.done) == ((), [], "passed")
 
 
 async def test_an_attack_is_flagged_or_refused_with_its_score() -> None:
@@ -94,10 +94,10 @@ async def test_personal_data_is_taken_out_everywhere() -> None:
         ],
         "max_tokens": 5,
     }
-    verdict = await check(to, data)
-    assert verdict.headers == [(b"x-coe-guard", b"redacted")]
-    assert verdict.explained()[0]["kinds"] == ["card", "email"]
-    sent = verdict.asked.body_for("general")
+    result = await check(to, data)
+    assert result.headers == [(b"x-coe-guard", b"redacted")]
+    assert result.explained()[0]["kinds"] == ["card", "email"]
+    sent = result.request.body_for("general")
     assert mail.encode() not in sent
     assert b"4111" not in sent
     assert orjson.loads(sent)["messages"][1]["content"][0]["text"] == "card [CARD], mail [EMAIL]"
@@ -119,9 +119,9 @@ async def test_personal_data_is_taken_out_everywhere() -> None:
     ],
 )
 async def test_every_endpoint_s_prompt_is_looked_through(path: str, body: dict[str, Any]) -> None:
-    verdict = await check(guard(pii={"action": "redact"}), body, path=path)
-    assert b"a@example.com" not in verdict.asked.raw
-    assert b"[EMAIL]" in verdict.asked.raw
+    result = await check(guard(pii={"action": "redact"}), body, path=path)
+    assert b"a@example.com" not in result.request.raw
+    assert b"[EMAIL]" in result.request.raw
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ async def test_a_prompt_of_ids_which_no_screen_can_read_does_not_pass(
 @pytest.mark.parametrize("where", ["reasoning", "reasoning_content", "refusal"])
 async def test_what_an_assistant_is_said_to_have_thought_is_looked_through(where: str) -> None:
     turn = {"role": "assistant", "content": "yes", where: "mail a@example.com"}
-    verdict = await check(guard(pii={"action": "redact"}), {"messages": [turn]})
-    assert b"a@example.com" not in verdict.asked.raw
+    result = await check(guard(pii={"action": "redact"}), {"messages": [turn]})
+    assert b"a@example.com" not in result.request.raw
 
 
 # Each made of what a pattern begins with, so that a search that begins anew at every character
@@ -169,8 +169,8 @@ HOSTILE = {
 @pytest.mark.timeout(60)
 async def test_no_text_holds_the_screens_up(kind: str) -> None:
     to = guard(injection={"action": "flag"}, pii={"action": "flag"})
-    verdict = await check(to, said(HOSTILE[kind]))
-    assert [one.screen for one in verdict.seen] == ["injection", "pii"]
+    result = await check(to, said(HOSTILE[kind]))
+    assert [one.screen for one in result.seen] == ["injection", "pii"]
 
 
 def test_of_findings_that_overlap_the_kind_named_first_counts() -> None:
@@ -198,9 +198,9 @@ async def test_a_prompt_too_long_to_look_through_is_refused() -> None:
 
 async def test_a_long_prompt_is_looked_through_beside_the_loop() -> None:
     to = guard(pii={"action": "redact"}, injection={"action": "flag"})
-    verdict = await check(to, said("word " * 30_000 + "a@example.com " + ATTACK))
-    assert verdict.done == "redacted"
-    assert [one.done for one in verdict.seen] == ["flagged", "redacted"]
+    result = await check(to, said("word " * 30_000 + "a@example.com " + ATTACK))
+    assert result.done == "redacted"
+    assert [one.done for one in result.seen] == ["flagged", "redacted"]
 
 
 async def test_a_stronger_screen_takes_the_shipped_one_s_place() -> None:

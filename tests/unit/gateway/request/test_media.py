@@ -28,7 +28,7 @@ from service.gateway.request.media import (
     media_tokens,
 )
 from service.gateway.request.parsing import InferenceRequest, parse_request
-from service.gateway.routing.selection_request import selection_request
+from service.gateway.routing.candidates import selection_request
 from service.gateway.routing.setup import RoutingSetup
 from service.models.senses import Senses, senses_of
 from service.rpc.snapshot import ExpertState, Snapshot, Speed
@@ -212,9 +212,11 @@ def test_a_picture_goes_to_who_sees_whatever_its_bytes() -> None:
     for size in (1_000, 300_000):
         request = asked(picture(png(640, 480, size)), max_tokens=100)
         plan = routing.router.plan(request)
-        standing = PoolStateTable(routing.book.index).standing(views)
-        weighed = select(routing.book, standing, selection_request(routing.market, request, plan))
-        assert [routing.book.recipes[row].name for row in plan.rows.tolist()] == ["vision"]
+        standing = PoolStateTable(routing.catalog.index).standing(views)
+        weighed = select(
+            routing.catalog, standing, selection_request(routing.cost_model, request, plan)
+        )
+        assert [routing.catalog.recipes[row].name for row in plan.rows.tolist()] == ["vision"]
         assert (weighed.barred == Exclusion.CONTEXT).sum() == 0
         assert weighed.best() is not None
         assert np.isfinite(weighed.utility).all()
