@@ -266,15 +266,23 @@ def test_every_command_named_is_there_with_its_options(line: str) -> None:
         assert word in options, f"{line}: {word}"
 
 
+def anchors(text: str) -> set[str]:
+    """The addresses of a page's headings, as mkdocs and GitHub make them of plain words."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 def test_readme_is_short_and_its_pictures_and_links_are_there() -> None:
     assert len(README.splitlines()) <= 120
     assert len((ROOT / "service" / "README.md").read_text().splitlines()) <= 80
     pictures = re.findall(r'src(?:set)?="([^"]+)"', README)
     assert len(pictures) == 2
     for page in ("README.md", "service/README.md", "deploy/README.md", "loadtests/README.md"):
-        linked = re.findall(r"\]\(((?!http)[^)#]+)", (ROOT / page).read_text())
-        for path in linked:
-            assert (ROOT / page).parent.joinpath(path).exists(), (page, path)
+        text = (ROOT / page).read_text()
+        for path, anchor in re.findall(r"\]\((?!http)([^)#]+)(?:#([^)]*))?\)", text):
+            target = (ROOT / page).parent / path
+            assert target.exists(), (page, path)
+            assert not anchor or anchor in anchors(target.read_text()), (page, path, anchor)
     assert all((ROOT / path).exists() for path in pictures)
 
 
