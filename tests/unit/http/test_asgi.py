@@ -1,11 +1,8 @@
-"""The link's small parts: the secret's file, a call's headers, bodies, leaving clients."""
+"""Reading bodies and lines, and cancelling work when the client disconnects."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import stat
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -20,62 +17,6 @@ from service.http.asgi import (
     read_body,
     until_gone,
 )
-from service.rpc import auth
-from service.rpc.call import Call, parse_call, trace_of
-
-CALL = Call("/v1/completions", "a/b", "id", 250, True, "gateway", 7)
-
-
-def test_a_secret_is_its_owner_s_alone_and_new_each_time(tmp_path: Path) -> None:
-    path = tmp_path / "run" / "secret"
-    before = os.umask(0)
-    try:
-        first = auth.make_secret(path)
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-        path.chmod(0o644)
-        second = auth.make_secret(path)
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert auth.read_secret(path) == second != first
-    assert len(second) >= 43
-
-
-def test_a_link_in_the_secret_s_place_is_not_followed(tmp_path: Path) -> None:
-    victim = tmp_path / "victim"
-    victim.write_text("untouched")
-    (tmp_path / "secret").symlink_to(victim)
-    auth.make_secret(tmp_path / "secret")
-    assert victim.read_text() == "untouched"
-
-
-def test_secrets_are_compared_whole() -> None:
-    assert auth.same(b"abc", b"abc")
-    assert not auth.same(b"ab", b"abc")
-    assert not auth.same(b"", b"abc")
-
-
-def test_a_call_s_headers_come_back() -> None:
-    headers = {name.encode(): value.encode() for name, value in CALL.headers().items()}
-    assert parse_call("/v1/completions", headers) == CALL
-
-
-@pytest.mark.parametrize("missing", sorted(CALL.headers()))
-def test_a_call_without_a_header_is_refused(missing: str) -> None:
-    headers = {n.encode(): v.encode() for n, v in CALL.headers().items() if n != missing}
-    if missing == "x-coe-stream":
-        headers[b"x-coe-stream"] = b"0"
-        assert not parse_call("/v1/completions", headers).stream
-        return
-    with pytest.raises(InvalidRequestError, match=missing):
-        parse_call("/v1/completions", headers)
-
-
-def test_a_call_s_numbers_are_numbers() -> None:
-    headers = {n.encode(): v.encode() for n, v in CALL.headers().items()}
-    with pytest.raises(InvalidRequestError, match="not a number"):
-        parse_call("/v1/completions", {**headers, b"x-coe-seq": b"many"})
 
 
 def receiving(*messages: Message) -> Receive:
@@ -135,14 +76,6 @@ async def test_work_s_fault_goes_through() -> None:
         await until_gone(work(), never)
     await asyncio.sleep(0)  # the watch ends in its own turn
     assert len(asyncio.all_tasks()) == 1
-
-
-@pytest.mark.parametrize("bad", [b"a\x0bb", b"a\rb", b"\xff", b"", b"x" * 10_000])
-def test_a_trace_context_that_could_not_be_sent_on_is_left_out(bad: bytes) -> None:
-    good = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    headers = {b"traceparent": good, b"tracestate": bad}
-    assert trace_of(headers) == {"traceparent": good.decode()}
-    assert trace_of({b"traceparent": bad}) == {}
 
 
 @given(st.lists(st.binary(max_size=6).map(lambda b: b.replace(b"a", b"\n")), max_size=12))

@@ -1,0 +1,261 @@
+"""What people write in YAML, and come with from other tools: read as meant, or refused with why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.config import Config, load_config, parse_config
+from service.config.pinning import pin_models
+from service.config.yaml_loader import ConfigLoader
+from service.errors import ConfigError
+
+POOLS = "\npools: {cpu: {engine: simulated}}\n"
+
+
+def parse(experts: str) -> Config:
+    """A config of these experts, in a pool with a simulated engine."""
+    return parse_config(f"experts:\n{experts}{POOLS}", "coe.yaml")
+
+
+def refusal(text: str) -> str:
+    """The error that a config's text gets."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "coe.yaml")
+    return caught.value.message
+
+
+# --- merge keys
+
+
+def test_parse_merge_keys_own_keys_win() -> None:
+    config = parse(
+        "  a: &first {model: some-model, categories: [general], description: one}\n"
+        "  b:\n    <<: *first\n    categories: [math]\n"
+        "  c:\n    <<: [*first, {description: two}]\n    categories: [code]\n"
+        "  d: {<<: [{description: three}, *first]}"
+    )
+    told = {name: (e.model, e.categories, e.description) for name, e in config.experts.items()}
+    assert told == {
+        "a": ("some-model", ("general",), "one"),
+        "b": ("some-model", ("math",), "one"),
+        "c": ("some-model", ("code",), "one"),
+        "d": ("some-model", ("general",), "three"),
+    }
+
+
+def test_parse_merge_of_a_merge_and_an_anchor_as_a_value() -> None:
+    config = parse(
+        "  a: &a {model: m, price: &p {prompt: 1, completion: 2}}\n"
+        "  b: &b {<<: *a, description: b}\n"
+        "  c: {<<: *b, description: c}\n"
+        "  d: {model: m, price: *p}"
+    )
+    assert [e.description for e in config.experts.values()] == ["", "b", "c", ""]
+    assert {e.price for e in config.experts.values()} == {config.experts["a"].price}
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        "  a: {model: m, model: n}",
+        "  a: &a {model: m}\n  b:\n    <<: *a\n    model: x\n    model: y",
+        "  a: &a {model: m}\n  b:\n    <<: *a\n    <<: *a",
+        "  a: {model: m}\n  a: {model: m}",
+        '  no: {model: m}\n  "no": {model: m}',
+    ],
+)
+def test_parse_key_given_twice_is_refused_with_its_line(experts: str) -> None:
+    message = refusal(f"experts:\n{experts}{POOLS}")
+    assert "is given twice" in message
+    assert f"line {1 + len(experts.splitlines())}," in message
+
+
+# --- names that YAML 1.1 takes for something else
+
+SURPRISES = ("no", "yes", "on", "off", "y", "n", "true", "null", "1.5", "7", "010", "1e3", "0x1f")
+
+
+@pytest.mark.parametrize("name", [*SURPRISES, "1:30", "2026-01-01", "1_000"])
+def test_parse_expert_of_any_name_keeps_it(name: str) -> None:
+    assert list(parse(f"  {name}: {{model: m}}").experts) == [name]
+
+
+@pytest.mark.parametrize("text", ["no", "yes", "on", "off", "1:30", "2026-01-01", "010", "1_000"])
+def test_parse_text_that_yaml_1_1_would_change_stays(text: str) -> None:
+    expert = parse(f"  a: {{model: {text}, categories: [{text}]}}").experts["a"]
+    assert (expert.model, expert.categories) == (text, (text,))
+
+
+@pytest.mark.parametrize(
+    ("written", "kind"),
+    [("3.10", "number"), ("7", "number"), ("1e3", "number"), ("true", "boolean"), ("~", "null")],
+)
+@pytest.mark.parametrize(
+    ("experts", "place"),
+    [
+        ("  a: {model: m, categories: [x, %s]}", "experts.a.categories.1"),
+        ("  a: {model: m}\n  b: {base: a, adapter: x, description: %s}", "experts.b.description"),
+    ],
+)
+def test_parse_number_where_a_text_is_needed_is_refused_as_it_was_written(
+    experts: str, place: str, written: str, kind: str
+) -> None:
+    message = refusal(f"experts:\n{experts % written}{POOLS}")
+    assert f'coe.yaml: {place}: a text is needed, and {written} is a {kind}; write "{written}"' in (
+        message.splitlines()
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("8", 8), ("010", 10), ("1e3", 1000), ("0x10", 16), ("0o17", 15), ("1_000", 1000)],
+)
+def test_parse_integer_in_any_common_form(written: str, value: int) -> None:
+    text = f"experts: {{a: {{model: m}}}}\npools: {{cpu: {{engine: simulated, slots: {written}}}}}"
+    assert parse_config(text, "coe.yaml").pools["cpu"].slots == value
+
+
+def test_parse_sexagesimal_is_no_number() -> None:
+    assert "server.port" in refusal(
+        "experts: {a: {model: m}}\nserver: {port: 1:30}\npools: {cpu: {engine: simulated}}"
+    )
+
+
+@pytest.mark.parametrize(("written", "value"), [("yes", True), ("off", False), ("True", True)])
+def test_parse_boolean_fields_take_the_old_words(written: str, value: bool) -> None:
+    assert parse(f"  a: {{model: m, pinned: {written}}}").experts["a"].pinned is value
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers(-(10**12), 10**12)
+        | st.floats(allow_nan=False)
+        | st.text(st.characters(codec="utf-8", exclude_categories=("C",)), max_size=8),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(SURPRISES), inner, max_size=3)
+        ),
+        max_leaves=8,
+    )
+)
+def test_config_loader_reads_back_whatever_was_dumped(data: object) -> None:
+    assert yaml.load(yaml.safe_dump(data), ConfigLoader) == data
+
+
+# --- how editors save
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_load_byte_order_mark_and_line_ends_do_not_matter(
+    tmp_path: Path, mark: str, end: str
+) -> None:
+    path = tmp_path / "coe.yaml"
+    text = f"{mark}experts:\n  a: {{model: m}}{POOLS}".replace("\n", end)
+    path.write_bytes(text.encode())
+    assert list(load_config(path).experts) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "a mapping with the key `experts`"),
+        ("- a\n- b\n", "a mapping with the key `experts`"),
+        (f"experts: {{a: {{model: m}}}}{POOLS}---\nexperts: {{}}", "document"),
+        ("experts:\n\ta: {model: m}\n", "line 2"),
+        ("experts:\n  ? [a]\n  : {model: m}\n", "a key is a name"),
+        ("experts: &a {a: *a}", "holds itself"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+    ],
+)
+def test_parse_what_is_no_config_is_refused_in_one_line(text: str, told: str) -> None:
+    message = refusal(text)
+    assert told in message
+    assert len(message.splitlines()) == 1
+
+
+def test_parse_aliases_of_aliases_end_soon() -> None:
+    lines = ["experts:", "  a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    for n in range(1, 12):
+        lines.append(f"  a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]")
+    # Without a bound this would take years.
+    assert "over 100,000 values" in refusal("\n".join(lines))
+
+
+# --- variables, as other tools have them
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "shown"),
+    [
+        ("experts: {a: {model: '${MODELS}/tiny'}}", "experts.a.model", "${MODELS}"),
+        ("experts: {a: {model: $HOME/tiny}}", "experts.a.model", "$HOME"),
+        ("experts: {a: {model: m}, b: {base: a, adapter: '${X}/a'}}", "experts.b.adapter", "${X}"),
+        ("experts: {a: {remote: {url: '${URL}/v1', model: m}}}", "experts.a.remote.url", "${URL}"),
+        (
+            "experts: {a: {remote: {url: 'http://${HOST}/v1', model: m}}}",
+            "experts.a.remote.url",
+            "${HOST}",
+        ),
+        (
+            "experts: {a: {remote: {url: 'http://h/v1', model: os.environ/NAME}}}",
+            "experts.a.remote.model",
+            "os.environ/",
+        ),
+        ("experts: {a: {model: m, categories: ['${C:-x}']}}", "experts.a.categories.0", "${C"),
+    ],
+)
+def test_parse_variable_is_refused_by_place(text: str, place: str, shown: str) -> None:
+    message = refusal(text + POOLS)
+    assert message.startswith(f"coe.yaml: {place}: variables are not replaced in this file")
+    assert shown in message
+
+
+@pytest.mark.parametrize("value", ["'${KEY}'", "os.environ/KEY", "$KEY", "sk-live-9f8e7d6c"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "experts: {a: {remote: {url: 'http://h/v1', model: m, api_key_env: %s}}}",
+        "experts: {a: {model: m}}\nstore: {kind: redis, url_env: %s}" + POOLS,
+        "experts: {a: {model: m}}\nkeys: {k: {tenant: t, key_env: %s}}" + POOLS,
+    ],
+)
+def test_parse_variable_where_its_name_is_needed_is_told_without_the_value(
+    text: str, value: str
+) -> None:
+    message = refusal(text % value)
+    assert "_env: the name of an environment variable is needed" in message
+    assert "KEY" not in message
+    assert "9f8e7d6c" not in message
+
+
+def test_parse_dollars_in_a_description_are_text() -> None:
+    expert = parse("  a: {model: m, description: 'costs $5, or ${NAME}'}").experts["a"]
+    assert expert.description == "costs $5, or ${NAME}"
+
+
+# --- pinning
+
+
+def test_pin_models_changes_experts_models_and_nothing_else() -> None:
+    text = (
+        "# org/name is a comment\n"
+        "experts:\n"
+        "  a: &a {model: org/name, description: org/name}  # org/name\n"
+        "  b: {<<: *a}\n"
+        "  c: {model: 'org/name'}\n"
+        "  d: {model: org/other}\n"
+        "  e: {remote: {url: 'http://h', model: org/name}}\n"
+    )
+    changed = pin_models(text, {"org/name": "org/name@c"})
+    assert changed == text.replace("{model: org/name, desc", "{model: org/name@c, desc").replace(
+        "'org/name'", "'org/name@c'"
+    )
+    assert pin_models("experts: []", {"org/name": "x"}) == "experts: []"

@@ -1,0 +1,136 @@
+"""Routing statistics of a pool: sums, samples and metrics."""
+
+from __future__ import annotations
+
+import numpy as np
+import orjson
+import pytest
+
+from service.engine.base import RoutingSample
+from service.errors import ConflictError
+from service.moe.load_statistics import cacheability
+from service.moe.routing_counts import RoutingCounts
+from service.telemetry import metrics
+from service.telemetry.labels import MAX_SERIES
+from service.telemetry.metric_types import Side
+from service.telemetry.moe_collector import MoeCollector
+from service.telemetry.registry import MetricsRegistry
+
+EXPERTS = 4
+
+
+def chosen(expert: str = "a", *, tokens: int = 0, seed: int = 0, layers: int = 2) -> RoutingSample:
+    shape = (tuple(range(layers)), EXPERTS, 2)
+    if not tokens:
+        return RoutingSample(expert, *shape)
+    rows = np.random.default_rng(seed).random((layers, tokens, EXPERTS)).argsort(axis=2)[:, :, :2]
+    load = np.stack([np.bincount(row.ravel(), minlength=EXPERTS) for row in rows])
+    return RoutingSample(expert, *shape, tokens, load, (rows.astype(np.int16),))
+
+
+@pytest.mark.asyncio
+async def test_a_pool_adds_up_and_reckons_when_asked() -> None:
+    now = 100.0
+    routes = MoeCollector(16, lambda: now)
+    routes.add_sample(chosen())
+    now = 150.0
+    one, two = chosen(tokens=50, seed=1), chosen(tokens=40, seed=2)
+    routes.add_sample(one)
+    now = 200.0
+    routes.add_sample(two)
+    tally = await routes.tally("a")
+    assert (tally.tokens, tally.since_s, tally.cache) == (90, 100.0, 4)
+    assert one.load is not None
+    assert two.load is not None
+    assert tally.load.tolist() == (one.load + two.load).tolist()
+    both = cacheability(one.stretches[0], EXPERTS, cache=4) + cacheability(
+        two.stretches[0], EXPERTS, cache=4
+    )
+    assert tally.balance(1).srp == both.srp(1)
+    assert tally.balance(0).sch == both.sch(0) == 1.0
+    # What travels, and two pools together.
+    again = RoutingCounts.from_wire(orjson.loads(orjson.dumps(tally.to_wire())))
+    assert again.to_wire() == tally.to_wire()
+    assert again.like(tally)
+    whole = (tally + again).to_json()
+    assert whole["tokens"] == 180
+    assert whole["layers"][1]["srp"] == tally.balance(1).srp
+    assert whole["layers"][1]["imbalance"] == pytest.approx(tally.balance(1).imbalance)
+    assert whole["shape"] == {"layers": 2, "experts": EXPERTS, "top_k": 2}
+
+
+@pytest.mark.asyncio
+async def test_another_model_of_that_name_begins_anew() -> None:
+    routes = MoeCollector(1, lambda: 0.0)
+    routes.add_sample(chosen(tokens=50))
+    routes.add_sample(chosen(tokens=60, layers=3))
+    assert (await routes.tally("a")).tokens == 60
+    routes.forget("a")
+    with pytest.raises(ConflictError):
+        await routes.tally("a")
+
+
+@pytest.mark.asyncio
+async def test_why_nothing_is_told() -> None:
+    with pytest.raises(
+        ConflictError, match=r"'a' are not sampled: its pool has no vllm.moe_capture"
+    ):
+        await MoeCollector(0, lambda: 0.0).tally("a")
+    routes = MoeCollector(8, lambda: 0.0)
+    with pytest.raises(ConflictError, match="no engine has sent routing samples of 'a' yet"):
+        await routes.tally("a")
+    routes.add_sample(chosen(layers=0))
+    with pytest.raises(ConflictError, match="'a' is not a mixture of experts"):
+        await routes.tally("a")
+    routes.add_sample(chosen("b"))
+    with pytest.raises(
+        ConflictError, match="no routing sample of 'b' has arrived yet: one step in 8"
+    ):
+        await routes.tally("b")
+
+
+@pytest.mark.asyncio
+async def test_metrics_are_by_layer_and_go_with_their_expert() -> None:
+    routes, meter = MoeCollector(1, lambda: 0.0), MetricsRegistry(Side.POOL)
+    routes.add_sample(chosen(tokens=50))
+    routes.add_sample(chosen("b", tokens=10))
+    await routes.compute()
+    routes.read(meter)
+    tally = await routes.tally("a")
+    assert meter.value(metrics.MOE_TOKENS, "a") == 50
+    assert meter.value(metrics.MOE_IMBALANCE, "a", "1") == tally.balance(1).imbalance
+    assert meter.value(metrics.MOE_SEGMENT_ROUTING, "a", "0") == tally.balance(0).srp
+    # Too short to tell: no value, not 0.
+    told = [
+        s.labels
+        for f in meter.families()
+        if f.name == metrics.MOE_SEGMENT_ROUTING.name
+        for s in f.samples
+    ]
+    assert {one["expert"] for one in told} == {"a"}
+    routes.forget("a")
+    routes.read(meter)
+    assert meter.value(metrics.MOE_IMBALANCE, "a", "1") == 0
+    assert meter.value(metrics.MOE_ROUTED_TOKENS, "a", "1", "0") == 0
+
+
+def test_tokens_of_each_routed_expert_are_told_while_there_is_room() -> None:
+    routes, meter = MoeCollector(1, lambda: 0.0), MetricsRegistry(Side.POOL)
+    small, more = chosen(tokens=50, seed=1), chosen(tokens=40, seed=2)
+    layers, experts = 80, 50
+    load = np.ones((layers, experts), np.int64)
+    routes.add_sample(RoutingSample("large", tuple(range(layers)), experts, 1, experts, load, ()))
+    for one in (small, more):
+        routes.add_sample(one)
+        routes.read(meter)
+    assert small.load is not None
+    assert more.load is not None
+    told = [
+        (sample.labels["expert"], sample.value)
+        for family in meter.families()
+        for sample in family.samples
+        if sample.name == metrics.MOE_ROUTED_TOKENS.name
+    ]
+    # Of the large one nothing, rather than some of it by name and the rest as "other".
+    assert told == [("a", value) for value in (small.load + more.load).ravel().tolist()]
+    assert load.size > MAX_SERIES
