@@ -57,13 +57,12 @@ class Looked(VllmEngine):
 
     async def tell(self) -> None:
         """Have what was seen told, as every 10 s."""
-        assert self._routers is not None
-        await self._routers.look()
+        assert self._routing_stats is not None
+        await self._routing_stats.poll()
 
     def core_s(self) -> float:
         """Processor time that the engine's core has used, in s."""
-        core = self._llm.engine_core.resources.engine_manager.processes[0].pid
-        ended = Path(f"/proc/{core}/stat").read_text().rsplit(")", 1)[1].split()
+        ended = Path(f"/proc/{self._vllm.core_pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(ended[11]) + int(ended[12])) / _TICKS
 
 

@@ -17,6 +17,9 @@ from prometheus_client import CollectorRegistry
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 
+# The ids of requests that check an engine begin so; they are no request of a client.
+CANARY = "canary-"
+
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:

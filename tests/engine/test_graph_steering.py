@@ -34,22 +34,22 @@ class Compiled(Swapping):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._stands = self._notes = True
+        self._uses_graph_steering = self._records_choices = True
         self.watch = Watch(_CAPTURE)
-        self._routers = RoutingStatsPoller(self._rpc, self.watch, _CAPTURE)
+        self._routing_stats = RoutingStatsPoller(self._rpc, self.watch, _CAPTURE)
 
     async def look(self) -> None:
-        assert self._routers is not None
-        await self._routers.look()
+        assert self._routing_stats is not None
+        await self._routing_stats.poll()
 
-    def _frontend_args(self) -> Any:
-        args = super()._frontend_args()
-        assert args.worker_cls == "service.engine.vllm.worker.gpu_worker.StandingWorker"
-        assert args.additional_config == {"coe_notes": True, "coe_places": 4}
-        args.worker_cls = "tests.support.engine.gate_observer_cpu.SeeingCpuWorker"
-        args.worker_extension_cls = "tests.support.engine.gate_observer.SeeingExtension"
-        args.enforce_eager = False
-        return args
+    def _launch_settings(self) -> Any:
+        settings = super()._launch_settings()
+        assert settings.worker_cls == "service.engine.vllm.worker.gpu_worker.GraphSteeringWorker"
+        assert settings.additional_config == {"coe_notes": True, "coe_places": 4}
+        settings.worker_cls = "tests.support.engine.gate_observer_cpu.SeeingCpuWorker"
+        settings.worker_extension_cls = "tests.support.engine.gate_observer.SeeingExtension"
+        settings.enforce_eager = False
+        return settings
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -62,7 +62,7 @@ async def steering(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[St
         assert report.details["eager"] == "false"
         made.first = await made.say("plain", 4)
         for name in made.profiles:
-            await made.engine.fill(name)
+            await made.engine.load_to_host(name)
         yield made
     finally:
         del os.environ[_TRACED]
@@ -123,9 +123,9 @@ async def test_weights_that_can_not_be_copied_stay(steering: Steering) -> None:
     assert "other" not in steering.engine.swappable_experts
     assert {"plain", *steering.profiles} <= steering.engine.swappable_experts
     with pytest.raises(ExpertFailedError, match=r"other.* could not be loaded: .*can't be copied"):
-        await steering.engine.fill("other")
+        await steering.engine.load_to_host("other")
     with pytest.raises(ExpertFailedError, match=r"layer 0 has 4 experts, of which 2 are .* 4, 3"):
-        await steering.engine.fill("odd")
+        await steering.engine.load_to_host("odd")
     assert steering.engine.failure() is None
 
 

@@ -43,8 +43,8 @@ class Slot:
         self.texts.setdefault(expert, []).append([*prompt, *answer[:-1]])
 
     async def look(self) -> None:
-        assert self.engine._routers is not None
-        await self.engine._routers.look()
+        assert self.engine._routing_stats is not None
+        await self.engine._routing_stats.poll()
 
 
 def profile_of(folder: str) -> SteeringProfile:

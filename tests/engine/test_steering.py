@@ -30,7 +30,7 @@ async def steering(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[St
         await made.engine.start()
         made.first = await made.say("plain", 4)
         for name in made.profiles:
-            filled = await made.engine.fill(name)
+            filled = await made.engine.load_to_host(name)
             assert filled.host_bytes < 1024
         yield made
     finally:
@@ -84,7 +84,7 @@ async def test_who_runs_ends_as_the_old_expert_s(steering: Steering) -> None:
     await steering.go_to("masked")
     alone = await steering.say("masked", 60)
     running = [asyncio.create_task(steering.say("masked", 60)) for _ in range(2)]
-    known = steering.engine._llm.output_processor.request_states
+    known = steering.engine._vllm._llm.output_processor.request_states
 
     def begun() -> bool:
         return len(known) == 2 and all(
@@ -107,7 +107,7 @@ async def test_a_canary_of_its_own(steering: Steering) -> None:
 
 async def test_beside_another_of_the_family(steering: Steering) -> None:
     own = await _of(steering, "masked")
-    await steering.engine.fill("other")
+    await steering.engine.load_to_host("other")
     assert await steering.go_to("other") == "inplace"
     foreign = await steering.say("other")
     assert foreign != own
@@ -122,7 +122,7 @@ async def test_beside_another_of_the_family(steering: Steering) -> None:
 
 async def test_what_does_not_fit_the_live_gates(steering: Steering) -> None:
     with pytest.raises(ExpertFailedError, match=r"layer 0 has 4 experts, of which 2 are .* 4, 3"):
-        await steering.engine.fill("odd")
+        await steering.engine.load_to_host("odd")
     with pytest.raises(ExpertFailedError, match=r"experts\.lost\.profile: can't be read"):
-        await steering.engine.fill("lost")
+        await steering.engine.load_to_host("lost")
     assert steering.engine.failure() is None

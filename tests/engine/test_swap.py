@@ -232,10 +232,10 @@ async def test_the_canary_sees_another_expert_in_its_place(stage: Stage) -> None
     await stage.run("base")
     assert await engine._canary("base")
     kept = stage.canaries["base"]
-    stage.canaries["base"] = replace(kept, said=stage.canaries["math"].said)
+    stage.canaries["base"] = replace(kept, answer=stage.canaries["math"].answer)
     assert not await engine._canary("base")
     # What was said by other files is nothing to hold these against.
-    stage.canaries["base"] = replace(kept, version="older", said=stage.canaries["math"].said)
+    stage.canaries["base"] = replace(kept, version="older", answer=stage.canaries["math"].answer)
     assert await engine._canary("base")
     assert stage.canaries["base"].version == kept.version
     stage.canaries["base"] = kept

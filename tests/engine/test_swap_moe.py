@@ -62,10 +62,9 @@ async def test_an_exchanged_moe_is_right_and_the_canary_sees_a_reloaded_one(pair
             assert (await engine.swap_in("one")).ok
             assert await ask(engine, "one") == first
         # vLLM's own way of putting other weights into a running engine.
-        await engine._llm.pause_generation(mode="wait", clear_cache=True)
-        path = {"weights_path": pair.folders["one"]}
-        await engine._llm.collective_rpc("reload_weights", kwargs=path)
-        await engine._llm.resume_generation()
+        await engine._vllm.pause()
+        await engine._vllm.collective_rpc("reload_weights", weights_path=pair.folders["one"])
+        await engine._vllm.resume()
         same = await ask(engine, "one") == first
         assert await engine._canary("one") is same
         assert not same, "vLLM reloads MoE weights rightly now: say so in the design"

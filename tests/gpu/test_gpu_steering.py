@@ -53,12 +53,12 @@ class Seeing(SwappingVllmEngine):
             first, weights, options, on_cpu=False, canary_interval=5, canaries=canaries
         )
 
-    def _frontend_args(self) -> Any:
-        args = super()._frontend_args()
-        assert args.worker_cls == "service.engine.vllm.worker.gpu_worker.StandingWorker"
-        args.additional_config = {**args.additional_config, NOTES: True}
-        args.worker_extension_cls = "tests.support.engine.gate_observer.SeeingExtension"
-        return args
+    def _launch_settings(self) -> Any:
+        settings = super()._launch_settings()
+        assert settings.worker_cls == "service.engine.vllm.worker.gpu_worker.GraphSteeringWorker"
+        settings.additional_config[NOTES] = True
+        settings.worker_extension_cls = "tests.support.engine.gate_observer.SeeingExtension"
+        return settings
 
 
 @pytest.mark.parametrize("eager", [True, False])
@@ -69,7 +69,7 @@ async def test_it_says_and_routes_as_the_reference(eager: bool, tmp_path: Path) 
         await steering.engine.start()
         said = {"plain": await steering.say("plain")}
         for name in (*RULES, "half"):
-            await steering.engine.fill(name)
+            await steering.engine.load_to_host(name)
             assert await steering.go_to(name) == "steer"
             said[name] = await steering.say(name)
         assert len({repr(one) for one in said.values()}) == len(said)

@@ -38,16 +38,13 @@ TOP = {
 # Each may be imported in these modules of the service, and nowhere else in it.
 ONLY_IN = {
     "vllm": {
-        "service/engine/vllm/engine.py",
-        "service/engine/vllm/checked_client.py",
+        "service/engine/vllm/handle.py",
         "service/engine/vllm/worker/grammars.py",
         "service/engine/vllm/worker/loading.py",
         "service/engine/vllm/worker/merged_worker.py",
         "service/engine/vllm/worker/gates.py",
         "service/engine/vllm/worker/packing.py",
         "service/engine/vllm/worker/gpu_worker.py",
-        "service/engine/vllm/stats.py",
-        "service/engine/vllm/swapping.py",
     },
     "ray": {
         "service/deployment/application.py",

@@ -1,4 +1,4 @@
-"""An engine's side of watching routers: asks its worker now and then, and tells the pool."""
+"""Polls an engine's worker for the choices of its gates, and passes them to the pool."""
 
 from __future__ import annotations
 
@@ -15,79 +15,93 @@ from service.errors import CoeError, ExpertFailedError
 
 log = logging.getLogger("coe.engine")
 
-EVERY_S = 10.0
-_ANSWER_S = 5.0
-_LAST_S = 1.0
+INTERVAL_S = 10.0
+_TIMEOUT_S = 5.0
+_LAST_TIMEOUT_S = 1.0
 
-Ask = Callable[..., Awaitable[Any]]
+CallWorker = Callable[..., Awaitable[Any]]
 
 
 class RoutingStatsPoller:
-    """Follows the routers of one engine's worker from `begin` to `end`.
+    """Polls the gates of one engine's worker from `start` to `stop`.
 
-    `ask` calls a method of the worker. `asked` is set whenever a request has ended: while
-    none does, nothing is new.
+    Args:
+        call_worker: Calls a method of the worker by name.
+        watch: Receives the samples.
+        options: How often the worker samples.
+
+    Attributes:
+        has_news: Set by the engine whenever a request has ended; without it there is no poll.
     """
 
-    def __init__(self, ask: Ask, watch: EngineObserver, options: MoeCapture) -> None:
-        self._ask = ask
+    def __init__(self, call_worker: CallWorker, watch: EngineObserver, options: MoeCapture) -> None:
+        self._call_worker = call_worker
         self._watch = watch
         self._options = options
         self._shape: tuple[tuple[int, ...], int, int] = ((), 0, 0)
-        self._following: asyncio.Task[None] | None = None
-        self.asked = False
+        self._polling: asyncio.Task[None] | None = None
+        self.has_news = False
 
-    async def begin(self, running: str, experts: Iterable[str]) -> None:
-        """Start: `running` is in the engine, any of `experts` may come.
+    async def start(self, running: str, experts: Iterable[str]) -> None:
+        """Start to sample.
 
-        Raises ExpertFailedError.
+        Args:
+            running: The expert whose weights the engine has now.
+            experts: All experts that the engine may run.
+
+        Raises:
+            ExpertFailedError: The model's gates can't be seen.
         """
         options = self._options
-        told = await self._ask(
+        answer = await self._call_worker(
             "coe_capture", running, options.every, options.stretches, options.tokens
         )
-        if "refused" in told:
-            raise ExpertFailedError(f"vllm.moe_capture: {told['refused']}")
-        self._shape = tuple(told["layers"]), int(told["experts"]), int(told["top_k"])
+        if "refused" in answer:
+            raise ExpertFailedError(f"vllm.moe_capture: {answer['refused']}")
+        self._shape = tuple(answer["layers"]), int(answer["experts"]), int(answer["top_k"])
         for expert in experts:
             self._watch.on_routing_sample(RoutingSample(expert, *self._shape))
         if self._shape[0]:
-            self._following = asyncio.create_task(self._follow())
+            self._polling = asyncio.create_task(self._poll_forever())
 
-    async def look(self) -> None:
-        """Ask what was chosen, and tell. Raises CoeError where the worker does not answer."""
+    async def poll(self) -> None:
+        """Fetch the samples since the last poll and pass them on.
+
+        Raises:
+            CoeError: The worker does not answer.
+        """
         layers, experts, top_k = self._shape
-        told: dict[str, Any] = await self._ask("coe_captured")
-        for expert, one in told.items():
-            load = np.frombuffer(one["load"], np.int64).reshape(len(layers), experts)
+        samples: dict[str, Any] = await self._call_worker("coe_captured")
+        for expert, sample in samples.items():
+            load = np.frombuffer(sample["load"], np.int64).reshape(len(layers), experts)
             stretches = tuple(
-                np.frombuffer(data, np.int16).reshape(shape) for *shape, data in one["stretches"]
+                np.frombuffer(data, np.int16).reshape(shape) for *shape, data in sample["stretches"]
             )
             self._watch.on_routing_sample(
-                RoutingSample(expert, layers, experts, top_k, one["tokens"], load, stretches)
+                RoutingSample(expert, layers, experts, top_k, sample["tokens"], load, stretches)
             )
 
-    async def _follow(self) -> None:
+    async def _poll_forever(self) -> None:
         while True:
-            await asyncio.sleep(EVERY_S)
-            if self.asked:
-                self.asked = False
-                await self._try(_ANSWER_S)
+            await asyncio.sleep(INTERVAL_S)
+            if self.has_news:
+                self.has_news = False
+                await self._try_poll(_TIMEOUT_S)
 
-    async def _try(self, timeout_s: float) -> None:
+    async def _try_poll(self, timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
-                await self.look()
+                await self.poll()
         except Exception as error:
-            # Whatever the worker says: the next look may go well. Its text may be anything.
+            # The next poll may succeed. The text of an unknown error may quote a prompt.
             kind = error.message if isinstance(error, CoeError) else type(error).__name__
-            log.warning("the routers of an expert could not be looked at: %s", kind)
+            log.warning("MoE routing capture failed: %s", kind)
 
-    async def end(self, *, look: bool) -> None:
-        """Look no more, or, with `look`, once. Safe to call twice, and before `begin`."""
-        following, self._following = self._following, None
-        if following is not None:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
-            if look:
-                await self._try(_LAST_S)
+    async def stop(self, *, poll: bool) -> None:
+        """Stop polling; `poll`: after one more poll. Safe to call twice, and before `start`."""
+        polling, self._polling = self._polling, None
+        if polling is not None:
+            polling.cancel()
+            await asyncio.gather(polling, return_exceptions=True)
+            if poll:
+                await self._try_poll(_LAST_TIMEOUT_S)

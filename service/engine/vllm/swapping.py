@@ -1,28 +1,27 @@
-"""A vLLM engine whose weights are exchanged in place: several experts of one family take turns.
+"""A vLLM engine whose weights are swapped in place: several experts of one family take turns.
 
-The work on the weights is done in the engine core, by `vllm_worker`. Here are the
-order of things (pause, exchange, probe, resume), the token canary, and each
+The worker extension `service.engine.vllm.worker.swap` does the work on the weights, in the engine
+core. This module has the order of a swap (pause, swap, probe, resume), the token canary, and each
 expert's own OpenAI layer with its own tokenizer and chat template.
 """
 
 from __future__ import annotations
 
 import asyncio
-import copy
 import hashlib
 import logging
 import math
 import time
-from argparse import Namespace
 from collections.abc import Awaitable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
 from service.config import VllmOptions
 from service.engine.base import (
+    CANARY,
     EngineObserver,
     EngineReport,
     EngineRequest,
@@ -31,35 +30,43 @@ from service.engine.base import (
     SwapResult,
 )
 from service.engine.steering_spec import MERGED, PLACES, Steering
-from service.engine.vllm.engine import STANDING, VllmEngine, VllmModel, first_line
-from service.engine.vllm.frontend import EngineClient, tokenizer_digest
-from service.engine.vllm.stats import CANARY
+from service.engine.vllm.engine import GRAPH_STEERING_WORKER, VllmEngine, VllmModel, first_line
+from service.engine.vllm.handle import LaunchSettings, OpenAiApp, Rendering
+from service.engine.vllm.tokenizer_digest import tokenizer_digest
 from service.engine.weight_cache import EngineShare, SharedWeightCache
 from service.errors import CoeError, EngineDeadError, ExpertFailedError
 from service.models import ModelInfo, inspect_model
 from service.models.file_version import version_of
 from service.models.lora_merge import LoraDelta
 
+_T = TypeVar("_T")
+
 log = logging.getLogger("coe.engine")
 
-_EXTENSION = "service.engine.vllm.worker.swap.SwapExtension"
-_PINNED = "service.engine.vllm.worker.pinned_weights.PinnedExtension"
+_SWAP_EXTENSION = "service.engine.vllm.worker.swap.SwapExtension"
+_PINNED_EXTENSION = "service.engine.vllm.worker.pinned_weights.PinnedExtension"
 _MERGED_WORKER = "service.engine.vllm.worker.merged_worker.MergedWorker"
 _POLL_S = 0.01
-_LOOK_S = 0.2
+_CHECK_ALIVE_S = 0.2
 _CANARY_PROMPT = list(range(101, 117))
 _CANARY_TOKENS = 6
-_SURE = 1e-3
-# Of a vector's length: how far another computation of it may be from it.
-_SAME_VECTOR = 1e-3
+# By how much the logarithm of a token's probability may differ from the recorded one.
+_LOGPROB_TOLERANCE = 1e-3
+# By what part of its length a vector may differ from the recorded one.
+_VECTOR_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Where one expert's full weights come from: a folder, and a LoRA folder merged into it.
+    """The source of one expert's full weights.
 
-    steering: it has none of its own, but its base's, with other rules for the gates. fault:
-    why there can be no such expert, told to who asks for it. embeds: it makes vectors, not text.
+    Attributes:
+        folder: Folder of the weights.
+        adapter: Folder of a LoRA adapter to merge into them.
+        strength: Factor of the adapter.
+        steering: Rules for the gates; the weights are then the base's own.
+        fault: Why there can be no such expert; the error of every request for it.
+        embeds: The model makes vectors, not text.
     """
 
     folder: str
@@ -71,44 +78,54 @@ class Weights:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is what the folder holds, with nothing changed."""
+        """Whether the weights are those of the folder, unchanged."""
         return self.adapter is None and self.steering is None and not self.fault
 
     @property
     def places(self) -> int:
-        """The most experts that its steering chooses for a token; 0: it has none."""
+        """The most routed experts that its steering chooses for a token; 0 without steering."""
         return self.steering.places if self.steering is not None else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Canary:
-    """What an expert said at its first load. `version`: of the files that it was loaded from.
+    """An expert's answer to a fixed prompt, recorded at its first load.
 
-    said: the greedy tokens, and how sure each was, as JSON.
+    Attributes:
+        version: Version of the files that it was loaded from.
+        answer: JSON of two lists: the first greedy tokens, and the logarithm of each one's
+            probability; or no tokens, and the vector of an expert that embeds.
     """
 
     version: str
-    said: str
+    answer: str
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Frontend:
-    """One expert's OpenAI layer; `renderer` is None where it is the engine's own."""
+    """One expert's OpenAI layer, and the tokenizer that the engine uses while the expert runs."""
 
-    app: Any
+    app: OpenAiApp
     source: Weights
     version: str
-    renderer: Any = None
-    generation_config: Any = None
+    rendering: Rendering
 
 
 class SwappingVllmEngine(VllmEngine):
-    """An engine for `weights`' experts, all of one family; it starts with `first` running.
+    """One engine for several experts of one family.
 
-    `canaries` outlives the engine: each expert's first greedy tokens, as the first load of its
-    files gave them; other files under the same path are another version. `cache`: on a GPU, where
-    the pool's engines share the weights they hold; an engine that keeps the weights it was started
-    with needs none.
+    Args:
+        first: The expert that runs when the engine has started.
+        weights: Sources by expert. The caller may add and remove experts.
+        options: The pool's `vllm` section.
+        on_cpu: The engine computes on the CPU.
+        canary_interval: The canary is checked at an expert's first swap and at every n-th.
+        canaries: Recorded canaries by expert. The mapping outlives the engine.
+        watch: Receives the engine's statistics, if any.
+        cache: On a GPU, where the pool's engines share the weights that they hold; an engine that
+            keeps the weights it was started with needs none.
+        secrets: Environment variables that the core must not inherit, beside those that look like
+            keys.
     """
 
     def __init__(
@@ -127,61 +144,60 @@ class SwappingVllmEngine(VllmEngine):
         self._share = EngineShare(cache) if cache is not None else None
         model = VllmModel(first, weights[first].folder, {}, embeds=weights[first].embeds)
         super().__init__(model, options, on_cpu=on_cpu, watch=watch, secrets=secrets)
-        # The caller's own: experts may come and go.
         self._weights = weights
         self._first = first
         self._canary_every = canary_interval
         self._canaries = canaries
         self._swaps: dict[str, int] = {}
-        self._faces: dict[str, _Frontend] = {}
-        # Of the files that each expert's weights were read from.
+        self._frontends: dict[str, _Frontend] = {}
+        # Versions of the files that each expert's weights were read from.
         self._versions: dict[str, str] = {}
         self._own_digest = ""
-        self._own_face: tuple[Any, Any] | None = None
-        self._tasks: Any = None
         self._broken: str | None = None
-        # On CPU rules are put into live routers; a GPU's stand there from the start.
-        self._stands = not on_cpu
+        # On a GPU, rules for gates are installed before graphs are captured; on a CPU at a swap.
+        self._uses_graph_steering = not on_cpu
         self._places = 0
-        # Whose weights the engine keeps for good, if it does.
+        # The expert whose weights can't be swapped out, if any.
         self._fixed = ""
 
     @property
     def swappable_experts(self) -> frozenset[str]:
-        """Those of this engine's experts that it can run as it was started."""
-        # A copy: they may come and go in another thread.
+        """The experts that this engine can run as it was started."""
+        # A copy: another thread may add and remove experts.
         return frozenset(name for name, w in tuple(self._weights.items()) if self._can_run(name, w))
 
     def _can_run(self, expert: str, weights: Weights) -> bool:
         if weights.fault:
-            return True  # no engine could; it is told to who asks
+            return True  # no engine could; the error answers every request for it
         base = weights.steering.base if weights.steering is not None else expert
         if self._fixed and base != self._fixed:
             return False
-        return not self._stands or weights.places <= self._places
+        return not self._uses_graph_steering or weights.places <= self._places
 
     def failure(self) -> str | None:
-        """Why the engine must not be used, or None."""
         return self._broken or super().failure()
 
-    def _frontend_args(self) -> Namespace:
-        args = super()._frontend_args()
-        args.worker_extension_cls = _PINNED if self._stands else _EXTENSION
+    def _launch_settings(self) -> LaunchSettings:
+        settings = super()._launch_settings()
+        on_gpu = self._uses_graph_steering
+        settings.worker_extension_cls = _PINNED_EXTENSION if on_gpu else _SWAP_EXTENSION
         self._places = max(weights.places for weights in tuple(self._weights.values()))
-        if self._stands and self._places:
-            args.worker_cls = STANDING
-            args.additional_config = {**args.additional_config, PLACES: self._places}
+        if on_gpu and self._places:
+            settings.worker_cls = GRAPH_STEERING_WORKER
+            settings.additional_config[PLACES] = self._places
         if (merged := self._merged_first) is not None:
-            args.worker_cls = _MERGED_WORKER
-            told = {"folder": merged.adapter, "strength": merged.strength}
-            args.additional_config = {**args.additional_config, MERGED: told}
-        return args
+            settings.worker_cls = _MERGED_WORKER
+            settings.additional_config[MERGED] = {
+                "folder": merged.adapter,
+                "strength": merged.strength,
+            }
+        return settings
 
     @property
     def _merged_first(self) -> Weights | None:
-        """What the engine starts with, where that is an adapter merged into its base."""
+        """The first expert's weights, if an adapter is merged into its base while they load."""
         first = self._weights[self._first]
-        return first if first.adapter is not None and not self._stands else None
+        return first if first.adapter is not None and not self._uses_graph_steering else None
 
     async def _start(self) -> EngineReport:
         merged = self._merged_first
@@ -192,9 +208,7 @@ class SwappingVllmEngine(VllmEngine):
             await asyncio.to_thread(_check_merged, self._first, merged)
         report = await super()._start()
         if await self._version_of(source) != before:
-            raise ExpertFailedError(_changed_while(self._first), retry_after_s=30)
-        self._tasks = await self._llm.get_supported_tasks()
-        self._own_face = (self._llm.renderer, self._llm.input_processor.generation_config_fields)
+            raise ExpertFailedError(_files_changed(self._first), retry_after_s=30)
         plain = [
             name
             for name, w in self._weights.items()
@@ -203,104 +217,105 @@ class SwappingVllmEngine(VllmEngine):
         own = merged is not None or self._first in plain
         adopted = self._first if own else next(iter(plain), "")
         self._versions[adopted] = before
-        await self._take(adopted)
+        await self._share_weights(adopted)
         if why := await self._rpc("coe_register_initial", adopted):
-            log.info("the engine of %s keeps its weights: %s", adopted, why)
+            log.info("in-place swap disabled for %s: %s", adopted, why)
             self._fixed = adopted
         if adopted != self._first:
             await self.load_to_host(self._first)
             if not (await self.swap_in(self._first)).ok:
-                raise ExpertFailedError(_changed_while(self._first), retry_after_s=30)
+                raise ExpertFailedError(_files_changed(self._first), retry_after_s=30)
             # The pool counts what is held from the first unit on.
             await self.evict(adopted)
         else:
             source = self._weights[self._first]
-            self._faces[self._first] = _Frontend(self._app, source, before)
+            self._frontends[self._first] = _Frontend(
+                super()._app_for(self._first), source, before, self._vllm.rendering
+            )
             if not await self._canary(self._first):
                 raise ExpertFailedError(
                     f"expert {self._first!r} answers otherwise than when first loaded"
                 )
         return report
 
-    def _layer_of(self, expert: str) -> Any:
-        return self._faces[expert].app
+    def _app_for(self, expert: str) -> OpenAiApp:
+        return self._frontends[expert].app
 
     async def load_to_host(self, expert: str) -> LoadResult:
-        """See `SwappingEngine.fill`."""
         source = self._weights[expert]
         if source.fault:
             raise ExpertFailedError(source.fault, retry_after_s=30)
         if source.steering is not None:
             began_s = time.monotonic()
             size = await self._rpc("coe_steer", expert, asdict(source.steering))
-            # Its base's as they are held, whatever lies under their path now.
+            # The base's weights as they are held, whatever its files are now.
             rules = hashlib.sha256(repr(source.steering).encode()).hexdigest()[:24]
             base = self._versions.get(source.steering.base, "")
             self._versions[expert] = f"{base}-{rules}"
-            await self._face_or_drop(expert, source)
+            await self._load_frontend_or_evict(expert, source)
             return LoadResult(int(size), time.monotonic() - began_s)
         version = await self._version_of(source)
-        await self._take(expert)
+        await self._share_weights(expert)
         await self._rpc("coe_load_to_host", expert, source.folder, source.adapter, source.strength)
-        told = await self._rpc("coe_load_result", expert)
-        while told["state"] == "filling":  # in another process: there is no event to await
+        result = await self._rpc("coe_load_result", expert)
+        while result["state"] == "filling":  # in another process: there is no event to await
             await asyncio.sleep(_POLL_S)
-            told = await self._rpc("coe_load_result", expert)
-        if told["state"] != "host":
-            await self._give_back(expert)
-            reason = told.get("reason", "its weights went away while they were loaded")
+            result = await self._rpc("coe_load_result", expert)
+        if result["state"] != "host":
+            await self._release_weights(expert)
+            reason = result.get("reason", "its weights went away while they were loaded")
             raise ExpertFailedError(
                 f"expert {expert!r} could not be loaded: {reason}", retry_after_s=30
             )
         if await self._version_of(source) != version:
             # Some of what was read may be of the old files, and some of the new ones.
             await self.evict(expert)
-            raise ExpertFailedError(_changed_while(expert), retry_after_s=30)
+            raise ExpertFailedError(_files_changed(expert), retry_after_s=30)
         self._versions[expert] = version
-        await self._face_or_drop(expert, source)
-        return LoadResult(int(told["host_bytes"]), float(told["fill_s"]))
+        await self._load_frontend_or_evict(expert, source)
+        return LoadResult(int(result["host_bytes"]), float(result["fill_s"]))
 
     async def swap_in(self, expert: str) -> SwapResult:
-        """See `SwappingEngine.swap_in`."""
         began_s = time.monotonic()
-        if (face := self._faces.get(expert)) is None:
+        if (frontend := self._frontends.get(expert)) is None:
             raise ExpertFailedError(f"the weights of {expert!r} are not held")
         moved = resumed = False
         try:
-            await self._alive(self._llm.pause_generation(mode="wait", clear_cache=True))
+            await self._call_core(self._vllm.pause())
             try:
-                done = await self._rpc("coe_swap_in", expert)
+                result = await self._rpc("coe_swap_in", expert)
                 moved = True
-                self._put_on(face)
+                # Nothing is running: the engine is paused.
+                self._vllm.use_rendering(frontend.rendering)
                 if self._stats is not None:
                     self._stats.running = expert
             finally:
-                # A paused engine would keep even the old expert's requests for ever.
-                await self._alive(self._llm.resume_generation())
+                # A paused engine would never answer the old expert's requests either.
+                await self._call_core(self._vllm.resume())
                 resumed = True
         except Exception as error:
             if moved or not resumed:
-                # Neither the old expert's engine nor the new one's: nobody may use it.
+                # The engine may have parts of both experts: it must not answer any more.
                 self._broken = "a swap was left half done"
             if isinstance(error, CoeError):
                 raise
             raise self._fault(f"expert {expert!r} could not be swapped in", error) from error
         swap_s = time.monotonic() - began_s
         count = self._swaps[expert] = self._swaps.get(expert, 0) + 1
-        ok = bool(done["ok"])
+        ok = bool(result["ok"])
         if ok and (count % self._canary_every == 0 or count == 1):
             ok = await self._canary(expert)
-        return SwapResult(swap_s, ok, str(done["method"]))
+        return SwapResult(swap_s, ok, str(result["method"]))
 
     async def evict(self, expert: str, *, for_next: bool = False) -> None:
-        """See `SwappingEngine.drop`."""
         await self._rpc("coe_evict", expert, for_next)
-        await self._give_back(expert)
+        await self._release_weights(expert)
 
     async def _version_of(self, source: Weights) -> str:
-        """Of the files that weights would be read from now.
+        """Version of the files that weights would be read from now.
 
-        Raises ExpertFailedError where it can't.
+        Raises:
+            ExpertFailedError: They can't be read.
         """
         try:
             return await asyncio.to_thread(
@@ -310,8 +325,8 @@ class SwappingVllmEngine(VllmEngine):
             why = f"the files in {source.folder} can't be read: {error}"
             raise ExpertFailedError(why, retry_after_s=30) from error
 
-    async def _take(self, expert: str) -> None:
-        """Tell the workers where in shared memory an expert's weights are, or are to be."""
+    async def _share_weights(self, expert: str) -> None:
+        """Send the workers the place in shared memory for an expert's weights."""
         if self._share is not None:
             source = self._weights.get(expert, Weights(self._model.path))
             path, token = await asyncio.to_thread(
@@ -319,46 +334,49 @@ class SwappingVllmEngine(VllmEngine):
             )
             await self._rpc("coe_share", expert, path, token)
 
-    async def _give_back(self, expert: str) -> None:
+    async def _release_weights(self, expert: str) -> None:
         if self._share is not None:
-            stays_s = await asyncio.to_thread(self._share.give_back, expert)
-            self._sweep_in(stays_s, self._share)
+            delay_s = await asyncio.to_thread(self._share.give_back, expert)
+            self._sweep_in(delay_s, self._share)
 
-    def _sweep_in(self, stays_s: float, share: EngineShare) -> None:
+    def _sweep_in(self, delay_s: float, share: EngineShare) -> None:
         loop = asyncio.get_running_loop()
-        loop.call_later(stays_s, loop.run_in_executor, None, share.sweep)
+        loop.call_later(delay_s, loop.run_in_executor, None, share.sweep)
 
     async def stop(self) -> None:
-        """Stop the core process; what it shared stays for a while, for the next."""
+        """Stop the core process. Its shared weights stay for a while, for the next engine."""
         await super().stop()
         if self._share is not None:
             self._sweep_in(await asyncio.to_thread(self._share.end), self._share)
 
     async def memory(self) -> dict[str, int]:
-        """The core process's resident bytes, and what held experts were measured to take."""
-        told: dict[str, int] = await self._rpc("coe_memory")
-        return told
+        """Bytes of the core process by kind: `resident_bytes`, and `host_bytes` of held experts."""
+        memory: dict[str, int] = await self._rpc("coe_memory")
+        return memory
 
     async def _rpc(self, method: str, *args: object) -> Any:
         try:
-            return _merge_rank_results(
-                await self._alive(self._llm.collective_rpc(method, args=args))
-            )
+            answers = await self._call_core(self._vllm.collective_rpc(method, *args))
+            return _merge_rank_results(answers)
         except CoeError:
             raise
         except Exception as error:
             raise self._fault(f"{method} failed", error) from error
 
-    async def _alive(self, call: Awaitable[Any]) -> Any:
-        """What the core answers. vLLM leaves a call to a core that dies meanwhile unanswered."""
-        asked = asyncio.ensure_future(call)
+    async def _call_core(self, call: Awaitable[_T]) -> _T:
+        """Await a call to the core. vLLM leaves it unanswered if the core dies meanwhile.
+
+        Raises:
+            EngineDeadError: The core has died.
+        """
+        task = asyncio.ensure_future(call)
         try:
-            while not (await asyncio.wait({asked}, timeout=_LOOK_S))[0]:
+            while not (await asyncio.wait({task}, timeout=_CHECK_ALIVE_S))[0]:
                 if (why := self.failure()) is not None:
                     raise EngineDeadError(f"the engine died: {why}")
-            return asked.result()
+            return task.result()
         finally:
-            asked.cancel()
+            task.cancel()
 
     def _fault(self, what: str, error: Exception) -> CoeError:
         if (why := self.failure()) is not None:
@@ -368,15 +386,13 @@ class SwappingVllmEngine(VllmEngine):
     # --- the token canary
 
     async def _canary(self, expert: str) -> bool:
-        """Whether its first greedy tokens are as at its files' first load, which records them.
+        """Whether an expert answers a fixed prompt as at the first load of its files.
 
-        An expert that embeds is asked for a vector instead.
+        The first load of a version of its files records the answer.
         """
-        embeds = "generate" not in self._tasks
-        body: dict[str, Any] = {"model": expert}
-        if embeds:
-            body["input"] = self._canary_prompt()
-        else:
+        generates = self._vllm.generates
+        body: dict[str, object] = {"model": expert}
+        if generates:
             body |= {
                 "prompt": self._canary_prompt(),
                 "max_tokens": _CANARY_TOKENS,
@@ -385,20 +401,22 @@ class SwappingVllmEngine(VllmEngine):
                 "return_token_ids": True,
                 "logprobs": 1,
             }
+        else:
+            body["input"] = self._canary_prompt()
         parts: list[bytes] = []
 
         async def collect(message: Message) -> None:
             parts.append(message.get("body", b""))
 
         request = EngineRequest(
-            "/v1/embeddings" if embeds else "/v1/completions",
+            "/v1/completions" if generates else "/v1/embeddings",
             expert,
             orjson.dumps(body),
             f"{CANARY}{time.monotonic_ns()}",
         )
         await self.run(request, collect)
         try:
-            said = _canary_said(orjson.loads(b"".join(parts)))
+            tokens, values = _canary_answer(orjson.loads(b"".join(parts)))
         except (orjson.JSONDecodeError, KeyError, IndexError):
             self._broken = f"expert {expert!r} can't answer its canary"
             raise ExpertFailedError(self._broken, retry_after_s=30) from None
@@ -406,85 +424,63 @@ class SwappingVllmEngine(VllmEngine):
         kept = self._canaries.get(expert)
         if kept is None or kept.version != version:
             if kept is not None:
-                log.info("expert %s: its files are others than at its last load", expert)
-            kept = self._canaries[expert] = Canary(version, orjson.dumps(said).decode())
-        first = orjson.loads(kept.said)
-        if embeds:
-            return math.dist(first[1], said[1]) < _SAME_VECTOR * math.hypot(*first[1])
-        return first[0] == said[0] and all(
-            abs(a - b) < _SURE for a, b in zip(first[1], said[1], strict=True)
+                log.info("expert %s: its files have changed since its last load", expert)
+            answer = orjson.dumps([tokens, values]).decode()
+            kept = self._canaries[expert] = Canary(version, answer)
+        first_tokens, first_values = orjson.loads(kept.answer)
+        if not generates:
+            tolerance = _VECTOR_TOLERANCE * math.hypot(*first_values)
+            return math.dist(first_values, values) < tolerance
+        return bool(first_tokens == tokens) and all(
+            abs(a - b) < _LOGPROB_TOLERANCE for a, b in zip(first_values, values, strict=True)
         )
 
     def _canary_prompt(self) -> list[int]:
         """A few tokens that every vocabulary has, and that leave room for the answer."""
-        config = self._llm.model_config
-        room = config.max_model_len - _CANARY_TOKENS
-        return [token % config.get_vocab_size() for token in _CANARY_PROMPT][: max(1, room)]
+        room = self._vllm.max_model_len - _CANARY_TOKENS
+        return [token % self._vllm.vocab_size for token in _CANARY_PROMPT][: max(1, room)]
 
-    # --- faces
+    # --- the OpenAI layers of experts
 
-    async def _face_or_drop(self, expert: str, source: Weights) -> None:
-        """An expert without a tokenizer is not held either."""
+    async def _load_frontend_or_evict(self, expert: str, source: Weights) -> None:
+        """Have an expert's OpenAI layer; without its tokenizer its weights are not held either."""
         try:
-            await self._face_for(expert, source)
+            await self._load_frontend(expert, source)
         except Exception as error:
             await self.evict(expert)
             if isinstance(error, CoeError):
                 raise
             raise self._fault(f"expert {expert!r} could not be loaded", error) from error
 
-    async def _face_for(self, expert: str, source: Weights) -> None:
-        face = self._faces.get(expert)
+    async def _load_frontend(self, expert: str, source: Weights) -> None:
+        frontend = self._frontends.get(expert)
         version = self._versions.get(expert, "")
-        if face is None or face.source != source or face.version != version:
-            self._faces[expert] = await self._make_face(expert, source, version)
+        if frontend is None or frontend.source != source or frontend.version != version:
+            rendering = await self._load_rendering(expert, source.folder)
+            app = await self._vllm.openai_app(expert, rendering)
+            self._frontends[expert] = _Frontend(app, source, version, rendering)
 
-    async def _make_face(self, expert: str, source: Weights, version: str) -> _Frontend:
-        folder = source.folder
-        args = copy.copy(self._args)
-        args.served_model_name = [expert]
+    async def _load_rendering(self, expert: str, folder: str) -> Rendering:
+        """The engine's own tokenizer if the expert's is the same, else the expert's."""
         if await asyncio.to_thread(tokenizer_digest, folder) == self._own_digest:
-            # Not the engine's of this moment: another expert's may be on it now.
-            assert self._own_face is not None
-            await self._rpc("coe_tokens", expert, "")
-            client = EngineClient(self._llm, self._llm.vllm_config, self._own_face[0])
-            return _Frontend(await self._openai_layer(args, client, self._tasks), source, version)
-        from vllm.renderers import renderer_from_config
-
-        # The core makes grammars by its own.
-        await self._rpc("coe_tokens", expert, folder)
-        fault = await self._rpc("coe_tokens_told", expert)
+            await self._rpc("coe_load_tokenizer", expert, "")
+            return self._vllm.rendering
+        # The core compiles grammars with a tokenizer of its own.
+        await self._rpc("coe_load_tokenizer", expert, folder)
+        fault = await self._rpc("coe_tokenizer_fault", expert)
         while fault is None:  # in another process: there is no event to await
             await asyncio.sleep(_POLL_S)
-            fault = await self._rpc("coe_tokens_told", expert)
+            fault = await self._rpc("coe_tokenizer_fault", expert)
         if fault:
             raise ExpertFailedError(f"the tokenizer of expert {expert!r} can't be read: {fault}")
-        args.model = folder
-        config = copy.copy(self._llm.vllm_config)
-        config.model_config = copy.copy(config.model_config)
-        config.model_config.model = config.model_config.tokenizer = folder
-        renderer = await asyncio.to_thread(renderer_from_config, config)
-        client = EngineClient(self._llm, config, renderer)
-        app = await self._openai_layer(args, client, self._tasks)
-        generation_config = config.model_config.try_get_generation_config()
-        return _Frontend(app, source, version, renderer, generation_config)
-
-    def _put_on(self, face: _Frontend) -> None:
-        """Tokens and text of this expert's kind from now on. Nothing is running."""
-        assert self._own_face is not None
-        renderer, generation_config = self._own_face
-        if face.renderer is not None:
-            renderer, generation_config = face.renderer, face.generation_config
-        llm = self._llm
-        llm.renderer = llm.input_processor.renderer = renderer
-        llm.input_processor.generation_config_fields = generation_config
-        llm.output_processor.tokenizer = renderer.tokenizer
+        return await self._vllm.load_rendering(folder)
 
 
 def _check_merged(expert: str, source: Weights) -> None:
-    """Raises ExpertFailedError where an adapter can't be merged.
+    """Check that an adapter can be merged, as a core that fails gives no reason.
 
-    A core that fails tells no reason.
+    Raises:
+        ExpertFailedError: It can't be merged.
     """
     assert source.adapter is not None
     try:
@@ -499,34 +495,37 @@ def _check_merged(expert: str, source: Weights) -> None:
         raise ExpertFailedError(why, retry_after_s=30) from error
 
 
-def _changed_while(expert: str) -> str:
+def _files_changed(expert: str) -> str:
     return f"the files of expert {expert!r} changed while they were loaded"
 
 
-def _canary_said(told: dict[str, Any]) -> list[list[Any]]:
-    """The tokens of an answer and how sure each is, or no tokens and a vector.
+def _canary_answer(reply: dict[str, Any]) -> tuple[list[int], list[float]]:
+    """The tokens of a reply and their log probabilities, or no tokens and a vector.
 
-    Experts of one family often begin alike: how sure they are tells them apart. Raises KeyError
-    or IndexError where a reply holds neither.
+    Experts of one family often begin alike: the probabilities tell them apart.
+
+    Raises:
+        KeyError, IndexError: The reply has neither.
     """
-    if "data" in told:
-        return [[], told["data"][0]["embedding"]]
-    choice = told["choices"][0]
-    return [choice["token_ids"], choice["logprobs"]["token_logprobs"]]
+    if "data" in reply:
+        return [], reply["data"][0]["embedding"]
+    choice = reply["choices"][0]
+    return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
 
 def _merge_rank_results(answers: list[Any]) -> Any:
-    """What several workers of one engine say together: as far as the last, as bad as the worst."""
-    told = [answer for answer in answers if isinstance(answer, dict)]
+    """Merge the results of all ranks: the least progress, the worst status, and sums of bytes."""
+    results = [answer for answer in answers if isinstance(answer, dict)]
     for state in ("failed", "filling", "disk"):
-        for answer in told:
-            if answer.get("state") == state:
-                return answer
-    for answer in told:
-        if answer.get("ok") is False:
-            return answer
-    if told and all(answer.get("state") == "host" for answer in told):
+        for result in results:
+            if result.get("state") == state:
+                return result
+    for result in results:
+        if result.get("ok") is False:
+            return result
+    if results and all(result.get("state") == "host" for result in results):
         # Each rank holds its own part.
-        whole = sum(int(answer["host_bytes"]) for answer in told)
-        return {**told[0], "host_bytes": whole, "fill_s": max(a["fill_s"] for a in told)}
+        host_bytes = sum(int(result["host_bytes"]) for result in results)
+        fill_s = max(result["fill_s"] for result in results)
+        return {**results[0], "host_bytes": host_bytes, "fill_s": fill_s}
     return answers[0]

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.config import VllmOptions
 from service.engine.base import EngineRequest, Message
+from service.engine.vllm.handle import LaunchSettings
 from service.engine.vllm.swapping import Canary, SwappingVllmEngine, Weights
 from service.telemetry.pool_metrics import PoolMetrics
 
@@ -84,10 +85,10 @@ class Swapping(SwappingVllmEngine):
             watch=self.metrics,
         )
 
-    def _frontend_args(self) -> Any:
-        args = super()._frontend_args()
-        args.worker_extension_cls = "tests.support.engine.extension.BreakableExtension"
-        return args
+    def _launch_settings(self) -> LaunchSettings:
+        settings = super()._launch_settings()
+        settings.worker_extension_cls = "tests.support.engine.extension.BreakableExtension"
+        return settings
 
     async def _rpc(self, method: str, *args: object) -> Any:
         if method == self.die_at:
@@ -98,7 +99,7 @@ class Swapping(SwappingVllmEngine):
 
 def core_of(engine: Any) -> int:
     """The process id of an engine's core."""
-    pid: int = engine._llm.engine_core.resources.engine_manager.processes[0].pid
+    pid: int = engine._vllm.core_pid
     return pid
 
 

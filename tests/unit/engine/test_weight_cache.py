@@ -42,7 +42,7 @@ class Workers(SwappingVllmEngine):
             return {"state": "host", "host_bytes": 58, "fill_s": 0.1}
         return None
 
-    async def _face_for(self, expert: str, source: Weights) -> None:
+    async def _load_frontend(self, expert: str, source: Weights) -> None:
         """Nobody is answered here."""
 
 

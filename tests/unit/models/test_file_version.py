@@ -13,8 +13,8 @@ import pytest
 from service.config import Config, load_config
 from service.deployment.config_reload import RunningConfig, reload
 from service.engine.base import EngineRequest, Send
-from service.engine.vllm.frontend import tokenizer_digest
 from service.engine.vllm.swapping import Canary, SwappingVllmEngine
+from service.engine.vllm.tokenizer_digest import tokenizer_digest
 from service.models.file_version import version_of
 from service.pool.factory import PoolFactory
 from service.pool.pool import Pool
@@ -127,9 +127,7 @@ class Speaks(SwappingVllmEngine):
         self._canaries = canaries
         self._versions = {"math": version}
         self._broken = None
-        self._llm = SimpleNamespace(
-            model_config=SimpleNamespace(max_model_len=2048, get_vocab_size=lambda: 49152)
-        )
+        self._handle = SimpleNamespace(generates=True, max_model_len=2048, vocab_size=49152)
         self.tokens = tokens
 
     async def run(self, request: EngineRequest, send: Send) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.vllm.stats import CANARY
+from service.engine.base import CANARY
 from service.engine.vllm.worker.gates import RoutedLayer, routed_layers
 from service.engine.vllm.worker.graph_capture import ChoiceBuffer
 

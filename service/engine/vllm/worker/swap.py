@@ -195,7 +195,7 @@ class SwapExtension(CaptureExtension):
         counted = tensor_bytes(beside.model) + scratch.packed_bytes
         return HostWeights(beside.model, layers, max(counted, own_bytes() - before))
 
-    def coe_tokens(self, expert: str, folder: str) -> None:
+    def coe_load_tokenizer(self, expert: str, folder: str) -> None:
         """Begin to read an expert's tokenizer; where `folder` is empty it has the core's own.
 
         Raises ValueError where that is no use here.
@@ -210,7 +210,7 @@ class SwapExtension(CaptureExtension):
         else:
             state.grammars.forget(expert)
 
-    def coe_tokens_told(self, expert: str) -> str | None:
+    def coe_tokenizer_fault(self, expert: str) -> str | None:
         """See `Grammars.told`."""
         grammars = self._coe().grammars
         return grammars.told(expert) if grammars is not None else ""

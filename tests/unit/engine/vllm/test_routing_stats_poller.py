@@ -22,7 +22,7 @@ class Watch:
 async def test_a_look_that_goes_wrong_is_not_the_last(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(routing_stats_poller, "EVERY_S", 0.001)
+    monkeypatch.setattr(routing_stats_poller, "INTERVAL_S", 0.001)
     looks: list[int] = []
 
     async def ask(method: str, *args: object) -> Any:
@@ -33,14 +33,14 @@ async def test_a_look_that_goes_wrong_is_not_the_last(
             raise RuntimeError("a prompt that somebody quotes")
         return {}
 
-    follows = RoutingStatsPoller(ask, cast(Any, Watch()), MoeCapture())
-    await follows.begin("a", ["a"])
+    poller = RoutingStatsPoller(ask, cast(Any, Watch()), MoeCapture())
+    await poller.start("a", ["a"])
     try:
-        follows.asked = True
+        poller.has_news = True
         await until(lambda: len(looks) == 1, "it has looked")
-        follows.asked = True
+        poller.has_news = True
         await until(lambda: len(looks) == 2, "it looks again")
     finally:
-        await follows.end(look=False)
+        await poller.stop(poll=False)
     assert "RuntimeError" in caplog.text
     assert "a prompt" not in caplog.text

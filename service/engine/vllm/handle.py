@@ -1,0 +1,687 @@
+"""The front end's only access to vLLM: starting, calling and stopping one `AsyncLLM`.
+
+No other module of the pool's process imports vLLM or reads attributes of its objects, so a new
+release of vLLM is a change of this file; `service.engine.vllm.worker` is its counterpart in the
+engine core's process. `tests/project/test_vllm_surface.py` lists every name that either depends on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import hashlib
+from argparse import Namespace
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import orjson
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from service.config import VllmOptions
+from service.engine.base import Message, Send
+from service.engine.cache_salt import CACHE_SALT, salted
+from service.engine.grammar_check import Grammar, Vocabulary
+from service.engine.scoped_env import TUNED, scoped_env, without_secrets
+from service.errors import InvalidRequestError, OverCapacityError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.renderers import BaseRenderer
+    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+    from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats, SchedulerStats
+
+# vLLM compiles all grammars of an engine with the backend that its first grammar was checked for.
+# If requests could choose, the first client would decide for all others.
+_GRAMMAR_BACKEND = "xgrammar"
+
+# vLLM's ids of the requests of the call that this task, or a task started by it, works on.
+_REQUEST_IDS: ContextVar[list[str] | None] = ContextVar("request_ids", default=None)
+
+
+@dataclass(slots=True)
+class LaunchSettings:
+    """How to start one vLLM engine.
+
+    Attributes:
+        model: Folder of the weights.
+        served_name: Name of the model in vLLM's OpenAI layer.
+        options: The pool's `vllm` section.
+        on_cpu: The core runs in one process on the CPU.
+        enforce_eager: No graphs are captured.
+        embeds: The model makes vectors, not text, whatever its architecture could do.
+        adapters: How many LoRA adapters the engine can load.
+        sleep: The engine can give up the accelerator's memory.
+        worker_cls: Dotted name of the worker class; empty: vLLM's own.
+        worker_extension_cls: Dotted name of the class that vLLM mixes into its worker.
+        additional_config: Values for the worker, read from vLLM's `additional_config`.
+    """
+
+    model: str
+    served_name: str
+    options: VllmOptions
+    on_cpu: bool
+    enforce_eager: bool
+    embeds: bool = False
+    adapters: int = 0
+    sleep: bool = False
+    worker_cls: str = ""
+    worker_extension_cls: str = ""
+    additional_config: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRequest:
+    """vLLM's timings of one choice of a request that has ended, in s. `vllm_id`: its id in vLLM."""
+
+    vllm_id: str
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    prompt_tokens: int
+    answer_tokens: int
+
+
+class StatsRecorder(Protocol):
+    """Receives the statistics of one engine. `running`: the expert whose weights it has now."""
+
+    running: str
+
+    def registry(self, expert: str) -> CollectorRegistry:
+        """An empty registry for vLLM's metrics while the engine runs this expert."""
+
+    def record_finished(self, request: FinishedRequest) -> None:
+        """A request has ended."""
+
+
+class GrammarCheck(Protocol):
+    """Decides whether vLLM may compile a request's grammar."""
+
+    async def check(self, grammar: Grammar) -> None:
+        """Raises InvalidRequestError, OverCapacityError."""
+
+
+@dataclass(slots=True)
+class Refusal:
+    """Why vLLM's engine was not given a request that its OpenAI layer had accepted.
+
+    Some of vLLM's streams, once begun, report a client's error as one of their own.
+    """
+
+    error: InvalidRequestError | OverCapacityError | None = None
+
+
+_REFUSAL: ContextVar[Refusal | None] = ContextVar("refusal", default=None)
+
+
+def watch_refusal() -> Refusal:
+    """Collect the refusal of the request that this task, or a task started by it, sends to vLLM."""
+    refusal = Refusal()
+    _REFUSAL.set(refusal)
+    return refusal
+
+
+def track_request_ids() -> list[str]:
+    """Collect vLLM's ids of the requests that this task, or a task started by it, sends to vLLM."""
+    ids: list[str] = []
+    _REQUEST_IDS.set(ids)
+    return ids
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """How one model's text becomes tokens and back.
+
+    Attributes:
+        folder: The model's folder.
+        config: vLLM's config with this folder as its model and tokenizer.
+        renderer: vLLM's renderer, which holds the tokenizer and the chat template.
+        generation_config: Defaults of sampling parameters.
+    """
+
+    folder: str
+    config: VllmConfig
+    renderer: BaseRenderer
+    generation_config: Mapping[str, object]
+
+
+class AdapterError(Exception):
+    """vLLM could not load or unload an adapter; the text is vLLM's."""
+
+
+class OpenAiApp:
+    """vLLM's ASGI application for one served name."""
+
+    def __init__(self, app: Any, llm: AsyncLLM) -> None:
+        self._app = app
+        self._llm = llm
+
+    async def __call__(
+        self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Send
+    ) -> None:
+        await self._app(scope, receive, send)
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Load a LoRA adapter into the engine. Raises AdapterError."""
+        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+        answer = await self._app.state.openai_serving_models.load_lora_adapter(
+            LoadLoRAAdapterRequest(lora_name=name, lora_path=path)
+        )
+        if not isinstance(answer, str):
+            raise AdapterError(answer.error.message)
+
+    async def unload_adapter(self, name: str) -> bool:
+        """Forget a LoRA adapter, in this process and in the core.
+
+        Returns:
+            False if there is none of that name.
+
+        Raises:
+            AdapterError: vLLM refuses.
+        """
+        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+
+        models = self._app.state.openai_serving_models
+        loaded = models.lora_requests.get(name)
+        if loaded is None:
+            return False
+        answer = await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
+        if not isinstance(answer, str):
+            raise AdapterError(answer.error.message)
+        await self._llm.remove_lora(loaded.lora_int_id)
+        return True
+
+
+class VllmHandle:
+    """One running `AsyncLLM`. Its core is a child process of this one."""
+
+    def __init__(self, llm: AsyncLLM, args: Namespace, tasks: Sequence[str]) -> None:
+        self._llm = llm
+        self._args = args
+        self._tasks = tasks
+        # How the engine itself was started.
+        self.rendering = Rendering(
+            args.model,
+            llm.vllm_config,
+            llm.renderer,
+            llm.input_processor.generation_config_fields,
+        )
+
+    @classmethod
+    async def start(
+        cls,
+        settings: LaunchSettings,
+        grammars: GrammarCheck,
+        stats: StatsRecorder | None,
+        secrets: Collection[str] = (),
+    ) -> VllmHandle:
+        """Start an engine core and wait until it has loaded its weights.
+
+        Args:
+            settings: How to start it.
+            grammars: Checks every grammar before vLLM reads it in this process.
+            stats: Receives the engine's statistics, if any.
+            secrets: Environment variables that the core must not inherit, beside those that look
+                like keys.
+
+        Raises:
+            Exception: Whatever vLLM raises.
+        """
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
+
+        args = _frontend_args(settings)
+
+        def build() -> AsyncLLM:
+            engine_args = AsyncEngineArgs.from_cli_args(args)
+            context = UsageContext.OPENAI_API_SERVER
+            with (
+                without_secrets(secrets),
+                scoped_env(TUNED, settings.options.tuned_config_folder),
+            ):
+                return _checked_llm_class(grammars).from_vllm_config(
+                    vllm_config=engine_args.create_engine_config(usage_context=context),
+                    usage_context=context,
+                    enable_log_requests=False,
+                    disable_log_stats=engine_args.disable_log_stats,
+                    stat_loggers=[_stat_logger_class(stats)] if stats is not None else None,
+                )
+
+        # It blocks for as long as the core takes to load.
+        building = asyncio.ensure_future(asyncio.to_thread(build))
+        try:
+            llm = await asyncio.shield(building)
+        except asyncio.CancelledError:
+            # A thread can't be cancelled: wait for it, or its core outlives this process.
+            with contextlib.suppress(Exception):
+                await _shut_down(await building)
+            raise
+        try:
+            return cls(llm, args, await llm.get_supported_tasks())
+        except BaseException:
+            await _shut_down(llm)
+            raise
+
+    # --- what the engine is
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model generates text, rather than embeddings."""
+        return "generate" in self._tasks
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the context."""
+        return int(self._llm.model_config.max_model_len)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the model's vocabulary."""
+        return int(self._llm.model_config.get_vocab_size())
+
+    @property
+    def details(self) -> dict[str, str]:
+        """What vLLM has chosen: dtype, backend of routed experts, and whether it runs eagerly."""
+        config = self._llm.vllm_config
+        model = config.model_config
+        return {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "moe_backend": str(config.kernel_config.moe_backend) if model.is_moe else "none",
+            "eager": str(model.enforce_eager).lower(),
+        }
+
+    @property
+    def core_pid(self) -> int:
+        """Process id of the engine core."""
+        return int(self._llm.engine_core.resources.engine_manager.processes[0].pid)
+
+    @property
+    def errored(self) -> bool:
+        """Whether the core process has ended."""
+        return bool(self._llm.errored)
+
+    def vocabulary(self) -> Vocabulary | None:
+        """The tokens that the core compiles grammars for; None if they can't be serialised.
+
+        It takes seconds: call it in a thread.
+        """
+        import xgrammar as xgr
+        from vllm.utils.mistral import is_mistral_tokenizer
+
+        tokenizer = self._llm.tokenizer
+        if tokenizer is None or is_mistral_tokenizer(tokenizer):
+            return None
+        try:
+            info = xgr.TokenizerInfo.from_huggingface(tokenizer, vocab_size=self.vocab_size)
+            text = info.serialize_json()
+        except (ValueError, RuntimeError):
+            return None  # then the core can't compile for it either, and says so
+        return Vocabulary(hashlib.sha256(text.encode()).hexdigest(), text)
+
+    # --- requests
+
+    async def openai_app(self, served_name: str, rendering: Rendering | None = None) -> OpenAiApp:
+        """vLLM's OpenAI layer for one served name; by default with the engine's own tokenizer."""
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+
+        rendering = rendering or self.rendering
+        args = copy.copy(self._args)
+        args.served_model_name = [served_name]
+        args.model = rendering.folder
+        client = _RenderingClient(self._llm, rendering)
+        app = build_app(args, self._tasks, client.model_config)
+        await init_app_state(client, app.state, args, self._tasks)
+        # vLLM's fault handlers tell its server to exit; here the pool decides.
+        app.state.server = SimpleNamespace(should_exit=False)
+        return OpenAiApp(app, self._llm)
+
+    def unfinished_requests(self) -> int:
+        """Requests that vLLM works on: zero once every client was served or has left."""
+        return int(self._llm.get_num_unfinished_requests())
+
+    def unfinished_tokens(self, vllm_id: str) -> tuple[int, int]:
+        """Tokens of the prompt and of the answers so far of a request that is worked on."""
+        processor = self._llm.output_processor
+        states = [
+            processor.request_states[name]
+            for name in processor.external_req_ids.get(vllm_id, ())
+            if name in processor.request_states
+        ]
+        prompt = max((state.prompt_len for state in states), default=0)
+        return prompt, sum(state.stats.num_generation_tokens for state in states if state.stats)
+
+    # --- the worker
+
+    async def collective_rpc(self, method: str, *args: object, **kwargs: object) -> list[Any]:
+        """Call a method of every worker. Returns one result a rank."""
+        answers: list[Any] = await self._llm.collective_rpc(
+            method, args=args, kwargs=kwargs or None
+        )
+        return answers
+
+    async def pause(self) -> None:
+        """Let running requests end, start no others, and clear the caches of prompts."""
+        await self._llm.pause_generation(mode="wait", clear_cache=True)
+
+    async def resume(self) -> None:
+        """Start requests again."""
+        await self._llm.resume_generation()
+
+    async def sleep(self, level: int) -> None:
+        """Give up the accelerator's memory once running requests have ended.
+
+        Args:
+            level: 1 keeps the weights in host memory, 2 discards them.
+        """
+        await self._llm.sleep(level=level, mode="wait")
+
+    async def wake(self, level: int) -> None:
+        """Undo `sleep` of the same level."""
+        await self._llm.wake_up(tags=["weights"])
+        if level == 2:
+            await self._llm.collective_rpc("reload_weights")
+        await self._llm.wake_up(tags=["kv_cache"])
+
+    # --- tokenizers
+
+    async def load_rendering(self, folder: str) -> Rendering:
+        """Read another model's tokenizer, chat template and generation defaults."""
+        from vllm.renderers import renderer_from_config
+
+        config = copy.copy(self._llm.vllm_config)
+        config.model_config = copy.copy(config.model_config)
+        config.model_config.model = config.model_config.tokenizer = folder
+        renderer = await asyncio.to_thread(renderer_from_config, config)
+        defaults = config.model_config.try_get_generation_config()
+        return Rendering(folder, config, renderer, defaults)
+
+    def use_rendering(self, rendering: Rendering) -> None:
+        """Turn text into tokens and back with another model's tokenizer. Nothing may be running."""
+        llm, renderer = self._llm, rendering.renderer
+        llm.renderer = llm.input_processor.renderer = renderer
+        llm.input_processor.generation_config_fields = rendering.generation_config
+        llm.output_processor.tokenizer = renderer.tokenizer
+
+    async def shutdown(self) -> None:
+        """End the core process, and with an error every request that still waits for it."""
+        await _shut_down(self._llm)
+
+
+async def _shut_down(llm: AsyncLLM) -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    # Otherwise vLLM takes the end of the core for a crash, and logs it as an error.
+    if (task := llm.output_handler) is not None:
+        task.cancel()
+    await asyncio.to_thread(llm.shutdown)
+    llm.output_processor.propagate_error(EngineDeadError())
+
+
+def _frontend_args(settings: LaunchSettings) -> Namespace:
+    """The arguments of vLLM's own server. Raises if a release of vLLM has dropped one."""
+    from vllm.config import StructuredOutputsConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    options = settings.options
+    args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    args.model = settings.model
+    args.model_tag = None
+    args.served_model_name = [settings.served_name]
+    args.dtype = options.dtype
+    args.max_model_len = options.max_model_len
+    args.max_num_seqs = options.max_num_seqs
+    args.enforce_eager = settings.enforce_eager
+    args.tensor_parallel_size = options.tensor_parallel_size
+    args.trust_remote_code = options.trust_remote_code
+    if settings.embeds:
+        args.runner = "pooling"
+    args.load_format = "safetensors"  # never pickle
+    args.moe_backend = options.moe_backend
+    args.enable_expert_parallel = options.enable_expert_parallel
+    args.expert_placement_strategy = options.expert_placement_strategy
+    args.enable_eplb = options.enable_eplb
+    args.eplb_config = options.eplb_config.model_dump()
+    # An empty list would allow any host: a request must not make the engine fetch things.
+    args.allowed_media_domains = list(options.media_domains) or ["none.invalid"]
+    args.structured_outputs_config = StructuredOutputsConfig(backend=_GRAMMAR_BACKEND)
+    args.max_num_queued_reqs = options.max_num_queued_reqs
+    args.disable_log_stats = False
+    args.enable_log_requests = False
+    args.disable_fastapi_docs = True
+    if settings.sleep:
+        args.enable_sleep_mode = True
+    if options.kv_cache_bytes is not None:
+        args.kv_cache_memory_bytes = options.kv_cache_bytes
+    if settings.on_cpu:
+        args.distributed_executor_backend = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+    if settings.worker_extension_cls:
+        args.worker_extension_cls = settings.worker_extension_cls
+    if settings.worker_cls:
+        args.worker_cls = settings.worker_cls
+    if settings.additional_config:
+        args.additional_config = settings.additional_config
+    if settings.adapters:
+        args.enable_lora = True
+        args.max_lora_rank = options.max_lora_rank
+        args.max_loras = args.max_cpu_loras = settings.adapters
+    if options.tool_call_parser is not None:
+        args.tool_call_parser = options.tool_call_parser
+        args.enable_auto_tool_choice = True
+    if options.reasoning_parser is not None:
+        args.reasoning_parser = options.reasoning_parser
+    # Fails here, by name, if a release of vLLM has dropped one of the above.
+    AsyncEngineArgs.from_cli_args(args)
+    return args
+
+
+class _RenderingClient:
+    """The engine as one expert's OpenAI layer sees it: with the expert's own config and renderer.
+
+    The prompts of all endpoints pass through `generate` and `encode`. They get the salt that keeps
+    tenants apart in the engine's prefix cache, and the ids that vLLM's layer makes up are noted.
+    """
+
+    def __init__(self, llm: AsyncLLM, rendering: Rendering) -> None:
+        self._llm = llm
+        self.vllm_config = rendering.config
+        self.model_config = rendering.config.model_config
+        self.renderer = rendering.renderer
+
+    def generate(self, prompt: object, *args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
+        _note_request_id(args, kwargs)
+        stream: AsyncGenerator[Any] = self._llm.generate(
+            salted(prompt, CACHE_SALT.get()), *args, **kwargs
+        )
+        return stream
+
+    def encode(self, prompt: object, *args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
+        _note_request_id(args, kwargs)
+        stream: AsyncGenerator[Any] = self._llm.encode(
+            salted(prompt, CACHE_SALT.get()), *args, **kwargs
+        )
+        return stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+
+def _note_request_id(args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    """Remember vLLM's id of a request: the second argument after the prompt, or a named one."""
+    if (ids := _REQUEST_IDS.get()) is not None:
+        ids.append(str(kwargs["request_id"] if "request_id" in kwargs else args[1]))
+
+
+# --- grammars
+
+
+def _checked_llm_class(grammars: GrammarCheck) -> type[AsyncLLM]:
+    """`AsyncLLM` that has every grammar checked which vLLM has derived from a request."""
+    from vllm.exceptions import QueueOverflowError, VLLMValidationError
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    class CheckedLLM(AsyncLLM):  # type: ignore[misc]  # vllm has no types here
+        """vLLM validates grammars in `add_request`, on the event loop."""
+
+        async def add_request(
+            self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            try:
+                grammar = _grammar_of(getattr(params, "structured_outputs", None))
+                if grammar is not None:
+                    await grammars.check(grammar)
+                return await super().add_request(request_id, prompt, params, *args, **kwargs)
+            except InvalidRequestError as error:
+                _note_refusal(error)
+                raise VLLMValidationError(error.message) from None
+            except OverCapacityError as error:
+                _note_refusal(error)
+                raise QueueOverflowError from None
+            except ValueError as error:
+                _note_refusal(InvalidRequestError(str(error)))
+                raise
+
+    return CheckedLLM
+
+
+def _note_refusal(error: InvalidRequestError | OverCapacityError) -> None:
+    if (refusal := _REFUSAL.get()) is not None:
+        refusal.error = error
+
+
+def _grammar_of(params: StructuredOutputsParams | None) -> Grammar | None:
+    """The grammar that vLLM gives to xgrammar for these parameters, if any."""
+    from vllm.v1.structured_output.utils import choice_as_grammar
+
+    if params is None:
+        return None
+    if params.regex:
+        return Grammar("regex", params.regex)
+    if params.choice:
+        return Grammar("ebnf", choice_as_grammar(params.choice))
+    if params.json:
+        schema = params.json
+        return Grammar("json", schema if isinstance(schema, str) else orjson.dumps(schema).decode())
+    if params.grammar:
+        return grammar_from_text(params.grammar)
+    if params.structural_tag:
+        return Grammar("structural_tag", params.structural_tag)
+    return None
+
+
+def grammar_from_text(text: str) -> Grammar:
+    """A grammar in the syntax that vLLM will take it for: Lark or EBNF."""
+    from vllm.v1.structured_output.utils import grammar_is_likely_lark
+
+    return Grammar("lark" if grammar_is_likely_lark(text) else "ebnf", text)
+
+
+# --- metrics
+
+
+def _stat_logger_class(stats: StatsRecorder) -> type[PrometheusStatLogger]:
+    """The stat logger to give to `AsyncLLM`: one of vLLM's own for each expert that has run.
+
+    vLLM's logger removes every `vllm:` metric of the process when another engine starts, and names
+    them after the model that the engine started with. Here each expert has a registry of its own.
+    """
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+    from vllm.v1.metrics.stats import SchedulerStats
+
+    class ExpertStatLogger(PrometheusStatLogger):  # type: ignore[misc]  # vllm has no types here
+        def __init__(
+            self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None
+        ) -> None:
+            # vLLM's own `__init__` would clear the common registry.
+            self._expert_config = vllm_config
+            self.engine_indexes = engine_indexes or [0]
+            self._loggers: dict[str, PrometheusStatLogger] = {}
+            self._initialized = False
+            self._last_expert = stats.running
+
+        def _logger(self, expert: str) -> PrometheusStatLogger:
+            logger = self._loggers.get(expert)
+            if logger is None:
+                registry = stats.registry(expert)
+                logger = _registry_logger_class(registry)(self._expert_config, self.engine_indexes)
+                if logger.gauge_lora_info is not None:
+                    # Its labels are lists of names, in any combination.
+                    registry.unregister(logger.gauge_lora_info)
+                    logger.gauge_lora_info = None
+                if self._initialized:
+                    logger.log_engine_initialized()
+                self._loggers[expert] = logger
+            return logger
+
+        def record(
+            self,
+            scheduler_stats: SchedulerStats | None,
+            iteration_stats: IterationStats | None,
+            mm_cache_stats: object = None,
+            engine_idx: int = 0,
+        ) -> None:
+            expert = stats.running
+            if expert != self._last_expert:
+                # Nothing runs or waits for the expert that was swapped out.
+                self._logger(self._last_expert).record(SchedulerStats(), None, None, engine_idx)
+                self._last_expert = expert
+            self._logger(expert).record(
+                scheduler_stats, iteration_stats, mm_cache_stats, engine_idx
+            )
+            if iteration_stats is not None:
+                for finished in iteration_stats.finished_requests:
+                    stats.record_finished(_finished_request(finished))
+
+        def log_engine_initialized(self) -> None:
+            self._logger(stats.running).log_engine_initialized()
+            self._initialized = True
+
+        def record_sleep_state(self, sleep: int = 0, level: int = 0) -> None:
+            for logger in self._loggers.values():
+                logger.record_sleep_state(sleep, level)
+
+        def record_admission_rejection(self, reason: str) -> None:
+            self._logger(stats.running).record_admission_rejection(reason)
+
+    return ExpertStatLogger
+
+
+def _finished_request(finished: FinishedRequestStats) -> FinishedRequest:
+    return FinishedRequest(
+        str(finished.request_id),
+        queue_s=max(0.0, finished.queued_time),
+        prefill_s=max(0.0, finished.prefill_time),
+        decode_s=max(0.0, finished.decode_time),
+        prompt_tokens=finished.num_prompt_tokens,
+        answer_tokens=finished.num_generation_tokens,
+    )
+
+
+def _registry_logger_class(registry: CollectorRegistry) -> type[PrometheusStatLogger]:
+    """vLLM's stat logger with its metrics in `registry`."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    metric_types: dict[str, object] = {
+        "_gauge_cls": staticmethod(partial(Gauge, registry=registry)),
+        "_counter_cls": staticmethod(partial(Counter, registry=registry)),
+        "_histogram_cls": staticmethod(partial(Histogram, registry=registry)),
+    }
+    parts: dict[str, object] = {
+        name: type(name, (getattr(PrometheusStatLogger, name),), metric_types)
+        for name in (
+            "_spec_decoding_cls",
+            "_kv_connector_cls",
+            "_ec_connector_cls",
+            "_perf_metrics_cls",
+        )
+    }
+    return type("RegistryStatLogger", (PrometheusStatLogger,), metric_types | parts)

@@ -1,0 +1,75 @@
+"""Tells whether two experts' tokenizers, chat templates and configs are the same files.
+
+Experts whose digests are equal share one tokenizer in the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from service.models.file_version import files_in
+
+# Files of a model's folder that do not change how text becomes tokens and back: weights, and texts
+# for people. All others count, whatever their names: tokenizers have many forms.
+_WEIGHTS = (
+    ".safetensors",
+    ".index.json",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+)
+_FOR_PEOPLE = (".md", ".pdf", ".png", ".jpg", ".svg")
+# Keys of Hugging Face's configs that name the writer, or the dtype that weights are stored in.
+_NEUTRAL_KEYS = frozenset(
+    {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype"}
+)
+_CONFIGS = ("config.json", "generation_config.json")
+
+
+def tokenizer_digest(folder: str) -> str:
+    """Digest of the files that decide how text becomes tokens, and tokens text.
+
+    Equal digests mean equal tokenization. Different digests may mean it, too: the expert then has
+    an OpenAI layer and a tokenizer of its own, which costs memory but is never wrong.
+
+    Args:
+        folder: A model's folder.
+
+    Returns:
+        A SHA-256 digest in hexadecimal.
+
+    Raises:
+        OSError: A file can't be read.
+    """
+    root = Path(folder)
+    digest = hashlib.sha256()
+    for path in files_in(root):
+        name = path.relative_to(root).as_posix()
+        lower = name.lower()
+        if lower.endswith((*_WEIGHTS, *_FOR_PEOPLE)) or lower.startswith(("license", "notice")):
+            continue
+        digest.update(name.encode() + b"\0" + _file_digest(path))
+    return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> bytes:
+    """Digest of a file; a config's without its neutral keys."""
+    with path.open("rb") as file:
+        whole = hashlib.file_digest(file, "sha256").digest()
+    if path.name not in _CONFIGS:
+        return whole
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError:
+        return whole
+    if not isinstance(config, dict):
+        return whole
+    kept = {key: value for key, value in config.items() if key not in _NEUTRAL_KEYS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).digest()
