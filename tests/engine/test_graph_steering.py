@@ -158,7 +158,7 @@ async def test_the_router_that_a_gpu_has(monkeypatch: pytest.MonkeyPatch) -> Non
     layer = {"layer": 0, "mask": [True, False, False, False], "bias": [0.0] * 4}
     layer |= {"boost": [1.0] * 4, "top_k": 3, "top_p": None}
     told = {"experts": 4, "top_k": 2, "renormalize": True, "layers": (layer,)}
-    rules.write(rules.steering(told))
+    rules.write(rules.table_for(told))
     captured: list[Any] = []
     router.set_capture_fn(captured.append)
     weights, ids = router.select_experts(hidden, logits, torch.int64)

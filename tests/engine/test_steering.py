@@ -117,7 +117,7 @@ async def test_beside_another_of_the_family(steering: Steering) -> None:
     assert await steering.go_to("other") == "inplace"
     assert await steering.say("other") == foreign
     assert await steering.go_to("plain") == "inplace"
-    await steering.engine.drop("other")
+    await steering.engine.evict("other")
 
 
 async def test_what_does_not_fit_the_live_gates(steering: Steering) -> None:

@@ -13,11 +13,11 @@ class SeeingExtension(PinnedExtension):
 
     def coe_seen(self, tokens: int) -> dict[int, list[list[int]]]:
         """By layer, what was chosen for the first so many tokens of the last step."""
-        noted = self._coe_noted
-        assert isinstance(noted, ChoiceBuffer)
+        buffer = self._coe_choices
+        assert isinstance(buffer, ChoiceBuffer)
         return {
-            one.layer: noted.chosen[:tokens, place].tolist()
-            for place, one in enumerate(noted.layers)
+            one.layer: buffer.chosen[:tokens, place].tolist()
+            for place, one in enumerate(buffer.layers)
         }
 
     def coe_compiled(self) -> int:

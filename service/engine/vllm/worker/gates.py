@@ -1,38 +1,99 @@
-"""Where a running vLLM model routes tokens: its mixture-of-experts layers and their routers.
-
-What begins with `service.engine.vllm.engine` is all that imports vllm.
-"""
+"""The gates of a running vLLM model: its mixture-of-experts layers and their routers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+# The method by which a router chooses. An attribute of the instance hides the class's method.
+_CHOICE = "_compute_routing"
+_STEERABLE = ("CPURouter", "FusedTopKRouter")
+
+Choice = Callable[..., "tuple[torch.Tensor, torch.Tensor]"]
 
 
 @dataclass(frozen=True, slots=True)
 class RoutedLayer:
-    """One layer that routes: the decoder layer's index, and vLLM's router in it.
+    """One layer with a gate.
 
-    `experts`: routed experts of the layer; `top_k`: how many of them a token gets. `kernel`:
-    the class of vLLM's that computes them.
+    Attributes:
+        layer: Index of the decoder layer.
+        experts: Routed experts of the layer.
+        top_k: How many of them compute a token.
+        router: vLLM's router of the layer.
+        kernel: Name of vLLM's class that computes the routed experts.
     """
 
     layer: int
     experts: int
     top_k: int
-    router: Any
+    router: BaseRouter
     kernel: str = ""
 
+    @property
+    def renormalize(self) -> bool:
+        """Whether the weights of the chosen experts are divided by their sum."""
+        return bool(self.router.renormalize)
 
-def routed_layers(model: Any) -> tuple[RoutedLayer, ...]:
-    """The layers that route, in order; none where the model is no mixture of experts.
+    def watch_choices(self, callback: Callable[[torch.Tensor], None] | None) -> None:
+        """Have the router call a function with each choice, int32 (tokens, k); None: no more."""
+        self.router.set_capture_fn(callback)
 
-    Raises ValueError where a kernel routes by itself: nobody can see or change its choice.
+    def unsteerable_reason(self) -> str | None:
+        """Why the router's choice can't be replaced; None where it is softmax and top-k alone."""
+        router = self.router
+        kind = type(router).__name__
+        if kind not in _STEERABLE:
+            steerable = " or a ".join(_STEERABLE)
+            return f"layer {self.layer} has a {kind}; steered can be a {steerable}"
+        # A GPU's router has neither groups nor a function of the model.
+        if getattr(router, "use_grouped_topk", False):
+            how = "in groups"
+        elif router.scoring_func != "softmax":
+            how = f"by {router.scoring_func}"
+        elif getattr(router, "custom_routing_function", None) is not None:
+            how = "by the model's own code"
+        else:
+            return None
+        return f"layer {self.layer} has a {kind} that chooses {how}, not by softmax and top-k"
+
+
+def choice_of(router: BaseRouter) -> Choice:
+    """The function by which a router chooses now."""
+    choice: Choice = getattr(router, _CHOICE)
+    return choice
+
+
+def replace_choice(router: BaseRouter, choice: Choice) -> None:
+    """Have a router choose by another function. Can't fail."""
+    router.__dict__[_CHOICE] = choice
+
+
+def restore_choice(router: BaseRouter) -> None:
+    """Have a router choose by vLLM's own function again. Can't fail."""
+    router.__dict__.pop(_CHOICE, None)
+
+
+def chooses_by(router: BaseRouter, choice: Choice) -> bool:
+    """Whether this function has replaced a router's own."""
+    return router.__dict__.get(_CHOICE) is choice
+
+
+def routed_layers(model: torch.nn.Module) -> tuple[RoutedLayer, ...]:
+    """The layers with gates, in order; none where the model is no mixture of experts.
+
+    Raises:
+        ValueError: A kernel does the routing itself, so its choice can't be seen or changed.
     """
     from vllm.model_executor.layers.fused_moe.layer import MoERunner
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
-    found = []
+    layers = []
     for module in model.modules():
         if not isinstance(module, MoERunner):
             continue
@@ -44,5 +105,5 @@ def routed_layers(model: Any) -> tuple[RoutedLayer, ...]:
                 f"layer {layer} is routed inside its kernel ({kernel}), where its choice can't be "
                 "seen or changed; vllm.moe_backend: triton routes before its kernel"
             )
-        found.append(RoutedLayer(layer, router.global_num_experts, router.top_k, router, kernel))
-    return tuple(sorted(found, key=lambda one: one.layer))
+        layers.append(RoutedLayer(layer, router.global_num_experts, router.top_k, router, kernel))
+    return tuple(sorted(layers, key=lambda routed: routed.layer))

@@ -1,38 +1,52 @@
-"""Grammars are made for the tokens of the expert that runs, in vLLM's core.
+"""Grammars are compiled for the tokens of the expert that runs, in vLLM's core.
 
 vLLM's core reads one tokenizer when it starts, for grammars and reasoning parsers, and keeps it. An
-expert of the same family may have another: its grammars would allow tokens that mean other text.
-The core keeps its manager of grammars to itself, so it is told by that one's class.
+expert of the same family may have another tokenizer, with which the core's grammars would allow
+tokens of other texts. The core's grammar manager is out of a worker's reach, so its class is
+changed.
 """
 
 from __future__ import annotations
 
 import copy
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
+
+from service.engine.vllm.worker.model_access import world_size
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.tokenizers import TokenizerLike
+    from vllm.v1.structured_output import StructuredOutputManager
+    from vllm.v1.structured_output.backend_types import StructuredOutputBackend
 
 
-class Grammars:
-    """The tokenizers of experts whose tokens are not those that the core was started with.
+_V = TypeVar("_V")
 
-    `config`: vLLM's own for the model that it was started with.
+
+class ExpertGrammars:
+    """The tokenizers and grammar backends of experts with other tokens than the core's.
+
+    Args:
+        config: vLLM's config of the model that the core was started with.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: VllmConfig) -> None:
         self._config = config
-        self._tokenizers: dict[str, Any] = {}
-        self._backends: dict[str, Any] = {}
+        self._tokenizers: dict[str, TokenizerLike] = {}
+        self._backends: dict[str, StructuredOutputBackend] = {}
         self._faults: dict[str, str] = {}
         self._threads: dict[str, threading.Thread] = {}
         self._running = ""
         self._installed = False
 
-    def bring(self, expert: str, folder: str) -> None:
-        """Begin to read the tokenizer of an expert, beside what runs. See `told`.
+    def load(self, expert: str, folder: str) -> None:
+        """Begin to read an expert's tokenizer in a thread; `fault` has the outcome.
 
-        Raises ValueError where the core is in another process than this worker.
+        Raises:
+            ValueError: The core is in another process than this worker.
         """
-        if self._config.parallel_config.world_size > 1:
+        if world_size(self._config) > 1:
             raise ValueError(
                 "its tokenizer is another than the running engine's, and with several GPUs no "
                 "grammars can be made for it; it needs its own engine (swap.method: respawn)"
@@ -52,15 +66,15 @@ class Grammars:
         except Exception as error:
             self._faults[expert] = f"{type(error).__name__}: {error}".splitlines()[0][:400]
 
-    def told(self, expert: str) -> str | None:
-        """Why an expert's tokenizer can't be read, empty once it is there, None until then."""
+    def fault(self, expert: str) -> str | None:
+        """Why an expert's tokenizer can't be read; empty once it was, None until then."""
         thread = self._threads.get(expert)
         if thread is not None and thread.is_alive():
             return None
         return self._faults.get(expert, "")
 
     def forget(self, expert: str) -> None:
-        """Have the expert make do with the core's own tokenizer again."""
+        """Use the core's own tokenizer for an expert again."""
         self._threads.pop(expert, None)
         self._tokenizers.pop(expert, None)
         self._faults.pop(expert, None)
@@ -68,24 +82,24 @@ class Grammars:
             backend.destroy()
 
     def run(self, expert: str) -> None:
-        """From now on grammars are this expert's. Nothing may be running."""
+        """Compile grammars for this expert's tokens from now on. Nothing may be running."""
         self._running = expert if expert in self._tokenizers else ""
         if self._running and not self._installed:
             from vllm.v1.structured_output import StructuredOutputManager
 
-            # Before an instance's own attributes.
-            StructuredOutputManager.tokenizer = self._exchanged("tokenizer", self._tokenizers)
-            StructuredOutputManager.backend = self._exchanged("backend", self._backends)
+            # Properties of the class take precedence over attributes of the instance.
+            StructuredOutputManager.tokenizer = self._expert_property("tokenizer", self._tokenizers)
+            StructuredOutputManager.backend = self._expert_property("backend", self._backends)
             self._installed = True
 
-    def _exchanged(self, name: str, by_expert: dict[str, Any]) -> property:
-        """An attribute of the manager that is the running expert's, where that has its own."""
+    def _expert_property(self, name: str, by_expert: dict[str, _V]) -> property:
+        """An attribute of the manager with a value for each expert that has its own."""
 
-        def read(manager: Any) -> Any:
+        def read(manager: StructuredOutputManager) -> object:
             own = manager.__dict__.get(name)
             return by_expert.get(self._running) if self._running else own
 
-        def write(manager: Any, value: Any) -> None:
+        def write(manager: StructuredOutputManager, value: _V) -> None:
             if self._running:
                 by_expert[self._running] = value
             else:

@@ -1,76 +1,92 @@
-"""Seeing what routers choose where graphs are captured: they write it down themselves.
+"""Recording the choices of gates under captured graphs: the routers write them to a buffer.
 
-A captured graph calls none of our functions again, but goes on with the kernels that it was
-captured with. So before anything is captured each router is given a function that copies its
-choice to a place of its own on the device; after a step that is looked at, it is read from
-there. vLLM's own `enable_return_routed_experts` writes it down in the same way, and then sends
-every token's along with its request's answer; here only the steps that are sampled are read.
+A captured graph calls none of our functions again, but runs the kernels that it was captured with.
+So before anything is captured, each router gets a function that copies its choice to its place in a
+buffer on the device; after a sampled step the worker reads the buffer. vLLM's own
+`enable_return_routed_experts` records choices in the same way, and then sends those of every token
+along with the answer; here only sampled steps are read.
 
-Written against vLLM's CUDA build; where there is no GPU, it has run on CPU only.
+Written against vLLM's CUDA build; without a GPU it has run on a CPU only.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from service.engine.steering_spec import NOTES
 from service.engine.vllm.worker.gates import routed_layers
+from service.engine.vllm.worker.model_access import scheduled_tokens
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 
 class ChoiceBuffer:
-    """`chosen`: (tokens, layers, places), int32: each router's choice for the last step's tokens.
+    """Each router's choice for the tokens of the last step.
 
-    -1 in places that a router never fills. `tokens`: of the largest step; `places`: the most
-    experts that are chosen for a token.
+    Attributes:
+        layers: The layers with gates, in order.
+        chosen: int32 (tokens, layers, places); -1 in places that a router never fills.
     """
 
-    def __init__(self, model: Any, tokens: int, places: int) -> None:
-        """Have all routers write there. Raises ValueError where a kernel routes by itself."""
+    def __init__(self, model: torch.nn.Module, tokens: int, places: int) -> None:
+        """Have all routers of a model write to the buffer.
+
+        Args:
+            model: The running model.
+            tokens: Tokens of the largest step.
+            places: The most routed experts that are chosen for a token.
+
+        Raises:
+            ValueError: A kernel does the routing itself.
+        """
         self.layers = routed_layers(model)
-        width = max([places, *(one.top_k for one in self.layers)])
+        width = max([places, *(routed.top_k for routed in self.layers)])
         shape = (tokens, len(self.layers), width)
         device = next(model.parameters()).device
-        # Tensors of inference can't be written to outside of it.
+        # Tensors that are made in inference mode can't be written to outside of it.
         with torch.inference_mode(False):
             self.chosen = torch.full(shape, -1, dtype=torch.int32, device=device)
-        for place, one in enumerate(self.layers):
-            one.router.set_capture_fn(partial(_note, self.chosen[:, place]))
+        for index, routed in enumerate(self.layers):
+            routed.watch_choices(partial(_copy_choice, self.chosen[:, index]))
 
 
-def _note(there: torch.Tensor, ids: torch.Tensor) -> None:
-    there[: ids.shape[0], : ids.shape[1]].copy_(ids)
+def _copy_choice(place: torch.Tensor, ids: torch.Tensor) -> None:
+    place[: ids.shape[0], : ids.shape[1]].copy_(ids)
 
 
 class ChoiceRecorderMixin:
-    """A vLLM worker whose routers write down what they choose, if its engine asks for it.
+    """A vLLM worker whose routers record their choices, if its engine asks for it.
 
-    `_coe_noted`: where, or why they can't. The worker's extension is told after each step.
+    `_coe_choices` is the buffer, or why there can be none. The worker's extension is called after
+    each step.
     """
 
     # Set by vLLM's worker.
-    vllm_config: Any
-    model_runner: Any
+    vllm_config: VllmConfig
+    model_runner: GPUModelRunner
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load it as vLLM does; then, before anything is captured, have choices written down."""
+        """Load the model as vLLM does, and set up the buffer before graphs are captured."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]  # the worker's
         if not self.vllm_config.additional_config.get(NOTES):
             return
         tokens = int(self.vllm_config.scheduler_config.max_num_batched_tokens)
-        places = int(getattr(getattr(self, "_coe_standing", None), "places", 0))
+        places = int(getattr(getattr(self, "_coe_graph_steering", None), "places", 0))
         try:
-            self._coe_noted: ChoiceBuffer | str = ChoiceBuffer(
+            self._coe_choices: ChoiceBuffer | str = ChoiceBuffer(
                 self.model_runner.get_model(), tokens, places
             )
         except ValueError as error:
-            self._coe_noted = str(error)
+            self._coe_choices = str(error)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """A step, as vLLM does it; then a look at what was written down."""
-        done = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]  # the worker's
-        if scheduler_output.total_num_scheduled_tokens:
+        """Compute a step as vLLM does, and sample the choices."""
+        output = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]  # the worker's
+        if scheduled_tokens(scheduler_output):
             self._coe_stepped()  # type: ignore[attr-defined]  # the extension's
-        return done
+        return output

@@ -1,56 +1,66 @@
-"""Steering where graphs are captured: a rule that stands in each router for good.
+"""Steering under captured graphs: a rule is installed in each router for good.
 
-A captured graph goes on with the kernels and the addresses that it was captured with, so a
-router can't be given another rule later. Before anything is captured each is given one that
-makes vLLM's own choice and the steered one, and takes whichever a table on the device says;
-the table holds what the steered choice is made with, too. Another profile is other numbers
-in that table: a copy of some kilobytes. All shapes are fixed, and nothing waits for the device.
+A captured graph runs the kernels and reads the addresses that it was captured with, so a router
+can't get another rule later. Before anything is captured, each router gets a rule that makes both
+vLLM's own choice and the steered one, and takes whichever a table on the device selects; the table
+also holds the parameters of the steered choice. Another profile is other numbers in that table: a
+copy of some kilobytes. All shapes are fixed, and nothing waits for the device.
 
-Written against vLLM's CUDA build; where there is no GPU, it has run on CPU only.
+Written against vLLM's CUDA build; without a GPU it has run on a CPU only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from service.engine.steering_spec import PLACES
-from service.engine.vllm.worker.gates import RoutedLayer
-from service.engine.vllm.worker.steering import CHOOSES, gate_for, gates_of, why_not
+from service.engine.vllm.worker.gates import Choice, RoutedLayer, choice_of, replace_choice
+from service.engine.vllm.worker.steering import gate_for, gates_of
 
-# Kernels that take as many experts for a token as they are given, whatever the model says.
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+# Kernels that compute any number of experts for a token, whatever the model's top-k.
 _ANY_WIDTH = ("TritonExperts", "CPUUnquantizedExperts", "X86CPUUnquantizedExperts")
 
 
 class SteeringRule:
-    """One router's. `row` is its part of the table: see `_row`. `own`: vLLM's choice.
+    """The rule of one router: vLLM's own choice or the steered one.
 
-    A choice has `places` places, whatever the profile's top-k: what is left of them has weight
-    0 and names the token's first choice again.
+    A choice has as many places as the table is made for, whatever the profile's top-k. Places that
+    are left have weight 0 and name the token's first choice again.
+
+    Args:
+        own: vLLM's choice.
+        row: The router's part of the table: see `_row`.
+        gate: The gate of the router.
+        places: The most routed experts that a profile chooses for a token.
     """
 
-    def __init__(self, own: Any, row: torch.Tensor, gate: RoutedLayer, places: int) -> None:
+    def __init__(self, own: Choice, row: torch.Tensor, gate: RoutedLayer, places: int) -> None:
         experts = gate.experts
         self.own = own
         self.barred, self.boost = row[:experts], row[experts : 2 * experts]
         self.top_k, self.top_p, self.active = row[2 * experts :].unbind()
         self.rank = torch.arange(places, device=row.device)
-        self.renormalize = bool(gate.router.renormalize)
+        self.renormalize = gate.renormalize
 
     def __call__(
-        self, hidden_states: Any, router_logits: torch.Tensor, *more: Any, **named: Any
+        self, hidden_states: object, router_logits: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """In the place of a router's own choice: weights and ids, (T, places)."""
-        own_weights, own_ids = self.own(hidden_states, router_logits, *more, **named)
+        """Choose in place of a router: weights and ids, each (T, places)."""
+        own_weights, own_ids = self.own(hidden_states, router_logits, *args, **kwargs)
         free = len(self.rank) - own_ids.shape[1]
         if free:
             own_weights = torch.nn.functional.pad(own_weights, (0, free))
             own_ids = torch.cat((own_ids, own_ids[:, :1].expand(-1, free)), dim=1)
         weights, ids = self.steered(router_logits)
-        # A row that only fills a batch up has ids of -1, by which kernels know it.
+        # Rows that pad a batch have ids of -1, by which kernels skip them.
         steers = (self.active > 0) & (own_ids[:, :1] >= 0)
         return (
             torch.where(steers, weights.to(own_weights.dtype), own_weights),
@@ -58,7 +68,7 @@ class SteeringRule:
         )
 
     def steered(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`service.moe.steering.steer`, in as many places as there are."""
+        """Choose as `service.moe.steering.steer` does: weights and ids, each (T, places)."""
         probability = torch.softmax(logits.float() + self.barred, dim=-1)
         weights, ids = torch.sort(probability, dim=-1, descending=True, stable=True)
         weights, ids = weights[:, : len(self.rank)], ids[:, : len(self.rank)]
@@ -73,80 +83,102 @@ class SteeringRule:
 
 @dataclass(frozen=True, slots=True)
 class SteeringTable:
-    """A steered expert's table, in host memory."""
+    """A steered expert's table, in host memory: see `_row`."""
 
     table: torch.Tensor
 
     @property
     def size_bytes(self) -> int:
-        """What it takes."""
+        """Bytes of the table."""
         return int(self.table.numel() * self.table.element_size())
 
 
 class GraphSteering:
-    """The standing rules of one model, and the table that they read."""
+    """The rules in one model's routers, and the table on the device that they read.
 
-    def __init__(self, model: Any, places: int) -> None:
-        """Put them in. `places`: the most experts that a profile chooses for a token.
+    Attributes:
+        places: The most routed experts that a profile may choose for a token.
+        table: The table on the device.
+        written: The table that was written to the device last.
+    """
 
-        Raises ValueError where its gates can't be steered; then nothing was changed. Where its
-        kernels can't take so many, there are as many places as the model itself needs.
+    def __init__(self, model: torch.nn.Module, places: int) -> None:
+        """Install the rules.
+
+        Args:
+            model: The running model, before graphs are captured.
+            places: The most routed experts that a profile chooses for a token. Where the kernels
+                can't compute so many, there are as many places as the model itself needs.
+
+        Raises:
+            ValueError: The model's gates can't be steered; then nothing was changed.
         """
         self._gates = gates_of(model)
         for gate in self._gates.values():
-            if (why := why_not(gate)) is not None:
-                raise ValueError(why)
-        narrow = [one for one in self._gates.values() if one.kernel not in _ANY_WIDTH]
-        self._made_for = "this engine was started"
+            if (reason := gate.unsteerable_reason()) is not None:
+                raise ValueError(reason)
+        narrow = [gate for gate in self._gates.values() if gate.kernel not in _ANY_WIDTH]
+        self._places_reason = "this engine was started"
         if narrow:
-            places = min([places, *(one.top_k for one in narrow)])
-            self._made_for = (
+            places = min([places, *(gate.top_k for gate in narrow)])
+            self._places_reason = (
                 f"{narrow[0].kernel}, which computes them, is made (vllm.moe_backend: triton takes "
                 "any number)"
             )
         self.places = places
         self._neutral = SteeringTable(_table(self._gates, {"layers": ()}))
         self.written = self._neutral
-        # Tensors of inference can't be written to outside of it.
+        # Tensors that are made in inference mode can't be written to outside of it.
         with torch.inference_mode(False):
             self.table = self._neutral.table.to(next(model.parameters()).device, copy=True)
             for gate, row in zip(self._gates.values(), self.table, strict=True):
-                own = getattr(gate.router, CHOOSES)
-                gate.router.__dict__[CHOOSES] = SteeringRule(own, row, gate, places)
+                own = choice_of(gate.router)
+                replace_choice(gate.router, SteeringRule(own, row, gate, places))
 
-    def steering(self, told: Mapping[str, Any]) -> SteeringTable:
-        """The table of what `told` (a `Steering` as a mapping) asks for. Raises ValueError."""
-        for layer in told["layers"]:
-            gate = gate_for(self._gates, int(layer["layer"]), told)
+    def table_for(self, steering: Mapping[str, Any]) -> SteeringTable:
+        """The table of a steered expert.
+
+        Args:
+            steering: A `Steering` as a mapping.
+
+        Raises:
+            ValueError: The gates differ from those in `steering`, or a top-k is too large.
+        """
+        for layer in steering["layers"]:
+            gate = gate_for(self._gates, int(layer["layer"]), steering)
             k = layer["top_k"] or gate.top_k
             if k > self.places:
                 raise ValueError(
-                    f"layer {gate.layer}: top_k is {k}, and {self._made_for} for at most "
+                    f"layer {gate.layer}: top_k is {k}, and {self._places_reason} for at most "
                     f"{self.places} experts for a token"
                 )
-        return SteeringTable(_table(self._gates, told))
+        return SteeringTable(_table(self._gates, steering))
 
-    def write(self, written: SteeringTable | None) -> None:
-        """From now on the routers choose so; None: as vLLM has made them."""
-        self.written = written if written is not None else self._neutral
+    def write(self, table: SteeringTable | None) -> None:
+        """Have the routers choose by a table from now on; None: as vLLM has made them."""
+        self.written = table if table is not None else self._neutral
         with torch.no_grad():
             self.table.copy_(self.written.table)
 
-    def holds(self) -> bool:
-        """Whether the table on the device is what was written there last."""
+    def verify(self) -> bool:
+        """Whether the table on the device is the one that was written last."""
         return bool(torch.equal(self.table.cpu(), self.written.table))
 
 
-def _table(gates: Mapping[int, RoutedLayer], told: Mapping[str, Any]) -> torch.Tensor:
-    """A row for each gate, float32; those that `told` leaves out are not active."""
-    layers = {int(layer["layer"]): layer for layer in told["layers"]}
+def _table(gates: Mapping[int, RoutedLayer], steering: Mapping[str, Any]) -> torch.Tensor:
+    """Float32 (gates, 2 · E + 3): see `_row`. Gates without a layer in `steering` are inactive."""
+    layers = {int(layer["layer"]): layer for layer in steering["layers"]}
     with torch.inference_mode(False):
         table = torch.stack([_row(gate, layers.get(index)) for index, gate in gates.items()])
         return table.pin_memory() if torch.cuda.is_available() else table
 
 
 def _row(gate: RoutedLayer, layer: Mapping[str, Any] | None) -> torch.Tensor:
-    """Bias, or -inf where masked, of E; boost of E; top-k; top-p (inf: none); 1 where active."""
+    """A gate's row of the table, float32 (2 · E + 3).
+
+    E values of bias, or -inf where an expert is masked; E of boost; then top-k, top-p (inf: none),
+    and 1 where the steered choice is taken.
+    """
     if layer is None:
         plain = [0.0] * gate.experts + [1.0] * gate.experts
         return torch.tensor([*plain, gate.top_k, float("inf"), 0.0], dtype=torch.float32)
@@ -158,24 +190,24 @@ def _row(gate: RoutedLayer, layer: Mapping[str, Any] | None) -> torch.Tensor:
 
 
 class SteeringMixin:
-    """A vLLM worker in whose model rules stand, put in before graphs are captured.
+    """A vLLM worker that installs rules in its model's routers before graphs are captured.
 
-    `_coe_standing`: them, or why there can be none, told to whoever asks for a steered expert.
+    `_coe_graph_steering` is the rules, or why there can be none: the error of every steered expert.
     """
 
     # Set by vLLM's worker.
-    vllm_config: Any
-    model_runner: Any
+    vllm_config: VllmConfig
+    model_runner: GPUModelRunner
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load it as vLLM does; then the rules."""
+        """Load the model as vLLM does, then install the rules."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]  # the worker's
         places = int(self.vllm_config.additional_config.get(PLACES, 0))
         if not places:
             return
         try:
-            self._coe_standing: GraphSteering | str = GraphSteering(
+            self._coe_graph_steering: GraphSteering | str = GraphSteering(
                 self.model_runner.get_model(), places
             )
         except ValueError as error:
-            self._coe_standing = str(error)
+            self._coe_graph_steering = str(error)

@@ -1,43 +1,51 @@
-"""A second model beside the running one, of its shape, that shares nothing with it but attention.
+"""A second model of the same architecture beside the running one, which shares only attention.
 
-vLLM's own classes build it and its own loader fills it, so fused, tied and packed weights
-are exactly what vLLM would have made; on CPU each matrix is packed as it is read
-(`vllm_packing`).
+vLLM's own classes build it and its own loader fills it, so fused, tied and packed weights are
+exactly as vLLM would have made them. On CPU each matrix is packed as it is read (`packing`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from service.engine.vllm.worker.model_access import is_attention, named_layers
 from service.engine.vllm.worker.packing import ScratchBuffers, packing_as_read, packing_tied_once
 from service.models.lora_merge import LoraDelta
 
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
 
 class ShadowModel:
-    """A model on its way in.
+    """A model that is being loaded.
 
-    Building it (`__init__`) takes some tens of milliseconds of Python and sets torch's
-    default dtype, which is the whole process's: do it where nothing else computes.
-    `load` may run in a thread beside the running model.
+    Building it (`__init__`) takes some tens of milliseconds of Python and sets torch's default
+    dtype, which belongs to the whole process: build it where nothing else computes. `load` may run
+    in a thread beside the running model.
+
+    Args:
+        config: The running engine's config.
+        folder: Folder of the weights.
+        device: The device to load to; None: the engine's own.
     """
 
-    def __init__(self, vllm_config: Any, folder: str, device: str | None = None) -> None:
+    def __init__(self, config: VllmConfig, folder: str, device: str | None = None) -> None:
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.utils import initialize_model
         from vllm.utils.torch_utils import set_default_torch_dtype
 
-        own = copy.copy(vllm_config)
-        own.model_config = copy.copy(vllm_config.model_config)
+        own = copy.copy(config)
+        own.model_config = copy.copy(config.model_config)
         own.model_config.model = folder
-        own.compilation_config = copy.copy(vllm_config.compilation_config)
+        own.compilation_config = copy.copy(config.compilation_config)
         own.compilation_config.static_forward_context = {}
         if hasattr(own.compilation_config, "static_all_moe_layers"):
             own.compilation_config.static_all_moe_layers = []
-        own.load_config = copy.copy(vllm_config.load_config)
+        own.load_config = copy.copy(config.load_config)
         own.load_config.use_tqdm_on_load = False
         self._config = own
         self._device = torch.device(device or own.device_config.device)
@@ -48,25 +56,29 @@ class ShadowModel:
         ):
             self.model = initialize_model(vllm_config=own, model_config=own.model_config)
 
-    @property
-    def layers(self) -> dict[str, Any]:
-        """Its layers that vLLM knows by name."""
-        layers: dict[str, Any] = self._config.compilation_config.static_forward_context
-        return layers
-
     def load(
         self, adapter: LoraDelta | None, scratch: ScratchBuffers, *, finish: bool = True
     ) -> None:
-        """Read and pack the weights, an adapter's added. Raises what vLLM does, ValueError too.
+        """Read the weights.
 
-        `finish`: make of them what the kernels want; else they stay as vLLM's loader puts them.
+        Args:
+            adapter: A LoRA adapter to add to them.
+            scratch: Buffers to assemble matrices in.
+            finish: Pack the weights as the kernels want them; otherwise they stay as vLLM's loader
+                leaves them.
+
+        Raises:
+            ValueError: The weights do not fit the model.
+            Exception: Whatever vLLM's loader raises.
         """
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
         from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
         class Loader(DefaultModelLoader):  # type: ignore[misc]  # vllm is not read for types
-            def get_all_weights(self, model_config: Any, model: Any) -> Iterable[Any]:
+            def get_all_weights(
+                self, model_config: ModelConfig, model: torch.nn.Module
+            ) -> Iterable[tuple[str, torch.Tensor]]:
                 weights = super().get_all_weights(model_config, model)
                 return weights if adapter is None else adapter.applied(weights)
 
@@ -80,19 +92,26 @@ class ShadowModel:
                 process_weights_after_loading(self.model, config.model_config, self._device)
         self.model.eval()
 
-    def share_attention(self, running: dict[str, Any]) -> dict[str, Any]:
-        """Put the running attention layers into this model; return its other named layers.
+    def share_attention(self, running: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+        """Put the running attention layers into this model.
 
-        Raises ValueError where an attention layer has something of its own (scales of a
-        quantised KV cache), which the running one does not have.
+        Args:
+            running: The running model's layers by name.
+
+        Returns:
+            This model's other layers by name.
+
+        Raises:
+            ValueError: An attention layer has values (scales of a quantised KV cache) that differ
+                from those of the running one.
         """
         places = {
             id(child): (parent, name)
             for parent in self.model.modules()
             for name, child in parent.named_children()
         }
-        own: dict[str, Any] = {}
-        for name, layer in self.layers.items():
+        own: dict[str, torch.nn.Module] = {}
+        for name, layer in named_layers(self._config).items():
             if name not in running:
                 raise ValueError(f"the running engine has no layer {name}")
             if not is_attention(layer):
@@ -108,15 +127,11 @@ class ShadowModel:
         return own
 
 
-def is_attention(layer: Any) -> bool:
-    """Whether a layer holds a part of the KV cache."""
-    return hasattr(layer, "kv_cache")
+def check_alike(model: torch.nn.Module, running: torch.nn.Module) -> None:
+    """Check that two packed models have the same tensors, by name, dtype and shape.
 
-
-def check_alike(model: Any, running: Any) -> None:
-    """Raises ValueError where a model has other tensors than the running one, by dtype and shape.
-
-    Both as they are after packing, which empties some.
+    Raises:
+        ValueError: A tensor differs.
     """
     mine, theirs = _shapes(model), _shapes(running)
     for name in sorted(mine.keys() | theirs.keys()):
@@ -127,7 +142,7 @@ def check_alike(model: Any, running: Any) -> None:
             )
 
 
-def _shapes(model: Any) -> dict[str, str]:
+def _shapes(model: torch.nn.Module) -> dict[str, str]:
     return {
         name: f"{tensor.dtype} {tuple(tensor.shape)}"
         for name, tensor in (*model.named_parameters(), *model.named_buffers())

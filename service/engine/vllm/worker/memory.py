@@ -1,22 +1,25 @@
-"""What weights take: a model's tensors, and a process's resident memory."""
+"""Memory of weights: bytes of a model's tensors, and resident bytes of this process."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-from typing import Any
+from typing import TYPE_CHECKING
 
 from service.host_memory import free_bytes
 
+if TYPE_CHECKING:
+    import torch
+
 _PAGE_BYTES = 4096
-# glibc's <malloc.h>; the arenas of its threads are made of heaps of 64 MiB.
+# From glibc's <malloc.h>. The arenas of its threads consist of heaps of 64 MiB.
 _M_TRIM_THRESHOLD, _M_TOP_PAD = -1, -2
 _KEPT_BYTES = 2**31 - 1
 _HEAP_BYTES = 64 * 1024**2
 
 
-def tensor_bytes(model: Any) -> int:
-    """Bytes of a model's parameters and buffers, those that it shares with itself once."""
+def tensor_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's parameters and buffers; shared ones count once."""
     seen: set[int] = set()
     total = 0
     for tensor in (*model.parameters(), *model.buffers()):
@@ -32,32 +35,35 @@ def resident_bytes() -> int:
 
 
 def own_bytes() -> int:
-    """Resident bytes that are this process's own: files that it has mapped don't count."""
+    """Resident bytes of this process without those of mapped files."""
     _, resident, shared = _statm()[:3]
     return resident - shared
 
 
-def check_room(model: Any) -> None:
-    """Raises MemoryError where a model that is built and not yet loaded would not fit.
+def check_room(model: torch.nn.Module) -> None:
+    """Check that the weights of a model that is built will fit into memory.
 
-    Without it the system would end this process, and every request in it.
+    Without this check the system would kill the process, and every request in it.
+
+    Raises:
+        MemoryError: They do not fit.
     """
     needed = tensor_bytes(model)
     if needed > free_bytes():
-        give_back()
+        release_freed()
         if needed > (free := free_bytes()):
             raise MemoryError(f"it takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} are free")
 
 
 def keep_freed() -> None:
-    """Freed memory is kept for what is allocated next, until `give_back`."""
+    """Keep freed memory for the next allocations, until `release_freed`."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
         libc.mallopt(_M_TOP_PAD, _HEAP_BYTES)
 
 
-def give_back() -> None:
+def release_freed() -> None:
     """Return freed memory to the system, where the C library can."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

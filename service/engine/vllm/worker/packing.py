@@ -1,10 +1,9 @@
-"""Packing each matrix as soon as it has been read (CPU).
+"""Packs each matrix as soon as it has been read (CPU).
 
-vLLM's loader copies every weight into a new parameter, and packs them all at the end:
-each byte is written to memory that was never touched before, twice. Here a matrix that
-is complete is packed at once, by vLLM's own packer, and where it had to be put together
-from parts (fused layers), in a scratch that the next layer of that shape uses again.
-Tied embeddings are packed once. What comes out is what vLLM would have made.
+vLLM's loader copies every weight into a new parameter, and packs them all at the end, so each byte
+is written to fresh memory twice. Here vLLM's own packer packs a matrix as soon as it is complete.
+A matrix that consists of parts (fused layers) is assembled in a scratch buffer, which the next
+layer of that shape reuses. Tied embeddings are packed once. The result is exactly vLLM's.
 """
 
 from __future__ import annotations
@@ -12,15 +11,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from service.engine.vllm.worker.model_access import share_packed_weight
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
 
 class ScratchBuffers:
-    """Matrices to put parts together in, by shape and dtype.
+    """Buffers to assemble matrices in, by shape and dtype.
 
-    `packed_bytes`: what was packed meanwhile, of which no tensor tells.
+    Attributes:
+        packed_bytes: Bytes of weights that were packed: no tensor of the model has them.
     """
 
     def __init__(self) -> None:
@@ -28,20 +33,24 @@ class ScratchBuffers:
         self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = defaultdict(list)
 
     def take(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """One that nobody uses; what is in it is left over."""
+        """An unused buffer; its values are arbitrary."""
         free = self._free[shape, dtype]
         return free.pop() if free else torch.empty(shape, dtype=dtype)
 
-    def give(self, tensor: torch.Tensor) -> None:
-        """It is not used any more."""
+    def give_back(self, tensor: torch.Tensor) -> None:
+        """Return a buffer that is not used any more."""
         self._free[tensor.shape, tensor.dtype].append(tensor)
 
 
 class _Matrix:
-    """One linear layer's weight on its way in. `loader`: vLLM's own, which knows where parts go."""
+    """One linear layer's weight while it is read. `loader`: vLLM's own, which places the parts."""
 
     def __init__(
-        self, name: str, module: Any, loader: Callable[..., None], scratch: ScratchBuffers
+        self,
+        name: str,
+        module: torch.nn.Module,
+        loader: Callable[..., None],
+        scratch: ScratchBuffers,
     ) -> None:
         self._name = name
         self._module = module
@@ -52,8 +61,10 @@ class _Matrix:
         self._bytes = self._left * module.weight.element_size()
         self._own: torch.Tensor | None = None
 
-    def __call__(self, parameter: Any, loaded: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """What vLLM calls with each part that it reads."""
+    def __call__(
+        self, parameter: torch.nn.Parameter, loaded: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take a part; vLLM calls it with each part that it reads."""
         shape, dtype = parameter.shape, parameter.dtype
         if (
             not args
@@ -62,7 +73,7 @@ class _Matrix:
             and (loaded.shape, loaded.dtype) == (shape, dtype)
             and loaded.is_contiguous()
         ):
-            # The whole of it: packed from where it was read.
+            # The whole matrix: it is packed from the mapped file.
             parameter.data = loaded
             self._pack(mapped=True)
             return
@@ -74,7 +85,7 @@ class _Matrix:
             self._pack(mapped=False)
 
     def check(self) -> None:
-        """Raises ValueError where parts are missing: vLLM would go on with what memory held."""
+        """Raises ValueError where parts are missing: vLLM would go on with arbitrary values."""
         if self._own is not None:
             raise ValueError(f"{self._name}: {self._left} of its values are not in the file")
 
@@ -82,26 +93,27 @@ class _Matrix:
         module = self._module
         module.quant_method.process_weights_after_loading(module)
         if module.weight is self._parameter:
-            # A kind of layer that goes on using it: it must not be another's scratch, nor a file.
+            # The layer keeps using the parameter: it must not be a scratch buffer, nor a file.
             if mapped:
                 module.weight.data = module.weight.data.clone()
         else:
-            # These two hold each other; the file must not stay mapped until the collector comes.
+            # A cycle of references would keep the file mapped until the garbage collector runs.
             self._parameter.data = torch.empty(0, dtype=self._parameter.dtype)
             self._scratch.packed_bytes += self._bytes
             if self._own is not None:
-                self._scratch.give(self._own)
+                self._scratch.give_back(self._own)
         self._own = None
 
 
 @contextmanager
-def packing_as_read(model: Any, scratch: ScratchBuffers) -> Iterator[None]:
-    """While a model is read, what is complete is packed at once, where that is safe.
+def packing_as_read(model: torch.nn.Module, scratch: ScratchBuffers) -> Iterator[None]:
+    """While a model is read, pack each matrix as soon as it is complete, where that is safe.
 
-    Raises ValueError at the end where a matrix was not read whole.
+    It is safe for vLLM's plain linear layers that are not split over processes and whose only
+    parameter is a weight of their own. All other layers go vLLM's usual way.
 
-    Safe: vLLM's plain linear layers, not split over processes, whose only parameter is
-    the weight and theirs alone. All others go vLLM's usual way.
+    Raises:
+        ValueError: At the end, a matrix was not read whole.
     """
     matrices = list(_matrices(model, scratch))
     yield
@@ -109,7 +121,7 @@ def packing_as_read(model: Any, scratch: ScratchBuffers) -> Iterator[None]:
         matrix.check()
 
 
-def _matrices(model: Any, scratch: ScratchBuffers) -> Iterator[_Matrix]:
+def _matrices(model: torch.nn.Module, scratch: ScratchBuffers) -> Iterator[_Matrix]:
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.platforms import current_platform
 
@@ -137,24 +149,23 @@ def _matrices(model: Any, scratch: ScratchBuffers) -> Iterator[_Matrix]:
 
 
 @contextmanager
-def packing_tied_once(model: Any, scratch: ScratchBuffers) -> Iterator[None]:
-    """While vLLM packs what is left: embeddings that share a weight share its packed form."""
+def packing_tied_once(model: torch.nn.Module, scratch: ScratchBuffers) -> Iterator[None]:
+    """While vLLM packs the other layers, embeddings that share a weight share its packed form."""
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-    first_of: dict[int, Any] = {}
-    patched = []
+    first_of: dict[int, torch.nn.Module] = {}
+    patched: list[QuantizeMethodBase] = []
     for module in model.modules():
-        method: Any = getattr(module, "quant_method", None)
-        if type(method) is not UnquantizedEmbeddingMethod:
+        method = getattr(module, "quant_method", None)
+        if method is None or type(method) is not UnquantizedEmbeddingMethod:
             continue
         first = first_of.setdefault(id(module.weight), module)
         if first is module:
             scratch.packed_bytes += module.weight.numel() * module.weight.element_size()
         if first is not module and method is not first.quant_method:
 
-            def share(layer: Any, first: Any = first) -> None:
-                if hasattr(first, "cpu_linear"):
-                    layer.cpu_linear = first.cpu_linear
+            def share(layer: torch.nn.Module, first: torch.nn.Module = first) -> None:
+                share_packed_weight(first, layer)
 
             method.process_weights_after_loading = share
             patched.append(method)

@@ -1,16 +1,16 @@
 """The worker extension on a GPU: experts in pinned host memory, copied into the live parameters.
 
-Captured graphs hold the addresses of the parameters, so weights are copied to where the
-running model has them, on a stream of their own, and never exchanged by reference. An
-expert is loaded beside the running one as a model on the CPU, by vLLM's own classes and
-loader, and its tensors are written to a file of shared memory, which the pool's other engines
-map (`shared_weights`); each engine registers it with CUDA. Only where a GPU's kernels want
-the weights as the loader puts them: plain linear layers and embeddings.
+Captured graphs hold the addresses of the parameters, so weights are copied to where the running
+model has them, on a stream of their own, and never replaced by reference. An expert is loaded
+beside the running one as a model on the CPU, by vLLM's own classes and loader. Its tensors are
+written to a file of shared memory (`service.engine.shared_memory`), which the pool's other engines
+map; each engine registers it with CUDA. This works where a GPU's kernels use the weights as the
+loader leaves them: plain linear layers and embeddings.
 
-Where they don't (mixtures of experts), the engine keeps the weights that it was started with.
-Steered experts run on these by the rules that stand in its routers (`vllm_standing`).
+For others (mixtures of experts) the engine keeps the weights that it was started with. Steered
+experts use these weights with the rules that are installed in its routers (`graph_steering`).
 
-Written against vLLM's CUDA build; where there is no GPU it has not been run.
+Written against vLLM's CUDA build; without a GPU it has not been run.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import torch
 
 from service.engine.shared_memory import ENDING, MappedTensors, Tensor, find, laid_out, write
 from service.engine.vllm.worker.graph_steering import GraphSteering, SteeringTable
-from service.engine.vllm.worker.loading import ShadowModel, is_attention
+from service.engine.vllm.worker.loading import ShadowModel
+from service.engine.vllm.worker.model_access import is_attention, weight_method, world_size
 from service.engine.vllm.worker.packing import ScratchBuffers
 from service.engine.vllm.worker.swap import PendingLoad, SwapExtension
-from service.engine.vllm.worker.weight_probe import Probe
+from service.engine.vllm.worker.weight_probe import WeightProbe
 from service.models.lora_merge import LoraDelta
 
 _PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
@@ -38,22 +39,26 @@ _VALUES = 16
 
 @dataclass(slots=True)
 class PinnedWeights:
-    """One expert's tensors in shared memory, by name, pinned where there is a GPU.
+    """One expert's tensors in shared memory, pinned where there is a GPU.
 
-    `whole`: all of it, as bytes. `probe`: recorded at its first swap. Empty where they can't be
-    copied: they are then where they were loaded, and stay. `steered`: a steered expert's part of
-    the rules; its tensors are its base's own.
+    Attributes:
+        tensors: Tensors by name. Empty where weights can't be copied: they stay in the model.
+        whole: All tensors as bytes.
+        host_bytes: Size of the tensors.
+        fill_s: How long the load took.
+        probe: Recorded at the first swap.
+        steered: Table of a steered expert. Its tensors are its base's own.
     """
 
     tensors: dict[str, torch.Tensor]
     whole: torch.Tensor | None
     host_bytes: int
     fill_s: float = 0.0
-    probe: Probe | None = None
+    probe: WeightProbe | None = None
     steered: SteeringTable | None = None
 
     def release(self) -> None:
-        """Its memory is this process's no more, once nothing refers to it."""
+        """Unpin the memory, and let it go once nothing refers to it."""
         self.tensors = {}
         whole, self.whole = self.whole, None
         if whole is not None:
@@ -61,16 +66,16 @@ class PinnedWeights:
 
 
 class PinnedExtension(SwapExtension):
-    """What differs from the CPU: how weights are held, and how they are put in place."""
+    """Holds weights in pinned memory and copies them into the live parameters."""
 
     _coe_device = "cpu"
-    # Rules that stand in the routers, or why there can be none; None: nobody asked for any.
-    _coe_standing: GraphSteering | str | None = None
+    # Rules in the routers, or why there can be none; None: the engine was started without.
+    _coe_graph_steering: GraphSteering | str | None = None
     # Set by vLLM's worker.
     rank: int
 
     def coe_share(self, expert: str, path: str, token: str) -> None:
-        """Where an expert's files are to be: what their paths begin with; whose token they bear."""
+        """Set the prefix of an expert's files in shared memory, and a token for unfinished ones."""
         self.__dict__.setdefault("_coe_shared", {})[expert] = (path, token)
 
     def _coe_place(self, expert: str) -> tuple[str, str]:
@@ -80,15 +85,15 @@ class PinnedExtension(SwapExtension):
         return place
 
     def _coe_path(self, expert: str, tensors: Mapping[str, Tensor]) -> Path:
-        """This worker's file: one for each rank, and for each layout."""
+        """An expert's file: there is one for each rank and each layout."""
         header, _, _ = laid_out(tensors)
         layout = hashlib.blake2b(header, digest_size=8).hexdigest()
-        ranks = self.vllm_config.parallel_config.world_size
-        begin, _ = self._coe_place(expert)
-        return Path(f"{begin}-{self.rank}of{ranks}-{layout}{ENDING}")
+        ranks = world_size(self.vllm_config)
+        prefix, _ = self._coe_place(expert)
+        return Path(f"{prefix}-{self.rank}of{ranks}-{layout}{ENDING}")
 
     def _coe_hold(self, expert: str, tensors: dict[str, torch.Tensor]) -> PinnedWeights:
-        """Tensors in shared memory, written there unless they are. Raises OSError, RuntimeError."""
+        """Map an expert's file; write it first if there is none. Raises OSError, RuntimeError."""
         described = describe(tensors)
         path = self._coe_path(expert, described)
         mapped = find(path, described)
@@ -98,10 +103,6 @@ class PinnedExtension(SwapExtension):
         return pinned(mapped)
 
     def coe_register_initial(self, expert: str) -> str:
-        """The model that the engine was started with is this expert's.
-
-        Returns why no other's weights can be put in their place; empty where they can.
-        """
         state = self._coe()
         if state.held:
             return ""
@@ -112,87 +113,85 @@ class PinnedExtension(SwapExtension):
             fixed, held = str(error), PinnedWeights({}, None, 0)
         else:
             held = self._coe_hold(expert, tensors_of(model))
-        held.probe = Probe.of(model)
+        held.probe = WeightProbe.of(model)
         state.held[expert] = held
         state.running = expert
         return fixed
 
-    def _coe_begin(self, expert: str, filling: PendingLoad) -> Callable[[], Any]:
-        # Where the running one's can't be copied, none can be put in their place.
+    def _coe_prepare_load(self, expert: str, load: PendingLoad) -> Callable[[], Any]:
+        # If the running weights can't be copied, none can be put in their place.
         check_plain(self.model_runner.model)
-        # Another of the pool's engines may have them already.
+        # Another engine of the pool may have written the file already.
         live = describe(tensors_of(self.model_runner.model))
         mapped = find(self._coe_path(expert, live), live)
         if mapped is not None:
             return partial(pinned, mapped)
-        return super()._coe_begin(expert, filling)
+        return super()._coe_prepare_load(expert, load)
 
-    def _coe_bring(
-        self, expert: str, beside: ShadowModel, delta: LoraDelta | None, before: int
+    def _coe_read(
+        self, expert: str, shadow: ShadowModel, delta: LoraDelta | None, before: int
     ) -> PinnedWeights:
-        check_plain(beside.model)
-        beside.load(delta, ScratchBuffers(), finish=False)
-        tensors = tensors_of(beside.model)
+        check_plain(shadow.model)
+        shadow.load(delta, ScratchBuffers(), finish=False)
+        tensors = tensors_of(shadow.model)
         check_fits(tensors, tensors_of(self.model_runner.model))
         return self._coe_hold(expert, tensors)
 
     def coe_evict(self, expert: str, for_next: bool = False) -> bool:
-        """Forget an expert's weights: this engine's hold on them, that is."""
         held = self._coe().held.get(expert)
-        dropped = super().coe_evict(expert, for_next)
-        if dropped and held is not None:
+        evicted = super().coe_evict(expert, for_next)
+        if evicted and held is not None:
             held.release()
-        return dropped
+        return evicted
 
-    def _coe_look(self, held: Any) -> None:
-        """Its layers can be asked when it runs for the first time."""
+    def _coe_record_probe(self, held: Any) -> None:
+        """Record nothing yet: the probe of an expert is recorded when it runs first."""
 
-    def coe_steer(self, expert: str, told: dict[str, Any]) -> int:
-        """Hold a steered expert (`told`: a `Steering`), whose base is held. Returns its bytes.
-
-        Raises ValueError where the base isn't held, or its gates can't be steered so.
-        """
+    def coe_steer(self, expert: str, steering: dict[str, Any]) -> int:
         state = self._coe()
-        base = state.held.get(told["base"])
+        base = state.held.get(steering["base"])
         if base is None:
-            raise ValueError(f"the weights of {told['base']!r} are not held")
-        standing = self._coe_standing
-        if not isinstance(standing, GraphSteering):
-            raise ValueError(standing or "this engine was not started for steered experts")
-        steered = standing.steering(told)
+            raise ValueError(f"the weights of {steering['base']!r} are not held")
+        rules = self._coe_graph_steering
+        if not isinstance(rules, GraphSteering):
+            raise ValueError(rules or "this engine was not started for steered experts")
+        steered = rules.table_for(steering)
         state.held[expert] = PinnedWeights(
             base.tensors, None, steered.size_bytes, probe=base.probe, steered=steered
         )
         return steered.size_bytes
 
-    def _coe_put(self, held: Any) -> str:
+    def _coe_install(self, held: Any) -> str:
         state = self._coe()
-        stays = held.tensors is state.held[state.running].tensors
-        if not stays:
+        same_weights = held.tensors is state.held[state.running].tensors
+        if not same_weights:
             copy_all(held.tensors, tensors_of(self.model_runner.model))
-        if isinstance(self._coe_standing, GraphSteering):
-            self._coe_standing.write(held.steered)
-        return "steer" if stays else "inplace"
+        if isinstance(self._coe_graph_steering, GraphSteering):
+            self._coe_graph_steering.write(held.steered)
+        return "steer" if same_weights else "inplace"
 
     def _coe_verify(self, held: Any) -> bool:
         model = self.model_runner.model
-        if isinstance(self._coe_standing, GraphSteering) and not self._coe_standing.holds():
+        if (
+            isinstance(self._coe_graph_steering, GraphSteering)
+            and not self._coe_graph_steering.verify()
+        ):
             return False
         if held.probe is not None:
-            return bool(held.probe.holds())
-        # The first time: what arrived is what was sent.
+            return bool(held.probe.verify())
+        # The first swap: the copy must equal its source.
         live = tensors_of(model)
         for name, tensor in held.tensors.items():
             for part in (slice(None, _VALUES), slice(-_VALUES, None)):
                 arrived = live[name].detach().flatten()[part].cpu()
                 if not torch.equal(arrived, tensor.flatten()[part]):
                     return False
-        held.probe = Probe.of(model)
+        held.probe = WeightProbe.of(model)
         return True
 
 
-def tensors_of(model: Any) -> dict[str, torch.Tensor]:
-    """A model's own parameters and buffers by name, tied ones once, without its KV cache."""
+def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A model's parameters and buffers by name, tied ones once, without attention's buffers."""
     attention = {
         id(tensor)
         for layer in model.modules()
@@ -206,14 +205,18 @@ def tensors_of(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def check_plain(model: Any) -> None:
-    """Raises ValueError where kernels make something else of the weights than the loader."""
+def check_plain(model: torch.nn.Module) -> None:
+    """Check that the kernels use all weights as the loader leaves them.
+
+    Raises:
+        ValueError: The weights of a layer are converted.
+    """
     for name, module in model.named_modules():
-        method = getattr(module, "quant_method", None)
+        method = weight_method(module)
         if method is None or is_attention(module):
             continue
-        if type(method).__name__ not in _PLAIN:
-            raise ValueError(f"{name} has weights of {type(method).__name__}; they can't be copied")
+        if method not in _PLAIN:
+            raise ValueError(f"{name} has weights of {method}; they can't be copied")
 
 
 def check_fits(held: dict[str, torch.Tensor], live: dict[str, torch.Tensor]) -> None:
@@ -232,36 +235,37 @@ def describe(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensor]:
     """Tensors' names, dtypes, shapes and sizes."""
     return {
         name: Tensor(
-            str(one.dtype).removeprefix("torch."),
-            tuple(one.shape),
-            one.numel() * one.element_size(),
+            str(tensor.dtype).removeprefix("torch."),
+            tuple(tensor.shape),
+            tensor.numel() * tensor.element_size(),
         )
-        for name, one in tensors.items()
+        for name, tensor in tensors.items()
     }
 
 
 def copy_to(tensors: Mapping[str, torch.Tensor], name: str, memory: memoryview) -> None:
-    """Write one tensor's values there."""
+    """Write one tensor's values to memory."""
     tensor = tensors[name]
     if tensor.numel():
         torch.frombuffer(memory, dtype=tensor.dtype).copy_(tensor.detach().flatten())
 
 
 def pinned(mapped: MappedTensors) -> PinnedWeights:
-    """The tensors of a mapped file, registered with CUDA where it is. Raises RuntimeError."""
+    """The tensors of a mapped file, registered with CUDA if there is a GPU. Raises RuntimeError."""
     whole = torch.frombuffer(mapped.memory, dtype=torch.uint8)
     tensors = {
-        name: whole[one.offset : one.offset + one.size_bytes]
-        .view(getattr(torch, one.dtype))
-        .view(one.shape)
-        for name, one in mapped.tensors.items()
+        name: whole[tensor.offset : tensor.offset + tensor.size_bytes]
+        .view(getattr(torch, tensor.dtype))
+        .view(tensor.shape)
+        for name, tensor in mapped.tensors.items()
     }
     pin(whole)
-    return PinnedWeights(tensors, whole, sum(one.size_bytes for one in mapped.tensors.values()))
+    size = sum(tensor.size_bytes for tensor in mapped.tensors.values())
+    return PinnedWeights(tensors, whole, size)
 
 
 def pin(memory: torch.Tensor) -> None:
-    """Lock memory for copies by a GPU, where there is one. Raises RuntimeError."""
+    """Lock memory for copies by a GPU, if there is one. Raises RuntimeError."""
     if torch.cuda.is_available():
         size = memory.numel() * memory.element_size()
         _check(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0), "be pinned")
@@ -273,13 +277,13 @@ def unpin(memory: torch.Tensor) -> None:
         _check(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()), "be given back")
 
 
-def _check(code: Any, what: str) -> None:
+def _check(code: int, what: str) -> None:
     if int(code) != 0:
-        raise RuntimeError(f"shared memory could not {what}: CUDA's error {int(code)}")
+        raise RuntimeError(f"shared memory could not {what}: CUDA error {int(code)}")
 
 
 def copy_all(held: dict[str, torch.Tensor], live: dict[str, torch.Tensor]) -> None:
-    """Copy into the live tensors, on a stream of their own, and wait until all are there."""
+    """Copy tensors into the live ones, on a stream of their own, and wait for all copies."""
     with torch.no_grad():
         if not torch.cuda.is_available():
             for name, tensor in held.items():

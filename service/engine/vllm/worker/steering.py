@@ -1,29 +1,39 @@
-"""Steering in the worker, where nothing is compiled: other rules for the gates of a held model.
+"""Steering without graphs: the gates of a held model get other rules, eagerly.
 
-The rules are put into each router in the place of its own, and taken out again: a model that
-is not steered runs vLLM's own code, untouched.
+A rule replaces each router's own choice, and is taken out again: a model that is not steered runs
+vLLM's own code, untouched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from service.engine.vllm.worker.gates import RoutedLayer, routed_layers
+from service.engine.vllm.worker.gates import (
+    RoutedLayer,
+    chooses_by,
+    replace_choice,
+    restore_choice,
+    routed_layers,
+)
 
-# What a router calls for its choice; an attribute of its own hides the class's.
-CHOOSES = "_compute_routing"
-_STEERABLE = ("CPURouter", "FusedTopKRouter")
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
 
 @dataclass(frozen=True, slots=True)
 class GateRule:
-    """One layer's. Tensors of E: `barred` is -inf where masked and the bias elsewhere.
+    """The rule of one gate with E routed experts.
 
-    boost: None where all are 1.
+    Attributes:
+        barred: float32 (E,): -inf where an expert is masked, and its bias elsewhere.
+        boost: float32 (E,): factors of the experts' weights; None where all are 1.
+        top_k: How many experts compute a token.
+        top_p: Only the first experts whose probabilities reach this sum compute a token.
+        renormalize: The weights are divided by their sum.
     """
 
     barred: torch.Tensor
@@ -33,23 +43,29 @@ class GateRule:
     renormalize: bool
 
     def __call__(
-        self, hidden_states: Any, router_logits: torch.Tensor, *_: Any, **__: Any
+        self, hidden_states: object, router_logits: torch.Tensor, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """In the place of a router's own choice."""
-        del hidden_states
+        """Choose in place of a router: weights and ids, each (tokens, k)."""
         return choose(router_logits, self)
 
     @property
     def size_bytes(self) -> int:
-        """What it takes."""
-        tensors = [one for one in (self.barred, self.boost) if one is not None]
-        return sum(one.numel() * one.element_size() for one in tensors)
+        """Bytes of its tensors."""
+        tensors = [tensor for tensor in (self.barred, self.boost) if tensor is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def choose(logits: torch.Tensor, rule: GateRule) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (float32) and ids (int32), (T, k): `service.moe.steering.steer` in torch.
+    """Choose routed experts as `service.moe.steering.steer` does, in torch.
 
-    But for the ids that top-p leaves with weight 0: here they are the token's first choice.
+    The ids that top-p leaves with weight 0 differ: here they are the token's first choice.
+
+    Args:
+        logits: The gate's logits, (T, E).
+        rule: The rule of the gate.
+
+    Returns:
+        Weights (float32) and ids (int32), each (T, k).
     """
     probability = torch.softmax(logits.float() + rule.barred, dim=-1)
     weights, ids = torch.sort(probability, dim=-1, descending=True, stable=True)
@@ -59,7 +75,7 @@ def choose(logits: torch.Tensor, rule: GateRule) -> tuple[torch.Tensor, torch.Te
         before[:, 0] = 0
         stays = before < rule.top_p
         weights = torch.where(stays, weights, 0.0)
-        # The first choice again in the places that are left: no other expert is computed in vain.
+        # The first choice again in the other places: no other expert is computed in vain.
         ids = torch.where(stays, ids, ids[:, :1])
     if rule.renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -70,94 +86,88 @@ def choose(logits: torch.Tensor, rule: GateRule) -> tuple[torch.Tensor, torch.Te
 
 @dataclass(frozen=True, slots=True)
 class SteeredGates:
-    """The rules of one steered expert, and the routers of its base's model that they are for."""
+    """The rules of one steered expert, each with the router of the base's model that it is for."""
 
-    rules: tuple[tuple[Any, GateRule], ...]
+    rules: tuple[tuple[BaseRouter, GateRule], ...]
 
     @classmethod
-    def of(cls, model: Any, told: Mapping[str, Any]) -> SteeredGates:
-        """The rules that `told` (a `Steering` as a mapping) asks for, not yet put in.
+    def of(cls, model: torch.nn.Module, steering: Mapping[str, Any]) -> SteeredGates:
+        """Make the rules of a steered expert, without installing them.
 
-        Raises ValueError where the model's gates are others, or can't be steered.
+        Args:
+            model: The base's model.
+            steering: A `Steering` as a mapping.
+
+        Raises:
+            ValueError: The model's gates differ from those in `steering`, or can't be steered.
         """
-        found = gates_of(model)
+        gates = gates_of(model)
         rules = []
-        for layer in told["layers"]:
-            routed = gate_for(found, int(layer["layer"]), told)
-            if (why := why_not(routed)) is not None:
-                raise ValueError(why)
-            rules.append((routed.router, rule_of(layer, told)))
+        for layer in steering["layers"]:
+            routed = gate_for(gates, int(layer["layer"]), steering)
+            if (reason := routed.unsteerable_reason()) is not None:
+                raise ValueError(reason)
+            rules.append((routed.router, rule_of(layer, steering)))
         return cls(tuple(rules))
 
     @property
     def size_bytes(self) -> int:
-        """What its rules take."""
+        """Bytes of its rules."""
         return sum(rule.size_bytes for _, rule in self.rules)
 
-    def put(self) -> None:
-        """From now on the routers choose by these rules. Can't fail."""
+    def install(self) -> None:
+        """Have the routers choose by these rules. Can't fail."""
         for router, rule in self.rules:
-            router.__dict__[CHOOSES] = rule
+            replace_choice(router, rule)
 
     def remove(self) -> None:
-        """The routers choose as vLLM has made them. Can't fail."""
+        """Have the routers choose as vLLM has made them. Can't fail."""
         for router, _ in self.rules:
-            router.__dict__.pop(CHOOSES, None)
+            restore_choice(router)
 
-    def holds(self) -> bool:
+    def verify(self) -> bool:
         """Whether the routers choose by these rules."""
-        return all(router.__dict__.get(CHOOSES) is rule for router, rule in self.rules)
+        return all(chooses_by(router, rule) for router, rule in self.rules)
 
 
-def gates_of(model: Any) -> dict[int, RoutedLayer]:
+def gates_of(model: torch.nn.Module) -> dict[int, RoutedLayer]:
     """A model's gates by layer. Raises ValueError where there are none."""
-    found = {one.layer: one for one in routed_layers(model)}
-    if not found:
+    gates = {routed.layer: routed for routed in routed_layers(model)}
+    if not gates:
         raise ValueError("it has no gates: it is no mixture of experts")
-    return found
+    return gates
 
 
-def gate_for(found: Mapping[int, RoutedLayer], layer: int, told: Mapping[str, Any]) -> RoutedLayer:
-    """The gate of a layer, if it is as `told` says. Raises ValueError."""
-    if (routed := found.get(layer)) is None:
+def gate_for(
+    gates: Mapping[int, RoutedLayer], layer: int, steering: Mapping[str, Any]
+) -> RoutedLayer:
+    """The gate of a layer.
+
+    Raises:
+        ValueError: There is none, or it differs from the gates that `steering` is for.
+    """
+    if (routed := gates.get(layer)) is None:
         raise ValueError(f"layer {layer} has no gate")
-    asked = (told["experts"], told["top_k"], told["renormalize"])
-    has = (routed.experts, routed.top_k, routed.router.renormalize)
-    if asked != has:
+    expected = (steering["experts"], steering["top_k"], steering["renormalize"])
+    found = (routed.experts, routed.top_k, routed.renormalize)
+    if expected != found:
         raise ValueError(
-            f"layer {layer} has {has[0]} experts, of which {has[1]} are chosen, "
-            f"normalised: {has[2]}; the profile is for {asked[0]}, {asked[1]}, {asked[2]}"
+            f"layer {layer} has {found[0]} experts, of which {found[1]} are chosen, "
+            f"normalised: {found[2]}; the profile is for {expected[0]}, {expected[1]}, "
+            f"{expected[2]}"
         )
     return routed
 
 
-def why_not(routed: RoutedLayer) -> str | None:
-    """Why a router's choice can't be steered; None where it is by softmax and top-k alone."""
-    router = routed.router
-    kind = type(router).__name__
-    if kind not in _STEERABLE:
-        return f"layer {routed.layer} has a {kind}; steered can be a {' or a '.join(_STEERABLE)}"
-    # The second is a GPU's, and knows neither groups nor a model's own code.
-    if getattr(router, "use_grouped_topk", False):
-        how = "in groups"
-    elif router.scoring_func != "softmax":
-        how = f"by {router.scoring_func}"
-    elif getattr(router, "custom_routing_function", None) is not None:
-        how = "by the model's own code"
-    else:
-        return None
-    return f"layer {routed.layer} has a {kind} that chooses {how}, not by softmax and top-k"
-
-
-def rule_of(layer: Mapping[str, Any], told: Mapping[str, Any]) -> GateRule:
-    """One layer's rule: `layer` is a `SteeredLayer`, `told` its `Steering`, as mappings."""
+def rule_of(layer: Mapping[str, Any], steering: Mapping[str, Any]) -> GateRule:
+    """The rule of one layer: a `SteeredLayer` and its `Steering`, as mappings."""
     bias = torch.tensor(layer["bias"], dtype=torch.float32)
     mask = torch.tensor(layer["mask"], dtype=torch.bool)
     boost = torch.tensor(layer["boost"], dtype=torch.float32)
     return GateRule(
         bias.masked_fill(mask, float("-inf")),
         boost if bool((boost != 1).any()) else None,
-        told["top_k"] if layer["top_k"] is None else int(layer["top_k"]),
+        steering["top_k"] if layer["top_k"] is None else int(layer["top_k"]),
         layer["top_p"],
-        bool(told["renormalize"]),
+        bool(steering["renormalize"]),
     )

@@ -1,13 +1,10 @@
-"""The worker extension: experts' weights beside the running one, and exchanging them.
+"""The worker extension that holds several experts' weights and swaps them in place.
 
-vLLM adds this class to its worker, in the engine core's process. Weights are brought
-to `HOST` as a second model object that shares nothing with the running one, read and
-packed in a thread beside it. Making one resident (CPU, eager) puts that object in the
-running one's place; the attention layers, which hold the KV cache and no weights, are
-the same for all. Weights are never copied, and whatever vLLM did to them when it
-loaded them (fused, tied, packed) stays as it was done.
-
-What begins with `service.engine.vllm.engine` is all that imports vllm.
+vLLM mixes this class into its worker, in the engine core's process. Weights are loaded to host
+memory as a second model object that shares nothing with the running one; a thread reads and packs
+them. A swap (CPU, eager) puts that object in the place of the running one. The attention layers,
+which hold the KV cache and no weights, are the same for all experts. Weights are never copied, and
+stay as vLLM has made them at loading (fused, tied, packed).
 """
 
 from __future__ import annotations
@@ -19,48 +16,59 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from service.engine.vllm.worker.capture import CaptureExtension
-from service.engine.vllm.worker.grammars import Grammars
-from service.engine.vllm.worker.loading import ShadowModel, check_alike, is_attention
+from service.engine.vllm.worker.grammars import ExpertGrammars
+from service.engine.vllm.worker.loading import ShadowModel, check_alike
 from service.engine.vllm.worker.memory import (
     check_room,
-    give_back,
     keep_freed,
     own_bytes,
+    release_freed,
     resident_bytes,
     tensor_bytes,
 )
+from service.engine.vllm.worker.model_access import is_attention, named_layers
 from service.engine.vllm.worker.packing import ScratchBuffers
 from service.engine.vllm.worker.steering import SteeredGates
-from service.engine.vllm.worker.weight_probe import Probe
+from service.engine.vllm.worker.weight_probe import WeightProbe
 from service.models.lora_merge import LoraDelta
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
 
 
 @dataclass(slots=True)
 class HostWeights:
-    """One expert's weights in this process. `probe` is recorded between two steps.
+    """One expert's weights in this process.
 
-    steered: the rules of a steered expert; the rest is then its base's own, held by both.
+    Attributes:
+        model: The model object.
+        layers: Its layers that vLLM finds by name, without attention.
+        host_bytes: Measured size.
+        fill_s: How long the load took.
+        probe: Recorded between two steps of the running model.
+        steered: Rules of a steered expert. It shares all the rest with its base.
     """
 
-    model: Any
-    layers: dict[str, Any]
+    model: torch.nn.Module
+    layers: dict[str, torch.nn.Module]
     host_bytes: int
     fill_s: float = 0.0
-    probe: Probe | None = None
+    probe: WeightProbe | None = None
     steered: SteeredGates | None = None
 
 
 @dataclass(slots=True)
 class PendingLoad:
-    """An expert on its way in; `thread` is None until it is its turn."""
+    """A load that was requested. `thread` is None until it runs."""
 
     folder: str
     adapter: str | None
     strength: float
-    asked_s: float
+    requested_s: float
     thread: threading.Thread | None = None
     error: str | None = None
 
@@ -68,17 +76,17 @@ class PendingLoad:
 @dataclass(slots=True)
 class _State:
     held: dict[str, Any] = field(default_factory=dict)
-    filling: dict[str, PendingLoad] = field(default_factory=dict)
+    loads: dict[str, PendingLoad] = field(default_factory=dict)
     running: str = ""
-    grammars: Grammars | None = None
+    grammars: ExpertGrammars | None = None
 
 
 class SwapExtension(CaptureExtension):
-    """Methods that the pool calls through `collective_rpc`. Names begin with `coe_`."""
+    """Methods that the engine calls through `collective_rpc`. Their names begin with `coe_`."""
 
     # Set by vLLM's worker.
-    vllm_config: Any
-    # Where an expert is loaded; None: where the engine computes.
+    vllm_config: VllmConfig
+    # The device that experts are loaded to; None: the engine's own.
     _coe_device: str | None = None
 
     def _coe(self) -> _State:
@@ -88,205 +96,229 @@ class SwapExtension(CaptureExtension):
             self.__dict__["_coe_state"] = state
         return state
 
-    def _coe_layers(self) -> dict[str, Any]:
-        """The running engine's layers by name."""
-        layers: dict[str, Any] = self.vllm_config.compilation_config.static_forward_context
-        return layers
-
     def coe_register_initial(self, expert: str) -> str:
-        """The model that the engine was started with is this expert's.
+        """Hold the model that the engine was started with as this expert's.
 
-        Returns why no other's weights can be put in their place; empty where they can.
+        Returns:
+            Why no other weights can be put in their place; empty where they can.
         """
         state = self._coe()
         if state.held:
             return ""
         keep_freed()
-        own = {name: one for name, one in self._coe_layers().items() if not is_attention(one)}
+        own = {
+            name: layer
+            for name, layer in named_layers(self.vllm_config).items()
+            if not is_attention(layer)
+        }
         model = self.model_runner.model
-        state.held[expert] = HostWeights(model, own, 0, probe=Probe.of(model))
+        state.held[expert] = HostWeights(model, own, 0, probe=WeightProbe.of(model))
         state.running = expert
         return ""
 
     def coe_load_to_host(
         self, expert: str, folder: str, adapter: str | None, strength: float
     ) -> None:
-        """Begin to bring an expert's weights to this process, beside the running one.
+        """Begin to load an expert's weights beside the running ones.
 
-        `folder`: full weights; `adapter`: LoRA to merge into them, times `strength`.
-        Look at `coe_load_result` for the outcome. One is filled at a time, in the order asked.
+        One expert is loaded at a time, in the order of calls. `coe_load_result` has the outcome.
+
+        Args:
+            expert: The expert.
+            folder: Folder of full weights.
+            adapter: Folder of a LoRA adapter to merge into them.
+            strength: Factor of the adapter.
         """
         state = self._coe()
-        if expert not in state.held and expert not in state.filling:
-            state.filling[expert] = PendingLoad(folder, adapter, strength, time.monotonic())
-            self._coe_next_fill()
+        if expert not in state.held and expert not in state.loads:
+            state.loads[expert] = PendingLoad(folder, adapter, strength, time.monotonic())
+            self._coe_start_next_load()
 
-    def coe_steer(self, expert: str, told: dict[str, Any]) -> int:
-        """Hold a steered expert (`told`: a `Steering`), whose base is held. Returns its bytes.
+    def coe_steer(self, expert: str, steering: dict[str, Any]) -> int:
+        """Hold a steered expert, whose base is held.
 
-        Raises ValueError where the base isn't held, or its gates can't be steered so.
+        Args:
+            expert: The expert.
+            steering: A `Steering` as a mapping.
+
+        Returns:
+            Bytes of its rules.
+
+        Raises:
+            ValueError: The base is not held, or its gates can't be steered so.
         """
         state = self._coe()
-        base = state.held.get(told["base"])
+        base = state.held.get(steering["base"])
         if base is None:
-            raise ValueError(f"the weights of {told['base']!r} are not held")
-        steered = SteeredGates.of(base.model, told)
+            raise ValueError(f"the weights of {steering['base']!r} are not held")
+        steered = SteeredGates.of(base.model, steering)
         state.held[expert] = HostWeights(
             base.model, base.layers, steered.size_bytes, probe=base.probe, steered=steered
         )
         return steered.size_bytes
 
-    def _coe_next_fill(self) -> None:
-        """Begin the next fill, if none is under way. Between two steps of the running model."""
+    def _coe_start_next_load(self) -> None:
+        """Start the next load, if none runs. Called between two steps of the running model."""
         state = self._coe()
-        if any(one.thread is not None and one.error is None for one in state.filling.values()):
+        if any(load.thread is not None and load.error is None for load in state.loads.values()):
             return
-        for expert, filling in state.filling.items():
-            if filling.thread is None and filling.error is None:
+        for expert, load in state.loads.items():
+            if load.thread is None and load.error is None:
                 try:
-                    bring = self._coe_begin(expert, filling)
+                    read = self._coe_prepare_load(expert, load)
                 except Exception as error:
-                    filling.error = _told(error)
+                    load.error = _first_line(error)
                     continue
-                filling.thread = threading.Thread(
-                    target=self._coe_load,
-                    args=(expert, filling, bring),
-                    name=f"fill-{expert}",
-                    daemon=True,
+                load.thread = threading.Thread(
+                    target=self._coe_load, args=(expert, load, read), name=f"load-{expert}"
                 )
-                filling.thread.start()
+                load.thread.daemon = True
+                load.thread.start()
                 return
 
-    def _coe_begin(self, expert: str, filling: PendingLoad) -> Callable[[], Any]:
-        """What can't be done in a thread; the rest, which brings what is to be held."""
+    def _coe_prepare_load(self, expert: str, load: PendingLoad) -> Callable[[], Any]:
+        """Do what can't be done in a thread. Returns the rest, which returns the held weights."""
         before = own_bytes()
-        beside = ShadowModel(self.vllm_config, filling.folder, self._coe_device)
+        shadow = ShadowModel(self.vllm_config, load.folder, self._coe_device)
 
-        def bring() -> Any:
-            delta = LoraDelta(Path(filling.adapter), filling.strength) if filling.adapter else None
-            check_room(beside.model)
-            return self._coe_bring(expert, beside, delta, before)
+        def read() -> Any:
+            delta = LoraDelta(Path(load.adapter), load.strength) if load.adapter else None
+            check_room(shadow.model)
+            return self._coe_read(expert, shadow, delta, before)
 
-        return bring
+        return read
 
-    def _coe_load(self, expert: str, filling: PendingLoad, bring: Callable[[], Any]) -> None:
+    def _coe_load(self, expert: str, load: PendingLoad, read: Callable[[], Any]) -> None:
         state = self._coe()
         began_s = time.monotonic()
         try:
-            held = bring()
-            give_back()
+            held = read()
+            release_freed()
             held.fill_s = time.monotonic() - began_s
         except Exception as error:
-            filling.error = _told(error)
+            load.error = _first_line(error)
             return
         state.held[expert] = held
-        del state.filling[expert]
+        del state.loads[expert]
 
-    def _coe_bring(
-        self, expert: str, beside: ShadowModel, delta: LoraDelta | None, before: int
+    def _coe_read(
+        self, _expert: str, shadow: ShadowModel, delta: LoraDelta | None, before: int
     ) -> Any:
-        """Load an expert's weights and hold them."""
-        del expert
+        """Load an expert's weights and hold them. `before`: bytes of the process before."""
         scratch = ScratchBuffers()
-        beside.load(delta, scratch)
-        layers = beside.share_attention(self._coe_layers())
-        check_alike(beside.model, self.model_runner.model)
-        # What is packed is no tensor; what vLLM makes of other layers is only seen as growth.
-        counted = tensor_bytes(beside.model) + scratch.packed_bytes
-        return HostWeights(beside.model, layers, max(counted, own_bytes() - before))
+        shadow.load(delta, scratch)
+        layers = shadow.share_attention(named_layers(self.vllm_config))
+        check_alike(shadow.model, self.model_runner.model)
+        # Packed weights are no tensors; buffers of other layers only show as growth.
+        counted = tensor_bytes(shadow.model) + scratch.packed_bytes
+        return HostWeights(shadow.model, layers, max(counted, own_bytes() - before))
 
     def coe_load_tokenizer(self, expert: str, folder: str) -> None:
-        """Begin to read an expert's tokenizer; where `folder` is empty it has the core's own.
+        """Begin to read an expert's tokenizer.
 
-        Raises ValueError where that is no use here.
+        Args:
+            expert: The expert.
+            folder: Folder of its tokenizer; empty: it has the core's own.
+
+        Raises:
+            ValueError: The core can't use another tokenizer.
         """
         state = self._coe()
         if state.grammars is None:
             if not folder:
                 return
-            state.grammars = Grammars(self.vllm_config)
+            state.grammars = ExpertGrammars(self.vllm_config)
         if folder:
-            state.grammars.bring(expert, folder)
+            state.grammars.load(expert, folder)
         else:
             state.grammars.forget(expert)
 
     def coe_tokenizer_fault(self, expert: str) -> str | None:
-        """See `Grammars.told`."""
+        """Why a tokenizer can't be read; empty once it was, None until then."""
         grammars = self._coe().grammars
-        return grammars.told(expert) if grammars is not None else ""
+        return grammars.fault(expert) if grammars is not None else ""
 
     def coe_load_result(self, expert: str) -> dict[str, Any]:
-        """`{"state": "host" | "filling" | "failed" | "disk", …}`. A failure is told once."""
-        state = self._coe()
-        self._coe_next_fill()
-        if (held := state.held.get(expert)) is not None:
-            self._coe_look(held)
-            return {"state": "host", "host_bytes": held.host_bytes, "fill_s": held.fill_s}
-        filling = state.filling.get(expert)
-        if filling is None:
-            return {"state": "disk"}
-        if filling.error is not None:
-            del state.filling[expert]
-            gc.collect()
-            give_back()
-            return {"state": "failed", "reason": filling.error}
-        return {"state": "filling", "since_s": time.monotonic() - filling.asked_s}
+        """The state of a load: `{"state": "host" | "filling" | "failed" | "disk", …}`.
 
-    def _coe_look(self, held: Any) -> None:
-        """Record an expert that has just come. Between two steps of the running model."""
+        A failure is reported once.
+        """
+        state = self._coe()
+        self._coe_start_next_load()
+        if (held := state.held.get(expert)) is not None:
+            self._coe_record_probe(held)
+            return {"state": "host", "host_bytes": held.host_bytes, "fill_s": held.fill_s}
+        load = state.loads.get(expert)
+        if load is None:
+            return {"state": "disk"}
+        if load.error is not None:
+            del state.loads[expert]
+            gc.collect()
+            release_freed()
+            return {"state": "failed", "reason": load.error}
+        return {"state": "filling", "since_s": time.monotonic() - load.requested_s}
+
+    def _coe_record_probe(self, held: Any) -> None:
+        """Record the probe of new weights. Called between two steps of the running model."""
         if held.probe is None:
-            held.probe = Probe.of(held.model)
+            held.probe = WeightProbe.of(held.model)
 
     def coe_swap_in(self, expert: str) -> dict[str, Any]:
-        """Make an expert that is held the running one. The engine must be paused.
+        """Make an expert whose weights are held the running one. The engine must be paused.
 
-        `ok` is false where the probe finds other weights than were loaded.
+        Returns:
+            `method` and durations; `ok` is false where the weights are not as they were loaded.
         """
         state = self._coe()
         began_s = time.perf_counter()
         held = state.held[expert]
-        method = self._coe_put(held)
+        method = self._coe_install(held)
         state.running = expert
         if state.grammars is not None:
             state.grammars.run(expert)
-        self._coe_watch(self.model_runner.model)
-        exchange_s = time.perf_counter() - began_s
+        self._coe_watch_gates(self.model_runner.model)
+        install_s = time.perf_counter() - began_s
         ok = False
-        # From here on the old expert is gone: a probe that fails must say so, not raise.
+        # The old expert is gone: a probe that fails is a result, and no error.
         with contextlib.suppress(Exception):
             ok = self._coe_verify(held)
         return {
             "ok": ok,
             "method": method,
-            "exchange_s": exchange_s,
-            "probe_s": time.perf_counter() - began_s - exchange_s,
+            "install_s": install_s,
+            "probe_s": time.perf_counter() - began_s - install_s,
         }
 
-    def _coe_put(self, held: Any) -> str:
-        """Put an expert's weights where the engine computes with them. Returns the method."""
+    def _coe_install(self, held: Any) -> str:
+        """Have the engine compute with an expert's weights. Returns the method."""
         old = self._coe().held[self._coe().running]
         if old.steered is not None:
             old.steered.remove()
-        self._coe_layers().update(held.layers)
+        named_layers(self.vllm_config).update(held.layers)
         self.model_runner.model = held.model
         if held.steered is not None:
-            held.steered.put()
+            held.steered.install()
         return "steer" if held.model is old.model else "inplace"
 
-    def _coe_runs(self) -> str:
+    def _coe_running_expert(self) -> str:
         return self._coe().running
 
     def _coe_verify(self, held: Any) -> bool:
-        """Whether those are the weights that were loaded."""
-        if held.steered is not None and not held.steered.holds():
+        """Whether the running weights are as they were loaded."""
+        if held.steered is not None and not held.steered.verify():
             return False
-        return held.probe is not None and held.probe.holds()
+        return held.probe is not None and held.probe.verify()
 
     def coe_evict(self, expert: str, for_next: bool = False) -> bool:
-        """Forget an expert's weights. False where it is the running one, or not held.
+        """Forget an expert's weights.
 
-        `for_next`: a fill follows, which takes their memory as it is. The system would
-        have to clear each page of new one first.
+        Args:
+            expert: The expert.
+            for_next: A load follows, which reuses the freed memory. The system would have to clear
+                each page of new memory first.
+
+        Returns:
+            False where the expert is the running one, or is not held.
         """
         state = self._coe()
         if expert == state.running or expert not in state.held:
@@ -294,11 +326,11 @@ class SwapExtension(CaptureExtension):
         del state.held[expert]
         gc.collect()
         if not for_next:
-            give_back()
+            release_freed()
         return True
 
     def coe_memory(self) -> dict[str, int]:
-        """Resident bytes of this process, and what the held experts were measured to take."""
+        """Resident bytes of this process, and the measured size of all held experts."""
         state = self._coe()
         return {
             "resident_bytes": resident_bytes(),
@@ -306,5 +338,5 @@ class SwapExtension(CaptureExtension):
         }
 
 
-def _told(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:400]

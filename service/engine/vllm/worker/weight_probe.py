@@ -1,16 +1,21 @@
 """The probe: whether a model's weights are still those that were loaded.
 
-A few linear layers, in rotation, are asked for their output on a fixed vector, which must be
-bit for bit what it was. A sum over the parameters would prove nothing on CPU: packing
-empties them.
+A few linear layers, in rotation, compute their output for a fixed vector, which must be bit for bit
+as recorded. A sum over the parameters would prove nothing on CPU: packing empties them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+
+from service.engine.vllm.worker.model_access import (
+    linear_input_size,
+    linear_layers,
+    linear_output,
+    packed_weight,
+)
 
 _ROWS = 2
 _LAYERS = 3
@@ -18,68 +23,68 @@ _VALUES = 16
 
 
 @dataclass(slots=True)
-class Probe:
-    """What was recorded of one model when it was loaded."""
+class WeightProbe:
+    """The record of one model when it was loaded.
 
-    layers: list[tuple[Any, Any, torch.Tensor]] = field(default_factory=list)
-    values: list[tuple[Any, torch.Tensor]] = field(default_factory=list)
-    asked: int = 0
+    Attributes:
+        layers: Linear layers, each with its packed weight and its output.
+        values: Parameters, each with its first values.
+        checked: How many layers were checked so far.
+    """
+
+    layers: list[tuple[torch.nn.Module, object | None, torch.Tensor]] = field(default_factory=list)
+    values: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    checked: int = 0
 
     @classmethod
-    def of(cls, model: Any) -> Probe:
-        """Record a model. Not in a thread beside the running one.
+    def of(cls, model: torch.nn.Module) -> WeightProbe:
+        """Record a model, never in a thread beside the running one.
 
-        oneDNN's kernels in vLLM share one scratch pad, and two threads in it spoil
-        each other's products.
+        oneDNN's kernels in vLLM share one scratch pad: two threads would spoil each other's
+        products.
         """
         probe = cls()
         with torch.inference_mode():
-            linears = [
-                module
-                for module in model.modules()
-                if hasattr(module, "quant_method") and hasattr(module, "input_size")
-            ]
+            linears = linear_layers(model)
             for module in linears[:: max(1, len(linears) // 12)]:
-                probe.layers.append((module, _packed(module), _ask(module)))
+                probe.layers.append((module, packed_weight(module), _output(module)))
             for parameter in model.parameters():
-                probe.values.append((parameter, _begin(parameter)))
+                probe.values.append((parameter, _first_values(parameter)))
         return probe
 
-    def holds(self) -> bool:
+    def verify(self) -> bool:
         """Whether the model is as recorded.
 
-        All packed layers must be the very objects that were recorded, every parameter
-        that is not packed must begin as it did, and a few layers answer as they did.
+        The packed weights must be the very objects that were recorded, every parameter must begin
+        as it did, and a few layers must give the same output.
         """
         with torch.inference_mode():
-            if any(not torch.equal(_begin(one), expected) for one, expected in self.values):
+            if any(
+                not torch.equal(_first_values(parameter), expected)
+                for parameter, expected in self.values
+            ):
                 return False
-            if any(_packed(module) is not packed for module, packed, _ in self.layers):
+            if any(packed_weight(module) is not packed for module, packed, _ in self.layers):
                 return False
             for i in range(min(_LAYERS, len(self.layers))):
-                module, _, expected = self.layers[(self.asked + i) % len(self.layers)]
-                if not torch.equal(_ask(module), expected):
+                module, _, expected = self.layers[(self.checked + i) % len(self.layers)]
+                if not torch.equal(_output(module), expected):
                     return False
-            self.asked += _LAYERS
+            self.checked += _LAYERS
         return True
 
 
-def _packed(module: Any) -> Any:
-    return getattr(module, "cpu_linear", None)
+def _first_values(parameter: torch.Tensor) -> torch.Tensor:
+    values: torch.Tensor = parameter.detach().flatten()[:_VALUES].clone()
+    return values
 
 
-def _begin(parameter: Any) -> torch.Tensor:
-    begin: torch.Tensor = parameter.detach().flatten()[:_VALUES].clone()
-    return begin
-
-
-def _ask(module: Any) -> torch.Tensor:
-    """A layer's output for a fixed vector."""
-    size = getattr(module, "input_size_per_partition", module.input_size)
+def _output(module: torch.nn.Module) -> torch.Tensor:
+    """A linear layer's output for a fixed vector."""
+    size = linear_input_size(module)
     generator = torch.Generator().manual_seed(size)
     parameters = [p for p in module.parameters() if p.is_floating_point()]
     dtype = parameters[0].dtype if parameters else torch.get_default_dtype()
     device = parameters[0].device if parameters else torch.get_default_device()
     vector = torch.randn(_ROWS, size, generator=generator).to(device=device, dtype=dtype)
-    answer: torch.Tensor = module.quant_method.apply(module, vector)
-    return answer.clone()
+    return linear_output(module, vector).clone()

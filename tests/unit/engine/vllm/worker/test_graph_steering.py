@@ -103,7 +103,7 @@ def test_the_choice_is_that_of_the_definition(
 ) -> None:
     router, profile = FusedTopKRouter(renormalize), PROFILES[name]
     rules = standing(monkeypatch, {0: router})
-    rules.write(rules.steering(told(profile, 0, renormalize=renormalize)))
+    rules.write(rules.table_for(told(profile, 0, renormalize=renormalize)))
     logits = some_logits().round() if ties else some_logits()
     weights, ids = router.choose(logits)
     assert (weights.shape, ids.shape) == ((T, WIDTH), (T, WIDTH))
@@ -127,7 +127,7 @@ def test_unsteered_it_is_the_router_s_own_choice_bit_for_bit(
     router, logits = FusedTopKRouter(), some_logits()
     own, own_ids = router.choose(logits)
     rules = standing(monkeypatch, {0: router}, places=places)
-    profile = rules.steering(told(PROFILES["masked"], 0))
+    profile = rules.table_for(told(PROFILES["masked"], 0))
     for written in (None, profile, None):
         rules.write(written)
         weights, ids = router.choose(logits)
@@ -143,7 +143,7 @@ def test_a_layer_that_a_profile_leaves_out_is_not_steered(monkeypatch: pytest.Mo
     logits = some_logits()
     own, _ = routers[3].choose(logits)
     rules = standing(monkeypatch, routers, places=K)
-    rules.write(rules.steering(told(PROFILES["boosted"], 5)))
+    rules.write(rules.table_for(told(PROFILES["boosted"], 5)))
     assert torch.equal(routers[3].choose(logits)[0], own)
     assert not torch.equal(routers[5].choose(logits)[0], own)
 
@@ -151,7 +151,7 @@ def test_a_layer_that_a_profile_leaves_out_is_not_steered(monkeypatch: pytest.Mo
 def test_rows_that_fill_a_batch_up_stay_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     router = FusedTopKRouter(padding=5)
     rules = standing(monkeypatch, {0: router})
-    rules.write(rules.steering(told(PROFILES["three"], 0)))
+    rules.write(rules.table_for(told(PROFILES["three"], 0)))
     _, ids = router.choose(some_logits())
     assert bool((ids[-5:] == -1).all())
     assert bool((ids[:-5] >= 0).all())
@@ -167,7 +167,7 @@ def test_compiled_code_reads_what_is_written_later(monkeypatch: pytest.MonkeyPat
     seen = torch._dynamo.utils.counters["stats"]
     before = seen["unique_graphs"]
     for name in (None, *PROFILES, None):
-        rules.write(rules.steering(told(PROFILES[name], 0)) if name is not None else None)
+        rules.write(rules.table_for(told(PROFILES[name], 0)) if name is not None else None)
         for seed in range(2):
             weights, ids = compiled(some_logits(seed))
             expected, chosen = router.choose(some_logits(seed))
@@ -188,7 +188,7 @@ def test_a_recorded_graph_reads_what_is_written_later(monkeypatch: pytest.Monkey
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
     assert not [one for one in operations if any(word in one for word in waits)]
     for name, profile in PROFILES.items():
-        rules.write(rules.steering(told(profile, 0)))
+        rules.write(rules.table_for(told(profile, 0)))
         for seed in range(2):
             weights, ids = recorded(some_logits(seed))
             expected, chosen = router.choose(some_logits(seed))
@@ -205,11 +205,11 @@ def test_what_can_not_stand_is_refused_and_changes_nothing(
     assert "_compute_routing" not in odd.__dict__
     rules = standing(monkeypatch, {0: FusedTopKRouter()}, places=K)
     with pytest.raises(ValueError, match=r"layer 0: top_k is 3, .* started for at most 2"):
-        rules.steering(told(PROFILES["three"], 0))
+        rules.table_for(told(PROFILES["three"], 0))
     with pytest.raises(ValueError, match="layer 7 has no gate"):
-        rules.steering(told({}, 7))
+        rules.table_for(told({}, 7))
     with pytest.raises(ValueError, match="normalised: True; the profile is for 8, 2, False"):
-        rules.steering(told({}, 0, renormalize=False))
+        rules.table_for(told({}, 0, renormalize=False))
 
 
 def test_kernels_that_are_made_for_a_number_of_experts_get_no_more(
@@ -218,11 +218,11 @@ def test_kernels_that_are_made_for_a_number_of_experts_get_no_more(
     router = FusedTopKRouter()
     rules = standing(monkeypatch, {0: router}, kernel="SomeExperts")
     assert router.choose(some_logits())[1].shape == (T, K)
-    rules.steering(told(PROFILES["one"], 0))
+    rules.table_for(told(PROFILES["one"], 0))
     with pytest.raises(
         ValueError, match=r"top_k is 4, and SomeExperts, .* is made \(.*: triton .*\) for at most 2"
     ):
-        rules.steering(told(PROFILES["four"], 0))
+        rules.table_for(told(PROFILES["four"], 0))
 
 
 class Loads:
@@ -280,7 +280,7 @@ def test_a_worker_holds_exchanges_and_looks_after_its_rules(
     assert not one.coe_evict("three")
     assert one.coe_evict("masked")
     # Somebody else wrote there.
-    one._coe_standing.table[0, 0] = 1.0
+    one._coe_graph_steering.table[0, 0] = 1.0
     assert not one._coe_verify(one._coe().held["three"])
 
 
@@ -299,7 +299,7 @@ def test_a_model_that_can_not_be_steered_runs_and_says_why(
     assert one.coe_register_initial("base") == ""
     with pytest.raises(ValueError, match=r"layer 0 is routed inside its kernel \(X\)"):
         one.coe_steer("masked", told({}, 0))
-    one._coe_standing = None
+    one._coe_graph_steering = None
     with pytest.raises(ValueError, match="was not started for steered experts"):
         one.coe_steer("masked", told({}, 0))
 

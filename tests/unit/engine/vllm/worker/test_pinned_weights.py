@@ -37,7 +37,7 @@ def extension(model: Any, folder: Path, rank: int = 0) -> Any:
     made.rank = rank
     made.model_runner = SimpleNamespace(model=model)
     made.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=2))
-    made._coe_watch = lambda _: None
+    made._coe_watch_gates = lambda _: None
     made.coe_share("a", str(folder / "key-a"), "token")
     made.coe_share("b", str(folder / "key-b"), "token")
     return made
@@ -122,7 +122,7 @@ def test_no_room_is_the_filling_expert_s_fault_and_the_engine_goes_on(
         return lambda: one._coe_hold(expert, pinned_weights.tensors_of(model(2)))
 
     monkeypatch.setattr(
-        pinned_weights.SwapExtension, "_coe_begin", lambda _, *given: brings(*given)
+        pinned_weights.SwapExtension, "_coe_prepare_load", lambda _, *given: brings(*given)
     )
 
     def full(*_: Any) -> None:

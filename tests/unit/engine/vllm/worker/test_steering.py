@@ -50,9 +50,8 @@ class GroupedTopKRouter(FusedTopKRouter):
 )
 def test_routers_that_choose_otherwise_are_named(router: Any, words: str | None) -> None:
     from service.engine.vllm.worker.gates import RoutedLayer
-    from service.engine.vllm.worker.steering import why_not
 
-    why = why_not(RoutedLayer(3, 4, 2, router))
+    why = RoutedLayer(3, 4, 2, router).unsteerable_reason()
     assert why is None if words is None else why is not None and words in why
 
 
@@ -66,13 +65,13 @@ def test_rules_are_put_in_and_taken_out_without_a_trace() -> None:
     layer = {"mask": [0, 1], "bias": [0, 0], "boost": [2, 1], "top_k": None, "top_p": None}
     rule = rule_of(layer, {"top_k": 1, "renormalize": True})
     steered = SteeredGates(((router, rule),))
-    assert not steered.holds()
-    steered.put()
-    assert steered.holds()
+    assert not steered.verify()
+    steered.install()
+    assert steered.verify()
     weights, ids = router._compute_routing(None, torch.tensor([[0.0, 9.0]]))
     assert (weights, ids) == (torch.tensor([[2.0]]), torch.tensor([[0]]))
     steered.remove()
     steered.remove()
-    assert not steered.holds()
+    assert not steered.verify()
     assert router._compute_routing(None, None) == "its own"
     assert router.__dict__ == before
