@@ -34,6 +34,7 @@ RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 MOE_RUNNER = "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner"
 REQUEST_STATE = "vllm.v1.engine.output_processor:RequestState"
 FINISHED = "vllm.v1.metrics.stats:FinishedRequestStats"
+SERVING_MODELS = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
 BATCH = "vllm.v1.worker.gpu_input_batch:InputBatch"
 
 # Private names, and the classes that have them.
@@ -92,6 +93,7 @@ READ_OF_LLM = {
     "output_handler",
     "output_processor",
     "pause_generation",
+    "remove_lora",
     "renderer",
     "resume_generation",
     "shutdown",
@@ -115,6 +117,8 @@ READ = {
     },
     LOGGER: {"log_engine_initialized", "record", "record_sleep_state"},
     LLM: {"add_request"},
+    SERVING_MODELS: {"load_lora_adapter", "lora_requests", "unload_lora_adapter"},
+    "vllm.lora.request:LoRARequest": {"lora_int_id"},
     ROUTER: {"global_num_experts", "set_capture_fn", "top_k"},
     MOE_RUNNER: {"layer_id", "router"},
     MOE_METHOD: {"is_monolithic", "moe_kernel"},
