@@ -290,3 +290,17 @@ def test_every_page_is_in_the_navigation() -> None:
     text = (ROOT / "deploy" / "docs" / "mkdocs.yml").read_text()
     listed = set(re.findall(r"^ +- (?:\w+: )?(\S+\.md)$", text, re.MULTILINE))
     assert listed == {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_targets_that_a_page_names_are_there(page: str) -> None:
+    text = re.sub(r"^ *```.*?^ *```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    packages = "|".join(path.name for path in (ROOT / "service").iterdir() if path.is_dir())
+    top = "service|tests|deploy|loadtests|router_models|helm|docs|\\.github"
+    for path in re.findall(rf"`((?:{top}|{packages})/[\w/.@-]+)`", text):
+        assert (ROOT / path).exists() or (ROOT / "service" / path).exists(), path
+    for module in re.findall(r"`python -m ([a-z_.]+)", text):
+        found = ROOT / module.replace(".", "/")
+        assert found.is_dir() or found.with_suffix(".py").exists(), module
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z-]+)`", text)) <= targets
