@@ -1,4 +1,4 @@
-"""The Serve application of a config: its deployments, and how pools scale."""
+"""The Ray Serve application of a config: its deployments and the autoscaling of pools."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from service.deployment.replica_discovery import DiscoveryRequestRouter
 from service.deployment.replicas import QUEUED, GatewayReplica, PoolReplica
 
 APP = "coe"
-# Ray resources that say which nodes of a cluster take gateways, and which pools:
-# a node has as many of one as it may hold such replicas.
+# Ray resources place replicas on nodes: a node has one unit of a resource for each replica that it
+# may hold.
 GATEWAY_RESOURCE = "coe-gateway"
 
 
 def pool_resource(kind: str) -> str:
-    """The Ray resource of nodes for pools of this kind."""
+    """Return the Ray resource of nodes for pools of this kind."""
     return f"coe-pool-{kind}"
 
 
 def queued_work(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """Serve's autoscaling policy for pools: replicas for the work that they report.
+    """Autoscaling policy for pools: as many replicas as the reported work needs.
 
-    Held requests at gateways count too (Serve sees their `wake` calls), so that a
-    pool comes up from zero.
+    Requests that gateways hold count too, because Serve sees their `wake` calls; so a pool scales
+    up from zero.
     """
     reported = (context.aggregated_metrics or {}).get(QUEUED, {})
     queued = sum(float(value) for value in reported.values())
@@ -53,10 +53,15 @@ def application(
     host: str | None,
     placed: bool = False,
 ) -> serve.Application:
-    """The Serve application of a config.
+    """Build the Serve application of a config.
 
-    `host`: the address that pools bind; None: their own node's. `placed`: replicas go
-    only to nodes that were started with their resource (`GATEWAY_RESOURCE`, `pool_resource`).
+    Args:
+        config: The composition.
+        secret_path: File with the cluster's secret.
+        admin_key_path: File with the admin key.
+        host: Address that pools bind; None: their node's address.
+        placed: Replicas run only on nodes with their resource (`GATEWAY_RESOURCE`,
+            `pool_resource`).
     """
     config_json = config.model_dump_json()
     pools = {
@@ -71,7 +76,7 @@ def application(
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=5,
         health_check_timeout_s=10,
-        # A line on disk for each request; ours is `access_log`.
+        # Serve would write a line per request to disk; `server.access_log` replaces it.
         logging_config={"enable_access_log": False},
         ray_actor_options={
             "num_cpus": 0.1,
@@ -93,7 +98,7 @@ def _pool_deployment(config: Config, kind: str, placed: bool) -> Any:
                 min_replicas=pool.min_replicas,
                 max_replicas=pool.most_replicas,
                 target_ongoing_requests=pool.target_ongoing_requests,
-                # Longer than Serve's own interval, which it insists on.
+                # Serve requires more than its own interval.
                 look_back_period_s=11,
                 upscale_delay_s=2,
                 downscale_delay_s=300,
@@ -121,11 +126,11 @@ def _pool_deployment(config: Config, kind: str, placed: bool) -> Any:
     )(PoolReplica)
 
 
-# What commands and examples read a key from.
+# Variables from which commands and examples read a key.
 CLIENT_KEYS = frozenset({"COE_ADMIN_KEY", "COE_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"})
 
-# One thread for everything: a hop between Serve's loop and ours would cost a
-# request more than all we do with it.
+# One event loop for everything: a hop between Serve's loop and the gateway's would cost a request
+# more than all work of the gateway.
 _GATEWAY_ENVIRONMENT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -134,8 +139,8 @@ _GATEWAY_ENVIRONMENT = {
 
 
 def _pool_environment(config: Config, pool: PoolConfig) -> dict[str, str]:
-    # Pools, and the engines that they start, need none of the keys that this machine's environment
-    # may hold. Ray can't take a variable away; empty is as good.
+    # Pools and their engines need no key from this machine's environment. Ray cannot remove a
+    # variable, so it is emptied.
     environment = dict.fromkeys(sorted(config.key_variables | CLIENT_KEYS), "")
     environment |= {
         "HF_HUB_OFFLINE": "1",

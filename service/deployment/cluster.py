@@ -1,8 +1,8 @@
-"""The application on a Ray cluster that somebody else runs: by KubeRay, or `serve deploy`.
+"""The application on an external Ray cluster, deployed by KubeRay or `serve deploy`.
 
-Every node needs the environment of `service.launch.environment`, and the files that are named
-here: a pool or gateway reads the secrets where it runs. Secrets never stand in a
-Serve config, because Ray shows those.
+Every node needs the environment of `service.launch.environment` and the files that the arguments
+name: a pool or gateway reads the secrets on its own node. A Serve config never holds secrets,
+because Ray displays it.
 """
 
 from __future__ import annotations
@@ -18,35 +18,42 @@ from service.deployment.application import application
 
 
 class ClusterArgs(BaseModel):
-    """What a Serve config says about the application."""
+    """Arguments of the application in a Serve config."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     config: Path | dict[str, Any] = Field(
-        description="The config file, the same on every node; or its content, so that a change "
-        "of it is a change of the Serve config, which Serve then rolls out."
+        description="The config file, the same on every node; or its content, so that Serve rolls "
+        "out every change of it."
     )
     secret: Path = Field(description="File with the cluster's secret, on every node.")
     admin_key: Path = Field(description="File with the admin key, on nodes with gateways.")
     placed: bool = Field(
         True,
-        description="Gateways run only on nodes with the Ray resource coe-gateway, pools only "
-        "on those with coe-pool-KIND, one replica per unit of it.",
+        description="Gateways run only on nodes with the Ray resource coe-gateway, and pools only "
+        "on nodes with coe-pool-KIND; one replica per unit of the resource.",
     )
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """The application, as `import_path: service.deployment.cluster:build`.
+    """Build the application for `import_path: service.deployment.cluster:build`.
 
-    `args`: see ClusterArgs. Raises pydantic's ValidationError and ConfigError, which Serve tells.
+    Args:
+        args: Fields of `ClusterArgs`.
+
+    Raises:
+        ValidationError: The arguments are wrong; Serve reports it.
+        ConfigError: The config is wrong; Serve reports it.
     """
-    told = ClusterArgs.model_validate(args)
+    arguments = ClusterArgs.model_validate(args)
     config = (
-        load_config(told.config)
-        if isinstance(told.config, Path)
-        else read_config(told.config, "the Serve config's args.config", Path("/"))
+        load_config(arguments.config)
+        if isinstance(arguments.config, Path)
+        else read_config(arguments.config, "the Serve config's args.config", Path("/"))
     )
-    # Whoever runs the cluster says where it listens: never on its nodes' loopback.
+    # The cluster's operator decides where it listens; loopback would be of no use.
     server = config.server.model_copy(update={"host": "0.0.0.0"})
     config = config.model_copy(update={"server": server})
-    return application(config, told.secret, told.admin_key, host=None, placed=told.placed)
+    return application(
+        config, arguments.secret, arguments.admin_key, host=None, placed=arguments.placed
+    )

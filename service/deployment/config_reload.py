@@ -1,8 +1,8 @@
-"""The config of a running service: kept in a file of its run folder, and exchanged there.
+"""Reloading the config of a running service, by a file in its run folder.
 
-Who starts the service writes the file. Whoever reloads reads the user's config anew, holds it
-against what runs, and replaces the file in one step; every gateway and pool looks at it
-twice a second and goes on as it says. A replica that Serve starts later begins with it.
+The supervisor writes the file at the start. A reload reads the user's config again, checks it
+against the running one, and replaces the file atomically. Every gateway and pool polls the file
+twice a second and applies changes. Replicas that Serve starts later begin with it.
 """
 
 from __future__ import annotations
@@ -30,22 +30,26 @@ from service.pool.memory_plan import check_plan, folders_of, plan_pool
 
 log = logging.getLogger("coe.app")
 
-_LOOK_S = 0.5
-# Between attempts to put a config in force that failed: doubled from the first to the last.
+_POLL_S = 0.5
+# Delay before a failed config is applied again; it doubles from the first to the last.
 _FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 30.0
-# Of a config, and of one of its pools: what may change while it runs.
-_FREE = {"experts", "pools", "router", "recipes", "tenants", "keys", "budgets"}
-_FREE_OF_POOL = {"experts", "swap"}
+# Keys of the config, and of a pool, that may change while the service runs.
+_MUTABLE = {"experts", "pools", "router", "recipes", "tenants", "keys", "budgets"}
+_MUTABLE_OF_POOL = {"experts", "swap"}
 
 Version = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class RunningConfig:
-    """What runs: the user's file, what it said at first, and the config made of it.
+    """The config in force.
 
-    profiles: what the virtual experts' files held then, as sha256. files: the version of those that
-    each local expert is loaded from, as seen from here.
+    Attributes:
+        source: Path of the user's file.
+        read: The config as that file held it.
+        config: `read` with the changes of the command line.
+        profiles: SHA-256 of each virtual expert's profile.
+        files: Version of the files that each local expert is loaded from, as seen on this machine.
     """
 
     source: str
@@ -56,14 +60,23 @@ class RunningConfig:
 
     @classmethod
     def load(cls, file: Path) -> RunningConfig:
-        """Raises OSError, ValueError."""
-        told = json.loads(file.read_text())
-        read, config = (Config.model_validate(told[name]) for name in ("read", "config"))
-        return cls(told["source"], read, config, told.get("profiles", {}), told.get("files", {}))
+        """Read the file.
+
+        Raises:
+            OSError: The file can't be read.
+            ValueError: The file is invalid.
+        """
+        data = json.loads(file.read_text())
+        read, config = (Config.model_validate(data[name]) for name in ("read", "config"))
+        return cls(data["source"], read, config, data.get("profiles", {}), data.get("files", {}))
 
     def save(self, file: Path) -> None:
-        """In one step: nobody sees half of it. Its owner's alone. Raises ConfigError."""
-        told = {
+        """Write the file atomically, readable by its owner only.
+
+        Raises:
+            ConfigError: The file can't be written.
+        """
+        data = {
             "source": self.source,
             "read": self.read.model_dump(mode="json"),
             "config": self.config.model_dump(mode="json"),
@@ -74,21 +87,21 @@ class RunningConfig:
         new = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}")
         try:
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
-                json.dump(told, out)
+                json.dump(data, out)
             new.replace(file)
         except OSError as error:
-            raise ConfigError(f"the config can't be kept: {error.strerror}") from None
+            raise ConfigError(f"cannot write the config in force: {error.strerror}") from None
         finally:
             new.unlink(missing_ok=True)
 
 
 def config_file(secret_path: Path) -> Path:
-    """Where the config in force is kept: beside the secret, in the run folder."""
+    """Return the path of the config in force: beside the secret, in the run folder."""
     return secret_path.parent / "config.json"
 
 
 def current_config(file: Path, given: str) -> Config:
-    """The config in force; where nobody keeps a file of it, the one that was given, as JSON."""
+    """Return the config in force, or `given` (as JSON) if there is no file."""
     try:
         return RunningConfig.load(file).config
     except FileNotFoundError:
@@ -96,18 +109,25 @@ def current_config(file: Path, given: str) -> Config:
 
 
 def reload(file: Path) -> dict[str, list[str]]:
-    """Read the user's config anew and put it in force: experts added, removed and changed.
+    """Read the user's config again and put it in force; fetches missing models.
 
-    Fetches models that are missing. Raises ConfigError, ArtifactError or ModelStoreError, and
-    then all goes on as it was.
+    If it raises, the present config stays in force.
+
+    Returns:
+        Names of experts under `added`, `removed` and `changed`.
+
+    Raises:
+        ConfigError: The config is wrong, or changes a key that needs a restart.
+        ArtifactError: The router's artifact is wrong.
+        ModelStoreError: A model can't be fetched.
     """
     before = RunningConfig.load(file)
     read = load_config(Path(before.source))
     _check_fixed(before.read, read)
-    configured(read)  # each of its keys can be had
-    RoutingSetup(read)  # and its router
-    with_capabilities(read)  # nothing is declared that a model can't do
-    # What the command line said instead of the file stays.
+    configured(read)  # checks that each API key is available
+    RoutingSetup(read)  # checks the router's artifact
+    with_capabilities(read)  # checks the declared capabilities against the models
+    # Changes by the command line stay.
     config = read.model_copy(update={"server": before.config.server})
     root = Path(config.models_dir) if config.models_dir else None
     sources = set(config.model_sources().values())
@@ -122,7 +142,7 @@ def reload(file: Path) -> dict[str, list[str]]:
     RunningConfig(before.source, read, config).save(file)
     old, new = before.config.experts, config.experts
     exchanged = {name for name in new if before.profiles.get(name) != profiles.get(name)}
-    # What was not here yet when it was last looked at has been fetched since, not changed.
+    # Files that were missing at the last check have been fetched since, and did not change.
     exchanged |= {name for name, was in before.files.items() if was and files.get(name, was) != was}
     return {
         "added": [name for name in new if name not in old],
@@ -139,23 +159,29 @@ def _files(config: Config) -> dict[str, str]:
 
 
 def _check_fixed(old: Config, new: Config) -> None:
-    """Raises ConfigError where something has changed that can't while it runs."""
-    for name in _differing(old, new) - _FREE:
+    """Refuse changes that need a restart.
+
+    Raises:
+        ConfigError: Names the first such key.
+    """
+    for name in _differing(old, new) - _MUTABLE:
         raise ConfigError(f"{name}: can't be changed while the service runs; restart it")
     if old.pools.keys() != new.pools.keys():
         kinds = sorted(old.pools.keys() ^ new.pools.keys())
-        raise ConfigError(f"pools.{kinds[0]}: pools can't come or go while the service runs")
+        raise ConfigError(
+            f"pools.{kinds[0]}: pools can't be added or removed while the service runs"
+        )
     for kind, pool in new.pools.items():
-        for name in _differing(old.pools[kind], pool) - _FREE_OF_POOL:
+        for name in _differing(old.pools[kind], pool) - _MUTABLE_OF_POOL:
             raise ConfigError(
                 f"pools.{kind}.{name}: can't be changed while the service runs; only "
-                f"{' and '.join(sorted(_FREE_OF_POOL))} of a pool can"
+                f"{' and '.join(sorted(_MUTABLE_OF_POOL))} of a pool can"
             )
         slots = pool.slots
         if slots is not None and len(old.groups(kind)) <= slots < len(new.groups(kind)):
             raise ConfigError(
-                f"pools.{kind}.slots: each expert was given a slot of its own, and now there "
-                f"are more than {slots}; restart the service"
+                f"pools.{kind}.slots: each expert had a slot of its own, and now there are more "
+                f"than {slots} experts; restart the service"
             )
 
 
@@ -167,21 +193,21 @@ def _differing(old: Config | PoolConfig, new: Config | PoolConfig) -> set[str]:
 async def follow(
     file: Path, seen: Version | None, apply: Callable[[Config], Awaitable[None]]
 ) -> None:
-    """Put each config that comes into force in force here, by `apply`, until cancelled.
+    """Apply each new config in this process until cancelled.
 
-    A config whose application fails is tried again, after 1 s at first and every 30 s at last,
-    until it succeeds or a newer one takes its place: it is in force everywhere else.
+    A config that fails is applied again, first after 1 s and at last every 30 s, until it succeeds
+    or a newer one replaces it: other processes may have applied it already.
 
     Args:
-        file: Where the config in force is kept.
-        seen: The `version` before the config was read that is in force here.
-        apply: Puts a config in force. It should not wait for what ends in its own time, such as
-            running requests: no newer config is heard of until it returns.
+        file: The config in force.
+        seen: `version` of the file before this process read its present config.
+        apply: Applies a config. It should not wait for running requests to end, because no newer
+            config is read until it returns.
     """
     failures = 0
     retry_at_s = math.inf
     while True:
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_POLL_S)
         now = version(file)
         if now is None or (now == seen and time.monotonic() < retry_at_s):
             continue
@@ -191,12 +217,12 @@ async def follow(
         try:
             await apply((await asyncio.to_thread(RunningConfig.load, file)).config)
         except Exception as error:
-            # Whatever it was: the next one must be heard of.
+            # Any error: the next config must still be read.
             wait_s = min(_LAST_RETRY_S, _FIRST_RETRY_S * 2**failures)
             failures += 1
             retry_at_s = time.monotonic() + wait_s
             log.error(
-                "a new config could not be put in force; trying again in %.0f s: %s",
+                "applying the new config failed; trying again in %.0f s: %s",
                 wait_s,
                 error.message if isinstance(error, CoeError) else type(error).__name__,
                 exc_info=failures == 1,
@@ -206,9 +232,9 @@ async def follow(
 
 
 def version(file: Path) -> Version | None:
-    """Another one whenever the file was replaced; None where there is none."""
+    """Return a value that changes whenever the file is replaced; None if there is no file."""
     try:
-        told = file.stat()
+        status = file.stat()
     except OSError:
         return None  # the service is stopping
-    return told.st_mtime_ns, told.st_ino, told.st_size
+    return status.st_mtime_ns, status.st_ino, status.st_size

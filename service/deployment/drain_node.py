@@ -1,9 +1,10 @@
-"""Leaving a Ray cluster in order: what a stopping pod runs before it is told to end.
+"""Drains a Ray node; a pod runs this before it stops.
 
     python -m service.deployment.drain_node --within 55
 
-The node is reported as draining. Serve then starts replicas elsewhere where there is room,
-takes this node's out of service, and lets their requests end; we wait until none is left here.
+It reports the node as draining and waits until the node has no replicas. Serve starts replacements
+on other nodes if there is room, takes this node's replicas out of service, and lets their requests
+end.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ _ALIVE = 0  # GcsNodeInfo.state
 
 @click.command()
 @click.option(
-    "--within", "within_s", type=click.IntRange(1), required=True, help="Seconds, at most."
+    "--within", "within_s", type=click.IntRange(1), required=True, help="Time limit in s."
 )
 @click.option("--address", help="Ray's address. Default: $RAY_ADDRESS.")
-@click.option("--node-ip", help="This node's address. Default: what Ray finds.")
+@click.option("--node-ip", help="This node's address. Default: the one that Ray finds.")
 def main(within_s: int, address: str | None, node_ip: str | None) -> None:
     """Take this Ray node out of service, and wait until its replicas have ended."""
-    leave(address or os.environ["RAY_ADDRESS"], node_ip or ray.util.get_node_ip_address(), within_s)
+    drain(address or os.environ["RAY_ADDRESS"], node_ip or ray.util.get_node_ip_address(), within_s)
 
 
-def leave(address: str, node_ip: str, within_s: float) -> None:
-    """Drain the node with this address. Ends with exit code 1 where Ray refuses or is not there."""
+def drain(address: str, node_ip: str, within_s: float) -> None:
+    """Drain the node with this address; exits with status 1 if Ray refuses or is not there."""
     end_s = time.monotonic() + within_s
     gcs = GcsClient(address=address)
     here = {
@@ -45,27 +46,28 @@ def leave(address: str, node_ip: str, within_s: float) -> None:
     }
     if not here:
         sys.exit(f"no Ray node at {node_ip}")
-    # The youngest: another may have been here before, and Ray not know yet that it is gone.
+    # The youngest one: Ray may not know yet that an earlier node at this address is gone.
     node = max(here, key=lambda node_id: here[node_id])
-    accepted, why = gcs.drain_node(
+    accepted, reason = gcs.drain_node(
         node.hex(),
         autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
-        "it is being stopped",
+        "the node is stopping",
         int((time.time() + within_s) * 1000),
     )
     if not accepted:
-        sys.exit(f"Ray refuses: {why}")
+        sys.exit(f"Ray refuses to drain the node: {reason}")
     while time.monotonic() < end_s and _replicas(node_ip):
         time.sleep(_POLL_S)
 
 
 def _replicas(node_ip: str) -> list[psutil.Process]:
-    """The replicas on the node: children of its raylet."""
+    """Return the replicas on the node: the children of its raylet."""
     found = []
     for process in psutil.process_iter():
         try:
             if f"--node_ip_address={node_ip}" in process.cmdline():
-                found += [one for one in process.children() if _title(one).startswith(_REPLICA)]
+                children = process.children()
+                found += [child for child in children if _title(child).startswith(_REPLICA)]
         except psutil.Error:
             continue
     return found

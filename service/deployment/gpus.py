@@ -1,4 +1,4 @@
-"""Whether a machine has the accelerators that a config's pools ask for. Pure."""
+"""Checks a config's pools against the GPUs of a machine. Pure functions."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from service.errors import ConfigError
 
 
 def check_gpus(config: Config, have: float) -> None:
-    """Hold the pools against this machine's GPUs: none come later, and Ray would wait for ever.
+    """Check that this machine has the pools' GPUs; otherwise Ray would wait for them forever.
 
-    Raises ConfigError.
+    Raises:
+        ConfigError: A pool, or all pools together, need more than `have` GPUs.
     """
     found = f"Ray finds {have:g} on this machine" if have else "Ray finds none on this machine"
-    hint = "nvidia-smi tells what its driver sees"
+    hint = "nvidia-smi shows what its driver sees"
     for kind, pool in config.pools.items():
         if pool.gpus > have:
             raise ConfigError(
-                f"pools.{kind}.gpus: a replica asks for {pool.gpus:g}, and {found} ({hint})"
+                f"pools.{kind}.gpus: a replica needs {pool.gpus:g}, and {found} ({hint})"
             )
     always = sum(pool.gpus * pool.min_replicas for pool in config.pools.values())
     if always > have:
-        raise ConfigError(f"pools: their replicas ask for {always:g} GPUs, and {found} ({hint})")
+        raise ConfigError(f"pools: their replicas need {always:g} GPUs, and {found} ({hint})")

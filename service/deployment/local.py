@@ -15,16 +15,16 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from service.config import Config
 from service.deployment.application import APP, application
 from service.deployment.gpus import check_gpus
-from service.deployment.processes import of_run
+from service.deployment.processes import processes_of_run
 
-_LEFT_S = 3.0
+_EXIT_TIMEOUT_S = 3.0
 
 
 class LocalCluster:
     """Ray, Serve and HAProxy on this machine, for as long as `coe serve` runs.
 
-    The environment must have been prepared by `service.launch.environment` before this
-    module was imported: Ray Serve reads its settings when it is imported.
+    Call `service.launch.environment.prepare` before importing this module, because Ray Serve reads
+    its settings when it is imported.
     """
 
     def __init__(self, config: Config, run_dir: Path) -> None:
@@ -32,8 +32,12 @@ class LocalCluster:
         self._run_dir = run_dir
 
     def start_ray(self) -> None:
-        """Start Ray's own processes. Raises ConfigError where GPUs are missing."""
-        # Its progress is ours to tell.
+        """Start Ray's own processes.
+
+        Raises:
+            ConfigError: The machine has too few GPUs.
+        """
+        # The supervisor reports the progress.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         pools = self._config.pools.values()
         cpus = sum(pool.cpus * pool.most_replicas for pool in pools) + self._config.server.gateways
@@ -53,13 +57,15 @@ class LocalCluster:
     def start_serve(self) -> None:
         """Start Serve's controller and HAProxy."""
         server = self._config.server
-        # Serve binds its gateways' own ports to the same address. Our program in HAProxy's place
-        # listens where the config says, so that they need not.
+        # Serve binds the gateways' own ports to this address too. The wrapper of HAProxy listens
+        # on the config's address, so that the gateways can stay on loopback.
         program = os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH", "")
-        ours = Path(program).is_relative_to(self._run_dir)
+        wrapped = Path(program).is_relative_to(self._run_dir)
         serve.start(
             proxy_location=ProxyLocation.HeadOnly,
-            http_options=HTTPOptions(host="127.0.0.1" if ours else server.host, port=server.port),
+            http_options=HTTPOptions(
+                host="127.0.0.1" if wrapped else server.host, port=server.port
+            ),
         )
 
     def deploy(self, secret_path: Path, admin_key_path: Path) -> None:
@@ -68,17 +74,18 @@ class LocalCluster:
         serve.run(app, name=APP, route_prefix="/", blocking=False)
 
     def stop(self) -> None:
-        """Drain and stop everything; whatever of ours is left after that is ended."""
-        ours = of_run(self._run_dir)
+        """Drain and stop everything; kill the processes that are left after that."""
+        processes = processes_of_run(self._run_dir)
         with contextlib.suppress(Exception):
-            # First the application alone: `shutdown` takes HAProxy away at the same
-            # time, and with it every stream that still runs.
+            # First the application alone: `shutdown` stops HAProxy at the same time, and every
+            # running stream with it.
             serve.delete(APP)
         with contextlib.suppress(Exception):
             serve.shutdown()
         ray.shutdown()
-        _, left = psutil.wait_procs(ours | of_run(self._run_dir), timeout=_LEFT_S)
-        for process in left:
+        processes |= processes_of_run(self._run_dir)
+        _, alive = psutil.wait_procs(processes, timeout=_EXIT_TIMEOUT_S)
+        for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, timeout=_LEFT_S)
+        psutil.wait_procs(alive, timeout=_EXIT_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""The processes of one run: our children, theirs, and those that have outlived their parents."""
+"""Finds the processes of one run, including those that have outlived their parents."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 
 import psutil
 
-# Set for everything that a run starts, and for nothing else: `service.launch.environment`.
-_MARK = "RAY_AUTH_TOKEN_PATH"
+# `service.launch.environment` sets this variable for the processes of a run, and no others have it.
+_RUN_VARIABLE = "RAY_AUTH_TOKEN_PATH"
 
 
-def of_run(run_dir: Path) -> set[psutil.Process]:
-    """All of them, whoever their parent is by now.
+def processes_of_run(run_dir: Path) -> set[psutil.Process]:
+    """Return the processes of a run, regardless of their present parents.
 
-    Not those that only name the folder: people look into its logs, which we tell them to.
+    A process that only names the folder does not count: users read the logs there.
     """
     found = set(psutil.Process().children(recursive=True))
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if Path(process.environ().get(_MARK, "/")).parent == run_dir:
+            if Path(process.environ().get(_RUN_VARIABLE, "/")).parent == run_dir:
                 found.add(process)
     found.discard(psutil.Process())
     return found

@@ -1,4 +1,4 @@
-"""Hearing of replicas as they come and go."""
+"""Discovery of pools by Ray Serve's request router."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from service.rpc.client import PoolAddress
 
 
 class DiscoveryRequestRouter(RequestRouter):
-    """Serve's hook for who gets a handle's calls, used to hear of replicas as they come and go.
+    """A request router of Serve that publishes the addresses of pools as replicas change.
 
-    The calls themselves (only `wake`) go to any replica.
+    The handle's calls (only `wake`) go to any replica.
     """
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Serve's replicas have changed; runs in the handle's loop, which may not be ours."""
+        """Publish the replicas' addresses. Serve calls this in the handle's loop."""
         super().update_replicas(replicas)
         found = []
         for replica in replicas:
-            told = replica.replica_metadata
-            if {"url", "kind", "boot"} <= told.keys():
-                found.append(PoolAddress(told["url"], told["kind"], told["boot"]))
+            metadata = replica.replica_metadata
+            if {"url", "kind", "boot"} <= metadata.keys():
+                found.append(PoolAddress(metadata["url"], metadata["kind"], metadata["boot"]))
         pool_addresses.put(str(self._deployment_id), found)
 
     async def choose_replicas(
@@ -29,6 +29,6 @@ class DiscoveryRequestRouter(RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Any order will do."""
+        """Return the candidates in any order."""
         del pending_request
         return [candidate_replicas] if candidate_replicas else []

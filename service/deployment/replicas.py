@@ -1,4 +1,4 @@
-"""The two kinds of replica: a pool, and a gateway."""
+"""The replicas of the Serve application: pools and gateways."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from service.rpc.auth import node_folder, read_secret
 from service.telemetry.logging import ENGINE_LOGS, set_up_logs
 from service.telemetry.node_exporter import own_folder
 
-# The name under which autoscaling reads what a pool reports.
+# Name of a pool's autoscaling metric.
 QUEUED = "queued"
 log = logging.getLogger("coe.deployment")
 
 
 class PoolReplica:
-    """One pool in one Serve replica, with an HTTP server of its own."""
+    """A pool in a Serve replica, with its own HTTP server."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config_json: str, kind: str, secret_path: str, host: str | None
     ) -> None:
         set_up_logs()
-        # Prompts and schemas are in no line of an engine either. Its processes inherit this.
+        # Engine processes inherit this: their lines must not hold prompts or schemas either.
         os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(ENGINE_LOGS))
         in_force = config_file(Path(secret_path))
         seen = version(in_force)
         config = current_config(in_force, config_json)
         for name in config.key_variables:
-            # Emptied by Ray; its engines need not even know the names.
+            # Ray has emptied the variables; engines do not need the names either.
             os.environ.pop(name, None)
         self._drain_s = config.server.drain_s
         secret = read_secret(Path(secret_path))
         node = node_folder(secret)
-        # Each of vLLM's engines leaves sockets behind: here they go when the service does.
+        # vLLM's engines leave sockets behind. In this folder the supervisor removes them.
         with contextlib.suppress(OSError):
             own_folder(node)
             os.environ.setdefault("VLLM_RPC_BASE_PATH", str(node))
@@ -60,7 +60,7 @@ class PoolReplica:
         self._server = QuietServer(server_config(self._process.app))
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
         port = listener.getsockname()[1]
-        self._told = {
+        self._metadata = {
             "url": f"http://{host}:{port}",
             "kind": kind,
             "boot": self._process.pool.boot,
@@ -69,23 +69,27 @@ class PoolReplica:
         self._following = asyncio.create_task(follow(in_force, seen, self._process.reload))
 
     def record_replica_metadata(self) -> dict[str, str]:
-        """What gateways need to find this pool. Serve asks once, when it is ready."""
-        return self._told
+        """Return this pool's address for gateways. Serve calls this once, when it is ready."""
+        return self._metadata
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Serve can't see: requests queued and running here."""
+        """Return the queued and running requests, which Serve can't see."""
         return {QUEUED: float(self._process.pool.queued())}
 
     def check_health(self) -> None:
-        """Serve replaces this replica when it raises."""
-        if (why := self._process.pool.unhealthy()) is not None:
-            raise RuntimeError(why)
+        """Raise if the pool or its server has failed; Serve then replaces this replica.
+
+        Raises:
+            RuntimeError: The pool is unhealthy, or its HTTP server ended.
+        """
+        if (reason := self._process.pool.unhealthy()) is not None:
+            raise RuntimeError(reason)
         if self._serving.done():
             raise RuntimeError("the pool's HTTP server ended")
 
     async def wake(self) -> str:
-        """Does nothing: a call of it makes Serve start a replica where there is none."""
-        return self._told["boot"]
+        """Do nothing; the call alone makes Serve start a replica if there is none."""
+        return self._metadata["boot"]
 
     async def __del__(self) -> None:
         process = getattr(self, "_process", None)
@@ -100,7 +104,7 @@ class PoolReplica:
 
 @serve.ingress()
 class GatewayReplica:
-    """One gateway in one Serve replica: Serve's own HTTP server carries its application."""
+    """A gateway in a Serve replica; Serve's own HTTP server runs its application."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
@@ -143,7 +147,7 @@ class GatewayReplica:
         return self._process
 
     async def _reload(self, config: Config) -> None:
-        """Another config is in force: new requests are its, those under way end as they began."""
+        """Apply another config to new requests; running requests keep theirs."""
         await self._process.reload(config)
         self._config = config
 
@@ -161,7 +165,7 @@ class GatewayReplica:
         try:
             await self._handles[kind].wake.remote()
         except Exception as error:
-            log.warning("waking a pool of kind %s: %s", kind, type(error).__name__)
+            log.warning("waking a pool of kind %s failed: %s", kind, type(error).__name__)
 
     async def __del__(self) -> None:
         process = getattr(self, "_process", None)

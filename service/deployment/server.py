@@ -1,4 +1,4 @@
-"""The HTTP server of a pool's own port, inside a process that belongs to Serve."""
+"""The HTTP server of a pool, inside a Serve replica's process."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _PORTS = range(31100, 32000)
 
 
 class QuietServer(uvicorn.Server):
-    """uvicorn that leaves the process's signals alone."""
+    """A uvicorn server that does not handle signals."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are Serve's business."""
+        """Capture no signals: Serve handles them."""
         yield
 
 
 def server_config(app: Any) -> uvicorn.Config:
-    """How pools (and gateways without Serve) are served."""
+    """Return the uvicorn config of pools, and of gateways without Serve."""
     return uvicorn.Config(
         app,
         http="httptools",
@@ -40,7 +40,11 @@ def server_config(app: Any) -> uvicorn.Config:
 
 
 def bind_free_port(host: str) -> socket.socket:
-    """A listening socket on a free port of ours. Raises OSError when all are taken."""
+    """Bind a socket to a free port of the pools' range.
+
+    Raises:
+        OSError: All ports are taken.
+    """
     ports = list(_PORTS)
     random.shuffle(ports)
     for port in ports:

@@ -1,6 +1,6 @@
-"""The environment that Ray Serve and HAProxy read when they are imported or started.
+"""Environment variables that Ray Serve and HAProxy read when they are imported or started.
 
-To be prepared before `service.deployment` is imported.
+Set them before importing `service.deployment`.
 """
 
 from __future__ import annotations
@@ -17,33 +17,36 @@ from service.errors import CoeError
 from service.launch.haproxy import write_wrapper
 from service.rpc.auth import make_secret
 
-# Serve's own range for the ports of gateways; each cluster on a machine takes a
-# stretch of it for itself.
+# Serve's default range for gateway ports. Each cluster on a machine takes a block of its own.
 _GATEWAY_PORTS = range(30000, 31000)
-_STRETCH = 20
-_CONNECTIONS = 4096
+_PORT_BLOCK = 20
+_MAX_CONNECTIONS = 4096
 
 
-def prepare(run_dir: Path, server: ServerConfig, lobby: Path) -> None:
-    """Set the variables for a cluster of our own on this machine, with its files in `run_dir`.
+def prepare(run_dir: Path, server: ServerConfig, fallback_socket: Path) -> None:
+    """Set the variables for a cluster on this machine.
 
-    HAProxy listens where the config says; its own pages, and the gateways behind it, on loopback.
-    `lobby`: the Unix socket that answers what no gateway can.
+    HAProxy listens on the config's address; its own pages and the gateways listen on loopback.
+
+    Args:
+        run_dir: Folder for the cluster's files.
+        server: Address, limits and drain time.
+        fallback_socket: Unix socket that answers while no gateway can.
     """
     haproxy = run_dir / "haproxy"
     haproxy.mkdir(parents=True, exist_ok=True)
     stats, metrics, fallback, fallback_grpc = _free_ports(4)
-    first = _free_stretch()
+    first = _free_port_block()
     wrapper = write_wrapper(
         haproxy,
         host=server.host,
         own_ports=(stats, metrics),
         header_timeout_s=server.limits.header_timeout_s,
-        lobby=lobby,
+        fallback_socket=fallback_socket,
     )
-    if os.access(wrapper, os.X_OK):  # not where the folder forbids programs
+    if os.access(wrapper, os.X_OK):  # false where the folder is mounted noexec
         os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(wrapper)
-    # Ray listens on every interface of this machine. Whoever has no token gets nothing.
+    # Ray listens on every interface of this machine; a token protects it.
     make_secret(run_dir / "ray-token")
     os.environ.update(
         every_node(server)
@@ -53,47 +56,47 @@ def prepare(run_dir: Path, server: ServerConfig, lobby: Path) -> None:
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
-            # Two services on one machine must not fight for these.
+            # Two services on one machine must not share these ports.
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-            # Where HAProxy sends requests while no gateway is up. Serve's proxies share their
-            # ports, so that with the default one service's requests would reach another's.
+            # HAProxy sends requests here while no gateway is up. Serve's proxies share ports, so
+            # with the default one service's requests would reach another service.
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
             "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
             "RAY_SERVE_HAPROXY_MAXCONN": str(_connections()),
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
-            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _STRETCH),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _PORT_BLOCK),
             "RAY_AUTH_TOKEN_PATH": str(run_dir / "ray-token"),
         }
     )
 
 
 def every_node(server: ServerConfig) -> dict[str, str]:
-    """What every node of a cluster needs in its environment before Ray starts there.
+    """Return the variables that every node of a cluster needs before Ray starts there.
 
-    `deploy/ray/node.env` holds it for clusters that others start.
+    `deploy/ray/node.env` holds them for clusters that are started by other means.
     """
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(server.drain_s) + 5),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(_GATEWAY_PORTS.start),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(_GATEWAY_PORTS.stop),
-        # Serve waits this long at least before it stops a gateway, for load
-        # balancers to notice; ours is told at once.
+        # Serve waits at least this long before it stops a gateway, so that load balancers
+        # notice. HAProxy learns of it at once.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
-        # A client that neither sends nor reads: its connection is closed then, and
-        # the gateway notices. A stream that is quiet on our side is left alone.
+        # HAProxy closes the connection of a client that neither sends nor reads, and the gateway
+        # notices. It keeps streams on which the service is silent.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(server.limits.stall_timeout_s)),
-        # Three looks in vain and HAProxy is started again.
+        # Serve restarts HAProxy after three failed checks.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25",
         # An engine core must not outlive the replica that started it.
         "RAY_process_group_cleanup_enabled": "1",
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray would run its workers at niceness 15, and so our engines.
+        # Ray's default niceness of 15 would slow down the engines.
         "RAY_worker_niceness": "0",
-        # How soon autoscaling hears of queued work.
+        # Delay until autoscaling sees queued work.
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
         "RAY_DEDUP_LOGS": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
@@ -103,22 +106,22 @@ def every_node(server: ServerConfig) -> dict[str, str]:
 
 
 def _connections() -> int:
-    """How many HAProxy may have open: it ends at once where its files would be over the limit."""
+    """Return HAProxy's connection limit. HAProxy exits if it would exceed its open files."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:
-        return _CONNECTIONS
-    # Two files each, and some 2,100 for checks and threads at Serve's own 4,096.
-    return max(100, min(_CONNECTIONS, int((hard - 200) / 2.6)))
+        return _MAX_CONNECTIONS
+    # Two files per connection, and about 2,100 for checks and threads at Serve's default of 4,096.
+    return max(100, min(_MAX_CONNECTIONS, int((hard - 200) / 2.6)))
 
 
-def _free_stretch() -> int:
-    """The first of 20 ports that nobody listens on, so that no two clusters share any."""
-    starts = list(_GATEWAY_PORTS[::_STRETCH])
+def _free_port_block() -> int:
+    """Return the first of 20 consecutive free ports, so that clusters share none."""
+    starts = list(_GATEWAY_PORTS[::_PORT_BLOCK])
     random.shuffle(starts)
     for start in starts:
-        if all(map(_is_free, range(start, start + _STRETCH))):
+        if all(map(_is_free, range(start, start + _PORT_BLOCK))):
             return start
-    raise CoeError(f"no {_STRETCH} free ports together in {_GATEWAY_PORTS.start}-30999")
+    raise CoeError(f"no {_PORT_BLOCK} consecutive free ports in {_GATEWAY_PORTS.start}-30999")
 
 
 def _is_free(port: int) -> bool:
@@ -133,12 +136,12 @@ def _is_free(port: int) -> bool:
 def _free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in sockets]
     finally:
-        for one in sockets:
-            one.close()
+        for probe in sockets:
+            probe.close()
 
 
 _HEAD = """\
@@ -151,9 +154,9 @@ _HEAD = """\
 
 
 def node_env() -> str:
-    """The text of `deploy/ray/node.env`."""
-    told = every_node(ServerConfig())
-    return _HEAD + "".join(f"{name}={value}\n" for name, value in told.items())
+    """Return the text of `deploy/ray/node.env`."""
+    variables = every_node(ServerConfig())
+    return _HEAD + "".join(f"{name}={value}\n" for name, value in variables.items())
 
 
 if __name__ == "__main__":

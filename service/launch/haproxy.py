@@ -1,21 +1,22 @@
-"""What HAProxy does for us beyond Ray Serve's own configuration of it.
+"""Changes to the HAProxy configuration that Ray Serve writes.
 
-Serve writes the configuration and starts the program; a wrapper in the program's
-place changes the file first. Serve's own answers for a gateway that is gone are a plain
-`500 Internal Server Error`: here they become typed 503s. It sets no limit on how long a
-request's headers may take. And it believes some headers of a client that are meant for
-its own use: they are removed, as is an x-request-id that is no such thing, on which
-Serve's replica would fail with a plain 500. What it has no gateway for goes to the lobby,
-with which it shares the port for a moment (its option -dR would forbid that).
+Serve writes the configuration and starts the program. A wrapper in the program's place edits the
+file first:
 
-Serve opens more than it needs to: statistics and metrics on every interface, and a socket with
-which any user of the machine may reconfigure HAProxy. Both are narrowed. A body on GET is refused,
-because Serve's replica would read it without bound while an event stream runs, and so is an
-upgrade to a websocket, which nothing here speaks.
+- A gateway that went away gives a typed 503, instead of Serve's plain `500 Internal Server Error`.
+- Request headers have a time limit; Serve sets none.
+- Headers of clients that control Serve are removed, and an invalid x-request-id as well, because
+  Serve's replica would answer it with a plain 500.
+- Requests without a gateway go to the startup server, with which HAProxy shares the port for a
+  moment (its option -dR would forbid that).
+- Statistics and metrics listen on loopback instead of every interface, and the admin socket is its
+  owner's alone.
+- A body on GET is refused, because Serve's replica would read it without bound while an event
+  stream runs. An upgrade to a websocket is refused, because no endpoint speaks it.
 
-What can't be changed: HAProxy (2.8) answers what does not parse as HTTP, and heads that come
-too slowly, in its connection layer, with HTML that is built in. No rule is asked there and no
-errorfile; an empty one would only leave out the answer.
+One thing cannot be changed. HAProxy 2.8 answers input that is not HTTP, and headers that arrive too
+slowly, in its connection layer with built-in HTML. It applies no rule and no errorfile there; an
+empty errorfile would only drop the answer.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ done
 command -v setpriv >/dev/null && exec setpriv --pdeathsig KILL {binary} "$@"
 exec {binary} "$@"
 """
-# Serve's controls, which a client could turn against us: keep a request running that
-# nobody waits for, end it with an answer in no shape of ours, pick a replica.
+# Headers that control Serve. A client could use them to keep an abandoned request running, to end
+# a request with an untyped answer, or to pick a replica.
 _STRIPPED = (
     "http-request del-header upgrade",
     "http-request del-header x-request-disconnect-disabled",
@@ -55,11 +56,11 @@ _STRIPPED = (
     "!{ req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{1,128}$ }",
     "http-response del-header server",
 )
-# Requests that are refused with a page of ours: file, message, condition.
+# Refused requests: file of the page, message, condition.
 _REFUSED = (
     (
         "websocket",
-        "websockets are not spoken here: ask over plain HTTP",
+        "websockets are not supported: use plain HTTP",
         "{ req.hdr(upgrade) -i -m sub websocket }",
     ),
     (
@@ -75,14 +76,14 @@ _REASONS = {
     501: "Not Implemented",
     503: "Service Unavailable",
 }
-# HAProxy's own status, ours, type, code, message.
+# HAProxy's statuses, the answer's status, its type, code and message.
 _ANSWERS: tuple[tuple[Sequence[int], int, str, str, str], ...] = (
     (
         (400,),
         400,
         "invalid_request_error",
         "invalid_request_error",
-        "this is not HTTP, its headers are too large, or it did not arrive whole in time",
+        "the request is not HTTP, its headers are too large, or it did not arrive in time",
     ),
     (
         (408,),
@@ -97,7 +98,7 @@ _ANSWERS: tuple[tuple[Sequence[int], int, str, str, str], ...] = (
         503,
         "server_error",
         "gateway_unavailable",
-        "the gateway went away before it answered, or none is there; try again",
+        "the gateway stopped before it answered, or no gateway is up; try again",
     ),
 )
 
@@ -107,21 +108,21 @@ def write_wrapper(
     *,
     own_ports: Sequence[int],
     header_timeout_s: int,
-    lobby: Path | None,
+    fallback_socket: Path | None,
     host: str | None = None,
 ) -> Path:
-    """Write the program to start in HAProxy's place, into its folder.
+    """Write the wrapper that is started in HAProxy's place.
 
     Args:
-        folder: Where the program and its files are put.
-        own_ports: Those of its statistics and metrics, which are bound to loopback then.
-        header_timeout_s: How long a request's headers may take, in s.
-        lobby: The Unix socket of what answers while no gateway can; None: nobody does.
-        host: The address to listen on where Serve was told 127.0.0.1, so that its gateways'
-            own ports are reached from this machine only; None: as Serve was told.
+        folder: Folder for the wrapper and its files.
+        own_ports: Ports for statistics and metrics, which are then bound to loopback.
+        header_timeout_s: Time limit for a request's headers, in s.
+        fallback_socket: Unix socket that answers while no gateway can; None: HAProxy's own 503.
+        host: Address to listen on if Serve is configured for 127.0.0.1, so that the gateways' own
+            ports are only reachable from this machine; None: Serve's address.
 
     Returns:
-        The program's path.
+        The wrapper's path.
     """
     pages = folder / "errors"
     pages.mkdir(parents=True, exist_ok=True)
@@ -136,9 +137,8 @@ def write_wrapper(
         page.write_bytes(_page(400, "invalid_request_error", "invalid_request_error", message))
         denied.append(f"http-request deny deny_status 400 errorfile {page} if {condition}")
     ports = "|".join(f"({port})" for port in own_ports)
-    to_lobby = (
-        rf"s#^( *)http-request return status 404 .*/-/routes .*#\1server lobby unix@{lobby}#" "\n"
-    )
+    fallback = rf"\1server startup unix@{fallback_socket}"
+    to_fallback = rf"s#^( *)http-request return status 404 .*/-/routes .*#{fallback}#" "\n"
     (folder / "rules.sed").write_text(
         rf"s/^( *bind )\*?:({ports})$/\1127.0.0.1:\2/"
         "\n"
@@ -146,7 +146,7 @@ def write_wrapper(
         "\n"
         r"/^ *errorfile 50[0-9] .*$/d"
         "\n"
-        + (to_lobby if lobby is not None else "")
+        + (to_fallback if fallback_socket is not None else "")
         + _after("^defaults *$", lines)
         + "/^frontend http_frontend/,/^ *bind /{\n"
         + (rf"s/^( *bind )127\.0\.0\.1:/\1{_bracketed(host)}:/" "\n" if host is not None else "")
@@ -160,10 +160,10 @@ def write_wrapper(
 
 
 def main() -> None:
-    """Write it for a cluster that somebody else starts: `python -m service.launch.haproxy FOLDER`.
+    """Write the wrapper for an external cluster: `python -m service.launch.haproxy FOLDER`.
 
-    Serve's own ports for statistics and metrics, on loopback; no lobby. Prints what
-    $RAY_SERVE_HAPROXY_BINARY_PATH is to be on every node.
+    It binds Serve's default ports for statistics and metrics to loopback and has no fallback
+    socket. Prints the value of $RAY_SERVE_HAPROXY_BINARY_PATH for every node.
     """
     folder = Path(sys.argv[1]).absolute()
     timeout_s = RequestLimits().header_timeout_s
@@ -172,24 +172,24 @@ def main() -> None:
             folder,
             own_ports=(8404, 9101),
             header_timeout_s=timeout_s,
-            lobby=None,
+            fallback_socket=None,
         )
     )
 
 
 def _bracketed(host: str) -> str:
-    """An address as it stands before a port."""
+    """Format an address for use before a port."""
     return f"[{host}]" if ":" in host else host
 
 
 def _after(pattern: str, lines: Sequence[str]) -> str:
-    """sed's command that puts lines after those that match."""
-    # A backslash at its beginning keeps a line's indentation.
+    """Return the sed command that appends lines after each match."""
+    # A leading backslash keeps a line's indentation.
     return f"/{pattern}/a\\\n" + "\\\n".join(f"\\    {line}" for line in lines) + "\n"
 
 
 def _page(status: int, kind: str, code: str, message: str) -> bytes:
-    """A whole HTTP reply in OpenAI's shape."""
+    """Return a complete HTTP reply with an OpenAI error."""
     error = {"message": message, "type": kind, "param": None, "code": code}
     body = json.dumps({"error": error}).encode()
     head = [

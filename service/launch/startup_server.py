@@ -1,9 +1,9 @@
-"""What answers on the service's port until a gateway does: the console, showing how far it is.
+"""HTTP server on the service's port until a gateway answers; its console shows the start.
 
-`coe serve` opens it in its first second. Once HAProxy listens, it passes to the lobby what
-it can't pass to a gateway: before there is one, and after the last has stopped. It holds requests
-of browsers to the gateway's own rules (`api.cross_origin`). Only the standard library and files,
-because everything else still has to be imported; the words of errors come when they are needed.
+`coe serve` opens it in its first second. Once HAProxy listens, HAProxy sends it the requests that
+no gateway can take: before the first one is up, and after the last one has stopped. It applies the
+gateway's rules for browsers (`gateway.cross_origin`). It uses the standard library only, because
+everything else still has to be imported; error texts are imported when they are needed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from service.errors import CoeError
 from service.gateway.console.assets import Asset, load_assets
 from service.gateway.cross_origin import CrossOriginRules, has_body
 
-_BEAT_S = 0.5
-_MOST_CONNECTIONS = 64
-_READ_S = 5.0
-_MOST_BODY_BYTES = 2**20
+_EVENT_INTERVAL_S = 0.5
+_MAX_CONNECTIONS = 64
+_READ_TIMEOUT_S = 5.0
+_MAX_BODY_BYTES = 2**20
 _RETRY_S = 2
-# Names of headers, as a browser lists those that a page wants to send.
-_NAMES = re.compile(r"[A-Za-z0-9_, -]{1,1000}\Z")
+# A list of header names in a browser's preflight request.
+_HEADER_NAMES = re.compile(r"[A-Za-z0-9_, -]{1,1000}\Z")
 
 
 @dataclass(slots=True)
@@ -41,9 +41,13 @@ class _Step:
 
 
 class StartupServer:
-    """`step` says what is done next; `serve_port` and `leave_port` open and close the port.
+    """Answers requests and reports the start's progress.
 
-    `rules` say which browsers' requests are answered, `keyless` whether keys are not needed.
+    Args:
+        steps: Names of the start's steps, in order.
+        began_s: Time of the start, of `time.monotonic`.
+        rules: Decide which requests of browsers are answered.
+        keyless: Requests need no key.
     """
 
     def __init__(
@@ -62,12 +66,12 @@ class StartupServer:
         self._servers: list[_Server] = []
         self._assets = load_assets()
         self._over = False
-        self._word = "starting"
+        self._state = "starting"
 
-    # --- telling
+    # --- progress
 
     def done(self, name: str) -> float:
-        """This step is done; in s since the start."""
+        """Mark a step as done, and return the time since the start in s."""
         now_s = time.monotonic() - self._began_s
         with self._changed:
             for step in self._steps:
@@ -77,17 +81,17 @@ class StartupServer:
         return now_s
 
     def finish(self) -> None:
-        """A gateway answers from now on: whoever looks at the lobby looks again, there."""
+        """End the event streams, so that browsers connect again and reach a gateway."""
         with self._changed:
             self._over = True
             self._changed.notify_all()
 
     def stopping(self) -> None:
-        """What comes now comes too late."""
-        self._word = "stopping"
+        """Answer from now on that the service is stopping."""
+        self._state = "stopping"
 
     def progress(self) -> dict[str, Any]:
-        """How far it is."""
+        """Return the elapsed time and the state of each step."""
         first = next((step for step in self._steps if step.done_s is None), None)
         return {
             "elapsed_s": round(time.monotonic() - self._began_s, 1),
@@ -100,26 +104,30 @@ class StartupServer:
     # --- listening
 
     def serve_socket(self, path: Path) -> None:
-        """Answer on a Unix socket: HAProxy's way here."""
+        """Answer on a Unix socket, for HAProxy."""
         self._serve(_UnixServer(str(path), _Handler))
 
     def serve_port(self, host: str, port: int) -> None:
-        """Answer on the service's own port, beside whoever else will. Raises OSError."""
+        """Answer on the service's port; HAProxy will share it.
+
+        Raises:
+            OSError: The port can't be opened.
+        """
         self._serve(_PortServer((host, port), _Handler))
 
     def leave_port(self) -> None:
-        """Give the port up: somebody else listens there now."""
-        for server in [one for one in self._servers if isinstance(one, _PortServer)]:
+        """Close the port, because HAProxy listens on it now."""
+        for server in [s for s in self._servers if isinstance(s, _PortServer)]:
             self._end(server)
 
     def close(self) -> None:
-        """End everything."""
+        """Stop all listeners."""
         self.finish()
         for server in list(self._servers):
             self._end(server)
 
     def _serve(self, server: _Server) -> None:
-        server.lobby = self
+        server.startup = self
         self._servers.append(server)
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
 
@@ -131,18 +139,22 @@ class StartupServer:
     # --- for the handlers
 
     def asset(self, path: str) -> Asset | None:
-        """The file served there."""
+        """Return the console's file with this path."""
         return self._assets.get(path)
 
     def wait(self) -> bool:
-        """Until something changes, half a second at most. False: it is over."""
+        """Wait for progress, half a second at most. Return False once the start is over."""
         with self._changed:
             if not self._over:
-                self._changed.wait(_BEAT_S)
+                self._changed.wait(_EVENT_INTERVAL_S)
             return not self._over
 
     def check(self, method: str, headers: Message) -> None:
-        """Raises CoeError where only a misled browser would ask this way."""
+        """Apply the rules for browsers.
+
+        Raises:
+            CoeError: A foreign web page sent the request.
+        """
         given = {
             name.lower().encode("latin-1"): value.encode("latin-1", "replace")
             for name, value in reversed(headers.items())
@@ -150,88 +162,88 @@ class StartupServer:
         self._rules.check(method.encode(), given, keyless=self._keyless, body=has_body(given))
 
     def may_read(self, origin: str | None) -> bool:
-        """Whether pages of an origin elsewhere may read replies."""
+        """Return whether pages of another origin may read replies."""
         return self._rules.may_read(origin)
 
-    def excuse(self, path: str) -> bytes:
-        """Why there is no answer yet, as the clients of a path read it."""
-        # Not at the top: it takes what is not loaded yet.
+    def unavailable_body(self, path: str) -> bytes:
+        """Return the error body for a path, in the shape of its API."""
+        # Not at the top: this import needs modules that are not loaded yet.
         from service.http.openai_errors import dialect_of, error_body
 
         seconds = time.monotonic() - self._began_s
-        message = f"the service is {self._word}"
-        if self._word == "starting":
-            message += f", for {seconds:.0f} s so far; /console shows how far it is"
-        detail = {"message": message, "type": "server_error", "param": None, "code": self._word}
+        message = f"the service is {self._state}"
+        if self._state == "starting":
+            message += f", for {seconds:.0f} s so far; /console shows the progress"
+        detail = {"message": message, "type": "server_error", "param": None, "code": self._state}
         return error_body(detail, 503, dialect_of(path))
 
 
 class _Server(ThreadingMixIn, UnixStreamServer):
-    """A thread for each connection, up to a bound; those above it are closed at once."""
+    """Has a thread per connection, up to a limit; further connections are closed at once."""
 
     daemon_threads = True
     block_on_close = False
     request_queue_size = 64
-    lobby: StartupServer
+    startup: StartupServer
 
     def __init__(self, address: Any, handler: type[BaseHTTPRequestHandler]) -> None:
-        self._places = threading.Semaphore(_MOST_CONNECTIONS)
+        self._places = threading.Semaphore(_MAX_CONNECTIONS)
         super().__init__(address, handler)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is a place for it."""
+        """Accept a connection while there is a free thread."""
         return self._places.acquire(blocking=False)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """In the connection's thread."""
+        """Free the thread when the connection has ended."""
         try:
             super().process_request_thread(request, client_address)
         finally:
             self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that left is nobody's fault."""
+        """Ignore clients that left."""
 
 
 class _UnixServer(_Server):
-    """On a Unix socket."""
+    """Listens on a Unix socket."""
 
 
 class _PortServer(_Server):
-    """On a TCP port that HAProxy binds too, before this one leaves it."""
+    """Listens on a TCP port that HAProxy binds too, before this server closes it."""
 
     address_family = socket.AF_INET
 
     def server_bind(self) -> None:
-        """With both options that HAProxy uses."""
+        """Bind with the options that HAProxy uses."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         super().server_bind()
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request; the connection ends with it."""
+    """Answers one request and closes the connection."""
 
     server: _Server
-    timeout = _READ_S
+    timeout = _READ_TIMEOUT_S
 
     def do_HEAD(self) -> None:
-        """As GET, without the body."""
+        """Answer as GET does, without the body."""
         self.do_GET()
 
     def do_GET(self) -> None:
-        """The console's files and its events; the rest is not there yet."""
-        lobby = self.server.lobby
+        """Serve the console's files and events; everything else gets 503."""
+        startup = self.server.startup
         if self._refused():
             return
         path = self.path.partition("?")[0]
-        asset = lobby.asset(path)
+        asset = startup.asset(path)
         if path == "/":
             self._reply(307, {"location": "/console"}, b"")
         elif path == "/console/events":
-            self._stream(lobby)
+            self._stream(startup)
         elif path == "/docs":
-            # It needs the description that only a gateway has.
+            # /docs needs the OpenAPI description, which only a gateway has.
             self._reply(307, {"location": "/console"}, b"")
         elif asset is not None:
             self._reply(200, asset.headers, asset.body)
@@ -240,33 +252,35 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/ready":
             self._json(503, b'{"ready":false,"experts":{}}')
         else:
-            self._json(503, lobby.excuse(path))
+            self._json(503, startup.unavailable_body(path))
 
     def do_OPTIONS(self) -> None:
-        """A browser asks what a page may send: the same as later, to the gateway."""
+        """Answer a preflight request, as the gateway would."""
         if not self._refused():
             wanted = self.headers.get("access-control-request-headers", "")
             allowed = {
                 "access-control-allow-methods": "GET, HEAD, POST",
-                "access-control-allow-headers": wanted if _NAMES.match(wanted) else "content-type",
+                "access-control-allow-headers": wanted
+                if _HEADER_NAMES.match(wanted)
+                else "content-type",
             }
             self._reply(204, allowed, b"")
 
     def do_POST(self) -> None:
-        """Nobody answers prompts yet."""
-        # Unread, the body would make the kernel reset the connection under our reply.
+        """Refuse prompts with 503."""
+        # If the body stayed unread, the kernel would reset the connection under the reply.
         length = self.headers.get("content-length", "")
-        if length.isdigit() and int(length) <= _MOST_BODY_BYTES:
+        if length.isdigit() and int(length) <= _MAX_BODY_BYTES:
             self.rfile.read(int(length))
         if not self._refused():
-            self._json(503, self.server.lobby.excuse(self.path))
+            self._json(503, self.server.startup.unavailable_body(self.path))
 
     def _refused(self) -> bool:
-        """Whether the rules refuse this request; then it has been answered."""
+        """Answer the request with an error if the rules refuse it; return whether they do."""
         try:
-            self.server.lobby.check(self.command, self.headers)
+            self.server.startup.check(self.command, self.headers)
         except CoeError as error:
-            # Not at the top: it takes what is not loaded yet, and is rarely needed.
+            # Not at the top: this import needs modules that are not loaded yet.
             from service.http.openai_errors import dialect_of, error_response
 
             fault = error_response(error, dialect_of(self.path))
@@ -275,7 +289,7 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         return False
 
-    def _stream(self, lobby: StartupServer) -> None:
+    def _stream(self, startup: StartupServer) -> None:
         head = {
             "content-type": "text/event-stream",
             "cache-control": "no-store",
@@ -286,9 +300,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         with contextlib.suppress(OSError):
             while True:
-                data = json.dumps(lobby.progress()).encode()
+                data = json.dumps(startup.progress()).encode()
                 self.wfile.write(b"event: progress\ndata: " + data + b"\n\n")
-                if not lobby.wait():
+                if not startup.wait():
                     return
 
     def _json(self, status: int, body: bytes) -> None:
@@ -302,7 +316,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         origin = self.headers.get("origin")
-        if origin is not None and self.server.lobby.may_read(origin):
+        if origin is not None and self.server.startup.may_read(origin):
             self.send_header("access-control-allow-origin", origin)
             self.send_header("vary", "Origin")
         self.send_header("connection", "close")
@@ -311,4 +325,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing is logged here."""
+        """Log nothing."""

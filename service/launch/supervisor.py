@@ -1,4 +1,4 @@
-"""`coe serve`: one machine's service from start to stop, with something to look at meanwhile."""
+"""`coe serve`: starts, supervises, reloads and stops the service on one machine."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from service.rpc.auth import admin_key_path, make_secret, node_folder, read_secr
 _POLL_S = 0.5
 _PR_SET_PDEATHSIG = 1
 _SETTLED = {"device", "host", "failed"}
-_HAPROXY_S = 10.0
+_HAPROXY_TIMEOUT_S = 10.0
 
 # The steps of a start, as the console shows them.
-_IMPORTS = "reading the code"
+_IMPORTS = "importing modules"
 _RAY = "starting Ray"
 _SERVE = "starting Ray Serve and HAProxy"
 _GATEWAY = "starting gateway and pools"
@@ -44,11 +44,15 @@ _EXPERTS = "loading experts"
 
 
 class _Stop(BaseException):
-    """A signal asked us to stop. No `except Exception` on the way may take it for its own."""
+    """A signal asked to stop. It is a BaseException so that no `except Exception` catches it."""
 
 
 def run(config: Config, *, source: Path) -> None:
-    """Start, report, wait for a signal, drain, stop. Raises CoeError if it can't start."""
+    """Start the service, report, wait for a signal, drain and stop.
+
+    Raises:
+        CoeError: The service can't start.
+    """
     _lead_own_session()
     began_s = time.monotonic()
     stopping = threading.Event()
@@ -57,18 +61,18 @@ def run(config: Config, *, source: Path) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         del number, frame
         if stopping.is_set():
-            return  # already on the way; a second Ctrl-C doesn't leave processes behind
+            return  # already stopping; a second Ctrl-C must not leave processes behind
         stopping.set()
         raise _Stop
 
     signal.signal(signal.SIGHUP, lambda number, frame: hangup.set())
-    config, keyless = _where_keys_allow(config)
+    config, keyless = _restrict_host(config)
     _check_port(config)
     run_dir = _make_run_dir()
     cluster = node = None
     server = config.server
     rules = CrossOriginRules(server.host, server.allowed_hosts, server.cors_origins)
-    lobby = StartupServer(
+    startup_server = StartupServer(
         (_IMPORTS, _RAY, _SERVE, _GATEWAY, _EXPERTS), began_s, rules, keyless=keyless
     )
     _on_signals(stop)
@@ -78,42 +82,42 @@ def run(config: Config, *, source: Path) -> None:
         node = node_folder(make_secret(secret_path))
         _say(f"starting {source} ({len(config.experts)} experts); logs in {run_dir}")
         url = f"http://{_host(config)}:{config.server.port}"
-        lobby.serve_socket(run_dir / "lobby")
+        startup_server.serve_socket(run_dir / "startup.sock")
         try:
-            lobby.serve_port(config.server.host, config.server.port)
-            _say(f"watch it start: {url}/console")
+            startup_server.serve_port(config.server.host, config.server.port)
+            _say(f"the console shows the start: {url}/console")
         except OSError as error:
-            _say(f"nothing to look at until a gateway is there: {error}")
-        environment.prepare(run_dir, config.server, run_dir / "lobby")
+            _say(f"no console until a gateway is up: {error}")
+        environment.prepare(run_dir, config.server, run_dir / "startup.sock")
         from service.deployment.local import LocalCluster
 
-        lobby.done(_IMPORTS)
+        startup_server.done(_IMPORTS)
         in_force = config_file(secret_path)
         RunningConfig(str(source.resolve()), load_config(source), config).save(in_force)
         cluster = LocalCluster(config, run_dir)
         cluster.start_ray()
-        lobby.done(_RAY)
+        startup_server.done(_RAY)
         cluster.start_serve()
-        _on_signals(stop)  # Ray has put its own in their place
-        _leave_to_haproxy(lobby, config)
-        _say(f"Ray Serve is up ({lobby.done(_SERVE):.0f} s)")
+        _on_signals(stop)  # Ray has replaced the handlers
+        _hand_port_to_haproxy(startup_server, config)
+        _say(f"Ray Serve is up ({startup_server.done(_SERVE):.0f} s)")
         cluster.deploy(secret_path, admin_key_path())
-        _say(f"the gateway answers at {url} ({lobby.done(_GATEWAY):.0f} s)")
-        lobby.finish()
-        works = _follow(config, began_s)
-        _say(_how_to_call(url) if works else f"no expert works, see above; tried again: {url}")
+        _say(f"the gateway answers at {url} ({startup_server.done(_GATEWAY):.0f} s)")
+        startup_server.finish()
+        any_ready = _report_experts(config, began_s)
+        _say(_usage(url) if any_ready else f"every expert failed, see above; retrying: {url}")
         while True:
             hangup.wait()
             hangup.clear()
             _reload(in_force)
     except _Stop:
-        _say("stopping: letting running requests end")
+        _say("stopping: waiting for running requests")
     finally:
         stopping.set()
-        lobby.stopping()
+        startup_server.stopping()
         if cluster is not None:
             cluster.stop()
-        lobby.close()
+        startup_server.close()
         shutil.rmtree(run_dir, ignore_errors=True)
         if node is not None:
             # A killed process leaves its socket.
@@ -122,11 +126,11 @@ def run(config: Config, *, source: Path) -> None:
 
 
 def _lead_own_session() -> None:
-    """Go on in a child that leads a session of its own; the parent only passes signals on.
+    """Continue in a child that leads its own session; the parent only forwards signals.
 
-    A signal to a whole process group (a terminal's Ctrl-C, `timeout`) would otherwise
-    reach Ray's processes before anything could drain. The parent never returns: it
-    exits as the child did, and the child is told to stop if the parent is killed.
+    Otherwise a signal to the whole process group (a terminal's Ctrl-C, `timeout`) would reach
+    Ray's processes before they could drain. The parent never returns: it exits with the child's
+    status, and the child gets SIGTERM if the parent is killed.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -136,50 +140,49 @@ def _lead_own_session() -> None:
         os.setsid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
-            os._exit(1)  # killed before we could ask to be told
+            os._exit(1)  # the parent was killed before prctl took effect
         return
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: _pass_on(child, number))
+        signal.signal(number, lambda number, _: _forward_signal(child, number))
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     os._exit(code if code >= 0 else 128 - code)
 
 
 def _reload(in_force: Path) -> None:
-    """Put the user's config in force anew; where it can't be, say why, and go on as before."""
+    """Reload the user's config; if it is refused, report why and keep the present one."""
     try:
-        told = reload(in_force)
+        diff = reload(in_force)
     except CoeError as error:
         _say(f"the config stays as it was: {error.message}")
         return
-    changes = [f"{what} {', '.join(names)}" for what, names in told.items() if names]
+    changes = [f"{change} {', '.join(names)}" for change, names in diff.items() if names]
     _say(f"config reloaded: {'; '.join(changes) or 'no expert changed'}")
 
 
-def _pass_on(child: int, number: int) -> None:
+def _forward_signal(child: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, number)
 
 
-def _leave_to_haproxy(lobby: StartupServer, config: Config) -> None:
-    """Give the port up once HAProxy listens there too."""
-    end_s = time.monotonic() + _HAPROXY_S
+def _hand_port_to_haproxy(startup_server: StartupServer, config: Config) -> None:
+    """Close the startup server's port once HAProxy listens there too."""
+    end_s = time.monotonic() + _HAPROXY_TIMEOUT_S
     while time.monotonic() < end_s:
-        for one in psutil.net_connections(kind="tcp"):
-            listens = one.status == psutil.CONN_LISTEN and one.laddr.port == config.server.port
-            if listens and one.pid not in (None, os.getpid()):
-                lobby.leave_port()
+        for peer in psutil.net_connections(kind="tcp"):
+            listens = peer.status == psutil.CONN_LISTEN and peer.laddr.port == config.server.port
+            if listens and peer.pid not in (None, os.getpid()):
+                startup_server.leave_port()
                 return
         time.sleep(0.05)
-    lobby.leave_port()
+    startup_server.leave_port()
     raise CoeError(f"HAProxy does not listen on port {config.server.port}")
 
 
 def _make_run_dir() -> Path:
-    """A new folder, its owner's alone, for everything that this run writes.
+    """Make a private folder for the files of this run.
 
-    HAProxy takes 97 characters for the path of a socket, and Serve puts 78 of its
-    own below this folder's.
+    HAProxy accepts socket paths of 97 characters, and Serve adds 78 characters to this folder's.
     """
     parent = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="coe-", dir=parent if len(parent) <= 6 else "/tmp"))
@@ -192,8 +195,8 @@ def _keep_admin_key() -> None:
         try:
             make_secret(admin_key_path())
         except OSError as error:
-            raise CoeError(f"can't write {admin_key_path()}: {error.strerror}") from None
-        _say(f"made an admin key in {admin_key_path()}")
+            raise CoeError(f"cannot write {admin_key_path()}: {error.strerror}") from None
+        _say(f"created an admin key in {admin_key_path()}")
 
 
 def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
@@ -201,10 +204,10 @@ def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
         signal.signal(number, handler)
 
 
-def _follow(config: Config, began_s: float) -> bool:
-    """Tell how the experts come up, until each one answers or has failed. False: all have."""
-    told: dict[str, str] = {}
-    # Those of a pool scaled to zero come when they are asked for.
+def _report_experts(config: Config, began_s: float) -> bool:
+    """Report the experts' states until each is ready or has failed. False: all have failed."""
+    reported: dict[str, str] = {}
+    # Experts of a pool that is scaled to zero start on demand.
     asleep = set(config.experts) - {
         name
         for kind, pool in config.pools.items()
@@ -212,24 +215,24 @@ def _follow(config: Config, began_s: float) -> bool:
         for name in config.local_experts(kind)
     }
     asleep -= {name for name, expert in config.experts.items() if expert.remote is not None}
-    last_tell_s = 0.0
+    last_report_s = 0.0
     while True:
-        experts = {name: one for name, one in _ready(config).items() if name not in asleep}
+        experts = {name: s for name, s in _ready(config).items() if name not in asleep}
         for name, state in experts.items():
             now = str(state["state"])
-            if told.get(name) == now:
+            if reported.get(name) == now:
                 continue
-            told[name] = now
+            reported[name] = now
             if now == "device":
-                _say(f"expert {name} answers ({time.monotonic() - began_s:.0f} s)")
+                _say(f"expert {name} is ready ({time.monotonic() - began_s:.0f} s)")
             elif now == "failed":
                 _say(f"expert {name} failed: {state.get('reason', 'no reason given')}")
         if not config.experts.keys() - asleep:
             return True
         if experts and all(map(_settled, experts.values())):
-            return bool(asleep) or any(one["state"] != "failed" for one in experts.values())
-        if time.monotonic() - last_tell_s > 5:
-            last_tell_s = time.monotonic()
+            return bool(asleep) or any(s["state"] != "failed" for s in experts.values())
+        if time.monotonic() - last_report_s > 5:
+            last_report_s = time.monotonic()
             loading = {n: s for n, s in experts.items() if not _settled(s)}
             if loading:
                 eta_s = max(float(state.get("eta_s", 0)) for state in loading.values())
@@ -239,7 +242,7 @@ def _follow(config: Config, began_s: float) -> bool:
 
 
 def _settled(state: dict[str, Any]) -> bool:
-    # On disk without a reason: it shares a slot, and comes when it is asked for.
+    # On disk without a reason: the expert shares a slot and is loaded on demand.
     return state["state"] in _SETTLED or (state["state"] == "disk" and "reason" not in state)
 
 
@@ -270,15 +273,20 @@ def _check_port(config: Config) -> None:
             probe.bind((config.server.host, config.server.port))
         except OSError as error:
             raise CoeError(
-                f"can't listen on {config.server.host}:{config.server.port}: "
-                f"{error.strerror}; choose another with --port"
+                f"cannot listen on {config.server.host}:{config.server.port}: "
+                f"{error.strerror}; choose another port with --port"
             ) from None
 
 
-def _where_keys_allow(config: Config) -> tuple[Config, bool]:
-    """The config with the address that it may listen on, and whether requests need no key.
+def _restrict_host(config: Config) -> tuple[Config, bool]:
+    """Restrict a service without API keys to loopback, unless the config allows otherwise.
 
-    Raises CoeError, ConfigError.
+    Returns:
+        The config with the address to listen on, and whether requests need no key.
+
+    Raises:
+        CoeError: The store is unreachable, and the address is not loopback.
+        ConfigError: The store's config is wrong.
     """
     import asyncio
 
@@ -289,16 +297,16 @@ def _where_keys_allow(config: Config) -> tuple[Config, bool]:
         keys = asyncio.run(has_keys(config))
     except StoreUnavailableError as error:
         if host in LOOPBACK:
-            _say(f"warning: {error.message}; requests get 503 until it can")
+            _say(f"warning: {error.message}; requests get 503 until it is back")
             return config, False
         raise CoeError(
-            f"{error.message}: whether there are API keys is not known, and without any it "
-            "must not listen on other addresses than loopback"
+            f"{error.message}: cannot check for API keys, and without keys the service listens "
+            "on loopback only"
         ) from None
     if keys:
         return config, False
     if host in LOOPBACK:
-        _say(f"no API key yet: whoever can use this machine may ask, on {host} only")
+        _say(f"no API key yet: every user of this machine can send requests, on {host} only")
         return config, True
     if config.server.allow_unauthenticated:
         _say(
@@ -307,15 +315,15 @@ def _where_keys_allow(config: Config) -> tuple[Config, bool]:
         )
         return config, True
     _say(
-        f"no API key yet: listening on 127.0.0.1 only, not on {host}; make a key with "
-        "`coe keys create`, and start again"
+        f"no API key yet: listening on 127.0.0.1 only, not on {host}; create a key with "
+        "`coe keys create`, and restart"
     )
     server = config.server.model_copy(update={"host": "127.0.0.1"})
     return config.model_copy(update={"server": server}), True
 
 
-def _how_to_call(url: str) -> str:
-    # Bounded: a small model that finds no end would keep a newcomer waiting.
+def _usage(url: str) -> str:
+    # max_tokens, because a small model may not stop by itself.
     body = (
         '{"model": "auto", "max_tokens": 64, '
         '"messages": [{"role": "user", "content": "book a flight to Paris"}]}'

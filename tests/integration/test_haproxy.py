@@ -99,7 +99,9 @@ def running(folder: Path, host: str | None) -> Iterator[Running]:
     names = ("port", "metrics", "stats")
     ports = dict(zip(names, free_ports(3), strict=True))
     own = (ports["stats"], ports["metrics"])
-    program = write_wrapper(folder, own_ports=own, header_timeout_s=5, lobby=None, host=host)
+    program = write_wrapper(
+        folder, own_ports=own, header_timeout_s=5, fallback_socket=None, host=host
+    )
     server = ThreadingHTTPServer(("127.0.0.1", 0), Gateway)
     Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     config = folder / "haproxy.cfg"

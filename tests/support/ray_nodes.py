@@ -140,7 +140,7 @@ def ray_cluster() -> Iterator[RayCluster]:
     stats, metrics = _free_port(), _free_port()
     # As `python -m service.launch.haproxy` does it for Serve's own ports.
     wrapper = write_wrapper(
-        folder / "w", own_ports=(stats, metrics), header_timeout_s=10, lobby=None
+        folder / "w", own_ports=(stats, metrics), header_timeout_s=10, fallback_socket=None
     )
     environment |= {
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),

@@ -79,7 +79,7 @@ def test_limits_and_budgets_change(file: Path) -> None:
         ({"keys": {"a": {"key_env": "NOT_SET_ANYWHERE"}}}, "keys.a: the environment variable"),
         ({"store": {"lease_s": 5}}, "store: can't be changed"),
         ({"server": {"drain_s": 1}}, "server: can't be changed"),
-        ({"pools": {"q": {"engine": "simulated"}}}, "pools.p: pools can't come or go"),
+        ({"pools": {"q": {"engine": "simulated"}}}, "pools.p: pools can't be added or removed"),
         ({"pools": {"p": {"engine": "simulated", "slots": 1}}}, "pools.p.slots: can't"),
         ({"pools": {"p": {"engine": "vllm", "slots": 2}}}, "pools.p.engine: can't"),
         ({"experts": {"a": {"base": "nobody", "adapter": "x"}}}, "nobody"),
@@ -108,7 +108,7 @@ def test_a_router_that_can_not_be_had_is_refused(file: Path) -> None:
 def test_a_config_that_can_not_be_kept_is_no_end_of_the_service(file: Path) -> None:
     running = RunningConfig.load(file)
     nowhere = file.parent / "gone" / "config.json"
-    with pytest.raises(ConfigError, match="can't be kept: No such file"):
+    with pytest.raises(ConfigError, match="cannot write the config in force: No such file"):
         running.save(nowhere)
     assert [path.name for path in file.parent.iterdir() if "config.json" in path.name] == [
         "config.json"
@@ -154,7 +154,7 @@ async def test_who_follows_hears_of_each_and_survives_a_bad_one(
 async def test_follow_a_config_that_failed_tries_it_again_until_it_is_in_force(
     file: Path, failures: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.deployment.config_reload._LOOK_S", 0.01)
+    monkeypatch.setattr("service.deployment.config_reload._POLL_S", 0.01)
     monkeypatch.setattr("service.deployment.config_reload._FIRST_RETRY_S", 0.02)
     tried: list[list[str]] = []
 
@@ -175,7 +175,7 @@ async def test_follow_a_config_that_failed_tries_it_again_until_it_is_in_force(
 async def test_follow_a_newer_config_takes_the_place_of_one_that_failed(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.deployment.config_reload._LOOK_S", 0.01)
+    monkeypatch.setattr("service.deployment.config_reload._POLL_S", 0.01)
     monkeypatch.setattr("service.deployment.config_reload._FIRST_RETRY_S", 0.3)
     tried: list[list[str]] = []
 

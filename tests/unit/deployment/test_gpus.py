@@ -19,10 +19,10 @@ def config(**pools: dict[str, Any]) -> Config:
 @pytest.mark.parametrize(
     ("pools", "have", "said"),
     [
-        ({"a": {"gpus": 1}}, 0, r"pools\.a\.gpus: a replica asks for 1, and Ray finds none"),
-        ({"a": {"gpus": 4}}, 2, r"asks for 4, and Ray finds 2"),
-        ({"a": {"gpus": 1}, "b": {"gpus": 2}}, 2, r"replicas ask for 3 GPUs, and Ray finds 2"),
-        ({"a": {"gpus": 1, "min_replicas": 3}}, 2, r"replicas ask for 3 GPUs"),
+        ({"a": {"gpus": 1}}, 0, r"pools\.a\.gpus: a replica needs 1, and Ray finds none"),
+        ({"a": {"gpus": 4}}, 2, r"needs 4, and Ray finds 2"),
+        ({"a": {"gpus": 1}, "b": {"gpus": 2}}, 2, r"replicas need 3 GPUs, and Ray finds 2"),
+        ({"a": {"gpus": 1, "min_replicas": 3}}, 2, r"replicas need 3 GPUs"),
     ],
 )
 def test_missing_gpus_are_named(pools: dict[str, Any], have: float, said: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service.deployment.processes import of_run
+from service.deployment.processes import processes_of_run
 
 # Whoever waits ends when the other end of its standard input is closed.
 _WAIT = "import sys; sys.stdin.read()"
@@ -43,11 +43,11 @@ def orphan(folder: Path, **environment: str) -> Iterator[psutil.Process]:
 
 def test_what_a_run_started_is_its_own_whoever_its_parent_is(tmp_path: Path) -> None:
     with orphan(tmp_path, RAY_AUTH_TOKEN_PATH=str(tmp_path / "ray-token")) as ours:
-        assert ours in of_run(tmp_path)
+        assert ours in processes_of_run(tmp_path)
 
 
 @pytest.mark.parametrize("token", ["/elsewhere/ray-token", ""])
 def test_who_looks_into_its_logs_is_left_alone(tmp_path: Path, token: str) -> None:
     with orphan(tmp_path, RAY_AUTH_TOKEN_PATH=token) as stranger:
         assert stranger.is_running()
-        assert stranger not in of_run(tmp_path)
+        assert stranger not in processes_of_run(tmp_path)

@@ -26,7 +26,7 @@ from service.errors import (
 from service.gateway.auth import Authenticator, any_key, configured
 from service.gateway.routes.keys_and_usage import NewKey, record_of
 from service.gateway.store_setup import keys_marker
-from service.launch.supervisor import _where_keys_allow
+from service.launch.supervisor import _restrict_host
 from service.store.keys import FileBook, KeyRecord, Keys, KeyTable, StoreBook, digest_of, new_key
 from service.store.memory import MemoryStore
 from service.types import NOBODY, Limits
@@ -287,15 +287,15 @@ async def test_a_lock_that_another_process_holds_does_not_stop_the_loop(tmp_path
 def test_without_a_key_it_listens_on_loopback_only(capsys: pytest.CaptureFixture[str]) -> None:
     for host in ("127.0.0.1", "0.0.0.0"):
         given = config(server={"host": host})
-        assert _where_keys_allow(given)[0].server.host == "127.0.0.1"
+        assert _restrict_host(given)[0].server.host == "127.0.0.1"
     said = capsys.readouterr().err
     assert "no API key yet" in said
     assert "listening on 127.0.0.1 only, not on 0.0.0.0" in said
     opened = config(server={"host": "0.0.0.0", "allow_unauthenticated": True})
-    assert _where_keys_allow(opened)[0].server.host == "0.0.0.0"
+    assert _restrict_host(opened)[0].server.host == "0.0.0.0"
     assert "warning" in capsys.readouterr().err
     keyed = config(server={"host": "0.0.0.0"}, keys={"a": {"sha256": "0" * 64}})
-    assert _where_keys_allow(keyed)[0].server.host == "0.0.0.0"
+    assert _restrict_host(keyed)[0].server.host == "0.0.0.0"
 
 
 def test_the_command_without_a_service(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ def ports(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Every port of a service's own Ray Serve, by its variable; not the range of gateways."""
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", {})
-        environment.prepare(folder, ServerConfig(), folder / "lobby")
+        environment.prepare(folder, ServerConfig(), folder / "startup.sock")
         told = dict(os.environ)
     return {
         name: int(value)

@@ -19,7 +19,7 @@ from service.launch.startup_server import StartupServer
 
 
 @pytest.fixture
-def lobby() -> Iterator[StartupServer]:
+def startup() -> Iterator[StartupServer]:
     rules = CrossOriginRules("127.0.0.1", (), ("http://friend.example",))
     made = StartupServer(("first", "second"), time.monotonic(), rules, keyless=True)
     made.serve_port("127.0.0.1", 0)
@@ -27,19 +27,19 @@ def lobby() -> Iterator[StartupServer]:
     made.close()
 
 
-def port_of(lobby: StartupServer) -> int:
-    port: int = lobby._servers[0].server_address[1]
+def port_of(startup: StartupServer) -> int:
+    port: int = startup._servers[0].server_address[1]
     return port
 
 
 def ask(
-    lobby: StartupServer, path: str, body: str | None = None, method: str = "", **headers: str
+    startup: StartupServer, path: str, body: str | None = None, method: str = "", **headers: str
 ) -> tuple[int, Any, bytes]:
     method = method or ("POST" if body is not None else "GET")
     given = {name.replace("_", "-"): value for name, value in headers.items()}
     if body is not None:
         given = {"content-type": "application/json", **given}
-    with closing(http.client.HTTPConnection("127.0.0.1", port_of(lobby), timeout=5)) as c:
+    with closing(http.client.HTTPConnection("127.0.0.1", port_of(startup), timeout=5)) as c:
         c.request(method, path, body, given)
         reply = c.getresponse()
         return reply.status, reply.headers, reply.read()
@@ -49,108 +49,108 @@ def events(data: bytes) -> list[Any]:
     return [json.loads(line[6:]) for line in data.splitlines() if line.startswith(b"data: ")]
 
 
-def test_the_page_is_there_and_prompts_are_put_off(lobby: StartupServer) -> None:
-    status, headers, page = ask(lobby, "/console")
+def test_the_page_is_there_and_prompts_are_put_off(startup: StartupServer) -> None:
+    status, headers, page = ask(startup, "/console")
     assert (status, b"coe" in page) == (200, True)
     assert "default-src 'none'" in headers["content-security-policy"]
-    assert ask(lobby, "/console/app.js")[0] == 200
-    status, headers, _ = ask(lobby, "/")
+    assert ask(startup, "/console/app.js")[0] == 200
+    status, headers, _ = ask(startup, "/")
     assert (status, headers["location"]) == (307, "/console")
-    assert ask(lobby, "/health")[0] == 200
-    assert ask(lobby, "/ready")[0] == 503
-    assert ask(lobby, "/console/../secret")[0] == 503
-    status, headers, body = ask(lobby, "/v1/chat/completions", "x" * 100_000)
+    assert ask(startup, "/health")[0] == 200
+    assert ask(startup, "/ready")[0] == 503
+    assert ask(startup, "/console/../secret")[0] == 503
+    status, headers, body = ask(startup, "/v1/chat/completions", "x" * 100_000)
     error = json.loads(body)["error"]
     assert (status, headers["retry-after"], error["code"]) == (503, "2", "starting")
     assert error.keys() == {"message", "type", "param", "code"}
-    told = json.loads(ask(lobby, "/v1/messages", "{}")[2])
+    told = json.loads(ask(startup, "/v1/messages", "{}")[2])
     assert (told["type"], told["error"]["type"]) == ("error", "overloaded_error")
-    lobby.stopping()
-    assert json.loads(ask(lobby, "/v1/models")[2])["error"]["code"] == "stopping"
+    startup.stopping()
+    assert json.loads(ask(startup, "/v1/models")[2])["error"]["code"] == "stopping"
 
 
-def test_the_stream_shows_each_step_and_ends_with_the_start(lobby: StartupServer) -> None:
+def test_the_stream_shows_each_step_and_ends_with_the_start(startup: StartupServer) -> None:
     got: list[bytes] = []
-    reader = threading.Thread(target=lambda: got.append(ask(lobby, "/console/events")[2]))
+    reader = threading.Thread(target=lambda: got.append(ask(startup, "/console/events")[2]))
     reader.start()
-    assert lobby.done("first") >= 0
-    assert [step["now"] for step in lobby.progress()["steps"]] == [False, True]
-    lobby.done("second")
-    lobby.finish()
+    assert startup.done("first") >= 0
+    assert [step["now"] for step in startup.progress()["steps"]] == [False, True]
+    startup.done("second")
+    startup.finish()
     reader.join(10)
     assert not reader.is_alive()
     last = events(got[0])[-1]
     assert [step["name"] for step in last["steps"]] == ["first", "second"]
 
 
-def test_who_listens_on_the_port_beside_it_has_it_alone_afterwards(lobby: StartupServer) -> None:
-    port = port_of(lobby)
+def test_who_listens_on_the_port_beside_it_has_it_alone_afterwards(startup: StartupServer) -> None:
+    port = port_of(startup)
     with closing(socket.socket()) as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         other.bind(("127.0.0.1", port))
         other.listen()
-        lobby.leave_port()
+        startup.leave_port()
         with closing(socket.create_connection(("127.0.0.1", port), 5)):
             other.settimeout(5)
             other.accept()[0].close()
 
 
-def test_a_unix_socket_answers_too(lobby: StartupServer, tmp_path: Path) -> None:
-    lobby.serve_socket(tmp_path / "lobby")
+def test_a_unix_socket_answers_too(startup: StartupServer, tmp_path: Path) -> None:
+    startup.serve_socket(tmp_path / "startup")
     with closing(socket.socket(socket.AF_UNIX)) as client:
         client.settimeout(5)
-        client.connect(str(tmp_path / "lobby"))
+        client.connect(str(tmp_path / "startup"))
         client.sendall(b"GET /ready HTTP/1.1\r\nhost: x\r\n\r\n")
         assert client.recv(4096).startswith(b"HTTP/1.0 503")
 
 
-def test_it_is_bounded(lobby: StartupServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = lobby._servers[0]
+def test_it_is_bounded(startup: StartupServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = startup._servers[0]
     monkeypatch.setattr(server, "_places", threading.Semaphore(1))
-    with closing(http.client.HTTPConnection("127.0.0.1", port_of(lobby), timeout=5)) as stream:
+    with closing(http.client.HTTPConnection("127.0.0.1", port_of(startup), timeout=5)) as stream:
         stream.request("GET", "/console/events")
         reply = stream.getresponse()  # kept: a reply that nobody holds closes its connection
         with pytest.raises((http.client.HTTPException, OSError)):
-            ask(lobby, "/health")
+            ask(startup, "/health")
         assert reply.status == 200
 
 
 @pytest.mark.parametrize("path", ["/console", "/console/events", "/v1/models", "/ready"])
-def test_a_foreign_host_or_origin_is_refused(lobby: StartupServer, path: str) -> None:
+def test_a_foreign_host_or_origin_is_refused(startup: StartupServer, path: str) -> None:
     for headers in ({"host": "attacker.example"}, {"origin": "http://attacker.example"}):
-        status, _, body = ask(lobby, path, **headers)
+        status, _, body = ask(startup, path, **headers)
         assert status == 403, headers
         assert json.loads(body)["error"]["code"] in ("host_not_allowed", "origin_not_allowed")
-    assert ask(lobby, "/ready", origin="http://friend.example")[0] == 503
+    assert ask(startup, "/ready", origin="http://friend.example")[0] == 503
 
 
-def test_a_post_of_another_type_is_refused(lobby: StartupServer) -> None:
-    status, _, body = ask(lobby, "/v1/messages", "{}", content_type="text/plain")
+def test_a_post_of_another_type_is_refused(startup: StartupServer) -> None:
+    status, _, body = ask(startup, "/v1/messages", "{}", content_type="text/plain")
     told = json.loads(body)
     assert (status, told["type"], told["error"]["type"]) == (415, "error", "invalid_request_error")
 
 
-def test_head_is_get_without_a_body(lobby: StartupServer) -> None:
+def test_head_is_get_without_a_body(startup: StartupServer) -> None:
     for path in ("/health", "/ready", "/console", "/console/events", "/v1/models"):
-        status, _, body = ask(lobby, path, method="HEAD")
+        status, _, body = ask(startup, path, method="HEAD")
         assert body == b""
         if path != "/console/events":
-            assert status == ask(lobby, path)[0]
+            assert status == ask(startup, path)[0]
 
 
-def test_a_page_of_a_configured_origin_may_read_that_it_starts(lobby: StartupServer) -> None:
+def test_a_page_of_a_configured_origin_may_read_that_it_starts(startup: StartupServer) -> None:
     friend = "http://friend.example"
     wanted = {"access_control_request_method": "POST", "access_control_request_headers": "x-a"}
-    status, headers, _ = ask(lobby, "/v1/models", method="OPTIONS", origin=friend, **wanted)
+    status, headers, _ = ask(startup, "/v1/models", method="OPTIONS", origin=friend, **wanted)
     assert (status, headers["access-control-allow-origin"]) == (204, friend)
     assert headers["access-control-allow-headers"] == "x-a"
     wanted = {"access_control_request_headers": "a\tb: c"}
-    headers = ask(lobby, "/", method="OPTIONS", origin=friend, **wanted)[1]
+    headers = ask(startup, "/", method="OPTIONS", origin=friend, **wanted)[1]
     assert headers["access-control-allow-headers"] == "content-type"
-    status, headers, _ = ask(lobby, "/v1/chat/completions", "{}", origin=friend)
+    status, headers, _ = ask(startup, "/v1/chat/completions", "{}", origin=friend)
     assert (status, headers["access-control-allow-origin"]) == (503, friend)
     stranger = "http://attacker.example"
     for method in ("OPTIONS", "GET"):
-        status, headers, _ = ask(lobby, "/v1/models", method=method, origin=stranger)
+        status, headers, _ = ask(startup, "/v1/models", method=method, origin=stranger)
         assert (status, headers["access-control-allow-origin"]) == (403, None)

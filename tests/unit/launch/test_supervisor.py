@@ -32,5 +32,5 @@ def test_ready_is_said_only_where_somebody_may_answer(
     why = {"failed": {"reason": "told to"}}
     told = {name: {"state": state, **why.get(state, {})} for name, state in states.items()}
     monkeypatch.setattr(supervisor, "_ready", lambda _: told)
-    assert supervisor._follow(config(a={"model": "m"}, b={"model": "m"}), 0.0) is works
+    assert supervisor._report_experts(config(a={"model": "m"}, b={"model": "m"}), 0.0) is works
     assert "expert b failed: told to" in capsys.readouterr().err
