@@ -5,14 +5,14 @@ from __future__ import annotations
 from service.pool.acknowledgements import Acknowledgements
 
 
-def test_calls_may_overtake_each_other() -> None:
+def test_acknowledge_out_of_order_calls_keeps_the_highest_sequence() -> None:
     acks = Acknowledgements()
     for seq in (1, 3, 2):
         acks.record("a", seq)
     assert acks.to_wire() == {"a": 3}
 
 
-def test_gateways_that_are_long_gone_are_forgotten() -> None:
+def test_acknowledge_drops_gateways_not_heard_of_for_long() -> None:
     acks = Acknowledgements()
     for seq in range(1, 1000):
         acks.record("always", seq)

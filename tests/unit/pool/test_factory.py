@@ -64,7 +64,7 @@ class Running:
 
 
 @pytest.mark.parametrize("slots", [None, 1, 2])
-async def test_experts_come_and_go(slots: int | None) -> None:
+async def test_reload_adds_and_removes_experts(slots: int | None) -> None:
     running = Running(config("abc", slots))
     assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
     # One runs, one is asked for, one is new.
@@ -85,7 +85,7 @@ async def test_experts_come_and_go(slots: int | None) -> None:
 
 
 @pytest.mark.parametrize("slots", [None, 1])
-async def test_an_expert_that_changes_is_another_one(slots: int | None) -> None:
+async def test_reload_with_a_changed_expert_restarts_it(slots: int | None) -> None:
     running = Running(config("abc", slots))
     assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
     await running.reload(config("abc", slots, b="n"))
@@ -95,7 +95,7 @@ async def test_an_expert_that_changes_is_another_one(slots: int | None) -> None:
 
 
 @pytest.mark.parametrize("slots", [None, 1, 2])
-async def test_reload_that_changes_an_expert_tells_to_ask_again_and_one_that_went_is_unknown(
+async def test_reload_changed_expert_raises_retryable_and_removed_raises_not_found(
     slots: int | None,
 ) -> None:
     running = Running(config("abc", slots))
@@ -116,7 +116,7 @@ async def test_reload_that_changes_an_expert_tells_to_ask_again_and_one_that_wen
 
 @pytest.mark.parametrize("slots", [None, 1, 2])
 @pytest.mark.parametrize("changed", ["abc", "bc"])
-async def test_reload_that_changes_all_experts_leaves_as_many_slots_as_there_were(
+async def test_reload_that_changes_all_experts_keeps_the_number_of_slots(
     slots: int | None, changed: str
 ) -> None:
     running = Running(config("abc", slots))
@@ -129,7 +129,7 @@ async def test_reload_that_changes_all_experts_leaves_as_many_slots_as_there_wer
     await running.pool.stop(1)
 
 
-async def test_reload_with_fewer_experts_than_slots_and_then_more_has_all_slots_again() -> None:
+async def test_reload_to_fewer_experts_than_slots_and_back_restores_all_slots() -> None:
     running = Running(config("abc", 2))
     await running.reload(config("a", 2))
     assert len(running.pool.shared) == 1
@@ -140,7 +140,7 @@ async def test_reload_with_fewer_experts_than_slots_and_then_more_has_all_slots_
 
 
 @pytest.mark.parametrize("stay", ["bd", "acd", "f", "bdfg"])
-async def test_a_shared_slot_whose_units_all_go(stay: str) -> None:
+async def test_reload_that_removes_all_units_of_a_shared_slot_stops_its_engine(stay: str) -> None:
     running = Running(config("abcdef", 2))
     assert [await running.ask(name) for name in "abcdef"] == ["ok"] * 6
     under_way = [asyncio.create_task(running.ask(name, 30)) for name in "ae"]
@@ -159,7 +159,7 @@ async def test_a_shared_slot_whose_units_all_go(stay: str) -> None:
     await running.pool.stop(1)
 
 
-async def test_the_policy_of_swaps_changes_with_it() -> None:
+async def test_reload_with_another_swap_policy_applies_it() -> None:
     running = Running(config("abc", 1))
     other = config("abc", 1)
     swap = other.pools["p"].swap.model_copy(update={"max_wait_s": 7.0, "running": "preempt"})
@@ -187,7 +187,7 @@ def steered(folder: Path, names: str, slots: int | None = None) -> Config:
 
 
 @pytest.mark.parametrize("slots", [None, 1, 2])
-async def test_virtual_experts_take_turns_with_their_base(
+async def test_virtual_experts_share_a_slot_with_their_base(
     tmp_path: Path, slots: int | None
 ) -> None:
     running = Running(steered(tmp_path, "a b a1 a2", slots))
@@ -204,7 +204,9 @@ async def test_virtual_experts_take_turns_with_their_base(
 
 
 @pytest.mark.parametrize("slots", [None, 1])
-async def test_virtual_experts_come_go_and_change(tmp_path: Path, slots: int | None) -> None:
+async def test_reload_adds_removes_and_changes_virtual_experts(
+    tmp_path: Path, slots: int | None
+) -> None:
     running = Running(steered(tmp_path, "a b", slots))
     try:
         assert await running.ask("a") == "ok"
@@ -230,7 +232,7 @@ async def test_virtual_experts_come_go_and_change(tmp_path: Path, slots: int | N
         await running.pool.stop(1)
 
 
-async def test_a_virtual_expert_for_which_the_engine_was_not_started(
+async def test_reload_virtual_expert_without_a_steerable_engine_restarts_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: the engine is started anew, once, for the base, and then takes it on."""
@@ -288,7 +290,7 @@ def on_a_gpu(root: Path, names: str, method: str = "auto", **top_k: int) -> Conf
     return Config.model_validate({"experts": experts, "pools": {"p": pool}})
 
 
-async def test_engines_on_a_gpu_and_their_virtual_experts(tmp_path: Path) -> None:
+async def test_gpu_pool_engines_and_virtual_experts_get_their_slots(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from service.engine.vllm.swapping import SwappingVllmEngine
 
@@ -329,7 +331,7 @@ async def test_engines_on_a_gpu_and_their_virtual_experts(tmp_path: Path) -> Non
     assert not cache.folder.is_dir()
 
 
-async def test_the_bound_on_shared_weights_is_the_config_s(tmp_path: Path) -> None:
+async def test_shared_weights_bound_is_that_of_the_config(tmp_path: Path) -> None:
     config = on_a_gpu(tmp_path, "a b", "inplace")
 
     def bounded(amount: int) -> Config:
@@ -348,7 +350,7 @@ async def test_the_bound_on_shared_weights_is_the_config_s(tmp_path: Path) -> No
     await assembly.stop(0)
 
 
-async def test_engines_on_a_gpu_that_take_other_weights_in(tmp_path: Path) -> None:
+async def test_gpu_pool_engines_with_in_place_swap_get_their_slots(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     first = on_a_gpu(tmp_path, "a b a1", "inplace")
     assembly = PoolFactory(first, "p", Pool("p"), PoolMetrics())
@@ -382,7 +384,7 @@ def engine_of(running: Running, expert: str) -> Any:
     return running.pool._slot_of[expert]._engine
 
 
-async def test_reload_with_one_adapter_more_leaves_its_base_and_siblings_at_work(
+async def test_reload_with_one_more_adapter_keeps_base_and_siblings_running(
     tmp_path: Path,
 ) -> None:
     running = Running(adapted(tmp_path, "a a1 b"))
@@ -399,7 +401,7 @@ async def test_reload_with_one_adapter_more_leaves_its_base_and_siblings_at_work
 
 
 @pytest.mark.parametrize("names", ["a a2 b", "a b"])
-async def test_reload_without_an_adapter_lets_who_runs_end_and_the_others_go_on(
+async def test_reload_without_an_adapter_lets_its_requests_end_and_keeps_the_others(
     tmp_path: Path, names: str
 ) -> None:
     running = Running(adapted(tmp_path, "a a1 a2 b"))
@@ -423,7 +425,7 @@ async def test_reload_without_an_adapter_lets_who_runs_end_and_the_others_go_on(
     await running.pool.stop(1)
 
 
-async def test_reload_of_an_adapter_that_changed_exchanges_it_alone(tmp_path: Path) -> None:
+async def test_reload_of_a_changed_adapter_replaces_only_it(tmp_path: Path) -> None:
     running = Running(adapted(tmp_path, "a a1 a2"))
     assert [await running.ask(name) for name in ("a", "a1", "a2")] == ["ok"] * 3
     engine = engine_of(running, "a")
@@ -439,7 +441,7 @@ async def test_reload_of_an_adapter_that_changed_exchanges_it_alone(tmp_path: Pa
     await running.pool.stop(1)
 
 
-async def test_reload_with_the_first_adapter_starts_the_engine_again_and_says_so(
+async def test_reload_with_the_first_adapter_restarts_the_engine_and_logs_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     running = Running(adapted(tmp_path, "a b"))
@@ -453,7 +455,7 @@ async def test_reload_with_the_first_adapter_starts_the_engine_again_and_says_so
     await running.pool.stop(1)
 
 
-async def test_reload_of_an_adapter_in_a_shared_slot_starts_its_unit_again(
+async def test_reload_of_an_adapter_in_a_shared_slot_restarts_its_unit(
     tmp_path: Path,
 ) -> None:
     running = Running(adapted(tmp_path, "a a1 b", 1))
@@ -464,7 +466,7 @@ async def test_reload_of_an_adapter_in_a_shared_slot_starts_its_unit_again(
 
 
 @pytest.mark.parametrize("slots", [None, 2])
-async def test_reload_while_another_one_still_lets_requests_end_is_heard_at_once(
+async def test_reload_during_another_that_still_drains_applies_at_once(
     slots: int | None,
 ) -> None:
     running = Running(config("abc", slots))
@@ -485,7 +487,7 @@ async def test_reload_while_another_one_still_lets_requests_end_is_heard_at_once
     await running.pool.stop(1)
 
 
-async def test_reload_from_an_adapter_to_full_weights_of_its_name_and_back(tmp_path: Path) -> None:
+async def test_reload_from_adapter_to_full_weights_of_that_name_and_back(tmp_path: Path) -> None:
     running = Running(adapted(tmp_path, "a a1 a2"))
     assert await running.ask("a1") == "ok"
     full = adapted(tmp_path, "a a1 a2").model_dump()

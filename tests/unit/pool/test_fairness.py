@@ -33,7 +33,7 @@ def serve(q: FairQueue, running: Ticket, answer: int = 0) -> Ticket:
     return following
 
 
-def test_a_newcomer_is_next_however_long_the_other_s_queue() -> None:
+def test_grant_new_tenant_is_next_despite_another_tenant_s_backlog() -> None:
     q = queues()
     heavy, small = Tenant("heavy"), Tenant("small")
     running = offer(q, heavy)
@@ -43,7 +43,7 @@ def test_a_newcomer_is_next_however_long_the_other_s_queue() -> None:
     assert serve(q, running) is one
 
 
-def test_who_was_away_has_no_credit() -> None:
+def test_grant_tenant_that_was_idle_gets_no_credit() -> None:
     q = queues()
     a, b = Tenant("a"), Tenant("b")
     running = offer(q, a)
@@ -64,7 +64,9 @@ def test_who_was_away_has_no_credit() -> None:
     st.lists(st.integers(1, 50), min_size=2, max_size=4),
     st.lists(st.tuples(st.integers(1, 40), st.integers(0, 200)), min_size=40, max_size=40),
 )
-def test_shares_are_by_tokens_and_weight(weights: list[int], sizes: list[tuple[int, int]]) -> None:
+def test_grant_shares_follow_tokens_and_weights(
+    weights: list[int], sizes: list[tuple[int, int]]
+) -> None:
     q = queues()
     tenants = [Tenant(str(i), weight=w) for i, w in enumerate(weights)]
     running = offer(q, tenants[0], 1)
@@ -84,7 +86,7 @@ def test_shares_are_by_tokens_and_weight(weights: list[int], sizes: list[tuple[i
             break
 
 
-def test_classes_go_first_and_nobody_starves() -> None:
+def test_grant_higher_priority_goes_first_without_starving_the_lower() -> None:
     q = queues()
     kinds = [Tenant(p, priority=p) for p in ("high", "normal", "low")]
     running = offer(q, kinds[0])
@@ -102,7 +104,7 @@ def test_classes_go_first_and_nobody_starves() -> None:
     assert order.count("high") > 70
 
 
-def test_a_full_queue_refuses_who_fills_it() -> None:
+def test_ticket_to_shed_full_queue_takes_from_the_heaviest_tenant() -> None:
     q = queues(max_waiting=6)
     heavy, small = Tenant("heavy"), Tenant("small")
     offer(q, heavy)
@@ -120,7 +122,7 @@ def test_a_full_queue_refuses_who_fills_it() -> None:
         offer(q, small)
 
 
-def test_a_refusal_says_when_half_the_queue_is_gone() -> None:
+def test_overload_error_retry_after_is_when_half_the_queue_is_gone() -> None:
     q = queues(max_waiting=40)
     running = offer(q, Tenant())
     for _ in range(40):

@@ -33,7 +33,9 @@ def best_of_all(values: list[float], sizes: list[int], capacity: int) -> float:
 
 @settings(max_examples=300, deadline=None)
 @given(THINGS, st.floats(0, 1.1))
-def test_no_subset_that_fits_is_worth_more(things: list[tuple[float, int]], share: float) -> None:
+def test_keep_any_input_is_the_best_subset_that_fits(
+    things: list[tuple[float, int]], share: float
+) -> None:
     values, sizes = [v for v, _ in things], [s for _, s in things]
     capacity = int(sum(sizes) * share)
     kept = keep(values, sizes, capacity)
@@ -44,34 +46,36 @@ def test_no_subset_that_fits_is_worth_more(things: list[tuple[float, int]], shar
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 2**30), min_size=2, max_size=12), st.floats(0.1, 0.9))
-def test_values_in_proportion_to_sizes_are_no_exception(sizes: list[int], share: float) -> None:
+def test_keep_values_proportional_to_sizes_is_the_best_subset(
+    sizes: list[int], share: float
+) -> None:
     values = [size / 2**20 for size in sizes]
     capacity = int(sum(sizes) * share)
     worth = sum(values[i] for i in keep(values, sizes, capacity))
     assert worth == pytest.approx(best_of_all(values, sizes, capacity), rel=1e-9)
 
 
-def test_where_all_fits_all_is_kept_whatever_it_is_worth() -> None:
+def test_keep_everything_fits_keeps_all_whatever_the_values() -> None:
     assert keep([0.0, -1.0, 1.0], [5, 5, 5], 15) == {0, 1, 2}
     assert keep([0.0, -1.0, 1.0], [5, 5, 5], 14) == {2}
     assert keep([], [], 0) == frozenset()
 
 
-def test_no_room_at_all() -> None:
+def test_keep_zero_capacity_keeps_only_weightless_items() -> None:
     assert keep([1.0, 2.0], [1, 1], 0) == frozenset()
     assert keep([1.0, 2.0], [0, 1], 0) == {0}
 
 
-def test_of_equals_the_first_are_kept() -> None:
+def test_keep_equal_items_prefers_the_first() -> None:
     assert keep([1.0] * 5, [7] * 5, 21) == {0, 1, 2}
 
 
-def test_lists_of_different_lengths_are_refused() -> None:
+def test_keep_lists_of_different_lengths_raises() -> None:
     with pytest.raises(ValueError, match="2 values and 1 sizes"):
         keep([1.0, 2.0], [1], 1)
 
 
-def test_too_many_sums_are_rounded_and_still_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keep_too_many_states_rounds_sizes_and_still_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many things of different sizes, all worth the same per byte: nearly as good as full."""
     chance = random.Random(1)
     sizes = [chance.randint(2**28, 2**34) for _ in range(60)]

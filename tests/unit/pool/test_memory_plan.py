@@ -63,7 +63,7 @@ def inspect(base: ModelInfo | None = None, tuned: AdapterInfo | None = None) -> 
     return found.__getitem__
 
 
-def test_bytes_add_up_on_a_cpu() -> None:
+def test_plan_on_cpu_adds_up_weights_kv_caches_and_processes() -> None:
     plan = plan_pool(config(), "cpu", inspect())
     (engine,) = plan.engines
     # bfloat16 on disk, float32 in memory, and packed beside itself while it loads.
@@ -76,7 +76,7 @@ def test_bytes_add_up_on_a_cpu() -> None:
     assert engine.adapters == ("tuned",)
 
 
-def test_on_a_gpu_weights_count_once_and_processes_not_at_all() -> None:
+def test_plan_on_gpu_counts_weights_once_and_no_processes() -> None:
     plan = plan_pool(config({"gpus": 1}, dtype="auto"), "cpu", inspect())
     assert plan.total_bytes == (100 + 2 + 128) * MIB
 
@@ -100,7 +100,7 @@ def three(pool: dict[str, Any], pinned: tuple[str, ...] = ()) -> Any:
     return plan_pool(made, "cpu", found.__getitem__)
 
 
-def test_the_bound_on_host_memory_is_the_pool_s() -> None:
+def test_plan_with_host_bytes_uses_the_pool_s_bound() -> None:
     """Counted once, however many slots share it."""
     fixed = {n: REPLICA_BYTES + n * (128 * MIB + ENGINE_BYTES) for n in (1, 2)}
     assert three({"slots": 1}).total_bytes == fixed[1] + 2 * 500 * MIB
@@ -111,7 +111,7 @@ def test_the_bound_on_host_memory_is_the_pool_s() -> None:
         assert plan.host_bytes == 0
 
 
-def test_on_a_gpu_who_runs_is_there_and_all_are_in_host_memory_once() -> None:
+def test_plan_on_gpu_keeps_all_weights_in_host_memory_once() -> None:
     gpu = {"gpus": 1, "slots": 2, "swap": {"method": "inplace"}}
     plan = three(gpu)
     assert plan.total_bytes == 2 * (300 + 128) * MIB
@@ -132,7 +132,7 @@ def test_on_a_gpu_who_runs_is_there_and_all_are_in_host_memory_once() -> None:
         (2, 1000, ("c",), "needed for the largest experts of its 2 slots and the pinned ones"),
     ],
 )
-def test_a_bound_that_can_not_hold_what_runs(
+def test_plan_host_bytes_below_the_running_units_raises(
     slots: int, least: int, pinned: tuple[str, ...], words: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -141,11 +141,11 @@ def test_a_bound_that_can_not_hold_what_runs(
     assert three({"slots": slots, "swap": {"host_bytes": f"{least}MiB"}}, pinned).fits
 
 
-def test_a_simulated_pool_needs_nothing() -> None:
+def test_plan_simulated_pool_needs_no_memory() -> None:
     assert plan_pool(config({"engine": "simulated"}), "cpu", inspect()).total_bytes == 0
 
 
-def test_the_bound_is_held() -> None:
+def test_plan_host_bytes_bounds_the_total() -> None:
     plan = plan_pool(config({"memory_bytes": "1GiB"}), "cpu", inspect())
     with pytest.raises(ConfigError) as caught:
         check_plan(plan, None)
@@ -171,7 +171,7 @@ def test_the_bound_is_held() -> None:
         (model(), model(), {}, "holds a model, not an adapter"),
     ],
 )
-def test_what_can_not_work_is_said_before_anything_starts(
+def test_plan_impossible_config_raises_before_any_start(
     base: Any, tuned: Any, vllm: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -201,7 +201,7 @@ def steered(tmp_path: Path, pool: dict[str, Any], mask: Any = None, **more: Any)
     return plan_pool(made, "cpu", {"base": info, "tuned": adapter()}.__getitem__)
 
 
-def test_a_virtual_expert_weighs_nothing_and_has_its_base_s_engine(tmp_path: Path) -> None:
+def test_plan_virtual_expert_uses_no_memory_and_shares_its_base_s_engine(tmp_path: Path) -> None:
     plan = steered(tmp_path, {})
     (engine,) = plan.engines
     assert (engine.base, engine.adapters) == ("base", ("less",))
@@ -211,7 +211,9 @@ def test_a_virtual_expert_weighs_nothing_and_has_its_base_s_engine(tmp_path: Pat
 
 @pytest.mark.parametrize("method", ["auto", "inplace", "respawn"])
 @pytest.mark.parametrize("eager", [True, False])
-def test_a_virtual_expert_on_a_gpu(tmp_path: Path, method: str, eager: bool) -> None:
+def test_plan_virtual_expert_on_gpu_shares_its_base_s_weights(
+    tmp_path: Path, method: str, eager: bool
+) -> None:
     pool = {"gpus": 1, "swap": {"method": method}, "vllm": {"enforce_eager": eager}}
     (engine,) = steered(tmp_path, pool).engines
     assert (engine.base, engine.adapters) == ("base", ("less",))
@@ -250,7 +252,7 @@ def test_a_virtual_expert_on_a_gpu(tmp_path: Path, method: str, eager: bool) -> 
         ),
     ],
 )
-def test_a_virtual_expert_that_can_not_be(
+def test_plan_unsupported_virtual_expert_raises(
     tmp_path: Path, pool: dict[str, Any], mask: Any, more: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -258,7 +260,7 @@ def test_a_virtual_expert_that_can_not_be(
     assert words in caught.value.message
 
 
-def test_a_virtual_expert_of_a_model_without_gates(tmp_path: Path) -> None:
+def test_plan_virtual_expert_of_a_dense_model_raises(tmp_path: Path) -> None:
     gates(tmp_path / "m", {"model_type": "llama"}, "model.layers.{}.mlp.up_proj.weight")
     made = Config.model_validate(
         {
@@ -270,7 +272,7 @@ def test_a_virtual_expert_of_a_model_without_gates(tmp_path: Path) -> None:
         plan_pool(made, "cpu", {"base": model(path=tmp_path / "m")}.__getitem__)
 
 
-def test_folders_are_found_or_how_to_get_them_is_said() -> None:
+def test_plan_missing_model_folder_raises_with_how_to_get_it() -> None:
     assert folders_of(config(), {"m": Path("/there")}) == {
         "base": Path("/there"),
         "tuned": Path("a"),
@@ -292,7 +294,7 @@ def _named(experts: dict[str, Any], paths: dict[str, str], gpus: int = 0) -> tup
     return plan_pool(whole, "cpu", inspect).warnings
 
 
-def test_plan_pool_names_experts_that_have_the_same_weights_for_themselves(tmp_path: Path) -> None:
+def test_plan_pool_experts_with_identical_weights_warns_with_their_names(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "m")
     same, linked, other = str(tmp_path / "m"), str(tmp_path / "link"), str(tmp_path / "n")
@@ -316,7 +318,7 @@ def test_plan_pool_names_experts_that_have_the_same_weights_for_themselves(tmp_p
     ]
 
 
-def test_plan_pool_looks_at_each_folder_once() -> None:
+def test_plan_pool_reads_each_folder_once() -> None:
     looked: list[str] = []
 
     def inspect(name: str) -> ModelInfo | AdapterInfo:

@@ -42,7 +42,7 @@ def place(
     return Place(slot, [runs, *others], fits, settled=True)
 
 
-def test_who_waits_goes_to_a_slot_with_nothing_to_do() -> None:
+def test_next_move_waiting_unit_goes_to_an_idle_slot() -> None:
     busy = place("a", unit("b", waiting=1), busy=4)
     assert next_move([busy, place("c")], POLICY) == Move("b", 0, 1)
     # Not where it is sooner its turn than it is fetched.
@@ -57,12 +57,12 @@ def test_who_waits_goes_to_a_slot_with_nothing_to_do() -> None:
     assert next_move([busy, place("c", fits=frozenset("c"))], POLICY) is None
 
 
-def test_another_engine_is_started_for_a_wait_that_is_longer() -> None:
+def test_next_move_long_wait_justifies_an_engine_start() -> None:
     busy = place("a", unit("b", waiting=1), busy=4, waiting=40, drain_s=10.0)
     assert next_move([busy, place("c", fits=frozenset("c"))], POLICY) == Move("b", 0, 1)
 
 
-def test_who_runs_is_pinned_or_on_its_way_stays() -> None:
+def test_next_move_running_pinned_or_loading_unit_stays() -> None:
     waits = unit("b", waiting=1)
     idle = place("c")
     assert next_move([place("a", replace(waits, pinned=True), busy=4), idle], POLICY) is None
@@ -72,7 +72,7 @@ def test_who_runs_is_pinned_or_on_its_way_stays() -> None:
     assert next_move([own, idle], POLICY) is None
 
 
-def test_demand_is_evened_out_where_that_matters() -> None:
+def test_next_move_uneven_demand_moves_a_unit_where_the_gain_is_worth_it() -> None:
     heavy = place("a", unit("b", demand=3.0), unit("d", demand=1.0), demand=3.0)
     assert next_move([heavy, place("c", demand=0.5)], POLICY) == Move("b", 0, 1)
     # 7 against 3: b would only turn them round, d is too little to be worth a fetch.

@@ -68,22 +68,22 @@ def step(slot: SlotView, *units: UnitView, policy: SwapPolicy = POLICY) -> Step:
 # --- what next
 
 
-def test_nobody_else_wants_the_slot() -> None:
+def test_next_step_no_other_unit_waiting_stays() -> None:
     assert step(RUNS, unit("b")).act is Next.STAY
     assert next_step(RUNS, [replace(A, waiting=3)], POLICY).act is Next.STAY
 
 
-def test_an_idle_slot_goes_to_who_waits_at_once() -> None:
+def test_next_step_idle_slot_swaps_at_once_to_a_waiting_unit() -> None:
     fresh = replace(RUNS, stayed_s=0.0)
     assert step(fresh, unit("b", waiting=1)) == Step(Next.SWAP, "b", "queue served")
 
 
-def test_the_running_unit_s_queue_is_served_first() -> None:
+def test_next_step_serves_the_running_unit_s_queue_first() -> None:
     busy = replace(RUNS, running=8, waiting=1)
     assert step(busy, unit("b", waiting=50, oldest_s=20)).act is Next.STAY
 
 
-def test_more_waiting_than_running_ends_a_stay() -> None:
+def test_next_step_more_waiting_than_running_closes() -> None:
     busy = replace(RUNS, running=4)
     assert step(busy, unit("b", waiting=3)).act is Next.STAY
     assert step(busy, unit("b", waiting=4)) == Step(Next.CLOSE, "b", "queue served")
@@ -93,7 +93,7 @@ def test_more_waiting_than_running_ends_a_stay() -> None:
     assert step(busy, unit("b", waiting=7), policy=slow).act is Next.STAY
 
 
-def test_who_came_while_the_gate_closed_does_not_open_it_again() -> None:
+def test_next_step_arrivals_while_closing_do_not_reopen() -> None:
     closing = replace(RUNS, running=3, waiting=2, stayed_s=0.1, closing=True)
     assert step(closing, unit("b", waiting=1)).act is Next.CLOSE
     assert step(replace(closing, running=0), unit("b", waiting=1)).act is Next.SWAP
@@ -101,7 +101,7 @@ def test_who_came_while_the_gate_closed_does_not_open_it_again() -> None:
     assert step(closing, unit("b")).act is Next.STAY
 
 
-def test_work_is_left_to_run_for_a_minimum_stay() -> None:
+def test_next_step_before_min_stay_keeps_running() -> None:
     fresh = replace(RUNS, running=1, stayed_s=0.9)
     assert step(fresh, unit("b", waiting=9)).act is Next.STAY
     assert step(replace(fresh, stayed_s=1.0), unit("b", waiting=9)).act is Next.CLOSE
@@ -109,14 +109,14 @@ def test_work_is_left_to_run_for_a_minimum_stay() -> None:
     assert step(fresh, unit("b", waiting=9, oldest_s=40)).act is Next.STAY
 
 
-def test_an_engine_that_was_started_is_not_left_at_once() -> None:
+def test_next_step_freshly_started_engine_stays_as_long_as_its_start_took() -> None:
     fresh = replace(RUNS, running=1, waiting=5, stayed_s=20)
     other = unit("b", waiting=1, oldest_s=40, swap_s=30.0, exchangeable=False)
     assert step(fresh, other).act is Next.STAY
     assert step(replace(fresh, stayed_s=30), other) == Step(Next.CLOSE, "b", "bound on waiting")
 
 
-def test_the_bound_ends_a_stay_before_it_is_passed() -> None:
+def test_next_step_closes_before_max_wait_is_exceeded() -> None:
     busy = replace(RUNS, running=8, waiting=20)
     assert step(busy, unit("b", waiting=1, oldest_s=29.4)).act is Next.STAY
     late = unit("b", waiting=1, oldest_s=29.45)  # and 0.5 to drain, 0.05 to swap
@@ -124,20 +124,20 @@ def test_the_bound_ends_a_stay_before_it_is_passed() -> None:
     assert step(replace(busy, running=0), late).act is Next.SWAP
 
 
-def test_several_turns_are_begun_in_time_for_the_last_of_them() -> None:
+def test_next_step_several_waiting_units_closes_in_time_for_the_last() -> None:
     busy = replace(RUNS, running=8, waiting=20, drain_s=5.0)
     waiting = [unit(name, waiting=1, oldest_s=18.0) for name in "bcd"]
     assert step(busy, *waiting[:2]).act is Next.STAY  # 18 + 2 · 5.05 < 30
     assert step(busy, *waiting).act is Next.CLOSE  # 18 + 3 · 5.05 > 30
 
 
-def test_of_the_late_the_eldest_comes_first() -> None:
+def test_next_step_among_overdue_units_the_oldest_is_first() -> None:
     many = unit("b", waiting=90, oldest_s=30)
     old = unit("c", waiting=1, oldest_s=31)
     assert step(RUNS, many, old).unit == "c"
 
 
-def test_otherwise_the_most_urgent_comes_first() -> None:
+def test_next_step_otherwise_the_most_urgent_unit_is_first() -> None:
     assert step(RUNS, unit("b", waiting=2), unit("c", waiting=1)).unit == "b"
     # Waiting counts, too, and an expensive swap against it.
     assert step(RUNS, unit("b", waiting=2), unit("c", waiting=1, oldest_s=9)).unit == "c"
@@ -145,7 +145,7 @@ def test_otherwise_the_most_urgent_comes_first() -> None:
     assert urgency(unit("b", waiting=1, oldest_s=2), POLICY) == (100 + 2 * 50) / 0.05
 
 
-def test_who_is_still_loading_stops_nobody() -> None:
+def test_next_step_units_not_in_host_memory_do_not_close_the_slot() -> None:
     busy = replace(RUNS, running=2)
     for tier in (Residency.LOADING, Residency.DISK):
         assert step(busy, unit("b", tier=tier, waiting=9, oldest_s=40)).act is Next.STAY
@@ -153,7 +153,7 @@ def test_who_is_still_loading_stops_nobody() -> None:
     assert step(RUNS, loading, unit("c", waiting=1)).unit == "c"
 
 
-def test_another_kind_of_engine_is_started_when_the_slot_is_free() -> None:
+def test_next_step_unit_that_needs_another_engine_waits_for_a_free_slot() -> None:
     other = unit("b", tier=Residency.DISK, waiting=1, exchangeable=False, swap_s=30)
     assert step(RUNS, other) == Step(Next.SWAP, "b", "bound on waiting")
     assert step(replace(RUNS, running=1, stayed_s=31), other).act is Next.CLOSE
@@ -162,7 +162,7 @@ def test_another_kind_of_engine_is_started_when_the_slot_is_free() -> None:
 # --- host memory
 
 
-def test_without_a_bound_all_is_kept_and_nothing_dropped() -> None:
+def test_to_keep_without_host_bytes_keeps_all_and_drops_nothing() -> None:
     policy = replace(POLICY, host_bytes=None)
     units = [A, *(unit(name, size=10**12) for name in "bcd")]
     assert to_keep(RUNS, units, policy) == {"a", "b", "c", "d"}
@@ -170,7 +170,7 @@ def test_without_a_bound_all_is_kept_and_nothing_dropped() -> None:
     assert bounded(RUNS, units, policy) == units
 
 
-def test_what_does_not_fit_beside_the_running_one_needs_an_engine_to_itself() -> None:
+def test_bounded_unit_that_does_not_fit_beside_the_running_one_needs_its_own_engine() -> None:
     big = unit("b", tier=Residency.DISK, size=21)
     fits = unit("c", tier=Residency.DISK, size=20)
     assert bounded(RUNS, [A, big, fits], POLICY) == [
@@ -185,7 +185,7 @@ def test_what_does_not_fit_beside_the_running_one_needs_an_engine_to_itself() ->
     assert [u.exchangeable for u in after] == [True, True, False, True]
 
 
-def test_running_pinned_and_waited_for_come_before_demand() -> None:
+def test_to_keep_running_pinned_and_waiting_units_precede_demand() -> None:
     units = [
         A,
         unit("pinned", tier=Residency.DISK, pinned=True),
@@ -198,7 +198,7 @@ def test_running_pinned_and_waited_for_come_before_demand() -> None:
     assert to_drop(RUNS, tight, POLICY, "waiting") == ["hot"]
 
 
-def test_of_the_rest_demand_times_cost_decides() -> None:
+def test_to_keep_remaining_room_goes_by_demand_times_load_time() -> None:
     often = unit("often", demand=2.0, bring_s=1.0)
     dear = unit("dear", demand=1.0, bring_s=9.0)
     rare = unit("rare", demand=0.1, bring_s=9.0)
@@ -206,7 +206,7 @@ def test_of_the_rest_demand_times_cost_decides() -> None:
     assert to_drop(RUNS, [A, often, dear, rare], POLICY, None) == ["rare"]
 
 
-def test_a_unit_that_is_held_is_not_exchanged_for_one_hardly_better() -> None:
+def test_to_keep_held_unit_stays_unless_another_is_clearly_better() -> None:
     held = unit("held", demand=1.0)
     better = unit("better", demand=1.4, tier=Residency.DISK)
     much = unit("much", demand=1.6, tier=Residency.DISK)
@@ -221,7 +221,7 @@ def test_to_drop_running_and_fitting_pinned_unit_are_never_dropped() -> None:
     assert to_drop(RUNS, units, policy, None) == ["b"]
 
 
-def test_to_drop_pinned_unit_that_does_not_fit_gives_way_to_the_bound() -> None:
+def test_to_drop_pinned_unit_beyond_the_bound_is_dropped() -> None:
     units = [A, unit("pinned", pinned=True)]
     assert to_drop(RUNS, units, replace(POLICY, host_bytes=19), None) == ["pinned"]
     # The same where slots share a bound, and another needs its own room.
@@ -229,7 +229,7 @@ def test_to_drop_pinned_unit_that_does_not_fit_gives_way_to_the_bound() -> None:
     assert to_drop(RUNS, units, shared, None) == ["pinned"]
 
 
-def test_no_more_is_dropped_than_needed() -> None:
+def test_to_drop_frees_no_more_than_needed() -> None:
     units = [A, unit("b", demand=1.0), unit("c", demand=2.0)]
     coming = unit("d", tier=Residency.DISK, waiting=1)
     assert to_drop(RUNS, [*units, coming], POLICY, "d") == ["b"]
@@ -240,21 +240,21 @@ def test_no_more_is_dropped_than_needed() -> None:
 # --- what to fetch
 
 
-def test_who_waits_is_fetched_before_who_is_in_demand() -> None:
+def test_next_fetch_waiting_unit_precedes_a_unit_in_demand() -> None:
     hot = unit("hot", tier=Residency.DISK, demand=50.0)
     waits = unit("waits", tier=Residency.DISK, waiting=1)
     assert next_fetch(RUNS, [A, hot, waits], POLICY) == "waits"
     assert next_fetch(RUNS, [A, hot], POLICY) == "hot"
 
 
-def test_nothing_is_fetched_ahead_while_requests_wait_for_the_running_unit() -> None:
+def test_next_fetch_prefetches_nothing_while_the_running_unit_s_requests_wait() -> None:
     hot = unit("hot", tier=Residency.DISK, demand=50.0)
     assert next_fetch(replace(RUNS, waiting=1), [A, hot], POLICY) is None
     assert next_fetch(RUNS, [A, hot], replace(POLICY, prefetch=False)) is None
     assert next_fetch(RUNS, [A, unit("cold", tier=Residency.DISK)], POLICY) is None
 
 
-def test_whom_an_operator_wants_is_fetched_whatever_else_but_after_who_waits() -> None:
+def test_next_fetch_operator_s_unit_follows_waiting_units_and_precedes_the_rest() -> None:
     hot = unit("hot", tier=Residency.DISK, demand=50.0)
     wanted = unit("wanted", tier=Residency.DISK, wanted=True)
     waits = unit("waits", tier=Residency.DISK, waiting=1)
@@ -266,7 +266,7 @@ def test_whom_an_operator_wants_is_fetched_whatever_else_but_after_who_waits() -
     assert next_fetch(RUNS, [A, replace(wanted, exchangeable=False)], nothing_ahead) is None
 
 
-def test_whom_an_operator_wants_takes_the_room_of_who_is_in_demand_never_of_who_waits() -> None:
+def test_to_keep_operator_s_unit_displaces_demand_but_never_waiting_units() -> None:
     held = [A, unit("b", demand=1.0), unit("c", demand=2.0)]
     wanted = unit("wanted", tier=Residency.DISK, wanted=True)
     assert to_keep(RUNS, [*held, wanted], POLICY) == {"a", "c", "wanted"}
@@ -275,13 +275,13 @@ def test_whom_an_operator_wants_takes_the_room_of_who_is_in_demand_never_of_who_
     assert "wanted" not in to_keep(RUNS, [*waiting, wanted], POLICY)
 
 
-def test_a_pinned_unit_is_fetched_though_nobody_asked() -> None:
+def test_next_fetch_pinned_unit_is_fetched_without_demand() -> None:
     pinned = unit("p", tier=Residency.DISK, pinned=True)
     hot = unit("hot", tier=Residency.DISK, demand=50.0)
     assert next_fetch(RUNS, [A, hot, pinned], POLICY) == "p"
 
 
-def test_two_that_wait_do_not_push_each_other_out() -> None:
+def test_next_fetch_two_waiting_units_do_not_evict_each_other() -> None:
     policy = replace(POLICY, host_bytes=20)
     arrived = unit("b", waiting=1)
     absent = unit("c", tier=Residency.DISK, waiting=5, swap_s=2.05)
@@ -292,7 +292,7 @@ def test_two_that_wait_do_not_push_each_other_out() -> None:
     assert to_drop(RUNS, [A, arrived, old], policy, "c") == ["b"]
 
 
-def test_what_another_engine_would_be_needed_for_is_not_fetched() -> None:
+def test_next_fetch_unit_that_needs_another_engine_is_not_fetched() -> None:
     other = unit("b", tier=Residency.DISK, waiting=1, exchangeable=False)
     assert next_fetch(RUNS, [A, other], POLICY) is None
 
@@ -304,7 +304,7 @@ def light(name: str, needs: str, **given: Any) -> UnitView:
     return unit(name, size=0, bring_s=0.01, needs=needs, **given)
 
 
-def test_the_weights_come_before_who_runs_on_them() -> None:
+def test_next_fetch_base_weights_precede_a_virtual_expert() -> None:
     waits = light("b1", "b", tier=Residency.DISK, waiting=1)
     absent, here = unit("b", tier=Residency.DISK), unit("b")
     assert next_fetch(RUNS, [A, absent, waits], POLICY) == "b"
@@ -315,7 +315,7 @@ def test_the_weights_come_before_who_runs_on_them() -> None:
     assert next_fetch(RUNS, [A, waits], POLICY) is None
 
 
-def test_weights_go_with_who_runs_on_them_and_never_under_them() -> None:
+def test_to_drop_base_weights_go_with_their_virtual_experts_and_never_before() -> None:
     tight = replace(POLICY, host_bytes=20)
     b, b1, b2 = unit("b"), light("b1", "b"), light("b2", "b")
     c = unit("c", tier=Residency.DISK, waiting=1)
@@ -329,7 +329,7 @@ def test_weights_go_with_who_runs_on_them_and_never_under_them() -> None:
     assert to_drop(runs, [a, a1, b, pinned, c], tight, "c") == []
 
 
-def test_whoever_runs_on_weights_speaks_for_them() -> None:
+def test_to_keep_demand_of_virtual_experts_counts_for_their_base() -> None:
     tight = replace(POLICY, host_bytes=20)
     b, c = unit("b", demand=1.0), unit("c", demand=2.0)
     assert to_keep(RUNS, [A, b, c], tight) == {"a", "c"}
@@ -339,7 +339,7 @@ def test_whoever_runs_on_weights_speaks_for_them() -> None:
     assert to_keep(RUNS, [A, replace(b, demand_per_s=0.0), waits, c], tight) == {"a", "b", "b1"}
 
 
-def test_who_needs_the_running_weights_needs_no_room() -> None:
+def test_bounded_virtual_expert_of_the_running_base_needs_no_room() -> None:
     a1 = light("a1", "a", tier=Residency.DISK, waiting=1)
     alone = replace(POLICY, host_bytes=10)
     assert bounded(RUNS, [A, a1], alone)[1].exchangeable

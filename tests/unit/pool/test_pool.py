@@ -15,7 +15,7 @@ from service.pool.units import Unit, UnitState
 from tests.support.waiting import until
 
 
-async def test_a_look_that_goes_wrong_is_not_the_last(
+async def test_placement_loop_after_an_error_continues_and_logs_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     looks: list[int] = []
@@ -37,7 +37,7 @@ async def test_a_look_that_goes_wrong_is_not_the_last(
     assert [record.getMessage() for record in caplog.records] == ["placing failed"]
 
 
-async def test_pin_beyond_host_bytes_is_refused_for_the_pool_s_slots_together() -> None:
+async def test_pin_beyond_host_bytes_of_all_slots_together_raises_conflict() -> None:
     gib = 1024**3
     pool = Pool("cpu")
     sizes = {"a": 1, "b": 2, "c": 2, "d": 1}

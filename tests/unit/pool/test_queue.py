@@ -13,7 +13,7 @@ def queues(capacity: int = 2, max_waiting: int = 3) -> FairQueue:
     return FairQueue(("a", "b"), capacity=capacity, max_waiting=max_waiting)
 
 
-def test_runs_at_once_where_it_can() -> None:
+def test_offer_with_free_capacity_runs_at_once() -> None:
     q = queues()
     assert q.offer("a", 0, ready=True).running
     assert not q.offer("b", 0, ready=False).running
@@ -22,7 +22,7 @@ def test_runs_at_once_where_it_can() -> None:
     assert q.total == 2
 
 
-def test_a_late_one_does_not_overtake_those_that_wait() -> None:
+def test_offer_while_others_wait_does_not_overtake_them() -> None:
     q = queues(capacity=1)
     first = q.offer("a", 0, ready=True)
     second = q.offer("a", 1, ready=True)
@@ -32,7 +32,7 @@ def test_a_late_one_does_not_overtake_those_that_wait() -> None:
     assert q.grant({"a"}) == [second]
 
 
-def test_one_that_loads_does_not_hold_up_the_others() -> None:
+def test_grant_skips_experts_that_are_still_loading() -> None:
     q = queues(capacity=1)
     loading = q.offer("b", 0, ready=False)
     ready = q.offer("a", 1, ready=True)
@@ -42,7 +42,7 @@ def test_one_that_loads_does_not_hold_up_the_others() -> None:
     assert q.grant({"a", "b"}) == [loading]
 
 
-def test_the_bound_is_per_expert_and_named() -> None:
+def test_offer_beyond_an_expert_s_max_waiting_raises_over_capacity() -> None:
     q = queues(capacity=1, max_waiting=1)
     q.offer("a", 0, ready=True)
     q.offer("a", 0, ready=True)
@@ -53,7 +53,7 @@ def test_the_bound_is_per_expert_and_named() -> None:
     assert q.total == 3
 
 
-def test_closing_twice_frees_once() -> None:
+def test_close_twice_frees_the_place_once() -> None:
     q = queues(capacity=1)
     running = q.offer("a", 0, ready=True)
     waiting = q.offer("a", 0, ready=True)
@@ -65,7 +65,7 @@ def test_closing_twice_frees_once() -> None:
     assert q.offer("a", 0, ready=True).running
 
 
-def test_waiting_for_is_oldest_first() -> None:
+def test_waiting_for_expert_is_oldest_first() -> None:
     q = queues()
     first = q.offer("b", 0, ready=False)
     q.offer("a", 0, ready=False)
@@ -73,7 +73,7 @@ def test_waiting_for_is_oldest_first() -> None:
     assert q.waiting_for("b") == [first, second]
 
 
-def test_a_request_of_many_answers_takes_as_many_places_and_is_not_overtaken() -> None:
+def test_offer_with_several_places_is_not_overtaken_by_smaller_requests() -> None:
     q = queues(capacity=4, max_waiting=9)
     first = q.offer("a", 0, ready=True, places=3)
     assert first.running
@@ -86,14 +86,14 @@ def test_a_request_of_many_answers_takes_as_many_places_and_is_not_overtaken() -
     assert q.grant({"a"}) == [big, small]
 
 
-def test_what_asks_for_more_places_than_there_are_runs_alone() -> None:
+def test_offer_with_more_places_than_capacity_runs_alone() -> None:
     q = queues(capacity=2, max_waiting=3)
     huge = q.offer("a", 0, ready=True, places=128)
     assert (huge.running, huge.places) == (True, 2)
     assert not q.offer("a", 1, ready=True).running
 
 
-def test_a_long_prompt_waits_as_many() -> None:
+def test_offer_long_prompt_counts_as_several_waiting_requests() -> None:
     q = queues(capacity=1, max_waiting=20)
     q.offer("a", 0, ready=True)
     q.offer("a", 0, ready=True, tokens=30_000)
@@ -103,7 +103,7 @@ def test_a_long_prompt_waits_as_many() -> None:
     q.offer("a", 0, ready=True, tokens=10_000)
 
 
-def test_what_is_longer_than_the_queue_may_wait_where_nobody_does() -> None:
+def test_offer_prompt_longer_than_the_queue_waits_only_in_an_empty_queue() -> None:
     q = queues(capacity=1, max_waiting=3)
     q.offer("a", 0, ready=True)
     q.offer("a", 0, ready=True, tokens=10**6)
@@ -111,7 +111,7 @@ def test_what_is_longer_than_the_queue_may_wait_where_nobody_does() -> None:
         q.offer("a", 0, ready=True)
 
 
-def test_crowded_out_the_heaviest_tenant_gives_up_as_much_as_is_needed() -> None:
+def test_ticket_to_shed_takes_from_the_heaviest_tenant_as_much_as_needed() -> None:
     q = queues(capacity=1, max_waiting=8)
     heavy, small = Tenant("heavy"), Tenant("small")
     q.offer("a", 0, ready=True, tenant=heavy)
@@ -121,7 +121,7 @@ def test_crowded_out_the_heaviest_tenant_gives_up_as_much_as_is_needed() -> None
     assert q.ticket_to_shed("a", small, tokens=5 * 2048) == []
 
 
-def test_resize_to_fewer_places_lets_what_waits_for_more_run_alone() -> None:
+def test_resize_to_fewer_places_lets_wide_tickets_run_alone() -> None:
     q = queues(capacity=4)
     first = q.offer("a", 0, ready=True, places=2)
     wide = q.offer("a", 1, ready=True, places=4)

@@ -29,7 +29,9 @@ async def nobody(message: Message) -> None:
         ),
     ],
 )
-async def test_a_whole_reply_counts_by_its_own_usage(reply: object, tokens: int) -> None:
+async def test_timed_send_of_a_whole_reply_counts_tokens_by_its_usage(
+    reply: object, tokens: int
+) -> None:
     counted: list[int] = []
     measured = TimedSend(nobody, None)
     measured._served = counted.append

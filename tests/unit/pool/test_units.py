@@ -17,7 +17,7 @@ def test_demand_per_s_after_steady_requests_is_their_rate(per_s: float) -> None:
     assert known.demand_per_s(seconds) == pytest.approx(per_s, rel=0.08)
 
 
-def test_demand_per_s_after_the_last_request_halves_every_half_minute() -> None:
+def test_demand_per_s_after_the_last_request_halves_every_30_s() -> None:
     known = UnitState()
     known.record_demand(100.0, 0.0)
     assert known.demand_per_s(30.0) == pytest.approx(known.demand_per_s(0.0) / 2)

@@ -15,7 +15,7 @@ async def claimed(store: MemoryStore, account: Account) -> Granted:
     return got
 
 
-async def test_accounts_in_which_nothing_counts_any_more_are_forgotten() -> None:
+async def test_memory_store_forgets_accounts_in_which_nothing_counts() -> None:
     now_s = 1_700_000_000.0
     store = MemoryStore(lambda: now_s)
     for i in range(100):

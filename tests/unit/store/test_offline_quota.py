@@ -15,7 +15,7 @@ from tests.support.waiting import until
 AT_ONCE = Account("acme/concurrent", 10, NOW)
 
 
-def test_a_claim_that_used_nothing_is_told_also_when_its_slice_is_forgotten() -> None:
+def test_offline_quota_unused_claim_is_reported_after_its_slice_is_forgotten() -> None:
     slices = OfflineQuotas(0.5)
     claim = StoreClaim("c", (Charge(AT_ONCE, 1),))
     slices.seen(claim, 0.0)
@@ -41,7 +41,7 @@ class Client:
         """Nothing is open."""
 
 
-async def test_a_beat_that_goes_wrong_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_heartbeat_after_an_error_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     store = RedisStore(cast(Any, Client()), share=0.1, lease_s=30, beat_s=0.001)
     beats: list[int] = []
 

@@ -28,7 +28,7 @@ def lines() -> tuple[logging.Logger, io.StringIO]:
     return logger, stream
 
 
-def test_an_exception_is_its_kind_and_place_only(
+def test_json_lines_exception_has_type_and_place_but_no_text(
     lines: tuple[logging.Logger, io.StringIO],
 ) -> None:
     logger, stream = lines
@@ -51,7 +51,7 @@ def test_an_exception_is_its_kind_and_place_only(
     assert __file__ in line["error"]["at"]
 
 
-def test_a_line_is_one_json_object_with_the_request_s_fields(
+def test_json_lines_record_is_one_json_object_with_allowed_fields_only(
     lines: tuple[logging.Logger, io.StringIO],
 ) -> None:
     logger, stream = lines
@@ -63,7 +63,7 @@ def test_a_line_is_one_json_object_with_the_request_s_fields(
     assert SECRET not in stream.getvalue()
 
 
-async def test_lines_of_a_request_tell_its_id_and_no_other_s(
+async def test_log_fields_of_a_request_reach_its_tasks_and_no_other_request(
     lines: tuple[logging.Logger, io.StringIO],
 ) -> None:
     logger, stream = lines
@@ -99,7 +99,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> logging.Logger:
     return logger
 
 
-def test_set_up_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_set_up_logs_twice_adds_one_handler(monkeypatch: pytest.MonkeyPatch) -> None:
     logger = _fresh(monkeypatch)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     set_up_logs()
@@ -132,7 +132,7 @@ class _Told:
         pass
 
 
-def test_what_a_full_disk_can_not_take_fails_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_set_up_logs_on_a_full_disk_logging_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging, "raiseExceptions", True)
     _fresh(monkeypatch)
     logger = logging.getLogger("full")
@@ -159,7 +159,7 @@ def test_what_a_full_disk_can_not_take_fails_nobody(monkeypatch: pytest.MonkeyPa
         ("%d and nothing that fits", (SECRET, SECRET)),
     ],
 )
-def test_an_engine_s_error_tells_no_text_of_a_request(
+def test_engine_lines_error_has_no_text_of_a_request(
     message: str, arguments: tuple[object, ...]
 ) -> None:
     stream = io.StringIO()
@@ -181,7 +181,7 @@ def test_an_engine_s_error_tells_no_text_of_a_request(
     assert last["message"] == "of the start: a level below is not about requests"
 
 
-def test_why_an_engine_could_not_start_is_told() -> None:
+def test_engine_lines_failed_start_keeps_its_reason() -> None:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(EngineLines())
@@ -202,7 +202,7 @@ def test_why_an_engine_could_not_start_is_told() -> None:
     assert line["message"] == "EngineCore failed to start.: no such weights"
 
 
-def test_vllm_takes_the_engines_log_config() -> None:
+def test_engine_logs_config_is_accepted_by_dictconfig() -> None:
     """As vLLM reads it: the file is a valid logging config, and names our handler."""
     config = json.loads(ENGINE_LOGS.read_text())
     logger = logging.getLogger("vllm")

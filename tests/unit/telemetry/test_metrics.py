@@ -61,7 +61,7 @@ def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     }
 
 
-def test_every_metric_is_declared_once_and_named_by_the_rules() -> None:
+def test_metrics_table_declares_each_metric_once_with_a_conventional_name() -> None:
     assert len({one.name for one in METRICS}) == len(METRICS)
     for one in METRICS:
         assert re.fullmatch(r"coe_[a-z_]+", one.name)
@@ -75,7 +75,7 @@ def test_every_metric_is_declared_once_and_named_by_the_rules() -> None:
     assert used == LABELS.keys()
 
 
-def test_no_metric_is_declared_and_never_fed() -> None:
+def test_metrics_table_every_metric_is_recorded_somewhere() -> None:
     names = {
         name: value for name, value in vars(metric_table).items() if isinstance(value, MetricSpec)
     }
@@ -90,19 +90,19 @@ def test_no_metric_is_declared_and_never_fed() -> None:
     } == set()
 
 
-def test_each_process_tells_its_own_metrics() -> None:
+def test_add_metric_of_the_other_side_raises() -> None:
     with pytest.raises(KeyError):
         MetricsRegistry(Side.GATEWAY).add(metric_table.SWAPS, 1, "a", "b", "c")
     with pytest.raises(KeyError):
         MetricsRegistry(Side.POOL).add(metric_table.REQUESTS_REJECTED, 1, "a")
 
 
-def test_wrong_labels_are_refused() -> None:
+def test_add_wrong_number_of_labels_raises() -> None:
     with pytest.raises(ValueError, match="expert, category, recipe, outcome"):
         MetricsRegistry(Side.GATEWAY).add(metric_table.REQUESTS, 1, "a")
 
 
-def test_labels_stay_bounded_whatever_comes() -> None:
+def test_add_too_many_label_values_are_counted_as_other() -> None:
     meter = MetricsRegistry(Side.GATEWAY)
     for i in range(MAX_SERIES + 50):
         meter.add(metric_table.TENANT_TOKENS, 1, f"tenant {i}")
@@ -111,7 +111,7 @@ def test_labels_stay_bounded_whatever_comes() -> None:
     assert {s.value for s in told if s.labels["tenant"] == OTHER} == {50}
 
 
-def test_a_total_told_by_another_only_grows() -> None:
+def test_total_that_falls_is_treated_as_a_counter_reset() -> None:
     meter = MetricsRegistry(Side.POOL)
     seen = []
     # A part of it, which had counted 3, goes away.
@@ -121,7 +121,7 @@ def test_a_total_told_by_another_only_grows() -> None:
     assert seen == [2, 5, 5, 5, 7]
 
 
-async def test_a_request_is_counted_once_with_its_times() -> None:
+async def test_request_finished_counts_the_request_once_with_its_times() -> None:
     told = GatewayMetrics()
     told.request_started()
     told.request_finished(OK)
@@ -167,7 +167,7 @@ class Told:
         return {"a": {"host_bytes": 7, "state": "device"}}
 
 
-async def test_a_pool_tells_its_queues_residency_and_requests() -> None:
+async def test_pool_metrics_report_queues_residency_and_requests() -> None:
     told = PoolMetrics()
     told.follow(Told())
     told.ended(CALL, Times(1, 1.5, 2, 3, 0.5, 0.25), "")
@@ -196,7 +196,7 @@ async def test_a_pool_tells_its_queues_residency_and_requests() -> None:
     assert states == {state.value: float(state is Residency.DEVICE) for state in Residency}
 
 
-async def test_an_expert_that_went_is_nowhere_any_more() -> None:
+async def test_pool_metrics_of_a_removed_expert_disappear() -> None:
     class Emptied(Told):
         """The same pool, once its config has changed."""
 
@@ -218,7 +218,7 @@ async def test_an_expert_that_went_is_nowhere_any_more() -> None:
     assert [name for name, labels in left if name in gauges and "expert" in dict(labels)] == []
 
 
-async def test_an_engine_s_own_metrics_stay_when_another_starts() -> None:
+async def test_pool_metrics_engine_registry_survives_another_engine_s_start() -> None:
     told = PoolMetrics()
     for expert in ("a", "b"):
         Gauge("engine_tokens", "Tokens.", ("model",), registry=told.registry(expert)).labels(
@@ -233,7 +233,7 @@ async def test_an_engine_s_own_metrics_stay_when_another_starts() -> None:
     assert [dict(labels)["expert"] for name, labels in got if name == "engine_tokens"] == ["b"]
 
 
-async def test_joined_texts_have_each_family_once() -> None:
+async def test_join_of_several_texts_has_each_family_once() -> None:
     texts = []
     for name in ("one", "two"):
         told = GatewayMetrics()

@@ -67,7 +67,7 @@ class Stage:
         assert self.engines[-1].failure() is not None
 
 
-async def test_a_base_answers_while_its_adapters_still_load() -> None:
+async def test_base_expert_is_served_while_its_adapters_load() -> None:
     stage = Stage()
     await stage.until("base", Residency.DEVICE)
     tuned = asyncio.create_task(stage.ask("tuned"))
@@ -80,7 +80,7 @@ async def test_a_base_answers_while_its_adapters_still_load() -> None:
     await stage.close()
 
 
-async def test_word_of_an_older_engine_s_death_does_no_harm() -> None:
+async def test_lost_reported_for_a_previous_engine_is_ignored() -> None:
     stage = Stage()
     await stage.until("base", Residency.DEVICE)
     stage.engines[0].go_on.set()
@@ -92,7 +92,7 @@ async def test_word_of_an_older_engine_s_death_does_no_harm() -> None:
     await stage.close()
 
 
-async def test_a_draining_slot_refuses_and_waits() -> None:
+async def test_drain_refuses_new_requests_and_waits_for_running_ones() -> None:
     stage = Stage()
     await stage.until("base", Residency.DEVICE)
     async with stage.slot.lease("base"):
@@ -105,7 +105,7 @@ async def test_a_draining_slot_refuses_and_waits() -> None:
     await stage.close()
 
 
-async def test_who_waits_for_an_expert_that_can_not_load_is_told() -> None:
+async def test_lease_of_an_expert_that_fails_to_load_raises_its_reason() -> None:
     stage = Stage(broken="its rank is odd")
     await stage.until("base", Residency.DEVICE)
     waiting = asyncio.create_task(stage.ask("tuned"))

@@ -44,7 +44,7 @@ def world(bound: int | None = None, **armed: str) -> World:
     return World(bound, lambda: 0.0, armed=armed)
 
 
-def test_room_is_made_for_a_unit_larger_than_guessed(
+def test_unit_larger_than_estimated_evicts_others_and_restarts_the_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fill = FaultyEngine.load_to_host
@@ -68,7 +68,7 @@ def test_room_is_made_for_a_unit_larger_than_guessed(
     assert methods == ["respawn", "inplace", "respawn"]
 
 
-def test_an_engine_s_first_death_in_a_fill_is_forgiven_a_second_is_the_unit_s_fault() -> None:
+def test_engine_death_during_load_is_retried_once_then_fails_the_unit() -> None:
     async def act(stage: Stage) -> None:
         assert await stage.ask("b") == "ok"
         stage.world.armed["fill"] = "die"
@@ -88,7 +88,7 @@ def test_an_engine_s_first_death_in_a_fill_is_forgiven_a_second_is_the_unit_s_fa
     play(world(), act)
 
 
-def test_a_swap_that_fails_leaves_the_running_unit_to_its_clients() -> None:
+def test_failed_swap_keeps_the_running_unit_serving() -> None:
     async def act(stage: Stage) -> None:
         assert await stage.ask("b") == "ok"
         stage.world.armed["exchange"] = "fail"
@@ -101,7 +101,7 @@ def test_a_swap_that_fails_leaves_the_running_unit_to_its_clients() -> None:
     assert stage.slot.canary_failures == 0
 
 
-def test_spoiled_weights_never_answer() -> None:
+def test_corrupted_weights_after_a_swap_restart_the_engine_before_any_answer() -> None:
     async def act(stage: Stage) -> None:
         assert await stage.ask("b") == "ok"
         engines = len(stage.world.engines)
@@ -114,7 +114,7 @@ def test_spoiled_weights_never_answer() -> None:
     assert stage.slot.swap_counts()[("c", "respawn", "canary")] == 1
 
 
-def test_what_is_being_swapped_in_can_not_be_evicted() -> None:
+def test_evict_of_a_unit_being_swapped_in_raises_conflict() -> None:
     async def act(stage: Stage) -> None:
         assert await stage.ask("b") == "ok"
         waiting = asyncio.create_task(stage.ask("c"))
@@ -133,7 +133,7 @@ def test_what_is_being_swapped_in_can_not_be_evicted() -> None:
     play(world(), act)
 
 
-def test_load_brings_a_unit_to_host_memory_where_nothing_is_fetched_ahead() -> None:
+def test_load_without_prefetch_brings_the_unit_to_host_memory_once() -> None:
     async def act(stage: Stage) -> None:
         assert await stage.ask("b") == "ok"
         assert stage.slot.states()["c"].state is Residency.DISK
@@ -150,7 +150,7 @@ def test_load_brings_a_unit_to_host_memory_where_nothing_is_fetched_ahead() -> N
     play(world(), act)
 
 
-def test_load_says_why_it_can_not() -> None:
+def test_load_that_can_not_succeed_raises_the_reason() -> None:
     async def act(stage: Stage) -> None:
         assert await stage.ask("b") == "ok"
         with pytest.raises(ConflictError, match="more host_bytes"):
@@ -171,7 +171,7 @@ def test_load_says_why_it_can_not() -> None:
 
 
 @pytest.mark.parametrize("preempt", [True, False])
-def test_running_requests_are_put_back_or_waited_for(preempt: bool) -> None:
+def test_swap_preempts_running_requests_or_waits_for_them_by_policy(preempt: bool) -> None:
     async def act(stage: Stage) -> None:
         ends: list[str] = []
 
@@ -192,7 +192,7 @@ def test_running_requests_are_put_back_or_waited_for(preempt: bool) -> None:
     play(world(), act, preempt=preempt)
 
 
-def test_a_request_that_streams_is_waited_for_and_one_is_put_back_but_once() -> None:
+def test_preemption_spares_streams_and_preempts_a_request_only_once() -> None:
     async def act(stage: Stage) -> None:
         assert await stage.ask("c") == "ok"
         stream = asyncio.create_task(stage.ask("b", 100, stream=True))
@@ -215,7 +215,7 @@ def test_a_request_that_streams_is_waited_for_and_one_is_put_back_but_once() -> 
     play(world(), act, preempt=True)
 
 
-def test_a_unit_that_goes_tells_who_waits_and_frees_its_memory() -> None:
+def test_retire_rejects_waiting_requests_and_frees_host_memory() -> None:
     async def act(stage: Stage) -> None:
         assert await stage.ask("b") == "ok"
         assert await stage.ask("c") == "ok"
@@ -238,7 +238,7 @@ def test_a_unit_that_goes_tells_who_waits_and_frees_its_memory() -> None:
 
 
 @pytest.mark.parametrize("put_back", [False, True])
-def test_moved_waiter_is_preempted_for_unless_it_was_put_back_itself(put_back: bool) -> None:
+def test_moved_waiter_preempts_unless_it_was_preempted_itself(put_back: bool) -> None:
     async def act(stage: Stage) -> None:
         assert await stage.ask("c") == "ok"
         assert await stage.ask("b") == "ok"  # c is held now
@@ -254,7 +254,7 @@ def test_moved_waiter_is_preempted_for_unless_it_was_put_back_itself(put_back: b
     play(world(), act, preempt=True)
 
 
-def test_hand_over_keeps_what_each_waiting_request_has_used_up() -> None:
+def test_hand_over_keeps_which_waiters_were_preempted() -> None:
     async def act(stage: Stage) -> None:
         assert await stage.ask("b") == "ok"
         told: list[bool] = []
@@ -282,7 +282,7 @@ def test_hand_over_keeps_what_each_waiting_request_has_used_up() -> None:
     play(world(), act)
 
 
-def test_retire_of_the_running_unit_keeps_the_last_one_that_can_run_instead() -> None:
+def test_retire_of_the_running_unit_keeps_the_last_unit_that_can_run() -> None:
     async def act(stage: Stage) -> None:
         assert await stage.ask("b") == "ok"
         assert stage.slot.hand_over("a") is not None
