@@ -91,6 +91,7 @@ _THEN_EXPLAINS = re.compile(
 _TAKEN_BACK = re.compile(
     r"\b(?:wait|actually|on\s+second\s+thought|correction|mistak\w*|oops|scratch\s+that|hold\s+on"
     r"|hmm+|apolog\w*|sorry|re-?(?:check|consider|calculat|evaluat|examin)\w*|wrong|instead"
+    r"|unless|except\w*|otherwise|however|although|only\s+(?:if|when)|if|but|provided"
     r"|should\s+(?:be|have\s+been))\b",
     re.IGNORECASE,
 )
@@ -119,6 +120,16 @@ _REFUSAL = re.compile(
 )
 # Who speaks of himself answers no question; "I and II" are numerals.
 _OF_ITSELF = re.compile(r"(?:I|We)(?:'\w+)?\s+(?!and\b|or\b|only\b)[a-z]")
+# Who asks back, greets or sends elsewhere answers no question either.
+_EVADES = re.compile(
+    r"\?[\"'”)\]*_]*\s*$"
+    r"|^(?:please|kindly)\s+(?:do\s+)?(?:provide|clarify|specify|share|tell|give|explain|rephrase"
+    r"|consult|contact|seek|see|check|refer|ask|try|wait|let|send|upload|paste|enter|include)\b"
+    r"|^(?:consult|contact|ask|see|speak\s+to|talk\s+to|seek)\s+(?:a|an|your|the|with)\b"
+    r"|^(?:sure|certainly|of\s+course|okay|ok|hello|hi|hey|greetings|welcome)\b\s*[,.!:]",
+    re.IGNORECASE,
+)
+_INDENTED = re.compile(r"\n[ \t]+\S")
 _CHOICE = re.compile(
     r"(?:(?:option|choice|Option|Choice) )?(?:\(([A-J])\)|\[([A-J])\]|([A-J])[.):]?)"
 )
@@ -139,11 +150,16 @@ _SURE_KINDS = frozenset({"choice", "number", "verdict"})
 _WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
 _LATEX = (
     (re.compile(r"\\[dt]frac"), r"\\frac"),
-    (re.compile(r"\\frac\s*\{(-?[0-9]{1,10})\}\s*\{([0-9]{1,10})\}"), r"\1/\2"),
-    (re.compile(r"\\frac\s*([0-9])\s*([0-9])(?![0-9])"), r"\1/\2"),
+    # Only where it is all: 2\\frac{1}{2} is no 21/2, and x^\\frac{1}{2} no (x^1)/2.
+    (re.compile(r"^(-?)\\frac\s*\{([0-9]{1,10})\}\s*\{([0-9]{1,10})\}$"), r"\1\2/\3"),
+    (re.compile(r"^()\\frac\s*\{(-[0-9]{1,10})\}\s*\{([0-9]{1,10})\}$"), r"\1\2/\3"),
+    (re.compile(r"^(-?)\\frac\s*([0-9])\s*([0-9])$"), r"\1\2/\3"),
     (re.compile(r"\\(?:left|right)(?=[()\[\]|.])"), ""),
     (re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"\\[,;!]"), ""),
+    # Between digits a thin space may group thousands, or set two numbers apart.
+    (re.compile(r"(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))"), ""),
+    (re.compile(r"(?<=[0-9,])\\!(?=[0-9])"), ""),
+    (re.compile(r"\\[,;!]"), " "),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\([%$#&])"), r"\1"),
 )
@@ -182,8 +198,10 @@ def final_answer(text: str, *, as_json: bool = False) -> FinalAnswer | None:
     concluded = _conclusions(lines)
     if concluded is not None:
         return _together(concluded)
-    if len(text) > _SHORT_CHARS or _OF_ITSELF.match(text):
+    if len(text) > _SHORT_CHARS or _OF_ITSELF.match(text) or _EVADES.search(text):
         return None
+    if len(lines) > 1 and _INDENTED.search(text):
+        return FinalAnswer("text", text)  # code, whose indentation may be its meaning
     return _canonical("\n".join(lines))
 
 
@@ -270,7 +288,9 @@ def _sentence_start(before: str) -> str:
 
 
 def _adds_nothing(before: str) -> bool:
-    return bool(_CONNECTIVES.fullmatch(before) or _REASON.match(before))
+    # A reason that ends at a comma is one; without, it may go on: "since I doubt that the answer".
+    reason = _REASON.match(before) and before.endswith(",")
+    return bool(_CONNECTIVES.fullmatch(before) or reason)
 
 
 def _stated(before: str, stated: str) -> FinalAnswer | None:
@@ -390,8 +410,10 @@ def _number(said: str) -> str | None:
     if exponent:
         digits = f"{Decimal(digits + exponent):f}"
     whole, _, rest = digits.partition(".")
-    # 3.10 and 3.1 may be versions; 3.0 and 3 are one number.
-    rest = rest if rest.strip("0") else ""
+    # 3.10 and 3.1 may be versions; 3.0 and 3 are one number. 3.000 may be three thousand: in many
+    # languages the point groups digits.
+    grouped = rest == "000" and "," not in found[2] and len(whole) <= 3 and whole not in ("", "0")
+    rest = rest if rest.strip("0") or grouped else ""
     return sign + (whole or "0") + (f".{rest}" if rest else "") + percent
 
 

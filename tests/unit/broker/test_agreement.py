@@ -57,6 +57,56 @@ def test_a_number_is_the_same_however_it_is_written(number: str, way: str) -> No
 @pytest.mark.parametrize(
     ("one", "other"),
     [
+        ("\\boxed{2\\frac{1}{2}}", "\\boxed{\\frac{21}{2}}"),
+        ("$2\\frac12$", "21/2"),
+        ("$x^\\frac{1}{2}$", "x^1/2"),
+        ("$\\frac{1}{2}3$", "1/23"),
+        ("\\boxed{2\\,3}", "23"),
+        ("$2\\;3$", "23"),
+        ("1.000", "1"),
+        ("10.000", "10"),
+        ("for x in a:\n    f(x)\n    g()", "for x in a:\n    f(x)\ng()"),
+        ("Yes, because it holds, unless x is 0.", "Yes, because it holds."),
+        ("The answer is yes because it holds, unless x is 0.", "The answer is yes."),
+        ("The answer is 5. Explanation: it is 7 if x < 0.", "The answer is 5."),
+        ("The answer is 5.\n\nBecause of the tax it is 7 otherwise.", "5"),
+        ("Since I doubt the answer is 5.", "5"),
+        ("Because nobody believes that the answer is 5.", "5"),
+    ],
+)
+def test_what_a_shorter_spelling_would_confuse_is_kept_apart(one: str, other: str) -> None:
+    assert not agree(one, other)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Could you please clarify the question?",
+        "What do you mean?",
+        "Hello! How can I help you today?",
+        "Please provide more information.",
+        "Please consult a doctor.",
+        "Contact your administrator.",
+        "Sure, go ahead.",
+    ],
+)
+def test_who_asks_back_or_sends_elsewhere_answers_nothing(said: str) -> None:
+    assert final_answer(said) is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("-1/2", "$-\\frac{1}{2}$"),
+        ("-1/2", "\\frac{-1}{2}"),
+        ("3/4", "$\\frac34$"),
+        ("12345", "$12\\,345$"),
+        ("1,234", "$1,\\!234$"),
+        ("5 m", "$5\\,\\text{m}$"),
+        ("3.0", "3"),
+        ("3.00", "3"),
+        ("1,200.000", "1200"),
+        ("Because 3 is odd, the answer is no.", "no"),
         ('{"a":1}', '{"a": 1.0}'),
         ('{"a": [1e2, true]}', '```json\n{"a": [100, true]}\n```'),
         ('{"a": 1, "b": "x"}', '{"b": "x", "a": 1}'),
