@@ -30,14 +30,14 @@ FORMS: list[Any] = [
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_prompt_of_any_form_gets_its_tenant_s_salt(form: Any) -> None:
+def test_salted_prompt_of_any_form_gets_the_tenant_s_salt(form: Any) -> None:
     one, again, other = salted(form, "a"), salted(form, "a"), salted(form, "b")
     assert one == again
     assert one["cache_salt"] != other["cache_salt"]
     assert salted(form, "") is form
 
 
-def test_the_decoder_s_prompt_is_salted_and_unknown_forms_are_refused() -> None:
+def test_salted_decoder_prompt_is_salted_and_unknown_form_raises() -> None:
     both = {"encoder_prompt": {"prompt_token_ids": [1]}, "decoder_prompt": {"prompt": "x"}}
     assert salted(both, "a")["decoder_prompt"]["cache_salt"] == "a"
     with pytest.raises(TypeError, match="can't be kept apart by tenant"):
@@ -45,7 +45,7 @@ def test_the_decoder_s_prompt_is_salted_and_unknown_forms_are_refused() -> None:
 
 
 @given(st.text(max_size=20), st.text(max_size=20))
-def test_a_client_s_own_salt_never_makes_it_another_tenant(mine: str, theirs: str) -> None:
+def test_joined_client_salt_never_equals_another_tenant_s(mine: str, theirs: str) -> None:
     a, b = cache_salt("secret", "a"), cache_salt("secret", "b")
     assert joined(a, mine) != joined(b, theirs)
     # Also by giving what another one's is made of.
@@ -72,7 +72,7 @@ async def salts(tenants: dict[str, Any]) -> dict[str, str]:
     }
 
 
-async def test_tenants_are_apart_unless_they_say_that_they_share() -> None:
+async def test_authenticator_gives_tenants_different_salts_unless_they_share() -> None:
     shared = {"share_prefix": True}
     found = await salts({"a": {}, "b": {}, "c": shared, "d": shared})
     assert len({found["a"], found["b"], ""}) == 3
@@ -80,7 +80,7 @@ async def test_tenants_are_apart_unless_they_say_that_they_share() -> None:
     assert found["a"] != cache_salt("another cluster's", "a")
 
 
-async def test_where_no_key_is_needed_everybody_shares() -> None:
+async def test_authenticator_without_keys_gives_no_salt() -> None:
     config = {"experts": {"g": {"model": "m"}}, "pools": {"cpu": {"engine": "simulated"}}}
     ring = Authenticator(Config.model_validate(config), StoreBook(MemoryStore()), secret="s")
     await ring.look()
@@ -88,13 +88,13 @@ async def test_where_no_key_is_needed_everybody_shares() -> None:
 
 
 @pytest.mark.parametrize("salt", ["", "0123abc"])
-def test_the_salt_goes_to_the_pool(salt: str) -> None:
+def test_call_headers_carry_the_salt(salt: str) -> None:
     call = Call("/v1/completions", "a", "r", 1, True, "g", 1, Tenant("t", cache_salt=salt))
     headers = {name.encode(): value.encode() for name, value in call.headers().items()}
     assert parse_call("/v1/completions", headers) == call
 
 
-def test_a_conversation_is_warm_for_those_who_share_its_prefix_only() -> None:
+def test_prefix_affinity_is_known_to_tenants_with_the_same_salt_only() -> None:
     def asked(tenant: Tenant, *said: str) -> Any:
         roles = ("user", "assistant") * 3
         messages = [{"role": r, "content": s} for r, s in zip(roles, said, strict=False)]
@@ -120,7 +120,7 @@ def test_a_conversation_is_warm_for_those_who_share_its_prefix_only() -> None:
         ({"cache_salt": True}, "/v1/messages", {}, None),
     ],
 )
-def test_a_remote_endpoint_is_sent_the_tenant_s_salt_where_it_takes_one(
+def test_remote_engine_sends_the_salt_where_the_endpoint_accepts_it(
     config: dict[str, Any], path: str, body: dict[str, Any], sent: str | None
 ) -> None:
     engine = RemoteEngine("far", RemoteConfig(url="http://127.0.0.1:1/v1", model="m", **config))

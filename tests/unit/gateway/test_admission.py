@@ -81,7 +81,7 @@ class Door:
         return balance.spent, balance.reserved
 
 
-async def test_enter_who_leaves_before_the_first_byte_has_asked_all_the_same() -> None:
+async def test_enter_client_that_leaves_before_the_first_byte_is_counted_and_charged() -> None:
     door = Door(requests_per_min=3, tokens_per_min=100_000, budget={"amount": 50})
 
     async def leaves() -> str:
@@ -124,7 +124,7 @@ async def test_enter_who_leaves_before_the_first_byte_has_asked_all_the_same() -
         (DeadlineExceededError("late"), True, 1),
     ],
 )
-async def test_enter_only_what_fails_by_our_fault_does_not_count(
+async def test_enter_failures_of_the_service_do_not_count(
     error: Exception, own_deadline: bool, counts: int
 ) -> None:
     door = Door(requests_per_min=5)
@@ -134,7 +134,7 @@ async def test_enter_only_what_fails_by_our_fault_does_not_count(
     assert await door.spent("requests") == (counts, 0)
 
 
-async def test_admit_without_a_bound_a_rate_of_tokens_does_not_mean_one_at_a_time() -> None:
+async def test_admit_without_max_tokens_does_not_serialise_under_a_token_limit() -> None:
     door = Door(context=131_072, tokens_per_min=100_000)
     entered: list[InferenceRequest] = []
     hold = asyncio.Event()
@@ -152,7 +152,7 @@ async def test_admit_without_a_bound_a_rate_of_tokens_does_not_mean_one_at_a_tim
     await asyncio.gather(*tasks)
 
 
-async def test_admit_a_burst_overshoots_by_what_was_running_and_works_it_off() -> None:
+async def test_admit_burst_exceeds_the_token_limit_only_by_what_was_running() -> None:
     now = [1_700_000_000.0]
     door = Door(context=131_072, clock=lambda: now[0], tokens_per_min=10_000)
 
@@ -183,7 +183,7 @@ async def test_admit_a_burst_overshoots_by_what_was_running_and_works_it_off() -
     assert admitted * each >= 10_000 * (minutes + 8)
 
 
-async def test_admit_money_is_reserved_for_the_whole_bound() -> None:
+async def test_admit_reserves_budget_for_the_longest_answer() -> None:
     door = Door(context=4096, budget={"amount": 50_000}, tokens_per_min=100_000)
     async with door.admitted(door.asked(n=2)):
         body = door.asked(n=2).body_bytes + 512
@@ -200,7 +200,7 @@ async def test_admit_money_is_reserved_for_the_whole_bound() -> None:
         (0, {"max_tokens": 20_000}, 20_000, 20_000),
     ],
 )
-async def test_admit_what_is_reserved_bounds_what_the_engine_may_make(
+async def test_admit_reservation_is_the_longest_answer_the_engine_may_give(
     context: int, more: dict[str, Any], bound: int, sent: int | None
 ) -> None:
     door = Door(context=context, budget={"amount": 10**7})
@@ -210,7 +210,7 @@ async def test_admit_what_is_reserved_bounds_what_the_engine_may_make(
         assert asked.given_tokens == sent
 
 
-async def test_admit_choices_and_prompts_count_as_so_many_at_once() -> None:
+async def test_admit_choices_and_prompts_count_as_concurrent_requests() -> None:
     door = Door(concurrent=4)
     async with door.admitted(door.asked(n=3)):
         assert await door.spent("concurrent") == (0, 3)
@@ -223,7 +223,7 @@ async def test_admit_choices_and_prompts_count_as_so_many_at_once() -> None:
     assert await door.spent("concurrent") == (0, 0)
 
 
-async def test_admit_what_a_template_adds_is_believed_once_it_was_seen() -> None:
+async def test_admit_reserves_template_tokens_once_they_were_observed() -> None:
     door = Door(budget={"amount": 10**7})
     bytes_of_it = door.asked(max_tokens=1).body_bytes
     passage = RequestRecord(expert="big")

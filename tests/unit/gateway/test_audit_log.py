@@ -43,7 +43,9 @@ def lines() -> Iterator[list[dict[str, object]]]:
         yield found
 
 
-def test_a_flood_of_refusals_is_counted_and_not_written(lines: list[dict[str, object]]) -> None:
+def test_audit_log_repeated_refusals_are_counted_and_not_each_written(
+    lines: list[dict[str, object]],
+) -> None:
     now_s = 0.0
     log = RefusalLog(lambda: now_s)
     for _ in range(1000):
@@ -58,14 +60,14 @@ def test_a_flood_of_refusals_is_counted_and_not_written(lines: list[dict[str, ob
     assert lines[21]["unsaid"] == 980
 
 
-def test_what_a_client_sends_stays_on_one_short_line(lines: list[dict[str, object]]) -> None:
+def test_audit_log_client_text_stays_on_one_short_line(lines: list[dict[str, object]]) -> None:
     headers = {b"x-request-id": b"a\nb", b"x-forwarded-for": b"1.2.3.4, " * 100}
     RefusalLog().refused("none", headers)
     assert "request_id" not in lines[0]
     assert len(str(lines[0]["client"])) <= 64
 
 
-async def test_each_act_of_the_admin_and_each_refused_key_has_its_line(
+async def test_audit_log_has_a_line_for_each_admin_action_and_refused_key(
     lines: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KEY_OF_TESTS", KEY)
@@ -107,7 +109,7 @@ async def test_each_act_of_the_admin_and_each_refused_key_has_its_line(
             assert secret not in written
 
 
-async def test_the_access_log_says_whose_request_it_was(
+async def test_access_log_names_tenant_and_key(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("KEY_OF_TESTS", KEY)

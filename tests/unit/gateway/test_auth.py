@@ -49,7 +49,9 @@ def books(tmp_path: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize("which", [0, 1])
-async def test_a_key_s_life(tmp_path: Path, which: int) -> None:
+async def test_keys_create_rotate_and_revoke_change_what_is_accepted(
+    tmp_path: Path, which: int
+) -> None:
     book = books(tmp_path)[which]
     keys = Keys(book)
     empty = await book.version()
@@ -73,7 +75,7 @@ async def test_a_key_s_life(tmp_path: Path, which: int) -> None:
         await keys.revoke("nobody", 1.0)
 
 
-async def test_no_key_is_kept_and_the_file_is_its_owner_s(tmp_path: Path) -> None:
+async def test_file_book_stores_digests_only_in_a_private_file(tmp_path: Path) -> None:
     path = tmp_path / "keys.jsonl"
     _, key = await Keys(FileBook(path)).create(WANTED, 1.0)
     assert key not in path.read_text()
@@ -82,7 +84,7 @@ async def test_no_key_is_kept_and_the_file_is_its_owner_s(tmp_path: Path) -> Non
     assert digest_of(key) in path.read_text()
 
 
-def test_states_and_what_people_are_told() -> None:
+def test_key_record_state_and_public_view_without_digest() -> None:
     record = replace(WANTED, id="x", digest="d" * 64, expires_s=10.0)
     assert [record.state(now_s) for now_s in (9.9, 10.0)] == ["active", "expired"]
     told = record.to_public(11.0)
@@ -90,7 +92,9 @@ def test_states_and_what_people_are_told() -> None:
     assert not any("digest" in name for name in told)
 
 
-async def test_who_is_behind_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_identify_returns_the_key_s_tenant_or_raises_unauthorized(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("KEY_A", "0123456789abcdef")
     given = config(
         keys={"a": {"tenant": "acme", "key_env": "KEY_A", "experts": ["general", "math"]}},
@@ -125,7 +129,7 @@ async def test_who_is_behind_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
         b'{"id":"x","tenant":"t","digest":"00","limits":{},"experts":null,"of_a_later":1}',
     ],
 )
-async def test_a_damaged_record_is_told_and_keys_known_before_still_hold(
+async def test_authenticator_damaged_record_raises_at_start_and_keeps_known_keys(
     tmp_path: Path, line: bytes
 ) -> None:
     path = tmp_path / "keys.jsonl"
@@ -146,14 +150,14 @@ async def test_a_damaged_record_is_told_and_keys_known_before_still_hold(
         ring.identify({b"x-api-key": key.encode()})
 
 
-def test_a_variable_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configured_key_too_short_raises_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEY_A", "short-key")
     with pytest.raises(ConfigError) as caught:
         configured(config(keys={"a": {"key_env": "KEY_A"}}))
     assert "short-key" not in caught.value.message
 
 
-async def test_where_others_reach_it_a_key_is_always_needed() -> None:
+async def test_authenticator_needed_when_listening_beyond_loopback() -> None:
     book = StoreBook(MemoryStore())
     for server, needed in (
         ({}, False),
@@ -166,13 +170,13 @@ async def test_where_others_reach_it_a_key_is_always_needed() -> None:
     assert ring.identify({}) == NOBODY
 
 
-async def test_while_the_keys_are_not_known_nobody_is_let_in() -> None:
+async def test_identify_before_the_keys_are_loaded_raises_store_unavailable() -> None:
     ring = Authenticator(config(), StoreBook(MemoryStore()))
     with pytest.raises(StoreUnavailableError):
         ring.identify({})
 
 
-async def test_a_store_that_came_back_empty_lets_nobody_in(tmp_path: Path) -> None:
+async def test_authenticator_store_that_came_back_empty_accepts_nobody(tmp_path: Path) -> None:
     """Emptied, or another one in its place: what was told once holds until the next start."""
     store = MemoryStore()
     book = StoreBook(store)
@@ -193,7 +197,7 @@ async def test_a_store_that_came_back_empty_lets_nobody_in(tmp_path: Path) -> No
         heir.identify({})
 
 
-async def test_a_service_that_starts_after_its_keys_were_lost_lets_nobody_in(
+async def test_authenticator_started_after_its_keys_were_lost_accepts_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logging.getLogger("coe"), "propagate", True)
@@ -215,14 +219,14 @@ async def test_a_service_that_starts_after_its_keys_were_lost_lets_nobody_in(
     assert ring.identify({}) == NOBODY
 
 
-def test_each_store_of_keys_has_a_marker_of_its_own_without_its_password() -> None:
+def test_keys_marker_differs_by_store_and_ignores_the_password() -> None:
     urls = ["redis://a:1/0", "redis://a:1/1", "redis://b:1/0"]
     markers = [keys_marker(config(store={"kind": "redis", "url": url})) for url in urls]
     assert len(set(markers)) == 3
     assert keys_marker(config(store={"kind": "redis", "url": urls[0]})) == markers[0]
 
 
-async def test_with_require_keys_a_key_is_needed_before_there_is_one() -> None:
+async def test_require_keys_without_any_key_accepts_nobody() -> None:
     given, book = config(server={"require_keys": True}), StoreBook(MemoryStore())
     assert await any_key(given, book)
     ring = Authenticator(given, book)
@@ -231,7 +235,7 @@ async def test_with_require_keys_a_key_is_needed_before_there_is_one() -> None:
         ring.identify({})
 
 
-async def test_a_key_of_a_tenant_that_the_config_does_not_name_is_worth_nothing() -> None:
+async def test_identify_key_of_a_tenant_missing_in_the_config_raises_forbidden() -> None:
     book = StoreBook(MemoryStore())
     _, key = await Keys(book).create(WANTED, 1.0)
     _, other = await Keys(book).create(replace(WANTED, tenant="default"), 1.0)
@@ -246,7 +250,7 @@ async def test_a_key_of_a_tenant_that_the_config_does_not_name_is_worth_nothing(
         assert ring.identify({b"x-api-key": other.encode()}).name == "default"
 
 
-def test_a_key_for_a_tenant_that_the_config_does_not_name_is_not_made() -> None:
+def test_record_of_tenant_missing_in_the_config_raises_with_a_suggestion() -> None:
     given = config(tenants={"acme": {"requests_per_min": 5}})
     for tenant in ("acme", "default"):
         assert record_of(given, NewKey(tenant=tenant), 1.0).tenant == tenant
@@ -258,9 +262,7 @@ def test_a_key_for_a_tenant_that_the_config_does_not_name_is_not_made() -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1])
-async def test_rotating_and_revoking_at_once_never_brings_a_key_back(
-    tmp_path: Path, which: int
-) -> None:
+async def test_revoke_during_concurrent_rotations_stays_revoked(tmp_path: Path, which: int) -> None:
     keys = Keys(books(tmp_path)[which])
     for _ in range(10):
         made, _ = await keys.create(WANTED, 1.0)
@@ -274,7 +276,7 @@ async def test_rotating_and_revoking_at_once_never_brings_a_key_back(
         assert after.state(3.0) == "revoked"
 
 
-async def test_a_lock_that_another_process_holds_does_not_stop_the_loop(tmp_path: Path) -> None:
+async def test_file_book_lock_held_elsewhere_does_not_block_the_loop(tmp_path: Path) -> None:
     book = FileBook(tmp_path / "keys.jsonl")
     made, _ = await Keys(book).create(WANTED, 1.0)
     with book._locked():
@@ -284,7 +286,9 @@ async def test_a_lock_that_another_process_holds_does_not_stop_the_loop(tmp_path
     assert (await revoking).revoked_s == 2.0
 
 
-def test_without_a_key_it_listens_on_loopback_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_supervisor_without_keys_listens_on_loopback_only(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for host in ("127.0.0.1", "0.0.0.0"):
         given = config(server={"host": host})
         assert _restrict_host(given)[0].server.host == "127.0.0.1"
@@ -298,7 +302,7 @@ def test_without_a_key_it_listens_on_loopback_only(capsys: pytest.CaptureFixture
     assert _restrict_host(keyed)[0].server.host == "0.0.0.0"
 
 
-def test_the_command_without_a_service(tmp_path: Path) -> None:
+def test_keys_command_without_a_service_manages_the_keys_file(tmp_path: Path) -> None:
     path = tmp_path / "coe.json"
     given = json.loads(config(store={"keys_file": "./keys.jsonl"}).model_dump_json())
     path.write_text(json.dumps(given))
@@ -320,7 +324,7 @@ def test_the_command_without_a_service(tmp_path: Path) -> None:
     assert ran.exit_code != 0
 
 
-def test_keys_are_unlike_each_other() -> None:
+def test_new_key_is_unique_long_and_matches_its_digest() -> None:
     made = [new_key() for _ in range(100)]
     assert len({key for _, key, _ in made}) == 100
     assert all(len(key) > 50 and digest == digest_of(key) for _, key, digest in made)

@@ -52,7 +52,7 @@ async def spend(ledger: Ledger, tenant: Tenant, cost: float, name: str) -> None:
     await ledger.settle(held, Usage(1, 1, cost))
 
 
-async def test_cost_price_of_a_key_with_its_own_budget_rises_as_it_is_spent() -> None:
+async def test_cost_price_of_a_key_s_own_budget_rises_as_it_is_spent() -> None:
     clock = Clock()
     ledger, spending = site(clock)
     await spending.start()
@@ -93,7 +93,7 @@ async def test_cost_price_of_a_key_is_the_sum_of_all_its_budgets() -> None:
     await spending.stop()
 
 
-async def test_keys_with_budgets_that_are_remembered_are_bounded(
+async def test_budget_prices_remember_a_bounded_number_of_keys(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "_MOST_KEYS", 10)
@@ -106,7 +106,7 @@ async def test_keys_with_budgets_that_are_remembered_are_bounded(
     await spending.stop()
 
 
-async def test_cost_price_in_a_new_window_is_that_of_an_untouched_budget_at_once() -> None:
+async def test_cost_price_in_a_new_window_starts_from_an_untouched_budget() -> None:
     """Yesterday's budget was spent early; today's would pay for all, from the first request on."""
     clock = Clock()
     ledger, spending = site(clock, budgets={"all": {"amount": 20, "period": "day"}})
@@ -130,7 +130,7 @@ async def test_cost_price_in_a_new_window_is_that_of_an_untouched_budget_at_once
     await spending.stop()
 
 
-async def test_prices_while_the_store_is_gone_stand_and_are_asked_for_again() -> None:
+async def test_budget_prices_during_a_store_outage_stay_and_are_refreshed_later() -> None:
     class Gone(MemoryStore):
         gone = True
 
@@ -154,7 +154,7 @@ async def test_prices_while_the_store_is_gone_stand_and_are_asked_for_again() ->
     await spending.stop()
 
 
-async def test_arrivals_at_one_gateway_raise_the_price_at_another() -> None:
+async def test_budget_prices_arrivals_at_one_gateway_raise_the_price_at_another() -> None:
     clock = Clock()
     ledger, one = site(clock, budgets={"all": {"amount": 20, "period": "day"}})
     two = BudgetPrices(ledger, clock=clock)

@@ -55,7 +55,7 @@ def code_of(
         "a.b.inner.example:8000",
     ],
 )
-def test_host_of_ours_keyless_passes(host: str) -> None:
+def test_check_own_host_without_keys_passes(host: str) -> None:
     assert code_of(RULES, host=host) is None
     body = {"content_length": "2", "content_type": "application/json"}
     assert code_of(RULES, "POST", host=host, **body) is None
@@ -78,7 +78,7 @@ def test_host_of_ours_keyless_passes(host: str) -> None:
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
-def test_foreign_host_keyless_is_refused(host: str, method: str) -> None:
+def test_check_foreign_host_without_keys_is_forbidden(host: str, method: str) -> None:
     assert code_of(RULES, method, host=host) == "host_not_allowed"
     # The same with an Origin to match, as after a rebinding.
     assert code_of(PLAIN, method, host=host, origin=f"http://{host}") == "host_not_allowed"
@@ -88,7 +88,7 @@ def test_foreign_host_keyless_is_refused(host: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["a b", "a/b", "user@host", "a:99999999", "", "[::1", "ä.example"])
-def test_malformed_host_is_a_bad_request(host: str) -> None:
+def test_check_malformed_host_is_a_bad_request(host: str) -> None:
     assert code_of(PLAIN, host=host) == "invalid_request_error"
 
 
@@ -106,7 +106,7 @@ def test_malformed_host_is_a_bad_request(host: str) -> None:
         ("127.0.0.1:8000", "app://obsidian.md"),
     ],
 )
-def test_own_or_configured_origin_keyless_passes(host: str, origin: str) -> None:
+def test_check_own_or_configured_origin_without_keys_passes(host: str, origin: str) -> None:
     assert code_of(RULES, "OPTIONS", host=host, origin=origin) is None
 
 
@@ -126,7 +126,7 @@ def test_own_or_configured_origin_keyless_passes(host: str, origin: str) -> None
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-def test_foreign_origin_keyless_is_refused(origin: str, method: str) -> None:
+def test_check_foreign_origin_without_keys_is_forbidden(origin: str, method: str) -> None:
     assert code_of(RULES, method, host="127.0.0.1:8000", origin=origin) == "origin_not_allowed"
     # A page has no key to show: with keys its origin says nothing.
     assert code_of(RULES, method, host="127.0.0.1:8000", origin=origin, keyless=False) is None
@@ -144,7 +144,7 @@ def test_foreign_origin_keyless_is_refused(origin: str, method: str) -> None:
         ("POST", "cross-site", "navigate", "document", True),
     ],
 )
-def test_subresources_of_other_sites_keyless_are_refused(
+def test_check_cross_site_subresource_without_keys_is_forbidden(
     method: str, site: str, mode: str, dest: str, refused: bool
 ) -> None:
     told = code_of(
@@ -174,7 +174,7 @@ def test_subresources_of_other_sites_keyless_are_refused(
         ("application/octet-stream", False),
     ],
 )
-def test_a_post_with_a_body_must_be_json(kind: str, taken: bool, keyless: bool) -> None:
+def test_check_post_body_that_is_not_json_is_refused(kind: str, taken: bool, keyless: bool) -> None:
     for announced in ({"content_length": "2"}, {"transfer_encoding": "chunked"}):
         headers = {"host": "localhost", "content_type": kind, **announced}
         told = code_of(PLAIN, "POST", keyless=keyless, **headers)
@@ -194,7 +194,7 @@ def test_a_post_with_a_body_must_be_json(kind: str, taken: bool, keyless: bool) 
         {"cors_origins": ["https://*.example.com"]},
     ],
 )
-def test_names_and_origins_of_the_config_are_checked(server: dict[str, list[str]]) -> None:
+def test_config_invalid_host_names_and_origins_are_refused(server: dict[str, list[str]]) -> None:
     with pytest.raises(ValidationError, match="input should be"):
         ServerConfig.model_validate(server)
 
@@ -208,7 +208,7 @@ foreign_names = st.builds(
 
 
 @given(foreign_names, st.sampled_from(["", ":80", ":8000", "."]))
-def test_a_name_that_can_be_registered_never_passes_keyless(name: str, more: str) -> None:
+def test_check_registrable_domain_without_keys_never_passes(name: str, more: str) -> None:
     assert code_of(PLAIN, host=name + more) == "host_not_allowed"
     origin = f"http://{name}{more}"
     assert code_of(PLAIN, host="127.0.0.1:8000", origin=origin) == "origin_not_allowed"
@@ -232,7 +232,7 @@ def test_a_name_that_can_be_registered_never_passes_keyless(name: str, more: str
     st.sampled_from([b"GET", b"POST", b"OPTIONS", b"X"]),
     st.booleans(),
 )
-def test_any_header_is_passed_or_refused_with_a_typed_error(
+def test_check_any_headers_pass_or_raise_a_typed_error(
     headers: dict[bytes, bytes], method: bytes, keyless: bool
 ) -> None:
     said = "passed"

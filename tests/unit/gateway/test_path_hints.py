@@ -38,10 +38,10 @@ KNOWN = [
         ("/health/", "/health"),
     ],
 )
-def test_a_base_url_as_people_write_it_names_the_path_meant(path: str, meant: str) -> None:
+def test_path_hint_for_a_misspelled_base_url_names_the_right_path(path: str, meant: str) -> None:
     assert hint_for(path, KNOWN).startswith(f"; did you mean {meant}?")
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/v1", "", "/", "/wp-login.php", "/v1/" * 10_000])
-def test_another_path_names_none(path: str) -> None:
+def test_path_hint_for_an_unrelated_path_is_none(path: str) -> None:
     assert hint_for(path, KNOWN) == ""

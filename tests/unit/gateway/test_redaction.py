@@ -22,5 +22,5 @@ from service.gateway.redaction import without_folders
         ("", ""),
     ],
 )
-def test_a_reason_keeps_its_words_and_loses_its_folders(reason: str, told: str) -> None:
+def test_redact_reason_removes_paths_and_keeps_words(reason: str, told: str) -> None:
     assert without_folders(reason) == told

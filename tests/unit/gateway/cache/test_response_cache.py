@@ -9,7 +9,7 @@ from service.gateway.cache.response_cache import ResponseCache
 from service.store.volatile import MemoryVolatile
 
 
-def test_another_profile_of_the_same_name_has_other_answers(tmp_path: Path) -> None:
+def test_cache_key_changes_with_the_content_of_the_steering_profile(tmp_path: Path) -> None:
     profile = tmp_path / "p"
     config = Config.model_validate(
         {

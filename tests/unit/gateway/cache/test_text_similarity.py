@@ -32,7 +32,7 @@ def same(one: str, other: str) -> bool:
         ("Describe a cafe\u0301.", "Describe a caf\u00e9."),
     ],
 )
-def test_the_same_question_said_otherwise_is_a_hit(one: str, other: str) -> None:
+def test_same_for_rephrased_questions_is_true(one: str, other: str) -> None:
     assert same(one, other)
     assert same(other, one)
 
@@ -89,19 +89,19 @@ LONG = "Our warehouse has many boxes and each of them weighs a lot. " * 20
         ("?", "!"),
     ],
 )
-def test_another_question_is_a_miss(one: str, other: str) -> None:
+def test_same_for_different_questions_is_false(one: str, other: str) -> None:
     assert not same(one, other)
     assert not same(other, one)
 
 
-def test_questions_that_differ_in_one_token_are_never_the_same() -> None:
+def test_same_for_questions_that_differ_in_one_token_is_false() -> None:
     wrong = [pair for pair in different_questions(7, _PAIRS) if same(*pair)]
     print(f"{len(wrong)} of {_PAIRS} pairs wrongly taken for one question")
     assert wrong == []
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group[0])
-def test_no_two_of_a_group_make_the_same_question(group: tuple[str, ...]) -> None:
+def test_said_of_confusable_words_differs_in_every_form(group: tuple[str, ...]) -> None:
     for form in (
         "What is {}?",
         "Hello, please explain {} to me, thanks.",
@@ -116,12 +116,12 @@ _HITS = ("white space", "a greeting", "please at the beginning", "please at the 
 
 
 @pytest.mark.parametrize("way", [*_HITS, "no mark at the end", "small letter at the beginning"])
-def test_courtesy_and_spacing_around_a_question_are_a_hit(way: str) -> None:
+def test_same_ignores_courtesy_and_spacing(way: str) -> None:
     for question in ("What makes the sky blue?", "Explain to me why the sky is blue."):
         assert same(question, paraphrases(question)[way])
 
 
-def test_likeness_is_one_for_the_same_and_less_for_others() -> None:
+def test_similarity_is_one_for_equal_texts_and_low_for_unrelated() -> None:
     assert similarity("hello there", "hello there") == pytest.approx(1)
     assert similarity("hello there", "quantum physics") < 0.2
     assert similarity("", "") == 0
@@ -129,7 +129,7 @@ def test_likeness_is_one_for_the_same_and_less_for_others() -> None:
 
 @pytest.mark.parametrize("text", ["What is the sea?", "Tell a tale.", "Explain x!"])
 @pytest.mark.parametrize("more", ["", " Please.", " Thanks!", " Thank you. Thx!!", " thanks"])
-def test_thanks_after_a_question_are_no_part_of_it(text: str, more: str) -> None:
+def test_said_ignores_thanks_at_the_end(text: str, more: str) -> None:
     assert said(text + more) == said(text)
 
 
@@ -137,6 +137,6 @@ def test_thanks_after_a_question_are_no_part_of_it(text: str, more: str) -> None
     "text", [", " * 2000, "please " * 570 + "x", "thx" * 1300, "thanks. " * 500]
 )
 @pytest.mark.timeout(30)
-def test_no_question_holds_the_gateway_up(text: str) -> None:
+def test_same_of_hostile_texts_takes_bounded_time(text: str) -> None:
     for _ in range(200):
         said(text)

@@ -24,7 +24,7 @@ ONE = CompletedRequest(
 )
 
 
-def test_it_is_bounded_and_tells_what_is_new() -> None:
+def test_history_is_bounded_and_since_returns_the_new_ones() -> None:
     recent = RequestHistory(size=3)
     for i in range(5):
         recent.add(replace(ONE, request=str(i)))
@@ -35,7 +35,7 @@ def test_it_is_bounded_and_tells_what_is_new() -> None:
     assert recent.since(5) == []
 
 
-def test_flows_count_the_last_minutes_by_way() -> None:
+def test_flows_count_the_last_minutes_by_category_recipe_and_expert() -> None:
     recent = RequestHistory()
     recent.add(replace(ONE, at_s=1000 - WINDOW_S - 1))
     recent.add(ONE)
@@ -48,7 +48,7 @@ def test_flows_count_the_last_minutes_by_way() -> None:
     ]
 
 
-def test_totals_of_the_last_minute() -> None:
+def test_totals_cover_the_last_minute() -> None:
     recent = RequestHistory()
     recent.add(replace(ONE, at_s=900.0, first_ms=1.0))
     for first_ms in (10.0, 20.0, 90.0):

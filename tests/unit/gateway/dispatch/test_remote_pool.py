@@ -37,7 +37,7 @@ def ask(seat: RemotePool, name: str, tenant: Tenant) -> asyncio.Task[None]:
     return asyncio.create_task(seat.run(request, send, None, tenant))
 
 
-async def test_tenants_take_turns() -> None:
+async def test_run_queued_requests_of_tenants_take_turns() -> None:
     engine = Held()
     seat = RemotePool(engine, 1, 100)  # type: ignore[arg-type]
     tasks = [ask(seat, f"a{i}", A) for i in range(10)]
@@ -50,7 +50,9 @@ async def test_tenants_take_turns() -> None:
     assert (seat.waiting, seat.running) == (0, 0)
 
 
-async def test_a_full_queue_refuses_who_fills_it_and_those_who_leave_hold_nothing() -> None:
+async def test_run_full_queue_sheds_the_heaviest_tenant_and_cancelled_requests_free_places() -> (
+    None
+):
     engine = Held()
     seat = RemotePool(engine, 1, 3)  # type: ignore[arg-type]
     tasks = [ask(seat, f"a{i}", A) for i in range(4)]
@@ -69,7 +71,7 @@ async def test_a_full_queue_refuses_who_fills_it_and_those_who_leave_hold_nothin
     assert (seat.waiting, seat.running) == (0, 0)
 
 
-async def test_without_a_queue_there_is_room_for_those_with_a_place_only() -> None:
+async def test_run_without_a_queue_refuses_beyond_the_limit() -> None:
     engine = Held()
     seat = RemotePool(engine, 2, 0)  # type: ignore[arg-type]
     tasks = [ask(seat, str(i), A) for i in range(2)]

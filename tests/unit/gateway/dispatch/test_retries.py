@@ -43,13 +43,13 @@ def _kinds(base: type[CoeError]) -> set[type[CoeError]]:
     )
 
 
-def test_the_table_has_every_error_that_an_attempt_can_end_with() -> None:
+def test_retry_table_covers_every_dispatch_error() -> None:
     assert TABLE.keys() == _kinds(UnavailableError) | _kinds(UpstreamError)
 
 
 @pytest.mark.parametrize("kind", TABLE, ids=lambda kind: str(kind.__name__))
 @pytest.mark.parametrize("losses", range(4))
-def test_after_a_fault_the_table_decides_and_two_losses_end_it(
+def test_after_fault_follows_the_table_and_stops_after_two_losses(
     kind: type[CoeError], losses: int
 ) -> None:
     loss, follows, tries = TABLE[kind]
@@ -79,7 +79,7 @@ def test_after_a_fault_the_table_decides_and_two_losses_end_it(
         (errors.PoolUnavailableError, 1, False, False, True, WithoutOption.REFUSE_AS_FAILED),
     ],
 )
-def test_without_option_decides(
+def test_without_option_returns_the_action_of_the_table(
     fault: type[CoeError] | None,
     attempts: int,
     resting: bool,
@@ -92,7 +92,7 @@ def test_without_option_decides(
     assert found is expected
 
 
-def test_no_sequence_of_faults_gives_a_request_to_a_third_after_two_losses() -> None:
+def test_after_fault_no_sequence_dispatches_again_after_two_losses() -> None:
     for sequence in itertools.product(TABLE, repeat=4):
         losses = 0
         asked_after_two = False

@@ -44,13 +44,13 @@ def said(text: str, role: str = "user") -> dict[str, Any]:
     return {"messages": [{"role": role, "content": text}]}
 
 
-async def test_nothing_is_looked_for_unless_asked() -> None:
+async def test_check_without_guard_settings_screens_nothing() -> None:
     for to, tenant in ((guard(), "shop"), (guard(injection={"action": "refuse"}), "lab")):
         result = await check(to, said(ATTACK), tenant)
         assert (result.seen, result.headers, result.done) == ((), [], "passed")
 
 
-async def test_an_attack_is_flagged_or_refused_with_its_score() -> None:
+async def test_check_injection_is_flagged_or_refused_with_its_score() -> None:
     flagged = await check(guard(injection={"action": "flag"}), said(ATTACK))
     assert flagged.headers == [(b"x-coe-guard", b"flagged")]
     (told,) = flagged.explained()
@@ -65,19 +65,19 @@ async def test_an_attack_is_flagged_or_refused_with_its_score() -> None:
     ]
 
 
-async def test_the_operator_s_own_words_are_no_attack() -> None:
+async def test_check_system_messages_are_not_screened_for_injection() -> None:
     to = guard(injection={"action": "refuse"})
     await check(to, said(ATTACK, "system"))
     with pytest.raises(GuardRefusedError):
         await check(to, said(ATTACK, "tool"))
 
 
-async def test_a_threshold_of_one_s_own() -> None:
+async def test_check_uses_the_tenant_s_threshold() -> None:
     to = guard(injection={"action": "refuse", "threshold": 1.0})
     assert (await check(to, said(ATTACK))).done == "passed"
 
 
-async def test_personal_data_is_taken_out_everywhere() -> None:
+async def test_check_redacts_personal_data_in_every_message() -> None:
     to = guard(pii={"action": "redact"})
     mail, card = "jane@example.com", "4111 1111 1111 1111"
     data = {
@@ -118,7 +118,7 @@ async def test_personal_data_is_taken_out_everywhere() -> None:
         ),
     ],
 )
-async def test_every_endpoint_s_prompt_is_looked_through(path: str, body: dict[str, Any]) -> None:
+async def test_check_screens_the_prompt_of_every_endpoint(path: str, body: dict[str, Any]) -> None:
     result = await check(guard(pii={"action": "redact"}), body, path=path)
     assert b"a@example.com" not in result.request.raw
     assert b"[EMAIL]" in result.request.raw
@@ -133,16 +133,14 @@ async def test_every_endpoint_s_prompt_is_looked_through(path: str, body: dict[s
         ("/v1/embeddings", {"input": [[1, 2]]}),
     ],
 )
-async def test_a_prompt_of_ids_which_no_screen_can_read_does_not_pass(
-    path: str, body: dict[str, Any]
-) -> None:
+async def test_check_prompt_of_token_ids_is_refused(path: str, body: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError, match="must be text: the guard can't look through ids"):
         await check(guard(injection={"action": "refuse"}), body, path=path)
     assert (await check(guard(), body, path=path)).done == "passed"
 
 
 @pytest.mark.parametrize("where", ["reasoning", "reasoning_content", "refusal"])
-async def test_what_an_assistant_is_said_to_have_thought_is_looked_through(where: str) -> None:
+async def test_check_screens_reasoning_and_refusal_of_assistant_messages(where: str) -> None:
     turn = {"role": "assistant", "content": "yes", where: "mail a@example.com"}
     result = await check(guard(pii={"action": "redact"}), {"messages": [turn]})
     assert b"a@example.com" not in result.request.raw
@@ -167,13 +165,13 @@ HOSTILE = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.timeout(60)
-async def test_no_text_holds_the_screens_up(kind: str) -> None:
+async def test_check_hostile_texts_take_bounded_time(kind: str) -> None:
     to = guard(injection={"action": "flag"}, pii={"action": "flag"})
     result = await check(to, said(HOSTILE[kind]))
     assert [one.screen for one in result.seen] == ["injection", "pii"]
 
 
-def test_of_findings_that_overlap_the_kind_named_first_counts() -> None:
+def test_pii_screen_overlapping_matches_count_as_the_first_kind() -> None:
     text = "sk-4111111111111111 and 4111 1111 1111 1111, 4111111111111111@example.com"
     found = [(text[a:b], kind) for a, b, kind in PiiScreen(list(KINDS))._found(text)]
     assert found == [
@@ -183,27 +181,27 @@ def test_of_findings_that_overlap_the_kind_named_first_counts() -> None:
     ]
 
 
-async def test_only_the_kinds_asked_for() -> None:
+async def test_check_screens_only_the_configured_kinds() -> None:
     to = guard(pii={"action": "refuse", "kinds": ["iban"]})
     await check(to, said("a@example.com"))
     with pytest.raises(GuardRefusedError, match="iban"):
         await check(to, said("DE89 3704 0044 0532 0130 00"))
 
 
-async def test_a_prompt_too_long_to_look_through_is_refused() -> None:
+async def test_check_prompt_above_max_characters_is_refused() -> None:
     to = guard(pii={"action": "flag"}, max_characters=1000)
     with pytest.raises(InvalidRequestError, match="more than 1000 characters"):
         await check(to, said("x" * 1001))
 
 
-async def test_a_long_prompt_is_looked_through_beside_the_loop() -> None:
+async def test_check_long_prompt_is_screened_in_a_thread() -> None:
     to = guard(pii={"action": "redact"}, injection={"action": "flag"})
     result = await check(to, said("word " * 30_000 + "a@example.com " + ATTACK))
     assert result.done == "redacted"
     assert [one.done for one in result.seen] == ["flagged", "redacted"]
 
 
-async def test_a_stronger_screen_takes_the_shipped_one_s_place() -> None:
+async def test_check_uses_a_custom_screen_instead_of_the_built_in() -> None:
     class Suspicious:
         name = "injection"
 
@@ -215,7 +213,7 @@ async def test_a_stronger_screen_takes_the_shipped_one_s_place() -> None:
         await check(to, said("hello"))
 
 
-def test_texts_of_more_than_it_may_look_through_is_not_walked_to_its_end() -> None:
+def test_texts_of_stops_at_the_character_limit() -> None:
     class Unread(dict[str, Any]):
         def get(self, *_: Any) -> Any:
             raise AssertionError("looked at, although there was enough")
@@ -224,7 +222,7 @@ def test_texts_of_more_than_it_may_look_through_is_not_walked_to_its_end() -> No
         texts_of({"messages": [{"role": "user", "content": "x" * 11}, Unread()]}, 10)
 
 
-def test_texts_come_back_in_their_order_and_places() -> None:
+def test_texts_of_keeps_order_and_rewritten_keeps_places() -> None:
     data = {
         "system": "s",
         "messages": [{"role": "user", "content": ["a", {"text": "b"}]}],
@@ -242,12 +240,12 @@ def test_texts_come_back_in_their_order_and_places() -> None:
         texts_of({"input": deep}, 100)
 
 
-def test_text_is_made_plain() -> None:
+def test_made_plain_normalises_lookalikes_and_spacing() -> None:
     assert made_plain("ＩＧＮＯＲＥ\u200b  аll") == "ignore all"
     assert made_plain("i g n o r e this") == "ignore this"
 
 
-async def test_what_the_shipped_screens_catch_does_not_get_worse() -> None:
+async def test_measure_built_in_screens_keep_their_detection_rates() -> None:
     facts = (await measure()).facts
     assert facts["held_out"]["caught"] >= 0.6
     assert facts["held_out"]["wrong"] <= 0.1

@@ -57,7 +57,7 @@ def asked(path: str, tools: Any, **more: Any) -> InferenceRequest:
     ],
 )
 @pytest.mark.parametrize("choice", ["auto", {"type": "auto"}, "none", None])
-def test_they_are_left_out_and_told(
+def test_hosted_tools_are_removed_and_named(
     path: str, tools: Any, kept: Any, left_out: tuple[str, ...], choice: Any
 ) -> None:
     found = asked(path, tools, tool_choice=choice)
@@ -82,7 +82,9 @@ def test_they_are_left_out_and_told(
         ("/v1/messages", [CLAUDE_SEARCH], {"type": "any"}),
     ],
 )
-def test_who_insists_on_one_is_refused_by_its_name(path: str, tools: Any, choice: Any) -> None:
+def test_hosted_tool_required_by_tool_choice_raises_with_its_name(
+    path: str, tools: Any, choice: Any
+) -> None:
     with pytest.raises(DisallowedFieldError, match="web_search") as caught:
         asked(path, tools, tool_choice=choice)
     assert caught.value.param == "tool_choice"
@@ -102,13 +104,13 @@ def test_who_insists_on_one_is_refused_by_its_name(path: str, tools: Any, choice
         ("/v1/responses", [{"type": "function", "name": {}}, {"type": "function", "name": []}]),
     ],
 )
-def test_all_else_is_as_it_came(path: str, tools: Any) -> None:
+def test_other_tools_are_left_unchanged(path: str, tools: Any) -> None:
     found = asked(path, tools)
     assert (found.left_out, found.data["tools"]) == ((), tools)
     assert found.raw
 
 
-def test_a_function_of_the_client_s_own_may_be_called_like_one() -> None:
+def test_function_named_like_a_hosted_tool_is_kept() -> None:
     own = {**FUNCTION, "name": "web_search"}
     choice = {"type": "function", "name": "web_search"}
     found = asked("/v1/responses", [SEARCH, own], tool_choice=choice)
@@ -118,12 +120,12 @@ def test_a_function_of_the_client_s_own_may_be_called_like_one() -> None:
 
 
 @pytest.mark.parametrize("odd", [{}, [], 3, {"type": {}, "name": []}, {"type": "allowed_tools"}])
-def test_an_odd_choice_is_the_engine_s_to_refuse(odd: Any) -> None:
+def test_malformed_tool_choice_is_left_to_the_engine(odd: Any) -> None:
     nameless = [{**SEARCH, "name": []}, {**FUNCTION, "name": {}}]
     assert asked("/v1/responses", nameless, tool_choice=odd).data["tool_choice"] == odd
 
 
-async def test_over_http_a_header_names_them_and_a_namespace_may_hide_none() -> None:
+async def test_removed_tools_are_in_a_header_and_namespaces_are_searched() -> None:
     async with site(simulated({"cpu": {"tokens": 2}})) as s:
         body = {"model": "general", "input": "x", "tools": [SEARCH, FUNCTION]}
         insists = {**body, "tool_choice": {"type": "web_search"}}

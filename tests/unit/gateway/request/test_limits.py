@@ -34,7 +34,7 @@ def with_hosts(*hosts: str) -> RequestLimitChecker:
     return RequestLimitChecker(Config.model_validate(config))
 
 
-def test_headers_have_bounds() -> None:
+def test_headers_beyond_count_or_size_raise() -> None:
     FEW.headers([(b"a", b"b")] * 10)
     with pytest.raises(HeadersTooLargeError, match="11 headers"):
         FEW.headers([(b"a", b"b")] * 11)
@@ -55,7 +55,7 @@ def test_headers_have_bounds() -> None:
         b"}]}]",
     ],
 )
-def test_shapes_that_are_fine(raw: bytes) -> None:
+def test_shape_within_depth_and_value_limits_passes(raw: bytes) -> None:
     FEW.shape(raw)
 
 
@@ -70,7 +70,7 @@ def test_shapes_that_are_fine(raw: bytes) -> None:
         (rb'["\\", [[[[[[[[[]]]]]]]]]]', "10 levels"),
     ],
 )
-def test_shapes_that_are_not(raw: bytes, words: str) -> None:
+def test_shape_beyond_depth_or_value_limits_raises(raw: bytes, words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words):
         FEW.shape(raw)
 
@@ -121,7 +121,7 @@ def image(url: Any) -> dict[str, Any]:
         ({"system": [{"type": "image", "source": {"url": "http://evil"}}]}, None),
     ],
 )
-def test_nothing_picks_files_urls_or_code(data: dict[str, Any], param: str | None) -> None:
+def test_fields_that_name_files_urls_or_code_raise(data: dict[str, Any], param: str | None) -> None:
     with pytest.raises(DisallowedFieldError) as refused:
         MANY.fields(data)
     if param is not None:
@@ -144,11 +144,11 @@ def test_nothing_picks_files_urls_or_code(data: dict[str, Any], param: str | Non
         {"n": 128},
     ],
 )
-def test_what_stays_allowed(data: dict[str, Any]) -> None:
+def test_fields_without_files_urls_or_code_pass(data: dict[str, Any]) -> None:
     MANY.fields(data)
 
 
-def test_hosts_that_the_operator_allows() -> None:
+def test_fields_media_urls_of_allowed_hosts_pass_and_lookalikes_raise() -> None:
     limits = with_hosts("images.example.com")
     limits.fields(image("https://images.example.com/x.png"))
     for url in (
@@ -176,7 +176,7 @@ def arriving(*messages: tuple[bytes, bool]) -> Any:
     return receive
 
 
-async def test_a_body_in_pieces_and_its_bounds() -> None:
+async def test_read_body_in_pieces_enforces_size_and_timeout() -> None:
     assert await read_body(arriving((b"ab", True), (b"", True), (b"c", False)), 3) == b"abc"
     with pytest.raises(BodyTooLargeError):
         await read_body(arriving((b"ab", True), (b"cd", True)), 3)
@@ -187,7 +187,7 @@ async def test_a_body_in_pieces_and_its_bounds() -> None:
         await read_body(arriving((b"a", True)), 3, declared=b"x", timeout_s=0.01)
 
 
-async def test_a_million_tiny_pieces_cost_what_they_weigh() -> None:
+async def test_read_body_of_many_tiny_pieces_uses_little_memory() -> None:
     receive = arriving(*[(b"x", True)] * 200_000, (b"", False))
     tracemalloc.start()
     body = await read_body(receive, 10**6)
@@ -197,7 +197,7 @@ async def test_a_million_tiny_pieces_cost_what_they_weigh() -> None:
     assert peak_bytes < 2_000_000
 
 
-def test_a_large_body_is_measured_quickly_enough_to_notice() -> None:
+def test_shape_of_large_bodies_takes_linear_time() -> None:
     """A guard against a scan that is not linear: these would take minutes then."""
     strings = orjson.dumps(['\\"[[' * 1_000_000])
     MANY.shape(strings)
@@ -207,7 +207,7 @@ def test_a_large_body_is_measured_quickly_enough_to_notice() -> None:
 
 
 @pytest.mark.parametrize("inner", [[], [{"type": "text", "text": "x"}], {"type": "base64"}])
-def test_parts_deeper_than_are_looked_at_are_refused(inner: object) -> None:
+def test_fields_parts_nested_too_deep_raise(inner: object) -> None:
     name = "source" if isinstance(inner, dict) else "content"
     part: dict[str, object] = {"role": "user", name: inner}
     for _ in range(4):
@@ -218,7 +218,7 @@ def test_parts_deeper_than_are_looked_at_are_refused(inner: object) -> None:
 
 
 @pytest.mark.parametrize("tail", [b"", b"\\", b"x", b'\\"', b"\\\\"])
-def test_a_string_that_does_not_end_is_read_once(tail: bytes) -> None:
+def test_shape_of_an_unterminated_string_takes_linear_time(tail: bytes) -> None:
     from service.gateway.request.limits import _STRING
 
     quotes = rb"\"" * 50_000 + tail

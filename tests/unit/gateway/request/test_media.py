@@ -87,7 +87,7 @@ def asked(*parts: dict[str, Any], model: str = "auto", **more: Any) -> Inference
         *(webp(kind, 640, 480) for kind in (b"VP8X", b"VP8L", b"VP8 ")),
     ],
 )
-def test_a_picture_s_size_is_read_from_its_first_bytes(data: bytes) -> None:
+def test_picture_size_is_read_from_its_header(data: bytes) -> None:
     assert image_size(coded(data)) == (640, 480)
     assert image_size(coded(data + b"\0" * 300_000)) == (640, 480)
     for end in range(0, len(coded(data)) - 4, 7):
@@ -97,7 +97,7 @@ def test_a_picture_s_size_is_read_from_its_first_bytes(data: bytes) -> None:
 @pytest.mark.parametrize(
     "payload", ["", "A", "!!!!", "é" * 8, coded(b"%PDF-1.7"), coded(png(0, 5))]
 )
-def test_what_is_no_picture_has_no_size(payload: str) -> None:
+def test_picture_size_of_other_bytes_is_none(payload: str) -> None:
     assert image_size(payload) is None
 
 
@@ -146,11 +146,11 @@ def test_what_is_no_picture_has_no_size(payload: str) -> None:
         ),
     ],
 )
-def test_media_are_found_in_every_api_s_form(endpoint_data: dict[str, Any], media: Media) -> None:
+def test_media_parts_are_found_in_every_api(endpoint_data: dict[str, Any], media: Media) -> None:
     assert media_of(endpoint_data) == media
 
 
-def test_media_make_needs() -> None:
+def test_media_parts_require_capabilities() -> None:
     assert asked().needs == {"chat"}
     assert asked(picture()).needs == {"chat", "vision"}
     assert asked(FILM).needs == {"chat", "vision"}
@@ -158,7 +158,7 @@ def test_media_make_needs() -> None:
     assert asked(RECORDING, picture()).needs == {"chat", "audio", "vision"}
 
 
-def test_a_picture_counts_by_its_size_and_never_by_its_bytes() -> None:
+def test_picture_tokens_depend_on_its_size_and_not_on_its_bytes() -> None:
     by_area = MediaConfig(image_tokens=1280, image_edge=28)
     for size, tokens in (((280, 280), 100 + 8), ((28, 28), 64 + 8), ((9999, 9999), 1280)):
         assert media_tokens(Media((size,)), by_area) == tokens
@@ -170,7 +170,7 @@ def test_a_picture_counts_by_its_size_and_never_by_its_bytes() -> None:
     assert many.most_prompt_tokens == pytest.approx(few.most_prompt_tokens, abs=8)
 
 
-def test_media_are_paid_for_by_whom_may_be_asked() -> None:
+def test_picture_tokens_are_counted_for_capable_experts_only() -> None:
     config = Config.model_validate(
         {
             "experts": {
@@ -195,7 +195,7 @@ def composition(**experts: dict[str, Any]) -> Config:
     return Config.model_validate({"experts": experts, "pools": {"cpu": {"engine": "simulated"}}})
 
 
-def test_a_picture_goes_to_who_sees_whatever_its_bytes() -> None:
+def test_selection_of_a_picture_request_prefers_a_vision_expert() -> None:
     far = {
         "remote": {"url": "http://x/v1", "model": "y"},
         "price": {"prompt": 5, "completion": 15},
@@ -222,7 +222,7 @@ def test_a_picture_goes_to_who_sees_whatever_its_bytes() -> None:
         assert np.isfinite(weighed.utility).all()
 
 
-def test_a_picture_for_who_does_not_see_is_refused_with_a_reason() -> None:
+def test_selection_of_a_picture_request_without_a_vision_expert_raises() -> None:
     router = RoutingSetup(composition(text={"model": "m"}, sees=SEES)).router
     router.plan(asked(picture(), model="sees"))
     with pytest.raises(InvalidRequestError, match="expert 'text' can't do vision; it can do chat"):
@@ -266,7 +266,7 @@ _SEEING: dict[str, Any] = {"vision_config": {}}
         ({"thinker_config": {**_SEEING, "audio_config": {}}}, None, Senses(True, True)),
     ],
 )
-def test_what_a_model_folder_tells_of_its_senses(
+def test_model_senses_are_read_from_the_model_folder(
     tmp_path: Path, config: dict[str, Any], processor: dict[str, Any] | None, senses: Senses
 ) -> None:
     assert senses_of(folder(tmp_path / "m", config, processor)) == senses
@@ -274,7 +274,7 @@ def test_what_a_model_folder_tells_of_its_senses(
     assert senses_of(tmp_path / "m") == Senses()
 
 
-def test_a_model_folder_gives_its_experts_their_capabilities(tmp_path: Path) -> None:
+def test_expert_capabilities_default_to_the_model_folder_s_senses(tmp_path: Path) -> None:
     seeing = folder(tmp_path / "v", _SEEING, {**_QWEN, "max_pixels": 784 * 1280})
     text = folder(tmp_path / "t", {"model_type": "qwen2"})
     config = with_capabilities(
@@ -302,7 +302,7 @@ def test_a_model_folder_gives_its_experts_their_capabilities(tmp_path: Path) -> 
         )
 
 
-def test_auto_embeds_into_one_space_only() -> None:
+def test_auto_embeddings_of_several_embedding_experts_use_one_vector_space() -> None:
     def embeds(space: str | None) -> dict[str, Any]:
         return {"model": "m", "capabilities": ["embeddings"], "space": space}
 

@@ -23,7 +23,7 @@ def asked(
     return parse_request(path, raw, headers or {}, 120_000)
 
 
-def test_what_it_understands() -> None:
+def test_parse_request_reads_model_stream_needs_and_default_deadline() -> None:
     got = asked({"model": "math", "messages": HELLO, "stream": True, "x": [1]})
     assert (got.model, got.stream, got.needs) == ("math", True, frozenset({"chat"}))
     assert got.deadline_ms == 120_000
@@ -31,7 +31,7 @@ def test_what_it_understands() -> None:
     assert len(got.request_id) == 24
 
 
-def test_auto_is_the_default_model_and_null_stream_is_none() -> None:
+def test_parse_request_without_model_is_auto_and_null_stream_is_false() -> None:
     got = asked({"messages": HELLO, "stream": None})
     assert got.model == "auto"
     assert not got.stream
@@ -60,7 +60,9 @@ def test_auto_is_the_default_model_and_null_stream_is_none() -> None:
         ("/v1/messages", {}, "messages", "`messages` is needed"),
     ],
 )
-def test_a_refusal_names_the_field(path: str, data: Any, param: str | None, words: str) -> None:
+def test_parse_request_invalid_body_raises_with_the_field(
+    path: str, data: Any, param: str | None, words: str
+) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         asked(data, path)
     assert caught.value.param == param
@@ -68,13 +70,13 @@ def test_a_refusal_names_the_field(path: str, data: Any, param: str | None, word
 
 
 @pytest.mark.parametrize("given", [b"0", b"-1", b"1.5", b"x", b"", b"86400001", b"\xb2"])
-def test_a_bad_deadline_is_refused(given: bytes) -> None:
+def test_parse_request_invalid_deadline_header_raises(given: bytes) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         asked({"messages": HELLO}, headers={b"x-coe-deadline-ms": given})
     assert caught.value.param == "x-coe-deadline-ms"
 
 
-def test_headers_that_count() -> None:
+def test_parse_request_reads_deadline_and_request_id_headers() -> None:
     given = {b"x-coe-deadline-ms": b"250", b"x-request-id": b"mine-1"}
     got = asked({"messages": HELLO}, headers=given)
     assert (got.deadline_ms, got.client_id) == (250, "mine-1")
@@ -82,7 +84,7 @@ def test_headers_that_count() -> None:
 
 
 @pytest.mark.parametrize("given", [b"a b", b"", b"x" * 129, b"a\r\nb", "é".encode()])
-def test_an_id_that_could_not_be_a_header_is_replaced(given: bytes) -> None:
+def test_parse_request_unprintable_request_id_is_replaced(given: bytes) -> None:
     got = asked({"messages": HELLO}, headers={b"x-request-id": given})
     assert got.client_id == got.request_id
 
@@ -100,12 +102,12 @@ def test_an_id_that_could_not_be_a_header_is_replaced(given: bytes) -> None:
         ("/detokenize", {"tokens": [1]}, set()),
     ],
 )
-def test_what_an_expert_must_be_able_to_do(path: str, more: Any, needs: set[str]) -> None:
+def test_parse_request_derives_needed_capabilities(path: str, more: Any, needs: set[str]) -> None:
     data = {"messages": HELLO, **more}
     assert asked(data, path).needs == needs
 
 
-def test_the_body_is_untouched_where_the_client_named_the_expert() -> None:
+def test_body_for_the_named_expert_is_the_original_bytes() -> None:
     raw = b'{ "model":"math" ,"messages":[{"role":"user","content":"hello"}], "seed": 1.50}'
     got = asked(raw)
     assert got.body_for("math") is raw
@@ -113,7 +115,7 @@ def test_the_body_is_untouched_where_the_client_named_the_expert() -> None:
     assert sent == {**orjson.loads(raw), "model": "general"}
 
 
-def test_a_body_nested_too_deep_to_be_sent_on_is_refused() -> None:
+def test_body_for_too_deeply_nested_body_raises() -> None:
     deep = b'{"messages":[{"role":"user","content":' + b"[" * 500 + b"]" * 500 + b"}]}"
     with pytest.raises(InvalidRequestError, match="nested too deep"):
         asked(deep).body_for("general")
@@ -124,9 +126,7 @@ def test_a_body_nested_too_deep_to_be_sent_on_is_refused() -> None:
     "field", ["n", "best_of", "max_tokens", "max_completion_tokens", "max_output_tokens", "max_new"]
 )
 @pytest.mark.parametrize("value", ["16384", 16384.0, True, [5], {}, 1e30, "x"])
-def test_read_asked_a_count_that_is_no_integer_is_refused(
-    path: str, field: str, value: object
-) -> None:
+def test_parse_request_non_integer_count_raises(path: str, field: str, value: object) -> None:
     body = {"messages": HELLO, "prompt": "x", "input": "x", field: value}
     with pytest.raises(InvalidRequestError, match=f"`{field}` must be an integer") as caught:
         asked(body, path)
@@ -134,7 +134,7 @@ def test_read_asked_a_count_that_is_no_integer_is_refused(
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
-def test_read_asked_null_is_as_if_not_set(path: str) -> None:
+def test_parse_request_null_field_is_treated_as_unset(path: str) -> None:
     body = {"messages": HELLO, "prompt": "x", "input": "x"}
     nulls = ("model", "stream", "stream_options", "n", "max_tokens", "priority", "coe", "tools")
     got = asked({**body, **dict.fromkeys(nulls)}, path)
@@ -142,7 +142,7 @@ def test_read_asked_null_is_as_if_not_set(path: str) -> None:
     assert orjson.loads(got.body_for("general")) == {**body, "model": "general"}
 
 
-def test_read_asked_null_beside_a_named_expert_is_not_sent_on() -> None:
+def test_body_for_a_named_expert_drops_null_fields() -> None:
     got = asked({"model": "math", "messages": HELLO, "priority": None})
     assert orjson.loads(got.body_for("math")) == {"model": "math", "messages": HELLO}
 
@@ -163,7 +163,7 @@ def test_read_asked_null_beside_a_named_expert_is_not_sent_on() -> None:
         ("/v1/embeddings", {"input": "x", "max_tokens": 7}, None),
     ],
 )
-def test_most_tokens_is_what_the_endpoint_s_engine_reads(
+def test_most_tokens_reads_the_field_of_the_endpoint(
     path: str, more: dict[str, Any], tokens: int | None
 ) -> None:
     assert asked({"messages": HELLO, **more}, path).most_tokens == tokens
@@ -183,7 +183,7 @@ def test_most_tokens_is_what_the_endpoint_s_engine_reads(
         b'"tools": [], "tools": [{"name": "f", "name": "g"}]',
     ],
 )
-def test_a_key_that_comes_twice_is_read_alike_here_and_by_the_engine(
+def test_parse_request_duplicate_key_is_read_as_the_engine_reads_it(
     model: str, twice: bytes
 ) -> None:
     """Engines read with `json`: where the bytes go on as they came, they see what was checked."""
@@ -196,7 +196,7 @@ def test_a_key_that_comes_twice_is_read_alike_here_and_by_the_engine(
     assert sent == {**got.data, "model": "math"}
 
 
-def test_the_last_of_two_models_is_asked_and_sent() -> None:
+def test_parse_request_duplicate_model_uses_the_last() -> None:
     got = asked(b'{"model": "other", "messages": [{"role": "user"}], "model": "math"}')
     assert got.model == "math"
     assert json.loads(got.body_for("math"))["model"] == "math"

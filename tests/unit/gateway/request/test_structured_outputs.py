@@ -133,7 +133,7 @@ HOSTILE_SCHEMAS: dict[str, tuple[Schema, str]] = {
 
 @pytest.mark.parametrize("place", SCHEMA_PLACES)
 @pytest.mark.parametrize("kind", HOSTILE_SCHEMAS)
-def test_a_hostile_schema_is_refused_wherever_it_stands(place: str, kind: str) -> None:
+def test_check_hostile_schema_in_any_field_is_refused(place: str, kind: str) -> None:
     param, put = SCHEMA_PLACES[place]
     schema, why = HOSTILE_SCHEMAS[kind]
     with pytest.raises(InvalidRequestError) as refused:
@@ -165,7 +165,7 @@ ORDINARY: dict[str, Schema] = {
 
 @pytest.mark.parametrize("place", SCHEMA_PLACES)
 @pytest.mark.parametrize("kind", ORDINARY)
-def test_an_ordinary_schema_passes_wherever_it_stands(place: str, kind: str) -> None:
+def test_check_ordinary_schema_in_any_field_passes(place: str, kind: str) -> None:
     BOUNDS.check(SCHEMA_PLACES[place][1](ORDINARY[kind]))
 
 
@@ -198,18 +198,18 @@ def test_an_ordinary_schema_passes_wherever_it_stands(place: str, kind: str) -> 
     ],
     ids=lambda body: str(orjson.dumps(body)[:50]),
 )
-def test_patterns_grammars_and_lists_are_bounded(body: dict[str, Any]) -> None:
+def test_check_patterns_grammars_and_choices_have_size_limits(body: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError) as refused:
         BOUNDS.check(body)
     assert refused.value.param == next(iter(body))
 
 
-def test_quotes_and_comments_of_a_grammar_are_no_groups() -> None:
+def test_check_grammar_quotes_and_comments_do_not_count_as_groups() -> None:
     lisp = 'root ::= "(" expr* ")" # (((\nexpr ::= [(] | ' + " ".join(['"("'] * 100)
     BOUNDS.check({"structured_outputs": {"grammar": lisp}})
 
 
-def test_the_limits_of_a_gateway_include_them() -> None:
+def test_request_limit_checker_checks_structured_outputs() -> None:
     config = {
         "experts": {"general": {"model": "m"}},
         "pools": {"cpu": {"engine": "simulated"}},
@@ -245,6 +245,6 @@ strange = st.recursive(
         strange,
     )
 )
-def test_nothing_but_a_typed_refusal_comes_of_strange_fields(body: dict[str, Any]) -> None:
+def test_check_odd_field_types_raise_typed_errors_only(body: dict[str, Any]) -> None:
     with suppress(InvalidRequestError):
         BOUNDS.check(body)

@@ -37,7 +37,9 @@ def asked(path: str, **data: Any) -> InferenceRequest:
         ("/v1/responses", {"input": HELLO * 3}, 1, 1),
     ],
 )
-def test_prompts_and_answers(path: str, data: dict[str, Any], prompts: int, answers: int) -> None:
+def test_prompts_and_answers_are_counted_for_each_endpoint(
+    path: str, data: dict[str, Any], prompts: int, answers: int
+) -> None:
     given = asked(path, **data)
     assert (given.prompts, given.answers) == (prompts, answers)
 
@@ -52,7 +54,7 @@ def test_prompts_and_answers(path: str, data: dict[str, Any], prompts: int, answ
         ({"max_tokens": 7}, ("a",), 7),
     ],
 )
-def test_answers_are_as_short_as_a_bound_on_cost_asks(
+def test_within_cost_limits_max_tokens_to_what_max_cost_buys(
     more: dict[str, Any], experts: tuple[str, ...], tokens: int
 ) -> None:
     given = asked(CHAT, messages=HELLO, coe={"max_cost": 1000e-6}, **more)
@@ -72,14 +74,14 @@ def test_answers_are_as_short_as_a_bound_on_cost_asks(
         (TEXT, {"prompt": "x", "max_tokens": 999}, "max_tokens", 100),
     ],
 )
-def test_within_cost_each_endpoint_bounds_the_field_that_its_engine_reads(
+def test_within_cost_sets_the_field_that_the_endpoint_s_engine_reads(
     path: str, body: dict[str, Any], field: str, tokens: int | None
 ) -> None:
     given = asked(path, **body, coe={"max_cost": 1000e-6})
     assert within_cost(given, ("a",), MARKET).data.get(field) == tokens
 
 
-def test_within_cost_both_lengths_given_neither_is_above_the_bound_or_raised() -> None:
+def test_within_cost_two_length_fields_are_both_limited_and_never_raised() -> None:
     given = asked(
         CHAT,
         messages=HELLO,
@@ -93,7 +95,7 @@ def test_within_cost_both_lengths_given_neither_is_above_the_bound_or_raised() -
 
 
 @pytest.mark.parametrize(("context", "tokens"), [(2048, 2048), (0, 6639), (131_072, 6639)])
-def test_within_cost_generous_bound_stays_within_the_context(context: int, tokens: int) -> None:
+def test_within_cost_generous_max_cost_stays_within_the_context(context: int, tokens: int) -> None:
     market = CostModel(("a",), (), {"a": Price(0, 1.5)})
     given = asked(CHAT, messages=HELLO, coe={"max_cost": 6639 * 1.5e-6})
     got = within_cost(given, ("a",), market, (context,))
@@ -108,7 +110,7 @@ def test_within_cost_generous_bound_stays_within_the_context(context: int, token
     ("model", "context", "clipped"),
     [("auto", 2048, 2048), ("auto:fast", 2048, 2048), ("a", 2048, None), ("auto", 0, None)],
 )
-def test_within_context_cap_above_it_is_cut_for_who_did_not_choose_the_expert(
+def test_within_context_clips_max_tokens_for_auto_and_not_for_a_named_expert(
     model: str, context: int, clipped: int | None
 ) -> None:
     given = asked(CHAT, model=model, messages=HELLO, max_completion_tokens=64_000)
@@ -133,7 +135,7 @@ def test_within_context_cap_above_it_is_cut_for_who_did_not_choose_the_expert(
         ("/v1/responses", {"input": HELLO * 4097}, "4097 messages"),
     ],
 )
-def test_check_extent_more_than_a_request_may_hold_is_refused(
+def test_check_extent_request_above_the_limits_raises(
     path: str, body: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(InvalidRequestError, match=words):
@@ -151,16 +153,16 @@ def test_check_extent_more_than_a_request_may_hold_is_refused(
         ("/tokenize", {"prompt": "x"}),
     ],
 )
-def test_check_extent_the_most_that_it_may_hold_passes(path: str, body: dict[str, Any]) -> None:
+def test_check_extent_request_at_the_limits_passes(path: str, body: dict[str, Any]) -> None:
     check_extent(asked(path, **body), RequestLimits())
 
 
-def test_what_has_no_answer_s_length_is_given_none() -> None:
+def test_within_cost_of_embeddings_changes_nothing() -> None:
     given = asked(VECTORS, input="x", coe={"max_cost": 1000e-6})
     assert within_cost(given, ("a",), MARKET) is given
 
 
-def test_a_bound_below_one_token_is_refused() -> None:
+def test_within_cost_below_one_token_raises() -> None:
     given = asked(CHAT, messages=HELLO, coe={"max_cost": 9e-6})
     with pytest.raises(InvalidRequestError, match="may cost more than 9e-06 with a"):
         within_cost(given, ("a",), MARKET)

@@ -64,7 +64,7 @@ async def vote_often(at: Gateway, tenant: Tenant, score: float, count: int = 20)
         await at.feedback.vote(tenant, Vote(reply, score))
 
 
-async def test_a_vote_counts_for_who_answered_however_recipes_are_numbered() -> None:
+async def test_vote_counts_for_the_recipe_that_answered_after_renumbering() -> None:
     kept = stores()
     before, after = gateway(*kept, "math", "code"), gateway(*kept, "code", "art", "math")
     before.feedback.record_answer(ACME, (ID, ID), "math", 0)
@@ -76,7 +76,7 @@ async def test_a_vote_counts_for_who_answered_however_recipes_are_numbered() -> 
         await before.feedback.vote(ACME, Vote(ID, 1.0))
 
 
-async def test_a_reply_has_one_vote_under_any_of_its_ids() -> None:
+async def test_vote_twice_under_any_of_a_reply_s_ids_raises_conflict() -> None:
     at = gateway(*stores(), "math").feedback
     at.record_answer(ACME, (ID, "mine"), "math", 0)
     await at.vote(ACME, Vote("mine", 0.0))
@@ -86,7 +86,7 @@ async def test_a_reply_has_one_vote_under_any_of_its_ids() -> None:
 
 
 @pytest.mark.parametrize("mine", ["order-507f1f77bcf86cd799439011", "a" * 24, "msg_" + "b" * 24])
-async def test_a_reply_can_be_voted_on_by_the_client_s_own_id_whatever_it_looks_like(
+async def test_vote_accepts_the_client_s_own_request_id(
     mine: str,
 ) -> None:
     at = gateway(*stores(), "math").feedback
@@ -94,7 +94,7 @@ async def test_a_reply_can_be_voted_on_by_the_client_s_own_id_whatever_it_looks_
     assert (await at.vote(ACME, Vote(mine, 1.0)))["recipe"] == "math"
 
 
-async def test_a_tenant_s_votes_move_its_own_requests_and_nobody_else_s() -> None:
+async def test_vote_changes_quality_for_its_tenant_only() -> None:
     kept = stores()
     here, there = gateway(*kept, "math", "code"), gateway(*kept, "math", "code")
     mallory, keyless = Tenant("mallory", "k"), Tenant("default")
@@ -109,7 +109,7 @@ async def test_a_tenant_s_votes_move_its_own_requests_and_nobody_else_s() -> Non
     assert there.quality(ACME) == before
 
 
-async def test_a_tenant_can_t_vote_on_replies_of_a_tenant_whose_name_begins_alike() -> None:
+async def test_vote_on_a_reply_of_a_tenant_with_a_common_prefix_raises() -> None:
     at = gateway(*stores(), "math").feedback
     at.record_answer(Tenant("acme/dev"), (ID, "x"), "math", 0)
     for tenant, reply in ((ACME, f"dev/{ID}"), (ACME, "dev/x"), (ACME, ID), (Tenant("acme/"), ID)):
@@ -117,7 +117,7 @@ async def test_a_tenant_can_t_vote_on_replies_of_a_tenant_whose_name_begins_alik
             await at.vote(tenant, Vote(reply, 0.0))
 
 
-async def test_one_key_of_a_tenant_can_t_outvote_its_other_keys_by_number() -> None:
+async def test_vote_of_one_key_does_not_outweigh_the_tenant_s_other_keys() -> None:
     at = gateway(*stores(), "math", "code")
     await vote_often(at, Tenant("acme", "honest"), 1.0, 20)
     for i in range(20, 420):
@@ -128,12 +128,12 @@ async def test_one_key_of_a_tenant_can_t_outvote_its_other_keys_by_number() -> N
 
 
 @given(st.lists(st.text(max_size=12), max_size=4), st.lists(st.text(max_size=12), max_size=4))
-def test_places_of_different_parts_differ(one: list[str], other: list[str]) -> None:
+def test_place_of_different_parts_differs(one: list[str], other: list[str]) -> None:
     if one and other:
         assert (place(*one) == place(*other)) == (one == other)
 
 
-async def test_a_vote_is_taken_also_while_the_store_that_counts_is_away(
+async def test_vote_during_a_store_outage_is_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store, volatile = stores()

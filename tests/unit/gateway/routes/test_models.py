@@ -26,7 +26,7 @@ def view(boot: str, **experts: ExpertState) -> PoolView:
     return PoolView(boot, Snapshot(boot=boot, kind="cpu", experts=experts), 0.0, {})
 
 
-def test_the_best_state_of_any_pool_speaks() -> None:
+def test_states_take_the_best_of_all_pools() -> None:
     failed = ExpertState(Residency.FAILED, reason="no weights")
     loading = ExpertState(Residency.LOADING, eta_s=3)
     ready = ExpertState(Residency.DEVICE, max_model_len=64, engine={"name": "simulated"})
@@ -44,12 +44,12 @@ def test_the_best_state_of_any_pool_speaks() -> None:
     assert now["far"] == {"state": "device"}
 
 
-def test_without_a_pool_an_expert_is_on_disk() -> None:
+def test_states_expert_without_a_pool_is_on_disk() -> None:
     now = models.states(CONFIG, [], {})
     assert now["base"]["state"] == "disk"
 
 
-def test_the_listing_is_openai_s() -> None:
+def test_listing_has_openai_s_shape() -> None:
     now = models.states(CONFIG, [], {})
     listing = models.listing(CONFIG, now, 5)
     assert listing["object"] == "list"
@@ -65,7 +65,7 @@ def test_the_listing_is_openai_s() -> None:
     assert "FAR_KEY" not in str(listing)
 
 
-def test_every_endpoint_is_described() -> None:
+def test_openapi_describes_every_endpoint() -> None:
     told = describe(CONFIG)
     posts = {path for path, item in told["paths"].items() if "post" in item}
     assert posts == {*ENDPOINTS, "/v1/route", "/v1/feedback"}

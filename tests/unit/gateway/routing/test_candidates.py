@@ -71,29 +71,29 @@ def names(got: RoutePlan) -> tuple[str, ...]:
     return tuple(BOOK.recipes[int(got.rows[i])].name for i in order)
 
 
-def test_a_named_expert_is_not_classified() -> None:
+def test_plan_named_expert_skips_the_classifier() -> None:
     got = plan("math")
     assert (names(got), got.category, got.reason) == (("math",), "", "named")
 
 
-def test_auto_goes_by_category_with_the_fallback_behind() -> None:
+def test_plan_auto_ranks_by_category_with_the_fallback_last() -> None:
     got = plan("auto", "math")
     assert names(got) == ("math", BOTH.name, "general")
     assert got.quality.tolist() == pytest.approx([0.55, 0.9, 0.81])
     assert (got.category, got.confidence, got.reason) == ("math", 0.9, "classified")
 
 
-def test_a_category_without_an_expert_goes_to_the_fallback() -> None:
+def test_plan_auto_category_without_an_expert_uses_the_fallback() -> None:
     got = plan("auto", "poetry")
     assert names(got) == ("general",)
     assert got.reason == "category without an expert"
 
 
-def test_auto_without_a_classifier_is_the_fallback() -> None:
+def test_plan_auto_without_a_classifier_uses_the_fallback() -> None:
     assert names(plan("auto")) == ("general",)
 
 
-def test_a_named_category() -> None:
+def test_plan_auto_with_a_named_category_uses_it_and_unknown_raises() -> None:
     assert names(plan("auto/math")) == ("math", BOTH.name, "general")
     with pytest.raises(UnknownModelError) as caught:
         plan("auto/poetry")
@@ -101,7 +101,7 @@ def test_a_named_category() -> None:
     assert caught.value.param == "model"
 
 
-def test_who_is_not_able_is_passed_over() -> None:
+def test_plan_expert_without_the_needed_capability_is_skipped_or_raises() -> None:
     tools = [{"type": "function"}]
     assert names(plan("auto", "math", tools=tools)) == ("general",)
     with pytest.raises(InvalidRequestError) as caught:
@@ -110,13 +110,13 @@ def test_who_is_not_able_is_passed_over() -> None:
     assert caught.value.param == "model"
 
 
-def test_an_expert_that_is_neither_chosen_nor_fallback_is_the_last_resort() -> None:
+def test_plan_auto_last_resort_is_any_capable_expert() -> None:
     data = orjson.dumps({"input": "x"})
     asked = parse_request("/v1/embeddings", data, {}, 1000)
     assert names(router(None).plan(asked)) == ("vectors",)
 
 
-def test_an_unknown_model_is_told_what_there_is() -> None:
+def test_plan_unknown_model_raises_with_suggestion_and_list() -> None:
     with pytest.raises(UnknownModelError) as caught:
         plan("maths")
     assert caught.value.message == (
@@ -127,13 +127,13 @@ def test_an_unknown_model_is_told_what_there_is() -> None:
 
 
 @pytest.mark.parametrize("model", ["x" * 10_000, "auto/" + "x" * 10_000])
-def test_a_monstrous_name_is_not_echoed(model: str) -> None:
+def test_plan_very_long_model_name_is_not_echoed(model: str) -> None:
     with pytest.raises(UnknownModelError) as caught:
         plan(model)
     assert len(caught.value.message) < 400
 
 
-def test_a_recipe_may_be_named_and_is_refused_what_it_cannot_do() -> None:
+def test_plan_named_recipe_with_unsupported_options_raises() -> None:
     got = plan("both")
     assert names(got) == (BOTH.name,)
     assert got.reach.tolist() == [[0.5, 0, 0]]
@@ -144,11 +144,11 @@ def test_a_recipe_may_be_named_and_is_refused_what_it_cannot_do() -> None:
 
 
 @pytest.mark.parametrize("more", [{"n": 2}, {"logprobs": True}])
-def test_what_cannot_be_compared_is_left_to_single_experts(more: dict[str, Any]) -> None:
+def test_plan_auto_with_several_answers_or_logprobs_excludes_recipes(more: dict[str, Any]) -> None:
     assert names(plan("auto", "math", **more)) == ("math", "general")
 
 
-def test_a_tenant_asks_only_whom_it_may() -> None:
+def test_plan_tenant_is_limited_to_its_experts() -> None:
     only = Tenant("t", experts=frozenset({"general"}))
     assert names(plan("auto", "math", only)) == ("general",)
     for model in ("math", "both"):

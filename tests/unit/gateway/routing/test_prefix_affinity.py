@@ -20,7 +20,7 @@ def asked(messages: Any, tenant: str = "a", path: str = "/v1/chat/completions") 
     return parse_request(path, orjson.dumps({"messages": messages}), {}, 1000, whose)
 
 
-def test_a_conversation_is_known_where_it_was_answered_and_to_its_tenant_only() -> None:
+def test_prefix_hint_names_where_the_conversation_was_answered_for_its_tenant_only() -> None:
     known = PrefixAffinity()
     assert known.hint(asked(FIRST)) is None
     known.record_answer(asked(FIRST), "math", "boot")
@@ -39,7 +39,7 @@ def test_a_conversation_is_known_where_it_was_answered_and_to_its_tenant_only() 
         [{"role": ["assistant"], "content": {}}, {"role": "assistant", "content": None}],
     ],
 )
-def test_what_is_no_conversation_is_left_to_the_engine(messages: Any) -> None:
+def test_prefix_hint_of_malformed_messages_is_none(messages: Any) -> None:
     known = PrefixAffinity()
     one = asked(messages, path="/tokenize")
     known.record_answer(one, "math", "boot")

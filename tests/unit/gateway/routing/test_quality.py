@@ -44,7 +44,7 @@ def fitted(reach: float) -> ExpertMap:
 
 
 @pytest.mark.parametrize("by_map", [False, True])
-def test_how_often_a_cascade_escalates_is_learned_whoever_expected_what(by_map: bool) -> None:
+def test_quality_learns_a_cascade_s_escalation_rate_with_and_without_a_map(by_map: bool) -> None:
     worth = QualityModel(CONFIG, BOOK, ("math",))
     if by_map:
         worth.use_map(fitted(0.1), BOOK)

@@ -80,7 +80,7 @@ STREAM = (
 
 
 @pytest.mark.parametrize("at", range(1, len(STREAM)))
-def test_a_stream_cut_anywhere_tells_its_cost_once(at: int) -> None:
+def test_response_send_stream_cut_anywhere_has_one_cost_entry(at: int) -> None:
     client, reply = passed([STREAM[:at], STREAM[at:]])
     lines = [line[6:] for line in client.body.split(b"\n") if line.startswith(b"data: ")]
     assert lines[-1] == b"[DONE]"
@@ -94,7 +94,7 @@ def test_a_stream_cut_anywhere_tells_its_cost_once(at: int) -> None:
 
 
 @given(st.dictionaries(st.sampled_from(["a", "tools", "metadata", "output"]), json_values))
-def test_only_the_reply_s_own_usage_is_found(given_fields: dict[str, Any]) -> None:
+def test_reply_usage_finds_only_the_top_level_usage(given_fields: dict[str, Any]) -> None:
     own = {"prompt_tokens": 11, "completion_tokens": 4}
     for document in (
         {**given_fields, "usage": own},
@@ -113,7 +113,7 @@ def test_only_the_reply_s_own_usage_is_found(given_fields: dict[str, Any]) -> No
 
 
 @given(json_values)
-def test_a_whole_reply_keeps_everything_but_our_cost(value: Any) -> None:
+def test_response_send_whole_reply_changes_only_the_cost_entry(value: Any) -> None:
     document = {"tools": value, "usage": {"input_tokens": 1}, "metadata": value}
     client, _ = passed([orjson.dumps(document)], kind=b"application/json")
     told = json.loads(client.body)
@@ -123,7 +123,9 @@ def test_a_whole_reply_keeps_everything_but_our_cost(value: Any) -> None:
 
 @pytest.mark.parametrize("dialect", list(Dialect))
 @pytest.mark.parametrize("cut", [b"", b'data: {"half'])
-def test_a_stream_that_breaks_ends_with_one_readable_error(dialect: Dialect, cut: bytes) -> None:
+def test_response_send_broken_stream_ends_with_one_error_event(
+    dialect: Dialect, cut: bytes
+) -> None:
     created = (
         b"event: response.created\n"
         b'data: {"type":"response.created","sequence_number":0,"response":{"id":"r"}}\n\n'
@@ -149,7 +151,7 @@ def test_a_stream_that_breaks_ends_with_one_readable_error(dialect: Dialect, cut
 
 
 @pytest.mark.parametrize("dialect", [Dialect.MESSAGES, Dialect.RESPONSES])
-def test_a_pool_s_error_amid_a_stream_is_translated(dialect: Dialect) -> None:
+def test_response_send_pool_error_in_a_stream_is_translated(dialect: Dialect) -> None:
     first = b'event: x\ndata: {"type":"x"}\n\n'
     error = {"message": "gone", "type": "server_error", "param": None, "code": "engine_dead"}
     last = b"data: " + orjson.dumps({"error": error}) + b"\n\ndata: [DONE]\n\n"
@@ -164,7 +166,7 @@ def test_a_pool_s_error_amid_a_stream_is_translated(dialect: Dialect) -> None:
     assert "[DONE]" not in text
 
 
-def test_an_engine_s_own_refusal_of_a_message_is_translated() -> None:
+def test_response_send_engine_error_for_messages_is_translated() -> None:
     error = {"message": "too long", "type": "invalid_request_error", "param": None, "code": None}
     body = orjson.dumps({"error": error})
     client, _ = passed([body], kind=b"application/json", status=400, dialect=Dialect.MESSAGES)
@@ -176,7 +178,7 @@ def test_an_engine_s_own_refusal_of_a_message_is_translated() -> None:
     assert client.body == body
 
 
-def test_words_in_a_stream_of_another_api_are_no_errors() -> None:
+def test_response_send_error_words_inside_content_are_no_errors() -> None:
     stream = (
         b'event: content_block_delta\ndata: {"type":"content_block_delta","delta":{"text":'
         b'"{\\"error\\": \\"[DONE]\\"}"},"input":{"error":{"message":"mine"}}}\n\n'
@@ -194,7 +196,7 @@ def test_words_in_a_stream_of_another_api_are_no_errors() -> None:
         ({"type": "object"}, (None, None)),
     ],
 )
-def test_counts_are_read_in_either_api_s_words(
+def test_token_counts_reads_openai_and_anthropic_names(
     usage: dict[str, Any], counts: tuple[int | None, int | None]
 ) -> None:
     assert token_counts(usage) == counts
@@ -223,7 +225,7 @@ def test_counts_are_read_in_either_api_s_words(
         (Dialect.RESPONSES, {"type": "x", "response": {"error": None}}, True, "ok"),
     ],
 )
-def test_a_stream_that_tells_a_failure_has_failed(
+def test_response_send_error_event_in_a_stream_sets_the_outcome(
     dialect: Dialect, event: dict[str, Any], local: bool, outcome: str
 ) -> None:
     async def run() -> tuple[Client, RequestRecord]:
@@ -251,7 +253,7 @@ events = st.lists(
 
 
 @given(events, st.sampled_from(list(Dialect)), st.integers(0, 200))
-def test_whatever_an_upstream_tells_is_passed_on_whole(
+def test_response_send_any_upstream_event_is_passed_on(
     told: list[Any], dialect: Dialect, at: int
 ) -> None:
     stream = b"".join(b"data: " + orjson.dumps(one) + b"\n\n" for one in told)

@@ -66,20 +66,20 @@ STREAM = [
 ]
 
 
-async def test_a_client_that_did_not_ask_for_usage_gets_none() -> None:
+async def test_usage_meter_stream_without_include_usage_hides_usage() -> None:
     meter = UsageMeter(asked(stream=True))
     out = await through(meter, STREAM)
     assert out == event("a") + event('{"usage":{"prompt_tokens":99}}') + b"data: [DONE]\n\n"
     assert meter.calls_made("e") == [("e", 9, 2)]
 
 
-async def test_one_that_asked_gets_the_last_chunk_s_only() -> None:
+async def test_usage_meter_stream_with_include_usage_keeps_the_last_chunk_s_only() -> None:
     meter = UsageMeter(asked(stream=True, stream_options={"include_usage": True}))
     out = await through(meter, STREAM)
     assert out == event("a") + event('{"usage":{"prompt_tokens":99}}') + STREAM[2] + STREAM[3]
 
 
-async def test_one_that_asked_for_each_gets_all() -> None:
+async def test_usage_meter_stream_with_continuous_usage_keeps_every_chunk_s() -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     assert await through(
         UsageMeter(asked(stream=True, stream_options=options)), STREAM
@@ -87,7 +87,7 @@ async def test_one_that_asked_for_each_gets_all() -> None:
 
 
 @given(st.lists(st.integers(1, 400), max_size=6))
-async def test_wherever_the_chunks_are_cut(cuts: list[int]) -> None:
+async def test_usage_meter_chunks_cut_anywhere_count_alike(cuts: list[int]) -> None:
     data = b"".join(STREAM)
     edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
     pieces = [data[a:b] for a, b in itertools.pairwise(edges)]
@@ -99,14 +99,14 @@ async def test_wherever_the_chunks_are_cut(cuts: list[int]) -> None:
     assert meter.calls_made("e") == [("e", 9, 2)]
 
 
-async def test_a_client_that_left_is_charged_what_went_out() -> None:
+async def test_usage_meter_aborted_stream_counts_tokens_sent() -> None:
     meter = UsageMeter(asked(stream=True, n=2))
     pieces = [event("a", counts(9, 1), index=0), event("b", counts(9, 1), index=1)]
     await through(meter, [*pieces, event("c", counts(9, 2), index=0)], ends=False)
     assert meter.calls_made("e") == [("e", 9, 3)]
 
 
-async def test_an_upstream_that_tells_nothing_is_counted_by_its_chunks() -> None:
+async def test_usage_meter_stream_without_usage_counts_chunks() -> None:
     meter = UsageMeter(asked(stream=True))
     await through(meter, [event("a"), event("b")], ends=False)
     ((expert, prompt, completion),) = meter.calls_made("e")
@@ -122,14 +122,14 @@ async def test_an_upstream_that_tells_nothing_is_counted_by_its_chunks() -> None
         ("/v1/messages", {"input_tokens": 3, "output_tokens": 4}),
     ],
 )
-async def test_a_whole_reply_passes_as_it_is(path: str, usage: Any) -> None:
+async def test_usage_meter_whole_reply_is_unchanged_and_counted(path: str, usage: Any) -> None:
     body = orjson.dumps({"id": "1", "usage": usage, "text": '"usage":{"input_tokens":9}'})
     meter = UsageMeter(asked(path))
     assert await through(meter, [body], kind=b"application/json") == body
     assert meter.calls_made("e") == [("e", 3, 4)]
 
 
-async def test_an_anthropic_stream_is_counted_and_passes_as_it_is() -> None:
+async def test_usage_meter_anthropic_stream_is_unchanged_and_counted() -> None:
     data = (
         b'event: message_start\ndata: {"message":{"usage":{"input_tokens":7,"output_tokens":0}}}'
         b'\n\nevent: message_delta\ndata: {"delta":{},"usage":{"output_tokens":5}}\n\n'
@@ -139,14 +139,14 @@ async def test_an_anthropic_stream_is_counted_and_passes_as_it_is() -> None:
     assert meter.calls_made("e") == [("e", 7, 5)]
 
 
-async def test_calls_inside_a_recipe_are_added() -> None:
+async def test_usage_meter_adds_the_calls_of_a_recipe() -> None:
     meter = UsageMeter(asked())
     meter.add("a", 10, 2)
     await through(meter, [b'{"usage":{"prompt_tokens":1,"completion_tokens":1}}'], kind=b"x")
     assert meter.calls_made("b") == [("a", 10, 2), ("b", 1, 1)]
 
 
-def test_what_is_asked_of_the_engine() -> None:
+def test_usage_meter_requests_usage_from_the_engine_for_streams() -> None:
     data = asked(stream=True).data
     options = {"include_usage": True, "continuous_usage_stats": True}
     assert UsageMeter(asked(stream=True)).asks(data)["stream_options"] == options
@@ -155,7 +155,7 @@ def test_what_is_asked_of_the_engine() -> None:
 
 
 @pytest.mark.parametrize("separators", [(",", ":"), (", ", ": "), (" , ", " : ")])
-async def test_others_write_json_with_blanks(separators: tuple[str, str]) -> None:
+async def test_usage_meter_json_with_any_whitespace_is_counted(separators: tuple[str, str]) -> None:
     deep = {**counts(7, 3), "more": {"a": {"b": {"c": [1]}}}}
     body = json.dumps({"usage": deep, "choices": []}, separators=separators).encode()
     meter = UsageMeter(asked())
@@ -168,7 +168,7 @@ async def test_others_write_json_with_blanks(separators: tuple[str, str]) -> Non
     assert meter.calls_made("e") == [("e", 7, 3)]
 
 
-async def test_who_tells_no_usage_is_charged_by_size() -> None:
+async def test_usage_meter_reply_without_usage_counts_by_size() -> None:
     meter = UsageMeter(asked())
     await through(meter, [b'{"choices": ["' + b"x" * 400 + b'"]}'], kind=b"application/json")
     ((_, prompt, completion),) = meter.calls_made("e")
@@ -210,7 +210,7 @@ _RESPONSE = [
         ("/v1/responses", _RESPONSE, len(_RESPONSE), (9, 37)),
     ],
 )
-async def test_a_stream_that_tells_its_usage_last_is_counted_as_it_goes(
+async def test_usage_meter_stream_with_usage_at_the_end_is_counted_as_it_goes(
     path: str, pieces: list[bytes], sent: int, used: tuple[Any, int]
 ) -> None:
     request = asked(path, stream=True)
@@ -232,7 +232,7 @@ async def test_a_stream_that_tells_its_usage_last_is_counted_as_it_goes(
         (12, (9, 999), False, (9, 11)),
     ],
 )
-async def test_left_the_engine_s_count_is_charged_or_else_what_went_out(
+async def test_usage_meter_aborted_request_counts_the_engine_s_figure_or_what_was_sent(
     sent: int | None, told: tuple[int, int], counted: bool, used: tuple[int, int]
 ) -> None:
     meter = UsageMeter(asked("/v1/messages", stream=True))
@@ -247,7 +247,7 @@ _OWN = {"usage": {"prompt_tokens": 10**6, "completion_tokens": 10**6}}
 
 
 @pytest.mark.parametrize("leaves", [False, True])
-async def test_the_user_s_own_usage_in_events_is_no_count(leaves: bool) -> None:
+async def test_usage_meter_ignores_usage_fields_of_the_user_in_events(leaves: bool) -> None:
     told = {"tools": [{"name": "f", "parameters": _SCHEMA}], "metadata": _OWN}
     stream = [
         typed("response.created", response={**told, "usage": None}),
@@ -264,14 +264,14 @@ async def test_the_user_s_own_usage_in_events_is_no_count(leaves: bool) -> None:
     )
 
 
-async def test_the_user_s_own_usage_in_a_whole_reply_is_no_count() -> None:
+async def test_usage_meter_ignores_usage_fields_of_the_user_in_a_whole_reply() -> None:
     body = orjson.dumps({"tools": [_SCHEMA], "metadata": _OWN, "usage": {"input_tokens": 9}})
     meter = UsageMeter(asked("/v1/responses"))
     assert await through(meter, [body], kind=b"application/json") == body
     assert meter.calls_made("e") == [("e", 9, 0)]
 
 
-async def test_only_a_chunk_s_own_usage_is_taken_out() -> None:
+async def test_usage_meter_hides_only_the_chunk_s_own_usage() -> None:
     chunk = {"choices": [{"index": 0, "delta": {"extra": _OWN}}], "usage": counts(9, 1)}
     meter = UsageMeter(asked(stream=True))
     out = await through(meter, [b"data: " + orjson.dumps(chunk) + b"\n\n"])
