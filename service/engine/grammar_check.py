@@ -53,6 +53,15 @@ class Vocabulary:
     info: str
 
 
+@dataclass(slots=True)
+class _Asking:
+    """A grammar whose verdict is awaited: by how many, and whether its trial has begun."""
+
+    task: asyncio.Task[str] | None = None
+    waiting: int = 0
+    begun: bool = False
+
+
 class WorkerLostError(Exception):
     """The worker process ended, or could not be started."""
 
@@ -63,7 +72,7 @@ class GrammarChecker:
     def __init__(self, cpu_s: float) -> None:
         self._cpu_s = cpu_s
         self._verdicts: OrderedDict[bytes, str] = OrderedDict()
-        self._asking: dict[bytes, asyncio.Task[str]] = {}
+        self._asking: dict[bytes, _Asking] = {}
         self._turns = asyncio.Semaphore(_AT_ONCE)
         self._worker: _Worker | None = None
         self._starting = asyncio.Lock()
@@ -90,28 +99,44 @@ class GrammarChecker:
         ).digest()
         why = self._verdicts.get(key)
         if why is None:
-            task = self._asking.get(key)
-            if task is None:
-                task = self._asking[key] = asyncio.create_task(self._ask(grammar, vocabulary))
-                task.add_done_callback(lambda done: self._keep(key, done))
-            # Others may wait for the same verdict when this client leaves.
-            why = await asyncio.shield(task)
+            asking = self._asking.get(key)
+            if asking is None:
+                asking = self._asking[key] = _Asking()
+                asking.task = asyncio.create_task(self._ask(grammar, vocabulary, asking))
+                asking.task.add_done_callback(lambda done: self._keep(key, done))
+            why = await self._verdict(key, asking)
         else:
             self._verdicts.move_to_end(key)
         if why:
             raise InvalidRequestError(f"the request's {_WORDS[grammar.kind]} is refused: {why}")
 
+    async def _verdict(self, key: bytes, asking: _Asking) -> str:
+        """What becomes of a trial, which ends with the last client that waits for its turn."""
+        assert asking.task is not None
+        asking.waiting += 1
+        try:
+            return await asyncio.shield(asking.task)
+        finally:
+            asking.waiting -= 1
+            # One that runs goes on: its verdict is of use, and a fork can't be called back.
+            if not asking.waiting and not asking.begun and not asking.task.done():
+                del self._asking[key]
+                asking.task.cancel()
+
     def _keep(self, key: bytes, done: asyncio.Task[str]) -> None:
-        del self._asking[key]
+        asking = self._asking.get(key)
+        if asking is not None and asking.task is done:
+            del self._asking[key]
         if not done.cancelled() and done.exception() is None:
             self._verdicts[key] = done.result()
             while len(self._verdicts) > _KEPT:
                 self._verdicts.popitem(last=False)
 
-    async def _ask(self, grammar: Grammar, vocabulary: Vocabulary | None) -> str:
+    async def _ask(self, grammar: Grammar, vocabulary: Vocabulary | None, asking: _Asking) -> str:
         for _ in range(_ATTEMPTS):
             with suppress(WorkerLostError, TimeoutError):
                 async with asyncio.timeout(_WAIT_S), self._turns:
+                    asking.begun = True
                     worker = await self._running_worker()
                     return await worker.ask(grammar, vocabulary, self._cpu_s)
         raise OverCapacityError("the request's grammar could not be tried out", retry_after_s=5)
@@ -124,9 +149,10 @@ class GrammarChecker:
 
     async def close(self) -> None:
         """End the worker process."""
-        for task in list(self._asking.values()):
+        tasks = [asking.task for asking in self._asking.values() if asking.task is not None]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._asking.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._worker is not None:
             await self._worker.close()
             self._worker = None

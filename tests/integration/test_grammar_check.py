@@ -155,6 +155,32 @@ async def test_one_verdict_serves_all_who_ask_together_and_later(
     assert asked == 1
 
 
+async def test_trials_whose_clients_all_left_keep_nobody_else_waiting(
+    checker: GrammarChecker, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await checker.check(FIT["a regex"], vocabulary)
+    asked: list[Grammar] = []
+    real = checker._worker.ask  # type: ignore[union-attr]
+
+    async def ask(grammar: Grammar, *given: Any) -> str:
+        asked.append(grammar)
+        return await real(grammar, *given)
+
+    monkeypatch.setattr(checker._worker, "ask", ask)
+    costly = [optional(3100 + i) for i in range(40)]
+    left = [asyncio.create_task(checker.check(one, vocabulary)) for one in costly]
+    await asyncio.sleep(0.1)
+    for one in left:
+        one.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+    await checker.check(schema(pattern="^after they left$"), vocabulary)
+    assert len(asked) <= 3, "one after the other they would take half a second each"
+    assert len(checker._asking) <= 2
+    # Who comes with one of them later gets a verdict of its own.
+    with pytest.raises(InvalidRequestError):
+        await checker.check(costly[-1], vocabulary)
+
+
 async def test_a_worker_that_was_killed_is_replaced(
     checker: GrammarChecker, vocabulary: Vocabulary
 ) -> None:
