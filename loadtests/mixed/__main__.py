@@ -24,7 +24,7 @@ from loadtests.mixed.trace import Ask, mean_tokens, trace
 from loadtests.swap.engine import SharedEngine, ask, prepare, settings, weights
 from service.config import Config
 from service.pool.planner import SwapPolicy
-from service.pool.slots.swapping import SwapSlot
+from service.pool.slots.shared import SharedSlot
 from service.pool.units import Unit, UnitState
 
 KIND = "cpu"
@@ -73,7 +73,7 @@ async def _planned(engine: SharedEngine, config: Config, asks: Sequence[Ask]) ->
     """Through a slot of the pool, as `coe serve` makes it of this config."""
     pool = config.pools[KIND]
     swap = pool.swap
-    slot = SwapSlot(
+    slot = SharedSlot(
         tuple(Unit(name, (name,), config.experts[name].pinned) for name in config.experts),
         lambda _: engine,
         SwapPolicy(

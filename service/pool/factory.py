@@ -28,7 +28,8 @@ from service.pool.memory_plan import weights_bytes
 from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool
 from service.pool.slots.base import BaseSlot
-from service.pool.slots.swapping import SwapSlot
+from service.pool.slots.dedicated import DedicatedSlot
+from service.pool.slots.shared import SharedSlot
 from service.pool.units import Unit, UnitState
 
 if TYPE_CHECKING:
@@ -373,7 +374,7 @@ class PoolFactory:
             return self._shared_slot(group)
         settings = self._settings
         (unit,) = group
-        return BaseSlot(
+        return DedicatedSlot(
             unit,
             partial(self._engine, unit[0]),
             capacity=settings.max_running,
@@ -382,10 +383,10 @@ class PoolFactory:
             changed=self.pool.changed,
         )
 
-    def _shared_slot(self, units: tuple[tuple[str, ...], ...]) -> SwapSlot:
+    def _shared_slot(self, units: tuple[tuple[str, ...], ...]) -> SharedSlot:
         settings = self._settings
         simulated = settings.engine == "simulated"
-        return SwapSlot(
+        return SharedSlot(
             [self._unit(unit) for unit in units],
             self._swapping_engine,
             _policy(settings),

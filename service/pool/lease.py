@@ -10,56 +10,64 @@ from typing import Any
 from service.engine.base import Engine, EngineReport
 
 
-def _nothing(tokens: int) -> None:
-    """Nobody counts them."""
+def _ignore_tokens(_tokens: int) -> None:
+    """Count no tokens."""
 
 
-def _always() -> bool:
-    """Nobody takes this lease back."""
+def _always_commit() -> bool:
+    """Commit a lease that nobody revokes."""
     return True
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to run one request on the slot's engine, and how long it waited for it.
+    """The right to run one request on a slot's engine.
 
-    `swap_s`: how much of that other weights were being put in place. `served` is told
-    of tokens as they are made, for whose turn it is next; `begun` is asked
-    before the first byte goes out: from then on the request is not put back any more, and
-    where it answers False it was already, and nothing may go out.
+    Attributes:
+        engine: The engine.
+        report: The engine's description of itself.
+        queue_s: How long the request waited for the lease.
+        swap_s: The part of that in which weights were swapped.
+        record_tokens: Called with the number of tokens as they are made; it decides whose turn
+            is next.
+        commit: Called before the first byte is sent. True: the lease won't be revoked any more.
+            False: it was revoked already, and nothing may be sent.
     """
 
     engine: Engine
     report: EngineReport
     queue_s: float
     swap_s: float = 0.0
-    served: Callable[[int], None] = _nothing
-    begun: Callable[[], bool] = _always
+    record_tokens: Callable[[int], None] = _ignore_tokens
+    commit: Callable[[], bool] = _always_commit
 
 
 class LeaseRevokedError(Exception):
-    """A request that must ask for a lease again, with this: it keeps its place in the queue.
+    """A request has to take another lease, and keeps its place in the queue.
 
-    `arrived_s`: when it first came. `put_back`: it ran, and was put back before its first byte; who
-    only waited and was moved to another slot has not used up that right. Not an error: nobody but
-    the pool sees it.
+    It never leaves the pool.
+
+    Attributes:
+        arrived_s: When the request first came.
+        put_back: Whether it ran and was put back before its first byte, which happens once. False
+            where it only waited and its expert was moved to another slot.
     """
 
     def __init__(self, arrived_s: float, *, put_back: bool) -> None:
-        super().__init__("asked again")
+        super().__init__("the lease was revoked")
         self.arrived_s = arrived_s
         self.put_back = put_back
 
 
 @dataclass(slots=True)
 class Run:
-    """A running request: the task it runs in, and whether it may still be put back."""
+    """A running request: its task, and whether its lease may still be revoked."""
 
     task: asyncio.Task[Any]
-    begun: bool = False
+    committed: bool = False
     revoked: bool = False
 
-    def begin(self) -> bool:
-        """Its first byte is about to go out. False where it was put back."""
-        self.begun = self.begun or not self.revoked
-        return self.begun
+    def commit(self) -> bool:
+        """Keep the lease to the end, as a byte is about to be sent; False: it was revoked."""
+        self.committed = self.committed or not self.revoked
+        return self.committed

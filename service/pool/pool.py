@@ -31,7 +31,8 @@ from service.pool.lease import LeaseRevokedError
 from service.pool.placement import next_move
 from service.pool.planner import SwapPolicy
 from service.pool.slots.base import BaseSlot
-from service.pool.slots.swapping import SwapSlot
+from service.pool.slots.dedicated import DedicatedSlot
+from service.pool.slots.shared import SharedSlot
 from service.pool.timed_send import TimedSend
 from service.pool.units import Unit
 from service.rpc.call import Call, Times
@@ -62,9 +63,9 @@ class Pool:
         self.kind = kind
         # How its shared slots weigh things, and what they may hold together and each.
         self._policy: SwapPolicy | None = None
-        self._rooms: dict[SwapSlot, int] = {}
+        self._rooms: dict[SharedSlot, int] = {}
         # Slots that went, whose engines have not ended yet: they hold what they hold.
-        self._ending: set[SwapSlot] = set()
+        self._ending: set[SharedSlot] = set()
         # Experts that went so that others of their names can come, and what is said of each.
         self._coming: dict[str, str] = {}
         self._closing: set[BaseSlot[Any]] = set()
@@ -88,7 +89,7 @@ class Pool:
         """Give the pool a slot."""
         self._slots.append(slot)
         self._belong(slot.experts, slot)
-        if isinstance(slot, SwapSlot):
+        if isinstance(slot, SharedSlot):
             self._policy = self._policy or slot.policy
 
     def _belong(self, experts: Iterable[str], slot: BaseSlot[Any]) -> None:
@@ -147,7 +148,7 @@ class Pool:
             slot.policy = replace(policy, host_bytes=self._rooms[slot], most_bytes=claim.most)
         return any(room < claim.needs for room, claim in zip(rooms, claimed, strict=True))
 
-    def _move_one(self, shared: list[SwapSlot]) -> None:
+    def _move_one(self, shared: list[SharedSlot]) -> None:
         names = [unit.name for slot in shared for unit in slot.units]
         move = next_move([slot.view(names) for slot in shared], shared[0].policy)
         if move is None:
@@ -202,7 +203,7 @@ class Pool:
             self._speeds.pop(name, None)
             if name in come_again:
                 self._coming[name] = why
-        if isinstance(slot, SwapSlot):
+        if isinstance(slot, SharedSlot):
             if len(slot.active_units) == 1:
                 self._give_one_to(slot)
             if len(slot.active_units) > 1:
@@ -216,7 +217,7 @@ class Pool:
             self._closing.discard(slot)
         task = self._tasks.pop(slot)
         self._slots.remove(slot)
-        if isinstance(slot, SwapSlot):
+        if isinstance(slot, SharedSlot):
             self._ending.add(slot)
         self._divide()
         self.changed()
@@ -233,12 +234,14 @@ class Pool:
     async def add_adapter(self, base: str, expert: str, folder: str) -> None:
         """One more adapter of a base that has an engine made for adapters."""
         slot = self._slot_of[base]
+        assert isinstance(slot, DedicatedSlot)
         self._belong((expert,), slot)
         await slot.add_adapter(expert, folder)
 
     async def remove_adapter(self, expert: str, why: str, come_again: Collection[str] = ()) -> None:
         """An adapter goes, its base stays. See `remove`."""
         slot = self._slot_of.pop(expert)
+        assert isinstance(slot, DedicatedSlot)
         self._speeds.pop(expert, None)
         if expert in come_again:
             self._coming[expert] = why
@@ -251,7 +254,7 @@ class Pool:
         until then."""
         self._coming = {n: why for n, why in experts.items() if n not in self._slot_of}
 
-    def _give_one_to(self, slot: SwapSlot) -> None:
+    def _give_one_to(self, slot: SharedSlot) -> None:
         """Another slot's unit for one whose last unit goes, if one can be spared."""
         for other in sorted(self.shared, key=lambda one: -len(one.active_units)):
             for unit in (
@@ -270,17 +273,17 @@ class Pool:
     def set_pinned(self, expert: str, pinned: bool) -> None:
         """Whether an expert's unit is pinned, as the config says now."""
         slot = self._slot_of.get(expert)
-        if isinstance(slot, SwapSlot):
+        if isinstance(slot, SharedSlot):
             slot.set_pinned(expert, pinned)
 
     def is_shared(self, expert: str) -> bool:
         """Whether an expert is in a slot that units share, or that could be shared."""
-        return isinstance(self._slot_of.get(expert), SwapSlot)
+        return isinstance(self._slot_of.get(expert), SharedSlot)
 
     @property
-    def shared(self) -> list[SwapSlot]:
+    def shared(self) -> list[SharedSlot]:
         """The slots that units share."""
-        return [slot for slot in self._slots if isinstance(slot, SwapSlot)]
+        return [slot for slot in self._slots if isinstance(slot, SharedSlot)]
 
     async def stop(self, drain_s: float) -> None:
         """Refuse new work, let running requests end, then stop the engines."""
@@ -362,7 +365,7 @@ class Pool:
                         f"expert {call.expert!r} has no {call.endpoint}; "
                         f"it has {', '.join(sorted(lease.report.endpoints))}"
                     )
-                served = partial(self._served, call.expert, lease.served)
+                served = partial(self._served, call.expert, lease.record_tokens)
                 reply.lease_began(lease, served)
                 self._abandoned.begun(call.request_id)
                 request = EngineRequest(
@@ -375,7 +378,7 @@ class Pool:
                 )
                 await lease.engine.run(request, reply)
         except EngineDeadError:
-            slot.lost()
+            slot.report_engine_death()
             raise
 
     def _given_up(
@@ -467,7 +470,7 @@ class Pool:
         slot = self._slot(expert)
         if act not in OPERATIONS:
             raise UnknownEndpointError(f"no operation {act!r}; operations: {', '.join(OPERATIONS)}")
-        if act == "pin" and isinstance(slot, SwapSlot):
+        if act == "pin" and isinstance(slot, SharedSlot):
             self._check_pin(slot.unit_of(expert).name)
         await slot.operate(act, expert)
 
@@ -487,7 +490,7 @@ class Pool:
         for expert, amount in wanted.items():
             slot = self._slot_of.get(expert)
             if slot is not None:
-                slot.demand(expert, amount, now_s)
+                slot.record_demand(expert, amount, now_s)
 
     def swap_counts(self) -> dict[tuple[str, str, str], int]:
         """Swaps since the start, by unit, method and reason."""

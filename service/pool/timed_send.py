@@ -30,7 +30,7 @@ class TimedSend:
         self._void = False
 
     def lease_began(self, lease: Lease, served: Callable[[int], None]) -> None:
-        self._begun = lease.begun
+        self._begun = lease.commit
         self._void = False
         self._served = served
         self._queue_s = lease.queue_s

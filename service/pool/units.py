@@ -52,7 +52,7 @@ class UnitState:
     measured: bool = False
     starts: bool = False
 
-    def swapped(self, swap_s: float, *, started: bool) -> None:
+    def record_swap(self, swap_s: float, *, started: bool) -> None:
         """An exchange was measured: the first takes the guess's place, later ones are averaged.
 
         `started`: an engine had to be started for it.

@@ -24,7 +24,7 @@ from service.engine.vllm.swapping import Canary, Weights
 from service.errors import EngineDeadError, ExpertFailedError
 from service.pool.lease import LeaseRevokedError
 from service.pool.planner import SwapPolicy
-from service.pool.slots.swapping import SwapSlot
+from service.pool.slots.shared import SharedSlot
 from service.pool.units import Unit, UnitState
 from service.types import Residency
 from tests.support.engine.real import (
@@ -264,7 +264,7 @@ class _Lent(_Started):
 @asynccontextmanager
 async def _slot(
     stage: Stage, kind: type[_Started] = _Started, *, preempt: bool = False
-) -> AsyncIterator[tuple[SwapSlot, list[Any]]]:
+) -> AsyncIterator[tuple[SharedSlot, list[Any]]]:
     engines: list[Any] = []
 
     def build(first: str) -> Swapping:
@@ -272,7 +272,7 @@ async def _slot(
         engines.append(engine)
         return engine
 
-    slot = SwapSlot(
+    slot = SharedSlot(
         tuple(Unit(name, (name,)) for name in DEMO),
         build,
         SwapPolicy(0.0, max_wait_s=2.0 if preempt else 30.0, prefetch=False, preempt=preempt),
@@ -290,7 +290,7 @@ async def _slot(
         await asyncio.gather(supervisor, return_exceptions=True)
 
 
-async def _through(slot: SwapSlot, expert: str) -> str:
+async def _through(slot: SharedSlot, expert: str) -> str:
     async with slot.lease(expert) as lease:
         return await ask(lease.engine, expert)
 
@@ -300,7 +300,7 @@ async def test_a_request_that_was_put_back_is_answered_as_if_alone(stage: Stage)
     alone = await ask_one(stage.engine, "base", tokens=128)
     put_back: list[str] = []
 
-    async def through(slot: SwapSlot, expert: str, tokens: int) -> str:
+    async def through(slot: SharedSlot, expert: str, tokens: int) -> str:
         again: LeaseRevokedError | None = None
         while True:
             try:

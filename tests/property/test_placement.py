@@ -18,7 +18,7 @@ from service.engine.base import Message
 from service.errors import CoeError
 from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool
-from service.pool.slots.swapping import SwapSlot
+from service.pool.slots.shared import SharedSlot
 from service.pool.units import UnitState
 from service.rpc.call import Call
 from tests.support.clock import FastTime
@@ -47,7 +47,7 @@ class Fleet:
     """A pool of two slots, each with half of the units at first."""
 
     pool: Pool
-    slots: list[SwapSlot]
+    slots: list[SharedSlot]
     worlds: list[World]
 
     @classmethod
@@ -58,7 +58,7 @@ class Fleet:
         pool = Pool("cpu")
         slots = []
         for i, world in enumerate(worlds):
-            slot = SwapSlot(
+            slot = SharedSlot(
                 UNITS[i::2],
                 partial(FaultyEngine, world=world),
                 SwapPolicy(STAY_S, WAIT_S, host_bytes=bound, preempt=preempt),

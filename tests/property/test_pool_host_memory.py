@@ -22,7 +22,7 @@ from service.errors import CoeError, ConflictError, EngineDeadError, ExpertFaile
 from service.pool.lease import LeaseRevokedError
 from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool
-from service.pool.slots.swapping import SwapSlot
+from service.pool.slots.shared import SharedSlot
 from service.pool.units import Unit, UnitState
 from tests.support.clock import FastTime
 from tests.support.swap_stage import on_clock
@@ -129,8 +129,8 @@ class PoolStage:
         for i in range(slots):
             self.pool.add(self.make_slot([self.units[name] for name in names[i::slots]]))
 
-    def make_slot(self, units: list[Unit]) -> SwapSlot:
-        return SwapSlot(
+    def make_slot(self, units: list[Unit]) -> SharedSlot:
+        return SharedSlot(
             units,
             lambda unit: SlowEngine(unit, frozenset(self.family_of[unit]), self.memory),
             self.policy,
@@ -153,7 +153,7 @@ class PoolStage:
             except LeaseRevokedError as back:
                 again = back
             except EngineDeadError as error:
-                slot.lost()
+                slot.report_engine_death()
                 return error.code
             except CoeError as error:
                 return error.code

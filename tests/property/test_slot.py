@@ -16,7 +16,7 @@ from service.config import SimulatedOptions
 from service.engine.base import EngineRequest, Message
 from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError
-from service.pool.slots.base import BaseSlot
+from service.pool.slots.dedicated import DedicatedSlot
 from service.rpc.snapshot import Queue
 from tests.support.clock import FastTime
 
@@ -63,7 +63,7 @@ class Story:
         self.fails_to_load = fails_to_load
         self.running = 0
         self.most_running = 0
-        self.slot = BaseSlot(
+        self.slot = DedicatedSlot(
             EXPERTS,
             self.build,
             capacity=CAPACITY,
@@ -98,7 +98,7 @@ class Story:
                 finally:
                     self.running -= 1
         except CoeError as error:
-            self.slot.lost()
+            self.slot.report_engine_death()
             return error.code
         assert ended[-1]
         assert sum(ended) == 1

@@ -20,8 +20,8 @@ from service.engine.sleep_mode import SleepingEngines
 from service.errors import CoeError, ExpertFailedError
 from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool
-from service.pool.slots.base import BaseSlot
-from service.pool.slots.swapping import SwapSlot
+from service.pool.slots.dedicated import DedicatedSlot
+from service.pool.slots.shared import SharedSlot
 from service.pool.units import Unit, UnitState
 from service.types import Residency
 from tests.support.clock import FastTime
@@ -91,9 +91,9 @@ def _slot(
     *,
     bound: int | None,
     apart: bool,
-) -> tuple[Pool, SwapSlot]:
+) -> tuple[Pool, SharedSlot]:
     pool = Pool("p")
-    slot = SwapSlot(
+    slot = SharedSlot(
         [Unit(name, (name,), size_bytes=10) for name in names],
         lambda unit: CostlyEngine(unit, next(f for f in families if unit in f), costs),
         SwapPolicy(min_stay_s=0.0, max_wait_s=1000.0, host_bytes=bound, prefetch=False),
@@ -108,7 +108,7 @@ def _slot(
     return pool, slot
 
 
-async def _visit(slot: SwapSlot, expert: str) -> float:
+async def _visit(slot: SharedSlot, expert: str) -> float:
     loop = asyncio.get_running_loop()
     began_s = loop.time()
     async with slot.lease(expert):
@@ -238,7 +238,7 @@ def test_told_times_of_sleeping_engines_are_a_start_once_and_then_a_wake() -> No
                 built.append(CostlyEngine(name, frozenset("ab"), costs))
                 return built[-1]
 
-            slot = SwapSlot(
+            slot = SharedSlot(
                 [Unit(name, (name,)) for name in "ab"],
                 lambda first: SleepingEngines(first, units, build, {}),
                 SwapPolicy(min_stay_s=0.0, prefetch=False),
@@ -279,7 +279,7 @@ async def test_unit_whose_start_fails_is_told_as_failed_and_holds_nothing() -> N
             raise ExpertFailedError("told not to start")
 
     costs = {"a": Costs(0.1, 0.0, 0.0, 0.0)}
-    slot = SwapSlot(
+    slot = SharedSlot(
         [Unit("a", ("a",))],
         lambda unit: Refuses(unit, frozenset("a"), costs),
         SwapPolicy(),
@@ -308,7 +308,7 @@ async def test_told_times_of_slots_that_wait_for_others_starts_add_up(
     pool = Pool("p")
     for name in "ab":
         pool.add(
-            BaseSlot(
+            DedicatedSlot(
                 (name,),
                 partial(CostlyEngine, name, frozenset(name), costs),
                 capacity=1,

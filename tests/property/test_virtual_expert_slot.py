@@ -17,7 +17,7 @@ from service.engine.base import EngineReport, EngineRequest, LoadResult, Message
 from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, ConflictError, ExpertFailedError
 from service.pool.planner import SwapPolicy
-from service.pool.slots.swapping import SwapSlot
+from service.pool.slots.shared import SharedSlot
 from service.pool.units import Unit, UnitState
 from tests.support.clock import FastTime
 from tests.support.swap_stage import on_clock
@@ -94,7 +94,7 @@ async def _story(chance: random.Random, bound: int | None) -> None:
     wrong: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         on_clock(patch, lambda: clock.now_s)
-        slot = SwapSlot(
+        slot = SharedSlot(
             UNITS,
             lambda first: Engine(first, bound, wrong, chance),
             SwapPolicy(min_stay_s=0.02, max_wait_s=2.0, host_bytes=bound, prefetch=True),

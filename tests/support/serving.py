@@ -185,7 +185,9 @@ async def pool_of(config: Config, kind: str) -> AsyncIterator[RunningPool]:
     # Each slot asks for its engine whenever it needs one: the name stays patched
     # for the pool's own slots only.
     for slot in process.pool._slots:
-        slot._build = _patched(slot._build, build)
+        slot._build_engine = _patched(  # type: ignore[method-assign]
+            slot._build_engine, build
+        )
     async with serving(process.app) as served:
         await process.start()
         try:

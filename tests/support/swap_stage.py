@@ -16,7 +16,7 @@ from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, EngineDeadError, ExpertFailedError
 from service.pool.lease import LeaseRevokedError
 from service.pool.planner import SwapPolicy
-from service.pool.slots.swapping import SwapSlot
+from service.pool.slots.shared import SharedSlot
 from service.pool.units import Unit, UnitState
 
 UNITS = (Unit("a", ("a", "a-tuned")), Unit("b", ("b",)), Unit("c", ("c",)), Unit("d", ("d",)))
@@ -162,7 +162,7 @@ class Stage:
         self.most_running = 0
         self.asked = 0
         self.put_back = 0
-        self.slot = SwapSlot(
+        self.slot = SharedSlot(
             tuple(Unit(u.name, u.experts, u.name == pinned) for u in UNITS),
             lambda unit: FaultyEngine(unit, world),
             SwapPolicy(
@@ -200,7 +200,7 @@ class Stage:
                 again = back
                 self.put_back += 1
             except EngineDeadError as error:
-                self.slot.lost()
+                self.slot.report_engine_death()
                 return error.code
             except CoeError as error:
                 return error.code
@@ -225,7 +225,7 @@ class Stage:
             async def send(message: Message) -> None:
                 nonlocal void
                 if message["type"] == "http.response.start":
-                    void = not lease.begun()
+                    void = not lease.commit()
                 if not void:
                     sent.append(message)
 
@@ -241,8 +241,8 @@ class Stage:
 def on_clock(monkeypatched: Any, now: Callable[[], float]) -> None:
     """Let the slot read this clock instead of the machine's."""
     from service.pool import pool
-    from service.pool.slots import base, host_weights, shared, swapping
+    from service.pool.slots import base, dedicated, host_weights, shared
 
     clock = SimpleNamespace(monotonic=now)
-    for module in (base, shared, host_weights, swapping, pool):
+    for module in (base, dedicated, host_weights, shared, pool):
         monkeypatched.setattr(module, "time", clock)

@@ -1,7 +1,7 @@
-"""One slot: an engine, the experts in it, and the requests that wait for them.
+"""The common part of all slots: requests and their leases, and the life of the engine.
 
-The slot owns its engine's life: it starts it, loads its experts, notices its
-death and starts another. Callers take a lease and never look at states first.
+A slot starts its engine, notices its death and starts another. Requests take a lease, and never
+have to look at states first.
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 from service.engine.base import Engine, EngineReport
 from service.errors import (
     CoeError,
-    ConflictError,
     EngineRestartingError,
     ExpertFailedError,
     PoolDrainingError,
@@ -33,22 +32,24 @@ from service.types import NOBODY, Residency, Tenant
 log = logging.getLogger("coe.pool")
 E = TypeVar("E", bound=Engine)
 
-_WATCH_S = 0.2
-_RELOAD_S = 30.0
 _RETRY_S = (1.0, 5.0, 30.0, 120.0, 300.0)
 _UNHEALTHY_AFTER = 3
 
 
-class BaseSlot(Generic[E]):
-    """An engine with its base and adapters.
+class BaseSlot(ABC, Generic[E]):
+    """One engine, the experts in it, and the requests that wait for them.
 
-    `build` makes a new engine; `changed` is called whenever a snapshot would differ.
+    Args:
+        experts: Names of the experts.
+        capacity: Places of the engine: requests that run at once.
+        max_waiting: Load that may wait for each expert.
+        start_guess_s: How long a start of the engine takes, until one was measured.
+        changed: Called whenever a snapshot would differ.
     """
 
     def __init__(
         self,
         experts: tuple[str, ...],
-        build: Callable[[], E],
         *,
         capacity: int,
         max_waiting: int,
@@ -56,28 +57,25 @@ class BaseSlot(Generic[E]):
         changed: Callable[[], None],
     ) -> None:
         self.experts = experts
-        self._build = build
+        self.canary_failures = 0
+        # How long the engines take that start before this slot's; the pool sets it.
+        self.ahead_s = 0.0
         self._queue = TicketQueue(experts, capacity=capacity, max_waiting=max_waiting)
         self._changed = changed
-        self._start_s = start_guess_s
-        self._started_at = 0.0
-        # When it asked for its turn to start an engine, which others may have before it; and
-        # whether it has had that.
-        self._turn_asked_s: float | None = None
-        self._begun = False
-        # What the starts before its own will take, as its pool says.
-        self.ahead_s = 0.0
         self._engine: E | None = None
         self._report: EngineReport | None = None
-        self._states = {name: ExpertState(Residency.LOADING) for name in experts}
-        self._runs: dict[Ticket, Run] = {}
-        self._lost = asyncio.Event()
+        self._states: dict[str, ExpertState] = {}
+        # How long starting the engine takes, and when the present start began.
+        self._start_s = start_guess_s
+        self._start_began_s = 0.0
+        # When it asked for its turn to start an engine, and whether it has had that turn.
+        self._turn_asked_s: float | None = None
+        self._has_turn = False
         self._failed_starts = 0
         self._has_worked = False
         self._draining = False
-        # Folders of adapters that came after the engine was built.
-        self._adapters: dict[str, str] = {}
-        self._ended = asyncio.Event()
+        self._runs: dict[Ticket, Run] = {}
+        self._request_ended = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -92,24 +90,33 @@ class BaseSlot(Generic[E]):
         again: LeaseRevokedError | None = None,
         places: int = 1,
     ) -> AsyncIterator[Lease]:
-        """Wait until `expert` answers and there is room; give the place back at the end.
+        """Wait until an expert answers and there is room; free the place at the end.
 
-        `tokens`: about how much work its prompt is; `places`: how many of the engine's it takes.
-        `again`: what an earlier lease of this
-        request raised; its place in the queue is kept.
+        Args:
+            expert: The expert.
+            tokens: About how many tokens the prompt has.
+            tenant: Whose request it is.
+            again: The error of an earlier lease of this request, whose place in the queue it keeps.
+            places: Places of the engine that the request takes.
 
-        Raises OverCapacityError, ExpertFailedError, PoolDrainingError, EngineRestartingError;
-        LeaseRevokedError where the request has to be put back: in this or in another slot.
+        Yields:
+            The lease.
+
+        Raises:
+            OverCapacityError: The queue is full.
+            ExpertFailedError: The expert could not be loaded.
+            PoolDrainingError: The slot takes no new requests.
+            EngineRestartingError: The engine died before the request ran.
+            LeaseRevokedError: The request has to take another lease, perhaps of another slot.
         """
         if self._draining and again is None:
             raise PoolDrainingError("this pool is stopping")
         if self._states[expert].state is Residency.FAILED:
-            raise self._failed(expert)
-        ready = expert in self._ready()
+            raise self._failed_error(expert)
         ticket = self._queue.enter(
             expert,
             time.monotonic() if again is None else again.arrived_s,
-            ready=ready,
+            ready=expert in self._ready_experts(),
             tokens=tokens,
             places=places,
             tenant=tenant,
@@ -118,7 +125,7 @@ class BaseSlot(Generic[E]):
         ticket.again = again is not None and again.put_back
         self._idle.clear()
         if again is None:
-            self._arrived(ticket)
+            self._on_arrival(ticket)
         self._changed()
         try:
             if not ticket.running:
@@ -134,23 +141,24 @@ class BaseSlot(Generic[E]):
                     self._report,
                     queue_s=time.monotonic() - ticket.arrived_s,
                     swap_s=self._swap_s_since(ticket.arrived_s),
-                    served=partial(self._queue.served, ticket),
-                    begun=run.begin,
+                    record_tokens=partial(self._queue.served, ticket),
+                    commit=run.commit,
                 )
         finally:
             self._queue.leave(ticket, time.monotonic())
             self._grant()
             if self._queue.total == 0:
                 self._idle.set()
-            self._ended.set()
-            self._left()
+            self._request_ended.set()
+            self._on_departure()
             self._changed()
 
     @asynccontextmanager
     async def _revocable(self, ticket: Ticket) -> AsyncIterator[Run]:
-        """Let a request run until it ends or `_put_back` takes its lease.
+        """Let a request run until it ends or its lease is revoked.
 
-        Raises LeaseRevokedError then.
+        Raises:
+            LeaseRevokedError: `_revoke_leases` revoked it.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -166,39 +174,44 @@ class BaseSlot(Generic[E]):
         finally:
             del self._runs[ticket]
 
-    def _put_back(self) -> None:
-        """Running requests of which no byte has gone out go back into the queue, once each.
+    def _revoke_leases(self) -> None:
+        """Put running requests of which no byte was sent back into the queue, once each.
 
-        A body that is cancelled must not swallow that, as with asyncio.timeout.
+        The body of a lease must not swallow the cancellation, as with asyncio.timeout.
         """
         for ticket, run in self._runs.items():
-            if not run.begun and not run.revoked and not ticket.again:
+            if not run.committed and not run.revoked and not ticket.again:
                 run.revoked = True
                 run.task.cancel()
 
-    def _ready(self) -> set[str]:
+    def _ready_experts(self) -> set[str]:
         """The experts whose requests may run now."""
         return {name for name, s in self._states.items() if s.state is Residency.DEVICE}
 
-    def _arrived(self, ticket: Ticket) -> None:
-        """A request has come."""
+    def _on_arrival(self, ticket: Ticket) -> None:
+        """A new request has entered the queue."""
 
-    def _left(self) -> None:
-        """A request has ended, one way or another."""
+    def _on_departure(self) -> None:
+        """A request has ended, failed or left."""
 
-    def _swap_s_since(self, since_s: float) -> float:
+    def _swap_s_since(self, _since_s: float) -> float:
         """Seconds spent on swaps since then."""
-        del since_s
         return 0.0
 
     def _grant(self) -> None:
-        self._queue.grant(self._ready())
+        self._queue.grant(self._ready_experts())
 
-    def _failed(self, expert: str) -> ExpertFailedError:
+    def _failed_error(self, expert: str) -> ExpertFailedError:
         reason = self._states[expert].reason
         return ExpertFailedError(
             f"expert {expert!r} could not be loaded: {reason}", retry_after_s=30
         )
+
+    def _refuse_failed(self) -> None:
+        """Refuse the requests that wait for experts that failed."""
+        for name, state in self._states.items():
+            if state.state is Residency.FAILED:
+                self._queue.refuse_waiting(name, lambda ticket: self._failed_error(ticket.expert))
 
     # --- the engine's life
 
@@ -207,160 +220,88 @@ class BaseSlot(Generic[E]):
         while True:
             engine: E | None = None
             try:
-                engine = self._build()
-                await self._make_ready()
-                self._begun = False
+                engine = self._build_engine()
+                await self._prepare_start()
+                self._has_turn = False
                 self._turn_asked_s = time.monotonic()
                 async with turn:
-                    self._begun = True
-                    await self._bring_up(engine)
+                    self._has_turn = True
+                    await self._start(engine)
                 self._turn_asked_s = None
                 await self._watch(engine)
             except Exception as error:
-                why = error.message if isinstance(error, CoeError) else repr(error)
+                reason = error.message if isinstance(error, CoeError) else repr(error)
                 self._failed_starts += 1
                 self._engine = None
                 self._turn_asked_s = None
-                log.error("engine of %s failed: %s", "/".join(self.experts), why)
-                self._set_all(Residency.FAILED, why)
-                self._refuse_waiting()
-                await self._end(engine)
-                await asyncio.sleep(self._retry_s())
+                log.error("engine of %s failed: %s", "/".join(self.experts), reason)
+                self._on_start_failed(reason)
+                self._refuse_failed()
+                await self._stop_engine(engine)
+                await asyncio.sleep(self._retry_delay_s())
             finally:
                 self._engine = None
                 self._turn_asked_s = None
-                await self._end(engine)
+                await self._stop_engine(engine)
 
-    async def _make_ready(self) -> None:
-        """What must be so before this slot's next engine may take its turn to start."""
+    @abstractmethod
+    def _build_engine(self) -> E:
+        """Make an engine that is not started yet."""
 
-    async def _end(self, engine: E | None) -> None:
-        """Stop an engine; from then on its memory is free."""
+    async def _prepare_start(self) -> None:
+        """Wait for all that the next engine needs before it may take its turn to start."""
+
+    @abstractmethod
+    async def _start(self, engine: E) -> None:
+        """Start an engine and make its experts answer. Calls `_on_started` at the end."""
+
+    @abstractmethod
+    async def _watch(self, engine: E) -> None:
+        """Look after a running engine; return once another one has to be started."""
+
+    @abstractmethod
+    def _on_start_failed(self, reason: str) -> None:
+        """Show that an engine could not be started, or can't run any more."""
+
+    @abstractmethod
+    def report_engine_death(self) -> None:
+        """Tell the slot that a request saw the engine die."""
+
+    def _on_started(self, start_s: float) -> None:
+        """Record a start that succeeded."""
+        self._start_s = start_s
+        self._failed_starts = 0
+        self._has_worked = True
+
+    async def _stop_engine(self, engine: E | None) -> None:
+        """Stop an engine; its memory is free from then on. Stopping it twice does nothing."""
         if engine is not None:
             await engine.stop()
 
-    def _retry_s(self) -> float:
-        """How long to wait after a start that failed, before the next."""
+    def _retry_delay_s(self) -> float:
+        """Seconds to wait after a start that failed, before the next."""
         return _RETRY_S[min(self._failed_starts, len(_RETRY_S)) - 1]
 
-    async def _bring_up(self, engine: E) -> None:
-        self._started_at = time.monotonic()
-        self._set_all(Residency.LOADING, "")
-        report = await engine.start()
-        # Before the first expert is ready: from then on its requests run.
-        self._engine, self._report = engine, report
-        for name in self.experts:
-            await self._load(engine, report, name)
-        self._start_s = time.monotonic() - self._started_at
-        self._failed_starts = 0
-        self._has_worked = True
-        self._changed()
-
-    async def _load(self, engine: Engine, report: EngineReport, name: str) -> None:
-        """Make one expert answer, or show why it can't.
-
-        Nothing is shown of an adapter that was removed meanwhile.
-        """
-        try:
-            if (adapter := self._adapters.get(name)) is not None:
-                await engine.load(name, adapter)
-            else:
-                await engine.load(name)
-        except CoeError as error:
-            if name not in self._states:
-                return
-            log.error("expert %s failed: %s", name, error.message)
-            self._states[name] = ExpertState(Residency.FAILED, reason=error.message)
-            self._refuse_waiting()
-        else:
-            if name not in self._states:
-                return
-            self._states[name] = ExpertState(
-                Residency.DEVICE,
-                max_model_len=report.max_model_len,
-                engine={"name": report.engine, **report.details},
-            )
-            self._grant()
-        self._changed()
-
-    async def _load_failed_again(self, engine: Engine) -> None:
+    def _serving_state(self) -> ExpertState:
+        """The state of an expert that the present engine answers for."""
         assert self._report is not None
-        for name, state in list(self._states.items()):
-            if state.state is Residency.FAILED:
-                await self._load(engine, self._report, name)
+        return ExpertState(
+            Residency.DEVICE,
+            max_model_len=self._report.max_model_len,
+            engine={"name": self._report.engine, **self._report.details},
+        )
 
-    async def _watch(self, engine: E) -> None:
-        retry_at_s = time.monotonic() + _RELOAD_S
-        while (why := engine.failure()) is None:
-            if time.monotonic() >= retry_at_s:
-                await self._load_failed_again(engine)
-                retry_at_s = time.monotonic() + _RELOAD_S
-            # It may have been another engine that a request saw die, before this one.
-            self._lost.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_WATCH_S):
-                    await self._lost.wait()
-        self._engine = None
-        self._started_at = time.monotonic()
-        self._set_all(Residency.LOADING, "")
-        log.error("engine of %s died (%s); starting another", "/".join(self.experts), why)
+    # --- the end of the slot
 
-    def lost(self) -> None:
-        """A request saw the engine die: don't wait for the next look."""
-        self._lost.set()
+    async def close(self, reason: str, kind: type[CoeError] = UnknownModelError) -> None:
+        """Refuse what waits, and wait until the running requests have ended.
 
-    def _set_all(self, state: Residency, reason: str) -> None:
-        for name in self.experts:
-            self._states[name] = replace(self._states[name], state=state, reason=reason, eta_s=0.0)
-        self._changed()
-
-    def _refuse_waiting(self) -> None:
-        for name, state in self._states.items():
-            if state.state is not Residency.FAILED:
-                continue
-            self._queue.refuse_waiting(name, lambda ticket: self._failed(ticket.expert))
-
-    def unit_of(self, expert: str) -> Unit:
-        """The unit that an expert belongs to: here, all of them."""
-        assert expert in self.experts
-        return Unit(self.experts[0], self.experts)
-
-    async def add_adapter(self, expert: str, folder: str) -> None:
-        """One more adapter for the base, beside the others, in the running engine."""
-        self.experts = (*self.experts, expert)
-        self._adapters[expert] = folder
-        self._states[expert] = ExpertState(Residency.LOADING)
-        self._queue.add_expert(expert)
-        self._changed()
-        # An engine that is just starting loads it with the others.
-        if (engine := self._engine) is not None and (report := self._report) is not None:
-            await self._load(engine, report, expert)
-
-    async def remove_adapter(
-        self, expert: str, why: str, kind: type[CoeError] = UnknownModelError
-    ) -> None:
-        """An adapter goes, the engine stays: who waits for it is told why by such an error.
-
-        Returns when no request of it runs any more, and it is forgotten.
+        Args:
+            reason: Why its experts are gone, for the clients that wait.
+            kind: The error that these get.
         """
-        self.experts = tuple(name for name in self.experts if name != expert)
-        del self._states[expert]
-        self._queue.refuse_waiting(expert, lambda _: kind(why))
-        self._changed()
-        while self._queue.counts(expert)[1]:
-            self._ended.clear()
-            await self._ended.wait()
-        self._adapters.pop(expert, None)
-        if (engine := self._engine) is not None and engine.failure() is None:
-            try:
-                await engine.unload(expert)
-            except CoeError as error:
-                log.error("adapter %s could not be unloaded: %s", expert, error.message)
-
-    async def close(self, why: str, kind: type[CoeError] = UnknownModelError) -> None:
-        """Its experts go for good: who waits is told why by such an error, who runs is let end."""
         for name in self.experts:
-            self._queue.refuse_waiting(name, lambda _: kind(why))
+            self._queue.refuse_waiting(name, lambda _: kind(reason))
         self._draining = True
         if self._queue.total:
             await self._idle.wait()
@@ -373,7 +314,16 @@ class BaseSlot(Generic[E]):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
 
-    # --- what it tells
+    # --- figures
+
+    @abstractmethod
+    def unit_of(self, expert: str) -> Unit:
+        """The unit that an expert belongs to."""
+
+    @property
+    def capacity(self) -> int:
+        """Requests that run at once."""
+        return self._queue.capacity
 
     @property
     def turn_asked_s(self) -> float | None:
@@ -381,42 +331,28 @@ class BaseSlot(Generic[E]):
         return self._turn_asked_s
 
     def start_left_s(self) -> float:
-        """What is left of its engine's start, in s, once that is its turn."""
-        if self._turn_asked_s is not None and not self._begun:
-            return self._start_whole_s()
-        return max(0.5, self._start_whole_s() - (time.monotonic() - self._started_at))
+        """Seconds that are left of its engine's start, not counting the starts before it."""
+        if self._turn_asked_s is not None and not self._has_turn:
+            return self._full_start_s()
+        return max(0.5, self._full_start_s() - (time.monotonic() - self._start_began_s))
 
-    def _start_whole_s(self) -> float:
+    def _full_start_s(self) -> float:
         return self._start_s
 
+    @abstractmethod
     def states(self) -> dict[str, ExpertState]:
         """Each expert's state, with the time until it answers."""
-        left_s = self.ahead_s + self.start_left_s()
-        return {
-            # Rounded, so that a countdown is no change worth a line in every snapshot.
-            name: replace(state, eta_s=float(round(left_s)))
-            if state.state is Residency.LOADING
-            else state
-            for name, state in self._states.items()
-        }
 
     def queues(self) -> dict[str, Queue]:
         """Each expert's waiting and running requests."""
         return {name: self._queue.snapshot(name) for name in self.experts}
 
-    canary_failures = 0
-
-    @property
-    def capacity(self) -> int:
-        """Requests that run at once."""
-        return self._queue.capacity
-
     def details(self) -> dict[str, dict[str, Any]]:
-        """Each expert's residency in full."""
-        told: dict[str, dict[str, Any]] = {}
+        """Each expert's residency in full, for operators."""
+        details: dict[str, dict[str, Any]] = {}
         for name, state in self.states().items():
             waiting, running = self._queue.counts(name)
-            told[name] = {
+            details[name] = {
                 "state": state.state.value,
                 "reason": state.reason,
                 "eta_s": state.eta_s,
@@ -424,21 +360,7 @@ class BaseSlot(Generic[E]):
                 "running": running,
                 "failed_starts": self._failed_starts,
             }
-        return told
-
-    async def operate(self, act: str, expert: str) -> None:
-        """load, evict, pin, unpin: this slot's experts are always there. Raises ConflictError."""
-        state = self._states[expert]
-        if act == "load" and state.state is Residency.FAILED:
-            raise ConflictError(
-                f"expert {expert!r} could not be loaded and is tried again every "
-                f"{_RELOAD_S:.0f} s: {state.reason}"
-            )
-        if act != "load":
-            raise ConflictError(f"expert {expert!r} has a slot of its own and always stays")
-
-    def demand(self, expert: str, amount: float, now_s: float) -> None:
-        """Unmet demand for an expert; one with a slot of its own is there anyway."""
+        return details
 
     def swap_counts(self) -> dict[tuple[str, str, str], int]:
         """Swaps by unit, method and reason."""
@@ -447,9 +369,22 @@ class BaseSlot(Generic[E]):
     def unhealthy(self) -> str | None:
         """Why this process should be replaced, or None.
 
-        An expert that never loaded is its own fault, and a new process would not
-        help; an engine that worked and can't be started again is ours.
+        A new process would not help an expert that never loaded. It may help an engine that
+        worked and can't be started again.
         """
         if self._has_worked and self._failed_starts >= _UNHEALTHY_AFTER:
             return f"the engine of {'/'.join(self.experts)} died and could not be started again"
         return None
+
+    # --- operations
+
+    @abstractmethod
+    async def operate(self, operation: str, expert: str) -> None:
+        """Load, evict, pin or unpin an expert.
+
+        Raises:
+            ConflictError: The present state forbids it.
+        """
+
+    def record_demand(self, expert: str, amount: float, now_s: float) -> None:
+        """Record unmet demand for an expert; it changes nothing where the expert always stays."""

@@ -1,175 +1,356 @@
-"""What a shared slot holds in host memory: bringing units there, forgetting them, by hand, too."""
+"""The weights of a shared slot's units: where they are, and how they are loaded and evicted."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
 
-from service.engine.base import SwappingEngine
+from service.engine.base import LoadResult, SwappingEngine
 from service.errors import CoeError, ConflictError, EngineDeadError
-from service.pool.slots.shared import SharedSlot
+from service.pool.units import Unit, UnitState
 from service.types import Residency
 
 log = logging.getLogger("coe.pool")
 
 TICK_S = 0.05
 RETRY_S = 30.0
-# A unit in whose fill or exchange the engine died this often in a row is at fault.
+# A unit is at fault where the engine died this often in a row while it was loaded or swapped in.
 _DEATHS = 2
+# Loading a unit that has no weights of its own moves but a few kilobytes.
+_WEIGHTLESS_FILL_S = 0.05
 
 
-class HostWeightSlot(SharedSlot):
-    """A slot with units of which some are held beside the running one."""
+class ResidencyListener(Protocol):
+    """The slot whose weights these are."""
 
-    _filling: asyncio.Task[None] | None = None
-    _gone = False
+    def on_residency(self, unit: str, residency: Residency, reason: str = "") -> None:
+        """A unit's weights are elsewhere now, or could not be loaded for that reason."""
 
-    def _fetch(
-        self, engine: SwappingEngine, unit: str | None, drops: list[str], gone: str = ""
-    ) -> None:
-        """Begin to bring a unit to host memory, once others have made room for it.
+    def on_retry(self, unit: str) -> None:
+        """A unit that failed may be tried again."""
 
-        `gone`: a unit that isn't this slot's any more, to be forgotten, too.
+    def on_engine_death(self) -> None:
+        """The engine died while it moved weights."""
+
+    def on_transfer_end(self) -> None:
+        """A transfer has ended, in one way or another."""
+
+
+class HostWeights:
+    """The units of one slot, the state of each, and the transfers to and from host memory.
+
+    One transfer is under way at a time. It evicts some units and then loads at most one.
+
+    Args:
+        guess: Sizes and times of units that were not measured yet.
+        listener: Is told of every change.
+
+    Attributes:
+        running_unit: The unit that runs, or that the next engine starts with.
+    """
+
+    def __init__(self, guess: UnitState, running_unit: str, listener: ResidencyListener) -> None:
+        self.running_unit = running_unit
+        self._guess = guess
+        self._listener = listener
+        self._units: dict[str, Unit] = {}
+        self._states: dict[str, UnitState] = {}
+        self._unit_of: dict[str, str] = {}
+        self._transfer: asyncio.Task[None] | None = None
+        self._loading_unit: str | None = None
+        # Bytes on their way out, by unit: for their own sake, and so that `_loading_unit` can come.
+        self._evicting: dict[str, int] = {}
+        self._making_room: dict[str, int] = {}
+        # Whether there is an engine's process, or room was made for one.
+        self._is_occupied = False
+        # Bytes that an engine held when it died or was given up: its memory is not free before
+        # its process has ended.
+        self._dead_engine_bytes: int | None = None
+
+    # --- units
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """All units of the slot."""
+        return tuple(self._units.values())
+
+    def __contains__(self, unit: object) -> bool:
+        return unit in self._units
+
+    def __iter__(self) -> Iterator[tuple[Unit, UnitState]]:
+        """The units with their states."""
+        for name, unit in self._units.items():
+            yield unit, self._states[name]
+
+    def unit(self, name: str) -> Unit:
+        """The unit of that name."""
+        return self._units[name]
+
+    def state(self, unit: str) -> UnitState:
+        """The state of a unit."""
+        return self._states[unit]
+
+    def find_state(self, unit: str | None) -> UnitState | None:
+        """The state of a unit, or None where it is not in this slot."""
+        return None if unit is None else self._states.get(unit)
+
+    def unit_of(self, expert: str) -> Unit:
+        """The unit that an expert belongs to."""
+        return self._units[self._unit_of[expert]]
+
+    def owner_of(self, unit: str) -> str:
+        """The unit whose weights a unit runs on."""
+        return self._units[unit].needs or unit
+
+    def dependents_of(self, unit: str) -> list[str]:
+        """The units that run on a unit's weights, without itself."""
+        return [other.name for other in self._units.values() if other.needs == unit]
+
+    def add(self, unit: Unit, state: UnitState | None = None) -> None:
+        """Add a unit that is not held yet, with what another slot measured of it."""
+        if state is None:
+            size = unit.size_bytes or (0 if unit.needs else self._guess.host_bytes)
+            fill_s = self._guess.fill_s
+            if unit.needs:
+                fill_s = min(fill_s, _WEIGHTLESS_FILL_S)
+            state = replace(self._guess, host_bytes=size, fill_s=fill_s, pinned=unit.pinned)
+        state.reset_residency()
+        self._units[unit.name] = unit
+        self._states[unit.name] = state
+        self._unit_of.update(dict.fromkeys(unit.experts, unit.name))
+
+    def remove(self, unit: str, engine: SwappingEngine | None) -> UnitState:
+        """Remove a unit, and begin to evict it where the engine holds it.
+
+        No transfer may be under way.
         """
-        for name in drops:
-            # From here on nobody swaps to it.
-            self._known[name].tier = Residency.DISK
-            self._set_unit(name, Residency.DISK)
-            leaving = self._dropping if unit is None else self._clearing
-            leaving[name] = self._known[name].host_bytes
-        if unit is not None:
-            self._filling_unit = unit
-            self._set_unit(unit, Residency.LOADING)
-        drops = [*drops, gone] if gone else drops
-        if unit is not None or drops:
-            self._filling = asyncio.create_task(self._fill(engine, unit, drops))
+        removed = self._units.pop(unit)
+        state = self._states.pop(unit)
+        for name in removed.experts:
+            del self._unit_of[name]
+        if state.tier is Residency.HOST and engine is not None:
+            self._evicting[unit] = state.host_bytes
+            self._begin(engine, None, [unit])
+        return state
 
-    async def _fill(self, engine: SwappingEngine, unit: str | None, drops: list[str]) -> None:
-        try:
-            for name in drops:
-                await engine.evict(name, for_next=unit is not None)
-                self._has_left(name)
-            if unit is not None:
-                filled = await engine.load_to_host(unit)
-                known = self._known[unit]
-                known.tier = Residency.HOST
-                known.host_bytes = filled.host_bytes
-                known.fill_s = filled.fill_s
-                known.starts = filled.starts
-                known.wanted = False
-                known.deaths = 0
-                self._set_unit(unit, Residency.HOST)
-        except Exception as error:
-            why = error.message if isinstance(error, CoeError) else repr(error)
-            if isinstance(error, EngineDeadError) or engine.failure() is not None:
-                self._freeze_held()
-                if unit is not None:
-                    self._record_engine_death(unit, error)
-            elif unit is not None:
-                self._fail_unit(unit, why)
-            else:
-                log.error("could not forget %s: %s", "/".join(drops), why)
-        finally:
-            self._filling = self._filling_unit = None
-            for name in drops:
-                self._has_left(name)
-            self._event.set()
+    # --- figures
 
-    def _has_left(self, unit: str) -> None:
-        self._dropping.pop(unit, None)
-        self._clearing.pop(unit, None)
+    def is_held(self, unit: str) -> bool:
+        """Whether a unit is in host memory, running or not."""
+        return self._states[unit].tier in (Residency.HOST, Residency.DEVICE)
 
-    def _in_use(self, unit: str) -> str:
-        """A unit on whose account a unit's weights can't go, as it runs on them; or empty."""
-        return next(
-            (
-                one.name
-                for one in self._units.values()
-                if one.needs == unit
-                and (
-                    one.name in (self._unit, self._filling_unit)
-                    or self._known[one.name].tier is Residency.LOADING
-                    or (self._known[one.name].pinned and self._is_held(one.name))
-                )
-            ),
-            "",
+    def fetch_time_s(self, unit: str) -> float:
+        """Seconds to bring a unit to host memory from where it is, its owner's weights first."""
+        own_s = 0.0 if self.is_held(unit) else self._states[unit].fill_s
+        owner = self._units[unit].needs
+        return own_s + (self.fetch_time_s(owner) if owner in self._units else 0.0)
+
+    def held_bytes(self) -> int:
+        """Bytes of weights in host memory, or on their way to it or out of it.
+
+        The weights of an engine that is still to start count from when room was made for it.
+        """
+        if self._dead_engine_bytes is not None:
+            return self._dead_engine_bytes
+        if not self._is_occupied:
+            return 0
+        present = {self.owner_of(self.running_unit)} | {
+            name for name, state in self._states.items() if state.tier is not Residency.DISK
+        }
+        loading = self._loading_unit
+        held = sum(
+            self._states[name].host_bytes
+            for name in present
+            if not self._units[name].needs and name != loading
         )
+        arriving = 0
+        if loading is not None and not self._units[loading].needs:
+            arriving = self._states[loading].host_bytes
+        # It comes when those that make room for it have gone, and not before.
+        return held + sum(self._evicting.values()) + max(arriving, sum(self._making_room.values()))
 
-    async def _forget(self, engine: SwappingEngine, unit: str) -> None:
-        """Drop a unit that is not in use, and before it those that run on its weights."""
-        names = [one.name for one in self._units.values() if one.needs == unit]
-        names = [*filter(self._is_held, names), unit]
+    # --- the engine's life
+
+    def reserve(self) -> None:
+        """Count the weights of the engine that is about to start."""
+        self._is_occupied = True
+
+    def freeze(self) -> None:
+        """Count all that the engine holds until its process has ended, as it is lost."""
+        if self._dead_engine_bytes is None:
+            self._dead_engine_bytes = self.held_bytes()
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether an engine was lost whose process has not ended yet."""
+        return self._dead_engine_bytes is not None
+
+    def release(self) -> None:
+        """Count nothing any more, as the engine's process has ended."""
+        self._is_occupied = False
+        self._dead_engine_bytes = None
+        self._evicting.clear()
+        self._making_room.clear()
+
+    # --- transfers
+
+    @property
+    def loading_unit(self) -> str | None:
+        """The unit that is on its way to host memory."""
+        return self._loading_unit
+
+    @property
+    def is_transferring(self) -> bool:
+        """Whether a transfer is under way."""
+        return self._transfer is not None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way in or out."""
+        return self._transfer is None and not self._evicting
+
+    def begin_transfer(
+        self, engine: SwappingEngine, unit: str | None, evicted: Sequence[str]
+    ) -> None:
+        """Begin to evict units and, once these have made room for it, to load another one."""
+        for name in evicted:
+            # From here on nobody swaps to it.
+            self._states[name].tier = Residency.DISK
+            self._listener.on_residency(name, Residency.DISK)
+            leaving = self._evicting if unit is None else self._making_room
+            leaving[name] = self._states[name].host_bytes
+        if unit is not None:
+            self._loading_unit = unit
+            self._listener.on_residency(unit, Residency.LOADING)
+        if unit is not None or evicted:
+            self._begin(engine, unit, evicted)
+
+    def _begin(self, engine: SwappingEngine, unit: str | None, evicted: Sequence[str]) -> None:
+        self._transfer = asyncio.create_task(self._run_transfer(engine, unit, evicted))
+
+    async def _run_transfer(
+        self, engine: SwappingEngine, unit: str | None, evicted: Sequence[str]
+    ) -> None:
+        try:
+            for name in evicted:
+                await engine.evict(name, for_next=unit is not None)
+                self._forget_bytes(name)
+            if unit is not None:
+                self.record_load(unit, await engine.load_to_host(unit))
+                state = self._states[unit]
+                state.tier = Residency.HOST
+                state.wanted = False
+                state.deaths = 0
+                self._listener.on_residency(unit, Residency.HOST)
+        except Exception as error:
+            reason = error.message if isinstance(error, CoeError) else repr(error)
+            if isinstance(error, EngineDeadError) or engine.failure() is not None:
+                self.freeze()
+                if unit is not None:
+                    self.record_engine_death(unit, error)
+            elif unit is not None:
+                self.mark_failed(unit, reason)
+            else:
+                log.error("eviction of %s failed: %s", "/".join(evicted), reason)
+        finally:
+            self._transfer = self._loading_unit = None
+            for name in evicted:
+                self._forget_bytes(name)
+            self._listener.on_transfer_end()
+
+    def _forget_bytes(self, unit: str) -> None:
+        self._evicting.pop(unit, None)
+        self._making_room.pop(unit, None)
+
+    async def cancel_transfer(self) -> None:
+        """Give up the transfer that is under way, if any."""
+        if self._transfer is not None:
+            self._transfer.cancel()
+            await asyncio.gather(self._transfer, return_exceptions=True)
+            self._transfer = self._loading_unit = None
+
+    async def evict(self, engine: SwappingEngine, unit: str) -> None:
+        """Evict a unit that nothing uses, and before it the units that run on its weights."""
+        names = [*filter(self.is_held, self.dependents_of(unit)), unit]
         for name in names:
-            known = self._known[name]
-            known.tier = Residency.DISK
-            if known.failed_until <= time.monotonic():
-                self._set_unit(name, Residency.DISK)
-            self._dropping[name] = known.host_bytes
+            state = self._states[name]
+            state.tier = Residency.DISK
+            if state.failed_until <= time.monotonic():
+                self._listener.on_residency(name, Residency.DISK)
+            self._evicting[name] = state.host_bytes
         try:
             for name in names:
                 await engine.evict(name)
         except CoeError as error:
             if isinstance(error, EngineDeadError) or engine.failure() is not None:
-                self._freeze_held()
+                self.freeze()
             raise
         finally:
             for name in names:
-                self._dropping.pop(name, None)
+                self._evicting.pop(name, None)
 
-    def _record_engine_death(self, unit: str, error: Exception) -> None:
-        """The engine died while it took in a unit's weights: perhaps not that unit's fault."""
-        self._freeze_held()
-        known = self._known[unit]
-        known.deaths += 1
-        if known.deaths >= _DEATHS:
-            known.deaths = 0
-            self._fail_unit(unit, f"the engine died while it loaded it ({error})")
-        else:
-            self._set_unit(unit, Residency.DISK)
-        self._gone = True
-        self.lost()
+    def find_user(self, unit: str) -> str | None:
+        """A unit that needs another one's weights to stay, as it uses them or is pinned."""
+        for name in self.dependents_of(unit):
+            state = self._states[name]
+            if (
+                name in (self.running_unit, self._loading_unit)
+                or state.tier is Residency.LOADING
+                or (state.pinned and self.is_held(name))
+            ):
+                return name
+        return None
 
-    def _fail_unit(self, unit: str, reason: str) -> None:
-        log.error("expert %s failed: %s", unit, reason)
-        known = self._known[unit]
-        known.tier = Residency.DISK
-        known.wanted = False
-        known.failed_until = time.monotonic() + RETRY_S
-        self._set_unit(unit, Residency.FAILED, reason)
-        self._refuse_waiting()
-        asyncio.get_running_loop().call_later(RETRY_S, self._clear_failure, unit)
-
-    def _clear_failure(self, unit: str) -> None:
-        if unit not in self._known:
-            return  # it went to another slot, or for good
-        if self._known[unit].failed_until > time.monotonic() + TICK_S:
-            return
-        if all(self._states[n].state is Residency.FAILED for n in self._units[unit].experts):
-            self._set_unit(unit, self._known[unit].tier)
-
-    # --- operating it
-
-    async def operate(self, act: str, expert: str) -> None:
-        """load, evict, pin or unpin. Raises ConflictError where the present state forbids it."""
+    def check_evictable(self, expert: str) -> None:
+        """Raises ConflictError where an expert's unit has to stay."""
         unit = self._unit_of[expert]
-        known = self._known[unit]
-        if act == "pin":
-            known.pinned = True
-        elif act == "unpin":
-            known.pinned = False
-        elif act == "load":
-            known.wanted = self._is_to_come(unit)
+        state = self._states[unit]
+        if unit == self.running_unit or state.pinned or state.tier is not Residency.HOST:
+            is_running = unit == self.running_unit
+            why = "running" if is_running else "pinned" if state.pinned else "not held"
+            raise ConflictError(f"expert {expert!r} is {why} and can't be evicted")
+
+    # --- what was measured, and what failed
+
+    def record_load(self, unit: str, result: LoadResult) -> None:
+        """Record the size of a unit and how long loading it took."""
+        state = self._states[unit]
+        state.host_bytes, state.fill_s = result.host_bytes, result.fill_s
+        state.starts = result.starts
+
+    def record_engine_death(self, unit: str, error: Exception) -> None:
+        """Record that the engine died while it took in a unit, which may not be its fault."""
+        self.freeze()
+        state = self._states[unit]
+        state.deaths += 1
+        if state.deaths >= _DEATHS:
+            state.deaths = 0
+            self.mark_failed(unit, f"the engine died while it loaded it ({error})")
         else:
-            if unit == self._unit or known.pinned or known.tier is not Residency.HOST:
-                why = "running" if unit == self._unit else "pinned" if known.pinned else "not held"
-                raise ConflictError(f"expert {expert!r} is {why} and can't be evicted")
-            engine = self._engine
-            if engine is None:
-                raise ConflictError("the slot's engine is starting; nothing is held")
-            if name := self._in_use(unit):
-                raise ConflictError(f"expert {name!r} runs on it or is pinned: it can't be evicted")
-            known.wanted = False
-            known.demand = 0.0
-            await self._forget(engine, unit)
-        self._event.set()
+            self._listener.on_residency(unit, Residency.DISK)
+        self._listener.on_engine_death()
+
+    def mark_failed(self, unit: str, reason: str) -> None:
+        """Record that a unit can't be loaded or run, and leave it alone for a while."""
+        log.error("expert %s failed: %s", unit, reason)
+        state = self._states[unit]
+        state.tier = Residency.DISK
+        state.wanted = False
+        state.failed_until = time.monotonic() + RETRY_S
+        self._listener.on_residency(unit, Residency.FAILED, reason)
+        self.retry_later(unit)
+
+    def retry_later(self, unit: str) -> None:
+        """Try a unit again after a while."""
+        self._states[unit].failed_until = time.monotonic() + RETRY_S
+        asyncio.get_running_loop().call_later(RETRY_S, self._end_failure, unit)
+
+    def _end_failure(self, unit: str) -> None:
+        # The unit may have left the slot, or may have failed again.
+        state = self._states.get(unit)
+        if state is not None and state.failed_until <= time.monotonic() + TICK_S:
+            self._listener.on_retry(unit)

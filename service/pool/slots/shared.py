@@ -1,35 +1,94 @@
-"""What a shared slot knows of its units, and what it tells.
+"""A slot that several units share, of which one runs at a time.
 
-`swap_slot` does what the planner says; here are the units, which may come and go, the
-views that the planner decides by, and the states that gateways and people see.
+The planner decides, and this controller carries it out: it closes the gate, waits for the running
+requests or puts them back into the queue, swaps the weights (in place where the engine can, with
+a new engine where it can't), and opens the gate. No request is dropped, and none is answered by
+another unit's weights.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 from service.engine.base import SwappingEngine
-from service.errors import CoeError, ConflictError
+from service.errors import CoeError, ConflictError, EngineDeadError, UnknownModelError
 from service.pool.lease import LeaseRevokedError
 from service.pool.placement import Place
-from service.pool.planner import SlotView, SwapPolicy, UnitView, bounded
+from service.pool.planner import (
+    LATE,
+    Next,
+    SlotView,
+    SwapPolicy,
+    UnitView,
+    bounded,
+    has_room,
+    next_fetch,
+    next_step,
+    to_drop,
+)
 from service.pool.queue import Ticket
 from service.pool.slots.base import BaseSlot
+from service.pool.slots.host_weights import TICK_S, HostWeights
 from service.pool.units import Swap, Unit, UnitState
 from service.rpc.snapshot import ExpertState
 from service.types import Residency
 
+log = logging.getLogger("coe.pool")
+
 _SWAPS_KEPT = 64
-# Bringing a unit that has no weights of its own is but a few kilobytes.
-_LIGHT_FILL_S = 0.05
+_EWMA = 0.3  # of how long ending the running requests takes
+
+
+class SlotState(StrEnum):
+    """The states of a shared slot. Its gate is open in SERVING alone.
+
+    STARTING: It has no engine, or one that is starting.
+    SERVING: The running unit's requests run.
+    CLOSING: No request is let in, and the running ones end, so that another unit can come.
+    SWAPPING: Another unit is brought in, by this engine or by the next.
+    STOPPING: The engine died or is given up, and is about to be stopped.
+    FAILED: The engine could not be started.
+    """
+
+    STARTING = "starting"
+    SERVING = "serving"
+    CLOSING = "closing"
+    SWAPPING = "swapping"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class _Respawn:
+    """A swap that the next engine is started for."""
+
+    unit: str
+    reason: str
+    began_s: float
 
 
 class SharedSlot(BaseSlot[SwappingEngine]):
-    """A slot with units of which one runs at a time."""
+    """An engine and the units that take turns in it.
+
+    Args:
+        units: The units; the first engine starts with the first of them.
+        build_for: Makes an engine that starts with a unit running.
+        policy: How the slot weighs the units' claims.
+        capacity: Places of the engine: requests that run at once.
+        max_waiting: Load that may wait for each expert.
+        start_guess_s: How long a start of the engine takes, until one was measured.
+        guess: Sizes and times of units that were not measured yet.
+        changed: Called whenever a snapshot would differ.
+        apart: Until an engine has reported which units it can run, expect each unit with weights
+            of its own to need an engine of its own.
+    """
 
     def __init__(
         self,
@@ -44,379 +103,712 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         changed: Callable[[], None],
         apart: bool = False,
     ) -> None:
-        """`apart`: until an engine has told, each unit with weights is taken to need its own."""
         super().__init__(
             tuple(name for unit in units for name in unit.experts),
-            lambda: build_for(self._unit),
             capacity=capacity,
             max_waiting=max_waiting,
             start_guess_s=start_guess_s,
             changed=changed,
         )
-        self._units: dict[str, Unit] = {}
-        self._unit_of: dict[str, str] = {}
-        self._known: dict[str, UnitState] = {}
-        self._guess = guess
-        self._states = {}
         self.policy = policy
-        self._unit = units[0].name
-        self._since_s = 0.0
-        self._open = False
-        self._drain_s = 0.0
-        self._closed_s: float | None = None
-        self._event = asyncio.Event()
-        self._filling_unit: str | None = None
-        # Bytes that are on their way out of the engine, by unit; and those that go so that
-        # `_filling_unit` can come.
-        self._dropping: dict[str, int] = {}
-        self._clearing: dict[str, int] = {}
-        # Whether there is an engine's process, or room was made for one; and what an engine that
-        # is being stopped held at last: until it has ended its memory is not free.
-        self._occupied = False
-        self._ending_bytes: int | None = None
-        self._stop_s = 0.0
-        # The unit that the engine was started with.
-        self._first = ""
-        # What engines that started with a unit can run, as they told.
-        self._apart = apart
-        self._able: dict[str, frozenset[str]] = {}
-        # Units that are to go, and who waits until they are gone.
-        self._retired: dict[str, asyncio.Event] = {}
         self.swaps: list[Swap] = []
-        self.counts: dict[tuple[str, str, str], int] = {}
-        self.canary_failures = 0
+        self._swap_counts: dict[tuple[str, str, str], int] = {}
+        self._build_for = build_for
+        self._weights = HostWeights(guess, units[0].name, self)
+        self._state = SlotState.STARTING
+        # Set by whatever the controller should look at before its next tick.
+        self._wake = asyncio.Event()
+        # Since when the running unit runs, and since when the gate is closed for another one.
+        self._running_since_s = 0.0
+        self._closing_since_s: float | None = None
+        # How long the running requests take to end, and an engine to stop.
+        self._drain_s = 0.0
+        self._stop_s = 0.0
+        # The unit that the present engine was started with; the unit without weights of its own
+        # that the next engine is started for; and the swap that this completes.
+        self._started_unit: str | None = None
+        self._start_target: str | None = None
+        self._respawn: _Respawn | None = None
+        # The units that engines which were started with a unit can run, as they reported.
+        self._runnable: dict[str, frozenset[str]] = {}
+        self._runnable_apart = apart
+        # Units that are to be removed, with the events that are set once they are.
+        self._retired: dict[str, asyncio.Event] = {}
         for unit in units:
             self.take_in(unit)
-        self._set_unit(self._unit, Residency.LOADING)
+        self._show(self._weights.running_unit, Residency.LOADING)
+
+    @property
+    def state(self) -> SlotState:
+        """The state of the slot."""
+        return self._state
+
+    def _enter(self, state: SlotState) -> None:
+        """Go over to a state; an engine that is lost is followed by a new start alone."""
+        if self._state is not SlotState.STOPPING or state in (
+            SlotState.STARTING,
+            SlotState.FAILED,
+        ):
+            self._state = state
 
     # --- units come and go
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        """The units that are here."""
-        return tuple(self._units.values())
+        """The units of this slot."""
+        return self._weights.units
+
+    @property
+    def active_units(self) -> list[Unit]:
+        """The units of this slot without those that are to be removed."""
+        return [unit for unit in self.units if unit.name not in self._retired]
 
     @property
     def running_unit(self) -> str:
         """The unit that runs, or that the next engine starts with."""
-        return self._unit
+        return self._weights.running_unit
 
     def unit_of(self, expert: str) -> Unit:
-        """The unit that an expert belongs to."""
-        return self._units[self._unit_of[expert]]
-
-    def set_pinned(self, expert: str, pinned: bool) -> None:
-        """Whether an expert's unit stays in host memory, whatever else wants the room."""
-        self._known[self._unit_of[expert]].pinned = pinned
-        self._event.set()
-
-    def _is_to_come(self, unit: str) -> bool:
-        """Whether a unit that an operator wants is not held yet.
-
-        Raises ConflictError if it can't be.
-        """
-        known = self._known[unit]
-        if known.tier is not Residency.DISK:
-            return False
-        now_s = time.monotonic()
-        if known.failed_until > now_s:
-            raise ConflictError(f"expert {unit!r} could not be loaded: {self._states[unit].reason}")
-        if (engine := self._engine) is None:
-            return unit != self._unit  # the next engine starts with that one
-        views = self._unit_views(now_s, engine.swappable_experts)
-        beside = bounded(self._slot_view(now_s), views, self.policy)
-        if not any(view.name == unit and view.exchangeable for view in beside):
-            raise ConflictError(
-                f"expert {unit!r} can't be held beside {self._unit!r}: it needs an engine of its "
-                "own, or more host_bytes; it is started when it is asked for"
-            )
-        return True
-
-    def take_in(self, unit: Unit, known: UnitState | None = None) -> None:
-        """One more unit, and what another slot knew of it."""
-        if known is None:
-            size = unit.size_bytes or (0 if unit.needs else self._guess.host_bytes)
-            fill_s = min(self._guess.fill_s, _LIGHT_FILL_S) if unit.needs else self._guess.fill_s
-            known = replace(self._guess, host_bytes=size, fill_s=fill_s, pinned=unit.pinned)
-        known.reset_residency()
-        self._units[unit.name] = unit
-        self._known[unit.name] = known
-        for name in unit.experts:
-            self._unit_of[name] = unit.name
-            self._states[name] = ExpertState(Residency.DISK)
-            self._queue.add_expert(name)
-        self._recount()
-
-    def _forget_unit(self, unit: str) -> UnitState:
-        gone = self._units.pop(unit)
-        self._able.pop(unit, None)
-        for name in gone.experts:
-            del self._unit_of[name], self._states[name]
-        self._recount()
-        return self._known.pop(unit)
-
-    def _recount(self) -> None:
-        self.experts = tuple(name for unit in self._units.values() for name in unit.experts)
-        self._event.set()
-        self._changed()
-
-    def _is_held(self, unit: str) -> bool:
-        """Whether a unit is in host memory, running or not."""
-        return self._known[unit].tier in (Residency.HOST, Residency.DEVICE)
+        return self._weights.unit_of(expert)
 
     def held_bytes(self) -> int:
-        """Bytes of weights that are in host memory, or on their way to it or out of it.
+        """Bytes of weights in host memory, or on their way to it or out of it."""
+        return self._weights.held_bytes()
 
-        Those of an engine that is still to start count from when room was made for it.
+    def take_in(self, unit: Unit, state: UnitState | None = None) -> None:
+        """Add a unit, with what another slot measured of it."""
+        self._weights.add(unit, state)
+        for name in unit.experts:
+            self._states[name] = ExpertState(Residency.DISK)
+            self._queue.add_expert(name)
+        self._list_experts()
+
+    def hand_over(self, unit: str) -> UnitState | None:
+        """Give a unit to another slot, where its waiting requests are put back into the queue.
+
+        Returns:
+            What was measured of the unit, or None where it can't go now.
         """
-        if self._ending_bytes is not None:
-            return self._ending_bytes
-        if not self._occupied:
-            return 0
-        there = {self._weight_owner(self._unit)} | {
-            name for name, known in self._known.items() if known.tier is not Residency.DISK
-        }
-        coming = self._filling_unit
-        held = sum(
-            self._known[name].host_bytes
-            for name in there
-            if not self._units[name].needs and name != coming
+        weights = self._weights
+        if unit in (self.running_unit, weights.loading_unit) or weights.is_transferring:
+            return None
+        if weights.unit(unit).needs or weights.dependents_of(unit):
+            return None  # they stay together
+        if weights.state(unit).tier not in (Residency.DISK, Residency.HOST):
+            return None
+        if self._retired and len(self.active_units) == 1:
+            return None  # another unit has to run when the retired ones go
+        self._refuse_unit(
+            unit, lambda ticket: LeaseRevokedError(ticket.arrived_s, put_back=ticket.again)
         )
-        arriving = 0
-        if coming is not None and not self._units[coming].needs:
-            arriving = self._known[coming].host_bytes
-        # It comes when those that make room for it have gone, and not before.
-        return held + sum(self._dropping.values()) + max(arriving, sum(self._clearing.values()))
+        return self._release_unit(unit)
 
-    def _freeze_held(self) -> None:
-        """The engine died or is given up: until it has been stopped, all that it held is there."""
-        if self._ending_bytes is None:
-            self._ending_bytes = self.held_bytes()
+    def _release_unit(self, unit: str) -> UnitState:
+        experts = self._weights.unit(unit).experts
+        state = self._weights.remove(unit, self._engine)
+        self._runnable.pop(unit, None)
+        for name in experts:
+            del self._states[name]
+        self._list_experts()
+        return state
 
-    def _weight_owner(self, unit: str) -> str:
-        """The unit whose weights a unit runs on."""
-        return self._units[unit].needs or unit
+    def _list_experts(self) -> None:
+        self.experts = tuple(name for unit in self.units for name in unit.experts)
+        self._wake.set()
+        self._changed()
 
-    def _fetch_time_s(self, unit: str) -> float:
-        """From where it is to host memory, and first the weights that it needs."""
-        known = self._known[unit]
-        own_s = 0.0 if self._is_held(unit) else known.fill_s
-        needs = self._units[unit].needs
-        return own_s + (self._fetch_time_s(needs) if needs in self._units else 0.0)
-
-    def _start_of(self, unit: str) -> float:
-        """What another engine takes to run a unit, in s, once there is none."""
-        owner = self._weight_owner(unit)
-        known = self._known.get(owner)
-        start_s = (known.start_s if known is not None else 0.0) or self._start_s
-        if owner == unit:
-            return start_s
-        return start_s + self._known[unit].fill_s + self._known[unit].swap_s
-
-    def _stop_of(self, unit: str) -> float:
-        """What the end of an engine that was started with a unit takes, in s."""
-        known = self._known.get(unit)
-        return (known.stop_s if known is not None else 0.0) or self._stop_s
-
-    def _respawn_to(self, unit: str) -> float:
-        """What leaving this engine for another that runs a unit takes, in s."""
-        return self._stop_of(self._first) + self._start_of(unit)
-
-    def _can_run(self) -> frozenset[str]:
-        """The units that this slot's engine can run; while one starts, as far as that is known."""
-        if self._engine is not None:
-            return self._engine.swappable_experts
-        if (told := self._able.get(self._unit)) is not None:
-            return told
-        if not self._apart:
-            return frozenset(self._units)
-        return frozenset(
-            n for n in self._units if self._weight_owner(n) == self._weight_owner(self._unit)
-        )
-
-    def _reject_waiting(
-        self, unit: str, why: Callable[[Ticket], CoeError | LeaseRevokedError]
+    async def retire(
+        self, unit: str, reason: str, kind: type[CoeError] = UnknownModelError
     ) -> None:
-        """Whoever waits for a unit is told."""
-        for name in self._units[unit].experts:
-            self._queue.refuse_waiting(name, why)
+        """Remove a unit for good, once its running requests have ended.
+
+        There must be another unit to run.
+
+        Args:
+            unit: The unit.
+            reason: Why it is gone, for the clients that wait for it.
+            kind: The error that these get.
+        """
+        self._refuse_unit(unit, lambda _: kind(reason))
+        if self._engine is None and unit != self.running_unit:
+            self._release_unit(unit)
+            return
+        removed = self._retired[unit] = asyncio.Event()
+        self._wake.set()
+        await removed.wait()
+
+    async def close(self, reason: str, kind: type[CoeError] = UnknownModelError) -> None:
+        await super().close(reason, kind)
+        while self._retired:
+            self._retired.popitem()[1].set()
+
+    async def _leave_retired(self, engine: SwappingEngine, views: Sequence[UnitView]) -> bool:
+        """Remove the units that are to go. False: the running one's successor needs an engine."""
+        for unit in [name for name in self._retired if name != self.running_unit]:
+            if self._weights.is_transferring:
+                return True
+            self._release_unit(unit)
+            self._retired.pop(unit).set()
+        if self.running_unit not in self._retired or self._slot_view(time.monotonic()).running:
+            return True
+        held = {view.name for view in views if view.tier is not Residency.DISK}
+        candidates = [
+            view
+            for view in views
+            if view.name not in self._retired and (not view.needs or view.needs in held)
+        ]
+        if not candidates or self._weights.is_transferring:
+            return True
+        successor = max(
+            candidates,
+            key=lambda view: (
+                view.waiting,
+                view.tier is Residency.HOST,
+                view.demand_per_s,
+                view.name,
+            ),
+        )
+        self._enter(SlotState.SWAPPING)
+        if successor.tier is Residency.HOST:
+            return await self._swap(engine, successor.name, "removed")
+        slot = self._slot_view(time.monotonic())
+        evicted = to_drop(slot, views, self.policy, successor.name)
+        # It is only loaded beside the unit that goes where there is room for both.
+        has_place = has_room(views, self.policy, successor.name, evicted)
+        if not successor.exchangeable or not has_place:
+            self._respawn_for(successor.name, "removed")
+            return False
+        self._weights.begin_transfer(engine, successor.name, evicted)
+        return True
 
     # --- requests
 
-    def _ready(self) -> set[str]:
-        return super()._ready() if self._open else set()
+    def _ready_experts(self) -> set[str]:
+        return super()._ready_experts() if self._state is SlotState.SERVING else set()
 
-    def _arrived(self, ticket: Ticket) -> None:
-        self.demand(ticket.expert, 1.0, ticket.arrived_s)
+    def _on_arrival(self, ticket: Ticket) -> None:
+        self.record_demand(ticket.expert, 1.0, ticket.arrived_s)
 
-    def demand(self, expert: str, amount: float, now_s: float) -> None:
-        """Utility asked of an expert: what is served, and what gateways would have sent."""
-        self._known[self._unit_of[expert]].record_demand(amount, now_s)
-        self._event.set()
+    def _on_departure(self) -> None:
+        self._wake.set()
 
-    def _left(self) -> None:
-        self._event.set()
+    def record_demand(self, expert: str, amount: float, now_s: float) -> None:
+        """Record demand for an expert: requests that came, and those gateways would have sent."""
+        self._weights.state(self.unit_of(expert).name).record_demand(amount, now_s)
+        self._wake.set()
+
+    def _refuse_unit(self, unit: str, error: Callable[[Ticket], Exception]) -> None:
+        for name in self._weights.unit(unit).experts:
+            self._queue.refuse_waiting(name, error)
 
     def _swap_s_since(self, since_s: float) -> float:
-        # What of each was after that.
+        # Of each swap the part that was after that.
         return sum(
             min(swap.swap_s, max(0.0, swap.began_s + swap.swap_s - since_s)) for swap in self.swaps
         )
 
-    # --- what it tells
+    # --- the engine's life
 
-    def _note(self, swap: Swap) -> None:
+    def _build_engine(self) -> SwappingEngine:
+        return self._build_for(self.running_unit)
+
+    async def _prepare_start(self) -> None:
+        """Wait for room, before other slots' starts would have to wait for that."""
+        self._reset_residency()
+        await self._wait_for_host_memory()
+        self._weights.reserve()
+
+    async def _wait_for_host_memory(self) -> None:
+        """Where slots share a bound, wait until others have made room for the unit that starts."""
+        while self.policy.most_bytes is not None and self.policy.host_bytes is not None:
+            owner = self._weights.owner_of(self.running_unit)
+            if self._weights.state(owner).host_bytes <= self.policy.host_bytes:
+                return
+            await asyncio.sleep(TICK_S)
+
+    async def _start(self, engine: SwappingEngine) -> None:
+        """Start the engine with the unit that is to run."""
+        began_s = time.monotonic()
+        unit = self.running_unit
+        self._start_began_s = began_s - self._stop_time_s(self._started_unit)
+        report = await engine.start()
+        self._engine, self._report = engine, report
+        for name in self._weights.unit(unit).experts:
+            await engine.load(name)
+        self._runnable[unit] = engine.swappable_experts
+        self._started_unit = unit
+        start_s = time.monotonic() - began_s
+        self._weights.state(unit).start_s = start_s
+        self._on_started(start_s)
+        target, self._start_target = self._start_target, None
+        # The target may have left the slot meanwhile.
+        if target is not None and target in self._weights.dependents_of(unit):
+            await self._adopt_started_engine(engine, target)
+        respawn, self._respawn = self._respawn, None
+        if respawn is not None and respawn.unit == self.running_unit:
+            swap_s = time.monotonic() - respawn.began_s
+            self._record_swap(
+                Swap(respawn.unit, "respawn", respawn.reason, respawn.began_s, swap_s)
+            )
+        self._run_unit(self.running_unit)
+
+    async def _adopt_started_engine(self, engine: SwappingEngine, unit: str) -> None:
+        """Give an engine that has just started to the unit that it was started for.
+
+        This comes before the gate opens: the requests of other units would run first otherwise.
+        """
+        base = self.running_unit
+        try:
+            self._weights.record_load(unit, await engine.load_to_host(unit))
+            if (await engine.swap_in(unit)).ok:
+                self._weights.state(base).tier = Residency.HOST
+                self._show(base, Residency.HOST)
+                self._weights.running_unit = unit
+                return
+            self.canary_failures += 1
+            self._weights.mark_failed(unit, "canary tokens differ from the first load")
+            await engine.swap_in(base)
+        except EngineDeadError:
+            raise
+        except CoeError as error:
+            self._weights.mark_failed(unit, error.message)
+
+    def _reset_residency(self) -> None:
+        """Show that no unit is held, as all went with the engine, and that one starts."""
+        self._start_began_s = now_s = time.monotonic()
+        self._enter(SlotState.STARTING)
+        self._closing_since_s = None
+        for unit, state in self._weights:
+            state.tier = Residency.DISK
+            if state.failed_until <= now_s:
+                self._show(unit.name, Residency.DISK)
+        self._show(self.running_unit, Residency.LOADING)
+
+    async def _watch(self, engine: SwappingEngine) -> None:
+        """Carry out the planner's steps until the engine dies, or another one is needed."""
+        try:
+            while engine.failure() is None and self._state is not SlotState.STOPPING:
+                self._wake.clear()
+                if not await self._take_step(engine):
+                    break
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(TICK_S):
+                        await self._wake.wait()
+        finally:
+            self._enter(SlotState.STOPPING)
+            self._weights.freeze()
+            await self._weights.cancel_transfer()
+        if (reason := engine.failure()) is not None:
+            log.error("engine of %s died (%s); starting another", self.running_unit, reason)
+        self._engine = None
+        self._reset_residency()
+
+    async def _stop_engine(self, engine: SwappingEngine | None) -> None:
+        began_s = time.monotonic()
+        was_alive = self._weights.is_frozen and engine is not None and engine.failure() is None
+        await super()._stop_engine(engine)
+        if was_alive:
+            self._stop_s = time.monotonic() - began_s
+            if (state := self._weights.find_state(self._started_unit)) is not None:
+                state.stop_s = self._stop_s
+        self._weights.release()
+
+    def report_engine_death(self) -> None:
+        self._wake.set()
+
+    def _on_start_failed(self, reason: str) -> None:
+        # Only the unit that it was to start with is at fault.
+        self._enter(SlotState.FAILED)
+        self._show(self.running_unit, Residency.FAILED, reason)
+
+    def _retry_delay_s(self) -> float:
+        # Another unit may be able to start meanwhile.
+        now_s = time.monotonic()
+        self._weights.retry_later(self.running_unit)
+        failed = {unit.name for unit, state in self._weights if state.failed_until > now_s}
+        able = [
+            unit.name
+            for unit in self.active_units
+            if unit.name not in failed and (unit.needs or unit.name) not in failed
+        ]
+        if not able:
+            return super()._retry_delay_s()
+        self._start_next_for(max(able, key=self._waiting_in))
+        return 0.5
+
+    # --- steps
+
+    async def _take_step(self, engine: SwappingEngine) -> bool:
+        """Ask the planner once and do what it says. False: the next unit needs another engine."""
+        now_s = time.monotonic()
+        slot = self._slot_view(now_s)
+        views = bounded(slot, self._unit_views(now_s, engine.swappable_experts), self.policy)
+        if self._retired:
+            if self._weights.is_idle:
+                # Other slots may need the room meanwhile.
+                evicted = to_drop(slot, views, self.policy, None)
+                self._weights.begin_transfer(engine, None, evicted)
+            return await self._leave_retired(engine, views)
+        step = next_step(slot, views, self.policy)
+        if step.act is Next.STAY:
+            self._closing_since_s = None
+            if self._state is not SlotState.SERVING:
+                self._enter(SlotState.SERVING)
+                self._grant()
+        elif step.act is Next.CLOSE:
+            if self._state is SlotState.SERVING or self._closing_since_s is None:
+                self._closing_since_s = now_s
+            self._enter(SlotState.CLOSING)
+            if self.policy.preempt and step.reason == LATE and self._has_fresh_waiter(step.unit):
+                self._revoke_leases()
+        else:
+            self._enter(SlotState.SWAPPING)
+            if self._closing_since_s is not None:
+                drain_s = now_s - self._closing_since_s
+                # It rises at once and falls slowly, as the bound on waiting is kept by it.
+                self._drain_s = max(drain_s, self._drain_s + _EWMA * (drain_s - self._drain_s))
+            if self._weights.state(step.unit).tier is not Residency.HOST:
+                self._respawn_for(step.unit, step.reason)
+                return False
+            return await self._swap(engine, step.unit, step.reason)
+        if self._weights.is_idle:
+            loaded = next_fetch(slot, views, self.policy)
+            evicted = to_drop(slot, views, self.policy, loaded)
+            self._weights.begin_transfer(engine, loaded, evicted)
+        return True
+
+    def _has_fresh_waiter(self, unit: str) -> bool:
+        """Whether a request waits for a unit that was not put back; else two would alternate."""
+        return any(
+            not ticket.again
+            for name in self._weights.unit(unit).experts
+            for ticket in self._queue.waiting_for(name)
+        )
+
+    async def _swap(self, engine: SwappingEngine, unit: str, reason: str) -> bool:
+        """Swap a held unit in. False: the engine died, or has to be replaced."""
+        weights = self._weights
+        began_s = time.monotonic()
+        # It is neither held nor running until that is done, so that it can't be evicted.
+        weights.state(unit).tier = Residency.LOADING
+        try:
+            result = await engine.swap_in(unit)
+        except CoeError as error:
+            if isinstance(error, EngineDeadError) or engine.failure() is not None:
+                weights.record_engine_death(unit, error)
+                return False
+            weights.mark_failed(unit, error.message)
+            if weights.find_user(unit) is not None:
+                weights.state(unit).tier = Residency.HOST
+                return True
+            with suppress(CoeError):
+                await weights.evict(engine, unit)
+            return True
+        if not result.ok:
+            self.canary_failures += 1
+            log.error("weight verification failed for %s after swap; restarting engine", unit)
+            self._respawn_for(unit, "canary")
+            return False
+        state = weights.state(unit)
+        state.deaths = 0
+        state.record_swap(result.swap_s, started=result.started)
+        before = self.running_unit
+        weights.state(before).tier = Residency.HOST
+        self._show(before, Residency.HOST)
+        self._record_swap(Swap(unit, result.method, reason, began_s, result.swap_s))
+        self._run_unit(unit)
+        return True
+
+    def _respawn_for(self, unit: str, reason: str) -> None:
+        """Give this engine up; the next one starts for `unit`."""
+        self._weights.freeze()
+        self._respawn = _Respawn(unit, reason, time.monotonic())
+        self._start_next_for(unit)
+
+    def _start_next_for(self, unit: str) -> None:
+        """Let the next engine start with the weights that a unit runs on."""
+        owner = self._weights.owner_of(unit)
+        self._weights.running_unit = owner
+        self._start_target = unit if unit != owner else None
+
+    def _run_unit(self, unit: str) -> None:
+        """Open the gate for a unit whose weights are in place."""
+        self._weights.running_unit = unit
+        self._running_since_s = time.monotonic()
+        self._closing_since_s = None
+        state = self._weights.state(unit)
+        state.tier = Residency.DEVICE
+        state.failed_until = 0.0
+        state.wanted = False
+        for name in self._weights.unit(unit).experts:
+            self._states[name] = self._serving_state()
+        self._enter(SlotState.SERVING)
+        self._grant()
+        self._changed()
+
+    # --- changes of residency
+
+    def _show(self, unit: str, residency: Residency, reason: str = "") -> None:
+        for name in self._weights.unit(unit).experts:
+            state = self._states[name]
+            self._states[name] = replace(state, state=residency, reason=reason, eta_s=0.0)
+        self._changed()
+
+    def on_residency(self, unit: str, residency: Residency, reason: str = "") -> None:
+        self._show(unit, residency, reason)
+        if residency is Residency.FAILED:
+            self._refuse_failed()
+
+    def on_retry(self, unit: str) -> None:
+        names = self._weights.unit(unit).experts
+        if all(self._states[name].state is Residency.FAILED for name in names):
+            self._show(unit, self._weights.state(unit).tier)
+
+    def on_engine_death(self) -> None:
+        self._enter(SlotState.STOPPING)
+        self._wake.set()
+
+    def on_transfer_end(self) -> None:
+        self._wake.set()
+
+    # --- operations
+
+    def set_pinned(self, expert: str, pinned: bool) -> None:
+        """Pin an expert's unit in host memory, or let it be evicted."""
+        self._weights.state(self.unit_of(expert).name).pinned = pinned
+        self._wake.set()
+
+    async def operate(self, operation: str, expert: str) -> None:
+        unit = self.unit_of(expert).name
+        state = self._weights.state(unit)
+        if operation in ("pin", "unpin"):
+            state.pinned = operation == "pin"
+        elif operation == "load":
+            state.wanted = self._has_to_load(unit)
+        else:
+            self._weights.check_evictable(expert)
+            engine = self._engine
+            if engine is None:
+                raise ConflictError("the slot's engine is starting; nothing is held")
+            if (user := self._weights.find_user(unit)) is not None:
+                raise ConflictError(f"expert {user!r} runs on it or is pinned: it can't be evicted")
+            state.wanted = False
+            state.demand = 0.0
+            await self._weights.evict(engine, unit)
+        self._wake.set()
+
+    def _has_to_load(self, unit: str) -> bool:
+        """Whether a unit that an operator wants in host memory has to be loaded.
+
+        Raises:
+            ConflictError: It can't be loaded.
+        """
+        state = self._weights.state(unit)
+        if state.tier is not Residency.DISK:
+            return False
+        now_s = time.monotonic()
+        if state.failed_until > now_s:
+            raise ConflictError(f"expert {unit!r} could not be loaded: {self._states[unit].reason}")
+        if (engine := self._engine) is None:
+            return unit != self.running_unit  # the next engine starts with that one
+        views = self._unit_views(now_s, engine.swappable_experts)
+        views = bounded(self._slot_view(now_s), views, self.policy)
+        if not any(view.name == unit and view.exchangeable for view in views):
+            raise ConflictError(
+                f"expert {unit!r} can't be held beside {self.running_unit!r}: it needs an engine "
+                "of its own, or more host_bytes; it is started when it is asked for"
+            )
+        return True
+
+    # --- times
+
+    def _start_time_s(self, unit: str) -> float:
+        """Seconds that another engine takes to start and run a unit, once this one has ended."""
+        owner = self._weights.owner_of(unit)
+        state = self._weights.find_state(owner)
+        start_s = (state.start_s if state is not None else 0.0) or self._start_s
+        if owner == unit:
+            return start_s
+        own = self._weights.state(unit)
+        return start_s + own.fill_s + own.swap_s
+
+    def _stop_time_s(self, unit: str | None) -> float:
+        """Seconds that an engine takes to end which was started with a unit."""
+        state = self._weights.find_state(unit)
+        return (state.stop_s if state is not None else 0.0) or self._stop_s
+
+    def _respawn_time_s(self, unit: str) -> float:
+        """Seconds to replace this engine by another one that runs a unit."""
+        return self._stop_time_s(self._started_unit) + self._start_time_s(unit)
+
+    def _swap_time_s(self, unit: str, able: Collection[str]) -> float:
+        """Seconds from where a unit's weights are now until it runs."""
+        if unit not in able:
+            return self._respawn_time_s(unit)
+        state = self._weights.state(unit)
+        if state.starts:
+            return self._start_time_s(unit)
+        return state.swap_s + self._weights.fetch_time_s(unit)
+
+    def _round_trip_s(self, unit: str, able: Collection[str]) -> tuple[float, float]:
+        """Seconds from the running unit to another whose weights are held, and back again."""
+        weights, running = self._weights, self.running_unit
+        if unit == running:
+            swap_s = weights.state(unit).swap_s
+            return swap_s, swap_s
+        if unit not in able:
+            there_s, back_s = self._start_time_s(unit), self._start_time_s(running)
+            stopped = running if self._engine is None else self._started_unit
+            return self._stop_time_s(stopped) + there_s, self._stop_time_s(unit) + back_s
+        there, back = weights.state(unit), weights.state(running)
+        there_s = self._start_time_s(unit) if there.starts else there.swap_s
+        return there_s, back.swap_s if back.measured else there.swap_s
+
+    def _full_start_s(self) -> float:
+        # It counts from when the engine before began to end.
+        waits = self._turn_asked_s is not None and not self._has_turn
+        unit = self.running_unit
+        return self._start_time_s(unit) if waits else self._respawn_time_s(unit)
+
+    def _runnable_units(self) -> frozenset[str]:
+        """The units that this slot's engine can run, as far as that is known while one starts."""
+        if self._engine is not None:
+            return self._engine.swappable_experts
+        running = self.running_unit
+        if (reported := self._runnable.get(running)) is not None:
+            return reported
+        names = frozenset(unit.name for unit in self.units)
+        if not self._runnable_apart:
+            return names
+        owner_of = self._weights.owner_of
+        return frozenset(name for name in names if owner_of(name) == owner_of(running))
+
+    # --- figures
+
+    def _record_swap(self, swap: Swap) -> None:
         self.swaps.append(swap)
         del self.swaps[:-_SWAPS_KEPT]
         key = (swap.unit, swap.method, swap.reason)
-        self.counts[key] = self.counts.get(key, 0) + 1
+        self._swap_counts[key] = self._swap_counts.get(key, 0) + 1
 
-    def _set_unit(self, unit: str, state: Residency, reason: str = "") -> None:
-        for name in self._units[unit].experts:
-            self._states[name] = replace(self._states[name], state=state, reason=reason, eta_s=0.0)
-        self._changed()
+    def swap_counts(self) -> dict[tuple[str, str, str], int]:
+        return dict(self._swap_counts)
 
     def details(self) -> dict[str, dict[str, Any]]:
-        """Each expert's residency in full, its last swap included."""
-        told = super().details()
+        details = super().details()
         last = {swap.unit: swap for swap in self.swaps}
-        for name, entry in told.items():
-            unit = self._unit_of[name]
-            known = self._known[unit]
+        for name, entry in details.items():
+            unit = self.unit_of(name).name
+            state = self._weights.state(unit)
             entry |= {
                 "unit": unit,
-                "pinned": known.pinned,
-                "host_bytes": known.host_bytes if known.tier is not Residency.DISK else 0,
-                "fill_s": round(known.fill_s, 3),
-                "swap_s": round(known.swap_s, 4),
+                "pinned": state.pinned,
+                "host_bytes": state.host_bytes if state.tier is not Residency.DISK else 0,
+                "fill_s": round(state.fill_s, 3),
+                "swap_s": round(state.swap_s, 4),
             }
             if (swap := last.get(unit)) is not None:
-                ago_s = round(time.monotonic() - swap.began_s, 1)
                 entry["last_swap"] = {
                     "method": swap.method,
                     "reason": swap.reason,
                     "swap_s": round(swap.swap_s, 4),
-                    "ago_s": ago_s,
+                    "ago_s": round(time.monotonic() - swap.began_s, 1),
                 }
-        return told
-
-    def swap_counts(self) -> dict[tuple[str, str, str], int]:
-        """Swaps by unit, method and reason."""
-        return dict(self.counts)
+        return details
 
     def states(self) -> dict[str, ExpertState]:
         """Each expert's state, with the time until it could answer if it were its turn.
 
-        Both times are those that the planner reckons with: where another engine must be started,
-        what that takes. swap_s: of the ways there and back again the mean.
+        The times are those that the planner uses; they include the start of another engine where
+        that is needed. `swap_s` is the mean of a swap to the expert and of the swap back.
         """
         now_s = time.monotonic()
-        units = self._unit_views(now_s, self._can_run())
-        views = bounded(self._slot_view(now_s), units, self.policy)
+        views = self._unit_views(now_s, self._runnable_units())
+        views = bounded(self._slot_view(now_s), views, self.policy)
         able = {view.name for view in views if view.exchangeable}
-        starting = self._engine is None
-        left_s = self.ahead_s + self.start_left_s()
+        start_left_s = self.ahead_s + self.start_left_s()
         times: dict[str, tuple[float, float]] = {}
-        for unit, known in self._known.items():
-            there_s, back_s = self._way(unit, able)
-            bring_s = self._fetch_time_s(unit) if unit in able else 0.0
-            if starting:
+        for unit, unit_state in self._weights:
+            name = unit.name
+            there_s, back_s = self._round_trip_s(name, able)
+            fetch_s = self._weights.fetch_time_s(name) if name in able else 0.0
+            if self._engine is None:
                 # Rounded, so that a countdown is no change worth a line in every snapshot.
-                after_s = 0.0 if unit == self._unit else bring_s + there_s
-                eta_s = float(round(left_s + after_s))
-            elif known.tier is Residency.HOST:
+                after_s = 0.0 if name == self.running_unit else fetch_s + there_s
+                eta_s = float(round(start_left_s + after_s))
+            elif unit_state.tier is Residency.HOST:
                 eta_s = round(there_s, 3)
             else:
-                eta_s = round(bring_s + there_s, 1)
-            times[unit] = eta_s, round((there_s + back_s) / 2, 3)
-        told = {}
+                eta_s = round(fetch_s + there_s, 1)
+            times[name] = eta_s, round((there_s + back_s) / 2, 3)
+        states = {}
         for name, state in self._states.items():
-            eta_s, swap_s = times[self._unit_of[name]]
+            eta_s, swap_s = times[self.unit_of(name).name]
             waits = state.state in (Residency.HOST, Residency.DISK, Residency.LOADING)
-            told[name] = replace(state, eta_s=eta_s if waits else 0.0, swap_s=swap_s)
-        return told
+            states[name] = replace(state, eta_s=eta_s if waits else 0.0, swap_s=swap_s)
+        return states
 
-    def _swap_to(self, unit: str, able: Collection[str]) -> float:
-        """From where a unit's weights are now to running, in s."""
-        if unit not in able:
-            return self._respawn_to(unit)
-        known = self._known[unit]
-        return self._start_of(unit) if known.starts else known.swap_s + self._fetch_time_s(unit)
-
-    def _start_whole_s(self) -> float:
-        # Counted from when the engine before began to end.
-        waits = self._turn_asked_s is not None and not self._begun
-        return self._start_of(self._unit) if waits else self._respawn_to(self._unit)
-
-    def _way(self, unit: str, able: Collection[str]) -> tuple[float, float]:
-        """From the running unit to another, its weights at hand, and back. In s."""
-        running = self._unit
-        if unit == running:
-            swap_s = self._known[unit].swap_s
-            return swap_s, swap_s
-        if unit not in able:
-            there_s, back_s = self._start_of(unit), self._start_of(running)
-            if self._engine is None:
-                return self._stop_of(running) + there_s, self._stop_of(unit) + back_s
-            return self._stop_of(self._first) + there_s, self._stop_of(unit) + back_s
-        there, back = self._known[unit], self._known[running]
-        there_s = self._start_of(unit) if there.starts else there.swap_s
-        return there_s, back.swap_s if back.measured else there.swap_s
+    # --- views for the planner and for placement
 
     def view(self, pool_units: Iterable[str]) -> Place:
-        """This slot as the pool's placement sees it."""
+        """This slot as placement sees it.
+
+        Args:
+            pool_units: The units of all slots of the pool.
+        """
         now_s = time.monotonic()
         engine = self._engine
         able = engine.swappable_experts if engine is not None else frozenset()
+        is_settled = self._weights.loading_unit is None and not self._retired
         return Place(
             self._slot_view(now_s),
             self._unit_views(now_s, able),
             frozenset(pool_units) & able,
-            settled=engine is not None and self._filling_unit is None and self._is_settled(),
+            settled=engine is not None and is_settled,
         )
-
-    def _is_settled(self) -> bool:
-        return not self._retired
 
     def _waiting_in(self, unit: str) -> int:
-        return sum(self._queue.counts(name)[0] for name in self._units[unit].experts)
+        return sum(self._queue.counts(name)[0] for name in self._weights.unit(unit).experts)
 
     def _slot_view(self, now_s: float) -> SlotView:
-        running = sum(self._queue.counts(name)[1] for name in self._units[self._unit].experts)
+        running = self.running_unit
+        experts = self._weights.unit(running).experts
         return SlotView(
-            self._unit,
-            now_s - self._since_s,
             running,
-            self._waiting_in(self._unit),
+            now_s - self._running_since_s,
+            sum(self._queue.counts(name)[1] for name in experts),
+            self._waiting_in(running),
             self._drain_s,
-            closing=self._closed_s is not None,
+            closing=self._closing_since_s is not None,
         )
 
-    def _unit_views(self, now_s: float, exchangeable: frozenset[str]) -> list[UnitView]:
+    def _unit_views(self, now_s: float, able: frozenset[str]) -> list[UnitView]:
+        """The units as the planner sees them. `able`: the units that the engine can run."""
         views = []
-        for name, unit in self._units.items():
-            known = self._known[name]
-            # One that failed and is held all the same has weights that others run on.
-            failed = known.failed_until > now_s and known.tier is not Residency.HOST
-            if (failed or name in self._retired) and name != self._unit:
+        for unit, state in self._weights:
+            name = unit.name
+            # Other units run on the weights of one that failed and is held all the same.
+            failed = state.failed_until > now_s and state.tier is not Residency.HOST
+            if (failed or name in self._retired) and name != self.running_unit:
                 continue
             waiting = [t for expert in unit.experts for t in self._queue.waiting_for(expert)]
+            is_loading = name == self._weights.loading_unit
             views.append(
                 UnitView(
                     name=name,
-                    tier=known.tier if self._filling_unit != name else Residency.LOADING,
+                    tier=Residency.LOADING if is_loading else state.tier,
                     waiting=len(waiting),
                     waiting_tokens=sum(ticket.tokens for ticket in waiting),
                     oldest_s=max((now_s - t.arrived_s for t in waiting), default=0.0),
-                    demand_per_s=known.demand_per_s(now_s),
-                    host_bytes=0 if unit.needs else known.host_bytes,
-                    bring_s=known.fill_s,
-                    swap_s=self._swap_to(name, exchangeable),
-                    pinned=known.pinned,
-                    exchangeable=name in exchangeable,
-                    wanted=known.wanted,
+                    demand_per_s=state.demand_per_s(now_s),
+                    host_bytes=0 if unit.needs else state.host_bytes,
+                    bring_s=state.fill_s,
+                    swap_s=self._swap_time_s(name, able),
+                    pinned=state.pinned,
+                    exchangeable=name in able,
+                    wanted=state.wanted,
                     needs=unit.needs,
-                    start_s=self._respawn_to(name),
+                    start_s=self._respawn_time_s(name),
                 )
             )
         return views

@@ -10,7 +10,7 @@ from service.errors import ConflictError
 from service.pool import pool as module
 from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool
-from service.pool.slots.swapping import SwapSlot
+from service.pool.slots.shared import SharedSlot
 from service.pool.units import Unit, UnitState
 from tests.support.waiting import until
 
@@ -20,7 +20,7 @@ async def test_placement_loop_after_an_error_continues_and_logs_it(
 ) -> None:
     looks: list[int] = []
 
-    def shared(self: Pool) -> list[SwapSlot]:
+    def shared(self: Pool) -> list[SharedSlot]:
         looks.append(len(looks))
         if len(looks) == 2:  # the first is at the start
             raise KeyError("what nobody thought of")
@@ -43,7 +43,7 @@ async def test_pin_beyond_host_bytes_of_all_slots_together_raises_conflict() -> 
     sizes = {"a": 1, "b": 2, "c": 2, "d": 1}
     for names in ("ab", "cd"):
         pool.add(
-            SwapSlot(
+            SharedSlot(
                 [Unit(name, (name,), size_bytes=sizes[name] * gib) for name in names],
                 lambda unit: SimulatedEngine(tuple(sizes), SimulatedOptions()),
                 SwapPolicy(host_bytes=5 * gib),

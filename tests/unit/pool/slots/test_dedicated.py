@@ -9,7 +9,7 @@ import pytest
 from service.config import SimulatedOptions
 from service.engine.simulated import SimulatedEngine
 from service.errors import ExpertFailedError, PoolDrainingError
-from service.pool.slots.base import BaseSlot
+from service.pool.slots.dedicated import DedicatedSlot
 from service.types import Residency
 
 
@@ -36,7 +36,7 @@ class Stage:
         self.engines: list[SlowAdapter] = []
         self.broken = broken
         self.told = asyncio.Event()
-        self.slot = BaseSlot(
+        self.slot = DedicatedSlot(
             ("base", "tuned"),
             self.build,
             capacity=4,
@@ -85,7 +85,7 @@ async def test_lost_reported_for_a_previous_engine_is_ignored() -> None:
     await stage.until("base", Residency.DEVICE)
     stage.engines[0].go_on.set()
     await stage.until("tuned", Residency.DEVICE)
-    stage.slot.lost()
+    stage.slot.report_engine_death()
     for _ in range(3):
         await asyncio.sleep(0)
     assert len(stage.engines) == 1
