@@ -47,7 +47,7 @@ class Looked(VllmEngine):
             moe_capture=self._look,
         )
         model = VllmModel(_NAME, str(folder), {})
-        super().__init__(model, options, on_cpu=True, watch=self.metrics)
+        super().__init__(model, options, on_cpu=True, observer=self.metrics)
 
     async def look(self, on: bool) -> None:
         """Look from now on, as configured, or not at all."""
@@ -111,7 +111,7 @@ async def _measure(
                 for on in (True, False) if i % 2 else (False, True):
                     turns = looked if on else alone
                     await _turn(engine, turns, on=on, requests=requests, seed=i)
-        told = await engine.metrics.routes_of(_NAME)
+        told = await engine.metrics.routing_stats(_NAME)
     finally:
         await engine.stop()
     return looked, alone, int(told["tokens"])

@@ -27,7 +27,7 @@ class EngineRequest:
 
     `request_id` is unique among all requests in flight. `trace`: the W3C headers to go on
     with, for an engine that is elsewhere. `cache_salt`: only requests of the same one share what
-    the engine has cached of prompts; empty: those without one. `given_up` is told the tokens of
+    the engine has cached of prompts; empty: those without one. `on_abandoned` is told the tokens of
     the prompt and of the answer as far as it was made, by an engine that can tell, where the
     call is cancelled.
     """
@@ -38,7 +38,7 @@ class EngineRequest:
     request_id: str
     trace: Mapping[str, str] = field(default_factory=dict)
     cache_salt: str = ""
-    given_up: Callable[[int, int], None] = lambda prompt_tokens, answer_tokens: None
+    on_abandoned: Callable[[int, int], None] = lambda prompt_tokens, answer_tokens: None
 
 
 @dataclass(frozen=True, slots=True)

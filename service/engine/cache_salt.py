@@ -11,7 +11,7 @@ from typing import Any
 CACHE_SALT: ContextVar[str] = ContextVar("cache_salt", default="")
 
 
-def salted(prompt: Any, salt: str) -> Any:
+def with_salt(prompt: Any, salt: str) -> Any:
     """A prompt of vLLM's, whichever form it has, whose blocks only the same salt finds again.
 
     A salt that the client gave divides further; it never brings two of ours together.
@@ -24,19 +24,19 @@ def salted(prompt: Any, salt: str) -> Any:
     if isinstance(prompt, list):
         return {"prompt_token_ids": prompt, "cache_salt": salt}
     if isinstance(prompt, Mapping):
-        given = {**prompt, "cache_salt": joined(salt, prompt.get("cache_salt"))}
+        given = {**prompt, "cache_salt": combine_salts(salt, prompt.get("cache_salt"))}
         # Models with an encoder: the decoder's blocks are the ones that are cached.
         for part in ("decoder_prompt", "encoder_prompt"):
             if prompt.get(part) is not None:
-                given[part] = salted(prompt[part], salt)
+                given[part] = with_salt(prompt[part], salt)
         return given
     if hasattr(prompt, "cache_salt"):
-        prompt.cache_salt = joined(salt, prompt.cache_salt)
+        prompt.cache_salt = combine_salts(salt, prompt.cache_salt)
         return prompt
     raise TypeError(f"a prompt of type {type(prompt).__name__} can't be kept apart by tenant")
 
 
-def joined(salt: str, client_s: object) -> str:
+def combine_salts(salt: str, client_s: object) -> str:
     """One salt of the tenant's and, where it gave one, the client's."""
     if not client_s:
         return salt

@@ -36,7 +36,7 @@ class DeferredStartSend:
         self._send = send
         self._start: Message | None = None
         self._parts: list[bytes] = []
-        self._shut = False
+        self._discards = False
         self.started = False
         self.error: tuple[int, bytes] | None = None
 
@@ -45,12 +45,12 @@ class DeferredStartSend:
         """Whether no answer came, or a fault that is not told to be the client's."""
         return not self.started and (self.error is None or self.error[0] >= 500)
 
-    def shut(self) -> None:
+    def discard(self) -> None:
         """Nobody listens any more: whatever else comes is thrown away."""
-        self._shut = True
+        self._discards = True
 
     async def __call__(self, message: Message) -> None:
-        if self._shut:
+        if self._discards:
             return
         if self.started:
             await self._send(message)

@@ -17,7 +17,7 @@ import orjson
 
 from service.config import RemoteConfig
 from service.engine.base import EngineReport, EngineRequest, Send
-from service.engine.cache_salt import joined
+from service.engine.cache_salt import combine_salts
 from service.engine.deferred_start import openai_error
 from service.errors import (
     ExpertFailedError,
@@ -193,7 +193,7 @@ class RemoteEngine:
             given = data.get("cache_salt")
             # Whether it keeps tenants apart is known of those that are said to.
             if given or (self._config.cache_salt and request.endpoint in _SALTED):
-                data = {**data, "cache_salt": joined(salt, given)}
+                data = {**data, "cache_salt": combine_salts(salt, given)}
         try:
             return orjson.dumps({**data, "model": self._config.model})
         except orjson.JSONEncodeError:

@@ -22,7 +22,7 @@ _PLACE = re.compile(r"_(?:PATH|FILE|DIR|FOLDER|SOCK)$")
 # An address with somebody's password in it.
 _WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
-TUNED = "VLLM_TUNED_CONFIG_FOLDER"
+TUNED_CONFIG_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"
 """Where vLLM looks for tuned kernel configs; its engine core reads it when it starts."""
 
 _turn = threading.Condition()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ENDING, UNFINISHED = ".weights", ".new"
+SUFFIX, UNFINISHED_SUFFIX = ".weights", ".new"
 _MAGIC = b"coeW1\0\0\0"
 _LENGTH = struct.Struct("<Q")
 # Of every tensor: a cache line. Of the first: a page, so that copies begin on one.
@@ -35,7 +35,7 @@ class Tensor:
     offset: int = 0
 
 
-def laid_out(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Tensor], int]:
+def layout_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Tensor], int]:
     """The header, each tensor's place after it, and the bytes of the whole file."""
     places: dict[str, Tensor] = {}
     at = 0
@@ -68,7 +68,7 @@ class MappedTensors:
     memory: mmap.mmap
 
 
-def write(
+def write_file(
     path: Path,
     tensors: Mapping[str, Tensor],
     fill: Callable[[str, memoryview], None],
@@ -79,8 +79,8 @@ def write(
     `token` tells whose it is until it is whole. Raises OSError (ENOSPC, where memory is short) and
     what `fill` does; then nothing is left. Where somebody else was first, theirs is taken.
     """
-    header, places, size = laid_out(tensors)
-    partial = path.with_name(f"{path.name}.{token}{UNFINISHED}")
+    header, places, size = layout_of(tensors)
+    partial = path.with_name(f"{path.name}.{token}{UNFINISHED_SUFFIX}")
     handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         try:
@@ -96,7 +96,7 @@ def write(
         try:
             os.link(partial, path)  # as rename, but never in another's place
         except FileExistsError:
-            if (found := find(path, tensors)) is None:
+            if (found := map_file(path, tensors)) is None:
                 raise
             return found
         return MappedTensors(places, memory)
@@ -119,7 +119,7 @@ def _reserve(handle: int, size: int, path: Path) -> None:
         ) from None
 
 
-def find(path: Path, tensors: Mapping[str, Tensor]) -> MappedTensors | None:
+def map_file(path: Path, tensors: Mapping[str, Tensor]) -> MappedTensors | None:
     """Map a file, if there is one that holds these tensors, by name, dtype and shape.
 
     Raises ValueError where it holds others, or is no such file: its name says what is in it.

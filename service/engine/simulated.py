@@ -74,14 +74,14 @@ class SimulatedEngine:
         self,
         experts: Collection[str],
         options: SimulatedOptions,
-        watch: EngineObserver | None = None,
+        observer: EngineObserver | None = None,
         bases: Mapping[str, str] | None = None,
     ) -> None:
         self._experts = experts
         self._bases = bases or {}
         self._runs = ""
         self._options = options
-        self._watch = watch
+        self._observer = observer
         self._loaded: set[str] = set()
         self._dead: str | None = None
         self._running = 0
@@ -242,7 +242,7 @@ class SimulatedEngine:
         try:
             await self._make(request, body, send, made, text, finish)
         except asyncio.CancelledError:
-            request.given_up(prompt_tokens, made.tokens())
+            request.on_abandoned(prompt_tokens, made.tokens())
             raise
 
     async def _make(
@@ -302,10 +302,12 @@ class SimulatedEngine:
         await _send_json(send, {**head, "object": kind, "choices": choices, "usage": usage})
 
     def _tell(self, expert: str, prefill_s: float, first_s: float, usage: dict[str, int]) -> None:
-        if self._watch is not None:
+        if self._observer is not None:
             prompt, answer = usage["prompt_tokens"], usage["completion_tokens"]
             decode_s = time.monotonic() - first_s
-            self._watch.on_finished(EngineTimings(expert, 0.0, prefill_s, decode_s, prompt, answer))
+            self._observer.on_finished(
+                EngineTimings(expert, 0.0, prefill_s, decode_s, prompt, answer)
+            )
 
     async def _stream(
         self,

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 # The key of vLLM's `additional_config` that tells a worker whose routers have standing rules how
 # many experts for a token they are made for.
-PLACES = "coe_places"
+PLACES_KEY = "coe_places"
 # The one that tells a worker which adapter to merge into the weights that it loads.
-MERGED = "coe_merged"
+MERGED_KEY = "coe_merged"
 # The one that tells a worker to have its routers write down what they choose.
-NOTES = "coe_notes"
+RECORD_CHOICES_KEY = "coe_record_choices"
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from service.engine.shared_memory import ENDING, UNFINISHED
+from service.engine.shared_memory import SUFFIX, UNFINISHED_SUFFIX
 from service.errors import ExpertFailedError
 from service.models.file_version import version_of
 
@@ -29,7 +29,7 @@ log = logging.getLogger("coe.engine")
 
 SHARED_MEMORY = Path("/dev/shm")
 # How long weights that nobody holds stay: after they were dropped, and after their engine ended.
-DROPPED_S, ENDED_S = 10.0, 120.0
+KEEP_EVICTED_S, KEEP_ENDED_S = 10.0, 120.0
 _LOCK = "owner"
 _YOUNG_S = 60.0
 
@@ -55,7 +55,7 @@ class SharedWeightCache:
         self._left: dict[str, float] = {}
         # Giving gigabytes back to the system takes a while: not in the event loop's thread.
         self._one = threading.RLock()
-        clear_dead(root)
+        remove_dead_folders(root)
         name = f"coe-{os.getuid()}-{secrets.token_hex(8)}"
         fresh = root / f".{name}"
         try:
@@ -88,7 +88,7 @@ class SharedWeightCache:
             self._holders.setdefault(key, set()).add(engine)
             self._left.pop(key, None)
 
-    def release(self, engine: str, key: str, stays_s: float = DROPPED_S) -> None:
+    def release(self, engine: str, key: str, stays_s: float = KEEP_EVICTED_S) -> None:
         """It has them no more."""
         with self._one:
             holders = self._holders.get(key)
@@ -103,8 +103,8 @@ class SharedWeightCache:
         """An engine has ended, of itself or not: what it did not finish goes with it."""
         with self._one:
             for key in [key for key, holders in self._holders.items() if engine in holders]:
-                self.release(engine, key, ENDED_S)
-            for path in self.folder.glob(f"*.{engine}{UNFINISHED}"):
+                self.release(engine, key, KEEP_ENDED_S)
+            for path in self.folder.glob(f"*.{engine}{UNFINISHED_SUFFIX}"):
                 path.unlink(missing_ok=True)
 
     def sweep(self) -> None:
@@ -137,7 +137,7 @@ class SharedWeightCache:
         """Bytes by key, of all ranks together, those being written included."""
         found: dict[str, int] = {}
         for path in self.folder.iterdir():
-            if ENDING in path.name:
+            if SUFFIX in path.name:
                 with suppress(FileNotFoundError):
                     key = path.name.partition("-")[0]
                     found[key] = found.get(key, 0) + path.stat().st_size
@@ -145,7 +145,7 @@ class SharedWeightCache:
 
     def _remove(self, key: str) -> None:
         self._left.pop(key, None)
-        for path in self.folder.glob(f"{key}-*{ENDING}"):
+        for path in self.folder.glob(f"{key}-*{SUFFIX}"):
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -154,7 +154,7 @@ class SharedWeightCache:
         os.close(self._lock)
 
 
-def clear_dead(root: Path = SHARED_MEMORY) -> None:
+def remove_dead_folders(root: Path = SHARED_MEMORY) -> None:
     """Remove the folders of pools that were killed: theirs are ours to remove, nobody else's."""
     mine = f"coe-{os.getuid()}-"
     with suppress(OSError):
@@ -217,13 +217,13 @@ class EngineShare:
         """They are not in the engine any more. Returns the s after which to `sweep`."""
         if (key := self._keys.pop(expert, None)) is not None:
             self._cache.release(self._token, key)
-        return DROPPED_S
+        return KEEP_EVICTED_S
 
     def end(self) -> float:
         """The engine has ended. Returns the s after which to `sweep`."""
         self._keys.clear()
         self._cache.ended(self._token)
-        return ENDED_S
+        return KEEP_ENDED_S
 
     def sweep(self) -> None:
         """See `SharedWeightCache.sweep`."""

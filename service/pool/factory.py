@@ -19,7 +19,7 @@ from service.engine.base import EngineObserver, SwappingEngine
 from service.engine.lazy_engine import LazyEngine
 from service.engine.simulated import SimulatedEngine
 from service.engine.sleep_mode import Sleeper, SleepingEngines
-from service.engine.weight_cache import SharedWeightCache, clear_dead
+from service.engine.weight_cache import SharedWeightCache, remove_dead_folders
 from service.errors import CoeError, ConfigError
 from service.models import ModelInfo, inspect_model
 from service.models.expert_folders import file_versions, folder_here, folder_of
@@ -97,15 +97,15 @@ class PoolFactory:
     between them.
     """
 
-    def __init__(self, config: Config, kind: str, pool: Pool, watch: EngineObserver) -> None:
+    def __init__(self, config: Config, kind: str, pool: Pool, observer: EngineObserver) -> None:
         self._config = config
         self._kind = kind
-        self._watch = watch
+        self._observer = observer
         self._canaries: dict[str, Canary] = {}
         self._sources: weakref.WeakSet[_WeightCatalog] = weakref.WeakSet()
         self._played: dict[str, None] = {}
         self._cache: SharedWeightCache | None = None
-        clear_dead()
+        remove_dead_folders()
         self._wanted = _units_of(
             config,
             kind,
@@ -222,7 +222,7 @@ class PoolFactory:
         await self._removed(self.pool.remove_adapter(name, self._why(name), self._wanted_names()))
         async with self._turn:
             del self._leaving[name], self._base_of[name]
-            self._watch.on_removed(name)
+            self._observer.on_removed(name)
             log.info("adapter %s went from the engine of %s", name, unit)
             await self._follow_up()
 
@@ -262,7 +262,7 @@ class PoolFactory:
         async with self._turn:
             for name in self._present.pop(unit).made:
                 self._canaries.pop(name, None)
-                self._watch.on_removed(name)
+                self._observer.on_removed(name)
             del self._leaving[unit]
             await self._follow_up()
 
@@ -443,7 +443,7 @@ class PoolFactory:
         else:
             self._with_adapters.discard(base)
         if settings.engine == "simulated":
-            return SimulatedEngine((base, *adapters), settings.simulated, self._watch)
+            return SimulatedEngine((base, *adapters), settings.simulated, self._observer)
         if adapters or self._config.experts[base].form != "merged":
             return LazyEngine(partial(self._make_vllm, base, adapters))
         return LazyEngine(partial(self._make_swapping, base, alone=True))
@@ -455,7 +455,7 @@ class PoolFactory:
             # While a reload lets experts go, the config does not know them any more.
             known = [name for name in self._played if name in self._config.experts]
             bases = {name: needs for name in known if (needs := self._config.needs(name))}
-            return SimulatedEngine(self._played, settings.simulated, self._watch, bases)
+            return SimulatedEngine(self._played, settings.simulated, self._observer, bases)
         units = self._config.units(self._kind)
         adapters = next((unit[1:] for unit in units if unit[0] == first), ())
         method = self._swap_method
@@ -476,14 +476,14 @@ class PoolFactory:
         folder = folder_of(config, base)
         info = inspect_model(Path(folder))
         if isinstance(info, ModelInfo):
-            self._watch.on_weights(base, weights_bytes(info, settings.vllm.dtype))
+            self._observer.on_weights(base, weights_bytes(info, settings.vllm.dtype))
         model = VllmModel(base, folder, paths, embeds=config.embeds(base))
         options = config.vllm_of(self._kind, base)
         return VllmEngine(
             model,
             options,
             on_cpu=settings.gpus == 0,
-            watch=self._watch,
+            observer=self._observer,
             secrets=config.key_variables,
         )
 
@@ -503,7 +503,7 @@ class PoolFactory:
                 model,
                 options,
                 on_cpu=False,
-                watch=self._watch,
+                observer=self._observer,
                 sleep_level=level,
                 secrets=config.key_variables,
             )
@@ -525,7 +525,7 @@ class PoolFactory:
             on_cpu=settings.gpus == 0,
             canary_interval=settings.swap.canary_interval,
             canaries=self._canaries,
-            watch=self._watch,
+            observer=self._observer,
             cache=self._shared_cache(),
             secrets=self._config.key_variables,
         )

@@ -374,7 +374,7 @@ class Pool:
                     body,
                     call.request_id,
                     cache_salt=call.tenant.cache_salt,
-                    given_up=partial(self._given_up, call, served),
+                    on_abandoned=partial(self._given_up, call, served),
                 )
                 await lease.engine.run(request, reply)
         except EngineDeadError:

@@ -34,7 +34,7 @@ _ids = itertools.count()
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine() -> AsyncIterator[tuple[VllmEngine, PoolMetrics]]:
     metrics = PoolMetrics()
-    made = VllmEngine(VllmModel("base", BASE, {}), OPTIONS, on_cpu=True, watch=metrics)
+    made = VllmEngine(VllmModel("base", BASE, {}), OPTIONS, on_cpu=True, observer=metrics)
     await made.start()
     yield made, metrics
     await made.stop()
@@ -59,7 +59,7 @@ async def test_given_up_tells_what_the_engine_has_counted(
         "base",
         raw,
         f"left{next(_ids)}",
-        given_up=lambda prompt, answer: given.append((prompt, answer)),
+        on_abandoned=lambda prompt, answer: given.append((prompt, answer)),
     )
 
     async def ignore(message: Message) -> None:

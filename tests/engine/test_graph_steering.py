@@ -45,7 +45,7 @@ class Compiled(Swapping):
     def _launch_settings(self) -> Any:
         settings = super()._launch_settings()
         assert settings.worker_cls == "service.engine.vllm.worker.gpu_worker.GraphSteeringWorker"
-        assert settings.additional_config == {"coe_notes": True, "coe_places": 4}
+        assert settings.additional_config == {"coe_record_choices": True, "coe_places": 4}
         settings.worker_cls = "tests.support.engine.gate_observer_cpu.SeeingCpuWorker"
         settings.worker_extension_cls = "tests.support.engine.gate_observer.SeeingExtension"
         settings.enforce_eager = False

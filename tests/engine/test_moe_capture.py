@@ -89,7 +89,7 @@ async def slot(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Slot]:
         on_cpu=True,
         canary_interval=1,
         canaries={},
-        watch=watch,
+        observer=watch,
     )
     try:
         await engine.start()

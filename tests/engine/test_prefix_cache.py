@@ -70,7 +70,7 @@ class Asked:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def asked() -> AsyncIterator[Asked]:
     metrics = PoolMetrics()
-    engine = VllmEngine(VllmModel("base", BASE, {}), OPTIONS, on_cpu=True, watch=metrics)
+    engine = VllmEngine(VllmModel("base", BASE, {}), OPTIONS, on_cpu=True, observer=metrics)
     await engine.start()
     yield Asked(engine, metrics)
     await engine.stop()

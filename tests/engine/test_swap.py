@@ -357,7 +357,7 @@ async def test_swapped_in_is_as_started_on_the_same_weights(stage: Stage, tmp_pa
     metrics = stage.engine.metrics
     before = await told(metrics)
     model = VllmModel("fresh", str(folder), {})
-    engine = VllmEngine(model, OPTIONS, on_cpu=True, watch=metrics)
+    engine = VllmEngine(model, OPTIONS, on_cpu=True, observer=metrics)
     try:
         await engine.start()
         assert await ask(engine, "fresh") == stage.said["intents"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from service.config import VllmOptions
-from service.engine.steering_spec import NOTES
+from service.engine.steering_spec import RECORD_CHOICES_KEY
 from service.engine.vllm.swapping import SwappingVllmEngine, Weights
 from tests.gpu.test_gpu_swap import why_no_gpu
 from tests.support.engine.mixtral import LAYERS
@@ -56,7 +56,7 @@ class Seeing(SwappingVllmEngine):
     def _launch_settings(self) -> Any:
         settings = super()._launch_settings()
         assert settings.worker_cls == "service.engine.vllm.worker.gpu_worker.GraphSteeringWorker"
-        settings.additional_config[NOTES] = True
+        settings.additional_config[RECORD_CHOICES_KEY] = True
         settings.worker_extension_cls = "tests.support.engine.gate_observer.SeeingExtension"
         return settings
 

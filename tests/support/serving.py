@@ -92,10 +92,10 @@ class WatchedEngine(SimulatedEngine):
         self,
         experts: tuple[str, ...],
         options: SimulatedOptions,
-        watch: EngineObserver | None = None,
+        observer: EngineObserver | None = None,
         bases: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(experts, options, watch, bases)
+        super().__init__(experts, options, observer, bases)
         self.asked: list[EngineRequest] = []
         self.now = 0
 
@@ -176,10 +176,10 @@ async def pool_of(config: Config, kind: str) -> AsyncIterator[RunningPool]:
     def build(
         experts: tuple[str, ...],
         options: SimulatedOptions,
-        watch: EngineObserver | None = None,
+        observer: EngineObserver | None = None,
         bases: Mapping[str, str] | None = None,
     ) -> WatchedEngine:
-        engines.append(WatchedEngine(experts, options, watch, bases))
+        engines.append(WatchedEngine(experts, options, observer, bases))
         return engines[-1]
 
     # Each slot asks for its engine whenever it needs one: the name stays patched

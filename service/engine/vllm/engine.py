@@ -27,7 +27,7 @@ from service.engine.base import (
 )
 from service.engine.cache_salt import CACHE_SALT
 from service.engine.deferred_start import DeferredStartSend
-from service.engine.steering_spec import NOTES
+from service.engine.steering_spec import RECORD_CHOICES_KEY
 from service.engine.vllm.grammar_trials import GrammarTrials
 from service.engine.vllm.handle import (
     AdapterError,
@@ -103,7 +103,7 @@ class VllmEngine:
         options: VllmOptions,
         *,
         on_cpu: bool,
-        watch: EngineObserver | None = None,
+        observer: EngineObserver | None = None,
         sleep_level: int = 0,
         secrets: Collection[str] = (),
     ) -> None:
@@ -112,10 +112,12 @@ class VllmEngine:
         self._sleep_level = sleep_level
         self._options = options
         self._on_cpu = on_cpu
-        self._stats = EngineStats(watch, model.name) if watch is not None else None
+        self._stats = EngineStats(observer, model.name) if observer is not None else None
         capture = options.moe_capture
         self._routing_stats = (
-            RoutingStatsPoller(self._rpc, watch, capture) if watch is not None and capture else None
+            RoutingStatsPoller(self._rpc, observer, capture)
+            if observer is not None and capture
+            else None
         )
         # Captured graphs call no function of ours: the gates write their choices to a buffer.
         self._records_choices = not on_cpu and not options.enforce_eager
@@ -148,7 +150,7 @@ class VllmEngine:
             settings.worker_extension_cls = _CAPTURE_EXTENSION
             if self._records_choices:
                 settings.worker_cls = GRAPH_STEERING_WORKER
-                settings.additional_config[NOTES] = True
+                settings.additional_config[RECORD_CHOICES_KEY] = True
         return settings
 
     async def start(self) -> EngineReport:
@@ -261,10 +263,10 @@ class VllmEngine:
             await asyncio.shield(task)
         except asyncio.CancelledError:
             if self._handle is not None:
-                request.given_up(*self._tokens_so_far(vllm_ids))
+                request.on_abandoned(*self._tokens_so_far(vllm_ids))
             # vLLM runs handlers in tasks of their own and stops them only when
             # it reads that the client has gone; then it answers with nothing.
-            reply.shut()
+            reply.discard()
             call.gone.set()
             with contextlib.suppress(BaseException):
                 async with asyncio.timeout(5):

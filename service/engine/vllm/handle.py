@@ -24,9 +24,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from service.config import VllmOptions
 from service.engine.base import Message, Send
-from service.engine.cache_salt import CACHE_SALT, salted
+from service.engine.cache_salt import CACHE_SALT, with_salt
 from service.engine.grammar_check import Grammar, Vocabulary
-from service.engine.scoped_env import TUNED, scoped_env, without_secrets
+from service.engine.scoped_env import TUNED_CONFIG_FOLDER, scoped_env, without_secrets
 from service.errors import InvalidRequestError, OverCapacityError
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ class VllmHandle:
             context = UsageContext.OPENAI_API_SERVER
             with (
                 without_secrets(secrets),
-                scoped_env(TUNED, settings.options.tuned_config_folder),
+                scoped_env(TUNED_CONFIG_FOLDER, settings.options.tuned_config_folder),
             ):
                 return _checked_llm_class(grammars).from_vllm_config(
                     vllm_config=engine_args.create_engine_config(usage_context=context),
@@ -500,14 +500,14 @@ class _RenderingClient:
     def generate(self, prompt: object, *args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
         _note_request_id(args, kwargs)
         stream: AsyncGenerator[Any] = self._llm.generate(
-            salted(prompt, CACHE_SALT.get()), *args, **kwargs
+            with_salt(prompt, CACHE_SALT.get()), *args, **kwargs
         )
         return stream
 
     def encode(self, prompt: object, *args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
         _note_request_id(args, kwargs)
         stream: AsyncGenerator[Any] = self._llm.encode(
-            salted(prompt, CACHE_SALT.get()), *args, **kwargs
+            with_salt(prompt, CACHE_SALT.get()), *args, **kwargs
         )
         return stream
 

@@ -34,9 +34,11 @@ class RoutingStatsPoller:
         has_news: Set by the engine whenever a request has ended; without it there is no poll.
     """
 
-    def __init__(self, call_worker: CallWorker, watch: EngineObserver, options: MoeCapture) -> None:
+    def __init__(
+        self, call_worker: CallWorker, observer: EngineObserver, options: MoeCapture
+    ) -> None:
         self._call_worker = call_worker
-        self._watch = watch
+        self._observer = observer
         self._options = options
         self._shape: tuple[tuple[int, ...], int, int] = ((), 0, 0)
         self._polling: asyncio.Task[None] | None = None
@@ -60,7 +62,7 @@ class RoutingStatsPoller:
             raise ExpertFailedError(f"vllm.moe_capture: {answer['refused']}")
         self._shape = tuple(answer["layers"]), int(answer["experts"]), int(answer["top_k"])
         for expert in experts:
-            self._watch.on_routing_sample(RoutingSample(expert, *self._shape))
+            self._observer.on_routing_sample(RoutingSample(expert, *self._shape))
         if self._shape[0]:
             self._polling = asyncio.create_task(self._poll_forever())
 
@@ -77,7 +79,7 @@ class RoutingStatsPoller:
             stretches = tuple(
                 np.frombuffer(data, np.int16).reshape(shape) for *shape, data in sample["stretches"]
             )
-            self._watch.on_routing_sample(
+            self._observer.on_routing_sample(
                 RoutingSample(expert, layers, experts, top_k, sample["tokens"], load, stretches)
             )
 

@@ -18,8 +18,8 @@ class EngineStats:
         running: The expert whose weights the engine has now.
     """
 
-    def __init__(self, watch: EngineObserver, running: str) -> None:
-        self._watch = watch
+    def __init__(self, observer: EngineObserver, running: str) -> None:
+        self._observer = observer
         self.running = running
         self._expert_of: dict[str, str] = {}
         self._finished_tokens: dict[str, int] = {}
@@ -31,7 +31,7 @@ class EngineStats:
             del self._expert_of[next(iter(self._expert_of))]
 
     def registry(self, expert: str) -> CollectorRegistry:
-        return self._watch.registry(expert)
+        return self._observer.registry(expert)
 
     def finished_tokens(self, vllm_id: str) -> int:
         """Tokens of those answers to a request, by vLLM's id of it, that have ended."""
@@ -44,7 +44,7 @@ class EngineStats:
             del self._finished_tokens[next(iter(self._finished_tokens))]
         expert = self._expert_for(request.vllm_id)
         if expert is not None:
-            self._watch.on_finished(
+            self._observer.on_finished(
                 EngineTimings(
                     expert,
                     queue_s=request.queue_s,

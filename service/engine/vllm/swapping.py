@@ -29,7 +29,7 @@ from service.engine.base import (
     Message,
     SwapResult,
 )
-from service.engine.steering_spec import MERGED, PLACES, Steering
+from service.engine.steering_spec import MERGED_KEY, PLACES_KEY, Steering
 from service.engine.vllm.engine import GRAPH_STEERING_WORKER, VllmEngine, VllmModel, first_line
 from service.engine.vllm.handle import LaunchSettings, OpenAiApp, Rendering
 from service.engine.vllm.tokenizer_digest import tokenizer_digest
@@ -137,13 +137,13 @@ class SwappingVllmEngine(VllmEngine):
         on_cpu: bool,
         canary_interval: int,
         canaries: dict[str, Canary],
-        watch: EngineObserver | None = None,
+        observer: EngineObserver | None = None,
         cache: SharedWeightCache | None = None,
         secrets: Collection[str] = (),
     ) -> None:
         self._share = EngineShare(cache) if cache is not None else None
         model = VllmModel(first, weights[first].folder, {}, embeds=weights[first].embeds)
-        super().__init__(model, options, on_cpu=on_cpu, watch=watch, secrets=secrets)
+        super().__init__(model, options, on_cpu=on_cpu, observer=observer, secrets=secrets)
         self._weights = weights
         self._first = first
         self._canary_every = canary_interval
@@ -184,10 +184,10 @@ class SwappingVllmEngine(VllmEngine):
         self._places = max(weights.places for weights in tuple(self._weights.values()))
         if on_gpu and self._places:
             settings.worker_cls = GRAPH_STEERING_WORKER
-            settings.additional_config[PLACES] = self._places
+            settings.additional_config[PLACES_KEY] = self._places
         if (merged := self._merged_first) is not None:
             settings.worker_cls = _MERGED_WORKER
-            settings.additional_config[MERGED] = {
+            settings.additional_config[MERGED_KEY] = {
                 "folder": merged.adapter,
                 "strength": merged.strength,
             }

@@ -82,7 +82,7 @@ class Swapping(SwappingVllmEngine):
             on_cpu=True,
             canary_interval=10,
             canaries=canaries,
-            watch=self.metrics,
+            observer=self.metrics,
         )
 
     def _launch_settings(self) -> LaunchSettings:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from service.config import Config, RemoteConfig
 from service.engine.base import EngineRequest
-from service.engine.cache_salt import joined, salted
+from service.engine.cache_salt import combine_salts, with_salt
 from service.engine.remote import RemoteEngine
 from service.gateway.auth import Authenticator, cache_salt
 from service.gateway.request.parsing import parse_request
@@ -30,28 +30,28 @@ FORMS: list[Any] = [
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_salted_prompt_of_any_form_gets_the_tenant_s_salt(form: Any) -> None:
-    one, again, other = salted(form, "a"), salted(form, "a"), salted(form, "b")
+def test_with_salt_prompt_of_any_form_gets_the_tenant_s_salt(form: Any) -> None:
+    one, again, other = with_salt(form, "a"), with_salt(form, "a"), with_salt(form, "b")
     assert one == again
     assert one["cache_salt"] != other["cache_salt"]
-    assert salted(form, "") is form
+    assert with_salt(form, "") is form
 
 
-def test_salted_decoder_prompt_is_salted_and_unknown_form_raises() -> None:
+def test_with_salt_decoder_prompt_is_salted_and_unknown_form_raises() -> None:
     both = {"encoder_prompt": {"prompt_token_ids": [1]}, "decoder_prompt": {"prompt": "x"}}
-    assert salted(both, "a")["decoder_prompt"]["cache_salt"] == "a"
+    assert with_salt(both, "a")["decoder_prompt"]["cache_salt"] == "a"
     with pytest.raises(TypeError, match="can't be kept apart by tenant"):
-        salted(object(), "a")
+        with_salt(object(), "a")
 
 
 @given(st.text(max_size=20), st.text(max_size=20))
-def test_joined_client_salt_never_equals_another_tenant_s(mine: str, theirs: str) -> None:
+def test_combine_salts_client_salt_never_equals_another_tenant_s(mine: str, theirs: str) -> None:
     a, b = cache_salt("secret", "a"), cache_salt("secret", "b")
-    assert joined(a, mine) != joined(b, theirs)
+    assert combine_salts(a, mine) != combine_salts(b, theirs)
     # Also by giving what another one's is made of.
-    assert joined(a, b) != b
+    assert combine_salts(a, b) != b
     if mine != theirs and mine and theirs:
-        assert joined(a, mine) != joined(a, theirs)
+        assert combine_salts(a, mine) != combine_salts(a, theirs)
 
 
 async def salts(tenants: dict[str, Any]) -> dict[str, str]:
@@ -114,9 +114,9 @@ def test_prefix_affinity_is_known_to_tenants_with_the_same_salt_only() -> None:
     ("config", "path", "body", "sent"),
     [
         ({}, "/v1/completions", {}, None),
-        ({}, "/v1/completions", {"cache_salt": "mine"}, joined("t", "mine")),
+        ({}, "/v1/completions", {"cache_salt": "mine"}, combine_salts("t", "mine")),
         ({"cache_salt": True}, "/v1/completions", {}, "t"),
-        ({"cache_salt": True}, "/v1/responses", {"cache_salt": "mine"}, joined("t", "mine")),
+        ({"cache_salt": True}, "/v1/responses", {"cache_salt": "mine"}, combine_salts("t", "mine")),
         ({"cache_salt": True}, "/v1/messages", {}, None),
     ],
 )

@@ -131,7 +131,7 @@ async def test_once_shut_nothing_goes_out() -> None:
         sent.append(message)
 
     reply = DeferredStartSend(send)
-    reply.shut()
+    reply.discard()
     await reply({"type": "http.response.start", "status": 200, "headers": []})
     await reply({"type": "http.response.body", "body": b"null"})
     assert sent == []

@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 from service.config import Config
-from service.engine.scoped_env import TUNED, scoped_env, secret_variables, without_secrets
+from service.engine.scoped_env import (
+    TUNED_CONFIG_FOLDER,
+    scoped_env,
+    secret_variables,
+    without_secrets,
+)
 
 ROOT = Path(__file__).parents[3]
 SECRETS = {
@@ -55,11 +60,11 @@ def test_secret_variables_are_those_that_hold_keys_or_passwords() -> None:
 
 def test_without_secrets_a_child_has_none_and_they_are_back_afterwards() -> None:
     read = [sys.executable, "-c", "import os; print(sorted(os.environ))"]
-    with without_secrets(["KEYBOARD"]), scoped_env(TUNED, "/kernels"):
+    with without_secrets(["KEYBOARD"]), scoped_env(TUNED_CONFIG_FOLDER, "/kernels"):
         told = subprocess.run(read, capture_output=True, text=True, check=True).stdout
     assert not set(eval(told)) & {*SECRETS, "KEYBOARD"}
     assert set(OTHERS) - {"KEYBOARD"} < set(eval(told))
-    assert TUNED in eval(told)
+    assert TUNED_CONFIG_FOLDER in eval(told)
     assert {name: os.environ.get(name) for name in SECRETS} == SECRETS
     assert os.environ["KEYBOARD"] == "us"
 

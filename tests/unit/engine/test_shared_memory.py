@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from service.engine import shared_memory
-from service.engine.shared_memory import Tensor, find, laid_out, write
+from service.engine.shared_memory import Tensor, layout_of, map_file, write_file
 from service.engine.weight_cache import (
-    DROPPED_S,
-    ENDED_S,
+    KEEP_ENDED_S,
+    KEEP_EVICTED_S,
     EngineShare,
     SharedWeightCache,
-    clear_dead,
+    remove_dead_folders,
 )
 from service.errors import ExpertFailedError
 from service.models.file_version import version_of
@@ -33,7 +33,7 @@ TENSORS = {
 _COMMON = """
 import sys
 from pathlib import Path
-from service.engine.shared_memory import Tensor, find, write
+from service.engine.shared_memory import Tensor, map_file, write_file
 TENSORS = {"w": Tensor("float32", (3, 4), 48), "none": Tensor("float32", (0, 7), 0),
            "b": Tensor("bfloat16", (5,), 10)}
 """
@@ -60,14 +60,14 @@ def child(code: str, *words: object) -> subprocess.Popen[str]:
 
 def test_another_process_maps_the_same_bytes(tmp_path: Path) -> None:
     path = tmp_path / "k-0of1.weights"
-    mine = write(path, TENSORS, fill, "t")
+    mine = write_file(path, TENSORS, fill, "t")
     assert path.stat().st_mode & 0o777 == 0o600
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert all(one.offset % 64 == 0 for one in mine.tensors.values())
     assert min(one.offset for one in mine.tensors.values()) % 4096 == 0
     reader = child(
         """
-mapped = find(Path(sys.argv[1]), TENSORS)
+mapped = map_file(Path(sys.argv[1]), TENSORS)
 for name, one in mapped.tensors.items():
     print(mapped.memory[one.offset:one.offset + one.size_bytes].hex())
 one = mapped.tensors["b"]
@@ -96,20 +96,20 @@ def fill(name, part):
     part[:] = b"x" * len(part)
     print(name, flush=True)
     sys.stdin.read()
-write(Path(sys.argv[1]), TENSORS, fill, sys.argv[2])
+write_file(Path(sys.argv[1]), TENSORS, fill, sys.argv[2])
 """,
         path,
         token,
     )
     assert writer.stdout is not None
     assert writer.stdout.readline() == "w\n"
-    assert find(path, TENSORS) is None
+    assert map_file(path, TENSORS) is None
     writer.send_signal(signal.SIGKILL)
     writer.communicate(timeout=30)
-    assert find(path, TENSORS) is None
+    assert map_file(path, TENSORS) is None
     assert len(list(cache.folder.glob("*.new"))) == 1
     # Another engine is not in its way, and its own end takes what it left.
-    assert write(path, TENSORS, fill, "other").tensors.keys() == TENSORS.keys()
+    assert write_file(path, TENSORS, fill, "other").tensors.keys() == TENSORS.keys()
     share.end()
     assert [p.name for p in cache.folder.glob("*w*") if p.name != "owner"] == [path.name]
     cache.close()
@@ -120,10 +120,10 @@ def test_who_comes_second_takes_the_first_one_s(tmp_path: Path) -> None:
 
     def slow(name: str, part: memoryview) -> None:
         if name == "w":
-            write(path, TENSORS, fill, "first")
+            write_file(path, TENSORS, fill, "first")
         part[:] = b"\1" * len(part)
 
-    second = write(path, TENSORS, slow, "second")
+    second = write_file(path, TENSORS, slow, "second")
     w = second.tensors["w"]
     assert second.memory[w.offset : w.offset + w.size_bytes] == value("w", 48)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -134,7 +134,7 @@ def test_a_fault_while_writing_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError(f"no {name} of {len(part)}")
 
     with pytest.raises(RuntimeError, match="no w of 48"):
-        write(tmp_path / "k.weights", TENSORS, broken, "t")
+        write_file(tmp_path / "k.weights", TENSORS, broken, "t")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -150,22 +150,22 @@ def test_other_tensors_than_are_asked_for_are_refused(
     other: dict[str, Tensor], tmp_path: Path
 ) -> None:
     path = tmp_path / "k.weights"
-    write(path, TENSORS, fill, "t")
+    write_file(path, TENSORS, fill, "t")
     with pytest.raises(ValueError, match="other tensors"):
-        find(path, other)
-    assert laid_out(other)[0] != laid_out(TENSORS)[0]
+        map_file(path, other)
+    assert layout_of(other)[0] != layout_of(TENSORS)[0]
 
 
 @pytest.mark.parametrize("keep", [0, 10, 4095, 4096, 4100])
 def test_a_file_that_is_no_such_file_is_refused(keep: int, tmp_path: Path) -> None:
     path = tmp_path / "k.weights"
-    write(path, TENSORS, fill, "t")
+    write_file(path, TENSORS, fill, "t")
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"not a file of weights|cut short"):
-        find(path, TENSORS)
+        map_file(path, TENSORS)
     path.write_bytes(b"\xff" * 8192)
     with pytest.raises(ValueError, match="not a file of weights"):
-        find(path, TENSORS)
+        map_file(path, TENSORS)
 
 
 def test_memory_that_is_not_there_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_memory_that_is_not_there_is_an_error_and_not_a_signal(tmp_path: Path) -
     try:
         huge = {"w": Tensor("float32", (1 << 48,), 1 << 50)}
         with pytest.raises(OSError, match=r"no room for 1\d+\.\d\d GB .* /dev/shm has") as caught:
-            write(cache.folder / "k.weights", huge, fill, "t")
+            write_file(cache.folder / "k.weights", huge, fill, "t")
         assert caught.value.errno == errno.ENOSPC
         assert [p.name for p in cache.folder.iterdir()] == ["owner"]
     finally:
@@ -185,7 +185,7 @@ import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({2 * resource.getpagesize()}, ) * 2)
 try:
-    write(Path(sys.argv[1]), {{"w": Tensor("float32", (1 << 20,), 1 << 22)}}, None, "t")
+    write_file(Path(sys.argv[1]), {{"w": Tensor("float32", (1 << 20,), 1 << 22)}}, None, "t")
 except OSError as error:
     print(error.strerror)
 """,
@@ -204,7 +204,7 @@ def test_what_is_wrong_otherwise_is_told_as_it_is(
 
     monkeypatch.setattr(shared_memory.os, "posix_fallocate", fail)
     with pytest.raises(OSError, match="broken"):
-        write(tmp_path / "k.weights", TENSORS, fill, "t")
+        write_file(tmp_path / "k.weights", TENSORS, fill, "t")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -245,8 +245,8 @@ class Clock:
 def hold(cache: SharedWeightCache, share: EngineShare, expert: str, folder: str) -> Path:
     begin, token = share.take(expert, folder, None, 1.0)
     path = Path(f"{begin}-0of1.weights")
-    if find(path, TENSORS) is None:
-        write(path, TENSORS, fill, token)
+    if map_file(path, TENSORS) is None:
+        write_file(path, TENSORS, fill, token)
     return path
 
 
@@ -259,12 +259,12 @@ def test_a_file_stays_while_any_engine_holds_it_and_a_little_longer(tmp_path: Pa
     assert hold(cache, other, "a", folder) == path
     assert hold(cache, one, "b", folder) != path
     assert cache.folder.stat().st_mode & 0o777 == 0o700
-    assert one.give_back("a") == DROPPED_S
+    assert one.give_back("a") == KEEP_EVICTED_S
     clock.now_s += 1000
     cache.sweep()
     assert path.exists()
     other.give_back("a")
-    clock.now_s += DROPPED_S - 1
+    clock.now_s += KEEP_EVICTED_S - 1
     cache.sweep()
     assert path.exists()
     assert hold(cache, other, "a", folder) == path  # it was but mapped again
@@ -272,11 +272,11 @@ def test_a_file_stays_while_any_engine_holds_it_and_a_little_longer(tmp_path: Pa
     cache.sweep()
     assert path.exists()
     # Of an engine that ended it stays for the next one's start.
-    assert other.end() == ENDED_S
-    clock.now_s += DROPPED_S + 1
+    assert other.end() == KEEP_ENDED_S
+    clock.now_s += KEEP_EVICTED_S + 1
     cache.sweep()
     assert path.exists()
-    clock.now_s += ENDED_S
+    clock.now_s += KEEP_ENDED_S
     cache.sweep()
     assert not path.exists()
     assert len(cache.sizes()) == 1
@@ -337,7 +337,7 @@ def test_another_version_of_an_expert_is_another_file(tmp_path: Path) -> None:
     (tmp_path / "m/model.safetensors").write_bytes(b"longer")
     new = hold(cache, share, "a", folder)
     assert new != old
-    clock.now_s += DROPPED_S
+    clock.now_s += KEEP_EVICTED_S
     cache.sweep()
     assert (old.exists(), new.exists()) == (False, True)
     cache.close()
@@ -359,7 +359,7 @@ sys.stdin.read()
     )
     assert pool.stdout is not None
     left = Path(pool.stdout.readline().strip())
-    clear_dead(tmp_path)
+    remove_dead_folders(tmp_path)
     assert left.exists()
     pool.send_signal(signal.SIGKILL)
     pool.communicate(timeout=30)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from service.config import VllmOptions
-from service.engine.shared_memory import write
+from service.engine.shared_memory import write_file
 from service.engine.vllm.swapping import SwappingVllmEngine, Weights
-from service.engine.weight_cache import DROPPED_S, ENDED_S, SharedWeightCache
+from service.engine.weight_cache import KEEP_ENDED_S, KEEP_EVICTED_S, SharedWeightCache
 from service.errors import ExpertFailedError
 from tests.unit.engine.test_shared_memory import TENSORS, Clock, a_model, fill
 
@@ -35,7 +35,7 @@ class Workers(SwappingVllmEngine):
             self.place = f"{args[1]}-0of1.weights"
             self.token = str(args[2])
         if method == "coe_load_to_host" and not self.broken and not self.is_there():
-            write(Path(self.place), TENSORS, fill, self.token)
+            write_file(Path(self.place), TENSORS, fill, self.token)
         if method == "coe_load_result":
             if self.broken:
                 return {"state": "failed", "reason": "no room"}
@@ -69,14 +69,14 @@ async def test_workers_are_told_where_and_files_stay_as_long_as_they_are_held(
     assert other.place == one.place
     assert other.token != one.token
     await one.evict("b")
-    clock.now_s += DROPPED_S
+    clock.now_s += KEEP_EVICTED_S
     cache.sweep()
     assert one.is_there()
     await other.stop()
-    clock.now_s += DROPPED_S
+    clock.now_s += KEEP_EVICTED_S
     cache.sweep()
     assert one.is_there()
-    clock.now_s += ENDED_S
+    clock.now_s += KEEP_ENDED_S
     cache.sweep()
     assert not one.is_there()
     cache.close()
@@ -89,7 +89,7 @@ async def test_a_fill_that_fails_holds_nothing(tmp_path: Path) -> None:
     with pytest.raises(ExpertFailedError, match="could not be loaded: no room"):
         await made.load_to_host("b")
     made.leave()
-    clock.now_s += DROPPED_S
+    clock.now_s += KEEP_EVICTED_S
     cache.sweep()
     assert not made.is_there()
     await made.stop()

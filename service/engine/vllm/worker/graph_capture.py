@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from service.engine.steering_spec import NOTES
+from service.engine.steering_spec import RECORD_CHOICES_KEY
 from service.engine.vllm.worker.gates import routed_layers
 from service.engine.vllm.worker.model_access import scheduled_tokens
 
@@ -73,7 +73,7 @@ class ChoiceRecorderMixin:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model as vLLM does, and set up the buffer before graphs are captured."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]  # the worker's
-        if not self.vllm_config.additional_config.get(NOTES):
+        if not self.vllm_config.additional_config.get(RECORD_CHOICES_KEY):
             return
         tokens = int(self.vllm_config.scheduler_config.max_num_batched_tokens)
         places = int(getattr(getattr(self, "_coe_graph_steering", None), "places", 0))

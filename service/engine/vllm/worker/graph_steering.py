@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from service.engine.steering_spec import PLACES
+from service.engine.steering_spec import PLACES_KEY
 from service.engine.vllm.worker.gates import Choice, RoutedLayer, choice_of, replace_choice
 from service.engine.vllm.worker.steering import gate_for, gates_of
 
@@ -202,7 +202,7 @@ class SteeringMixin:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model as vLLM does, then install the rules."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]  # the worker's
-        places = int(self.vllm_config.additional_config.get(PLACES, 0))
+        places = int(self.vllm_config.additional_config.get(PLACES_KEY, 0))
         if not places:
             return
         try:

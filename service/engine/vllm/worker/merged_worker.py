@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from service.engine.steering_spec import MERGED
+from service.engine.steering_spec import MERGED_KEY
 from service.models.lora_merge import LoraDelta
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class MergedWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not read for typ
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model with the adapter added. Raises ValueError if it can't be."""
-        merged = self.vllm_config.additional_config[MERGED]
+        merged = self.vllm_config.additional_config[MERGED_KEY]
         with _merging(LoraDelta(Path(merged["folder"]), merged["strength"])):
             super().load_model(*args, **kwargs)
 

@@ -24,7 +24,14 @@ from typing import Any
 
 import torch
 
-from service.engine.shared_memory import ENDING, MappedTensors, Tensor, find, laid_out, write
+from service.engine.shared_memory import (
+    SUFFIX,
+    MappedTensors,
+    Tensor,
+    layout_of,
+    map_file,
+    write_file,
+)
 from service.engine.vllm.worker.graph_steering import GraphSteering, SteeringTable
 from service.engine.vllm.worker.loading import ShadowModel
 from service.engine.vllm.worker.model_access import is_attention, weight_method, world_size
@@ -86,20 +93,20 @@ class PinnedExtension(SwapExtension):
 
     def _coe_path(self, expert: str, tensors: Mapping[str, Tensor]) -> Path:
         """An expert's file: there is one for each rank and each layout."""
-        header, _, _ = laid_out(tensors)
+        header, _, _ = layout_of(tensors)
         layout = hashlib.blake2b(header, digest_size=8).hexdigest()
         ranks = world_size(self.vllm_config)
         prefix, _ = self._coe_place(expert)
-        return Path(f"{prefix}-{self.rank}of{ranks}-{layout}{ENDING}")
+        return Path(f"{prefix}-{self.rank}of{ranks}-{layout}{SUFFIX}")
 
     def _coe_hold(self, expert: str, tensors: dict[str, torch.Tensor]) -> PinnedWeights:
         """Map an expert's file; write it first if there is none. Raises OSError, RuntimeError."""
         described = describe(tensors)
         path = self._coe_path(expert, described)
-        mapped = find(path, described)
+        mapped = map_file(path, described)
         if mapped is None:
             _, token = self._coe_place(expert)
-            mapped = write(path, described, partial(copy_to, tensors), token)
+            mapped = write_file(path, described, partial(copy_to, tensors), token)
         return pinned(mapped)
 
     def coe_register_initial(self, expert: str) -> str:
@@ -123,7 +130,7 @@ class PinnedExtension(SwapExtension):
         check_plain(self.model_runner.model)
         # Another engine of the pool may have written the file already.
         live = describe(tensors_of(self.model_runner.model))
-        mapped = find(self._coe_path(expert, live), live)
+        mapped = map_file(self._coe_path(expert, live), live)
         if mapped is not None:
             return partial(pinned, mapped)
         return super()._coe_prepare_load(expert, load)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine.steering_spec import PLACES, SteeredLayer, Steering
+from service.engine.steering_spec import PLACES_KEY, SteeredLayer, Steering
 from service.moe.steering import LayerSteering, MoeShape, steer
 
 torch = pytest.importorskip("torch")
@@ -231,7 +231,7 @@ class Loads:
     def load_model(self) -> None:
         self.rank = 0
         self.vllm_config = SimpleNamespace(
-            additional_config={PLACES: WIDTH}, parallel_config=SimpleNamespace(world_size=1)
+            additional_config={PLACES_KEY: WIDTH}, parallel_config=SimpleNamespace(world_size=1)
         )
         model = torch.nn.Linear(2, 2)
         self.model_runner = SimpleNamespace(model=model, get_model=lambda: model)
