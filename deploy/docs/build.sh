@@ -33,4 +33,6 @@ if [ "${1:-build}" = serve ]; then
     exec $folder/venv/bin/python -m mkdocs serve --config-file deploy/docs/mkdocs.yml
 fi
 $folder/venv/bin/python -m mkdocs build --strict --quiet --config-file deploy/docs/mkdocs.yml
+outside=$(grep -rlE '<(script|link|img|iframe)[^>]+(src|href)="(https?:)?//' .cache/site --include='*.html' || true)
+[ -z "$outside" ] || fail "these pages load something from another host: $outside"
 say "built: .cache/site/index.html"

@@ -304,3 +304,14 @@ def test_files_and_targets_that_a_page_names_are_there(page: str) -> None:
         assert found.is_dir() or found.with_suffix(".py").exists(), module
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`make ([a-z-]+)`", text)) <= targets
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_metrics_and_settings_that_a_page_names_are_there(page: str) -> None:
+    metrics = (DOCS / "reference" / "metrics.md").read_text()
+    keys = (DOCS / "reference" / "config.md").read_text()
+    sections = "server|store|swap|vllm|telemetry|remote|tenants|experts|pools|feedback"
+    for name in re.findall(r"`(coe_[a-z_]+)`", PAGES[page]):
+        assert name in metrics, name
+    for name in re.findall(rf"`(?:(?:{sections})\.)(?:[A-Za-z_]+\.)*([a-z_]+)`", PAGES[page]):
+        assert f"`{name}`" in keys, name
