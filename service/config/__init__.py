@@ -1,7 +1,7 @@
-"""The config file: its schema, and reading it into it.
+"""The config file: its schema and its loader.
 
-One YAML file describes a composition. Unknown keys are refused, and every error
-names the file, the path in it, what is wrong and what is allowed.
+One YAML file describes a composition. Unknown keys are refused. Each error names the file, the
+path in it, the fault, and the allowed values.
 """
 
 from service.config.base import parse_bytes

@@ -1,4 +1,4 @@
-"""What every section of the config is made of: strictness, sizes, names."""
+"""Base class and common types of the config's sections."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BYTE_UNITS = {"": 1, "b": 1} | {
 
 
 def parse_bytes(value: object) -> object:
-    """Turn `"512MiB"`, `"2 GB"` or a plain number into bytes; leave the rest to pydantic."""
+    """Convert `"512MiB"`, `"2 GB"` or a plain number to bytes; leave the rest to pydantic."""
     if isinstance(value, str):
         match = _BYTES.match(value)
         if match is None:
@@ -39,14 +39,14 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
 
 
 def is_path(source: str) -> bool:
-    """Whether a model's source is a path: only what begins with ./, ../, / or ~ is.
+    """Return whether a model's source is a path: it begins with ./, ../, / or ~.
 
-    What else there happens to be in the working directory never takes a model's place.
+    Other names never refer to the working directory.
     """
     return source in (".", "..") or source.startswith(("./", "../", "/", "~"))
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: short."""
+    """Format a value for an error, shortened to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

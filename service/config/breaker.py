@@ -1,4 +1,4 @@
-"""Section `server.breaker`: when an expert is left alone for a while, and how often is retried."""
+"""Section `server.breaker`: circuit breakers and retries."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from service.config.base import Section
 
 
 class BreakerConfig(Section):
-    """Circuit breakers and retries: of each expert in each pool, and each remote endpoint."""
+    """Circuit breakers and retries, for each expert in each pool and each remote endpoint."""
 
-    failures: int = Field(5, ge=1, description="Failures in a row that open a breaker.")
+    failures: int = Field(5, ge=1, description="Consecutive failures that open a breaker.")
     open_duration_s: float = Field(
         2.0,
         gt=0,
-        description="How long it stays open before one request is let through as a probe, in s; "
-        "twice as long after each probe that failed.",
+        description="Time that a breaker stays open before it lets one request through as a "
+        "probe, in s. It doubles after each failed probe.",
     )
-    max_open_duration_s: float = Field(60.0, gt=0, description="Bound on that, in s.")
+    max_open_duration_s: float = Field(
+        60.0, gt=0, description="Longest time that a breaker stays open, in s."
+    )
     min_hang_s: float = Field(
         20.0,
         gt=0,
-        description="An expert that gave no answer within a request's deadline has failed only if "
-        "it had at least this long, in s: a client's haste is not its fault.",
+        description="A missed deadline counts as a failure only if the expert had at least this "
+        "time, in s, so that short deadlines of clients open no breaker.",
     )
     retry_budget_ratio: float = Field(
         0.2, ge=0, le=1, description="Retries by the gateway, as a share of requests."
     )
     retry_budget_min: float = Field(
-        64.0, ge=0, description="Retries that may come on top of that share, until earned again."
+        64.0, ge=0, description="Retries that are allowed beyond that share."
     )

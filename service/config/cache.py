@@ -1,4 +1,4 @@
-"""Section `tenants.NAME.cache`: answers kept for requests that ask for it."""
+"""Section `tenants.NAME.cache`: the answer cache."""
 
 from __future__ import annotations
 
@@ -12,31 +12,29 @@ CacheMode = Literal["off", "exact", "semantic"]
 
 
 class CacheConfig(Section):
-    """Answers kept in the store, for this tenant's requests that say so (`x-coe-cache`)."""
+    """The answer cache, for this tenant's requests with the header `x-coe-cache`."""
 
     mode: CacheMode = Field(
         "off",
-        description="The most that a request may ask for with the header x-coe-cache. exact: the "
-        "same request again. semantic: also one whose last message is the same but for "
-        "courtesy, white space, the mark at its end and the like.",
+        description="Widest mode that the header x-coe-cache of a request may choose. exact: an "
+        "identical request. semantic: also a request whose last message differs only in "
+        "courtesy, white space, final punctuation and the like.",
     )
-    ttl_s: float = Field(
-        3600.0, gt=0, le=2_592_000, description="How long an answer is kept, in s."
-    )
+    ttl_s: float = Field(3600.0, gt=0, le=2_592_000, description="Lifetime of an answer, in s.")
     max_entries: int = Field(
         1000,
         ge=1,
         le=1_000_000,
-        description="Answers kept for the tenant; a new one takes an old one's place.",
+        description="Most answers of the tenant; a new answer replaces an old one.",
     )
     max_entry_bytes: Bytes = Field(
-        65_536, ge=1, le=16 * 1024**2, description="Largest answer kept, in bytes."
+        65_536, ge=1, le=16 * 1024**2, description="Largest cached answer, in bytes."
     )
     threshold: float = Field(
         0.5,
         gt=0,
         le=1,
-        description="semantic: least likeness in [0, 1] of the two last messages as they were "
-        "written, as the cosine of hashed n-grams. It bounds how much courtesy may stand around "
-        "a question; the question itself has to be the same in any case.",
+        description="semantic: least similarity in [0, 1] of the two last messages as written, as "
+        "the cosine of hashed n-grams. It limits the courtesy around a question; the question "
+        "itself must always be the same.",
     )

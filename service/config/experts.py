@@ -1,4 +1,4 @@
-"""Section `experts`: what can answer."""
+"""Section `experts`: the served models."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from service.config.moe_kernels import ExpertKernels
 
 
 class RemoteConfig(Section):
-    """A model behind somebody else's OpenAI-compatible API."""
+    """A model behind another OpenAI-compatible API."""
 
     url: str = Field(
-        pattern=r"^https?://[^\s]+$", description="Base URL, with the /v1 where it has one."
+        pattern=r"^https?://[^\s]+$", description="Base URL, including /v1 if the API has it."
     )
-    model: str = Field(description="The model's name there.")
+    model: str = Field(description="Name of the model at that API.")
     api_key_env: str | None = Field(
         None,
         pattern=r"^[A-Z_][A-Z0-9_]{0,63}$",
@@ -24,29 +24,30 @@ class RemoteConfig(Section):
     )
     cache_salt: bool = Field(
         False,
-        description="It takes vLLM's field cache_salt: send one of each tenant's own, so that "
-        "tenants share no prefix there. A client's own is made the tenant's in any case.",
+        description="The endpoint accepts vLLM's field cache_salt. The gateway then sends a salt "
+        "per tenant, so that tenants share no prefix there. A client's own salt is always combined "
+        "with the tenant's.",
     )
     logprobs: bool = Field(
         False,
-        description="Whether it tells the log probabilities of its tokens when asked to "
-        "(`logprobs` of chat completions). A cascade with `sure` that begins with it needs them.",
+        description="The endpoint returns log probabilities of tokens on request (`logprobs` of "
+        "chat completions). A cascade with `sure` needs them from its first member.",
     )
-    max_in_flight: int = Field(64, ge=1, description="Requests under way at once; more wait.")
+    max_in_flight: int = Field(64, ge=1, description="Concurrent requests; more wait.")
     max_queued_requests: int = Field(
         256,
         ge=0,
-        description="Requests that may wait; more get 503. One counts for each of its answers, or "
-        "for each 2,048 tokens of its prompt, whichever is more.",
+        description="Requests that may wait; more get 503. A request counts once per answer, or "
+        "once per 2,048 tokens of its prompt, whichever is more.",
     )
     connect_timeout_s: float = Field(5.0, gt=0, description="Time to connect, in s.")
     stall_timeout_s: float = Field(
-        300.0, gt=0, description="How long a stream that has begun may be silent, in s."
+        300.0, gt=0, description="Longest silence of a started stream, in s."
     )
 
 
 class PriceConfig(Section):
-    """What an expert's tokens cost, in a unit of your own: money, or computation."""
+    """The price of an expert's tokens, in a unit of your choice: money or computation."""
 
     prompt: float = Field(0.0, ge=0, le=1e6, description="Units per million prompt tokens.")
     completion: float = Field(
@@ -55,25 +56,27 @@ class PriceConfig(Section):
 
 
 class MediaConfig(Section):
-    """Prompt tokens that pictures, recordings and films take: by size, else the most it can be."""
+    """Prompt tokens of images, audio and video: by size, or else an upper bound."""
 
     image_tokens: int = Field(
         4096,
         ge=1,
         le=1_000_000,
-        description="Most tokens of one picture. Default: as the model folder tells, where the "
-        "model's processor has a plain rule; else 4,096.",
+        description="Most tokens of one image. Default: the rule of the model folder, if the "
+        "model's processor has a plain one; else 4,096.",
     )
     image_edge: int | None = Field(
         None,
         ge=1,
         le=4096,
         description="Edge in pixels of the square that becomes one token, for models that count "
-        "by area (Qwen2-VL: 28). Default: as the model folder tells; else every picture counts as "
+        "by area (Qwen2-VL: 28). Default: the model folder's value; else every image counts as "
         "`image_tokens`.",
     )
-    audio_tokens: int = Field(4096, ge=1, le=1_000_000, description="Most tokens of one recording.")
-    video_tokens: int = Field(16_384, ge=1, le=1_000_000, description="Most tokens of one film.")
+    audio_tokens: int = Field(
+        4096, ge=1, le=1_000_000, description="Most tokens of one audio input."
+    )
+    video_tokens: int = Field(16_384, ge=1, le=1_000_000, description="Most tokens of one video.")
 
 
 Capability = Literal["chat", "completions", "embeddings", "tools", "json", "vision", "audio"]
@@ -85,75 +88,70 @@ class ExpertConfig(Section):
     model: str | None = Field(
         None,
         description="Full weights: a name from `coe models list`, a folder (a path that begins "
-        "with ./, ../, / or ~), or ORG/NAME of the hub, with @COMMIT to stay at one.",
+        "with ./, ../, / or ~), or ORG/NAME of the hub; @COMMIT pins a version.",
     )
     base: str | None = Field(
-        None, description="LoRA and virtual experts: the expert that has the base's full weights."
+        None, description="LoRA and virtual experts: the expert with the base's full weights."
     )
     adapter: str | None = Field(None, description="LoRA: folder of the adapter.")
     profile: str | None = Field(
         None,
-        description="Virtual expert: a steering profile, a file that changes which experts the "
-        "gates of `base`, a mixture of experts, choose for a token. It has no weights of its own. "
-        "GPU: not tested.",
+        description="Virtual expert: a steering profile, a file that changes which routed experts "
+        "the gates of `base` (a mixture of experts) choose for a token. It has no weights of its "
+        "own. GPU: not tested.",
     )
     remote: RemoteConfig | None = Field(None, description="A remote endpoint.")
     form: Literal["adapter", "merged", "steered"] = Field(
         "adapter",
         description="How an adapter is served. adapter: beside its base, in one batch with it. "
         "merged: added to the base's weights once, as full weights of the base's family; "
-        "faster on CPU, and a swap away. steered: what `profile` makes it; it takes turns with "
-        "its base.",
+        "faster on CPU, but needs a swap. steered: a virtual expert with `profile`; it takes turns "
+        "with its base.",
     )
-    strength: float = Field(
-        1.0, gt=0, le=4, description="merged: how much of the adapter is added."
-    )
-    pinned: bool = Field(
-        False, description="Keep its weights in host memory, whatever else wants the room."
-    )
+    strength: float = Field(1.0, gt=0, le=4, description="merged: factor of the adapter's weights.")
+    pinned: bool = Field(False, description="Never evict its weights from host memory.")
     categories: tuple[str, ...] = Field(
         (), description="Categories that `auto` sends to this expert."
     )
     quality: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
         default_factory=dict,
-        description="Expected quality by category, in [0, 1]. Default: 1 on categories that it "
-        "is the first to name, 0.5 elsewhere for the fallback, 0 elsewhere for others.",
+        description="Expected quality by category, in [0, 1]. Default: 1 on categories that no "
+        "earlier expert names; elsewhere 0.5 for the fallback and 0 for other experts.",
     )
     vllm: ExpertKernels = Field(default_factory=lambda: ExpertKernels())
-    price: PriceConfig | None = Field(None, description="What its tokens cost. Default: nothing.")
+    price: PriceConfig | None = Field(None, description="Price of its tokens. Default: 0.")
     description: str = Field("", description="One line for people, shown in /v1/models.")
     capabilities: tuple[Capability, ...] = Field(
         ("chat", "completions", "tools", "json"),
-        description="What it can be asked for: chat, completions, embeddings, tools, json, vision "
-        "(pictures and films), audio. Default: these, and vision and audio where the model folder "
-        "has a part for them.",
+        description="What it supports: chat, completions, embeddings, tools, json, vision (images "
+        "and video), audio. Default: these, plus vision and audio if the model folder has a part "
+        "for them.",
     )
     media: MediaConfig = Field(default_factory=lambda: MediaConfig())
     space: str | None = Field(
         None,
         min_length=1,
         max_length=100,
-        description="embeddings: the name of the vector space that its vectors are in. `auto` "
-        "goes to any expert of one space; where there are several spaces, or experts that name "
-        "none, an index would mix them.",
+        description="embeddings: name of the vector space of its vectors. `auto` needs all "
+        "embedding experts in one space, because an index must not mix spaces.",
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _a_profile_steers(cls, data: Any) -> Any:
+    def _set_steered_form(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("profile") is not None and "form" not in data:
             return {**data, "form": "steered"}
         return data
 
     @model_validator(mode="after")
-    def _one_kind(self) -> ExpertConfig:
+    def _check_kind(self) -> ExpertConfig:
         kinds = [self.model is not None, self.base is not None, self.remote is not None]
         if sum(kinds) != 1:
-            raise ValueError("exactly one of model, base (with adapter or profile), remote")
+            raise ValueError("needs exactly one of model, base (with adapter or profile), remote")
         if self.profile is not None and (self.adapter is not None or self.base is None):
             raise ValueError("profile needs base, and no adapter")
         if (self.profile is None) != (self.form != "steered"):
-            raise ValueError("form steered is that of an expert with a profile, and no other's")
+            raise ValueError("form 'steered' requires `profile`, and `profile` requires this form")
         if (self.base is None) != (self.adapter is None and self.profile is None):
             raise ValueError("base goes together with adapter or profile")
         if self.adapter is None and self.form == "merged":

@@ -1,4 +1,4 @@
-"""Section `feedback`: what clients say of answers, and how much it counts."""
+"""Section `feedback`: learning from clients' votes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from service.config.base import Section
 
 
 class FeedbackConfig(Section):
-    """What `/v1/feedback` does to what experts are believed to be worth."""
+    """How votes at `/v1/feedback` change the expected quality of recipes."""
 
     enabled: bool = Field(True, description="Learn from feedback. Off: the endpoint answers 404.")
     votes: int = Field(
         20,
         ge=1,
         le=100_000,
-        description="How many votes of a tenant on a category turn what is believed of a recipe "
-        "there, for that tenant: after so many that all say otherwise, four fifths of it is "
-        "theirs. No key counts as more votes than that against its tenant's other keys.",
+        description="Votes of a tenant on a category that overrule the expected quality of a "
+        "recipe there, for that tenant: after so many opposite votes their weight is four fifths. "
+        "A single key has at most this many votes against its tenant's other keys.",
     )
     max_shift: float = Field(
         0.8, gt=0, le=1, description="Most that votes may shift an expected quality, in [0, 1]."
@@ -26,5 +26,5 @@ class FeedbackConfig(Section):
         7 * 86_400.0, ge=60, description="Time after which a vote counts half, in s."
     )
     keep_s: int = Field(
-        3600, ge=1, le=604_800, description="How long a reply can be voted on, in s."
+        3600, ge=1, le=604_800, description="Time in which a reply can be voted on, in s."
     )

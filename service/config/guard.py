@@ -1,4 +1,4 @@
-"""Section `tenants.NAME.guard`: what is looked for in prompts, and what is done about it."""
+"""Section `tenants.NAME.guard`: screens for prompts, and their actions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ PiiKind = Literal["email", "phone", "card", "iban", "ssn", "ip", "secret"]
 
 
 class InjectionConfig(Section):
-    """The screen for prompts that try to take an expert's instructions from it."""
+    """The screen for prompt injection."""
 
     action: Literal["off", "flag", "refuse"] = Field(
-        "off", description="flag: tell it in headers, metrics and /v1/route. refuse: 400."
+        "off", description="flag: report it in headers, metrics and /v1/route. refuse: 400."
     )
-    threshold: float = Field(
-        0.5, gt=0, le=1, description="Score in [0, 1] from which on something is done."
-    )
+    threshold: float = Field(0.5, gt=0, le=1, description="Least score in [0, 1] for the action.")
 
 
 class PiiConfig(Section):
@@ -27,26 +25,27 @@ class PiiConfig(Section):
 
     action: Literal["off", "flag", "redact", "refuse"] = Field(
         "off",
-        description="flag: tell it. redact: put a mark in its place, before the router sees it. "
-        "refuse: 400.",
+        description="flag: report it. redact: replace it by a mark, before the router sees the "
+        "prompt. refuse: 400.",
     )
     kinds: tuple[PiiKind, ...] = Field(
-        ("email", "phone", "card", "iban", "ssn", "ip", "secret"), description="What is looked for."
+        ("email", "phone", "card", "iban", "ssn", "ip", "secret"),
+        description="Kinds of data to search for.",
     )
 
 
 class GuardConfig(Section):
-    """Screens in front of the router. Off unless asked for."""
+    """Screens in front of the router. All are off by default."""
 
     injection: InjectionConfig = Field(default_factory=lambda: InjectionConfig())
     pii: PiiConfig = Field(default_factory=lambda: PiiConfig())
     max_characters: int = Field(
         200_000,
         ge=1000,
-        description="Text that is looked through, in characters; a longer prompt is refused.",
+        description="Longest prompt that is checked, in characters; a longer one is refused.",
     )
 
     @property
     def on(self) -> bool:
-        """Whether anything is looked for."""
+        """Whether any screen is on."""
         return self.injection.action != "off" or self.pii.action != "off"

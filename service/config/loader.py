@@ -1,4 +1,4 @@
-"""Reading a config file: YAML, made strict, and errors that a person can act on."""
+"""Loads a config file as strict YAML, with errors that a person can act on."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from service.errors import ConfigError
 _Tuned = TypeVar("_Tuned", ExpertKernels, MoeKernelOptions)
 
 _VARIABLE = "the name of an environment variable is needed, in capitals"
-# What is needed where a secret may have been written by mistake.
-_SECRET: dict[int | str, str] = {
+# Messages for fields in which a secret may stand by mistake. They do not show the value.
+_SECRET_FIELDS: dict[int | str, str] = {
     "api_key_env": _VARIABLE,
     "key_env": _VARIABLE,
     "url_env": _VARIABLE,
@@ -30,8 +30,9 @@ _SECRET: dict[int | str, str] = {
 }
 
 
-# Variables as other tools write them: ${NAME}, $NAME at the beginning of a path, os.environ/NAME.
-_VARIABLE_USED = re.compile(
+# References to variables, as other tools write them: ${NAME}, $NAME at the start of a path,
+# os.environ/NAME.
+_VARIABLE_REFERENCE = re.compile(
     r"\$\{[A-Za-z_][A-Za-z0-9_.]*[^}]*\}|^\$[A-Za-z_][A-Za-z0-9_]*(?=$|[/:])|^os\.environ/"
 )
 _MAX_VALUES = 100_000
@@ -39,9 +40,14 @@ _TYPES = {bool: "boolean", int: "number", float: "number", type(None): "null"}
 
 
 def parse_config(text: str, source: str) -> Config:
-    """Parse and validate a config; `source` is named in errors.
+    """Parse and validate a config.
 
-    Raises ConfigError with one line per fault.
+    Args:
+        text: YAML.
+        source: Name of the config in errors.
+
+    Raises:
+        ConfigError: The config is wrong; the message has one line per fault.
     """
     try:
         data = yaml.load(text, ConfigLoader)  # a safe loader, made stricter
@@ -56,15 +62,21 @@ def parse_config(text: str, source: str) -> Config:
 
 
 def read_config(data: object, source: str, folder: Path) -> Config:
-    """Validate a config that has been parsed already. Paths in it are taken relative to `folder`.
+    """Validate a parsed config.
 
-    `source` is named in errors. Raises ConfigError with one line per fault.
+    Args:
+        data: The config.
+        source: Name of the config in errors.
+        folder: Base of relative paths in the config.
+
+    Raises:
+        ConfigError: The config is wrong; the message has one line per fault.
     """
     return _anchored(_validated(data, source), folder)
 
 
 def _validated(data: object, source: str, text: str | None = None) -> Config:
-    """`text`: what `data` was parsed from, so that errors can show values as they are written."""
+    """Validate `data`; with its source `text`, errors show values as they are written."""
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: a mapping with the key `experts` is needed at the top")
     try:
@@ -80,21 +92,21 @@ def _validated(data: object, source: str, text: str | None = None) -> Config:
 
 
 def _variables(value: object, place: tuple[str, ...], left: list[int]) -> Iterator[str]:
-    """A line for each value that would be taken literally where a variable was meant.
+    """Yield an error for each value that refers to a variable, because none are replaced.
 
-    `left`: how many values may still follow, as aliases of aliases can make billions of them.
+    `left` counts down the remaining values: aliases of aliases can make billions of them.
     """
     left[0] -= 1
     if left[0] < 0:
         raise RecursionError
     if isinstance(value, dict):
-        for key, one in value.items():
+        for key, item in value.items():
             if key != "description":  # free text
-                yield from _variables(one, (*place, str(key)), left)
+                yield from _variables(item, (*place, str(key)), left)
     elif isinstance(value, list):
-        for number, one in enumerate(value):
-            yield from _variables(one, (*place, str(number)), left)
-    elif isinstance(value, str) and (found := _VARIABLE_USED.search(value)) is not None:
+        for number, item in enumerate(value):
+            yield from _variables(item, (*place, str(number)), left)
+    elif isinstance(value, str) and (found := _VARIABLE_REFERENCE.search(value)) is not None:
         where = ".".join(place)
         if place and place[-1].endswith("_env"):
             yield f"{where}: {_VARIABLE}, as it is: NAME, not ${{NAME}} or os.environ/NAME"
@@ -110,30 +122,30 @@ def _variables(value: object, place: tuple[str, ...], left: list[int]) -> Iterat
 def _faults(error: ValidationError, source: str, text: str | None) -> Iterator[str]:
     for fault in error.errors(include_url=False):
         path = ".".join(str(part) for part in fault["loc"] if part != "[key]")
-        said = fault["msg"].removeprefix("Value error, ")
+        message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             allowed = sorted(_keys_at(fault["loc"][:-1]))
             close = difflib.get_close_matches(str(fault["loc"][-1]), allowed, n=1)
             hint = f" did you mean {close[0]!r}?" if close else ""
-            said = f"unknown key;{hint} allowed: {', '.join(allowed)}"
+            message = f"unknown key;{hint} allowed: {', '.join(allowed)}"
         elif fault["type"] == "missing":
-            said = "missing, and it has no default"
-        elif fault["loc"] and fault["loc"][-1] in _SECRET:
-            # Not shown: somebody may have put the key itself here.
-            said = _SECRET[fault["loc"][-1]]
+            message = "missing, and it has no default"
+        elif fault["loc"] and fault["loc"][-1] in _SECRET_FIELDS:
+            # The value may be the key itself, so it is not shown.
+            message = _SECRET_FIELDS[fault["loc"][-1]]
         elif fault["type"] == "string_type" and type(fault["input"]) in _TYPES:
             written = None if text is None else written_at(text, fault["loc"])
             value = shown(fault["input"]) if written is None else written or "nothing"
             remedy = "put it in quotes" if written is None else f'write "{written}"'
             kind = _TYPES[type(fault["input"])]
-            said = f"a text is needed, and {value} is a {kind}; {remedy}"
+            message = f"a text is needed, and {value} is a {kind}; {remedy}"
         elif fault["type"] != "value_error":
-            said = f"{said[0].lower()}{said[1:]}, not {shown(fault['input'])}"
-        yield f"{source}: {path + ': ' if path else ''}{said}"
+            message = f"{message[0].lower()}{message[1:]}, not {shown(fault['input'])}"
+        yield f"{source}: {path + ': ' if path else ''}{message}"
 
 
 def _keys_at(path: tuple[int | str, ...]) -> set[str]:
-    # By kind of place, not by name: an expert or a pool may well be called "vllm".
+    # Match by section and not by name: an expert or a pool may have the name "vllm".
     for place, section in SECTIONS.items():
         if len(place) == len(path) and all(
             want in ("*", got) for want, got in zip(place, path, strict=True)
@@ -143,7 +155,11 @@ def _keys_at(path: tuple[int | str, ...]) -> set[str]:
 
 
 def load_config(path: Path) -> Config:
-    """Read a config file. Paths in it are taken relative to it. Raises ConfigError."""
+    """Read a config file; relative paths in it start at its folder.
+
+    Raises:
+        ConfigError: The file can't be read, or the config is wrong.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -154,7 +170,7 @@ def load_config(path: Path) -> Config:
 
 
 def _anchored(config: Config, folder: Path) -> Config:
-    """Make the relative paths in a config absolute, so that every process reads them alike."""
+    """Make the relative paths in a config absolute, so that all processes resolve them alike."""
 
     def at(value: str) -> str:
         return str((folder / Path(value).expanduser()).resolve())

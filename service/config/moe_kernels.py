@@ -1,6 +1,7 @@
-"""How vLLM computes mixtures of experts: kernels, expert parallelism, load balancing.
+"""Options for mixtures of experts in vLLM: kernels, expert parallelism, load balancing.
 
-Names are vLLM 0.32's. What a platform can't do is said here, before anything starts.
+The names are those of vLLM 0.32. Options that a platform does not support are refused here, before
+an engine starts.
 """
 
 from __future__ import annotations
@@ -39,19 +40,19 @@ MoeBackend = Literal[
 
 
 class EplbOptions(Section):
-    """vLLM's load balancing of experts over the GPUs of one engine, by the loads that it sees."""
+    """vLLM's load balancing (EPLB) of routed experts over the GPUs of one engine."""
 
-    window_size: int = Field(1000, ge=1, description="Engine steps whose loads are kept.")
+    window_size: int = Field(1000, ge=1, description="Engine steps over which loads are measured.")
     step_interval: int = Field(3000, ge=1, description="Engine steps between two rearrangements.")
     num_redundant_experts: int = Field(
-        0, ge=0, description="Copies of hot experts in each layer (`coe moe place` says how many)."
+        0, ge=0, description="Copies of busy experts per layer; `coe moe place` proposes a number."
     )
     log_balancedness: bool = Field(False, description="Log each step's balance; costs some speed.")
     use_async: bool = Field(True, description="Move experts while requests run.")
 
 
 class ExpertKernels(Section):
-    """An expert's own settings, over those of its pool's `vllm`. For mixtures of experts."""
+    """An expert's own options for mixtures of experts; they override its pool's `vllm`."""
 
     moe_backend: MoeBackend | None = Field(
         None, description="Kernels for its routed experts. Default: the pool's."
@@ -62,7 +63,7 @@ class ExpertKernels(Section):
 
 
 class MoeKernelOptions(Section):
-    """What a pool's `vllm` says of mixtures of experts."""
+    """A pool's options for mixtures of experts."""
 
     moe_backend: MoeBackend = Field(
         "auto", description="Kernels for mixture-of-experts layers, as vLLM names them; GPU only."
@@ -79,7 +80,7 @@ class MoeKernelOptions(Section):
     )
     expert_placement_strategy: Literal["linear", "round_robin"] = Field(
         "linear",
-        description="Which experts share a GPU. round_robin: for models with groups of experts.",
+        description="Placement of experts on GPUs. round_robin: for models with expert groups.",
     )
     enable_eplb: bool = Field(
         False, description="Balance experts over the GPUs by load; needs enable_expert_parallel."
@@ -87,7 +88,12 @@ class MoeKernelOptions(Section):
     eplb_config: EplbOptions = Field(default_factory=lambda: EplbOptions())
 
     def why_not(self, *, gpus: float, devices: int) -> str | None:
-        """What a pool of `gpus` with engines of `devices` each can't do of this, or None."""
+        """Return why a pool can't use these options, or None.
+
+        Args:
+            gpus: GPUs of a replica.
+            devices: GPUs of each engine.
+        """
         if gpus == 0:
             for name, default in (
                 ("enable_eplb", False),
@@ -100,13 +106,12 @@ class MoeKernelOptions(Section):
         if self.enable_expert_parallel and devices < 2:
             what = "enable_eplb" if self.enable_eplb else "enable_expert_parallel"
             return (
-                f"vllm.{what}: on one GPU there is nothing to spread experts over; "
-                "vllm.tensor_parallel_size is 1"
+                f"vllm.{what}: spreading experts needs several GPUs; vllm.tensor_parallel_size is 1"
             )
         if self.enable_expert_parallel and gpus < devices:
             return (
-                f"vllm.enable_expert_parallel: experts are to be spread over {devices} GPUs "
-                f"(vllm.tensor_parallel_size), and a replica asks for {gpus:g} (gpus)"
+                f"vllm.enable_expert_parallel: needs {devices} GPUs (vllm.tensor_parallel_size), "
+                f"and a replica has {gpus:g} (gpus)"
             )
         if self.enable_eplb and not self.enable_expert_parallel:
             return "vllm.enable_eplb: it balances whole experts; set enable_expert_parallel too"
@@ -118,7 +123,7 @@ class MoeKernelOptions(Section):
                     "enable_expert_parallel"
                 )
             if self.enable_eplb:
-                return "vllm.expert_placement_strategy: EPLB begins with linear, always"
+                return "vllm.expert_placement_strategy: EPLB always begins with linear"
         return None
 
 
@@ -128,4 +133,4 @@ ON_CPU = {
     "moe_backend": "on CPU vLLM has one kernel for each format of weights; only auto is possible",
     "tuned_config_folder": "tuned configs are for Triton's kernels, on GPUs; this pool runs on CPU",
 }
-"""Why a setting is not possible on CPU."""
+"""The reason why an option is not possible on CPU."""

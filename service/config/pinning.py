@@ -1,4 +1,4 @@
-"""Writing commits into a config file, where it names models of the hub without one. Pure."""
+"""Pins a config's models of the hub to commits. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import yaml
 
 
 def pin_models(text: str, pinned: Mapping[str, str]) -> str:
-    """The config's text with its experts' models replaced; all else stays, comments included.
+    """Replace the models in a config's text; everything else stays, including comments.
 
-    `pinned`: a model as the config names it → the same with its commit.
+    Args:
+        text: The config file.
+        pinned: Model as the config names it → the same model with its commit.
     """
     root = yaml.compose(text, yaml.SafeLoader)
     places = {
@@ -24,7 +26,7 @@ def pin_models(text: str, pinned: Mapping[str, str]) -> str:
 
 
 def _models(root: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
-    """The values of `experts.*.model`, also where they come by a merge key."""
+    """Yield the values of `experts.*.model`, including those from merge keys."""
     for key, experts in _pairs(root):
         if key == "experts":
             for _, expert in _pairs(experts):
@@ -33,8 +35,8 @@ def _models(root: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
 
 def _own_model(expert: yaml.Node) -> Iterator[yaml.ScalarNode]:
     if isinstance(expert, yaml.SequenceNode):  # several maps, merged
-        for one in expert.value:
-            yield from _own_model(one)
+        for merged in expert.value:
+            yield from _own_model(merged)
     for key, value in _pairs(expert):
         if key == "model" and isinstance(value, yaml.ScalarNode):
             yield value

@@ -1,4 +1,4 @@
-"""Section `recipes`: ways to answer that ask several experts."""
+"""Section `recipes`: cascades and votes of several experts."""
 
 from __future__ import annotations
 
@@ -11,42 +11,48 @@ from service.types import MAX_LATER, Recipe
 
 
 class RecipeConfig(Section):
-    """A way to answer that asks several experts. Its name may be asked for like an expert's."""
+    """A way to answer with several experts. Requests can name it like an expert."""
 
     kind: Literal["cascade", "vote"] = Field(
-        description="cascade: the members are asked together; where they agree, that is the "
-        "answer, else those of `later` are asked in turn. vote: the answer that most members give."
+        description="cascade: all members answer; if they agree, this is the answer, else the "
+        "experts of `later` answer in turn. vote: the answer that most members give."
     )
     members: tuple[str, ...] = Field(min_length=1, max_length=8, description="Experts.")
     later: tuple[str, ...] = Field(
-        (), max_length=MAX_LATER, description="cascade: experts asked where members disagree."
+        (),
+        max_length=MAX_LATER,
+        description="cascade: experts that answer if the members disagree.",
     )
     sure: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="cascade of one member: its answer is taken where the geometric mean of its "
-        "tokens' probabilities is at least this. 0: where it gives a final answer at all.",
+        description="cascade of one member: least geometric mean of its tokens' probabilities at "
+        "which its answer is taken. 0: every final answer is taken.",
     )
     quality: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
         default_factory=dict,
-        description="Expected quality by category, in [0, 1]; 0 where none is given, so that it "
-        "is asked by name only.",
+        description="Expected quality by category, in [0, 1]. Default: 0, so that only requests "
+        "that name the recipe use it.",
     )
     escalates: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="cascade: how often those of `later` are asked, until it has been measured.",
+        description="cascade: assumed share of requests that go on to `later`, until measured.",
     )
 
     @model_validator(mode="after")
-    def _possible(self) -> RecipeConfig:
+    def _check_recipe(self) -> RecipeConfig:
         self.recipe()
         if self.sure and len(self.members) != 1:
             raise ValueError("sure is for a cascade of one member")
         return self
 
     def recipe(self) -> Recipe:
-        """As the broker knows it. ValueError where it is none."""
+        """Return the broker's form of the recipe.
+
+        Raises:
+            ValueError: The recipe is invalid.
+        """
         return Recipe(self.kind, self.members, self.later, self.sure)

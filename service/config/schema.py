@@ -1,4 +1,4 @@
-"""The whole composition, and whether its names meet."""
+"""The root of the config, and checks across sections."""
 
 from __future__ import annotations
 
@@ -32,35 +32,35 @@ from service.types import Recipe
 
 
 class Config(Section):
-    """A whole composition."""
+    """The root of the config: a composition of experts."""
 
     server: ServerConfig = Field(default_factory=lambda: ServerConfig())
     router: RouterConfig = Field(default_factory=lambda: RouterConfig())
     telemetry: TelemetryConfig = Field(default_factory=lambda: TelemetryConfig())
     models_dir: str | None = Field(
-        None, description="Where models are kept. Default: $COE_MODELS or ~/.cache/coe/models."
+        None, description="Folder of the model store. Default: $COE_MODELS or ~/.cache/coe/models."
     )
     experts: dict[Name, ExpertConfig] = Field(description="The experts, by name.", min_length=1)
     recipes: dict[Name, RecipeConfig] = Field(
-        default_factory=dict, description="Ways to answer that ask several experts, by name."
+        default_factory=dict, description="Recipes of several experts, by name."
     )
     pools: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")], PoolConfig] = Field(
         default_factory=dict, description="The pools, by kind."
     )
     tenants: dict[Name, TenantConfig] = Field(
         default_factory=dict,
-        description="The tenants, by name. Where none is given, a key may be of any tenant; else "
-        "of these, or of `default`, which has no limits unless it is among them.",
+        description="The tenants, by name. If there are none, a key may have any tenant; else one "
+        "of these or `default`, which has no limits unless it is listed.",
     )
     keys: dict[Name, KeyConfig] = Field(
-        default_factory=dict, description="API keys that the config names, by name."
+        default_factory=dict, description="API keys of the config, by name."
     )
     budgets: dict[Name, BudgetConfig] = Field(default_factory=dict, description="Budgets, by name.")
     feedback: FeedbackConfig = Field(default_factory=lambda: FeedbackConfig())
     store: StoreConfig = Field(default_factory=lambda: StoreConfig())
 
     @model_validator(mode="after")
-    def _names_meet(self) -> Config:
+    def _check_references(self) -> Config:
         _check_names(self)
         _check_kernels(self)
         _check_tenants(self)
@@ -68,7 +68,7 @@ class Config(Section):
 
     @property
     def fallback(self) -> str:
-        """The expert for prompts that no category claims."""
+        """The expert for prompts of no expert's category."""
         if self.router.fallback is not None:
             return self.router.fallback
         for name, expert in self.experts.items():
@@ -77,7 +77,7 @@ class Config(Section):
         return next(iter(self.experts))
 
     def local_experts(self, kind: str) -> tuple[str, ...]:
-        """Names of the experts that pools of this kind hold, bases before what is made of them."""
+        """Return the experts of pools of this kind, bases before experts that build on them."""
         named = self.pools[kind].experts
         names = [
             name
@@ -87,11 +87,10 @@ class Config(Section):
         return tuple(sorted(names, key=lambda name: self.experts[name].base is not None))
 
     def units(self, kind: str) -> tuple[tuple[str, ...], ...]:
-        """The experts of a pool by the weights they run on.
+        """Return the experts of a pool, grouped by the weights that they run on.
 
-        Each tuple begins with an expert that has full weights (or merged ones), and
-        goes on with the adapters of it. A virtual expert runs on its base's weights, and not
-        beside it: it is a unit of its own.
+        Each tuple has an expert with full or merged weights, followed by its adapters. A virtual
+        expert is a unit of its own: it uses its base's weights, but never at the same time.
         """
         held = self.local_experts(kind)
         return tuple(
@@ -108,14 +107,14 @@ class Config(Section):
         )
 
     def vllm_of(self, kind: str, expert: str) -> VllmOptions:
-        """How vLLM runs in a pool for the weights of an expert: its base's own settings first."""
+        """Return vLLM's options for an expert in a pool; its base's own override the pool's."""
         settings = self.experts[expert]
         own = (settings if settings.base is None else self.experts[settings.base]).vllm
         given = {name: value for name, value in own if value is not None}
         return self.pools[kind].vllm.model_copy(update=given)
 
     def groups(self, kind: str) -> tuple[tuple[tuple[str, ...], ...], ...]:
-        """The units of a pool by the slot they have to share: virtual experts after their base."""
+        """Return the units of a pool, grouped by slot: each base with its virtual experts."""
         units = self.units(kind)
         return tuple(
             (unit, *(other for other in units if self.needs(other[0]) == unit[0]))
@@ -124,30 +123,31 @@ class Config(Section):
         )
 
     def needs(self, expert: str) -> str:
-        """The expert on whose weights a virtual expert runs; empty for any other."""
+        """Return the base of a virtual expert; empty for other experts."""
         settings = self.experts[expert]
         return settings.base or "" if settings.form == "steered" else ""
 
     @property
     def key_variables(self) -> frozenset[str]:
-        """The environment variables that hold keys: clients', remote endpoints' and the stores'.
+        """Environment variables that hold keys of clients, remote endpoints and stores.
 
-        They are gateways' to know. Not the hub's token, with which pools fetch models.
+        Only gateways may read them. The hub's token is not one of them: pools fetch models with it.
         """
         named = [key.key_env for key in self.keys.values()]
-        named += [one.remote.api_key_env for one in self.experts.values() if one.remote is not None]
+        named += [e.remote.api_key_env for e in self.experts.values() if e.remote is not None]
         named += [self.store.url_env, self.store.cache_url_env]
         return frozenset(name for name in named if name is not None) - {"HF_TOKEN"}
 
     def embeds(self, expert: str) -> bool:
-        """Whether an expert makes vectors and no text, so that its engine runs for that alone."""
-        able = self.experts[expert].capabilities
-        return "embeddings" in able and not {"chat", "completions"} & {*able}
+        """Return whether an expert makes embeddings and no text; its engine then runs for that."""
+        capabilities = self.experts[expert].capabilities
+        return "embeddings" in capabilities and not {"chat", "completions"} & {*capabilities}
 
     def model_sources(self, only: str | None = None) -> dict[str, str]:
-        """Where the weights come from that pools with real engines need: expert → source.
+        """Return the models that pools with real engines need: expert → source.
 
-        `only`: pools of that kind.
+        Args:
+            only: Kind of pool; None: all pools.
         """
         return {
             name: source
@@ -158,7 +158,7 @@ class Config(Section):
         }
 
     def category_map(self) -> dict[str, str]:
-        """Stage 2: category → expert. The first expert that names a category has it."""
+        """Return category → expert. The first expert that names a category gets it."""
         mapping: dict[str, str] = {}
         for name, expert in self.experts.items():
             for category in expert.categories:
@@ -170,8 +170,8 @@ class Config(Section):
 def _check_tenants(config: Config) -> None:
     names = set(config.experts)
     limits = [(f"tenants.{n}", t) for n, t in config.tenants.items()]
-    for place, one in [*limits, *((f"keys.{n}", k) for n, k in config.keys.items())]:
-        for name in one.experts or ():
+    for place, section in [*limits, *((f"keys.{n}", k) for n, k in config.keys.items())]:
+        for name in section.experts or ():
             if name not in names:
                 raise ValueError(f"{place}.experts: {_unknown(name, names)}")
     of_tenants = [(f"keys.{n}", k.tenant) for n, k in config.keys.items()]
@@ -181,8 +181,7 @@ def _check_tenants(config: Config) -> None:
             raise ValueError(f"{place}.tenant: {unknown_tenant(tenant, config.tenants)}")
     if config.store.kind == "memory" and config.server.gateways > 1:
         raise ValueError(
-            "server.gateways: several gateways need a store that they share; "
-            "set store.kind to redis"
+            "server.gateways: several gateways need a shared store; set store.kind to redis"
         )
 
 
@@ -190,7 +189,7 @@ def _check_names(config: Config) -> None:
     names = set(config.experts)
     for name, expert in config.experts.items():
         if name == "auto" or name.startswith(("auto/", "auto:")):
-            raise ValueError(f"experts.{name}: a name must not be or begin with 'auto'")
+            raise ValueError(f"experts.{name}: the prefix 'auto' is reserved")
         if expert.base is not None:
             base = config.experts.get(expert.base)
             if base is None:
@@ -221,7 +220,7 @@ def _check_names(config: Config) -> None:
                     "not in this pool; list it too"
                 )
         if not held:
-            raise ValueError(f"pools.{kind}: it holds no expert; give it one or remove it")
+            raise ValueError(f"pools.{kind}: has no expert; list one or remove the pool")
         placed.update(held)
     homeless = [n for n, e in config.experts.items() if e.remote is None and n not in placed]
     if homeless:
@@ -244,34 +243,36 @@ def _check_kernels(config: Config) -> None:
 def _check_recipes(config: Config, names: set[str]) -> None:
     for name, recipe in config.recipes.items():
         if name in names or name == "auto" or name.startswith(("auto/", "auto:")):
-            raise ValueError(f"recipes.{name}: an expert is called so, or it begins with 'auto'")
+            raise ValueError(
+                f"recipes.{name}: the name is taken by an expert or uses the reserved prefix 'auto'"
+            )
         for expert in (*recipe.members, *recipe.later):
             if expert not in names:
                 raise ValueError(f"recipes.{name}: {_unknown(expert, names)}")
             if "chat" not in config.experts[expert].capabilities:
-                raise ValueError(f"recipes.{name}: {expert!r} can't chat")
+                raise ValueError(f"recipes.{name}: {expert!r} lacks the capability chat")
         if (silent := silent_member(config, recipe.recipe())) is not None:
             raise ValueError(
-                f"recipes.{name}.sure: {silent!r} is remote and not known to tell log "
-                f"probabilities; set experts.{silent}.remote.logprobs to true where it does, "
+                f"recipes.{name}.sure: {silent!r} is remote and not known to return log "
+                f"probabilities; set experts.{silent}.remote.logprobs to true if it does, "
                 "or `sure` to 0"
             )
 
 
 def _check_spaces(config: Config) -> None:
-    """Several experts that embed have to say whose vectors may stand in one index."""
+    """Check that several embedding experts name the vector spaces of their vectors."""
     embedding = [name for name, e in config.experts.items() if "embeddings" in e.capabilities]
     unnamed = [name for name in embedding if config.experts[name].space is None]
     if len(embedding) > 1 and unnamed:
         raise ValueError(
             f"experts.{unnamed[0]}.space: {len(embedding)} experts embed "
-            f"({', '.join(embedding)}); name the vector space of each, the same where their "
-            "vectors may stand in one index"
+            f"({', '.join(embedding)}); name the vector space of each, and the same one if their "
+            "vectors may be in one index"
         )
 
 
 def silent_member(config: Config, recipe: Recipe) -> str | None:
-    """The member of whose tokens' probabilities a recipe needs to hear, but will not."""
+    """Return the member whose log probabilities a recipe needs, if it does not return them."""
     if recipe.sure <= 0:
         return None
     remote = config.experts[recipe.members[0]].remote
@@ -279,7 +280,7 @@ def silent_member(config: Config, recipe: Recipe) -> str | None:
 
 
 def unknown_tenant(name: str, tenants: Collection[str]) -> str:
-    """What is wrong with a tenant's name that is none of these."""
+    """Return the error text for an unknown tenant."""
     close = difflib.get_close_matches(name, tenants, n=1)
     hint = f" did you mean {close[0]!r}?" if close else ""
     return f"no tenant {name[:128]!r};{hint} tenants: {', '.join(sorted({*tenants, 'default'}))}"
@@ -291,7 +292,7 @@ def _unknown(name: str, allowed: set[str]) -> str:
     return f"no expert {name!r};{hint} experts: {', '.join(sorted(allowed))}"
 
 
-# Every section by its place; `*` stands for a name that the user gives.
+# Every section by its path; `*` stands for a name that the user chooses.
 SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     (): Config,
     ("server",): ServerConfig,

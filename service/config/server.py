@@ -41,33 +41,34 @@ Origin = Annotated[str, AfterValidator(_origin)]
 
 
 class ServerConfig(Section):
-    """The HTTP side: where it listens and what it accepts."""
+    """The HTTP server: its address, and the requests that it accepts."""
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
     allow_unauthenticated: bool = Field(
         False,
-        description="While there is no API key: listen on `host` all the same, and answer "
-        "whoever reaches it. Default: then it listens on loopback only.",
+        description="Listen on `host` even without API keys, and answer every client. Default: "
+        "without API keys the service listens on loopback only.",
     )
     require_keys: bool = Field(
         False,
-        description="Ask for an API key also while there is none yet. Without it: once there was "
-        "a key, and wherever `host` is not loopback, unless `allow_unauthenticated` is set.",
+        description="Require API keys even before the first one exists. Default: keys are required "
+        "once there was one, and on every `host` but loopback unless `allow_unauthenticated` is "
+        "set.",
     )
     allowed_hosts: tuple[HostName, ...] = Field(
         (),
-        description="Names that a request's `Host` may hold beside IP addresses, names without a "
-        "dot and those under `.localhost`, `.local`, `.internal`, `.home.arpa`, `.lan` and `.svc`: "
-        "`api.example.com`, `*.example.com`, or `*` for all. While no API key is needed, other "
-        "names get 403, so that no foreign site can pass for this service (DNS rebinding). Once "
-        "keys are needed they get it only if this is set.",
+        description="Allowed names in a request's `Host`: `api.example.com`, `*.example.com`, or "
+        "`*` for all. IP addresses, names without a dot and names under `.localhost`, `.local`, "
+        "`.internal`, `.home.arpa`, `.lan` and `.svc` are always allowed. While no API key is "
+        "required, other names get 403, against DNS rebinding. Once keys are required, they get "
+        "403 only if this is set.",
     )
     cors_origins: tuple[Origin, ...] = Field(
         (),
-        description="Origins of web pages that may ask and read answers (CORS), such as "
+        description="Origins of web pages that may send requests and read answers (CORS), such as "
         "`https://chat.example.com` or `app://obsidian.md`. `*`: every origin, once API keys are "
-        "needed. While none is needed, requests of pages of other origins get 403.",
+        "required. While none is required, requests from pages of other origins get 403.",
     )
     gateways: int = Field(1, ge=1, le=64, description="Gateway replicas (processes without a GPU).")
     max_body_bytes: Bytes = Field(
@@ -76,11 +77,11 @@ class ServerConfig(Section):
     deadline_ms: int = Field(
         120_000,
         ge=1,
-        description="Default deadline of a request in ms: to the first token when streaming, "
-        "else to the end. A request may set its own with the header x-coe-deadline-ms.",
+        description="Default deadline of a request in ms: until the first token of a stream, or "
+        "the end of another answer. The header x-coe-deadline-ms overrides it.",
     )
     drain_s: float = Field(
-        30.0, ge=0, description="Longest time to let running requests finish at a stop, in s."
+        30.0, ge=0, description="Time in which running requests may finish at a stop, in s."
     )
     access_log: bool = Field(
         False,
@@ -98,7 +99,7 @@ class ServerConfig(Section):
 
 
 class RouterConfig(Section):
-    """Stage 1 (the classifier) and what to do where it is unsure."""
+    """The classifier of prompts, and the expert for prompts without a category."""
 
     artifact: str | None = Field(
         None,

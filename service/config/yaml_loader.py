@@ -1,8 +1,8 @@
-"""YAML as config files need it: names stay as they are written, and nothing is given twice.
+"""A strict YAML loader for config files.
 
 YAML 1.1, which PyYAML reads, takes `no` and `on` for booleans, `1:30` for 90 and `010` for 8. This
-loader follows the core schema of YAML 1.2 instead, and keeps 1.1's merge keys (`<<`). Keys are
-always texts: an expert may be called `no`, `1.5` or `7`.
+loader follows the core schema of YAML 1.2 instead, and keeps the merge keys (`<<`) of 1.1. Keys are
+always strings, so an expert may have the name `no`, `1.5` or `7`. Duplicate keys are errors.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _RULES: tuple[tuple[str, str, str], ...] = (
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """YAML's safe loader, by the rules above. Refuses a key given twice, and a second document."""
+    """The safe loader with these rules; it refuses duplicate keys and a second document."""
 
-    # PyYAML's resolvers are one dictionary on the class; this class begins with none of its base's.
+    # PyYAML keeps resolvers in a dictionary on the class; this class starts with an empty one.
     yaml_implicit_resolvers = {}  # noqa: RUF012
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """As it is composed, before merge keys put others' keys into it."""
+        """Check a mapping's keys before merge keys add others."""
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(
-                    None, None, "a key is a name, not a list or a mapping", key.start_mark
+                    None, None, "a key must be a name, not a list or a mapping", key.start_mark
                 )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
@@ -53,7 +53,7 @@ class ConfigLoader(yaml.SafeLoader):
         return node
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
-        """Decimal, or with 0o or 0x."""
+        """Convert a decimal, octal (0o) or hexadecimal (0x) number."""
         text = self.construct_scalar(node)
         if len(text) > 4000:
             raise yaml.constructor.ConstructorError(
@@ -62,7 +62,7 @@ class ConfigLoader(yaml.SafeLoader):
         return int(text, 0)
 
     def construct_float(self, node: yaml.ScalarNode) -> float:
-        """Also `.inf` and `.nan`, and 1e3 without a point."""
+        """Convert a number, also `.inf`, `.nan`, and 1e3 without a point."""
         text = self.construct_scalar(node).lower()
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
@@ -78,9 +78,9 @@ ConfigLoader.add_constructor("tag:yaml.org,2002:float", ConfigLoader.construct_f
 
 
 def written_at(text: str, place: Sequence[int | str]) -> str | None:
-    """How a value that is no text stands in the file; None where that can't be found.
+    """Return a value that is not a string as the file has it; None if it can't be found.
 
-    For errors: `3.10` arrives as 3.1, and who wrote it would not know it again.
+    Errors need it: `3.10` arrives as 3.1, which the user would not recognise.
     """
     try:
         node = yaml.compose(text, ConfigLoader)

@@ -86,7 +86,7 @@ def test_every_field_is_described() -> None:
         ),
         (
             {"pools": {"cpu": {"min_replicas": 3, "max_replicas": 2}}},
-            "coe.yaml: pools.cpu: max_replicas is at least min_replicas, and at least 1",
+            "coe.yaml: pools.cpu: max_replicas must be at least min_replicas, and at least 1",
         ),
         (
             {"pools": {"cpu": {"experts": ["genral"]}}},
@@ -99,8 +99,8 @@ def test_every_field_is_described() -> None:
         ),
         (
             {"experts": {"general": {}}},
-            "coe.yaml: experts.general: exactly one of model, base (with adapter or profile), "
-            "remote",
+            "coe.yaml: experts.general: needs exactly one of model, base (with adapter or "
+            "profile), remote",
         ),
         (
             {"experts": {"general": {"model": "m", "adapter": "a"}}},
@@ -112,8 +112,8 @@ def test_every_field_is_described() -> None:
         ),
         (
             {"experts": {"general": {"base": "b", "profile": "p", "form": "merged"}}},
-            "coe.yaml: experts.general: form steered is that of an expert with a profile, and no "
-            "other's",
+            "coe.yaml: experts.general: form 'steered' requires `profile`, and `profile` "
+            "requires this form",
         ),
         (
             {"pools": {}},
@@ -121,24 +121,24 @@ def test_every_field_is_described() -> None:
         ),
         (
             {"server": {"gateways": 2}},
-            "coe.yaml: server.gateways: several gateways need a store that they share; "
+            "coe.yaml: server.gateways: several gateways need a shared store; "
             "set store.kind to redis",
         ),
         (
             {"store": {"kind": "redis"}},
-            "coe.yaml: store: exactly one of url, url_env",
+            "coe.yaml: store: kind redis needs exactly one of url, url_env",
         ),
         (
             {"store": {"kind": "redis", "url": "redis://:secret@host"}},
-            "coe.yaml: store: a URL with a password belongs into url_env",
+            "coe.yaml: store: put a URL that contains a password in url_env",
         ),
         (
             {"budgets": {"all": {"amount": 1}}},
-            "coe.yaml: budgets.all: exactly one of period, window_s",
+            "coe.yaml: budgets.all: needs exactly one of period, window_s",
         ),
         (
             {"keys": {"a": {"tenant": "a"}}},
-            "coe.yaml: keys.a: exactly one of key_env, sha256",
+            "coe.yaml: keys.a: needs exactly one of key_env, sha256",
         ),
         (
             {"tenants": {"acme": {}}, "keys": {"k": {"tenant": "acne", "sha256": "0" * 64}}},
@@ -162,7 +162,7 @@ def test_every_field_is_described() -> None:
         ),
         (
             {"store": {"kind": "redis", "url": "redis://a", "cache_url": "redis://:secret@host"}},
-            "coe.yaml: store: a URL with a password belongs into cache_url_env",
+            "coe.yaml: store: put a URL that contains a password in cache_url_env",
         ),
         (
             {"tenants": {"a": {"experts": ["genral"]}}},
@@ -171,7 +171,7 @@ def test_every_field_is_described() -> None:
         ),
         (
             {"experts": {"auto/x": {"model": "m"}}},
-            "coe.yaml: experts.auto/x: a name must not be or begin with 'auto'",
+            "coe.yaml: experts.auto/x: the prefix 'auto' is reserved",
         ),
     ],
 )

@@ -170,7 +170,7 @@ def test_load_byte_order_mark_and_line_ends_do_not_matter(
         ("- a\n- b\n", "a mapping with the key `experts`"),
         (f"experts: {{a: {{model: m}}}}{POOLS}---\nexperts: {{}}", "document"),
         ("experts:\n\ta: {model: m}\n", "line 2"),
-        ("experts:\n  ? [a]\n  : {model: m}\n", "a key is a name"),
+        ("experts:\n  ? [a]\n  : {model: m}\n", "a key must be a name"),
         ("experts: &a {a: *a}", "holds itself"),
         ("a: " + "[" * 5000, "nested too deeply"),
     ],
