@@ -14,7 +14,7 @@ def agree(one: str, other: str) -> bool:
     return agreed([final_answer(one), final_answer(other)])
 
 
-def test_answers_that_differ_in_one_token_never_agree() -> None:
+def test_agree_answers_that_differ_in_one_token_is_false() -> None:
     wrong = [pair for pair in different_answers(7, _PAIRS) if agree(*pair)]
     print(f"{len(wrong)} of {_PAIRS} pairs wrongly taken to agree")
     assert wrong == []
@@ -22,16 +22,14 @@ def test_answers_that_differ_in_one_token_never_agree() -> None:
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group[0])
 @pytest.mark.parametrize("style", STATED)
-def test_no_two_of_a_group_agree_however_they_are_stated(
-    group: tuple[str, ...], style: str
-) -> None:
+def test_agree_confusable_answers_in_any_form_is_false(group: tuple[str, ...], style: str) -> None:
     stated = [final_answer(STATED[style](one)) for one in group]
     known = [one for one in stated if one is not None]
     assert len(known) == len(set(known))
 
 
 @pytest.mark.parametrize("said", REFUSALS)
-def test_a_refusal_is_no_answer(said: str) -> None:
+def test_final_answer_of_a_refusal_is_none(said: str) -> None:
     assert final_answer(said) is None
     assert final_answer(said, as_json=True) is None
     assert not agree(said, said)
@@ -42,7 +40,7 @@ def test_a_refusal_is_no_answer(said: str) -> None:
 @pytest.mark.parametrize(
     "value", ["42", "-3", "B", "0.5", "x + 1", "Paris", "7 days", "12%", "yes"]
 )
-def test_a_value_is_the_same_however_it_is_stated(value: str, style: str) -> None:
+def test_final_answer_of_a_value_is_the_same_in_any_phrasing(value: str, style: str) -> None:
     assert agree(value, STATED[style](value))
 
 
@@ -50,7 +48,7 @@ def test_a_value_is_the_same_however_it_is_stated(value: str, style: str) -> Non
     "way", [way for way in SPELLINGS if way not in ("with the unit", "with $")]
 )
 @pytest.mark.parametrize("number", ["5", "-7", "1234", "1000000", "0.25"])
-def test_a_number_is_the_same_however_it_is_written(number: str, way: str) -> None:
+def test_final_answer_of_a_number_is_the_same_in_any_notation(number: str, way: str) -> None:
     assert agree(number, SPELLINGS[way](number, ""))
 
 
@@ -128,7 +126,7 @@ def test_who_asks_back_or_sends_elsewhere_answers_nothing(said: str) -> None:
         ("So the answer is J. Smith.", "J. Smith"),
     ],
 )
-def test_the_same_answer_written_otherwise_agrees(one: str, other: str) -> None:
+def test_agree_same_answer_in_another_phrasing_is_true(one: str, other: str) -> None:
     assert agree(one, other)
     assert agree(other, one)
 
@@ -172,7 +170,7 @@ def test_the_same_answer_written_otherwise_agrees(one: str, other: str) -> None:
         ("#### 5\nThat is one of them.", "#### 5"),
     ],
 )
-def test_answers_that_differ_in_their_surroundings_do_not_agree(one: str, other: str) -> None:
+def test_agree_answers_with_different_context_is_false(one: str, other: str) -> None:
     assert not agree(one, other)
     assert not agree(other, one)
 
@@ -180,11 +178,11 @@ def test_answers_that_differ_in_their_surroundings_do_not_agree(one: str, other:
 @pytest.mark.parametrize(
     "text", ["", " \n", "word " * 60, "<think>The answer is 5.", "I am happy."]
 )
-def test_a_text_without_a_conclusion_has_no_final_answer(text: str) -> None:
+def test_final_answer_without_a_conclusion_is_none(text: str) -> None:
     assert final_answer(text) is None
 
 
-def test_what_was_asked_for_as_json_is_compared_as_json_only() -> None:
+def test_agree_json_answers_are_compared_as_json_only() -> None:
     assert final_answer("The answer is 5.", as_json=True) is None
     assert final_answer("5", as_json=True) == FinalAnswer("json", "5e0")
     assert final_answer("[NaN]", as_json=True) is None
@@ -202,18 +200,18 @@ def test_what_was_asked_for_as_json_is_compared_as_json_only() -> None:
     ],
 )
 @pytest.mark.timeout(20)
-def test_no_text_holds_the_gateway_up(text: str) -> None:
+def test_agree_hostile_texts_take_bounded_time(text: str) -> None:
     for _ in range(10):
         final_answer(text)
 
 
-def test_the_majority_is_the_answer_that_most_gave() -> None:
+def test_majority_is_the_answer_most_members_gave() -> None:
     finals = [final_answer(text) for text in ("4", "5", "The answer is 5.", "I don't know.")]
     assert majority(finals) == 2
     assert majority([None, None]) is None
 
 
-def test_confidence_is_the_geometric_mean_of_probabilities() -> None:
+def test_confidence_is_the_geometric_mean_of_token_probabilities() -> None:
     assert confidence([]) == 0
     assert confidence([0.0, 0.0]) == 1
     assert confidence([-1.0, -3.0]) == pytest.approx(0.1353, abs=1e-4)

@@ -21,19 +21,19 @@ def seen(count: int) -> BudgetPacer:
     return pacer
 
 
-def test_plenty_costs_nothing() -> None:
+def test_price_with_ample_budget_is_zero() -> None:
     assert seen(20).solve(11.0) == 0
     assert BudgetPacer().solve(1.0) == 0
 
 
-def test_scarce_costs_what_makes_everybody_take_the_cheaper() -> None:
+def test_price_with_scarce_budget_moves_requests_to_the_cheaper_recipe() -> None:
     price = seen(20).solve(1.0)
     assert price == pytest.approx(EVEN, rel=0.01)
     assert price >= EVEN
     assert seen(20).solve(0.5) >= EVEN, "and no less where nothing is cheap enough"
 
 
-def test_what_is_left_is_for_those_who_are_still_to_come() -> None:
+def test_price_reserves_the_budget_for_expected_arrivals() -> None:
     for spent, price in ((1000.0, 0.0), (2000.0, EVEN)):
         pacer = BudgetPacer()
         pacer.observe(WORTH, COST)
@@ -45,7 +45,7 @@ def test_what_is_left_is_for_those_who_are_still_to_come() -> None:
         assert got == pytest.approx(price, rel=0.01)
 
 
-def test_a_burst_at_the_start_is_no_rate() -> None:
+def test_price_burst_at_the_start_of_a_window_is_not_taken_as_the_rate() -> None:
     pacer = seen(16)
     assert pacer.reprice(BudgetSnapshot(86_400.0, 0.0, 0.0, 86_400.0), 43_200.0) < 1.0
     pacer = seen(1)
@@ -54,7 +54,7 @@ def test_a_burst_at_the_start_is_no_rate() -> None:
     assert pacer.reprice(BudgetSnapshot(86_400.0, 0.0, 0.0, 86_400.0), 1.0) == 0
 
 
-def test_a_new_window_counts_arrivals_anew() -> None:
+def test_price_new_window_starts_a_new_arrival_count() -> None:
     pacer = seen(1)
     pacer.reprice(BudgetSnapshot(100.0, 0.0, 0.0, 100.0), 0.0)
     for _ in range(100):
@@ -65,7 +65,7 @@ def test_a_new_window_counts_arrivals_anew() -> None:
     assert pacer.price == 0, "one request in half a window, and the whole budget left"
 
 
-def test_impossible_options_have_no_say() -> None:
+def test_price_ignores_excluded_candidates() -> None:
     pacer = BudgetPacer()
     pacer.observe(np.array([-np.inf, 0.9]), COST)
     assert upper_concave_hull(np.array([-np.inf, -np.inf]), COST).tolist() == []
@@ -74,7 +74,7 @@ def test_impossible_options_have_no_say() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10_000), st.floats(0.05, 1.0))
-def test_the_price_spends_what_is_there(seed: int, share: float) -> None:
+def test_price_spends_the_available_budget(seed: int, share: float) -> None:
     draw = np.random.default_rng(seed)
     pacer = BudgetPacer()
     rows = [(draw.random(6), draw.random(6) * 10) for _ in range(200)]
@@ -93,7 +93,7 @@ def test_the_price_spends_what_is_there(seed: int, share: float) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(0, 10_000), st.integers(1, 20))
-def test_the_hull_holds_whatever_a_price_would_choose(seed: int, count: int) -> None:
+def test_concave_hull_contains_every_candidate_a_price_would_choose(seed: int, count: int) -> None:
     draw = np.random.default_rng(seed)
     worth, cost = draw.random(count), draw.random(count)
     kept = set(upper_concave_hull(worth, cost).tolist())

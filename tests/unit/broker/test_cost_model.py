@@ -19,7 +19,7 @@ def expected(of: CostModel, most: int | None = None) -> float:
 
 
 @pytest.mark.parametrize("bound", [1, 16, 100, 399])
-def test_expect_after_answers_cut_by_a_bound_is_still_the_natural_length(bound: int) -> None:
+def test_expected_length_of_truncated_answers_is_the_natural_length(bound: int) -> None:
     """Health checks and classifiers ask for a token; that says nothing of how long answers are."""
     learning = market()
     for _ in range(60):
@@ -32,7 +32,7 @@ def test_expect_after_answers_cut_by_a_bound_is_still_the_natural_length(bound: 
 
 @pytest.mark.parametrize("bounds", [[None], [None, 1], [None, 200], [None, 50, 50, 50, 50]])
 @pytest.mark.parametrize("shape", ["exponential", "lognormal"])
-def test_expect_of_random_lengths_is_their_mean_whatever_bounds_some(
+def test_expected_length_is_the_mean_whatever_limits_some_requests(
     bounds: list[int | None], shape: str
 ) -> None:
     draw = np.random.default_rng(0)
@@ -54,7 +54,7 @@ def test_expect_of_random_lengths_is_their_mean_whatever_bounds_some(
     assert np.mean(told) == pytest.approx(400, rel=0.1)
 
 
-def test_expect_where_every_answer_was_cut_is_longer_than_any_bound() -> None:
+def test_expected_length_of_only_truncated_answers_exceeds_every_limit() -> None:
     learning = market()
     for _ in range(50):
         learning.observe("big", "math", 512, cut=True)
@@ -64,7 +64,7 @@ def test_expect_where_every_answer_was_cut_is_longer_than_any_bound() -> None:
     assert expected(only_short) >= 64, "one token asked for is no length of answers"
 
 
-def test_expect_of_several_answers_costs_each_of_them_and_the_prompt_once() -> None:
+def test_expected_cost_of_several_answers_counts_each_and_the_prompt_once() -> None:
     learning = market()
     learning.observe("big", "math", 100)
     one, three = learning.expect("math", 10, None), learning.expect("math", 10, None, 3)
@@ -83,7 +83,7 @@ def test_expect_of_several_answers_costs_each_of_them_and_the_prompt_once() -> N
         (ExpertCall("a", Price()), 0, False),
     ],
 )
-def test_cut_of_a_call_is_whether_its_bound_or_its_client_ended_it(
+def test_expert_call_length_and_cut_tell_how_it_ended(
     spent: ExpertCall, length: int, cut: bool
 ) -> None:
     assert (spent.length, spent.cut) == (length, cut)

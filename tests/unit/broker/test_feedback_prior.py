@@ -17,21 +17,21 @@ def shifted(slices: list[dict[str, int]], believed: float, votes: int, max_shift
     return shift(tally(slices).get("k", {}), believed, votes, max_shift)
 
 
-def test_nobody_voted_nothing_shifts() -> None:
+def test_prior_without_votes_shifts_nothing() -> None:
     assert shifted([{}, fields("other", "key", 1.0)], 0.7, 20, 1.0) == 0
 
 
-def test_after_the_configured_votes_four_fifths_are_theirs() -> None:
+def test_prior_after_the_configured_number_of_votes_follows_them_by_four_fifths() -> None:
     assert shifted([voted(20, 0.0)], 1.0, 20, 1.0) == pytest.approx(-0.8)
     assert shifted([voted(20, 1.0)], 0.0, 20, 1.0) == pytest.approx(0.8)
     assert abs(shifted([voted(1, 0.0)], 1.0, 20, 1.0)) < 0.2
 
 
-def test_the_shift_is_bounded() -> None:
+def test_prior_shift_is_bounded() -> None:
     assert shifted([voted(10_000, 0.0)], 1.0, 20, 0.3) == -0.3
 
 
-def test_votes_fade() -> None:
+def test_prior_votes_decay() -> None:
     fresh = shifted([voted(20, 0.0)], 1.0, 20, 1.0)
     old = shifted([{}] * SLICES + [voted(20, 0.0)], 1.0, 20, 1.0)
     assert old == pytest.approx(-10 / 15)
@@ -43,7 +43,7 @@ def test_votes_fade() -> None:
     others=st.lists(st.floats(0, 1), min_size=1, max_size=5),
     believed=st.floats(0, 1),
 )
-def test_one_key_s_votes_beyond_the_configured_ones_change_nothing(
+def test_prior_votes_of_one_key_above_the_configured_number_change_nothing(
     many: int, others: list[float], believed: float
 ) -> None:
     said = {name: n for i, s in enumerate(others) for name, n in voted(20, s, f"other{i}").items()}
@@ -54,7 +54,7 @@ def test_one_key_s_votes_beyond_the_configured_ones_change_nothing(
     assert abs(once - without) <= 1 / (len(others) + 1) + 1e-9
 
 
-def test_slices_are_of_time() -> None:
+def test_recent_slices_cover_the_half_lives() -> None:
     assert slice_of(1000.0, 400.0) == 10
     found = recent(1000.0, 400.0)
     assert found[0] == 10

@@ -32,7 +32,7 @@ async def taken(book: Ledger, name: str, tenant: Tenant, bound: UsageBound = BOU
     await book.reserve(name + "-0", tenant, bound)
 
 
-async def test_without_limits_nothing_is_refused_but_all_is_noted() -> None:
+async def test_claim_without_limits_is_granted_and_recorded() -> None:
     book = ledger()
     assert not book.bounds(NOBODY)
     held = await book.reserve("r", NOBODY, BOUND)
@@ -54,7 +54,7 @@ async def test_without_limits_nothing_is_refused_but_all_is_noted() -> None:
     )
 
 
-async def test_a_named_budget_for_all_and_one_for_a_tenant() -> None:
+async def test_claim_counts_in_a_global_and_a_tenant_budget() -> None:
     book = ledger(
         budgets={
             "all": {"amount": 10, "period": "day"},
@@ -74,7 +74,7 @@ async def test_a_named_budget_for_all_and_one_for_a_tenant() -> None:
     assert (state["a-hour"].spent, state["a-hour"].reserved) == (1.4, 0.0)
 
 
-async def test_the_answer_is_clipped_to_what_is_left() -> None:
+async def test_claim_is_clipped_to_the_remaining_budget() -> None:
     book = ledger(budgets={"all": {"amount": 1.5, "period": "month"}})
     held = await book.reserve("1", NOBODY, BOUND)
     assert held.max_tokens == 12  # 1 + 12 · 0.04 of 1.5
@@ -104,7 +104,9 @@ async def test_the_answer_is_clipped_to_what_is_left() -> None:
         ),
     ],
 )
-async def test_each_limit_of_a_key_is_named(limits: Limits, message: str, code: str) -> None:
+async def test_claim_refusal_names_the_limit_of_the_key(
+    limits: Limits, message: str, code: str
+) -> None:
     book = ledger()
     tenant = Tenant("a", key="k1", limits=limits)
     await taken(book, "1", tenant)
@@ -118,7 +120,7 @@ async def test_each_limit_of_a_key_is_named(limits: Limits, message: str, code: 
     await taken(book, "3", Tenant("a", key="k2", limits=limits))
 
 
-async def test_a_tenant_s_limits_hold_for_all_its_keys_together() -> None:
+async def test_claim_counts_all_keys_of_a_tenant_together() -> None:
     book = ledger(tenants={"a": {"requests_per_min": 2, "budget": {"amount": 100}}})
     for key in ("k1", "k2"):
         await taken(book, key, Tenant("a", key=key), UsageBound(1))
@@ -128,7 +130,7 @@ async def test_a_tenant_s_limits_hold_for_all_its_keys_together() -> None:
     assert set(await book.state()) == {"tenant/a"}
 
 
-async def test_a_request_larger_than_its_limit_is_told_so() -> None:
+async def test_claim_larger_than_its_limit_raises_without_retry() -> None:
     book = ledger(tenants={"default": {"tokens_per_min": 50}})
     with pytest.raises(RateLimitExceededError) as caught:
         await book.reserve("1", NOBODY, BOUND)
@@ -136,7 +138,7 @@ async def test_a_request_larger_than_its_limit_is_told_so() -> None:
     assert caught.value.message.startswith("this request alone is larger")
 
 
-async def test_arrive_a_request_counts_before_anything_is_known_of_it() -> None:
+async def test_arrive_counts_a_request_before_its_body_is_read() -> None:
     book = ledger(tenants={"default": {"requests_per_min": 2, "concurrent": 1}})
     held = await book.arrive("1", NOBODY)
     with pytest.raises(RateLimitExceededError, match="1 requests at once"):
@@ -147,14 +149,14 @@ async def test_arrive_a_request_counts_before_anything_is_known_of_it() -> None:
         await book.arrive("4", NOBODY)
 
 
-async def test_settle_what_failed_by_our_fault_is_no_request() -> None:
+async def test_settle_request_failed_by_the_service_does_not_count() -> None:
     book = ledger(tenants={"default": {"requests_per_min": 1}})
     await book.settle(await book.arrive("1", NOBODY), Usage(), counts=False, noted=False)
     await book.arrive("2", NOBODY)
     assert await book.usage(NOBODY, NOW_S, 1) == {}
 
 
-async def test_look_up_has_an_allowance_of_its_own_as_large() -> None:
+async def test_look_up_has_its_own_allowance_of_equal_size() -> None:
     book = ledger(tenants={"default": {"requests_per_min": 2}})
     for number in range(2):
         await book.look_up(f"l{number}", NOBODY)
@@ -164,9 +166,7 @@ async def test_look_up_has_an_allowance_of_its_own_as_large() -> None:
 
 
 @pytest.mark.parametrize(("places", "taken_up"), [(1, 1), (3, 3), (4, 4), (1024, 4)])
-async def test_reserve_a_request_weighs_its_places_and_never_more_than_there_are(
-    places: int, taken_up: int
-) -> None:
+async def test_reserve_counts_concurrent_places_up_to_the_limit(places: int, taken_up: int) -> None:
     book = ledger(tenants={"default": {"concurrent": 4}})
     await taken(book, "1", NOBODY, UsageBound(0, places=places))
     ((_, balance),) = (await book.limits(NOBODY)).values()
@@ -189,9 +189,7 @@ async def test_reserve_a_request_weighs_its_places_and_never_more_than_there_are
         (UsageBound(4000, 130_000, 2, likely_prompt=1000, likely_tokens=9000), 5000),
     ],
 )
-async def test_reserve_a_rate_of_tokens_holds_what_a_request_is_expected_to_use(
-    bound: UsageBound, reserved: int
-) -> None:
+async def test_reserve_token_rate_holds_the_expected_use(bound: UsageBound, reserved: int) -> None:
     book = ledger(tenants={"default": {"tokens_per_min": 5000}})
     held = await book.reserve("1", NOBODY, bound)
     ((_, balance),) = (await book.limits(NOBODY)).values()

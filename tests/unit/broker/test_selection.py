@@ -87,16 +87,16 @@ def winner(weighed: Selection) -> tuple[str, str | None] | None:
     return recipe.name, option.boot if option else None
 
 
-def test_the_shorter_wait_first_and_ties_are_stable() -> None:
+def test_select_prefers_the_shorter_wait_with_stable_ties() -> None:
     assert winner(decided(view("x", running=8), view("y"))) == ("a", "y")
     assert winner(decided(view("y"), view("y2"))) == ("a", "y")
 
 
-def test_requests_that_the_snapshot_cannot_count_yet_count() -> None:
+def test_select_counts_requests_not_yet_in_the_snapshot() -> None:
     assert winner(decided(view("x", unseen=8), view("y", running=4))) == ("a", "y")
 
 
-def test_wait_is_loading_plus_whole_batches_ahead_plus_a_share_of_ones_own() -> None:
+def test_select_wait_is_load_time_plus_batches_ahead_plus_own_share() -> None:
     def waits(pool: PoolView) -> float:
         return float(decided(pool).wait[0])
 
@@ -106,7 +106,7 @@ def test_wait_is_loading_plus_whole_batches_ahead_plus_a_share_of_ones_own() -> 
     assert waits(view("x", running=2, first_s=0.5)) == pytest.approx(0.25)
 
 
-def test_prefill_takes_as_long_as_the_prompt_is_and_a_warm_cache_saves_it() -> None:
+def test_select_prefill_scales_with_the_prompt_and_a_warm_cache_shortens_it() -> None:
     pool = view("x", per_token_s=0.01)
     cold = decided(pool, prompt_tokens=1000)
     assert cold.answer[0] == pytest.approx(0.1 + 10 + 0.1)
@@ -116,7 +116,7 @@ def test_prefill_takes_as_long_as_the_prompt_is_and_a_warm_cache_saves_it() -> N
     assert elsewhere.answer[0] == cold.answer[0]
 
 
-def test_switching_in_a_conversation_costs_the_prefix_and_no_more() -> None:
+def test_select_switching_expert_in_a_conversation_costs_the_prefix() -> None:
     both = {"a": READY, "b": ExpertState(Residency.DEVICE, slot=1)}
     pool = view("x", experts=both, per_token_s=0.01)
     for tokens, stays in ((100, False), (4000, True)):
@@ -130,7 +130,7 @@ def test_switching_in_a_conversation_costs_the_prefix_and_no_more() -> None:
         assert winner(got) == ("a" if stays else "b", "x")
 
 
-def test_quality_goes_before_a_short_wait_and_not_before_a_long_one() -> None:
+def test_select_trades_quality_against_wait() -> None:
     both = {"a": READY, "b": ExpertState(Residency.DEVICE, slot=1)}
     for ahead, first in ((40, "a"), (4000, "b")):
         queues = {"a": Queue(ahead, 0), "b": Queue()}
@@ -138,7 +138,7 @@ def test_quality_goes_before_a_short_wait_and_not_before_a_long_one() -> None:
         assert winner(got) == (first, "x")
 
 
-def test_a_long_prompt_that_waits_counts_with_its_tokens() -> None:
+def test_select_wait_counts_the_tokens_of_queued_prompts() -> None:
     def wait(queue: Queue) -> float:
         pool = view("x", per_token_s=0.01, queues={"a": queue})
         return float(decided(pool, prompt_tokens=100).wait[0])
@@ -150,7 +150,7 @@ def test_a_long_prompt_that_waits_counts_with_its_tokens() -> None:
     assert wait(Queue(1, 0, 4, 100)) == wait(Queue(4, 0))
 
 
-def test_traffic_moves_where_the_formula_says() -> None:
+def test_select_traffic_shifts_where_the_formula_says() -> None:
     both = {"a": READY, "b": ExpertState(Residency.DEVICE, slot=1)}
     price, gap, capacity = 0.05, 0.3, 4
     each = 0.1 + TOKENS * 0.01
@@ -163,7 +163,7 @@ def test_traffic_moves_where_the_formula_says() -> None:
         assert winner(got) == ("a" if ahead < moves_at else "b", "x")
 
 
-def test_a_swap_costs_those_it_displaces_there_and_back() -> None:
+def test_select_swap_cost_includes_displaced_requests_both_ways() -> None:
     experts = {"a": READY, "b": ExpertState(Residency.HOST, eta_s=0.5, swap_s=0.5)}
     busy = view("x", experts=experts, queues={"a": Queue(3, 4), "b": Queue()})
     got = decided(busy, quality={"a": 1.0, "b": 1.0})
@@ -172,7 +172,7 @@ def test_a_swap_costs_those_it_displaces_there_and_back() -> None:
     assert decided(view("y", experts=elsewhere, waiting=5), quality={"b": 1}).displaced[0] == 0
 
 
-def test_a_recipe_takes_as_long_as_its_slowest_and_costs_what_all_cost() -> None:
+def test_select_recipe_time_is_its_slowest_member_and_cost_the_sum() -> None:
     three = {name: ExpertState(Residency.DEVICE, slot=i) for i, name in enumerate("abc")}
     queues = {"a": Queue(), "b": Queue(8, 0), "c": Queue()}
     pool = view("x", experts=three, queues=queues)
@@ -193,7 +193,7 @@ def test_a_recipe_takes_as_long_as_its_slowest_and_costs_what_all_cost() -> None
     )
 
 
-def test_a_price_of_cost_moves_to_the_cheaper() -> None:
+def test_select_cost_price_shifts_to_the_cheaper_expert() -> None:
     both = {"a": READY, "b": ExpertState(Residency.DEVICE, slot=1)}
     for price, first in ((0.0, "a"), (0.009, "a"), (0.011, "b")):
         got = decided(
@@ -205,7 +205,7 @@ def test_a_price_of_cost_moves_to_the_cheaper() -> None:
         assert winner(got) == (first, "x")
 
 
-def test_more_than_may_be_spent_in_the_worst_case_is_barred() -> None:
+def test_select_excludes_recipes_whose_worst_case_exceeds_max_cost() -> None:
     three = {name: ExpertState(Residency.DEVICE, slot=i) for i, name in enumerate("abc")}
     cascade = Recipe("cascade", ("a", "b"), ("c",))
     cost = {"a": 1.0, "b": 1.0, "c": 10.0}
@@ -216,7 +216,7 @@ def test_more_than_may_be_spent_in_the_worst_case_is_barred() -> None:
     assert set(got.barred) == {Exclusion.MAX_COST}
 
 
-def test_a_recipe_that_would_miss_the_deadline_gives_way_to_a_single_expert() -> None:
+def test_select_recipe_that_would_miss_the_deadline_yields_to_a_single_expert() -> None:
     three = {name: ExpertState(Residency.DEVICE, slot=i) for i, name in enumerate("abc")}
     cascade = Recipe("cascade", ("a", "b"), ("c",))
     pool = view("x", experts=three, first_s=1.0)  # 1.1 s an answer
@@ -228,20 +228,20 @@ def test_a_recipe_that_would_miss_the_deadline_gives_way_to_a_single_expert() ->
     assert not streams.barred.any()
 
 
-def test_draining_and_failed_pools_are_no_options() -> None:
+def test_select_excludes_draining_and_failed_pools() -> None:
     failed = {"a": ExpertState(Residency.FAILED, reason="no weights")}
     assert winner(decided(view("x", draining=True), view("y", experts=failed))) is None
     assert winner(decided()) is None
 
 
-def test_a_stale_pool_only_where_nothing_else_is_left() -> None:
+def test_select_uses_a_stale_pool_only_as_the_last_choice() -> None:
     assert winner(decided(view("x", age_s=1.5), view("y", running=90))) == ("a", "y")
     got = decided(view("x", age_s=1.5), FAR, quality={"a": 1.0, "far": 0.1})
     assert winner(got) == ("far", REMOTE)
     assert winner(decided(view("x", age_s=1.5))) == ("a", "x")
 
 
-def test_why_nobody_can_be_asked_is_told_as_it_is() -> None:
+def test_select_without_candidates_reports_the_exclusion_reason() -> None:
     held = {"a": ExpertState(Residency.DEVICE, max_model_len=1000)}
     pool = view("x", experts=held)
     resting = frozenset({("a", "x"), ("", "https://far.example"), ("a", "gone")})
@@ -254,7 +254,7 @@ def test_why_nobody_can_be_asked_is_told_as_it_is() -> None:
     assert list(decided(view("x", draining=True), context_tokens=10).barred) == [Exclusion.NO_POOL]
 
 
-def test_a_prompt_goes_where_it_fits_and_to_the_engine_s_own_error_where_it_fits_nowhere() -> None:
+def test_select_by_context_length_excludes_experts_unless_none_fits() -> None:
     both = {
         "a": ExpertState(Residency.DEVICE, max_model_len=1000),
         "b": ExpertState(Residency.DEVICE, slot=1, max_model_len=8000),
@@ -271,7 +271,7 @@ def test_a_prompt_goes_where_it_fits_and_to_the_engine_s_own_error_where_it_fits
     assert winner(select(got.book, got.standing, named)) == ("a", "x")
 
 
-def test_banned_places_are_not_asked_again() -> None:
+def test_select_excludes_banned_pools() -> None:
     pools = view("x"), view("y", running=8)
     assert winner(decided(*pools, banned={("a", "x")})) == ("a", "y")
     assert winner(decided(*pools, banned={("a", "x"), ("a", "y")})) is None
@@ -288,7 +288,7 @@ def test_unmet_demand_is_what_residency_would_have_won() -> None:
     assert patient.unmet(patient.best() or 0) == ()
 
 
-def test_every_gateway_tells_the_same_pool() -> None:
+def test_pool_for_demand_is_the_same_at_every_gateway() -> None:
     cold = {"a": READY, "b": COLD}
     pools = [view(boot, experts=cold) for boot in ("x", "y", "z")]
     homes = {pool_for_demand("b", order) for order in (pools, pools[::-1], pools[1:] + pools[:1])}
@@ -303,7 +303,7 @@ def test_every_gateway_tells_the_same_pool() -> None:
     )
 
 
-def test_demand_goes_where_the_weights_are_on_their_way() -> None:
+def test_pool_for_demand_prefers_the_pool_that_is_loading_the_expert() -> None:
     coming = {"a": READY, "b": ExpertState(Residency.LOADING, eta_s=5, swap_s=0.5)}
     cold = {"a": READY, "b": COLD}
     assert (
@@ -313,7 +313,7 @@ def test_demand_goes_where_the_weights_are_on_their_way() -> None:
     assert pool_for_demand("b", [view("x")]) is None
 
 
-def test_the_reason_only_when_every_pool_failed() -> None:
+def test_failure_reason_is_given_only_when_every_pool_failed() -> None:
     failed = view("x", experts={"a": ExpertState(Residency.FAILED, reason="no weights")})
     assert failure_reason("a", [failed]) == "no weights"
     assert failure_reason("a", [failed, view("y")]) is None
@@ -321,7 +321,7 @@ def test_the_reason_only_when_every_pool_failed() -> None:
     assert failure_reason("a", []) is None
 
 
-def test_the_board_keeps_a_row_until_the_next_snapshot() -> None:
+def test_pool_state_table_keeps_a_row_until_the_next_snapshot() -> None:
     board = PoolStateTable({"a": 0})
     pool = view("x", running=4)
     assert board.standing([pool]).ahead.tolist() == [[4]]

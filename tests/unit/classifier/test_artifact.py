@@ -50,7 +50,7 @@ def edit(folder: Path, change: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(found))
 
 
-def test_round_trip(folder: Path) -> None:
+def test_artifact_written_and_read_is_equal(folder: Path) -> None:
     artifact = load_artifact(folder)
     assert artifact.name == "tiny@1"
     assert (folder / "README.md").read_text() == "# tiny\n"
@@ -60,13 +60,13 @@ def test_round_trip(folder: Path) -> None:
     assert sum(scores.probabilities) == pytest.approx(1)
 
 
-def test_writing_again_replaces_and_leaves_nothing_beside(folder: Path) -> None:
+def test_write_artifact_twice_replaces_it_and_leaves_no_other_files(folder: Path) -> None:
     save_artifact(folder, manifest(), tensors(), "# again\n")
     assert (folder / "README.md").read_text() == "# again\n"
     assert [p.name for p in folder.parent.iterdir()] == ["tiny@1"]
 
 
-def test_a_folder_that_is_no_artifact_is_not_overwritten(tmp_path: Path) -> None:
+def test_write_artifact_over_another_folder_raises(tmp_path: Path) -> None:
     other = tmp_path / "notes@1"
     other.mkdir()
     (other / "keep.txt").write_text("mine")
@@ -76,12 +76,12 @@ def test_a_folder_that_is_no_artifact_is_not_overwritten(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["tiny", "@1", "a b@1", "tiny@"])
-def test_the_folder_has_a_name_and_a_version(tmp_path: Path, name: str) -> None:
+def test_write_artifact_folder_must_be_named_with_a_version(tmp_path: Path, name: str) -> None:
     with pytest.raises(ArtifactError, match="<name>@<version>"):
         save_artifact(tmp_path / name, manifest(), tensors(), "")
 
 
-def test_missing_files_are_named(tmp_path: Path, folder: Path) -> None:
+def test_load_artifact_missing_files_raises_with_their_names(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ArtifactError, match=r"manifest\.json.*No such file"):
         load_artifact(tmp_path / "nowhere@1")
     (folder / WEIGHTS).unlink()
@@ -89,7 +89,7 @@ def test_missing_files_are_named(tmp_path: Path, folder: Path) -> None:
         load_artifact(folder)
 
 
-def test_damaged_weights_are_refused(folder: Path) -> None:
+def test_load_artifact_damaged_weights_raises(folder: Path) -> None:
     raw = bytearray((folder / WEIGHTS).read_bytes())
     raw[-1] ^= 1
     (folder / WEIGHTS).write_bytes(raw)
@@ -98,13 +98,13 @@ def test_damaged_weights_are_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"kind": "other"}', "null"])
-def test_a_manifest_that_is_none_is_refused(folder: Path, text: str) -> None:
+def test_load_artifact_invalid_manifest_raises(folder: Path, text: str) -> None:
     (folder / MANIFEST).write_text(text)
     with pytest.raises(ArtifactError, match="manifest"):
         load_artifact(folder)
 
 
-def test_another_schema_version_is_refused(folder: Path) -> None:
+def test_load_artifact_other_schema_version_raises(folder: Path) -> None:
     edit(folder, {"schema_version": 99})
     with pytest.raises(ArtifactError, match="schema version 99, this version reads 1"):
         load_artifact(folder)
@@ -124,7 +124,7 @@ def test_another_schema_version_is_refused(folder: Path) -> None:
         ({"thresholds": {}}, "min_confidence"),
     ],
 )
-def test_a_classifier_section_that_disagrees_is_refused(
+def test_load_artifact_inconsistent_classifier_section_raises(
     folder: Path, change: dict[str, Any], fault: str
 ) -> None:
     edit(folder, {"classifier": {**manifest()["classifier"], **change}})
@@ -132,13 +132,13 @@ def test_a_classifier_section_that_disagrees_is_refused(
         Classifier.load(folder)
 
 
-def test_an_artifact_without_a_classifier_is_refused(tmp_path: Path) -> None:
+def test_load_artifact_without_a_classifier_raises(tmp_path: Path) -> None:
     save_artifact(tmp_path / "map@1", {}, tensors(), "")
     with pytest.raises(ArtifactError, match="'classifier' is missing"):
         Classifier.load(tmp_path / "map@1")
 
 
-def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+def test_load_artifact_nan_weights_raises(tmp_path: Path) -> None:
     wrong = tensors()
     wrong["classifier.bias"][0] = np.nan
     save_artifact(tmp_path / "nan@1", manifest(), wrong, "")

@@ -42,33 +42,33 @@ def classifier() -> Classifier:
     return keyword_classifier({"general": ["poem"], "math": ["cows"], "code": ["python"]})
 
 
-def test_a_turn_that_says_nothing_inherits(classifier: Classifier) -> None:
+def test_classify_turn_without_content_words_inherits_the_category(classifier: Classifier) -> None:
     for follow_up in ("ok, go on", "thanks", "...", "", "why?", "Make it shorter please!"):
         assert classify_turns(classifier, ["cows cows", follow_up]).category == "math"
 
 
-def test_a_turn_that_says_much_speaks_for_itself(classifier: Classifier) -> None:
+def test_classify_turn_with_many_content_words_is_independent(classifier: Classifier) -> None:
     assert classify_turns(classifier, ["cows cows", "python python"]).category == "code"
     assert classify_turns(classifier, ["cows", "python", "ok"]).category == "code"
 
 
-def test_one_turn_is_classified_as_it_is(classifier: Classifier) -> None:
+def test_classify_single_turn_equals_the_plain_classifier(classifier: Classifier) -> None:
     assert classify_turns(classifier, ["cows"]) == classifier.classify("cows")
     assert classify_turns(classifier, ["ok"]) == classifier.classify("ok")
     assert classify_turns(classifier, []) == classifier.classify("")
 
 
-def test_a_strange_turn_counts_as_general(classifier: Classifier) -> None:
+def test_classify_unrecognised_turn_counts_as_general(classifier: Classifier) -> None:
     strange = "xqzw vbkj plmt gfds hhrr wwtt"
     assert classify_turns(classifier, ["cows cows", strange]).category == "general"
 
 
-def test_only_the_last_turns_are_read(classifier: Classifier) -> None:
+def test_classify_reads_only_the_last_turns(classifier: Classifier) -> None:
     turns = ["cows"] + ["ok"] * 50
     assert classify_turns(classifier, turns) == classify_turns(classifier, turns[-6:])
 
 
-def test_a_long_earlier_turn_is_read_at_its_edges(classifier: Classifier) -> None:
+def test_classify_reads_long_earlier_turns_at_their_edges(classifier: Classifier) -> None:
     long = "cows " + "x" * 2_000_000 + " cows"
     assert classify_turns(classifier, [long, "ok"]).category in ("math", "general")
 
@@ -77,7 +77,7 @@ def test_a_long_earlier_turn_is_read_at_its_edges(classifier: Classifier) -> Non
     ("text", "count"),
     [("", 0), ("ok, go on", 0), ("What's that?", 0), ("add type hints", 2), ("x " * 999, 200)],
 )
-def test_content_words(text: str, count: int) -> None:
+def test_content_words_counts(text: str, count: int) -> None:
     assert content_words(text) == count
 
 
@@ -133,10 +133,10 @@ def test_content_words(text: str, count: int) -> None:
         ({}, []),
     ],
 )
-def test_user_turns(body: dict[str, Any], turns: list[str]) -> None:
+def test_user_turns_of_a_body(body: dict[str, Any], turns: list[str]) -> None:
     assert user_turns(body) == turns
 
 
-def test_a_body_is_classified(classifier: Classifier) -> None:
+def test_classify_body_uses_its_user_turns(classifier: Classifier) -> None:
     body = {"messages": [{"role": "user", "content": "cows"}, {"role": "user", "content": "ok"}]}
     assert assess_body(classifier, body).scores.category == "math"

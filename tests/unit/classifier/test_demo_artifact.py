@@ -235,11 +235,13 @@ def classifier() -> Classifier:
 
 
 @pytest.mark.parametrize(("label", "text"), [(k, t) for k, v in MUST.items() for t in v])
-def test_what_is_obvious_is_right(classifier: Classifier, label: str, text: str) -> None:
+def test_demo_artifact_obvious_prompts_are_classified_right(
+    classifier: Classifier, label: str, text: str
+) -> None:
     assert classifier.classify(text).category == label
 
 
-def test_held_out_prompts_are_mostly_right(classifier: Classifier) -> None:
+def test_demo_artifact_accuracy_on_held_out_prompts(classifier: Classifier) -> None:
     rows = [(label, text) for label, texts in HELD_OUT.items() for text in texts]
     wrong = [
         f"{label} as {found}: {text}"
@@ -251,7 +253,7 @@ def test_held_out_prompts_are_mostly_right(classifier: Classifier) -> None:
     assert accuracy >= 0.93, wrong
 
 
-def test_fresh_prompts_are_mostly_right(classifier: Classifier) -> None:
+def test_demo_artifact_accuracy_on_fresh_prompts(classifier: Classifier) -> None:
     rows = [(label, text) for label, texts in FRESH.items() for text in texts]
     wrong = [
         f"{label} as {found}: {text}"
@@ -261,7 +263,7 @@ def test_fresh_prompts_are_mostly_right(classifier: Classifier) -> None:
     assert len(wrong) / len(rows) <= 0.15, wrong
 
 
-def test_fresh_conversations_are_mostly_right(classifier: Classifier) -> None:
+def test_demo_artifact_accuracy_on_fresh_conversations(classifier: Classifier) -> None:
     wrong = [
         f"{label} as {found}: {turns}"
         for turns, label in FRESH_CONVERSATIONS
@@ -270,7 +272,7 @@ def test_fresh_conversations_are_mostly_right(classifier: Classifier) -> None:
     assert len(wrong) / len(FRESH_CONVERSATIONS) <= 0.25, wrong
 
 
-def test_conversations_keep_and_change_their_category(classifier: Classifier) -> None:
+def test_demo_artifact_conversations_keep_and_change_their_category(classifier: Classifier) -> None:
     wrong = [
         f"{label} as {found}: {turns}"
         for turns, label in CONVERSATIONS
@@ -279,7 +281,7 @@ def test_conversations_keep_and_change_their_category(classifier: Classifier) ->
     assert len(wrong) <= len(CONVERSATIONS) // 12, wrong
 
 
-def test_no_hand_written_prompt_is_a_training_text() -> None:
+def test_demo_artifact_hand_written_prompts_are_not_in_the_training_data() -> None:
     made = {text for label in HELD_OUT for text in templated(label, 2000, 1)}
     written = [text for texts in HELD_OUT.values() for text in texts]
     assert not made.intersection(written)

@@ -63,7 +63,7 @@ def assessed(p: float, factor: float, novelty: float = 0.0) -> Assessment:
     return Assessment(scores, np.array([factor]))
 
 
-def test_the_formula(folder: Path) -> None:
+def test_expert_map_quality_follows_the_formula(folder: Path) -> None:
     found = ExpertMap.load(folder)
     estimate = found.estimate(assessed(0.5, 2.0))
     assert estimate.quality == pytest.approx([0.5 + 2 * 0.2, 0.5, 0.6])
@@ -72,18 +72,18 @@ def test_the_formula(folder: Path) -> None:
     assert estimate.reach[2, 0] == pytest.approx(0.5)
 
 
-def test_quality_stays_within_bounds(folder: Path) -> None:
+def test_expert_map_quality_stays_within_bounds(folder: Path) -> None:
     estimate = ExpertMap.load(folder).estimate(assessed(0.0, 1000.0))
     assert estimate.quality.max() <= 1
     assert estimate.cost.min() >= 0
 
 
-def test_a_novel_prompt_is_an_average_one(folder: Path) -> None:
+def test_expert_map_novel_prompt_gets_the_average(folder: Path) -> None:
     estimate = ExpertMap.load(folder).estimate(assessed(0.0, 9.0, novelty=0.9))
     assert estimate.quality == pytest.approx([0.45, 0.65, 0.65])
 
 
-def test_a_subset_computes_the_same(folder: Path) -> None:
+def test_expert_map_subset_of_recipes_computes_the_same(folder: Path) -> None:
     whole = ExpertMap.load(folder)
     part = whole.only(["a"])
     assert part.recipes == (RECIPES[0],)
@@ -93,7 +93,7 @@ def test_a_subset_computes_the_same(folder: Path) -> None:
     assert part.estimate(asked).cost == pytest.approx(whole.estimate(asked).cost[:1])
 
 
-def test_classifier_and_map_fit_together(folder: Path) -> None:
+def test_expert_map_and_classifier_share_their_categories(folder: Path) -> None:
     artifact = load_artifact(folder)
     assessment = Classifier.from_artifact(artifact).assess("hello")
     assert assessment.factors == pytest.approx([0.5])
@@ -111,7 +111,9 @@ def test_classifier_and_map_fit_together(folder: Path) -> None:
         ({"map": None}, "'map' is missing"),
     ],
 )
-def test_what_is_refused(folder: Path, change: dict[str, Any], fault: str) -> None:
+def test_expert_map_invalid_section_raises(
+    folder: Path, change: dict[str, Any], fault: str
+) -> None:
     found = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(found | change))
     with pytest.raises(ArtifactError, match=fault):

@@ -11,13 +11,13 @@ CHARS_ONLY = FeatureSpec(char_orders=(2,), word_orders=())
 WORDS_ONLY = FeatureSpec(char_orders=(), word_orders=(1,))
 
 
-def test_character_bigrams_are_counted() -> None:
+def test_features_count_character_bigrams() -> None:
     found = Featurizer(CHARS_ONLY)("abab")
     assert sorted(found.counts.tolist()) == [1, 2]  # ab twice, ba once
     assert found.chars == 2
 
 
-def test_words_are_counted_wherever_they_stand() -> None:
+def test_features_count_words_at_any_position() -> None:
     featurizer = Featurizer(WORDS_ONLY)
     found = featurizer("cow, farm! cow (cow) the-farm")
     assert found.words == 6
@@ -26,24 +26,24 @@ def test_words_are_counted_wherever_they_stand() -> None:
     assert found.chars == 0
 
 
-def test_word_hash_does_not_depend_on_the_place() -> None:
+def test_word_hash_is_independent_of_position() -> None:
     featurizer = Featurizer(WORDS_ONLY)
     one = featurizer("farm").buckets
     assert one.tolist() == featurizer("  \n\t" + " " * 777 + "farm.").buckets.tolist()
 
 
-def test_case_and_digits_are_folded() -> None:
+def test_features_fold_case_and_digits() -> None:
     featurizer = Featurizer(FeatureSpec())
     left, right = featurizer("Buy 12 COWS"), featurizer("buy 97 cows")
     assert left.buckets.tolist() == right.buckets.tolist()
     assert left.counts.tolist() == right.counts.tolist()
 
 
-def test_ascii_and_wide_paths_agree() -> None:
+def test_features_ascii_and_wide_paths_agree() -> None:
     assert codes("Ab1 z~\x00").tolist() == codes("Ab1 z~\x00é")[:-1].tolist()
 
 
-def test_words_have_a_table_of_their_own() -> None:
+def test_features_words_and_characters_use_separate_tables() -> None:
     spec = FeatureSpec()
     found = Featurizer(spec)("hello there")
     assert (found.buckets[: found.chars] < 1 << spec.bits).all()
@@ -51,7 +51,7 @@ def test_words_have_a_table_of_their_own() -> None:
     assert (np.diff(found.buckets) > 0).all()
 
 
-def test_only_the_edges_are_read() -> None:
+def test_features_read_only_the_edges_of_long_texts() -> None:
     spec = FeatureSpec(edge_chars=20)
     featurizer = Featurizer(spec)
     left = "a" * 20 + "b" * 1000 + "c" * 20
@@ -63,18 +63,18 @@ def test_only_the_edges_are_read() -> None:
 @pytest.mark.parametrize(
     "text", ["", " ", "a", "\x00", "\ud800", "\udfff\ud800", "İ" * 9000, "é" * 20_000, "🙂", "_"]
 )
-def test_any_text_is_taken(text: str) -> None:
+def test_features_accept_any_text(text: str) -> None:
     found = Featurizer(FeatureSpec())(text)
     assert len(found.buckets) == len(found.counts)
     assert (found.counts >= 1).all()
 
 
-def test_the_spec_survives_json() -> None:
+def test_feature_spec_round_trips_through_json() -> None:
     spec = FeatureSpec(char_orders=(3,), bits=12)
     assert FeatureSpec.from_json(spec.to_json()) == spec
 
 
-def test_few_and_many_ids_are_counted_alike() -> None:
+def test_features_short_and_long_id_lists_count_alike() -> None:
     spec = FeatureSpec(char_orders=(1,), word_orders=())
     featurizer = Featurizer(spec)
     few, many = featurizer("abcab" * 10), featurizer("abcab" * 1000)

@@ -29,7 +29,7 @@ def body(data: bytes, more: bool = False) -> Message:
     return {"type": "http.response.body", "body": data, "more_body": more}
 
 
-async def test_the_head_waits_for_the_first_byte() -> None:
+async def test_deferred_start_holds_the_head_until_the_first_byte() -> None:
     sink = Sink()
     reply = DeferredStartSend(sink)
     await reply(start())
@@ -42,7 +42,7 @@ async def test_the_head_waits_for_the_first_byte() -> None:
     assert reply.started
 
 
-async def test_an_error_reply_is_kept_until_its_end() -> None:
+async def test_deferred_start_error_reply_is_held_until_its_end() -> None:
     sink = Sink()
     reply = DeferredStartSend(sink)
     await reply(start(400))
@@ -62,7 +62,7 @@ async def test_an_error_reply_is_kept_until_its_end() -> None:
     }
 
 
-async def test_an_error_as_the_first_event_of_a_stream_becomes_a_status() -> None:
+async def test_deferred_start_error_as_first_event_becomes_an_http_status() -> None:
     sink = Sink()
     reply = DeferredStartSend(sink)
     await reply(start())
@@ -73,7 +73,7 @@ async def test_an_error_as_the_first_event_of_a_stream_becomes_a_status() -> Non
     assert reply.error[0] == 500
 
 
-async def test_an_error_later_is_passed_on() -> None:
+async def test_deferred_start_later_error_event_is_passed_on() -> None:
     sink = Sink()
     reply = DeferredStartSend(sink)
     await reply(start())
@@ -104,7 +104,7 @@ async def test_an_error_later_is_passed_on() -> None:
         ),
     ],
 )
-def test_any_error_body_takes_openai_s_shape(
+def test_deferred_start_any_error_body_gets_openai_s_shape(
     status: int, given: bytes, message: str, kind: str, code: str | None
 ) -> None:
     told: dict[str, Any] = orjson.loads(openai_error(status, given))["error"]
@@ -120,11 +120,11 @@ def test_any_error_body_takes_openai_s_shape(
         (b'data: {"error": "m"}\n\n', 500),
     ],
 )
-def test_the_status_of_an_error_event(event: bytes, status: int) -> None:
+def test_status_of_error_event_is_read_from_its_code(event: bytes, status: int) -> None:
     assert sse_error(event)[0] == status
 
 
-async def test_once_shut_nothing_goes_out() -> None:
+async def test_deferred_start_after_shut_sends_nothing() -> None:
     sent: list[Any] = []
 
     async def send(message: Any) -> None:

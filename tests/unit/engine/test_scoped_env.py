@@ -53,12 +53,12 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def test_secret_variables_are_those_that_hold_keys_or_passwords() -> None:
+def test_secret_variables_are_those_named_like_keys_or_passwords() -> None:
     assert secret_variables() == sorted(SECRETS)
     assert secret_variables(["KEYBOARD", "absent"]) == sorted([*SECRETS, "KEYBOARD"])
 
 
-def test_without_secrets_a_child_has_none_and_they_are_back_afterwards() -> None:
+def test_without_secrets_hides_them_from_children_and_restores_them() -> None:
     read = [sys.executable, "-c", "import os; print(sorted(os.environ))"]
     with without_secrets(["KEYBOARD"]), scoped_env(TUNED_CONFIG_FOLDER, "/kernels"):
         told = subprocess.run(read, capture_output=True, text=True, check=True).stdout
@@ -69,7 +69,7 @@ def test_without_secrets_a_child_has_none_and_they_are_back_afterwards() -> None
     assert os.environ["KEYBOARD"] == "us"
 
 
-def test_without_secrets_of_several_starts_ends_with_the_last() -> None:
+def test_without_secrets_overlapping_starts_restore_after_the_last() -> None:
     inside, leave = threading.Barrier(3), threading.Event()
 
     def start() -> None:
@@ -101,7 +101,7 @@ def test_secrets_of_a_config_are_the_variables_that_it_names(tmp_path: Path) -> 
     assert config.key_variables == {"LETMEIN", "DOOR", "SHELF", "DRAWER"}
 
 
-def test_hub_s_token_is_used_by_a_pull_while_an_engine_starts() -> None:
+def test_without_secrets_does_not_hide_the_hub_token_from_a_concurrent_pull() -> None:
     # In a process of its own: the token is read when that starts.
     code = """
 import huggingface_hub

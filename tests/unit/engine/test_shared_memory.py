@@ -58,7 +58,7 @@ def child(code: str, *words: object) -> subprocess.Popen[str]:
     )
 
 
-def test_another_process_maps_the_same_bytes(tmp_path: Path) -> None:
+def test_write_then_map_in_another_process_gives_the_same_bytes(tmp_path: Path) -> None:
     path = tmp_path / "k-0of1.weights"
     mine = write_file(path, TENSORS, fill, "t")
     assert path.stat().st_mode & 0o777 == 0o600
@@ -85,7 +85,7 @@ mapped.memory[one.offset] = 0  # not a copy: the writer sees it
     assert mine.memory[w.offset : w.offset + w.size_bytes] == value("w", 48)
 
 
-def test_a_writer_that_is_killed_leaves_nothing_that_could_be_taken(tmp_path: Path) -> None:
+def test_write_by_a_killed_process_leaves_no_usable_file(tmp_path: Path) -> None:
     cache = SharedWeightCache(None, root=tmp_path)
     share = EngineShare(cache)
     begin, token = share.take("a", str(tmp_path), None, 1.0)
@@ -115,7 +115,7 @@ write_file(Path(sys.argv[1]), TENSORS, fill, sys.argv[2])
     cache.close()
 
 
-def test_who_comes_second_takes_the_first_one_s(tmp_path: Path) -> None:
+def test_write_of_an_existing_file_uses_the_first_writer_s(tmp_path: Path) -> None:
     path = tmp_path / "k.weights"
 
     def slow(name: str, part: memoryview) -> None:
@@ -129,7 +129,7 @@ def test_who_comes_second_takes_the_first_one_s(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_fault_while_writing_leaves_nothing(tmp_path: Path) -> None:
+def test_write_that_raises_leaves_no_file(tmp_path: Path) -> None:
     def broken(name: str, part: memoryview) -> None:
         raise RuntimeError(f"no {name} of {len(part)}")
 
@@ -146,9 +146,7 @@ def test_a_fault_while_writing_leaves_nothing(tmp_path: Path) -> None:
         {"w": TENSORS["w"]},
     ],
 )
-def test_other_tensors_than_are_asked_for_are_refused(
-    other: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_map_with_other_tensors_raises(other: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "k.weights"
     write_file(path, TENSORS, fill, "t")
     with pytest.raises(ValueError, match="other tensors"):
@@ -157,7 +155,7 @@ def test_other_tensors_than_are_asked_for_are_refused(
 
 
 @pytest.mark.parametrize("keep", [0, 10, 4095, 4096, 4100])
-def test_a_file_that_is_no_such_file_is_refused(keep: int, tmp_path: Path) -> None:
+def test_map_of_a_truncated_or_foreign_file_raises(keep: int, tmp_path: Path) -> None:
     path = tmp_path / "k.weights"
     write_file(path, TENSORS, fill, "t")
     path.write_bytes(path.read_bytes()[:keep])
@@ -168,7 +166,7 @@ def test_a_file_that_is_no_such_file_is_refused(keep: int, tmp_path: Path) -> No
         map_file(path, TENSORS)
 
 
-def test_memory_that_is_not_there_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
+def test_write_without_room_raises_enospc_instead_of_a_signal(tmp_path: Path) -> None:
     """Really so: more than this machine's shared memory has."""
     cache = SharedWeightCache(None)
     try:
@@ -196,7 +194,7 @@ except OSError as error:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_wrong_otherwise_is_told_as_it_is(
+def test_write_other_os_errors_are_raised_unchanged(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(*_: Any) -> None:
@@ -217,7 +215,7 @@ def a_model(folder: Path) -> str:
     return str(folder)
 
 
-def test_a_version_is_another_where_any_file_is(tmp_path: Path) -> None:
+def test_version_of_changes_with_any_file_of_the_folder(tmp_path: Path) -> None:
     folder = a_model(tmp_path / "m")
     adapter = a_model(tmp_path / "a")
     before = version_of(folder, None, 1.0)
@@ -250,7 +248,7 @@ def hold(cache: SharedWeightCache, share: EngineShare, expert: str, folder: str)
     return path
 
 
-def test_a_file_stays_while_any_engine_holds_it_and_a_little_longer(tmp_path: Path) -> None:
+def test_shared_cache_keeps_a_file_while_held_and_for_a_grace_time(tmp_path: Path) -> None:
     clock = Clock()
     cache = SharedWeightCache(None, root=tmp_path, clock=clock)
     folder = a_model(tmp_path / "m")
@@ -286,7 +284,7 @@ def test_a_file_stays_while_any_engine_holds_it_and_a_little_longer(tmp_path: Pa
     one.end()
 
 
-def test_what_nobody_holds_goes_where_its_room_is_wanted(tmp_path: Path) -> None:
+def test_shared_cache_makes_room_from_files_that_nobody_holds(tmp_path: Path) -> None:
     clock = Clock()
     cache = SharedWeightCache(None, root=tmp_path, clock=clock)
     folder = a_model(tmp_path / "m")
@@ -310,7 +308,7 @@ def test_what_nobody_holds_goes_where_its_room_is_wanted(tmp_path: Path) -> None
     cache.close()
 
 
-def test_make_room_for_a_larger_expert_removes_as_much_as_its_files_take(tmp_path: Path) -> None:
+def test_make_room_for_a_larger_expert_removes_enough_files(tmp_path: Path) -> None:
     cache = SharedWeightCache(None, root=tmp_path, clock=(clock := Clock()))
     folder = a_model(tmp_path / "m")
     share = EngineShare(cache)
@@ -329,7 +327,7 @@ def test_make_room_for_a_larger_expert_removes_as_much_as_its_files_take(tmp_pat
     cache.close()
 
 
-def test_another_version_of_an_expert_is_another_file(tmp_path: Path) -> None:
+def test_shared_cache_changed_model_files_get_a_new_file(tmp_path: Path) -> None:
     cache = SharedWeightCache(None, root=tmp_path, clock=(clock := Clock()))
     folder = a_model(tmp_path / "m")
     share = EngineShare(cache)
@@ -345,7 +343,7 @@ def test_another_version_of_an_expert_is_another_file(tmp_path: Path) -> None:
         share.take("a", str(tmp_path / "none"), None, 1.0)
 
 
-def test_a_killed_pool_s_folder_is_cleared_by_the_next_and_no_other(tmp_path: Path) -> None:
+def test_shared_cache_removes_folders_of_dead_pools_only(tmp_path: Path) -> None:
     living = SharedWeightCache(None, root=tmp_path)
     pool = child(
         """
@@ -382,7 +380,7 @@ sys.stdin.read()
     again.close()
 
 
-def test_too_little_shared_memory_is_told_at_the_start(
+def test_shared_cache_warns_when_shared_memory_is_below_host_bytes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     SharedWeightCache(1 << 20, root=tmp_path).close()
@@ -391,6 +389,6 @@ def test_too_little_shared_memory_is_told_at_the_start(
     assert "less than the 1152921504.61 of swap.host_bytes" in caplog.text
 
 
-def test_where_there_is_no_shared_memory_it_is_said(tmp_path: Path) -> None:
+def test_shared_cache_without_shared_memory_raises(tmp_path: Path) -> None:
     with pytest.raises(ExpertFailedError, match="no folder for shared weights in"):
         SharedWeightCache(None, root=tmp_path / "none")

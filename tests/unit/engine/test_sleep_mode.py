@@ -62,7 +62,7 @@ class Stage:
         return bytes(sent[-1]["body"])
 
 
-async def test_one_is_awake_at_a_time() -> None:
+async def test_sleep_mode_swap_keeps_one_engine_awake() -> None:
     stage = Stage()
     engines = stage.engines
     await engines.start()
@@ -85,7 +85,7 @@ async def test_one_is_awake_at_a_time() -> None:
     assert stage.log[-1] == "stop b"
 
 
-async def test_one_that_can_not_start_leaves_the_other_awake() -> None:
+async def test_sleep_mode_engine_that_can_not_start_leaves_the_other_awake() -> None:
     stage = Stage("start c")
     await stage.engines.start()
     with pytest.raises(ExpertFailedError):
@@ -96,7 +96,9 @@ async def test_one_that_can_not_start_leaves_the_other_awake() -> None:
 
 
 @pytest.mark.parametrize(("act", "done"), [("sleep a", []), ("wake a", ["b"])])
-async def test_half_a_swap_is_the_end_of_all(act: str, done: list[str]) -> None:
+async def test_sleep_mode_failure_during_a_swap_fails_the_whole_engine(
+    act: str, done: list[str]
+) -> None:
     stage = Stage(act)
     await stage.engines.start()
     for expert in done:
@@ -106,7 +108,7 @@ async def test_half_a_swap_is_the_end_of_all(act: str, done: list[str]) -> None:
     assert stage.engines.failure() is not None
 
 
-async def test_one_that_died_in_its_sleep_is_stopped_before_another_comes() -> None:
+async def test_sleep_mode_engine_that_died_asleep_is_stopped_and_started_again() -> None:
     stage = Stage()
     engines = stage.engines
     await engines.start()

@@ -55,7 +55,7 @@ def engine(folder: str, cache: SharedWeightCache) -> Workers:
     return made
 
 
-async def test_workers_are_told_where_and_files_stay_as_long_as_they_are_held(
+async def test_weight_cache_workers_get_the_file_and_hold_it_until_dropped(
     tmp_path: Path,
 ) -> None:
     clock = Clock()
@@ -82,7 +82,7 @@ async def test_workers_are_told_where_and_files_stay_as_long_as_they_are_held(
     cache.close()
 
 
-async def test_a_fill_that_fails_holds_nothing(tmp_path: Path) -> None:
+async def test_weight_cache_failed_load_holds_nothing(tmp_path: Path) -> None:
     cache = SharedWeightCache(None, root=tmp_path, clock=(clock := Clock()))
     made = engine(a_model(tmp_path / "m"), cache)
     made.broken = True
@@ -96,7 +96,7 @@ async def test_a_fill_that_fails_holds_nothing(tmp_path: Path) -> None:
     cache.close()
 
 
-def test_ranks_hold_a_part_each() -> None:
+def test_merge_rank_results_takes_the_least_progress() -> None:
     from service.engine.vllm.swapping import _merge_rank_results
 
     ranks = [{"state": "host", "host_bytes": 5, "fill_s": s} for s in (0.1, 0.3)]

@@ -32,25 +32,25 @@ def part(data: bytes, more: bool) -> Message:
     return {"type": "http.request", "body": data, "more_body": more}
 
 
-async def test_a_body_in_one_or_more_parts() -> None:
+async def test_read_body_in_one_or_several_parts() -> None:
     assert await read_body(receiving(part(b"abc", False)), 3) == b"abc"
     parts = receiving(part(b"a", True), part(b"", True), part(b"bc", False))
     assert await read_body(parts, 3) == b"abc"
 
 
-async def test_a_body_over_the_bound_is_not_read_to_its_end() -> None:
+async def test_read_body_above_the_limit_stops_reading() -> None:
     with pytest.raises(BodyTooLargeError, match="larger than the 2 bytes"):
         await read_body(receiving(part(b"abc", False)), 2)
     with pytest.raises(BodyTooLargeError):
         await read_body(receiving(part(b"ab", True), part(b"c", True)), 2)
 
 
-async def test_a_client_that_leaves_in_its_body() -> None:
+async def test_read_body_client_disconnect_raises() -> None:
     with pytest.raises(ClientDisconnectedError):
         await read_body(receiving(part(b"a", True), {"type": "http.disconnect"}), 9)
 
 
-async def test_work_is_cancelled_when_the_client_leaves() -> None:
+async def test_until_gone_cancels_the_work_on_disconnect() -> None:
     ended = asyncio.Event()
 
     async def work() -> None:
@@ -64,7 +64,7 @@ async def test_work_is_cancelled_when_the_client_leaves() -> None:
     assert ended.is_set()
 
 
-async def test_work_s_fault_goes_through() -> None:
+async def test_until_gone_raises_the_work_s_error() -> None:
     async def work() -> None:
         raise InvalidRequestError("no")
 
@@ -79,7 +79,7 @@ async def test_work_s_fault_goes_through() -> None:
 
 
 @given(st.lists(st.binary(max_size=6).map(lambda b: b.replace(b"a", b"\n")), max_size=12))
-def test_a_line_buffer_gives_out_whole_lines_and_every_byte_once(pieces: list[bytes]) -> None:
+def test_line_buffer_returns_whole_lines_and_every_byte_once(pieces: list[bytes]) -> None:
     buffer = LineBuffer()
     given_out = [buffer.take(piece, ends=False) for piece in pieces]
     assert all(one == b"" or one.endswith(b"\n") for one in given_out)

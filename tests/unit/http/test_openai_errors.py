@@ -62,12 +62,12 @@ CLASSES: dict[str, type[CoeError]] = {
 }
 
 
-def test_the_table_knows_every_class() -> None:
+def test_every_error_class_has_a_status() -> None:
     assert CLASSES.keys() == STATUS.keys()
 
 
 @pytest.mark.parametrize("name", sorted(STATUS))
-def test_status_and_shape(name: str) -> None:
+def test_error_response_has_the_class_s_status_and_openai_s_shape(name: str) -> None:
     error = CLASSES[name]("what happened", **({} if name == "UpstreamError" else {"param": "n"}))
     fault = error_response(error)
     assert fault.status == status_of(error) == STATUS[name]
@@ -81,30 +81,30 @@ def test_status_and_shape(name: str) -> None:
     assert (b"retry-after" in headers) == (STATUS[name] == 503)
 
 
-def test_codes_tell_the_classes_apart() -> None:
+def test_error_codes_are_unique_by_class() -> None:
     # Two of them share OpenAI's own code for a refusal or for "no such thing here".
     codes = [kind.code for kind in CLASSES.values()]
     assert len(set(codes)) == len(codes)
 
 
 @pytest.mark.parametrize(("given_s", "header"), [(0, b"1"), (0.2, b"1"), (1.2, b"2"), (30, b"30")])
-def test_retry_after_is_in_whole_seconds_and_never_none(given_s: float, header: bytes) -> None:
+def test_retry_after_is_a_whole_number_of_seconds_above_zero(given_s: float, header: bytes) -> None:
     fault = error_response(errors.OverCapacityError("full", retry_after_s=given_s))
     assert dict(fault.headers)[b"retry-after"] == header
 
 
-def test_an_upstream_s_status_is_its_own() -> None:
+def test_upstream_error_keeps_the_upstream_status() -> None:
     assert status_of(UpstreamError("busy", status=503)) == 503
 
 
-def test_a_class_of_tomorrow_has_its_parent_s_status() -> None:
+def test_unlisted_subclass_has_its_parent_s_status() -> None:
     class Tomorrow(errors.OverCapacityError):
         pass
 
     assert status_of(Tomorrow("x")) == 503
 
 
-def test_an_error_as_the_last_event_of_a_stream() -> None:
+def test_sse_event_of_an_error_is_one_json_line() -> None:
     event = sse_event(errors.PoolUnavailableError("gone\n\ndata: trick"))
     assert event.startswith(b"data: {")
     assert event.endswith(b"}\n\n")
@@ -112,7 +112,7 @@ def test_an_error_as_the_last_event_of_a_stream() -> None:
     assert orjson.loads(event[6:])["error"]["code"] == "pool_gone"
 
 
-def test_a_limit_says_when_there_is_room_and_nothing_where_there_never_is() -> None:
+def test_rate_limit_error_has_retry_after_only_where_waiting_helps() -> None:
     soon = error_response(errors.RateLimitExceededError("full", retry_after_s=2.1))
     assert (soon.status, dict(soon.headers)[b"retry-after"]) == (429, b"3")
     assert b"retry-after" not in dict(
@@ -138,7 +138,7 @@ def test_a_limit_says_when_there_is_room_and_nothing_where_there_never_is() -> N
     ],
 )
 @pytest.mark.parametrize("dialect", list(Dialect))
-def test_clients_are_told_where_a_retry_is_vain(
+def test_error_response_tells_clients_not_to_retry_where_it_is_useless(
     error: CoeError, final: bool, dialect: Dialect
 ) -> None:
     told = dict(error_response(error, dialect).headers).get(b"x-should-retry")
@@ -156,12 +156,12 @@ def test_clients_are_told_where_a_retry_is_vain(
         ("/nothing", Dialect.CHAT),
     ],
 )
-def test_a_path_has_its_clients_dialect(path: str, dialect: Dialect) -> None:
+def test_dialect_of_path(path: str, dialect: Dialect) -> None:
     assert dialect_of(path) is dialect
 
 
 @pytest.mark.parametrize("name", sorted(STATUS))
-def test_anthropic_s_shape_has_a_type_that_its_clients_know(name: str) -> None:
+def test_anthropic_error_has_a_type_that_anthropic_defines(name: str) -> None:
     fault = error_response(CLASSES[name]("what happened"), Dialect.MESSAGES)
     told = orjson.loads(fault.body)
     kind = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from service.rpc import auth
 
 
-def test_a_secret_is_its_owner_s_alone_and_new_each_time(tmp_path: Path) -> None:
+def test_make_secret_is_readable_by_its_owner_only_and_new_each_time(tmp_path: Path) -> None:
     path = tmp_path / "run" / "secret"
     before = os.umask(0)
     try:
@@ -25,7 +25,7 @@ def test_a_secret_is_its_owner_s_alone_and_new_each_time(tmp_path: Path) -> None
     assert len(second) >= 43
 
 
-def test_a_link_in_the_secret_s_place_is_not_followed(tmp_path: Path) -> None:
+def test_make_secret_does_not_follow_a_symlink(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("untouched")
     (tmp_path / "secret").symlink_to(victim)
@@ -33,7 +33,7 @@ def test_a_link_in_the_secret_s_place_is_not_followed(tmp_path: Path) -> None:
     assert victim.read_text() == "untouched"
 
 
-def test_secrets_are_compared_whole() -> None:
+def test_same_compares_whole_secrets() -> None:
     assert auth.same(b"abc", b"abc")
     assert not auth.same(b"ab", b"abc")
     assert not auth.same(b"", b"abc")

@@ -10,13 +10,13 @@ from service.rpc.call import Call, parse_call, trace_of
 CALL = Call("/v1/completions", "a/b", "id", 250, True, "gateway", 7)
 
 
-def test_a_call_s_headers_come_back() -> None:
+def test_call_headers_round_trip() -> None:
     headers = {name.encode(): value.encode() for name, value in CALL.headers().items()}
     assert parse_call("/v1/completions", headers) == CALL
 
 
 @pytest.mark.parametrize("missing", sorted(CALL.headers()))
-def test_a_call_without_a_header_is_refused(missing: str) -> None:
+def test_parse_call_without_a_header_raises(missing: str) -> None:
     headers = {n.encode(): v.encode() for n, v in CALL.headers().items() if n != missing}
     if missing == "x-coe-stream":
         headers[b"x-coe-stream"] = b"0"
@@ -26,14 +26,14 @@ def test_a_call_without_a_header_is_refused(missing: str) -> None:
         parse_call("/v1/completions", headers)
 
 
-def test_a_call_s_numbers_are_numbers() -> None:
+def test_parse_call_with_a_non_numeric_number_raises() -> None:
     headers = {n.encode(): v.encode() for n, v in CALL.headers().items()}
     with pytest.raises(InvalidRequestError, match="not a number"):
         parse_call("/v1/completions", {**headers, b"x-coe-seq": b"many"})
 
 
 @pytest.mark.parametrize("bad", [b"a\x0bb", b"a\rb", b"\xff", b"", b"x" * 10_000])
-def test_a_trace_context_that_could_not_be_sent_on_is_left_out(bad: bytes) -> None:
+def test_trace_of_drops_headers_that_can_not_be_forwarded(bad: bytes) -> None:
     good = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     headers = {b"traceparent": good, b"tracestate": bad}
     assert trace_of(headers) == {"traceparent": good.decode()}

@@ -29,7 +29,7 @@ def chosen(expert: str = "a", *, tokens: int = 0, seed: int = 0, layers: int = 2
 
 
 @pytest.mark.asyncio
-async def test_a_pool_adds_up_and_reckons_when_asked() -> None:
+async def test_moe_collector_adds_up_samples_and_computes_on_request() -> None:
     now = 100.0
     routes = MoeCollector(16, lambda: now)
     routes.add_sample(chosen())
@@ -60,7 +60,7 @@ async def test_a_pool_adds_up_and_reckons_when_asked() -> None:
 
 
 @pytest.mark.asyncio
-async def test_another_model_of_that_name_begins_anew() -> None:
+async def test_moe_collector_another_model_of_that_name_starts_over() -> None:
     routes = MoeCollector(1, lambda: 0.0)
     routes.add_sample(chosen(tokens=50))
     routes.add_sample(chosen(tokens=60, layers=3))
@@ -71,7 +71,7 @@ async def test_another_model_of_that_name_begins_anew() -> None:
 
 
 @pytest.mark.asyncio
-async def test_why_nothing_is_told() -> None:
+async def test_moe_collector_tally_without_samples_raises_the_reason() -> None:
     with pytest.raises(
         ConflictError, match=r"'a' are not sampled: its pool has no vllm.moe_capture"
     ):
@@ -90,7 +90,7 @@ async def test_why_nothing_is_told() -> None:
 
 
 @pytest.mark.asyncio
-async def test_metrics_are_by_layer_and_go_with_their_expert() -> None:
+async def test_moe_collector_metrics_are_per_layer_and_removed_with_the_expert() -> None:
     routes, meter = MoeCollector(1, lambda: 0.0), MetricsRegistry(Side.POOL)
     routes.add_sample(chosen(tokens=50))
     routes.add_sample(chosen("b", tokens=10))
@@ -114,7 +114,7 @@ async def test_metrics_are_by_layer_and_go_with_their_expert() -> None:
     assert meter.value(metrics.MOE_ROUTED_TOKENS, "a", "1", "0") == 0
 
 
-def test_tokens_of_each_routed_expert_are_told_while_there_is_room() -> None:
+def test_moe_collector_metrics_per_routed_expert_stay_within_the_series_limit() -> None:
     routes, meter = MoeCollector(1, lambda: 0.0), MetricsRegistry(Side.POOL)
     small, more = chosen(tokens=50, seed=1), chosen(tokens=40, seed=2)
     layers, experts = 80, 50

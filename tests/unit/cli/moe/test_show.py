@@ -32,7 +32,7 @@ def told_of(layers: int = 2, experts: int = EXPERTS) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("experts", [4, 40, 300])
-def test_the_heat_map_fits_and_needs_no_colours(experts: int) -> None:
+def test_heat_map_fits_the_width_and_works_without_colours(experts: int) -> None:
     plain = Console(width=90, no_color=True, force_terminal=True)
     with plain.capture() as capture:
         plain.print(heat_map(told_of(experts=experts), 90))
@@ -49,11 +49,11 @@ def test_the_heat_map_fits_and_needs_no_colours(experts: int) -> None:
     assert "38;5;202" in capture.get() or "38;5;196" in capture.get()
 
 
-def test_shades_grow_with_load() -> None:
+def test_shade_grows_with_load() -> None:
     assert shade(0, 10) == shade(5, 0) == (" ", 233)
     assert [shade(load, 10)[0] for load in (1, 4, 10, 20, 99)] == ["·", "░", "▒", "▓", "█"]
 
 
-def test_a_picture_is_drawn(tmp_path: Path) -> None:
+def test_draw_writes_a_png(tmp_path: Path) -> None:
     draw(told_of(), tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")

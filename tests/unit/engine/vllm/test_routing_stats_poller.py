@@ -1,4 +1,4 @@
-"""Following the routers of one engine, whatever its worker answers."""
+"""The loop that reads routing samples from an engine."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.support.waiting import until
 
 
 class Watch:
-    """Who is told; here only that something is."""
+    """An observer that ignores routing samples."""
 
     def on_routing_sample(self, chosen: object) -> None:
-        """See `EngineWatch`."""
+        pass
 
 
-async def test_a_look_that_goes_wrong_is_not_the_last(
+async def test_poll_loop_after_an_error_continues_and_logs_no_prompt(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(routing_stats_poller, "INTERVAL_S", 0.001)

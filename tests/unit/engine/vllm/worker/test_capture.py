@@ -66,7 +66,7 @@ def load_told(told: dict[str, Any], expert: str) -> list[list[int]]:
     return np.frombuffer(told[expert]["load"], np.int64).reshape(-1, EXPERTS).tolist()
 
 
-def test_a_worker_counts_by_the_expert_that_runs_and_tells_once() -> None:
+def test_gate_capture_counts_by_running_expert_and_resets_after_a_snapshot() -> None:
     worker = Worker()
     assert worker.capture.shape == {"layers": [0, 3], "experts": EXPERTS, "top_k": 2}
     worker.step([[0, 1]], [[2, 3]], requests={"cmpl-1": 1})
@@ -79,7 +79,7 @@ def test_a_worker_counts_by_the_expert_that_runs_and_tells_once() -> None:
     assert worker.capture.snapshot() == {}
 
 
-def test_one_step_of_so_many_is_looked_at() -> None:
+def test_gate_capture_samples_one_step_in_n() -> None:
     worker = Worker(every=3)
     for _ in range(3000):
         worker.step([[0, 1]], [[2, 3]], requests={"cmpl-1": 1})
@@ -87,7 +87,7 @@ def test_one_step_of_so_many_is_looked_at() -> None:
     assert 900 < seen < 1100
 
 
-def test_steps_are_drawn_so_that_no_rhythm_is_missed() -> None:
+def test_gate_capture_random_sampling_misses_no_periodic_step() -> None:
     # Every fourth step brings a prompt: it must not be always seen, nor never.
     worker = Worker(every=4)
     prompts = 0
@@ -99,14 +99,14 @@ def test_steps_are_drawn_so_that_no_rhythm_is_missed() -> None:
     assert 0.2 < seen / (5 * prompts + 3 * prompts) < 0.3
 
 
-def test_the_canary_is_left_out() -> None:
+def test_gate_capture_ignores_the_canary_request() -> None:
     worker = Worker()
     worker.step([[3, 1]], [[2, 3]], requests={"cmpl-canary-77-0": 1})
     worker.step([[0, 1]], [[2, 3]], requests={"cmpl-1": 1})
     assert load_told(worker.capture.snapshot(), "a") == [[1, 1, 0, 0], [0, 0, 1, 1]]
 
 
-def test_few_stretches_are_kept_of_prompts_long_enough() -> None:
+def test_gate_capture_keeps_a_few_stretches_of_long_prompts() -> None:
     worker = Worker()
     rows = [[i % 3, i % 3 + 1] for i in range(10 + 33 + 50 + 60)]
     others = [[0, i % 3 + 1] for i in range(len(rows))]
@@ -118,7 +118,7 @@ def test_few_stretches_are_kept_of_prompts_long_enough() -> None:
     assert kept[1][1].tolist() == others[43:83]
 
 
-def test_layers_that_choose_fewer_leave_places_empty() -> None:
+def test_gate_capture_layers_with_a_smaller_top_k_leave_empty_places() -> None:
     worker = Worker(stretches=1)
     worker.step([[1]] * 32, [[2, 3]] * 32, requests={"one": 32})
     (told,) = worker.capture.snapshot().values()
@@ -126,7 +126,7 @@ def test_layers_that_choose_fewer_leave_places_empty() -> None:
     assert np.frombuffer(data, np.int16).reshape(shape)[:, 0].tolist() == [[1, -1], [2, 3]]
 
 
-def test_an_expert_that_is_named_again_counts_once() -> None:
+def test_gate_capture_expert_chosen_twice_by_a_token_counts_once() -> None:
     worker = Worker(stretches=1)
     # As a rule that gives sure tokens fewer experts fills the places that are left.
     worker.step([[2, 2]] * 32, [[3, 1]] * 32, requests={"one": 32})
@@ -136,7 +136,7 @@ def test_an_expert_that_is_named_again_counts_once() -> None:
     assert np.frombuffer(data, np.int16).reshape(shape)[:, 0].tolist() == [[2, -1], [1, 3]]
 
 
-def test_a_model_that_goes_is_no_longer_looked_at() -> None:
+def test_gate_capture_detached_model_is_not_sampled() -> None:
     worker = Worker()
     old = worker.routers
     worker.routers = [Router(), Router()]
@@ -149,7 +149,7 @@ def test_a_model_that_goes_is_no_longer_looked_at() -> None:
     assert worker.capture.snapshot() == {}
 
 
-def test_capture_needs_layers_that_are_called_one_by_one() -> None:
+def test_config_moe_capture_on_cpu_without_enforce_eager_raises() -> None:
     experts = {"experts": {"base": {"model": "m"}}}
     with pytest.raises(ValueError, match="moe_capture needs enforce_eager: true"):
         Config.model_validate({**experts, "pools": {"cpu": {"vllm": {"moe_capture": {}}}}})
@@ -162,7 +162,7 @@ def test_capture_needs_layers_that_are_called_one_by_one() -> None:
     Config.model_validate({**experts, "pools": {"gpu": {"gpus": 1, "vllm": {"moe_capture": {}}}}})
 
 
-def test_capture_needs_a_mixture_of_experts() -> None:
+def test_plan_pool_moe_capture_without_a_moe_model_raises() -> None:
     from service.models import MoeInfo
     from service.pool.memory_plan import plan_pool
     from tests.unit.pool.test_memory_plan import model

@@ -98,7 +98,7 @@ def some_logits(seed: int = 0) -> Any:
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("ties", [True, False])
 @pytest.mark.parametrize("name", PROFILES)
-def test_the_choice_is_that_of_the_definition(
+def test_graph_steering_choice_equals_the_reference(
     monkeypatch: pytest.MonkeyPatch, name: str, ties: bool, renormalize: bool
 ) -> None:
     router, profile = FusedTopKRouter(renormalize), PROFILES[name]
@@ -121,7 +121,7 @@ def test_the_choice_is_that_of_the_definition(
 
 
 @pytest.mark.parametrize("places", [K, WIDTH])
-def test_unsteered_it_is_the_router_s_own_choice_bit_for_bit(
+def test_graph_steering_without_a_profile_equals_the_gate_s_own_choice(
     monkeypatch: pytest.MonkeyPatch, places: int
 ) -> None:
     router, logits = FusedTopKRouter(), some_logits()
@@ -138,7 +138,9 @@ def test_unsteered_it_is_the_router_s_own_choice_bit_for_bit(
             assert torch.equal(ids[:, K:], own_ids[:, :1].expand(-1, places - K))
 
 
-def test_a_layer_that_a_profile_leaves_out_is_not_steered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_steering_leaves_layers_outside_the_profile_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     routers = {3: FusedTopKRouter(), 5: FusedTopKRouter()}
     logits = some_logits()
     own, _ = routers[3].choose(logits)
@@ -148,7 +150,7 @@ def test_a_layer_that_a_profile_leaves_out_is_not_steered(monkeypatch: pytest.Mo
     assert not torch.equal(routers[5].choose(logits)[0], own)
 
 
-def test_rows_that_fill_a_batch_up_stay_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_steering_keeps_padding_rows_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     router = FusedTopKRouter(padding=5)
     rules = standing(monkeypatch, {0: router})
     rules.write(rules.table_for(told(PROFILES["three"], 0)))
@@ -158,7 +160,9 @@ def test_rows_that_fill_a_batch_up_stay_marked(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own
-def test_compiled_code_reads_what_is_written_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_steering_rules_take_effect_without_recompilation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     router = FusedTopKRouter()
     rules = standing(monkeypatch, {0: router})
     torch._dynamo.reset()
@@ -176,7 +180,9 @@ def test_compiled_code_reads_what_is_written_later(monkeypatch: pytest.MonkeyPat
     assert seen["unique_graphs"] - before == 1, "it was compiled anew"
 
 
-def test_a_recorded_graph_reads_what_is_written_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_steering_rules_take_effect_in_a_recorded_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The operations alone, replayed without a line of Python, as a captured graph would be."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -196,7 +202,7 @@ def test_a_recorded_graph_reads_what_is_written_later(monkeypatch: pytest.Monkey
             assert torch.equal(weights, expected), name
 
 
-def test_what_can_not_stand_is_refused_and_changes_nothing(
+def test_graph_steering_invalid_rules_raise_and_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     odd = FusedTopKRouter(scoring_func="sigmoid")
@@ -212,7 +218,7 @@ def test_what_can_not_stand_is_refused_and_changes_nothing(
         rules.table_for(told({}, 0, renormalize=False))
 
 
-def test_kernels_that_are_made_for_a_number_of_experts_get_no_more(
+def test_graph_steering_kernels_with_fixed_top_k_get_no_extra_experts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     router = FusedTopKRouter()
@@ -245,7 +251,7 @@ def worker() -> Any:
     return type("Worker", (SteeringMixin, Loads, PinnedExtension), {})()
 
 
-def test_a_worker_holds_exchanges_and_looks_after_its_rules(
+def test_graph_steering_worker_loads_swaps_and_verifies_profiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from service.engine.vllm.worker import graph_steering, pinned_weights
@@ -284,7 +290,7 @@ def test_a_worker_holds_exchanges_and_looks_after_its_rules(
     assert not one._coe_verify(one._coe().held["three"])
 
 
-def test_a_model_that_can_not_be_steered_runs_and_says_why(
+def test_graph_steering_unsupported_model_runs_and_gives_the_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from service.engine.vllm.worker import graph_steering
@@ -304,7 +310,7 @@ def test_a_model_that_can_not_be_steered_runs_and_says_why(
         one.coe_steer("masked", told({}, 0))
 
 
-def test_what_an_engine_can_run_as_it_was_started() -> None:
+def test_swappable_experts_depend_on_how_the_engine_was_started() -> None:
     from service.config import VllmOptions
     from service.engine.vllm.swapping import SwappingVllmEngine, Weights
 

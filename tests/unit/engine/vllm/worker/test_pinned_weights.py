@@ -51,7 +51,7 @@ def filled(one: Any, expert: str) -> dict[str, Any]:
     return dict(told)
 
 
-def test_all_but_the_attention_is_copied_to_where_it_was(tmp_path: Path) -> None:
+def test_pinned_weights_swap_in_copies_all_but_attention_in_place(tmp_path: Path) -> None:
     from service.engine.vllm.worker.pinned_weights import check_fits, copy_all, tensors_of
 
     live, other = model(1), model(2)
@@ -66,7 +66,7 @@ def test_all_but_the_attention_is_copied_to_where_it_was(tmp_path: Path) -> None
     assert {name: tensor.data_ptr() for name, tensor in tensors_of(live).items()} == places
 
 
-def test_engines_of_a_pool_map_one_file(tmp_path: Path) -> None:
+def test_pinned_weights_engines_of_a_pool_map_one_file(tmp_path: Path) -> None:
     """One engine has made it; another, of the same family, needs no loader."""
     from service.engine.vllm.worker.pinned_weights import tensors_of
 
@@ -95,14 +95,14 @@ def test_engines_of_a_pool_map_one_file(tmp_path: Path) -> None:
         second.coe_swap_in("b")
 
 
-def test_each_rank_and_each_layout_has_its_own_file(tmp_path: Path) -> None:
+def test_pinned_weights_file_differs_by_rank_and_layout(tmp_path: Path) -> None:
     extension(model(1), tmp_path).coe_register_initial("a")
     extension(model(1), tmp_path, rank=1).coe_register_initial("a")
     extension(model(1).double(), tmp_path).coe_register_initial("a")
     assert len({path.name for path in tmp_path.iterdir()}) == 3
 
 
-def test_without_shared_memory_nothing_is_held(tmp_path: Path) -> None:
+def test_pinned_weights_without_shared_memory_raises(tmp_path: Path) -> None:
     one = extension(model(1), tmp_path)
     with pytest.raises(RuntimeError, match="no shared memory was given for the weights of 'c'"):
         one.coe_register_initial("c")
@@ -110,7 +110,7 @@ def test_without_shared_memory_nothing_is_held(tmp_path: Path) -> None:
     assert "no shared memory" in filled(one, "c")["reason"]
 
 
-def test_no_room_is_the_filling_expert_s_fault_and_the_engine_goes_on(
+def test_pinned_weights_without_room_fails_the_load_and_the_engine_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from service.engine.vllm.worker import pinned_weights
@@ -138,7 +138,7 @@ def test_no_room_is_the_filling_expert_s_fault_and_the_engine_goes_on(
     assert one.coe_swap_in("b")["ok"]
 
 
-def test_tensors_that_do_not_fit_are_named() -> None:
+def test_pinned_weights_mismatched_tensors_are_named() -> None:
     from service.engine.vllm.worker.pinned_weights import check_fits, tensors_of
 
     live = tensors_of(model(1))

@@ -48,14 +48,16 @@ class GroupedTopKRouter(FusedTopKRouter):
         (CPURouter(custom_routing_function=min), "chooses by the model's own code, not"),
     ],
 )
-def test_routers_that_choose_otherwise_are_named(router: Any, words: str | None) -> None:
+def test_gate_unsupported_for_steering_is_refused_with_the_reason(
+    router: Any, words: str | None
+) -> None:
     from service.engine.vllm.worker.gates import RoutedLayer
 
     why = RoutedLayer(3, 4, 2, router).unsteerable_reason()
     assert why is None if words is None else why is not None and words in why
 
 
-def test_rules_are_put_in_and_taken_out_without_a_trace() -> None:
+def test_steering_rules_are_applied_and_removed_without_a_trace() -> None:
     import torch
 
     from service.engine.vllm.worker.steering import SteeredGates, rule_of
