@@ -61,13 +61,15 @@ class _KeyBackend:
 
 async def _call_store(config: Any, keys: Any, method: str, parts: list[str], body: Any) -> Any:
     """Do in the store what the admin endpoints do in a service."""
-    from service.gateway.routes.keys_and_usage import NewKey, parsed, record_of
+    from service.gateway.key_requests import NewKey, new_key_record, parse_key_body
 
     now_s = time.time()
     if method == "GET":
         return {"keys": [record.to_public(now_s) for record in await keys.records()]}
     if len(parts) == 2:
-        new_record = record_of(config, parsed(NewKey, json.dumps(body).encode()), now_s)
+        new_record = new_key_record(
+            config, parse_key_body(NewKey, json.dumps(body).encode()), now_s
+        )
         record, key = await keys.create(new_record, now_s)
         return {**record.to_public(now_s), "key": key}
     if parts[3] == "rotate":

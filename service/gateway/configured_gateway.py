@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from service.broker.ledger import Ledger
 from service.capabilities import with_capabilities
 from service.config import Config
 from service.gateway.admission import Admission
-from service.gateway.app import Gateway
+from service.gateway.app import build_app
 from service.gateway.auth import Authenticator
 from service.gateway.budget_prices import BudgetPrices
 from service.gateway.cache.response_cache import ResponseCache
+from service.gateway.console.event_stream import EventStream
+from service.gateway.dependencies import GatewayServices, Reload
 from service.gateway.dispatch.circuit_breakers import CircuitBreakers
 from service.gateway.dispatch.dispatcher import Dispatcher
 from service.gateway.dispatch.execution import RecipeExecutor
 from service.gateway.dispatch.remote_pool import RemotePool
 from service.gateway.guard.guard import Guard
 from service.gateway.guard.screen import Screen
+from service.gateway.request.validation import RequestValidator
 from service.gateway.request_record import ExpertCall
-from service.gateway.routes.admin import Reload
-from service.gateway.routes.feedback import FeedbackService
-from service.gateway.routes.keys_and_usage import AccountEndpoints
+from service.gateway.request_scope import RequestObservers
+from service.gateway.routes.inference import InferenceEndpoint, InferenceHandler
+from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.setup import RoutingSetup
 from service.gateway.state import GatewayState
 from service.gateway.store_setup import key_book, keys_marker
@@ -34,55 +38,81 @@ from service.telemetry.tracing import Traces
 from service.types import NOBODY, Tenant
 
 
-class ConfiguredGateway:
-    """What answers by one config. Raises ConfigError, ArtifactError where it can't be built.
+@dataclass(frozen=True, slots=True)
+class GatewayResources:
+    """What a gateway keeps from one config to the next.
 
-    Args:
-        config: By which it answers.
-        state: What the gateway has counted and learned.
+    Attributes:
+        state: Counters and learned values.
         directory: Links to pools.
         store: Counts limits and budgets.
-        volatile: Keeps what may be lost.
+        volatile: Keeps values that may be lost.
         budget_prices: Prices budgets.
-        remote_pools: Of the remote experts, by name; it is read whenever one is asked.
-        before: The one of the config before, whose replies may be voted on still.
+        remote_pools: Remote experts, by name. It changes with the config and is read for each
+            request.
+        traces: Records traces, if the config asked for them.
+        secret: The cluster's secret.
+        admin_key: The admin key; without one there are no admin endpoints.
+        wake: Asks for a pool that holds an expert where none runs.
+        neighbours: Returns the metrics of the node's other gateways, as texts.
+        behind_serve: Whether Ray Serve's HTTP server is around the gateway, see `build_app`.
+        reload: Puts the config's file in force again; None where the gateway doesn't own it.
+        screens: Replace the guard's own screens, by name.
+    """
+
+    state: GatewayState
+    directory: PoolDirectory
+    store: Store
+    volatile: VolatileStore
+    budget_prices: BudgetPrices
+    remote_pools: Mapping[str, RemotePool]
+    traces: Traces | None
+    secret: str
+    admin_key: str | None
+    wake: Callable[[str], None]
+    neighbours: Callable[[], Awaitable[list[str]]]
+    behind_serve: bool
+    reload: Reload | None
+    screens: Mapping[str, Screen] | None
+
+
+class ConfiguredGateway:
+    """The gateway of one config.
+
+    Args:
+        config: The config.
+        resources: What the gateway keeps from one config to the next.
+        ledger: Counts limits and budgets by this config.
+        predecessor: The gateway of the config before; replies that it gave can still be voted on.
+
+    Raises:
+        ConfigError: The config can't be served.
+        ArtifactError: The router's artifact can't be used.
     """
 
     def __init__(
         self,
         config: Config,
-        *,
-        state: GatewayState,
-        directory: PoolDirectory,
-        store: Store,
-        volatile: VolatileStore,
+        resources: GatewayResources,
         ledger: Ledger,
-        budget_prices: BudgetPrices,
-        remote_pools: Mapping[str, RemotePool],
-        traces: Traces | None,
-        secret: str,
-        admin_key: str | None,
-        wake: Callable[[str], None],
-        neighbours: Callable[[], Awaitable[list[str]]],
-        behind_serve: bool,
-        reload: Reload | None,
-        screens: Mapping[str, Screen] | None,
-        before: ConfiguredGateway | None,
+        predecessor: ConfiguredGateway | None = None,
     ) -> None:
         self.config = config
         config = with_capabilities(config)
-        self.remote_pools = remote_pools
+        self.ledger = ledger
+        self._resources = resources
+        state = resources.state
         self._meter = state.metrics.meter
-        book = key_book(config, store)
+        book = key_book(config, resources.store)
         self.authenticator: Authenticator = Authenticator(
             config,
             book,
-            secret=secret,
+            secret=resources.secret,
             marker=keys_marker(config),
-            after=None if before is None else before.authenticator,
+            after=None if predecessor is None else predecessor.authenticator,
         )
-        self.ledger = ledger
         remotes = {name: expert.remote for name, expert in config.experts.items() if expert.remote}
+        self._remote_names = tuple(remotes)
         self.breakers = CircuitBreakers(
             {name: remote.url for name, remote in remotes.items()},
             config.server.breaker.min_hang_s,
@@ -95,67 +125,109 @@ class ConfiguredGateway:
         self.dispatcher = Dispatcher(
             routing.catalog,
             routing.cost_model,
-            directory,
-            remote_pools,
-            wake,
-            budget_prices,
+            resources.directory,
+            resources.remote_pools,
+            resources.wake,
+            resources.budget_prices,
             self.breakers,
             state.prefix_affinity,
         )
         self.feedback: FeedbackService = FeedbackService(
             config.feedback,
-            store,
-            volatile,
+            resources.store,
+            resources.volatile,
             routing.quality_model,
             routing.catalog,
             shared=(config.store.cache_url or config.store.cache_url_env) is not None,
             tenants=[NOBODY.name, *config.tenants],
-            after=None if before is None else before.feedback,
+            after=None if predecessor is None else predecessor.feedback,
         )
         self._admission = Admission(
-            config, self.authenticator, self.ledger, self.dispatcher.context, self._charged
+            config, self.authenticator, ledger, self.dispatcher.context, self._count_charged
         )
-        self.gateway = Gateway(
+        self.services = GatewayServices(
+            config=config,
+            state=state,
+            admission=self._admission,
+            validator=RequestValidator(config, Guard(config, resources.screens), self._meter),
+            router=routing.router,
+            executor=RecipeExecutor(
+                self.dispatcher,
+                routing.catalog,
+                routing.cost_model,
+                routing.quality_model,
+                resources.budget_prices,
+                state.prefix_affinity,
+                self.feedback,
+            ),
+            feedback=self.feedback,
+            keys=Keys(book),
+            directory=resources.directory,
+            views=self.dispatcher.views,
+            remote_failures=self._remote_failures,
+            neighbours=resources.neighbours,
+            admin_key=resources.admin_key,
+            reload=resources.reload,
+        )
+        self.inference = InferenceEndpoint(self._inference_handler())
+        self.events = EventStream(
             config,
-            routing.router,
-            self.dispatcher,
-            self._admission,
-            AccountEndpoints(config, self._admission, Keys(book)),
-            RecipeExecutor(self.dispatcher, routing.quality_model, self.feedback),
-            directory,
-            lambda: {name: remote_pools[name].failed for name in remotes if name in remote_pools},
-            neighbours,
-            state,
-            admin_key=admin_key,
-            reload=reload,
-            traces=traces,
-            behind_serve=behind_serve,
-            guard=Guard(config, screens),
-            cache=ResponseCache(config, volatile, self._meter),
+            resources.directory,
+            self.dispatcher.views,
+            self._remote_failures,
+            lambda: state.metrics.in_flight,
+            state.recent,
+            resources.budget_prices.prices,
+            state.history,
+        )
+        self.app = build_app(
+            self.services, self.inference, self.events, behind_serve=resources.behind_serve
         )
 
+    def _inference_handler(self) -> InferenceHandler:
+        services, resources = self.services, self._resources
+        return InferenceHandler(
+            validator=services.validator,
+            router=services.router,
+            cache=ResponseCache(services.config, resources.volatile, self._meter),
+            admission=self._admission,
+            executor=services.executor,
+            observers=RequestObservers(
+                services.state.metrics,
+                services.state.recent,
+                resources.traces,
+                access_log=services.config.server.access_log,
+                sends_request_id=not resources.behind_serve,
+            ),
+            behind_serve=resources.behind_serve,
+        )
+
+    def _remote_failures(self) -> dict[str, str | None]:
+        pools = self._resources.remote_pools
+        return {name: pools[name].failed for name in self._remote_names if name in pools}
+
     async def start(self) -> None:
-        """Begin to follow keys and votes. Raises StoreUnavailableError."""
+        """Start to follow keys and votes. Raises StoreUnavailableError."""
         await self.authenticator.start()
         await self.feedback.start()
 
     async def stop(self) -> None:
-        """End what is under way in the background."""
-        await self.gateway.feed.close()
+        """Stop the background tasks."""
+        await self.events.close()
         await self.dispatcher.close()
         await self.feedback.stop()
         await self._admission.stop()
         await self.authenticator.stop()
 
-    async def end(self) -> None:
-        """Stop after the last request that came to it."""
+    async def drain(self) -> None:
+        """Stop once the last request of this config has ended."""
         # Consoles connect again at once, to the gateway of the newer config.
-        await self.gateway.feed.close()
-        await self.gateway.idle()
+        await self.events.close()
+        await self.inference.wait_idle()
         await self.stop()
 
-    def _charged(self, tenant: Tenant, outcome: str, calls: Sequence[ExpertCall]) -> None:
-        """A request that somebody is charged for has ended."""
+    def _count_charged(self, tenant: Tenant, outcome: str, calls: Sequence[ExpertCall]) -> None:
+        """Count a request that its tenant is charged for."""
         self._meter.add(metrics.TENANT_REQUESTS, 1, tenant.name, outcome)
         for call in calls:
             tokens = (call.prompt_tokens or 0) + (call.completion_tokens or 0)

@@ -13,12 +13,11 @@ from service.broker.ledger import Ledger
 from service.config import Config
 from service.engine.remote import RemoteEngine
 from service.errors import CoeError
-from service.gateway.app import Gateway
 from service.gateway.budget_prices import BudgetPrices
-from service.gateway.configured_gateway import ConfiguredGateway
+from service.gateway.configured_gateway import ConfiguredGateway, GatewayResources
+from service.gateway.dependencies import Reload
 from service.gateway.dispatch.remote_pool import RemotePool
 from service.gateway.guard.screen import Screen
-from service.gateway.routes.admin import Reload
 from service.gateway.state import GatewayState, replaced
 from service.gateway.store_setup import open_store, open_volatile
 from service.models.expert_folders import file_versions
@@ -63,25 +62,35 @@ class GatewayRuntime:
         screens: Mapping[str, Screen] | None = None,
         reload: Reload | None = None,
     ) -> None:
-        self._secret = secret
-        self._admin_key = admin_key
-        self._wake = wake
-        self._behind_serve = behind_serve
-        self._screens = screens
-        self._reload_file = reload
         self._files = _files(config)
         self.state = GatewayState.new(config.server.breaker)
         self.directory = PoolDirectory(gateway_id, secret)
         self.store: Store = open_store(config, gateway_id)
         # What may be lost stands apart from what counts.
         self.volatile: VolatileStore = open_volatile(config)
-        self._traces = traces_of(config, "gateway", gateway_id)
+        traces = traces_of(config, "gateway", gateway_id)
         self.remote_pools: dict[str, RemotePool] = {}
         self._seat_all(config)
         ledger = Ledger(config, self.store)
         self.budget_prices = BudgetPrices(ledger)
-        self.current = self._configured(config, ledger)
-        self._app = self.current.gateway.app()
+        self._resources = GatewayResources(
+            state=self.state,
+            directory=self.directory,
+            store=self.store,
+            volatile=self.volatile,
+            budget_prices=self.budget_prices,
+            remote_pools=self.remote_pools,
+            traces=traces,
+            secret=secret,
+            admin_key=admin_key,
+            wake=wake,
+            neighbours=self._neighbours,
+            behind_serve=behind_serve,
+            reload=reload,
+            screens=screens,
+        )
+        self.current = ConfiguredGateway(config, self._resources, ledger)
+        self._app = self.current.app
         # Those of earlier configs whose last requests have not ended yet.
         self._ending: set[asyncio.Task[None]] = set()
         self._earlier: set[ConfiguredGateway] = set()
@@ -98,37 +107,9 @@ class GatewayRuntime:
         await self._app(scope, receive, send)
 
     @property
-    def gateway(self) -> Gateway:
-        """The gateway of the config in force."""
-        return self.current.gateway
-
-    @property
     def ledger(self) -> Ledger:
         """Counts by the config in force."""
         return self.current.ledger
-
-    def _configured(
-        self, config: Config, ledger: Ledger, before: ConfiguredGateway | None = None
-    ) -> ConfiguredGateway:
-        return ConfiguredGateway(
-            config,
-            state=self.state,
-            directory=self.directory,
-            store=self.store,
-            volatile=self.volatile,
-            ledger=ledger,
-            budget_prices=self.budget_prices,
-            remote_pools=self.remote_pools,
-            traces=self._traces,
-            secret=self._secret,
-            admin_key=self._admin_key,
-            wake=self._wake,
-            neighbours=self._neighbours,
-            behind_serve=self._behind_serve,
-            reload=self._reload_file,
-            screens=self._screens,
-            before=before,
-        )
 
     async def start(self) -> None:
         """Connect remote experts; one that can't be is shown as failed.
@@ -156,7 +137,7 @@ class GatewayRuntime:
         before = self.current
         files = await asyncio.to_thread(_files, config)
         ledger = Ledger(config, self.store)
-        after = self._configured(config, ledger, before)
+        after = ConfiguredGateway(config, self._resources, ledger, before)
         try:
             await after.start()
         except BaseException:
@@ -166,7 +147,7 @@ class GatewayRuntime:
         await self.budget_prices.follow(ledger)
         self.state.forget(replaced(before.config, config, self._files, files))
         self._files = files
-        self.current, self._app = after, after.gateway.app()
+        self.current, self._app = after, after.app
         self._earlier.add(before)
         task = asyncio.create_task(self._retire_after_drain(before))
         self._ending.add(task)
@@ -174,7 +155,7 @@ class GatewayRuntime:
 
     async def _retire_after_drain(self, earlier: ConfiguredGateway) -> None:
         """Stop a gateway of an earlier config after its last request, and what only it needed."""
-        await earlier.end()
+        await earlier.drain()
         self._earlier.discard(earlier)
         needed = {*self._remote(self.current.config)}
         needed.update(*(self._remote(one.config) for one in self._earlier))
@@ -268,8 +249,8 @@ class GatewayRuntime:
         await self.store.stop()
         await self.volatile.close()
         await asyncio.gather(*(pool.stop() for pool in self.remote_pools.values()))
-        if self._traces is not None:
-            await asyncio.to_thread(self._traces.stop)
+        if (traces := self._resources.traces) is not None:
+            await asyncio.to_thread(traces.stop)
 
 
 def _files(config: Config) -> dict[str, str]:

@@ -15,7 +15,7 @@ from service.broker.pool_state import REMOTE
 from service.config import Config
 from service.errors import ArtifactError
 from service.gateway.configured_gateway import ConfiguredGateway
-from service.gateway.routes.feedback import Vote
+from service.gateway.routing.feedback_learning import Vote
 from service.http.asgi import read_body
 from service.types import NOBODY, Recipe
 from tests.support.serving import Served, Site, chat, serving, simulated, site

@@ -91,7 +91,7 @@ async def test_a_failed_request_is_shown_and_an_unreadable_one_is_not() -> None:
     async with site(config) as s:
         await s.ask(chat())
         await s.ask({"model": "general", "messages": []})
-        recent = s.gateway.gateway._inference._observers.history
+        recent = s.gateway.state.recent
         (one,) = recent.since(0)
         assert one["outcome"] != "ok"
         assert one["status"] >= 500
@@ -145,7 +145,7 @@ async def test_a_stream_ends_where_nothing_more_can_be_told(
 ) -> None:
     """A page then asks again; one that was kept waiting would show the last state for ever."""
     async with site(TWO) as s:
-        feed = s.gateway.gateway.feed
+        feed = s.gateway.current.events
         async with s.get("/console/events") as reply:
             told = events(reply)
             assert await first(told, "hello")

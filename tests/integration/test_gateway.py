@@ -179,7 +179,7 @@ async def test_an_unforeseen_fault_is_a_500_without_its_text(
         status, _, told = await s.ask(chat())
         assert (status, told["error"]["type"]) == (500, "server_error")
         assert "private" not in told["error"]["message"]
-        monkeypatch.setattr(s.gateway.gateway._inference._router, "plan", broken)
+        monkeypatch.setattr(s.gateway.current.services.router, "plan", broken)
         status, _, told = await s.ask(chat())
         assert (status, told["error"]["code"]) == (500, "internal_error")
         assert "private" not in str(told)
@@ -216,7 +216,7 @@ async def test_what_nobody_thought_of_is_said_in_our_words(
         raise RuntimeError("hello there")
 
     async with site(ONE) as s:
-        monkeypatch.setattr(s.gateway.gateway._router, "plan", plan)
+        monkeypatch.setattr(s.gateway.current.services.router, "plan", plan)
         for path in ("/v1/route", CHAT):
             status, headers, told = await s.ask(chat("hello there"), path)
             assert (status, told["error"]["code"]) == (500, "internal_error"), path

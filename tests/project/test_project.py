@@ -60,7 +60,24 @@ ONLY_IN = {
         "service/deployment/local.py",
         "service/deployment/replicas.py",
     },
-    "fastapi": {"service/gateway/app.py"},
+    "fastapi": {
+        "service/gateway/app.py",
+        "service/gateway/dependencies.py",
+        *(
+            f"service/gateway/routes/{name}.py"
+            for name in (
+                "admin",
+                "feedback",
+                "health",
+                "keys",
+                "metrics",
+                "models",
+                "openapi",
+                "route",
+                "usage",
+            )
+        ),
+    },
     "redis": {"service/store/redis_client.py"},
     "pickle": set(),
 }

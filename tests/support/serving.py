@@ -17,7 +17,7 @@ import uvicorn
 from service.config import Config, SimulatedOptions
 from service.engine.base import EngineObserver, EngineRequest, Send
 from service.engine.simulated import SimulatedEngine
-from service.gateway.routes.admin import Reload
+from service.gateway.dependencies import Reload
 from service.gateway.runtime import GatewayRuntime
 from service.pool import factory
 from service.pool.process import PoolProcess
@@ -233,7 +233,7 @@ async def site(config: Config, reload: Reload | None = None) -> AsyncIterator[Si
         await until(lambda: _settled(made), "every expert loaded or failed, and the gateway knows")
         yield made
         await until(made.idle, "every request ended, in pools and engines")
-        metrics = gateway.gateway.metrics
+        metrics = gateway.state.metrics
         await until(lambda: metrics.in_flight == 0, "the gateway counts none in flight")
     await until(lambda: not asyncio.all_tasks() - before, "no task is left")
 

@@ -338,18 +338,18 @@ class Dispatcher:
         attempt_id = f"{request.request_id}-again{again}" if again else request.request_id
         handed = asyncio.Event()
         left = partial(self._left, option, request, attempt_id, reply)
-        spent = ExpertCall(
+        expert_call = ExpertCall(
             option.expert,
             self.cost_model.price(option.expert),
             answers=request.answers,
             most_tokens=request.most_tokens,
         )
-        reply.spent = spent
+        reply.expert_call = expert_call
         try:
             async with limit:
                 if remote:
                     pool = self._remote_pools[option.expert]
-                    reply.record.calls.append(spent)
+                    reply.record.calls.append(expert_call)
                     await pool.run(
                         EngineRequest(
                             request.endpoint,
@@ -382,7 +382,7 @@ class Dispatcher:
                 )
                 try:
                     async with link.call(call, body) as answer:
-                        reply.record.calls.append(spent)
+                        reply.record.calls.append(expert_call)
                         await self._forward(answer, request, limit, reply)
                 except PoolUnavailableError as error:
                     if link.draining and not isinstance(error, PoolUnreachableError):

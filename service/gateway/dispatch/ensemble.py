@@ -18,6 +18,8 @@ import numpy as np
 import orjson
 
 from service.broker.agreement import FinalAnswer, agreed, confidence, final_answer, majority
+from service.broker.cost_model import CostModel
+from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import Selection
 from service.engine.base import Message
 from service.errors import CoeError, UnavailableError
@@ -67,6 +69,8 @@ class EnsembleExecutor:
     """Runs one recipe for one request. `selection` is the choice that took it."""
 
     dispatcher: Dispatcher
+    catalog: RecipeCatalog
+    cost_model: CostModel
     recipe: Recipe
     request: InferenceRequest
     plan: RoutePlan
@@ -209,7 +213,7 @@ class EnsembleExecutor:
         option = self.selection.option(expert)
         tokens = 0
         if option is not None:
-            e = self.dispatcher.catalog.index[expert]
+            e = self.catalog.index[expert]
             whole = float(self.selection.wish.tokens[e])
             running_s = time.monotonic() - began_s - option.wait_s
             tokens = int(whole * min(1.0, max(0.0, running_s / max(option.answer_s, 1e-3))))
@@ -217,7 +221,7 @@ class EnsembleExecutor:
         record.calls.append(
             ExpertCall(
                 expert,
-                self.dispatcher.cost_model.price(expert),
+                self.cost_model.price(expert),
                 self.request.prompt_tokens,
                 tokens,
                 estimated=True,
@@ -227,7 +231,7 @@ class EnsembleExecutor:
         return MemberAnswer(expert, record, error=UnavailableError("no longer needed"))
 
     def _only(self, expert: str) -> RoutePlan:
-        row = self.dispatcher.catalog.index[expert]
+        row = self.catalog.index[expert]
         return replace(
             self.plan,
             rows=np.array([row]),

@@ -1,125 +1,84 @@
-"""The admin's endpoints: experts in every pool, and the config anew."""
+"""The admin's endpoints for experts, their mixture-of-experts gates, and the config."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
+from functools import reduce
+from operator import add
 
 import orjson
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from fastapi import APIRouter, Response
 
 from service.errors import (
     ArtifactError,
-    CoeError,
     ConfigError,
     ConflictError,
     ModelStoreError,
-    UnauthorizedError,
+    PoolUnavailableError,
 )
-from service.gateway.audit_log import REFUSALS, acted
-from service.gateway.routes.admin_moe import routed
-from service.rpc.auth import same
-from service.rpc.pool_directory import PoolDirectory
+from service.gateway.dependencies import AdminRoute, Services, json_response
+from service.moe.routing_counts import RoutingCounts
 
-Endpoint = Callable[[Request], Awaitable[Response]]
-Reload = Callable[[], Awaitable[dict[str, list[str]]]]
-_LONGEST_PATH = 200
+router = APIRouter(route_class=AdminRoute)
 
 
-def admin_routes(
-    directory: PoolDirectory, key: str, reload: Callable[[], Reload | None]
-) -> list[BaseRoute]:
-    """Endpoints that ask for the admin key. `reload` gives what puts the config's file in force
-    anew, None where nobody here keeps it."""
-
-    async def experts(request: Request) -> Response:
-        links = directory.links()
-        told = await asyncio.gather(*(link.experts() for link in links), return_exceptions=True)
-        pools = {
-            link.address.name: one
-            for link, one in zip(links, told, strict=True)
-            if isinstance(one, dict)
-        }
-        return as_json({"pools": pools})
-
-    async def moe(request: Request) -> Response:
-        return await routed(directory, request)
-
-    async def again(request: Request) -> Response:
-        act = reload()
-        if act is None:
-            raise ConflictError("this service's config is changed where it was deployed from")
-        try:
-            return as_json(await act())
-        except (ConfigError, ArtifactError, ModelStoreError) as error:
-            raise ConflictError(error.message) from None
-
-    async def operate(request: Request) -> Response:
-        name, act = request.path_params["name"], request.path_params["act"]
-        links = directory.holding(name)
-        answers = await asyncio.gather(*(link.operate(act, name) for link in links))
-        for status, body in answers:
-            if status >= 400:
-                return Response(body, status_code=status, media_type="application/json")
-        return as_json({"expert": name, "done": act, "pools": len(links)})
-
-    return [
-        Route("/admin/experts", guarded(experts, key), methods=["GET"]),
-        Route("/admin/reload", guarded(again, key), methods=["POST"]),
-        Route("/admin/experts/{name:path}/{act}", guarded(operate, key), methods=["POST"]),
-        Route("/admin/experts/{name:path}/moe", guarded(moe, key), methods=["GET"]),
-    ]
+@router.get("/admin/experts")
+async def list_experts(services: Services) -> Response:
+    """Return every pool's own account of its experts; a pool that is gone is left out."""
+    links = services.directory.links()
+    accounts = await asyncio.gather(*(link.experts() for link in links), return_exceptions=True)
+    pools = {
+        link.address.name: account
+        for link, account in zip(links, accounts, strict=True)
+        if isinstance(account, dict)
+    }
+    return json_response({"pools": pools})
 
 
-def as_json(body: dict[str, Any]) -> Response:
-    """A reply of status 200."""
-    return Response(orjson.dumps(body), media_type="application/json")
+@router.post("/admin/reload")
+async def reload_config(services: Services) -> Response:
+    """Put the config's file in force again."""
+    if services.reload is None:
+        raise ConflictError("this service's config is changed where it was deployed from")
+    try:
+        return json_response(await services.reload())
+    except (ConfigError, ArtifactError, ModelStoreError) as error:
+        raise ConflictError(error.message) from None
 
 
-def guarded(endpoint: Endpoint, admin_key: str) -> Endpoint:
-    """The endpoint, for who has the admin key; others get Unauthorized.
+@router.post("/admin/experts/{name:path}/{act}")
+async def operate(name: str, act: str, services: Services) -> Response:
+    """Do an act, as `pin` or `load`, to an expert in every pool that holds it."""
+    links = services.directory.holding(name)
+    replies = await asyncio.gather(*(link.operate(act, name) for link in links))
+    for status, body in replies:
+        if status >= 400:
+            return Response(body, status_code=status, media_type="application/json")
+    return json_response({"expert": name, "done": act, "pools": len(links)})
 
-    What changes something is written into the audit log, with how it went.
+
+@router.get("/admin/experts/{name:path}/moe")
+async def routing_counts(name: str, services: Services) -> Response:
+    """Return what the gates of an expert chose, summed over all pools.
+
+    Where no pool has counted anything, the first pool's reply says why.
+
+    Raises:
+        UnknownModelError: No pool has the expert.
+        PoolUnavailableError: No pool that has it could be reached.
     """
-
-    async def checked(request: Request) -> Response:
-        check_admin(dict(request.scope["headers"]), admin_key, "the admin endpoints")
-        outcome = "cancelled"
-        try:
-            response = await endpoint(request)
-            outcome = str(response.status_code)
-            return response
-        except CoeError as error:
-            outcome = error.code
-            raise
-        except Exception as error:
-            outcome = type(error).__name__
-            raise
-        finally:
-            if request.method != "GET":
-                path = str(request.scope["path"])[:_LONGEST_PATH]
-                told = getattr(request.state, "audit", {})
-                acted(f"{request.method} {path}", outcome, told)
-
-    return checked
-
-
-def note(request: Request, **details: object) -> None:
-    """Put details of what is done into its line of the audit log."""
-    request.state.audit = {**getattr(request.state, "audit", {}), **details}
-
-
-def check_admin(headers: dict[bytes, bytes], admin_key: str | None, what: str) -> None:
-    """Raises UnauthorizedError unless a request shows the admin key. `what` needs it."""
-    if not shows_admin_key(headers, admin_key):
-        REFUSALS.refused("admin" if headers.get(b"authorization") else "admin, none", headers)
-        raise UnauthorizedError(f"the admin key is needed for {what}: Authorization: Bearer KEY")
-
-
-def shows_admin_key(headers: dict[bytes, bytes], admin_key: str | None) -> bool:
-    """Whether a request has the admin key as its Bearer token."""
-    given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-    return admin_key is not None and same(given, admin_key.encode())
+    links = services.directory.holding(name)
+    replies = await asyncio.gather(*(link.routes(name) for link in links), return_exceptions=True)
+    answers = [reply for reply in replies if isinstance(reply, tuple)]
+    if not answers:
+        raise PoolUnavailableError(f"no pool that holds {name[:128]!r} can be reached")
+    counts = [
+        RoutingCounts.from_wire(orjson.loads(body)) for status, body in answers if status == 200
+    ]
+    if not counts:
+        status, body = answers[0]
+        return Response(body, status_code=status, media_type="application/json")
+    # While its weights are being changed, pools may have different models of this name.
+    same_model = [count for count in counts if count.like(counts[0])]
+    total = reduce(add, same_model)
+    return json_response({"expert": name, "pools": len(same_model), **total.to_json()})

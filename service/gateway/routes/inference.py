@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import MutableMapping
 from functools import partial
@@ -15,7 +16,7 @@ from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.validation import RequestValidator
 from service.gateway.request_scope import RequestObservers, RequestScope
 from service.gateway.routing.candidates import RoutePlan, SemanticRouter
-from service.http.asgi import Receive, Send, until_gone
+from service.http.asgi import ClientDisconnectedError, Receive, Send, until_gone
 
 
 class InferenceHandler:
@@ -28,8 +29,8 @@ class InferenceHandler:
         admission: Reserves what a request may use, and settles it.
         executor: Chooses among the candidates and runs the choice.
         observers: Metrics, traces, console and access log.
-        behind_serve: Whether Ray Serve cancels a request whose client has left; else the handler
-            watches for that itself.
+        behind_serve: Whether Ray Serve cancels a request whose client has left. Otherwise the
+            handler watches for that itself.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class InferenceHandler:
         self._behind_serve = behind_serve
 
     async def handle(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Answer one request. The order of its steps is the order of these lines."""
+        """Answer one request; its steps follow one another as these lines do."""
         async with RequestScope(self._observers, scope, send) as request_scope:
             record = request_scope.record
             headers = self._validator.headers(scope["headers"])
@@ -100,13 +101,42 @@ class InferenceHandler:
         return await self._admission.admit(
             entry,
             request,
-            self._executor.ways(plan),
+            self._executor.expert_sets(plan),
             partial(self._executor.likely_tokens, request, plan),
         )
 
 
+class InferenceEndpoint:
+    """The handler as a plain ASGI endpoint, which can be waited for until it is idle.
+
+    It is a class, because Starlette wraps functions and leaves other callables alone.
+    """
+
+    def __init__(self, handler: InferenceHandler) -> None:
+        self.handler = handler
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            await self.handler.handle(scope, receive, send)
+        except ClientDisconnectedError:
+            return
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Wait until no request is in flight."""
+        await self._idle.wait()
+
+
 def _ignores_disconnects(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Whether Serve was told not to notice that the client leaves.
+    """Whether a header tells Ray Serve not to cancel the request when its client leaves.
 
     HAProxy removes that header, but a gateway's own port can be reached without HAProxy.
     """

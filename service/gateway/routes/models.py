@@ -1,18 +1,24 @@
-"""What `/v1/models` and `/ready` tell of the experts."""
+"""`GET /v1/models`: the experts and recipes that a tenant may use, with the experts' states."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fastapi import APIRouter, Response
+
 from service.broker.pool_state import PoolView
 from service.config import Config
+from service.errors import UnknownEndpointError, UnknownModelError
+from service.gateway.dependencies import CurrentTenant, GatewayServices, Services, json_response
 from service.gateway.redaction import without_folders
 from service.gateway.request.parsing import AUTO
 from service.gateway.routing.candidates import PRESETS
 from service.types import NOBODY, Residency, Tenant
 
-# Which of several pools' states speaks for an expert.
+router = APIRouter()
+
+# An expert's state is the first of these that any pool reports.
 _BEST_FIRST = (
     Residency.DEVICE,
     Residency.HOST,
@@ -21,38 +27,71 @@ _BEST_FIRST = (
     Residency.DISK,
     Residency.FAILED,
 )
+# Capabilities that a recipe can have as well.
+_RECIPE_CAPABILITIES = ("chat", "json", "vision", "audio")
 
 
-def states(
-    config: Config, views: Iterable[PoolView], remotes: dict[str, str | None]
+@router.get("/v1/models")
+async def list_models(services: Services, tenant: CurrentTenant) -> Response:
+    """Return OpenAI's list of models."""
+    states = _public_states(services)
+    return json_response(listing(services.config, states, services.state.created_s, tenant))
+
+
+@router.get("/v1/models/{name:path}")
+async def get_model(name: str, services: Services, tenant: CurrentTenant) -> Response:
+    """Return one model."""
+    if not name:
+        raise UnknownEndpointError("there is no /v1/models/; did you mean /v1/models?")
+    states = _public_states(services)
+    model = entry(services.config, states, services.state.created_s, name, tenant)
+    if model is None:
+        raise UnknownModelError(f"the model {name[:128]!r} does not exist", param="model")
+    return json_response(model)
+
+
+def _public_states(services: GatewayServices) -> dict[str, dict[str, Any]]:
+    return redact_states(
+        expert_states(services.config, services.views(), services.remote_failures())
+    )
+
+
+def expert_states(
+    config: Config, views: Iterable[PoolView], remote_failures: dict[str, str | None]
 ) -> dict[str, dict[str, Any]]:
-    """Each expert's state, by name: the best that any pool has, with reason and context length.
+    """Each expert's state, by name: the best in any pool, with reason and context length.
 
-    `remotes`: remote experts, each with the reason why it can't be used, or None.
+    Args:
+        config: The config that names the experts.
+        views: The state of every pool.
+        remote_failures: For each remote expert why it can't be used, or None.
     """
-    told: dict[str, dict[str, Any]] = {}
-    known = [view.snapshot for view in views]
+    states: dict[str, dict[str, Any]] = {}
+    snapshots = [view.snapshot for view in views]
     for name, expert in config.experts.items():
         if expert.remote is not None:
-            why = remotes.get(name)
-            told[name] = {"state": "failed", "reason": why} if why else {"state": "device"}
+            reason = remote_failures.get(name)
+            states[name] = {"state": "failed", "reason": reason} if reason else {"state": "device"}
             continue
-        found = [snapshot.experts[name] for snapshot in known if name in snapshot.experts]
+        found = [snapshot.experts[name] for snapshot in snapshots if name in snapshot.experts]
         if not found:
-            told[name] = {"state": Residency.DISK.value, "reason": "no pool that holds it runs yet"}
+            states[name] = {
+                "state": Residency.DISK.value,
+                "reason": "no pool that holds it runs yet",
+            }
             continue
         best = min(found, key=lambda state: _BEST_FIRST.index(state.state))
-        entry: dict[str, Any] = {"state": best.state.value}
+        state: dict[str, Any] = {"state": best.state.value}
         if best.reason:
-            entry["reason"] = best.reason
+            state["reason"] = best.reason
         if best.state is Residency.LOADING:
-            entry["eta_s"] = best.eta_s
+            state["eta_s"] = best.eta_s
         if best.max_model_len:
-            entry["max_model_len"] = best.max_model_len
+            state["max_model_len"] = best.max_model_len
         if best.engine:
-            entry["engine"] = best.engine
-        told[name] = entry
-    return told
+            state["engine"] = best.engine
+        states[name] = state
+    return states
 
 
 def _kind(config: Config, name: str) -> str:
@@ -64,11 +103,11 @@ def _kind(config: Config, name: str) -> str:
     return "full"
 
 
-def for_clients(told: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def redact_states(states: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The states as clients may read them: no reason names a folder of this machine."""
     return {
-        name: {**one, "reason": without_folders(one["reason"])} if "reason" in one else one
-        for name, one in told.items()
+        name: {**state, "reason": without_folders(state["reason"])} if "reason" in state else state
+        for name, state in states.items()
     }
 
 
@@ -128,43 +167,55 @@ def _recipe(config: Config, name: str, created_s: int) -> dict[str, Any]:
 
 
 def may_ask(config: Config, name: str, tenant: Tenant) -> bool:
-    """Whether a tenant may ask for an expert or recipe of the config, with all whom it asks."""
+    """Whether a tenant may use an expert, or every expert of a recipe."""
     recipe = config.recipes.get(name)
-    asked = (name,) if recipe is None else (*recipe.members, *recipe.later)
-    return all(map(tenant.may_ask, asked))
+    experts = (name,) if recipe is None else (*recipe.members, *recipe.later)
+    return all(map(tenant.may_ask, experts))
 
 
 def _common(config: Config, experts: Iterable[str]) -> list[str]:
-    """What all experts of a recipe can do, of what recipes answer."""
-    able = [set(config.experts[name].capabilities) for name in experts]
-    return [one for one in ("chat", "json", "vision", "audio") if all(one in a for a in able)]
+    """The capabilities that all experts of a recipe have, of those that a recipe can have."""
+    each = [set(config.experts[name].capabilities) for name in experts]
+    return [
+        capability
+        for capability in _RECIPE_CAPABILITIES
+        if all(capability in able for able in each)
+    ]
 
 
 def listing(
-    config: Config, now: dict[str, dict[str, Any]], created_s: int, tenant: Tenant = NOBODY
+    config: Config,
+    states: dict[str, dict[str, Any]],
+    created_s: int,
+    tenant: Tenant = NOBODY,
 ) -> dict[str, Any]:
-    """OpenAI's list of models: `auto`, and the experts (failed ones with their reason) and
-    recipes that this tenant may ask for."""
+    """OpenAI's list of models: `auto`, and every expert and recipe that the tenant may use.
+
+    Args:
+        config: The config that names them.
+        states: Each expert's state, as `expert_states` returns them.
+        created_s: When the gateway started, in seconds since 1970.
+        tenant: The tenant that the list is for.
+    """
     names = [name for name in (*config.experts, *config.recipes) if may_ask(config, name, tenant)]
-    entries = [entry(config, now, created_s, name, tenant) for name in names]
+    entries = [entry(config, states, created_s, name, tenant) for name in names]
     return {"object": "list", "data": [_auto(config, AUTO, created_s), *entries]}
 
 
 def entry(
     config: Config,
-    now: dict[str, dict[str, Any]],
+    states: dict[str, dict[str, Any]],
     created_s: int,
     name: str,
     tenant: Tenant = NOBODY,
 ) -> dict[str, Any] | None:
-    """What may be asked for by this name, or None: there is no such thing, or not for this
-    tenant."""
+    """One model of the list; None where it doesn't exist, or the tenant may not use it."""
     if name in config.recipes or name in config.experts:
         if not may_ask(config, name, tenant):
             return None
         if name in config.recipes:
             return _recipe(config, name, created_s)
-        return _expert(config, name, now[name], created_s, tenant)
+        return _expert(config, name, states[name], created_s, tenant)
     head, slash, category = name.partition("/")
     base, colon, preset = head.partition(":")
     known = not slash or category in config.category_map()

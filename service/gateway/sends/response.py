@@ -39,7 +39,7 @@ class NoAnswer(CoeError):
 class ResponseSend:
     """An ASGI send that adds our headers, reads the usage and adds to it what all cost.
 
-    `spent` is the call that answers. `started`: whether anything has gone out. `events`: how
+    `expert_call` is the call that answers. `started`: whether anything has gone out. `events`: how
     many a stream has had by now. `answers_only`: a reply that is none is not passed on, but
     raised as NoAnswer.
     """
@@ -59,7 +59,7 @@ class ResponseSend:
         self._counted = meter.wrap(self._out) if meter is not None else self._out
         self.started = False
         self.answers_only = False
-        self.spent: ExpertCall | None = None
+        self.expert_call: ExpertCall | None = None
         self.first_byte_limit: asyncio.Timeout | None = None
         self.began_s = time.monotonic()
         self.sent_s = self.began_s
@@ -213,12 +213,12 @@ class ResponseSend:
 
     def _spend(self, prompt_tokens: int | None, answer_tokens: int | None) -> None:
         """Note what the call that answers has used."""
-        if self.spent is None:
+        if self.expert_call is None:
             return
         if prompt_tokens is not None:
-            self.spent.prompt_tokens = prompt_tokens
+            self.expert_call.prompt_tokens = prompt_tokens
         if answer_tokens is not None:
-            self.spent.completion_tokens = answer_tokens
+            self.expert_call.completion_tokens = answer_tokens
 
     def _cost(self) -> dict[str, Any]:
         decode_s = time.monotonic() - self.record.first_byte_at_s

@@ -24,7 +24,7 @@ from service.errors import (
     UnknownModelError,
 )
 from service.gateway.auth import Authenticator, any_key, configured
-from service.gateway.routes.keys_and_usage import NewKey, record_of
+from service.gateway.key_requests import NewKey, new_key_record
 from service.gateway.store_setup import keys_marker
 from service.launch.supervisor import _restrict_host
 from service.store.keys import FileBook, KeyRecord, Keys, KeyTable, StoreBook, digest_of, new_key
@@ -253,12 +253,12 @@ async def test_identify_key_of_a_tenant_missing_in_the_config_raises_forbidden()
 def test_record_of_tenant_missing_in_the_config_raises_with_a_suggestion() -> None:
     given = config(tenants={"acme": {"requests_per_min": 5}})
     for tenant in ("acme", "default"):
-        assert record_of(given, NewKey(tenant=tenant), 1.0).tenant == tenant
+        assert new_key_record(given, NewKey(tenant=tenant), 1.0).tenant == tenant
     with pytest.raises(
         InvalidRequestError, match=r"no tenant 'acne'; did you mean 'acme'\? tenants: "
     ):
-        record_of(given, NewKey(tenant="acne"), 1.0)
-    assert record_of(config(), NewKey(tenant="acne"), 1.0).tenant == "acne"
+        new_key_record(given, NewKey(tenant="acne"), 1.0)
+    assert new_key_record(config(), NewKey(tenant="acne"), 1.0).tenant == "acne"
 
 
 @pytest.mark.parametrize("which", [0, 1])

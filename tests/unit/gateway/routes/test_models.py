@@ -31,11 +31,11 @@ def test_states_take_the_best_of_all_pools() -> None:
     loading = ExpertState(Residency.LOADING, eta_s=3)
     ready = ExpertState(Residency.DEVICE, max_model_len=64, engine={"name": "simulated"})
     views = [view("x", base=failed, tuned=failed), view("y", base=loading)]
-    now = models.states(CONFIG, views, {"far": "no key"})
+    now = models.expert_states(CONFIG, views, {"far": "no key"})
     assert now["base"] == {"state": "loading", "eta_s": 3}
     assert now["tuned"] == {"state": "failed", "reason": "no weights"}
     assert now["far"] == {"state": "failed", "reason": "no key"}
-    now = models.states(CONFIG, [*views, view("z", base=ready)], {"far": None})
+    now = models.expert_states(CONFIG, [*views, view("z", base=ready)], {"far": None})
     assert now["base"] == {
         "state": "device",
         "max_model_len": 64,
@@ -45,12 +45,12 @@ def test_states_take_the_best_of_all_pools() -> None:
 
 
 def test_states_expert_without_a_pool_is_on_disk() -> None:
-    now = models.states(CONFIG, [], {})
+    now = models.expert_states(CONFIG, [], {})
     assert now["base"]["state"] == "disk"
 
 
 def test_listing_has_openai_s_shape() -> None:
-    now = models.states(CONFIG, [], {})
+    now = models.expert_states(CONFIG, [], {})
     listing = models.listing(CONFIG, now, 5)
     assert listing["object"] == "list"
     assert [one["id"] for one in listing["data"]] == ["auto", "base", "tuned", "far"]

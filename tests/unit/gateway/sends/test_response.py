@@ -57,8 +57,8 @@ def passed(
     async def run() -> tuple[Client, ResponseSend]:
         client = Client()
         reply = ResponseSend(client, [], RequestRecord(expert="e", recipe="e"), None, dialect)
-        reply.spent = ExpertCall("e", Price(1, 1))
-        reply.record.calls.append(reply.spent)
+        reply.expert_call = ExpertCall("e", Price(1, 1))
+        reply.record.calls.append(reply.expert_call)
         headers = [(b"content-type", kind)]
         await reply({"type": "http.response.start", "status": status, "headers": headers})
         for piece in pieces:
@@ -88,8 +88,8 @@ def test_response_send_stream_cut_anywhere_has_one_cost_entry(at: int) -> None:
     assert usage.pop("coe")["expert"] == "e"
     assert usage == {"prompt_tokens": 7, "completion_tokens": 3}
     assert lines[0] == STREAM.split(b"\n")[0][6:]
-    assert reply.spent is not None
-    assert (reply.spent.prompt_tokens, reply.spent.completion_tokens) == (7, 3)
+    assert reply.expert_call is not None
+    assert (reply.expert_call.prompt_tokens, reply.expert_call.completion_tokens) == (7, 3)
     assert reply.events == 2
 
 

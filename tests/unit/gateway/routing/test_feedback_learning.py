@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from service.broker.recipe_catalog import RecipeCatalog
 from service.config import Config, FeedbackConfig
 from service.errors import ConflictError, ReplyNotFoundError, StoreUnavailableError
-from service.gateway.routes.feedback import FeedbackService, Vote
+from service.gateway.routing.feedback_learning import FeedbackService, Vote
 from service.gateway.routing.quality import QualityModel
 from service.store.memory import MemoryStore
 from service.store.places import place

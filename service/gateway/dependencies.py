@@ -1,0 +1,178 @@
+"""The services that endpoints use, and FastAPI dependencies for the tenant and the admin."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import orjson
+from fastapi import Depends, Request, Response
+from fastapi.routing import APIRoute
+
+from service.broker.pool_state import PoolView
+from service.config import Config
+from service.errors import CoeError, StoreUnavailableError, UnauthorizedError
+from service.gateway.admission import Admission
+from service.gateway.audit_log import REFUSALS, acted
+from service.gateway.dispatch.execution import RecipeExecutor
+from service.gateway.request.validation import RequestValidator
+from service.gateway.routing.candidates import SemanticRouter
+from service.gateway.routing.feedback_learning import FeedbackService
+from service.gateway.state import GatewayState
+from service.rpc.auth import same
+from service.rpc.pool_directory import PoolDirectory
+from service.store.keys import Keys
+from service.types import Tenant
+
+# Puts the config's file in force again, and returns what changed.
+Reload = Callable[[], Awaitable[dict[str, list[str]]]]
+
+_MAX_LOGGED_PATH = 200
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayServices:
+    """The collaborators of the endpoints, for one config.
+
+    Attributes:
+        config: The config that they answer by.
+        state: Counters and learned values, which outlive the config.
+        admission: Identifies tenants, and reserves what a request may use.
+        validator: Reads and checks requests.
+        router: Finds the candidates for a request.
+        executor: Chooses among the candidates and runs the choice.
+        feedback: Counts votes on replies.
+        keys: Stored API keys.
+        directory: Links to pools.
+        views: Returns the state of every pool.
+        remote_failures: Returns for each remote expert why it can't be used, or None.
+        neighbours: Returns the metrics of the node's other gateways, as texts.
+        admin_key: The admin key; without one there are no admin endpoints.
+        reload: Puts the config's file in force again; None where the gateway doesn't own it.
+    """
+
+    config: Config
+    state: GatewayState
+    admission: Admission
+    validator: RequestValidator
+    router: SemanticRouter
+    executor: RecipeExecutor
+    feedback: FeedbackService
+    keys: Keys
+    directory: PoolDirectory
+    views: Callable[[], list[PoolView]]
+    remote_failures: Callable[[], dict[str, str | None]]
+    neighbours: Callable[[], Awaitable[list[str]]]
+    admin_key: str | None
+    reload: Reload | None
+
+    def keyless(self) -> bool:
+        """Whether requests need no key. While the store can't tell, they need one."""
+        try:
+            return not self.admission.authenticator.needed
+        except StoreUnavailableError:
+            return False
+
+    def is_operator(self, headers: dict[bytes, bytes]) -> bool:
+        """Whether a request may see everything: it has the admin key, or no key is needed."""
+        return self.keyless() or has_admin_key(headers, self.admin_key)
+
+    def check_operator(self, headers: dict[bytes, bytes], resource: str) -> None:
+        """Let only the admin see everybody's traffic, once keys are needed.
+
+        Raises:
+            UnauthorizedError: The admin key is needed; the message names `resource`.
+            StoreUnavailableError: It is not known yet whether keys are needed.
+        """
+        if self.admission.authenticator.needed:
+            check_admin_key(headers, self.admin_key, resource)
+
+
+def headers_of(request: Request) -> dict[bytes, bytes]:
+    """A request's headers, by name in lower case."""
+    return dict(request.scope["headers"])
+
+
+async def _services(request: Request) -> GatewayServices:
+    services: GatewayServices = request.app.state.services
+    return services
+
+
+Services = Annotated[GatewayServices, Depends(_services)]
+
+
+async def _current_tenant(request: Request, services: Services) -> Tenant:
+    return services.admission.identify(headers_of(request))
+
+
+async def _counted_tenant(request: Request, services: Services) -> Tenant:
+    return await services.admission.look_up(headers_of(request))
+
+
+# The tenant behind the request's key.
+CurrentTenant = Annotated[Tenant, Depends(_current_tenant)]
+# The same, and the request counts against the tenant's limits.
+CountedTenant = Annotated[Tenant, Depends(_counted_tenant)]
+
+
+def json_response(body: dict[str, Any], status_code: int = 200) -> Response:
+    """A reply with a JSON object."""
+    return Response(orjson.dumps(body), status_code, media_type="application/json")
+
+
+def has_admin_key(headers: dict[bytes, bytes], admin_key: str | None) -> bool:
+    """Whether a request has the admin key as its Bearer token."""
+    given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+    return admin_key is not None and same(given, admin_key.encode())
+
+
+def check_admin_key(headers: dict[bytes, bytes], admin_key: str | None, resource: str) -> None:
+    """Refuse a request without the admin key, and log the refusal.
+
+    Raises:
+        UnauthorizedError: The message names `resource`.
+    """
+    if not has_admin_key(headers, admin_key):
+        REFUSALS.refused("admin" if headers.get(b"authorization") else "admin, none", headers)
+        raise UnauthorizedError(
+            f"the admin key is needed for {resource}: Authorization: Bearer KEY"
+        )
+
+
+class AdminRoute(APIRoute):
+    """A route that needs the admin key. The audit log gets a line for each change."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_as_admin(request: Request) -> Response:
+            services = await _services(request)
+            check_admin_key(headers_of(request), services.admin_key, "the admin endpoints")
+            outcome = "cancelled"
+            try:
+                response = await handle(request)
+                outcome = str(response.status_code)
+                return response
+            except CoeError as error:
+                outcome = error.code
+                raise
+            except Exception as error:
+                outcome = type(error).__name__
+                raise
+            finally:
+                if request.method != "GET":
+                    path = str(request.scope["path"])[:_MAX_LOGGED_PATH]
+                    acted(f"{request.method} {path}", outcome, _audit_details(request))
+
+        return handle_as_admin
+
+
+def add_audit_details(request: Request, **details: object) -> None:
+    """Add details to the request's line in the audit log."""
+    request.state.audit = {**_audit_details(request), **details}
+
+
+def _audit_details(request: Request) -> dict[str, object]:
+    details: dict[str, object] = getattr(request.state, "audit", {})
+    return details

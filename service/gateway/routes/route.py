@@ -1,0 +1,24 @@
+"""`POST /v1/route`: the decision for a chat completion, without running it."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from service.gateway.dependencies import Services, json_response
+from service.gateway.request_record import RequestRecord
+
+router = APIRouter()
+
+
+@router.post("/v1/route")
+async def route(request: Request, services: Services) -> Response:
+    """Explain which candidate would answer this chat completion, and why."""
+    headers = services.validator.headers(request.scope["headers"])
+    async with services.admission.enter(headers, RequestRecord()) as entry:
+        validated = await services.validator.validate(
+            "/v1/chat/completions", headers, entry.tenant, request.receive
+        )
+        plan = services.router.plan(validated.request)
+        decision = services.executor.explain(validated.request, plan)
+        entry.record.status = 200
+    return json_response({**decision, "guard": validated.explained()})
