@@ -1,7 +1,7 @@
-"""What a pool asks of an engine.
+"""The engine interface: the calls of a pool, and the statistics that an engine reports.
 
-An engine answers by ASGI messages: one `http.response.start`, then bodies. vLLM's
-own OpenAI layer speaks them, so nothing is translated where tokens flow.
+An engine answers by ASGI messages: one `http.response.start`, then bodies. vLLM's own OpenAI layer
+speaks them, so nothing is translated where tokens flow.
 """
 
 from __future__ import annotations
@@ -17,19 +17,24 @@ from prometheus_client import CollectorRegistry
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 
-# The ids of requests that check an engine begin so; they are no request of a client.
+# Prefix of the ids of requests that check an engine. No client sends them.
 CANARY = "canary-"
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One call: the endpoint's path, the expert by name, and the body as it came.
+    """One call of an engine.
 
-    `request_id` is unique among all requests in flight. `trace`: the W3C headers to go on
-    with, for an engine that is elsewhere. `cache_salt`: only requests of the same one share what
-    the engine has cached of prompts; empty: those without one. `on_abandoned` is told the tokens of
-    the prompt and of the answer as far as it was made, by an engine that can tell, where the
-    call is cancelled.
+    Attributes:
+        endpoint: Path of the endpoint.
+        expert: Name of the expert.
+        body: The request's body, unchanged.
+        request_id: Unique among all requests in flight.
+        trace: W3C trace headers, for an engine in another process.
+        cache_salt: Only requests with the same salt share cached prefixes. Requests with an empty
+            one share theirs with each other.
+        on_abandoned: Called when the call is cancelled, with the tokens of the prompt and of the
+            answer so far, by an engine that can count them.
     """
 
     endpoint: str
@@ -43,7 +48,7 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class EngineReport:
-    """What an engine turned out to be, once started."""
+    """Properties of an engine that has started."""
 
     engine: str
     max_model_len: int
@@ -53,10 +58,15 @@ class EngineReport:
 
 @dataclass(frozen=True, slots=True)
 class EngineTimings:
-    """What one request that has ended took in its engine, by the engine's own clock, in s.
+    """Durations of one request that has ended, by the engine's own clock.
 
-    queue_s: until it was scheduled; prefill_s: from then to the first token; decode_s:
-    from the first token to the last.
+    Attributes:
+        expert: Name of the expert.
+        queue_s: Until the request was scheduled.
+        prefill_s: From then to the first token.
+        decode_s: From the first token to the last.
+        prompt_tokens: Tokens of the prompt.
+        answer_tokens: Tokens of the answer.
     """
 
     expert: str
@@ -69,12 +79,17 @@ class EngineTimings:
 
 @dataclass(frozen=True, slots=True)
 class RoutingSample:
-    """What the routers of an expert chose since this was last told, in the steps looked at.
+    """Choices of an expert's gates in sampled steps, since the sample before.
 
-    layers: decoder layers that route; none: not a mixture of experts. experts: routed experts of
-    each; top_k: how many a token gets, as the model was made. tokens: how many were seen. load:
-    (layers, experts), tokens that each got. stretches: of a few prompts' consecutive tokens what
-    they got, each (layers, tokens, k); -1: none.
+    Attributes:
+        expert: Name of the expert.
+        layers: Decoder layers with gates; empty: the model is no mixture of experts.
+        experts: Routed experts of each layer.
+        top_k: How many of them a token gets, as the model was made.
+        tokens: How many tokens were seen.
+        load: (layers, experts): how many tokens each routed expert got.
+        stretches: Choices for consecutive tokens of a few prompts, each (layers, tokens, k);
+            -1: none.
     """
 
     expert: str
@@ -87,24 +102,24 @@ class RoutingSample:
 
 
 class EngineObserver(Protocol):
-    """Who counts what engines do."""
+    """Receives the statistics of engines."""
 
     def on_finished(self, work: EngineTimings) -> None:
         """A request has ended."""
 
     def on_weights(self, expert: str, size_bytes: int) -> None:
-        """What the weights of an expert with an engine of its own take."""
+        """The weights of an expert with an engine of its own have been measured."""
 
     def on_routing_sample(self, chosen: RoutingSample) -> None:
-        """Routers are looked at: told once without tokens, then now and then what they chose."""
+        """Gates are sampled: called once without tokens at the start, then with each sample."""
 
     def on_removed(self, expert: str) -> None:
         """The config has no such expert any more, or another one of that name."""
 
     def registry(self, expert: str) -> CollectorRegistry:
-        """An empty place for the engine's own metrics while it runs this expert.
+        """An empty registry for the engine's own metrics while it runs this expert.
 
-        It takes the place of the one that an engine was given before for this expert.
+        It replaces the registry that an engine got for this expert before.
         """
 
 
@@ -115,25 +130,27 @@ class Engine(Protocol):
         """Start and load the base. Raises CoeError with the reason if it can't."""
 
     async def load(self, expert: str, adapter: str | None = None) -> None:
-        """Make one more expert answerable.
+        """Make one more expert available.
 
         Args:
-            expert: Its name.
-            adapter: Folder of its adapter, where the engine was made without it.
+            expert: Name of the expert.
+            adapter: Folder of its adapter, if the engine was made without it.
 
         Raises:
-            CoeError: It can't be, with the reason.
+            CoeError: It can't be loaded; the message has the reason.
         """
 
     async def unload(self, expert: str) -> None:
-        """Forget an adapter of which no request is under way. Raises CoeError."""
+        """Unload an adapter that no running request uses. Raises CoeError."""
 
     async def run(self, request: EngineRequest, send: Send) -> None:
         """Answer one request.
 
-        Nothing is sent before the first byte of the answer is known. Raises CoeError
-        only before anything was sent; afterwards a fault ends the stream with an SSE
-        error event. Cancelling it stops the generation.
+        Nothing is sent before the first byte of the answer is known. After that an error ends the
+        stream with an SSE error event. Cancelling the call stops the generation.
+
+        Raises:
+            CoeError: Only before anything was sent.
         """
 
     def failure(self) -> str | None:
@@ -145,9 +162,12 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """An expert's weights are in host memory: how many bytes, and how long it took.
+    """An expert's weights are in host memory.
 
-    starts: they are not yet: they come with an engine that the next exchange has to start.
+    Attributes:
+        host_bytes: Their size.
+        fill_s: How long the load took.
+        starts: They are not in host memory yet: the next swap has to start an engine for them.
     """
 
     host_bytes: int
@@ -157,10 +177,13 @@ class LoadResult:
 
 @dataclass(frozen=True, slots=True)
 class SwapResult:
-    """Another expert runs: how long it took, pause and resume included, and by which method.
+    """Another expert runs.
 
-    `ok` is false where a look at the weights found other ones than were loaded:
-    such an engine must not answer. `started`: an engine was started for it.
+    Attributes:
+        swap_s: How long the swap took, pause and resume included.
+        ok: False where the weights are not as they were loaded: the engine must not answer.
+        method: How the swap was done.
+        started: An engine was started for the expert.
     """
 
     swap_s: float
@@ -174,22 +197,26 @@ class SwappingEngine(Engine, Protocol):
 
     @property
     def swappable_experts(self) -> frozenset[str]:
-        """The experts that this engine can run after an exchange: those of one family."""
+        """The experts that this engine can run after a swap: those of one family."""
 
     async def load_to_host(self, expert: str) -> LoadResult:
-        """Bring an expert's weights to host memory, beside the running one.
+        """Load an expert's weights to host memory, beside the running ones.
 
-        Raises ExpertFailedError.
+        Raises:
+            ExpertFailedError: They can't be loaded.
         """
 
     async def swap_in(self, expert: str) -> SwapResult:
-        """Run an expert whose weights are held. Nothing may be running.
+        """Run an expert whose weights are in host memory. No request may be running.
 
-        Raises ExpertFailedError.
+        Raises:
+            ExpertFailedError: It can't be swapped in.
         """
 
     async def evict(self, expert: str, *, for_next: bool = False) -> None:
-        """Forget an expert's weights; not those of the running one.
+        """Forget the weights of an expert that does not run.
 
-        `for_next`: a fill follows at once, and may have their memory as it is.
+        Args:
+            expert: Name of the expert.
+            for_next: A load follows at once, which reuses the memory as it is.
         """

@@ -1,4 +1,4 @@
-"""What keeps tenants apart in a prefix cache: the salt of a request, put into its prompts."""
+"""Salts of prompts, which keep tenants apart in an engine's prefix cache."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
-# The salt of the request that is being worked on, in this task and those it starts.
+# The salt of the request that this task, or a task started by it, works on.
 CACHE_SALT: ContextVar[str] = ContextVar("cache_salt", default="")
 
 
 def with_salt(prompt: Any, salt: str) -> Any:
-    """A prompt of vLLM's, whichever form it has, whose blocks only the same salt finds again.
+    """Put a salt into a prompt, so that only requests with the same salt share its cached blocks.
 
-    A salt that the client gave divides further; it never brings two of ours together.
-    Raises TypeError for a form that is not known: it must not go unsalted.
+    A salt that the client has given divides further; it never joins two salts of ours.
+
+    Args:
+        prompt: A prompt in any of vLLM's forms.
+        salt: The tenant's salt; empty: the prompt stays unchanged.
+
+    Raises:
+        TypeError: The form is unknown. Such a prompt must not go without its salt.
     """
     if not salt:
         return prompt
@@ -24,20 +30,20 @@ def with_salt(prompt: Any, salt: str) -> Any:
     if isinstance(prompt, list):
         return {"prompt_token_ids": prompt, "cache_salt": salt}
     if isinstance(prompt, Mapping):
-        given = {**prompt, "cache_salt": combine_salts(salt, prompt.get("cache_salt"))}
-        # Models with an encoder: the decoder's blocks are the ones that are cached.
+        changed = {**prompt, "cache_salt": combine_salts(salt, prompt.get("cache_salt"))}
+        # In a model with an encoder, the blocks of the decoder are cached.
         for part in ("decoder_prompt", "encoder_prompt"):
             if prompt.get(part) is not None:
-                given[part] = with_salt(prompt[part], salt)
-        return given
+                changed[part] = with_salt(prompt[part], salt)
+        return changed
     if hasattr(prompt, "cache_salt"):
         prompt.cache_salt = combine_salts(salt, prompt.cache_salt)
         return prompt
     raise TypeError(f"a prompt of type {type(prompt).__name__} can't be kept apart by tenant")
 
 
-def combine_salts(salt: str, client_s: object) -> str:
-    """One salt of the tenant's and, where it gave one, the client's."""
-    if not client_s:
+def combine_salts(salt: str, client_salt: object) -> str:
+    """Combine the tenant's salt with the client's, if the client has given one."""
+    if not client_salt:
         return salt
-    return hashlib.sha256(f"{salt}\0{client_s}".encode()).hexdigest()
+    return hashlib.sha256(f"{salt}\0{client_salt}".encode()).hexdigest()

@@ -1,8 +1,7 @@
-"""Holding a reply's head back until its first byte is known.
+"""An ASGI send that delays the start of a response until the first byte of its body is known.
 
-vLLM sends status 200 for a stream before the engine has produced anything, and
-reports faults as JSON of its own shape. A reply held here can still become an
-honest HTTP error until its first byte.
+vLLM sends status 200 for a stream before the engine has produced anything, and reports errors as
+JSON of its own form. Until its first byte, a delayed response can still become an HTTP error.
 """
 
 from __future__ import annotations
@@ -25,11 +24,17 @@ _TYPES = {
 
 
 class DeferredStartSend:
-    """An ASGI `send` that passes on from the first body byte, errors made OpenAI's.
+    """An ASGI send that delays the response start and converts errors to OpenAI's form.
 
-    `started` says whether anything has gone out. A whole error reply is kept in
-    `error` (status, body) instead of being sent, for the caller to judge and
-    then `send_error`.
+    An error is kept in `error` instead of being sent; the caller decides, and may call
+    `send_error`.
+
+    Args:
+        send: The send that messages are passed on to.
+
+    Attributes:
+        started: Whether anything was sent.
+        error: Status and body of an error response.
     """
 
     def __init__(self, send: Send) -> None:
@@ -42,11 +47,11 @@ class DeferredStartSend:
 
     @property
     def failed(self) -> bool:
-        """Whether no answer came, or a fault that is not told to be the client's."""
+        """Whether there was no answer, or an error that is not the client's."""
         return not self.started and (self.error is None or self.error[0] >= 500)
 
     def discard(self) -> None:
-        """Nobody listens any more: whatever else comes is thrown away."""
+        """Drop all further messages: the client has left."""
         self._discards = True
 
     async def __call__(self, message: Message) -> None:
@@ -85,7 +90,7 @@ class DeferredStartSend:
 
 
 def openai_error(status: int, body: bytes) -> bytes:
-    """Any error body as OpenAI's shape: message, type, param, code."""
+    """Convert an error body to OpenAI's form: message, type, param, code."""
     try:
         data: Any = orjson.loads(body)
     except orjson.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""An engine that is made when it is started: finding its weights may mean fetching them first."""
+"""An engine that is made when it starts, because its weights may have to be downloaded first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from service.errors import EngineRestartingError
 
 
 class LazyEngine:
-    """Calls `make` in a thread at its start, and is then what that made."""
+    """Makes an engine in a thread at its start, and passes every call on to it.
+
+    Args:
+        make: Makes the engine. It may block.
+    """
 
     def __init__(self, make: Callable[[], SwappingEngine]) -> None:
         self._make = make
@@ -29,44 +33,35 @@ class LazyEngine:
         return self._made
 
     async def start(self) -> EngineReport:
-        """Make it, then start it. Raises what either raises."""
+        """Make the engine, then start it. Raises the errors of both."""
         self._made = await asyncio.to_thread(self._make)
         return await self._made.start()
 
     async def load(self, expert: str, adapter: str | None = None) -> None:
-        """See `Engine.load`."""
         await self._engine().load(expert, adapter)
 
     async def unload(self, expert: str) -> None:
-        """See `Engine.unload`."""
         await self._engine().unload(expert)
 
     async def run(self, request: EngineRequest, send: Send) -> None:
-        """See `Engine.run`."""
         await self._engine().run(request, send)
 
     def failure(self) -> str | None:
-        """See `Engine.failure`."""
         return self._made.failure() if self._made is not None else None
 
     async def stop(self) -> None:
-        """See `Engine.stop`."""
         if self._made is not None:
             await self._made.stop()
 
     @property
     def swappable_experts(self) -> frozenset[str]:
-        """See `SwappingEngine.exchangeable`."""
         return self._engine().swappable_experts
 
     async def load_to_host(self, expert: str) -> LoadResult:
-        """See `SwappingEngine.fill`."""
         return await self._engine().load_to_host(expert)
 
     async def swap_in(self, expert: str) -> SwapResult:
-        """See `SwappingEngine.swap_in`."""
         return await self._engine().swap_in(expert)
 
     async def evict(self, expert: str, *, for_next: bool = False) -> None:
-        """See `SwappingEngine.drop`."""
         await self._engine().evict(expert, for_next=for_next)

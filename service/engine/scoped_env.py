@@ -1,7 +1,7 @@
-"""Environment variables that one child process inherits, and others, started beside it, do not.
+"""Environment variables that some child processes inherit and others, started meanwhile, do not.
 
-A process has one environment for all its threads. Whoever wants a variable to have another
-value than those who are starting something now waits until they are done.
+A process has one environment for all its threads. A caller that needs another value of a variable
+waits until the callers with the present one are done.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ WITHHELD = object()
 _SECRET = re.compile(
     r"(?:^|_)(?:APIKEYS?|KEYS?|TOKENS?|SECRETS?|PASS|PASSWORDS?|PASSWD|CREDENTIALS?)(?:_|$)"
 )
-# What names a place instead; runs know their own processes by one.
+# Names of places are no secrets; test runs find their own processes by one.
 _PLACE = re.compile(r"_(?:PATH|FILE|DIR|FOLDER|SOCK)$")
-# An address with somebody's password in it.
+# An address with a password in it.
 _WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 TUNED_CONFIG_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"
@@ -27,14 +27,16 @@ TUNED_CONFIG_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"
 
 _turn = threading.Condition()
 _inside: dict[str, tuple[str | object | None, str | None, int]] = {}
-"""By variable: the value now, the value before, and how many are within."""
+"""By variable: the present value, the value before, and the number of callers inside."""
 
 
 @contextmanager
 def scoped_env(name: str, value: str | object | None) -> Iterator[None]:
-    """Within, the variable has `value`, and whoever wants another waits.
+    """Within, a variable has a value. A caller that needs another value waits.
 
-    None: it is as it was found, for those who set nothing. WITHHELD: it is not there.
+    Args:
+        name: Name of the variable.
+        value: The value; None: the variable stays as it is; WITHHELD: it is not set.
     """
     with _turn:
         _turn.wait_for(lambda: name not in _inside or _inside[name][0] == value)
@@ -61,9 +63,10 @@ def scoped_env(name: str, value: str | object | None) -> Iterator[None]:
 
 
 def secret_variables(named: Collection[str] = ()) -> list[str]:
-    """Variables of this process that hold keys or passwords, sorted: by their names, or values.
+    """Names of this process's variables that hold keys or passwords, sorted.
 
-    `named`: others that do, as a config says.
+    Args:
+        named: Names of secret variables that don't look like it.
     """
     return sorted(
         name
@@ -80,9 +83,9 @@ def _is_secret(name: str, value: str) -> bool:
 
 @contextmanager
 def without_secrets(named: Collection[str] = ()) -> Iterator[None]:
-    """Within, a child that is started inherits no keys: what runs a model needs none."""
+    """Within, child processes inherit no keys: a process that runs a model needs none."""
     with _turn:
-        # Those that another start withholds now come back at its end, and this one may go on.
+        # A concurrent start may withhold variables now that are back before this one ends.
         names = {name for name, (value, _, _) in _inside.items() if value is WITHHELD}
         names.update(secret_variables(named))
     with ExitStack() as stack:

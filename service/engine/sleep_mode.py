@@ -1,8 +1,8 @@
 """Several engines on one accelerator, one of them awake: for experts of different families.
 
-vLLM's sleep mode moves a sleeping engine's weights to host memory (level 1) or throws them
-away, to be read again (level 2); its KV cache goes either way, and captured graphs stay.
-An expert's engine is started at its first swap, while the others sleep.
+vLLM's sleep mode moves the weights of a sleeping engine to host memory (level 1), or discards them
+and reads them again (level 2). Its KV cache is discarded at both levels; captured graphs stay. An
+expert's engine is started at its first swap, while the others sleep.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ class Sleeper(Engine, Protocol):
     """An engine that can sleep."""
 
     async def sleep(self) -> None:
-        """Give the accelerator's memory up, once running requests have ended."""
+        """Give up the accelerator's memory once running requests have ended."""
 
     async def wake(self) -> None:
-        """Have it all back."""
+        """Take the memory back, with the weights in it."""
 
 
 class SleepingEngines:
-    """Plays one engine that holds every unit, of which one runs.
+    """One engine a unit, of which one is awake. They appear as one engine that swaps units.
 
-    `units`: the experts of each unit, its own name first. `sizes`: bytes that a unit takes
-    in host memory while it sleeps; none at level 2.
+    Args:
+        first: The unit that starts awake.
+        units: Names of each unit's experts, its own name first.
+        build: Makes a unit's engine.
+        sizes: Bytes of host memory that a unit takes while it sleeps; none at level 2.
     """
 
     def __init__(
@@ -57,38 +60,37 @@ class SleepingEngines:
         return await engine.start()
 
     async def load(self, expert: str, adapter: str | None = None) -> None:
-        """See `Engine.load`."""
         await self._engines[self._awake].load(expert, adapter)
 
     async def unload(self, expert: str) -> None:
-        """See `Engine.unload`."""
         await self._engines[self._awake].unload(expert)
 
     async def run(self, request: EngineRequest, send: Send) -> None:
-        """See `Engine.run`."""
         if request.expert not in self._units[self._awake]:
             raise ExpertFailedError(f"{request.expert!r} sleeps", retry_after_s=1)
         await self._engines[self._awake].run(request, send)
 
     async def load_to_host(self, expert: str) -> LoadResult:
-        """Nothing can be loaded beside the one that is awake: what will sleep is counted."""
+        """Report the size of a unit that will sleep: nothing loads beside the awake engine."""
         return LoadResult(self._sizes.get(expert, 0), 0.0, starts=expert not in self._engines)
 
     async def swap_in(self, expert: str) -> SwapResult:
         """Put the running unit to sleep, and wake or start another's engine.
 
-        Raises ExpertFailedError where that one can't start: the one that ran does again.
+        Raises:
+            ExpertFailedError: The other engine can't start; the first one is awake again.
+            EngineDeadError: An engine can't sleep or wake.
         """
         began_s = time.monotonic()
         before = self._engines[self._awake]
-        await self._or_broken(before.sleep(), "it could not be put to sleep")
+        await self._must_succeed(before.sleep(), "it could not be put to sleep")
         engine = self._engines.get(expert)
         woken = engine is not None and engine.failure() is None
         if engine is not None and woken:
-            await self._or_broken(engine.wake(), "it could not be woken")
+            await self._must_succeed(engine.wake(), "it could not be woken")
         else:
             if engine is not None:
-                # It died in its sleep: what is left of it goes before another comes.
+                # It died asleep: its remains are cleared up before another engine starts.
                 del self._engines[expert]
                 await engine.stop()
             engine = self._build(expert)
@@ -98,28 +100,27 @@ class SleepingEngines:
                     await engine.load(name)
             except CoeError:
                 await engine.stop()
-                await self._or_broken(before.wake(), "it could not be woken again")
+                await self._must_succeed(before.wake(), "it could not be woken again")
                 raise
             self._engines[expert] = engine
         self._awake = expert
         swap_s = time.monotonic() - began_s
         return SwapResult(swap_s, ok=True, method="sleep", started=not woken)
 
-    async def _or_broken(self, act: Awaitable[None], what: str) -> None:
+    async def _must_succeed(self, call: Awaitable[None], failure: str) -> None:
         try:
-            await act
+            await call
         except Exception as error:
-            self._broken = what
-            raise EngineDeadError(f"{what}: {error}") from error
+            self._broken = failure
+            raise EngineDeadError(f"{failure}: {error}") from error
 
     async def evict(self, expert: str, *, for_next: bool = False) -> None:
         """Stop a sleeping unit's engine."""
-        del for_next
         if expert != self._awake and (engine := self._engines.pop(expert, None)) is not None:
             await engine.stop()
 
     def failure(self) -> str | None:
-        """Why the one that is awake is dead, or None."""
+        """Why the awake engine is dead, or None."""
         engine = self._engines.get(self._awake)
         return self._broken or (engine.failure() if engine is not None else None)
 

@@ -1,24 +1,24 @@
-"""What an engine is told of a steered expert: its base, and what is changed layer by layer. Data.
+"""A steered expert as an engine gets it: its base, and the changes layer by layer. Plain data.
 
-The definition of what it does is `service.moe.steering.steer`.
+`service.moe.steering.steer` defines the effect.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# The key of vLLM's `additional_config` that tells a worker whose routers have standing rules how
-# many experts for a token they are made for.
+# Keys of vLLM's `additional_config`, which reaches the worker.
+# The most routed experts that a profile chooses for a token; rules for gates are installed.
 PLACES_KEY = "coe_places"
-# The one that tells a worker which adapter to merge into the weights that it loads.
+# The adapter to merge into the weights while they are loaded.
 MERGED_KEY = "coe_merged"
-# The one that tells a worker to have its routers write down what they choose.
+# The routers record their choices.
 RECORD_CHOICES_KEY = "coe_record_choices"
 
 
 @dataclass(frozen=True, slots=True)
 class SteeredLayer:
-    """One decoder layer's gate: see `service.moe.steering.LayerSteering`."""
+    """The changes of one decoder layer's gate: see `service.moe.steering.LayerSteering`."""
 
     layer: int
     mask: tuple[bool, ...]
@@ -30,7 +30,15 @@ class SteeredLayer:
 
 @dataclass(frozen=True, slots=True)
 class Steering:
-    """A steered expert. `experts`, `top_k`, `renormalize`: what its base's gates must be like."""
+    """A steered expert.
+
+    Attributes:
+        base: The expert whose weights it has.
+        experts: Routed experts that each gate of the base must have.
+        top_k: How many of them a token must get without steering.
+        renormalize: Whether the base must divide the weights of the chosen experts by their sum.
+        layers: The changed layers.
+    """
 
     base: str
     experts: int
@@ -40,5 +48,5 @@ class Steering:
 
     @property
     def places(self) -> int:
-        """The most experts that are chosen for a token in any layer."""
+        """The most routed experts that any layer chooses for a token."""
         return max([self.top_k, *(layer.top_k or 0 for layer in self.layers)])
