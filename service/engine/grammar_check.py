@@ -1,7 +1,7 @@
-"""Asking whether a grammar is safe and cheap enough, of a process that may crash over it.
+"""Checks whether grammars are safe and cheap, in a process that may crash over them.
 
-One worker process serves all engines of this one. Verdicts are kept: a schema that comes with every
-request is tried once.
+One worker process serves all engines of this process. Verdicts are kept: a schema that comes with
+every request is tried once.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ import orjson
 from service.engine.grammar_worker import frame
 from service.errors import InvalidRequestError, OverCapacityError
 
-# What reading a grammar may hold a thread; a pool's event loop is held as long by vLLM.
+# How long reading a grammar may block a thread: vLLM blocks a pool's event loop for as long.
 HOLD_S = 0.03
 _ATTEMPTS = 2
 _AT_ONCE = 2
 _KEPT = 1024
 _WAIT_S = 60.0
-# What a Python with native libraries needs; keys and secrets of this process stay here.
+# Variables that Python with native libraries needs; the worker gets no keys of this process.
 _ENVIRONMENT = ("PATH", "HOME", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What a native grammar compiler is given.
+    """A grammar for a native compiler.
 
     Attributes:
         kind: json, regex, ebnf, lark or structural_tag.
@@ -67,7 +67,7 @@ class WorkerLostError(Exception):
 
 
 class GrammarChecker:
-    """Verdicts on grammars. `cpu_s`: processor time that one may take, in s."""
+    """Verdicts on grammars. `cpu_s`: the most processor time of one trial, in s."""
 
     def __init__(self, cpu_s: float) -> None:
         self._cpu_s = cpu_s
@@ -90,7 +90,7 @@ class GrammarChecker:
             vocabulary: The tokens to compile it for; None: it is only read.
 
         Raises:
-            InvalidRequestError: It is not valid, too costly, or crashes who reads it.
+            InvalidRequestError: It is not valid, too costly, or crashes its reader.
             OverCapacityError: It could not be tried out now.
         """
         name = vocabulary.name if vocabulary is not None else ""
@@ -118,7 +118,7 @@ class GrammarChecker:
             return await asyncio.shield(asking.task)
         finally:
             asking.waiting -= 1
-            # One that runs goes on: its verdict is of use, and a fork can't be called back.
+            # A trial that runs goes on: its verdict will be used, and a fork can't be called back.
             if not asking.waiting and not asking.begun and not asking.task.done():
                 del self._asking[key]
                 asking.task.cancel()
@@ -174,7 +174,7 @@ class _Worker:
         self._process = process
         self._numbers = itertools.count()
         self._waiting: dict[int, asyncio.Future[str]] = {}
-        self._told: set[str] = set()
+        self._sent_vocabularies: set[str] = set()
         self.lost = False
         self._reader = asyncio.create_task(self._read())
 
@@ -203,18 +203,18 @@ class _Worker:
             "cpu_s": cpu_s,
             "hold_s": HOLD_S,
         }
-        told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = told
+        verdict_future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = verdict_future
         try:
             assert self._process.stdin is not None
-            if vocabulary is not None and vocabulary.name not in self._told:
-                self._told.add(vocabulary.name)
+            if vocabulary is not None and vocabulary.name not in self._sent_vocabularies:
+                self._sent_vocabularies.add(vocabulary.name)
                 known = {"tokenizer": vocabulary.name, "info": vocabulary.info}
                 self._process.stdin.write(frame(known))
             self._process.stdin.write(frame(request))
-            with suppress(ConnectionError):  # the reader tells who waits
+            with suppress(ConnectionError):  # the reader reports it to the waiting calls
                 await self._process.stdin.drain()
-            return await told
+            return await verdict_future
         finally:
             del self._waiting[number]
 
@@ -224,19 +224,19 @@ class _Worker:
             while True:
                 (length,) = struct.unpack(">I", await self._process.stdout.readexactly(4))
                 verdict = orjson.loads(await self._process.stdout.readexactly(length))
-                told = self._waiting.get(verdict["id"])
-                if told is not None and not told.done():
-                    told.set_result(verdict["why"])
+                verdict_future = self._waiting.get(verdict["id"])
+                if verdict_future is not None and not verdict_future.done():
+                    verdict_future.set_result(verdict["why"])
         except (asyncio.IncompleteReadError, OSError):
             pass
         finally:
             self.lost = True
-            for told in self._waiting.values():
-                if not told.done():
-                    told.set_exception(WorkerLostError("the worker process ended"))
+            for verdict_future in self._waiting.values():
+                if not verdict_future.done():
+                    verdict_future.set_exception(WorkerLostError("the worker process ended"))
 
     async def close(self) -> None:
-        """End the process: it reads that nobody asks any more."""
+        """End the process: it ends when its input is closed."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         with suppress(TimeoutError):
@@ -249,22 +249,22 @@ class _Worker:
 
 
 class SharedChecker:
-    """The one checker of a process: made for the first who takes it, ended with the last."""
+    """One checker for all engines of a process: made for the first, ended with the last."""
 
     def __init__(self, make: Callable[[], GrammarChecker]) -> None:
         self._make = make
         self._checker: GrammarChecker | None = None
         self._users = 0
 
-    def take(self) -> GrammarChecker:
-        """The checker; give it back."""
+    def acquire(self) -> GrammarChecker:
+        """The checker. Every call needs a `release`."""
         self._users += 1
         if self._checker is None:
             self._checker = self._make()
         return self._checker
 
-    async def give_back(self) -> None:
-        """Its worker ends when nobody needs it."""
+    async def release(self) -> None:
+        """Undo one `acquire`. The last one ends the worker."""
         self._users -= 1
         if self._users == 0 and self._checker is not None:
             checker, self._checker = self._checker, None

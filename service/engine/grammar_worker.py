@@ -1,4 +1,4 @@
-"""A process of its own in which grammars are tried out before an engine is given them.
+"""A process of its own that tries grammars out before an engine gets them.
 
 `python -m service.engine.grammar_worker` reads requests from its standard input and writes verdicts
 to its standard output: frames of four bytes of length and JSON. Each grammar is tried in a fork of
@@ -22,10 +22,10 @@ from typing import Any
 
 import orjson
 
-# Less than any thread has that an engine may compile in: what fits here fits there.
+# Less than the stack of any thread of an engine: a grammar that fits here fits there.
 _STACK_BYTES = 1024 * 1024
 _MEMORY_BYTES = 2 * 1024**3
-# Tokens that are tried after a grammar was compiled.
+# How many tokens a compiled grammar is tried with.
 _STEPS = 4
 _PLACE = re.compile(r"^\[\d\d:\d\d:\d\d\] \S+:\d+: ")
 COSTLY = "it takes an engine too much time to prepare; make it smaller, or repeat less in it"
@@ -39,7 +39,7 @@ def frame(data: dict[str, Any]) -> bytes:
 
 
 class Trial:
-    """One grammar tried out: read as a front end would, compiled as a core would, and stepped."""
+    """The trial of one grammar: reads it like a front end, compiles and steps it like a core."""
 
     def __init__(self, request: dict[str, Any], info: Any) -> None:
         self._request = request
@@ -110,34 +110,34 @@ class Trial:
 
 
 def _tag(spec: str) -> tuple[Any, ...]:
-    """A structural tag as `from_structural_tag` takes it, in its older form or the present one."""
+    """Arguments of `from_structural_tag` for a structural tag in its older or present form."""
     import xgrammar as xgr
 
-    given = orjson.loads(spec)
-    if "structures" not in given:
+    tag = orjson.loads(spec)
+    if "structures" not in tag:
         return (spec,)
     items = [
         xgr.StructuralTagItem(
-            begin=one["begin"], schema=orjson.dumps(one["schema"]).decode(), end=one["end"]
+            begin=item["begin"], schema=orjson.dumps(item["schema"]).decode(), end=item["end"]
         )
-        for one in given["structures"]
+        for item in tag["structures"]
     ]
-    return items, given["triggers"]
+    return items, tag["triggers"]
 
 
 def _words(error: Exception) -> str:
-    """An error's first line, without the place in somebody's source."""
+    """First line of an error, without a place in source code."""
     if isinstance(error, (KeyError, TypeError)):
         return "a part of it is missing or of the wrong kind"
     lines = _PLACE.sub("", str(error)).strip().splitlines()
-    said = lines[0] if lines else type(error).__name__
-    if said.startswith("Check failed"):
+    line = lines[0] if lines else type(error).__name__
+    if line.startswith("Check failed"):
         return "the grammar compiler does not support it"
-    return said[:300]
+    return line[:300]
 
 
 def _try(request: dict[str, Any], info: Any, out: int) -> None:
-    """In a fork: try a grammar, tell the verdict, and end."""
+    """In a fork: try a grammar, write the verdict, and end."""
     signal.setitimer(signal.ITIMER_PROF, request["cpu_s"])
     hard_s = int(request["cpu_s"]) + 2
     resource.setrlimit(resource.RLIMIT_CPU, (hard_s, hard_s))
@@ -155,7 +155,7 @@ def _try(request: dict[str, Any], info: Any, out: int) -> None:
 
 
 class Worker:
-    """The process's loop: forks for each request, and answers for those that do not return."""
+    """The loop of the process: forks for each request, and answers for forks that crash."""
 
     def __init__(self, out: int) -> None:
         self._out = out
@@ -164,7 +164,7 @@ class Worker:
         self._data = bytearray()
 
     def run(self) -> None:
-        """Until the standard input is closed."""
+        """Run until the standard input is closed."""
         wake, woken = os.pipe()
         os.set_blocking(wake, False)
         os.set_blocking(woken, False)
@@ -180,9 +180,9 @@ class Worker:
                 if not data:
                     return
                 self._data += data
-                self._take()
+                self._read_requests()
 
-    def _take(self) -> None:
+    def _read_requests(self) -> None:
         while len(self._data) >= 4:
             (length,) = struct.unpack(">I", self._data[:4])
             if len(self._data) < 4 + length:
@@ -211,7 +211,7 @@ class Worker:
                 return
             number = self._running.pop(pid)
             if status == 0:
-                continue  # it has told its verdict itself
+                continue  # it has written its verdict itself
             by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
             why = COSTLY if by in (signal.SIGPROF, signal.SIGXCPU) else CRASHED
             os.write(self._out, frame({"id": number, "why": why}))
@@ -219,7 +219,7 @@ class Worker:
 
 def main() -> int:
     """Serve the process that has started this one, until it closes the pipe."""
-    # What native code prints goes nowhere: it may quote a request, or look like a verdict.
+    # Output of native code is discarded: it may quote a request, or look like a verdict.
     out = os.dup(1)
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)

@@ -1,7 +1,7 @@
-"""The remote engine: a model behind somebody else's OpenAI-compatible API.
+"""The remote engine: a model behind another provider's OpenAI-compatible API.
 
-It runs in the gateway, without a pool. The key comes from the environment and
-goes nowhere but into the upstream's Authorization header.
+It runs in the gateway, without a pool. Its key comes from the environment, and is sent only in the
+upstream's Authorization header.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from service.http.asgi import body_message, send_json, start_response
 ENDPOINTS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"}
 )
-# Those whose requests have vLLM's field `cache_salt`.
+# Endpoints whose requests may have vLLM's field `cache_salt`.
 _SALTED = ENDPOINTS - {"/v1/messages"}
 
 _EVENT = re.compile(rb"\s*(?:data|event|id|retry)?:")
 _ANSWER_BYTES = 64 * 1024**2
 _LINE_BYTES = 8 * 1024**2
-# Where a reply or an event names its model: elsewhere that word is the user's, as in a tool's
+# Objects of a reply or an event that name the model. Elsewhere the word is the user's: in a tool's
 # schema, metadata or a tool call's arguments.
 _HOLDERS = ("response", "message")
 
@@ -77,7 +77,7 @@ class RemoteEngine:
         """Nothing to forget."""
 
     def failure(self) -> str | None:
-        """A remote engine has no process of ours that could die."""
+        """None: it has no process of ours that could die."""
         return None
 
     async def stop(self) -> None:
@@ -87,7 +87,6 @@ class RemoteEngine:
             await session.close()
 
     async def run(self, request: EngineRequest, send: Send) -> None:
-        """See `Engine.run`."""
         if request.endpoint not in ENDPOINTS:
             raise UnknownEndpointError(
                 f"expert {self._expert!r} is remote and has no {request.endpoint}"
@@ -137,22 +136,23 @@ class RemoteEngine:
                     )
                 await send(body_message(self._renamed(rest)))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            # The kind of error only: its text may hold the URL.
+            # Only the kind of error: its text may contain the URL.
             what = (
                 f"expert {self._expert!r}: its endpoint can't be reached ({type(error).__name__})"
             )
             raise UpstreamError(what, unreachable=not started) from None
 
     async def _lines(self, reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-        """A stream's whole lines as they come, so that a name is never cut in two; last the rest.
+        """Yield whole lines of a stream as they arrive, and the unfinished rest at its end.
 
-        Raises UpstreamError for a line without an end, and where a stream that had begun stalls.
+        Raises:
+            UpstreamError: A line is too long, or a stream that had begun stalls.
         """
         rest = b""
         pieces = reply.content.iter_any()
         begun = False
         while True:
-            # How long the first may take is the request's own deadline.
+            # The request's own deadline bounds the time to the first piece.
             limit = asyncio.timeout(self._config.stall_timeout_s if begun else None)
             try:
                 async with limit:
@@ -161,7 +161,7 @@ class RemoteEngine:
                 if not limit.expired():
                     raise
                 raise UpstreamError(
-                    f"expert {self._expert!r}: its endpoint said nothing for "
+                    f"expert {self._expert!r}: its endpoint sent nothing for "
                     f"{self._config.stall_timeout_s:g} s amid an answer"
                 ) from None
             if not piece:
@@ -185,13 +185,13 @@ class RemoteEngine:
             raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
         options = data.get("stream_options") if isinstance(data, dict) else None
         if isinstance(options, dict) and "continuous_usage_stats" in options:
-            # vLLM's own; others would refuse what they don't know.
+            # It is vLLM's own: others would refuse an unknown field.
             known = {k: v for k, v in options.items() if k != "continuous_usage_stats"}
             data = {**data, "stream_options": known}
         salt = request.cache_salt
         if salt and isinstance(data, dict):
             given = data.get("cache_salt")
-            # Whether it keeps tenants apart is known of those that are said to.
+            # Only a config that says so makes sure that the upstream knows the field.
             if given or (self._config.cache_salt and request.endpoint in _SALTED):
                 data = {**data, "cache_salt": combine_salts(salt, given)}
         try:
@@ -200,7 +200,7 @@ class RemoteEngine:
             raise InvalidRequestError("the body is nested too deep") from None
 
     def _renamed(self, lines: bytes) -> bytes:
-        """A stream's lines, with the expert's name where an event tells its model."""
+        """Put the expert's name into those lines of a stream that name the model."""
         if b'"model"' not in lines:
             return lines
         return b"".join(map(self._renamed_line, lines.splitlines(keepends=True)))
@@ -216,12 +216,12 @@ class RemoteEngine:
             return line
         return b"data: " + self._named(event) + b"\n"
 
-    def _named(self, told: dict[str, Any]) -> bytes:
-        """A reply or event, under the expert's name."""
-        for holder in (told, *(told.get(name) for name in _HOLDERS)):
+    def _named(self, payload: dict[str, Any]) -> bytes:
+        """Serialise a reply or an event with the expert's name as its model."""
+        for holder in (payload, *(payload.get(name) for name in _HOLDERS)):
             if isinstance(holder, dict) and "model" in holder:
                 holder["model"] = self._expert
-        return orjson.dumps(told)
+        return orjson.dumps(payload)
 
     async def _refused(self, reply: aiohttp.ClientResponse, send: Send) -> None:
         body = await reply.content.read(65536)
@@ -241,7 +241,7 @@ class RemoteEngine:
 
 
 async def _bounded(reply: aiohttp.ClientResponse) -> bytes:
-    """A whole answer, of a length that a gateway can hold."""
+    """Read a whole answer, up to the size that a gateway can hold."""
     parts = bytearray()
     async for piece in reply.content.iter_any():
         parts += piece
@@ -251,14 +251,14 @@ async def _bounded(reply: aiohttp.ClientResponse) -> bytes:
 
 
 def _answer(body: bytes, expert: str) -> dict[str, Any]:
-    """What the body holds, if it is an answer of any kind."""
+    """Parse an answer of any kind. Raises UpstreamError where it is no JSON object."""
     try:
-        told = orjson.loads(body)
+        payload = orjson.loads(body)
     except orjson.JSONDecodeError:
-        told = None
-    if not isinstance(told, dict):
+        payload = None
+    if not isinstance(payload, dict):
         raise _nonsense(expert, "no JSON object")
-    return told
+    return payload
 
 
 def _nonsense(expert: str, what: str) -> UpstreamError:

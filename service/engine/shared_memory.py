@@ -1,9 +1,9 @@
 """One expert's tensors in one file of shared memory, which several engines map. No torch here.
 
-The file is a header (JSON: each tensor's dtype, shape and place) and the tensors, aligned,
-as a GPU's engine wants them: made so that mapping it is all there is to loading it. It is
-written under another name and renamed when it is whole, so whoever finds it can use it; its memory
-is asked for first, so that there being none is an error, and not a signal later.
+The file consists of a header (JSON: each tensor's dtype, shape and place) and the tensors, aligned
+as a GPU's engine wants them, so that loading is mapping. It is written under another name and
+renamed when it is complete, so every file under a final name can be used. Its memory is reserved
+first, so that a lack of memory is an error, and not a signal later.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 SUFFIX, UNFINISHED_SUFFIX = ".weights", ".new"
 _MAGIC = b"coeW1\0\0\0"
 _LENGTH = struct.Struct("<Q")
-# Of every tensor: a cache line. Of the first: a page, so that copies begin on one.
+# Alignment of every tensor (a cache line) and of the first one (a page, for fast copies).
 _ALIGN_BYTES, _PAGE_BYTES = 64, 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor's dtype by name, shape and bytes; `offset` in the file, in bytes."""
+    """A tensor in a file. `dtype` by name; `offset` in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -36,19 +36,22 @@ class Tensor:
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Tensor], int]:
-    """The header, each tensor's place after it, and the bytes of the whole file."""
+    """The header, each tensor's place behind it, and the size of the file in bytes."""
     places: dict[str, Tensor] = {}
     at = 0
-    for name, one in tensors.items():
-        places[name] = Tensor(one.dtype, one.shape, one.size_bytes, at)
-        at = _up(at + one.size_bytes, _ALIGN_BYTES)
-    told = {n: [one.dtype, one.shape, one.size_bytes, one.offset] for n, one in places.items()}
-    text = json.dumps(told, separators=(",", ":")).encode()
+    for name, tensor in tensors.items():
+        places[name] = Tensor(tensor.dtype, tensor.shape, tensor.size_bytes, at)
+        at = _up(at + tensor.size_bytes, _ALIGN_BYTES)
+    header_data = {
+        n: [tensor.dtype, tensor.shape, tensor.size_bytes, tensor.offset]
+        for n, tensor in places.items()
+    }
+    text = json.dumps(header_data, separators=(",", ":")).encode()
     header = _MAGIC + _LENGTH.pack(len(text)) + text
     begin = _up(len(header), _PAGE_BYTES)
     moved = {
-        name: Tensor(one.dtype, one.shape, one.size_bytes, begin + one.offset)
-        for name, one in places.items()
+        name: Tensor(tensor.dtype, tensor.shape, tensor.size_bytes, begin + tensor.offset)
+        for name, tensor in places.items()
     }
     return header, moved, begin + at
 
@@ -59,9 +62,9 @@ def _up(size: int, step: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class MappedTensors:
-    """A whole file in this process's memory, shared with whoever else has mapped it.
+    """A complete file, mapped into this process's memory and shared with other processes.
 
-    Its memory stays as long as something refers to it, whatever becomes of the file's name.
+    The memory stays as long as an object refers to it, even when the file's name is gone.
     """
 
     tensors: Mapping[str, Tensor]
@@ -74,10 +77,17 @@ def write_file(
     fill: Callable[[str, memoryview], None],
     token: str,
 ) -> MappedTensors:
-    """Make a file of tensors, `fill` each with its bytes, and keep it mapped.
+    """Write a file of tensors and keep it mapped. If it exists by then, the existing one is mapped.
 
-    `token` tells whose it is until it is whole. Raises OSError (ENOSPC, where memory is short) and
-    what `fill` does; then nothing is left. Where somebody else was first, theirs is taken.
+    Args:
+        path: Final path of the file.
+        tensors: The tensors, in the order of the file.
+        fill: Writes the bytes of a tensor, by name, to memory.
+        token: Part of the file's name until it is complete: names the writer.
+
+    Raises:
+        OSError: There is not enough memory (ENOSPC), or the file can't be written. No file is left.
+        Exception: Whatever `fill` raises. No file is left.
     """
     header, places, size = layout_of(tensors)
     partial = path.with_name(f"{path.name}.{token}{UNFINISHED_SUFFIX}")
@@ -90,11 +100,11 @@ def write_file(
             os.close(handle)
         memory[: len(header)] = header
         with memoryview(memory) as view:
-            for name, one in places.items():
-                with view[one.offset : one.offset + one.size_bytes] as part:
+            for name, tensor in places.items():
+                with view[tensor.offset : tensor.offset + tensor.size_bytes] as part:
                     fill(name, part)
         try:
-            os.link(partial, path)  # as rename, but never in another's place
+            os.link(partial, path)  # unlike a rename, it never replaces a file
         except FileExistsError:
             if (found := map_file(path, tensors)) is None:
                 raise
@@ -120,9 +130,14 @@ def _reserve(handle: int, size: int, path: Path) -> None:
 
 
 def map_file(path: Path, tensors: Mapping[str, Tensor]) -> MappedTensors | None:
-    """Map a file, if there is one that holds these tensors, by name, dtype and shape.
+    """Map a file of tensors, if it exists.
 
-    Raises ValueError where it holds others, or is no such file: its name says what is in it.
+    Args:
+        path: Path of the file.
+        tensors: The tensors that it must hold, by name, dtype and shape.
+
+    Raises:
+        ValueError: It holds other tensors, or is no file of tensors.
     """
     try:
         handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
@@ -137,7 +152,7 @@ def map_file(path: Path, tensors: Mapping[str, Tensor]) -> MappedTensors | None:
         os.close(handle)
     held = _read(memory)
     if _described(held) != _described(tensors):
-        raise ValueError(f"{path.name}: it holds other tensors than are asked for")
+        raise ValueError(f"{path.name}: it holds other tensors than the model has")
     return MappedTensors(held, memory)
 
 
@@ -147,17 +162,19 @@ def _read(memory: mmap.mmap) -> dict[str, Tensor]:
     (length,) = _LENGTH.unpack(memory[len(_MAGIC) : start])
     if memory[: len(_MAGIC)] != _MAGIC or start + length > size:
         raise ValueError("not a file of weights")
-    told: dict[str, Any] = json.loads(memory[start : start + length])
+    header_data: dict[str, Any] = json.loads(memory[start : start + length])
     begin = _up(start + length, _PAGE_BYTES)
     held = {
         name: Tensor(dtype, tuple(shape), size_bytes, begin + offset)
-        for name, (dtype, shape, size_bytes, offset) in told.items()
+        for name, (dtype, shape, size_bytes, offset) in header_data.items()
     }
-    for name, one in held.items():
-        if one.offset + one.size_bytes > size:
+    for name, tensor in held.items():
+        if tensor.offset + tensor.size_bytes > size:
             raise ValueError(f"{name} is cut short")
     return held
 
 
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    return {name: (one.dtype, one.shape, one.size_bytes) for name, one in tensors.items()}
+    return {
+        name: (tensor.dtype, tensor.shape, tensor.size_bytes) for name, tensor in tensors.items()
+    }

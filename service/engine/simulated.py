@@ -1,7 +1,7 @@
 """The simulated engine: deterministic text at set speeds. For tests and load tests only.
 
-It answers in the shapes of OpenAI's API, so that everything around an engine can
-be driven without one. It says so in every answer's `system_fingerprint`.
+It answers in OpenAI's formats, so that all other parts can run without a model. Every answer's
+`system_fingerprint` names it.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ _WEIGHT_BYTES = 1024**3
 
 
 @dataclass(slots=True)
-class _Made:
-    """How far an answer is: `answers` of `length` tokens at once, from `first_s` on."""
+class _Progress:
+    """Progress of an answer: `answers` choices of `length` tokens at once, from `first_s` on."""
 
     prompt_tokens: int
     length: int
@@ -60,7 +60,7 @@ class _Made:
     first_s: float = 0.0
 
     def tokens(self) -> int:
-        """Made by now, all answers together."""
+        """Tokens so far, of all choices together."""
         if not self.first_s:
             return 0
         steps = (time.monotonic() - self.first_s) / self.step_s if self.step_s else self.length
@@ -68,7 +68,14 @@ class _Made:
 
 
 class SimulatedEngine:
-    """Plays an engine that holds `experts`. `bases`: of those that run on another's weights."""
+    """An engine without a model.
+
+    Args:
+        experts: Experts that it can answer for.
+        options: Speeds, and errors to simulate.
+        observer: Receives the engine's statistics, if any.
+        bases: Bases of the experts that run on another expert's weights.
+    """
 
     def __init__(
         self,
@@ -96,7 +103,7 @@ class SimulatedEngine:
         return EngineReport("simulated", self._options.max_model_len, ENDPOINTS)
 
     async def load(self, expert: str, adapter: str | None = None) -> None:
-        """Make an expert answerable at once."""
+        """Make an expert available at once."""
         if expert not in self._experts and adapter is None:
             raise ExpertFailedError(f"no weights for {expert!r}")
         self._loaded.add(expert)
@@ -140,21 +147,20 @@ class SimulatedEngine:
         self._dead = why
 
     async def in_flight(self) -> int:
-        """Requests under way."""
+        """Running requests."""
         return self._running
 
     async def stop(self) -> None:
-        """Nothing to stop but the role."""
+        """Count as dead from now on."""
         self._dead = self._dead or "it was stopped"
 
     async def run(self, request: EngineRequest, send: Send) -> None:
-        """See `Engine.run`."""
         self._running += 1
         try:
             if self._dead is not None:
                 raise EngineRestartingError(f"the engine of expert {request.expert!r} is dead")
             if self._options.poison and self._options.poison.encode() in request.body:
-                # As a fault in native code would: no handler runs, nothing is told.
+                # Like a fault in native code: no handler runs, and no error is sent.
                 os.kill(os.getpid(), signal.SIGKILL)
             await self._answer(request, send)
         finally:
@@ -218,27 +224,27 @@ class SimulatedEngine:
         prompt = _prompt_text(body)
         given = body.get("prompt") if not chat else None
         n = _integer(body, "n", 1, 1, 128) * (len(given) if isinstance(given, list) else 1)
-        asked = body.get("max_completion_tokens") or body.get("max_tokens")
+        limit = body.get("max_completion_tokens") or body.get("max_tokens")
         tokens = (
             self._options.tokens
-            if asked is None
-            else _integer({"max_tokens": asked}, "max_tokens", 1, 1, 10**6)
+            if limit is None
+            else _integer({"max_tokens": limit}, "max_tokens", 1, 1, 10**6)
         )
         prompt_tokens = _tokens(prompt)
         context = self._options.max_model_len
-        # As vLLM does: a bound above the context is refused, one beside the prompt is cut.
-        if (asked is not None and tokens > context) or prompt_tokens >= context:
+        # Like vLLM: a limit above the context is an error; one above the room that is left is cut.
+        if (limit is not None and tokens > context) or prompt_tokens >= context:
             raise PromptTooLongError(
                 f"the maximum context length is {context} tokens, but "
                 f"{prompt_tokens} prompt tokens and {tokens} of answer were asked for",
                 param="messages" if chat else "prompt",
             )
-        bounded = asked is not None or tokens > context - prompt_tokens
+        bounded = limit is not None or tokens > context - prompt_tokens
         tokens = min(tokens, context - prompt_tokens)
         text, finish = _cut(answer_text(request.expert, prompt, tokens), body.get("stop"))
-        # It ends by itself where nothing cuts it.
+        # An answer that no limit cuts ends by itself.
         finish = finish if bounded else "stop"
-        made = _Made(prompt_tokens, len(text), n, self._options.decode_ms / 1000)
+        made = _Progress(prompt_tokens, len(text), n, self._options.decode_ms / 1000)
         try:
             await self._make(request, body, send, made, text, finish)
         except asyncio.CancelledError:
@@ -250,7 +256,7 @@ class SimulatedEngine:
         request: EngineRequest,
         body: dict[str, Any],
         send: Send,
-        made: _Made,
+        made: _Progress,
         text: list[str],
         finish: str,
     ) -> None:
@@ -280,16 +286,23 @@ class SimulatedEngine:
                 raise InvalidRequestError(
                     "`stream_options` must be an object", param="stream_options"
                 )
-            told = "each" if options.get("continuous_usage_stats") else "last"
+            usage_mode = "each" if options.get("continuous_usage_stats") else "last"
             await self._stream(
-                send, head, text, finish, n, chat, usage, options.get("include_usage") and told
+                send,
+                head,
+                text,
+                finish,
+                n,
+                chat,
+                usage,
+                options.get("include_usage") and usage_mode,
             )
-            self._tell(request.expert, first_s - began_s, first_s, usage)
+            self._report(request.expert, first_s - began_s, first_s, usage)
             return
         if self._options.decode_ms:
             await asyncio.sleep(len(text) * self._options.decode_ms / 1000)
             self._check_alive(request.expert)
-        self._tell(request.expert, first_s - began_s, first_s, usage)
+        self._report(request.expert, first_s - began_s, first_s, usage)
         whole = "".join(text)
         message: dict[str, Any] = (
             {"message": {"role": "assistant", "content": whole}} if chat else {"text": whole}
@@ -301,7 +314,7 @@ class SimulatedEngine:
         kind = "chat.completion" if chat else "text_completion"
         await _send_json(send, {**head, "object": kind, "choices": choices, "usage": usage})
 
-    def _tell(self, expert: str, prefill_s: float, first_s: float, usage: dict[str, int]) -> None:
+    def _report(self, expert: str, prefill_s: float, first_s: float, usage: dict[str, int]) -> None:
         if self._observer is not None:
             prompt, answer = usage["prompt_tokens"], usage["completion_tokens"]
             decode_s = time.monotonic() - first_s
@@ -318,7 +331,7 @@ class SimulatedEngine:
         n: int,
         chat: bool,
         usage: dict[str, int],
-        told: str | None,
+        usage_mode: str | None,
     ) -> None:
         head = {**head, "object": "chat.completion.chunk" if chat else "text_completion"}
 
@@ -326,8 +339,8 @@ class SimulatedEngine:
             return b"data: " + orjson.dumps({**head, "choices": choices, **more}) + b"\n\n"
 
         def so_far(i: int) -> dict[str, Any]:
-            # As vLLM tells it: of this choice.
-            if told != "each":
+            # Like vLLM: the usage of this choice.
+            if usage_mode != "each":
                 return {}
             counts = {"prompt_tokens": usage["prompt_tokens"], "completion_tokens": i + 1}
             return {"usage": {**counts, "total_tokens": sum(counts.values())}}
@@ -356,12 +369,12 @@ class SimulatedEngine:
             last = i >= len(text) - 1
             chunk = b"".join(event([piece(j, word, i == 0, last)], **so_far(i)) for j in range(n))
             await send(body_message(chunk, more=True))
-        tail = event([], usage=usage) if told else b""
+        tail = event([], usage=usage) if usage_mode else b""
         await send(body_message(tail + b"data: [DONE]\n\n"))
 
 
 def answer_text(expert: str, prompt: str, tokens: int) -> list[str]:
-    """The words that `expert` answers to `prompt`: always the same, another expert's differ."""
+    """The words of an expert's answer: the same for equal prompts, others for other experts."""
     seed = hashlib.blake2b(f"{expert}\0{prompt}".encode("utf-8", "replace"), digest_size=8)
     at = int.from_bytes(seed.digest(), "big")
     words = [f"{expert}:"]
@@ -443,7 +456,7 @@ def _tokens(text: str) -> int:
 
 def _vector(text: str) -> list[float]:
     digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=32).digest()
-    # Exact in float32, so that it is the same in every encoding.
+    # Exact in float32, so that all encodings hold the same values.
     return [byte / 256 for byte in digest]
 
 

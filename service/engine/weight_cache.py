@@ -1,9 +1,9 @@
-"""A pool's folder of shared weights: made by the pool, filled by its engines, removed by the pool.
+"""A pool's folder of shared weights. The pool makes and removes it; its engines write the files.
 
-Files are named by expert and version (what its weights are made of), so a stale one is never
-found. A file goes when no engine of the pool holds it: a little later, as an expert that moves to
-another engine, or whose engine is started again, is then only mapped there; at once where its room
-is wanted. The owner keeps a lock; folders whose lock is free belong to pools that were killed.
+A file's name is made of the expert and the version of its source files, so a stale file is never
+found. A file that no engine holds is removed a little later, so that an expert which moves to
+another engine, or whose engine restarts, is only mapped again; it is removed at once where its room
+is needed. The pool locks its folder; folders without a lock belong to pools that were killed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from service.models.file_version import version_of
 log = logging.getLogger("coe.engine")
 
 SHARED_MEMORY = Path("/dev/shm")
-# How long weights that nobody holds stay: after they were dropped, and after their engine ended.
+# How long weights stay that no engine holds: after their eviction, and after their engine's end.
 KEEP_EVICTED_S, KEEP_ENDED_S = 10.0, 120.0
 _LOCK = "owner"
 _YOUNG_S = 60.0
@@ -37,8 +37,13 @@ _YOUNG_S = 60.0
 class SharedWeightCache:
     """One pool's shared weights. Its methods may be called from any thread.
 
-    `bound_bytes`: what all files may take (None: no bound of its own). `clock` tells seconds.
-    Raises ExpertFailedError where no folder can be made.
+    Args:
+        bound_bytes: The most bytes of all files; None: there is no bound.
+        root: Folder of shared memory.
+        clock: Returns the time in s.
+
+    Raises:
+        ExpertFailedError: The folder can't be made.
     """
 
     def __init__(
@@ -51,10 +56,10 @@ class SharedWeightCache:
         self.bound_bytes = bound_bytes
         self._clock = clock
         self._holders: dict[str, set[str]] = {}
-        # Keys that nobody holds, and until when they stay.
-        self._left: dict[str, float] = {}
-        # Giving gigabytes back to the system takes a while: not in the event loop's thread.
-        self._one = threading.RLock()
+        # Keys that no engine holds, and until when their files stay.
+        self._unheld: dict[str, float] = {}
+        # Removing gigabytes takes a while, so it runs in other threads than the event loop's.
+        self._mutex = threading.RLock()
         remove_dead_folders(root)
         name = f"coe-{os.getuid()}-{secrets.token_hex(8)}"
         fresh = root / f".{name}"
@@ -62,7 +67,7 @@ class SharedWeightCache:
             fresh.mkdir(mode=0o700)
             self._lock = os.open(fresh / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-            # Under its own name only once it is locked: nobody takes it for a dead pool's.
+            # It gets its name when it is locked, so that no pool takes it for a dead pool's.
             self.folder = fresh.rename(root / name)
         except OSError as error:
             why = f"no folder for shared weights in {root}: {error.strerror}"
@@ -78,63 +83,65 @@ class SharedWeightCache:
             )
 
     def key(self, expert: str, version: str) -> str:
-        """What the names of an expert's files begin with."""
+        """Prefix of the names of an expert's files."""
         digest = hashlib.blake2b(f"{expert}\0{version}".encode(), digest_size=12)
         return digest.hexdigest()
 
     def hold(self, engine: str, key: str) -> None:
-        """An engine has an expert's weights mapped, or is about to."""
-        with self._one:
+        """An engine maps an expert's weights, or is about to."""
+        with self._mutex:
             self._holders.setdefault(key, set()).add(engine)
-            self._left.pop(key, None)
+            self._unheld.pop(key, None)
 
     def release(self, engine: str, key: str, stays_s: float = KEEP_EVICTED_S) -> None:
-        """It has them no more."""
-        with self._one:
+        """An engine has unmapped an expert's weights. Their files stay for `stays_s`, in s."""
+        with self._mutex:
             holders = self._holders.get(key)
             if holders is None:
                 return
             holders.discard(engine)
             if not holders:
                 del self._holders[key]
-                self._left[key] = self._clock() + stays_s
+                self._unheld[key] = self._clock() + stays_s
 
-    def ended(self, engine: str) -> None:
-        """An engine has ended, of itself or not: what it did not finish goes with it."""
-        with self._one:
+    def release_all(self, engine: str) -> None:
+        """An engine has ended. Its unfinished files are removed."""
+        with self._mutex:
             for key in [key for key, holders in self._holders.items() if engine in holders]:
                 self.release(engine, key, KEEP_ENDED_S)
             for path in self.folder.glob(f"*.{engine}{UNFINISHED_SUFFIX}"):
                 path.unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Remove what nobody has held for long enough. Does nothing once the pool has stopped."""
-        with self._one:
-            for key in [key for key, until_s in self._left.items() if until_s <= self._clock()]:
+        """Remove files that no engine has held for long enough. Does nothing in a stopped pool."""
+        with self._mutex:
+            for key in [key for key, until_s in self._unheld.items() if until_s <= self._clock()]:
                 self._remove(key)
 
     def make_room(self, coming: str, size_bytes: int = 0) -> None:
-        """Before an expert is filled: what nobody holds goes, longest unheld first, for its sake.
+        """Remove files that no engine holds, longest unheld first, until an expert has room.
 
-        `size_bytes`: of the files that it is read from. What it will take here may be more, where
-        it is computed with in another dtype: it is taken to be as large as the largest, at least.
+        Args:
+            coming: Key of the expert.
+            size_bytes: Size of its source files. Its tensors may be larger, if they are converted
+                to another dtype, so it counts at least as large as the largest expert here.
         """
-        with self._one:
+        with self._mutex:
             sizes = self.sizes()
             if coming in sizes:
                 return
             size = max(size_bytes, *sizes.values()) if sizes else size_bytes
-            for key in sorted(self._left, key=self._left.__getitem__):
+            for key in sorted(self._unheld, key=self._unheld.__getitem__):
                 about = os.statvfs(self.folder)
-                left = about.f_bavail * about.f_frsize
+                free = about.f_bavail * about.f_frsize
                 if self.bound_bytes is not None:
-                    left = min(left, self.bound_bytes - sum(self.sizes().values()))
-                if size <= left:
+                    free = min(free, self.bound_bytes - sum(self.sizes().values()))
+                if size <= free:
                     return
                 self._remove(key)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes by key, of all ranks together, those being written included."""
+        """Bytes by key, of all ranks together; unfinished files count."""
         found: dict[str, int] = {}
         for path in self.folder.iterdir():
             if SUFFIX in path.name:
@@ -144,18 +151,18 @@ class SharedWeightCache:
         return found
 
     def _remove(self, key: str) -> None:
-        self._left.pop(key, None)
+        self._unheld.pop(key, None)
         for path in self.folder.glob(f"{key}-*{SUFFIX}"):
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """The pool has stopped, its engines before it."""
+        """Remove the folder. All engines must have stopped."""
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 
 
 def remove_dead_folders(root: Path = SHARED_MEMORY) -> None:
-    """Remove the folders of pools that were killed: theirs are ours to remove, nobody else's."""
+    """Remove the folders of this user's pools that were killed."""
     mine = f"coe-{os.getuid()}-"
     with suppress(OSError):
         for folder in (*root.glob(f"{mine}*"), *root.glob(f".{mine}*")):
@@ -166,11 +173,11 @@ def remove_dead_folders(root: Path = SHARED_MEMORY) -> None:
 
 def _is_dead(folder: Path) -> bool:
     try:
-        told = folder.lstat()
-        if not stat.S_ISDIR(told.st_mode) or told.st_uid != os.getuid():
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             return False
-        if folder.name.startswith("."):  # being made, or never finished
-            return time.time() - told.st_mtime > _YOUNG_S
+        if folder.name.startswith("."):  # it is being made, or was never finished
+            return time.time() - status.st_mtime > _YOUNG_S
         lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
         return False
@@ -184,19 +191,29 @@ def _is_dead(folder: Path) -> bool:
 
 
 class EngineShare:
-    """What one engine has of its pool's cache, by expert."""
+    """The weights of its pool's cache that one engine holds, by expert."""
 
     def __init__(self, cache: SharedWeightCache) -> None:
         self._cache = cache
         self._token = secrets.token_hex(8)
         self._keys: dict[str, str] = {}
 
-    def take(
+    def acquire(
         self, expert: str, folder: str, adapter: str | None, strength: float
     ) -> tuple[str, str]:
-        """Before an expert's weights come: what its files' paths begin with, and whose they are.
+        """Hold an expert's weights, before they are loaded, and make room for them.
 
-        Raises ExpertFailedError where its folders can't be read.
+        Args:
+            expert: Name of the expert.
+            folder: Folder of full weights.
+            adapter: Folder of a LoRA adapter to merge into them.
+            strength: Factor of the adapter.
+
+        Returns:
+            Prefix of the paths of its files, and the token of unfinished ones.
+
+        Raises:
+            ExpertFailedError: Its folders can't be read.
         """
         cache = self._cache
         try:
@@ -213,18 +230,17 @@ class EngineShare:
         cache.make_room(key, size)
         return str(cache.folder / key), self._token
 
-    def give_back(self, expert: str) -> float:
-        """They are not in the engine any more. Returns the s after which to `sweep`."""
+    def release(self, expert: str) -> float:
+        """The engine has unmapped an expert's weights. Returns the s after which to `sweep`."""
         if (key := self._keys.pop(expert, None)) is not None:
             self._cache.release(self._token, key)
         return KEEP_EVICTED_S
 
-    def end(self) -> float:
+    def release_all(self) -> float:
         """The engine has ended. Returns the s after which to `sweep`."""
         self._keys.clear()
-        self._cache.ended(self._token)
+        self._cache.release_all(self._token)
         return KEEP_ENDED_S
 
     def sweep(self) -> None:
-        """See `SharedWeightCache.sweep`."""
         self._cache.sweep()

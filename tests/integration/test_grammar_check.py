@@ -203,12 +203,12 @@ async def test_without_a_worker_a_request_is_told_to_come_again(
 
 async def test_the_shared_checker_ends_with_its_last_user() -> None:
     shared = SharedChecker(lambda: GrammarChecker(cpu_s=1.0))
-    first, second = shared.take(), shared.take()
+    first, second = shared.acquire(), shared.acquire()
     assert first is second
     await first.check(FIT["a regex"], None)
     worker = psutil.Process(pid_of(first))
-    await shared.give_back()
+    await shared.release()
     assert worker.is_running()
-    await shared.give_back()
+    await shared.release()
     assert not worker.is_running()
-    assert shared.take() is not first
+    assert shared.acquire() is not first

@@ -33,7 +33,7 @@ class GrammarTrials:
             read_vocabulary: Returns the tokens that the engine compiles grammars for. It is called
                 in a thread.
         """
-        self._checker = checkers.take()
+        self._checker = checkers.acquire()
         self._vocabulary = await asyncio.to_thread(read_vocabulary)
         self._starting = asyncio.create_task(self._checker.start())
 
@@ -43,7 +43,7 @@ class GrammarTrials:
             await asyncio.gather(self._starting, return_exceptions=True)
         if self._checker is not None:
             self._checker = None
-            await checkers.give_back()
+            await checkers.release()
 
     async def check(self, grammar: Grammar) -> None:
         """Try out one grammar.

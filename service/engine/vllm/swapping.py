@@ -330,13 +330,13 @@ class SwappingVllmEngine(VllmEngine):
         if self._share is not None:
             source = self._weights.get(expert, Weights(self._model.path))
             path, token = await asyncio.to_thread(
-                self._share.take, expert, source.folder, source.adapter, source.strength
+                self._share.acquire, expert, source.folder, source.adapter, source.strength
             )
             await self._rpc("coe_share", expert, path, token)
 
     async def _release_weights(self, expert: str) -> None:
         if self._share is not None:
-            delay_s = await asyncio.to_thread(self._share.give_back, expert)
+            delay_s = await asyncio.to_thread(self._share.release, expert)
             self._sweep_in(delay_s, self._share)
 
     def _sweep_in(self, delay_s: float, share: EngineShare) -> None:
@@ -347,7 +347,7 @@ class SwappingVllmEngine(VllmEngine):
         """Stop the core process. Its shared weights stay for a while, for the next engine."""
         await super().stop()
         if self._share is not None:
-            self._sweep_in(await asyncio.to_thread(self._share.end), self._share)
+            self._sweep_in(await asyncio.to_thread(self._share.release_all), self._share)
 
     async def memory(self) -> dict[str, int]:
         """Bytes of the core process by kind: `resident_bytes`, and `host_bytes` of held experts."""

@@ -88,7 +88,7 @@ mapped.memory[one.offset] = 0  # not a copy: the writer sees it
 def test_write_by_a_killed_process_leaves_no_usable_file(tmp_path: Path) -> None:
     cache = SharedWeightCache(None, root=tmp_path)
     share = EngineShare(cache)
-    begin, token = share.take("a", str(tmp_path), None, 1.0)
+    begin, token = share.acquire("a", str(tmp_path), None, 1.0)
     path = Path(f"{begin}-0of1.weights")
     writer = child(
         """
@@ -110,7 +110,7 @@ write_file(Path(sys.argv[1]), TENSORS, fill, sys.argv[2])
     assert len(list(cache.folder.glob("*.new"))) == 1
     # Another engine is not in its way, and its own end takes what it left.
     assert write_file(path, TENSORS, fill, "other").tensors.keys() == TENSORS.keys()
-    share.end()
+    share.release_all()
     assert [p.name for p in cache.folder.glob("*w*") if p.name != "owner"] == [path.name]
     cache.close()
 
@@ -241,7 +241,7 @@ class Clock:
 
 
 def hold(cache: SharedWeightCache, share: EngineShare, expert: str, folder: str) -> Path:
-    begin, token = share.take(expert, folder, None, 1.0)
+    begin, token = share.acquire(expert, folder, None, 1.0)
     path = Path(f"{begin}-0of1.weights")
     if map_file(path, TENSORS) is None:
         write_file(path, TENSORS, fill, token)
@@ -257,11 +257,11 @@ def test_shared_cache_keeps_a_file_while_held_and_for_a_grace_time(tmp_path: Pat
     assert hold(cache, other, "a", folder) == path
     assert hold(cache, one, "b", folder) != path
     assert cache.folder.stat().st_mode & 0o777 == 0o700
-    assert one.give_back("a") == KEEP_EVICTED_S
+    assert one.release("a") == KEEP_EVICTED_S
     clock.now_s += 1000
     cache.sweep()
     assert path.exists()
-    other.give_back("a")
+    other.release("a")
     clock.now_s += KEEP_EVICTED_S - 1
     cache.sweep()
     assert path.exists()
@@ -270,7 +270,7 @@ def test_shared_cache_keeps_a_file_while_held_and_for_a_grace_time(tmp_path: Pat
     cache.sweep()
     assert path.exists()
     # Of an engine that ended it stays for the next one's start.
-    assert other.end() == KEEP_ENDED_S
+    assert other.release_all() == KEEP_ENDED_S
     clock.now_s += KEEP_EVICTED_S + 1
     cache.sweep()
     assert path.exists()
@@ -281,7 +281,7 @@ def test_shared_cache_keeps_a_file_while_held_and_for_a_grace_time(tmp_path: Pat
     cache.close()
     assert not cache.folder.exists()
     cache.sweep()  # a timer that comes too late
-    one.end()
+    one.release_all()
 
 
 def test_shared_cache_makes_room_from_files_that_nobody_holds(tmp_path: Path) -> None:
@@ -292,18 +292,18 @@ def test_shared_cache_makes_room_from_files_that_nobody_holds(tmp_path: Path) ->
     paths = {name: hold(cache, share, name, folder) for name in "abc"}
     size = paths["a"].stat().st_size
     cache.bound_bytes = 3 * size
-    share.give_back("b")
+    share.release("b")
     clock.now_s += 1
-    share.give_back("a")
-    share.take("b", folder, None, 1.0)  # is there: nothing has to go
+    share.release("a")
+    share.acquire("b", folder, None, 1.0)  # is there: nothing has to go
     assert all(path.exists() for path in paths.values())
-    share.give_back("b")
-    share.take("d", folder, None, 1.0)
+    share.release("b")
+    share.acquire("d", folder, None, 1.0)
     assert [name for name, path in paths.items() if path.exists()] == ["b", "c"]
-    share.take("e", folder, None, 1.0)
+    share.acquire("e", folder, None, 1.0)
     assert [name for name, path in paths.items() if path.exists()] == ["b", "c"]
     hold(cache, share, "d", folder)
-    share.take("f", folder, None, 1.0)
+    share.acquire("f", folder, None, 1.0)
     assert [name for name, path in paths.items() if path.exists()] == ["c"]
     cache.close()
 
@@ -316,13 +316,13 @@ def test_make_room_for_a_larger_expert_removes_enough_files(tmp_path: Path) -> N
     size = paths["a"].stat().st_size
     cache.bound_bytes = 4 * size
     for name in "abc":
-        share.give_back(name)
+        share.release(name)
         clock.now_s += 1
     large = tmp_path / "large"
     large.mkdir()
     (large / "model-00001-of-00002.safetensors").write_bytes(bytes(size))
     (large / "model-00002-of-00002.safetensors").write_bytes(bytes(2 * size))
-    share.take("large", str(large), None, 1.0)
+    share.acquire("large", str(large), None, 1.0)
     assert [name for name, path in paths.items() if path.exists()] == ["c"]
     cache.close()
 
@@ -340,7 +340,7 @@ def test_shared_cache_changed_model_files_get_a_new_file(tmp_path: Path) -> None
     assert (old.exists(), new.exists()) == (False, True)
     cache.close()
     with pytest.raises(ExpertFailedError, match="'a' can't be read"):
-        share.take("a", str(tmp_path / "none"), None, 1.0)
+        share.acquire("a", str(tmp_path / "none"), None, 1.0)
 
 
 def test_shared_cache_removes_folders_of_dead_pools_only(tmp_path: Path) -> None:
