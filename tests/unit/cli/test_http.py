@@ -54,7 +54,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("body", [None, "{}"])
-def test_a_redirect_is_refused_and_the_key_stays_here(status: int, body: str | None) -> None:
+def test_request_redirect_is_refused_and_the_key_is_not_sent_on(
+    status: int, body: str | None
+) -> None:
     with server(200) as (elsewhere, caught), server(status, location=elsewhere) as (url, asked):
         with pytest.raises(CoeError, match="redirects"):
             ask(url, "GET" if body is None else "POST", "/x", {"authorization": "Bearer K"}, body)
@@ -62,7 +64,7 @@ def test_a_redirect_is_refused_and_the_key_stays_here(status: int, body: str | N
         assert caught == []
 
 
-def test_json_is_sent_as_such_and_no_proxy_hears_of_loopback(
+def test_request_sends_json_and_bypasses_proxies_for_loopback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with server(200) as (url, asked), server(502) as (proxy, caught):
@@ -88,7 +90,7 @@ def test_json_is_sent_as_such_and_no_proxy_hears_of_loopback(
         ("", False),
     ],
 )
-def test_the_file_s_admin_key_goes_to_loopback_only(
+def test_request_admin_key_of_the_file_is_sent_to_loopback_only(
     home: Path, url: str, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert is_loopback(url) is expected

@@ -30,7 +30,7 @@ def gpu(memory_gib: int, disk_gib: int = 2000) -> Machine:
 @pytest.mark.parametrize(
     "folder", ["plain-1.0", "with space", "a: b", "a #b", "it's", 'a"b', "ä", "{x}", "~", "- x"]
 )
-def test_config_text_of_any_installation_s_path_is_read_back(tmp_path: Path, folder: str) -> None:
+def test_config_text_quotes_any_path_so_that_it_reads_back(tmp_path: Path, folder: str) -> None:
     artifacts = tmp_path / folder
     path = tmp_path / "coe.yaml"
     path.write_text(config_text(propose(SMALL)[0], SMALL, artifacts), encoding="utf-8")
@@ -53,7 +53,7 @@ def test_config_text_of_any_installation_s_path_is_read_back(tmp_path: Path, fol
         (gpu(192), "Qwen2.5 32B", None),
     ],
 )
-def test_the_best_that_fits(machine: Machine, best: str, slots: int | None) -> None:
+def test_presets_offers_the_best_that_fits(machine: Machine, best: str, slots: int | None) -> None:
     first = propose(machine)[0]
     assert (first.name, first.slots) == (best, slots)
 
@@ -70,7 +70,7 @@ machines = st.builds(
 
 
 @given(machines)
-def test_nothing_is_proposed_that_does_not_fit(machine: Machine) -> None:
+def test_presets_offers_nothing_that_does_not_fit(machine: Machine) -> None:
     proposals = propose(machine)
     assert proposals[-1].trio is None
     for one in proposals[:-1]:
@@ -82,7 +82,7 @@ def test_nothing_is_proposed_that_does_not_fit(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("machine", [SMALL, Machine((), 64 * GIB, 99 * GIB, 8), gpu(24), gpu(192)])
-def test_every_config_is_one(machine: Machine, tmp_path: Path) -> None:
+def test_presets_every_config_is_valid(machine: Machine, tmp_path: Path) -> None:
     for i, one in enumerate(propose(machine)):
         path = tmp_path / f"{i}.yaml"
         path.write_text(config_text(one, machine, ARTIFACTS))
@@ -107,7 +107,7 @@ SHAPES = {
 @pytest.mark.parametrize(
     "machine", [Machine((), 64 * GIB, 99 * GIB, 8), Machine((), 16 * GIB, 99 * GIB, 2), gpu(192)]
 )
-def test_the_memory_plan_lets_every_proposal_start(machine: Machine, tmp_path: Path) -> None:
+def test_presets_every_config_passes_the_memory_plan(machine: Machine, tmp_path: Path) -> None:
     for one in propose(machine):
         if one.trio is None:
             continue
@@ -131,7 +131,7 @@ def test_the_memory_plan_lets_every_proposal_start(machine: Machine, tmp_path: P
             assert plan.total_bytes == one.required_bytes
 
 
-def test_gpus_as_nvidia_s_tool_tells_them() -> None:
+def test_gpus_are_read_from_nvidia_smi() -> None:
     told = "NVIDIA H100 80GB HBM3, 81559\nSome, GPU, 24564\n\nNo devices were found\nX, [N/A]\n"
     assert [(g.name, g.memory_bytes >> 20) for g in read_gpus(told)] == [
         ("NVIDIA H100 80GB HBM3", 81559),
@@ -139,7 +139,7 @@ def test_gpus_as_nvidia_s_tool_tells_them() -> None:
     ]
 
 
-def test_the_command_writes_once_and_asks_only_without_yes(tmp_path: Path) -> None:
+def test_init_writes_once_and_asks_unless_yes(tmp_path: Path) -> None:
     path = tmp_path / "coe.yaml"
     runner = CliRunner()
     asked = runner.invoke(cli, ["init", "-o", str(path)], input="1\n")
@@ -162,7 +162,7 @@ def _machine(told: dict[str, object]) -> dict[str, object]:
     return {**told, "gpus": tuple(Gpu(**one) for one in gpus)}
 
 
-def test_a_file_that_can_not_be_written_is_told_in_one_line(
+def test_init_unwritable_file_fails_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "nowhere" / "coe.yaml"
@@ -174,13 +174,13 @@ def test_a_file_that_can_not_be_written_is_told_in_one_line(
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_for_each_shell(shell: str) -> None:
+def test_completion_prints_a_script_for_each_shell(shell: str) -> None:
     told = CliRunner().invoke(cli, ["completion", shell])
     assert told.exit_code == 0
     assert "_COE_COMPLETE" in told.output
 
 
-def test_completion_knows_commands_and_options() -> None:
+def test_completion_completes_commands_and_options() -> None:
     environment = {"_COE_COMPLETE": "bash_complete", "COMP_WORDS": "coe ro", "COMP_CWORD": "1"}
     told = CliRunner().invoke(cli, [], env=environment, prog_name="coe")
     assert {line.split(",")[-1] for line in told.output.split()} >= {"route", "router"}

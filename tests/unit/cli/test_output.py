@@ -7,7 +7,7 @@ import pytest
 from service.cli.output import table
 
 
-def test_brackets_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_prints_square_brackets_literally(capsys: pytest.CaptureFixture[str]) -> None:
     table(("candidate", "why"), [("cascade([a, b] → c)", "[bold]best")])
     printed = capsys.readouterr().out
     assert "cascade([a, b] → c)" in printed

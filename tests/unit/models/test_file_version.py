@@ -71,7 +71,7 @@ def _folder(where: Path, **files: str) -> Path:
 
 
 @pytest.mark.parametrize("name", FACE_FILES)
-def test_face_digest_with_another_file_of_the_tokenizer_differs(tmp_path: Path, name: str) -> None:
+def test_tokenizer_digest_changes_with_any_tokenizer_file(tmp_path: Path, name: str) -> None:
     plain = tokenizer_digest(str(_folder(tmp_path / "plain")))
     one = tokenizer_digest(str(_folder(tmp_path / "one", **{name: '{"a":1}'})))
     other = tokenizer_digest(str(_folder(tmp_path / "other", **{name: '{"a":2}'})))
@@ -81,14 +81,14 @@ def test_face_digest_with_another_file_of_the_tokenizer_differs(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", NOT_OF_THE_FACE)
-def test_face_digest_with_other_weights_or_papers_is_the_same(tmp_path: Path, name: str) -> None:
+def test_tokenizer_digest_ignores_weights_and_documents(tmp_path: Path, name: str) -> None:
     one = tokenizer_digest(str(_folder(tmp_path / "one", **{name: "a"})))
     assert one == tokenizer_digest(str(_folder(tmp_path / "other", **{name: "b"})))
 
 
 @pytest.mark.parametrize("key", ["eos_token_id", "bos_token_id", "pad_token_id", "image_token_id"])
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_face_digest_sees_the_tokens_that_a_config_names(
+def test_tokenizer_digest_changes_with_special_tokens_in_a_config(
     tmp_path: Path, name: str, key: str
 ) -> None:
     digests = {
@@ -98,7 +98,7 @@ def test_face_digest_sees_the_tokens_that_a_config_names(
     assert len(digests) == 3
 
 
-def test_face_digest_ignores_who_wrote_a_config(tmp_path: Path) -> None:
+def test_tokenizer_digest_ignores_metadata_in_a_config(tmp_path: Path) -> None:
     one = {"eos_token_id": 2, "transformers_version": "4.50.0", "_name_or_path": "a"}
     other = {"transformers_version": "5.0.0", "eos_token_id": 2, "torch_dtype": "bfloat16"}
     first = tokenizer_digest(str(_folder(tmp_path / "1", **{"config.json": json.dumps(one)})))
@@ -109,7 +109,7 @@ def test_face_digest_ignores_who_wrote_a_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "chat_templates/default.jinja", "tokenizer.json"]
 )
-def test_version_of_files_that_were_replaced_differs(tmp_path: Path, name: str) -> None:
+def test_file_version_changes_when_files_are_replaced(tmp_path: Path, name: str) -> None:
     folder = _folder(tmp_path / "m", **{name: "a", ".cache/lock": "a"})
     before = version_of(str(folder), None, 1.0)
     (folder / ".cache/lock").write_text("what a download left")
@@ -136,7 +136,7 @@ class Speaks(SwappingVllmEngine):
         await send({"body": orjson.dumps({"choices": [choice]})})
 
 
-async def test_canary_of_files_replaced_under_the_same_path_is_that_of_the_new_ones() -> None:
+async def test_canary_after_files_were_replaced_is_that_of_the_new_files() -> None:
     canaries: dict[str, Canary] = {}
     assert await Speaks(canaries, "old", [1, 2, 3])._canary("math")
     # The same files that answer otherwise are spoiled, in whatever engine.
@@ -146,7 +146,7 @@ async def test_canary_of_files_replaced_under_the_same_path_is_that_of_the_new_o
     assert not await Speaks(canaries, "new", [1, 2, 3])._canary("math")
 
 
-def test_reload_tells_whose_files_were_replaced(tmp_path: Path) -> None:
+def test_reload_reports_experts_whose_files_were_replaced(tmp_path: Path) -> None:
     model = _folder(tmp_path / "m")
     source = tmp_path / "coe.yaml"
     source.write_text(f"experts: {{x: {{model: {model}}}}}\npools: {{p: {{engine: simulated}}}}\n")
@@ -171,7 +171,7 @@ class _Noted(Pool):
         await super().remove(expert, why, come_again)
 
 
-async def test_reload_takes_up_files_that_were_replaced_and_leaves_the_others(
+async def test_reload_restarts_experts_whose_files_were_replaced_only(
     tmp_path: Path,
 ) -> None:
     folders = {name: str(_folder(tmp_path / name)) for name in "ab"}

@@ -89,7 +89,9 @@ def converted(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray[Any, Any]]]:
     return folder, expected
 
 
-def test_weights(converted: tuple[Path, dict[str, np.ndarray[Any, Any]]]) -> None:
+def test_convert_weights_keep_values_and_row_order(
+    converted: tuple[Path, dict[str, np.ndarray[Any, Any]]],
+) -> None:
     from safetensors.numpy import load_file
 
     folder, expected = converted
@@ -99,7 +101,7 @@ def test_weights(converted: tuple[Path, dict[str, np.ndarray[Any, Any]]]) -> Non
         np.testing.assert_array_equal(found[name], values, err_msg=name)
 
 
-def test_config(converted: tuple[Path, Any]) -> None:
+def test_convert_config_matches_the_gguf_metadata(converted: tuple[Path, Any]) -> None:
     info = inspect_model(converted[0])
     assert isinstance(info, ModelInfo)
     assert info.architecture == "LlamaForCausalLM"
@@ -111,7 +113,7 @@ def test_config(converted: tuple[Path, Any]) -> None:
     assert config["eos_token_id"] == 2
 
 
-def test_tokenizer(converted: tuple[Path, Any]) -> None:
+def test_convert_tokenizer_encodes_and_renders_the_template(converted: tuple[Path, Any]) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer.from_file(str(converted[0] / "tokenizer.json"))
     text = "<|im_start|>abc  12<|im_end|>"
@@ -125,7 +127,7 @@ def test_tokenizer(converted: tuple[Path, Any]) -> None:
     assert config["chat_template"] == TEMPLATE
 
 
-def test_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
+def test_convert_unsupported_architecture_raises_with_its_name(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", pre="qwen2")
     with pytest.raises(ModelStoreError, match="'gpt2'/'qwen2'; supported is 'llama'"):
         convert(tmp_path / "tiny.gguf", tmp_path, on_bytes=lambda _: None)
@@ -133,7 +135,7 @@ def test_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
         target_name("blk.0.ffn_gate_exps.weight")
 
 
-def test_cut_short_gguf(tmp_path: Path) -> None:
+def test_convert_truncated_gguf_raises(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path)
     path.write_bytes(path.read_bytes()[:5000])

@@ -79,7 +79,7 @@ def inspect_full(folder: Path) -> ModelInfo:
     return info
 
 
-def test_full_model_facts(tmp_path: Path) -> None:
+def test_inspect_full_model_reads_its_facts(tmp_path: Path) -> None:
     info = inspect_full(make_model(tmp_path))
     assert info.architecture == "LlamaForCausalLM"
     assert info.dtype == "bfloat16"
@@ -92,7 +92,7 @@ def test_full_model_facts(tmp_path: Path) -> None:
     assert not info.needs_custom_code
 
 
-def test_looking_needs_no_torch(tmp_path: Path) -> None:
+def test_inspect_imports_no_torch(tmp_path: Path) -> None:
     # In a process of its own: other tests may have imported torch into this one.
     import subprocess
 
@@ -104,7 +104,7 @@ def test_looking_needs_no_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
 
 
-def test_moe_counts_active_parameters(tmp_path: Path) -> None:
+def test_inspect_moe_counts_active_parameters(tmp_path: Path) -> None:
     config = {**CONFIG, "num_local_experts": 4, "num_experts_per_tok": 2}
     experts: Tensors = {
         f"model.layers.0.block_sparse_moe.experts.{index}.w1.weight": ("BF16", (96, 64))
@@ -117,7 +117,7 @@ def test_moe_counts_active_parameters(tmp_path: Path) -> None:
     assert info.active_parameters == 100 * 64 + 64 + 2 * 96 * 64
 
 
-def test_family_is_shapes_not_values(tmp_path: Path) -> None:
+def test_inspect_family_depends_on_shapes_and_not_on_values(tmp_path: Path) -> None:
     one = inspect_full(make_model(tmp_path / "one"))
     renamed = {**CONFIG, "_name_or_path": "other", "transformers_version": "1"}
     two = inspect_full(make_model(tmp_path / "two", renamed))
@@ -129,7 +129,7 @@ def test_family_is_shapes_not_values(tmp_path: Path) -> None:
     assert len({one.family, wider.family, rope.family}) == 3
 
 
-def test_shards_are_added_up(tmp_path: Path) -> None:
+def test_inspect_shards_are_added_up_and_missing_ones_raise(tmp_path: Path) -> None:
     make_model(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     shards = {"a.safetensors": "model.norm.weight", "b.safetensors": "model.embed_tokens.weight"}
@@ -144,7 +144,7 @@ def test_shards_are_added_up(tmp_path: Path) -> None:
         inspect_model(tmp_path)
 
 
-def test_adapter_facts(tmp_path: Path) -> None:
+def test_inspect_adapter_reads_its_facts(tmp_path: Path) -> None:
     info = inspect_model(make_adapter(tmp_path / "adapter"))
     assert isinstance(info, AdapterInfo)
     assert (info.base, info.rank, info.alpha) == ("tiny", 8, 16.0)
@@ -153,7 +153,7 @@ def test_adapter_facts(tmp_path: Path) -> None:
     assert info.dtype == "float16"
 
 
-def test_adapter_of_another_rank_is_refused(tmp_path: Path) -> None:
+def test_inspect_adapter_whose_rank_disagrees_raises(tmp_path: Path) -> None:
     with pytest.raises(ModelStoreError, match=r"has rank 4, adapter_config\.json says 8"):
         inspect_model(make_adapter(tmp_path / "adapter", rank=4))
 
@@ -170,14 +170,14 @@ def test_adapter_of_another_rank_is_refused(tmp_path: Path) -> None:
         (lambda p: p.unlink(), "no safetensors weights"),
     ],
 )
-def test_damaged_weights_are_refused_in_one_line(tmp_path: Path, damage: Any, said: str) -> None:
+def test_inspect_damaged_weights_raise_one_line(tmp_path: Path, damage: Any, said: str) -> None:
     damage(make_model(tmp_path) / "model.safetensors")
     with pytest.raises(ModelStoreError, match=said) as caught:
         inspect_model(tmp_path)
     assert "\n" not in caught.value.message
 
 
-def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
+def test_inspect_overlapping_tensors_raise(tmp_path: Path) -> None:
     header = json.dumps(
         {
             "a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]},
@@ -190,7 +190,7 @@ def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
         read_header(path)
 
 
-def test_pickles_are_named_and_not_loaded(tmp_path: Path) -> None:
+def test_inspect_pickle_files_raise_without_being_loaded(tmp_path: Path) -> None:
     (make_model(tmp_path) / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(ModelStoreError, match=r"pytorch_model\.bin can run code"):
@@ -198,7 +198,7 @@ def test_pickles_are_named_and_not_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "max_position_embeddings", "architectures"])
-def test_missing_config_key_is_named(tmp_path: Path, key: str) -> None:
+def test_inspect_missing_config_key_raises_with_its_name(tmp_path: Path, key: str) -> None:
     # An architecture that nobody knows has no defaults that could stand for what is missing.
     config = {**CONFIG, "model_type": "nobody_knows"}
     make_model(tmp_path, {name: value for name, value in config.items() if name != key})
@@ -206,7 +206,7 @@ def test_missing_config_key_is_named(tmp_path: Path, key: str) -> None:
         inspect_model(tmp_path)
 
 
-def test_empty_folder_and_no_folder(tmp_path: Path) -> None:
+def test_inspect_empty_or_missing_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(ModelStoreError, match=r"neither config\.json"):
         inspect_model(tmp_path)
     with pytest.raises(ModelStoreError, match="no such folder"):

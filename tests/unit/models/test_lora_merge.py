@@ -48,7 +48,7 @@ def _halves(delta: LoraDelta) -> tuple[Any, Any]:
     st.floats(-2.0, 2.0),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_merge_of_a_plain_adapter_adds_strength_times_scale_times_b_a(
+def test_merge_plain_adapter_adds_strength_times_scale_times_b_a(
     tmp_path_factory: pytest.TempPathFactory,
     rank: int,
     rows: int,
@@ -109,7 +109,7 @@ NEUTRAL: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("extra", OTHER_ARITHMETIC, ids=str)
-def test_merge_of_an_adapter_of_other_arithmetic_is_refused_by_check_and_engine(
+def test_merge_unsupported_adapter_variant_raises_in_check_and_engine(
     tmp_path: Path, extra: dict[str, Any]
 ) -> None:
     folder = _adapter(tmp_path / "a", **extra)
@@ -121,7 +121,7 @@ def test_merge_of_an_adapter_of_other_arithmetic_is_refused_by_check_and_engine(
 
 
 @pytest.mark.parametrize("extra", SERVED_BESIDE, ids=str)
-def test_merge_of_what_is_served_beside_its_base_only_is_refused(
+def test_merge_adapter_that_must_stay_unmerged_raises(
     tmp_path: Path, extra: dict[str, Any]
 ) -> None:
     folder = _adapter(tmp_path / "a", **extra)
@@ -131,7 +131,7 @@ def test_merge_of_what_is_served_beside_its_base_only_is_refused(
 
 
 @pytest.mark.parametrize("extra", NEUTRAL, ids=str)
-def test_merge_of_an_adapter_that_was_only_trained_otherwise_is_plain(
+def test_merge_adapter_with_training_only_options_is_plain(
     tmp_path: Path, extra: dict[str, Any]
 ) -> None:
     folder = _adapter(tmp_path / "a", **extra)
@@ -142,7 +142,7 @@ def test_merge_of_an_adapter_that_was_only_trained_otherwise_is_plain(
 @pytest.mark.parametrize(
     "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32]
 )
-def test_merge_into_a_quantised_weight_is_refused(tmp_path: Path, dtype: Any) -> None:
+def test_merge_into_quantised_weights_raises(tmp_path: Path, dtype: Any) -> None:
     delta = LoraDelta(_adapter(tmp_path / "a"), 1.0)
     weight = torch.ones(4, 4).to(dtype)
     with pytest.raises(ValueError, match="quantised"):

@@ -139,7 +139,7 @@ LLAVA_7B = {
     ],
     ids=["gemma3", "llava", "llama"],
 )
-def test_inspect_config_that_leaves_sizes_out_has_the_class_s_defaults(
+def test_inspect_config_without_sizes_uses_the_class_s_defaults(
     tmp_path: Path, config: dict[str, Any], expected: tuple[int, ...]
 ) -> None:
     info = inspect_model(make_llama(tmp_path / "m", config=config))
@@ -187,7 +187,7 @@ def test_inspect_kv_layout_is_that_of_the_layers(
 
 
 @pytest.mark.parametrize(("kv_bytes", "fits"), [(16_384, True), (16_383, False)])
-def test_check_layers_with_a_window_need_room_for_the_window_only(
+def test_check_sliding_window_layers_reserve_the_window_only(
     tmp_path: Path, kv_bytes: int, fits: bool
 ) -> None:
     # Two layers, of which each keeps 32 of 256 tokens of 64 float32 numbers.
@@ -224,7 +224,7 @@ def test_check_layers_with_a_window_need_room_for_the_window_only(
     ],
     ids=lambda value: "+".join(sorted(value)) or "none",
 )
-def test_check_weights_stored_twice_are_counted_once(
+def test_check_duplicate_weights_are_counted_once(
     tmp_path: Path, files: set[str], copies: tuple[str, ...]
 ) -> None:
     shapes = llama_tensors()
@@ -263,7 +263,7 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 
 @pytest.mark.parametrize("index", [True, False])
-def test_inspect_lost_shard_is_named(tmp_path: Path, index: bool) -> None:
+def test_inspect_missing_shard_raises_with_its_name(tmp_path: Path, index: bool) -> None:
     folder = make_llama(tmp_path / "m", weights=False)
     write_tensors(folder / "model-00001-of-00002.safetensors", llama_tensors())
     if index:
@@ -274,7 +274,7 @@ def test_inspect_lost_shard_is_named(tmp_path: Path, index: bool) -> None:
         inspect_model(folder)
 
 
-def test_inspect_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_inspect_index_outside_the_folder_raises(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "m", weights=False)
     write_tensors(tmp_path / "other.safetensors", llama_tensors())
     weight_map = dict.fromkeys(llama_tensors(), "../other.safetensors")
@@ -283,7 +283,7 @@ def test_inspect_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -
         inspect_model(folder)
 
 
-def test_is_second_copy_alone_is_the_only_one() -> None:
+def test_is_second_copy_is_true_beside_the_other_format_only() -> None:
     assert not is_second_copy("consolidated.safetensors", ["consolidated.safetensors"])
     assert is_second_copy("consolidated.safetensors", ["model.safetensors"])
     assert not is_second_copy("model.safetensors", ["consolidated.safetensors"])
@@ -320,7 +320,7 @@ UNSERVED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
 @pytest.mark.parametrize("named", sorted(UNSERVED))
-def test_check_adapter_that_no_engine_serves_is_refused_by_name(
+def test_check_unsupported_adapter_raises_with_the_reason(
     tmp_path: Path, named: str, form: str
 ) -> None:
     base = make_llama(tmp_path / "base")
@@ -341,7 +341,7 @@ def test_check_adapter_that_no_engine_serves_is_refused_by_name(
     "config",
     [{}, {"use_rslora": True}, {"target_modules": "all-linear"}, {"init_lora_weights": "eva"}],
 )
-def test_check_plain_adapter_is_served(tmp_path: Path, config: dict[str, Any], form: str) -> None:
+def test_check_plain_adapter_passes(tmp_path: Path, config: dict[str, Any], form: str) -> None:
     base = make_llama(tmp_path / "base")
     adapter = make_lora(tmp_path / "lora", config=config)
     experts = {
@@ -359,7 +359,7 @@ def test_check_plain_adapter_is_served(tmp_path: Path, config: dict[str, Any], f
         ({"fan_in_fan_out": True}, (4, 4)),
     ],
 )
-def test_check_adapter_with_patterns_is_served_beside_its_base_and_not_merged(
+def test_check_adapter_with_patterns_is_served_unmerged_only(
     tmp_path: Path, config: dict[str, Any], ranks: tuple[int, ...]
 ) -> None:
     base = make_llama(tmp_path / "base")
@@ -373,7 +373,7 @@ def test_check_adapter_with_patterns_is_served_beside_its_base_and_not_merged(
     assert f"experts.b.adapter: {key} of its adapter_config.json can't be merged" in said(merged)
 
 
-def test_check_adapter_with_a_key_that_nobody_knows_is_warned_of(tmp_path: Path) -> None:
+def test_check_adapter_with_an_unknown_key_warns(tmp_path: Path) -> None:
     base = make_llama(tmp_path / "base")
     adapter = make_lora(tmp_path / "lora", config={"use_newest_lora": True})
     result = check(
@@ -385,7 +385,7 @@ def test_check_adapter_with_a_key_that_nobody_knows_is_warned_of(tmp_path: Path)
     )
 
 
-def test_check_adapter_whose_largest_rank_is_too_large_is_refused(tmp_path: Path) -> None:
+def test_check_adapter_whose_largest_rank_exceeds_the_limit_raises(tmp_path: Path) -> None:
     base = make_llama(tmp_path / "base")
     adapter = make_lora(tmp_path / "lora", config={"rank_pattern": {"layers.1": 32}}, ranks=(4, 32))
     experts = {"a": {"model": str(base)}, "b": {"base": "a", "adapter": str(adapter)}}
@@ -401,7 +401,7 @@ def test_check_adapter_whose_largest_rank_is_too_large_is_refused(tmp_path: Path
         ({"module": "self_attn.k_proj"}, "self_attn.k_proj of 64 × 64, and the base's has 32 × 64"),
     ],
 )
-def test_check_adapter_of_another_base_is_refused(
+def test_check_adapter_of_another_base_raises(
     tmp_path: Path, changes: dict[str, Any], why: str, form: str
 ) -> None:
     base = make_llama(tmp_path / "base")
@@ -413,7 +413,7 @@ def test_check_adapter_of_another_base_is_refused(
     assert why in said(result)
 
 
-def test_check_adapter_of_a_model_that_also_sees_fits_by_layer(tmp_path: Path) -> None:
+def test_check_adapter_of_a_multimodal_model_matches_by_layer(tmp_path: Path) -> None:
     config = {**LLAVA_7B, "text_config": LLAMA}
     base = make_llama(tmp_path / "base", config=config, weights=False)
     prefixed = {f"language_model.{name}": one for name, one in llama_tensors().items()}
@@ -436,7 +436,7 @@ def test_check_adapter_of_a_model_that_also_sees_fits_by_layer(tmp_path: Path) -
         (None, False),
     ],
 )
-def test_check_adapter_that_names_another_base_is_warned_of(
+def test_check_adapter_that_names_another_base_warns(
     tmp_path: Path, named: str | None, warned: bool
 ) -> None:
     models = tmp_path / "models"
@@ -458,7 +458,7 @@ def test_check_adapter_that_names_another_base_is_warned_of(
 # --- tokenizers and chat templates
 
 
-def test_check_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_check_folder_without_a_tokenizer_raises(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "m", tokenizer=False)
     result = check(tmp_path, {"a": {"model": str(folder)}})
     assert "experts.a.model: no tokenizer in its folder" in said(result)
@@ -468,7 +468,7 @@ def test_check_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     "name",
     ["tokenizer.model", "tokenizer.model.v3", "tekken.json", "vocab.json", "qwen.tiktoken"],
 )
-def test_check_any_known_vocabulary_is_a_tokenizer(tmp_path: Path, name: str) -> None:
+def test_check_any_known_vocabulary_file_counts_as_a_tokenizer(tmp_path: Path, name: str) -> None:
     folder = make_llama(tmp_path / "m", tokenizer=False)
     (folder / name).write_text("{}")
     assert check(tmp_path, {"a": {"model": str(folder)}}).exit_code == 0
@@ -483,7 +483,7 @@ def test_check_any_known_vocabulary_is_a_tokenizer(tmp_path: Path, name: str) ->
         ("tekken.json", "{}"),
     ],
 )
-def test_check_template_in_any_of_its_places_is_seen(
+def test_check_chat_template_is_found_in_any_of_its_places(
     tmp_path: Path, name: str, content: str
 ) -> None:
     folder = make_llama(tmp_path / "m", template=False)
@@ -492,7 +492,7 @@ def test_check_template_in_any_of_its_places_is_seen(
     assert (result.exit_code, "warning" in said(result)) == (0, False)
 
 
-def test_check_no_template_is_warned_of_where_the_expert_chats(tmp_path: Path) -> None:
+def test_check_chat_expert_without_a_template_warns(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "m", template=False)
     chats = check(tmp_path, {"a": {"model": str(folder)}})
     assert chats.exit_code == 0
@@ -515,7 +515,7 @@ def hub_cache(root: Path, *commits: str, main: str | None = None) -> Path:
     return folder
 
 
-def test_locate_root_of_a_cached_model_is_its_snapshot(tmp_path: Path) -> None:
+def test_locate_hub_cache_root_is_its_snapshot(tmp_path: Path) -> None:
     folder = hub_cache(tmp_path, "aaa", "bbb", main="bbb")
     assert locate(str(folder), root=tmp_path / "store") == folder / "snapshots" / "bbb"
     result = check(tmp_path, {"a": {"model": str(folder)}})
@@ -531,7 +531,7 @@ def test_hub_snapshot_without_a_ref_is_the_only_one_or_none(tmp_path: Path) -> N
     assert hub_snapshot(out) is None
 
 
-def test_check_root_of_the_whole_cache_says_what_to_name(tmp_path: Path) -> None:
+def test_check_root_of_the_whole_hub_cache_raises_with_what_to_name(tmp_path: Path) -> None:
     hub_cache(tmp_path / "hub", "aaa")
     result = check(tmp_path, {"a": {"model": str(tmp_path / "hub")}})
     assert "name one model's folder in it, models--ORG--NAME" in said(result)

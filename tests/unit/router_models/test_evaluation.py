@@ -49,7 +49,7 @@ def drawn(rng: np.random.Generator, prompts: int, recorded: int) -> tuple[Table,
 
 
 @pytest.mark.parametrize("recorded", [1, 4])
-def test_with_errors_tells_the_spread_over_repeated_samples(recorded: int) -> None:
+def test_with_errors_reports_the_spread_over_repeated_samples(recorded: int) -> None:
     rng = np.random.default_rng(0)
     samples = [with_errors(*drawn(rng, 400 // recorded, recorded), [5.0])[0] for _ in range(300)]
     for value, error in (("gain", "gain_se"), ("score", "score_se")):
@@ -59,7 +59,7 @@ def test_with_errors_tells_the_spread_over_repeated_samples(recorded: int) -> No
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 6))
-def test_standard_error_of_repeated_rows_is_that_of_one_of_each(
+def test_standard_error_of_repeated_rows_equals_that_of_one_each(
     seed: int, count: int, recorded: int
 ) -> None:
     values = np.random.default_rng(seed).random(count)
@@ -69,7 +69,7 @@ def test_standard_error_of_repeated_rows_is_that_of_one_of_each(
     assert again == pytest.approx(once, abs=1e-12)
 
 
-def test_report_of_experts_alike_where_both_ran_takes_them_for_alike() -> None:
+def test_report_of_equal_experts_on_common_rows_finds_no_difference() -> None:
     easy = np.arange(200) < 100
     outcomes = table(
         np.stack([np.where(easy, 1.0, 0.0), np.where(easy, 1.0, np.nan)], 1), np.ones((200, 2))
@@ -82,7 +82,7 @@ def test_report_of_experts_alike_where_both_ran_takes_them_for_alike() -> None:
     assert row["gain"] == pytest.approx(0)
 
 
-def test_comparison_of_an_expert_with_few_rows_leaves_it_out() -> None:
+def test_comparison_leaves_out_an_expert_with_few_rows() -> None:
     score = np.ones((100, 3))
     score[10:, 1] = np.nan
     score[:20, 2] = np.nan
@@ -95,7 +95,7 @@ def test_comparison_of_an_expert_with_few_rows_leaves_it_out() -> None:
     assert alone.score.tolist() == [1.0, -np.inf, 1.0]
 
 
-def test_comparison_without_any_outcome_is_refused() -> None:
+def test_comparison_without_any_outcome_raises() -> None:
     outcomes = table(np.full((3, 2), np.nan), np.ones((3, 2)))
     predicted = Predicted(np.ones((3, 1)), np.ones((3, 2)), np.ones((3, 2)))
     with pytest.raises(ValueError, match="no row has an outcome"):

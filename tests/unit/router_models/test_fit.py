@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_artifact_runs_in_the_service(folder: Path) -> None:
+def test_fit_artifact_loads_in_the_service(folder: Path) -> None:
     artifact = load_artifact(folder / "toy@1")
     classifier, found = Classifier.from_artifact(artifact), ExpertMap.from_artifact(artifact)
     assert set(found.experts) == set(COSTS)
@@ -98,7 +98,7 @@ def test_the_artifact_runs_in_the_service(folder: Path) -> None:
         assert found.recipes[best].name == winner
 
 
-def test_service_and_fit_compute_the_same(folder: Path) -> None:
+def test_fit_and_service_compute_the_same_quality(folder: Path) -> None:
     table, _ = read_outcomes([folder / "train.jsonl"], COSTS)
     problem = Problem(table, SETTINGS)
     inside = problem.predict(problem.fit(np.arange(len(table))), np.arange(len(table)))
@@ -111,7 +111,7 @@ def test_service_and_fit_compute_the_same(folder: Path) -> None:
     assert outside.cost == pytest.approx(inside.cost[:, kept], abs=5e-2)
 
 
-def test_a_strange_prompt_is_taken_for_an_average_one(folder: Path) -> None:
+def test_fit_unusual_prompt_gets_the_average(folder: Path) -> None:
     artifact = load_artifact(folder / "toy@1")
     classifier, found = Classifier.from_artifact(artifact), ExpertMap.from_artifact(artifact)
     assessment = classifier.assess("我爱北京天安门" * 3)
@@ -119,14 +119,14 @@ def test_a_strange_prompt_is_taken_for_an_average_one(folder: Path) -> None:
     assert found.estimate(assessment).quality == pytest.approx(found.prior @ found.score)
 
 
-def test_only_leaves_recipes_of_the_experts_named(folder: Path) -> None:
+def test_fit_only_keeps_recipes_of_the_named_experts(folder: Path) -> None:
     found = ExpertMap.load(folder / "toy@1").only(["small", "maths"])
     assert set(found.experts) == {"small", "maths"}
     with pytest.raises(ValueError, match="no recipe"):
         found.only(["nobody"])
 
 
-def test_evaluate_judges_unseen_rows(folder: Path) -> None:
+def test_evaluate_scores_unseen_rows(folder: Path) -> None:
     said: list[str] = []
     result = evaluate.run(
         artifact=folder / "toy@1",
@@ -159,7 +159,7 @@ def test_evaluate_judges_unseen_rows(folder: Path) -> None:
     json.dumps(result, allow_nan=False)
 
 
-def test_rows_all_seen_are_judged_out_of_fold(folder: Path) -> None:
+def test_evaluate_rows_all_seen_scores_out_of_fold(folder: Path) -> None:
     said: list[str] = []
     result = evaluate.run(
         artifact=folder / "toy@1",
@@ -171,7 +171,7 @@ def test_rows_all_seen_are_judged_out_of_fold(folder: Path) -> None:
     assert result["category_accuracy"] == 1.0
 
 
-def test_missing_categories_become_clusters(folder: Path) -> None:
+def test_fit_without_categories_clusters_the_prompts(folder: Path) -> None:
     said: list[str] = []
     metrics = fit.run(
         outcomes=[folder / "bare.jsonl"],
@@ -185,7 +185,7 @@ def test_missing_categories_become_clusters(folder: Path) -> None:
     assert any("clusters stand for them" in line for line in said)
 
 
-def test_a_handful_of_rows_is_enough(folder: Path) -> None:
+def test_fit_works_with_a_handful_of_rows(folder: Path) -> None:
     few = folder / "few.jsonl"
     few.write_text("\n".join(map(json.dumps, rows(3, 9))))
     fit.run(
@@ -198,13 +198,13 @@ def test_a_handful_of_rows_is_enough(folder: Path) -> None:
     Classifier.load(folder / "few@1").assess("add cows")
 
 
-def test_a_classifier_alone_can_not_be_evaluated(folder: Path) -> None:
+def test_evaluate_artifact_without_a_map_raises(folder: Path) -> None:
     demo = Path(__file__).parents[3] / "router_models" / "artifacts" / "demo@1"
     with pytest.raises(ArtifactError, match="no map"):
         evaluate.run(artifact=demo, outcomes=[folder / "test.jsonl"], costs=folder / "costs.json")
 
 
-def test_commands(folder: Path) -> None:
+def test_fit_and_evaluate_commands_run(folder: Path) -> None:
     runner = CliRunner()
     common = ["--costs", str(folder / "costs.json"), "--outcomes"]
     files = [str(folder / "test.jsonl"), str(folder / "bare.jsonl")]
@@ -231,7 +231,7 @@ def test_commands(folder: Path) -> None:
     assert "Traceback" not in done.output
 
 
-def test_shrinkage() -> None:
+def test_expert_map_shrinks_sparse_cells_to_the_average() -> None:
     values = np.array([[1.0, 0.0], [1.0, np.nan], [0.0, 1.0]])
     cells, count = shrunk_cells(values, np.array([0, 0, 1]), 2, 0.0)
     assert cells.tolist() == [[1.0, 0.0], [0.0, 1.0]]
@@ -240,7 +240,7 @@ def test_shrinkage() -> None:
     assert cells[0] == pytest.approx([2 / 3, 1 / 2])
 
 
-def test_logistic_regression_and_ridge_find_a_plain_rule() -> None:
+def test_logistic_and_ridge_regression_recover_a_simple_rule() -> None:
     texts = [f"{'red' if i % 2 else 'blue'} thing {i}" for i in range(80)]
     labels = np.arange(80) % 2
     corpus = featurize(texts, SETTINGS.spec)

@@ -36,7 +36,7 @@ def by_hand(
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("memory", "budget"), [(np.inf, np.inf), (3, np.inf), (6, 4.0), (8, 2.0)])
-def test_it_is_the_optimum(seed: int, memory: float, budget: float) -> None:
+def test_compose_finds_the_optimum(seed: int, memory: float, budget: float) -> None:
     rng = np.random.default_rng(seed)
     score, cost = rng.random((3, 4)), rng.random((3, 4)) * 3
     prior = rng.dirichlet(np.ones(3))
@@ -56,7 +56,7 @@ def test_it_is_the_optimum(seed: int, memory: float, budget: float) -> None:
     assert set(found.recipes) == set(CATEGORIES)
 
 
-def test_what_does_not_fit_is_said() -> None:
+def test_compose_experts_that_do_not_fit_are_reported() -> None:
     ones = np.ones((3, 4))
     common = {
         "categories": CATEGORIES,
@@ -91,7 +91,7 @@ def hard(seed: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_compose_cut_short_tells_how_far_the_optimum_may_be(
+def test_compose_interrupted_search_reports_the_gap_to_the_optimum(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = hard(seed)
@@ -111,7 +111,7 @@ def test_compose_cut_short_tells_how_far_the_optimum_may_be(
     assert found.optimal or found.gap > 0
 
 
-def test_compose_without_any_choice_in_time_does_not_say_that_none_fits(
+def test_compose_timeout_without_a_solution_does_not_claim_that_none_fits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def none_found(*_: Any, **__: Any) -> Any:

@@ -24,7 +24,7 @@ def row(identity: str, **more: Any) -> dict[str, Any]:
     return {"id": identity, "prompt": f"p {identity}", "outcomes": {"a": {"score": 1}}} | more
 
 
-def test_a_plain_row(tmp_path: Path) -> None:
+def test_read_outcomes_reads_a_plain_row(tmp_path: Path) -> None:
     file = write(
         tmp_path / "x.jsonl",
         [
@@ -48,13 +48,13 @@ def test_a_plain_row(tmp_path: Path) -> None:
     assert skipped.lines() == []
 
 
-def test_gzip_is_known_by_content_not_by_name(tmp_path: Path) -> None:
+def test_read_outcomes_detects_gzip_by_content(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(gzip.compress(json.dumps(row("1")).encode()))
     assert len(read_outcomes([file], COSTS)[0]) == 1
 
 
-def test_what_is_broken_is_skipped_and_named(tmp_path: Path) -> None:
+def test_read_outcomes_skips_and_names_invalid_rows(tmp_path: Path) -> None:
     file = write(
         tmp_path / "x.jsonl",
         [
@@ -81,14 +81,14 @@ def test_what_is_broken_is_skipped_and_named(tmp_path: Path) -> None:
     assert "x.jsonl:1" in text
 
 
-def test_no_answer_agrees_with_none(tmp_path: Path) -> None:
+def test_read_outcomes_without_an_answer_agrees_with_nothing(tmp_path: Path) -> None:
     outcomes = {"a": {"score": 0, "answer": None}, "b": {"score": 0}}
     table, _ = read_outcomes([write(tmp_path / "x", [row("1", outcomes=outcomes)])], COSTS)
     assert table.answer.tolist() == [[NO_ANSWER, NO_ANSWER]]
     assert table.has_answers.tolist() == [False, False]
 
 
-def test_a_damaged_archive_gives_what_was_read(tmp_path: Path) -> None:
+def test_read_outcomes_truncated_archive_returns_what_was_read(tmp_path: Path) -> None:
     rows = "\n".join(json.dumps(row(str(i))) for i in range(20_000))
     file = tmp_path / "x.gz"
     file.write_bytes(gzip.compress(rows.encode())[:-20_000])
@@ -97,7 +97,7 @@ def test_a_damaged_archive_gives_what_was_read(tmp_path: Path) -> None:
     assert "damaged" in "\n".join(skipped.lines())
 
 
-def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
+def test_read_outcomes_without_usable_rows_raises(tmp_path: Path) -> None:
     with pytest.raises(OutcomeError, match="nothing usable"):
         read_outcomes([write(tmp_path / "x", ["{"])], COSTS)
     with pytest.raises(OutcomeError, match="No such file"):
@@ -109,7 +109,7 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
         read_outcomes([file], COSTS, ["b"])
 
 
-def test_costs(tmp_path: Path) -> None:
+def test_read_outcomes_reads_costs(tmp_path: Path) -> None:
     plain = write(tmp_path / "plain.json", [COSTS])
     assert read_costs(plain) == COSTS
     nested = write(tmp_path / "nested.json", [{"one": {"a": 1}, "two": {"b": 2}}])
@@ -121,7 +121,7 @@ def test_costs(tmp_path: Path) -> None:
             read_costs(write(tmp_path / "bad.json", [bad]))
 
 
-def test_models_not_asked_for_stand_by(tmp_path: Path) -> None:
+def test_read_outcomes_keeps_models_not_asked_for_as_bystanders(tmp_path: Path) -> None:
     outcomes = {"a": {"score": 1}, "b": {"score": 0.5}, "free": {"score": 0.25}}
     rows = [row(str(i), outcomes=outcomes) for i in range(3)]
     rows.append(row("3", outcomes={"a": {"score": 0}, "rare": {"score": 1}}))

@@ -64,25 +64,25 @@ VOTE = Recipe("vote", ("a", "b", "c"))
         (VOTE, [1, 2, 2, 1], 2, (1, 13)),
     ],
 )
-def test_one_row(
+def test_outcome_of_recipes_on_one_row(
     recipe: Recipe, answers: list[int], truth: int, expected: tuple[float, float]
 ) -> None:
     assert one(recipe, answers, truth) == expected
 
 
-def test_reach_counts_who_is_asked_later() -> None:
+def test_outcome_reach_counts_experts_asked_later() -> None:
     played = play([CHAIN], table([[1, 1, 2, 3], [1, 2, 2, 3], [1, 2, 3, 4]], [1, 1, 1]))
     assert played.reach[:, 0].tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 0]]
 
 
-def test_a_missing_expert_matters_only_where_it_is_asked() -> None:
+def test_outcome_missing_expert_matters_only_where_it_is_asked() -> None:
     played = play([PAIR], table([[1, 1, 2, 2], [1, 3, 2, 2]], [1, 2], missing=[2]))
     assert played.score[0, 0] == 1
     assert np.isnan(played.score[1, 0])
     assert np.isnan(played.cost[1, 0])
 
 
-def test_a_vote_with_the_last_deciding_is_its_cascade() -> None:
+def test_outcome_vote_whose_last_member_decides_equals_its_cascade() -> None:
     rng = np.random.default_rng(0)
     answers = rng.integers(0, 4, (200, 4))
     played = play([VOTE, PAIR], table(answers.tolist(), rng.integers(0, 4, 200).tolist()))
@@ -90,7 +90,7 @@ def test_a_vote_with_the_last_deciding_is_its_cascade() -> None:
     assert (played.cost[:, 0] >= played.cost[:, 1]).all()
 
 
-def test_candidates_are_distinct_and_use_recorded_answers_only() -> None:
+def test_candidate_recipes_are_distinct_and_use_recorded_answers_only() -> None:
     found = candidates(table([[1, NONE, 2, 3]] * 3, [1, 1, 1]))
     assert len(set(found)) == len(found)
     assert found[:4] == [Recipe("single", (name,)) for name in NAMES]
@@ -110,12 +110,14 @@ def test_candidates_are_distinct_and_use_recorded_answers_only() -> None:
         ("team", ("a", "b", "c"), ()),
     ],
 )
-def test_what_is_no_recipe(kind: str, members: tuple[str, ...], later: tuple[str, ...]) -> None:
+def test_parse_recipe_invalid_text_raises(
+    kind: str, members: tuple[str, ...], later: tuple[str, ...]
+) -> None:
     with pytest.raises(ValueError, match="no such recipe"):
         Recipe(kind, members, later)  # type: ignore[arg-type]
 
 
-def test_recipe_names_and_json() -> None:
+def test_recipe_names_and_json_round_trip() -> None:
     assert CHAIN.name == "cascade([a, b] → c → d)"
     assert VOTE.name == "vote([a, b, c])"
     assert Recipe("single", ("a",)).name == "a"

@@ -14,7 +14,7 @@ ARTIFACTS = Path(data.__file__).parent / "artifacts"
 
 
 @pytest.mark.parametrize("expert", data.EXPERTS)
-def test_adapter_is_small_and_on_the_mlp_only(expert: str) -> None:
+def test_demo_adapter_is_small_and_changes_the_mlp_only(expert: str) -> None:
     info = inspect_model(ARTIFACTS / expert)
     assert isinstance(info, AdapterInfo)
     assert (info.base, info.rank) == ("smollm2-135m-instruct", 8)
@@ -23,13 +23,13 @@ def test_adapter_is_small_and_on_the_mlp_only(expert: str) -> None:
 
 
 @pytest.mark.parametrize("expert", data.EXPERTS)
-def test_expert_clearly_beats_the_base(expert: str) -> None:
+def test_demo_expert_beats_the_base_on_its_domain(expert: str) -> None:
     measured = json.loads((ARTIFACTS / expert / "metrics.json").read_text())["measured"]
     assert measured["gain"] > 3 * measured["gain_error"]
 
 
 @pytest.mark.parametrize("expert", data.EXPERTS)
-def test_card_holds_the_measured_numbers(expert: str) -> None:
+def test_demo_expert_card_has_the_measured_figures(expert: str) -> None:
     card = (ARTIFACTS / expert / "README.md").read_text()
     metrics = json.loads((ARTIFACTS / expert / "metrics.json").read_text())
     measured, run = metrics["measured"], metrics["run"]

@@ -20,12 +20,12 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def test_calculator_marks_go() -> None:
+def test_math_rows_drop_calculator_marks() -> None:
     worked = "48/2 = <<48/2=24>>24 clips, $<<0.2*50=10>>10.\n#### 10\n"
     assert data.strip_calculator_marks(worked) == "48/2 = 24 clips, $10.\n#### 10"
 
 
-def test_math_rows_are_on_one_side_only(tmp_path: Path) -> None:
+def test_math_rows_are_in_one_split_only(tmp_path: Path) -> None:
     write_rows(
         tmp_path / "gsm8k_train.jsonl.gz",
         [{"question": f"q{index}", "answer": f"#### {index}"} for index in range(400)],
@@ -36,7 +36,7 @@ def test_math_rows_are_on_one_side_only(tmp_path: Path) -> None:
     assert data.load("math", tmp_path, seed=0) == split
 
 
-def test_utterances_of_two_splits_are_not_learnt(tmp_path: Path) -> None:
+def test_utterances_in_two_splits_are_excluded(tmp_path: Path) -> None:
     write_rows(
         tmp_path / "clinc150.jsonl.gz",
         [
@@ -50,7 +50,7 @@ def test_utterances_of_two_splits_are_not_learnt(tmp_path: Path) -> None:
     assert [row.prompt for row in split.held_out] == ["hi there"]
 
 
-def test_as_typed_changes_case_and_mark_only() -> None:
+def test_as_typed_changes_case_and_punctuation_only() -> None:
     draw = random.Random(0)
     forms = {data.as_typed("what is up", draw) for _ in range(200)}
     assert forms == {"what is up", "What is up", "What is up?"}
@@ -62,7 +62,7 @@ def function(text: str) -> data.Example | None:
     return data.function_example(node, "module")
 
 
-def test_function_becomes_question_and_answer() -> None:
+def test_code_function_becomes_question_and_answer() -> None:
     example = function(
         '@cached\ndef twice(x: int) -> int:\n    """Double."""\n    return 2 * x  # c'
     )
@@ -83,11 +83,11 @@ def test_function_becomes_question_and_answer() -> None:
         f'def f():\n    """{"long " * 200}"""\n    return 1',
     ],
 )
-def test_functions_with_nothing_to_learn(text: str) -> None:
+def test_code_functions_without_content_are_skipped(text: str) -> None:
     assert function(text) is None
 
 
-def test_modules_are_held_out_whole(tmp_path: Path) -> None:
+def test_code_modules_are_held_out_as_a_whole(tmp_path: Path) -> None:
     names = [f"module{index}" for index in range(60)]
     for name in names:
         (tmp_path / f"{name}.py").write_text('def f(x):\n    """Doc."""\n    return x\n')
@@ -102,7 +102,7 @@ def conversation(*own: int, answer: tuple[int, ...]) -> Conversation:
     return Conversation((1, 2, 3, *own), answer, 1, "g")
 
 
-def test_row_shows_each_conversation_itself_only() -> None:
+def test_packed_row_attends_within_each_conversation_only() -> None:
     first = conversation(10, 11, answer=(20, 21, 9))
     second = conversation(12, answer=(22, 9))
     beginning = shared_beginning([first, second])
@@ -119,7 +119,7 @@ def test_row_shows_each_conversation_itself_only() -> None:
     assert not np.triu(allowed, 1).any()
 
 
-def test_rows_are_filled_in_order_and_lose_nothing() -> None:
+def test_packed_rows_are_filled_in_order_and_lose_nothing() -> None:
     conversations = [conversation(10 + index, answer=(20, 9)) for index in range(10)]
     rows = list(pack(conversations, (1, 2, 3), row_tokens=12))
     assert [len(row.conversations) for row in rows] == [3, 3, 3, 1]
@@ -127,12 +127,12 @@ def test_rows_are_filled_in_order_and_lose_nothing() -> None:
     assert all(len(row.token_ids) <= 12 for row in rows)
 
 
-def test_beginning_leaves_a_token_to_each_prompt() -> None:
+def test_shared_beginning_leaves_a_token_to_each_prompt() -> None:
     same = [Conversation((1, 2), (9,), 0, "a"), Conversation((1, 2), (8,), 0, "b")]
     assert shared_beginning(same) == (1,)
     assert shared_beginning([]) == ()
 
 
-def test_foreign_beginning_is_refused() -> None:
+def test_make_row_with_another_beginning_raises() -> None:
     with pytest.raises(ValueError, match="does not begin"):
         make_row([conversation(1, answer=(9,))], (7,))

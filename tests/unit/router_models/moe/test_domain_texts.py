@@ -25,7 +25,7 @@ def _write(folder: Path, name: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["law.jsonl", "law.jsonl.gz"])
-def test_a_field_of_ones_own_is_read_from_its_file(tmp_path: Path, name: str) -> None:
+def test_domain_from_a_file_is_read(tmp_path: Path, name: str) -> None:
     _write(tmp_path, name, 100)
     field = domain_texts.read("law", tmp_path)
     assert len(field.train) + len(field.held_out) == 100
@@ -34,7 +34,7 @@ def test_a_field_of_ones_own_is_read_from_its_file(tmp_path: Path, name: str) ->
     assert domain_texts.read("law", tmp_path) == field
 
 
-def test_a_field_without_texts_says_what_to_write(tmp_path: Path) -> None:
+def test_domain_without_texts_raises_with_what_to_write(tmp_path: Path) -> None:
     with pytest.raises(domain_texts.NoTextsError, match=r"no texts for 'law'.*law\.jsonl in"):
         domain_texts.read("law", tmp_path)
     with pytest.raises(domain_texts.NoTextsError, match="no folder of texts is given"):
@@ -51,14 +51,16 @@ def test_a_field_without_texts_says_what_to_write(tmp_path: Path) -> None:
         ('{"prompt": "p"}', "has .* rows to learn from and"),
     ],
 )
-def test_a_broken_file_is_named_with_what_is_wrong(tmp_path: Path, line: str, said: str) -> None:
+def test_domain_with_an_invalid_file_raises_with_the_reason(
+    tmp_path: Path, line: str, said: str
+) -> None:
     (tmp_path / "law.jsonl").write_text(line + "\n")
     with pytest.raises(domain_texts.NoTextsError, match=said):
         domain_texts.read("law", tmp_path)
 
 
 @pytest.mark.parametrize("name", domain_texts.DEMO_FIELDS)
-def test_the_demos_fields_have_prompts_without_any_file(name: str) -> None:
+def test_demo_domains_have_prompts_without_any_file(name: str) -> None:
     field = domain_texts.own_prompts(name)
     assert len(field.train) >= 200
     assert len(field.held_out) >= 50
@@ -67,7 +69,7 @@ def test_the_demos_fields_have_prompts_without_any_file(name: str) -> None:
     assert {row.answer for row in field.train} == {""}
 
 
-def test_what_the_demos_experts_were_measured_on_is_held_out(tmp_path: Path) -> None:
+def test_demo_domains_hold_out_the_evaluation_prompts(tmp_path: Path) -> None:
     rows = [json.dumps({"question": f"q {i}", "answer": f"a {i}"}) for i in range(400)]
     (tmp_path / "gsm8k_train.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
     field = domain_texts.read("math", tmp_path)
@@ -75,7 +77,7 @@ def test_what_the_demos_experts_were_measured_on_is_held_out(tmp_path: Path) -> 
     assert len(field.train) == 100
 
 
-def test_only_rows_without_an_answer_are_answered() -> None:
+def test_answer_prompts_answers_only_rows_without_an_answer() -> None:
     rows = (Example("a", "", "1"), Example("b", "told", "2"), Example("c", "", "3"))
     field = domain_texts.Field("law", rows, rows[:1], "", "")
     asked: list[list[str]] = []
@@ -96,7 +98,7 @@ def _scores(*row_bits: float) -> list[RowScore]:
     return [RowScore(f"g{i // 2}", perplexity, 10, False) for i, perplexity in enumerate(row_bits)]
 
 
-def test_the_share_of_a_gain_that_is_kept() -> None:
+def test_kept_returns_the_share_of_a_gain_with_its_error() -> None:
     base, expert = _scores(40, 60, 50, 50), _scores(20, 30, 30, 20)
     half = perplexity.kept(base, expert, _scores(30, 45, 40, 35), seed=0)
     assert (half.rows, half.base, half.expert, half.model) == (4, 5.0, 2.5, 3.75)

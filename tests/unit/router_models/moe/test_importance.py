@@ -61,7 +61,7 @@ def slowly(model: Any, all_ids: list[list[int]]) -> np.ndarray:
     return score
 
 
-def test_importance_is_what_computing_it_slowly_gives(tmp_path: Path) -> None:
+def test_importance_equals_the_direct_computation(tmp_path: Path) -> None:
     model, shape = shape_of("mixtral", tmp_path)
     found = measure(model, find_routed(model, shape), shape, texts())
     np.testing.assert_allclose(found.score, slowly(model, texts()), rtol=1e-4, atol=1e-7)
@@ -71,7 +71,7 @@ def test_importance_is_what_computing_it_slowly_gives(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_families_are_measured_and_steered_alike(kind: str, tmp_path: Path) -> None:
+def test_importance_measures_and_steers_each_model_family(kind: str, tmp_path: Path) -> None:
     model, shape = shape_of(kind, tmp_path)
     layers = find_routed(model, shape)
     before = measure(model, layers, shape, texts())
@@ -100,7 +100,7 @@ def test_families_are_measured_and_steered_alike(kind: str, tmp_path: Path) -> N
     assert best not in told[1].unique().tolist()
 
 
-def test_a_steered_router_gives_what_the_definition_says(tmp_path: Path) -> None:
+def test_steered_gate_equals_the_reference(tmp_path: Path) -> None:
     model, shape = shape_of("mixtral", tmp_path)
     layers = find_routed(model, shape)
     layer = LayerSteering.of(
@@ -114,7 +114,7 @@ def test_a_steered_router_gives_what_the_definition_says(tmp_path: Path) -> None
     np.testing.assert_allclose(weights.numpy(), want_weights, rtol=1e-6)
 
 
-def test_an_expert_whose_outputs_are_massive_is_protected(tmp_path: Path) -> None:
+def test_importance_protects_experts_with_massive_activations(tmp_path: Path) -> None:
     model, shape = shape_of("mixtral", tmp_path)
     layers = find_routed(model, shape)
     loud = int(measure(model, layers, shape, texts()).uses[0].argmax())
@@ -126,7 +126,7 @@ def test_an_expert_whose_outputs_are_massive_is_protected(tmp_path: Path) -> Non
     assert found.super_experts() == {0: (loud,)}
 
 
-def test_large_outputs_without_massive_activations_protect_nobody() -> None:
+def test_importance_large_outputs_without_massive_activations_are_not_protected() -> None:
     peaks = np.ones((2, 4))
     peaks[0, 1] = 50
     one = Importance((3, 5), peaks, peaks, peaks.astype(int), np.array([False, True]))
@@ -146,7 +146,7 @@ def test_large_outputs_without_massive_activations_protect_nobody() -> None:
         (0.26, 1, (), [1, 3]),
     ],
 )
-def test_the_best_stay_and_the_protected(
+def test_importance_keeps_the_best_and_the_protected_experts(
     keep: float, least: int, protected: tuple[int, ...], stay: list[int]
 ) -> None:
     score = np.array([2.0, 3.0, 1.0, 9.0])
@@ -154,7 +154,7 @@ def test_the_best_stay_and_the_protected(
     assert np.flatnonzero(kept).tolist() == stay
 
 
-def test_a_class_that_chooses_otherwise_is_refused_by_name() -> None:
+def test_importance_unsupported_gate_class_raises_with_its_name() -> None:
     model = tiny_moe("phimoe")
     shape = MoeShape((0, 1), EXPERTS, TOP_K, True, "")
     with pytest.raises(NotSteerableError, match="PhimoeForCausalLM: layer 0: its gate does not"):

@@ -27,7 +27,7 @@ def place(*words: object) -> Any:
     return CliRunner().invoke(moe, ["place", *map(str, words)])
 
 
-def test_a_placement_is_found_written_and_told(tmp_path: Path) -> None:
+def test_place_command_plans_writes_and_prints(tmp_path: Path) -> None:
     loads, out = recorded(tmp_path), tmp_path / "placement.json"
     result = place("--loads", loads, "--devices", 2, "--out", out, "--json")
     assert result.exit_code == 0, result.output
@@ -52,7 +52,7 @@ def test_a_placement_is_found_written_and_told(tmp_path: Path) -> None:
     assert "exists already" in str(place("--loads", loads, "--devices", 2, "--out", out).exception)
 
 
-def test_copies_make_up_for_one_hot_expert(tmp_path: Path) -> None:
+def test_plan_placement_replicates_one_hot_expert(tmp_path: Path) -> None:
     layers, loads = read_loads(recorded(tmp_path, [[97, 1, 1, 1, 1, 1]]))
     plain = make_plan(layers, loads, devices=2, clock=lambda: 0.0)
     copied = make_plan(layers, loads, devices=2, replicas=2, clock=lambda: 0.0)
@@ -62,7 +62,7 @@ def test_copies_make_up_for_one_hot_expert(tmp_path: Path) -> None:
     assert vllm_options(copied)["eplb_config"] == {"num_redundant_experts": 2}
 
 
-def test_what_is_balanced_is_left_alone(tmp_path: Path) -> None:
+def test_plan_placement_leaves_a_balanced_load_alone(tmp_path: Path) -> None:
     layers, loads = read_loads(recorded(tmp_path, [[5, 5, 5, 5]] * 3))
     plan = make_plan(layers, loads, devices=2, clock=lambda: 0.0)
     assert plan.best.name == "linear"
@@ -73,7 +73,7 @@ def test_what_is_balanced_is_left_alone(tmp_path: Path) -> None:
     }
 
 
-def test_without_time_nothing_is_solved_exactly(tmp_path: Path) -> None:
+def test_plan_placement_without_time_uses_the_heuristic(tmp_path: Path) -> None:
     chance = np.random.default_rng(3).integers(1, 100, (2, 8)).tolist()
     layers, loads = read_loads(recorded(tmp_path, chance))
     hurried = make_plan(layers, loads, devices=2, time_limit_s=0, clock=lambda: 0.0)
@@ -85,7 +85,7 @@ def test_without_time_nothing_is_solved_exactly(tmp_path: Path) -> None:
     assert exact.cost <= min(way.cost for way in hurried.ways)
 
 
-def test_the_table_says_what_vllm_can_take(tmp_path: Path) -> None:
+def test_plan_placement_table_names_what_vllm_accepts(tmp_path: Path) -> None:
     result = place("--loads", recorded(tmp_path), "--devices", 2, "--replicas", 2)
     assert result.exit_code == 0, result.output
     assert "8 experts, 2 copies on 2 devices, 2 layers" in result.output
@@ -108,7 +108,7 @@ def test_the_table_says_what_vllm_can_take(tmp_path: Path) -> None:
         ('{"layers": [{"layer": 3, "load": [0, 0]}]}', "layer 3 has no load; record"),
     ],
 )
-def test_loads_that_can_not_be_read(text: str, words: str, tmp_path: Path) -> None:
+def test_plan_placement_unreadable_loads_raise(text: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "loads.json"
     path.write_text(text)
     with pytest.raises(PlacementError) as caught:
@@ -117,7 +117,7 @@ def test_loads_that_can_not_be_read(text: str, words: str, tmp_path: Path) -> No
     assert str(path) in caught.value.message
 
 
-def test_what_can_not_be_spread_evenly_is_said(tmp_path: Path) -> None:
+def test_plan_placement_indivisible_experts_raise(tmp_path: Path) -> None:
     layers, loads = read_loads(recorded(tmp_path))
     with pytest.raises(PlacementError, match="8 experts can't be spread evenly over 3 devices"):
         make_plan(layers, loads, devices=3, clock=lambda: 0.0)

@@ -68,7 +68,9 @@ def bits_by_hand(base: Path, words: str, masks: dict[int, np.ndarray]) -> float:
     return -sum(float(odds[i, token]) for i, token in enumerate(ids)) / math.log(2)
 
 
-def test_a_profile_is_learned_judged_and_written(base: Path, prompts: Path, tmp_path: Path) -> None:
+def test_profile_command_learns_evaluates_and_writes(
+    base: Path, prompts: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "math.safetensors"
     others = tmp_path / "others.jsonl"
     others.write_text('{"text": "def f(x):"}\n{"prompt": "import os", "answer": "os.sep"}\n')
@@ -111,7 +113,7 @@ def test_a_profile_is_learned_judged_and_written(base: Path, prompts: Path, tmp_
     )
 
 
-def test_the_table_tells_the_same(base: Path, prompts: Path, tmp_path: Path) -> None:
+def test_profile_table_shows_the_evaluation(base: Path, prompts: Path, tmp_path: Path) -> None:
     result = run("--model", base, "--prompts", prompts, "--out", tmp_path / "p", "--keep", 1)
     assert result.exit_code == 0, result.output
     assert "8 of 8 experts stay in each of 2 layers, with 100.0%" in result.output
@@ -121,13 +123,15 @@ def test_the_table_tells_the_same(base: Path, prompts: Path, tmp_path: Path) -> 
     assert read_profile(tmp_path / "p").layers == {}
 
 
-def test_at_least_as_many_stay_as_are_chosen(base: Path, prompts: Path, tmp_path: Path) -> None:
+def test_profile_keeps_at_least_top_k_experts(base: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "p"
     assert run("--model", base, "--prompts", prompts, "--out", out, "--keep", 0.01).exit_code == 0
     assert {int((~one.mask).sum()) for one in read_profile(out).layers.values()} == {TOP_K}
 
 
-def test_what_can_not_be_learned_is_said(base: Path, prompts: Path, tmp_path: Path) -> None:
+def test_profile_that_can_not_be_learned_raises_with_the_reason(
+    base: Path, prompts: Path, tmp_path: Path
+) -> None:
     empty, few, odd = tmp_path / "empty", tmp_path / "few", tmp_path / "odd"
     empty.write_text("\n \n")
     few.write_text("one\ntwo\ntwo\n")
@@ -158,7 +162,9 @@ def test_what_can_not_be_learned_is_said(base: Path, prompts: Path, tmp_path: Pa
     assert out.read_text() == "mine"
 
 
-def test_other_models_are_refused_by_the_name_of_their_class(prompts: Path, tmp_path: Path) -> None:
+def test_profile_unsupported_model_class_raises_with_its_name(
+    prompts: Path, tmp_path: Path
+) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
@@ -171,7 +177,7 @@ def test_other_models_are_refused_by_the_name_of_their_class(prompts: Path, tmp_
     assert "PhimoeForCausalLM: its gates are of type 'phimoe'" in said
 
 
-def test_texts_are_read_as_they_are_meant(tmp_path: Path) -> None:
+def test_profile_reads_texts_in_every_supported_form(tmp_path: Path) -> None:
     path = tmp_path / "texts"
     path.write_text('a line\n{ no json\n{"text": "t"}\n{"prompt": "p", "answer": "a"}\na line\n')
     assert [(one.prompt, one.answer) for one in read_texts(path)] == [
@@ -185,7 +191,7 @@ def test_texts_are_read_as_they_are_meant(tmp_path: Path) -> None:
         read_texts(path)
 
 
-def test_experts_that_a_batch_needs() -> None:
+def test_profile_counts_experts_that_a_batch_needs() -> None:
     same = np.zeros((3, 10, 2), np.int64)
     same[..., 1] = 5
     assert distinct(same, 8, 1) == distinct(same, 8, 32) == 2

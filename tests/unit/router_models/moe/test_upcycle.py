@@ -58,7 +58,7 @@ def _tokens() -> torch.Tensor:
     return torch.randint(0, 250, (2, 40), generator=torch.Generator().manual_seed(3))
 
 
-def test_the_mixture_is_a_stock_mixtral_with_the_bases_face(made: Path) -> None:
+def test_upcycle_writes_a_standard_mixtral_with_the_base_s_tokenizer(made: Path) -> None:
     info = inspect_model(made / "moe")
     assert isinstance(info, ModelInfo)
     assert (info.architecture, info.model_type) == ("MixtralForCausalLM", "mixtral")
@@ -76,7 +76,7 @@ def test_the_mixture_is_a_stock_mixtral_with_the_bases_face(made: Path) -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_with_experts_that_change_nothing_it_is_the_base(
+def test_upcycle_of_identical_experts_computes_as_the_base(
     made: Path, tmp_path: Path, top_k: int
 ) -> None:
     for name in ("sums", "law"):
@@ -88,7 +88,9 @@ def test_with_experts_that_change_nothing_it_is_the_base(
     torch.testing.assert_close(moe_logits, dense_logits, rtol=0, atol=2e-5)
 
 
-def test_each_expert_is_its_dense_model_where_its_gate_says_so(made: Path, tmp_path: Path) -> None:
+def test_upcycle_each_expert_computes_as_its_dense_model_when_chosen(
+    made: Path, tmp_path: Path
+) -> None:
     (tmp_path / "moe").symlink_to(made / "moe")
     for index, name in enumerate(("general", "sums", "law")):
         model = _model(made / "moe")
@@ -113,7 +115,7 @@ def _always(expert: int) -> Any:
     return choose
 
 
-def test_gates_tell_fields_apart(made: Path) -> None:
+def test_upcycle_gates_separate_the_domains(made: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(made / "moe"))
@@ -125,7 +127,7 @@ def test_gates_tell_fields_apart(made: Path) -> None:
         assert right > 0.8, f"{name}: {right}"
 
 
-def test_adding_an_expert_is_building_at_once(made: Path, tmp_path: Path) -> None:
+def test_upcycle_adding_an_expert_later_equals_building_at_once(made: Path, tmp_path: Path) -> None:
     _build(made, made / "base", tmp_path / "two", "sums")
     few = tmp_path / "texts"
     family.texts(few, law=_LETTERS["law"])  # the others' texts are not here any more
@@ -145,7 +147,7 @@ def test_adding_an_expert_is_building_at_once(made: Path, tmp_path: Path) -> Non
         upcycle.plan(tmp_path / "three", {"law": made / "law"}, few)
 
 
-def test_gates_are_the_ridge_regression() -> None:
+def test_upcycle_gates_are_the_ridge_regression() -> None:
     draw = np.random.default_rng(0)
     fields = [draw.normal(size=(50, 8)) + draw.normal(size=8) for _ in range(3)]
     statistics = gates.Statistics.empty(1, 8)
@@ -159,9 +161,7 @@ def test_gates_are_the_ridge_regression() -> None:
     np.testing.assert_allclose(statistics.gates(scale=4.0)[0], expected.T, rtol=1e-5)
 
 
-def test_statistics_survive_their_file_and_broken_ones_are_named(
-    made: Path, tmp_path: Path
-) -> None:
+def test_upcycle_statistics_round_trip_and_damaged_files_raise(made: Path, tmp_path: Path) -> None:
     path = made / "moe" / dense.STATISTICS
     read = gates.read(path)
     gates.write(read, tmp_path / "again.safetensors")
@@ -178,7 +178,7 @@ def test_statistics_survive_their_file_and_broken_ones_are_named(
         gates.read(tmp_path / "other.safetensors")
 
 
-def test_changes_outside_the_ffns_are_told_as_lost(made: Path, tmp_path: Path) -> None:
+def test_upcycle_reports_changes_outside_the_ffns_as_lost(made: Path, tmp_path: Path) -> None:
     family.adapter(tmp_path / "sums", "base", 1, part="self_attn", size=0.1)
     (tmp_path / "texts").symlink_to(made / "texts")
     said = _build(tmp_path, made / "base", tmp_path / "moe", "sums")
@@ -195,7 +195,7 @@ def test_changes_outside_the_ffns_are_told_as_lost(made: Path, tmp_path: Path) -
         ({"attention_bias": True}, "biases"),
     ],
 )
-def test_a_base_that_makes_no_mixtral_is_refused(
+def test_upcycle_base_that_can_not_be_a_mixtral_raises(
     made: Path, tmp_path: Path, changed: dict[str, Any], said: str
 ) -> None:
     folder = family.base(tmp_path / "base", **changed)
@@ -203,7 +203,7 @@ def test_a_base_that_makes_no_mixtral_is_refused(
         upcycle.plan(folder, {"sums": made / "sums"}, made / "texts")
 
 
-def test_experts_that_do_not_fit_are_refused_by_name(made: Path, tmp_path: Path) -> None:
+def test_upcycle_experts_that_do_not_fit_raise_with_their_names(made: Path, tmp_path: Path) -> None:
     def refused(experts: dict[str, Path], base: Path = made / "base") -> str:
         with pytest.raises(dense.ArtifactError) as error:
             upcycle.build(upcycle.plan(base, experts, made / "texts"), tmp_path / "m", top_k=1)
@@ -226,9 +226,7 @@ def test_experts_that_do_not_fit_are_refused_by_name(made: Path, tmp_path: Path)
     assert "'general' is in" in refused({"general": made / "law"})
 
 
-def test_a_folder_that_exists_and_a_k_that_is_too_large_are_refused(
-    made: Path, tmp_path: Path
-) -> None:
+def test_upcycle_existing_folder_or_too_large_top_k_raises(made: Path, tmp_path: Path) -> None:
     work = upcycle.plan(made / "base", {"sums": made / "sums"}, made / "texts")
     with pytest.raises(UpcycleError, match="exists already"):
         upcycle.build(work, made / "moe", top_k=1)
