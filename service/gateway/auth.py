@@ -22,7 +22,7 @@ from service.errors import (
     UnauthorizedError,
 )
 from service.gateway.audit_log import REFUSALS
-from service.store.keys import KeyBook, KeyRecord, KeyTable, digest_of
+from service.store.keys import KeyRecord, KeyRepository, KeyTable, digest_of
 from service.tasks import cancel_and_wait
 from service.types import NOBODY, Tenant
 
@@ -58,7 +58,7 @@ def _record(name: str, given: KeyConfig) -> KeyRecord:
     )
 
 
-async def any_key(config: Config, book: KeyBook, marker: Path | None = None) -> bool:
+async def any_key(config: Config, book: KeyRepository, marker: Path | None = None) -> bool:
     """Whether a key has to be shown. Raises ConfigError, StoreUnavailableError.
 
     `marker`: the file that says that there were keys in the book.
@@ -83,7 +83,7 @@ class Authenticator:
     def __init__(
         self,
         config: Config,
-        book: KeyBook,
+        book: KeyRepository,
         *,
         secret: str = "",
         marker: Path | None = None,

@@ -20,7 +20,7 @@ from service.broker.budget_pacing import BudgetPacer, BudgetSnapshot
 from service.broker.ledger import BudgetState, Ledger
 from service.broker.selection import Selection
 from service.errors import StoreUnavailableError
-from service.store.places import place
+from service.store.names import join_name
 from service.store.protocol import Granted, StoreClaim, UsageNote
 from service.tasks import cancel_and_wait
 from service.types import Tenant
@@ -214,7 +214,7 @@ _NOTHING = Granted(StoreClaim("", ()), 0, (), ())
 
 
 def _arrivals_name(budget: str, state: BudgetState) -> str:
-    return place("arrivals", budget, f"{state.starts_s:.0f}")
+    return join_name("arrivals", budget, f"{state.starts_s:.0f}")
 
 
 def _purse(state: BudgetState) -> BudgetSnapshot:

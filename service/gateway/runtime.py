@@ -211,9 +211,9 @@ class GatewayRuntime:
             meter.put(metrics.SNAPSHOT_AGE, age_s, boot)
         told = self.store.health()
         meter.put(metrics.STORE_UP, told.up)
-        meter.put(metrics.STORE_PENDING_SETTLEMENTS, told.owed)
+        meter.put(metrics.STORE_PENDING_SETTLEMENTS, told.pending_settlements)
         meter.total(metrics.STORE_OUTAGES, told.outages)
-        meter.total(metrics.STORE_OFFLINE_ADMISSIONS, told.slice_grants)
+        meter.total(metrics.STORE_OFFLINE_ADMISSIONS, told.offline_grants)
         meter.forget(metrics.REQUESTS_WAITING, self.remote_pools)
         meter.forget(metrics.REQUESTS_RUNNING, self.remote_pools)
         for name, remote_pool in self.remote_pools.items():

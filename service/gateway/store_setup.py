@@ -14,10 +14,10 @@ from service.config import Config
 from service.errors import ConfigError
 from service.gateway.auth import any_key
 from service.rpc.auth import admin_key_path, keys_path
-from service.store.keys import FileBook, KeyBook, Keys, StoreBook
+from service.store.keys import FileKeyRepository, KeyRepository, KeyService, StoreKeyRepository
 from service.store.memory import MemoryStore
 from service.store.protocol import Store
-from service.store.volatile import MemoryVolatile, VolatileStore
+from service.store.volatile import MemoryVolatileStore, VolatileStore
 
 log = logging.getLogger("coe.app")
 
@@ -54,10 +54,10 @@ def open_volatile(config: Config) -> VolatileStore:
                 "one of %d; others answer 404",
                 config.server.gateways,
             )
-        return MemoryVolatile(given.cache_bytes)
-    from service.store.volatile_redis import RedisVolatile
+        return MemoryVolatileStore(given.cache_bytes)
+    from service.store.volatile_redis import RedisVolatileStore
 
-    return RedisVolatile(url, prefix=given.prefix, timeout_s=given.timeout_ms / 1000)
+    return RedisVolatileStore(url, prefix=given.prefix, timeout_s=given.timeout_ms / 1000)
 
 
 def _url(url: str | None, variable: str | None, field: str) -> str | None:
@@ -72,12 +72,12 @@ def _url(url: str | None, variable: str | None, field: str) -> str | None:
     return found
 
 
-def key_book(config: Config, store: Store) -> KeyBook:
+def key_book(config: Config, store: Store) -> KeyRepository:
     """Where API keys made by people are kept."""
     if config.store.kind == "memory":
         given = config.store.keys_file
-        return FileBook(Path(given) if given is not None else keys_path())
-    return StoreBook(store)
+        return FileKeyRepository(Path(given) if given is not None else keys_path())
+    return StoreKeyRepository(store)
 
 
 def keys_marker(config: Config) -> Path:
@@ -106,7 +106,7 @@ async def has_keys(config: Config) -> bool:
         await store.stop()
 
 
-async def with_keys(config: Config, act: Callable[[Keys], Awaitable[Any]]) -> Any:
+async def with_keys(config: Config, act: Callable[[KeyService], Awaitable[Any]]) -> Any:
     """Do something with the keys where they are kept, no service running.
 
     Raises StoreUnavailableError.
@@ -114,6 +114,6 @@ async def with_keys(config: Config, act: Callable[[Keys], Awaitable[Any]]) -> An
     store = open_store(config, f"keys-{os.getpid()}")
     await store.start()
     try:
-        return await act(Keys(key_book(config, store)))
+        return await act(KeyService(key_book(config, store)))
     finally:
         await store.stop()

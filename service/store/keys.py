@@ -1,7 +1,7 @@
-"""API keys: what is kept of each (a hash, never the key), where, and finding the one shown.
+"""API keys: their records, the places where these are kept, and the look-up of a presented key.
 
-A key is 256 random bits, so a plain SHA-256 of it can't be guessed back. Records
-outlive revocation: once there was a key, keys are needed.
+Only a hash of a key is kept. A key is 256 random bits, so its plain SHA-256 can't be reversed by
+guessing. Records outlive revocation: once a key was made, requests need one.
 """
 
 from __future__ import annotations
@@ -25,21 +25,33 @@ from service.store.protocol import Store
 from service.types import Limits
 
 _PREFIX = "coe-"
-_NONE = bytes(32)
-# The table of the store that holds them.
+_NO_DIGEST = bytes(32)
+# The store's table of key records.
 _TABLE = "keys"
-# How often a record is read and changed anew because somebody else changed it meanwhile.
-_TRIES = 20
+# Attempts of a compare-and-set, when others change the record meanwhile.
+_MAX_ATTEMPTS = 20
 
-# What becomes of a record; None where there is no such key yet.
+# From the present record to the new one; the present one is None where there is no such key.
 Change = Callable[["KeyRecord | None"], "KeyRecord"]
 
 
 @dataclass(frozen=True, slots=True)
 class KeyRecord:
-    """What is known of a key. Times in seconds since 1970; digests in hexadecimal.
+    """The record of a key. Times are seconds since 1970, digests hexadecimal.
 
-    `old_digest` is good until `old_until_s`: the key before a rotation.
+    Attributes:
+        id: The key's public id.
+        tenant: Name of its tenant.
+        digest: SHA-256 of the key.
+        created_s: When it was made.
+        label: A description by whoever made it.
+        expires_s: When it expires, if ever.
+        revoked_s: When it was revoked, if it was.
+        experts: Experts that it may use; None: all.
+        priority: Its priority in queues, if not the tenant's.
+        limits: Its own limits.
+        old_digest: Digest of the key before a rotation, valid until `old_until_s`.
+        old_until_s: End of the grace period of a rotation.
     """
 
     id: str
@@ -56,16 +68,16 @@ class KeyRecord:
     old_until_s: float = 0.0
 
     def dumps(self) -> bytes:
-        """As JSON."""
+        """Serialize as JSON."""
         return orjson.dumps(asdict(self))
 
     def to_public(self, now_s: float) -> dict[str, object]:
-        """For people: everything but the hashes."""
+        """As JSON for administrators: everything but the digests."""
         known = {k: v for k, v in asdict(self).items() if not k.startswith(("digest", "old_"))}
         return {**known, "state": self.state(now_s)}
 
     def state(self, now_s: float) -> str:
-        """active, revoked or expired."""
+        """Its state: active, revoked or expired."""
         if self.revoked_s is not None:
             return "revoked"
         if self.expires_s is not None and self.expires_s <= now_s:
@@ -74,22 +86,22 @@ class KeyRecord:
 
 
 def loads(data: bytes) -> KeyRecord:
-    """The reverse of `dumps`. Raises ConfigError where it is none, of this version."""
+    """Parse a record that `dumps` wrote. Raises ConfigError where it is damaged."""
     try:
-        told = orjson.loads(data)
-        told["limits"] = Limits(**told["limits"])
-        told["experts"] = tuple(told["experts"]) if told["experts"] is not None else None
-        record = KeyRecord(**told)
+        fields = orjson.loads(data)
+        fields["limits"] = Limits(**fields["limits"])
+        fields["experts"] = tuple(fields["experts"]) if fields["experts"] is not None else None
+        record = KeyRecord(**fields)
         for digest in (record.digest, record.old_digest):
             bytes.fromhex(digest)
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
-        # Its own words may quote the record.
+        # The original error may quote the record.
         raise ConfigError("a record of an API key is damaged, or of another version") from None
     return record
 
 
 def digest_of(key: str) -> str:
-    """What is kept of a key."""
+    """The SHA-256 of a key, in hexadecimal."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -101,88 +113,87 @@ def new_key() -> tuple[str, str, str]:
 
 
 class KeyTable:
-    """The keys, and which of them was shown."""
+    """Looks up a presented key by its digest."""
 
     def __init__(self, records: Iterable[KeyRecord]) -> None:
         self.records = {record.id: record for record in records}
-        self._by_start: dict[str, list[tuple[bytes, float, KeyRecord]]] = {}
+        self._by_prefix: dict[str, list[tuple[bytes, float, KeyRecord]]] = {}
         for record in self.records.values():
             pairs = [(record.digest, float("inf")), (record.old_digest, record.old_until_s)]
             for digest, until_s in pairs:
                 if digest:
                     entry = (bytes.fromhex(digest), until_s, record)
-                    self._by_start.setdefault(digest[:8], []).append(entry)
+                    self._by_prefix.setdefault(digest[:8], []).append(entry)
 
     def find(self, key: str, now_s: float) -> KeyRecord | None:
-        """The record of a key, expired and revoked ones included.
+        """The record of a key, also of an expired or revoked one.
 
-        The time it takes tells nothing of any key: looked up is the hash of what was
-        shown, which nobody can steer, and whole hashes are compared in constant time.
+        The timing reveals nothing about other keys: the look-up uses a hash, which clients can't
+        choose, and whole digests are compared in constant time.
         """
         shown = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
         found: KeyRecord | None = None
-        for digest, until_s, record in self._by_start.get(shown[:4].hex(), [(_NONE, 0.0, None)]):
+        for digest, until_s, record in self._by_prefix.get(
+            shown[:4].hex(), [(_NO_DIGEST, 0.0, None)]
+        ):
             if hmac.compare_digest(shown, digest) and until_s > now_s:
                 found = record
         return found
 
 
-class KeyBook(Protocol):
-    """Where keys made by people are kept."""
+class KeyRepository(Protocol):
+    """Where key records are kept."""
 
     async def version(self) -> bytes | None:
-        """Another one whenever a record has changed; None: no key was ever kept here.
+        """A value that is new after every change; None: no key was ever kept here.
 
-        May raise StoreGone.
+        Raises StoreUnavailableError.
         """
 
     async def load(self) -> list[KeyRecord]:
-        """All records. May raise StoreGone, ConfigError."""
+        """All records. Raises StoreUnavailableError, ConfigError."""
 
     async def change(self, key_id: str, change: Change) -> KeyRecord:
-        """Put what `change` makes of a record in its place, with nobody coming between.
+        """Replace a record by the result of `change`, atomically.
 
-        `change` may be called more than once. May raise StoreGone, and what `change` raises.
+        `change` may be called more than once. Raises StoreUnavailableError, and the errors that
+        `change` raises.
         """
 
 
-class StoreBook:
-    """Keys in the store that gateways share."""
+class StoreKeyRepository:
+    """Key records in the store that gateways share."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     async def version(self) -> bytes | None:
-        """See `KeyBook`."""
         return await self._store.version(_TABLE)
 
     async def load(self) -> list[KeyRecord]:
-        """See `KeyBook`."""
         return [loads(data) for data in (await self._store.records(_TABLE)).values()]
 
     async def change(self, key_id: str, change: Change) -> KeyRecord:
-        """See `KeyBook`."""
-        for _ in range(_TRIES):
+        for _ in range(_MAX_ATTEMPTS):
             data = (await self._store.records(_TABLE)).get(key_id)
             record = change(loads(data) if data is not None else None)
             if await self._store.replace(_TABLE, key_id, data, record.dumps()):
                 return record
         raise ConflictError(
-            f"key {key_id[:64]!r} is being changed by others all the time: try again"
+            f"key {key_id[:64]!r} was changed by others at the same time: try again"
         )
 
 
-class FileBook:
-    """Keys in a file of their own, its owner's alone; for a store that forgets.
+class FileKeyRepository:
+    """Key records in a file with mode 0600, for a store in memory.
 
-    The file is read and written in threads: a lock on it may be held by another process.
+    The file is read and written in threads: another process may hold its lock.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     async def version(self) -> bytes | None:
-        """See `KeyBook`."""
         try:
             found = self._path.stat()
         except FileNotFoundError:
@@ -190,7 +201,6 @@ class FileBook:
         return f"{found.st_mtime_ns}.{found.st_ino}.{found.st_size}".encode()
 
     async def load(self) -> list[KeyRecord]:
-        """See `KeyBook`."""
         return await asyncio.to_thread(self._read)
 
     def _read(self) -> list[KeyRecord]:
@@ -206,18 +216,17 @@ class FileBook:
             raise ConfigError(f"{self._path}: {error.message}") from None
 
     async def change(self, key_id: str, change: Change) -> KeyRecord:
-        """See `KeyBook`."""
         return await asyncio.to_thread(self._change, key_id, change)
 
     def _change(self, key_id: str, change: Change) -> KeyRecord:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._locked():
-            records = {one.id: one for one in self._read()}
+            records = {record.id: record for record in self._read()}
             record = records[key_id] = change(records.get(key_id))
             partial = self._path.with_suffix(f".{os.getpid()}")
             handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(handle, "wb") as file:
-                file.write(b"".join(one.dumps() + b"\n" for one in records.values()))
+                file.write(b"".join(each.dumps() + b"\n" for each in records.values()))
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(self._path)
@@ -225,7 +234,7 @@ class FileBook:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """While this runs, nobody else changes the file, in this process or another."""
+        """Hold the file's lock, against this process and others."""
         lock = os.open(self._path.with_suffix(".lock"), os.O_WRONLY | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -234,54 +243,53 @@ class FileBook:
             os.close(lock)
 
 
-class Keys:
-    """Making, listing, rotating and revoking keys in a book."""
+class KeyService:
+    """Creates, lists, rotates and revokes keys."""
 
-    def __init__(self, book: KeyBook) -> None:
-        self._book = book
+    def __init__(self, repository: KeyRepository) -> None:
+        self._repository = repository
 
     async def create(self, wanted: KeyRecord, now_s: float) -> tuple[KeyRecord, str]:
-        """A new key with what `wanted` says of it. Only here is the key itself told."""
+        """Make a key with the attributes of `wanted`. The key itself is shown only here."""
         key_id, key, digest = new_key()
         record = replace(wanted, id=key_id, digest=digest, created_s=now_s)
-        return await self._book.change(key_id, lambda _: record), key
+        return await self._repository.change(key_id, lambda _: record), key
 
     async def records(self) -> Sequence[KeyRecord]:
-        """All of them, oldest first."""
-        return sorted(await self._book.load(), key=lambda one: (one.created_s, one.id))
+        """All records, oldest first."""
+        return sorted(
+            await self._repository.load(), key=lambda record: (record.created_s, record.id)
+        )
 
     async def rotate(self, key_id: str, now_s: float, grace_s: float) -> tuple[KeyRecord, str]:
-        """Another key in its place; the old one is good for `grace_s` more.
+        """Replace a key; the old one stays valid for `grace_s`.
 
-        Raises UnknownModelError (404), ConflictError.
+        Raises UnknownModelError where there is no such key, ConflictError where it is not active.
         """
         _, key, digest = new_key()
 
         def rotated(record: KeyRecord | None) -> KeyRecord:
-            record = _known(record, key_id)
+            record = _existing(record, key_id)
             if record.state(now_s) != "active":
                 raise ConflictError(f"key {key_id!r} is {record.state(now_s)}: make a new one")
             return replace(
                 record, digest=digest, old_digest=record.digest, old_until_s=now_s + grace_s
             )
 
-        return await self._book.change(key_id, rotated), key
+        return await self._repository.change(key_id, rotated), key
 
     async def revoke(self, key_id: str, now_s: float) -> KeyRecord:
-        """From now on it is worth nothing, whatever else is done to it.
-
-        Raises UnknownModelError.
-        """
+        """Revoke a key for good. Raises UnknownModelError where there is no such key."""
 
         def revoked(record: KeyRecord | None) -> KeyRecord:
-            record = _known(record, key_id)
+            record = _existing(record, key_id)
             return record if record.revoked_s is not None else replace(record, revoked_s=now_s)
 
-        return await self._book.change(key_id, revoked)
+        return await self._repository.change(key_id, revoked)
 
 
-def _known(record: KeyRecord | None, key_id: str) -> KeyRecord:
-    """Raises UnknownModelError (404)."""
+def _existing(record: KeyRecord | None, key_id: str) -> KeyRecord:
+    """The record. Raises UnknownModelError where there is none."""
     if record is None:
         raise UnknownModelError(f"no key {key_id[:64]!r} is kept here", code="key_not_found")
     return record

@@ -1,4 +1,4 @@
-"""The store in this process: for one gateway, and gone when it ends."""
+"""A store in the memory of this process, for one gateway."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BUSY_RETRY_S = 1.0
 
 
 class _Counts:
-    """One account: spent and reserved, by the start of window (or piece of one)."""
+    """One account: amounts spent and reserved, by start of window (or of its part, in ms)."""
 
     __slots__ = ("reserved", "spent", "window")
 
@@ -33,10 +33,10 @@ class _Counts:
         self.reserved: dict[int, int] = {}
 
     def forget(self, now_ms: int) -> None:
-        """Drop windows that count no more."""
+        """Drop windows that do not count any more."""
         oldest_ms, _ = self.window.span(now_ms)
         if self.window.kind == "sliding":
-            # The piece that is partly out of the window still counts whole.
+            # A part that is partly out of the window counts whole.
             oldest_ms -= self.window.length_ms
         for counts in (self.spent, self.reserved):
             for start in [start for start in counts if start < oldest_ms]:
@@ -44,7 +44,7 @@ class _Counts:
 
 
 class MemoryStore:
-    """See `Store`. `clock`: seconds since 1970."""
+    """A `Store` in memory. `clock` gives seconds since 1970."""
 
     def __init__(self, clock: Clock = time.time) -> None:
         self._clock = clock
@@ -56,17 +56,15 @@ class MemoryStore:
         self._swept_s = 0.0
 
     async def start(self) -> None:
-        """See `Store`."""
+        pass
 
     async def stop(self) -> None:
-        """See `Store`."""
+        pass
 
     def health(self) -> Health:
-        """See `Store`. Nothing can be wrong with it."""
         return Health()
 
     async def reserve(self, claim: StoreClaim) -> Granted | Refused:
-        """See `Store`."""
         now_ms = int(self._clock() * 1000)
         tokens = claim.tokens
         refusals: list[Refused] = []
@@ -78,7 +76,7 @@ class MemoryStore:
                 refusals.append(_refusal(line, claim.least, counts, now_ms))
             tokens = min(tokens, fits)
         if refusals:
-            return worst(refusals)
+            return longest(refusals)
         amounts = tuple(line.amount(tokens) for line in claim.lines)
         starts = tuple(line.account.window.span(now_ms)[0] for line in claim.lines)
         granted = Granted(claim, tokens, amounts, starts)
@@ -90,7 +88,6 @@ class MemoryStore:
         return granted
 
     async def settle(self, granted: Granted, used: Sequence[int], note: UsageNote | None) -> None:
-        """See `Store`."""
         if granted.claim.lines and self._open.pop(granted.claim.id, None) is None:
             return
         now_s = self._clock()
@@ -107,7 +104,9 @@ class MemoryStore:
                     counts.spent[start] = counts.spent.get(start, 0) + within
             if spent > within:
                 now_ms = int(now_s * 1000)
-                _owe(self._counts(line.account, now_ms), line.account, spent - within, now_ms)
+                _charge_debt(
+                    self._counts(line.account, now_ms), line.account, spent - within, now_ms
+                )
         if note is not None:
             _, noted = self._notes.get(note.name, (0.0, {}))
             for name, count in note.counts.items():
@@ -116,38 +115,33 @@ class MemoryStore:
         self._sweep(now_s)
 
     async def balances(self, accounts: Sequence[Account]) -> list[AccountBalance]:
-        """See `Store`."""
         now_ms = int(self._clock() * 1000)
-        told = []
+        balances = []
         for account in accounts:
             counts = self._counts(account, now_ms)
             start, end = account.window.span(now_ms)
-            told.append(
+            balances.append(
                 AccountBalance(
                     sum(counts.spent.values()), sum(counts.reserved.values()), start, end
                 )
             )
-        return told
+        return balances
 
     async def counts(self, names: Sequence[str]) -> list[dict[str, int]]:
-        """See `Store`."""
         now_s = self._clock()
         found = (self._notes.get(name, (0.0, {})) for name in names)
         return [dict(noted) if until > now_s else {} for until, noted in found]
 
     async def records(self, table: str) -> dict[str, bytes]:
-        """See `Store`."""
         return dict(self._tables.get(table, {}))
 
     async def version(self, table: str) -> bytes | None:
-        """See `Store`."""
         known = self._versions.get(table)
         return None if known is None else str(known).encode()
 
     async def replace(
         self, table: str, record_id: str, expected: bytes | None, value: bytes
     ) -> bool:
-        """See `Store`."""
         records = self._tables.setdefault(table, {})
         if records.get(record_id) != expected:
             return False
@@ -162,7 +156,7 @@ class MemoryStore:
         return counts
 
     def _sweep(self, now_s: float) -> None:
-        """Once a minute: what has expired."""
+        """Drop expired notes and accounts, once a minute."""
         if now_s - self._swept_s < 60:
             return
         self._swept_s = now_s
@@ -176,29 +170,32 @@ def _taken(counts: _Counts) -> int:
     return sum(counts.spent.values()) + sum(counts.reserved.values())
 
 
-def _owe(counts: _Counts, account: Account, over: int, now_ms: int) -> None:
-    """Charge what a claim used beyond what it had reserved: what this window has no room for
-    is a debt, to be worked off in the next ones."""
+def _charge_debt(counts: _Counts, account: Account, debt: int, now_ms: int) -> None:
+    """Charge a claim's use beyond its reservation.
+
+    The part that the current window has no room for is charged to the next windows, up to the
+    limit of each.
+    """
     length_ms = account.window.length_ms
-    piece = account.window.span(now_ms)[0]
+    part_start = account.window.span(now_ms)[0]
     taken = [0] * (MOST_WINDOWS_OWED + 1)
     for start, amount in (*counts.spent.items(), *counts.reserved.items()):
-        later = max(0, -((piece - start) // length_ms))
-        taken[min(later, MOST_WINDOWS_OWED)] += amount
+        window = max(0, -((part_start - start) // length_ms))
+        taken[min(window, MOST_WINDOWS_OWED)] += amount
     for window in range(MOST_WINDOWS_OWED + 1):
-        put = min(over, max(0, account.limit - taken[window]))
+        amount = min(debt, max(0, account.limit - taken[window]))
         if window == MOST_WINDOWS_OWED:
-            put = over
-        if put:
-            start = piece + window * length_ms
-            counts.spent[start] = counts.spent.get(start, 0) + put
-        over -= put
-        if not over:
+            amount = debt
+        if amount:
+            start = part_start + window * length_ms
+            counts.spent[start] = counts.spent.get(start, 0) + amount
+        debt -= amount
+        if not debt:
             return
 
 
 def _refusal(line: Charge, least: int, counts: _Counts, now_ms: int) -> Refused:
-    """Why a line has no room, and when it surely will."""
+    """The refusal of a line without room, with the time when it surely has some."""
     account, wanted = line.account, line.amount(least)
     if wanted > account.limit:
         return Refused(account.name, None)
@@ -215,7 +212,7 @@ def _refusal(line: Charge, least: int, counts: _Counts, now_ms: int) -> Refused:
     return Refused(account.name, (account.window.span(now_ms)[1] - now_ms) / 1000)
 
 
-def worst(refusals: Sequence[Refused]) -> Refused:
+def longest(refusals: Sequence[Refused]) -> Refused:
     """The refusal that lasts longest."""
     return max(
         refusals, key=lambda r: r.retry_after_s if r.retry_after_s is not None else float("inf")

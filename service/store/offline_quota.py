@@ -1,9 +1,10 @@
-"""What one gateway may still spend when Redis is gone: slices that it was granted before. Pure.
+"""What quota gateway may grant while Redis is unavailable: quotas that it got before. Pure.
 
-Of each account in use a gateway holds a small share of what is left. It counts as
-reserved in the store, so that all gateways' slices together never exceed a limit.
-What is believed here is never more than the store holds for us: a slice is made smaller
-here first and there afterwards, and greater there first.
+A gateway holds a small share of the room left in each account that it uses. Redis counts the
+quotas as reserved, so that those of all gateways together never exceed a limit.
+
+Invariant: the local quota is at most the quota held in Redis. It is shrunk locally first, and
+grown in Redis first.
 """
 
 from __future__ import annotations
@@ -14,15 +15,23 @@ from dataclasses import dataclass
 
 from service.store.protocol import Account, Granted, Refused, StoreClaim
 
-_MOST_ACCOUNTS = 256
-_FORGET_S = 120.0
-# Of less than this a share would be nothing, or all of it.
-_LEAST_ROOM = 8
+_MAX_ACCOUNTS = 256
+_IDLE_S = 120.0
+# A share of less room than this would be nothing, or all of it.
+_MIN_ROOM = 8
 
 
 @dataclass(slots=True)
 class OfflineQuota:
-    """Of one account: `held` for us in the store, of it `busy`, and what is left for all."""
+    """This gateway's quota of quota account.
+
+    Attributes:
+        account: The account.
+        used_s: When a claim last named it.
+        held: Amount that Redis holds for this gateway.
+        busy: Part of `held` that is granted or used already.
+        room: Amount left for all gateways; -1 until Redis said so.
+    """
 
     account: Account
     used_s: float
@@ -32,80 +41,75 @@ class OfflineQuota:
 
 
 class OfflineQuotas:
-    """One gateway's slices. Times are `time.monotonic` seconds, windows in ms since 1970."""
+    """All quotas of quota gateway. Times are `time.monotonic` seconds, windows in ms since 1970."""
 
     def __init__(self, share: float) -> None:
         self.share = share
-        self._slices: dict[str, OfflineQuota] = {}
+        self._quotas: dict[str, OfflineQuota] = {}
 
-    def seen(self, claim: StoreClaim, now_s: float) -> None:
-        """These accounts are in use: slices of them are worth having."""
+    def track(self, claim: StoreClaim, now_s: float) -> None:
+        """Note that the claim's accounts are in use, so that quotas of them are wanted."""
         if not self.share:
             return
         for line in claim.lines:
-            known = self._slices.get(line.account.name)
+            known = self._quotas.get(line.account.name)
             if known is not None:
                 known.used_s = now_s
                 known.account = line.account
-            elif len(self._slices) < _MOST_ACCOUNTS:
-                self._slices[line.account.name] = OfflineQuota(line.account, now_s)
+            elif len(self._quotas) < _MAX_ACCOUNTS:
+                self._quotas[line.account.name] = OfflineQuota(line.account, now_s)
 
     def plan(self, now_s: float) -> list[tuple[Account, int, int]]:
-        """For the next beat: account, what we have of it from here on, how much more we want."""
-        asked = []
-        for one in self._slices.values():
-            wanted = math.ceil(self.share * one.room) if one.room >= _LEAST_ROOM else 0
-            if now_s - one.used_s > _FORGET_S:
+        """Shrink quotas, and list (account, held, wanted more) for the next heartbeat."""
+        plan = []
+        for quota in self._quotas.values():
+            wanted = math.ceil(self.share * quota.room) if quota.room >= _MIN_ROOM else 0
+            if now_s - quota.used_s > _IDLE_S:
                 wanted = 0
-            elif one.room < 0:
-                # Not known yet: the store bounds it by our share.
-                wanted = one.account.limit
-            one.held = min(one.held, max(wanted, one.busy))
-            asked.append((one.account, one.held, max(0, wanted - one.held)))
-        return asked
+            elif quota.room < 0:
+                # Not known yet: Redis bounds it by this gateway's share.
+                wanted = quota.account.limit
+            quota.held = min(quota.held, max(wanted, quota.busy))
+            plan.append((quota.account, quota.held, max(0, wanted - quota.held)))
+        return plan
 
-    def told(self, answer: Sequence[tuple[str, int, int]], now_s: float) -> None:
-        """What the store holds for us now, and what is left of each account for all."""
-        for name, held, room in answer:
-            if (one := self._slices.get(name)) is not None:
-                one.held, one.room = held, room
+    def update(self, quotas: Sequence[tuple[str, int, int]], now_s: float) -> None:
+        """Take over a heartbeat's reply: account, amount held, room left for all gateways."""
+        for name, held, room in quotas:
+            if (quota := self._quotas.get(name)) is not None:
+                quota.held, quota.room = held, room
         for name in [
             name
-            for name, one in self._slices.items()
-            if not one.held and not one.busy and now_s - one.used_s > _FORGET_S
+            for name, quota in self._quotas.items()
+            if not quota.held and not quota.busy and now_s - quota.used_s > _IDLE_S
         ]:
-            del self._slices[name]
+            del self._quotas[name]
 
     def take(self, claim: StoreClaim, now_ms: int) -> Granted | Refused:
-        """Grant a claim from the slices alone. Refused: what was granted before is used up."""
+        """Grant a claim from the quotas alone, or refuse it where one of them is used up."""
         tokens = claim.tokens
         for line in claim.lines:
-            one = self._slices.get(line.account.name)
-            fits = line.affordable(one.held - one.busy) if one is not None else -1
+            quota = self._quotas.get(line.account.name)
+            fits = line.affordable(quota.held - quota.busy) if quota is not None else -1
             if fits < claim.least:
                 return Refused(line.account.name, None)
             tokens = min(tokens, fits)
         amounts = tuple(line.amount(tokens) for line in claim.lines)
         for line, amount in zip(claim.lines, amounts, strict=True):
-            self._slices[line.account.name].busy += amount
+            self._quotas[line.account.name].busy += amount
         starts = tuple(line.account.window.span(now_ms)[0] for line in claim.lines)
         return Granted(claim, tokens, amounts, starts, offline=True)
 
-    def used(self, granted: Granted, used: Sequence[int]) -> None:
-        """A claim granted from here has ended: what it did not use may be spent again."""
+    def release_unused(self, granted: Granted, used: Sequence[int]) -> None:
+        """Free the part of an offline grant that was not used."""
         for line, amount, spent in zip(granted.claim.lines, granted.amounts, used, strict=True):
-            if (one := self._slices.get(line.account.name)) is not None:
-                one.busy -= amount - spent
+            if (quota := self._quotas.get(line.account.name)) is not None:
+                quota.busy -= amount - spent
 
-    def delivered(self, granted: Granted, used: Sequence[int]) -> None:
-        """The store has been told what was used: it is spent there, and no slice any more."""
+    def mark_delivered(self, granted: Granted, used: Sequence[int]) -> None:
+        """Take the used amount out of the quota: Redis has charged it now."""
         for line, spent in zip(granted.claim.lines, used, strict=True):
-            # One that nothing was spent of may have been forgotten meanwhile.
-            if (one := self._slices.get(line.account.name)) is not None:
-                one.busy -= spent
-                one.held = max(0, one.held - spent)
-
-    def lost(self) -> None:
-        """The store holds nothing for us any more."""
-        for one in self._slices.values():
-            one.held, one.room = 0, -1
+            # A quota of which nothing was spent may have been dropped meanwhile.
+            if (quota := self._quotas.get(line.account.name)) is not None:
+                quota.busy -= spent
+                quota.held = max(0, quota.held - spent)

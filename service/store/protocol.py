@@ -1,10 +1,10 @@
-"""What a store does: claims on limited accounts, exact under concurrency, and few small records.
+"""The interface of a store: claims on limited accounts, exact under concurrency, and small records.
 
-An account is anything with a limit: requests, tokens or millionths of cost in a window,
-or requests at once. A claim reserves an upper bound in several accounts at once, or
-nothing at all; settling it puts what was used in its place. A claim belongs to an
-owner (a gateway's process): when an owner is not heard of for its lease, what it had
-reserved is free again.
+An account is anything with a limit: requests, tokens or millionths of cost in a window, or
+concurrent requests. A claim reserves an upper bound in several accounts at once, or in none;
+settling it replaces the reservation by what was used. A claim belongs to an owner, which is a
+gateway's process. An owner renews its lease by heartbeats. When the lease expires, the owner's
+reservations are released.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Protocol
 from service.store.windows import Window
 
 MOST_WINDOWS_OWED = 1440
-"""How many sliding windows a debt is spread over at the most: of minutes a day."""
+"""Most sliding windows that a debt is spread over: a day of minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,12 @@ class Charge:
     per_token: float = 0.0
 
     def amount(self, tokens: int) -> int:
-        """What `tokens` tokens of answer take, rounded up."""
-        # As in the script for Redis; less than a millionth of one is floating point.
+        """Amount that an answer of `tokens` tokens takes, rounded up."""
+        # The same as in reserve.lua; less than a millionth is floating-point error.
         return math.ceil(self.base + self.per_token * tokens - 1e-6)
 
     def affordable(self, room: int) -> int:
-        """How many tokens of answer fit into `room`; -1: not even none. Unbounded: 2**53."""
+        """How many tokens of answer fit into `room`: 2**53 if unbounded, -1 if not even `base`."""
         if self.base > room:
             return -1
         if self.per_token <= 0:
@@ -54,7 +54,14 @@ class Charge:
 
 @dataclass(frozen=True, slots=True)
 class StoreClaim:
-    """What a request may use at most: `tokens` of answer, of which `least` have to be granted."""
+    """The most that a request may use.
+
+    Attributes:
+        id: Unique id.
+        lines: One charge for each account.
+        tokens: Tokens of answer that it asks for.
+        least: Tokens of answer that have to be granted at least.
+    """
 
     id: str
     lines: tuple[Charge, ...]
@@ -64,9 +71,14 @@ class StoreClaim:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """A claim that holds: tokens of answer, and for each line its amount and window.
+    """A claim that was granted.
 
-    `offline`: granted from a slice, while the store was gone.
+    Attributes:
+        claim: The claim.
+        tokens: Tokens of answer that were granted.
+        amounts: Amount reserved for each line.
+        starts_ms: Start of the window of each line, in ms since 1970.
+        offline: Granted from an offline quota, while the store was unavailable.
     """
 
     claim: StoreClaim
@@ -78,9 +90,12 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The account that has no room, and when it surely has; None: never for so much.
+    """A claim that was refused.
 
-    `busy`: only claims under way stand in the way, which may end sooner.
+    Attributes:
+        account: Name of the account without room.
+        retry_after_s: When it surely has room; None: never for so large a claim.
+        busy: Only open claims are in the way, which may end sooner.
     """
 
     account: str
@@ -90,7 +105,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class AccountBalance:
-    """An account in the window of now: what was spent, and what is reserved, slices included."""
+    """An account in its current window: amounts spent and reserved, offline quotas included."""
 
     spent: int
     reserved: int
@@ -100,7 +115,7 @@ class AccountBalance:
 
 @dataclass(frozen=True, slots=True)
 class UsageNote:
-    """Counts to add under a name when a claim is settled: usage. Kept for `keep_s`."""
+    """Usage counts to add under a name when a claim is settled, kept for `keep_s`."""
 
     name: str
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -109,27 +124,32 @@ class UsageNote:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How it goes with the store: whether it answers, what it has still to be told of,
-    how often it was lost, and how many claims were granted from slices meanwhile.
+    """State of a store.
+
+    Attributes:
+        up: Whether it answers.
+        pending_settlements: Settlements that it has not confirmed.
+        outages: How often it became unavailable.
+        offline_grants: Claims granted from offline quotas.
     """
 
     up: bool = True
-    owed: int = 0
+    pending_settlements: int = 0
     outages: int = 0
-    slice_grants: int = 0
+    offline_grants: int = 0
 
 
 class Store(Protocol):
-    """Where several gateways count as one. Every method may raise StoreGone."""
+    """Limits and records that gateways share. Every method may raise StoreUnavailableError."""
 
     async def start(self) -> None:
-        """Begin to be heard of. Does not wait until the store can be reached."""
+        """Start the heartbeats. Does not wait until the store can be reached."""
 
     async def stop(self) -> None:
-        """Give back what this owner holds, and close."""
+        """Release what this owner holds, and close."""
 
     def health(self) -> Health:
-        """How it goes."""
+        """The state of the store."""
 
     async def reserve(self, claim: StoreClaim) -> Granted | Refused:
         """Reserve a claim's upper bound in all its accounts, or in none.
@@ -138,28 +158,29 @@ class Store(Protocol):
         """
 
     async def settle(self, granted: Granted, used: Sequence[int], note: UsageNote | None) -> None:
-        """Put `used`, line by line, in the place of what was reserved. Never lost, never twice.
+        """Charge `used`, line by line, and release what was reserved. Exactly once.
 
-        Of a sliding window more may be used than was reserved: the rest is charged now, and what
-        this window has no room for in the next ones, of which each takes as much as the limit.
+        In a sliding window more may be used than was reserved. The current window is charged with
+        the rest as far as it has room, and the next windows with what remains, up to their limit.
         """
 
     async def balances(self, accounts: Sequence[Account]) -> list[AccountBalance]:
-        """The accounts as of now."""
+        """The current balance of each account."""
 
     async def counts(self, names: Sequence[str]) -> list[dict[str, int]]:
-        """What was noted under each name."""
+        """The usage counts noted under each name."""
 
     async def records(self, table: str) -> dict[str, bytes]:
         """Every record of a table, by its id. Records are kept until they are replaced."""
 
     async def version(self, table: str) -> bytes | None:
-        """Another one whenever a record of the table changed; None: it never had a record."""
+        """A value that is new after every change of the table; None: it never had a record."""
 
     async def replace(
         self, table: str, record_id: str, expected: bytes | None, value: bytes
     ) -> bool:
-        """Put `value` in the place of what was read of a record (None: there was none).
+        """Compare and set: replace a record if it still is `expected` (None: there is none).
 
-        False, and nothing is changed, where somebody else has changed it since.
+        Returns:
+            False where the record has changed since; nothing is written then.
         """

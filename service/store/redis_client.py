@@ -1,6 +1,6 @@
-"""Redis, asked: scripts and values, over connections with a timeout. The only user of `redis`.
+"""Client for Redis: runs the scripts, over connections with a timeout. The only user of `redis`.
 
-It knows nothing of outages: whatever can't be done now raises StoreUnavailableError.
+It does not handle outages: a call that fails raises StoreUnavailableError.
 """
 
 from __future__ import annotations
@@ -28,17 +28,25 @@ from redis.exceptions import (
 )
 
 from service.errors import ConfigError, StoreUnavailableError
-from service.store import redis_scripts
-from service.store.protocol import Account, AccountBalance, Granted, Refused, StoreClaim, UsageNote
+from service.store.protocol import (
+    MOST_WINDOWS_OWED,
+    Account,
+    AccountBalance,
+    Granted,
+    Refused,
+    StoreClaim,
+    UsageNote,
+)
+from service.store.redis_scripts import load_scripts
 
 log = logging.getLogger("coe.store")
 
 _CONNECTIONS = 64
-# Account, start, reserved, used; limit, and length and part of a sliding window.
+# Account, start, reserved, used; limit; length and part of a sliding window.
 Lines = Sequence[tuple[str, int, int, int, int, int, int]]
 
 
-# What a refusal means, by its class and by its first word. Their own words are not told: they may
+# The meaning of an error, by its class and by its first word. Redis' own text is not shown: it may
 # hold an address or a user's name.
 _REFUSALS: tuple[tuple[type[RedisError], str], ...] = (
     (AuthenticationError, "refused authentication: wrong user or password in its URL, or none"),
@@ -52,13 +60,13 @@ _CLUSTER = "is a node of a Redis cluster, which is not supported: a single Redis
 
 
 def refusal(error: RedisError) -> str | None:
-    """What Redis' refusal means, as a predicate; None where it can't be reached at all."""
+    """The meaning of an error of Redis, as a predicate; None where Redis can't be reached."""
     for kind, what in _REFUSALS:
         if isinstance(error, kind):
             return what
     if not isinstance(error, ResponseError):
         return None
-    # Some of its errors come without their first word, by which the class was chosen.
+    # The library strips the first word from some errors, after choosing the class by it.
     name = type(error).__name__.upper().removesuffix("ERROR")
     text = str(error)
     if text.startswith(_CLUSTER_WORDS) or name in _CLUSTER_WORDS or "cluster node" in text:
@@ -81,7 +89,13 @@ def _escape(text: str) -> str:
 
 
 class RedisConnections:
-    """Connections to one Redis. `what` it is, for errors: "the store"."""
+    """A bounded set of connections to one Redis.
+
+    Args:
+        url: The URL of the Redis.
+        timeout_s: Bound of connecting, of each answer, and of waiting for a free connection.
+        what: Its name in errors, such as "the store".
+    """
 
     def __init__(self, url: str, *, timeout_s: float, what: str) -> None:
         self._what = what
@@ -90,7 +104,7 @@ class RedisConnections:
                 url,
                 socket_timeout=timeout_s,
                 socket_connect_timeout=timeout_s,
-                # Twice might count twice: who asks decides what follows from a fault.
+                # A retry might count twice: the caller decides.
                 retry=Retry(NoBackoff(), 0),
                 decode_responses=False,
             )
@@ -98,8 +112,8 @@ class RedisConnections:
             # Its own text may quote the URL, and with it a password.
             raise ConfigError(f"{what}: the Redis URL can't be understood") from None
         self.redis: Redis = Redis(connection_pool=pool)
-        # Not the library's blocking pool, whose waiters hang on an asyncio.Condition: a plain
-        # bound, with a time limit of its own.
+        # A semaphore with a timeout of its own: waiters of the library's blocking pool hang on an
+        # asyncio.Condition.
         self._places = asyncio.Semaphore(_CONNECTIONS)
         self._timeout_s = timeout_s
 
@@ -108,13 +122,13 @@ class RedisConnections:
         await self.redis.aclose()
         await self.redis.connection_pool.disconnect()
 
-    async def ask(self, ask: Callable[[], Awaitable[Any]]) -> Any:
-        """Ask when there is a place among the connections. Raises StoreUnavailableError."""
+    async def run(self, command: Callable[[], Awaitable[Any]]) -> Any:
+        """Run a command when a connection is free. Raises StoreUnavailableError."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._places.acquire()
             try:
-                return await ask()
+                return await command()
             finally:
                 self._places.release()
         except (TimeoutError, RedisError, OSError) as error:
@@ -123,15 +137,15 @@ class RedisConnections:
                 # The kind only: the text may hold the address.
                 why = f"can't be reached ({type(error).__name__})"
             elif why == "refused":
-                # Its words quote no values.
+                # This text quotes no values.
                 log.error("%s refused: %s", self._what, str(error)[:200])
             raise StoreUnavailableError(f"{self._what} {why}") from None
 
 
 class RedisClient:
-    """One owner's connection to Redis.
+    """One owner's client of Redis.
 
-    `clock`, in seconds since 1970, stands in for the server's own: for tests.
+    `clock`, in seconds since 1970, replaces the server's own in tests.
     """
 
     def __init__(
@@ -150,26 +164,18 @@ class RedisClient:
         self._lease_ms = int(lease_s * 1000)
         self._connections = RedisConnections(url, timeout_s=timeout_s, what="the store")
         self._redis = self._connections.redis
-        self._ask = self._connections.ask
-        scripts = {
-            "reserve": redis_scripts.RESERVE,
-            "settle": redis_scripts.SETTLE,
-            "undo": redis_scripts.UNDO,
-            "beat": redis_scripts.BEAT,
-            "leave": redis_scripts.LEAVE,
-            "restore": redis_scripts.RESTORE,
-            "balances": redis_scripts.BALANCES,
-            "replace": redis_scripts.REPLACE,
+        self._execute = self._connections.run
+        self._scripts = {
+            name: self._redis.register_script(text) for name, text in load_scripts().items()
         }
-        self._scripts = {name: self._redis.register_script(text) for name, text in scripts.items()}
 
     async def close(self) -> None:
         """Close every connection."""
         await self._connections.close()
 
     async def reserve(self, claim: StoreClaim) -> Granted | Refused:
-        """See `Store`. Raises StoreUnavailableError also for a claim that was undone already."""
-        told = await self._run(
+        """Reserve a claim. Raises StoreUnavailableError also where it was undone already."""
+        reply = await self._run(
             "reserve",
             id=claim.id,
             tokens=claim.tokens,
@@ -183,66 +189,79 @@ class RedisClient:
                 for line in claim.lines
             ],
         )
-        if "gone" in told:
+        if "gone" in reply:
             raise StoreUnavailableError("the store answered too late")
-        if (refused := told.get("refused")) is not None:
+        if (refused := reply.get("refused")) is not None:
             wait = refused["wait"]
             return Refused(
                 refused["account"], wait / 1000 if wait >= 0 else None, bool(refused["busy"])
             )
         return Granted(
             claim,
-            int(told["tokens"]),
-            tuple(map(int, told["amounts"])),
-            tuple(map(int, told["starts"])),
+            int(reply["tokens"]),
+            tuple(map(int, reply["amounts"])),
+            tuple(map(int, reply["starts"])),
         )
 
     async def settle(
         self, claim_id: str, lines: Lines, note: UsageNote | None, *, offline: bool = False
     ) -> None:
-        """Put `used` in the place of what was reserved."""
+        """Charge what a claim used, and release what it reserved."""
         await self._run(
             "settle",
             id=claim_id,
             lines=[[name, *map(str, numbers)] for name, *numbers in lines],
             note=_note(note),
             offline=offline,
+            most_windows_owed=MOST_WINDOWS_OWED,
         )
 
     async def undo(self, claim_id: str) -> None:
-        """A claim of which nobody knows whether it was granted: it is not, now or later."""
+        """Release a claim of unknown outcome, also where it reaches Redis later."""
         await self._run("undo", id=claim_id)
 
-    async def beat(
+    async def send_heartbeat(
         self,
         number: int,
         share: float,
-        slices: Sequence[tuple[Account, int, int]],
+        quotas: Sequence[tuple[Account, int, int]],
         batch: int,
         notes: Sequence[UsageNote],
     ) -> dict[str, Any]:
-        """This owner is there. `slices`: account, what it has of it, how much more it wants."""
+        """Extend this owner's lease, add its notes, and resize its offline quotas.
+
+        Args:
+            number: Number of this heartbeat; one that arrives after a later one does nothing.
+            share: The part of an account's room that this owner may hold as a quota.
+            quotas: For each account what this owner holds of it, and how much more it wants.
+            batch: Number of `notes`; each batch is added once.
+            notes: Usage without limits to be charged to.
+
+        Returns:
+            `stale`, or `known` and `lapsed` (the state of the lease before) and `quotas`:
+            account, amount held now, and room left for all owners.
+        """
         return cast(
             dict[str, Any],
             await self._run(
-                "beat",
-                beat=number,
+                "heartbeat",
+                number=number,
                 share=share,
-                slices=[
-                    {"account": self._account(account), "have": have, "more": more}
-                    for account, have, more in slices
+                quotas=[
+                    {"account": self._account(account), "held": held, "more": more}
+                    for account, held, more in quotas
                 ],
                 batch=batch,
-                notes=[_note(one) for one in notes],
+                notes=[_note(note) for note in notes],
             ),
         )
 
     async def leave(self) -> None:
-        """Give back all that this owner holds."""
+        """Release all that this owner holds."""
         await self._run("leave")
 
     async def restore(self, claims: Sequence[tuple[str, Lines]]) -> None:
-        """Claims that hold, for a store that has lost them."""
+        """Reserve open claims again, in a Redis that has lost its data."""
         await self._run(
             "restore",
             claims=[
@@ -252,31 +271,27 @@ class RedisClient:
         )
 
     async def balances(self, accounts: Sequence[Account]) -> list[AccountBalance]:
-        """See `Store`."""
-        told = await self._run("balances", accounts=[self._account(one) for one in accounts])
-        return [AccountBalance(*map(int, one)) for one in told]
+        balances = await self._run("balances", accounts=[self._account(a) for a in accounts])
+        return [AccountBalance(*map(int, balance)) for balance in balances]
 
     async def counts(self, names: Sequence[str]) -> list[dict[str, int]]:
-        """See `Store`."""
         found = []
         async with self._redis.pipeline(transaction=False) as pipe:
             for name in names:
                 pipe.hgetall(self._key("n", name))
-            found = await self._ask(pipe.execute)
-        return [{key.decode(): int(value) for key, value in one.items()} for one in found]
+            found = await self._execute(pipe.execute)
+        return [{key.decode(): int(value) for key, value in counts.items()} for counts in found]
 
     async def records(self, table: str) -> dict[str, bytes]:
-        """See `Store`."""
-        found = await self._ask(lambda: self._redis.hgetall(self._key("t", table)))
+        found = await self._execute(lambda: self._redis.hgetall(self._key("t", table)))
         if not found and await self._take_over(table):
-            found = await self._ask(lambda: self._redis.hgetall(self._key("t", table)))
+            found = await self._execute(lambda: self._redis.hgetall(self._key("t", table)))
         return {name.decode(): value for name, value in found.items()}
 
     async def version(self, table: str) -> bytes | None:
-        """See `Store`."""
-        found = await self._ask(lambda: self._redis.get(self._key("tv", table)))
+        found = await self._execute(lambda: self._redis.get(self._key("tv", table)))
         if found is None and await self._take_over(table):
-            found = await self._ask(lambda: self._redis.get(self._key("tv", table)))
+            found = await self._execute(lambda: self._redis.get(self._key("tv", table)))
         return cast("bytes | None", found)
 
     async def _take_over(self, table: str) -> bool:
@@ -291,24 +306,23 @@ class RedisClient:
         if table not in _FORMER_TABLES:
             return False
         marker, prefix = (self._key("v", name) for name in _FORMER_TABLES[table])
-        if await self._ask(lambda: self._redis.get(marker)) is None:
+        if await self._execute(lambda: self._redis.get(marker)) is None:
             return False
-        names = await self._ask(lambda: _scan(self._redis, f"{_escape(prefix)}*"))
-        values = await self._ask(lambda: self._redis.mget(names)) if names else []
+        names = await self._execute(lambda: _scan(self._redis, f"{_escape(prefix)}*"))
+        values = await self._execute(lambda: self._redis.mget(names)) if names else []
         async with self._redis.pipeline(transaction=True) as pipe:
             for name, value in zip(names, values, strict=True):
                 if value is not None:
                     pipe.hsetnx(self._key("t", table), name.decode().removeprefix(prefix), value)
             pipe.setnx(self._key("tv", table), secrets.token_hex(8))
-            await self._ask(pipe.execute)
+            await self._execute(pipe.execute)
         log.info("copied %d records of the table %r from their former places", len(names), table)
         return True
 
     async def replace(
         self, table: str, record_id: str, expected: bytes | None, value: bytes
     ) -> bool:
-        """See `Store`."""
-        told = await self._run(
+        replaced = await self._run(
             "replace",
             expected or b"",
             value,
@@ -317,7 +331,7 @@ class RedisClient:
             absent=True if expected is None else None,
             version=secrets.token_hex(8),
         )
-        return bool(told)
+        return bool(replaced)
 
     async def _run(self, script: str, *values: bytes, **arguments: Any) -> Any:
         # Lua's JSON has a null that counts as true.
@@ -325,27 +339,27 @@ class RedisClient:
         arguments |= {"owner": self.owner, "lease": self._lease_ms}
         if self._clock is not None:
             arguments["now"] = int(self._clock() * 1000)
-        made = self._scripts[script]
-        given: list[bytes | str] = [self._prefix, orjson.dumps(arguments), *values]
-        told = await self._ask(lambda: made(args=given))
-        return orjson.loads(told) if isinstance(told, bytes) else told
+        run = self._scripts[script]
+        argv: list[bytes | str] = [self._prefix, orjson.dumps(arguments), *values]
+        reply = await self._execute(lambda: run(args=argv))
+        return orjson.loads(reply) if isinstance(reply, bytes) else reply
 
     def _key(self, kind: str, name: str) -> str:
         return f"{self._prefix}:{kind}:{name}"
 
     def _account(self, account: Account) -> dict[str, Any]:
         window = account.window
-        told: dict[str, Any] = {
+        payload: dict[str, Any] = {
             "name": account.name,
             "limit": account.limit,
             "kind": window.kind,
             "length": window.length_ms,
         }
         if window.kind == "sliding":
-            told["part"] = window.part_ms
+            payload["part"] = window.part_ms
         elif window.kind != "now":
-            told["spans"] = window.spans(int((self._clock or time.time)() * 1000))
-        return told
+            payload["spans"] = window.spans(int((self._clock or time.time)() * 1000))
+        return payload
 
 
 def _note(note: UsageNote | None) -> dict[str, Any] | None:

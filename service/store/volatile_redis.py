@@ -1,4 +1,4 @@
-"""What may be lost, in a Redis that gateways share; told to evict what was used longest ago."""
+"""A volatile store in a Redis that gateways share, configured to evict the least recently used."""
 
 from __future__ import annotations
 
@@ -12,54 +12,50 @@ from service.store.redis_client import RedisConnections
 
 log = logging.getLogger("coe.store")
 
-# How long nobody asks a Redis that did not answer.
-_REST_S = 2.0
+# Pause after a Redis did not answer.
+_PAUSE_S = 2.0
 
 
-class RedisVolatile:
-    """See `VolatileStore`: in a Redis that gateways share. Nobody waits for one that is gone."""
+class RedisVolatileStore:
+    """A `VolatileStore` in Redis. While Redis is unavailable, calls fail without waiting."""
 
     def __init__(self, url: str, *, prefix: str, timeout_s: float) -> None:
         self._connections = RedisConnections(url, timeout_s=timeout_s, what="the volatile store")
         self._prefix = f"{{{prefix}}}:v:"
-        self._rests_until_s = 0.0
-        self._why = ""
+        self._paused_until_s = 0.0
+        self._last_error = ""
 
     async def get(self, name: str) -> bytes | None:
-        """See `VolatileStore`."""
         redis = self._connections.redis
-        found: bytes | None = await self._ask(lambda: redis.get(self._prefix + name))
+        found: bytes | None = await self._run(lambda: redis.get(self._prefix + name))
         return found
 
     async def put(self, name: str, value: bytes, *, ttl_s: float) -> None:
-        """See `VolatileStore`."""
         redis, ttl_ms = self._connections.redis, _ms(ttl_s)
-        await self._ask(lambda: redis.set(self._prefix + name, value, px=ttl_ms))
+        await self._run(lambda: redis.set(self._prefix + name, value, px=ttl_ms))
 
     async def add(self, name: str, value: bytes, *, ttl_s: float) -> bool:
-        """See `VolatileStore`."""
         redis, ttl_ms = self._connections.redis, _ms(ttl_s)
         return bool(
-            await self._ask(lambda: redis.set(self._prefix + name, value, px=ttl_ms, nx=True))
+            await self._run(lambda: redis.set(self._prefix + name, value, px=ttl_ms, nx=True))
         )
 
     async def close(self) -> None:
-        """See `VolatileStore`."""
         await self._connections.close()
 
-    async def _ask(self, ask: Callable[[], Awaitable[Any]]) -> Any:
-        if time.monotonic() < self._rests_until_s:
-            raise StoreUnavailableError(self._why, retry_after_s=_REST_S)
+    async def _run(self, command: Callable[[], Awaitable[Any]]) -> Any:
+        if time.monotonic() < self._paused_until_s:
+            raise StoreUnavailableError(self._last_error, retry_after_s=_PAUSE_S)
         try:
-            told = await self._connections.ask(ask)
+            reply = await self._connections.run(command)
         except StoreUnavailableError as error:
-            self._rests_until_s = time.monotonic() + _REST_S
-            if error.message != self._why:
-                log.error("%s; answers are not kept meanwhile, nor votes taken", error.message)
-            self._why = error.message
+            self._paused_until_s = time.monotonic() + _PAUSE_S
+            if error.message != self._last_error:
+                log.error("%s; response cache and votes are disabled meanwhile", error.message)
+            self._last_error = error.message
             raise
-        self._why = ""
-        return told
+        self._last_error = ""
+        return reply
 
 
 def _ms(ttl_s: float) -> int:

@@ -1,4 +1,4 @@
-"""The stretches of time that limits count over. Pure: times come in, in ms since 1970 (UTC)."""
+"""The time windows of limits. Pure; times are ms since 1970 (UTC)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ _DAY_MS = 86_400_000
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What a limit counts over.
+    """The window that a limit counts over.
 
-    `kind` sliding: any `length_ms`, counted in `parts` pieces (the oldest, partly gone,
-    counts whole); fixed: one after the other since 1970; day, month: the calendar's, UTC;
-    now: only what is under way.
+    Attributes:
+        kind: `sliding`: the last `length_ms`, counted in `parts` equal parts, of which the oldest
+            counts whole; `fixed`: consecutive windows since 1970; `day`, `month`: of the calendar,
+            UTC; `now`: only open claims count.
+        length_ms: Length of a sliding or fixed window.
+        parts: Number of parts of a sliding window.
     """
 
     kind: str
@@ -23,11 +26,11 @@ class Window:
 
     @property
     def part_ms(self) -> int:
-        """Length of a piece of a sliding window."""
+        """Length of one part of a sliding window."""
         return self.length_ms // self.parts
 
     def span(self, now_ms: int) -> tuple[int, int]:
-        """Start and end of the window that `now_ms` lies in; a sliding one's piece."""
+        """Start and end of the window that holds `now_ms`; of its part, if it slides."""
         if self.kind == "day":
             start = now_ms - now_ms % _DAY_MS
             return start, start + _DAY_MS
@@ -44,7 +47,7 @@ class Window:
         return start, start + length_ms
 
     def spans(self, now_ms: int) -> tuple[tuple[int, int], ...]:
-        """The windows before, around and after `now_ms`: for a clock that differs a little."""
+        """The windows before, around and after `now_ms`, for a clock that differs a little."""
         start, end = self.span(now_ms)
         return self.span(start - 1), (start, end), self.span(end)
 
@@ -56,5 +59,5 @@ NOW = Window("now")
 
 
 def fixed(window_s: int) -> Window:
-    """Windows of that length, one after the other since 1970."""
+    """Consecutive windows of that length since 1970."""
     return Window("fixed", window_s * 1000)

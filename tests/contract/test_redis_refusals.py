@@ -13,11 +13,11 @@ from redis import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
 from service.errors import StoreUnavailableError
-from service.store.keys import KeyRecord, Keys, StoreBook
+from service.store.keys import KeyRecord, KeyService, StoreKeyRepository
 from service.store.protocol import Account, Charge, Granted, StoreClaim, UsageNote
 from service.store.redis_client import RedisClient
 from service.store.redis_store import RedisStore
-from service.store.volatile_redis import RedisVolatile
+from service.store.volatile_redis import RedisVolatileStore
 from service.store.windows import DAY
 from tests.support.redis import RedisServer, redis_server
 
@@ -67,7 +67,7 @@ async def test_a_user_with_an_awkward_password_gets_in_and_a_wrong_one_is_told(
         )
     where = f"127.0.0.1:{server.port}/3"
     async with store_at(f"redis://coe:{quote(PASSWORD, safe='')}@{where}") as store:
-        keys = Keys(StoreBook(store))
+        keys = KeyService(StoreKeyRepository(store))
         made, _ = await keys.create(KeyRecord("", "acme", ""), 1.0)
         assert [one.id for one in await keys.records()] == [made.id]
     for who in ("coe:wrong-hunter2", "nobody:wrong-hunter2"):
@@ -104,7 +104,7 @@ async def test_the_user_that_deployments_make_may_do_what_is_needed_and_no_harm(
         client.execute_command("ACL", "SETUSER", "coe", "on", ">x", *rules[1].split())
     url = f"redis://coe:x@127.0.0.1:{server.port}/0"
     async with store_at(url) as store:
-        keys = Keys(StoreBook(store))
+        keys = KeyService(StoreKeyRepository(store))
         made, _ = await keys.create(KeyRecord("", "acme", ""), 1.0)
         await keys.revoke(made.id, 2.0)
         got = await store.reserve(StoreClaim("c", (Charge(BUDGET, 1),)))
@@ -112,7 +112,7 @@ async def test_the_user_that_deployments_make_may_do_what_is_needed_and_no_harm(
         await store.settle(got, [1], UsageNote("n", {"requests": 1}, 100))
         assert await store.counts(["n"]) == [{"requests": 1}]
         assert (await store.balances([BUDGET]))[0].spent == 1
-    volatile = RedisVolatile(url, prefix="coe", timeout_s=2)
+    volatile = RedisVolatileStore(url, prefix="coe", timeout_s=2)
     assert await volatile.add("a", b"1", ttl_s=9)
     await volatile.put("b", b"2", ttl_s=9)
     assert await volatile.get("b") == b"2"

@@ -81,7 +81,7 @@ async def tried(request: pytest.FixtureRequest) -> AsyncIterator[Tried]:
         server.url, "me", prefix=f"t{next(_ids)}", timeout_s=5, lease_s=10**6, clock=clock
     )
     # No slices: they would count as reserved.
-    store = RedisStore(client, share=0, lease_s=10**6, beat_s=0.02)
+    store = RedisStore(client, share=0, lease_s=10**6, heartbeat_s=0.02)
     await store.start()
     yield Tried(store, clock)
     await store.stop()

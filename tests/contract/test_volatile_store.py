@@ -12,12 +12,12 @@ import pytest_asyncio
 from redis import Redis
 
 from service.errors import StoreUnavailableError
-from service.store.keys import KeyRecord, Keys, StoreBook
+from service.store.keys import KeyRecord, KeyService, StoreKeyRepository
 from service.store.protocol import Account, Charge, Granted, StoreClaim
 from service.store.redis_client import RedisClient
 from service.store.redis_store import RedisStore
-from service.store.volatile import MemoryVolatile, VolatileStore
-from service.store.volatile_redis import RedisVolatile
+from service.store.volatile import MemoryVolatileStore, VolatileStore
+from service.store.volatile_redis import RedisVolatileStore
 from service.store.windows import DAY
 from tests.support.redis import RedisServer, redis_server
 
@@ -34,10 +34,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 @pytest_asyncio.fixture(params=["memory", "redis"])
 async def kept(request: pytest.FixtureRequest) -> AsyncIterator[VolatileStore]:
     if request.param == "memory":
-        yield MemoryVolatile(_MIB)
+        yield MemoryVolatileStore(_MIB)
         return
     server: RedisServer = request.getfixturevalue("server")
-    store = RedisVolatile(server.url, prefix=f"t{next(_ids)}", timeout_s=5)
+    store = RedisVolatileStore(server.url, prefix=f"t{next(_ids)}", timeout_s=5)
     yield store
     await store.close()
 
@@ -61,7 +61,7 @@ async def test_of_several_who_add_one_is_first(kept: VolatileStore) -> None:
 
 
 async def test_memory_stays_within_its_bytes_and_keeps_what_was_used_last() -> None:
-    kept = MemoryVolatile(10_000)
+    kept = MemoryVolatileStore(10_000)
     for i in range(1000):
         await kept.put(f"n{i}", bytes(500), ttl_s=60)
         assert kept.size_bytes <= 10_000
@@ -87,9 +87,9 @@ async def test_however_much_may_be_lost_what_counts_is_not_refused(
                 client.config_set("maxmemory-policy", policy)
         client_ = RedisClient(counting.url, "me", prefix="coe", timeout_s=5, lease_s=30)
         store = RedisStore(client_, share=0, lease_s=30)
-        volatile = RedisVolatile(losing.url, prefix="coe", timeout_s=5)
+        volatile = RedisVolatileStore(losing.url, prefix="coe", timeout_s=5)
         await store.start()
-        keys = Keys(StoreBook(store))
+        keys = KeyService(StoreKeyRepository(store))
         made, _ = await keys.create(KeyRecord("", "acme", ""), 1.0)
         budget = Account("budget/all", 10**9, DAY)
         for i in range(400):
@@ -108,12 +108,12 @@ async def test_however_much_may_be_lost_what_counts_is_not_refused(
         await store.stop()
 
 
-async def test_one_that_is_gone_is_said_so_and_not_waited_for(server: RedisServer) -> None:
-    gone = RedisVolatile("redis://127.0.0.1:1/0", prefix="x", timeout_s=5)
+async def test_redis_volatile_store_unavailable_fails_without_waiting(server: RedisServer) -> None:
+    gone = RedisVolatileStore("redis://127.0.0.1:1/0", prefix="x", timeout_s=5)
     for _ in range(3):
         with pytest.raises(StoreUnavailableError, match="volatile store can't be reached"):
             await gone.get("a")
-    assert gone._rests_until_s > 0
+    assert gone._paused_until_s > 0
     await gone.close()
 
 
@@ -130,7 +130,7 @@ async def test_rotating_and_revoking_at_once_never_brings_a_key_back(server: Red
         store = RedisStore(client, share=0, lease_s=30)
         await store.start()
         stores.append(store)
-    one, other = (Keys(StoreBook(store)) for store in stores)
+    one, other = (KeyService(StoreKeyRepository(store)) for store in stores)
     wanted = KeyRecord("", "acme", "")
     for _ in range(30):
         made, _ = await one.create(replace(wanted), 1.0)

@@ -11,7 +11,7 @@ import pytest
 from service.config import Config
 from service.gateway.cache.response_cache import CacheSession, ResponseCache
 from service.gateway.request.parsing import parse_request
-from service.store.volatile import MemoryVolatile
+from service.store.volatile import MemoryVolatileStore
 from service.types import Tenant
 from tests.support.serving import Site, chat, simulated, site
 from tests.support.waiting import until
@@ -160,7 +160,7 @@ async def test_no_more_is_kept_than_allowed() -> None:
         for i in range(20):
             await ask(s, "semantic", f"question {i} about the sea")
         volatile = s.gateway.volatile
-        assert isinstance(volatile, MemoryVolatile)
+        assert isinstance(volatile, MemoryVolatileStore)
         names = [name for name in volatile._values if name.startswith("cache/default/")]
         assert 0 < len([name for name in names if "/answer/" in name]) <= 4
         assert len([name for name in names if "/shelf/" in name]) <= 4
@@ -209,7 +209,7 @@ async def test_tenants_whose_names_hold_a_slash_share_no_place() -> None:
             },
         }
     )
-    cache = ResponseCache(given, MemoryVolatile(10**6))
+    cache = ResponseCache(given, MemoryVolatileStore(10**6))
 
     async def visit(tenant: str, how: bytes) -> CacheSession:
         raw = json.dumps(chat(model="big")).encode()

@@ -39,7 +39,7 @@ def made(
     timeout_s: float = 10,
 ) -> RedisStore:
     client = RedisClient(server.url, owner, prefix="coe", timeout_s=timeout_s, lease_s=lease_s)
-    return RedisStore(client, share=share, lease_s=lease_s, beat_s=0.05)
+    return RedisStore(client, share=share, lease_s=lease_s, heartbeat_s=0.05)
 
 
 @asynccontextmanager
@@ -71,14 +71,14 @@ async def amounts(store: RedisStore, account: Account) -> tuple[int, int]:
     return balance.spent, balance.reserved
 
 
-async def holds_slices(store: RedisStore, server: RedisServer) -> None:
-    """Until a slice of the budget is held."""
+async def holds_quota(store: RedisStore, server: RedisServer) -> None:
+    """Wait until the store holds an offline quota of the budget."""
 
     def held() -> bool:
-        one = store._slices._slices.get(BUDGET.name)
+        one = store._quotas._quotas.get(BUDGET.name)
         return one is not None and one.held > 0 and one.room > 0
 
-    await until(held, "a slice is granted")
+    await until(held, "a quota is granted")
 
 
 async def test_a_burst_through_two_gateways_takes_exactly_the_limits(server: RedisServer) -> None:
@@ -100,13 +100,13 @@ async def test_a_burst_through_two_gateways_takes_exactly_the_limits(server: Red
                 await use(stores[i % 2])
 
         await asyncio.gather(*(client(i) for i in range(64)))
-        # What is left in slices is given back, as somebody wants it.
+        # Quotas are given back once a claim was refused.
         await until(lambda: use(stores[0]), "the budget is spent")
         assert served == 250  # 10,000 / 40
         assert await amounts(stores[1], BUDGET) == (10_000, 0)
         spent, reserved = await amounts(stores[1], REQUESTS)
         assert spent == 250
-        assert reserved <= 2 * 25  # slices only
+        assert reserved <= 2 * 25  # quotas only
 
 
 async def test_a_killed_gateway_leaks_nothing(server: RedisServer) -> None:
@@ -125,7 +125,7 @@ async def test_a_killed_gateway_leaks_nothing(server: RedisServer) -> None:
         assert await amounts(living, AT_ONCE) == (0, 0)
         # It was not dead after all: what it used is charged, once.
         for _ in range(2):
-            killed._open[held.claim.id] = held
+            killed._granted[held.claim.id] = held
             await killed.settle(held, [5000, 0], None)
         assert await amounts(living, BUDGET) == (5000, 0)
         await killed._client.close()
@@ -136,7 +136,7 @@ async def test_redis_gone_then_back(server: RedisServer) -> None:
         used = 0
         before = [await granted(store) for store in stores]
         for store in stores:
-            await holds_slices(store, server)
+            await holds_quota(store, server)
         server.kill()
         offline: list[tuple[RedisStore, Granted]] = []
 
@@ -169,14 +169,14 @@ async def test_redis_gone_then_back(server: RedisServer) -> None:
 
         async def told() -> bool:
             spent, _ = await amounts(stores[0], BUDGET)
-            return spent == used and not any(store.health().owed for store in stores)
+            return spent == used and not any(store.health().pending_settlements for store in stores)
 
         await until(told, "what was used is told")
         assert await stores[0].counts(["u"]) == [{"requests": len(offline)}]
         assert (await amounts(stores[0], REQUESTS))[0] == len(offline) + 2
         for store in stores:
-            store._slices.share = 0
-            store._slices._slices[BUDGET.name].room = 0
+            store._quotas.share = 0
+            store._quotas._quotas[BUDGET.name].room = 0
 
         async def nothing_held() -> bool:
             return (await amounts(stores[0], BUDGET))[1] == 0
@@ -188,10 +188,10 @@ async def test_redis_gone_then_back(server: RedisServer) -> None:
 async def test_redis_hung_then_goes_on(server: RedisServer) -> None:
     async with gateways(server, 1, timeout_s=1) as (store,):
         got = await granted(store)
-        await holds_slices(store, server)
+        await holds_quota(store, server)
         server.hang()
         try:
-            # Asked while nobody knows yet: answered from the slice, after the timeout.
+            # Asked while nobody knows yet: answered from the quota, after the timeout.
             offline = await granted(store)
             assert offline.offline
             assert not store.up
@@ -199,7 +199,9 @@ async def test_redis_hung_then_goes_on(server: RedisServer) -> None:
             await store.settle(offline, [20, 1], None)
         finally:
             server.go_on()
-        await until(lambda: store.up and not store.health().owed, "it is back and told")
+        await until(
+            lambda: store.up and not store.health().pending_settlements, "it is back and told"
+        )
         # The claim that Redis heard of but could not answer came to nothing.
         assert server.client().hlen("{coe}:own:g0") == 0
         assert (await amounts(store, BUDGET))[0] == 30
@@ -218,12 +220,12 @@ async def test_a_store_that_lost_its_memory_is_told_what_is_under_way(server: Re
         assert await amounts(store, BUDGET) == (60, 0)
 
 
-async def test_an_outage_longer_than_the_lease_ends_the_slices_but_frees_nothing(
+async def test_an_outage_longer_than_the_lease_ends_the_quotas_but_frees_nothing(
     server: RedisServer,
 ) -> None:
     async with gateways(server, 1, share=0.1, lease_s=0.5) as (store,):
         got = await granted(store)
-        await holds_slices(store, server)
+        await holds_quota(store, server)
         server.kill()
 
         async def refused() -> bool:
@@ -234,7 +236,7 @@ async def test_an_outage_longer_than_the_lease_ends_the_slices_but_frees_nothing
             return False
 
         await until(refused, "the lease has ended")
-        assert store._slices._slices[BUDGET.name].held > 50
+        assert store._quotas._quotas[BUDGET.name].held > 50
         server.start()
         await until(lambda: store.up, "it is back")
         await store.settle(got, [100, 1], None)

@@ -28,7 +28,7 @@ from service.gateway.request.parsing import InferenceRequest
 from service.http.asgi import STREAM_HEADERS, send_response
 from service.http.usage import reply_usage, usage_of
 from service.moe.profiles import profile_digests
-from service.store.places import place
+from service.store.names import join_name
 from service.store.volatile import VolatileStore
 from service.telemetry import metrics
 from service.telemetry.registry import MetricsRegistry
@@ -115,7 +115,7 @@ class ResponseCache:
         question, rest = _question(request, data) if kind == "semantic" else ("", {})
         shelf = self._hash(tenant, request.endpoint, rest, bounds) if question else ""
         number = int(key, 16) % settings.max_entries
-        where = place("cache", tenant, "answer", str(number))
+        where = join_name("cache", tenant, "answer", str(number))
         return CacheSearch(settings, tenant, where, key, shelf, question, kind)
 
     def _hash(self, *what: Any) -> str:
@@ -159,7 +159,7 @@ class ResponseCache:
     def _shelf_name(self, search: CacheSearch) -> str:
         # As many shelves as answers at most, for the same reason.
         number = int(search.shelf, 16) % search.settings.max_entries
-        return place("cache", search.tenant, "shelf", str(number))
+        return join_name("cache", search.tenant, "shelf", str(number))
 
     async def keep(
         self, search: CacheSearch, recorded: RecordingSend, *, by_own_bound: bool

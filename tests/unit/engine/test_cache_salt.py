@@ -17,7 +17,7 @@ from service.gateway.auth import Authenticator, cache_salt
 from service.gateway.request.parsing import parse_request
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.rpc.call import Call, parse_call
-from service.store.keys import KeyRecord, Keys, StoreBook
+from service.store.keys import KeyRecord, KeyService, StoreKeyRepository
 from service.store.memory import MemoryStore
 from service.types import Tenant
 
@@ -63,8 +63,10 @@ async def salts(tenants: dict[str, Any]) -> dict[str, str]:
             "tenants": tenants,
         }
     )
-    book = StoreBook(MemoryStore())
-    made = {name: (await Keys(book).create(KeyRecord("", name, ""), 1.0))[1] for name in tenants}
+    book = StoreKeyRepository(MemoryStore())
+    made = {
+        name: (await KeyService(book).create(KeyRecord("", name, ""), 1.0))[1] for name in tenants
+    }
     ring = Authenticator(config, book, secret="the-cluster-s")
     await ring.look()
     return {
@@ -82,7 +84,9 @@ async def test_authenticator_gives_tenants_different_salts_unless_they_share() -
 
 async def test_authenticator_without_keys_gives_no_salt() -> None:
     config = {"experts": {"g": {"model": "m"}}, "pools": {"cpu": {"engine": "simulated"}}}
-    ring = Authenticator(Config.model_validate(config), StoreBook(MemoryStore()), secret="s")
+    ring = Authenticator(
+        Config.model_validate(config), StoreKeyRepository(MemoryStore()), secret="s"
+    )
     await ring.look()
     assert ring.identify({}).cache_salt == ""
 

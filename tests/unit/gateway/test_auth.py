@@ -27,7 +27,7 @@ from service.gateway.auth import Authenticator, any_key, configured
 from service.gateway.key_requests import NewKey, new_key_record
 from service.gateway.store_setup import keys_marker
 from service.launch.supervisor import _restrict_host
-from service.store.keys import FileBook, KeyRecord, Keys, KeyTable, StoreBook, digest_of, new_key
+from service.store.keys import FileKeyRepository, KeyRecord, KeyService, KeyTable, StoreKeyRepository, digest_of, new_key
 from service.store.memory import MemoryStore
 from service.types import NOBODY, Limits
 
@@ -45,7 +45,7 @@ def config(**sections: Any) -> Config:
 
 
 def books(tmp_path: Path) -> list[Any]:
-    return [FileBook(tmp_path / "deep" / "keys.jsonl"), StoreBook(MemoryStore())]
+    return [FileKeyRepository(tmp_path / "deep" / "keys.jsonl"), StoreKeyRepository(MemoryStore())]
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -53,7 +53,7 @@ async def test_keys_create_rotate_and_revoke_change_what_is_accepted(
     tmp_path: Path, which: int
 ) -> None:
     book = books(tmp_path)[which]
-    keys = Keys(book)
+    keys = KeyService(book)
     empty = await book.version()
     record, key = await keys.create(WANTED, 100.0)
     assert await book.version() != empty
@@ -77,7 +77,7 @@ async def test_keys_create_rotate_and_revoke_change_what_is_accepted(
 
 async def test_file_book_stores_digests_only_in_a_private_file(tmp_path: Path) -> None:
     path = tmp_path / "keys.jsonl"
-    _, key = await Keys(FileBook(path)).create(WANTED, 1.0)
+    _, key = await KeyService(FileKeyRepository(path)).create(WANTED, 1.0)
     assert key not in path.read_text()
     assert key.rpartition("-")[2] not in path.read_text()
     assert path.stat().st_mode & 0o777 == 0o600
@@ -100,8 +100,8 @@ async def test_identify_returns_the_key_s_tenant_or_raises_unauthorized(
         keys={"a": {"tenant": "acme", "key_env": "KEY_A", "experts": ["general", "math"]}},
         tenants={"acme": {"priority": "low", "weight": 3, "experts": ["math"]}},
     )
-    book = StoreBook(MemoryStore())
-    _, made = await Keys(book).create(replace(WANTED, priority="high", expires_s=1.0), 0.5)
+    book = StoreKeyRepository(MemoryStore())
+    _, made = await KeyService(book).create(replace(WANTED, priority="high", expires_s=1.0), 0.5)
     ring = Authenticator(given, book)
     await ring.look()
     tenant = ring.identify({b"authorization": b"Bearer 0123456789abcdef"})
@@ -133,8 +133,8 @@ async def test_authenticator_damaged_record_raises_at_start_and_keeps_known_keys
     tmp_path: Path, line: bytes
 ) -> None:
     path = tmp_path / "keys.jsonl"
-    book = FileBook(path)
-    _, key = await Keys(book).create(replace(WANTED, experts=None), 1.0)
+    book = FileKeyRepository(path)
+    _, key = await KeyService(book).create(replace(WANTED, experts=None), 1.0)
     ring = Authenticator(config(), book)
     await ring.look()
     whole = path.read_bytes()
@@ -144,7 +144,7 @@ async def test_authenticator_damaged_record_raises_at_start_and_keeps_known_keys
     await ring.look()
     assert ring.identify({b"x-api-key": key.encode()}).name == "acme"
     path.unlink()
-    await Keys(book).create(WANTED, 2.0)
+    await KeyService(book).create(WANTED, 2.0)
     await ring.look()
     with pytest.raises(UnauthorizedError):
         ring.identify({b"x-api-key": key.encode()})
@@ -158,7 +158,7 @@ def test_configured_key_too_short_raises_config_error(monkeypatch: pytest.Monkey
 
 
 async def test_authenticator_needed_when_listening_beyond_loopback() -> None:
-    book = StoreBook(MemoryStore())
+    book = StoreKeyRepository(MemoryStore())
     for server, needed in (
         ({}, False),
         ({"host": "0.0.0.0"}, True),
@@ -171,7 +171,7 @@ async def test_authenticator_needed_when_listening_beyond_loopback() -> None:
 
 
 async def test_identify_before_the_keys_are_loaded_raises_store_unavailable() -> None:
-    ring = Authenticator(config(), StoreBook(MemoryStore()))
+    ring = Authenticator(config(), StoreKeyRepository(MemoryStore()))
     with pytest.raises(StoreUnavailableError):
         ring.identify({})
 
@@ -179,8 +179,8 @@ async def test_identify_before_the_keys_are_loaded_raises_store_unavailable() ->
 async def test_authenticator_store_that_came_back_empty_accepts_nobody(tmp_path: Path) -> None:
     """Emptied, or another one in its place: what was told once holds until the next start."""
     store = MemoryStore()
-    book = StoreBook(store)
-    _, key = await Keys(book).create(WANTED, 1.0)
+    book = StoreKeyRepository(store)
+    _, key = await KeyService(book).create(WANTED, 1.0)
     ring = Authenticator(config(), book, marker=tmp_path / "home" / "keys.needed")
     await ring.look()
     assert ring.identify({b"x-api-key": key.encode()}).name == "acme"
@@ -202,9 +202,9 @@ async def test_authenticator_started_after_its_keys_were_lost_accepts_nobody(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("coe"), "propagate", True)
     given = config(store={"keys_file": str(tmp_path / "keys.jsonl")})
-    book, marker = FileBook(tmp_path / "keys.jsonl"), keys_marker(given)
+    book, marker = FileKeyRepository(tmp_path / "keys.jsonl"), keys_marker(given)
     assert not await any_key(given, book, marker)
-    await Keys(book).create(WANTED, 1.0)
+    await KeyService(book).create(WANTED, 1.0)
     await Authenticator(given, book, marker=marker).look()
     (tmp_path / "keys.jsonl").unlink()
     assert await any_key(given, book, marker)
@@ -227,7 +227,7 @@ def test_keys_marker_differs_by_store_and_ignores_the_password() -> None:
 
 
 async def test_require_keys_without_any_key_accepts_nobody() -> None:
-    given, book = config(server={"require_keys": True}), StoreBook(MemoryStore())
+    given, book = config(server={"require_keys": True}), StoreKeyRepository(MemoryStore())
     assert await any_key(given, book)
     ring = Authenticator(given, book)
     await ring.look()
@@ -236,9 +236,9 @@ async def test_require_keys_without_any_key_accepts_nobody() -> None:
 
 
 async def test_identify_key_of_a_tenant_missing_in_the_config_raises_forbidden() -> None:
-    book = StoreBook(MemoryStore())
-    _, key = await Keys(book).create(WANTED, 1.0)
-    _, other = await Keys(book).create(replace(WANTED, tenant="default"), 1.0)
+    book = StoreKeyRepository(MemoryStore())
+    _, key = await KeyService(book).create(WANTED, 1.0)
+    _, other = await KeyService(book).create(replace(WANTED, tenant="default"), 1.0)
     for tenants, allowed in (({}, True), ({"acme": {}}, True), ({"acne": {}}, False)):
         ring = Authenticator(config(tenants=tenants), book)
         await ring.look()
@@ -263,7 +263,7 @@ def test_record_of_tenant_missing_in_the_config_raises_with_a_suggestion() -> No
 
 @pytest.mark.parametrize("which", [0, 1])
 async def test_revoke_during_concurrent_rotations_stays_revoked(tmp_path: Path, which: int) -> None:
-    keys = Keys(books(tmp_path)[which])
+    keys = KeyService(books(tmp_path)[which])
     for _ in range(10):
         made, _ = await keys.create(WANTED, 1.0)
         await asyncio.gather(
@@ -277,10 +277,10 @@ async def test_revoke_during_concurrent_rotations_stays_revoked(tmp_path: Path, 
 
 
 async def test_file_book_lock_held_elsewhere_does_not_block_the_loop(tmp_path: Path) -> None:
-    book = FileBook(tmp_path / "keys.jsonl")
-    made, _ = await Keys(book).create(WANTED, 1.0)
+    book = FileKeyRepository(tmp_path / "keys.jsonl")
+    made, _ = await KeyService(book).create(WANTED, 1.0)
     with book._locked():
-        revoking = asyncio.create_task(Keys(book).revoke(made.id, 2.0))
+        revoking = asyncio.create_task(KeyService(book).revoke(made.id, 2.0))
         await asyncio.sleep(0.05)  # the loop runs on
         assert not revoking.done()
     assert (await revoking).revoked_s == 2.0

@@ -1,4 +1,4 @@
-"""A gateway's slices of the limits, and the beat by which they are exchanged."""
+"""A gateway's quotas of the limits, and the heartbeat that exchanges them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ AT_ONCE = Account("acme/concurrent", 10, NOW)
 
 
 def test_offline_quota_unused_claim_is_reported_after_its_slice_is_forgotten() -> None:
-    slices = OfflineQuotas(0.5)
+    quotas = OfflineQuotas(0.5)
     claim = StoreClaim("c", (Charge(AT_ONCE, 1),))
-    slices.seen(claim, 0.0)
-    slices.told([(AT_ONCE.name, 5, 10)], 0.0)
-    granted = slices.take(claim, 0)
+    quotas.track(claim, 0.0)
+    quotas.update([(AT_ONCE.name, 5, 10)], 0.0)
+    granted = quotas.take(claim, 0)
     assert isinstance(granted, Granted)
-    slices.used(granted, [0])
-    # The store comes back minutes later, and is told of slices first.
-    assert slices.plan(200.0) == [(AT_ONCE, 0, 0)]
-    slices.told([(AT_ONCE.name, 0, 10)], 200.0)
-    slices.used(granted, [0])
-    slices.delivered(granted, [0])
-    assert slices.plan(200.0) == []
+    quotas.release_unused(granted, [0])
+    # Redis comes back minutes later, and resizes the quotas first.
+    assert quotas.plan(200.0) == [(AT_ONCE, 0, 0)]
+    quotas.update([(AT_ONCE.name, 0, 10)], 200.0)
+    quotas.release_unused(granted, [0])
+    quotas.mark_delivered(granted, [0])
+    assert quotas.plan(200.0) == []
 
 
 class Client:
-    """Redis, of which nothing is asked but the end."""
+    """A Redis client that only shuts down."""
 
     async def leave(self) -> None:
         """Nothing is held."""
@@ -42,7 +42,7 @@ class Client:
 
 
 async def test_heartbeat_after_an_error_continues(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = RedisStore(cast(Any, Client()), share=0.1, lease_s=30, beat_s=0.001)
+    store = RedisStore(cast(Any, Client()), share=0.1, lease_s=30, heartbeat_s=0.001)
     beats: list[int] = []
 
     async def beat() -> None:

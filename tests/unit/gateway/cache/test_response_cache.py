@@ -6,7 +6,7 @@ from pathlib import Path
 
 from service.config import Config
 from service.gateway.cache.response_cache import ResponseCache
-from service.store.volatile import MemoryVolatile
+from service.store.volatile import MemoryVolatileStore
 
 
 def test_cache_key_changes_with_the_content_of_the_steering_profile(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_cache_key_changes_with_the_content_of_the_steering_profile(tmp_path: Pa
     )
 
     def key() -> str:
-        cache = ResponseCache(config, MemoryVolatile(1000))
+        cache = ResponseCache(config, MemoryVolatileStore(1000))
         return cache._hash("tenant", "/v1/completions", {"model": "v"})
 
     profile.write_text("one")

@@ -15,8 +15,8 @@ from service.errors import ConflictError, ReplyNotFoundError, StoreUnavailableEr
 from service.gateway.routing.feedback_learning import FeedbackService, Vote
 from service.gateway.routing.quality import QualityModel
 from service.store.memory import MemoryStore
-from service.store.places import place
-from service.store.volatile import MemoryVolatile, VolatileStore
+from service.store.names import join_name
+from service.store.volatile import MemoryVolatileStore, VolatileStore
 from service.types import Tenant
 
 ACME = Tenant("acme")
@@ -53,8 +53,8 @@ def gateway(
     return Gateway(learned, worth, book)
 
 
-def stores() -> tuple[MemoryStore, MemoryVolatile]:
-    return MemoryStore(), MemoryVolatile(10**6)
+def stores() -> tuple[MemoryStore, MemoryVolatileStore]:
+    return MemoryStore(), MemoryVolatileStore(10**6)
 
 
 async def vote_often(at: Gateway, tenant: Tenant, score: float, count: int = 20) -> None:
@@ -130,7 +130,7 @@ async def test_vote_of_one_key_does_not_outweigh_the_tenant_s_other_keys() -> No
 @given(st.lists(st.text(max_size=12), max_size=4), st.lists(st.text(max_size=12), max_size=4))
 def test_place_of_different_parts_differs(one: list[str], other: list[str]) -> None:
     if one and other:
-        assert (place(*one) == place(*other)) == (one == other)
+        assert (join_name(*one) == join_name(*other)) == (one == other)
 
 
 async def test_vote_during_a_store_outage_is_taken(
