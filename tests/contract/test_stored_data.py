@@ -17,7 +17,7 @@ import pytest_asyncio
 from redis import Redis
 
 from service.classifier.classifier import Classifier
-from service.store.keys import FileBook, KeyBook, KeyTable, StoreBook
+from service.store.keys import FileKeyRepository, KeyRepository, KeyTable, StoreKeyRepository
 from service.store.protocol import Account
 from service.store.redis_client import RedisClient
 from service.store.redis_store import RedisStore
@@ -61,7 +61,7 @@ async def store(written: dict[str, Any], server: RedisServer) -> AsyncIterator[R
     await opened.stop()
 
 
-async def found_tenant(book: KeyBook, key: str) -> str | None:
+async def found_tenant(book: KeyRepository, key: str) -> str | None:
     record = KeyTable(await book.load()).find(key, AT_S)
     return record.tenant if record is not None else None
 
@@ -69,7 +69,7 @@ async def found_tenant(book: KeyBook, key: str) -> str | None:
 async def test_keys_in_redis_written_before_are_found_and_needed(
     store: RedisStore, written: dict[str, Any]
 ) -> None:
-    book = StoreBook(store)
+    book = StoreKeyRepository(store)
     assert await book.version() is not None
     assert await found_tenant(book, written["key"]) == "acme"
 
@@ -77,7 +77,7 @@ async def test_keys_in_redis_written_before_are_found_and_needed(
 async def test_keys_in_redis_written_before_can_be_read_by_the_version_before(
     store: RedisStore, written: dict[str, Any], server: RedisServer
 ) -> None:
-    await StoreBook(store).load()
+    await StoreKeyRepository(store).load()
     with Redis.from_url(server.url) as redis:
         left = {name.decode() for name in redis.scan_iter("*")}
     assert {name for name, _, _ in written["redis"]} <= left
@@ -99,7 +99,7 @@ async def test_a_file_of_keys_written_before_is_read(
 ) -> None:
     path = tmp_path / "keys.jsonl"
     path.write_text(written["keys_file"])
-    book = FileBook(path)
+    book = FileKeyRepository(path)
     assert await found_tenant(book, written["file_key"]) == "acme"
     assert sorted(one.state(AT_S + 2) for one in await book.load()) == ["active", "revoked"]
 
