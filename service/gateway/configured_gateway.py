@@ -30,7 +30,6 @@ from service.gateway.routing.setup import RoutingSetup
 from service.gateway.state import GatewayState
 from service.gateway.store_setup import key_book, keys_marker
 from service.rpc.pool_directory import PoolDirectory
-from service.store.keys import KeyService
 from service.store.protocol import Store
 from service.store.volatile import VolatileStore
 from service.telemetry import metrics
@@ -161,7 +160,7 @@ class ConfiguredGateway:
                 self.feedback,
             ),
             feedback=self.feedback,
-            keys=Keys(book),
+            keys=KeyService(book),
             directory=resources.directory,
             views=self.dispatcher.views,
             remote_failures=self._remote_failures,

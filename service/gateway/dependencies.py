@@ -22,7 +22,7 @@ from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.state import GatewayState
 from service.rpc.auth import same
 from service.rpc.pool_directory import PoolDirectory
-from service.store.keys import Keys
+from service.store.keys import KeyService
 from service.types import Tenant
 
 # Puts the config's file in force again, and returns what changed.
@@ -59,7 +59,7 @@ class GatewayServices:
     router: SemanticRouter
     executor: RecipeExecutor
     feedback: FeedbackService
-    keys: Keys
+    keys: KeyService
     directory: PoolDirectory
     views: Callable[[], list[PoolView]]
     remote_failures: Callable[[], dict[str, str | None]]

@@ -55,7 +55,7 @@ async def store(written: dict[str, Any], server: RedisServer) -> AsyncIterator[R
     client = RedisClient(
         server.url, "reader", prefix="coe", timeout_s=5, lease_s=10**6, clock=lambda: AT_S
     )
-    opened = RedisStore(client, share=0, lease_s=10**6, beat_s=0.02)
+    opened = RedisStore(client, share=0, lease_s=10**6, heartbeat_s=0.02)
     await opened.start()
     yield opened
     await opened.stop()
