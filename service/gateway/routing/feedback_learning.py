@@ -30,7 +30,7 @@ from service.errors import (
     StoreUnavailableError,
 )
 from service.gateway.routing.quality import QualityModel
-from service.store.places import place
+from service.store.names import join_name
 from service.store.protocol import Granted, Store, StoreClaim, UsageNote
 from service.store.volatile import VolatileStore
 from service.tasks import cancel_and_wait
@@ -127,7 +127,7 @@ class FeedbackService:
         # By its name: other gateways, and this one after a reload, may number recipes otherwise.
         about = f"{ids[0]}\n{label}\n{self._catalog.recipes[recipe].name}"
         for one in ids:
-            self._replies[place(tenant.name, one)] = (now_s, about)
+            self._replies[join_name(tenant.name, one)] = (now_s, about)
         while self._replies:
             oldest = next(iter(self._replies))
             stale = now_s - self._replies[oldest][0] > self._config.keep_s
@@ -142,7 +142,7 @@ class FeedbackService:
     async def _share(self, tenant: Tenant, ids: tuple[str, ...], about: str) -> None:
         try:
             for one in ids:
-                name = place("replied", tenant.name, one)
+                name = join_name("replied", tenant.name, one)
                 await self._volatile.put(name, about.encode(), ttl_s=self._config.keep_s)
         except StoreUnavailableError:
             log.debug("a reply can't be voted on elsewhere: the store is gone")
@@ -160,7 +160,7 @@ class FeedbackService:
                 param="id",
             )
         reply, label, recipe = about.split("\n")
-        voted = place("vote", tenant.name, reply)
+        voted = join_name("vote", tenant.name, reply)
         # For as long as anybody could vote on it, whatever day it is.
         if not await self._volatile.add(voted, b"1", ttl_s=self._config.keep_s):
             raise ConflictError(f"reply {vote.reply[:64]!r} has its vote")
@@ -177,12 +177,12 @@ class FeedbackService:
         return {"id": vote.reply, "recipe": recipe, "category": label, "score": vote.score}
 
     async def _about(self, tenant: Tenant, reply: str) -> str | None:
-        held = self._replies.get(place(tenant.name, reply))
+        held = self._replies.get(join_name(tenant.name, reply))
         if held is not None and time.monotonic() - held[0] <= self._config.keep_s:
             return held[1]
         if not self._shared:
             return None
-        told = await self._volatile.get(place("replied", tenant.name, reply))
+        told = await self._volatile.get(join_name("replied", tenant.name, reply))
         return told.decode() if told is not None else None
 
     async def _follow(self) -> None:
@@ -239,4 +239,4 @@ def _subject(label: str, recipe: str) -> str:
 
 
 def _slice_name(number: int, tenant: str) -> str:
-    return place("votes", str(number), tenant)
+    return join_name("votes", str(number), tenant)
