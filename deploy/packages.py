@@ -1,4 +1,4 @@
-"""What a lock installs, and under which licences: from the lock and the packages' own metadata."""
+"""Packages of a lock and their licences, from the lock and the packages' metadata."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _KNOWN = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """One package of a lock. `sha256`: of every file that may be installed for it."""
+    """A package of a lock. `sha256`: hashes of every file that may be installed for it."""
 
     name: str
     version: str
@@ -80,7 +80,7 @@ def locked(*locks: Path) -> list[Package]:
 
 
 def is_installed(name: str) -> bool:
-    """Whether the package is in this environment."""
+    """Return whether the package is installed in this environment."""
     try:
         metadata.version(name)
     except metadata.PackageNotFoundError:

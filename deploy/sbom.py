@@ -113,7 +113,7 @@ def _purl(package: Package) -> str:
 
 
 def _needs(name: str, locked_names: Mapping[str, str]) -> list[str]:
-    """What of the lock a package asks for without extras, on this platform."""
+    """Return the locked packages that a package requires without extras on this platform."""
     try:
         asked = metadata.requires(name) or []
     except metadata.PackageNotFoundError:

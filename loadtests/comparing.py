@@ -37,12 +37,12 @@ _SEED = 1
 
 
 def agree(one: str, other: str) -> bool:
-    """Whether a cascade would take two answers for the same."""
+    """Return whether a cascade would treat two answers as equal."""
     return agreed([final_answer(one), final_answer(other)])
 
 
 def hit(one: str, other: str) -> bool:
-    """Whether the semantic cache would answer one question with what was kept for the other."""
+    """Return whether the semantic cache would answer one question from the other's entry."""
     return same_words(said(one), said(other)) and similarity(one, other) >= CacheConfig().threshold
 
 

@@ -298,7 +298,7 @@ def paraphrases(question: str) -> dict[str, str]:
 
 
 def harmless(draw: random.Random, question: str) -> str:
-    """The same question, perhaps said in another way that should be a hit."""
+    """Return the same question, possibly rephrased in a way that should be a hit."""
     ways = paraphrases(question)
     way = draw.choice(
         (

@@ -45,7 +45,7 @@ class Start:
 
 
 def time_start(folder: Path, environment: dict[str, str]) -> Start:
-    """One `make serve`, stopped after its first token. Raises RuntimeError where none comes."""
+    """Run `make serve` until its first token. Raises RuntimeError if none comes."""
     port = _free_port()
     config = (folder / "deploy" / "config" / "demo.yaml").read_text()
     path = folder / "deploy" / "config" / "first.yaml"
@@ -91,7 +91,7 @@ def _status(port: int, path: str) -> int:
 
 
 def _first_token(port: int) -> bool:
-    """Whether a streamed answer began; waits for its first token where one is on the way."""
+    """Return whether a stream started; waits for its first token."""
     body = {
         "model": "auto",
         "stream": True,

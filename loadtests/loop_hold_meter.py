@@ -1,4 +1,4 @@
-"""How long single callbacks hold an event loop, in processor time of its thread."""
+"""Measures how long callbacks hold an event loop, in processor time of its thread."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class HoldMeter:
 
 
 def _name(handle: asyncio.Handle) -> str:
-    """What a callback belongs to: of a task its coroutine's name, never its arguments."""
+    """Return a callback's name: for a task its coroutine's, without arguments."""
     callback = handle._callback  # type: ignore[attr-defined]
     owner = getattr(callback, "__self__", None)
     if isinstance(owner, asyncio.Task):

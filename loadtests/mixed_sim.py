@@ -122,7 +122,7 @@ def plan_cost_ms(rounds: int = 100) -> list[float]:
 
 
 def cases(for_s: float) -> list[Case]:
-    """What is played."""
+    """Return the scenarios."""
     bound = HELD * GPU.unit_bytes
     return [
         Case(

@@ -1,4 +1,4 @@
-"""What upcycling keeps: bits per byte of the mixture, each dense expert and the base.
+"""Measures upcycling: bits per byte of the mixture, each dense expert and the base.
 
 `python -m loadtests.moe_build --data DIR [--model FOLDER]` makes the demo's mixture, or takes a
 folder made before, and judges it on rows that neither its gates nor the experts learned from. The
@@ -56,7 +56,7 @@ def build(out: Path, data: Path | None, *, top_k: int = upcycle.TOP_K) -> float:
 def judge(
     model: Path, data: Path, rows: Mapping[str, int]
 ) -> tuple[dict[str, perplexity.Kept], dict[str, NDArray[np.float64]]]:
-    """By field: what the mixture keeps, and by layer how many tokens go to the field's expert."""
+    """Return the mixture's retained gain by field, and its expert's tokens by layer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base = base_folder()
@@ -93,7 +93,7 @@ def judge(
 
 
 def right_share(model: Any, held_out: list[Conversation], expert: int) -> NDArray[np.float64]:
-    """By layer: the share of a field's own tokens whose first choice is its expert."""
+    """Return by layer the share of a field's tokens whose first choice is its expert."""
     chosen: list[list[int]] = [[] for _ in model.model.layers]
     own = torch.empty(0, dtype=torch.bool)
 
@@ -124,7 +124,7 @@ def right_share(model: Any, held_out: list[Conversation], expert: int) -> NDArra
 
 
 def reach(kept: Mapping[str, perplexity.Kept]) -> list[Reach]:
-    """One for each expert: what its field keeps of its gain."""
+    """Return a target per expert: the retained gain on its field."""
     return [
         Reach(
             f"share of the gain of {name} over the base that the mixture keeps, at least",

@@ -1,4 +1,4 @@
-"""One budget spent by 1, 2, 4 and 8 gateways: what quality each number of them buys with it.
+"""Compares the quality that 1, 2, 4 and 8 gateways get from one budget.
 
 Run: python -m loadtests.pacing
 
@@ -62,7 +62,7 @@ SCENES = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one window came to.
+    """The result of one window.
 
     Attributes:
         quality: Gained over the answers that cost nothing.
@@ -79,14 +79,14 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """What `BudgetPrices` reads of a weighed request."""
+    """The fields of a weighed request that `BudgetPrices` reads."""
 
     worth: NDArray[np.float64]
     cost: NDArray[np.float64]
 
 
 async def simulate(scene: Scene, gateways: int, seed: int) -> Outcome:
-    """One window of a scene; the same seed brings the same requests to any number of gateways."""
+    """Simulate one window; a seed gives the same requests for any number of gateways."""
     draw = np.random.default_rng(seed)
     times = _times(scene, draw)
     gains = draw.uniform(0, 1, len(times))

@@ -34,7 +34,7 @@ _DESCRIPTORS = 16
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One look at a role's processes."""
+    """A sample of a role's processes."""
 
     at_s: float
     resident_mib: float

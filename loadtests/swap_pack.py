@@ -1,4 +1,4 @@
-"""What bringing weights to memory takes at the least: read the file, pack each matrix.
+"""Measures the least time to load weights: reading the file and packing each matrix.
 
 `python -m loadtests.swap_pack FOLDER TIMES` prints one JSON list of seconds. A process
 of its own, with the engine's environment: safetensors into memory, what vLLM fuses

@@ -76,7 +76,7 @@ def run(
 
 
 def predict(loaded: Artifact, found: ExpertMap, table: Table) -> Predicted:
-    """What the artifact, run as the service runs it, expects of every row."""
+    """Return the artifact's predictions for every row, computed as the service does."""
     classifier = Classifier.from_artifact(loaded)
     posterior, quality, cost = [], [], []
     for prompt in table.prompts:
@@ -104,7 +104,7 @@ def _recorded(
     experts: Sequence[str],
     say: Callable[[str], None],
 ) -> list[str]:
-    """Those of the artifact's experts that have outcomes."""
+    """Return the artifact's experts that have outcomes."""
     table, _ = read_outcomes(outcomes, priced)
     missing = [e for e in experts if e not in table.experts]
     if missing:

@@ -1,4 +1,4 @@
-"""How good a router is on rows it did not see. Owns frontier, mix, oracle and their errors.
+"""Evaluates a router on held-out rows: frontier, mix, oracle, and their standard errors.
 
 A router has a price λ: at each it takes, for every prompt, the recipe with the
 greatest expected quality - λ · expected cost. Sweeping λ gives the frontier.
@@ -308,7 +308,7 @@ def with_errors(
 
 
 def compared_lines(compared: dict[str, Any]) -> list[str]:
-    """For people: on how many rows experts were compared, where that is not all of them."""
+    """Describe on how many rows experts were compared, if not on all."""
     lines = []
     if compared["rows"] < compared["of"]:
         lines.append(

@@ -79,7 +79,7 @@ class Table:
 
 @dataclass(slots=True)
 class Skipped:
-    """What reading left out: reason to number of times, with the first place it was seen."""
+    """Counts of skipped records by reason, with the first place of each."""
 
     reasons: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Skipped:
         self.first.setdefault(reason, place)
 
     def lines(self) -> list[str]:
-        """One readable line a reason, most frequent first."""
+        """Return a line per reason, the most frequent first."""
         return [
             f"skipped {count} x {reason} (first: {self.first[reason]})"
             for reason, count in self.reasons.most_common()

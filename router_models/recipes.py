@@ -29,7 +29,7 @@ _MIN_SILENT = 0.005
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """What each of R recipes would have done on N recorded rows.
+    """The results of R recipes on N recorded rows.
 
     `score` and `cost` (N, R), NaN where an expert it needed is missing from the
     row; `reach` (N, R, MAX_LATER): 1 where that later expert was asked.

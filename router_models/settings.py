@@ -1,4 +1,4 @@
-"""What may be tuned of the fit of a router."""
+"""Settings of the fit of a router."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NEVER = 1e12
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What may be tuned.
+    """Settings of a fit.
 
     `l2_*` are ridge penalties, `shrink_rows` pseudo-rows of the prior.
     `slope_penalties` are pairs (of the slopes shared by all categories, of each

@@ -68,7 +68,7 @@ class Fitted:
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """What a router expects of rows it did not see; NaN-free, (rows, all recipes).
+    """A router's predictions on held-out rows; without NaN, (rows, all recipes).
 
     Recipes that the router did not keep have quality -inf.
     """
@@ -156,7 +156,7 @@ class Problem:
         return Fitted(train, stage, fitted_map)
 
     def predict(self, fitted: Fitted, rows: Rows) -> Predicted:
-        """What `fitted` expects of `rows`."""
+        """Return the predictions of `fitted` for `rows`."""
         outputs, factors = _apply(self.kernel, fitted.train, fitted.stage1, rows)
         posterior = softmax(outputs)
         quality, cost = fitted.map.estimate(posterior, factors)
@@ -201,7 +201,7 @@ def _clusters(x: sparse.csr_matrix, clusters: int, seed: int) -> Rows:
 
 
 def _targets(table: Table) -> Floats:
-    """What factors are made of: all models' scores and the agreement of the cheapest pairs."""
+    """Return the inputs of the factors: all scores, and the agreement of the cheapest pairs."""
     columns = [*table.score.T, *table.bystanders.T]
     cheap = [e for e in np.argsort(table.cost.mean(axis=0)) if table.has_answers[e]][:4]
     for a, b in itertools.combinations(cheap, 2):

@@ -1,4 +1,4 @@
-"""What a dashboard is made of: queries of Prometheus, charts of them, rows of charts."""
+"""The parts of a dashboard: Prometheus queries, charts and rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EXPERT = 'expert=~"$expert"'
 
 @dataclass(frozen=True)
 class Query:
-    """One PromQL expression; `legend` names its series, by their labels."""
+    """A PromQL expression; `legend` names its series by their labels."""
 
     expr: str
     legend: str = ""
@@ -19,7 +19,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Chart:
-    """One panel. `unit` is Grafana's name of it; `shape`: lines, stacked, number or states."""
+    """A panel. `unit` is Grafana's name; `shape`: lines, stacked, number or states."""
 
     title: str
     queries: tuple[Query, ...]
@@ -31,7 +31,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Board:
-    """One dashboard: rows of charts."""
+    """A dashboard: rows of charts."""
 
     uid: str
     title: str
@@ -46,13 +46,13 @@ def rate(metric: str, by: str = "", where: str = "") -> str:
 
 
 def quantile(q: float, metric: str, by: str = "", where: str = "") -> str:
-    """Of a histogram, by labels."""
+    """Return a quantile of a histogram by labels."""
     labels = ", ".join(part for part in ("le", by) if part)
     return f"histogram_quantile({q}, {rate(metric + '_bucket', labels, where)})"
 
 
 def mean(metric: str, where: str = "") -> str:
-    """Of a histogram's values."""
+    """Return the mean of a histogram's values."""
     return f"{rate(metric + '_sum', '', where)} / {rate(metric + '_count', '', where)}"
 
 

@@ -47,7 +47,7 @@ def traffic(url: str, over: threading.Event, rate: float) -> None:
 
 
 def ask(url: str, prompt: str) -> None:
-    """One answer, thrown away."""
+    """Send a request and discard its answer."""
     body = {
         "model": "auto",
         "max_tokens": 24,

@@ -78,7 +78,7 @@ CASES = (
 
 @dataclass(slots=True)
 class Seen:
-    """What came of one case, over all rounds."""
+    """The results of one case over all rounds."""
 
     case: Case
     tallies: list[Tally] = field(default_factory=list)
@@ -158,7 +158,7 @@ async def _case(site: Site, traffic: Traffic, case: Case, seen: Seen, settle_s: 
 
 
 def _whole(site: Site) -> bool:
-    """Whether everything that was started is there and answers."""
+    """Return whether all started processes answer."""
     if len(site.processes(POOL)) < MAIN_REPLICAS + 1 or not site.processes("bin/haproxy"):
         return False
     gateways = 2 if site.redis is not None else 1
@@ -193,13 +193,13 @@ async def simulated(port: int, rounds: int, clients: int, settle_s: float) -> Re
         after = await _settled(running, before[0] + _MORE_DESCRIPTORS)
         await asyncio.to_thread(running.stop)
         left["reserved in Redis"] = await running.reserved()
-        _tell_poison(report, running)
+        _report_poison(report, running)
     _tell(report, seen, left, before, after, rounds)
     return report
 
 
-def _tell_poison(report: Report, site: Site) -> None:
-    """What requests that end every process which runs them have cost."""
+def _report_poison(report: Report, site: Site) -> None:
+    """Report the cost of poison requests, which end each process that runs them."""
     beyond = float(max((lost - 2 for lost in site.lost), default=0))
     told = [(one.status, one.code) for one in site.poisoned]
     typed = sum(one == (500, "engine_died_twice") for one in told)

@@ -1,4 +1,4 @@
-"""One kill of a real engine with requests on it: the core process of vLLM, in the chaos run."""
+"""Kills the core process of a real vLLM engine with running requests."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _settings(port: int) -> dict[str, Any]:
 
 
 async def _ask(session: aiohttp.ClientSession, port: int, number: int) -> tuple[str, str, float]:
-    """How a request ended, its text, and after how long."""
+    """Send a request; return its kind of end, its text and its duration in s."""
     body = {
         "model": "small",
         "messages": [{"role": "user", "content": f"Count up from {number}."}],

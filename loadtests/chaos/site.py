@@ -1,4 +1,4 @@
-"""What the chaos run lets loose on: the service, its Redis, and an endpoint that misbehaves."""
+"""The site of a chaos run: the service, its Redis, and a misbehaving endpoint."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ class Redis:
 
     @staticmethod
     def there() -> bool:
-        """Whether this machine has one."""
+        """Return whether this machine has a Redis server."""
         return shutil.which("redis-server") is not None
 
     def start(self) -> None:
@@ -229,7 +229,7 @@ def small_disk() -> Iterator[Path | None]:
 
 @dataclass
 class Poisoned:
-    """What one poison request came to: `pools` are the process ids that there were before."""
+    """The result of a poison request. `pools` are the process ids before it."""
 
     pools: frozenset[int]
     status: int = 0
@@ -254,7 +254,7 @@ class Site:
     lost: list[int] = field(default_factory=list)
 
     def processes(self, part: str = "") -> list[psutil.Process]:
-        """Those of the service's processes whose title has `part` in it."""
+        """Return the service's processes whose titles contain `part`."""
         found = []
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self.pid).children(recursive=True):

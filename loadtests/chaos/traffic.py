@@ -37,7 +37,7 @@ _LATE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One request's end. Times by `time.monotonic`; `detail`: an error's code, or what was seen."""
+    """The end of a request. Times of `time.monotonic`; `detail`: error code or observation."""
 
     kind: str
     model: str
@@ -48,7 +48,7 @@ class Verdict:
 
 @dataclass(slots=True)
 class Ask:
-    """One request."""
+    """A request of the traffic."""
 
     model: str
     text: str
@@ -58,7 +58,7 @@ class Ask:
     experts: frozenset[str]
 
     def body(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the request's JSON body."""
         return {
             "model": self.model,
             "messages": [{"role": "user", "content": self.text}],
@@ -68,7 +68,7 @@ class Ask:
 
 
 def judged(ask: Ask, status: int, told: str, body: bytes) -> tuple[str, str]:
-    """What kind of end a reply is, and a detail. `told`: the header x-coe-expert."""
+    """Classify a reply's end, with a detail. `told` is the header x-coe-expert."""
     if status != 200:
         try:
             error = orjson.loads(body)["error"]
@@ -123,13 +123,13 @@ def _streamed(body: bytes) -> tuple[list[str], set[str], str]:
 
 @dataclass(slots=True)
 class Tally:
-    """What came of the requests of one stretch of time."""
+    """The results of the requests in one period."""
 
     verdicts: list[Verdict] = field(default_factory=list)
 
     @property
     def kinds(self) -> Counter[str]:
-        """How many ended how."""
+        """Return the number of requests by kind of end."""
         return Counter(one.kind for one in self.verdicts)
 
     @property
@@ -138,7 +138,7 @@ class Tally:
         return Counter(one.detail for one in self.verdicts if one.kind == TYPED)
 
     def details(self, kind: str) -> list[str]:
-        """What was seen of one kind, the most frequent first."""
+        """Return the details of one kind, the most frequent first."""
         seen = Counter(one.detail for one in self.verdicts if one.kind == kind)
         return [f"{count} x {detail}" for detail, count in seen.most_common(3)]
 
@@ -183,7 +183,7 @@ class Traffic:
 
     @contextmanager
     def tally(self) -> Iterator[Tally]:
-        """What ends while the context lasts is in it."""
+        """Collect the requests that end within the context."""
         made = Tally()
         self._tallies.append(made)
         try:

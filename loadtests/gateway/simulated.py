@@ -50,7 +50,7 @@ async def streams(target: Target, model: str) -> float:
 
 
 async def _auto(target: Target, pairs: int) -> list[tuple[Exchange, Exchange]]:
-    """The same prompt to `auto` and to a named expert, one after the other."""
+    """Send the same prompt to `auto` and to a named expert in turn."""
     asker = Asker(target)
     each = -(-pairs // len(_LENGTHS))
     texts = [prompts(each, seed=3 + n, characters=n) for n in _LENGTHS]

@@ -18,7 +18,7 @@ _EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 @dataclass(frozen=True, slots=True)
 class EngineArguments:
-    """What both engines are given. `threads`: OMP threads of each."""
+    """Options of both engines. `threads`: OMP threads of each."""
 
     model: Path
     threads: int
@@ -28,7 +28,7 @@ class EngineArguments:
     kv_cache_bytes: int = 512 * 1024**2
 
     def pool(self) -> dict[str, Any]:
-        """As a pool of our config."""
+        """Return the options as a pool of the config."""
         return {
             "engine": "vllm",
             "vllm": {
@@ -42,7 +42,7 @@ class EngineArguments:
         }
 
     def command_line(self, name: str) -> list[str]:
-        """As arguments of vLLM's server."""
+        """Return the options as arguments of vLLM's server."""
         return [
             *("--model", str(self.model), "--served-model-name", name, "--dtype", self.dtype),
             *("--max-model-len", str(self.max_model_len)),

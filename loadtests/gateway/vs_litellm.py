@@ -23,7 +23,7 @@ _SIDES = ("direct", "ours", "litellm")
 
 
 async def _alone(targets: dict[str, Target], rounds: int) -> dict[str, list[float]]:
-    """One request in flight to each in turn, the order going round."""
+    """Send single requests to each server in turn, with a rotating order."""
     askers = {name: Asker(target) for name, target in targets.items()}
     texts = prompts(rounds, seed=4)
     times: dict[str, list[float]] = {name: [] for name in targets}

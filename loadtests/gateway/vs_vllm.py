@@ -35,7 +35,7 @@ class Plan:
 
 
 def plans(quick: bool) -> tuple[Plan, ...]:
-    """One in flight is asked in many short turns, because its time to first token counts."""
+    """Return the plans; one request in flight gets many short turns, for its time to first token."""
     if quick:
         return Plan(1, 1, 12, 10), Plan(8, 8, 24, 7), Plan(32, 32, 16, 7)
     return Plan(1, 1, 16, 40), Plan(8, 16, 24, 9), Plan(32, 32, 32, 9)
@@ -43,7 +43,7 @@ def plans(quick: bool) -> tuple[Plan, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One turn: tokens per second, each request's time to the first token, processor time."""
+    """One turn: tokens per second, times to first token, processor time."""
 
     tokens_per_s: float
     first_ms: list[float]

@@ -24,7 +24,7 @@ _MS = 5.0
 
 
 async def _share(screen: InjectionScreen, prompts: tuple[str, ...]) -> float:
-    """Of prompts, how many score at least the default threshold."""
+    """Return the share of prompts that score at least the default threshold."""
     looks = [await screen.look([Text(one, trusted=False)]) for one in prompts]
     return sum(one.score >= _THRESHOLD for one in looks) / len(prompts)
 

@@ -1,1 +1,1 @@
-"""What several load tests share."""
+"""Shared parts of the load tests."""

@@ -1,4 +1,4 @@
-"""What every load test's command begins and ends with."""
+"""Common start and end of the load tests' commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.errors import CoeError
 
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """Of `python -m loadtests.NAME`, with `--json`."""
+    """Return the parser of `python -m loadtests.NAME`, with `--json`."""
     words = argparse.ArgumentParser(
         prog=f"python -m loadtests.{name}",
         description=doc,

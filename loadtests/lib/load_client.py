@@ -22,7 +22,7 @@ _CONNECT_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Who is asked: an address, the path of an endpoint, and a key if one is needed."""
+    """The target of requests: address, endpoint path, and a key if needed."""
 
     host: str
     port: int
@@ -42,7 +42,7 @@ class Target:
 
 @dataclass(slots=True)
 class Exchange:
-    """One request and its reply; times by `time.perf_counter`, in seconds."""
+    """A request and its reply; times of `time.perf_counter` in s."""
 
     began_s: float
     first_s: float = 0.0
@@ -67,7 +67,7 @@ class Exchange:
         return (self.first_s - self.began_s) * 1000
 
     def fault(self) -> str | None:
-        """What is wrong with a reply that should be a whole stream, or None."""
+        """Return the fault of a reply that should be a complete stream, or None."""
         if self.error:
             return self.error
         body = self.body
@@ -82,7 +82,7 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What came of one closed loop. `cpu_s`: the generator's own processor time."""
+    """The results of a closed loop. `cpu_s`: the generator's own processor time."""
 
     exchanges: list[Exchange]
     wall_s: float
@@ -105,7 +105,7 @@ Supply = Callable[[], bytes | None]
 
 
 class _Connection(asyncio.Protocol):
-    """One keep-alive connection with at most one request under way."""
+    """A keep-alive connection with at most one request in flight."""
 
     def __init__(self, ended: Callable[[_Connection, Exchange], None]) -> None:
         self._ended = ended
@@ -264,7 +264,7 @@ async def closed_loop(
 
 
 class Asker:
-    """One keep-alive connection for single requests, one after the other."""
+    """A keep-alive connection for consecutive requests."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -301,7 +301,7 @@ class Asker:
 
 
 def repeat(request: bytes) -> Supply:
-    """The same request for ever."""
+    """Return a supply that repeats one request."""
     return lambda: request
 
 
@@ -312,7 +312,7 @@ def once(requests: list[bytes]) -> Supply:
 
 
 def completion_tokens(body: bytes) -> int:
-    """What a stream's usage says was generated. Raises ValueError where it has none."""
+    """Return a stream's completion tokens. Raises ValueError if it has no usage."""
     for line in reversed(body.splitlines()):
         if line.startswith(b"data: {") and b'"usage"' in line:
             usage = orjson.loads(line[6:]).get("usage")

@@ -64,7 +64,7 @@ def parse_stat(line: str) -> Process:
 
 
 def ours_of(processes: Sequence[Process], session: int) -> list[Process]:
-    """Those of a session, all that they started, and all of the sessions that these began."""
+    """Return a session's processes with all descendants and their sessions."""
     sessions, pids = {session}, set[int]()
     while True:
         found = [p for p in processes if p.session in sessions or p.parent in pids]
@@ -97,7 +97,7 @@ class Ticks:
 
     @classmethod
     def now(cls) -> Ticks:
-        """As of now."""
+        """Read the present counters."""
         try:
             first = Path("/proc/stat").read_text().split("\n", 1)[0]
         except OSError:
@@ -107,7 +107,7 @@ class Ticks:
         return cls(sum(fields), idle, _our_ticks(os.getsid(0)))
 
     def since(self, before: Ticks) -> Ticks:
-        """What was spent since then."""
+        """Return the usage since `before`."""
         return Ticks(self.whole - before.whole, self.idle - before.idle, self.ours - before.ours)
 
     def plus(self, more: Ticks) -> Ticks:
@@ -153,7 +153,7 @@ class Watch:
         self.spent = spent if self.spent is None else self.spent.plus(spent)
 
     def report(self) -> dict[str, Any]:
-        """For the JSON object."""
+        """Return the values for the JSON object."""
         spent = self.spent or Ticks.now().since(self.began)
         return {
             "date": self.began_at,
@@ -169,7 +169,7 @@ class Watch:
 
 
 def describe(machine: dict[str, Any]) -> str:
-    """One line for people."""
+    """Describe the machine in one line."""
     return (
         f"{machine['date']}, at {machine['revision']}, {machine['cores']} cores of "
         f"{machine['cpu']}; load {machine['load_before']} before and {machine['load_after']} "

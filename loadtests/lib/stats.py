@@ -21,7 +21,7 @@ class Estimate:
     high: float
 
     def as_json(self) -> dict[str, float]:
-        """For the JSON report."""
+        """Return the values for the JSON report."""
         return {"value": self.value, "low": self.low, "high": self.high}
 
     def text(self, digits: int = 3) -> str:
@@ -51,7 +51,7 @@ def median(values: Sequence[float], seed: int = 1) -> Estimate:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """One percentile."""
+    """Return a percentile."""
     return float(np.percentile(values, percent))
 
 

@@ -1,4 +1,4 @@
-"""What a load test is held against, and how a run is told: a table, or one JSON object."""
+"""Targets of load tests, and their reports: a table or one JSON object."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loadtests.lib.stats import Estimate
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """One figure and what it is held against. `name` says whether at least or at most."""
+    """A figure and its target. `name` says whether it is a minimum or a maximum."""
 
     name: str
     target: float
@@ -56,7 +56,7 @@ class Table:
     rows: list[Sequence[str]] = field(default_factory=list)
 
     def text(self) -> str:
-        """As GitHub shows it, and readable as it is."""
+        """Return the table as Markdown."""
         lines = [list(self.columns), *[list(row) for row in self.rows]]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
         drawn = [

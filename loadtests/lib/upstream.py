@@ -24,7 +24,7 @@ _BASE = {"id": "chatcmpl-upstream", "created": 1, "model": "upstream"}
 
 
 def event(word: str, last: bool) -> bytes:
-    """One SSE event as an HTTP chunk."""
+    """Encode an SSE event as an HTTP chunk."""
     delta = {"role": "assistant", "content": word}
     choice = {"index": 0, "delta": delta, "finish_reason": "stop" if last else None}
     data = orjson.dumps({**_BASE, "object": "chat.completion.chunk", "choices": [choice]})
@@ -51,7 +51,7 @@ _LAST = event(" word", last=True)
 
 
 class Upstream(asyncio.Protocol):
-    """One connection."""
+    """Serves one connection."""
 
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s

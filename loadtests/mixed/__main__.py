@@ -35,7 +35,7 @@ Lease = Callable[[str, int], AbstractAsyncContextManager[float]]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One way of serving the trace."""
+    """The result of serving the trace with one system."""
 
     tokens_per_s: float
     switches: int
@@ -105,7 +105,7 @@ async def _planned(engine: SharedEngine, config: Config, asks: Sequence[Ask]) ->
 
 
 async def _first_come(engine: SharedEngine, config: Config, asks: Sequence[Ask]) -> Outcome:
-    """By the baseline; one expert alone has no switches, and is served so, too."""
+    """Serve first come, first served: the baseline, and a single expert without switches."""
     queue = Fcfs(
         engine, next(iter(config.experts)), capacity=config.pools[KIND].max_running, most_held=None
     )

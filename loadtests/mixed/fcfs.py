@@ -17,7 +17,7 @@ from service.engine.base import SwappingEngine
 
 
 class Fcfs:
-    """One engine and one queue. `most_held`: experts in host memory, the running one included."""
+    """One engine and one queue. `most_held`: experts in host memory, including the running one."""
 
     def __init__(
         self, engine: SwappingEngine, first: str, *, capacity: int, most_held: int | None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request: when, of whom, and how many tokens it brings and wants."""
+    """A request: arrival time, expert, prompt tokens and completion tokens."""
 
     at_s: float
     expert: str

@@ -32,7 +32,7 @@ _NEVER = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What things take, in s; `capacity`: requests that run at once."""
+    """Durations in s; `capacity`: concurrent requests."""
 
     step_s: float
     each_s: float
@@ -57,7 +57,7 @@ class _Unit:
 
 @dataclass(slots=True)
 class Seen:
-    """What came of it, over all slots."""
+    """The results over all slots."""
 
     waits: list[float] = field(default_factory=list)
     at_device: int = 0
@@ -70,7 +70,7 @@ class Seen:
 
 
 class SimSlot:
-    """One slot. `submit` what arrives, and `advance` it to the times that it asks for."""
+    """A simulated slot. `submit` arrivals, and `advance` it to the times that it returns."""
 
     def __init__(self, names: Sequence[str], costs: Costs, policy: SwapPolicy, seen: Seen) -> None:
         self._units = {name: _Unit() for name in names}
@@ -160,7 +160,7 @@ class SimSlot:
             self._step_until = now_s + took_s
 
     def _next_is(self, ask: Ask) -> bool:
-        """Whether this request, the oldest of the running unit, may run now."""
+        """Return whether this request, the oldest of the running unit, may run now."""
         del ask
         return True
 
@@ -169,7 +169,7 @@ class SimSlot:
         return ask
 
     def _plan(self, now_s: float) -> str | None:
-        """What the pool's slot does at a look; the unit to swap to, if any."""
+        """Plan as the pool's slot does; return the unit to swap to, if any."""
         slot = SlotView(
             self._unit,
             now_s - self._since_s,
@@ -222,7 +222,7 @@ class SimSlot:
 
 
 class FcfsSlot(SimSlot):
-    """The same engine, strictly first come first served, LRU in host memory."""
+    """The same engine with first-come-first-served scheduling and LRU in host memory."""
 
     def __init__(self, names: Sequence[str], costs: Costs, policy: SwapPolicy, seen: Seen) -> None:
         super().__init__(names, costs, policy, seen)

@@ -1,4 +1,4 @@
-"""What looking at routers costs: one running engine, looking and not looking in turn."""
+"""Measures the cost of gate sampling in one engine, with and without it in turn."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ class Looked(VllmEngine):
 
 @dataclass(slots=True)
 class Turns:
-    """Of each turn: tokens per s, and the core's processor time per token, in s."""
+    """Results by turn: tokens per s, and the core's processor time per token in s."""
 
     tokens_per_s: list[float] = field(default_factory=list)
     core_s: list[float] = field(default_factory=list)
 
 
 async def _turn(engine: Looked, turns: Turns, *, on: bool, requests: int, seed: int) -> None:
-    """One turn; of the same `seed` the same lengths."""
+    """Run one turn; a `seed` determines the lengths."""
     chance = random.Random(seed)
     lengths = [
         (chance.randint(*_PROMPT), chance.randint(*_ANSWER)) for _ in range(_IN_FLIGHT * requests)

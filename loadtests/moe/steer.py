@@ -1,4 +1,4 @@
-"""What steering costs and saves: one running engine, its profiles exchanged in turn."""
+"""Measures steering in one running engine whose profiles are swapped in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one choice costs: among 150 experts, 16 pools, and recipes of several of them."""
+"""Measures the time of one selection among 150 experts, 16 pools and recipes."""
 
 from __future__ import annotations
 

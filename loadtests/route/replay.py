@@ -44,7 +44,7 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One replay: expected quality and real score in all, the share of the budget spent."""
+    """The result of a replay: expected quality, actual score, and the spent share of the budget."""
 
     quality: float
     score: float

@@ -1,4 +1,4 @@
-"""Who gets the traffic as load grows: the best expert until its queue costs more than its lead.
+"""Measures how traffic shifts from the best expert to others as load grows.
 
 The real service around the simulated engine, `auto:fast`, requests at a steady rate. With
 room for `_ROOM` requests of `_EACH_S` each, the best expert can answer so many a second;

@@ -42,7 +42,7 @@ def settings(path: Path = CONFIG) -> Config:
 
 
 def weights(config: Config) -> dict[str, Weights]:
-    """Where each expert's weights come from. Raises RuntimeError where a model is missing."""
+    """Return each expert's weights. Raises RuntimeError if a model is missing."""
     found = {}
     for name, expert in config.experts.items():
         source = expert.model if expert.base is None else config.experts[expert.base].model

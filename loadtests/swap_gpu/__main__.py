@@ -44,12 +44,12 @@ class Found:
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, method: str, seconds: float) -> None:
-        """One more time."""
+        """Add one time."""
         self.seconds.setdefault(method, []).append(seconds)
 
 
 def check_gpu() -> None:
-    """Raises RuntimeError where there is none."""
+    """Raise RuntimeError if there is no GPU."""
     import torch
 
     if not torch.cuda.is_available():

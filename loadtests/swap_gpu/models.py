@@ -16,7 +16,7 @@ WORDS = range(256)
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What decides how much a model weighs."""
+    """The dimensions that determine a model's size."""
 
     hidden: int
     inner: int
@@ -45,12 +45,12 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """How many numbers it has."""
+        """Number of parameters."""
         return sum(_count(shape) for _, shape in self.matrices())
 
     @property
     def weight_bytes(self) -> int:
-        """In bfloat16."""
+        """Size in bfloat16, in bytes."""
         return _ELEMENT_BYTES * self.parameters
 
 

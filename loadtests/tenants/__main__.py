@@ -175,7 +175,7 @@ async def _leaked(redis: Redis, prefix: str) -> int:
 
 
 def _gateways(port: int) -> int:
-    """How many gateways have answered somebody."""
+    """Return the number of gateways that have answered a request."""
     _, text = fetch(port, "/metrics", admin_key=admin_key_of())
     found = set()
     for line in text.decode().splitlines():

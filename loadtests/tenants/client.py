@@ -125,7 +125,7 @@ class Clients:
         self.used_tokens += told["usage"]["completion_tokens"]
 
     async def spent(self) -> int:
-        """What the ledger says, once nothing is reserved but by slices."""
+        """Return the ledger's usage once nothing but offline quotas is reserved."""
         async with aiohttp.ClientSession(headers=self._headers) as session:
             return await self._spent(session)
 

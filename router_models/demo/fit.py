@@ -69,7 +69,7 @@ _MMLU_PRO = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One labelled text and the source it came from."""
+    """A labelled text and its source."""
 
     text: str
     label: str

@@ -32,7 +32,7 @@ def templated(label: str, count: int, seed: int) -> list[str]:
 
 
 def template_count(label: str) -> int:
-    """How many templates a category has: prompt i of `templated` is of template i modulo this."""
+    """Return a category's number of templates; prompt i of `templated` uses i modulo this."""
     return len(_lists()["templates"][label])
 
 

@@ -13,7 +13,7 @@ from router_models.experts.evaluate import Comparison
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one training run was."""
+    """The facts of one training run."""
 
     expert: str
     base: str

@@ -33,7 +33,7 @@ _MAX_FUNCTION_CHARS = 1200
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One user turn and its answer. `group` is what must not be on both sides."""
+    """A user turn and its answer. Examples of one `group` stay on one side of the split."""
 
     prompt: str
     answer: str

@@ -46,7 +46,7 @@ class RowScore:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One measure on the same held-out rows for the base and for the expert."""
+    """A measure of base and expert on the same held-out rows."""
 
     expert: str
     measure: str

@@ -21,7 +21,7 @@ from router_models.experts.data import Example
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One tokenised example. The answer's last token is the end of turn."""
+    """A tokenised example. The answer's last token is the end of turn."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]

@@ -33,7 +33,7 @@ _REPORT_EVERY_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What differs from expert to expert."""
+    """Training settings of one expert."""
 
     peak_lr: float
     row_tokens: int

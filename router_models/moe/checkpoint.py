@@ -122,7 +122,7 @@ def finish(
 
 
 def split(dense: Dense) -> dict[str, torch.Tensor]:
-    """What all experts share of the base: everything but its FFNs, and gates it may have."""
+    """Return the base's tensors that all experts share: everything but its FFNs."""
     return {
         name: weight.contiguous() for name, weight in dense.weights() if ffn_name(name, 0) is None
     }

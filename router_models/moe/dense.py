@@ -49,14 +49,14 @@ class UpcycleError(ArtifactError):
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """One model to be joined. `folder` has full weights; `adapter` is merged into them."""
+    """A model to join. `folder` has full weights; `adapter` is merged into them."""
 
     name: str
     folder: Path
     adapter: Path | None = None
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """By the base's names, as stored; an adapter merged as the service merges it."""
+        """Yield the tensors by the base's names, with the adapter merged as the service does."""
         try:
             read = read_weights(self.folder)
             yield from LoraDelta(self.adapter, 1.0).applied(read) if self.adapter else read
@@ -105,7 +105,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def statistics_of(folder: Path) -> Statistics | None:
-    """Of a mixture made here before; None: it is none."""
+    """Read the statistics of a mixture that upcycling made; None for other models."""
     path = folder / STATISTICS
     return read_statistics(path) if path.is_file() else None
 
@@ -165,7 +165,7 @@ def check_expert(name: str, folder: Path, base: Path, config: dict[str, Any]) ->
 
 
 def lost(expert: Dense, shared: dict[str, torch.Tensor]) -> tuple[int, float]:
-    """How many weights outside its FFNs an expert changes, and by how much of their norm.
+    """Return how many weights outside its FFNs an expert changes, and by what share of the norm.
 
     All experts share the base's, so these changes are lost. UpcycleError where they are so
     large that the expert can't have been made of this base.
@@ -204,7 +204,7 @@ def _inspect(folder: Path) -> Any:
 
 
 def _known_as(base: Path) -> set[str]:
-    """What an adapter may call this base: its folder, its manifest's name, its mixture's base."""
+    """Return the names by which an adapter may refer to this base."""
     names = {_last(str(base.resolve()))}
     manifest = base / MANIFEST
     if manifest.is_file():

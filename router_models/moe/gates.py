@@ -26,7 +26,7 @@ _FORMAT = "coe.upcycle/1"
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where one expert came from, for the model card."""
+    """The origin of one expert, for the model card."""
 
     name: str
     weights: str
@@ -38,7 +38,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """Of one expert's texts, per layer: means of x xᵀ (L, H, H) and of x (L, H)."""
+    """Means of x xᵀ (L, H, H) and of x (L, H) over one expert's texts, per layer."""
 
     second: NDArray[np.float64]
     first: NDArray[np.float64]
@@ -59,7 +59,7 @@ class Statistics:
 
     @classmethod
     def empty(cls, layers: int, hidden: int) -> Statistics:
-        """Of no experts yet."""
+        """Return statistics of no experts."""
         return cls(np.zeros((layers, hidden, hidden)), np.zeros((layers, hidden, 0)), ())
 
     def added(self, origin: Origin, moments: Moments) -> Statistics:
@@ -84,7 +84,7 @@ class Statistics:
 
 
 def write(statistics: Statistics, path: Path) -> None:
-    """As a safetensors file; of the symmetric XᵀX one half, of Y the origins as metadata."""
+    """Write a safetensors file with one half of the symmetric XᵀX, and origins as metadata."""
     rows, columns = np.triu_indices(statistics.gram.shape[1])
     save_file(
         {
@@ -101,7 +101,7 @@ def write(statistics: Statistics, path: Path) -> None:
 
 
 def read(path: Path) -> Statistics:
-    """What `write` wrote. Raises ArtifactError."""
+    """Read the output of `write`. Raises ArtifactError if it is invalid."""
     try:
         with safe_open(str(path), "numpy") as file:
             metadata = file.metadata() or {}

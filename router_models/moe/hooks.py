@@ -1,4 +1,4 @@
-"""Where a transformers model chooses among experts: its routers found, watched and steered.
+"""Hooks into the gates of a transformers model: find, record and steer them.
 
 Nothing is taken on trust from a class's name. What a router chooses must be what
 `service.moe.steering.steer` says it chooses, what its experts compute must be what is
@@ -34,7 +34,7 @@ class NotSteerableError(ArtifactError):
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """What one layer did with some tokens, T of them: all tensors over the same ones.
+    """The activations of one layer for T tokens.
 
     before: the residual stream that the routed experts add to, (T, hidden). routed: what they
     add, (T, hidden). weights, ids: (T, k). norms: of each chosen expert's output, (T, k).
@@ -54,7 +54,7 @@ class Visit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoutedLayer:
-    """One decoder layer that chooses: its modules in the running model."""
+    """A decoder layer with a gate: its modules in the running model."""
 
     index: int
     decoder: Any
@@ -249,7 +249,7 @@ def _logits(router: Any, given: Tensor) -> NDArray[np.float32]:
 
 
 def _ids_at(out: tuple[Any, ...]) -> int:
-    """Where in a router's answer the chosen experts stand: first or last, weights between."""
+    """Return the index of the chosen experts in a gate's output: first or last."""
     return 0 if not out[0].is_floating_point() else 2
 
 

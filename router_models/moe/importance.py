@@ -1,4 +1,4 @@
-"""How much each routed expert matters for some texts, and which must never be masked.
+"""Computes each routed expert's importance for texts, and the experts to protect.
 
 *Importance* is EASY-EP's (Dong and others, arXiv 2504.06792): over all tokens that chose an
 expert, its weight times the L2 norm of its output times the token's contribution, which is
@@ -38,7 +38,7 @@ _GROWTH = 1.5
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Importance:
-    """What some texts say of each expert; rows are layers, in the order of `layers`.
+    """Statistics of each expert over texts; rows are layers, in the order of `layers`.
 
     score, peaks: (layers, experts): importance, and the largest output by magnitude.
     uses: (layers, experts): tokens that chose it. forms: (layers,): whether massive activations

@@ -24,7 +24,7 @@ _RESAMPLES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a model keeps of an expert's gain over the base, on one field.
+    """The share of an expert's gain over the base that a model retains on one field.
 
     `share` is 1 where it is as good as the expert, 0 where as the base; `share_error` its
     standard error over groups of rows, the three models resampled together. Both are NaN where
@@ -60,7 +60,7 @@ def per_byte(scores: Sequence[RowScore]) -> float:
 def kept(
     base: Sequence[RowScore], expert: Sequence[RowScore], model: Sequence[RowScore], *, seed: int
 ) -> Kept:
-    """How much of the expert's gain over the base the model keeps; all on the same rows."""
+    """Return the retained share of the expert's gain over the base, on the same rows."""
     names, group = np.unique(np.array([row.group for row in base]), return_inverse=True)
     bits = np.zeros((3, len(names)))
     for total, rows in zip(bits, (base, expert, model), strict=True):

@@ -25,7 +25,7 @@ class Placed:
     devices: tuple[tuple[int, ...], ...]
 
     def device_load(self, load: Floats) -> Floats:
-        """What each device has to do, (devices,), for loads of the experts (experts,)."""
+        """Return each device's load (devices,) for loads of the experts (experts,)."""
         copies = np.bincount([e for held in self.devices for e in held], minlength=len(load))
         share = load / np.maximum(copies, 1)
         return np.array([share[list(held)].sum() for held in self.devices])
@@ -48,7 +48,7 @@ def round_robin(experts: int, devices: int) -> Placed:
 
 
 def copied(load: Floats, replicas: int, devices: int) -> Counts:
-    """How many devices each expert stands on, (experts,), with `replicas` copies to give away.
+    """Return the number of devices per expert, (experts,), with `replicas` redundant copies.
 
     Each goes to the expert whose copies have most to do each. Raises ValueError where there
     are more copies than places.

@@ -43,7 +43,7 @@ class PlacementError(ArtifactError):
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to place all layers: the cost of a step, in loads of perfectly shared layers.
+    """A placement of all layers, with its cost per step relative to perfectly shared work.
 
     cost: the sum over layers of the busiest device's load, by that of the mean device's: 1 is
     perfect, 2 takes twice as long. worst: of the layer where that is largest. exact: layers
@@ -144,7 +144,7 @@ def make_plan(
 
 
 def vllm_options(plan: Plan) -> dict[str, Any]:
-    """What a pool's `vllm` section has to say: EPLB, where it has something to win."""
+    """Return the options for a pool's `vllm` section: EPLB, if it gains anything."""
     options: dict[str, Any] = {
         "tensor_parallel_size": plan.devices,
         "enable_expert_parallel": True,

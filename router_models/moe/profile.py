@@ -38,7 +38,7 @@ _LEAST_TEXTS = 4
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """What was learned, from what, at which price. Shares are 0 to 1."""
+    """A learned profile, its sources and its quality loss. Shares are 0 to 1."""
 
     model: str
     profile: str
@@ -147,7 +147,7 @@ def as_json(told: Learned) -> dict[str, Any]:
 
 
 def _shares(found: Importance, profile: SteeringProfile) -> NDArray[np.float64]:
-    """What part of each layer's importance its unmasked experts have, (layers,)."""
+    """Return the share of each layer's importance that unmasked experts have, (layers,)."""
     left = np.stack([~profile.layers[layer].mask for layer in found.layers])
     whole = found.score.sum(axis=1)
     return np.where(whole > 0, (found.score * left).sum(axis=1) / np.maximum(whole, 1e-300), 1.0)

@@ -1,4 +1,4 @@
-"""What a profile costs and saves on some texts: a model with and without it."""
+"""Evaluates a profile on texts: its quality loss, and the weights that it saves."""
 
 from __future__ import annotations
 

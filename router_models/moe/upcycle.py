@@ -25,9 +25,9 @@ from router_models.moe.gates import Origin, Statistics
 
 BASE = "base"
 TEXTS = 200
-"""Of each field, at most, and fewer once MAX_FIELD_TOKENS are reached."""
+"""Most texts per field; fewer once MAX_FIELD_TOKENS are reached."""
 ANSWERED = 96
-"""Where the expert has to answer first: its answers take longer than reading them."""
+"""Most texts if the expert has to generate the answers first, which is slower."""
 MAX_TOKENS = 256
 MAX_FIELD_TOKENS = 10_000
 TOP_K = 1
@@ -37,7 +37,7 @@ SCALE = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be joined, held against the base already. `statistics`: of a mixture before."""
+    """The checked inputs of a mixture. `statistics` are those of an earlier mixture."""
 
     base: Path
     config: Mapping[str, Any]

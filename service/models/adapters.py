@@ -88,7 +88,7 @@ class AdapterInfo:
 
 
 def inspect_adapter(path: Path) -> AdapterInfo:
-    """What is in an adapter's folder. Raises ModelStoreError where no engine could serve it."""
+    """Inspect an adapter's folder; raise ModelStoreError if no engine could serve it."""
     where = path / CONFIG_NAME
     config = read_json(where)
     kind = config.get("peft_type", "LORA")
@@ -177,7 +177,7 @@ def keys_not_merged(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def refuse_variants(config: Mapping[str, Any], where: Path) -> None:
-    """Raises ModelStoreError where an adapter is another arithmetic than plain LoRA's."""
+    """Raise ModelStoreError if an adapter computes anything but plain LoRA."""
     for key, meaning in _UNSERVED.items():
         if config.get(key):
             raise ModelStoreError(f"{where}: {key} ({meaning}) can't be served; only plain LoRA")

@@ -1,4 +1,4 @@
-"""Where experts' weights are on this machine, and fetching those that are not here."""
+"""Locates experts' weights on this machine, and fetches missing ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.models.file_version import version_of
 
 
 def _source(config: Config, expert: str) -> tuple[str, Path | None]:
-    """What an expert's full weights are called, and where models are kept."""
+    """Return the source of an expert's full weights, and the model store's root."""
     settings = config.experts[expert]
     source = settings.model if settings.base is None else config.experts[settings.base].model
     assert source is not None
@@ -20,7 +20,7 @@ def _source(config: Config, expert: str) -> tuple[str, Path | None]:
 
 
 def folder_here(config: Config, expert: str) -> Path | None:
-    """Where an expert's full weights are, or None where they are not here."""
+    """Return the folder of an expert's full weights, or None if it is not on this machine."""
     source, root = _source(config, expert)
     return locate(source, root=root)
 
@@ -39,7 +39,7 @@ def file_versions(config: Config, experts: Iterable[str]) -> dict[str, str]:
 
 
 def folder_of(config: Config, expert: str) -> str:
-    """Where an expert's full weights are, fetched first if need be. Raises ModelStoreError."""
+    """Return the folder of an expert's full weights; fetch them first if needed."""
     source, root = _source(config, expert)
     folder = locate(source, root=root) or pull(source, dest_root=root)
     # Says what is wrong with the files better than an engine that fails to start.

@@ -112,7 +112,7 @@ def fetch_snapshot(
 
 
 def is_commit(revision: str) -> bool:
-    """Whether a revision is a whole commit, which stays what it is, and not a branch or a tag."""
+    """Return whether a revision is a full commit, and not a branch or a tag that may move."""
     return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
@@ -124,7 +124,7 @@ def _is_what_the_commit_has(path: Path, file: Any) -> bool:
 
 
 def git_blob_id(path: Path) -> str:
-    """What git calls a file's content: the SHA-1 of its length and bytes."""
+    """Return git's id of a file's content: the SHA-1 of its length and bytes."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(1 << 20):

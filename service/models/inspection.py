@@ -95,14 +95,14 @@ class ModelInfo:
         return 2 * self.layers * self.kv_heads * self.head_size * element_bytes
 
     def least_kv_bytes(self, tokens: int, element_bytes: int) -> int:
-        """What a request of so many tokens takes at least: less where layers have a window."""
+        """Return the least cache of a request of this many tokens; windows of layers reduce it."""
         if self.kv is None:
             return tokens * self.kv_bytes_per_token(element_bytes)
         return self.kv.least_bytes(tokens, element_bytes)
 
 
 def inspect_model(path: Path) -> ModelInfo | AdapterInfo:
-    """What is in a model or adapter folder; `ModelStoreError` if it is not whole."""
+    """Inspect a model or adapter folder; raise `ModelStoreError` if it is incomplete."""
     path = Path(path)
     if not path.is_dir():
         raise ModelStoreError(f"{path}: no such folder")

@@ -56,7 +56,7 @@ class LoraDelta:
                 raise ValueError(f"{name}: the adapter of rank {rank} has {shapes}")
 
     def check_base(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises ValueError where a base with weights of these shapes, by name, isn't the one."""
+        """Raise ValueError if the adapter does not fit a base with weights of these shapes."""
         for name in sorted(self._pairs):
             if name not in shapes:
                 raise ValueError(_no_such(name))

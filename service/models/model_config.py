@@ -1,4 +1,4 @@
-"""What a model folder's JSON files say: read without trusting them, without torch."""
+"""Reads a model folder's JSON files, without trust in them and without torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OFTEN_DEFAULT = (("num_key_value_heads",), ("head_dim",))
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """What a model's layers keep of a request, for a lower bound of its KV cache.
+    """The cache that a model's layers keep per request, for a lower bound of its KV cache.
 
     `elements` of a token in a layer. `window_layers` see the last `window_tokens` only; layers that
     keep a state of fixed size (linear attention) are in neither number.
@@ -40,7 +40,7 @@ class KvLayout:
     elements: int
 
     def least_bytes(self, tokens: int, element_bytes: int) -> int:
-        """What a request of so many tokens takes at least, unsharded."""
+        """Return the least cache of a request of this many tokens, unsharded."""
         windowed = self.window_layers * min(tokens, self.window_tokens)
         return (self.full_layers * tokens + windowed) * self.elements * element_bytes
 
@@ -97,7 +97,7 @@ def optional_integer(sizes: dict[str, Any], *keys: str) -> int | None:
 
 
 def integer(sizes: dict[str, Any], where: Path, *keys: str) -> int:
-    """As `optional_integer`. Raises ModelStoreError where there is none above 0."""
+    """Return `optional_integer`; raise ModelStoreError if there is no value above 0."""
     value = optional_integer(sizes, *keys)
     if value is None or value < 1:
         raise ModelStoreError(f"{where}: {keys[0]!r} is missing or not a positive number")

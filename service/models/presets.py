@@ -32,17 +32,17 @@ class Trio:
 
     @property
     def largest_bytes(self) -> int:
-        """Of its weights as published."""
+        """Size of the largest model's published weights, in bytes."""
         return max(model.weight_bytes for model in self.models)
 
     @property
     def total_bytes(self) -> int:
-        """Of all its weights as published."""
+        """Size of all published weights, in bytes."""
         return sum(model.weight_bytes for model in self.models)
 
     @property
     def parameters(self) -> float:
-        """Of its largest model."""
+        """Number of parameters of the largest model."""
         return max(model.parameters for model in self.models)
 
 

@@ -15,10 +15,10 @@ _LINE_EVERY_S = 5.0
 
 
 class Progress(Protocol):
-    """Where a pull reports to."""
+    """The receiver of a pull's progress."""
 
     def note(self, text: str) -> None:
-        """One line about what happens now."""
+        """Report the present step in one line."""
 
     def stage(
         self, label: str, total_bytes: int | None

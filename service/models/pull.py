@@ -63,7 +63,7 @@ def pull(
 
 
 def locate(name_or_source: str, *, root: Path | None = None) -> Path | None:
-    """Where a model is, without fetching it: a local folder itself, a stored one if complete.
+    """Return a model's folder without fetching it: a local folder, or a complete stored model.
 
     Sizes are checked, checksums are not. None where it would have to be pulled. Of a model's folder
     in the hub client's cache it is the snapshot.
@@ -90,7 +90,7 @@ def pinned_source(source: str, folder: Path) -> str | None:
 
 
 def _kept(source: str, root: Path) -> Iterator[Path]:
-    """Where a model may be in the store: under its own name, or fetched without its commit named.
+    """Yield the store's folders of a model: under its name, or fetched without its commit.
 
     A revision has a folder of its own, so that another one never passes for it.
     """

@@ -57,7 +57,7 @@ _MAX_COUNT = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor as its file's header describes it. `begin`: where it begins in the file."""
+    """A tensor in a file's header. `begin` is the offset of its data in the file."""
 
     name: str
     dtype: str

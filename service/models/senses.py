@@ -1,4 +1,4 @@
-"""What a model folder's config tells of seeing and hearing: read without loading anything.
+"""Reads from a model folder's config whether the model takes images, audio and video.
 
 A picture's tokens are known where the model's processor counts them by a plain rule: Qwen-VL's and
 GLM-V's by area, LLaVA-1.5's, PaliGemma's and Gemma's by a fixed number.
@@ -21,7 +21,7 @@ _AROUND = 8
 
 @dataclass(frozen=True, slots=True)
 class Senses:
-    """What a model takes beside text.
+    """The inputs that a model takes beside text.
 
     Attributes:
         vision: Whether it sees.
@@ -38,7 +38,7 @@ class Senses:
 
 
 def senses_of(folder: Path) -> Senses:
-    """What `config.json` and `preprocessor_config.json` tell; nothing where they can't be read."""
+    """Read `config.json` and `preprocessor_config.json`; unreadable files declare no inputs."""
     config = _object(folder / "config.json")
     thinker = config.get("thinker_config")
     parts = {**config, **thinker} if isinstance(thinker, dict) else config

@@ -39,7 +39,7 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What `coe-model.json` says. `path` of a file is relative to the model's folder."""
+    """The content of `coe-model.json`. Paths of files are relative to the model's folder."""
 
     name: str
     source: str
@@ -54,7 +54,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """One model of the store. `problem` says in one line why it is not complete."""
+    """A model of the store. `problem` is the reason why it is incomplete, in one line."""
 
     name: str
     path: Path
@@ -72,7 +72,7 @@ def model_root() -> Path:
 
 
 def list_models(root: Path | None = None) -> tuple[StoredModel, ...]:
-    """What the store holds, by name. Sizes are checked, checksums are not (see `verify`)."""
+    """List the models of the store by name. This checks sizes; `verify` checks checksums."""
     root = root if root is not None else model_root()
     if not root.is_dir():
         return ()
@@ -200,7 +200,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def locked(root: Path, name: str, progress: Progress) -> Iterator[None]:
-    """One pull of one name at a time. The lock falls with the process that holds it."""
+    """Lock a name for a pull. The lock ends with the process that holds it."""
     folder = root / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.lock").open("w") as file:

@@ -1,4 +1,4 @@
-"""Whether a model folder has a tokenizer and a chat template, by its files alone."""
+"""Finds a model folder's tokenizer and chat template by its files alone."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _WITH_TEMPLATE = ("tekken.json", "tokenizer.model.v*")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there is a vocabulary of any of the known formats."""
+    """Return whether the folder has a vocabulary in a known format."""
     return any(_is_there(folder, pattern) for pattern in _VOCABULARIES)
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Whether there is a chat template, in any of the places where transformers looks for it.
+    """Return whether the folder has a chat template in a place that transformers reads.
 
     Raises ModelStoreError where a file that may hold it can't be read.
     """

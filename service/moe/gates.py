@@ -1,7 +1,7 @@
-"""The gates of a mixture-of-experts model: which layers have one, of what shape, by which rule.
+"""Finds the gates of a mixture-of-experts model: layers, shapes, and the rule of choice.
 
-Read from `config.json`, the headers of the safetensors files and the gates' own bytes;
-no other weights are touched.
+It reads `config.json`, the headers of the safetensors files and the gates' own bytes;
+it reads no other weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from service.models.safetensors_file import TensorInfo, read_header
 _GATE = re.compile(
     r"(?:^|\.)layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)(?:\.layer)?\.weight$"
 )
-# Those whose gates choose by softmax and top-k, and whether they normalise the weights of the
+# Models whose gates choose by softmax and top-k, and whether they normalise the weights of the
 # chosen; None: as `norm_topk_prob` in config.json says.
 STEERABLE: dict[str, bool | None] = {
     "mixtral": True,
@@ -33,7 +33,7 @@ STEERABLE: dict[str, bool | None] = {
 
 @dataclass(frozen=True, slots=True)
 class MoeShape:
-    """What a steering profile has to fit.
+    """The gates of a model, which a steering profile has to fit.
 
     layers: indices of the decoder layers that have a gate; experts: of each; top_k: chosen
     for a token; renormalize: the weights of the chosen sum to 1. gates: sha256, in hex, over the
@@ -48,7 +48,7 @@ class MoeShape:
 
 
 def moe_shape(folder: Path | str) -> MoeShape | None:
-    """A model's gates; None where it is no mixture of experts. Raises ModelStoreError."""
+    """Return a model's gates; None if it has none. Raises ModelStoreError if it is invalid."""
     folder = Path(folder)
     sizes = _sizes(folder)
     found: dict[int, tuple[Path, TensorInfo]] = {}
@@ -80,7 +80,7 @@ def moe_shape(folder: Path | str) -> MoeShape | None:
 
 
 def why_not_steerable(folder: Path | str) -> str | None:
-    """Why a mixture-of-experts model's gates can't be steered, or None where they can."""
+    """Return why a model's gates can't be steered, or None if they can."""
     kind = _sizes(Path(folder)).get("model_type")
     if kind in STEERABLE:
         return None

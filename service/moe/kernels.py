@@ -1,6 +1,6 @@
-"""Whether what a config sets for mixtures of experts fits the models that it is set for.
+"""Checks a config's options for mixtures of experts against its models.
 
-What no model is needed to know is refused by `service.config.moe_kernels` already.
+`service.config.moe_kernels` checks everything that needs no model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from service.errors import ConfigError
 from service.models.adapters import AdapterInfo
 from service.models.inspection import ModelInfo, MoeInfo
 
-# Those that vLLM has for weights that are not quantised; others stop its start.
+# vLLM's backends for unquantised weights; it refuses to start with others.
 _UNQUANTIZED = (
     "auto",
     "triton",
@@ -28,9 +28,9 @@ _UNQUANTIZED = (
 def check_kernels(
     config: Config, kind: str, inspect: Callable[[str], ModelInfo | AdapterInfo]
 ) -> tuple[str, ...]:
-    """Hold a pool's settings against its models. A line for each mixture of experts: what is set.
+    """Check a pool's options against its models; return a line per mixture of experts.
 
-    `inspect` looks at what an expert's folder holds. Raises ConfigError.
+    `inspect` inspects an expert's folder. Raises ConfigError if an option does not fit.
     """
     pool = config.pools[kind]
     lines = []

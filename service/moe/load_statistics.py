@@ -1,4 +1,4 @@
-"""What the routers of a mixture of experts chose, in numbers: load, balance, cacheability. Pure.
+"""Statistics of the choices of a model's gates: load, balance, cacheability. Pure functions.
 
 A layer's choices are an integer array (tokens, k): the routed experts of each token; -1 fills a
 token's row where it was given fewer than k.
@@ -39,7 +39,7 @@ Ints = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Cacheability:
-    """Sums over texts, layer by layer; what SRP and SCH are reckoned from.
+    """Sums over texts by layer, from which SRP and SCH are computed.
 
     segments: (layers, SEGMENT + 1): pairs of a segment and an expert, by how many of the
     segment's tokens use the expert. hits, uses: (layers,), of the cache.
@@ -51,7 +51,7 @@ class Cacheability:
 
     @staticmethod
     def none(layers: int) -> Cacheability:
-        """Nothing seen yet."""
+        """Return the sums of no text."""
         zeros = np.zeros(layers, np.int64)
         return Cacheability(np.zeros((layers, SEGMENT + 1), np.int64), zeros, zeros)
 
@@ -61,23 +61,23 @@ class Cacheability:
         )
 
     def srp(self, layer: int) -> float | None:
-        """Of one layer, by its place; None before a whole segment was seen."""
+        """Segment routing best performance of a layer by index; None before a whole segment."""
         return best_f1(self.segments[layer])
 
     def sch(self, layer: int) -> float | None:
-        """Of one layer, by its place; None before anything was seen."""
+        """Segment cache best hit rate of a layer by index; None before the first token."""
         uses = int(self.uses[layer])
         return int(self.hits[layer]) / uses if uses else None
 
 
 def imbalance(load: Ints) -> float | None:
-    """The busiest expert's load against the mean: 1 (even) to experts / k. None: no load."""
+    """Return the busiest expert's load divided by the mean: 1 (even) to experts / k."""
     mean = float(np.mean(load))
     return float(np.max(load)) / mean if mean > 0 else None
 
 
 def entropy_bits(load: Ints) -> float | None:
-    """Shannon entropy of the load's distribution over experts, in bits: 0 to log2(experts)."""
+    """Return the Shannon entropy of the load over experts, in bits: 0 to log2(experts)."""
     total = float(np.sum(load))
     if total <= 0:
         return None
@@ -86,7 +86,7 @@ def entropy_bits(load: Ints) -> float | None:
 
 
 def evenness(load: Ints) -> float | None:
-    """The entropy against the highest possible: 0 (one expert has it all) to 1 (even)."""
+    """Return the entropy divided by the highest possible: 0 (one expert) to 1 (even)."""
     bits = entropy_bits(load)
     if bits is None or len(load) < 2:
         return None
@@ -94,7 +94,7 @@ def evenness(load: Ints) -> float | None:
 
 
 def cacheability(choices: Ints, experts: int, *, cache: int) -> Cacheability:
-    """What one text adds: `choices` of consecutive tokens, (layers, tokens, k).
+    """Compute the sums of one text from `choices` of consecutive tokens, (layers, tokens, k).
 
     `cache`: routed experts of a layer that fit, at least k. Raises ValueError.
     """
@@ -110,7 +110,7 @@ def cacheability(choices: Ints, experts: int, *, cache: int) -> Cacheability:
 
 
 def best_f1(segments: Ints) -> float | None:
-    """SRP of a histogram: entry c counts pairs of segment and expert with c uses."""
+    """Return the SRP of a histogram whose entry c counts (segment, expert) pairs with c uses."""
     length = len(segments) - 1
     counts = np.arange(length + 1)
     # From each threshold up: what a router that takes those experts covers, and takes.
@@ -122,7 +122,7 @@ def best_f1(segments: Ints) -> float | None:
 
 
 def _used(choices: Ints, experts: int) -> NDArray[np.bool_]:
-    """(layers, tokens, experts): whether a token uses an expert."""
+    """Return whether a token uses an expert, (layers, tokens, experts)."""
     used = np.zeros((*choices.shape[:2], experts + 1), np.bool_)
     np.put_along_axis(used, choices.astype(np.int64), True, axis=2)  # -1: the last, cut off
     return used[:, :, :experts]
@@ -139,7 +139,7 @@ def _segments(before: NDArray[np.int32]) -> NDArray[np.int64]:
 def _cache(
     used: NDArray[np.bool_], before: NDArray[np.int32], size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Hits and uses of each layer's cache; all layers go through the text side by side."""
+    """Return hits and uses of each layer's cache; all layers are simulated together."""
     layers, tokens, experts = used.shape
     held = np.zeros((layers, experts), np.bool_)
     last = np.zeros((layers, experts), np.int64)

@@ -1,4 +1,4 @@
-"""Virtual experts: whether their profiles fit their bases, and what an engine is told of them."""
+"""Loads the profiles of virtual experts, checks them, and prepares them for engines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from service.moe.steering import (
 
 
 def profile_of(config: Config, expert: str, folder: Path) -> SteeringProfile:
-    """A virtual expert's profile, held against its base in `folder`: headers and gates are read.
+    """Read a virtual expert's profile and check it against its base in `folder`.
 
     Raises InvalidProfileError naming expert, layer and numbers; ConfigError where the base can't be
     steered.
@@ -46,7 +46,7 @@ def profile_of(config: Config, expert: str, folder: Path) -> SteeringProfile:
 
 
 def steering_of(config: Config, expert: str, folder: Path) -> Steering:
-    """What an engine is told of a virtual expert. Raises as `profile_of`."""
+    """Return a virtual expert's steering for an engine. Raises as `profile_of`."""
     profile = profile_of(config, expert, folder)
     layers = tuple(
         SteeredLayer(
@@ -66,7 +66,7 @@ def steering_of(config: Config, expert: str, folder: Path) -> Steering:
 
 
 def profile_digests(config: Config) -> dict[str, str]:
-    """What each virtual expert's file holds, as sha256 in hex; empty where it can't be read."""
+    """Return the SHA-256 of each virtual expert's profile in hex; empty if unreadable."""
     digests = {}
     for name, expert in config.experts.items():
         if expert.profile is not None:
@@ -78,7 +78,7 @@ def profile_digests(config: Config) -> dict[str, str]:
 
 
 def profile_bytes(config: Config, expert: str) -> int:
-    """The size of a virtual expert's file; 0 where there is none."""
+    """Return the size of a virtual expert's profile in bytes; 0 if there is none."""
     profile = config.experts[expert].profile
     try:
         return Path(profile).stat().st_size if profile is not None else 0

@@ -1,4 +1,4 @@
-"""What the routers of one expert chose, added up: as counted, as it travels, and as told."""
+"""Counts of the choices of one expert's gates, with their wire and JSON formats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from service.moe.load_statistics import SEGMENT, Cacheability, entropy_bits, eve
 
 @dataclass(frozen=True, slots=True)
 class LayerBalance:
-    """One layer's figures; None: nothing was seen that could tell. See `routes`."""
+    """One layer's statistics (see `load_statistics`); None: too few tokens."""
 
     imbalance: float | None
     entropy_bits: float | None
@@ -24,7 +24,7 @@ class LayerBalance:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoutingCounts:
-    """One expert's choices.
+    """The counts of one expert's gates.
 
     layers: decoder layers that route; experts, top_k: of each. cache: how many experts of a layer
     the cache of `sch` holds. tokens: how many were looked at, in one step of `every`. since_s:
@@ -42,7 +42,7 @@ class RoutingCounts:
     cacheability: Cacheability
 
     def balance(self, place: int) -> LayerBalance:
-        """Of one layer, by its place in `layers`."""
+        """Return the statistics of one layer, by its index in `layers`."""
         load, kept = self.load[place], self.cacheability
         return LayerBalance(
             imbalance(load),
@@ -53,7 +53,7 @@ class RoutingCounts:
         )
 
     def like(self, other: RoutingCounts) -> bool:
-        """Whether both are of one model, as far as shapes tell."""
+        """Return whether both have the same layers, experts and top_k."""
         return (self.layers, self.experts, self.top_k) == (
             other.layers,
             other.experts,
@@ -72,7 +72,7 @@ class RoutingCounts:
         )
 
     def to_wire(self) -> dict[str, Any]:
-        """As it travels from a pool to a gateway: what can be added up."""
+        """Return the counts for the wire between pool and gateway; they can be added."""
         return {
             "layers": list(self.layers),
             "experts": self.experts,
@@ -89,7 +89,7 @@ class RoutingCounts:
 
     @staticmethod
     def from_wire(told: dict[str, Any]) -> RoutingCounts:
-        """The reverse of `sums`."""
+        """Parse the output of `to_wire`."""
         kept = Cacheability(
             *(np.array(told[name], np.int64) for name in ("segments", "hits", "uses"))
         )
@@ -106,7 +106,7 @@ class RoutingCounts:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """For people and programs: the shape, what was seen, and each layer's figures."""
+        """Return shape, counts and each layer's statistics, for the API."""
         rows = []
         for place, layer in enumerate(self.layers):
             one = self.balance(place)

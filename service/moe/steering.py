@@ -45,7 +45,7 @@ _SCALARS = {"top_k": "int32", "top_p": "float32"}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerSteering:
-    """How one layer's gate is changed; E experts.
+    """The changes to one layer's gate with E routed experts.
 
     mask: bool (E,), True = may not be chosen. bias: float32 (E,), added to the logits before
     choosing. boost: float32 (E,), multiplies the weight of a chosen expert, after it was
@@ -71,7 +71,7 @@ class LayerSteering:
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> LayerSteering:
-        """What is not given changes nothing."""
+        """Build a layer's changes; omitted ones change nothing."""
         return cls(
             np.zeros(experts, bool) if mask is None else np.asarray(mask, bool),
             np.zeros(experts, np.float32) if bias is None else np.asarray(bias, np.float32),
@@ -82,7 +82,7 @@ class LayerSteering:
 
     @property
     def is_neutral(self) -> bool:
-        """Whether it changes nothing."""
+        """Whether the layer is unchanged."""
         return (
             not self.mask.any()
             and not self.bias.any()
@@ -94,7 +94,7 @@ class LayerSteering:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SteeringProfile:
-    """What is changed in which layers of the base that `shape` tells.
+    """A steering profile: the changes by layer, for the base that `shape` describes.
 
     protected: experts by layer that must never be masked, for what they do to all tokens.
     about: a line for people.

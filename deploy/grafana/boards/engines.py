@@ -1,4 +1,4 @@
-"""What vLLM tells of itself, and our own processes."""
+"""Dashboard of vLLM's own metrics and of the service's processes."""
 
 from __future__ import annotations
 

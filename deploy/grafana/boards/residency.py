@@ -1,4 +1,4 @@
-"""Where weights are, who takes turns, and what that costs those who wait."""
+"""Dashboard of residency, swaps and waiting times."""
 
 from __future__ import annotations
 

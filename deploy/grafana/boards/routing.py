@@ -1,4 +1,4 @@
-"""What prompts are, who is chosen, how good the predictions were."""
+"""Dashboard of prompts' categories, chosen experts and prediction accuracy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who asks, what it costs, what is left."""
+"""Dashboard of tenants, costs and budgets."""
 
 from __future__ import annotations
 
