@@ -35,7 +35,7 @@ class Plan:
 
 
 def plans(quick: bool) -> tuple[Plan, ...]:
-    """Return the plans; one request in flight gets many short turns, for its time to first token."""
+    """Return the plans; a single request gets many short turns, for its time to first token."""
     if quick:
         return Plan(1, 1, 12, 10), Plan(8, 8, 24, 7), Plan(32, 32, 16, 7)
     return Plan(1, 1, 16, 40), Plan(8, 16, 24, 9), Plan(32, 32, 32, 9)
