@@ -28,7 +28,7 @@ def minimal(**changes: object) -> dict[str, object]:
     return {**MINIMAL, **changes}
 
 
-def test_a_minimal_config_gets_the_documented_defaults() -> None:
+def test_minimal_config_has_the_documented_defaults() -> None:
     config = parse_config(yaml.safe_dump(MINIMAL), "coe.yaml")
     assert config.server.host == "127.0.0.1"
     assert config.server.port == 8000
@@ -39,7 +39,7 @@ def test_a_minimal_config_gets_the_documented_defaults() -> None:
     assert config.model_sources() == {}
 
 
-def test_every_field_is_described() -> None:
+def test_config_every_field_has_a_description() -> None:
     schema = Config.model_json_schema()
     sections = [schema, *schema["$defs"].values()]
     silent = [
@@ -175,45 +175,45 @@ def test_every_field_is_described() -> None:
         ),
     ],
 )
-def test_a_fault_is_named_exactly(changes: dict[str, object], expected: str) -> None:
+def test_config_error_message_is_exact(changes: dict[str, object], expected: str) -> None:
     said = [
         line.replace("coe.yaml: Value error, ", "coe.yaml: ") for line in faults(minimal(**changes))
     ]
     assert said == [expected]
 
 
-def test_a_section_called_like_another_lists_its_own_keys() -> None:
+def test_config_unknown_key_lists_the_keys_of_its_section() -> None:
     (said,) = faults(minimal(pools={"vllm": {"engine": "simulated", "max_model_len": 1}}))
     assert said.startswith("coe.yaml: pools.vllm.max_model_len: unknown key;")
     assert "max_queued_requests" in said
     assert "enforce_eager" not in said
 
 
-def test_every_fault_has_its_own_line() -> None:
+def test_config_several_errors_have_a_line_each() -> None:
     lines = faults(minimal(server={"port": 0, "gateways": 0}))
     assert [line.split(": ")[1] for line in lines] == ["server.port", "server.gateways"]
 
 
-def test_what_is_missing_is_named() -> None:
+def test_config_missing_key_is_named() -> None:
     assert faults({"pools": {}}) == ["coe.yaml: experts: missing, and it has no default"]
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b", "just words"])
-def test_something_else_than_a_mapping(text: str) -> None:
+def test_config_that_is_not_a_mapping_raises(text: str) -> None:
     assert faults(text) == ["coe.yaml: a mapping with the key `experts` is needed at the top"]
 
 
-def test_broken_yaml_says_where() -> None:
+def test_config_invalid_yaml_raises_with_its_place() -> None:
     (said,) = faults("server: {port: 1\nexperts: 2")
     assert said.startswith("coe.yaml: line 2, column 8 not valid YAML:")
 
 
-def test_yaml_never_makes_objects() -> None:
+def test_config_yaml_tags_create_no_objects() -> None:
     (said,) = faults("experts: !!python/object/apply:os.getcwd []")
     assert "could not determine a constructor" in said
 
 
-def test_an_adapter_needs_a_base_with_weights_in_the_same_pool() -> None:
+def test_config_adapter_needs_a_base_in_the_same_pool() -> None:
     experts = {
         "a": {"model": "m"},
         "b": {"base": "a", "adapter": "x"},
@@ -228,7 +228,7 @@ def test_an_adapter_needs_a_base_with_weights_in_the_same_pool() -> None:
     )
 
 
-def test_a_remote_expert_has_no_pool() -> None:
+def test_config_remote_expert_with_a_pool_raises() -> None:
     experts = {"far": {"remote": {"url": "http://somewhere/v1", "model": "m"}}}
     config = parse_config(yaml.safe_dump({"experts": experts}), "coe.yaml")
     assert config.experts["far"].remote is not None
@@ -236,7 +236,7 @@ def test_a_remote_expert_has_no_pool() -> None:
     assert "'far' is remote and needs no pool" in said
 
 
-def test_bases_come_before_their_adapters() -> None:
+def test_config_pool_lists_bases_before_their_adapters() -> None:
     experts = {
         "z-adapter": {"base": "base", "adapter": "x"},
         "base": {"model": "m"},
@@ -245,7 +245,7 @@ def test_bases_come_before_their_adapters() -> None:
     assert config.local_experts("cpu") == ("base", "z-adapter")
 
 
-def test_the_first_expert_that_names_a_category_has_it() -> None:
+def test_config_category_goes_to_the_first_expert_that_names_it() -> None:
     experts = {
         "a": {"model": "m", "categories": ["math"]},
         "b": {"model": "m", "categories": ["math", "general"]},
@@ -255,7 +255,7 @@ def test_the_first_expert_that_names_a_category_has_it() -> None:
     assert config.fallback == "b"
 
 
-def test_paths_are_taken_from_the_file_and_names_are_left_alone(tmp_path: Path) -> None:
+def test_config_paths_are_relative_to_the_file_and_names_unchanged(tmp_path: Path) -> None:
     folder = tmp_path / "deep"
     folder.mkdir()
     data = minimal(
@@ -279,7 +279,7 @@ def test_paths_are_taken_from_the_file_and_names_are_left_alone(tmp_path: Path) 
     assert config.experts["adapter"].adapter == str(folder / "lora")
 
 
-def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
+def test_config_missing_or_binary_file_raises(tmp_path: Path) -> None:
     missing = tmp_path / "none.yaml"
     with pytest.raises(ConfigError) as caught:
         load_config(missing)
@@ -293,11 +293,11 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
     ("given", "meant"),
     [("512MiB", 512 * 2**20), ("2 GB", 2 * 10**9), ("7", 7), ("1.5k", 1500), (9, 9), ("3b", 3)],
 )
-def test_bytes_with_units(given: object, meant: int) -> None:
+def test_config_bytes_accept_units(given: object, meant: int) -> None:
     assert parse_bytes(given) == meant
 
 
-def test_the_examples_in_the_repository_are_valid() -> None:
+def test_config_examples_are_valid() -> None:
     root = Path(__file__).parents[3]
     found = sorted(
         set((root / "deploy" / "config").glob("*.yaml")) - {root / "deploy/config/reference.yaml"}
@@ -307,7 +307,7 @@ def test_the_examples_in_the_repository_are_valid() -> None:
         assert load_config(path).experts, path
 
 
-def test_a_key_given_twice_is_refused_with_its_line() -> None:
+def test_config_duplicate_key_raises_with_its_line() -> None:
     text = "experts:\n  a: {model: x}\n  a: {model: y}\npools: {cpu: {}}\n"
     with pytest.raises(ConfigError) as caught:
         parse_config(text, "f.yaml")
@@ -326,5 +326,5 @@ def test_a_key_given_twice_is_refused_with_its_line() -> None:
         {"store": {"kind": "redis", "url": "redis://:sk-hush@host"}},
     ],
 )
-def test_a_secret_in_the_wrong_place_is_not_repeated(given: dict[str, object]) -> None:
+def test_config_misplaced_secret_is_not_echoed(given: dict[str, object]) -> None:
     assert "hush" not in "\n".join(faults(minimal(**given)))

@@ -48,7 +48,7 @@ def test_parse_merge_keys_own_keys_win() -> None:
     }
 
 
-def test_parse_merge_of_a_merge_and_an_anchor_as_a_value() -> None:
+def test_parse_merge_of_a_merge_and_anchor_as_a_value() -> None:
     config = parse(
         "  a: &a {model: m, price: &p {prompt: 1, completion: 2}}\n"
         "  b: &b {<<: *a, description: b}\n"
@@ -69,7 +69,7 @@ def test_parse_merge_of_a_merge_and_an_anchor_as_a_value() -> None:
         '  no: {model: m}\n  "no": {model: m}',
     ],
 )
-def test_parse_key_given_twice_is_refused_with_its_line(experts: str) -> None:
+def test_parse_duplicate_key_raises_with_its_line(experts: str) -> None:
     message = refusal(f"experts:\n{experts}{POOLS}")
     assert "is given twice" in message
     assert f"line {1 + len(experts.splitlines())}," in message
@@ -81,12 +81,12 @@ SURPRISES = ("no", "yes", "on", "off", "y", "n", "true", "null", "1.5", "7", "01
 
 
 @pytest.mark.parametrize("name", [*SURPRISES, "1:30", "2026-01-01", "1_000"])
-def test_parse_expert_of_any_name_keeps_it(name: str) -> None:
+def test_parse_expert_names_that_look_like_other_types_stay_text(name: str) -> None:
     assert list(parse(f"  {name}: {{model: m}}").experts) == [name]
 
 
 @pytest.mark.parametrize("text", ["no", "yes", "on", "off", "1:30", "2026-01-01", "010", "1_000"])
-def test_parse_text_that_yaml_1_1_would_change_stays(text: str) -> None:
+def test_parse_text_that_yaml_1_1_would_convert_stays_text(text: str) -> None:
     expert = parse(f"  a: {{model: {text}, categories: [{text}]}}").experts["a"]
     assert (expert.model, expert.categories) == (text, (text,))
 
@@ -102,7 +102,7 @@ def test_parse_text_that_yaml_1_1_would_change_stays(text: str) -> None:
         ("  a: {model: m}\n  b: {base: a, adapter: x, description: %s}", "experts.b.description"),
     ],
 )
-def test_parse_number_where_a_text_is_needed_is_refused_as_it_was_written(
+def test_parse_number_for_a_text_field_raises_with_its_spelling(
     experts: str, place: str, written: str, kind: str
 ) -> None:
     message = refusal(f"experts:\n{experts % written}{POOLS}")
@@ -115,19 +115,19 @@ def test_parse_number_where_a_text_is_needed_is_refused_as_it_was_written(
     ("written", "value"),
     [("8", 8), ("010", 10), ("1e3", 1000), ("0x10", 16), ("0o17", 15), ("1_000", 1000)],
 )
-def test_parse_integer_in_any_common_form(written: str, value: int) -> None:
+def test_parse_integers_in_any_common_notation(written: str, value: int) -> None:
     text = f"experts: {{a: {{model: m}}}}\npools: {{cpu: {{engine: simulated, slots: {written}}}}}"
     assert parse_config(text, "coe.yaml").pools["cpu"].slots == value
 
 
-def test_parse_sexagesimal_is_no_number() -> None:
+def test_parse_sexagesimal_is_not_a_number() -> None:
     assert "server.port" in refusal(
         "experts: {a: {model: m}}\nserver: {port: 1:30}\npools: {cpu: {engine: simulated}}"
     )
 
 
 @pytest.mark.parametrize(("written", "value"), [("yes", True), ("off", False), ("True", True)])
-def test_parse_boolean_fields_take_the_old_words(written: str, value: bool) -> None:
+def test_parse_boolean_fields_accept_yes_no_on_off(written: str, value: bool) -> None:
     assert parse(f"  a: {{model: m, pinned: {written}}}").experts["a"].pinned is value
 
 
@@ -145,7 +145,7 @@ def test_parse_boolean_fields_take_the_old_words(written: str, value: bool) -> N
         max_leaves=8,
     )
 )
-def test_config_loader_reads_back_whatever_was_dumped(data: object) -> None:
+def test_config_loader_reads_back_what_was_dumped(data: object) -> None:
     assert yaml.load(yaml.safe_dump(data), ConfigLoader) == data
 
 
@@ -154,9 +154,7 @@ def test_config_loader_reads_back_whatever_was_dumped(data: object) -> None:
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_load_byte_order_mark_and_line_ends_do_not_matter(
-    tmp_path: Path, mark: str, end: str
-) -> None:
+def test_load_ignores_byte_order_mark_and_line_endings(tmp_path: Path, mark: str, end: str) -> None:
     path = tmp_path / "coe.yaml"
     text = f"{mark}experts:\n  a: {{model: m}}{POOLS}".replace("\n", end)
     path.write_bytes(text.encode())
@@ -175,13 +173,13 @@ def test_load_byte_order_mark_and_line_ends_do_not_matter(
         ("a: " + "[" * 5000, "nested too deeply"),
     ],
 )
-def test_parse_what_is_no_config_is_refused_in_one_line(text: str, told: str) -> None:
+def test_parse_invalid_config_raises_one_line(text: str, told: str) -> None:
     message = refusal(text)
     assert told in message
     assert len(message.splitlines()) == 1
 
 
-def test_parse_aliases_of_aliases_end_soon() -> None:
+def test_parse_nested_aliases_end_in_bounded_time() -> None:
     lines = ["experts:", "  a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     for n in range(1, 12):
         lines.append(f"  a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]")
@@ -212,7 +210,7 @@ def test_parse_aliases_of_aliases_end_soon() -> None:
         ("experts: {a: {model: m, categories: ['${C:-x}']}}", "experts.a.categories.0", "${C"),
     ],
 )
-def test_parse_variable_is_refused_by_place(text: str, place: str, shown: str) -> None:
+def test_parse_variable_raises_with_its_place(text: str, place: str, shown: str) -> None:
     message = refusal(text + POOLS)
     assert message.startswith(f"coe.yaml: {place}: variables are not replaced in this file")
     assert shown in message
@@ -227,16 +225,14 @@ def test_parse_variable_is_refused_by_place(text: str, place: str, shown: str) -
         "experts: {a: {model: m}}\nkeys: {k: {tenant: t, key_env: %s}}" + POOLS,
     ],
 )
-def test_parse_variable_where_its_name_is_needed_is_told_without_the_value(
-    text: str, value: str
-) -> None:
+def test_parse_variable_for_an_env_name_raises_without_its_value(text: str, value: str) -> None:
     message = refusal(text % value)
     assert "_env: the name of an environment variable is needed" in message
     assert "KEY" not in message
     assert "9f8e7d6c" not in message
 
 
-def test_parse_dollars_in_a_description_are_text() -> None:
+def test_parse_dollar_in_a_description_is_text() -> None:
     expert = parse("  a: {model: m, description: 'costs $5, or ${NAME}'}").experts["a"]
     assert expert.description == "costs $5, or ${NAME}"
 
@@ -244,7 +240,7 @@ def test_parse_dollars_in_a_description_are_text() -> None:
 # --- pinning
 
 
-def test_pin_models_changes_experts_models_and_nothing_else() -> None:
+def test_pin_models_changes_only_the_experts_models() -> None:
     text = (
         "# org/name is a comment\n"
         "experts:\n"

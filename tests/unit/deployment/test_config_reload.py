@@ -44,7 +44,7 @@ def write(file: Path, **changed: Any) -> None:
     (file.parent / "coe.yaml").write_text(yaml.safe_dump({**CONFIG, **changed}))
 
 
-def test_experts_come_go_and_change(file: Path) -> None:
+def test_reload_reports_added_removed_and_changed_experts(file: Path) -> None:
     write(file, experts={"a": {"model": "other"}, "b": {"model": "m"}, "d": {"model": "m"}})
     assert reload(file) == {"added": ["d"], "removed": ["c"], "changed": ["a"]}
     config = current_config(file, "")
@@ -53,7 +53,7 @@ def test_experts_come_go_and_change(file: Path) -> None:
     assert not file.stat().st_mode & 0o077
 
 
-def test_a_profile_that_holds_something_else_is_a_change(file: Path) -> None:
+def test_reload_steering_profile_with_new_content_is_a_change(file: Path) -> None:
     experts = {**CONFIG["experts"], "v": {"base": "a", "profile": "./v.safetensors"}}
     (file.parent / "v.safetensors").write_text("one")
     write(file, experts=experts)
@@ -64,7 +64,7 @@ def test_a_profile_that_holds_something_else_is_a_change(file: Path) -> None:
     assert reload(file)["changed"] == []
 
 
-def test_limits_and_budgets_change(file: Path) -> None:
+def test_reload_changed_limits_and_budgets_are_applied(file: Path) -> None:
     budgets = {"all": {"amount": 5, "period": "day"}}
     write(file, tenants={"a": {"requests_per_min": 7}}, budgets=budgets)
     reload(file)
@@ -86,7 +86,7 @@ def test_limits_and_budgets_change(file: Path) -> None:
         ({"experts": {}}, "experts"),
     ],
 )
-def test_what_can_not_change_is_refused_and_all_stays(
+def test_reload_of_an_unchangeable_key_raises_and_keeps_the_config(
     file: Path, changed: dict[str, Any], why: str
 ) -> None:
     before = file.read_bytes()
@@ -96,7 +96,7 @@ def test_what_can_not_change_is_refused_and_all_stays(
     assert file.read_bytes() == before
 
 
-def test_a_router_that_can_not_be_had_is_refused(file: Path) -> None:
+def test_reload_missing_router_artifact_raises(file: Path) -> None:
     """Else pools would go on by the new config, and gateways by the old one."""
     before = file.read_bytes()
     write(file, router={"artifact": "./nowhere"})
@@ -105,7 +105,7 @@ def test_a_router_that_can_not_be_had_is_refused(file: Path) -> None:
     assert file.read_bytes() == before
 
 
-def test_a_config_that_can_not_be_kept_is_no_end_of_the_service(file: Path) -> None:
+def test_reload_config_that_can_not_be_saved_raises_and_keeps_serving(file: Path) -> None:
     running = RunningConfig.load(file)
     nowhere = file.parent / "gone" / "config.json"
     with pytest.raises(ConfigError, match="cannot write the config in force: No such file"):
@@ -115,7 +115,7 @@ def test_a_config_that_can_not_be_kept_is_no_end_of_the_service(file: Path) -> N
     ]
 
 
-def test_slots_of_their_own_can_not_become_too_few(tmp_path: Path) -> None:
+def test_reload_more_experts_than_dedicated_slots_raises(tmp_path: Path) -> None:
     pools = {"p": {"engine": "simulated", "slots": 3}}
     source = tmp_path / "coe.yaml"
     source.write_text(yaml.safe_dump({**CONFIG, "pools": pools}))
@@ -128,7 +128,7 @@ def test_slots_of_their_own_can_not_become_too_few(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", [ConfigError("it can't be put in force"), KeyError("a")])
-async def test_who_follows_hears_of_each_and_survives_a_bad_one(
+async def test_follow_reports_each_config_and_survives_an_invalid_one(
     file: Path, fault: Exception
 ) -> None:
     heard: list[list[str]] = []
@@ -151,7 +151,7 @@ async def test_who_follows_hears_of_each_and_survives_a_bad_one(
 
 
 @pytest.mark.parametrize("failures", [1, 3])
-async def test_follow_a_config_that_failed_tries_it_again_until_it_is_in_force(
+async def test_follow_failed_config_is_retried_until_it_is_applied(
     file: Path, failures: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.deployment.config_reload._POLL_S", 0.01)
@@ -172,7 +172,7 @@ async def test_follow_a_config_that_failed_tries_it_again_until_it_is_in_force(
     assert tried == [["a", "d"]] * (failures + 1), "and is not applied once more"
 
 
-async def test_follow_a_newer_config_takes_the_place_of_one_that_failed(
+async def test_follow_newer_config_replaces_one_that_failed(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.deployment.config_reload._POLL_S", 0.01)
@@ -197,6 +197,6 @@ async def test_follow_a_newer_config_takes_the_place_of_one_that_failed(
     assert tried.count(["a", "e"]) == 1
 
 
-def test_without_a_file_it_is_what_was_given(tmp_path: Path) -> None:
+def test_running_config_without_a_file_is_the_given_one(tmp_path: Path) -> None:
     given = Config.model_validate(CONFIG)
     assert current_config(tmp_path / "none", given.model_dump_json()) == given

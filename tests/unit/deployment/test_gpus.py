@@ -25,12 +25,14 @@ def config(**pools: dict[str, Any]) -> Config:
         ({"a": {"gpus": 1, "min_replicas": 3}}, 2, r"replicas need 3 GPUs"),
     ],
 )
-def test_missing_gpus_are_named(pools: dict[str, Any], have: float, said: str) -> None:
+def test_check_gpus_missing_gpus_raise_with_their_number(
+    pools: dict[str, Any], have: float, said: str
+) -> None:
     with pytest.raises(ConfigError, match=said):
         check_gpus(config(**pools), have)
 
 
-def test_what_is_enough_for_the_replicas_that_always_run_is_enough() -> None:
+def test_check_gpus_needs_only_the_minimum_replicas() -> None:
     check_gpus(config(a={}), 0)
     check_gpus(config(a={"gpus": 0.5}, b={"gpus": 0.5}), 1)
     check_gpus(config(a={"gpus": 1}, b={"gpus": 1, "min_replicas": 0, "max_replicas": 1}), 1)

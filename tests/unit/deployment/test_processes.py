@@ -41,13 +41,13 @@ def orphan(folder: Path, **environment: str) -> Iterator[psutil.Process]:
         os.close(write)
 
 
-def test_what_a_run_started_is_its_own_whoever_its_parent_is(tmp_path: Path) -> None:
+def test_processes_with_the_run_s_token_are_of_the_run(tmp_path: Path) -> None:
     with orphan(tmp_path, RAY_AUTH_TOKEN_PATH=str(tmp_path / "ray-token")) as ours:
         assert ours in processes_of_run(tmp_path)
 
 
 @pytest.mark.parametrize("token", ["/elsewhere/ray-token", ""])
-def test_who_looks_into_its_logs_is_left_alone(tmp_path: Path, token: str) -> None:
+def test_processes_with_another_token_are_not_of_the_run(tmp_path: Path, token: str) -> None:
     with orphan(tmp_path, RAY_AUTH_TOKEN_PATH=token) as stranger:
         assert stranger.is_running()
         assert stranger not in processes_of_run(tmp_path)

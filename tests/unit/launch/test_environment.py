@@ -24,7 +24,7 @@ def ports(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     }
 
 
-def test_no_port_of_serve_s_own_is_left_at_its_default(
+def test_environment_moves_every_default_port_of_serve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a").mkdir()

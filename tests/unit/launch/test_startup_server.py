@@ -49,7 +49,9 @@ def events(data: bytes) -> list[Any]:
     return [json.loads(line[6:]) for line in data.splitlines() if line.startswith(b"data: ")]
 
 
-def test_the_page_is_there_and_prompts_are_put_off(startup: StartupServer) -> None:
+def test_startup_server_serves_the_console_and_answers_prompts_with_503(
+    startup: StartupServer,
+) -> None:
     status, headers, page = ask(startup, "/console")
     assert (status, b"coe" in page) == (200, True)
     assert "default-src 'none'" in headers["content-security-policy"]
@@ -69,7 +71,7 @@ def test_the_page_is_there_and_prompts_are_put_off(startup: StartupServer) -> No
     assert json.loads(ask(startup, "/v1/models")[2])["error"]["code"] == "stopping"
 
 
-def test_the_stream_shows_each_step_and_ends_with_the_start(startup: StartupServer) -> None:
+def test_startup_server_event_stream_reports_steps_and_ends(startup: StartupServer) -> None:
     got: list[bytes] = []
     reader = threading.Thread(target=lambda: got.append(ask(startup, "/console/events")[2]))
     reader.start()
@@ -83,7 +85,7 @@ def test_the_stream_shows_each_step_and_ends_with_the_start(startup: StartupServ
     assert [step["name"] for step in last["steps"]] == ["first", "second"]
 
 
-def test_who_listens_on_the_port_beside_it_has_it_alone_afterwards(startup: StartupServer) -> None:
+def test_startup_server_hands_its_port_over_to_the_service(startup: StartupServer) -> None:
     port = port_of(startup)
     with closing(socket.socket()) as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -96,7 +98,7 @@ def test_who_listens_on_the_port_beside_it_has_it_alone_afterwards(startup: Star
             other.accept()[0].close()
 
 
-def test_a_unix_socket_answers_too(startup: StartupServer, tmp_path: Path) -> None:
+def test_startup_server_listens_on_a_unix_socket(startup: StartupServer, tmp_path: Path) -> None:
     startup.serve_socket(tmp_path / "startup")
     with closing(socket.socket(socket.AF_UNIX)) as client:
         client.settimeout(5)
@@ -105,7 +107,9 @@ def test_a_unix_socket_answers_too(startup: StartupServer, tmp_path: Path) -> No
         assert client.recv(4096).startswith(b"HTTP/1.0 503")
 
 
-def test_it_is_bounded(startup: StartupServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_startup_server_limits_connections_and_request_size(
+    startup: StartupServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = startup._servers[0]
     monkeypatch.setattr(server, "_places", threading.Semaphore(1))
     with closing(http.client.HTTPConnection("127.0.0.1", port_of(startup), timeout=5)) as stream:
@@ -117,7 +121,9 @@ def test_it_is_bounded(startup: StartupServer, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("path", ["/console", "/console/events", "/v1/models", "/ready"])
-def test_a_foreign_host_or_origin_is_refused(startup: StartupServer, path: str) -> None:
+def test_startup_server_foreign_host_or_origin_is_forbidden(
+    startup: StartupServer, path: str
+) -> None:
     for headers in ({"host": "attacker.example"}, {"origin": "http://attacker.example"}):
         status, _, body = ask(startup, path, **headers)
         assert status == 403, headers
@@ -125,13 +131,13 @@ def test_a_foreign_host_or_origin_is_refused(startup: StartupServer, path: str) 
     assert ask(startup, "/ready", origin="http://friend.example")[0] == 503
 
 
-def test_a_post_of_another_type_is_refused(startup: StartupServer) -> None:
+def test_startup_server_post_that_is_not_json_is_refused(startup: StartupServer) -> None:
     status, _, body = ask(startup, "/v1/messages", "{}", content_type="text/plain")
     told = json.loads(body)
     assert (status, told["type"], told["error"]["type"]) == (415, "error", "invalid_request_error")
 
 
-def test_head_is_get_without_a_body(startup: StartupServer) -> None:
+def test_startup_server_head_equals_get_without_a_body(startup: StartupServer) -> None:
     for path in ("/health", "/ready", "/console", "/console/events", "/v1/models"):
         status, _, body = ask(startup, path, method="HEAD")
         assert body == b""
@@ -139,7 +145,7 @@ def test_head_is_get_without_a_body(startup: StartupServer) -> None:
             assert status == ask(startup, path)[0]
 
 
-def test_a_page_of_a_configured_origin_may_read_that_it_starts(startup: StartupServer) -> None:
+def test_startup_server_configured_origin_may_read_the_state(startup: StartupServer) -> None:
     friend = "http://friend.example"
     wanted = {"access_control_request_method": "POST", "access_control_request_headers": "x-a"}
     status, headers, _ = ask(startup, "/v1/models", method="OPTIONS", origin=friend, **wanted)

@@ -23,7 +23,7 @@ def config(**experts: dict[str, Any]) -> Config:
         ({"a": "failed", "b": "failed"}, False),
     ],
 )
-def test_ready_is_said_only_where_somebody_may_answer(
+def test_ready_is_printed_only_when_the_service_can_answer(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     states: dict[str, str],

@@ -31,7 +31,7 @@ def _judged(ratio: float, *, others: tuple[int, int] = (0, 0)) -> Report:
     return report
 
 
-def test_alike_and_close_is_met() -> None:
+def test_judge_similar_conditions_and_close_rates_meets_the_targets() -> None:
     report = _judged(0.98)
     assert report.facts["fair"] is True
     assert [one.ok for one in report.reach] == [True] * 5
@@ -39,7 +39,7 @@ def test_alike_and_close_is_met() -> None:
     assert by_name["ms added to the time to first token, 1 in flight, at most"] == 3.0
 
 
-def test_alike_and_slow_is_not_met() -> None:
+def test_judge_similar_conditions_and_low_rate_misses_the_targets() -> None:
     report = _judged(0.9)
     assert [one.ok for one in report.reach if "tokens/s" in one.name] == [False] * 4
 
@@ -52,17 +52,19 @@ def test_alike_and_slow_is_not_met() -> None:
         (1.7, (0, 0), "which our service can't be the cause of"),
     ],
 )
-def test_what_others_made_is_no_result(ratio: float, others: tuple[int, int], why: str) -> None:
+def test_judge_unfair_conditions_give_no_result(
+    ratio: float, others: tuple[int, int], why: str
+) -> None:
     report = _judged(ratio, others=others)
     assert not any(one.ok for one in report.reach)
     assert any("NOT A RESULT" in note and why in note for note in report.notes)
 
 
-def test_conditions_alike_have_no_complaint() -> None:
+def test_unfairness_of_similar_conditions_is_empty() -> None:
     assert unfairness({1: _pairs(1.0, others=(10, 20))}, []) == []
 
 
-def test_ticks() -> None:
+def test_ticks_since_gives_shares_of_others_and_idle() -> None:
     spent = Ticks(300, 60, 200).since(Ticks(100, 10, 80))
     assert spent == Ticks(200, 50, 120)
     assert spent.others_share == pytest.approx(0.15)
@@ -70,12 +72,12 @@ def test_ticks() -> None:
     assert Ticks(0, 0, 0).others_share == 0.0
 
 
-def test_reading_a_process() -> None:
+def test_parse_stat_reads_parent_session_and_ticks() -> None:
     line = "42 (a (b) c) S 1 42 7 0 -1 0 0 0 0 0 11 12 13 14 20 0 1 0 5"
     assert parse_stat(line) == Process(42, 1, 7, 50)
 
 
-def test_what_we_started_is_ours_in_other_sessions_too() -> None:
+def test_ours_of_includes_descendants_in_other_sessions() -> None:
     ours = [
         Process(10, 1, 10, 0),  # the load test
         Process(11, 10, 11, 0),  # a service that it started, in a session of its own
@@ -87,7 +89,7 @@ def test_what_we_started_is_ours_in_other_sessions_too() -> None:
     assert ours_of([*ours, *others], 10) == ours
 
 
-def test_a_busy_machine_is_called_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watch_reports_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = iter([Ticks(0, 0, 0), Ticks(1000, 100, 300)])
     monkeypatch.setattr(machine.Ticks, "now", classmethod(lambda cls: next(seen)))
     told = Watch.start().report()
@@ -95,7 +97,7 @@ def test_a_busy_machine_is_called_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "BUSY" in describe(told)
 
 
-def test_only_windows_count_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watch_with_windows_counts_only_them(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = iter([Ticks(0, 0, 0), Ticks(1000, 0, 0), Ticks(1100, 20, 78)])
     monkeypatch.setattr(machine.Ticks, "now", classmethod(lambda cls: next(seen)))
     watch = Watch.start()
@@ -105,14 +107,14 @@ def test_only_windows_count_where_there_are_some(monkeypatch: pytest.MonkeyPatch
     assert watch.report()["busy_with_others"] is False
 
 
-def test_prompts_are_alike_in_every_run_and_differ_in_one() -> None:
+def test_prompts_are_reproducible_and_distinct() -> None:
     made = prompts(60, seed=5, characters=300)
     assert made == prompts(60, seed=5, characters=300)
     assert len(set(made)) == 60
     assert min(map(len, made)) >= 300
 
 
-def test_both_engines_get_the_same_arguments() -> None:
+def test_engine_arguments_are_equal_for_vllm_and_the_pool() -> None:
     arguments = EngineArguments(Path("/models/m"), threads=1)
     pool = Config.model_validate(
         config(8200, {"general": {"model": "/models/m"}}, {"cpu": arguments.pool()})

@@ -22,7 +22,7 @@ LIMITS = RequestLimitChecker(CONFIG)
 
 
 @pytest.mark.parametrize("case", list(cases(CONFIG)), ids=lambda case: str(case.name))
-def test_every_request_passes_the_gateway(case: Case) -> None:
+def test_loop_hold_requests_pass_the_gateway_s_limits(case: Case) -> None:
     raw = orjson.dumps({"model": "small", **case.body})
     assert len(raw) <= CONFIG.server.max_body_bytes
     LIMITS.shape(raw)
@@ -35,7 +35,7 @@ def spin(for_s: float) -> None:
         pass
 
 
-def test_the_meter_sees_the_longest_callback_and_whose_it_was() -> None:
+def test_loop_hold_meter_names_the_longest_callback() -> None:
     async def holds() -> None:
         await asyncio.sleep(0)
         spin(0.03)
@@ -48,7 +48,7 @@ def test_the_meter_sees_the_longest_callback_and_whose_it_was() -> None:
     assert meter.callbacks >= 3
 
 
-def test_waiting_is_no_holding() -> None:
+def test_loop_hold_meter_does_not_count_waiting() -> None:
     async def waits() -> None:
         await asyncio.sleep(0.05)
         await asyncio.to_thread(spin, 0.05)
@@ -61,7 +61,7 @@ def test_waiting_is_no_holding() -> None:
 
 
 @pytest.mark.parametrize("collections", [True, False])
-def test_collections_count_only_where_that_is_asked(collections: bool) -> None:
+def test_loop_hold_meter_counts_garbage_collection_only_on_request(collections: bool) -> None:
     held: list[object] = [[i] for i in range(300_000)]
 
     async def collects() -> None:

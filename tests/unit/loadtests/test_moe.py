@@ -16,7 +16,7 @@ def part(name: str, ok: bool) -> Report:
     return made
 
 
-def test_parts_become_one_report() -> None:
+def test_moe_load_test_joins_its_parts_into_one_report() -> None:
     whole = moe.joined({"one": lambda: part("one", True), "two": lambda: part("two", False)})
     assert [(one.name, one.ok) for one in whole.reach] == [("one", True), ("two", False)]
     assert [table.title for table in whole.tables] == ["one", "two"]
@@ -24,7 +24,7 @@ def test_parts_become_one_report() -> None:
     assert whole.as_json()["two"] == {"value": "two"}
 
 
-def test_building_needs_texts(
+def test_moe_build_without_texts_raises(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["moe", "--part", "build"])

@@ -14,11 +14,11 @@ from service.models import ModelInfo, inspect_model
 torch = pytest.importorskip("torch")
 
 
-def test_the_shape_is_of_seven_billion() -> None:
+def test_swap_gpu_model_has_seven_billion_parameters() -> None:
     assert SHAPES["7b"].parameters == 7_241_732_096
 
 
-def test_random_models_of_one_family(tmp_path: Path) -> None:
+def test_swap_gpu_random_models_are_one_family(tmp_path: Path) -> None:
     shape = SHAPES["tiny"]
     one, two = (write_random(tmp_path / name, shape, seed) for seed, name in enumerate("ab"))
     infos = [inspect_model(folder) for folder in (one, two)]
@@ -32,12 +32,12 @@ def test_random_models_of_one_family(tmp_path: Path) -> None:
     assert (one / files[0]).read_bytes() != (two / files[0]).read_bytes()
 
 
-def test_bytes_are_counted_once_each_time() -> None:
+def test_copy_s_returns_one_time_per_copy() -> None:
     assert len(swap_gpu.copy_s(1 << 20, 3, device="cpu")) == 3
 
 
 @pytest.mark.parametrize(("inplace_s", "met"), [(0.62, True), (0.64, False)])
-def test_what_is_reached_is_computed(inplace_s: float, met: bool) -> None:
+def test_swap_gpu_computes_its_targets(inplace_s: float, met: bool) -> None:
     found = swap_gpu.Found(14_000_000_000)
     told = {swap_gpu.BUS: 0.5, swap_gpu.INPLACE: inplace_s, swap_gpu.WAKE: 0.9}
     for name, seconds in told.items():
@@ -52,7 +52,7 @@ def test_what_is_reached_is_computed(inplace_s: float, met: bool) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: it would be measured")
-def test_without_a_gpu_it_says_so(
+def test_swap_gpu_without_a_gpu_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["swap_gpu", "--shape", "tiny"])

@@ -39,7 +39,7 @@ class Fake:
         await send({"type": "http.response.body", "body": orjson.dumps(body)})
 
 
-async def test_what_is_granted_and_refused_is_counted() -> None:
+async def test_hammer_counts_granted_and_refused_requests() -> None:
     async with serving(Fake(30)) as served:
         clients = Clients(int(served.url.rpartition(":")[2]), "key", seed=1)
         await clients.hammer(8, 60, leaving=0)
@@ -51,14 +51,14 @@ async def test_what_is_granted_and_refused_is_counted() -> None:
     ("fake", "message"),
     [(Fake(0, 500), "status 500"), (Fake(0, retry=False), "without Retry-After")],
 )
-async def test_any_other_reply_ends_the_run(fake: Fake, message: str) -> None:
+async def test_hammer_other_reply_ends_the_run(fake: Fake, message: str) -> None:
     async with serving(fake) as served:
         clients = Clients(int(served.url.rpartition(":")[2]), "key", seed=1)
         with pytest.raises(RuntimeError, match=message):
             await clients.hammer(2, 10, leaving=0)
 
 
-async def test_hammer_what_no_service_may_take_ends_the_run_where_it_is_taken() -> None:
+async def test_hammer_accepted_invalid_request_ends_the_run() -> None:
     async with serving(Fake(30)) as served:
         clients = Clients(int(served.url.rpartition(":")[2]), "key", seed=1)
         shapes = [shape for shape in MANY if shape.refused]
@@ -66,7 +66,7 @@ async def test_hammer_what_no_service_may_take_ends_the_run_where_it_is_taken() 
             await clients.hammer(2, 10, leaving=0, shapes=shapes)
 
 
-async def test_hammer_who_leaves_before_the_first_byte_is_counted_apart() -> None:
+async def test_hammer_client_aborts_are_counted_apart() -> None:
     class Slow(Fake):
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             if scope["path"] != "/v1/usage":

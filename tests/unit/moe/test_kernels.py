@@ -46,7 +46,7 @@ def of_vllm(module: str) -> ast.Module:
     return ast.parse((Path(found.origin).parent / module).read_text())
 
 
-def test_backends_are_those_of_vllm() -> None:
+def test_moe_backends_are_those_of_vllm() -> None:
     (named,) = (
         node.value
         for node in of_vllm("config/kernel.py").body
@@ -56,7 +56,7 @@ def test_backends_are_those_of_vllm() -> None:
     assert get_args(MoeBackend) == ast.literal_eval(named.slice)
 
 
-def test_eplb_is_named_as_vllm_names_it() -> None:
+def test_eplb_options_are_those_of_vllm() -> None:
     (section,) = (
         node
         for node in of_vllm("config/parallel.py").body
@@ -86,7 +86,7 @@ def test_eplb_is_named_as_vllm_names_it() -> None:
         (4, {"eplb_config": {"windows": 9}}, "unknown key; did you mean 'window_size'? allowed:"),
     ],
 )  # fmt: skip
-def test_what_a_platform_can_not_do_is_refused_with_the_reason(
+def test_config_kernel_unsupported_on_the_platform_raises_with_the_reason(
     gpus: float, vllm: dict[str, Any], words: str
 ) -> None:
     if gpus == 0:
@@ -97,7 +97,7 @@ def test_what_a_platform_can_not_do_is_refused_with_the_reason(
     assert caught.value.message.startswith("c.yaml: pools.main")
 
 
-def test_an_experts_own_settings_come_before_its_pools() -> None:
+def test_vllm_of_expert_settings_override_the_pool_s() -> None:
     made = config(
         {"moe_backend": "triton"},
         big={"model": "m", "vllm": {"moe_backend": "flashinfer_cutlass"}},
@@ -122,7 +122,7 @@ def test_an_experts_own_settings_come_before_its_pools() -> None:
          "experts.big: vllm is for experts with full weights of their own"),
     ],
 )  # fmt: skip
-def test_an_experts_own_settings_are_checked_too(
+def test_config_expert_settings_are_checked(
     expert: dict[str, Any], gpus: float, words: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -156,7 +156,7 @@ EPLB = {**EP, "enable_eplb": True}
          "round_robin is for models with groups of experts, and 'big' has none"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_the_model_is_refused(
+def test_plan_kernel_settings_that_do_not_fit_the_model_raise(
     vllm: dict[str, Any], own: dict[str, Any], info: ModelInfo, words: str
 ) -> None:
     made = config(vllm, big={"model": "m", "vllm": own})
@@ -165,7 +165,7 @@ def test_what_does_not_fit_the_model_is_refused(
     assert words in caught.value.message
 
 
-def test_what_fits_is_told() -> None:
+def test_plan_describes_the_moe_settings() -> None:
     made = config({**EPLB, "eplb_config": {"num_redundant_experts": 4}, "moe_backend": "triton"})
     assert plan(made).moe == (
         "big: 8 routed experts, 2 for a token; moe_backend triton; "
@@ -179,7 +179,7 @@ def test_what_fits_is_told() -> None:
     assert line.endswith("moe_backend marlin")
 
 
-def test_tuned_configs_are_looked_into(tmp_path: Path) -> None:
+def test_plan_checks_the_tuned_config_files(tmp_path: Path) -> None:
     folder = tmp_path / "tuned"
     made = config({}, big={"model": "m", "vllm": {"tuned_config_folder": str(folder)}})
 
@@ -205,7 +205,7 @@ def test_tuned_configs_are_looked_into(tmp_path: Path) -> None:
         plan(spread)
 
 
-def test_folders_are_relative_to_the_config(tmp_path: Path) -> None:
+def test_tuned_config_folder_is_relative_to_the_config(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     pool = {"gpus": 1, "vllm": {"tuned_config_folder": "pool"}}
     expert = {"model": "m", "vllm": {"tuned_config_folder": "../own"}}
@@ -216,7 +216,7 @@ def test_folders_are_relative_to_the_config(tmp_path: Path) -> None:
     assert made.vllm_of("main", "big").tuned_config_folder == str(tmp_path.parent / "own")
 
 
-def test_check_says_what_is_set_and_what_is_wrong(tmp_path: Path) -> None:
+def test_check_command_prints_moe_settings_and_errors(tmp_path: Path) -> None:
     from service.cli.serve import check
 
     folder = save(tiny_moe("mixtral"), tmp_path / "moe")
@@ -239,7 +239,9 @@ def test_check_says_what_is_set_and_what_is_wrong(tmp_path: Path) -> None:
     assert "spread over 2 GPUs by load, 0 copies" in result.output
 
 
-def test_a_variable_is_inherited_by_those_who_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scoped_env_is_inherited_by_starts_that_asked_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     name = "COE_TEST_INHERITED"
     monkeypatch.delenv(name, raising=False)
     entered, leave = threading.Event(), threading.Event()

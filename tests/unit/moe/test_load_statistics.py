@@ -81,7 +81,7 @@ def slow_hits(choices: Ints, cache: int) -> int:
     drop=st.booleans(),
     extra=st.integers(0, 4),
 )
-def test_as_the_slow_way_says(
+def test_cacheability_equals_the_direct_computation(
     seed: int, tokens: int, experts: int, k: int, drop: bool, extra: int
 ) -> None:
     k = min(k, experts)
@@ -97,7 +97,7 @@ def test_as_the_slow_way_says(
         assert found.uses[layer] == (choices[layer] >= 0).sum()
 
 
-def test_no_choice_once_a_segment_is_better_than_srp() -> None:
+def test_srp_is_the_best_f1_of_any_subset() -> None:
     # Every set of (segment, expert) pairs, of a text with two segments and two experts.
     choices = random_choices(3, 1, SEGMENT + 1, 3, 1)
     counts = [
@@ -110,7 +110,7 @@ def test_no_choice_once_a_segment_is_better_than_srp() -> None:
     assert cacheability(choices, 3, cache=2).srp(0) == pytest.approx(best)
 
 
-def test_perfectly_local() -> None:
+def test_statistics_of_perfectly_local_routing() -> None:
     choices = np.tile(np.array([2, 5]), (1, 64, 1))
     found = cacheability(choices, 8, cache=2)
     assert found.srp(0) == found.sch(0) == 1.0
@@ -120,7 +120,7 @@ def test_perfectly_local() -> None:
     assert evenness(load) == pytest.approx(1 / 3)
 
 
-def test_uniformly_random() -> None:
+def test_statistics_of_uniformly_random_routing() -> None:
     choices = random_choices(1, 1, 4000, 8, 2)
     load = load_of(choices[0], 8)
     assert load.sum() == 8000
@@ -136,7 +136,7 @@ def test_uniformly_random() -> None:
     assert 0.5 < sch < 0.9
 
 
-def test_every_expert_for_every_token() -> None:
+def test_statistics_of_routing_to_every_expert() -> None:
     choices = np.tile(np.arange(4), (1, 20, 1))
     found = cacheability(choices, 4, cache=4)
     assert found.srp(0) == found.sch(0) == 1.0
@@ -145,7 +145,7 @@ def test_every_expert_for_every_token() -> None:
     assert entropy_bits(load) == pytest.approx(2.0)
 
 
-def test_a_cache_that_knows_what_comes() -> None:
+def test_cacheability_hits_use_lookahead_within_a_segment() -> None:
     # 0 is not used again, 1 is: when 2 comes, 0 goes.
     choices = np.array([[[0], [1], [2], [1], [2], [0]]])
     assert cacheability(choices, 3, cache=2).hits.tolist() == [4]
@@ -154,14 +154,14 @@ def test_a_cache_that_knows_what_comes() -> None:
     assert cacheability(far, 3, cache=2).hits.tolist() == [2 + SEGMENT - 1 + 0 + 1]
 
 
-def test_half_and_half() -> None:
+def test_srp_of_alternating_experts_is_two_thirds() -> None:
     # Two experts take turns: either both are taken (covers all, half in vain) or none is.
     choices = np.array([[[i % 2] for i in range(SEGMENT)]])
     assert cacheability(choices, 4, cache=1).srp(0) == pytest.approx(2 / 3)
     assert best_f1(np.bincount([8, 8, 0, 0], minlength=SEGMENT + 1)) == pytest.approx(2 / 3)
 
 
-def test_texts_add_up_and_nothing_is_nothing() -> None:
+def test_cacheability_adds_up_and_empty_inputs_give_none() -> None:
     one, two = random_choices(1, 2, 40, 6, 2), random_choices(2, 2, 30, 6, 2)
     both = cacheability(one, 6, cache=4) + cacheability(two, 6, cache=4)
     assert both.uses.tolist() == [140, 140]
@@ -178,7 +178,7 @@ def test_texts_add_up_and_nothing_is_nothing() -> None:
     assert imbalance(empty) is entropy_bits(empty) is evenness(empty) is None
 
 
-def test_a_cache_too_small_is_refused() -> None:
+def test_cacheability_cache_smaller_than_top_k_raises() -> None:
     with pytest.raises(ValueError, match="a cache of 1 experts can't hold the 2"):
         cacheability(random_choices(1, 1, 4, 6, 2), 6, cache=1)
 

@@ -50,7 +50,7 @@ def gates(
         ("granitemoe", "model.layers.{}.block_sparse_moe.router.layer.weight", None, True),
     ],
 )
-def test_gates_are_found(
+def test_moe_shape_is_read_from_the_gates_of_each_model_type(
     tmp_path: Path, kind: str, name: str, told: bool | None, renormalize: bool
 ) -> None:
     config: dict[str, Any] = {"model_type": kind, "num_experts_per_tok": 2}
@@ -68,12 +68,12 @@ def test_gates_are_found(
     assert other.gates != shape.gates
 
 
-def test_no_gates_no_shape(tmp_path: Path) -> None:
+def test_moe_shape_of_a_dense_model_is_none(tmp_path: Path) -> None:
     folder = gates(tmp_path, {"model_type": "llama"}, "model.layers.{}.mlp.gate_proj.weight")
     assert moe_shape(folder) is None
 
 
-def test_a_folder_that_is_not_whole(tmp_path: Path) -> None:
+def test_moe_shape_of_an_incomplete_folder_raises(tmp_path: Path) -> None:
     name = "model.layers.{}.mlp.gate.weight"
     with pytest.raises(ModelStoreError, match="num_experts_per_tok"):
         moe_shape(gates(tmp_path, {"model_type": "olmoe"}, name))
@@ -81,7 +81,7 @@ def test_a_folder_that_is_not_whole(tmp_path: Path) -> None:
         moe_shape(tmp_path / "nowhere")
 
 
-def test_gates_of_another_kind_are_named(tmp_path: Path) -> None:
+def test_why_not_steerable_names_unsupported_model_types(tmp_path: Path) -> None:
     config = {"model_type": "deepseek_v3", "num_experts_per_tok": 2}
     why = why_not_steerable(gates(tmp_path, config, "model.layers.{}.mlp.gate.weight"))
     assert why is not None
@@ -89,7 +89,7 @@ def test_gates_of_another_kind_are_named(tmp_path: Path) -> None:
     assert all(name in why for name in STEERABLE)
 
 
-def test_docs_list_exactly_the_models_that_can_be_steered() -> None:
+def test_documented_steerable_models_are_those_of_the_code() -> None:
     text = (Path(__file__).parents[3] / "docs/concepts/moe.md").read_text()
     table = text.partition("| can be steered |\n| --- |\n")[2].partition("\n\n")[0]
     assert [line.strip("| `") for line in table.splitlines()] == sorted(STEERABLE)
@@ -117,7 +117,9 @@ def of(**settings: Any) -> SteeringProfile:
         ({"mask": [0] * 5}, r"layer 1: mask has shape \(5,\), and the model 4 experts"),
     ],
 )
-def test_what_does_not_fit(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_profile_that_does_not_fit_the_model_raises(
+    settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     with pytest.raises(InvalidProfileError, match=words) as caught:
         check_profile(of(**settings), SHAPE)
     assert caught.value.code == "invalid_profile"
@@ -139,12 +141,12 @@ def test_what_does_not_fit(settings: dict[str, Any], words: str, tmp_path: Path)
         (MoeShape((0, 1, 2), 4, 2, False, "ab" * 32), "normalised; this one's are not"),
     ],
 )
-def test_another_base(other: MoeShape, words: str) -> None:
+def test_profile_of_another_base_raises(other: MoeShape, words: str) -> None:
     with pytest.raises(InvalidProfileError, match=words):
         check_profile(of(top_k=1), other)
 
 
-def test_layers_and_protected_experts() -> None:
+def test_profile_with_unknown_layers_or_masked_protected_experts_raises() -> None:
     neutral = LayerSteering.of(4)
     with pytest.raises(
         InvalidProfileError, match="layer 7: the model has gates in layers 0-2 only"
@@ -158,7 +160,7 @@ def test_layers_and_protected_experts() -> None:
         check_profile(SteeringProfile(SHAPE, {}, {1: (4,)}), SHAPE)
 
 
-def test_files_that_are_no_profiles(tmp_path: Path) -> None:
+def test_read_profile_of_other_files_raises(tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
     with pytest.raises(InvalidProfileError, match=r"p.safetensors: can't be read"):
         read_profile(path)
@@ -188,14 +190,14 @@ def _shape() -> dict[str, Any]:
     return {"layers": [0], "experts": 4, "top_k": 2, "renormalize": True, "gates": "00"}
 
 
-def test_boosted_weights_are_not_normalised_again() -> None:
+def test_steer_boosted_weights_are_not_renormalised() -> None:
     logits = np.log(np.array([[4.0, 2.0, 1.0, 1.0]]))
     weights, ids = steer(logits, LayerSteering.of(4, boost=[3, 1, 1, 1]), SHAPE)
     assert ids.tolist() == [[0, 1]]
     np.testing.assert_allclose(weights, [[2.0, 1 / 3]], rtol=1e-6)
 
 
-def test_top_p_keeps_one_at_least() -> None:
+def test_steer_top_p_keeps_at_least_one_expert() -> None:
     weights, ids = steer(np.zeros((1, 4)), LayerSteering.of(4, top_p=1e-3), SHAPE)
     assert ids.tolist() == [[0, 1]]
     assert weights.tolist() == [[1.0, 0.0]]

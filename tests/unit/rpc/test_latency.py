@@ -6,11 +6,11 @@ from service.rpc.latency import PRIOR, LatencyEstimator
 from service.rpc.snapshot import Speed
 
 
-def test_nothing_is_known_of_what_was_never_asked() -> None:
+def test_latency_of_an_unmeasured_expert_is_the_prior() -> None:
     assert LatencyEstimator().speed(1e6) == Speed()
 
 
-def test_what_was_slow_once_is_asked_again() -> None:
+def test_latency_slow_measurements_decay_to_the_prior() -> None:
     meter = LatencyEstimator()
     # As on a machine that had too much to do: 64 tokens would miss a deadline of two minutes.
     meter.streamed(10, 6.0, 2.0, 1000.0)
@@ -25,13 +25,13 @@ def test_what_was_slow_once_is_asked_again() -> None:
     assert meter.speed(9001.0).chunk_s == 2.0
 
 
-def test_what_was_fast_is_believed_for_ever() -> None:
+def test_latency_fast_measurements_do_not_decay() -> None:
     meter = LatencyEstimator()
     meter.streamed(10, 0.05, 0.004, 0.0)
     assert meter.speed(1e6) == meter.speed(0.0) == Speed(0.05, 0.004)
 
 
-def test_it_changes_in_steps_that_gateways_are_told_of() -> None:
+def test_latency_published_values_change_in_steps() -> None:
     meter = LatencyEstimator()
     meter.whole(10, 8.0, 4, 0.0)
     assert meter.speed(59.0) == meter.speed(0.0)

@@ -59,7 +59,7 @@ async def never_answers(scope: Any, receive: Any, send: Any) -> None:
     await asyncio.sleep(60)
 
 
-async def test_unseen_after_calls_that_reached_nobody_is_empty() -> None:
+async def test_unseen_after_calls_that_never_connected_is_empty() -> None:
     async with linked(nobody_s_address()) as link:
         for _ in range(40):
             with pytest.raises(PoolUnavailableError):
@@ -78,7 +78,7 @@ async def test_unseen_after_a_pool_that_broke_off_is_empty() -> None:
         assert link.unseen() == {}
 
 
-async def test_unseen_after_a_client_left_is_empty_and_while_it_waits_is_not() -> None:
+async def test_unseen_counts_a_waiting_call_and_not_one_whose_client_left() -> None:
     async with serving(never_answers) as served, linked(served.url) as link:
 
         async def ask() -> None:
@@ -92,14 +92,14 @@ async def test_unseen_after_a_client_left_is_empty_and_while_it_waits_is_not() -
         assert link.unseen() == {}
 
 
-async def test_unseen_when_a_later_call_is_acknowledged_counts_only_those_after_it() -> None:
+async def test_unseen_counts_only_calls_after_the_last_acknowledged_one() -> None:
     async with linked(nobody_s_address()) as link:
         seqs = [link.next_seq(name) for name in ("a", "b", "a")]
         link._heard(Snapshot("boot", "cpu", seq=1, acks={"gateway": seqs[1], "other": 99}))
         assert link.unseen() == {"a": 1}
 
 
-async def test_context_of_an_expert_is_the_greatest_that_any_pool_tells() -> None:
+async def test_context_of_an_expert_is_the_largest_of_all_pools() -> None:
     directory = PoolDirectory("gateway", "secret")
     url = nobody_s_address()
     directory.update([PoolAddress(url, "cpu", boot) for boot in ("one", "two")])
@@ -115,7 +115,7 @@ async def test_context_of_an_expert_is_the_greatest_that_any_pool_tells() -> Non
     await directory.close()
 
 
-async def test_context_of_many_experts_reads_each_pool_once_until_it_tells_anew() -> None:
+async def test_context_of_many_experts_reads_each_pool_once_per_snapshot() -> None:
     """However many experts a request may ask: pools are not looked through for each of them."""
     reads = 0
 

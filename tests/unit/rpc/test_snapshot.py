@@ -22,20 +22,20 @@ WHOLE = Snapshot(
 )
 
 
-def test_a_whole_state_comes_back_equal() -> None:
+def test_snapshot_round_trips() -> None:
     again = decode(encode(WHOLE, None), None)
     assert again == WHOLE
     assert again.experts["a"].state is Residency.LOADING
 
 
-def test_only_what_changed_is_sent() -> None:
+def test_snapshot_delta_has_only_changes() -> None:
     later = Snapshot(**{**_fields(WHOLE), "seq": 4, "queues": {"a": Queue(0, 3)}})
     line = encode(later, WHOLE)
     assert orjson.loads(line).keys() == {"seq", "queues"}
     assert decode(line, WHOLE) == later
 
 
-def test_a_heartbeat_is_short() -> None:
+def test_snapshot_heartbeat_is_short() -> None:
     assert encode(WHOLE, WHOLE) == b'{"seq":3}\n'
 
 
@@ -55,7 +55,7 @@ def test_a_heartbeat_is_short() -> None:
         b'{"boot": "b", "kind": "k", "experts": [1]}',
     ],
 )
-def test_a_line_that_is_none_of_ours_is_a_value_error(line: bytes) -> None:
+def test_snapshot_invalid_line_raises_value_error(line: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         decode(line, None)
 

@@ -57,7 +57,7 @@ TYPED_BODY = orjson.dumps({"error": {"message": "m", "type": "t", "param": None,
         (STREAM, 200, "general", piece(WORDS[0], "math") + PIECES + DONE, WRONG),
     ],
 )
-def test_every_end_is_told_from_the_others(
+def test_chaos_judge_classifies_every_outcome(
     ask: Ask, status: int, told: str, body: bytes, kind: str
 ) -> None:
     assert judged(ask, status, told, body)[0] == kind

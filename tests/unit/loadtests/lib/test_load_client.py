@@ -47,7 +47,7 @@ class _Says(asyncio.Protocol):
             self._transport.close()
 
 
-async def test_every_request_is_answered_once() -> None:
+async def test_load_client_answers_every_request_once() -> None:
     async with _listening(lambda: Upstream(0.0)) as target:
         turn = await closed_loop(target, once([target.request(_BODY)] * 25), 4)
     assert len(turn.check().exchanges) == 25
@@ -57,14 +57,14 @@ async def test_every_request_is_answered_once() -> None:
     assert turn.rate > 0
 
 
-async def test_a_loop_can_end_by_time() -> None:
+async def test_load_client_stops_at_the_time_limit() -> None:
     async with _listening(lambda: Upstream(0.0)) as target:
         turn = await closed_loop(target, repeat(target.request(_BODY)), 2, for_s=0.05)
     assert turn.check().exchanges
     assert turn.wall_s < 2
 
 
-async def test_chunks_come_apart() -> None:
+async def test_load_client_first_chunk_precedes_the_end() -> None:
     async with _listening(lambda: Upstream(0.02)) as target:
         asker = Asker(target)
         one = await asker.ask(target.request(_BODY))
@@ -72,7 +72,7 @@ async def test_chunks_come_apart() -> None:
     assert one.total_ms - one.first_ms >= 35
 
 
-async def test_a_server_that_closes_costs_only_a_connection() -> None:
+async def test_load_client_reconnects_after_the_server_closes() -> None:
     whole = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 14\r\n\r\ndata: [DONE]\n\n"
     async with _listening(lambda: _Says(whole, close=True)) as target:
         turn = await closed_loop(target, once([target.request(_BODY)] * 6), 2)
@@ -88,24 +88,24 @@ async def test_a_server_that_closes_costs_only_a_connection() -> None:
         (b"HTTP/1.1 200 OK\r\ncontent-length: 40\r\n\r\nhalf", "closed in mid-reply"),
     ],
 )
-async def test_a_reply_that_is_not_whole_is_an_error(reply: bytes, fault: str) -> None:
+async def test_load_client_truncated_reply_is_an_error(reply: bytes, fault: str) -> None:
     async with _listening(lambda: _Says(reply, close=True)) as target:
         turn = await closed_loop(target, once([target.request(_BODY)]), 1)
         with pytest.raises(RuntimeError, match=fault):
             turn.check()
 
 
-def test_a_key_is_sent_where_there_is_one() -> None:
+def test_load_client_sends_the_api_key() -> None:
     assert b"authorization" not in Target("h", 1).request(_BODY)
     assert b"authorization: Bearer k\r\n" in Target("h", 1, key="k").request(_BODY)
 
 
-def test_an_error_in_a_stream_is_a_fault() -> None:
+def test_load_client_error_event_in_a_stream_is_an_error() -> None:
     one = Exchange(0.0, status=200, parts=[b'data: {"error":{}}\n\n', b"data: [DONE]\n\n"])
     assert "an error in the stream" in str(one.fault())
 
 
-def test_usage_is_read_from_the_end() -> None:
+def test_load_client_reads_usage_from_the_last_chunk() -> None:
     body = b'data: {"usage":null}\n\ndata: {"usage":{"completion_tokens":7}}\n\ndata: [DONE]\n\n'
     assert completion_tokens(body) == 7
     with pytest.raises(ValueError, match="no usage"):

@@ -12,30 +12,30 @@ from loadtests.lib.stats import Estimate
 from loadtests.lib.targets import Report, Table, at_least, at_most
 
 
-def test_a_median_lies_in_its_interval() -> None:
+def test_median_lies_in_its_confidence_interval() -> None:
     found = stats.median([1.0, 2.0, 3.0, 4.0, 100.0])
     assert found.value == 3.0
     assert found.low <= found.value <= found.high
     assert found == stats.median([1.0, 2.0, 3.0, 4.0, 100.0])
 
 
-def test_equal_values_leave_no_doubt() -> None:
+def test_median_of_equal_values_has_a_zero_width_interval() -> None:
     assert stats.median([2.0] * 9) == Estimate(2.0, 2.0, 2.0)
 
 
-def test_nothing_has_no_median() -> None:
+def test_median_of_nothing_raises() -> None:
     with pytest.raises(ValueError, match="at least one"):
         stats.median([])
 
 
-def test_pairs_are_compared_one_by_one() -> None:
+def test_ratios_and_differences_compare_pairwise() -> None:
     assert stats.ratios([2.0, 20.0, 200.0], [1.0, 10.0, 100.0]) == Estimate(2.0, 2.0, 2.0)
     assert stats.differences([3.0, 13.0], [1.0, 11.0]) == Estimate(2.0, 2.0, 2.0)
     with pytest.raises(ValueError, match="zip"):
         stats.ratios([1.0], [1.0, 2.0])
 
 
-def test_every_group_counts_alike() -> None:
+def test_mean_of_medians_weights_groups_equally() -> None:
     found = stats.mean_of_medians([[4.0] * 40, [1.0]])
     assert found.value == pytest.approx(2.0)
     assert stats.ratio_of_medians([6.0] * 3, [2.0] * 5) == Estimate(3.0, 3.0, 3.0)
@@ -51,7 +51,9 @@ def test_every_group_counts_alike() -> None:
         (0.98, 0.99, True, False, False),
     ],
 )
-def test_at_least(value: float, high: float, interval: bool, valid: bool, ok: bool) -> None:
+def test_at_least_compares_value_or_upper_bound(
+    value: float, high: float, interval: bool, valid: bool, ok: bool
+) -> None:
     found = at_least("x", 0.97, Estimate(value, 0.9, high), interval=interval, valid=valid)
     assert (found.name, found.target, found.value, found.ok) == ("x, at least", 0.97, value, ok)
 
@@ -60,11 +62,13 @@ def test_at_least(value: float, high: float, interval: bool, valid: bool, ok: bo
     ("value", "low", "interval", "ok"),
     [(4.0, 3.0, False, True), (6.0, 4.0, False, False), (6.0, 4.0, True, True)],
 )
-def test_at_most(value: float, low: float, interval: bool, ok: bool) -> None:
+def test_at_most_compares_value_or_lower_bound(
+    value: float, low: float, interval: bool, ok: bool
+) -> None:
     assert at_most("x", 5.0, Estimate(value, low, 9.0), interval=interval).ok is ok
 
 
-def test_json_is_one_object_with_reach(capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_as_json_is_one_object_with_its_targets(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report("demo", facts={"rate": 3.0})
     report.tables.append(Table("Rates", ("who", "rate"), [("ours", "3")]))
     report.reach.append(at_least("rate", 2.0, Estimate(3.0, 2.5, 3.5)))
@@ -76,6 +80,6 @@ def test_json_is_one_object_with_reach(capsys: pytest.CaptureFixture[str]) -> No
     assert "| ours | 3    |" in capsys.readouterr().err
 
 
-def test_a_miss_is_shown_as_one() -> None:
+def test_report_text_marks_a_missed_target() -> None:
     report = Report("demo", [at_least("rate", 2.0, Estimate(1.0, 0.5, 1.5))])
     assert "| NO" in report.text()
