@@ -19,7 +19,7 @@ from service.engine.base import EngineObserver, EngineRequest, Send
 from service.engine.simulated import SimulatedEngine
 from service.gateway.dependencies import Reload
 from service.gateway.runtime import GatewayRuntime
-from service.pool import factory
+from service.pool import engine_factory
 from service.pool.process import PoolProcess
 from service.rpc.client import PoolAddress
 from service.rpc.snapshot import Snapshot
@@ -198,7 +198,7 @@ async def pool_of(config: Config, kind: str) -> AsyncIterator[RunningPool]:
 
 def _patched(real: Callable[[], Any], build: Any) -> Callable[[], Any]:
     def make() -> Any:
-        with patch.object(factory, "SimulatedEngine", build):
+        with patch.object(engine_factory, "SimulatedEngine", build):
             return real()
 
     return make

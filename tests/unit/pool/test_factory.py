@@ -244,7 +244,7 @@ async def test_reload_virtual_expert_without_a_steerable_engine_restarts_it(
             first[:] = first or [self]
             return super().swappable_experts - ({"a2"} if first[0] is self else set())
 
-    monkeypatch.setattr("service.pool.factory.SimulatedEngine", Made)
+    monkeypatch.setattr("service.pool.engine_factory.SimulatedEngine", Made)
     running = Running(steered(tmp_path, "a a1"))
     try:
         assert [await running.ask(name) for name in ("a", "a1")] == ["ok"] * 2
@@ -298,7 +298,7 @@ async def test_gpu_pool_engines_and_virtual_experts_get_their_slots(tmp_path: Pa
     assembly = PoolFactory(on_a_gpu(tmp_path, "a b a1"), "p", pool, PoolMetrics())
 
     def engine_for(unit: str) -> Any:
-        return assembly._swapping_engine(unit)._make()  # type: ignore[attr-defined]
+        return assembly.engines.shared_engine(unit)._make()  # type: ignore[attr-defined]
 
     # Weights are exchanged by another engine, gates in this one.
     steered, plain = engine_for("a"), engine_for("b")
@@ -319,13 +319,13 @@ async def test_gpu_pool_engines_and_virtual_experts_get_their_slots(tmp_path: Pa
         "a3": 3,
     }
     # Nothing of an engine whose experts went is looked for.
-    assembly._config = on_a_gpu(tmp_path, "b")
-    assembly._look_again()
+    assembly.engines.set_config(on_a_gpu(tmp_path, "b"))
+    assembly.engines.refresh(())
     assert steered.swappable_experts == {"a", "a1", "a2"}
     # What its engines would share goes with the pool.
-    cache = assembly._cache
+    cache = assembly.engines.weight_cache()
     assert cache is not None
-    assert cache is assembly._shared_cache()
+    assert cache is assembly.engines.weight_cache()
     assert cache.folder.is_dir()
     await assembly.stop(0)
     assert not cache.folder.is_dir()
@@ -341,7 +341,7 @@ async def test_shared_weights_bound_is_that_of_the_config(tmp_path: Path) -> Non
         return config.model_copy(update={"pools": changed})
 
     assembly = PoolFactory(bounded(1000), "p", Pool("p"), PoolMetrics())
-    cache = assembly._shared_cache()
+    cache = assembly.engines.weight_cache()
     assert cache is not None
     assert cache.bound_bytes == 1000
     await assembly.reload(bounded(2000))
@@ -354,12 +354,12 @@ async def test_gpu_pool_engines_with_in_place_swap_get_their_slots(tmp_path: Pat
     pytest.importorskip("torch")
     first = on_a_gpu(tmp_path, "a b a1", "inplace")
     assembly = PoolFactory(first, "p", Pool("p"), PoolMetrics())
-    engine: Any = assembly._swapping_engine("a")._make()  # type: ignore[attr-defined]
+    engine: Any = assembly.engines.shared_engine("a")._make()  # type: ignore[attr-defined]
     engine._places = 2
     assert engine.swappable_experts == {"a", "a1", "b"}
     # Whose first expert went.
-    assembly._config = on_a_gpu(tmp_path, "b c", "inplace")
-    assembly._look_again()
+    assembly.engines.set_config(on_a_gpu(tmp_path, "b c", "inplace"))
+    assembly.engines.refresh(())
     assert engine.swappable_experts == {"b", "c"}
 
 

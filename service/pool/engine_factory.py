@@ -1,0 +1,321 @@
+"""Makes the engines of one pool from its config.
+
+Only this module and `factory` know both the config and what engines are made of.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from service.config import Config, PoolConfig
+from service.engine.base import EngineObserver, SwappingEngine
+from service.engine.lazy_engine import LazyEngine
+from service.engine.simulated import SimulatedEngine
+from service.engine.sleep_mode import Sleeper, SleepingEngines
+from service.engine.weight_cache import SharedWeightCache, remove_dead_folders
+from service.errors import CoeError, ConfigError
+from service.models import ModelInfo, inspect_model
+from service.models.expert_folders import folder_here, folder_of
+from service.moe.profiles import profile_bytes, steering_of
+from service.pool.memory_plan import weights_bytes
+from service.pool.units import Unit
+
+if TYPE_CHECKING:
+    from service.engine.vllm.swapping import Canary, Weights
+
+log = logging.getLogger("coe.app")
+
+
+class WeightCatalog(Mapping[str, "Weights"]):
+    """Where the weights of the experts are that one running engine can run.
+
+    The engine holds it, and `update` keeps it as the config says. Two catalogs are never equal.
+
+    Args:
+        weights: The weights by expert; the engine starts with the first.
+        alone: Whether they are one expert's, and those of the experts that run on its weights.
+    """
+
+    def __init__(self, weights: Mapping[str, Weights], *, alone: bool) -> None:
+        self.alone = alone
+        self._weights = dict(weights)
+
+    def update(self, weights: Mapping[str, Weights]) -> None:
+        """Hold these weights from now on; experts that stay keep their order."""
+        for name in [name for name in self._weights if name not in weights]:
+            del self._weights[name]
+        self._weights.update(weights)
+
+    def __getitem__(self, expert: str) -> Weights:
+        return self._weights[expert]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class EngineFactory:
+    """Makes engines that are not started yet, and keeps running ones informed of the config.
+
+    Args:
+        config: The config in force.
+        kind: The pool's name in it.
+        observer: Is told of the engines' work.
+    """
+
+    def __init__(self, config: Config, kind: str, observer: EngineObserver) -> None:
+        self._config = config
+        self._kind = kind
+        self._observer = observer
+        self._canaries: dict[str, Canary] = {}
+        self._catalogs: weakref.WeakSet[WeightCatalog] = weakref.WeakSet()
+        # The experts that simulated engines answer for; running ones hold this dict.
+        self._simulated_experts: dict[str, None] = {}
+        self._cache: SharedWeightCache | None = None
+        remove_dead_folders()
+
+    @property
+    def _settings(self) -> PoolConfig:
+        return self._config.pools[self._kind]
+
+    # --- changes of the config
+
+    def set_config(self, config: Config) -> None:
+        """Make engines by another config from now on."""
+        self._config = config
+        if self._cache is not None:
+            self._cache.bound_bytes = self._settings.swap.host_bytes
+
+    def refresh(self, present: Iterable[str]) -> None:
+        """Let running engines know the experts that they can run now. May read model folders.
+
+        Args:
+            present: Experts that are in the pool, those included that are about to go.
+        """
+        self.name_experts(present)
+        known = set(self._config.local_experts(self._kind))
+        for catalog in list(self._catalogs):
+            # The config does not know an expert any more that was removed from it.
+            first = next((name for name in catalog if name in known), None)
+            if first is not None:
+                catalog.update(self._catalog_of(first, catalog[first], alone=catalog.alone))
+
+    def name_experts(self, present: Iterable[str]) -> None:
+        """Let simulated engines answer for the config's experts and for those in the pool."""
+        # Until those that go have gone, an engine may be starting with one of them.
+        names = [*self._config.local_experts(self._kind), *present]
+        for name in [name for name in self._simulated_experts if name not in names]:
+            del self._simulated_experts[name]
+        self._simulated_experts.update(dict.fromkeys(names))
+
+    def forget(self, expert: str) -> None:
+        """Forget the canary of an expert that has gone: another may come under its name."""
+        self._canaries.pop(expert, None)
+
+    # --- units
+
+    @property
+    def swap_method(self) -> str:
+        """How this pool's units are swapped, with `auto` resolved."""
+        method = self._settings.swap.method
+        if method == "auto":
+            return "respawn" if self._settings.gpus > 0 else "inplace"
+        return method
+
+    def unit(self, experts: tuple[str, ...]) -> Unit:
+        """Describe the unit of these experts, the one with the weights first."""
+        config, settings = self._config, self._settings
+        name = experts[0]
+        pinned = config.experts[name].pinned
+        size = profile_bytes(config, name)
+        if needs := config.needs(name):
+            return Unit(name, experts, pinned, size, needs)
+        if settings.engine == "vllm" and (folder := folder_here(config, name)) is not None:
+            try:
+                info = inspect_model(folder)
+            except CoeError as error:
+                # Clients that ask for it get this error when its turn comes.
+                log.warning("expert %s: %s", name, error.message)
+            else:
+                size = 0
+                if isinstance(info, ModelInfo):
+                    size = weights_bytes(info, settings.vllm.dtype)
+        return Unit(name, experts, pinned, size)
+
+    # --- engines
+
+    def dedicated_engine(self, base: str, adapters: tuple[str, ...]) -> SwappingEngine:
+        """Make an engine that runs one unit."""
+        settings = self._settings
+        if settings.engine == "simulated":
+            return SimulatedEngine((base, *adapters), settings.simulated, self._observer)
+        if adapters or self._config.experts[base].form != "merged":
+            return LazyEngine(partial(self._make_vllm, base, adapters))
+        return LazyEngine(partial(self._make_swapping, base, alone=True))
+
+    def shared_engine(self, first: str) -> SwappingEngine:
+        """Make an engine that starts with `first`, and can run all units of its family."""
+        settings = self._settings
+        if settings.engine == "simulated":
+            # While a reload removes experts, the config does not know them any more.
+            known = [name for name in self._simulated_experts if name in self._config.experts]
+            bases = {name: needs for name in known if (needs := self._config.needs(name))}
+            return SimulatedEngine(
+                self._simulated_experts, settings.simulated, self._observer, bases
+            )
+        units = self._config.units(self._kind)
+        adapters = next((unit[1:] for unit in units if unit[0] == first), ())
+        method = self.swap_method
+        if method == "sleep":
+            return LazyEngine(partial(self._make_sleeping, first))
+        merged = self._config.experts[first].form == "merged"
+        steered = any(self._config.needs(name) == first for name in self._simulated_experts)
+        if adapters or (method == "respawn" and not merged and not steered):
+            return LazyEngine(partial(self._make_vllm, first, adapters))
+        return LazyEngine(partial(self._make_swapping, first, alone=method == "respawn"))
+
+    def _make_vllm(self, base: str, adapters: tuple[str, ...]) -> SwappingEngine:
+        # Imported here: it takes seconds, and only a pool with real engines needs it.
+        from service.engine.vllm.engine import VllmEngine, VllmModel
+
+        config, settings = self._config, self._settings
+        paths = {name: str(config.experts[name].adapter) for name in adapters}
+        folder = folder_of(config, base)
+        info = inspect_model(Path(folder))
+        if isinstance(info, ModelInfo):
+            self._observer.on_weights(base, weights_bytes(info, settings.vllm.dtype))
+        model = VllmModel(base, folder, paths, embeds=config.embeds(base))
+        options = config.vllm_of(self._kind, base)
+        return VllmEngine(
+            model,
+            options,
+            on_cpu=settings.gpus == 0,
+            observer=self._observer,
+            secrets=config.key_variables,
+        )
+
+    def _make_sleeping(self, first: str) -> SwappingEngine:
+        from service.engine.vllm.engine import VllmEngine, VllmModel
+
+        config, settings = self._config, self._settings
+        units = {unit[0]: unit for unit in config.units(self._kind)}
+        level = settings.swap.sleep_level
+
+        def build(name: str) -> Sleeper:
+            paths = {adapter: str(config.experts[adapter].adapter) for adapter in units[name][1:]}
+            embeds = config.embeds(name)
+            model = VllmModel(name, folder_of(config, name), paths, embeds=embeds)
+            options = config.vllm_of(self._kind, name)
+            return VllmEngine(
+                model,
+                options,
+                on_cpu=False,
+                observer=self._observer,
+                sleep_level=level,
+                secrets=config.key_variables,
+            )
+
+        sizes = {n: self.unit(unit).size_bytes for n, unit in units.items()} if level == 1 else {}
+        return SleepingEngines(first, units, build, sizes)
+
+    def _make_swapping(self, first: str, *, alone: bool = False) -> SwappingEngine:
+        from service.engine.vllm.swapping import SwappingVllmEngine
+
+        settings = self._settings
+        weights = self._catalog_of(first, _weights(self._config, first), alone=alone)
+        catalog = WeightCatalog(weights, alone=alone)
+        self._catalogs.add(catalog)
+        return SwappingVllmEngine(
+            first,
+            catalog,
+            self._config.vllm_of(self._kind, first),
+            on_cpu=settings.gpus == 0,
+            canary_interval=settings.swap.canary_interval,
+            canaries=self._canaries,
+            observer=self._observer,
+            cache=self.weight_cache(),
+            secrets=self._config.key_variables,
+        )
+
+    def weight_cache(self) -> SharedWeightCache | None:
+        """The cache in which this pool's engines share weights; None for a pool on CPU.
+
+        Raises:
+            ExpertFailedError: It could not be made.
+        """
+        settings = self._settings
+        if self._cache is None and settings.gpus > 0:
+            self._cache = SharedWeightCache(settings.swap.host_bytes)
+        return self._cache
+
+    def close(self) -> None:
+        """Free the shared memory of the pool's weights."""
+        if self._cache is not None:
+            self._cache.close()
+
+    def _catalog_of(self, first: str, own: Weights, *, alone: bool) -> dict[str, Weights]:
+        """The experts that an engine of one family can run, `first` first. May fetch models.
+
+        Args:
+            first: The expert that the engine starts with.
+            own: Its weights.
+            alone: Take only those that run on the weights of `first`.
+        """
+        family = _family_in(first, own.folder)
+        options = self._config.vllm_of(self._kind, first)
+        found: dict[str, Weights] = {}
+        for unit in self._config.units(self._kind):
+            name = unit[0]
+            if alone and first not in (name, self._config.needs(name)):
+                continue
+            # A unit with adapters needs an engine made for adapters, which this one is not.
+            if name != first and len(unit) > 1:
+                continue
+            # A unit with other kernels needs an engine made for these.
+            if self._config.vllm_of(self._kind, name) != options:
+                continue
+            # An engine makes either text or vectors.
+            if self._config.embeds(name) != self._config.embeds(first):
+                continue
+            try:
+                weights = _weights(self._config, name)
+                if _family_in(name, weights.folder) == family:
+                    found[name] = weights
+            except CoeError as error:
+                # It alone is at fault; its clients get the error when its turn comes.
+                log.error("expert %s: %s", name, error.message)
+        return {name: found[name] for name in sorted(found, key=lambda name: name != first)}
+
+
+def _weights(config: Config, expert: str) -> Weights:
+    from service.engine.vllm.swapping import Weights
+
+    settings = config.experts[expert]
+    folder = folder_of(config, expert)
+    if settings.form == "steered":
+        try:
+            return Weights(folder, steering=steering_of(config, expert, Path(folder)))
+        except ConfigError as error:
+            return Weights(folder, fault=error.message)
+    adapter = settings.adapter if settings.form == "merged" else None
+    return Weights(folder, adapter, settings.strength, embeds=config.embeds(expert))
+
+
+def _family_in(expert: str, folder: str) -> str:
+    info = inspect_model(Path(folder))
+    if not isinstance(info, ModelInfo):
+        raise ConfigError(f"experts.{expert}.model: this folder holds an adapter, not a model")
+    return info.family
