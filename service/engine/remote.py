@@ -267,4 +267,4 @@ def _nonsense(expert: str, what: str) -> UpstreamError:
 
 def _seconds(retry_after: str | None) -> float:
     """An upstream's Retry-After, where it is a plain number of seconds."""
-    return float(retry_after) if retry_after and retry_after.isdigit() else 1.0
+    return float(retry_after) if retry_after and retry_after.isdecimal() else 1.0

@@ -270,7 +270,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Refuse prompts with 503."""
         # If the body stayed unread, the kernel would reset the connection under the reply.
         length = self.headers.get("content-length", "")
-        if length.isdigit() and int(length) <= _MAX_BODY_BYTES:
+        if length.isdecimal() and int(length) <= _MAX_BODY_BYTES:
             self.rfile.read(int(length))
         if not self._refused():
             self._json(503, self.server.startup.unavailable_body(self.path))

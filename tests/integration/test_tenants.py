@@ -88,7 +88,11 @@ async def test_a_key_is_needed_once_there_is_one() -> None:
 async def test_a_key_hears_of_what_it_may_ask_for_and_of_nothing_else() -> None:
     experts = {
         "mine": {"model": "m", "categories": ["general"]},
-        "secret-base": {"model": "n", "capabilities": ["chat", "embeddings"]},
+        "secret-base": {
+            "model": "n",
+            "capabilities": ["chat", "embeddings"],
+            "categories": ["a-secret-subject"],
+        },
         "tuned": {"base": "secret-base", "adapter": "a"},
         "far-secret": {"remote": {"url": "http://127.0.0.1:1/v1", "model": "m"}},
     }
@@ -103,6 +107,8 @@ async def test_a_key_hears_of_what_it_may_ask_for_and_of_nothing_else() -> None:
             told.append(await reply.text())
             listed = {one["id"] for one in json.loads(told[0])["data"]}
             assert listed == {"auto", "mine", "tuned", "ours"}
+            auto = json.loads(told[0])["data"][0]["coe"]
+            assert "embeddings" not in auto["capabilities"]
         async with s.get("/v1/models", headers=bearer(OTHER)) as reply:
             listed = {one["id"] for one in (await reply.json())["data"]}
             assert listed == {"auto", *experts, *recipes}
@@ -119,11 +125,12 @@ async def test_a_key_hears_of_what_it_may_ask_for_and_of_nothing_else() -> None:
             async with s.get(f"/v1/models/{name}", headers=bearer(OTHER)) as reply:
                 assert reply.status == 404, name
         statuses = {"theirs": 403, "secret-base": 403, "nobody": 404, "auto/x": 404}
+        statuses["auto/a-secret-subject"] = 404
         for name, status in statuses.items():
             for more in ({}, {"tools": [{"type": "function", "function": {"name": "f"}}]}):
                 answered, _, said = await s.ask(chat(model=name, **more), headers=bearer(KEY))
                 assert answered == status
-                told.append(json.dumps(said).replace(name, ""))
+                told.append(json.dumps(said).replace(name.removeprefix("auto/"), ""))
         for path in ("/openapi.json", "/ready"):
             async with s.get(path, headers=bearer(KEY)) as reply:
                 told.append(await reply.text())
@@ -438,3 +445,9 @@ async def test_a_tenant_with_a_long_queue_does_not_hold_up_another() -> None:
         for task in heavy:
             task.cancel()
         await asyncio.gather(*heavy, return_exceptions=True)
+
+
+@pytest.mark.parametrize("days", ["%C2%B2", "0", "-1", "1.5", "99999", ""])
+async def test_days_that_are_no_number_are_the_client_s_fault(days: str) -> None:
+    async with site(config()) as s, s.get(f"/v1/usage?days={days}", headers=bearer(KEY)) as reply:
+        assert reply.status == 400, await reply.text()

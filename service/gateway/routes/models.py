@@ -12,7 +12,7 @@ from service.config import Config
 from service.errors import UnknownEndpointError, UnknownModelError
 from service.gateway.dependencies import CurrentTenant, GatewayServices, Services, json_response
 from service.gateway.redaction import without_folders
-from service.gateway.request.parsing import AUTO
+from service.gateway.request.parsing import AUTO, GENERAL
 from service.gateway.routing.candidates import PRESETS
 from service.types import NOBODY, Residency, Tenant
 
@@ -135,7 +135,8 @@ def _expert(
     return entry
 
 
-def _auto(config: Config, name: str, created_s: int) -> dict[str, Any]:
+def _auto(config: Config, name: str, created_s: int, tenant: Tenant) -> dict[str, Any]:
+    able = [expert for known, expert in config.experts.items() if tenant.may_ask(known)]
     return {
         "id": name,
         "object": "model",
@@ -144,8 +145,8 @@ def _auto(config: Config, name: str, created_s: int) -> dict[str, Any]:
         "coe": {
             "kind": "auto",
             "description": "the expert that fits the prompt",
-            "categories": sorted(config.category_map()),
-            "capabilities": sorted({c for e in config.experts.values() for c in e.capabilities}),
+            "categories": categories(config, tenant),
+            "capabilities": sorted({one for expert in able for one in expert.capabilities}),
         },
     }
 
@@ -164,6 +165,17 @@ def _recipe(config: Config, name: str, created_s: int) -> dict[str, Any]:
             "capabilities": _common(config, (*recipe.members, *recipe.later)),
         },
     }
+
+
+def categories(config: Config, tenant: Tenant) -> list[str]:
+    """The categories of which a tenant may ask an expert, and `general`, which everybody has."""
+    named = {
+        category
+        for name, expert in config.experts.items()
+        if tenant.may_ask(name)
+        for category in expert.categories
+    }
+    return sorted(named | {GENERAL})
 
 
 def may_ask(config: Config, name: str, tenant: Tenant) -> bool:
@@ -199,7 +211,7 @@ def listing(
     """
     names = [name for name in (*config.experts, *config.recipes) if may_ask(config, name, tenant)]
     entries = [entry(config, states, created_s, name, tenant) for name in names]
-    return {"object": "list", "data": [_auto(config, AUTO, created_s), *entries]}
+    return {"object": "list", "data": [_auto(config, AUTO, created_s, tenant), *entries]}
 
 
 def entry(
@@ -218,7 +230,7 @@ def entry(
         return _expert(config, name, states[name], created_s, tenant)
     head, slash, category = name.partition("/")
     base, colon, preset = head.partition(":")
-    known = not slash or category in config.category_map()
+    known = not slash or category in categories(config, tenant)
     if base == AUTO and known and (preset in PRESETS and (preset or not colon)):
-        return _auto(config, name, created_s)
+        return _auto(config, name, created_s, tenant)
     return None

@@ -23,7 +23,7 @@ _MAX_DAYS = 400
 async def usage(request: Request, services: Services, tenant: CountedTenant) -> Response:
     """Return limits and usage of the key that the request shows."""
     given = request.query_params.get("days", str(_DEFAULT_DAYS))
-    if not given.isdigit() or len(given) > 3 or not 1 <= int(given) <= _MAX_DAYS:
+    if not given.isdecimal() or len(given) > 3 or not 1 <= int(given) <= _MAX_DAYS:
         raise InvalidRequestError(f"`days` must be an integer from 1 to {_MAX_DAYS}", param="days")
     ledger = services.admission.ledger
     limits = await ledger.limits(tenant)

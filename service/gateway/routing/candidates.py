@@ -191,12 +191,20 @@ class SemanticRouter:
             raise UnknownModelError(
                 f"no preset {preset[:128]!r}; presets: auto:fast, auto, auto:best", param="model"
             )
-        if slash and category not in self._known:
+        known = self._categories(tenant)
+        if slash and category not in known:
             raise UnknownModelError(
-                f"no category {category[:128]!r}; categories: {', '.join(sorted(self._known))}",
+                f"no category {category[:128]!r}; categories: {', '.join(sorted(known))}",
                 param="model",
             )
         return preset, category if slash else None
+
+    def _categories(self, tenant: Tenant) -> Collection[str]:
+        """The categories that a tenant may name: none that only others' experts have."""
+        if tenant.experts is None:
+            return self._known
+        allowed = [expert for name, expert in self._experts.items() if tenant.may_ask(name)]
+        return {GENERAL, *(one for expert in allowed for one in expert.categories)}
 
     def _plan(
         self,

@@ -160,3 +160,10 @@ def test_startup_server_configured_origin_may_read_the_state(startup: StartupSer
     for method in ("OPTIONS", "GET"):
         status, headers, _ = ask(startup, "/v1/models", method=method, origin=stranger)
         assert (status, headers["access-control-allow-origin"]) == (403, None)
+
+
+def test_a_length_that_only_looks_like_a_number_is_answered(startup: StartupServer) -> None:
+    with closing(socket.create_connection(("127.0.0.1", port_of(startup)), timeout=5)) as link:
+        head = "POST /v1/chat/completions HTTP/1.0\r\nHost: 127.0.0.1\r\nContent-Length: \xb2\r\n"
+        link.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode("latin-1"))
+        assert b" 503 " in link.recv(1024).partition(b"\r\n")[0]
