@@ -90,7 +90,7 @@ class VllmEngine:
         model: The weights to load.
         options: The pool's `vllm` section.
         on_cpu: The engine computes on the CPU.
-        watch: Receives the engine's statistics, if any.
+        observer: Receives the engine's statistics, if any.
         sleep_level: How the engine can sleep: 1 keeps its weights in host memory, 2 reads them
             again, 0 means that it can't.
         secrets: Environment variables that the core must not inherit, beside those that look like
@@ -220,6 +220,8 @@ class VllmEngine:
             raise ExpertFailedError(first_line(error), retry_after_s=30) from None
 
     async def unload(self, expert: str) -> None:
+        if not self._model.adapters:
+            return  # there is nothing to unload
         try:
             unloaded = await self._app_for(expert).unload_adapter(expert)
         except AdapterError as error:
@@ -235,7 +237,7 @@ class VllmEngine:
         raise ExpertFailedError(f"this engine can't hold {expert!r} beside what it runs")
 
     async def swap_in(self, expert: str) -> SwapResult:
-        raise ExpertFailedError(f"this engine can't be given the weights of {expert!r}")
+        raise ExpertFailedError(f"this engine can't take the weights of {expert!r}")
 
     async def evict(self, expert: str, *, for_next: bool = False) -> None:
         """There is nothing to evict: only the running expert is held."""
@@ -264,8 +266,8 @@ class VllmEngine:
         except asyncio.CancelledError:
             if self._handle is not None:
                 request.on_abandoned(*self._tokens_so_far(vllm_ids))
-            # vLLM runs handlers in tasks of their own and stops them only when
-            # it reads that the client has gone; then it answers with nothing.
+            # vLLM runs handlers in tasks of their own, and stops them only when it reads that the
+            # client has left; then it sends no answer.
             reply.discard()
             call.gone.set()
             with contextlib.suppress(BaseException):
@@ -275,7 +277,7 @@ class VllmEngine:
         except Exception:
             if refusal.error is None:
                 raise
-            raise refusal.error from None  # the pool ends the stream with it, if one has begun
+            raise refusal.error from None  # the pool ends a stream that has begun with it
         finally:
             if self._routing_stats is not None:
                 self._routing_stats.has_news = True

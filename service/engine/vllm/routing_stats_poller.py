@@ -27,7 +27,7 @@ class RoutingStatsPoller:
 
     Args:
         call_worker: Calls a method of the worker by name.
-        watch: Receives the samples.
+        observer: Receives the samples.
         options: How often the worker samples.
 
     Attributes:

@@ -121,7 +121,7 @@ class SwappingVllmEngine(VllmEngine):
         on_cpu: The engine computes on the CPU.
         canary_interval: The canary is checked at an expert's first swap and at every n-th.
         canaries: Recorded canaries by expert. The mapping outlives the engine.
-        watch: Receives the engine's statistics, if any.
+        observer: Receives the engine's statistics, if any.
         cache: On a GPU, where the pool's engines share the weights that they hold; an engine that
             keeps the weights it was started with needs none.
         secrets: Environment variables that the core must not inherit, beside those that look like
@@ -268,7 +268,7 @@ class SwappingVllmEngine(VllmEngine):
                 f"expert {expert!r} could not be loaded: {reason}", retry_after_s=30
             )
         if await self._version_of(source) != version:
-            # Some of what was read may be of the old files, and some of the new ones.
+            # The weights may be partly of the old files, and partly of the new ones.
             await self.evict(expert)
             raise ExpertFailedError(_files_changed(expert), retry_after_s=30)
         self._versions[expert] = version
