@@ -28,7 +28,7 @@ from loadtests.comparing_pairs import (
     paraphrases,
 )
 from loadtests.lib.cli import parser, tell
-from loadtests.lib.targets import Reach, Report, Table
+from loadtests.lib.targets import Report, Table, TargetCheck
 from service.broker.agreement import agreed, final_answer
 from service.config import CacheConfig
 from service.gateway.cache.text_similarity import MOST_CHARACTERS, said, same_words, similarity
@@ -101,11 +101,13 @@ def _agreement(report: Report, pairs: int, folder: Path | None) -> None:
         missed[f"spelt: {way}"].append(not agree(text, again))
         missed[f"stated: {style}"].append(not agree(text, STATED[style](number)))
     report.reach += [
-        Reach(
+        TargetCheck(
             f"answers wrongly taken to agree, of {pairs} pairs, at most", 0, len(wrong), not wrong
         ),
-        Reach(f"refusals taken to agree, of {len(REFUSALS)}², at most", 0, len(alike), not alike),
-        Reach(
+        TargetCheck(
+            f"refusals taken to agree, of {len(REFUSALS)}², at most", 0, len(alike), not alike
+        ),
+        TargetCheck(
             f"recorded answers wrongly taken to agree, of {len(answers) - 1} pairs, at most",
             0,
             false_pairs,
@@ -146,10 +148,10 @@ def _likeness(report: Report, pairs: int, folder: Path | None) -> None:
         table.rows.append((way, *(shares.get(name, "–") for name in known)))
     report.tables.append(table)
     report.reach += [
-        Reach(
+        TargetCheck(
             f"questions wrongly taken for one, of {pairs} pairs, at most", 0, len(wrong), not wrong
         ),
-        Reach(
+        TargetCheck(
             f"real questions with a token changed taken for one, of {real_pairs} pairs, at most",
             0,
             len(real_wrong),

@@ -19,7 +19,7 @@ import orjson
 
 from loadtests.lib.cli import parser, tell
 from loadtests.lib.process import say
-from loadtests.lib.targets import Reach, Report, Table
+from loadtests.lib.targets import Report, Table, TargetCheck
 from loadtests.loop_hold_meter import HoldMeter
 from service.config import Config
 from service.engine.base import EngineRequest, Message
@@ -209,7 +209,7 @@ async def measure(threads: int, only: str) -> Report:
     report.tables.append(table)
     for name, value in (("a pool's", worst), ("a gateway's", worst_gateway)):
         report.reach.append(
-            Reach(
+            TargetCheck(
                 f"ms that one request holds {name} loop, at most",
                 _MOST_S * 1000,
                 round(value * 1000, 1),
@@ -217,7 +217,7 @@ async def measure(threads: int, only: str) -> Report:
             )
         )
     wrong = [row for row in table.rows if row[2].startswith("5") and row[2] != "503"]
-    report.reach.append(Reach("untyped faults, at most", 0.0, float(len(wrong)), not wrong))
+    report.reach.append(TargetCheck("untyped faults, at most", 0.0, float(len(wrong)), not wrong))
     return report
 
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from loadtests.lib.cli import parser, tell
 from loadtests.lib.process import say
 from loadtests.lib.stats import percentile
-from loadtests.lib.targets import Reach, Report, Table
+from loadtests.lib.targets import Report, Table, TargetCheck
 from loadtests.mixed.trace import Ask, mean_tokens, trace
-from loadtests.mixed.virtual_slot import Costs, FcfsSlot, Seen, SimSlot
+from loadtests.mixed.virtual_slot import Costs, FcfsSlot, SimSlot, SlotStatistics
 from service.pool.planner import SlotView, SwapPolicy, UnitView, next_fetch, to_drop
 from service.types import Residency
 
@@ -52,9 +52,9 @@ class Case:
         return trace(names, per_s=self.share * can_s / mean_tokens(), for_s=self.for_s, seed=1)
 
 
-def play(case: Case, asks: Sequence[Ask], kind: type[SimSlot]) -> Seen:
+def play(case: Case, asks: Sequence[Ask], kind: type[SimSlot]) -> SlotStatistics:
     """Every request goes to the pool where it would wait least."""
-    seen = Seen()
+    seen = SlotStatistics()
     groups = [[f"e{i}" for i in range(k, case.experts, case.slots)] for k in range(case.slots)]
     fleet = [
         [kind(group, case.costs, case.policy, seen) for group in groups] for _ in range(case.pools)
@@ -203,7 +203,7 @@ def run(for_s: float) -> Report:
     )
     median_ms = percentile(took, 50)
     report.reach.append(
-        Reach(
+        TargetCheck(
             "knapsack over 150 experts, ms, at most",
             _PLAN_MS,
             round(median_ms, 3),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from loadtests.lib.cli import parser, tell
 from loadtests.lib.machine import Watch
-from loadtests.lib.targets import Reach, Report, Table
+from loadtests.lib.targets import Report, Table, TargetCheck
 from router_models.experts.data import EXPERTS
 from router_models.experts.evaluate import ARTIFACTS, RowScore
 from router_models.experts.packing import Conversation, pack, shared_beginning
@@ -55,7 +55,7 @@ def build(out: Path, data: Path | None, *, top_k: int = upcycle.TOP_K) -> float:
 
 def judge(
     model: Path, data: Path, rows: Mapping[str, int]
-) -> tuple[dict[str, perplexity.Kept], dict[str, NDArray[np.float64]]]:
+) -> tuple[dict[str, perplexity.GainRetention], dict[str, NDArray[np.float64]]]:
     """Return the mixture's retained gain by field, and its expert's tokens by layer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -123,10 +123,10 @@ def right_share(model: Any, held_out: list[Conversation], expert: int) -> NDArra
     return np.array([np.mean(layer) for layer in chosen])
 
 
-def reach(kept: Mapping[str, perplexity.Kept]) -> list[Reach]:
+def reach(kept: Mapping[str, perplexity.GainRetention]) -> list[TargetCheck]:
     """Return a target per expert: the retained gain on its field."""
     return [
-        Reach(
+        TargetCheck(
             f"share of the gain of {name} over the base that the mixture keeps, at least",
             TARGET,
             round(kept[name].share, 4),

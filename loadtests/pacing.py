@@ -61,7 +61,7 @@ SCENES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class WindowResult:
     """The result of one window.
 
     Attributes:
@@ -85,7 +85,7 @@ class _Offer:
     cost: NDArray[np.float64]
 
 
-async def simulate(scene: Scene, gateways: int, seed: int) -> Outcome:
+async def simulate(scene: Scene, gateways: int, seed: int) -> WindowResult:
     """Simulate one window; a seed gives the same requests for any number of gateways."""
     draw = np.random.default_rng(seed)
     times = _times(scene, draw)
@@ -136,7 +136,7 @@ async def simulate(scene: Scene, gateways: int, seed: int) -> Outcome:
     for one in all_spending:
         await one.stop()
     marks += [spent / scene.amount] * (4 - len(marks))
-    return Outcome(quality, spent, tuple(marks), refused)
+    return WindowResult(quality, spent, tuple(marks), refused)
 
 
 def _times(scene: Scene, draw: np.random.Generator) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ from loadtests.chaos.site import Site, site
 from loadtests.chaos.traffic import LEFT, RIGHT, Traffic
 from loadtests.lib.cli import parser, tell
 from loadtests.lib.process import say
-from loadtests.lib.targets import Reach, Report, Table
+from loadtests.lib.targets import Report, Table, TargetCheck
 
 _ROLES = {"gateways": "coe:gateway", "pools": "coe:pool-", "HAProxy": "bin/haproxy"}
 _LOOKS = 60
@@ -33,7 +33,7 @@ _DESCRIPTORS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class ProcessSample:
     """A sample of a role's processes."""
 
     at_s: float
@@ -42,7 +42,7 @@ class Look:
     threads: int
 
 
-def _look(running: Site, part: str, began_s: float) -> Look:
+def _look(running: Site, part: str, began_s: float) -> ProcessSample:
     resident, descriptors, threads = 0, 0, 0
     for process in running.processes(part):
         try:
@@ -51,13 +51,13 @@ def _look(running: Site, part: str, began_s: float) -> Look:
             threads += process.num_threads()
         except psutil.Error:
             continue
-    return Look(time.monotonic() - began_s, resident / 2**20, descriptors, threads)
+    return ProcessSample(time.monotonic() - began_s, resident / 2**20, descriptors, threads)
 
 
 async def soak(port: int, minutes: float, clients: int) -> Report:
     """Everything, for so long."""
     report = Report("soak")
-    looks: dict[str, list[Look]] = {role: [] for role in _ROLES}
+    looks: dict[str, list[ProcessSample]] = {role: [] for role in _ROLES}
     ended: Counter[str] = Counter()
     details: Counter[str] = Counter()
     async with site(port) as running:
@@ -92,7 +92,7 @@ async def soak(port: int, minutes: float, clients: int) -> Report:
 
 def _tell(
     report: Report,
-    looks: dict[str, list[Look]],
+    looks: dict[str, list[ProcessSample]],
     ended: Counter[str],
     details: Counter[str],
     left: dict[str, float],
@@ -101,8 +101,8 @@ def _tell(
     asked = sum(ended.values())
     bad = asked - ended[RIGHT] - ended[LEFT]
     report.reach += [
-        Reach("requests, at least", 20.0 * minutes, float(asked), asked >= 20 * minutes),
-        Reach("requests not answered right, at most", 0.0, float(bad), bad == 0),
+        TargetCheck("requests, at least", 20.0 * minutes, float(asked), asked >= 20 * minutes),
+        TargetCheck("requests not answered right, at most", 0.0, float(bad), bad == 0),
     ]
     columns = ("processes", "MiB, early", "MiB, late", "descriptors", "threads")
     table = Table(f"{asked} requests in {minutes:g} minutes", columns)
@@ -124,12 +124,15 @@ def _tell(
             )
         )
         report.reach += [
-            Reach(f"MiB of {role}, at most", round(most, 1), round(after, 1), after <= most),
-            Reach(f"descriptors more of {role}", _DESCRIPTORS, float(more), more <= _DESCRIPTORS),
+            TargetCheck(f"MiB of {role}, at most", round(most, 1), round(after, 1), after <= most),
+            TargetCheck(
+                f"descriptors more of {role}", _DESCRIPTORS, float(more), more <= _DESCRIPTORS
+            ),
         ]
     report.tables.append(table)
     report.reach += [
-        Reach(f"{name} afterwards, at most", 0.0, value, value == 0) for name, value in left.items()
+        TargetCheck(f"{name} afterwards, at most", 0.0, value, value == 0)
+        for name, value in left.items()
     ]
     report.notes += [f"{count} x {what}" for what, count in details.most_common(5)]
     report.facts |= {

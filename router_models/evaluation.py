@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from router_models.expert_map_fit import prices_for
 from router_models.outcomes import Table
-from router_models.recipes import Played
+from router_models.recipes import RecipeResults
 from router_models.training import Predicted
 
 Floats = NDArray[np.float64]
@@ -60,7 +60,7 @@ class Sweep:
         )
 
 
-def sweep(played: Played, predicted: Predicted) -> Sweep:
+def sweep(played: RecipeResults, predicted: Predicted) -> Sweep:
     """Choose for every row at every price, among the recipes recorded for that row."""
     recorded = ~np.isnan(played.score)
     quality = np.where(recorded, predicted.quality, -np.inf)
@@ -89,12 +89,12 @@ class Comparison:
 
     rows: NDArray[np.int64]
     table: Table
-    played: Played
+    played: RecipeResults
     predicted: Predicted
     left_out: tuple[str, ...]
 
 
-def comparison(table: Table, played: Played, predicted: Predicted) -> Comparison:
+def comparison(table: Table, played: RecipeResults, predicted: Predicted) -> Comparison:
     """The rows that have every expert, for a comparison of experts, mixtures and the router.
 
     A mean over other rows would compare prompts instead of experts. The experts with the fewest
@@ -188,7 +188,7 @@ def default_budgets(table: Table) -> list[float]:
 
 def report(
     table: Table,
-    played: Played,
+    played: RecipeResults,
     predicted: Predicted,
     labels: Sequence[str],
     budgets: Sequence[float],
@@ -244,7 +244,7 @@ def report(
 
 
 def _frontier(
-    found: Sweep, played: Played, guess: NDArray[np.int64], labels: Sequence[str]
+    found: Sweep, played: RecipeResults, guess: NDArray[np.int64], labels: Sequence[str]
 ) -> list[dict[str, Any]]:
     points: list[dict[str, Any]] = []
     before: NDArray[np.int64] | None = None
@@ -270,7 +270,7 @@ def _frontier(
 
 
 def with_errors(
-    table: Table, played: Played, predicted: Predicted, budgets: Sequence[float]
+    table: Table, played: RecipeResults, predicted: Predicted, budgets: Sequence[float]
 ) -> list[dict[str, float]]:
     """At each budget: score, cost, mix and gain over it, with standard errors over prompts.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from router_models.recipes import Played
+from router_models.recipes import RecipeResults
 from router_models.settings import Settings
 
 Floats = NDArray[np.float64]
@@ -88,7 +88,7 @@ def prices_for(cost: Floats, count: int = 160) -> Floats:
 
 
 def fit_map(
-    played: Played, category: Rows, posterior: Floats, factors: Floats, settings: Settings
+    played: RecipeResults, category: Rows, posterior: Floats, factors: Floats, settings: Settings
 ) -> MapFit:
     """The map from rows whose posterior and factors come from a stage that did not see them."""
     categories = posterior.shape[1]

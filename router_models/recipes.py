@@ -28,7 +28,7 @@ _MIN_SILENT = 0.005
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
+class RecipeResults:
     """The results of R recipes on N recorded rows.
 
     `score` and `cost` (N, R), NaN where an expert it needed is missing from the
@@ -40,19 +40,19 @@ class Played:
     cost: Floats
     reach: NDArray[np.float32]
 
-    def take(self, columns: Sequence[int]) -> Played:
+    def take(self, columns: Sequence[int]) -> RecipeResults:
         """Only these recipes, in this order."""
         at = list(columns)
-        return Played(
+        return RecipeResults(
             tuple(self.recipes[i] for i in at),
             self.score[:, at],
             self.cost[:, at],
             self.reach[:, at],
         )
 
-    def rows(self, rows: NDArray[np.int64]) -> Played:
+    def rows(self, rows: NDArray[np.int64]) -> RecipeResults:
         """Only these rows, in this order."""
-        return Played(self.recipes, self.score[rows], self.cost[rows], self.reach[rows])
+        return RecipeResults(self.recipes, self.score[rows], self.cost[rows], self.reach[rows])
 
 
 def candidates(table: Table) -> list[Recipe]:
@@ -103,7 +103,7 @@ def _combinable(table: Table) -> list[str]:
     return [table.experts[e] for e in known]
 
 
-def play(recipes: Sequence[Recipe], table: Table) -> Played:
+def play(recipes: Sequence[Recipe], table: Table) -> RecipeResults:
     """Score, cost and reach of every recipe on every row of the table."""
     at = {name: e for e, name in enumerate(table.experts)}
     rows, count = len(table), len(recipes)
@@ -121,7 +121,7 @@ def play(recipes: Sequence[Recipe], table: Table) -> Played:
         else:
             score[:, r], cost[:, r], asked = _cascade(experts, len(recipe.members), table)
             reach[:, r, : asked.shape[1]] = asked
-    return Played(tuple(recipes), score, cost, reach)
+    return RecipeResults(tuple(recipes), score, cost, reach)
 
 
 def _cascade(experts: list[int], together: int, table: Table) -> tuple[Floats, Floats, Floats]:

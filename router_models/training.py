@@ -22,7 +22,7 @@ from scipy.sparse.linalg import svds
 from router_models.expert_map_fit import MapFit, fit_map
 from router_models.linear_models import Corpus, design, featurize, fit_logistic, softmax
 from router_models.outcomes import NO_ANSWER, Table
-from router_models.recipes import Played, candidates, play
+from router_models.recipes import RecipeResults, candidates, play
 from router_models.ridge_regression import TextKernel
 from router_models.settings import Settings
 
@@ -85,7 +85,7 @@ class Problem:
         self.table = table
         self.settings = settings
         self.corpus: Corpus = featurize(table.prompts, settings.spec)
-        self.played: Played = play(candidates(table), table)
+        self.played: RecipeResults = play(candidates(table), table)
         # Buckets are not weighted by document frequency: one kernel then serves every
         # fold without any of them having seen another's prompts.
         self.idf = np.ones(settings.spec.buckets, dtype=np.float32)

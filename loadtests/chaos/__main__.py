@@ -18,7 +18,7 @@ from loadtests.chaos.site import GATEWAY, MAIN_REPLICAS, POOL, Site, site
 from loadtests.chaos.traffic import BAD, BROKEN, RESET, RIGHT, TYPED, Tally, Traffic
 from loadtests.lib.cli import parser, tell
 from loadtests.lib.process import fetch, say
-from loadtests.lib.targets import Reach, Report, Table
+from loadtests.lib.targets import Report, Table, TargetCheck
 
 _CALM_S = 30.0
 _WORKS_AGAIN_S = 5.0
@@ -77,7 +77,7 @@ CASES = (
 
 
 @dataclass(slots=True)
-class Seen:
+class CaseResults:
     """The results of one case over all rounds."""
 
     case: Case
@@ -131,7 +131,9 @@ async def _settled(site: Site, most_descriptors: int) -> tuple[int, float]:
         await asyncio.sleep(1)
 
 
-async def _case(site: Site, traffic: Traffic, case: Case, seen: Seen, settle_s: float) -> None:
+async def _case(
+    site: Site, traffic: Traffic, case: Case, seen: CaseResults, settle_s: float
+) -> None:
     with traffic.tally() as tally:
         await asyncio.sleep(1)
         at_s = time.monotonic()
@@ -179,7 +181,7 @@ async def simulated(port: int, rounds: int, clients: int, settle_s: float) -> Re
         for case in CASES:
             if not have[case.needs]:
                 report.notes.append(f"Left out: {case.name} (no {case.needs} here).")
-        seen = {case.name: Seen(case) for case in cases}
+        seen = {case.name: CaseResults(case) for case in cases}
         async with Traffic(port, MIX, clients, key=running.key, seed=7):
             await asyncio.sleep(5)
         await calm(running)
@@ -204,8 +206,10 @@ def _report_poison(report: Report, site: Site) -> None:
     told = [(one.status, one.code) for one in site.poisoned]
     typed = sum(one == (500, "engine_died_twice") for one in told)
     report.reach += [
-        Reach("pools lost beyond two by one poison request, at most", 0.0, beyond, beyond <= 0),
-        Reach(
+        TargetCheck(
+            "pools lost beyond two by one poison request, at most", 0.0, beyond, beyond <= 0
+        ),
+        TargetCheck(
             "poison requests refused as such, at least",
             float(len(told)),
             float(typed),
@@ -217,7 +221,7 @@ def _report_poison(report: Report, site: Site) -> None:
 
 def _tell(
     report: Report,
-    seen: Mapping[str, Seen],
+    seen: Mapping[str, CaseResults],
     left: Mapping[str, float],
     before: tuple[int, float],
     after: tuple[int, float],
@@ -249,12 +253,12 @@ def _tell(
     def total(kind: str) -> float:
         return float(sum(one.count(kind) for one in seen.values()))
 
-    def zero(name: str, value: float) -> Reach:
-        return Reach(name, 0.0, value, value == 0)
+    def zero(name: str, value: float) -> TargetCheck:
+        return TargetCheck(name, 0.0, value, value == 0)
 
     asked = total(RIGHT) + total(TYPED) + total(BROKEN) + total(RESET)
     report.reach += [
-        Reach("requests, at least", 100.0, asked, asked >= 100),
+        TargetCheck("requests, at least", 100.0, asked, asked >= 100),
         *(zero(f"{kind}s, at most", total(kind)) for kind in BAD),
         zero(
             "resets where nobody held the connection was killed, at most",
@@ -270,18 +274,20 @@ def _tell(
             worst = max(one.again_s)
             what = f"s until new requests work after {name}, at most"
             report.reach.append(
-                Reach(what, _WORKS_AGAIN_S, round(worst, 2), worst <= _WORKS_AGAIN_S)
+                TargetCheck(what, _WORKS_AGAIN_S, round(worst, 2), worst <= _WORKS_AGAIN_S)
             )
     report.reach += [zero(f"{name} afterwards, at most", value) for name, value in left.items()]
     grown_fds, grown_mib = after[0] - before[0], after[1] / before[1]
     report.reach += [
-        Reach(
+        TargetCheck(
             "file descriptors more than before, at most",
             float(_MORE_DESCRIPTORS),
             float(grown_fds),
             grown_fds <= _MORE_DESCRIPTORS,
         ),
-        Reach("times the memory of before, at most", 1.25, round(grown_mib, 3), grown_mib <= 1.25),
+        TargetCheck(
+            "times the memory of before, at most", 1.25, round(grown_mib, 3), grown_mib <= 1.25
+        ),
     ]
     report.facts["rounds"] = rounds
     report.facts["outcomes"] = {

@@ -12,7 +12,7 @@ import psutil
 
 from loadtests.lib.coe_service import serving
 from loadtests.lib.process import say
-from loadtests.lib.targets import Reach, Report, Table
+from loadtests.lib.targets import Report, Table, TargetCheck
 
 _CORE = "EngineCore"
 _REQUESTS = 8
@@ -95,12 +95,14 @@ async def real(port: int, report: Report) -> None:
     report.tables.append(table)
     same = expected[0][1] == again[1] != ""
     report.reach += [
-        Reach(
+        TargetCheck(
             "requests on a killed real engine answered right or typed, at least",
             float(_REQUESTS),
             float(right + typed),
             right + typed == _REQUESTS,
         ),
-        Reach("the same text as before from the engine that came after", 1.0, float(same), same),
+        TargetCheck(
+            "the same text as before from the engine that came after", 1.0, float(same), same
+        ),
     ]
     report.facts["real"] = {"ended": kinds, "longest_s": longest_s}

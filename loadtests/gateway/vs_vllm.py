@@ -42,7 +42,7 @@ def plans(quick: bool) -> tuple[Plan, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class TurnResult:
     """One turn: tokens per second, times to first token, processor time."""
 
     tokens_per_s: float
@@ -72,7 +72,7 @@ def _requests(target: Target, texts: list[str], tokens: int) -> list[bytes]:
     ]
 
 
-async def _turn(target: Target, plan: Plan, texts: list[str], asker: Asker) -> Measured:
+async def _turn(target: Target, plan: Plan, texts: list[str], asker: Asker) -> TurnResult:
     requests = _requests(target, texts, plan.tokens)
     before = Ticks.now()
     if plan.in_flight == 1 and len(requests) == 1:
@@ -86,10 +86,10 @@ async def _turn(target: Target, plan: Plan, texts: list[str], asker: Asker) -> M
         if (got := completion_tokens(one.body)) != plan.tokens:
             raise RuntimeError(f"{got} tokens where {plan.tokens} were asked for")
     made = plan.tokens * len(exchanges)
-    return Measured(made / wall_s, [one.first_ms for one in exchanges], spent)
+    return TurnResult(made / wall_s, [one.first_ms for one in exchanges], spent)
 
 
-async def _pairs(bare: Target, ours: Target, plan: Plan) -> list[tuple[Measured, Measured]]:
+async def _pairs(bare: Target, ours: Target, plan: Plan) -> list[tuple[TurnResult, TurnResult]]:
     """Each pair sees the same new prompts; who goes first alternates."""
     askers = {bare: Asker(bare), ours: Asker(ours)}
     measured = []
@@ -111,7 +111,7 @@ async def run(port: int, watch: Watch, *, quick: bool, threads: int) -> Report:
     report = Report("gateway")
     ours, bare = Target("127.0.0.1", port), Target("127.0.0.1", port + 1)
     settings = config(port, {_MODEL: {"model": str(arguments.model)}}, {"cpu": arguments.pool()})
-    results: dict[int, list[tuple[Measured, Measured]]] = {}
+    results: dict[int, list[tuple[TurnResult, TurnResult]]] = {}
     with ExitStack() as stack:
         stack.enter_context(bare_server(bare.port, _MODEL, arguments))
         stack.enter_context(serving(settings))
@@ -123,7 +123,7 @@ async def run(port: int, watch: Watch, *, quick: bool, threads: int) -> Report:
     return report
 
 
-Pairs = list[tuple[Measured, Measured]]
+Pairs = list[tuple[TurnResult, TurnResult]]
 
 
 def unfairness(results: dict[int, Pairs], ratios: list[stats.Estimate]) -> list[str]:

@@ -12,7 +12,7 @@ from loadtests.lib.stats import Estimate
 
 
 @dataclass(frozen=True, slots=True)
-class Reach:
+class TargetCheck:
     """A figure and its target. `name` says whether it is a minimum or a maximum."""
 
     name: str
@@ -23,24 +23,28 @@ class Reach:
 
 def at_least(
     name: str, target: float, measured: Estimate, *, interval: bool = False, valid: bool = True
-) -> Reach:
+) -> TargetCheck:
     """Met when the value is no less; with `interval`, when its interval reaches the target.
 
     A figure that is not `valid` meets nothing.
     """
     seen = measured.high if interval else measured.value
-    return Reach(f"{name}, at least", target, _rounded(measured.value), valid and seen >= target)
+    return TargetCheck(
+        f"{name}, at least", target, _rounded(measured.value), valid and seen >= target
+    )
 
 
 def at_most(
     name: str, target: float, measured: Estimate, *, interval: bool = False, valid: bool = True
-) -> Reach:
+) -> TargetCheck:
     """Met when the value is no more; with `interval`, when its interval reaches the target.
 
     A figure that is not `valid` meets nothing.
     """
     seen = measured.low if interval else measured.value
-    return Reach(f"{name}, at most", target, _rounded(measured.value), valid and seen <= target)
+    return TargetCheck(
+        f"{name}, at most", target, _rounded(measured.value), valid and seen <= target
+    )
 
 
 def _rounded(value: float) -> float:
@@ -72,7 +76,7 @@ class Report:
     """Everything one run has to tell. `facts` goes into the JSON object beside `reach`."""
 
     name: str
-    reach: list[Reach] = field(default_factory=list)
+    reach: list[TargetCheck] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)

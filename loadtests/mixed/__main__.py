@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from loadtests.lib.cli import parser, tell
 from loadtests.lib.process import say
 from loadtests.lib.stats import percentile
-from loadtests.lib.targets import Reach, Report, Table
+from loadtests.lib.targets import Report, Table, TargetCheck
 from loadtests.mixed.fcfs import Fcfs
 from loadtests.mixed.trace import Ask, mean_tokens, trace
 from loadtests.swap.engine import SharedEngine, ask, prepare, settings, weights
@@ -34,7 +34,7 @@ Lease = Callable[[str, int], AbstractAsyncContextManager[float]]
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TraceResult:
     """The result of serving the trace with one system."""
 
     tokens_per_s: float
@@ -62,14 +62,14 @@ async def _play(
     return sum(tokens), waits, time.monotonic() - began_s
 
 
-def _outcome(told: tuple[int, list[float], float], switches: int) -> Outcome:
+def _outcome(told: tuple[int, list[float], float], switches: int) -> TraceResult:
     tokens, waits, wall_s = told
-    return Outcome(
+    return TraceResult(
         tokens / wall_s, switches, percentile(waits, 50), percentile(waits, 99), max(waits), wall_s
     )
 
 
-async def _planned(engine: SharedEngine, config: Config, asks: Sequence[Ask]) -> Outcome:
+async def _planned(engine: SharedEngine, config: Config, asks: Sequence[Ask]) -> TraceResult:
     """Through a slot of the pool, as `coe serve` makes it of this config."""
     pool = config.pools[KIND]
     swap = pool.swap
@@ -104,7 +104,7 @@ async def _planned(engine: SharedEngine, config: Config, asks: Sequence[Ask]) ->
     return _outcome(told, sum(slot.swap_counts().values()))
 
 
-async def _first_come(engine: SharedEngine, config: Config, asks: Sequence[Ask]) -> Outcome:
+async def _first_come(engine: SharedEngine, config: Config, asks: Sequence[Ask]) -> TraceResult:
     """Serve first come, first served: the baseline, and a single expert without switches."""
     queue = Fcfs(
         engine, next(iter(config.experts)), capacity=config.pools[KIND].max_running, most_held=None
@@ -160,9 +160,9 @@ async def run(share: float, for_s: float) -> Report:
 
 
 def _report(
-    single: Outcome,
-    ours: Outcome,
-    fcfs: Outcome,
+    single: TraceResult,
+    ours: TraceResult,
+    fcfs: TraceResult,
     asked: int,
     can_s: float,
     share: float,
@@ -173,20 +173,22 @@ def _report(
     times = ours.tokens_per_s / fcfs.tokens_per_s
     of_alone = ours.tokens_per_s / single.tokens_per_s
     report.reach += [
-        Reach(
+        TargetCheck(
             "share of switches saved, at least",
             _FEWER_SWITCHES,
             round(fewer, 4),
             fewer >= _FEWER_SWITCHES,
         ),
-        Reach("times the throughput of FCFS, at least", _TIMES, round(times, 3), times >= _TIMES),
-        Reach(
+        TargetCheck(
+            "times the throughput of FCFS, at least", _TIMES, round(times, 3), times >= _TIMES
+        ),
+        TargetCheck(
             "99th percentile of waiting, s, at most",
             bound_s,
             round(ours.wait_p99_s, 2),
             ours.wait_p99_s <= bound_s,
         ),
-        Reach(
+        TargetCheck(
             "of one expert's throughput, at least",
             _OF_ALONE,
             round(of_alone, 3),

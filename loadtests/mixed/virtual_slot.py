@@ -56,7 +56,7 @@ class _Unit:
 
 
 @dataclass(slots=True)
-class Seen:
+class SlotStatistics:
     """The results over all slots."""
 
     waits: list[float] = field(default_factory=list)
@@ -72,7 +72,9 @@ class Seen:
 class SimSlot:
     """A simulated slot. `submit` arrivals, and `advance` it to the times that it returns."""
 
-    def __init__(self, names: Sequence[str], costs: Costs, policy: SwapPolicy, seen: Seen) -> None:
+    def __init__(
+        self, names: Sequence[str], costs: Costs, policy: SwapPolicy, seen: SlotStatistics
+    ) -> None:
         self._units = {name: _Unit() for name in names}
         self._costs = costs
         self._policy = policy
@@ -224,7 +226,9 @@ class SimSlot:
 class FcfsSlot(SimSlot):
     """The same engine with first-come-first-served scheduling and LRU in host memory."""
 
-    def __init__(self, names: Sequence[str], costs: Costs, policy: SwapPolicy, seen: Seen) -> None:
+    def __init__(
+        self, names: Sequence[str], costs: Costs, policy: SwapPolicy, seen: SlotStatistics
+    ) -> None:
         super().__init__(names, costs, policy, seen)
         self._order: deque[Ask] = deque()
         self._used: OrderedDict[str, None] = OrderedDict({self._unit: None})

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: one core is what 
 
 from loadtests.lib.cli import parser, tell
 from loadtests.lib.stats import median
-from loadtests.lib.targets import Reach, Report, Table, at_most
+from loadtests.lib.targets import Report, Table, TargetCheck, at_most
 from loadtests.route import choice, replay, share
 from service.classifier.artifact import load_artifact
 from service.classifier.classifier import Classifier
@@ -100,7 +100,9 @@ def measure(artifact: Path, rounds: int) -> Report:
         )
     )
     report.reach.append(
-        Reach("memory of the artifact, MB, at most", 64.0, round(memory_mb, 2), memory_mb <= 64.0)
+        TargetCheck(
+            "memory of the artifact, MB, at most", 64.0, round(memory_mb, 2), memory_mb <= 64.0
+        )
     )
     report.facts |= {"artifact": loaded.name, "memory_mb": memory_mb, "disk_mb": disk_mb}
     return report

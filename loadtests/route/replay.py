@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from scipy import optimize, sparse
 
 from loadtests.lib.process import say
-from loadtests.lib.targets import Reach, Report, Table
+from loadtests.lib.targets import Report, Table, TargetCheck
 from router_models.outcomes import read_costs, read_outcomes
-from router_models.recipes import Played
+from router_models.recipes import RecipeResults
 from router_models.settings import Settings
 from router_models.training import Predicted, Problem
 from service.broker.budget_pacing import BudgetPacer, BudgetSnapshot, upper_concave_hull
@@ -43,7 +43,7 @@ class Instance:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ReplayResult:
     """The result of a replay: expected quality, actual score, and the spent share of the budget."""
 
     quality: float
@@ -52,7 +52,7 @@ class Run:
     unanswered: int
 
 
-def instance(played: Played, predicted: Predicted) -> Instance:
+def instance(played: RecipeResults, predicted: Predicted) -> Instance:
     """Rows and recipes for which everything is recorded."""
     rows = ~np.isnan(played.score).any(axis=1)
     kept = np.isfinite(predicted.quality[rows]).any(axis=0)
@@ -101,7 +101,7 @@ def optimum(given: Instance, budget: float) -> tuple[float, NDArray[np.intp]]:
     return -float(found.fun), chosen
 
 
-def online(given: Instance, budget: float, seed: int, rule: str) -> Run:
+def online(given: Instance, budget: float, seed: int, rule: str) -> ReplayResult:
     """Answer the prompts in random order; a recipe is taken only if what it costs is left.
 
     `rule`: `resolved` is the service's own pacing; `stepped` the rule of the design.
@@ -130,7 +130,7 @@ def online(given: Instance, budget: float, seed: int, rule: str) -> Run:
         pacer.observe(given.quality[row], cost)
         if pacer.due():
             price = pacer.reprice(BudgetSnapshot(amount, spent, 0.0, float(total)), number + 1.0)
-    return Run(quality, score, spent / amount, unanswered)
+    return ReplayResult(quality, score, spent / amount, unanswered)
 
 
 def measure(
@@ -179,17 +179,17 @@ def measure(
             }
             if rule == "resolved":
                 report.reach += [
-                    Reach(
+                    TargetCheck(
                         f"score at {budget:g} against the exact optimum, at least",
                         _LEAST_SHARE,
                         round(share, 4),
                         share >= _LEAST_SHARE,
                     ),
-                    Reach(
+                    TargetCheck(
                         f"spent of {budget:g}, at least",
                         _LEAST_SPENT,
                         round(low, 4),
                         low >= _LEAST_SPENT,
                     ),
-                    Reach(f"spent of {budget:g}, at most", 1.0, round(high, 6), high <= 1.0),
+                    TargetCheck(f"spent of {budget:g}, at most", 1.0, round(high, 6), high <= 1.0),
                 ]

@@ -18,7 +18,7 @@ import aiohttp
 from loadtests.lib.coe_service import serving
 from loadtests.lib.process import say
 from loadtests.lib.stats import percentile
-from loadtests.lib.targets import Reach, Report, Table
+from loadtests.lib.targets import Report, Table, TargetCheck
 
 _ROOM, _TOKENS, _STEP_MS = 4, 10, 20.0
 # The first token is there at once.
@@ -34,7 +34,7 @@ _NEAR = 0.08
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ShareResult:
     """At one load: the share that the best expert answered, the waits of those in s."""
 
     load: float
@@ -63,7 +63,7 @@ def _config(port: int) -> dict[str, object]:
     }
 
 
-async def _at(session: aiohttp.ClientSession, url: str, load: float) -> Seen:
+async def _at(session: aiohttp.ClientSession, url: str, load: float) -> ShareResult:
     rate = load * _ROOM / _EACH_S
     body = {
         "model": "auto:fast",
@@ -97,10 +97,10 @@ async def _at(session: aiohttp.ClientSession, url: str, load: float) -> Seen:
     await asyncio.gather(*tasks)
     steady = [one for one in answered if one[0] >= grown_s]
     mine = [wait for _, expert, wait in steady if expert == "best"]
-    return Seen(load, len(mine) / max(1, len(steady)), mine, failed)
+    return ShareResult(load, len(mine) / max(1, len(steady)), mine, failed)
 
 
-async def _sweep(port: int) -> list[Seen]:
+async def _sweep(port: int) -> list[ShareResult]:
     url = f"http://127.0.0.1:{port}/v1/chat/completions"
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
@@ -142,14 +142,14 @@ def measure(report: Report, port: int, plot: Path | None) -> None:
     lead_s = _LEAD / _TIME_PRICE
     off = max(abs(wait - lead_s) for wait in over)
     report.reach += [
-        Reach("share off the formula's, at most", _NEAR, round(worst, 4), worst <= _NEAR),
-        Reach(
+        TargetCheck("share off the formula's, at most", _NEAR, round(worst, 4), worst <= _NEAR),
+        TargetCheck(
             "wait at which traffic moves, off the formula's, in batches, at most",
             1.5,
             round(off / _EACH_S, 3),
             off <= 1.5 * _EACH_S,
         ),
-        Reach(
+        TargetCheck(
             "failed requests, at most",
             0,
             sum(s.failed for s in found),
@@ -164,7 +164,7 @@ def measure(report: Report, port: int, plot: Path | None) -> None:
         _draw(found, plot)
 
 
-def _draw(found: list[Seen], path: Path) -> None:
+def _draw(found: list[ShareResult], path: Path) -> None:
     import matplotlib  # for plots only, and slow to import
 
     matplotlib.use("Agg")

@@ -31,7 +31,7 @@ from loadtests.lib.coe_service import config, serving
 from loadtests.lib.load_client import Exchange, Target, closed_loop
 from loadtests.lib.process import admin_key_of, fetch, running, say
 from loadtests.lib.prompts import prompts
-from loadtests.lib.targets import Reach, Report, Table
+from loadtests.lib.targets import Report, Table, TargetCheck
 from loadtests.tenants.client import MANY, PLAIN, Clients
 
 CLIENTS = 64
@@ -154,11 +154,11 @@ async def limits(port: int, rounds: int, report: Report) -> None:
                 least_gateways = min(least_gateways, _gateways(port))
     report.tables.append(table)
     report.reach += [
-        Reach("overspent, at most", 0, over, over == 0),
-        Reach("leaked reservations, at most", 0, leaked, leaked == 0),
-        Reach("used by answers and not in the ledger, at most", 0, apart, apart == 0),
-        Reach("allowed and never granted, at most", 0, unfilled, unfilled == 0),
-        Reach("gateways that took part, at least", 2, least_gateways, least_gateways >= 2),
+        TargetCheck("overspent, at most", 0, over, over == 0),
+        TargetCheck("leaked reservations, at most", 0, leaked, leaked == 0),
+        TargetCheck("used by answers and not in the ledger, at most", 0, apart, apart == 0),
+        TargetCheck("allowed and never granted, at most", 0, unfilled, unfilled == 0),
+        TargetCheck("gateways that took part, at least", 2, least_gateways, least_gateways >= 2),
     ]
     report.facts["limits"] = {"overspent": over, "leaked": leaked, "apart": apart}
 
@@ -246,7 +246,9 @@ async def fairness(port: int, for_s: float, report: Report) -> None:
         )
     )
     report.reach.append(
-        Reach("times the small one's p95 alone, at most", _RATIO, round(ratio, 3), ratio <= _RATIO)
+        TargetCheck(
+            "times the small one's p95 alone, at most", _RATIO, round(ratio, 3), ratio <= _RATIO
+        )
     )
     report.facts["fairness"] = {"p95_ms": p95, "ratio": ratio}
 

@@ -12,7 +12,7 @@ from router_models.experts.evaluate import Comparison
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TrainingRun:
     """The facts of one training run."""
 
     expert: str
@@ -32,7 +32,7 @@ class Run:
     torch_version: str
 
 
-def write(folder: Path, run: Run, split: Split, result: Comparison) -> None:
+def write(folder: Path, run: TrainingRun, split: Split, result: Comparison) -> None:
     unit = "higher is better" if result.measure == "exact match" else "lower is better"
     weights_bytes = (folder / "adapter_model.safetensors").stat().st_size
     facts = {

@@ -168,7 +168,7 @@ def main() -> None:
     result = evaluate.measure(
         given.expert, given.out, given.base, split.held_out, bf16=bf16, seed=given.seed, say=say
     )
-    run = card.Run(
+    run = card.TrainingRun(
         expert=given.expert,
         base=base_name,
         rank=RANK,

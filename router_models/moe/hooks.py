@@ -33,7 +33,7 @@ class NotSteerableError(ArtifactError):
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
+class LayerActivations:
     """The activations of one layer for T tokens.
 
     before: the residual stream that the routed experts add to, (T, hidden). routed: what they
@@ -142,7 +142,7 @@ def chosen(layers: list[RoutedLayer], see: Callable[[int, Tensor, Tensor], None]
 
 @contextmanager
 def visited(
-    model: Any, layers: list[RoutedLayer], shape: MoeShape, see: Callable[[Visit], None]
+    model: Any, layers: list[RoutedLayer], shape: MoeShape, see: Callable[[LayerActivations], None]
 ) -> Iterator[None]:
     """Within, `see` is told what each layer did. Raises NotSteerableError, see the module."""
     hooks = [hook for layer in layers for hook in _watch(model, layer, shape, see)]
@@ -154,7 +154,7 @@ def visited(
 
 
 def _watch(
-    model: Any, layer: RoutedLayer, shape: MoeShape, see: Callable[[Visit], None]
+    model: Any, layer: RoutedLayer, shape: MoeShape, see: Callable[[LayerActivations], None]
 ) -> list[Any]:
     seen: dict[str, Any] = {}
 
@@ -182,7 +182,7 @@ def _watch(
                 model, f"layer {layer.index} does not add its experts' output to what came before"
             )
         see(
-            Visit(
+            LayerActivations(
                 layer.index,
                 before,
                 scale * seen["routed"],

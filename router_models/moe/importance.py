@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from router_models.moe.hooks import RoutedLayer, Visit, visited
+from router_models.moe.hooks import LayerActivations, RoutedLayer, visited
 from service.moe.steering import MoeShape
 
 Floats = NDArray[np.float64]
@@ -74,7 +74,7 @@ def measure(
     uses = np.zeros(score.shape, np.int64)
     forms = np.zeros(len(layers), bool)
 
-    def see(visit: Visit) -> None:
+    def see(visit: LayerActivations) -> None:
         row = at[visit.layer]
         turned = visit.before + visit.routed
         contribution = 1 - torch.nn.functional.cosine_similarity(visit.before, turned, dim=-1)

@@ -23,7 +23,7 @@ _RESAMPLES = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class GainRetention:
     """The share of an expert's gain over the base that a model retains on one field.
 
     `share` is 1 where it is as good as the expert, 0 where as the base; `share_error` its
@@ -59,7 +59,7 @@ def per_byte(scores: Sequence[RowScore]) -> float:
 
 def kept(
     base: Sequence[RowScore], expert: Sequence[RowScore], model: Sequence[RowScore], *, seed: int
-) -> Kept:
+) -> GainRetention:
     """Return the retained share of the expert's gain over the base, on the same rows."""
     names, group = np.unique(np.array([row.group for row in base]), return_inverse=True)
     bits = np.zeros((3, len(names)))
@@ -76,7 +76,7 @@ def kept(
         some = sums[0] != sums[1]
         shares = (sums[0] - sums[2])[some] / (sums[0] - sums[1])[some]
         error = float(shares.std(ddof=1))
-    return Kept(
+    return GainRetention(
         rows=len(base),
         base=per_byte(base),
         expert=per_byte(expert),

@@ -42,7 +42,7 @@ class PlacementError(ArtifactError):
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class PlacementResult:
     """A placement of all layers, with its cost per step relative to perfectly shared work.
 
     cost: the sum over layers of the busiest device's load, by that of the mean device's: 1 is
@@ -65,10 +65,10 @@ class Plan:
     loads: tuple[Floats, ...]
     devices: int
     replicas: int
-    ways: tuple[Way, ...]
+    ways: tuple[PlacementResult, ...]
 
     @property
-    def best(self) -> Way:
+    def best(self) -> PlacementResult:
         """The one that costs least; of equals the simplest."""
         return min(self.ways, key=lambda way: way.cost)
 
@@ -185,10 +185,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def _way(
     name: str, loads: tuple[Floats, ...], devices: int, placed: list[Placed], proven: int = 0
-) -> Way:
+) -> PlacementResult:
     busiest = np.array([one.busiest(load) for one, load in zip(placed, loads, strict=True)])
     mean = np.array([load.sum() / devices for load in loads])
-    return Way(
+    return PlacementResult(
         name,
         float(busiest.sum() / mean.sum()),
         float((busiest / mean).max()),

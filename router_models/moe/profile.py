@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from router_models.moe.hooks import find_routed
 from router_models.moe.importance import Importance, keep_best, measure
-from router_models.moe.profile_evaluation import Judged, Loss, Reads
+from router_models.moe.profile_evaluation import ExpertReads, Judged, QualityLoss
 from router_models.moe.profile_prompts import ProfileError, read_texts, tokenized
 from service.models import inspect_model, locate
 from service.moe.steering import (
@@ -37,7 +37,7 @@ _LEAST_TEXTS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Learned:
+class LearnedProfile:
     """A learned profile, its sources and its quality loss. Shares are 0 to 1."""
 
     model: str
@@ -52,9 +52,9 @@ class Learned:
     protected: dict[int, tuple[int, ...]]
     learned_texts: int
     learned_tokens: int
-    domain: Loss
-    others: Loss | None
-    reads: tuple[Reads, ...]
+    domain: QualityLoss
+    others: QualityLoss | None
+    reads: tuple[ExpertReads, ...]
 
 
 def learn(
@@ -68,7 +68,7 @@ def learn(
     max_tokens: int = 512,
     models_dir: Path | None = None,
     say: Callable[[str], None],
-) -> Learned:
+) -> LearnedProfile:
     """Learn a profile and write it to `out`.
 
     protect: (layer, expert) that must stay, beside the super experts. max_tokens: longer texts
@@ -104,7 +104,7 @@ def learn(
     loss = judged.loss(held_out)
     foreign = judged.loss(tokenized(strangers, tokenizer, max_tokens)) if strangers else None
     share = _shares(found, profile)
-    told = Learned(
+    told = LearnedProfile(
         model=str(folder),
         profile=str(out),
         keep=keep,
@@ -140,7 +140,7 @@ def make_profile(
     return SteeringProfile(shape, layers, protected, about)
 
 
-def as_json(told: Learned) -> dict[str, Any]:
+def as_json(told: LearnedProfile) -> dict[str, Any]:
     """The outcome for programs."""
     found: dict[str, Any] = json.loads(json.dumps(asdict(told)))
     return found

@@ -23,7 +23,7 @@ _SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
+class QualityLoss:
     """Bits per byte on some texts. `lost` > 0: steering made it worse; its standard error."""
 
     texts: int
@@ -35,7 +35,7 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True)
-class Reads:
+class ExpertReads:
     """What a batch of tokens of the domain needs of a layer, in the mean over layers and batches,
 
     and of all layers, in bytes of expert weights as they are stored.
@@ -59,12 +59,12 @@ class Judged:
         self._shape = shape
         self._profile = profile
 
-    def loss(self, texts: Sequence[Text]) -> Loss:
+    def loss(self, texts: Sequence[Text]) -> QualityLoss:
         plain = self._scores(texts)
         with steered(self._layers, self._profile.layers, self._shape):
             changed = self._scores(texts)
         told = compare("domain", plain, changed, seed=_SEED)
-        return Loss(
+        return QualityLoss(
             texts=len(texts),
             bytes=sum(row.bytes for row in plain),
             unsteered=told.base,
@@ -73,7 +73,7 @@ class Judged:
             lost_error=told.gain_error,
         )
 
-    def reads(self, texts: Sequence[Text]) -> tuple[Reads, ...]:
+    def reads(self, texts: Sequence[Text]) -> tuple[ExpertReads, ...]:
         plain = self._choices(texts)
         with steered(self._layers, self._profile.layers, self._shape):
             changed = self._choices(texts)
@@ -81,7 +81,7 @@ class Judged:
         counted = []
         for batch in BATCHES:
             needed = [distinct(chose, self._shape.experts, batch) for chose in (plain, changed)]
-            counted.append(Reads(batch, *needed, *(size * experts for experts in needed)))
+            counted.append(ExpertReads(batch, *needed, *(size * experts for experts in needed)))
         return tuple(counted)
 
     def _scores(self, texts: Sequence[Text]) -> list[RowScore]:

@@ -11,7 +11,7 @@ import click
 from service.cli.output import size, table
 
 if TYPE_CHECKING:
-    from router_models.moe.profile import Learned
+    from router_models.moe.profile import LearnedProfile
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -90,7 +90,7 @@ def profile(
         _print(result)
 
 
-def _print(result: Learned) -> None:
+def _print(result: LearnedProfile) -> None:
     protected = ", ".join(f"{layer}:{e}" for layer, ids in result.protected.items() for e in ids)
     click.echo(
         f"{result.profile}: {result.kept} of {result.experts} experts stay in each of "

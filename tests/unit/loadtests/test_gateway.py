@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loadtests.gateway.vllm_server import EngineArguments
-from loadtests.gateway.vs_vllm import Measured, judge, unfairness
+from loadtests.gateway.vs_vllm import TurnResult, judge, unfairness
 from loadtests.lib import machine
 from loadtests.lib.coe_service import config
 from loadtests.lib.machine import Process, Ticks, Watch, describe, ours_of, parse_stat
@@ -16,11 +16,13 @@ from loadtests.lib.targets import Report
 from service.config import Config
 
 
-def _turn(rate: float, first_ms: float, others: int = 0) -> Measured:
-    return Measured(rate, [first_ms], Ticks(1000, 500, 500 - others))
+def _turn(rate: float, first_ms: float, others: int = 0) -> TurnResult:
+    return TurnResult(rate, [first_ms], Ticks(1000, 500, 500 - others))
 
 
-def _pairs(ratio: float, *, others: tuple[int, int] = (0, 0)) -> list[tuple[Measured, Measured]]:
+def _pairs(
+    ratio: float, *, others: tuple[int, int] = (0, 0)
+) -> list[tuple[TurnResult, TurnResult]]:
     bare = [_turn(100.0 + i, 50.0, others[0]) for i in range(9)]
     return [(b, _turn(b.tokens_per_s * ratio, 53.0, others[1])) for b in bare]
 

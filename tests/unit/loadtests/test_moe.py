@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from loadtests.lib.targets import Reach, Report, Table
+from loadtests.lib.targets import Report, Table, TargetCheck
 from loadtests.moe import __main__ as moe
 
 
 def part(name: str, ok: bool) -> Report:
-    made = Report(name, [Reach(name, 1, 2, ok)], [Table(name, ("a",))], [f"note of {name}"])
+    made = Report(name, [TargetCheck(name, 1, 2, ok)], [Table(name, ("a",))], [f"note of {name}"])
     made.facts["value"] = name
     return made
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from router_models.evaluation import comparison, report, singles, standard_error, with_errors
 from router_models.outcomes import Table
-from router_models.recipes import Played, play
+from router_models.recipes import RecipeResults, play
 from router_models.training import Predicted
 from service.types import Recipe
 
@@ -30,11 +30,13 @@ def table(score: np.ndarray, cost: np.ndarray, prompts: list[str] | None = None)
     )
 
 
-def played(outcomes: Table) -> Played:
+def played(outcomes: Table) -> RecipeResults:
     return play([Recipe("single", (name,)) for name in outcomes.experts], outcomes)
 
 
-def drawn(rng: np.random.Generator, prompts: int, recorded: int) -> tuple[Table, Played, Predicted]:
+def drawn(
+    rng: np.random.Generator, prompts: int, recorded: int
+) -> tuple[Table, RecipeResults, Predicted]:
     """A cheap and a dear expert on prompts each recorded so many times, and a noisy router."""
     hard = rng.random(prompts)
     right = np.stack([rng.random(prompts) > hard, rng.random(prompts) > 0.4 * hard], 1)
