@@ -1,4 +1,4 @@
-"""What is done about an exception that nobody thought of, around every endpoint."""
+"""Middleware around every endpoint: unhandled exceptions become an internal error."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from service.http.openai_errors import dialect_of, error_response
 
 log = logging.getLogger("coe.api")
 
-# They see to it themselves, and carry every token.
-_PROMPTS = frozenset(ENDPOINTS)
+# These endpoints handle their own exceptions, and every token passes through them.
+_INFERENCE = frozenset(ENDPOINTS)
 
 
 class InternalErrorMiddleware:
-    """Middleware: an error of our shape for the client, its kind and place for the log.
+    """Answers an unhandled exception with an OpenAI error, and logs its type and traceback.
 
-    A server would log its text, which may quote a prompt, and answer with a bare line.
+    The server's own handler would log the exception's text, which may quote a prompt.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _PROMPTS:
+        if scope["type"] != "http" or scope["path"] in _INFERENCE:
             await self._app(scope, receive, send)
             return
         started = False
 
-        async def noted(message: Message) -> None:
+        async def tracked_send(message: Message) -> None:
             nonlocal started
             started = True
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, receive, tracked_send)
         except Exception:
-            log.exception("a request failed unexpectedly")
+            log.exception("unhandled exception in an endpoint")
             if started:
-                # Cutting it short is all that is left.
+                # The reply has begun, so it can only be cut short.
                 raise ConnectionResetError(CoeError.code) from None
-            fault = error_response(
-                CoeError("something went wrong here; the log has its kind and place"),
+            response = error_response(
+                CoeError("internal error; the log holds its type and traceback"),
                 dialect_of(scope["path"]),
             )
-            await send_response(send, fault.status, fault.headers, fault.body)
+            await send_response(send, response.status, response.headers, response.body)

@@ -36,14 +36,14 @@ Headers = list[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class RequestObservers:
-    """What is told of every request.
+    """Where every request is reported.
 
     Attributes:
         metrics: The gateway's metrics.
         history: The console's list of requests.
-        traces: Traces, where requests are traced.
+        traces: Records traces; None where requests are not traced.
         access_log: Whether each request gets a log line, without its prompt.
-        sends_request_id: Whether the gateway itself puts `x-request-id` into replies.
+        sends_request_id: Whether the gateway puts `x-request-id` into replies.
     """
 
     metrics: GatewayMetrics
@@ -54,10 +54,15 @@ class RequestObservers:
 
 
 class RequestScope:
-    """Owns what is kept of one request, and accounts for it however it ends.
+    """Owns the record of one request, and accounts for it however it ends.
 
-    As a context manager it answers a `CoeError` in the client's dialect, answers anything else
-    that is raised with 500, and lets cancellation through.
+    As a context manager it answers a `CoeError` in the client's dialect and any other exception
+    with 500, and lets cancellation through.
+
+    Args:
+        observers: Where the request is reported.
+        scope: The request's ASGI scope.
+        send: The server's ASGI `send`.
     """
 
     def __init__(
@@ -79,7 +84,7 @@ class RequestScope:
         return self
 
     def add_request(self, validated: GuardResult) -> InferenceRequest:
-        """Note what the client asks for, once it is known."""
+        """Record the request once it is validated."""
         request, record = validated.request, self.record
         record.client_id, record.model = request.client_id, request.model
         record.streamed, record.own_deadline = request.stream, request.own_deadline
@@ -92,7 +97,7 @@ class RequestScope:
         return request
 
     def add_plan(self, plan: RoutePlan, began_s: float, ended_s: float) -> RoutePlan:
-        """Note the candidates that were found between two times of `time.monotonic`."""
+        """Record the candidates, which were found between two times of `time.monotonic`."""
         record = self.record
         record.routed = True
         record.category, record.confidence = plan.category, plan.confidence
@@ -105,12 +110,13 @@ class RequestScope:
         return plan
 
     def compose_sends(self, session: CacheSession, meter: UsageMeter | None) -> ResponseSend:
-        """Put our ASGI sends around the server's own, in this order.
+        """Put the gateway's ASGI sends around the server's own.
 
-        From the engine to the client: the usage meter counts what passes and takes out what the
-        client did not ask for (`UsageMeter`); then headers, cost and errors of the client's
-        dialect are added (`ResponseSend`); then the cache records what goes out
-        (`RecordingSend`, in `session.send`).
+        A message passes them in this order, from the engine to the client:
+
+        1. `UsageMeter` counts tokens, and removes usage that the client did not ask for.
+        2. `ResponseSend` adds headers and cost, and writes errors in the client's dialect.
+        3. `RecordingSend` (`session.send`) keeps a copy for the response cache.
         """
         return ResponseSend(
             session.send, self.headers, self.record, meter, dialect_of(self.record.path)
@@ -135,7 +141,7 @@ class RequestScope:
             if isinstance(error, Exception):
                 log.error("unhandled exception in the inference handler", exc_info=error)
                 await self._send_error(
-                    CoeError("internal error; the log has its kind and its place")
+                    CoeError("internal error; the log holds its type and traceback")
                 )
                 return True
             return False
@@ -146,7 +152,7 @@ class RequestScope:
         record = self.record
         record.outcome = record.fault = error.code
         if record.status:
-            # The reply has begun and is no stream: cutting it short is all that is left.
+            # The reply has begun and is not a stream, so it can only be cut short.
             raise ConnectionResetError(error.code)
         response = error_response(error, dialect_of(record.path))
         record.status = response.status
@@ -179,7 +185,7 @@ def _span_attributes(record: RequestRecord) -> dict[str, str | int | float]:
         "coe.recipe": record.recipe_label,
     }
     if any(call.prompt_tokens or call.completion_tokens for call in record.calls):
-        # Of all calls; a stream that told no usage has none.
+        # The sums cover all calls; a stream without usage has none.
         attributes["gen_ai.usage.input_tokens"] = sum(c.prompt_tokens or 0 for c in record.calls)
         attributes["gen_ai.usage.output_tokens"] = sum(
             call.completion_tokens or 0 for call in record.calls

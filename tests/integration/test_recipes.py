@@ -221,7 +221,7 @@ async def test_a_remote_member_is_taken_where_it_is_sure_of_its_tokens(
             for _ in range(2):
                 _, headers, _ = await s.ask(chat(model="sure"))
                 assert headers["x-coe-expert"] == "c"
-            assert caplog.text.count("tells no log probabilities") == 1
+            assert caplog.text.count("sends no log probabilities") == 1
 
 
 async def test_a_chain_stops_at_the_first_that_agrees_with_one_before() -> None:

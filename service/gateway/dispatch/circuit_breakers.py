@@ -1,9 +1,9 @@
-"""What a gateway's circuit breakers make of attempts, and which places they close.
+"""The gateway's circuit breakers and its retry budget.
 
-Counted against an expert is what it did itself: its engine or its endpoint could not be
-reached, died, answered with nonsense, or said nothing although it had time. Nothing is
-counted for an error of the client's, a full or draining pool, a rate limit of the
-endpoint, a client that left, or a deadline too short to judge by.
+A breaker counts failures of the expert itself: its engine or endpoint could not be reached,
+died, sent an invalid answer, or sent nothing although it had time. It does not count errors of
+the client, a full or draining pool, a rate limit of the endpoint, a client that left, or a
+deadline that was too short to judge by.
 """
 
 from __future__ import annotations
@@ -35,9 +35,13 @@ Place = tuple[str, str]
 class CircuitBreakers:
     """The breakers of one gateway. A place is (expert, pool's boot id) or (expert, REMOTE).
 
-    `endpoints`: the address of each remote expert; experts with the same one share a breaker
-    for it, which only failures to reach it open. `min_hang_s`: time in which an attempt must have
-    said something. `breakers` and `budget`, that of retries, outlive a config.
+    Args:
+        endpoints: The URL of each remote expert. Experts with the same URL share a breaker for
+            it, which opens only where the URL can't be reached.
+        min_hang_s: A silent attempt counts as a failure from this many seconds on.
+        breakers: The state of each breaker. It outlives a config.
+        budget: The retry budget. It outlives a config.
+        meter: Counts trips and retries.
     """
 
     def __init__(
@@ -49,53 +53,61 @@ class CircuitBreakers:
         meter: MetricsRegistry,
     ) -> None:
         self._endpoints = endpoints
-        self._hang_s = min_hang_s
+        self._min_hang_s = min_hang_s
         self._breakers = breakers
         self._budget = budget
         self._meter = meter
 
     def blocked(self) -> frozenset[Place]:
-        """Places where nobody is to be asked now."""
-        shut = self._breakers.blocked(time.monotonic())
-        if not shut:
-            return shut
-        named = {(expert, REMOTE) for expert, url in self._endpoints.items() if ("", url) in shut}
-        return shut | named
+        """The places whose breaker is open."""
+        blocked = self._breakers.blocked(time.monotonic())
+        if not blocked:
+            return blocked
+        named = {
+            (expert, REMOTE) for expert, url in self._endpoints.items() if ("", url) in blocked
+        }
+        return blocked | named
 
     def refusal(self, experts: Collection[str]) -> CircuitOpenError:
-        """The error where only closed places are left: with the time until one is tried."""
+        """The error where every place is blocked, with the time until one is tried again."""
         now_s = time.monotonic()
         keys = [key for key in self.blocked() if key[0] in experts]
         keys += [("", self._endpoints[name]) for name in experts if name in self._endpoints]
         left_s = self._breakers.left_s(keys, now_s)
         name = next(iter(experts), "")
         return CircuitOpenError(
-            f"expert {name!r} has failed several times in a row and is left alone for a moment",
+            f"expert {name!r} has failed several times in a row; its circuit breaker is open",
             retry_after_s=max(1.0, left_s),
         )
 
     def record_request(self) -> None:
-        """A request has come: it earns its share of a retry."""
+        """Count a request, which earns a share of a retry."""
         self._budget.earn()
 
     def pay_for_retry(self) -> bool:
-        """Whether the retry budget has another attempt left; then it is paid for."""
-        made = self._budget.spend()
-        self._meter.add(metrics.RETRIES, 1, "made" if made else "refused")
-        return made
+        """Take one retry from the budget; False where none is left."""
+        paid = self._budget.spend()
+        self._meter.add(metrics.RETRIES, 1, "made" if paid else "refused")
+        return paid
 
     async def retry_delay_s(self, times_tried: int) -> None:
-        """Before going back to a place that has just failed."""
+        """Wait before a place that has just failed is tried again."""
         await asyncio.sleep(backoff_s(times_tried, random))
 
     @contextmanager
     def attempt(self, expert: str, boot: str, given_s: float) -> Iterator[None]:
-        """One attempt at a place, with `given_s` of time: how it ends is noted."""
+        """Judge the attempt that runs inside of this context.
+
+        Args:
+            expert: The expert that is called.
+            boot: The boot id of its pool, or REMOTE.
+            given_s: Seconds that the attempt may take.
+        """
         began_s = time.monotonic()
         keys: list[Place] = [(expert, boot)]
         if boot == REMOTE:
             keys.append(("", self._endpoints.get(expert, "")))
-        tries = [self._breakers.begin(key, began_s) for key in keys]
+        permits = [self._breakers.begin(key, began_s) for key in keys]
         ok: bool | None = None
         reached: bool | None = None
         try:
@@ -104,32 +116,32 @@ class CircuitBreakers:
         except CoeError as error:
             ok = self._classify_outcome(error, given_s)
             if isinstance(error, UpstreamError):
-                # Any status of its own says that it is there.
+                # An endpoint that sends any status can be reached.
                 reached = not error.unreachable
             raise
         finally:
             now_s = time.monotonic()
             ends = (ok, reached)
-            for key, one, end in zip(keys, tries, ends, strict=False):
-                if self._breakers.end(key, one, end, now_s):
+            for key, permit, end in zip(keys, permits, ends, strict=False):
+                if self._breakers.end(key, permit, end, now_s):
                     self._meter.add(metrics.BREAKER_TRIPS, 1, expert)
 
     def _classify_outcome(self, error: CoeError, given_s: float) -> bool | None:
         if isinstance(error, DeadlineExceededError):
-            return False if given_s >= self._hang_s and error.silent else None
+            return False if given_s >= self._min_hang_s and error.silent else None
         if isinstance(error, UpstreamError):
             return None if error.limited else False
         return False if isinstance(error, _OWN) else None
 
     def forget_all_but(self, boots: Collection[str]) -> None:
-        """Pools that are gone do not come back."""
+        """Forget pools that are gone, as they don't come back."""
         self._breakers.forget(lambda key: key[0] != "" and key[1] not in (*boots, REMOTE))
 
     def read(self) -> None:
-        """Tell metrics which experts have an open breaker."""
+        """Update the metric of experts with an open breaker."""
         self._meter.forget(metrics.BREAKER_OPEN)
         for (expert, _), state in self._breakers.states(time.monotonic()).items():
             if expert:
                 before = self._meter.value(metrics.BREAKER_OPEN, expert)
-                shut = max(before, float(state is not State.CLOSED))
-                self._meter.put(metrics.BREAKER_OPEN, shut, expert)
+                is_open = max(before, float(state is not State.CLOSED))
+                self._meter.put(metrics.BREAKER_OPEN, is_open, expert)

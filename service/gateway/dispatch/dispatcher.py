@@ -1,7 +1,7 @@
-"""Carrying one call to whoever answers it, and the answer back.
+"""Dispatches one call to a pool or a remote endpoint, and forwards the answer.
 
-Until the first byte has gone to the client, a fault sends the request to the next
-best option; afterwards it ends the stream with an SSE error event.
+Until the first byte has gone to the client, a failed call is retried with the next best
+candidate. After that, a failure ends the stream with an SSE error event.
 """
 
 from __future__ import annotations
@@ -70,13 +70,24 @@ from service.rpc.pool_directory import PoolDirectory
 if TYPE_CHECKING:
     from service.telemetry.tracing import Trace
 
-# The pool enforces the deadline; the gateway only sees to it that a pool that
-# hangs can't keep a client for ever.
+# The pool enforces the deadline. The gateway waits a little longer, so that a pool that hangs
+# can't keep a client for ever.
 _GRACE_S = 1.0
 
 
 class Dispatcher:
-    """Carries calls. `wake` asks for a pool that holds an expert where none runs."""
+    """Selects candidates and calls their experts.
+
+    Args:
+        catalog: The recipes.
+        cost_model: Expects tokens and costs of calls.
+        directory: Links to pools.
+        remote_pools: Remote experts, by name.
+        wake: Asks for a pool that holds an expert where none runs.
+        budget_prices: Prices the tenants' budgets.
+        breakers: The circuit breakers.
+        prefix_affinity: Knows which engine has a conversation in its prefix cache.
+    """
 
     def __init__(
         self,
@@ -94,18 +105,18 @@ class Dispatcher:
         self.catalog = catalog
         self.breakers = breakers
         self.cost_model = cost_model
-        self._board = PoolStateTable(catalog.index)
+        self._pool_table = PoolStateTable(catalog.index)
         self._directory = directory
         self._remote_pools = remote_pools
         self._wake = wake
-        self._unmet = DemandReporter(directory, self.views)
+        self._demand_reporter = DemandReporter(directory, self.views)
 
     async def close(self) -> None:
-        """Say no more."""
-        await self._unmet.close()
+        """Stop reporting unmet demand."""
+        await self._demand_reporter.close()
 
     def views(self) -> list[PoolView]:
-        """What is known of every pool, with this gateway's own unacknowledged requests."""
+        """The state of every pool, with this gateway's own unacknowledged requests."""
         now_s = time.monotonic()
         views = [
             PoolView(link.address.boot, link.snapshot, link.age_s(now_s), link.unseen())
@@ -117,7 +128,7 @@ class Dispatcher:
         return views
 
     def context(self, expert: str) -> int:
-        """An expert's context in tokens, the greatest that any pool tells; 0: not known."""
+        """An expert's context in tokens, the greatest in any pool; 0 where it is unknown."""
         return self._directory.context(expert)
 
     def weigh_candidates(
@@ -129,7 +140,15 @@ class Dispatcher:
         banned: frozenset[tuple[str, str]] = frozenset(),
         views: list[PoolView] | None = None,
     ) -> Selection:
-        """Every way to answer this now. Sends nothing."""
+        """Weigh every candidate as of now, without side effects.
+
+        Args:
+            request: The request.
+            plan: Its candidates.
+            left_s: Seconds left of the deadline; None takes the whole deadline.
+            banned: Places, as (expert, pool's boot id), that must not be selected.
+            views: The state of every pool; None reads it.
+        """
         banned |= self.breakers.blocked()
         wish = selection_request(
             self.cost_model,
@@ -140,7 +159,7 @@ class Dispatcher:
             cost_price=self.budget_prices.cost_price(request.tenant),
             warm=self.prefix_affinity.hint(request),
         )
-        standing = self._board.standing(self.views() if views is None else views)
+        standing = self._pool_table.standing(self.views() if views is None else views)
         return select(self.catalog, standing, wish)
 
     async def dispatch(
@@ -153,10 +172,18 @@ class Dispatcher:
         first: Selection | None = None,
         recipe: str = "",
     ) -> None:
-        """Answer by one expert. `first`: the choice as it was found, for the first attempt.
-        `recipe`: as part of which this is asked, if it is.
+        """Answer by one expert, with retries.
 
-        Raises CoeError while nothing has been sent.
+        Args:
+            request: The request.
+            plan: Its candidates; only single experts among them are called.
+            reply: Receives the answer.
+            deadline_s: The deadline, by `time.monotonic`.
+            first: The selection for the first attempt, if it is known already.
+            recipe: The recipe that this call is part of; empty for none.
+
+        Raises:
+            CoeError: The request failed, and nothing has been sent.
         """
         record = reply.record
         fault: CoeError | None = None
@@ -164,7 +191,7 @@ class Dispatcher:
         self.breakers.record_request()
         while True:
             if len(record.losses) >= MOST_LOSSES:
-                raise _died_twice()  # another call of the same request may have seen the second
+                raise _died_twice_error()  # another call of this request may have lost the second
             option = self._next_candidate(request, single, record, fault, deadline_s, first)
             first = None
             if option is None:
@@ -180,7 +207,7 @@ class Dispatcher:
             record.tried[option.expert, option.boot] += 1
             left_s = deadline_s - time.monotonic()
             try:
-                # Of another expert than the first fewer tokens may cost as much.
+                # This expert may cost more per token than the first one.
                 context = self.context(option.expert)
                 bounded = within_cost(request, (option.expert,), self.cost_model, (context,))
             except InvalidRequestError as error:
@@ -206,15 +233,23 @@ class Dispatcher:
                     self.breakers.forget_all_but([view.boot for view in self.views()])
                 match after_fault(error, len(record.losses)):
                     case AfterFault.DIED_TWICE:
-                        raise _died_twice() from None
+                        raise _died_twice_error() from None
                     case AfterFault.RAISE:
                         raise
                     case AfterFault.RETRY_IF_PAID if not self.breakers.pay_for_retry():
                         raise
 
     def select(self, request: InferenceRequest, plan: RoutePlan, left_s: float) -> Selection:
-        """The first choice for a request, with so much left of its deadline: tells pools of what
-        it would rather have had."""
+        """Make the first selection for a request, and report the demand that it leaves unmet.
+
+        Args:
+            request: The request.
+            plan: Its candidates.
+            left_s: Seconds left of the deadline.
+
+        Raises:
+            InvalidRequestError: Every candidate costs more than `max_cost`.
+        """
         views = self.views()
         selection = self.weigh_candidates(request, plan, left_s=left_s, views=views)
         self.budget_prices.observe(request.tenant, selection)
@@ -224,15 +259,15 @@ class Dispatcher:
             return selection
         self._wake_better(plan, selection, at, views)
         if wanted := selection.unmet(at):
-            self._unmet.add(wanted, selection.missed(at))
+            self._demand_reporter.add(wanted, selection.missed(at))
         return selection
 
     @staticmethod
     def _refuse_cost(request: InferenceRequest, selection: Selection) -> None:
-        """No way to answer is cheap enough, whatever is free: say so at once."""
+        """Refuse where every candidate costs more than `max_cost`, whichever pools are free."""
         if request.max_cost is not None and (selection.cost > request.max_cost).all():
             raise InvalidRequestError(
-                f"no way to answer is expected to cost at most {request.max_cost:g}; "
+                f"no candidate is expected to cost at most {request.max_cost:g}; "
                 f"the cheapest costs about {selection.cost.min():.3g}",
                 param="coe.max_cost",
             )
@@ -246,10 +281,14 @@ class Dispatcher:
         deadline_s: float,
         first: Selection | None,
     ) -> Candidate | None:
-        """The best option left. None: wait for a pool. Raises when there is no hope."""
-        # The same pool again only where its engine died: it is starting another.
+        """The best candidate left; None where the request has to wait for a pool.
+
+        Raises:
+            CoeError: No candidate is left, and waiting would not help.
+        """
+        # A pool is tried again only where its engine died, because it starts another one.
         tries = tries_per_pool(fault)
-        # After a fault, somebody else first.
+        # After a fault, other pools come first.
         least_tried = range(min(1, len(record.tried)), tries + 1)
         if first is not None and (found := self._best(first, record)) is not None:
             return found
@@ -298,7 +337,7 @@ class Dispatcher:
     def _wake_better(
         self, plan: RoutePlan, selection: Selection, at: int, views: list[PoolView]
     ) -> None:
-        """Ask for a pool of an expert worth more than the winner that no pool has now."""
+        """Wake a pool for the best expert that no pool holds, if it beats the selection."""
         if not (selection.barred == Exclusion.NO_POOL).any():
             return
         there = {name for view in views for name in view.snapshot.experts}
@@ -329,15 +368,15 @@ class Dispatcher:
         body = request.body_for(option.expert)
         remote = option.boot == REMOTE
         limit = asyncio.timeout(left_ms / 1000 + (0 if remote else _GRACE_S))
-        # Never the one of an attempt before: that has ended.
+        # The time limit of an earlier attempt has ended, so it is always replaced.
         reply.first_byte_limit = limit if remote and request.stream else None
         reply.sent_s = time.monotonic()
         reply.record.pool = option.boot
-        # The one before may not have ended yet in the engine: no two have the same id.
+        # The engine may still run the earlier attempt, so each attempt has an id of its own.
         again = reply.record.attempts - 1
         attempt_id = f"{request.request_id}-again{again}" if again else request.request_id
-        handed = asyncio.Event()
-        left = partial(self._left, option, request, attempt_id, reply)
+        handed_over = asyncio.Event()
+        give_up = partial(self._record_abandoned, option, request, attempt_id, reply)
         expert_call = ExpertCall(
             option.expert,
             self.cost_model.price(option.expert),
@@ -360,7 +399,7 @@ class Dispatcher:
                             request.tenant.cache_salt,
                         ),
                         reply,
-                        handed,
+                        handed_over,
                         request.tenant,
                         tokens=request.prompt_tokens,
                         places=request.sequences,
@@ -389,20 +428,20 @@ class Dispatcher:
                         raise PoolStoppedError(error.message) from None
                     raise
         except asyncio.CancelledError:
-            left(begun=handed.is_set() or not remote)
+            give_up(begun=handed_over.is_set() or not remote)
             raise
         except DeadlineExceededError:
-            left(begun=request.own_deadline)
+            give_up(begun=request.own_deadline)
             raise
         except TimeoutError:
             if not limit.expired():
                 raise
-            left(begun=request.own_deadline and (handed.is_set() or not remote))
+            give_up(begun=request.own_deadline and (handed_over.is_set() or not remote))
             raise deadline_error(
-                request, silent=request.stream and (handed.is_set() or not remote)
+                request, silent=request.stream and (handed_over.is_set() or not remote)
             ) from None
 
-    def _left(
+    def _record_abandoned(
         self,
         option: Candidate,
         request: InferenceRequest,
@@ -411,9 +450,14 @@ class Dispatcher:
         *,
         begun: bool,
     ) -> None:
-        """A call is given up: nobody waits for it any more. What it has used will be asked.
+        """Record a call that was given up, so that its usage is asked for or estimated.
 
-        `begun`: somebody may have worked on it.
+        Args:
+            option: The candidate that was called.
+            request: The request.
+            attempt_id: The call's id in the engine.
+            reply: The reply that the call was for.
+            begun: Whether an engine may have worked on it.
         """
         if not begun:
             return
@@ -444,7 +488,7 @@ class Dispatcher:
     ) -> None:
         fault = answer.headers.get(FAULT_HEADER.decode())
         if fault in (DeadlineExceededError.code, EngineTimeoutError.code):
-            # In the client's own figure: the pool knows only what was left of it.
+            # The error names the client's deadline; the pool knows only the rest of it.
             raise deadline_error(request, silent=fault == EngineTimeoutError.code)
         if fault in RETRIED:
             raise error_from_fault(
@@ -471,7 +515,7 @@ class Dispatcher:
                     first = False
                 await reply(body_message(chunk, more=True))
         except (aiohttp.ClientError, OSError):
-            raise PoolUnavailableError("the pool that was answering went away") from None
+            raise PoolUnavailableError("the pool went away while it answered") from None
         if first:
             raise PoolUnavailableError("the pool ended its answer before it began")
         await reply(body_message())
@@ -480,13 +524,13 @@ class Dispatcher:
 def _traced(
     trace: Trace | None, option: Candidate, request: InferenceRequest
 ) -> AbstractContextManager[Mapping[str, str]]:
-    """The W3C headers to go on with; untraced, the client's own as they came."""
+    """The W3C headers for the call: the span's, or the client's own without tracing."""
     if trace is None:
         return nullcontext(request.trace)
     return trace.attempt(option.expert, option.boot or None)
 
 
-def _died_twice() -> EngineDiedTwiceError:
+def _died_twice_error() -> EngineDiedTwiceError:
     return EngineDiedTwiceError(
-        f"{MOST_LOSSES} engines died while they had this request; it is given to no other"
+        f"{MOST_LOSSES} engines died while they had this request; it is not tried again"
     )

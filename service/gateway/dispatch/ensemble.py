@@ -1,8 +1,8 @@
-"""Recipes of several experts: asked together or in turn, compared, and one answer sent.
+"""Runs recipes of several experts: votes and cascades.
 
-One member failing does not fail the answer. A stream begins as soon as the answer is
-settled: what a member has answered is sent as it stands, and the last expert of a cascade, whose
-answer counts in any case, streams itself. A client gets the same answer whole and streamed.
+The members' answers are compared, and one of them is sent. One failed member does not fail the
+request. A stream begins as soon as the answer is decided: a member's answer is sent as a whole,
+and the last expert of a cascade streams directly, because its answer counts in any case.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from service.types import MAX_LATER, Recipe
 
 log = logging.getLogger("coe.ensemble")
 
-# Answers that were cut, by a bound on their length or by a filter, can't be compared.
+# Finish reasons of answers that were cut, which can't be compared.
 _CUT = frozenset({"length", "content_filter"})
-# Experts that told no log probabilities though they were asked to; each is named in the log once.
+# Experts that sent no log probabilities although asked; each gets one warning in the log.
 _without_logprobs: set[str] = set()
 
 
@@ -47,7 +47,18 @@ class NoMemberError(UnavailableError):
 
 @dataclass(slots=True)
 class MemberAnswer:
-    """What one member said. `body` is its whole reply, empty where it failed with `error`."""
+    """The answer of one member.
+
+    Attributes:
+        expert: The member.
+        record: The record of its call.
+        status: Its HTTP status; 0 where it failed.
+        body: Its whole reply; empty where it failed.
+        text: The text of its answer.
+        final: The final answer in the text, if it has one that can be compared.
+        logprobs: Log probabilities of the answer's tokens.
+        error: Why it failed, if it did.
+    """
 
     expert: str
     record: RequestRecord
@@ -66,7 +77,20 @@ class MemberAnswer:
 
 @dataclass(slots=True)
 class EnsembleExecutor:
-    """Runs one recipe for one request. `selection` is the choice that took it."""
+    """Runs one recipe for one request.
+
+    Attributes:
+        dispatcher: Calls experts.
+        catalog: The recipes.
+        cost_model: Prices calls.
+        recipe: The recipe.
+        request: The request.
+        plan: Its candidates.
+        selection: The selection that chose the recipe.
+        reply: Receives the answer.
+        deadline_s: The deadline, by `time.monotonic`.
+        answers: The members' answers so far.
+    """
 
     dispatcher: Dispatcher
     catalog: RecipeCatalog
@@ -82,11 +106,11 @@ class EnsembleExecutor:
 
     @property
     def escalations(self) -> int:
-        """How many of the recipe's later experts were asked."""
-        return sum(1 for one in self.answers if one.expert in self.recipe.later)
+        """How many of the recipe's later experts were called."""
+        return sum(1 for answer in self.answers if answer.expert in self.recipe.later)
 
     async def run(self) -> None:
-        """Answer. Raises NoMemberError where nobody did, and nothing has been sent."""
+        """Answer the request. Raises NoMemberError where no member answered."""
         try:
             if self.recipe.kind == "vote":
                 await self._vote()
@@ -97,9 +121,9 @@ class EnsembleExecutor:
 
     async def _vote(self) -> None:
         answers = await self._together(self.recipe.members, most=len(self.recipe.members) // 2 + 1)
-        at = majority([one.final if one.ok else None for one in answers])
+        at = majority([answer.final if answer.ok else None for answer in answers])
         if at is None:
-            good = [one for one in answers if one.ok]
+            good = [answer for answer in answers if answer.ok]
             await (self._send(good[-1]) if good else self._refuse())
             return
         await self._send(answers[at])
@@ -107,7 +131,7 @@ class EnsembleExecutor:
     async def _cascade(self) -> None:
         recipe = self.recipe
         members = await self._together(recipe.members, most=None)
-        finals = [one.final if one.ok else None for one in members]
+        finals = [answer.final if answer.ok else None for answer in members]
         if len(members) == 1 and recipe.sure > 0:
             settled = self._sure(members[0])
         else:
@@ -129,7 +153,7 @@ class EnsembleExecutor:
             try:
                 answer = await self._ask(expert, len(self.answers))
             except asyncio.CancelledError:
-                # The client has left: what was begun is charged all the same.
+                # The client has left, but the call that was begun is still charged.
                 self.answers.append(self._cut_short(expert, began_s))
                 raise
             self.answers.append(answer)
@@ -138,24 +162,24 @@ class EnsembleExecutor:
                 await self._send(answer)
                 return
             finals.append(answer.final if answer.ok else None)
-        newest = self._newest() or next((one for one in self.answers[::-1] if one.ok), None)
+        newest = self._newest() or next((a for a in self.answers[::-1] if a.ok), None)
         await (self._send(newest) if newest is not None else self._refuse())
 
     def _sure(self, answer: MemberAnswer) -> bool:
-        """Whether a member was sure enough of its own tokens."""
+        """Whether a member's token probabilities reach the recipe's threshold."""
         if not answer.ok:
             return False
         if not answer.logprobs and answer.text and answer.expert not in _without_logprobs:
             _without_logprobs.add(answer.expert)
             log.warning(
-                "expert %s tells no log probabilities, so the cascade %s always asks the next",
+                "expert %s sends no log probabilities, so the cascade %s always escalates",
                 answer.expert,
                 self.name,
             )
         return confidence(answer.logprobs) >= self.recipe.sure
 
     async def _streamed(self, expert: str) -> bool:
-        """Let the last expert answer the client itself. False where it failed before it began."""
+        """Let the last expert stream to the client. False where it failed before it began."""
         self._account()
         self.reply.answers_only = True
         try:
@@ -169,7 +193,7 @@ class EnsembleExecutor:
         except CoeError as error:
             if self.reply.started:
                 raise
-            # That attempt's bound has ended with it.
+            # The attempt's time limit ended with it.
             self.reply.first_byte_limit = None
             refused = isinstance(error, NoAnswer)
             self.answers.append(
@@ -182,11 +206,19 @@ class EnsembleExecutor:
 
     @property
     def name(self) -> str:
-        """The recipe's, as a header can carry it."""
+        """The recipe's name in ASCII, for headers."""
         return self.recipe.name.replace("→", "->")
 
     async def _together(self, experts: Sequence[str], most: int | None) -> list[MemberAnswer]:
-        """Ask all at once; stop waiting when `most` of them agree. In the order of `experts`."""
+        """Call several experts at once.
+
+        Args:
+            experts: The experts.
+            most: Stop waiting as soon as this many answers agree; None waits for all.
+
+        Returns:
+            Their answers, in the order of `experts`.
+        """
         tasks = {asyncio.create_task(self._ask(expert, i)): i for i, expert in enumerate(experts)}
         found: dict[int, MemberAnswer] = {}
         began_s = time.monotonic()
@@ -196,11 +228,11 @@ class EnsembleExecutor:
                 done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     found[tasks[task]] = task.result()
-                finals = [one.final for one in found.values() if one.ok and one.final]
+                finals = [a.final for a in found.values() if a.ok and a.final]
                 if most is not None and any(finals.count(f) >= most for f in finals):
                     break
         finally:
-            # A client that leaves cancels us: what was begun is charged all the same.
+            # A client that leaves cancels this task, but calls that were begun are still charged.
             for task, i in tasks.items():
                 task.cancel()
                 found.setdefault(i, self._cut_short(experts[i], began_s))
@@ -209,14 +241,14 @@ class EnsembleExecutor:
         return self.answers[-len(experts) :]
 
     def _cut_short(self, expert: str, began_s: float) -> MemberAnswer:
-        """A call that was ended before its answer came: what it has cost is told by the clock."""
+        """The answer of a call that was cancelled; its tokens are estimated by its run time."""
         option = self.selection.option(expert)
         tokens = 0
         if option is not None:
-            e = self.catalog.index[expert]
-            whole = float(self.selection.wish.tokens[e])
+            column = self.catalog.index[expert]
+            expected = float(self.selection.wish.tokens[column])
             running_s = time.monotonic() - began_s - option.wait_s
-            tokens = int(whole * min(1.0, max(0.0, running_s / max(option.answer_s, 1e-3))))
+            tokens = int(expected * min(1.0, max(0.0, running_s / max(option.answer_s, 1e-3))))
         record = RequestRecord(expert=expert)
         record.calls.append(
             ExpertCall(
@@ -228,7 +260,9 @@ class EnsembleExecutor:
                 ended=False,
             )
         )
-        return MemberAnswer(expert, record, error=UnavailableError("no longer needed"))
+        return MemberAnswer(
+            expert, record, error=UnavailableError("the answer was no longer needed")
+        )
 
     def _only(self, expert: str) -> RoutePlan:
         row = self.catalog.index[expert]
@@ -241,21 +275,21 @@ class EnsembleExecutor:
         )
 
     async def _ask(self, expert: str, number: int) -> MemberAnswer:
-        """One member's whole answer; its faults are told, not raised."""
+        """Get one member's whole answer; its error is returned, not raised."""
         sure = self.recipe.sure > 0 and len(self.recipe.members) == 1 and number == 0
         request = self.request.for_member(number, logprobs=sure)
-        heard = _BufferedSend()
-        ours = self.reply.record
+        buffer = _BufferedSend()
+        record = self.reply.record
         answer = MemberAnswer(
-            expert, RequestRecord(expert=expert, trace=ours.trace, losses=ours.losses)
+            expert, RequestRecord(expert=expert, trace=record.trace, losses=record.losses)
         )
-        reply = ResponseSend(heard, [], answer.record)
+        reply = ResponseSend(buffer, [], answer.record)
         try:
             await self.dispatcher.dispatch(request, self._only(expert), reply, self.deadline_s)
         except CoeError as error:
             answer.error = error
             return answer
-        answer.status, answer.body = heard.status, heard.body
+        answer.status, answer.body = buffer.status, buffer.body
         self._read(answer)
         return answer
 
@@ -269,41 +303,42 @@ class EnsembleExecutor:
         except (orjson.JSONDecodeError, KeyError, TypeError, IndexError, ValueError):
             if answer.status == 200:
                 answer.error = UnavailableError(
-                    f"expert {answer.expert!r} answered in no known form"
+                    f"expert {answer.expert!r} sent an answer of unknown format"
                 )
             return
         if choice.get("finish_reason") not in _CUT and not message.get("refusal"):
             answer.final = final_answer(answer.text, as_json="json" in self.request.needs)
 
     def _newest(self) -> MemberAnswer | None:
-        """The last answer that has a final one in it."""
-        return next((one for one in self.answers[::-1] if one.ok and one.final), None)
+        """The newest answer that has a final answer in it."""
+        return next((a for a in self.answers[::-1] if a.ok and a.final), None)
 
     def _too_late_for(self, expert: str) -> bool:
-        """Whether asking one more expert would miss the deadline."""
+        """Whether a call of one more expert would miss the deadline."""
         option = self.selection.option(expert)
         needed_s = option.wait_s + option.answer_s if option is not None else 0.0
         return time.monotonic() + needed_s > self.deadline_s
 
     async def _refuse(self) -> None:
-        """Nobody answered: send what an expert said against the request, if any did.
+        """Send a member's 4xx reply, if there is one.
 
-        Raises the last error, or NoMemberError.
+        Raises:
+            CoeError: The last member's error; NoMemberError without any.
         """
         refused = [a for a in self.answers if a.error is None and 400 <= a.status < 500]
         if not refused:
-            raise self._nobody()
+            raise self._no_member_error()
         self._account()
         self._sent = refused[-1]
         self.reply.record.expert = refused[-1].expert
         await self._answer(refused[-1].status, b"application/json", refused[-1].body)
 
-    def _nobody(self) -> CoeError:
-        errors = [one.error for one in self.answers if one.error is not None]
+    def _no_member_error(self) -> CoeError:
+        errors = [a.error for a in self.answers if a.error is not None]
         return errors[-1] if errors else NoMemberError("no member of the recipe answered")
 
     def _charge(self) -> None:
-        """Count the calls whose answer did not go to the client itself."""
+        """Count the calls whose answer did not go to the client."""
         if self.reply.meter is None:
             return
         for answer in self.answers:
@@ -313,21 +348,21 @@ class EnsembleExecutor:
                 )
 
     def _account(self) -> None:
-        """What all calls so far have cost, into the reply's own record."""
+        """Copy the calls so far into the reply's own record."""
         record = self.reply.record
         record.recipe = self.name
-        record.calls = [call for one in self.answers for call in one.record.calls]
-        record.queue_ms = max((one.record.queue_ms for one in self.answers), default=0.0)
-        record.swap_ms = max((one.record.swap_ms for one in self.answers), default=0.0)
+        record.calls = [call for answer in self.answers for call in answer.record.calls]
+        record.queue_ms = max((a.record.queue_ms for a in self.answers), default=0.0)
+        record.swap_ms = max((a.record.swap_ms for a in self.answers), default=0.0)
 
     async def _send(self, answer: MemberAnswer) -> None:
-        """A member's answer to the client, as a stream if that was asked for."""
+        """Send a member's answer to the client, as a stream if the client wants one."""
         self._account()
         self._sent = answer
         record = self.reply.record
         record.expert, record.pool = answer.expert, answer.record.pool
         record.clipped = answer.record.clipped
-        data = _without_ours(orjson.loads(answer.body), self.request)
+        data = _without_additions(orjson.loads(answer.body), self.request)
         if self.request.stream:
             content_type, body = b"text/event-stream; charset=utf-8", _as_stream(data, self.request)
         else:
@@ -339,7 +374,7 @@ class EnsembleExecutor:
 
 
 class _BufferedSend:
-    """An ASGI send that keeps what it is sent."""
+    """An ASGI send that keeps the reply in memory."""
 
     def __init__(self) -> None:
         self.status = 0
@@ -352,8 +387,8 @@ class _BufferedSend:
             self.body += message.get("body", b"")
 
 
-def _without_ours(data: dict[str, Any], request: InferenceRequest) -> dict[str, Any]:
-    """A member's reply without what we had it say for ourselves."""
+def _without_additions(data: dict[str, Any], request: InferenceRequest) -> dict[str, Any]:
+    """Remove `usage.coe` from a member's reply, and logprobs that only the cascade wanted."""
     if isinstance(usage := data.get("usage"), dict):
         usage.pop("coe", None)
     if not request.data.get("logprobs"):

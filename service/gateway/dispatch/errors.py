@@ -1,4 +1,4 @@
-"""A pool's refusals and failures, as exceptions again."""
+"""Turns the error replies of pools back into exceptions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from service.gateway.redaction import without_folders
 from service.gateway.request.parsing import InferenceRequest
 from service.rpc.client import PoolReply
 
-# After these somebody else may answer.
+# Codes of errors after which another pool may answer.
 RETRIED = frozenset(
     {
         "draining",
@@ -33,22 +33,33 @@ RETRIED = frozenset(
 
 
 def deadline_error(request: InferenceRequest, *, silent: bool) -> DeadlineExceededError:
-    """In the client's own figure. `silent`: whoever had the request said nothing."""
+    """The error for a missed deadline, which names the client's own deadline.
+
+    Args:
+        request: The request.
+        silent: Whether the engine that had the request sent nothing.
+    """
     kind = EngineTimeoutError if silent else DeadlineExceededError
-    said = f"no answer within the deadline of {request.deadline_ms} ms"
-    return kind(said, code=DeadlineExceededError.code)
+    message = f"no answer within the deadline of {request.deadline_ms} ms"
+    return kind(message, code=DeadlineExceededError.code)
 
 
 async def read_whole_answer(answer: PoolReply) -> bytes:
-    """The body. Raises PoolUnavailableError."""
+    """Read the whole body. Raises PoolUnavailableError where the pool goes away."""
     try:
         return await answer.chunks.read()
     except (aiohttp.ClientError, OSError):
-        raise PoolUnavailableError("the pool that was answering went away") from None
+        raise PoolUnavailableError("the pool went away while it answered") from None
 
 
 def error_from_fault(code: str, body: bytes, retry_after: str | None) -> UnavailableError:
-    """A pool's error as an exception again, with its own words."""
+    """The exception for a pool's error reply.
+
+    Args:
+        code: The error's code.
+        body: The reply's body; its message is taken over without this machine's folders.
+        retry_after: The reply's `Retry-After` header.
+    """
     try:
         message = without_folders(str(orjson.loads(body)["error"]["message"]))
     except (orjson.JSONDecodeError, KeyError, TypeError):

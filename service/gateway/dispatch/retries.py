@@ -1,6 +1,6 @@
-"""Whether a call that failed is made again, and what a request is told if it is not.
+"""Retry decisions: whether a failed call is made again, and which error a request gets if not.
 
-Pure: what is known of the attempts and of the pools goes in, a decision comes out.
+The functions are pure: they take what is known of attempts and pools, and return a decision.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from service.errors import (
     PoolUnreachableError,
 )
 
-# A request that two engines or pools did not survive is given to no third.
+# A request that two engines or pools did not survive is not tried on a third.
 MOST_LOSSES = 2
 # An engine that died is being replaced, so its pool may be asked a second time.
 TRIES_PER_POOL = 2
 _MOST_ATTEMPTS = 2 * TRIES_PER_POOL
-# Nobody had worked on it: another attempt costs no more than the first would have.
+# After these no engine has worked on the request, so another attempt costs nothing extra.
 _FREE = (PoolDrainingError, OverCapacityError, ExpertFailedError)
 
 
 class AfterFault(StrEnum):
-    """What follows a failed attempt of which nothing has been sent to the client."""
+    """The decision after a failed attempt that has sent nothing to the client."""
 
     RETRY = "retry"
     RETRY_IF_PAID = "retry_if_paid"
@@ -39,7 +39,7 @@ class AfterFault(StrEnum):
 
 
 class WithoutOption(StrEnum):
-    """What follows when no pool or endpoint is left to ask."""
+    """The decision where no pool or endpoint is left."""
 
     WAIT = "wait"
     RAISE_FAULT = "raise_fault"
@@ -55,10 +55,10 @@ def is_loss(fault: CoeError) -> bool:
 
 
 def after_fault(fault: CoeError, losses: int) -> AfterFault:
-    """What follows a failed attempt.
+    """Decide after a failed attempt.
 
     Args:
-        fault: What became of the attempt.
+        fault: The attempt's error.
         losses: Engines and pools that died while they had the request, this one included.
     """
     if losses >= MOST_LOSSES:
@@ -69,7 +69,7 @@ def after_fault(fault: CoeError, losses: int) -> AfterFault:
 
 
 def tries_per_pool(fault: CoeError | None) -> int:
-    """How often one pool may be asked by one request, after this fault."""
+    """How often one request may try the same pool, after this fault."""
     return TRIES_PER_POOL if isinstance(fault, (EngineDeadError, PoolUnavailableError)) else 1
 
 
@@ -79,11 +79,11 @@ def without_option(
     """What follows when no pool or endpoint is left to ask.
 
     Args:
-        fault: What became of the last attempt; None before the first.
+        fault: The error of the last attempt; None before the first.
         attempts: Attempts made so far.
-        resting: A pool that could answer is left alone by an open circuit breaker.
-        usable: A pool is there and could answer, but it was asked often enough.
-        failed: The expert could not be loaded anywhere.
+        resting: Whether a pool could answer, but its circuit breaker is open.
+        usable: Whether a pool could answer, but has no tries left.
+        failed: Whether the expert could not be loaded anywhere.
     """
     if resting:
         return WithoutOption.REFUSE_AS_RESTING if fault is None else WithoutOption.RAISE_FAULT

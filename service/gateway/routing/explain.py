@@ -1,4 +1,4 @@
-"""A decision for people: the posterior, and every candidate with what decided."""
+"""Explains a decision as JSON: the posterior, and every candidate with its reason."""
 
 from __future__ import annotations
 
@@ -10,19 +10,28 @@ from service.gateway.routing.candidates import RoutePlan
 
 _WHY = {
     Exclusion.NO_POOL: "no running pool has it",
-    Exclusion.RESTING: "it has failed several times in a row, and is left alone for a moment",
+    Exclusion.RESTING: "it has failed several times in a row; its circuit breaker is open",
     Exclusion.CONTEXT: "the prompt and its answer do not fit into its context",
     Exclusion.MAX_COST: "costs more than max_cost",
     Exclusion.DEADLINE: "would miss the deadline",
 }
-_MOST = 256
+_MAX_CANDIDATES = 256
 
 
 def explain(plan: RoutePlan, selection: Selection) -> dict[str, Any]:
-    """As JSON; times in s, null where there are none. Candidates best first, 256 at most."""
+    """Explain a selection.
+
+    Args:
+        plan: The candidates.
+        selection: The selection among them.
+
+    Returns:
+        A JSON object. Times are in seconds, null where there are none. The best candidate comes
+        first, and no more than 256 are listed.
+    """
     scores = plan.scores
     posterior = dict(zip(scores.labels, scores.probabilities, strict=True)) if scores else {}
-    order = [int(at) for at in selection.order()[:_MOST]]
+    order = [int(at) for at in selection.order()[:_MAX_CANDIDATES]]
     best = selection.best()
     return {
         "category": plan.category,
@@ -40,7 +49,7 @@ def explain(plan: RoutePlan, selection: Selection) -> dict[str, Any]:
 def _candidate(selection: Selection, at: int, best: int | None) -> dict[str, Any]:
     recipe = selection.book.recipes[int(selection.wish.rows[at])]
     options = [selection.option(name) for name in recipe.members]
-    there = [one for one in options if one is not None]
+    available = [option for option in options if option is not None]
     barred = Exclusion(int(selection.barred[at]))
     behind = None if best is None else float(selection.utility[best] - selection.utility[at])
     if barred:
@@ -55,13 +64,13 @@ def _candidate(selection: Selection, at: int, best: int | None) -> dict[str, Any
         "expert": recipe.members[0],
         "members": list(recipe.members),
         "later": list(recipe.later),
-        "pool": there[0].boot or None if there else None,
-        "pools": {one.expert: one.boot or None for one in there},
+        "pool": available[0].boot or None if available else None,
+        "pools": {option.expert: option.boot or None for option in available},
         "quality": round(float(selection.wish.quality[at]), 4),
         "cost": round(float(selection.cost[at]), 9),
-        "swap_s": _seconds(max((one.eta_s for one in there), default=math.inf)),
-        "wait_s": _seconds(max((one.wait_s for one in there), default=math.inf)),
-        "answer_s": _seconds(max((one.answer_s for one in there), default=math.inf)),
+        "swap_s": _seconds(max((option.eta_s for option in available), default=math.inf)),
+        "wait_s": _seconds(max((option.wait_s for option in available), default=math.inf)),
+        "answer_s": _seconds(max((option.answer_s for option in available), default=math.inf)),
         "time_s": _seconds(float(selection.time[at])),
         "displaced_s": _seconds(float(selection.displaced[at])),
         "utility": _finite(float(selection.utility[at]), 4),
