@@ -258,7 +258,7 @@ class SwappingVllmEngine(VllmEngine):
         await self._share_weights(expert)
         await self._rpc("coe_load_to_host", expert, source.folder, source.adapter, source.strength)
         result = await self._rpc("coe_load_result", expert)
-        while result["state"] == "filling":  # in another process: there is no event to await
+        while result["state"] == "loading":  # in another process: there is no event to await
             await asyncio.sleep(_POLL_S)
             result = await self._rpc("coe_load_result", expert)
         if result["state"] != "host":
@@ -516,7 +516,7 @@ def _canary_answer(reply: dict[str, Any]) -> tuple[list[int], list[float]]:
 def _merge_rank_results(answers: list[Any]) -> Any:
     """Merge the results of all ranks: the least progress, the worst status, and sums of bytes."""
     results = [answer for answer in answers if isinstance(answer, dict)]
-    for state in ("failed", "filling", "disk"):
+    for state in ("failed", "loading", "disk"):
         for result in results:
             if result.get("state") == state:
                 return result

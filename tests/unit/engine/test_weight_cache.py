@@ -101,7 +101,7 @@ def test_merge_rank_results_takes_the_least_progress() -> None:
 
     ranks = [{"state": "host", "host_bytes": 5, "fill_s": s} for s in (0.1, 0.3)]
     assert _merge_rank_results(ranks) == {"state": "host", "host_bytes": 10, "fill_s": 0.3}
-    waits = [ranks[0], {"state": "filling"}]
+    waits = [ranks[0], {"state": "loading"}]
     assert _merge_rank_results(waits) == waits[1]
     assert _merge_rank_results([{"resident_bytes": 1, "host_bytes": 2}]) == {
         "resident_bytes": 1,

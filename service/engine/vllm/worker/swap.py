@@ -239,7 +239,7 @@ class SwapExtension(CaptureExtension):
         return grammars.fault(expert) if grammars is not None else ""
 
     def coe_load_result(self, expert: str) -> dict[str, Any]:
-        """The state of a load: `{"state": "host" | "filling" | "failed" | "disk", …}`.
+        """The state of a load: `{"state": "host" | "loading" | "failed" | "disk", …}`.
 
         A failure is reported once.
         """
@@ -256,7 +256,7 @@ class SwapExtension(CaptureExtension):
             gc.collect()
             release_freed()
             return {"state": "failed", "reason": load.error}
-        return {"state": "filling", "since_s": time.monotonic() - load.requested_s}
+        return {"state": "loading", "since_s": time.monotonic() - load.requested_s}
 
     def _coe_record_probe(self, held: Any) -> None:
         """Record the probe of new weights. Called between two steps of the running model."""

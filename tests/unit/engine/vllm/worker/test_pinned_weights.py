@@ -46,7 +46,7 @@ def extension(model: Any, folder: Path, rank: int = 0) -> Any:
 def filled(one: Any, expert: str) -> dict[str, Any]:
     one.coe_load_to_host(expert, "nowhere", None, 1.0)
     until = time.monotonic() + 30
-    while (told := one.coe_load_result(expert))["state"] == "filling" and time.monotonic() < until:
+    while (told := one.coe_load_result(expert))["state"] == "loading" and time.monotonic() < until:
         time.sleep(0.001)  # a thread of the worker's own: there is no event to await
     return dict(told)
 
