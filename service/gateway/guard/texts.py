@@ -9,12 +9,27 @@ from service.errors import InvalidRequestError
 from service.gateway.guard.screen import Text
 
 _TRUSTED = frozenset({"system", "developer"})
-# What else of a body an expert reads: names, arguments and results of tools, answers begun.
-_INNER = (
-    *("content", "output", "arguments", "text", "input", "name", "description"),
-    *("thinking", "reasoning", "reasoning_content", "refusal", "summary"),
+# Fields that an expert reads: those of the conversation, and those that the client's developer
+# writes, whose words count as the operator's do.
+_OPERATOR = (
+    *("system", "instructions", "tools", "functions", "tool_choice", "response_format"),
+    *("structured_outputs", "output_format", "output_config", "text"),
 )
-_DEEP = 16
+_PROMPT = ("messages", "input", "prompt", "suffix", "documents", "prediction")
+# Strings under these keys are the protocol's, unless they stand in an object of the client's own
+# making: a tool's arguments, its result, a schema.
+_PROTOCOL = frozenset(
+    {"type", "role", "id", "call_id", "tool_call_id", "tool_use_id", "status", "phase", "object"}
+    | {"signature", "encrypted_content", "media_type", "format", "detail", "ttl"}
+)
+_FREE = frozenset({"input", "arguments", "output", "parameters", "input_schema", "schema"})
+# No text is read from these.
+_MEDIA = frozenset(
+    {"image_url", "audio_url", "video_url", "input_audio", "input_image", "image", "audio"}
+    | {"video", "input_video"}
+)
+# A schema may be nested as deep as a body.
+_DEEP = 64
 
 Change = Callable[[Text], str]
 
@@ -64,14 +79,10 @@ def rewritten(data: Mapping[str, Any], change: Change) -> dict[str, Any]:
     Raises InvalidRequestError where it is nested deeper than any prompt is.
     """
     copy = dict(data)
-    for name in ("system", "instructions"):
-        if name in copy:
-            copy[name] = _any(copy[name], True, change, _DEEP)
-    for name in ("messages", "input", "prompt", "suffix"):
-        if name in copy:
-            copy[name] = _any(copy[name], False, change, _DEEP)
-    if isinstance(copy.get("documents"), list):
-        copy["documents"] = [_all(one, False, change, _DEEP) for one in copy["documents"]]
+    for names, trusted in ((_OPERATOR, True), (_PROMPT, False)):
+        for name in names:
+            if name in copy:
+                copy[name] = _any(copy[name], trusted, change, _DEEP)
     return copy
 
 
@@ -86,15 +97,15 @@ def _any(value: Any, trusted: bool, change: Change, deep: int) -> Any:
     if isinstance(value, dict):
         role = value.get("role")
         here = trusted or (isinstance(role, str) and role in _TRUSTED)
+        encoded = value.get("type") == "base64"
         copy = dict(value)
-        for name in _INNER:
-            if name in copy:
-                # The input of a tool is an object of the client's own making.
-                inner = _all if name == "input" and isinstance(copy[name], dict) else _any
-                copy[name] = inner(copy[name], here, change, deep - 1)
-        for name in ("tool_calls", "function", "function_call"):
-            if name in copy:
-                copy[name] = _any(copy[name], here, change, deep - 1)
+        for name, inner in value.items():
+            if name in _MEDIA or (encoded and name == "data"):
+                continue
+            if name in _PROTOCOL and isinstance(inner, str):
+                continue
+            look = _all if name in _FREE and isinstance(inner, dict) else _any
+            copy[name] = look(inner, here, change, deep - 1)
         return copy
     return value
 
