@@ -81,7 +81,7 @@ class WindowResult:
 class _Offer:
     """The fields of a weighed request that `BudgetPrices` reads."""
 
-    worth: NDArray[np.float64]
+    net_quality: NDArray[np.float64]
     cost: NDArray[np.float64]
 
 

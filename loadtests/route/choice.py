@@ -88,7 +88,7 @@ def measure(report: Report, rounds: int) -> None:
                 snapshot = views[at].snapshot
                 views[at] = replace(views[at], snapshot=replace(snapshot, seq=snapshot.seq + 1))
             begun = time.perf_counter()
-            weighed = select(book, board.standing(views), wish)
+            weighed = select(book, board.to_matrix(views), wish)
             at_best = weighed.best()
             times.append(1e3 * (time.perf_counter() - begun))
             assert at_best is not None

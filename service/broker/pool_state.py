@@ -78,11 +78,11 @@ class PoolStateTable:
     """Keeps each pool's row until its next snapshot."""
 
     def __init__(self, index: dict[str, int]) -> None:
-        """`index`: the experts of the book."""
+        """`index`: the experts of the catalog."""
         self._index = index
         self._rows: dict[str, tuple[Snapshot, Floats]] = {}
 
-    def standing(self, views: Sequence[PoolView]) -> PoolMatrix:
+    def to_matrix(self, views: Sequence[PoolView]) -> PoolMatrix:
         """The pools of these views as arrays."""
         if len(self._rows) > 2 * len(views) + 8:
             known = {view.boot for view in views}

@@ -36,9 +36,9 @@ class RecipeCatalog:
         self.later = self._padded([recipe.later for recipe in self.recipes], MAX_LATER)
         self.single = np.array([recipe.kind == "single" for recipe in self.recipes])
         # (R, E): who may be asked by whom, for hard constraints.
-        self.asks = np.zeros((len(self.recipes), len(self.experts)), dtype=bool)
+        self.uses = np.zeros((len(self.recipes), len(self.experts)), dtype=bool)
         for i, recipe in enumerate(self.recipes):
-            self.asks[i, [self.index[name] for name in recipe.experts]] = True
+            self.uses[i, [self.index[name] for name in recipe.experts]] = True
         self.everything = np.arange(len(self.recipes))
         self.all_singles = self.everything[: len(self.experts)]
 

@@ -1,18 +1,22 @@
-"""Choosing how a request is answered, and where. Pure: what is known comes in as data.
+"""Selection of a recipe and pools for a request. Pure.
 
-Every recipe r, with a pool for each expert that it may ask, has a utility,
+Every recipe r, with one pool for each of its experts, has a utility,
 
     U = Q − λ_cost · c − λ_time · (T + X)
 
-Q: expected quality of its answer for this prompt, in [0, 1]; c: expected spending, all calls
-counted; T: time to the answer in s (loading or swapping, queue, prefill, decode; the slowest of
-those asked together, plus those asked later times how likely that is); X: what
-swaps for it cost others, in s. λ_cost is the sum of the budgets' shadow prices. The greatest
-wins. Taking each request's best option under such prices is the online form of a
-multiple-choice knapsack (as in Kellerer, Pferschy, Pisinger: Knapsack Problems, ch. 11).
+- Q: expected quality of its answer to this prompt, in [0, 1]
+- c: expected cost of all calls
+- T: time to the answer in s: loading or swapping, queue, prefill and decode. It is that of the
+  slowest of the experts that are asked together, plus that of each later expert times the
+  probability that it is asked.
+- X: time in s that its swaps cost other requests
+- λ_cost: the sum of the shadow prices of the budgets; λ_time: the price of time
 
-How much better the best would be if every expert were resident and idle is unmet demand: by
-it alone a cold expert gets loaded that each single request shies away from.
+The recipe of the greatest utility wins. Taking each request's best option at such prices is the
+online form of a multiple-choice knapsack (Kellerer, Pferschy, Pisinger: Knapsack Problems, ch. 11).
+
+Unmet demand is the utility that the best recipe would have gained if every expert were resident and
+idle. It triggers the loading of cold experts that no single request would wait for.
 """
 
 from __future__ import annotations
@@ -28,24 +32,24 @@ from numpy.typing import NDArray
 from service.broker.pool_state import Floats, PoolMatrix
 from service.broker.recipe_catalog import Ints, RecipeCatalog
 
-_NEVER = np.inf
-_NO_ONE = np.zeros(0, dtype=np.intp)
+_INFINITE = np.inf
+_NO_POOLS = np.zeros(0, dtype=np.intp)
 
 
 class Exclusion(IntEnum):
-    """Why a recipe is out of the question."""
+    """Why a recipe can't be selected."""
 
     NONE = 0
     NO_POOL = 1
     CONTEXT = 2
     MAX_COST = 3
     DEADLINE = 4
-    RESTING = 5
+    CIRCUIT_OPEN = 5
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixCacheHint:
-    """Where a conversation's beginning is in the prefix cache: so many prompt tokens of it."""
+    """The pool whose prefix cache holds the first `tokens` prompt tokens of a conversation."""
 
     expert: str
     boot: str
@@ -54,14 +58,23 @@ class PrefixCacheHint:
 
 @dataclass(frozen=True, slots=True)
 class SelectionRequest:
-    """What a request wants. Arrays (recipes,) stand for the recipes `rows` of the book.
+    """One request, as the selection sees it.
 
-    quality: expected, in [0, 1]. reach (recipes, MAX_LATER): how likely each later expert is
-    asked. tokens (experts,): expected length of each expert's answer. cost (experts,):
-    expected spending of one call. time_price: quality per second. cost_price: quality per
-    unit of cost. most_cost: hard bound on what all calls of a recipe may cost together.
-    deadline_s: time that is left, to the first token where `streams`, else to the end.
-    context_tokens: what prompt and answer need together, as far as that is known.
+    Attributes:
+        rows: (recipes,), the recipes to choose from, as rows of the catalog.
+        quality: (recipes,), expected quality in [0, 1].
+        reach: (recipes, MAX_LATER), probability that each later expert is asked.
+        tokens: (experts,), expected length of each expert's answer.
+        cost: (experts,), expected cost of one call.
+        prompt_tokens: Length of the prompt.
+        time_price: Quality per second.
+        cost_price: Quality per unit of cost.
+        max_cost: Hard bound of the cost of all calls of a recipe together.
+        deadline_s: Time left, to the first token where `streams`, else to the end.
+        context_tokens: Context that prompt and answer need, as far as that is known.
+        streams: Whether the answer is streamed.
+        prefix_cache: Where the beginning of the prompt is cached.
+        excluded: Places, as (expert, pool's boot id), that must not be selected.
     """
 
     rows: Ints
@@ -72,21 +85,24 @@ class SelectionRequest:
     prompt_tokens: int = 0
     time_price: float = 0.01
     cost_price: float = 0.0
-    most_cost: float = _NEVER
-    deadline_s: float = _NEVER
+    max_cost: float = _INFINITE
+    deadline_s: float = _INFINITE
     context_tokens: int = 0
     streams: bool = False
-    warm: PrefixCacheHint | None = None
-    banned: Collection[tuple[str, str]] = field(default=())
+    prefix_cache: PrefixCacheHint | None = None
+    excluded: Collection[tuple[str, str]] = field(default=())
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An expert in a pool (`boot`; empty: in this gateway).
+    """An expert in a pool.
 
-    Times in s. eta_s: until its weights are there, swaps included; wait_s: until its first
-    token is begun, that included; answer_s: from then to the end; displaced_s: what it costs
-    others.
+    Attributes:
+        expert: The expert.
+        boot: The pool's boot id; `REMOTE` for a remote expert of this gateway.
+        eta_s: Time until its weights are ready, swaps included.
+        wait_s: Time until prefill starts, `eta_s` included.
+        answer_s: Time from then to the end of the answer.
     """
 
     expert: str
@@ -94,20 +110,30 @@ class Candidate:
     eta_s: float
     wait_s: float
     answer_s: float
-    displaced_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """All recipes of a wish, weighed. Arrays (recipes,) in the order of `wish.rows`.
+    """All recipes of a request with their utilities. Times in s.
 
-    `barred`: a `Exclusion` for each, 0 where it is possible.
-    `pool` (experts,): the best pool for each expert, an index into `standing.boots`.
+    Attributes:
+        catalog: The recipes that the rows refer to.
+        request: The request.
+        pools: State of all pools at that time.
+        pool: (experts,), best pool for each expert, an index into `pools.boots`.
+        wait: (experts,), time until prefill starts there.
+        answer: (experts,), time from then to the end of the answer.
+        time: (recipes,) in the order of `request.rows`, as all below: expected time to the answer.
+        displaced: (recipes,), time that its swaps cost other requests.
+        cost: (recipes,), expected cost.
+        utility: (recipes,), -inf where it is excluded.
+        exclusion: (recipes,), an `Exclusion` for each, 0 where it is possible.
+        ideal: (recipes,), utility if all experts were resident and idle.
     """
 
-    book: RecipeCatalog
-    wish: SelectionRequest
-    standing: PoolMatrix
+    catalog: RecipeCatalog
+    request: SelectionRequest
+    pools: PoolMatrix
     pool: Ints
     wait: Floats
     answer: Floats
@@ -115,228 +141,288 @@ class Selection:
     displaced: Floats
     cost: Floats
     utility: Floats
-    barred: NDArray[np.int8]
+    exclusion: NDArray[np.int8]
     ideal: Floats
 
     def best(self) -> int | None:
-        """Position of the winner among `wish.rows`; None where nothing is possible."""
+        """Position of the winner among `request.rows`; None where nothing is possible."""
         if not len(self.utility):
             return None
-        # The first of equals, which is the one that stands first in the config.
-        at = int(self.utility.argmax())
-        return at if self.utility[at] > -_NEVER else None
+        # The first of equals, which is the first one in the config.
+        position = int(self.utility.argmax())
+        return position if self.utility[position] > -_INFINITE else None
 
     @property
-    def worth(self) -> Floats:
-        """Quality less the price of time, whatever it costs; -inf where it is impossible."""
+    def net_quality(self) -> Floats:
+        """(recipes,), quality less the price of time, without cost; -inf where excluded."""
         possible = np.isfinite(self.utility)
-        taken = self.wish.time_price * (self.time + self.displaced)
-        return np.where(possible, self.wish.quality - np.where(possible, taken, 0.0), -_NEVER)
+        time = self.request.time_price * (self.time + self.displaced)
+        return np.where(possible, self.request.quality - np.where(possible, time, 0.0), -_INFINITE)
 
     def order(self) -> Ints:
-        """Positions, best first; barred ones last."""
+        """Positions, best first; excluded ones last."""
         return np.argsort(-self.utility, kind="stable")
 
-    def option(self, expert: str) -> Candidate | None:
-        """The pool to ask for an expert; None where none can be asked."""
-        e = self.book.index[expert]
-        if not np.isfinite(self.wait[e]):
+    def candidate(self, expert: str) -> Candidate | None:
+        """The best pool for an expert; None where no pool can serve it."""
+        column = self.catalog.index[expert]
+        if not np.isfinite(self.wait[column]):
             return None
-        p = int(self.pool[e])
-        s = self.standing
+        row = int(self.pool[column])
         return Candidate(
             expert,
-            s.boots[p],
-            float(s.eta[p, e]),
-            float(self.wait[e]),
-            float(self.answer[e]),
-            float(s.displaced[p, e]),
+            self.pools.boots[row],
+            float(self.pools.eta[row, column]),
+            float(self.wait[column]),
+            float(self.answer[column]),
         )
 
-    def unmet(self, chosen: int) -> tuple[str, ...]:
-        """Experts of the recipe that would have won were all resident and idle, if it is
-        another one than `chosen`."""
-        at = int(self.ideal.argmax())
-        if at == chosen or not self.missed(chosen) > 0:
+    def unmet_experts(self, chosen: int) -> tuple[str, ...]:
+        """Members of the recipe that would have won were all experts resident and idle; none where
+        that is the `chosen` one."""
+        position = int(self.ideal.argmax())
+        if position == chosen or not self.unmet_utility(chosen) > 0:
             return ()
-        return self.book.recipes[int(self.wish.rows[at])].members
+        return self.catalog.recipes[int(self.request.rows[position])].members
 
-    def missed(self, chosen: int) -> float:
-        """By how much that one would have been better."""
+    def unmet_utility(self, chosen: int) -> float:
+        """Utility that this recipe would have gained over the `chosen` one."""
         return float(self.ideal.max() - self.utility[chosen])
 
 
-def select(book: RecipeCatalog, standing: PoolMatrix, wish: SelectionRequest) -> Selection:
-    """Weigh every recipe of a wish. Pools that were not heard of for over a second count only
-    where nothing else is left."""
-    roomy = _roomy(standing, wish)
-    usable = standing.usable
-    if (roomy != usable).any():
-        fits = (roomy.any(axis=0) | ~book.asks[wish.rows]).all(axis=1)
-        # Where no recipe has room for it, the engine says so, with both numbers.
-        usable = roomy if fits.any() else usable
-    if wish.banned:
-        usable = usable.copy()
-        for expert, boot in wish.banned:
-            if boot in standing.boots:
-                usable[standing.boots.index(boot), book.index[expert]] = False
-    if not standing.fresh.all():
-        fresh = usable & standing.fresh[:, None]
-        weighed = _weigh(book, standing, wish, fresh)
-        if weighed.best() is not None or not (usable & ~fresh).any():
-            return weighed
-    return _weigh(book, standing, wish, usable)
+@dataclass(frozen=True, slots=True)
+class _ExpertTimes:
+    """Times of each expert in its best pool, each (experts,) in s; infinite where it has none.
 
+    `pool`: the best pool's row. `idle`: time to the answer were it resident and idle.
+    """
 
-def _roomy(standing: PoolMatrix, wish: SelectionRequest) -> NDArray[np.bool_]:
-    """Where prompt and answer fit into the context, as far as that is known, (pools, experts)."""
-    fits: NDArray[np.bool_] = (standing.context == 0) | (standing.context >= wish.context_tokens)
-    return standing.usable & fits
-
-
-def _weigh(
-    book: RecipeCatalog, standing: PoolMatrix, wish: SelectionRequest, usable: NDArray[np.bool_]
-) -> Selection:
-    s = standing
-    experts = len(book.experts)
-    if not len(s.boots):
-        nowhere = np.full(experts, _NEVER)
-        return _total(book, s, wish, _NO_ONE, nowhere, nowhere, nowhere, nowhere, nowhere)
-    prefill = s.first + s.per_token * wish.prompt_tokens
-    if wish.warm is not None and wish.warm.boot in s.boots and wish.warm.expert in book.index:
-        p, e = s.boots.index(wish.warm.boot), book.index[wish.warm.expert]
-        held = min(wish.warm.tokens, wish.prompt_tokens)
-        prefill[p, e] -= s.per_token[p, e] * held
-    answer = prefill + s.chunk * wish.tokens
-    batches, rest = np.divmod(s.ahead, s.capacity)
-    # Whole batches ahead must end first; those in the same one cost little, but not nothing.
-    wait = s.eta + batches * answer + rest / s.capacity * prefill
-    # Those ahead were taken for ones like this; a long prompt among them takes what it takes.
-    wait += s.per_token * np.maximum(0.0, s.prompts - s.ahead * wish.prompt_tokens)
-    together = wait + answer + s.displaced
-    together[~usable] = _NEVER
-    pool = together.argmin(axis=0)
-    columns = book.all_singles
-    there = usable[pool, columns]
-    idle = np.where(usable, answer, _NEVER).min(axis=0)
-    return _total(
-        book,
-        s,
-        wish,
-        pool,
-        np.where(there, wait[pool, columns], _NEVER),
-        np.where(there, answer[pool, columns], _NEVER),
-        np.where(there, prefill[pool, columns], _NEVER),
-        np.where(there, s.displaced[pool, columns], _NEVER),
-        idle,
-    )
-
-
-def _total(
-    book: RecipeCatalog,
-    standing: PoolMatrix,
-    wish: SelectionRequest,
-    pool: Ints,
-    wait: Floats,
-    answer: Floats,
-    prefill: Floats,
-    displaced: Floats,
-    idle: Floats,
-) -> Selection:
-    """From experts, (experts,), to recipes."""
-    rows = wish.rows
-    alone = book.single[rows]
-    per = (wait + answer, displaced, wish.cost, idle, wait + prefill)
-    sums = _alone(book, wish, per) if alone.all() else _together(book, wish, per, alone)
-    time, displacing, cost = sums.time, sums.displacing, sums.cost
-    worth = wish.quality - wish.cost_price * cost
-    utility = worth - wish.time_price * (time + displacing)
-    barred = np.zeros(len(rows), dtype=np.int8)
-    nowhere = ~np.isfinite(time)
-    if nowhere.any():
-        barred[nowhere] = Exclusion.NO_POOL
-        if wish.context_tokens:
-            small = standing.usable.any(axis=0) & ~_roomy(standing, wish).any(axis=0)
-            barred[nowhere & (book.asks[rows] & small).any(axis=1)] = Exclusion.CONTEXT
-        if wish.banned:
-            resting = np.zeros(len(book.experts), dtype=bool)
-            there = [name for name, boot in wish.banned if boot in standing.boots]
-            resting[[book.index[name] for name in there]] = True
-            known = (barred == Exclusion.NO_POOL) & (book.asks[rows] & resting).any(axis=1)
-            barred[known] = Exclusion.RESTING
-    if math.isfinite(wish.most_cost):
-        barred[(sums.worst > wish.most_cost) & (barred == 0)] = Exclusion.MAX_COST
-    if math.isfinite(wish.deadline_s):
-        late = (sums.ends > wish.deadline_s) & (barred == 0)
-        if late.any():
-            # Where all are late, single experts may try.
-            if (late | (barred != 0)).all():
-                late &= ~alone
-            barred[late] = Exclusion.DEADLINE
-    utility[barred != 0] = -_NEVER
-    ideal = np.where(
-        np.isfinite(sums.ideal_time) & (barred != Exclusion.MAX_COST),
-        worth - wish.time_price * sums.ideal_time,
-        -_NEVER,
-    )
-    return Selection(
-        book, wish, standing, pool, wait, answer, time, displacing, cost, utility, barred, ideal
-    )
+    pool: Ints
+    wait: Floats
+    answer: Floats
+    prefill: Floats
+    displaced: Floats
+    idle: Floats
 
 
 @dataclass(frozen=True, slots=True)
-class _Sums:
-    """Of each recipe, (recipes,): what its experts' figures come to.
+class _RecipeTotals:
+    """Totals of each recipe over its experts, each (recipes,); times in s.
 
-    ideal_time: were all resident and idle. worst: its cost if all are asked; ends: when its
-    first token is there, or its end, in the worst case.
+    `ideal_time`: were all resident and idle. `max_cost`: if every expert is asked. `deadline_time`:
+    time to the first token or to the end, whatever the deadline counts, if every expert is asked.
     """
 
     time: Floats
-    displacing: Floats
+    displaced: Floats
     cost: Floats
     ideal_time: Floats
-    worst: Floats
-    ends: Floats
+    max_cost: Floats
+    deadline_time: Floats
 
 
-# By expert, (experts,): time, displaced, cost, time if idle, time to the first token.
-_Per = tuple[Floats, Floats, Floats, Floats, Floats]
+def select(catalog: RecipeCatalog, pools: PoolMatrix, request: SelectionRequest) -> Selection:
+    """Compute the utility of every recipe of a request.
+
+    Pools whose snapshot is older than a second count only where nothing else is left.
+    """
+    fitting = _fits_context(pools, request)
+    usable = pools.usable
+    if (fitting != usable).any():
+        possible = (fitting.any(axis=0) | ~catalog.uses[request.rows]).all(axis=1)
+        # Where no recipe fits, the engine refuses the request, naming both numbers.
+        usable = fitting if possible.any() else usable
+    if request.excluded:
+        usable = usable.copy()
+        for expert, boot in request.excluded:
+            if boot in pools.boots:
+                usable[pools.boots.index(boot), catalog.index[expert]] = False
+    if not pools.fresh.all():
+        fresh = usable & pools.fresh[:, None]
+        selection = _select_among(catalog, pools, request, fresh)
+        if selection.best() is not None or not (usable & ~fresh).any():
+            return selection
+    return _select_among(catalog, pools, request, usable)
 
 
-def _alone(book: RecipeCatalog, wish: SelectionRequest, per: _Per) -> _Sums:
-    """Of single experts only: their own figures. What `_together` gives for them, sooner."""
-    experts = book.members[wish.rows, 0]
-    time, displaced, cost, idle, first = (figure[experts] for figure in per)
-    return _Sums(time, displaced, cost, idle, cost, first if wish.streams else time)
+def _fits_context(pools: PoolMatrix, request: SelectionRequest) -> NDArray[np.bool_]:
+    """(pools, experts), where prompt and answer fit into the context, as far as it is known."""
+    fits: NDArray[np.bool_] = (pools.context == 0) | (pools.context >= request.context_tokens)
+    return pools.usable & fits
 
 
-def _together(
-    book: RecipeCatalog, wish: SelectionRequest, per: _Per, alone: NDArray[np.bool_]
-) -> _Sums:
-    """Of any recipes: the slowest of those asked together, the sum of what they cost, and of
-    those asked later each times how likely that is. `alone`: which are single experts."""
-    members, later = book.members[wish.rows], book.later[wish.rows]
-    reach = wish.reach
-    # One more column stands for nobody.
-    table = np.zeros((5, len(book.experts) + 1))
-    table[:, :-1] = per
-    asked = table[:, members]
-    chained = table[:, later]
-    slowest = asked[0].max(axis=1)
-    worst = asked[2].sum(axis=1) + chained[2].sum(axis=1)
-    # Nothing of an answer by several can stream before they have agreed.
-    first = table[4] if wish.streams else table[0]
-    ends = np.where(alone, first[members[:, 0]], slowest + chained[0].sum(axis=1))
-    # 0 · ∞ is no number, and who is never asked costs nothing.
-    np.multiply(chained[:4], reach, out=chained[:4], where=reach > 0)
-    chained[:4][:, reach <= 0] = 0.0
-    expected = chained[:4].sum(axis=2)
-    return _Sums(
-        slowest + expected[0],
-        asked[1].sum(axis=1) + expected[1],
-        asked[2].sum(axis=1) + expected[2],
-        asked[3].max(axis=1) + expected[3],
-        worst,
-        ends,
+def _select_among(
+    catalog: RecipeCatalog,
+    pools: PoolMatrix,
+    request: SelectionRequest,
+    usable: NDArray[np.bool_],
+) -> Selection:
+    """The selection where only these places, (pools, experts), are usable."""
+    times = _expert_times(catalog, pools, request, usable)
+    rows = request.rows
+    single = catalog.single[rows]
+    if single.all():
+        totals = _single_totals(catalog, request, times)
+    else:
+        totals = _recipe_totals(catalog, request, times, single)
+    quality_less_cost = request.quality - request.cost_price * totals.cost
+    utility = quality_less_cost - request.time_price * (totals.time + totals.displaced)
+    exclusion = _exclusions(catalog, pools, request, totals, single)
+    utility[exclusion != 0] = -_INFINITE
+    ideal = np.where(
+        np.isfinite(totals.ideal_time) & (exclusion != Exclusion.MAX_COST),
+        quality_less_cost - request.time_price * totals.ideal_time,
+        -_INFINITE,
+    )
+    return Selection(
+        catalog=catalog,
+        request=request,
+        pools=pools,
+        pool=times.pool,
+        wait=times.wait,
+        answer=times.answer,
+        time=totals.time,
+        displaced=totals.displaced,
+        cost=totals.cost,
+        utility=utility,
+        exclusion=exclusion,
+        ideal=ideal,
+    )
+
+
+def _expert_times(
+    catalog: RecipeCatalog,
+    pools: PoolMatrix,
+    request: SelectionRequest,
+    usable: NDArray[np.bool_],
+) -> _ExpertTimes:
+    """Choose the best pool for each expert: the one of the least time, displacement included."""
+    if not len(pools.boots):
+        never = np.full(len(catalog.experts), _INFINITE)
+        return _ExpertTimes(_NO_POOLS, never, never, never, never, never)
+    prefill = pools.first + pools.per_token * request.prompt_tokens
+    hint = request.prefix_cache
+    if hint is not None and hint.boot in pools.boots and hint.expert in catalog.index:
+        place = pools.boots.index(hint.boot), catalog.index[hint.expert]
+        prefill[place] -= pools.per_token[place] * min(hint.tokens, request.prompt_tokens)
+    answer = prefill + pools.chunk * request.tokens
+    batches, rest = np.divmod(pools.ahead, pools.capacity)
+    # Whole batches ahead must end first; requests in the same batch cost little, but not nothing.
+    wait = pools.eta + batches * answer + rest / pools.capacity * prefill
+    # The requests ahead are assumed to be like this one; longer prompts among them take longer.
+    wait += pools.per_token * np.maximum(0.0, pools.prompts - pools.ahead * request.prompt_tokens)
+    total = wait + answer + pools.displaced
+    total[~usable] = _INFINITE
+    pool = total.argmin(axis=0)
+    columns = catalog.all_singles
+    exists = usable[pool, columns]
+
+    def in_best_pool(figure: Floats) -> Floats:
+        return np.where(exists, figure[pool, columns], _INFINITE)
+
+    return _ExpertTimes(
+        pool=pool,
+        wait=in_best_pool(wait),
+        answer=in_best_pool(answer),
+        prefill=in_best_pool(prefill),
+        displaced=in_best_pool(pools.displaced),
+        idle=np.where(usable, answer, _INFINITE).min(axis=0),
+    )
+
+
+def _exclusions(
+    catalog: RecipeCatalog,
+    pools: PoolMatrix,
+    request: SelectionRequest,
+    totals: _RecipeTotals,
+    single: NDArray[np.bool_],
+) -> NDArray[np.int8]:
+    """(recipes,), an `Exclusion` for each recipe. `single`: which are single experts."""
+    rows = request.rows
+    exclusion = np.zeros(len(rows), dtype=np.int8)
+    no_pool = ~np.isfinite(totals.time)
+    if no_pool.any():
+        exclusion[no_pool] = Exclusion.NO_POOL
+        if request.context_tokens:
+            small = pools.usable.any(axis=0) & ~_fits_context(pools, request).any(axis=0)
+            exclusion[no_pool & (catalog.uses[rows] & small).any(axis=1)] = Exclusion.CONTEXT
+        if request.excluded:
+            open_circuits = np.zeros(len(catalog.experts), dtype=bool)
+            experts = [expert for expert, boot in request.excluded if boot in pools.boots]
+            open_circuits[[catalog.index[expert] for expert in experts]] = True
+            affected = (catalog.uses[rows] & open_circuits).any(axis=1)
+            exclusion[(exclusion == Exclusion.NO_POOL) & affected] = Exclusion.CIRCUIT_OPEN
+    if math.isfinite(request.max_cost):
+        exclusion[(totals.max_cost > request.max_cost) & (exclusion == 0)] = Exclusion.MAX_COST
+    if math.isfinite(request.deadline_s):
+        late = (totals.deadline_time > request.deadline_s) & (exclusion == 0)
+        if late.any():
+            # Where all recipes are late, single experts may try.
+            if (late | (exclusion != 0)).all():
+                late &= ~single
+            exclusion[late] = Exclusion.DEADLINE
+    return exclusion
+
+
+def _single_totals(
+    catalog: RecipeCatalog, request: SelectionRequest, times: _ExpertTimes
+) -> _RecipeTotals:
+    """Totals of single experts: the same as `_recipe_totals`, but faster."""
+    experts = catalog.members[request.rows, 0]
+    time = (times.wait + times.answer)[experts]
+    cost = request.cost[experts]
+    return _RecipeTotals(
+        time=time,
+        displaced=times.displaced[experts],
+        cost=cost,
+        ideal_time=times.idle[experts],
+        max_cost=cost,
+        deadline_time=(times.wait + times.prefill)[experts] if request.streams else time,
+    )
+
+
+# Rows of the table of experts' figures.
+_TIME, _DISPLACED, _COST, _IDLE, _FIRST = range(5)
+
+
+def _recipe_totals(
+    catalog: RecipeCatalog,
+    request: SelectionRequest,
+    times: _ExpertTimes,
+    single: NDArray[np.bool_],
+) -> _RecipeTotals:
+    """Totals of any recipes.
+
+    The time of members is that of the slowest; their other figures add up. Those of later experts
+    are added times the probability that they are asked. `single`: which are single experts.
+    """
+    members, later = catalog.members[request.rows], catalog.later[request.rows]
+    # One more column of zeros stands for the absent members.
+    table = np.zeros((5, len(catalog.experts) + 1))
+    table[:, :-1] = (
+        times.wait + times.answer,
+        times.displaced,
+        request.cost,
+        times.idle,
+        times.wait + times.prefill,
+    )
+    of_members = table[:, members]
+    of_later = table[:, later]
+    slowest = of_members[_TIME].max(axis=1)
+    max_cost = of_members[_COST].sum(axis=1) + of_later[_COST].sum(axis=1)
+    # The answer of several experts can't stream before they have agreed.
+    first = table[_FIRST] if request.streams else table[_TIME]
+    in_full = slowest + of_later[_TIME].sum(axis=1)
+    deadline_time = np.where(single, first[members[:, 0]], in_full)
+    # 0 · ∞ is not a number; an expert that is never asked costs nothing.
+    np.multiply(of_later[:4], request.reach, out=of_later[:4], where=request.reach > 0)
+    of_later[:4][:, request.reach <= 0] = 0.0
+    expected = of_later[:4].sum(axis=2)
+    return _RecipeTotals(
+        time=slowest + expected[_TIME],
+        displaced=of_members[_DISPLACED].sum(axis=1) + expected[_DISPLACED],
+        cost=of_members[_COST].sum(axis=1) + expected[_COST],
+        ideal_time=of_members[_IDLE].max(axis=1) + expected[_IDLE],
+        max_cost=max_cost,
+        deadline_time=deadline_time,
     )

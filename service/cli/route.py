@@ -75,7 +75,7 @@ def _local_decision(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     request = parse_request("/v1/chat/completions", raw, {}, config.server.deadline_ms)
     routing = RoutingSetup(config)
     plan = routing.router.plan(request)
-    pool_matrix = PoolStateTable(routing.catalog.index).standing(
+    pool_matrix = PoolStateTable(routing.catalog.index).to_matrix(
         [idle_view(routing.catalog.experts)]
     )
     return explain(

@@ -78,7 +78,7 @@ class BudgetPrices:
         names = self._concern(tenant)
         if names:
             now_s = self._clock()
-            worth, cost = selection.worth, selection.cost
+            worth, cost = selection.net_quality, selection.cost
             for name in names:
                 pacer = self._pacers[name]
                 pacer.observe(worth, cost)

@@ -63,7 +63,7 @@ def test_singles_alone_are_weighed_as_beside_others(
     context_tokens: int,
 ) -> None:
     book = RecipeCatalog(EXPERTS, TOGETHER)
-    standing = PoolStateTable(book.index).standing(views)
+    standing = PoolStateTable(book.index).to_matrix(views)
 
     def weighed(rows: int, deadline_s: float):  # type: ignore[no-untyped-def]
         wish = SelectionRequest(
@@ -74,7 +74,7 @@ def test_singles_alone_are_weighed_as_beside_others(
             cost=np.array(cost),
             prompt_tokens=30,
             cost_price=0.01,
-            most_cost=most_cost,
+            max_cost=most_cost,
             deadline_s=deadline_s,
             context_tokens=context_tokens,
             streams=streams,
@@ -82,9 +82,9 @@ def test_singles_alone_are_weighed_as_beside_others(
         return select(book, standing, wish)
 
     alone, beside = weighed(3, np.inf), weighed(5, np.inf)
-    for figure in ("time", "displaced", "cost", "utility", "ideal", "barred"):
+    for figure in ("time", "displaced", "cost", "utility", "ideal", "exclusion"):
         np.testing.assert_array_equal(getattr(alone, figure), getattr(beside, figure)[:3], figure)
     alone, beside = weighed(3, deadline_s), weighed(5, deadline_s)
-    if not alone.barred.all():
+    if not alone.exclusion.all():
         # Else a deadline that all miss is no bar to a single expert.
-        np.testing.assert_array_equal(alone.barred, beside.barred[:3])
+        np.testing.assert_array_equal(alone.exclusion, beside.exclusion[:3])

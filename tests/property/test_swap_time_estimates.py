@@ -209,7 +209,7 @@ def test_displaced_work_of_a_unit_that_needs_another_engine_is_both_starts() -> 
             held = [asyncio.create_task(hold()) for _ in range(4)]
             await asyncio.sleep(0.1)
             view = PoolView(pool.boot, pool.snapshot(), 0.0, {})
-            told = PoolStateTable({"a": 0, "b": 1}).standing([view])
+            told = PoolStateTable({"a": 0, "b": 1}).to_matrix([view])
             # There: a ends, b starts. Back: b ends, a starts. For each of the four who run.
             assert told.eta[0, 1] == pytest.approx(2.0 + 10.0, abs=0.2)
             assert told.displaced[0, 1] == pytest.approx(4 * (12.0 + 34.0), rel=0.02)

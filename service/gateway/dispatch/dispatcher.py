@@ -137,7 +137,7 @@ class Dispatcher:
         plan: RoutePlan,
         *,
         left_s: float | None = None,
-        banned: frozenset[tuple[str, str]] = frozenset(),
+        excluded: frozenset[tuple[str, str]] = frozenset(),
         views: list[PoolView] | None = None,
     ) -> Selection:
         """Weigh every candidate as of now, without side effects.
@@ -146,18 +146,18 @@ class Dispatcher:
             request: The request.
             plan: Its candidates.
             left_s: Seconds left of the deadline; None takes the whole deadline.
-            banned: Places, as (expert, pool's boot id), that must not be selected.
+            excluded: Places, as (expert, pool's boot id), that must not be selected.
             views: The state of every pool; None reads it.
         """
-        banned |= self.breakers.blocked()
+        excluded |= self.breakers.blocked()
         wish = selection_request(
             self.cost_model,
             request,
             plan,
             left_s=left_s,
-            banned=banned,
+            excluded=excluded,
             cost_price=self.budget_prices.cost_price(request.tenant),
-            warm=self.prefix_affinity.hint(request),
+            prefix_cache=self.prefix_affinity.hint(request),
         )
         standing = self._pool_table.standing(self.views() if views is None else views)
         return select(self.catalog, standing, wish)
@@ -258,8 +258,8 @@ class Dispatcher:
             self._refuse_cost(request, selection)
             return selection
         self._wake_better(plan, selection, at, views)
-        if wanted := selection.unmet(at):
-            self._demand_reporter.add(wanted, selection.missed(at))
+        if wanted := selection.unmet_experts(at):
+            self._demand_reporter.add(wanted, selection.unmet_utility(at))
         return selection
 
     @staticmethod
@@ -294,10 +294,10 @@ class Dispatcher:
             return found
         views = self.views()
         for most in least_tried:
-            banned = frozenset(key for key, count in record.tried.items() if count >= most)
+            excluded = frozenset(key for key, count in record.tried.items() if count >= most)
             left_s = max(0.0, deadline_s - time.monotonic())
             selection = self.weigh_candidates(
-                request, plan, left_s=left_s, banned=banned, views=views
+                request, plan, left_s=left_s, excluded=excluded, views=views
             )
             if (found := self._best(selection, record)) is not None:
                 return found
@@ -329,7 +329,7 @@ class Dispatcher:
         if at is None:
             return None
         record.predicted_cost = float(selection.cost[at])
-        return selection.option(self.catalog.recipes[int(selection.wish.rows[at])].members[0])
+        return selection.candidate(self.catalog.recipes[int(selection.request.rows[at])].members[0])
 
     def _experts(self, plan: RoutePlan) -> list[str]:
         return [self.catalog.recipes[row].members[0] for row in plan.rows.tolist()]
@@ -338,7 +338,7 @@ class Dispatcher:
         self, plan: RoutePlan, selection: Selection, at: int, views: list[PoolView]
     ) -> None:
         """Wake a pool for the best expert that no pool holds, if it beats the selection."""
-        if not (selection.barred == Exclusion.NO_POOL).any():
+        if not (selection.exclusion == Exclusion.NO_POOL).any():
             return
         there = {name for view in views for name in view.snapshot.experts}
         best: tuple[float, str] | None = None

@@ -242,11 +242,11 @@ class EnsembleExecutor:
 
     def _cut_short(self, expert: str, began_s: float) -> MemberAnswer:
         """The answer of a call that was cancelled; its tokens are estimated by its run time."""
-        option = self.selection.option(expert)
+        option = self.selection.candidate(expert)
         tokens = 0
         if option is not None:
             column = self.catalog.index[expert]
-            expected = float(self.selection.wish.tokens[column])
+            expected = float(self.selection.request.tokens[column])
             running_s = time.monotonic() - began_s - option.wait_s
             tokens = int(expected * min(1.0, max(0.0, running_s / max(option.answer_s, 1e-3))))
         record = RequestRecord(expert=expert)
@@ -315,7 +315,7 @@ class EnsembleExecutor:
 
     def _too_late_for(self, expert: str) -> bool:
         """Whether a call of one more expert would miss the deadline."""
-        option = self.selection.option(expert)
+        option = self.selection.candidate(expert)
         needed_s = option.wait_s + option.answer_s if option is not None else 0.0
         return time.monotonic() + needed_s > self.deadline_s
 

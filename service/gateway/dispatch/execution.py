@@ -147,7 +147,7 @@ class RecipeExecutor:
         costs = self._cost_model.expect(
             plan.category, request.prompt_tokens, request.most_tokens, request.answers
         ).cost
-        worst = self._catalog.asks[plan.rows] @ costs
+        worst = self._catalog.uses[plan.rows] @ costs
         keep = worst <= left
         if not keep.any():
             keep[int(worst.argmin())] = True
@@ -155,7 +155,7 @@ class RecipeExecutor:
 
     def cheapest(self, plan: RoutePlan) -> RoutePlan:
         """Keep only the recipe that costs least if all its experts are called."""
-        worst = self._catalog.asks[plan.rows] @ self._cost_model.per_token
+        worst = self._catalog.uses[plan.rows] @ self._cost_model.per_token
         keep = np.zeros(len(plan.rows), dtype=bool)
         keep[int(worst.argmin())] = True
         return plan.only(keep)
@@ -165,7 +165,7 @@ class RecipeExecutor:
         tokens = self._cost_model.expect(
             plan.category, request.prompt_tokens, request.most_tokens
         ).tokens
-        return float((self._catalog.asks[plan.rows] @ tokens).max())
+        return float((self._catalog.uses[plan.rows] @ tokens).max())
 
     def expert_sets(self, plan: RoutePlan) -> list[tuple[str, ...]]:
         """The experts that each recipe of a plan may call."""

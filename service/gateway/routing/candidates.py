@@ -103,7 +103,7 @@ class SemanticRouter:
         }
         self._allowances: dict[frozenset[str], NDArray[np.bool_]] = {}
         self._lacking = {
-            kind: (catalog.asks & ~able).any(axis=1) for kind, able in self._able.items()
+            kind: (catalog.uses & ~able).any(axis=1) for kind, able in self._able.items()
         }
 
     def plan(self, request: InferenceRequest) -> RoutePlan:
@@ -267,7 +267,7 @@ class SemanticRouter:
         """The recipes that ask nobody else."""
         if (found := self._allowances.get(experts)) is None:
             barred = np.array([name not in experts for name in self._catalog.experts])
-            found = ~(self._catalog.asks & barred).any(axis=1)
+            found = ~(self._catalog.uses & barred).any(axis=1)
             if len(self._allowances) >= _MOST_ALLOWANCES:
                 self._allowances.clear()
             self._allowances[experts] = found
@@ -296,9 +296,9 @@ def selection_request(
     plan: RoutePlan,
     *,
     left_s: float | None = None,
-    banned: Collection[tuple[str, str]] = (),
+    excluded: Collection[tuple[str, str]] = (),
     cost_price: float = 0.0,
-    warm: PrefixCacheHint | None = None,
+    prefix_cache: PrefixCacheHint | None = None,
 ) -> SelectionRequest:
     """Build the request for the broker's selection.
 
@@ -307,9 +307,9 @@ def selection_request(
         request: The client's request.
         plan: Its candidates.
         left_s: Seconds left of the deadline; None takes the whole deadline.
-        banned: Places, as (expert, pool's boot id), that must not be selected.
+        excluded: Places, as (expert, pool's boot id), that must not be selected.
         cost_price: Shadow price of the tenant's budgets, in quality per unit of cost.
-        warm: Where the conversation's prefix is cached, if known.
+        prefix_cache: Where the conversation's prefix is cached, if known.
     """
     expected = cost_model.expect(
         plan.category, request.prompt_tokens, request.most_tokens, request.answers
@@ -323,11 +323,11 @@ def selection_request(
         prompt_tokens=request.prompt_tokens,
         time_price=plan.time_price,
         cost_price=cost_price,
-        most_cost=request.max_cost if request.max_cost is not None else math.inf,
+        max_cost=request.max_cost if request.max_cost is not None else math.inf,
         deadline_s=left_s if left_s is not None else request.deadline_ms / 1000,
         # A bound above that is a cap: what does not fit is clipped.
         context_tokens=request.prompt_tokens + min(request.most_tokens or 0, LONG_TOKENS),
         streams=request.stream,
-        warm=warm,
-        banned=banned,
+        prefix_cache=prefix_cache,
+        excluded=excluded,
     )

@@ -10,7 +10,7 @@ from service.gateway.routing.candidates import RoutePlan
 
 _WHY = {
     Exclusion.NO_POOL: "no running pool has it",
-    Exclusion.RESTING: "it has failed several times in a row; its circuit breaker is open",
+    Exclusion.CIRCUIT_OPEN: "it has failed several times in a row; its circuit breaker is open",
     Exclusion.CONTEXT: "the prompt and its answer do not fit into its context",
     Exclusion.MAX_COST: "costs more than max_cost",
     Exclusion.DEADLINE: "would miss the deadline",
@@ -40,17 +40,17 @@ def explain(plan: RoutePlan, selection: Selection) -> dict[str, Any]:
         "posterior": {label: round(p, 4) for label, p in posterior.items()},
         "reason": plan.reason,
         "time_price": plan.time_price,
-        "cost_price": round(selection.wish.cost_price, 9),
+        "cost_price": round(selection.request.cost_price, 9),
         "chosen": None if best is None else _candidate(selection, best, best)["recipe"],
         "candidates": [_candidate(selection, at, best) for at in order],
     }
 
 
 def _candidate(selection: Selection, at: int, best: int | None) -> dict[str, Any]:
-    recipe = selection.book.recipes[int(selection.wish.rows[at])]
-    options = [selection.option(name) for name in recipe.members]
+    recipe = selection.catalog.recipes[int(selection.request.rows[at])]
+    options = [selection.candidate(name) for name in recipe.members]
     available = [option for option in options if option is not None]
-    barred = Exclusion(int(selection.barred[at]))
+    barred = Exclusion(int(selection.exclusion[at]))
     behind = None if best is None else float(selection.utility[best] - selection.utility[at])
     if barred:
         why = _WHY[barred]
@@ -66,7 +66,7 @@ def _candidate(selection: Selection, at: int, best: int | None) -> dict[str, Any
         "later": list(recipe.later),
         "pool": available[0].boot or None if available else None,
         "pools": {option.expert: option.boot or None for option in available},
-        "quality": round(float(selection.wish.quality[at]), 4),
+        "quality": round(float(selection.request.quality[at]), 4),
         "cost": round(float(selection.cost[at]), 9),
         "swap_s": _seconds(max((option.eta_s for option in available), default=math.inf)),
         "wait_s": _seconds(max((option.wait_s for option in available), default=math.inf)),

@@ -74,7 +74,7 @@ def decided(
         time_price=price,
         **more,
     )
-    return select(book, PoolStateTable(book.index).standing(views), wish)
+    return select(book, PoolStateTable(book.index).to_matrix(views), wish)
 
 
 def winner(weighed: Selection) -> tuple[str, str | None] | None:
@@ -82,8 +82,8 @@ def winner(weighed: Selection) -> tuple[str, str | None] | None:
     at = weighed.best()
     if at is None:
         return None
-    recipe = weighed.book.recipes[int(weighed.wish.rows[at])]
-    option = weighed.option(recipe.members[0])
+    recipe = weighed.catalog.recipes[int(weighed.request.rows[at])]
+    option = weighed.candidate(recipe.members[0])
     return recipe.name, option.boot if option else None
 
 
@@ -110,9 +110,9 @@ def test_select_prefill_scales_with_the_prompt_and_a_warm_cache_shortens_it() ->
     pool = view("x", per_token_s=0.01)
     cold = decided(pool, prompt_tokens=1000)
     assert cold.answer[0] == pytest.approx(0.1 + 10 + 0.1)
-    warm = decided(pool, prompt_tokens=1000, warm=PrefixCacheHint("a", "x", 900))
+    warm = decided(pool, prompt_tokens=1000, prefix_cache=PrefixCacheHint("a", "x", 900))
     assert warm.answer[0] == pytest.approx(0.1 + 1 + 0.1)
-    elsewhere = decided(pool, prompt_tokens=1000, warm=PrefixCacheHint("a", "gone", 900))
+    elsewhere = decided(pool, prompt_tokens=1000, prefix_cache=PrefixCacheHint("a", "gone", 900))
     assert elsewhere.answer[0] == cold.answer[0]
 
 
@@ -124,7 +124,7 @@ def test_select_switching_expert_in_a_conversation_costs_the_prefix() -> None:
             pool,
             quality={"a": 0.5, "b": 0.7},
             prompt_tokens=5000,
-            warm=PrefixCacheHint("a", "x", tokens),
+            prefix_cache=PrefixCacheHint("a", "x", tokens),
         )
         # 0.01 quality a second, 0.01 s a token: 2,000 tokens are worth 0.2.
         assert winner(got) == ("a" if stays else "b", "x")
@@ -211,9 +211,9 @@ def test_select_excludes_recipes_whose_worst_case_exceeds_max_cost() -> None:
     cost = {"a": 1.0, "b": 1.0, "c": 10.0}
     wanted: dict[str | Recipe, float] = {cascade: 0.9, "a": 0.5}
     for most, first in ((12.0, cascade.name), (11.9, "a"), (0.5, None)):
-        got = decided(view("x", experts=three), quality=wanted, cost=cost, most_cost=most)
+        got = decided(view("x", experts=three), quality=wanted, cost=cost, max_cost=most)
         assert (winner(got) or (None,))[0] == first
-    assert set(got.barred) == {Exclusion.MAX_COST}
+    assert set(got.exclusion) == {Exclusion.MAX_COST}
 
 
 def test_select_recipe_that_would_miss_the_deadline_yields_to_a_single_expert() -> None:
@@ -225,7 +225,7 @@ def test_select_recipe_that_would_miss_the_deadline_yields_to_a_single_expert() 
         assert (winner(decided(pool, quality=wanted, deadline_s=left_s)) or ("",))[0] == first
     # To the first token only, where a single expert streams.
     streams = decided(pool, quality={"a": 0.5, "b": 0.6}, deadline_s=1.05, streams=True)
-    assert not streams.barred.any()
+    assert not streams.exclusion.any()
 
 
 def test_select_excludes_draining_and_failed_pools() -> None:
@@ -246,12 +246,14 @@ def test_select_without_candidates_reports_the_exclusion_reason() -> None:
     pool = view("x", experts=held)
     resting = frozenset({("a", "x"), ("", "https://far.example"), ("a", "gone")})
     for given, tokens, why in (
-        ({"banned": resting}, 10, Exclusion.RESTING),
-        ({"banned": resting}, 0, Exclusion.RESTING),
-        ({"banned": {("a", "gone")}}, 10, Exclusion.NONE),
+        ({"excluded": resting}, 10, Exclusion.CIRCUIT_OPEN),
+        ({"excluded": resting}, 0, Exclusion.CIRCUIT_OPEN),
+        ({"excluded": {("a", "gone")}}, 10, Exclusion.NONE),
     ):
-        assert list(decided(pool, context_tokens=tokens, **given).barred) == [why]
-    assert list(decided(view("x", draining=True), context_tokens=10).barred) == [Exclusion.NO_POOL]
+        assert list(decided(pool, context_tokens=tokens, **given).exclusion) == [why]
+    assert list(decided(view("x", draining=True), context_tokens=10).exclusion) == [
+        Exclusion.NO_POOL
+    ]
 
 
 def test_select_by_context_length_excludes_experts_unless_none_fits() -> None:
@@ -264,17 +266,17 @@ def test_select_by_context_length_excludes_experts_unless_none_fits() -> None:
         got = decided(pool, quality={"a": 0.9, "b": 0.5}, context_tokens=tokens)
         assert winner(got) == (first, "x")
     got = decided(pool, quality={"a": 0.9, "b": 0.5}, context_tokens=1100)
-    assert got.barred[0] == Exclusion.CONTEXT
+    assert got.exclusion[0] == Exclusion.CONTEXT
     # Named, so that no other will do: its engine says that it does not fit.
-    wish = got.wish
+    wish = got.request
     named = replace(wish, rows=wish.rows[:1], quality=wish.quality[:1], reach=wish.reach[:1])
-    assert winner(select(got.book, got.standing, named)) == ("a", "x")
+    assert winner(select(got.catalog, got.pools, named)) == ("a", "x")
 
 
-def test_select_excludes_banned_pools() -> None:
+def test_select_excluded_places_are_not_chosen() -> None:
     pools = view("x"), view("y", running=8)
-    assert winner(decided(*pools, banned={("a", "x")})) == ("a", "y")
-    assert winner(decided(*pools, banned={("a", "x"), ("a", "y")})) is None
+    assert winner(decided(*pools, excluded={("a", "x")})) == ("a", "y")
+    assert winner(decided(*pools, excluded={("a", "x"), ("a", "y")})) is None
 
 
 def test_unmet_demand_is_what_residency_would_have_won() -> None:
@@ -282,10 +284,10 @@ def test_unmet_demand_is_what_residency_would_have_won() -> None:
     got = decided(pool, quality={"a": 0.5, "b": 0.9}, price=0.05)
     at = got.best()
     assert at == 0
-    assert got.unmet(at) == ("b",)
-    assert got.missed(at) == pytest.approx(0.4, abs=0.01)
+    assert got.unmet_experts(at) == ("b",)
+    assert got.unmet_utility(at) == pytest.approx(0.4, abs=0.01)
     patient = decided(pool, quality={"a": 0.5, "b": 0.9}, price=0.001)
-    assert patient.unmet(patient.best() or 0) == ()
+    assert patient.unmet_experts(patient.best() or 0) == ()
 
 
 def test_pool_for_demand_is_the_same_at_every_gateway() -> None:
@@ -324,7 +326,7 @@ def test_failure_reason_is_given_only_when_every_pool_failed() -> None:
 def test_pool_state_table_keeps_a_row_until_the_next_snapshot() -> None:
     board = PoolStateTable({"a": 0})
     pool = view("x", running=4)
-    assert board.standing([pool]).ahead.tolist() == [[4]]
+    assert board.to_matrix([pool]).ahead.tolist() == [[4]]
     busier = PoolView("x", view("x", running=8).snapshot, 0.1, {"a": 2})
-    assert board.standing([busier]).ahead.tolist() == [[10]]
-    assert board.standing([pool]).ahead.tolist() == [[4]]
+    assert board.to_matrix([busier]).ahead.tolist() == [[10]]
+    assert board.to_matrix([pool]).ahead.tolist() == [[4]]

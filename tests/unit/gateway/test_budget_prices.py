@@ -25,7 +25,7 @@ KEY = Tenant("acme", "k1", limits=Limits(budget=5, period="day"))
 class Offer:
     """A better answer for one unit of cost, as `BudgetPrices` reads it."""
 
-    worth = np.array([0.5, 1.0])
+    net_quality = np.array([0.5, 1.0])
     cost = np.array([0.0, 1.0])
 
 

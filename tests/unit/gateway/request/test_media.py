@@ -212,12 +212,12 @@ def test_selection_of_a_picture_request_prefers_a_vision_expert() -> None:
     for size in (1_000, 300_000):
         request = asked(picture(png(640, 480, size)), max_tokens=100)
         plan = routing.router.plan(request)
-        standing = PoolStateTable(routing.catalog.index).standing(views)
+        standing = PoolStateTable(routing.catalog.index).to_matrix(views)
         weighed = select(
             routing.catalog, standing, selection_request(routing.cost_model, request, plan)
         )
         assert [routing.catalog.recipes[row].name for row in plan.rows.tolist()] == ["vision"]
-        assert (weighed.barred == Exclusion.CONTEXT).sum() == 0
+        assert (weighed.exclusion == Exclusion.CONTEXT).sum() == 0
         assert weighed.best() is not None
         assert np.isfinite(weighed.utility).all()
 
