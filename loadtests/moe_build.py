@@ -25,7 +25,7 @@ from loadtests.lib.targets import Report, Table, TargetCheck
 from router_models.experts.data import EXPERTS
 from router_models.experts.evaluate import ARTIFACTS, RowScore
 from router_models.experts.packing import Conversation, pack, shared_beginning
-from router_models.moe import answers, dense_loading, domain_texts, perplexity, upcycle
+from router_models.moe import dense_loading, domain_texts, expert_answers, perplexity, upcycle
 from router_models.moe.dense import Dense, read_config
 from service.errors import ModelStoreError
 from service.models import locate
@@ -65,7 +65,7 @@ def judge(
     dense_loading.fill(dense, Dense(domain_texts.GENERAL, base))
 
     def ask(prompts: list[str]) -> list[str]:
-        return answers.greedy(dense, tokenizer, prompts)
+        return expert_answers.greedy(dense, tokenizer, prompts)
 
     fields: dict[str, list[Conversation]] = {}
     scores: dict[tuple[str, str], list[RowScore]] = {}

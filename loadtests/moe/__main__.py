@@ -62,7 +62,7 @@ def main() -> int:
     def measure(watch: Watch) -> Report:
         # Imported here: one brings vLLM, the other transformers.
         def capture() -> Report:
-            from loadtests.moe import capture as moe_capture
+            from loadtests.moe import capture_overhead as moe_capture
 
             return moe_capture.report(
                 given.model,

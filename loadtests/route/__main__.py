@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: one core is what 
 from loadtests.lib.cli import parser, tell
 from loadtests.lib.stats import median
 from loadtests.lib.targets import Report, Table, TargetCheck, at_most
-from loadtests.route import choice, replay, share
+from loadtests.route import replay, selection_latency, share
 from service.classifier.artifact import load_artifact
 from service.classifier.classifier import Classifier
 from service.classifier.conversation import assess_turns
@@ -138,7 +138,7 @@ def _measured(given: argparse.Namespace) -> Report:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         report = measure(given.artifact, max(given.rounds, 10))
-        choice.measure(report, max(given.rounds, 10))
+        selection_latency.measure(report, max(given.rounds, 10))
     return report
 
 

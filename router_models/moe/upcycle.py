@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from router_models.experts.packing import tokenize
-from router_models.moe import answers, card, checkpoint, dense, dense_loading, domain_texts
+from router_models.moe import card, checkpoint, dense, dense_loading, domain_texts, expert_answers
 from router_models.moe.dense import Dense, UpcycleError
 from router_models.moe.gate_inputs import moments
 from router_models.moe.gates import Origin, Statistics
@@ -139,7 +139,7 @@ def _learn(
     """The statistics with this expert's own: `model` holds its weights."""
     answered = domain_texts.answered(
         domain_texts.Field(field.name, field.train, (), field.source, field.licence),
-        lambda prompts: answers.greedy(model, tokenizer, prompts),
+        lambda prompts: expert_answers.greedy(model, tokenizer, prompts),
         TEXTS if all(row.answer for row in field.train[:TEXTS]) else ANSWERED,
     )
     read = tokenize(answered.train, tokenizer, max_tokens=MAX_TOKENS)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from service.rpc.latency import PRIOR
+from service.rpc.expert_speed import PRIOR
 from service.rpc.snapshot import STALE_S, ExpertState, Queue, Snapshot, Speed
 from service.types import Residency
 

@@ -66,8 +66,8 @@ def _local_decision(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     from service.broker.selection import select
     from service.config import load_config
     from service.gateway.request.parsing import parse_request
-    from service.gateway.routing.candidates import selection_request
     from service.gateway.routing.explain import explain
+    from service.gateway.routing.semantic_router import selection_request
     from service.gateway.routing.setup import RoutingSetup
 
     config = load_config(path)

@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from service.config import Config
 from service.deployment.config_reload import config_file, current_config, follow, reload, version
-from service.deployment.server import QuietServer, bind_free_port, server_config
+from service.deployment.pool_http_server import QuietServer, bind_free_port, server_config
 from service.gateway.runtime import GatewayRuntime
 from service.pool.process import PoolProcess
 from service.rpc import pool_addresses

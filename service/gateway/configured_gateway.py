@@ -22,8 +22,8 @@ from service.gateway.dispatch.remote_pool import RemotePool
 from service.gateway.guard.guard import Guard
 from service.gateway.guard.screen import Screen
 from service.gateway.request.validation import RequestValidator
+from service.gateway.request_accounting import RequestObservers
 from service.gateway.request_record import ExpertCall
-from service.gateway.request_scope import RequestObservers
 from service.gateway.routes.inference import InferenceEndpoint, InferenceHandler
 from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.setup import RoutingSetup

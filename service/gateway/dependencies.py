@@ -17,8 +17,8 @@ from service.gateway.admission import Admission
 from service.gateway.audit_log import REFUSALS, acted
 from service.gateway.dispatch.execution import RecipeExecutor
 from service.gateway.request.validation import RequestValidator
-from service.gateway.routing.candidates import SemanticRouter
 from service.gateway.routing.feedback_learning import FeedbackService
+from service.gateway.routing.semantic_router import SemanticRouter
 from service.gateway.state import GatewayState
 from service.rpc.auth import same
 from service.rpc.pool_directory import PoolDirectory

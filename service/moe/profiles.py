@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from service.config import Config
-from service.engine.steering_spec import SteeredLayer, Steering
+from service.engine.steering_data import SteeredLayer, Steering
 from service.errors import ConfigError, InvalidProfileError
 from service.moe.steering import (
     SteeringProfile,

@@ -35,8 +35,8 @@ from service.pool.slots.dedicated import DedicatedSlot
 from service.pool.slots.shared import SharedSlot
 from service.pool.timed_send import TimedSend
 from service.pool.units import Unit
-from service.rpc.call import Call, Times
-from service.rpc.latency import LatencyEstimator
+from service.rpc.call_headers import Call, Times
+from service.rpc.expert_speed import LatencyEstimator
 from service.rpc.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
 from service.types import Residency
 

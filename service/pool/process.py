@@ -13,7 +13,7 @@ from service.models.expert_folders import folder_here
 from service.moe.profiles import profile_bytes
 from service.pool.factory import PoolFactory
 from service.pool.pool import Pool
-from service.rpc.call import Call
+from service.rpc.call_headers import Call
 from service.rpc.server import PoolApp
 from service.telemetry.logging import log_fields
 from service.telemetry.pool_metrics import PoolMetrics

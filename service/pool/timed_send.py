@@ -9,8 +9,8 @@ from collections.abc import Callable
 from service.engine.base import Message, Send
 from service.http.usage import reply_usage
 from service.pool.lease import Lease
-from service.rpc.call import ENGINE_MS, QUEUE_MS, SWAP_MS, Times
-from service.rpc.latency import LatencyEstimator, ResponseTimer
+from service.rpc.call_headers import ENGINE_MS, QUEUE_MS, SWAP_MS, Times
+from service.rpc.expert_speed import LatencyEstimator, ResponseTimer
 
 
 class TimedSend:

@@ -18,7 +18,7 @@ import orjson
 
 from service.errors import PoolUnavailableError, PoolUnreachableError
 from service.rpc import auth as secrets
-from service.rpc.call import Call
+from service.rpc.call_headers import Call
 from service.rpc.snapshot import GONE_S, Snapshot, decode
 
 log = logging.getLogger("coe.link")

@@ -26,7 +26,7 @@ from service.http.asgi import (
 )
 from service.http.openai_errors import error_response, sse_event
 from service.rpc import auth as secrets
-from service.rpc.call import Call, parse_call
+from service.rpc.call_headers import Call, parse_call
 
 log = logging.getLogger("coe.link")
 

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from service.config import MoeCapture
 from service.engine.base import EngineTimings, RoutingSample
-from service.rpc.call import Call, Times
+from service.rpc.call_headers import Call, Times
 from service.rpc.snapshot import Snapshot
 from service.telemetry import metrics
 from service.telemetry.exposition import text_of

@@ -28,7 +28,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from service import __version__
 from service.config import TelemetryConfig
 from service.errors import CoeError
-from service.rpc.call import Call, Times
+from service.rpc.call_headers import Call, Times
 
 _OPERATIONS = {
     "/v1/chat/completions": "chat",

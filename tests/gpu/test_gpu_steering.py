@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from service.config import VllmOptions
-from service.engine.steering_spec import RECORD_CHOICES_KEY
+from service.engine.steering_data import RECORD_CHOICES_KEY
 from service.engine.vllm.swapping import SwappingVllmEngine, Weights
 from tests.gpu.test_gpu_swap import why_no_gpu
 from tests.support.engine.mixtral import LAYERS

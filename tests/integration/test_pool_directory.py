@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from service.rpc import client
-from service.rpc.call import Call
+from service.rpc.call_headers import Call
 from service.rpc.client import PoolAddress, PoolLink
 from service.rpc.pool_directory import PoolDirectory
 from service.rpc.snapshot import Snapshot, encode

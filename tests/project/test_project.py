@@ -39,7 +39,7 @@ TOP = {
 ONLY_IN = {
     "vllm": {
         "service/engine/vllm/handle.py",
-        "service/engine/vllm/worker/grammars.py",
+        "service/engine/vllm/worker/expert_grammars.py",
         "service/engine/vllm/worker/loading.py",
         "service/engine/vllm/worker/merged_worker.py",
         "service/engine/vllm/worker/capture.py",
@@ -54,7 +54,7 @@ ONLY_IN = {
     },
     "ray": {
         "service/deployment/application.py",
-        "service/deployment/cluster.py",
+        "service/deployment/external_cluster_app.py",
         "service/deployment/replica_discovery.py",
         "service/deployment/drain_node.py",
         "service/deployment/local.py",

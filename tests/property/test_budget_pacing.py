@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from loadtests.pacing import MOST_LOST, SCENES, Outcome, Scene, simulate
+from loadtests.budget_pacing import MOST_LOST, SCENES, Outcome, Scene, simulate
 
 DAY, NOON, MINUTE = SCENES
 SEEDS = range(3)

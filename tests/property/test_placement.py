@@ -20,7 +20,7 @@ from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool
 from service.pool.slots.shared import SharedSlot
 from service.pool.units import UnitState
-from service.rpc.call import Call
+from service.rpc.call_headers import Call
 from tests.support.clock import FastTime
 from tests.support.swap_stage import (
     EXPERTS,

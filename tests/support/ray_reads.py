@@ -21,7 +21,7 @@ def main() -> None:
     from ray.serve._private.build_app import build_app
     from ray.serve.schema import ServeDeploySchema
 
-    from service.deployment.cluster import build
+    from service.deployment.external_cluster_app import build
 
     def read(spec: dict[str, Any]) -> dict[str, Any]:
         serve_config = ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"]))

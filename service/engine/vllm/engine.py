@@ -27,7 +27,7 @@ from service.engine.base import (
 )
 from service.engine.cache_salt import CACHE_SALT
 from service.engine.deferred_start import DeferredStartSend
-from service.engine.steering_spec import RECORD_CHOICES_KEY
+from service.engine.steering_data import RECORD_CHOICES_KEY
 from service.engine.vllm.grammar_trials import GrammarTrials
 from service.engine.vllm.handle import (
     AdapterError,

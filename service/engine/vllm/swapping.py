@@ -29,7 +29,7 @@ from service.engine.base import (
     Message,
     SwapResult,
 )
-from service.engine.steering_spec import MERGED_KEY, PLACES_KEY, Steering
+from service.engine.steering_data import MERGED_KEY, PLACES_KEY, Steering
 from service.engine.vllm.engine import GRAPH_STEERING_WORKER, VllmEngine, VllmModel, first_line
 from service.engine.vllm.handle import LaunchSettings, OpenAiApp, Rendering
 from service.engine.vllm.tokenizer_digest import tokenizer_digest

@@ -14,8 +14,8 @@ from service.gateway.cache.response_cache import ResponseCache
 from service.gateway.dispatch.execution import RecipeExecutor
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.validation import RequestValidator
-from service.gateway.request_scope import RequestObservers, RequestScope
-from service.gateway.routing.candidates import RoutePlan, SemanticRouter
+from service.gateway.request_accounting import RequestObservers, RequestScope
+from service.gateway.routing.semantic_router import RoutePlan, SemanticRouter
 from service.http.asgi import ClientDisconnectedError, Receive, Send, until_gone
 
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from service.broker.selection import Exclusion, Selection
-from service.gateway.routing.candidates import RoutePlan
+from service.gateway.routing.semantic_router import RoutePlan
 
 _WHY = {
     Exclusion.NO_POOL: "no running pool has it",

@@ -16,8 +16,8 @@ from service.classifier.expert_map import ExpertMap
 from service.config import Config
 from service.config.schema import silent_member
 from service.errors import ArtifactError
-from service.gateway.routing.candidates import Assess, SemanticRouter
 from service.gateway.routing.quality import Escalations, QualityModel
+from service.gateway.routing.semantic_router import Assess, SemanticRouter
 
 log = logging.getLogger("coe.routing")
 

@@ -23,7 +23,7 @@ from service.http.openai_errors import (
     stream_error,
 )
 from service.http.usage import reply_usage, token_counts, usage_of
-from service.rpc.call import QUEUE_MS, SWAP_MS
+from service.rpc.call_headers import QUEUE_MS, SWAP_MS
 
 # What lines must hold to be looked at.
 _CHAT_WORDS = (b'"usage"', b'{"error"', b"[DONE]")

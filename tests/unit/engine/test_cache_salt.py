@@ -16,7 +16,7 @@ from service.engine.remote import RemoteEngine
 from service.gateway.auth import Authenticator, cache_salt
 from service.gateway.request.parsing import parse_request
 from service.gateway.routing.prefix_affinity import PrefixAffinity
-from service.rpc.call import Call, parse_call
+from service.rpc.call_headers import Call, parse_call
 from service.store.keys import KeyRecord, KeyService, StoreKeyRepository
 from service.store.memory import MemoryStore
 from service.types import Tenant

@@ -17,7 +17,7 @@ from service.errors import CoeError, UnknownModelError
 from service.moe.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
 from service.pool.factory import PoolFactory
 from service.pool.pool import Pool
-from service.rpc.call import Call
+from service.rpc.call_headers import Call
 from service.telemetry.pool_metrics import PoolMetrics
 from tests.support.waiting import until
 from tests.unit.moe.test_steering import gates

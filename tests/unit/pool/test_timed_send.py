@@ -7,7 +7,7 @@ import pytest
 
 from service.engine.base import Message
 from service.pool.timed_send import TimedSend
-from service.rpc.latency import ResponseTimer
+from service.rpc.expert_speed import ResponseTimer
 
 
 async def nobody(message: Message) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from service.errors import PoolUnavailableError
-from service.rpc.call import Call
+from service.rpc.call_headers import Call
 from service.rpc.client import PoolAddress, PoolLink, new_session
 from service.rpc.pool_directory import PoolDirectory
 from service.rpc.snapshot import ExpertState, Snapshot, decode, encode

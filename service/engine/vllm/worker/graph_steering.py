@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from service.engine.steering_spec import PLACES_KEY
+from service.engine.steering_data import PLACES_KEY
 from service.engine.vllm.worker.gates import Choice, RoutedLayer, choice_of, replace_choice
 from service.engine.vllm.worker.steering import gate_for, gates_of
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from service.engine.steering_spec import MERGED_KEY
+from service.engine.steering_data import MERGED_KEY
 from service.models.lora_merge import LoraDelta
 
 if TYPE_CHECKING:

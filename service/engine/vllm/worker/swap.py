@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.engine.vllm.worker.capture import CaptureExtension
-from service.engine.vllm.worker.grammars import ExpertGrammars
+from service.engine.vllm.worker.expert_grammars import ExpertGrammars
 from service.engine.vllm.worker.loading import ShadowModel, check_alike
 from service.engine.vllm.worker.memory import (
     check_room,

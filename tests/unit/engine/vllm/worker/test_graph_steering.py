@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine.steering_spec import PLACES_KEY, SteeredLayer, Steering
+from service.engine.steering_data import PLACES_KEY, SteeredLayer, Steering
 from service.moe.steering import LayerSteering, MoeShape, steer
 
 torch = pytest.importorskip("torch")

@@ -1,6 +1,6 @@
 """Compares the quality that 1, 2, 4 and 8 gateways get from one budget.
 
-Run: python -m loadtests.pacing
+Run: python -m loadtests.budget_pacing
 
 Requests come at random times to random gateways. Each could be answered for nothing, or better by
 a random amount for one unit of cost. The gateways' own prices decide, and the ledger has the last
@@ -156,7 +156,7 @@ def best(scene: Scene, seed: int) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Print a table; 1 where some number of gateways loses more than 2 %."""
-    parser = argparse.ArgumentParser(prog="python -m loadtests.pacing", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m loadtests.budget_pacing", description=__doc__)
     parser.add_argument("--seeds", type=int, default=5, help="windows of each scene")
     seeds = range(parser.parse_args(argv).seeds)
     failed = False

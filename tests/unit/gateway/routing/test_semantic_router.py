@@ -15,8 +15,8 @@ from service.classifier.classifier import Assessment
 from service.config import Config
 from service.errors import ForbiddenError, InvalidRequestError, UnknownModelError
 from service.gateway.request.parsing import parse_request
-from service.gateway.routing.candidates import RoutePlan, SemanticRouter
 from service.gateway.routing.quality import QualityModel
+from service.gateway.routing.semantic_router import RoutePlan, SemanticRouter
 from service.types import CategoryScores, Recipe, Tenant
 
 CONFIG = Config.model_validate(

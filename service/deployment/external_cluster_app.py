@@ -36,7 +36,7 @@ class ClusterArgs(BaseModel):
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Build the application for `import_path: service.deployment.cluster:build`.
+    """Build the application for `import_path: service.deployment.external_cluster_app:build`.
 
     Args:
         args: Fields of `ClusterArgs`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.errors import InvalidRequestError
-from service.rpc.call import Call, parse_call, trace_of
+from service.rpc.call_headers import Call, parse_call, trace_of
 
 CALL = Call("/v1/completions", "a/b", "id", 250, True, "gateway", 7)
 
