@@ -1,5 +1,6 @@
-"""`python -m loadtests.loop_hold`: how long the largest requests that a gateway lets through hold a
-pool's event loop, in processor time of its thread, with a real vLLM engine on it.
+"""`python -m loadtests.loop_hold`: how long the largest allowed requests hold a pool's event loop.
+
+Measures the processor time of the loop's thread, with a real vLLM engine on it.
 """
 
 from __future__ import annotations

@@ -320,8 +320,7 @@ def compared_lines(compared: dict[str, Any]) -> list[str]:
 
 
 def standard_error(values: Floats, clusters: NDArray[np.intp]) -> float:
-    """Standard error of the mean of values (N,), of which those of one cluster may depend on
-    each other.
+    """Return the standard error of the mean of values (N,) that depend on each other in clusters.
 
     The cluster-robust estimate (Liang and Zeger, 1986) √(Σ_c (Σ_{i in c} (v_i - mean))²) / N; with
     a cluster for each value it is the usual one.

@@ -159,7 +159,7 @@ def choose_penalties(
 
 
 def _cross(posterior: Floats, factors: Floats) -> Floats:
-    """p ⊗ f of each row, (rows, C·F)."""
+    """Return p ⊗ f of each row, (rows, C·F)."""
     return np.asarray((posterior[:, :, None] * factors[:, None, :]).reshape(len(factors), -1))
 
 

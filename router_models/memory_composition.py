@@ -56,15 +56,21 @@ def compose(
     budget: float = np.inf,
     time_limit_s: float = 60.0,
 ) -> Composition:
-    """The exact optimum; where the time is not enough to prove it, the best choice found, and
-    how far from the optimum it may be.
+    """Find the best composition under bounds on memory and cost.
+
+    If the time is too short to prove the optimum, the result is the best composition found, with
+    a bound on its distance from the optimum.
 
     Args:
-        prior: (C,), how much of the traffic each category is.
+        categories: Names of the C categories.
+        recipes: The R recipes.
+        prior: (C,), share of the traffic by category.
         score: (C, R), expected score of each recipe on each category.
         cost: (C, R), expected cost of a call.
-        sizes: Of each expert, in the unit of `memory`.
-        time_limit_s: How long the solver may search.
+        sizes: Size of each expert, in the unit of `memory`.
+        memory: Bound on the sizes of all used experts.
+        budget: Bound on the expected cost of a call.
+        time_limit_s: Time limit of the solver, in s.
 
     Raises:
         ValueError: An expert has no size, no choice fits both bounds, or none was found in time.

@@ -30,13 +30,13 @@ os.environ.update(
 
 @pytest.fixture(autouse=True, scope="session")
 def _sockets_of_engines(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """vLLM leaves them behind: here they go with pytest's own folders."""
+    """Keep the sockets that vLLM leaves behind in pytest's own folders."""
     os.environ["VLLM_RPC_BASE_PATH"] = str(tmp_path_factory.mktemp("rpc"))
 
 
 @pytest.fixture(autouse=True)
 def _level_of_logs() -> None:
-    """vLLM sets the root logger's when it is imported; a service's own is not the root's."""
+    """Reset the root logger's level, which vLLM sets when it is imported."""
     logging.getLogger().setLevel(logging.WARNING)
 
 

@@ -1,5 +1,7 @@
-"""`python -m loadtests.chaos`: the service with traffic on it, while parts of it are killed,
-hung, starved of disk, or answer nonsense. Says what came of every request.
+"""`python -m loadtests.chaos`: kills and disturbs parts of a service under traffic.
+
+Parts are killed, hung, starved of disk, or answer nonsense. The run reports the end of every
+request.
 """
 
 from __future__ import annotations

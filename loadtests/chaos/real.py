@@ -68,8 +68,10 @@ def _core(pid: int) -> psutil.Process:
 
 
 async def real(port: int, report: Report) -> None:
-    """Kill it under running requests: each is answered by the engine that comes after, as it
-    would have been by the one before."""
+    """Kill the engine's core while requests run.
+
+    The next engine must answer each request as the killed one would have.
+    """
     context = serving(_settings(port))
     pid = await asyncio.to_thread(context.__enter__)
     try:

@@ -264,7 +264,7 @@ class Site:
         return found
 
     def kill(self, part: str, *, every: bool = False) -> None:
-        """kill -9 the first, or every one, of them. Raises RuntimeError where there is none."""
+        """Kill the first process, or all, with SIGKILL. Raises RuntimeError if there is none."""
         found = self.processes(part)
         if not found:
             raise RuntimeError(f"no process {part!r} to kill")

@@ -64,7 +64,7 @@ def model_folder() -> Path:
 
 @contextmanager
 def bare_server(port: int, name: str, arguments: EngineArguments) -> Iterator[None]:
-    """vLLM's server. Its `vllm` command does not work in the CPU build, its module does."""
+    """Run vLLM's own server, as a module: the `vllm` command does not work in the CPU build."""
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"),

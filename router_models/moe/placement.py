@@ -36,13 +36,13 @@ class Placed:
 
 
 def linear(experts: int, devices: int) -> Placed:
-    """vLLM's `linear`: neighbours together."""
+    """Place as vLLM's `linear` does: neighbours together."""
     room = _room(experts, devices)
     return Placed(tuple(tuple(range(d * room, (d + 1) * room)) for d in range(devices)))
 
 
 def round_robin(experts: int, devices: int) -> Placed:
-    """vLLM's `round_robin`: dealt out one by one."""
+    """Place as vLLM's `round_robin` does: one expert per device in turn."""
     _room(experts, devices)
     return Placed(tuple(tuple(range(d, experts, devices)) for d in range(devices)))
 

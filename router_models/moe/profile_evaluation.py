@@ -36,9 +36,10 @@ class QualityLoss:
 
 @dataclass(frozen=True, slots=True)
 class ExpertReads:
-    """What a batch of tokens of the domain needs of a layer, in the mean over layers and batches,
+    """The weights that a batch of the domain's tokens reads, without and with a profile.
 
-    and of all layers, in bytes of expert weights as they are stored.
+    Numbers of experts are means over layers and batches; bytes are those of all layers' expert
+    weights as stored.
     """
 
     batch: int

@@ -49,9 +49,10 @@ def read_texts(path: Path) -> list[Example]:
 
 
 def tokenized(examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> list[Text]:
-    """As the model sees them: a prompt with its answer through the chat template, of which the
+    """Tokenise examples as the model sees them.
 
-    answer is judged; any other text as it stands, behind the token that begins texts.
+    A prompt with its answer goes through the chat template, and the answer is evaluated. Other
+    text follows the token that begins texts.
     """
     first = tokenizer.bos_token_id
     first = tokenizer.eos_token_id if first is None else first

@@ -1,4 +1,4 @@
-"""Whether answers agree: the final answer of a text, made comparable. Pure.
+r"""Whether answers agree: the final answer of a text, made comparable. Pure.
 
 Everything here errs towards "different". Two answers that differ cost one more call; two that are
 wrongly taken for the same cost the right answer. So a final answer keeps its signs, operators,
@@ -6,7 +6,7 @@ units, case and words. Only spellings that can't mean anything else are made one
 emphasis, LaTeX's delimiters, the full stop at the end, thousands separators, `5.0` and `5`,
 `1/2` and `0.5`, `(B)` and `B`, `Yes` and `yes`, and JSON's own equalities.
 
-A text has a final answer where it states one: on a last line `#### 72`, in `\\boxed{}`, after
+A text has a final answer where it states one: on a last line `#### 72`, in `\boxed{}`, after
 "the answer is", as a JSON value, or by being short. A refusal has none, and neither has a text
 that goes on after its conclusion with anything but an explanation or a courtesy, nor a text of
 more than 80 characters without a conclusion. Where there is none, the stronger expert is asked.
@@ -418,8 +418,10 @@ def _number(said: str) -> str | None:
 
 
 def _decimal_of(sign: str, over: int, under: int) -> str | None:
-    """A fraction in lowest terms as a decimal, where it has one; 2/4 and 3/1 may be something
-    else than a number."""
+    """Return a fraction as a decimal, or None if it has none.
+
+    Only fractions in lowest terms count: 2/4 and 3/1 may be something other than a number.
+    """
     rest = under
     for prime in (2, 5):
         while rest % prime == 0:

@@ -87,8 +87,15 @@ class Breaker:
         return Permit(self._turn, probe)
 
     def end(self, one: Permit, ok: bool | None, now_s: float) -> bool:
-        """A request has ended: well, by a failure of its own (False), or without saying
-        anything (None). True where this opened the breaker.
+        """Record the end of a request.
+
+        Args:
+            one: The request's permit.
+            ok: True: success. False: the expert failed. None: neither.
+            now_s: The time, in s.
+
+        Returns:
+            Whether this opened the breaker.
         """
         if one.turn != self._turn:
             return False  # it began before the breaker opened: old news
@@ -196,7 +203,9 @@ class RetryBudget:
 
 
 def backoff_s(attempt: int, random: Random, *, base_s: float = 0.05, most_s: float = 1.0) -> float:
-    """How long to wait before going back to one that has just failed: exponential, with full
-    jitter, so that those whom one fault has hit do not come back together.
+    """Return the delay before an expert that has just failed is tried again, in s.
+
+    It grows exponentially, with full jitter, so that requests that one fault has hit do not
+    return together.
     """
     return float(random() * min(most_s, base_s * 2.0 ** min(attempt, 30)))

@@ -107,8 +107,10 @@ class BudgetPacer:
         return self._since > 0 or window != self._window or now_s - self._priced_s > old_s
 
     def untold(self, now_s: float) -> tuple[int, int]:
-        """The piece of the window that now is, and how many requests came since this was asked
-        last: to be added to what all gateways are told."""
+        """Return the present piece of the window, and the requests since the last call.
+
+        They are to be added to the counts that all gateways share.
+        """
         count, self._told = self._own - self._told, self._own
         return self._piece(now_s), count
 

@@ -205,8 +205,11 @@ class Ledger:
         )
 
     async def state(self, keys: Iterable[Tenant] = ()) -> dict[str, BudgetState]:
-        """Every named budget, every tenant's own as `tenant/NAME`, and as `key/ID` those of the
-        keys that these tenants showed. Raises StoreUnavailableError."""
+        """Return the state of every budget.
+
+        Named budgets have their names, tenants' own `tenant/NAME`, and those of the keys of these
+        tenants `key/ID`. Raises StoreUnavailableError.
+        """
         named: dict[str, tuple[Account, str | None, str]] = {
             name: (account, self._of_tenant[name], "") for name, account in self._budgets.items()
         }

@@ -20,8 +20,10 @@ class RecipeCatalog:
     """
 
     def __init__(self, experts: Sequence[str], recipes: Iterable[Recipe] = ()) -> None:
-        """`recipes` may name singles again; each recipe is kept once. ValueError for one that
-        asks an expert that is not in `experts`."""
+        """Index the recipes; each is kept once, and `recipes` may repeat singles.
+
+        Raises ValueError if a recipe names an expert that is not in `experts`.
+        """
         self.experts = tuple(experts)
         self.index = {name: i for i, name in enumerate(self.experts)}
         singles = [Recipe("single", (name,)) for name in self.experts]

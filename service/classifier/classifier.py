@@ -55,9 +55,12 @@ class Classifier:
         factor_weight: NDArray[np.floating] | None = None,
         factor_bias: NDArray[np.floating] | None = None,
     ) -> None:
-        """`idf` is (buckets,), `weight` (buckets, labels), `bias` (labels,); `known` is the
-        bitmap of seen marks, packed by `numpy.packbits`, (2**known_bits / 8,).
-        `factor_weight` is (buckets, factors), `factor_bias` (factors,)."""
+        """Hold the arrays of a fitted classifier.
+
+        `idf` is (buckets,), `weight` (buckets, labels), `bias` (labels,); `known` is the bitmap of
+        seen marks, packed by `numpy.packbits`, (2**known_bits / 8,). `factor_weight` is (buckets,
+        factors), `factor_bias` (factors,).
+        """
         self.labels = labels
         self.spec = spec
         self.min_confidence = min_confidence

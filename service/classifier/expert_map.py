@@ -62,8 +62,11 @@ class ExpertMap:
         cost_slope: Floats,
         max_novelty: float,
     ) -> None:
-        """With C categories, R recipes, F factors: `prior` (C,) is each category's share;
-        `score`, `count`, `cost` (C, R); `reach` (C, R, MAX_LATER); slopes (C, F, R)."""
+        """Hold the arrays for C categories, R recipes and F factors.
+
+        `prior` (C,) is each category's share; `score`, `count`, `cost` are (C, R), `reach` is
+        (C, R, MAX_LATER), slopes are (C, F, R).
+        """
         self.categories = categories
         self.recipes = recipes
         self.prior = prior

@@ -77,8 +77,10 @@ class Entry:
 
     @property
     def counting(self) -> UsageMeter | None:
-        """What the answer has to go through, and where calls of experts that only help to
-        find it are added; None where nobody is charged."""
+        """The meter for the answer and for the calls of a recipe's other experts.
+
+        None if nobody is charged.
+        """
         return self.meter if self.counts else None
 
     @property

@@ -181,8 +181,10 @@ class BudgetPrices:
         self._renewed_s = -math.inf
 
     def prices(self) -> list[tuple[str, float, float]]:
-        """Every budget's name, shadow price, and the share of it that is left; those of single
-        keys are left out."""
+        """Return each budget's name, shadow price and remaining share.
+
+        Budgets of single keys are left out.
+        """
         return [
             (name, self._pacers[name].price, _purse(state).left / state.amount)
             for name, state in self._states.items()

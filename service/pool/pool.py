@@ -250,8 +250,7 @@ class Pool:
         self.changed()
 
     def expect(self, experts: Mapping[str, str]) -> None:
-        """Of the experts that have gone or are going only these come again, with what is said
-        until then."""
+        """Announce which of the removed experts will return, with a reason until then."""
         self._coming = {n: why for n, why in experts.items() if n not in self._slot_of}
 
     def _give_one_to(self, slot: SharedSlot) -> None:
@@ -340,8 +339,10 @@ class Pool:
         reply.tell(self._speeds.setdefault(call.expert, LatencyEstimator()), call.prompt_tokens)
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
-        """Tokens of prompt and answer of a call that its gateway has given up, told once; None
-        where that is not known."""
+        """Return prompt and completion tokens of a call that its gateway gave up, once.
+
+        None if they are unknown.
+        """
         return await self._abandoned.used(request_id)
 
     def _served(self, expert: str, tell: Callable[[int], None], tokens: int) -> None:

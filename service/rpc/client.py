@@ -216,8 +216,11 @@ class PoolLink:
             raise PoolUnavailableError("the pool can't be reached") from None
 
     async def unused(self) -> None:
-        """Wait until no call is under way. Until then somebody has to follow a pool that is not
-        to be called any more: nothing else notices when it falls silent for good."""
+        """Wait until no call is in flight.
+
+        Until then the link must follow even a pool that gets no more calls, because nothing else
+        notices when the pool falls silent.
+        """
         await self._unused.wait()
 
     async def close(self) -> None:

@@ -46,8 +46,11 @@ class LatencyEstimator:
             self._chunk(chunk_s)
 
     def whole(self, prompt_tokens: int, total_s: float, tokens: int, now_s: float) -> None:
-        """A reply in one piece: all that is known is the sum. What streams have taught of the
-        first byte is taken off; before any was seen, all time counts to the tokens."""
+        """Record a reply in one piece, of which only the total time is known.
+
+        The learned time to the first byte is subtracted. Before any stream was seen, all time
+        counts to the tokens.
+        """
         if tokens < 1:
             return
         self._measured_at_s = now_s
@@ -85,10 +88,10 @@ def _decay_to_prior(measured: float, guess: float, kept: float) -> float:
 
 
 class ResponseTimer:
-    """Times one answer as its ASGI messages pass, for a `LatencyEstimator`. Times in s of one
-    clock.
+    """Times one answer as its ASGI messages pass, for a `LatencyEstimator`.
 
-    `first_s`: when its head passed, 0 before; `chunks`: bodies that passed.
+    Times are in s of one clock. `first_s`: when its head passed, 0 before; `chunks`: bodies that
+    passed.
     """
 
     def __init__(self, began_s: float) -> None:

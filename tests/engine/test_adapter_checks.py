@@ -50,7 +50,7 @@ def ours(folder: Path) -> AdapterInfo | None:
 
 
 def theirs(folder: Path) -> Any:
-    """vLLM's reading of an adapter; None where it is refused."""
+    """Read an adapter as vLLM does; None if vLLM refuses it."""
     from vllm.lora.peft_helper import PEFTHelper
 
     try:

@@ -130,7 +130,7 @@ async def test_weights_that_can_not_be_copied_stay(steering: Steering) -> None:
 
 
 async def test_the_router_that_a_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's own class, with its kernel's work done here: what it is called with and gives."""
+    """Check calls and results of vLLM's own class, with its kernel replaced."""
     import torch
     from vllm.model_executor.layers.fused_moe.router import fused_topk_router
 

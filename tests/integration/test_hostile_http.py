@@ -1,5 +1,6 @@
-"""Through Serve and HAProxy: half-sent, slow, pipelined and broken requests, clients that read
-nothing, a thousand that say nothing. One `coe serve` for all.
+"""Half-sent, slow, pipelined and broken requests through Serve and HAProxy.
+
+Also clients that read nothing, and a thousand silent ones. One `coe serve` serves all tests.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def test_every_request_ends_once_wherever_its_unit_goes(
 
 
 def test_two_that_are_both_asked_do_not_stay_in_one_slot() -> None:
-    """b and d begin in the second slot, and c, in the first, is asked by nobody."""
+    """Start b and d in the second slot; nobody requests c, in the first."""
 
     async def act(fleet: Fleet) -> None:
         async def client(expert: str) -> None:

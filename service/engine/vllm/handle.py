@@ -328,7 +328,7 @@ class VllmHandle:
     # --- requests
 
     async def openai_app(self, served_name: str, rendering: Rendering | None = None) -> OpenAiApp:
-        """vLLM's OpenAI layer for one served name; by default with the engine's own tokenizer."""
+        """Build vLLM's OpenAI layer for a served name, by default with the engine's tokenizer."""
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
 
@@ -667,7 +667,7 @@ def _finished_request(finished: FinishedRequestStats) -> FinishedRequest:
 
 
 def _registry_logger_class(registry: CollectorRegistry) -> type[PrometheusStatLogger]:
-    """vLLM's stat logger with its metrics in `registry`."""
+    """Return vLLM's stat logger with its metrics in `registry`."""
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     metric_types: dict[str, object] = {

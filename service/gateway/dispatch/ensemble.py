@@ -195,7 +195,7 @@ class EnsembleExecutor:
                 raise
             # The attempt's time limit ended with it.
             self.reply.first_byte_limit = None
-            refused = isinstance(error, NoAnswer)
+            refused = isinstance(error, NoAnswerError)
             self.answers.append(
                 MemberAnswer(expert, RequestRecord(), error=None if refused else error)
             )

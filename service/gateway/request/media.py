@@ -129,8 +129,10 @@ class MediaPrices:
         self._config = config
 
     def tokens(self, model: str, media: Media) -> int:
-        """The most that any of the experts takes that `model`, an expert, a recipe or `auto`,
-        may ask."""
+        """Return the most tokens that the media take in any expert that `model` may call.
+
+        `model` is an expert, a recipe or `auto`.
+        """
         if media is NOTHING:
             return 0
         config = self._config

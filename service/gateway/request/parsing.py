@@ -70,8 +70,10 @@ class InferenceRequest:
 
     @property
     def most_prompt_tokens(self) -> int:
-        """The most tokens that the prompt can be, but for a chat template's: no tokenizer makes
-        more of a text than there are bytes."""
+        """Upper bound of the prompt's tokens, without a chat template.
+
+        No tokenizer makes more tokens of a text than it has bytes.
+        """
         return self._text_bytes + self.media_tokens
 
     @property
@@ -98,8 +100,10 @@ class InferenceRequest:
 
     @property
     def sequences(self) -> int:
-        """How many of an engine's places it takes: its answers, or its prompts where it makes
-        none."""
+        """Sequences that the request takes in an engine.
+
+        They are its answers, or its prompts if it generates none.
+        """
         return self.answers if self._reads.generates else self.prompts
 
     @property
@@ -113,8 +117,10 @@ class InferenceRequest:
 
     @property
     def most_tokens(self) -> int | None:
-        """The bound on each answer's length, in tokens: the client's, or the engine's own. None
-        where only the context bounds it."""
+        """The limit of each answer's length in tokens: the client's, or the engine's own.
+
+        None if only the context limits it.
+        """
         return self.given_tokens or self._reads.usual_length
 
     def at_most(self, tokens: int) -> InferenceRequest:
@@ -233,8 +239,10 @@ def _check_prompt(endpoint: str, data: dict[str, Any]) -> None:
 
 
 def _check_integers(data: dict[str, Any]) -> None:
-    """Whatever says how many or how long is an integer, on every endpoint: engines also take
-    "16" and 16.0, and what is counted here has to be what they will do."""
+    """Check that counts and lengths are integers, on every endpoint.
+
+    Engines also take "16" and 16.0, and the gateway's count must equal the engine's.
+    """
     for name, value in data.items():
         counts = name in ("n", "best_of") or name.startswith("max_")
         if counts and (isinstance(value, bool) or not isinstance(value, int)):
@@ -256,8 +264,10 @@ def _needs(endpoint: str, data: dict[str, Any]) -> frozenset[str]:
 
 
 def _combinable(endpoint: str, data: dict[str, Any]) -> bool:
-    """Several answers can be compared only where each is one text, and nothing else is asked of
-    the tokens that make it."""
+    """Return whether several answers to the request can be compared.
+
+    Each must be one text, without demands on the tokens that make it.
+    """
     return (
         endpoint == "/v1/chat/completions"
         and data.get("n") in (None, 1)

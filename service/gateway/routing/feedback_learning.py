@@ -88,9 +88,12 @@ class FeedbackService:
         tenants: Iterable[str] = (),
         after: FeedbackService | None = None,
     ) -> None:
-        """`shared`: other gateways use the same `volatile`. `tenants`: whose votes are read from
-        the start; others' once they ask. `after`: by another config, whose replies may still be
-        voted on."""
+        """Prepare to learn from votes.
+
+        `shared`: other gateways use the same `volatile` store. `tenants`: votes of these are read
+        from the start, votes of others at their first request. `after`: the service of the previous
+        config, whose replies may still be voted on.
+        """
         self.enabled = config.enabled
         self._config = config
         self._store = store

@@ -107,8 +107,11 @@ class SemanticRouter:
         }
 
     def plan(self, request: InferenceRequest) -> RoutePlan:
-        """What may answer. Raises UnknownModelError; InvalidRequestError where nobody is able to;
-        ForbiddenError where the tenant may ask nobody who is."""
+        """Find the candidates for a request.
+
+        Raises UnknownModelError; InvalidRequestError if no expert is able to answer;
+        ForbiddenError if the tenant may use none of those that are.
+        """
         model = request.model
         if model in self._experts:
             return self._by_name(request, Recipe("single", (model,)), f"expert {model!r}")

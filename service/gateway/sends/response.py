@@ -30,7 +30,7 @@ _CHAT_WORDS = (b'"usage"', b'{"error"', b"[DONE]")
 _OTHER_WORDS = (b'"usage"', b'"error"', b"[DONE]", b'"response.created"')
 
 
-class NoAnswer(CoeError):
+class NoAnswerError(CoeError):
     """An expert refused the request, where only an answer may go to the client."""
 
     code = "expert_refused"
@@ -41,7 +41,7 @@ class ResponseSend:
 
     `expert_call` is the call that answers. `started`: whether anything has gone out. `events`: how
     many a stream has had by now. `answers_only`: a reply that is none is not passed on, but
-    raised as NoAnswer.
+    raised as NoAnswerError.
     """
 
     def __init__(
@@ -52,8 +52,11 @@ class ResponseSend:
         meter: UsageMeter | None = None,
         dialect: Dialect = Dialect.CHAT,
     ) -> None:
-        """`meter`: what the engine says goes through it first; it counts, and takes out what
-        the client did not ask for. `dialect`: in which the client is told of errors."""
+        """Prepare to send an answer.
+
+        `meter` sees the engine's output first: it counts, and removes usage that the client did not
+        request. `dialect` is the API whose errors the client gets.
+        """
         self.record = record
         self.meter = meter
         self._counted = meter.wrap(self._out) if meter is not None else self._out
@@ -79,7 +82,7 @@ class ResponseSend:
         if self.answers_only and message["type"] == "http.response.start":
             self.answers_only = False
             if message["status"] != 200:
-                raise NoAnswer(f"the expert's reply has the status {message['status']}")
+                raise NoAnswerError(f"the expert's reply has the status {message['status']}")
         await self._counted(message)
 
     async def _out(self, message: Message) -> None:

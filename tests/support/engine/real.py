@@ -104,7 +104,7 @@ def core_of(engine: Any) -> int:
 
 
 def kill(engine: Any) -> None:
-    """kill -9 the engine's core."""
+    """Kill the engine's core with SIGKILL."""
     os.kill(core_of(engine), signal.SIGKILL)
 
 

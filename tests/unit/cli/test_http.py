@@ -29,7 +29,7 @@ def server(status: int, **headers: str) -> Iterator[tuple[str, list[Any]]]:
             self.end_headers()
             self.wfile.write(b"{}")
 
-        do_POST = do_GET
+        do_POST = do_GET  # noqa: N815
 
         def log_message(self, format: str, *args: Any) -> None:
             pass

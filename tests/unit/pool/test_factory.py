@@ -171,7 +171,7 @@ async def test_reload_with_another_swap_policy_applies_it() -> None:
 
 
 def steered(folder: Path, names: str, slots: int | None = None) -> Config:
-    """a and b, full; a1 and a2 virtual experts of a. Simulated: their profiles are any files."""
+    """Experts a and b are full; a1 and a2 are virtual experts of a. Profiles are any files."""
     experts = {
         name: {"base": name[0], "profile": str(folder / name)} if name[1:] else {"model": "m"}
         for name in names.split()
@@ -273,7 +273,7 @@ MIXTRAL = {
 
 
 def on_a_gpu(root: Path, names: str, method: str = "auto", **top_k: int) -> Config:
-    """a and b, mixtures of experts; a1 and a2 virtual experts of a. Profiles and gates are real."""
+    """Experts a and b are mixtures; a1 and a2 are virtual experts of a, with real files."""
     experts: dict[str, Any] = {}
     for name in names.split():
         if not name[1:]:
@@ -364,7 +364,7 @@ async def test_gpu_pool_engines_with_in_place_swap_get_their_slots(tmp_path: Pat
 
 
 def adapted(folder: Path, names: str, slots: int | None = None, **paths: str) -> Config:
-    """a and b, full; a1, a2, … adapters of a. Simulated: their files are any."""
+    """Experts a and b are full; a1, a2, … are adapters of a, simulated with any files."""
     experts = {
         name: {"base": name[0], "adapter": str(folder / paths.get(name, name))}
         if name[1:]

@@ -37,7 +37,7 @@ def weight_method(module: torch.nn.Module) -> str | None:
 
 
 def linear_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """vLLM's linear layers of a model, in order."""
+    """Return vLLM's linear layers of a model, in order."""
     return [
         module
         for module in model.modules()
@@ -74,7 +74,7 @@ def has_batch(runner: GPUModelRunner) -> bool:
 
 
 def batch_request_ids(runner: GPUModelRunner) -> list[str]:
-    """vLLM's ids of the requests in the current step."""
+    """Return vLLM's ids of the requests in the current step."""
     ids: list[str] = runner.input_batch.req_ids
     return ids
 
