@@ -179,7 +179,8 @@ class Selection:
 
     def unmet_experts(self, chosen: int) -> tuple[str, ...]:
         """Members of the recipe that would have won were all experts resident and idle; none where
-        that is the `chosen` one."""
+        that is the `chosen` one.
+        """
         position = int(self.ideal.argmax())
         if position == chosen or not self.unmet_utility(chosen) > 0:
             return ()
