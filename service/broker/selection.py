@@ -178,8 +178,9 @@ class Selection:
         )
 
     def unmet_experts(self, chosen: int) -> tuple[str, ...]:
-        """Members of the recipe that would have won were all experts resident and idle; none where
-        that is the `chosen` one.
+        """Return the members of the recipe that would win if all experts were resident and idle.
+
+        Empty if that recipe is `chosen`.
         """
         position = int(self.ideal.argmax())
         if position == chosen or not self.unmet_utility(chosen) > 0:
