@@ -127,12 +127,12 @@ async def test_engines_of_two_families_sleep_in_turn(level: int, tmp_path: Path)
 def test_every_byte_arrives_where_the_graphs_expect_it(tmp_path: Path) -> None:
     import torch
 
-    from service.engine.shared_memory import write
+    from service.engine.shared_memory import write_file
     from service.engine.vllm.worker.pinned_weights import copy_all, copy_to, describe, pinned
 
     live = {"w": torch.zeros(1 << 20, device="cuda"), "b": torch.zeros(7, device="cuda")}
     made = {name: torch.randn_like(tensor) for name, tensor in live.items()}
-    mapped = write(tmp_path / "w.weights", describe(made), partial(copy_to, made), "t")
+    mapped = write_file(tmp_path / "w.weights", describe(made), partial(copy_to, made), "t")
     held = pinned(mapped)
     assert all(tensor.is_pinned() for tensor in held.tensors.values())
     addresses = {name: tensor.data_ptr() for name, tensor in live.items()}

@@ -32,12 +32,12 @@ class ScratchBuffers:
         self.packed_bytes = 0
         self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = defaultdict(list)
 
-    def take(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    def acquire(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """An unused buffer; its values are arbitrary."""
         free = self._free[shape, dtype]
         return free.pop() if free else torch.empty(shape, dtype=dtype)
 
-    def give_back(self, tensor: torch.Tensor) -> None:
+    def release(self, tensor: torch.Tensor) -> None:
         """Return a buffer that is not used any more."""
         self._free[tensor.shape, tensor.dtype].append(tensor)
 
@@ -78,7 +78,7 @@ class _Matrix:
             self._pack(mapped=True)
             return
         if self._own is None:
-            parameter.data = self._own = self._scratch.take(shape, dtype)
+            parameter.data = self._own = self._scratch.acquire(shape, dtype)
         self._loader(parameter, loaded, *args, **kwargs)
         self._left -= loaded.numel()
         if self._left == 0:
@@ -101,7 +101,7 @@ class _Matrix:
             self._parameter.data = torch.empty(0, dtype=self._parameter.dtype)
             self._scratch.packed_bytes += self._bytes
             if self._own is not None:
-                self._scratch.give_back(self._own)
+                self._scratch.release(self._own)
         self._own = None
 
 
