@@ -159,7 +159,7 @@ class Dispatcher:
             cost_price=self.budget_prices.cost_price(request.tenant),
             prefix_cache=self.prefix_affinity.hint(request),
         )
-        standing = self._pool_table.standing(self.views() if views is None else views)
+        standing = self._pool_table.to_matrix(self.views() if views is None else views)
         return select(self.catalog, standing, wish)
 
     async def dispatch(
