@@ -65,7 +65,7 @@ async def faults(page: Page) -> list[str]:
     ]
 
 
-async def test_a_prompt_is_explained_answered_and_timed(chromium: Browser) -> None:
+async def test_console_prompt_shows_explanation_answer_and_times(chromium: Browser) -> None:
     async with site(TURNS) as s, watched(chromium, s.url) as seen:
         page = await opened(seen, s.url)
         await page.fill("#prompt", MATH)
@@ -88,7 +88,7 @@ async def test_a_prompt_is_explained_answered_and_timed(chromium: Browser) -> No
         seen.clean()
 
 
-async def test_budgets_are_shown_with_what_is_left_of_them(chromium: Browser) -> None:
+async def test_console_shows_budgets_and_what_is_left(chromium: Browser) -> None:
     given = TURNS.model_dump(exclude_defaults=True)
     priced = {**given["experts"]["math"], "price": {"prompt": 1000, "completion": 1000}}
     experts = {**given["experts"], "math": priced}
@@ -103,7 +103,7 @@ async def test_budgets_are_shown_with_what_is_left_of_them(chromium: Browser) ->
         seen.clean()
 
 
-async def test_residency_follows_the_traffic(chromium: Browser) -> None:
+async def test_console_residency_view_follows_the_traffic(chromium: Browser) -> None:
     async with site(TURNS) as s, watched(chromium, s.url) as seen:
         page = await opened(seen, s.url)
         for name in ("code", "intents"):
@@ -113,7 +113,7 @@ async def test_residency_follows_the_traffic(chromium: Browser) -> None:
         seen.clean()
 
 
-async def test_two_experts_side_by_side_and_a_stop(chromium: Browser) -> None:
+async def test_console_compares_two_experts_and_stops_a_stream(chromium: Browser) -> None:
     slow = TURNS.model_dump()
     slow["pools"]["cpu"]["simulated"]["decode_ms"] = 50
     async with site(Config.model_validate(slow)) as s, watched(chromium, s.url) as seen:
@@ -137,7 +137,7 @@ async def test_two_experts_side_by_side_and_a_stop(chromium: Browser) -> None:
         seen.clean()
 
 
-async def test_the_admin_key_moves_weights_and_stays_out_of_addresses(chromium: Browser) -> None:
+async def test_console_admin_key_moves_weights_and_is_in_no_url(chromium: Browser) -> None:
     async with site(TURNS) as s, watched(chromium, s.url) as seen:
         page = await opened(seen, s.url)
         asked: list[str] = []
@@ -173,7 +173,7 @@ async def test_the_admin_key_moves_weights_and_stays_out_of_addresses(chromium: 
 
 @pytest.mark.parametrize("theme", ["dark", "light"])
 @pytest.mark.parametrize("width", [1440, 390])
-async def test_everybody_can_read_it(chromium: Browser, theme: str, width: int) -> None:
+async def test_console_is_accessible(chromium: Browser, theme: str, width: int) -> None:
     async with site(TURNS) as s, watched(chromium, s.url, theme=theme, width=width) as seen:
         page = await opened(seen, s.url)
         await page.evaluate(f"sessionStorage.setItem('coe-admin-key', '{ADMIN_KEY}')")
@@ -188,7 +188,7 @@ async def test_everybody_can_read_it(chromium: Browser, theme: str, width: int) 
         seen.clean()
 
 
-async def test_the_theme_is_switched_and_remembered(chromium: Browser) -> None:
+async def test_console_theme_is_switched_and_remembered(chromium: Browser) -> None:
     async with site(TURNS) as s, watched(chromium, s.url) as seen:
         page = await opened(seen, s.url)
         await page.keyboard.press("t")
@@ -200,7 +200,7 @@ async def test_the_theme_is_switched_and_remembered(chromium: Browser) -> None:
 
 
 @pytest.mark.parametrize("theme", ["dark", "light"])
-async def test_the_api_s_page_sends_what_it_shows(chromium: Browser, theme: str) -> None:
+async def test_api_page_sends_what_it_shows(chromium: Browser, theme: str) -> None:
     async with site(TURNS) as s, watched(chromium, s.url, theme=theme) as seen:
         page = await opened(seen, s.url, "/docs")
         chat_card = page.locator("#post-v1-chat-completions")

@@ -66,7 +66,7 @@ JSON = {"content-type": "application/json"}
 
 
 @pytest.mark.parametrize("host", ["attacker.example", "localhost", "127.0.0.1"])
-async def test_a_page_elsewhere_can_not_make_the_service_work(chromium: Browser, host: str) -> None:
+async def test_foreign_page_can_not_make_the_service_work(chromium: Browser, host: str) -> None:
     async with two_sites(chromium, host) as (s, page):
         tries = [
             post(mode="no-cors", headers={"content-type": "text/plain"}),
@@ -91,13 +91,13 @@ async def test_a_page_elsewhere_can_not_make_the_service_work(chromium: Browser,
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/console/events", "/metrics"])
-async def test_a_page_elsewhere_can_not_read(chromium: Browser, path: str) -> None:
+async def test_foreign_page_can_not_read_answers(chromium: Browser, path: str) -> None:
     async with two_sites(chromium, "attacker.example") as (s, page):
         told = await page.evaluate(ASK, [s.url + path, {}])
         assert told["kind"] == "failed"
 
 
-async def test_a_name_that_was_rebound_reads_and_does_nothing(chromium: Browser) -> None:
+async def test_rebound_host_name_reads_and_does_nothing(chromium: Browser) -> None:
     async with two_sites(chromium, "attacker.example") as (s, page):
         # The same origin for the browser: no preflight, and everything may be read.
         there = f"http://attacker.example:{urlsplit(s.url).port}"
@@ -111,7 +111,7 @@ async def test_a_name_that_was_rebound_reads_and_does_nothing(chromium: Browser)
         assert s.pools["cpu"].engine.asked == []
 
 
-async def test_a_page_of_a_configured_origin_asks_and_reads(chromium: Browser) -> None:
+async def test_configured_origin_asks_and_reads(chromium: Browser) -> None:
     async with two_sites(chromium, "friend.example") as (s, page):
         headers = {**JSON, "authorization": "Bearer any", "x-stainless-os": "Linux"}
         told = await page.evaluate(ASK, [s.url + CHAT, post(headers=headers)])
@@ -124,7 +124,7 @@ async def test_a_page_of_a_configured_origin_asks_and_reads(chromium: Browser) -
         assert (told["status"], "valid JSON" in told["text"]) == (400, True)
 
 
-async def test_the_service_s_own_page_works(chromium: Browser) -> None:
+async def test_own_page_works(chromium: Browser) -> None:
     async with two_sites(chromium, "localhost") as (s, page):
         for host in ("127.0.0.1", "localhost"):
             there = f"http://{host}:{urlsplit(s.url).port}"

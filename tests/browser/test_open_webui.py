@@ -104,7 +104,7 @@ async def open_webui(api: str, folder: Path) -> AsyncIterator[str]:
         await process.wait()
 
 
-async def test_a_person_picks_an_expert_and_reads_its_answer(
+async def test_open_webui_picks_an_expert_and_shows_its_answer(
     chromium: Browser, tmp_path: Path
 ) -> None:
     async with (

@@ -61,7 +61,7 @@ def text_of(events: list[Any], index: int = 0) -> str:
     )
 
 
-async def test_the_report(subject: Subject) -> None:
+async def test_engine_start_returns_a_report(subject: Subject) -> None:
     report = subject.report
     assert report.max_model_len == 1024
     assert {CHAT, COMPLETIONS, "/tokenize", "/detokenize"} <= report.endpoints
@@ -76,7 +76,7 @@ async def test_the_report(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-async def test_a_whole_answer(subject: Subject, path: str) -> None:
+async def test_engine_chat_returns_a_whole_answer(subject: Subject, path: str) -> None:
     body = chat() if path == CHAT else {"prompt": "Once upon", "temperature": 0, "max_tokens": 8}
     reply = await ask(subject.engine, path, subject.expert, body)
     assert reply.status == 200
@@ -93,7 +93,7 @@ async def test_a_whole_answer(subject: Subject, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-async def test_a_stream_says_the_same_as_a_whole_answer(subject: Subject, path: str) -> None:
+async def test_engine_stream_has_the_text_of_the_whole_answer(subject: Subject, path: str) -> None:
     body = chat() if path == CHAT else {"prompt": "Once upon", "temperature": 0, "max_tokens": 8}
     whole = (await ask(subject.engine, path, subject.expert, body)).json
     streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
@@ -111,12 +111,12 @@ async def test_a_stream_says_the_same_as_a_whole_answer(subject: Subject, path: 
     assert all(not event.get("usage") for event in events[:-1])
 
 
-async def test_without_asking_there_is_no_usage_in_a_stream(subject: Subject) -> None:
+async def test_engine_stream_without_include_usage_has_no_usage(subject: Subject) -> None:
     reply = await ask(subject.engine, CHAT, subject.expert, chat(stream=True))
     assert all(not event.get("usage") for event in reply.events)
 
 
-async def test_the_same_question_gets_the_same_answer_alone_or_in_company(
+async def test_engine_equal_requests_get_equal_answers_alone_or_batched(
     subject: Subject,
 ) -> None:
     alone = (await ask(subject.engine, CHAT, subject.expert, chat(seed=7))).json
@@ -127,13 +127,13 @@ async def test_the_same_question_gets_the_same_answer_alone_or_in_company(
     assert said == {alone["choices"][0]["message"]["content"]}
 
 
-async def test_a_seed_repeats_chance(subject: Subject) -> None:
+async def test_engine_seed_reproduces_sampling(subject: Subject) -> None:
     body = chat(temperature=1.0, seed=11)
     first, second = [await ask(subject.engine, CHAT, subject.expert, body) for _ in range(2)]
     assert first.json["choices"] == second.json["choices"]
 
 
-async def test_several_answers(subject: Subject) -> None:
+async def test_engine_returns_n_choices(subject: Subject) -> None:
     # Greedy answers may not be several in vLLM.
     body = chat(n=2, temperature=0.5, seed=3)
     told = (await ask(subject.engine, CHAT, subject.expert, body)).json
@@ -143,7 +143,7 @@ async def test_several_answers(subject: Subject) -> None:
     assert indexes == {0, 1}
 
 
-async def test_max_tokens_and_stop(subject: Subject) -> None:
+async def test_engine_obeys_max_tokens_and_stop(subject: Subject) -> None:
     told = (await ask(subject.engine, CHAT, subject.expert, chat(max_tokens=3))).json
     assert told["usage"]["completion_tokens"] <= 3
     text = told["choices"][0]["message"]["content"]
@@ -153,7 +153,7 @@ async def test_max_tokens_and_stop(subject: Subject) -> None:
     assert told["choices"][0]["finish_reason"] == "stop"
 
 
-async def test_token_probabilities(subject: Subject) -> None:
+async def test_engine_returns_logprobs(subject: Subject) -> None:
     if not subject.real:
         pytest.skip("the simulated engine computes no probabilities")
     told = (
@@ -168,7 +168,7 @@ async def test_token_probabilities(subject: Subject) -> None:
     assert content[0]["logprob"] == max(t["logprob"] for t in content[0]["top_logprobs"])
 
 
-async def test_json_that_fits_a_schema(subject: Subject) -> None:
+async def test_engine_obeys_a_json_schema(subject: Subject) -> None:
     if not subject.real:
         pytest.skip("the simulated engine knows no grammar")
     form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
@@ -184,7 +184,7 @@ async def test_json_that_fits_a_schema(subject: Subject) -> None:
             assert text.lstrip().startswith("{")
 
 
-async def test_a_named_tool_is_called(subject: Subject) -> None:
+async def test_engine_calls_a_named_tool(subject: Subject) -> None:
     if not subject.real:
         pytest.skip("the simulated engine calls no tools")
     if subject.name == "vllm-moe":
@@ -197,7 +197,7 @@ async def test_a_named_tool_is_called(subject: Subject) -> None:
     assert json.loads(call["function"]["arguments"])["word"] in ("cat", "dog")
 
 
-async def test_tokens_of_a_text_and_back(subject: Subject) -> None:
+async def test_engine_tokenize_and_detokenize_round_trip(subject: Subject) -> None:
     text = "Tokens are pieces of words."
     reply = await ask(subject.engine, "/tokenize", subject.expert, {"prompt": text})
     told = reply.json
@@ -209,7 +209,7 @@ async def test_tokens_of_a_text_and_back(subject: Subject) -> None:
         assert reply.json["prompt"] == text
 
 
-async def test_an_unknown_endpoint_is_a_404(subject: Subject) -> None:
+async def test_engine_unknown_endpoint_is_a_404(subject: Subject) -> None:
     reply = await ask(subject.engine, "/v1/nothing", subject.expert, chat())
     assert reply.status == 404
     assert reply.fault["message"]
@@ -225,7 +225,7 @@ async def test_an_unknown_endpoint_is_a_404(subject: Subject) -> None:
         ("/detokenize", {"tokens": ["a"]}, "tokens"),
     ],
 )
-async def test_a_bad_body_is_a_400_that_names_the_field(
+async def test_engine_invalid_body_is_a_400_with_the_field(
     subject: Subject, path: str, body: dict[str, Any], param: str
 ) -> None:
     reply = await ask(subject.engine, path, subject.expert, body)
@@ -236,7 +236,9 @@ async def test_a_bad_body_is_a_400_that_names_the_field(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_too_long_a_prompt_is_a_400_with_both_numbers(subject: Subject, stream: bool) -> None:
+async def test_engine_prompt_above_the_context_is_a_400_with_both_numbers(
+    subject: Subject, stream: bool
+) -> None:
     words = [{"role": "user", "content": "word " * 2000}]
     reply = await ask(subject.engine, CHAT, subject.expert, chat(messages=words, stream=stream))
     assert reply.status == 400
@@ -247,7 +249,7 @@ async def test_too_long_a_prompt_is_a_400_with_both_numbers(subject: Subject, st
     assert max(numbers) > 1024
 
 
-async def test_a_cancelled_request_is_stopped(subject: Subject) -> None:
+async def test_engine_cancelled_request_is_aborted(subject: Subject) -> None:
     for stream in (True, False):
         reply = Reply()
         body = chat(max_tokens=900, stream=stream, ignore_eos=True)
@@ -380,9 +382,7 @@ REFUSED_GRAMMARS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("name", REFUSED_GRAMMARS)
-async def test_a_grammar_that_no_engine_can_use_is_a_400(
-    subject: Subject, name: str, stream: bool
-) -> None:
+async def test_engine_invalid_grammar_is_a_400(subject: Subject, name: str, stream: bool) -> None:
     if subject.name != "vllm":
         pytest.skip("the simulated engine knows no grammar; one real engine is enough")
     path, body = REFUSED_GRAMMARS[name]
@@ -395,7 +395,7 @@ async def test_a_grammar_that_no_engine_can_use_is_a_400(
     assert reply.fault["type"] == "invalid_request_error"
 
 
-async def test_choices_grammars_and_tags_that_are_in_order_are_kept_to(subject: Subject) -> None:
+async def test_engine_obeys_choices_grammars_and_structural_tags(subject: Subject) -> None:
     if subject.name != "vllm":
         pytest.skip("the simulated engine knows no grammar; one real engine is enough")
     tag = {**TAG, "format": {"type": "json_schema", "json_schema": SCHEMA}}
@@ -415,7 +415,7 @@ async def test_choices_grammars_and_tags_that_are_in_order_are_kept_to(subject: 
 # --- from here on the engine dies
 
 
-async def test_death_in_mid_stream_ends_it_with_an_error_event(subject: Subject) -> None:
+async def test_engine_death_during_a_stream_ends_it_with_an_error_event(subject: Subject) -> None:
     reply = Reply()
     body = chat(max_tokens=900, stream=True, ignore_eos=True)
     task = asyncio.create_task(run(subject.engine, CHAT, subject.expert, body, reply))
@@ -437,14 +437,14 @@ async def test_death_in_mid_stream_ends_it_with_an_error_event(subject: Subject)
     assert await subject.engine.in_flight() == 0
 
 
-async def test_after_death_nothing_is_answered(subject: Subject) -> None:
+async def test_engine_after_death_answers_nothing(subject: Subject) -> None:
     await until(lambda: subject.engine.failure() is not None, "the death is noticed", 20)
     for stream in (False, True):
         reply = await ask(subject.engine, CHAT, subject.expert, chat(stream=stream))
         assert isinstance(reply.error, EngineDeadError)
 
 
-async def test_stopping_leaves_no_process(subject: Subject) -> None:
+async def test_engine_stop_leaves_no_process(subject: Subject) -> None:
     await subject.engine.stop()
     assert subject.children() == []
     assert subject.engine.failure() is not None

@@ -58,7 +58,7 @@ async def refused(url: str) -> set[str]:
     return said
 
 
-async def test_a_user_with_an_awkward_password_gets_in_and_a_wrong_one_is_told(
+async def test_redis_user_with_an_awkward_password_connects_and_a_wrong_one_raises(
     server: RedisServer,
 ) -> None:
     with server.client() as client:
@@ -78,13 +78,13 @@ async def test_a_user_with_an_awkward_password_gets_in_and_a_wrong_one_is_told(
             assert "gone" not in text
 
 
-async def test_a_url_without_the_password_that_is_asked_for_is_told(server: RedisServer) -> None:
+async def test_redis_url_without_the_needed_password_raises(server: RedisServer) -> None:
     with server.client() as client:
         client.config_set("requirepass", "secret")
     assert all("authentication" in text for text in await refused(server.url))
 
 
-async def test_a_user_who_may_not_run_scripts_is_told(server: RedisServer) -> None:
+async def test_redis_user_without_script_permission_raises(server: RedisServer) -> None:
     with server.client() as client:
         client.acl_setuser(
             "coe", enabled=True, passwords=["+x"], keys=["*"], categories=["+@read", "+@connection"]
@@ -94,7 +94,7 @@ async def test_a_user_who_may_not_run_scripts_is_told(server: RedisServer) -> No
 
 
 @pytest.mark.parametrize("place", ["deploy/compose.yaml", "helm/charts/redis/templates/redis.yaml"])
-async def test_the_user_that_deployments_make_may_do_what_is_needed_and_no_harm(
+async def test_redis_user_of_the_deployments_has_the_needed_permissions_only(
     server: RedisServer, place: str
 ) -> None:
     text = (Path(__file__).parents[2] / place).read_text()
@@ -140,7 +140,7 @@ async def test_the_user_that_deployments_make_may_do_what_is_needed_and_no_harm(
                 client.execute_command(*command)
 
 
-async def test_a_replica_and_a_full_store_are_told(server: RedisServer) -> None:
+async def test_redis_read_only_replica_or_full_store_raises(server: RedisServer) -> None:
     with server.client() as client:
         client.config_set("maxmemory", 1)
         assert any("full" in text for text in await refused(server.url))
@@ -150,7 +150,7 @@ async def test_a_replica_and_a_full_store_are_told(server: RedisServer) -> None:
         assert all("read-only" in text for text in said)
 
 
-async def test_a_node_of_a_cluster_is_told(tmp_path_factory: pytest.TempPathFactory) -> None:
+async def test_redis_cluster_node_raises(tmp_path_factory: pytest.TempPathFactory) -> None:
     server = RedisServer(tmp_path_factory.mktemp("node"), 21_379)
     server.more = ["--cluster-enabled", "yes"]
     server.start()

@@ -87,7 +87,7 @@ async def tried(request: pytest.FixtureRequest) -> AsyncIterator[Tried]:
     await store.stop()
 
 
-async def test_no_more_than_the_limit_in_any_minute(tried: Tried) -> None:
+async def test_store_grants_no_more_than_the_limit_in_any_minute(tried: Tried) -> None:
     for _ in range(3):
         got = await tried.granted(Charge(REQUESTS, 1))
         await tried.store.settle(got, [1], None)
@@ -105,7 +105,7 @@ async def test_no_more_than_the_limit_in_any_minute(tried: Tried) -> None:
     assert isinstance(await tried.take(Charge(REQUESTS, 1)), Refused)
 
 
-async def test_what_was_not_used_is_free_again(tried: Tried) -> None:
+async def test_settle_returns_what_was_not_used(tried: Tried) -> None:
     got = await tried.granted(Charge(TOKENS, 20, 1), tokens=80, least=1)
     assert got.tokens == 80
     assert (await tried.balance(TOKENS)).reserved == 100
@@ -134,7 +134,7 @@ async def test_settle_more_than_was_reserved_is_a_debt_of_the_next_windows(tried
     assert 350 + granted >= 9 * TOKENS.limit
 
 
-async def test_settle_a_request_longer_than_the_window_is_charged_what_it_had_not_reserved(
+async def test_settle_request_longer_than_the_window_is_charged_the_excess(
     tried: Tried,
 ) -> None:
     got = await tried.granted(Charge(TOKENS, 10))
@@ -143,7 +143,7 @@ async def test_settle_a_request_longer_than_the_window_is_charged_what_it_had_no
     assert (await tried.balance(TOKENS)).spent == 85
 
 
-async def test_settling_twice_charges_once(tried: Tried) -> None:
+async def test_settle_twice_charges_once(tried: Tried) -> None:
     got = await tried.granted(Charge(COST, 10, 2.5), tokens=100)
     for _ in range(3):
         await tried.store.settle(got, [17], UsageNote("n", {"requests": 1}, 1000))
@@ -152,7 +152,7 @@ async def test_settling_twice_charges_once(tried: Tried) -> None:
     assert await tried.store.counts(["n"]) == [{"requests": 1}]
 
 
-async def test_an_answer_is_clipped_to_what_every_account_affords(tried: Tried) -> None:
+async def test_reserve_clips_the_answer_to_what_every_account_affords(tried: Tried) -> None:
     lines = (Charge(TOKENS, 40, 1), Charge(COST, 100, 30.5))
     got = await tried.granted(*lines, tokens=500, least=1)
     assert got.tokens == 29  # 100 + 29 · 30.5 = 984.5; 40 + 29 of 100
@@ -161,19 +161,19 @@ async def test_an_answer_is_clipped_to_what_every_account_affords(tried: Tried) 
     assert isinstance(refused, Refused)
 
 
-async def test_all_accounts_or_none(tried: Tried) -> None:
+async def test_reserve_takes_from_all_accounts_or_none(tried: Tried) -> None:
     await tried.granted(Charge(AT_ONCE, 2))
     refused = await tried.take(Charge(COST, 10), Charge(AT_ONCE, 1))
     assert refused == Refused("k/concurrent", 1.0, busy=True)
     assert (await tried.balance(COST)).reserved == 0
 
 
-async def test_larger_than_the_limit_never_fits(tried: Tried) -> None:
+async def test_reserve_more_than_the_limit_never_succeeds(tried: Tried) -> None:
     refused = await tried.take(Charge(TOKENS, 99, 1), tokens=10, least=2)
     assert refused == Refused("k/tokens", None)
 
 
-async def test_a_budget_is_whole_again_in_its_next_window(tried: Tried) -> None:
+async def test_budget_is_renewed_in_its_next_window(tried: Tried) -> None:
     hourly = Account("b", 10, fixed(3600))
     got = await tried.granted(Charge(hourly, 10))
     busy = await tried.take(Charge(hourly, 1))
@@ -190,7 +190,7 @@ async def test_a_budget_is_whole_again_in_its_next_window(tried: Tried) -> None:
     await tried.granted(Charge(hourly, 10))
 
 
-async def test_a_claim_counts_in_the_window_of_its_admission(tried: Tried) -> None:
+async def test_claim_counts_in_the_window_of_its_admission(tried: Tried) -> None:
     hourly = Account("b", 10, fixed(3600))
     got = await tried.granted(Charge(hourly, 10))
     tried.clock.now_s += 3600
@@ -200,13 +200,13 @@ async def test_a_claim_counts_in_the_window_of_its_admission(tried: Tried) -> No
     await tried.granted(Charge(hourly, 10))
 
 
-async def test_more_than_the_bound_is_still_charged(tried: Tried) -> None:
+async def test_settle_more_than_the_bound_is_charged(tried: Tried) -> None:
     got = await tried.granted(Charge(COST, 10))
     await tried.store.settle(got, [25], None)
     assert (await tried.balance(COST)).spent == 25
 
 
-async def test_a_burst_takes_exactly_the_limit(tried: Tried) -> None:
+async def test_concurrent_claims_take_exactly_the_limit(tried: Tried) -> None:
     many = Account("burst", 137, MINUTE)
     cents = Account("cents", 10**15 + 1, DAY)
 
@@ -222,7 +222,7 @@ async def test_a_burst_takes_exactly_the_limit(tried: Tried) -> None:
     assert (await tried.balance(cents)).spent == 45 * 10**13
 
 
-async def test_records_are_replaced_only_as_they_were_read(tried: Tried) -> None:
+async def test_record_replace_succeeds_only_for_the_version_read(tried: Tried) -> None:
     store = tried.store
     assert await store.records("t") == {}
     assert await store.version("t") is None
@@ -241,7 +241,7 @@ async def test_records_are_replaced_only_as_they_were_read(tried: Tried) -> None
     assert await store.records("u") == {}
 
 
-async def test_of_many_who_replace_a_record_at_once_none_is_lost(tried: Tried) -> None:
+async def test_record_concurrent_replacements_lose_none(tried: Tried) -> None:
     async def add_one() -> None:
         while True:
             known = (await tried.store.records("t")).get("n")
@@ -253,7 +253,7 @@ async def test_of_many_who_replace_a_record_at_once_none_is_lost(tried: Tried) -
     assert await tried.store.records("t") == {"n": b"30"}
 
 
-async def test_notes_add_up(tried: Tried) -> None:
+async def test_usage_counts_add_up(tried: Tried) -> None:
     for i in range(3):
         got = await tried.granted(Charge(COST, 1))
         await tried.store.settle(got, [1], UsageNote("u/1", {"requests": 1, "tokens": i}, 1000))

@@ -66,7 +66,7 @@ async def found_tenant(book: KeyRepository, key: str) -> str | None:
     return record.tenant if record is not None else None
 
 
-async def test_keys_in_redis_written_before_are_found_and_needed(
+async def test_api_keys_written_to_redis_by_earlier_versions_are_accepted(
     store: RedisStore, written: dict[str, Any]
 ) -> None:
     book = StoreKeyRepository(store)
@@ -74,7 +74,7 @@ async def test_keys_in_redis_written_before_are_found_and_needed(
     assert await found_tenant(book, written["key"]) == "acme"
 
 
-async def test_keys_in_redis_written_before_can_be_read_by_the_version_before(
+async def test_api_keys_written_to_redis_by_earlier_versions_stay_readable_for_them(
     store: RedisStore, written: dict[str, Any], server: RedisServer
 ) -> None:
     await StoreKeyRepository(store).load()
@@ -83,7 +83,7 @@ async def test_keys_in_redis_written_before_can_be_read_by_the_version_before(
     assert {name for name, _, _ in written["redis"]} <= left
 
 
-async def test_budgets_and_usage_written_before_count(
+async def test_budgets_and_usage_written_by_earlier_versions_count(
     store: RedisStore, written: dict[str, Any]
 ) -> None:
     accounts = [
@@ -94,7 +94,7 @@ async def test_budgets_and_usage_written_before_count(
     assert await store.counts(["usage/acme/19675"]) == [{"requests": 1, "tokens": 42}]
 
 
-async def test_a_file_of_keys_written_before_is_read(
+async def test_keys_file_written_by_earlier_versions_is_read(
     written: dict[str, Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "keys.jsonl"
@@ -104,6 +104,6 @@ async def test_a_file_of_keys_written_before_is_read(
     assert sorted(one.state(AT_S + 2) for one in await book.load()) == ["active", "revoked"]
 
 
-def test_an_artifact_written_before_is_read() -> None:
+def test_artifact_written_by_earlier_versions_is_read() -> None:
     artifact = ROOT / "router_models" / "artifacts" / "demo@1"
     assert Classifier.load(artifact).classify("What is 2 + 2?").category == "math"

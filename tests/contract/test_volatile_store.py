@@ -42,7 +42,7 @@ async def kept(request: pytest.FixtureRequest) -> AsyncIterator[VolatileStore]:
     await store.close()
 
 
-async def test_values_are_kept_for_a_while(kept: VolatileStore) -> None:
+async def test_volatile_store_values_expire(kept: VolatileStore) -> None:
     assert await kept.get("a/b") is None
     await kept.put("a/b", b"\x00one", ttl_s=60)
     await kept.put("a/b", b"\x00two", ttl_s=60)
@@ -52,7 +52,7 @@ async def test_values_are_kept_for_a_while(kept: VolatileStore) -> None:
     assert await kept.get("short") is None
 
 
-async def test_of_several_who_add_one_is_first(kept: VolatileStore) -> None:
+async def test_volatile_store_concurrent_adds_have_one_winner(kept: VolatileStore) -> None:
     first = await asyncio.gather(*(kept.add("v", b"1", ttl_s=60) for _ in range(10)))
     assert sorted(first) == [False] * 9 + [True]
     assert await kept.add("w", b"1", ttl_s=0.02)
@@ -60,7 +60,7 @@ async def test_of_several_who_add_one_is_first(kept: VolatileStore) -> None:
     assert await kept.add("w", b"1", ttl_s=60)
 
 
-async def test_memory_stays_within_its_bytes_and_keeps_what_was_used_last() -> None:
+async def test_volatile_store_memory_evicts_least_recently_used_within_its_bytes() -> None:
     kept = MemoryVolatileStore(10_000)
     for i in range(1000):
         await kept.put(f"n{i}", bytes(500), ttl_s=60)
@@ -73,7 +73,7 @@ async def test_memory_stays_within_its_bytes_and_keeps_what_was_used_last() -> N
     assert kept.size_bytes == 0
 
 
-async def test_however_much_may_be_lost_what_counts_is_not_refused(
+async def test_volatile_store_evictions_do_not_affect_the_durable_store(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """Two Redis of little memory: the one for what may be lost is filled several times over."""
@@ -121,7 +121,7 @@ def _used(client: Redis) -> int:
     return int(client.info("memory")["used_memory"])
 
 
-async def test_rotating_and_revoking_at_once_never_brings_a_key_back(server: RedisServer) -> None:
+async def test_key_revoked_during_rotations_stays_revoked(server: RedisServer) -> None:
     """Two gateways, and somebody who rotates a key while another one revokes it."""
     stores = []
     for _ in range(2):

@@ -42,7 +42,7 @@ async def engine() -> AsyncIterator[tuple[VllmEngine, PoolMetrics]]:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("what", BODIES)
-async def test_given_up_tells_what_the_engine_has_counted(
+async def test_aborted_request_reports_the_tokens_counted_by_the_engine(
     engine: tuple[VllmEngine, PoolMetrics], what: str, stream: bool
 ) -> None:
     made, metrics = engine

@@ -62,7 +62,7 @@ def theirs(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_inspect_adapter_takes_what_vllm_takes(tmp_path: Path, name: str) -> None:
+def test_adapter_check_accepts_what_vllm_accepts(tmp_path: Path, name: str) -> None:
     config = CONFIGS[name]
     ranks = (4, 8) if name == "rank_pattern" else (4, 4)
     folder = make_lora(tmp_path / "lora", config=config, ranks=ranks)
@@ -72,7 +72,7 @@ def test_inspect_adapter_takes_what_vllm_takes(tmp_path: Path, name: str) -> Non
         assert info.rank == max([helper.r, *helper.rank_pattern.values()])
 
 
-def test_patterns_are_followed_by_vllm(tmp_path: Path) -> None:
+def test_adapter_patterns_are_applied_as_by_vllm(tmp_path: Path) -> None:
     module = "model.layers.1.self_attn.q_proj"
     config = {"rank_pattern": {module: 8}, "alpha_pattern": {"layers.0.self_attn.q_proj": 64}}
     helper = theirs(make_lora(tmp_path / "lora", config=config, ranks=(4, 8)))
@@ -80,7 +80,7 @@ def test_patterns_are_followed_by_vllm(tmp_path: Path) -> None:
     assert helper.get_rank_and_scaling("model.layers.0.self_attn.q_proj") == (4, 64 / 4)
 
 
-def test_vllm_knows_no_variant_that_we_do_not() -> None:
+def test_adapter_variants_of_vllm_are_all_known() -> None:
     from vllm.lora.peft_helper import PEFTHelper
 
     from service.models import adapters

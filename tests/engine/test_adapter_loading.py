@@ -51,7 +51,7 @@ async def engine() -> AsyncIterator[VllmEngine]:
     await made.stop()
 
 
-async def test_load_of_one_adapter_more_leaves_those_that_run_at_work(engine: VllmEngine) -> None:
+async def test_load_one_more_adapter_keeps_running_requests(engine: VllmEngine) -> None:
     before = await answer(engine, "math")
     under_way = asyncio.create_task(answer(engine, "math", 150))
     await asyncio.sleep(0.2)
@@ -63,7 +63,7 @@ async def test_load_of_one_adapter_more_leaves_those_that_run_at_work(engine: Vl
     assert (await under_way).startswith(before)
 
 
-async def test_load_of_an_adapter_that_was_unloaded_and_replaced_answers_as_the_new_one(
+async def test_load_replaced_adapter_answers_as_the_new_one(
     engine: VllmEngine, tmp_path: Path
 ) -> None:
     folder = tmp_path / "adapter"
@@ -81,7 +81,7 @@ async def test_load_of_an_adapter_that_was_unloaded_and_replaced_answers_as_the_
     assert await answer(engine, "changing") != await answer(engine, "math")
 
 
-async def test_load_of_a_folder_without_an_adapter_is_refused_and_the_others_go_on(
+async def test_load_folder_without_an_adapter_raises_and_keeps_the_others(
     engine: VllmEngine, tmp_path: Path
 ) -> None:
     before = await answer(engine, "math")

@@ -50,7 +50,7 @@ def refused(part: dict[str, Any]) -> bool:
     return False
 
 
-def test_whatever_vllm_would_fetch_or_load_is_refused() -> None:
+def test_content_part_that_vllm_would_fetch_or_load_is_refused() -> None:
     chat = pytest.importorskip("vllm.renderers.chat_utils")
     taken = 0
     for part in parts():
@@ -69,7 +69,7 @@ def test_whatever_vllm_would_fetch_or_load_is_refused() -> None:
     assert taken > 100
 
 
-def test_what_vllm_takes_for_media_is_media_here() -> None:
+def test_content_part_that_vllm_takes_for_media_is_counted_as_media() -> None:
     chat = pytest.importorskip("vllm.renderers.chat_utils")
     capability = {"image_url": "vision", "input_image": "vision", "video_url": "vision"}
     capability |= {"audio_url": "audio", "input_audio": "audio"}

@@ -96,7 +96,7 @@ def by_transformers(folder: Path) -> NDArray[np.float64]:
     return np.array(found)
 
 
-async def test_its_vectors_are_the_model_s_own(engine: VllmEngine, folder: Path) -> None:
+async def test_embeddings_equal_the_model_s_own(engine: VllmEngine, folder: Path) -> None:
     told = await embed(engine, list(TEXTS))
     got = vectors(told)
     assert [one["index"] for one in told["data"]] == list(range(len(TEXTS)))
@@ -107,25 +107,25 @@ async def test_its_vectors_are_the_model_s_own(engine: VllmEngine, folder: Path)
     assert likeness[~np.eye(len(TEXTS), dtype=bool)].max() < 0.999
 
 
-async def test_one_text_has_the_vector_that_it_has_among_others(engine: VllmEngine) -> None:
+async def test_embedding_of_a_text_is_the_same_alone_and_batched(engine: VllmEngine) -> None:
     together = vectors(await embed(engine, list(TEXTS)))
     for text, one in zip(TEXTS, together, strict=True):
         assert np.abs(vectors(await embed(engine, text))[0] - one).max() < 1e-4
 
 
-async def test_its_usage_counts_every_text(engine: VllmEngine) -> None:
+async def test_embeddings_usage_counts_every_text(engine: VllmEngine) -> None:
     alone = [(await embed(engine, text))["usage"]["prompt_tokens"] for text in TEXTS]
     assert (await embed(engine, list(TEXTS)))["usage"]["prompt_tokens"] == sum(alone)
     assert min(alone) > 0
 
 
-async def test_base64_holds_the_same_numbers(engine: VllmEngine) -> None:
+async def test_embeddings_base64_has_the_same_numbers(engine: VllmEngine) -> None:
     plain = vectors(await embed(engine, TEXTS[0]))[0]
     coded = (await embed(engine, TEXTS[0], encoding_format="base64"))["data"][0]["embedding"]
     assert np.allclose(np.frombuffer(base64.b64decode(coded), np.float32), plain, atol=1e-6)
 
 
-async def test_two_of_one_family_take_turns_in_one_engine(tmp_path: Path) -> None:
+async def test_embedding_models_of_one_family_share_an_engine(tmp_path: Path) -> None:
     """As on CPU by default: exchanged in place, and looked at by their vectors."""
     from safetensors.torch import load_file, save_file
 
@@ -149,7 +149,7 @@ async def test_two_of_one_family_take_turns_in_one_engine(tmp_path: Path) -> Non
         await engine.stop()
 
 
-async def test_a_pool_of_it_can_be_planned(folder: Path) -> None:
+async def test_embedding_model_pool_can_be_planned(folder: Path) -> None:
     config = Config.model_validate(
         {
             "experts": {"vectors": {"model": str(folder), "capabilities": ["embeddings"]}},

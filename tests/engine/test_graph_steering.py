@@ -70,7 +70,7 @@ async def steering(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[St
 
 
 @pytest.mark.parametrize("name", ["plain", *RULES, "half"])
-async def test_it_says_and_routes_as_the_reference(steering: Steering, name: str) -> None:
+async def test_graph_steered_engine_equals_the_reference(steering: Steering, name: str) -> None:
     assert await steering.go_to(name) == ("" if name == "plain" else "steer")
     said, _ = await steering.say(name)
     profile = steering.profiles.get(name)
@@ -87,7 +87,9 @@ async def test_it_says_and_routes_as_the_reference(steering: Steering, name: str
 
 
 @pytest.mark.parametrize("name", ["masked", "three", "plain"])
-async def test_who_looks_on_sees_what_was_chosen(steering: Steering, name: str) -> None:
+async def test_graph_steering_capture_sees_the_steered_choices(
+    steering: Steering, name: str
+) -> None:
     """Nothing of ours runs in the routers: what they wrote down is read after each step."""
     await steering.engine.look()
     before = steering.engine.watch.load(name)
@@ -100,7 +102,7 @@ async def test_who_looks_on_sees_what_was_chosen(steering: Steering, name: str) 
     assert (steering.engine.watch.load(name) - before).tolist() == load
 
 
-async def test_exchanges_leave_no_trace(steering: Steering) -> None:
+async def test_graph_steering_swaps_leave_no_trace(steering: Steering) -> None:
     own = {}
     for name in steering.profiles:
         await steering.go_to(name)
@@ -119,7 +121,7 @@ async def test_exchanges_leave_no_trace(steering: Steering) -> None:
     assert grown < 8 * 1024**2, f"{grown} bytes leaked"
 
 
-async def test_weights_that_can_not_be_copied_stay(steering: Steering) -> None:
+async def test_graph_steering_load_of_other_weights_raises(steering: Steering) -> None:
     assert "other" not in steering.engine.swappable_experts
     assert {"plain", *steering.profiles} <= steering.engine.swappable_experts
     with pytest.raises(ExpertFailedError, match=r"other.* could not be loaded: .*can't be copied"):
@@ -129,7 +131,9 @@ async def test_weights_that_can_not_be_copied_stay(steering: Steering) -> None:
     assert steering.engine.failure() is None
 
 
-async def test_the_router_that_a_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_graph_steering_supports_the_gate_class_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Check calls and results of vLLM's own class, with its kernel replaced."""
     import torch
     from vllm.model_executor.layers.fused_moe.router import fused_topk_router

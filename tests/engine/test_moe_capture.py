@@ -110,7 +110,7 @@ def chosen_for(slot: Slot, expert: str) -> list[list[list[set[int]]]]:
     return found
 
 
-async def test_counts_are_the_references_by_expert_name(slot: Slot) -> None:
+async def test_capture_counts_equal_the_reference_per_expert(slot: Slot) -> None:
     chance = np.random.default_rng(0)
     for expert in ("one", "two", "sure", "one"):
         if slot.texts:
@@ -138,7 +138,7 @@ async def test_counts_are_the_references_by_expert_name(slot: Slot) -> None:
             assert any(rows == [layer[: len(rows[0])] for layer in text] for text in texts)
 
 
-async def test_the_pool_tells_it(slot: Slot) -> None:
+async def test_capture_reaches_the_pool_s_statistics(slot: Slot) -> None:
     sums = await slot.watch.routing_stats("two")
     assert sums["tokens"] == sum(map(len, slot.texts["two"]))
     assert (sums["layers"], sums["experts"], sums["top_k"]) == ([0, 1], EXPERTS, 2)
@@ -148,7 +148,7 @@ async def test_the_pool_tells_it(slot: Slot) -> None:
     assert 0 < metrics["coe_moe_segment_routing_ratio", "one"] <= 1
 
 
-async def test_what_was_seen_last_is_told_at_the_end(slot: Slot) -> None:
+async def test_capture_last_sample_is_reported_at_stop(slot: Slot) -> None:
     before = slot.watch.load("one").sum()
     await slot.ask("one", list(range(500, 520)), tokens=1)
     await slot.engine.stop()

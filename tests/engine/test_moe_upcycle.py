@@ -38,7 +38,7 @@ def _make(root: Path, name: str, size: float) -> Path:
     return root / name / "moe"
 
 
-async def test_an_upcycled_mixture_is_served_right(tmp_path: Path) -> None:
+async def test_upcycled_model_in_the_engine_equals_transformers(tmp_path: Path) -> None:
     os.environ.update(ENVIRONMENT)
     family.base(tmp_path / "base")
     family.texts(tmp_path / "texts", general="abcdefgh ", sums="0123456789+=", law="QRSTUVWX")

@@ -77,7 +77,7 @@ async def asked() -> AsyncIterator[Asked]:
 
 
 @pytest.mark.parametrize("path", BODIES)
-async def test_a_tenant_finds_its_own_prompts_and_never_another_s(asked: Asked, path: str) -> None:
+async def test_prefix_cache_hits_within_a_tenant_and_never_across(asked: Asked, path: str) -> None:
     body, who = BODIES[path], path.replace("/", "-")
     assert await asked.hits(path, body, f"{who}-a") == 0
     assert await asked.hits(path, body, f"{who}-a") > 0

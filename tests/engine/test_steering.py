@@ -38,7 +38,9 @@ async def steering(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[St
 
 
 @pytest.mark.parametrize("name", ["plain", *RULES, "half"])
-async def test_it_says_and_routes_as_the_reference(steering: Steering, name: str) -> None:
+async def test_steered_engine_equals_transformers_with_steered_gates(
+    steering: Steering, name: str
+) -> None:
     method = await steering.go_to(name)
     assert method == ("" if name == "plain" else "steer")
     # The canary may have left its prompt's blocks, but not of this one.
@@ -59,7 +61,7 @@ async def test_it_says_and_routes_as_the_reference(steering: Steering, name: str
     assert {len(row) for row in seen[0]} == {width}
 
 
-async def test_fifty_exchanges_leave_no_trace(steering: Steering) -> None:
+async def test_steering_fifty_swaps_leave_no_trace(steering: Steering) -> None:
     first = steering.first
     own = {name: await _of(steering, name, 4) for name in steering.profiles}
     assert len({repr(said) for said in (first, *own.values())}) == len(own) + 1
@@ -80,7 +82,9 @@ async def _of(steering: Steering, name: str, tokens: int = TOKENS) -> tuple[list
     return await steering.say(name, tokens)
 
 
-async def test_who_runs_ends_as_the_old_expert_s(steering: Steering) -> None:
+async def test_steering_swap_during_a_request_keeps_the_old_expert_until_its_end(
+    steering: Steering,
+) -> None:
     await steering.go_to("masked")
     alone = await steering.say("masked", 60)
     running = [asyncio.create_task(steering.say("masked", 60)) for _ in range(2)]
@@ -98,14 +102,14 @@ async def test_who_runs_ends_as_the_old_expert_s(steering: Steering) -> None:
     assert (await steering.say("biased", 60))[0] != alone[0]
 
 
-async def test_a_canary_of_its_own(steering: Steering) -> None:
+async def test_steered_expert_has_its_own_canary(steering: Steering) -> None:
     for name in ("plain", "masked", "biased"):
         await steering.go_to(name)
     assert {"plain", "masked", "biased"} <= steering.canaries.keys()
     assert len({steering.canaries[name] for name in ("plain", "masked", "biased")}) == 3
 
 
-async def test_beside_another_of_the_family(steering: Steering) -> None:
+async def test_steered_expert_and_full_model_of_the_family_take_turns(steering: Steering) -> None:
     own = await _of(steering, "masked")
     await steering.engine.load_to_host("other")
     assert await steering.go_to("other") == "inplace"
@@ -120,7 +124,7 @@ async def test_beside_another_of_the_family(steering: Steering) -> None:
     await steering.engine.evict("other")
 
 
-async def test_what_does_not_fit_the_live_gates(steering: Steering) -> None:
+async def test_steering_profile_that_does_not_fit_the_gates_raises(steering: Steering) -> None:
     with pytest.raises(ExpertFailedError, match=r"layer 0 has 4 experts, of which 2 are .* 4, 3"):
         await steering.engine.load_to_host("odd")
     with pytest.raises(ExpertFailedError, match=r"experts\.lost\.profile: can't be read"):

@@ -72,7 +72,7 @@ async def stage(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage
     await stage.engine.stop()
 
 
-async def test_outputs_survive_swaps_and_fills_beside_them(stage: Stage) -> None:
+async def test_swap_outputs_are_unchanged_by_swaps_and_concurrent_loads(stage: Stage) -> None:
     engine, said = stage.engine, stage.said
     said["base"] = await ask(engine, "base")
     alone = await ask_one(engine, "base", tokens=96)
@@ -98,7 +98,7 @@ async def test_outputs_survive_swaps_and_fills_beside_them(stage: Stage) -> None
         assert await ask(engine, name) == said[name]
 
 
-async def test_metrics_are_the_running_expert_s(stage: Stage) -> None:
+async def test_swap_metrics_are_those_of_the_running_expert(stage: Stage) -> None:
     engine = stage.engine
     for name in DEMO:
         await stage.run(name)
@@ -126,7 +126,7 @@ async def _counted(
 
 
 @pytest.mark.parametrize("name", WHY)
-async def test_weights_that_can_not_be_used_disturb_nobody(stage: Stage, name: str) -> None:
+async def test_swap_unusable_weights_fail_their_expert_only(stage: Stage, name: str) -> None:
     await stage.run("base")
     beside = asyncio.create_task(ask_one(stage.engine, "base"))
     with pytest.raises(ExpertFailedError, match=WHY[name]):
@@ -137,7 +137,7 @@ async def test_weights_that_can_not_be_used_disturb_nobody(stage: Stage, name: s
     assert stage.said["base"].startswith(await ask_one(stage.engine, "base", tokens=4))
 
 
-async def test_engine_that_starts_with_a_merged_expert_holds_its_weights_once(
+async def test_swap_engine_started_with_a_merged_expert_holds_its_weights_once(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COE_TEST_API_KEY", "hidden")
@@ -163,7 +163,7 @@ async def test_engine_that_starts_with_a_merged_expert_holds_its_weights_once(
 
 
 @pytest.mark.parametrize("name", OF_ADAPTERS)
-async def test_engine_that_should_start_with_a_spoiled_adapter_says_why(
+async def test_swap_engine_started_with_a_damaged_adapter_raises_the_reason(
     stage: Stage, name: str
 ) -> None:
     engine = Swapping(name, stage.weights, stage.canaries)
@@ -172,7 +172,7 @@ async def test_engine_that_should_start_with_a_spoiled_adapter_says_why(
     await engine.stop()
 
 
-async def test_a_dropped_expert_is_gone_and_comes_back(stage: Stage) -> None:
+async def test_swap_evicted_expert_can_be_loaded_again(stage: Stage) -> None:
     engine = stage.engine
     await stage.run("base")
     before = await engine.memory()
@@ -191,7 +191,7 @@ async def test_a_dropped_expert_is_gone_and_comes_back(stage: Stage) -> None:
     assert await ask(engine, "code") == stage.said["code"]
 
 
-async def test_the_probe_sees_weights_that_changed(stage: Stage) -> None:
+async def test_swap_weight_probe_detects_changed_weights(stage: Stage) -> None:
     engine = stage.engine
     await stage.run("base")
     await engine._rpc("coe_spoil", "math")
@@ -204,7 +204,7 @@ async def test_the_probe_sees_weights_that_changed(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize(("how", "why"), [("told", "are free"), ("refused", "memory")])
-async def test_memory_that_runs_out_in_a_fill_disturbs_nobody(
+async def test_swap_out_of_memory_during_a_load_affects_nobody_else(
     stage: Stage, how: str, why: str
 ) -> None:
     engine = stage.engine
@@ -227,7 +227,7 @@ async def test_memory_that_runs_out_in_a_fill_disturbs_nobody(
     assert stage.said["code"].startswith(await ask_one(engine, "code"))
 
 
-async def test_the_canary_sees_another_expert_in_its_place(stage: Stage) -> None:
+async def test_swap_canary_detects_another_expert_s_weights(stage: Stage) -> None:
     engine = stage.engine
     await stage.run("base")
     assert await engine._canary("base")
@@ -295,7 +295,7 @@ async def _through(slot: SharedSlot, expert: str) -> str:
         return await ask(lease.engine, expert)
 
 
-async def test_a_request_that_was_put_back_is_answered_as_if_alone(stage: Stage) -> None:
+async def test_swap_preempted_request_is_answered_as_if_alone(stage: Stage) -> None:
     await stage.run("base")
     alone = await ask_one(stage.engine, "base", tokens=128)
     put_back: list[str] = []
@@ -324,7 +324,7 @@ async def test_a_request_that_was_put_back_is_answered_as_if_alone(stage: Stage)
     await stage.run("base")
 
 
-async def test_a_core_killed_in_a_fill_or_a_swap_is_replaced(stage: Stage) -> None:
+async def test_swap_engine_core_killed_during_load_or_swap_is_replaced(stage: Stage) -> None:
     await stage.run("base")
     for name in DEMO[1:]:
         await stage.engine.evict(name)
@@ -348,7 +348,9 @@ async def test_a_core_killed_in_a_fill_or_a_swap_is_replaced(stage: Stage) -> No
         assert sum(n for (unit, how, _), n in counts if (unit, how) == ("intents", "inplace")) == 2
 
 
-async def test_swapped_in_is_as_started_on_the_same_weights(stage: Stage, tmp_path: Path) -> None:
+async def test_swapped_in_expert_equals_an_engine_started_with_it(
+    stage: Stage, tmp_path: Path
+) -> None:
     """Last: it needs an engine of its own, and by now the module's is dead."""
     with pytest.raises(EngineDeadError):
         await ask(stage.engine, "base")

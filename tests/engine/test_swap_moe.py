@@ -47,7 +47,7 @@ async def pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
     yield pair
 
 
-async def test_an_exchanged_moe_is_right_and_the_canary_sees_a_reloaded_one(pair: Pair) -> None:
+async def test_swap_of_moe_models_is_exact_and_the_canary_detects_reloads(pair: Pair) -> None:
     canaries: dict[str, Canary] = {}
     weights = {name: Weights(folder) for name, folder in pair.folders.items()}
     engine = Swapping("one", weights, canaries)

@@ -69,7 +69,7 @@ def _fits(text: str, more: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("more", GRAMMARS, ids=str)
-async def test_grammar_of_each_expert_is_made_of_its_own_tokens(
+async def test_swap_grammar_uses_the_tokenizer_of_its_expert(
     engine: Swapping, more: dict[str, Any]
 ) -> None:
     for expert in ("base", "other", "base", "other"):
@@ -79,7 +79,7 @@ async def test_grammar_of_each_expert_is_made_of_its_own_tokens(
         assert _fits(text, more), (expert, text)
 
 
-async def test_prompt_and_answer_of_each_expert_are_of_its_own_tokens(engine: Swapping) -> None:
+async def test_swap_prompt_and_answer_use_the_tokenizer_of_their_expert(engine: Swapping) -> None:
     told = {}
     for expert in ("base", "other"):
         if (await engine._rpc("coe_running")) != expert:

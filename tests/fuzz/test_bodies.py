@@ -333,7 +333,7 @@ def test_any_body_gets_a_typed_answer(
 
 @often(1_200)
 @given(good_bodies, headers, st.integers(0), junk)
-def test_what_is_nearly_right_gets_a_typed_answer(
+def test_mutated_valid_body_gets_a_typed_answer(
     apart: Apart,
     body: bytes,
     given_headers: list[tuple[bytes, bytes]],

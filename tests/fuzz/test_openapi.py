@@ -39,7 +39,7 @@ thorough = settings(
 )
 
 
-def test_every_operation_keeps_to_its_description(apart: Apart) -> None:
+def test_every_operation_matches_its_openapi_description(apart: Apart) -> None:
     schema = schemathesis.openapi.from_url(apart.site.url + "/openapi.json")
     asked: Counter[str] = Counter()
     for found in schema.get_all_operations():
@@ -50,7 +50,7 @@ def test_every_operation_keeps_to_its_description(apart: Apart) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_a_stream_keeps_to_its_description(apart: Apart, path: str) -> None:
+def test_stream_matches_its_openapi_description(apart: Apart, path: str) -> None:
     schema = schemathesis.openapi.from_url(apart.site.url + "/openapi.json")
     words = {"messages": [{"role": "user", "content": "x"}], "prompt": "x"}
     body = {"model": "general", "max_tokens": 2, "stream": True, **words}

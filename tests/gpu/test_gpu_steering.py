@@ -62,7 +62,7 @@ class Seeing(SwappingVllmEngine):
 
 
 @pytest.mark.parametrize("eager", [True, False])
-async def test_it_says_and_routes_as_the_reference(eager: bool, tmp_path: Path) -> None:
+async def test_steered_gpu_engine_equals_the_reference(eager: bool, tmp_path: Path) -> None:
     options = OPTIONS.model_copy(update={"enforce_eager": eager})
     steering = await asyncio.to_thread(Steering, tmp_path, lambda *given: Seeing(options, *given))
     try:

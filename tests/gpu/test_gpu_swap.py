@@ -36,7 +36,7 @@ OPTIONS = VllmOptions(
 
 
 @pytest.mark.parametrize("eager", [True, False])
-async def test_weights_copied_into_the_live_parameters(eager: bool) -> None:
+async def test_gpu_swap_copies_weights_into_live_parameters(eager: bool) -> None:
     """With captured graphs, too: outputs are the same before, between and after swaps."""
     from service.engine.vllm.swapping import SwappingVllmEngine
 
@@ -62,7 +62,7 @@ async def test_weights_copied_into_the_live_parameters(eager: bool) -> None:
         cache.close()
 
 
-async def test_two_engines_of_one_pool_have_one_file_of_an_expert() -> None:
+async def test_gpu_engines_of_one_pool_share_one_file_per_expert() -> None:
     from service.engine.vllm.swapping import SwappingVllmEngine
 
     cache = SharedWeightCache(None)
@@ -96,7 +96,7 @@ async def test_two_engines_of_one_pool_have_one_file_of_an_expert() -> None:
 
 
 @pytest.mark.parametrize("level", [1, 2])
-async def test_engines_of_two_families_sleep_in_turn(level: int, tmp_path: Path) -> None:
+async def test_gpu_engines_of_two_families_sleep_in_turn(level: int, tmp_path: Path) -> None:
     from service.engine.sleep_mode import SleepingEngines
     from service.engine.vllm.engine import VllmEngine, VllmModel
 
@@ -124,7 +124,7 @@ async def test_engines_of_two_families_sleep_in_turn(level: int, tmp_path: Path)
         await engines.stop()
 
 
-def test_every_byte_arrives_where_the_graphs_expect_it(tmp_path: Path) -> None:
+def test_gpu_swap_every_byte_arrives_where_the_graphs_read_it(tmp_path: Path) -> None:
     import torch
 
     from service.engine.shared_memory import write_file

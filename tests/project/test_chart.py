@@ -21,19 +21,19 @@ KUBERNETES = "1.37.0"
 CUSTOM = {"RayService", "HTTPRoute", "PodMonitor", "PrometheusRule"}
 
 
-def test_there_are_enough_value_files() -> None:
+def test_chart_has_enough_value_files() -> None:
     assert len(VALUES) >= 6
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_lint(version: str, values: str) -> None:
+def test_chart_lints(version: str, values: str) -> None:
     ran = chart.helm(version, "lint", "--strict", "helm", "-f", f"helm/ci/{values}")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "[WARNING]" not in ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_both_helms_render_the_same(values: str) -> None:
+def test_chart_renders_the_same_with_helm_3_and_4(values: str) -> None:
     for name in HELMS:
         if chart.tool(name, "helm") is None:
             pytest.skip(f"{name} is not here (deploy/chart_tools.sh fetches it)")
@@ -81,13 +81,13 @@ def test_both_helms_render_the_same(values: str) -> None:
         ("tmpSize=4", "tmpSize"),
     ],
 )
-def test_bad_values_are_refused(version: str, setting: str, said: str) -> None:
+def test_chart_invalid_values_are_refused(version: str, setting: str, said: str) -> None:
     ran = chart.helm(version, "template", "rel", "helm", "--set", setting)
     assert ran.returncode != 0
     assert said in ran.stderr, ran.stderr
 
 
-def test_every_value_is_in_the_schema_and_explained() -> None:
+def test_chart_values_are_all_in_the_schema_and_described() -> None:
     """The schema refuses unknown keys at every level that is the chart's own."""
     schema = json.loads((CHART / "values.schema.json").read_text())
     values = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -105,7 +105,7 @@ def test_every_value_is_in_the_schema_and_explained() -> None:
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_core_kinds_are_valid(newest: str, values: str) -> None:
+def test_chart_core_kinds_are_valid(newest: str, values: str) -> None:
     for one in rendered(newest, values):
         if one["kind"] not in CUSTOM:
             kubernetes_validate.validate(one, KUBERNETES, strict=True)
@@ -118,7 +118,7 @@ def test_core_kinds_are_valid(newest: str, values: str) -> None:
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_custom_kinds_are_valid(newest: str, values: str) -> None:
+def test_chart_custom_kinds_are_valid(newest: str, values: str) -> None:
     archive = chart.crd_archive()
     if archive is None:
         pytest.skip("no CRDs here: name an archive of them with COE_CRDS")
@@ -132,7 +132,7 @@ def test_custom_kinds_are_valid(newest: str, values: str) -> None:
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_pods_are_restricted(newest: str, values: str) -> None:
+def test_chart_pods_meet_the_restricted_standard(newest: str, values: str) -> None:
     """The restricted Pod Security Standard, and no token where none is needed."""
     volumes = {"configMap", "secret", "emptyDir", "persistentVolumeClaim"}
     if values == "no-monitoring-values.yaml":
@@ -154,7 +154,7 @@ def test_pods_are_restricted(newest: str, values: str) -> None:
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_shared_memory_is_in_the_limit(newest: str, values: str) -> None:
+def test_chart_shared_memory_is_within_the_memory_limit(newest: str, values: str) -> None:
     for name, pod in chart.pods(rendered(newest, values)):
         sizes = [
             volume["emptyDir"]["sizeLimit"]
@@ -175,7 +175,7 @@ def _mib(amount: str) -> int:
     return int(amount[:-2]) * {"Mi": 1, "Gi": 1024}[amount[-2:]]
 
 
-def test_memory_of_a_pool_is_its_own_and_its_shared_memory(newest: str) -> None:
+def test_chart_pool_memory_is_its_own_plus_shared_memory(newest: str) -> None:
     pod = dict(chart.pods(rendered(newest, "multi-pool-values.yaml")))["RayService/rel-coe/pool-l4"]
     assert pod["spec"]["containers"][0]["resources"]["limits"] == {
         "memory": f"{34 * 1024}Mi",
@@ -205,7 +205,7 @@ def _shared(newest: str, pool: str, *settings: str) -> tuple[int, int]:
     ("amount", "mib"),
     [("40GiB", 40 * 1024), ("1.5 gi", 1536), ("2GB", 1908), ("700M", 668), ("53687091200", 51200)],
 )
-def test_shared_weights_are_in_shared_memory_and_in_the_limit(
+def test_chart_shared_weights_are_in_shared_memory_and_the_limit(
     newest: str, amount: str, mib: int
 ) -> None:
     pool = "RayService/rel-coe/pool-g"
@@ -221,7 +221,7 @@ def test_shared_weights_are_in_shared_memory_and_in_the_limit(
     assert plain[1] == before[1] + 2 * mib
 
 
-def test_shared_weights_need_a_bound(newest: str) -> None:
+def test_chart_shared_weights_without_a_bound_are_refused(newest: str) -> None:
     ran = chart.helm(
         newest, "template", "rel", "helm", "--set",
         "config.experts.a.model=m,config.pools.g.gpus=1,config.pools.g.swap.method=inplace",
@@ -231,7 +231,7 @@ def test_shared_weights_need_a_bound(newest: str) -> None:
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_a_stop_has_time_to_drain(newest: str, values: str) -> None:
+def test_chart_termination_grace_covers_draining(newest: str, values: str) -> None:
     objects = rendered(newest, values)
     config = _config(objects)
     for name, pod in chart.pods([*of_kind(objects, "RayService"), *of_kind(objects, "Deployment")]):
@@ -247,7 +247,7 @@ def test_a_stop_has_time_to_drain(newest: str, values: str) -> None:
 @pytest.mark.parametrize(
     "values", [one for one in VALUES if "cpuLimit:" not in (CHART / "ci" / one).read_text()]
 )
-def test_no_processor_time_is_limited_unless_somebody_says_so(newest: str, values: str) -> None:
+def test_chart_sets_no_cpu_limit_by_default(newest: str, values: str) -> None:
     objects = rendered(newest, values)
     pods = chart.pods([*of_kind(objects, "RayService"), *of_kind(objects, "Deployment")])
     limits = [
@@ -260,9 +260,7 @@ def test_no_processor_time_is_limited_unless_somebody_says_so(newest: str, value
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_a_slow_start_is_waited_for_and_life_does_not_depend_on_experts(
-    newest: str, values: str
-) -> None:
+def test_chart_probes_allow_slow_starts_and_ignore_experts(newest: str, values: str) -> None:
     objects = rendered(newest, values)
     for name, pod in chart.pods([*of_kind(objects, "RayService"), *of_kind(objects, "Deployment")]):
         for container in pod["spec"]["containers"]:
@@ -281,7 +279,7 @@ def _config(objects: tuple[Object, ...]) -> dict[str, Any]:
     return config
 
 
-def test_the_example_for_one_gpu_is_the_documented_one() -> None:
+def test_chart_single_gpu_example_equals_the_documented_one() -> None:
     values = yaml.safe_load((CHART / "ci" / "single-gpu-values.yaml").read_text())
     told = yaml.safe_load((ROOT / "deploy" / "config" / "gpu-24gb.yaml").read_text())
     assert values["config"] == told
@@ -291,13 +289,13 @@ def test_the_example_for_one_gpu_is_the_documented_one() -> None:
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_coe_takes_the_config(newest: str, values: str) -> None:
+def test_chart_config_is_accepted_by_coe(newest: str, values: str) -> None:
     config = read_config(_config(rendered(newest, values)), values, Path("/etc/coe"))
     assert config.server.host == "0.0.0.0"
     assert config.models_dir == "/models"
 
 
-def test_ray_takes_the_services(newest: str) -> None:
+def test_chart_services_are_accepted_by_ray(newest: str) -> None:
     """Serve's own schema, our builder, and what Ray's autoscaler makes of the groups."""
     specs = {
         values: services[0]["spec"]
@@ -330,7 +328,7 @@ def test_ray_takes_the_services(newest: str) -> None:
         assert groups["headgroup"]["resources"]["CPU"] == 0
 
 
-def test_nodes_have_the_environment_that_serve_needs(newest: str) -> None:
+def test_chart_nodes_have_the_environment_that_serve_needs(newest: str) -> None:
     # Else: python -m service.launch.environment >deploy/ray/node.env
     assert (ROOT / "deploy" / "ray" / "node.env").read_text() == node_env()
     pods = dict(chart.pods(of_kind(rendered(newest, "default-values.yaml"), "RayService")))
@@ -346,7 +344,7 @@ def test_nodes_have_the_environment_that_serve_needs(newest: str) -> None:
         assert not environment.keys() & {"REDIS_PASSWORD", "RAY_AUTH_MODE", "RAY_ADDRESS"}, name
 
 
-def test_monitoring(newest: str) -> None:
+def test_chart_monitoring_resources(newest: str) -> None:
     objects = rendered(newest, "all-on-values.yaml")
     monitor = of_kind(objects, "PodMonitor")[0]["spec"]
     assert monitor["podMetricsEndpoints"][0]["port"] == "coe-metrics"
@@ -368,7 +366,7 @@ def test_monitoring(newest: str) -> None:
     assert boards == {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
-def test_secrets_reach_no_serve_config(newest: str) -> None:
+def test_chart_serve_config_has_no_secrets(newest: str) -> None:
     """Ray shows a Serve config to whoever asks its dashboard."""
     for values in VALUES:
         for service in of_kind(rendered(newest, values), "RayService"):
@@ -401,7 +399,7 @@ def _knows(pod: Object) -> set[str]:
     return found
 
 
-def test_each_pod_knows_what_it_needs_and_nothing_else(newest: str) -> None:
+def test_chart_pods_get_only_the_environment_they_need(newest: str) -> None:
     ran = chart.helm(newest, "template", "rel", "helm", *_KEYS)
     assert ran.returncode == 0, ran.stderr
     knows = {
@@ -424,14 +422,14 @@ def test_each_pod_knows_what_it_needs_and_nothing_else(newest: str) -> None:
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_pools_have_no_key_in_their_environment(newest: str, values: str) -> None:
+def test_chart_pools_have_no_key_in_their_environment(newest: str, values: str) -> None:
     for name, pod in chart.pods(of_kind(rendered(newest, values), "RayService")):
         if "/pool-" in name:
             names = {one["name"] for one in pod["spec"]["containers"][0]["env"]}
             assert not {n for n in names if n.startswith("COE_")} - {"COE_MODELS"}, name
 
 
-def test_what_may_be_lost_has_a_redis_of_its_own_that_evicts(newest: str) -> None:
+def test_chart_volatile_store_has_its_own_evicting_redis(newest: str) -> None:
     objects = rendered(newest, "default-values.yaml")
     confs = {
         one["metadata"]["name"]: one["data"]["redis.conf"]
@@ -446,7 +444,7 @@ def test_what_may_be_lost_has_a_redis_of_its_own_that_evicts(newest: str) -> Non
     assert (store["url_env"], store["cache_url_env"]) == ("COE_REDIS_URL", "COE_CACHE_URL")
 
 
-def test_without_ray_s_token_no_container_of_ray_stays_up(newest: str) -> None:
+def test_chart_without_a_ray_token_ray_containers_exit(newest: str) -> None:
     for name, pod in chart.pods(of_kind(rendered(newest, "default-values.yaml"), "RayService")):
         hook = pod["spec"]["containers"][0]["lifecycle"]["postStart"]["exec"]["command"]
         for mode, code in (({"RAY_AUTH_MODE": "token"}, 0), ({}, 1), ({"RAY_AUTH_MODE": ""}, 1)):
@@ -457,7 +455,7 @@ def test_without_ray_s_token_no_container_of_ray_stays_up(newest: str) -> None:
     assert "postStart" not in ran.stdout
 
 
-def test_only_the_api_is_sent_on_from_outside(newest: str) -> None:
+def test_chart_ingress_forwards_the_api_only(newest: str) -> None:
     objects = rendered(newest, "all-on-values.yaml")
     wanted = {"/v1", "/tokenize", "/detokenize"}
     (ingress,) = of_kind(objects, "Ingress")
@@ -483,7 +481,7 @@ NOT_OURS = {
 }
 
 
-def test_checkov(newest: str, tmp_path: Path) -> None:
+def test_chart_passes_checkov(newest: str, tmp_path: Path) -> None:
     checkov = chart.tool("checkov", "bin/checkov")
     if checkov is None:
         pytest.skip("checkov is not here (deploy/chart_tools.sh fetches it)")

@@ -12,7 +12,7 @@ CLOSED = (6379, 8265, 10001, 8404, 9101, 52365, 30000, 30999, 31100, 31999, 4421
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_the_service_selects_gateways_only(newest: str, values: str) -> None:
+def test_service_selects_gateways_only(newest: str, values: str) -> None:
     objects = rendered(newest, values)
     service = next(s for s in of_kind(objects, "Service") if s["metadata"]["name"] == "rel-coe")
     selected = {
@@ -32,7 +32,7 @@ def _labels(component: str) -> dict[str, str]:
     }
 
 
-def test_the_network_is_closed_but_for_the_service(newest: str) -> None:
+def test_network_policies_close_everything_but_the_service(newest: str) -> None:
     objects = rendered(newest, "default-values.yaml")
     stranger: dict[str, str] = {}
     redis = {"app.kubernetes.io/name": "redis", "app.kubernetes.io/instance": "rel"}
@@ -66,21 +66,21 @@ def test_the_network_is_closed_but_for_the_service(newest: str) -> None:
     assert not chart.may_reach(objects, prometheus, pool, 9464, namespace="somebody-s")
 
 
-def test_the_head_reaches_the_redis_that_keeps_its_state(newest: str) -> None:
+def test_network_policies_let_the_head_reach_its_redis(newest: str) -> None:
     objects = rendered(newest, "all-on-values.yaml")
     redis = {"app.kubernetes.io/name": "redis", "app.kubernetes.io/instance": "rel"}
     for component, may in (("gateway", True), ("head", True), ("pool", False)):
         assert chart.may_reach(objects, _labels(component), redis, 6379) is may
 
 
-def test_in_plain_mode_only_the_port_is_open(newest: str) -> None:
+def test_network_policies_in_plain_mode_open_only_the_port(newest: str) -> None:
     objects = rendered(newest, "minimal-cpu-values.yaml")
     assert chart.may_reach(objects, {}, _labels("gateway"), 8000)
     for port in CLOSED:
         assert not chart.may_reach(objects, {}, _labels("gateway"), port)
 
 
-def test_named_clients_alone_may_call(newest: str) -> None:
+def test_network_policies_with_named_clients_admit_them_only(newest: str) -> None:
     objects = rendered(newest, "external-redis-values.yaml")
     assert not chart.may_reach(objects, {"app": "stranger"}, _labels("gateway"), 8000)
     assert chart.may_reach(objects, _labels("test"), _labels("gateway"), 8000)

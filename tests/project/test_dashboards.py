@@ -95,7 +95,7 @@ def check(expr: str) -> None:
         assert not name.startswith("coe_wait_error_seconds_") or name.endswith("_bucket")
 
 
-def test_dashboards_are_as_rendered() -> None:
+def test_dashboards_equal_their_rendered_source() -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "deploy.grafana.render", "--check"],
         cwd=ROOT,
@@ -107,7 +107,7 @@ def test_dashboards_are_as_rendered() -> None:
 
 
 @pytest.mark.parametrize("board", BOARDS, ids=lambda path: path.stem)
-def test_every_query_asks_for_metrics_that_there_are(board: Path) -> None:
+def test_dashboard_queries_use_existing_metrics(board: Path) -> None:
     told = json.loads(board.read_text())
     assert told["uid"] == board.stem
     found = list(panels(board))
@@ -118,20 +118,20 @@ def test_every_query_asks_for_metrics_that_there_are(board: Path) -> None:
             check(target["expr"])
 
 
-def test_every_metric_stands_in_a_dashboard() -> None:
+def test_every_metric_is_in_a_dashboard() -> None:
     text = "".join(board.read_text() for board in BOARDS)
     left = {one.name for one in METRICS if not re.search(rf"\b{one.name}(_bucket|_sum)?\b", text)}
     # Its label is all that it tells.
     assert left == {"coe_build_info"}
 
 
-def test_rules_ask_for_metrics_that_there_are() -> None:
+def test_rules_use_existing_metrics() -> None:
     for group in yaml.safe_load(RULES.read_text())["groups"]:
         for rule in group["rules"]:
             check(rule["expr"])
 
 
-def test_each_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
+def test_each_alert_has_a_firing_and_a_quiet_test_case() -> None:
     rules = yaml.safe_load(RULES.read_text())
     cases = yaml.safe_load((RULES.parent / "rules_test.yml").read_text())
     alerts = {r["alert"] for g in rules["groups"] for r in g["rules"] if "alert" in r}
@@ -152,7 +152,7 @@ def test_each_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
     ],
     ids=" ".join,
 )
-def test_prometheus_own_tool_is_content(args: list[str]) -> None:
+def test_rules_pass_promtool(args: list[str]) -> None:
     ran = subprocess.run(
         ["promtool", *args], cwd=RULES.parent, capture_output=True, text=True, check=False
     )

@@ -20,7 +20,7 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 LOCKS = ROOT / "deploy" / "locks"
 
 
-def test_hadolint() -> None:
+def test_dockerfile_passes_hadolint() -> None:
     hadolint = chart.tool("hadolint", "bin/hadolint")
     if hadolint is None:
         pytest.skip("hadolint is not here (deploy/chart_tools.sh fetches it)")
@@ -46,7 +46,7 @@ def installed(stage: str) -> set[str]:
     return {name for names in found for name in names.split()}
 
 
-def test_the_last_stages_run_as_nobody_special_and_build_nothing() -> None:
+def test_dockerfile_last_stages_run_unprivileged_and_build_nothing() -> None:
     found = stages()
     for target in ("cpu", "gpu"):
         assert found[target].startswith("FROM run\n")
@@ -62,7 +62,7 @@ def test_the_last_stages_run_as_nobody_special_and_build_nothing() -> None:
     assert "PIP_NO_CACHE_DIR=1" in found["run"]
 
 
-def test_bases_are_pinned_and_named_once() -> None:
+def test_dockerfile_bases_are_pinned_and_named_once() -> None:
     (base,) = re.findall(r"^ARG BASE=(\S+)$", DOCKERFILE, re.MULTILINE)
     assert re.fullmatch(r"\S+@sha256:[0-9a-f]{64}", base)
     outside = {
@@ -73,7 +73,7 @@ def test_bases_are_pinned_and_named_once() -> None:
     assert outside == {"${BASE}"}
 
 
-def test_the_recipe_says_what_it_should() -> None:
+def test_dockerfile_has_health_check_stop_signal_and_allowed_copies() -> None:
     run = stages()["run"]
     for word in ("HEALTHCHECK", "STOPSIGNAL SIGTERM"):
         assert word in run
@@ -95,7 +95,7 @@ def locked(name: str) -> dict[str, str]:
     return dict(found)
 
 
-def test_the_cpu_image_has_what_the_tests_ran_with() -> None:
+def test_cpu_image_has_the_versions_that_the_tests_ran_with() -> None:
     tested, image = locked("cpu.txt"), locked("image-cpu.txt")
     # Of this platform only: the other lock is for all, and leaves it out.
     del image["intel-cmplr-lib-ur"]
@@ -105,7 +105,7 @@ def test_the_cpu_image_has_what_the_tests_ran_with() -> None:
 
 
 @pytest.mark.parametrize("name", ["image-cpu.txt", "image-gpu.txt"])
-def test_the_locks_have_every_dependency_with_hashes(name: str) -> None:
+def test_locks_have_every_dependency_with_hashes(name: str) -> None:
     project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     image = locked(name)
     wanted = {
@@ -131,7 +131,7 @@ def compose() -> dict[str, Any]:
     return told
 
 
-def test_compose_mounts_what_is_there() -> None:
+def test_compose_mounts_exist() -> None:
     told = compose()
     for name, service in told["services"].items():
         for mount in service.get("volumes", ()):
@@ -142,7 +142,7 @@ def test_compose_mounts_what_is_there() -> None:
                 assert source in told["volumes"], f"{name}: {source}"
 
 
-def test_compose_is_hardened_and_of_this_machine_only() -> None:
+def test_compose_is_hardened_and_local_only() -> None:
     services = compose()["services"]
     assert set(services) == {"coe", "redis", "cache", "prometheus", "grafana"}
     assert services["coe"]["image"] == f"coe:{__version__}-cpu"
@@ -158,7 +158,7 @@ def test_compose_is_hardened_and_of_this_machine_only() -> None:
                 assert ":?set it" in value, key
 
 
-def test_compose_lets_the_service_drain() -> None:
+def test_compose_stop_grace_covers_draining() -> None:
     coe = compose()["services"]["coe"]
     config = load_config(ROOT / "deploy" / "config" / "compose.yaml")
     assert int(coe["stop_grace_period"].removesuffix("s")) >= config.server.drain_s + 20
@@ -167,7 +167,7 @@ def test_compose_lets_the_service_drain() -> None:
     assert {key.key_env for key in config.keys.values()} <= coe["environment"].keys()
 
 
-def test_redis_itself_is_the_first_process_of_its_container() -> None:
+def test_compose_redis_is_the_first_process_of_its_container() -> None:
     # Of a pipe it would be the last, and a shell that passes no signal on the first.
     folder = ROOT / "helm/charts/redis/templates"
     scripts = [compose()["services"][name]["command"][-1] for name in ("redis", "cache")]
@@ -178,7 +178,7 @@ def test_redis_itself_is_the_first_process_of_its_container() -> None:
         assert "|" not in script.replace("- |\n", "")
 
 
-def test_prometheus_scrapes_the_service_by_its_name() -> None:
+def test_compose_prometheus_scrapes_the_service_by_name() -> None:
     path = ROOT / "deploy" / "prometheus" / "prometheus.yml"
     (job,) = yaml.safe_load(path.read_text())["scrape_configs"]
     config = load_config(ROOT / "deploy" / "config" / "compose.yaml")
@@ -192,5 +192,5 @@ def test_prometheus_scrapes_the_service_by_its_name() -> None:
     ),
     ids=lambda path: path.name,
 )
-def test_every_example_is_a_config(path: Path) -> None:
+def test_every_example_is_a_valid_config(path: Path) -> None:
     assert load_config(path).experts

@@ -51,7 +51,7 @@ def installs(text: str) -> list[str]:
 @pytest.mark.parametrize(
     "path", [*SCRIPTS, ROOT / "Makefile", ROOT / "Dockerfile"], ids=lambda path: path.name
 )
-def test_script_installs_by_hashes_only(path: Path) -> None:
+def test_install_script_installs_by_hashes_only(path: Path) -> None:
     loose = [
         command
         for command in installs(path.read_text())
@@ -61,7 +61,7 @@ def test_script_installs_by_hashes_only(path: Path) -> None:
     assert len(loose) == NOT_LOCKED.get(path.name, 0), loose
 
 
-def test_installs_finds_what_it_should() -> None:
+def test_installs_finds_every_form_of_the_command() -> None:
     assert (
         len(installs("pip install x\n$v/bin/pip --quiet install \\\n  y && uv pip install z")) == 3
     )
@@ -128,9 +128,7 @@ def version_there(environment: Path) -> str:
     return found[0].name.removeprefix("torch-").removesuffix(".dist-info") if found else ""
 
 
-def test_torch_sh_takes_the_file_of_the_lock_and_no_other(
-    tmp_path: Path, environment: Path
-) -> None:
+def test_torch_script_takes_the_file_of_the_lock_only(tmp_path: Path, environment: Path) -> None:
     known = wheel(tmp_path / "wheels", "2.13.0+cpu")
     other = install(tmp_path / "other", environment, tmp_path / "wheels", "0" * 64)
     assert other.returncode == 1
@@ -148,7 +146,7 @@ def test_torch_sh_takes_the_file_of_the_lock_and_no_other(
     assert (again.returncode, again.stderr) == (0, "")
 
 
-def test_torch_sh_asks_uv_without_the_settings_that_leave_torch_out() -> None:
+def test_torch_script_calls_uv_without_settings_that_omit_torch() -> None:
     # The project tells uv to leave torch out of the lock; uv would leave it out here as well, and
     # say that all went well.
     assert "torch ; sys_platform == 'never'" in (ROOT / "pyproject.toml").read_text()
@@ -164,7 +162,7 @@ def test_torch_sh_asks_uv_without_the_settings_that_leave_torch_out() -> None:
         ("version_info", "Python 3.11, 3.12 or 3.13 is needed"),
     ],
 )
-def test_setup_says_what_the_system_lacks_before_anything_is_made(
+def test_setup_names_missing_system_packages_before_it_installs(
     tmp_path: Path, missing: str, told: str
 ) -> None:
     (tmp_path / "deploy").mkdir()

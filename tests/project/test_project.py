@@ -109,7 +109,7 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-def test_layers_hold() -> None:
+def test_import_layers_are_kept() -> None:
     linter = Path(sys.executable).parent / "lint-imports"
     ran = subprocess.run(
         [linter, "--config", "pyproject.toml", "--no-cache"],
@@ -122,7 +122,7 @@ def test_layers_hold() -> None:
 
 
 @pytest.mark.parametrize("package", sorted(ONLY_IN))
-def test_one_place_each(package: str) -> None:
+def test_each_heavy_package_is_imported_in_its_modules_only(package: str) -> None:
     users = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "service").rglob("*.py")
@@ -144,7 +144,7 @@ def test_importing_the_service_imports_nothing_heavy() -> None:
     assert ran.stdout.strip() == "[]"
 
 
-def test_nothing_new_at_the_top() -> None:
+def test_top_level_has_no_unlisted_entries() -> None:
     assert {path.relative_to(ROOT).parts[0] for path in tracked()} <= TOP
 
 
@@ -160,18 +160,18 @@ ALLOWED = {
 
 
 @pytest.mark.parametrize("part", MACHINE)
-def test_no_path_of_somebody_s_machine(part: str) -> None:
+def test_files_name_no_personal_machine_path(part: str) -> None:
     found = [str(path) for path, text in texts() if part in text and path.suffix != ".jsonl"]
     assert found == []
 
 
 @pytest.mark.parametrize("host", REGISTRIES)
-def test_no_registry_hosts(host: str) -> None:
+def test_files_name_no_registry_host(host: str) -> None:
     found = [str(path) for path, text in texts() if host in text and str(path) not in ALLOWED]
     assert found == []
 
 
-def test_the_readme_s_commands_are_there() -> None:
+def test_make_targets_named_in_the_readme_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"setup", "serve", "test", "check"} <= targets
     named = {
@@ -189,13 +189,13 @@ def _code(text: str) -> str:
     return "\n".join(part.strip("`") + "\n" for part in fenced)
 
 
-def test_continuous_integration_runs_what_the_readme_says() -> None:
+def test_continuous_integration_runs_the_readme_s_commands() -> None:
     run = (ROOT / ".ci" / "run").read_text()
     assert "make check" in run
     assert "make test" in run
 
 
-def test_no_test_is_skipped_without_a_reason() -> None:
+def test_skipped_tests_give_a_reason() -> None:
     bare = re.compile(
         r"pytest\.mark\.skip\b(?!if)(?!\(\s*reason)|pytest\.skip\(\s*\)|mark\.xfail\b"
     )

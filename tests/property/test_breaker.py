@@ -24,7 +24,7 @@ def fail(breaker: Breaker, now_s: float) -> bool:
     return breaker.end(breaker.begin(now_s), False, now_s)
 
 
-def test_it_opens_after_failures_in_a_row_and_closes_by_a_probe() -> None:
+def test_breaker_opens_after_consecutive_failures_and_closes_after_a_probe() -> None:
     breaker = Breaker(POLICY, lambda: 0.0)
     assert [fail(breaker, now_s) for now_s in (0.0, 1.0)] == [False, False]
     breaker.end(breaker.begin(1.5), True, 1.5)  # a success: from the start again
@@ -42,14 +42,14 @@ def test_it_opens_after_failures_in_a_row_and_closes_by_a_probe() -> None:
     assert breaker.state(11) is State.CLOSED
 
 
-def test_what_one_cause_ends_is_one_failure() -> None:
+def test_breaker_concurrent_failures_of_one_cause_count_once() -> None:
     breaker = Breaker(POLICY, lambda: 0.0)
     tries = [breaker.begin(0) for _ in range(64)]
     assert not any([breaker.end(one, False, 1.0) for one in tries])
     assert breaker.allows(1)
 
 
-def test_what_says_nothing_changes_nothing_and_frees_the_probe() -> None:
+def test_breaker_neutral_outcome_changes_nothing_and_frees_the_probe() -> None:
     breaker = Breaker(POLICY, lambda: 0.0)
     for now_s in (0.0, 1.0, 2.0):
         breaker.end(breaker.begin(now_s), None, now_s)
@@ -61,7 +61,7 @@ def test_what_says_nothing_changes_nothing_and_frees_the_probe() -> None:
     assert breaker.allows(8)
 
 
-def test_a_late_failure_of_before_is_old_news() -> None:
+def test_breaker_failure_of_a_call_from_before_it_opened_is_ignored() -> None:
     breaker = Breaker(POLICY, lambda: 0.0)
     late = breaker.begin(0)
     for now_s in (1.0, 2.0, 3.0):
@@ -72,7 +72,7 @@ def test_a_late_failure_of_before_is_old_news() -> None:
     assert breaker.end(late, True, 6) is False
 
 
-def test_breakers_are_made_by_failures_only() -> None:
+def test_breakers_are_created_by_failures_only() -> None:
     breakers: Breakers[str] = Breakers(POLICY, lambda: 0.0)
     breakers.end("a", breakers.begin("a", 0), True, 0)
     assert breakers.states(0) == {}
@@ -84,7 +84,7 @@ def test_breakers_are_made_by_failures_only() -> None:
     assert breakers.blocked(3) == frozenset()
 
 
-def test_a_budget_bounds_retries() -> None:
+def test_retry_budget_limits_retries() -> None:
     budget = RetryBudget(0.2, 10)
     assert sum(budget.spend() for _ in range(100)) == 10
     spent = 0
@@ -94,7 +94,7 @@ def test_a_budget_bounds_retries() -> None:
     assert 199 <= spent <= 200
 
 
-def test_pauses_grow_and_are_bounded() -> None:
+def test_backoff_grows_and_is_bounded() -> None:
     assert backoff_s(0, lambda: 1.0) == 0.05
     assert backoff_s(3, lambda: 1.0) == 0.4
     assert backoff_s(1000, lambda: 1.0) == 1.0

@@ -17,7 +17,9 @@ async def outcomes(scene: Scene, gateways: int) -> list[Outcome]:
 
 
 @pytest.mark.parametrize("scene", [DAY, MINUTE], ids=["day", "minute"])
-async def test_quality_of_several_gateways_is_within_two_percent_of_one_s(scene: Scene) -> None:
+async def test_budget_pacing_of_several_gateways_loses_at_most_two_percent_quality(
+    scene: Scene,
+) -> None:
     alone = statistics.mean(one.quality for one in await outcomes(scene, 1))
     for gateways in (2, 4, 8):
         found = await outcomes(scene, gateways)
@@ -25,7 +27,7 @@ async def test_quality_of_several_gateways_is_within_two_percent_of_one_s(scene:
         assert all(one.spent <= scene.amount for one in found)
 
 
-async def test_spending_of_eight_gateways_leaves_half_of_it_for_half_of_the_window() -> None:
+async def test_budget_pacing_of_eight_gateways_spends_half_by_half_of_the_window() -> None:
     for one in await outcomes(DAY, 8):
         assert one.marks[1] == pytest.approx(0.5, abs=0.06)
         assert one.marks[3] >= 0.97

@@ -45,7 +45,7 @@ def check(scores: CategoryScores) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(anything | repeated)
-def test_any_text_has_a_posterior(text: str) -> None:
+def test_classify_any_text_gives_a_posterior(text: str) -> None:
     scores = classifier().classify(text)
     check(scores)
     assert scores == classifier().classify(text)
@@ -53,16 +53,16 @@ def test_any_text_has_a_posterior(text: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(anything, max_size=8))
-def test_any_conversation_has_a_posterior(turns: list[str]) -> None:
+def test_classify_any_conversation_gives_a_posterior(turns: list[str]) -> None:
     check(classify_turns(classifier(), turns))
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from(["messages", "prompt", "input", "instructions"]), values))
-def test_any_body_is_taken(body: dict[str, object]) -> None:
+def test_classify_any_body_is_accepted(body: dict[str, object]) -> None:
     assert all(isinstance(turn, str) for turn in user_turns(body))
     check(assess_body(classifier(), body).scores)
 
 
-def test_ten_million_characters() -> None:
+def test_classify_ten_million_characters_takes_bounded_time() -> None:
     check(classifier().classify("a farmer has 12 cows " * 500_000))

@@ -41,7 +41,7 @@ async def _story(chance: random.Random, slots: int) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 3))
-def test_reloads_in_a_row_leave_every_expert_of_the_last_config_answering(
+def test_pool_after_repeated_reloads_serves_every_expert_of_the_last_config(
     seed: int, slots: int
 ) -> None:
     asyncio.run(_story(random.Random(seed), slots))

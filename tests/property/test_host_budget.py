@@ -37,7 +37,7 @@ def divisions(draw: st.DrawFn) -> tuple[int, list[HostMemoryClaim], list[int], l
 
 @settings(max_examples=300, deadline=None)
 @given(divisions())
-def test_what_may_be_held_and_what_is_never_pass_the_bound(
+def test_divide_shares_and_held_memory_never_exceed_the_bound(
     case: tuple[int, list[HostMemoryClaim], list[int], list[int]],
 ) -> None:
     bound, claimed, rooms, held = case
@@ -51,7 +51,7 @@ def test_what_may_be_held_and_what_is_never_pass_the_bound(
 
 @settings(max_examples=300, deadline=None)
 @given(divisions(), sizes)
-def test_divide_below_what_slots_need_alone_gives_no_more_than_that_at_any_time(
+def test_divide_below_the_slots_minimum_never_exceeds_that_minimum(
     case: tuple[int, list[HostMemoryClaim], list[int], list[int]], bound: int
 ) -> None:
     _, claimed, _, held = case
@@ -157,7 +157,7 @@ def _share(bound: int, models: list[Model]) -> list[HostMemoryClaim]:
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32))
-def test_a_pool_holds_no_more_than_its_bound_and_nobody_waits_for_ever(seed: int) -> None:
+def test_divide_simulated_pool_stays_within_the_bound_and_starves_nobody(seed: int) -> None:
     chance = random.Random(seed)
     models = _models(chance)
     least = sum(max(u.host_bytes for u in m.units.values()) for m in models)
@@ -216,7 +216,7 @@ def test_a_pool_holds_no_more_than_its_bound_and_nobody_waits_for_ever(seed: int
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32), st.integers(0, 60))
-def test_where_not_even_one_of_each_fits_everybody_has_that(seed: int, bound: int) -> None:
+def test_claims_below_one_unit_per_slot_still_grant_one_unit_each(seed: int, bound: int) -> None:
     models = _models(random.Random(seed))
     floors = [max(u.host_bytes for u in m.units.values()) for m in models]
     claimed = claims(bound, [model.place() for model in models], POLICY)
@@ -226,7 +226,7 @@ def test_where_not_even_one_of_each_fits_everybody_has_that(seed: int, bound: in
         assert rooms == floors
 
 
-def test_what_another_slot_fetches_is_no_reason_to_start_another_engine() -> None:
+def test_divide_weights_loading_in_one_slot_start_no_engine_in_another() -> None:
     def unit(name: str, tier: Residency, waiting: int = 0) -> UnitView:
         return UnitView(name, tier, waiting, 9 * waiting, 1.0, 0.0, 10, 1.0, 0.1, pinned=False)
 

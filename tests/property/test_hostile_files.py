@@ -114,13 +114,15 @@ def one(**changes: Any) -> bytes:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_read_header_hostile_is_told_as_such(tmp_path: Path, header: bytes, told: str) -> None:
+def test_read_header_hostile_file_raises_its_own_error(
+    tmp_path: Path, header: bytes, told: str
+) -> None:
     path = write_raw(tmp_path / "x.safetensors", header, bytes(4))
     with pytest.raises(ModelStoreError, match=told):
         read_header(path)
 
 
-def test_read_header_of_its_own_writer_is_read(tmp_path: Path) -> None:
+def test_read_header_of_a_file_written_here_is_read(tmp_path: Path) -> None:
     header = encode_header(llama_tensors(), {"format": "pt"})
     end = sum(
         4 * shape[0] * (shape[1] if len(shape) > 1 else 1) for _, shape in llama_tensors().values()
@@ -162,7 +164,7 @@ def test_inspect_any_adapter_config_is_read_or_refused(
 @pytest.mark.parametrize(
     "content", [b"{" * 10, b'{"a":' * 100_000, b"\xff\xfe", b"[]", b"1" * 5000]
 )
-def test_inspect_file_that_is_no_object_is_refused_by_name(
+def test_inspect_json_that_is_no_object_raises_with_the_file_name(
     tmp_path: Path, name: str, content: bytes
 ) -> None:
     folder = make_llama(tmp_path / "m", template=False)

@@ -41,7 +41,7 @@ def _whole(placed: Placed, copies: np.ndarray, devices: int) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(problems())
-def test_every_expert_is_placed_in_equal_room_and_the_bounds_hold(
+def test_placement_fills_devices_equally_within_the_bounds(
     problem: tuple[np.ndarray, np.ndarray, int],
 ) -> None:
     load, copies, devices = problem
@@ -60,7 +60,7 @@ def test_every_expert_is_placed_in_equal_room_and_the_bounds_hold(
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=6, max_size=6), st.sampled_from([2, 3]))
-def test_exact_is_what_trying_everything_finds(loads: list[int], devices: int) -> None:
+def test_exact_placement_equals_exhaustive_search(loads: list[int], devices: int) -> None:
     load = np.array(loads, dtype=np.float64)
     room = 6 // devices
     least = min(
@@ -73,7 +73,7 @@ def test_exact_is_what_trying_everything_finds(loads: list[int], devices: int) -
 
 
 @given(st.integers(2, 8), st.integers(1, 8))
-def test_vllms_own_placements(devices: int, room: int) -> None:
+def test_vllm_placements_are_complete(devices: int, room: int) -> None:
     experts = devices * room
     one = np.ones(experts, dtype=np.int64)
     _whole(linear(experts, devices), one, devices)
@@ -83,7 +83,9 @@ def test_vllms_own_placements(devices: int, room: int) -> None:
 
 
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=8), st.integers(2, 4), st.data())
-def test_copies_go_where_most_is_to_do(loads: list[int], devices: int, data: st.DataObject) -> None:
+def test_replicas_go_to_the_experts_with_the_highest_load(
+    loads: list[int], devices: int, data: st.DataObject
+) -> None:
     load = np.array(loads, dtype=np.float64)
     replicas = data.draw(st.integers(0, len(loads) * (devices - 1)))
     copies = copied(load, replicas, devices)
@@ -96,7 +98,7 @@ def test_copies_go_where_most_is_to_do(loads: list[int], devices: int, data: st.
             assert load[given_] / (copies[given_] - 1) >= load[other] / copies[other]
 
 
-def test_what_can_not_be_placed_is_said() -> None:
+def test_impossible_placement_raises_with_the_reason() -> None:
     with pytest.raises(ValueError, match="1 device has nothing to place"):
         linear(4, 1)
     with pytest.raises(ValueError, match="5 experts can't be spread evenly over 2 devices; 1 more"):

@@ -136,7 +136,7 @@ def play(fleet_of: tuple[int | None, bool], act: Any) -> Fleet:
     st.booleans(),
     st.booleans(),
 )
-def test_every_request_ends_once_wherever_its_unit_goes(
+def test_placement_under_random_events_every_request_ends_once(
     seed: int, bound: int | None, preempt: bool, rough: bool
 ) -> None:
     chance = random.Random(seed)
@@ -172,7 +172,7 @@ def test_every_request_ends_once_wherever_its_unit_goes(
     play((bound, preempt), act)
 
 
-def test_two_that_are_both_asked_do_not_stay_in_one_slot() -> None:
+def test_placement_two_busy_units_of_one_slot_are_separated() -> None:
     """Start b and d in the second slot; nobody requests c, in the first."""
 
     async def act(fleet: Fleet) -> None:
@@ -190,7 +190,7 @@ def test_two_that_are_both_asked_do_not_stay_in_one_slot() -> None:
     play((None, False), act)
 
 
-def test_a_demand_that_does_not_change_settles() -> None:
+def test_placement_constant_demand_settles() -> None:
     async def act(fleet: Fleet) -> None:
         async def client(expert: str) -> None:
             for _ in range(60):

@@ -217,7 +217,7 @@ def play(seed: int, *, slots: int, rough: float, preempt: bool = False) -> tuple
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 3), st.booleans())
-def test_pool_with_faults_and_operators_never_holds_more_than_its_bound(
+def test_pool_under_faults_and_operations_never_exceeds_host_bytes(
     seed: int, slots: int, preempt: bool
 ) -> None:
     stage, outcomes = play(seed, slots=slots, rough=0.15, preempt=preempt)
@@ -230,14 +230,14 @@ def test_pool_with_faults_and_operators_never_holds_more_than_its_bound(
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 3))
-def test_pool_without_faults_answers_everybody_within_its_bound(seed: int, slots: int) -> None:
+def test_pool_without_faults_answers_all_within_host_bytes(seed: int, slots: int) -> None:
     stage, outcomes = play(seed, slots=slots, rough=0.0)
     assert stage.memory.wrong == []
     ended = [o for o in outcomes if not isinstance(o, asyncio.CancelledError)]
     assert set(ended) <= {"ok", "over_capacity"}
 
 
-async def test_pool_whose_slot_grows_waits_for_the_others_to_forget(
+async def test_pool_growing_slot_waits_until_other_slots_evicted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = FastTime(asyncio.get_running_loop())

@@ -42,7 +42,7 @@ snapshots = st.builds(
 
 
 @given(st.lists(snapshots, min_size=1, max_size=5))
-def test_a_stream_of_snapshots_comes_back_whole(told: list[Snapshot]) -> None:
+def test_snapshot_stream_round_trips(told: list[Snapshot]) -> None:
     sent: Snapshot | None = None
     heard: Snapshot | None = None
     for snapshot in told:
@@ -75,7 +75,7 @@ fields = st.sampled_from(
     st.binary() | st.dictionaries(fields, json_values).map(_dumped),
     st.none() | snapshots,
 )
-def test_a_strange_line_is_a_snapshot_or_a_value_error(
+def test_decode_any_line_returns_a_snapshot_or_raises_value_error(
     line: bytes, before: Snapshot | None
 ) -> None:
     with suppress(ValueError):
@@ -96,7 +96,7 @@ headers = st.dictionaries(
 
 
 @given(st.sampled_from(ENDPOINTS), bodies, headers)
-def test_any_body_is_understood_or_refused(
+def test_parse_request_any_body_is_parsed_or_raises_a_typed_error(
     endpoint: str, raw: bytes, given_headers: dict[bytes, bytes]
 ) -> None:
     try:
@@ -123,7 +123,7 @@ calls = st.builds(
 
 
 @given(calls)
-def test_a_call_comes_back_from_its_headers(call: Call) -> None:
+def test_call_headers_round_trip(call: Call) -> None:
     told = {name.encode(): value.encode() for name, value in call.headers().items()}
     assert parse_call(call.endpoint, told) == call
 
@@ -134,6 +134,8 @@ def test_a_call_comes_back_from_its_headers(call: Call) -> None:
         st.binary(),
     )
 )
-def test_strange_headers_are_refused(given_headers: dict[bytes, bytes]) -> None:
+def test_parse_call_any_headers_are_parsed_or_raise_a_typed_error(
+    given_headers: dict[bytes, bytes],
+) -> None:
     with suppress(CoeError):
         parse_call("/v1/completions", given_headers)

@@ -53,7 +53,7 @@ def pools(draw: st.DrawFn) -> list[PoolView]:
     st.booleans(),
     st.sampled_from([0, 500]),
 )
-def test_singles_alone_are_weighed_as_beside_others(
+def test_select_single_experts_score_alike_with_and_without_recipes(
     views: list[PoolView],
     quality: list[float],
     cost: list[float],

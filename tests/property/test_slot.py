@@ -127,7 +127,9 @@ class Story:
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @settings(max_examples=60, deadline=None)
 @given(events, st.booleans())
-def test_every_lease_ends_once_and_nothing_leaks(story: list[Any], fails_to_load: bool) -> None:
+def test_slot_under_random_events_every_lease_ends_once_and_nothing_leaks(
+    story: list[Any], fails_to_load: bool
+) -> None:
     told = Story(fails_to_load)
     complaints: list[dict[str, Any]] = []
 

@@ -75,7 +75,7 @@ def by_hand(row: list[float], layer: LayerSteering, shape: MoeShape) -> dict[int
 
 @settings(deadline=None)
 @given(st.data())
-def test_steering_is_what_it_says(data: st.DataObject) -> None:
+def test_steer_choice_follows_the_definition(data: st.DataObject) -> None:
     shape = data.draw(shapes())
     layer = data.draw(layers(shape))
     rows = data.draw(
@@ -100,7 +100,7 @@ def test_steering_is_what_it_says(data: st.DataObject) -> None:
 
 @settings(deadline=None)
 @given(st.data())
-def test_the_engine_s_choice_is_the_definition(data: st.DataObject) -> None:
+def test_steer_engine_choice_equals_the_reference(data: st.DataObject) -> None:
     torch = pytest.importorskip("torch")
     from service.engine.vllm.worker.steering import choose, rule_of
 
@@ -136,7 +136,7 @@ def _probabilities(row: list[float], layer: LayerSteering) -> dict[int, float]:
 
 @settings(deadline=None)
 @given(st.data())
-def test_a_profile_survives_its_file(data: st.DataObject) -> None:
+def test_profile_written_and_read_is_equal(data: st.DataObject) -> None:
     shape = data.draw(shapes())
     profile = SteeringProfile(
         shape,

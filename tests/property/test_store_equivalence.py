@@ -60,7 +60,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 @settings(max_examples=150, deadline=None)
 @given(steps)
-def test_the_same_claims_get_the_same_answers(server: RedisServer, steps: list[tuple]) -> None:
+def test_memory_and_redis_store_give_equal_answers_to_equal_claims(
+    server: RedisServer, steps: list[tuple]
+) -> None:
     asyncio.run(_compare(server, steps))
 
 

@@ -121,7 +121,7 @@ def _close(told_s: float, real_s: float) -> bool:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([None, 10, 20, 1000]), st.booleans())
-def test_told_times_of_every_unit_are_those_that_its_swap_then_takes(
+def test_estimates_of_every_unit_equal_the_time_its_swap_takes(
     seed: int, bound: int | None, one_family: bool
 ) -> None:
     chance = random.Random(seed)
@@ -161,7 +161,7 @@ def test_told_times_of_every_unit_are_those_that_its_swap_then_takes(
     asyncio.run(whole())
 
 
-def test_told_times_while_an_engine_starts_count_down_and_add_up() -> None:
+def test_estimates_during_an_engine_start_count_down_and_add_up() -> None:
     costs = {name: Costs(20.0, 2.0, 5.0, 0.1) for name in "ab"}
 
     async def whole() -> None:
@@ -221,7 +221,7 @@ def test_displaced_work_of_a_unit_that_needs_another_engine_is_both_starts() -> 
     asyncio.run(whole())
 
 
-def test_told_times_of_sleeping_engines_are_a_start_once_and_then_a_wake() -> None:
+def test_estimates_of_sleeping_engines_are_one_start_and_then_a_wake() -> None:
     costs = {name: Costs(20.0, 0.0, 0.0, 0.5) for name in "ab"}
 
     async def whole() -> None:
@@ -273,7 +273,7 @@ def test_told_times_of_sleeping_engines_are_a_start_once_and_then_a_wake() -> No
     asyncio.run(whole())
 
 
-async def test_unit_whose_start_fails_is_told_as_failed_and_holds_nothing() -> None:
+async def test_snapshot_unit_whose_start_fails_is_failed_and_holds_no_memory() -> None:
     class Refuses(CostlyEngine):
         async def start(self) -> EngineReport:
             raise ExpertFailedError("told not to start")
@@ -299,7 +299,7 @@ async def test_unit_whose_start_fails_is_told_as_failed_and_holds_nothing() -> N
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_told_times_of_slots_that_wait_for_others_starts_add_up(
+async def test_estimates_of_slots_waiting_for_other_starts_add_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = FastTime(asyncio.get_running_loop())

@@ -174,7 +174,7 @@ def play(story: list[Any], world: World, **given: Any) -> tuple[Stage, list[Any]
     st.sampled_from(["", "b", "d"]),
     st.booleans(),
 )
-def test_whatever_breaks_every_request_ends_once_and_meets_its_own_weights(
+def test_swapping_slot_under_faults_every_request_ends_once_on_its_own_weights(
     seed: int, bound: int | None, size_guess: int, pinned: str, preempt: bool
 ) -> None:
     world = World(bound, lambda: 0.0)
@@ -188,7 +188,7 @@ def test_whatever_breaks_every_request_ends_once_and_meets_its_own_weights(
 
 @settings(max_examples=60, deadline=None)
 @given(seeds, bounds, st.sampled_from(["", "b"]), st.booleans())
-def test_where_nothing_breaks_all_are_answered_within_the_bound(
+def test_swapping_slot_without_faults_answers_all_within_max_wait(
     seed: int, bound: int | None, pinned: str, preempt: bool
 ) -> None:
     world = World(bound, lambda: 0.0)

@@ -85,7 +85,9 @@ class Engine(SimulatedEngine):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([None, 10, 20, 30]))
-def test_weights_are_there_once_for_whoever_runs_on_them(seed: int, bound: int | None) -> None:
+def test_virtual_expert_slot_holds_base_weights_once_while_they_are_used(
+    seed: int, bound: int | None
+) -> None:
     asyncio.run(_story(random.Random(seed), bound))
 
 
