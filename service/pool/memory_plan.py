@@ -1,8 +1,8 @@
-"""The memory plan: what each pool of a config will take, before anything is started. Pure.
+"""The memory that each pool of a config will take, before anything is started. Pure.
 
-Weights are counted from the files' own headers. On CPU vLLM packs linear layers
-beside the parameters while it loads, so weights count twice there at the peak;
-what a process takes without any model is measured.
+Weights are counted from the headers of their files. On CPU vLLM packs linear layers beside the
+parameters while it loads, so that weights count twice at the peak. The memory of a process
+without a model is a measured constant.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from service.moe.profiles import profile_of
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MIB = 1024**2
-# Resident, measured on the CPU build: the pool's process with vLLM imported, and
-# an engine core before it has a model.
+# Resident memory, measured on the CPU build: the pool's process with vLLM imported, and an engine
+# core before it has a model.
 REPLICA_BYTES = 900 * _MIB
 ENGINE_BYTES = 1000 * _MIB
 PACKING = 2
@@ -31,7 +31,17 @@ PACKING = 2
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """One engine's bytes. `kv_tokens`: tokens that its KV cache holds, 0 where vLLM decides."""
+    """One engine's bytes.
+
+    Attributes:
+        base: The expert with the weights.
+        adapters: The other experts of the engine.
+        weight_bytes: Its weights.
+        adapter_bytes: Its adapters.
+        kv_bytes: Its KV cache; 0 where vLLM decides.
+        kv_tokens: Tokens that the KV cache holds; 0 where vLLM decides.
+        overhead_bytes: The engine's process without a model.
+    """
 
     base: str
     adapters: tuple[str, ...]
@@ -43,36 +53,45 @@ class EnginePlan:
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
+        """All bytes of the engine."""
         return self.weight_bytes + self.adapter_bytes + self.kv_bytes + self.overhead_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class PoolPlan:
-    """One replica's bytes, and the bound it was given (None: not bounded)."""
+    """One replica's bytes.
+
+    Attributes:
+        kind: The pool's name.
+        engines: Its engines.
+        replica_bytes: The pool's process without engines.
+        bound_bytes: The bound of the config; None: not bounded.
+        on_gpu: Whether the engines are on GPUs.
+        moe: Settings for mixtures of experts, a line for each.
+        host_bytes: On a GPU, weights that the engines together keep in host memory, in /dev/shm
+            where they are swapped in place.
+        warnings: Settings that may not work as expected, a line for each.
+        notes: Adapters with unusual settings that are followed, a line for each.
+    """
 
     kind: str
     engines: tuple[EnginePlan, ...]
     replica_bytes: int
     bound_bytes: int | None
     on_gpu: bool
-    moe: tuple[str, ...] = ()  # what is set for mixtures of experts, a line for each
-    # On a GPU: weights that it keeps in host memory, once for all its engines, in /dev/shm
-    # where they are exchanged in place.
+    moe: tuple[str, ...] = ()
     host_bytes: int = 0
-    # What will not work as somebody may expect, a line for each.
     warnings: tuple[str, ...] = ()
-    # What is special about its adapters, and served as they say.
     notes: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
-        """What a replica takes at its peak: on a GPU of its memory, else of the machine's."""
+        """The bytes of a replica at its peak, of the GPU's memory or else of the machine's."""
         return self.replica_bytes + sum(engine.total_bytes for engine in self.engines)
 
     @property
     def fits(self) -> bool:
-        """Whether that is within the bound."""
+        """Whether the replica is within its bound."""
         return self.bound_bytes is None or self.total_bytes <= self.bound_bytes
 
 
@@ -81,10 +100,17 @@ def plan_pool(
     kind: str,
     inspect: Callable[[str], ModelInfo | AdapterInfo],
 ) -> PoolPlan:
-    """The plan of one replica of a pool.
+    """Plan the memory of one replica of a pool.
 
-    `inspect` looks at what an expert's folder holds; its ModelStoreError goes through.
-    Raises ConfigError where an expert's folder is not what the config says.
+    Args:
+        config: The config.
+        kind: The pool's name in it.
+        inspect: Reads an expert's folder.
+
+    Raises:
+        ConfigError: An expert's folder doesn't hold what the config says, or the config asks for
+            what can't be served.
+        ModelStoreError: A folder could not be read.
     """
     pool = config.pools[kind]
     if pool.engine == "simulated":
@@ -93,6 +119,8 @@ def plan_pool(
     moe = check_kernels(config, kind, inspect)
     groups = config.groups(kind)
     slots = len(groups) if pool.slots is None else min(pool.slots, len(groups))
+    for unit in config.units(kind):
+        _check_unit(config, unit, pool, inspect)
     grouped = [[_plan_unit(config, unit, pool, inspect) for unit in group] for group in groups]
     _check_capture(config, kind, config.units(kind), inspect)
     on_gpu = pool.gpus > 0
@@ -107,7 +135,8 @@ def plan_pool(
     for i in range(slots):
         engine = _share([plan for group in grouped[i::slots] for plan in group])
         if slots < len(groups):
-            # Units move between slots, and each is in one at a time. On a GPU is who runs.
+            # Units move between slots, and each is in one at a time. A GPU has the running one's
+            # weights alone.
             largest = max(plan.weight_bytes for plan in turns)
             own = held // slots + (held % slots if i == 0 else 0)
             engine = replace(engine, weight_bytes=largest if on_gpu else own)
@@ -146,7 +175,7 @@ def _notes(
 def _doubles(
     config: Config, kind: str, inspect: Callable[[str], ModelInfo | AdapterInfo]
 ) -> Iterator[str]:
-    """Experts with the same weights under several names: each has them for itself."""
+    """Warn of experts that have the same weights under several names, and memory for each."""
     same: dict[tuple[str, ...], list[str]] = {}
     for name in config.local_experts(kind):
         expert = config.experts[name]
@@ -207,7 +236,11 @@ def _warnings(
 def _check_adapter(
     name: str, expert: ExpertConfig, adapter: ModelInfo | AdapterInfo, base: ModelInfo
 ) -> AdapterInfo:
-    """The adapter of an expert, if the engine will serve it on this base. Raises ConfigError."""
+    """Return the adapter of an expert.
+
+    Raises:
+        ConfigError: The engine can't serve it on this base.
+    """
     where = f"experts.{name}.adapter"
     if not isinstance(adapter, AdapterInfo):
         raise ConfigError(f"{where}: this folder holds a model, not an adapter")
@@ -216,7 +249,7 @@ def _check_adapter(
             f"{where}: {adapter.not_merged[0]} of its adapter_config.json can't be merged; "
             "use form: adapter"
         )
-    # Quantised weights are packed, with other names and shapes.
+    # Quantised weights are packed, and have other names and shapes: they can't be compared.
     if base.quantization is None and (why := find_misfit(adapter, base.shapes)) is not None:
         raise ConfigError(f"{where}: it is of another base than {expert.base!r}: {why}")
     return adapter
@@ -225,10 +258,14 @@ def _check_adapter(
 def _check_bound(
     config: Config, bound: int | None, units: Sequence[EnginePlan], slots: int
 ) -> None:
-    """Hold what must be in host memory at once against the pool's bound. Raises ConfigError."""
+    """Check that the weights which must be in host memory at once are within the pool's bound.
+
+    Raises:
+        ConfigError: They are not.
+    """
     if bound is None or not units:
         return
-    # Who runs on another's weights keeps those.
+    # A pinned virtual expert pins the weights that it runs on.
     names = {config.needs(n) or n for n, expert in config.experts.items() if expert.pinned}
     pinned = sum(plan.weight_bytes for plan in units if plan.base in names)
     loose = sorted((plan.weight_bytes for plan in units if plan.base not in names), reverse=True)
@@ -258,34 +295,47 @@ def _check_capture(
         )
 
 
-def _share(every: list[EnginePlan]) -> EnginePlan:
-    """One engine for several units: one runs, the rest lie in host memory."""
-    first, *others = every
+def _share(plans: list[EnginePlan]) -> EnginePlan:
+    """Plan one engine for several units, of which one runs and the rest are in host memory."""
+    first, *others = plans
     if not others:
         return first
     return EnginePlan(
         base=first.base,
         adapters=(*first.adapters, *(n for plan in others for n in (plan.base, *plan.adapters))),
-        weight_bytes=sum(plan.weight_bytes for plan in every),
-        adapter_bytes=max(plan.adapter_bytes for plan in every),
+        weight_bytes=sum(plan.weight_bytes for plan in plans),
+        adapter_bytes=max(plan.adapter_bytes for plan in plans),
         kv_bytes=first.kv_bytes,
-        kv_tokens=min(plan.kv_tokens for plan in every),
+        kv_tokens=min(plan.kv_tokens for plan in plans),
         overhead_bytes=first.overhead_bytes,
     )
 
 
-def _plan_unit(
+def _model_of(
+    config: Config, expert: str, inspect: Callable[[str], ModelInfo | AdapterInfo]
+) -> ModelInfo:
+    """The model whose weights an expert runs on. Raises ConfigError where there is none."""
+    info = inspect(config.experts[expert].base or expert)
+    if not isinstance(info, ModelInfo):
+        raise ConfigError(f"experts.{expert}.model: this folder holds an adapter, not a model")
+    return info
+
+
+def _check_unit(
     config: Config,
     unit: tuple[str, ...],
     pool: PoolConfig,
     inspect: Callable[[str], ModelInfo | AdapterInfo],
-) -> EnginePlan:
+) -> None:
+    """Check that an engine of this pool can run a unit.
+
+    Raises:
+        ConfigError: It can't.
+    """
     base, *adapters = unit
-    expert = config.experts[base]
+    expert, options = config.experts[base], pool.vllm
     where = f"experts.{base}.model"
-    info = inspect(base if expert.base is None else expert.base)
-    if not isinstance(info, ModelInfo):
-        raise ConfigError(f"{where}: this folder holds an adapter, not a model")
+    info = _model_of(config, base, inspect)
     if not info.has_tokenizer:
         raise ConfigError(
             f"{where}: no tokenizer in its folder (tokenizer.json, tokenizer.model or the like); "
@@ -293,7 +343,6 @@ def _plan_unit(
         )
     if expert.form == "merged":
         _check_adapter(base, expert, inspect(base), info)
-    options = pool.vllm
     if expert.form == "steered":
         _check_steered(config, base, pool, info)
     if expert.form == "merged" and info.quantization:
@@ -303,8 +352,8 @@ def _plan_unit(
         )
     if expert.form == "merged" and pool.gpus > 0:
         raise ConfigError(f"experts.{base}.form: merged is for pools on CPU; on a GPU use adapter")
-    exchanged = pool.slots is not None or expert.form == "merged"
-    if exchanged and pool.gpus == 0 and not options.enforce_eager:
+    is_swapped = pool.slots is not None or expert.form == "merged"
+    if is_swapped and pool.gpus == 0 and not options.enforce_eager:
         raise ConfigError(
             "pools: merged experts, and experts that share a slot, need vllm.enforce_eager: true "
             "on CPU; compiled code would go on using the first expert's weights"
@@ -320,12 +369,8 @@ def _plan_unit(
             f"pools: vllm.max_model_len is {longest}, but {base!r} was made for at most "
             f"{info.max_context_tokens} tokens"
         )
-    on_gpu = pool.gpus > 0
-    element = _element_bytes(info, options.dtype)
-    weights = weights_bytes(info, options.dtype)
-    if adapters and info.is_moe and not on_gpu:
+    if adapters and info.is_moe and pool.gpus == 0:
         raise ConfigError(f"{where}: LoRA on a mixture-of-experts model needs a GPU")
-    adapter_bytes = 0
     for name in adapters:
         adapter = _check_adapter(name, config.experts[name], inspect(name), info)
         if adapter.rank > options.max_lora_rank:
@@ -333,11 +378,14 @@ def _plan_unit(
                 f"experts.{name}.adapter: its rank is {adapter.rank}, "
                 f"and vllm.max_lora_rank is {options.max_lora_rank}"
             )
-        adapter_bytes += adapter.parameters * element
-    kv_bytes = options.kv_cache_bytes or 0
-    per_token = info.kv_bytes_per_token(element)
-    tokens = kv_bytes // per_token
-    context = longest or info.max_context_tokens
+    _check_kv_cache(base, pool, info)
+
+
+def _check_kv_cache(base: str, pool: PoolConfig, info: ModelInfo) -> None:
+    """Raises ConfigError where the KV cache can't hold one request of the longest context."""
+    kv_bytes = pool.vllm.kv_cache_bytes or 0
+    element = _element_bytes(info, pool.vllm.dtype)
+    context = pool.vllm.max_model_len or info.max_context_tokens
     least = info.least_kv_bytes(context, element)
     if kv_bytes and kv_bytes < least:
         fits = _longest(info, kv_bytes, element, context)
@@ -346,15 +394,32 @@ def _plan_unit(
             f"request of max_model_len {context} may need; give it at least "
             f"{least} bytes, or set vllm.max_model_len to at most {fits}"
         )
-    if expert.form == "steered":
-        weights = 0  # its base's, counted there
+
+
+def _plan_unit(
+    config: Config,
+    unit: tuple[str, ...],
+    pool: PoolConfig,
+    inspect: Callable[[str], ModelInfo | AdapterInfo],
+) -> EnginePlan:
+    """Plan an engine that runs one unit, which was checked."""
+    base, *adapters = unit
+    info = _model_of(config, base, inspect)
+    on_gpu = pool.gpus > 0
+    element = _element_bytes(info, pool.vllm.dtype)
+    # The weights of a virtual expert are its base's, and counted there.
+    is_virtual = config.experts[base].form == "steered"
+    weights = 0 if is_virtual else weights_bytes(info, pool.vllm.dtype)
+    infos = [inspect(name) for name in adapters]
+    parameters = sum(info.parameters for info in infos if isinstance(info, AdapterInfo))
+    kv_bytes = pool.vllm.kv_cache_bytes or 0
     return EnginePlan(
         base=base,
         adapters=tuple(adapters),
         weight_bytes=weights if on_gpu else weights * PACKING,
-        adapter_bytes=adapter_bytes,
+        adapter_bytes=parameters * element,
         kv_bytes=kv_bytes,
-        kv_tokens=tokens,
+        kv_tokens=kv_bytes // info.kv_bytes_per_token(element),
         overhead_bytes=0 if on_gpu else ENGINE_BYTES,
     )
 
@@ -370,7 +435,12 @@ def _longest(info: ModelInfo, kv_bytes: int, element: int, context: int) -> int:
 
 
 def _check_steered(config: Config, name: str, pool: PoolConfig, info: ModelInfo) -> None:
-    """Raises ConfigError where a virtual expert can't be: InvalidProfileError if by its profile."""
+    """Check that a virtual expert can be served.
+
+    Raises:
+        ConfigError: The pool or the base doesn't allow it.
+        InvalidProfileError: Its profile is not one for this model.
+    """
     where = f"experts.{name}"
     if pool.gpus > 0 and pool.swap.method == "sleep":
         raise ConfigError(
@@ -397,7 +467,7 @@ def _check_steered(config: Config, name: str, pool: PoolConfig, info: ModelInfo)
 
 
 def weights_bytes(info: ModelInfo, dtype: str) -> int:
-    """What a model's weights take in memory in that dtype (`auto`: their own)."""
+    """The bytes of a model's weights in memory in that dtype; `auto` is their own."""
     element = _element_bytes(info, dtype)
     stored = _ELEMENT_BYTES.get(info.dtype, element)
     return info.weight_bytes if info.quantization else info.weight_bytes * element // stored
@@ -408,7 +478,11 @@ def _element_bytes(info: ModelInfo, dtype: str) -> int:
 
 
 def check_plan(plan: PoolPlan, machine_bytes: int | None) -> None:
-    """Hold a plan against its bound, and on CPU against the machine. Raises ConfigError."""
+    """Check a plan against its bound, and on CPU against the machine's memory.
+
+    Raises:
+        ConfigError: It doesn't fit.
+    """
     if not plan.fits:
         assert plan.bound_bytes is not None
         raise ConfigError(
@@ -428,7 +502,11 @@ def _gib(size: int, *, up: bool = False) -> str:
 
 
 def folders_of(config: Config, found: Mapping[str, Path]) -> dict[str, Path]:
-    """Every local expert's folder: its adapter's, or where its model was found by source."""
+    """Each local expert's folder: its adapter's, or the one found for its model's source.
+
+    Raises:
+        ModelStoreError: A model is not there yet.
+    """
     folders: dict[str, Path] = {}
     for name, expert in config.experts.items():
         if expert.adapter is not None:
