@@ -1,4 +1,4 @@
-"""What calls had used that were given up: for gateways, which charge their clients for it."""
+"""The tokens of calls that gateways have given up, for which they charge their clients."""
 
 from __future__ import annotations
 
@@ -6,50 +6,54 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# More than gateways leave unasked for, unless they die.
+# Gateways that live ask for their calls long before there are this many.
 _MOST = 4096
-# Longer than an engine takes to stop a request.
+# An engine takes less than that to stop a request.
 _WAIT_S = 6.0
 
 
 class AbandonedCalls:
-    """Remembers the tokens of each call that ended without its answer, by request id."""
+    """The tokens of each call that ended without its answer, by request id."""
 
     def __init__(self) -> None:
         self._used: dict[str, tuple[int, int]] = {}
         self._under_way: dict[str, asyncio.Event] = {}
-        self._begun: set[str] = set()
+        self._running: set[str] = set()
 
     @contextmanager
     def call(self, request_id: str) -> Iterator[None]:
-        """A call is under way in this pool, waiting or running."""
+        """Follow a call while it waits or runs in this pool."""
         ended = self._under_way[request_id] = asyncio.Event()
         try:
             yield
         except BaseException:
-            if request_id not in self._begun:
-                # It waited all the time.
-                self.note(request_id, 0, 0)
+            if request_id not in self._running:
+                # It never ran.
+                self.record(request_id, 0, 0)
             raise
         finally:
-            self._begun.discard(request_id)
+            self._running.discard(request_id)
             del self._under_way[request_id]
             ended.set()
 
-    def begun(self, request_id: str) -> None:
-        """An engine has the call now: only it can tell what was used."""
-        self._begun.add(request_id)
+    def mark_running(self, request_id: str) -> None:
+        """Leave it to the engine, which has the call now, to record its tokens."""
+        self._running.add(request_id)
 
-    def note(self, request_id: str, prompt_tokens: int, answer_tokens: int) -> None:
-        """A call that is given up had a prompt of so many tokens, and this much of an answer."""
+    def record(self, request_id: str, prompt_tokens: int, answer_tokens: int) -> None:
+        """Record the tokens of a call that was given up."""
         self._used[request_id] = prompt_tokens, answer_tokens
         if len(self._used) > _MOST:
             del self._used[next(iter(self._used))]
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
-        """Tokens of a given-up call's prompt and answer, told once; None where nobody knows.
+        """Return the prompt and answer tokens of a call that its gateway has given up.
 
-        Waits until the call has ended, which it does soon: its gateway has left it.
+        It waits until the call has ended, which takes an engine a moment. The tokens are returned
+        once.
+
+        Returns:
+            The tokens, or None where they are not known.
         """
         ended = self._under_way.get(request_id)
         if ended is not None:

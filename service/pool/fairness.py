@@ -1,10 +1,10 @@
-"""Whose turn it is among tenants: by tokens served, weights, and priority classes. Pure.
+"""The order among tenants, by tokens served, weights and priority classes. Pure.
 
-A virtual token counter per tenant (Sheng et al., "Fairness in Serving Large Language
-Models", OSDI 2024): who waits and has been served least, per weight, is next. Who was
-away does not collect credit: coming back, a tenant starts where the least served of
-those present stand. Classes go before it, high first; but a class that waits and was
-passed over `STARVE` times is next, so that nobody waits for ever.
+Each tenant has a virtual token counter (Sheng et al., "Fairness in Serving Large Language
+Models", OSDI 2024). The waiting tenant that was served least, per weight, is next. A tenant that
+was away collects no credit: it starts again at the counter of the least served tenant present.
+Priority classes come before that, high first. A class that was passed over `STARVE` times is
+next all the same, so that no class waits for ever.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Fairness:
         self._turns = 0
 
     def arrived(self, tenant: Tenant, present: Collection[str]) -> None:
-        """A tenant asks; `present`: the others that wait or run, by name."""
+        """Count a tenant in; `present` are the names of the tenants that wait or run."""
         if tenant.name in present:
             return
         others = [self._counters.get(name, self._floor) for name in present]
@@ -40,31 +40,35 @@ class Fairness:
         self._counters[tenant.name] = max(least, self._counters.get(tenant.name, least))
 
     def choose(self, waiting: Collection[tuple[int, str]]) -> tuple[int, str]:
-        """Of those that wait, as (class, tenant), the next to be served. Never of none."""
-        classes = {one for one, _ in waiting}
+        """Choose the next (class, tenant) to be served; `waiting` must not be empty."""
+        classes = {priority for priority, _ in waiting}
         chosen = min(classes)
-        overdue = max(classes, key=lambda one: self._passed.get(one, 0))
+        overdue = max(classes, key=lambda priority: self._passed.get(priority, 0))
         if self._passed.get(overdue, 0) >= STARVE:
             chosen = overdue
-        self._passed = {one: self._passed.get(one, 0) + 1 for one in classes if one != chosen}
+        self._passed = {
+            priority: self._passed.get(priority, 0) + 1
+            for priority in classes
+            if priority != chosen
+        }
         return min(
-            (one for one in waiting if one[0] == chosen),
-            # Of those alike, who was chosen longest ago.
-            key=lambda one: (
-                self._counters.get(one[1], self._floor),
-                self._chosen.get(one[1], 0),
-                one[1],
+            (turn for turn in waiting if turn[0] == chosen),
+            # Of equal ones the one that was chosen longest ago.
+            key=lambda turn: (
+                self._counters.get(turn[1], self._floor),
+                self._chosen.get(turn[1], 0),
+                turn[1],
             ),
         )
 
     def started(self, tenant: Tenant, tokens: float) -> None:
-        """A tenant's request runs, with a prompt of so many tokens."""
+        """Count the prompt of a tenant's request that starts to run."""
         self._turns += 1
         self._chosen[tenant.name] = self._turns
         self.served(tenant, tokens)
 
     def served(self, tenant: Tenant, tokens: float) -> None:
-        """A tenant has been given service worth so many tokens."""
+        """Count tokens that a tenant was served."""
         before = self._counters.get(tenant.name, self._floor)
         self._floor = max(self._floor, before)
         self._counters[tenant.name] = before + tokens / tenant.weight

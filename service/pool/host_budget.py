@@ -1,11 +1,10 @@
-"""How a pool's bound on host memory is divided over the slots that units share. Pure.
+"""The division of a pool's bound on host memory over the slots that units share. Pure.
 
-The bound is the pool's. Every slot gets room for the largest of its units alone, so that
-any of them can run; the rest goes, over all slots, to pinned units, to those that
-somebody waits for (who may wait too long first, by age), to those that an operator wants, and then
-to the best knapsack of demand × cost of bringing back. Room that nobody needs is shared
-out evenly. A slot gets more only once others have forgotten as much: what slots may hold,
-and what they still do, never comes to more than the bound.
+Each slot gets room for the largest of its units alone, so that any of them can run. The rest goes,
+over all slots, to pinned units, to units with waiting requests (late ones first, by age), to those
+that an operator wants, and then to the best knapsack of demand × cost of loading them again. Room
+that no unit needs is divided evenly. A slot gets more only once others have evicted as much. The
+room of the slots, and what they still hold beyond it, is never more than the bound.
 """
 
 from __future__ import annotations
@@ -21,17 +20,22 @@ from service.types import Residency
 
 @dataclass(frozen=True, slots=True)
 class HostMemoryClaim:
-    """What a slot should have, and the most it could if its need came first. In bytes."""
+    """The bytes that a slot should have, and the most that it could if its need came first."""
 
     needs: int
     most: int
 
 
 def claims(bound: int, places: Sequence[Place], policy: SwapPolicy) -> list[HostMemoryClaim]:
-    """Each slot's part of a pool's bound.
+    """Compute each slot's part of a pool's bound.
 
-    Their sum is within the bound; only where it can't hold even the largest unit of each slot
-    alone, everybody gets that: what runs is never refused.
+    Their sum is within the bound. Only where that can't hold even the largest unit of each slot
+    alone, each slot gets as much as that, as a unit that runs is never refused.
+
+    Args:
+        bound: The pool's bound.
+        places: The shared slots.
+        policy: How they weigh their units.
     """
     weights = [{u.name: u.host_bytes for u in place.units} for place in places]
     floors = [max(sizes.values(), default=0) for sizes in weights]
@@ -44,7 +48,7 @@ def claims(bound: int, places: Sequence[Place], policy: SwapPolicy) -> list[Host
         ((i, unit) for i, unit in able if unit.pinned),
         key=lambda one: (one[1].tier is Residency.DISK, one[1].name),
     )
-    # What somebody is being fetched into now is free again one day: it is no reason to start
+    # Room that a unit is being loaded to now is free again later: it is no reason to start
     # another engine.
     lasting = _Taking(weights, floors, bound - sum(floors))
     for i, unit in (*running, *pinned):
@@ -55,7 +59,7 @@ def claims(bound: int, places: Sequence[Place], policy: SwapPolicy) -> list[Host
     for i, unit in (*running, *coming, *pinned):
         taking.take(i, unit)
     waiting = [(i, unit) for i, unit in able if unit.waiting]
-    for i, unit in sorted(waiting, key=lambda one: _turn(one[1], policy)):
+    for i, unit in sorted(waiting, key=lambda one: _waiting_order(one[1], policy)):
         taking.take(i, unit)
     for i, unit in able:
         if unit.wanted:
@@ -72,16 +76,18 @@ def claims(bound: int, places: Sequence[Place], policy: SwapPolicy) -> list[Host
     return [HostMemoryClaim(*pair) for pair in zip(taking.needs, most, strict=True)]
 
 
-def _turn(unit: UnitView, policy: SwapPolicy) -> tuple[bool, bool, float, str]:
-    """Who may wait too long first, by age: so everybody is first one day. Then who is held."""
+def _waiting_order(unit: UnitView, policy: SwapPolicy) -> tuple[bool, bool, float, str]:
+    """The sort key of waiting units: late ones by age, so that each is first one day; then held."""
     not_late, order, name = turn(unit, policy)
     return (not_late, not_late and unit.tier is Residency.DISK, order, name)
 
 
 def least(places: Sequence[Place], pinned: str = "") -> int:
-    """Bytes that slots hold at least, whatever runs: pinned units, and the largest others.
+    """Compute the bytes that slots hold at least: the pinned units, and the largest others.
 
-    `pinned`: a unit that is to be pinned, beside those that are.
+    Args:
+        places: The shared slots.
+        pinned: A unit that is to be pinned, beside those that are.
     """
     owners = {owner_of(u) for place in places for u in place.units if u.pinned or u.name == pinned}
     sizes = {u.name: u.host_bytes for place in places for u in place.units if not u.needs}
@@ -91,7 +97,7 @@ def least(places: Sequence[Place], pinned: str = "") -> int:
 
 
 class _Taking:
-    """Units taken one by one, as far as there is room left beyond each slot's own."""
+    """Units that are taken one by one, as far as there is room beyond each slot's floor."""
 
     def __init__(self, weights: Sequence[dict[str, int]], floors: Sequence[int], left: int) -> None:
         self.needs = list(floors)
@@ -115,11 +121,17 @@ class _Taking:
 def divide(
     bound: int, claimed: Sequence[HostMemoryClaim], given: Sequence[int], held: Sequence[int]
 ) -> list[int]:
-    """What each slot may hold from now on. `given`: until now; `held`: what it does hold.
+    """Compute the bytes that each slot may hold from now on.
 
-    Taken at once from those that have more than they need, as far as others need it; given
-    as far as it is free. Where the bound can't hold what all need, which is then the largest unit
-    of each alone, that much is divided: not more, and by the same rules.
+    Room is taken at once from slots that have more than they need, as far as others need it. It is
+    given as far as it is free. Where the bound can't hold the largest unit of each slot, the sum of
+    these is divided by the same rules.
+
+    Args:
+        bound: The pool's bound.
+        claimed: The slots' claims.
+        given: The bytes that they may hold until now.
+        held: The bytes that they do hold.
     """
     needs = [claim.needs for claim in claimed]
     bound = max(bound, sum(needs))
@@ -129,12 +141,12 @@ def divide(
         cut = min(max(0, short), max(0, given[i] - needs[i]))
         rooms[i] -= cut
         short -= cut
-    # What a slot needs and holds already takes nothing from the others.
+    # Weights that a slot needs and holds already take nothing from the others.
     rooms = [max(room, min(pair)) for room, *pair in zip(rooms, needs, held, strict=True)]
     free = max(0, bound - sum(map(max, rooms, held)))
     for i, need in enumerate(needs):
         more = min(free, max(0, need - rooms[i]))
         rooms[i] += more
         free -= more
-    # What nobody needs yet is at hand where somebody does.
+    # Room that no slot needs yet is there for the one that needs it first.
     return [room + free // len(rooms) for room in rooms]

@@ -1,4 +1,4 @@
-"""The 0/1 knapsack: which of several things to keep in a bounded space. Exact."""
+"""An exact solver of the 0/1 knapsack problem."""
 
 from __future__ import annotations
 
@@ -16,11 +16,22 @@ _Ints = NDArray[np.int64]
 
 
 def keep(values: Sequence[float], sizes: Sequence[int], capacity: int) -> frozenset[int]:
-    """Indices of the subset of greatest total value whose sizes fit in `capacity`.
+    """Choose the subset of greatest total value whose sizes fit in `capacity`.
 
-    Things of value 0 or less are kept only where everything fits. Exact, but for many
-    things of different sizes and all but the same value per byte: there the number of
-    partial sums explodes, and sizes are rounded up to 1/4096 of the space.
+    Items of value 0 or less are kept only where all items fit. The result is exact, except for
+    many items of different sizes and nearly equal value per byte: there the number of partial sums
+    explodes, and sizes are rounded up to 1/4096 of the capacity.
+
+    Args:
+        values: The value of each item.
+        sizes: The size of each item.
+        capacity: The room for them.
+
+    Returns:
+        Indices of the kept items.
+
+    Raises:
+        ValueError: There are not as many values as sizes.
     """
     if len(values) != len(sizes):
         raise ValueError(f"{len(values)} values and {len(sizes)} sizes")
@@ -38,15 +49,16 @@ def keep(values: Sequence[float], sizes: Sequence[int], capacity: int) -> frozen
 
 
 def _chosen(v: _Floats, s: _Ints, capacity: int) -> list[int]:
-    """The best subset of things in order of value per byte, not all of which fit."""
+    """Choose the best subset of items in order of value per byte, not all of which fit."""
     greedy, room = [], capacity
     for k, size in enumerate(s.tolist()):
         if size <= room:
             greedy.append(k)
             room -= size
     least = float(v[greedy].sum())
-    # With a part of one thing allowed, the best is plain: it bounds what can be had
-    # with a thing, or without it. Where that is no more than greed gets, it is settled.
+    # The optimum of the relaxed problem, where a part of one item may be taken, is known. It
+    # bounds the value of every choice with an item, or without it. Where the bound is no more
+    # than the greedy value, that item is decided.
     held = np.cumsum(s)
     at = int(np.searchsorted(held, capacity, side="right"))
     before = int(held[at - 1]) if at else 0
@@ -66,10 +78,12 @@ def _chosen(v: _Floats, s: _Ints, capacity: int) -> list[int]:
 
 
 def _frontier(v: _Floats, s: _Ints, capacity: int, least: float) -> list[int] | None:
-    """The best subset, thing by thing: of all partial sums those that no other beats.
+    """Choose the best subset item by item, keeping the partial sums that no other dominates.
 
-    A sum that can't come to more than `least`, whatever is added, is dropped. None
-    where there are too many. Empty where nothing beats `least`.
+    A sum that can't exceed `least`, whatever is added, is dropped.
+
+    Returns:
+        The subset; empty where none exceeds `least`; None where there are too many sums.
     """
     sizes, worth = np.zeros(1, dtype=np.int64), np.zeros(1)
     held = np.concatenate(([0], np.cumsum(s)))
@@ -85,7 +99,7 @@ def _frontier(v: _Floats, s: _Ints, capacity: int, least: float) -> list[int] | 
         order = np.lexsort((-worth, sizes))
         best = np.maximum.accumulate(worth[order])
         order = order[np.concatenate(([True], best[1:] > best[:-1]))]
-        # What the things after this one could add: whole ones, and a part of one more.
+        # The items after this one could add whole items, and a part of one more.
         room = capacity - sizes[order] + held[k + 1]
         upto = np.searchsorted(held, room, side="right") - 1
         whole = worth[order] + value[upto] - value[k + 1]
@@ -109,7 +123,7 @@ def _frontier(v: _Floats, s: _Ints, capacity: int, least: float) -> list[int] | 
 
 
 def _rounded(v: _Floats, s: _Ints, capacity: int) -> list[int]:
-    """The best subset for sizes rounded up to 1/4096 of the space: dynamic programming over it."""
+    """Choose the best subset by dynamic programming, with sizes rounded up to 1/4096."""
     step = max(1.0, capacity / _STEPS)
     room = int(capacity / step)
     sizes = [int(-(-size // step)) for size in s.tolist()]

@@ -1,9 +1,8 @@
-"""Which of a pool's slots a unit belongs to. Pure.
+"""The placement of units in a pool's slots. Pure.
 
-Every unit has one slot at a time, where its requests wait and its weights may be held. It
-moves when it would run sooner elsewhere: to a slot with nothing to do, or away from one
-in which too much demand has met. Its weights don't move with it (each engine holds its
-own), so a move costs a fetch, and must be worth that.
+Each unit has one slot at a time, where its requests wait and its weights may be held. It moves
+when it would run sooner elsewhere: to an idle slot, or away from one with too much demand. Each
+engine holds its own weights, so that a move costs a fetch and must be worth that.
 """
 
 from __future__ import annotations
@@ -14,17 +13,21 @@ from dataclasses import dataclass
 from service.pool.planner import SlotView, SwapPolicy, UnitView, urgency
 from service.types import Residency
 
-# A move must be worth this many times what it costs: guesses are guesses.
+# A move must save this many times what it costs, as both are guesses.
 _MARGIN = 1.5
-# And even demand out by this part of the busier slot's, so that none goes to and fro.
-_EVENED = 0.25
+# Balancing must move this part of the busier slot's demand, so that no unit goes to and fro.
+_LEAST_GAIN = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One slot: its state, its units, the pool's units that its engine can take in.
+    """One slot as placement sees it.
 
-    settled: its engine runs, and nothing is on its way to or from its memory.
+    Attributes:
+        slot: Its state.
+        units: Its units.
+        fits: The units of the pool that its engine can take in.
+        settled: Whether its engine runs, and no unit is being loaded or removed.
     """
 
     slot: SlotView
@@ -35,7 +38,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """`unit` goes from one slot to another, by index."""
+    """A unit moves from one slot to another; both are indices."""
 
     unit: str
     source: int
@@ -43,19 +46,19 @@ class Move:
 
 
 def next_move(places: Sequence[Place], policy: SwapPolicy) -> Move | None:
-    """The move that is worth most, if any is worth it."""
-    return _to_idle(places, policy) or _evening(places)
+    """Choose the move that saves the most, if any is worth its cost."""
+    return _move_to_idle(places, policy) or _balancing_move(places)
 
 
-def _to_idle(places: Sequence[Place], policy: SwapPolicy) -> Move | None:
-    """Who waits, to a slot with nothing to do: where that is sooner."""
+def _move_to_idle(places: Sequence[Place], policy: SwapPolicy) -> Move | None:
+    """Move a unit with waiting requests to an idle slot where it would run sooner."""
     best: tuple[float, str, Move] | None = None
     idle = [i for i, place in enumerate(places) if place.settled and _is_idle(place)]
     if not idle:
         return None
     for s, place in enumerate(places):
         if not (place.slot.running or place.slot.waiting):
-            continue  # its own turn comes at once
+            continue  # its units get their turn at once
         for unit in _movable(place):
             if not unit.waiting:
                 continue
@@ -69,13 +72,13 @@ def _to_idle(places: Sequence[Place], policy: SwapPolicy) -> Move | None:
     return best[2] if best is not None else None
 
 
-def _evening(places: Sequence[Place]) -> Move | None:
-    """One unit from the slot with the most demand to the one with the least."""
+def _balancing_move(places: Sequence[Place]) -> Move | None:
+    """Move a unit away from the slot with the most demand."""
     loads = [sum(_load(unit) for unit in place.units) for place in places]
     heavy = max(range(len(places)), key=lambda i: (loads[i], i))
     best: tuple[float, str, Move] | None = None
     for unit in _movable(places[heavy]) if places[heavy].settled else ():
-        # Its requests would have to wait for a fetch, where it is held here.
+        # Its requests would have to wait for a fetch.
         if unit.waiting:
             continue
         for t, place in enumerate(places):
@@ -83,7 +86,7 @@ def _evening(places: Sequence[Place]) -> Move | None:
                 continue
             gain = loads[heavy] - max(loads[heavy] - _load(unit), loads[t] + _load(unit))
             found = (gain, unit.name, Move(unit.name, heavy, t))
-            if gain > _EVENED * loads[heavy] and (best is None or found[:2] > best[:2]):
+            if gain > _LEAST_GAIN * loads[heavy] and (best is None or found[:2] > best[:2]):
                 best = found
     return best[2] if best is not None else None
 
@@ -98,7 +101,7 @@ def _is_idle(place: Place) -> bool:
 
 
 def _movable(place: Place) -> list[UnitView]:
-    # Who runs on another's weights stays with them, and they with it.
+    # A unit that shares another one's weights stays with it.
     tied = {unit.needs for unit in place.units if unit.needs}
     return [
         unit
@@ -112,24 +115,25 @@ def _movable(place: Place) -> list[UnitView]:
 
 
 def _wait_s(place: Place, unit: UnitView, policy: SwapPolicy) -> float:
-    """About how long until it is this unit's turn where it is.
+    """Estimate the seconds until it is this unit's turn in its slot.
 
-    How long the running unit's queue goes on nobody knows. So a wait is taken to last as
-    long again as it has: who rents until that cost as much as buying pays at most twice.
+    It is unknown how long the running unit's queue goes on. A wait is therefore expected to last
+    as long again as it has so far, as in the ski-rental problem: the cost is at most twice the
+    least possible.
     """
     slot = place.slot
     rounds = 1 + slot.waiting / max(1, slot.running)
     wait_s = max(policy.min_stay_s - slot.stayed_s, slot.drain_s * rounds, 0.0) + unit.swap_s
-    mine = urgency(unit, policy)
+    own = urgency(unit, policy)
     for other in place.units:
         first = other.waiting and other.name not in (unit.name, slot.running_unit)
-        if first and urgency(other, policy) > mine:
+        if first and urgency(other, policy) > own:
             wait_s += other.swap_s + max(policy.min_stay_s, slot.drain_s)
     return max(wait_s, unit.oldest_s)
 
 
 def _cost_s(place: Place, unit: UnitView) -> float:
-    """What running it there takes, from its files."""
+    """Seconds to run a unit in another slot, from its files."""
     if unit.name not in place.fits:
         return unit.start_s
     return unit.bring_s + (unit.swap_s - unit.bring_s if _counts_bring(unit) else unit.swap_s)

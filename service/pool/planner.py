@@ -1,9 +1,8 @@
-"""What a slot does next: whom to serve, whom to fetch, whom to forget. Pure, no clock of its own.
+"""The next step of a slot: the unit to serve, to load and to evict. Pure, without a clock.
 
-A slot serves the running unit's whole queue in one batch, and swaps when others have
-more to run together than it has left; or sooner, when somebody would otherwise wait
-longer than the bound. Words: a unit is an expert with full weights and any adapters
-of it.
+A slot serves the running unit's whole queue in one batch. It swaps when another unit has more to
+run than the running one has left, or sooner, when a request would otherwise wait longer than the
+bound. A unit is an expert with weights, and its adapters.
 """
 
 from __future__ import annotations
@@ -18,16 +17,20 @@ from service.types import Residency
 
 @dataclass(frozen=True, slots=True)
 class SwapPolicy:
-    """How a slot weighs things.
+    """How a slot weighs its units.
 
-    min_stay_s: shortest time a unit keeps the slot while it has work, against
-    thrash. max_wait_s: the bound on waiting for a swap that the slot aims at.
-    aging_per_s: what a second of waiting counts, in queued tokens. host_bytes: room
-    for weights in host memory, the running unit's included. crowding: how many times
-    as many requests as still run another unit must have waiting to end a stay. preempt:
-    where somebody would wait longer than the bound, running requests of which no byte has gone
-    out are put back, instead of being waited for. most_bytes: what host_bytes can become where
-    slots share a bound (`pool.sharing`); None: nothing else.
+    Attributes:
+        min_stay_s: The shortest time that a unit with work keeps the slot, against thrashing.
+        max_wait_s: The bound on waiting for a swap that the slot aims at.
+        aging_per_s: Queued tokens that a second of waiting counts as.
+        host_bytes: Room for weights in host memory, the running unit's included; None: no bound.
+        prefetch: Whether units with demand are loaded before requests wait for them.
+        crowding: A stay ends when another unit has this many times as many requests waiting as
+            still run.
+        preempt: Where a request would wait longer than the bound, whether running requests of
+            which no byte was sent are put back instead of being waited for.
+        most_bytes: The most that host_bytes can become where slots share a bound
+            (`host_budget`); None: it stays.
     """
 
     min_stay_s: float = 1.0
@@ -42,14 +45,24 @@ class SwapPolicy:
 
 @dataclass(frozen=True, slots=True)
 class UnitView:
-    """One unit as the planner sees it. Times in s, sizes in bytes.
+    """One unit as the planner sees it.
 
-    oldest_s: how long its oldest waiting request has waited. demand_per_s: requests
-    per second, as a moving average. bring_s: from disk to host. swap_s: from where it
-    is now to running. exchangeable: the slot's present engine can run it; another one
-    has to be started otherwise, which takes start_s. wanted: an operator asked for it to be held.
-    needs: the unit whose weights it runs on; it weighs nothing then, can't be held without them,
-    and they not be forgotten without it.
+    Attributes:
+        name: Its name.
+        tier: Where its weights are.
+        waiting: Requests that wait for it.
+        waiting_tokens: Tokens of their prompts.
+        oldest_s: How long the oldest of them has waited.
+        demand_per_s: Requests per second, as a moving average.
+        host_bytes: Bytes of its weights; 0 where it shares another unit's.
+        bring_s: Seconds from disk to host memory.
+        swap_s: Seconds from where it is now until it runs.
+        pinned: Whether it stays in host memory.
+        exchangeable: Whether the slot's present engine can run it.
+        wanted: Whether an operator asked for it to be loaded.
+        needs: The unit whose weights this one shares, or empty. The two are loaded and evicted
+            together.
+        start_s: Seconds to replace the engine by one that runs it.
     """
 
     name: str
@@ -70,9 +83,15 @@ class UnitView:
 
 @dataclass(frozen=True, slots=True)
 class SlotView:
-    """The slot: what runs, since when, how many requests, and how long ending them takes.
+    """A slot as the planner sees it.
 
-    closing: nobody is let in any more, so that another unit can come.
+    Attributes:
+        running_unit: The unit that runs.
+        stayed_s: Since when it runs.
+        running: Its running requests.
+        waiting: Its waiting requests.
+        drain_s: How long running requests take to end.
+        closing: Whether no request is let in, so that another unit can come.
     """
 
     running_unit: str
@@ -84,7 +103,7 @@ class SlotView:
 
 
 class Next(StrEnum):
-    """What to do about the running unit."""
+    """The next step of a slot."""
 
     STAY = "stay"
     CLOSE = "close"
@@ -93,30 +112,34 @@ class Next(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """STAY: go on. CLOSE: let nobody else in, so that `unit` can come. SWAP: to `unit`, now."""
+    """A step, and its unit and reason.
+
+    STAY goes on with the running unit. CLOSE lets no request in, so that `unit` can come. SWAP
+    goes over to `unit` now.
+    """
 
     act: Next
     unit: str = ""
     reason: str = ""
 
 
-# Why a turn begins: somebody would wait too long.
+# The reason for a swap where a request would wait too long otherwise.
 LATE = "bound on waiting"
-# A unit that is held is worth this much more than one that is not: fetching costs, too.
+# A unit that is held is worth this much more than one that is not, as fetching costs time, too.
 _HELD_BONUS = 1.5
-# Turns are begun with the bound this far used up: how long a drain takes is a guess.
+# A swap begins when this part of the bound is used up, as the length of a drain is a guess.
 _AIM = 0.8
 
 
 def urgency(unit: UnitView, policy: SwapPolicy) -> float:
-    """(Queued work + aging) / cost of the swap: how much a unit's turn it is."""
+    """How much a unit's turn it is: (queued work + aging) / cost of the swap."""
     return (unit.waiting_tokens + policy.aging_per_s * unit.oldest_s) / max(unit.swap_s, 1e-3)
 
 
 def bounded(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> list[UnitView]:
-    """The units as they are under the bound on host memory.
+    """Apply the bound on host memory to the units.
 
-    One that can't be held beside the running and the pinned ones needs an engine to itself.
+    A unit that can't be held beside the running and the pinned ones needs an engine of its own.
     """
     bound = policy.most_bytes if policy.most_bytes is not None else policy.host_bytes
     if bound is None:
@@ -134,14 +157,14 @@ def bounded(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> li
 
 
 def owner_of(unit: UnitView) -> str:
-    """The unit that has the weights that a unit runs on."""
+    """The unit whose weights a unit runs on."""
     return unit.needs or unit.name
 
 
 def next_step(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> Step:
-    """Whether to go on with the running unit, and to whom to give the slot if not.
+    """Decide whether the running unit goes on, and which unit gets the slot if not.
 
-    Whose weights are still on their way does not end anybody's stay.
+    A unit whose weights are still on their way doesn't end the running one's stay.
     """
     able = [
         u
@@ -170,7 +193,7 @@ def next_step(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> 
 
 
 def _late(slot: SlotView, able: Sequence[UnitView], policy: SwapPolicy) -> bool:
-    """Whether somebody waits beyond the bound if all take their turns, eldest first, from now."""
+    """Whether a request would wait beyond the bound if all units took turns, oldest first."""
     ahead_s = 0.0
     for unit in sorted(able, key=lambda u: (-u.oldest_s, u.name)):
         ahead_s += slot.drain_s + unit.swap_s
@@ -180,9 +203,9 @@ def _late(slot: SlotView, able: Sequence[UnitView], policy: SwapPolicy) -> bool:
 
 
 def next_fetch(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> str | None:
-    """The unit to bring to host memory next, beside the running one.
+    """Choose the unit to load to host memory next, beside the running one.
 
-    Who waits, then whom an operator wants there, then by demand.
+    Units with waiting requests come first, then those that an operator wants, then by demand.
     """
     wanted = to_keep(slot, units, policy)
     tiers = {u.name: u.tier for u in units if u.exchangeable}
@@ -211,16 +234,16 @@ def next_fetch(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) ->
 
 
 def turn(unit: UnitView, policy: SwapPolicy) -> tuple[bool, float, str]:
-    """Order of those who wait: first who may wait too long, by age; then by urgency."""
+    """The sort key of units with waiting requests: late ones first, by age; then by urgency."""
     late = unit.oldest_s + unit.swap_s >= policy.max_wait_s / 2
     return (not late, -(unit.oldest_s if late else urgency(unit, policy)), unit.name)
 
 
 def to_keep(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> frozenset[str]:
-    """The units whose weights belong into host memory.
+    """Choose the units whose weights belong in host memory.
 
-    The running, pinned, waited-for, and wanted ones, as far as they fit; of the others
-    the best knapsack of demand × cost of bringing back.
+    These are the running, pinned, waited-for and wanted ones, as far as they fit. Of the others
+    it is the best knapsack of demand × cost of loading them again.
     """
     if policy.host_bytes is None:
         return frozenset(u.name for u in units)
@@ -250,7 +273,7 @@ def to_keep(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> fr
     worth = worths(units)
     chosen = keep([worth[u.name] for u in rest], [u.host_bytes for u in rest], max(0, left))
     kept.update(rest[i].name for i in chosen)
-    # Who runs on what is kept adds nothing to it.
+    # Units that share kept weights take no more room.
     return frozenset(
         u.name
         for u in units
@@ -259,7 +282,7 @@ def to_keep(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> fr
 
 
 def worths(units: Sequence[UnitView]) -> dict[str, float]:
-    """Demand × cost of bringing back, of each unit's weights, by whoever runs on them."""
+    """The demand for each unit's weights, by all units on them, × the cost of loading them."""
     demand = {u.name: 0.0 for u in units}
     for unit in units:
         demand[owner_of(unit)] = demand.get(owner_of(unit), 0.0) + unit.demand_per_s
@@ -272,10 +295,11 @@ def worths(units: Sequence[UnitView]) -> dict[str, float]:
 def to_drop(
     slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy, coming: str | None
 ) -> list[str]:
-    """Units to forget so that what is held, and `coming`, stays within the bound.
+    """Choose the units to evict so that the held ones and `coming` are within the bound.
 
-    What belongs there least goes first; never the running unit, nor a pinned one that fits beside
-    it, nor the weights that these or `coming` run on. With weights go the units that run on them.
+    The unit with the least worth goes first, and with it the units that run on its weights. The
+    running unit, a pinned one that fits beside it, and the weights that these or `coming` run on
+    always stay.
     """
     if policy.host_bytes is None:
         return []
@@ -314,6 +338,6 @@ def _held_with(units: Sequence[UnitView], coming: str | None) -> int:
 def has_room(
     units: Sequence[UnitView], policy: SwapPolicy, coming: str, dropped: Sequence[str]
 ) -> bool:
-    """Whether `coming` is within the bound on host memory once others have been dropped."""
+    """Whether `coming` is within the bound on host memory once others were evicted."""
     gone = sum(u.host_bytes for u in units if u.name in dropped)
     return policy.host_bytes is None or _held_with(units, coming) - gone <= policy.host_bytes

@@ -38,7 +38,6 @@ from service.pool.units import Unit
 from service.rpc.call_headers import Call, Times
 from service.rpc.expert_speed import LatencyEstimator
 from service.rpc.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
-from service.types import Residency
 
 log = logging.getLogger("coe.pool")
 
@@ -47,36 +46,40 @@ OPERATIONS = ("load", "evict", "pin", "unpin")
 
 
 class PoolObserver(Protocol):
-    """Who counts a pool's requests."""
+    """Counts a pool's requests."""
 
     def ended(self, call: Call, times: Times, fault: str) -> None:
-        """A request has ended, one way or another; `fault` is the error's code or empty."""
+        """Count a request that has ended; `fault` is the error's code, or empty."""
 
 
 class Pool:
     """Everything on one accelerator group or CPU slice.
 
-    `add` its slots, then `start`; `run` answers calls; `stop` drains.
+    `add` gives it slots, `start` starts their engines, `run` answers calls, and `stop` drains it.
+
+    Args:
+        kind: The pool's name in the config.
+        observer: Counts its requests.
     """
 
-    def __init__(self, kind: str, watch: PoolObserver | None = None) -> None:
+    def __init__(self, kind: str, observer: PoolObserver | None = None) -> None:
         self.kind = kind
-        # How its shared slots weigh things, and what they may hold together and each.
+        # The policy of its shared slots, whose host_bytes they have together, and each one's part.
         self._policy: SwapPolicy | None = None
-        self._rooms: dict[SharedSlot, int] = {}
-        # Slots that went, whose engines have not ended yet: they hold what they hold.
+        self._host_bytes: dict[SharedSlot, int] = {}
+        # Slots that were removed, whose engines have not ended yet.
         self._ending: set[SharedSlot] = set()
-        # Experts that went so that others of their names can come, and what is said of each.
-        self._coming: dict[str, str] = {}
+        # Experts whose successors of the same name are still to come, and the reasons for clients.
+        self._returning: dict[str, str] = {}
         self._closing: set[BaseSlot[Any]] = set()
-        self._watch = watch
+        self._observer = observer
         self.boot = secrets.token_hex(8)
         self._slots: list[BaseSlot[Any]] = []
         self._slot_of: dict[str, BaseSlot[Any]] = {}
         self._tasks: dict[BaseSlot[Any], asyncio.Task[None]] = {}
         # Engines that load together fight for the same cores and disk.
         self._turn = asyncio.Lock()
-        self._placing: asyncio.Task[None] | None = None
+        self._placement: asyncio.Task[None] | None = None
         self._speeds: dict[str, LatencyEstimator] = {}
         self._tokens: Counter[str] = Counter()
         self._acks = Acknowledgements()
@@ -86,212 +89,217 @@ class Pool:
         self._listeners: set[asyncio.Event] = set()
 
     def add(self, slot: BaseSlot[Any]) -> None:
-        """Give the pool a slot."""
+        """Add a slot to a pool that was not started yet."""
         self._slots.append(slot)
-        self._belong(slot.experts, slot)
+        self._assign(slot.experts, slot)
         if isinstance(slot, SharedSlot):
             self._policy = self._policy or slot.policy
 
-    def _belong(self, experts: Iterable[str], slot: BaseSlot[Any]) -> None:
+    def _assign(self, experts: Iterable[str], slot: BaseSlot[Any]) -> None:
         for name in experts:
             self._slot_of[name] = slot
-            self._coming.pop(name, None)
+            self._returning.pop(name, None)
 
     def changed(self) -> None:
-        """Something that a snapshot tells is different now."""
+        """Publish a new snapshot, as something in it is different now."""
         self._seq += 1
         for listener in self._listeners:
             listener.set()
 
     def start(self) -> None:
-        """Start every slot's engine, one after the other, in the background."""
-        self._divide()
+        """Start each slot's engine, one after the other, in the background."""
+        self._divide_host_memory()
         for slot in self._slots:
             self._supervise(slot)
-        self._placing = asyncio.create_task(self._place())
+        self._placement = asyncio.create_task(self._place_units())
 
     def _supervise(self, slot: BaseSlot[Any]) -> None:
         self._tasks[slot] = asyncio.create_task(slot.supervise(self._turn))
 
-    async def _place(self) -> None:
-        """Let units that share slots move between them, as placement says."""
+    async def _place_units(self) -> None:
+        """Divide host memory, and move units between the slots that they share, until cancelled."""
         while True:
             try:
-                # Room that a slot lacks comes as soon as others have forgotten something.
-                await asyncio.sleep(_SOON_S if self._divide() else _PLACE_S)
+                # Room that a slot lacks is there as soon as others have evicted something.
+                await asyncio.sleep(_SOON_S if self._divide_host_memory() else _PLACE_S)
                 shared = [one for one in self.shared if one not in self._closing]
                 if len(shared) > 1:
-                    self._move_one(shared)
+                    self._move_unit(shared)
             except Exception:
-                # Whatever it was: who waits in the wrong slot must be found a place later.
-                log.exception("placing failed")
+                # Requests that wait in the wrong slot must be placed later all the same.
+                log.exception("unit placement failed")
                 await asyncio.sleep(_PLACE_S)
 
-    def _divide(self) -> bool:
-        """Give each shared slot its part of the bound on host memory, which is the pool's.
+    def _divide_host_memory(self) -> bool:
+        """Give each shared slot its part of the pool's bound on host memory.
 
-        True: some have less than they should, until others have forgotten as much.
+        Returns:
+            Whether a slot has less than it needs, until others have evicted as much.
         """
         policy, shared = self._policy, self.shared
         if policy is None or policy.host_bytes is None or len(shared) + len(self._ending) < 2:
-            self._rooms.clear()
+            self._host_bytes.clear()
             for slot in shared:
                 slot.policy = policy or slot.policy
             return False
         bound = policy.host_bytes - sum(slot.held_bytes() for slot in self._ending)
         claimed = claims(bound, [slot.view(()) for slot in shared], policy)
-        given = [self._rooms.get(slot, 0) for slot in shared]
+        given = [self._host_bytes.get(slot, 0) for slot in shared]
         held = [slot.held_bytes() for slot in shared]
         rooms = divide(bound, claimed, given, held)
-        self._rooms = dict(zip(shared, rooms, strict=True))
+        self._host_bytes = dict(zip(shared, rooms, strict=True))
         for slot, claim in zip(shared, claimed, strict=True):
-            slot.policy = replace(policy, host_bytes=self._rooms[slot], most_bytes=claim.most)
+            slot.policy = replace(policy, host_bytes=self._host_bytes[slot], most_bytes=claim.most)
         return any(room < claim.needs for room, claim in zip(rooms, claimed, strict=True))
 
-    def _move_one(self, shared: list[SharedSlot]) -> None:
+    def _move_unit(self, shared: list[SharedSlot]) -> None:
         names = [unit.name for slot in shared for unit in slot.units]
         move = next_move([slot.view(names) for slot in shared], shared[0].policy)
         if move is None:
             return
         source, target = shared[move.source], shared[move.target]
-        unit = next(one for one in source.units if one.name == move.unit)
+        unit = next(unit for unit in source.units if unit.name == move.unit)
         # Both in one step: a unit is never in two slots, nor in none.
-        if (known := source.hand_over(unit.name)) is not None:
-            target.take_in(unit, known)
+        if (state := source.hand_over(unit.name)) is not None:
+            target.take_in(unit, state)
             self._slot_of.update(dict.fromkeys(unit.experts, target))
-            log.info("unit %s goes to slot %d", unit.name, self._slots.index(target))
+            log.info("unit %s moves to slot %d", unit.name, self._slots.index(target))
 
     # --- units come and go
 
     def add_running(self, slot: BaseSlot[Any]) -> None:
-        """Give the pool a slot while it runs."""
+        """Add a slot to a pool that runs."""
         self.add(slot)
-        self._divide()
+        self._divide_host_memory()
         self._supervise(slot)
         self.changed()
 
     def take_in(self, unit: Unit) -> None:
-        """One more unit for the slots that units share: where what it needs is, or the fewest are.
+        """Add a unit to a shared slot: to that of the unit it needs, or to the emptiest.
 
-        Raises KeyError where what it needs is in no shared slot.
+        Raises:
+            KeyError: The unit that it needs is in no shared slot.
         """
-        slot = (
-            {one.name: slot for slot in self.shared for one in slot.units}[unit.needs]
-            if unit.needs
-            else min(
-                (one for one in self.shared if one not in self._closing),
-                key=lambda one: len(one.units),
-            )
-        )
+        if unit.needs:
+            slots = {held.name: slot for slot in self.shared for held in slot.units}
+            slot = slots[unit.needs]
+        else:
+            open_slots = [slot for slot in self.shared if slot not in self._closing]
+            slot = min(open_slots, key=lambda slot: len(slot.units))
         slot.take_in(unit)
-        self._belong(unit.experts, slot)
-        self._divide()
+        self._assign(unit.experts, slot)
+        self._divide_host_memory()
 
-    async def remove(self, expert: str, why: str, come_again: Collection[str] = ()) -> None:
-        """A unit goes for good. Who waits for it is told why; returns when who runs has ended.
+    async def remove(self, expert: str, reason: str, successors: Collection[str] = ()) -> None:
+        """Remove a unit for good, once its running requests have ended.
 
-        `come_again`: experts of whose names others come then. Until they are there, who asks for
-        one is told to ask again, and not that there is none.
+        Args:
+            expert: An expert of the unit.
+            reason: Why it is gone, for the clients that wait for it.
+            successors: Names under which other experts come then. Until these are there, clients
+                are asked to try again, instead of being refused for good.
         """
         slot = self._slot_of.get(expert)
         if slot is None:
             return
         unit = slot.unit_of(expert)
-        kind = EngineRestartingError if unit.name in come_again else UnknownModelError
+        error = EngineRestartingError if unit.name in successors else UnknownModelError
         for name in unit.experts:
             del self._slot_of[name]
             self._speeds.pop(name, None)
-            if name in come_again:
-                self._coming[name] = why
+            if name in successors:
+                self._returning[name] = reason
         if isinstance(slot, SharedSlot):
             if len(slot.active_units) == 1:
-                self._give_one_to(slot)
+                self._move_unit_to(slot)
             if len(slot.active_units) > 1:
-                await slot.retire(unit.name, why, kind)
+                await slot.retire(unit.name, reason, error)
                 self.changed()
                 return
         self._closing.add(slot)
         try:
-            await slot.close(why, kind)
+            await slot.close(reason, error)
         finally:
             self._closing.discard(slot)
         task = self._tasks.pop(slot)
         self._slots.remove(slot)
         if isinstance(slot, SharedSlot):
             self._ending.add(slot)
-        self._divide()
+        self._divide_host_memory()
         self.changed()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         self._ending.discard(slot)
-        self._divide()
+        self._divide_host_memory()
 
     @property
     def closing(self) -> bool:
-        """Whether a slot lets its last requests end, after which there is one fewer."""
+        """Whether a slot that is about to be removed still has requests or an engine."""
         return bool(self._closing or self._ending)
 
     async def add_adapter(self, base: str, expert: str, folder: str) -> None:
-        """One more adapter of a base that has an engine made for adapters."""
+        """Load one more adapter of a base whose engine was started with adapters."""
         slot = self._slot_of[base]
         assert isinstance(slot, DedicatedSlot)
-        self._belong((expert,), slot)
+        self._assign((expert,), slot)
         await slot.add_adapter(expert, folder)
 
-    async def remove_adapter(self, expert: str, why: str, come_again: Collection[str] = ()) -> None:
-        """An adapter goes, its base stays. See `remove`."""
+    async def remove_adapter(
+        self, expert: str, reason: str, successors: Collection[str] = ()
+    ) -> None:
+        """Remove an adapter from the engine of its base. The arguments are those of `remove`."""
         slot = self._slot_of.pop(expert)
         assert isinstance(slot, DedicatedSlot)
         self._speeds.pop(expert, None)
-        if expert in come_again:
-            self._coming[expert] = why
-        kind = EngineRestartingError if expert in come_again else UnknownModelError
-        await slot.remove_adapter(expert, why, kind)
+        if expert in successors:
+            self._returning[expert] = reason
+        error = EngineRestartingError if expert in successors else UnknownModelError
+        await slot.remove_adapter(expert, reason, error)
         self.changed()
 
     def expect(self, experts: Mapping[str, str]) -> None:
-        """Announce which of the removed experts will return, with a reason until then."""
-        self._coming = {n: why for n, why in experts.items() if n not in self._slot_of}
+        """Set the experts that come again, with the reasons for clients that ask until then."""
+        self._returning = {n: why for n, why in experts.items() if n not in self._slot_of}
 
-    def _give_one_to(self, slot: SharedSlot) -> None:
-        """Another slot's unit for one whose last unit goes, if one can be spared."""
-        for other in sorted(self.shared, key=lambda one: -len(one.active_units)):
-            for unit in (
-                other.active_units if other is not slot and len(other.active_units) > 1 else ()
-            ):
-                if (known := other.hand_over(unit.name)) is not None:
-                    slot.take_in(unit, known)
+    def _move_unit_to(self, slot: SharedSlot) -> None:
+        """Move a unit of another slot, if one can be spared, to a slot whose last unit goes."""
+        for other in sorted(self.shared, key=lambda shared: -len(shared.active_units)):
+            if other is slot or len(other.active_units) < 2:
+                continue
+            for unit in other.active_units:
+                if (state := other.hand_over(unit.name)) is not None:
+                    slot.take_in(unit, state)
                     self._slot_of.update(dict.fromkeys(unit.experts, slot))
                     return
 
     def set_policy(self, policy: SwapPolicy) -> None:
-        """How shared slots weigh things from now on."""
+        """Set the policy of the shared slots."""
         self._policy = policy
-        self._divide()
+        self._divide_host_memory()
 
     def set_pinned(self, expert: str, pinned: bool) -> None:
-        """Whether an expert's unit is pinned, as the config says now."""
+        """Pin an expert's unit in host memory, or let it be evicted."""
         slot = self._slot_of.get(expert)
         if isinstance(slot, SharedSlot):
             slot.set_pinned(expert, pinned)
 
     def is_shared(self, expert: str) -> bool:
-        """Whether an expert is in a slot that units share, or that could be shared."""
+        """Whether an expert is in a slot that units share, or could share."""
         return isinstance(self._slot_of.get(expert), SharedSlot)
 
     @property
     def shared(self) -> list[SharedSlot]:
-        """The slots that units share."""
+        """The slots that units share, or could share."""
         return [slot for slot in self._slots if isinstance(slot, SharedSlot)]
 
     async def stop(self, drain_s: float) -> None:
-        """Refuse new work, let running requests end, then stop the engines."""
+        """Refuse new requests, let the running ones end, and stop the engines."""
         self._draining = True
         self.changed()
         await asyncio.gather(*(slot.drain(drain_s) for slot in self._slots))
         tasks = list(self._tasks.values())
-        if self._placing is not None:
-            tasks.append(self._placing)
+        if self._placement is not None:
+            tasks.append(self._placement)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -300,8 +308,16 @@ class Pool:
     async def run(self, call: Call, body: bytes, send: Send) -> None:
         """Answer a call.
 
-        Raises UnknownModelError, UnknownEndpointError, OverCapacityError, ExpertFailedError,
-        PoolDrainingError, DeadlineExceededError, EngineDeadError, and what the engine raises.
+        Raises:
+            UnknownModelError: The pool has no such expert.
+            UnknownEndpointError: The expert's engine has no such endpoint.
+            OverCapacityError: The expert's queue is full.
+            ExpertFailedError: The expert could not be loaded.
+            PoolDrainingError: The pool is stopping.
+            DeadlineExceededError: The deadline passed.
+            EngineTimeoutError: The engine had the request for most of that time without a byte.
+            EngineDeadError: The engine died.
+            CoeError: The engine refused the request.
         """
         self._acks.record(call.gateway, call.seq)
         self._slot(call.expert)
@@ -324,7 +340,7 @@ class Pool:
         except TimeoutError:
             if not limit.expired():
                 raise
-            # Of an answer in one piece nobody can tell how far it had come.
+            # An answer in one piece doesn't show how far the engine had come.
             kind = EngineTimeoutError if call.stream and reply.silent() else DeadlineExceededError
             fault = kind.code
             raise kind(
@@ -334,20 +350,20 @@ class Pool:
             fault = error.code
             raise
         finally:
-            if self._watch is not None:
-                self._watch.ended(call, reply.times(), fault)
-        reply.tell(self._speeds.setdefault(call.expert, LatencyEstimator()), call.prompt_tokens)
+            if self._observer is not None:
+                self._observer.ended(call, reply.times(), fault)
+        reply.report(self._speeds.setdefault(call.expert, LatencyEstimator()), call.prompt_tokens)
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
-        """Return prompt and completion tokens of a call that its gateway gave up, once.
+        """Return the prompt and answer tokens of a call that its gateway has given up, once.
 
-        None if they are unknown.
+        None where they are not known.
         """
         return await self._abandoned.used(request_id)
 
-    def _served(self, expert: str, tell: Callable[[int], None], tokens: int) -> None:
+    def _record_tokens(self, expert: str, record: Callable[[int], None], tokens: int) -> None:
         self._tokens[expert] += tokens
-        tell(tokens)
+        record(tokens)
 
     async def _run_in(
         self,
@@ -366,43 +382,47 @@ class Pool:
                         f"expert {call.expert!r} has no {call.endpoint}; "
                         f"it has {', '.join(sorted(lease.report.endpoints))}"
                     )
-                served = partial(self._served, call.expert, lease.record_tokens)
-                reply.lease_began(lease, served)
-                self._abandoned.begun(call.request_id)
+                record_tokens = partial(self._record_tokens, call.expert, lease.record_tokens)
+                reply.begin(lease, record_tokens)
+                self._abandoned.mark_running(call.request_id)
                 request = EngineRequest(
                     call.endpoint,
                     call.expert,
                     body,
                     call.request_id,
                     cache_salt=call.tenant.cache_salt,
-                    on_abandoned=partial(self._given_up, call, served),
+                    on_abandoned=partial(self._record_abandoned, call, record_tokens),
                 )
                 await lease.engine.run(request, reply)
         except EngineDeadError:
             slot.report_engine_death()
             raise
 
-    def _given_up(
-        self, call: Call, served: Callable[[int], None], prompt_tokens: int, answer_tokens: int
+    def _record_abandoned(
+        self,
+        call: Call,
+        record_tokens: Callable[[int], None],
+        prompt_tokens: int,
+        answer_tokens: int,
     ) -> None:
-        """An engine has stopped working on a call: its gateway will ask what that had taken."""
-        self._abandoned.note(call.request_id, prompt_tokens, answer_tokens)
+        """Keep the tokens of a call that an engine has given up, for the gateway to ask for."""
+        self._abandoned.record(call.request_id, prompt_tokens, answer_tokens)
         if not call.stream:
-            # They count for whose turn it is; a stream's were told as they passed.
-            served(answer_tokens)
+            # They count for fairness; those of a stream were recorded as they passed.
+            record_tokens(answer_tokens)
 
     def _slot(self, expert: str) -> BaseSlot[Any]:
         slot = self._slot_of.get(expert)
-        if slot is None and (why := self._coming.get(expert)) is not None:
+        if slot is None and (why := self._returning.get(expert)) is not None:
             raise EngineRestartingError(why, retry_after_s=1)
         if slot is None:
             raise UnknownModelError(f"pool {self.kind!r} has no expert {expert!r}")
         return slot
 
     def snapshot(self) -> Snapshot:
-        """The state as of now."""
+        """The state of the pool as of now."""
         now_s = time.monotonic()
-        self._tell_turns()
+        self._share_start_times()
         states = {}
         queues = {}
         capacity = {}
@@ -420,14 +440,14 @@ class Pool:
             capacity=capacity,
             speeds={
                 name: speed
-                for name, meter in self._speeds.items()
-                if (speed := meter.speed(now_s)) != Speed()
+                for name, estimator in self._speeds.items()
+                if (speed := estimator.speed(now_s)) != Speed()
             },
             acks=self._acks.to_wire(),
         )
 
-    def _tell_turns(self) -> None:
-        """Engines start one after the other: who waits for others' starts is told how long."""
+    def _share_start_times(self) -> None:
+        """Tell each slot how long the engines take that start before its own."""
         asked = [(slot.turn_asked_s, i) for i, slot in enumerate(self._slots)]
         ahead_s = 0.0
         for slot in self._slots:
@@ -437,7 +457,7 @@ class Pool:
             ahead_s += self._slots[i].start_left_s()
 
     async def snapshots(self) -> AsyncIterator[bytes]:
-        """Lines for one gateway: the whole state, then changes, coalesced, and heartbeats."""
+        """Yield lines for one gateway: the whole state, then coalesced changes and heartbeats."""
         before: Snapshot | None = None
         change = asyncio.Event()
         self._listeners.add(change)
@@ -455,28 +475,33 @@ class Pool:
             self._listeners.discard(change)
 
     def details(self) -> dict[str, dict[str, Any]]:
-        """Each expert's residency in full, for people."""
-        self._tell_turns()
+        """Each expert's residency in full, for operators."""
+        self._share_start_times()
         return {
-            name: {**told, "tokens": self._tokens[name]}
+            name: {**details, "tokens": self._tokens[name]}
             for slot in self._slots
-            for name, told in slot.details().items()
+            for name, details in slot.details().items()
         }
 
-    async def operate(self, act: str, expert: str) -> None:
-        """load, evict, pin or unpin an expert.
+    async def operate(self, operation: str, expert: str) -> None:
+        """Load, evict, pin or unpin an expert.
 
-        Raises UnknownModelError, UnknownEndpointError, ConflictError.
+        Raises:
+            UnknownModelError: The pool has no such expert.
+            UnknownEndpointError: There is no such operation.
+            ConflictError: The present state forbids it.
         """
         slot = self._slot(expert)
-        if act not in OPERATIONS:
-            raise UnknownEndpointError(f"no operation {act!r}; operations: {', '.join(OPERATIONS)}")
-        if act == "pin" and isinstance(slot, SharedSlot):
+        if operation not in OPERATIONS:
+            raise UnknownEndpointError(
+                f"no operation {operation!r}; operations: {', '.join(OPERATIONS)}"
+            )
+        if operation == "pin" and isinstance(slot, SharedSlot):
             self._check_pin(slot.unit_of(expert).name)
-        await slot.operate(act, expert)
+        await slot.operate(operation, expert)
 
     def _check_pin(self, unit: str) -> None:
-        """Raises ConflictError where a pin would leave no room for the others to take turns."""
+        """Raises ConflictError where a pin would leave no room for other units to take turns."""
         bound = self._policy.host_bytes if self._policy is not None else None
         places = [slot.view(()) for slot in self.shared]
         if bound is not None and (needed := least(places, unit)) > bound:
@@ -486,7 +511,7 @@ class Pool:
             )
 
     def demand(self, wanted: dict[str, float]) -> None:
-        """What gateways would have sent here, were it resident: utility by expert."""
+        """Record unmet demand: the utility by expert of requests that went elsewhere."""
         now_s = time.monotonic()
         for expert, amount in wanted.items():
             slot = self._slot_of.get(expert)
@@ -501,21 +526,15 @@ class Pool:
         return dict(counts)
 
     def canary_failures(self) -> int:
-        """Swaps after which the weights were not as they had been loaded."""
+        """The number of swaps after which the weights differed from those that were loaded."""
         return sum(slot.canary_failures for slot in self._slots)
 
     def unhealthy(self) -> str | None:
         """Why this process should be replaced, or None."""
         if not self._draining and any(task.done() for task in self._tasks.values()):
-            return "a slot is no longer looked after"
+            return "the supervisor of a slot has ended"
         return next((why for slot in self._slots if (why := slot.unhealthy())), None)
 
     def queued(self) -> int:
-        """Requests running or waiting: what autoscaling goes by."""
+        """The number of requests running or waiting, which autoscaling goes by."""
         return sum(q.waiting + q.running for slot in self._slots for q in slot.queues().values())
-
-    def residency(self) -> Iterable[tuple[str, Residency]]:
-        """Each expert's state, for metrics."""
-        for slot in self._slots:
-            for name, state in slot.states().items():
-                yield name, state.state

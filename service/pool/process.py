@@ -1,4 +1,4 @@
-"""A pool's process: its engines, its application, its metrics."""
+"""The process of a pool: its engines, its application and its metrics."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class PoolProcess:
     def __init__(self, config: Config, kind: str, secret: str, *, node: Path | None = None) -> None:
         self._metrics = PoolMetrics(config.pools[kind].vllm.moe_capture)
         self.routes = self._metrics.routing_stats
-        self._assembly = PoolFactory(config, kind, Pool(kind, self._metrics), self._metrics)
-        self.pool = self._assembly.pool
+        self._factory = PoolFactory(config, kind, Pool(kind, self._metrics), self._metrics)
+        self.pool = self._factory.pool
         self._traces = traces_of(config, "pool", f"{kind}-{self.pool.boot}")
         if self._traces is not None:
             self._metrics.traced = self._traces.pooled
@@ -44,50 +44,46 @@ class PoolProcess:
         self.pool.start()
 
     async def stop(self, drain_s: float) -> None:
-        """Drain, at most so long, and stop the engines."""
-        await self._assembly.stop(drain_s)
+        """Drain for at most `drain_s`, and stop the engines."""
+        await self._factory.stop(drain_s)
         if self._traces is not None:
             await asyncio.to_thread(self._traces.stop)
         if self._node is not None:
             await self._node.stop()
 
     async def reload(self, config: Config) -> None:
-        """Go on as another config says."""
+        """Change the pool to what another config says."""
         self._config = config
         self._weights.clear()
-        await self._assembly.reload(config)
+        await self._factory.reload(config)
 
     async def run(self, call: Call, body: bytes, send: Any) -> None:
-        """See `PoolHandler`."""
         log_fields(request_id=call.request_id, expert=call.expert)
         await self.pool.run(call, body, send)
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
-        """See `PoolHandler`."""
         return await self.pool.used(request_id)
 
     def snapshots(self) -> Any:
-        """See `PoolHandler`."""
         return self.pool.snapshots()
 
     def experts(self) -> dict[str, Any]:
-        """See `PoolHandler`."""
-        told = self.pool.details()
-        for name, entry in told.items():
+        details = self.pool.details()
+        for name, entry in details.items():
             if (weight_bytes := self._weight_bytes(name)) is not None:
                 entry["weight_bytes"] = weight_bytes
-        return told
+        return details
 
     def _weight_bytes(self, expert: str) -> int | None:
-        """What an expert's files hold, from their headers; None where they are not here."""
+        """The bytes of an expert's weights by its files' headers; None where these are not here."""
         if expert in self._weights:
             return self._weights[expert]
         settings = self._config.experts[expert]
         if settings.profile is not None:
             return profile_bytes(self._config, expert)
-        beside = settings.base is not None and settings.form == "adapter"
+        is_adapter = settings.base is not None and settings.form == "adapter"
         try:
-            folder = settings.adapter if beside else folder_here(self._config, expert)
+            folder = settings.adapter if is_adapter else folder_here(self._config, expert)
             if folder is None:
                 return None
             self._weights[expert] = inspect_model(Path(folder)).weight_bytes
@@ -96,13 +92,10 @@ class PoolProcess:
         return self._weights[expert]
 
     def demand(self, wanted: dict[str, float]) -> None:
-        """See `PoolHandler`."""
         self.pool.demand(wanted)
 
-    async def operate(self, act: str, expert: str) -> None:
-        """See `PoolHandler`."""
-        await self.pool.operate(act, expert)
+    async def operate(self, operation: str, expert: str) -> None:
+        await self.pool.operate(operation, expert)
 
     async def metrics(self) -> str:
-        """See `PoolHandler`."""
         return await self._metrics.text({"pool": f"{self.pool.kind}-{self.pool.boot}"})

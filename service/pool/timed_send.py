@@ -1,4 +1,4 @@
-"""A reply on its way out of a pool: timed, counted, and told how long it waited."""
+"""An ASGI send that times and counts an answer on its way out of a pool."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from service.rpc.expert_speed import LatencyEstimator, ResponseTimer
 
 
 class TimedSend:
-    """An ASGI send that times chunks, adds the queue header, and ends the wait for a first byte."""
+    """An ASGI send that times chunks, counts tokens, and adds the headers with the times.
+
+    Args:
+        send: Receives the messages.
+        first_byte_limit: A timeout that ends with the first byte; None: it ends with the answer.
+    """
 
     def __init__(self, send: Send, first_byte_limit: asyncio.Timeout | None) -> None:
         self._send = send
@@ -24,67 +29,69 @@ class TimedSend:
         self._queue_s = 0.0
         self._swap_s = 0.0
         self._arrived_s = self._clock()
-        self._watch: ResponseTimer | None = None
-        self._served: Callable[[int], None] = lambda tokens: None
-        self._begun: Callable[[], bool] = lambda: True
-        self._void = False
+        self._timer: ResponseTimer | None = None
+        self._record_tokens: Callable[[int], None] = lambda _tokens: None
+        self._commit: Callable[[], bool] = lambda: True
+        self._is_revoked = False
 
-    def lease_began(self, lease: Lease, served: Callable[[int], None]) -> None:
-        self._begun = lease.commit
-        self._void = False
-        self._served = served
+    def begin(self, lease: Lease, record_tokens: Callable[[int], None]) -> None:
+        """Time a run of the request under this lease."""
+        self._commit = lease.commit
+        self._is_revoked = False
+        self._record_tokens = record_tokens
         self._queue_s = lease.queue_s
         self._swap_s = lease.swap_s
-        self._watch = ResponseTimer(self._clock())
+        self._timer = ResponseTimer(self._clock())
 
     def silent(self) -> bool:
-        """Whether the engine had the request for most of the time, and said nothing."""
-        watch = self._watch
-        if watch is None or watch.first_s:
+        """Whether the engine had the request for most of the time, and sent nothing."""
+        timer = self._timer
+        if timer is None or timer.first_s:
             return False
-        return self._queue_s < self._clock() - watch.began_s
+        return self._queue_s < self._clock() - timer.began_s
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._void = not self._begun()
-        if self._void:
-            return  # the request was put back: it will be answered by another run
-        if self._watch is not None:
-            self._watch.on_bytes(message, self._clock())
+            self._is_revoked = not self._commit()
+        if self._is_revoked:
+            return  # another run will answer the request
+        if self._timer is not None:
+            self._timer.on_bytes(message, self._clock())
         if message["type"] == "http.response.start":
             if self._limit is not None:
                 self._limit.reschedule(None)
-            watch = self._watch
-            engine_s = watch.first_s - watch.began_s if watch is not None else 0.0
-            told = [
+            timer = self._timer
+            engine_s = timer.first_s - timer.began_s if timer is not None else 0.0
+            times = [
                 (QUEUE_MS.encode(), f"{self._queue_s * 1000:.1f}".encode()),
                 (SWAP_MS.encode(), f"{self._swap_s * 1000:.1f}".encode()),
                 (ENGINE_MS.encode(), f"{engine_s * 1000:.2f}".encode()),
             ]
-            message = {**message, "headers": [*message["headers"], *told]}
-        elif self._watch is not None:
-            self._count(message, self._watch.chunks)
+            message = {**message, "headers": [*message["headers"], *times]}
+        elif self._timer is not None:
+            self._count(message, self._timer.chunks)
         await self._send(message)
 
     def _count(self, message: Message, chunks: int) -> None:
-        """Tokens made, for fairness: a chunk is about one, a whole reply says how many."""
+        """Record tokens: a chunk has about one, and a whole answer reports its usage."""
         if message.get("more_body", False):
-            self._served(1)
+            self._record_tokens(1)
         elif chunks == 1 and (usage := reply_usage(message.get("body", b""))) is not None:
-            self._served(usage.answer_tokens or 0)
+            self._record_tokens(usage.answer_tokens or 0)
 
     def times(self) -> Times:
-        watch = self._watch
+        """When the answer began, and how long its request waited."""
+        timer = self._timer
         return Times(
             self._arrived_s,
-            watch.began_s if watch is not None else 0.0,
-            watch.first_s if watch is not None else 0.0,
+            timer.began_s if timer is not None else 0.0,
+            timer.first_s if timer is not None else 0.0,
             self._clock(),
             self._queue_s,
             self._swap_s,
         )
 
-    def tell(self, meter: LatencyEstimator, prompt_tokens: int) -> None:
-        """How fast it was."""
-        if self._watch is not None:
-            self._watch.report(meter, prompt_tokens)
+    def report(self, estimator: LatencyEstimator, prompt_tokens: int) -> None:
+        """Report how fast the answer was."""
+        if self._timer is not None:
+            self._timer.report(estimator, prompt_tokens)

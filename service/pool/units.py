@@ -1,4 +1,4 @@
-"""The units of a shared slot: who they are, and what is known of each."""
+"""The units of a shared slot, and what was measured of each."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from dataclasses import dataclass
 
 from service.types import Residency
 
-_HALF_S = 30.0
-# The faded sum of one request per second, in the long run: the integral of its weights.
-_MEAN_S = _HALF_S / math.log(2)
+_HALF_LIFE_S = 30.0
+# The decayed sum of one request per second, in the long run: the integral of the weights.
+_MEAN_LIFE_S = _HALF_LIFE_S / math.log(2)
 _EWMA = 0.3
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """An expert with full weights, and the adapters that come with it.
+    """Weights that a slot holds as one: an expert, and the adapters that come with it.
 
-    size_bytes: of its weights in memory, as its files tell; 0 where they are not known.
-    needs: the unit on whose weights this one runs, having none of its own; both are in one slot.
+    Attributes:
+        name: The name of the expert with the weights.
+        experts: That expert and its adapters.
+        pinned: Whether the weights stay in host memory.
+        size_bytes: Bytes of the weights in memory, by their files; 0 where they are not known.
+        needs: The unit whose weights this one shares; empty where it has its own. Both are in
+            one slot.
     """
 
     name: str
@@ -30,11 +35,23 @@ class Unit:
 
 @dataclass(slots=True)
 class UnitState:
-    """What is known of one unit. Times in s, sizes in bytes; guesses until it was measured.
+    """What was measured of one unit, and where it is. Times and sizes are guesses at first.
 
-    wanted: an operator asked for it to be held, and it has not been since. start_s: what another
-    engine takes to start with it; stop_s: what an engine that did takes to end; 0: not measured.
-    measured: `swap_s` is no guess any more. starts: its next exchange has to start an engine.
+    Attributes:
+        host_bytes: Bytes of its weights in host memory.
+        fill_s: How long loading it from disk to host memory takes.
+        swap_s: How long swapping it in from host memory takes.
+        pinned: Whether it stays in host memory.
+        tier: Where its weights are.
+        demand: Decayed demand as of `demand_at`.
+        demand_at: When demand was last recorded.
+        failed_until: Until when it is left alone after a failure.
+        deaths: How often in a row the engine died while it was loaded or swapped in.
+        wanted: Whether an operator asked for it to be loaded, and it was not since.
+        start_s: How long an engine takes to start with it; 0: not measured.
+        stop_s: How long an engine that started with it takes to stop; 0: not measured.
+        measured: Whether `swap_s` was measured.
+        starts: Whether its next swap has to start an engine.
     """
 
     host_bytes: int = 0
@@ -53,9 +70,11 @@ class UnitState:
     starts: bool = False
 
     def record_swap(self, swap_s: float, *, started: bool) -> None:
-        """An exchange was measured: the first takes the guess's place, later ones are averaged.
+        """Record how long a swap took: the first replaces the guess, later ones are averaged.
 
-        `started`: an engine had to be started for it.
+        Args:
+            swap_s: The time.
+            started: Whether an engine had to be started for it.
         """
         self.starts = False
         if started:
@@ -66,23 +85,23 @@ class UnitState:
             self.swap_s, self.measured = swap_s, True
 
     def record_demand(self, amount: float, now_s: float) -> None:
-        """Somebody wants it: utility."""
+        """Add demand, as a utility."""
         self.demand = self.decayed_demand(now_s) + amount
         self.demand_at = now_s
 
     def decayed_demand(self, now_s: float) -> float:
-        """What was asked, the weight of each asking halving every 30 s."""
+        """The demand so far, which halves every 30 s."""
         if not self.demand:
             return 0.0
-        faded: float = self.demand * 0.5 ** ((now_s - self.demand_at) / _HALF_S)
-        return faded
+        decayed: float = self.demand * 0.5 ** ((now_s - self.demand_at) / _HALF_LIFE_S)
+        return decayed
 
     def demand_per_s(self, now_s: float) -> float:
         """Requests per second, as a moving average."""
-        return self.decayed_demand(now_s) / _MEAN_S
+        return self.decayed_demand(now_s) / _MEAN_LIFE_S
 
     def reset_residency(self) -> None:
-        """It goes to another slot: what was measured stays, where it was does not."""
+        """Keep the measurements of a unit that moves to another slot, and reset its residency."""
         self.tier = Residency.DISK
         self.deaths = 0
         self.starts = False
@@ -90,7 +109,7 @@ class UnitState:
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """One swap that happened: times are `time.monotonic` seconds."""
+    """A swap that happened; `began_s` is `time.monotonic` seconds."""
 
     unit: str
     method: str

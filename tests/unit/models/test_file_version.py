@@ -166,9 +166,9 @@ class _Noted(Pool):
         super().__init__("p")
         self.removed: list[str] = []
 
-    async def remove(self, expert: str, why: str, come_again: Collection[str] = ()) -> None:
+    async def remove(self, expert: str, reason: str, successors: Collection[str] = ()) -> None:
         self.removed.append(expert)
-        await super().remove(expert, why, come_again)
+        await super().remove(expert, reason, successors)
 
 
 async def test_reload_restarts_experts_whose_files_were_replaced_only(

@@ -34,7 +34,7 @@ async def test_placement_loop_after_an_error_continues_and_logs_it(
         await until(lambda: len(looks) > 3, "it looks again")
     finally:
         await pool.stop(0)
-    assert [record.getMessage() for record in caplog.records] == ["placing failed"]
+    assert [record.getMessage() for record in caplog.records] == ["unit placement failed"]
 
 
 async def test_pin_beyond_host_bytes_of_all_slots_together_raises_conflict() -> None:

@@ -34,8 +34,8 @@ async def test_timed_send_of_a_whole_reply_counts_tokens_by_its_usage(
 ) -> None:
     counted: list[int] = []
     measured = TimedSend(nobody, None)
-    measured._served = counted.append
-    measured._watch = ResponseTimer(0.0)
+    measured._record_tokens = counted.append
+    measured._timer = ResponseTimer(0.0)
     await measured({"type": "http.response.start", "status": 200, "headers": []})
     await measured({"type": "http.response.body", "body": orjson.dumps(reply)})
     assert counted == [tokens]
