@@ -107,7 +107,7 @@ async def simulate(scene: Scene, gateways: int, seed: int) -> WindowResult:
     ledger = Ledger(config, store)
     all_spending = [BudgetPrices(ledger, clock=clock) for _ in range(gateways)]
     for one in all_spending:
-        await one.look()
+        await one.refresh()
     looked_s = [0.0] * gateways
     quality, refused = 0.0, 0
     marks: list[float] = []
@@ -119,7 +119,7 @@ async def simulate(scene: Scene, gateways: int, seed: int) -> WindowResult:
             marks.append(spent / scene.amount)
         spending, worth = all_spending[which], np.array([0.0, gain])
         if now_s - looked_s[which] >= RENEW_IDLE_S:
-            await spending.look()
+            await spending.refresh()
         better = int((worth - spending.cost_price(NOBODY) * cost).argmax()) == 1
         spending.observe(NOBODY, cast(Selection, _Offer(worth, cost)))
         if better:
@@ -132,7 +132,7 @@ async def simulate(scene: Scene, gateways: int, seed: int) -> WindowResult:
                 quality, spent = quality + float(gain), spent + 1
         if now_s - looked_s[which] >= _LOOK_S:
             looked_s[which] = now_s
-            await spending.look()
+            await spending.refresh()
     for one in all_spending:
         await one.stop()
     marks += [spent / scene.amount] * (4 - len(marks))

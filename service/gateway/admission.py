@@ -1,8 +1,8 @@
-"""Letting a request in: whose it is, the most that it may use, and what it did use.
+"""Admission: identifies the tenant, reserves what a request may use, and settles what it used.
 
-A request enters twice. As it arrives, by its headers alone, it counts as a request and as one of
-those at once: who is over such a limit is refused before a byte of the body is read. Once it is
-understood, what it may use is reserved. Both are settled when it ends, however it does.
+A request is checked twice. When its headers arrive, it counts against the limits on requests and
+on concurrent requests, before any of the body is read. Once it is parsed, the most tokens and cost
+that it may use are reserved. Both are settled when the request ends, however it ends.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from service.types import Tenant, Usage
 
 log = logging.getLogger("coe.admission")
 
-# The bound of an answer without one, of an expert whose context nobody knows.
+# The bound in tokens of an answer without one, where the expert's context is unknown.
 _UNKNOWN_CONTEXT = 8192
 # What may be put around a prompt, beyond the bytes of its JSON: by a chat template, which may have
 # a system prompt and a manual for tools of its own, or by a tokenizer alone. Of an expert whose
@@ -55,15 +55,15 @@ Charged = Callable[[Tenant, str, Sequence[ExpertCall]], None]
 
 @dataclass(slots=True)
 class Entry:
-    """A request that has arrived, and what is held for it.
+    """An admitted request, and what is reserved for it.
 
     Attributes:
         id: Unique among all requests of all gateways.
-        tenant: Whose it is.
-        record: What becomes of it.
-        counts: Somebody is charged for it; else what passes is left alone.
-        held: What is reserved for it.
-        meter: Counts its answer, once it is known what was asked.
+        tenant: The tenant that sent it.
+        record: The request's record.
+        counts: Whether its tenant is charged for it.
+        held: Its reservations.
+        meter: Counts the tokens of its answer, once it is parsed.
         fault: The code of the error that ended it, and its HTTP status.
     """
 
@@ -85,7 +85,7 @@ class Entry:
 
     @property
     def outcome(self) -> str:
-        """For the metrics of tenants."""
+        """The outcome for the metrics of tenants."""
         if self.fault[1] in (429, 503) and not self.record.attempts:
             return self.fault[0]
         status = self.record.status or self.fault[1]
@@ -97,18 +97,21 @@ class Entry:
 
     @property
     def ours(self) -> bool:
-        """Whether it failed by our fault: then it does not count as a request."""
+        """Whether the service is to blame for the failure; then it doesn't count as a request."""
         if self.fault[0] == DeadlineExceededError.code and self.record.own_deadline:
             return False
         return max(self.record.status, self.fault[1]) >= 500
 
 
 class Admission:
-    """Admits requests of one gateway.
+    """Admits the requests of one gateway.
 
-    `context`: an expert's in tokens, 0 where it is not known. `charged` is told
-    of each request at its end: whose it was, its outcome, and of every call the expert,
-    its tokens and its cost.
+    Args:
+        config: The config, with tenants, budgets and prices.
+        authenticator: Identifies tenants.
+        ledger: Counts limits and budgets.
+        context: Returns an expert's context in tokens, 0 where it is unknown.
+        charged: Called at the end of each request, with its tenant, its outcome and its calls.
     """
 
     def __init__(
@@ -129,13 +132,16 @@ class Admission:
         self._templates: dict[str, int] = {}
 
     def identify(self, headers: dict[bytes, bytes]) -> Tenant:
-        """Whose request it is. Raises UnauthorizedError, StoreUnavailableError."""
+        """The tenant of a request. Raises UnauthorizedError, StoreUnavailableError."""
         return self.authenticator.identify(headers)
 
     async def look_up(self, headers: dict[bytes, bytes]) -> Tenant:
-        """Whose request it is that asks no expert.
+        """The tenant of a request that calls no expert; it counts as a request.
 
-        Raises UnauthorizedError, RateLimitExceededError, StoreUnavailableError.
+        Raises:
+            UnauthorizedError: Its key is missing or not valid.
+            RateLimitExceededError: The tenant has sent too many requests.
+            StoreUnavailableError: Keys or limits can't be read.
         """
         tenant = self.identify(headers)
         if self._counts or tenant.key:
@@ -146,9 +152,12 @@ class Admission:
     async def enter(
         self, headers: dict[bytes, bytes], record: RequestRecord
     ) -> AsyncIterator[Entry]:
-        """Take a request in by its headers, and settle what is held for it at its end.
+        """Admit a request by its headers, and settle its reservations at its end.
 
-        Raises UnauthorizedError, RateLimitExceededError, StoreUnavailableError.
+        Raises:
+            UnauthorizedError: Its key is missing or not valid.
+            RateLimitExceededError: The tenant has too many requests.
+            StoreUnavailableError: Keys or limits can't be read.
         """
         tenant = self.identify(headers)
         log_fields(tenant=tenant.name, key=tenant.key)
@@ -172,7 +181,7 @@ class Admission:
             entry.fault = CoeError.code, 500
             raise
         finally:
-            # On its own: a client that leaves cancels us, and it must be settled all the same.
+            # A task of its own, because a client that leaves cancels this one.
             settling = asyncio.create_task(self._settle(entry))
             self._settling.add(settling)
             settling.add_done_callback(self._settling.discard)
@@ -182,19 +191,22 @@ class Admission:
         self,
         entry: Entry,
         request: InferenceRequest,
-        ways: Sequence[Sequence[str]],
+        expert_sets: Sequence[Sequence[str]],
         likely_tokens: Callable[[], float],
     ) -> InferenceRequest:
-        """Reserve the most that a request may use; its answer may come back clipped.
+        """Reserve the most that a request may use.
 
         Args:
             entry: The request as it arrived.
             request: What it asks.
-            ways: The experts that each way of answering may ask.
-            likely_tokens: Tells the tokens that the calls of one way together are expected to make.
+            expert_sets: The experts that each candidate may call.
+            likely_tokens: Returns the expected tokens of all calls of one candidate together.
+
+        Returns:
+            The request; the bound on its answer's length may be lower than it was.
 
         Raises:
-            InvalidRequestError: It can't be written again.
+            InvalidRequestError: The body is nested too deep to be written again.
             RateLimitExceededError: One of its limits has no room for it.
             StoreUnavailableError: Limits can't be counted.
         """
@@ -203,7 +215,7 @@ class Admission:
             return request
         bound = UsageBound(0, places=request.sequences)
         if self.ledger.bounds(request.tenant):
-            bound = self._bound(request, ways, likely_tokens())
+            bound = self._bound(request, expert_sets, likely_tokens())
         held = await self.ledger.reserve(f"{entry.id}-{len(entry.held)}", entry.tenant, bound)
         entry.held.append(held)
         if held.max_tokens < bound.max_tokens or bound.needs_clip:
@@ -218,19 +230,19 @@ class Admission:
         return replace(request, data=data, raw=raw)
 
     async def stop(self) -> None:
-        """Wait for what is being settled."""
+        """Wait until every request is settled."""
         await asyncio.gather(*self._settling, return_exceptions=True)
 
     def _bound(
-        self, request: InferenceRequest, ways: Sequence[Sequence[str]], likely_tokens: float
+        self, request: InferenceRequest, expert_sets: Sequence[Sequence[str]], likely_tokens: float
     ) -> UsageBound:
-        """The most that any of these ways could use for it, all its calls together."""
+        """The most that any candidate could use, with all its calls together."""
         if request.endpoint in UNCHARGED:
             return UsageBound(0)
-        experts = {name for way in ways for name in way}
+        experts = {name for experts in expert_sets for name in experts}
         known = [self._context(name) for name in experts]
         context = max(known, default=0)
-        # No tokenizer makes more tokens than there are bytes.
+        # No tokenizer makes more tokens than the text has bytes.
         frame = _FRAME_TOKENS
         if TABLE[request.endpoint].needs == "chat":
             learned = (self._templates.get(name, 0) for name in experts)
@@ -238,11 +250,11 @@ class Admission:
         prompt = request.most_prompt_tokens + frame
         if all(known):
             prompt = min(prompt, request.prompts * context)
-        calls = max((len(way) for way in ways), default=1)
-        prices = [[self._prices[name] for name in way] for way in ways]
+        calls = max(map(len, expert_sets), default=1)
+        prices = [[self._prices[name] for name in experts] for experts in expert_sets]
         dearest = Price(
-            max((sum(p.prompt for p in way) for way in prices), default=0.0),
-            max((sum(p.completion for p in way) for way in prices), default=0.0),
+            max((sum(price.prompt for price in each) for each in prices), default=0.0),
+            max((sum(price.completion for price in each) for each in prices), default=0.0),
         )
         if not TABLE[request.endpoint].generates:
             return UsageBound(
@@ -282,7 +294,7 @@ class Admission:
             sum(call.cost for call in calls),
         )
         self._charged(entry.tenant, entry.outcome, calls)
-        # With what is settled in the store its usage is noted there, in one step.
+        # The usage is written to the store in the same step as a reservation is settled there.
         kept = [held for held in entry.held if held.granted.claim.lines] or entry.held
         settled = await asyncio.gather(
             *(
@@ -300,9 +312,9 @@ class Admission:
         )
         for error in settled:
             if isinstance(error, CoeError):
-                log.error("a request could not be settled: %s", error.code)
+                log.error("settlement of a request failed: %s", error.code)
             elif error is not None:
-                log.error("a request could not be settled", exc_info=error)
+                log.error("settlement of a request failed", exc_info=error)
 
     async def _calls(self, entry: Entry, expert: str) -> list[ExpertCall]:
         if entry.meter is None:

@@ -1,7 +1,7 @@
-"""Who did what: one log line for each act of the admin, and for each key that was refused.
+"""The audit log: one line for each change by the admin, and for each refused key.
 
-They are lines of the logger `coe.audit`, JSON like the rest of the log. They name keys by their
-public ids, and never hold a key, a prompt or an answer.
+Its logger is `coe.audit`. Its lines name keys by their public ids, and never hold a key, a prompt
+or an answer.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ from collections.abc import Callable, Mapping
 
 log = logging.getLogger("coe.audit")
 
-# Of each reason so many lines at once, and one more each second: who floods us fills no disk.
+# Each reason may log this many lines at once and one more each second, so that a flood of
+# requests can't fill the disk.
 _BURST = 20.0
 _PER_S = 1.0
 _LONGEST = 64
 
 
 class RefusalLog:
-    """Writes down refused keys. `clock`: seconds, monotonic."""
+    """Logs refused keys, at a bounded rate. `clock` returns monotonic seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        # By reason: lines that may be written now, when that was, and how many were not.
+        # By reason: the lines allowed, the time of that count, and the lines that were dropped.
         self._allowance: dict[str, tuple[float, float, int]] = {}
 
     def refused(
         self, reason: str, headers: Mapping[bytes, bytes], *, key: str = "", tenant: str = ""
     ) -> None:
-        """A request showed no key, or one that is not good. `key`: its id, where it is known."""
+        """Log a request without a valid key. `key` is its id, where it is known."""
         now_s = self._clock()
         left, before_s, unsaid = self._allowance.get(reason, (_BURST, now_s, 0))
         left = min(_BURST, left + (now_s - before_s) * _PER_S)
@@ -52,11 +53,11 @@ REFUSALS = RefusalLog()
 
 
 def acted(act: str, outcome: str, details: Mapping[str, object]) -> None:
-    """The admin did something, or tried to. `act`: method and path."""
+    """Log an act of the admin, successful or not. `act` is its method and path."""
     log.info("the admin acted", extra={"act": act, "outcome": outcome, **details})
 
 
 def _text(value: bytes) -> str:
-    """A header's value as it may stand in a log: short and printable, else nothing."""
+    """A header's value shortened for the log; empty where it is not printable ASCII."""
     text = value[:_LONGEST].decode("latin-1")
     return text if text.isascii() and text.isprintable() else ""

@@ -1,4 +1,4 @@
-"""Who asks: the tenant behind the key that a request shows."""
+"""Authentication: finds the tenant behind a request's API key."""
 
 from __future__ import annotations
 
@@ -29,11 +29,15 @@ from service.types import NOBODY, Tenant
 log = logging.getLogger("coe.keys")
 
 _LOOK_S = 1.0
-_SHORTEST_KEY = 16
+_MIN_KEY_LENGTH = 16
 
 
 def configured(config: Config) -> list[KeyRecord]:
-    """The keys that the config names. Raises ConfigError where a variable holds none."""
+    """The keys that the config names.
+
+    Raises:
+        ConfigError: An environment variable holds no key, or too short a key.
+    """
     return [_record(name, given) for name, given in config.keys.items()]
 
 
@@ -41,10 +45,10 @@ def _record(name: str, given: KeyConfig) -> KeyRecord:
     digest = given.sha256
     if given.key_env is not None:
         key = os.environ.get(given.key_env, "")
-        if len(key) < _SHORTEST_KEY:
+        if len(key) < _MIN_KEY_LENGTH:
             raise ConfigError(
                 f"keys.{name}: the environment variable {given.key_env} must hold a key of at "
-                f"least {_SHORTEST_KEY} characters"
+                f"least {_MIN_KEY_LENGTH} characters"
             )
         digest = digest_of(key)
     assert digest is not None
@@ -59,9 +63,16 @@ def _record(name: str, given: KeyConfig) -> KeyRecord:
 
 
 async def any_key(config: Config, book: KeyRepository, marker: Path | None = None) -> bool:
-    """Whether a key has to be shown. Raises ConfigError, StoreUnavailableError.
+    """Whether requests need a key.
 
-    `marker`: the file that says that there were keys in the book.
+    Args:
+        config: The config.
+        book: The stored keys.
+        marker: The file that exists once there were keys in the book.
+
+    Raises:
+        ConfigError: A key of the config can't be read.
+        StoreUnavailableError: The store of keys can't be reached.
     """
     if config.server.require_keys or configured(config):
         return True
@@ -71,13 +82,18 @@ async def any_key(config: Config, book: KeyRepository, marker: Path | None = Non
 
 
 class Authenticator:
-    """The keys of a service, looked at again every second.
+    """Identifies tenants by their API keys, which it reads again every second.
 
-    `needed`: whether a key has to be shown. Wherever others than this machine's users could ask,
-    unless `server.allow_unauthenticated` is set; and once there was one, always: a store that
-    lost its keys lets nobody in. For the next start that is remembered by the file `marker`.
-    `after`: the one of the config before. `secret`: the cluster's, of which tenants' cache salts
-    are made.
+    Requests need a key (`needed`) where others than this machine's users can reach the service,
+    unless `server.allow_unauthenticated` is set. Once there was a key, requests always need one,
+    so that a store that lost its keys lets nobody in.
+
+    Args:
+        config: The config, with its own keys and tenants.
+        book: The stored keys.
+        secret: The cluster's secret, from which tenants' cache salts are made.
+        marker: The file that remembers for the next start that there were keys.
+        after: The authenticator of the config before.
     """
 
     def __init__(
@@ -106,22 +122,22 @@ class Authenticator:
 
     @property
     def needed(self) -> bool:
-        """Whether a request needs a key. Raises StoreUnavailableError while that is not known."""
+        """Whether requests need a key. Raises StoreUnavailableError while that is unknown."""
         if not self._looked and not self._table.records:
             raise StoreUnavailableError("the store of keys can't be reached yet")
         return self._strict or self._had_keys or bool(self._table.records)
 
     async def start(self) -> None:
-        """Look at the keys, now and then every second."""
+        """Read the keys, and start to read them every second."""
         await self.look()
-        self._looking = asyncio.create_task(self._look_on())
+        self._looking = asyncio.create_task(self._look_periodically())
 
     async def stop(self) -> None:
-        """Look no more."""
+        """Stop the background task."""
         await cancel_and_wait(self._looking)
 
     async def look(self) -> None:
-        """Read the keys again if they changed. While the store is gone, the known ones hold."""
+        """Read the keys again if they changed. While the store is away, the known ones stay."""
         try:
             version = await self._book.version()
             if version == self._version and self._looked:
@@ -130,27 +146,27 @@ class Authenticator:
         except StoreUnavailableError:
             return
         except CoeError as error:
-            log.error("the keys can't be read: %s", error.message)
+            log.error("cannot read API keys: %s", error.message)
             return
         except Exception as error:
-            # Its own words may quote a record; and whatever it was, they are looked at again.
-            log.error("the keys can't be read: %s", type(error).__name__)
+            # The error's text may quote a record. The next look tries again.
+            log.error("cannot read API keys: %s", type(error).__name__)
             return
         self._table = KeyTable([*kept, *self._own])
         self._version, self._looked = version, True
         self._remember(any_kept=bool(kept))
 
     def _remember(self, *, any_kept: bool) -> None:
-        """That there are keys; or, where there are none any more, that there were."""
+        """Remember in the marker file that there are keys; warn where all of them are gone."""
         if any_kept and self._marker is not None and not self._marker.exists():
             try:
                 self._marker.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 self._marker.touch(mode=0o600)
             except OSError as error:
-                # Where they are needed in any case, it makes no difference.
+                # Where the config needs keys anyway, the marker makes no difference.
                 log.log(
                     logging.DEBUG if self._strict else logging.WARNING,
-                    "that keys are needed here can't be remembered for the next start (%s: %s); "
+                    "cannot write the marker that keys are needed (%s: %s); "
                     "set server.require_keys",
                     self._marker,
                     error.strerror,
@@ -158,13 +174,13 @@ class Authenticator:
         had = self._had_keys or (self._marker is not None and self._marker.exists())
         if had and not self._table.records:
             log.error(
-                "there were API keys, and none is kept any more: nobody is let in until there is "
-                "one. To go on without keys, remove %s and start again",
+                "the store has lost all API keys: every request is refused until there is a new "
+                "key. To go on without keys, remove %s and start again",
                 self._marker or "the keys' file",
             )
         self._had_keys = had or bool(self._table.records)
 
-    async def _look_on(self) -> None:
+    async def _look_periodically(self) -> None:
         while True:
             await asyncio.sleep(_LOOK_S)
             await self.look()
@@ -172,8 +188,10 @@ class Authenticator:
     def identify(self, headers: dict[bytes, bytes]) -> Tenant:
         """The tenant of a request.
 
-        Raises UnauthorizedError; ForbiddenError where the key's tenant is not in the config any
-        more; StoreUnavailableError while no key is known.
+        Raises:
+            UnauthorizedError: The key is missing, unknown, expired or revoked.
+            ForbiddenError: The key's tenant is no longer in the config.
+            StoreUnavailableError: It is not known yet whether keys are needed.
         """
         if not self.needed:
             return NOBODY if NOBODY.name not in self._tenants else self._tenant(None, NOBODY.name)
@@ -202,9 +220,9 @@ class Authenticator:
     def _tenant(self, record: KeyRecord | None, name: str) -> Tenant:
         given = self._tenants.get(name) or TenantConfig()
         allowed = [
-            frozenset(one)
-            for one in (given.experts, record.experts if record else None)
-            if one is not None
+            frozenset(experts)
+            for experts in (given.experts, record.experts if record else None)
+            if experts is not None
         ]
         if record is None:
             return Tenant(name, "", _all_of(allowed), given.priority, given.weight)
@@ -221,7 +239,7 @@ class Authenticator:
 
 @lru_cache(maxsize=4096)
 def cache_salt(secret: str, tenant: str) -> str:
-    """What keeps a tenant's prompts apart in prefix caches: nobody else can make it."""
+    """A salt that keeps a tenant's prompts apart in prefix caches; only the cluster can make it."""
     return hmac.digest(secret.encode(), b"prefix\0" + tenant.encode(), "sha256").hex()[:32]
 
 

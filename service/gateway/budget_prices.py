@@ -1,9 +1,9 @@
-"""Budgets as the choice sees them: a shadow price for each, and what may still be promised.
+"""Shadow prices of budgets, and how much of each budget is left.
 
-Counts and caps are the ledger's; here is a copy of them, renewed twice a second while requests
-come, and every ten seconds else because other gateways spend them too. Each budget has a
-`BudgetPacer`. How many requests came is shared between gateways in the ledger's store, because
-what is left of a budget is for the requests of all of them.
+The ledger owns the counts. A copy of them is renewed twice a second while requests arrive, and
+otherwise every ten seconds, because other gateways spend the same budgets. Each budget has a
+`BudgetPacer`. Gateways share the number of requests through the ledger's store, because the rest
+of a budget is for the requests of all of them.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from service.types import Tenant
 log = logging.getLogger("coe.spending")
 
 _RENEW_S = 0.5
-# As often without any request.
+# The same without any request.
 RENEW_IDLE_S = 10.0
-# Keys with a budget of their own whose price is kept: those that were shown last.
-_MOST_KEYS = 1024
-# How much longer than its window what is shared of it is kept.
-_LONGER_S = 3600
+# Prices are kept for this many keys with a budget of their own, the most recently used.
+_MAX_KEYS = 1024
+# Shared counts are kept for this long after the end of their window.
+_KEEP_AFTER_WINDOW_S = 3600
 
 
 class BudgetPrices:
-    """Prices the budgets of one gateway's requests. It outlives a config, see `follow`.
+    """Prices the budgets of one gateway's requests. It outlives a config (`use_ledger`).
 
     Args:
-        ledger: Counts them.
-        clock: Seconds since 1970.
+        ledger: Counts limits and budgets.
+        clock: Returns seconds since 1970.
     """
 
     def __init__(self, ledger: Ledger, *, clock: Callable[[], float] = time.time) -> None:
@@ -49,33 +49,33 @@ class BudgetPrices:
         self._clock = clock
         self._pacers: dict[str, BudgetPacer] = {}
         self._states: dict[str, BudgetState] = {}
-        # By whose they are: names of everybody's budgets, and of each tenant's.
+        # Names of the budgets that all tenants share, and of each tenant's own.
         self._common: list[str] = []
         self._of_tenant: dict[str, list[str]] = {}
         self._keys: OrderedDict[str, Tenant] = OrderedDict()
-        # When the first of the windows ends.
+        # The earliest end of a window.
         self._ends_s = math.inf
         self._renewing: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
         self._renewed_s = -math.inf
 
     def cost_price(self, tenant: Tenant) -> float:
-        """Quality per unit of cost for this tenant: the sum of its budgets' prices."""
-        return sum(self._pacers[name].price for name in self._concern(tenant))
+        """The tenant's price of cost, in quality per unit: the sum of its budgets' prices."""
+        return sum(self._pacers[name].price for name in self._budgets_of(tenant))
 
     def left(self, tenant: Tenant) -> float:
-        """Units of cost that its budgets still allow, as far as known; inf without any."""
-        states = [self._states[name] for name in self._concern(tenant)]
+        """Units of cost that the tenant's budgets still allow; inf without any budget."""
+        states = [self._states[name] for name in self._budgets_of(tenant)]
         return min(
             (max(0.0, state.amount - state.spent - state.reserved) for state in states),
             default=math.inf,
         )
 
     def observe(self, tenant: Tenant, selection: Selection) -> None:
-        """The options of one request."""
+        """Take the candidates of one request into account."""
         if tenant.key and tenant.limits.budget is not None:
-            self._shown(tenant)
-        names = self._concern(tenant)
+            self._remember_key(tenant)
+        names = self._budgets_of(tenant)
         if names:
             now_s = self._clock()
             worth, cost = selection.net_quality, selection.cost
@@ -83,43 +83,43 @@ class BudgetPrices:
                 pacer = self._pacers[name]
                 pacer.observe(worth, cost)
                 if pacer.due():
-                    pacer.reprice(_purse(self._states[name]), now_s)
+                    pacer.reprice(_snapshot(self._states[name]), now_s)
         self.renew()
 
-    def _shown(self, tenant: Tenant) -> None:
-        """A key with a budget of its own was shown."""
+    def _remember_key(self, tenant: Tenant) -> None:
+        """Keep prices for a key with a budget of its own."""
         if tenant.key not in self._keys:
-            # Nothing is known of it yet: don't wait.
+            # Its budget is not known yet, so the next renewal comes at once.
             self._renewed_s = -math.inf
-            if len(self._keys) >= _MOST_KEYS:
+            if len(self._keys) >= _MAX_KEYS:
                 self._keys.popitem(last=False)
         self._keys[tenant.key] = tenant
         self._keys.move_to_end(tenant.key)
 
     def renew(self) -> None:
-        """Ask the ledger again, if that is some time ago."""
+        """Read the ledger again in the background, if the last time was long enough ago."""
         now_s = time.monotonic()
         if not (self._ledger.has_budgets or self._keys) or now_s - self._renewed_s < _RENEW_S:
             return
         if self._renewing is None or self._renewing.done():
             self._renewed_s = now_s
-            self._renewing = asyncio.create_task(self.look())
+            self._renewing = asyncio.create_task(self.refresh())
 
-    async def look(self) -> None:
-        """Read every budget, tell other gateways of our requests and hear of theirs, reprice."""
+    async def refresh(self) -> None:
+        """Read every budget, exchange request counts with other gateways, and reprice."""
         try:
-            self._take(await self._ledger.state(list(self._keys.values())))
+            self._replace_states(await self._ledger.state(list(self._keys.values())))
             await self._share()
         except StoreUnavailableError:
-            log.warning("budgets can't be read; their last prices stand")
+            log.warning("cannot read budgets; keeping the last shadow prices")
             return
         now_s = self._clock()
         for name, state in self._states.items():
-            if self._pacers[name].stale(purse := _purse(state), now_s):
-                self._pacers[name].reprice(purse, now_s)
+            if self._pacers[name].stale(snapshot := _snapshot(state), now_s):
+                self._pacers[name].reprice(snapshot, now_s)
 
-    def _take(self, states: dict[str, BudgetState]) -> None:
-        """These are the budgets now."""
+    def _replace_states(self, states: dict[str, BudgetState]) -> None:
+        """Take over the budgets as the ledger has them now."""
         self._states = states
         self._ends_s = min((state.ends_s for state in states.values()), default=math.inf)
         self._common, self._of_tenant = [], {}
@@ -135,39 +135,43 @@ class BudgetPrices:
             pacer = self._pacers.get(name)
             if pacer is None:
                 pacer = self._pacers[name] = BudgetPacer()
-                pacer.reprice(_purse(state), now_s)
+                pacer.reprice(_snapshot(state), now_s)
 
     async def _share(self) -> None:
-        """Add up the requests of all gateways, in the store. Raises StoreUnavailableError."""
+        """Exchange request counts with other gateways through the store.
+
+        Raises:
+            StoreUnavailableError: The store can't be reached.
+        """
         now_s, store = self._clock(), self._ledger.store
         names = []
         for name, state in self._states.items():
             pacer = self._pacers[name]
             if pacer.starts_s != state.starts_s or not pacer.asked:
-                continue  # a window that is over is left behind first, by repricing
+                continue  # repricing has to leave the window that is over first
             names.append(name)
             piece, count = pacer.untold(now_s)
             if count:
-                keep_s = int(state.ends_s - state.starts_s) + _LONGER_S
+                keep_s = int(state.ends_s - state.starts_s) + _KEEP_AFTER_WINDOW_S
                 note = UsageNote(_arrivals_name(name, state), {str(piece): count}, keep_s)
-                await store.settle(_NOTHING, (), note)
+                await store.settle(_NO_CLAIM, (), note)
         found = await store.counts([_arrivals_name(name, self._states[name]) for name in names])
         for name, counts in zip(names, found, strict=True):
             self._pacers[name].heard({int(piece): count for piece, count in counts.items()})
 
-    def _concern(self, tenant: Tenant) -> list[str]:
+    def _budgets_of(self, tenant: Tenant) -> list[str]:
         """The names of the budgets that a tenant's requests are charged to."""
         if not self._states:
             return []
         if self._clock() >= self._ends_s:
-            self._roll()
+            self._roll_windows()
         names = [*self._common, *self._of_tenant.get(tenant.name, ())]
         if (own := f"key/{tenant.key}") in self._states:
             names.append(own)
         return names
 
-    def _roll(self) -> None:
-        """Windows are over: until the ledger has told, the next ones are as long and untouched."""
+    def _roll_windows(self) -> None:
+        """Start new windows, as long and unspent, until the ledger is read again."""
         now_s = self._clock()
         for name, state in self._states.items():
             if now_s < state.ends_s:
@@ -176,7 +180,7 @@ class BudgetPrices:
             starts_s = state.ends_s + (now_s - state.ends_s) // span_s * span_s
             fresh = replace(state, spent=0.0, starts_s=starts_s, ends_s=starts_s + span_s)
             self._states[name] = fresh
-            self._pacers[name].reprice(_purse(fresh), now_s)
+            self._pacers[name].reprice(_snapshot(fresh), now_s)
         self._ends_s = min(state.ends_s for state in self._states.values())
         self._renewed_s = -math.inf
 
@@ -186,38 +190,38 @@ class BudgetPrices:
         Budgets of single keys are left out.
         """
         return [
-            (name, self._pacers[name].price, _purse(state).left / state.amount)
+            (name, self._pacers[name].price, _snapshot(state).left / state.amount)
             for name, state in self._states.items()
             if not state.key
         ]
 
     async def start(self) -> None:
-        """Read the budgets for the first time, and then now and then."""
-        await self.look()
-        self._following = asyncio.create_task(self._look_on())
+        """Read the budgets, and start to renew them."""
+        await self.refresh()
+        self._following = asyncio.create_task(self._renew_when_idle())
 
-    async def follow(self, ledger: Ledger) -> None:
-        """Go on with the budgets of another config; what is known of those it shares stays."""
+    async def use_ledger(self, ledger: Ledger) -> None:
+        """Use the ledger of another config; budgets that both have keep their prices."""
         self._ledger = ledger
-        await self.look()
+        await self.refresh()
 
-    async def _look_on(self) -> None:
+    async def _renew_when_idle(self) -> None:
         while True:
             await asyncio.sleep(RENEW_IDLE_S)
             self.renew()
 
     async def stop(self) -> None:
-        """Ask no more."""
+        """Stop the background tasks."""
         await cancel_and_wait(self._following, self._renewing)
 
 
-# What notes are settled with that belong to no claim.
-_NOTHING = Granted(StoreClaim("", ()), 0, (), ())
+# Usage notes that belong to no claim are settled with this.
+_NO_CLAIM = Granted(StoreClaim("", ()), 0, (), ())
 
 
 def _arrivals_name(budget: str, state: BudgetState) -> str:
     return join_name("arrivals", budget, f"{state.starts_s:.0f}")
 
 
-def _purse(state: BudgetState) -> BudgetSnapshot:
+def _snapshot(state: BudgetState) -> BudgetSnapshot:
     return BudgetSnapshot(state.amount, state.spent, state.starts_s, state.ends_s, state.reserved)

@@ -1,4 +1,4 @@
-"""The gateway of one config: what decides, admits and answers by it. Nothing outlives it."""
+"""Wires the gateway of one config. Nothing in it outlives the config."""
 
 from __future__ import annotations
 

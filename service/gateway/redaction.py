@@ -1,10 +1,10 @@
-"""What is told to whom: reasons of failures without the folders of this machine."""
+"""Removes this machine's folders from reasons of failures, before clients read them."""
 
 from __future__ import annotations
 
 import re
 
-# An absolute path up to its last part; of URLs nothing.
+# An absolute path up to its last part. URLs don't match.
 _FOLDERS = re.compile(
     r"(?<![\w:/.~])(?:~|/(?!v1/))(?:[^\s'\":;,()\[\]<>/]*/)+(?=[^\s/])"  # /a/b/c.json, ~/a/c.json
     r"|(?<![\w:/.~])/(?=\w)(?!v1/)"  # /c.json; not an endpoint
@@ -12,8 +12,8 @@ _FOLDERS = re.compile(
 
 
 def without_folders(text: str) -> str:
-    """A reason as clients may read it: of each file its name, not where it is.
+    """Replace each path in a text by the file's name.
 
-    The log, and who has the admin key, are told in full.
+    The log, and requests with the admin key, get the full paths.
     """
     return _FOLDERS.sub("", text)

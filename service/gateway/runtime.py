@@ -1,4 +1,4 @@
-"""A gateway's process: what it holds as long as it runs, and the gateway of the config in force."""
+"""Gateway runtime: builds the gateway from a config, and replaces it when the config changes."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ log = logging.getLogger("coe.app")
 
 
 class GatewayRuntime:
-    """A gateway with what it holds: links to pools, stores, clients of remote experts.
+    """The gateway of one process: links to pools, stores, and clients of remote experts.
 
-    It is an ASGI application that goes over to another config by `reload`: new requests are
-    answered by the new config, those under way end by the one that they began with.
+    It is an ASGI application. `reload` takes another config: new requests are answered by the new
+    config, and requests in flight end with the config that they began with.
 
     Args:
-        config: In force at first.
-        gateway_id: Unique among gateways, and new whenever the process is.
-        secret: The cluster's.
-        admin_key: Without one there are no admin endpoints.
+        config: The first config.
+        gateway_id: Unique among gateways, and new for each process.
+        secret: The cluster's secret.
+        admin_key: The admin key; without one there are no admin endpoints.
         wake: Asks for a pool that holds an expert where none runs.
-        behind_serve: See `Gateway`.
+        behind_serve: Whether Ray Serve's HTTP server is around it, see `build_app`.
         node: Folder where the node's processes find each other's metrics (`node_folder`).
-        screens: Take the places of the guard's own, by name.
-        reload: Puts the config's file in force anew, where somebody here keeps it.
+        screens: Replace the guard's own screens, by name.
+        reload: Puts the config's file in force again; None where the gateway doesn't own it.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class GatewayRuntime:
         self.state = GatewayState.new(config.server.breaker)
         self.directory = PoolDirectory(gateway_id, secret)
         self.store: Store = open_store(config, gateway_id)
-        # What may be lost stands apart from what counts.
+        # Values that may be lost have a store of their own.
         self.volatile: VolatileStore = open_volatile(config)
         traces = traces_of(config, "gateway", gateway_id)
         self.remote_pools: dict[str, RemotePool] = {}
-        self._seat_all(config)
+        self._add_remote_pools(config)
         ledger = Ledger(config, self.store)
         self.budget_prices = BudgetPrices(ledger)
         self._resources = GatewayResources(
@@ -91,8 +91,8 @@ class GatewayRuntime:
         )
         self.current = ConfiguredGateway(config, self._resources, ledger)
         self._app = self.current.app
-        # Those of earlier configs whose last requests have not ended yet.
-        self._ending: set[asyncio.Task[None]] = set()
+        # Gateways of earlier configs that still drain.
+        self._retiring: set[asyncio.Task[None]] = set()
         self._earlier: set[ConfiguredGateway] = set()
         self._node = node_target(
             config,
@@ -100,21 +100,22 @@ class GatewayRuntime:
             f"gateway-{gateway_id}",
             lambda: self.state.metrics.text({"gateway": gateway_id}),
         )
-        self.state.metrics.meter.on_read(self._read)
-        self.state.metrics.on_ask(self._ask_budgets)
+        self.state.metrics.meter.on_read(self._update_metrics)
+        self.state.metrics.on_ask(self._update_budget_metrics)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self._app(scope, receive, send)
 
     @property
     def ledger(self) -> Ledger:
-        """Counts by the config in force."""
+        """The ledger of the current config."""
         return self.current.ledger
 
     async def start(self) -> None:
-        """Connect remote experts; one that can't be is shown as failed.
+        """Connect to stores and remote experts; an expert that can't be reached is failed.
 
-        Raises StoreUnavailableError.
+        Raises:
+            StoreUnavailableError: The store can't be reached.
         """
         await self.store.start()
         await self.current.start()
@@ -130,9 +131,14 @@ class GatewayRuntime:
             log.error("expert %s failed: %s", name, pool.failed)
 
     async def reload(self, config: Config) -> None:
-        """Go on as another config says. Returns at once: requests under way end in their own time.
+        """Replace the config. The call does not wait for requests in flight.
 
-        Raises ConfigError, ArtifactError, StoreUnavailableError, and then all goes on as it was.
+        The old config stays in force where this raises.
+
+        Raises:
+            ConfigError: The config can't be served.
+            ArtifactError: The router's artifact can't be used.
+            StoreUnavailableError: The store can't be reached.
         """
         before = self.current
         files = await asyncio.to_thread(_files, config)
@@ -143,18 +149,18 @@ class GatewayRuntime:
         except BaseException:
             await after.stop()
             raise
-        await self._go_over_seats(before.config, config)
-        await self.budget_prices.follow(ledger)
+        await self._replace_remote_engines(before.config, config)
+        await self.budget_prices.use_ledger(ledger)
         self.state.forget(replaced(before.config, config, self._files, files))
         self._files = files
         self.current, self._app = after, after.app
         self._earlier.add(before)
         task = asyncio.create_task(self._retire_after_drain(before))
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
 
     async def _retire_after_drain(self, earlier: ConfiguredGateway) -> None:
-        """Stop a gateway of an earlier config after its last request, and what only it needed."""
+        """Stop an earlier config's gateway once it is idle, and the remote experts only it used."""
         await earlier.drain()
         self._earlier.discard(earlier)
         needed = {*self._remote(self.current.config)}
@@ -168,8 +174,8 @@ class GatewayRuntime:
     def _remote(config: Config) -> list[str]:
         return [name for name, expert in config.experts.items() if expert.remote is not None]
 
-    def _seat_all(self, config: Config) -> list[str]:
-        """Give every remote expert a seat: those that had none."""
+    def _add_remote_pools(self, config: Config) -> list[str]:
+        """Make a pool for each remote expert without one; return their names."""
         new = [name for name in self._remote(config) if name not in self.remote_pools]
         for name in new:
             remote = config.experts[name].remote
@@ -181,8 +187,8 @@ class GatewayRuntime:
         self.state.metrics.remote |= frozenset(new)
         return new
 
-    async def _go_over_seats(self, old: Config, config: Config) -> None:
-        new = self._seat_all(config)
+    async def _replace_remote_engines(self, old: Config, config: Config) -> None:
+        new = self._add_remote_pools(config)
         for name in self._remote(config):
             pool, remote = self.remote_pools[name], config.experts[name].remote
             assert remote is not None
@@ -202,18 +208,18 @@ class GatewayRuntime:
         """The metrics of the node's other gateways."""
         return await self._node.others("gateway-") if self._node is not None else []
 
-    def _read(self) -> None:
-        """What others know, for the metrics: pools, remote queues, breakers, budgets, the store."""
+    def _update_metrics(self) -> None:
+        """Update the metrics of pools, remote queues, breakers, budgets and the store."""
         meter = self.state.metrics.meter
         meter.put(metrics.POOLS, len(self.directory.links()))
         meter.forget(metrics.SNAPSHOT_AGE)
         for boot, age_s in self.directory.silences().items():
             meter.put(metrics.SNAPSHOT_AGE, age_s, boot)
-        told = self.store.health()
-        meter.put(metrics.STORE_UP, told.up)
-        meter.put(metrics.STORE_PENDING_SETTLEMENTS, told.pending_settlements)
-        meter.total(metrics.STORE_OUTAGES, told.outages)
-        meter.total(metrics.STORE_OFFLINE_ADMISSIONS, told.offline_grants)
+        health = self.store.health()
+        meter.put(metrics.STORE_UP, health.up)
+        meter.put(metrics.STORE_PENDING_SETTLEMENTS, health.pending_settlements)
+        meter.total(metrics.STORE_OUTAGES, health.outages)
+        meter.total(metrics.STORE_OFFLINE_ADMISSIONS, health.offline_grants)
         meter.forget(metrics.REQUESTS_WAITING, self.remote_pools)
         meter.forget(metrics.REQUESTS_RUNNING, self.remote_pools)
         for name, remote_pool in self.remote_pools.items():
@@ -225,8 +231,8 @@ class GatewayRuntime:
             meter.put(metrics.SHADOW_PRICE, price, name)
         self.current.breakers.read()
 
-    async def _ask_budgets(self) -> None:
-        """What is left of every budget, for the metrics; nothing while the store is gone."""
+    async def _update_budget_metrics(self) -> None:
+        """Update the metrics of budgets; they stay as they are while the store is away."""
         meter = self.state.metrics.meter
         with contextlib.suppress(CoeError):
             states = await self.ledger.state()
@@ -236,14 +242,14 @@ class GatewayRuntime:
                 meter.put(metrics.BUDGET_REMAINING, left, name)
 
     async def stop(self) -> None:
-        """Close every connection, and end what is left of earlier configs."""
-        for task in list(self._ending):
+        """Close every connection, and stop the gateways of earlier configs."""
+        for task in list(self._retiring):
             task.cancel()
-        await asyncio.gather(*self._ending, return_exceptions=True)
+        await asyncio.gather(*self._retiring, return_exceptions=True)
         if self._node is not None:
             await self._node.stop()
-        for one in (*self._earlier, self.current):
-            await one.stop()
+        for gateway in (*self._earlier, self.current):
+            await gateway.stop()
         await self.budget_prices.stop()
         await self.directory.close()
         await self.store.stop()
@@ -254,6 +260,6 @@ class GatewayRuntime:
 
 
 def _files(config: Config) -> dict[str, str]:
-    """What files hold, as far as they are here: versions of weights, digests of profiles."""
+    """Versions of weights and digests of steering profiles, by expert, of local files."""
     local = [name for name, expert in config.experts.items() if expert.remote is None]
     return {**file_versions(config, local), **profile_digests(config)}

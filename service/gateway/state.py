@@ -1,8 +1,8 @@
-"""What a gateway has counted and learned, whatever its config says: it outlives every config.
+"""Counters and learned values of a gateway, which outlive every config.
 
-A gateway by another config goes on with the same object, so that a reload loses no counter,
-length or breaker. All of it is kept by the names of experts and recipes. What was learned of an
-expert that went, or that is another one under the same name, is forgotten.
+The gateway of the next config uses the same object, so that a reload loses no counter, length or
+breaker. The values are kept by the names of experts and recipes. A reload forgets the values of
+an expert that is gone, or has other weights under the same name.
 """
 
 from __future__ import annotations
@@ -24,22 +24,27 @@ from service.gateway.metrics import GatewayMetrics
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.quality import Escalations
 
-# What may change of an expert that still answers with the same weights.
-_ASIDE = {"pinned", "categories", "quality", "price", "description", "capabilities"}
-# Of a remote one, these too.
-_ASIDE_REMOTE = {"max_in_flight", "max_queued_requests", "connect_timeout_s", "stall_timeout_s"}
+# Keys of an expert's config that say nothing about its weights.
+_NOT_WEIGHTS = {"pinned", "categories", "quality", "price", "description", "capabilities"}
+# The same for a remote expert's own section.
+_NOT_WEIGHTS_REMOTE = {
+    "max_in_flight",
+    "max_queued_requests",
+    "connect_timeout_s",
+    "stall_timeout_s",
+}
 
 
 @dataclass(slots=True)
 class GatewayState:
-    """See the module.
+    """The values that one gateway keeps.
 
     Attributes:
-        breakers: Circuit breakers of places: (expert, pool's boot id).
-        retries: How many requests may still be sent a second time.
+        breakers: Circuit breakers by place, (expert, pool's boot id).
+        retries: The retry budget.
         metrics: Every counter of this gateway.
         recent: The last requests, for the console.
-        history: The console's graphs.
+        history: The points of the console's graphs.
         prefix_affinity: Where conversations are in prefix caches.
         lengths: How long answers are.
         escalations: How often cascades ask their later experts.
@@ -58,7 +63,7 @@ class GatewayState:
 
     @classmethod
     def new(cls, config: BreakerConfig) -> GatewayState:
-        """That of a gateway which has seen nothing."""
+        """The state of a new gateway."""
         policy = BreakerPolicy(config.failures, config.open_duration_s, config.max_open_duration_s)
         return cls(
             Breakers(policy, random),
@@ -66,7 +71,7 @@ class GatewayState:
         )
 
     def forget(self, experts: Collection[str]) -> None:
-        """These experts went, or are others than they were."""
+        """Forget experts that are gone, or have other weights now."""
         if not experts:
             return
         self.breakers.forget(lambda place: place[0] in experts)
@@ -78,9 +83,13 @@ class GatewayState:
 def replaced(
     old: Config, new: Config, old_files: Mapping[str, str], new_files: Mapping[str, str]
 ) -> set[str]:
-    """The experts of a config that are gone in another one, or have other weights there.
+    """The experts of a config that are gone from the next one, or have other weights there.
 
-    `old_files`, `new_files`: for each expert another text whenever what its files hold is.
+    Args:
+        old: The config.
+        new: The next config.
+        old_files: A fingerprint of each expert's files.
+        new_files: The same for the next config.
     """
     return {
         name
@@ -92,16 +101,16 @@ def replaced(
 
 
 def _weights(config: Config, name: str) -> list[dict[str, Any]]:
-    """What an expert's answers come from, its base's included."""
+    """The config that an expert's answers depend on, with its base's."""
     expert = config.experts[name]
-    told = [_of(expert)]
+    sources = [_of(expert)]
     if expert.base is not None:
-        told.append(_of(config.experts[expert.base]))
-    return told
+        sources.append(_of(config.experts[expert.base]))
+    return sources
 
 
 def _of(expert: ExpertConfig) -> dict[str, Any]:
-    told = expert.model_dump(exclude=_ASIDE)
+    source = expert.model_dump(exclude=_NOT_WEIGHTS)
     if expert.remote is not None:
-        told["remote"] = expert.remote.model_dump(exclude=_ASIDE_REMOTE)
-    return told
+        source["remote"] = expert.remote.model_dump(exclude=_NOT_WEIGHTS_REMOTE)
+    return source

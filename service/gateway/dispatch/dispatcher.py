@@ -159,8 +159,8 @@ class Dispatcher:
             cost_price=self.budget_prices.cost_price(request.tenant),
             prefix_cache=self.prefix_affinity.hint(request),
         )
-        standing = self._pool_table.to_matrix(self.views() if views is None else views)
-        return select(self.catalog, standing, wish)
+        matrix = self._pool_table.to_matrix(self.views() if views is None else views)
+        return select(self.catalog, matrix, wish)
 
     async def dispatch(
         self,

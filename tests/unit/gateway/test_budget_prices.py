@@ -61,7 +61,7 @@ async def test_cost_price_of_a_key_s_own_budget_rises_as_it_is_spent() -> None:
     for _ in range(40):
         clock.now_s += 60
         spending.observe(KEY, OFFER)
-        await spending.look()
+        await spending.refresh()
     assert spending.left(KEY) == pytest.approx(0.1)
     assert spending.cost_price(KEY) >= 0.5, "nobody takes the better answer at this price"
     other = Tenant("acme", "k2", limits=Limits(budget=5, period="day"))
@@ -82,7 +82,7 @@ async def test_cost_price_of_a_key_is_the_sum_of_all_its_budgets() -> None:
     for _ in range(40):
         clock.now_s += 60
         spending.observe(KEY, OFFER)
-        await spending.look()
+        await spending.refresh()
     prices = dict((name, price) for name, price, _ in spending.prices())
     assert set(prices) == {"all", "tenant/acme"}
     own = spending.cost_price(KEY) - sum(prices.values())
@@ -101,7 +101,7 @@ async def test_budget_prices_remember_a_bounded_number_of_keys(
     _, spending = site(clock)
     for i in range(50):
         spending.observe(Tenant("acme", f"k{i}", limits=Limits(budget=5)), OFFER)
-    await spending.look()
+    await spending.refresh()
     assert set(spending._pacers) == {f"key/k{i}" for i in range(40, 50)}
     await spending.stop()
 
@@ -115,7 +115,7 @@ async def test_cost_price_in_a_new_window_starts_from_an_untouched_budget() -> N
     for i in range(32):
         clock.now_s = (100 + i / 64) * DAY
         spending.observe(NOBODY, OFFER)
-        await spending.look()
+        await spending.refresh()
     assert spending.cost_price(NOBODY) >= 0.5
     good = 0
     for i in range(15):
@@ -125,7 +125,7 @@ async def test_cost_price_in_a_new_window_starts_from_an_untouched_budget() -> N
             await spend(ledger, NOBODY, 1, f"r{i}")
             good += 1
         spending.observe(NOBODY, OFFER)
-        await spending.look()
+        await spending.refresh()
     assert good >= 13
     await spending.stop()
 
@@ -165,14 +165,14 @@ async def test_budget_prices_arrivals_at_one_gateway_raise_the_price_at_another(
         one.observe(NOBODY, OFFER)
         if i % 20 == 0:
             two.observe(NOBODY, OFFER)
-        await one.look()
-        await two.look()
+        await one.refresh()
+        await two.refresh()
     # Ten requests came to the second one: for itself alone they could all have the better answer.
     assert two.cost_price(NOBODY) == pytest.approx(one.cost_price(NOBODY)) == pytest.approx(0.5)
     late = BudgetPrices(ledger, clock=clock)
     await late.start()
     late.observe(NOBODY, OFFER)
-    await late.look()
+    await late.refresh()
     assert late.cost_price(NOBODY) == pytest.approx(0.5), "one that has just come knows it, too"
     for each in (one, two, late):
         await each.stop()
