@@ -96,7 +96,7 @@ async def test_cost_price_of_a_key_is_the_sum_of_all_its_budgets() -> None:
 async def test_budget_prices_remember_a_bounded_number_of_keys(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "_MOST_KEYS", 10)
+    monkeypatch.setattr(module, "_MAX_KEYS", 10)
     clock = Clock()
     _, spending = site(clock)
     for i in range(50):
