@@ -18,6 +18,8 @@ _DECODER = json.JSONDecoder()
 _HOLDERS = ("response", "message")
 # How much of a reply is read again to find which of many usages is its own, in bytes.
 _MOST_READ = 16 * 1024**2
+# What an endpoint tells beyond that is no count: it would be charged, and kept in a store.
+_MOST_TOKENS = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,6 @@ def token_counts(usage: Mapping[str, Any]) -> tuple[int | None, int | None]:
 def _count(usage: Mapping[str, Any], *names: str) -> int | None:
     for name in names:
         value = usage.get(name)
-        if isinstance(value, int):
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKENS:
             return value
     return None

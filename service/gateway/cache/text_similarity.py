@@ -93,7 +93,7 @@ def said(text: str) -> str:
     plain = " ".join(plain.split())
     bare = _without_thanks(_without_opening(_without_thanks(plain)))
     bare = _without_mark(_small_beginning(bare))
-    return _CONTRACTED.sub(_in_full, bare)
+    return bare if _OF_SPEECH.search(bare) else _CONTRACTED.sub(_in_full, bare)
 
 
 def _last_sentence(text: str) -> str:
@@ -148,12 +148,16 @@ def _without_thanks(text: str) -> str:
         last = _last_sentence(before)
         if before[-1:] not in (",", ".", "?", "!") or last[:-1].count(","):
             return text
+        if before[-1] == "," and bare[-len(word) :] != word:
+            return text  # with a capital it is a part of a title
         if _OF_SPEECH.search(last) and last.lower().rstrip(" .!?,") not in _THANKS:
             return text
         text = before.rstrip(" ,") if before[-1] == "," else before
 
 
 def _in_full(found: re.Match[str]) -> str:
+    if found.start() and not found[0].islower():
+        return found[0]  # a name: Who's, Don't
     word = found[0].lower()
     full = _CONTRACTIONS.get(word) or f"{word[:-3]} not"
     return full if found[0][0].islower() else full[0].upper() + full[1:]
