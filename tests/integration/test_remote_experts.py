@@ -172,7 +172,7 @@ async def test_a_stream_that_stalls_ends_with_an_error_event() -> None:
         assert '"model":"far"' in told[0]
         error = json.loads(told[-1])["error"]
         assert error["code"] == "upstream_error"
-        assert "said nothing for 0.3 s" in error["message"]
+        assert "sent nothing for 0.3 s" in error["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -16,6 +16,7 @@ import orjson
 from service.engine.base import Message, Send
 from service.gateway.request.parsing import InferenceRequest
 from service.http.asgi import LineBuffer
+from service.http.endpoints import TABLE
 from service.http.usage import reply_usage, token_counts, usage_of
 
 _STREAMED = frozenset({"/v1/chat/completions", "/v1/completions"})
@@ -37,6 +38,7 @@ class UsageMeter:
         self.calls: list[tuple[str, int, int]] = []
         self._prompt_tokens = request.prompt_tokens
         self._endpoint = request.endpoint
+        self._generates = TABLE[request.endpoint].generates
         self._rewrites = request.stream and request.endpoint in _STREAMED
         given = request.data.get("stream_options")
         options = given if isinstance(given, dict) else {}
@@ -173,6 +175,8 @@ class UsageMeter:
 
     def _note(self, prompt_tokens: int | None, answer_tokens: int | None, choice: Any) -> None:
         """A usage was told. `choice`: whose, where each chunk counts its own choice's tokens."""
+        if answer_tokens is None and self._generates:
+            return  # then its answer is counted as it passes
         self._told = True
         self._pieces = 0
         self._prompt = max(self._prompt, prompt_tokens or 0)

@@ -252,7 +252,10 @@ async def test_usage_meter_ignores_usage_fields_of_the_user_in_events(leaves: bo
     stream = [
         typed("response.created", response={**told, "usage": None}),
         *[typed("response.output_text.delta", delta="tok ")] * 5,
-        typed("response.completed", response={**told, "usage": {"input_tokens": 9}}),
+        typed(
+            "response.completed",
+            response={**told, "usage": {"input_tokens": 9, "output_tokens": 5}},
+        ),
     ]
     meter = UsageMeter(asked("/v1/responses", stream=True))
     given = stream[:-1] if leaves else stream
@@ -260,15 +263,17 @@ async def test_usage_meter_ignores_usage_fields_of_the_user_in_events(leaves: bo
     ((_, prompt, completion),) = meter.calls_made("e")
     # Left before any was told, the prompt counts by its size, and the answer by its pieces.
     assert (prompt, completion) == (
-        (asked("/v1/responses", stream=True).prompt_tokens, 5) if leaves else (9, 0)
+        (asked("/v1/responses", stream=True).prompt_tokens, 5) if leaves else (9, 5)
     )
 
 
 async def test_usage_meter_ignores_usage_fields_of_the_user_in_a_whole_reply() -> None:
-    body = orjson.dumps({"tools": [_SCHEMA], "metadata": _OWN, "usage": {"input_tokens": 9}})
+    body = orjson.dumps(
+        {"tools": [_SCHEMA], "metadata": _OWN, "usage": {"input_tokens": 9, "output_tokens": 5}}
+    )
     meter = UsageMeter(asked("/v1/responses"))
     assert await through(meter, [body], kind=b"application/json") == body
-    assert meter.calls_made("e") == [("e", 9, 0)]
+    assert meter.calls_made("e") == [("e", 9, 5)]
 
 
 async def test_usage_meter_hides_only_the_chunk_s_own_usage() -> None:
@@ -277,3 +282,16 @@ async def test_usage_meter_hides_only_the_chunk_s_own_usage() -> None:
     out = await through(meter, [b"data: " + orjson.dumps(chunk) + b"\n\n"])
     assert json.loads(out[6:]) == {"choices": chunk["choices"]}
     assert meter.calls_made("e") == [("e", 9, 1)]
+
+
+@pytest.mark.parametrize("usage", [{}, {"prompt_tokens": 9}, {"completion_tokens": -1}])
+async def test_usage_meter_usage_without_the_answer_s_tokens_counts_what_passes(usage: Any) -> None:
+    meter = UsageMeter(asked(stream=True))
+    await through(meter, [event("a"), event("b"), event("", usage, choices=0)])
+    ((_, _, completion),) = meter.calls_made("e")
+    assert completion >= 2
+    whole = UsageMeter(asked())
+    body = orjson.dumps({"choices": [{"message": {"content": "a" * 400}}], "usage": usage})
+    await through(whole, [body], kind=b"application/json")
+    ((_, _, completion),) = whole.calls_made("e")
+    assert completion >= 100
