@@ -136,7 +136,7 @@ async def stream(s: Site, path: str, **more: Any) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("path", MADE)
-async def test_a_whole_reply_has_only_its_own_model_and_usage_changed(path: str) -> None:
+async def test_whole_reply_is_changed_only_in_its_own_model_and_usage(path: str) -> None:
     async with remote() as s:
         status, _, told = await s.ask(body_of(path), path)
     given, _ = MADE[path]({"model": "theirs"})
@@ -148,7 +148,7 @@ async def test_a_whole_reply_has_only_its_own_model_and_usage_changed(path: str)
 
 
 @pytest.mark.parametrize("path", MADE)
-async def test_a_stream_has_only_its_own_model_and_usage_changed(path: str) -> None:
+async def test_stream_is_changed_only_in_its_own_model_and_usage(path: str) -> None:
     async with remote() as s:
         told = await stream(s, path, stream_options={"include_usage": True})
     _, parts = MADE[path]({"model": "far"})
@@ -167,7 +167,7 @@ async def test_a_stream_has_only_its_own_model_and_usage_changed(path: str) -> N
 
 
 @pytest.mark.parametrize("path", MADE)
-async def test_an_upstream_that_breaks_off_is_told_in_the_client_s_words(path: str) -> None:
+async def test_upstream_failure_is_reported_in_the_client_s_dialect(path: str) -> None:
     async with remote() as s:
         told = await stream(s, path, metadata={"end": "cut"})
         assert (await s.ask(body_of(path), path))[0] == 200
@@ -202,7 +202,7 @@ async def test_an_upstream_that_breaks_off_is_told_in_the_client_s_words(path: s
         ({"metadata": {"end": "refuse"}}, 400, "invalid_request_error"),
     ],
 )
-async def test_messages_are_refused_in_anthropic_s_shape(
+async def test_messages_errors_have_anthropic_s_shape(
     change: dict[str, Any], status: int, kind: str, streamed: bool
 ) -> None:
     async with remote() as s:
@@ -213,7 +213,7 @@ async def test_messages_are_refused_in_anthropic_s_shape(
     assert int(headers["content-length"]) == len(json.dumps(told, separators=(",", ":")))
 
 
-async def test_messages_are_refused_in_anthropic_s_shape_before_they_are_read() -> None:
+async def test_messages_errors_before_parsing_have_anthropic_s_shape() -> None:
     json_type = {"content-type": "application/json"}
     async with remote() as s:
         tries = [
@@ -235,7 +235,7 @@ async def test_messages_are_refused_in_anthropic_s_shape_before_they_are_read() 
                 )
 
 
-async def test_tools_that_nobody_runs_are_left_out_and_named() -> None:
+async def test_hosted_tools_are_removed_and_named() -> None:
     async with remote() as s:
         tools = [{"type": "web_search"}, TOOL, {"type": "web_search"}]
         status, headers, _ = await s.ask(body_of(RESPONSES, tools=tools), RESPONSES)

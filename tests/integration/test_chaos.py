@@ -40,7 +40,7 @@ def missed(told: dict[str, Any]) -> list[str]:
     ]
 
 
-def test_a_round_of_chaos() -> None:
+def test_chaos_round_finds_no_violation() -> None:
     told = run(
         "loadtests.chaos",
         *("--rounds", "1", "--no-real", "--settle", "0.5", "--clients", "8", "--port", "8330"),
@@ -56,7 +56,7 @@ def test_a_round_of_chaos() -> None:
         assert kinds["right"] > 0, name
 
 
-def test_a_short_soak() -> None:
+def test_short_soak_finds_no_leak() -> None:
     told = run("loadtests.soak", "--minutes", "0.2", "--clients", "8", "--port", "8340")
     assert missed(told) == []
     assert told["ended"]["right"] > 50

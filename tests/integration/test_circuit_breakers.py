@@ -75,7 +75,7 @@ async def open_breakers(s: Site) -> float:
 
 
 @pytest.mark.parametrize("manner", ["400", "401", "404", "422", "429"])
-async def test_no_4xx_trips_it(manner: str) -> None:
+async def test_breaker_ignores_4xx(manner: str) -> None:
     async with running() as (s, upstream):
         upstream.manner = manner
         for _ in range(10):
@@ -87,7 +87,7 @@ async def test_no_4xx_trips_it(manner: str) -> None:
         assert await far(s) == (200, "far")
 
 
-async def test_a_client_s_haste_or_leaving_does_not_trip_it() -> None:
+async def test_breaker_ignores_client_deadlines_and_disconnects() -> None:
     async with running() as (s, upstream):
         upstream.manner = "hangs"
         for _ in range(3):
@@ -103,7 +103,7 @@ async def test_a_client_s_haste_or_leaving_does_not_trip_it() -> None:
 
 
 @pytest.mark.parametrize(("manner", "first"), [("garbage", 502), ("500", 502), ("503", 503)])
-async def test_its_own_failures_do_and_others_answer_then(manner: str, first: int) -> None:
+async def test_breaker_opens_after_failures_and_others_answer(manner: str, first: int) -> None:
     async with running() as (s, upstream):
         upstream.manner = manner
         assert await far(s) == (first, "upstream_error")
@@ -122,7 +122,7 @@ async def test_its_own_failures_do_and_others_answer_then(manner: str, first: in
         assert (status, body["model"]) == (200, "beside")
 
 
-async def test_a_silent_stream_trips_it_once_it_had_time() -> None:
+async def test_breaker_opens_after_silent_streams() -> None:
     async with running(min_hang_s=0.1) as (s, upstream):
         upstream.manner = "hangs"
         for expected in ("deadline_exceeded", "circuit_open"):
@@ -132,7 +132,7 @@ async def test_a_silent_stream_trips_it_once_it_had_time() -> None:
                 assert (await reply.json())["error"]["code"] == expected
 
 
-async def test_one_probe_closes_it_again() -> None:
+async def test_breaker_closes_after_one_probe() -> None:
     async with running(open_duration_s=0.2) as (s, upstream):
         upstream.manner = "garbage"
         await far(s)
@@ -147,7 +147,7 @@ async def test_one_probe_closes_it_again() -> None:
         assert await open_breakers(s) == 0
 
 
-async def test_an_endpoint_that_is_gone_is_gone_for_all_its_experts() -> None:
+async def test_breaker_of_a_dead_endpoint_opens_for_all_its_experts() -> None:
     async with running() as (s, _):
         for link in s.gateway.remote_pools.values():
             link.engine._base = "http://127.0.0.1:9"  # type: ignore[attr-defined]
@@ -156,7 +156,7 @@ async def test_an_endpoint_that_is_gone_is_gone_for_all_its_experts() -> None:
         assert (status, body["error"]["code"]) == (503, "circuit_open")
 
 
-async def test_retries_have_a_budget() -> None:
+async def test_retries_are_limited_by_the_retry_budget() -> None:
     async with running(failures=10_000, retry_budget_ratio=0, retry_budget_min=3) as (s, upstream):
         upstream.manner = "500"
         models = []

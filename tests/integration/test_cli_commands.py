@@ -34,7 +34,7 @@ async def coe(*words: str, given: str | None = None) -> Result:
     return await asyncio.to_thread(CliRunner().invoke, cli, words, input=given)
 
 
-async def test_a_prompt_and_the_route_under_its_answer() -> None:
+async def test_chat_prints_the_answer_and_its_route() -> None:
     async with site(TURNS) as s:
         told = await coe("chat", "hello there", "--url", s.url)
         assert told.exit_code == 0, told.output
@@ -46,7 +46,7 @@ async def test_a_prompt_and_the_route_under_its_answer() -> None:
         assert "6 tokens" in route
 
 
-async def test_a_conversation_keeps_its_turns() -> None:
+async def test_chat_keeps_the_turns_of_a_conversation() -> None:
     async with site(TURNS) as s:
         told = await coe("chat", "--url", s.url, "-m", "math", "--json", given="one\n\ntwo\n")
         lines = [json.loads(line) for line in told.output.strip().split("\n")]
@@ -57,7 +57,7 @@ async def test_a_conversation_keeps_its_turns() -> None:
         assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
 
 
-async def test_errors_are_one_line() -> None:
+async def test_commands_print_errors_on_one_line() -> None:
     async with site(TURNS) as s:
         told = await coe("chat", "hi", "--url", s.url, "-m", "nobody")
         assert "nobody" in str(told.exception)
@@ -73,7 +73,7 @@ async def test_errors_are_one_line() -> None:
         (b"HTTP/1.1 200 OK\r\ncontent-length: 50\r\n\r\nhello", "broke off"),
     ],
 )
-async def test_who_is_no_such_service_is_told_in_one_line(said: bytes, words: str) -> None:
+async def test_commands_against_another_service_fail_with_one_line(said: bytes, words: str) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(said)
@@ -91,7 +91,7 @@ async def test_who_is_no_such_service_is_told_in_one_line(said: bytes, words: st
     assert isinstance(told.exception, CoeError)
 
 
-async def test_every_table_can_be_json() -> None:
+async def test_tables_can_be_printed_as_json() -> None:
     async with site(TURNS) as s:
         top = json.loads((await coe("top", "--json", "--url", s.url)).output)
         assert [one["name"] for one in top["experts"]] == ["general", "math"]
@@ -103,7 +103,7 @@ async def test_every_table_can_be_json() -> None:
         assert route["chosen"] == "general"
 
 
-async def test_top_follows_experts_and_routes_and_moves_weights() -> None:
+async def test_top_follows_experts_and_requests_and_moves_weights() -> None:
     async with site(TURNS) as s:
         app = make_app(s.url)
         async with app.run_test(size=(140, 40)) as pilot:

@@ -66,7 +66,7 @@ async def settled(s: Site) -> Any:
         ("/v1/completions", {"model": "general", "prompt": ["x"] * 3, "max_tokens": 2000}, 3),
     ],
 )
-async def test_who_leaves_is_charged_what_the_engine_had_made(
+async def test_client_disconnect_is_charged_what_the_engine_made(
     path: str, body: dict[str, Any], answers: int, stream: bool
 ) -> None:
     async with site(config()) as s:
@@ -89,7 +89,7 @@ async def test_who_leaves_is_charged_what_the_engine_had_made(
         assert (await balance(s, "requests"))["spent"] == 1
 
 
-async def test_who_leaves_a_queue_pays_nothing() -> None:
+async def test_client_disconnect_in_the_queue_costs_nothing() -> None:
     async with site(config(max_num_seqs=1)) as s:
         pool = s.pools["cpu"]
         first = asyncio.create_task(s.ask(chat(max_tokens=100), headers=BEARER))
@@ -101,7 +101,7 @@ async def test_who_leaves_a_queue_pays_nothing() -> None:
         assert await settled(s) == 100
 
 
-async def test_a_deadline_of_one_s_own_is_no_way_round_limits() -> None:
+async def test_client_deadline_does_not_bypass_limits() -> None:
     async with site(config()) as s:
         status, _, told = await s.ask(chat(coe={"deadline_ms": 300}), headers=BEARER)
         assert (status, told["error"]["code"]) == (504, "deadline_exceeded")
@@ -109,7 +109,7 @@ async def test_a_deadline_of_one_s_own_is_no_way_round_limits() -> None:
         assert (await balance(s, "requests"))["spent"] == 1
 
 
-async def test_a_deadline_counts_from_the_request_s_arrival() -> None:
+async def test_deadline_counts_from_the_request_s_arrival() -> None:
     async with site(config()) as s:
 
         async def slowly() -> Any:
@@ -123,7 +123,7 @@ async def test_a_deadline_counts_from_the_request_s_arrival() -> None:
         assert s.pools["cpu"].engine.asked == []
 
 
-async def test_limits_hold_before_the_body_is_read() -> None:
+async def test_limits_apply_before_the_body_is_read() -> None:
     async with site(config(per_min=1)) as s:
         assert (await s.ask(chat(max_tokens=1), headers=BEARER))[0] == 200
         never = asyncio.Event()
@@ -139,7 +139,7 @@ async def test_limits_hold_before_the_body_is_read() -> None:
         never.set()
 
 
-async def test_looking_up_has_a_limit_too() -> None:
+async def test_read_endpoints_have_their_own_limit() -> None:
     async with site(config(per_min=3)) as s:
         got = []
         for _ in range(5):

@@ -94,7 +94,7 @@ def client(service: Service) -> Iterator[openai.OpenAI]:
         yield made
 
 
-def test_the_console_is_there_first_and_streams_through_haproxy(service: Service) -> None:
+def test_cluster_console_is_up_first_and_streams_through_haproxy(service: Service) -> None:
     said = service.log
     assert said.index(f"{service.url}/console") < said.index("Ray Serve is up")
     with urllib.request.urlopen(service.url + "/console", timeout=10) as page:
@@ -104,7 +104,7 @@ def test_the_console_is_there_first_and_streams_through_haproxy(service: Service
     assert b"event: hello\n" in lines
 
 
-def test_chat(client: openai.OpenAI) -> None:
+def test_cluster_chat(client: openai.OpenAI) -> None:
     raw = client.chat.completions.with_raw_response.create(model="general", messages=HELLO)
     told = raw.parse()
     assert told.model == "general"
@@ -117,7 +117,7 @@ def test_chat(client: openai.OpenAI) -> None:
         assert float(raw.headers[name]) >= 0
 
 
-def test_pools_know_no_key_that_gateways_have(service: Service) -> None:
+def test_cluster_pools_have_none_of_the_gateways_keys(service: Service) -> None:
     seen = {"gateway": 0, "pool": 0}
     for process in service.tree():
         with contextlib.suppress(psutil.Error):
@@ -131,12 +131,12 @@ def test_pools_know_no_key_that_gateways_have(service: Service) -> None:
     assert min(seen.values()) > 0, seen
 
 
-def test_auto(client: openai.OpenAI) -> None:
+def test_cluster_auto(client: openai.OpenAI) -> None:
     assert client.chat.completions.create(model="auto", messages=HELLO).model == "general"
     assert client.chat.completions.create(model="auto/math", messages=HELLO).model == "math"
 
 
-def test_a_stream(client: openai.OpenAI) -> None:
+def test_cluster_stream(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model="math", messages=HELLO, stream=True, stream_options={"include_usage": True}
     )
@@ -148,13 +148,13 @@ def test_a_stream(client: openai.OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == 8
 
 
-def test_completions(client: openai.OpenAI) -> None:
+def test_cluster_completions(client: openai.OpenAI) -> None:
     told = client.completions.create(model="general", prompt="once", max_tokens=3)
     chunks = client.completions.create(model="general", prompt="once", max_tokens=3, stream=True)
     assert "".join(c.choices[0].text for c in chunks if c.choices) == told.choices[0].text
 
 
-def test_embeddings(client: openai.OpenAI) -> None:
+def test_cluster_embeddings(client: openai.OpenAI) -> None:
     told = client.embeddings.create(model="vectors", input=["a", "b"], encoding_format="float")
     # The client's own default is base64.
     assert client.embeddings.create(model="vectors", input=["a", "b"]).data == told.data
@@ -165,7 +165,7 @@ def test_embeddings(client: openai.OpenAI) -> None:
     assert told.data[0].embedding != told.data[1].embedding
 
 
-def test_embeddings_with_the_node_client(service: Service) -> None:
+def test_cluster_embeddings_with_the_node_client(service: Service) -> None:
     told = run_node("embeddings_node.mjs", service.url, "vectors", "general")
     assert told["model"] == "vectors"
     assert told["usage"]["prompt_tokens"] > 0
@@ -176,7 +176,7 @@ def test_embeddings_with_the_node_client(service: Service) -> None:
     assert told["fault"] == {"kind": "BadRequestError", "status": 400, "param": "model"}
 
 
-def test_models(client: openai.OpenAI) -> None:
+def test_cluster_models(client: openai.OpenAI) -> None:
     names = [model.id for model in client.models.list()]
     assert names == ["auto", "general", "math", "vectors", "small", "broken", "far"]
     assert client.models.retrieve("math").owned_by == "coe"
@@ -184,7 +184,7 @@ def test_models(client: openai.OpenAI) -> None:
         client.models.retrieve("nobody")
 
 
-def test_faults_are_the_client_s_own_exceptions(client: openai.OpenAI) -> None:
+def test_cluster_errors_raise_the_client_s_own_exceptions(client: openai.OpenAI) -> None:
     create = client.chat.completions.create
     with pytest.raises(openai.NotFoundError) as unknown:
         create(model="nobody", messages=HELLO)
@@ -203,7 +203,7 @@ def test_faults_are_the_client_s_own_exceptions(client: openai.OpenAI) -> None:
     assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
 
 
-def test_over_capacity_says_when_to_come_back(client: openai.OpenAI) -> None:
+def test_cluster_over_capacity_has_retry_after(client: openai.OpenAI) -> None:
     with client.chat.completions.create(model="small", messages=HELLO, stream=True) as stream:
         next(iter(stream))
         with pytest.raises(openai.InternalServerError) as full:
@@ -212,14 +212,14 @@ def test_over_capacity_says_when_to_come_back(client: openai.OpenAI) -> None:
     assert int(full.value.response.headers["retry-after"]) >= 1
 
 
-def test_an_engine_that_dies_in_mid_stream_is_an_exception(client: openai.OpenAI) -> None:
+def test_cluster_engine_death_during_a_stream_raises_in_the_client(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(model="broken", messages=HELLO, stream=True)
     with pytest.raises(openai.APIError) as died:
         list(stream)
     assert died.value.code == "engine_dead"
 
 
-async def test_64_streams_at_once_keep_their_own_text(service: Service) -> None:
+async def test_cluster_64_concurrent_streams_keep_their_own_text(service: Service) -> None:
     async with openai.AsyncOpenAI(base_url=service.url + "/v1", api_key="none") as client:
 
         async def one(i: int) -> str:
@@ -236,7 +236,9 @@ async def test_64_streams_at_once_keep_their_own_text(service: Service) -> None:
         assert together[:6] == [await one(i) for i in range(6)]
 
 
-def test_a_client_that_leaves_stops_its_generation(service: Service, client: openai.OpenAI) -> None:
+def test_cluster_client_disconnect_stops_the_generation(
+    service: Service, client: openai.OpenAI
+) -> None:
     with client.chat.completions.create(
         model="general", messages=HELLO, stream=True, max_tokens=1500
     ) as stream:
@@ -255,7 +257,7 @@ RAY = re.compile(
 )
 
 
-def test_every_listening_socket_is_known(service: Service) -> None:
+def test_cluster_listening_sockets_are_all_documented(service: Service) -> None:
     """Whatever carries prompts listens on loopback only."""
     local = Counter[str]()
     strangers = []
@@ -280,7 +282,7 @@ def test_every_listening_socket_is_known(service: Service) -> None:
         assert not (service.run_dir / secret).stat().st_mode & 0o077
 
 
-def test_a_killed_pool_is_replaced_and_requests_are_answered(
+def test_cluster_killed_pool_is_replaced_and_requests_are_answered(
     service: Service, client: openai.OpenAI
 ) -> None:
     main = service.named(POOL + "main")
@@ -308,7 +310,7 @@ def test_a_killed_pool_is_replaced_and_requests_are_answered(
     )
 
 
-def test_a_config_reloaded_while_it_runs(
+def test_cluster_config_reload_while_running(
     service: Service, client: openai.OpenAI, config_file: Path
 ) -> None:
     """SIGHUP: an expert comes, one goes, and what they don't concern is undisturbed."""
@@ -361,7 +363,7 @@ def test_a_config_reloaded_while_it_runs(
     assert client.chat.completions.create(model="math", messages=HELLO).model == "math"
 
 
-def test_a_stop_lets_streams_end_and_leaves_nothing(
+def test_cluster_stop_lets_streams_end_and_leaves_nothing(
     service: Service, client: openai.OpenAI
 ) -> None:
     stream = client.chat.completions.create(

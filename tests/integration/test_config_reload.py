@@ -72,7 +72,7 @@ async def counted(s: Site) -> float:
     return sum((await metric(s, "coe_requests_total")).values())
 
 
-async def test_reload_lets_each_config_end_after_its_last_request() -> None:
+async def test_reload_lets_each_config_drain() -> None:
     config = simulated({"cpu": {"decode_ms": 5}})
     async with site(config) as s:
         first = s.gateway.current
@@ -88,7 +88,7 @@ async def test_reload_lets_each_config_end_after_its_last_request() -> None:
         assert looks_for_keys(s.gateway.current)
 
 
-async def test_stop_after_reloads_ends_every_config() -> None:
+async def test_stop_after_reloads_stops_every_config() -> None:
     config = simulated({"cpu": {"decode_ms": 5}})
     async with site(config) as s:
         first = s.gateway.current
@@ -101,7 +101,7 @@ async def test_stop_after_reloads_ends_every_config() -> None:
             assert not looks_for_keys(s.gateway.current)
 
 
-async def test_vote_after_a_reload_is_for_the_answer_before_it() -> None:
+async def test_vote_after_a_reload_counts_for_the_answer_before_it() -> None:
     config = simulated({"cpu": {}}, experts={"general": {"model": "m", "categories": ["general"]}})
     async with site(config) as s:
         _, _, told = await s.ask(chat(model="auto"))
@@ -110,7 +110,7 @@ async def test_vote_after_a_reload_is_for_the_answer_before_it() -> None:
         assert said["recipe"] == "general"
 
 
-async def test_counters_after_a_reload_go_on_and_count_who_ends_after_it() -> None:
+async def test_counters_continue_after_a_reload() -> None:
     config = simulated({"cpu": {"decode_ms": 5}})
     async with site(config) as s:
         await s.ask(chat())
@@ -127,7 +127,7 @@ async def test_counters_after_a_reload_go_on_and_count_who_ends_after_it() -> No
         assert s.gateway.state.recent.totals(time.time())["requests"] == 3
 
 
-async def test_what_was_learned_of_an_expert_outlives_a_reload_unless_it_is_another_one() -> None:
+async def test_learned_figures_survive_a_reload_unless_the_expert_changed() -> None:
     experts = {"general": {"model": "m"}, "other": {"model": "m"}}
     config = simulated({"cpu": {}}, experts=experts)
     async with site(config) as s:
@@ -158,7 +158,7 @@ async def test_what_was_learned_of_an_expert_outlives_a_reload_unless_it_is_anot
         assert {place[0] for place in state.breakers.states(now_s)} == {"other"}
 
 
-async def test_prices_outlive_a_reload_and_new_budgets_get_theirs() -> None:
+async def test_prices_survive_a_reload_and_new_budgets_get_their_own() -> None:
     budgets = {"all": {"amount": 1, "period": "day"}}
     config = simulated({"cpu": {}}, budgets=budgets)
     async with site(config) as s:
@@ -177,7 +177,7 @@ async def test_prices_outlive_a_reload_and_new_budgets_get_theirs() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"connect_timeout_s": 1.0}, {"max_in_flight": 1}])
-async def test_bound_of_a_remote_expert_holds_across_reloads(settings: dict[str, Any]) -> None:
+async def test_remote_expert_limit_holds_across_reloads(settings: dict[str, Any]) -> None:
     upstream = Upstream()
     async with serving(upstream) as served, site(far(served)) as s:
         asking = [asyncio.create_task(s.ask(chat(model="far"))) for _ in range(4)]
@@ -193,7 +193,7 @@ async def test_bound_of_a_remote_expert_holds_across_reloads(settings: dict[str,
         assert upstream.asked == 8
 
 
-async def test_a_remote_expert_that_goes_ends_after_its_last_request() -> None:
+async def test_removed_remote_expert_stops_after_its_last_request() -> None:
     upstream = Upstream()
     async with serving(upstream) as served, site(far(served)) as s:
         asking = asyncio.create_task(s.ask(chat(model="far")))
@@ -207,7 +207,7 @@ async def test_a_remote_expert_that_goes_ends_after_its_last_request() -> None:
         assert not any('"far"' in labels for labels in await metric(s, "coe_requests_waiting"))
 
 
-async def test_a_remote_expert_with_a_new_address_has_no_open_breaker() -> None:
+async def test_remote_expert_with_a_new_address_has_a_closed_breaker() -> None:
     upstream = Upstream()
     upstream.go_on.set()
     async with serving(upstream) as served, site(far(served)) as s:
@@ -220,7 +220,7 @@ async def test_a_remote_expert_with_a_new_address_has_no_open_breaker() -> None:
         assert ("far", REMOTE) not in breakers.states(0.0)
 
 
-async def test_reload_that_fails_leaves_all_as_it_was() -> None:
+async def test_failed_reload_changes_nothing() -> None:
     config = simulated({"cpu": {}})
     async with site(config) as s:
         await s.ask(chat())
@@ -232,7 +232,7 @@ async def test_reload_that_fails_leaves_all_as_it_was() -> None:
         assert (await s.ask(chat()))[0] == 200
 
 
-def test_escalations_of_a_recipe_are_kept_by_the_recipe_and_forgotten_with_its_experts() -> None:
+def test_escalations_are_kept_by_recipe_and_forgotten_with_its_experts() -> None:
     from service.gateway.routing.quality import Escalations
 
     known = Escalations()

@@ -40,7 +40,7 @@ async def first(told: AsyncIterator[tuple[str, Any]], name: str) -> Any:
     raise AssertionError(f"the stream ended without {name}")
 
 
-async def test_pages_come_with_a_strict_policy_and_are_not_sent_twice() -> None:
+async def test_console_pages_have_a_strict_policy_and_are_cached() -> None:
     async with site(TWO) as s:
         for path in ("/console", "/docs"):
             async with s.get(path) as reply:
@@ -61,7 +61,7 @@ async def test_pages_come_with_a_strict_policy_and_are_not_sent_twice() -> None:
                 assert reply.status == 404
 
 
-async def test_events_tell_experts_then_each_request_and_its_tokens() -> None:
+async def test_events_report_experts_then_each_request_and_its_tokens() -> None:
     async with site(TWO) as s, s.get("/console/events") as reply:
         assert reply.headers["content-type"] == "text/event-stream"
         told = events(reply)
@@ -86,7 +86,7 @@ async def test_events_tell_experts_then_each_request_and_its_tokens() -> None:
         assert "private" not in json.dumps([route, state])
 
 
-async def test_a_failed_request_is_shown_and_an_unreadable_one_is_not() -> None:
+async def test_request_history_has_failed_and_no_malformed_requests() -> None:
     config = simulated({"cpu": {"fail": "first_byte"}})
     async with site(config) as s:
         await s.ask(chat())
@@ -97,7 +97,7 @@ async def test_a_failed_request_is_shown_and_an_unreadable_one_is_not() -> None:
         assert one["status"] >= 500
 
 
-async def test_where_keys_are_asked_for_the_admin_sees_the_traffic_alone(
+async def test_events_require_the_admin_key_once_keys_exist(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COE_TEST_KEY", "a-key-that-is-long-enough")
@@ -118,7 +118,7 @@ async def test_where_keys_are_asked_for_the_admin_sees_the_traffic_alone(
             assert (await first(events(reply), "hello"))["experts"]
 
 
-async def test_a_pool_that_drains_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_events_end_when_the_pool_drains(monkeypatch: pytest.MonkeyPatch) -> None:
     async with site(TWO) as s, s.get("/console/events") as reply:
         told = events(reply)
         await first(told, "hello")
@@ -127,7 +127,7 @@ async def test_a_pool_that_drains_ends_the_stream(monkeypatch: pytest.MonkeyPatc
         assert set(names) <= {"state", "routes"}
 
 
-async def test_listeners_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_event_streams_are_limited_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeds, "_MOST_LISTENERS", 1)
     async with site(TWO) as s, s.get("/console/events") as reply:
         await first(events(reply), "hello")
@@ -140,7 +140,7 @@ async def _refused(s: Site) -> None:
         assert (await second.json())["error"]["code"] == "over_capacity"
 
 
-async def test_a_stream_ends_where_nothing_more_can_be_told(
+async def test_events_end_when_the_state_can_not_be_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A page then asks again; one that was kept waiting would show the last state for ever."""

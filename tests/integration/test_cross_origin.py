@@ -17,7 +17,7 @@ PREFLIGHT = {
 }
 
 
-async def test_a_drive_by_post_and_a_rebound_page_are_refused() -> None:
+async def test_foreign_post_and_rebound_host_are_refused() -> None:
     async with site(ONE) as s:
         tricks: list[dict[str, str]] = [
             {"content-type": "text/plain"},
@@ -40,7 +40,7 @@ async def test_a_drive_by_post_and_a_rebound_page_are_refused() -> None:
         assert 'coe_requests_rejected_total{gateway="gateway",reason="host_not_allowed"} 6' in told
 
 
-async def test_a_page_of_a_configured_origin_asks_and_reads() -> None:
+async def test_configured_origin_asks_and_reads() -> None:
     async with site(ONE) as s:
         async with s.client.options(s.url + CHAT, headers=PREFLIGHT) as reply:
             assert reply.status == 200
@@ -63,7 +63,7 @@ async def test_a_page_of_a_configured_origin_asks_and_reads() -> None:
             assert reply.headers["access-control-allow-origin"] == PAGE
 
 
-async def test_a_preflight_of_another_origin_allows_nothing() -> None:
+async def test_preflight_of_a_foreign_origin_allows_nothing() -> None:
     async with site(ONE) as s:
         headers = {**PREFLIGHT, "origin": "https://attacker.example"}
         async with s.client.options(s.url + CHAT, headers=headers) as reply:
@@ -77,7 +77,7 @@ async def test_a_preflight_of_another_origin_allows_nothing() -> None:
         assert "access-control-allow-origin" not in reply.headers
 
 
-async def test_once_keys_are_needed_an_origin_says_nothing() -> None:
+async def test_origin_is_not_checked_once_keys_are_required() -> None:
     async with site(simulated({"cpu": {"tokens": 4}})) as s:
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
         status, _, made = await s.ask({"tenant": "default"}, "/admin/keys", headers=headers)
@@ -104,7 +104,7 @@ async def test_once_keys_are_needed_an_origin_says_nothing() -> None:
         "/v1/usage",
     ],
 )
-async def test_head_is_get_without_a_body(path: str) -> None:
+async def test_head_equals_get_without_a_body(path: str) -> None:
     async with site(ONE) as s:
         async with s.client.head(s.url + path) as head:
             assert await head.read() == b""
@@ -126,7 +126,7 @@ async def test_head_is_get_without_a_body(path: str) -> None:
         ("GET", "/v1/models/", "/v1/models"),
     ],
 )
-async def test_a_wrong_path_names_the_one_that_was_meant(
+async def test_wrong_path_is_answered_with_the_right_one(
     method: str, path: str, meant: str
 ) -> None:
     async with site(ONE) as s:
@@ -138,7 +138,7 @@ async def test_a_wrong_path_names_the_one_that_was_meant(
         assert f"did you mean {meant}?" in error["message"]
 
 
-async def test_streams_tell_proxies_to_pass_them_on() -> None:
+async def test_streams_have_headers_against_proxy_buffering() -> None:
     async with site(ONE) as s:
         async with s.post(chat(stream=True)) as reply:
             assert reply.headers["x-accel-buffering"] == "no"

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]
 EXPERTS = ["general", "math", "intents", "code"]
 
 
-def test_anthropic_s_client(demo: Service) -> None:
+def test_anthropic_client(demo: Service) -> None:
     given: Any = {
         "model": "auto",
         "max_tokens": 8,
@@ -41,7 +41,7 @@ def test_anthropic_s_client(demo: Service) -> None:
             client.messages.create(**{**given, "messages": []})
 
 
-def test_openai_s_node_client(demo: Service) -> None:
+def test_openai_node_client(demo: Service) -> None:
     told = run_node("openai_node.mjs", demo.url)
     assert told["whole"]
     assert told["stream"]
@@ -55,14 +55,14 @@ def test_openai_s_node_client(demo: Service) -> None:
     assert told["embeddings"] == "BadRequestError"
 
 
-def test_litellm(demo: Service) -> None:
+def test_litellm_client(demo: Service) -> None:
     told = last_json(run([python(), SCRIPTS / "python_clients.py", "litellm", demo.url]))
     assert told["whole"]
     assert told["stream"]
     assert told["fault"] == "NotFoundError"
 
 
-def test_langchain(demo: Service) -> None:
+def test_langchain_client(demo: Service) -> None:
     told = last_json(run([python(), SCRIPTS / "python_clients.py", "langchain", demo.url]))
     assert told["whole"]
     assert told["expert"] in EXPERTS
@@ -71,7 +71,7 @@ def test_langchain(demo: Service) -> None:
     assert told["fault"] == "model_not_found"
 
 
-def test_llm(demo: Service, tmp_path: Path) -> None:
+def test_llm_client(demo: Service, tmp_path: Path) -> None:
     (tmp_path / "extra-openai-models.yaml").write_text(
         f"- model_id: coe\n  model_name: auto\n  api_base: {demo.url}/v1\n  api_key_name: coe\n"
     )
@@ -81,7 +81,7 @@ def test_llm(demo: Service, tmp_path: Path) -> None:
     assert run([llm, *prompt, "--no-stream"], LLM_USER_PATH=str(tmp_path)).strip()
 
 
-def test_the_examples(demo: Service) -> None:
+def test_examples_run(demo: Service) -> None:
     scripts = sorted((ROOT / "examples").glob("[a-z]*"))
     assert len(scripts) == 5
     for script in scripts:
@@ -93,6 +93,6 @@ def test_the_examples(demo: Service) -> None:
         assert said.strip(), f"{script.name} says nothing"
 
 
-def test_the_official_client_lists_every_expert(demo: Service) -> None:
+def test_official_client_lists_every_expert(demo: Service) -> None:
     with openai.OpenAI(base_url=demo.url + "/v1", api_key="none", max_retries=0) as client:
         assert [model.id for model in client.models.list()] == ["auto", *EXPERTS]

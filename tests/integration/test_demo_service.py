@@ -56,7 +56,9 @@ def client(service: Service) -> Iterator[openai.OpenAI]:
         ("Write a Python function that reverses a string", "code"),
     ],
 )
-def test_four_prompts_reach_four_experts(client: openai.OpenAI, prompt: str, expert: str) -> None:
+def test_demo_four_prompts_reach_four_experts(
+    client: openai.OpenAI, prompt: str, expert: str
+) -> None:
     raw = client.chat.completions.with_raw_response.create(
         model="auto",
         messages=[{"role": "user", "content": prompt}],
@@ -70,7 +72,7 @@ def test_four_prompts_reach_four_experts(client: openai.OpenAI, prompt: str, exp
     assert told.choices[0].message.content
 
 
-def test_the_experts_differ(client: openai.OpenAI) -> None:
+def test_demo_experts_answer_differently(client: openai.OpenAI) -> None:
     said = {
         client.chat.completions.create(
             model=model,
@@ -86,7 +88,7 @@ def test_the_experts_differ(client: openai.OpenAI) -> None:
     assert any("freeze" in (text or "").lower() for text in said)
 
 
-def test_a_stream_with_usage(client: openai.OpenAI) -> None:
+def test_demo_stream_with_usage(client: openai.OpenAI) -> None:
     chunks = list(
         client.chat.completions.create(
             model="general",
@@ -110,7 +112,7 @@ def test_a_stream_with_usage(client: openai.OpenAI) -> None:
     assert len([c for c in chunks if c.choices]) > 2
 
 
-def test_json_by_schema_from_an_adapter(client: openai.OpenAI) -> None:
+def test_demo_json_schema_from_an_adapter(client: openai.OpenAI) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}}
     told = client.chat.completions.create(
         model="math", messages=HELLO, max_tokens=60, temperature=0, response_format=form
@@ -118,7 +120,7 @@ def test_json_by_schema_from_an_adapter(client: openai.OpenAI) -> None:
     jsonschema.validate(json.loads(told.choices[0].message.content or ""), SCHEMA)
 
 
-def test_a_named_tool(client: openai.OpenAI) -> None:
+def test_demo_named_tool_is_called(client: openai.OpenAI) -> None:
     tool: Any = {
         "type": "function",
         "function": {"name": "look_up", "parameters": SCHEMA, "strict": True},
@@ -137,7 +139,7 @@ def test_a_named_tool(client: openai.OpenAI) -> None:
     jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
 
 
-def test_too_long_a_prompt(client: openai.OpenAI) -> None:
+def test_demo_prompt_above_the_context_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as long:
         client.chat.completions.create(
             model="general", messages=[{"role": "user", "content": "word " * 5000}]
@@ -146,7 +148,7 @@ def test_too_long_a_prompt(client: openai.OpenAI) -> None:
     assert "2048" in long.value.message
 
 
-def test_a_deadline_is_a_504(client: openai.OpenAI) -> None:
+def test_demo_missed_deadline_is_a_504(client: openai.OpenAI) -> None:
     with pytest.raises(openai.InternalServerError) as late:
         client.chat.completions.create(
             model="general",
@@ -159,7 +161,7 @@ def test_a_deadline_is_a_504(client: openai.OpenAI) -> None:
     wait_until(lambda: running(client) == 0, "the engine has stopped it", 20)
 
 
-def test_a_client_that_leaves_stops_the_generation(client: openai.OpenAI) -> None:
+def test_demo_client_disconnect_stops_the_generation(client: openai.OpenAI) -> None:
     with client.chat.completions.create(
         model="general",
         messages=HELLO,
@@ -173,7 +175,7 @@ def test_a_client_that_leaves_stops_the_generation(client: openai.OpenAI) -> Non
 
 
 @needs_prometheus
-def test_the_engines_panels_show_vllm_s_own(
+def test_demo_dashboards_show_vllm_s_own_metrics(
     service: Service, client: openai.OpenAI, tmp_path: Path
 ) -> None:
     board = next(board for board in BOARDS if board.stem == "coe-engines")
@@ -193,7 +195,7 @@ def test_the_engines_panels_show_vllm_s_own(
         assert {one["metric"]["expert"] for one in answers} >= {"general", "math"}
 
 
-def test_a_killed_engine_is_replaced_and_a_request_answered(
+def test_demo_killed_engine_is_replaced_and_a_request_answered(
     service: Service, client: openai.OpenAI
 ) -> None:
     (core,) = service.named("EngineCore")
@@ -212,7 +214,7 @@ def test_a_killed_engine_is_replaced_and_a_request_answered(
     assert new.pid != core.pid
 
 
-def test_a_stop_leaves_nothing(service: Service) -> None:
+def test_demo_stop_leaves_nothing(service: Service) -> None:
     run_dir = service.run_dir
     service.stop()
     assert service.process.returncode == 0

@@ -114,7 +114,7 @@ PROGRAMS = {"curl", ".venv/bin/coe", "coe", *ELSEWHERE}
 
 
 @pytest.mark.parametrize("page", START)
-def test_commands_of_a_page_are_run_or_known(page: str) -> None:
+def test_commands_of_a_page_are_run_or_listed(page: str) -> None:
     assert {line.split()[0] for line in commands(START[page])} <= PROGRAMS
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for line in starting("make ", START[page]):
@@ -127,7 +127,7 @@ def test_commands_of_a_page_are_run_or_known(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in START if starting("curl ", START[page])])
-async def test_curl_answers_as_the_page_shows(page: str, tmp_path: Path) -> None:
+async def test_curl_examples_answer_as_shown(page: str, tmp_path: Path) -> None:
     async with site(DEMO) as s:
         for line in starting("curl ", START[page]):
             plain = line if "curl -i" in line else line.replace("curl", "curl -i", 1)
@@ -177,7 +177,7 @@ async def test_each_command_line_runs(page: str, tmp_path: Path) -> None:
                 assert "math" in output
 
 
-def test_the_quickstart_shows_a_chat_and_a_route() -> None:
+def test_quickstart_shows_a_chat_and_a_route() -> None:
     assert starting(".venv/bin/coe chat", QUICKSTART)
     assert starting(".venv/bin/coe route", QUICKSTART)
 
@@ -195,7 +195,7 @@ async def test_python_blocks_run(page: str, tmp_path: Path) -> None:
             assert (await run(s, tmp_path, [sys.executable, "-c", code])).strip()
 
 
-async def test_the_worked_example_s_numbers(tmp_path: Path) -> None:
+async def test_worked_example_has_the_right_numbers(tmp_path: Path) -> None:
     found = re.search(r"`(coe route \"[^`]+)`", ROUTING)
     assert found
     async with site(DEMO) as s:
@@ -235,7 +235,7 @@ def completed(data: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("name", "block"), configs(), ids=[name for name, _ in configs()])
-def test_yaml_blocks_are_configs(name: str, block: str) -> None:
+def test_yaml_blocks_are_valid_configs(name: str, block: str) -> None:
     data = yaml.safe_load(block)
     assert data.keys() <= set(Config.model_fields)
     parse_config(yaml.safe_dump(completed(data)), name)
@@ -252,7 +252,7 @@ def mentioned() -> list[str]:
 
 
 @pytest.mark.parametrize("line", mentioned())
-def test_every_command_named_is_there_with_its_options(line: str) -> None:
+def test_commands_named_in_the_documents_exist_with_their_options(line: str) -> None:
     words = line.replace("\\|", "|").replace("[", " ").replace("]", " ").split()[1:]
     command: Any = cli
     context = click.Context(cli)
@@ -272,7 +272,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
-def test_readme_is_short_and_its_pictures_and_links_are_there() -> None:
+def test_readme_is_short_and_its_pictures_and_links_exist() -> None:
     assert len(README.splitlines()) <= 120
     assert len((ROOT / "service" / "README.md").read_text().splitlines()) <= 80
     pictures = re.findall(r'src(?:set)?="([^"]+)"', README)
@@ -293,7 +293,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_files_and_targets_that_a_page_names_are_there(page: str) -> None:
+def test_files_and_targets_named_in_the_documents_exist(page: str) -> None:
     text = re.sub(r"^ *```.*?^ *```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
     packages = "|".join(path.name for path in (ROOT / "service").iterdir() if path.is_dir())
     top = "service|tests|deploy|loadtests|router_models|helm|docs|\\.github"
@@ -307,7 +307,7 @@ def test_files_and_targets_that_a_page_names_are_there(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_metrics_and_settings_that_a_page_names_are_there(page: str) -> None:
+def test_metrics_and_settings_named_in_the_documents_exist(page: str) -> None:
     metrics = (DOCS / "reference" / "metrics.md").read_text()
     keys = (DOCS / "reference" / "config.md").read_text()
     sections = "server|store|swap|vllm|telemetry|remote|tenants|experts|pools|feedback"

@@ -31,7 +31,7 @@ async def vote(s: Site, reply: str, score: float) -> tuple[int, Any]:
     return status, told
 
 
-async def test_an_expert_that_turns_bad_loses_its_traffic_within_the_votes() -> None:
+async def test_feedback_expert_that_turns_bad_loses_its_traffic() -> None:
     async with site(config()) as s:
         asked = []
         for _ in range(VOTES + 1):
@@ -54,7 +54,7 @@ async def test_an_expert_that_turns_bad_loses_its_traffic_within_the_votes() -> 
             pytest.fail("a worse one kept the traffic")
 
 
-async def test_a_reply_has_one_vote_under_any_of_its_ids() -> None:
+async def test_feedback_second_vote_under_any_of_a_reply_s_ids_is_a_conflict() -> None:
     async with site(config()) as s:
         headers = {"x-request-id": "mine-1"}
         _, _, told = await s.ask(chat(model="auto"), headers=headers)
@@ -80,14 +80,14 @@ async def test_a_reply_has_one_vote_under_any_of_its_ids() -> None:
         ({"id": "x", "score": 1, "comment": "hi"}, "unknown field 'comment'"),
     ],
 )
-async def test_votes_that_cannot_be_are_named(body: Any, words: str) -> None:
+async def test_feedback_invalid_votes_are_refused(body: Any, words: str) -> None:
     async with site(config()) as s:
         status, _, told = await s.ask(body, "/v1/feedback")
         assert status == 400
         assert words in told["error"]["message"]
 
 
-async def test_it_can_be_switched_off() -> None:
+async def test_feedback_can_be_switched_off() -> None:
     async with site(config(enabled=False)) as s:
         status, _, _ = await s.ask({"id": "x", "score": 1}, "/v1/feedback")
         assert status == 404
@@ -103,7 +103,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RedisSer
         yield counting, losing
 
 
-async def test_gateways_that_share_the_volatile_store_take_each_other_s_votes(
+async def test_feedback_gateways_with_a_shared_volatile_store_share_votes(
     servers: tuple[RedisServer, RedisServer],
 ) -> None:
     counting, losing = servers
@@ -129,7 +129,7 @@ async def test_gateways_that_share_the_volatile_store_take_each_other_s_votes(
         assert "votes/" in names
 
 
-async def test_a_volatile_store_that_is_gone_costs_votes_and_no_request(
+async def test_feedback_without_the_volatile_store_loses_votes_and_no_request(
     servers: tuple[RedisServer, RedisServer],
 ) -> None:
     counting, _ = servers

@@ -16,7 +16,7 @@ from tests.support.serving import ADMIN_KEY, CHAT, chat, events, simulated, site
 ONE = simulated({"cpu": {"tokens": 4}}, server={"max_body_bytes": 2000})
 
 
-async def test_a_whole_answer_and_what_its_headers_tell() -> None:
+async def test_chat_whole_answer_has_usage_and_headers() -> None:
     async with site(ONE) as s:
         status, headers, body = await s.ask(chat(), headers={"x-request-id": "mine"})
         assert status == 200
@@ -31,7 +31,7 @@ async def test_a_whole_answer_and_what_its_headers_tell() -> None:
         assert "x-coe-category" not in headers
 
 
-async def test_auto_tells_category_and_confidence() -> None:
+async def test_auto_has_category_and_confidence_headers() -> None:
     async with site(ONE) as s:
         for model in ("auto", "auto/general"):
             status, headers, body = await s.ask(chat(model=model))
@@ -40,7 +40,7 @@ async def test_auto_tells_category_and_confidence() -> None:
             assert 0 <= float(headers["x-coe-confidence"]) <= 1
 
 
-async def test_a_stream_with_usage() -> None:
+async def test_chat_stream_with_usage() -> None:
     async with site(ONE) as s:
         body = chat(stream=True, stream_options={"include_usage": True})
         async with s.post(body) as reply:
@@ -70,7 +70,7 @@ async def test_a_stream_with_usage() -> None:
         ("/v1/nothing", {}, 404, None, "not_found"),
     ],
 )
-async def test_refusals_take_openai_s_shape(
+async def test_refused_request_has_openai_s_error_shape(
     path: str, body: object, status: int, param: str | None, code: str | None
 ) -> None:
     async with site(ONE) as s:
@@ -84,14 +84,14 @@ async def test_refusals_take_openai_s_shape(
         assert headers["content-type"] == "application/json"
 
 
-async def test_too_long_a_prompt_names_both_numbers() -> None:
+async def test_prompt_above_the_context_names_both_numbers() -> None:
     async with site(ONE) as s:
         _, _, told = await s.ask(chat("a b c", max_tokens=5000))
         assert "2048" in told["error"]["message"]
         assert "5000" in told["error"]["message"]
 
 
-async def test_a_body_that_is_no_json_and_a_wrong_method() -> None:
+async def test_invalid_json_and_wrong_method_are_refused() -> None:
     async with site(ONE) as s:
         json_type = {"content-type": "application/json"}
         async with s.client.post(s.url + CHAT, data=b"{", headers=json_type) as reply:
@@ -103,7 +103,7 @@ async def test_a_body_that_is_no_json_and_a_wrong_method() -> None:
             assert "takes POST, not GET" in (await reply.json())["error"]["message"]
 
 
-async def test_the_other_endpoints() -> None:
+async def test_health_ready_models_and_other_endpoints_answer() -> None:
     async with site(ONE) as s:
         async with s.get("/health") as reply:
             assert (reply.status, await reply.json()) == (200, {"status": "ok"})
@@ -167,7 +167,7 @@ async def test_prompts_are_in_no_log(
     assert secret not in told["error"]["message"]
 
 
-async def test_an_unforeseen_fault_is_a_500_without_its_text(
+async def test_unexpected_exception_is_a_500_without_its_text(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with site(ONE) as s:
@@ -186,7 +186,7 @@ async def test_an_unforeseen_fault_is_a_500_without_its_text(
     assert {r.name for r in caplog.records if r.exc_info} <= {"coe.api", "coe.link"}
 
 
-async def test_a_vote_is_waited_for_no_longer_than_a_prompt() -> None:
+async def test_feedback_body_has_the_same_timeout_as_a_prompt() -> None:
     slow = simulated({"cpu": {}}, server={"limits": {"body_timeout_s": 1}})
     async with site(slow) as s:
         reader, writer = await asyncio.open_connection("127.0.0.1", URL(s.url).port)
@@ -198,7 +198,7 @@ async def test_a_vote_is_waited_for_no_longer_than_a_prompt() -> None:
 
 
 @pytest.mark.parametrize("kind", [ConfigError, ArtifactError, ModelStoreError])
-async def test_a_config_that_can_not_be_put_in_force_is_a_conflict(kind: type[CoeError]) -> None:
+async def test_reload_of_an_invalid_config_is_a_409(kind: type[CoeError]) -> None:
     async def reload() -> dict[str, list[str]]:
         raise kind("experts.a: it is wrong")
 
@@ -209,7 +209,7 @@ async def test_a_config_that_can_not_be_put_in_force_is_a_conflict(kind: type[Co
         assert told["error"]["message"] == "experts.a: it is wrong"
 
 
-async def test_what_nobody_thought_of_is_said_in_our_words(
+async def test_exception_in_routing_is_a_500_and_is_logged_without_its_text(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def plan(asked: object) -> None:
@@ -228,7 +228,7 @@ async def test_what_nobody_thought_of_is_said_in_our_words(
     assert not any("hello" in JsonLines().format(record) for record in logged)
 
 
-async def test_a_cap_above_the_context_under_auto_is_clipped_and_told() -> None:
+async def test_auto_max_tokens_above_the_context_are_clipped_with_a_header() -> None:
     config = simulated({"cpu": {"tokens": 4, "max_model_len": 50}})
     async with site(config) as s:
         for name in ("auto", "auto:fast"):

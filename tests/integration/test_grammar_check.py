@@ -102,7 +102,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("name", FIT)
-async def test_a_grammar_in_order_passes(
+async def test_grammar_check_valid_grammar_passes(
     checker: GrammarChecker, vocabulary: Vocabulary, name: str
 ) -> None:
     await checker.check(FIT[name], vocabulary)
@@ -110,7 +110,7 @@ async def test_a_grammar_in_order_passes(
 
 
 @pytest.mark.parametrize("name", UNFIT)
-async def test_a_grammar_that_breaks_or_costs_is_refused_and_the_worker_goes_on(
+async def test_grammar_check_invalid_or_expensive_grammar_is_refused_and_the_worker_goes_on(
     checker: GrammarChecker, vocabulary: Vocabulary, name: str
 ) -> None:
     await checker.check(FIT["a regex"], vocabulary)
@@ -123,7 +123,7 @@ async def test_a_grammar_that_breaks_or_costs_is_refused_and_the_worker_goes_on(
     await checker.check(FIT["EBNF"], vocabulary)
 
 
-async def test_the_loop_is_not_held_by_a_grammar_that_costs(
+async def test_grammar_check_expensive_grammar_does_not_block_the_loop(
     checker: GrammarChecker, vocabulary: Vocabulary
 ) -> None:
     began_s = time.thread_time()
@@ -132,7 +132,7 @@ async def test_the_loop_is_not_held_by_a_grammar_that_costs(
     assert time.thread_time() - began_s < 0.1
 
 
-async def test_one_verdict_serves_all_who_ask_together_and_later(
+async def test_grammar_check_result_is_shared_by_concurrent_and_later_requests(
     checker: GrammarChecker, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await checker.check(FIT["a regex"], vocabulary)
@@ -155,7 +155,7 @@ async def test_one_verdict_serves_all_who_ask_together_and_later(
     assert asked == 1
 
 
-async def test_trials_whose_clients_all_left_keep_nobody_else_waiting(
+async def test_grammar_check_abandoned_checks_do_not_delay_others(
     checker: GrammarChecker, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await checker.check(FIT["a regex"], vocabulary)
@@ -181,7 +181,7 @@ async def test_trials_whose_clients_all_left_keep_nobody_else_waiting(
         await checker.check(costly[-1], vocabulary)
 
 
-async def test_a_worker_that_was_killed_is_replaced(
+async def test_grammar_check_killed_worker_is_replaced(
     checker: GrammarChecker, vocabulary: Vocabulary
 ) -> None:
     await checker.check(FIT["a regex"], vocabulary)
@@ -191,7 +191,7 @@ async def test_a_worker_that_was_killed_is_replaced(
     assert pid_of(checker) != before
 
 
-async def test_without_a_worker_a_request_is_told_to_come_again(
+async def test_grammar_check_without_a_worker_raises_retryable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checker = GrammarChecker(cpu_s=1.0)
@@ -201,7 +201,7 @@ async def test_without_a_worker_a_request_is_told_to_come_again(
     await checker.close()
 
 
-async def test_the_shared_checker_ends_with_its_last_user() -> None:
+async def test_grammar_check_shared_worker_ends_with_its_last_user() -> None:
     shared = SharedChecker(lambda: GrammarChecker(cpu_s=1.0))
     first, second = shared.acquire(), shared.acquire()
     assert first is second

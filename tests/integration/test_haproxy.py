@@ -134,7 +134,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield made
 
 
-def test_serve_s_template_has_the_lines_that_are_changed() -> None:
+def test_haproxy_template_of_serve_has_the_lines_that_are_changed() -> None:
     text = "".join(v for v in vars(haproxy_templates).values() if isinstance(v, str))
     for line in (
         "stats socket {{ config.socket_path }} mode 666 level admin",
@@ -145,7 +145,7 @@ def test_serve_s_template_has_the_lines_that_are_changed() -> None:
         assert line in text
 
 
-def test_statistics_are_on_loopback_and_the_admin_socket_is_its_owner_s(proxy: Running) -> None:
+def test_haproxy_statistics_are_on_loopback_and_the_admin_socket_is_private(proxy: Running) -> None:
     for name in ("metrics", "stats"):
         assert listens("127.0.0.1", proxy.ports[name])
         # Bound to every interface it would answer there too.
@@ -153,7 +153,7 @@ def test_statistics_are_on_loopback_and_the_admin_socket_is_its_owner_s(proxy: R
     assert stat.S_IMODE((proxy.folder / "admin.sock").stat().st_mode) == 0o600
 
 
-def test_the_service_listens_where_the_config_says(tmp_path: Path) -> None:
+def test_haproxy_listens_where_the_config_says(tmp_path: Path) -> None:
     with running(tmp_path, "0.0.0.0") as made:
         assert listens("127.0.0.2", made.ports["port"])
         assert not listens("127.0.0.2", made.ports["stats"])
@@ -164,7 +164,9 @@ def test_the_service_listens_where_the_config_says(tmp_path: Path) -> None:
     "announced",
     [b"content-length: 5\r\n\r\nhello", b"transfer-encoding: chunked\r\n\r\n5\r\nhello"],
 )
-def test_a_body_on_get_is_refused(proxy: Running, method: bytes, announced: bytes) -> None:
+def test_haproxy_get_with_a_body_is_refused(
+    proxy: Running, method: bytes, announced: bytes
+) -> None:
     if method == b"HEAD":
         with closing(socket.create_connection(("127.0.0.1", proxy.ports["port"]), 5)) as made:
             made.sendall(b"HEAD / HTTP/1.1\r\nhost: x\r\n" + announced)
@@ -175,11 +177,11 @@ def test_a_body_on_get_is_refused(proxy: Running, method: bytes, announced: byte
 
 
 @pytest.mark.parametrize("bare", [b"", b"content-length: 0\r\n"])
-def test_a_get_without_one_passes(proxy: Running, bare: bytes) -> None:
+def test_haproxy_get_without_a_body_passes(proxy: Running, bare: bytes) -> None:
     assert proxy.ask(b"GET / HTTP/1.1\r\nhost: x\r\n" + bare + b"\r\n")[0] == 200
 
 
-def test_a_websocket_is_refused_and_other_upgrades_are_ignored(proxy: Running) -> None:
+def test_haproxy_websocket_is_refused_and_other_upgrades_are_ignored(proxy: Running) -> None:
     upgrade = b"connection: upgrade\r\nupgrade: %s\r\nsec-websocket-version: 13\r\n"
     key = b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
     head = b"GET / HTTP/1.1\r\nhost: x\r\n"
@@ -199,7 +201,7 @@ def test_a_websocket_is_refused_and_other_upgrades_are_ignored(proxy: Running) -
         "x-request-id: a b",
     ],
 )
-def test_serve_s_own_controls_do_not_pass(proxy: Running, header: str) -> None:
+def test_haproxy_blocks_serve_s_own_endpoints(proxy: Running, header: str) -> None:
     status, told = proxy.ask(f"GET / HTTP/1.1\r\nhost: x\r\n{header}\r\n\r\n".encode())
     assert status == 200
     assert header.partition(":")[0] not in told

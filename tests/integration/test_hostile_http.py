@@ -115,14 +115,14 @@ def works(service: Service) -> bool:
         b"user-agent: \x80\r\n",
     ],
 )
-def test_headers_that_would_upset_serve(service: Service, header: bytes) -> None:
+def test_hostile_headers_do_not_upset_serve(service: Service, header: bytes) -> None:
     status, told, _ = ask(service, request(headers=header))
     assert status == 200
     assert b"server" not in told
     assert len(told[b"x-request-id"]) <= 128
 
 
-def test_a_good_request_id_comes_back(service: Service) -> None:
+def test_valid_request_id_is_returned(service: Service) -> None:
     _, told, _ = ask(service, request(headers=b"x-request-id: mine-1\r\n"))
     assert told[b"x-request-id"] == b"mine-1"
 
@@ -143,18 +143,18 @@ def test_a_good_request_id_comes_back(service: Service) -> None:
         + b"\r\n",
     ],
 )
-def test_what_is_no_http_is_a_400(service: Service, raw: bytes) -> None:
+def test_malformed_http_is_a_400(service: Service, raw: bytes) -> None:
     assert ask(service, raw)[0] == 400
     assert works(service)
 
 
-def test_many_headers_are_a_431(service: Service) -> None:
+def test_too_many_headers_are_a_431(service: Service) -> None:
     many = b"".join(b"a%d: b\r\n" % i for i in range(60))
     status, _, body = ask(service, request(headers=many))
     assert (status, json.loads(body)["error"]["code"]) == (431, "headers_too_large")
 
 
-def test_requests_one_after_the_other_without_waiting(service: Service) -> None:
+def test_pipelined_requests_are_answered_in_order(service: Service) -> None:
     with closing(connect(service)) as made:
         bodies = [BODY, b"{", BODY, b"\xff" * 100, BODY]
         made.sendall(b"".join(map(request, bodies)))
@@ -171,7 +171,7 @@ def test_requests_one_after_the_other_without_waiting(service: Service) -> None:
         assert statuses == [200, 400, 200, 400, 200]
 
 
-def test_half_a_head_and_half_a_body_are_given_up(service: Service) -> None:
+def test_half_a_head_or_body_times_out(service: Service) -> None:
     began_s = time.monotonic()
     with closing(connect(service)) as head, closing(connect(service)) as body:
         head.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost")
@@ -183,7 +183,7 @@ def test_half_a_head_and_half_a_body_are_given_up(service: Service) -> None:
     assert works(service)
 
 
-def test_a_body_that_trickles_is_given_up(service: Service) -> None:
+def test_trickling_body_times_out(service: Service) -> None:
     with closing(connect(service)) as made:
         made.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
@@ -202,7 +202,7 @@ def test_a_body_that_trickles_is_given_up(service: Service) -> None:
         assert b"request_timeout" in data
 
 
-def test_a_prompt_of_ten_megabytes(service: Service) -> None:
+def test_ten_megabyte_prompt_is_answered_and_a_larger_one_refused(service: Service) -> None:
     text = "word " * 2_000_000
     body = json.dumps(
         {"model": "auto", "messages": [{"role": "user", "content": text}], "max_tokens": 2}
@@ -216,7 +216,7 @@ def test_a_prompt_of_ten_megabytes(service: Service) -> None:
     assert works(service)
 
 
-def test_a_page_is_let_in_by_its_origin_only(service: Service) -> None:
+def test_browser_page_is_admitted_by_its_origin_only(service: Service) -> None:
     ask_for = b"access-control-request-method: POST\r\naccess-control-request-headers: x-a\r\n\r\n"
     head = b"OPTIONS /v1/chat/completions HTTP/1.1\r\nhost: x\r\norigin: %s\r\n" + ask_for
     status, told, _ = ask(service, head % b"http://friend.example")
@@ -232,7 +232,7 @@ def test_a_page_is_let_in_by_its_origin_only(service: Service) -> None:
     assert ask(service, text)[0] == 415
 
 
-def test_on_every_interface_the_service_alone_listens(service: Service) -> None:
+def test_only_the_service_listens_on_every_interface(service: Service) -> None:
     """Serve's gateways, and HAProxy's statistics, are reached from this machine only."""
     # Ray's own ports in these processes need its token.
     found = [
@@ -245,7 +245,7 @@ def test_on_every_interface_the_service_alone_listens(service: Service) -> None:
     assert {address for address, port in found if port != service.port} == {"127.0.0.1"}
 
 
-def test_a_gateway_s_own_port_lets_nobody_keep_a_generation(service: Service) -> None:
+def test_gateway_port_ignores_headers_that_keep_a_generation_alive(service: Service) -> None:
     ports = [one.port for one in service.listening() if GATEWAY in one.process]
     body = {"model": "general", "messages": [{"role": "user", "content": "x"}], "stream": True}
     long = json.dumps({**body, "max_tokens": 1_000_000}).encode()
@@ -256,7 +256,7 @@ def test_a_gateway_s_own_port_lets_nobody_keep_a_generation(service: Service) ->
     wait_until(lambda: running(service) == 0, "it ended with its client")
 
 
-async def test_a_thousand_connections_that_say_nothing(service: Service) -> None:
+async def test_thousand_idle_connections_do_not_block_requests(service: Service) -> None:
     writers = []
     for _ in range(10):
         made = await asyncio.gather(
@@ -286,7 +286,7 @@ def running(service: Service) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
-def test_a_stream_that_nobody_reads_takes_no_memory_and_is_ended(service: Service) -> None:
+def test_unread_stream_uses_bounded_memory_and_is_ended(service: Service) -> None:
     """Each would have 170 MB to say; the engine's own words take 7."""
     before = resident(service)
     body: Any = {
@@ -316,7 +316,7 @@ def test_a_stream_that_nobody_reads_takes_no_memory_and_is_ended(service: Servic
     assert works(service)
 
 
-def test_nothing_of_it_is_in_a_log(service: Service) -> None:
+def test_hostile_input_is_in_no_log(service: Service) -> None:
     """And no traceback either."""
     logs = [
         path
@@ -330,7 +330,7 @@ def test_nothing_of_it_is_in_a_log(service: Service) -> None:
     assert "Traceback" not in service.log
 
 
-def test_descriptors_come_back(service: Service) -> None:
+def test_file_descriptors_are_released(service: Service) -> None:
     def few() -> bool:
         return all(
             p.num_fds() < 200 for p in service.named(GATEWAY) if isinstance(p, psutil.Process)

@@ -20,7 +20,7 @@ def _shown(model: str, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_picture_reaches_only_who_sees(stream: bool) -> None:
+async def test_picture_request_is_answered_by_vision_experts_only(stream: bool) -> None:
     experts = {"text": _TEXT, "sees": _SEES}
     async with site(simulated({"cpu": {"tokens": 4}}, experts=experts)) as s:
         async with s.get("/v1/models") as reply:
@@ -37,7 +37,7 @@ async def test_a_picture_reaches_only_who_sees(stream: bool) -> None:
         assert "expert 'text' can't do vision" in told["error"]["message"]
 
 
-async def test_auto_embeds_into_one_space() -> None:
+async def test_auto_embeddings_use_one_vector_space() -> None:
     def embeds(space: str) -> dict[str, Any]:
         return {"model": "m", "capabilities": ["embeddings"], "space": space}
 

@@ -55,7 +55,7 @@ async def told(s: Site, expert: str, key: str = ADMIN_KEY) -> tuple[int, Any]:
         return reply.status, await reply.json()
 
 
-async def test_pools_are_added_up() -> None:
+async def test_moe_statistics_of_pools_are_added_up() -> None:
     async with two_pools() as s:
         status, body = await told(s, "moe")
         denied, _ = await told(s, "moe", key="no")
@@ -71,7 +71,7 @@ async def test_pools_are_added_up() -> None:
     assert second["sch"] == 1.0
 
 
-async def test_one_clear_error_each() -> None:
+async def test_moe_statistics_errors_name_the_reason() -> None:
     cases = {
         "nobody": (404, "no running pool holds an expert 'nobody'"),
         "dense": (409, "'dense' is not a mixture of experts"),
@@ -85,7 +85,9 @@ async def test_one_clear_error_each() -> None:
             assert words in body["error"]["message"]
 
 
-async def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_moe_show_command_prints_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     key = tmp_path / "admin-key"
     key.write_text(ADMIN_KEY)
     key.chmod(0o600)

@@ -54,7 +54,9 @@ async def ask(port: int) -> set[str]:
     return {line.split('"')[1] for line in text.splitlines() if line.startswith("up_now")}
 
 
-async def test_whoever_has_the_port_answers_for_all_until_it_ends(tmp_path: Path) -> None:
+async def test_node_target_process_with_the_port_answers_for_all_until_it_ends(
+    tmp_path: Path,
+) -> None:
     folder, port = tmp_path / "node", free_port()
     async with target(folder, "gateway-2", port) as second:
         async with target(folder, "gateway-1", port), target(folder, "pool-cpu-1", port):
@@ -73,7 +75,7 @@ async def port_tells(port: int, names: set[str]) -> bool:
     return await ask(port) == names
 
 
-async def test_a_killed_process_s_socket_is_removed(tmp_path: Path) -> None:
+async def test_node_target_socket_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "node"
     async with target(folder, "gateway-1") as living:
         dead = folder / "pool-cpu-1.sock"
@@ -87,7 +89,7 @@ async def test_a_killed_process_s_socket_is_removed(tmp_path: Path) -> None:
         assert not dead.exists()
 
 
-async def test_a_folder_of_somebody_else_is_not_used(
+async def test_node_target_folder_open_to_others_is_not_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "node"
@@ -98,13 +100,13 @@ async def test_a_folder_of_somebody_else_is_not_used(
     assert "stay out" in caplog.text
 
 
-def test_the_folder_tells_nothing_of_the_secret() -> None:
+def test_node_folder_name_does_not_reveal_the_secret() -> None:
     folder = node_folder("secret")
     assert "secret" not in folder.name
     assert folder == node_folder("secret") != node_folder("another")
 
 
-async def test_whoever_waits_for_the_port_holds_nothing_meanwhile(
+async def test_node_target_waiting_for_the_port_holds_no_resources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[web.TCPSite] = []

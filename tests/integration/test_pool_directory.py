@@ -60,7 +60,7 @@ async def followed(node: Node) -> AsyncIterator[tuple[PoolDirectory, PoolLink]]:
         yield directory, link
 
 
-async def test_a_stream_ends_though_its_pool_is_followed_no_more() -> None:
+async def test_stream_of_a_removed_pool_still_ends() -> None:
     node = Node()
     async with followed(node) as (directory, link):
         async with link.call(call(1), b"{}") as answer:
@@ -75,14 +75,14 @@ async def test_a_stream_ends_though_its_pool_is_followed_no_more() -> None:
         await directory.close()
 
 
-async def test_whoever_has_no_call_left_is_left_at_once() -> None:
+async def test_removed_pool_without_calls_is_closed_at_once() -> None:
     async with followed(Node()) as (directory, link):
         directory.update([])
         await until(lambda: link._task.done(), "nobody follows it any more")
         await directory.close()
 
 
-async def test_a_directory_that_closes_waits_for_no_call() -> None:
+async def test_directory_close_does_not_wait_for_calls() -> None:
     async with followed(Node()) as (directory, link), link.call(call(1), b"{}") as answer:
         await answer.chunks.readany()
         directory.update([])

@@ -28,7 +28,7 @@ from tests.support.waiting import until
 SHARED = {"general": {"model": "m"}, "other": {"model": "m"}}
 
 
-async def test_an_engine_that_dies_before_the_first_byte_is_not_noticed() -> None:
+async def test_engine_death_before_the_first_byte_is_retried_elsewhere() -> None:
     config = simulated({"bad": {"fail": "first_byte", "prefill_tokens_per_s": 2}, "good": {}})
     async with site(config) as s:
         bad, good = s.pools["bad"], s.pools["good"]
@@ -45,7 +45,7 @@ async def test_an_engine_that_dies_before_the_first_byte_is_not_noticed() -> Non
         assert len(good.engine.asked) == 1
 
 
-async def test_a_request_that_kills_every_engine_is_given_to_two_only() -> None:
+async def test_request_that_kills_every_engine_is_given_to_two_only() -> None:
     async with site(simulated({"cpu": {"fail": "first_byte"}})) as s:
         for stream in (False, True):
             status, headers, body = await s.ask(chat(stream=stream))
@@ -60,7 +60,7 @@ POISON = "this text ends the process"
 
 @pytest.mark.parametrize("how", ["engine", "pool"])
 @pytest.mark.parametrize("model", ["general", "auto"])
-async def test_a_poison_request_costs_two_of_five_pools(how: str, model: str) -> None:
+async def test_poison_request_costs_two_of_five_pools(how: str, model: str) -> None:
     async with site(simulated({kind: {} for kind in "abcde"})) as s:
         lost: list[str] = []
 
@@ -105,7 +105,7 @@ async def test_requests_beside_a_poison_request_are_answered() -> None:
         assert [status for status, _, _ in await asyncio.gather(*beside)] == [200] * 4
 
 
-async def test_a_pool_cut_off_while_it_drains_is_no_loss() -> None:
+async def test_pool_cut_off_while_draining_does_not_count_as_a_loss() -> None:
     """Two pools that stop, as they had told, cost a request its place, not its answer."""
     slow = {"prefill_tokens_per_s": 1}
     async with site(simulated({"a": slow, "b": slow, "c": {}})) as s:
@@ -127,7 +127,7 @@ async def test_a_pool_cut_off_while_it_drains_is_no_loss() -> None:
         assert (await asking)[0] == 200
 
 
-async def test_a_dead_engine_is_replaced_and_its_request_answered_there() -> None:
+async def test_dead_engine_is_replaced_and_answers_its_request() -> None:
     async with site(simulated({"cpu": {"prefill_tokens_per_s": 20}})) as s:
         pool = s.pools["cpu"]
         first = pool.engine
@@ -139,7 +139,7 @@ async def test_a_dead_engine_is_replaced_and_its_request_answered_there() -> Non
         assert pool.engine is not first
 
 
-async def test_an_engine_that_dies_in_mid_stream_ends_it_with_an_error_event() -> None:
+async def test_engine_death_during_a_stream_ends_it_with_an_error_event() -> None:
     async with site(simulated({"cpu": {"fail": "mid_stream"}})) as s:
         async with s.post(chat(stream=True)) as reply:
             assert reply.status == 200
@@ -154,7 +154,7 @@ async def test_an_engine_that_dies_in_mid_stream_ends_it_with_an_error_event() -
         await until(lambda: len(s.pools["cpu"].engines) == 2, "another engine is started")
 
 
-async def test_a_pool_that_vanishes_in_mid_stream_ends_it_with_an_error_event() -> None:
+async def test_pool_loss_during_a_stream_ends_it_with_an_error_event() -> None:
     config = simulated({"cpu": {"decode_ms": 20}})
     async with site(config) as s:
         pool = s.pools["cpu"]
@@ -167,7 +167,7 @@ async def test_a_pool_that_vanishes_in_mid_stream_ends_it_with_an_error_event() 
         assert (await s.ask(chat()))[0] == 200
 
 
-async def test_a_draining_pool_ends_its_streams_and_gets_no_new_ones() -> None:
+async def test_draining_pool_finishes_its_streams_and_gets_no_new_ones() -> None:
     config = simulated({"one": {"decode_ms": 20}, "two": {}})
     async with site(config) as s:
         one, two = s.pools["one"], s.pools["two"]
@@ -190,7 +190,7 @@ async def test_a_draining_pool_ends_its_streams_and_gets_no_new_ones() -> None:
         assert one.engine.failure() is not None
 
 
-async def test_over_capacity_is_said_at_once() -> None:
+async def test_over_capacity_is_answered_at_once() -> None:
     config = simulated(
         {"cpu": {"max_num_seqs": 1, "decode_ms": 20}}, kinds={"cpu": {"max_queued_requests": 1}}
     )
@@ -209,7 +209,7 @@ async def test_over_capacity_is_said_at_once() -> None:
         assert float(headers["x-coe-queue-ms"]) > 0
 
 
-async def test_a_full_pool_sends_to_another() -> None:
+async def test_full_pool_is_passed_over_for_another() -> None:
     config = simulated(
         {"full": {"max_num_seqs": 1, "decode_ms": 20}, "free": {}},
         kinds={"full": {"max_queued_requests": 0}},
@@ -228,7 +228,7 @@ async def test_a_full_pool_sends_to_another() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_deadline_on_the_engine_and_in_the_queue(stream: bool) -> None:
+async def test_deadline_ends_requests_on_the_engine_and_in_the_queue(stream: bool) -> None:
     config = simulated({"cpu": {"prefill_tokens_per_s": 0.1, "max_num_seqs": 1}})
     async with site(config) as s:
         pool = s.pools["cpu"]
@@ -247,7 +247,7 @@ async def test_a_deadline_on_the_engine_and_in_the_queue(stream: bool) -> None:
             assert f"deadline of {deadline} ms" in body["error"]["message"]
 
 
-async def test_a_stream_s_deadline_ends_with_its_first_token() -> None:
+async def test_deadline_of_a_stream_ends_with_its_first_token() -> None:
     async with site(simulated({"cpu": {"decode_ms": 50}})) as s:
         headers = {"x-coe-deadline-ms": "500"}
         async with s.post(chat(stream=True, max_tokens=20), headers=headers) as reply:
@@ -257,7 +257,7 @@ async def test_a_stream_s_deadline_ends_with_its_first_token() -> None:
         assert status == 504
 
 
-async def test_a_client_that_leaves_frees_its_place_at_every_stage() -> None:
+async def test_client_disconnect_frees_its_place_at_every_stage() -> None:
     async with site(simulated({"cpu": {"max_num_seqs": 1, "decode_ms": 20}})) as s:
         pool = s.pools["cpu"]
         async with s.post(chat(stream=True, max_tokens=1500)) as running:
@@ -279,7 +279,7 @@ async def test_a_client_that_leaves_frees_its_place_at_every_stage() -> None:
 
 @pytest.mark.parametrize("given", [{}, {"x-coe-secret": ""}, {"x-coe-secret": SECRET + "x"}])
 @pytest.mark.parametrize("path", [CHAT, "/snapshots", "/metrics"])
-async def test_a_pool_s_port_asks_for_the_secret(given: dict[str, str], path: str) -> None:
+async def test_pool_port_requires_the_secret(given: dict[str, str], path: str) -> None:
     config = simulated({"cpu": {}})
     async with pool_of(config, "cpu") as pool, aiohttp.ClientSession() as client:
         method = client.post if path == CHAT else client.get
@@ -290,7 +290,7 @@ async def test_a_pool_s_port_asks_for_the_secret(given: dict[str, str], path: st
         assert SECRET not in text
 
 
-async def test_a_pool_bounds_bodies_and_knows_its_paths() -> None:
+async def test_pool_port_limits_bodies_and_refuses_unknown_paths() -> None:
     config = simulated({"cpu": {}}, server={"max_body_bytes": 100})
     given = {"x-coe-secret": SECRET}
     async with pool_of(config, "cpu") as pool, aiohttp.ClientSession(headers=given) as client:
@@ -320,7 +320,7 @@ async def test_a_pool_bounds_bodies_and_knows_its_paths() -> None:
             assert reply.status == 404
 
 
-async def test_an_expert_that_can_not_load_says_why_and_the_others_work() -> None:
+async def test_expert_that_can_not_load_reports_its_reason_and_others_work() -> None:
     config = simulated(
         {"bad": {"fail": "load"}, "good": {}},
         experts=SHARED,
@@ -341,7 +341,7 @@ async def test_an_expert_that_can_not_load_says_why_and_the_others_work() -> Non
             assert reply.status == 200
 
 
-async def test_nobody_ready_is_not_ready() -> None:
+async def test_ready_without_any_ready_expert_is_503() -> None:
     async with site(simulated({"cpu": {"fail": "load"}})) as s, s.get("/ready") as reply:
         assert reply.status == 503
 
@@ -356,7 +356,7 @@ async def test_two_pools_share_the_load() -> None:
         assert min(shares) >= 10
 
 
-async def test_a_pool_not_heard_of_is_asked_last_and_then_not_at_all(
+async def test_silent_pool_is_chosen_last_and_then_not_at_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with site(simulated({"one": {}, "two": {}})) as s:
@@ -379,7 +379,7 @@ async def test_a_pool_not_heard_of_is_asked_last_and_then_not_at_all(
         assert set(s.woken) == {"general"}
 
 
-async def test_an_address_that_another_process_has_now_is_not_used() -> None:
+async def test_pool_address_reused_by_another_process_is_not_used() -> None:
     async with site(simulated({"cpu": {}})) as s:
         address = s.pools["cpu"].address
         s.gateway.directory.update([PoolAddress(address.url, "cpu", "an older one")])
@@ -389,7 +389,7 @@ async def test_an_address_that_another_process_has_now_is_not_used() -> None:
         s.gateway.directory.update([address])
 
 
-async def test_a_request_waits_for_a_pool_that_is_on_its_way() -> None:
+async def test_request_waits_for_a_pool_that_is_starting() -> None:
     async with site(simulated({"cpu": {}})) as s:
         address = s.pools["cpu"].address
         s.gateway.directory.update([])

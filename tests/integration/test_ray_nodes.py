@@ -118,7 +118,7 @@ def client(cluster: RayCluster) -> Client:
     return made
 
 
-def test_haproxy_is_ours(cluster: RayCluster, client: Client) -> None:
+def test_ray_nodes_run_the_wrapped_haproxy(cluster: RayCluster, client: Client) -> None:
     """The wrapper has changed its configuration: own pages on loopback, our faults."""
     (path,) = (cluster.folder / "h").rglob("haproxy.cfg")
     text = path.read_text()
@@ -146,13 +146,15 @@ def listening(cluster: RayCluster, ip: str) -> set[str]:
     return found
 
 
-def test_pools_listen_on_their_own_node_s_address(cluster: RayCluster, client: Client) -> None:
+def test_ray_pools_listen_on_their_own_node_s_address(cluster: RayCluster, client: Client) -> None:
     assert client.ask(3)[0] == 200
     assert listening(cluster, HEAD) == {HEAD}
     assert listening(cluster, OTHER) == {OTHER}
 
 
-def test_traffic_goes_on_when_a_pool_s_node_is_killed(cluster: RayCluster, client: Client) -> None:
+def test_ray_traffic_continues_when_a_pool_s_node_is_killed(
+    cluster: RayCluster, client: Client
+) -> None:
     answered: list[int] = []
     killed_after: list[int] = []
     end = threading.Event()
@@ -179,13 +181,13 @@ def test_traffic_goes_on_when_a_pool_s_node_is_killed(cluster: RayCluster, clien
     assert answered[killed_after[0] :]
 
 
-def test_a_node_that_comes_back_is_used_again(cluster: RayCluster, client: Client) -> None:
+def test_ray_node_that_returns_is_used_again(cluster: RayCluster, client: Client) -> None:
     cluster.start(OTHER, {"coe-pool-there": 1})
     wait_until(lambda: client.pools() == 2, "its pool is there again", 90)
     assert listening(cluster, OTHER) == {OTHER}
 
 
-def test_a_node_leaves_without_cutting_a_stream(cluster: RayCluster, client: Client) -> None:
+def test_ray_node_drains_without_cutting_a_stream(cluster: RayCluster, client: Client) -> None:
     tokens = 150  # three seconds
     with ThreadPoolExecutor(8) as threads:
         streams = [threads.submit(client.ask, tokens, stream=True) for _ in range(8)]

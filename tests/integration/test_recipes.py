@@ -125,7 +125,7 @@ def said(told: dict[str, Any]) -> str:
     return str(told["choices"][0]["message"]["content"])
 
 
-async def test_members_that_agree_settle_it_and_nobody_else_is_asked() -> None:
+async def test_cascade_members_that_agree_end_it() -> None:
     async with stage(a="The answer is 42.", b="#### 42") as (s, cast):
         status, headers, told = await s.ask(chat(model="two"))
         assert status == 200
@@ -142,7 +142,7 @@ async def test_members_that_agree_settle_it_and_nobody_else_is_asked() -> None:
         assert coe["recipe"] == "cascade([a, b] -> c)"
 
 
-async def test_members_that_differ_are_settled_by_the_last() -> None:
+async def test_cascade_members_that_differ_escalate_to_the_last() -> None:
     for line in ("43", "It is long: 42, for many reasons. " * 9, "I don't know."):
         async with stage(a="41", b="42", c=line) as (s, cast):
             _, headers, told = await s.ask(chat(model="two"))
@@ -155,7 +155,7 @@ LINES = ("42", "43", "I can't answer that.", "Here is the proof, step by step. "
 
 
 @pytest.mark.parametrize("recipe", ["one", "two", "chain", "most"])
-async def test_the_same_answer_whole_and_streamed(recipe: str) -> None:
+async def test_recipe_whole_and_streamed_answers_are_equal(recipe: str) -> None:
     chance = random.Random(recipe)
     for _ in range(12):
         async with stage(**{name: chance.choice(LINES) for name in "abcd"}) as (s, cast):
@@ -173,7 +173,7 @@ async def test_the_same_answer_whole_and_streamed(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_last_expert_that_refuses_leaves_the_answer_to_those_before(stream: bool) -> None:
+async def test_cascade_last_expert_that_refuses_yields_to_an_earlier_answer(stream: bool) -> None:
     async with stage(a="41", b="42") as (s, cast):
         cast.refusing.add("c")
         async with s.post(chat(model="two", stream=stream)) as reply:
@@ -181,7 +181,7 @@ async def test_a_last_expert_that_refuses_leaves_the_answer_to_those_before(stre
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_request_that_every_expert_refuses_is_told_so(stream: bool) -> None:
+async def test_recipe_refused_by_every_expert_is_a_400(stream: bool) -> None:
     async with stage() as (s, cast):
         cast.refusing |= set("abc")
         for model in ("two", "most"):
@@ -190,7 +190,7 @@ async def test_a_request_that_every_expert_refuses_is_told_so(stream: bool) -> N
                 assert "says no" in (await reply.json())["error"]["message"]
 
 
-async def test_refusals_and_answers_that_were_cut_escalate() -> None:
+async def test_cascade_refusals_and_truncated_answers_escalate() -> None:
     for line in ("I cannot answer that question.", "I'm sorry, I can't help with that."):
         async with stage(a=line, b=line, c="42") as (s, _):
             _, headers, told = await s.ask(chat(model="two"))
@@ -201,7 +201,7 @@ async def test_refusals_and_answers_that_were_cut_escalate() -> None:
         assert (said(told), headers["x-coe-expert"]) == ("42", "c")
 
 
-async def test_a_remote_member_is_taken_where_it_is_sure_of_its_tokens(
+async def test_cascade_confident_remote_member_is_accepted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     recipes = {"sure": {"kind": "cascade", "members": ["a"], "later": ["c"], "sure": 0.8}}
@@ -224,7 +224,7 @@ async def test_a_remote_member_is_taken_where_it_is_sure_of_its_tokens(
             assert caplog.text.count("sends no log probabilities") == 1
 
 
-async def test_a_chain_stops_at_the_first_that_agrees_with_one_before() -> None:
+async def test_chain_stops_at_the_first_agreement() -> None:
     async with stage(a="41", b="42", c="42", d="0") as (s, cast):
         _, headers, told = await s.ask(chat(model="chain"))
         assert (said(told), headers["x-coe-expert"], cast.models) == ("42", "c", ["a", "b", "c"])
@@ -234,14 +234,14 @@ async def test_a_chain_stops_at_the_first_that_agrees_with_one_before() -> None:
         assert told["usage"]["coe"]["cost"] == pytest.approx((2 * 15 + 200 * 15) / 1e6)
 
 
-async def test_one_member_without_a_final_answer_escalates() -> None:
+async def test_cascade_single_member_without_a_final_answer_escalates() -> None:
     for line, expert in (("B", "a"), ("I would have to think about this. " * 5, "c")):
         async with stage(a=line, c="C") as (s, _):
             _, headers, _ = await s.ask(chat(model="one"))
             assert headers["x-coe-expert"] == expert
 
 
-async def test_a_vote_takes_what_most_say_and_does_not_wait_for_the_rest() -> None:
+async def test_vote_takes_the_majority_without_waiting_for_the_rest() -> None:
     async with stage(a="7", b="8", c="8") as (s, _):
         _, headers, told = await s.ask(chat(model="most"))
         assert (said(told), headers["x-coe-recipe"]) == ("8", "vote([a, b, c])")
@@ -254,7 +254,7 @@ async def test_a_vote_takes_what_most_say_and_does_not_wait_for_the_rest() -> No
 
 
 @pytest.mark.parametrize("model", ["most", "two", "chain"])
-async def test_one_member_that_fails_does_not_fail_the_answer(model: str) -> None:
+async def test_recipe_with_one_failed_member_still_answers(model: str) -> None:
     async with stage(a="1", b="1", c="1", d="1") as (s, cast):
         cast.broken.add("a")
         status, _, told = await s.ask(chat(model=model))
@@ -264,7 +264,7 @@ async def test_one_member_that_fails_does_not_fail_the_answer(model: str) -> Non
         assert (status, said(told)) == (200, "1"), "what there is, is better than nothing"
 
 
-async def test_where_nobody_answers_the_error_is_the_last_one_s() -> None:
+async def test_recipe_without_any_answer_returns_the_last_error() -> None:
     async with stage() as (s, cast):
         cast.broken |= set("abcd")
         status, _, told = await s.ask(chat(model="two"))
@@ -272,7 +272,7 @@ async def test_where_nobody_answers_the_error_is_the_last_one_s() -> None:
         assert told["error"]["type"] == "server_error"
 
 
-async def test_auto_takes_a_recipe_that_is_worth_most() -> None:
+async def test_auto_selects_the_recipe_of_highest_utility() -> None:
     async with stage(a="1", b="1") as (s, cast):
         _, headers, _ = await s.ask(chat(model="auto"))
         assert headers["x-coe-recipe"] == "cascade([a, b] -> d)"
@@ -286,7 +286,7 @@ async def test_auto_takes_a_recipe_that_is_worth_most() -> None:
         assert headers["x-coe-expert"] == "a"
 
 
-async def test_a_settled_answer_streams_and_the_last_expert_streams_itself() -> None:
+async def test_cascade_stream_replays_an_agreed_answer_or_streams_the_last_expert() -> None:
     body = chat(model="two", stream=True, stream_options={"include_usage": True})
     for b, text, expert in (("42", "42", "a"), ("43", "44", "c")):
         async with stage(a="42", b=b, c="44") as (s, cast), s.post(body) as reply:
@@ -305,7 +305,7 @@ async def test_a_settled_answer_streams_and_the_last_expert_streams_itself() -> 
             assert streamed == [False, False] + [True] * (len(cast.asked) - 2)
 
 
-async def test_a_client_that_leaves_frees_every_member() -> None:
+async def test_recipe_client_disconnect_frees_every_member() -> None:
     async with stage() as (s, cast):
         cast.silent |= {"a", "b"}
         asking = asyncio.create_task(s.ask(chat(model="two")))
@@ -315,7 +315,7 @@ async def test_a_client_that_leaves_frees_every_member() -> None:
         await until(lambda: sorted(cast.left) == ["a", "b"], "both were let go")
 
 
-async def test_a_bound_on_cost_keeps_dear_recipes_out() -> None:
+async def test_max_cost_excludes_expensive_recipes() -> None:
     async with stage(a="1", b="2", d="3") as (s, cast):
         body = chat(model="auto", max_tokens=10)
         _, headers, _ = await s.ask({**body, "coe": {"max_cost": 0.0005}})
@@ -327,7 +327,7 @@ async def test_a_bound_on_cost_keeps_dear_recipes_out() -> None:
         assert "the cheapest costs about" in told["error"]["message"]
 
 
-async def test_a_bound_on_cost_holds_for_whoever_answers_in_the_end() -> None:
+async def test_max_cost_holds_for_any_answering_expert() -> None:
     """The first is cheap and fails; the next one's tokens cost a hundred times as much."""
     cast = Cast()
     cast.lines, cast.broken = {"d": "3"}, {"a"}
@@ -352,14 +352,14 @@ async def test_a_bound_on_cost_holds_for_whoever_answers_in_the_end() -> None:
         ({"deadline_ms": 0}, "`coe.deadline_ms` must be an integer"),
     ],
 )
-async def test_wishes_that_cannot_be_are_named(coe: Any, words: str) -> None:
+async def test_invalid_coe_options_are_named(coe: Any, words: str) -> None:
     async with stage() as (s, _):
         status, _, told = await s.ask({**chat(model="auto"), "coe": coe})
         assert status == 400
         assert words in told["error"]["message"]
 
 
-async def test_a_budget_steers_to_the_cheaper_before_it_is_spent_and_is_never_overrun() -> None:
+async def test_budget_shifts_to_cheaper_recipes_and_is_never_overspent() -> None:
     # 15 tokens a call: c costs 1,500 millionths, a 15; what is reserved for c is some 64,000, as a
     # chat template may add 512 tokens to its prompt.
     amount = 105_000e-6
@@ -400,7 +400,7 @@ async def test_a_budget_steers_to_the_cheaper_before_it_is_spent_and_is_never_ov
             assert spent <= amount
 
 
-async def test_a_conversation_stays_where_it_began_and_leaves_for_a_better_one() -> None:
+async def test_conversation_stays_with_its_expert_unless_another_is_better() -> None:
     async with stage(a="1", b="1", c="1", d="1") as (s, _):
         text = "words " * 2000
         first = [{"role": "user", "content": text}]

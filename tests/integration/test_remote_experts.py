@@ -100,7 +100,7 @@ def far(words: str = "hello", **more: Any) -> dict[str, Any]:
     return chat(words, model="far", **more)
 
 
-async def test_a_whole_answer_under_our_name() -> None:
+async def test_remote_expert_whole_answer_has_our_model_name() -> None:
     async with far_site() as (s, upstream):
         status, headers, body = await s.ask(far(seed=3))
         assert (status, body["model"], headers["x-coe-expert"]) == (200, "far", "far")
@@ -111,7 +111,7 @@ async def test_a_whole_answer_under_our_name() -> None:
         assert upstream.keys == [f"Bearer {KEY}".encode()]
 
 
-async def test_a_stream_under_our_name_even_where_chunks_cut_it() -> None:
+async def test_remote_expert_stream_cut_anywhere_has_our_model_name() -> None:
     async with far_site() as (s, upstream):
         async with s.post(far(stream=True)) as reply:
             first = await reply.content.readany()
@@ -139,7 +139,9 @@ async def test_a_stream_under_our_name_even_where_chunks_cut_it() -> None:
         (503, 503),
     ],
 )
-async def test_its_faults_become_ours_without_its_key(theirs: int, ours: int, stream: bool) -> None:
+async def test_remote_expert_errors_become_ours_without_its_key(
+    theirs: int, ours: int, stream: bool
+) -> None:
     async with far_site() as (s, upstream):
         async with s.post(far(f"status {theirs}", stream=stream)) as reply:
             assert reply.status == ours
@@ -156,7 +158,7 @@ async def test_its_faults_become_ours_without_its_key(theirs: int, ours: int, st
         assert len(upstream.asked) == 1
 
 
-async def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
+async def test_remote_expert_stream_that_breaks_ends_with_an_error_event() -> None:
     async with far_site() as (s, upstream):
         upstream.go_on.set()
         async with s.post(far("break", stream=True)) as reply:
@@ -165,7 +167,7 @@ async def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
         assert json.loads(told[-1])["error"]["code"] == "upstream_error"
 
 
-async def test_a_stream_that_stalls_ends_with_an_error_event() -> None:
+async def test_remote_expert_stream_that_stalls_ends_with_an_error_event() -> None:
     async with far_site(stall_timeout_s=0.3) as (s, _):
         async with s.post(far(stream=True)) as reply:
             told = events(await reply.read())
@@ -176,7 +178,7 @@ async def test_a_stream_that_stalls_ends_with_an_error_event() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_leaves_leaves_there_too(stream: bool) -> None:
+async def test_remote_expert_request_is_closed_when_the_client_leaves(stream: bool) -> None:
     async with far_site() as (s, upstream):
         asking = asyncio.create_task(s.ask(far("hang", stream=stream)))
         await until(lambda: len(upstream.asked) == 1, "it is asked")
@@ -185,14 +187,14 @@ async def test_a_client_that_leaves_leaves_there_too(stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_its_deadline_is_kept(stream: bool) -> None:
+async def test_remote_expert_deadline_is_kept(stream: bool) -> None:
     async with far_site() as (s, _):
         late = {"x-coe-deadline-ms": "200"}
         status, _, body = await s.ask(far("hang", stream=stream), headers=late)
         assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
 
 
-async def test_its_places_are_bounded() -> None:
+async def test_remote_expert_concurrency_is_limited() -> None:
     async with far_site(max_in_flight=1, max_queued_requests=1) as (s, upstream):
         first = asyncio.create_task(s.ask(far("hang")))
         await until(lambda: len(upstream.asked) == 1, "one is there")
@@ -207,7 +209,7 @@ async def test_its_places_are_bounded() -> None:
         await until(lambda: seat.running == 0, "its places are free")
 
 
-async def test_without_its_key_it_has_failed_and_the_others_work(
+async def test_remote_expert_without_its_key_is_failed_and_others_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("FAR_KEY")
@@ -222,7 +224,7 @@ async def test_without_its_key_it_has_failed_and_the_others_work(
         assert upstream.asked == []
 
 
-async def test_one_that_can_not_be_reached_is_a_502_without_its_address() -> None:
+async def test_remote_expert_unreachable_is_a_502_without_its_address() -> None:
     async with site(config("http://127.0.0.1:1")) as s:
         status, _, body = await s.ask(far())
         assert (status, body["error"]["code"]) == (502, "upstream_error")
@@ -230,7 +232,7 @@ async def test_one_that_can_not_be_reached_is_a_502_without_its_address() -> Non
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_auto_falls_back_on_an_expert_here(stream: bool) -> None:
+async def test_auto_falls_back_from_a_remote_to_a_local_expert(stream: bool) -> None:
     async with site(config("http://127.0.0.1:1")) as s:
         body = chat(model="auto/far", stream=stream)
         async with s.post(body) as reply:
@@ -239,13 +241,13 @@ async def test_auto_falls_back_on_an_expert_here(stream: bool) -> None:
             assert b"general:" in await reply.read()
 
 
-async def test_what_a_remote_expert_has_not_is_a_404() -> None:
+async def test_remote_expert_unsupported_endpoint_is_a_404() -> None:
     async with far_site() as (s, _):
         status, _, body = await s.ask({"model": "far", "prompt": "x"}, "/tokenize")
         assert (status, body["error"]["code"]) == (404, "not_found")
 
 
-async def test_too_deep_a_body_is_refused_for_it_too() -> None:
+async def test_remote_expert_too_deeply_nested_body_is_refused() -> None:
     deep: Any = "x"
     for _ in range(300):
         deep = [deep]

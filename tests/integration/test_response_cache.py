@@ -33,7 +33,7 @@ async def ask(s: Site, wish: str | None, text: str = "What is the sea?", **more:
     return told, body
 
 
-async def test_the_same_request_is_answered_from_the_cache() -> None:
+async def test_cache_equal_request_is_a_hit() -> None:
     async with site(config()) as s:
         first, body = await ask(s, "exact")
         assert first["x-coe-cache"] == "miss"
@@ -64,14 +64,14 @@ async def test_the_same_request_is_answered_from_the_cache() -> None:
         },
     ],
 )
-async def test_other_parameters_are_another_request(more: dict[str, Any]) -> None:
+async def test_cache_other_parameters_are_a_miss(more: dict[str, Any]) -> None:
     async with site(config()) as s:
         await ask(s, "exact")
         told, _ = await ask(s, "exact", **more)
         assert told["x-coe-cache"] == "miss"
 
 
-async def test_nothing_is_kept_or_found_unless_both_want_it() -> None:
+async def test_cache_needs_opt_in_of_tenant_and_request() -> None:
     async with site(config()) as s:
         for wish in (None, "off"):
             told, _ = await ask(s, wish)
@@ -87,7 +87,7 @@ async def test_nothing_is_kept_or_found_unless_both_want_it() -> None:
         assert (status, told["error"]["param"]) == (400, "x-coe-cache")
 
 
-async def test_nearly_the_same_words() -> None:
+async def test_cache_similar_words_are_a_hit_in_semantic_mode() -> None:
     async with site(config()) as s:
         _, body = await ask(s, "semantic", "What is the depth of the sea?")
         told, same = await ask(s, "semantic", "please, what is the depth of the sea")
@@ -103,14 +103,14 @@ async def test_nearly_the_same_words() -> None:
         assert told["x-coe-cache"] == "miss"
 
 
-async def test_a_tenant_may_allow_exact_only() -> None:
+async def test_cache_tenant_may_allow_exact_matches_only() -> None:
     async with site(config(mode="exact")) as s:
         await ask(s, "semantic", "What is the depth of the sea?")
         told, _ = await ask(s, "semantic", "what is the depth of the sea")
         assert told["x-coe-cache"] == "miss"
 
 
-async def test_answers_expire() -> None:
+async def test_cache_entries_expire() -> None:
     async with site(config(ttl_s=0.05)) as s:
         await ask(s, "exact")
 
@@ -121,7 +121,7 @@ async def test_answers_expire() -> None:
         await until(gone, "it has expired")
 
 
-async def test_a_stream_is_kept_whole_and_played_back() -> None:
+async def test_cache_stream_is_stored_whole_and_replayed() -> None:
     async with site(config()) as s:
         bodies = []
         for kind in ("miss", "exact"):
@@ -132,7 +132,7 @@ async def test_a_stream_is_kept_whole_and_played_back() -> None:
         assert bodies[0] == bodies[1]
 
 
-async def test_a_stream_with_usage_is_no_answer_for_who_asked_for_none() -> None:
+async def test_cache_stream_with_usage_is_no_hit_without_include_usage() -> None:
     async with site(config()) as s:
         for options, kind in (({"include_usage": True}, "miss"), ({}, "miss"), ({}, "exact")):
             body = chat(stream=True, stream_options=options)
@@ -141,7 +141,7 @@ async def test_a_stream_with_usage_is_no_answer_for_who_asked_for_none() -> None
                 assert (b'"choices":[]' in await reply.read()) == bool(options)
 
 
-async def test_errors_and_broken_streams_are_not_kept() -> None:
+async def test_cache_stores_no_errors_and_no_broken_streams() -> None:
     broken = config().model_dump(mode="json")
     broken["pools"]["cpu"]["simulated"]["fail"] = "mid_stream"
     async with site(Config.model_validate(broken)) as s:
@@ -155,7 +155,7 @@ async def test_errors_and_broken_streams_are_not_kept() -> None:
             assert status == 400
 
 
-async def test_no_more_is_kept_than_allowed() -> None:
+async def test_cache_size_is_bounded() -> None:
     async with site(config(max_entries=4, max_entry_bytes=100_000)) as s:
         for i in range(20):
             await ask(s, "semantic", f"question {i} about the sea")
@@ -171,7 +171,7 @@ async def test_no_more_is_kept_than_allowed() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_comes_from_the_cache_costs_nothing(stream: bool) -> None:
+async def test_cache_hit_costs_nothing(stream: bool) -> None:
     priced = json.loads(config().model_dump_json())
     priced["experts"]["general"]["price"] = {"prompt": 1000.0, "completion": 1000.0}
     body = chat(stream=stream, stream_options={"include_usage": True} if stream else None)
@@ -197,7 +197,7 @@ async def test_what_comes_from_the_cache_costs_nothing(stream: bool) -> None:
     }
 
 
-async def test_tenants_whose_names_hold_a_slash_share_no_place() -> None:
+async def test_cache_tenant_names_with_a_slash_do_not_collide() -> None:
     given = Config.model_validate(
         {
             "experts": {"big": {"model": "m"}},
@@ -232,7 +232,7 @@ async def test_tenants_whose_names_hold_a_slash_share_no_place() -> None:
     assert (await visit("a", b"semantic")).hit is None
 
 
-async def test_an_answer_cut_by_a_bound_on_cost_is_nobody_s_answer() -> None:
+async def test_cache_answer_clipped_by_max_cost_is_not_stored() -> None:
     given = config().model_dump(mode="json")
     given["experts"]["general"]["price"] = {"completion": 1_000_000}
     given["pools"]["cpu"]["simulated"]["tokens"] = 100
@@ -252,7 +252,7 @@ async def test_an_answer_cut_by_a_bound_on_cost_is_nobody_s_answer() -> None:
             assert told["x-coe-cache"] == kind
 
 
-async def test_an_answer_cut_by_what_a_budget_had_left_is_nobody_s_answer() -> None:
+async def test_cache_answer_clipped_by_a_budget_is_not_stored() -> None:
     given = config().model_dump(mode="json")
     given["experts"]["general"]["price"] = {"completion": 1_000_000}
     given["budgets"] = {"all": {"amount": 9, "period": "day"}}
@@ -271,7 +271,7 @@ async def test_an_answer_cut_by_what_a_budget_had_left_is_nobody_s_answer() -> N
         assert told["x-coe-cache"] == "exact"
 
 
-async def test_answers_from_the_cache_count_as_requests() -> None:
+async def test_cache_hits_count_as_requests() -> None:
     given = config().model_dump(mode="json")
     given["tenants"]["default"]["requests_per_min"] = 3
     async with site(Config.model_validate(given)) as s:

@@ -37,7 +37,7 @@ async def refusing(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": said.encode()})
 
 
-async def test_they_are_nowhere(
+async def test_secrets_and_prompts_are_in_no_output(
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

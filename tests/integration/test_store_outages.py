@@ -81,7 +81,7 @@ async def holds_quota(store: RedisStore, server: RedisServer) -> None:
     await until(held, "a quota is granted")
 
 
-async def test_a_burst_through_two_gateways_takes_exactly_the_limits(server: RedisServer) -> None:
+async def test_burst_through_two_gateways_takes_exactly_the_limits(server: RedisServer) -> None:
     async with gateways(server) as stores:
         served = 0
 
@@ -109,7 +109,7 @@ async def test_a_burst_through_two_gateways_takes_exactly_the_limits(server: Red
         assert reserved <= 2 * 25  # quotas only
 
 
-async def test_a_killed_gateway_leaks_nothing(server: RedisServer) -> None:
+async def test_killed_gateway_leaks_no_reservation(server: RedisServer) -> None:
     async with gateways(server, 1, share=0) as (living,):
         killed = made(server, "killed", share=0, lease_s=2)
         await killed._heartbeat()
@@ -131,7 +131,7 @@ async def test_a_killed_gateway_leaks_nothing(server: RedisServer) -> None:
         await killed._client.close()
 
 
-async def test_redis_gone_then_back(server: RedisServer) -> None:
+async def test_redis_outage_offline_claims_are_settled_afterwards(server: RedisServer) -> None:
     async with gateways(server) as stores:
         used = 0
         before = [await granted(store) for store in stores]
@@ -185,7 +185,7 @@ async def test_redis_gone_then_back(server: RedisServer) -> None:
         assert [store.outages for store in stores] == [1, 1]
 
 
-async def test_redis_hung_then_goes_on(server: RedisServer) -> None:
+async def test_redis_hang_claims_are_granted_from_the_quota(server: RedisServer) -> None:
     async with gateways(server, 1, timeout_s=1) as (store,):
         got = await granted(store)
         await holds_quota(store, server)
@@ -207,7 +207,7 @@ async def test_redis_hung_then_goes_on(server: RedisServer) -> None:
         assert (await amounts(store, BUDGET))[0] == 30
 
 
-async def test_a_store_that_lost_its_memory_is_told_what_is_under_way(server: RedisServer) -> None:
+async def test_redis_that_lost_its_data_is_told_of_open_claims(server: RedisServer) -> None:
     async with gateways(server, 1, share=0) as (store,):
         got = await granted(store)
         server.client().flushall()
@@ -220,7 +220,7 @@ async def test_a_store_that_lost_its_memory_is_told_what_is_under_way(server: Re
         assert await amounts(store, BUDGET) == (60, 0)
 
 
-async def test_an_outage_longer_than_the_lease_ends_the_quotas_but_frees_nothing(
+async def test_redis_outage_beyond_the_lease_ends_quotas_and_frees_nothing(
     server: RedisServer,
 ) -> None:
     async with gateways(server, 1, share=0.1, lease_s=0.5) as (store,):
@@ -244,7 +244,7 @@ async def test_an_outage_longer_than_the_lease_ends_the_quotas_but_frees_nothing
         assert spent >= 100
 
 
-async def test_the_ledger_survives_a_restart_of_everything(server: RedisServer) -> None:
+async def test_ledger_survives_a_restart_of_gateways_and_redis(server: RedisServer) -> None:
     async with gateways(server, 1) as (store,):
         got = await granted(store)
         await store.settle(got, [77, 1], UsageNote("u", {"cost": 77}, 1000))
@@ -257,7 +257,7 @@ async def test_the_ledger_survives_a_restart_of_everything(server: RedisServer) 
         assert await store.records("keys") == {"1": b"kept"}
 
 
-async def test_without_redis_at_the_start_nothing_is_granted(server: RedisServer) -> None:
+async def test_without_redis_at_the_start_limited_claims_raise(server: RedisServer) -> None:
     server.kill()
     async with gateways(server, 1) as (store,):
         with pytest.raises(StoreUnavailableError):

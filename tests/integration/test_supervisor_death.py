@@ -22,7 +22,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def test_the_service_of_a_killed_command_drains_and_ends(tmp_path: Path) -> None:
+def test_service_drains_and_ends_after_its_supervisor_was_killed(tmp_path: Path) -> None:
     path = tmp_path / "coe.yaml"
     path.write_text(yaml.safe_dump(CONFIG))
     with (

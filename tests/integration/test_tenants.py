@@ -57,7 +57,7 @@ async def limit(s: Site, kind: str, key: str = KEY) -> Any:
     return found
 
 
-async def test_a_key_is_needed_once_there_is_one() -> None:
+async def test_key_is_required_once_one_exists() -> None:
     async with site(config()) as s:
         for path in ("/v1/models", "/v1/models/general", "/v1/usage"):
             async with s.get(path) as reply:
@@ -85,7 +85,7 @@ async def test_a_key_is_needed_once_there_is_one() -> None:
             assert status == 200
 
 
-async def test_a_key_hears_of_what_it_may_ask_for_and_of_nothing_else() -> None:
+async def test_key_sees_only_the_experts_that_it_may_use() -> None:
     experts = {
         "mine": {"model": "m", "categories": ["general"]},
         "secret-base": {
@@ -138,7 +138,7 @@ async def test_a_key_hears_of_what_it_may_ask_for_and_of_nothing_else() -> None:
             assert "secret" not in text
 
 
-async def test_a_budget_of_everybody_s_tells_a_key_nothing_of_what_others_spend() -> None:
+async def test_key_does_not_see_what_others_spend_of_a_shared_budget() -> None:
     experts = {"general": {"model": "m", "price": {"prompt": 0, "completion": 1_000_000}}}
     budgets = {
         "all": {"amount": 8, "period": "day"},
@@ -160,7 +160,7 @@ async def test_a_budget_of_everybody_s_tells_a_key_nothing_of_what_others_spend(
         assert not {"spent", "reserved", "left"} & (await told(s))["budget/all"].keys()
 
 
-async def test_reasons_name_no_folder_to_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failure_reasons_hide_paths_from_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     async def refuse(self: SimulatedEngine) -> Any:
         raise ExpertFailedError("/srv/weights/m/model.safetensors: damaged", retry_after_s=30)
 
@@ -182,7 +182,7 @@ async def test_reasons_name_no_folder_to_keys(monkeypatch: pytest.MonkeyPatch) -
             assert "/srv/weights/m/model.safetensors" in await reply.text()
 
 
-async def test_a_key_asks_for_its_experts_only() -> None:
+async def test_key_may_use_its_experts_only() -> None:
     experts = {"general": {"model": "m"}, "math": {"model": "n", "categories": ["math"]}}
     async with site(config({"experts": ["general"]}, experts=experts)) as s:
         status, _, told = await s.ask(chat(model="math"), headers=bearer(KEY))
@@ -193,7 +193,7 @@ async def test_a_key_asks_for_its_experts_only() -> None:
         assert (status, body["model"]) == (200, "math")
 
 
-async def test_what_was_used_is_told_and_charged_at_the_expert_s_price() -> None:
+async def test_usage_is_reported_and_charged_at_the_expert_s_price() -> None:
     experts = {"general": {"model": "m", "price": {"prompt": 1000, "completion": 5000}}}
     budget = {"budget": {"amount": 1000}}
     async with site(config(budget, experts=experts)) as s:
@@ -210,7 +210,7 @@ async def test_what_was_used_is_told_and_charged_at_the_expert_s_price() -> None
         assert (await usage(s, OTHER))["days"] == {}
 
 
-async def test_requests_per_minute() -> None:
+async def test_requests_per_minute_limit() -> None:
     async with site(config({"requests_per_min": 5})) as s:
         answers = await asyncio.gather(*(s.ask(chat(), headers=bearer(KEY)) for _ in range(20)))
         assert sorted(status for status, _, _ in answers) == [200] * 5 + [429] * 15
@@ -221,7 +221,7 @@ async def test_requests_per_minute() -> None:
         assert (await s.ask(chat(), headers=bearer(OTHER)))[0] == 200
 
 
-async def test_requests_at_once() -> None:
+async def test_concurrent_requests_limit() -> None:
     async with site(config({"concurrent": 2}, pool={"decode_ms": 250})) as s:
         answers = await asyncio.gather(*(s.ask(chat(), headers=bearer(KEY)) for _ in range(6)))
         assert sorted(status for status, _, _ in answers) == [200] * 2 + [429] * 4
@@ -229,7 +229,7 @@ async def test_requests_at_once() -> None:
         assert (await s.ask(chat(), headers=bearer(KEY)))[0] == 200
 
 
-async def test_an_answer_is_clipped_to_what_is_affordable() -> None:
+async def test_max_tokens_is_clipped_to_the_budget() -> None:
     async with site(config({"tokens_per_min": 300})) as s:
         status, headers, body = await s.ask(chat(max_tokens=1000), headers=bearer(KEY))
         assert status == 200
@@ -241,7 +241,7 @@ async def test_an_answer_is_clipped_to_what_is_affordable() -> None:
         assert found["reserved"] == 0
 
 
-async def test_a_list_of_prompts_is_bound_by_all_of_them() -> None:
+async def test_list_of_prompts_counts_with_all_of_them() -> None:
     """Each may fill the context: ten times a hundred tokens are more than five hundred."""
     experts = {"vectors": {"model": "m", "capabilities": ["embeddings", "completions"]}}
     pool = {"max_model_len": 100}
@@ -258,7 +258,7 @@ async def test_a_list_of_prompts_is_bound_by_all_of_them() -> None:
         assert (await s.ask(few, "/v1/embeddings", headers=bearer(KEY)))[0] == 200
 
 
-async def test_a_request_that_is_refused_counts_once() -> None:
+async def test_refused_request_counts_once() -> None:
     experts = {
         "general": {"model": "m", "price": {"prompt": 0, "completion": 500_000}},
         "dear": {"model": "n", "price": {"prompt": 0, "completion": 1_000_000}},
@@ -281,7 +281,7 @@ async def test_a_request_that_is_refused_counts_once() -> None:
         assert counts == {"insufficient_quota": 2, "ok": 1}
 
 
-async def test_a_budget_is_never_overspent_by_a_burst() -> None:
+async def test_budget_is_not_overspent_by_a_burst() -> None:
     experts = {"general": {"model": "m", "price": {"prompt": 0, "completion": 1_000_000}}}
     budget = {"all": {"amount": 25, "window_s": 86_400}}
     async with site(config(experts=experts, budgets=budget, pool={"decode_ms": 2})) as s:
@@ -295,7 +295,7 @@ async def test_a_budget_is_never_overspent_by_a_burst() -> None:
         assert (state.spent, state.reserved) == (25, 0)
 
 
-async def test_who_leaves_pays_for_what_went_out_and_no_more() -> None:
+async def test_client_disconnect_is_charged_for_what_went_out_only() -> None:
     experts = {"general": {"model": "m", "price": {"prompt": 0, "completion": 1_000_000}}}
     limits = {"budget": {"amount": 1000}}
     async with site(config(limits, experts=experts, pool={"decode_ms": 5})) as s:
@@ -313,7 +313,7 @@ async def test_who_leaves_pays_for_what_went_out_and_no_more() -> None:
         assert 1 <= (await limit(s, "budget"))["spent"] < 400
 
 
-async def test_a_failure_gives_everything_back() -> None:
+async def test_failed_request_is_not_charged() -> None:
     async with site(config({"concurrent": 1, "tokens_per_min": 5000})) as s:
         for _ in range(3):
             status, _, _ = await s.ask(chat(max_tokens=100, n=0), headers=bearer(KEY))
@@ -323,7 +323,7 @@ async def test_a_failure_gives_everything_back() -> None:
             assert (found["spent"], found["reserved"]) == (0, 0)
 
 
-async def test_a_key_s_life_by_the_admin_endpoints() -> None:
+async def test_admin_endpoints_create_rotate_and_revoke_a_key() -> None:
     async with site(config()) as s:
 
         async def admin(method: str, path: str, body: Any = None, status: int = 200) -> Any:
@@ -358,21 +358,21 @@ async def test_a_key_s_life_by_the_admin_endpoints() -> None:
 @pytest.mark.parametrize(
     ("method", "path"), [("GET", "/admin/keys"), ("POST", "/admin/keys/x/revoke")]
 )
-async def test_keys_are_the_admin_s_alone(method: str, path: str) -> None:
+async def test_key_endpoints_require_the_admin_key(method: str, path: str) -> None:
     async with site(config()) as s:
         for headers in ({}, bearer(KEY)):
             async with s.client.request(method, s.url + path, headers=headers) as reply:
                 assert reply.status == 401
 
 
-async def test_without_any_key_nobody_has_to_show_one() -> None:
+async def test_without_any_key_requests_need_none() -> None:
     async with site(simulated({"cpu": {}})) as s:
         status, headers, _ = await s.ask(chat(), CHAT)
         assert status == 200
         assert "x-coe-max-tokens" not in headers
 
 
-async def test_64_clients_through_two_gateways_overspend_nothing(tmp_path: Path) -> None:
+async def test_64_clients_through_two_gateways_do_not_overspend(tmp_path: Path) -> None:
     experts = {"general": {"model": "m", "price": {"prompt": 0, "completion": 1_000_000}}}
     with redis_server(tmp_path) as redis:
         given = config(
@@ -434,7 +434,7 @@ async def second_gateway(s: Site, given: Any) -> AsyncIterator[str]:
         await gateway.stop()
 
 
-async def test_a_tenant_with_a_long_queue_does_not_hold_up_another() -> None:
+async def test_long_queue_of_one_tenant_does_not_delay_another() -> None:
     async with site(config(pool={"decode_ms": 50, "max_num_seqs": 2})) as s:
         heavy = [asyncio.ensure_future(s.ask(chat(), headers=bearer(KEY))) for _ in range(30)]
         pool = s.pools["cpu"]
@@ -448,6 +448,6 @@ async def test_a_tenant_with_a_long_queue_does_not_hold_up_another() -> None:
 
 
 @pytest.mark.parametrize("days", ["%C2%B2", "0", "-1", "1.5", "99999", ""])
-async def test_days_that_are_no_number_are_the_client_s_fault(days: str) -> None:
+async def test_usage_days_that_are_not_a_number_are_a_400(days: str) -> None:
     async with site(config()) as s, s.get(f"/v1/usage?days={days}", headers=bearer(KEY)) as reply:
         assert reply.status == 400, await reply.text()

@@ -71,7 +71,7 @@ def traced(url: str, **more: Any) -> Config:
     )
 
 
-async def test_one_trace_from_the_client_to_the_engine() -> None:
+async def test_trace_spans_from_the_client_to_the_engine() -> None:
     async with collecting() as (collector, url):
         async with site(traced(url)) as s:
             body = chat(SECRET, model="auto", stream=True, max_tokens=4, temperature=0.5)
@@ -113,7 +113,7 @@ async def test_one_trace_from_the_client_to_the_engine() -> None:
         assert SECRET.encode() not in collector.raw
 
 
-async def test_tokens_and_cost_are_those_that_the_client_was_told() -> None:
+async def test_trace_has_the_tokens_and_cost_of_the_reply() -> None:
     async with collecting() as (collector, url):
         config = traced(url).model_dump(mode="json", exclude_defaults=True)
         config["experts"] = {"general": {"model": "m", "price": {"prompt": 2, "completion": 3}}}
@@ -127,7 +127,7 @@ async def test_tokens_and_cost_are_those_that_the_client_was_told() -> None:
         assert told["coe.cost"] == usage["coe"]["cost"] > 0
 
 
-async def test_a_swap_stands_in_the_wait() -> None:
+async def test_trace_queue_time_includes_a_swap() -> None:
     async with collecting() as (collector, url):
         config = traced(url).model_dump(mode="json", exclude_defaults=True)
         config["experts"] = {name: {"model": "m"} for name in ("a", "b")}
@@ -144,7 +144,7 @@ async def test_a_swap_stands_in_the_wait() -> None:
             assert span.end_time_unix_nano - span.start_time_unix_nano >= 4 * 10**7
 
 
-async def test_a_failed_attempt_and_a_refusal_are_errors() -> None:
+async def test_trace_failed_attempt_and_refusal_are_errors() -> None:
     async with collecting() as (collector, url):
         async with site(traced(url, fail="first_byte")) as s:
             assert (await s.ask(chat()))[0] == 500
@@ -160,7 +160,7 @@ async def test_a_failed_attempt_and_a_refusal_are_errors() -> None:
 
 
 @pytest.mark.parametrize(("flag", "count"), [("00", 0), ("01", 1)])
-async def test_the_client_s_flag_decides(flag: str, count: int) -> None:
+async def test_trace_sampling_follows_the_client_s_flag(flag: str, count: int) -> None:
     async with collecting() as (collector, url):
         async with site(traced(url)) as s:
             given = {"traceparent": CLIENT[:-2] + flag}
@@ -168,13 +168,13 @@ async def test_the_client_s_flag_decides(flag: str, count: int) -> None:
         assert len(collector.named("POST /v1/chat/completions")) == count
 
 
-async def test_a_collector_that_is_not_there_costs_no_request() -> None:
+async def test_trace_unreachable_collector_affects_no_request() -> None:
     async with site(traced("http://127.0.0.1:9/v1/traces")) as s:
         assert (await s.ask(chat()))[0] == 200
 
 
 @pytest.mark.parametrize("on", [False, True])
-async def test_a_remote_expert_gets_the_context(on: bool) -> None:
+async def test_trace_context_is_sent_to_a_remote_expert(on: bool) -> None:
     got: list[str] = []
 
     async def upstream(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
@@ -203,7 +203,7 @@ async def test_a_remote_expert_gets_the_context(on: bool) -> None:
         assert collector.one("chat far").span_id.hex() == parent
 
 
-async def test_a_recipe_s_experts_stand_in_one_trace() -> None:
+async def test_trace_of_a_recipe_has_all_its_experts() -> None:
     cast = Cast()
     cast.lines = dict(LINES)
     async with serving(cast) as upstream, collecting() as (collector, url):

@@ -35,7 +35,7 @@ CONFIG = Config.model_validate(
 )
 
 
-async def test_a_cold_expert_becomes_resident_in_one_pool_with_four_gateways_deciding() -> None:
+async def test_unmet_demand_of_four_gateways_loads_the_expert_in_one_pool() -> None:
     async with AsyncExitStack() as stack:
         pools = [await stack.enter_async_context(pool_of(CONFIG, kind)) for kind in CONFIG.pools]
         urls = []
