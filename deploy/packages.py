@@ -93,16 +93,16 @@ def licence_of(name: str) -> str:
     if name in _TOLD:
         return _TOLD[name]
     try:
-        told = metadata.metadata(name)
+        package_metadata = metadata.metadata(name)
     except metadata.PackageNotFoundError:
         raise KeyError(f"{name}: it is not installed, so that its licence is not known") from None
-    free = str(told.get("License") or "").strip().split("\n")[0].strip()
+    free = str(package_metadata.get("License") or "").strip().split("\n")[0].strip()
     kinds = [
-        one.split(" :: ")[-1]
-        for one in told.get_all("Classifier") or ()
-        if one.startswith(("License :: OSI Approved :: ", "License :: Other"))
+        classifier.split(" :: ")[-1]
+        for classifier in package_metadata.get_all("Classifier") or ()
+        if classifier.startswith(("License :: OSI Approved :: ", "License :: Other"))
     ]
-    for text in (told.get("License-Expression"), free, "; ".join(kinds)):
+    for text in (package_metadata.get("License-Expression"), free, "; ".join(kinds)):
         spdx = _as_spdx(str(text)) if text else None
         if spdx is not None:
             return spdx

@@ -115,17 +115,19 @@ def _purl(package: Package) -> str:
 def _needs(name: str, locked_names: Mapping[str, str]) -> list[str]:
     """Return the locked packages that a package requires without extras on this platform."""
     try:
-        asked = metadata.requires(name) or []
+        requirements = metadata.requires(name) or []
     except metadata.PackageNotFoundError:
         return []
     found = set()
-    for text in asked:
+    for text in requirements:
         try:
-            one = Requirement(text)
+            requirement = Requirement(text)
         except InvalidRequirement:
             continue
-        wanted = re.sub(r"[-_.]+", "-", one.name).lower()
-        if wanted in locked_names and (one.marker is None or one.marker.evaluate({"extra": ""})):
+        wanted = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        if wanted in locked_names and (
+            requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        ):
             found.add(locked_names[wanted])
     return sorted(found)
 

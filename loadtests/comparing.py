@@ -36,14 +36,17 @@ from service.gateway.cache.text_similarity import MOST_CHARACTERS, said, same_wo
 _SEED = 1
 
 
-def agree(one: str, other: str) -> bool:
+def agree(first: str, second: str) -> bool:
     """Return whether a cascade would treat two answers as equal."""
-    return agreed([final_answer(one), final_answer(other)])
+    return agreed([final_answer(first), final_answer(second)])
 
 
-def hit(one: str, other: str) -> bool:
+def hit(first: str, second: str) -> bool:
     """Return whether the semantic cache would answer one question from the other's entry."""
-    return same_words(said(one), said(other)) and similarity(one, other) >= CacheConfig().threshold
+    return (
+        same_words(said(first), said(second))
+        and similarity(first, second) >= CacheConfig().threshold
+    )
 
 
 def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -130,7 +133,7 @@ def _likeness(report: Report, pairs: int, folder: Path | None) -> None:
     real_wrong: list[tuple[str, str]] = []
     table = Table("Paraphrases answered from the semantic cache", ("said with", *known))
     rates: defaultdict[str, dict[str, str]] = defaultdict(dict)
-    told: dict[str, dict[str, float]] = {}
+    hit_rates: dict[str, dict[str, float]] = {}
     for name, questions in known.items():
         seen: defaultdict[str, list[bool]] = defaultdict(list)
         for question in questions:
@@ -143,7 +146,7 @@ def _likeness(report: Report, pairs: int, folder: Path | None) -> None:
                 seen[way].append(hit(question, text))
         for way, hits in seen.items():
             rates[way][name] = _share(sum(hits), len(hits))
-        told[name] = {way: sum(hits) / len(hits) for way, hits in seen.items()}
+        hit_rates[name] = {way: sum(hits) / len(hits) for way, hits in seen.items()}
     for way, shares in rates.items():
         table.rows.append((way, *(shares.get(name, "–") for name in known)))
     report.tables.append(table)
@@ -159,7 +162,7 @@ def _likeness(report: Report, pairs: int, folder: Path | None) -> None:
         ),
     ]
     report.facts["false_hits"] = [*wrong[:20], *real_wrong[:20]]
-    report.facts["hit_rate"] = told
+    report.facts["hit_rate"] = hit_rates
 
 
 def measure(pairs: int, folder: Path | None) -> Report:
@@ -175,8 +178,8 @@ def main(given: Sequence[str] | None = None) -> int:
     words = parser("comparing", __doc__)
     words.add_argument("--pairs", type=int, default=50_000, help="generated pairs of each kind")
     words.add_argument("--data", type=Path, help="folder of recorded questions and answers")
-    asked = words.parse_args(given)
-    return tell(lambda _: measure(asked.pairs, asked.data), as_json=asked.json)
+    options = words.parse_args(given)
+    return tell(lambda _: measure(options.pairs, options.data), as_json=options.json)
 
 
 if __name__ == "__main__":

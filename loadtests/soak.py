@@ -73,13 +73,13 @@ async def soak(port: int, minutes: float, clients: int) -> Report:
                 with traffic.tally() as tally:
                     await asyncio.sleep(max(0.0, began_s + number * step_s - time.monotonic()))
                     for role, part in _ROLES.items():
-                        one = await asyncio.to_thread(_look, running, part, began_s)
-                        looks[role].append(one)
+                        sample = await asyncio.to_thread(_look, running, part, began_s)
+                        looks[role].append(sample)
                 ended.update(tally.kinds)
                 details.update(
-                    f"{one.kind} {one.model}: {one.detail}"
-                    for one in tally.verdicts
-                    if one.kind not in (RIGHT, LEFT)
+                    f"{verdict.kind} {verdict.model}: {verdict.detail}"
+                    for verdict in tally.verdicts
+                    if verdict.kind not in (RIGHT, LEFT)
                 )
                 if number % (_LOOKS // 6) == 0:
                     say(f"{number * step_s / 60:.1f} min: {sum(ended.values())} requests")
@@ -98,22 +98,26 @@ def _tell(
     left: dict[str, float],
     minutes: float,
 ) -> None:
-    asked = sum(ended.values())
-    bad = asked - ended[RIGHT] - ended[LEFT]
+    requests = sum(ended.values())
+    bad = requests - ended[RIGHT] - ended[LEFT]
     report.reach += [
-        TargetCheck("requests, at least", 20.0 * minutes, float(asked), asked >= 20 * minutes),
+        TargetCheck(
+            "requests, at least", 20.0 * minutes, float(requests), requests >= 20 * minutes
+        ),
         TargetCheck("requests not answered right, at most", 0.0, float(bad), bad == 0),
     ]
     columns = ("processes", "MiB, early", "MiB, late", "descriptors", "threads")
-    table = Table(f"{asked} requests in {minutes:g} minutes", columns)
+    table = Table(f"{requests} requests in {minutes:g} minutes", columns)
     for role, seen in looks.items():
         warm = seen[int(len(seen) * _WARM_SHARE) :]
         quarter = max(1, len(warm) // 4)
         early, late = warm[:quarter], warm[-quarter:]
-        before = statistics.median(one.resident_mib for one in early)
-        after = statistics.median(one.resident_mib for one in late)
+        before = statistics.median(sample.resident_mib for sample in early)
+        after = statistics.median(sample.resident_mib for sample in late)
         most = before * _GROWTH + _SLACK_MIB
-        more = max(one.descriptors for one in late) - max(one.descriptors for one in early)
+        more = max(sample.descriptors for sample in late) - max(
+            sample.descriptors for sample in early
+        )
         table.rows.append(
             (
                 role,
@@ -139,7 +143,10 @@ def _tell(
         "minutes": minutes,
         "ended": dict(ended),
         "looks": {
-            role: [[round(one.at_s), round(one.resident_mib, 1), one.descriptors] for one in seen]
+            role: [
+                [round(sample.at_s), round(sample.resident_mib, 1), sample.descriptors]
+                for sample in seen
+            ]
             for role, seen in looks.items()
         },
     }

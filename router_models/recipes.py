@@ -119,8 +119,8 @@ def play(recipes: Sequence[Recipe], table: Table) -> RecipeResults:
         elif recipe.kind == "vote":
             score[:, r], cost[:, r] = _vote(experts, table)
         else:
-            score[:, r], cost[:, r], asked = _cascade(experts, len(recipe.members), table)
-            reach[:, r, : asked.shape[1]] = asked
+            score[:, r], cost[:, r], called = _cascade(experts, len(recipe.members), table)
+            reach[:, r, : called.shape[1]] = called
     return RecipeResults(tuple(recipes), score, cost, reach)
 
 
@@ -134,10 +134,10 @@ def _cascade(experts: list[int], together: int, table: Table) -> tuple[Floats, F
     first = answer[:, 0]
     agreed = (first != NO_ANSWER) & (answer[:, :together] == first[:, None]).all(axis=1)
     taken[agreed] = 0
-    asked = np.zeros((len(table), len(experts) - together))
+    called = np.zeros((len(table), len(experts) - together))
     for i in range(together, len(experts)):
         open_ = taken < 0
-        asked[:, i - together] = open_
+        called[:, i - together] = open_
         cost = cost + open_ * table.cost[:, experts[i]]
         missing |= open_ & np.isnan(score[:, i])
         gave = answer[:, i] != NO_ANSWER
@@ -145,7 +145,7 @@ def _cascade(experts: list[int], together: int, table: Table) -> tuple[Floats, F
         # The last one's answer is sent as it stands, readable or not.
         taken[open_ & (agrees | (i == len(experts) - 1))] = i
     found = score[rows, taken]
-    return np.where(missing, np.nan, found), np.where(missing, np.nan, cost), asked
+    return np.where(missing, np.nan, found), np.where(missing, np.nan, cost), called
 
 
 def _vote(experts: list[int], table: Table) -> tuple[Floats, Floats]:

@@ -30,12 +30,12 @@ _LEGEND_COLUMNS = 6
 _UNITS = {"reqps": "requests/s", "s": "s", "short": "", "percentunit": ""}
 
 
-def _asked(url: str, query: Query, now_s: float) -> list[dict[str, Any]]:
+def _query_range(url: str, query: Query, now_s: float) -> list[dict[str, Any]]:
     """The series of a query over the window."""
     expr = query.expr.replace("$__rate_interval", _RATE).replace("$expert", ".*")
-    asked = {"query": expr, "start": now_s - WINDOW_S, "end": now_s, "step": _STEP_S}
-    whole = f"{url}/api/v1/query_range?{urllib.parse.urlencode(asked)}"
-    with urllib.request.urlopen(whole, timeout=30) as reply:
+    parameters = {"query": expr, "start": now_s - WINDOW_S, "end": now_s, "step": _STEP_S}
+    full_url = f"{url}/api/v1/query_range?{urllib.parse.urlencode(parameters)}"
+    with urllib.request.urlopen(full_url, timeout=30) as reply:
         series: list[dict[str, Any]] = json.load(reply)["data"]["result"]
     return series
 
@@ -48,28 +48,28 @@ def _named(legend: str, labels: dict[str, str]) -> str:
 
 def _draw(axes: Axes, url: str, chart: Chart, now_s: float) -> None:
     lines = [
-        (_named(query.legend, one["metric"]), one["values"])
+        (_named(query.legend, result["metric"]), result["values"])
         for query in chart.queries
-        for one in _asked(url, query, now_s)
+        for result in _query_range(url, query, now_s)
     ]
     times = sorted({t for _, values in lines for t, _ in values})
-    told = {name: [float(dict(values).get(t, "nan")) for t in times] for name, values in lines}
+    series = {name: [float(dict(values).get(t, "nan")) for t in times] for name, values in lines}
     # What has nothing to show but 0 is left out, unless all is like that.
-    told = {name: vs for name, vs in told.items() if any(v > 0 for v in vs)} or told
+    series = {name: vs for name, vs in series.items() if any(v > 0 for v in vs)} or series
     ago = [t - now_s for t in times]
     if chart.shape == "stacked":
-        filled = [[0.0 if v != v else v for v in values] for values in told.values()]
-        axes.stackplot(ago, *filled, labels=list(told), alpha=0.75)
+        filled = [[0.0 if v != v else v for v in values] for values in series.values()]
+        axes.stackplot(ago, *filled, labels=list(series), alpha=0.75)
     else:
-        for name, values in told.items():
+        for name, values in series.items():
             axes.plot(ago, values, label=name, linewidth=1.4)
     axes.set_ylim(bottom=0)
     axes.set_xlim(-WINDOW_S, 0)
     axes.set_ylabel(_UNITS.get(chart.unit, chart.unit), fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
-    rows = -(-len(told) // _LEGEND_COLUMNS)
-    if any(told):
+    rows = -(-len(series) // _LEGEND_COLUMNS)
+    if any(series):
         # Below the title, where it hides nothing.
         axes.legend(
             fontsize=7,
@@ -84,7 +84,7 @@ def _draw(axes: Axes, url: str, chart: Chart, now_s: float) -> None:
 
 
 def _number(figure: Figure, url: str, chart: Chart, now_s: float, at: float) -> None:
-    series = _asked(url, chart.queries[0], now_s)
+    series = _query_range(url, chart.queries[0], now_s)
     value = float(series[0]["values"][-1][1]) if series else float("nan")
     text = f"{value * 1000:.1f} ms" if chart.unit == "s" and value < 1 else f"{value:.3g}"
     if chart.unit == "s" and value >= 1:

@@ -155,7 +155,7 @@ async def _case(
     seen.tallies.append(tally)
     seen.again_s.append(tally.works_again_s(at_s))
     seen.spared_failed += sum(
-        one.kind != RIGHT for one in tally.verdicts if one.model in case.spared
+        verdict.kind != RIGHT for verdict in tally.verdicts if verdict.model in case.spared
     )
     kinds = ", ".join(f"{count} {kind}" for kind, count in tally.kinds.most_common())
     say(f"{case.name}: {kinds}; works again after {seen.again_s[-1]:.2f} s")
@@ -205,20 +205,20 @@ async def simulated(port: int, rounds: int, clients: int, settle_s: float) -> Re
 def _report_poison(report: Report, site: Site) -> None:
     """Report the cost of poison requests, which end each process that runs them."""
     beyond = float(max((lost - 2 for lost in site.lost), default=0))
-    told = [(one.status, one.code) for one in site.poisoned]
-    typed = sum(one == (500, "engine_died_twice") for one in told)
+    replies = [(reply.status, reply.code) for reply in site.poisoned]
+    typed = sum(reply == (500, "engine_died_twice") for reply in replies)
     report.reach += [
         TargetCheck(
             "pools lost beyond two by one poison request, at most", 0.0, beyond, beyond <= 0
         ),
         TargetCheck(
             "poison requests refused as such, at least",
-            float(len(told)),
+            float(len(replies)),
             float(typed),
-            typed == len(told),
+            typed == len(replies),
         ),
     ]
-    report.facts["poison"] = {"lost": site.lost, "answers": told}
+    report.facts["poison"] = {"lost": site.lost, "answers": replies}
 
 
 def _tell(
@@ -231,49 +231,53 @@ def _tell(
 ) -> None:
     columns = ("fault", RIGHT, TYPED, "broken", "resets", "bad", "works again, s", "codes")
     table = Table(f"What came of requests, {rounds} rounds", columns)
-    for name, one in seen.items():
-        codes = sum((tally.codes for tally in one.tallies), start=one.tallies[0].codes.__class__())
+    for name, results in seen.items():
+        codes = sum(
+            (tally.codes for tally in results.tallies), start=results.tallies[0].codes.__class__()
+        )
         table.rows.append(
             (
                 name,
-                str(one.count(RIGHT)),
-                str(one.count(TYPED)),
-                str(one.count(BROKEN)),
-                str(one.count(RESET)),
-                str(sum(one.count(kind) for kind in BAD)),
-                f"{max(one.again_s):.2f}",
+                str(results.count(RIGHT)),
+                str(results.count(TYPED)),
+                str(results.count(BROKEN)),
+                str(results.count(RESET)),
+                str(sum(results.count(kind) for kind in BAD)),
+                f"{max(results.again_s):.2f}",
                 ", ".join(f"{count} {code}" for code, count in codes.most_common(4)),
             )
         )
         for kind in (*BAD, RESET):
-            for tally in one.tallies:
+            for tally in results.tallies:
                 for detail in tally.details(kind):
-                    if kind in BAD or not one.case.resets:
+                    if kind in BAD or not results.case.resets:
                         report.notes.append(f"{name}: {kind}: {detail}")
     report.tables.append(table)
 
     def total(kind: str) -> float:
-        return float(sum(one.count(kind) for one in seen.values()))
+        return float(sum(results.count(kind) for results in seen.values()))
 
     def zero(name: str, value: float) -> TargetCheck:
         return TargetCheck(name, 0.0, value, value == 0)
 
-    asked = total(RIGHT) + total(TYPED) + total(BROKEN) + total(RESET)
+    requests = total(RIGHT) + total(TYPED) + total(BROKEN) + total(RESET)
     report.reach += [
-        TargetCheck("requests, at least", 100.0, asked, asked >= 100),
+        TargetCheck("requests, at least", 100.0, requests, requests >= 100),
         *(zero(f"{kind}s, at most", total(kind)) for kind in BAD),
         zero(
             "resets where nobody held the connection was killed, at most",
-            float(sum(one.count(RESET) for one in seen.values() if not one.case.resets)),
+            float(
+                sum(results.count(RESET) for results in seen.values() if not results.case.resets)
+            ),
         ),
         zero(
             "failures of requests that the fault had nothing to do with, at most",
-            float(sum(one.spared_failed for one in seen.values())),
+            float(sum(results.spared_failed for results in seen.values())),
         ),
     ]
-    for name, one in seen.items():
-        if one.case.resets:
-            worst = max(one.again_s)
+    for name, results in seen.items():
+        if results.case.resets:
+            worst = max(results.again_s)
             what = f"s until new requests work after {name}, at most"
             report.reach.append(
                 TargetCheck(what, _WORKS_AGAIN_S, round(worst, 2), worst <= _WORKS_AGAIN_S)
@@ -293,8 +297,10 @@ def _tell(
     ]
     report.facts["rounds"] = rounds
     report.facts["outcomes"] = {
-        name: dict(sum((t.kinds for t in one.tallies), start=one.tallies[0].kinds.__class__()))
-        for name, one in seen.items()
+        name: dict(
+            sum((t.kinds for t in results.tallies), start=results.tallies[0].kinds.__class__())
+        )
+        for name, results in seen.items()
     }
 
 

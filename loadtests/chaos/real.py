@@ -77,12 +77,12 @@ async def real(port: int, report: Report) -> None:
     try:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
             expected = [await _ask(session, port, 0)]
-            asked = [asyncio.create_task(_ask(session, port, i)) for i in range(_REQUESTS)]
+            requests = [asyncio.create_task(_ask(session, port, i)) for i in range(_REQUESTS)]
             await asyncio.sleep(0.5)
             core = _core(pid)
             say(f"killing the engine's core ({core.pid})")
             core.kill()
-            ended = await asyncio.gather(*asked)
+            ended = await asyncio.gather(*requests)
             again = await _ask(session, port, 0)
     finally:
         await asyncio.to_thread(context.__exit__, None, None, None)

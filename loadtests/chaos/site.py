@@ -275,7 +275,7 @@ class Site:
 
     def poison(self) -> None:
         """Send a request that ends every process that runs it."""
-        sent = Poisoned(frozenset(one.pid for one in self.processes(POOL)))
+        sent = Poisoned(frozenset(process.pid for process in self.processes(POOL)))
         self.poisoned.append(sent)
 
         def ask() -> None:
@@ -297,7 +297,7 @@ class Site:
 
     def count_lost(self) -> None:
         """Note how many pools the last poison request has ended."""
-        now = {one.pid for one in self.processes(POOL)}
+        now = {process.pid for process in self.processes(POOL)}
         self.lost.append(len(self.poisoned[-1].pools - now))
 
     def fill_disk(self) -> None:

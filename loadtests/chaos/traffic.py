@@ -67,7 +67,7 @@ class Ask:
         }
 
 
-def judged(ask: Ask, status: int, told: str, body: bytes) -> tuple[str, str]:
+def judged(ask: Ask, status: int, expert: str, body: bytes) -> tuple[str, str]:
     """Classify a reply's end, with a detail. `told` is the header x-coe-expert."""
     if status != 200:
         try:
@@ -83,14 +83,14 @@ def judged(ask: Ask, status: int, told: str, body: bytes) -> tuple[str, str]:
     except (orjson.JSONDecodeError, KeyError, TypeError, IndexError) as error:
         return WRONG, f"unreadable ({type(error).__name__}): {body[:80]!r}"
     if ended == "error":
-        right = answer_text(told, ask.text, ask.tokens)
-        if told in ask.experts and texts == right[: len(texts)]:
+        right = answer_text(expert, ask.text, ask.tokens)
+        if expert in ask.experts and texts == right[: len(texts)]:
             return BROKEN, ""
-        return WRONG, f"broken and wrong by {told}: {''.join(texts)[:60]!r}"
-    if ended != "done" or models != {told} or told not in ask.experts:
-        return WRONG, f"{ended} by {told}, models {sorted(models)}"
-    if "".join(texts) != "".join(answer_text(told, ask.text, ask.tokens)):
-        return WRONG, f"by {told}: {''.join(texts)[:60]!r}"
+        return WRONG, f"broken and wrong by {expert}: {''.join(texts)[:60]!r}"
+    if ended != "done" or models != {expert} or expert not in ask.experts:
+        return WRONG, f"{ended} by {expert}, models {sorted(models)}"
+    if "".join(texts) != "".join(answer_text(expert, ask.text, ask.tokens)):
+        return WRONG, f"by {expert}: {''.join(texts)[:60]!r}"
     return RIGHT, ""
 
 
@@ -130,22 +130,24 @@ class Tally:
     @property
     def kinds(self) -> Counter[str]:
         """Return the number of requests by kind of end."""
-        return Counter(one.kind for one in self.verdicts)
+        return Counter(verdict.kind for verdict in self.verdicts)
 
     @property
     def codes(self) -> Counter[str]:
         """Errors by status and code."""
-        return Counter(one.detail for one in self.verdicts if one.kind == TYPED)
+        return Counter(verdict.detail for verdict in self.verdicts if verdict.kind == TYPED)
 
     def details(self, kind: str) -> list[str]:
         """Return the details of one kind, the most frequent first."""
-        seen = Counter(one.detail for one in self.verdicts if one.kind == kind)
+        seen = Counter(verdict.detail for verdict in self.verdicts if verdict.kind == kind)
         return [f"{count} x {detail}" for detail, count in seen.most_common(3)]
 
     def works_again_s(self, fault_s: float) -> float:
         """From a fault until the first request begun after it was answered right; inf: never."""
         right = (
-            one.ended_s for one in self.verdicts if one.kind == RIGHT and one.began_s >= fault_s
+            verdict.ended_s
+            for verdict in self.verdicts
+            if verdict.kind == RIGHT and verdict.began_s >= fault_s
         )
         return min(right, default=float("inf")) - fault_s
 

@@ -62,8 +62,8 @@ async def _play(
     return sum(tokens), waits, time.monotonic() - began_s
 
 
-def _outcome(told: tuple[int, list[float], float], switches: int) -> TraceResult:
-    tokens, waits, wall_s = told
+def _outcome(measured: tuple[int, list[float], float], switches: int) -> TraceResult:
+    tokens, waits, wall_s = measured
     return TraceResult(
         tokens / wall_s, switches, percentile(waits, 50), percentile(waits, 99), max(waits), wall_s
     )
@@ -96,12 +96,12 @@ async def _planned(engine: SharedEngine, config: Config, asks: Sequence[Ask]) ->
 
     supervisor = asyncio.create_task(slot.supervise(asyncio.Lock()))
     try:
-        told = await _play(engine, asks, lease)
+        measured = await _play(engine, asks, lease)
     finally:
         supervisor.cancel()
         with suppress(asyncio.CancelledError):
             await supervisor
-    return _outcome(told, sum(slot.swap_counts().values()))
+    return _outcome(measured, sum(slot.swap_counts().values()))
 
 
 async def _first_come(engine: SharedEngine, config: Config, asks: Sequence[Ask]) -> TraceResult:
@@ -117,12 +117,12 @@ async def _first_come(engine: SharedEngine, config: Config, asks: Sequence[Ask])
 
     server = asyncio.create_task(queue.run())
     try:
-        told = await _play(engine, asks, lease)
+        measured = await _play(engine, asks, lease)
     finally:
         server.cancel()
         with suppress(asyncio.CancelledError):
             await server
-    return _outcome(told, queue.switches)
+    return _outcome(measured, queue.switches)
 
 
 async def _can_do(engine: SharedEngine, expert: str, capacity: int) -> float:
@@ -163,7 +163,7 @@ def _report(
     single: TraceResult,
     ours: TraceResult,
     fcfs: TraceResult,
-    asked: int,
+    requests: int,
     can_s: float,
     share: float,
     bound_s: float,
@@ -196,7 +196,7 @@ def _report(
         ),
     ]
     table = Table(
-        f"{asked} requests at {share:g} of what the engine can do ({can_s:.0f} tokens/s)",
+        f"{requests} requests at {share:g} of what the engine can do ({can_s:.0f} tokens/s)",
         ("served", "tokens/s", "switches", "wait p50 s", "p99 s", "max s", "seconds"),
     )
     ways = {
@@ -211,7 +211,7 @@ def _report(
         )
     report.tables.append(table)
     report.facts |= {
-        "requests": asked,
+        "requests": requests,
         "full_tokens_per_s": can_s,
         "share": share,
         **{

@@ -51,9 +51,9 @@ class Looked(VllmEngine):
 
     async def look(self, on: bool) -> None:
         """Look from now on, as configured, or not at all."""
-        told = self._look
-        every = told.every if on else 0
-        await self._rpc("coe_capture", _NAME, every, told.stretches, told.tokens)
+        options = self._look
+        every = options.every if on else 0
+        await self._rpc("coe_capture", _NAME, every, options.stretches, options.tokens)
 
     async def tell(self) -> None:
         """Have what was seen told, as every 10 s."""
@@ -111,10 +111,10 @@ async def _measure(
                 for on in (True, False) if i % 2 else (False, True):
                     turns = looked if on else alone
                     await _turn(engine, turns, on=on, requests=requests, seed=i)
-        told = await engine.metrics.routing_stats(_NAME)
+        stats = await engine.metrics.routing_stats(_NAME)
     finally:
         await engine.stop()
-    return looked, alone, int(told["tokens"])
+    return looked, alone, int(stats["tokens"])
 
 
 def report(model: Path | None, watch: Watch, *, pairs: int, requests: int, every: int) -> Report:

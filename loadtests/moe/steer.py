@@ -69,8 +69,8 @@ async def _turn(engine: SharedEngine, name: str, rounds: int) -> float:
     began_s = time.perf_counter()
     tokens = 0
     for _ in range(rounds):
-        asked = (ask(engine, name, _PROMPT, _ANSWER) for _ in range(_IN_FLIGHT))
-        tokens += sum(await asyncio.gather(*asked)) + _IN_FLIGHT * _PROMPT
+        requests = (ask(engine, name, _PROMPT, _ANSWER) for _ in range(_IN_FLIGHT))
+        tokens += sum(await asyncio.gather(*requests)) + _IN_FLIGHT * _PROMPT
     return tokens / (time.perf_counter() - began_s)
 
 

@@ -147,12 +147,12 @@ def measure(
     say(f"fitting on {_FOLDS} folds of {len(table)} prompts")
     problem = Problem(table, Settings())
     given = instance(problem.played, problem.out_of_fold(_FOLDS))
-    told = Table(
+    report_table = Table(
         f"Replay of {len(given.quality)} prompts, {given.quality.shape[1]} recipes, "
         f"{_ORDERS} random orders: the worst of them",
         ("budget", "rule", "of the optimum", "real score of the optimum's", "spent", "unanswered"),
     )
-    report.tables.append(told)
+    report.tables.append(report_table)
     rows = np.arange(len(given.quality))
     for budget in budgets:
         say(f"budget {budget:g}: the exact optimum")
@@ -162,7 +162,7 @@ def measure(
             runs = [online(given, budget, seed, rule) for seed in range(_ORDERS)]
             share = min(run.quality for run in runs) / most
             low, high = min(run.spent for run in runs), max(run.spent for run in runs)
-            told.rows.append(
+            report_table.rows.append(
                 (
                     f"{budget:g}",
                     rule,

@@ -138,5 +138,5 @@ def _tokenizer(folder: Path) -> None:
     words.decoder = decoders.ByteLevel()
     words.add_special_tokens(letters[-2:])
     words.save(str(folder / "tokenizer.json"))
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -120,9 +120,9 @@ class Clients:
             reply.close()
             self.left += 1
             return
-        told: Any = orjson.loads(await reply.read())
+        payload: Any = orjson.loads(await reply.read())
         self.served += 1
-        self.used_tokens += told["usage"]["completion_tokens"]
+        self.used_tokens += payload["usage"]["completion_tokens"]
 
     async def spent(self) -> int:
         """Return the ledger's usage once nothing but offline quotas is reserved."""

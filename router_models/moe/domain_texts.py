@@ -92,8 +92,10 @@ def answered(field: Field, answer: Callable[[list[str]], list[str]], count: int)
     sides = []
     for rows in (field.train[:count], field.held_out[:count]):
         prompts = [row.prompt for row in rows if not row.answer]
-        told = iter(answer(prompts) if prompts else [])
-        filled = (row if row.answer else Example(row.prompt, next(told), row.group) for row in rows)
+        answers = iter(answer(prompts) if prompts else [])
+        filled = (
+            row if row.answer else Example(row.prompt, next(answers), row.group) for row in rows
+        )
         sides.append(tuple(row for row in filled if row.answer))
     return Field(field.name, sides[0], sides[1], field.source, field.licence)
 

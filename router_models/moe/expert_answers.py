@@ -40,10 +40,10 @@ def greedy(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
                     max_new_tokens=ANSWER_TOKENS,
                     do_sample=False,
                 )
-            told = tokenizer.batch_decode(
+            decoded = tokenizer.batch_decode(
                 made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
             )
-            for i, text in zip(chosen, told, strict=True):
+            for i, text in zip(chosen, decoded, strict=True):
                 answers[i] = text
     finally:
         tokenizer.padding_side = side

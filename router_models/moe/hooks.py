@@ -136,8 +136,8 @@ def chosen(layers: list[RoutedLayer], see: Callable[[int, Tensor, Tensor], None]
     try:
         yield
     finally:
-        for one in hooks:
-            one.remove()
+        for handle in hooks:
+            handle.remove()
 
 
 @contextmanager
@@ -290,9 +290,9 @@ def _flat(out: Any) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1]).float()
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    worst = float((one.float() - other.float()).abs().max())
-    return worst <= _CLOSE * max(1e-6, float(other.float().abs().max()))
+def _close(first: Tensor, second: Tensor) -> bool:
+    worst = float((first.float() - second.float()).abs().max())
+    return worst <= _CLOSE * max(1e-6, float(second.float().abs().max()))
 
 
 def _refused(model: Any, why: str) -> NotSteerableError:

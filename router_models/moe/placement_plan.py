@@ -79,8 +79,8 @@ def read_loads(path: Path) -> tuple[tuple[int, ...], tuple[Floats, ...]]:
     Raises PlacementError.
     """
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        rows = {int(row["layer"]): np.array(row["load"], np.float64) for row in told["layers"]}
+        payload = json.loads(path.read_text(encoding="utf-8"))
+        rows = {int(row["layer"]): np.array(row["load"], np.float64) for row in payload["layers"]}
     except OSError as error:
         raise PlacementError(f"{path}: can't be read: {error.strerror or error}") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -186,7 +186,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def _way(
     name: str, loads: tuple[Floats, ...], devices: int, placed: list[Placed], proven: int = 0
 ) -> PlacementResult:
-    busiest = np.array([one.busiest(load) for one, load in zip(placed, loads, strict=True)])
+    busiest = np.array(
+        [layer_placement.busiest(load) for layer_placement, load in zip(placed, loads, strict=True)]
+    )
     mean = np.array([load.sum() / devices for load in loads])
     return PlacementResult(
         name,

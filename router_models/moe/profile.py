@@ -104,7 +104,7 @@ def learn(
     loss = judged.loss(held_out)
     foreign = judged.loss(tokenized(strangers, tokenizer, max_tokens)) if strangers else None
     share = _shares(found, profile)
-    told = LearnedProfile(
+    learned = LearnedProfile(
         model=str(folder),
         profile=str(out),
         keep=keep,
@@ -122,7 +122,7 @@ def learn(
         reads=judged.reads(held_out),
     )
     write_profile(profile, out)
-    return told
+    return learned
 
 
 def make_profile(
@@ -140,9 +140,9 @@ def make_profile(
     return SteeringProfile(shape, layers, protected, about)
 
 
-def as_json(told: LearnedProfile) -> dict[str, Any]:
+def as_json(learned: LearnedProfile) -> dict[str, Any]:
     """The outcome for programs."""
-    found: dict[str, Any] = json.loads(json.dumps(asdict(told)))
+    found: dict[str, Any] = json.loads(json.dumps(asdict(learned)))
     return found
 
 
@@ -193,9 +193,9 @@ def _by_hand(protect: Sequence[tuple[int, int]], shape: MoeShape) -> dict[int, t
 
 
 def _joined(
-    one: dict[int, tuple[int, ...]], other: dict[int, tuple[int, ...]]
+    first: dict[int, tuple[int, ...]], second: dict[int, tuple[int, ...]]
 ) -> dict[int, tuple[int, ...]]:
     return {
-        layer: tuple(sorted({*one.get(layer, ()), *other.get(layer, ())}))
-        for layer in sorted({*one, *other})
+        layer: tuple(sorted({*first.get(layer, ()), *second.get(layer, ())}))
+        for layer in sorted({*first, *second})
     }

@@ -64,14 +64,14 @@ class Judged:
         plain = self._scores(texts)
         with steered(self._layers, self._profile.layers, self._shape):
             changed = self._scores(texts)
-        told = compare("domain", plain, changed, seed=_SEED)
+        comparison = compare("domain", plain, changed, seed=_SEED)
         return QualityLoss(
             texts=len(texts),
             bytes=sum(row.bytes for row in plain),
-            unsteered=told.base,
-            steered=told.tuned,
-            lost=-told.gain,
-            lost_error=told.gain_error,
+            unsteered=comparison.base,
+            steered=comparison.tuned,
+            lost=-comparison.gain,
+            lost_error=comparison.gain_error,
         )
 
     def reads(self, texts: Sequence[Text]) -> tuple[ExpertReads, ...]:

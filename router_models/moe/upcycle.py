@@ -71,7 +71,7 @@ def plan(base: Path, experts: Mapping[str, Path], data: Path | None) -> Plan:
         config,
         before,
         joined,
-        {one.name: domain_texts.read(one.name, data) for one in joined},
+        {expert.name: domain_texts.read(expert.name, data) for expert in joined},
     )
 
 
@@ -88,8 +88,8 @@ def build(
     if out.exists():
         raise UpcycleError(f"{out} exists already: remove it or choose another folder")
     shared = checkpoint.split(Dense(BASE, work.base))
-    for one in work.experts:
-        _tell_lost(one, shared, say)
+    for expert in work.experts:
+        _tell_lost(expert, shared, say)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -119,14 +119,14 @@ def _fill(
     statistics = work.statistics or Statistics.empty(layers, hidden)
     if work.statistics is not None:
         checkpoint.keep_experts(work.base, folder, len(statistics.experts))
-    for one in work.experts:
+    for expert in work.experts:
         began_s = time.monotonic()
-        dense_loading.fill(model, one)
-        statistics = _learn(statistics, one, work.fields[one.name], model, tokenizer)
-        checkpoint.write_expert(folder, len(statistics.experts) - 1, one.weights())
-        told = statistics.origins[-1]
+        dense_loading.fill(model, expert)
+        statistics = _learn(statistics, expert, work.fields[expert.name], model, tokenizer)
+        checkpoint.write_expert(folder, len(statistics.experts) - 1, expert.weights())
+        origin = statistics.origins[-1]
         took_s = time.monotonic() - began_s
-        say(f"{one.name}: {told.rows} texts, {told.tokens:,} tokens, {took_s:.0f} s")
+        say(f"{expert.name}: {origin.rows} texts, {origin.tokens:,} tokens, {took_s:.0f} s")
     checkpoint.write_shared(folder, shared, statistics.gates(scale=SCALE))
     text = card.text(statistics, top_k=top_k, hidden=hidden, layers=layers)
     checkpoint.finish(folder, work.base, work.config, statistics, top_k=top_k, card=text)
@@ -134,7 +134,7 @@ def _fill(
 
 
 def _learn(
-    statistics: Statistics, one: Dense, field: domain_texts.Field, model: Any, tokenizer: Any
+    statistics: Statistics, expert: Dense, field: domain_texts.Field, model: Any, tokenizer: Any
 ) -> Statistics:
     """The statistics with this expert's own: `model` holds its weights."""
     answered = domain_texts.answered(
@@ -151,19 +151,19 @@ def _learn(
         total += len(conversation)
     if not kept:
         raise domain_texts.NoTextsError(
-            f"texts of {one.name}: none of {len(field.train)} has an answer and fits "
+            f"texts of {expert.name}: none of {len(field.train)} has an answer and fits "
             f"{MAX_TOKENS} tokens"
         )
     own, tokens = moments(model, kept, tokenizer)
-    weights = (one.adapter or one.folder).resolve().name
-    origin = Origin(one.name, weights, field.source, field.licence, len(kept), tokens)
+    weights = (expert.adapter or expert.folder).resolve().name
+    origin = Origin(expert.name, weights, field.source, field.licence, len(kept), tokens)
     return statistics.added(origin, own)
 
 
-def _tell_lost(one: Dense, shared: dict[str, torch.Tensor], say: Callable[[str], None]) -> None:
-    changed, share = dense.lost(one, shared) if one.name != domain_texts.GENERAL else (0, 0.0)
+def _tell_lost(expert: Dense, shared: dict[str, torch.Tensor], say: Callable[[str], None]) -> None:
+    changed, share = dense.lost(expert, shared) if expert.name != domain_texts.GENERAL else (0, 0.0)
     if changed:
         say(
-            f"{one.name}: {changed} weights outside its FFNs differ from the base's by "
+            f"{expert.name}: {changed} weights outside its FFNs differ from the base's by "
             f"{share:.2%} of their norm; the base's are shared, so that is lost"
         )

@@ -88,37 +88,37 @@ class RoutingCounts:
         }
 
     @staticmethod
-    def from_wire(told: dict[str, Any]) -> RoutingCounts:
+    def from_wire(payload: dict[str, Any]) -> RoutingCounts:
         """Parse the output of `to_wire`."""
-        kept = Cacheability(
-            *(np.array(told[name], np.int64) for name in ("segments", "hits", "uses"))
+        cacheability = Cacheability(
+            *(np.array(payload[name], np.int64) for name in ("segments", "hits", "uses"))
         )
         return RoutingCounts(
-            tuple(told["layers"]),
-            told["experts"],
-            told["top_k"],
-            told["every"],
-            told["cache"],
-            told["since_s"],
-            told["tokens"],
-            np.array(told["load"], np.int64),
-            kept,
+            tuple(payload["layers"]),
+            payload["experts"],
+            payload["top_k"],
+            payload["every"],
+            payload["cache"],
+            payload["since_s"],
+            payload["tokens"],
+            np.array(payload["load"], np.int64),
+            cacheability,
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return shape, counts and each layer's statistics, for the API."""
         rows = []
         for place, layer in enumerate(self.layers):
-            one = self.balance(place)
+            balance = self.balance(place)
             rows.append(
                 {
                     "layer": layer,
                     "load": self.load[place].tolist(),
-                    "imbalance": one.imbalance,
-                    "entropy_bits": one.entropy_bits,
-                    "entropy": one.entropy,
-                    "srp": one.srp,
-                    "sch": one.sch,
+                    "imbalance": balance.imbalance,
+                    "entropy_bits": balance.entropy_bits,
+                    "entropy": balance.entropy,
+                    "srp": balance.srp,
+                    "sch": balance.sch,
                 }
             )
         return {

@@ -155,14 +155,14 @@ def check_profile(profile: SteeringProfile, shape: MoeShape) -> None:
 
 
 def _check_base(mine: MoeShape, base: MoeShape) -> None:
-    for what, one, other in (
+    for what, expected, actual in (
         ("experts", mine.experts, base.experts),
         ("layers with a gate", len(mine.layers), len(base.layers)),
         ("experts per token", mine.top_k, base.top_k),
     ):
-        if one != other:
+        if expected != actual:
             raise InvalidProfileError(
-                f"it is for another base, of {one} {what}; this one has {other}"
+                f"it is for another base, of {expected} {what}; this one has {actual}"
             )
     if mine.layers != base.layers:
         raise InvalidProfileError(
