@@ -1,4 +1,4 @@
-"""The usage in an engine's answer: where it stands in the bytes, and what it counts."""
+"""Token usage: parsing it from replies and stream events, and estimating it from sizes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import orjson
 # In JSON an unescaped quote ends a string: this can only be a key of an object.
 _KEY = re.compile(rb'(?:,\s*)?"usage"\s*:\s*')
 _DECODER = json.JSONDecoder()
-# Where an event or a reply tells its own usage: elsewhere that word is the user's, as in a tool's
-# schema, metadata or a tool call's arguments.
+# The usual length of a token in English text.
+_BYTES_PER_TOKEN = 4
+# Objects of an event that may hold its own usage. Elsewhere that key may be a user's, as in a
+# tool's schema, metadata or a tool call's arguments.
 _HOLDERS = ("response", "message")
-# How much of a reply is read again to find which of many usages is its own, in bytes.
+# Most bytes of a reply that are parsed to find its own usage among several.
 _MOST_READ = 16 * 1024**2
 # What an endpoint tells beyond that is no count: it would be charged, and kept in a store.
 _MOST_TOKENS = 2**31
@@ -24,10 +26,15 @@ _MOST_TOKENS = 2**31
 
 @dataclass(frozen=True, slots=True)
 class TokenUsage:
-    """One usage, in OpenAI's or Anthropic's words. None: it does not tell.
+    """A usage found in a text of JSON, in OpenAI's or Anthropic's words.
 
-    `start`: where its key begins, with the comma before it; `value`: where its value does;
-    `end`: behind it.
+    Attributes:
+        start: Offset of its key, or of the comma before it.
+        value: Offset of its value.
+        end: Offset behind its value.
+        told: Whether the value is an object; false where it is null.
+        prompt_tokens: Tokens of the prompt, if given.
+        answer_tokens: Tokens of the answer, if given.
     """
 
     start: int
@@ -38,8 +45,13 @@ class TokenUsage:
     answer_tokens: int | None = None
 
 
+def estimate_tokens(byte_count: int) -> int:
+    """Estimate the tokens of a text of this many bytes in UTF-8, where no tokenizer is at hand."""
+    return byte_count // _BYTES_PER_TOKEN
+
+
 def _usages(data: bytes) -> Iterator[TokenUsage]:
-    """Every usage in a text of JSON; `told` is false for those that are null."""
+    """Every usage in a text of JSON."""
     if b'"usage"' not in data:
         return
     text = ""
@@ -47,7 +59,7 @@ def _usages(data: bytes) -> Iterator[TokenUsage]:
         if data.startswith(b"null", key.end()):
             yield TokenUsage(key.start(), key.end(), key.end() + 4, told=False)
             continue
-        # One byte a character, so that places are the same.
+        # One character for each byte keeps the offsets.
         text = text or data.decode("latin-1")
         try:
             value, end = _DECODER.raw_decode(text, key.end())
@@ -65,28 +77,28 @@ def _usages(data: bytes) -> Iterator[TokenUsage]:
 
 
 def reply_usage(body: bytes) -> TokenUsage | None:
-    """The usage of a whole reply: the one at the top of its object, if it tells anything.
+    """The usage of a whole reply: the one at the top level of its object.
 
-    A key is at the top where what follows its value closes exactly one object. So only the rest
-    of the reply is read, which is short: engines put the usage at the end.
+    A key is at the top level if the rest after its value closes exactly one object. Only that rest
+    is parsed, which is short: engines put the usage at the end.
     """
     left = _MOST_READ
-    for one in reversed([one for one in _usages(body) if one.told]):
-        left -= len(body) - one.end
+    for usage in reversed([usage for usage in _usages(body) if usage.told]):
+        left -= len(body) - usage.end
         if left < 0:
             return None
         try:
-            orjson.loads(b'{"":0' + body[one.end :])
+            orjson.loads(b'{"":0' + body[usage.end :])
         except orjson.JSONDecodeError:
             continue
-        return one
+        return usage
     return None
 
 
 def usage_of(event: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The usage that a stream's event tells: its own, or that of the reply which it holds.
+    """The usage in a stream's event, or in the reply that the event holds.
 
-    The object itself, so that what is put into it is in the event.
+    It is the object itself: changes to it change the event.
     """
     for holder in (event, *(event.get(name) for name in _HOLDERS)):
         if isinstance(holder, Mapping) and isinstance(found := holder.get("usage"), dict):
@@ -95,7 +107,7 @@ def usage_of(event: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def token_counts(usage: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Prompt and answer tokens of a usage, in OpenAI's or Anthropic's words. None: not told."""
+    """Prompt and answer tokens of a usage of OpenAI or Anthropic; None where it lacks them."""
     return (
         _count(usage, "prompt_tokens", "input_tokens"),
         _count(usage, "completion_tokens", "output_tokens"),

@@ -97,5 +97,8 @@ class PoolProcess:
     async def operate(self, operation: str, expert: str) -> None:
         await self.pool.operate(operation, expert)
 
+    async def moe_statistics(self, expert: str) -> dict[str, Any]:
+        return await self._metrics.routing_stats(expert)
+
     async def metrics(self) -> str:
         return await self._metrics.text({"pool": f"{self.pool.kind}-{self.pool.boot}"})

@@ -1,4 +1,4 @@
-"""The cluster's secret: what a pool's port asks for. A 0600 file, never an argument or variable."""
+"""The cluster's secret, which a pool's port requires. It is kept in a file with mode 0600."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def make_secret(path: Path) -> str:
     """Write a new secret to `path`, readable by its owner only, and return it."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     secret = secrets.token_urlsafe(32)
-    # Whole or not at all: a full disk must not leave an empty secret behind.
+    # Write it atomically: a full disk must not leave an empty secret.
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.unlink(missing_ok=True)
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -29,18 +29,18 @@ def make_secret(path: Path) -> str:
 
 
 def admin_key_path() -> Path:
-    """Where this machine's admin key is: `$COE_HOME/admin-key`, or `~/.config/coe/admin-key`."""
+    """Path of this machine's admin key: `$COE_HOME/admin-key`, or `~/.config/coe/admin-key`."""
     home = os.environ.get("COE_HOME")
     return (Path(home) if home else Path.home() / ".config" / "coe") / "admin-key"
 
 
 def keys_path() -> Path:
-    """Where this machine's API keys are kept, hashed, unless the config says otherwise."""
+    """Default path of this machine's hashed API keys."""
     return admin_key_path().with_name("keys.jsonl")
 
 
 def read_secret(path: Path) -> str:
-    """The secret that the file holds. Raises OSError, also where it holds none."""
+    """Read a secret from a file. Raises OSError, also where the file is empty."""
     secret = path.read_text().strip()
     if not secret:
         raise OSError(f"{path} is empty")
@@ -48,11 +48,11 @@ def read_secret(path: Path) -> str:
 
 
 def same(given: bytes, secret: bytes) -> bool:
-    """Whether they are equal, in constant time."""
+    """Compare in constant time."""
     return hmac.compare_digest(given, secret)
 
 
 def node_folder(secret: str) -> Path:
-    """Where the processes of one cluster have their sockets for metrics on this node."""
+    """Folder of the metrics sockets that one cluster's processes have on this node."""
     digest = hashlib.blake2b(secret.encode(), digest_size=8).hexdigest()
     return Path(tempfile.gettempdir()) / f"coe-{os.getuid()}-{digest}"

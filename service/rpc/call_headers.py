@@ -1,4 +1,4 @@
-"""A request on its way from a gateway to a pool: the headers it travels with."""
+"""A call from a gateway to a pool, and its HTTP headers."""
 
 from __future__ import annotations
 
@@ -30,14 +30,21 @@ _MOST = 512
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a pool has to know of a request besides its body.
+    """Metadata of a call: everything that a pool needs besides the body.
 
-    `deadline_ms` is what is left, to the first byte when `stream`, else to the end.
-    `prompt_tokens`: about how long its prompts are together; `places`: how many of the engine's
-    it takes, for its answers or, where it makes none, its prompts.
-    `seq` counts this gateway's calls to this pool, so that snapshots can
-    acknowledge them. Of `tenant` name, priority, weight and cache salt travel. `trace`: the W3C
-    headers to go on with, none where the request is not traced.
+    Attributes:
+        endpoint: Path of the endpoint.
+        expert: The expert that answers.
+        request_id: Id of the client's request.
+        deadline_ms: Time left, to the first byte when `stream`, else to the end.
+        stream: Whether the answer is streamed.
+        gateway: The gateway's id.
+        seq: Number among this gateway's calls to this pool, which snapshots acknowledge.
+        tenant: Only name, priority, weight and cache salt are sent.
+        trace: W3C trace context; empty where the request is not traced.
+        prompt_tokens: Estimated length of all its prompts.
+        places: Number of the engine's sequences that it takes: its answers, or its prompts where it
+            makes no answer.
     """
 
     endpoint: str
@@ -53,7 +60,7 @@ class Call:
     places: int = 1
 
     def headers(self) -> dict[str, str]:
-        """As HTTP headers."""
+        """Serialize as HTTP headers."""
         return {
             **self.trace,
             EXPERT: self.expert,
@@ -73,9 +80,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """When what happened to a request in a pool, in `time.monotonic` s; 0: it never did.
+    """Times of a request in a pool, in `time.monotonic` seconds; 0 where it never happened.
 
-    queue_s: of it until `began_s`; swap_s: how much of that was swapping.
+    Attributes:
+        arrived_s: When it arrived.
+        began_s: When the engine got it.
+        first_s: When its first byte was sent.
+        ended_s: When it ended.
+        queue_s: Seconds in the queue, before `began_s`.
+        swap_s: Seconds of those that a swap took.
     """
 
     arrived_s: float
@@ -91,7 +104,7 @@ def trace_of(headers: Mapping[bytes, bytes]) -> Mapping[str, str]:
     if b"traceparent" not in headers:
         return {}
     given = {name: headers.get(name.encode(), b"") for name in TRACE}
-    # Both are printable ASCII; anything else could not be sent on.
+    # Both are printable ASCII; other values could not be forwarded.
     return {
         name: value.decode()
         for name, value in given.items()
@@ -100,7 +113,7 @@ def trace_of(headers: Mapping[bytes, bytes]) -> Mapping[str, str]:
 
 
 def parse_call(endpoint: str, headers: dict[bytes, bytes]) -> Call:
-    """The reverse of `Call.headers`. Raises InvalidRequestError."""
+    """Parse the headers that `Call.headers` made. Raises InvalidRequestError."""
 
     def text(name: str) -> str:
         value = headers.get(name.encode())

@@ -1,4 +1,4 @@
-"""A gateway's side of the link: one pool, followed and called over keep-alive HTTP."""
+"""The gateway's client of a pool: calls, and its snapshot stream, over keep-alive HTTP."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ log = logging.getLogger("coe.link")
 _RECONNECT_S = 0.25
 _CONNECT_TIMEOUT_S = 2.0
 _SILENT_S = 15.0
-# An engine takes its time to stop.
+# An engine may take seconds to stop a request.
 _USED_TIMEOUT_S = 8.0
 
 
 @dataclass(frozen=True, slots=True)
 class PoolAddress:
-    """Where a pool's process listens. `boot` is new whenever the process is."""
+    """The address of a pool's process. `boot` is a new id for every process."""
 
     url: str
     kind: str
@@ -40,13 +40,13 @@ class PoolAddress:
 
     @property
     def name(self) -> str:
-        """How people and metrics call it."""
+        """Its name in metrics and for people."""
         return f"{self.kind}-{self.boot}"
 
 
 @dataclass(frozen=True, slots=True)
 class PoolReply:
-    """The head of a pool's answer, and its body as it comes."""
+    """A pool's response: status and headers, and the body as a stream."""
 
     status: int
     headers: dict[str, str]
@@ -54,7 +54,7 @@ class PoolReply:
 
 
 def new_session() -> aiohttp.ClientSession:
-    """The session that a gateway's links share."""
+    """The HTTP session that all links of a gateway share."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
@@ -65,10 +65,16 @@ def new_session() -> aiohttp.ClientSession:
 
 
 class PoolLink:
-    """One pool as a gateway sees it.
+    """A gateway's link to one pool. Times are `time.monotonic` seconds.
 
-    `changed` is called when the snapshot is new, `experts_changed` before it when the pool's
-    experts are told anew or it falls silent. Times are `time.monotonic` seconds.
+    Args:
+        address: The pool's address.
+        session: The session of all links.
+        secret: The cluster's secret.
+        gateway: This gateway's id.
+        changed: Called when the snapshot has changed.
+        experts_changed: Called before `changed` when the state of the experts has changed, or when
+            the stream of snapshots has ended.
     """
 
     def __init__(
@@ -84,13 +90,13 @@ class PoolLink:
         self._experts_changed = experts_changed or changed
         self.snapshot: Snapshot | None = None
         self.received_s = 0.0
-        self.draining = False  # as last heard: it stays known when the pool has gone
+        self.draining = False  # of the last snapshot, also after the pool has gone
         self._session = session
         self._headers = {secrets.HEADER: secret}
         self._gateway = gateway
         self._changed = changed
         self._seq = 0
-        # Calls under way that no snapshot has acknowledged, by number, in the order of sending.
+        # Open calls that no snapshot has acknowledged, by number, in the order of sending.
         self._unseen: dict[int, str] = {}
         self._open: set[aiohttp.ClientResponse] = set()
         self._calls = 0
@@ -100,29 +106,30 @@ class PoolLink:
         self._task = asyncio.create_task(self._follow())
 
     def age_s(self, now_s: float) -> float:
-        """Seconds since the pool was last heard of."""
+        """Seconds since the last snapshot."""
         return now_s - self.received_s if self.snapshot is not None else GONE_S + 1
 
     def silent_s(self, now_s: float) -> float:
-        """Seconds since the pool was heard of, or since it is followed if it never was."""
+        """Seconds since the last snapshot, or since the link was made where none came."""
         return now_s - (self.received_s if self.snapshot is not None else self._silent_since_s)
 
     def unseen(self) -> dict[str, int]:
-        """Requests sent that the snapshot can't count yet, by expert."""
+        """Number of requests sent that the snapshot does not count yet, by expert."""
         return Counter(self._unseen.values()) if self._unseen else {}
 
     def next_seq(self, expert: str) -> int:
-        """Number a call that is about to be sent."""
+        """Assign a number to a call that is about to be sent."""
         self._seq += 1
         self._unseen[self._seq] = expert
         return self._seq
 
     @asynccontextmanager
     async def call(self, call: Call, body: bytes) -> AsyncIterator[PoolReply]:
-        """Send a call; leaving the context early stops it in the pool.
+        """Send a call; leaving the context early cancels it in the pool.
 
-        Raises PoolUnreachableError where no connection was made, PoolUnavailableError where no
-        head of an answer came.
+        Raises:
+            PoolUnreachableError: No connection was made.
+            PoolUnavailableError: The connection was lost before the response's headers.
         """
         headers = {**self._headers, **call.headers(), "content-type": "application/json"}
         self._calls += 1
@@ -141,13 +148,13 @@ class PoolLink:
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 kind = self.address.kind
                 raise PoolUnavailableError(
-                    f"a pool of kind {kind!r} went away ({type(error).__name__})"
+                    f"the connection to a pool of kind {kind!r} was lost ({type(error).__name__})"
                 ) from None
             lowered = {key.lower(): value for key, value in reply.headers.items()}
             self._open.add(reply)
             yield PoolReply(reply.status, lowered, reply.content)
         finally:
-            # A call that has ended is ahead of nobody, whether it ever reached the pool or not.
+            # A call that has ended is in no queue, whether it reached the pool or not.
             self._unseen.pop(call.seq, None)
             self._calls -= 1
             if not self._calls:
@@ -162,45 +169,56 @@ class PoolLink:
         return (await self._get("/metrics")).decode()
 
     async def experts(self) -> dict[str, Any]:
-        """The pool's experts in full. Raises PoolUnavailableError."""
-        told: dict[str, Any] = orjson.loads(await self._get("/experts"))
-        return told
+        """Details of the pool's experts. Raises PoolUnavailableError."""
+        details: dict[str, Any] = orjson.loads(await self._get("/experts"))
+        return details
 
     async def operate(self, act: str, expert: str) -> tuple[int, bytes]:
-        """load, evict, pin or unpin: the pool's status and body. Raises PoolUnavailableError."""
-        return await self._small(
+        """Load, evict, pin or unpin an expert.
+
+        Returns:
+            The pool's status and body.
+
+        Raises:
+            PoolUnavailableError: The pool can't be reached.
+        """
+        return await self._request(
             "POST", f"/operate/{quote(act, safe='')}/{quote(expert, safe='')}", timeout_s=120
         )
 
-    async def routes(self, expert: str) -> tuple[int, bytes]:
-        """What an expert's routers chose there: the pool's status and body.
+    async def moe_statistics(self, expert: str) -> tuple[int, bytes]:
+        """Fetch the choices of an expert's gates.
 
-        Raises PoolUnavailableError.
+        Returns:
+            The pool's status and body.
+
+        Raises:
+            PoolUnavailableError: The pool can't be reached.
         """
-        return await self._small("GET", f"/routes/{quote(expert, safe='')}", timeout_s=10)
+        return await self._request("GET", f"/moe-statistics/{quote(expert, safe='')}", timeout_s=10)
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
-        """Tokens of prompt and answer of a call that was left; None where that is not known."""
+        """Fetch prompt and answer tokens of a cancelled call; None where they are not known."""
         try:
-            status, body = await self._small(
+            status, body = await self._request(
                 "GET", f"/used/{quote(request_id, safe='')}", timeout_s=_USED_TIMEOUT_S
             )
         except PoolUnavailableError:
             return None
-        told = orjson.loads(body) if status == 200 else None
-        return (int(told[0]), int(told[1])) if told is not None else None
+        counts = orjson.loads(body) if status == 200 else None
+        return (int(counts[0]), int(counts[1])) if counts is not None else None
 
     async def _get(self, path: str) -> bytes:
-        status, body = await self._small("GET", path)
+        status, body = await self._request("GET", path)
         if status != 200:
             raise PoolUnavailableError(f"the pool answered {path} with status {status}")
         return body
 
     async def demand(self, wanted: dict[str, float]) -> None:
-        """Tell the pool of unmet demand. Raises PoolUnavailableError."""
-        await self._small("POST", "/demand", body=orjson.dumps(wanted))
+        """Report unmet demand to the pool, by expert. Raises PoolUnavailableError."""
+        await self._request("POST", "/demand", body=orjson.dumps(wanted))
 
-    async def _small(
+    async def _request(
         self, method: str, path: str, *, timeout_s: float = 2, body: bytes | None = None
     ) -> tuple[int, bytes]:
         try:
@@ -224,14 +242,14 @@ class PoolLink:
         await self._unused.wait()
 
     async def close(self) -> None:
-        """Stop following."""
+        """Stop following the pool."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _follow(self) -> None:
         while True:
             try:
-                await self._read()
+                await self._read_snapshots()
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
                 log.debug("snapshot stream of %s: %r", self.address.url, error)
             if self.snapshot is not None:
@@ -240,12 +258,12 @@ class PoolLink:
             self._experts_changed()
             self._changed()
             if time.monotonic() - self._silent_since_s > _SILENT_S:
-                # It hangs without having closed: its streams would wait for ever.
+                # It hangs without closing its connections: calls would wait for ever.
                 for reply in list(self._open):
                     reply.close()
             await asyncio.sleep(_RECONNECT_S)
 
-    async def _read(self) -> None:
+    async def _read_snapshots(self) -> None:
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=GONE_S
         )
@@ -260,16 +278,16 @@ class PoolLink:
                 snapshot = decode(line, snapshot)
                 if snapshot.boot != self.address.boot:
                     raise ValueError("another process has this address now")
-                self._heard(snapshot)
+                self._on_snapshot(snapshot)
 
-    def _heard(self, snapshot: Snapshot) -> None:
+    def _on_snapshot(self, snapshot: Snapshot) -> None:
         before, self.snapshot = self.snapshot, snapshot
         self.draining = snapshot.draining
         self.received_s = time.monotonic()
         acknowledged = snapshot.acks.get(self._gateway, 0)
         for seq in list(takewhile(lambda seq: seq <= acknowledged, self._unseen)):
             del self._unseen[seq]
-        # A line without news of experts leaves the very same dict in the snapshot.
+        # A line without experts leaves the same dict object in the snapshot.
         if before is None or before.experts is not snapshot.experts:
             self._experts_changed()
         if before is None or before.seq != snapshot.seq:

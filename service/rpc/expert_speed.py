@@ -1,8 +1,8 @@
-"""How fast an expert answers: moving averages of what was seen. No clock of its own.
+"""Latency estimates of experts: moving averages of measurements. Pure.
 
-An expert that seems slow is asked less, or not at all where it seems to miss every deadline, and
-so would never be measured again, although only the machine was busy. Therefore what was measured
-is believed less the longer ago it was, as far as it is slower than an unmeasured one is taken for.
+An expert that was slow once gets fewer requests, or none where it seems to miss every deadline, and
+would never be measured again, even if only the machine was busy. Slow measurements therefore decay
+toward the prior, so that the expert is tried again.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from service.http.usage import reply_usage
 from service.rpc.snapshot import Speed
 
 _EWMA = 0.2
-# Prompts must differ by this much (standard deviation against mean) to tell what length costs.
+# Least spread of prompt lengths (standard deviation over mean) for fitting a slope.
 _LEAST_SPREAD = 0.1
-# What an expert is taken for that was never measured.
+# Speed of an expert that was never measured.
 PRIOR = Speed(first_s=0.2, chunk_s=0.02)
-# Time in which what is slower comes half way to that, and in what steps: each is told to gateways.
+# Half-life of the decay to the prior, and its step: each step changes the snapshot.
 _HALF_LIFE_S = 600.0
 _STEP_S = 60.0
 
 
 class LatencyEstimator:
-    """The time to a first byte as a line over the prompt's length, and the time per token after it.
+    """Estimates the time to the first byte, linear in the prompt's length, and the time per token.
 
-    The line is a least-squares fit with exponential forgetting: of averages of length,
-    time, length² and length · time.
+    The line is a least-squares fit with exponential forgetting, from the averages of length, time,
+    length² and length · time.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class LatencyEstimator:
         self._measured_at_s = 0.0
 
     def streamed(self, prompt_tokens: int, first_s: float, chunk_s: float, now_s: float) -> None:
-        """A stream: seconds to its first byte, and between chunks (0: it had too few to tell)."""
+        """Add a stream: seconds to its first byte, and between chunks (0: too few)."""
         self._measured_at_s = now_s
         weight = _EWMA if self._streams else 1.0
         self._streams = True
@@ -67,12 +67,12 @@ class LatencyEstimator:
         per_token_s = 0.0
         if variance > (_LEAST_SPREAD * self._length) ** 2:
             slope = (self._product - self._length * self._time) / variance
-            # Never more than the whole time, nor less than nothing.
+            # Between nothing and the whole time.
             per_token_s = min(max(slope, 0.0), self._time / max(self._length, 1.0))
         return self._time - per_token_s * self._length, per_token_s
 
     def speed(self, now_s: float) -> Speed:
-        """What is known by now; nothing (`Speed()`) before anything was seen."""
+        """The estimate now; `Speed()` before any measurement."""
         first_s, per_token_s = self._line()
         steps = max(0.0, now_s - self._measured_at_s) // _STEP_S
         kept = 0.5 ** (steps * _STEP_S / _HALF_LIFE_S)
@@ -83,8 +83,8 @@ class LatencyEstimator:
         )
 
 
-def _decay_to_prior(measured: float, guess: float, kept: float) -> float:
-    return guess + kept * (measured - guess) if measured > guess else measured
+def _decay_to_prior(measured: float, prior: float, kept: float) -> float:
+    return prior + kept * (measured - prior) if measured > prior else measured
 
 
 class ResponseTimer:
@@ -104,7 +104,7 @@ class ResponseTimer:
         self._body = b""
 
     def on_bytes(self, message: object, now_s: float) -> None:
-        """One message."""
+        """Record one message."""
         assert isinstance(message, dict)
         if message["type"] == "http.response.start":
             self.first_s = now_s
@@ -116,24 +116,24 @@ class ResponseTimer:
         self._body = message.get("body", b"")
 
     def tokens(self) -> int:
-        """About how many tokens have passed: a stream's chunks, a whole answer's own count."""
+        """Tokens so far: the chunks of a stream, or the usage of a whole answer."""
         return self.chunks if self._streams else _answer_tokens(self._body)
 
-    def report(self, meter: LatencyEstimator, prompt_tokens: int) -> None:
-        """What it came to, if it was a good answer."""
+    def report(self, estimator: LatencyEstimator, prompt_tokens: int) -> None:
+        """Add the measurement to the estimator, if the answer was successful."""
         if not self._good:
             return
         if self._streams:
-            # The last message is the end mark.
+            # The last message is the end of the stream.
             between = self.chunks - 2
             chunk_s = (self._last_s - self.first_s) / between if between > 0 else 0.0
-            meter.streamed(prompt_tokens, self.first_s - self.began_s, chunk_s, self._last_s)
+            estimator.streamed(prompt_tokens, self.first_s - self.began_s, chunk_s, self._last_s)
             return
         tokens = _answer_tokens(self._body)
-        meter.whole(prompt_tokens, self._last_s - self.began_s, tokens, self._last_s)
+        estimator.whole(prompt_tokens, self._last_s - self.began_s, tokens, self._last_s)
 
 
 def _answer_tokens(body: bytes) -> int:
-    """The tokens of a whole answer, by its usage; 0 where it tells none."""
+    """Answer tokens in the usage of a whole answer; 0 where it has none."""
     usage = reply_usage(body)
     return (usage.answer_tokens or 0) if usage is not None else 0

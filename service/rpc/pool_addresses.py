@@ -1,6 +1,6 @@
-"""The pools known in this process, by where they were heard of; told to one listener.
+"""Registry of the pool addresses that this process knows, by source, with one listener.
 
-Whoever hears of pools may do so in another thread than the one that follows them.
+Sources may register addresses in another thread than the listener's.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ _listeners: list[Listener] = []
 
 
 def listen(listener: Listener) -> None:
-    """Tell `listener` the whole list now and whenever it changes, in the thread that changes it."""
+    """Call `listener` with the whole list, now and after every change, in the changing thread."""
     with _lock:
         _listeners[:] = [listener]
-        _tell()
+        _notify()
 
 
 def put(source: str, addresses: list[PoolAddress]) -> None:
-    """These are all the pools that `source` knows."""
+    """Replace the addresses of one source."""
     with _lock:
         _known[source] = addresses
-        _tell()
+        _notify()
 
 
-def _tell() -> None:
+def _notify() -> None:
     every = [address for addresses in _known.values() for address in addresses]
     for listener in _listeners:
         listener(every)

@@ -1,4 +1,4 @@
-"""The pools that a gateway knows: told of their addresses, it follows each one."""
+"""The pools that a gateway knows, with a link to each."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _MOST_POOLS = 64
 class PoolDirectory:
     """Links to the pools that exist now.
 
-    `update` is told the whole list whenever it changes. Above 64 pools a gateway
-    follows a stable subset of them, by rendezvous hash of its own id and the pool's.
+    `update` takes the whole list whenever it changes. Above 64 pools a gateway follows a stable
+    subset of them, by rendezvous hash of its own id and the pool's.
     """
 
     def __init__(self, gateway: str, secret: str) -> None:
@@ -29,20 +29,20 @@ class PoolDirectory:
         self._secret = secret
         self._session: aiohttp.ClientSession | None = None
         self._links: dict[str, PoolLink] = {}
-        # Those whose last calls have not ended yet.
-        self._left: dict[PoolLink, asyncio.Task[None]] = {}
+        # Links to former pools whose last calls are still open.
+        self._leaving: dict[PoolLink, asyncio.Task[None]] = {}
         self._waiters: set[asyncio.Event] = set()
-        # The greatest context of each expert over all pools; None: to be made anew.
+        # The greatest context of each expert over all pools; None: to be computed.
         self._contexts: dict[str, int] | None = None
 
     def update(self, addresses: Iterable[PoolAddress]) -> None:
-        """Follow exactly these pools. Must be called in the event loop."""
+        """Follow exactly these pools. It has to be called in the event loop."""
         wanted = {address.boot: address for address in self._subset(list(addresses))}
         if self._session is None:
             self._session = new_session()
         for boot in self._links.keys() - wanted.keys():
             link = self._links.pop(boot)
-            self._left[link] = asyncio.create_task(self._disconnect(link))
+            self._leaving[link] = asyncio.create_task(self._disconnect(link))
         for boot in wanted.keys() - self._links.keys():
             self._links[boot] = PoolLink(
                 wanted[boot],
@@ -58,7 +58,7 @@ class PoolDirectory:
     async def _disconnect(self, link: PoolLink) -> None:
         await link.unused()
         await link.close()
-        del self._left[link]
+        del self._leaving[link]
 
     def _subset(self, addresses: list[PoolAddress]) -> list[PoolAddress]:
         if len(addresses) <= _MOST_POOLS:
@@ -70,19 +70,19 @@ class PoolDirectory:
         return sorted(addresses, key=weight, reverse=True)[:_MOST_POOLS]
 
     def links(self) -> list[PoolLink]:
-        """The pools heard of within the last 3 s."""
+        """Links to pools whose last snapshot is at most 3 s old."""
         now_s = time.monotonic()
         return [link for link in self._links.values() if link.age_s(now_s) <= GONE_S]
 
     def link(self, boot: str) -> PoolLink:
-        """The one to a pool. Raises PoolUnreachableError where it was not heard of for 3 s."""
+        """The link to a pool. Raises PoolUnreachableError where it was silent for 3 s."""
         link = self._links.get(boot)
         if link is None or link.age_s(time.monotonic()) > GONE_S:
-            raise PoolUnreachableError("the pool has just gone")
+            raise PoolUnreachableError("the pool can't be reached any more")
         return link
 
     def holding(self, expert: str) -> list[PoolLink]:
-        """Those that hold an expert, in whatever tier. Raises UnknownModelError where none does."""
+        """Links to pools that have an expert, in any state. Raises UnknownModelError: none has it."""
         found = [
             link
             for link in self.links()
@@ -93,9 +93,9 @@ class PoolDirectory:
         return found
 
     def context(self, expert: str) -> int:
-        """The greatest context that any followed pool tells of an expert, in tokens; 0: unknown.
+        """The greatest context of an expert in any pool, in tokens; 0 where it is unknown.
 
-        All experts' are found at once, and again only when a pool tells of its experts anew.
+        The contexts of all experts are computed at once, and again when an expert's state changes.
         """
         if self._contexts is None:
             self._contexts = {}
@@ -110,7 +110,7 @@ class PoolDirectory:
         self._contexts = None
 
     def silences(self) -> dict[str, float]:
-        """Seconds since each followed pool was heard of, by its name; those gone included."""
+        """Seconds since each pool's last snapshot, by its name, silent pools included."""
         now_s = time.monotonic()
         return {link.address.name: link.silent_s(now_s) for link in self._links.values()}
 
@@ -119,12 +119,12 @@ class PoolDirectory:
             waiter.set()
 
     async def change(self, timeout_s: float) -> None:
-        """Wait until something is different, at most `timeout_s`."""
+        """Wait until any snapshot has changed, at most `timeout_s`."""
         waiter = asyncio.Event()
         self._waiters.add(waiter)
         try:
-            # Not wait_for: on Python 3.11 it may swallow a cancellation, and a client
-            # that left would be answered all the same.
+            # Not wait_for: on Python 3.11 it may swallow a cancellation, so that a request
+            # goes on after its client has disconnected.
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await waiter.wait()
@@ -132,13 +132,13 @@ class PoolDirectory:
             self._waiters.discard(waiter)
 
     async def close(self) -> None:
-        """Stop following, close connections."""
-        for task in self._left.values():
+        """Stop following all pools, and close their connections."""
+        for task in self._leaving.values():
             task.cancel()
-        await asyncio.gather(*self._left.values(), return_exceptions=True)
-        links = [*self._links.values(), *self._left]
+        await asyncio.gather(*self._leaving.values(), return_exceptions=True)
+        links = [*self._links.values(), *self._leaving]
         await asyncio.gather(*(link.close() for link in links))
         self._links.clear()
-        self._left.clear()
+        self._leaving.clear()
         if self._session is not None:
             await self._session.close()

@@ -1,7 +1,7 @@
-"""What a gateway knows of a pool, and its form on the wire.
+"""Snapshots of a pool for gateways, and their wire format.
 
-One NDJSON line each: the whole state first, then only the fields that changed,
-and a heartbeat (a line with nothing changed) at least every 250 ms.
+A stream of NDJSON lines: first the whole state, then only the fields that changed, and a heartbeat
+(a line without changes) at least every 250 ms.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ GONE_S = 3.0
 
 @dataclass(frozen=True, slots=True)
 class ExpertState:
-    """One expert in one pool: where its weights are, and why not if it failed.
+    """One expert in one pool.
 
-    `eta_s`: seconds until it answers, as far as known; 0 when it does.
-    `swap_s`: how long putting it in another's place takes, 0 where it has a slot of its
-    own. `slot`: which of the pool's slots it is in. `max_model_len`: context in tokens,
-    0 until known.
+    Attributes:
+        state: Where its weights are.
+        eta_s: Estimated seconds until it can answer; 0 when it can.
+        swap_s: Seconds that a swap to it takes; 0 where it has a slot of its own.
+        slot: Number of the pool's slot that it belongs to.
+        reason: Why it failed, if it did.
+        max_model_len: Context in tokens; 0 until known.
+        engine: Facts about its engine, for people.
     """
 
     state: Residency
@@ -40,10 +44,13 @@ class ExpertState:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """Requests of one expert in a pool: waiting for a place, and running.
+    """Requests of one expert in a pool.
 
-    `places`: of the engine, that all of them take together; a request has one for each of its
-    answers. `waiting_tokens`: of the prompts that wait.
+    Attributes:
+        waiting: Requests in the queue.
+        running: Requests in the engine.
+        places: Sequences that all of them take in the engine: one for each answer.
+        waiting_tokens: Prompt tokens in the queue.
     """
 
     waiting: int = 0
@@ -53,16 +60,18 @@ class Queue:
 
     @property
     def ahead(self) -> int:
-        """How many usual requests are before a new one."""
+        """Number of sequences before a new request."""
         return max(self.places, self.waiting + self.running)
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Measured, as moving averages, in seconds.
+    """Measured latencies in seconds, as moving averages; 0 where not measured.
 
-    To the first byte: `first_s`, and `per_token_s` more for each prompt token; between
-    chunks: `chunk_s`. 0: not measured.
+    Attributes:
+        first_s: To the first byte, for an empty prompt.
+        chunk_s: Between two chunks.
+        per_token_s: To the first byte, added for each prompt token.
     """
 
     first_s: float = 0.0
@@ -72,10 +81,18 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A pool's state. `boot` is new whenever the pool's process is.
+    """The state of a pool.
 
-    `capacity`: requests that may run at once for each expert's slot. `acks`: the
-    last sequence number received from each gateway.
+    Attributes:
+        boot: Id of the pool's process, new for every process.
+        kind: Kind of the pool.
+        seq: Number of this state.
+        draining: Whether the pool is stopping.
+        experts: State of each expert.
+        queues: Requests of each expert.
+        capacity: Requests that may run at once, by expert.
+        speeds: Measured latencies of each expert.
+        acks: Last call number received from each gateway.
     """
 
     boot: str
@@ -90,7 +107,7 @@ class Snapshot:
 
 
 def encode(now: Snapshot, before: Snapshot | None) -> bytes:
-    """One line: all of `now`, or what differs from `before`."""
+    """One line: all of `now`, or its differences from `before`."""
     changed = {
         f.name: getattr(now, f.name)
         for f in fields(now)
@@ -103,11 +120,11 @@ _NESTED: dict[str, Any] = {"experts": ExpertState, "queues": Queue, "speeds": Sp
 
 
 def decode(line: bytes, before: Snapshot | None) -> Snapshot:
-    """The state after a line. Raises ValueError on a line that isn't one of ours."""
+    """The state after a line. Raises ValueError where it is no line of such a stream."""
     try:
         return _decode(orjson.loads(line), before)
     except (TypeError, AttributeError) as error:
-        # Other fields than ours: a gateway and a pool of different versions.
+        # Unknown fields: gateway and pool have different versions.
         raise ValueError(f"not a snapshot of this version: {error}") from None
 
 

@@ -150,7 +150,7 @@ class Dispatcher:
             views: The state of every pool; None reads it.
         """
         excluded |= self.breakers.blocked()
-        wish = selection_request(
+        wanted = selection_request(
             self.cost_model,
             request,
             plan,

@@ -66,7 +66,7 @@ class InferenceRequest:
     @property
     def prompt_tokens(self) -> int:
         """About how long the prompt is: four bytes of text a token, and what media take."""
-        return 1 + self._text_bytes // 4 + self.media_tokens
+        return 1 + estimate_tokens(self._text_bytes) + self.media_tokens
 
     @property
     def most_prompt_tokens(self) -> int:

@@ -68,7 +68,9 @@ async def routing_counts(name: str, services: Services) -> Response:
         PoolUnavailableError: No pool that has it could be reached.
     """
     links = services.directory.holding(name)
-    replies = await asyncio.gather(*(link.routes(name) for link in links), return_exceptions=True)
+    replies = await asyncio.gather(
+        *(link.moe_statistics(name) for link in links), return_exceptions=True
+    )
     answers = [reply for reply in replies if isinstance(reply, tuple)]
     if not answers:
         raise PoolUnavailableError(f"no pool that holds {name[:128]!r} can be reached")

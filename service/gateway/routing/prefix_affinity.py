@@ -11,9 +11,9 @@ from typing import Any
 
 from service.broker.selection import PrefixCacheHint
 from service.gateway.request.parsing import InferenceRequest
+from service.http.usage import estimate_tokens
 
 _MOST = 20_000
-_BYTES_PER_TOKEN = 4
 
 
 class PrefixAffinity:
@@ -32,7 +32,7 @@ class PrefixAffinity:
         found = self._known.get(_key(request, before))
         if found is None:
             return None
-        return PrefixCacheHint(*found, sum(map(_length, before)) // _BYTES_PER_TOKEN)
+        return PrefixCacheHint(*found, estimate_tokens(sum(map(_length, before))))
 
     def record_answer(self, request: InferenceRequest, expert: str, boot: str) -> None:
         """This expert has answered it there: what was asked is cached now."""

@@ -23,7 +23,6 @@ _STREAMED = frozenset({"/v1/chat/completions", "/v1/completions"})
 # Events of other APIs that carry a piece of an answer; the rest are its frame.
 _PIECE = re.compile(rb'"type"\s*:\s*"(?:content_block_delta|response\.[a-z_.]+\.delta)"')
 # Of a prompt whose tokens nobody has told.
-_BYTES_PER_TOKEN = 4
 
 
 class UsageMeter:
@@ -90,7 +89,7 @@ class UsageMeter:
         if not self._status:
             return 0, 0
         # Whoever answers without telling is charged for by size.
-        made = self._pieces if self._streams else self._bytes // _BYTES_PER_TOKEN
+        made = self._pieces if self._streams else estimate_tokens(self._bytes)
         return self._prompt_tokens, made
 
     def calls_made(self, expert: str) -> list[tuple[str, int, int]]:

@@ -95,7 +95,7 @@ async def test_unseen_counts_a_waiting_call_and_not_one_whose_client_left() -> N
 async def test_unseen_counts_only_calls_after_the_last_acknowledged_one() -> None:
     async with linked(nobody_s_address()) as link:
         seqs = [link.next_seq(name) for name in ("a", "b", "a")]
-        link._heard(Snapshot("boot", "cpu", seq=1, acks={"gateway": seqs[1], "other": 99}))
+        link._on_snapshot(Snapshot("boot", "cpu", seq=1, acks={"gateway": seqs[1], "other": 99}))
         assert link.unseen() == {"a": 1}
 
 
@@ -131,13 +131,13 @@ async def test_context_of_many_experts_reads_each_pool_once_per_snapshot() -> No
     directory.update([PoolAddress(url, "cpu", f"b{p}") for p in range(20)])
     for link in directory._links.values():
         states = Counted({name: ExpertState(Residency.HOST, max_model_len=9) for name in names})
-        link._heard(Snapshot("boot", "cpu", seq=1, experts=states))
+        link._on_snapshot(Snapshot("boot", "cpu", seq=1, experts=states))
     assert all(directory.context(name) == 9 for _ in range(50) for name in names)
     assert reads == 20
     link = directory._links["b0"]
     assert link.snapshot is not None
-    beat = encode(Snapshot("boot", "cpu", seq=2, experts=link.snapshot.experts), link.snapshot)
-    link._heard(decode(beat, link.snapshot))
+    heartbeat = encode(Snapshot("boot", "cpu", seq=2, experts=link.snapshot.experts), link.snapshot)
+    link._on_snapshot(decode(heartbeat, link.snapshot))
     assert directory.context("e0") == 9
     assert reads == 20, "a line that tells of other things than experts changes nothing"
     await directory.close()
