@@ -82,7 +82,7 @@ class PoolDirectory:
         return link
 
     def holding(self, expert: str) -> list[PoolLink]:
-        """Links to pools that have an expert, in any state. Raises UnknownModelError: none has it."""
+        """Links to pools that have an expert, in any state. Raises UnknownModelError."""
         found = [
             link
             for link in self.links()

@@ -160,7 +160,7 @@ class Dispatcher:
             prefix_cache=self.prefix_affinity.hint(request),
         )
         matrix = self._pool_table.to_matrix(self.views() if views is None else views)
-        return select(self.catalog, matrix, wish)
+        return select(self.catalog, matrix, wanted)
 
     async def dispatch(
         self,

@@ -105,10 +105,10 @@ async def test_context_of_an_expert_is_the_largest_of_all_pools() -> None:
     directory.update([PoolAddress(url, "cpu", boot) for boot in ("one", "two")])
     one, two = directory._links["one"], directory._links["two"]
     assert directory.context("a") == 0
-    one._heard(told(a=100, b=7))
-    two._heard(told(a=300))
+    one._on_snapshot(told(a=100, b=7))
+    two._on_snapshot(told(a=300))
     assert (directory.context("a"), directory.context("b"), directory.context("c")) == (300, 7, 0)
-    two._heard(told(a=50))
+    two._on_snapshot(told(a=50))
     assert directory.context("a") == 100
     directory.update([PoolAddress(url, "cpu", "two")])
     assert (directory.context("a"), directory.context("b")) == (50, 0)
