@@ -17,7 +17,7 @@ from service.engine.base import Message, Send
 from service.gateway.request.parsing import InferenceRequest
 from service.http.asgi import LineBuffer
 from service.http.endpoints import TABLE
-from service.http.usage import reply_usage, token_counts, usage_of
+from service.http.usage import estimate_tokens, reply_usage, token_counts, usage_of
 
 _STREAMED = frozenset({"/v1/chat/completions", "/v1/completions"})
 # Events of other APIs that carry a piece of an answer; the rest are its frame.
