@@ -42,7 +42,12 @@ _ALL_TOGETHER = 8
 # What brackets in a pattern or grammar do not mean: escaped, in a class of characters, quoted.
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
 _CLASS = re.compile(r"\[[^\]]*(?:\]|\Z)")
-_QUOTED = re.compile(r"\"[^\"\n]*\"|'[^'\n]*'|#[^\n]*")
+# In a grammar whichever begins first hides the others: a quote in a class of characters is none.
+_LITERAL = re.compile(
+    r"""\\.|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*|//[^\n]*"""
+    r"""|/(?P<pattern>(?:\\.|[^/\\\n])+)/|\[(?:\\.|[^\]\\])*(?:\]|\Z)""",
+    re.DOTALL,
+)
 # Lists of which an engine works through every item as it takes the request in.
 _MOST_LETTERS = 65_536
 _ITEMS = {
@@ -178,7 +183,10 @@ class _Walk:
             self._pattern(text)
         elif key in _GRAMMARS:
             self._bounded(text, "grammar", self._most.max_grammar_bytes)
-            self._nesting(_CLASS.sub("", _QUOTED.sub("", _ESCAPED.sub("", text))), "grammar")
+            self._nesting(_LITERAL.sub("", text), "grammar")
+            for literal in _LITERAL.finditer(text):
+                if (pattern := literal["pattern"]) is not None:
+                    self._pattern(pattern)
         elif key in _JSON and text.lstrip()[:1] in ("{", "["):
             try:
                 parsed = orjson.loads(text)
@@ -209,7 +217,8 @@ class _Walk:
                         "no more are read"
                     )
             elif letter in ")]}":
-                depth -= 1
+                # What nothing has opened closes nothing.
+                depth = max(0, depth - 1)
 
     def _error(self, what: str) -> InvalidRequestError:
         return InvalidRequestError(f"`{self._where}` {what}", param=self._param)

@@ -248,3 +248,46 @@ strange = st.recursive(
 def test_check_odd_field_types_raise_typed_errors_only(body: dict[str, Any]) -> None:
     with suppress(InvalidRequestError):
         BOUNDS.check(body)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "[']",
+        '["]',
+        "[#] ",
+        '"\\"" ',
+        "'\\'' ",
+        '/"/ ',
+        "/'/ ",
+        "a\n# '\n",
+        ")" * 150,
+        '"[" ',
+        "// '\n",
+        "\\[ ",
+    ],
+)
+def test_check_no_literal_hides_the_nesting_of_a_grammar(before: str) -> None:
+    grammar = "root ::= " + before + "(" * 200 + "\"a\" 'a' " + ")" * 200 + " [']"
+    with pytest.raises(InvalidRequestError, match="nested more than"):
+        BOUNDS.check({"structured_outputs": {"grammar": grammar}})
+
+
+def test_check_patterns_in_a_grammar_are_bounded_as_patterns() -> None:
+    grammar = "start: /" + "(" * 200 + "a" + ")" * 200 + "/"
+    with pytest.raises(InvalidRequestError, match="nested more than"):
+        BOUNDS.check({"structured_outputs": {"grammar": grammar}})
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        'root ::= "' + "(" * 200 + '"',
+        "root ::= [" + "(" * 200 + "]",
+        'start: "a"  # ' + "(" * 200,
+        'start: "a"  // ' + "(" * 200,
+        "root ::= " + '("a") ' * 500,
+    ],
+)
+def test_check_brackets_that_open_nothing_do_not_count(grammar: str) -> None:
+    BOUNDS.check({"structured_outputs": {"grammar": grammar}})
