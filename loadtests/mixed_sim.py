@@ -20,7 +20,7 @@ from loadtests.lib.stats import percentile
 from loadtests.lib.targets import Report, Table, TargetCheck
 from loadtests.mixed.trace import Ask, mean_tokens, trace
 from loadtests.mixed.virtual_slot import Costs, FcfsSlot, SimSlot, SlotStatistics
-from service.pool.planner import SlotView, SwapPolicy, UnitView, next_fetch, to_drop
+from service.pool.planner import SlotView, SwapPolicy, UnitView, next_fetch, units_to_evict
 from service.types import Residency
 
 GIB = 1024**3
@@ -105,7 +105,7 @@ def plan_cost_ms(rounds: int = 100) -> list[float]:
                 oldest_s=0.0,
                 demand_per_s=chance.random() / (i + 1),
                 host_bytes=chance.choice([2, 14, 26]) * GIB + chance.randrange(GIB),
-                bring_s=chance.uniform(1, 15),
+                fill_s=chance.uniform(1, 15),
                 swap_s=1.0,
                 pinned=False,
             )
@@ -115,7 +115,7 @@ def plan_cost_ms(rounds: int = 100) -> list[float]:
         policy = SwapPolicy(host_bytes=held + 10 * GIB)
         slot = SlotView("e0", 1.0, 0, 0, 0.1)
         began = time.perf_counter()
-        to_drop(slot, units, policy, next_fetch(slot, units, policy))
+        units_to_evict(slot, units, policy, next_fetch(slot, units, policy))
         # Two knapsacks where something has to go; one is what is held against the target.
         took.append(1000 * (time.perf_counter() - began) / 2)
     return took

@@ -22,7 +22,7 @@ from service.pool.planner import (
     bounded,
     next_fetch,
     next_step,
-    to_drop,
+    units_to_evict,
 )
 from service.types import Residency
 
@@ -192,7 +192,7 @@ class SimSlot:
         elif self._closed_s is None:
             self._closed_s = now_s
         if not self._filling and (coming := next_fetch(slot, units, self._policy)) is not None:
-            for name in to_drop(slot, units, self._policy, coming):
+            for name in units_to_evict(slot, units, self._policy, coming):
                 self._units[name].tier = Residency.DISK
             self._filling, self._fill_until = coming, now_s + self._costs.fill_s
             self._units[coming].tier = Residency.LOADING
@@ -210,7 +210,7 @@ class SimSlot:
                 oldest_s=now_s - unit.waiting[0].at_s if unit.waiting else 0.0,
                 demand_per_s=self._faded(unit, now_s) * math.log(2) / _HALF_S,
                 host_bytes=costs.unit_bytes,
-                bring_s=costs.fill_s,
+                fill_s=costs.fill_s,
                 swap_s=costs.swap_s + (costs.fill_s if unit.tier is Residency.DISK else 0.0),
                 pinned=False,
                 start_s=_NEVER,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from service.pool.knapsack import keep
 from service.pool.placement import Place
-from service.pool.planner import SwapPolicy, UnitView, owner_of, turn, worths
+from service.pool.planner import SwapPolicy, UnitView, owner_of, retention_values, turn
 from service.types import Residency
 
 
@@ -43,7 +43,7 @@ def claims(bound: int, places: Sequence[Place], policy: SwapPolicy) -> list[Host
         return [HostMemoryClaim(floor, floor) for floor in floors]
     every = [(i, unit) for i, place in enumerate(places) for unit in place.units]
     running = [(i, unit) for i, unit in every if unit.name == places[i].slot.running_unit]
-    able = [(i, unit) for i, unit in every if unit.exchangeable]
+    able = [(i, unit) for i, unit in every if unit.swappable]
     pinned = sorted(
         ((i, unit) for i, unit in able if unit.pinned),
         key=lambda one: (one[1].tier is Residency.DISK, one[1].name),
@@ -64,7 +64,7 @@ def claims(bound: int, places: Sequence[Place], policy: SwapPolicy) -> list[Host
     for i, unit in able:
         if unit.wanted:
             taking.take(i, unit)
-    worth = [worths(place.units) for place in places]
+    worth = [retention_values(place.units) for place in places]
     rest = [(i, u) for i, u in able if not u.needs and u.name not in taking.kept[i]]
     chosen = keep(
         [worth[i][unit.name] for i, unit in rest],

@@ -136,8 +136,8 @@ def _cost_s(place: Place, unit: UnitView) -> float:
     """Seconds to run a unit in another slot, from its files."""
     if unit.name not in place.fits:
         return unit.start_s
-    return unit.bring_s + (unit.swap_s - unit.bring_s if _counts_bring(unit) else unit.swap_s)
+    return unit.fill_s + (unit.swap_s - unit.fill_s if _counts_bring(unit) else unit.swap_s)
 
 
 def _counts_bring(unit: UnitView) -> bool:
-    return unit.tier is Residency.DISK and unit.exchangeable and unit.swap_s >= unit.bring_s
+    return unit.tier is Residency.DISK and unit.swappable and unit.swap_s >= unit.fill_s

@@ -55,10 +55,10 @@ class UnitView:
         oldest_s: How long the oldest of them has waited.
         demand_per_s: Requests per second, as a moving average.
         host_bytes: Bytes of its weights; 0 where it shares another unit's.
-        bring_s: Seconds from disk to host memory.
+        fill_s: Seconds from disk to host memory.
         swap_s: Seconds from where it is now until it runs.
         pinned: Whether it stays in host memory.
-        exchangeable: Whether the slot's present engine can run it.
+        swappable: Whether the slot's present engine can run it.
         wanted: Whether an operator asked for it to be loaded.
         needs: The unit whose weights this one shares, or empty. The two are loaded and evicted
             together.
@@ -72,10 +72,10 @@ class UnitView:
     oldest_s: float
     demand_per_s: float
     host_bytes: int
-    bring_s: float
+    fill_s: float
     swap_s: float
     pinned: bool
-    exchangeable: bool = True
+    swappable: bool = True
     wanted: bool = False
     needs: str = ""
     start_s: float = 0.0
@@ -151,7 +151,7 @@ def bounded(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> li
         u
         if u.tier is not Residency.DISK
         or (0 if owner_of(u) in stay else weights.get(owner_of(u), 0)) <= room
-        else replace(u, exchangeable=False, swap_s=u.start_s)
+        else replace(u, swappable=False, swap_s=u.start_s)
         for u in units
     ]
 
@@ -171,7 +171,7 @@ def next_step(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> 
         for u in units
         if u.waiting
         and u.name != slot.running_unit
-        and (u.tier is Residency.HOST or not u.exchangeable)
+        and (u.tier is Residency.HOST or not u.swappable)
     ]
     if not able:
         return Step(Next.STAY)
@@ -207,13 +207,13 @@ def next_fetch(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) ->
 
     Units with waiting requests come first, then those that an operator wants, then by demand.
     """
-    wanted = to_keep(slot, units, policy)
-    tiers = {u.name: u.tier for u in units if u.exchangeable}
+    wanted = units_to_keep(slot, units, policy)
+    tiers = {u.name: u.tier for u in units if u.swappable}
     absent = [
         u
         for u in units
         if u.tier is Residency.DISK
-        and u.exchangeable
+        and u.swappable
         and u.name in wanted
         and tiers.get(owner_of(u), Residency.LOADING) is not Residency.LOADING
     ]
@@ -239,7 +239,7 @@ def turn(unit: UnitView, policy: SwapPolicy) -> tuple[bool, float, str]:
     return (not late, -(unit.oldest_s if late else urgency(unit, policy)), unit.name)
 
 
-def to_keep(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> frozenset[str]:
+def units_to_keep(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> frozenset[str]:
     """Choose the units whose weights belong in host memory.
 
     These are the running, pinned, waited-for and wanted ones, as far as they fit. Of the others
@@ -251,8 +251,7 @@ def to_keep(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> fr
         (
             u
             for u in units
-            if u.name == slot.running_unit
-            or (u.exchangeable and (u.pinned or u.waiting or u.wanted))
+            if u.name == slot.running_unit or (u.swappable and (u.pinned or u.waiting or u.wanted))
         ),
         key=lambda u: (
             u.name != slot.running_unit,
@@ -269,30 +268,30 @@ def to_keep(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> fr
         if unit.name == slot.running_unit or size <= left:
             kept.add(owner_of(unit))
             left -= size
-    rest = [u for u in units if u.exchangeable and not u.needs and u.name not in kept]
-    worth = worths(units)
+    rest = [u for u in units if u.swappable and not u.needs and u.name not in kept]
+    worth = retention_values(units)
     chosen = keep([worth[u.name] for u in rest], [u.host_bytes for u in rest], max(0, left))
     kept.update(rest[i].name for i in chosen)
     # Units that share kept weights take no more room.
     return frozenset(
         u.name
         for u in units
-        if owner_of(u) in kept and (u.exchangeable or u.name == slot.running_unit)
+        if owner_of(u) in kept and (u.swappable or u.name == slot.running_unit)
     )
 
 
-def worths(units: Sequence[UnitView]) -> dict[str, float]:
+def retention_values(units: Sequence[UnitView]) -> dict[str, float]:
     """The demand for each unit's weights, by all units on them, × the cost of loading them."""
     demand = {u.name: 0.0 for u in units}
     for unit in units:
         demand[owner_of(unit)] = demand.get(owner_of(unit), 0.0) + unit.demand_per_s
     return {
-        u.name: demand[u.name] * u.bring_s * (_HELD_BONUS if u.tier is not Residency.DISK else 1.0)
+        u.name: demand[u.name] * u.fill_s * (_HELD_BONUS if u.tier is not Residency.DISK else 1.0)
         for u in units
     }
 
 
-def to_drop(
+def units_to_evict(
     slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy, coming: str | None
 ) -> list[str]:
     """Choose the units to evict so that the held ones and `coming` are within the bound.
@@ -307,8 +306,8 @@ def to_drop(
     excess = _held_with(units, coming) - policy.host_bytes
     if excess <= 0:
         return []
-    wanted = to_keep(slot, units, policy)
-    worth = worths(units)
+    wanted = units_to_keep(slot, units, policy)
+    worth = retention_values(units)
     stay = {
         owner_of(u)
         for u in units

@@ -16,7 +16,7 @@ from service.pool.planner import (
     UnitView,
     bounded,
     next_fetch,
-    to_drop,
+    units_to_evict,
 )
 from service.types import Residency
 
@@ -100,7 +100,7 @@ class Model:
             place = self.place()
             units = bounded(place.slot, place.units, self.policy)
             coming = next_fetch(place.slot, units, self.policy)
-            for name in to_drop(place.slot, units, self.policy, coming):
+            for name in units_to_evict(place.slot, units, self.policy, coming):
                 self.put(name, tier=Residency.DISK)
                 self.dropping.append(name)
             if coming is not None:
@@ -132,7 +132,7 @@ def _models(chance: random.Random) -> list[Model]:
                 oldest_s=0.0,
                 demand_per_s=chance.random(),
                 host_bytes=chance.choice((5, 10, 10, 30)),
-                bring_s=1.0,
+                fill_s=1.0,
                 swap_s=0.1,
                 pinned=False,
                 start_s=30.0,
@@ -205,7 +205,7 @@ def test_divide_simulated_pool_stays_within_the_bound_and_starves_nobody(seed: i
                 break
             if unit.tier is Residency.DEVICE:
                 break
-            alone = not next(u for u in fits if u.name == name).exchangeable
+            alone = not next(u for u in fits if u.name == name).swappable
             if alone and unit.host_bytes <= (model.policy.host_bytes or 0):
                 model.respawn(name)
                 break

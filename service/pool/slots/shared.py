@@ -31,7 +31,7 @@ from service.pool.planner import (
     has_room,
     next_fetch,
     next_step,
-    to_drop,
+    units_to_evict,
 )
 from service.pool.queue import Ticket
 from service.pool.slots.base import BaseSlot
@@ -272,10 +272,10 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         if successor.tier is Residency.HOST:
             return await self._swap(engine, successor.name, "removed")
         slot = self._slot_view(time.monotonic())
-        evicted = to_drop(slot, views, self.policy, successor.name)
+        evicted = units_to_evict(slot, views, self.policy, successor.name)
         # It is only loaded beside the unit that goes where there is room for both.
         has_place = has_room(views, self.policy, successor.name, evicted)
-        if not successor.exchangeable or not has_place:
+        if not successor.swappable or not has_place:
             self._respawn_for(successor.name, "removed")
             return False
         self._weights.begin_transfer(engine, successor.name, evicted)
@@ -446,7 +446,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         if self._retired:
             if self._weights.is_idle:
                 # Other slots may need the room meanwhile.
-                evicted = to_drop(slot, views, self.policy, None)
+                evicted = units_to_evict(slot, views, self.policy, None)
                 self._weights.begin_transfer(engine, None, evicted)
             return await self._leave_retired(engine, views)
         step = next_step(slot, views, self.policy)
@@ -473,7 +473,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             return await self._swap(engine, step.unit, step.reason)
         if self._weights.is_idle:
             loaded = next_fetch(slot, views, self.policy)
-            evicted = to_drop(slot, views, self.policy, loaded)
+            evicted = units_to_evict(slot, views, self.policy, loaded)
             self._weights.begin_transfer(engine, loaded, evicted)
         return True
 
@@ -613,7 +613,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             return unit != self.running_unit  # the next engine starts with that one
         views = self._unit_views(now_s, engine.swappable_experts)
         views = bounded(self._slot_view(now_s), views, self.policy)
-        if not any(view.name == unit and view.exchangeable for view in views):
+        if not any(view.name == unit and view.swappable for view in views):
             raise ConflictError(
                 f"expert {unit!r} can't be held beside {self.running_unit!r}: it needs an engine "
                 "of its own, or more host_bytes; it is started when it is asked for"
@@ -725,7 +725,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         now_s = time.monotonic()
         views = self._unit_views(now_s, self._runnable_units())
         views = bounded(self._slot_view(now_s), views, self.policy)
-        able = {view.name for view in views if view.exchangeable}
+        able = {view.name for view in views if view.swappable}
         start_left_s = self.ahead_s + self.start_left_s()
         times: dict[str, tuple[float, float]] = {}
         for unit, unit_state in self._weights:
@@ -802,10 +802,10 @@ class SharedSlot(BaseSlot[SwappingEngine]):
                     oldest_s=max((now_s - t.arrived_s for t in waiting), default=0.0),
                     demand_per_s=state.demand_per_s(now_s),
                     host_bytes=0 if unit.needs else state.host_bytes,
-                    bring_s=state.fill_s,
+                    fill_s=state.fill_s,
                     swap_s=self._swap_time_s(name, able),
                     pinned=state.pinned,
-                    exchangeable=name in able,
+                    swappable=name in able,
                     wanted=state.wanted,
                     needs=unit.needs,
                     start_s=self._respawn_time_s(name),

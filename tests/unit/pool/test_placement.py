@@ -21,7 +21,7 @@ def unit(name: str, waiting: int = 0, demand: float = 0.0, held: bool = True) ->
         oldest_s=0.0,
         demand_per_s=demand,
         host_bytes=10,
-        bring_s=2.0,
+        fill_s=2.0,
         swap_s=0.1 if held else 2.1,
         pinned=False,
         start_s=30.0,

@@ -14,8 +14,8 @@ from service.pool.planner import (
     bounded,
     next_fetch,
     next_step,
-    to_drop,
-    to_keep,
+    units_to_evict,
+    units_to_keep,
     urgency,
 )
 from service.types import Residency
@@ -34,9 +34,9 @@ def unit(
     demand: float = 0.0,
     size: int = 10,
     swap_s: float = 0.05,
-    bring_s: float = 2.0,
+    fill_s: float = 2.0,
     pinned: bool = False,
-    exchangeable: bool = True,
+    swappable: bool = True,
     wanted: bool = False,
     needs: str = "",
 ) -> UnitView:
@@ -48,10 +48,10 @@ def unit(
         oldest_s=oldest_s,
         demand_per_s=demand,
         host_bytes=size,
-        bring_s=bring_s,
+        fill_s=fill_s,
         swap_s=swap_s,
         pinned=pinned,
-        exchangeable=exchangeable,
+        swappable=swappable,
         wanted=wanted,
         needs=needs,
         start_s=30.0,
@@ -111,7 +111,7 @@ def test_next_step_before_min_stay_keeps_running() -> None:
 
 def test_next_step_freshly_started_engine_stays_as_long_as_its_start_took() -> None:
     fresh = replace(RUNS, running=1, waiting=5, stayed_s=20)
-    other = unit("b", waiting=1, oldest_s=40, swap_s=30.0, exchangeable=False)
+    other = unit("b", waiting=1, oldest_s=40, swap_s=30.0, swappable=False)
     assert step(fresh, other).act is Next.STAY
     assert step(replace(fresh, stayed_s=30), other) == Step(Next.CLOSE, "b", "bound on waiting")
 
@@ -154,7 +154,7 @@ def test_next_step_units_not_in_host_memory_do_not_close_the_slot() -> None:
 
 
 def test_next_step_unit_that_needs_another_engine_waits_for_a_free_slot() -> None:
-    other = unit("b", tier=Residency.DISK, waiting=1, exchangeable=False, swap_s=30)
+    other = unit("b", tier=Residency.DISK, waiting=1, swappable=False, swap_s=30)
     assert step(RUNS, other) == Step(Next.SWAP, "b", "bound on waiting")
     assert step(replace(RUNS, running=1, stayed_s=31), other).act is Next.CLOSE
 
@@ -165,8 +165,8 @@ def test_next_step_unit_that_needs_another_engine_waits_for_a_free_slot() -> Non
 def test_to_keep_without_host_bytes_keeps_all_and_drops_nothing() -> None:
     policy = replace(POLICY, host_bytes=None)
     units = [A, *(unit(name, size=10**12) for name in "bcd")]
-    assert to_keep(RUNS, units, policy) == {"a", "b", "c", "d"}
-    assert to_drop(RUNS, units, policy, None) == []
+    assert units_to_keep(RUNS, units, policy) == {"a", "b", "c", "d"}
+    assert units_to_evict(RUNS, units, policy, None) == []
     assert bounded(RUNS, units, policy) == units
 
 
@@ -175,14 +175,14 @@ def test_bounded_unit_that_does_not_fit_beside_the_running_one_needs_its_own_eng
     fits = unit("c", tier=Residency.DISK, size=20)
     assert bounded(RUNS, [A, big, fits], POLICY) == [
         A,
-        replace(big, exchangeable=False, swap_s=30.0),
+        replace(big, swappable=False, swap_s=30.0),
         fits,
     ]
     # Pinned ones stay, so they take room, too; what is held already needs none.
     pinned = unit("p", pinned=True)
     held = unit("h", size=20)
     after = bounded(RUNS, [A, pinned, fits, held], POLICY)
-    assert [u.exchangeable for u in after] == [True, True, False, True]
+    assert [u.swappable for u in after] == [True, True, False, True]
 
 
 def test_to_keep_running_pinned_and_waiting_units_precede_demand() -> None:
@@ -192,18 +192,18 @@ def test_to_keep_running_pinned_and_waiting_units_precede_demand() -> None:
         unit("waiting", tier=Residency.DISK, waiting=1),
         unit("hot", demand=100.0),
     ]
-    assert to_keep(RUNS, units, POLICY) == {"a", "pinned", "waiting"}
-    assert to_drop(RUNS, units, POLICY, "waiting") == []
+    assert units_to_keep(RUNS, units, POLICY) == {"a", "pinned", "waiting"}
+    assert units_to_evict(RUNS, units, POLICY, "waiting") == []
     tight = [*units[:1], unit("pinned", pinned=True), *units[2:]]
-    assert to_drop(RUNS, tight, POLICY, "waiting") == ["hot"]
+    assert units_to_evict(RUNS, tight, POLICY, "waiting") == ["hot"]
 
 
 def test_to_keep_remaining_room_goes_by_demand_times_load_time() -> None:
-    often = unit("often", demand=2.0, bring_s=1.0)
-    dear = unit("dear", demand=1.0, bring_s=9.0)
-    rare = unit("rare", demand=0.1, bring_s=9.0)
-    assert to_keep(RUNS, [A, often, dear, rare], POLICY) == {"a", "often", "dear"}
-    assert to_drop(RUNS, [A, often, dear, rare], POLICY, None) == ["rare"]
+    often = unit("often", demand=2.0, fill_s=1.0)
+    dear = unit("dear", demand=1.0, fill_s=9.0)
+    rare = unit("rare", demand=0.1, fill_s=9.0)
+    assert units_to_keep(RUNS, [A, often, dear, rare], POLICY) == {"a", "often", "dear"}
+    assert units_to_evict(RUNS, [A, often, dear, rare], POLICY, None) == ["rare"]
 
 
 def test_to_keep_held_unit_stays_unless_another_is_clearly_better() -> None:
@@ -211,30 +211,30 @@ def test_to_keep_held_unit_stays_unless_another_is_clearly_better() -> None:
     better = unit("better", demand=1.4, tier=Residency.DISK)
     much = unit("much", demand=1.6, tier=Residency.DISK)
     policy = replace(POLICY, host_bytes=20)
-    assert to_keep(RUNS, [A, held, better], policy) == {"a", "held"}
-    assert to_keep(RUNS, [A, held, much], policy) == {"a", "much"}
+    assert units_to_keep(RUNS, [A, held, better], policy) == {"a", "held"}
+    assert units_to_keep(RUNS, [A, held, much], policy) == {"a", "much"}
 
 
 def test_to_drop_running_and_fitting_pinned_unit_are_never_dropped() -> None:
     policy = replace(POLICY, host_bytes=20)
     units = [A, unit("pinned", pinned=True), unit("b"), unit("c", tier=Residency.LOADING)]
-    assert to_drop(RUNS, units, policy, None) == ["b"]
+    assert units_to_evict(RUNS, units, policy, None) == ["b"]
 
 
 def test_to_drop_pinned_unit_beyond_the_bound_is_dropped() -> None:
     units = [A, unit("pinned", pinned=True)]
-    assert to_drop(RUNS, units, replace(POLICY, host_bytes=19), None) == ["pinned"]
+    assert units_to_evict(RUNS, units, replace(POLICY, host_bytes=19), None) == ["pinned"]
     # The same where slots share a bound, and another needs its own room.
     shared = replace(POLICY, host_bytes=19, most_bytes=19)
-    assert to_drop(RUNS, units, shared, None) == ["pinned"]
+    assert units_to_evict(RUNS, units, shared, None) == ["pinned"]
 
 
 def test_to_drop_frees_no_more_than_needed() -> None:
     units = [A, unit("b", demand=1.0), unit("c", demand=2.0)]
     coming = unit("d", tier=Residency.DISK, waiting=1)
-    assert to_drop(RUNS, [*units, coming], POLICY, "d") == ["b"]
+    assert units_to_evict(RUNS, [*units, coming], POLICY, "d") == ["b"]
     roomy = replace(POLICY, host_bytes=40)
-    assert to_drop(RUNS, [*units, coming], roomy, "d") == []
+    assert units_to_evict(RUNS, [*units, coming], roomy, "d") == []
 
 
 # --- what to fetch
@@ -263,16 +263,16 @@ def test_next_fetch_operator_s_unit_follows_waiting_units_and_precedes_the_rest(
     assert next_fetch(replace(RUNS, waiting=1), [A, wanted], POLICY) == "wanted"
     assert next_fetch(RUNS, [A, hot, wanted], POLICY) == "wanted"
     assert next_fetch(RUNS, [A, waits, wanted], nothing_ahead) == "waits"
-    assert next_fetch(RUNS, [A, replace(wanted, exchangeable=False)], nothing_ahead) is None
+    assert next_fetch(RUNS, [A, replace(wanted, swappable=False)], nothing_ahead) is None
 
 
 def test_to_keep_operator_s_unit_displaces_demand_but_never_waiting_units() -> None:
     held = [A, unit("b", demand=1.0), unit("c", demand=2.0)]
     wanted = unit("wanted", tier=Residency.DISK, wanted=True)
-    assert to_keep(RUNS, [*held, wanted], POLICY) == {"a", "c", "wanted"}
-    assert to_drop(RUNS, [*held, wanted], POLICY, "wanted") == ["b"]
+    assert units_to_keep(RUNS, [*held, wanted], POLICY) == {"a", "c", "wanted"}
+    assert units_to_evict(RUNS, [*held, wanted], POLICY, "wanted") == ["b"]
     waiting = [A, unit("b", waiting=1), unit("c", waiting=1)]
-    assert "wanted" not in to_keep(RUNS, [*waiting, wanted], POLICY)
+    assert "wanted" not in units_to_keep(RUNS, [*waiting, wanted], POLICY)
 
 
 def test_next_fetch_pinned_unit_is_fetched_without_demand() -> None:
@@ -289,11 +289,11 @@ def test_next_fetch_two_waiting_units_do_not_evict_each_other() -> None:
     # Until it may wait too long: then it is the other's turn to wait.
     old = replace(absent, oldest_s=17.0)
     assert next_fetch(RUNS, [A, arrived, old], policy) == "c"
-    assert to_drop(RUNS, [A, arrived, old], policy, "c") == ["b"]
+    assert units_to_evict(RUNS, [A, arrived, old], policy, "c") == ["b"]
 
 
 def test_next_fetch_unit_that_needs_another_engine_is_not_fetched() -> None:
-    other = unit("b", tier=Residency.DISK, waiting=1, exchangeable=False)
+    other = unit("b", tier=Residency.DISK, waiting=1, swappable=False)
     assert next_fetch(RUNS, [A, other], POLICY) is None
 
 
@@ -301,7 +301,7 @@ def test_next_fetch_unit_that_needs_another_engine_is_not_fetched() -> None:
 
 
 def light(name: str, needs: str, **given: Any) -> UnitView:
-    return unit(name, size=0, bring_s=0.01, needs=needs, **given)
+    return unit(name, size=0, fill_s=0.01, needs=needs, **given)
 
 
 def test_next_fetch_base_weights_precede_a_virtual_expert() -> None:
@@ -319,30 +319,34 @@ def test_to_drop_base_weights_go_with_their_virtual_experts_and_never_before() -
     tight = replace(POLICY, host_bytes=20)
     b, b1, b2 = unit("b"), light("b1", "b"), light("b2", "b")
     c = unit("c", tier=Residency.DISK, waiting=1)
-    assert to_drop(RUNS, [A, b, b1, b2, c], tight, "c") == ["b1", "b2", "b"]
+    assert units_to_evict(RUNS, [A, b, b1, b2, c], tight, "c") == ["b1", "b2", "b"]
     # a1 runs on what a has; so there is no room for c but b's.
     runs = replace(RUNS, running_unit="a1")
     a, a1 = unit("a"), light("a1", "a", tier=Residency.DEVICE)
-    assert to_drop(runs, [a, a1, b, b1, c], tight, "c") == ["b1", "b"]
-    assert to_drop(runs, [a, a1, c], replace(tight, host_bytes=10), "c") == []
+    assert units_to_evict(runs, [a, a1, b, b1, c], tight, "c") == ["b1", "b"]
+    assert units_to_evict(runs, [a, a1, c], replace(tight, host_bytes=10), "c") == []
     pinned = replace(b1, pinned=True)
-    assert to_drop(runs, [a, a1, b, pinned, c], tight, "c") == []
+    assert units_to_evict(runs, [a, a1, b, pinned, c], tight, "c") == []
 
 
 def test_to_keep_demand_of_virtual_experts_counts_for_their_base() -> None:
     tight = replace(POLICY, host_bytes=20)
     b, c = unit("b", demand=1.0), unit("c", demand=2.0)
-    assert to_keep(RUNS, [A, b, c], tight) == {"a", "c"}
+    assert units_to_keep(RUNS, [A, b, c], tight) == {"a", "c"}
     asked = light("b1", "b", demand=5.0)
-    assert to_keep(RUNS, [A, b, asked, c], tight) == {"a", "b", "b1"}
+    assert units_to_keep(RUNS, [A, b, asked, c], tight) == {"a", "b", "b1"}
     waits = light("b1", "b", tier=Residency.DISK, waiting=1)
-    assert to_keep(RUNS, [A, replace(b, demand_per_s=0.0), waits, c], tight) == {"a", "b", "b1"}
+    assert units_to_keep(RUNS, [A, replace(b, demand_per_s=0.0), waits, c], tight) == {
+        "a",
+        "b",
+        "b1",
+    }
 
 
 def test_bounded_virtual_expert_of_the_running_base_needs_no_room() -> None:
     a1 = light("a1", "a", tier=Residency.DISK, waiting=1)
     alone = replace(POLICY, host_bytes=10)
-    assert bounded(RUNS, [A, a1], alone)[1].exchangeable
+    assert bounded(RUNS, [A, a1], alone)[1].swappable
     b, b1 = unit("b", tier=Residency.DISK), light("b1", "b", tier=Residency.DISK, waiting=1)
     found = bounded(RUNS, [A, b, b1], alone)
-    assert [one.exchangeable for one in found] == [True, False, False]
+    assert [one.swappable for one in found] == [True, False, False]

@@ -21,12 +21,12 @@ class SlowAdapter(SimulatedEngine):
         self.go_on = asyncio.Event()
         self.broken = broken
 
-    async def load(self, expert: str) -> None:
+    async def load(self, expert: str, adapter: str | None = None) -> None:
         if expert == "tuned":
             await self.go_on.wait()
             if self.broken is not None:
                 raise ExpertFailedError(self.broken)
-        await super().load(expert)
+        await super().load(expert, adapter)
 
 
 class Stage:
