@@ -1,4 +1,4 @@
-"""Ask who would answer, and why, without asking anybody: every candidate's utility.
+"""Show which expert would answer a prompt, and the utility of every candidate.
 
 python examples/why.py ["your prompt"]
 """
@@ -21,11 +21,11 @@ request = urllib.request.Request(
     },
 )
 with urllib.request.urlopen(request) as reply:
-    told = json.load(reply)
+    decision = json.load(reply)
 
-print(f"{told['chosen']}  ({told['category']}, {told['confidence']:.0%} sure)\n")
+print(f"{decision['chosen']}  ({decision['category']}, {decision['confidence']:.0%} sure)\n")
 print(f"{'recipe':<28}{'quality':>8}{'wait s':>8}{'answer s':>10}{'utility':>9}")
-for one in told["candidates"]:
-    times = [one["quality"], one["wait_s"], one["answer_s"], one["utility"]]
+for candidate in decision["candidates"]:
+    times = [candidate["quality"], candidate["wait_s"], candidate["answer_s"], candidate["utility"]]
     shown = ["–" if value is None else f"{value:.3f}" for value in times]
-    print(f"{one['recipe']:<28}{shown[0]:>8}{shown[1]:>8}{shown[2]:>10}{shown[3]:>9}")
+    print(f"{candidate['recipe']:<28}{shown[0]:>8}{shown[1]:>8}{shown[2]:>10}{shown[3]:>9}")

@@ -103,10 +103,10 @@ def find_routed(model: Any, shape: MoeShape) -> list[RoutedLayer]:
 
 
 @contextmanager
-def steered(
+def steer_gates(
     layers: list[RoutedLayer], steering: Mapping[int, LayerSteering], shape: MoeShape
 ) -> Iterator[None]:
-    """Within, the routers of `layers` choose as `steering` says; others as ever."""
+    """Steer the gates of `layers` within the context; other gates stay as they are."""
     hooks = [
         layer.router.register_forward_hook(_steering_hook(steering[layer.index], shape))
         for layer in layers
@@ -120,8 +120,10 @@ def steered(
 
 
 @contextmanager
-def chosen(layers: list[RoutedLayer], see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Within, `see(layer, ids, weights)` is told what each router chose, (T, k) each."""
+def capture_choices(
+    layers: list[RoutedLayer], see: Callable[[int, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Call `see(layer, ids, weights)` with each gate's choices, (T, k) each, within the context."""
 
     def hook(index: int) -> Callable[..., None]:
         def told(_: Any, given: tuple[Any, ...]) -> None:
@@ -141,11 +143,14 @@ def chosen(layers: list[RoutedLayer], see: Callable[[int, Tensor, Tensor], None]
 
 
 @contextmanager
-def visited(
+def capture_activations(
     model: Any, layers: list[RoutedLayer], shape: MoeShape, see: Callable[[LayerActivations], None]
 ) -> Iterator[None]:
-    """Within, `see` is told what each layer did. Raises NotSteerableError, see the module."""
-    hooks = [hook for layer in layers for hook in _watch(model, layer, shape, see)]
+    """Call `see` with each layer's activations within the context.
+
+    Raises NotSteerableError if the model computes its layers in another way (see the module).
+    """
+    hooks = [hook for layer in layers for hook in _install_hooks(model, layer, shape, see)]
     try:
         yield
     finally:
@@ -153,14 +158,14 @@ def visited(
             hook.remove()
 
 
-def _watch(
+def _install_hooks(
     model: Any, layer: RoutedLayer, shape: MoeShape, see: Callable[[LayerActivations], None]
 ) -> list[Any]:
     seen: dict[str, Any] = {}
 
     def routed(_: Any, given: tuple[Any, ...], out: tuple[Any, ...]) -> None:
         index, weights = out[_ids_at(out)], out[1]
-        _check_router(model, layer, given[0], index, weights, shape)
+        _check_gate(model, layer, given[0], index, weights, shape)
 
     def experts(_: Any, given: tuple[Any, ...], out: Tensor) -> None:
         inputs, ids, weights = given
@@ -222,10 +227,10 @@ def _steering_hook(layer: LayerSteering, shape: MoeShape) -> Callable[..., Any]:
     return hook
 
 
-def _check_router(
+def _check_gate(
     model: Any, layer: RoutedLayer, given: Tensor, ids: Tensor, weights: Tensor, shape: MoeShape
 ) -> None:
-    """Unsteered, a router must choose as the definition of steering says."""
+    """Check that an unsteered gate chooses as `service.moe.steering` defines it."""
     logits = _logits(layer.router, given)
     ours = steer(logits, LayerSteering.of(shape.experts), shape)
     if tuple(ids.shape) != ours[1].shape:

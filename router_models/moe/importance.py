@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from router_models.moe.hooks import LayerActivations, RoutedLayer, visited
+from router_models.moe.hooks import LayerActivations, RoutedLayer, capture_activations
 from service.moe.steering import MoeShape
 
 Floats = NDArray[np.float64]
@@ -88,7 +88,7 @@ def measure(
         massive = largest > _MASSIVE and largest > _TIMES_MEDIAN * float(size.median())
         forms[row] |= massive and largest > _GROWTH * float(visit.before.abs().max())
 
-    with visited(model, layers, shape, see), torch.no_grad():
+    with capture_activations(model, layers, shape, see), torch.no_grad():
         for ids in texts:
             model.model(input_ids=torch.tensor([ids]), use_cache=False)
     return Importance(tuple(layer.index for layer in layers), score, peaks, uses, forms)

@@ -74,10 +74,7 @@ class Plan:
 
 
 def read_loads(path: Path) -> tuple[tuple[int, ...], tuple[Floats, ...]]:
-    """Layers and their experts' loads, as `GET /admin/experts/NAME/moe` tells them.
-
-    Raises PlacementError.
-    """
+    """Read layers and their experts' loads from a reply of `GET /admin/experts/NAME/moe`."""
     try:
         payload = json.loads(path.read_text(encoding="utf-8"))
         rows = {int(row["layer"]): np.array(row["load"], np.float64) for row in payload["layers"]}

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from router_models.experts.evaluate import RowScore, compare
-from router_models.moe.hooks import RoutedLayer, chosen, steered
+from router_models.moe.hooks import RoutedLayer, capture_choices, steer_gates
 from router_models.moe.profile_prompts import Text
 from service.moe.steering import MoeShape, SteeringProfile
 
@@ -62,7 +62,7 @@ class Judged:
 
     def loss(self, texts: Sequence[Text]) -> QualityLoss:
         plain = self._scores(texts)
-        with steered(self._layers, self._profile.layers, self._shape):
+        with steer_gates(self._layers, self._profile.layers, self._shape):
             changed = self._scores(texts)
         comparison = compare("domain", plain, changed, seed=_SEED)
         return QualityLoss(
@@ -76,7 +76,7 @@ class Judged:
 
     def reads(self, texts: Sequence[Text]) -> tuple[ExpertReads, ...]:
         plain = self._choices(texts)
-        with steered(self._layers, self._profile.layers, self._shape):
+        with steer_gates(self._layers, self._profile.layers, self._shape):
             changed = self._choices(texts)
         size = sum(layer.expert_bytes for layer in self._layers)
         counted = []
@@ -104,7 +104,7 @@ class Judged:
         def see(layer: int, ids: torch.Tensor, _: torch.Tensor) -> None:
             seen[layer].append(ids.numpy().astype(np.int64))
 
-        with chosen(self._layers, see), torch.no_grad():
+        with capture_choices(self._layers, see), torch.no_grad():
             for text in texts:
                 self._model.model(input_ids=torch.tensor([text.ids]), use_cache=False)
         return np.stack([np.concatenate(parts) for parts in seen.values()])

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format: what is in a folder, and whether an engine can serve it."""
+"""LoRA adapters in PEFT's format: inspects their folders, and checks what engines can serve."""
 
 from __future__ import annotations
 
@@ -168,9 +168,9 @@ def name_another_base(adapter: AdapterInfo, source: str) -> str | None:
 
 
 def keys_not_merged(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Keys of an adapter's config that merging does not follow, or that nobody here has heard of.
+    """Return keys of an adapter's config that merging does not support.
 
-    A key that a newer PEFT has brought may mean other arithmetic: merging computes by itself.
+    A key of a newer PEFT may change the arithmetic, which merging computes itself.
     """
     known = _NEUTRAL | _UNSERVED.keys()
     return tuple(name for name in config if config[name] and name not in known)

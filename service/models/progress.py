@@ -1,4 +1,4 @@
-"""Owns how a pull tells of its progress: a bar on a terminal, plain lines elsewhere."""
+"""Reports the progress of a pull: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@ from deploy.grafana.chart import EXPERT, RATE, Board, Chart, Query, quantile, ra
 ENGINES = Board(
     "coe-engines",
     "coe / Engines",
-    "What vLLM tells of itself, by the expert whose weights it had, and our processes.",
+    "vLLM's own metrics by expert, and the processes of gateways and pools.",
     (
         (
-            "As the service measures",
+            "Measured by the service",
             (
                 Chart(
                     "Prefill, p95",
@@ -113,12 +113,12 @@ ENGINES = Board(
                     (Query(rate("vllm:num_preemptions_total", "expert", EXPERT), "{{expert}}"),),
                     "ops",
                     "lines",
-                    "Requests put back because the KV cache was full.",
+                    "Requests that vLLM preempted because the KV cache was full.",
                 ),
             ),
         ),
         (
-            "Inside mixtures of experts",
+            "Mixtures of experts",
             (
                 Chart(
                     "Busiest routed expert against the mean",
@@ -130,7 +130,7 @@ ENGINES = Board(
                     ),
                     "short",
                     "lines",
-                    "Where a pool has vllm.moe_capture. Since its start; 1: even.",
+                    "Pools with vllm.moe_capture, since their start. 1: even.",
                 ),
                 Chart(
                     "Evenness of the load",
@@ -142,7 +142,7 @@ ENGINES = Board(
                     ),
                     "percentunit",
                     "lines",
-                    "Entropy over routed experts against the highest possible.",
+                    "Entropy over routed experts divided by the highest possible.",
                 ),
                 Chart(
                     "Cacheability",
@@ -173,10 +173,10 @@ ENGINES = Board(
                     ),
                     "short",
                     "lines",
-                    "Per second, all layers together. Of large models the admin endpoint tells it.",
+                    "Per second, all layers together. For large models use the admin endpoint.",
                 ),
                 Chart(
-                    "Tokens looked at",
+                    "Sampled tokens",
                     (Query(rate("coe_moe_tokens_total", "expert", EXPERT), "{{expert}}"),),
                     "short",
                     "lines",

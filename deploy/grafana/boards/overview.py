@@ -1,4 +1,4 @@
-"""Is it well, who answers, and where the time goes."""
+"""Health, traffic by expert, and latency."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ ERROR_SHARE = f"{rate('coe_server_errors_total')} / {rate('coe_requests_total')}
 OVERVIEW = Board(
     "coe-overview",
     "coe / Overview",
-    "Is it well, who answers, and where the time goes.",
+    "Health, traffic by expert, and latency.",
     (
         (
             "Now",
             (
                 Chart("Requests", (Query(rate("coe_requests_total")),), "reqps", "number", "", 3),
                 Chart(
-                    "Errors of ours",
+                    "Server errors",
                     (Query(ERROR_SHARE),),
                     "percentunit",
                     "number",
@@ -32,7 +32,7 @@ OVERVIEW = Board(
                     3,
                 ),
                 Chart(
-                    "Added by us, median",
+                    "Gateway overhead, median",
                     (Query(quantile(0.5, "coe_gateway_overhead_seconds")),),
                     "s",
                     "number",
@@ -40,7 +40,7 @@ OVERVIEW = Board(
                     3,
                 ),
                 Chart(
-                    "Answer tokens",
+                    "Completion tokens",
                     (Query(rate("coe_tokens_total", "", 'type="completion"')),),
                     "short",
                     "number",
@@ -56,7 +56,7 @@ OVERVIEW = Board(
                     (Query("min(coe_pools)"),),
                     "short",
                     "number",
-                    "As the gateway knows that knows fewest.",
+                    "The minimum over gateways.",
                     3,
                 ),
             ),
@@ -71,7 +71,7 @@ OVERVIEW = Board(
                     "stacked",
                 ),
                 Chart(
-                    "How requests end",
+                    "Requests by outcome",
                     (Query(rate("coe_requests_total", "outcome"), "{{outcome}}"),),
                     "reqps",
                     "stacked",
@@ -87,7 +87,7 @@ OVERVIEW = Board(
             ),
         ),
         (
-            "Where the time goes",
+            "Latency",
             (
                 Chart(
                     "Mean time of a request, by part",
@@ -100,10 +100,10 @@ OVERVIEW = Board(
                     ),
                     "s",
                     "stacked",
-                    "Route and queue are ours, the rest is the engine's.",
+                    "Route and queue are the service's, the rest is the engine's.",
                 ),
                 Chart(
-                    "Answer tokens by expert",
+                    "Completion tokens by expert",
                     (
                         Query(
                             rate("coe_tokens_total", "expert", f'type="completion",{EXPERT}'),
@@ -128,7 +128,7 @@ OVERVIEW = Board(
                     ),
                 ),
                 Chart(
-                    "Where weights are",
+                    "State of weights",
                     (Query("sum by (state) (coe_expert_state)", "{{state}}"),),
                     "short",
                     "stacked",

@@ -7,7 +7,7 @@ from deploy.grafana.chart import EXPERT, Board, Chart, Query, quantile, quantile
 RESIDENCY = Board(
     "coe-residency",
     "coe / Residency and swaps",
-    "Where weights are, who takes turns, and what that costs those who wait.",
+    "State of weights, swaps, and waiting times.",
     (
         (
             "Residency",
@@ -22,7 +22,7 @@ RESIDENCY = Board(
                     ),
                     "short",
                     "states",
-                    "A bar where an expert is in a state in at least one pool.",
+                    "A bar marks an expert's state in at least one pool.",
                     24,
                 ),
                 Chart(
@@ -70,7 +70,7 @@ RESIDENCY = Board(
                     "s",
                 ),
                 Chart(
-                    "Share of the wait that was swapping",
+                    "Share of swaps in the wait",
                     (
                         Query(
                             f"{rate('coe_swap_wait_seconds_sum', 'expert', EXPERT)} / "

@@ -10,7 +10,7 @@ WAITS = rate("coe_wait_prediction_error_seconds_bucket", "", 'le="+Inf"')
 ROUTING = Board(
     "coe-routing",
     "coe / Routing",
-    "What prompts are, who is chosen, and how good the predictions were.",
+    "Prompts by category, chosen experts, and the accuracy of predictions.",
     (
         (
             "Choices",
@@ -25,7 +25,7 @@ ROUTING = Board(
                     ),
                     "reqps",
                     "stacked",
-                    "Of requests to auto.",
+                    "Only requests to `auto`.",
                 ),
                 Chart(
                     "Requests by recipe, and escalations",
@@ -43,7 +43,7 @@ ROUTING = Board(
             "Predictions",
             (
                 Chart(
-                    "Waits, predicted and real",
+                    "Waits, predicted and actual",
                     (
                         Query(
                             f"{rate('coe_wait_predicted_seconds_total')} / {WAITS}",
@@ -59,14 +59,14 @@ ROUTING = Board(
                     "Mean per request.",
                 ),
                 Chart(
-                    "Real less predicted wait",
+                    "Actual less predicted wait",
                     tuple(
                         Query(quantile(q, "coe_wait_prediction_error_seconds"), f"p{q * 100:g}")
                         for q in (0.1, 0.5, 0.9)
                     ),
                     "s",
                     "lines",
-                    "Over 0: it took longer.",
+                    "Positive: the wait was longer than predicted.",
                 ),
                 Chart(
                     "Cost, predicted and settled",
@@ -79,7 +79,7 @@ ROUTING = Board(
                     "Units of cost per second.",
                 ),
                 Chart(
-                    "Age of what gateways know of pools",
+                    "Age of pools' snapshots",
                     (Query("max by (pool) (coe_snapshot_age_seconds)", "{{pool}}"),),
                     "s",
                 ),
@@ -95,7 +95,7 @@ ROUTING = Board(
                     "stacked",
                 ),
                 Chart(
-                    "Attempts that failed",
+                    "Failed attempts",
                     (
                         Query(
                             rate("coe_attempts_failed_total", "expert, reason"),
@@ -104,14 +104,14 @@ ROUTING = Board(
                     ),
                     "reqps",
                     "stacked",
-                    "Before the first byte: the next best option was asked, if one was left.",
+                    "Before the first byte; the gateway then tries the next best candidate.",
                 ),
                 Chart(
-                    "Second attempts",
+                    "Retries",
                     (Query(rate("coe_retries_total", "result"), "{{result}}"),),
                     "reqps",
                     "stacked",
-                    "Before the first byte: made, or refused because too many had failed.",
+                    "Before the first byte: made, or refused because the retry budget was used up.",
                 ),
             ),
         ),

@@ -7,17 +7,17 @@ from deploy.grafana.chart import EXPERT, RATE, Board, Chart, Query, rate
 TENANTS = Board(
     "coe-tenants",
     "coe / Tenants and budgets",
-    "Who asks, what it costs, what is left.",
+    "Tenants, costs and budgets.",
     (
         (
             "Budgets",
             (
                 Chart(
-                    "Left of each budget",
+                    "Remaining share of each budget",
                     (Query("min by (budget) (coe_budget_remaining_ratio)", "{{budget}}"),),
                     "percentunit",
                     "lines",
-                    "Of the present period: 1 untouched, 0 spent.",
+                    "In the present period: 1 untouched, 0 spent.",
                 ),
                 Chart(
                     "Shadow prices",
@@ -61,7 +61,7 @@ TENANTS = Board(
             ),
         ),
         (
-            "Cache and endpoints elsewhere",
+            "Cache, store and remote endpoints",
             (
                 Chart(
                     "Answers from the cache",
@@ -76,17 +76,17 @@ TENANTS = Board(
                     ),
                     "percentunit",
                     "lines",
-                    "Share of looks into the cache that found an answer.",
+                    "Share of cache lookups that found an answer.",
                 ),
                 Chart(
-                    "Endpoints kept away from",
+                    "Circuit breakers",
                     (
                         Query("max by (expert) (coe_breaker_open)", "{{expert}} open"),
                         Query(rate("coe_breaker_trips_total", "expert"), "{{expert}} trips/s"),
                     ),
                     "short",
                     "lines",
-                    "Open is 1 while the breaker keeps requests away.",
+                    "1 while a breaker keeps requests away from an endpoint.",
                 ),
                 Chart(
                     "Store of limits and budgets",
@@ -98,10 +98,10 @@ TENANTS = Board(
                     ),
                     "short",
                     "lines",
-                    "Up is 0 while a gateway has lost it and spends its slices.",
+                    "Up is 0 while a gateway admits from its offline quota.",
                 ),
                 Chart(
-                    "Prompts that the guard looked through",
+                    "Prompts checked by the guard",
                     (
                         Query(
                             rate("coe_guard_checks_total", "screen, action"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from router_models.moe.hooks import NotSteerableError, chosen, find_routed, steered
+from router_models.moe.hooks import NotSteerableError, capture_choices, find_routed, steer_gates
 from router_models.moe.importance import Importance, keep_best, measure
 from service.moe.steering import LayerSteering, MoeShape, moe_shape, steer
 from tests.support.tiny_moe import EXPERTS, LAYERS, TOP_K, WORDS, save, tiny_moe
@@ -81,13 +81,13 @@ def test_importance_measures_and_steers_each_model_family(kind: str, tmp_path: P
     ids = torch.tensor([texts()[2]])
     with torch.no_grad():
         plain = model(input_ids=ids).logits
-        with steered(layers, {1: LayerSteering.of(EXPERTS)}, shape):
+        with steer_gates(layers, {1: LayerSteering.of(EXPERTS)}, shape):
             same = model(input_ids=ids).logits
         told: dict[int, torch.Tensor] = {}
         masked = {1: LayerSteering.of(EXPERTS, mask=mask, top_k=3)}
         with (
-            steered(layers, masked, shape),
-            chosen(layers, lambda layer, ids, _: told.update({layer: ids})),
+            steer_gates(layers, masked, shape),
+            capture_choices(layers, lambda layer, ids, _: told.update({layer: ids})),
         ):
             other = model(input_ids=ids).logits
         again = model(input_ids=ids).logits
@@ -107,7 +107,7 @@ def test_steered_gate_equals_the_reference(tmp_path: Path) -> None:
         EXPERTS, bias=np.linspace(-1, 1, EXPERTS), boost=[1, 2] * 4, top_k=3, top_p=0.7
     )
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(), steered(layers, {0: layer}, shape):
+    with torch.no_grad(), steer_gates(layers, {0: layer}, shape):
         logits, weights, ids = layers[0].router(x)
     want_weights, want_ids = steer(logits.numpy(), layer, shape)
     assert (ids.numpy() == want_ids).all()
