@@ -1,4 +1,4 @@
-"""A real browser, which may ask the service under test and nobody else."""
+"""A real browser that can reach the service under test and nothing else."""
 
 from __future__ import annotations
 

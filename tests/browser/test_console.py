@@ -1,4 +1,4 @@
-"""The console in a real browser: what a person sees and does."""
+"""The console in a real browser."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Pages of other sites in a real browser: what they may send, and what they may read.
+"""Pages of other sites in a real browser: requests that they may send, and replies they may read.
 
-`attacker.example` and `friend.example` lead to this machine for this browser only, so that a name
-which was rebound is what the browser shows to the service.
+`attacker.example` and `friend.example` resolve to this machine for this browser only. The service
+therefore sees a rebound host name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Open WebUI in front of the service, as a person uses it: pick a model, ask, read the answer.
+"""Open WebUI in front of the service: pick a model, ask, read the answer.
 
 Opt-in: `deploy/open_webui.sh` installs it, `pytest -m open_webui` runs this alone.
 """

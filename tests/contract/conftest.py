@@ -1,4 +1,4 @@
-"""The engines that the contract is held against, one at a time."""
+"""The engines that the contract tests run against, one at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every engine promises, held against the simulated one and real vLLM, dense and MoE.
+"""The contract of engines, tested with the simulated engine and with vLLM, dense and MoE.
 
 The last tests kill the engine: nothing may stand after them.
 """

@@ -1,4 +1,4 @@
-"""What a Redis that answers and will not is told as: never as one that can't be reached."""
+"""Errors of a Redis that answers but refuses, told apart from one that can't be reached."""
 
 from __future__ import annotations
 

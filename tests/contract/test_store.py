@@ -1,4 +1,4 @@
-"""What every store does, and that memory and Redis do the same."""
+"""The contract of durable stores, tested with memory and Redis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be lost: memory and Redis keep it alike, and however much it is, what counts goes on."""
+"""The contract of volatile stores, tested with memory and Redis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real engine tells what it had made of an answer that nobody waits for any more."""
+"""Token counts of aborted requests in vLLM."""
 
 from __future__ import annotations
 

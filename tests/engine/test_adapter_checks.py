@@ -1,4 +1,4 @@
-"""What `coe check` says of adapters is what vLLM's own reader of them says."""
+"""The adapter checks of `coe check` agree with vLLM's own reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real engine's adapters: they come and go while others answer."""
+"""Loading, replacing and removing LoRA adapters in vLLM while others answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a content part is an address or an object in memory: vLLM's own parser and our check."""
+"""Our check of content parts covers every address and media type that vLLM's parser accepts."""
 
 from __future__ import annotations
 

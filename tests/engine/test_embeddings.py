@@ -1,4 +1,4 @@
-"""The real engine embeds: the vectors that the model itself makes, for one text and for many."""
+"""Embeddings in vLLM equal those that the model itself computes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The rules that stand in routers, as on a GPU, in the real engine on a CPU, compiled.
+"""Steering rules in compiled gates, as on a GPU, in vLLM on a CPU.
 
-vLLM traces the model once and never runs its Python again, so what was not made to be steered
-before could not be. One engine for all; the way of holding weights is a GPU's, too.
+vLLM traces the model once and never runs its Python again, so the gates must be prepared for
+steering before that. All tests share one engine, which holds its weights as on a GPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What routers of a real engine choose, held against transformers' eager model."""
+"""Captured gate choices of vLLM equal those of transformers' eager model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An upcycled mixture in the real engine says what transformers' Mixtral says of the same files.
+"""An upcycled mixture in vLLM answers as transformers' Mixtral does on the same files.
 
 And one whose experts change nothing says what the dense base says. One engine: the two are of
 one family and exchanged in it.

@@ -1,4 +1,4 @@
-"""The real engine's prefix cache: a tenant finds its own prompts in it, never another's."""
+"""vLLM's prefix cache hits within a tenant and never across tenants."""
 
 from __future__ import annotations
 

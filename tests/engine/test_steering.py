@@ -1,4 +1,4 @@
-"""Steered experts on the real engine: they say what transformers says with its gates steered alike.
+"""Steered experts in vLLM answer as transformers does with its gates steered alike.
 
 One engine for all: a tiny random Mixtral, another of its family, and profiles for the first.
 """

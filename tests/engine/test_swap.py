@@ -1,4 +1,4 @@
-"""Swaps in place on the real engine: who runs answers, exactly as alone, whatever came between."""
+"""In-place swaps in vLLM: outputs are exactly those of each expert alone."""
 
 from __future__ import annotations
 

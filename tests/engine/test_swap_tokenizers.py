@@ -1,4 +1,4 @@
-"""Experts of one family whose tokens mean other text: prompts, answers and grammars of each.
+"""Experts of one family with different tokenizers: prompts, answers and grammars of each.
 
 The engine runs them with the same weights, so that only the tokenizers differ.
 """

@@ -1,1 +1,1 @@
-"""Whatever a client may send: no 5xx, no hang, no traceback."""
+"""No input of a client causes a 5xx, a hang or a traceback."""

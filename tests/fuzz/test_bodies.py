@@ -1,4 +1,4 @@
-"""Ten thousand made-up requests at the gateway's application: each gets a typed answer."""
+"""Ten thousand random requests to the gateway's ASGI application get typed answers."""
 
 from __future__ import annotations
 

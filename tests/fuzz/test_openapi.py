@@ -1,4 +1,4 @@
-"""Schemathesis over the service's own description: what it says is true of what is answered."""
+"""Schemathesis against the OpenAPI description of the service."""
 
 from __future__ import annotations
 

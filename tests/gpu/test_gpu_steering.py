@@ -1,7 +1,7 @@
-"""Steered experts on a GPU, with captured graphs and without. Skipped, and says so, where none is.
+"""Steered experts on a GPU, with and without captured graphs. Skipped without a GPU.
 
-A random model is never sure by much, and a GPU's sums are not a CPU's: tokens are held against the
-reference's probabilities, not against its tokens.
+The tokens of a random model have nearly equal probabilities, and a GPU's sums differ from a CPU's.
+Therefore the tests compare tokens with the probabilities of the reference, not with its tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Swaps on a GPU. Without one every test here is skipped, and says so."""
+"""Swaps on a GPU. Without a GPU each test is skipped with that reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo with its real engine, started once for all who ask it."""
+"""The demo with its real engine, started once for all tests that use it."""
 
 from __future__ import annotations
 

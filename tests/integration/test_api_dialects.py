@@ -1,4 +1,4 @@
-"""Errors in each API's own words, and replies of which only our own fields are touched."""
+"""Errors in the shape of each API, and replies in which only our own fields change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One short round of chaos on the running service, and a minute's soak cut to seconds."""
+"""One short round of the chaos test, and a soak test cut to seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Circuit breakers in a gateway: tripped by an endpoint's own failures, never by a client's."""
+"""Circuit breakers open on an endpoint's own failures and never on a client's."""
 
 from __future__ import annotations
 

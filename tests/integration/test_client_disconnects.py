@@ -1,4 +1,4 @@
-"""Clients that leave early: they pay for what was made, whatever they asked and however."""
+"""Clients that disconnect early are charged for what was generated."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Through Ray Serve and HAProxy, with the official client and simulated engines.
+"""The service behind Ray Serve and HAProxy, with the official client and simulated engines.
 
-One `coe serve` for all of them; the last test stops it.
+All tests share one `coe serve`; the last test stops it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A gateway goes over to another config while requests are under way, and loses nothing by it."""
+"""A gateway changes its config while requests run, and loses none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The console's files and its stream of events, over real HTTP."""
+"""The console's files and its event stream over HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages of other sites, preflights, HEAD, and paths as people write them, over real HTTP."""
+"""Requests from other sites, preflights, HEAD, and misspelled paths over HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""After a short load every panel has something to show, from a live Prometheus."""
+"""Every dashboard panel has data in a live Prometheus after a short load."""
 
 from __future__ import annotations
 

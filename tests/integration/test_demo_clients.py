@@ -1,4 +1,4 @@
-"""Other people's clients against the running demo, each as its own users would use it."""
+"""Other clients against the running demo, each as its own users would use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients say of answers: an expert that turns bad loses its traffic."""
+"""Feedback over HTTP: an expert that turns bad loses its traffic."""
 
 from __future__ import annotations
 

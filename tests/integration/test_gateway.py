@@ -1,4 +1,4 @@
-"""The gateway's endpoints over real HTTP, with one simulated pool behind it."""
+"""The gateway's endpoints over HTTP, with one simulated pool behind it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grammars are tried out in a process that may crash over them: this one goes on."""
+"""Grammars are compiled in a worker process, which may crash without harm."""
 
 from __future__ import annotations
 

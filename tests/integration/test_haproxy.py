@@ -1,4 +1,4 @@
-"""The real HAProxy with a configuration as Serve writes it, started by our program in its place."""
+"""HAProxy with a configuration as Ray Serve writes it, started through our wrapper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures and embeddings over HTTP: who answers, who refuses, and what is told of it."""
+"""Pictures and embeddings over HTTP: which experts answer, and which requests are refused."""
 
 from __future__ import annotations
 

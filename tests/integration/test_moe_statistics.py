@@ -1,4 +1,4 @@
-"""What routers of experts chose, over two pools: the admin's endpoint, and the command on it."""
+"""Routing statistics of two pools: the admin endpoint, and the command that reads it."""
 
 from __future__ import annotations
 

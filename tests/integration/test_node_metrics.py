@@ -1,4 +1,4 @@
-"""One scrape target per node: processes that find each other, and one that answers for all."""
+"""One scrape target per node: processes find each other, and one answers for all."""
 
 from __future__ import annotations
 

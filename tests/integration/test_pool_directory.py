@@ -1,4 +1,4 @@
-"""A pool that nobody is to call any more, and that falls silent: its streams end all the same."""
+"""Streams of a pool end after it has left the directory and fallen silent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When engines, pools and clients go away: retries, draining, bounds, deadlines."""
+"""Failing engines, pools and clients: retries, draining, limits and deadlines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes over real HTTP: experts that say what they are told, compared, and one answer sent."""
+"""Recipes over HTTP, with experts whose answers the tests script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Remote experts against an upstream that does what it is told."""
+"""Remote experts against an upstream whose behaviour the tests script."""
 
 from __future__ import annotations
 

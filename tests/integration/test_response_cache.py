@@ -1,4 +1,4 @@
-"""The response cache: opt-in twice, bounded, never across tenants; what it takes for the same."""
+"""The response cache: opt-in twice, bounded, separate by tenant, exact and semantic."""
 
 from __future__ import annotations
 

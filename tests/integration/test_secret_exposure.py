@@ -1,4 +1,4 @@
-"""Keys and prompts are in no log, no metric, no trace of a fault and no error."""
+"""Keys and prompts are in no log, metric, trace or error."""
 
 from __future__ import annotations
 

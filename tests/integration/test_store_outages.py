@@ -1,4 +1,4 @@
-"""The shared store on a real Redis: bursts, killed owners, and Redis stopped, hung and emptied."""
+"""The shared store on a real Redis: bursts, killed gateways, and Redis stopped, hung or emptied."""
 
 from __future__ import annotations
 

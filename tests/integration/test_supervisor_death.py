@@ -1,4 +1,4 @@
-"""`coe serve` is two processes: killing the first with -9 must leave nothing of the second."""
+"""Killing the supervisor of `coe serve` with SIGKILL leaves no process behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys, limits, budgets and usage over real HTTP, with a simulated pool behind the gateway."""
+"""Keys, limits, budgets and usage over HTTP, with a simulated pool behind the gateway."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Traces, as a collector gets them: one per request, from the client's span to the engine."""
+"""Traces as a collector receives them: one per request, from the client's span to the engine."""
 
 from __future__ import annotations
 

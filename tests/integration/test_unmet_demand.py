@@ -1,4 +1,4 @@
-"""The loop closed: an expert that every single request shies away from gets loaded, once."""
+"""Unmet demand loads a cold expert that no single request would wait for."""
 
 from __future__ import annotations
 

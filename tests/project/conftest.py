@@ -1,4 +1,4 @@
-"""The helms that are here, for the chart's tests."""
+"""The installed versions of helm, for the chart's tests."""
 
 from __future__ import annotations
 

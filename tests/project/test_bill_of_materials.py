@@ -1,4 +1,4 @@
-"""What the images carry: the licences in NOTICE and label, and the CycloneDX bills of materials."""
+"""The images: licences in NOTICE and label, and the CycloneDX bills of materials."""
 
 from __future__ import annotations
 

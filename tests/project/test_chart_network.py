@@ -1,4 +1,4 @@
-"""Who may reach whom in what the chart renders."""
+"""Network policies and services that the chart renders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dashboards and rules: as rendered, of metrics that there are, content with Prometheus."""
+"""Dashboards and rules equal their source, use existing metrics, and pass promtool."""
 
 from __future__ import annotations
 

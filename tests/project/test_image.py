@@ -1,4 +1,4 @@
-"""The image's recipe, its locks, and the compose file: what can be seen without building."""
+"""The Dockerfile, its locks, and the compose file, checked without a build."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is installed is what was looked at: every file by its SHA-256, torch and uv included."""
+"""Every installed file is pinned by its SHA-256, torch and uv included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The repository keeps its own rules: who imports whom, what lies where, what stays out."""
+"""The rules of the repository: imports, layout, and texts that must stay out."""
 
 from __future__ import annotations
 

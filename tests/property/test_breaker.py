@@ -1,4 +1,4 @@
-"""Circuit breakers: whatever happens in whatever order, they let a probe through in time."""
+"""Circuit breakers under any order of events let a probe through in time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several gateways spend one budget about as well as one."""
+"""Several gateways spend one budget about as well as one gateway does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever the text: a finite posterior that sums to 1, and no exception."""
+"""The classifier returns a finite posterior that sums to 1 for any text."""
 
 from __future__ import annotations
 

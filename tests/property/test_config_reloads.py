@@ -1,4 +1,4 @@
-"""A pool whose config changes again and again while engines start and requests run."""
+"""A pool whose config changes repeatedly while engines start and requests run."""
 
 from __future__ import annotations
 

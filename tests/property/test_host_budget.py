@@ -1,4 +1,4 @@
-"""A pool's bound on host memory, divided over its slots, whatever they hold and whoever asks."""
+"""The division of a pool's host memory over its slots, for any holdings and claims."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model files that somebody made to harm: whatever is in them, one error of ours or a reading."""
+"""Hostile model files are read, or refused with one typed error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Placing routed experts on devices, whatever the loads."""
+"""Placement of routed experts on devices, for any loads."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A pool's bound on host memory against what its engines' processes really hold, at every instant.
+"""A pool's bound on host memory, compared at every instant with what its engines really hold.
 
-Each engine takes memory from when its start or a fill begins until its drop or its end is over,
-and both take a while: that is when a slot that reckons with less than there is goes past the bound.
+An engine holds memory from the begin of its start or load to the end of its eviction or stop. Both
+take time, and a slot that underestimates the memory in use exceeds the bound just then.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What comes over the wire: snapshots come back whole, and no bytes can surprise a reader."""
+"""Messages between gateways and pools round-trip, and any bytes are decoded or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weighing: single experts are worth the same whether or not others could answer together."""
+"""Single experts get the same utility with and without recipes beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A slot under random arrivals, leaving clients and dying engines: nothing leaks, nobody hangs."""
+"""A slot under random arrivals, disconnects and engine deaths leaks nothing and never hangs."""
 
 from __future__ import annotations
 

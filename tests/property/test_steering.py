@@ -1,4 +1,4 @@
-"""Steering is what it says, token by token and expert by expert; a profile survives its file."""
+"""Steering follows its definition for any token and expert; profiles round-trip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory and Redis count alike: the same random claims, and the same answers."""
+"""Memory and Redis stores give equal answers to the same random claims."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a shared slot tells gateways of its units, against what then happens on its clock."""
+"""Swap times that a slot reports, compared with the times that its swaps then take."""
 
 from __future__ import annotations
 

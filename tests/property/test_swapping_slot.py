@@ -1,4 +1,4 @@
-"""Experts that share a slot, under random arrivals, leaving clients and every kind of failure."""
+"""Experts that share a slot, under random arrivals, disconnects and every kind of failure."""
 
 from __future__ import annotations
 

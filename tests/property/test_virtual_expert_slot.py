@@ -1,4 +1,4 @@
-"""Units that run on another's weights: held once, never without them, under random asking."""
+"""Virtual experts in a slot: base weights are held once and while they are in use."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What tests share: configs, engines driven directly, servers, whole clusters."""
+"""Helpers that tests share: configs, engines driven directly, servers, whole clusters."""

@@ -1,4 +1,4 @@
-"""Asking an engine directly, as a pool does."""
+"""Requests to an engine without HTTP, as a pool makes them."""
 
 from __future__ import annotations
 

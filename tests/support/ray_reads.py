@@ -1,4 +1,4 @@
-"""What Ray makes of RayServices' specs (JSON on standard input, by name): printed as JSON.
+"""Prints Ray's own reading of RayService specs (JSON on standard input, by name) as JSON.
 
 A process of its own, because importing Ray Serve takes settings from the environment.
 """

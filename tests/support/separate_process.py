@@ -1,4 +1,4 @@
-"""A site in a loop and thread of its own, for tests that can't be coroutines."""
+"""A gateway with its pools in a thread of its own, for tests that can't be coroutines."""
 
 from __future__ import annotations
 

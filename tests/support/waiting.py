@@ -1,4 +1,4 @@
-"""Waiting for something that has no event to wait for."""
+"""Polling for a condition that has no event to wait for."""
 
 from __future__ import annotations
 

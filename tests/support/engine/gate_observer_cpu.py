@@ -1,4 +1,4 @@
-"""What a GPU's worker is made of, around the CPU's."""
+"""The CPU worker with the parts of a GPU worker around it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pool's metrics that remember what an engine told of its routers."""
+"""Pool metrics that record an engine's routing samples."""
 
 from __future__ import annotations
 

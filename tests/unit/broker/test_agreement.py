@@ -1,4 +1,4 @@
-"""Which answers agree, and which never do."""
+"""Agreement of answers: equal in any phrasing, never equal by accident."""
 
 from __future__ import annotations
 

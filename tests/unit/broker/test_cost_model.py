@@ -1,4 +1,4 @@
-"""What calls are expected to cost, and how long answers to be."""
+"""Expected cost of calls and expected length of answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits, budgets and usage: which apply to whom, and how a refusal is told."""
+"""Limits, budgets and usage: which apply to a request, and how a refusal reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an answer costs, and counting it in whole millionths."""
+"""The price of an answer, and its rounding to whole millionths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which recipe, and in which pool. The formula, and its edges."""
+"""The selection of recipe and pool: the utility formula and its edge cases."""
 
 from __future__ import annotations
 

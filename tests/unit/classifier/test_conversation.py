@@ -1,4 +1,4 @@
-"""What of a request body is classified, and how turns are weighed."""
+"""Classification of conversations: which turns are read, and how they are weighted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`coe init`: what is proposed for which machine, and the config that comes of it."""
+"""`coe init`: the preset for a machine, and the config that it writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference documents are those of the code."""
+"""The generated reference documents match the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The config file: what is taken, and that every refusal names file, path, fault and remedy."""
+"""The config file: valid configs load, and each error names file, path, fault and remedy."""
 
 from __future__ import annotations
 

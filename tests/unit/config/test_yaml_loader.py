@@ -1,4 +1,4 @@
-"""What people write in YAML, and come with from other tools: read as meant, or refused with why."""
+"""YAML in all its spellings is read as meant, or refused with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which processes a run ends with itself, and which it leaves alone."""
+"""The processes that belong to a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which prompts may find each other in a prefix cache."""
+"""Salts that separate the prefix caches of tenants."""
 
 from __future__ import annotations
 

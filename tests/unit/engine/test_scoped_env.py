@@ -1,4 +1,4 @@
-"""What an engine's core inherits of its pool's environment."""
+"""Environment variables that an engine's core process inherits."""
 
 from __future__ import annotations
 

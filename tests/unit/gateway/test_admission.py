@@ -1,4 +1,4 @@
-"""Letting requests in: what counts before a body is read, what is reserved, what is charged."""
+"""Admission: what counts before the body is read, what is reserved, and what is charged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the audit log says of refused keys and of the admin's acts; and that it holds no key."""
+"""The audit log of refused keys and admin actions, which holds no key."""
 
 from __future__ import annotations
 

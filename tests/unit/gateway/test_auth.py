@@ -1,4 +1,4 @@
-"""API keys: what is kept, who is found, and where it may listen without any."""
+"""API keys: storage, identification, and listening without any."""
 
 from __future__ import annotations
 

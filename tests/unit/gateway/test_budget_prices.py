@@ -1,4 +1,4 @@
-"""Budgets as the choice sees them: prices of keys' own budgets, new windows, lost stores."""
+"""Shadow prices of budgets: keys with their own budgets, new windows, store outages."""
 
 from __future__ import annotations
 

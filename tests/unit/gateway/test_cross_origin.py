@@ -1,4 +1,4 @@
-"""Which requests of browsers are refused: by Host, Origin, Sec-Fetch-Site and Content-Type."""
+"""Browser requests refused by Host, Origin, Sec-Fetch-Site and Content-Type."""
 
 from __future__ import annotations
 

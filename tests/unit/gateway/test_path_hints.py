@@ -1,4 +1,4 @@
-"""The path that was meant by a request to one that does not exist."""
+"""The path that a request to a misspelled path gets as a hint."""
 
 from __future__ import annotations
 

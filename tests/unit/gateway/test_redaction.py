@@ -1,4 +1,4 @@
-"""What clients read of reasons."""
+"""Failure reasons as clients read them."""
 
 from __future__ import annotations
 

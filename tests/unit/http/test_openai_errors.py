@@ -1,4 +1,4 @@
-"""Every error of ours has a status, and OpenAI's shape."""
+"""Every error class has a status and OpenAI's shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What two services on one machine must not share."""
+"""Ports that two services on one machine must not share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What answers on the port before a gateway does."""
+"""The server that answers on the port until the gateway is up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `coe serve` says of a start."""
+"""The messages of `coe serve` about its start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a comparison with bare vLLM counts, and what it is measured with."""
+"""The comparison with plain vLLM: when it is fair, and how it is measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop-hold load test: its requests are the largest that a gateway lets through."""
+"""The event-loop load test sends the largest requests that a gateway admits."""
 
 from __future__ import annotations
 

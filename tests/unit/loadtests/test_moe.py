@@ -1,4 +1,4 @@
-"""The load test of mixtures of experts: its parts become one report, each also alone."""
+"""The MoE load test joins its parts into one report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The load test of swaps on a GPU: what of it needs none."""
+"""The GPU swap load test, as far as it runs without a GPU."""
 
 from __future__ import annotations
 

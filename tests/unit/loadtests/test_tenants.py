@@ -1,4 +1,4 @@
-"""The load test of tenants: how it counts, on answers made up here."""
+"""The tenants load test counts replies of a fake service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files make an expert another one: to its tokenizer, to its canary, and to a reload."""
+"""File changes that make an expert another one for tokenizer, canary and reload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Converting GGUF: the values, the order of rows, the tokenizer and its template."""
+"""GGUF conversion: values, row order, tokenizer and chat template."""
 
 from __future__ import annotations
 

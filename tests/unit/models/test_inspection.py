@@ -1,4 +1,4 @@
-"""Looking at model folders: what is read, and what is refused with which words."""
+"""Inspection of model folders: facts that are read, and errors that are raised."""
 
 from __future__ import annotations
 

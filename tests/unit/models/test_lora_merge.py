@@ -1,4 +1,4 @@
-"""A LoRA adapter merged into full weights: what is computed, and what is refused."""
+"""Merging a LoRA adapter into full weights, and the adapters that can't be merged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model folders as people bring them: `coe check` plans them, or says what is missing in them."""
+"""`coe check` on model folders as people bring them: planned, or refused with what is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels and placement of routed experts: what a config may ask of vLLM, and what is refused."""
+"""Kernel and placement settings of routed experts: what vLLM accepts, and what is refused."""
 
 from __future__ import annotations
 

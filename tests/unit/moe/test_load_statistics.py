@@ -1,4 +1,4 @@
-"""Load, balance and cacheability of routed experts, held against slow and obvious reckoning."""
+"""Load, balance and cacheability of routed experts, compared with a direct computation."""
 
 from __future__ import annotations
 

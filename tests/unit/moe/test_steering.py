@@ -1,4 +1,4 @@
-"""Steering profiles that don't fit are refused with layer and numbers; gates are found in files."""
+"""Steering profiles: gates are found in model files, and profiles that don't fit are refused."""
 
 from __future__ import annotations
 

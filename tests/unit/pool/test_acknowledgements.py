@@ -1,4 +1,4 @@
-"""What a pool acknowledges, and of whom it still knows."""
+"""Acknowledgements of a pool to its gateways."""
 
 from __future__ import annotations
 

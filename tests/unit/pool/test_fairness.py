@@ -1,4 +1,4 @@
-"""Tenants in one queue: shares by tokens and weights, classes, who is refused when it is full."""
+"""Tenants in one queue: shares by tokens and weights, priorities, and load shedding."""
 
 from __future__ import annotations
 

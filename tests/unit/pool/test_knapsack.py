@@ -1,4 +1,4 @@
-"""The knapsack: exact against trying every subset, and what it promises at its edges."""
+"""The knapsack, compared with exhaustive search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a unit belongs, rule by rule."""
+"""The rules that place units in slots, one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pool's looks at who should be in which slot."""
+"""The placement loop and pinning of a pool."""
 
 from __future__ import annotations
 

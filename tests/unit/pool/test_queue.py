@@ -1,4 +1,4 @@
-"""Who waits and who runs in one slot."""
+"""The queue of one slot."""
 
 from __future__ import annotations
 

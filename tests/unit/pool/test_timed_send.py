@@ -1,4 +1,4 @@
-"""What a pool counts of a reply, for fairness."""
+"""Token counts of a reply, for fairness between tenants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of units: how often each is asked for."""
+"""The demand for units over time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes on recorded rows: whose answer is taken, and what was paid."""
+"""Recipes on recorded rows: the answer taken, and the price paid."""
 
 from __future__ import annotations
 

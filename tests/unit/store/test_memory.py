@@ -1,4 +1,4 @@
-"""What the store in this process keeps, and what it lets go."""
+"""The in-process store forgets accounts that no longer count."""
 
 from __future__ import annotations
 

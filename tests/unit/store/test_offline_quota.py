@@ -1,4 +1,4 @@
-"""A gateway's quotas of the limits, and the heartbeat that exchanges them."""
+"""The offline quotas of a gateway, and the heartbeat that exchanges them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logs: one JSON object a line, and never an exception's text, which may quote a prompt."""
+"""Logs: one JSON object a line, and no exception text, which may quote a prompt."""
 
 from __future__ import annotations
 

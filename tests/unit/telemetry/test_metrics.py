@@ -1,4 +1,4 @@
-"""Metrics: one table, what is counted by it, and several processes' texts joined into one."""
+"""Metrics: their table, their values, and the texts of several processes joined into one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is kept of a virtual expert's answers is another's once its profile holds something else."""
+"""The cache key of a virtual expert changes with its steering profile."""
 
 from __future__ import annotations
 

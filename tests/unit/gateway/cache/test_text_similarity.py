@@ -1,4 +1,4 @@
-"""Which questions count as the same, and which never do."""
+"""Similarity of questions: equal in any phrasing, never equal by accident."""
 
 from __future__ import annotations
 

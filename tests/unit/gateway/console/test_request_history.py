@@ -1,4 +1,4 @@
-"""What the console remembers of requests that have ended."""
+"""The console's history of completed requests."""
 
 from __future__ import annotations
 

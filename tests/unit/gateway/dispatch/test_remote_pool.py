@@ -1,4 +1,4 @@
-"""A remote expert's places: bounded, in turns, and given back whatever happens."""
+"""The limits of a remote expert: bounded, fair between tenants, and always released."""
 
 from __future__ import annotations
 

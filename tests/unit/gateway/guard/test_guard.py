@@ -1,4 +1,4 @@
-"""Screens and the guard around them: what is found where, and what is done about it."""
+"""The guard: prompt injection and personal data are flagged, redacted or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tools that coding agents send and the service does not run."""
+"""Hosted tools that coding agents request and the service does not run."""
 
 from __future__ import annotations
 

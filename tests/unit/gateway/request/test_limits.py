@@ -1,4 +1,4 @@
-"""What no request may do: each refusal, and that what is fine stays so."""
+"""Request limits: each refusal, and the valid requests beside it."""
 
 from __future__ import annotations
 

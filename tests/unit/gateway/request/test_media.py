@@ -1,4 +1,4 @@
-"""Pictures, sound and films: who may be asked, and as how many tokens they count."""
+"""Pictures, sound and video: capable experts, and the tokens that media count as."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading a request's body: what is understood, and that a refusal names the field."""
+"""Parsing of request bodies, with the invalid field named in each error."""
 
 from __future__ import annotations
 

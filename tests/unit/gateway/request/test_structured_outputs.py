@@ -1,4 +1,4 @@
-"""Bounds on schemas, patterns and grammars: the same in every field that can carry one."""
+"""Limits on schemas, patterns and grammars, equal in every field that can carry one."""
 
 from __future__ import annotations
 

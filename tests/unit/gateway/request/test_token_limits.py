@@ -1,4 +1,4 @@
-"""How much a request may come to, and how short its answers have to be for a bound on cost."""
+"""The size of a request, and the answer length that `max_cost` allows."""
 
 from __future__ import annotations
 

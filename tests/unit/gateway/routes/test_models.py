@@ -1,4 +1,4 @@
-"""What `/v1/models` and `/openapi.json` tell."""
+"""`/v1/models` and `/openapi.json`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose vote counts for what, and how often."""
+"""Votes: what each one counts for, and how often a reply can have one."""
 
 from __future__ import annotations
 

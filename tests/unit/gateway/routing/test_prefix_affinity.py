@@ -1,4 +1,4 @@
-"""Who answered a conversation last."""
+"""The expert and pool that answered a conversation last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is learned of recipes while they are used."""
+"""Figures that are learned of recipes in use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an answer used, read as it passes, and what the client gets of it."""
+"""Token usage of an answer, counted as it passes, and the usage that the client receives."""
 
 from __future__ import annotations
 

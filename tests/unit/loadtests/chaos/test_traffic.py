@@ -1,4 +1,4 @@
-"""The judge of the chaos runs: it sees a wrong model, a doubled answer and an untyped error."""
+"""The judge of chaos runs detects wrong models, duplicate answers and untyped errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The load generator, against the fake upstream in the same loop."""
+"""The load generator, against the fake upstream in the same event loop."""
 
 from __future__ import annotations
 

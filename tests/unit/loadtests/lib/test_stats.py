@@ -1,4 +1,4 @@
-"""The figures that load tests report: estimates, and what is held against them."""
+"""The estimates that load tests report, and their comparison with targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A slot's life, event by event; under random events it is in tests/property."""
+"""A dedicated slot, event by event; tests/property tests it under random events."""
 
 from __future__ import annotations
 

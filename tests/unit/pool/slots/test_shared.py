@@ -1,4 +1,4 @@
-"""What a shared slot does when its units misbehave; under random events it is in tests/property."""
+"""A shared slot whose units fail; tests/property tests it under random events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The committed adapters are what their cards say, and each beats the base on its field."""
+"""The committed adapters match their cards, and each beats the base in its domain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo experts' texts and how they are packed. No model, no torch."""
+"""The training texts of the demo experts and how they are packed, without torch."""
 
 from __future__ import annotations
 

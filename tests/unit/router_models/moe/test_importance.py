@@ -1,4 +1,4 @@
-"""What is measured of each routed expert, against the same computed token by token."""
+"""The importance of routed experts, compared with a computation token by token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules that stand in a router where graphs are captured: what of them needs no engine."""
+"""Steering of gates under captured graphs, without an engine."""
 
 from __future__ import annotations
 

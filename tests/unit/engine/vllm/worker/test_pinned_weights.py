@@ -1,4 +1,4 @@
-"""Copying an expert's tensors into a running model's: what of it needs no GPU."""
+"""Copies of an expert's tensors into a running model, without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which routers can be steered, and what of it needs no engine."""
+"""Steering of gates in a worker, without an engine."""
 
 from __future__ import annotations
 
