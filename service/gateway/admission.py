@@ -320,7 +320,7 @@ class Admission:
         if entry.meter is None:
             return []
         for call in entry.record.unfinished:
-            entry.meter.left(*await call.used())
+            entry.meter.abandon(*await call.used())
         calls = []
         for name, prompt, completion in entry.meter.calls_made(expert):
             beyond = prompt - entry.meter.most_prompt_tokens

@@ -239,7 +239,7 @@ def test_escalations_are_kept_by_recipe_and_forgotten_with_its_experts() -> None
     one, two = (Recipe("cascade", (name,), ("big",)) for name in ("a", "b"))
     known.rows([one, two])
     for _ in range(10):
-        known.saw(two, np.zeros(3), 1)
+        known.observe(two, np.zeros(3), 1)
     rows = known.rows([two, Recipe("single", ("c",)), one])
     assert known.excess[rows][:, 0].tolist() == pytest.approx([0.5, 0.0, 0.0])
     known.forget({"b"})

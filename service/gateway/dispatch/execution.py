@@ -128,7 +128,7 @@ class RecipeExecutor:
             row = catalog.recipe_index[recipe]
             if recipe.later:
                 expected = plan.reach[best]
-                self._quality_model.escalated(row, expected, ensemble.escalations)
+                self._quality_model.observe_escalations(row, expected, ensemble.escalations)
         finally:
             self._learn_lengths(plan, reply, complete=complete)
             if row >= 0 and record.status == 200:

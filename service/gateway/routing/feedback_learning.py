@@ -1,4 +1,4 @@
-"""`POST /v1/feedback`: a reply's id and a score, and what is learned from it.
+"""Learns from feedback: counts votes on replies, and shifts the quality model by them.
 
 Each reply has one vote, of the tenant that it answered. Votes are counted in the store, so that
 gateways share them and Redis keeps them, and they are the tenant's own: they shift what recipes
@@ -40,7 +40,7 @@ log = logging.getLogger("coe.feedback")
 
 _MOST = 100_000
 _RENEW_S = 2.0
-# How long the votes of a tenant that does not ask are still followed.
+# Votes of a tenant without requests are followed for this long.
 _ACTIVE_S = 600.0
 _LONGEST_ID = 200
 _OURS = re.compile(r"(?:^|[-_])([0-9a-f]{24})(?:-[a-z0-9]{1,8})*$")
@@ -48,14 +48,14 @@ _OURS = re.compile(r"(?:^|[-_])([0-9a-f]{24})(?:-[a-z0-9]{1,8})*$")
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """What was said of a reply."""
+    """A score for a reply."""
 
     reply: str
     score: float
 
 
 def read_vote(raw: bytes) -> Vote:
-    """A vote's body. Raises InvalidRequestError, naming the field."""
+    """Parse a vote. Raises InvalidRequestError, which names the field."""
     try:
         data: Any = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -74,7 +74,7 @@ def read_vote(raw: bytes) -> Vote:
 
 
 class FeedbackService:
-    """Remembers replies for a while, counts votes, and shifts what recipes are worth."""
+    """Remembers replies for a while, counts votes on them, and shifts the quality model."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class FeedbackService:
             OrderedDict() if after is None else after._replies
         )
         self._shared = shared
-        # When each tenant last asked here. Others' votes are not looked at.
+        # When each tenant last sent a request. Votes of other tenants are not read.
         self._active: dict[str, float] = dict.fromkeys(tenants, time.monotonic())
         # Counts by tenant and slice; only the newest slices change.
         self._slices: dict[str, dict[int, Mapping[str, int]]] = {}
@@ -113,21 +113,28 @@ class FeedbackService:
         self._renewing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin to follow the votes."""
+        """Start to follow the votes."""
         if self.enabled:
             self._renewing = asyncio.create_task(self._follow())
 
     async def stop(self) -> None:
-        """End what is under way."""
+        """Stop the background tasks."""
         await cancel_and_wait(*self._tasks, self._renewing)
 
     def record_answer(self, tenant: Tenant, ids: tuple[str, ...], label: str, recipe: int) -> None:
-        """A reply went out under these ids, the first of which is its own: it may be voted on."""
+        """Remember a reply, so that it can be voted on.
+
+        Args:
+            tenant: The tenant that got it.
+            ids: Its ids; the first is its own.
+            label: Its category.
+            recipe: The index of the recipe that answered.
+        """
         now_s = time.monotonic()
         if not self.enabled or label not in self._quality_model.index:
             return
         self._active[tenant.name] = now_s
-        # By its name: other gateways, and this one after a reload, may number recipes otherwise.
+        # The recipe is kept by name: other gateways and later configs may number recipes anew.
         about = f"{ids[0]}\n{label}\n{self._catalog.recipes[recipe].name}"
         for one in ids:
             self._replies[join_name(tenant.name, one)] = (now_s, about)
@@ -148,11 +155,11 @@ class FeedbackService:
                 name = join_name("replied", tenant.name, one)
                 await self._volatile.put(name, about.encode(), ttl_s=self._config.keep_s)
         except StoreUnavailableError:
-            log.debug("a reply can't be voted on elsewhere: the store is gone")
+            log.debug("cannot share a reply for feedback: the store is unavailable")
 
     async def vote(self, tenant: Tenant, vote: Vote) -> dict[str, Any]:
         """Count a vote. Raises ReplyNotFoundError, ConflictError, StoreUnavailableError."""
-        # A client's own id may look as if an endpoint had put something around ours.
+        # A client's own id may look like one of ours with an endpoint's prefix.
         about = await self._about(tenant, vote.reply) or await self._about(
             tenant, _plain(vote.reply)
         )
@@ -164,9 +171,9 @@ class FeedbackService:
             )
         reply, label, recipe = about.split("\n")
         voted = join_name("vote", tenant.name, reply)
-        # For as long as anybody could vote on it, whatever day it is.
+        # The mark stays as long as anybody could vote on the reply.
         if not await self._volatile.add(voted, b"1", ttl_s=self._config.keep_s):
-            raise ConflictError(f"reply {vote.reply[:64]!r} has its vote")
+            raise ConflictError(f"feedback for {vote.reply[:64]!r} was already submitted")
         note = UsageNote(
             _slice_name(slice_of(time.time(), self._config.half_life_s), tenant.name),
             fields(_subject(label, recipe), tenant.key, vote.score),
@@ -174,7 +181,7 @@ class FeedbackService:
         )
         await self._store.settle(Granted(StoreClaim(voted, ()), 0, (), ()), [], note)
         self._active[tenant.name] = time.monotonic()
-        # The vote is taken also where the store is away: it is told when it is back.
+        # A vote counts also while the store is away; the store gets it later.
         with contextlib.suppress(StoreUnavailableError):
             await self._renew([tenant.name])
         return {"id": vote.reply, "recipe": recipe, "category": label, "score": vote.score}
@@ -185,8 +192,8 @@ class FeedbackService:
             return held[1]
         if not self._shared:
             return None
-        told = await self._volatile.get(join_name("replied", tenant.name, reply))
-        return told.decode() if told is not None else None
+        shared = await self._volatile.get(join_name("replied", tenant.name, reply))
+        return shared.decode() if shared is not None else None
 
     async def _follow(self) -> None:
         while True:
@@ -195,11 +202,11 @@ class FeedbackService:
             try:
                 await self._renew(list(self._active))
             except StoreUnavailableError:
-                log.debug("votes can't be read; the last ones stand")
+                log.debug("cannot read votes; keeping the last ones")
             await asyncio.sleep(_RENEW_S)
 
     async def _renew(self, tenants: Sequence[str]) -> None:
-        """Shift what is believed for these tenants by the votes that each has given by now."""
+        """Read the votes of these tenants, and shift the quality model by them."""
         numbers = recent(time.time(), self._config.half_life_s)
         wanted = [
             (tenant, number)
@@ -232,7 +239,7 @@ class FeedbackService:
 
 
 def _plain(reply: str) -> str:
-    """A reply's id without what endpoints put around ours: chatcmpl-ID, msg_ID, ID-0."""
+    """A reply's id without the prefixes and suffixes of endpoints: chatcmpl-ID, msg_ID, ID-0."""
     ours = _OURS.search(reply)
     return ours[1] if ours is not None else reply
 

@@ -1,7 +1,7 @@
-"""What every recipe is worth on every category: the matrix W as the service uses it.
+"""The quality model: expected quality of every recipe on every category.
 
-From the config (`quality`, `categories`), or where the router's artifact has a map, from
-that. What a tenant says of answers (`/v1/feedback`) shifts it for that tenant.
+It comes from the config (`quality`, `categories`), or from the router's artifact where that has
+an expert map. A tenant's feedback (`/v1/feedback`) shifts it for that tenant.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from service.classifier.expert_map import ExpertMap
 from service.config import Config
 from service.types import MAX_LATER, Recipe
 
-# Of an expert on a category that the config says nothing of.
+# The quality of an expert on a category without a figure in the config.
 _OWN, _FALLBACK, _OTHER = 1.0, 0.5, 0.0
 
 
 class Escalations:
-    """How much oftener than expected cascades ask each later expert: it outlives a config.
+    """How much more often than expected cascades escalate. It outlives a config.
 
     Attributes:
-        excess: (recipes, MAX_LATER), differences of probabilities.
+        excess: Observed minus expected probability of each later expert, (recipes, MAX_LATER).
     """
 
     def __init__(self) -> None:
@@ -34,30 +34,32 @@ class Escalations:
         self.excess = np.zeros((0, MAX_LATER))
 
     def rows(self, recipes: Sequence[Recipe]) -> Places:
-        """Where these recipes' rows are; new ones get theirs."""
+        """The rows of these recipes in `excess`; new recipes get a row of zeros."""
         found = [self._rows.setdefault(recipe, len(self._rows)) for recipe in recipes]
         self.excess = np.pad(self.excess, ((0, len(self._rows) - len(self.excess)), (0, 0)))
         return slice(0, len(found)) if found == list(range(len(found))) else np.array(found)
 
     def forget(self, experts: Collection[str]) -> None:
-        """Nothing is known any more of recipes that ask any of these."""
+        """Reset the recipes that use any of these experts."""
         for recipe, row in self._rows.items():
             if any(name in experts for name in recipe.experts):
                 self.excess[row] = 0.0
 
-    def saw(self, recipe: Recipe, expected: Floats, asked: int) -> None:
-        """See `QualityModel.escalated`."""
+    def observe(self, recipe: Recipe, expected: Floats, escalations: int) -> None:
+        """Learn from one run of a cascade, see `QualityModel.observe_escalations`."""
         row = self._rows[recipe]
         for i in range(len(recipe.later)):
-            seen = 1.0 if i < asked else 0.0
-            self.excess[row, i] += 0.05 * (seen - expected[i])
+            observed = 1.0 if i < escalations else 0.0
+            self.excess[row, i] += 0.05 * (observed - expected[i])
 
 
 class QualityModel:
-    """Expected quality and escalation of the book's recipes, for a posterior over `labels`.
+    """Expected quality and escalation of every recipe, for a posterior over `labels`.
 
-    What a tenant said of answers is added to what was expected for that tenant, and for nobody
-    else: `shifts`, by the tenant's name (labels, recipes); feedback writes them.
+    Attributes:
+        labels: The categories.
+        index: The row of each category.
+        shifts: For each tenant what its feedback adds to the quality, (labels, recipes).
     """
 
     def __init__(
@@ -90,18 +92,18 @@ class QualityModel:
         self._map_columns = np.zeros(0, dtype=np.intp)
 
     @property
-    def _oftener(self) -> Floats:
-        """How much oftener than expected each later expert was asked, (recipes, MAX_LATER)."""
-        oftener: Floats = self._escalations.excess[self._rows]
-        return oftener
+    def _escalation_bias(self) -> Floats:
+        """By how much each later expert is used more often than expected, (recipes, MAX_LATER)."""
+        bias: Floats = self._escalations.excess[self._rows]
+        return bias
 
     def use_map(self, found: ExpertMap, catalog: RecipeCatalog) -> None:
-        """Believe an artifact's map where it knows a recipe, and the config elsewhere."""
+        """Use an artifact's map for the recipes that it has, and the config for the rest."""
         self._map = found
         self._map_columns = np.array([catalog.recipe_index[recipe] for recipe in found.recipes])
 
     def posterior(self, given: Mapping[str, float]) -> Floats:
-        """As an array over `labels`."""
+        """A distribution over categories as an array over `labels`."""
         vector = np.zeros(len(self.labels))
         for label, p in given.items():
             if label in self.index:
@@ -111,10 +113,16 @@ class QualityModel:
     def quality(
         self, posterior: Floats, assessment: Assessment | None, tenant: str = ""
     ) -> tuple[Floats, Floats]:
-        """Expected quality (recipes,) and reach (recipes, MAX_LATER) for one prompt of a tenant.
+        """Expected quality and escalation for one prompt.
 
-        `assessment`: of the prompt, where it was classified; without one, a map's rows count
-        by the posterior alone.
+        Args:
+            posterior: Probabilities of the categories, (labels,).
+            assessment: The classifier's assessment of the prompt; the expert map needs one.
+            tenant: The tenant whose feedback counts.
+
+        Returns:
+            Quality (recipes,) in [0, 1], and the probability that each later expert is used,
+            (recipes, MAX_LATER).
         """
         quality = posterior @ self._table
         reach = self._reach
@@ -125,15 +133,15 @@ class QualityModel:
             reach[self._map_columns] = found.reach
         if (shift := self.shifts.get(tenant)) is not None:
             quality += posterior @ shift
-        return np.clip(quality, 0.0, 1.0), np.clip(reach + self._oftener, 0.0, 1.0)
+        return np.clip(quality, 0.0, 1.0), np.clip(reach + self._escalation_bias, 0.0, 1.0)
 
     def escalation_prob(self, recipe: int) -> Floats:
-        """How likely each later expert of one recipe is asked, (MAX_LATER,): without a prompt."""
-        found: Floats = np.clip(self._reach[recipe] + self._oftener[recipe], 0.0, 1.0)
+        """The probability that each later expert of a recipe is used, (MAX_LATER,)."""
+        found: Floats = np.clip(self._reach[recipe] + self._escalation_bias[recipe], 0.0, 1.0)
         return found
 
     def expected(self, label: str, recipe: int) -> float:
-        """Without shifts: of one recipe on one category, in [0, 1]."""
+        """The quality of one recipe on one category, in [0, 1], without feedback."""
         if self._map is not None and label in self._map.categories:
             where = np.flatnonzero(self._map_columns == recipe)
             if len(where):
@@ -141,9 +149,13 @@ class QualityModel:
                 return float(self._map.score[row, where[0]])
         return float(self._table[self.index[label], recipe]) if label in self.index else 0.0
 
-    def escalated(self, recipe: int, expected: Floats, asked: int) -> None:
-        """A cascade asked `asked` of its later experts: learn how likely each is.
+    def observe_escalations(self, recipe: int, expected: Floats, escalations: int) -> None:
+        """Learn from one run of a cascade how likely its later experts are used.
 
-        `expected` (MAX_LATER,): how likely each was thought to be when it was chosen.
+        Args:
+            recipe: The recipe's index.
+            expected: The probability that each later expert was expected to be used,
+                (MAX_LATER,).
+            escalations: How many of them were used.
         """
-        self._escalations.saw(self._recipes[recipe], expected, asked)
+        self._escalations.observe(self._recipes[recipe], expected, escalations)

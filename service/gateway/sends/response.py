@@ -26,8 +26,8 @@ from service.http.usage import reply_usage, token_counts, usage_of
 from service.rpc.call_headers import QUEUE_MS, SWAP_MS
 
 # What lines must hold to be looked at.
-_CHAT_WORDS = (b'"usage"', b'{"error"', b"[DONE]")
-_OTHER_WORDS = (b'"usage"', b'"error"', b"[DONE]", b'"response.created"')
+_CHAT_MARKERS = (b'"usage"', b'{"error"', b"[DONE]")
+_OTHER_MARKERS = (b'"usage"', b'"error"', b"[DONE]", b'"response.created"')
 
 
 class NoAnswerError(CoeError):
@@ -37,11 +37,15 @@ class NoAnswerError(CoeError):
 
 
 class ResponseSend:
-    """An ASGI send that adds our headers, reads the usage and adds to it what all cost.
+    """An ASGI send that adds the gateway's headers and `usage.coe`, and reads the usage.
 
-    `expert_call` is the call that answers. `started`: whether anything has gone out. `events`: how
-    many a stream has had by now. `answers_only`: a reply that is none is not passed on, but
-    raised as NoAnswerError.
+    Attributes:
+        record: The request's record.
+        meter: Counts what the engine sends; None where nobody is charged.
+        expert_call: The call that answers.
+        started: Whether anything was sent to the client.
+        events: Events of the stream so far.
+        answers_only: Whether an error reply is raised as NoAnswerError instead of sent.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class ResponseSend:
         self._streams = False
         self._held: Message | None = None
         self._dialect = dialect
-        self._words = _CHAT_WORDS if dialect is Dialect.CHAT else _OTHER_WORDS
+        self._markers = _CHAT_MARKERS if dialect is Dialect.CHAT else _OTHER_MARKERS
         self._failed = False
         self._lines = LineBuffer()
         # The response object that a stream of Responses began with.
@@ -87,11 +91,11 @@ class ResponseSend:
 
     async def _out(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._note(message)
+            self._record_start(message)
             if self._streams:
-                await self._send(self._headed(message, None))
+                await self._send(self._with_headers(message, None))
             else:
-                # Held until the body's length is known: it grows by what is put into the usage.
+                # The start waits until the body's length is known: `usage.coe` makes it longer.
                 self._held = message
             return
         body, more = message.get("body", b""), message.get("more_body", False)
@@ -101,29 +105,29 @@ class ResponseSend:
                 await self._send({**message, "body": out})
             return
         if self.record.status >= 400:
-            message = {**message, "body": self._refusal(body)}
+            message = {**message, "body": self._error_body(body)}
         elif b'"usage"' in body:
             message = {**message, "body": self._with_usage(body)}
         if self._held is not None:
             held, self._held = self._held, None
-            await self._send(self._headed(held, None if more else len(message["body"])))
+            await self._send(self._with_headers(held, None if more else len(message["body"])))
         await self._send(message)
 
     def _whole_lines(self, body: bytes, *, ends: bool) -> bytes:
-        """A stream's lines as the client gets them. What is left of one waits for its end."""
+        """The lines that these bytes complete, as the client gets them."""
         lines = self._lines.take(body, ends=ends)
         self.events += lines.count(b"data: {") + lines.count(b"data:{")
-        for word in self._words:
-            if word in lines:
+        for marker in self._markers:
+            if marker in lines:
                 return b"".join(map(self._line, lines.splitlines(keepends=True)))
         return lines
 
     def _line(self, line: bytes) -> bytes:
-        if not line.startswith(b"data:") or not any(word in line for word in self._words):
+        if not line.startswith(b"data:") or not any(marker in line for marker in self._markers):
             return line
         chat = self._dialect is Dialect.CHAT
         if line[5:].strip() == b"[DONE]":
-            # That ends streams of the chat API only, and those only that did not fail.
+            # Only streams of the chat API end with this event, and only where they did not fail.
             return b"" if self._failed or not chat else line
         try:
             event = orjson.loads(line[5:])
@@ -134,19 +138,19 @@ class ResponseSend:
         if not chat and event.get("type") == "response.created":
             self._response = event.get("response")
         if (error := _error_in(event)) is not None:
-            self._note_failure(error)
+            self._record_failure(error)
             if not chat and "type" not in event:
-                # OpenAI's, as pools and engines tell it. Its own blank line follows.
+                # Pools and engines send OpenAI's format. Its own blank line follows.
                 return self._last_events(error, 503, self.events - 1)[:-1]
         usage = usage_of(event)
         if usage is None or event.get("type") == "message_start":
-            return line  # a message's usage at its start is no whole one
-        self._spend(*token_counts(usage))
+            return line  # the usage at a message's start is not complete
+        self._record_usage(*token_counts(usage))
         usage["coe"] = self._cost()
         return b"data: " + orjson.dumps(event) + b"\n"
 
-    def _note_failure(self, error: Mapping[str, Any]) -> None:
-        """The stream tells that it failed: so has the request."""
+    def _record_failure(self, error: Mapping[str, Any]) -> None:
+        """Record that the stream failed by an error event."""
         self._failed = True
         code = error.get("code")
         if not self.record.local:
@@ -156,13 +160,13 @@ class ResponseSend:
         self.record.outcome = code if code in codes_of_ours() else CoeError.code
 
     def _last_events(self, detail: Mapping[str, Any], status: int, sequence: int) -> bytes:
-        """The events that end this stream with an error; the first has this number."""
+        """The events that end this stream with an error, numbered from `sequence` on."""
         return stream_error(
             detail, status, self._dialect, sequence=sequence, response=self._response
         )
 
-    def _refusal(self, body: bytes) -> bytes:
-        """A whole error reply as the client's dialect has it; engines' are made OpenAI's."""
+    def _error_body(self, body: bytes) -> bytes:
+        """A whole error reply in the client's dialect; engines send OpenAI's format."""
         if self._dialect is not Dialect.MESSAGES:
             return body
         try:
@@ -171,7 +175,7 @@ class ResponseSend:
         except (orjson.JSONDecodeError, KeyError, TypeError):
             return body
 
-    def _note(self, message: Message) -> None:
+    def _record_start(self, message: Message) -> None:
         self.started = True
         record = self.record
         record.status = message["status"]
@@ -182,7 +186,7 @@ class ResponseSend:
             self.first_byte_limit.reschedule(None)
         self._streams = any(v.startswith(b"text/event-stream") for _, v in message["headers"])
 
-    def _headed(self, message: Message, length: int | None) -> Message:
+    def _with_headers(self, message: Message, length: int | None) -> Message:
         record = self.record
         ours = [
             *self._headers,
@@ -203,19 +207,19 @@ class ResponseSend:
         return {**message, "headers": [*given, *ours]}
 
     def _with_usage(self, body: bytes) -> bytes:
-        """A whole reply with `coe` in its usage."""
+        """A whole reply with `usage.coe`."""
         usage = reply_usage(body)
         if usage is None:
             return body
-        self._spend(usage.prompt_tokens, usage.answer_tokens)
+        self._record_usage(usage.prompt_tokens, usage.answer_tokens)
         at = usage.value + 1
         added = b'"coe":' + orjson.dumps(self._cost()) + b","
         if body[at:].lstrip()[:1] == b"}":
             added = added[:-1]
         return body[:at] + added + body[at:]
 
-    def _spend(self, prompt_tokens: int | None, answer_tokens: int | None) -> None:
-        """Note what the call that answers has used."""
+    def _record_usage(self, prompt_tokens: int | None, answer_tokens: int | None) -> None:
+        """Record the usage of the call that answers."""
         if self.expert_call is None:
             return
         if prompt_tokens is not None:
@@ -228,23 +232,23 @@ class ResponseSend:
         return self.record.to_json(decode_s * 1000)
 
     async def break_off(self, error: CoeError) -> None:
-        """End a reply that had begun. A stream says why; anything else is cut short."""
+        """End a reply that has begun: a stream with an error event, other replies by raising."""
         self.record.outcome = error.code
         if not self._streams:
             raise error
-        # Half a line would spoil the event that is still to come.
+        # An unfinished line would spoil the error event.
         self._lines.drop()
         events = self._last_events(detail_of(error), status_of(error), self.events)
         await self._send(body_message(events))
 
 
 def _error_in(event: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The error that a stream's event tells, in any API's words."""
+    """The error in a stream's event, in the format of any API; None without one."""
     kind, error = event.get("type"), event.get("error")
     if kind == "error":
         return error if isinstance(error, dict) else event
     if kind == "response.failed":
         response = event.get("response")
-        told = response.get("error") if isinstance(response, dict) else None
-        return told if isinstance(told, dict) else {}
+        detail = response.get("error") if isinstance(response, dict) else None
+        return detail if isinstance(detail, dict) else {}
     return error if kind is None and isinstance(error, dict) else None

@@ -58,10 +58,10 @@ def test_quality_learns_a_cascade_s_escalation_rate_with_and_without_a_map(by_ma
     before = expected()
     for i in range(400):
         reach = worth.quality(math, assessment)[1][AT]
-        worth.escalated(AT, reach, i % 5 < 4)
+        worth.observe_escalations(AT, reach, i % 5 < 4)
     assert abs(before - 0.8) > 0.2
     assert expected() == pytest.approx(0.8, abs=0.1)
     for _ in range(400):
-        worth.escalated(AT, worth.quality(math, assessment)[1][AT], 1)
+        worth.observe_escalations(AT, worth.quality(math, assessment)[1][AT], 1)
     assert expected() <= 1.0
     assert worth.escalation_prob(AT)[0] <= 1.0

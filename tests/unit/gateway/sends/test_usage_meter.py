@@ -238,7 +238,7 @@ async def test_usage_meter_aborted_request_counts_the_engine_s_figure_or_what_wa
     meter = UsageMeter(asked("/v1/messages", stream=True))
     if sent is not None:
         await through(meter, _MESSAGE[:sent], ends=False)
-    meter.left(*told, counted)
+    meter.abandon(*told, counted)
     assert meter.calls_made("big") == [("big", *used)]
 
 
