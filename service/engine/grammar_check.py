@@ -111,7 +111,7 @@ class GrammarChecker:
             raise InvalidRequestError(f"the request's {_WORDS[grammar.kind]} is refused: {why}")
 
     async def _verdict(self, key: bytes, asking: _Asking) -> str:
-        """What becomes of a trial, which ends with the last client that waits for its turn."""
+        """Await a trial. A trial that has not begun is cancelled when its last client leaves."""
         assert asking.task is not None
         asking.waiting += 1
         try:

@@ -23,7 +23,7 @@ _PLACE = re.compile(r"_(?:PATH|FILE|DIR|FOLDER|SOCK)$")
 _WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 TUNED_CONFIG_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"
-"""Where vLLM looks for tuned kernel configs; its engine core reads it when it starts."""
+"""Names the folder of vLLM's tuned kernel configs; its engine core reads it when it starts."""
 
 _turn = threading.Condition()
 _inside: dict[str, tuple[str | object | None, str | None, int]] = {}

@@ -99,7 +99,7 @@ class SimulatedEngine:
         if self._options.load_s:
             await asyncio.sleep(self._options.load_s)
         if self._options.fail == "load":
-            raise ExpertFailedError("told to fail when loading", retry_after_s=30)
+            raise ExpertFailedError("simulated failure while loading", retry_after_s=30)
         return EngineReport("simulated", self._options.max_model_len, ENDPOINTS)
 
     async def load(self, expert: str, adapter: str | None = None) -> None:
@@ -236,7 +236,7 @@ class SimulatedEngine:
         if (limit is not None and tokens > context) or prompt_tokens >= context:
             raise PromptTooLongError(
                 f"the maximum context length is {context} tokens, but "
-                f"{prompt_tokens} prompt tokens and {tokens} of answer were asked for",
+                f"{prompt_tokens} prompt tokens and {tokens} of answer were requested",
                 param="messages" if chat else "prompt",
             )
         bounded = limit is not None or tokens > context - prompt_tokens
@@ -266,7 +266,7 @@ class SimulatedEngine:
         if self._options.prefill_tokens_per_s:
             await asyncio.sleep(prompt_tokens / self._options.prefill_tokens_per_s)
         if self._options.fail == "first_byte":
-            self.kill("told to die before the first byte")
+            self.kill("simulated death before the first byte")
         self._check_alive(request.expert)
         first_s = made.first_s = time.monotonic()
         usage = {
@@ -362,7 +362,7 @@ class SimulatedEngine:
             if i == 0:
                 await send(start)
             if i == 1 and self._options.fail == "mid_stream":
-                self.kill("told to die in mid-stream")
+                self.kill("simulated death in mid-stream")
             if self._dead is not None:
                 await _send_stream_error(send, EngineDeadError(f"the engine died: {self._dead}"))
                 return

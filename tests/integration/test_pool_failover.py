@@ -329,11 +329,11 @@ async def test_expert_that_can_not_load_reports_its_reason_and_others_work() -> 
     async with site(config) as s:
         async with s.get("/v1/models/general") as reply:
             told = (await reply.json())["coe"]
-        assert (told["state"], told["reason"]) == ("failed", "told to fail when loading")
+        assert (told["state"], told["reason"]) == ("failed", "simulated failure while loading")
         status, headers, body = await s.ask(chat())
         assert status == 503
         assert body["error"]["code"] == "expert_failed"
-        assert "told to fail when loading" in body["error"]["message"]
+        assert "simulated failure while loading" in body["error"]["message"]
         assert int(headers["retry-after"]) >= 10
         status, _, _ = await s.ask(chat(model="other"))
         assert status == 200

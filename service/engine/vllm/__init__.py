@@ -1,1 +1,1 @@
-"""The vLLM engine and in-place swapping of its weights."""
+"""The vLLM engine, and in-place swaps of its weights. All access to vLLM is in here."""

@@ -288,7 +288,7 @@ class VllmHandle:
 
     @property
     def details(self) -> dict[str, str]:
-        """What vLLM has chosen: dtype, backend of routed experts, and whether it runs eagerly."""
+        """The choices of vLLM: dtype, backend of routed experts, and whether it runs eagerly."""
         config = self._llm.vllm_config
         model = config.model_config
         return {

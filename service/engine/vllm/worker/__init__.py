@@ -1,1 +1,1 @@
-"""What runs inside vLLM's worker processes."""
+"""Extensions of vLLM's worker, and their parts. They run in the engine core's process."""
