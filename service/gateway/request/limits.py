@@ -42,7 +42,11 @@ _FORBIDDEN = {
 _CLIENT_TOOLS = frozenset({"function", "custom", "namespace", None})
 # In a content part: what holds an address, and what names a file or an object in memory. They count
 # whatever type the part says that it has: vLLM goes by the keys where there is a uuid or no type.
-_ADDRESSES = ("image_url", "audio_url", "video_url", "file_url", "url", "input_image")
+_ADDRESSES = (
+    *("image_url", "audio_url", "video_url", "file_url", "url", "input_image"),
+    # As some servers' processors call them; these take paths, too.
+    *("image", "audio", "video", "input_video"),
+)
 # Only in a text nobody reads an address under this one: it may be where a quotation is from.
 _TEXT = frozenset({"text", "input_text", "output_text", "refusal", "thinking", "reasoning_text"})
 _EMBEDDED = ("image_embeds", "audio_embeds", "video_embeds", "prompt_embeds", "image_pil")

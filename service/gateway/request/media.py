@@ -77,6 +77,9 @@ def inner_parts(part: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
             for i, one in enumerate(held):
                 if isinstance(one, dict):
                     yield f"{name}[{i}]", one
+                elif isinstance(one, list):
+                    # No API has lists in lists; what is in them is looked at all the same.
+                    yield f"{name}[{i}]", {"content": one}
 
 
 def top_parts(data: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -119,6 +119,11 @@ def image(url: Any) -> dict[str, Any]:
         ({"input": [{"type": "input_file", "file_id": "f"}]}, "input[0]"),
         ({"input": [{"content": [{"type": "input_image", "image_url": "http://evil"}]}]}, None),
         ({"system": [{"type": "image", "source": {"url": "http://evil"}}]}, None),
+        ({"messages": [{"content": [{"type": "image", "image": "/etc/passwd"}]}]}, None),
+        ({"messages": [{"content": [{"type": "video", "video": "file:///evil"}]}]}, None),
+        ({"messages": [{"content": [{"type": "input_video", "input_video": "evil"}]}]}, None),
+        ({"messages": [{"content": [{"type": "audio", "audio": {"url": "http://evil"}}]}]}, None),
+        ({"messages": [{"content": [[{"type": "x", "image_url": "http://evil"}]]}]}, None),
     ],
 )
 def test_fields_that_name_files_urls_or_code_raise(data: dict[str, Any], param: str | None) -> None:
@@ -140,6 +145,7 @@ def test_fields_that_name_files_urls_or_code_raise(data: dict[str, Any], param: 
         image("data:image/png;base64,AAAA"),
         {"messages": [{"content": [{"type": "tool_use", "input": {"url": "http://x"}}]}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "url": 1}]}]},
+        {"messages": [{"role": "assistant", "content": "x", "audio": {"id": "audio_1"}}]},
         {"messages": "x", "input": 1, "tools": {}, "chat_template_kwargs": 3},
         {"n": 128},
     ],
