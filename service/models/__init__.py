@@ -1,6 +1,6 @@
-"""The model store: getting models, listing them, and looking at them without loading them.
+"""The model store: fetches, lists and inspects models without loading them.
 
-Weights are safetensors and nothing else; no code from a model folder is ever run.
+Weights are safetensors only, and no code of a model folder is ever run.
 """
 
 from service.models.adapters import AdapterInfo

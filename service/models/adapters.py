@@ -71,8 +71,10 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(?P<layer>\d+)\.")
 class AdapterInfo:
     """A LoRA adapter folder in PEFT's format.
 
-    `rank` is the largest of its modules. `shapes`: module → (rows, columns) of the weight that
-    the module adds to. `not_merged`: keys of its config that `form: merged` can't follow.
+    Attributes:
+        rank: The largest rank of its modules.
+        shapes: Module → (rows, columns) of the weight that the module adds to.
+        not_merged: Keys of its config that `form: merged` does not support.
     """
 
     path: Path
@@ -126,10 +128,10 @@ def inspect_adapter(path: Path) -> AdapterInfo:
 
 
 def find_misfit(adapter: AdapterInfo, base: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why an adapter can't be added to a base with weights of these shapes, or None.
+    """Return why an adapter does not fit a base with weights of these shapes, or None.
 
-    Weights are looked for by name, and where a model that also sees has other prefixes, by the
-    part from the layer on. A module of which the base has nothing at all is left to the engine:
+    Weights are matched by name. If a multimodal model has other prefixes, they are matched by the
+    part from the layer on. Modules without any weight in the base are left to the engine, because
     architectures fuse and rename some.
     """
     by_tail: dict[str, set[tuple[int, ...]]] = {}
@@ -153,9 +155,9 @@ def find_misfit(adapter: AdapterInfo, base: Mapping[str, tuple[int, ...]]) -> st
 
 
 def name_another_base(adapter: AdapterInfo, source: str) -> str | None:
-    """The base that an adapter names, where both are names of the hub and differ.
+    """Return the adapter's own base if both are names of the hub and differ.
 
-    Who uploaded it is not compared: many models are there as copies by others.
+    The owner is not compared, because the hub has many copies of models.
     """
     named = adapter.base
     if named is None or named.count("/") != 1 or source.count("/") != 1:

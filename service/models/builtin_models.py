@@ -1,7 +1,7 @@
-"""Owns the built-in catalogue: models that `coe models pull NAME` knows by name alone.
+"""The built-in catalogue: models that `coe models pull NAME` knows by name alone.
 
-An entry is data. What to do with it stands in `pull`. Both checksums are pinned,
-so that what is converted is what was looked at, whatever index it came from.
+An entry is data; `pull` fetches it. Both checksums are pinned, so that the converted file is the
+one that was inspected, whatever index it came from.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ TEMPLATES = "chat_templates"
 
 
 def version_of(folder: str, adapter: str | None, strength: float) -> str:
-    """The version of an expert's weights: it differs where any of their files differs.
+    """Return the version of an expert's weights, which changes when any of their files changes.
 
-    Files are told apart by name, size, time of change and inode, because reading tens of gigabytes
-    would take longer than loading them.
+    It covers names, sizes, modification times and inodes, because reading tens of gigabytes would
+    take longer than loading them.
 
     Args:
         folder: The folder of the full weights.

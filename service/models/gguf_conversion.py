@@ -1,17 +1,16 @@
-"""Owns the conversion of a GGUF file to a folder that vLLM and transformers load.
+"""Converts a GGUF file to a folder that vLLM and transformers load.
 
-Our own few lines and not transformers' GGUF loader, for three reasons found on
-the one model that the catalogue holds: that loader needs `accelerate`, which
-nothing else here does; it takes 20 s where this takes 2; and it rebuilds the
-tokenizer without SmolLM2's rule that every digit is a token of its own. The
-weights were compared with that loader's and are equal bit for bit.
+It does not use transformers' GGUF loader, for three reasons found on the one model of the
+catalogue: that loader needs `accelerate`, which nothing else here does; it takes 20 s instead of 2;
+and it rebuilds the tokenizer without SmolLM2's rule that every digit is a token of its own. The
+weights equal those of that loader bit for bit.
 
-Only what the catalogue needs is supported: dense Llama architecture, a byte
-level BPE tokenizer of the `smollm` kind. Anything else is refused by name.
+It supports what the catalogue needs: dense Llama architecture, and a byte level BPE tokenizer of
+the `smollm` kind. It refuses everything else by name.
 
-Weights are written as float32. The quantised blocks are scale·q + minimum with
-float16 scales, which float32 holds exactly and bfloat16 would round once more;
-and serving on CPU is float32, so that loading and swapping need no cast.
+Weights are written as float32. The quantised blocks are scale·q + minimum with float16 scales,
+which float32 holds exactly and bfloat16 would round once more. Serving on CPU uses float32, so that
+loading and swapping need no cast.
 """
 
 from __future__ import annotations

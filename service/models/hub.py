@@ -1,7 +1,7 @@
-"""Owns getting a model from the Hugging Face hub.
+"""Fetches models from the Hugging Face hub.
 
-Only what a safetensors model needs is fetched: never pickles, never code. The
-hub client keeps half-fetched files in the folder and continues them.
+It fetches only the files of a safetensors model: never pickles, never code. The hub client keeps
+partial files in the folder and resumes them.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ UNWANTED = ("*/*",)
 def fetch_snapshot(
     repository: str, revision: str | None, folder: Path, progress: Progress
 ) -> tuple[str, str | None]:
-    """Fills `folder`; returns the commit fetched and the licence the model card names.
+    """Fetch a model into `folder`; return its commit and the licence of its model card.
 
-    Every file is held against the checksum that the commit has of it.
+    Every file is checked against the commit's checksum.
     """
     try:
         import huggingface_hub

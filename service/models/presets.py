@@ -1,4 +1,4 @@
-"""Public models that `coe init` proposes: facts from their model cards, nothing fetched.
+"""Public models that `coe init` proposes, with facts from their model cards.
 
 Sizes are those of the safetensors files as published (bfloat16).
 """

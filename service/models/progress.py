@@ -103,12 +103,11 @@ def progress_for(stream: IO[str] | None = None) -> Progress:
 def watch_folder(
     folder: Path, advance: Callable[[int], None], *, limit_bytes: int
 ) -> Iterator[None]:
-    """Reports how `folder` grows while another program downloads into it.
+    """Report how `folder` grows while another program downloads into it.
 
-    Up to `limit_bytes`: for a moment pip has the file twice.
-
-    pip and the hub client draw bars of their own and offer no callback that is
-    stable over versions; the bytes on disk are the truth anyway.
+    The reported size stops at `limit_bytes`, because pip holds the file twice for a moment. pip and
+    the hub client draw bars of their own and have no callback that is stable over versions, so the
+    size on disk is measured.
     """
     stop = threading.Event()
     seen = folder_bytes(folder)

@@ -1,8 +1,8 @@
-"""Owns bringing a model into the store, wherever it comes from.
+"""Brings a model into the store from any source.
 
-One way for all sources: lock the name, fill `.partial/<name>`, look at what is
-there as the service will, write the manifest, rename. Whatever goes wrong ends in one
-`ModelStoreError` of one line, and what has been fetched stays for the next try.
+Every source takes the same steps: lock the name, fill `.partial/<name>`, inspect the result as the
+service will, write the manifest, rename. Any failure is a `ModelStoreError` of one line, and the
+fetched files stay for the next try.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ _COPY_BLOCK_BYTES = 8 << 20
 def pull(
     name_or_source: str, *, dest_root: Path | None = None, progress: Progress | None = None
 ) -> Path:
-    """Brings a model into the store and returns its folder.
+    """Bring a model into the store and return its folder.
 
-    `name_or_source` is a name of the built-in catalogue, a local folder, or
-    `org/name[@revision]` on the Hugging Face hub. A model that is there and
-    whole is left alone; one that is damaged is fetched again. `progress`
-    defaults to a bar on a terminal and plain lines elsewhere.
+    A complete model stays as it is; a damaged one is fetched again.
+
+    Args:
+        name_or_source: A name of the built-in catalogue, a local folder, or `org/name[@revision]`
+            on the Hugging Face hub.
+        dest_root: Root of the store.
+        progress: Default: a bar on a terminal, and plain lines elsewhere.
     """
     root = (dest_root if dest_root is not None else store.model_root()).expanduser().absolute()
     progress = progress if progress is not None else progress_for()
@@ -65,8 +68,8 @@ def pull(
 def locate(name_or_source: str, *, root: Path | None = None) -> Path | None:
     """Return a model's folder without fetching it: a local folder, or a complete stored model.
 
-    Sizes are checked, checksums are not. None where it would have to be pulled. Of a model's folder
-    in the hub client's cache it is the snapshot.
+    None if it would have to be pulled. Sizes are checked, checksums are not. A model's folder in
+    the hub client's cache stands for its snapshot.
     """
     if is_path(name_or_source):
         folder = Path(name_or_source).expanduser().resolve()

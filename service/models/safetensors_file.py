@@ -1,8 +1,7 @@
-"""Owns the safetensors container: reading headers and writing files, without torch.
+"""Reads headers of safetensors files and writes such files, without torch.
 
-The header of a safetensors file says every tensor's type, shape and place, so
-all that planning needs is known after reading a few kilobytes. The writer takes
-tensors one at a time: a conversion never holds a model twice.
+A header gives every tensor's type, shape and offset, so planning needs only a few kilobytes of a
+file. The writer takes one tensor at a time, so that a conversion never holds a model twice.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""Owns the model store on disk: where it is, its manifests, its locks and publishing.
+"""The model store on disk: its root, manifests, locks, and publication of models.
 
-A model is a folder `<root>/<name>/` with a manifest `coe-model.json`. It is put
-together in `<root>/.partial/<name>/` and appears under its name by one rename,
-so a folder under a name is always whole. Downloads wait in
-`<root>/.downloads/<name>/` until the model stands, so that a second try begins
-where the first one stopped.
+A model is a folder `<root>/<name>/` with a manifest `coe-model.json`. It is assembled in
+`<root>/.partial/<name>/` and published by one rename, so that a named folder is always complete.
+Downloads stay in `<root>/.downloads/<name>/` until then, so that the next try resumes them.
 """
 
 from __future__ import annotations

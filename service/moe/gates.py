@@ -35,9 +35,13 @@ STEERABLE: dict[str, bool | None] = {
 class MoeShape:
     """The gates of a model, which a steering profile has to fit.
 
-    layers: indices of the decoder layers that have a gate; experts: of each; top_k: chosen
-    for a token; renormalize: the weights of the chosen sum to 1. gates: sha256, in hex, over the
-    gates' weights as they stand in the checkpoint, layer by layer: it tells the base exactly.
+    Attributes:
+        layers: Indices of the decoder layers with a gate.
+        experts: Routed experts of each layer.
+        top_k: Routed experts per token.
+        renormalize: The weights of the chosen experts sum to 1.
+        gates: SHA-256 in hex over the gates' stored weights, layer by layer; it identifies the
+            base.
     """
 
     layers: tuple[int, ...]

@@ -41,8 +41,11 @@ Ints = NDArray[np.integer[Any]]
 class Cacheability:
     """Sums over texts by layer, from which SRP and SCH are computed.
 
-    segments: (layers, SEGMENT + 1): pairs of a segment and an expert, by how many of the
-    segment's tokens use the expert. hits, uses: (layers,), of the cache.
+    Attributes:
+        segments: (layers, SEGMENT + 1), pairs of segment and expert by the number of the segment's
+            tokens that use the expert.
+        hits: (layers,), hits of the cache.
+        uses: (layers,), uses of the cache.
     """
 
     segments: NDArray[np.int64]
@@ -94,9 +97,15 @@ def evenness(load: Ints) -> float | None:
 
 
 def cacheability(choices: Ints, experts: int, *, cache: int) -> Cacheability:
-    """Compute the sums of one text from `choices` of consecutive tokens, (layers, tokens, k).
+    """Compute the sums of one text.
 
-    `cache`: routed experts of a layer that fit, at least k. Raises ValueError.
+    Args:
+        choices: Choices of consecutive tokens, (layers, tokens, k).
+        experts: Routed experts of a layer.
+        cache: Routed experts of a layer that the cache holds, at least k.
+
+    Raises:
+        ValueError: The cache is too small.
     """
     width = choices.shape[2]
     if cache < min(width, experts):

@@ -20,8 +20,10 @@ from service.moe.steering import (
 def profile_of(config: Config, expert: str, folder: Path) -> SteeringProfile:
     """Read a virtual expert's profile and check it against its base in `folder`.
 
-    Raises InvalidProfileError naming expert, layer and numbers; ConfigError where the base can't be
-    steered.
+    Raises:
+        InvalidProfileError: The profile is invalid or does not fit; names expert, layer and
+            numbers.
+        ConfigError: The base can't be steered.
     """
     settings = config.experts[expert]
     assert settings.profile is not None

@@ -26,9 +26,16 @@ class LayerBalance:
 class RoutingCounts:
     """The counts of one expert's gates.
 
-    layers: decoder layers that route; experts, top_k: of each. cache: how many experts of a layer
-    the cache of `sch` holds. tokens: how many were looked at, in one step of `every`. since_s:
-    from when on, in s since 1970. load: (layers, experts).
+    Attributes:
+        layers: Decoder layers with a gate.
+        experts: Routed experts of each layer.
+        top_k: Routed experts per token.
+        every: One of this many steps was sampled.
+        cache: Routed experts of a layer that the cache of `sch` holds.
+        since_s: Start of the counts, in s since 1970.
+        tokens: Sampled tokens.
+        load: (layers, experts), tokens by routed expert.
+        cacheability: Sums for SRP and SCH.
     """
 
     layers: tuple[int, ...]

@@ -1,11 +1,12 @@
-"""Steering profiles: small files that change which experts a mixture of experts chooses.
+"""Steering profiles: small files that change which routed experts a model's gates choose.
 
-A profile is made for one base, told by its gates. It is plain data: for a layer a mask, an
-additive bias on the logits, a boost of the weights, another top-k, a top-p rule. `steer` says
-what that means; what runs in an engine is held against it.
+A profile belongs to one base, which the digest of its gates identifies. It is plain data: for each
+layer a mask, an additive bias on the logits, a boost of the weights, another top-k, and a top-p
+rule. `steer` defines their meaning; the implementations in engines are tested against it.
 
 Experts switched off or boosted at inference follow MoTE and RICE, experts pruned for a domain
-EASY-EP and PreMoe, fewer experts where the gate is sure the top-p rule of dynamic routing.
+follow EASY-EP and PreMoe, and fewer experts for a confident gate follow the top-p rule of dynamic
+routing.
 """
 
 from __future__ import annotations
@@ -47,11 +48,14 @@ _SCALARS = {"top_k": "int32", "top_p": "float32"}
 class LayerSteering:
     """The changes to one layer's gate with E routed experts.
 
-    mask: bool (E,), True = may not be chosen. bias: float32 (E,), added to the logits before
-    choosing. boost: float32 (E,), multiplies the weight of a chosen expert, after it was
-    normalised, and nothing is normalised again. top_k: how many are chosen; None: as many as the
-    model chooses. top_p: of the chosen, the fewest whose probability (of all that are not
-    masked) sums to at least that stay; the others get weight 0; None: all stay.
+    Attributes:
+        mask: bool (E,), True: may not be chosen.
+        bias: float32 (E,), added to the logits before the choice.
+        boost: float32 (E,), multiplies the weight of a chosen expert after normalisation; the
+            result is not normalised again.
+        top_k: Number of chosen experts; None: the model's.
+        top_p: Keeps the fewest chosen experts whose probabilities (over all unmasked experts) sum
+            to at least this, and gives the others weight 0; None: keeps all.
     """
 
     mask: NDArray[np.bool_]
@@ -96,8 +100,9 @@ class LayerSteering:
 class SteeringProfile:
     """A steering profile: the changes by layer, for the base that `shape` describes.
 
-    protected: experts by layer that must never be masked, for what they do to all tokens.
-    about: a line for people.
+    Attributes:
+        protected: Experts by layer that must never be masked, because all tokens need them.
+        about: Description, for people.
     """
 
     shape: MoeShape
@@ -109,9 +114,9 @@ class SteeringProfile:
 def steer(
     logits: NDArray[Any], layer: LayerSteering, shape: MoeShape
 ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Weights and ids (T, k) of the chosen experts for logits (T, E), the most probable first.
+    """Return weights and ids (T, k) of the chosen experts for logits (T, E), most probable first.
 
-    The definition of steering. Equal ones: the lower id first.
+    This function defines steering. Among equal logits the lower id comes first.
     """
     k = layer.top_k if layer.top_k is not None else shape.top_k
     steered = logits.astype(np.float32) + layer.bias
@@ -258,9 +263,10 @@ def write_profile(profile: SteeringProfile, path: Path | str) -> None:
 
 
 def read_profile(path: Path | str) -> SteeringProfile:
-    """Read a profile.
+    """Read a profile; `check_profile` checks whether it fits a base.
 
-    Raises InvalidProfileError naming the file; whether it fits: `check_profile`.
+    Raises:
+        InvalidProfileError: The file is invalid; the message names it.
     """
     path = Path(path)
     try:
