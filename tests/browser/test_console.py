@@ -12,7 +12,7 @@ from playwright.async_api import Browser, Page, expect
 
 from service.config import Config
 from tests.browser.conftest import Watched, watched
-from tests.support.serving import ADMIN_KEY, chat, site
+from tests.support.serving import ADMIN_KEY, chat, run_gateway
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -66,7 +66,7 @@ async def faults(page: Page) -> list[str]:
 
 
 async def test_console_prompt_shows_explanation_answer_and_times(chromium: Browser) -> None:
-    async with site(TURNS) as s, watched(chromium, s.url) as seen:
+    async with run_gateway(TURNS) as s, watched(chromium, s.url) as seen:
         page = await opened(seen, s.url)
         await page.fill("#prompt", MATH)
         await expect(page.locator("#posterior .first")).to_contain_text("math")
@@ -94,7 +94,7 @@ async def test_console_shows_budgets_and_what_is_left(chromium: Browser) -> None
     experts = {**given["experts"], "math": priced}
     budgets = {"everybody": {"amount": 1, "period": "day"}}
     config = Config.model_validate({**given, "experts": experts, "budgets": budgets})
-    async with site(config) as s, watched(chromium, s.url) as seen:
+    async with run_gateway(config) as s, watched(chromium, s.url) as seen:
         page = await opened(seen, s.url)
         await expect(page.locator(".budget")).to_contain_text("everybody100 % left")
         for _ in range(3):
@@ -104,7 +104,7 @@ async def test_console_shows_budgets_and_what_is_left(chromium: Browser) -> None
 
 
 async def test_console_residency_view_follows_the_traffic(chromium: Browser) -> None:
-    async with site(TURNS) as s, watched(chromium, s.url) as seen:
+    async with run_gateway(TURNS) as s, watched(chromium, s.url) as seen:
         page = await opened(seen, s.url)
         for name in ("code", "intents"):
             await s.ask(chat(model=name))
@@ -116,7 +116,7 @@ async def test_console_residency_view_follows_the_traffic(chromium: Browser) -> 
 async def test_console_compares_two_experts_and_stops_a_stream(chromium: Browser) -> None:
     slow = TURNS.model_dump()
     slow["pools"]["cpu"]["simulated"]["decode_ms"] = 50
-    async with site(Config.model_validate(slow)) as s, watched(chromium, s.url) as seen:
+    async with run_gateway(Config.model_validate(slow)) as s, watched(chromium, s.url) as seen:
         page = await opened(seen, s.url)
         await page.locator("#prompt").blur()
         await page.keyboard.press("c")
@@ -138,7 +138,7 @@ async def test_console_compares_two_experts_and_stops_a_stream(chromium: Browser
 
 
 async def test_console_admin_key_moves_weights_and_is_in_no_url(chromium: Browser) -> None:
-    async with site(TURNS) as s, watched(chromium, s.url) as seen:
+    async with run_gateway(TURNS) as s, watched(chromium, s.url) as seen:
         page = await opened(seen, s.url)
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
@@ -174,7 +174,7 @@ async def test_console_admin_key_moves_weights_and_is_in_no_url(chromium: Browse
 @pytest.mark.parametrize("theme", ["dark", "light"])
 @pytest.mark.parametrize("width", [1440, 390])
 async def test_console_is_accessible(chromium: Browser, theme: str, width: int) -> None:
-    async with site(TURNS) as s, watched(chromium, s.url, theme=theme, width=width) as seen:
+    async with run_gateway(TURNS) as s, watched(chromium, s.url, theme=theme, width=width) as seen:
         page = await opened(seen, s.url)
         await page.evaluate(f"sessionStorage.setItem('coe-admin-key', '{ADMIN_KEY}')")
         await page.reload()
@@ -189,7 +189,7 @@ async def test_console_is_accessible(chromium: Browser, theme: str, width: int) 
 
 
 async def test_console_theme_is_switched_and_remembered(chromium: Browser) -> None:
-    async with site(TURNS) as s, watched(chromium, s.url) as seen:
+    async with run_gateway(TURNS) as s, watched(chromium, s.url) as seen:
         page = await opened(seen, s.url)
         await page.keyboard.press("t")
         root = page.locator("html")
@@ -201,7 +201,7 @@ async def test_console_theme_is_switched_and_remembered(chromium: Browser) -> No
 
 @pytest.mark.parametrize("theme", ["dark", "light"])
 async def test_api_page_sends_what_it_shows(chromium: Browser, theme: str) -> None:
-    async with site(TURNS) as s, watched(chromium, s.url, theme=theme) as seen:
+    async with run_gateway(TURNS) as s, watched(chromium, s.url, theme=theme) as seen:
         page = await opened(seen, s.url, "/docs")
         chat_card = page.locator("#post-v1-chat-completions")
         await chat_card.get_by_role("button", name="Send").click()

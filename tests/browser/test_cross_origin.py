@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.async_api import Browser, Page
 
-from tests.support.serving import CHAT, Site, chat, serving, simulated, site
+from tests.support.serving import CHAT, RunningGateway, chat, run_gateway, serving, simulated
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -40,14 +40,14 @@ async def blank(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def two_sites(chromium: Browser, host: str) -> AsyncIterator[tuple[Site, Page]]:
+async def two_sites(chromium: Browser, host: str) -> AsyncIterator[tuple[RunningGateway, Page]]:
     """The service, which knows `friend.example`, and a page of a host on another port."""
     async with serving(blank) as other:
         port = urlsplit(other.url).port
         config = simulated(
             {"cpu": {"tokens": 3}}, server={"cors_origins": [f"http://friend.example:{port}"]}
         )
-        async with site(config) as s:
+        async with run_gateway(config) as s:
             context = await chromium.new_context()
             try:
                 page = await context.new_page()

@@ -20,7 +20,7 @@ from playwright.async_api import Browser, expect
 
 from service.config import Config
 from tests.browser.conftest import watched
-from tests.support.serving import site
+from tests.support.serving import run_gateway
 
 pytestmark = [
     pytest.mark.open_webui,
@@ -108,7 +108,7 @@ async def test_open_webui_picks_an_expert_and_shows_its_answer(
     chromium: Browser, tmp_path: Path
 ) -> None:
     async with (
-        site(CONFIG) as service,
+        run_gateway(CONFIG) as service,
         open_webui(service.url + "/v1", tmp_path) as url,
         watched(chromium, url) as seen,
     ):

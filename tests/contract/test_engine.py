@@ -16,7 +16,7 @@ import pytest
 
 from service.errors import EngineDeadError, InvalidRequestError
 from tests.contract.conftest import Subject
-from tests.support.http_requests import CHAT, COMPLETIONS, Reply, ask, run
+from tests.support.engine_requests import CHAT, COMPLETIONS, Reply, ask, run
 from tests.support.waiting import until
 
 pytestmark = [

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from loadtests.loop_hold_meter import HoldMeter
 from service.http.endpoints import ENDPOINTS
-from tests.support.separate_process import Apart, site_apart
+from tests.support.gateway_thread import GatewayThread, gateway_in_thread
 from tests.support.serving import simulated
 
 ALL = int(os.environ.get("COE_FUZZ_REQUESTS", "10000"))
@@ -46,9 +46,9 @@ CONFIG = simulated(
 
 
 @pytest.fixture(scope="module")
-def apart() -> Iterator[Apart]:
-    with site_apart(CONFIG) as made, HoldMeter(collections=False) as held:
-        pools = made.site.pools
+def apart() -> Iterator[GatewayThread]:
+    with gateway_in_thread(CONFIG) as made, HoldMeter(collections=False) as held:
+        pools = made.gateway.pools
         engines = {kind: pool.engine for kind, pool in pools.items()}
         yield made
         # No pool was lost, and nobody else's answer waited for one request.
@@ -319,7 +319,7 @@ def check(answer: Any, path: str = "") -> None:
 @often(1_200)
 @given(st.permutations([*ENDPOINTS, "/v1/route"]), bodies, headers, st.integers(0), junk)
 def test_any_body_gets_a_typed_answer(
-    apart: Apart,
+    apart: GatewayThread,
     paths: list[str],
     body: bytes,
     given_headers: list[tuple[bytes, bytes]],
@@ -334,7 +334,7 @@ def test_any_body_gets_a_typed_answer(
 @often(1_200)
 @given(good_bodies, headers, st.integers(0), junk)
 def test_mutated_valid_body_gets_a_typed_answer(
-    apart: Apart,
+    apart: GatewayThread,
     body: bytes,
     given_headers: list[tuple[bytes, bytes]],
     at: int,
@@ -370,7 +370,7 @@ paths = st.one_of(
 @often(3_000)
 @given(methods, paths, st.binary(max_size=30), headers, st.binary(max_size=50))
 def test_any_method_and_path_gets_a_typed_answer(
-    apart: Apart,
+    apart: GatewayThread,
     method: str,
     path: str,
     body: bytes,

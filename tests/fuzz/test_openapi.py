@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance
 
-from tests.support.separate_process import Apart, site_apart
+from tests.support.gateway_thread import GatewayThread, gateway_in_thread
 from tests.support.serving import simulated
 
 CONFIG = simulated(
@@ -25,8 +25,8 @@ CONFIG = simulated(
 
 
 @pytest.fixture(scope="module")
-def apart() -> Iterator[Apart]:
-    with site_apart(CONFIG) as made:
+def apart() -> Iterator[GatewayThread]:
+    with gateway_in_thread(CONFIG) as made:
         yield made
 
 
@@ -39,8 +39,8 @@ thorough = settings(
 )
 
 
-def test_every_operation_matches_its_openapi_description(apart: Apart) -> None:
-    schema = schemathesis.openapi.from_url(apart.site.url + "/openapi.json")
+def test_every_operation_matches_its_openapi_description(apart: GatewayThread) -> None:
+    schema = schemathesis.openapi.from_url(apart.gateway.url + "/openapi.json")
     asked: Counter[str] = Counter()
     for found in schema.get_all_operations():
         operation = found.ok()
@@ -50,8 +50,8 @@ def test_every_operation_matches_its_openapi_description(apart: Apart) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_stream_matches_its_openapi_description(apart: Apart, path: str) -> None:
-    schema = schemathesis.openapi.from_url(apart.site.url + "/openapi.json")
+def test_stream_matches_its_openapi_description(apart: GatewayThread, path: str) -> None:
+    schema = schemathesis.openapi.from_url(apart.gateway.url + "/openapi.json")
     words = {"messages": [{"role": "user", "content": "x"}], "prompt": "x"}
     body = {"model": "general", "max_tokens": 2, "stream": True, **words}
     case = schema[path]["POST"].Case(body=body, media_type="application/json")

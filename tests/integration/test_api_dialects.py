@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from service.http.asgi import read_body
-from tests.support.serving import Site, chat, serving, simulated, site
+from tests.support.serving import RunningGateway, chat, run_gateway, serving, simulated
 
 MESSAGES, RESPONSES, CHAT = "/v1/messages", "/v1/responses", "/v1/chat/completions"
 # What is the user's own, under names that we look for.
@@ -100,7 +100,7 @@ async def upstream(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def remote() -> AsyncIterator[Site]:
+async def remote() -> AsyncIterator[RunningGateway]:
     async with serving(upstream) as served:
         config = simulated(
             {"cpu": {"tokens": 2}},
@@ -110,7 +110,7 @@ async def remote() -> AsyncIterator[Site]:
             },
             server={"max_body_bytes": 2_000},
         )
-        async with site(config) as s:
+        async with run_gateway(config) as s:
             yield s
 
 
@@ -119,7 +119,7 @@ def body_of(path: str, **more: Any) -> dict[str, Any]:
     return {**body, **more}
 
 
-async def stream(s: Site, path: str, **more: Any) -> list[tuple[str, Any]]:
+async def stream(s: RunningGateway, path: str, **more: Any) -> list[tuple[str, Any]]:
     """Every event as (name, data)."""
     async with s.post(body_of(path, stream=True, **more), path) as reply:
         assert reply.status == 200

@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from service.config import Config
-from tests.support.serving import Site, chat, serving, site
+from tests.support.serving import RunningGateway, chat, run_gateway, serving
 from tests.support.waiting import until
 
 
@@ -46,7 +46,7 @@ class Upstream:
 
 
 @asynccontextmanager
-async def running(**breaker: Any) -> AsyncIterator[tuple[Site, Upstream]]:
+async def running(**breaker: Any) -> AsyncIterator[tuple[RunningGateway, Upstream]]:
     upstream = Upstream()
     async with serving(upstream) as served:
         remote = {"url": served.url, "model": "m"}
@@ -59,16 +59,16 @@ async def running(**breaker: Any) -> AsyncIterator[tuple[Site, Upstream]]:
             },
             "pools": {"cpu": {"engine": "simulated", "experts": ["general"]}},
         }
-        async with site(Config.model_validate(config)) as made:
+        async with run_gateway(Config.model_validate(config)) as made:
             yield made, upstream
 
 
-async def far(s: Site, **more: Any) -> tuple[int, str]:
+async def far(s: RunningGateway, **more: Any) -> tuple[int, str]:
     status, _, body = await s.ask(chat(model="far"), **more)
     return status, body["error"]["code"] if status >= 400 else body["model"]
 
 
-async def open_breakers(s: Site) -> float:
+async def open_breakers(s: RunningGateway) -> float:
     async with s.get("/metrics") as reply:
         text = await reply.text()
     return sum(map(float, re.findall(r'^coe_breaker_open\{.*expert="far".*\} (\S+)', text, re.M)))

@@ -13,7 +13,7 @@ from textual.widgets import DataTable, Static
 from service.cli import cli
 from service.cli.top import make_app
 from service.errors import CoeError
-from tests.support.serving import ADMIN_KEY, chat, simulated, site
+from tests.support.serving import ADMIN_KEY, chat, run_gateway, simulated
 from tests.support.waiting import until
 
 TURNS = simulated(
@@ -35,7 +35,7 @@ async def coe(*words: str, given: str | None = None) -> Result:
 
 
 async def test_chat_prints_the_answer_and_its_route() -> None:
-    async with site(TURNS) as s:
+    async with run_gateway(TURNS) as s:
         told = await coe("chat", "hello there", "--url", s.url)
         assert told.exit_code == 0, told.output
         answer, route = told.output.strip().split("\n")
@@ -47,7 +47,7 @@ async def test_chat_prints_the_answer_and_its_route() -> None:
 
 
 async def test_chat_keeps_the_turns_of_a_conversation() -> None:
-    async with site(TURNS) as s:
+    async with run_gateway(TURNS) as s:
         told = await coe("chat", "--url", s.url, "-m", "math", "--json", given="one\n\ntwo\n")
         lines = [json.loads(line) for line in told.output.strip().split("\n")]
         assert [one["expert"] for one in lines] == ["math", "math"]
@@ -58,7 +58,7 @@ async def test_chat_keeps_the_turns_of_a_conversation() -> None:
 
 
 async def test_commands_print_errors_on_one_line() -> None:
-    async with site(TURNS) as s:
+    async with run_gateway(TURNS) as s:
         told = await coe("chat", "hi", "--url", s.url, "-m", "nobody")
         assert "nobody" in str(told.exception)
     told = await coe("chat", "hi", "--url", "http://127.0.0.1:9")
@@ -92,7 +92,7 @@ async def test_commands_against_another_service_fail_with_one_line(said: bytes, 
 
 
 async def test_tables_can_be_printed_as_json() -> None:
-    async with site(TURNS) as s:
+    async with run_gateway(TURNS) as s:
         top = json.loads((await coe("top", "--json", "--url", s.url)).output)
         assert [one["name"] for one in top["experts"]] == ["general", "math"]
         experts = json.loads((await coe("experts", "--json", "--url", s.url)).output)
@@ -104,7 +104,7 @@ async def test_tables_can_be_printed_as_json() -> None:
 
 
 async def test_top_follows_experts_and_requests_and_moves_weights() -> None:
-    async with site(TURNS) as s:
+    async with run_gateway(TURNS) as s:
         app = make_app(s.url)
         async with app.run_test(size=(140, 40)) as pilot:
             experts = app.query_one("#experts", DataTable)

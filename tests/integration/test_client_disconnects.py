@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from service.store.keys import digest_of
-from tests.support.serving import CHAT, Site, chat, simulated, site
+from tests.support.serving import CHAT, RunningGateway, chat, run_gateway, simulated
 from tests.support.waiting import until
 
 KEY = "a-key-of-the-tests-a"
@@ -40,13 +40,13 @@ def config(per_min: int = 100, **pool: Any) -> Any:
     )
 
 
-async def balance(s: Site, kind: str) -> Any:
+async def balance(s: RunningGateway, kind: str) -> Any:
     async with s.client.get(s.url + "/v1/usage", headers=BEARER) as reply:
         limits = (await reply.json())["limits"]
         return next(one for one in limits if one["unit"] == kind)
 
 
-async def settled(s: Site) -> Any:
+async def settled(s: RunningGateway) -> Any:
     await until(s.idle, "the pool is idle")
 
     async def free() -> bool:
@@ -69,7 +69,7 @@ async def settled(s: Site) -> Any:
 async def test_client_disconnect_is_charged_what_the_engine_made(
     path: str, body: dict[str, Any], answers: int, stream: bool
 ) -> None:
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
         engine = s.pools["cpu"].engine
 
         async def ask() -> None:
@@ -90,7 +90,7 @@ async def test_client_disconnect_is_charged_what_the_engine_made(
 
 
 async def test_client_disconnect_in_the_queue_costs_nothing() -> None:
-    async with site(config(max_num_seqs=1)) as s:
+    async with run_gateway(config(max_num_seqs=1)) as s:
         pool = s.pools["cpu"]
         first = asyncio.create_task(s.ask(chat(max_tokens=100), headers=BEARER))
         await until(lambda: pool.engine.now == 1, "one runs")
@@ -102,7 +102,7 @@ async def test_client_disconnect_in_the_queue_costs_nothing() -> None:
 
 
 async def test_client_deadline_does_not_bypass_limits() -> None:
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
         status, _, told = await s.ask(chat(coe={"deadline_ms": 300}), headers=BEARER)
         assert (status, told["error"]["code"]) == (504, "deadline_exceeded")
         assert await settled(s) >= 300 / STEP_MS * 0.5
@@ -110,7 +110,7 @@ async def test_client_deadline_does_not_bypass_limits() -> None:
 
 
 async def test_deadline_counts_from_the_request_s_arrival() -> None:
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
 
         async def slowly() -> Any:
             yield b'{"model": "general", "messages": [{"role": "user", '
@@ -124,7 +124,7 @@ async def test_deadline_counts_from_the_request_s_arrival() -> None:
 
 
 async def test_limits_apply_before_the_body_is_read() -> None:
-    async with site(config(per_min=1)) as s:
+    async with run_gateway(config(per_min=1)) as s:
         assert (await s.ask(chat(max_tokens=1), headers=BEARER))[0] == 200
         never = asyncio.Event()
 
@@ -140,7 +140,7 @@ async def test_limits_apply_before_the_body_is_read() -> None:
 
 
 async def test_read_endpoints_have_their_own_limit() -> None:
-    async with site(config(per_min=3)) as s:
+    async with run_gateway(config(per_min=3)) as s:
         got = []
         for _ in range(5):
             async with s.client.get(s.url + "/v1/usage", headers=BEARER) as reply:

@@ -18,7 +18,14 @@ from service.gateway.configured_gateway import ConfiguredGateway
 from service.gateway.routing.feedback_learning import Vote
 from service.http.asgi import read_body
 from service.types import NOBODY, Recipe
-from tests.support.serving import Served, Site, chat, serving, simulated, site
+from tests.support.serving import (
+    RunningGateway,
+    RunningServer,
+    chat,
+    run_gateway,
+    serving,
+    simulated,
+)
 from tests.support.waiting import until
 
 
@@ -53,14 +60,14 @@ class Upstream:
         await send({"type": "http.response.body", "body": told})
 
 
-def far(served: Served, **settings: Any) -> Config:
+def far(served: RunningServer, **settings: Any) -> Config:
     """One local and one remote expert, which takes two requests at once."""
     remote = {"url": served.url, "model": "m", "max_in_flight": 2, **settings}
     experts = {"general": {"model": "m"}, "far": {"remote": remote}}
     return simulated({"cpu": {}}, experts=experts)
 
 
-async def metric(s: Site, name: str) -> dict[str, float]:
+async def metric(s: RunningGateway, name: str) -> dict[str, float]:
     """The samples of a metric as they stand in the text, by their labels."""
     async with s.get("/metrics") as reply:
         lines = (await reply.text()).splitlines()
@@ -68,13 +75,13 @@ async def metric(s: Site, name: str) -> dict[str, float]:
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in found}
 
 
-async def counted(s: Site) -> float:
+async def counted(s: RunningGateway) -> float:
     return sum((await metric(s, "coe_requests_total")).values())
 
 
 async def test_reload_lets_each_config_drain() -> None:
     config = simulated({"cpu": {"decode_ms": 5}})
-    async with site(config) as s:
+    async with run_gateway(config) as s:
         first = s.gateway.current
         async with s.post(chat(stream=True, max_tokens=1000)) as reply:
             await reply.content.readany()
@@ -90,7 +97,7 @@ async def test_reload_lets_each_config_drain() -> None:
 
 async def test_stop_after_reloads_stops_every_config() -> None:
     config = simulated({"cpu": {"decode_ms": 5}})
-    async with site(config) as s:
+    async with run_gateway(config) as s:
         first = s.gateway.current
         async with s.post(chat(stream=True, max_tokens=1000)) as reply:
             await reply.content.readany()
@@ -103,7 +110,7 @@ async def test_stop_after_reloads_stops_every_config() -> None:
 
 async def test_vote_after_a_reload_counts_for_the_answer_before_it() -> None:
     config = simulated({"cpu": {}}, experts={"general": {"model": "m", "categories": ["general"]}})
-    async with site(config) as s:
+    async with run_gateway(config) as s:
         _, _, told = await s.ask(chat(model="auto"))
         await s.gateway.reload(config)
         said = await s.gateway.current.feedback.vote(NOBODY, Vote(told["id"], 1.0))
@@ -112,7 +119,7 @@ async def test_vote_after_a_reload_counts_for_the_answer_before_it() -> None:
 
 async def test_counters_continue_after_a_reload() -> None:
     config = simulated({"cpu": {"decode_ms": 5}})
-    async with site(config) as s:
+    async with run_gateway(config) as s:
         await s.ask(chat())
         assert await counted(s) == 1
         async with s.post(chat(stream=True, max_tokens=200)) as reply:
@@ -130,7 +137,7 @@ async def test_counters_continue_after_a_reload() -> None:
 async def test_learned_figures_survive_a_reload_unless_the_expert_changed() -> None:
     experts = {"general": {"model": "m"}, "other": {"model": "m"}}
     config = simulated({"cpu": {}}, experts=experts)
-    async with site(config) as s:
+    async with run_gateway(config) as s:
         _, _, told = await s.ask(chat(model="general"))
         length = told["usage"]["completion_tokens"]
         state = s.gateway.state
@@ -161,7 +168,7 @@ async def test_learned_figures_survive_a_reload_unless_the_expert_changed() -> N
 async def test_prices_survive_a_reload_and_new_budgets_get_their_own() -> None:
     budgets = {"all": {"amount": 1, "period": "day"}}
     config = simulated({"cpu": {}}, budgets=budgets)
-    async with site(config) as s:
+    async with run_gateway(config) as s:
         pacer = s.gateway.budget_prices._pacers["all"]
         pacer.price = 0.5
         assert [one[:2] for one in s.gateway.budget_prices.prices()] == [("all", 0.5)]
@@ -179,7 +186,7 @@ async def test_prices_survive_a_reload_and_new_budgets_get_their_own() -> None:
 @pytest.mark.parametrize("settings", [{}, {"connect_timeout_s": 1.0}, {"max_in_flight": 1}])
 async def test_remote_expert_limit_holds_across_reloads(settings: dict[str, Any]) -> None:
     upstream = Upstream()
-    async with serving(upstream) as served, site(far(served)) as s:
+    async with serving(upstream) as served, run_gateway(far(served)) as s:
         asking = [asyncio.create_task(s.ask(chat(model="far"))) for _ in range(4)]
         await until(lambda: upstream.now == 2, "two are answered")
         await s.gateway.reload(far(served, **settings))
@@ -195,7 +202,7 @@ async def test_remote_expert_limit_holds_across_reloads(settings: dict[str, Any]
 
 async def test_removed_remote_expert_stops_after_its_last_request() -> None:
     upstream = Upstream()
-    async with serving(upstream) as served, site(far(served)) as s:
+    async with serving(upstream) as served, run_gateway(far(served)) as s:
         asking = asyncio.create_task(s.ask(chat(model="far")))
         await until(lambda: upstream.now == 1, "it is answered")
         await s.gateway.reload(simulated({"cpu": {}}))
@@ -210,7 +217,7 @@ async def test_removed_remote_expert_stops_after_its_last_request() -> None:
 async def test_remote_expert_with_a_new_address_has_a_closed_breaker() -> None:
     upstream = Upstream()
     upstream.go_on.set()
-    async with serving(upstream) as served, site(far(served)) as s:
+    async with serving(upstream) as served, run_gateway(far(served)) as s:
         breakers = s.gateway.state.breakers
         one = breakers.begin(("far", REMOTE), 0.0)
         breakers.end(("far", REMOTE), one, False, 0.0)
@@ -222,7 +229,7 @@ async def test_remote_expert_with_a_new_address_has_a_closed_breaker() -> None:
 
 async def test_failed_reload_changes_nothing() -> None:
     config = simulated({"cpu": {}})
-    async with site(config) as s:
+    async with run_gateway(config) as s:
         await s.ask(chat())
         with pytest.raises(ArtifactError):
             await s.gateway.reload(simulated({"cpu": {}}, router={"artifact": "./nowhere"}))

@@ -12,7 +12,7 @@ import pytest
 
 from service.config import Config
 from service.gateway.console import event_stream as feeds
-from tests.support.serving import ADMIN_KEY, Site, chat, simulated, site
+from tests.support.serving import ADMIN_KEY, RunningGateway, chat, run_gateway, simulated
 
 TWO = simulated(
     {"cpu": {"tokens": 6}},
@@ -41,7 +41,7 @@ async def first(told: AsyncIterator[tuple[str, Any]], name: str) -> Any:
 
 
 async def test_console_pages_have_a_strict_policy_and_are_cached() -> None:
-    async with site(TWO) as s:
+    async with run_gateway(TWO) as s:
         for path in ("/console", "/docs"):
             async with s.get(path) as reply:
                 assert reply.status == 200
@@ -62,7 +62,7 @@ async def test_console_pages_have_a_strict_policy_and_are_cached() -> None:
 
 
 async def test_events_report_experts_then_each_request_and_its_tokens() -> None:
-    async with site(TWO) as s, s.get("/console/events") as reply:
+    async with run_gateway(TWO) as s, s.get("/console/events") as reply:
         assert reply.headers["content-type"] == "text/event-stream"
         told = events(reply)
         hello = await first(told, "hello")
@@ -88,7 +88,7 @@ async def test_events_report_experts_then_each_request_and_its_tokens() -> None:
 
 async def test_request_history_has_failed_and_no_malformed_requests() -> None:
     config = simulated({"cpu": {"fail": "first_byte"}})
-    async with site(config) as s:
+    async with run_gateway(config) as s:
         await s.ask(chat())
         await s.ask({"model": "general", "messages": []})
         recent = s.gateway.state.recent
@@ -108,7 +108,7 @@ async def test_events_require_the_admin_key_once_keys_exist(
             "keys": {"one": {"tenant": "acme", "key_env": "COE_TEST_KEY"}},
         }
     )
-    async with site(keyed) as s:
+    async with run_gateway(keyed) as s:
         for given in ({}, {"authorization": "Bearer a-key-that-is-long-enough"}):
             async with s.client.get(s.url + "/console/events", headers=given) as reply:
                 assert reply.status == 401
@@ -119,7 +119,7 @@ async def test_events_require_the_admin_key_once_keys_exist(
 
 
 async def test_events_end_when_the_pool_drains(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with site(TWO) as s, s.get("/console/events") as reply:
+    async with run_gateway(TWO) as s, s.get("/console/events") as reply:
         told = events(reply)
         await first(told, "hello")
         await s.pools["cpu"].process.pool.stop(0)
@@ -129,12 +129,12 @@ async def test_events_end_when_the_pool_drains(monkeypatch: pytest.MonkeyPatch) 
 
 async def test_event_streams_are_limited_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeds, "_MOST_LISTENERS", 1)
-    async with site(TWO) as s, s.get("/console/events") as reply:
+    async with run_gateway(TWO) as s, s.get("/console/events") as reply:
         await first(events(reply), "hello")
         await _refused(s)
 
 
-async def _refused(s: Site) -> None:
+async def _refused(s: RunningGateway) -> None:
     async with s.get("/console/events") as second:
         assert second.status == 503
         assert (await second.json())["error"]["code"] == "over_capacity"
@@ -144,7 +144,7 @@ async def test_events_end_when_the_state_can_not_be_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A page then asks again; one that was kept waiting would show the last state for ever."""
-    async with site(TWO) as s:
+    async with run_gateway(TWO) as s:
         feed = s.gateway.current.events
         async with s.get("/console/events") as reply:
             told = events(reply)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.serving import ADMIN_KEY, CHAT, chat, simulated, site
+from tests.support.serving import ADMIN_KEY, CHAT, chat, run_gateway, simulated
 
 PAGE = "https://chat.example.com"
 ONE = simulated({"cpu": {"tokens": 4}}, server={"cors_origins": [PAGE]})
@@ -18,7 +18,7 @@ PREFLIGHT = {
 
 
 async def test_foreign_post_and_rebound_host_are_refused() -> None:
-    async with site(ONE) as s:
+    async with run_gateway(ONE) as s:
         tricks: list[dict[str, str]] = [
             {"content-type": "text/plain"},
             {"content-type": "application/json", "origin": "http://attacker.example"},
@@ -41,7 +41,7 @@ async def test_foreign_post_and_rebound_host_are_refused() -> None:
 
 
 async def test_configured_origin_asks_and_reads() -> None:
-    async with site(ONE) as s:
+    async with run_gateway(ONE) as s:
         async with s.client.options(s.url + CHAT, headers=PREFLIGHT) as reply:
             assert reply.status == 200
             assert reply.headers["access-control-allow-origin"] == PAGE
@@ -64,13 +64,13 @@ async def test_configured_origin_asks_and_reads() -> None:
 
 
 async def test_preflight_of_a_foreign_origin_allows_nothing() -> None:
-    async with site(ONE) as s:
+    async with run_gateway(ONE) as s:
         headers = {**PREFLIGHT, "origin": "https://attacker.example"}
         async with s.client.options(s.url + CHAT, headers=headers) as reply:
             assert reply.status == 400
             assert "access-control-allow-origin" not in reply.headers
     async with (
-        site(simulated({"cpu": {"tokens": 4}})) as s,
+        run_gateway(simulated({"cpu": {"tokens": 4}})) as s,
         s.client.options(s.url + CHAT, headers=headers) as reply,
     ):
         assert reply.status == 403
@@ -78,7 +78,7 @@ async def test_preflight_of_a_foreign_origin_allows_nothing() -> None:
 
 
 async def test_origin_is_not_checked_once_keys_are_required() -> None:
-    async with site(simulated({"cpu": {"tokens": 4}})) as s:
+    async with run_gateway(simulated({"cpu": {"tokens": 4}})) as s:
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
         status, _, made = await s.ask({"tenant": "default"}, "/admin/keys", headers=headers)
         assert status in (200, 201), made
@@ -105,7 +105,7 @@ async def test_origin_is_not_checked_once_keys_are_required() -> None:
     ],
 )
 async def test_head_equals_get_without_a_body(path: str) -> None:
-    async with site(ONE) as s:
+    async with run_gateway(ONE) as s:
         async with s.client.head(s.url + path) as head:
             assert await head.read() == b""
         async with s.get(path) as get:
@@ -129,7 +129,7 @@ async def test_head_equals_get_without_a_body(path: str) -> None:
 async def test_wrong_path_is_answered_with_the_right_one(
     method: str, path: str, meant: str
 ) -> None:
-    async with site(ONE) as s:
+    async with run_gateway(ONE) as s:
         body: Any = chat() if method == "POST" else None
         async with s.client.request(method, s.url + path, json=body) as reply:
             assert reply.status == 404
@@ -139,7 +139,7 @@ async def test_wrong_path_is_answered_with_the_right_one(
 
 
 async def test_streams_have_headers_against_proxy_buffering() -> None:
-    async with site(ONE) as s:
+    async with run_gateway(ONE) as s:
         async with s.post(chat(stream=True)) as reply:
             assert reply.headers["x-accel-buffering"] == "no"
             assert reply.headers["cache-control"] == "no-cache"

@@ -25,7 +25,7 @@ import yaml
 from service.cli import cli
 from service.config import Config
 from service.config.loader import parse_config
-from tests.support.serving import ADMIN_KEY, Site, site
+from tests.support.serving import ADMIN_KEY, RunningGateway, run_gateway
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -84,7 +84,7 @@ def starting(prefix: str, text: str) -> list[str]:
     return [line for line in commands(text) if line.startswith(prefix)]
 
 
-async def run(s: Site, home: Path, command: str | list[str]) -> str:
+async def run(s: RunningGateway, home: Path, command: str | list[str]) -> str:
     """As a user of the running service would; what it prints."""
     environment = os.environ | {
         "COE_URL": s.url,
@@ -128,7 +128,7 @@ def test_commands_of_a_page_are_run_or_listed(page: str) -> None:
 
 @pytest.mark.parametrize("page", [page for page in START if starting("curl ", START[page])])
 async def test_curl_examples_answer_as_shown(page: str, tmp_path: Path) -> None:
-    async with site(DEMO) as s:
+    async with run_gateway(DEMO) as s:
         for line in starting("curl ", START[page]):
             plain = line if "curl -i" in line else line.replace("curl", "curl -i", 1)
             output = await run(s, tmp_path, plain.replace(LOCAL, s.url))
@@ -158,7 +158,7 @@ async def test_headers_of_the_clients_page_are_sent(tmp_path: Path) -> None:
     names = re.findall(r"`(x-coe-[a-z-]+)`", listed)
     assert set(names) >= SOMETIMES
     [line] = starting("curl ", README)
-    async with site(DEMO) as s:
+    async with run_gateway(DEMO) as s:
         head = (await run(s, tmp_path, line.replace(LOCAL, s.url))).partition("\n\n")[0]
     assert "x-coe-expert: intents" in head
     for name in names:
@@ -169,7 +169,7 @@ async def test_headers_of_the_clients_page_are_sent(tmp_path: Path) -> None:
     "page", [page for page in START if starting(".venv/bin/coe ", START[page])]
 )
 async def test_each_command_line_runs(page: str, tmp_path: Path) -> None:
-    async with site(DEMO) as s:
+    async with run_gateway(DEMO) as s:
         for line in starting(".venv/bin/coe ", START[page]):
             output = await run(s, tmp_path, line)
             assert output
@@ -184,7 +184,7 @@ def test_quickstart_shows_a_chat_and_a_route() -> None:
 
 @pytest.mark.parametrize("page", [page for page in START if blocks(START[page], "python")])
 async def test_python_blocks_run(page: str, tmp_path: Path) -> None:
-    async with site(DEMO) as s:
+    async with run_gateway(DEMO) as s:
         for block in blocks(START[page], "python"):
             if (
                 "anthropic" in block
@@ -198,7 +198,7 @@ async def test_python_blocks_run(page: str, tmp_path: Path) -> None:
 async def test_worked_example_has_the_right_numbers(tmp_path: Path) -> None:
     found = re.search(r"`(coe route \"[^`]+)`", ROUTING)
     assert found
-    async with site(DEMO) as s:
+    async with run_gateway(DEMO) as s:
         route = json.loads(await run(s, tmp_path, found[1] + " --json"))
     assert round(route["posterior"]["math"], 3) == 1.0
     for candidate in route["candidates"]:

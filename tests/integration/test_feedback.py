@@ -9,7 +9,7 @@ import pytest
 
 from service.config import Config
 from tests.support.redis import RedisServer, redis_server
-from tests.support.serving import Site, chat, simulated, site
+from tests.support.serving import RunningGateway, chat, run_gateway, simulated
 from tests.support.waiting import until
 
 VOTES = 12
@@ -26,13 +26,13 @@ def config(**feedback: Any) -> Config:
     return Config.model_validate({**base.model_dump(), "feedback": {"votes": VOTES, **feedback}})
 
 
-async def vote(s: Site, reply: str, score: float) -> tuple[int, Any]:
+async def vote(s: RunningGateway, reply: str, score: float) -> tuple[int, Any]:
     status, _, told = await s.ask({"id": reply, "score": score}, "/v1/feedback")
     return status, told
 
 
 async def test_feedback_expert_that_turns_bad_loses_its_traffic() -> None:
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
         asked = []
         for _ in range(VOTES + 1):
             _, headers, told = await s.ask(chat(model="auto"))
@@ -55,7 +55,7 @@ async def test_feedback_expert_that_turns_bad_loses_its_traffic() -> None:
 
 
 async def test_feedback_second_vote_under_any_of_a_reply_s_ids_is_a_conflict() -> None:
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
         headers = {"x-request-id": "mine-1"}
         _, _, told = await s.ask(chat(model="auto"), headers=headers)
         assert (await vote(s, "mine-1", 1))[0] == 200
@@ -81,14 +81,14 @@ async def test_feedback_second_vote_under_any_of_a_reply_s_ids_is_a_conflict() -
     ],
 )
 async def test_feedback_invalid_votes_are_refused(body: Any, words: str) -> None:
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
         status, _, told = await s.ask(body, "/v1/feedback")
         assert status == 400
         assert words in told["error"]["message"]
 
 
 async def test_feedback_can_be_switched_off() -> None:
-    async with site(config(enabled=False)) as s:
+    async with run_gateway(config(enabled=False)) as s:
         status, _, _ = await s.ask({"id": "x", "score": 1}, "/v1/feedback")
         assert status == 404
 
@@ -111,7 +111,7 @@ async def test_feedback_gateways_with_a_shared_volatile_store_share_votes(
     data["store"] = {"kind": "redis", "url": counting.url, "cache_url": losing.url}
     data["tenants"] = {"default": {"cache": {"mode": "exact"}}}
     given = Config.model_validate(data)
-    async with site(given) as one, site(given) as other:
+    async with run_gateway(given) as one, run_gateway(given) as other:
         _, headers, told = await one.ask(chat(model="auto"), headers={"x-coe-cache": "exact"})
         assert headers["x-coe-cache"] == "miss"
 
@@ -137,7 +137,7 @@ async def test_feedback_without_the_volatile_store_loses_votes_and_no_request(
     gone = "redis://127.0.0.1:1/0"
     data["store"] = {"kind": "redis", "url": counting.url, "prefix": "g", "cache_url": gone}
     data["tenants"] = {"default": {"cache": {"mode": "exact"}}}
-    async with site(Config.model_validate(data)) as s:
+    async with run_gateway(Config.model_validate(data)) as s:
         for _ in range(3):
             status, headers, told = await s.ask(
                 chat(model="auto"), headers={"x-coe-cache": "exact"}

@@ -11,13 +11,13 @@ from yarl import URL
 
 from service.errors import ArtifactError, CoeError, ConfigError, ModelStoreError
 from service.telemetry.logging import JsonLines
-from tests.support.serving import ADMIN_KEY, CHAT, chat, events, simulated, site
+from tests.support.serving import ADMIN_KEY, CHAT, chat, events, run_gateway, simulated
 
 ONE = simulated({"cpu": {"tokens": 4}}, server={"max_body_bytes": 2000})
 
 
 async def test_chat_whole_answer_has_usage_and_headers() -> None:
-    async with site(ONE) as s:
+    async with run_gateway(ONE) as s:
         status, headers, body = await s.ask(chat(), headers={"x-request-id": "mine"})
         assert status == 200
         assert body["model"] == "general"
@@ -32,7 +32,7 @@ async def test_chat_whole_answer_has_usage_and_headers() -> None:
 
 
 async def test_auto_has_category_and_confidence_headers() -> None:
-    async with site(ONE) as s:
+    async with run_gateway(ONE) as s:
         for model in ("auto", "auto/general"):
             status, headers, body = await s.ask(chat(model=model))
             assert (status, body["model"]) == (200, "general")
@@ -41,7 +41,7 @@ async def test_auto_has_category_and_confidence_headers() -> None:
 
 
 async def test_chat_stream_with_usage() -> None:
-    async with site(ONE) as s:
+    async with run_gateway(ONE) as s:
         body = chat(stream=True, stream_options={"include_usage": True})
         async with s.post(body) as reply:
             assert reply.status == 200
@@ -73,7 +73,7 @@ async def test_chat_stream_with_usage() -> None:
 async def test_refused_request_has_openai_s_error_shape(
     path: str, body: object, status: int, param: str | None, code: str | None
 ) -> None:
-    async with site(ONE) as s:
+    async with run_gateway(ONE) as s:
         got, headers, told = await s.ask(body, path)
         assert got == status
         error = told["error"]
@@ -85,14 +85,14 @@ async def test_refused_request_has_openai_s_error_shape(
 
 
 async def test_prompt_above_the_context_names_both_numbers() -> None:
-    async with site(ONE) as s:
+    async with run_gateway(ONE) as s:
         _, _, told = await s.ask(chat("a b c", max_tokens=5000))
         assert "2048" in told["error"]["message"]
         assert "5000" in told["error"]["message"]
 
 
 async def test_invalid_json_and_wrong_method_are_refused() -> None:
-    async with site(ONE) as s:
+    async with run_gateway(ONE) as s:
         json_type = {"content-type": "application/json"}
         async with s.client.post(s.url + CHAT, data=b"{", headers=json_type) as reply:
             assert reply.status == 400
@@ -104,7 +104,7 @@ async def test_invalid_json_and_wrong_method_are_refused() -> None:
 
 
 async def test_health_ready_models_and_other_endpoints_answer() -> None:
-    async with site(ONE) as s:
+    async with run_gateway(ONE) as s:
         async with s.get("/health") as reply:
             assert (reply.status, await reply.json()) == (200, {"status": "ok"})
         async with s.get("/ready") as reply:
@@ -125,7 +125,7 @@ async def test_health_ready_models_and_other_endpoints_answer() -> None:
 
 
 async def test_metrics_count_every_outcome_once() -> None:
-    async with site(ONE) as s:
+    async with run_gateway(ONE) as s:
         await s.ask(chat())
         await s.ask(chat(model="auto"))
         await s.ask(chat(model="nobody"))
@@ -155,7 +155,7 @@ async def test_prompts_are_in_no_log(
     caplog.set_level("DEBUG")
     secret = "a very private question"
     config = simulated({"cpu": {"fail": "first_byte"}}, server={"access_log": True})
-    async with site(config) as s:
+    async with run_gateway(config) as s:
         status, _, told = await s.ask(chat(secret))
         assert status == 500
         await s.ask(chat(secret, stream="yes"))
@@ -170,7 +170,7 @@ async def test_prompts_are_in_no_log(
 async def test_unexpected_exception_is_a_500_without_its_text(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with site(ONE) as s:
+    async with run_gateway(ONE) as s:
 
         def broken(*args: object) -> None:
             raise RuntimeError("a very private question")
@@ -188,7 +188,7 @@ async def test_unexpected_exception_is_a_500_without_its_text(
 
 async def test_feedback_body_has_the_same_timeout_as_a_prompt() -> None:
     slow = simulated({"cpu": {}}, server={"limits": {"body_timeout_s": 1}})
-    async with site(slow) as s:
+    async with run_gateway(slow) as s:
         reader, writer = await asyncio.open_connection("127.0.0.1", URL(s.url).port)
         head = b"POST /v1/feedback HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         writer.write(head + b"content-length: 50\r\n\r\n{")
@@ -202,7 +202,7 @@ async def test_reload_of_an_invalid_config_is_a_409(kind: type[CoeError]) -> Non
     async def reload() -> dict[str, list[str]]:
         raise kind("experts.a: it is wrong")
 
-    async with site(ONE, reload) as s:
+    async with run_gateway(ONE, reload) as s:
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
         status, _, told = await s.ask({}, "/admin/reload", headers=headers)
         assert (status, told["error"]["code"]) == (409, "conflict")
@@ -215,7 +215,7 @@ async def test_exception_in_routing_is_a_500_and_is_logged_without_its_text(
     def plan(asked: object) -> None:
         raise RuntimeError("hello there")
 
-    async with site(ONE) as s:
+    async with run_gateway(ONE) as s:
         monkeypatch.setattr(s.gateway.current.services.router, "plan", plan)
         for path in ("/v1/route", CHAT):
             status, headers, told = await s.ask(chat("hello there"), path)
@@ -230,7 +230,7 @@ async def test_exception_in_routing_is_a_500_and_is_logged_without_its_text(
 
 async def test_auto_max_tokens_above_the_context_are_clipped_with_a_header() -> None:
     config = simulated({"cpu": {"tokens": 4, "max_model_len": 50}})
-    async with site(config) as s:
+    async with run_gateway(config) as s:
         for name in ("auto", "auto:fast"):
             status, headers, body = await s.ask(chat(model=name, max_completion_tokens=64_000))
             assert (status, headers["x-coe-max-tokens"]) == (200, "50")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.serving import chat, simulated, site
+from tests.support.serving import chat, run_gateway, simulated
 from tests.unit.gateway.request.test_media import picture, png
 
 _TEXT = {"model": "m", "categories": ["general"], "description": "reads"}
@@ -22,7 +22,7 @@ def _shown(model: str, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_picture_request_is_answered_by_vision_experts_only(stream: bool) -> None:
     experts = {"text": _TEXT, "sees": _SEES}
-    async with site(simulated({"cpu": {"tokens": 4}}, experts=experts)) as s:
+    async with run_gateway(simulated({"cpu": {"tokens": 4}}, experts=experts)) as s:
         async with s.get("/v1/models") as reply:
             told = await reply.json()
         able = {one["id"]: one["coe"]["capabilities"] for one in told["data"]}
@@ -43,7 +43,7 @@ async def test_auto_embeddings_use_one_vector_space() -> None:
 
     for spaces, status in ((("s", "s"), 200), (("s", "t"), 400)):
         experts = {"chat": _TEXT, "a": embeds(spaces[0]), "b": embeds(spaces[1])}
-        async with site(simulated({"cpu": {"tokens": 4}}, experts=experts)) as s:
+        async with run_gateway(simulated({"cpu": {"tokens": 4}}, experts=experts)) as s:
             body = {"model": "auto", "input": ["one", "two"]}
             got, headers, told = await s.ask(body, "/v1/embeddings")
             assert got == status

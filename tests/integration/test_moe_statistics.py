@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from service.cli import cli
 from service.engine.base import RoutingSample
 from service.errors import CoeError
-from tests.support.serving import ADMIN_KEY, Site, simulated, site
+from tests.support.serving import ADMIN_KEY, RunningGateway, run_gateway, simulated
 
 CAPTURE = {"vllm": {"moe_capture": {"every": 2}, "enforce_eager": True}}
 EXPERTS = {name: {"model": "m"} for name in ("moe", "dense", "idle", "plain")}
@@ -32,14 +32,16 @@ def chosen(expert: str, tokens: int = 0) -> RoutingSample:
 
 
 @asynccontextmanager
-async def two_pools() -> AsyncIterator[Site]:
+async def two_pools() -> AsyncIterator[RunningGateway]:
     """Two pools with mixtures of experts, and one where nobody looks."""
     kinds = {
         "a": {**CAPTURE, "experts": ["moe", "dense"]},
         "b": {**CAPTURE, "experts": ["moe", "idle"]},
         "c": {"experts": ["plain"]},
     }
-    async with site(simulated({"a": {}, "b": {}, "c": {}}, experts=EXPERTS, kinds=kinds)) as s:
+    async with run_gateway(
+        simulated({"a": {}, "b": {}, "c": {}}, experts=EXPERTS, kinds=kinds)
+    ) as s:
         for kind, tokens in (("a", 40), ("b", 60)):
             metrics = s.pools[kind].process._metrics
             for expert in ("moe", "idle"):
@@ -49,7 +51,7 @@ async def two_pools() -> AsyncIterator[Site]:
         yield s
 
 
-async def told(s: Site, expert: str, key: str = ADMIN_KEY) -> tuple[int, Any]:
+async def told(s: RunningGateway, expert: str, key: str = ADMIN_KEY) -> tuple[int, Any]:
     headers = {"authorization": f"Bearer {key}"}
     async with s.client.get(f"{s.url}/admin/experts/{expert}/moe", headers=headers) as reply:
         return reply.status, await reply.json()

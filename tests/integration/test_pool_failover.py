@@ -19,9 +19,9 @@ from tests.support.serving import (
     RunningPool,
     chat,
     events,
-    pool_of,
+    run_gateway,
+    run_pool,
     simulated,
-    site,
 )
 from tests.support.waiting import until
 
@@ -30,7 +30,7 @@ SHARED = {"general": {"model": "m"}, "other": {"model": "m"}}
 
 async def test_engine_death_before_the_first_byte_is_retried_elsewhere() -> None:
     config = simulated({"bad": {"fail": "first_byte", "prefill_tokens_per_s": 2}, "good": {}})
-    async with site(config) as s:
+    async with run_gateway(config) as s:
         bad, good = s.pools["bad"], s.pools["good"]
         first = bad.engine
         s.gateway.directory.update([bad.address])
@@ -46,7 +46,7 @@ async def test_engine_death_before_the_first_byte_is_retried_elsewhere() -> None
 
 
 async def test_request_that_kills_every_engine_is_given_to_two_only() -> None:
-    async with site(simulated({"cpu": {"fail": "first_byte"}})) as s:
+    async with run_gateway(simulated({"cpu": {"fail": "first_byte"}})) as s:
         for stream in (False, True):
             status, headers, body = await s.ask(chat(stream=stream))
             assert status == 500
@@ -61,7 +61,7 @@ POISON = "this text ends the process"
 @pytest.mark.parametrize("how", ["engine", "pool"])
 @pytest.mark.parametrize("model", ["general", "auto"])
 async def test_poison_request_costs_two_of_five_pools(how: str, model: str) -> None:
-    async with site(simulated({kind: {} for kind in "abcde"})) as s:
+    async with run_gateway(simulated({kind: {} for kind in "abcde"})) as s:
         lost: list[str] = []
 
         def poison(kind: str, pool: RunningPool) -> None:
@@ -92,7 +92,7 @@ async def test_poison_request_costs_two_of_five_pools(how: str, model: str) -> N
 
 async def test_requests_beside_a_poison_request_are_answered() -> None:
     """One loss is not two: who ran beside the request that killed an engine is tried again."""
-    async with site(simulated({"a": {"prefill_tokens_per_s": 20}, "b": {}})) as s:
+    async with run_gateway(simulated({"a": {"prefill_tokens_per_s": 20}, "b": {}})) as s:
         a = s.pools["a"]
         s.gateway.directory.update([a.address])
         await until(lambda: len(s.gateway.directory.links()) == 1, "one pool is followed")
@@ -108,7 +108,7 @@ async def test_requests_beside_a_poison_request_are_answered() -> None:
 async def test_pool_cut_off_while_draining_does_not_count_as_a_loss() -> None:
     """Two pools that stop, as they had told, cost a request its place, not its answer."""
     slow = {"prefill_tokens_per_s": 1}
-    async with site(simulated({"a": slow, "b": slow, "c": {}})) as s:
+    async with run_gateway(simulated({"a": slow, "b": slow, "c": {}})) as s:
         pools = s.pools
         asking: asyncio.Task[Any] | None = None
         for kind, after in (("a", "b"), ("b", "c")):
@@ -128,7 +128,7 @@ async def test_pool_cut_off_while_draining_does_not_count_as_a_loss() -> None:
 
 
 async def test_dead_engine_is_replaced_and_answers_its_request() -> None:
-    async with site(simulated({"cpu": {"prefill_tokens_per_s": 20}})) as s:
+    async with run_gateway(simulated({"cpu": {"prefill_tokens_per_s": 20}})) as s:
         pool = s.pools["cpu"]
         first = pool.engine
         asking = asyncio.create_task(s.ask(chat("one two three four")))
@@ -140,7 +140,7 @@ async def test_dead_engine_is_replaced_and_answers_its_request() -> None:
 
 
 async def test_engine_death_during_a_stream_ends_it_with_an_error_event() -> None:
-    async with site(simulated({"cpu": {"fail": "mid_stream"}})) as s:
+    async with run_gateway(simulated({"cpu": {"fail": "mid_stream"}})) as s:
         async with s.post(chat(stream=True)) as reply:
             assert reply.status == 200
             told = events(await reply.read())
@@ -156,7 +156,7 @@ async def test_engine_death_during_a_stream_ends_it_with_an_error_event() -> Non
 
 async def test_pool_loss_during_a_stream_ends_it_with_an_error_event() -> None:
     config = simulated({"cpu": {"decode_ms": 20}})
-    async with site(config) as s:
+    async with run_gateway(config) as s:
         pool = s.pools["cpu"]
         async with s.post(chat(stream=True, max_tokens=1000)) as reply:
             await reply.content.readany()
@@ -169,7 +169,7 @@ async def test_pool_loss_during_a_stream_ends_it_with_an_error_event() -> None:
 
 async def test_draining_pool_finishes_its_streams_and_gets_no_new_ones() -> None:
     config = simulated({"one": {"decode_ms": 20}, "two": {}})
-    async with site(config) as s:
+    async with run_gateway(config) as s:
         one, two = s.pools["one"], s.pools["two"]
         s.gateway.directory.update([one.address])
         await until(lambda: len(s.gateway.directory.links()) == 1, "one pool is followed")
@@ -194,7 +194,7 @@ async def test_over_capacity_is_answered_at_once() -> None:
     config = simulated(
         {"cpu": {"max_num_seqs": 1, "decode_ms": 20}}, kinds={"cpu": {"max_queued_requests": 1}}
     )
-    async with site(config) as s:
+    async with run_gateway(config) as s:
         pool = s.pools["cpu"]
         async with s.post(chat(stream=True, max_tokens=1000)) as running:
             await running.content.readany()
@@ -214,7 +214,7 @@ async def test_full_pool_is_passed_over_for_another() -> None:
         {"full": {"max_num_seqs": 1, "decode_ms": 20}, "free": {}},
         kinds={"full": {"max_queued_requests": 0}},
     )
-    async with site(config) as s:
+    async with run_gateway(config) as s:
         full, free = s.pools["full"], s.pools["free"]
         s.gateway.directory.update([full.address])
         await until(lambda: len(s.gateway.directory.links()) == 1, "one pool is followed")
@@ -230,7 +230,7 @@ async def test_full_pool_is_passed_over_for_another() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_deadline_ends_requests_on_the_engine_and_in_the_queue(stream: bool) -> None:
     config = simulated({"cpu": {"prefill_tokens_per_s": 0.1, "max_num_seqs": 1}})
-    async with site(config) as s:
+    async with run_gateway(config) as s:
         pool = s.pools["cpu"]
 
         def ask(deadline_ms: str) -> asyncio.Task[Any]:
@@ -248,7 +248,7 @@ async def test_deadline_ends_requests_on_the_engine_and_in_the_queue(stream: boo
 
 
 async def test_deadline_of_a_stream_ends_with_its_first_token() -> None:
-    async with site(simulated({"cpu": {"decode_ms": 50}})) as s:
+    async with run_gateway(simulated({"cpu": {"decode_ms": 50}})) as s:
         headers = {"x-coe-deadline-ms": "500"}
         async with s.post(chat(stream=True, max_tokens=20), headers=headers) as reply:
             told = events(await reply.read())
@@ -258,7 +258,7 @@ async def test_deadline_of_a_stream_ends_with_its_first_token() -> None:
 
 
 async def test_client_disconnect_frees_its_place_at_every_stage() -> None:
-    async with site(simulated({"cpu": {"max_num_seqs": 1, "decode_ms": 20}})) as s:
+    async with run_gateway(simulated({"cpu": {"max_num_seqs": 1, "decode_ms": 20}})) as s:
         pool = s.pools["cpu"]
         async with s.post(chat(stream=True, max_tokens=1500)) as running:
             await running.content.readany()
@@ -281,7 +281,7 @@ async def test_client_disconnect_frees_its_place_at_every_stage() -> None:
 @pytest.mark.parametrize("path", [CHAT, "/snapshots", "/metrics"])
 async def test_pool_port_requires_the_secret(given: dict[str, str], path: str) -> None:
     config = simulated({"cpu": {}})
-    async with pool_of(config, "cpu") as pool, aiohttp.ClientSession() as client:
+    async with run_pool(config, "cpu") as pool, aiohttp.ClientSession() as client:
         method = client.post if path == CHAT else client.get
         async with method(pool.url + path, headers=given) as reply:
             assert reply.status == 401
@@ -293,7 +293,7 @@ async def test_pool_port_requires_the_secret(given: dict[str, str], path: str) -
 async def test_pool_port_limits_bodies_and_refuses_unknown_paths() -> None:
     config = simulated({"cpu": {}}, server={"max_body_bytes": 100})
     given = {"x-coe-secret": SECRET}
-    async with pool_of(config, "cpu") as pool, aiohttp.ClientSession(headers=given) as client:
+    async with run_pool(config, "cpu") as pool, aiohttp.ClientSession(headers=given) as client:
         async with client.get(pool.url + "/nothing") as reply:
             assert reply.status == 404
         async with client.post(pool.url + CHAT, data=b"x") as reply:
@@ -326,7 +326,7 @@ async def test_expert_that_can_not_load_reports_its_reason_and_others_work() -> 
         experts=SHARED,
         kinds={"bad": {"experts": ["general"]}, "good": {"experts": ["other"]}},
     )
-    async with site(config) as s:
+    async with run_gateway(config) as s:
         async with s.get("/v1/models/general") as reply:
             told = (await reply.json())["coe"]
         assert (told["state"], told["reason"]) == ("failed", "simulated failure while loading")
@@ -342,13 +342,13 @@ async def test_expert_that_can_not_load_reports_its_reason_and_others_work() -> 
 
 
 async def test_ready_without_any_ready_expert_is_503() -> None:
-    async with site(simulated({"cpu": {"fail": "load"}})) as s, s.get("/ready") as reply:
+    async with run_gateway(simulated({"cpu": {"fail": "load"}})) as s, s.get("/ready") as reply:
         assert reply.status == 503
 
 
 async def test_two_pools_share_the_load() -> None:
     slow = {"max_num_seqs": 4, "decode_ms": 5}
-    async with site(simulated({"one": slow, "two": slow})) as s:
+    async with run_gateway(simulated({"one": slow, "two": slow})) as s:
         replies = await asyncio.gather(*(s.ask(chat(str(i))) for i in range(32)))
         assert {status for status, _, _ in replies} == {200}
         shares = [len(pool.engine.asked) for pool in s.pools.values()]
@@ -359,7 +359,7 @@ async def test_two_pools_share_the_load() -> None:
 async def test_silent_pool_is_chosen_last_and_then_not_at_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with site(simulated({"one": {}, "two": {}})) as s:
+    async with run_gateway(simulated({"one": {}, "two": {}})) as s:
         links = {link.address.boot: link for link in s.gateway.directory.links()}
         silent = links[s.pools["one"].address.boot]
         heard = s.pools["two"].engine
@@ -380,7 +380,7 @@ async def test_silent_pool_is_chosen_last_and_then_not_at_all(
 
 
 async def test_pool_address_reused_by_another_process_is_not_used() -> None:
-    async with site(simulated({"cpu": {}})) as s:
+    async with run_gateway(simulated({"cpu": {}})) as s:
         address = s.pools["cpu"].address
         s.gateway.directory.update([PoolAddress(address.url, "cpu", "an older one")])
         status, _, _ = await s.ask(chat(), headers={"x-coe-deadline-ms": "400"})
@@ -390,7 +390,7 @@ async def test_pool_address_reused_by_another_process_is_not_used() -> None:
 
 
 async def test_request_waits_for_a_pool_that_is_starting() -> None:
-    async with site(simulated({"cpu": {}})) as s:
+    async with run_gateway(simulated({"cpu": {}})) as s:
         address = s.pools["cpu"].address
         s.gateway.directory.update([])
         asking = asyncio.create_task(s.ask(chat()))

@@ -14,7 +14,7 @@ import pytest
 from service.config import Config
 from service.gateway.request.parsing import parse_request
 from service.http.asgi import read_body
-from tests.support.serving import CHAT, Site, chat, events, serving, site
+from tests.support.serving import CHAT, RunningGateway, chat, events, run_gateway, serving
 from tests.support.waiting import until
 
 
@@ -113,10 +113,10 @@ def config(url: str, **sections: Any) -> Config:
 @asynccontextmanager
 async def stage(
     sections: dict[str, Any] | None = None, **lines: str
-) -> AsyncIterator[tuple[Site, Cast]]:
+) -> AsyncIterator[tuple[RunningGateway, Cast]]:
     cast = Cast()
     cast.lines = lines
-    async with serving(cast) as served, site(config(served.url, **(sections or {}))) as s:
+    async with serving(cast) as served, run_gateway(config(served.url, **(sections or {}))) as s:
         yield s, cast
         await until(lambda: len(cast.left) == len(cast.silent & set(cast.models)), "all let go")
 
@@ -210,7 +210,7 @@ async def test_cascade_confident_remote_member_is_accepted(
         with pytest.raises(ValueError, match=r"experts\.a\.remote\.logprobs"):
             Config.model_validate({**given, "recipes": recipes})
         given["experts"]["a"]["remote"]["logprobs"] = True
-        async with site(Config.model_validate({**given, "recipes": recipes})) as s:
+        async with run_gateway(Config.model_validate({**given, "recipes": recipes})) as s:
             cast.lines = {"a": "It is long. " * 20, "c": "42"}
             for logprob, expert in ((-0.01, "a"), (-0.5, "c")):
                 cast.logprob["a"] = logprob
@@ -334,7 +334,7 @@ async def test_max_cost_holds_for_any_answering_expert() -> None:
     async with serving(cast) as served:
         given = config(served.url, recipes={}).model_dump(mode="json")
         given["experts"]["d"]["quality"] = {"general": 0.5}
-        async with site(Config.model_validate(given)) as s:
+        async with run_gateway(Config.model_validate(given)) as s:
             body = {**chat(model="auto"), "coe": {"max_cost": 0.2}}
             status, headers, _ = await s.ask(body)
         assert (status, headers["x-coe-expert"], cast.models) == (200, "d", ["a", "d"])
@@ -376,7 +376,7 @@ async def test_budget_shifts_to_cheaper_recipes_and_is_never_overspent() -> None
             "a": base["experts"]["a"],
             "c": {**base["experts"]["c"], **dear},
         }
-        async with site(config(served.url, **sections)) as s:
+        async with run_gateway(config(served.url, **sections)) as s:
             body = chat(model="auto", max_tokens=5)
             spent = 0.0
             asked = []

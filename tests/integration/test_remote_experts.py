@@ -12,7 +12,7 @@ import pytest
 
 from service.config import Config
 from service.http.asgi import read_body
-from tests.support.serving import Site, chat, events, serving, simulated, site
+from tests.support.serving import RunningGateway, chat, events, run_gateway, serving, simulated
 from tests.support.waiting import until
 
 KEY = "sk-very-secret"
@@ -84,9 +84,9 @@ def config(url: str, **more: Any) -> Config:
 
 
 @asynccontextmanager
-async def far_site(**more: Any) -> AsyncIterator[tuple[Site, Upstream]]:
+async def far_site(**more: Any) -> AsyncIterator[tuple[RunningGateway, Upstream]]:
     upstream = Upstream()
-    async with serving(upstream) as served, site(config(served.url, **more)) as s:
+    async with serving(upstream) as served, run_gateway(config(served.url, **more)) as s:
         yield s, upstream
         upstream.go_on.set()
 
@@ -225,7 +225,7 @@ async def test_remote_expert_without_its_key_is_failed_and_others_work(
 
 
 async def test_remote_expert_unreachable_is_a_502_without_its_address() -> None:
-    async with site(config("http://127.0.0.1:1")) as s:
+    async with run_gateway(config("http://127.0.0.1:1")) as s:
         status, _, body = await s.ask(far())
         assert (status, body["error"]["code"]) == (502, "upstream_error")
         assert "127.0.0.1" not in body["error"]["message"]
@@ -233,7 +233,7 @@ async def test_remote_expert_unreachable_is_a_502_without_its_address() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_auto_falls_back_from_a_remote_to_a_local_expert(stream: bool) -> None:
-    async with site(config("http://127.0.0.1:1")) as s:
+    async with run_gateway(config("http://127.0.0.1:1")) as s:
         body = chat(model="auto/far", stream=stream)
         async with s.post(body) as reply:
             assert reply.status == 200

@@ -13,7 +13,7 @@ from service.gateway.cache.response_cache import CacheSession, ResponseCache
 from service.gateway.request.parsing import parse_request
 from service.store.volatile import MemoryVolatileStore
 from service.types import Tenant
-from tests.support.serving import Site, chat, simulated, site
+from tests.support.serving import RunningGateway, chat, run_gateway, simulated
 from tests.support.waiting import until
 
 
@@ -26,7 +26,9 @@ def config(**cache: Any) -> Config:
     return Config.model_validate(data)
 
 
-async def ask(s: Site, wish: str | None, text: str = "What is the sea?", **more: Any) -> Any:
+async def ask(
+    s: RunningGateway, wish: str | None, text: str = "What is the sea?", **more: Any
+) -> Any:
     headers = {} if wish is None else {"x-coe-cache": wish}
     status, told, body = await s.ask(chat(text, **more), headers=headers)
     assert status == 200
@@ -34,7 +36,7 @@ async def ask(s: Site, wish: str | None, text: str = "What is the sea?", **more:
 
 
 async def test_cache_equal_request_is_a_hit() -> None:
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
         first, body = await ask(s, "exact")
         assert first["x-coe-cache"] == "miss"
         again, same = await ask(s, "exact")
@@ -65,30 +67,30 @@ async def test_cache_equal_request_is_a_hit() -> None:
     ],
 )
 async def test_cache_other_parameters_are_a_miss(more: dict[str, Any]) -> None:
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
         await ask(s, "exact")
         told, _ = await ask(s, "exact", **more)
         assert told["x-coe-cache"] == "miss"
 
 
 async def test_cache_needs_opt_in_of_tenant_and_request() -> None:
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
         for wish in (None, "off"):
             told, _ = await ask(s, wish)
             assert "x-coe-cache" not in told
         told, _ = await ask(s, "exact")
         assert told["x-coe-cache"] == "miss"
-    async with site(simulated({"cpu": {"tokens": 4}})) as s:
+    async with run_gateway(simulated({"cpu": {"tokens": 4}})) as s:
         for _ in range(2):
             told, _ = await ask(s, "exact")
             assert "x-coe-cache" not in told
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
         status, _, told = await s.ask(chat(), headers={"x-coe-cache": "always"})
         assert (status, told["error"]["param"]) == (400, "x-coe-cache")
 
 
 async def test_cache_similar_words_are_a_hit_in_semantic_mode() -> None:
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
         _, body = await ask(s, "semantic", "What is the depth of the sea?")
         told, same = await ask(s, "semantic", "please, what is the depth of the sea")
         assert told["x-coe-cache"] == "semantic"
@@ -104,14 +106,14 @@ async def test_cache_similar_words_are_a_hit_in_semantic_mode() -> None:
 
 
 async def test_cache_tenant_may_allow_exact_matches_only() -> None:
-    async with site(config(mode="exact")) as s:
+    async with run_gateway(config(mode="exact")) as s:
         await ask(s, "semantic", "What is the depth of the sea?")
         told, _ = await ask(s, "semantic", "what is the depth of the sea")
         assert told["x-coe-cache"] == "miss"
 
 
 async def test_cache_entries_expire() -> None:
-    async with site(config(ttl_s=0.05)) as s:
+    async with run_gateway(config(ttl_s=0.05)) as s:
         await ask(s, "exact")
 
         async def gone() -> bool:
@@ -122,7 +124,7 @@ async def test_cache_entries_expire() -> None:
 
 
 async def test_cache_stream_is_stored_whole_and_replayed() -> None:
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
         bodies = []
         for kind in ("miss", "exact"):
             async with s.post(chat(stream=True), headers={"x-coe-cache": "exact"}) as reply:
@@ -133,7 +135,7 @@ async def test_cache_stream_is_stored_whole_and_replayed() -> None:
 
 
 async def test_cache_stream_with_usage_is_no_hit_without_include_usage() -> None:
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
         for options, kind in (({"include_usage": True}, "miss"), ({}, "miss"), ({}, "exact")):
             body = chat(stream=True, stream_options=options)
             async with s.post(body, headers={"x-coe-cache": "exact"}) as reply:
@@ -144,19 +146,19 @@ async def test_cache_stream_with_usage_is_no_hit_without_include_usage() -> None
 async def test_cache_stores_no_errors_and_no_broken_streams() -> None:
     broken = config().model_dump(mode="json")
     broken["pools"]["cpu"]["simulated"]["fail"] = "mid_stream"
-    async with site(Config.model_validate(broken)) as s:
+    async with run_gateway(Config.model_validate(broken)) as s:
         for _ in range(2):
             async with s.post(chat(stream=True), headers={"x-coe-cache": "exact"}) as reply:
                 assert reply.headers["x-coe-cache"] == "miss"
                 await reply.read()
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
         for _ in range(2):
             status, _, _ = await s.ask(chat(n=0), headers={"x-coe-cache": "exact"})
             assert status == 400
 
 
 async def test_cache_size_is_bounded() -> None:
-    async with site(config(max_entries=4, max_entry_bytes=100_000)) as s:
+    async with run_gateway(config(max_entries=4, max_entry_bytes=100_000)) as s:
         for i in range(20):
             await ask(s, "semantic", f"question {i} about the sea")
         volatile = s.gateway.volatile
@@ -164,7 +166,7 @@ async def test_cache_size_is_bounded() -> None:
         names = [name for name in volatile._values if name.startswith("cache/default/")]
         assert 0 < len([name for name in names if "/answer/" in name]) <= 4
         assert len([name for name in names if "/shelf/" in name]) <= 4
-    async with site(config(max_entry_bytes=10)) as s:
+    async with run_gateway(config(max_entry_bytes=10)) as s:
         for _ in range(2):
             told, _ = await ask(s, "exact")
             assert told["x-coe-cache"] == "miss"
@@ -176,7 +178,7 @@ async def test_cache_hit_costs_nothing(stream: bool) -> None:
     priced["experts"]["general"]["price"] = {"prompt": 1000.0, "completion": 1000.0}
     body = chat(stream=stream, stream_options={"include_usage": True} if stream else None)
     told: list[dict[str, Any]] = []
-    async with site(Config.model_validate(priced)) as s:
+    async with run_gateway(Config.model_validate(priced)) as s:
         for _ in range(2):
             async with s.post(body, headers={"x-coe-cache": "exact"}) as reply:
                 text = (await reply.text()).strip()
@@ -236,7 +238,7 @@ async def test_cache_answer_clipped_by_max_cost_is_not_stored() -> None:
     given = config().model_dump(mode="json")
     given["experts"]["general"]["price"] = {"completion": 1_000_000}
     given["pools"]["cpu"]["simulated"]["tokens"] = 100
-    async with site(Config.model_validate(given)) as s:
+    async with run_gateway(Config.model_validate(given)) as s:
         told, body = await ask(s, "exact", coe={"max_cost": 70.5})
         assert (told["x-coe-cache"], told["x-coe-max-tokens"]) == ("miss", "70")
         assert body["usage"]["completion_tokens"] == 70
@@ -256,7 +258,7 @@ async def test_cache_answer_clipped_by_a_budget_is_not_stored() -> None:
     given = config().model_dump(mode="json")
     given["experts"]["general"]["price"] = {"completion": 1_000_000}
     given["budgets"] = {"all": {"amount": 9, "period": "day"}}
-    async with site(Config.model_validate(given)) as s:
+    async with run_gateway(Config.model_validate(given)) as s:
         told, body = await ask(s, "exact", max_tokens=8)
         assert body["usage"]["completion_tokens"] == 8
         told, body = await ask(s, "exact", text="Another one?", max_tokens=8)
@@ -274,7 +276,7 @@ async def test_cache_answer_clipped_by_a_budget_is_not_stored() -> None:
 async def test_cache_hits_count_as_requests() -> None:
     given = config().model_dump(mode="json")
     given["tenants"]["default"]["requests_per_min"] = 3
-    async with site(Config.model_validate(given)) as s:
+    async with run_gateway(Config.model_validate(given)) as s:
         for kind in ("miss", "exact", "exact"):
             told, _ = await ask(s, "exact")
             assert told["x-coe-cache"] == kind

@@ -9,7 +9,7 @@ import pytest
 
 from service.config import Config
 from service.store.keys import digest_of
-from tests.support.serving import ADMIN_KEY, SECRET, chat, serving, simulated, site
+from tests.support.serving import ADMIN_KEY, SECRET, chat, run_gateway, serving, simulated
 
 KEY = "coe-a-very-secret-key-of-a-tenant"
 UPSTREAM_KEY = "sk-the-key-of-an-upstream-endpoint"
@@ -67,7 +67,7 @@ async def test_secrets_and_prompts_are_in_no_output(
             {"model": PROMPT, "messages": [{"role": PROMPT, "content": [{"image_url": PROMPT}]}]},
             {"messages": PROMPT},
         ]
-        async with site(Config.model_validate(data)) as s:
+        async with run_gateway(Config.model_validate(data)) as s:
             for key in (KEY, WRONG_KEY):
                 for header in (
                     {"authorization": f"Bearer {key}"},

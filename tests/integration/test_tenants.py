@@ -16,7 +16,16 @@ from service.errors import ExpertFailedError
 from service.gateway.runtime import GatewayRuntime
 from service.store.keys import digest_of
 from tests.support.redis import redis_server
-from tests.support.serving import ADMIN_KEY, CHAT, SECRET, Site, chat, serving, simulated, site
+from tests.support.serving import (
+    ADMIN_KEY,
+    CHAT,
+    SECRET,
+    RunningGateway,
+    chat,
+    run_gateway,
+    serving,
+    simulated,
+)
 from tests.support.waiting import until
 
 KEY = "a-key-of-the-tests-a"
@@ -46,19 +55,19 @@ def config(
     return type(base).model_validate({**json.loads(base.model_dump_json()), **given})
 
 
-async def usage(s: Site, key: str = KEY) -> Any:
+async def usage(s: RunningGateway, key: str = KEY) -> Any:
     async with s.client.get(s.url + "/v1/usage", headers=bearer(key)) as reply:
         assert reply.status == 200
         return await reply.json()
 
 
-async def limit(s: Site, kind: str, key: str = KEY) -> Any:
+async def limit(s: RunningGateway, kind: str, key: str = KEY) -> Any:
     (found,) = [one for one in (await usage(s, key))["limits"] if one["name"].endswith(kind)]
     return found
 
 
 async def test_key_is_required_once_one_exists() -> None:
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
         for path in ("/v1/models", "/v1/models/general", "/v1/usage"):
             async with s.get(path) as reply:
                 assert reply.status == 401, path
@@ -101,7 +110,7 @@ async def test_key_sees_only_the_experts_that_it_may_use() -> None:
         "theirs": {"kind": "cascade", "members": ["mine"], "later": ["secret-base"]},
     }
     given = config({"experts": ["mine", "tuned"]}, experts=experts, recipes=recipes)
-    async with site(given) as s:
+    async with run_gateway(given) as s:
         told: list[str] = []
         async with s.get("/v1/models", headers=bearer(KEY)) as reply:
             told.append(await reply.text())
@@ -145,10 +154,10 @@ async def test_key_does_not_see_what_others_spend_of_a_shared_budget() -> None:
         "mine": {"amount": 8, "period": "day", "tenant": "acme"},
     }
 
-    async def told(s: Site) -> dict[str, Any]:
+    async def told(s: RunningGateway) -> dict[str, Any]:
         return {one["name"]: one for one in (await usage(s))["limits"]}
 
-    async with site(config(experts=experts, budgets=budgets)) as s:
+    async with run_gateway(config(experts=experts, budgets=budgets)) as s:
         before = await told(s)
         assert before["budget/all"]["shared"]
         assert not before["budget/all"]["used_up"]
@@ -165,7 +174,7 @@ async def test_failure_reasons_hide_paths_from_keys(monkeypatch: pytest.MonkeyPa
         raise ExpertFailedError("/srv/weights/m/model.safetensors: damaged", retry_after_s=30)
 
     monkeypatch.setattr(SimulatedEngine, "start", refuse)
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
 
         async def failed() -> bool:
             status, _, _ = await s.ask(chat(), headers=bearer(KEY))
@@ -184,7 +193,7 @@ async def test_failure_reasons_hide_paths_from_keys(monkeypatch: pytest.MonkeyPa
 
 async def test_key_may_use_its_experts_only() -> None:
     experts = {"general": {"model": "m"}, "math": {"model": "n", "categories": ["math"]}}
-    async with site(config({"experts": ["general"]}, experts=experts)) as s:
+    async with run_gateway(config({"experts": ["general"]}, experts=experts)) as s:
         status, _, told = await s.ask(chat(model="math"), headers=bearer(KEY))
         assert (status, told["error"]["code"]) == (403, "permission_denied")
         status, _, body = await s.ask(chat(model="auto/math"), headers=bearer(KEY))
@@ -196,7 +205,7 @@ async def test_key_may_use_its_experts_only() -> None:
 async def test_usage_is_reported_and_charged_at_the_expert_s_price() -> None:
     experts = {"general": {"model": "m", "price": {"prompt": 1000, "completion": 5000}}}
     budget = {"budget": {"amount": 1000}}
-    async with site(config(budget, experts=experts)) as s:
+    async with run_gateway(config(budget, experts=experts)) as s:
         await s.ask(chat("a b c", max_tokens=3), headers=bearer(KEY))
         async with s.post(chat("a b", max_tokens=5, stream=True), headers=bearer(KEY)) as reply:
             assert b"usage" not in await reply.read()
@@ -211,7 +220,7 @@ async def test_usage_is_reported_and_charged_at_the_expert_s_price() -> None:
 
 
 async def test_requests_per_minute_limit() -> None:
-    async with site(config({"requests_per_min": 5})) as s:
+    async with run_gateway(config({"requests_per_min": 5})) as s:
         answers = await asyncio.gather(*(s.ask(chat(), headers=bearer(KEY)) for _ in range(20)))
         assert sorted(status for status, _, _ in answers) == [200] * 5 + [429] * 15
         _, headers, told = next(one for one in answers if one[0] == 429)
@@ -222,7 +231,7 @@ async def test_requests_per_minute_limit() -> None:
 
 
 async def test_concurrent_requests_limit() -> None:
-    async with site(config({"concurrent": 2}, pool={"decode_ms": 250})) as s:
+    async with run_gateway(config({"concurrent": 2}, pool={"decode_ms": 250})) as s:
         answers = await asyncio.gather(*(s.ask(chat(), headers=bearer(KEY)) for _ in range(6)))
         assert sorted(status for status, _, _ in answers) == [200] * 2 + [429] * 4
         assert (await limit(s, "concurrent"))["reserved"] == 0
@@ -230,7 +239,7 @@ async def test_concurrent_requests_limit() -> None:
 
 
 async def test_max_tokens_is_clipped_to_the_budget() -> None:
-    async with site(config({"tokens_per_min": 300})) as s:
+    async with run_gateway(config({"tokens_per_min": 300})) as s:
         status, headers, body = await s.ask(chat(max_tokens=1000), headers=bearer(KEY))
         assert status == 200
         clipped = int(headers["x-coe-max-tokens"])
@@ -246,7 +255,7 @@ async def test_list_of_prompts_counts_with_all_of_them() -> None:
     experts = {"vectors": {"model": "m", "capabilities": ["embeddings", "completions"]}}
     pool = {"max_model_len": 100}
     texts = ["word " * 90] * 10
-    async with site(config({"tokens_per_min": 500}, pool=pool, experts=experts)) as s:
+    async with run_gateway(config({"tokens_per_min": 500}, pool=pool, experts=experts)) as s:
         for path, body in (
             ("/v1/embeddings", {"model": "vectors", "input": texts}),
             ("/v1/completions", {"model": "vectors", "prompt": texts, "max_tokens": 1}),
@@ -264,7 +273,7 @@ async def test_refused_request_counts_once() -> None:
         "dear": {"model": "n", "price": {"prompt": 0, "completion": 1_000_000}},
     }
     pool = {"decode_ms": 20}
-    async with site(config({"budget": {"amount": 5}}, experts=experts, pool=pool)) as s:
+    async with run_gateway(config({"budget": {"amount": 5}}, experts=experts, pool=pool)) as s:
         holding = asyncio.create_task(s.ask(chat(max_tokens=10), headers=bearer(KEY)))
         await until(lambda: s.pools["cpu"].engines[0].now == 1, "all that there is, is reserved")
         for model in ("general", "auto"):
@@ -284,7 +293,7 @@ async def test_refused_request_counts_once() -> None:
 async def test_budget_is_not_overspent_by_a_burst() -> None:
     experts = {"general": {"model": "m", "price": {"prompt": 0, "completion": 1_000_000}}}
     budget = {"all": {"amount": 25, "window_s": 86_400}}
-    async with site(config(experts=experts, budgets=budget, pool={"decode_ms": 2})) as s:
+    async with run_gateway(config(experts=experts, budgets=budget, pool={"decode_ms": 2})) as s:
         asking = (s.ask(chat(max_tokens=10), headers=bearer(KEY)) for _ in range(30))
         answers = await asyncio.gather(*asking)
         spent = sum(body["usage"]["completion_tokens"] for st, _, body in answers if st == 200)
@@ -298,7 +307,7 @@ async def test_budget_is_not_overspent_by_a_burst() -> None:
 async def test_client_disconnect_is_charged_for_what_went_out_only() -> None:
     experts = {"general": {"model": "m", "price": {"prompt": 0, "completion": 1_000_000}}}
     limits = {"budget": {"amount": 1000}}
-    async with site(config(limits, experts=experts, pool={"decode_ms": 5})) as s:
+    async with run_gateway(config(limits, experts=experts, pool={"decode_ms": 5})) as s:
         body = chat(max_tokens=800, stream=True)
         async with s.post(body, headers=bearer(KEY)) as reply:
             await reply.content.readuntil(b"\n\n")
@@ -314,7 +323,7 @@ async def test_client_disconnect_is_charged_for_what_went_out_only() -> None:
 
 
 async def test_failed_request_is_not_charged() -> None:
-    async with site(config({"concurrent": 1, "tokens_per_min": 5000})) as s:
+    async with run_gateway(config({"concurrent": 1, "tokens_per_min": 5000})) as s:
         for _ in range(3):
             status, _, _ = await s.ask(chat(max_tokens=100, n=0), headers=bearer(KEY))
             assert status == 400
@@ -324,7 +333,7 @@ async def test_failed_request_is_not_charged() -> None:
 
 
 async def test_admin_endpoints_create_rotate_and_revoke_a_key() -> None:
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
 
         async def admin(method: str, path: str, body: Any = None, status: int = 200) -> Any:
             asking = s.client.request(method, s.url + path, json=body, headers=ADMIN)
@@ -359,14 +368,14 @@ async def test_admin_endpoints_create_rotate_and_revoke_a_key() -> None:
     ("method", "path"), [("GET", "/admin/keys"), ("POST", "/admin/keys/x/revoke")]
 )
 async def test_key_endpoints_require_the_admin_key(method: str, path: str) -> None:
-    async with site(config()) as s:
+    async with run_gateway(config()) as s:
         for headers in ({}, bearer(KEY)):
             async with s.client.request(method, s.url + path, headers=headers) as reply:
                 assert reply.status == 401
 
 
 async def test_without_any_key_requests_need_none() -> None:
-    async with site(simulated({"cpu": {}})) as s:
+    async with run_gateway(simulated({"cpu": {}})) as s:
         status, headers, _ = await s.ask(chat(), CHAT)
         assert status == 200
         assert "x-coe-max-tokens" not in headers
@@ -381,7 +390,7 @@ async def test_64_clients_through_two_gateways_do_not_overspend(tmp_path: Path) 
             budgets={"other": {"amount": 200, "period": "day", "tenant": "other"}},
             store={"kind": "redis", "url": redis.url, "timeout_ms": 20_000},
         )
-        async with site(given) as s, second_gateway(s, given) as other:
+        async with run_gateway(given) as s, second_gateway(s, given) as other:
             urls = (s.url, other)
             served = {KEY: 0, OTHER: 0}
 
@@ -417,7 +426,7 @@ async def test_64_clients_through_two_gateways_do_not_overspend(tmp_path: Path) 
 
 
 @asynccontextmanager
-async def second_gateway(s: Site, given: Any) -> AsyncIterator[str]:
+async def second_gateway(s: RunningGateway, given: Any) -> AsyncIterator[str]:
     """Another gateway to the same pools: its URL."""
     gateway = GatewayRuntime(
         given, "second", SECRET, admin_key=None, wake=lambda _: None, behind_serve=False
@@ -435,7 +444,7 @@ async def second_gateway(s: Site, given: Any) -> AsyncIterator[str]:
 
 
 async def test_long_queue_of_one_tenant_does_not_delay_another() -> None:
-    async with site(config(pool={"decode_ms": 50, "max_num_seqs": 2})) as s:
+    async with run_gateway(config(pool={"decode_ms": 50, "max_num_seqs": 2})) as s:
         heavy = [asyncio.ensure_future(s.ask(chat(), headers=bearer(KEY))) for _ in range(30)]
         pool = s.pools["cpu"]
         await until(lambda: pool.waiting >= 20, "the queue is long")
@@ -449,5 +458,8 @@ async def test_long_queue_of_one_tenant_does_not_delay_another() -> None:
 
 @pytest.mark.parametrize("days", ["%C2%B2", "0", "-1", "1.5", "99999", ""])
 async def test_usage_days_that_are_not_a_number_are_a_400(days: str) -> None:
-    async with site(config()) as s, s.get(f"/v1/usage?days={days}", headers=bearer(KEY)) as reply:
+    async with (
+        run_gateway(config()) as s,
+        s.get(f"/v1/usage?days={days}", headers=bearer(KEY)) as reply,
+    ):
         assert reply.status == 400, await reply.text()

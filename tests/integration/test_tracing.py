@@ -14,7 +14,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from service.config import Config
 from service.http.asgi import read_body
 from tests.integration.test_recipes import Cast
-from tests.support.serving import chat, serving, simulated, site
+from tests.support.serving import chat, run_gateway, serving, simulated
 from tests.support.traffic import LINES, everything
 
 CLIENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -73,7 +73,7 @@ def traced(url: str, **more: Any) -> Config:
 
 async def test_trace_spans_from_the_client_to_the_engine() -> None:
     async with collecting() as (collector, url):
-        async with site(traced(url)) as s:
+        async with run_gateway(traced(url)) as s:
             body = chat(SECRET, model="auto", stream=True, max_tokens=4, temperature=0.5)
             headers = {"traceparent": CLIENT, "x-request-id": "mine"}
             async with s.post(body, headers=headers) as reply:
@@ -117,7 +117,7 @@ async def test_trace_has_the_tokens_and_cost_of_the_reply() -> None:
     async with collecting() as (collector, url):
         config = traced(url).model_dump(mode="json", exclude_defaults=True)
         config["experts"] = {"general": {"model": "m", "price": {"prompt": 2, "completion": 3}}}
-        async with site(Config.model_validate(config)) as s:
+        async with run_gateway(Config.model_validate(config)) as s:
             status, _, body = await s.ask(chat("one two three", max_tokens=4))
             assert status == 200
         usage = body["usage"]
@@ -133,7 +133,7 @@ async def test_trace_queue_time_includes_a_swap() -> None:
         config["experts"] = {name: {"model": "m"} for name in ("a", "b")}
         config["pools"]["cpu"] |= {"slots": 1, "swap": {"min_stay_s": 0.01}}
         config["pools"]["cpu"]["simulated"] |= {"swap_s": 0.05}
-        async with site(Config.model_validate(config)) as s:
+        async with run_gateway(Config.model_validate(config)) as s:
             for model in ("a", "b", "a"):
                 status, _, _ = await s.ask(chat(model=model))
                 assert status == 200
@@ -146,7 +146,7 @@ async def test_trace_queue_time_includes_a_swap() -> None:
 
 async def test_trace_failed_attempt_and_refusal_are_errors() -> None:
     async with collecting() as (collector, url):
-        async with site(traced(url, fail="first_byte")) as s:
+        async with run_gateway(traced(url, fail="first_byte")) as s:
             assert (await s.ask(chat()))[0] == 500
             assert (await s.ask(chat(model="nobody")))[0] == 404
         failed = [attributes(span).get("error.type") for _, span in collector.spans]
@@ -162,14 +162,14 @@ async def test_trace_failed_attempt_and_refusal_are_errors() -> None:
 @pytest.mark.parametrize(("flag", "count"), [("00", 0), ("01", 1)])
 async def test_trace_sampling_follows_the_client_s_flag(flag: str, count: int) -> None:
     async with collecting() as (collector, url):
-        async with site(traced(url)) as s:
+        async with run_gateway(traced(url)) as s:
             given = {"traceparent": CLIENT[:-2] + flag}
             assert (await s.ask(chat(), headers=given))[0] == 200
         assert len(collector.named("POST /v1/chat/completions")) == count
 
 
 async def test_trace_unreachable_collector_affects_no_request() -> None:
-    async with site(traced("http://127.0.0.1:9/v1/traces")) as s:
+    async with run_gateway(traced("http://127.0.0.1:9/v1/traces")) as s:
         assert (await s.ask(chat()))[0] == 200
 
 
@@ -191,7 +191,7 @@ async def test_trace_context_is_sent_to_a_remote_expert(on: bool) -> None:
                 "experts": {"far": {"remote": {"url": there.url, "model": "m"}}},
             }
         )
-        async with site(config) as s:
+        async with run_gateway(config) as s:
             status, _, _ = await s.ask(chat(model="far"), headers={"traceparent": CLIENT})
             assert status == 200
         if not on:
@@ -209,7 +209,7 @@ async def test_trace_of_a_recipe_has_all_its_experts() -> None:
     async with serving(cast) as upstream, collecting() as (collector, url):
         config = everything(upstream.url)
         telemetry = config.telemetry.model_copy(update={"traces_url": url})
-        async with site(config.model_copy(update={"telemetry": telemetry})) as s:
+        async with run_gateway(config.model_copy(update={"telemetry": telemetry})) as s:
             status, headers, _ = await s.ask(chat(model="careful"))
             assert (status, headers["x-coe-expert"]) == (200, "strong")
         server = collector.one("POST /v1/chat/completions")

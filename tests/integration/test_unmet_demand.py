@@ -11,7 +11,7 @@ import aiohttp
 from service.config import Config
 from service.gateway.runtime import GatewayRuntime
 from service.types import Residency
-from tests.support.serving import CHAT, SECRET, pool_of, serving, until
+from tests.support.serving import CHAT, SECRET, run_pool, serving, until
 
 GATEWAYS = 4
 FILL_S = 2.0
@@ -37,7 +37,7 @@ CONFIG = Config.model_validate(
 
 async def test_unmet_demand_of_four_gateways_loads_the_expert_in_one_pool() -> None:
     async with AsyncExitStack() as stack:
-        pools = [await stack.enter_async_context(pool_of(CONFIG, kind)) for kind in CONFIG.pools]
+        pools = [await stack.enter_async_context(run_pool(CONFIG, kind)) for kind in CONFIG.pools]
         urls = []
         for i in range(GATEWAYS):
             gateway = GatewayRuntime(

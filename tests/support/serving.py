@@ -31,7 +31,7 @@ CHAT = "/v1/chat/completions"
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that says when it listens, and leaves the process's signals alone."""
+    """A uvicorn server with an event for its start, which installs no signal handlers."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -47,20 +47,20 @@ class _Server(uvicorn.Server):
 
 
 @dataclass(frozen=True)
-class Served:
+class RunningServer:
     """A running server."""
 
     url: str
     server: uvicorn.Server
 
     def cut(self) -> None:
-        """Break off every connection, as a killed process would."""
+        """Abort every connection, as a killed process would."""
         for connection in list(self.server.server_state.connections):
             connection.transport.abort()
 
 
 @asynccontextmanager
-async def serving(application: Any) -> AsyncIterator[Served]:
+async def serving(application: Any) -> AsyncIterator[RunningServer]:
     """Serve an ASGI application on a free port of loopback."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
@@ -75,7 +75,7 @@ async def serving(application: Any) -> AsyncIterator[Served]:
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))
-    served = Served(f"http://127.0.0.1:{listener.getsockname()[1]}", server)
+    served = RunningServer(f"http://127.0.0.1:{listener.getsockname()[1]}", server)
     try:
         await server.up.wait()
         yield served
@@ -85,8 +85,8 @@ async def serving(application: Any) -> AsyncIterator[Served]:
         await task
 
 
-class WatchedEngine(SimulatedEngine):
-    """A simulated engine that remembers what it was asked."""
+class RecordingEngine(SimulatedEngine):
+    """A simulated engine that records its requests and counts those that run."""
 
     def __init__(
         self,
@@ -110,11 +110,11 @@ class WatchedEngine(SimulatedEngine):
 
 @dataclass
 class RunningPool:
-    """A pool, where it listens, and the engines that it has had."""
+    """A pool, its server, and all engines that it has started."""
 
     process: PoolProcess
-    served: Served
-    engines: list[WatchedEngine]
+    served: RunningServer
+    engines: list[RecordingEngine]
 
     @property
     def url(self) -> str:
@@ -126,8 +126,8 @@ class RunningPool:
         return PoolAddress(self.url, pool.kind, pool.boot)
 
     @property
-    def engine(self) -> WatchedEngine:
-        """The latest one."""
+    def engine(self) -> RecordingEngine:
+        """The engine that was started last."""
         return self.engines[-1]
 
     @property
@@ -136,8 +136,8 @@ class RunningPool:
 
 
 @dataclass
-class Site:
-    """A gateway and its pools, and a client."""
+class RunningGateway:
+    """A gateway, its pools, and an HTTP client."""
 
     gateway: GatewayRuntime
     url: str
@@ -146,7 +146,7 @@ class Site:
     woken: list[str] = field(default_factory=list)
 
     def post(self, body: Any, path: str = CHAT, **more: Any) -> Any:
-        """A POST of JSON, as an async context manager."""
+        """Return a POST of JSON as an async context manager."""
         return self.client.post(self.url + path, json=body, **more)
 
     def get(self, path: str, **more: Any) -> Any:
@@ -155,12 +155,12 @@ class Site:
     async def ask(
         self, body: Any, path: str = CHAT, **more: Any
     ) -> tuple[int, Mapping[str, str], Any]:
-        """Status, headers and JSON of a whole answer."""
+        """POST JSON and return status, headers and JSON of the response."""
         async with self.post(body, path, **more) as reply:
             return reply.status, reply.headers, await reply.json()
 
     def idle(self) -> bool:
-        """Whether nothing runs or waits anywhere."""
+        """Return whether no request runs or waits in any pool or engine."""
         return all(
             pool.process.pool.queued() == 0 and all(e.now == 0 for e in pool.engines)
             for pool in self.pools.values()
@@ -168,18 +168,18 @@ class Site:
 
 
 @asynccontextmanager
-async def pool_of(config: Config, kind: str) -> AsyncIterator[RunningPool]:
-    """One pool, served; drained and stopped at the end."""
+async def run_pool(config: Config, kind: str) -> AsyncIterator[RunningPool]:
+    """Run one pool with its server, and drain and stop it at the end."""
     process = PoolProcess(config, kind, SECRET)
-    engines: list[WatchedEngine] = []
+    engines: list[RecordingEngine] = []
 
     def build(
         experts: tuple[str, ...],
         options: SimulatedOptions,
         observer: EngineObserver | None = None,
         bases: Mapping[str, str] | None = None,
-    ) -> WatchedEngine:
-        engines.append(WatchedEngine(experts, options, observer, bases))
+    ) -> RecordingEngine:
+        engines.append(RecordingEngine(experts, options, observer, bases))
         return engines[-1]
 
     # Each slot asks for its engine whenever it needs one: the name stays patched
@@ -205,12 +205,14 @@ def _patched(real: Callable[[], Any], build: Any) -> Callable[[], Any]:
 
 
 @asynccontextmanager
-async def site(config: Config, reload: Reload | None = None) -> AsyncIterator[Site]:
-    """A gateway and one pool of each kind; afterwards nothing must run or wait."""
+async def run_gateway(
+    config: Config, reload: Reload | None = None
+) -> AsyncIterator[RunningGateway]:
+    """Run a gateway and one pool of each kind; at the end nothing may run or wait."""
     before = asyncio.all_tasks()
     async with AsyncExitStack() as stack:
         pools = {
-            kind: await stack.enter_async_context(pool_of(config, kind)) for kind in config.pools
+            kind: await stack.enter_async_context(run_pool(config, kind)) for kind in config.pools
         }
         woken: list[str] = []
         gateway = GatewayRuntime(
@@ -229,7 +231,7 @@ async def site(config: Config, reload: Reload | None = None) -> AsyncIterator[Si
         client = await stack.enter_async_context(
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30))
         )
-        made = Site(gateway, served.url, client, pools, woken)
+        made = RunningGateway(gateway, served.url, client, pools, woken)
         await until(lambda: _settled(made), "every expert loaded or failed, and the gateway knows")
         yield made
         await until(made.idle, "every request ended, in pools and engines")
@@ -238,14 +240,14 @@ async def site(config: Config, reload: Reload | None = None) -> AsyncIterator[Si
     await until(lambda: not asyncio.all_tasks() - before, "no task is left")
 
 
-def _settled(made: Site) -> bool:
+def _settled(made: RunningGateway) -> bool:
     links = made.gateway.directory.links()
     known = [link.snapshot for link in links if link.snapshot is not None]
     return len(known) == len(made.pools) and all(map(_up, known))
 
 
 def _up(snapshot: Snapshot) -> bool:
-    """Each expert answers, or can't; those that share a slot wait for their turn."""
+    """Return whether each expert is ready or failed, or shares a slot with a ready one."""
     states = snapshot.experts.values()
     answering = {state.slot for state in states if state.state == "device"}
     return all(
@@ -264,7 +266,16 @@ def simulated(
     router: dict[str, Any] | None = None,
     **sections: Any,
 ) -> Config:
-    """A config of simulated pools: `pools` are the engines' options, `kinds` the pools' own."""
+    """Build a config of simulated pools.
+
+    Args:
+        pools: Options of the simulated engine, by pool.
+        kinds: Further settings of a pool, by pool.
+        experts: The experts; by default one, `general`.
+        server: The `server` section.
+        router: The `router` section.
+        sections: Further sections of the config.
+    """
     given = experts or {"general": {"model": "m"}}
     return Config.model_validate(
         {
@@ -281,10 +292,10 @@ def simulated(
 
 
 def chat(text: str = "hello there", **more: Any) -> dict[str, Any]:
-    """A chat request's body."""
+    """Return the body of a chat request."""
     return {"model": "general", "messages": [{"role": "user", "content": text}], **more}
 
 
 def events(data: bytes) -> list[str]:
-    """The payloads of a stream of server-sent events."""
+    """Return the payloads of a stream of server-sent events."""
     return [line[6:] for line in data.decode().split("\n") if line.startswith("data: ")]

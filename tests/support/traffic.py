@@ -11,7 +11,7 @@ import numpy as np
 from service.config import Config
 from service.engine.base import RoutingSample
 from tests.integration.test_recipes import Cast
-from tests.support.serving import Site, chat, serving, simulated, site
+from tests.support.serving import RunningGateway, chat, run_gateway, serving, simulated
 from tests.support.waiting import until
 
 # The first two differ, so that the cascade goes on to the strong one.
@@ -49,15 +49,15 @@ def everything(url: str) -> Config:
 
 
 @asynccontextmanager
-async def busy_site() -> AsyncIterator[Site]:
+async def busy_site() -> AsyncIterator[RunningGateway]:
     """The site, and its upstream."""
     cast = Cast()
     cast.lines = dict(LINES)
-    async with serving(cast) as upstream, site(everything(upstream.url)) as s:
+    async with serving(cast) as upstream, run_gateway(everything(upstream.url)) as s:
         yield s
 
 
-def routers_choose(s: Site) -> None:
+def routers_choose(s: RunningGateway) -> None:
     """As an engine tells it that runs a mixture of experts."""
     stretch = np.zeros((1, 32, 2), np.int16)
     stretch[:, :, 1] = 1
@@ -66,7 +66,7 @@ def routers_choose(s: Site) -> None:
     s.pools["cpu"].process._metrics.on_routing_sample(told)
 
 
-async def round_of_traffic(s: Site) -> None:
+async def round_of_traffic(s: RunningGateway) -> None:
     """Every kind of request once: streamed or not, routed, swapped, remote, refused, failed."""
     routers_choose(s)
     for model in ("general", "math", "auto", "auto/math"):
@@ -89,7 +89,7 @@ async def round_of_traffic(s: Site) -> None:
     assert status == 404
 
 
-async def an_engine_dies(s: Site) -> None:
+async def an_engine_dies(s: RunningGateway) -> None:
     """While requests run on it: they are answered by the next one."""
     pool = s.pools["cpu"]
     running = [asyncio.create_task(s.ask(chat(model="general", max_tokens=400))) for _ in range(2)]

@@ -10,7 +10,11 @@ from collections.abc import Awaitable, Callable
 async def until(
     condition: Callable[[], object | Awaitable[object]], what: str, timeout_s: float = 15
 ) -> None:
-    """Look again and again; an AssertionError says what never happened."""
+    """Poll until the condition is true.
+
+    Raises:
+        AssertionError: The condition was still false after `timeout_s`; `what` names it.
+    """
     try:
         async with asyncio.timeout(timeout_s):
             while True:

@@ -12,7 +12,7 @@ import pytest
 from service.errors import ConflictError
 from service.gateway.audit_log import REFUSALS, RefusalLog
 from service.telemetry.logging import JsonLines
-from tests.support.serving import ADMIN_KEY, chat, simulated, site
+from tests.support.serving import ADMIN_KEY, chat, run_gateway, simulated
 
 KEY = "a-key-of-the-tests-0123456789"
 
@@ -73,7 +73,7 @@ async def test_audit_log_has_a_line_for_each_admin_action_and_refused_key(
     monkeypatch.setenv("KEY_OF_TESTS", KEY)
     given = simulated({"cpu": {"tokens": 1}}, keys={"ci": {"key_env": "KEY_OF_TESTS"}})
     admin = {"authorization": f"Bearer {ADMIN_KEY}"}
-    async with site(given) as s:
+    async with run_gateway(given) as s:
         status, _, made = await s.ask({"tenant": "acme"}, "/admin/keys", headers=admin)
         assert status == 200, made
         _, _, rotated = await s.ask({}, f"/admin/keys/{made['id']}/rotate", headers=admin)
@@ -119,7 +119,7 @@ async def test_access_log_names_tenant_and_key(
         tenants={"acme": {}},
         keys={"ci": {"key_env": "KEY_OF_TESTS", "tenant": "acme"}},
     )
-    async with site(given) as s:
+    async with run_gateway(given) as s:
         with written_by("coe.access") as written:
             for body in (chat(), chat(model="nobody"), {"messages": "none"}):
                 await s.ask(body, headers={"x-api-key": KEY})

@@ -9,7 +9,7 @@ import pytest
 
 from service.errors import DisallowedFieldError
 from service.gateway.request.parsing import InferenceRequest, parse_request
-from tests.support.serving import simulated, site
+from tests.support.serving import run_gateway, simulated
 
 FUNCTION = {"type": "function", "name": "run", "parameters": {"type": "object"}}
 NAMESPACE = {"type": "namespace", "name": "mcp__notes__", "tools": [FUNCTION]}
@@ -126,7 +126,7 @@ def test_malformed_tool_choice_is_left_to_the_engine(odd: Any) -> None:
 
 
 async def test_removed_tools_are_in_a_header_and_namespaces_are_searched() -> None:
-    async with site(simulated({"cpu": {"tokens": 2}})) as s:
+    async with run_gateway(simulated({"cpu": {"tokens": 2}})) as s:
         body = {"model": "general", "input": "x", "tools": [SEARCH, FUNCTION]}
         insists = {**body, "tool_choice": {"type": "web_search"}}
         status, _, told = await s.ask(insists, "/v1/responses")

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from service.config import Config
-from tests.support.serving import Site, site
+from tests.support.serving import RunningGateway, run_gateway
 
 T = TypeVar("T")
 
 
 @dataclass
 class Answer:
-    """What an ASGI application sent, and whether it kept to the protocol."""
+    """An ASGI send that records the response and asserts the order of its messages."""
 
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
@@ -40,15 +40,15 @@ class Answer:
 
 
 @dataclass
-class Apart:
-    """The site, and its loop, which runs in another thread."""
+class GatewayThread:
+    """A running gateway with its pools, and the event loop of their thread."""
 
     loop: asyncio.AbstractEventLoop
-    site: Site
+    gateway: RunningGateway
     app: Any
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 20) -> T:
-        """Do it over there, and wait for it."""
+        """Run a coroutine in the loop of the thread, and wait for its result."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout_s)
 
     def ask(
@@ -60,7 +60,7 @@ class Apart:
         *,
         query: bytes = b"",
     ) -> Answer:
-        """One request to the gateway's application, without a server in between."""
+        """Send a request to the gateway's ASGI application, without a server in between."""
         return self.run(ask(self.app, method, path, body, headers, query=query))
 
 
@@ -73,7 +73,7 @@ async def ask(
     *,
     query: bytes = b"",
 ) -> Answer:
-    """One request to an ASGI application; its body comes in two pieces."""
+    """Send a request to an ASGI application; its body arrives in two pieces."""
     pieces = iter([body[: len(body) // 2], body[len(body) // 2 :]])
     left = 2
 
@@ -106,24 +106,24 @@ async def ask(
 
 
 @contextmanager
-def site_apart(config: Config) -> Iterator[Apart]:
-    """A running site, for as long as the context lasts."""
+def gateway_in_thread(config: Config) -> Iterator[GatewayThread]:
+    """Run a gateway with its pools in a thread, for as long as the context lasts."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    made: Future[Site] = Future()
+    made: Future[RunningGateway] = Future()
     enough = asyncio.Event()
 
     async def live() -> None:
-        # One task from beginning to end: a site looks at the end that no other is left.
-        async with site(config) as running:
+        # One task does it all: `run_gateway` asserts at its end that no other task is left.
+        async with run_gateway(config) as running:
             made.set_result(running)
             await enough.wait()
 
     living = asyncio.run_coroutine_threadsafe(live(), loop)
     living.add_done_callback(lambda done: made.done() or made.set_exception(_why(done)))
     try:
-        yield Apart(loop, made.result(60), made.result().gateway)
+        yield GatewayThread(loop, made.result(60), made.result().gateway)
         loop.call_soon_threadsafe(enough.set)
         living.result(60)
     finally:
@@ -134,4 +134,4 @@ def site_apart(config: Config) -> Iterator[Apart]:
 
 
 def _why(done: Future[None]) -> BaseException:
-    return done.exception() or AssertionError("the site ended")
+    return done.exception() or AssertionError("the gateway ended")

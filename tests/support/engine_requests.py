@@ -20,7 +20,7 @@ _ids = itertools.count()
 
 @dataclass
 class Reply:
-    """An ASGI send that keeps an answer; `begun` is set at its first message."""
+    """An ASGI send that records a response; `begun` is set at its first message."""
 
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
@@ -53,14 +53,14 @@ class Reply:
 
     @property
     def events(self) -> list[Any]:
-        """The JSON events of a stream that ended as it should."""
+        """The JSON events of a stream that ended with `[DONE]`."""
         lines = [line[6:] for line in self.body.split(b"\n") if line.startswith(b"data: ")]
         assert lines[-1] == b"[DONE]"
         return [orjson.loads(line) for line in lines[:-1]]
 
     @property
     def fault(self) -> dict[str, Any]:
-        """The inside of OpenAI's error shape."""
+        """The `error` object of OpenAI's error shape."""
         detail: dict[str, Any] = self.json["error"]
         assert detail.keys() == {"message", "type", "param", "code"}
         assert detail["message"]
@@ -68,7 +68,7 @@ class Reply:
 
 
 async def run(engine: Engine, path: str, expert: str, body: Any, reply: Reply) -> None:
-    """Run a request; an error raised is answered as a pool's port would."""
+    """Run a request. A raised error becomes the response that a pool would send."""
     raw = orjson.dumps({"model": expert, **body})
     request = EngineRequest(path, expert, raw, f"test-{next(_ids)}")
     try:
@@ -86,7 +86,7 @@ async def run(engine: Engine, path: str, expert: str, body: Any, reply: Reply) -
 
 
 async def ask(engine: Engine, path: str, expert: str, body: Any) -> Reply:
-    """A whole answer."""
+    """Run a request and return its recorded response."""
     reply = Reply()
     await run(engine, path, expert, body, reply)
     return reply
