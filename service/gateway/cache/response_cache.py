@@ -49,18 +49,18 @@ _WHOLE = frozenset({b"stop", b"tool_calls", b"function_call"})
 
 @dataclass(frozen=True, slots=True)
 class CacheHit:
-    """An answer that was kept. `similarity` is 1 for the very same request."""
+    """A cached answer. `similarity` is in [0, 1], and 1 for an identical request."""
 
     kind: str
     expert: str
     content_type: str
     body: bytes
-    likeness: float
+    similarity: float
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSearch:
-    """What a request is looked for by. `question`: its last message, if likeness will do."""
+    """The keys of a lookup. `question` is the last message, where a similar one is enough."""
 
     settings: CacheConfig
     tenant: str
@@ -102,7 +102,7 @@ class ResponseCache:
         )
 
     def search(self, request: InferenceRequest) -> CacheSearch | None:
-        """What to look for, or None where it is not asked for or not allowed."""
+        """The keys to look for; None where the client or the tenant doesn't use the cache."""
         settings = self._settings.get(request.tenant.name)
         if settings is None or request.cache == "off" or request.endpoint not in _ENDPOINTS:
             return None
@@ -123,7 +123,7 @@ class ResponseCache:
         return hashlib.blake2b(data, digest_size=16).hexdigest()
 
     async def look(self, search: CacheSearch, request: InferenceRequest) -> CacheHit | None:
-        """The answer that is kept for a request, if any."""
+        """The cached answer for a request, if there is one."""
         try:
             hit = await self._exact(search, request)
             if hit is None and search.question:
@@ -202,11 +202,11 @@ class ResponseCache:
         except StoreUnavailableError:
             return
         except CoeError as error:
-            log.warning("an answer could not be kept: %s", error.code)
+            log.warning("cannot cache an answer: %s", error.code)
 
 
 class RecordingSend:
-    """An ASGI send that keeps a copy of an answer, as long as it is one worth keeping."""
+    """An ASGI send that records an answer, as long as it can be cached."""
 
     def __init__(self, send: Send, most_bytes: int) -> None:
         self._send = send
@@ -252,7 +252,7 @@ class RecordingSend:
 
 @dataclass(frozen=True, slots=True)
 class CacheSession:
-    """One request's visit to the cache: served from it, or to be kept, or neither."""
+    """One request and the cache: it is served from it, recorded for it, or neither."""
 
     cache: ResponseCache
     search: CacheSearch | None
@@ -268,11 +268,11 @@ class CacheSession:
             return [(b"x-coe-cache", b"miss")]
         told = [(b"x-coe-cache", self.hit.kind.encode())]
         if self.hit.kind == "semantic":
-            told.append((b"x-coe-cache-similarity", f"{self.hit.likeness:.3f}".encode()))
+            told.append((b"x-coe-cache-similarity", f"{self.hit.similarity:.3f}".encode()))
         return told
 
     async def send_hit(self, headers: list[tuple[bytes, bytes]]) -> None:
-        """Send what was kept."""
+        """Send the cached answer."""
         assert self.hit is not None
         head = [
             (b"content-type", self.hit.content_type.encode("latin-1")),

@@ -1,4 +1,4 @@
-"""The guard: which screens a tenant has asked for, what they saw, and what is done about it."""
+"""The guard: runs a tenant's screens on a request, and refuses, redacts or flags it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RANK = {"passed": 0, "flagged": 1, "redacted": 2}
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What one screen saw, and what was done."""
+    """The finding of one screen, and the action taken."""
 
     screen: str
     score: float
@@ -31,9 +31,12 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class GuardResult:
-    """A request that may go on, as it may go on.
+    """A request that passed the guard.
 
-    `arrived_s`: when its body was there, by `time.monotonic`.
+    Attributes:
+        request: The request, redacted where a screen did so.
+        seen: The findings of the screens.
+        arrived_s: When its body was complete, by `time.monotonic`.
     """
 
     request: InferenceRequest
@@ -42,26 +45,33 @@ class GuardResult:
 
     @property
     def done(self) -> str:
-        """The most that any screen did: passed, flagged or redacted."""
-        return max((one.done for one in self.seen), key=_RANK.__getitem__, default="passed")
+        """The strongest action of any screen: passed, flagged or redacted."""
+        return max((check.done for check in self.seen), key=_RANK.__getitem__, default="passed")
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """What the reply tells of it."""
+        """The reply's header about the guard; none where the request passed."""
         return [] if self.done == "passed" else [(b"x-coe-guard", self.done.encode())]
 
     def explained(self) -> list[dict[str, Any]]:
-        """For /v1/route: scores and kinds, never text."""
+        """The findings for `/v1/route`: scores and kinds, never text."""
         return [
-            {"screen": one.screen, "score": one.score, "kinds": list(one.kinds), "done": one.done}
-            for one in self.seen
+            {
+                "screen": check.screen,
+                "score": check.score,
+                "kinds": list(check.kinds),
+                "done": check.done,
+            }
+            for check in self.seen
         ]
 
 
 class Guard:
-    """The guards of every tenant that has one.
+    """The guards of all tenants.
 
-    `screens` take the shipped ones' place, by name (`injection`, `pii`).
+    Args:
+        config: The config.
+        screens: Replace the shipped screens, by name (`injection`, `pii`).
     """
 
     def __init__(self, config: Config, screens: Mapping[str, Screen] | None = None) -> None:
@@ -95,7 +105,7 @@ class Guard:
             finding = await self._injection.look(texts)
             hit = finding.score >= guard.injection.threshold
             if hit and guard.injection.action == "refuse":
-                raise _refused("injection", finding)
+                raise _refused_error("injection", finding)
             seen.append(_seen("injection", finding, "flagged" if hit else "passed"))
         action = guard.pii.action
         if action != "off":
@@ -103,7 +113,7 @@ class Guard:
             done = "passed"
             if finding.spans:
                 if action == "refuse":
-                    raise _refused("pii", finding)
+                    raise _refused_error("pii", finding)
                 done = "flagged"
                 if action == "redact":
                     request = _redacted(request, finding)
@@ -116,7 +126,7 @@ def _seen(screen: str, finding: Finding, done: str) -> Seen:
     return Seen(screen, finding.score, finding.kinds, done)
 
 
-def _refused(screen: str, finding: Finding) -> GuardRefusedError:
+def _refused_error(screen: str, finding: Finding) -> GuardRefusedError:
     return GuardRefusedError(
         f"refused by this tenant's guard: the screen {screen!r} found "
         f"{', '.join(finding.kinds) or 'something'} (score {finding.score:.2f})",

@@ -1,11 +1,13 @@
-"""What a screen is: text in, a score and findings out. A stronger one takes a shipped one's place.
+"""The interface of screens: texts go in, a score and findings come out.
+
+A screen of your own replaces a shipped one:
 
 class MyModel:
     name = "injection"
 
     async def look(self, texts: Sequence[Text]) -> Finding: ...
 
-GatewayProcess(..., screens={"injection": MyModel()})
+GatewayRuntime(..., screens={"injection": MyModel()})
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where something was found: in which text, from which character to which, and what."""
+    """A finding's place: the text's index, its first and last character, and its kind."""
 
     text: int
     start: int
@@ -36,7 +38,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a screen saw. `score` in [0, 1]; `kinds`: what led to it, never the text itself."""
+    """A screen's result: a score in [0, 1], and the kinds of findings, never their text."""
 
     score: float
     kinds: tuple[str, ...] = ()
@@ -44,7 +46,7 @@ class Finding:
 
 
 NOTHING = Finding(0.0)
-# A prompt longer than this is looked through beside the loop, so that others go on.
+# Longer prompts are screened in a thread, so that other requests go on.
 _ASIDE_CHARACTERS = 20_000
 
 

@@ -1,4 +1,4 @@
-"""A body's texts, taken out for screens and put back where one was redacted."""
+"""Extracts a body's texts for screens, and puts redacted texts back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ Change = Callable[[Text], str]
 def texts_of(data: Mapping[str, Any], most: int) -> list[Text]:
     """Every text of a prompt, in a fixed order.
 
-    Raises InvalidRequestError as soon as they have more than `most` characters together.
+    Raises:
+        InvalidRequestError: The texts have more than `most` characters together.
     """
     found: list[Text] = []
     left = most
@@ -90,7 +91,7 @@ def _any(value: Any, trusted: bool, change: Change, deep: int) -> Any:
     if isinstance(value, str):
         return change(Text(value, trusted)) if value else value
     if deep == 0:
-        # What was not looked through must not pass.
+        # A text that no screen has seen must not pass.
         raise InvalidRequestError("the prompt is nested too deep for the guard to look through")
     if isinstance(value, list):
         return [_any(one, trusted, change, deep - 1) for one in value]

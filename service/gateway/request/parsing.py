@@ -1,6 +1,6 @@
-"""Reading a request: what of its body the gateway has to know.
+"""Parses a request: the fields of the body that the gateway needs.
 
-Everything else in the body is the engine's business and is passed through as it came.
+All other fields belong to the engine and are passed through.
 """
 
 from __future__ import annotations
@@ -30,17 +30,30 @@ _GIVEN_ID = re.compile(rb"^[A-Za-z0-9._:-]{1,128}$")
 
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
-    """A request as the gateway understands it.
+    """A parsed request.
 
-    `deadline_ms`: from its arrival to the first token when `stream`, else to the end;
-    `own_deadline`: the client has set it. `needs`: the
-    capabilities that an expert must have to answer it. `trace`: its W3C trace context.
-    `cache`: which answers that were kept will do.
-    `max_cost`: the most that all calls for it may cost together, in the unit of prices.
-    `combinable`: several experts may be asked for one answer. `clipped`: what its answers were
-    cut to, in tokens, where that is less than the client asked for. `left_out`: types of tools
-    that were taken out, because the service does not run them. `media`: what it holds beside text;
-    `media_tokens`: as how many tokens that counts.
+    Attributes:
+        endpoint: Its path.
+        model: The model that the client named.
+        stream: Whether the answer is a stream.
+        needs: The capabilities that an expert must have.
+        data: The body, without the gateway's own fields.
+        raw: The body as it came; empty where it has to be written again.
+        request_id: The gateway's id of the request.
+        client_id: The id that the client knows.
+        deadline_ms: Time from its arrival to the first token of a stream, or to the end of
+            another answer.
+        own_deadline: Whether the client set the deadline.
+        tenant: The tenant that sent it.
+        trace: Its W3C trace context, as headers.
+        body_bytes: The size of its body.
+        max_cost: The most that all its calls may cost together, in the unit of prices.
+        cache: Which cached answers the client accepts.
+        combinable: Whether several experts' answers to it can be compared.
+        clipped: The bound on its answers in tokens, where the gateway lowered it.
+        media: Its images, sound and video.
+        media_tokens: The tokens that its media take.
+        left_out: Types of tools that were removed, because the service does not run them.
     """
 
     endpoint: str
@@ -66,7 +79,7 @@ class InferenceRequest:
 
     @property
     def prompt_tokens(self) -> int:
-        """About how long the prompt is: four bytes of text a token, and what media take."""
+        """The estimated tokens of the prompt: a token for four bytes of text, and the media."""
         return 1 + estimate_tokens(self._text_bytes) + self.media_tokens
 
     @property
@@ -87,7 +100,7 @@ class InferenceRequest:
 
     @property
     def prompts(self) -> int:
-        """How many prompts it has, each of which may fill the context."""
+        """The number of prompts, each of which may fill the context."""
         given = self.data.get(self._reads.prompt) if self._reads.several else None
         if isinstance(given, list) and given and not isinstance(given[0], int):
             return len(given)
@@ -95,9 +108,9 @@ class InferenceRequest:
 
     @property
     def answers(self) -> int:
-        """How many answers are asked for: choices, times prompts where there are several."""
+        """The number of answers: choices times prompts."""
         given = (self.data.get(name) for name in self._reads.choices)
-        return max([1, *(one for one in given if isinstance(one, int))]) * self.prompts
+        return max([1, *(count for count in given if isinstance(count, int))]) * self.prompts
 
     @property
     def sequences(self) -> int:
@@ -125,14 +138,14 @@ class InferenceRequest:
         return self.given_tokens or self._reads.usual_length
 
     def at_most(self, tokens: int) -> InferenceRequest:
-        """The same with each answer no longer than that. Only where it can be bounded."""
+        """Bound each answer to this many tokens, on an endpoint that has such a bound."""
         names = self._reads.lengths
         given = {name: self.data[name] for name in names if self.data.get(name) is not None}
         bounds = {name: min(tokens, one) for name, one in given.items()} or {names[-1]: tokens}
         return replace(self, data={**self.data, **bounds}, raw=b"", clipped=tokens)
 
     def for_member(self, number: int, *, logprobs: bool) -> InferenceRequest:
-        """The same question as one of several calls for one answer: whole, not streamed."""
+        """The request for one member of a recipe, not streamed."""
         data = {k: v for k, v in self.data.items() if k not in ("stream", "stream_options")}
         if logprobs:
             data["logprobs"] = True
@@ -146,13 +159,13 @@ class InferenceRequest:
         )
 
     def body_for(self, expert: str) -> bytes:
-        """The body to send on: untouched where the client named this expert itself."""
+        """The body for an expert; unchanged where the client named this expert."""
         if self.data.get("model") == expert and self.raw:
             return self.raw
         try:
             return orjson.dumps({**self.data, "model": expert})
         except orjson.JSONEncodeError:
-            # Reading takes 1024 levels, writing 254.
+            # orjson reads 1024 levels and writes 254.
             raise InvalidRequestError("the body is nested too deep") from None
 
 
@@ -163,14 +176,14 @@ def parse_request(
     default_deadline_ms: int,
     tenant: Tenant = NOBODY,
 ) -> InferenceRequest:
-    """Understand a request. Raises InvalidRequestError, naming the field."""
+    """Parse a request. Raises InvalidRequestError, which names the field."""
     try:
         data = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise InvalidRequestError(f"the body must be a JSON object, not {_kind(data)}")
-    # Null is "not set" in every client's words; engines refuse it in many fields.
+    # Clients send null for "not set", which engines refuse in many fields.
     unset = [name for name, value in data.items() if value is None]
     for name in unset:
         del data[name]
@@ -192,7 +205,7 @@ def parse_request(
     _check_integers(data)
     left_out = leave_out_hosted_tools(endpoint, data)
     media = media_of(data)
-    wishes = _wishes(data.pop("coe", None), headers)
+    coe_options = _parse_coe_options(data.pop("coe", None), headers)
     request_id = secrets.token_hex(12)
     given = headers.get(b"x-request-id", b"")
     return InferenceRequest(
@@ -201,16 +214,16 @@ def parse_request(
         stream=stream,
         needs=_needs(endpoint, data) | media.needs,
         data=data,
-        # Without our own key, nulls and tools that nobody runs: engines would refuse them.
-        raw=b"" if wishes.own_key or unset or left_out else raw,
+        # Engines would refuse `coe`, nulls and hosted tools, so the body is written again.
+        raw=b"" if coe_options.own_key or unset or left_out else raw,
         request_id=request_id,
         client_id=given.decode() if _GIVEN_ID.match(given) else request_id,
         tenant=tenant,
         trace=trace_of(headers),
-        deadline_ms=wishes.deadline_ms or default_deadline_ms,
-        own_deadline=wishes.deadline_ms is not None,
+        deadline_ms=coe_options.deadline_ms or default_deadline_ms,
+        own_deadline=coe_options.deadline_ms is not None,
         body_bytes=len(raw),
-        max_cost=wishes.max_cost,
+        max_cost=coe_options.max_cost,
         cache=_cache(headers),
         combinable=_combinable(endpoint, data),
         left_out=left_out,
@@ -285,39 +298,39 @@ class _CoeOptions:
     max_cost: float | None = None
 
 
-_MOST_DEADLINE_MS = 86_400_000
+_MAX_DEADLINE_MS = 86_400_000
 
 
-def _wishes(given: object, headers: dict[bytes, bytes]) -> _CoeOptions:
-    """What a request asks of us, not of the engine: the body's `coe`, or headers."""
+def _parse_coe_options(given: object, headers: dict[bytes, bytes]) -> _CoeOptions:
+    """Parse the options for the gateway itself: the body's `coe`, or headers."""
     if given is not None and not isinstance(given, dict):
         raise InvalidRequestError(f"`coe` must be an object, not {_kind(given)}", param="coe")
-    wishes: dict[str, Any] = dict(given or {})
-    unknown = wishes.keys() - {"deadline_ms", "max_cost"}
+    coe_options: dict[str, Any] = dict(given or {})
+    unknown = coe_options.keys() - {"deadline_ms", "max_cost"}
     if unknown:
         raise InvalidRequestError(
             f"`coe` has no {min(unknown)[:64]!r}; it takes deadline_ms, max_cost", param="coe"
         )
-    deadline_ms = wishes.get("deadline_ms")
-    said = headers.get(b"x-coe-deadline-ms")
+    deadline_ms = coe_options.get("deadline_ms")
+    header = headers.get(b"x-coe-deadline-ms")
     where = "`coe.deadline_ms`"
-    if said is not None:
+    if header is not None:
         where = "the header x-coe-deadline-ms"
-        deadline_ms = int(said) if len(said) <= 8 and said.isdigit() else -1
+        deadline_ms = int(header) if len(header) <= 8 and header.isdigit() else -1
     if deadline_ms is not None and (
         isinstance(deadline_ms, bool)
         or not isinstance(deadline_ms, int)
-        or not 1 <= deadline_ms <= _MOST_DEADLINE_MS
+        or not 1 <= deadline_ms <= _MAX_DEADLINE_MS
     ):
         raise InvalidRequestError(
-            f"{where} must be an integer from 1 to {_MOST_DEADLINE_MS}",
+            f"{where} must be an integer from 1 to {_MAX_DEADLINE_MS}",
             param=where.split()[-1].strip("`"),
         )
-    return _CoeOptions(given is not None, deadline_ms, _max_cost(wishes, headers))
+    return _CoeOptions(given is not None, deadline_ms, _max_cost(coe_options, headers))
 
 
 def _cache(headers: dict[bytes, bytes]) -> CacheMode:
-    """Whether an answer that was kept will do, and this one may be kept."""
+    """Which cached answers the client accepts, by the header x-coe-cache."""
     given = headers.get(b"x-coe-cache", b"off")
     found = _CACHE.get(given)
     if found is None:
@@ -327,8 +340,8 @@ def _cache(headers: dict[bytes, bytes]) -> CacheMode:
     return found
 
 
-def _max_cost(wishes: dict[str, Any], headers: dict[bytes, bytes]) -> float | None:
-    given = wishes.get("max_cost")
+def _max_cost(coe_options: dict[str, Any], headers: dict[bytes, bytes]) -> float | None:
+    given = coe_options.get("max_cost")
     where, param = "`coe.max_cost`", "coe.max_cost"
     if b"x-coe-max-cost" in headers:
         where, param = "the header x-coe-max-cost", "x-coe-max-cost"

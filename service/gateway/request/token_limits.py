@@ -1,4 +1,4 @@
-"""How much a request may come to: its prompts, its answers, their length, and their cost."""
+"""Bounds on a request's prompts, answers, their length, and their cost."""
 
 from __future__ import annotations
 
@@ -49,10 +49,14 @@ def check_extent(request: InferenceRequest, limits: RequestLimits) -> None:
 
 
 def within_context(request: InferenceRequest, expert: str, context: int) -> InferenceRequest:
-    """With answers no longer than an expert's context, for a client that did not choose it.
+    """Bound the answers by an expert's context, where the client did not name the expert.
 
-    Who names an expert can know its context, and is told by the engine that it is too small.
-    `context`: in tokens, 0 where it is not known.
+    A client that names an expert can know its context; the engine refuses a longer answer.
+
+    Args:
+        request: The request.
+        expert: The expert that answers.
+        context: Its context in tokens; 0 where it is unknown.
     """
     wanted = request.given_tokens
     if not context or wanted is None or wanted <= context or request.model == expert:
@@ -66,15 +70,21 @@ def within_cost(
     cost_model: CostModel,
     contexts: Sequence[int] = (),
 ) -> InferenceRequest:
-    """With answers so short that one call of each expert surely costs `max_cost` at most together.
+    """Bound the answers so that one call of each expert costs at most `max_cost` in total.
 
-    `contexts`: those of the experts in tokens, 0 where one is not known; engines refuse a
-    bound above theirs. Raises InvalidRequestError where not even one token is cheap enough.
+    Args:
+        request: The request.
+        experts: The experts that are called.
+        cost_model: Knows their prices.
+        contexts: Their contexts in tokens, 0 where unknown; engines refuse a greater bound.
+
+    Raises:
+        InvalidRequestError: The cost of the prompt and one token may exceed `max_cost`.
     """
     if request.max_cost is None:
         return request
     prices = [cost_model.price(name) for name in experts]
-    # No tokenizer makes more tokens than there are bytes.
+    # No tokenizer makes more tokens than the text has bytes.
     left = (
         request.max_cost - sum(price.prompt for price in prices) * request.most_prompt_tokens / 1e6
     )
@@ -92,7 +102,7 @@ def within_cost(
     affordable = int(left / per_token)
     wanted = request.most_tokens
     if wanted is None:
-        # Where none is given the smallest context bounds it as well: no clip is needed above.
+        # Without a bound the context bounds the answer, so a greater bound is not needed.
         known = [context for context in contexts if context]
         if len(known) == len(experts) and affordable >= max(known):
             return request

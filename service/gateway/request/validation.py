@@ -1,4 +1,4 @@
-"""Taking a request in: within every bound, understood, and past its tenant's guard."""
+"""Validates a request: reads the body, checks every bound, parses it, and runs the guard."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from service.telemetry import metrics
 from service.telemetry.registry import MetricsRegistry
 from service.types import Tenant
 
-# From so many bytes on a body is understood in a thread, so that streams go on meanwhile.
+# Larger bodies are parsed in a thread, so that streams go on meanwhile.
 _LARGE_BYTES = 128 * 1024
 
 
 class RequestValidator:
-    """The way in of one gateway."""
+    """Reads and checks the requests of one gateway."""
 
     def __init__(self, config: Config, guard: Guard, meter: MetricsRegistry) -> None:
         self._server = config.server
@@ -35,7 +35,7 @@ class RequestValidator:
         self._meter = meter
 
     def headers(self, pairs: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-        """A request's headers, if they are within their bounds. Raises HeadersTooLargeError."""
+        """Check a request's headers, and return them by name. Raises HeadersTooLargeError."""
         pairs = list(pairs)
         self._limits.headers(pairs)
         return dict(pairs)
@@ -43,7 +43,13 @@ class RequestValidator:
     async def validate(
         self, path: str, headers: dict[bytes, bytes], tenant: Tenant, receive: Receive
     ) -> GuardResult:
-        """Read a body and understand it. Raises InvalidRequestError, ClientDisconnectedError."""
+        """Read and parse a body, and run the tenant's guard.
+
+        Raises:
+            InvalidRequestError: The body is not valid.
+            GuardRefusedError: The tenant's guard refuses it.
+            ClientDisconnectedError: The client left before its body was complete.
+        """
         raw = await read_body(
             receive,
             self._server.max_body_bytes,
@@ -51,11 +57,11 @@ class RequestValidator:
             timeout_s=self._server.limits.body_timeout_s,
         )
         arrived_s = time.monotonic()
-        understand = partial(self._understand, path, raw, headers, tenant)
-        request = await asyncio.to_thread(understand) if len(raw) > _LARGE_BYTES else understand()
-        return replace(await self._guarded(request), arrived_s=arrived_s)
+        parse = partial(self._parse, path, raw, headers, tenant)
+        request = await asyncio.to_thread(parse) if len(raw) > _LARGE_BYTES else parse()
+        return replace(await self._run_guard(request), arrived_s=arrived_s)
 
-    def _understand(
+    def _parse(
         self, path: str, raw: bytes, headers: dict[bytes, bytes], tenant: Tenant
     ) -> InferenceRequest:
         self._limits.shape(raw)
@@ -66,12 +72,12 @@ class RequestValidator:
         self._limits.fields(request.data)
         return request
 
-    async def _guarded(self, request: InferenceRequest) -> GuardResult:
+    async def _run_guard(self, request: InferenceRequest) -> GuardResult:
         try:
             result = await self._guard.check(request)
         except GuardRefusedError as error:
             self._meter.add(metrics.GUARD_CHECKS, 1, error.screen, "refused")
             raise
-        for one in result.seen:
-            self._meter.add(metrics.GUARD_CHECKS, 1, one.screen, one.done)
+        for check in result.seen:
+            self._meter.add(metrics.GUARD_CHECKS, 1, check.screen, check.done)
         return result

@@ -1,6 +1,6 @@
-"""Who answered a conversation last, and where: its beginning is in that engine's prefix cache.
+"""Prefix affinity: remembers which engine has a conversation in its prefix cache.
 
-Kept in this gateway only, by a hash of what was said; nothing of the text itself.
+Each gateway keeps its own, by a hash of the messages; it does not keep the text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class PrefixAffinity:
         self._known: OrderedDict[int, tuple[str, str]] = OrderedDict()
 
     def hint(self, request: InferenceRequest) -> PrefixCacheHint | None:
-        """Where the beginning of this request is cached, as far as known."""
+        """Where the beginning of this conversation is cached, if known."""
         messages = _messages(request)
         said = [i for i, one in enumerate(messages) if one.get("role") == "assistant"]
         if not said:
@@ -35,7 +35,7 @@ class PrefixAffinity:
         return PrefixCacheHint(*found, estimate_tokens(sum(map(_length, before))))
 
     def record_answer(self, request: InferenceRequest, expert: str, boot: str) -> None:
-        """This expert has answered it there: what was asked is cached now."""
+        """Record that an expert's engine in this pool has the request in its prefix cache."""
         messages = _messages(request)
         if not messages:
             return
@@ -46,13 +46,13 @@ class PrefixAffinity:
             self._known.popitem(last=False)
 
     def forget(self, experts: Collection[str]) -> None:
-        """What these have cached is not theirs any more."""
+        """Forget the conversations that these experts answered."""
         for key in [key for key, (expert, _) in self._known.items() if expert in experts]:
             del self._known[key]
 
 
 def _messages(request: InferenceRequest) -> list[Mapping[str, Any]]:
-    """What was said; nothing where that is no conversation, which is the engine's to refuse."""
+    """The request's messages; empty where they are not valid, which the engine refuses."""
     given = request.data.get("messages")
     if isinstance(given, list) and all(isinstance(one, dict) for one in given):
         return given

@@ -1,4 +1,4 @@
-"""From what was asked to what each way of answering is worth: stage 1 and 2 of the router."""
+"""The semantic router: finds the candidates for a request, and the expected quality of each."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from service.gateway.request.parsing import AUTO, GENERAL, InferenceRequest
 from service.gateway.routing.quality import QualityModel
 from service.types import MAX_LATER, CategoryScores, Recipe, Tenant
 
-# Quality per second: what a wait is worth against a better answer.
+# The price of time by preset, in quality per second.
 PRESETS = {"fast": 0.05, "": 0.01, "best": 0.001}
-# A way of answering worth less than this is none, however idle.
-_LEAST = 0.05
-# Sets of allowed experts whose recipes are remembered.
-_MOST_ALLOWANCES = 1000
+# Recipes of a lower quality are no candidates, however idle their pools are.
+_MIN_QUALITY = 0.05
+# The allowed recipes are cached for this many sets of allowed experts.
+_MAX_ALLOWANCES = 1000
 
-# One recipe, named by the client: nobody is asked whether it is worth anything.
+# A recipe that the client names has full quality, because nothing competes with it.
 _CERTAIN = np.ones(1)
 _NO_LATER = np.zeros((1, MAX_LATER))
 
@@ -38,10 +38,19 @@ Assess = Callable[[Mapping[str, Any]], Assessment]
 
 @dataclass(frozen=True, slots=True)
 class RoutePlan:
-    """The recipes that may answer: rows of the book, and what each is expected to be worth.
+    """The candidates for one request.
 
-    quality (rows,) in [0, 1]; reach (rows, MAX_LATER). `category` is empty where the client
-    named who shall answer. time_price: quality per second. posterior (labels,).
+    Attributes:
+        rows: Indices of the recipes in the catalog, (rows,).
+        quality: Expected quality of each, (rows,) in [0, 1].
+        reach: The probability that each later expert of a cascade is used, (rows, MAX_LATER).
+        first: The first expert of the best recipe.
+        category: The prompt's category; empty where the client named an expert or recipe.
+        confidence: How sure the classifier is, in [0, 1].
+        reason: Why these are the candidates.
+        scores: The classifier's scores, where it was used.
+        posterior: Probabilities of the categories, (labels,).
+        time_price: The price of time, in quality per second.
     """
 
     rows: Ints
@@ -56,7 +65,7 @@ class RoutePlan:
     time_price: float = PRESETS[""]
 
     def only(self, keep: NDArray[np.bool_]) -> RoutePlan:
-        """Only some of the rows."""
+        """Keep some of the rows."""
         if keep.all():
             return self
         return replace(
@@ -65,16 +74,20 @@ class RoutePlan:
 
 
 def _held_by_request(needs: frozenset[str]) -> str:
-    """A clause that says why senses are needed, for whoever does not know our words for them."""
-    held = {"vision": "images", "audio": "sound"}
-    found = [word for need, word in held.items() if need in needs]
+    """A clause for errors that names the images or sound in a request; empty without any."""
+    words = {"vision": "images", "audio": "sound"}
+    found = [word for need, word in words.items() if need in needs]
     return f"; the request holds {' and '.join(found)}" if found else ""
 
 
 class SemanticRouter:
-    """Stage 1 and 2 for one config.
+    """Finds candidates by one config.
 
-    `assess` is None where the config names no artifact: then `auto` is the fallback.
+    Args:
+        config: The config.
+        catalog: The recipes.
+        quality_model: Expects the quality of each recipe.
+        assess: Classifies a prompt; None without an artifact, where `auto` takes the fallback.
     """
 
     def __init__(
@@ -129,7 +142,7 @@ class SemanticRouter:
             return self._plan(request, {GENERAL: 1.0}, GENERAL, 0.0, "no classifier", None, price)
         assessment = self._assess(request.data)
         scores = assessment.scores
-        # Where the classifier would rather not say, the prompt counts as general.
+        # Where the classifier abstains, the prompt counts as general.
         sure = scores.category == scores.labels[_best(scores)]
         posterior = (
             dict(zip(scores.labels, scores.probabilities, strict=True))
@@ -153,10 +166,10 @@ class SemanticRouter:
             if tenant.may_ask(name):
                 spaces.setdefault(space, []).append(name)
         if len(spaces) > 1:
-            told = "; ".join(f"{space}: {', '.join(names)}" for space, names in spaces.items())
+            listed = "; ".join(f"{space}: {', '.join(names)}" for space, names in spaces.items())
             raise InvalidRequestError(
                 "vectors of several spaces can't be compared, so `auto` chooses no expert for "
-                f"embeddings; name one ({told})",
+                f"embeddings; name one ({listed})",
                 param="model",
             )
 
@@ -185,11 +198,11 @@ class SemanticRouter:
         return RoutePlan(rows, _CERTAIN, reach, recipe.experts[0], "", 1.0, "named")
 
     def _auto(self, model: str, tenant: Tenant) -> tuple[str, str | None]:
-        """`auto[:preset][/category]` taken apart. Raises UnknownModelError."""
+        """Split `auto[:preset][/category]`. Raises UnknownModelError."""
         name, slash, category = model.partition("/")
         head, colon, preset = name.partition(":")
         if head != AUTO:
-            raise self._unknown(model, tenant)
+            raise self._unknown_model_error(model, tenant)
         if preset not in PRESETS or (colon and not preset):
             raise UnknownModelError(
                 f"no preset {preset[:128]!r}; presets: auto:fast, auto, auto:best", param="model"
@@ -203,11 +216,11 @@ class SemanticRouter:
         return preset, category if slash else None
 
     def _categories(self, tenant: Tenant) -> Collection[str]:
-        """The categories that a tenant may name: none that only others' experts have."""
+        """The categories of the experts that a tenant may use."""
         if tenant.experts is None:
             return self._known
         allowed = [expert for name, expert in self._experts.items() if tenant.may_ask(name)]
-        return {GENERAL, *(one for expert in allowed for one in expert.categories)}
+        return {GENERAL, *(category for expert in allowed for category in expert.categories)}
 
     def _plan(
         self,
@@ -219,14 +232,14 @@ class SemanticRouter:
         assessment: Assessment | None,
         price: float,
     ) -> RoutePlan:
-        """The recipes that can do what is needed and are worth anything here."""
+        """The recipes that have the needed capabilities and enough quality."""
         catalog = self._catalog
         given = self._quality_model.posterior(posterior)
         quality, reach = self._quality_model.quality(given, assessment, request.tenant.name)
         able = self._possible(request)
-        keep = able & (quality >= _LEAST)
+        keep = able & (quality >= _MIN_QUALITY)
         if not keep.any():
-            # Worth nothing, but better than no answer.
+            # Any answer is better than none.
             keep[int(np.flatnonzero(able)[0])] = True
         rows = np.flatnonzero(keep)
         first = catalog.recipes[int(rows[quality[rows].argmax()])].experts[0]
@@ -267,17 +280,17 @@ class SemanticRouter:
         return able
 
     def _allowed(self, experts: frozenset[str]) -> NDArray[np.bool_]:
-        """The recipes that ask nobody else."""
+        """The recipes that use only these experts, as a mask (recipes,)."""
         if (found := self._allowances.get(experts)) is None:
             barred = np.array([name not in experts for name in self._catalog.experts])
             found = ~(self._catalog.uses & barred).any(axis=1)
-            if len(self._allowances) >= _MOST_ALLOWANCES:
+            if len(self._allowances) >= _MAX_ALLOWANCES:
                 self._allowances.clear()
             self._allowances[experts] = found
         return found
 
-    def _unknown(self, model: str, tenant: Tenant) -> UnknownModelError:
-        # Names are that long at most, and likeness of megabytes takes seconds.
+    def _unknown_model_error(self, model: str, tenant: Tenant) -> UnknownModelError:
+        # No name is longer, and matching megabytes would take seconds.
         named: dict[str, tuple[str, ...]] = {name: (name,) for name in self._experts}
         named |= {name: recipe.experts for name, recipe in self._named.items()}
         names = [name for name, experts in named.items() if all(map(tenant.may_ask, experts))]
