@@ -25,7 +25,6 @@ class PoolProcess:
 
     def __init__(self, config: Config, kind: str, secret: str, *, node: Path | None = None) -> None:
         self._metrics = PoolMetrics(config.pools[kind].vllm.moe_capture)
-        self.routes = self._metrics.routing_stats
         self._factory = PoolFactory(config, kind, Pool(kind, self._metrics), self._metrics)
         self.pool = self._factory.pool
         self._traces = traces_of(config, "pool", f"{kind}-{self.pool.boot}")

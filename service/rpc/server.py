@@ -49,8 +49,8 @@ class PoolHandler(Protocol):
     def experts(self) -> dict[str, Any]:
         """Each expert's residency in full, for people."""
 
-    async def routes(self, expert: str) -> dict[str, Any]:
-        """What an expert's routers chose, as sums. Raises CoeError where nothing is known."""
+    async def moe_statistics(self, expert: str) -> dict[str, Any]:
+        """Return the counts of an expert's gates. Raises CoeError if there are none."""
 
     def demand(self, wanted: dict[str, float]) -> None:
         """Utility that a gateway would have sent here, by expert, were it resident."""
@@ -88,8 +88,9 @@ class PoolApp:
             elif path.startswith("/used/"):
                 told = await self._handler.used(path.removeprefix("/used/"))
                 await reply.whole(200, b"application/json", orjson.dumps(told))
-            elif path.startswith("/routes/"):
-                body = orjson.dumps(await self._handler.routes(path.removeprefix("/routes/")))
+            elif path.startswith("/moe-statistics/"):
+                expert = path.removeprefix("/moe-statistics/")
+                body = orjson.dumps(await self._handler.moe_statistics(expert))
                 await reply.whole(200, b"application/json", body)
             elif scope["method"] == "POST" and path == "/demand":
                 self._handler.demand(_amounts(await read_body(receive, self._max_body_bytes)))
