@@ -6,13 +6,13 @@ import statistics
 
 import pytest
 
-from loadtests.budget_pacing import MOST_LOST, SCENES, Outcome, Scene, simulate
+from loadtests.budget_pacing import MOST_LOST, SCENES, Scene, WindowResult, simulate
 
 DAY, NOON, MINUTE = SCENES
 SEEDS = range(3)
 
 
-async def outcomes(scene: Scene, gateways: int) -> list[Outcome]:
+async def outcomes(scene: Scene, gateways: int) -> list[WindowResult]:
     return [await simulate(scene, gateways, seed) for seed in SEEDS]
 
 
