@@ -1,18 +1,20 @@
-"""The errors this service raises, as one tree.
+"""The errors that this service raises, as one tree.
 
-Every error says what was wrong and what is allowed. `service.http.openai_errors` maps
-each class to an HTTP status in one table; nothing else does.
+Every message names the fault and the allowed values. Only `service.http.openai_errors` maps the
+classes to HTTP statuses.
 """
 
 from __future__ import annotations
 
 
 class CoeError(Exception):
-    """Root of the tree. `message` is for the user and never holds a prompt or a key.
+    """Base class of all errors of this service.
 
-    `param` names the request field at fault, where there is one. `code` is the
-    machine-readable reason of OpenAI's error shape. `final`: the same request will fail again,
-    although its status makes clients retry.
+    Attributes:
+        message: A text for the user; it never holds a prompt or a key.
+        param: The request's field at fault, if there is one.
+        code: The machine-readable reason in OpenAI's error format.
+        final: Whether a retry is useless, although the status makes clients retry.
     """
 
     code = "internal_error"
@@ -27,13 +29,13 @@ class CoeError(Exception):
 
 
 class ConfigError(CoeError):
-    """A config file is wrong. The message names file, path, fault and what is allowed."""
+    """A config file is invalid. The message names file, path, fault and the allowed values."""
 
     code = "invalid_config"
 
 
 class InvalidProfileError(ConfigError):
-    """A steering profile is damaged or fits another base; the message names layer and numbers."""
+    """A steering profile is damaged, or made for another base model."""
 
     code = "invalid_profile"
 
@@ -45,31 +47,31 @@ class ArtifactError(CoeError):
 
 
 class ModelStoreError(CoeError):
-    """Getting a model failed: no network, no space, wrong checksum."""
+    """A model could not be fetched: no network, no space, or a wrong checksum."""
 
     code = "model_unavailable"
 
 
 class InvalidRequestError(CoeError):
-    """The client's request can't be served as written (400)."""
+    """The request is invalid (400)."""
 
     code = "invalid_request_error"
 
 
 class PromptTooLongError(InvalidRequestError):
-    """The prompt and the answer asked for do not fit the expert's context (400)."""
+    """Prompt and answer do not fit into the expert's context (400)."""
 
     code = "context_length_exceeded"
 
 
 class BodyTooLargeError(InvalidRequestError):
-    """The request body is over the configured bound (413)."""
+    """The request body is larger than the configured limit (413)."""
 
     code = "request_too_large"
 
 
 class HeadersTooLargeError(InvalidRequestError):
-    """The request's headers are over the configured bounds (431)."""
+    """The request headers are larger than the configured limits (431)."""
 
     code = "headers_too_large"
 
@@ -87,13 +89,13 @@ class UnsupportedMediaTypeError(InvalidRequestError):
 
 
 class DisallowedFieldError(InvalidRequestError):
-    """A field that would make us open files or URLs, or run code (400)."""
+    """A field would make the service open files or URLs, or run code (400)."""
 
     code = "not_allowed"
 
 
 class GuardRefusedError(InvalidRequestError):
-    """The tenant's guard lets no such prompt through (400)."""
+    """The tenant's guard refused the prompt (400)."""
 
     code = "guard_refused"
 
@@ -103,40 +105,42 @@ class GuardRefusedError(InvalidRequestError):
 
 
 class UnknownModelError(CoeError):
-    """No expert of that name (404)."""
+    """There is no expert, or no other named object, of that name (404)."""
 
     code = "model_not_found"
 
 
 class ReplyNotFoundError(CoeError):
-    """No reply of that id that could be voted on (404)."""
+    """There is no reply of that id that accepts votes (404)."""
 
     code = "reply_not_found"
 
 
 class UnknownEndpointError(CoeError):
-    """No such path (404)."""
+    """There is no such endpoint (404)."""
 
     code = "not_found"
 
 
 class UnauthorizedError(CoeError):
-    """No key or a wrong one (401)."""
+    """The API key is missing or invalid (401)."""
 
     code = "invalid_api_key"
 
 
 class ForbiddenError(CoeError):
-    """This key may not do that (403)."""
+    """The API key lacks the permission (403)."""
 
     code = "permission_denied"
 
 
 class RateLimitExceededError(CoeError):
-    """A tenant's own limit is reached (429).
+    """A limit of the key or the tenant is reached (429).
 
-    `retry_after_s`: when there surely is room again; None: never for so large a request. `final`:
-    to try again soon is vain, as with a budget that is used up; by default, where it is never.
+    Attributes:
+        retry_after_s: When there surely is room again; None: never for so large a request.
+        final: Whether a retry is useless for now, as with a budget that is used up. The default is
+            true where `retry_after_s` is None.
     """
 
     code = "rate_limit_exceeded"
@@ -156,13 +160,13 @@ class RateLimitExceededError(CoeError):
 
 
 class ConflictError(CoeError):
-    """What was asked for can't be done in the present state (409)."""
+    """The operation is not possible in the present state (409)."""
 
     code = "conflict"
 
 
 class UnavailableError(CoeError):
-    """We can't serve this now, but may soon (503). `retry_after_s` is our honest guess."""
+    """The service can't answer now, but may soon (503). `retry_after_s` is an estimate."""
 
     code = "unavailable"
 
@@ -185,19 +189,19 @@ class OverCapacityError(UnavailableError):
 
 
 class ExpertFailedError(UnavailableError):
-    """The expert could not be loaded; the message carries the reason (503)."""
+    """The expert could not be loaded; the message gives the reason (503)."""
 
     code = "expert_failed"
 
 
 class CircuitOpenError(UnavailableError):
-    """It failed too often of late and is left alone for a while (503)."""
+    """The circuit breaker is open after too many failures (503)."""
 
     code = "circuit_open"
 
 
 class PoolDrainingError(UnavailableError):
-    """This pool is stopping and takes no new work: the gateway chooses again (503)."""
+    """The pool is stopping and takes no new requests; the gateway selects again (503)."""
 
     code = "draining"
 
@@ -209,46 +213,47 @@ class StoreUnavailableError(UnavailableError):
 
 
 class PoolUnavailableError(UnavailableError):
-    """The pool went away while it had the request, before the first byte (503)."""
+    """The connection to the pool was lost before the first byte of the answer (503)."""
 
     code = "pool_gone"
 
 
 class PoolUnreachableError(PoolUnavailableError):
-    """No connection to the pool was made: the request never got there (503)."""
+    """No connection to the pool could be made: it never got the request (503)."""
 
     code = "pool_unreachable"
 
 
 class PoolStoppedError(PoolUnavailableError):
-    """The pool stopped, as it had told that it would, before it had answered (503)."""
+    """The pool was drained and stopped before it answered (503)."""
 
     code = "pool_stopped"
 
 
 class EngineDeadError(UnavailableError):
-    """The engine died under the request (503, or an SSE error once bytes have gone out)."""
+    """The engine died during the request (503, or an SSE error after the first byte)."""
 
     code = "engine_dead"
 
 
 class EngineRestartingError(EngineDeadError):
-    """The engine had died before the request reached it, and another is starting (503)."""
+    """The engine died before it got the request, and is being restarted (503)."""
 
     code = "engine_restarting"
 
 
 class EngineDiedTwiceError(CoeError):
-    """Two engines or pools died while they had this request; no third is given it (500)."""
+    """Two engines or pools died during this request; it is not tried a third time (500)."""
 
     code = "engine_died_twice"
     final = True
 
 
 class DeadlineExceededError(UnavailableError):
-    """The request's deadline passed before an answer began (504).
+    """The deadline passed before the answer began (504).
 
-    `silent`: somebody had the request all that time and said nothing.
+    Attributes:
+        silent: Whether an engine had the request for most of that time.
     """
 
     code = "deadline_exceeded"
@@ -256,16 +261,20 @@ class DeadlineExceededError(UnavailableError):
 
 
 class EngineTimeoutError(DeadlineExceededError):
-    """The deadline passed while an engine had the request and said nothing (504)."""
+    """The deadline passed while an engine had the request and sent nothing (504)."""
 
     code = "engine_silent"
     silent = True
 
 
 class UpstreamError(CoeError):
-    """A remote expert answered with an error of its own (its status is passed on).
+    """A remote expert answered with an error, or not at all; its status is passed on.
 
-    `limited`: it has too much to do, or we asked too often. `unreachable`: it gave no answer.
+    Attributes:
+        status: The HTTP status for the client.
+        retry_after_s: When a retry may succeed.
+        limited: Whether the remote server limits the rate or is overloaded.
+        unreachable: Whether it gave no answer.
     """
 
     code = "upstream_error"

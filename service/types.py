@@ -1,4 +1,4 @@
-"""Plain data that more than one package speaks of. No I/O, no behaviour to speak of."""
+"""Data classes that several packages share. No I/O."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 Kind = Literal["single", "cascade", "vote"]
 
 MAX_LATER = 3
-"""Longest chain of experts that a cascade may ask one after another."""
+"""Most experts that a cascade may ask one after another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,14 @@ class Residency(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a key or a tenant may use; None: no bound.
+    """Limits of a key or a tenant; None: no bound.
 
-    Requests and tokens in any 60 s, requests at once, units of cost in a calendar
-    `period` (`day` or `month`, UTC).
+    Attributes:
+        requests_per_min: Requests in any 60 s.
+        tokens_per_min: Tokens in any 60 s.
+        concurrent: Requests at once.
+        budget: Units of cost in one `period`.
+        period: A calendar period in UTC: `day` or `month`.
     """
 
     requests_per_min: int | None = None
@@ -60,7 +64,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What answers used: tokens of all their calls, and units of cost."""
+    """Tokens of all calls of a request, and their cost in units."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -69,12 +73,17 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """On whose behalf a request runs: a tenant, and the key that it showed.
+    """The tenant of a request, with the attributes of its key.
 
-    `key` is the key's public id, empty where no key is needed. `experts`: those that
-    it may ask for, None for all. `priority` in (`high`, `normal`, `low`) and `weight`
-    are its share in the pools' queues. `limits` are the key's own. `cache_salt`: what keeps its
-    prompts apart from others' in an engine's prefix cache; empty where that is shared.
+    Attributes:
+        name: Name of the tenant.
+        key: Public id of the key; empty where no key is needed.
+        experts: Experts that it may use; None: all.
+        priority: `high`, `normal` or `low`, in the pools' queues.
+        weight: Its share in the pools' queues.
+        limits: The key's own limits.
+        cache_salt: Separates its prompts from others' in an engine's prefix cache; empty where the
+            cache is shared.
     """
 
     name: str = "default"
@@ -86,7 +95,7 @@ class Tenant:
     cache_salt: str = ""
 
     def may_ask(self, expert: str) -> bool:
-        """Whether it may ask for this expert."""
+        """Whether it may use this expert."""
         return self.experts is None or expert in self.experts
 
 
@@ -123,7 +132,7 @@ class Recipe:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Everyone who may be asked, in the order of asking."""
+        """All experts that may be asked, in that order."""
         return self.members + self.later
 
     @property
@@ -136,13 +145,13 @@ class Recipe:
         return f"{self.kind}([{inner}]{sure}{''.join(f' → {e}' for e in self.later)})"
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the manifest."""
-        told = {"kind": self.kind, "members": list(self.members), "later": list(self.later)}
-        return {**told, "sure": self.sure} if self.sure else told
+        """As in the manifest."""
+        fields = {"kind": self.kind, "members": list(self.members), "later": list(self.later)}
+        return {**fields, "sure": self.sure} if self.sure else fields
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
-        """From a manifest. Raises ValueError, TypeError or KeyError where it is none."""
+        """Parse from a manifest. Raises ValueError, TypeError or KeyError."""
         return cls(
             cast(Kind, data["kind"]),
             tuple(str(e) for e in data["members"]),

@@ -1,10 +1,10 @@
-"""What a call of each expert is expected to cost, and how long its answer to be. No clock, no I/O.
+"""Expected length and cost of each expert's answers. Pure.
 
-Lengths are moving averages per category and expert, of what was seen here; where a
-category has few, its expert's average over all of them stands in, by shrinkage.
+Lengths are moving averages per category and expert. A category with few answers is shrunk to its
+expert's average over all categories.
 
-An answer that was cut, by `max_tokens` or because its client left, is a censored observation: its
-natural length is not known, only that it is at least so long. It counts as long as those of the
+An answer that was cut, by `max_tokens` or because its client left, is a censored observation: only
+a lower bound of its natural length is known. It counts as long as those of the
 expert's whole answers that are longer, on average: its mass is redistributed to the right (Efron:
 The Two Sample Problem with Censored Data, 1967).
 """
@@ -22,19 +22,19 @@ from service.broker.pool_state import Floats
 from service.broker.prices import Price
 
 _EWMA = 0.05
-# So many answers of a category weigh as much as the average over all.
+# The average over all categories weighs as much as so many answers.
 _SHRINK = 8.0
-# Until anything was seen.
+# Expected length before any observation.
 USUAL_TOKENS = 64.0
-# What an answer may need, of however many tokens its client allows.
+# Expected length of an answer before any observation, at most.
 LONG_TOKENS = 512
 # Whole answers of an expert whose lengths are remembered for those that were cut.
 _WHOLE = 64
-# An answer longer than all those is taken for so many times as long as where it was cut.
+# Factor of the length at the cut, where no whole answer is longer.
 _BEYOND = 2.0
 
 
-# Places in an array: a slice, or numbers.
+# Columns of an array: a slice, or indices.
 Places = slice | NDArray[np.intp]
 
 
@@ -47,12 +47,12 @@ class ExpectedUsage:
 
 
 class Lengths:
-    """How long answers were, by the names of experts and categories: it outlives a config.
+    """Lengths of answers by names of experts and categories. It outlives a config.
 
     Attributes:
-        sums: (categories, experts), fading sums of lengths; row 0 is of what has no category.
-        weights: (categories, experts), of how many answers they are, faded as well.
-        usual: (experts,), of each over all categories, leaning on everybody's.
+        sums: (categories, experts), decayed sums of lengths; row 0 is for prompts without category.
+        weights: (categories, experts), decayed numbers of answers.
+        usual: (experts,), average over all categories, shrunk to that of all experts.
         unseen: Whether no answer was seen yet.
     """
 
@@ -66,19 +66,19 @@ class Lengths:
         self._whole: list[deque[int]] = []
 
     def columns(self, experts: Sequence[str]) -> Places:
-        """Where these experts' columns are; new ones get theirs."""
+        """Columns of these experts; new experts get new columns."""
         found = [self._columns.setdefault(name, len(self._columns)) for name in experts]
         more = len(self._columns) - len(self.usual)
         self.sums = np.pad(self.sums, ((0, 0), (0, more)))
         self.weights = np.pad(self.weights, ((0, 0), (0, more)))
         self.usual = np.pad(self.usual, (0, more), constant_values=USUAL_TOKENS)
         self._whole += [deque(maxlen=_WHOLE) for _ in range(more)]
-        self._lean()
-        # A slice is quicker to read by than as many numbers.
+        self._shrink()
+        # Reading by a slice is faster than by indices.
         return slice(0, len(found)) if found == list(range(len(found))) else np.array(found)
 
     def rows(self, categories: Sequence[str]) -> dict[str, int]:
-        """Where these categories' rows are; new ones get theirs."""
+        """Rows of these categories; new categories get new rows."""
         found = {name: self._rows.setdefault(name, 1 + len(self._rows)) for name in categories}
         more = 1 + len(self._rows) - len(self.sums)
         self.sums = np.pad(self.sums, ((0, more), (0, 0)))
@@ -86,20 +86,20 @@ class Lengths:
         return found
 
     def forget(self, experts: Iterable[str]) -> None:
-        """Nothing is known of these any more."""
+        """Delete the observations of these experts."""
         for name in experts:
             if (column := self._columns.get(name)) is not None:
                 self.sums[:, column] = self.weights[:, column] = 0.0
                 self._whole[column].clear()
-        self._lean()
+        self._shrink()
 
-    def saw(self, expert: str, category: str, tokens: int, *, cut: bool) -> None:
-        """See `CostModel.saw`."""
+    def observe(self, expert: str, category: str, tokens: int, *, cut: bool) -> None:
+        """Add the length of one answer; `cut`: it would have gone on."""
         column = self._columns[expert]
         length = float(tokens)
         whole = self._whole[column]
         if cut:
-            longer = [one for one in whole if one > tokens]
+            longer = [other for other in whole if other > tokens]
             length = sum(longer) / len(longer) if longer else _BEYOND * tokens
             if not whole:
                 length = max(length, USUAL_TOKENS)
@@ -108,10 +108,10 @@ class Lengths:
         row = self._rows.get(category, 0)
         self.sums[row, column] = (1 - _EWMA) * self.sums[row, column] + length
         self.weights[row, column] = (1 - _EWMA) * self.weights[row, column] + 1.0
-        self._lean()
+        self._shrink()
 
-    def _lean(self) -> None:
-        """An expert's usual length leans on everybody's until it has enough of its own."""
+    def _shrink(self) -> None:
+        """Shrink the usual length of experts with few answers to the average of all."""
         sums, weights = self.sums.sum(axis=0), self.weights.sum(axis=0)
         total = weights.sum()
         self.unseen = not total > 0
@@ -124,9 +124,9 @@ class CostModel:
 
     Args:
         experts: By index.
-        categories: Those that prompts may be of.
-        prices: Of every expert.
-        lengths: What is known of lengths; of a new gateway nothing.
+        categories: Categories of prompts.
+        prices: Price of every expert.
+        lengths: Observed lengths; a new gateway has none.
     """
 
     def __init__(
@@ -150,16 +150,16 @@ class CostModel:
         return self._per_prompt + self._per_answer
 
     def price(self, expert: str) -> Price:
-        """Of one expert."""
+        """The price of one expert."""
         return self.prices[self._expert[expert]]
 
     def expect(
         self, category: str, prompt_tokens: int, most_tokens: int | None, answers: int = 1
     ) -> ExpectedUsage:
-        """What an answer to a prompt of this length is expected to come to.
+        """Expected tokens and cost of an answer to a prompt of this length.
 
         Args:
-            category: Of the prompt.
+            category: Category of the prompt.
             prompt_tokens: Length of all prompts of the request together.
             most_tokens: The client's bound on the length of an answer.
             answers: How many answers of that length are asked for at once.
@@ -182,10 +182,9 @@ class CostModel:
         """Learn from one answer.
 
         Args:
-            expert: Whose answer it was.
-            category: Of the prompt; one that is not known counts for the expert only.
+            expert: The expert that answered.
+            category: Category of the prompt; an unknown one counts for the expert only.
             tokens: Length of the answer, as far as it came.
-            cut: Whether the answer would have gone on: it reached its bound, or nobody waited for
-                its end.
+            cut: Whether the answer would have gone on: it reached its bound, or its client left.
         """
-        self._lengths.saw(expert, category, tokens, cut=cut)
+        self._lengths.observe(expert, category, tokens, cut=cut)

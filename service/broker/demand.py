@@ -1,4 +1,4 @@
-"""Where unmet demand is told, and why an expert is nowhere. Pure."""
+"""The pool that unmet demand is reported to, and why an expert can't be served. Pure."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _NEAR = (Residency.DEVICE, Residency.HOST, Residency.LOADING)
 
 
 def can_serve(view: PoolView, expert: str) -> bool:
-    """Whether a pool could answer with an expert, now or after loading it."""
+    """Whether a pool can serve an expert, now or after loading it."""
     state = view.snapshot.experts.get(expert)
     return state is not None and not view.snapshot.draining and state.state is not Residency.FAILED
 
 
 def pool_for_demand(expert: str, views: Iterable[PoolView]) -> str | None:
-    """The one pool to tell of an expert's unmet demand: where loading it displaces least.
+    """The one pool to report an expert's unmet demand to: where loading it displaces least.
 
-    A pool that has it in memory or on its way comes first. Loads are compared by
-    powers of two and ties broken by rendezvous hash of expert and pool, so that
-    gateways with slightly different snapshots agree without talking.
+    A pool that has it in memory or is loading it comes first. Loads are compared by powers of two,
+    and ties are broken by a rendezvous hash of expert and pool, so that gateways with slightly
+    different snapshots agree without communication.
     """
 
     def key(view: PoolView) -> tuple[int, int, bytes]:
@@ -42,7 +42,7 @@ def pool_for_demand(expert: str, views: Iterable[PoolView]) -> str | None:
 
 
 def failure_reason(expert: str, views: Iterable[PoolView]) -> str | None:
-    """Why no pool has the expert, if every pool that should have it failed to load it."""
+    """The reason of failure, if every pool that should have the expert failed to load it."""
     reasons = []
     for view in views:
         state = view.snapshot.experts.get(expert)

@@ -1,7 +1,7 @@
-"""What is known of all pools, as arrays, so that a choice among thousands of places is quick.
+"""The state of all pools as arrays, so that a selection among thousands of places is fast.
 
-A pool's row is made once for each of its snapshots. Rows are for the experts of a
-`Book`, by index; what a pool does not hold is not usable there.
+A pool's row is computed once for each of its snapshots. Columns are the experts of a catalog; an
+expert that a pool does not have is not usable there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from service.types import Residency
 
 Floats = NDArray[np.float64]
 
-# The pool of remote experts: the gateway itself.
+# Boot id of the gateway's own pool of remote experts; empty ids are reserved for it.
 REMOTE = ""
 
 _IDLE = Queue()
@@ -31,10 +31,13 @@ _COLUMNS = 10
 
 @dataclass(frozen=True, slots=True)
 class PoolView:
-    """What a gateway knows of one pool.
+    """The latest state of one pool.
 
-    `unseen`: requests sent that the snapshot can't count yet, by expert. `boot` is
-    `REMOTE` for the gateway's own remote experts.
+    Attributes:
+        boot: The pool's boot id; `REMOTE` for the gateway's own remote experts.
+        snapshot: The pool's last snapshot.
+        age_s: Age of the snapshot.
+        unseen: Requests sent that the snapshot does not count yet, by expert.
     """
 
     boot: str
@@ -44,20 +47,28 @@ class PoolView:
 
 
 def idle_view(experts: Sequence[str]) -> PoolView:
-    """A pool in which all of these are resident and idle: for deciding without a service."""
+    """A pool where all these experts are resident and idle, for routing without a service."""
     states = {name: ExpertState(Residency.DEVICE, slot=i) for i, name in enumerate(experts)}
     return PoolView("idle", Snapshot(boot="idle", kind="idle", experts=states), 0.0, {})
 
 
 @dataclass(frozen=True, slots=True)
 class PoolMatrix:
-    """All pools at one moment; each array is (pools, experts), times in s.
+    """The state of all pools at one moment. Arrays are (pools, experts), times in s.
 
-    eta: until the expert's weights are there; first, per_token: to its first token, and more
-    for each prompt token; chunk: per token of the answer; ahead: requests before a new one
-    in its slot; prompts: tokens of the prompts that wait there; displaced: what a swap for it
-    costs others; context: tokens that prompt and answer may have together, 0 where that is not
-    known.
+    Attributes:
+        boots: (pools,), boot ids.
+        fresh: (pools,), whether the snapshot is at most a second old.
+        usable: Whether the pool can serve the expert.
+        eta: Time until the expert's weights are ready.
+        first: Time to the first token of an empty prompt.
+        per_token: Time to the first token, added for each prompt token.
+        chunk: Time per token of the answer.
+        capacity: Requests that run at once.
+        ahead: Requests before a new one in the expert's slot.
+        displaced: Time that a swap to the expert costs other requests.
+        context: Tokens that prompt and answer may have together; 0 where unknown.
+        prompts: Prompt tokens in the queue of the slot.
     """
 
     boots: tuple[str, ...]
@@ -75,7 +86,7 @@ class PoolMatrix:
 
 
 class PoolStateTable:
-    """Keeps each pool's row until its next snapshot."""
+    """Caches the row of each pool until its next snapshot."""
 
     def __init__(self, index: dict[str, int]) -> None:
         """`index`: the experts of the catalog."""
@@ -83,7 +94,7 @@ class PoolStateTable:
         self._rows: dict[str, tuple[Snapshot, Floats]] = {}
 
     def to_matrix(self, views: Sequence[PoolView]) -> PoolMatrix:
-        """The pools of these views as arrays."""
+        """Compute the arrays of these pools."""
         if len(self._rows) > 2 * len(views) + 8:
             known = {view.boot for view in views}
             self._rows = {boot: row for boot, row in self._rows.items() if boot in known}
@@ -116,7 +127,7 @@ class PoolStateTable:
         return held[1]
 
     def _count_unseen(self, ahead: Floats, view: PoolView) -> None:
-        """Requests on their way stand before a new one in the whole slot."""
+        """Add requests on their way to the queues of their whole slots."""
         experts = view.snapshot.experts
         by_slot: dict[int, int] = {}
         for name, count in view.unseen.items():
@@ -150,7 +161,7 @@ def _row_of(snapshot: Snapshot, index: dict[str, int]) -> Floats:
         queue, speed = queues.get(name, _IDLE), speeds.get(name, guess)
         ahead = in_slot[state.slot]
         others = requests[state.slot] - queue.waiting - queue.running
-        # There and back, for each request that waits or runs in that slot for others.
+        # A swap there and back delays each request of the slot's other experts.
         displaced = 0.0 if state.state is Residency.DEVICE else 2 * state.swap_s * others
         columns.append(at)
         values.append(
@@ -173,7 +184,7 @@ def _row_of(snapshot: Snapshot, index: dict[str, int]) -> Floats:
 
 
 def _guess(measured: list[Speed]) -> Speed:
-    """An expert not measured here is as fast as those that were, on average."""
+    """The speed of an expert that was not measured: the average of those that were."""
     if not measured:
         return PRIOR
     share = 1.0 / len(measured)

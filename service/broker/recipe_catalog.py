@@ -1,4 +1,4 @@
-"""Every way of answering that there is, as arrays: who takes part in each recipe. Immutable."""
+"""All recipes and their experts, as arrays. Immutable."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class RecipeCatalog:
         self.recipes = tuple(dict.fromkeys([*singles, *recipes]))
         self.recipe_index = {recipe: i for i, recipe in enumerate(self.recipes)}
         for recipe in self.recipes:
-            strangers = [name for name in recipe.experts if name not in self.index]
-            if strangers:
-                raise ValueError(f"{recipe.name}: no expert {strangers[0]!r}")
+            unknown = [name for name in recipe.experts if name not in self.index]
+            if unknown:
+                raise ValueError(f"{recipe.name}: no expert {unknown[0]!r}")
         width = max(len(recipe.members) for recipe in self.recipes)
         self.members = self._padded([recipe.members for recipe in self.recipes], width)
         self.later = self._padded([recipe.later for recipe in self.recipes], MAX_LATER)
         self.single = np.array([recipe.kind == "single" for recipe in self.recipes])
-        # (R, E): who may be asked by whom, for hard constraints.
+        # (R, E): whether the recipe may use the expert, for hard constraints.
         self.uses = np.zeros((len(self.recipes), len(self.experts)), dtype=bool)
         for i, recipe in enumerate(self.recipes):
             self.uses[i, [self.index[name] for name in recipe.experts]] = True

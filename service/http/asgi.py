@@ -115,7 +115,7 @@ async def _whole(receive: Receive, max_bytes: int) -> bytes:
         if len(body) > max_bytes:
             raise _too_large(max_bytes)
         return body
-    # One buffer: a list of its pieces would cost many times the body when they are tiny.
+    # One buffer: a list of tiny pieces would take many times the memory of the body.
     whole = bytearray()
     while message["type"] == "http.request":
         whole += message.get("body", b"")
@@ -132,7 +132,7 @@ def _too_large(max_bytes: int) -> BodyTooLargeError:
 
 
 async def until_gone(work: Awaitable[None], receive: Receive) -> None:
-    """Do `work`. If the client leaves first, cancel it and raise ClientDisconnectedError."""
+    """Run `work`. Cancel it and raise ClientDisconnectedError if the client disconnects first."""
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_gone(receive))
     try:

@@ -1,4 +1,4 @@
-"""The endpoints that carry a prompt: where a body says what is asked, how often and how long."""
+"""The endpoints that carry a prompt, with the fields of their bodies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One endpoint as its engine reads it.
+    """One endpoint, and the fields that matter for routing and limits.
 
     Attributes:
         prompt: The field that holds the prompt; empty where any will do.
@@ -56,5 +56,5 @@ TABLE: dict[str, Endpoint] = {
     "/detokenize": Endpoint(),
 }
 ENDPOINTS = tuple(TABLE)
-# They neither generate nor embed: nobody is charged for what they make.
+# They neither generate nor embed, so their output is not charged.
 UNCHARGED = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})

@@ -1,4 +1,4 @@
-"""Errors on the wire: the one table from error class to HTTP status, and every dialect's format.
+"""Errors on the wire: the table from error classes to HTTP statuses, and all formats.
 
 OpenAI's: https://platform.openai.com/docs/guides/error-codes; its Responses streams:
 https://platform.openai.com/docs/api-reference/responses-streaming/error; Anthropic's:
@@ -63,7 +63,7 @@ FAULT_HEADER = b"x-coe-fault"
 
 @dataclass(frozen=True, slots=True)
 class ErrorResponse:
-    """An error ready to be sent."""
+    """An HTTP response for an error."""
 
     status: int
     headers: list[tuple[bytes, bytes]]
@@ -71,7 +71,7 @@ class ErrorResponse:
 
 
 def status_of(error: CoeError) -> int:
-    """The HTTP status of an error: its own class's row, or the nearest ancestor's."""
+    """The HTTP status of an error: that of its class, or of the nearest ancestor."""
     if isinstance(error, errors.UpstreamError):
         return error.status
     for kind in type(error).__mro__:
@@ -82,7 +82,7 @@ def status_of(error: CoeError) -> int:
 
 @cache
 def codes_of_ours() -> frozenset[str]:
-    """The codes of the errors that are our fault: of status 500 and more."""
+    """Codes of the errors of status 500 and above, which are this service's fault."""
     kinds = [CoeError]
     for kind in kinds:
         kinds += kind.__subclasses__()
@@ -90,13 +90,13 @@ def codes_of_ours() -> frozenset[str]:
 
 
 def detail_of(error: CoeError) -> dict[str, str | None]:
-    """The inside of OpenAI's `{"error": …}`."""
+    """The object inside OpenAI's `{"error": …}`."""
     kind = _TYPE.get(status_of(error), "server_error")
     return {"message": error.message, "type": kind, "param": error.param, "code": error.code}
 
 
 class Dialect(StrEnum):
-    """Whose error format an endpoint's clients read."""
+    """The API whose error format an endpoint uses."""
 
     CHAT = "chat"
     RESPONSES = "responses"
@@ -104,7 +104,7 @@ class Dialect(StrEnum):
 
 
 def dialect_of(path: str) -> Dialect:
-    """The dialect of an endpoint; of a path that is none, OpenAI's."""
+    """The dialect of an endpoint; OpenAI's for unknown paths."""
     if path.startswith("/v1/messages"):
         return Dialect.MESSAGES
     return Dialect.RESPONSES if path.startswith("/v1/responses") else Dialect.CHAT
@@ -116,7 +116,7 @@ def error_body(detail: Mapping[str, Any], status: int, dialect: Dialect) -> byte
     Args:
         detail: OpenAI's message, type, param and code.
         status: The HTTP status that it is sent with.
-        dialect: Of whom asked. Chat and Responses share one format.
+        dialect: The client's API. Chat and Responses share one format.
     """
     if dialect is Dialect.MESSAGES:
         return orjson.dumps({"type": "error", "error": _anthropic_detail(detail, status)})
@@ -141,7 +141,7 @@ def error_response(error: CoeError, dialect: Dialect = Dialect.CHAT) -> ErrorRes
     if retry_after_s is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(retry_after_s))).encode()))
     if error.final:
-        # Clients retry by the status alone, 429 and 5xx.
+        # Clients decide on retries by the status alone: 429 and 5xx.
         headers.append((b"x-should-retry", b"false"))
     return ErrorResponse(status, headers, body)
 
@@ -157,7 +157,7 @@ def _retry_after_s(error: CoeError, status: int) -> float | None:
 def sse_event(
     error: CoeError, dialect: Dialect = Dialect.CHAT, *, sequence: int = 0, response: Any = None
 ) -> bytes:
-    """An error as the last event of a stream that had begun; see `stream_error`."""
+    """The events that end a stream with an error; see `stream_error`."""
     status = status_of(error)
     return stream_error(detail_of(error), status, dialect, sequence=sequence, response=response)
 
@@ -174,27 +174,27 @@ def stream_error(
 
     Args:
         detail: OpenAI's message, type, param and code.
-        status: What it would have been sent with before the stream began.
-        dialect: Of whom asked.
-        sequence: The next event's number, which Responses count.
-        response: The response object that a Responses stream began with, if it told one: it is
-            told again as failed.
+        status: The HTTP status of the error, had the stream not begun.
+        dialect: The client's API.
+        sequence: Number of the next event, which Responses streams count.
+        response: The response object that a Responses stream began with, if any: it is sent again
+            as failed.
     """
-    told: dict[str, Any]
+    event: dict[str, Any]
     if dialect is Dialect.MESSAGES:
-        told = {"type": "error", "error": _anthropic_detail(detail, status)}
-        return b"event: error\ndata: " + orjson.dumps(told) + b"\n\n"
+        event = {"type": "error", "error": _anthropic_detail(detail, status)}
+        return b"event: error\ndata: " + orjson.dumps(event) + b"\n\n"
     if dialect is Dialect.CHAT:
         return b"data: " + orjson.dumps({"error": detail}) + b"\n\n"
     code, message = detail.get("code"), str(detail.get("message"))
-    told = {
+    event = {
         "type": "error",
         "sequence_number": sequence,
         "code": code if isinstance(code, str) else None,
         "message": message,
         "param": detail.get("param"),
     }
-    events = b"event: error\ndata: " + orjson.dumps(told) + b"\n\n"
+    events = b"event: error\ndata: " + orjson.dumps(event) + b"\n\n"
     if isinstance(response, dict):
         error = {"code": "server_error", "message": message}
         failed = {
