@@ -1,4 +1,4 @@
-"""What a gateway counts of each request."""
+"""The gateway's metrics of each request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from service.telemetry.exposition import text_of
 from service.telemetry.metric_types import Side
 from service.telemetry.registry import MetricsRegistry
 
-# Refused although somebody was asked: there was no room anywhere.
+# Codes of rejections although an expert was called: no pool had room.
 _NO_ROOM = frozenset({"over_capacity"})
 
 
@@ -47,7 +47,7 @@ class GatewayMetrics:
         self._in_flight -= 1
         meter, recipe = self.meter, record.recipe_label
         meter.add(metrics.REQUESTS, 1, record.expert, record.category, recipe, record.outcome)
-        # 0 as well, so that a share of errors can be told before there are any.
+        # A count of 0 is exported as well, so that the share of errors is known from the start.
         meter.add(metrics.SERVER_ERRORS, record.ours, record.expert)
         if record.routed:
             meter.observe(metrics.ROUTE, record.route_ms / 1000)

@@ -54,7 +54,7 @@ def console_routes(
 
 
 class _Page:
-    """One file. A class, because Starlette would wrap a function."""
+    """Serves one file. It is a class, because Starlette would wrap a function."""
 
     def __init__(self, asset: Asset) -> None:
         self._asset = asset
@@ -69,7 +69,7 @@ class _Page:
 
 
 class _Events:
-    """Server-sent events, until the client leaves or the feed ends."""
+    """Sends server-sent events, until the client leaves or the stream is closed."""
 
     def __init__(
         self, feed: EventStream, may_watch: Callable[[dict[bytes, bytes]], None], behind_serve: bool

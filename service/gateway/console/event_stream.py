@@ -1,7 +1,7 @@
-"""The console's one stream of events: everybody who looks gets the same, made once.
+"""The console's stream of events, made once for all listeners.
 
-Nothing is gathered while nobody looks. Events: `hello` (what does not change, and what
-was before), then `state` twice a second at most, and `routes` as requests end.
+Nothing is gathered without listeners. The events are `hello` (the config, and recent requests),
+then `state` at most twice a second, and `routes` as requests end.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _BEAT_S = 3.0
 _MOST_LISTENERS = 64
 # A listener that does not read loses events; the next state holds everything anyway.
 _MOST_QUEUED = 16
-# So many points of its graphs are kept.
+# The number of points that the console's graphs keep.
 HISTORY = 240
-# Rates are over so many seconds: one alone jumps with every batch.
+# Rates are averaged over this many seconds, because each second's rate jumps with the batch.
 _OVER = 4
 # A stream ends in time for a gateway that stops: at once when its pools drain, and
 # where there are none, soon.
@@ -93,14 +93,14 @@ class EventStream:
             self._listeners.discard(queue)
 
     async def close(self) -> None:
-        """End every stream."""
+        """Close every stream."""
         self._tell(None)
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     def state(self) -> dict[str, Any]:
-        """Everything that changes, as of now."""
+        """The current state, as JSON."""
         now_s = time.time()
         pools = describe_pools(self._views(), self._details, self._rates)
         remotes = {
@@ -132,12 +132,12 @@ class EventStream:
         }
 
     async def _gather(self) -> None:
-        """Tell what changes, as long as somebody listens."""
+        """Send changes, as long as there are listeners."""
         try:
             await self._follow()
         except Exception:
-            # Else who listens would wait for ever; a page that was ended asks again.
-            log.exception("the console's events failed")
+            # Listeners would wait for ever otherwise. A page whose stream ends connects again.
+            log.exception("console event stream failed")
             self._tell(None)
 
     async def _follow(self) -> None:
@@ -157,7 +157,7 @@ class EventStream:
             if self._recent.count > seen:
                 self._tell(_event("routes", {"routes": self._recent.since(seen)}))
                 seen = self._recent.count
-            # Its time alone is nothing new.
+            # A new time alone is no change.
             data = orjson.dumps({**state, "at_s": 0})
             if data != told or now_s - told_s >= _BEAT_S:
                 told, told_s = data, now_s
@@ -165,7 +165,7 @@ class EventStream:
             await asyncio.sleep(_TICK_S)
 
     async def _count(self, now_s: float) -> None:
-        """Ask every pool for what its snapshots leave out, and make rates of its counts."""
+        """Ask every pool for details, and compute rates of tokens from its counts."""
         links = self._directory.links()
         told = await asyncio.gather(*(link.experts() for link in links), return_exceptions=True)
         details = {}
@@ -199,7 +199,7 @@ class EventStream:
 
 
 def _over(pools: list[dict[str, Any]]) -> bool:
-    """Whether this service is stopping: then a stream must not hold the gateway up."""
+    """Whether every local pool drains; then streams must not delay the gateway's stop."""
     local = [pool for pool in pools if pool["boot"] != REMOTE]
     return bool(local) and all(pool["draining"] for pool in local)
 

@@ -1,4 +1,4 @@
-"""What the console shows of experts and pools, from snapshots. Pure."""
+"""The console's view of experts and pools, made from snapshots."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from service.broker.pool_state import REMOTE, PoolView
 from service.config import Config
 
-# Of a pool's own account of an expert, what its snapshots do not hold.
+# Fields of a pool's own account of an expert that snapshots do not hold.
 _DETAILS = ("pinned", "host_bytes", "weight_bytes", "last_swap", "tokens")
 
 
 def describe_experts(config: Config) -> list[dict[str, Any]]:
-    """What does not change while the service runs."""
+    """The experts of the config, as JSON."""
     told = []
     for name, expert in config.experts.items():
         made = "steered" if expert.profile else "lora"
