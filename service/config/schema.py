@@ -122,10 +122,10 @@ class Config(Section):
             if not self.needs(unit[0])
         )
 
-    def needs(self, expert: str) -> str:
-        """Return the base of a virtual expert; empty for other experts."""
+    def needs(self, expert: str) -> str | None:
+        """Return the base of a virtual expert; None for other experts."""
         settings = self.experts[expert]
-        return settings.base or "" if settings.form == "steered" else ""
+        return settings.base if settings.form == "steered" else None
 
     @property
     def key_variables(self) -> frozenset[str]:

@@ -64,6 +64,7 @@ def steering_of(config: Config, expert: str, folder: Path) -> Steering:
     )
     shape = profile.shape
     base = config.needs(expert)
+    assert base is not None
     return Steering(base, shape.experts, shape.top_k, shape.renormalize, layers)
 
 

@@ -60,7 +60,7 @@ class UnitView:
         pinned: Whether it stays in host memory.
         swappable: Whether the slot's present engine can run it.
         wanted: Whether an operator asked for it to be loaded.
-        needs: The unit whose weights this one shares, or empty. The two are loaded and evicted
+        needs: The unit whose weights this one shares, or None. The two are loaded and evicted
             together.
         start_s: Seconds to replace the engine by one that runs it.
     """
@@ -77,7 +77,7 @@ class UnitView:
     pinned: bool
     swappable: bool = True
     wanted: bool = False
-    needs: str = ""
+    needs: str | None = None
     start_s: float = 0.0
 
 

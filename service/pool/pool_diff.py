@@ -37,11 +37,11 @@ class UnitSource:
 
     Attributes:
         experts: Its experts, the one with the weights first.
-        needs: The unit on whose weights it runs; empty for one that has weights.
+        needs: The unit on whose weights it runs; None for one that has weights.
     """
 
     experts: dict[str, ExpertSource]
-    needs: str = ""
+    needs: str | None = None
 
     def matches(self, other: UnitSource) -> bool:
         """Whether the same experts are in it."""

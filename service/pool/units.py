@@ -22,7 +22,7 @@ class Unit:
         experts: That expert and its adapters.
         pinned: Whether the weights stay in host memory.
         size_bytes: Bytes of the weights in memory, by their files; 0 where they are not known.
-        needs: The unit whose weights this one shares; empty where it has its own. Both are in
+        needs: The unit whose weights this one shares; None where it has its own. Both are in
             one slot.
     """
 
@@ -30,7 +30,7 @@ class Unit:
     experts: tuple[str, ...]
     pinned: bool = False
     size_bytes: int = 0
-    needs: str = ""
+    needs: str | None = None
 
 
 @dataclass(slots=True)

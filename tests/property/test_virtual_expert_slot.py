@@ -26,7 +26,7 @@ SIZE = 10
 NEEDS = {"a1": "a", "a2": "a", "b1": "b"}
 FULL = ("a", "b", "c")
 NAMES = (*FULL, *NEEDS)
-UNITS = tuple(Unit(name, (name,), needs=NEEDS.get(name, "")) for name in NAMES)
+UNITS = tuple(Unit(name, (name,), needs=NEEDS.get(name)) for name in NAMES)
 
 
 class Engine(SimulatedEngine):

@@ -38,7 +38,7 @@ def unit(
     pinned: bool = False,
     swappable: bool = True,
     wanted: bool = False,
-    needs: str = "",
+    needs: str | None = None,
 ) -> UnitView:
     return UnitView(
         name=name,
