@@ -220,7 +220,7 @@ def test_attributes_of_the_engine_are_those_in_the_table() -> None:
     assert _read_of_llm() == READ_OF_LLM
 
 
-def test_the_front_end_imports_vllm_in_one_file() -> None:
+def test_engine_front_end_imports_vllm_in_one_file() -> None:
     importing = {
         path.relative_to(OURS).parts[0]
         for path, tree in _sources()
@@ -287,19 +287,19 @@ def _expected() -> set[tuple[str, str]]:
 
 @installed
 @pytest.mark.parametrize(("owner", "attribute"), sorted(_expected()))
-def test_the_installed_vllm_has_it(owner: str, attribute: str) -> None:
+def test_installed_vllm_has_each_name_in_the_table(owner: str, attribute: str) -> None:
     assert _has(owner, attribute)
 
 
 @installed
 @pytest.mark.parametrize("name", sorted(AT_RUN_TIME))
-def test_the_installed_vllm_still_uses_it(name: str) -> None:
+def test_installed_vllm_uses_each_assigned_attribute(name: str) -> None:
     source = (_installed() / AT_RUN_TIME[name]).read_text()
     assert re.search(rf"\b{name}\b", source)
 
 
 @installed
-def test_the_installed_vllm_has_every_name_that_is_imported() -> None:
+def test_installed_vllm_has_every_imported_name() -> None:
     missing = [
         f"{node.module}.{alias.name}"
         for _, tree in _sources()

@@ -72,7 +72,7 @@ def test_final_answer_of_a_number_is_the_same_in_any_notation(number: str, way: 
         ("Because nobody believes that the answer is 5.", "5"),
     ],
 )
-def test_what_a_shorter_spelling_would_confuse_is_kept_apart(one: str, other: str) -> None:
+def test_final_answer_spellings_that_would_be_confused_stay_different(one: str, other: str) -> None:
     assert not agree(one, other)
 
 
@@ -88,7 +88,7 @@ def test_what_a_shorter_spelling_would_confuse_is_kept_apart(one: str, other: st
         "Sure, go ahead.",
     ],
 )
-def test_who_asks_back_or_sends_elsewhere_answers_nothing(said: str) -> None:
+def test_final_answer_of_a_question_back_or_a_referral_is_none(said: str) -> None:
     assert final_answer(said) is None
 
 

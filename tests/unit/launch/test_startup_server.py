@@ -162,7 +162,7 @@ def test_startup_server_configured_origin_may_read_the_state(startup: StartupSer
         assert (status, headers["access-control-allow-origin"]) == (403, None)
 
 
-def test_a_length_that_only_looks_like_a_number_is_answered(startup: StartupServer) -> None:
+def test_startup_server_malformed_content_length_is_answered(startup: StartupServer) -> None:
     with closing(socket.create_connection(("127.0.0.1", port_of(startup)), timeout=5)) as link:
         head = "POST /v1/chat/completions HTTP/1.0\r\nHost: 127.0.0.1\r\nContent-Length: \xb2\r\n"
         link.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode("latin-1"))
