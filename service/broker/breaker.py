@@ -18,7 +18,7 @@ Random = Callable[[], float]
 
 
 class State(StrEnum):
-    """Of a breaker."""
+    """State of a breaker."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -42,14 +42,14 @@ class BreakerPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Permit:
-    """One request let through. `turn`: how often the breaker had opened before."""
+    """Permission for one request. `turn`: how often the state had changed before."""
 
     turn: int
     probe: bool
 
 
 class Breaker:
-    """One breaker. Times are in s of any clock that only goes forward."""
+    """One circuit breaker. Times are seconds of a monotonic clock."""
 
     def __init__(self, policy: BreakerPolicy, random: Random) -> None:
         self._policy = policy
@@ -62,7 +62,7 @@ class Breaker:
         self._probing = False
 
     def state(self, now_s: float) -> State:
-        """What it would do with a request now."""
+        """The state now."""
         if self._until_s is None:
             return State.CLOSED
         return State.OPEN if now_s < self._until_s else State.HALF_OPEN
@@ -73,14 +73,14 @@ class Breaker:
         return state is State.CLOSED or (state is State.HALF_OPEN and not self._probing)
 
     def left_s(self, now_s: float) -> float:
-        """Until a request may pass: 0 where one may, else at least a moment."""
+        """Seconds until a request may pass; 0 where one may now."""
         if self.allows(now_s):
             return 0.0
         assert self._until_s is not None
         return max(self._until_s - now_s, self._policy.together_s)
 
     def begin(self, now_s: float) -> Permit:
-        """A request passes. It must be one that `allows`, and it must come to an end."""
+        """Let a request pass, after `allows`; each needs one call of `end`."""
         probe = self.state(now_s) is State.HALF_OPEN
         if probe:
             self._probing = True
@@ -98,7 +98,7 @@ class Breaker:
             Whether this opened the breaker.
         """
         if one.turn != self._turn:
-            return False  # it began before the breaker opened: old news
+            return False  # it began before the last change of state
         if one.probe:
             self._probing = False
         if ok is None:
@@ -137,7 +137,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class Breakers(Generic[Key]):
-    """The breakers of one gateway. One that never saw a failure costs nothing."""
+    """The breakers of one gateway; each is created by its first failure."""
 
     def __init__(self, policy: BreakerPolicy, random: Random) -> None:
         self._policy = policy
@@ -145,23 +145,23 @@ class Breakers(Generic[Key]):
         self._all: dict[Key, Breaker] = {}
 
     def blocked(self, now_s: float) -> frozenset[Key]:
-        """What lets nothing through now."""
+        """Keys of the breakers that let no request pass now."""
         if not self._all:
             return frozenset()
         return frozenset(key for key, one in self._all.items() if not one.allows(now_s))
 
     def left_s(self, keys: Iterable[Key], now_s: float) -> float:
-        """Until the first of them may be tried again."""
+        """Seconds until the first of these lets a request pass."""
         found = [self._all[key].left_s(now_s) for key in keys if key in self._all]
         return min(found, default=0.0)
 
     def begin(self, key: Key, now_s: float) -> Permit:
-        """See `Breaker.begin`."""
+        """Let a request pass; see `Breaker.begin`."""
         one = self._all.get(key)
         return one.begin(now_s) if one is not None else Permit(0, probe=False)
 
     def end(self, key: Key, one: Permit, ok: bool | None, now_s: float) -> bool:
-        """See `Breaker.end`."""
+        """Record an outcome; see `Breaker.end`."""
         breaker = self._all.get(key)
         if breaker is None:
             if ok is not False:
@@ -170,19 +170,19 @@ class Breakers(Generic[Key]):
         return breaker.end(one, ok, now_s)
 
     def forget(self, gone: Callable[[Key], bool]) -> None:
-        """Those that stand for something that is not there any more."""
+        """Delete the breakers of the keys that are gone."""
         for key in [key for key in self._all if gone(key)]:
             del self._all[key]
 
     def states(self, now_s: float) -> dict[Key, State]:
-        """Every breaker that has seen a failure."""
+        """State of every breaker that has recorded a failure."""
         return {key: one.state(now_s) for key, one in self._all.items()}
 
 
 class RetryBudget:
-    """How many requests may be sent a second time: a share of all, and a reserve.
+    """Bounds retries to a share of all requests, plus a reserve.
 
-    When everything fails, retries must not double the load.
+    It keeps retries from doubling the load when everything fails.
     """
 
     def __init__(self, share: float, reserve: float) -> None:
@@ -191,11 +191,11 @@ class RetryBudget:
         self._left = reserve
 
     def earn(self) -> None:
-        """A request has come."""
+        """Add the share of one request."""
         self._left = min(self._most, self._left + self._share)
 
     def spend(self) -> bool:
-        """Whether one more attempt may be made; then it is paid for."""
+        """Take one retry out of the budget; whether it was allowed."""
         if self._left < 1:
             return False
         self._left -= 1

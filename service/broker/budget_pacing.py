@@ -1,14 +1,15 @@
-"""The shadow price of a budget: what one more unit of it is worth now, in quality. Pure.
+"""The shadow price of a budget: the quality that one more unit of it would buy. Pure.
 
-The price is re-solved from what was on offer lately: it is the λ at which taking each of
-the last requests' best option, by quality − λ · cost, would have spent on average what is left
-of the budget for each request still to come. This is the resolving form of dual pricing
+The price is solved again from the options of the last requests: it is the λ at which taking the
+best option of each, by quality − λ · cost, would have spent on average as much as the budget has
+left for each request still to come. This is the resolving form of dual pricing
 for online knapsacks (Agrawal, Wang, Ye: A Dynamic Near-Optimal Algorithm for Online Linear
 Programming, 2014; Balseiro, Besbes, Pizarro: Survey of Dynamic Resource-Constrained Reward
 Collection Problems, 2023). It steers before the cap is hit; the cap itself is the ledger's.
 
-Where several gateways spend one budget, each learns from its own requests what is on offer, but
-what is left is for the requests of all of them: how many came is shared (`untold`, `heard`).
+Where several gateways spend one budget, each learns the options from its own requests. The rest of
+the budget is for the requests of all gateways, so they share the numbers of arrivals (`untold`,
+`heard`).
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ Floats = NDArray[np.float64]
 
 _REMEMBERED = 256
 _EVERY = 16
-# Options of one request that are kept: those that some price would choose.
+# Most options that are kept of one request.
 _MOST_OPTIONS = 24
 _HALVINGS = 40
 _CALM_S = 60.0
-# A price is old after this share of its window: others may have spent meanwhile.
+# Share of the window after which a price is old: other gateways may have spent meanwhile.
 _OLD = 1e-4
-# Pieces of a window in which arrivals are shared.
+# Number of parts of a window by which arrivals are counted.
 _PIECES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetSnapshot:
-    """A budget as of now. Times in s of one clock; `window`: (start, end).
+    """A budget now. Times are seconds of one clock.
 
-    `reserved` is held by requests under way, most of which will not be spent.
+    `reserved` is held by open requests, which will spend only a part of it.
     """
 
     amount: float
@@ -50,14 +51,14 @@ class BudgetSnapshot:
 
     @property
     def left(self) -> float:
-        """What can still be promised."""
+        """The amount that can still be reserved."""
         return max(0.0, self.amount - self.spent - self.reserved)
 
 
 class BudgetPacer:
-    """Prices one budget. `offered` every decision that concerns it, `repriced` as it is spent.
+    """Computes the price of one budget from its requests.
 
-    Arrivals are shared by pieces of the budget's window, so that a gateway that comes later knows
+    Arrivals are counted by parts of the budget's window, so that a gateway that starts later knows
     since when the others have counted.
     """
 
@@ -67,8 +68,8 @@ class BudgetPacer:
         self._since = 0
         self._window = (math.nan, math.nan)
         self._from_s = self._priced_s = math.nan
-        # Requests in this window: this gateway's, how many of them the others were told of, and
-        # those of all gateways by piece of the window, as far as heard.
+        # Requests in this window: this gateway's, the reported ones among them, and those of all
+        # gateways by part of the window.
         self._own = 0
         self._told = 0
         self._shared: Mapping[int, int] = {}
@@ -76,9 +77,11 @@ class BudgetPacer:
         self._rate_before = 0.0
 
     def observe(self, worth: Floats, cost: Floats) -> None:
-        """The options of one request: quality less the price of time, and expected cost.
+        """Add the options of one request.
 
-        Options that are impossible have a worth of -inf.
+        Args:
+            worth: (options,), quality less the price of time; -inf where impossible.
+            cost: (options,), expected cost.
         """
         self._own += 1
         self._since += 1
@@ -87,21 +90,21 @@ class BudgetPacer:
             self._seen.append((worth[keep], cost[keep]))
 
     def due(self) -> bool:
-        """Whether it is time to reprice, though nothing new is known of the budget."""
+        """Whether there are enough new requests to compute the price again."""
         return self._since >= _EVERY or (self._since > 0 and len(self._seen) < _EVERY)
 
     @property
     def starts_s(self) -> float:
-        """When the window began that it prices; NaN before any was told."""
+        """Start of the window; NaN before the first one."""
         return self._window[0]
 
     @property
     def asked(self) -> bool:
-        """Whether a request concerned the budget here in this window."""
+        """Whether this gateway had a request for the budget in this window."""
         return self._own > 0
 
     def stale(self, purse: BudgetSnapshot, now_s: float) -> bool:
-        """Whether its price does not stand for this state of the budget any more."""
+        """Whether the price is out of date for this state of the budget."""
         window = (purse.start_s, purse.end_s)
         old_s = _OLD * (purse.end_s - purse.start_s)
         return self._since > 0 or window != self._window or now_s - self._priced_s > old_s
@@ -115,7 +118,7 @@ class BudgetPacer:
         return self._piece(now_s), count
 
     def heard(self, arrivals: Mapping[int, int]) -> None:
-        """How many requests came to all gateways, this one included, by piece of the window."""
+        """Take over the arrivals at all gateways, this one included, by part of the window."""
         self._shared = arrivals
 
     def _piece(self, now_s: float) -> int:
@@ -124,7 +127,7 @@ class BudgetPacer:
         return min(_PIECES - 1, max(0, int(_PIECES * share)))
 
     def reprice(self, purse: BudgetSnapshot, now_s: float) -> float:
-        """The price for what is left of the window at the rate at which requests came in it."""
+        """Compute the price for the rest of the window, at the rate of its requests so far."""
         self._since = 0
         self._priced_s = now_s
         if (purse.start_s, purse.end_s) != self._window:
@@ -137,7 +140,7 @@ class BudgetPacer:
         return self.price
 
     def _begin(self, purse: BudgetSnapshot, now_s: float) -> None:
-        """In a new window arrivals are counted anew; what was on offer is still the best guess."""
+        """Start a window: arrivals start at zero, the remembered options stay the best estimate."""
         first = math.isnan(self._window[0])
         if first:
             self._from_s = max(now_s, purse.start_s)
@@ -149,24 +152,24 @@ class BudgetPacer:
         self._shared = {}
 
     def _rate(self, now_s: float) -> float:
-        """Requests per second of all gateways together."""
+        """Requests per second at all gateways together."""
         start_s, end_s = self._window
         from_s = self._from_s
         if self._shared and (first := min(self._shared)) < self._piece(from_s):
-            # Others have counted since before this gateway did.
+            # Other gateways have counted for longer than this one.
             from_s = start_s + first * (end_s - start_s) / _PIECES
         told = max(self._told, sum(self._shared.values()))
-        # What is not heard of yet is as many times ours as what is.
+        # Unreported arrivals are scaled by the same ratio as the reported ones.
         times = told / self._told if self._told else 1.0
         arrivals = told + (self._own - self._told) * times
-        # A burst at the start is no rate yet: the one before weighs as much as this time.
+        # A burst at the start is not a rate: the rate before weighs as much as this time.
         calm_s = min(_CALM_S, (end_s - start_s) / 100)
         return (arrivals + calm_s * self._rate_before) / (max(now_s - from_s, 0.0) + calm_s)
 
     def solve(self, each: float) -> float:
         """The least λ at which the requests remembered would have spent `each` or less on average.
 
-        0 where they would at no price; the greatest useful one where they can't.
+        It is 0 where they would at price 0, and the greatest useful price where no price suffices.
         """
         if not self._seen:
             return 0.0
@@ -194,7 +197,7 @@ class BudgetPacer:
 
 
 def _steepest(worth: Floats, cost: Floats) -> float:
-    """A price at which everybody takes the cheapest: more than any quality per unit of cost."""
+    """A price at which every request takes its cheapest option."""
     finite = np.isfinite(worth)
     spread = float(worth[finite].max() - worth[finite].min())
     costs = np.unique(cost[finite])
@@ -204,13 +207,13 @@ def _steepest(worth: Floats, cost: Floats) -> float:
 
 
 def upper_concave_hull(worth: Floats, cost: Floats) -> NDArray[np.intp]:
-    """Options that some price from 0 up would choose, cheapest first: the upper concave hull.
+    """Indices of the options that some price would choose, cheapest first: the upper concave hull.
 
-    At most 24 of them, evenly.
+    At most 24 of them are returned, evenly spaced.
     """
     order = np.flatnonzero(np.isfinite(worth))
     order = order[np.lexsort((-worth[order], cost[order]))]
-    # Who costs more than somebody better is out, which leaves few for what follows.
+    # Drop options that cost more than a better one, which leaves few.
     best = np.maximum.accumulate(worth[order])
     order = order[np.concatenate(([True], best[1:] > best[:-1]))] if len(order) else order
     kept: list[int] = []

@@ -1,10 +1,10 @@
-"""Who may use how much, and what was used: claims on limits and budgets, and their settling.
+"""Limits and budgets: claims of requests, and their settlement.
 
-A request counts as one as soon as it arrives, before its body is read. Once it is understood, it
-reserves in every account that bounds it (its key's, its tenant's, the named budgets'), all at
-once, and is charged what it really used at the end: of budgets the most that it may cost, so
-that nothing is ever overspent; of tokens per minute what it is expected to use, so that clients
-that bound nothing do not wait for each other. `state` tells how far each budget is spent.
+A request is counted when it arrives, before its body is read. Once it is parsed, it reserves in
+every account that bounds it (of its key, its tenant and the named budgets), atomically. At the end
+it is charged what it really used. Of budgets it reserves the most that it may cost, so that nothing
+is ever overspent. Of tokens per minute it reserves what it is expected to use, so that clients
+without bounds do not wait for each other.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PERIODS = {"day": DAY, "month": MONTH}
 
 @dataclass(frozen=True, slots=True)
 class UsageBound:
-    """The most that a request may use, all its calls together, and what it is expected to.
+    """Bounds and estimates of what a request uses, all its calls together.
 
     Attributes:
         prompt_tokens: The most that the prompts of all calls may have.
@@ -65,22 +65,22 @@ class UsageBound:
     places: int = 1
 
     def rate_line(self, account: Account) -> Charge:
-        """Its part of a limit on tokens per minute."""
+        """Its charge to a limit of tokens per minute."""
         prompt = self.prompt_tokens if self.likely_prompt is None else self.likely_prompt
         if self.likely_tokens is None:
             return Charge(account, prompt, self.answers)
         answers = self.answers * min(self.likely_tokens, self.max_tokens)
-        # Where the limit is smaller than what is usual, one at a time may still try.
+        # Where the limit is smaller than usual answers, one request at a time may still try.
         least = prompt + self.answers * self.least
         return Charge(account, min(prompt + answers, max(account.limit, least)))
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetState:
-    """A budget now: units of cost, and the window in seconds since 1970.
+    """A budget now, in units of cost, with its window in seconds since 1970.
 
-    `reserved` is held by requests under way, most of which will not be spent. `tenant` and `key`:
-    whose alone it is; None and empty where others spend it, too.
+    `reserved` is held by open requests, which will spend only a part of it. `tenant` and `key` name
+    its only user; None and empty where others spend it, too.
     """
 
     amount: float
@@ -94,9 +94,9 @@ class BudgetState:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """A request's claim that holds. `max_tokens`: what its answer is clipped to.
+    """A granted claim of a request. `max_tokens` is the bound of its answer.
 
-    Give it to `Ledger.settle` exactly once, whatever became of the request.
+    It has to be passed to `Ledger.settle` exactly once, whatever the outcome of the request.
     """
 
     tenant: Tenant
@@ -115,14 +115,14 @@ class Ledger:
         self._of_tenant = {name: one.tenant for name, one in config.budgets.items()}
 
     def bounds(self, tenant: Tenant) -> bool:
-        """Whether anything bounds this tenant's tokens or costs: then answers need a bound, too."""
+        """Whether this tenant's tokens or costs are bounded, so that answers need a bound."""
         limits = (tenant.limits, self._tenants.get(tenant.name, Limits()))
         return any(
             one.tokens_per_min is not None or one.budget is not None for one in limits
         ) or any(self._concerns(name, tenant) for name in self._budgets)
 
     async def arrive(self, request_id: str, tenant: Tenant) -> Reservation:
-        """Count a request whose body nobody has read.
+        """Count a request before its body is read.
 
         Raises RateLimitExceededError, StoreUnavailableError.
         """
@@ -131,7 +131,7 @@ class Ledger:
         return await self._claim(request_id, tenant, UsageBound(0), lines)
 
     async def look_up(self, request_id: str, tenant: Tenant) -> None:
-        """Count a request that asks no expert.
+        """Count a request that needs no expert.
 
         Raises RateLimitExceededError, StoreUnavailableError.
         """
@@ -151,7 +151,7 @@ class Ledger:
         lines = []
         for line in self._lines(tenant, bound):
             if _kind(line) == "concurrent":
-                # One of them it is since it arrived; nothing counts as more than there are.
+                # It has taken one place when it arrived, and takes no more than there are.
                 more = min(bound.places, line.account.limit) - 1
                 lines += [Charge(line.account, more)] if more > 0 else []
             elif _kind(line) != "requests":
@@ -182,14 +182,14 @@ class Ledger:
         counts: bool = True,
         noted: bool = True,
     ) -> None:
-        """Charge what was used and give back the rest.
+        """Charge what was used, and release the rest.
 
         Args:
             reservation: What `arrive` or `reserve` granted; each is settled once.
             usage: What all calls of the request used.
-            expert: Whose answer it was.
+            expert: The expert that answered.
             ended_s: When it ended, in seconds since 1970.
-            counts: Whether it counts as a request: not where we are to blame for its failure.
+            counts: Whether it counts as a request; not where its failure is this service's fault.
             noted: Whether this is the reservation of the request with which its usage is noted.
         """
         granted = reservation.granted
@@ -228,13 +228,13 @@ class Ledger:
         }
 
     async def limits(self, tenant: Tenant) -> dict[str, tuple[Account, AccountBalance]]:
-        """The accounts that bound a tenant and its key, as they are now."""
+        """The accounts that bound a tenant and its key, with their balances."""
         accounts = [line.account for line in self._lines(tenant, UsageBound(0))]
         balances = await self.store.balances(accounts)
         return {a.name: (a, b) for a, b in zip(accounts, balances, strict=True)}
 
     async def usage(self, tenant: Tenant, now_s: float, days: int) -> dict[str, dict[str, int]]:
-        """What was used on each of the last `days` days (UTC), by day; days without are left out.
+        """Usage on each of the last `days` days (UTC), by day; days without usage are left out.
 
         Keys: requests, prompt_tokens, completion_tokens, cost_micro, and the same per
         expert as `NAME/requests` and so on.
@@ -301,7 +301,7 @@ def _cost_line(account: Account, bound: UsageBound) -> Charge:
 
 
 def _kind(line: Charge) -> str:
-    """What it counts: requests, lookups, tokens, concurrent, or budget."""
+    """The kind of account: requests, lookups, tokens, concurrent, or budget."""
     name = line.account.name
     return "budget" if name.startswith("budget/") else name.rpartition("/")[2]
 
