@@ -196,8 +196,11 @@ async def test_key_may_use_its_experts_only() -> None:
     async with run_gateway(config({"experts": ["general"]}, experts=experts)) as s:
         status, _, told = await s.ask(chat(model="math"), headers=bearer(KEY))
         assert (status, told["error"]["code"]) == (403, "permission_denied")
-        status, _, body = await s.ask(chat(model="auto/math"), headers=bearer(KEY))
+        status, _, body = await s.ask(chat(model="auto"), headers=bearer(KEY))
         assert (status, body["model"]) == (200, "general")
+        # A category of experts that the key may not use does not exist for it.
+        status, _, told = await s.ask(chat(model="auto/math"), headers=bearer(KEY))
+        assert (status, told["error"]["code"]) == (404, "model_not_found")
         status, _, body = await s.ask(chat(model="math"), headers=bearer(OTHER))
         assert (status, body["model"]) == (200, "math")
 
