@@ -1,7 +1,7 @@
 """The state of all pools as arrays, so that a selection among thousands of places is fast.
 
-A pool's row is computed once for each of its snapshots. Columns are the experts of a catalog; an
-expert that a pool does not have is not usable there.
+Rows are pools. A pool's row is computed once for each of its snapshots. Columns are the experts of
+a catalog. An expert that a pool does not have is marked as not usable there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from service.types import Residency
 
 Floats = NDArray[np.float64]
 
-# Boot id of the gateway's own pool of remote experts; empty ids are reserved for it.
+# Boot id of the gateway's own pool of remote experts. No other pool has an empty boot id.
 REMOTE = ""
 
 _IDLE = Queue()
@@ -37,7 +37,8 @@ class PoolView:
         boot: The pool's boot id; `REMOTE` for the gateway's own remote experts.
         snapshot: The pool's last snapshot.
         age_s: Age of the snapshot.
-        unseen: Requests sent that the snapshot does not count yet, by expert.
+        unseen: Number of requests that were sent but that the snapshot does not count yet, by
+            expert.
     """
 
     boot: str
@@ -64,10 +65,10 @@ class PoolMatrix:
         first: Time to the first token of an empty prompt.
         per_token: Time to the first token, added for each prompt token.
         chunk: Time per token of the answer.
-        capacity: Requests that run at once.
-        ahead: Requests before a new one in the expert's slot.
+        capacity: Number of requests that may run at the same time.
+        ahead: Number of sequences before a new request in the expert's slot.
         displaced: Time that a swap to the expert costs other requests.
-        context: Tokens that prompt and answer may have together; 0 where unknown.
+        context: Tokens that prompt and answer may have together; 0 if unknown.
         prompts: Prompt tokens in the queue of the slot.
     """
 
@@ -86,15 +87,19 @@ class PoolMatrix:
 
 
 class PoolStateTable:
-    """Caches the row of each pool until its next snapshot."""
+    """Caches the row of each pool until the pool's next snapshot.
+
+    Args:
+        index: The column of each expert, as in the catalog.
+    """
 
     def __init__(self, index: dict[str, int]) -> None:
-        """`index`: the experts of the catalog."""
+        """Create an empty table."""
         self._index = index
         self._rows: dict[str, tuple[Snapshot, Floats]] = {}
 
     def to_matrix(self, views: Sequence[PoolView]) -> PoolMatrix:
-        """Compute the arrays of these pools."""
+        """Compute the arrays of these pools, in the same order."""
         if len(self._rows) > 2 * len(views) + 8:
             known = {view.boot for view in views}
             self._rows = {boot: row for boot, row in self._rows.items() if boot in known}
@@ -127,7 +132,10 @@ class PoolStateTable:
         return held[1]
 
     def _count_unseen(self, ahead: Floats, view: PoolView) -> None:
-        """Add requests on their way to the queues of their whole slots."""
+        """Add the requests on their way to `ahead`, (experts,).
+
+        A request counts for every expert of its slot, because they share one engine.
+        """
         experts = view.snapshot.experts
         by_slot: dict[int, int] = {}
         for name, count in view.unseen.items():
@@ -161,7 +169,7 @@ def _row_of(snapshot: Snapshot, index: dict[str, int]) -> Floats:
         queue, speed = queues.get(name, _IDLE), speeds.get(name, guess)
         ahead = in_slot[state.slot]
         others = requests[state.slot] - queue.waiting - queue.running
-        # A swap there and back delays each request of the slot's other experts.
+        # The slot swaps to this expert and back. Both swaps delay the other experts' requests.
         displaced = 0.0 if state.state is Residency.DEVICE else 2 * state.swap_s * others
         columns.append(at)
         values.append(
@@ -184,7 +192,7 @@ def _row_of(snapshot: Snapshot, index: dict[str, int]) -> Floats:
 
 
 def _guess(measured: list[Speed]) -> Speed:
-    """The speed of an expert that was not measured: the average of those that were."""
+    """Estimate the speed of an expert without measurements by the average of the others."""
     if not measured:
         return PRIOR
     share = 1.0 / len(measured)

@@ -1,7 +1,7 @@
-"""What an answer costs. Pure: prices and tokens in, units of cost out.
+"""The cost of an answer, from its price and its tokens. Pure.
 
-One unit is whatever the config's prices are in: money, or billions of parameters
-computed. A price is for a million tokens.
+The config chooses the unit of cost, for example a currency or billions of computed parameters.
+Prices are per million tokens.
 """
 
 from __future__ import annotations
@@ -18,25 +18,30 @@ MICRO = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Units of cost per million prompt tokens, and per million tokens of an answer."""
+    """The price of an expert.
+
+    Attributes:
+        prompt: Units of cost per million prompt tokens.
+        completion: Units of cost per million tokens of an answer.
+    """
 
     prompt: float = 0.0
     completion: float = 0.0
 
 
 def cost(price: Price, prompt_tokens: int, completion_tokens: int) -> float:
-    """Units of cost of an answer."""
+    """The cost of an answer, in units of cost."""
     return (price.prompt * prompt_tokens + price.completion * completion_tokens) / _PER
 
 
 def micro(units: float) -> int:
-    """Units of cost in whole millionths, rounded up: nothing is ever charged too little."""
-    # What is off by less than a billionth of a millionth is floating point, not money.
+    """Convert units of cost to whole millionths. It rounds up, so no charge is too small."""
+    # Rounding to six digits first removes floating-point errors, which must not cost a millionth.
     return max(0, math.ceil(round(units * MICRO, 6)))
 
 
 def prices_of(config: Config) -> dict[str, Price]:
-    """Every expert's price; nothing where the config names none."""
+    """The price of every expert; zero if the config sets none."""
     return {
         name: Price(expert.price.prompt, expert.price.completion) if expert.price else Price()
         for name, expert in config.experts.items()

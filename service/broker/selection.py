@@ -6,17 +6,21 @@ Every recipe r, with one pool for each of its experts, has a utility,
 
 - Q: expected quality of its answer to this prompt, in [0, 1]
 - c: expected cost of all calls
-- T: time to the answer in s: loading or swapping, queue, prefill and decode. It is that of the
-  slowest of the experts that are asked together, plus that of each later expert times the
-  probability that it is asked.
+- T: expected time to the answer in s
 - X: time in s that its swaps cost other requests
 - λ_cost: the sum of the shadow prices of the budgets; λ_time: the price of time
 
-The recipe of the greatest utility wins. Taking each request's best option at such prices is the
-online form of a multiple-choice knapsack (Kellerer, Pferschy, Pisinger: Knapsack Problems, ch. 11).
+The time of one expert consists of loading or swapping, queue, prefill and decode. A recipe calls
+its members at the same time, so T contains the time of the slowest member. It calls its later
+experts one after another, and only if it needs them. T therefore adds the time of each later
+expert, multiplied by the probability of its call.
+
+The recipe with the greatest utility wins. This choice is the online form of a multiple-choice
+knapsack (Kellerer, Pferschy, Pisinger: Knapsack Problems, ch. 11): each request takes its best
+option at the current prices.
 
 Unmet demand is the utility that the best recipe would have gained if every expert were resident and
-idle. It triggers the loading of cold experts that no single request would wait for.
+idle. It makes pools load cold experts for which no single request would wait.
 """
 
 from __future__ import annotations
@@ -49,7 +53,13 @@ class Exclusion(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class PrefixCacheHint:
-    """The pool whose prefix cache holds the first `tokens` prompt tokens of a conversation."""
+    """The pool whose prefix cache holds the beginning of a conversation.
+
+    Attributes:
+        expert: The expert that answered before.
+        boot: The pool's boot id.
+        tokens: Number of prompt tokens that the cache holds.
+    """
 
     expert: str
     boot: str
@@ -63,15 +73,15 @@ class SelectionRequest:
     Attributes:
         rows: (recipes,), the recipes to choose from, as rows of the catalog.
         quality: (recipes,), expected quality in [0, 1].
-        reach: (recipes, MAX_LATER), probability that each later expert is asked.
+        reach: (recipes, MAX_LATER), probability that each later expert is called.
         tokens: (experts,), expected length of each expert's answer.
         cost: (experts,), expected cost of one call.
         prompt_tokens: Length of the prompt.
         time_price: Quality per second.
         cost_price: Quality per unit of cost.
-        max_cost: Hard bound of the cost of all calls of a recipe together.
-        deadline_s: Time left, to the first token where `streams`, else to the end.
-        context_tokens: Context that prompt and answer need, as far as that is known.
+        max_cost: Upper bound of the total cost of a recipe's calls.
+        deadline_s: Time left in s, to the first token if `streams`, else to the end.
+        context_tokens: Context that prompt and answer need; 0 if it is unknown.
         streams: Whether the answer is streamed.
         prefix_cache: Where the beginning of the prompt is cached.
         excluded: Places, as (expert, pool's boot id), that must not be selected.
@@ -123,11 +133,12 @@ class Selection:
         pool: (experts,), best pool for each expert, an index into `pools.boots`.
         wait: (experts,), time until prefill starts there.
         answer: (experts,), time from then to the end of the answer.
-        time: (recipes,) in the order of `request.rows`, as all below: expected time to the answer.
-        displaced: (recipes,), time that its swaps cost other requests.
+        time: (recipes,), expected time to the answer. Like all fields below, it is in the order of
+            `request.rows`.
+        displaced: (recipes,), time that the recipe's swaps cost other requests.
         cost: (recipes,), expected cost.
-        utility: (recipes,), -inf where it is excluded.
-        exclusion: (recipes,), an `Exclusion` for each, 0 where it is possible.
+        utility: (recipes,), utility; -inf for excluded recipes.
+        exclusion: (recipes,), an `Exclusion` for each; 0 for possible recipes.
         ideal: (recipes,), utility if all experts were resident and idle.
     """
 
@@ -145,26 +156,26 @@ class Selection:
     ideal: Floats
 
     def best(self) -> int | None:
-        """Position of the winner among `request.rows`; None where nothing is possible."""
+        """Position of the winner among `request.rows`; None if every recipe is excluded."""
         if not len(self.utility):
             return None
-        # The first of equals, which is the first one in the config.
+        # Among equal utilities, argmax takes the recipe that comes first in the config.
         position = int(self.utility.argmax())
         return position if self.utility[position] > -_INFINITE else None
 
     @property
     def net_quality(self) -> Floats:
-        """(recipes,), quality less the price of time, without cost; -inf where excluded."""
+        """(recipes,), quality minus the price of time, without cost; -inf for excluded recipes."""
         possible = np.isfinite(self.utility)
         time = self.request.time_price * (self.time + self.displaced)
         return np.where(possible, self.request.quality - np.where(possible, time, 0.0), -_INFINITE)
 
     def order(self) -> Ints:
-        """Positions, best first; excluded ones last."""
+        """(recipes,), positions in `request.rows`, best first and excluded recipes last."""
         return np.argsort(-self.utility, kind="stable")
 
     def candidate(self, expert: str) -> Candidate | None:
-        """The best pool for an expert; None where no pool can serve it."""
+        """The best pool for an expert; None if no pool can serve it."""
         column = self.catalog.index[expert]
         if not np.isfinite(self.wait[column]):
             return None
@@ -188,15 +199,21 @@ class Selection:
         return self.catalog.recipes[int(self.request.rows[position])].members
 
     def unmet_utility(self, chosen: int) -> float:
-        """Utility that this recipe would have gained over the `chosen` one."""
+        """Utility that the recipe of `unmet_experts` would have gained over the `chosen` recipe."""
         return float(self.ideal.max() - self.utility[chosen])
 
 
 @dataclass(frozen=True, slots=True)
 class _ExpertTimes:
-    """Times of each expert in its best pool, each (experts,) in s; infinite where it has none.
+    """Times of each expert in its best pool, each (experts,) in s; infinite without a pool.
 
-    `pool`: the best pool's row. `idle`: time to the answer were it resident and idle.
+    Attributes:
+        pool: Row of the best pool.
+        wait: Time until prefill starts.
+        answer: Time from then to the end of the answer.
+        prefill: Time of the prefill.
+        displaced: Time that a swap costs other requests.
+        idle: Time to the answer if the expert were resident and idle.
     """
 
     pool: Ints
@@ -211,8 +228,14 @@ class _ExpertTimes:
 class _RecipeTotals:
     """Totals of each recipe over its experts, each (recipes,); times in s.
 
-    `ideal_time`: were all resident and idle. `max_cost`: if every expert is asked. `deadline_time`:
-    time to the first token or to the end, whatever the deadline counts, if every expert is asked.
+    Attributes:
+        time: Expected time to the answer.
+        displaced: Expected time that its swaps cost other requests.
+        cost: Expected cost.
+        ideal_time: Expected time if all experts were resident and idle.
+        max_cost: Cost if every expert is called.
+        deadline_time: Time to compare with the deadline, if every expert is called. It ends at the
+            first token for a stream of one expert, and at the end of the answer otherwise.
     """
 
     time: Floats
@@ -226,13 +249,13 @@ class _RecipeTotals:
 def select(catalog: RecipeCatalog, pools: PoolMatrix, request: SelectionRequest) -> Selection:
     """Compute the utility of every recipe of a request.
 
-    Pools whose snapshot is older than a second count only where nothing else is left.
+    Pools whose snapshot is older than a second are used only if no other pool is possible.
     """
     fitting = _fits_context(pools, request)
     usable = pools.usable
     if (fitting != usable).any():
         possible = (fitting.any(axis=0) | ~catalog.uses[request.rows]).all(axis=1)
-        # Where no recipe fits, the engine refuses the request, naming both numbers.
+        # If no recipe fits, the engine refuses the request, and its error states both lengths.
         usable = fitting if possible.any() else usable
     if request.excluded:
         usable = usable.copy()
@@ -248,7 +271,7 @@ def select(catalog: RecipeCatalog, pools: PoolMatrix, request: SelectionRequest)
 
 
 def _fits_context(pools: PoolMatrix, request: SelectionRequest) -> NDArray[np.bool_]:
-    """(pools, experts), where prompt and answer fit into the context, as far as it is known."""
+    """(pools, experts), whether prompt and answer fit. An unknown context fits everything."""
     fits: NDArray[np.bool_] = (pools.context == 0) | (pools.context >= request.context_tokens)
     return pools.usable & fits
 
@@ -259,7 +282,7 @@ def _select_among(
     request: SelectionRequest,
     usable: NDArray[np.bool_],
 ) -> Selection:
-    """The selection where only these places, (pools, experts), are usable."""
+    """Select among the places where `usable`, (pools, experts), is true."""
     times = _expert_times(catalog, pools, request, usable)
     rows = request.rows
     single = catalog.single[rows]
@@ -298,7 +321,7 @@ def _expert_times(
     request: SelectionRequest,
     usable: NDArray[np.bool_],
 ) -> _ExpertTimes:
-    """Choose the best pool for each expert: the one of the least time, displacement included."""
+    """Choose the best pool for each expert: the pool of the least time, displacement included."""
     if not len(pools.boots):
         never = np.full(len(catalog.experts), _INFINITE)
         return _ExpertTimes(_NO_POOLS, never, never, never, never, never)
@@ -339,7 +362,7 @@ def _exclusions(
     totals: _RecipeTotals,
     single: NDArray[np.bool_],
 ) -> NDArray[np.int8]:
-    """(recipes,), an `Exclusion` for each recipe. `single`: which are single experts."""
+    """(recipes,), an `Exclusion` for each recipe. `single`, (recipes,), marks single experts."""
     rows = request.rows
     exclusion = np.zeros(len(rows), dtype=np.int8)
     no_pool = ~np.isfinite(totals.time)
@@ -359,7 +382,7 @@ def _exclusions(
     if math.isfinite(request.deadline_s):
         late = (totals.deadline_time > request.deadline_s) & (exclusion == 0)
         if late.any():
-            # Where all recipes are late, single experts may try.
+            # If all recipes are late, single experts may still try.
             if (late | (exclusion != 0)).all():
                 late &= ~single
             exclusion[late] = Exclusion.DEADLINE
@@ -369,7 +392,7 @@ def _exclusions(
 def _single_totals(
     catalog: RecipeCatalog, request: SelectionRequest, times: _ExpertTimes
 ) -> _RecipeTotals:
-    """Totals of single experts: the same as `_recipe_totals`, but faster."""
+    """Totals of single experts. The result equals that of `_recipe_totals`, but is faster."""
     experts = catalog.members[request.rows, 0]
     time = (times.wait + times.answer)[experts]
     cost = request.cost[experts]
@@ -395,11 +418,17 @@ def _recipe_totals(
 ) -> _RecipeTotals:
     """Totals of any recipes.
 
-    The time of members is that of the slowest; their other figures add up. Those of later experts
-    are added times the probability that they are asked. `single`: which are single experts.
+    The slowest member determines the members' time. Their other figures add up. The figures of a
+    later expert are multiplied by the probability of its call, and then added.
+
+    Args:
+        catalog: The recipes.
+        request: The request.
+        times: The times of each expert.
+        single: (recipes,), whether a recipe is a single expert.
     """
     members, later = catalog.members[request.rows], catalog.later[request.rows]
-    # One more column of zeros stands for the absent members.
+    # The last column holds zeros. It stands for the absent members of short recipes.
     table = np.zeros((5, len(catalog.experts) + 1))
     table[:, :-1] = (
         times.wait + times.answer,
@@ -412,11 +441,11 @@ def _recipe_totals(
     of_later = table[:, later]
     slowest = of_members[_TIME].max(axis=1)
     max_cost = of_members[_COST].sum(axis=1) + of_later[_COST].sum(axis=1)
-    # The answer of several experts can't stream before they have agreed.
+    # A recipe of several experts can't stream before they have agreed.
     first = table[_FIRST] if request.streams else table[_TIME]
     in_full = slowest + of_later[_TIME].sum(axis=1)
     deadline_time = np.where(single, first[members[:, 0]], in_full)
-    # 0 · ∞ is not a number; an expert that is never asked costs nothing.
+    # 0 · ∞ would be NaN, but an expert that is never called costs nothing.
     np.multiply(of_later[:4], request.reach, out=of_later[:4], where=request.reach > 0)
     of_later[:4][:, request.reach <= 0] = 0.0
     expected = of_later[:4].sum(axis=2)

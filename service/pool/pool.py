@@ -258,11 +258,19 @@ class Pool:
         self.changed()
 
     def expect(self, experts: Mapping[str, str]) -> None:
-        """Set the experts that come again, with the reasons for clients that ask until then."""
+        """Set the experts that will be available again soon.
+
+        Args:
+            experts: The reason for each expert's absence, which clients get until it is back.
+        """
         self._returning = {n: why for n, why in experts.items() if n not in self._slot_of}
 
     def _move_unit_to(self, slot: SharedSlot) -> None:
-        """Move a unit of another slot, if one can be spared, to a slot whose last unit goes."""
+        """Move a unit from another slot to a slot that loses its last unit.
+
+        A slot gives up a unit only if it keeps at least one active unit. If no slot can, the
+        method does nothing.
+        """
         for other in sorted(self.shared, key=lambda shared: -len(shared.active_units)):
             if other is slot or len(other.active_units) < 2:
                 continue

@@ -1,8 +1,8 @@
 """Latency estimates of experts: moving averages of measurements. Pure.
 
-An expert that was slow once gets fewer requests, or none where it seems to miss every deadline, and
-would never be measured again, even if only the machine was busy. Slow measurements therefore decay
-toward the prior, so that the expert is tried again.
+A slow measurement may have been caused by a busy machine. An expert that looks slow gets few
+requests, or none if it seems to miss every deadline, so it would rarely be measured again. Slow
+measurements therefore decay toward the prior, and the expert gets requests again.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ _EWMA = 0.2
 _LEAST_SPREAD = 0.1
 # Speed of an expert that was never measured.
 PRIOR = Speed(first_s=0.2, chunk_s=0.02)
-# Half-life of the decay to the prior, and its step: each step changes the snapshot.
+# Half-life of the decay to the prior. The decay has steps, because each change of the speed
+# changes the snapshot.
 _HALF_LIFE_S = 600.0
 _STEP_S = 60.0
 
 
 class LatencyEstimator:
-    """Estimates the time to the first byte, linear in the prompt's length, and the time per token.
+    """Estimates the time to the first byte and the time per token of the answer.
 
-    The line is a least-squares fit with exponential forgetting, from the averages of length, time,
-    length² and length · time.
+    The time to the first byte is a linear function of the prompt's length. The line is a
+    least-squares fit with exponential forgetting. It is computed from the moving averages of
+    length, time, length² and length · time.
     """
 
     def __init__(self) -> None:
@@ -34,7 +36,14 @@ class LatencyEstimator:
         self._measured_at_s = 0.0
 
     def streamed(self, prompt_tokens: int, first_s: float, chunk_s: float, now_s: float) -> None:
-        """Add a stream: seconds to its first byte, and between chunks (0: too few)."""
+        """Record a stream.
+
+        Args:
+            prompt_tokens: Length of the prompt.
+            first_s: Seconds to the first byte.
+            chunk_s: Seconds between two chunks; 0 if there were too few chunks to measure.
+            now_s: The current time in s.
+        """
         self._measured_at_s = now_s
         weight = _EWMA if self._streams else 1.0
         self._streams = True
@@ -46,10 +55,16 @@ class LatencyEstimator:
             self._chunk(chunk_s)
 
     def whole(self, prompt_tokens: int, total_s: float, tokens: int, now_s: float) -> None:
-        """Record a reply in one piece, of which only the total time is known.
+        """Record a reply in one piece.
 
-        The learned time to the first byte is subtracted. Before any stream was seen, all time
-        counts to the tokens.
+        Only its total time is known. The estimated time to the first byte is subtracted from it,
+        and the rest counts as the time of the tokens. Before the first stream this estimate is 0.
+
+        Args:
+            prompt_tokens: Length of the prompt.
+            total_s: Seconds to the end of the reply.
+            tokens: Length of the answer.
+            now_s: The current time in s.
         """
         if tokens < 1:
             return
@@ -62,12 +77,12 @@ class LatencyEstimator:
         self._chunk_s += (_EWMA if self._chunk_s else 1.0) * (chunk_s - self._chunk_s)
 
     def _line(self) -> tuple[float, float]:
-        """Seconds at length 0, and per token."""
+        """The fitted line: seconds for an empty prompt, and seconds per prompt token."""
         variance = self._square - self._length * self._length
         per_token_s = 0.0
         if variance > (_LEAST_SPREAD * self._length) ** 2:
             slope = (self._product - self._length * self._time) / variance
-            # Between nothing and the whole time.
+            # The slope is at least 0, and no steeper than a line through the origin.
             per_token_s = min(max(slope, 0.0), self._time / max(self._length, 1.0))
         return self._time - per_token_s * self._length, per_token_s
 
@@ -90,8 +105,11 @@ def _decay_to_prior(measured: float, prior: float, kept: float) -> float:
 class ResponseTimer:
     """Times one answer as its ASGI messages pass, for a `LatencyEstimator`.
 
-    Times are in s of one clock. `first_s`: when its head passed, 0 before; `chunks`: bodies that
-    passed.
+    All times are in s of the same clock.
+
+    Attributes:
+        first_s: When the head of the response passed; 0 before.
+        chunks: Number of body messages that passed.
     """
 
     def __init__(self, began_s: float) -> None:
@@ -104,7 +122,7 @@ class ResponseTimer:
         self._body = b""
 
     def on_bytes(self, message: object, now_s: float) -> None:
-        """Record one message."""
+        """Record an ASGI message."""
         assert isinstance(message, dict)
         if message["type"] == "http.response.start":
             self.first_s = now_s
@@ -124,7 +142,7 @@ class ResponseTimer:
         if not self._good:
             return
         if self._streams:
-            # The last message is the end of the stream.
+            # The last message only ends the stream, so it is no chunk.
             between = self.chunks - 2
             chunk_s = (self._last_s - self.first_s) / between if between > 0 else 0.0
             estimator.streamed(prompt_tokens, self.first_s - self.began_s, chunk_s, self._last_s)
@@ -134,6 +152,6 @@ class ResponseTimer:
 
 
 def _answer_tokens(body: bytes) -> int:
-    """Answer tokens in the usage of a whole answer; 0 where it has none."""
+    """Number of answer tokens in the usage of a whole answer; 0 if it has no usage."""
     usage = reply_usage(body)
     return (usage.answer_tokens or 0) if usage is not None else 0

@@ -70,8 +70,8 @@ from service.rpc.pool_directory import PoolDirectory
 if TYPE_CHECKING:
     from service.telemetry.tracing import Trace
 
-# The pool enforces the deadline. The gateway waits a little longer, so that a pool that hangs
-# can't keep a client for ever.
+# The pool enforces the deadline. The gateway waits a little longer, and then gives up, so that a
+# hanging pool can't keep a client waiting for ever.
 _GRACE_S = 1.0
 
 
@@ -80,10 +80,10 @@ class Dispatcher:
 
     Args:
         catalog: The recipes.
-        cost_model: Expects tokens and costs of calls.
+        cost_model: Estimates tokens and costs of calls.
         directory: Links to pools.
         remote_pools: Remote experts, by name.
-        wake: Asks for a pool that holds an expert where none runs.
+        wake: Requests the start of a pool for an expert that no running pool holds.
         budget_prices: Prices the tenants' budgets.
         breakers: The circuit breakers.
         prefix_affinity: Knows which engine has a conversation in its prefix cache.
@@ -140,14 +140,14 @@ class Dispatcher:
         excluded: frozenset[tuple[str, str]] = frozenset(),
         views: list[PoolView] | None = None,
     ) -> Selection:
-        """Weigh every candidate as of now, without side effects.
+        """Compute the utility of every candidate now, without side effects.
 
         Args:
             request: The request.
             plan: Its candidates.
-            left_s: Seconds left of the deadline; None takes the whole deadline.
+            left_s: Seconds left until the deadline; None means the whole deadline.
             excluded: Places, as (expert, pool's boot id), that must not be selected.
-            views: The state of every pool; None reads it.
+            views: The state of every pool; None means the current state.
         """
         excluded |= self.breakers.blocked()
         wanted = selection_request(
@@ -172,7 +172,7 @@ class Dispatcher:
         first: Selection | None = None,
         recipe: str = "",
     ) -> None:
-        """Answer by one expert, with retries.
+        """Let one expert answer, with retries.
 
         Args:
             request: The request.
@@ -191,7 +191,8 @@ class Dispatcher:
         self.breakers.record_request()
         while True:
             if len(record.losses) >= MOST_LOSSES:
-                raise _died_twice_error()  # another call of this request may have lost the second
+                # Another call of the same request may have lost the second pool.
+                raise _died_twice_error()
             option = self._next_candidate(request, single, record, fault, deadline_s, first)
             first = None
             if option is None:
@@ -264,7 +265,11 @@ class Dispatcher:
 
     @staticmethod
     def _refuse_cost(request: InferenceRequest, selection: Selection) -> None:
-        """Refuse where every candidate costs more than `max_cost`, whichever pools are free."""
+        """Refuse the request if every candidate costs more than `max_cost`.
+
+        Raises:
+            InvalidRequestError: Every candidate costs more.
+        """
         if request.max_cost is not None and (selection.cost > request.max_cost).all():
             raise InvalidRequestError(
                 f"no candidate is expected to cost at most {request.max_cost:g}; "
@@ -281,12 +286,12 @@ class Dispatcher:
         deadline_s: float,
         first: Selection | None,
     ) -> Candidate | None:
-        """The best candidate left; None where the request has to wait for a pool.
+        """Find the best candidate that is left; None if the request has to wait for a pool.
 
         Raises:
             CoeError: No candidate is left, and waiting would not help.
         """
-        # A pool is tried again only where its engine died, because it starts another one.
+        # A pool is tried again only if its engine died, because the pool starts another engine.
         tries = tries_per_pool(fault)
         # After a fault, other pools come first.
         least_tried = range(min(1, len(record.tried)), tries + 1)
@@ -368,7 +373,7 @@ class Dispatcher:
         body = request.body_for(option.expert)
         remote = option.boot == REMOTE
         limit = asyncio.timeout(left_ms / 1000 + (0 if remote else _GRACE_S))
-        # The time limit of an earlier attempt has ended, so it is always replaced.
+        # The time limit of an earlier attempt has expired, so each attempt sets it anew.
         reply.first_byte_limit = limit if remote and request.stream else None
         reply.sent_s = time.monotonic()
         reply.record.pool = option.boot
@@ -450,14 +455,14 @@ class Dispatcher:
         *,
         begun: bool,
     ) -> None:
-        """Record a call that was given up, so that its usage is asked for or estimated.
+        """Record an abandoned call, so that its tokens can be fetched or estimated later.
 
         Args:
             option: The candidate that was called.
             request: The request.
             attempt_id: The call's id in the engine.
-            reply: The reply that the call was for.
-            begun: Whether an engine may have worked on it.
+            reply: The reply to the client.
+            begun: Whether an engine may have worked on the call.
         """
         if not begun:
             return
@@ -488,7 +493,7 @@ class Dispatcher:
     ) -> None:
         fault = answer.headers.get(FAULT_HEADER.decode())
         if fault in (DeadlineExceededError.code, EngineTimeoutError.code):
-            # The error names the client's deadline; the pool knows only the rest of it.
+            # The error states the client's whole deadline. The pool knows only the remaining time.
             raise deadline_error(request, silent=fault == EngineTimeoutError.code)
         if fault in RETRIED:
             raise error_from_fault(
@@ -524,7 +529,7 @@ class Dispatcher:
 def _traced(
     trace: Trace | None, option: Candidate, request: InferenceRequest
 ) -> AbstractContextManager[Mapping[str, str]]:
-    """The W3C headers for the call: the span's, or the client's own without tracing."""
+    """The W3C headers for the call: those of its span, or without tracing those of the client."""
     if trace is None:
         return nullcontext(request.trace)
     return trace.attempt(option.expert, option.boot or None)
