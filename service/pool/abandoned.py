@@ -1,4 +1,4 @@
-"""The tokens of calls that gateways have given up, for which they charge their clients."""
+"""Token counts of the calls that a gateway abandoned, so that it can charge its client for them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# Gateways that live ask for their calls long before there are this many.
+# A live gateway fetches its counts long before this many calls are kept.
 _MOST = 4096
-# An engine takes less than that to stop a request.
+# An engine stops a request in less time than this.
 _WAIT_S = 6.0
 
 
 class AbandonedCalls:
-    """The tokens of each call that ended without its answer, by request id."""
+    """The token counts of calls that ended without a complete answer, by request id."""
 
     def __init__(self) -> None:
         self._used: dict[str, tuple[int, int]] = {}
@@ -28,7 +28,7 @@ class AbandonedCalls:
             yield
         except BaseException:
             if request_id not in self._running:
-                # It never ran.
+                # The engine never got the call, so no tokens will be recorded.
                 self.record(request_id, 0, 0)
             raise
         finally:
@@ -37,23 +37,23 @@ class AbandonedCalls:
             ended.set()
 
     def mark_running(self, request_id: str) -> None:
-        """Leave it to the engine, which has the call now, to record its tokens."""
+        """Mark that an engine has the call now. The engine records its tokens."""
         self._running.add(request_id)
 
     def record(self, request_id: str, prompt_tokens: int, answer_tokens: int) -> None:
-        """Record the tokens of a call that was given up."""
+        """Record the tokens of an abandoned call."""
         self._used[request_id] = prompt_tokens, answer_tokens
         if len(self._used) > _MOST:
             del self._used[next(iter(self._used))]
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
-        """Return the prompt and answer tokens of a call that its gateway has given up.
+        """Return the prompt and answer tokens of a call that its gateway has abandoned.
 
-        It waits until the call has ended, which takes an engine a moment. The tokens are returned
-        once.
+        The method waits until the call has ended, because an engine needs a moment to stop it. It
+        returns the counts only once.
 
         Returns:
-            The tokens, or None where they are not known.
+            The numbers of prompt and answer tokens, or None where they are unknown.
         """
         ended = self._under_way.get(request_id)
         if ended is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-# Each start of a gateway has another id, and each snapshot has all of them.
+# A gateway gets a new id at each start, and every snapshot carries all ids. Hence the bound.
 _MOST = 256
 
 
@@ -15,12 +15,12 @@ class Acknowledgements:
         self._last: OrderedDict[str, int] = OrderedDict()
 
     def record(self, gateway: str, seq: int) -> None:
-        """Record a call's number; calls may overtake each other."""
+        """Record a call's number. A lower number is ignored, because calls may overtake."""
         self._last[gateway] = max(seq, self._last.get(gateway, 0))
         self._last.move_to_end(gateway)
         if len(self._last) > _MOST:
             self._last.popitem(last=False)
 
     def to_wire(self) -> dict[str, int]:
-        """The numbers by gateway."""
+        """Return the last sequence number of each gateway, by gateway id."""
         return dict(self._last)

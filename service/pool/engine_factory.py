@@ -1,6 +1,6 @@
 """Makes the engines of one pool from its config.
 
-Only this module and `factory` know both the config and what engines are made of.
+Only this module and `factory` depend on both the config and the engine classes.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ log = logging.getLogger("coe.app")
 
 
 class WeightCatalog(Mapping[str, "Weights"]):
-    """Where the weights of the experts are that one running engine can run.
+    """The locations of the weights that one running engine can run, by expert.
 
-    The engine holds it, and `update` keeps it as the config says. Two catalogs are never equal.
+    The engine keeps a reference to its catalog, and `update` changes the catalog in place after
+    the config has changed. Two catalogs are never equal.
 
     Args:
-        weights: The weights by expert; the engine starts with the first.
-        alone: Whether they are one expert's, and those of the experts that run on its weights.
+        weights: The weights by expert. The engine starts with the first expert.
+        alone: Whether the catalog holds only one expert and the experts that share its weights.
     """
 
     def __init__(self, weights: Mapping[str, Weights], *, alone: bool) -> None:
@@ -46,7 +47,7 @@ class WeightCatalog(Mapping[str, "Weights"]):
         self._weights = dict(weights)
 
     def update(self, weights: Mapping[str, Weights]) -> None:
-        """Hold these weights from now on; experts that stay keep their order."""
+        """Replace the weights. Experts that stay keep their order."""
         for name in [name for name in self._weights if name not in weights]:
             del self._weights[name]
         self._weights.update(weights)
@@ -68,12 +69,12 @@ class WeightCatalog(Mapping[str, "Weights"]):
 
 
 class EngineFactory:
-    """Makes engines that are not started yet, and keeps running ones informed of the config.
+    """Makes engines that are not started yet, and updates running engines after config changes.
 
     Args:
         config: The config in force.
-        kind: The pool's name in it.
-        observer: Is told of the engines' work.
+        kind: The pool's name in the config.
+        observer: Receives the events of the engines, for metrics.
     """
 
     def __init__(self, config: Config, kind: str, observer: EngineObserver) -> None:
@@ -82,7 +83,7 @@ class EngineFactory:
         self._observer = observer
         self._canaries: dict[str, Canary] = {}
         self._catalogs: weakref.WeakSet[WeightCatalog] = weakref.WeakSet()
-        # The experts that simulated engines answer for; running ones hold this dict.
+        # The experts that simulated engines answer for. Running engines share this dict.
         self._simulated_experts: dict[str, None] = {}
         self._cache: SharedWeightCache | None = None
         remove_dead_folders()
@@ -94,49 +95,49 @@ class EngineFactory:
     # --- changes of the config
 
     def set_config(self, config: Config) -> None:
-        """Make engines by another config from now on."""
+        """Use another config for the engines that are made from now on."""
         self._config = config
         if self._cache is not None:
             self._cache.bound_bytes = self._settings.swap.host_bytes
 
     def refresh(self, present: Iterable[str]) -> None:
-        """Let running engines know the experts that they can run now. May read model folders.
+        """Update the catalogs of running engines. This may read model folders.
 
         Args:
-            present: Experts that are in the pool, those included that are about to go.
+            present: Experts that are in the pool, including those that are being removed.
         """
         self.name_experts(present)
         known = set(self._config.local_experts(self._kind))
         for catalog in list(self._catalogs):
-            # The config does not know an expert any more that was removed from it.
+            # The engine may have started with an expert that the new config lacks.
             first = next((name for name in catalog if name in known), None)
             if first is not None:
                 catalog.update(self._catalog_of(first, catalog[first], alone=catalog.alone))
 
     def name_experts(self, present: Iterable[str]) -> None:
         """Let simulated engines answer for the config's experts and for those in the pool."""
-        # Until those that go have gone, an engine may be starting with one of them.
+        # An engine may be starting with an expert until the removal of that expert has finished.
         names = [*self._config.local_experts(self._kind), *present]
         for name in [name for name in self._simulated_experts if name not in names]:
             del self._simulated_experts[name]
         self._simulated_experts.update(dict.fromkeys(names))
 
     def forget(self, expert: str) -> None:
-        """Forget the canary of an expert that has gone: another may come under its name."""
+        """Forget the canary of a removed expert, because another expert may take its name."""
         self._canaries.pop(expert, None)
 
     # --- units
 
     @property
     def swap_method(self) -> str:
-        """How this pool's units are swapped, with `auto` resolved."""
+        """The swap method of this pool's units, with `auto` resolved."""
         method = self._settings.swap.method
         if method == "auto":
             return "respawn" if self._settings.gpus > 0 else "inplace"
         return method
 
     def unit(self, experts: tuple[str, ...]) -> Unit:
-        """Describe the unit of these experts, the one with the weights first."""
+        """Describe the unit of these experts. The first expert has the weights."""
         config, settings = self._config, self._settings
         name = experts[0]
         pinned = config.experts[name].pinned
@@ -147,7 +148,7 @@ class EngineFactory:
             try:
                 info = inspect_model(folder)
             except CoeError as error:
-                # Clients that ask for it get this error when its turn comes.
+                # The error is raised again when the expert is loaded, and then clients get it.
                 log.warning("expert %s: %s", name, error.message)
             else:
                 size = 0
@@ -167,10 +168,10 @@ class EngineFactory:
         return LazyEngine(partial(self._make_swapping, base, alone=True))
 
     def shared_engine(self, first: str) -> SwappingEngine:
-        """Make an engine that starts with `first`, and can run all units of its family."""
+        """Make an engine that starts with `first` and can run all units of its family."""
         settings = self._settings
         if settings.engine == "simulated":
-            # While a reload removes experts, the config does not know them any more.
+            # A reload may be removing this expert, and then the new config lacks it.
             known = [name for name in self._simulated_experts if name in self._config.experts]
             bases = {name: needs for name in known if (needs := self._config.needs(name))}
             return SimulatedEngine(
@@ -188,7 +189,7 @@ class EngineFactory:
         return LazyEngine(partial(self._make_swapping, first, alone=method == "respawn"))
 
     def _make_vllm(self, base: str, adapters: tuple[str, ...]) -> SwappingEngine:
-        # Imported here: it takes seconds, and only a pool with real engines needs it.
+        # The import takes seconds, and only a pool with real engines needs it.
         from service.engine.vllm.engine import VllmEngine, VllmModel
 
         config, settings = self._config, self._settings
@@ -251,10 +252,10 @@ class EngineFactory:
         )
 
     def weight_cache(self) -> SharedWeightCache | None:
-        """The cache in which this pool's engines share weights; None for a pool on CPU.
+        """Return the cache in which this pool's engines share weights; None for a pool on CPU.
 
         Raises:
-            ExpertFailedError: It could not be made.
+            ExpertFailedError: The shared memory could not be created.
         """
         settings = self._settings
         if self._cache is None and settings.gpus > 0:
@@ -267,12 +268,12 @@ class EngineFactory:
             self._cache.close()
 
     def _catalog_of(self, first: str, own: Weights, *, alone: bool) -> dict[str, Weights]:
-        """The experts that an engine of one family can run, `first` first. May fetch models.
+        """List the experts that an engine of one family can run. This may download models.
 
         Args:
-            first: The expert that the engine starts with.
-            own: Its weights.
-            alone: Take only those that run on the weights of `first`.
+            first: The expert that the engine starts with. It comes first in the result.
+            own: The weights of `first`.
+            alone: Whether to list only the experts that run on the weights of `first`.
         """
         family = _family_in(first, own.folder)
         options = self._config.vllm_of(self._kind, first)
@@ -281,13 +282,13 @@ class EngineFactory:
             name = unit[0]
             if alone and first not in (name, self._config.needs(name)):
                 continue
-            # A unit with adapters needs an engine made for adapters, which this one is not.
+            # A unit with adapters needs an engine with LoRA support, which this engine lacks.
             if name != first and len(unit) > 1:
                 continue
-            # A unit with other kernels needs an engine made for these.
+            # Kernels are chosen when an engine starts, so other kernels need another engine.
             if self._config.vllm_of(self._kind, name) != options:
                 continue
-            # An engine makes either text or vectors.
+            # An engine makes either text or embeddings, never both.
             if self._config.embeds(name) != self._config.embeds(first):
                 continue
             try:
@@ -295,7 +296,7 @@ class EngineFactory:
                 if _family_in(name, weights.folder) == family:
                     found[name] = weights
             except CoeError as error:
-                # It alone is at fault; its clients get the error when its turn comes.
+                # Only this expert is at fault. Its clients get the error when it is loaded.
                 log.error("expert %s: %s", name, error.message)
         return {name: found[name] for name in sorted(found, key=lambda name: name != first)}
 

@@ -22,7 +22,7 @@ from service.pool.units import UnitState
 
 log = logging.getLogger("coe.app")
 
-# Times and sizes until the first were measured.
+# These guesses hold until times and sizes were measured.
 _VLLM_START_S = 40.0
 _FILL_GUESS_S = 5.0
 _SWAP_GUESS_S = 0.05
@@ -30,17 +30,17 @@ _WEIGHTS_GUESS_BYTES = 1024**3
 
 
 class PoolFactory:
-    """The pool of one kind: built once, and changed as its config changes.
+    """Builds the pool of one kind, and changes it when its config changes.
 
-    Each unit (an expert with weights, and its adapters) has a slot, in which it takes turns with
-    the virtual experts that run on its weights. Where there are fewer slots than that, all units
-    share them, take turns, and move between them.
+    A unit is an expert with weights and its adapters. Each unit has a slot, where it takes turns
+    with the virtual experts that run on its weights. A pool with fewer slots than units shares
+    the slots among all units, which take turns and move between slots.
 
     Args:
         config: The config in force.
-        kind: The pool's name in it.
+        kind: The pool's name in the config.
         pool: The pool, still without slots.
-        observer: Is told of the engines' work.
+        observer: Receives the events of the engines, for metrics.
     """
 
     def __init__(self, config: Config, kind: str, pool: Pool, observer: EngineObserver) -> None:
@@ -50,13 +50,12 @@ class PoolFactory:
         self.engines = EngineFactory(config, kind, observer)
         versions = file_versions(config, config.local_experts(kind))
         self._wanted = units_of(config, kind, profile_digests(config), versions)
-        # The units of the pool, and the tasks that remove those of them, and their adapters,
-        # that are to go.
+        # The units of the pool, and the tasks that are removing units and adapters.
         self._present = {name: unit.copy() for name, unit in self._wanted.items()}
         self._leaving: dict[str, asyncio.Task[None]] = {}
-        # The bases of adapters that are to go; their engines go on.
+        # The bases of adapters that are being removed. The engines of these bases keep running.
         self._base_of: dict[str, str] = {}
-        # Units whose engine was started with adapters, and takes others.
+        # Units whose engine has LoRA support, so that adapters can be added while it runs.
         self._with_adapters = {n for n, unit in self._wanted.items() if len(unit.experts) > 1}
         self._turn = asyncio.Lock()
         self.pool = pool
@@ -79,12 +78,14 @@ class PoolFactory:
     # --- reloading
 
     async def reload(self, config: Config) -> None:
-        """Change the pool to what another config says.
+        """Change the pool to match another config.
 
-        An engine that was started with adapters takes and drops adapters while it runs; their
-        base and siblings go on. An engine without adapters, or one that units share, starts again.
+        An engine that was started with adapters can add and remove adapters while it runs, so
+        that its base and its other adapters keep serving. An engine that was started without
+        adapters, or that several units share, is restarted for such a change.
 
-        It returns without waiting for the running requests of what goes; `settled` waits for them.
+        The method does not wait for the running requests of removed experts. `settled` waits for
+        them.
         """
         async with self._turn:
             self._config = config
@@ -103,15 +104,15 @@ class PoolFactory:
             )
             for name, reason in diff.restarts.items():
                 log.warning("the engine of %s starts again: %s", name, reason)
-            # Units that are only added come first, as they may take over the slot of one that goes.
+            # New units are added first, because they may take over the slot of a removed unit.
             await self._apply(excluded=diff.leaving)
             self._begin_removal(diff.leaving)
             self._update_pool()
-        # From here on the pool refuses requests for what goes.
+        # From here on the pool refuses requests for the removed experts.
         await asyncio.sleep(0)
 
     async def settled(self) -> None:
-        """Wait until all that the config removes has gone, and all that it adds is there."""
+        """Wait until the pool has all units of the config and no others."""
         while True:
             await asyncio.gather(*self._leaving.values())
             async with self._turn:
@@ -127,10 +128,10 @@ class PoolFactory:
         await self.pool.stop(drain_s)
         await asyncio.to_thread(self.engines.close)
 
-    # --- what goes
+    # --- removals
 
     def _begin_removal(self, units: Iterable[str]) -> None:
-        """Begin to remove units, virtual experts before the units that they run on."""
+        """Start to remove units. Virtual experts go before the units that they run on."""
         for name in sorted(units, key=lambda name: not self._present[name].needs):
             before = [
                 task
@@ -141,7 +142,7 @@ class PoolFactory:
             self._leaving[name] = asyncio.create_task(self._remove_unit(name, before))
 
     async def _remove_unit(self, unit: str, before: Sequence[asyncio.Task[None]]) -> None:
-        """Remove a unit once those tasks are done, and add what had to wait for that."""
+        """Remove a unit after the tasks `before` have ended. Then add the units that waited."""
         await asyncio.gather(*before, return_exceptions=True)
         removing = self.pool.remove(unit, self._removal_reason(unit), self._wanted_experts())
         await self._finish_removal(removing)
@@ -153,7 +154,7 @@ class PoolFactory:
             await self._add_successors()
 
     async def _remove_adapter(self, unit: str, name: str) -> None:
-        """Remove an adapter from a running engine, and add what had to wait for that."""
+        """Remove an adapter from a running engine. Then add the units that waited for this."""
         reason = self._removal_reason(name)
         removing = self.pool.remove_adapter(name, reason, self._wanted_experts())
         await self._finish_removal(removing)
@@ -168,28 +169,28 @@ class PoolFactory:
         try:
             await removing
         except Exception:
-            # Its successor has to come all the same.
+            # A failed removal must not keep the successor out.
             log.exception("removal of an expert failed")
 
     async def _add_successors(self) -> None:
-        """Add what had to wait until something had gone."""
+        """Add the units and adapters that waited for a removal."""
         try:
             await asyncio.to_thread(self._refresh_engines)
             await self._apply()
         except Exception:
-            # The next config may be a better one.
+            # The pool goes on without these units. The next config may correct the fault.
             log.exception("adding the successor of an expert failed")
         self._update_pool()
 
-    # --- what comes
+    # --- additions
 
     async def _apply(self, excluded: Collection[str] = ()) -> None:
-        """Add and change what the config wants, as far as nothing that goes is in the way.
+        """Add and change units and adapters, except where a removal has to finish first.
 
         Args:
-            excluded: Units that are about to go.
+            excluded: Units that are about to be removed.
         """
-        # Adapters first: one that is a unit of its own now has to leave its base's engine first.
+        # Adapters come first. An adapter that became a unit must leave its base's engine first.
         for name, unit in self._present.items():
             if name not in self._wanted or name in self._leaving or name in excluded:
                 continue
@@ -201,7 +202,7 @@ class PoolFactory:
         await self._add_units({*excluded, *self._leaving})
 
     async def _change_adapters(self, unit: str) -> None:
-        """Add and remove adapters of a unit whose engine goes on."""
+        """Add and remove adapters of a unit whose engine keeps running."""
         present, wanted = self._present[unit].experts, self._wanted[unit].experts
         for name, source in list(present.items()):
             if name == unit or name in self._leaving:
@@ -214,7 +215,7 @@ class PoolFactory:
             self._base_of[name] = unit
         present[unit] = present[unit].updated(wanted[unit])
         for name in wanted:
-            # One that is still a unit of its own has to go first.
+            # An adapter that is still a unit must be removed as a unit first.
             if name not in present and name not in self._leaving and name not in self._present:
                 present[name] = wanted[name]
                 folder = self._config.experts[name].adapter
@@ -223,14 +224,14 @@ class PoolFactory:
                 log.info("adapter %s was added to the engine of %s", name, unit)
 
     async def _add_units(self, going: Collection[str]) -> None:
-        """Add the wanted units, unless they, or the units that they need, are still to go."""
+        """Add wanted units. Units wait while they, or the units they need, are being removed."""
         for name, unit in self._wanted.items():
             if name in self._present or name in going:
                 continue
             if unit.needs and (unit.needs in going or unit.needs not in self._present):
                 continue
             if self._shared and self.pool.closing and not unit.needs:
-                # It gets the slot that is free then.
+                # The unit gets a slot when the removal frees one.
                 continue
             self._present[name] = unit.copy()
             try:
@@ -244,7 +245,7 @@ class PoolFactory:
         needs = self._config.needs(experts[0])
         is_short = self._shared and len(self.pool.shared) < (self._settings.slots or 0)
         if is_short and not needs:
-            # All units of one of the slots went.
+            # A slot that lost all its units is built anew.
             self.pool.add_running(await asyncio.to_thread(self._make_shared_slot, (experts,)))
         elif self._shared or needs:
             self.pool.take_in(await asyncio.to_thread(self.engines.unit, experts))
@@ -269,7 +270,7 @@ class PoolFactory:
         self.engines.refresh(list(self._present_experts()))
 
     def _update_pool(self) -> None:
-        """Tell the pool which experts come again, and which are pinned."""
+        """Update the pool's lists of experts that come back and of pinned experts."""
         leaving = {
             name
             for leaver in self._leaving
@@ -283,7 +284,7 @@ class PoolFactory:
     # --- slots
 
     def _make_slot(self, group: tuple[tuple[str, ...], ...]) -> BaseSlot[SwappingEngine]:
-        """Make the slot of a unit, and of the virtual experts that run on its weights."""
+        """Make the slot of a unit and of the virtual experts that run on its weights."""
         if len(group) > 1:
             return self._make_shared_slot(group)
         settings = self._settings
@@ -322,7 +323,7 @@ class PoolFactory:
         return settings.simulated.load_s if settings.engine == "simulated" else _VLLM_START_S
 
     def _dedicated_engine(self, base: str) -> SwappingEngine:
-        """Make an engine that runs one unit, with the adapters that it has now."""
+        """Make an engine that runs one unit with its present adapters."""
         adapters = tuple(name for name in self._present[base].experts if name != base)
         if adapters:
             self._with_adapters.add(base)

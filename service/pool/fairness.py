@@ -1,10 +1,10 @@
 """The order among tenants, by tokens served, weights and priority classes. Pure.
 
 Each tenant has a virtual token counter (Sheng et al., "Fairness in Serving Large Language
-Models", OSDI 2024). The waiting tenant that was served least, per weight, is next. A tenant that
-was away collects no credit: it starts again at the counter of the least served tenant present.
-Priority classes come before that, high first. A class that was passed over `STARVE` times is
-next all the same, so that no class waits for ever.
+Models", OSDI 2024). The waiting tenant that got the fewest tokens per weight is next. A tenant
+collects no credit while it is away: it starts again at the counter of the least served tenant
+present. Priority classes come before these counters, and the highest class is first. A class that
+was passed over `STARVE` times is next in any case, so that no class waits for ever.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MOST_KNOWN = 4096
 
 
 class Fairness:
-    """Counters of one slot's tenants, in tokens per weight."""
+    """The counters of one slot's tenants, in tokens per weight."""
 
     def __init__(self) -> None:
         self._counters: dict[str, float] = {}
@@ -29,7 +29,7 @@ class Fairness:
         self._turns = 0
 
     def arrived(self, tenant: Tenant, present: Collection[str]) -> None:
-        """Count a tenant in; `present` are the names of the tenants that wait or run."""
+        """Start to count a tenant. `present` has the names of the tenants that wait or run."""
         if tenant.name in present:
             return
         others = [self._counters.get(name, self._floor) for name in present]
@@ -40,7 +40,7 @@ class Fairness:
         self._counters[tenant.name] = max(least, self._counters.get(tenant.name, least))
 
     def choose(self, waiting: Collection[tuple[int, str]]) -> tuple[int, str]:
-        """Choose the next (class, tenant) to be served; `waiting` must not be empty."""
+        """Choose the next (class, tenant) to be served. `waiting` must not be empty."""
         classes = {priority for priority, _ in waiting}
         chosen = min(classes)
         overdue = max(classes, key=lambda priority: self._passed.get(priority, 0))
@@ -53,7 +53,7 @@ class Fairness:
         }
         return min(
             (turn for turn in waiting if turn[0] == chosen),
-            # Of equal ones the one that was chosen longest ago.
+            # A tie goes to the tenant that was chosen longest ago.
             key=lambda turn: (
                 self._counters.get(turn[1], self._floor),
                 self._chosen.get(turn[1], 0),
@@ -62,13 +62,13 @@ class Fairness:
         )
 
     def started(self, tenant: Tenant, tokens: float) -> None:
-        """Count the prompt of a tenant's request that starts to run."""
+        """Add the prompt tokens of a request that starts to run."""
         self._turns += 1
         self._chosen[tenant.name] = self._turns
         self.served(tenant, tokens)
 
     def served(self, tenant: Tenant, tokens: float) -> None:
-        """Count tokens that a tenant was served."""
+        """Add tokens to a tenant's counter, divided by its weight."""
         before = self._counters.get(tenant.name, self._floor)
         self._floor = max(self._floor, before)
         self._counters[tenant.name] = before + tokens / tenant.weight
