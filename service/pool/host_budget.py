@@ -1,10 +1,11 @@
 """The division of a pool's bound on host memory over the slots that units share. Pure.
 
-Each slot gets room for the largest of its units alone, so that any of them can run. The rest goes,
-over all slots, to pinned units, to units with waiting requests (late ones first, by age), to those
-that an operator wants, and then to the best knapsack of demand × cost of loading them again. Room
-that no unit needs is divided evenly. A slot gets more only once others have evicted as much. The
-room of the slots, and what they still hold beyond it, is never more than the bound.
+Each slot first gets room for its largest unit alone, so that any of its units can run. The rest is
+given to units over all slots, in this order: pinned units, units with waiting requests (late units
+first, by age), and units that an operator wants. The best knapsack of demand × cost of reloading
+decides among the other units. Room that no unit needs is divided evenly. A slot gets more room only
+after other slots have evicted as much. The room of all slots plus the bytes that slots still hold
+beyond their room never exceeds the bound.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from service.types import Residency
 
 @dataclass(frozen=True, slots=True)
 class HostMemoryClaim:
-    """The bytes that a slot should have, and the most that it could if its need came first."""
+    """The bytes that a slot should have, and the most that it could get if it came first."""
 
     needs: int
     most: int
@@ -29,13 +30,14 @@ class HostMemoryClaim:
 def claims(bound: int, places: Sequence[Place], policy: SwapPolicy) -> list[HostMemoryClaim]:
     """Compute each slot's part of a pool's bound.
 
-    Their sum is within the bound. Only where that can't hold even the largest unit of each slot
-    alone, each slot gets as much as that, as a unit that runs is never refused.
+    The sum of the parts is within the bound. The one exception is a bound that can't hold the
+    largest unit of every slot: each slot still gets room for its largest unit, because a running
+    unit is never refused.
 
     Args:
-        bound: The pool's bound.
+        bound: The pool's bound in bytes.
         places: The shared slots.
-        policy: How they weigh their units.
+        policy: The policy by which the slots weigh their units.
     """
     weights = [{u.name: u.host_bytes for u in place.units} for place in places]
     floors = [max(sizes.values(), default=0) for sizes in weights]
@@ -48,8 +50,7 @@ def claims(bound: int, places: Sequence[Place], policy: SwapPolicy) -> list[Host
         ((i, unit) for i, unit in able if unit.pinned),
         key=lambda one: (one[1].tier is Residency.DISK, one[1].name),
     )
-    # Room that a unit is being loaded to now is free again later: it is no reason to start
-    # another engine.
+    # A load in progress takes room for a while only. This is no reason to start another engine.
     lasting = _Taking(weights, floors, bound - sum(floors))
     for i, unit in (*running, *pinned):
         lasting.take(i, unit)
@@ -77,17 +78,17 @@ def claims(bound: int, places: Sequence[Place], policy: SwapPolicy) -> list[Host
 
 
 def _waiting_order(unit: UnitView, policy: SwapPolicy) -> tuple[bool, bool, float, str]:
-    """The sort key of waiting units: late ones by age, so that each is first one day; then held."""
+    """The sort key of waiting units: late units by age, then held units, then by urgency."""
     not_late, order, name = turn(unit, policy)
     return (not_late, not_late and unit.tier is Residency.DISK, order, name)
 
 
 def least(places: Sequence[Place], pinned: str = "") -> int:
-    """Compute the bytes that slots hold at least: the pinned units, and the largest others.
+    """Compute the least bytes that the slots need: pinned units and the largest other units.
 
     Args:
         places: The shared slots.
-        pinned: A unit that is to be pinned, beside those that are.
+        pinned: A further unit to count as pinned.
     """
     owners = {owner_of(u) for place in places for u in place.units if u.pinned or u.name == pinned}
     sizes = {u.name: u.host_bytes for place in places for u in place.units if not u.needs}
@@ -97,7 +98,7 @@ def least(places: Sequence[Place], pinned: str = "") -> int:
 
 
 class _Taking:
-    """Units that are taken one by one, as far as there is room beyond each slot's floor."""
+    """A greedy selection of units that fit in the room beyond each slot's floor."""
 
     def __init__(self, weights: Sequence[dict[str, int]], floors: Sequence[int], left: int) -> None:
         self.needs = list(floors)
@@ -123,15 +124,18 @@ def divide(
 ) -> list[int]:
     """Compute the bytes that each slot may hold from now on.
 
-    Room is taken at once from slots that have more than they need, as far as others need it. It is
-    given as far as it is free. Where the bound can't hold the largest unit of each slot, the sum of
-    these is divided by the same rules.
+    A slot with more room than it needs loses the surplus at once if other slots need it. A slot
+    gets more room only as far as room is free. Where the bound can't hold the largest unit of each
+    slot, the sum of these units is divided by the same rules.
 
     Args:
-        bound: The pool's bound.
+        bound: The pool's bound in bytes.
         claimed: The slots' claims.
-        given: The bytes that they may hold until now.
-        held: The bytes that they do hold.
+        given: The bytes that each slot was allowed to hold until now.
+        held: The bytes that each slot holds now.
+
+    Returns:
+        The bytes that each slot may hold, in the order of the claims.
     """
     needs = [claim.needs for claim in claimed]
     bound = max(bound, sum(needs))
@@ -141,12 +145,12 @@ def divide(
         cut = min(max(0, short), max(0, given[i] - needs[i]))
         rooms[i] -= cut
         short -= cut
-    # Weights that a slot needs and holds already take nothing from the others.
+    # Weights that a slot needs and already holds take nothing from other slots.
     rooms = [max(room, min(pair)) for room, *pair in zip(rooms, needs, held, strict=True)]
     free = max(0, bound - sum(map(max, rooms, held)))
     for i, need in enumerate(needs):
         more = min(free, max(0, need - rooms[i]))
         rooms[i] += more
         free -= more
-    # Room that no slot needs yet is there for the one that needs it first.
+    # The rest stays undivided, for the first slot that needs it.
     return [room + free // len(rooms) for room in rooms]

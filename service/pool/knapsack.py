@@ -18,9 +18,9 @@ _Ints = NDArray[np.int64]
 def keep(values: Sequence[float], sizes: Sequence[int], capacity: int) -> frozenset[int]:
     """Choose the subset of greatest total value whose sizes fit in `capacity`.
 
-    Items of value 0 or less are kept only where all items fit. The result is exact, except for
-    many items of different sizes and nearly equal value per byte: there the number of partial sums
-    explodes, and sizes are rounded up to 1/4096 of the capacity.
+    Items of value 0 or less are kept only where all items fit. The result is exact, with one
+    exception: many items of different sizes and nearly equal value per byte give too many partial
+    sums. Then sizes are rounded up to 1/4096 of the capacity.
 
     Args:
         values: The value of each item.
@@ -31,7 +31,7 @@ def keep(values: Sequence[float], sizes: Sequence[int], capacity: int) -> frozen
         Indices of the kept items.
 
     Raises:
-        ValueError: There are not as many values as sizes.
+        ValueError: The numbers of values and sizes differ.
     """
     if len(values) != len(sizes):
         raise ValueError(f"{len(values)} values and {len(sizes)} sizes")
@@ -39,7 +39,7 @@ def keep(values: Sequence[float], sizes: Sequence[int], capacity: int) -> frozen
         return frozenset(range(len(sizes)))
     candidates = [i for i, v in enumerate(values) if v > 0 and sizes[i] <= capacity]
     free = [i for i in candidates if sizes[i] == 0]
-    # Most valuable per byte first.
+    # The most valuable items per byte come first.
     rest = sorted((i for i in candidates if sizes[i] > 0), key=lambda i: (-values[i] / sizes[i], i))
     if sum(sizes[i] for i in rest) <= capacity:
         return frozenset(candidates)
@@ -49,16 +49,16 @@ def keep(values: Sequence[float], sizes: Sequence[int], capacity: int) -> frozen
 
 
 def _chosen(v: _Floats, s: _Ints, capacity: int) -> list[int]:
-    """Choose the best subset of items in order of value per byte, not all of which fit."""
+    """Choose the best subset of items that do not all fit. They are sorted by value per byte."""
     greedy, room = [], capacity
     for k, size in enumerate(s.tolist()):
         if size <= room:
             greedy.append(k)
             room -= size
     least = float(v[greedy].sum())
-    # The optimum of the relaxed problem, where a part of one item may be taken, is known. It
-    # bounds the value of every choice with an item, or without it. Where the bound is no more
-    # than the greedy value, that item is decided.
+    # The relaxed problem, where a part of one item may be taken, has a known optimum. It bounds
+    # the value of every choice with an item, or without that item. Where the bound does not
+    # exceed the greedy value, the item is decided.
     held = np.cumsum(s)
     at = int(np.searchsorted(held, capacity, side="right"))
     before = int(held[at - 1]) if at else 0
@@ -78,12 +78,13 @@ def _chosen(v: _Floats, s: _Ints, capacity: int) -> list[int]:
 
 
 def _frontier(v: _Floats, s: _Ints, capacity: int, least: float) -> list[int] | None:
-    """Choose the best subset item by item, keeping the partial sums that no other dominates.
+    """Choose the best subset item by item, and keep only undominated partial sums.
 
-    A sum that can't exceed `least`, whatever is added, is dropped.
+    A partial sum that can't exceed `least` any more is dropped.
 
     Returns:
-        The subset; empty where none exceeds `least`; None where there are too many sums.
+        The indices of the subset, an empty list where no subset exceeds `least`, or None where
+        there are too many sums.
     """
     sizes, worth = np.zeros(1, dtype=np.int64), np.zeros(1)
     held = np.concatenate(([0], np.cumsum(s)))
@@ -99,7 +100,7 @@ def _frontier(v: _Floats, s: _Ints, capacity: int, least: float) -> list[int] | 
         order = np.lexsort((-worth, sizes))
         best = np.maximum.accumulate(worth[order])
         order = order[np.concatenate(([True], best[1:] > best[:-1]))]
-        # The items after this one could add whole items, and a part of one more.
+        # The bound adds whole later items, and a part of one more item.
         room = capacity - sizes[order] + held[k + 1]
         upto = np.searchsorted(held, room, side="right") - 1
         whole = worth[order] + value[upto] - value[k + 1]

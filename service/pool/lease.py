@@ -1,4 +1,4 @@
-"""The right to run one request, and how it can be taken back."""
+"""The right to run one request, and how a slot can revoke it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _ignore_tokens(_tokens: int) -> None:
 
 
 def _always_commit() -> bool:
-    """Commit a lease that nobody revokes."""
+    """Commit a lease that can't be revoked."""
     return True
 
 
@@ -26,12 +26,12 @@ class Lease:
     Attributes:
         engine: The engine.
         report: The engine's description of itself.
-        queue_s: How long the request waited for the lease.
-        swap_s: The part of that in which weights were swapped.
-        record_tokens: Called with the number of tokens as they are made; it decides whose turn
-            is next.
-        commit: Called before the first byte is sent. True: the lease won't be revoked any more.
-            False: it was revoked already, and nothing may be sent.
+        queue_s: Seconds that the request waited for the lease.
+        swap_s: The part of `queue_s` during which weights were swapped.
+        record_tokens: A callback for the number of generated tokens. The queue decides with it
+            which tenant is next.
+        commit: A callback to call before the first byte is sent. True means that the lease can't
+            be revoked any more. False means that it was revoked and nothing may be sent.
     """
 
     engine: Engine
@@ -43,14 +43,14 @@ class Lease:
 
 
 class LeaseRevokedError(Exception):
-    """A request has to take another lease, and keeps its place in the queue.
+    """A request has to take another lease. It keeps its place in the queue.
 
-    It never leaves the pool.
+    This error never leaves the pool.
 
     Attributes:
-        arrived_s: When the request first came.
-        put_back: Whether it ran and was put back before its first byte, which happens once. False
-            where it only waited and its expert was moved to another slot.
+        arrived_s: When the request first arrived.
+        put_back: True where the request ran and was put back before its first byte, which happens
+            at most once. False where it only waited and its expert moved to another slot.
     """
 
     def __init__(self, arrived_s: float, *, put_back: bool) -> None:
@@ -68,6 +68,6 @@ class Run:
     revoked: bool = False
 
     def commit(self) -> bool:
-        """Keep the lease to the end, as a byte is about to be sent; False: it was revoked."""
+        """Make the lease irrevocable before a byte is sent. False means that it was revoked."""
         self.committed = self.committed or not self.revoked
         return self.committed

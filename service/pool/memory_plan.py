@@ -1,7 +1,7 @@
-"""The memory that each pool of a config will take, before anything is started. Pure.
+"""An estimate of the memory that each pool of a config will take. Pure.
 
-Weights are counted from the headers of their files. On CPU vLLM packs linear layers beside the
-parameters while it loads, so that weights count twice at the peak. The memory of a process
+The headers of the weight files give the sizes of weights. On CPU vLLM packs linear layers beside
+the parameters while it loads, so that weights count twice at the peak. The memory of a process
 without a model is a measured constant.
 """
 
@@ -22,8 +22,8 @@ from service.moe.profiles import profile_of
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MIB = 1024**2
-# Resident memory, measured on the CPU build: the pool's process with vLLM imported, and an engine
-# core before it has a model.
+# Resident memory in bytes, measured on the CPU build: a pool's process that has imported vLLM, and
+# an engine core without a model.
 REPLICA_BYTES = 900 * _MIB
 ENGINE_BYTES = 1000 * _MIB
 PACKING = 2
@@ -31,16 +31,16 @@ PACKING = 2
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """One engine's bytes.
+    """The planned memory of one engine.
 
     Attributes:
         base: The expert with the weights.
         adapters: The other experts of the engine.
-        weight_bytes: Its weights.
-        adapter_bytes: Its adapters.
-        kv_bytes: Its KV cache; 0 where vLLM decides.
+        weight_bytes: Bytes of the weights.
+        adapter_bytes: Bytes of the adapters.
+        kv_bytes: Bytes of the KV cache; 0 where vLLM decides.
         kv_tokens: Tokens that the KV cache holds; 0 where vLLM decides.
-        overhead_bytes: The engine's process without a model.
+        overhead_bytes: Bytes of the engine's process without a model.
     """
 
     base: str
@@ -53,25 +53,25 @@ class EnginePlan:
 
     @property
     def total_bytes(self) -> int:
-        """All bytes of the engine."""
+        """The sum of the engine's bytes."""
         return self.weight_bytes + self.adapter_bytes + self.kv_bytes + self.overhead_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class PoolPlan:
-    """One replica's bytes.
+    """The planned memory of one replica of a pool.
 
     Attributes:
         kind: The pool's name.
-        engines: Its engines.
-        replica_bytes: The pool's process without engines.
-        bound_bytes: The bound of the config; None: not bounded.
-        on_gpu: Whether the engines are on GPUs.
-        moe: Settings for mixtures of experts, a line for each.
-        host_bytes: On a GPU, weights that the engines together keep in host memory, in /dev/shm
-            where they are swapped in place.
-        warnings: Settings that may not work as expected, a line for each.
-        notes: Adapters with unusual settings that are followed, a line for each.
+        engines: The plans of its engines.
+        replica_bytes: Bytes of the pool's process without engines.
+        bound_bytes: The config's bound in bytes, or None where there is no bound.
+        on_gpu: Whether the engines run on GPUs.
+        moe: A line for each setting for mixtures of experts.
+        host_bytes: On a GPU, bytes of the weights that the engines together keep in host memory.
+            They are in /dev/shm where units are swapped in place.
+        warnings: A line for each setting that may not work as expected.
+        notes: A line for each adapter with unusual settings that are supported.
     """
 
     kind: str
@@ -86,7 +86,7 @@ class PoolPlan:
 
     @property
     def total_bytes(self) -> int:
-        """The bytes of a replica at its peak, of the GPU's memory or else of the machine's."""
+        """The peak bytes of a replica: GPU memory on a GPU, host memory on a CPU."""
         return self.replica_bytes + sum(engine.total_bytes for engine in self.engines)
 
     @property
@@ -104,18 +104,18 @@ def plan_pool(
 
     Args:
         config: The config.
-        kind: The pool's name in it.
-        inspect: Reads an expert's folder.
+        kind: The pool's name in the config.
+        inspect: A function that reads an expert's folder.
 
     Raises:
-        ConfigError: An expert's folder doesn't hold what the config says, or the config asks for
-            what can't be served.
+        ConfigError: An expert's folder does not match the config, or the config asks for
+            something that can't be served.
         ModelStoreError: A folder could not be read.
     """
     pool = config.pools[kind]
     if pool.engine == "simulated":
         return PoolPlan(kind, (), 0, pool.memory_bytes, on_gpu=False)
-    inspect = functools.cache(inspect)  # each folder once: large models have hundreds of files
+    inspect = functools.cache(inspect)  # a large model has hundreds of files to read
     moe = check_kernels(config, kind, inspect)
     groups = config.groups(kind)
     slots = len(groups) if pool.slots is None else min(pool.slots, len(groups))
@@ -135,8 +135,8 @@ def plan_pool(
     for i in range(slots):
         engine = _share([plan for group in grouped[i::slots] for plan in group])
         if slots < len(groups):
-            # Units move between slots, and each is in one at a time. A GPU has the running one's
-            # weights alone.
+            # A unit is in one slot at a time, although it may move. A GPU holds only the weights
+            # of the running unit.
             largest = max(plan.weight_bytes for plan in turns)
             own = held // slots + (held % slots if i == 0 else 0)
             engine = replace(engine, weight_bytes=largest if on_gpu else own)
@@ -175,7 +175,7 @@ def _notes(
 def _doubles(
     config: Config, kind: str, inspect: Callable[[str], ModelInfo | AdapterInfo]
 ) -> Iterator[str]:
-    """Warn of experts that have the same weights under several names, and memory for each."""
+    """Warn of experts that hold the same weights several times under different names."""
     same: dict[tuple[str, ...], list[str]] = {}
     for name in config.local_experts(kind):
         expert = config.experts[name]
@@ -239,7 +239,7 @@ def _check_adapter(
     """Return the adapter of an expert.
 
     Raises:
-        ConfigError: The engine can't serve it on this base.
+        ConfigError: The engine can't serve the adapter on this base.
     """
     where = f"experts.{name}.adapter"
     if not isinstance(adapter, AdapterInfo):
@@ -249,7 +249,7 @@ def _check_adapter(
             f"{where}: {adapter.not_merged[0]} of its adapter_config.json can't be merged; "
             "use form: adapter"
         )
-    # Quantised weights are packed, and have other names and shapes: they can't be compared.
+    # Quantised weights are packed under other names and shapes, so they can't be compared.
     if base.quantization is None and (why := find_misfit(adapter, base.shapes)) is not None:
         raise ConfigError(f"{where}: it is of another base than {expert.base!r}: {why}")
     return adapter
@@ -258,10 +258,10 @@ def _check_adapter(
 def _check_bound(
     config: Config, bound: int | None, units: Sequence[EnginePlan], slots: int
 ) -> None:
-    """Check that the weights which must be in host memory at once are within the pool's bound.
+    """Check that the pool's bound can hold the weights that must be in host memory at once.
 
     Raises:
-        ConfigError: They are not.
+        ConfigError: The weights exceed the bound.
     """
     if bound is None or not units:
         return
@@ -296,7 +296,7 @@ def _check_capture(
 
 
 def _share(plans: list[EnginePlan]) -> EnginePlan:
-    """Plan one engine for several units, of which one runs and the rest are in host memory."""
+    """Plan one engine for several units: one runs, and the others are in host memory."""
     first, *others = plans
     if not others:
         return first
@@ -314,7 +314,11 @@ def _share(plans: list[EnginePlan]) -> EnginePlan:
 def _model_of(
     config: Config, expert: str, inspect: Callable[[str], ModelInfo | AdapterInfo]
 ) -> ModelInfo:
-    """The model whose weights an expert runs on. Raises ConfigError where there is none."""
+    """Return the model whose weights an expert runs on.
+
+    Raises:
+        ConfigError: The expert's folder has no model.
+    """
     info = inspect(config.experts[expert].base or expert)
     if not isinstance(info, ModelInfo):
         raise ConfigError(f"experts.{expert}.model: this folder holds an adapter, not a model")
@@ -330,7 +334,7 @@ def _check_unit(
     """Check that an engine of this pool can run a unit.
 
     Raises:
-        ConfigError: It can't.
+        ConfigError: The engine can't run the unit.
     """
     base, *adapters = unit
     expert, options = config.experts[base], pool.vllm
@@ -382,7 +386,11 @@ def _check_unit(
 
 
 def _check_kv_cache(base: str, pool: PoolConfig, info: ModelInfo) -> None:
-    """Raises ConfigError where the KV cache can't hold one request of the longest context."""
+    """Check that the KV cache can hold one request of the longest context.
+
+    Raises:
+        ConfigError: The KV cache is too small.
+    """
     kv_bytes = pool.vllm.kv_cache_bytes or 0
     element = _element_bytes(info, pool.vllm.dtype)
     context = pool.vllm.max_model_len or info.max_context_tokens
@@ -402,12 +410,12 @@ def _plan_unit(
     pool: PoolConfig,
     inspect: Callable[[str], ModelInfo | AdapterInfo],
 ) -> EnginePlan:
-    """Plan an engine that runs one unit, which was checked."""
+    """Plan an engine that runs one unit. The unit has passed `_check_unit`."""
     base, *adapters = unit
     info = _model_of(config, base, inspect)
     on_gpu = pool.gpus > 0
     element = _element_bytes(info, pool.vllm.dtype)
-    # The weights of a virtual expert are its base's, and counted there.
+    # A virtual expert runs on its base's weights, which count for the base.
     is_virtual = config.experts[base].form == "steered"
     weights = 0 if is_virtual else weights_bytes(info, pool.vllm.dtype)
     infos = [inspect(name) for name in adapters]
@@ -425,7 +433,7 @@ def _plan_unit(
 
 
 def _longest(info: ModelInfo, kv_bytes: int, element: int, context: int) -> int:
-    """The longest request that a KV cache may hold, below `context` tokens."""
+    """Compute the tokens of the longest request that a KV cache may hold, below `context`."""
     low, high = 0, context
     while high - low > 1:
         middle = (low + high) // 2
@@ -439,7 +447,7 @@ def _check_steered(config: Config, name: str, pool: PoolConfig, info: ModelInfo)
 
     Raises:
         ConfigError: The pool or the base doesn't allow it.
-        InvalidProfileError: Its profile is not one for this model.
+        InvalidProfileError: Its profile does not fit this model.
     """
     where = f"experts.{name}"
     if pool.gpus > 0 and pool.swap.method == "sleep":
@@ -467,7 +475,12 @@ def _check_steered(config: Config, name: str, pool: PoolConfig, info: ModelInfo)
 
 
 def weights_bytes(info: ModelInfo, dtype: str) -> int:
-    """The bytes of a model's weights in memory in that dtype; `auto` is their own."""
+    """Compute the bytes of a model's weights in memory.
+
+    Args:
+        info: The model.
+        dtype: The dtype of the weights in memory; `auto` keeps the dtype of the files.
+    """
     element = _element_bytes(info, dtype)
     stored = _ELEMENT_BYTES.get(info.dtype, element)
     return info.weight_bytes if info.quantization else info.weight_bytes * element // stored
@@ -481,7 +494,7 @@ def check_plan(plan: PoolPlan, machine_bytes: int | None) -> None:
     """Check a plan against its bound, and on CPU against the machine's memory.
 
     Raises:
-        ConfigError: It doesn't fit.
+        ConfigError: The plan exceeds the bound or the machine's memory.
     """
     if not plan.fits:
         assert plan.bound_bytes is not None
@@ -502,10 +515,17 @@ def _gib(size: int, *, up: bool = False) -> str:
 
 
 def folders_of(config: Config, found: Mapping[str, Path]) -> dict[str, Path]:
-    """Each local expert's folder: its adapter's, or the one found for its model's source.
+    """Return each local expert's folder.
+
+    Args:
+        config: The config.
+        found: The folders of models by their source.
+
+    Returns:
+        The folder of each expert's adapter or else of its model, by the expert's name.
 
     Raises:
-        ModelStoreError: A model is not there yet.
+        ModelStoreError: A model is not on this machine yet.
     """
     folders: dict[str, Path] = {}
     for name, expert in config.experts.items():

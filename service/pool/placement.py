@@ -1,8 +1,8 @@
 """The placement of units in a pool's slots. Pure.
 
-Each unit has one slot at a time, where its requests wait and its weights may be held. It moves
-when it would run sooner elsewhere: to an idle slot, or away from one with too much demand. Each
-engine holds its own weights, so that a move costs a fetch and must be worth that.
+Each unit has one slot at a time, where its requests wait and its weights may be held. A unit moves
+when it would run sooner elsewhere: to an idle slot, or away from a slot with too much demand. Each
+engine holds its own weights, so that a move costs a fetch and has to save more than this cost.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from service.pool.planner import SlotView, SwapPolicy, UnitView, urgency
 from service.types import Residency
 
-# A move must save this many times what it costs, as both are guesses.
+# A move must save this many times its cost, because both are estimates.
 _MARGIN = 1.5
-# Balancing must move this part of the busier slot's demand, so that no unit goes to and fro.
+# Balancing must move this part of the busier slot's demand, so that units do not oscillate.
 _LEAST_GAIN = 0.25
 
 
@@ -24,10 +24,10 @@ class Place:
     """One slot as placement sees it.
 
     Attributes:
-        slot: Its state.
-        units: Its units.
-        fits: The units of the pool that its engine can take in.
-        settled: Whether its engine runs, and no unit is being loaded or removed.
+        slot: The slot's state.
+        units: The slot's units.
+        fits: The units of the pool that the slot's engine can run.
+        settled: Whether the engine runs and no unit is being loaded or removed.
     """
 
     slot: SlotView
@@ -38,7 +38,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A unit moves from one slot to another; both are indices."""
+    """A move of a unit from one slot to another. Both slots are indices."""
 
     unit: str
     source: int
@@ -58,7 +58,7 @@ def _move_to_idle(places: Sequence[Place], policy: SwapPolicy) -> Move | None:
         return None
     for s, place in enumerate(places):
         if not (place.slot.running or place.slot.waiting):
-            continue  # its units get their turn at once
+            continue  # an idle slot serves its units at once
         for unit in _movable(place):
             if not unit.waiting:
                 continue
@@ -78,7 +78,7 @@ def _balancing_move(places: Sequence[Place]) -> Move | None:
     heavy = max(range(len(places)), key=lambda i: (loads[i], i))
     best: tuple[float, str, Move] | None = None
     for unit in _movable(places[heavy]) if places[heavy].settled else ():
-        # Its requests would have to wait for a fetch.
+        # Its waiting requests would have to wait for a fetch.
         if unit.waiting:
             continue
         for t, place in enumerate(places):
@@ -115,11 +115,11 @@ def _movable(place: Place) -> list[UnitView]:
 
 
 def _wait_s(place: Place, unit: UnitView, policy: SwapPolicy) -> float:
-    """Estimate the seconds until it is this unit's turn in its slot.
+    """Estimate the seconds until this unit gets its turn in its slot.
 
-    It is unknown how long the running unit's queue goes on. A wait is therefore expected to last
-    as long again as it has so far, as in the ski-rental problem: the cost is at most twice the
-    least possible.
+    The length of the running unit's stay is unknown. The estimate is therefore that a wait will
+    last as long again as it has lasted so far. As in the ski-rental problem, the cost is then at
+    most twice the least possible cost.
     """
     slot = place.slot
     rounds = 1 + slot.waiting / max(1, slot.running)
@@ -133,7 +133,7 @@ def _wait_s(place: Place, unit: UnitView, policy: SwapPolicy) -> float:
 
 
 def _cost_s(place: Place, unit: UnitView) -> float:
-    """Seconds to run a unit in another slot, from its files."""
+    """Estimate the seconds until a unit runs in another slot, loaded from its files."""
     if unit.name not in place.fits:
         return unit.start_s
     return unit.fill_s + (unit.swap_s - unit.fill_s if _counts_bring(unit) else unit.swap_s)

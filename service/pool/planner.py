@@ -1,8 +1,8 @@
 """The next step of a slot: the unit to serve, to load and to evict. Pure, without a clock.
 
-A slot serves the running unit's whole queue in one batch. It swaps when another unit has more to
-run than the running one has left, or sooner, when a request would otherwise wait longer than the
-bound. A unit is an expert with weights, and its adapters.
+A slot serves the running unit's whole queue in one batch. It swaps when another unit has more work
+than the running unit has left. It swaps sooner when a request would otherwise wait longer than the
+bound. A unit is an expert with weights and its adapters.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from service.types import Residency
 
 @dataclass(frozen=True, slots=True)
 class SwapPolicy:
-    """How a slot weighs its units.
+    """The settings by which a slot weighs its units.
 
     Attributes:
-        min_stay_s: The shortest time that a unit with work keeps the slot, against thrashing.
-        max_wait_s: The bound on waiting for a swap that the slot aims at.
-        aging_per_s: Queued tokens that a second of waiting counts as.
-        host_bytes: Room for weights in host memory, the running unit's included; None: no bound.
+        min_stay_s: The shortest time that a unit with work keeps the slot. It prevents thrashing.
+        max_wait_s: The slot aims to keep waits for a swap below this time.
+        aging_per_s: One second of waiting counts as this many queued tokens.
+        host_bytes: Room for weights in host memory, including the running unit's weights. None
+            means that there is no bound.
         prefetch: Whether units with demand are loaded before requests wait for them.
-        crowding: A stay ends when another unit has this many times as many requests waiting as
-            still run.
-        preempt: Where a request would wait longer than the bound, whether running requests of
-            which no byte was sent are put back instead of being waited for.
-        most_bytes: The most that host_bytes can become where slots share a bound
-            (`host_budget`); None: it stays.
+        crowding: A stay ends when the requests that wait for another unit exceed the running
+            requests by this factor.
+        preempt: Whether a slot puts running requests without a sent byte back into the queue, where
+            another request would otherwise wait longer than the bound.
+        most_bytes: The largest value that host_bytes can reach where slots share a bound
+            (`host_budget`). None means that host_bytes does not change.
     """
 
     min_stay_s: float = 1.0
@@ -48,21 +49,21 @@ class UnitView:
     """One unit as the planner sees it.
 
     Attributes:
-        name: Its name.
-        tier: Where its weights are.
-        waiting: Requests that wait for it.
-        waiting_tokens: Tokens of their prompts.
-        oldest_s: How long the oldest of them has waited.
+        name: The unit's name.
+        tier: Where the weights are.
+        waiting: The number of requests that wait for the unit.
+        waiting_tokens: The number of tokens in the prompts of these requests.
+        oldest_s: Seconds that the oldest of these requests has waited.
         demand_per_s: Requests per second, as a moving average.
-        host_bytes: Bytes of its weights; 0 where it shares another unit's.
-        fill_s: Seconds from disk to host memory.
-        swap_s: Seconds from where it is now until it runs.
-        pinned: Whether it stays in host memory.
-        swappable: Whether the slot's present engine can run it.
-        wanted: Whether an operator asked for it to be loaded.
-        needs: The unit whose weights this one shares, or None. The two are loaded and evicted
+        host_bytes: Bytes of the weights; 0 where the unit shares another unit's weights.
+        fill_s: Seconds to load the weights from disk to host memory.
+        swap_s: Seconds from the present tier until the unit runs.
+        pinned: Whether the unit stays in host memory.
+        swappable: Whether the slot's present engine can run the unit.
+        wanted: Whether an operator asked to load the unit.
+        needs: The unit whose weights this unit shares, or None. The two are loaded and evicted
             together.
-        start_s: Seconds to replace the engine by one that runs it.
+        start_s: Seconds to replace the present engine by another engine that runs the unit.
     """
 
     name: str
@@ -87,11 +88,11 @@ class SlotView:
 
     Attributes:
         running_unit: The unit that runs.
-        stayed_s: Since when it runs.
-        running: Its running requests.
-        waiting: Its waiting requests.
-        drain_s: How long running requests take to end.
-        closing: Whether no request is let in, so that another unit can come.
+        stayed_s: Seconds since that unit began to run.
+        running: The number of its running requests.
+        waiting: The number of its waiting requests.
+        drain_s: Seconds that running requests need to end.
+        closing: Whether the gate is closed, so that another unit can be swapped in.
     """
 
     running_unit: str
@@ -112,10 +113,10 @@ class Next(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step, and its unit and reason.
+    """A step with its unit and its reason.
 
-    STAY goes on with the running unit. CLOSE lets no request in, so that `unit` can come. SWAP
-    goes over to `unit` now.
+    STAY keeps the running unit. CLOSE closes the gate, so that `unit` can be swapped in later.
+    SWAP swaps `unit` in now.
     """
 
     act: Next
@@ -123,23 +124,23 @@ class Step:
     reason: str = ""
 
 
-# The reason for a swap where a request would wait too long otherwise.
+# This is the reason of a swap without which a request would wait too long.
 LATE = "bound on waiting"
-# A unit that is held is worth this much more than one that is not, as fetching costs time, too.
+# A held unit is worth this many times as much as another, because a fetch costs time, too.
 _HELD_BONUS = 1.5
-# A swap begins when this part of the bound is used up, as the length of a drain is a guess.
+# A swap begins when this part of the bound is used up, because a drain's length is a guess.
 _AIM = 0.8
 
 
 def urgency(unit: UnitView, policy: SwapPolicy) -> float:
-    """How much a unit's turn it is: (queued work + aging) / cost of the swap."""
+    """Compute a unit's claim to the next turn: (queued work + aging) / cost of the swap."""
     return (unit.waiting_tokens + policy.aging_per_s * unit.oldest_s) / max(unit.swap_s, 1e-3)
 
 
 def bounded(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> list[UnitView]:
     """Apply the bound on host memory to the units.
 
-    A unit that can't be held beside the running and the pinned ones needs an engine of its own.
+    A unit that does not fit beside the running unit and the pinned units needs its own engine.
     """
     bound = policy.most_bytes if policy.most_bytes is not None else policy.host_bytes
     if bound is None:
@@ -157,14 +158,14 @@ def bounded(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> li
 
 
 def owner_of(unit: UnitView) -> str:
-    """The unit whose weights a unit runs on."""
+    """Return the name of the unit whose weights a unit runs on."""
     return unit.needs or unit.name
 
 
 def next_step(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> Step:
-    """Decide whether the running unit goes on, and which unit gets the slot if not.
+    """Decide whether the running unit stays, and otherwise which unit gets the slot.
 
-    A unit whose weights are still on their way doesn't end the running one's stay.
+    A unit whose weights are still loading does not end the running unit's stay.
     """
     able = [
         u
@@ -186,14 +187,14 @@ def next_step(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> 
     else:
         chosen, reason = urgent, "queue served"
     busy = (slot.waiting or slot.running) and not slot.closing
-    # An expensive swap has to be worth it: an engine started is not left at once.
+    # An expensive swap has to pay off, so a new engine is kept for a while.
     if busy and slot.stayed_s < max(policy.min_stay_s, chosen.swap_s):
         return Step(Next.STAY)
     return Step(Next.CLOSE if slot.running else Next.SWAP, chosen.name, reason)
 
 
 def _late(slot: SlotView, able: Sequence[UnitView], policy: SwapPolicy) -> bool:
-    """Whether a request would wait beyond the bound if all units took turns, oldest first."""
+    """Return whether a request would wait beyond the bound if units took turns, oldest first."""
     ahead_s = 0.0
     for unit in sorted(able, key=lambda u: (-u.oldest_s, u.name)):
         ahead_s += slot.drain_s + unit.swap_s
@@ -203,9 +204,10 @@ def _late(slot: SlotView, able: Sequence[UnitView], policy: SwapPolicy) -> bool:
 
 
 def next_fetch(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> str | None:
-    """Choose the unit to load to host memory next, beside the running one.
+    """Choose the unit to load to host memory next, beside the running unit.
 
-    Units with waiting requests come first, then those that an operator wants, then by demand.
+    Units with waiting requests come first. Units that an operator wants follow, and then the other
+    units in order of demand.
     """
     wanted = units_to_keep(slot, units, policy)
     tiers = {u.name: u.tier for u in units if u.swappable}
@@ -228,13 +230,13 @@ def next_fetch(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) ->
         chosen = max(hot, key=lambda u: (u.pinned, u.demand_per_s, u.name))
     else:
         return None
-    # First the weights that it runs on.
+    # A unit without weights needs its owner's weights first.
     absent_too = chosen.needs and tiers[chosen.needs] is Residency.DISK
     return chosen.needs if absent_too else chosen.name
 
 
 def turn(unit: UnitView, policy: SwapPolicy) -> tuple[bool, float, str]:
-    """The sort key of units with waiting requests: late ones first, by age; then by urgency."""
+    """Return the sort key of units with waiting requests: late units by age, then by urgency."""
     late = unit.oldest_s + unit.swap_s >= policy.max_wait_s / 2
     return (not late, -(unit.oldest_s if late else urgency(unit, policy)), unit.name)
 
@@ -242,8 +244,8 @@ def turn(unit: UnitView, policy: SwapPolicy) -> tuple[bool, float, str]:
 def units_to_keep(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> frozenset[str]:
     """Choose the units whose weights belong in host memory.
 
-    These are the running, pinned, waited-for and wanted ones, as far as they fit. Of the others
-    it is the best knapsack of demand × cost of loading them again.
+    The running, pinned, waited-for and wanted units come first, as far as they fit. The best
+    knapsack of demand × cost of reloading decides among the other units.
     """
     if policy.host_bytes is None:
         return frozenset(u.name for u in units)
@@ -272,7 +274,7 @@ def units_to_keep(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy)
     worth = retention_values(units)
     chosen = keep([worth[u.name] for u in rest], [u.host_bytes for u in rest], max(0, left))
     kept.update(rest[i].name for i in chosen)
-    # Units that share kept weights take no more room.
+    # Units that share kept weights need no further room.
     return frozenset(
         u.name
         for u in units
@@ -281,7 +283,10 @@ def units_to_keep(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy)
 
 
 def retention_values(units: Sequence[UnitView]) -> dict[str, float]:
-    """The demand for each unit's weights, by all units on them, × the cost of loading them."""
+    """Compute the demand for each unit's weights × the cost of loading them.
+
+    All units that run on the weights count in the demand.
+    """
     demand = {u.name: 0.0 for u in units}
     for unit in units:
         demand[owner_of(unit)] = demand.get(owner_of(unit), 0.0) + unit.demand_per_s
@@ -294,11 +299,11 @@ def retention_values(units: Sequence[UnitView]) -> dict[str, float]:
 def units_to_evict(
     slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy, coming: str | None
 ) -> list[str]:
-    """Choose the units to evict so that the held ones and `coming` are within the bound.
+    """Choose the units to evict so that the held units and `coming` fit in the bound.
 
-    The unit with the least worth goes first, and with it the units that run on its weights. The
-    running unit, a pinned one that fits beside it, and the weights that these or `coming` run on
-    always stay.
+    The unit with the least value goes first, together with the units that run on its weights. The
+    running unit always stays, and so do pinned units that fit beside it and the weights that these
+    units or `coming` run on.
     """
     if policy.host_bytes is None:
         return []
@@ -337,6 +342,6 @@ def _held_with(units: Sequence[UnitView], coming: str | None) -> int:
 def has_room(
     units: Sequence[UnitView], policy: SwapPolicy, coming: str, dropped: Sequence[str]
 ) -> bool:
-    """Whether `coming` is within the bound on host memory once others were evicted."""
+    """Return whether `coming` fits in the bound on host memory after `dropped` were evicted."""
     gone = sum(u.host_bytes for u in units if u.name in dropped)
     return policy.host_bytes is None or _held_with(units, coming) - gone <= policy.host_bytes

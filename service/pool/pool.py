@@ -1,4 +1,4 @@
-"""A pool: its slots, and the snapshot that gateways choose by."""
+"""A pool: its slots, and the snapshots by which gateways choose experts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class PoolObserver(Protocol):
     """Counts a pool's requests."""
 
     def ended(self, call: Call, times: Times, fault: str) -> None:
-        """Count a request that has ended; `fault` is the error's code, or empty."""
+        """Count a request that has ended. `fault` is the error's code; it is empty on success."""
 
 
 class Pool:
@@ -59,17 +59,19 @@ class Pool:
 
     Args:
         kind: The pool's name in the config.
-        observer: Counts its requests.
+        observer: Counts the pool's requests.
     """
 
     def __init__(self, kind: str, observer: PoolObserver | None = None) -> None:
         self.kind = kind
-        # The policy of its shared slots, whose host_bytes they have together, and each one's part.
+        # The policy of the shared slots. Its host_bytes bounds all of them together, and
+        # `_host_bytes` has the part of each slot.
         self._policy: SwapPolicy | None = None
         self._host_bytes: dict[SharedSlot, int] = {}
-        # Slots that were removed, whose engines have not ended yet.
+        # Removed slots whose engines have not ended yet.
         self._ending: set[SharedSlot] = set()
-        # Experts whose successors of the same name are still to come, and the reasons for clients.
+        # Removed experts whose successors of the same name have not been added yet, with the
+        # reasons that clients get.
         self._returning: dict[str, str] = {}
         self._closing: set[BaseSlot[Any]] = set()
         self._observer = observer
@@ -77,7 +79,7 @@ class Pool:
         self._slots: list[BaseSlot[Any]] = []
         self._slot_of: dict[str, BaseSlot[Any]] = {}
         self._tasks: dict[BaseSlot[Any], asyncio.Task[None]] = {}
-        # Engines that load together fight for the same cores and disk.
+        # Engines start one at a time, because they would compete for the same cores and disk.
         self._turn = asyncio.Lock()
         self._placement: asyncio.Task[None] | None = None
         self._speeds: dict[str, LatencyEstimator] = {}
@@ -89,7 +91,7 @@ class Pool:
         self._listeners: set[asyncio.Event] = set()
 
     def add(self, slot: BaseSlot[Any]) -> None:
-        """Add a slot to a pool that was not started yet."""
+        """Add a slot to a pool that has not been started."""
         self._slots.append(slot)
         self._assign(slot.experts, slot)
         if isinstance(slot, SharedSlot):
@@ -101,7 +103,7 @@ class Pool:
             self._returning.pop(name, None)
 
     def changed(self) -> None:
-        """Publish a new snapshot, as something in it is different now."""
+        """Publish a new snapshot after a change of the pool's state."""
         self._seq += 1
         for listener in self._listeners:
             listener.set()
@@ -117,16 +119,16 @@ class Pool:
         self._tasks[slot] = asyncio.create_task(slot.supervise(self._turn))
 
     async def _place_units(self) -> None:
-        """Divide host memory, and move units between the slots that they share, until cancelled."""
+        """Divide host memory over shared slots and move units between them, until cancelled."""
         while True:
             try:
-                # Room that a slot lacks is there as soon as others have evicted something.
+                # A slot that lacks room gets it soon after other slots have evicted units.
                 await asyncio.sleep(_SOON_S if self._divide_host_memory() else _PLACE_S)
                 shared = [one for one in self.shared if one not in self._closing]
                 if len(shared) > 1:
                     self._move_unit(shared)
             except Exception:
-                # Requests that wait in the wrong slot must be placed later all the same.
+                # The loop has to go on, because requests may wait in the wrong slot.
                 log.exception("unit placement failed")
                 await asyncio.sleep(_PLACE_S)
 
@@ -134,7 +136,7 @@ class Pool:
         """Give each shared slot its part of the pool's bound on host memory.
 
         Returns:
-            Whether a slot has less than it needs, until others have evicted as much.
+            Whether a slot has less room than it needs until other slots have evicted units.
         """
         policy, shared = self._policy, self.shared
         if policy is None or policy.host_bytes is None or len(shared) + len(self._ending) < 2:
@@ -159,26 +161,29 @@ class Pool:
             return
         source, target = shared[move.source], shared[move.target]
         unit = next(unit for unit in source.units if unit.name == move.unit)
-        # Both in one step: a unit is never in two slots, nor in none.
+        # There is no await in between, so that a unit is always in exactly one slot.
         if (state := source.hand_over(unit.name)) is not None:
             target.take_in(unit, state)
             self._slot_of.update(dict.fromkeys(unit.experts, target))
             log.info("unit %s moves to slot %d", unit.name, self._slots.index(target))
 
-    # --- units come and go
+    # --- additions and removals
 
     def add_running(self, slot: BaseSlot[Any]) -> None:
-        """Add a slot to a pool that runs."""
+        """Add a slot to a running pool."""
         self.add(slot)
         self._divide_host_memory()
         self._supervise(slot)
         self.changed()
 
     def take_in(self, unit: Unit) -> None:
-        """Add a unit to a shared slot: to that of the unit it needs, or to the emptiest.
+        """Add a unit to a shared slot.
+
+        A unit that shares another unit's weights joins that unit's slot. Any other unit joins the
+        slot with the fewest units.
 
         Raises:
-            KeyError: The unit that it needs is in no shared slot.
+            KeyError: The unit whose weights it shares is in no shared slot.
         """
         if unit.needs:
             slots = {held.name: slot for slot in self.shared for held in slot.units}
@@ -195,9 +200,9 @@ class Pool:
 
         Args:
             expert: An expert of the unit.
-            reason: Why it is gone, for the clients that wait for it.
-            successors: Names under which other experts come then. Until these are there, clients
-                are asked to try again, instead of being refused for good.
+            reason: Why the expert is gone. Clients that wait for it get this reason.
+            successors: Names of experts that will be added after the removal. Until then, clients
+                that ask for these names are asked to try again, instead of being refused for good.
         """
         slot = self._slot_of.get(expert)
         if slot is None:
@@ -234,11 +239,11 @@ class Pool:
 
     @property
     def closing(self) -> bool:
-        """Whether a slot that is about to be removed still has requests or an engine."""
+        """Whether a slot under removal still has requests or an engine."""
         return bool(self._closing or self._ending)
 
     async def add_adapter(self, base: str, expert: str, folder: str) -> None:
-        """Load one more adapter of a base whose engine was started with adapters."""
+        """Load another adapter of a base whose engine was started with adapters."""
         slot = self._slot_of[base]
         assert isinstance(slot, DedicatedSlot)
         self._assign((expert,), slot)
@@ -286,18 +291,18 @@ class Pool:
         self._divide_host_memory()
 
     def set_pinned(self, expert: str, pinned: bool) -> None:
-        """Pin an expert's unit in host memory, or let it be evicted."""
+        """Pin or unpin an expert's unit in host memory."""
         slot = self._slot_of.get(expert)
         if isinstance(slot, SharedSlot):
             slot.set_pinned(expert, pinned)
 
     def is_shared(self, expert: str) -> bool:
-        """Whether an expert is in a slot that units share, or could share."""
+        """Return whether an expert is in a slot that units share or could share."""
         return isinstance(self._slot_of.get(expert), SharedSlot)
 
     @property
     def shared(self) -> list[SharedSlot]:
-        """The slots that units share, or could share."""
+        """The slots that units share or could share."""
         return [slot for slot in self._slots if isinstance(slot, SharedSlot)]
 
     async def stop(self, drain_s: float) -> None:
@@ -323,7 +328,8 @@ class Pool:
             ExpertFailedError: The expert could not be loaded.
             PoolDrainingError: The pool is stopping.
             DeadlineExceededError: The deadline passed.
-            EngineTimeoutError: The engine had the request for most of that time without a byte.
+            EngineTimeoutError: The deadline passed, and the engine had the request for most of the
+                time without sending a byte.
             EngineDeadError: The engine died.
             CoeError: The engine refused the request.
         """
@@ -348,7 +354,7 @@ class Pool:
         except TimeoutError:
             if not limit.expired():
                 raise
-            # An answer in one piece doesn't show how far the engine had come.
+            # A non-streaming answer does not show whether the engine made progress.
             kind = EngineTimeoutError if call.stream and reply.silent() else DeadlineExceededError
             fault = kind.code
             raise kind(
@@ -363,9 +369,9 @@ class Pool:
         reply.report(self._speeds.setdefault(call.expert, LatencyEstimator()), call.prompt_tokens)
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
-        """Return the prompt and answer tokens of a call that its gateway has given up, once.
+        """Return the prompt and answer tokens of a call that its gateway has abandoned.
 
-        None where they are not known.
+        The counts are returned only once. The result is None where they are unknown.
         """
         return await self._abandoned.used(request_id)
 
@@ -413,10 +419,10 @@ class Pool:
         prompt_tokens: int,
         answer_tokens: int,
     ) -> None:
-        """Keep the tokens of a call that an engine has given up, for the gateway to ask for."""
+        """Keep the token counts of an abandoned call until its gateway fetches them."""
         self._abandoned.record(call.request_id, prompt_tokens, answer_tokens)
         if not call.stream:
-            # They count for fairness; those of a stream were recorded as they passed.
+            # The tokens count for fairness. The tokens of a stream were counted on their way out.
             record_tokens(answer_tokens)
 
     def _slot(self, expert: str) -> BaseSlot[Any]:
@@ -428,7 +434,7 @@ class Pool:
         return slot
 
     def snapshot(self) -> Snapshot:
-        """The state of the pool as of now."""
+        """Return the present state of the pool."""
         now_s = time.monotonic()
         self._share_start_times()
         states = {}
@@ -455,7 +461,7 @@ class Pool:
         )
 
     def _share_start_times(self) -> None:
-        """Tell each slot how long the engines take that start before its own."""
+        """Set for each slot how long the engines take that start before its own engine."""
         asked = [(slot.turn_asked_s, i) for i, slot in enumerate(self._slots)]
         ahead_s = 0.0
         for slot in self._slots:
@@ -465,7 +471,7 @@ class Pool:
             ahead_s += self._slots[i].start_left_s()
 
     async def snapshots(self) -> AsyncIterator[bytes]:
-        """Yield lines for one gateway: the whole state, then coalesced changes and heartbeats."""
+        """Yield lines for one gateway: the whole state, then merged changes and heartbeats."""
         before: Snapshot | None = None
         change = asyncio.Event()
         self._listeners.add(change)
@@ -483,7 +489,7 @@ class Pool:
             self._listeners.discard(change)
 
     def details(self) -> dict[str, dict[str, Any]]:
-        """Each expert's residency in full, for operators."""
+        """Return each expert's residency in full, for operators."""
         self._share_start_times()
         return {
             name: {**details, "tokens": self._tokens[name]}
@@ -497,7 +503,7 @@ class Pool:
         Raises:
             UnknownModelError: The pool has no such expert.
             UnknownEndpointError: There is no such operation.
-            ConflictError: The present state forbids it.
+            ConflictError: The present state does not allow the operation.
         """
         slot = self._slot(expert)
         if operation not in OPERATIONS:
@@ -509,7 +515,11 @@ class Pool:
         await slot.operate(operation, expert)
 
     def _check_pin(self, unit: str) -> None:
-        """Raises ConflictError where a pin would leave no room for other units to take turns."""
+        """Check that a pin would leave room for the other units to take turns.
+
+        Raises:
+            ConflictError: It would not.
+        """
         bound = self._policy.host_bytes if self._policy is not None else None
         places = [slot.view(()) for slot in self.shared]
         if bound is not None and (needed := least(places, unit)) > bound:
@@ -519,7 +529,7 @@ class Pool:
             )
 
     def demand(self, wanted: dict[str, float]) -> None:
-        """Record unmet demand: the utility by expert of requests that went elsewhere."""
+        """Record unmet demand: by expert, the utility of requests that went to other experts."""
         now_s = time.monotonic()
         for expert, amount in wanted.items():
             slot = self._slot_of.get(expert)
@@ -544,5 +554,5 @@ class Pool:
         return next((why for slot in self._slots if (why := slot.unhealthy())), None)
 
     def queued(self) -> int:
-        """The number of requests running or waiting, which autoscaling goes by."""
+        """The number of running and waiting requests, by which Ray Serve autoscales."""
         return sum(q.waiting + q.running for slot in self._slots for q in slot.queues().values())

@@ -11,23 +11,23 @@ from service.config import Config
 
 @dataclass(frozen=True, slots=True)
 class ExpertSource:
-    """What an expert is made of.
+    """The sources of an expert's answers: its settings and its files.
 
     Attributes:
-        parts: The settings that decide its answers.
-        version: The version of its files; empty where they can't be looked at.
+        parts: The settings that change its answers.
+        version: The version of its files; empty where the files can't be read.
     """
 
     parts: tuple[Any, ...]
     version: str
 
     def matches(self, other: ExpertSource) -> bool:
-        """Whether it is the same expert. Files that can't be looked at count as unchanged."""
+        """Return whether both describe the same expert. Unreadable files count as unchanged."""
         both_known = self.version and other.version
         return self.parts == other.parts and (not both_known or self.version == other.version)
 
     def updated(self, other: ExpertSource) -> ExpertSource:
-        """The same expert, with whichever version of its files is known."""
+        """Return the same expert with the newest known version of its files."""
         return other if other.version else self
 
 
@@ -36,34 +36,34 @@ class UnitSource:
     """A unit of a config.
 
     Attributes:
-        experts: Its experts, the one with the weights first.
-        needs: The unit on whose weights it runs; None for one that has weights.
+        experts: Its experts by name. The expert with the weights comes first.
+        needs: The unit on whose weights it runs, or None where it has its own weights.
     """
 
     experts: dict[str, ExpertSource]
     needs: str | None = None
 
     def matches(self, other: UnitSource) -> bool:
-        """Whether the same experts are in it."""
+        """Return whether both units have the same experts."""
         return self.experts.keys() == other.experts.keys() and all(
             source.matches(other.experts[name]) for name, source in self.experts.items()
         )
 
     def copy(self) -> UnitSource:
-        """A unit with the same experts, whose experts may come and go."""
+        """Return a copy whose experts can be changed independently."""
         return UnitSource(dict(self.experts), self.needs)
 
 
 @dataclass(frozen=True, slots=True)
 class PoolDiff:
-    """What a reload has to do. Units that are neither changed nor removed go on.
+    """The changes that a reload has to make. All other units keep serving.
 
     Attributes:
-        added: Units that come.
-        changed: Units that go, and come again as the config wants them.
-        removed: Units that go for good.
-        restarts: Of the changed ones those whose engine starts again for the sake of adapters,
-            with the reason.
+        added: Units to add.
+        changed: Units to remove and to add again as the new config describes them.
+        removed: Units to remove for good.
+        restarts: The changed units whose engine restarts only because of adapters, each with the
+            reason.
     """
 
     added: tuple[str, ...]
@@ -73,7 +73,7 @@ class PoolDiff:
 
     @property
     def leaving(self) -> tuple[str, ...]:
-        """The units that go."""
+        """The units to remove, whether or not they are added again."""
         return (*self.removed, *self.changed)
 
     @classmethod
@@ -91,9 +91,9 @@ class PoolDiff:
         Args:
             present: The units of the pool.
             wanted: The units of the config.
-            leaving: Units that go already.
+            leaving: Units that are already being removed.
             shared: Units in a slot that can be shared.
-            with_adapters: Units whose engine was started with adapters, and takes others.
+            with_adapters: Units whose engine was started with adapters, so that it can load others.
         """
         bases = {unit.needs for unit in wanted.values()}
         restarts: dict[str, str] = {}
@@ -109,14 +109,14 @@ class PoolDiff:
                     changed[name] = True
                     restarts[name] = "it shares a slot, and its adapters changed"
             elif name in bases:
-                # Its engine was not made to be shared with the virtual experts that come.
+                # The engine was not built to be shared with the virtual experts that are added.
                 changed[name] = True
             elif len(target.experts) > 1 and name not in with_adapters:
                 changed[name] = True
                 came = ", ".join(expert for expert in target.experts if expert not in unit.experts)
                 restarts[name] = f"it was started without adapters, and {came} came"
         removed = [name for name in present if name not in wanted and name not in leaving]
-        # No unit may stay that runs on weights which go.
+        # A unit must not stay when the weights it runs on are removed.
         for name, unit in present.items():
             is_new = name not in leaving and name not in changed and name not in removed
             if is_new and (unit.needs in changed or unit.needs in removed):
@@ -131,18 +131,21 @@ class PoolDiff:
 def units_of(
     config: Config, kind: str, profiles: Mapping[str, str], versions: Mapping[str, str]
 ) -> dict[str, UnitSource]:
-    """The units of a pool's config, and what each of their experts is made of.
+    """Return the units of a pool's config, with the sources of their experts.
 
     Args:
         config: The config.
-        kind: The pool's name in it.
+        kind: The pool's name in the config.
         profiles: Digests of steering profiles, by expert.
         versions: Versions of the experts' files, by expert.
+
+    Returns:
+        The units by name.
     """
     units = {}
     for unit in config.units(kind):
         first = config.experts[unit[0]]
-        # The kernels that its engine computes with.
+        # Other kernels need another engine, so they count as another source.
         kernels = first.vllm if first.base is None else config.experts[first.base].vllm
         experts = {}
         for name in unit:

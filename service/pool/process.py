@@ -43,7 +43,7 @@ class PoolProcess:
         self.pool.start()
 
     async def stop(self, drain_s: float) -> None:
-        """Drain for at most `drain_s`, and stop the engines."""
+        """Drain for at most `drain_s` seconds, then stop the engines."""
         await self._factory.stop(drain_s)
         if self._traces is not None:
             await asyncio.to_thread(self._traces.stop)
@@ -51,7 +51,7 @@ class PoolProcess:
             await self._node.stop()
 
     async def reload(self, config: Config) -> None:
-        """Change the pool to what another config says."""
+        """Change the pool to match another config."""
         self._config = config
         self._weights.clear()
         await self._factory.reload(config)
@@ -74,7 +74,10 @@ class PoolProcess:
         return details
 
     def _weight_bytes(self, expert: str) -> int | None:
-        """The bytes of an expert's weights by its files' headers; None where these are not here."""
+        """Return the bytes of an expert's weights, from the headers of its files.
+
+        The result is None where the files are not on this machine.
+        """
         if expert in self._weights:
             return self._weights[expert]
         settings = self._config.experts[expert]

@@ -1,15 +1,16 @@
-"""The queue of one slot or remote endpoint: which requests wait, and which run.
+"""The queue of one slot or remote endpoint, with waiting and running requests.
 
-`FairQueue` decides and is pure: it has no I/O and no clock. `TicketQueue` wakes the requests
-that wait.
+`FairQueue` makes the decisions and is pure: it has no I/O and no clock. `TicketQueue` wakes the
+requests that wait.
 
-Tenants take turns by tokens served (`fairness`). A tenant's own requests are served first come,
-first served among the experts that are ready, so that vLLM batches them together. A request for
-an expert that is still loading doesn't hold up the others. A full queue sheds the requests of the
-tenant that fills it most.
+Tenants take turns by tokens served (`fairness`). A tenant's own requests for ready experts are
+served first come, first served, so that vLLM batches them together. A request for an expert that
+is still loading doesn't hold up the others. A full queue sheds requests of the tenant with the
+most load.
 
 A running ticket takes one place of the engine for each of its answers, or for each prompt where
-it makes no answer. A waiting ticket also counts once for each `PROMPT_TOKENS` of its prompt.
+the request makes no answer. A waiting ticket also counts once for each `PROMPT_TOKENS` of its
+prompt.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from service.types import NOBODY, Tenant
 PROMPT_TOKENS = 2048
 """Prompt tokens that wait as one request."""
 
-# The advice where the pace of the queue is unknown.
+# Clients get this Retry-After where the pace of the queue is unknown.
 _RETRY_S = 1.0
 _LONGEST_RETRY_S = 60.0
 
@@ -37,13 +38,13 @@ class Ticket:
     """One request in the queue.
 
     Attributes:
-        expert: The name that the queue knows the expert by.
-        arrived_s: When the request first came.
-        tokens: About how many tokens its prompt has.
-        tenant: Whose request it is.
+        expert: The expert's name in this queue.
+        arrived_s: When the request first arrived.
+        tokens: The estimated number of tokens of its prompt.
+        tenant: The tenant that sent it.
         again: Whether it ran before and was put back into the queue.
-        running: Whether it runs; it waits otherwise, or has ended.
-        places: Places of the engine that it takes.
+        running: Whether it runs. Otherwise it waits or has ended.
+        places: The number of places of the engine that it takes.
     """
 
     expert: str
@@ -56,25 +57,25 @@ class Ticket:
 
     @property
     def load(self) -> int:
-        """The number of usual requests that it counts as while it waits."""
+        """The number of ordinary requests that this ticket counts as while it waits."""
         return max(self.places, -(-self.tokens // PROMPT_TOKENS))
 
     @property
     def turn(self) -> tuple[int, str]:
-        """Its priority class and its tenant's name."""
+        """The ticket's priority class and its tenant's name."""
         return CLASSES.get(self.tenant.priority, CLASSES["normal"]), self.tenant.name
 
 
 class FairQueue:
     """Waiting and running tickets, and the order in which they run.
 
-    A ticket that is larger than the capacity, or than the bound on waiting, counts as much as
-    that: it runs, or waits, alone.
+    A ticket that is larger than the capacity counts as the whole capacity, so that it runs alone.
+    A ticket that is larger than the bound on waiting counts as the whole bound in the same way.
 
     Args:
-        experts: Names of the experts.
-        capacity: Places that may be taken at once.
-        max_waiting: Load that may wait for each expert.
+        experts: The names of the experts.
+        capacity: The number of places that tickets may take at once.
+        max_waiting: The load that may wait for each expert.
     """
 
     def __init__(self, experts: Iterable[str], *, capacity: int, max_waiting: int) -> None:
@@ -86,7 +87,7 @@ class FairQueue:
         self._running = 0
         self._places_by = dict.fromkeys(experts, 0)
         self._places_taken = 0
-        # The class and tenant whose turn it is, though there is no room for it yet.
+        # The class and tenant that are next, although there is no room for them yet.
         self._next: tuple[int, str] | None = None
         self._present: Counter[str] = Counter()
         self._fairness = Fairness()
@@ -116,18 +117,21 @@ class FairQueue:
         again: bool = False,
         display_name: str | None = None,
     ) -> Ticket:
-        """Take a request in: it runs at once where it can, and waits otherwise.
+        """Add a request. It runs at once if possible, and waits otherwise.
 
         Args:
-            expert: The expert that it is for.
-            now_s: When it came.
-            ready: Whether that expert's requests may run now.
-            tokens: About how many tokens its prompt has.
-            places: Places of the engine that it takes.
-            tenant: Whose request it is.
-            again: It had a place since `now_s`, and gets that one back before all that came
-                later, however full the queue is.
-            display_name: The expert's name in errors, where clients know another one.
+            expert: The expert that the request is for.
+            now_s: When the request arrived.
+            ready: Whether this expert's requests may run now.
+            tokens: The estimated number of tokens of its prompt.
+            places: The number of places of the engine that it takes.
+            tenant: The tenant that sent it.
+            again: Whether it has been in the queue since `now_s`. It then gets its place back,
+                ahead of all later requests, even in a full queue.
+            display_name: The expert's name in errors, where clients know it by another name.
+
+        Returns:
+            The request's ticket.
 
         Raises:
             OverCapacityError: The queue is full, and `ticket_to_shed` found nothing to shed.
@@ -152,11 +156,13 @@ class FairQueue:
     ) -> list[Ticket]:
         """Choose the tickets to shed so that a request of this tenant finds room in a full queue.
 
-        The newest tickets of the tenants with the most load go first, as long as each of these
-        keeps no less than this tenant has then. Each tenant so gets an equal part of the queue.
+        The newest tickets of the tenants with the most load go first. A tenant never loses so much
+        that it has less load than this tenant. In this way each tenant gets an equal part of the
+        queue.
 
         Returns:
-            The tickets; none where there is room already, or where shedding would not make it.
+            The tickets. The list is empty where there is room already, or where shedding would
+            not make enough room.
         """
         newcomer = Ticket(expert, 0.0, tokens, tenant, places=min(places, self.capacity))
         lacking = self._lacks(newcomer)
@@ -186,18 +192,18 @@ class FairQueue:
         return self._places_taken + ticket.places <= self.capacity
 
     def _lacks(self, ticket: Ticket) -> int:
-        """The load that has to go before this ticket may wait."""
+        """Return the load that must leave the queue before this ticket may wait."""
         load = min(ticket.load, max(1, self._max_waiting))
         return self.load(ticket.expert) + load - self._max_waiting
 
     def overload_error(self, expert: str, display_name: str | None = None) -> OverCapacityError:
-        """Build the error of a request that finds no place.
+        """Build the error for a request that the queue has no room for.
 
-        Its retry_after_s is about the time in which half of the queue is served.
+        The error's retry_after_s is about the time in which half of the queue is served.
 
         Args:
             expert: The expert that the request is for.
-            display_name: The expert's name in errors, where clients know another one.
+            display_name: The expert's name in errors, where clients know it by another name.
         """
         waiting = len(self._waiting_by[expert])
         retry_s = _RETRY_S
@@ -213,16 +219,16 @@ class FairQueue:
         )
 
     def grant(self, ready: set[str]) -> list[Ticket]:
-        """Choose the tickets that may run now, in turn; they count as running from here on."""
+        """Choose the tickets that may run now, in order, and mark them as running."""
         granted: list[Ticket] = []
-        # Each tenant's tickets by class, oldest first, of the experts that are ready.
+        # The tickets for ready experts, by class and tenant, oldest first.
         turns: dict[tuple[int, str], deque[Ticket]] = {}
         if self._places_taken < self.capacity:
             for ticket in self._waiting:
                 if ticket.expert in ready:
                     turns.setdefault(ticket.turn, deque()).append(ticket)
         while turns and self._places_taken < self.capacity:
-            # A turn is kept until there is room, so that smaller requests can't overtake for ever.
+            # A turn is kept until there is room. Otherwise smaller requests could always overtake.
             turn = self._next if self._next in turns else self._fairness.choose(turns)
             self._next = turn
             if not self._has_room(turns[turn][0]):
@@ -237,15 +243,16 @@ class FairQueue:
         return granted
 
     def served(self, ticket: Ticket, tokens: int) -> None:
-        """Account for tokens of answer that a running ticket was given."""
+        """Count answer tokens that a running ticket got."""
         self._fairness.served(ticket.tenant, tokens)
 
     def close(self, ticket: Ticket, now_s: float | None = None) -> None:
-        """Free the places of a ticket whose request has ended; closing it again does nothing.
+        """Free the places of a ticket whose request has ended. A second call does nothing.
 
         Args:
             ticket: The ticket.
-            now_s: When a running request ended, for the pace of the queue; None: don't count it.
+            now_s: When a running request ended. The time counts for the pace of the queue. None
+                means that the request does not count for the pace.
         """
         if ticket.running:
             ticket.running = False
@@ -272,16 +279,16 @@ class FairQueue:
         return len(self._waiting_by[expert]), self._running_by[expert]
 
     def places(self, expert: str) -> int:
-        """The places of the engine that one expert's tickets take, waiting ones included."""
+        """Return the places that one expert's tickets take, including waiting tickets."""
         waiting = sum(ticket.places for ticket in self._waiting_by[expert])
         return waiting + self._places_by[expert]
 
     def load(self, expert: str) -> int:
-        """The load that waits for one expert, in usual requests."""
+        """Return the load that waits for one expert, in ordinary requests."""
         return sum(ticket.load for ticket in self._waiting_by[expert])
 
     def waiting_tokens(self, expert: str) -> int:
-        """The tokens of the prompts that wait for one expert."""
+        """Return the number of prompt tokens that wait for one expert."""
         return sum(ticket.tokens for ticket in self._waiting_by[expert])
 
     @property
@@ -303,15 +310,15 @@ class FairQueue:
 
 
 class TicketQueue:
-    """A fair queue whose requests wait for their turn in it.
+    """A fair queue in which requests can wait for their turn.
 
-    A request calls `enter`, `wait` and, whatever happens, `leave`. All calls are made on one
-    event loop.
+    A request calls `enter`, then `wait`, and in every case `leave` at the end. All calls are made
+    on one event loop.
 
     Args:
-        experts: Names of the experts.
-        capacity: Places that may be taken at once.
-        max_waiting: Load that may wait for each expert.
+        experts: The names of the experts.
+        capacity: The number of places that tickets may take at once.
+        max_waiting: The load that may wait for each expert.
     """
 
     def __init__(self, experts: Iterable[str], *, capacity: int, max_waiting: int) -> None:
@@ -332,7 +339,7 @@ class TicketQueue:
         again: bool = False,
         display_name: str | None = None,
     ) -> Ticket:
-        """Take a request in; a full queue sheds others for it where that is fair.
+        """Add a request. A full queue sheds other requests for it where that is fair.
 
         The arguments are those of `FairQueue.offer`.
 
@@ -358,41 +365,41 @@ class TicketQueue:
         return ticket
 
     async def wait(self, ticket: Ticket) -> None:
-        """Wait until a ticket runs. Raises the error of `refuse` where it was refused."""
+        """Wait until a ticket runs. A refused ticket raises the error passed to `refuse`."""
         if (turn := self._turns.get(ticket)) is not None:
             await turn
 
     def leave(self, ticket: Ticket, now_s: float) -> None:
-        """Free the places of a request that has ended, failed or been given up."""
+        """Free the places of a request that has ended, failed or been abandoned."""
         self._turns.pop(ticket, None)
         self._queue.close(ticket, now_s)
 
-    # --- all of them
+    # --- all requests
 
     def grant(self, ready: set[str]) -> None:
-        """Let as many requests run as there is room for, of the experts that are ready."""
+        """Let as many requests for ready experts run as there is room for."""
         for ticket in self._queue.grant(ready):
             turn = self._turns.get(ticket)
             if turn is not None and not turn.done():
                 turn.set_result(None)
             else:
-                # Its client left between being woken and running.
+                # The request's client left after the ticket was granted and before it ran.
                 self._queue.close(ticket)
 
     def refuse(self, ticket: Ticket, error: Exception) -> None:
-        """End the wait of a ticket with an error; its place is free at once."""
+        """End the wait of a ticket with an error, and free its places at once."""
         turn = self._turns.pop(ticket, None)
         self._queue.close(ticket)
         if turn is not None and not turn.done():
             turn.set_exception(error)
 
     def refuse_waiting(self, expert: str, error: Callable[[Ticket], Exception]) -> None:
-        """Refuse every ticket that waits for an expert, each with an error of its own."""
+        """Refuse every ticket that waits for an expert. Each ticket gets its own error."""
         for ticket in self._queue.waiting_for(expert):
             self.refuse(ticket, error(ticket))
 
     def served(self, ticket: Ticket, tokens: int) -> None:
-        """Account for tokens of answer that a running ticket was given."""
+        """Count answer tokens that a running ticket got."""
         self._queue.served(ticket, tokens)
 
     # --- bounds and figures
@@ -424,11 +431,11 @@ class TicketQueue:
         return self._queue.counts(expert)
 
     def snapshot(self, expert: str) -> Queue:
-        """One expert's queue as pools publish it."""
+        """Return one expert's queue as pools publish it."""
         queue = self._queue
         return Queue(*queue.counts(expert), queue.places(expert), queue.waiting_tokens(expert))
 
 
 def _by_age(tickets: Iterable[Ticket]) -> dict[Ticket, None]:
-    """Oldest first; equal times stay in the order in which they came."""
+    """Sort tickets from old to new. Tickets with equal times keep their order."""
     return dict.fromkeys(sorted(tickets, key=lambda ticket: ticket.arrived_s))

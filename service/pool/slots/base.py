@@ -1,7 +1,7 @@
 """The common part of all slots: requests and their leases, and the life of the engine.
 
-A slot starts its engine, notices its death and starts another. Requests take a lease, and never
-have to look at states first.
+A slot starts its engine, notices its death and starts another. A request takes a lease and never
+has to check the state of the slot first.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class BaseSlot(ABC, Generic[E]):
     """One engine, the experts in it, and the requests that wait for them.
 
     Args:
-        experts: Names of the experts.
-        capacity: Places of the engine: requests that run at once.
-        max_waiting: Load that may wait for each expert.
-        start_guess_s: How long a start of the engine takes, until one was measured.
-        changed: Called whenever a snapshot would differ.
+        experts: The names of the experts.
+        capacity: The number of places of the engine. A place runs one request.
+        max_waiting: The load that may wait for each expert.
+        start_guess_s: The estimated seconds of an engine start, used until a start was measured.
+        changed: A callback for every change that the pool's snapshot would show.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class BaseSlot(ABC, Generic[E]):
     ) -> None:
         self.experts = experts
         self.canary_failures = 0
-        # How long the engines take that start before this slot's; the pool sets it.
+        # Seconds that the engines take that start before this slot's engine. The pool sets it.
         self.ahead_s = 0.0
         self._queue = TicketQueue(experts, capacity=capacity, max_waiting=max_waiting)
         self._changed = changed
         self._engine: E | None = None
         self._report: EngineReport | None = None
         self._states: dict[str, ExpertState] = {}
-        # How long starting the engine takes, and when the present start began.
+        # The duration of an engine start, and the time when the present start began.
         self._start_s = start_guess_s
         self._start_began_s = 0.0
-        # When it asked for its turn to start an engine, and whether it has had that turn.
+        # The time when the slot asked for its turn to start an engine, and whether it got the turn.
         self._turn_asked_s: float | None = None
         self._has_turn = False
         self._failed_starts = 0
@@ -90,14 +90,15 @@ class BaseSlot(ABC, Generic[E]):
         again: LeaseRevokedError | None = None,
         places: int = 1,
     ) -> AsyncIterator[Lease]:
-        """Wait until an expert answers and there is room; free the place at the end.
+        """Wait until an expert is ready and has room. Free the place at the end.
 
         Args:
             expert: The expert.
-            tokens: About how many tokens the prompt has.
-            tenant: Whose request it is.
-            again: The error of an earlier lease of this request, whose place in the queue it keeps.
-            places: Places of the engine that the request takes.
+            tokens: The estimated number of tokens of the prompt.
+            tenant: The tenant that sent the request.
+            again: The error of this request's revoked lease. The request keeps its place in the
+                queue.
+            places: The number of places of the engine that the request takes.
 
         Yields:
             The lease.
@@ -129,11 +130,11 @@ class BaseSlot(ABC, Generic[E]):
         self._changed()
         try:
             if not ticket.running:
-                # Those ahead may wait for an expert that is still loading.
+                # Requests ahead of this one may wait for an expert that is still loading.
                 self._grant()
                 await self._queue.wait(ticket)
             if self._engine is None or self._report is None:
-                # It died between waking this request and now.
+                # The engine died after this request was granted its turn.
                 raise EngineRestartingError(f"the engine of expert {expert!r} died")
             async with self._revocable(ticket) as run:
                 yield Lease(
@@ -167,7 +168,7 @@ class BaseSlot(ABC, Generic[E]):
         try:
             yield run
         except asyncio.CancelledError:
-            # As asyncio.timeout does it: somebody else may have cancelled the request, too.
+            # The same is done in asyncio.timeout: other code may have cancelled the request, too.
             if not run.revoked or task.uncancel() > cancelled:
                 raise
             raise LeaseRevokedError(ticket.arrived_s, put_back=True) from None
@@ -175,9 +176,9 @@ class BaseSlot(ABC, Generic[E]):
             del self._runs[ticket]
 
     def _revoke_leases(self) -> None:
-        """Put running requests of which no byte was sent back into the queue, once each.
+        """Put running requests without a sent byte back into the queue, each at most once.
 
-        The body of a lease must not swallow the cancellation, as with asyncio.timeout.
+        The body of a lease must not swallow the cancellation, just as with asyncio.timeout.
         """
         for ticket, run in self._runs.items():
             if not run.committed and not run.revoked and not ticket.again:
@@ -189,13 +190,13 @@ class BaseSlot(ABC, Generic[E]):
         return {name for name, s in self._states.items() if s.state is Residency.DEVICE}
 
     def _on_arrival(self, ticket: Ticket) -> None:
-        """A new request has entered the queue."""
+        """React to a new request in the queue."""
 
     def _on_departure(self) -> None:
-        """A request has ended, failed or left."""
+        """React to a request that has ended, failed or left."""
 
     def _swap_s_since(self, _since_s: float) -> float:
-        """Seconds spent on swaps since then."""
+        """Return the seconds that swaps have taken since a time."""
         return 0.0
 
     def _grant(self) -> None:
@@ -216,7 +217,7 @@ class BaseSlot(ABC, Generic[E]):
     # --- the engine's life
 
     async def supervise(self, turn: asyncio.Lock) -> None:
-        """Keep an engine running until cancelled; hold `turn` while one starts."""
+        """Keep an engine running until cancelled. Hold the lock `turn` while an engine starts."""
         while True:
             engine: E | None = None
             try:
@@ -249,41 +250,41 @@ class BaseSlot(ABC, Generic[E]):
         """Make an engine that is not started yet."""
 
     async def _prepare_start(self) -> None:
-        """Wait for all that the next engine needs before it may take its turn to start."""
+        """Wait until the next engine has what it needs to take its turn to start."""
 
     @abstractmethod
     async def _start(self, engine: E) -> None:
-        """Start an engine and make its experts answer. Calls `_on_started` at the end."""
+        """Start an engine, make its experts ready, and call `_on_started` at the end."""
 
     @abstractmethod
     async def _watch(self, engine: E) -> None:
-        """Look after a running engine; return once another one has to be started."""
+        """Supervise a running engine. Return when another engine has to be started."""
 
     @abstractmethod
     def _on_start_failed(self, reason: str) -> None:
-        """Show that an engine could not be started, or can't run any more."""
+        """Record that an engine could not be started or can't run any more."""
 
     @abstractmethod
     def report_engine_death(self) -> None:
-        """Tell the slot that a request saw the engine die."""
+        """Report that a request found the engine dead."""
 
     def _on_started(self, start_s: float) -> None:
-        """Record a start that succeeded."""
+        """Record a successful start."""
         self._start_s = start_s
         self._failed_starts = 0
         self._has_worked = True
 
     async def _stop_engine(self, engine: E | None) -> None:
-        """Stop an engine; its memory is free from then on. Stopping it twice does nothing."""
+        """Stop an engine, so that its memory is free. A second call does nothing."""
         if engine is not None:
             await engine.stop()
 
     def _retry_delay_s(self) -> float:
-        """Seconds to wait after a start that failed, before the next."""
+        """Return the seconds to wait after a failed start."""
         return _RETRY_S[min(self._failed_starts, len(_RETRY_S)) - 1]
 
     def _serving_state(self) -> ExpertState:
-        """The state of an expert that the present engine answers for."""
+        """Return the state of an expert that the present engine serves."""
         assert self._report is not None
         return ExpertState(
             Residency.DEVICE,
@@ -294,11 +295,11 @@ class BaseSlot(ABC, Generic[E]):
     # --- the end of the slot
 
     async def close(self, reason: str, kind: type[CoeError] = UnknownModelError) -> None:
-        """Refuse what waits, and wait until the running requests have ended.
+        """Refuse waiting requests, and wait until the running requests have ended.
 
         Args:
-            reason: Why its experts are gone, for the clients that wait.
-            kind: The error that these get.
+            reason: Why the slot's experts are gone. Clients that wait get this reason.
+            kind: The class of the error that these clients get.
         """
         for name in self.experts:
             self._queue.refuse_waiting(name, lambda _: kind(reason))
@@ -307,7 +308,7 @@ class BaseSlot(ABC, Generic[E]):
             await self._idle.wait()
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new requests, and wait for those it has, at most `timeout_s`."""
+        """Take no new requests, and wait at most `timeout_s` seconds for the present requests."""
         self._draining = True
         self._changed()
         with suppress(TimeoutError):
@@ -318,20 +319,20 @@ class BaseSlot(ABC, Generic[E]):
 
     @abstractmethod
     def unit_of(self, expert: str) -> Unit:
-        """The unit that an expert belongs to."""
+        """Return the unit that an expert belongs to."""
 
     @property
     def capacity(self) -> int:
-        """Requests that run at once."""
+        """The number of places of the engine."""
         return self._queue.capacity
 
     @property
     def turn_asked_s(self) -> float | None:
-        """Since when it waits to start an engine, or starts one; None while it does neither."""
+        """When the slot asked for its turn to start an engine; None when no start is pending."""
         return self._turn_asked_s
 
     def start_left_s(self) -> float:
-        """Seconds that are left of its engine's start, not counting the starts before it."""
+        """The seconds left of the engine's start, without the starts before it."""
         if self._turn_asked_s is not None and not self._has_turn:
             return self._full_start_s()
         return max(0.5, self._full_start_s() - (time.monotonic() - self._start_began_s))
@@ -341,14 +342,14 @@ class BaseSlot(ABC, Generic[E]):
 
     @abstractmethod
     def states(self) -> dict[str, ExpertState]:
-        """Each expert's state, with the time until it answers."""
+        """Return each expert's state with the time until it is ready."""
 
     def queues(self) -> dict[str, Queue]:
-        """Each expert's waiting and running requests."""
+        """Return each expert's waiting and running requests."""
         return {name: self._queue.snapshot(name) for name in self.experts}
 
     def details(self) -> dict[str, dict[str, Any]]:
-        """Each expert's residency in full, for operators."""
+        """Return each expert's residency in full, for operators."""
         details: dict[str, dict[str, Any]] = {}
         for name, state in self.states().items():
             waiting, running = self._queue.counts(name)
@@ -363,14 +364,14 @@ class BaseSlot(ABC, Generic[E]):
         return details
 
     def swap_counts(self) -> dict[tuple[str, str, str], int]:
-        """Swaps by unit, method and reason."""
+        """Return the number of swaps by unit, method and reason."""
         return {}
 
     def unhealthy(self) -> str | None:
-        """Why this process should be replaced, or None.
+        """Return why this process should be replaced, or None.
 
-        A new process would not help an expert that never loaded. It may help an engine that
-        worked and can't be started again.
+        A new process would not help an expert that never loaded. It may help where an engine
+        worked before and can't be started again.
         """
         if self._has_worked and self._failed_starts >= _UNHEALTHY_AFTER:
             return f"the engine of {'/'.join(self.experts)} died and could not be started again"
@@ -383,8 +384,8 @@ class BaseSlot(ABC, Generic[E]):
         """Load, evict, pin or unpin an expert.
 
         Raises:
-            ConflictError: The present state forbids it.
+            ConflictError: The present state does not allow the operation.
         """
 
     def record_demand(self, expert: str, amount: float, now_s: float) -> None:
-        """Record unmet demand for an expert; it changes nothing where the expert always stays."""
+        """Record unmet demand for an expert. It has no effect on an expert that always stays."""

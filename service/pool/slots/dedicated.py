@@ -1,4 +1,4 @@
-"""A slot whose engine has a base model and its adapters, which always stay."""
+"""A slot for one base model and its adapters, which always stay loaded."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class DedicatedSlot(BaseSlot[E]):
     """An engine with a base model and adapters.
 
     Args:
-        experts: Names of the base and its adapters.
-        build: Makes an engine that is not started yet.
-        capacity: Places of the engine: requests that run at once.
-        max_waiting: Load that may wait for each expert.
-        start_guess_s: How long a start of the engine takes, until one was measured.
-        changed: Called whenever a snapshot would differ.
+        experts: The names of the base and its adapters.
+        build: A function that makes an engine without starting it.
+        capacity: The number of places of the engine. A place runs one request.
+        max_waiting: The load that may wait for each expert.
+        start_guess_s: The estimated seconds of an engine start, used until a start was measured.
+        changed: A callback for every change that the pool's snapshot would show.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class DedicatedSlot(BaseSlot[E]):
         )
         self.build = build
         self._states = {name: ExpertState(Residency.LOADING) for name in experts}
-        # Folders of adapters that came after the engine was built.
+        # The folders of adapters that were added after the engine was built.
         self._adapters: dict[str, str] = {}
         self._engine_died = asyncio.Event()
 
@@ -66,7 +66,7 @@ class DedicatedSlot(BaseSlot[E]):
         self._start_began_s = time.monotonic()
         self._set_all(Residency.LOADING)
         report = await engine.start()
-        # Before the first expert is ready: from then on its requests run.
+        # This comes before the first expert is ready, because its requests run from then on.
         self._engine, self._report = engine, report
         for name in self.experts:
             await self._load(engine, name)
@@ -74,9 +74,9 @@ class DedicatedSlot(BaseSlot[E]):
         self._changed()
 
     async def _load(self, engine: Engine, name: str) -> None:
-        """Make one expert answer, or show why it can't.
+        """Load one expert, and set its state to ready or failed.
 
-        Nothing is shown of an adapter that was removed meanwhile.
+        The state of an adapter that was removed meanwhile does not change.
         """
         try:
             if (adapter := self._adapters.get(name)) is not None:
@@ -102,7 +102,7 @@ class DedicatedSlot(BaseSlot[E]):
             if time.monotonic() >= retry_at_s:
                 await self._retry_failed_experts(engine)
                 retry_at_s = time.monotonic() + _RELOAD_S
-            # A request may have reported the death of an engine before this one.
+            # The report may be about an earlier engine than this one.
             self._engine_died.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(_WATCH_S):
@@ -128,16 +128,16 @@ class DedicatedSlot(BaseSlot[E]):
             self._states[name] = replace(self._states[name], state=state, reason=reason, eta_s=0.0)
         self._changed()
 
-    # --- adapters come and go
+    # --- additions and removals of adapters
 
     async def add_adapter(self, expert: str, folder: str) -> None:
-        """Load one more adapter into the running engine, beside the others."""
+        """Load another adapter into the running engine."""
         self.experts = (*self.experts, expert)
         self._adapters[expert] = folder
         self._states[expert] = ExpertState(Residency.LOADING)
         self._queue.add_expert(expert)
         self._changed()
-        # An engine that is just starting loads it with the others.
+        # An engine that is starting loads this adapter with the others.
         if (engine := self._engine) is not None and self._report is not None:
             await self._load(engine, expert)
 
@@ -148,8 +148,8 @@ class DedicatedSlot(BaseSlot[E]):
 
         Args:
             expert: The adapter's name.
-            reason: Why it is gone, for the clients that wait for it.
-            kind: The error that these get.
+            reason: Why the adapter is gone. Clients that wait for it get this reason.
+            kind: The class of the error that these clients get.
         """
         self.experts = tuple(name for name in self.experts if name != expert)
         del self._states[expert]
@@ -174,7 +174,7 @@ class DedicatedSlot(BaseSlot[E]):
     def states(self) -> dict[str, ExpertState]:
         left_s = self.ahead_s + self.start_left_s()
         return {
-            # Rounded, so that a countdown is no change worth a line in every snapshot.
+            # The time is rounded. Otherwise a countdown would change every snapshot.
             name: replace(state, eta_s=float(round(left_s)))
             if state.state is Residency.LOADING
             else state
