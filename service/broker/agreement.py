@@ -1,15 +1,15 @@
-r"""Whether answers agree: the final answer of a text, made comparable. Pure.
+r"""Decides whether answers agree. Extracts the final answer of each text for it. Pure.
 
-Everything here errs towards "different". Two answers that differ cost one more call; two that are
-wrongly taken for the same cost the right answer. So a final answer keeps its signs, operators,
-units, case and words. Only spellings that can't mean anything else are made one: white space,
-emphasis, LaTeX's delimiters, the full stop at the end, thousands separators, `5.0` and `5`,
-`1/2` and `0.5`, `(B)` and `B`, `Yes` and `yes`, and JSON's own equalities.
+The module treats answers as different if it is in doubt. A missed agreement costs one more call; a
+wrong agreement gives the client a wrong answer. A final answer therefore keeps its signs,
+operators, units, case and words. Only spellings that can't have different meanings become equal:
+white space, emphasis, LaTeX's delimiters, the full stop at the end, thousands separators, `5.0` and
+`5`, `1/2` and `0.5`, `(B)` and `B`, `Yes` and `yes`, and different forms of the same JSON value.
 
-A text has a final answer where it states one: on a last line `#### 72`, in `\boxed{}`, after
-"the answer is", as a JSON value, or by being short. A refusal has none, and neither has a text
-that goes on after its conclusion with anything but an explanation or a courtesy, nor a text of
-more than 80 characters without a conclusion. Where there is none, the stronger expert is asked.
+A text states its final answer on a last line `#### 72`, in `\boxed{}`, after "the answer is", as a
+JSON value, or by being short. Three kinds of text have no final answer: refusals, texts of more
+than 80 characters without a conclusion, and texts whose conclusion is followed by anything but an
+explanation or a courtesy. Without a final answer, the caller asks the stronger expert.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-# A short text is an answer of its own; a longer one would agree with nobody anyway.
+# A text up to this length is an answer as a whole. Two longer texts would hardly be equal.
 _SHORT_CHARS = 80
 _STATED_CHARS = 200
 _LOOKED_AT_CHARS = 20_000
@@ -44,7 +44,7 @@ _MARKER = re.compile(
     re.IGNORECASE,
 )
 _MARKER_ALONE = re.compile(r"(?:the\s+)?(?:final|correct)\s+answer|answer", re.IGNORECASE)
-# What may stand before a conclusion in its sentence and add nothing to it.
+# Words that may precede a conclusion in its sentence without changing its meaning.
 _CONNECTIVES = re.compile(
     r"(?:[-*>•]\s+)?(?:(?:so|thus|hence|therefore|then|and|now|finally|overall|okay|ok"
     r"|in\s+(?:conclusion|summary)|to\s+(?:conclude|summari[sz]e)|as\s+a\s+result|consequently"
@@ -56,7 +56,7 @@ _CONNECTIVES = re.compile(
 )
 _REASON = re.compile(r"(?:since|because)\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?;]\s+")
-# Before a box these change what is in it, or whether it is meant at all.
+# Words and signs that change or negate the value in a box that follows them.
 _TURNS = re.compile(
     r"\b(?:not|never|no|neither|nor|cannot|less|more|fewer|greater|smaller|larger|least|most|about"
     r"|approximately|roughly|around|nearly|almost|over|under|between|or|if|unless|except|minus"
@@ -118,9 +118,9 @@ _REFUSAL = re.compile(
     r"|죄송|모르겠",
     re.IGNORECASE,
 )
-# Who speaks of himself answers no question; "I and II" are numerals.
+# A text about the speaker answers no question. In "I and II", the I is a numeral.
 _OF_ITSELF = re.compile(r"(?:I|We)(?:'\w+)?\s+(?!and\b|or\b|only\b)[a-z]")
-# Who asks back, greets or sends elsewhere answers no question either.
+# A text that asks back, greets, or refers to someone else answers no question either.
 _EVADES = re.compile(
     r"\?[\"'”)\]*_]*\s*$"
     r"|^(?:please|kindly)\s+(?:do\s+)?(?:provide|clarify|specify|share|tell|give|explain|rephrase"
@@ -143,20 +143,20 @@ _VERDICTS = {
     said: verdict
     for verdict in ("yes", "no", "true", "false")
     for said in (verdict, verdict.capitalize(), verdict.upper())
-    # NO is also an oxide of nitrogen.
+    # NO is also nitrogen monoxide.
     if said != "NO"
 }
 _SURE_KINDS = frozenset({"choice", "number", "verdict"})
 _WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
 _LATEX = (
     (re.compile(r"\\[dt]frac"), r"\\frac"),
-    # Only where it is all: 2\\frac{1}{2} is no 21/2, and x^\\frac{1}{2} no (x^1)/2.
+    # A fraction must be the whole text: 2\\frac{1}{2} isn't 21/2, x^\\frac{1}{2} isn't (x^1)/2.
     (re.compile(r"^(-?)\\frac\s*\{([0-9]{1,10})\}\s*\{([0-9]{1,10})\}$"), r"\1\2/\3"),
     (re.compile(r"^()\\frac\s*\{(-[0-9]{1,10})\}\s*\{([0-9]{1,10})\}$"), r"\1\2/\3"),
     (re.compile(r"^(-?)\\frac\s*([0-9])\s*([0-9])$"), r"\1\2/\3"),
     (re.compile(r"\\(?:left|right)(?=[()\[\]|.])"), ""),
     (re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}"), r"\1"),
-    # Between digits a thin space may group thousands, or set two numbers apart.
+    # A thin space between digits may group thousands, but it may also separate two numbers.
     (re.compile(r"(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))"), ""),
     (re.compile(r"(?<=[0-9,])\\!(?=[0-9])"), ""),
     (re.compile(r"\\[,;!]"), " "),
@@ -169,16 +169,23 @@ _FENCE = re.compile(r"^```(?:json)?[ \t]*\n(.*?)\n[ \t]*```$", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class FinalAnswer:
-    """A final answer: equal ones agree. `kind`: json, choice, number, verdict, text or several."""
+    """A final answer. Two answers agree if they are equal.
+
+    Attributes:
+        kind: `json`, `choice`, `number`, `verdict`, `text` or `several`.
+        value: The answer in its canonical form.
+    """
 
     kind: str
     value: str
 
 
 def final_answer(text: str, *, as_json: bool = False) -> FinalAnswer | None:
-    """The final answer that a text states, None where it states none.
+    """Extract the final answer of a text; None if it states none.
 
-    `as_json`: the client asked for JSON, so nothing else is an answer.
+    Args:
+        text: The text of an answer.
+        as_json: Whether the client requires JSON, so that any other text has no final answer.
     """
     text = _after_thinking(text).strip()
     if as_json or text[:1] in ("{", "[") or text.startswith("```"):
@@ -189,7 +196,7 @@ def final_answer(text: str, *, as_json: bool = False) -> FinalAnswer | None:
             return FinalAnswer("text", text) if len(text) <= _SHORT_CHARS else None
     text = unicodedata.normalize("NFC", text).translate(_SAME_SIGNS)
     if len(text) > _LOOKED_AT_CHARS:
-        # The first line of what is left may have lost its beginning.
+        # The cut may have removed the beginning of the first line, so this line is dropped.
         text = text[-_LOOKED_AT_CHARS:].partition("\n")[2]
     text = _without_closing(text)
     if not text or _REFUSAL.search(text[:_OPENING_CHARS]):
@@ -201,38 +208,42 @@ def final_answer(text: str, *, as_json: bool = False) -> FinalAnswer | None:
     if len(text) > _SHORT_CHARS or _OF_ITSELF.match(text) or _EVADES.search(text):
         return None
     if len(lines) > 1 and _INDENTED.search(text):
-        return FinalAnswer("text", text)  # code, whose indentation may be its meaning
+        # The text is probably code, whose indentation may have a meaning.
+        return FinalAnswer("text", text)
     return _canonical("\n".join(lines))
 
 
 def _after_thinking(text: str) -> str:
-    """A reasoning model's text after its thoughts; nothing where those never end."""
+    """Return the text after a reasoning model's thoughts; empty if the thoughts never end."""
     _, ended, rest = text.rpartition("</think>")
     return rest if ended else "" if "<think>" in text else text
 
 
 def _without_closing(text: str) -> str:
-    """A text without the courtesies at its very end."""
+    """Remove courtesies from the end of a text."""
     head, tail = text[:-_CLOSING_CHARS], text[-_CLOSING_CHARS:]
     closing = _CLOSING.search(tail)
     return (head + (tail[: closing.start()] if closing else tail)).strip()
 
 
 def _plain_line(line: str) -> str:
-    """A line without emphasis, as far as it is looked at."""
+    """Remove emphasis from a line, and keep only its last `_LINE_CHARS` characters."""
     return _BOLD.sub(r"\1", line[-_LINE_CHARS:]).strip()
 
 
 def _conclusions(lines: list[str]) -> list[FinalAnswer | None] | None:
-    """What each concluding line states, in order: None instead of a list where no line concludes.
+    """Extract the answer of each line with a conclusion, in order.
 
-    None in the list: a conclusion that can't be compared, or that something unknown follows.
+    Returns:
+        The answers; None instead of the list if no line has a conclusion. The list contains None
+        for a conclusion that can't be compared. It ends with None if the text after the last
+        conclusion is no explanation.
     """
     found: list[FinalAnswer | None] = []
     last = -1
     for i, line in enumerate(lines):
         if i == last:
-            continue  # the value of the line before
+            continue  # This line holds the value that the line before has announced.
         hashes = _HASHES.fullmatch(line) if i == len(lines) - 1 else None
         if hashes is not None:
             found.append(_canonical(hashes[1]))
@@ -271,7 +282,7 @@ def _conclusions(lines: list[str]) -> list[FinalAnswer | None] | None:
 
 
 def _together(concluded: list[FinalAnswer | None]) -> FinalAnswer | None:
-    """One final answer of all that a text concluded."""
+    """Combine all conclusions of a text into one final answer; None if any can't be compared."""
     distinct = list(dict.fromkeys(concluded))
     if None in distinct:
         return None
@@ -282,26 +293,32 @@ def _together(concluded: list[FinalAnswer | None]) -> FinalAnswer | None:
 
 
 def _sentence_start(before: str) -> str:
-    """The part of a line that belongs to the sentence which goes on after it."""
+    """Return the last part of `before`: the beginning of the sentence that continues after it."""
     ends = [match.end() for match in _SENTENCE_END.finditer(before)]
     return before[ends[-1] if ends else 0 :].strip()
 
 
 def _adds_nothing(before: str) -> bool:
-    # A reason that ends at a comma is one; without, it may go on: "since I doubt that the answer".
+    # A reason must end with a comma. Otherwise the sentence may go on and change the conclusion,
+    # as in "since I doubt that the answer is".
     reason = _REASON.match(before) and before.endswith(",")
     return bool(_CONNECTIVES.fullmatch(before) or reason)
 
 
 def _stated(before: str, stated: str) -> FinalAnswer | None:
-    """What a sentence states: `before` the words "the answer is", and after them."""
+    """Return the answer of a sentence.
+
+    Args:
+        before: The part of the sentence before the words "the answer is".
+        stated: The part after these words.
+    """
     if not _adds_nothing(before):
         return _canonical(f"{before} … {stated}", _STATED_CHARS)
     return _explained(stated)
 
 
 def _explained(stated: str) -> FinalAnswer | None:
-    """A value, and perhaps why it is so in the same line."""
+    """Return the value of a line, without the explanation that may follow it."""
     cut = _THEN_EXPLAINS.search(stated)
     if cut is not None:
         value = _canonical(stated[: cut.start()])
@@ -311,10 +328,10 @@ def _explained(stated: str) -> FinalAnswer | None:
 
 
 def _only_explains(value: FinalAnswer | None, more: str) -> bool:
-    """Whether what follows a value gives reasons for it, and takes nothing back.
+    """Whether `more` only explains the value that precedes it, and does not correct it.
 
-    The reasons for a number, a choice or a verdict are not a part of it; those for anything else
-    may be just what was asked for.
+    Only a number, a choice or a verdict can have an explanation that is no part of the answer. For
+    any other value, the client may have asked for exactly this explanation.
     """
     return (
         value is not None
@@ -325,13 +342,13 @@ def _only_explains(value: FinalAnswer | None, more: str) -> bool:
 
 
 def _boxed(line: str) -> FinalAnswer | None:
-    """What a line with a box states: the box alone, unless what surrounds it changes it."""
+    """Return the answer of a line with a box: the boxed value, unless other words change it."""
     opened = list(_BOXED.finditer(line))
     end = _closing_brace(line, opened[0].end())
     if end is None:
         return None
     if len(opened) > 1:
-        # Several boxes: the whole line counts, whichever of them is meant.
+        # The line has several boxes, so the whole line is the answer.
         return _canonical(line, _STATED_CHARS)
     inner = line[opened[0].end() : end]
     before = _NEUTRAL_BEFORE.sub("", _sentence_start(line[: opened[0].start()]))
@@ -359,7 +376,7 @@ def _closing_brace(line: str, start: int) -> int | None:
 
 
 def _canonical(said: str, most: int = _SHORT_CHARS) -> FinalAnswer | None:
-    """A choice, a number, a verdict, or a few words as they stand."""
+    """Return a value in its canonical form; None if it has more than `most` characters."""
     said = _unwrapped(said)
     for pattern, instead in _LATEX:
         said = pattern.sub(instead, said)
@@ -379,7 +396,7 @@ def _canonical(said: str, most: int = _SHORT_CHARS) -> FinalAnswer | None:
 
 
 def _unwrapped(said: str) -> str:
-    """A value without the full stop at its end, and without what encloses all of it."""
+    """Remove the full stop at the end, and delimiters that enclose the whole value."""
     while True:
         before = said = said.strip()
         if said.endswith(".") and not said.endswith(".."):
@@ -399,7 +416,7 @@ def _unwrapped(said: str) -> str:
 
 
 def _number(said: str) -> str | None:
-    """A number with nothing but an optional % beside it, written one way."""
+    """Return a number, with or without a % sign, in its canonical form; None for other text."""
     if fraction := _FRACTION.fullmatch(said):
         return _decimal_of(fraction[1], int(fraction[2]), int(fraction[3]))
     said = said[:-2] + "%" if said.endswith(" %") else said
@@ -410,17 +427,17 @@ def _number(said: str) -> str | None:
     if exponent:
         digits = f"{Decimal(digits + exponent):f}"
     whole, _, rest = digits.partition(".")
-    # 3.10 and 3.1 may be versions; 3.0 and 3 are one number. 3.000 may be three thousand: in many
-    # languages the point groups digits.
+    # 3.0 equals 3, but 3.10 and 3.1 may be versions. 3.000 may be three thousand, because many
+    # languages use the point to group digits.
     grouped = rest == "000" and "," not in found[2] and len(whole) <= 3 and whole not in ("", "0")
     rest = rest if rest.strip("0") or grouped else ""
     return sign + (whole or "0") + (f".{rest}" if rest else "") + percent
 
 
 def _decimal_of(sign: str, over: int, under: int) -> str | None:
-    """Return a fraction as a decimal, or None if it has none.
+    """Return a fraction as a decimal; None if its decimal does not end.
 
-    Only fractions in lowest terms count: 2/4 and 3/1 may be something other than a number.
+    The fraction must be in lowest terms, because 2/4 and 3/1 may be no numbers.
     """
     rest = under
     for prime in (2, 5):
@@ -458,7 +475,11 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _written(value: Any) -> str:
-    """A JSON value in one way: keys in order, 1.0 as 1. Raises ValueError for a refusal."""
+    """Write a JSON value in its canonical form, with sorted keys and 1.0 as 1.
+
+    Raises:
+        ValueError: The value contains a refusal.
+    """
     if isinstance(value, dict):
         return "{" + ",".join(f"{json.dumps(k)}:{_written(value[k])}" for k in sorted(value)) + "}"
     if isinstance(value, list):
@@ -476,12 +497,15 @@ def _written(value: Any) -> str:
 
 
 def agreed(finals: Sequence[FinalAnswer | None]) -> bool:
-    """Whether all gave a final answer, and the same."""
+    """Whether every answer has a final answer, and all of these are equal."""
     return bool(finals) and finals[0] is not None and all(f == finals[0] for f in finals)
 
 
 def majority(finals: Sequence[FinalAnswer | None]) -> int | None:
-    """Position of the answer most gave; among equals the last that gave any. None: nobody did."""
+    """Position of the most frequent final answer; None if there is no final answer.
+
+    If several are equally frequent, the last answer wins.
+    """
     given = [i for i, final in enumerate(finals) if final is not None]
     if not given:
         return None
@@ -489,10 +513,16 @@ def majority(finals: Sequence[FinalAnswer | None]) -> int | None:
 
 
 def confidence(logprobs: Sequence[float]) -> float:
-    """How sure a model was of its own text: the geometric mean of its tokens' probabilities.
+    """Compute a model's confidence in its text: the geometric mean of its tokens' probabilities.
 
-    In [0, 1]; 0 where there are none. (Used so by Malinin and Gales, Uncertainty Estimation
-    in Autoregressive Structured Prediction, 2021: length-normalised log-likelihood.)
+    This is the length-normalised log-likelihood of Malinin and Gales, "Uncertainty Estimation in
+    Autoregressive Structured Prediction" (2021), as a probability.
+
+    Args:
+        logprobs: (tokens,), the natural logarithm of each token's probability.
+
+    Returns:
+        The confidence in [0, 1]; 0 without tokens.
     """
     if not logprobs:
         return 0.0

@@ -1,4 +1,4 @@
-"""Where a config has limits counted and keys kept; and the keys, with no service running."""
+"""Opens the stores of a config, and gives access to its API keys without a running service."""
 
 from __future__ import annotations
 
@@ -23,11 +23,19 @@ log = logging.getLogger("coe.app")
 
 
 def open_store(config: Config, owner: str) -> Store:
-    """The store of a config. `owner`: whose reservations they are. Raises ConfigError."""
+    """Open the store of a config, which counts limits and budgets.
+
+    Args:
+        config: The config.
+        owner: The id of the process under which the store keeps reservations.
+
+    Raises:
+        ConfigError: The environment variable of the store's URL is not set.
+    """
     given = config.store
     if given.kind == "memory":
         return MemoryStore()
-    # Imported here: only who uses Redis needs its client.
+    # This import is local, because it is slow, and only a service with Redis needs the client.
     from service.store.redis_client import RedisClient
     from service.store.redis_store import RedisStore
 
@@ -44,7 +52,11 @@ def open_store(config: Config, owner: str) -> Store:
 
 
 def open_volatile(config: Config) -> VolatileStore:
-    """Where what may be lost is kept, by a config. Raises ConfigError."""
+    """Open the store of a config for values that may be lost.
+
+    Raises:
+        ConfigError: The environment variable of the store's URL is not set.
+    """
     given = config.store
     url = _url(given.cache_url, given.cache_url_env, "cache_url_env")
     if url is None:
@@ -73,7 +85,7 @@ def _url(url: str | None, variable: str | None, field: str) -> str | None:
 
 
 def key_book(config: Config, store: Store) -> KeyRepository:
-    """Where API keys made by people are kept."""
+    """Open the repository of the API keys that an operator creates at run time."""
     if config.store.kind == "memory":
         given = config.store.keys_file
         return FileKeyRepository(Path(given) if given is not None else keys_path())
@@ -81,12 +93,12 @@ def key_book(config: Config, store: Store) -> KeyRepository:
 
 
 def keys_marker(config: Config) -> Path:
-    """The file on this machine that says that there were API keys where this config keeps them."""
+    """The marker file on this machine. It exists once the repository of a config has had keys."""
     given = config.store
     if given.kind == "memory":
         kept = Path(given.keys_file) if given.keys_file is not None else keys_path()
         return kept.with_suffix(".needed")
-    # Of the URL what says which store it is, without user and password.
+    # Host, port, path and prefix identify the store. User and password may change.
     url = urlsplit(_url(given.url, given.url_env, "url_env") or "")
     where = repr((url.hostname, url.port, url.path, given.prefix))
     digest = hashlib.blake2b(where.encode(), digest_size=8).hexdigest()
@@ -94,9 +106,11 @@ def keys_marker(config: Config) -> Path:
 
 
 async def has_keys(config: Config) -> bool:
-    """Whether a key has to be shown: there is or was one.
+    """Whether requests need an API key, because there is a key or was one before.
 
-    Raises ConfigError, StoreUnavailableError.
+    Raises:
+        ConfigError: The environment variable of the store's URL is not set.
+        StoreUnavailableError: The store can't be reached.
     """
     store = open_store(config, "starting")
     await store.start()
@@ -107,9 +121,11 @@ async def has_keys(config: Config) -> bool:
 
 
 async def with_keys(config: Config, act: Callable[[KeyService], Awaitable[Any]]) -> Any:
-    """Do something with the keys where they are kept, no service running.
+    """Call `act` with a config's API keys, without a running service.
 
-    Raises StoreUnavailableError.
+    Raises:
+        ConfigError: The environment variable of the store's URL is not set.
+        StoreUnavailableError: The store can't be reached.
     """
     store = open_store(config, f"keys-{os.getpid()}")
     await store.start()

@@ -1,11 +1,14 @@
-"""Answers kept for requests that ask for it, where they may be lost. Never across tenants.
+"""Caches answers for requests that opt in. No tenant gets an answer of another tenant.
 
-An exact key is a hash of tenant, endpoint, the model asked for, every parameter, bound and message,
-and of how the experts are configured; its answers stand in one of `max_entries` places
-by that hash, so that their number has a bound whoever writes, and a new one takes an old
-one's place. For likeness there are shelves beside them: the latest questions that differ in
-their last message only. The store keeps answers as they are, so whoever reads it
-reads them. A store that is gone is a miss.
+The exact key is a hash of the tenant, the endpoint, the requested model, every parameter, bound and
+message, and the experts' config. The hash also selects one of `max_entries` places for the answer.
+A new answer replaces the old answer in its place, so the number of answers has a bound.
+
+The semantic cache has shelves. A shelf lists the latest questions that differ only in their last
+message, with the places of their answers.
+
+The store holds answers without encryption, and may lose them at any time. A store that can't be
+reached counts as a miss.
 """
 
 from __future__ import annotations
@@ -36,20 +39,28 @@ from service.telemetry.registry import MetricsRegistry
 log = logging.getLogger("coe.cache")
 
 _ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
-# Who asks makes no other answer. What a stream is to hold beside it does: it is kept as it went
-# out, and a client may fail on a chunk of usage that it did not ask for.
+# Fields about the sender, which do not change the answer. `stream_options` isn't among them: a
+# stream is cached with its chunks, and a client may fail on a chunk of usage that it did not want.
 _ASIDE = frozenset({"user", "metadata", "safety_identifier"})
 _RANK = {"off": 0, "exact": 1, "semantic": 2}
 _SHELF = 16
 _DONE = b"data: [DONE]"
-# Why an answer ended. In JSON an unescaped quote ends a string: this can only be a key.
+# The finish reasons in a body. JSON escapes quotes inside of strings, so this matches only keys.
 _ENDS = re.compile(rb'"finish_reason"\s*:\s*"([^"\\]*)"')
 _WHOLE = frozenset({b"stop", b"tool_calls", b"function_call"})
 
 
 @dataclass(frozen=True, slots=True)
 class CacheHit:
-    """A cached answer. `similarity` is in [0, 1], and 1 for an identical request."""
+    """A cached answer.
+
+    Attributes:
+        kind: `exact` or `semantic`.
+        expert: The expert that made the answer.
+        content_type: The content type of the answer.
+        body: The body of the answer.
+        similarity: Similarity of the two questions in [0, 1]; 1 for an identical request.
+    """
 
     kind: str
     expert: str
@@ -60,7 +71,17 @@ class CacheHit:
 
 @dataclass(frozen=True, slots=True)
 class CacheSearch:
-    """The keys of a lookup. `question` is the last message, where a similar one is enough."""
+    """The keys of a lookup.
+
+    Attributes:
+        settings: The tenant's cache config.
+        tenant: The tenant's name.
+        place: The store's key of the answer.
+        key: The exact key.
+        shelf: The key of the shelf; empty without a semantic lookup.
+        question: The last message; empty without a semantic lookup.
+        kind: `exact` or `semantic`.
+    """
 
     settings: CacheConfig
     tenant: str
@@ -85,12 +106,12 @@ class ResponseCache:
         self._store = store
         self.meter = meter
         experts = config.model_dump_json(include={"experts", "pools", "router", "recipes"})
-        # A steering profile may hold something else under the same name.
+        # The content of a steering profile may change under the same name.
         made_by = experts + repr(sorted(profile_digests(config).items()))
         self._made_by = hashlib.blake2b(made_by.encode(), digest_size=8).hexdigest()
 
     async def begin(self, request: InferenceRequest, send: Send) -> CacheSession:
-        """Look for a request's answer; `CacheSession.send` is where another one has to go then."""
+        """Look for a request's answer. After a miss, send the answer to `CacheSession.send`."""
         search = self.search(request)
         if search is None:
             return CacheSession(self, None, None, send)
@@ -102,14 +123,14 @@ class ResponseCache:
         )
 
     def search(self, request: InferenceRequest) -> CacheSearch | None:
-        """The keys to look for; None where the client or the tenant doesn't use the cache."""
+        """The keys of a request; None if the client or the tenant doesn't use the cache."""
         settings = self._settings.get(request.tenant.name)
         if settings is None or request.cache == "off" or request.endpoint not in _ENDPOINTS:
             return None
         kind = min(request.cache, settings.mode, key=_RANK.__getitem__)
         data = {name: value for name, value in request.data.items() if name not in _ASIDE}
         tenant = request.tenant.name
-        # What bounds its cost or time decides who answers, too.
+        # Bounds of cost and time are part of the key, because they influence the choice of expert.
         bounds = [request.max_cost, request.deadline_ms if request.own_deadline else None]
         key = self._hash(tenant, request.endpoint, data, bounds)
         question, rest = _question(request, data) if kind == "semantic" else ("", {})
@@ -123,7 +144,7 @@ class ResponseCache:
         return hashlib.blake2b(data, digest_size=16).hexdigest()
 
     async def look(self, search: CacheSearch, request: InferenceRequest) -> CacheHit | None:
-        """The cached answer for a request, if there is one."""
+        """Find the cached answer for a request; None if there is none."""
         try:
             hit = await self._exact(search, request)
             if hit is None and search.question:
@@ -157,17 +178,20 @@ class ResponseCache:
         return _read(kept, found["key"], request, "semantic", how)
 
     def _shelf_name(self, search: CacheSearch) -> str:
-        # As many shelves as answers at most, for the same reason.
+        # The number of shelves has the same bound as the number of answers.
         number = int(search.shelf, 16) % search.settings.max_entries
         return join_name("cache", search.tenant, "shelf", str(number))
 
     async def keep(
         self, search: CacheSearch, recorded: RecordingSend, *, by_own_bound: bool
     ) -> None:
-        """Keep an answer that came whole. Never raises for a store that is gone.
+        """Store a complete answer. A store that can't be reached raises no error.
 
-        `by_own_bound`: where it was cut, it was by the length that the request itself names. Cut
-        by anything else (a budget, `max_cost`, a context) it is no answer to keep.
+        Args:
+            search: The keys of the request.
+            recorded: The recorded answer.
+            by_own_bound: Whether only the request's own length limit can have cut the answer. An
+                answer that was cut by a budget, `max_cost` or a context is not stored.
         """
         body = recorded.whole(by_own_bound=by_own_bound)
         if body is None:
@@ -206,7 +230,7 @@ class ResponseCache:
 
 
 class RecordingSend:
-    """An ASGI send that records an answer, as long as it can be cached."""
+    """An ASGI send that forwards an answer, and records it while it can be cached."""
 
     def __init__(self, send: Send, most_bytes: int) -> None:
         self._send = send
@@ -237,7 +261,11 @@ class RecordingSend:
         await self._send(message)
 
     def whole(self, *, by_own_bound: bool) -> bytes | None:
-        """The body, if it ended as it should; see `ResponseCache.keep`."""
+        """The body of a complete answer; None if it must not be cached.
+
+        Args:
+            by_own_bound: Whether only the request's own length limit can have cut the answer.
+        """
         if not (self._good and self._whole):
             return None
         body = b"".join(self._parts)
@@ -252,7 +280,14 @@ class RecordingSend:
 
 @dataclass(frozen=True, slots=True)
 class CacheSession:
-    """One request and the cache: it is served from it, recorded for it, or neither."""
+    """The use of the cache by one request.
+
+    Attributes:
+        cache: The cache.
+        search: The keys of the request; None if it doesn't use the cache.
+        hit: The cached answer; None after a miss.
+        send: Receives the answer, and records it after a miss.
+    """
 
     cache: ResponseCache
     search: CacheSearch | None
@@ -261,7 +296,7 @@ class CacheSession:
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """What the reply tells of it."""
+        """The response headers about the cache."""
         if self.search is None:
             return []
         if self.hit is None:
@@ -285,15 +320,19 @@ class CacheSession:
         await send_response(self.send, 200, head, self.hit.body)
 
     async def store_answer(self, *, by_own_bound: bool) -> None:
-        """Once answered: keep the answer, if it is to be kept. See `ResponseCache.keep`."""
+        """Store the recorded answer, if it can be cached.
+
+        Args:
+            by_own_bound: Whether only the request's own length limit can have cut the answer.
+        """
         if self.search is not None and isinstance(self.send, RecordingSend):
             await self.cache.keep(self.search, self.send, by_own_bound=by_own_bound)
 
 
 def free_of_charge(body: bytes, content_type: str) -> bytes:
-    """An answer as it is served from the cache: its `usage.coe` tells that it costs nothing.
+    """Return an answer with a `usage.coe` for the cache, with cost 0 and no calls.
 
-    What the first one cost, and where its time went, is not true of the next.
+    Costs and times of the first answer do not hold for a cached answer.
     """
     if b'"coe"' not in body:
         return body
@@ -329,7 +368,10 @@ def _free(usage: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _question(request: InferenceRequest, data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The last message, where it is a plain one of the user's, and the rest of the request."""
+    """Split a request into the user's last message and the rest.
+
+    Both are empty if the last message is not plain text of the user, or if there are tools.
+    """
     messages = data.get("messages")
     if request.endpoint != "/v1/chat/completions" or not isinstance(messages, list) or not messages:
         return "", {}
@@ -355,7 +397,7 @@ def _read(
     if value is None:
         return None
     kept = orjson.loads(value)
-    # Another request's answer may have taken the place; a key may have lost an expert.
+    # Another answer may have replaced it, or the API key may have lost access to the expert.
     if kept["key"] != key or not request.tenant.may_ask(kept["expert"]):
         return None
     return CacheHit(

@@ -1,12 +1,13 @@
-"""Whether two questions say the same in the same words. Pure.
+"""Decides whether two questions are the same question in the same words. Pure.
 
-Not what they mean: nothing here knows that "car" and "automobile" are one thing, and no measure of
-likeness tells ethane from ethene or one number from another. So two questions are the same only
-where every word, number and sign is the same, in the same order and the same case. What may
-differ adds nothing: white space, a greeting, "please" and "thanks" around a request, the full
-stop or question mark at the end, a capital at the beginning, and contractions ("what's", "don't").
-Where a text may be *about* words, as in a translation, a quotation or code, even those have to
-be the same. Paraphrases are therefore missed.
+The module compares words, and knows nothing of their meaning. A measure of similarity can't
+distinguish ethane from ethene, or two numbers. Two questions are therefore the same only if every
+word, number and sign is the same, in the same order and case. Paraphrases do not match.
+
+Only harmless differences are ignored: white space, a greeting, "please" and "thanks" around a
+request, the full stop or question mark at the end, a capital at the beginning, and contractions
+("what's", "don't"). A text may be *about* words, such as a translation, a quotation or code. In
+such a text even these differences count.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import numpy as np
 
 from service.classifier.features import Features, FeatureSpec, Featurizer
 
-# Beyond this the features do not see all of a text.
+# The features cover only a part of longer texts.
 MOST_CHARACTERS = 4000
 _FEATURES = Featurizer(FeatureSpec())
 
-# Words that begin a question, and such as begin a request. None is a name when it has a capital.
+# Words that begin a question or a request. With a capital, none of them is a name.
 _ASKS = (
     "what|what's|who|who's|whom|whose|where|where's|when|why|how|which|is|isn't|are|aren't|was|were"
     "|do|don't|does|doesn't|did|didn't|can|can't|could|should|would|has|have"
@@ -42,14 +43,14 @@ _GREETING = re.compile(
     r"(?:hi|hello|hey|good (?:morning|afternoon|evening|day))(?: there)?\s?[,.!]\s?", re.IGNORECASE
 )
 _PLEASE = re.compile(r"(?:please|kindly),?\s", re.IGNORECASE)
-# Only requests that nobody means as a question about what the other one is able to do.
+# Requests in the form of a question. With other verbs it may be a question about abilities.
 _COULD_YOU = re.compile(
     r"(?:can|could|would) you (?:(?:please|kindly) )?"
     r"(?=(?:explain|describe|summari[sz]e|define|(?:give|show|help|tell) me)\b)",
     re.IGNORECASE,
 )
 _TELL_ME = re.compile(r"tell me (?=(?:what|who|where|when|why|how|which)\b)", re.IGNORECASE)
-# In the order in which they are looked for. Each has to be set off by a comma or a sentence's end.
+# Courtesies in the order of the search. A comma or the end of a sentence must precede them.
 _THANKS = ("thank you", "thanks", "please", "thx")
 _CONTRACTIONS = {
     "what's": "what is",
@@ -65,7 +66,7 @@ _CONTRACTED = re.compile(
     r"|(?:do|does|did|is|are|was|were|has|have|could|should|would)n't)(?![\w'-])",
     re.IGNORECASE,
 )
-# Texts that may be about words or signs: quotations, code, lists, and tasks on a wording.
+# Signs of a text that may be about words: quotations, code, lists, and tasks about a wording.
 _LITERAL = re.compile(
     r"[\"`“”«»„\\<>{}\[\]|_~\n]|:(?!\d)|(?<!\w)'|'(?!\w)"
     r"|\b(?:translat|spell|pronounc|rewrit|rephras|paraphras|proofread|punctuat|capitali[sz]"
@@ -74,7 +75,7 @@ _LITERAL = re.compile(
     r"|synonyms?|antonyms?|rhymes?|acronyms?|contractions?|lyrics|glob)\b",
     re.IGNORECASE,
 )
-# A sentence with one of these may speak of the courtesy or the mark itself.
+# A sentence with one of these words may be about the courtesy or the punctuation mark itself.
 _OF_SPEECH = re.compile(
     r"\b(?:say|says|said|saying|call|called|mean|means|meaning|counts?|repeat|quotes?|sentences?"
     r"|sings?|sang|sung|songs?|titles?|patterns?|commands?|answers?|repl(?:y|ies)|please|thanks"
@@ -86,7 +87,7 @@ _MARK = re.compile(r"(?<=[\w)%])(?:\s?\?|\.)$")
 
 
 def said(text: str) -> str:
-    """A question in the one form that all its harmless variants share."""
+    """Return the canonical form of a question, which all its harmless variants share."""
     plain = unicodedata.normalize("NFC", text).replace("’", "'").strip()
     if _LITERAL.search(plain):
         return plain
@@ -102,31 +103,31 @@ def _last_sentence(text: str) -> str:
 
 
 def _without_opening(text: str) -> str:
-    """A text without greeting and the like, where a question or request follows them."""
+    """Remove greetings and courtesies from the beginning of a question or request."""
     bare = text
     for courtesy in (_GREETING, _PLEASE, _COULD_YOU, _TELL_ME):
         if found := courtesy.match(bare):
             bare = bare[found.end() :]
             if courtesy is _COULD_YOU:
-                # The mark was that question's, not the request's.
+                # The question mark belonged to "could you", which is gone now.
                 bare = _MARK.sub("", bare)
     first = _SENTENCE.split(bare, maxsplit=1)[0]
     return bare if _FIRST.match(bare) and not _OF_SPEECH.search(first) else text
 
 
 def _small_beginning(text: str) -> str:
-    """A text whose first word has no capital, where that word is no name."""
+    """Write the first word without a capital, if it begins a question or request."""
     if not _FIRST.match(text):
         return text
     first, space, rest = text.partition(" ")
-    # WHO and US are no words with a capital.
+    # A word in capitals stays, because it may be an abbreviation such as WHO.
     if first == "I" or first[1:].islower() or "'" in first:
         first = first.lower()
     return first + space + rest
 
 
 def _without_mark(text: str) -> str:
-    """A text without the full stop at its end, or the question mark of a question."""
+    """Remove the full stop at the end of a text, or the question mark of a question."""
     mark = _MARK.search(text)
     if mark is None:
         return text
@@ -137,19 +138,19 @@ def _without_mark(text: str) -> str:
 
 
 def _without_thanks(text: str) -> str:
-    """A text without the courtesies at its end, each set off by a comma or after a sentence."""
+    """Remove courtesies from the end of a text, after a comma or the end of a sentence."""
     while True:
         bare = text.rstrip(" .!?")
         word = next((one for one in _THANKS if bare[-len(one) :].lower() == one), None)
         if word is None:
             return text
         before = bare[: -len(word)].rstrip(" ")
-        # After more than one comma in its sentence it may be the last of a list.
+        # After several commas, the word may be the last item of a list.
         last = _last_sentence(before)
         if before[-1:] not in (",", ".", "?", "!") or last[:-1].count(","):
             return text
         if before[-1] == "," and bare[-len(word) :] != word:
-            return text  # with a capital it is a part of a title
+            return text  # With a capital, the word is part of a title.
         if _OF_SPEECH.search(last) and last.lower().rstrip(" .!?,") not in _THANKS:
             return text
         text = before.rstrip(" ,") if before[-1] == "," else before
@@ -157,14 +158,14 @@ def _without_thanks(text: str) -> str:
 
 def _in_full(found: re.Match[str]) -> str:
     if found.start() and not found[0].islower():
-        return found[0]  # a name: Who's, Don't
+        return found[0]  # A capital inside the text marks a name, such as Who's.
     word = found[0].lower()
     full = _CONTRACTIONS.get(word) or f"{word[:-3]} not"
     return full if found[0][0].islower() else full[0].upper() + full[1:]
 
 
 def same_words(one: str, other: str) -> bool:
-    """Whether two questions, as `said` gives them, are the same."""
+    """Whether two questions in the canonical form of `said` are the same."""
     return bool(one) and one == other
 
 

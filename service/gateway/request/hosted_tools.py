@@ -1,9 +1,9 @@
-"""Tools that coding agents send with every request and that the service does not run.
+"""Removes tools that coding agents list in every request, but that the service does not run.
 
-Agents list the tools of their provider's servers (web search, image generation) and those that
-clients run by a protocol of that provider's models (a shell, an editor) beside their own functions.
-A request is answered without them, and the reply's header names them; it is refused only where
-it insists on one. Nothing is fetched or run.
+Besides their own functions, agents list tools that their provider's servers run, such as web
+search, and tools for which only that provider's models know the protocol, such as a shell. The
+service answers without these tools, and names them in a response header. It refuses a request only
+if `tool_choice` requires such a tool. The service fetches and runs nothing.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from service.errors import DisallowedFieldError, InvalidRequestError
 
-# By endpoint: which values of a tool's `type` are left out. Those that name a server, a file or a
-# sandbox stay refused: who writes them means them.
+# The types of tools to remove, by endpoint. Tools that name a server, a file or a sandbox are
+# refused instead, because agents do not list them by default.
 _LEFT_OUT = {
     "/v1/responses": re.compile(
         r"(web_search(_preview)?|web_fetch|image_generation|local_shell|shell|apply_patch"
@@ -26,18 +26,17 @@ _LEFT_OUT = {
 
 
 def leave_out_hosted_tools(endpoint: str, data: dict[str, Any]) -> tuple[str, ...]:
-    """Take such tools out of a request's body.
+    """Remove hosted tools from a request's body.
 
     Args:
-        endpoint: The path that was asked.
-        data: The body, which is changed.
+        endpoint: The path of the endpoint.
+        data: The body. The function changes it.
 
     Returns:
-        The types that were left out, each once, in the order in which they came.
+        The types of the removed tools, without duplicates, in the order of the request.
 
     Raises:
-        DisallowedFieldError: `tool_choice` insists on a tool that is left out, or on any where
-        none is left.
+        DisallowedFieldError: `tool_choice` requires a removed tool, or any tool where none is left.
     """
     pattern, tools = _LEFT_OUT.get(endpoint), data.get("tools")
     if pattern is None or not isinstance(tools, list):
@@ -47,7 +46,7 @@ def leave_out_hosted_tools(endpoint: str, data: dict[str, Any]) -> tuple[str, ..
         return ()
     kinds = tuple(dict.fromkeys(str(tool["type"]) for tool in gone))
     kept = [tool for tool in tools if not _is_hosted(tool, pattern)]
-    # A function of the client's own may have such a name.
+    # A function of the client may have the same name as a removed tool.
     own = [tool.get("name") for tool in kept if isinstance(tool, dict)]
     names = [name for tool in gone if isinstance(name := tool.get("name"), str) and name not in own]
     _choose_among(data, kept, names, kinds)
@@ -66,7 +65,17 @@ def _is_hosted(tool: object, pattern: re.Pattern[str]) -> bool:
 def _choose_among(
     data: dict[str, Any], kept: list[Any], names: list[str], kinds: tuple[str, ...]
 ) -> None:
-    """Hold `tool_choice` against the tools that are kept. `names`: of those that are not."""
+    """Remove hosted tools from `tool_choice`.
+
+    Args:
+        data: The body. The function changes it.
+        kept: The tools that stay.
+        names: The names of removed tools.
+        kinds: The types of removed tools.
+
+    Raises:
+        DisallowedFieldError: `tool_choice` requires a removed tool.
+    """
 
     def is_gone(one: object) -> bool:
         return isinstance(one, dict) and (one.get("type") in kinds or one.get("name") in names)

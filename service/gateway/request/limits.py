@@ -1,7 +1,7 @@
-"""What no request may do: be too large, too deep or too slow, or pick files, URLs or code.
+"""Refuses requests that are too large or nested too deep, or that name files, URLs or code.
 
-Checked in the gateway, for every expert alike: what a vLLM of ours would refuse by
-its own settings, a remote one might not.
+The gateway checks this for all experts. A local vLLM would refuse some of these requests by its own
+settings, but a remote endpoint may accept them.
 """
 
 from __future__ import annotations
@@ -38,23 +38,24 @@ _FORBIDDEN = {
     "return_mm_kwargs": "an engine's insides are not given out",
     "include_server_logs": "an engine's insides are not given out",
 }
-# Tools that the client runs itself. The others would have us fetch or run something.
+# Tools that the client runs itself. Other tools would make the service fetch or run something.
 _CLIENT_TOOLS = frozenset({"function", "custom", "namespace", None})
-# In a content part: what holds an address, and what names a file or an object in memory. They count
-# whatever type the part says that it has: vLLM goes by the keys where there is a uuid or no type.
+# Keys of a content part that hold an address (`_ADDRESSES`), or that name a file or an object in
+# memory (`_FILES`). The part's type does not matter, because vLLM decides by the keys if the part
+# has a uuid or no type.
 _ADDRESSES = (
     *("image_url", "audio_url", "video_url", "file_url", "url", "input_image"),
-    # As some servers' processors call them; these take paths, too.
+    # The processors of some servers use these names, and also accept paths.
     *("image", "audio", "video", "input_video"),
 )
-# Only in a text nobody reads an address under this one: it may be where a quotation is from.
+# In a part of these types, `url` is never fetched. It may be the source of a quotation.
 _TEXT = frozenset({"text", "input_text", "output_text", "refusal", "thinking", "reasoning_text"})
 _EMBEDDED = ("image_embeds", "audio_embeds", "video_embeds", "prompt_embeds", "image_pil")
 _FILES = ("file_id", "file", "path", *_EMBEDDED)
-# One that does not end is read to the end: tried again from each quote in it, it would take the
-# square of its length.
+# A JSON string. A string without an end matches up to the end of the body. Otherwise the search
+# would begin again at each of its quotes, and take quadratic time.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
-# Readers of addresses differ in what they take these for.
+# Characters that URL parsers interpret in different ways.
 _ODD = re.compile(r"[\s\\@\x00-\x20\x7f]|[^\x00-\x7f]")
 _BRACKETS = b"[]{}"
 _NO_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
@@ -64,7 +65,7 @@ _TURN[list(b"]}")] = -1
 
 
 class RequestLimitChecker:
-    """The bounds of one config."""
+    """Checks requests against the limits of a config."""
 
     def __init__(self, config: Config) -> None:
         self._limits = config.server.limits
@@ -74,7 +75,11 @@ class RequestLimitChecker:
         )
 
     def headers(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Raises HeadersTooLargeError."""
+        """Check the number and size of the headers.
+
+        Raises:
+            HeadersTooLargeError: There are too many headers, or they have too many bytes.
+        """
         count = size = 0
         for name, value in headers:
             count += 1
@@ -90,7 +95,11 @@ class RequestLimitChecker:
             )
 
     def shape(self, raw: bytes) -> None:
-        """How deep and how many, before anything is made of it. Raises InvalidRequestError."""
+        """Check the depth and the number of values of a body before it is parsed.
+
+        Raises:
+            InvalidRequestError: The body is nested too deep, or has too many values.
+        """
         most = self._limits
         opened = raw.count(b"[") + raw.count(b"{")
         if opened <= most.max_json_depth and raw.count(b",") + opened <= most.max_json_values:
@@ -111,9 +120,14 @@ class RequestLimitChecker:
             )
 
     def fields(self, data: Mapping[str, Any]) -> None:
-        """Raises DisallowedFieldError where a field would open a file or URL or run code."""
+        """Check the fields of a parsed body.
+
+        Raises:
+            DisallowedFieldError: A field would open a file or URL, or run code.
+            InvalidRequestError: A constraint is too large, or a part is nested too deep.
+        """
         for name in _FORBIDDEN.keys() & data.keys():
-            # vLLM's clients send some of them with their default.
+            # vLLM's clients send some of these fields with default values.
             if data[name] not in (None, False, 0, {}, []):
                 raise DisallowedFieldError(
                     f"`{name}` is not allowed: {_FORBIDDEN[name]}", param=name
@@ -121,7 +135,7 @@ class RequestLimitChecker:
         self._structured_outputs.check(data)
         self._template_kwargs(data.get("chat_template_kwargs"))
         for i, tool in enumerate(_list(data.get("tools"))):
-            # A namespace holds tools of its own.
+            # A namespace contains further tools.
             inner = _list(tool.get("tools")) if isinstance(tool, dict) else []
             for one in (tool, *inner):
                 if isinstance(one, dict) and _type_of(one) not in _CLIENT_TOOLS:
@@ -135,7 +149,7 @@ class RequestLimitChecker:
 
     def _template_kwargs(self, given: object) -> None:
         if not isinstance(given, dict):
-            return  # the engine says what is wrong with it
+            return  # The engine refuses it with its own error.
         allowed = self._limits.chat_template_kwargs
         for name, value in given.items():
             if name not in allowed:
@@ -151,7 +165,7 @@ class RequestLimitChecker:
                 )
 
     def _part(self, part: Mapping[str, Any], where: str, deep: int) -> None:
-        """A message, a part of its content, or what such a part holds."""
+        """Check a message, a part of its content, or a part within a part."""
         for name in _ADDRESSES:
             if name in part and (name != "url" or _type_of(part) not in _TEXT):
                 self._address(part[name], f"{where}.{name}")
@@ -182,7 +196,7 @@ class RequestLimitChecker:
             return
         if not isinstance(given, str):
             raise DisallowedFieldError(f"`{where}` must be a string", param=where)
-        # Before anything splits it: a data URL may be megabytes long.
+        # This check comes before the URL is parsed, because a data URL may have megabytes.
         if given[:5].lower() == "data:":
             return
         if _host(given) in self._hosts:
@@ -196,13 +210,13 @@ class RequestLimitChecker:
 
 
 def _type_of(part: Mapping[str, Any]) -> str | None:
-    """What it says that it is; empty where that is no word."""
+    """The type of a part; None if it has none, and empty if its type is no string."""
     given = part.get("type")
     return given if given is None or isinstance(given, str) else ""
 
 
 def _host(url: str) -> str | None:
-    """The host of an http or https address that every reader would take for the same."""
+    """The host of an http or https URL; None if URL parsers may disagree about it."""
     if len(url) > 4096 or _ODD.search(url):
         return None
     try:

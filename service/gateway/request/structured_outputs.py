@@ -1,8 +1,9 @@
-"""Bounds on the schemas, patterns and grammars that a request carries, in every field that can.
+"""Limits the schemas, patterns and grammars in a request, in every field that can hold them.
 
-An engine turns them into automata in native code, whose stack and time their author chooses. Size,
-nesting and number of properties are looked at here, before an engine sees them. What cannot be told
-by looking is tried out by the engine in a process of its own (`engine.grammar_check`).
+An engine compiles them to automata in native code. Their author thus controls how much stack and
+time the engine needs. This module checks size, nesting and number of properties before an engine
+gets the request. The engine tests the rest by compiling them in a separate process
+(`engine.grammar_check`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import orjson
 from service.config.limits import RequestLimits
 from service.errors import InvalidRequestError
 
-# Fields that hold nothing but constraints, and those that hold one in their `format`.
+# Fields that are constraints (`_WHOLE`), or that hold one in their `format` (`_IN_FORMAT`).
 _WHOLE = (
     "response_format",
     "structured_outputs",
@@ -29,7 +30,7 @@ _WHOLE = (
 )
 _IN_FORMAT = ("text", "output_config")
 _LISTED = ("tools", "functions")
-# Keys whose string is a pattern or a grammar, and those whose string is JSON.
+# Keys whose string is a pattern, a grammar, or JSON.
 _PATTERNS = frozenset({"pattern", "regex", "whitespace_pattern"})
 _PATTERNS |= {"guided_regex", "guided_whitespace_pattern"}
 _GRAMMARS = frozenset({"grammar", "guided_grammar", "definition", "ebnf", "lark"})
@@ -37,18 +38,20 @@ _JSON = frozenset({"json", "guided_json", "schema", "json_schema", "structural_t
 _PROPERTIES = frozenset(
     {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 )
-# All of a request together may have so many times the bytes that one may have.
+# All constraints of a request together may have this many times the bytes of one constraint.
 _ALL_TOGETHER = 8
-# What brackets in a pattern or grammar do not mean: escaped, in a class of characters, quoted.
+# Text of patterns and grammars whose brackets open no group: escapes, character classes, and
+# literals.
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
 _CLASS = re.compile(r"\[[^\]]*(?:\]|\Z)")
-# In a grammar whichever begins first hides the others: a quote in a class of characters is none.
+# One expression finds all of these, because the first to begin hides the others. For example, a
+# quote in a character class begins no literal.
 _LITERAL = re.compile(
     r"""\\.|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*|//[^\n]*"""
     r"""|/(?P<pattern>(?:\\.|[^/\\\n])+)/|\[(?:\\.|[^\]\\])*(?:\]|\Z)""",
     re.DOTALL,
 )
-# Lists of which an engine works through every item as it takes the request in.
+# Bounds of lists that an engine processes item by item when it accepts a request.
 _MOST_LETTERS = 65_536
 _ITEMS = {
     "stop": 64,
@@ -62,16 +65,16 @@ _ITEMS = {
 
 
 class StructuredOutputBounds:
-    """The bounds of one config's `server.limits`."""
+    """Checks constraints against a config's `server.limits`."""
 
     def __init__(self, limits: RequestLimits) -> None:
         self._limits = limits
 
     def check(self, data: Mapping[str, Any]) -> None:
-        """Look at every field of a body that can constrain an answer.
+        """Check every field of a body that can constrain an answer.
 
         Raises:
-            InvalidRequestError: It names the field, what was found, and what is allowed.
+            InvalidRequestError: A field exceeds a limit. The error states the field and the limit.
         """
         most = self._limits
         total = 0
@@ -110,7 +113,11 @@ class StructuredOutputBounds:
 def _constraints(
     data: Mapping[str, Any], max_tools: int
 ) -> Iterator[tuple[str, str, dict[str, Any] | list[Any] | str]]:
-    """Every value that may hold a constraint, with its field and its place."""
+    """Yield the field, the path and the value of everything that may hold a constraint.
+
+    Raises:
+        InvalidRequestError: There are too many tools.
+    """
     for name in _WHOLE:
         if isinstance(value := data.get(name), (dict, list, str)):
             yield name, name, value
@@ -143,7 +150,7 @@ def _size(value: dict[str, Any] | list[Any] | str, param: str) -> int:
 
 
 class _Walk:
-    """One walk through one constraint. Counts its properties."""
+    """Walks through one constraint, and counts its properties."""
 
     def __init__(self, limits: RequestLimits, param: str, where: str) -> None:
         self._most = limits
@@ -152,7 +159,11 @@ class _Walk:
         self._properties = 0
 
     def value(self, value: object, key: str, depth: int) -> None:
-        """Look at what a key holds. Raises InvalidRequestError."""
+        """Check the value of a key.
+
+        Raises:
+            InvalidRequestError: The value exceeds a limit.
+        """
         if isinstance(value, str):
             self._string(value, key, depth)
             return
@@ -217,7 +228,7 @@ class _Walk:
                         "no more are read"
                     )
             elif letter in ")]}":
-                # What nothing has opened closes nothing.
+                # A bracket that was never opened closes nothing.
                 depth = max(0, depth - 1)
 
     def _error(self, what: str) -> InvalidRequestError:
