@@ -21,7 +21,14 @@ _RANK = {"passed": 0, "flagged": 1, "redacted": 2}
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The finding of one screen, and the action taken."""
+    """The finding of one screen, and the action that followed.
+
+    Attributes:
+        screen: The name of the screen.
+        score: The score in [0, 1].
+        kinds: The kinds of the findings.
+        done: The action: `passed`, `flagged` or `redacted`.
+    """
 
     screen: str
     score: float
@@ -34,9 +41,9 @@ class GuardResult:
     """A request that passed the guard.
 
     Attributes:
-        request: The request, redacted where a screen did so.
+        request: The request. It is redacted if a screen found something to redact.
         seen: The findings of the screens.
-        arrived_s: When its body was complete, by `time.monotonic`.
+        arrived_s: When the body was complete, by `time.monotonic`.
     """
 
     request: InferenceRequest
@@ -45,16 +52,16 @@ class GuardResult:
 
     @property
     def done(self) -> str:
-        """The strongest action of any screen: passed, flagged or redacted."""
+        """The strongest action of any screen: `passed`, `flagged` or `redacted`."""
         return max((check.done for check in self.seen), key=_RANK.__getitem__, default="passed")
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """The reply's header about the guard; none where the request passed."""
+        """The response header about the guard; none if the request passed."""
         return [] if self.done == "passed" else [(b"x-coe-guard", self.done.encode())]
 
     def explained(self) -> list[dict[str, Any]]:
-        """The findings for `/v1/route`: scores and kinds, never text."""
+        """The findings for `/v1/route`, with scores and kinds but without text."""
         return [
             {
                 "screen": check.screen,
@@ -86,9 +93,11 @@ class Guard:
         }
 
     async def check(self, request: InferenceRequest) -> GuardResult:
-        """Look through a request.
+        """Screen a request.
 
-        Raises GuardRefusedError; InvalidRequestError where it is too long, or no text.
+        Raises:
+            GuardRefusedError: The guard refuses the request.
+            InvalidRequestError: The prompt is too long, nested too deep, or no text.
         """
         guard = self._guards.get(request.tenant.name)
         if guard is None:

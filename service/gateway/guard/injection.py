@@ -1,12 +1,15 @@
-"""The shipped screen for prompt injection and jailbreaks: families of phrases.
+"""The built-in screen for prompt injection and jailbreaks. It searches for families of phrases.
 
-Each family has a weight, and a prompt's score is 1 − Π (1 − weight) over the families found.
-Text is first made plain: Unicode's compatibility forms, no invisible characters, Latin
-for the letters that only look so, digits in words for letters, s p a c e d words joined;
-and what base64 hides is looked at as well. It knows attacks by their words. One
-that uses none of them, in a story, in another language than the few it knows or in
-small steps over many turns, passes: for those plug in a model. What it catches
-of a labelled set is measured by `python -m loadtests.guard`.
+Each family has a weight. The score of a prompt is 1 − Π (1 − weight) over the families found in it.
+
+The text is normalised first: Unicode compatibility forms are unified, invisible characters are
+removed, letters that look like Latin letters become Latin, digits inside of words become letters,
+and s p a c e d words are joined. Text in base64 is decoded and searched as well.
+
+The screen recognises attacks only by their words. It misses attacks that use other words, for
+example in a story, in an unsupported language, or in small steps over many turns. A model in place
+of this screen can find those. `python -m loadtests.guard` measures the share of a labelled set that
+the screen catches.
 """
 
 from __future__ import annotations
@@ -209,13 +212,13 @@ _FAMILIES = tuple(
         ),
     )
 )
-# Letters of other alphabets that look like Latin ones.
+# Letters of other alphabets that look like Latin letters.
 _ALIKE = str.maketrans(
     "аеорсухіїјѕԁһӏαεικνορτυχ",
     "aeopcyxiijsdhlaeiknoptux",
 )
 _DIGITS = str.maketrans("013457@$", "oieastas")
-# Bounded, each of them: a search begins anew at every character of a long word.
+# Every repetition has a bound, because the search restarts at every character of a long word.
 _IN_WORD = re.compile(r"(?=[0-9@$]{0,23}[a-z])(?=[a-z]{0,23}[0-9@$])[a-z0-9@$]{3,24}")
 _SPACED = re.compile(r"(?<![a-z])(?:[a-z][ .\-_*]){4,}[a-z](?![a-z])")
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{24,4096}={0,2}")
@@ -223,12 +226,12 @@ _BLANKS = re.compile(r"[^\S\n]+")
 
 
 class InjectionScreen:
-    """Looks at all but the operator's own words."""
+    """Screens every text of a prompt except trusted texts."""
 
     name = "injection"
 
     async def look(self, texts: Sequence[Text]) -> Finding:
-        """Never raises."""
+        """Search the texts for attacks. It raises no errors."""
         return await aside(self._look, texts)
 
     @staticmethod
@@ -255,7 +258,7 @@ def _families(plain: str) -> Iterator[tuple[str, float]]:
 
 
 def _readings(text: str) -> Iterator[str]:
-    """The text as it might be meant: made plain, and what is hidden in it."""
+    """Yield the normalised text, its variant without digits in words, and its decoded base64."""
     plain = made_plain(text)
     yield plain
     letters = _IN_WORD.sub(lambda match: match[0].translate(_DIGITS), plain)
@@ -268,7 +271,10 @@ def _readings(text: str) -> Iterator[str]:
 
 
 def made_plain(text: str) -> str:
-    """Lower case, Latin letters for those alike, nothing invisible, one blank between words."""
+    """Normalise a text.
+
+    The result has lower case, Latin letters, no invisible characters, and single spaces.
+    """
     wide = unicodedata.normalize("NFKC", text)
     seen = "".join(
         c for c in wide if c == "\n" or unicodedata.category(c) not in ("Cf", "Mn", "Cc")
@@ -278,7 +284,7 @@ def made_plain(text: str) -> str:
 
 
 def _unhidden(text: str) -> str | None:
-    """What base64 text says, if it says anything readable."""
+    """Decode a base64 text; None if the result is no readable text."""
     try:
         raw = base64.b64decode(text[: len(text) // 4 * 4], validate=True)
         told = raw.decode()

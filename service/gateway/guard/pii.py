@@ -1,8 +1,8 @@
-"""The shipped screen for personal data and secrets: shapes, and check digits where there are any.
+"""The built-in screen for personal data and secrets. It uses patterns and check digits.
 
-It finds what has a shape: addresses of mail, phone and card numbers, IBANs, US social
-security numbers, IP addresses, keys of well-known services. It knows no names, no postal
-addresses, no birthdays and nothing of health: for those plug in a model.
+It finds data with a fixed format: email addresses, phone and card numbers, IBANs, US social
+security numbers, IP addresses, and keys of well-known services. It does not find names, postal
+addresses, birthdays or health data. A model in place of this screen can find those.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from service.gateway.guard.screen import NOTHING, Finding, Span, Text, aside
 
-# Each is linear: no part of it can match the same characters in two ways, and what may begin
-# inside of what it has just looked through looks no further than some bound.
+# Every pattern takes linear time. None of its parts can match the same characters in two ways. A
+# match that may begin inside of a failed match has a bounded length.
 _SHAPES: dict[str, re.Pattern[str]] = {
     "secret": re.compile(
         r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----"
@@ -68,7 +68,7 @@ def _public_ip(text: str) -> bool:
         address = ipaddress.ip_address(text)
     except ValueError:
         return False
-    # One's own machine and network are nobody's data.
+    # Private and loopback addresses identify nobody.
     return address.is_global
 
 
@@ -85,7 +85,7 @@ _CHECKS: dict[str, Callable[[str], bool]] = {
 
 
 class PiiScreen:
-    """Finds the kinds it is told to, anywhere in a prompt."""
+    """Searches all texts of a prompt for the configured kinds of data."""
 
     name = "pii"
 
@@ -93,7 +93,7 @@ class PiiScreen:
         self._kinds = [kind for kind in _SHAPES if kind in kinds]
 
     async def look(self, texts: Sequence[Text]) -> Finding:
-        """Score 1 where anything was found. Never raises."""
+        """Search the texts. The score is 1 if anything was found. It raises no errors."""
         return await aside(self._look, texts)
 
     def _look(self, texts: Sequence[Text]) -> Finding:
@@ -108,7 +108,10 @@ class PiiScreen:
         return Finding(1.0, kinds, tuple(spans))
 
     def _found(self, text: str) -> Iterator[tuple[int, int, str]]:
-        """Where, and what; of two that overlap the kind that is named first."""
+        """Yield start, end and kind of each finding.
+
+        If two findings overlap, the kind that comes first in `_SHAPES` wins.
+        """
         taken = bytearray(len(text))
         for kind in self._kinds:
             check = _CHECKS.get(kind)
@@ -123,7 +126,7 @@ class PiiScreen:
 
 
 def redacted(text: str, spans: Sequence[Span]) -> str:
-    """The text with `[EMAIL]` and so on where something was found."""
+    """Replace each finding in a text by its kind, for example by `[EMAIL]`."""
     parts: list[str] = []
     at = 0
     for span in sorted(spans, key=lambda one: one.start):

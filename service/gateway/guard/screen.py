@@ -1,6 +1,6 @@
-"""The interface of screens: texts go in, a score and findings come out.
+"""The interface of screens. A screen gets texts, and returns a score and findings.
 
-A screen of your own replaces a shipped one:
+A custom screen can replace a built-in screen:
 
 class MyModel:
     name = "injection"
@@ -20,7 +20,12 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One piece of a prompt. `trusted`: the operator's own words (system, developer)."""
+    """A text of a prompt.
+
+    Attributes:
+        text: The text.
+        trusted: Whether the application's developer wrote it, as a system or developer message.
+    """
 
     text: str
     trusted: bool
@@ -28,7 +33,14 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A finding's place: the text's index, its first and last character, and its kind."""
+    """The place of a finding.
+
+    Attributes:
+        text: Index of the text among the screened texts.
+        start: Index of the first character.
+        end: Index after the last character.
+        kind: The kind of the finding.
+    """
 
     text: int
     start: int
@@ -38,7 +50,13 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A screen's result: a score in [0, 1], and the kinds of findings, never their text."""
+    """The result of a screen. It contains no text of the prompt.
+
+    Attributes:
+        score: The score in [0, 1].
+        kinds: The kinds of the findings.
+        spans: The places of the findings, for redaction.
+    """
 
     score: float
     kinds: tuple[str, ...] = ()
@@ -46,21 +64,30 @@ class Finding:
 
 
 NOTHING = Finding(0.0)
-# Longer prompts are screened in a thread, so that other requests go on.
+# Longer prompts are screened in a thread, so that they do not delay other requests.
 _ASIDE_CHARACTERS = 20_000
 
 
 async def aside(look: Callable[[Sequence[Text]], Finding], texts: Sequence[Text]) -> Finding:
-    """A look that takes the processor, in a thread where it may take long."""
+    """Call a synchronous screen, in a thread if the texts are long.
+
+    Args:
+        look: The function that screens the texts.
+        texts: The texts of a prompt.
+    """
     if sum(len(one.text) for one in texts) <= _ASIDE_CHARACTERS:
         return look(texts)
     return await asyncio.to_thread(look, texts)
 
 
 class Screen(Protocol):
-    """Looks through a prompt's texts."""
+    """Screens the texts of a prompt."""
 
     name: str
 
     async def look(self, texts: Sequence[Text]) -> Finding:
-        """What is in there. Raises CoeError where it can't tell: the request is refused then."""
+        """Screen the texts of a prompt.
+
+        Raises:
+            CoeError: The screen failed. The request is then refused.
+        """

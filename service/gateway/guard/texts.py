@@ -9,33 +9,37 @@ from service.errors import InvalidRequestError
 from service.gateway.guard.screen import Text
 
 _TRUSTED = frozenset({"system", "developer"})
-# Fields that an expert reads: those of the conversation, and those that the client's developer
-# writes, whose words count as the operator's do.
+# Fields that an expert reads. The application's developer writes the fields of `_OPERATOR`, so
+# their texts are trusted. The fields of `_PROMPT` hold the conversation.
 _OPERATOR = (
     *("system", "instructions", "tools", "functions", "tool_choice", "response_format"),
     *("structured_outputs", "output_format", "output_config", "text"),
 )
 _PROMPT = ("messages", "input", "prompt", "suffix", "documents", "prediction")
-# Strings under these keys are the protocol's, unless they stand in an object of the client's own
-# making: a tool's arguments, its result, a schema.
+# Strings under these keys belong to the protocol, and are no text. This does not hold inside of the
+# objects under `_FREE`, such as a tool's arguments or a schema, because their keys are arbitrary.
 _PROTOCOL = frozenset(
     {"type", "role", "id", "call_id", "tool_call_id", "tool_use_id", "status", "phase", "object"}
     | {"signature", "encrypted_content", "media_type", "format", "detail", "ttl"}
 )
 _FREE = frozenset({"input", "arguments", "output", "parameters", "input_schema", "schema"})
-# No text is read from these.
+# Values under these keys contain media, and no text.
 _MEDIA = frozenset(
     {"image_url", "audio_url", "video_url", "input_audio", "input_image", "image", "audio"}
     | {"video", "input_video"}
 )
-# A schema may be nested as deep as a body.
+# A schema may be nested as deep as a whole body.
 _DEEP = 64
 
 Change = Callable[[Text], str]
 
 
 def texts_of(data: Mapping[str, Any], most: int) -> list[Text]:
-    """Every text of a prompt, in a fixed order.
+    """Return every text of a prompt, in a fixed order.
+
+    Args:
+        data: The body.
+        most: The most characters that all texts may have together.
 
     Raises:
         InvalidRequestError: The texts have more than `most` characters together.
@@ -75,9 +79,14 @@ def check_readable(data: Mapping[str, Any]) -> None:
 
 
 def rewritten(data: Mapping[str, Any], change: Change) -> dict[str, Any]:
-    """A copy of the body with every text of its prompt changed, in the order of `texts_of`.
+    """Return a copy of a body, with every text of its prompt changed.
 
-    Raises InvalidRequestError where it is nested deeper than any prompt is.
+    Args:
+        data: The body.
+        change: Returns the new text for each text, in the order of `texts_of`.
+
+    Raises:
+        InvalidRequestError: The prompt is nested too deep.
     """
     copy = dict(data)
     for names, trusted in ((_OPERATOR, True), (_PROMPT, False)):
@@ -91,7 +100,7 @@ def _any(value: Any, trusted: bool, change: Change, deep: int) -> Any:
     if isinstance(value, str):
         return change(Text(value, trusted)) if value else value
     if deep == 0:
-        # A text that no screen has seen must not pass.
+        # An expert must not get a text that no screen has seen.
         raise InvalidRequestError("the prompt is nested too deep for the guard to look through")
     if isinstance(value, list):
         return [_any(one, trusted, change, deep - 1) for one in value]
@@ -112,7 +121,7 @@ def _any(value: Any, trusted: bool, change: Change, deep: int) -> Any:
 
 
 def _all(value: Any, trusted: bool, change: Change, deep: int) -> Any:
-    """Like `_any`, but every value of an object."""
+    """Change the texts under every key. Unlike `_any`, it has no keys of the protocol."""
     if deep and isinstance(value, dict):
         return {name: _all(one, trusted, change, deep - 1) for name, one in value.items()}
     if deep and isinstance(value, list):

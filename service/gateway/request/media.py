@@ -1,7 +1,7 @@
-"""Pictures, sound and films in a request: which there are, and how many tokens they take. Pure.
+"""Finds images, sound and video in a request, and estimates their tokens. Pure.
 
-An engine makes tokens of what a picture shows, not of the base64 that carries it: a photograph of
-300 kB is 100,000 tokens by its bytes and some hundred to its model.
+The number of tokens of an image depends on its size in pixels, not on its bytes. By its bytes, a
+photograph of 300 kB would have 100,000 tokens, but a model makes only some hundreds of it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ PARTS_DEEP = 4
 INNER = ("content", "output", "source")
 """Fields of a message or part that hold further parts."""
 _FIELDS = ("messages", "input", "system")
-# In vLLM's order.
+# The keys are in the order in which vLLM looks for them.
 _KEYS = {"image_url": "image", "audio_url": "audio", "input_audio": "audio", "video_url": "video"}
 _KINDS = {
     **_KEYS,
     **dict.fromkeys(("image", "input_image", "computer_screenshot"), "image"),
     **dict.fromkeys(("video", "input_video"), "video"),
 }
-# So much of a picture has its size in it, but for JPEGs with large previews.
+# The beginning of an image that contains its size, except for JPEGs with large previews.
 _HEADER_CHARACTERS = 65_536
-# Processors scale small pictures up, and templates put something around each.
+# Processors enlarge small images, and chat templates add tokens around each image.
 _LEAST_TOKENS = 64
 _AROUND_TOKENS = 8
 
@@ -39,13 +39,13 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """What a request holds beside text.
+    """The images, sound and video of a request.
 
     Attributes:
-        images: Width and height of each picture in pixels; None where only a fetch would tell.
-        audio: How many recordings.
-        video: How many films.
-        carried_bytes: Bytes of the body that carry them, as base64.
+        images: Width and height of each image in pixels; None if only a fetch would show them.
+        audio: Number of recordings.
+        video: Number of videos.
+        carried_bytes: Number of bytes of the body that contain media as base64.
     """
 
     images: tuple[Size | None, ...] = ()
@@ -55,7 +55,7 @@ class Media:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The capabilities that an expert must have to take it."""
+        """The capabilities that an expert needs for these media."""
         needs = set()
         if self.images or self.video:
             needs.add("vision")
@@ -68,7 +68,7 @@ NOTHING = Media()
 
 
 def inner_parts(part: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The parts that a message or part holds, each with its place in it."""
+    """Yield the parts inside of a message or part, each after its path in it."""
     for name in INNER:
         held = part.get(name)
         if isinstance(held, dict):
@@ -78,12 +78,12 @@ def inner_parts(part: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
                 if isinstance(one, dict):
                     yield f"{name}[{i}]", one
                 elif isinstance(one, list):
-                    # No API has lists in lists; what is in them is looked at all the same.
+                    # No API has lists in lists, but their parts are checked as well.
                     yield f"{name}[{i}]", {"content": one}
 
 
 def top_parts(data: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The messages and items of a request's body, each with its place in it."""
+    """Yield the messages and items of a request's body, each after its path."""
     for name in _FIELDS:
         held = data.get(name)
         if isinstance(held, list):
@@ -93,7 +93,7 @@ def top_parts(data: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def media_of(data: Mapping[str, Any]) -> Media:
-    """What the body of a request holds beside text."""
+    """Find the media in the body of a request."""
     images: list[Size | None] = []
     counts = {"audio": 0, "video": 0}
     carried = 0
@@ -113,7 +113,12 @@ def media_of(data: Mapping[str, Any]) -> Media:
 
 
 def media_tokens(media: Media, costs: MediaConfig) -> int:
-    """How many tokens all of it takes: by the pictures' sizes where those are known."""
+    """Estimate the tokens of all media. The size of an image counts where it is known.
+
+    Args:
+        media: The media.
+        costs: Tokens of each kind of media for an expert.
+    """
     total = media.audio * costs.audio_tokens + media.video * costs.video_tokens
     edge = costs.image_edge
     for size in media.images:
@@ -126,7 +131,7 @@ def media_tokens(media: Media, costs: MediaConfig) -> int:
 
 
 class MediaPrices:
-    """What media in a request cost the experts that may be asked for it, in tokens."""
+    """Estimates the tokens that media take in the experts of a config."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -134,7 +139,9 @@ class MediaPrices:
     def tokens(self, model: str, media: Media) -> int:
         """Return the most tokens that the media take in any expert that `model` may call.
 
-        `model` is an expert, a recipe or `auto`.
+        Args:
+            model: An expert, a recipe or `auto`.
+            media: The media of the request.
         """
         if media is NOTHING:
             return 0
@@ -157,7 +164,7 @@ def _all_parts(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _kind(part: Mapping[str, Any]) -> str | None:
-    """What a part is, as vLLM decides it: by its keys where it has a uuid or no type."""
+    """The kind of a part; None for text. As in vLLM, keys decide if it has a uuid or no type."""
     said = part.get("type")
     if said is None or part.get("uuid") is not None:
         kind = next((kind for key, kind in _KEYS.items() if key in part), None)
@@ -167,7 +174,7 @@ def _kind(part: Mapping[str, Any]) -> str | None:
 
 
 def _payload(part: Mapping[str, Any]) -> str:
-    """The base64 that carries a part; empty where it is to be fetched."""
+    """The base64 of a part; empty if the part refers to a URL."""
     for held in _held(part):
         if isinstance(held, dict):
             held = held.get("url") or held.get("data")
@@ -183,7 +190,14 @@ def _held(part: Mapping[str, Any]) -> Iterable[Any]:
 
 
 def image_size(payload: str) -> Size | None:
-    """Width and height in pixels, from the first bytes of a PNG, GIF, WebP or JPEG in base64."""
+    """Read width and height in pixels from the first bytes of a PNG, GIF, WebP or JPEG.
+
+    Args:
+        payload: The image in base64.
+
+    Returns:
+        (width, height); None if the format is unknown.
+    """
     head = payload[:_HEADER_CHARACTERS]
     try:
         data = base64.b64decode(head[: len(head) // 4 * 4])
@@ -231,7 +245,7 @@ def _jpeg_size(data: bytes) -> Size | None:
         if marker == 0xFF:
             at += 1
             continue
-        # Start of frame, whichever coding; DHT, JPG and DAC lie between them.
+        # A start of frame of any coding has the size. DHT, JPG and DAC are no starts of frames.
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = struct.unpack(">HH", data[at + 5 : at + 9])
             return width, height

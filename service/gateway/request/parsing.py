@@ -1,6 +1,6 @@
-"""Parses a request: the fields of the body that the gateway needs.
+"""Parses the fields of a request's body that the gateway needs.
 
-All other fields belong to the engine and are passed through.
+All other fields are for the engine, and the gateway does not change them.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ class InferenceRequest:
         stream: Whether the answer is a stream.
         needs: The capabilities that an expert must have.
         data: The body, without the gateway's own fields.
-        raw: The body as it came; empty where it has to be written again.
+        raw: The body as the client sent it; empty if it has to be serialized again.
         request_id: The gateway's id of the request.
-        client_id: The id that the client knows.
+        client_id: The request id that the client knows.
         deadline_ms: Time from its arrival to the first token of a stream, or to the end of
             another answer.
         own_deadline: Whether the client set the deadline.
         tenant: The tenant that sent it.
         trace: Its W3C trace context, as headers.
         body_bytes: The size of its body.
-        max_cost: The most that all its calls may cost together, in the unit of prices.
+        max_cost: Upper bound of the total cost of its calls, in units of cost.
         cache: Which cached answers the client accepts.
-        combinable: Whether several experts' answers to it can be compared.
-        clipped: The bound on its answers in tokens, where the gateway lowered it.
+        combinable: Whether answers of several experts can be compared.
+        clipped: The bound of its answers in tokens, if the gateway lowered it.
         media: Its images, sound and video.
-        media_tokens: The tokens that its media take.
-        left_out: Types of tools that were removed, because the service does not run them.
+        media_tokens: The number of tokens that its media take.
+        left_out: Types of the tools that were removed, because the service does not run them.
     """
 
     endpoint: str
@@ -79,14 +79,14 @@ class InferenceRequest:
 
     @property
     def prompt_tokens(self) -> int:
-        """The estimated tokens of the prompt: a token for four bytes of text, and the media."""
+        """Estimated tokens of the prompt: one token for four bytes of text, plus the media."""
         return 1 + estimate_tokens(self._text_bytes) + self.media_tokens
 
     @property
     def most_prompt_tokens(self) -> int:
-        """Upper bound of the prompt's tokens, without a chat template.
+        """Upper bound of the prompt's tokens, without the chat template.
 
-        No tokenizer makes more tokens of a text than it has bytes.
+        A text never has more tokens than bytes.
         """
         return self._text_bytes + self.media_tokens
 
@@ -122,7 +122,7 @@ class InferenceRequest:
 
     @property
     def given_tokens(self) -> int | None:
-        """The bound on each answer's length that the client set, in tokens."""
+        """The limit of each answer's length that the client set, in tokens."""
         for name in self._reads.lengths:
             given: int | None = self.data.get(name)
             if given is not None:
@@ -131,21 +131,26 @@ class InferenceRequest:
 
     @property
     def most_tokens(self) -> int | None:
-        """The limit of each answer's length in tokens: the client's, or the engine's own.
+        """The limit of each answer's length in tokens, set by the client or the engine.
 
-        None if only the context limits it.
+        It is None if only the context limits the length.
         """
         return self.given_tokens or self._reads.usual_length
 
     def at_most(self, tokens: int) -> InferenceRequest:
-        """Bound each answer to this many tokens, on an endpoint that has such a bound."""
+        """Limit each answer to this many tokens, on endpoints that have such a limit."""
         names = self._reads.lengths
         given = {name: self.data[name] for name in names if self.data.get(name) is not None}
         bounds = {name: min(tokens, one) for name, one in given.items()} or {names[-1]: tokens}
         return replace(self, data={**self.data, **bounds}, raw=b"", clipped=tokens)
 
     def for_member(self, number: int, *, logprobs: bool) -> InferenceRequest:
-        """The request for one member of a recipe, not streamed."""
+        """Return the request for one member of a recipe, without streaming.
+
+        Args:
+            number: The member's position in the recipe, for the request's id.
+            logprobs: Whether the member has to send log probabilities.
+        """
         data = {k: v for k, v in self.data.items() if k not in ("stream", "stream_options")}
         if logprobs:
             data["logprobs"] = True
@@ -159,13 +164,13 @@ class InferenceRequest:
         )
 
     def body_for(self, expert: str) -> bytes:
-        """The body for an expert; unchanged where the client named this expert."""
+        """Return the body for an expert. It is unchanged if the client named this expert."""
         if self.data.get("model") == expert and self.raw:
             return self.raw
         try:
             return orjson.dumps({**self.data, "model": expert})
         except orjson.JSONEncodeError:
-            # orjson reads 1024 levels and writes 254.
+            # orjson parses up to 1024 levels, but serializes only 254.
             raise InvalidRequestError("the body is nested too deep") from None
 
 
@@ -176,14 +181,18 @@ def parse_request(
     default_deadline_ms: int,
     tenant: Tenant = NOBODY,
 ) -> InferenceRequest:
-    """Parse a request. Raises InvalidRequestError, which names the field."""
+    """Parse a request.
+
+    Raises:
+        InvalidRequestError: A field is not valid. The error names the field.
+    """
     try:
         data = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise InvalidRequestError(f"the body must be a JSON object, not {_kind(data)}")
-    # Clients send null for "not set", which engines refuse in many fields.
+    # Clients send null for unset fields, but engines refuse null in many fields.
     unset = [name for name, value in data.items() if value is None]
     for name in unset:
         del data[name]
@@ -214,7 +223,7 @@ def parse_request(
         stream=stream,
         needs=_needs(endpoint, data) | media.needs,
         data=data,
-        # Engines would refuse `coe`, nulls and hosted tools, so the body is written again.
+        # Engines would refuse `coe`, nulls and hosted tools, so the body is serialized again.
         raw=b"" if coe_options.own_key or unset or left_out else raw,
         request_id=request_id,
         client_id=given.decode() if _GIVEN_ID.match(given) else request_id,
@@ -255,7 +264,10 @@ def _check_prompt(endpoint: str, data: dict[str, Any]) -> None:
 def _check_integers(data: dict[str, Any]) -> None:
     """Check that counts and lengths are integers, on every endpoint.
 
-    Engines also take "16" and 16.0, and the gateway's count must equal the engine's.
+    Engines also accept "16" and 16.0, but gateway and engine must agree on the numbers.
+
+    Raises:
+        InvalidRequestError: A value is no integer.
     """
     for name, value in data.items():
         counts = name in ("n", "best_of") or name.startswith("max_")
@@ -278,9 +290,9 @@ def _needs(endpoint: str, data: dict[str, Any]) -> frozenset[str]:
 
 
 def _combinable(endpoint: str, data: dict[str, Any]) -> bool:
-    """Return whether several answers to the request can be compared.
+    """Whether answers of several experts to a request can be compared.
 
-    Each must be one text, without demands on the tokens that make it.
+    Each answer must be a single text without tool calls and log probabilities.
     """
     return (
         endpoint == "/v1/chat/completions"
@@ -302,7 +314,11 @@ _MAX_DEADLINE_MS = 86_400_000
 
 
 def _parse_coe_options(given: object, headers: dict[bytes, bytes]) -> _CoeOptions:
-    """Parse the options for the gateway itself: the body's `coe`, or headers."""
+    """Parse the options for the gateway itself, from the body's `coe` or from headers.
+
+    Raises:
+        InvalidRequestError: An option is unknown or not valid.
+    """
     if given is not None and not isinstance(given, dict):
         raise InvalidRequestError(f"`coe` must be an object, not {_kind(given)}", param="coe")
     coe_options: dict[str, Any] = dict(given or {})
@@ -330,7 +346,11 @@ def _parse_coe_options(given: object, headers: dict[bytes, bytes]) -> _CoeOption
 
 
 def _cache(headers: dict[bytes, bytes]) -> CacheMode:
-    """Which cached answers the client accepts, by the header x-coe-cache."""
+    """Parse the header `x-coe-cache`: which cached answers the client accepts.
+
+    Raises:
+        InvalidRequestError: The header has an unknown value.
+    """
     given = headers.get(b"x-coe-cache", b"off")
     found = _CACHE.get(given)
     if found is None:

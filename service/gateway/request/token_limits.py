@@ -1,4 +1,4 @@
-"""Bounds on a request's prompts, answers, their length, and their cost."""
+"""Limits the number of prompts and answers of a request, and the answers' length and cost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from service.http.endpoints import TABLE
 
 
 def check_extent(request: InferenceRequest, limits: RequestLimits) -> None:
-    """Raises InvalidRequestError where a request has too many prompts, answers or messages."""
+    """Check the number of prompts, answers and messages of a request.
+
+    Raises:
+        InvalidRequestError: A number exceeds its limit.
+    """
     endpoint = TABLE[request.endpoint]
     name = endpoint.prompt
     if endpoint.several:
@@ -51,12 +55,12 @@ def check_extent(request: InferenceRequest, limits: RequestLimits) -> None:
 def within_context(request: InferenceRequest, expert: str, context: int) -> InferenceRequest:
     """Bound the answers by an expert's context, where the client did not name the expert.
 
-    A client that names an expert can know its context; the engine refuses a longer answer.
+    A client that names an expert can know its context, so the engine refuses longer answers.
 
     Args:
         request: The request.
         expert: The expert that answers.
-        context: Its context in tokens; 0 where it is unknown.
+        context: Its context in tokens; 0 if it is unknown.
     """
     wanted = request.given_tokens
     if not context or wanted is None or wanted <= context or request.model == expert:
@@ -76,7 +80,7 @@ def within_cost(
         request: The request.
         experts: The experts that are called.
         cost_model: Knows their prices.
-        contexts: Their contexts in tokens, 0 where unknown; engines refuse a greater bound.
+        contexts: Their contexts in tokens; 0 if unknown. Engines refuse a greater bound.
 
     Raises:
         InvalidRequestError: The cost of the prompt and one token may exceed `max_cost`.
@@ -84,7 +88,7 @@ def within_cost(
     if request.max_cost is None:
         return request
     prices = [cost_model.price(name) for name in experts]
-    # No tokenizer makes more tokens than the text has bytes.
+    # A text never has more tokens than bytes.
     left = (
         request.max_cost - sum(price.prompt for price in prices) * request.most_prompt_tokens / 1e6
     )
@@ -102,7 +106,7 @@ def within_cost(
     affordable = int(left / per_token)
     wanted = request.most_tokens
     if wanted is None:
-        # Without a bound the context bounds the answer, so a greater bound is not needed.
+        # An answer without a bound ends at the context, so a greater bound is not needed.
         known = [context for context in contexts if context]
         if len(known) == len(experts) and affordable >= max(known):
             return request

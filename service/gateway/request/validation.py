@@ -20,7 +20,7 @@ from service.telemetry import metrics
 from service.telemetry.registry import MetricsRegistry
 from service.types import Tenant
 
-# Larger bodies are parsed in a thread, so that streams go on meanwhile.
+# Larger bodies are parsed in a thread, so that they do not delay running streams.
 _LARGE_BYTES = 128 * 1024
 
 
@@ -35,7 +35,11 @@ class RequestValidator:
         self._meter = meter
 
     def headers(self, pairs: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-        """Check a request's headers, and return them by name. Raises HeadersTooLargeError."""
+        """Check a request's headers, and return them by name.
+
+        Raises:
+            HeadersTooLargeError: There are too many headers, or they have too many bytes.
+        """
         pairs = list(pairs)
         self._limits.headers(pairs)
         return dict(pairs)
