@@ -1,4 +1,4 @@
-"""An ASGI send that times and counts an answer on its way out of a pool."""
+"""An ASGI send that measures the time and the tokens of an answer."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ class TimedSend:
 
     Args:
         send: Receives the messages.
-        first_byte_limit: A timeout that ends with the first byte; None: it ends with the answer.
+        first_byte_limit: A timeout that is lifted at the first byte. None means that the timeout
+            holds for the whole answer.
     """
 
     def __init__(self, send: Send, first_byte_limit: asyncio.Timeout | None) -> None:
         self._send = send
         self._limit = first_byte_limit
-        # The loop's own may be coarse and stand still while it works.
+        # The event loop's clock may be coarse, and it may stand still during a callback.
         self._clock = time.monotonic
         self._queue_s = 0.0
         self._swap_s = 0.0
@@ -35,7 +36,7 @@ class TimedSend:
         self._is_revoked = False
 
     def begin(self, lease: Lease, record_tokens: Callable[[int], None]) -> None:
-        """Time a run of the request under this lease."""
+        """Start to measure a run of the request under this lease."""
         self._commit = lease.commit
         self._is_revoked = False
         self._record_tokens = record_tokens
@@ -44,7 +45,7 @@ class TimedSend:
         self._timer = ResponseTimer(self._clock())
 
     def silent(self) -> bool:
-        """Whether the engine had the request for most of the time, and sent nothing."""
+        """Return whether the engine had the request for most of the time and sent nothing."""
         timer = self._timer
         if timer is None or timer.first_s:
             return False
@@ -73,14 +74,14 @@ class TimedSend:
         await self._send(message)
 
     def _count(self, message: Message, chunks: int) -> None:
-        """Record tokens: a chunk has about one, and a whole answer reports its usage."""
+        """Record tokens. A chunk has about one token, and a whole answer reports its usage."""
         if message.get("more_body", False):
             self._record_tokens(1)
         elif chunks == 1 and (usage := reply_usage(message.get("body", b""))) is not None:
             self._record_tokens(usage.answer_tokens or 0)
 
     def times(self) -> Times:
-        """When the answer began, and how long its request waited."""
+        """Return when the answer began and how long its request waited."""
         timer = self._timer
         return Times(
             self._arrived_s,
@@ -92,6 +93,6 @@ class TimedSend:
         )
 
     def report(self, estimator: LatencyEstimator, prompt_tokens: int) -> None:
-        """Report how fast the answer was."""
+        """Report the speed of the answer to an estimator."""
         if self._timer is not None:
             self._timer.report(estimator, prompt_tokens)

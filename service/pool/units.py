@@ -1,4 +1,4 @@
-"""The units of a shared slot, and what was measured of each."""
+"""The units of a shared slot, and their measured sizes and times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from service.types import Residency
 
 _HALF_LIFE_S = 30.0
-# The decayed sum of one request per second, in the long run: the integral of the weights.
+# In the long run, one request per second adds up to this decayed sum: the integral of the weights.
 _MEAN_LIFE_S = _HALF_LIFE_S / math.log(2)
 _EWMA = 0.3
 
@@ -19,11 +19,11 @@ class Unit:
 
     Attributes:
         name: The name of the expert with the weights.
-        experts: That expert and its adapters.
+        experts: The names of that expert and its adapters.
         pinned: Whether the weights stay in host memory.
-        size_bytes: Bytes of the weights in memory, by their files; 0 where they are not known.
-        needs: The unit whose weights this one shares; None where it has its own. Both are in
-            one slot.
+        size_bytes: Bytes of the weights in memory, computed from their files; 0 where unknown.
+        needs: The unit whose weights this unit shares, or None where it has its own weights. Both
+            units are in the same slot.
     """
 
     name: str
@@ -35,23 +35,24 @@ class Unit:
 
 @dataclass(slots=True)
 class UnitState:
-    """What was measured of one unit, and where it is. Times and sizes are guesses at first.
+    """The residency and the measurements of one unit. Times and sizes are guesses at first.
 
     Attributes:
-        host_bytes: Bytes of its weights in host memory.
-        fill_s: How long loading it from disk to host memory takes.
-        swap_s: How long swapping it in from host memory takes.
-        pinned: Whether it stays in host memory.
-        tier: Where its weights are.
-        demand: Decayed demand as of `demand_at`.
+        host_bytes: Bytes of the weights in host memory.
+        fill_s: Seconds to load the weights from disk to host memory.
+        swap_s: Seconds to swap the unit in from host memory.
+        pinned: Whether the unit stays in host memory.
+        tier: Where the weights are.
+        demand: The decayed demand as of `demand_at`.
         demand_at: When demand was last recorded.
-        failed_until: Until when it is left alone after a failure.
-        deaths: How often in a row the engine died while it was loaded or swapped in.
-        wanted: Whether an operator asked for it to be loaded, and it was not since.
-        start_s: How long an engine takes to start with it; 0: not measured.
-        stop_s: How long an engine that started with it takes to stop; 0: not measured.
+        failed_until: When a unit that failed may be tried again.
+        deaths: How often in a row the engine died while the unit was loaded or swapped in.
+        wanted: Whether an operator asked to load the unit and it has not been loaded since.
+        start_s: Seconds that an engine takes to start with the unit; 0 where not measured.
+        stop_s: Seconds that an engine takes to stop after it started with the unit; 0 where not
+            measured.
         measured: Whether `swap_s` was measured.
-        starts: Whether its next swap has to start an engine.
+        starts: Whether the unit's next swap has to start an engine.
     """
 
     host_bytes: int = 0
@@ -70,11 +71,13 @@ class UnitState:
     starts: bool = False
 
     def record_swap(self, swap_s: float, *, started: bool) -> None:
-        """Record how long a swap took: the first replaces the guess, later ones are averaged.
+        """Record how long a swap took.
+
+        The first measurement replaces the guess. Later measurements are averaged.
 
         Args:
-            swap_s: The time.
-            started: Whether an engine had to be started for it.
+            swap_s: The duration of the swap in seconds.
+            started: Whether the swap had to start an engine.
         """
         self.starts = False
         if started:
@@ -85,19 +88,19 @@ class UnitState:
             self.swap_s, self.measured = swap_s, True
 
     def record_demand(self, amount: float, now_s: float) -> None:
-        """Add demand, as a utility."""
+        """Add demand, measured as utility."""
         self.demand = self.decayed_demand(now_s) + amount
         self.demand_at = now_s
 
     def decayed_demand(self, now_s: float) -> float:
-        """The demand so far, which halves every 30 s."""
+        """Return the demand so far. It halves every 30 s."""
         if not self.demand:
             return 0.0
         decayed: float = self.demand * 0.5 ** ((now_s - self.demand_at) / _HALF_LIFE_S)
         return decayed
 
     def demand_per_s(self, now_s: float) -> float:
-        """Requests per second, as a moving average."""
+        """Return the moving average of requests per second."""
         return self.decayed_demand(now_s) / _MEAN_LIFE_S
 
     def reset_residency(self) -> None:
@@ -109,7 +112,7 @@ class UnitState:
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """A swap that happened; `began_s` is `time.monotonic` seconds."""
+    """A swap that happened. `began_s` is a `time.monotonic` time in seconds."""
 
     unit: str
     method: str

@@ -1,4 +1,4 @@
-"""The weights of a shared slot's units: where they are, and how they are loaded and evicted."""
+"""The weights of a shared slot's units: their residency, loads and evictions."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ log = logging.getLogger("coe.pool")
 
 TICK_S = 0.05
 RETRY_S = 30.0
-# A unit is at fault where the engine died this often in a row while it was loaded or swapped in.
+# A unit counts as faulty after this many engine deaths in a row while it was loaded or swapped in.
 _DEATHS = 2
-# Loading a unit that has no weights of its own moves but a few kilobytes.
+# A unit without weights of its own takes a few kilobytes to load.
 _WEIGHTLESS_FILL_S = 0.05
 
 
 class ResidencyListener(Protocol):
-    """The slot whose weights these are."""
+    """Receives the changes of a slot's weights. The slot implements it."""
 
     def on_residency(self, unit: str, residency: Residency, reason: str = "") -> None:
-        """A unit's weights are elsewhere now, or could not be loaded for that reason."""
+        """React to a change of a unit's residency. `reason` says why a load failed."""
 
     def on_retry(self, unit: str) -> None:
-        """A unit that failed may be tried again."""
+        """React to a failed unit that may be tried again."""
 
     def on_engine_death(self) -> None:
-        """The engine died while it moved weights."""
+        """React to an engine that died while it moved weights."""
 
     def on_transfer_end(self) -> None:
-        """A transfer has ended, in one way or another."""
+        """React to the end of a transfer, whether or not it succeeded."""
 
 
 class HostWeights:
     """The units of one slot, the state of each, and the transfers to and from host memory.
 
-    One transfer is under way at a time. It evicts some units and then loads at most one.
+    One transfer is under way at a time. It evicts some units and then loads at most one unit.
 
     Args:
-        guess: Sizes and times of units that were not measured yet.
-        listener: Is told of every change.
+        guess: The estimated sizes and times of units that were not measured yet.
+        listener: Receives every change.
 
     Attributes:
-        running_unit: The unit that runs, or that the next engine starts with.
+        running_unit: The unit that runs, or the unit that the next engine starts with.
     """
 
     def __init__(self, guess: UnitState, running_unit: str, listener: ResidencyListener) -> None:
@@ -62,13 +62,14 @@ class HostWeights:
         self._unit_of: dict[str, str] = {}
         self._transfer: asyncio.Task[None] | None = None
         self._loading_unit: str | None = None
-        # Bytes on their way out, by unit: for their own sake, and so that `_loading_unit` can come.
+        # The bytes of units that are being evicted: without a load after it, and to make room for
+        # `_loading_unit`.
         self._evicting: dict[str, int] = {}
         self._making_room: dict[str, int] = {}
-        # Whether there is an engine's process, or room was made for one.
+        # Whether an engine's process exists, or room was reserved for its process.
         self._is_occupied = False
-        # Bytes that an engine held when it died or was given up: its memory is not free before
-        # its process has ended.
+        # The bytes that a dead or abandoned engine held. They are not free before its process has
+        # ended.
         self._dead_engine_bytes: int | None = None
 
     # --- units
@@ -82,36 +83,36 @@ class HostWeights:
         return unit in self._units
 
     def __iter__(self) -> Iterator[tuple[Unit, UnitState]]:
-        """The units with their states."""
+        """Yield the units with their states."""
         for name, unit in self._units.items():
             yield unit, self._states[name]
 
     def unit(self, name: str) -> Unit:
-        """The unit of that name."""
+        """Return the unit with this name."""
         return self._units[name]
 
     def state(self, unit: str) -> UnitState:
-        """The state of a unit."""
+        """Return the state of a unit."""
         return self._states[unit]
 
     def find_state(self, unit: str | None) -> UnitState | None:
-        """The state of a unit, or None where it is not in this slot."""
+        """Return the state of a unit, or None where the unit is not in this slot."""
         return None if unit is None else self._states.get(unit)
 
     def unit_of(self, expert: str) -> Unit:
-        """The unit that an expert belongs to."""
+        """Return the unit that an expert belongs to."""
         return self._units[self._unit_of[expert]]
 
     def owner_of(self, unit: str) -> str:
-        """The unit whose weights a unit runs on."""
+        """Return the name of the unit whose weights a unit runs on."""
         return self._units[unit].needs or unit
 
     def dependents_of(self, unit: str) -> list[str]:
-        """The units that run on a unit's weights, without itself."""
+        """Return the other units that run on a unit's weights."""
         return [other.name for other in self._units.values() if other.needs == unit]
 
     def add(self, unit: Unit, state: UnitState | None = None) -> None:
-        """Add a unit that is not held yet, with what another slot measured of it."""
+        """Add a unit that is not held yet. `state` has the measurements of another slot."""
         if state is None:
             size = unit.size_bytes or (0 if unit.needs else self._guess.host_bytes)
             fill_s = self._guess.fill_s
@@ -124,9 +125,12 @@ class HostWeights:
         self._unit_of.update(dict.fromkeys(unit.experts, unit.name))
 
     def remove(self, unit: str, engine: SwappingEngine | None) -> UnitState:
-        """Remove a unit, and begin to evict it where the engine holds it.
+        """Remove a unit, and start to evict it if the engine holds it.
 
         No transfer may be under way.
+
+        Returns:
+            The unit's state, with its measurements.
         """
         removed = self._units.pop(unit)
         state = self._states.pop(unit)
@@ -140,19 +144,19 @@ class HostWeights:
     # --- figures
 
     def is_held(self, unit: str) -> bool:
-        """Whether a unit is in host memory, running or not."""
+        """Return whether a unit's weights are in host memory, running or not."""
         return self._states[unit].tier in (Residency.HOST, Residency.DEVICE)
 
     def fetch_time_s(self, unit: str) -> float:
-        """Seconds to bring a unit to host memory from where it is, its owner's weights first."""
+        """Return the seconds to bring a unit to host memory, including its owner's weights."""
         own_s = 0.0 if self.is_held(unit) else self._states[unit].fill_s
         owner = self._units[unit].needs
         return own_s + (self.fetch_time_s(owner) if owner in self._units else 0.0)
 
     def held_bytes(self) -> int:
-        """Bytes of weights in host memory, or on their way to it or out of it.
+        """Return the bytes of weights that are in host memory, being loaded or being evicted.
 
-        The weights of an engine that is still to start count from when room was made for it.
+        The weights of an engine that has not started yet count as soon as room is reserved.
         """
         if self._dead_engine_bytes is not None:
             return self._dead_engine_bytes
@@ -170,27 +174,27 @@ class HostWeights:
         arriving = 0
         if loading is not None and not self._units[loading].needs:
             arriving = self._states[loading].host_bytes
-        # It comes when those that make room for it have gone, and not before.
+        # The load starts only after the evictions that make room for it.
         return held + sum(self._evicting.values()) + max(arriving, sum(self._making_room.values()))
 
     # --- the engine's life
 
     def reserve(self) -> None:
-        """Count the weights of the engine that is about to start."""
+        """Reserve room for the weights of the engine that is about to start."""
         self._is_occupied = True
 
     def freeze(self) -> None:
-        """Count all that the engine holds until its process has ended, as it is lost."""
+        """Keep counting all bytes of a lost engine until its process has ended."""
         if self._dead_engine_bytes is None:
             self._dead_engine_bytes = self.held_bytes()
 
     @property
     def is_frozen(self) -> bool:
-        """Whether an engine was lost whose process has not ended yet."""
+        """Whether the process of a lost engine has not ended yet."""
         return self._dead_engine_bytes is not None
 
     def release(self) -> None:
-        """Count nothing any more, as the engine's process has ended."""
+        """Stop counting the bytes of an engine whose process has ended."""
         self._is_occupied = False
         self._dead_engine_bytes = None
         self._evicting.clear()
@@ -200,7 +204,7 @@ class HostWeights:
 
     @property
     def loading_unit(self) -> str | None:
-        """The unit that is on its way to host memory."""
+        """The unit that is being loaded to host memory."""
         return self._loading_unit
 
     @property
@@ -210,15 +214,15 @@ class HostWeights:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is on its way in or out."""
+        """Whether no unit is being loaded or evicted."""
         return self._transfer is None and not self._evicting
 
     def begin_transfer(
         self, engine: SwappingEngine, unit: str | None, evicted: Sequence[str]
     ) -> None:
-        """Begin to evict units and, once these have made room for it, to load another one."""
+        """Start to evict units and then to load another unit in their place."""
         for name in evicted:
-            # From here on nobody swaps to it.
+            # From here on no swap chooses this unit.
             self._states[name].tier = Residency.DISK
             self._listener.on_residency(name, Residency.DISK)
             leaving = self._evicting if unit is None else self._making_room
@@ -267,14 +271,14 @@ class HostWeights:
         self._making_room.pop(unit, None)
 
     async def cancel_transfer(self) -> None:
-        """Give up the transfer that is under way, if any."""
+        """Cancel the transfer that is under way, if any."""
         if self._transfer is not None:
             self._transfer.cancel()
             await asyncio.gather(self._transfer, return_exceptions=True)
             self._transfer = self._loading_unit = None
 
     async def evict(self, engine: SwappingEngine, unit: str) -> None:
-        """Evict a unit that nothing uses, and before it the units that run on its weights."""
+        """Evict an unused unit after the units that run on its weights."""
         names = [*filter(self.is_held, self.dependents_of(unit)), unit]
         for name in names:
             state = self._states[name]
@@ -294,7 +298,10 @@ class HostWeights:
                 self._evicting.pop(name, None)
 
     def find_user(self, unit: str) -> str | None:
-        """A unit that needs another one's weights to stay, as it uses them or is pinned."""
+        """Return a unit that keeps another unit's weights in place, or None.
+
+        Such a unit runs on these weights, and it is in use or pinned.
+        """
         for name in self.dependents_of(unit):
             state = self._states[name]
             if (
@@ -306,7 +313,11 @@ class HostWeights:
         return None
 
     def check_evictable(self, expert: str) -> None:
-        """Raises ConflictError where an expert's unit has to stay."""
+        """Check that an expert's unit may be evicted.
+
+        Raises:
+            ConflictError: The unit has to stay.
+        """
         unit = self._unit_of[expert]
         state = self._states[unit]
         if unit == self.running_unit or state.pinned or state.tier is not Residency.HOST:
@@ -314,16 +325,16 @@ class HostWeights:
             why = "running" if is_running else "pinned" if state.pinned else "not held"
             raise ConflictError(f"expert {expert!r} is {why} and can't be evicted")
 
-    # --- what was measured, and what failed
+    # --- measurements and failures
 
     def record_load(self, unit: str, result: LoadResult) -> None:
-        """Record the size of a unit and how long loading it took."""
+        """Record the size of a unit and the duration of its load."""
         state = self._states[unit]
         state.host_bytes, state.fill_s = result.host_bytes, result.fill_s
         state.starts = result.starts
 
     def record_engine_death(self, unit: str, error: Exception) -> None:
-        """Record that the engine died while it took in a unit, which may not be its fault."""
+        """Record that the engine died while it loaded a unit. The unit may not be the cause."""
         self.freeze()
         state = self._states[unit]
         state.deaths += 1
@@ -335,7 +346,7 @@ class HostWeights:
         self._listener.on_engine_death()
 
     def mark_failed(self, unit: str, reason: str) -> None:
-        """Record that a unit can't be loaded or run, and leave it alone for a while."""
+        """Record that a unit can't be loaded or run. It is tried again after a while."""
         log.error("expert %s failed: %s", unit, reason)
         state = self._states[unit]
         state.tier = Residency.DISK

@@ -1,9 +1,9 @@
 """A slot that several units share, of which one runs at a time.
 
-The planner decides, and this controller carries it out: it closes the gate, waits for the running
-requests or puts them back into the queue, swaps the weights (in place where the engine can, with
-a new engine where it can't), and opens the gate. No request is dropped, and none is answered by
-another unit's weights.
+The planner decides, and this controller carries the decisions out. For a swap it closes the gate,
+waits for the running requests or puts them back into the queue, swaps the weights, and opens the
+gate again. An engine that can't swap in place is replaced by a new engine. No request is dropped,
+and no request is answered by another unit's weights.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from service.types import Residency
 log = logging.getLogger("coe.pool")
 
 _SWAPS_KEPT = 64
-_EWMA = 0.3  # of how long ending the running requests takes
+_EWMA = 0.3  # the weight of the newest measurement in the average duration of a drain
 
 
 class SlotState(StrEnum):
-    """The states of a shared slot. Its gate is open in SERVING alone.
+    """The states of a shared slot. The gate is open only in SERVING.
 
-    STARTING: It has no engine, or one that is starting.
+    STARTING: The slot has no engine, or its engine is starting.
     SERVING: The running unit's requests run.
-    CLOSING: No request is let in, and the running ones end, so that another unit can come.
-    SWAPPING: Another unit is brought in, by this engine or by the next.
-    STOPPING: The engine died or is given up, and is about to be stopped.
+    CLOSING: The gate is closed and running requests end, so that another unit can be swapped in.
+    SWAPPING: Another unit is being swapped in, in this engine or in the next.
+    STOPPING: The engine died or is being replaced, and will be stopped.
     FAILED: The engine could not be started.
     """
 
@@ -67,7 +67,7 @@ class SlotState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Respawn:
-    """A swap that the next engine is started for."""
+    """A swap that needs a new engine."""
 
     unit: str
     reason: str
@@ -78,16 +78,16 @@ class SharedSlot(BaseSlot[SwappingEngine]):
     """An engine and the units that take turns in it.
 
     Args:
-        units: The units; the first engine starts with the first of them.
-        build_for: Makes an engine that starts with a unit running.
-        policy: How the slot weighs the units' claims.
-        capacity: Places of the engine: requests that run at once.
-        max_waiting: Load that may wait for each expert.
-        start_guess_s: How long a start of the engine takes, until one was measured.
-        guess: Sizes and times of units that were not measured yet.
-        changed: Called whenever a snapshot would differ.
-        apart: Until an engine has reported which units it can run, expect each unit with weights
-            of its own to need an engine of its own.
+        units: The units. The first engine starts with the first unit.
+        build_for: A function that makes an engine which starts with a given unit.
+        policy: The policy by which the slot weighs its units.
+        capacity: The number of places of the engine. A place runs one request.
+        max_waiting: The load that may wait for each expert.
+        start_guess_s: The estimated seconds of an engine start, used until a start was measured.
+        guess: The estimated sizes and times of units that were not measured yet.
+        changed: A callback for every change that the pool's snapshot would show.
+        apart: Whether to assume that units with weights of their own can't share an engine. The
+            assumption holds until an engine has reported which units it can run.
     """
 
     def __init__(
@@ -116,23 +116,23 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         self._build_for = build_for
         self._weights = HostWeights(guess, units[0].name, self)
         self._state = SlotState.STARTING
-        # Set by whatever the controller should look at before its next tick.
+        # The event wakes the controller before its next tick.
         self._wake = asyncio.Event()
-        # Since when the running unit runs, and since when the gate is closed for another one.
+        # The times when the running unit began to run, and when the gate closed for another unit.
         self._running_since_s = 0.0
         self._closing_since_s: float | None = None
-        # How long the running requests take to end, and an engine to stop.
+        # The seconds that running requests need to end, and that an engine needs to stop.
         self._drain_s = 0.0
         self._stop_s = 0.0
-        # The unit that the present engine was started with; the unit without weights of its own
-        # that the next engine is started for; and the swap that this completes.
+        # The unit that the present engine started with, the unit without weights of its own that
+        # the next engine is for, and the swap that the next engine completes.
         self._started_unit: str | None = None
         self._start_target: str | None = None
         self._respawn: _Respawn | None = None
-        # The units that engines which were started with a unit can run, as they reported.
+        # By the unit that an engine started with, the units that this engine reported as runnable.
         self._runnable: dict[str, frozenset[str]] = {}
         self._runnable_apart = apart
-        # Units that are to be removed, with the events that are set once they are.
+        # The units to remove. Each has an event that is set after the removal.
         self._retired: dict[str, asyncio.Event] = {}
         for unit in units:
             self.take_in(unit)
@@ -144,14 +144,14 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         return self._state
 
     def _enter(self, state: SlotState) -> None:
-        """Go over to a state; an engine that is lost is followed by a new start alone."""
+        """Change the state. After STOPPING only a new start or a failure may follow."""
         if self._state is not SlotState.STOPPING or state in (
             SlotState.STARTING,
             SlotState.FAILED,
         ):
             self._state = state
 
-    # --- units come and go
+    # --- additions and removals
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -160,23 +160,23 @@ class SharedSlot(BaseSlot[SwappingEngine]):
 
     @property
     def active_units(self) -> list[Unit]:
-        """The units of this slot without those that are to be removed."""
+        """The units of this slot, except those that are being removed."""
         return [unit for unit in self.units if unit.name not in self._retired]
 
     @property
     def running_unit(self) -> str:
-        """The unit that runs, or that the next engine starts with."""
+        """The unit that runs, or the unit that the next engine starts with."""
         return self._weights.running_unit
 
     def unit_of(self, expert: str) -> Unit:
         return self._weights.unit_of(expert)
 
     def held_bytes(self) -> int:
-        """Bytes of weights in host memory, or on their way to it or out of it."""
+        """Return the bytes of weights that are in host memory, being loaded or being evicted."""
         return self._weights.held_bytes()
 
     def take_in(self, unit: Unit, state: UnitState | None = None) -> None:
-        """Add a unit, with what another slot measured of it."""
+        """Add a unit. `state` has the measurements of another slot."""
         self._weights.add(unit, state)
         for name in unit.experts:
             self._states[name] = ExpertState(Residency.DISK)
@@ -184,20 +184,20 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         self._list_experts()
 
     def hand_over(self, unit: str) -> UnitState | None:
-        """Give a unit to another slot, where its waiting requests are put back into the queue.
+        """Remove a unit that moves to another slot. Its waiting requests follow it there.
 
         Returns:
-            What was measured of the unit, or None where it can't go now.
+            The unit's state with its measurements, or None where the unit can't move now.
         """
         weights = self._weights
         if unit in (self.running_unit, weights.loading_unit) or weights.is_transferring:
             return None
         if weights.unit(unit).needs or weights.dependents_of(unit):
-            return None  # they stay together
+            return None  # units that share weights stay together
         if weights.state(unit).tier not in (Residency.DISK, Residency.HOST):
             return None
         if self._retired and len(self.active_units) == 1:
-            return None  # another unit has to run when the retired ones go
+            return None  # this unit has to run when the retired units are removed
         self._refuse_unit(
             unit, lambda ticket: LeaseRevokedError(ticket.arrived_s, put_back=ticket.again)
         )
@@ -226,8 +226,8 @@ class SharedSlot(BaseSlot[SwappingEngine]):
 
         Args:
             unit: The unit.
-            reason: Why it is gone, for the clients that wait for it.
-            kind: The error that these get.
+            reason: Why the unit is gone. Clients that wait for it get this reason.
+            kind: The class of the error that these clients get.
         """
         self._refuse_unit(unit, lambda _: kind(reason))
         if self._engine is None and unit != self.running_unit:
@@ -243,7 +243,11 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             self._retired.popitem()[1].set()
 
     async def _leave_retired(self, engine: SwappingEngine, views: Sequence[UnitView]) -> bool:
-        """Remove the units that are to go. False: the running one's successor needs an engine."""
+        """Remove the retired units.
+
+        Returns:
+            False where the successor of the running unit needs a new engine.
+        """
         for unit in [name for name in self._retired if name != self.running_unit]:
             if self._weights.is_transferring:
                 return True
@@ -273,7 +277,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             return await self._swap(engine, successor.name, "removed")
         slot = self._slot_view(time.monotonic())
         evicted = units_to_evict(slot, views, self.policy, successor.name)
-        # It is only loaded beside the unit that goes where there is room for both.
+        # The successor is loaded beside the retired unit only if there is room for both.
         has_place = has_room(views, self.policy, successor.name, evicted)
         if not successor.swappable or not has_place:
             self._respawn_for(successor.name, "removed")
@@ -293,7 +297,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         self._wake.set()
 
     def record_demand(self, expert: str, amount: float, now_s: float) -> None:
-        """Record demand for an expert: requests that came, and those gateways would have sent."""
+        """Record demand for an expert: its requests, and requests that gateways sent elsewhere."""
         self._weights.state(self.unit_of(expert).name).record_demand(amount, now_s)
         self._wake.set()
 
@@ -302,7 +306,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             self._queue.refuse_waiting(name, error)
 
     def _swap_s_since(self, since_s: float) -> float:
-        # Of each swap the part that was after that.
+        # Only the part of each swap after `since_s` counts.
         return sum(
             min(swap.swap_s, max(0.0, swap.began_s + swap.swap_s - since_s)) for swap in self.swaps
         )
@@ -313,13 +317,13 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         return self._build_for(self.running_unit)
 
     async def _prepare_start(self) -> None:
-        """Wait for room, before other slots' starts would have to wait for that."""
+        """Wait for room in host memory before the slot takes its turn to start an engine."""
         self._reset_residency()
         await self._wait_for_host_memory()
         self._weights.reserve()
 
     async def _wait_for_host_memory(self) -> None:
-        """Where slots share a bound, wait until others have made room for the unit that starts."""
+        """Wait until other slots that share the bound have made room for the unit that starts."""
         while self.policy.most_bytes is not None and self.policy.host_bytes is not None:
             owner = self._weights.owner_of(self.running_unit)
             if self._weights.state(owner).host_bytes <= self.policy.host_bytes:
@@ -327,7 +331,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             await asyncio.sleep(TICK_S)
 
     async def _start(self, engine: SwappingEngine) -> None:
-        """Start the engine with the unit that is to run."""
+        """Start the engine with the unit that will run."""
         began_s = time.monotonic()
         unit = self.running_unit
         self._start_began_s = began_s - self._stop_time_s(self._started_unit)
@@ -341,7 +345,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         self._weights.state(unit).start_s = start_s
         self._on_started(start_s)
         target, self._start_target = self._start_target, None
-        # The target may have left the slot meanwhile.
+        # The target unit may have left the slot meanwhile.
         if target is not None and target in self._weights.dependents_of(unit):
             await self._adopt_started_engine(engine, target)
         respawn, self._respawn = self._respawn, None
@@ -353,9 +357,9 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         self._run_unit(self.running_unit)
 
     async def _adopt_started_engine(self, engine: SwappingEngine, unit: str) -> None:
-        """Give an engine that has just started to the unit that it was started for.
+        """Let a new engine run the unit that it was started for.
 
-        This comes before the gate opens: the requests of other units would run first otherwise.
+        This happens before the gate opens. Otherwise other units' requests would run first.
         """
         base = self.running_unit
         try:
@@ -374,7 +378,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             self._weights.mark_failed(unit, error.message)
 
     def _reset_residency(self) -> None:
-        """Show that no unit is held, as all went with the engine, and that one starts."""
+        """Reset every unit's residency after the engine's end, and show the unit that starts."""
         self._start_began_s = now_s = time.monotonic()
         self._enter(SlotState.STARTING)
         self._closing_since_s = None
@@ -385,7 +389,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         self._show(self.running_unit, Residency.LOADING)
 
     async def _watch(self, engine: SwappingEngine) -> None:
-        """Carry out the planner's steps until the engine dies, or another one is needed."""
+        """Carry out the planner's steps until the engine dies or another engine is needed."""
         try:
             while engine.failure() is None and self._state is not SlotState.STOPPING:
                 self._wake.clear()
@@ -417,7 +421,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         self._wake.set()
 
     def _on_start_failed(self, reason: str) -> None:
-        # Only the unit that it was to start with is at fault.
+        # Only the unit that the engine was starting with is at fault.
         self._enter(SlotState.FAILED)
         self._show(self.running_unit, Residency.FAILED, reason)
 
@@ -439,13 +443,17 @@ class SharedSlot(BaseSlot[SwappingEngine]):
     # --- steps
 
     async def _take_step(self, engine: SwappingEngine) -> bool:
-        """Ask the planner once and do what it says. False: the next unit needs another engine."""
+        """Carry out one step of the planner.
+
+        Returns:
+            False where the next unit needs another engine.
+        """
         now_s = time.monotonic()
         slot = self._slot_view(now_s)
         views = bounded(slot, self._unit_views(now_s, engine.swappable_experts), self.policy)
         if self._retired:
             if self._weights.is_idle:
-                # Other slots may need the room meanwhile.
+                # Other slots may need the room before the removal has finished.
                 evicted = units_to_evict(slot, views, self.policy, None)
                 self._weights.begin_transfer(engine, None, evicted)
             return await self._leave_retired(engine, views)
@@ -465,7 +473,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             self._enter(SlotState.SWAPPING)
             if self._closing_since_s is not None:
                 drain_s = now_s - self._closing_since_s
-                # It rises at once and falls slowly, as the bound on waiting is kept by it.
+                # The estimate rises at once and falls slowly, to keep the bound on waiting.
                 self._drain_s = max(drain_s, self._drain_s + _EWMA * (drain_s - self._drain_s))
             if self._weights.state(step.unit).tier is not Residency.HOST:
                 self._respawn_for(step.unit, step.reason)
@@ -478,7 +486,10 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         return True
 
     def _has_fresh_waiter(self, unit: str) -> bool:
-        """Whether a request waits for a unit that was not put back; else two would alternate."""
+        """Return whether a request that was never put back waits for a unit.
+
+        Without this condition two units could put back each other's requests for ever.
+        """
         return any(
             not ticket.again
             for name in self._weights.unit(unit).experts
@@ -486,10 +497,14 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         )
 
     async def _swap(self, engine: SwappingEngine, unit: str, reason: str) -> bool:
-        """Swap a held unit in. False: the engine died, or has to be replaced."""
+        """Swap in a held unit.
+
+        Returns:
+            False where the engine died or has to be replaced.
+        """
         weights = self._weights
         began_s = time.monotonic()
-        # It is neither held nor running until that is done, so that it can't be evicted.
+        # The unit counts as neither held nor running during the swap, so that it can't be evicted.
         weights.state(unit).tier = Residency.LOADING
         try:
             result = await engine.swap_in(unit)
@@ -520,7 +535,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         return True
 
     def _respawn_for(self, unit: str, reason: str) -> None:
-        """Give this engine up; the next one starts for `unit`."""
+        """Stop using this engine, and start the next engine for `unit`."""
         self._weights.freeze()
         self._respawn = _Respawn(unit, reason, time.monotonic())
         self._start_next_for(unit)
@@ -574,7 +589,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
     # --- operations
 
     def set_pinned(self, expert: str, pinned: bool) -> None:
-        """Pin an expert's unit in host memory, or let it be evicted."""
+        """Pin or unpin an expert's unit in host memory."""
         self._weights.state(self.unit_of(expert).name).pinned = pinned
         self._wake.set()
 
@@ -598,10 +613,10 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         self._wake.set()
 
     def _has_to_load(self, unit: str) -> bool:
-        """Whether a unit that an operator wants in host memory has to be loaded.
+        """Return whether a unit that an operator wants in host memory has to be loaded.
 
         Raises:
-            ConflictError: It can't be loaded.
+            ConflictError: The unit can't be loaded.
         """
         state = self._weights.state(unit)
         if state.tier is not Residency.DISK:
@@ -610,7 +625,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         if state.failed_until > now_s:
             raise ConflictError(f"expert {unit!r} could not be loaded: {self._states[unit].reason}")
         if (engine := self._engine) is None:
-            return unit != self.running_unit  # the next engine starts with that one
+            return unit != self.running_unit  # the next engine starts with the running unit
         views = self._unit_views(now_s, engine.swappable_experts)
         views = bounded(self._slot_view(now_s), views, self.policy)
         if not any(view.name == unit and view.swappable for view in views):
@@ -623,7 +638,10 @@ class SharedSlot(BaseSlot[SwappingEngine]):
     # --- times
 
     def _start_time_s(self, unit: str) -> float:
-        """Seconds that another engine takes to start and run a unit, once this one has ended."""
+        """Return the seconds that a new engine takes to start and run a unit.
+
+        The end of the present engine does not count.
+        """
         owner = self._weights.owner_of(unit)
         state = self._weights.find_state(owner)
         start_s = (state.start_s if state is not None else 0.0) or self._start_s
@@ -633,16 +651,16 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         return start_s + own.fill_s + own.swap_s
 
     def _stop_time_s(self, unit: str | None) -> float:
-        """Seconds that an engine takes to end which was started with a unit."""
+        """Return the seconds that an engine takes to stop, by the unit that it started with."""
         state = self._weights.find_state(unit)
         return (state.stop_s if state is not None else 0.0) or self._stop_s
 
     def _respawn_time_s(self, unit: str) -> float:
-        """Seconds to replace this engine by another one that runs a unit."""
+        """Return the seconds to replace this engine by another engine that runs a unit."""
         return self._stop_time_s(self._started_unit) + self._start_time_s(unit)
 
     def _swap_time_s(self, unit: str, able: Collection[str]) -> float:
-        """Seconds from where a unit's weights are now until it runs."""
+        """Return the seconds from a unit's present residency until it runs."""
         if unit not in able:
             return self._respawn_time_s(unit)
         state = self._weights.state(unit)
@@ -651,7 +669,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         return state.swap_s + self._weights.fetch_time_s(unit)
 
     def _round_trip_s(self, unit: str, able: Collection[str]) -> tuple[float, float]:
-        """Seconds from the running unit to another whose weights are held, and back again."""
+        """Return the seconds of a swap from the running unit to a held unit, and back again."""
         weights, running = self._weights, self.running_unit
         if unit == running:
             swap_s = weights.state(unit).swap_s
@@ -665,13 +683,16 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         return there_s, back.swap_s if back.measured else there.swap_s
 
     def _full_start_s(self) -> float:
-        # It counts from when the engine before began to end.
+        # The time counts from the moment when the earlier engine began to stop.
         waits = self._turn_asked_s is not None and not self._has_turn
         unit = self.running_unit
         return self._start_time_s(unit) if waits else self._respawn_time_s(unit)
 
     def _runnable_units(self) -> frozenset[str]:
-        """The units that this slot's engine can run, as far as that is known while one starts."""
+        """Return the units that this slot's engine can run.
+
+        While an engine starts, the result is what an earlier engine reported, or else a guess.
+        """
         if self._engine is not None:
             return self._engine.swappable_experts
         running = self.running_unit
@@ -717,10 +738,10 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         return details
 
     def states(self) -> dict[str, ExpertState]:
-        """Each expert's state, with the time until it could answer if it were its turn.
+        """Return each expert's state with the time until it could answer if its turn came now.
 
-        The times are those that the planner uses; they include the start of another engine where
-        that is needed. `swap_s` is the mean of a swap to the expert and of the swap back.
+        The planner uses the same times. They include the start of another engine where a unit
+        needs one. `swap_s` is the mean of a swap to the expert and of the swap back.
         """
         now_s = time.monotonic()
         views = self._unit_views(now_s, self._runnable_units())
@@ -733,7 +754,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             there_s, back_s = self._round_trip_s(name, able)
             fetch_s = self._weights.fetch_time_s(name) if name in able else 0.0
             if self._engine is None:
-                # Rounded, so that a countdown is no change worth a line in every snapshot.
+                # The time is rounded. Otherwise a countdown would change every snapshot.
                 after_s = 0.0 if name == self.running_unit else fetch_s + there_s
                 eta_s = float(round(start_left_s + after_s))
             elif unit_state.tier is Residency.HOST:
@@ -751,7 +772,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
     # --- views for the planner and for placement
 
     def view(self, pool_units: Iterable[str]) -> Place:
-        """This slot as placement sees it.
+        """Return this slot as placement sees it.
 
         Args:
             pool_units: The units of all slots of the pool.
@@ -783,11 +804,11 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         )
 
     def _unit_views(self, now_s: float, able: frozenset[str]) -> list[UnitView]:
-        """The units as the planner sees them. `able`: the units that the engine can run."""
+        """Return the units as the planner sees them. `able` has the units the engine can run."""
         views = []
         for unit, state in self._weights:
             name = unit.name
-            # Other units run on the weights of one that failed and is held all the same.
+            # A failed unit may still be held, because other units run on its weights.
             failed = state.failed_until > now_s and state.tier is not Residency.HOST
             if (failed or name in self._retired) and name != self.running_unit:
                 continue
