@@ -1,7 +1,7 @@
 """The engine interface: the calls of a pool, and the statistics that an engine reports.
 
-An engine answers by ASGI messages: one `http.response.start`, then bodies. vLLM's own OpenAI layer
-speaks them, so nothing is translated where tokens flow.
+An engine answers with ASGI messages: one `http.response.start`, then bodies. vLLM's own OpenAI
+layer sends the same messages, so that tokens pass without a translation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 
-# Prefix of the ids of requests that check an engine. No client sends them.
+# The prefix of the ids of requests that check an engine. Clients never send such requests.
 CANARY = "canary-"
 
 
@@ -26,15 +26,15 @@ class EngineRequest:
     """One call of an engine.
 
     Attributes:
-        endpoint: Path of the endpoint.
-        expert: Name of the expert.
+        endpoint: The path of the endpoint.
+        expert: The name of the expert.
         body: The request's body, unchanged.
-        request_id: Unique among all requests in flight.
+        request_id: An id that is unique among all requests in flight.
         trace: W3C trace headers, for an engine in another process.
         cache_salt: Only requests with the same salt share cached prefixes. Requests with an empty
-            one share theirs with each other.
-        on_abandoned: Called when the call is cancelled, with the tokens of the prompt and of the
-            answer so far, by an engine that can count them.
+            salt share cached prefixes with each other.
+        on_abandoned: A callback for a cancelled call. An engine that can count tokens passes it
+            the numbers of prompt tokens and of answer tokens so far.
     """
 
     endpoint: str
@@ -58,15 +58,15 @@ class EngineReport:
 
 @dataclass(frozen=True, slots=True)
 class EngineTimings:
-    """Durations of one request that has ended, by the engine's own clock.
+    """The durations of one finished request, by the engine's own clock.
 
     Attributes:
-        expert: Name of the expert.
-        queue_s: Until the request was scheduled.
-        prefill_s: From then to the first token.
-        decode_s: From the first token to the last.
-        prompt_tokens: Tokens of the prompt.
-        answer_tokens: Tokens of the answer.
+        expert: The name of the expert.
+        queue_s: Seconds from the arrival until the request was scheduled.
+        prefill_s: Seconds from then to the first token.
+        decode_s: Seconds from the first token to the last token.
+        prompt_tokens: The number of tokens of the prompt.
+        answer_tokens: The number of tokens of the answer.
     """
 
     expert: str
@@ -79,17 +79,18 @@ class EngineTimings:
 
 @dataclass(frozen=True, slots=True)
 class RoutingSample:
-    """Choices of an expert's gates in sampled steps, since the sample before.
+    """The choices of an expert's gates in sampled steps since the previous sample.
 
     Attributes:
-        expert: Name of the expert.
-        layers: Decoder layers with gates; empty: the model is no mixture of experts.
-        experts: Routed experts of each layer.
-        top_k: How many of them a token gets, as the model was made.
-        tokens: How many tokens were seen.
-        load: (layers, experts): how many tokens each routed expert got.
-        stretches: Choices for consecutive tokens of a few prompts, each (layers, tokens, k);
-            -1: none.
+        expert: The name of the expert.
+        layers: The indices of decoder layers with gates. It is empty where the model is not a
+            mixture of experts.
+        experts: The number of routed experts in each layer.
+        top_k: The number of routed experts that the model chooses for a token without steering.
+        tokens: The number of tokens in the sample.
+        load: The number of tokens that each routed expert got, (layers, experts).
+        stretches: The choices for consecutive tokens of a few prompts, each (layers, tokens, k).
+            The value -1 marks an unused place.
     """
 
     expert: str
@@ -105,69 +106,78 @@ class EngineObserver(Protocol):
     """Receives the statistics of engines."""
 
     def on_finished(self, work: EngineTimings) -> None:
-        """A request has ended."""
+        """Record the timings of a finished request."""
 
     def on_weights(self, expert: str, size_bytes: int) -> None:
-        """The weights of an expert with an engine of its own have been measured."""
+        """Record the measured weights of an expert that has an engine of its own."""
 
     def on_routing_sample(self, chosen: RoutingSample) -> None:
-        """Gates are sampled: called once without tokens at the start, then with each sample."""
+        """Record a sample of gates. The first call comes at the start and has no tokens."""
 
     def on_removed(self, expert: str) -> None:
-        """The config has no such expert any more, or another one of that name."""
+        """Forget an expert that the config has removed or replaced."""
 
     def registry(self, expert: str) -> CollectorRegistry:
-        """An empty registry for the engine's own metrics while it runs this expert.
+        """Return an empty registry for the engine's own metrics while it runs this expert.
 
-        It replaces the registry that an engine got for this expert before.
+        The registry replaces any earlier registry of this expert.
         """
 
 
 class Engine(Protocol):
-    """One running engine: a base's weights and any adapters of it."""
+    """One engine with a base's weights and any adapters of this base."""
 
     async def start(self) -> EngineReport:
-        """Start and load the base. Raises CoeError with the reason if it can't."""
-
-    async def load(self, expert: str, adapter: str | None = None) -> None:
-        """Make one more expert available.
-
-        Args:
-            expert: Name of the expert.
-            adapter: Folder of its adapter, if the engine was made without it.
+        """Start the engine and load the base.
 
         Raises:
-            CoeError: It can't be loaded; the message has the reason.
+            CoeError: The start failed. The message has the reason.
+        """
+
+    async def load(self, expert: str, adapter: str | None = None) -> None:
+        """Make another expert available.
+
+        Args:
+            expert: The name of the expert.
+            adapter: The folder of its adapter, if the engine was made without this adapter.
+
+        Raises:
+            CoeError: The expert can't be loaded. The message has the reason.
         """
 
     async def unload(self, expert: str) -> None:
-        """Unload an adapter that no running request uses. Raises CoeError."""
+        """Unload an adapter that no running request uses.
+
+        Raises:
+            CoeError: The engine refuses.
+        """
 
     async def run(self, request: EngineRequest, send: Send) -> None:
         """Answer one request.
 
-        Nothing is sent before the first byte of the answer is known. After that an error ends the
-        stream with an SSE error event. Cancelling the call stops the generation.
+        Nothing is sent before the first byte of the answer is known. A later error ends the stream
+        with an SSE error event. A cancellation of the call stops the generation.
 
         Raises:
-            CoeError: Only before anything was sent.
+            CoeError: The request failed before anything was sent.
         """
 
     def failure(self) -> str | None:
-        """Why the engine is dead, or None while it lives."""
+        """Return why the engine is dead, or None while it lives."""
 
     async def stop(self) -> None:
-        """Stop, and leave no process behind. Safe to call twice, and before `start`."""
+        """Stop the engine and its processes. It is safe to call this twice, and before `start`."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """An expert's weights are in host memory.
+    """The result of loading an expert's weights to host memory.
 
     Attributes:
-        host_bytes: Their size.
-        fill_s: How long the load took.
-        starts: They are not in host memory yet: the next swap has to start an engine for them.
+        host_bytes: The size of the weights in bytes.
+        fill_s: The duration of the load in seconds.
+        starts: True where nothing was loaded, because the next swap starts an engine for the
+            expert.
     """
 
     host_bytes: int
@@ -177,13 +187,13 @@ class LoadResult:
 
 @dataclass(frozen=True, slots=True)
 class SwapResult:
-    """Another expert runs.
+    """The result of a swap.
 
     Attributes:
-        swap_s: How long the swap took, pause and resume included.
-        ok: False where the weights are not as they were loaded: the engine must not answer.
-        method: How the swap was done.
-        started: An engine was started for the expert.
+        swap_s: The duration of the swap in seconds, including pause and resume.
+        ok: False where the weights differ from the loaded weights. The engine must not answer then.
+        method: The method of the swap.
+        started: Whether an engine was started for the expert.
     """
 
     swap_s: float
@@ -197,26 +207,26 @@ class SwappingEngine(Engine, Protocol):
 
     @property
     def swappable_experts(self) -> frozenset[str]:
-        """The experts that this engine can run after a swap: those of one family."""
+        """The experts of one family, which this engine can run after a swap."""
 
     async def load_to_host(self, expert: str) -> LoadResult:
-        """Load an expert's weights to host memory, beside the running ones.
+        """Load an expert's weights to host memory, beside the running weights.
 
         Raises:
-            ExpertFailedError: They can't be loaded.
+            ExpertFailedError: The weights can't be loaded.
         """
 
     async def swap_in(self, expert: str) -> SwapResult:
         """Run an expert whose weights are in host memory. No request may be running.
 
         Raises:
-            ExpertFailedError: It can't be swapped in.
+            ExpertFailedError: The expert can't be swapped in.
         """
 
     async def evict(self, expert: str, *, for_next: bool = False) -> None:
         """Forget the weights of an expert that does not run.
 
         Args:
-            expert: Name of the expert.
-            for_next: A load follows at once, which reuses the memory as it is.
+            expert: The name of the expert.
+            for_next: Whether a load follows at once. It can then reuse the memory.
         """

@@ -14,14 +14,14 @@ CACHE_SALT: ContextVar[str] = ContextVar("cache_salt", default="")
 def with_salt(prompt: Any, salt: str) -> Any:
     """Put a salt into a prompt, so that only requests with the same salt share its cached blocks.
 
-    A salt that the client has given divides further; it never joins two salts of ours.
+    A client's own salt divides a tenant's cache further. It never joins the caches of two tenants.
 
     Args:
         prompt: A prompt in any of vLLM's forms.
-        salt: The tenant's salt; empty: the prompt stays unchanged.
+        salt: The tenant's salt. An empty salt leaves the prompt unchanged.
 
     Raises:
-        TypeError: The form is unknown. Such a prompt must not go without its salt.
+        TypeError: The form of the prompt is unknown. Such a prompt must not run without its salt.
     """
     if not salt:
         return prompt
@@ -43,7 +43,7 @@ def with_salt(prompt: Any, salt: str) -> Any:
 
 
 def combine_salts(salt: str, client_salt: object) -> str:
-    """Combine the tenant's salt with the client's, if the client has given one."""
+    """Combine the tenant's salt with the client's salt, if the client has set a salt."""
     if not client_salt:
         return salt
     return hashlib.sha256(f"{salt}\0{client_salt}".encode()).hexdigest()

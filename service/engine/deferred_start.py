@@ -1,7 +1,7 @@
 """An ASGI send that delays the start of a response until the first byte of its body is known.
 
-vLLM sends status 200 for a stream before the engine has produced anything, and reports errors as
-JSON of its own form. Until its first byte, a delayed response can still become an HTTP error.
+vLLM sends status 200 for a stream before the engine has produced anything, and it reports errors
+in its own JSON format. A delayed response can still become an HTTP error until its first byte.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ _TYPES = {
 class DeferredStartSend:
     """An ASGI send that delays the response start and converts errors to OpenAI's form.
 
-    An error is kept in `error` instead of being sent; the caller decides, and may call
-    `send_error`.
+    An error is kept in `error` instead of being sent. The caller may then call `send_error`.
 
     Args:
-        send: The send that messages are passed on to.
+        send: Receives the delayed and converted messages.
 
     Attributes:
         started: Whether anything was sent.
-        error: Status and body of an error response.
+        error: The status and the body of an error response, if there was an error.
     """
 
     def __init__(self, send: Send) -> None:
@@ -47,11 +46,11 @@ class DeferredStartSend:
 
     @property
     def failed(self) -> bool:
-        """Whether there was no answer, or an error that is not the client's."""
+        """Whether there was no answer, or an error that the client did not cause."""
         return not self.started and (self.error is None or self.error[0] >= 500)
 
     def discard(self) -> None:
-        """Drop all further messages: the client has left."""
+        """Drop all further messages, because the client has left."""
         self._discards = True
 
     async def __call__(self, message: Message) -> None:
@@ -90,7 +89,7 @@ class DeferredStartSend:
 
 
 def openai_error(status: int, body: bytes) -> bytes:
-    """Convert an error body to OpenAI's form: message, type, param, code."""
+    """Convert an error body to OpenAI's format with message, type, param and code."""
     try:
         data: Any = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -116,7 +115,7 @@ def _about_context(message: str) -> bool:
 
 
 def sse_error(event: bytes) -> tuple[int, bytes]:
-    """Status and OpenAI body of an error that came as the first event of a stream."""
+    """Return the status and the OpenAI body of an error that is the first event of a stream."""
     payload = event.split(b"data: ", 1)[-1].split(b"\n", 1)[0]
     status = 500
     try:

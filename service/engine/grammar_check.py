@@ -1,7 +1,7 @@
-"""Checks whether grammars are safe and cheap, in a process that may crash over them.
+"""Checks whether grammars are safe and cheap, in a separate process that may crash.
 
-One worker process serves all engines of this process. Verdicts are kept: a schema that comes with
-every request is tried once.
+One worker process serves all engines of this process. Verdicts are cached, so that a schema in
+every request is tried only once.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import orjson
 from service.engine.grammar_worker import frame
 from service.errors import InvalidRequestError, OverCapacityError
 
-# How long reading a grammar may block a thread: vLLM blocks a pool's event loop for as long.
+# The longest time to read a grammar. vLLM blocks the pool's event loop for this time.
 HOLD_S = 0.03
 _ATTEMPTS = 2
 _AT_ONCE = 2
 _KEPT = 1024
 _WAIT_S = 60.0
-# Variables that Python with native libraries needs; the worker gets no keys of this process.
+# Variables that Python with native libraries needs. The worker gets no API keys.
 _ENVIRONMENT = ("PATH", "HOME", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")
 
 
@@ -37,7 +37,7 @@ class Grammar:
     """A grammar for a native compiler.
 
     Attributes:
-        kind: json, regex, ebnf, lark or structural_tag.
+        kind: One of json, regex, ebnf, lark and structural_tag.
         spec: The schema, pattern, grammar or tag as text.
     """
 
@@ -47,7 +47,7 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The tokens that a grammar is compiled for: a name, and xgrammar's own form of them."""
+    """The vocabulary that a grammar is compiled for: a name, and xgrammar's serialised form."""
 
     name: str
     info: str
@@ -55,7 +55,7 @@ class Vocabulary:
 
 @dataclass(slots=True)
 class _Asking:
-    """A grammar whose verdict is awaited: by how many, and whether its trial has begun."""
+    """A pending trial: the number of waiting calls, and whether the trial has begun."""
 
     task: asyncio.Task[str] | None = None
     waiting: int = 0
@@ -63,11 +63,15 @@ class _Asking:
 
 
 class WorkerLostError(Exception):
-    """The worker process ended, or could not be started."""
+    """The worker process ended or could not be started."""
 
 
 class GrammarChecker:
-    """Verdicts on grammars. `cpu_s`: the most processor time of one trial, in s."""
+    """Gives verdicts on grammars.
+
+    Args:
+        cpu_s: The longest processor time of one trial in seconds.
+    """
 
     def __init__(self, cpu_s: float) -> None:
         self._cpu_s = cpu_s
@@ -78,7 +82,7 @@ class GrammarChecker:
         self._starting = asyncio.Lock()
 
     async def start(self) -> None:
-        """Start the worker before it is needed. A failure shows with the first grammar."""
+        """Start the worker in advance. A failure is reported for the first grammar."""
         with suppress(WorkerLostError):
             await self._running_worker()
 
@@ -87,11 +91,12 @@ class GrammarChecker:
 
         Args:
             grammar: The grammar.
-            vocabulary: The tokens to compile it for; None: it is only read.
+            vocabulary: The vocabulary to compile the grammar for. None means that the grammar is
+                parsed but not compiled.
 
         Raises:
-            InvalidRequestError: It is not valid, too costly, or crashes its reader.
-            OverCapacityError: It could not be tried out now.
+            InvalidRequestError: The grammar is invalid, costs too much, or crashes its parser.
+            OverCapacityError: The grammar could not be tried out now.
         """
         name = vocabulary.name if vocabulary is not None else ""
         key = hashlib.sha256(
@@ -118,7 +123,7 @@ class GrammarChecker:
             return await asyncio.shield(asking.task)
         finally:
             asking.waiting -= 1
-            # A trial that runs goes on: its verdict will be used, and a fork can't be called back.
+            # A running trial goes on, because a fork can't be cancelled and its verdict is cached.
             if not asking.waiting and not asking.begun and not asking.task.done():
                 del self._asking[key]
                 asking.task.cancel()
@@ -180,7 +185,11 @@ class _Worker:
 
     @classmethod
     async def start(cls) -> _Worker:
-        """Raises WorkerLostError."""
+        """Start a worker process.
+
+        Raises:
+            WorkerLostError: The process could not be started.
+        """
         try:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "service.engine.grammar_worker"),
@@ -193,7 +202,11 @@ class _Worker:
         return cls(process)
 
     async def ask(self, grammar: Grammar, vocabulary: Vocabulary | None, cpu_s: float) -> str:
-        """Why a grammar must not be used, or empty. Raises WorkerLostError."""
+        """Return why a grammar must not be used, or an empty string.
+
+        Raises:
+            WorkerLostError: The process ended before its verdict.
+        """
         number = next(self._numbers)
         request = {
             "id": number,
@@ -212,7 +225,7 @@ class _Worker:
                 known = {"tokenizer": vocabulary.name, "info": vocabulary.info}
                 self._process.stdin.write(frame(known))
             self._process.stdin.write(frame(request))
-            with suppress(ConnectionError):  # the reader reports it to the waiting calls
+            with suppress(ConnectionError):  # the reader fails the waiting calls
                 await self._process.stdin.drain()
             return await verdict_future
         finally:
@@ -236,7 +249,7 @@ class _Worker:
                     verdict_future.set_exception(WorkerLostError("the worker process ended"))
 
     async def close(self) -> None:
-        """End the process: it ends when its input is closed."""
+        """End the process by closing its input."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         with suppress(TimeoutError):
@@ -249,7 +262,7 @@ class _Worker:
 
 
 class SharedChecker:
-    """One checker for all engines of a process: made for the first, ended with the last."""
+    """One checker for all engines of a process. It lives from the first use to the last."""
 
     def __init__(self, make: Callable[[], GrammarChecker]) -> None:
         self._make = make
@@ -257,14 +270,14 @@ class SharedChecker:
         self._users = 0
 
     def acquire(self) -> GrammarChecker:
-        """The checker. Every call needs a `release`."""
+        """Return the checker. Every call needs a later `release`."""
         self._users += 1
         if self._checker is None:
             self._checker = self._make()
         return self._checker
 
     async def release(self) -> None:
-        """Undo one `acquire`. The last one ends the worker."""
+        """Undo one `acquire`. The last release ends the worker."""
         self._users -= 1
         if self._users == 0 and self._checker is not None:
             checker, self._checker = self._checker, None

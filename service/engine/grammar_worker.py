@@ -1,10 +1,10 @@
-"""A process of its own that tries grammars out before an engine gets them.
+"""A separate process that tries grammars out before an engine gets them.
 
 `python -m service.engine.grammar_worker` reads requests from its standard input and writes verdicts
-to its standard output: frames of four bytes of length and JSON. Each grammar is tried in a fork of
-it, which may crash, or reach its bounds on processor time and memory, without harm to anything.
+to its standard output. A frame is four bytes of length and then JSON. Each grammar is tried in a
+fork, which may crash or exceed its limits on processor time and memory without harm to others.
 
-A verdict is `{"id", "why"}`; `why` is empty where the grammar may be used.
+A verdict is `{"id", "why"}`. `why` is empty where the grammar may be used.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 
 import orjson
 
-# Less than the stack of any thread of an engine: a grammar that fits here fits there.
+# The stack of a trial in bytes. Every engine thread has a larger stack.
 _STACK_BYTES = 1024 * 1024
 _MEMORY_BYTES = 2 * 1024**3
-# How many tokens a compiled grammar is tried with.
+# The number of tokens that a compiled grammar is tried with.
 _STEPS = 4
 _PLACE = re.compile(r"^\[\d\d:\d\d:\d\d\] \S+:\d+: ")
 COSTLY = "it takes an engine too much time to prepare; make it smaller, or repeat less in it"
@@ -33,13 +33,16 @@ CRASHED = "an engine can't process it; make it smaller and less nested"
 
 
 def frame(data: dict[str, Any]) -> bytes:
-    """One message in either direction."""
+    """Encode one message as a frame, in either direction."""
     body = orjson.dumps(data)
     return struct.pack(">I", len(body)) + body
 
 
 class Trial:
-    """The trial of one grammar: reads it like a front end, compiles and steps it like a core."""
+    """The trial of one grammar.
+
+    It parses the grammar as vLLM's front end does, and compiles and steps it as the core does.
+    """
 
     def __init__(self, request: dict[str, Any], info: Any) -> None:
         self._request = request
@@ -110,7 +113,7 @@ class Trial:
 
 
 def _tag(spec: str) -> tuple[Any, ...]:
-    """Arguments of `from_structural_tag` for a structural tag in its older or present form."""
+    """Return the arguments of `from_structural_tag` for a tag in the old or the new format."""
     import xgrammar as xgr
 
     tag = orjson.loads(spec)
@@ -126,7 +129,7 @@ def _tag(spec: str) -> tuple[Any, ...]:
 
 
 def _words(error: Exception) -> str:
-    """First line of an error, without a place in source code."""
+    """Return the first line of an error without its location in source code."""
     if isinstance(error, (KeyError, TypeError)):
         return "a part of it is missing or of the wrong kind"
     lines = _PLACE.sub("", str(error)).strip().splitlines()
@@ -137,7 +140,7 @@ def _words(error: Exception) -> str:
 
 
 def _try(request: dict[str, Any], info: Any, out: int) -> None:
-    """In a fork: try a grammar, write the verdict, and end."""
+    """Try a grammar in a fork, write the verdict, and exit."""
     signal.setitimer(signal.ITIMER_PROF, request["cpu_s"])
     hard_s = int(request["cpu_s"]) + 2
     resource.setrlimit(resource.RLIMIT_CPU, (hard_s, hard_s))
@@ -155,7 +158,7 @@ def _try(request: dict[str, Any], info: Any, out: int) -> None:
 
 
 class Worker:
-    """The loop of the process: forks for each request, and answers for forks that crash."""
+    """The loop of the process. It forks for each request and reports forks that crash."""
 
     def __init__(self, out: int) -> None:
         self._out = out
@@ -211,15 +214,15 @@ class Worker:
                 return
             number = self._running.pop(pid)
             if status == 0:
-                continue  # it has written its verdict itself
+                continue  # the fork has written its own verdict
             by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
             why = COSTLY if by in (signal.SIGPROF, signal.SIGXCPU) else CRASHED
             os.write(self._out, frame({"id": number, "why": why}))
 
 
 def main() -> int:
-    """Serve the process that has started this one, until it closes the pipe."""
-    # Output of native code is discarded: it may quote a request, or look like a verdict.
+    """Serve the parent process until it closes the pipe."""
+    # Output of native code is discarded, because it may quote a request or look like a verdict.
     out = os.dup(1)
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)

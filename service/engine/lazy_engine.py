@@ -17,10 +17,10 @@ from service.errors import EngineRestartingError
 
 
 class LazyEngine:
-    """Makes an engine in a thread at its start, and passes every call on to it.
+    """Makes an engine in a thread when it starts, and forwards every call to that engine.
 
     Args:
-        make: Makes the engine. It may block.
+        make: A function that makes the engine. It may block.
     """
 
     def __init__(self, make: Callable[[], SwappingEngine]) -> None:
@@ -33,7 +33,7 @@ class LazyEngine:
         return self._made
 
     async def start(self) -> EngineReport:
-        """Make the engine, then start it. Raises the errors of both."""
+        """Make the engine, then start it. The errors of both steps are raised."""
         self._made = await asyncio.to_thread(self._make)
         return await self._made.start()
 

@@ -1,7 +1,7 @@
 """The remote engine: a model behind another provider's OpenAI-compatible API.
 
-It runs in the gateway, without a pool. Its key comes from the environment, and is sent only in the
-upstream's Authorization header.
+It runs in the gateway, without a pool. Its API key comes from the environment. The key is sent only
+in the Authorization header of requests to the upstream.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _SALTED = ENDPOINTS - {"/v1/messages"}
 _EVENT = re.compile(rb"\s*(?:data|event|id|retry)?:")
 _ANSWER_BYTES = 64 * 1024**2
 _LINE_BYTES = 8 * 1024**2
-# Objects of a reply or an event that name the model. Elsewhere the word is the user's: in a tool's
-# schema, metadata or a tool call's arguments.
+# The objects of a reply or an event that name the model. In other objects, such as a tool's schema,
+# metadata or a tool call's arguments, a `model` key belongs to the user.
 _HOLDERS = ("response", "message")
 
 
@@ -71,13 +71,13 @@ class RemoteEngine:
         return EngineReport("remote", 0, ENDPOINTS)
 
     async def load(self, expert: str, adapter: str | None = None) -> None:
-        """Nothing to load: the weights are elsewhere."""
+        """Do nothing, because the upstream has the weights."""
 
     async def unload(self, expert: str) -> None:
-        """Nothing to forget."""
+        """Do nothing, because nothing was loaded."""
 
     def failure(self) -> str | None:
-        """None: it has no process of ours that could die."""
+        """Return None, because this engine has no process that could die."""
         return None
 
     async def stop(self) -> None:
@@ -136,23 +136,23 @@ class RemoteEngine:
                     )
                 await send(body_message(self._renamed(rest)))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            # Only the kind of error: its text may contain the URL.
+            # Only the class of the error is shown, because its text may contain the URL.
             what = (
                 f"expert {self._expert!r}: its endpoint can't be reached ({type(error).__name__})"
             )
             raise UpstreamError(what, unreachable=not started) from None
 
     async def _lines(self, reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-        """Yield whole lines of a stream as they arrive, and the unfinished rest at its end.
+        """Yield whole lines of a stream as they arrive, and any incomplete line at the end.
 
         Raises:
-            UpstreamError: A line is too long, or a stream that had begun stalls.
+            UpstreamError: A line is too long, or the stream stalls after its beginning.
         """
         rest = b""
         pieces = reply.content.iter_any()
         begun = False
         while True:
-            # The request's own deadline bounds the time to the first piece.
+            # The request's own deadline bounds the time to the first chunk.
             limit = asyncio.timeout(self._config.stall_timeout_s if begun else None)
             try:
                 async with limit:
@@ -185,13 +185,13 @@ class RemoteEngine:
             raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
         options = data.get("stream_options") if isinstance(data, dict) else None
         if isinstance(options, dict) and "continuous_usage_stats" in options:
-            # It is vLLM's own: others would refuse an unknown field.
+            # Only vLLM knows this field. Other servers would refuse an unknown field.
             known = {k: v for k, v in options.items() if k != "continuous_usage_stats"}
             data = {**data, "stream_options": known}
         salt = request.cache_salt
         if salt and isinstance(data, dict):
             given = data.get("cache_salt")
-            # Only a config that says so makes sure that the upstream knows the field.
+            # Only the config can tell whether the upstream knows the field.
             if given or (self._config.cache_salt and request.endpoint in _SALTED):
                 data = {**data, "cache_salt": combine_salts(salt, given)}
         try:
@@ -200,7 +200,7 @@ class RemoteEngine:
             raise InvalidRequestError("the body is nested too deep") from None
 
     def _renamed(self, lines: bytes) -> bytes:
-        """Put the expert's name into those lines of a stream that name the model."""
+        """Put the expert's name into all lines of a stream that name the model."""
         if b'"model"' not in lines:
             return lines
         return b"".join(map(self._renamed_line, lines.splitlines(keepends=True)))
@@ -251,7 +251,11 @@ async def _bounded(reply: aiohttp.ClientResponse) -> bytes:
 
 
 def _answer(body: bytes, expert: str) -> dict[str, Any]:
-    """Parse an answer of any kind. Raises UpstreamError where it is no JSON object."""
+    """Parse an answer of any kind.
+
+    Raises:
+        UpstreamError: The answer is not a JSON object.
+    """
     try:
         payload = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -266,5 +270,5 @@ def _nonsense(expert: str, what: str) -> UpstreamError:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """An upstream's Retry-After, where it is a plain number of seconds."""
+    """Parse an upstream's Retry-After, if it is a plain number of seconds."""
     return float(retry_after) if retry_after and retry_after.isdecimal() else 1.0

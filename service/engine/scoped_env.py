@@ -1,7 +1,7 @@
-"""Environment variables that some child processes inherit and others, started meanwhile, do not.
+"""Environment variables that only some child processes inherit.
 
 A process has one environment for all its threads. A caller that needs another value of a variable
-waits until the callers with the present one are done.
+therefore waits until the callers with the present value are done.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ WITHHELD = object()
 _SECRET = re.compile(
     r"(?:^|_)(?:APIKEYS?|KEYS?|TOKENS?|SECRETS?|PASS|PASSWORDS?|PASSWD|CREDENTIALS?)(?:_|$)"
 )
-# Names of places are no secrets; test runs find their own processes by one.
+# Variables with paths are not secret. Test runs find their own processes by such a variable.
 _PLACE = re.compile(r"_(?:PATH|FILE|DIR|FOLDER|SOCK)$")
-# An address with a password in it.
+# A URL with a password.
 _WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 TUNED_CONFIG_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"
@@ -32,11 +32,11 @@ _inside: dict[str, tuple[str | object | None, str | None, int]] = {}
 
 @contextmanager
 def scoped_env(name: str, value: str | object | None) -> Iterator[None]:
-    """Within, a variable has a value. A caller that needs another value waits.
+    """Set a variable within the context. A caller that needs another value waits.
 
     Args:
-        name: Name of the variable.
-        value: The value; None: the variable stays as it is; WITHHELD: it is not set.
+        name: The name of the variable.
+        value: The value. None leaves the variable unchanged, and WITHHELD removes it.
     """
     with _turn:
         _turn.wait_for(lambda: name not in _inside or _inside[name][0] == value)
@@ -63,10 +63,10 @@ def scoped_env(name: str, value: str | object | None) -> Iterator[None]:
 
 
 def secret_variables(named: Collection[str] = ()) -> list[str]:
-    """Names of this process's variables that hold keys or passwords, sorted.
+    """Return the sorted names of this process's variables that hold keys or passwords.
 
     Args:
-        named: Names of secret variables that don't look like it.
+        named: The names of further secret variables, whose names do not show this.
     """
     return sorted(
         name
@@ -83,9 +83,9 @@ def _is_secret(name: str, value: str) -> bool:
 
 @contextmanager
 def without_secrets(named: Collection[str] = ()) -> Iterator[None]:
-    """Within, child processes inherit no keys: a process that runs a model needs none."""
+    """Hide keys and passwords from child processes that are started within the context."""
     with _turn:
-        # A concurrent start may withhold variables now that are back before this one ends.
+        # A concurrent start may hide variables now and restore them before this start ends.
         names = {name for name, (value, _, _) in _inside.items() if value is WITHHELD}
         names.update(secret_variables(named))
     with ExitStack() as stack:

@@ -1,9 +1,9 @@
 """One expert's tensors in one file of shared memory, which several engines map. No torch here.
 
-The file consists of a header (JSON: each tensor's dtype, shape and place) and the tensors, aligned
-as a GPU's engine wants them, so that loading is mapping. It is written under another name and
-renamed when it is complete, so every file under a final name can be used. Its memory is reserved
-first, so that a lack of memory is an error, and not a signal later.
+The file consists of a JSON header with each tensor's dtype, shape and offset, and of the tensors.
+The tensors have the layout of a GPU engine, so that an engine only maps the file. A file gets its
+final name when it is complete, so that every file with a final name is usable. Its memory is
+reserved first, so that a lack of memory is an error instead of a later signal.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ALIGN_BYTES, _PAGE_BYTES = 64, 4096
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor in a file. `dtype` by name; `offset` in bytes."""
+    """A tensor in a file. `dtype` is a name, and `offset` is in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class Tensor:
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Tensor], int]:
-    """The header, each tensor's place behind it, and the size of the file in bytes."""
+    """Compute the header, the tensors with their offsets, and the size of the file in bytes."""
     places: dict[str, Tensor] = {}
     at = 0
     for name, tensor in tensors.items():
@@ -62,9 +62,9 @@ def _up(size: int, step: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class MappedTensors:
-    """A complete file, mapped into this process's memory and shared with other processes.
+    """A complete file that is mapped into this process and shared with other processes.
 
-    The memory stays as long as an object refers to it, even when the file's name is gone.
+    The memory stays as long as an object refers to it, even after the file was unlinked.
     """
 
     tensors: Mapping[str, Tensor]
@@ -77,17 +77,17 @@ def write_file(
     fill: Callable[[str, memoryview], None],
     token: str,
 ) -> MappedTensors:
-    """Write a file of tensors and keep it mapped. If it exists by then, the existing one is mapped.
+    """Write a file of tensors and keep it mapped. If it exists already, map the existing file.
 
     Args:
-        path: Final path of the file.
+        path: The final path of the file.
         tensors: The tensors, in the order of the file.
-        fill: Writes the bytes of a tensor, by name, to memory.
-        token: Part of the file's name until it is complete: names the writer.
+        fill: A function that writes the bytes of a tensor, given by name, to memory.
+        token: A part of the name of the incomplete file. It identifies the writer.
 
     Raises:
         OSError: There is not enough memory (ENOSPC), or the file can't be written. No file is left.
-        Exception: Whatever `fill` raises. No file is left.
+        Exception: Any error of `fill`. No file is left.
     """
     header, places, size = layout_of(tensors)
     partial = path.with_name(f"{path.name}.{token}{UNFINISHED_SUFFIX}")
@@ -104,7 +104,7 @@ def write_file(
                 with view[tensor.offset : tensor.offset + tensor.size_bytes] as part:
                     fill(name, part)
         try:
-            os.link(partial, path)  # unlike a rename, it never replaces a file
+            os.link(partial, path)  # unlike a rename, a link never replaces a file
         except FileExistsError:
             if (found := map_file(path, tensors)) is None:
                 raise
@@ -133,11 +133,11 @@ def map_file(path: Path, tensors: Mapping[str, Tensor]) -> MappedTensors | None:
     """Map a file of tensors, if it exists.
 
     Args:
-        path: Path of the file.
-        tensors: The tensors that it must hold, by name, dtype and shape.
+        path: The path of the file.
+        tensors: The tensors that the file must hold, by name, dtype and shape.
 
     Raises:
-        ValueError: It holds other tensors, or is no file of tensors.
+        ValueError: The file holds other tensors, or it is not a file of tensors.
     """
     try:
         handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)

@@ -1,7 +1,7 @@
-"""The simulated engine: deterministic text at set speeds. For tests and load tests only.
+"""The simulated engine: deterministic text at set speeds. It is for tests and load tests only.
 
-It answers in OpenAI's formats, so that all other parts can run without a model. Every answer's
-`system_fingerprint` names it.
+It answers in OpenAI's formats, so that all other parts can run without a model. The
+`system_fingerprint` of every answer names the engine.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _WEIGHT_BYTES = 1024**3
 
 @dataclass(slots=True)
 class _Progress:
-    """Progress of an answer: `answers` choices of `length` tokens at once, from `first_s` on."""
+    """Progress of an answer: `answers` choices of `length` tokens each, from `first_s` on."""
 
     prompt_tokens: int
     length: int
@@ -60,7 +60,7 @@ class _Progress:
     first_s: float = 0.0
 
     def tokens(self) -> int:
-        """Tokens so far, of all choices together."""
+        """Return the number of tokens so far, of all choices together."""
         if not self.first_s:
             return 0
         steps = (time.monotonic() - self.first_s) / self.step_s if self.step_s else self.length
@@ -71,10 +71,10 @@ class SimulatedEngine:
     """An engine without a model.
 
     Args:
-        experts: Experts that it can answer for.
-        options: Speeds, and errors to simulate.
+        experts: The experts that the engine can answer for.
+        options: The speeds, and the errors to simulate.
         observer: Receives the engine's statistics, if any.
-        bases: Bases of the experts that run on another expert's weights.
+        bases: The bases of experts that run on another expert's weights.
     """
 
     def __init__(
@@ -95,7 +95,11 @@ class SimulatedEngine:
         self.swaps = 0
 
     async def start(self) -> EngineReport:
-        """Take `load_s`. Raises ExpertFailedError where `fail` is `load`."""
+        """Wait for `load_s` seconds.
+
+        Raises:
+            ExpertFailedError: The option `fail` is `load`.
+        """
         if self._options.load_s:
             await asyncio.sleep(self._options.load_s)
         if self._options.fail == "load":
@@ -115,17 +119,17 @@ class SimulatedEngine:
 
     @property
     def swappable_experts(self) -> frozenset[str]:
-        """All of its experts: they have no weights that could differ."""
+        """All experts of the engine, because they have no weights that could differ."""
         return frozenset(self._experts)
 
     async def load_to_host(self, expert: str) -> LoadResult:
-        """Take `fill_s`."""
+        """Wait for `fill_s` seconds."""
         await asyncio.sleep(self._options.fill_s)
         await self.load(expert)
         return LoadResult(_WEIGHT_BYTES, self._options.fill_s)
 
     async def swap_in(self, expert: str) -> SwapResult:
-        """Take `swap_s`."""
+        """Wait for `swap_s` seconds."""
         if expert not in self._loaded:
             raise ExpertFailedError(f"the weights of {expert!r} are not held")
         await asyncio.sleep(self._options.swap_s)
@@ -139,19 +143,19 @@ class SimulatedEngine:
         self._loaded.discard(expert)
 
     def failure(self) -> str | None:
-        """Why it is dead, or None."""
+        """Return why the engine is dead, or None."""
         return self._dead
 
     def kill(self, why: str) -> None:
-        """Die as a real engine would: every running request fails."""
+        """Simulate the death of an engine. Every running request fails."""
         self._dead = why
 
     async def in_flight(self) -> int:
-        """Running requests."""
+        """Return the number of running requests."""
         return self._running
 
     async def stop(self) -> None:
-        """Count as dead from now on."""
+        """Mark the engine as dead."""
         self._dead = self._dead or "it was stopped"
 
     async def run(self, request: EngineRequest, send: Send) -> None:
@@ -160,7 +164,7 @@ class SimulatedEngine:
             if self._dead is not None:
                 raise EngineRestartingError(f"the engine of expert {request.expert!r} is dead")
             if self._options.poison and self._options.poison.encode() in request.body:
-                # Like a fault in native code: no handler runs, and no error is sent.
+                # A fault in native code runs no handler and sends no error.
                 os.kill(os.getpid(), signal.SIGKILL)
             await self._answer(request, send)
         finally:
@@ -232,7 +236,7 @@ class SimulatedEngine:
         )
         prompt_tokens = _tokens(prompt)
         context = self._options.max_model_len
-        # Like vLLM: a limit above the context is an error; one above the room that is left is cut.
+        # As in vLLM, a limit above the context is an error, and a limit above the free room is cut.
         if (limit is not None and tokens > context) or prompt_tokens >= context:
             raise PromptTooLongError(
                 f"the maximum context length is {context} tokens, but "
@@ -242,7 +246,7 @@ class SimulatedEngine:
         bounded = limit is not None or tokens > context - prompt_tokens
         tokens = min(tokens, context - prompt_tokens)
         text, finish = _cut(answer_text(request.expert, prompt, tokens), body.get("stop"))
-        # An answer that no limit cuts ends by itself.
+        # An answer without a limit ends by itself.
         finish = finish if bounded else "stop"
         made = _Progress(prompt_tokens, len(text), n, self._options.decode_ms / 1000)
         try:
@@ -339,7 +343,7 @@ class SimulatedEngine:
             return b"data: " + orjson.dumps({**head, "choices": choices, **more}) + b"\n\n"
 
         def so_far(i: int) -> dict[str, Any]:
-            # Like vLLM: the usage of this choice.
+            # As in vLLM, this is the usage of this choice.
             if usage_mode != "each":
                 return {}
             counts = {"prompt_tokens": usage["prompt_tokens"], "completion_tokens": i + 1}
@@ -374,7 +378,10 @@ class SimulatedEngine:
 
 
 def answer_text(expert: str, prompt: str, tokens: int) -> list[str]:
-    """The words of an expert's answer: the same for equal prompts, others for other experts."""
+    """Return the words of an expert's answer.
+
+    Equal prompts to the same expert give equal answers. Experts answer differently.
+    """
     seed = hashlib.blake2b(f"{expert}\0{prompt}".encode("utf-8", "replace"), digest_size=8)
     at = int.from_bytes(seed.digest(), "big")
     words = [f"{expert}:"]
@@ -432,7 +439,7 @@ def _prompt_text(body: dict[str, Any]) -> str:
 
 
 def _logprobs(words: list[str]) -> dict[str, Any]:
-    """As if every word had had the same probability."""
+    """Return log probabilities as if every word had the same probability."""
     return {
         "content": [
             {"token": word, "logprob": _LOGPROB, "bytes": list(word.encode()), "top_logprobs": []}
@@ -456,7 +463,7 @@ def _tokens(text: str) -> int:
 
 def _vector(text: str) -> list[float]:
     digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=32).digest()
-    # Exact in float32, so that all encodings hold the same values.
+    # The values are exact in float32, so that all encodings hold the same values.
     return [byte / 256 for byte in digest]
 
 
