@@ -1,10 +1,10 @@
-"""Router artifacts on disk. Owns their layout, and the checks made before one is used.
+"""Reads, checks and writes the artifacts of routers.
 
-An artifact is a folder `<name>@<version>` with `manifest.json` (what the
-numbers mean), `weights.safetensors` (the numbers) and `README.md` (the model
-card, for people). Nothing in it is executed: JSON and safetensors only, never
-pickle. The manifest names the SHA-256 of the weights and the shape and dtype of
-every tensor; what disagrees is refused with an `ArtifactError` naming it.
+An artifact is a folder `<name>@<version>` with `manifest.json` (metadata), `weights.safetensors`
+(tensors) and `README.md` (the model card). It uses only JSON and safetensors, and no pickle, so
+that loading it executes no code. The manifest has the SHA-256 of the weights, and the shape and
+dtype of every tensor. An artifact that does not match its manifest is refused with an
+`ArtifactError`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 CARD = "README.md"
 
-# Far above anything we fit; a bound so that a wrong path can't fill the memory.
+# These bounds are far above the size of any artifact. They keep a wrong path from filling memory.
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_WEIGHTS_BYTES = 1 << 30
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*@[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -41,7 +41,13 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*@[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A loaded and checked artifact: its folder, manifest and tensors by name."""
+    """A loaded and checked artifact.
+
+    Attributes:
+        path: Its folder.
+        manifest: Its manifest.
+        tensors: Its tensors by name.
+    """
 
     path: Path
     manifest: Mapping[str, Any]
@@ -49,18 +55,26 @@ class Artifact:
 
     @property
     def name(self) -> str:
-        """`<name>@<version>` as the manifest has it (the folder may have been renamed)."""
+        """`<name>@<version>` from the manifest. The folder may have another name."""
         return str(self.manifest["name"])
 
     def section(self, name: str) -> Mapping[str, Any]:
-        """One object of the manifest. Raises ArtifactError where it is missing or no object."""
+        """Return an object of the manifest.
+
+        Raises:
+            ArtifactError: The object is missing, or has another type.
+        """
         found = self.manifest.get(name)
         if not isinstance(found, dict):
             raise ArtifactError(f"{self.path / MANIFEST}: {name!r} is missing or not an object")
         return found
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        """One tensor of exactly this shape. Raises ArtifactError naming both shapes."""
+        """Return a tensor, and check its shape.
+
+        Raises:
+            ArtifactError: The tensor is missing, has another shape, or contains NaN or infinity.
+        """
         if name not in self.tensors:
             raise ArtifactError(f"{self.path / WEIGHTS}: no tensor {name!r}")
         found = self.tensors[name]
@@ -77,9 +91,10 @@ class Artifact:
 def load_artifact(path: Path | str) -> Artifact:
     """Read and check the artifact folder at `path`.
 
-    Raises ArtifactError naming the file and the fault: missing, not JSON, of
-    another kind or schema version, weights whose SHA-256, tensor names, shapes
-    or dtypes are not those of the manifest.
+    Raises:
+        ArtifactError: A file is missing or invalid, or the artifact has another kind or schema
+            version. The same holds for weights whose SHA-256, tensor names, shapes or dtypes differ
+            from the manifest. The error names the file and the reason.
     """
     folder = Path(path)
     where = folder / MANIFEST
@@ -119,10 +134,13 @@ def save_artifact(
     tensors: Mapping[str, NDArray[Any]],
     card: str,
 ) -> Artifact:
-    """Write an artifact folder as a whole (an older one at `path` is replaced), and read it back.
+    """Write an artifact folder, and read it back. It replaces an earlier folder at `path`.
 
-    `kind`, `schema_version`, `name` (the folder's) and `weights` are filled in.
-    Raises ArtifactError where the folder is not called `<name>@<version>`.
+    The function adds `kind`, `schema_version`, `name` and `weights` to the manifest. The name is
+    that of the folder.
+
+    Raises:
+        ArtifactError: The name of the folder does not have the form `<name>@<version>`.
     """
     folder = Path(path)
     if not _NAME.fullmatch(folder.name):

@@ -1,8 +1,8 @@
-"""The classifier: what kind of prompt is this? Owns posterior, confidence and novelty.
+"""Classifies prompts: posterior over categories, confidence and novelty.
 
-A multinomial logistic model over hashed n-grams (`features`), calibrated by a
-temperature found on held-out rows. It needs no accelerator and takes well
-under a millisecond, so it runs on the event loop.
+The model is a multinomial logistic regression over hashed n-grams (`features`). A temperature from
+held-out rows calibrates it. It needs no accelerator and takes well under a millisecond, so it runs
+on the event loop.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """All that the linear model says of one prompt: its category scores and its factors.
+    """The output of the linear model for one prompt.
 
-    `factors` (factors,) estimate how hard the prompt is for which experts; an
-    artifact that only classifies has none of them.
+    Attributes:
+        scores: The scores of the categories.
+        factors: (factors,), estimates of how hard the prompt is for different experts. It is empty
+            if the artifact only classifies.
     """
 
     scores: CategoryScores
@@ -38,7 +40,7 @@ class Assessment:
 
 
 class Classifier:
-    """Text to `CategoryScores`. Immutable, so it may be shared by threads."""
+    """Computes `CategoryScores` from text. It is immutable, so threads may share it."""
 
     def __init__(
         self,
@@ -55,11 +57,11 @@ class Classifier:
         factor_weight: NDArray[np.floating] | None = None,
         factor_bias: NDArray[np.floating] | None = None,
     ) -> None:
-        """Hold the arrays of a fitted classifier.
+        """Create a classifier from fitted arrays.
 
-        `idf` is (buckets,), `weight` (buckets, labels), `bias` (labels,); `known` is the bitmap of
-        seen marks, packed by `numpy.packbits`, (2**known_bits / 8,). `factor_weight` is (buckets,
-        factors), `factor_bias` (factors,).
+        The shapes are: `idf` (buckets,), `weight` (buckets, labels), `bias` (labels,),
+        `factor_weight` (buckets, factors) and `factor_bias` (factors,). `known` is the bitmap of
+        seen marks, (2**known_bits / 8,), as `numpy.packbits` packs it.
         """
         self.labels = labels
         self.spec = spec
@@ -68,8 +70,8 @@ class Classifier:
         self._featurizer = Featurizer(spec)
         scale = np.asarray(idf, dtype=np.float32)
         self._square = scale * scale
-        # Inverse document frequency and temperature are folded in once, and the
-        # factors stand beside the labels, so that one pass over the n-grams does both.
+        # The weights include the inverse document frequency and the temperature. The columns of the
+        # factors follow those of the labels, so that one pass over the n-grams computes both.
         columns = [np.asarray(weight, dtype=np.float32) / np.float32(temperature)]
         biases = [np.asarray(bias, dtype=np.float64) / temperature]
         if factor_weight is not None and factor_bias is not None:
@@ -82,12 +84,20 @@ class Classifier:
 
     @classmethod
     def load(cls, path: Path | str) -> Classifier:
-        """The classifier of the artifact folder at `path`. Raises ArtifactError."""
+        """Load the classifier of the artifact folder at `path`.
+
+        Raises:
+            ArtifactError: The artifact can't be used.
+        """
         return cls.from_artifact(load_artifact(path))
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> Classifier:
-        """The classifier of an artifact already read. Raises ArtifactError."""
+        """Create the classifier of an artifact.
+
+        Raises:
+            ArtifactError: The artifact can't be used.
+        """
         section = artifact.section("classifier")
         try:
             spec = FeatureSpec.from_json(section["features"])
@@ -126,26 +136,26 @@ class Classifier:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the arrays held."""
+        """Size of the arrays in bytes."""
         arrays = (self._square, self._weight, self._bias, self._known)
         return sum(array.nbytes for array in arrays)
 
     def features(self, text: str) -> Features:
-        """The features this classifier reads; time is bounded whatever the text's length."""
+        """Compute the features of a text. The time has a bound for texts of any length."""
         return self._featurizer(text)
 
     def classify(self, text: str) -> CategoryScores:
-        """Posterior over `labels` for one text; any `str` is taken, the empty one too."""
+        """Compute the posterior over `labels` for a text. The text may be any `str`."""
         return self.assess(text).scores
 
     def assess(self, text: str) -> Assessment:
-        """Posterior and factors of one text; any `str` is taken, the empty one too."""
+        """Compute posterior and factors of a text. The text may be any `str`."""
         features = self._featurizer(text)
         posterior, factors = self.infer(features)
         return Assessment(self.decide(posterior, self.novelty(features)), factors)
 
     def infer(self, features: Features) -> tuple[Floats, Floats]:
-        """Calibrated probabilities, (labels,), that sum to 1, and factors, (factors,)."""
+        """Compute calibrated probabilities, (labels,), with sum 1, and factors, (factors,)."""
         outputs = self._bias.copy()
         values = np.log(features.counts.astype(np.float32)) + np.float32(1)
         edges = (0, features.chars, len(values))
@@ -161,13 +171,18 @@ class Classifier:
         return odds / odds.sum(), factors
 
     def novelty(self, features: Features) -> float:
-        """Share of the character 4-grams and words not seen in training; 1 if there are none."""
+        """Share of character 4-grams and words that training has not seen; 1 for an empty text."""
         if not len(features.marks):
             return 1.0
         return 1.0 - float(np.count_nonzero(self._known[features.marks])) / len(features.marks)
 
     def decide(self, posterior: Floats, novelty: float) -> CategoryScores:
-        """The posterior with the label to act on: `general` where unsure or far from training."""
+        """Choose the category: the most probable label, or `general` if that is too uncertain.
+
+        Args:
+            posterior: (labels,), probabilities.
+            novelty: Novelty in [0, 1]. A text with much novelty is `general`, too.
+        """
         best = int(posterior.argmax())
         confidence = float(posterior[best])
         sure = confidence >= self.min_confidence and novelty <= self.max_novelty

@@ -1,10 +1,9 @@
-"""From a request body to a category. Owns what "the last user turn in its context" means.
+"""Classifies a conversation by its last user turn, with earlier turns as context. Pure.
 
-Pure functions. `user_turns` takes the user's texts out of an OpenAI chat,
-completions or Responses body or an Anthropic messages body. `classify_turns`
-classifies them as one conversation: how much the last turn counts depends on
-how much it says. "ok, go on" says nothing and inherits what came before; a
-full request speaks for itself; "and for 20 instead?" is in between.
+`user_turns` extracts the user's texts from a body of OpenAI chat, completions or Responses, or of
+Anthropic messages. `classify_turns` classifies them as one conversation. The weight of the last
+turn depends on its content. "ok, go on" has no content, so the earlier turns decide. A full request
+decides alone. "and for 20 instead?" is in between.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ MAX_TURNS = 6
 EARLIER_EDGE_CHARS = 500
 """Characters of an earlier turn looked at, from either end: time stays bounded."""
 
-# With h content words a turn counts h / (h + half), the turns before it the rest. A turn
-# that points back ("and now add type hints to it") needs more words to stand for itself.
+# A turn with h content words has the weight h / (h + half). The turns before it share the rest. The
+# constant is greater for a turn that refers back ("and now add type hints to it").
 _HALF_WORDS = 0.4
 _HALF_WORDS_POINTING = 2.0
 _POINTING = re.compile(
@@ -39,7 +38,7 @@ _NEGLIGIBLE = 0.02
 _MAX_COUNTED_WORDS = 200
 _MAX_PARTS = 10_000
 
-# Words that steer a conversation, or only point back into it: they say nothing of its kind.
+# Words that only steer a conversation or refer back. They do not indicate a category.
 _STEERING_TEXT = """
     a about above add again alright all already also am an and another any anything are as ask at
     be because been before below better bit both bro but by bye can change clear continue
@@ -63,9 +62,9 @@ _APOSTROPHES = str.maketrans("", "", "'’`")
 
 
 def content_words(text: str) -> int:
-    """How many words of `text` say something themselves; at most 200 are counted.
+    """Count the content words of a text, up to 200.
 
-    Scripts without spaces have few words: there every two letters count as one.
+    A long word of a script without spaces counts as one word for every two letters.
     """
     head = text[:4000].translate(_APOSTROPHES).lower()
     count = 0
@@ -80,16 +79,18 @@ def content_words(text: str) -> int:
 
 
 def classify_turns(classifier: Classifier, turns: Sequence[str]) -> CategoryScores:
-    """The category scores of `assess_turns`."""
+    """Compute the category scores of a conversation, see `assess_turns`."""
     return assess_turns(classifier, turns).scores
 
 
 def assess_turns(classifier: Classifier, turns: Sequence[str]) -> Assessment:
-    """Posterior and factors of a conversation's last user turn in its context.
+    """Compute posterior and factors of a conversation's last user turn in its context.
 
-    `turns` are the user's texts, oldest first. One turn is assessed as it is;
-    none at all as the empty text. A turn too strange to classify stands for
-    `general`, where the classifier knows that label.
+    A turn with too much novelty counts as `general`, if the classifier has this label.
+
+    Args:
+        classifier: The classifier.
+        turns: The user's texts, oldest first. Without turns, the empty text is assessed.
     """
     last = turns[-MAX_TURNS:]
     if len(last) <= 1:
@@ -97,7 +98,7 @@ def assess_turns(classifier: Classifier, turns: Sequence[str]) -> Assessment:
     labels = len(classifier.labels)
     combined = np.zeros(0)
     novelty, left = 0.0, 1.0
-    # From the last turn back, until what is left for earlier ones no longer matters.
+    # The loop goes back from the last turn, until the weight left for earlier turns is negligible.
     for age, text in enumerate(reversed(last)):
         oldest = age == len(last) - 1
         words = content_words(text)
@@ -113,7 +114,7 @@ def assess_turns(classifier: Classifier, turns: Sequence[str]) -> Assessment:
             share = left
         else:
             half = _HALF_WORDS_POINTING if _POINTING.search(text[:200]) else _HALF_WORDS
-            # A turn that could be of any kind ("what about the second one?") says less.
+            # A turn that fits any category ("what about the second one?") gets less weight.
             share = left * words / (words + half) * _certainty(posterior) ** 0.5
         turn = share * np.concatenate((posterior, factors))
         combined = combined + turn if len(combined) else turn
@@ -128,17 +129,16 @@ def assess_turns(classifier: Classifier, turns: Sequence[str]) -> Assessment:
 
 
 def assess_body(classifier: Classifier, body: Mapping[str, Any]) -> Assessment:
-    """`assess_turns` of the user turns of a request body."""
+    """Compute posterior and factors of a request body, see `assess_turns`."""
     return assess_turns(classifier, user_turns(body))
 
 
 def user_turns(body: Mapping[str, Any]) -> list[str]:
-    """The user's texts in a request body, oldest first.
+    """Extract the user's texts from a request body, oldest first.
 
-    Knows `messages` (OpenAI chat, Anthropic), `prompt` (completions) and
-    `input` (Responses, embeddings). Parts that are no text are left out, token
-    ids too. Where no user says anything, the system's text is taken, else the
-    list is empty. Never raises on a malformed body: judging it is the API's task.
+    It reads `messages` (OpenAI chat, Anthropic), `prompt` (completions) and `input` (Responses,
+    embeddings). It skips token ids and other parts without text. Without a text of the user, it
+    returns the system's text, if there is any. A malformed body raises no error here.
     """
     messages = body.get("messages")
     if isinstance(messages, list):
@@ -176,7 +176,7 @@ def _joined(value: Any) -> list[str]:
 
 
 def _texts(content: Any) -> list[str]:
-    """Texts of a content: a string, or a list of strings and of parts with a `text`."""
+    """The texts of a content, which is a string or a list of strings and parts with `text`."""
     if isinstance(content, str):
         return [content]
     if not isinstance(content, list):
@@ -201,7 +201,7 @@ def _edges(text: str) -> str:
 
 
 def _certainty(posterior: NDArray[np.float64]) -> float:
-    """1 for a sure posterior, 0 for a flat one: 1 - entropy / ln(labels)."""
+    """Certainty of a posterior, 1 - entropy / ln(labels): 1 for a sure one, 0 for a flat one."""
     if len(posterior) < 2:
         return 1.0
     positive = posterior[posterior > 0]

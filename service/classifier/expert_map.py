@@ -1,15 +1,15 @@
-"""The expert map: expected quality and cost of every recipe for a prompt. Owns W and recipes.
+"""The expert map: expected quality and cost of every recipe for a prompt.
 
-W is fitted offline from recorded outcomes (`router_models`), shrunk where a
-category has few rows. Beside the category stands an estimate of difficulty:
-*factors*, linear in the prompt's n-grams, that say how likely experts are to
-be right on this very prompt. With posterior p over categories and factors f,
-the quality of recipe r is
+The matrix W, (categories, recipes), is fitted offline from recorded outcomes (`router_models`). Its
+values are shrunk for categories with few rows. *Factors* add the difficulty of the individual
+prompt. They are linear in the prompt's n-grams, and estimate which experts answer this prompt
+correctly. V holds their loadings. With posterior p over categories and factors f, the quality of
+recipe r is
 
     Q[r] = Σ_c p[c] · (W[c, r] + Σ_k f[k] · V[c, k, r])
 
-and its expected cost likewise. Everything is numpy and immutable; what is
-learned online lies on top and is not kept here.
+The expected cost has the same form. The map is immutable. Online learning adds its corrections
+elsewhere.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ MAX_RECIPES = 256
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What the map expects of every recipe for one prompt; each array (recipes,).
+    """The estimates of every recipe for one prompt.
 
-    `quality` lies in [0, 1]; `cost` is in the unit of the costs given to the
-    fit, all calls counted; `reach[r, i]` is the probability that the recipe's
-    `later[i]` is asked.
+    Attributes:
+        quality: (recipes,), expected quality in [0, 1].
+        cost: (recipes,), expected cost of all calls, in the unit of the fit.
+        reach: (recipes, MAX_LATER), probability that each later expert is called.
     """
 
     quality: Floats
@@ -46,7 +47,7 @@ class Estimate:
 
 
 class ExpertMap:
-    """W with its counts, recipes, costs and factor loadings."""
+    """The matrix W with its recipes, costs and factor loadings."""
 
     def __init__(
         self,
@@ -62,10 +63,19 @@ class ExpertMap:
         cost_slope: Floats,
         max_novelty: float,
     ) -> None:
-        """Hold the arrays for C categories, R recipes and F factors.
+        """Create a map for C categories, R recipes and F factors.
 
-        `prior` (C,) is each category's share; `score`, `count`, `cost` are (C, R), `reach` is
-        (C, R, MAX_LATER), slopes are (C, F, R).
+        Args:
+            categories: Names of the categories.
+            recipes: The recipes.
+            prior: (C,), each category's share of all prompts.
+            score: (C, R), expected quality.
+            count: (C, R), number of rows in the fit.
+            cost: (C, R), expected cost.
+            reach: (C, R, MAX_LATER), probability that each later expert is called.
+            score_slope: (C, F, R), loadings of the factors for quality.
+            cost_slope: (C, F, R), loadings of the factors for cost.
+            max_novelty: Prompts with more novelty count as average prompts.
         """
         self.categories = categories
         self.recipes = recipes
@@ -83,23 +93,31 @@ class ExpertMap:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Every expert that some recipe may ask, in the order first named."""
+        """The experts of all recipes, in the order of their first recipe."""
         return tuple(dict.fromkeys(e for recipe in self.recipes for e in recipe.experts))
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the arrays held."""
+        """Size of the arrays in bytes."""
         arrays = (self.score, self.count, self.cost, self.reach, self._slopes)
         return sum(array.nbytes for array in arrays)
 
     @classmethod
     def load(cls, path: Path | str) -> ExpertMap:
-        """The map of the artifact folder at `path`. Raises ArtifactError."""
+        """Load the map of the artifact folder at `path`.
+
+        Raises:
+            ArtifactError: The artifact can't be used.
+        """
         return cls.from_artifact(load_artifact(path))
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> ExpertMap:
-        """The map of an artifact already read. Raises ArtifactError."""
+        """Create the map of an artifact.
+
+        Raises:
+            ArtifactError: The artifact can't be used.
+        """
         section = artifact.section("map")
         try:
             categories = tuple(str(c) for c in artifact.section("classifier")["categories"])
@@ -132,11 +150,10 @@ class ExpertMap:
         )
 
     def estimate(self, assessment: Assessment) -> Estimate:
-        """Quality, cost and reach of every recipe for one prompt.
+        """Estimate quality, cost and reach of every recipe for one prompt.
 
-        A prompt far from anything seen in training is taken for an average
-        one: the categories' shares stand for its posterior, its factors for
-        nothing.
+        A prompt with too much novelty counts as an average prompt. Its posterior is replaced by the
+        shares of the categories, and its factors by 0.
         """
         scores = assessment.scores
         p = np.asarray(scores.probabilities)
@@ -154,7 +171,11 @@ class ExpertMap:
         )
 
     def only(self, experts: Sequence[str]) -> ExpertMap:
-        """The map over the recipes that ask nobody but `experts`. ValueError if none is left."""
+        """Return the map of the recipes that use only these experts.
+
+        Raises:
+            ValueError: There is no such recipe.
+        """
         allowed = set(experts)
         keep = [i for i, recipe in enumerate(self.recipes) if allowed.issuperset(recipe.experts)]
         if not keep:

@@ -1,15 +1,13 @@
-"""Hashed n-grams of a prompt, by vectorised numpy. Owns how text becomes numbers.
+"""Computes hashed n-grams of a prompt, with vectorised numpy.
 
-A text becomes counts in two tables of buckets: character n-grams and word
-n-grams, each gram put in a bucket by its hash (Weinberger et al., "Feature
-Hashing for Large Scale Multitask Learning", 2009). Beside them stand the
-*marks*: indexes of character 4-grams and words in a far larger bitmap of what
-training has seen, from which novelty is read.
+The features of a text are counts in two tables of buckets, for character n-grams and for word
+n-grams. The hash of an n-gram selects its bucket (Weinberger et al., "Feature Hashing for Large
+Scale Multitask Learning", 2009). In addition, *marks* are indexes of character 4-grams and words in
+a much larger bitmap, which records the grams of the training set. They give the novelty of a text.
 
-Only the first and the last `edge_chars` characters are looked at, so that the
-time has a bound whatever the client sends. Letters are lowered and every digit
-becomes `0`: "12 cows" and "37 cows" are one kind of prompt. Any `str` is taken,
-lone surrogates and NULs included.
+Only the first and the last `edge_chars` characters count, so that the time has a bound. Letters are
+lowered and every digit becomes `0`, because "12 cows" and "37 cows" are prompts of the same kind.
+The text may be any `str`, even with lone surrogates and NULs.
 """
 
 from __future__ import annotations
@@ -23,9 +21,9 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.uint32]
 
-# Odd 32-bit constants: the polynomial's base, its inverse modulo 2**32 (word
-# hashes are differences of prefix sums, shifted back by it), two finalisers
-# (murmur3's) and a step that keeps orders apart.
+# Odd 32-bit constants. The hash of an n-gram is a polynomial in `_BASE`. The hash of a word is a
+# difference of prefix sums, times a power of the inverse of the base modulo 2**32. `_MIX_1` and
+# `_MIX_2` are the multipliers of murmur3's finaliser. `_ORDER_STEP` gives each order its own salt.
 _BASE = 0x9E3779B1
 _BASE_INVERSE = pow(_BASE, -1, 1 << 32)
 _MIX_1 = np.uint32(0x85EBCA6B)
@@ -34,22 +32,26 @@ _ORDER_STEP = 0x27D4EB2F
 _MASK = 0xFFFFFFFF
 
 _MARK_CHARS = 4
-# Sorting few ids is quicker than a table of all buckets.
+# For fewer ids, sorting is faster than a table of all buckets.
 _SORT_BELOW = 4000
 _ASCII_FOLD = bytes(
     ord("0") if 48 <= c <= 57 else (c + 32 if 65 <= c <= 90 else c) for c in range(256)
 )
-# Word characters of ASCII: letters, digits, underscore. Everything above ASCII counts as one.
+# Whether an ASCII code is a word character: letter, digit or underscore. The last entry stands for
+# all characters above ASCII, which count as word characters.
 _IS_WORD = np.array([chr(c).isalnum() or c == 95 for c in range(128)] + [True], dtype=np.bool_)
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureSpec:
-    """What is counted; stored in the artifact's manifest, so that fit and service agree.
+    """The parameters of the features. The artifact's manifest has them for fit and service.
 
-    `bits`: each of the two tables has 2**bits buckets. `known_bits`: the bitmap
-    of what training saw has 2**known_bits bits. `edge_chars`: characters looked
-    at from either end.
+    Attributes:
+        char_orders: Lengths of the character n-grams.
+        word_orders: Lengths of the word n-grams.
+        bits: Each of the two tables has 2**bits buckets.
+        known_bits: The bitmap of seen grams has 2**known_bits bits.
+        edge_chars: Number of characters that count from either end of a text.
     """
 
     char_orders: tuple[int, ...] = (2, 3, 4, 5)
@@ -60,16 +62,21 @@ class FeatureSpec:
 
     @property
     def buckets(self) -> int:
-        """Number of buckets of both tables together: 2 * 2**bits."""
+        """Number of buckets of both tables together, 2 * 2**bits."""
         return 2 << self.bits
 
     def to_json(self) -> dict[str, Any]:
-        """The spec as plain JSON values."""
+        """Return the spec as JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> FeatureSpec:
-        """The spec from a manifest. Raises ValueError or TypeError naming what is wrong."""
+        """Read the spec from a manifest.
+
+        Raises:
+            ValueError: A value is not allowed.
+            TypeError: A value has the wrong type.
+        """
         known = set(cls.__dataclass_fields__)
         if set(data) != known:
             raise ValueError(f"features: expected the keys {sorted(known)}, got {sorted(data)}")
@@ -90,12 +97,15 @@ class FeatureSpec:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """One text's features.
+    """The features of one text.
 
-    `buckets` (int64, ascending, unique) and `counts` (int64, >= 1) have equal
-    length; buckets below 2**bits are characters', the others words'. The first
-    `chars` entries are the characters'. `marks` (uint32) index the bitmap of
-    seen grams, one entry for each occurrence. `words` is the number of words.
+    Attributes:
+        buckets: (entries,), ascending buckets without duplicates. Buckets below 2**bits belong to
+            characters, and the others to words.
+        counts: (entries,), number of n-grams in each bucket, at least 1.
+        chars: Number of entries that belong to characters. They come first.
+        marks: (grams,), indexes into the bitmap of seen grams, with duplicates.
+        words: Number of words.
     """
 
     buckets: NDArray[np.int64]
@@ -106,14 +116,14 @@ class Features:
 
 
 def clip(text: str, edge_chars: int) -> str:
-    """The first and last `edge_chars` characters, with a newline between them."""
+    """Keep the first and last `edge_chars` characters, with a newline between them."""
     if len(text) <= 2 * edge_chars:
         return text
     return f"{text[:edge_chars]}\n{text[-edge_chars:]}"
 
 
 def codes(text: str) -> Ids:
-    """Folded code points (uint32): lower case, every ASCII digit as `0`."""
+    """Return the code points of a text in lower case, with every ASCII digit as `0`."""
     if text.isascii():
         folded = text.encode("ascii").translate(_ASCII_FOLD)
         return np.frombuffer(folded, dtype=np.uint8).astype(np.uint32)
@@ -124,7 +134,7 @@ def codes(text: str) -> Ids:
 
 
 def _mix(ids: Ids, salt: int) -> Ids:
-    """Murmur3's finaliser with a salt: every bit of the result depends on every bit of `ids`."""
+    """Apply murmur3's finaliser with a salt. Every bit of an id affects every bit of its result."""
     mixed = ids + np.uint32(salt * _ORDER_STEP & _MASK)
     mixed ^= mixed >> np.uint32(16)
     mixed *= _MIX_1
@@ -134,7 +144,7 @@ def _mix(ids: Ids, salt: int) -> Ids:
 
 
 class Featurizer:
-    """Turns texts into `Features` under one `FeatureSpec`. Stateless after construction."""
+    """Computes the features of texts. It has no state besides its spec."""
 
     def __init__(self, spec: FeatureSpec) -> None:
         self.spec = spec
@@ -145,13 +155,13 @@ class Featurizer:
         self._mark_shift = np.uint32(32 - spec.known_bits)
 
     def __call__(self, text: str) -> Features:
-        """Features of one text; time is bounded by `edge_chars`, not by the text."""
+        """Compute the features of a text. `edge_chars` bounds the time for texts of any length."""
         spec = self.spec
-        # lower() may lengthen a text ("İ" becomes two code points): cut once more.
+        # `lower` may lengthen a text ("İ" becomes two code points), so it is cut again.
         points = codes(clip(text, spec.edge_chars))[: 2 * spec.edge_chars + 1]
         char_ids: list[Ids] = []
         marks: list[Ids] = []
-        values = points + np.uint32(1)  # NUL must count as well
+        values = points + np.uint32(1)  # A NUL must change the hash as well.
         rolled = values
         for order in range(1, max((*spec.char_orders, _MARK_CHARS)) + 1):
             if order > 1:
@@ -183,7 +193,7 @@ class Featurizer:
         )
 
     def _words(self, points: Ids, values: Ids) -> Ids:
-        """A hash of each word (maximal run of word characters), in order."""
+        """Return a hash of each word, in order. A word is a maximal run of word characters."""
         inside = _IS_WORD[np.minimum(points, np.uint32(128))]
         if not inside.any():
             return np.empty(0, dtype=np.uint32)
@@ -201,7 +211,7 @@ def _powers(base: int, length: int) -> Ids:
 
 
 def _count(ids: list[Ids], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Occupied buckets of 0..size-1, ascending, and how often each occurs."""
+    """Return the buckets that occur, ascending, and the number of occurrences of each."""
     joined = np.concatenate(ids) if ids else np.empty(0, dtype=np.uint32)
     if len(joined) < _SORT_BELOW:
         ordered = np.sort(joined)
@@ -209,5 +219,5 @@ def _count(ids: list[Ids], size: int) -> tuple[NDArray[np.int64], NDArray[np.int
         first = first[: len(ordered)]
         return ordered[first].astype(np.int64), np.diff(first, append=len(ordered))
     table = np.bincount(joined.astype(np.int64), minlength=size)
-    buckets = np.flatnonzero(table > 0)  # on a bool array: four times as quick
+    buckets = np.flatnonzero(table > 0)  # `flatnonzero` is four times as fast on a bool array.
     return buckets, table[buckets]

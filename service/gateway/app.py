@@ -45,10 +45,10 @@ def build_app(
     """Build the application for one config.
 
     Args:
-        services: The collaborators of the endpoints.
+        services: The services that the endpoints use.
         inference: Answers requests that carry a prompt. It is plain ASGI, because every token
             passes through it.
-        events: The console's events.
+        events: The console's stream of events.
         behind_serve: Whether Ray Serve's HTTP server is around the application. It cancels a
             request whose client has left, and puts `x-request-id` into replies.
     """
@@ -82,7 +82,7 @@ def build_app(
         app.include_router(admin.router)
     routes = [entry for entry in app.router.routes if isinstance(entry, Route)]
     for entry in routes:
-        # An endpoint that answers GET answers HEAD as well: the server leaves the body out.
+        # An endpoint for GET also answers HEAD. The HTTP server then omits the body.
         if "GET" in (entry.methods or ()):
             entry.methods = {*(entry.methods or ()), "HEAD"}
     _add_middleware(app, services)

@@ -1,4 +1,4 @@
-"""Wires the gateway of one config. Nothing in it outlives the config."""
+"""Assembles the gateway of one config. Everything in it ends with the config."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from service.types import NOBODY, Tenant
 
 @dataclass(frozen=True, slots=True)
 class GatewayResources:
-    """What a gateway keeps from one config to the next.
+    """The objects that a gateway keeps from one config to the next.
 
     Attributes:
         state: Counters and learned values.
@@ -48,16 +48,16 @@ class GatewayResources:
         store: Counts limits and budgets.
         volatile: Keeps values that may be lost.
         budget_prices: Prices budgets.
-        remote_pools: Remote experts, by name. It changes with the config and is read for each
-            request.
-        traces: Records traces, if the config asked for them.
+        remote_pools: Remote experts, by name. The mapping changes with the config, and every
+            request reads it again.
+        traces: Records traces; None if tracing is off.
         secret: The cluster's secret.
         admin_key: The admin key; without one there are no admin endpoints.
-        wake: Asks for a pool that holds an expert where none runs.
+        wake: Requests the start of a pool for an expert that no running pool holds.
         neighbours: Returns the metrics of the node's other gateways, as texts.
         behind_serve: Whether Ray Serve's HTTP server is around the gateway, see `build_app`.
-        reload: Puts the config's file in force again; None where the gateway doesn't own it.
-        screens: Replace the guard's own screens, by name.
+        reload: Reads the config's file again and applies it; None if another process does this.
+        screens: Screens that replace the guard's built-in screens, by name.
     """
 
     state: GatewayState
@@ -81,9 +81,9 @@ class ConfiguredGateway:
 
     Args:
         config: The config.
-        resources: What the gateway keeps from one config to the next.
-        ledger: Counts limits and budgets by this config.
-        predecessor: The gateway of the config before; replies that it gave can still be voted on.
+        resources: The objects that the gateway keeps from one config to the next.
+        ledger: Counts this config's limits and budgets.
+        predecessor: The gateway of the previous config. Clients can still vote on its replies.
 
     Raises:
         ConfigError: The config can't be served.
@@ -207,7 +207,11 @@ class ConfiguredGateway:
         return {name: pools[name].failed for name in self._remote_names if name in pools}
 
     async def start(self) -> None:
-        """Start to follow keys and votes. Raises StoreUnavailableError."""
+        """Start to follow changes of keys and votes.
+
+        Raises:
+            StoreUnavailableError: The store can't be reached.
+        """
         await self.authenticator.start()
         await self.feedback.start()
 
@@ -220,14 +224,14 @@ class ConfiguredGateway:
         await self.authenticator.stop()
 
     async def drain(self) -> None:
-        """Stop once the last request of this config has ended."""
-        # Consoles connect again at once, to the gateway of the newer config.
+        """Stop after the last request of this config."""
+        # Consoles reconnect at once, to the gateway of the newer config.
         await self.events.close()
         await self.inference.wait_idle()
         await self.stop()
 
     def _count_charged(self, tenant: Tenant, outcome: str, calls: Sequence[ExpertCall]) -> None:
-        """Count a request that its tenant is charged for."""
+        """Count a request in its tenant's usage."""
         self._meter.add(metrics.TENANT_REQUESTS, 1, tenant.name, outcome)
         for call in calls:
             tokens = (call.prompt_tokens or 0) + (call.completion_tokens or 0)

@@ -1,18 +1,18 @@
-"""Requests that a browser was tricked into sending: Host, Origin and Content-Type are checked.
+"""Refuses requests that another site's page makes a browser send. Checks Host, Origin and type.
 
-A page of another site can make its reader's browser send requests to this service. The rules:
+The rules are:
 
-- While no API key is needed, the `Host` must be one that a page elsewhere can't take for itself
-  (an IP address, a name without a dot, one under a domain that nobody can register, or a
-  configured name). This stops DNS rebinding, where the name of a foreign site is made to resolve
-  to this machine.
-- While no API key is needed, an `Origin` must be the service's own or a configured one, and
+- While no API key is needed, the `Host` must be a name that no other site can own: an IP address, a
+  name without a dot, a name under a domain that nobody can register, or a configured name. This
+  prevents DNS rebinding, where the name of a foreign site resolves to this machine.
+- While no API key is needed, an `Origin` must be the service's own or a configured origin, and
   subresources that the browser reports as cross-site (`Sec-Fetch-Site`) are refused.
-- A POST with a body must be JSON, always. A page may send other types without a preflight.
+- A POST with a body must always be JSON, because a page may send some other types without a
+  preflight.
 
-Once keys are needed, a page has none to show, so only names configured in `allowed_hosts` bind.
-The rules import nothing but the standard library: the start page uses them before anything
-else is loaded.
+Once keys are needed, a foreign page can't send a key. Then only names in `allowed_hosts` restrict
+the `Host`. The module imports only the standard library, because the start page uses the rules
+before the rest of the service has been loaded.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _HOST = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(?::(\d{1,5}))?$")
 _JSON = re.compile(rb"^\s*application/(?:json|[a-z0-9.+-]+\+json)\s*(?:;|$)", re.IGNORECASE)
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 _SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})
-# Values of Sec-Fetch-Site whose page is another origin's.
+# Values of Sec-Fetch-Site for pages of another origin.
 _FOREIGN = frozenset({b"cross-site", b"same-site"})
 ANY = "*"
-# Domains of machines, networks and clusters: none is in the public DNS, nor can be.
+# Domains of machines, networks and clusters. The public DNS can't contain them.
 _PRIVATE = (".localhost", ".local", ".internal", ".home.arpa", ".lan", ".svc")
 
 
@@ -40,11 +40,11 @@ class CrossOriginRules:
     """The rules of one config.
 
     Args:
-        host: The address that the service listens on.
-        allowed_hosts: Further names in `Host`, as `api.example.com` or `*.example.com`; `*`
-            stands for every name.
-        cors_origins: Origins of pages that may ask, as `https://chat.example.com`; `*` stands
-            for every origin once keys are needed.
+        host: The address on which the service listens.
+        allowed_hosts: Further allowed values of `Host`, such as `api.example.com` or
+            `*.example.com`; `*` allows every name.
+        cors_origins: Origins whose pages may send requests, such as `https://chat.example.com`; `*`
+            allows every origin once keys are needed.
     """
 
     def __init__(
@@ -59,23 +59,23 @@ class CrossOriginRules:
         self._origins = frozenset(origin.lower() for origin in cors_origins)
 
     def may_read(self, origin: str | None) -> bool:
-        """Whether pages of an origin elsewhere may read replies."""
+        """Whether pages of another origin may read replies."""
         return origin is not None and (origin.lower() in self._origins or ANY in self._origins)
 
     def check(
         self, method: bytes, headers: Mapping[bytes, bytes], *, keyless: bool, body: bool
     ) -> None:
-        """Refuse a request that only a misled browser sends.
+        """Refuse a request of a foreign page.
 
         Args:
             method: The HTTP method.
-            headers: By name in lower case.
+            headers: The headers, by name in lower case.
             keyless: Whether the service answers without a key.
             body: Whether the request has a body.
 
         Raises:
-            InvalidRequestError: The `Host` is none.
-            Forbidden: The `Host` or `Origin` is not allowed.
+            InvalidRequestError: The `Host` is not valid.
+            ForbiddenError: The `Host` or `Origin` is not allowed.
             UnsupportedMediaTypeError: The body is not declared as JSON.
         """
         host = headers.get(b"host")
@@ -109,7 +109,7 @@ class CrossOriginRules:
     ) -> None:
         given = headers.get(b"origin")
         if given is None:
-            # A link from elsewhere may open the console; a page elsewhere may embed nothing.
+            # A link on a foreign page may open the console, but such a page may not embed it.
             foreign = headers.get(b"sec-fetch-site") in _FOREIGN
             if foreign and not (
                 method in _SAFE
@@ -138,7 +138,7 @@ class CrossOriginRules:
 
 
 def _is_local_name(name: str) -> bool:
-    """Whether no site elsewhere can own a name: addresses, bare names, private domains."""
+    """Whether no other site can own a name: an address, a bare name, or a private domain."""
     if "." not in name or name.endswith(_PRIVATE):
         return True
     try:
@@ -149,7 +149,7 @@ def _is_local_name(name: str) -> bool:
 
 
 def _with_port(authority: str, scheme: str) -> str:
-    """An authority with the port that its scheme means, if it names none."""
+    """Add the scheme's default port to an authority without a port."""
     bare = authority.rpartition(":")[2]
     if bare.isdigit() and bare != authority:
         return authority
@@ -162,8 +162,8 @@ class CrossOriginMiddleware:
     Args:
         app: The application.
         rules: The rules.
-        keyless: Tells whether the service answers without a key now.
-        refuse: Answers the request with an error; it is given path, error and `send`.
+        keyless: Returns whether the service answers without a key now.
+        refuse: Answers a request with an error. Its arguments are path, error and `send`.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The OpenAPI description of the gateway.
 
-Request bodies are described by what the gateway itself checks; everything else in
-them is the engine's and passes through.
+The schemas of request bodies contain the fields that the gateway itself checks. All other fields
+are for the engine.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _VOTE = {
         "score": {"type": "number", "minimum": 0, "maximum": 1},
     },
 }
-# Not "type: string": some readers hold each event against it, taken apart into its fields.
+# There is no "type: string", because some clients validate the fields of each event against it.
 _EVENTS = {
     "description": "Server-sent events; the data of each is a JSON object, of the last [DONE]"
 }
@@ -88,7 +88,7 @@ _ANTHROPIC_ERROR = {
     "description": "An error in Anthropic's shape",
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/AnthropicError"}}},
 }
-# Or none, while there was never a key.
+# The empty alternative stands for a service that has never had a key.
 _KEY: list[dict[str, list[str]]] = [{"key": []}, {}]
 _HEADERS = [
     {
@@ -119,7 +119,12 @@ _HEADERS = [
 
 
 def describe(config: Config, *, named: bool = True) -> dict[str, Any]:
-    """The whole description, OpenAPI 3.1, for a config's experts; with their names if `named`."""
+    """Return the whole description in OpenAPI 3.1.
+
+    Args:
+        config: The config.
+        named: Whether the description contains the names of experts.
+    """
     paths: dict[str, Any] = {}
     model = {
         "type": "string",
@@ -205,7 +210,7 @@ def _post(
     ok: dict[str, Any],
     headers: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """One operation that takes JSON, in the words of OpenAPI."""
+    """Return the operation object of an endpoint that takes JSON."""
     return {
         "summary": summary,
         "operationId": path.strip("/").replace("/", "_"),

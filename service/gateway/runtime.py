@@ -34,19 +34,19 @@ log = logging.getLogger("coe.app")
 class GatewayRuntime:
     """The gateway of one process: links to pools, stores, and clients of remote experts.
 
-    It is an ASGI application. `reload` takes another config: new requests are answered by the new
-    config, and requests in flight end with the config that they began with.
+    It is an ASGI application. `reload` replaces the config. New requests then use the new config,
+    and requests in flight end with their earlier config.
 
     Args:
         config: The first config.
-        gateway_id: Unique among gateways, and new for each process.
+        gateway_id: The gateway's id, which is new for each process.
         secret: The cluster's secret.
-        admin_key: The admin key; without one there are no admin endpoints.
-        wake: Asks for a pool that holds an expert where none runs.
-        behind_serve: Whether Ray Serve's HTTP server is around it, see `build_app`.
+        admin_key: The admin key; None disables the admin endpoints.
+        wake: Requests the start of a pool for an expert that no running pool holds.
+        behind_serve: Whether Ray Serve's HTTP server is around the gateway, see `build_app`.
         node: Folder where the node's processes find each other's metrics (`node_folder`).
-        screens: Replace the guard's own screens, by name.
-        reload: Puts the config's file in force again; None where the gateway doesn't own it.
+        screens: Screens that replace the guard's built-in screens, by name.
+        reload: Reads the config's file again and applies it; None if another process does this.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class GatewayRuntime:
         self.state = GatewayState.new(config.server.breaker)
         self.directory = PoolDirectory(gateway_id, secret)
         self.store: Store = open_store(config, gateway_id)
-        # Values that may be lost have a store of their own.
+        # A second store holds the values that may be lost.
         self.volatile: VolatileStore = open_volatile(config)
         traces = traces_of(config, "gateway", gateway_id)
         self.remote_pools: dict[str, RemotePool] = {}
@@ -112,7 +112,7 @@ class GatewayRuntime:
         return self.current.ledger
 
     async def start(self) -> None:
-        """Connect to stores and remote experts; an expert that can't be reached is failed.
+        """Connect to stores and remote experts. An expert that can't be reached is marked failed.
 
         Raises:
             StoreUnavailableError: The store can't be reached.
@@ -131,9 +131,9 @@ class GatewayRuntime:
             log.error("expert %s failed: %s", name, pool.failed)
 
     async def reload(self, config: Config) -> None:
-        """Replace the config. The call does not wait for requests in flight.
+        """Replace the config, without waiting for requests in flight.
 
-        The old config stays in force where this raises.
+        If this raises an error, the old config stays in use.
 
         Raises:
             ConfigError: The config can't be served.
@@ -160,7 +160,7 @@ class GatewayRuntime:
         task.add_done_callback(self._retiring.discard)
 
     async def _retire_after_drain(self, earlier: ConfiguredGateway) -> None:
-        """Stop an earlier config's gateway once it is idle, and the remote experts only it used."""
+        """Stop an earlier gateway once it is idle, and the remote experts that only it used."""
         await earlier.drain()
         self._earlier.discard(earlier)
         needed = {*self._remote(self.current.config)}
@@ -175,7 +175,7 @@ class GatewayRuntime:
         return [name for name, expert in config.experts.items() if expert.remote is not None]
 
     def _add_remote_pools(self, config: Config) -> list[str]:
-        """Make a pool for each remote expert without one; return their names."""
+        """Create a pool for each remote expert that has none, and return the experts' names."""
         new = [name for name in self._remote(config) if name not in self.remote_pools]
         for name in new:
             remote = config.experts[name].remote
@@ -232,7 +232,7 @@ class GatewayRuntime:
         self.current.breakers.read()
 
     async def _update_budget_metrics(self) -> None:
-        """Update the metrics of budgets; they stay as they are while the store is away."""
+        """Update the metrics of budgets. They do not change while the store can't be reached."""
         meter = self.state.metrics.meter
         with contextlib.suppress(CoeError):
             states = await self.ledger.state()
@@ -260,6 +260,6 @@ class GatewayRuntime:
 
 
 def _files(config: Config) -> dict[str, str]:
-    """Versions of weights and digests of steering profiles, by expert, of local files."""
+    """Versions of local weights and digests of steering profiles, by expert."""
     local = [name for name, expert in config.experts.items() if expert.remote is None]
     return {**file_versions(config, local), **profile_digests(config)}

@@ -1,8 +1,8 @@
 """Counters and learned values of a gateway, which outlive every config.
 
 The gateway of the next config uses the same object, so that a reload loses no counter, length or
-breaker. The values are kept by the names of experts and recipes. A reload forgets the values of
-an expert that is gone, or has other weights under the same name.
+breaker. The keys of the values are names of experts and recipes. A reload forgets the values of an
+expert that is gone, or that has other weights under the same name.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from service.gateway.metrics import GatewayMetrics
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.quality import Escalations
 
-# Keys of an expert's config that say nothing about its weights.
+# Keys of an expert's config that do not influence its answers.
 _NOT_WEIGHTS = {"pinned", "categories", "quality", "price", "description", "capabilities"}
-# The same for a remote expert's own section.
+# Keys of the section of a remote expert that do not influence its answers.
 _NOT_WEIGHTS_REMOTE = {
     "max_in_flight",
     "max_queued_requests",
@@ -40,15 +40,15 @@ class GatewayState:
     """The values that one gateway keeps.
 
     Attributes:
-        breakers: Circuit breakers by place, (expert, pool's boot id).
+        breakers: Circuit breakers, by place (expert, pool's boot id).
         retries: The retry budget.
         metrics: Every counter of this gateway.
         recent: The last requests, for the console.
         history: The points of the console's graphs.
-        prefix_affinity: Where conversations are in prefix caches.
-        lengths: How long answers are.
-        escalations: How often cascades ask their later experts.
-        created_s: When the gateway began, in seconds since 1970.
+        prefix_affinity: The engines that have conversations in their prefix caches.
+        lengths: Learned lengths of answers.
+        escalations: Learned frequency of calls of cascades' later experts.
+        created_s: When the gateway was started, in seconds since 1970.
     """
 
     breakers: Breakers[Place]
@@ -63,7 +63,7 @@ class GatewayState:
 
     @classmethod
     def new(cls, config: BreakerConfig) -> GatewayState:
-        """The state of a new gateway."""
+        """Create the state of a new gateway."""
         policy = BreakerPolicy(config.failures, config.open_duration_s, config.max_open_duration_s)
         return cls(
             Breakers(policy, random),
@@ -71,7 +71,7 @@ class GatewayState:
         )
 
     def forget(self, experts: Collection[str]) -> None:
-        """Forget experts that are gone, or have other weights now."""
+        """Forget the values of experts that are gone or have other weights now."""
         if not experts:
             return
         self.breakers.forget(lambda place: place[0] in experts)
@@ -83,7 +83,7 @@ class GatewayState:
 def replaced(
     old: Config, new: Config, old_files: Mapping[str, str], new_files: Mapping[str, str]
 ) -> set[str]:
-    """The experts of a config that are gone from the next one, or have other weights there.
+    """Return the experts of a config that are gone or have other weights in the next config.
 
     Args:
         old: The config.
@@ -101,7 +101,7 @@ def replaced(
 
 
 def _weights(config: Config, name: str) -> list[dict[str, Any]]:
-    """The config that an expert's answers depend on, with its base's."""
+    """The parts of the config that determine an expert's answers, with those of its base."""
     expert = config.experts[name]
     sources = [_of(expert)]
     if expert.base is not None:

@@ -1,1 +1,1 @@
-"""HTTP between gateways and pools: calls, snapshots, discovery."""
+"""The HTTP protocol between gateways and pools: calls, snapshots and discovery."""

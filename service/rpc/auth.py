@@ -1,4 +1,4 @@
-"""The cluster's secret, which a pool's port requires. It is kept in a file with mode 0600."""
+"""The cluster's secret, which requests to a pool must carry. Its file has the mode 0600."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def make_secret(path: Path) -> str:
     """Write a new secret to `path`, readable by its owner only, and return it."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     secret = secrets.token_urlsafe(32)
-    # Write it atomically: a full disk must not leave an empty secret.
+    # The file is written atomically, so that a full disk leaves no empty secret.
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.unlink(missing_ok=True)
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -40,7 +40,11 @@ def keys_path() -> Path:
 
 
 def read_secret(path: Path) -> str:
-    """Read a secret from a file. Raises OSError, also where the file is empty."""
+    """Read a secret from a file.
+
+    Raises:
+        OSError: The file can't be read, or is empty.
+    """
     secret = path.read_text().strip()
     if not secret:
         raise OSError(f"{path} is empty")
@@ -48,11 +52,11 @@ def read_secret(path: Path) -> str:
 
 
 def same(given: bytes, secret: bytes) -> bool:
-    """Compare in constant time."""
+    """Compare two secrets in constant time."""
     return hmac.compare_digest(given, secret)
 
 
 def node_folder(secret: str) -> Path:
-    """Folder of the metrics sockets that one cluster's processes have on this node."""
+    """Folder of the metrics sockets of a cluster's processes on this node."""
     digest = hashlib.blake2b(secret.encode(), digest_size=8).hexdigest()
     return Path(tempfile.gettempdir()) / f"coe-{os.getuid()}-{digest}"

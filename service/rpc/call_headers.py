@@ -30,21 +30,21 @@ _MOST = 512
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Metadata of a call: everything that a pool needs besides the body.
+    """Metadata of a call, which a pool needs in addition to the body.
 
     Attributes:
         endpoint: Path of the endpoint.
         expert: The expert that answers.
         request_id: Id of the client's request.
-        deadline_ms: Time left, to the first byte when `stream`, else to the end.
+        deadline_ms: Time left in ms, to the first byte if `stream`, else to the end.
         stream: Whether the answer is streamed.
         gateway: The gateway's id.
-        seq: Number among this gateway's calls to this pool, which snapshots acknowledge.
-        tenant: Only name, priority, weight and cache salt are sent.
-        trace: W3C trace context; empty where the request is not traced.
-        prompt_tokens: Estimated length of all its prompts.
-        places: Number of the engine's sequences that it takes: its answers, or its prompts where it
-            makes no answer.
+        seq: Number of the call among this gateway's calls to this pool. Snapshots acknowledge it.
+        tenant: The tenant. Its name, priority, weight and cache salt are sent.
+        trace: W3C trace context; empty if the request is not traced.
+        prompt_tokens: Estimated total length of its prompts.
+        places: Number of sequences that it takes in the engine: its answers, or its prompts if it
+            generates no answer.
     """
 
     endpoint: str
@@ -80,15 +80,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Times of a request in a pool, in `time.monotonic` seconds; 0 where it never happened.
+    """Times of a request in a pool, in `time.monotonic` seconds; 0 for events that did not happen.
 
     Attributes:
         arrived_s: When it arrived.
-        began_s: When the engine got it.
+        began_s: When the engine received it.
         first_s: When its first byte was sent.
         ended_s: When it ended.
         queue_s: Seconds in the queue, before `began_s`.
-        swap_s: Seconds of those that a swap took.
+        swap_s: Seconds of `queue_s` during which a swap was running.
     """
 
     arrived_s: float
@@ -100,11 +100,11 @@ class Times:
 
 
 def trace_of(headers: Mapping[bytes, bytes]) -> Mapping[str, str]:
-    """The W3C trace context of a request."""
+    """Extract the W3C trace context of a request; empty if it has none."""
     if b"traceparent" not in headers:
         return {}
     given = {name: headers.get(name.encode(), b"") for name in TRACE}
-    # Both are printable ASCII; other values could not be forwarded.
+    # Values other than printable ASCII are not valid, and could not be forwarded as headers.
     return {
         name: value.decode()
         for name, value in given.items()
@@ -113,7 +113,11 @@ def trace_of(headers: Mapping[bytes, bytes]) -> Mapping[str, str]:
 
 
 def parse_call(endpoint: str, headers: dict[bytes, bytes]) -> Call:
-    """Parse the headers that `Call.headers` made. Raises InvalidRequestError."""
+    """Parse headers in the form of `Call.headers`.
+
+    Raises:
+        InvalidRequestError: A header is missing or not valid.
+    """
 
     def text(name: str) -> str:
         value = headers.get(name.encode())

@@ -1,4 +1,4 @@
-"""The gateway's client of a pool: calls, and its snapshot stream, over keep-alive HTTP."""
+"""The gateway's client of a pool, for calls and the snapshot stream over keep-alive HTTP."""
 
 from __future__ import annotations
 
@@ -32,7 +32,13 @@ _USED_TIMEOUT_S = 8.0
 
 @dataclass(frozen=True, slots=True)
 class PoolAddress:
-    """The address of a pool's process. `boot` is a new id for every process."""
+    """The address of a pool's process.
+
+    Attributes:
+        url: The URL of its port.
+        kind: The kind of the pool.
+        boot: The id of the process, new for every process.
+    """
 
     url: str
     kind: str
@@ -40,13 +46,19 @@ class PoolAddress:
 
     @property
     def name(self) -> str:
-        """Its name in metrics and for people."""
+        """The pool's name in metrics and messages."""
         return f"{self.kind}-{self.boot}"
 
 
 @dataclass(frozen=True, slots=True)
 class PoolReply:
-    """A pool's response: status and headers, and the body as a stream."""
+    """A pool's response.
+
+    Attributes:
+        status: The HTTP status.
+        headers: The headers, by name in lower case.
+        chunks: The body as a stream.
+    """
 
     status: int
     headers: dict[str, str]
@@ -54,7 +66,7 @@ class PoolReply:
 
 
 def new_session() -> aiohttp.ClientSession:
-    """The HTTP session that all links of a gateway share."""
+    """Create the HTTP session that all links of a gateway share."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
@@ -110,11 +122,11 @@ class PoolLink:
         return now_s - self.received_s if self.snapshot is not None else GONE_S + 1
 
     def silent_s(self, now_s: float) -> float:
-        """Seconds since the last snapshot, or since the link was made where none came."""
+        """Seconds since the last snapshot, or since the link's creation before the first."""
         return now_s - (self.received_s if self.snapshot is not None else self._silent_since_s)
 
     def unseen(self) -> dict[str, int]:
-        """Number of requests sent that the snapshot does not count yet, by expert."""
+        """Number of sent requests that the snapshot does not count yet, by expert."""
         return Counter(self._unseen.values()) if self._unseen else {}
 
     def next_seq(self, expert: str) -> int:
@@ -125,10 +137,10 @@ class PoolLink:
 
     @asynccontextmanager
     async def call(self, call: Call, body: bytes) -> AsyncIterator[PoolReply]:
-        """Send a call; leaving the context early cancels it in the pool.
+        """Send a call. Leaving the context early cancels the call in the pool.
 
         Raises:
-            PoolUnreachableError: No connection was made.
+            PoolUnreachableError: The connection could not be made.
             PoolUnavailableError: The connection was lost before the response's headers.
         """
         headers = {**self._headers, **call.headers(), "content-type": "application/json"}
@@ -154,22 +166,30 @@ class PoolLink:
             self._open.add(reply)
             yield PoolReply(reply.status, lowered, reply.content)
         finally:
-            # A call that has ended is in no queue, whether it reached the pool or not.
+            # A call that has ended is in no queue, even if it never reached the pool.
             self._unseen.pop(call.seq, None)
             self._calls -= 1
             if not self._calls:
                 self._unused.set()
             if reply is not None:
                 self._open.discard(reply)
-                # Closes the connection unless the body was read to its end.
+                # The connection can be used again only if the body was read to its end.
                 reply.release() if reply.content.at_eof() else reply.close()
 
     async def metrics(self) -> str:
-        """The pool's Prometheus text. Raises PoolUnavailableError."""
+        """Fetch the pool's Prometheus text.
+
+        Raises:
+            PoolUnavailableError: The pool can't be reached.
+        """
         return (await self._get("/metrics")).decode()
 
     async def experts(self) -> dict[str, Any]:
-        """Details of the pool's experts. Raises PoolUnavailableError."""
+        """Fetch details of the pool's experts.
+
+        Raises:
+            PoolUnavailableError: The pool can't be reached.
+        """
         details: dict[str, Any] = orjson.loads(await self._get("/experts"))
         return details
 
@@ -187,7 +207,7 @@ class PoolLink:
         )
 
     async def moe_statistics(self, expert: str) -> tuple[int, bytes]:
-        """Fetch the choices of an expert's gates.
+        """Fetch the statistics of the gates of a mixture of experts.
 
         Returns:
             The pool's status and body.
@@ -198,7 +218,7 @@ class PoolLink:
         return await self._request("GET", f"/moe-statistics/{quote(expert, safe='')}", timeout_s=10)
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
-        """Fetch prompt and answer tokens of a cancelled call; None where they are not known."""
+        """Fetch prompt and answer tokens of a cancelled call; None if they are unknown."""
         try:
             status, body = await self._request(
                 "GET", f"/used/{quote(request_id, safe='')}", timeout_s=_USED_TIMEOUT_S
@@ -215,7 +235,11 @@ class PoolLink:
         return body
 
     async def demand(self, wanted: dict[str, float]) -> None:
-        """Report unmet demand to the pool, by expert. Raises PoolUnavailableError."""
+        """Report unmet demand to the pool, by expert.
+
+        Raises:
+            PoolUnavailableError: The pool can't be reached.
+        """
         await self._request("POST", "/demand", body=orjson.dumps(wanted))
 
     async def _request(
@@ -258,7 +282,7 @@ class PoolLink:
             self._experts_changed()
             self._changed()
             if time.monotonic() - self._silent_since_s > _SILENT_S:
-                # It hangs without closing its connections: calls would wait for ever.
+                # A pool that hangs does not close its connections, so calls would wait for ever.
                 for reply in list(self._open):
                     reply.close()
             await asyncio.sleep(_RECONNECT_S)

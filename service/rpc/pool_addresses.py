@@ -1,6 +1,6 @@
-"""Registry of the pool addresses that this process knows, by source, with one listener.
+"""Registry of the pool addresses that this process knows, with a single listener.
 
-Sources may register addresses in another thread than the listener's.
+Each source registers its own addresses, possibly in another thread than that of the listener.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _listeners: list[Listener] = []
 
 
 def listen(listener: Listener) -> None:
-    """Call `listener` with the whole list, now and after every change, in the changing thread."""
+    """Call `listener` with all addresses, now and after every change.
+
+    After a change, the call happens in the thread that made the change.
+    """
     with _lock:
         _listeners[:] = [listener]
         _notify()

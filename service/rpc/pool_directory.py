@@ -20,8 +20,12 @@ _MOST_POOLS = 64
 class PoolDirectory:
     """Links to the pools that exist now.
 
-    `update` takes the whole list whenever it changes. Above 64 pools a gateway follows a stable
-    subset of them, by rendezvous hash of its own id and the pool's.
+    If there are more than 64 pools, a gateway follows a stable subset of them. A rendezvous hash of
+    the gateway's id and the pool's id selects it.
+
+    Args:
+        gateway: This gateway's id.
+        secret: The cluster's secret.
     """
 
     def __init__(self, gateway: str, secret: str) -> None:
@@ -29,14 +33,14 @@ class PoolDirectory:
         self._secret = secret
         self._session: aiohttp.ClientSession | None = None
         self._links: dict[str, PoolLink] = {}
-        # Links to former pools whose last calls are still open.
+        # Links to former pools that still have open calls.
         self._leaving: dict[PoolLink, asyncio.Task[None]] = {}
         self._waiters: set[asyncio.Event] = set()
-        # The greatest context of each expert over all pools; None: to be computed.
+        # The greatest context of each expert over all pools; None if it has to be computed again.
         self._contexts: dict[str, int] | None = None
 
     def update(self, addresses: Iterable[PoolAddress]) -> None:
-        """Follow exactly these pools. It has to be called in the event loop."""
+        """Follow exactly these pools. The call must happen in the event loop's thread."""
         wanted = {address.boot: address for address in self._subset(list(addresses))}
         if self._session is None:
             self._session = new_session()
@@ -75,14 +79,22 @@ class PoolDirectory:
         return [link for link in self._links.values() if link.age_s(now_s) <= GONE_S]
 
     def link(self, boot: str) -> PoolLink:
-        """The link to a pool. Raises PoolUnreachableError where it was silent for 3 s."""
+        """Return the link to a pool.
+
+        Raises:
+            PoolUnreachableError: The pool is unknown, or has sent no snapshot for 3 s.
+        """
         link = self._links.get(boot)
         if link is None or link.age_s(time.monotonic()) > GONE_S:
             raise PoolUnreachableError("the pool can't be reached any more")
         return link
 
     def holding(self, expert: str) -> list[PoolLink]:
-        """Links to pools that have an expert, in any state. Raises UnknownModelError."""
+        """Return the links to pools that have an expert, in any state.
+
+        Raises:
+            UnknownModelError: No pool has the expert.
+        """
         found = [
             link
             for link in self.links()
@@ -93,9 +105,9 @@ class PoolDirectory:
         return found
 
     def context(self, expert: str) -> int:
-        """The greatest context of an expert in any pool, in tokens; 0 where it is unknown.
+        """The greatest context of an expert in any pool, in tokens; 0 if it is unknown.
 
-        The contexts of all experts are computed at once, and again when an expert's state changes.
+        The contexts of all experts are cached until an expert's state changes.
         """
         if self._contexts is None:
             self._contexts = {}
@@ -110,7 +122,7 @@ class PoolDirectory:
         self._contexts = None
 
     def silences(self) -> dict[str, float]:
-        """Seconds since each pool's last snapshot, by its name, silent pools included."""
+        """Seconds since each pool's last snapshot, by the pool's name. Includes silent pools."""
         now_s = time.monotonic()
         return {link.address.name: link.silent_s(now_s) for link in self._links.values()}
 
@@ -119,12 +131,12 @@ class PoolDirectory:
             waiter.set()
 
     async def change(self, timeout_s: float) -> None:
-        """Wait until any snapshot has changed, at most `timeout_s`."""
+        """Wait until any snapshot changes, but at most `timeout_s` seconds."""
         waiter = asyncio.Event()
         self._waiters.add(waiter)
         try:
-            # Not wait_for: on Python 3.11 it may swallow a cancellation, so that a request
-            # goes on after its client has disconnected.
+            # On Python 3.11, `wait_for` may swallow a cancellation, so that a request would go on
+            # after its client has disconnected. `timeout` does not.
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await waiter.wait()

@@ -1,7 +1,7 @@
-"""A pool's side of the link: the ASGI application behind its port.
+"""The ASGI application behind a pool's port.
 
-It takes only requests that carry the cluster's secret. What it serves is told by
-a `PoolHandler`, so that this module knows nothing of pools.
+It accepts only requests that carry the cluster's secret. A `PoolHandler` answers them, so that this
+module does not depend on pools.
 """
 
 from __future__ import annotations
@@ -32,13 +32,17 @@ log = logging.getLogger("coe.link")
 
 
 class PoolHandler(Protocol):
-    """What a pool does for its gateways."""
+    """The operations of a pool for its gateways."""
 
     async def run(self, call: Call, body: bytes, send: Send) -> None:
-        """Answer a call; raises CoeError if it can't, before or after the first byte."""
+        """Answer a call.
+
+        Raises:
+            CoeError: The call failed, before or after the first byte.
+        """
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
-        """Tokens of prompt and answer of a call that was given up; None where nobody knows."""
+        """Prompt and answer tokens of a cancelled call; None if they are unknown."""
 
     def snapshots(self) -> AsyncIterator[bytes]:
         """Lines of the snapshot stream."""
@@ -47,16 +51,28 @@ class PoolHandler(Protocol):
         """Prometheus text."""
 
     def experts(self) -> dict[str, Any]:
-        """Each expert's residency in full, for people."""
+        """Details of each expert's residency, as JSON."""
 
     async def moe_statistics(self, expert: str) -> dict[str, Any]:
-        """Return the counts of an expert's gates. Raises CoeError if there are none."""
+        """Return the statistics of the gates of a mixture of experts.
+
+        Raises:
+            CoeError: There are no statistics.
+        """
 
     def demand(self, wanted: dict[str, float]) -> None:
-        """Utility that a gateway would have sent here, by expert, were it resident."""
+        """Record a gateway's unmet demand, by expert."""
 
     async def operate(self, act: str, expert: str) -> None:
-        """load, evict, pin or unpin an expert. Raises CoeError where that can't be."""
+        """Load, evict, pin or unpin an expert.
+
+        Args:
+            act: `load`, `evict`, `pin` or `unpin`.
+            expert: The expert.
+
+        Raises:
+            CoeError: The operation is not possible.
+        """
 
 
 class PoolApp:
@@ -110,7 +126,7 @@ class PoolApp:
         except CoeError as error:
             await reply.fail(error)
         except Exception:
-            # Here, because the HTTP server would log its text, which may quote a prompt.
+            # The HTTP server would log the error's text, which may quote a prompt.
             log.exception("a call failed unexpectedly")
             await reply.fail(CoeError("something went wrong in a pool; its log has kind and place"))
 
@@ -125,7 +141,7 @@ class PoolApp:
 
 
 class _Reply:
-    """An ASGI send that knows whether the head has gone out."""
+    """An ASGI send that knows whether the response has been started."""
 
     def __init__(self, send: Send) -> None:
         self._send = send

@@ -1,7 +1,8 @@
 """Snapshots of a pool for gateways, and their wire format.
 
-A stream of NDJSON lines: first the whole state, then only the fields that changed, and a heartbeat
-(a line without changes) at least every 250 ms.
+The format is a stream of NDJSON lines. The first line has the whole state, and each further line
+has the changed fields. A line without changes serves as a heartbeat. There is a line at least every
+250 ms.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ class ExpertState:
 
     Attributes:
         state: Where its weights are.
-        eta_s: Estimated seconds until it can answer; 0 when it can.
-        swap_s: Seconds that a swap to it takes; 0 where it has a slot of its own.
-        slot: Number of the pool's slot that it belongs to.
-        reason: Why it failed, if it did.
-        max_model_len: Context in tokens; 0 until known.
-        engine: Facts about its engine, for people.
+        eta_s: Estimated seconds until it can answer; 0 if it can answer now.
+        swap_s: Seconds that a swap to it takes; 0 if it has its own slot.
+        slot: Number of its slot in the pool.
+        reason: Why it failed; empty if it did not.
+        max_model_len: Context in tokens; 0 if it is unknown.
+        engine: Properties of its engine, for display.
     """
 
     state: Residency
@@ -49,7 +50,7 @@ class Queue:
     Attributes:
         waiting: Requests in the queue.
         running: Requests in the engine.
-        places: Sequences that all of them take in the engine: one for each answer.
+        places: Sequences that all of these requests take in the engine, usually one per answer.
         waiting_tokens: Prompt tokens in the queue.
     """
 
@@ -60,18 +61,18 @@ class Queue:
 
     @property
     def ahead(self) -> int:
-        """Number of sequences before a new request."""
+        """Number of sequences that come before a new request."""
         return max(self.places, self.waiting + self.running)
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Measured latencies in seconds, as moving averages; 0 where not measured.
+    """Measured latencies in seconds, as moving averages; 0 without measurements.
 
     Attributes:
-        first_s: To the first byte, for an empty prompt.
-        chunk_s: Between two chunks.
-        per_token_s: To the first byte, added for each prompt token.
+        first_s: Time to the first byte for an empty prompt.
+        chunk_s: Time between two chunks.
+        per_token_s: Additional time to the first byte for each prompt token.
     """
 
     first_s: float = 0.0
@@ -86,7 +87,7 @@ class Snapshot:
     Attributes:
         boot: Id of the pool's process, new for every process.
         kind: Kind of the pool.
-        seq: Number of this state.
+        seq: Sequence number of this state.
         draining: Whether the pool is stopping.
         experts: State of each expert.
         queues: Requests of each expert.
@@ -107,7 +108,7 @@ class Snapshot:
 
 
 def encode(now: Snapshot, before: Snapshot | None) -> bytes:
-    """One line: all of `now`, or its differences from `before`."""
+    """Encode a snapshot as a line. With `before`, the line has only the differences from it."""
     changed = {
         f.name: getattr(now, f.name)
         for f in fields(now)
@@ -120,11 +121,22 @@ _NESTED: dict[str, Any] = {"experts": ExpertState, "queues": Queue, "speeds": Sp
 
 
 def decode(line: bytes, before: Snapshot | None) -> Snapshot:
-    """The state after a line. Raises ValueError where it is no line of such a stream."""
+    """Decode a line.
+
+    Args:
+        line: The line.
+        before: The snapshot of the previous line; None for the first line.
+
+    Returns:
+        The whole state after this line.
+
+    Raises:
+        ValueError: The line is not valid.
+    """
     try:
         return _decode(orjson.loads(line), before)
     except (TypeError, AttributeError) as error:
-        # Unknown fields: gateway and pool have different versions.
+        # The line has unknown fields, because gateway and pool have different versions.
         raise ValueError(f"not a snapshot of this version: {error}") from None
 
 

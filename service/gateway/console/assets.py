@@ -1,6 +1,7 @@
-"""The console's files: read once, served with a policy that lets a browser run nothing else.
+"""Loads the console's files once, with headers that let a browser run no other code.
 
-Only the standard library: the page is to be had before anything else of the service is.
+The module imports only the standard library, because the start page is served before the rest of
+the service has been loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _TYPES = {
     ".svg": "image/svg+xml",
     ".txt": "text/plain; charset=utf-8",
 }
-# Nothing inline, nothing from elsewhere, nobody may frame it.
+# The policy forbids inline code, content of other origins, and frames around the page.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -28,19 +29,19 @@ _PAGES = {"/console": "index.html", "/docs": "docs.html"}
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """One file as it is sent."""
+    """The body and headers of one file."""
 
     body: bytes
     headers: Mapping[str, str]
 
     @property
     def etag(self) -> str:
-        """Changes when the file does."""
+        """The file's ETag, a hash of its body."""
         return self.headers["etag"]
 
 
 def load_assets(folder: Path = STATIC) -> dict[str, Asset]:
-    """Every file under `folder` by the path that it is served at, and the pages by theirs."""
+    """Load every file under `folder`, by the URL path under which it is served."""
     files = {
         f"/console/{path.relative_to(folder).as_posix()}": _read(path)
         for path in sorted(folder.rglob("*"))
@@ -56,7 +57,8 @@ def _read(path: Path) -> Asset:
         {
             "content-type": _TYPES[path.suffix],
             "etag": f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"',
-            # Asked again every time, and answered with 304: an upgrade shows at once.
+            # Browsers revalidate the file every time, so that they show an upgrade at once. The
+            # reply is a 304 if the file has not changed.
             "cache-control": "no-cache",
             "content-security-policy": POLICY,
             "x-content-type-options": "nosniff",

@@ -34,10 +34,13 @@ _STREAM = [
 def console_routes(
     feed: EventStream, may_watch: Callable[[dict[bytes, bytes]], None], *, behind_serve: bool
 ) -> list[Route]:
-    """`/`, `/console`, `/docs`, their files, and the stream of events.
+    """Return the routes of `/`, `/console`, `/docs`, their files, and the stream of events.
 
-    `may_watch` raises CoeError where a request's headers do not allow it to see the events.
-    `behind_serve`: whoever is around notices when a client leaves.
+    Args:
+        feed: The stream of events.
+        may_watch: Raises CoeError if a request's headers do not allow it to see the events.
+        behind_serve: Whether Ray Serve's HTTP server is around the application. It cancels a
+            request whose client has left.
     """
 
     async def home(request: Request) -> Response:
@@ -54,7 +57,7 @@ def console_routes(
 
 
 class _Page:
-    """Serves one file. It is a class, because Starlette would wrap a function."""
+    """Serves one file. It is a class, because Starlette would wrap a function as an endpoint."""
 
     def __init__(self, asset: Asset) -> None:
         self._asset = asset

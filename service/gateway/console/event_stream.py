@@ -1,7 +1,7 @@
-"""The console's stream of events, made once for all listeners.
+"""The console's stream of events. All listeners share one stream.
 
-Nothing is gathered without listeners. The events are `hello` (the config, and recent requests),
-then `state` at most twice a second, and `routes` as requests end.
+The stream collects data only while it has listeners. The first event is `hello`, with the config
+and recent requests. Then follow `state`, at most twice a second, and `routes`, when requests end.
 """
 
 from __future__ import annotations
@@ -28,23 +28,30 @@ log = logging.getLogger("coe.api")
 _TICK_S = 0.5
 _BEAT_S = 3.0
 _MOST_LISTENERS = 64
-# A listener that does not read loses events; the next state holds everything anyway.
+# A listener that does not read loses its oldest events. The next `state` event is complete anyway.
 _MOST_QUEUED = 16
-# The number of points that the console's graphs keep.
+# Number of points in the console's graphs.
 HISTORY = 240
-# Rates are averaged over this many seconds, because each second's rate jumps with the batch.
+# Rates are averages over this many seconds, because the rate of one second varies with the batch.
 _OVER = 4
-# A stream ends in time for a gateway that stops: at once when its pools drain, and
-# where there are none, soon.
+# Maximum length of a stream. A stopping gateway must not wait for it. With local pools the stream
+# ends as soon as they drain; a gateway without pools uses the short maximum instead.
 _LONGEST_S = 600.0
 _LONGEST_ALONE_S = 10.0
 
 
 class EventStream:
-    """Gathers while somebody listens. `close` ends every stream.
+    """Collects the console's data, and sends it to all listeners.
 
-    `budgets` tells each one's name, shadow price, and the share of it that is left. `history`:
-    the points of its graphs, at most `HISTORY`; they outlive a config.
+    Args:
+        config: The config.
+        directory: Links to pools.
+        views: Returns the state of every pool.
+        remotes: Returns the error of each remote expert; None for a working expert.
+        in_flight: Returns the number of requests in flight.
+        recent: The last requests.
+        budgets: Returns (name, shadow price, share that is left) of each budget.
+        history: The points of the graphs, at most `HISTORY`. They outlive a config.
     """
 
     def __init__(
@@ -73,7 +80,11 @@ class EventStream:
         self._history = history
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Server-sent events. Raises OverCapacityError when too many listen."""
+        """Yield server-sent events.
+
+        Raises:
+            OverCapacityError: There are too many listeners.
+        """
         if len(self._listeners) >= _MOST_LISTENERS:
             raise OverCapacityError(f"{_MOST_LISTENERS} consoles listen to this gateway already")
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(_MOST_QUEUED)
@@ -132,11 +143,11 @@ class EventStream:
         }
 
     async def _gather(self) -> None:
-        """Send changes, as long as there are listeners."""
+        """Send changes while there are listeners."""
         try:
             await self._follow()
         except Exception:
-            # Listeners would wait for ever otherwise. A page whose stream ends connects again.
+            # Otherwise listeners would wait for ever. A page reconnects when its stream ends.
             log.exception("console event stream failed")
             self._tell(None)
 
@@ -157,7 +168,7 @@ class EventStream:
             if self._recent.count > seen:
                 self._tell(_event("routes", {"routes": self._recent.since(seen)}))
                 seen = self._recent.count
-            # A new time alone is no change.
+            # The time is left out of the comparison, because it always changes.
             data = orjson.dumps({**state, "at_s": 0})
             if data != told or now_s - told_s >= _BEAT_S:
                 told, told_s = data, now_s
@@ -165,7 +176,7 @@ class EventStream:
             await asyncio.sleep(_TICK_S)
 
     async def _count(self, now_s: float) -> None:
-        """Ask every pool for details, and compute rates of tokens from its counts."""
+        """Fetch details from every pool, and compute token rates from its counters."""
         links = self._directory.links()
         told = await asyncio.gather(*(link.experts() for link in links), return_exceptions=True)
         details = {}
@@ -199,7 +210,7 @@ class EventStream:
 
 
 def _over(pools: list[dict[str, Any]]) -> bool:
-    """Whether every local pool drains; then streams must not delay the gateway's stop."""
+    """Whether every local pool drains. Streams must then end, so that the gateway can stop."""
     local = [pool for pool in pools if pool["boot"] != REMOTE]
     return bool(local) and all(pool["draining"] for pool in local)
 

@@ -1,4 +1,4 @@
-"""What was answered lately: metadata of the last requests, never a prompt or an answer."""
+"""Metadata of the last requests, for the console. It contains no prompts and no answers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,23 @@ _MINUTE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class CompletedRequest:
-    """One request that has ended.
+    """A request that has ended.
 
-    `at_s`: when, in s since the epoch. `asked`: the model that the client named.
-    `recipe`: the way of answering that was chosen. Times in ms; `first_ms` is 0 where
-    nothing was sent.
+    Attributes:
+        at_s: When it ended, in seconds since 1970.
+        request: The request id that the client knows.
+        asked: The model that the client named.
+        category: The prompt's category.
+        confidence: The probability of the category.
+        recipe: The recipe that answered.
+        expert: The expert that answered.
+        status: The HTTP status.
+        outcome: `ok`, or the kind of failure.
+        route_ms: Time of routing.
+        queue_ms: Time in the pool's queue.
+        swap_ms: Time of swaps.
+        first_ms: Time to the first byte; 0 if nothing was sent.
+        total_ms: Time to the end.
     """
 
     at_s: float
@@ -39,7 +51,7 @@ class CompletedRequest:
 
     @classmethod
     def of(cls, record: RequestRecord) -> CompletedRequest:
-        """The console's view of a record that is finished."""
+        """Convert the record of a request that has ended now."""
         return cls(
             at_s=round(time.time(), 1),
             request=record.client_id,
@@ -59,24 +71,33 @@ class CompletedRequest:
 
 
 class RequestHistory:
-    """The last requests, newest last: `size` of them at most."""
+    """Keeps the last requests.
+
+    Args:
+        size: The most requests to keep.
+    """
 
     def __init__(self, size: int = 2000) -> None:
         self._kept: deque[CompletedRequest] = deque(maxlen=size)
         self.count = 0
 
     def add(self, one: CompletedRequest) -> None:
-        """Remember a request that has ended."""
+        """Add a request that has ended."""
         self._kept.append(one)
         self.count += 1
 
     def since(self, count: int, most: int = 50) -> list[dict[str, Any]]:
-        """Those noted after the first `count`, at most the last `most`, oldest first."""
+        """Return the requests after the first `count` of all, oldest first, as JSON.
+
+        Args:
+            count: An earlier value of `self.count`.
+            most: The most requests to return; the newest have priority.
+        """
         new = min(self.count - count, len(self._kept), most)
         return [asdict(self._kept[i]) for i in range(len(self._kept) - new, len(self._kept))]
 
     def flows(self, now_s: float) -> list[dict[str, Any]]:
-        """How many requests went from category over recipe to expert in the last five minutes."""
+        """Count the requests of the last five minutes by category, recipe and expert."""
         counts = Counter(
             (one.category, one.recipe, one.expert)
             for one in self._kept
@@ -88,7 +109,7 @@ class RequestHistory:
         ]
 
     def totals(self, now_s: float) -> dict[str, float]:
-        """Of the last minute: requests, those that failed, median time to the first byte in ms."""
+        """Totals of the last minute: requests, failures, and median ms to the first byte."""
         minute = [one for one in self._kept if now_s - one.at_s <= _MINUTE_S]
         firsts = sorted(one.first_ms for one in minute if one.outcome == "ok" and one.first_ms)
         return {

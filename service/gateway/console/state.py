@@ -8,7 +8,7 @@ from typing import Any
 from service.broker.pool_state import REMOTE, PoolView
 from service.config import Config
 
-# Fields of a pool's own account of an expert that snapshots do not hold.
+# Fields of a pool's details of an expert that snapshots do not have.
 _DETAILS = ("pinned", "host_bytes", "weight_bytes", "last_swap", "tokens")
 
 
@@ -36,7 +36,13 @@ def describe_pools(
     details: Mapping[str, Mapping[str, Mapping[str, Any]]],
     rates: Mapping[tuple[str, str], float],
 ) -> list[dict[str, Any]]:
-    """Each pool with its experts. `details`: by boot and expert; `rates`: tokens/s likewise."""
+    """The pools with their experts, as JSON.
+
+    Args:
+        views: The state of every pool.
+        details: Details of experts, by boot id and expert.
+        rates: Tokens per second, by (boot id, expert).
+    """
     return [_pool(view, details.get(view.boot, {}), rates) for view in views]
 
 

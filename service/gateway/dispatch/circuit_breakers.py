@@ -1,9 +1,9 @@
 """The gateway's circuit breakers and its retry budget.
 
-A breaker counts failures of the expert itself: its engine or endpoint could not be reached,
-died, sent an invalid answer, or sent nothing although it had time. It does not count errors of
-the client, a full or draining pool, a rate limit of the endpoint, a client that left, or a
-deadline that was too short to judge by.
+A breaker counts failures of the expert itself: its engine or endpoint could not be reached, died,
+sent an invalid answer, or sent nothing although it had enough time. It does not count errors of the
+client, a full or draining pool, a rate limit of the endpoint, a client that left, or a deadline
+that was too short for a verdict.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class CircuitBreakers:
     """The breakers of one gateway. A place is (expert, pool's boot id) or (expert, REMOTE).
 
     Args:
-        endpoints: The URL of each remote expert. Experts with the same URL share a breaker for
-            it, which opens only where the URL can't be reached.
-        min_hang_s: A silent attempt counts as a failure from this many seconds on.
+        endpoints: The URL of each remote expert. Experts with the same URL share a further breaker
+            for it, which opens only if the URL can't be reached.
+        min_hang_s: A silent attempt counts as a failure if it had at least this many seconds.
         breakers: The state of each breaker. It outlives a config.
         budget: The retry budget. It outlives a config.
         meter: Counts trips and retries.
@@ -69,7 +69,7 @@ class CircuitBreakers:
         return blocked | named
 
     def refusal(self, experts: Collection[str]) -> CircuitOpenError:
-        """The error where every place is blocked, with the time until one is tried again."""
+        """Return the error for blocked experts, with the time until the next trial."""
         now_s = time.monotonic()
         keys = [key for key in self.blocked() if key[0] in experts]
         keys += [("", self._endpoints[name]) for name in experts if name in self._endpoints]
@@ -81,27 +81,27 @@ class CircuitBreakers:
         )
 
     def record_request(self) -> None:
-        """Count a request, which earns a share of a retry."""
+        """Count a request. Each request adds a fraction of a retry to the budget."""
         self._budget.earn()
 
     def pay_for_retry(self) -> bool:
-        """Take one retry from the budget; False where none is left."""
+        """Take one retry from the budget; False if the budget is empty."""
         paid = self._budget.spend()
         self._meter.add(metrics.RETRIES, 1, "made" if paid else "refused")
         return paid
 
     async def retry_delay_s(self, times_tried: int) -> None:
-        """Wait before a place that has just failed is tried again."""
+        """Wait before another attempt at a place that has just failed."""
         await asyncio.sleep(backoff_s(times_tried, random))
 
     @contextmanager
     def attempt(self, expert: str, boot: str, given_s: float) -> Iterator[None]:
-        """Judge the attempt that runs inside of this context.
+        """Record the outcome of the attempt that runs inside of this context.
 
         Args:
-            expert: The expert that is called.
+            expert: The called expert.
             boot: The boot id of its pool, or REMOTE.
-            given_s: Seconds that the attempt may take.
+            given_s: The most seconds that the attempt may take.
         """
         began_s = time.monotonic()
         keys: list[Place] = [(expert, boot)]
@@ -116,7 +116,7 @@ class CircuitBreakers:
         except CoeError as error:
             ok = self._classify_outcome(error, given_s)
             if isinstance(error, UpstreamError):
-                # An endpoint that sends any status can be reached.
+                # An endpoint that sends a status, even an error, can be reached.
                 reached = not error.unreachable
             raise
         finally:
@@ -134,7 +134,7 @@ class CircuitBreakers:
         return False if isinstance(error, _OWN) else None
 
     def forget_all_but(self, boots: Collection[str]) -> None:
-        """Forget pools that are gone, as they don't come back."""
+        """Forget pools that are gone. A restarted pool has another boot id."""
         self._breakers.forget(lambda key: key[0] != "" and key[1] not in (*boots, REMOTE))
 
     def read(self) -> None:

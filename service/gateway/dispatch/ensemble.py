@@ -1,8 +1,8 @@
 """Runs recipes of several experts: votes and cascades.
 
-The members' answers are compared, and one of them is sent. One failed member does not fail the
-request. A stream begins as soon as the answer is decided: a member's answer is sent as a whole,
-and the last expert of a cascade streams directly, because its answer counts in any case.
+The executor compares the members' answers and sends one of them. One failed member does not fail
+the request. For a stream, it sends a member's answer as a whole after the decision. Only the last
+expert of a cascade streams directly, because its answer is final.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from service.types import MAX_LATER, Recipe
 
 log = logging.getLogger("coe.ensemble")
 
-# Finish reasons of answers that were cut, which can't be compared.
+# Finish reasons of incomplete answers. Incomplete answers can't be compared.
 _CUT = frozenset({"length", "content_filter"})
-# Experts that sent no log probabilities although asked; each gets one warning in the log.
+# Experts that ignored a request for log probabilities. The log has one warning for each.
 _without_logprobs: set[str] = set()
 
 
@@ -52,12 +52,12 @@ class MemberAnswer:
     Attributes:
         expert: The member.
         record: The record of its call.
-        status: Its HTTP status; 0 where it failed.
-        body: Its whole reply; empty where it failed.
-        text: The text of its answer.
-        final: The final answer in the text, if it has one that can be compared.
-        logprobs: Log probabilities of the answer's tokens.
-        error: Why it failed, if it did.
+        status: The HTTP status; 0 if the call failed.
+        body: The whole reply; empty if the call failed.
+        text: The text of the answer.
+        final: The final answer in the text; None if it has none that can be compared.
+        logprobs: (tokens,), log probabilities of the answer's tokens.
+        error: The error; None if the call succeeded.
     """
 
     expert: str
@@ -106,11 +106,15 @@ class EnsembleExecutor:
 
     @property
     def escalations(self) -> int:
-        """How many of the recipe's later experts were called."""
+        """Number of the recipe's later experts that were called."""
         return sum(1 for answer in self.answers if answer.expert in self.recipe.later)
 
     async def run(self) -> None:
-        """Answer the request. Raises NoMemberError where no member answered."""
+        """Answer the request.
+
+        Raises:
+            CoeError: No member answered. The error is that of the last member.
+        """
         try:
             if self.recipe.kind == "vote":
                 await self._vote()
@@ -153,7 +157,7 @@ class EnsembleExecutor:
             try:
                 answer = await self._ask(expert, len(self.answers))
             except asyncio.CancelledError:
-                # The client has left, but the call that was begun is still charged.
+                # The client has left, but it still pays for the call in progress.
                 self.answers.append(self._cut_short(expert, began_s))
                 raise
             self.answers.append(answer)
@@ -179,7 +183,7 @@ class EnsembleExecutor:
         return confidence(answer.logprobs) >= self.recipe.sure
 
     async def _streamed(self, expert: str) -> bool:
-        """Let the last expert stream to the client. False where it failed before it began."""
+        """Stream the last expert's answer to the client; False if the call failed before that."""
         self._account()
         self.reply.answers_only = True
         try:
@@ -193,7 +197,7 @@ class EnsembleExecutor:
         except CoeError as error:
             if self.reply.started:
                 raise
-            # The attempt's time limit ended with it.
+            # The time limit belongs to the failed attempt, and has no effect any more.
             self.reply.first_byte_limit = None
             refused = isinstance(error, NoAnswerError)
             self.answers.append(
@@ -206,7 +210,7 @@ class EnsembleExecutor:
 
     @property
     def name(self) -> str:
-        """The recipe's name in ASCII, for headers."""
+        """The recipe's name in ASCII, for response headers."""
         return self.recipe.name.replace("→", "->")
 
     async def _together(self, experts: Sequence[str], most: int | None) -> list[MemberAnswer]:
@@ -232,7 +236,7 @@ class EnsembleExecutor:
                 if most is not None and any(finals.count(f) >= most for f in finals):
                     break
         finally:
-            # A client that leaves cancels this task, but calls that were begun are still charged.
+            # A client that leaves cancels this task, but it still pays for calls in progress.
             for task, i in tasks.items():
                 task.cancel()
                 found.setdefault(i, self._cut_short(experts[i], began_s))
@@ -241,7 +245,7 @@ class EnsembleExecutor:
         return self.answers[-len(experts) :]
 
     def _cut_short(self, expert: str, began_s: float) -> MemberAnswer:
-        """The answer of a call that was cancelled; its tokens are estimated by its run time."""
+        """Return the answer of a cancelled call, with an estimate of its tokens by its run time."""
         option = self.selection.candidate(expert)
         tokens = 0
         if option is not None:
@@ -275,7 +279,12 @@ class EnsembleExecutor:
         )
 
     async def _ask(self, expert: str, number: int) -> MemberAnswer:
-        """Get one member's whole answer; its error is returned, not raised."""
+        """Call one member and wait for its whole answer. Errors are part of the answer.
+
+        Args:
+            expert: The member.
+            number: Its position among the calls of this request.
+        """
         sure = self.recipe.sure > 0 and len(self.recipe.members) == 1 and number == 0
         request = self.request.for_member(number, logprobs=sure)
         buffer = _BufferedSend()
@@ -310,7 +319,7 @@ class EnsembleExecutor:
             answer.final = final_answer(answer.text, as_json="json" in self.request.needs)
 
     def _newest(self) -> MemberAnswer | None:
-        """The newest answer that has a final answer in it."""
+        """The newest answer with a final answer; None if there is none."""
         return next((a for a in self.answers[::-1] if a.ok and a.final), None)
 
     def _too_late_for(self, expert: str) -> bool:
@@ -323,7 +332,7 @@ class EnsembleExecutor:
         """Send a member's 4xx reply, if there is one.
 
         Raises:
-            CoeError: The last member's error; NoMemberError without any.
+            CoeError: The last member's error, or a NoMemberError if there is none.
         """
         refused = [a for a in self.answers if a.error is None and 400 <= a.status < 500]
         if not refused:
@@ -338,7 +347,7 @@ class EnsembleExecutor:
         return errors[-1] if errors else NoMemberError("no member of the recipe answered")
 
     def _charge(self) -> None:
-        """Count the calls whose answer did not go to the client."""
+        """Meter the calls whose answers did not go to the client."""
         if self.reply.meter is None:
             return
         for answer in self.answers:
@@ -388,7 +397,7 @@ class _BufferedSend:
 
 
 def _without_additions(data: dict[str, Any], request: InferenceRequest) -> dict[str, Any]:
-    """Remove `usage.coe` from a member's reply, and logprobs that only the cascade wanted."""
+    """Remove `usage.coe` from a member's reply, and logprobs that only the cascade requested."""
     if isinstance(usage := data.get("usage"), dict):
         usage.pop("coe", None)
     if not request.data.get("logprobs"):
@@ -398,7 +407,7 @@ def _without_additions(data: dict[str, Any], request: InferenceRequest) -> dict[
 
 
 def _as_stream(data: dict[str, Any], request: InferenceRequest) -> bytes:
-    """A whole chat completion as the events of a stream."""
+    """Convert a whole chat completion to the events of a stream."""
     head = {k: v for k, v in data.items() if k not in ("choices", "usage")}
     head["object"] = "chat.completion.chunk"
     message = data["choices"][0]["message"]

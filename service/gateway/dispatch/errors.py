@@ -33,7 +33,7 @@ RETRIED = frozenset(
 
 
 def deadline_error(request: InferenceRequest, *, silent: bool) -> DeadlineExceededError:
-    """The error for a missed deadline, which names the client's own deadline.
+    """Return the error for a missed deadline. It states the client's own deadline.
 
     Args:
         request: The request.
@@ -45,7 +45,11 @@ def deadline_error(request: InferenceRequest, *, silent: bool) -> DeadlineExceed
 
 
 async def read_whole_answer(answer: PoolReply) -> bytes:
-    """Read the whole body. Raises PoolUnavailableError where the pool goes away."""
+    """Read the whole body of a reply.
+
+    Raises:
+        PoolUnavailableError: The connection to the pool was lost.
+    """
     try:
         return await answer.chunks.read()
     except (aiohttp.ClientError, OSError):
@@ -53,11 +57,11 @@ async def read_whole_answer(answer: PoolReply) -> bytes:
 
 
 def error_from_fault(code: str, body: bytes, retry_after: str | None) -> UnavailableError:
-    """The exception for a pool's error reply.
+    """Return the exception for a pool's error reply.
 
     Args:
         code: The error's code.
-        body: The reply's body; its message is taken over without this machine's folders.
+        body: The reply's body. The exception gets its message, without the paths of folders.
         retry_after: The reply's `Retry-After` header.
     """
     try:

@@ -32,11 +32,11 @@ class RecipeExecutor:
     Args:
         dispatcher: Selects among candidates and calls experts.
         catalog: The recipes.
-        cost_model: Expects tokens and costs; it learns how long answers are.
+        cost_model: Estimates tokens and costs. It learns the length of answers.
         quality_model: Learns how often cascades escalate.
         budget_prices: Knows how much of each budget is left.
         prefix_affinity: Remembers which engine has a conversation in its prefix cache.
-        feedback: Remembers replies that may be voted on.
+        feedback: Remembers replies, so that clients can vote on them.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class RecipeExecutor:
     async def execute(
         self, request: InferenceRequest, plan: RoutePlan, reply: ResponseSend
     ) -> None:
-        """Select a candidate for a request, run it, and learn from how it went.
+        """Select a candidate for a request, run it, and learn from the outcome.
 
         Args:
             request: The request.
             plan: Its candidates.
-            reply: Receives the answer. Its record holds when the request arrived; the deadline
-                counts from there.
+            reply: Receives the answer. Its record holds the time of arrival, from which the
+                deadline counts.
 
         Raises:
             CoeError: The request failed, and nothing has been sent.
@@ -119,7 +119,7 @@ class RecipeExecutor:
                 singles = plan.only(catalog.single[plan.rows])
                 if reply.started or not len(singles.rows):
                     raise
-                # No member answered, so any single expert may.
+                # No member answered, so any single expert may answer instead.
                 await dispatcher.dispatch(request, singles, reply, deadline_s)
                 row = catalog.index[record.expert]
                 complete = record.outcome == "ok"
@@ -139,7 +139,7 @@ class RecipeExecutor:
     def affordable(self, request: InferenceRequest, plan: RoutePlan) -> RoutePlan:
         """Drop the recipes that cost more than the tenant's budgets have left.
 
-        The cheapest recipe always stays, so that the ledger decides about it.
+        The cheapest recipe always stays. The ledger then decides whether the tenant can pay for it.
         """
         left = self._budget_prices.left(request.tenant)
         if math.isinf(left) or len(plan.rows) < 2:
@@ -161,27 +161,33 @@ class RecipeExecutor:
         return plan.only(keep)
 
     def likely_tokens(self, request: InferenceRequest, plan: RoutePlan) -> float:
-        """Expected tokens of all calls together, of the recipe with the most."""
+        """Expected tokens of all calls, for the recipe with the most tokens."""
         tokens = self._cost_model.expect(
             plan.category, request.prompt_tokens, request.most_tokens
         ).tokens
         return float((self._catalog.uses[plan.rows] @ tokens).max())
 
     def expert_sets(self, plan: RoutePlan) -> list[tuple[str, ...]]:
-        """The experts that each recipe of a plan may call."""
+        """Return the experts that each recipe of a plan may call."""
         return [self._catalog.recipes[row].experts for row in plan.rows.tolist()]
 
     def explain(self, request: InferenceRequest, plan: RoutePlan) -> dict[str, Any]:
-        """The decision as JSON: the posterior, and every candidate with its reason."""
+        """Explain the decision as JSON: the posterior, and every candidate with its reason."""
         return explain(plan, self._dispatcher.weigh_candidates(request, plan))
 
     def _learn_lengths(self, plan: RoutePlan, reply: ResponseSend, *, complete: bool) -> None:
-        """Learn how long the answers were. `complete`: the last one reached its own end."""
+        """Learn the lengths of the answers.
+
+        Args:
+            plan: The candidates of the request.
+            reply: The reply with its calls.
+            complete: Whether the last answer reached its own end.
+        """
         record, last_call = reply.record, reply.expert_call
         if record.status != 200:
             return
         if last_call is not None and last_call.completion_tokens is None and reply.events > 2:
-            # The reply held no usage. Each chunk is a token, but for the first and the last.
+            # The reply had no usage. Each chunk is a token, except for the first and the last.
             last_call.completion_tokens = reply.events - 2
             last_call.estimated = True
         if last_call is not None and not complete:

@@ -1,4 +1,4 @@
-"""Remote experts in this gateway: their queues and bounds, and the pool that the broker sees."""
+"""Queues of remote experts in this gateway, and their view as a pool for the broker."""
 
 from __future__ import annotations
 
@@ -16,16 +16,24 @@ from service.rpc.expert_speed import LatencyEstimator, ResponseTimer
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
 from service.types import NOBODY, Residency, Tenant
 
-# The queue of a remote expert has one entry, under this name, and it is always ready.
+# The queue of a remote expert has a single expert, under this name, which is always ready.
 _EXPERT = "remote"
 _READY = {_EXPERT}
 
 
 @dataclass(slots=True)
 class RemotePool:
-    """A remote expert's bounded queue; tenants take turns as in a pool's queue.
+    """A remote expert with a bounded queue. Tenants take turns, as in a pool's queue.
 
-    It outlives a config, because the endpoint's bound holds for the requests of all configs.
+    It outlives a config, because the endpoint's limit holds for the requests of all configs.
+
+    Attributes:
+        engine: The client of the endpoint.
+        max_in_flight: The most requests that the endpoint may have.
+        max_queued_requests: The most requests that may wait.
+        failed: Why the endpoint can't be used; None if it can.
+        tickets: The queue.
+        speed: Measures the endpoint's latency.
     """
 
     engine: Engine
@@ -34,7 +42,7 @@ class RemotePool:
     failed: str | None = None
     tickets: TicketQueue = field(init=False)
     speed: LatencyEstimator = field(init=False, default_factory=LatencyEstimator)
-    # Engines that run requests, by how many; an engine that was replaced ends with the last.
+    # Number of running requests of each engine. A replaced engine stops after its last request.
     _users: Counter[Engine] = field(init=False, default_factory=Counter)
     _ending: set[asyncio.Task[None]] = field(init=False, default_factory=set)
 
@@ -45,21 +53,21 @@ class RemotePool:
 
     @property
     def waiting(self) -> int:
-        """The number of requests that wait for a place."""
+        """Number of requests that wait for a place."""
         return self.tickets.counts(_EXPERT)[0]
 
     @property
     def queue(self) -> Queue:
-        """The queue as pools publish theirs."""
+        """The queue in the form of a pool's snapshot."""
         return self.tickets.snapshot(_EXPERT)
 
     @property
     def running(self) -> int:
-        """The number of requests that the endpoint has."""
+        """Number of requests that the endpoint has."""
         return self.tickets.counts(_EXPERT)[1]
 
     async def start(self) -> None:
-        """Connect; an endpoint that can't be used is shown as failed."""
+        """Connect to the endpoint. If that is impossible, `failed` has the reason."""
         self.failed = None
         try:
             await self.engine.start()
@@ -67,9 +75,9 @@ class RemotePool:
             self.failed = error.message
 
     async def replace(self, engine: Engine, max_in_flight: int, max_queued_requests: int) -> None:
-        """Answer new requests by another engine, within other bounds.
+        """Use another engine and other bounds for new requests.
 
-        Requests under way stay with theirs, and count against the new bound as well.
+        Requests in flight stay with their engine. They count against the new bound as well.
         """
         before, self.engine = self.engine, engine
         self.max_in_flight, self.max_queued_requests = max_in_flight, max_queued_requests
@@ -99,10 +107,10 @@ class RemotePool:
         Args:
             request: The request.
             send: Receives the answer, as ASGI messages.
-            handed: Set once the endpoint has the request.
-            tenant: Whose request it is.
-            tokens: About how many tokens its prompts have.
-            places: Places that it takes, one for each of its answers.
+            handed: An event that is set once the endpoint has the request.
+            tenant: The tenant that sent the request.
+            tokens: Estimated tokens of its prompts.
+            places: Number of places that it takes: one for each answer.
 
         Raises:
             OverCapacityError: The queue is full.
@@ -147,7 +155,7 @@ class RemotePool:
         watch.report(self.speed, ticket.tokens)
 
     def _release(self, engine: Engine) -> None:
-        """Count a request of an engine out, and stop a replaced engine after its last."""
+        """Record the end of a request, and stop a replaced engine after its last request."""
         self._users[engine] -= 1
         if self._users[engine]:
             return
@@ -159,7 +167,7 @@ class RemotePool:
 
 
 def remote_pool_view(pools: Mapping[str, RemotePool]) -> PoolView:
-    """Show all remote experts as one pool, each in a slot of its own."""
+    """Describe all remote experts as one pool, each in its own slot."""
     now_s = time.monotonic()
     states = {
         name: ExpertState(Residency.DEVICE if remote.failed is None else Residency.FAILED, slot=i)

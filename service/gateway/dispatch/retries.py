@@ -1,6 +1,6 @@
-"""Retry decisions: whether a failed call is made again, and which error a request gets if not.
+"""Decides whether to retry a failed call, and which error a request gets otherwise.
 
-The functions are pure: they take what is known of attempts and pools, and return a decision.
+The functions are pure. They take the state of attempts and pools, and return a decision.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from service.errors import (
     PoolUnreachableError,
 )
 
-# A request that two engines or pools did not survive is not tried on a third.
+# After two engines or pools have died with a request, no third gets it.
 MOST_LOSSES = 2
-# An engine that died is being replaced, so its pool may be asked a second time.
+# A pool replaces an engine that died, so it may get the request a second time.
 TRIES_PER_POOL = 2
 _MOST_ATTEMPTS = 2 * TRIES_PER_POOL
-# After these no engine has worked on the request, so another attempt costs nothing extra.
+# After these errors no engine has worked on the request, so a retry is free.
 _FREE = (PoolDrainingError, OverCapacityError, ExpertFailedError)
 
 
@@ -39,7 +39,7 @@ class AfterFault(StrEnum):
 
 
 class WithoutOption(StrEnum):
-    """The decision where no pool or endpoint is left."""
+    """The decision if no pool or endpoint is left."""
 
     WAIT = "wait"
     RAISE_FAULT = "raise_fault"
@@ -59,7 +59,8 @@ def after_fault(fault: CoeError, losses: int) -> AfterFault:
 
     Args:
         fault: The attempt's error.
-        losses: Engines and pools that died while they had the request, this one included.
+        losses: Number of engines and pools that died while they had the request, including the
+            last attempt's.
     """
     if losses >= MOST_LOSSES:
         return AfterFault.DIED_TWICE
@@ -69,21 +70,21 @@ def after_fault(fault: CoeError, losses: int) -> AfterFault:
 
 
 def tries_per_pool(fault: CoeError | None) -> int:
-    """How often one request may try the same pool, after this fault."""
+    """The number of times that a request may try the same pool, after this fault."""
     return TRIES_PER_POOL if isinstance(fault, (EngineDeadError, PoolUnavailableError)) else 1
 
 
 def without_option(
     fault: CoeError | None, *, attempts: int, resting: bool, usable: bool, failed: bool
 ) -> WithoutOption:
-    """What follows when no pool or endpoint is left to ask.
+    """Decide if no pool or endpoint is left.
 
     Args:
         fault: The error of the last attempt; None before the first.
-        attempts: Attempts made so far.
-        resting: Whether a pool could answer, but its circuit breaker is open.
-        usable: Whether a pool could answer, but has no tries left.
-        failed: Whether the expert could not be loaded anywhere.
+        attempts: Number of attempts so far.
+        resting: Whether there is a pool that could answer, but whose circuit breaker is open.
+        usable: Whether there is a pool that could answer, but that has no tries left.
+        failed: Whether the expert could not be loaded in any pool.
     """
     if resting:
         return WithoutOption.REFUSE_AS_RESTING if fault is None else WithoutOption.RAISE_FAULT
