@@ -1,6 +1,6 @@
 r"""Decides whether answers agree. Extracts the final answer of each text for it. Pure.
 
-The module treats answers as different if it is in doubt. A missed agreement costs one more call; a
+In doubt, the module treats answers as different. A missed agreement costs one more call; a
 wrong agreement gives the client a wrong answer. A final answer therefore keeps its signs,
 operators, units, case and words. Only spellings that can't have different meanings become equal:
 white space, emphasis, LaTeX's delimiters, the full stop at the end, thousands separators, `5.0` and
@@ -120,7 +120,7 @@ _REFUSAL = re.compile(
 )
 # A text about the speaker answers no question. In "I and II", the I is a numeral.
 _OF_ITSELF = re.compile(r"(?:I|We)(?:'\w+)?\s+(?!and\b|or\b|only\b)[a-z]")
-# A text that asks back, greets, or refers to someone else answers no question either.
+# A text that asks a question, greets, or refers to other people answers no question either.
 _EVADES = re.compile(
     r"\?[\"'”)\]*_]*\s*$"
     r"|^(?:please|kindly)\s+(?:do\s+)?(?:provide|clarify|specify|share|tell|give|explain|rephrase"

@@ -83,7 +83,7 @@ class SelectionRequest:
         deadline_s: Time left in s, to the first token if `streams`, else to the end.
         context_tokens: Context that prompt and answer need; 0 if it is unknown.
         streams: Whether the answer is streamed.
-        prefix_cache: Where the beginning of the prompt is cached.
+        prefix_cache: The pool that has the beginning of the prompt in its prefix cache.
         excluded: Places, as (expert, pool's boot id), that must not be selected.
     """
 
@@ -332,9 +332,11 @@ def _expert_times(
         prefill[place] -= pools.per_token[place] * min(hint.tokens, request.prompt_tokens)
     answer = prefill + pools.chunk * request.tokens
     batches, rest = np.divmod(pools.ahead, pools.capacity)
-    # Whole batches ahead must end first; requests in the same batch cost little, but not nothing.
+    # A request waits until all full batches before it have ended. The other requests ahead run in
+    # its own batch, and delay it only by a share of their prefill.
     wait = pools.eta + batches * answer + rest / pools.capacity * prefill
-    # The requests ahead are assumed to be like this one; longer prompts among them take longer.
+    # The estimate assumes that the requests ahead have prompts like this one. Longer prompts among
+    # them add their prefill time.
     wait += pools.per_token * np.maximum(0.0, pools.prompts - pools.ahead * request.prompt_tokens)
     total = wait + answer + pools.displaced
     total[~usable] = _INFINITE

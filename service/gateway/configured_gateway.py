@@ -52,7 +52,7 @@ class GatewayResources:
             request reads it again.
         traces: Records traces; None if tracing is off.
         secret: The cluster's secret.
-        admin_key: The admin key; without one there are no admin endpoints.
+        admin_key: The admin key; None disables the admin endpoints.
         wake: Requests the start of a pool for an expert that no running pool holds.
         neighbours: Returns the metrics of the node's other gateways, as texts.
         behind_serve: Whether Ray Serve's HTTP server is around the gateway, see `build_app`.

@@ -1,7 +1,7 @@
-"""Dispatches one call to a pool or a remote endpoint, and forwards the answer.
+"""Dispatches a call to a pool or a remote endpoint, and forwards the answer.
 
-Until the first byte has gone to the client, a failed call is retried with the next best
-candidate. After that, a failure ends the stream with an SSE error event.
+Before the first byte has gone to the client, the dispatcher retries a failed call with the next
+best candidate. After that, a failure ends the stream with an SSE error event.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Dispatcher:
         return views
 
     def context(self, expert: str) -> int:
-        """An expert's context in tokens, the greatest in any pool; 0 where it is unknown."""
+        """An expert's context in tokens, the greatest in any pool; 0 if it is unknown."""
         return self._directory.context(expert)
 
     def weigh_candidates(

@@ -113,7 +113,7 @@ def media_of(data: Mapping[str, Any]) -> Media:
 
 
 def media_tokens(media: Media, costs: MediaConfig) -> int:
-    """Estimate the tokens of all media. The size of an image counts where it is known.
+    """Estimate the tokens of all media. An image of unknown size has the maximum.
 
     Args:
         media: The media.

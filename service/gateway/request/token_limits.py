@@ -53,7 +53,7 @@ def check_extent(request: InferenceRequest, limits: RequestLimits) -> None:
 
 
 def within_context(request: InferenceRequest, expert: str, context: int) -> InferenceRequest:
-    """Bound the answers by an expert's context, where the client did not name the expert.
+    """Bound the answers by an expert's context, if the client did not name the expert.
 
     A client that names an expert can know its context, so the engine refuses longer answers.
 
