@@ -1,8 +1,8 @@
-"""Several engines on one accelerator, one of them awake: for experts of different families.
+"""Several engines on one accelerator, of which one is awake. It serves experts of all families.
 
 vLLM's sleep mode moves the weights of a sleeping engine to host memory (level 1), or discards them
-and reads them again (level 2). Its KV cache is discarded at both levels; captured graphs stay. An
-expert's engine is started at its first swap, while the others sleep.
+and reads them again (level 2). Both levels discard the KV cache and keep captured graphs. An
+expert's engine is started at its first swap, while the other engines sleep.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ class Sleeper(Engine, Protocol):
     """An engine that can sleep."""
 
     async def sleep(self) -> None:
-        """Give up the accelerator's memory once running requests have ended."""
+        """Free the accelerator's memory after running requests have ended."""
 
     async def wake(self) -> None:
-        """Take the memory back, with the weights in it."""
+        """Allocate the memory again, and restore the weights."""
 
 
 class SleepingEngines:
-    """One engine a unit, of which one is awake. They appear as one engine that swaps units.
+    """An engine for each unit, of which one is awake. Together they act as one swapping engine.
 
     Args:
         first: The unit that starts awake.
-        units: Names of each unit's experts, its own name first.
-        build: Makes a unit's engine.
-        sizes: Bytes of host memory that a unit takes while it sleeps; none at level 2.
+        units: The names of each unit's experts. The unit's own name comes first.
+        build: A function that makes a unit's engine.
+        sizes: By unit, bytes of host memory that it takes while it sleeps; empty at level 2.
     """
 
     def __init__(
@@ -51,11 +51,15 @@ class SleepingEngines:
 
     @property
     def swappable_experts(self) -> frozenset[str]:
-        """All units: each has an engine of its own."""
+        """All units, because each unit has its own engine."""
         return frozenset(self._units)
 
     async def start(self) -> EngineReport:
-        """Start the first unit's engine. Raises ExpertFailedError."""
+        """Start the first unit's engine.
+
+        Raises:
+            ExpertFailedError: The engine can't start.
+        """
         engine = self._engines[self._awake] = self._build(self._awake)
         return await engine.start()
 
@@ -71,14 +75,14 @@ class SleepingEngines:
         await self._engines[self._awake].run(request, send)
 
     async def load_to_host(self, expert: str) -> LoadResult:
-        """Report the size of a unit that will sleep: nothing loads beside the awake engine."""
+        """Report a unit's size. Nothing is loaded beside the awake engine."""
         return LoadResult(self._sizes.get(expert, 0), 0.0, starts=expert not in self._engines)
 
     async def swap_in(self, expert: str) -> SwapResult:
-        """Put the running unit to sleep, and wake or start another's engine.
+        """Put the running unit to sleep, and wake or start another unit's engine.
 
         Raises:
-            ExpertFailedError: The other engine can't start; the first one is awake again.
+            ExpertFailedError: The other engine can't start. The running unit is awake again.
             EngineDeadError: An engine can't sleep or wake.
         """
         began_s = time.monotonic()
@@ -90,7 +94,7 @@ class SleepingEngines:
             await self._must_succeed(engine.wake(), "it could not be woken")
         else:
             if engine is not None:
-                # It died asleep: its remains are cleared up before another engine starts.
+                # The engine died while it slept. It is stopped before another engine starts.
                 del self._engines[expert]
                 await engine.stop()
             engine = self._build(expert)
@@ -120,7 +124,7 @@ class SleepingEngines:
             await engine.stop()
 
     def failure(self) -> str | None:
-        """Why the awake engine is dead, or None."""
+        """Return why the awake engine is dead, or None."""
         engine = self._engines.get(self._awake)
         return self._broken or (engine.failure() if engine is not None else None)
 

@@ -1,4 +1,4 @@
-"""A steered expert as an engine gets it: its base, and the changes layer by layer. Plain data.
+"""The plain data of a steered expert for an engine: its base, and the changes of each layer.
 
 `service.moe.steering.steer` defines the effect.
 """
@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Keys of vLLM's `additional_config`, which reaches the worker.
-# The most routed experts that a profile chooses for a token; rules for gates are installed.
+# These are keys of vLLM's `additional_config`, which vLLM passes to the worker.
+# The most routed experts that a profile chooses for a token. The worker then installs rules.
 PLACES_KEY = "coe_places"
-# The adapter to merge into the weights while they are loaded.
+# The adapter that the worker merges into the weights while it loads them.
 MERGED_KEY = "coe_merged"
-# The routers record their choices.
+# Whether the routers record their choices.
 RECORD_CHOICES_KEY = "coe_record_choices"
 
 
 @dataclass(frozen=True, slots=True)
 class SteeredLayer:
-    """The changes of one decoder layer's gate: see `service.moe.steering.LayerSteering`."""
+    """The changes of one decoder layer's gate, as in `service.moe.steering.LayerSteering`."""
 
     layer: int
     mask: tuple[bool, ...]
@@ -33,9 +33,9 @@ class Steering:
     """A steered expert.
 
     Attributes:
-        base: The expert whose weights it has.
-        experts: Routed experts that each gate of the base must have.
-        top_k: How many of them a token must get without steering.
+        base: The expert whose weights it runs on.
+        experts: The number of routed experts that each gate of the base must have.
+        top_k: The number of routed experts that the base must choose for a token.
         renormalize: Whether the base must divide the weights of the chosen experts by their sum.
         layers: The changed layers.
     """

@@ -1,7 +1,7 @@
 """The vLLM engine: an `AsyncLLM` in this process, answering through vLLM's own OpenAI layer.
 
-Requests go into vLLM's ASGI application without a socket in between; its EngineCore is a child
-process of this one. All calls of vLLM go through `service.engine.vllm.handle`.
+Requests go into vLLM's ASGI application without a socket in between. vLLM's EngineCore is a child
+process of this process. All calls of vLLM go through `service.engine.vllm.handle`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ GENERATE_ENDPOINTS = frozenset(
     }
 )
 POOLING_ENDPOINTS = frozenset({"/v1/embeddings", "/tokenize", "/detokenize"})
-# vLLM writes all tokens of a text into one reply, on the event loop.
+# vLLM writes all tokens of a text into one reply, which blocks the event loop.
 _TOKEN_ENDPOINTS = frozenset({"/tokenize", "/detokenize"})
 _MAX_TOKENIZE_BYTES = 4 * 1024 * 1024
 _CAPTURE_EXTENSION = "service.engine.vllm.worker.capture.CaptureExtension"
@@ -71,10 +71,10 @@ class VllmModel:
     """The weights to load.
 
     Attributes:
-        name: The base expert.
-        path: Folder of its weights.
-        adapters: Folders of LoRA adapters by expert.
-        embeds: The model makes vectors, not text, whatever its architecture could do.
+        name: The name of the base expert.
+        path: The folder of its weights.
+        adapters: The folders of LoRA adapters by expert.
+        embeds: Whether the model makes embeddings, even if its architecture could make text.
     """
 
     name: str
@@ -89,12 +89,12 @@ class VllmEngine:
     Args:
         model: The weights to load.
         options: The pool's `vllm` section.
-        on_cpu: The engine computes on the CPU.
+        on_cpu: Whether the engine computes on the CPU.
         observer: Receives the engine's statistics, if any.
-        sleep_level: How the engine can sleep: 1 keeps its weights in host memory, 2 reads them
-            again, 0 means that it can't.
-        secrets: Environment variables that the core must not inherit, beside those that look like
-            keys.
+        sleep_level: 1 where a sleeping engine keeps its weights in host memory, 2 where it reads
+            them again, 0 where it can't sleep.
+        secrets: Environment variables that the core must not inherit, in addition to variables
+            with the name of a key.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class VllmEngine:
             if observer is not None and capture
             else None
         )
-        # Captured graphs call no function of ours: the gates write their choices to a buffer.
+        # Captured graphs call no Python function, so the gates write their choices to a buffer.
         self._records_choices = not on_cpu and not options.enforce_eager
         self._handle: VllmHandle | None = None
         self._app: OpenAiApp | None = None
@@ -130,7 +130,11 @@ class VllmEngine:
 
     @property
     def _vllm(self) -> VllmHandle:
-        """The running vLLM. Raises EngineDeadError before `start` and after `stop`."""
+        """The running vLLM.
+
+        Raises:
+            EngineDeadError: The engine has not started, or has stopped.
+        """
         if self._handle is None:
             raise EngineDeadError(f"the engine died: {self.failure() or 'it was not started'}")
         return self._handle
@@ -154,7 +158,11 @@ class VllmEngine:
         return settings
 
     async def start(self) -> EngineReport:
-        """Start the engine core and vLLM's OpenAI layer. Raises ExpertFailedError."""
+        """Start the engine core and vLLM's OpenAI layer.
+
+        Raises:
+            ExpertFailedError: vLLM could not start.
+        """
         try:
             report = await self._start()
             if self._routing_stats is not None:
@@ -174,7 +182,7 @@ class VllmEngine:
             raise
         handle = self._handle
         self._app = await handle.openai_app(self._model.name)
-        # Otherwise every full collection walks all objects of torch and vLLM, for 0.4 s.
+        # Otherwise every full garbage collection visits all objects of torch and vLLM in 0.4 s.
         await asyncio.to_thread(gc.collect)
         gc.freeze()
         if handle.generates:
@@ -187,7 +195,7 @@ class VllmEngine:
         )
 
     def _tokens_so_far(self, vllm_ids: list[str]) -> tuple[int, int]:
-        """Tokens of the prompts and of the answers so far, of the requests of one call."""
+        """Return the numbers of prompt tokens and of answer tokens so far of one call."""
         prompt = answer = 0
         for vllm_id in vllm_ids:
             prompt_tokens, answer_tokens = self._vllm.unfinished_tokens(vllm_id)
@@ -198,7 +206,7 @@ class VllmEngine:
         return prompt, answer
 
     def _app_for(self, expert: str) -> OpenAiApp:
-        """The application that answers for an expert. One answers for the base and its adapters."""
+        """Return the application that answers for an expert. The adapters share the base's."""
         if self._app is None:
             raise EngineRestartingError(f"the engine of expert {expert!r} has not been started")
         return self._app
@@ -211,8 +219,8 @@ class VllmEngine:
                 f"the engine of {self._model.name!r} was started without adapters", retry_after_s=30
             )
         folder = self._model.adapters[expert] if adapter is None else adapter
-        # vLLM caches prefixes by an adapter's name and path. An adapter that was unloaded and comes
-        # again may have other weights, so its path is spelt differently then.
+        # vLLM caches prefixes by an adapter's name and path. An adapter that is loaded again may
+        # have other weights, so its path is then written in another way.
         path = folder + "/." * self._unloaded[expert]
         try:
             await self._app_for(expert).load_adapter(expert, path)
@@ -221,7 +229,7 @@ class VllmEngine:
 
     async def unload(self, expert: str) -> None:
         if not self._model.adapters:
-            return  # there is nothing to unload
+            return  # nothing was loaded
         try:
             unloaded = await self._app_for(expert).unload_adapter(expert)
         except AdapterError as error:
@@ -230,7 +238,7 @@ class VllmEngine:
 
     @property
     def swappable_experts(self) -> frozenset[str]:
-        """Only the expert that the engine was started with: its weights stay."""
+        """Only the expert that the engine was started with, because its weights stay."""
         return frozenset({self._model.name})
 
     async def load_to_host(self, expert: str) -> LoadResult:
@@ -240,7 +248,7 @@ class VllmEngine:
         raise ExpertFailedError(f"this engine can't take the weights of {expert!r}")
 
     async def evict(self, expert: str, *, for_next: bool = False) -> None:
-        """There is nothing to evict: only the running expert is held."""
+        """Do nothing, because the engine holds only the running expert."""
 
     async def run(self, request: EngineRequest, send: Send) -> None:
         if (why := self.failure()) is not None:
@@ -256,7 +264,7 @@ class VllmEngine:
         refusal = watch_refusal()
         if self._stats is not None:
             self._stats.add_request(request.request_id, request.expert)
-        # vLLM's handlers run in this task and in those it starts.
+        # vLLM's handlers run in this task and in tasks that they start.
         CACHE_SALT.set(request.cache_salt)
         vllm_ids = track_request_ids()
         app = self._app_for(request.expert)
@@ -266,8 +274,8 @@ class VllmEngine:
         except asyncio.CancelledError:
             if self._handle is not None:
                 request.on_abandoned(*self._tokens_so_far(vllm_ids))
-            # vLLM runs handlers in tasks of their own, and stops them only when it reads that the
-            # client has left; then it sends no answer.
+            # vLLM runs handlers in separate tasks. It stops them only when it reads that the
+            # client has left, and then it sends no answer.
             reply.discard()
             call.gone.set()
             with contextlib.suppress(BaseException):
@@ -277,7 +285,7 @@ class VllmEngine:
         except Exception:
             if refusal.error is None:
                 raise
-            raise refusal.error from None  # the pool ends a stream that has begun with it
+            raise refusal.error from None  # the pool ends a started stream with this error
         finally:
             if self._routing_stats is not None:
                 self._routing_stats.has_news = True
@@ -303,7 +311,7 @@ class VllmEngine:
         await self._vllm.wake(self._sleep_level)
 
     def failure(self) -> str | None:
-        """Why the engine is dead, or None."""
+        """Return why the engine is dead, or None."""
         if self._stopped:
             return "it was stopped"
         if self._handle is not None and self._handle.errored:
@@ -311,19 +319,19 @@ class VllmEngine:
         return None
 
     async def in_flight(self) -> int:
-        """Requests that vLLM works on: zero once every client was served or has left."""
+        """Return the number of vLLM's unfinished requests."""
         if self._handle is None or self.failure() is not None:
             return 0  # vLLM still counts the requests of a dead core
         return self._handle.unfinished_requests()
 
     async def _rpc(self, method: str, *args: object) -> Any:
-        """Call a method of our worker extension. Returns the first rank's result."""
+        """Call a method of the worker extension, and return the first rank's result."""
         return (await self._vllm.collective_rpc(method, *args))[0]
 
     async def stop(self) -> None:
         """Stop the core process."""
         await self._trials.stop()
-        gc.unfreeze()  # this engine's objects can be collected when the next has started
+        gc.unfreeze()  # so that this engine's objects can be collected
         if self._routing_stats is not None:
             await self._routing_stats.stop(poll=self._handle is not None and self.failure() is None)
         self._stopped = True
@@ -368,7 +376,7 @@ class _Call:
 
 
 def first_line(error: object) -> str:
-    """The first line of an error's text, without a traceback."""
+    """Return the first line of an error's text, without a traceback."""
     if isinstance(error, BaseException):
         chain: list[BaseException] = []
         cause: BaseException | None = error

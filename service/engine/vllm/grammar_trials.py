@@ -1,4 +1,4 @@
-"""Grammars of requests are tried out in another process before vLLM reads them in this one."""
+"""Trials of grammars in another process, before vLLM parses the grammars in this process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.engine.grammar_check import Grammar, GrammarChecker, SharedChecker,
 from service.engine.vllm.handle import grammar_from_text
 
 _CPU_S = 2.0
-# A body without any of these has no grammar that vLLM reads before it has begun a reply.
+# A body without these words has no grammar that vLLM parses before its reply begins.
 _MARKS = (b"structural_tag", b"structured_outputs", b"json_schema", b"strict", b"\\u")
 
 checkers = SharedChecker(lambda: GrammarChecker(_CPU_S))
@@ -27,18 +27,18 @@ class GrammarTrials:
         self._starting: asyncio.Task[None] | None = None
 
     async def start(self, read_vocabulary: Callable[[], Vocabulary | None]) -> None:
-        """Begin to check grammars.
+        """Start to check grammars.
 
         Args:
-            read_vocabulary: Returns the tokens that the engine compiles grammars for. It is called
-                in a thread.
+            read_vocabulary: A function that returns the vocabulary that the engine compiles
+                grammars for. It is called in a thread.
         """
         self._checker = checkers.acquire()
         self._vocabulary = await asyncio.to_thread(read_vocabulary)
         self._starting = asyncio.create_task(self._checker.start())
 
     async def stop(self) -> None:
-        """Check no more."""
+        """Stop checking grammars."""
         if self._starting is not None:
             await asyncio.gather(self._starting, return_exceptions=True)
         if self._checker is not None:
@@ -49,25 +49,25 @@ class GrammarTrials:
         """Try out one grammar.
 
         Raises:
-            InvalidRequestError: It is not valid, too costly, or crashes its reader.
-            OverCapacityError: It could not be tried out now.
+            InvalidRequestError: The grammar is invalid, costs too much, or crashes its parser.
+            OverCapacityError: The grammar could not be tried out now.
         """
         if self._checker is not None:
             await self._checker.check(grammar, self._vocabulary)
 
     async def check_body(self, body: bytes) -> None:
-        """Try out the grammars that vLLM reads while it parses a body, or after its reply began.
+        """Try out the grammars that vLLM parses together with a body, or after its reply began.
 
         Raises:
-            InvalidRequestError: A grammar is not valid, too costly, or crashes its reader.
-            OverCapacityError: It could not be tried out now.
+            InvalidRequestError: A grammar is invalid, costs too much, or crashes its parser.
+            OverCapacityError: A grammar could not be tried out now.
         """
         if self._checker is None or not any(mark in body for mark in _MARKS):
             return
         try:
             data = orjson.loads(body)
         except orjson.JSONDecodeError:
-            return  # vLLM reports what is wrong with it
+            return  # vLLM reports the fault of the body
         if not isinstance(data, dict):
             return
         for grammar in _grammars_in(data):
@@ -75,7 +75,7 @@ class GrammarTrials:
 
 
 def _grammars_in(data: dict[str, Any]) -> list[Grammar]:
-    """The grammars that a body of any endpoint contains."""
+    """Return the grammars in a body of any endpoint."""
     grammars = []
     form = data.get("response_format")
     if isinstance(form, dict) and form.get("type") == "structural_tag":

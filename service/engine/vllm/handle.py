@@ -1,8 +1,8 @@
 """The front end's only access to vLLM: starting, calling and stopping one `AsyncLLM`.
 
-No other module of the pool's process imports vLLM or reads attributes of its objects, so a new
-release of vLLM is a change of this file; `service.engine.vllm.worker` is its counterpart in the
-engine core's process. `tests/project/test_vllm_surface.py` lists every name that either depends on.
+No other module of the pool's process imports vLLM or reads attributes of its objects, so that a new
+release of vLLM changes only this file. `service.engine.vllm.worker` is its counterpart in the
+engine core's process. `tests/project/test_vllm_surface.py` lists all names of vLLM that both use.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ if TYPE_CHECKING:
     from vllm.v1.metrics.loggers import PrometheusStatLogger
     from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats, SchedulerStats
 
-# vLLM compiles all grammars of an engine with the backend that its first grammar was checked for.
-# If requests could choose, the first client would decide for all others.
+# vLLM compiles all grammars of an engine with the backend of its first grammar. If requests could
+# choose the backend, the first client would decide for all others.
 _GRAMMAR_BACKEND = "xgrammar"
 
-# vLLM's ids of the requests of the call that this task, or a task started by it, works on.
+# vLLM's request ids of the present call. Tasks that the call starts share this list.
 _REQUEST_IDS: ContextVar[list[str] | None] = ContextVar("request_ids", default=None)
 
 
 @dataclass(slots=True)
 class LaunchSettings:
-    """How to start one vLLM engine.
+    """The settings for the start of one vLLM engine.
 
     Attributes:
-        model: Folder of the weights.
-        served_name: Name of the model in vLLM's OpenAI layer.
+        model: The folder of the weights.
+        served_name: The name of the model in vLLM's OpenAI layer.
         options: The pool's `vllm` section.
-        on_cpu: The core runs in one process on the CPU.
-        enforce_eager: No graphs are captured.
-        embeds: The model makes vectors, not text, whatever its architecture could do.
-        adapters: How many LoRA adapters the engine can load.
-        sleep: The engine can give up the accelerator's memory.
-        worker_cls: Dotted name of the worker class; empty: vLLM's own.
-        worker_extension_cls: Dotted name of the class that vLLM mixes into its worker.
-        additional_config: Values for the worker, read from vLLM's `additional_config`.
+        on_cpu: Whether the core runs in one process on the CPU.
+        enforce_eager: Whether the engine runs without captured graphs.
+        embeds: Whether the model makes embeddings, even if its architecture could make text.
+        adapters: The number of LoRA adapters that the engine can load.
+        sleep: Whether the engine can free the accelerator's memory.
+        worker_cls: The dotted name of the worker class. It is empty for vLLM's own class.
+        worker_extension_cls: The dotted name of the class that vLLM mixes into its worker.
+        additional_config: Values for the worker, which vLLM passes in `additional_config`.
     """
 
     model: str
@@ -78,7 +78,7 @@ class LaunchSettings:
 
 @dataclass(frozen=True, slots=True)
 class FinishedRequest:
-    """vLLM's timings of one choice of a request that has ended, in s. `vllm_id`: its id in vLLM."""
+    """vLLM's timings in seconds of one finished choice. `vllm_id` is the choice's id in vLLM."""
 
     vllm_id: str
     queue_s: float
@@ -89,29 +89,34 @@ class FinishedRequest:
 
 
 class StatsRecorder(Protocol):
-    """Receives the statistics of one engine. `running`: the expert whose weights it has now."""
+    """Receives one engine's statistics. `running` is the expert whose weights it has now."""
 
     running: str
 
     def registry(self, expert: str) -> CollectorRegistry:
-        """An empty registry for vLLM's metrics while the engine runs this expert."""
+        """Return an empty registry for vLLM's metrics while the engine runs this expert."""
 
     def record_finished(self, request: FinishedRequest) -> None:
-        """A request has ended."""
+        """Record a finished request."""
 
 
 class GrammarCheck(Protocol):
     """Decides whether vLLM may compile a request's grammar."""
 
     async def check(self, grammar: Grammar) -> None:
-        """Raises InvalidRequestError, OverCapacityError."""
+        """Check a grammar.
+
+        Raises:
+            InvalidRequestError: vLLM must not compile the grammar.
+            OverCapacityError: The grammar can't be checked now.
+        """
 
 
 @dataclass(slots=True)
 class Refusal:
-    """Why vLLM's engine was not given a request that its OpenAI layer had accepted.
+    """The error of a request that vLLM's OpenAI layer accepted and its engine did not get.
 
-    Some of vLLM's streams, once begun, report a client's error as one of their own.
+    Some of vLLM's streams report a client's error as a server error after they have begun.
     """
 
     error: InvalidRequestError | OverCapacityError | None = None
@@ -121,14 +126,14 @@ _REFUSAL: ContextVar[Refusal | None] = ContextVar("refusal", default=None)
 
 
 def watch_refusal() -> Refusal:
-    """Collect the refusal of the request that this task, or a task started by it, sends to vLLM."""
+    """Collect the refusal of the request that this task and its child tasks send to vLLM."""
     refusal = Refusal()
     _REFUSAL.set(refusal)
     return refusal
 
 
 def track_request_ids() -> list[str]:
-    """Collect vLLM's ids of the requests that this task, or a task started by it, sends to vLLM."""
+    """Collect vLLM's ids of the requests that this task and its child tasks send to vLLM."""
     ids: list[str] = []
     _REQUEST_IDS.set(ids)
     return ids
@@ -136,13 +141,13 @@ def track_request_ids() -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """How one model's text becomes tokens and back.
+    """One model's tokenizer, chat template and generation defaults.
 
     Attributes:
         folder: The model's folder.
         config: vLLM's config with this folder as its model and tokenizer.
         renderer: vLLM's renderer, which holds the tokenizer and the chat template.
-        generation_config: Defaults of sampling parameters.
+        generation_config: The defaults of sampling parameters.
     """
 
     folder: str
@@ -152,7 +157,7 @@ class Rendering:
 
 
 class AdapterError(Exception):
-    """vLLM could not load or unload an adapter; the text is vLLM's."""
+    """vLLM could not load or unload an adapter. The message comes from vLLM."""
 
 
 class OpenAiApp:
@@ -168,7 +173,11 @@ class OpenAiApp:
         await self._app(scope, receive, send)
 
     async def load_adapter(self, name: str, path: str) -> None:
-        """Load a LoRA adapter into the engine. Raises AdapterError."""
+        """Load a LoRA adapter into the engine.
+
+        Raises:
+            AdapterError: vLLM refuses.
+        """
         from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
         answer = await self._app.state.openai_serving_models.load_lora_adapter(
@@ -178,10 +187,10 @@ class OpenAiApp:
             raise AdapterError(answer.error.message)
 
     async def unload_adapter(self, name: str) -> bool:
-        """Forget a LoRA adapter, in this process and in the core.
+        """Unload a LoRA adapter in this process and in the core.
 
         Returns:
-            False if there is none of that name.
+            False where no adapter has this name.
 
         Raises:
             AdapterError: vLLM refuses.
@@ -200,13 +209,13 @@ class OpenAiApp:
 
 
 class VllmHandle:
-    """One running `AsyncLLM`. Its core is a child process of this one."""
+    """One running `AsyncLLM`. Its core is a child process of this process."""
 
     def __init__(self, llm: AsyncLLM, args: Namespace, tasks: Sequence[str]) -> None:
         self._llm = llm
         self._args = args
         self._tasks = tasks
-        # How the engine itself was started.
+        # The rendering that the engine was started with.
         self.rendering = Rendering(
             args.model,
             llm.vllm_config,
@@ -225,14 +234,14 @@ class VllmHandle:
         """Start an engine core and wait until it has loaded its weights.
 
         Args:
-            settings: How to start it.
-            grammars: Checks every grammar before vLLM reads it in this process.
+            settings: The settings of the engine.
+            grammars: Checks every grammar before vLLM parses it in this process.
             stats: Receives the engine's statistics, if any.
-            secrets: Environment variables that the core must not inherit, beside those that look
-                like keys.
+            secrets: Environment variables that the core must not inherit, in addition to variables
+                with the name of a key.
 
         Raises:
-            Exception: Whatever vLLM raises.
+            Exception: Any error of vLLM.
         """
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
@@ -254,12 +263,12 @@ class VllmHandle:
                     stat_loggers=[_stat_logger_class(stats)] if stats is not None else None,
                 )
 
-        # It blocks for as long as the core takes to load.
+        # The call blocks until the core has loaded its weights.
         building = asyncio.ensure_future(asyncio.to_thread(build))
         try:
             llm = await asyncio.shield(building)
         except asyncio.CancelledError:
-            # A thread can't be cancelled: wait for it, or its core outlives this process.
+            # A thread can't be cancelled. Without this wait its core could outlive this process.
             with contextlib.suppress(Exception):
                 await _shut_down(await building)
             raise
@@ -269,7 +278,7 @@ class VllmHandle:
             await _shut_down(llm)
             raise
 
-    # --- what the engine is
+    # --- properties of the engine
 
     @property
     def generates(self) -> bool:
@@ -278,17 +287,17 @@ class VllmHandle:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of the context."""
+        """The length of the context in tokens."""
         return int(self._llm.model_config.max_model_len)
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the model's vocabulary."""
+        """The number of tokens in the model's vocabulary."""
         return int(self._llm.model_config.get_vocab_size())
 
     @property
     def details(self) -> dict[str, str]:
-        """The choices of vLLM: dtype, backend of routed experts, and whether it runs eagerly."""
+        """The choices of vLLM: dtype, backend of routed experts, and whether it uses graphs."""
         config = self._llm.vllm_config
         model = config.model_config
         return {
@@ -299,7 +308,7 @@ class VllmHandle:
 
     @property
     def core_pid(self) -> int:
-        """Process id of the engine core."""
+        """The process id of the engine core."""
         return int(self._llm.engine_core.resources.engine_manager.processes[0].pid)
 
     @property
@@ -308,9 +317,12 @@ class VllmHandle:
         return bool(self._llm.errored)
 
     def vocabulary(self) -> Vocabulary | None:
-        """The tokens that the core compiles grammars for; None if they can't be serialised.
+        """Return the vocabulary that the core compiles grammars for.
 
-        It takes seconds: call it in a thread.
+        The call takes seconds, so it belongs in a thread.
+
+        Returns:
+            The vocabulary, or None if it can't be serialised.
         """
         import xgrammar as xgr
         from vllm.utils.mistral import is_mistral_tokenizer
@@ -322,7 +334,7 @@ class VllmHandle:
             info = xgr.TokenizerInfo.from_huggingface(tokenizer, vocab_size=self.vocab_size)
             text = info.serialize_json()
         except (ValueError, RuntimeError):
-            return None  # then the core can't compile for it either, and says so
+            return None  # the core can't compile for this tokenizer either, and reports it
         return Vocabulary(hashlib.sha256(text.encode()).hexdigest(), text)
 
     # --- requests
@@ -344,11 +356,11 @@ class VllmHandle:
         return OpenAiApp(app, self._llm)
 
     def unfinished_requests(self) -> int:
-        """Requests that vLLM works on: zero once every client was served or has left."""
+        """Return the number of requests that vLLM works on."""
         return int(self._llm.get_num_unfinished_requests())
 
     def unfinished_tokens(self, vllm_id: str) -> tuple[int, int]:
-        """Tokens of the prompt and of the answers so far of a request that is worked on."""
+        """Return the numbers of prompt and answer tokens so far of an unfinished request."""
         processor = self._llm.output_processor
         states = [
             processor.request_states[name]
@@ -361,25 +373,25 @@ class VllmHandle:
     # --- the worker
 
     async def collective_rpc(self, method: str, *args: object, **kwargs: object) -> list[Any]:
-        """Call a method of every worker. Returns one result a rank."""
+        """Call a method of every worker, and return the result of each rank."""
         answers: list[Any] = await self._llm.collective_rpc(
             method, args=args, kwargs=kwargs or None
         )
         return answers
 
     async def pause(self) -> None:
-        """Let running requests end, start no others, and clear the caches of prompts."""
+        """Wait for running requests, start no others, and clear the prefix caches."""
         await self._llm.pause_generation(mode="wait", clear_cache=True)
 
     async def resume(self) -> None:
-        """Start requests again."""
+        """Let requests run again."""
         await self._llm.resume_generation()
 
     async def sleep(self, level: int) -> None:
-        """Give up the accelerator's memory once running requests have ended.
+        """Free the accelerator's memory after running requests have ended.
 
         Args:
-            level: 1 keeps the weights in host memory, 2 discards them.
+            level: Level 1 keeps the weights in host memory, and level 2 discards them.
         """
         await self._llm.sleep(level=level, mode="wait")
 
@@ -404,21 +416,21 @@ class VllmHandle:
         return Rendering(folder, config, renderer, defaults)
 
     def use_rendering(self, rendering: Rendering) -> None:
-        """Turn text into tokens and back with another model's tokenizer. Nothing may be running."""
+        """Use another model's tokenizer and chat template. No request may be running."""
         llm, renderer = self._llm, rendering.renderer
         llm.renderer = llm.input_processor.renderer = renderer
         llm.input_processor.generation_config_fields = rendering.generation_config
         llm.output_processor.tokenizer = renderer.tokenizer
 
     async def shutdown(self) -> None:
-        """End the core process, and with an error every request that still waits for it."""
+        """End the core process. Every unfinished request ends with an error."""
         await _shut_down(self._llm)
 
 
 async def _shut_down(llm: AsyncLLM) -> None:
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    # Otherwise vLLM takes the end of the core for a crash, and logs it as an error.
+    # Otherwise vLLM logs the end of the core as a crash.
     if (task := llm.output_handler) is not None:
         task.cancel()
     await asyncio.to_thread(llm.shutdown)
@@ -426,7 +438,10 @@ async def _shut_down(llm: AsyncLLM) -> None:
 
 
 def _frontend_args(settings: LaunchSettings) -> Namespace:
-    """The arguments of vLLM's own server. Raises if a release of vLLM has dropped one."""
+    """Build the arguments of vLLM's own server.
+
+    The call fails if the installed vLLM lacks an argument.
+    """
     from vllm.config import StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -451,7 +466,7 @@ def _frontend_args(settings: LaunchSettings) -> Namespace:
     args.expert_placement_strategy = options.expert_placement_strategy
     args.enable_eplb = options.enable_eplb
     args.eplb_config = options.eplb_config.model_dump()
-    # An empty list would allow any host: a request must not make the engine fetch things.
+    # An empty list would allow any host. A request must not make the engine fetch a URL.
     args.allowed_media_domains = list(options.media_domains) or ["none.invalid"]
     args.structured_outputs_config = StructuredOutputsConfig(backend=_GRAMMAR_BACKEND)
     args.max_num_queued_reqs = options.max_num_queued_reqs
@@ -479,16 +494,16 @@ def _frontend_args(settings: LaunchSettings) -> Namespace:
         args.enable_auto_tool_choice = True
     if options.reasoning_parser is not None:
         args.reasoning_parser = options.reasoning_parser
-    # Fails here, by name, if a release of vLLM has dropped one of the above.
+    # This fails with the argument's name if the installed vLLM lacks it.
     AsyncEngineArgs.from_cli_args(args)
     return args
 
 
 class _RenderingClient:
-    """The engine as one expert's OpenAI layer sees it: with the expert's own config and renderer.
+    """The engine client of one expert's OpenAI layer, with the expert's config and renderer.
 
-    The prompts of all endpoints pass through `generate` and `encode`. They get the salt that keeps
-    tenants apart in the engine's prefix cache, and the ids that vLLM's layer makes up are noted.
+    The prompts of all endpoints pass through `generate` and `encode`. These methods add the salt
+    that separates tenants in the engine's prefix cache, and record the ids that vLLM generates.
     """
 
     def __init__(self, llm: AsyncLLM, rendering: Rendering) -> None:
@@ -516,7 +531,7 @@ class _RenderingClient:
 
 
 def _note_request_id(args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-    """Remember vLLM's id of a request: the second argument after the prompt, or a named one."""
+    """Record vLLM's id of a request. It is a keyword argument or follows the prompt."""
     if (ids := _REQUEST_IDS.get()) is not None:
         ids.append(str(kwargs["request_id"] if "request_id" in kwargs else args[1]))
 
@@ -525,7 +540,7 @@ def _note_request_id(args: Sequence[object], kwargs: Mapping[str, object]) -> No
 
 
 def _checked_llm_class(grammars: GrammarCheck) -> type[AsyncLLM]:
-    """`AsyncLLM` that has every grammar checked which vLLM has derived from a request."""
+    """Return a subclass of `AsyncLLM` that checks every grammar which vLLM finds in a request."""
     from vllm.exceptions import QueueOverflowError, VLLMValidationError
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -559,7 +574,7 @@ def _note_refusal(error: InvalidRequestError | OverCapacityError) -> None:
 
 
 def _grammar_of(params: StructuredOutputsParams | None) -> Grammar | None:
-    """The grammar that vLLM gives to xgrammar for these parameters, if any."""
+    """Return the grammar that vLLM passes to xgrammar for these parameters, if any."""
     from vllm.v1.structured_output.utils import choice_as_grammar
 
     if params is None:
@@ -579,7 +594,7 @@ def _grammar_of(params: StructuredOutputsParams | None) -> Grammar | None:
 
 
 def grammar_from_text(text: str) -> Grammar:
-    """A grammar in the syntax that vLLM will take it for: Lark or EBNF."""
+    """Make a grammar of the kind that vLLM will detect in a text: Lark or EBNF."""
     from vllm.v1.structured_output.utils import grammar_is_likely_lark
 
     return Grammar("lark" if grammar_is_likely_lark(text) else "ebnf", text)
@@ -589,10 +604,11 @@ def grammar_from_text(text: str) -> Grammar:
 
 
 def _stat_logger_class(stats: StatsRecorder) -> type[PrometheusStatLogger]:
-    """The stat logger to give to `AsyncLLM`: one of vLLM's own for each expert that has run.
+    """Return a stat logger class for `AsyncLLM` with one of vLLM's loggers for each expert.
 
-    vLLM's logger removes every `vllm:` metric of the process when another engine starts, and names
-    them after the model that the engine started with. Here each expert has a registry of its own.
+    vLLM's own logger removes every `vllm:` metric of the process when another engine starts, and
+    labels metrics with the model that the engine started with. Here each expert has its own
+    registry.
     """
     from vllm.v1.metrics.loggers import PrometheusStatLogger
     from vllm.v1.metrics.stats import SchedulerStats
@@ -614,7 +630,7 @@ def _stat_logger_class(stats: StatsRecorder) -> type[PrometheusStatLogger]:
                 registry = stats.registry(expert)
                 logger = _registry_logger_class(registry)(self._expert_config, self.engine_indexes)
                 if logger.gauge_lora_info is not None:
-                    # Its labels are lists of names, in any combination.
+                    # The labels of this gauge are lists of names in any combination.
                     registry.unregister(logger.gauge_lora_info)
                     logger.gauge_lora_info = None
                 if self._initialized:
@@ -631,7 +647,7 @@ def _stat_logger_class(stats: StatsRecorder) -> type[PrometheusStatLogger]:
         ) -> None:
             expert = stats.running
             if expert != self._last_expert:
-                # Nothing runs or waits for the expert that was swapped out.
+                # No request runs or waits for the expert that was swapped out.
                 self._logger(self._last_expert).record(SchedulerStats(), None, None, engine_idx)
                 self._last_expert = expert
             self._logger(expert).record(

@@ -1,4 +1,4 @@
-"""Polls an engine's worker for the choices of its gates, and passes them to the pool."""
+"""Polls an engine's worker for the choices of its gates and passes them to the pool."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class RoutingStatsPoller:
     """Polls the gates of one engine's worker from `start` to `stop`.
 
     Args:
-        call_worker: Calls a method of the worker by name.
+        call_worker: A function that calls a method of the worker by name.
         observer: Receives the samples.
-        options: How often the worker samples.
+        options: The settings of the sampling.
 
     Attributes:
-        has_news: Set by the engine whenever a request has ended; without it there is no poll.
+        has_news: An event that the engine sets after each request. Without it there is no poll.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class RoutingStatsPoller:
             experts: All experts that the engine may run.
 
         Raises:
-            ExpertFailedError: The model's gates can't be seen.
+            ExpertFailedError: The choices of the model's gates can't be recorded.
         """
         options = self._options
         answer = await self._call_worker(
@@ -100,7 +100,11 @@ class RoutingStatsPoller:
             log.warning("MoE routing capture failed: %s", kind)
 
     async def stop(self, *, poll: bool) -> None:
-        """Stop polling; `poll`: after one more poll. Safe to call twice, and before `start`."""
+        """Stop polling. It is safe to call this twice, and before `start`.
+
+        Args:
+            poll: Whether to poll once more before the end.
+        """
         polling, self._polling = self._polling, None
         if polling is not None:
             polling.cancel()

@@ -1,4 +1,4 @@
-"""Statistics of one engine, attributed to the expert that each request was for."""
+"""Statistics of one engine, attributed to the expert of each request."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from prometheus_client import CollectorRegistry
 from service.engine.base import CANARY, EngineObserver, EngineTimings
 from service.engine.vllm.handle import FinishedRequest
 
-# Requests whose expert is remembered: more than any engine has in flight.
+# The number of requests whose expert is remembered. No engine has more requests in flight.
 _REMEMBERED = 8192
 
 
 class EngineStats:
-    """Passes an engine's statistics on to the pool, by expert, adapters included.
+    """Passes an engine's statistics on to the pool, by expert. Adapters are separate experts.
 
     Attributes:
         running: The expert whose weights the engine has now.
@@ -25,7 +25,7 @@ class EngineStats:
         self._finished_tokens: dict[str, int] = {}
 
     def add_request(self, request_id: str, expert: str) -> None:
-        """A request with this id is for this expert."""
+        """Record which expert a request is for."""
         self._expert_of[request_id] = expert
         if len(self._expert_of) > _REMEMBERED:
             del self._expert_of[next(iter(self._expert_of))]
@@ -34,7 +34,7 @@ class EngineStats:
         return self._observer.registry(expert)
 
     def finished_tokens(self, vllm_id: str) -> int:
-        """Tokens of those answers to a request, by vLLM's id of it, that have ended."""
+        """Return the number of tokens of a request's finished answers, by vLLM's request id."""
         return self._finished_tokens.get(vllm_id, 0)
 
     def record_finished(self, request: FinishedRequest) -> None:
@@ -56,7 +56,7 @@ class EngineStats:
             )
 
     def _expert_for(self, vllm_id: str) -> str | None:
-        """The expert of a request. vLLM's id of it is ours with a prefix, and maybe a suffix."""
+        """Return the expert of a request. vLLM adds a prefix and maybe a suffix to the id."""
         ours = vllm_id.partition("-")[2]
         if ours.startswith(CANARY):
             return None

@@ -1,8 +1,8 @@
-"""A vLLM engine whose weights are swapped in place: several experts of one family take turns.
+"""A vLLM engine that swaps weights in place, so that experts of one family take turns.
 
-The worker extension `service.engine.vllm.worker.swap` does the work on the weights, in the engine
-core. This module has the order of a swap (pause, swap, probe, resume), the token canary, and each
-expert's own OpenAI layer with its own tokenizer and chat template.
+The worker extension `service.engine.vllm.worker.swap` moves the weights in the engine core. This
+module has the order of a swap (pause, swap, probe, resume), the token canary, and each expert's own
+OpenAI layer with its tokenizer and chat template.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ _POLL_S = 0.01
 _CHECK_ALIVE_S = 0.2
 _CANARY_PROMPT = list(range(101, 117))
 _CANARY_TOKENS = 6
-# By how much the logarithm of a token's probability may differ from the recorded one.
+# The largest difference of a token's log probability from the recorded value.
 _LOGPROB_TOLERANCE = 1e-3
-# By what part of its length a vector may differ from the recorded one.
+# The largest difference of an embedding from the recorded embedding, relative to its length.
 _VECTOR_TOLERANCE = 1e-3
 
 
@@ -61,12 +61,12 @@ class Weights:
     """The source of one expert's full weights.
 
     Attributes:
-        folder: Folder of the weights.
-        adapter: Folder of a LoRA adapter to merge into them.
-        strength: Factor of the adapter.
-        steering: Rules for the gates; the weights are then the base's own.
-        fault: Why there can be no such expert; the error of every request for it.
-        embeds: The model makes vectors, not text.
+        folder: The folder of the weights.
+        adapter: The folder of a LoRA adapter to merge into the weights.
+        strength: The factor of the adapter.
+        steering: Rules for the gates. Such an expert runs on its base's weights.
+        fault: Why the expert can't be served. It is the error of every request for the expert.
+        embeds: Whether the model makes embeddings instead of text.
     """
 
     folder: str
@@ -78,12 +78,12 @@ class Weights:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the weights are those of the folder, unchanged."""
+        """Whether the weights are the unchanged weights of the folder."""
         return self.adapter is None and self.steering is None and not self.fault
 
     @property
     def places(self) -> int:
-        """The most routed experts that its steering chooses for a token; 0 without steering."""
+        """The most routed experts that the steering chooses for a token; 0 without steering."""
         return self.steering.places if self.steering is not None else 0
 
 
@@ -92,9 +92,9 @@ class Canary:
     """An expert's answer to a fixed prompt, recorded at its first load.
 
     Attributes:
-        version: Version of the files that it was loaded from.
-        answer: JSON of two lists: the first greedy tokens, and the logarithm of each one's
-            probability; or no tokens, and the vector of an expert that embeds.
+        version: The version of the files that the expert was loaded from.
+        answer: Two lists as JSON: the first greedy tokens and their log probabilities. An expert
+            that makes embeddings has no tokens, and its embedding is the second list.
     """
 
     version: str
@@ -116,16 +116,16 @@ class SwappingVllmEngine(VllmEngine):
 
     Args:
         first: The expert that runs when the engine has started.
-        weights: Sources by expert. The caller may add and remove experts.
+        weights: The sources by expert. The caller may add and remove experts.
         options: The pool's `vllm` section.
-        on_cpu: The engine computes on the CPU.
-        canary_interval: The canary is checked at an expert's first swap and at every n-th.
-        canaries: Recorded canaries by expert. The mapping outlives the engine.
+        on_cpu: Whether the engine computes on the CPU.
+        canary_interval: The canary is checked at an expert's first swap and at every n-th swap.
+        canaries: The recorded canaries by expert. The mapping outlives the engine.
         observer: Receives the engine's statistics, if any.
-        cache: On a GPU, where the pool's engines share the weights that they hold; an engine that
-            keeps the weights it was started with needs none.
-        secrets: Environment variables that the core must not inherit, beside those that look like
-            keys.
+        cache: On a GPU, the cache in which the pool's engines share weights. An engine that keeps
+            its first weights needs no cache.
+        secrets: Environment variables that the core must not inherit, in addition to variables
+            with the name of a key.
     """
 
     def __init__(
@@ -150,25 +150,26 @@ class SwappingVllmEngine(VllmEngine):
         self._canaries = canaries
         self._swaps: dict[str, int] = {}
         self._frontends: dict[str, _Frontend] = {}
-        # Versions of the files that each expert's weights were read from.
+        # The versions of the files that each expert's weights were read from.
         self._versions: dict[str, str] = {}
         self._own_digest = ""
         self._broken: str | None = None
-        # On a GPU, rules for gates are installed before graphs are captured; on a CPU at a swap.
+        # A GPU engine installs the gate rules before it captures graphs. A CPU engine installs
+        # them at a swap.
         self._uses_graph_steering = not on_cpu
         self._places = 0
-        # The expert whose weights can't be swapped out, if any.
+        # The expert whose weights must stay in the model, if any.
         self._fixed = ""
 
     @property
     def swappable_experts(self) -> frozenset[str]:
-        """The experts that this engine can run as it was started."""
-        # A copy: another thread may add and remove experts.
+        """The experts that this engine can run without a restart."""
+        # The copy is needed because another thread may add and remove experts.
         return frozenset(name for name, w in tuple(self._weights.items()) if self._can_run(name, w))
 
     def _can_run(self, expert: str, weights: Weights) -> bool:
         if weights.fault:
-            return True  # no engine could; the error answers every request for it
+            return True  # no engine can run it, so every request gets the error here
         base = weights.steering.base if weights.steering is not None else expert
         if self._fixed and base != self._fixed:
             return False
@@ -195,7 +196,7 @@ class SwappingVllmEngine(VllmEngine):
 
     @property
     def _merged_first(self) -> Weights | None:
-        """The first expert's weights, if an adapter is merged into its base while they load."""
+        """The first expert's weights, if they need an adapter merged while they are loaded."""
         first = self._weights[self._first]
         return first if first.adapter is not None and not self._uses_graph_steering else None
 
@@ -225,7 +226,7 @@ class SwappingVllmEngine(VllmEngine):
             await self.load_to_host(self._first)
             if not (await self.swap_in(self._first)).ok:
                 raise ExpertFailedError(_files_changed(self._first), retry_after_s=30)
-            # The pool counts what is held from the first unit on.
+            # The pool counts the held bytes of the first unit, too.
             await self.evict(adopted)
         else:
             source = self._weights[self._first]
@@ -248,7 +249,7 @@ class SwappingVllmEngine(VllmEngine):
         if source.steering is not None:
             began_s = time.monotonic()
             size = await self._rpc("coe_steer", expert, asdict(source.steering))
-            # The base's weights as they are held, whatever its files are now.
+            # A virtual expert runs on the held weights, even if the base's files have changed.
             rules = hashlib.sha256(repr(source.steering).encode()).hexdigest()[:24]
             base = self._versions.get(source.steering.base, "")
             self._versions[expert] = f"{base}-{rules}"
@@ -258,7 +259,7 @@ class SwappingVllmEngine(VllmEngine):
         await self._share_weights(expert)
         await self._rpc("coe_load_to_host", expert, source.folder, source.adapter, source.strength)
         result = await self._rpc("coe_load_result", expert)
-        while result["state"] == "loading":  # in another process: there is no event to await
+        while result["state"] == "loading":  # the other process offers no event to await
             await asyncio.sleep(_POLL_S)
             result = await self._rpc("coe_load_result", expert)
         if result["state"] != "host":
@@ -268,7 +269,7 @@ class SwappingVllmEngine(VllmEngine):
                 f"expert {expert!r} could not be loaded: {reason}", retry_after_s=30
             )
         if await self._version_of(source) != version:
-            # The weights may be partly of the old files, and partly of the new ones.
+            # The weights may come partly from the old files and partly from the new files.
             await self.evict(expert)
             raise ExpertFailedError(_files_changed(expert), retry_after_s=30)
         self._versions[expert] = version
@@ -285,17 +286,17 @@ class SwappingVllmEngine(VllmEngine):
             try:
                 result = await self._rpc("coe_swap_in", expert)
                 moved = True
-                # Nothing is running: the engine is paused.
+                # No request is running, because the engine is paused.
                 self._vllm.use_rendering(frontend.rendering)
                 if self._stats is not None:
                     self._stats.running = expert
             finally:
-                # A paused engine would never answer the old expert's requests either.
+                # A paused engine could not answer requests for the old expert either.
                 await self._call_core(self._vllm.resume())
                 resumed = True
         except Exception as error:
             if moved or not resumed:
-                # The engine may have parts of both experts: it must not answer any more.
+                # The engine may hold parts of both experts, so it must not answer any more.
                 self._broken = "a swap was left half done"
             if isinstance(error, CoeError):
                 raise
@@ -312,10 +313,10 @@ class SwappingVllmEngine(VllmEngine):
         await self._release_weights(expert)
 
     async def _version_of(self, source: Weights) -> str:
-        """Version of the files that weights would be read from now.
+        """Return the present version of the files that weights are read from.
 
         Raises:
-            ExpertFailedError: They can't be read.
+            ExpertFailedError: The files can't be read.
         """
         try:
             return await asyncio.to_thread(
@@ -326,7 +327,7 @@ class SwappingVllmEngine(VllmEngine):
             raise ExpertFailedError(why, retry_after_s=30) from error
 
     async def _share_weights(self, expert: str) -> None:
-        """Send the workers the place in shared memory for an expert's weights."""
+        """Send the workers the path in shared memory for an expert's weights."""
         if self._share is not None:
             source = self._weights.get(expert, Weights(self._model.path))
             path, token = await asyncio.to_thread(
@@ -344,13 +345,13 @@ class SwappingVllmEngine(VllmEngine):
         loop.call_later(delay_s, loop.run_in_executor, None, share.sweep)
 
     async def stop(self) -> None:
-        """Stop the core process. Its shared weights stay for a while, for the next engine."""
+        """Stop the core process. Its shared weights stay for a while for the next engine."""
         await super().stop()
         if self._share is not None:
             self._sweep_in(await asyncio.to_thread(self._share.release_all), self._share)
 
     async def memory(self) -> dict[str, int]:
-        """Bytes of the core process by kind: `resident_bytes`, and `host_bytes` of held experts."""
+        """Return the core's `resident_bytes`, and the `host_bytes` of all held experts."""
         memory: dict[str, int] = await self._rpc("coe_memory")
         return memory
 
@@ -364,7 +365,7 @@ class SwappingVllmEngine(VllmEngine):
             raise self._fault(f"{method} failed", error) from error
 
     async def _call_core(self, call: Awaitable[_T]) -> _T:
-        """Await a call to the core. vLLM leaves it unanswered if the core dies meanwhile.
+        """Await a call to the core. vLLM never completes the call if the core dies meanwhile.
 
         Raises:
             EngineDeadError: The core has died.
@@ -386,9 +387,9 @@ class SwappingVllmEngine(VllmEngine):
     # --- the token canary
 
     async def _canary(self, expert: str) -> bool:
-        """Whether an expert answers a fixed prompt as at the first load of its files.
+        """Return whether an expert still answers a fixed prompt as it did at its first load.
 
-        The first load of a version of its files records the answer.
+        The first load of each version of its files records the answer.
         """
         generates = self._vllm.generates
         body: dict[str, object] = {"model": expert}
@@ -436,14 +437,14 @@ class SwappingVllmEngine(VllmEngine):
         )
 
     def _canary_prompt(self) -> list[int]:
-        """A few tokens that every vocabulary has, and that leave room for the answer."""
+        """Return a few tokens that every vocabulary has and that leave room for the answer."""
         room = self._vllm.max_model_len - _CANARY_TOKENS
         return [token % self._vllm.vocab_size for token in _CANARY_PROMPT][: max(1, room)]
 
     # --- the OpenAI layers of experts
 
     async def _load_frontend_or_evict(self, expert: str, source: Weights) -> None:
-        """Have an expert's OpenAI layer; without its tokenizer its weights are not held either."""
+        """Build an expert's OpenAI layer. Evict its weights if its tokenizer can't be loaded."""
         try:
             await self._load_frontend(expert, source)
         except Exception as error:
@@ -461,14 +462,14 @@ class SwappingVllmEngine(VllmEngine):
             self._frontends[expert] = _Frontend(app, source, version, rendering)
 
     async def _load_rendering(self, expert: str, folder: str) -> Rendering:
-        """The engine's own tokenizer if the expert's is the same, else the expert's."""
+        """Return the engine's tokenizer if the expert has the same, or else load the expert's."""
         if await asyncio.to_thread(tokenizer_digest, folder) == self._own_digest:
             await self._rpc("coe_load_tokenizer", expert, "")
             return self._vllm.rendering
-        # The core compiles grammars with a tokenizer of its own.
+        # The core needs this tokenizer, too, because it compiles grammars.
         await self._rpc("coe_load_tokenizer", expert, folder)
         fault = await self._rpc("coe_tokenizer_fault", expert)
-        while fault is None:  # in another process: there is no event to await
+        while fault is None:  # the other process offers no event to await
             await asyncio.sleep(_POLL_S)
             fault = await self._rpc("coe_tokenizer_fault", expert)
         if fault:
@@ -477,10 +478,10 @@ class SwappingVllmEngine(VllmEngine):
 
 
 def _check_merged(expert: str, source: Weights) -> None:
-    """Check that an adapter can be merged, as a core that fails gives no reason.
+    """Check that an adapter can be merged. A core that fails would give no reason.
 
     Raises:
-        ExpertFailedError: It can't be merged.
+        ExpertFailedError: The adapter can't be merged.
     """
     assert source.adapter is not None
     try:
@@ -500,12 +501,12 @@ def _files_changed(expert: str) -> str:
 
 
 def _canary_answer(reply: dict[str, Any]) -> tuple[list[int], list[float]]:
-    """The tokens of a reply and their log probabilities, or no tokens and a vector.
+    """Return the tokens of a reply and their log probabilities, or no tokens and an embedding.
 
-    Experts of one family often begin alike: the probabilities tell them apart.
+    Experts of one family often give the same first tokens. The probabilities distinguish them.
 
     Raises:
-        KeyError, IndexError: The reply has neither.
+        KeyError, IndexError: The reply has neither tokens nor an embedding.
     """
     if "data" in reply:
         return [], reply["data"][0]["embedding"]
@@ -524,7 +525,7 @@ def _merge_rank_results(answers: list[Any]) -> Any:
         if result.get("ok") is False:
             return result
     if results and all(result.get("state") == "host" for result in results):
-        # Each rank holds its own part.
+        # The bytes add up, because each rank holds its own part.
         host_bytes = sum(int(result["host_bytes"]) for result in results)
         fill_s = max(result["fill_s"] for result in results)
         return {**results[0], "host_bytes": host_bytes, "fill_s": fill_s}

@@ -1,4 +1,4 @@
-"""Tells whether two experts' tokenizers, chat templates and configs are the same files.
+"""Compares the tokenizers, chat templates and configs of experts by a digest.
 
 Experts whose digests are equal share one tokenizer in the process.
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from service.models.file_version import files_in
 
-# Files of a model's folder that do not change how text becomes tokens and back: weights, and texts
-# for people. All others count, whatever their names: tokenizers have many forms.
+# Weights and documentation do not change tokenization. All other files count, whatever their names,
+# because tokenizers have many formats.
 _WEIGHTS = (
     ".safetensors",
     ".index.json",
@@ -26,7 +26,7 @@ _WEIGHTS = (
     ".gguf",
 )
 _FOR_PEOPLE = (".md", ".pdf", ".png", ".jpg", ".svg")
-# Keys of Hugging Face's configs that name the writer, or the dtype that weights are stored in.
+# Keys of Hugging Face configs that name the author or the dtype of the stored weights.
 _NEUTRAL_KEYS = frozenset(
     {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype"}
 )
@@ -34,10 +34,10 @@ _CONFIGS = ("config.json", "generation_config.json")
 
 
 def tokenizer_digest(folder: str) -> str:
-    """Digest of the files that decide how text becomes tokens, and tokens text.
+    """Compute the digest of the files that define tokenization in both directions.
 
-    Equal digests mean equal tokenization. Different digests may mean it, too: the expert then has
-    an OpenAI layer and a tokenizer of its own, which costs memory but is never wrong.
+    Equal digests mean equal tokenization. Different digests may also mean equal tokenization. The
+    expert then gets its own OpenAI layer and tokenizer, which costs memory but is correct.
 
     Args:
         folder: A model's folder.
@@ -60,7 +60,7 @@ def tokenizer_digest(folder: str) -> str:
 
 
 def _file_digest(path: Path) -> bytes:
-    """Digest of a file; a config's without its neutral keys."""
+    """Compute the digest of a file. The neutral keys of a config do not count."""
     with path.open("rb") as file:
         whole = hashlib.file_digest(file, "sha256").digest()
     if path.name not in _CONFIGS:

@@ -1,8 +1,8 @@
 """The worker's side of MoE routing capture: the choices of gates in sampled steps, by expert.
 
-vLLM's routers pass each choice to a function of ours. A step that is not sampled costs one call per
-layer; in a sampled step the load is counted, and of a few prompts whole stretches of tokens are
-kept. Only numbers of routed experts leave this process.
+vLLM's routers pass each choice to a callback. An unsampled step costs one call per layer. A sampled
+step counts the load of routed experts, and keeps the choices for consecutive tokens of a few
+prompts. Only indices and counts of routed experts leave this process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NO_BATCH = (
     "vLLM's second model runner does not tell which tokens of a step are whose; with "
     "VLLM_USE_V2_MODEL_RUNNER=0 in the pool's environment the first one runs"
 )
-# In a shorter stretch a cache of routed experts would hardly fill.
+# A shorter stretch would hardly fill a cache of routed experts.
 _MIN_STRETCH_TOKENS = 32
 
 
@@ -39,9 +39,9 @@ class _Sample:
     """The choices of one expert since the last snapshot.
 
     Attributes:
-        load: int64 (layers, experts): tokens that each routed expert got.
-        tokens: How many tokens were seen.
-        stretches: int16 (layers, tokens, k): choices for consecutive tokens of prompts.
+        load: The number of tokens that each routed expert got, int64 (layers, experts).
+        tokens: The number of tokens in the sample.
+        stretches: The choices for consecutive tokens of prompts, each int16 (layers, tokens, k).
     """
 
     load: NDArray[np.int64]
@@ -54,9 +54,9 @@ class _Step:
     """A sampled step.
 
     Attributes:
-        sample: The sample of the expert that runs.
-        tokens: Tokens of the step.
-        kept: Rows of the stretches that are kept, each with its choices by layer.
+        sample: The sample of the running expert.
+        tokens: The number of tokens of the step.
+        kept: The rows of the stretches that are kept, each with its choices by layer.
     """
 
     sample: _Sample
@@ -65,18 +65,18 @@ class _Step:
 
 
 class GateCapture:
-    """Samples one step of `every`, on average, of one worker.
+    """Samples the steps of one worker. On average it samples one of `every` steps.
 
-    The distance to the next sampled step is drawn from 1 to 2 · `every` - 1: with a fixed one,
-    requests of one length would always be seen at the same places.
+    The distance to the next sampled step is random, from 1 to 2 · `every` - 1. With a fixed
+    distance, requests of one length would always be sampled at the same tokens.
 
     Args:
         runner: vLLM's model runner.
-        running: Returns the expert that the engine runs now.
-        every: Steps for each sampled one, on average.
-        stretches: How many stretches of prompts are kept of each expert until a snapshot.
-        tokens: The most tokens of a stretch.
-        chance: Draws the distances.
+        running: A function that returns the expert that the engine runs now.
+        every: The average distance of sampled steps.
+        stretches: The number of stretches that are kept for each expert until a snapshot.
+        tokens: The largest number of tokens of a stretch.
+        chance: The source of random distances.
     """
 
     def __init__(
@@ -103,7 +103,10 @@ class GateCapture:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """`layers` with gates, empty where the model is no MoE; `experts` and `top_k` of each."""
+        """Return the model's `layers` with gates, and the `experts` and `top_k` of each gate.
+
+        `layers` is empty where the model is not a mixture of experts.
+        """
         first = self._layers[0] if self._layers else None
         return {
             "layers": [routed.layer for routed in self._layers],
@@ -112,26 +115,26 @@ class GateCapture:
         }
 
     def attach(self, layers: Sequence[RoutedLayer]) -> None:
-        """Watch the gates of these layers from now on, and no others."""
+        """Record the gates of these layers from now on, and no other gates."""
         self.detach()
         self._layers = layers
         for index, routed in enumerate(layers):
             routed.watch_choices(partial(self._on_choice, index))
 
     def follow(self, buffer: ChoiceBuffer) -> None:
-        """Read choices from a buffer after each step (`stepped`); routers then call nothing."""
+        """Read choices from a buffer after each step (`stepped`) instead of through callbacks."""
         self._buffer = buffer
         self._layers = buffer.layers
 
     def detach(self) -> None:
-        """Watch no gates any more. Samples are kept."""
+        """Stop recording gates. Samples are kept."""
         if self._buffer is None:
             for routed in self._layers:
                 routed.watch_choices(None)
         self._step = None
 
     def stepped(self) -> None:
-        """A step was computed: sample its choices from the buffer, if one is followed."""
+        """Sample the choices of a finished step from the buffer, if there is a buffer."""
         if self._buffer is None or not self._layers:
             return
         self._steps_left -= 1
@@ -146,7 +149,7 @@ class GateCapture:
         self._end(step)
 
     def _on_choice(self, index: int, ids: torch.Tensor) -> None:
-        """A router chose `ids`, (tokens, k), for every token of this step."""
+        """Record a router's choice for this step. `ids` has the shape (tokens, k)."""
         if index == 0:
             self._steps_left -= 1
             self._step = None
@@ -156,7 +159,7 @@ class GateCapture:
         step = self._step
         if step is None:
             return
-        # Rows beyond the tokens are padding.
+        # The rows after the last token are padding.
         self._add(step, index, np.asarray(ids.cpu())[: step.tokens])
         if index == len(self._layers) - 1:
             self._end(step)
@@ -174,7 +177,7 @@ class GateCapture:
 
     def _begin(self) -> _Step | None:
         if any(f"-{CANARY}" in name for name in batch_request_ids(self._runner)):
-            return None  # it checks the engine, and runs alone
+            return None  # the canary runs alone and must not be counted
         bounds = batch_bounds(self._runner)
         expert = self._running()
         sample = self._samples.get(expert)
@@ -194,7 +197,7 @@ class GateCapture:
         step.sample.tokens += step.tokens
         for _, layers in step.kept:
             width = max(choice.shape[1] for choice in layers)
-            # A layer that chooses fewer experts has -1 in the other places.
+            # A layer that chooses fewer experts has -1 in the unused places.
             padded = [
                 np.pad(choice, ((0, 0), (0, width - choice.shape[1])), constant_values=-1)
                 for choice in layers
@@ -202,7 +205,7 @@ class GateCapture:
             step.sample.stretches.append(np.stack(padded))
 
     def snapshot(self) -> dict[str, Any]:
-        """The samples since the last snapshot, by expert, as plain data; forgets them."""
+        """Return the samples since the last snapshot, by expert, as plain data, and reset them."""
         samples, self._samples = self._samples, {}
         return {
             expert: {
@@ -215,9 +218,9 @@ class GateCapture:
 
 
 def _without_repeats(ids: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
-    """Each token's experts in ascending order, with -1 in place of repeats.
+    """Sort each token's experts in ascending order, and replace repeats by -1.
 
-    A token with fewer experts than places has its first choice again in the others.
+    A token with fewer experts than places repeats its first choice in the other places.
     """
     chosen = np.sort(ids, axis=1)
     repeats = chosen[:, 1:] == chosen[:, :-1]
@@ -232,20 +235,20 @@ class CaptureExtension:
     model_runner: GPUModelRunner
     _coe_gate_capture: GateCapture | None = None
     _coe_initial_expert = ""
-    # The buffer that captured graphs write to, or why they can't; None: there are no graphs.
+    # The buffer that captured graphs write to, or the reason why they can't. None: no graphs.
     _coe_choices: ChoiceBuffer | str | None = None
 
     def coe_capture(self, expert: str, every: int, stretches: int, tokens: int) -> dict[str, Any]:
-        """Sample one step of `every` from now on; 0: none.
+        """Start to sample steps, or stop where `every` is 0.
 
         Args:
-            expert: The expert that runs, in an engine that does not swap.
-            every: Steps for each sampled one, on average.
-            stretches: How many stretches of prompts are kept of each expert.
-            tokens: The most tokens of a stretch.
+            expert: The running expert, in an engine that does not swap.
+            every: The average distance of sampled steps.
+            stretches: The number of stretches of prompts that are kept for each expert.
+            tokens: The largest number of tokens of a stretch.
 
         Returns:
-            `GateCapture.shape`, or the reason as `refused`.
+            `GateCapture.shape`, or the reason under the key `refused`.
         """
         if self._coe_gate_capture is not None:
             self._coe_gate_capture.detach()
@@ -286,6 +289,6 @@ class CaptureExtension:
         return self._coe_initial_expert
 
     def _coe_watch_gates(self, model: torch.nn.Module) -> None:
-        """Watch the gates of another model, which runs from now on."""
+        """Record the gates of another model, which runs from now on."""
         if self._coe_gate_capture is not None and self._coe_choices is None:
             self._coe_gate_capture.attach(routed_layers(model))

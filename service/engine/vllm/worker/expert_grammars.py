@@ -1,9 +1,8 @@
-"""Grammars are compiled for the tokens of the expert that runs, in vLLM's core.
+"""Compiles grammars in vLLM's core for the tokenizer of the running expert.
 
-vLLM's core reads one tokenizer when it starts, for grammars and reasoning parsers, and keeps it. An
-expert of the same family may have another tokenizer, with which the core's grammars would allow
-tokens of other texts. The core's grammar manager is out of a worker's reach, so its class is
-changed.
+vLLM's core loads one tokenizer at its start, for grammars and reasoning parsers. An expert of the
+same family may have another tokenizer, and the core's grammars would then allow wrong tokens. A
+worker can't reach the core's grammar manager object, so this module changes its class.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _V = TypeVar("_V")
 
 
 class ExpertGrammars:
-    """The tokenizers and grammar backends of experts with other tokens than the core's.
+    """The tokenizers and grammar backends of experts whose tokenizers differ from the core's.
 
     Args:
         config: vLLM's config of the model that the core was started with.
@@ -41,10 +40,10 @@ class ExpertGrammars:
         self._installed = False
 
     def load(self, expert: str, folder: str) -> None:
-        """Begin to read an expert's tokenizer in a thread; `fault` has the outcome.
+        """Start to load an expert's tokenizer in a thread. `fault` returns the outcome.
 
         Raises:
-            ValueError: The core is in another process than this worker.
+            ValueError: The core and this worker are in different processes.
         """
         if world_size(self._config) > 1:
             raise ValueError(
@@ -67,7 +66,10 @@ class ExpertGrammars:
             self._faults[expert] = f"{type(error).__name__}: {error}".splitlines()[0][:400]
 
     def fault(self, expert: str) -> str | None:
-        """Why an expert's tokenizer can't be read; empty once it was, None until then."""
+        """Return why an expert's tokenizer can't be read.
+
+        The result is None while the tokenizer is being read, and empty on success.
+        """
         thread = self._threads.get(expert)
         if thread is not None and thread.is_alive():
             return None
@@ -82,7 +84,7 @@ class ExpertGrammars:
             backend.destroy()
 
     def run(self, expert: str) -> None:
-        """Compile grammars for this expert's tokens from now on. Nothing may be running."""
+        """Compile grammars for this expert's tokens from now on. No request may be running."""
         self._running = expert if expert in self._tokenizers else ""
         if self._running and not self._installed:
             from vllm.v1.structured_output import StructuredOutputManager
@@ -93,7 +95,7 @@ class ExpertGrammars:
             self._installed = True
 
     def _expert_property(self, name: str, by_expert: dict[str, _V]) -> property:
-        """An attribute of the manager with a value for each expert that has its own."""
+        """Make a property of the manager with separate values for experts that have them."""
 
         def read(manager: StructuredOutputManager) -> object:
             own = manager.__dict__.get(name)
