@@ -1,9 +1,9 @@
-"""A pool's folder of shared weights. The pool makes and removes it; its engines write the files.
+"""A pool's folder of shared weights. The pool owns it, and the pool's engines write the files.
 
-A file's name is made of the expert and the version of its source files, so a stale file is never
-found. A file that no engine holds is removed a little later, so that an expert which moves to
-another engine, or whose engine restarts, is only mapped again; it is removed at once where its room
-is needed. The pool locks its folder; folders without a lock belong to pools that were killed.
+A file's name has the expert and the version of its source files, so that a stale file is never
+used. A file that no engine holds stays for a while. An expert that moves to another engine, or
+whose engine restarts, is then only mapped again. An unheld file is removed at once where its room
+is needed. The pool locks its folder. A folder without a lock belongs to a killed pool.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from service.models.file_version import version_of
 log = logging.getLogger("coe.engine")
 
 SHARED_MEMORY = Path("/dev/shm")
-# How long weights stay that no engine holds: after their eviction, and after their engine's end.
+# Seconds that unheld weights stay after an eviction, and after the end of their engine.
 KEEP_EVICTED_S, KEEP_ENDED_S = 10.0, 120.0
 _LOCK = "owner"
 _YOUNG_S = 60.0
@@ -38,12 +38,12 @@ class SharedWeightCache:
     """One pool's shared weights. Its methods may be called from any thread.
 
     Args:
-        bound_bytes: The most bytes of all files; None: there is no bound.
-        root: Folder of shared memory.
-        clock: Returns the time in s.
+        bound_bytes: The largest total size of all files in bytes. None means no bound.
+        root: The folder of shared memory.
+        clock: A function that returns the time in seconds.
 
     Raises:
-        ExpertFailedError: The folder can't be made.
+        ExpertFailedError: The folder can't be created.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class SharedWeightCache:
         self.bound_bytes = bound_bytes
         self._clock = clock
         self._holders: dict[str, set[str]] = {}
-        # Keys that no engine holds, and until when their files stay.
+        # The keys that no engine holds, with the times until which their files stay.
         self._unheld: dict[str, float] = {}
-        # Removing gigabytes takes a while, so it runs in other threads than the event loop's.
+        # The removal of gigabytes takes a while, so it does not run in the event loop's thread.
         self._mutex = threading.RLock()
         remove_dead_folders(root)
         name = f"coe-{os.getuid()}-{secrets.token_hex(8)}"
@@ -67,7 +67,7 @@ class SharedWeightCache:
             fresh.mkdir(mode=0o700)
             self._lock = os.open(fresh / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-            # It gets its name when it is locked, so that no pool takes it for a dead pool's.
+            # The folder is locked before it gets its name, so that no other pool removes it.
             self.folder = fresh.rename(root / name)
         except OSError as error:
             why = f"no folder for shared weights in {root}: {error.strerror}"
@@ -83,18 +83,18 @@ class SharedWeightCache:
             )
 
     def key(self, expert: str, version: str) -> str:
-        """Prefix of the names of an expert's files."""
+        """Return the prefix of the names of an expert's files."""
         digest = hashlib.blake2b(f"{expert}\0{version}".encode(), digest_size=12)
         return digest.hexdigest()
 
     def hold(self, engine: str, key: str) -> None:
-        """An engine maps an expert's weights, or is about to."""
+        """Record that an engine maps an expert's weights, or is about to map them."""
         with self._mutex:
             self._holders.setdefault(key, set()).add(engine)
             self._unheld.pop(key, None)
 
     def release(self, engine: str, key: str, stays_s: float = KEEP_EVICTED_S) -> None:
-        """An engine has unmapped an expert's weights. Their files stay for `stays_s`, in s."""
+        """Record that an engine has unmapped weights. Their files stay for `stays_s` seconds."""
         with self._mutex:
             holders = self._holders.get(key)
             if holders is None:
@@ -105,7 +105,7 @@ class SharedWeightCache:
                 self._unheld[key] = self._clock() + stays_s
 
     def release_all(self, engine: str) -> None:
-        """An engine has ended. Its unfinished files are removed."""
+        """Release all weights of an engine that has ended, and remove its incomplete files."""
         with self._mutex:
             for key in [key for key, holders in self._holders.items() if engine in holders]:
                 self.release(engine, key, KEEP_ENDED_S)
@@ -113,18 +113,19 @@ class SharedWeightCache:
                 path.unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Remove files that no engine has held for long enough. Does nothing in a stopped pool."""
+        """Remove the files whose time has expired. In a stopped pool this does nothing."""
         with self._mutex:
             for key in [key for key, until_s in self._unheld.items() if until_s <= self._clock()]:
                 self._remove(key)
 
     def make_room(self, coming: str, size_bytes: int = 0) -> None:
-        """Remove files that no engine holds, longest unheld first, until an expert has room.
+        """Remove unheld files until an expert has room. The longest unheld files go first.
 
         Args:
-            coming: Key of the expert.
-            size_bytes: Size of its source files. Its tensors may be larger, if they are converted
-                to another dtype, so it counts at least as large as the largest expert here.
+            coming: The key of the expert.
+            size_bytes: The size of its source files in bytes. Its tensors may be larger after a
+                conversion to another dtype, so the expert counts at least as much as the largest
+                expert here.
         """
         with self._mutex:
             sizes = self.sizes()
@@ -141,7 +142,7 @@ class SharedWeightCache:
                 self._remove(key)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes by key, of all ranks together; unfinished files count."""
+        """Return the bytes by key, over all ranks and including incomplete files."""
         found: dict[str, int] = {}
         for path in self.folder.iterdir():
             if SUFFIX in path.name:
@@ -176,7 +177,7 @@ def _is_dead(folder: Path) -> bool:
         status = folder.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             return False
-        if folder.name.startswith("."):  # it is being made, or was never finished
+        if folder.name.startswith("."):  # the folder is being made, or was never completed
             return time.time() - status.st_mtime > _YOUNG_S
         lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
@@ -201,19 +202,19 @@ class EngineShare:
     def acquire(
         self, expert: str, folder: str, adapter: str | None, strength: float
     ) -> tuple[str, str]:
-        """Hold an expert's weights, before they are loaded, and make room for them.
+        """Hold an expert's weights before they are loaded, and make room for them.
 
         Args:
-            expert: Name of the expert.
-            folder: Folder of full weights.
-            adapter: Folder of a LoRA adapter to merge into them.
-            strength: Factor of the adapter.
+            expert: The name of the expert.
+            folder: The folder of full weights.
+            adapter: The folder of a LoRA adapter to merge into the weights.
+            strength: The factor of the adapter.
 
         Returns:
-            Prefix of the paths of its files, and the token of unfinished ones.
+            The path prefix of the expert's files, and the token for incomplete files.
 
         Raises:
-            ExpertFailedError: Its folders can't be read.
+            ExpertFailedError: The expert's folders can't be read.
         """
         cache = self._cache
         try:
@@ -231,13 +232,13 @@ class EngineShare:
         return str(cache.folder / key), self._token
 
     def release(self, expert: str) -> float:
-        """The engine has unmapped an expert's weights. Returns the s after which to `sweep`."""
+        """Release weights that the engine has unmapped. Return the seconds until a `sweep`."""
         if (key := self._keys.pop(expert, None)) is not None:
             self._cache.release(self._token, key)
         return KEEP_EVICTED_S
 
     def release_all(self) -> float:
-        """The engine has ended. Returns the s after which to `sweep`."""
+        """Release all weights of an ended engine. Return the seconds until a `sweep`."""
         self._keys.clear()
         self._cache.release_all(self._token)
         return KEEP_ENDED_S

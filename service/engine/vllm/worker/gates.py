@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
-# The method by which a router chooses. An attribute of the instance hides the class's method.
+# The method by which a router chooses. An instance attribute of this name overrides it.
 _CHOICE = "_compute_routing"
 _STEERABLE = ("CPURouter", "FusedTopKRouter")
 
@@ -22,11 +22,11 @@ class RoutedLayer:
     """One layer with a gate.
 
     Attributes:
-        layer: Index of the decoder layer.
-        experts: Routed experts of the layer.
-        top_k: How many of them compute a token.
+        layer: The index of the decoder layer.
+        experts: The number of routed experts of the layer.
+        top_k: The number of routed experts that compute a token.
         router: vLLM's router of the layer.
-        kernel: Name of vLLM's class that computes the routed experts.
+        kernel: The name of vLLM's class that computes the routed experts.
     """
 
     layer: int
@@ -41,17 +41,20 @@ class RoutedLayer:
         return bool(self.router.renormalize)
 
     def watch_choices(self, callback: Callable[[torch.Tensor], None] | None) -> None:
-        """Have the router call a function with each choice, int32 (tokens, k); None: no more."""
+        """Set the router's callback for each choice, int32 (tokens, k). None removes it."""
         self.router.set_capture_fn(callback)
 
     def unsteerable_reason(self) -> str | None:
-        """Why the router's choice can't be replaced; None where it is softmax and top-k alone."""
+        """Return why the router's choice can't be replaced, or None where it can.
+
+        Only a plain softmax with top-k can be replaced.
+        """
         router = self.router
         kind = type(router).__name__
         if kind not in _STEERABLE:
             steerable = " or a ".join(_STEERABLE)
             return f"layer {self.layer} has a {kind}; steered can be a {steerable}"
-        # A GPU's router has neither groups nor a function of the model.
+        # The router class on a GPU has no attributes for groups and for the model's own function.
         if getattr(router, "use_grouped_topk", False):
             how = "in groups"
         elif router.scoring_func != "softmax":
@@ -64,31 +67,31 @@ class RoutedLayer:
 
 
 def choice_of(router: BaseRouter) -> Choice:
-    """The function by which a router chooses now."""
+    """Return the function by which a router chooses now."""
     choice: Choice = getattr(router, _CHOICE)
     return choice
 
 
 def replace_choice(router: BaseRouter, choice: Choice) -> None:
-    """Have a router choose by another function. Can't fail."""
+    """Make a router choose by another function. This can't fail."""
     router.__dict__[_CHOICE] = choice
 
 
 def restore_choice(router: BaseRouter) -> None:
-    """Have a router choose by vLLM's own function again. Can't fail."""
+    """Make a router choose by vLLM's own function again. This can't fail."""
     router.__dict__.pop(_CHOICE, None)
 
 
 def chooses_by(router: BaseRouter, choice: Choice) -> bool:
-    """Whether this function has replaced a router's own."""
+    """Return whether a router chooses by this function."""
     return router.__dict__.get(_CHOICE) is choice
 
 
 def routed_layers(model: torch.nn.Module) -> tuple[RoutedLayer, ...]:
-    """The layers with gates, in order; none where the model is no mixture of experts.
+    """Return the layers with gates, in order. A model without mixtures of experts has none.
 
     Raises:
-        ValueError: A kernel does the routing itself, so its choice can't be seen or changed.
+        ValueError: A kernel does the routing itself, so its choice can't be read or changed.
     """
     from vllm.model_executor.layers.fused_moe.layer import MoERunner
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter

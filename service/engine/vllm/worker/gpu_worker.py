@@ -1,6 +1,6 @@
-"""vLLM's worker on a GPU, with the parts that must be in place before graphs are captured.
+"""vLLM's worker on a GPU, with the parts that must be installed before graphs are captured.
 
-An engine names it as `worker_cls` where experts are steered, or routing is captured.
+An engine uses it as `worker_cls` where it steers experts or captures routing.
 """
 
 from __future__ import annotations
@@ -12,4 +12,4 @@ from service.engine.vllm.worker.graph_steering import SteeringMixin
 
 
 class GraphSteeringWorker(ChoiceRecorderMixin, SteeringMixin, Worker):  # type: ignore[misc]  # vLLM is not read for types
-    """Records the choices of gates, and steers them, under captured graphs."""
+    """Records and steers the choices of gates under captured graphs."""

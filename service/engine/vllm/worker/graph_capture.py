@@ -1,12 +1,11 @@
-"""Recording the choices of gates under captured graphs: the routers write them to a buffer.
+"""Recording of the choices of gates under captured graphs, through a buffer on the device.
 
-A captured graph calls none of our functions again, but runs the kernels that it was captured with.
-So before anything is captured, each router gets a function that copies its choice to its place in a
-buffer on the device; after a sampled step the worker reads the buffer. vLLM's own
-`enable_return_routed_experts` records choices in the same way, and then sends those of every token
-along with the answer; here only sampled steps are read.
+A captured graph only replays its kernels and calls no Python function again. Each router therefore
+gets a function before the capture that copies its choice into a buffer on the device. The worker
+reads the buffer after a sampled step. vLLM's own `enable_return_routed_experts` records choices in
+the same way, but sends the choices of every token along with the answer.
 
-Written against vLLM's CUDA build; without a GPU it has run on a CPU only.
+The code is written for vLLM's CUDA build. Without a GPU it was run only on a CPU.
 """
 
 from __future__ import annotations
@@ -26,20 +25,21 @@ if TYPE_CHECKING:
 
 
 class ChoiceBuffer:
-    """Each router's choice for the tokens of the last step.
+    """The choices of all routers for the tokens of the last step.
 
     Attributes:
         layers: The layers with gates, in order.
-        chosen: int32 (tokens, layers, places); -1 in places that a router never fills.
+        chosen: The chosen experts, int32 (tokens, layers, places). Places that a router never
+            fills have the value -1.
     """
 
     def __init__(self, model: torch.nn.Module, tokens: int, places: int) -> None:
-        """Have all routers of a model write to the buffer.
+        """Make all routers of a model write to the buffer.
 
         Args:
             model: The running model.
-            tokens: Tokens of the largest step.
-            places: The most routed experts that are chosen for a token.
+            tokens: The number of tokens of the largest step.
+            places: The largest number of routed experts that are chosen for a token.
 
         Raises:
             ValueError: A kernel does the routing itself.
@@ -48,7 +48,7 @@ class ChoiceBuffer:
         width = max([places, *(routed.top_k for routed in self.layers)])
         shape = (tokens, len(self.layers), width)
         device = next(model.parameters()).device
-        # Tensors that are made in inference mode can't be written to outside of it.
+        # Tensors made in inference mode can be written only in inference mode.
         with torch.inference_mode(False):
             self.chosen = torch.full(shape, -1, dtype=torch.int32, device=device)
         for index, routed in enumerate(self.layers):
@@ -60,10 +60,10 @@ def _copy_choice(place: torch.Tensor, ids: torch.Tensor) -> None:
 
 
 class ChoiceRecorderMixin:
-    """A vLLM worker whose routers record their choices, if its engine asks for it.
+    """A mixin for vLLM workers whose routers record their choices, if the engine asks for it.
 
-    `_coe_choices` is the buffer, or why there can be none. The worker's extension is called after
-    each step.
+    `_coe_choices` is the buffer or the reason why there is no buffer. The mixin calls the worker's
+    extension after each step.
     """
 
     # Set by vLLM's worker.

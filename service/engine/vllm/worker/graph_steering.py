@@ -1,12 +1,12 @@
-"""Steering under captured graphs: a rule is installed in each router for good.
+"""Steering under captured graphs: each router gets one permanent rule.
 
-A captured graph runs the kernels and reads the addresses that it was captured with, so a router
-can't get another rule later. Before anything is captured, each router gets a rule that makes both
-vLLM's own choice and the steered one, and takes whichever a table on the device selects; the table
-also holds the parameters of the steered choice. Another profile is other numbers in that table: a
-copy of some kilobytes. All shapes are fixed, and nothing waits for the device.
+A captured graph always runs the same kernels on the same addresses, so that a router can't get
+another rule later. Each router therefore gets a rule before the capture. The rule computes both
+vLLM's own choice and the steered choice, and a table on the device selects one of them. The table
+also holds the parameters of the steered choice, so that another profile is a copy of some
+kilobytes. All shapes are fixed, and no code waits for the device.
 
-Written against vLLM's CUDA build; without a GPU it has run on a CPU only.
+The code is written for vLLM's CUDA build. Without a GPU it was run only on a CPU.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-# Kernels that compute any number of experts for a token, whatever the model's top-k.
+# These kernels can compute any number of experts for a token, independent of the model's top-k.
 _ANY_WIDTH = ("TritonExperts", "CPUUnquantizedExperts", "X86CPUUnquantizedExperts")
 
 
 class SteeringRule:
-    """The rule of one router: vLLM's own choice or the steered one.
+    """The rule of one router: vLLM's own choice or the steered choice.
 
-    A choice has as many places as the table is made for, whatever the profile's top-k. Places that
-    are left have weight 0 and name the token's first choice again.
+    A choice always has `places` places, independent of the profile's top-k. Unused places have
+    weight 0 and repeat the token's first choice.
 
     Args:
-        own: vLLM's choice.
-        row: The router's part of the table: see `_row`.
+        own: vLLM's own choice.
+        row: The router's row of the table, as `_row` builds it.
         gate: The gate of the router.
-        places: The most routed experts that a profile chooses for a token.
+        places: The largest number of routed experts that a profile chooses for a token.
     """
 
     def __init__(self, own: Choice, row: torch.Tensor, gate: RoutedLayer, places: int) -> None:
@@ -53,14 +53,14 @@ class SteeringRule:
     def __call__(
         self, hidden_states: object, router_logits: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose in place of a router: weights and ids, each (T, places)."""
+        """Choose experts in place of a router. Return weights and ids, each (T, places)."""
         own_weights, own_ids = self.own(hidden_states, router_logits, *args, **kwargs)
         free = len(self.rank) - own_ids.shape[1]
         if free:
             own_weights = torch.nn.functional.pad(own_weights, (0, free))
             own_ids = torch.cat((own_ids, own_ids[:, :1].expand(-1, free)), dim=1)
         weights, ids = self.steered(router_logits)
-        # Rows that pad a batch have ids of -1, by which kernels skip them.
+        # Padding rows have the id -1, so that kernels skip them.
         steers = (self.active > 0) & (own_ids[:, :1] >= 0)
         return (
             torch.where(steers, weights.to(own_weights.dtype), own_weights),
@@ -68,7 +68,7 @@ class SteeringRule:
         )
 
     def steered(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose as `service.moe.steering.steer` does: weights and ids, each (T, places)."""
+        """Choose as `service.moe.steering.steer` does. Return weights and ids, each (T, places)."""
         probability = torch.softmax(logits.float() + self.barred, dim=-1)
         weights, ids = torch.sort(probability, dim=-1, descending=True, stable=True)
         weights, ids = weights[:, : len(self.rank)], ids[:, : len(self.rank)]
@@ -83,23 +83,23 @@ class SteeringRule:
 
 @dataclass(frozen=True, slots=True)
 class SteeringTable:
-    """A steered expert's table, in host memory: see `_row`."""
+    """A steered expert's table in host memory. `_row` defines its rows."""
 
     table: torch.Tensor
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the table."""
+        """The bytes of the table."""
         return int(self.table.numel() * self.table.element_size())
 
 
 class GraphSteering:
-    """The rules in one model's routers, and the table on the device that they read.
+    """The rules in one model's routers, and their table on the device.
 
     Attributes:
-        places: The most routed experts that a profile may choose for a token.
+        places: The largest number of routed experts that a profile may choose for a token.
         table: The table on the device.
-        written: The table that was written to the device last.
+        written: The table that was last written to the device.
     """
 
     def __init__(self, model: torch.nn.Module, places: int) -> None:
@@ -107,11 +107,11 @@ class GraphSteering:
 
         Args:
             model: The running model, before graphs are captured.
-            places: The most routed experts that a profile chooses for a token. Where the kernels
-                can't compute so many, there are as many places as the model itself needs.
+            places: The largest number of routed experts that a profile chooses for a token. Kernels
+                that can't compute so many experts get as many places as the model itself needs.
 
         Raises:
-            ValueError: The model's gates can't be steered; then nothing was changed.
+            ValueError: The model's gates can't be steered. Nothing was changed then.
         """
         self._gates = gates_of(model)
         for gate in self._gates.values():
@@ -128,7 +128,7 @@ class GraphSteering:
         self.places = places
         self._neutral = SteeringTable(_table(self._gates, {"layers": ()}))
         self.written = self._neutral
-        # Tensors that are made in inference mode can't be written to outside of it.
+        # Tensors made in inference mode can be written only in inference mode.
         with torch.inference_mode(False):
             self.table = self._neutral.table.to(next(model.parameters()).device, copy=True)
             for gate, row in zip(self._gates.values(), self.table, strict=True):
@@ -136,7 +136,7 @@ class GraphSteering:
                 replace_choice(gate.router, SteeringRule(own, row, gate, places))
 
     def table_for(self, steering: Mapping[str, Any]) -> SteeringTable:
-        """The table of a steered expert.
+        """Build the table of a steered expert.
 
         Args:
             steering: A `Steering` as a mapping.
@@ -155,18 +155,18 @@ class GraphSteering:
         return SteeringTable(_table(self._gates, steering))
 
     def write(self, table: SteeringTable | None) -> None:
-        """Have the routers choose by a table from now on; None: as vLLM has made them."""
+        """Make the routers choose by a table from now on. None restores vLLM's own choice."""
         self.written = table if table is not None else self._neutral
         with torch.no_grad():
             self.table.copy_(self.written.table)
 
     def verify(self) -> bool:
-        """Whether the table on the device is the one that was written last."""
+        """Return whether the device still has the table that was last written."""
         return bool(torch.equal(self.table.cpu(), self.written.table))
 
 
 def _table(gates: Mapping[int, RoutedLayer], steering: Mapping[str, Any]) -> torch.Tensor:
-    """Float32 (gates, 2 · E + 3): see `_row`. Gates without a layer in `steering` are inactive."""
+    """Build a table, float32 (gates, 2 · E + 3). Gates without a layer in `steering` are off."""
     layers = {int(layer["layer"]): layer for layer in steering["layers"]}
     with torch.inference_mode(False):
         table = torch.stack([_row(gate, layers.get(index)) for index, gate in gates.items()])
@@ -174,10 +174,10 @@ def _table(gates: Mapping[int, RoutedLayer], steering: Mapping[str, Any]) -> tor
 
 
 def _row(gate: RoutedLayer, layer: Mapping[str, Any] | None) -> torch.Tensor:
-    """A gate's row of the table, float32 (2 · E + 3).
+    """Build a gate's row of the table, float32 (2 · E + 3).
 
-    E values of bias, or -inf where an expert is masked; E of boost; then top-k, top-p (inf: none),
-    and 1 where the steered choice is taken.
+    The row has E values of bias (-inf for a masked expert), E values of boost, top-k, top-p (inf
+    where there is none), and a 1 where the rule takes the steered choice.
     """
     if layer is None:
         plain = [0.0] * gate.experts + [1.0] * gate.experts
@@ -190,9 +190,10 @@ def _row(gate: RoutedLayer, layer: Mapping[str, Any] | None) -> torch.Tensor:
 
 
 class SteeringMixin:
-    """A vLLM worker that installs rules in its model's routers before graphs are captured.
+    """A mixin for vLLM workers that installs rules in the routers before graphs are captured.
 
-    `_coe_graph_steering` is the rules, or why there can be none: the error of every steered expert.
+    `_coe_graph_steering` has the rules, or the reason why there are none. This reason is then the
+    error of every steered expert.
     """
 
     # Set by vLLM's worker.

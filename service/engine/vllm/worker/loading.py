@@ -1,7 +1,7 @@
-"""A second model of the same architecture beside the running one, which shares only attention.
+"""A second model of the same architecture beside the running model. They share only attention.
 
-vLLM's own classes build it and its own loader fills it, so fused, tied and packed weights are
-exactly as vLLM would have made them. On CPU each matrix is packed as it is read (`packing`).
+vLLM's own classes build the model and vLLM's own loader fills it. Fused, tied and packed weights
+are therefore exactly as in vLLM. On CPU each matrix is packed as it is read (`packing`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ if TYPE_CHECKING:
 class ShadowModel:
     """A model that is being loaded.
 
-    Building it (`__init__`) takes some tens of milliseconds of Python and sets torch's default
-    dtype, which belongs to the whole process: build it where nothing else computes. `load` may run
-    in a thread beside the running model.
+    `__init__` takes some tens of milliseconds and sets torch's default dtype for the whole process.
+    It must run where nothing else computes. `load` may run in a thread beside the running model.
 
     Args:
         config: The running engine's config.
-        folder: Folder of the weights.
-        device: The device to load to; None: the engine's own.
+        folder: The folder of the weights.
+        device: The device to load to. None means the engine's own device.
     """
 
     def __init__(self, config: VllmConfig, folder: str, device: str | None = None) -> None:
@@ -62,14 +61,14 @@ class ShadowModel:
         """Read the weights.
 
         Args:
-            adapter: A LoRA adapter to add to them.
+            adapter: A LoRA adapter to add to the weights.
             scratch: Buffers to assemble matrices in.
-            finish: Pack the weights as the kernels want them; otherwise they stay as vLLM's loader
-                leaves them.
+            finish: Whether to pack the weights for the kernels. Otherwise they stay as vLLM's
+                loader leaves them.
 
         Raises:
             ValueError: The weights do not fit the model.
-            Exception: Whatever vLLM's loader raises.
+            Exception: Any error of vLLM's loader.
         """
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -102,8 +101,7 @@ class ShadowModel:
             This model's other layers by name.
 
         Raises:
-            ValueError: An attention layer has values (scales of a quantised KV cache) that differ
-                from those of the running one.
+            ValueError: The scales of a quantised KV cache differ from those of the running model.
         """
         places = {
             id(child): (parent, name)

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     import torch
 
 _PAGE_BYTES = 4096
-# From glibc's <malloc.h>. The arenas of its threads consist of heaps of 64 MiB.
+# The constants are from glibc's <malloc.h>. Its thread arenas consist of heaps of 64 MiB.
 _M_TRIM_THRESHOLD, _M_TOP_PAD = -1, -2
 _KEPT_BYTES = 2**31 - 1
 _HEAP_BYTES = 64 * 1024**2
 
 
 def tensor_bytes(model: torch.nn.Module) -> int:
-    """Bytes of a model's parameters and buffers; shared ones count once."""
+    """Return the bytes of a model's parameters and buffers. Shared tensors count once."""
     seen: set[int] = set()
     total = 0
     for tensor in (*model.parameters(), *model.buffers()):
@@ -30,23 +30,23 @@ def tensor_bytes(model: torch.nn.Module) -> int:
 
 
 def resident_bytes() -> int:
-    """This process's resident bytes."""
+    """Return this process's resident bytes."""
     return _statm()[1]
 
 
 def own_bytes() -> int:
-    """Resident bytes of this process without those of mapped files."""
+    """Return this process's resident bytes without mapped files."""
     _, resident, shared = _statm()[:3]
     return resident - shared
 
 
 def check_room(model: torch.nn.Module) -> None:
-    """Check that the weights of a model that is built will fit into memory.
+    """Check that the weights of a new model will fit into memory.
 
-    Without this check the system would kill the process, and every request in it.
+    Without this check the system would kill the process with all its requests.
 
     Raises:
-        MemoryError: They do not fit.
+        MemoryError: The weights do not fit.
     """
     needed = tensor_bytes(model)
     if needed > free_bytes():
@@ -56,7 +56,7 @@ def check_room(model: torch.nn.Module) -> None:
 
 
 def keep_freed() -> None:
-    """Keep freed memory for the next allocations, until `release_freed`."""
+    """Keep freed memory for later allocations until `release_freed` is called."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)

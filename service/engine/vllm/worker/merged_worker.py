@@ -1,6 +1,6 @@
 """vLLM's worker on CPU for an engine that starts with a merged expert.
 
-The adapter is added as the weights are read, so that they are read once, and in memory once.
+The adapter is added while the weights are read, so that they are read once and held once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ class MergedWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not read for typ
     vllm_config: VllmConfig
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load the model with the adapter added. Raises ValueError if it can't be."""
+        """Load the model with the adapter added.
+
+        Raises:
+            ValueError: The adapter can't be merged.
+        """
         merged = self.vllm_config.additional_config[MERGED_KEY]
         with _merging(LoraDelta(Path(merged["folder"]), merged["strength"])):
             super().load_model(*args, **kwargs)
@@ -36,7 +40,10 @@ class MergedWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not read for typ
 
 @contextmanager
 def _merging(delta: LoraDelta) -> Iterator[None]:
-    """Within, vLLM's loader adds the adapter to all that it reads. The process loads one model."""
+    """Let vLLM's loader add the adapter to all weights that it reads within the context.
+
+    This is safe because the process loads only one model.
+    """
     read = DefaultModelLoader.get_all_weights
 
     def get_all_weights(

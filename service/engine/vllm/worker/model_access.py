@@ -1,7 +1,7 @@
-"""The worker's access to the insides of vLLM's models: their layers, packed weights and batches.
+"""The worker's access to the internals of vLLM's models: layers, packed weights and batches.
 
-`gates` is the counterpart for mixtures of experts, `loading` and `packing` for vLLM's loader. Each
-name of vLLM's that they depend on stands in `tests/project/test_vllm_surface.py`.
+`gates` is the counterpart for mixtures of experts, and `loading` and `packing` are the counterparts
+for vLLM's loader. `tests/project/test_vllm_surface.py` lists all names of vLLM that they use.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 
 
 def named_layers(config: VllmConfig) -> dict[str, torch.nn.Module]:
-    """The layers that vLLM finds by name in a forward pass. Changes of the dict take effect."""
+    """Return the layers that vLLM looks up by name in a forward pass. The dict is not a copy."""
     layers: dict[str, torch.nn.Module] = config.compilation_config.static_forward_context
     return layers
 
 
 def world_size(config: VllmConfig) -> int:
-    """Workers of the engine."""
+    """Return the number of workers of the engine."""
     return int(config.parallel_config.world_size)
 
 
 def is_attention(layer: torch.nn.Module) -> bool:
-    """Whether a layer holds a part of the KV cache."""
+    """Return whether a layer holds a part of the KV cache."""
     return hasattr(layer, "kv_cache")
 
 
 def weight_method(module: torch.nn.Module) -> str | None:
-    """Name of the class by which vLLM computes with a layer's weights; None: it has no weights."""
+    """Return the name of the class that computes with a layer's weights; None without weights."""
     method = getattr(module, "quant_method", None)
     return None if method is None else type(method).__name__
 
@@ -46,30 +46,30 @@ def linear_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def linear_input_size(module: torch.nn.Module) -> int:
-    """Length of the vectors that this rank's part of a linear layer takes."""
+    """Return the input size of this rank's part of a linear layer."""
     return int(getattr(module, "input_size_per_partition", module.input_size))
 
 
 def linear_output(module: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """A linear layer's output, (rows, output size), by the kernel that the engine uses."""
+    """Compute a linear layer's output, (rows, output size), with the engine's own kernel."""
     output: torch.Tensor = module.quant_method.apply(module, rows)
     return output
 
 
 def packed_weight(module: torch.nn.Module) -> object | None:
-    """A layer's weight in the form of vLLM's CPU kernels, if it was packed."""
+    """Return a layer's weight as packed for vLLM's CPU kernels, or None."""
     packed: object | None = getattr(module, "cpu_linear", None)
     return packed
 
 
 def share_packed_weight(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Have one layer compute with the packed weight of another, if that has one."""
+    """Make `target` compute with the packed weight of `source`, if `source` has one."""
     if hasattr(source, "cpu_linear"):
         target.cpu_linear = source.cpu_linear
 
 
 def has_batch(runner: GPUModelRunner) -> bool:
-    """Whether a model runner tells which tokens of a step belong to which request."""
+    """Return whether a model runner knows which tokens of a step belong to which request."""
     return hasattr(runner, "input_batch")
 
 
@@ -80,11 +80,11 @@ def batch_request_ids(runner: GPUModelRunner) -> list[str]:
 
 
 def batch_bounds(runner: GPUModelRunner) -> list[int]:
-    """First token of each request in the current step, and after them the number of tokens."""
+    """Return the index of each request's first token in the current step, and the token count."""
     bounds: list[int] = runner.query_start_loc.np[: runner.input_batch.num_reqs + 1].tolist()
     return bounds
 
 
 def scheduled_tokens(scheduler_output: Any) -> int:
-    """Tokens of the step that a scheduler has ordered."""
+    """Return the number of tokens of a scheduled step."""
     return int(scheduler_output.total_num_scheduled_tokens)

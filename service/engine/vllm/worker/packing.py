@@ -1,9 +1,9 @@
 """Packs each matrix as soon as it has been read (CPU).
 
-vLLM's loader copies every weight into a new parameter, and packs them all at the end, so each byte
-is written to fresh memory twice. Here vLLM's own packer packs a matrix as soon as it is complete.
-A matrix that consists of parts (fused layers) is assembled in a scratch buffer, which the next
-layer of that shape reuses. Tied embeddings are packed once. The result is exactly vLLM's.
+vLLM's loader copies every weight into a new parameter and packs all weights at the end. It thus
+writes each byte to fresh memory twice. Here vLLM's own packer packs a matrix as soon as it is
+complete. A fused matrix is assembled in a scratch buffer, which the next layer of that shape
+reuses. Tied embeddings are packed once. The result is the same as vLLM's result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ScratchBuffers:
     """Buffers to assemble matrices in, by shape and dtype.
 
     Attributes:
-        packed_bytes: Bytes of weights that were packed: no tensor of the model has them.
+        packed_bytes: Bytes of packed weights, which are in no tensor of the model.
     """
 
     def __init__(self) -> None:
@@ -33,17 +33,17 @@ class ScratchBuffers:
         self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = defaultdict(list)
 
     def acquire(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """An unused buffer; its values are arbitrary."""
+        """Return an unused buffer with arbitrary values."""
         free = self._free[shape, dtype]
         return free.pop() if free else torch.empty(shape, dtype=dtype)
 
     def release(self, tensor: torch.Tensor) -> None:
-        """Return a buffer that is not used any more."""
+        """Give back a buffer that is not used any more."""
         self._free[tensor.shape, tensor.dtype].append(tensor)
 
 
 class _Matrix:
-    """One linear layer's weight while it is read. `loader`: vLLM's own, which places the parts."""
+    """One linear layer's weight while it is read. `loader` is vLLM's own, which places parts."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class _Matrix:
     def __call__(
         self, parameter: torch.nn.Parameter, loaded: torch.Tensor, *args: Any, **kwargs: Any
     ) -> None:
-        """Take a part; vLLM calls it with each part that it reads."""
+        """Store a part of the matrix. vLLM calls this with each part that it reads."""
         shape, dtype = parameter.shape, parameter.dtype
         if (
             not args
@@ -73,7 +73,7 @@ class _Matrix:
             and (loaded.shape, loaded.dtype) == (shape, dtype)
             and loaded.is_contiguous()
         ):
-            # The whole matrix: it is packed from the mapped file.
+            # This is the whole matrix, so it is packed directly from the mapped file.
             parameter.data = loaded
             self._pack(mapped=True)
             return
@@ -85,7 +85,11 @@ class _Matrix:
             self._pack(mapped=False)
 
     def check(self) -> None:
-        """Raises ValueError where parts are missing: vLLM would go on with arbitrary values."""
+        """Check that no part is missing. vLLM would continue with arbitrary values.
+
+        Raises:
+            ValueError: A part is missing.
+        """
         if self._own is not None:
             raise ValueError(f"{self._name}: {self._left} of its values are not in the file")
 
@@ -93,11 +97,11 @@ class _Matrix:
         module = self._module
         module.quant_method.process_weights_after_loading(module)
         if module.weight is self._parameter:
-            # The layer keeps using the parameter: it must not be a scratch buffer, nor a file.
+            # The layer keeps the parameter, so it must be neither a scratch buffer nor a file.
             if mapped:
                 module.weight.data = module.weight.data.clone()
         else:
-            # A cycle of references would keep the file mapped until the garbage collector runs.
+            # A reference cycle would keep the file mapped until the garbage collector runs.
             self._parameter.data = torch.empty(0, dtype=self._parameter.dtype)
             self._scratch.packed_bytes += self._bytes
             if self._own is not None:
@@ -107,13 +111,13 @@ class _Matrix:
 
 @contextmanager
 def packing_as_read(model: torch.nn.Module, scratch: ScratchBuffers) -> Iterator[None]:
-    """While a model is read, pack each matrix as soon as it is complete, where that is safe.
+    """Pack each matrix as soon as it is complete while a model is read, where this is safe.
 
-    It is safe for vLLM's plain linear layers that are not split over processes and whose only
-    parameter is a weight of their own. All other layers go vLLM's usual way.
+    This is safe for vLLM's plain linear layers that are not split over processes and have their
+    own weight as their only parameter. All other layers are loaded as usual.
 
     Raises:
-        ValueError: At the end, a matrix was not read whole.
+        ValueError: A matrix is still incomplete at the end.
     """
     matrices = list(_matrices(model, scratch))
     yield
@@ -150,7 +154,7 @@ def _matrices(model: torch.nn.Module, scratch: ScratchBuffers) -> Iterator[_Matr
 
 @contextmanager
 def packing_tied_once(model: torch.nn.Module, scratch: ScratchBuffers) -> Iterator[None]:
-    """While vLLM packs the other layers, embeddings that share a weight share its packed form."""
+    """Let tied embeddings share one packed weight while vLLM packs the other layers."""
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
     first_of: dict[int, torch.nn.Module] = {}

@@ -1,16 +1,16 @@
 """The worker extension on a GPU: experts in pinned host memory, copied into the live parameters.
 
-Captured graphs hold the addresses of the parameters, so weights are copied to where the running
-model has them, on a stream of their own, and never replaced by reference. An expert is loaded
-beside the running one as a model on the CPU, by vLLM's own classes and loader. Its tensors are
-written to a file of shared memory (`service.engine.shared_memory`), which the pool's other engines
-map; each engine registers it with CUDA. This works where a GPU's kernels use the weights as the
-loader leaves them: plain linear layers and embeddings.
+Captured graphs hold the addresses of the parameters. Weights are therefore copied into the running
+model's parameters on a separate stream, and never replaced by reference. An expert is loaded beside
+the running expert as a model on the CPU, by vLLM's own classes and loader. Its tensors are written
+to a file of shared memory (`service.engine.shared_memory`), which the pool's other engines map.
+Each engine registers the file with CUDA. This works for plain linear layers and embeddings, because
+a GPU's kernels use their weights as the loader leaves them.
 
-For others (mixtures of experts) the engine keeps the weights that it was started with. Steered
-experts use these weights with the rules that are installed in its routers (`graph_steering`).
+For other models (mixtures of experts) the engine keeps its first weights. Steered experts use these
+weights with the rules that are installed in the routers (`graph_steering`).
 
-Written against vLLM's CUDA build; without a GPU it has not been run.
+The code is written for vLLM's CUDA build. It was not run without a GPU.
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ class PinnedWeights:
     """One expert's tensors in shared memory, pinned where there is a GPU.
 
     Attributes:
-        tensors: Tensors by name. Empty where weights can't be copied: they stay in the model.
+        tensors: The tensors by name. They are empty where weights can't be copied and stay in the
+            model.
         whole: All tensors as bytes.
-        host_bytes: Size of the tensors.
-        fill_s: How long the load took.
-        probe: Recorded at the first swap.
-        steered: Table of a steered expert. Its tensors are its base's own.
+        host_bytes: The size of the tensors in bytes.
+        fill_s: The duration of the load in seconds.
+        probe: The probe that was recorded at the first swap.
+        steered: The table of a steered expert, which shares its base's tensors.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -65,7 +66,7 @@ class PinnedWeights:
     steered: SteeringTable | None = None
 
     def release(self) -> None:
-        """Unpin the memory, and let it go once nothing refers to it."""
+        """Unpin the memory. It is freed when no object refers to it any more."""
         self.tensors = {}
         whole, self.whole = self.whole, None
         if whole is not None:
@@ -76,13 +77,13 @@ class PinnedExtension(SwapExtension):
     """Holds weights in pinned memory and copies them into the live parameters."""
 
     _coe_device = "cpu"
-    # Rules in the routers, or why there can be none; None: the engine was started without.
+    # The rules in the routers, or the reason why there are none. None: the engine has no steering.
     _coe_graph_steering: GraphSteering | str | None = None
     # Set by vLLM's worker.
     rank: int
 
     def coe_share(self, expert: str, path: str, token: str) -> None:
-        """Set the prefix of an expert's files in shared memory, and a token for unfinished ones."""
+        """Set the path prefix of an expert's files, and the token for incomplete files."""
         self.__dict__.setdefault("_coe_shared", {})[expert] = (path, token)
 
     def _coe_place(self, expert: str) -> tuple[str, str]:
@@ -92,7 +93,7 @@ class PinnedExtension(SwapExtension):
         return place
 
     def _coe_path(self, expert: str, tensors: Mapping[str, Tensor]) -> Path:
-        """An expert's file: there is one for each rank and each layout."""
+        """Return the path of an expert's file. Each rank and each layout has its own file."""
         header, _, _ = layout_of(tensors)
         layout = hashlib.blake2b(header, digest_size=8).hexdigest()
         ranks = world_size(self.vllm_config)
@@ -100,7 +101,12 @@ class PinnedExtension(SwapExtension):
         return Path(f"{prefix}-{self.rank}of{ranks}-{layout}{SUFFIX}")
 
     def _coe_hold(self, expert: str, tensors: dict[str, torch.Tensor]) -> PinnedWeights:
-        """Map an expert's file; write it first if there is none. Raises OSError, RuntimeError."""
+        """Map an expert's file. Write it first if it does not exist.
+
+        Raises:
+            OSError: The file can't be written or mapped.
+            RuntimeError: CUDA can't register the memory.
+        """
         described = describe(tensors)
         path = self._coe_path(expert, described)
         mapped = map_file(path, described)
@@ -126,7 +132,7 @@ class PinnedExtension(SwapExtension):
         return fixed
 
     def _coe_prepare_load(self, expert: str, load: PendingLoad) -> Callable[[], Any]:
-        # If the running weights can't be copied, none can be put in their place.
+        # Weights that can't be copied can't be replaced either.
         check_plain(self.model_runner.model)
         # Another engine of the pool may have written the file already.
         live = describe(tensors_of(self.model_runner.model))
@@ -152,7 +158,7 @@ class PinnedExtension(SwapExtension):
         return evicted
 
     def _coe_record_probe(self, held: Any) -> None:
-        """Record nothing yet: the probe of an expert is recorded when it runs first."""
+        """Do nothing yet. The probe is recorded when the expert first runs."""
 
     def coe_steer(self, expert: str, steering: dict[str, Any]) -> int:
         state = self._coe()
@@ -186,7 +192,7 @@ class PinnedExtension(SwapExtension):
             return False
         if held.probe is not None:
             return bool(held.probe.verify())
-        # The first swap: the copy must equal its source.
+        # At the first swap the copy must equal its source.
         live = tensors_of(model)
         for name, tensor in held.tensors.items():
             for part in (slice(None, _VALUES), slice(-_VALUES, None)):
@@ -198,7 +204,10 @@ class PinnedExtension(SwapExtension):
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A model's parameters and buffers by name, tied ones once, without attention's buffers."""
+    """Return a model's parameters and buffers by name, without attention's buffers.
+
+    Tied tensors appear once.
+    """
     attention = {
         id(tensor)
         for layer in model.modules()
@@ -216,7 +225,7 @@ def check_plain(model: torch.nn.Module) -> None:
     """Check that the kernels use all weights as the loader leaves them.
 
     Raises:
-        ValueError: The weights of a layer are converted.
+        ValueError: A kernel converts the weights of a layer.
     """
     for name, module in model.named_modules():
         method = weight_method(module)
@@ -227,7 +236,11 @@ def check_plain(model: torch.nn.Module) -> None:
 
 
 def check_fits(held: dict[str, torch.Tensor], live: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError where tensors differ in name, shape or dtype."""
+    """Check that tensors have equal names, shapes and dtypes.
+
+    Raises:
+        ValueError: They differ.
+    """
     for name in sorted(held.keys() ^ live.keys()):
         raise ValueError(f"{name} is in one of the two models only")
     for name, tensor in held.items():
@@ -239,7 +252,7 @@ def check_fits(held: dict[str, torch.Tensor], live: dict[str, torch.Tensor]) -> 
 
 
 def describe(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensor]:
-    """Tensors' names, dtypes, shapes and sizes."""
+    """Return the dtypes, shapes and sizes of tensors by name."""
     return {
         name: Tensor(
             str(tensor.dtype).removeprefix("torch."),
@@ -258,7 +271,11 @@ def copy_to(tensors: Mapping[str, torch.Tensor], name: str, memory: memoryview) 
 
 
 def pinned(mapped: MappedTensors) -> PinnedWeights:
-    """The tensors of a mapped file, registered with CUDA if there is a GPU. Raises RuntimeError."""
+    """Return the tensors of a mapped file, registered with CUDA if there is a GPU.
+
+    Raises:
+        RuntimeError: CUDA can't register the memory.
+    """
     whole = torch.frombuffer(mapped.memory, dtype=torch.uint8)
     tensors = {
         name: whole[tensor.offset : tensor.offset + tensor.size_bytes]
@@ -272,14 +289,22 @@ def pinned(mapped: MappedTensors) -> PinnedWeights:
 
 
 def pin(memory: torch.Tensor) -> None:
-    """Lock memory for copies by a GPU, if there is one. Raises RuntimeError."""
+    """Pin memory for copies by a GPU, if there is a GPU.
+
+    Raises:
+        RuntimeError: CUDA can't register the memory.
+    """
     if torch.cuda.is_available():
         size = memory.numel() * memory.element_size()
         _check(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0), "be pinned")
 
 
 def unpin(memory: torch.Tensor) -> None:
-    """Undo `pin`. Raises RuntimeError."""
+    """Undo `pin`.
+
+    Raises:
+        RuntimeError: CUDA can't unregister the memory.
+    """
     if torch.cuda.is_available():
         _check(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()), "be given back")
 
@@ -290,14 +315,14 @@ def _check(code: int, what: str) -> None:
 
 
 def copy_all(held: dict[str, torch.Tensor], live: dict[str, torch.Tensor]) -> None:
-    """Copy tensors into the live ones, on a stream of their own, and wait for all copies."""
+    """Copy tensors into the live tensors on a separate stream, and wait for all copies."""
     with torch.no_grad():
         if not torch.cuda.is_available():
             for name, tensor in held.items():
                 live[name].copy_(tensor)
             return
         stream = torch.cuda.Stream()
-        # Nothing that still reads the old weights may overlap.
+        # No kernel that still reads the old weights may overlap with the copies.
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for name, tensor in held.items():

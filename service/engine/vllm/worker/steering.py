@@ -1,7 +1,7 @@
-"""Steering without graphs: the gates of a held model get other rules, eagerly.
+"""Steering without graphs: the gates of a held model get rules at each swap.
 
-A rule replaces each router's own choice, and is taken out again: a model that is not steered runs
-vLLM's own code, untouched.
+A rule replaces a router's own choice and is removed at the next swap. A model without steering runs
+vLLM's own code unchanged.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class GateRule:
     """The rule of one gate with E routed experts.
 
     Attributes:
-        barred: float32 (E,): -inf where an expert is masked, and its bias elsewhere.
-        boost: float32 (E,): factors of the experts' weights; None where all are 1.
-        top_k: How many experts compute a token.
+        barred: The biases of the experts, float32 (E,). A masked expert has -inf.
+        boost: The factors of the experts' weights, float32 (E,), or None where all are 1.
+        top_k: The number of experts that compute a token.
         top_p: Only the first experts whose probabilities reach this sum compute a token.
-        renormalize: The weights are divided by their sum.
+        renormalize: Whether the weights are divided by their sum.
     """
 
     barred: torch.Tensor
@@ -45,12 +45,12 @@ class GateRule:
     def __call__(
         self, hidden_states: object, router_logits: torch.Tensor, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose in place of a router: weights and ids, each (tokens, k)."""
+        """Choose experts in place of a router. Return weights and ids, each (tokens, k)."""
         return choose(router_logits, self)
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its tensors."""
+        """The bytes of the rule's tensors."""
         tensors = [tensor for tensor in (self.barred, self.boost) if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -58,7 +58,7 @@ class GateRule:
 def choose(logits: torch.Tensor, rule: GateRule) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose routed experts as `service.moe.steering.steer` does, in torch.
 
-    The ids that top-p leaves with weight 0 differ: here they are the token's first choice.
+    Only the ids that top-p leaves with weight 0 differ. Here they repeat the token's first choice.
 
     Args:
         logits: The gate's logits, (T, E).
@@ -75,7 +75,7 @@ def choose(logits: torch.Tensor, rule: GateRule) -> tuple[torch.Tensor, torch.Te
         before[:, 0] = 0
         stays = before < rule.top_p
         weights = torch.where(stays, weights, 0.0)
-        # The first choice again in the other places: no other expert is computed in vain.
+        # The other places repeat the first choice, so that no other expert is computed in vain.
         ids = torch.where(stays, ids, ids[:, :1])
     if rule.renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -86,7 +86,7 @@ def choose(logits: torch.Tensor, rule: GateRule) -> tuple[torch.Tensor, torch.Te
 
 @dataclass(frozen=True, slots=True)
 class SteeredGates:
-    """The rules of one steered expert, each with the router of the base's model that it is for."""
+    """The rules of one steered expert, each with its router in the base's model."""
 
     rules: tuple[tuple[BaseRouter, GateRule], ...]
 
@@ -112,26 +112,30 @@ class SteeredGates:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its rules."""
+        """The bytes of the rules."""
         return sum(rule.size_bytes for _, rule in self.rules)
 
     def install(self) -> None:
-        """Have the routers choose by these rules. Can't fail."""
+        """Make the routers choose by these rules. This can't fail."""
         for router, rule in self.rules:
             replace_choice(router, rule)
 
     def remove(self) -> None:
-        """Have the routers choose as vLLM has made them. Can't fail."""
+        """Restore the routers' own choice. This can't fail."""
         for router, _ in self.rules:
             restore_choice(router)
 
     def verify(self) -> bool:
-        """Whether the routers choose by these rules."""
+        """Return whether the routers choose by these rules."""
         return all(chooses_by(router, rule) for router, rule in self.rules)
 
 
 def gates_of(model: torch.nn.Module) -> dict[int, RoutedLayer]:
-    """A model's gates by layer. Raises ValueError where there are none."""
+    """Return a model's gates by layer.
+
+    Raises:
+        ValueError: The model has no gates.
+    """
     gates = {routed.layer: routed for routed in routed_layers(model)}
     if not gates:
         raise ValueError("it has no gates: it is no mixture of experts")
@@ -141,10 +145,10 @@ def gates_of(model: torch.nn.Module) -> dict[int, RoutedLayer]:
 def gate_for(
     gates: Mapping[int, RoutedLayer], layer: int, steering: Mapping[str, Any]
 ) -> RoutedLayer:
-    """The gate of a layer.
+    """Return the gate of a layer.
 
     Raises:
-        ValueError: There is none, or it differs from the gates that `steering` is for.
+        ValueError: The layer has no gate, or its gate differs from the gates in `steering`.
     """
     if (routed := gates.get(layer)) is None:
         raise ValueError(f"layer {layer} has no gate")
@@ -160,7 +164,7 @@ def gate_for(
 
 
 def rule_of(layer: Mapping[str, Any], steering: Mapping[str, Any]) -> GateRule:
-    """The rule of one layer: a `SteeredLayer` and its `Steering`, as mappings."""
+    """Make the rule of one layer from a `SteeredLayer` and its `Steering`, both as mappings."""
     bias = torch.tensor(layer["bias"], dtype=torch.float32)
     mask = torch.tensor(layer["mask"], dtype=torch.bool)
     boost = torch.tensor(layer["boost"], dtype=torch.float32)

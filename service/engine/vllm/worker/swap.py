@@ -1,10 +1,10 @@
 """The worker extension that holds several experts' weights and swaps them in place.
 
-vLLM mixes this class into its worker, in the engine core's process. Weights are loaded to host
-memory as a second model object that shares nothing with the running one; a thread reads and packs
-them. A swap (CPU, eager) puts that object in the place of the running one. The attention layers,
-which hold the KV cache and no weights, are the same for all experts. Weights are never copied, and
-stay as vLLM has made them at loading (fused, tied, packed).
+vLLM mixes this class into its worker, in the engine core's process. A thread loads and packs
+weights in host memory as a second model object that shares nothing with the running model. A swap
+(CPU, eager) replaces the running model object by that object. The attention layers, which hold the
+KV cache and no weights, are the same for all experts. Weights are never copied. They stay as vLLM
+made them while loading (fused, tied, packed).
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class HostWeights:
 
     Attributes:
         model: The model object.
-        layers: Its layers that vLLM finds by name, without attention.
-        host_bytes: Measured size.
-        fill_s: How long the load took.
-        probe: Recorded between two steps of the running model.
-        steered: Rules of a steered expert. It shares all the rest with its base.
+        layers: The model's layers that vLLM looks up by name, without attention.
+        host_bytes: The measured size in bytes.
+        fill_s: The duration of the load in seconds.
+        probe: The probe that was recorded between two steps of the running model.
+        steered: The rules of a steered expert, which shares everything else with its base.
     """
 
     model: torch.nn.Module
@@ -63,7 +63,7 @@ class HostWeights:
 
 @dataclass(slots=True)
 class PendingLoad:
-    """A load that was requested. `thread` is None until it runs."""
+    """A requested load. `thread` is None until the load starts."""
 
     folder: str
     adapter: str | None
@@ -86,7 +86,7 @@ class SwapExtension(CaptureExtension):
 
     # Set by vLLM's worker.
     vllm_config: VllmConfig
-    # The device that experts are loaded to; None: the engine's own.
+    # The device that experts are loaded to. None means the engine's own device.
     _coe_device: str | None = None
 
     def _coe(self) -> _State:
@@ -97,10 +97,10 @@ class SwapExtension(CaptureExtension):
         return state
 
     def coe_register_initial(self, expert: str) -> str:
-        """Hold the model that the engine was started with as this expert's.
+        """Register the model that the engine was started with as this expert's weights.
 
         Returns:
-            Why no other weights can be put in their place; empty where they can.
+            Why these weights can't be replaced. It is empty where they can be replaced.
         """
         state = self._coe()
         if state.held:
@@ -119,15 +119,16 @@ class SwapExtension(CaptureExtension):
     def coe_load_to_host(
         self, expert: str, folder: str, adapter: str | None, strength: float
     ) -> None:
-        """Begin to load an expert's weights beside the running ones.
+        """Start to load an expert's weights beside the running weights.
 
-        One expert is loaded at a time, in the order of calls. `coe_load_result` has the outcome.
+        Experts are loaded one after another in the order of calls. `coe_load_result` returns the
+        outcome.
 
         Args:
             expert: The expert.
-            folder: Folder of full weights.
-            adapter: Folder of a LoRA adapter to merge into them.
-            strength: Factor of the adapter.
+            folder: The folder of full weights.
+            adapter: The folder of a LoRA adapter to merge into the weights.
+            strength: The factor of the adapter.
         """
         state = self._coe()
         if expert not in state.held and expert not in state.loads:
@@ -135,17 +136,17 @@ class SwapExtension(CaptureExtension):
             self._coe_start_next_load()
 
     def coe_steer(self, expert: str, steering: dict[str, Any]) -> int:
-        """Hold a steered expert, whose base is held.
+        """Hold a steered expert. Its base must be held already.
 
         Args:
             expert: The expert.
             steering: A `Steering` as a mapping.
 
         Returns:
-            Bytes of its rules.
+            The bytes of the expert's rules.
 
         Raises:
-            ValueError: The base is not held, or its gates can't be steered so.
+            ValueError: The base is not held, or its gates can't be steered in this way.
         """
         state = self._coe()
         base = state.held.get(steering["base"])
@@ -177,7 +178,11 @@ class SwapExtension(CaptureExtension):
                 return
 
     def _coe_prepare_load(self, expert: str, load: PendingLoad) -> Callable[[], Any]:
-        """Do what can't be done in a thread. Returns the rest, which returns the held weights."""
+        """Do the part of a load that can't run in a thread.
+
+        Returns:
+            A function for the rest of the load. It returns the held weights.
+        """
         before = own_bytes()
         shadow = ShadowModel(self.vllm_config, load.folder, self._coe_device)
 
@@ -204,21 +209,21 @@ class SwapExtension(CaptureExtension):
     def _coe_read(
         self, _expert: str, shadow: ShadowModel, delta: LoraDelta | None, before: int
     ) -> Any:
-        """Load an expert's weights and hold them. `before`: bytes of the process before."""
+        """Load an expert's weights. `before` has the bytes of the process before the load."""
         scratch = ScratchBuffers()
         shadow.load(delta, scratch)
         layers = shadow.share_attention(named_layers(self.vllm_config))
         check_alike(shadow.model, self.model_runner.model)
-        # Packed weights are no tensors; buffers of other layers only show as growth.
+        # Packed weights are not tensors. Buffers of other layers show only as growth.
         counted = tensor_bytes(shadow.model) + scratch.packed_bytes
         return HostWeights(shadow.model, layers, max(counted, own_bytes() - before))
 
     def coe_load_tokenizer(self, expert: str, folder: str) -> None:
-        """Begin to read an expert's tokenizer.
+        """Start to read an expert's tokenizer.
 
         Args:
             expert: The expert.
-            folder: Folder of its tokenizer; empty: it has the core's own.
+            folder: The folder of its tokenizer. It is empty where the core's tokenizer is the same.
 
         Raises:
             ValueError: The core can't use another tokenizer.
@@ -234,12 +239,15 @@ class SwapExtension(CaptureExtension):
             state.grammars.forget(expert)
 
     def coe_tokenizer_fault(self, expert: str) -> str | None:
-        """Why a tokenizer can't be read; empty once it was, None until then."""
+        """Return why a tokenizer can't be read.
+
+        The result is None while the tokenizer is being read, and empty on success.
+        """
         grammars = self._coe().grammars
         return grammars.fault(expert) if grammars is not None else ""
 
     def coe_load_result(self, expert: str) -> dict[str, Any]:
-        """The state of a load: `{"state": "host" | "loading" | "failed" | "disk", …}`.
+        """Return the state of a load: `{"state": "host" | "loading" | "failed" | "disk", …}`.
 
         A failure is reported once.
         """
@@ -264,10 +272,11 @@ class SwapExtension(CaptureExtension):
             held.probe = WeightProbe.of(held.model)
 
     def coe_swap_in(self, expert: str) -> dict[str, Any]:
-        """Make an expert whose weights are held the running one. The engine must be paused.
+        """Swap in an expert whose weights are held. The engine must be paused.
 
         Returns:
-            `method` and durations; `ok` is false where the weights are not as they were loaded.
+            `method`, durations, and `ok`, which is false where the weights have changed since they
+            were loaded.
         """
         state = self._coe()
         began_s = time.perf_counter()
@@ -279,7 +288,7 @@ class SwapExtension(CaptureExtension):
         self._coe_watch_gates(self.model_runner.model)
         install_s = time.perf_counter() - began_s
         ok = False
-        # The old expert is gone: a probe that fails is a result, and no error.
+        # The old expert is already replaced, so a failed probe is a result and not an error.
         with contextlib.suppress(Exception):
             ok = self._coe_verify(held)
         return {
@@ -290,7 +299,7 @@ class SwapExtension(CaptureExtension):
         }
 
     def _coe_install(self, held: Any) -> str:
-        """Have the engine compute with an expert's weights. Returns the method."""
+        """Make the engine compute with an expert's weights, and return the method."""
         old = self._coe().held[self._coe().running]
         if old.steered is not None:
             old.steered.remove()
@@ -304,7 +313,7 @@ class SwapExtension(CaptureExtension):
         return self._coe().running
 
     def _coe_verify(self, held: Any) -> bool:
-        """Whether the running weights are as they were loaded."""
+        """Return whether the running weights are unchanged since they were loaded."""
         if held.steered is not None and not held.steered.verify():
             return False
         return held.probe is not None and held.probe.verify()
@@ -314,11 +323,11 @@ class SwapExtension(CaptureExtension):
 
         Args:
             expert: The expert.
-            for_next: A load follows, which reuses the freed memory. The system would have to clear
-                each page of new memory first.
+            for_next: Whether a load follows and reuses the freed memory. The system would have to
+                clear each page of new memory first.
 
         Returns:
-            False where the expert is the running one, or is not held.
+            False where the expert is running or is not held.
         """
         state = self._coe()
         if expert == state.running or expert not in state.held:
@@ -330,7 +339,7 @@ class SwapExtension(CaptureExtension):
         return True
 
     def coe_memory(self) -> dict[str, int]:
-        """Resident bytes of this process, and the measured size of all held experts."""
+        """Return this process's resident bytes, and the measured bytes of all held experts."""
         state = self._coe()
         return {
             "resident_bytes": resident_bytes(),

@@ -1,7 +1,8 @@
-"""The probe: whether a model's weights are still those that were loaded.
+"""The probe, which checks that a model's weights have not changed since they were loaded.
 
-A few linear layers, in rotation, compute their output for a fixed vector, which must be bit for bit
-as recorded. A sum over the parameters would prove nothing on CPU: packing empties them.
+A few linear layers, in rotation, compute their output for a fixed vector. The output must equal the
+recorded output bit for bit. A checksum of the parameters would prove nothing on CPU, because
+packing empties them.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class WeightProbe:
     """The record of one model when it was loaded.
 
     Attributes:
-        layers: Linear layers, each with its packed weight and its output.
-        values: Parameters, each with its first values.
-        checked: How many layers were checked so far.
+        layers: The linear layers, each with its packed weight and its output.
+        values: The parameters, each with its first values.
+        checked: The number of layers that were checked so far.
     """
 
     layers: list[tuple[torch.nn.Module, object | None, torch.Tensor]] = field(default_factory=list)
@@ -38,10 +39,10 @@ class WeightProbe:
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> WeightProbe:
-        """Record a model, never in a thread beside the running one.
+        """Record a model. This must not run in a thread beside the running model.
 
-        oneDNN's kernels in vLLM share one scratch pad: two threads would spoil each other's
-        products.
+        oneDNN's kernels in vLLM share one scratch pad, so two threads would corrupt each other's
+        results.
         """
         probe = cls()
         with torch.inference_mode():
@@ -53,10 +54,10 @@ class WeightProbe:
         return probe
 
     def verify(self) -> bool:
-        """Whether the model is as recorded.
+        """Return whether the model equals the record.
 
-        The packed weights must be the very objects that were recorded, every parameter must begin
-        as it did, and a few layers must give the same output.
+        The packed weights must be the recorded objects, every parameter must begin with the
+        recorded values, and a few layers must compute the recorded output.
         """
         with torch.inference_mode():
             if any(
