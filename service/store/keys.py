@@ -1,7 +1,8 @@
-"""API keys: their records, the places where these are kept, and the look-up of a presented key.
+"""API keys: their records, the repositories of records, and the lookup of a presented key.
 
-Only a hash of a key is kept. A key is 256 random bits, so its plain SHA-256 can't be reversed by
-guessing. Records outlive revocation: once a key was made, requests need one.
+A record has only a hash of its key. A key is 256 random bits, so its plain SHA-256 can't be
+reversed by guessing. Records stay after a revocation: after the first key was made, requests always
+need a key.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ _PREFIX = "coe-"
 _NO_DIGEST = bytes(32)
 # The store's table of key records.
 _TABLE = "keys"
-# Attempts of a compare-and-set, when others change the record meanwhile.
+# The number of attempts of a compare-and-set while others change the record.
 _MAX_ATTEMPTS = 20
 
-# From the present record to the new one; the present one is None where there is no such key.
+# A function from the present record to the new record. The present record is None for a new key.
 Change = Callable[["KeyRecord | None"], "KeyRecord"]
 
 
@@ -41,17 +42,17 @@ class KeyRecord:
 
     Attributes:
         id: The key's public id.
-        tenant: Name of its tenant.
-        digest: SHA-256 of the key.
-        created_s: When it was made.
-        label: A description by whoever made it.
-        expires_s: When it expires, if ever.
-        revoked_s: When it was revoked, if it was.
-        experts: Experts that it may use; None: all.
-        priority: Its priority in queues, if not the tenant's.
-        limits: Its own limits.
-        old_digest: Digest of the key before a rotation, valid until `old_until_s`.
-        old_until_s: End of the grace period of a rotation.
+        tenant: The name of its tenant.
+        digest: The SHA-256 of the key.
+        created_s: When the key was made.
+        label: The administrator's description of the key.
+        expires_s: When the key expires, or None.
+        revoked_s: When the key was revoked, or None.
+        experts: The experts that the key may use. None allows all experts.
+        priority: The key's priority in queues. None means the tenant's priority.
+        limits: The key's own limits.
+        old_digest: The digest of the key before a rotation, valid until `old_until_s`.
+        old_until_s: The end of the grace period of a rotation.
     """
 
     id: str
@@ -72,12 +73,12 @@ class KeyRecord:
         return orjson.dumps(asdict(self))
 
     def to_public(self, now_s: float) -> dict[str, object]:
-        """As JSON for administrators: everything but the digests."""
+        """Return the record as JSON for administrators, without the digests."""
         known = {k: v for k, v in asdict(self).items() if not k.startswith(("digest", "old_"))}
         return {**known, "state": self.state(now_s)}
 
     def state(self, now_s: float) -> str:
-        """Its state: active, revoked or expired."""
+        """Return the key's state: active, revoked or expired."""
         if self.revoked_s is not None:
             return "revoked"
         if self.expires_s is not None and self.expires_s <= now_s:
@@ -86,7 +87,11 @@ class KeyRecord:
 
 
 def loads(data: bytes) -> KeyRecord:
-    """Parse a record that `dumps` wrote. Raises ConfigError where it is damaged."""
+    """Parse a record that `dumps` wrote.
+
+    Raises:
+        ConfigError: The record is damaged.
+    """
     try:
         fields = orjson.loads(data)
         fields["limits"] = Limits(**fields["limits"])
@@ -101,12 +106,12 @@ def loads(data: bytes) -> KeyRecord:
 
 
 def digest_of(key: str) -> str:
-    """The SHA-256 of a key, in hexadecimal."""
+    """Return the SHA-256 of a key in hexadecimal."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def new_key() -> tuple[str, str, str]:
-    """A new key: its public id, the key itself, and its digest."""
+    """Make a new key. Return its public id, the key itself, and its digest."""
     key_id = secrets.token_hex(6)
     key = f"{_PREFIX}{key_id}-{secrets.token_urlsafe(32)}"
     return key_id, key, digest_of(key)
@@ -126,9 +131,9 @@ class KeyTable:
                     self._by_prefix.setdefault(digest[:8], []).append(entry)
 
     def find(self, key: str, now_s: float) -> KeyRecord | None:
-        """The record of a key, also of an expired or revoked one.
+        """Return the record of a key, even if the key has expired or was revoked.
 
-        The timing reveals nothing about other keys: the look-up uses a hash, which clients can't
+        The timing reveals nothing about other keys. The lookup uses a hash, which clients can't
         choose, and whole digests are compared in constant time.
         """
         shown = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
@@ -142,22 +147,30 @@ class KeyTable:
 
 
 class KeyRepository(Protocol):
-    """Where key records are kept."""
+    """The storage of key records."""
 
     async def version(self) -> bytes | None:
-        """A value that is new after every change; None: no key was ever kept here.
+        """Return a value that differs after every change, or None before the first key.
 
-        Raises StoreUnavailableError.
+        Raises:
+            StoreUnavailableError: The records can't be reached.
         """
 
     async def load(self) -> list[KeyRecord]:
-        """All records. Raises StoreUnavailableError, ConfigError."""
+        """Return all records.
+
+        Raises:
+            StoreUnavailableError: The records can't be reached.
+            ConfigError: A record is damaged.
+        """
 
     async def change(self, key_id: str, change: Change) -> KeyRecord:
         """Replace a record by the result of `change`, atomically.
 
-        `change` may be called more than once. Raises StoreUnavailableError, and the errors that
-        `change` raises.
+        `change` may be called more than once, and its errors are raised.
+
+        Raises:
+            StoreUnavailableError: The records can't be reached.
         """
 
 
@@ -187,7 +200,7 @@ class StoreKeyRepository:
 class FileKeyRepository:
     """Key records in a file with mode 0600, for a store in memory.
 
-    The file is read and written in threads: another process may hold its lock.
+    The file is read and written in threads, because another process may hold its lock.
     """
 
     def __init__(self, path: Path) -> None:
@@ -250,21 +263,23 @@ class KeyService:
         self._repository = repository
 
     async def create(self, wanted: KeyRecord, now_s: float) -> tuple[KeyRecord, str]:
-        """Make a key with the attributes of `wanted`. The key itself is shown only here."""
+        """Make a key with the attributes of `wanted`. Only this method returns the key itself."""
         key_id, key, digest = new_key()
         record = replace(wanted, id=key_id, digest=digest, created_s=now_s)
         return await self._repository.change(key_id, lambda _: record), key
 
     async def records(self) -> Sequence[KeyRecord]:
-        """All records, oldest first."""
+        """Return all records from old to new."""
         return sorted(
             await self._repository.load(), key=lambda record: (record.created_s, record.id)
         )
 
     async def rotate(self, key_id: str, now_s: float, grace_s: float) -> tuple[KeyRecord, str]:
-        """Replace a key; the old one stays valid for `grace_s`.
+        """Replace a key. The old key stays valid for `grace_s` seconds.
 
-        Raises UnknownModelError where there is no such key, ConflictError where it is not active.
+        Raises:
+            UnknownModelError: There is no such key.
+            ConflictError: The key is not active.
         """
         _, key, digest = new_key()
 
@@ -279,7 +294,11 @@ class KeyService:
         return await self._repository.change(key_id, rotated), key
 
     async def revoke(self, key_id: str, now_s: float) -> KeyRecord:
-        """Revoke a key for good. Raises UnknownModelError where there is no such key."""
+        """Revoke a key for good.
+
+        Raises:
+            UnknownModelError: There is no such key.
+        """
 
         def revoked(record: KeyRecord | None) -> KeyRecord:
             record = _existing(record, key_id)
@@ -289,7 +308,11 @@ class KeyService:
 
 
 def _existing(record: KeyRecord | None, key_id: str) -> KeyRecord:
-    """The record. Raises UnknownModelError where there is none."""
+    """Return the record.
+
+    Raises:
+        UnknownModelError: There is no record.
+    """
     if record is None:
         raise UnknownModelError(f"no key {key_id[:64]!r} is kept here", code="key_not_found")
     return record

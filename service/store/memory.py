@@ -23,7 +23,7 @@ _BUSY_RETRY_S = 1.0
 
 
 class _Counts:
-    """One account: amounts spent and reserved, by start of window (or of its part, in ms)."""
+    """The amounts spent and reserved in one account, by the start of a window or part in ms."""
 
     __slots__ = ("reserved", "spent", "window")
 
@@ -33,10 +33,10 @@ class _Counts:
         self.reserved: dict[int, int] = {}
 
     def forget(self, now_ms: int) -> None:
-        """Drop windows that do not count any more."""
+        """Drop expired windows."""
         oldest_ms, _ = self.window.span(now_ms)
         if self.window.kind == "sliding":
-            # A part that is partly out of the window counts whole.
+            # A part that is partly outside of the window counts as a whole.
             oldest_ms -= self.window.length_ms
         for counts in (self.spent, self.reserved):
             for start in [start for start in counts if start < oldest_ms]:
@@ -94,7 +94,7 @@ class MemoryStore:
         for line, amount, start, spent in zip(
             granted.claim.lines, granted.amounts, granted.starts_ms, used, strict=True
         ):
-            # Its window may be over, and the account forgotten.
+            # The window may have ended, and the account may have been dropped.
             counts = self._accounts.get(line.account.name)
             sliding = line.account.window.kind == "sliding"
             within = min(spent, amount) if sliding else spent
@@ -171,10 +171,10 @@ def _taken(counts: _Counts) -> int:
 
 
 def _charge_debt(counts: _Counts, account: Account, debt: int, now_ms: int) -> None:
-    """Charge a claim's use beyond its reservation.
+    """Charge the use of a claim that exceeds its reservation.
 
-    The part that the current window has no room for is charged to the next windows, up to the
-    limit of each.
+    The current window is charged as far as it has room. The rest is charged to the next windows, up
+    to the limit of each window.
     """
     length_ms = account.window.length_ms
     part_start = account.window.span(now_ms)[0]
@@ -195,7 +195,7 @@ def _charge_debt(counts: _Counts, account: Account, debt: int, now_ms: int) -> N
 
 
 def _refusal(line: Charge, least: int, counts: _Counts, now_ms: int) -> Refused:
-    """The refusal of a line without room, with the time when it surely has some."""
+    """Build the refusal of a line without room, with the time when it surely has room again."""
     account, wanted = line.account, line.amount(least)
     if wanted > account.limit:
         return Refused(account.name, None)
@@ -213,7 +213,7 @@ def _refusal(line: Charge, least: int, counts: _Counts, now_ms: int) -> Refused:
 
 
 def longest(refusals: Sequence[Refused]) -> Refused:
-    """The refusal that lasts longest."""
+    """Return the refusal with the longest wait."""
     return max(
         refusals, key=lambda r: r.retry_after_s if r.retry_after_s is not None else float("inf")
     )

@@ -1,10 +1,10 @@
-"""What quota gateway may grant while Redis is unavailable: quotas that it got before. Pure.
+"""The quotas from which a gateway grants claims while Redis is unavailable. Pure.
 
-A gateway holds a small share of the room left in each account that it uses. Redis counts the
-quotas as reserved, so that those of all gateways together never exceed a limit.
+A gateway holds a small share of the free room in each account that it uses. Redis counts these
+quotas as reserved, so that the quotas of all gateways together never exceed a limit.
 
-Invariant: the local quota is at most the quota held in Redis. It is shrunk locally first, and
-grown in Redis first.
+Invariant: the local quota never exceeds the quota that Redis holds for the gateway. A quota shrinks
+locally first, and it grows in Redis first.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from service.store.protocol import Account, Granted, Refused, StoreClaim
 
 _MAX_ACCOUNTS = 256
 _IDLE_S = 120.0
-# A share of less room than this would be nothing, or all of it.
+# A share of less room than this would be either nothing or all of the room.
 _MIN_ROOM = 8
 
 
 @dataclass(slots=True)
 class OfflineQuota:
-    """This gateway's quota of quota account.
+    """This gateway's offline quota of one account.
 
     Attributes:
         account: The account.
-        used_s: When a claim last named it.
-        held: Amount that Redis holds for this gateway.
-        busy: Part of `held` that is granted or used already.
-        room: Amount left for all gateways; -1 until Redis said so.
+        used_s: When a claim last used the account.
+        held: The amount that Redis holds for this gateway.
+        busy: The part of `held` that is already granted or used.
+        room: The amount left for all gateways, or -1 until Redis has reported it.
     """
 
     account: Account
@@ -41,14 +41,14 @@ class OfflineQuota:
 
 
 class OfflineQuotas:
-    """All quotas of quota gateway. Times are `time.monotonic` seconds, windows in ms since 1970."""
+    """All quotas of a gateway. Times are `time.monotonic` seconds, windows in ms since 1970."""
 
     def __init__(self, share: float) -> None:
         self.share = share
         self._quotas: dict[str, OfflineQuota] = {}
 
     def track(self, claim: StoreClaim, now_s: float) -> None:
-        """Note that the claim's accounts are in use, so that quotas of them are wanted."""
+        """Record that the claim's accounts are in use, so that quotas of them are wanted."""
         if not self.share:
             return
         for line in claim.lines:
@@ -67,14 +67,14 @@ class OfflineQuotas:
             if now_s - quota.used_s > _IDLE_S:
                 wanted = 0
             elif quota.room < 0:
-                # Not known yet: Redis bounds it by this gateway's share.
+                # The room is unknown. Redis limits the quota to this gateway's share.
                 wanted = quota.account.limit
             quota.held = min(quota.held, max(wanted, quota.busy))
             plan.append((quota.account, quota.held, max(0, wanted - quota.held)))
         return plan
 
     def update(self, quotas: Sequence[tuple[str, int, int]], now_s: float) -> None:
-        """Take over a heartbeat's reply: account, amount held, room left for all gateways."""
+        """Apply a heartbeat's reply: account, amount held, room left for all gateways."""
         for name, held, room in quotas:
             if (quota := self._quotas.get(name)) is not None:
                 quota.held, quota.room = held, room
@@ -86,7 +86,7 @@ class OfflineQuotas:
             del self._quotas[name]
 
     def take(self, claim: StoreClaim, now_ms: int) -> Granted | Refused:
-        """Grant a claim from the quotas alone, or refuse it where one of them is used up."""
+        """Grant a claim from the quotas alone, or refuse it where a quota is exhausted."""
         tokens = claim.tokens
         for line in claim.lines:
             quota = self._quotas.get(line.account.name)
@@ -107,9 +107,9 @@ class OfflineQuotas:
                 quota.busy -= amount - spent
 
     def mark_delivered(self, granted: Granted, used: Sequence[int]) -> None:
-        """Take the used amount out of the quota: Redis has charged it now."""
+        """Subtract the used amount from the quota, because Redis has charged it now."""
         for line, spent in zip(granted.claim.lines, used, strict=True):
-            # A quota of which nothing was spent may have been dropped meanwhile.
+            # An unspent quota may have been dropped meanwhile.
             if (quota := self._quotas.get(line.account.name)) is not None:
                 quota.busy -= spent
                 quota.held = max(0, quota.held - spent)

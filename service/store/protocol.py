@@ -1,10 +1,10 @@
 """The interface of a store: claims on limited accounts, exact under concurrency, and small records.
 
-An account is anything with a limit: requests, tokens or millionths of cost in a window, or
-concurrent requests. A claim reserves an upper bound in several accounts at once, or in none;
-settling it replaces the reservation by what was used. A claim belongs to an owner, which is a
-gateway's process. An owner renews its lease by heartbeats. When the lease expires, the owner's
-reservations are released.
+An account counts something with a limit: requests, tokens or millionths of cost in a window, or
+concurrent requests. A claim reserves an upper bound either in all its accounts at once or in no
+account. A settlement replaces the reservation by the amount used. A claim belongs to an owner,
+which is a gateway's process. An owner renews its lease by heartbeats. When the lease expires, the
+owner's reservations are released.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOST_WINDOWS_OWED = 1440
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Something counted in whole numbers and bounded by `limit` in each `window`."""
+    """A counter of whole numbers that is bounded by `limit` in each `window`."""
 
     name: str
     limit: int
@@ -31,19 +31,22 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """One account's part of a claim: `base`, and `per_token` for each token of the answer."""
+    """One account's part of a claim: `base`, plus `per_token` for each token of the answer."""
 
     account: Account
     base: int
     per_token: float = 0.0
 
     def amount(self, tokens: int) -> int:
-        """Amount that an answer of `tokens` tokens takes, rounded up."""
-        # The same as in reserve.lua; less than a millionth is floating-point error.
+        """Return the amount for an answer of `tokens` tokens, rounded up."""
+        # The rule is the same as in reserve.lua. Less than a millionth is floating-point error.
         return math.ceil(self.base + self.per_token * tokens - 1e-6)
 
     def affordable(self, room: int) -> int:
-        """How many tokens of answer fit into `room`: 2**53 if unbounded, -1 if not even `base`."""
+        """Return the number of answer tokens that fit into `room`.
+
+        The result is 2**53 where there is no bound, and -1 where even `base` does not fit.
+        """
         if self.base > room:
             return -1
         if self.per_token <= 0:
@@ -54,13 +57,13 @@ class Charge:
 
 @dataclass(frozen=True, slots=True)
 class StoreClaim:
-    """The most that a request may use.
+    """An upper bound on what a request may use.
 
     Attributes:
-        id: Unique id.
+        id: A unique id.
         lines: One charge for each account.
-        tokens: Tokens of answer that it asks for.
-        least: Tokens of answer that have to be granted at least.
+        tokens: The number of answer tokens that the request asks for.
+        least: The smallest number of answer tokens to grant.
     """
 
     id: str
@@ -71,14 +74,14 @@ class StoreClaim:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """A claim that was granted.
+    """A granted claim.
 
     Attributes:
         claim: The claim.
-        tokens: Tokens of answer that were granted.
-        amounts: Amount reserved for each line.
-        starts_ms: Start of the window of each line, in ms since 1970.
-        offline: Granted from an offline quota, while the store was unavailable.
+        tokens: The number of granted answer tokens.
+        amounts: The amount reserved for each line.
+        starts_ms: The start of the window of each line, in ms since 1970.
+        offline: Whether it was granted from an offline quota while the store was unavailable.
     """
 
     claim: StoreClaim
@@ -90,12 +93,13 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A claim that was refused.
+    """A refused claim.
 
     Attributes:
-        account: Name of the account without room.
-        retry_after_s: When it surely has room; None: never for so large a claim.
-        busy: Only open claims are in the way, which may end sooner.
+        account: The name of the account without room.
+        retry_after_s: Seconds until the account surely has room. None means that the claim is too
+            large for the account at any time.
+        busy: Whether only open claims are in the way. They may end sooner.
     """
 
     account: str
@@ -105,7 +109,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class AccountBalance:
-    """An account in its current window: amounts spent and reserved, offline quotas included."""
+    """An account's amounts in its current window. Offline quotas count as reserved."""
 
     spent: int
     reserved: int
@@ -127,10 +131,10 @@ class Health:
     """State of a store.
 
     Attributes:
-        up: Whether it answers.
-        pending_settlements: Settlements that it has not confirmed.
+        up: Whether the store answers.
+        pending_settlements: The number of settlements that it has not confirmed.
         outages: How often it became unavailable.
-        offline_grants: Claims granted from offline quotas.
+        offline_grants: The number of claims granted from offline quotas.
     """
 
     up: bool = True
@@ -143,44 +147,48 @@ class Store(Protocol):
     """Limits and records that gateways share. Every method may raise StoreUnavailableError."""
 
     async def start(self) -> None:
-        """Start the heartbeats. Does not wait until the store can be reached."""
+        """Start the heartbeats. The call does not wait until the store can be reached."""
 
     async def stop(self) -> None:
-        """Release what this owner holds, and close."""
+        """Release this owner's reservations and quotas, and close the store."""
 
     def health(self) -> Health:
-        """The state of the store."""
+        """Return the state of the store."""
 
     async def reserve(self, claim: StoreClaim) -> Granted | Refused:
-        """Reserve a claim's upper bound in all its accounts, or in none.
+        """Reserve a claim's upper bound either in all its accounts or in no account.
 
-        Tokens are clipped to what every account has room for, `least` at the least.
+        The tokens are reduced to the number that every account has room for, but not below
+        `least`.
         """
 
     async def settle(self, granted: Granted, used: Sequence[int], note: UsageNote | None) -> None:
-        """Charge `used`, line by line, and release what was reserved. Exactly once.
+        """Charge `used`, line by line, and release the reservation. This happens exactly once.
 
-        In a sliding window more may be used than was reserved. The current window is charged with
-        the rest as far as it has room, and the next windows with what remains, up to their limit.
+        In a sliding window a request may use more than it reserved. The excess is charged to the
+        current window as far as it has room. The rest of it is charged to the next windows, up to
+        their limit.
         """
 
     async def balances(self, accounts: Sequence[Account]) -> list[AccountBalance]:
-        """The current balance of each account."""
+        """Return the current balance of each account."""
 
     async def counts(self, names: Sequence[str]) -> list[dict[str, int]]:
-        """The usage counts noted under each name."""
+        """Return the usage counts recorded under each name."""
 
     async def records(self, table: str) -> dict[str, bytes]:
-        """Every record of a table, by its id. Records are kept until they are replaced."""
+        """Return the records of a table by their ids. A record stays until it is replaced."""
 
     async def version(self, table: str) -> bytes | None:
-        """A value that is new after every change of the table; None: it never had a record."""
+        """Return a value that differs after every change of a table, or None before the first."""
 
     async def replace(
         self, table: str, record_id: str, expected: bytes | None, value: bytes
     ) -> bool:
-        """Compare and set: replace a record if it still is `expected` (None: there is none).
+        """Replace a record if it still equals `expected` (compare and set).
+
+        An `expected` of None means that there is no record yet.
 
         Returns:
-            False where the record has changed since; nothing is written then.
+            False where the record has another value. Nothing is written then.
         """

@@ -1,6 +1,6 @@
-"""Client for Redis: runs the scripts, over connections with a timeout. The only user of `redis`.
+"""Client for Redis, which runs the scripts. Only this module imports `redis`.
 
-It does not handle outages: a call that fails raises StoreUnavailableError.
+The client does not handle outages: a call that fails or times out raises StoreUnavailableError.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _CONNECTIONS = 64
 Lines = Sequence[tuple[str, int, int, int, int, int, int]]
 
 
-# The meaning of an error, by its class and by its first word. Redis' own text is not shown: it may
-# hold an address or a user's name.
+# The meanings of errors by class and by first word. The text from Redis is never shown, because it
+# may contain an address or a user name.
 _REFUSALS: tuple[tuple[type[RedisError], str], ...] = (
     (AuthenticationError, "refused authentication: wrong user or password in its URL, or none"),
     (NoPermissionError, "refused permission: its user lacks commands or keys in the ACL"),
@@ -60,13 +60,13 @@ _CLUSTER = "is a node of a Redis cluster, which is not supported: a single Redis
 
 
 def refusal(error: RedisError) -> str | None:
-    """The meaning of an error of Redis, as a predicate; None where Redis can't be reached."""
+    """Return the meaning of an error as a predicate, or None where Redis can't be reached."""
     for kind, what in _REFUSALS:
         if isinstance(error, kind):
             return what
     if not isinstance(error, ResponseError):
         return None
-    # The library strips the first word from some errors, after choosing the class by it.
+    # The library chooses the class of some errors by their first word, and strips this word.
     name = type(error).__name__.upper().removesuffix("ERROR")
     text = str(error)
     if text.startswith(_CLUSTER_WORDS) or name in _CLUSTER_WORDS or "cluster node" in text:
@@ -74,8 +74,8 @@ def refusal(error: RedisError) -> str | None:
     return "refused"
 
 
-# Tables that were one value for each record before: the name of their version, and the prefix
-# of their records' names.
+# Tables that used to have a separate value for each record, with the name of their version and the
+# prefix of their records' names.
 _FORMER_TABLES = {"keys": ("keys-version", "key/")}
 
 
@@ -84,7 +84,7 @@ async def _scan(redis: Redis, pattern: str) -> list[bytes]:
 
 
 def _escape(text: str) -> str:
-    """Escape what Redis' patterns give a meaning."""
+    """Escape the special characters of Redis patterns."""
     return re.sub(r"([\\*?\[\]])", r"\\\1", text)
 
 
@@ -93,8 +93,8 @@ class RedisConnections:
 
     Args:
         url: The URL of the Redis.
-        timeout_s: Bound of connecting, of each answer, and of waiting for a free connection.
-        what: Its name in errors, such as "the store".
+        timeout_s: The timeout in seconds for a connect, for an answer, and for a free connection.
+        what: The name of this Redis in errors, such as "the store".
     """
 
     def __init__(self, url: str, *, timeout_s: float, what: str) -> None:
@@ -104,15 +104,15 @@ class RedisConnections:
                 url,
                 socket_timeout=timeout_s,
                 socket_connect_timeout=timeout_s,
-                # A retry might count twice: the caller decides.
+                # A retry might count twice, so the caller decides about retries.
                 retry=Retry(NoBackoff(), 0),
                 decode_responses=False,
             )
         except (ValueError, RedisError):
-            # Its own text may quote the URL, and with it a password.
+            # The error's own text may quote the URL with its password.
             raise ConfigError(f"{what}: the Redis URL can't be understood") from None
         self.redis: Redis = Redis(connection_pool=pool)
-        # A semaphore with a timeout of its own: waiters of the library's blocking pool hang on an
+        # The semaphore replaces the library's blocking pool, whose waiters hang on an
         # asyncio.Condition.
         self._places = asyncio.Semaphore(_CONNECTIONS)
         self._timeout_s = timeout_s
@@ -123,7 +123,11 @@ class RedisConnections:
         await self.redis.connection_pool.disconnect()
 
     async def run(self, command: Callable[[], Awaitable[Any]]) -> Any:
-        """Run a command when a connection is free. Raises StoreUnavailableError."""
+        """Run a command when a connection is free.
+
+        Raises:
+            StoreUnavailableError: The command failed or timed out.
+        """
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._places.acquire()
@@ -134,7 +138,7 @@ class RedisConnections:
         except (TimeoutError, RedisError, OSError) as error:
             why = refusal(error) if isinstance(error, RedisError) else None
             if why is None:
-                # The kind only: the text may hold the address.
+                # Only the class is shown, because the text may contain the address.
                 why = f"can't be reached ({type(error).__name__})"
             elif why == "refused":
                 # This text quotes no values.
@@ -174,7 +178,11 @@ class RedisClient:
         await self._connections.close()
 
     async def reserve(self, claim: StoreClaim) -> Granted | Refused:
-        """Reserve a claim. Raises StoreUnavailableError also where it was undone already."""
+        """Reserve a claim.
+
+        Raises:
+            StoreUnavailableError: Redis did not answer, or the claim was already undone.
+        """
         reply = await self._run(
             "reserve",
             id=claim.id,
@@ -206,7 +214,7 @@ class RedisClient:
     async def settle(
         self, claim_id: str, lines: Lines, note: UsageNote | None, *, offline: bool = False
     ) -> None:
-        """Charge what a claim used, and release what it reserved."""
+        """Charge the use of a claim, and release its reservation."""
         await self._run(
             "settle",
             id=claim_id,
@@ -217,7 +225,7 @@ class RedisClient:
         )
 
     async def undo(self, claim_id: str) -> None:
-        """Release a claim of unknown outcome, also where it reaches Redis later."""
+        """Release a claim of unknown outcome, even if it reaches Redis later."""
         await self._run("undo", id=claim_id)
 
     async def send_heartbeat(
@@ -231,14 +239,16 @@ class RedisClient:
         """Extend this owner's lease, add its notes, and resize its offline quotas.
 
         Args:
-            number: Number of this heartbeat; one that arrives after a later one does nothing.
+            number: The number of this heartbeat. Redis ignores a heartbeat that arrives after a
+                later one.
             share: The part of an account's room that this owner may hold as a quota.
-            quotas: For each account what this owner holds of it, and how much more it wants.
-            batch: Number of `notes`; each batch is added once.
-            notes: Usage without limits to be charged to.
+            quotas: For each account, the amount that this owner holds and the further amount that
+                it wants.
+            batch: The number of this batch of `notes`. Each batch is added only once.
+            notes: Usage that belongs to no limit.
 
         Returns:
-            `stale`, or `known` and `lapsed` (the state of the lease before) and `quotas`:
+            Either `stale`, or `known` and `lapsed` (the earlier state of the lease) and `quotas`:
             account, amount held now, and room left for all owners.
         """
         return cast(
@@ -257,7 +267,7 @@ class RedisClient:
         )
 
     async def leave(self) -> None:
-        """Release all that this owner holds."""
+        """Release all reservations and quotas of this owner."""
         await self._run("leave")
 
     async def restore(self, claims: Sequence[tuple[str, Lines]]) -> None:
@@ -295,13 +305,13 @@ class RedisClient:
         return cast("bytes | None", found)
 
     async def _take_over(self, table: str) -> bool:
-        """Copy a table that was written before tables existed, one value for each record.
+        """Copy a table from the old format, which had a separate value for each record.
 
-        The old values stay, so that the version before can be started again. Several gateways may
-        do this at once: a record that is already there is not written again.
+        The old values stay, so that the earlier version can be started again. Several gateways may
+        copy at once, because an existing record is not overwritten.
 
         Returns:
-            Whether there was anything to copy.
+            Whether there were old records.
         """
         if table not in _FORMER_TABLES:
             return False
@@ -334,7 +344,7 @@ class RedisClient:
         return bool(replaced)
 
     async def _run(self, script: str, *values: bytes, **arguments: Any) -> Any:
-        # Lua's JSON has a null that counts as true.
+        # In Lua's JSON a null counts as true.
         arguments = {name: value for name, value in arguments.items() if value is not None}
         arguments |= {"owner": self.owner, "lease": self._lease_ms}
         if self._clock is not None:

@@ -26,7 +26,7 @@ NAMES = ("reserve", "settle", "undo", "heartbeat", "leave", "restore", "balances
 
 @cache
 def load_scripts() -> dict[str, str]:
-    """Every script's whole text, by name."""
+    """Return the complete text of every script, by name."""
     return {name: _read(_PRELUDE) + "\n" + _read(name) for name in NAMES}
 
 

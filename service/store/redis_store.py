@@ -1,8 +1,8 @@
 """The store that several gateways share, and how a gateway survives an outage of Redis.
 
-While Redis answers, it decides every claim. When it does not, a gateway grants claims from the
-offline quotas that it got before, as long as its lease runs, and refuses them (503) after that.
-Settlements that could not be sent are kept and delivered when Redis answers again, each once.
+While Redis answers, it decides every claim. During an outage a gateway grants claims from its
+offline quotas until its lease expires, and then refuses claims (503). It keeps settlements that it
+could not send, and delivers each of them once when Redis answers again.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ class _PendingSettlement:
     """A settlement that Redis has not confirmed.
 
     Attributes:
-        granted: The claim; None where Redis did not answer, so that it has to be undone.
+        granted: The granted claim, or None where Redis did not answer and the claim has to be
+            undone.
         claim_id: The claim's id.
-        used: Amount used of each line; None where the claim has to be undone.
-        note: The usage to add with it.
+        used: The amount used of each line, or None where the claim has to be undone.
+        note: The usage to add together with the settlement.
     """
 
     granted: Granted | None
@@ -56,14 +57,14 @@ class _PendingSettlement:
 
     @property
     def lines(self) -> Lines:
-        """The lines in the client's format. Only for settlements with a grant."""
+        """Return the lines in the client's format. The settlement must have a grant."""
         assert self.granted is not None
         assert self.used is not None
         return lines_of(self.granted, self.used)
 
 
 def lines_of(granted: Granted, used: Sequence[int]) -> Lines:
-    """The lines of a settlement in the client's format."""
+    """Return the lines of a settlement in the client's format."""
     return [
         (
             line.account.name,
@@ -80,7 +81,7 @@ def lines_of(granted: Granted, used: Sequence[int]) -> Lines:
 
 
 def _sliding(window: Window) -> tuple[int, int]:
-    """Length and part of a sliding window in ms; 0 for other windows."""
+    """Return the length and the part length of a sliding window in ms; 0 for other windows."""
     return (window.length_ms, window.part_ms) if window.kind == "sliding" else (0, 0)
 
 
@@ -88,9 +89,9 @@ class RedisStore:
     """A `Store` in Redis, which several gateways share.
 
     Attributes:
-        up: Whether Redis answered last time.
+        up: Whether Redis answered the last call.
         outages: How often Redis stopped answering.
-        offline_grants: How many claims were granted from offline quotas.
+        offline_grants: The number of claims granted from offline quotas.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class RedisStore:
             try:
                 answer = await self._client.reserve(claim)
             except StoreUnavailableError as error:
-                # Redis may have granted it, or may still do so: undo it when Redis is back.
+                # Redis may have granted the claim or may still grant it. It is undone later.
                 self._pending[claim.id] = _PendingSettlement(None, claim.id)
                 self._on_failure(error)
                 claim = StoreClaim(claim.id + ".", claim.lines, claim.tokens, claim.least)
@@ -206,7 +207,7 @@ class RedisStore:
                 self._on_failure(error)
 
     async def _deliver(self, settlement: _PendingSettlement) -> None:
-        """Send a settlement, and forget it. Redis counts it once however often it is sent."""
+        """Send a settlement, and then drop it. Redis counts it only once, even after retries."""
         if settlement.used is None:
             await self._client.undo(settlement.claim_id)
         else:
@@ -238,7 +239,7 @@ class RedisStore:
             if self.up:
                 wait_s = self._heartbeat_s
             else:
-                # Jitter: not all gateways at the same moment.
+                # Jitter spreads the heartbeats of the gateways.
                 wait_s = self._retry_s * random.uniform(0.5, 1.0)
                 self._retry_s = min(_LAST_RETRY_S, self._retry_s * 2)
             with contextlib.suppress(TimeoutError):
@@ -249,7 +250,7 @@ class RedisStore:
                 try:
                     await self._heartbeat()
                 except Exception:
-                    # The loop must go on: without heartbeats the lease expires.
+                    # The loop must go on, because the lease expires without heartbeats.
                     log.exception("Redis heartbeat failed")
 
     async def _heartbeat(self) -> None:
@@ -270,7 +271,7 @@ class RedisStore:
             self._sent_notes = (batch, [])
             if not reply["known"] and self._lease_ends_s:
                 await self._on_session_lost(lapsed=bool(reply["lapsed"]))
-            # Lua's JSON writes an empty list as an object.
+            # In Lua's JSON an empty list is an object.
             quotas = [(name, int(held), int(room)) for name, held, room in reply["quotas"] or ()]
             self._quotas.update(quotas, sent_s)
             pending = list(self._pending.values())
@@ -292,7 +293,7 @@ class RedisStore:
                 )
 
     async def _on_session_lost(self, *, lapsed: bool) -> None:
-        """Redis does not know this owner: its lease expired, or Redis lost its data."""
+        """Restore this owner's state after its lease expired or Redis lost its data."""
         if lapsed:
             log.warning("gateway lease expired in Redis")
             return
@@ -306,7 +307,7 @@ class RedisStore:
 
     def _on_failure(self, error: StoreUnavailableError) -> None:
         if error.message != self._last_error and not self.up:
-            # Log once for each reason, such as a wrong password and then no connection.
+            # Each new reason is logged once, such as a wrong password and then no connection.
             log.error("%s", error.message)
         self._last_error = error.message
         if self.up:
@@ -316,13 +317,13 @@ class RedisStore:
             log.error("%s; granting from offline quotas", error.message)
             self._wake.set()
 
-    # --- everything else
+    # --- balances, usage and records
 
     async def balances(self, accounts: Sequence[Account]) -> list[AccountBalance]:
         return await self._client.balances(accounts) if accounts else []
 
     async def counts(self, names: Sequence[str]) -> list[dict[str, int]]:
-        # Notes without a limit to be charged to arrive with the next heartbeat.
+        # Notes that belong to no limit are sent with the next heartbeat.
         return await self._client.counts(names)
 
     async def records(self, table: str) -> dict[str, bytes]:
@@ -340,6 +341,10 @@ class RedisStore:
         return await self._client.replace(table, record_id, expected, value)
 
     def _check(self) -> None:
-        """Fail at once while Redis is known to be unavailable. Raises StoreUnavailableError."""
+        """Fail at once while Redis is known to be unavailable.
+
+        Raises:
+            StoreUnavailableError: Redis is unavailable.
+        """
         if not self.up:
             raise StoreUnavailableError(self._last_error, retry_after_s=max(1.0, self._retry_s))

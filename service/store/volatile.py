@@ -1,8 +1,8 @@
-"""Data that may be lost: cached answers and votable replies. Never limits, budgets or keys.
+"""A store for data that may be lost: cached answers and votable replies.
 
-It is kept apart from the main store, so that it can neither evict budgets nor fill the memory
-that claims need. In the gateway's process the least recently used entries are evicted first; a
-separate Redis does the same with `maxmemory-policy allkeys-lru`.
+It never has limits, budgets or keys. It is separate from the main store, so that it can neither
+evict budgets nor fill the memory that claims need. In the gateway's process the least recently used
+entries are evicted first. A separate Redis does the same with `maxmemory-policy allkeys-lru`.
 """
 
 from __future__ import annotations
@@ -12,21 +12,33 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Protocol
 
-# About the memory that Python needs for an entry beside its name and value.
+# The approximate bytes of Python's overhead for an entry, in addition to its name and value.
 _ENTRY_BYTES = 200
 
 
 class VolatileStore(Protocol):
-    """A cache of small values. Any of them may be gone at any time."""
+    """A cache of small values. Any value may be evicted at any time."""
 
     async def get(self, name: str) -> bytes | None:
-        """The value, or None where it is gone. Raises StoreUnavailableError."""
+        """Return the value, or None where it does not exist.
+
+        Raises:
+            StoreUnavailableError: The store can't be reached.
+        """
 
     async def put(self, name: str, value: bytes, *, ttl_s: float) -> None:
-        """Keep a value, for `ttl_s` at most. Raises StoreUnavailableError."""
+        """Keep a value for at most `ttl_s` seconds.
+
+        Raises:
+            StoreUnavailableError: The store can't be reached.
+        """
 
     async def add(self, name: str, value: bytes, *, ttl_s: float) -> bool:
-        """Keep a value unless one exists; whether it was kept. Raises StoreUnavailableError."""
+        """Keep a value unless a value of this name exists. Return whether it was kept.
+
+        Raises:
+            StoreUnavailableError: The store can't be reached.
+        """
 
     async def close(self) -> None:
         """Close every connection."""

@@ -1,4 +1,4 @@
-"""A volatile store in a Redis that gateways share, configured to evict the least recently used."""
+"""A volatile store in a shared Redis, which must evict the least recently used entries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.store.redis_client import RedisConnections
 
 log = logging.getLogger("coe.store")
 
-# Pause after a Redis did not answer.
+# Seconds without calls after Redis did not answer.
 _PAUSE_S = 2.0
 
 

@@ -1,4 +1,4 @@
-"""The time windows of limits. Pure; times are ms since 1970 (UTC)."""
+"""The time windows of limits. Pure. Times are in ms since 1970 (UTC)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Window:
     """The window that a limit counts over.
 
     Attributes:
-        kind: `sliding`: the last `length_ms`, counted in `parts` equal parts, of which the oldest
-            counts whole; `fixed`: consecutive windows since 1970; `day`, `month`: of the calendar,
-            UTC; `now`: only open claims count.
-        length_ms: Length of a sliding or fixed window.
-        parts: Number of parts of a sliding window.
+        kind: A `sliding` window covers the last `length_ms` in `parts` equal parts, and its oldest
+            part counts as a whole. `fixed` windows follow each other since 1970. `day` and `month`
+            follow the calendar in UTC. `now` counts only open claims.
+        length_ms: The length of a sliding or fixed window.
+        parts: The number of parts of a sliding window.
     """
 
     kind: str
@@ -26,11 +26,11 @@ class Window:
 
     @property
     def part_ms(self) -> int:
-        """Length of one part of a sliding window."""
+        """The length of one part of a sliding window in ms."""
         return self.length_ms // self.parts
 
     def span(self, now_ms: int) -> tuple[int, int]:
-        """Start and end of the window that holds `now_ms`; of its part, if it slides."""
+        """Return start and end of the window with `now_ms`, or of its part in a sliding window."""
         if self.kind == "day":
             start = now_ms - now_ms % _DAY_MS
             return start, start + _DAY_MS
@@ -47,7 +47,7 @@ class Window:
         return start, start + length_ms
 
     def spans(self, now_ms: int) -> tuple[tuple[int, int], ...]:
-        """The windows before, around and after `now_ms`, for a clock that differs a little."""
+        """Return the windows before, at and after `now_ms`, because clocks may differ a little."""
         start, end = self.span(now_ms)
         return self.span(start - 1), (start, end), self.span(end)
 
@@ -59,5 +59,5 @@ NOW = Window("now")
 
 
 def fixed(window_s: int) -> Window:
-    """Consecutive windows of that length since 1970."""
+    """Return consecutive windows of this length since 1970."""
     return Window("fixed", window_s * 1000)
