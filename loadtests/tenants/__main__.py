@@ -2,8 +2,9 @@
 
 The whole service around the simulated engine. First two gateways that share a Redis: 64
 clients with one key hammer a budget, then a rate limit, some of them leaving early, then a budget
-with whatever asks for several answers at once, half of them leaving; what the answers used is
-held against the limits and against the ledger. Then one gateway and two tenants, one with 50
+with whatever asks for several answers at once, half of them leaving, and a budget with requests to
+every endpoint that makes an answer, half of them leaving; what the answers used is held against the
+limits and against the ledger. Then one gateway and two tenants, one with 50
 times the other's requests in flight: the small one's times beside those that it has alone.
 """
 
@@ -32,7 +33,7 @@ from loadtests.lib.load_client import Exchange, Target, closed_loop
 from loadtests.lib.process import admin_key_of, fetch, running, say
 from loadtests.lib.prompts import prompts
 from loadtests.lib.targets import Report, Table, TargetCheck
-from loadtests.tenants.client import MANY, PLAIN, Clients
+from loadtests.tenants.client import ENDPOINTS, MANY, PLAIN, Clients
 
 CLIENTS = 64
 BUDGET, RATE = 3000, 300
@@ -42,9 +43,11 @@ PHASES = (
     ("leaver", BUDGET, 0.1, PLAIN),
     ("rated", RATE, 0.1, PLAIN),
     ("many", BUDGET, 0.5, MANY),
+    ("every", BUDGET, 0.5, ENDPOINTS),
 )
 _WORDS = {
     "many": "budget, tokens, any form, half leave",
+    "every": "budget, tokens, any endpoint, half leave",
     "payer": "budget, tokens",
     "leaver": "budget, tokens, some leave",
     "rated": "requests per minute, some leave",
@@ -103,8 +106,8 @@ async def limits(port: int, rounds: int, report: Report) -> None:
         f"{CLIENTS} clients, two gateways, one Redis",
         ("round", "limit", "allowed", "used", "in the ledger", "refused", "left early", "leaked"),
     )
-    over = leaked = apart = unfilled = 0
-    least_gateways = 99
+    over = leaked = apart = unfilled = unmade = 0
+    least_gateways = least_forms = 99
     with _redis(port + 2) as redis:
         for number in range(rounds):
             keys = _keys(
@@ -112,6 +115,7 @@ async def limits(port: int, rounds: int, report: Report) -> None:
                 leaver={"budget": {"amount": BUDGET, "period": "month"}},
                 rated={"requests_per_min": RATE},
                 many={"budget": {"amount": BUDGET, "period": "month"}},
+                every={"budget": {"amount": BUDGET, "period": "month"}},
             )
             settings = config(port, experts, {"sim": pool}) | {
                 "keys": keys,
@@ -137,8 +141,17 @@ async def limits(port: int, rounds: int, report: Report) -> None:
                     over += max(0, spent - allowed, used - allowed)
                     unfilled += max(0, allowed - spent)
                     leaked += left
-                    # What those who left paid for, only the ledger knows.
-                    apart += max(0, used - spent) if leaving else abs(used - spent)
+                    if name == "rated":
+                        apart += max(0, used - spent)
+                    else:
+                        # Those who left pay at least for what they saw, at most for all of it.
+                        least = used + clients.seen_tokens
+                        apart += max(0, least - spent)
+                        unmade += max(0, spent - least - clients.most_unseen_tokens)
+                    if name == "every":
+                        least_forms = min(least_forms, len(clients.left_on))
+                        forms = sorted(clients.left_on.items())
+                        say("left on " + ", ".join(f"{p} {s}: {n}" for (p, s), n in forms))
                     table.rows.append(
                         (
                             str(number + 1),
@@ -156,8 +169,12 @@ async def limits(port: int, rounds: int, report: Report) -> None:
     report.reach += [
         TargetCheck("overspent, at most", 0, over, over == 0),
         TargetCheck("leaked reservations, at most", 0, leaked, leaked == 0),
-        TargetCheck("used by answers and not in the ledger, at most", 0, apart, apart == 0),
+        TargetCheck("received and not in the ledger, at most", 0, apart, apart == 0),
+        TargetCheck("in the ledger and never made, at most", 0, unmade, unmade == 0),
         TargetCheck("allowed and never granted, at most", 0, unfilled, unfilled == 0),
+        TargetCheck(
+            "endpoints left, whole and in streams, at least", 8, least_forms, least_forms >= 8
+        ),
         TargetCheck("gateways that took part, at least", 2, least_gateways, least_gateways >= 2),
     ]
     report.facts["limits"] = {"overspent": over, "leaked": leaked, "apart": apart}

@@ -1,7 +1,7 @@
 """The simulated engine: deterministic text at set speeds. It is for tests and load tests only.
 
-It answers in OpenAI's formats, so that all other parts can run without a model. The
-`system_fingerprint` of every answer names the engine.
+It answers in the formats of OpenAI's and Anthropic's APIs, so that all other parts can run without
+a model. The `system_fingerprint` of its completions names the engine.
 """
 
 from __future__ import annotations
@@ -29,8 +29,16 @@ from service.engine.base import (
     Send,
     SwapResult,
 )
+from service.engine.simulated_formats import (
+    CHAT,
+    COMPLETIONS,
+    MESSAGES,
+    RESPONSES,
+    Answer,
+    AnswerFormat,
+    format_of,
+)
 from service.errors import (
-    CoeError,
     EngineDeadError,
     EngineRestartingError,
     ExpertFailedError,
@@ -39,13 +47,11 @@ from service.errors import (
     UnknownEndpointError,
 )
 from service.http.asgi import body_message, send_json, start_response
+from service.http.endpoints import TABLE
 
-ENDPOINTS = frozenset(
-    {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize"}
-)
+_GENERATING = frozenset({CHAT, COMPLETIONS, MESSAGES, RESPONSES})
+ENDPOINTS = _GENERATING | {"/v1/embeddings", "/tokenize", "/detokenize"}
 _WORDS = ("one", "small", "answer", "from", "an", "engine", "that", "only", "plays", "a", "part")
-_LOGPROB = -0.1
-_FINGERPRINT = "simulated"
 _WEIGHT_BYTES = 1024**3
 
 
@@ -53,7 +59,6 @@ _WEIGHT_BYTES = 1024**3
 class _Progress:
     """Progress of an answer: `answers` choices of `length` tokens each, from `first_s` on."""
 
-    prompt_tokens: int
     length: int
     answers: int
     step_s: float
@@ -178,7 +183,7 @@ class SimulatedEngine:
         body = _json(request.body)
         path = request.endpoint
         if path == "/tokenize":
-            text = _prompt_text(body)
+            text = _prompt_text(body, path)
             await _send_json(
                 send,
                 {
@@ -194,7 +199,7 @@ class SimulatedEngine:
             await _send_json(send, {"prompt": " ".join(_WORDS[i % len(_WORDS)] for i in ids)})
         elif path == "/v1/embeddings":
             await self._embed(request, body, send)
-        elif path in ("/v1/chat/completions", "/v1/completions"):
+        elif path in _GENERATING:
             await self._generate(request, body, send)
         else:
             raise UnknownEndpointError(f"the simulated engine has no {path}")
@@ -224,15 +229,15 @@ class SimulatedEngine:
         )
 
     async def _generate(self, request: EngineRequest, body: dict[str, Any], send: Send) -> None:
-        chat = request.endpoint == "/v1/chat/completions"
-        prompt = _prompt_text(body)
-        given = body.get("prompt") if not chat else None
-        n = _integer(body, "n", 1, 1, 128) * (len(given) if isinstance(given, list) else 1)
-        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        endpoint = request.endpoint
+        prompt_field = TABLE[endpoint].prompt
+        prompt = _prompt_text(body, endpoint)
+        limit_field, limit = _length_limit(body, endpoint)
+        n = _choices(body, endpoint)
         tokens = (
             self._options.tokens
             if limit is None
-            else _integer({"max_tokens": limit}, "max_tokens", 1, 1, 10**6)
+            else _integer({limit_field: limit}, limit_field, 1, 1, 10**6)
         )
         prompt_tokens = _tokens(prompt)
         context = self._options.max_model_len
@@ -241,126 +246,65 @@ class SimulatedEngine:
             raise PromptTooLongError(
                 f"the maximum context length is {context} tokens, but "
                 f"{prompt_tokens} prompt tokens and {tokens} of answer were requested",
-                param="messages" if chat else "prompt",
+                param=prompt_field,
             )
         bounded = limit is not None or tokens > context - prompt_tokens
         tokens = min(tokens, context - prompt_tokens)
-        text, finish = _cut(answer_text(request.expert, prompt, tokens), body.get("stop"))
-        # An answer without a limit ends by itself.
-        finish = finish if bounded else "stop"
-        made = _Progress(prompt_tokens, len(text), n, self._options.decode_ms / 1000)
+        stops = body.get("stop_sequences" if endpoint == MESSAGES else "stop")
+        words, stop = _cut(answer_text(request.expert, prompt, tokens), stops)
+        answer = Answer(
+            endpoint=endpoint,
+            expert=request.expert,
+            request_id=request.request_id,
+            body=body,
+            prompt_tokens=prompt_tokens,
+            words=words,
+            choices=n,
+            stop=stop,
+            # An answer without a limit ends by itself.
+            cut=bounded and stop is None,
+        )
+        made = _Progress(len(words), n, self._options.decode_ms / 1000)
         try:
-            await self._make(request, body, send, made, text, finish)
+            await self._make(answer, send, made)
         except asyncio.CancelledError:
             request.on_abandoned(prompt_tokens, made.tokens())
             raise
 
-    async def _make(
-        self,
-        request: EngineRequest,
-        body: dict[str, Any],
-        send: Send,
-        made: _Progress,
-        text: list[str],
-        finish: str,
-    ) -> None:
-        chat = request.endpoint == "/v1/chat/completions"
-        prompt_tokens, n = made.prompt_tokens, made.answers
+    async def _make(self, answer: Answer, send: Send, made: _Progress) -> None:
         began_s = time.monotonic()
         if self._options.prefill_tokens_per_s:
-            await asyncio.sleep(prompt_tokens / self._options.prefill_tokens_per_s)
+            await asyncio.sleep(answer.prompt_tokens / self._options.prefill_tokens_per_s)
         if self._options.fail == "first_byte":
             self.kill("simulated death before the first byte")
-        self._check_alive(request.expert)
+        self._check_alive(answer.expert)
         first_s = made.first_s = time.monotonic()
-        usage = {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": n * len(text),
-            "total_tokens": prompt_tokens + n * len(text),
-        }
-        head = {
-            "id": ("chatcmpl-" if chat else "cmpl-") + request.request_id,
-            "created": int(time.time()),
-            "model": request.expert,
-            "system_fingerprint": _FINGERPRINT,
-        }
-        if body.get("stream"):
-            options = body.get("stream_options") or {}
-            if not isinstance(options, dict):
-                raise InvalidRequestError(
-                    "`stream_options` must be an object", param="stream_options"
-                )
-            usage_mode = "each" if options.get("continuous_usage_stats") else "last"
-            await self._stream(
-                send,
-                head,
-                text,
-                finish,
-                n,
-                chat,
-                usage,
-                options.get("include_usage") and usage_mode,
-            )
-            self._report(request.expert, first_s - began_s, first_s, usage)
+        form = format_of(answer)
+        if answer.body.get("stream"):
+            await self._stream(send, form, max(1, len(answer.words)))
+            self._report(answer, first_s - began_s, first_s)
             return
         if self._options.decode_ms:
-            await asyncio.sleep(len(text) * self._options.decode_ms / 1000)
-            self._check_alive(request.expert)
-        self._report(request.expert, first_s - began_s, first_s, usage)
-        whole = "".join(text)
-        message: dict[str, Any] = (
-            {"message": {"role": "assistant", "content": whole}} if chat else {"text": whole}
-        )
-        logprobs = _logprobs(text) if chat and body.get("logprobs") else None
-        choices = [
-            {"index": i, **message, "logprobs": logprobs, "finish_reason": finish} for i in range(n)
-        ]
-        kind = "chat.completion" if chat else "text_completion"
-        await _send_json(send, {**head, "object": kind, "choices": choices, "usage": usage})
+            await asyncio.sleep(len(answer.words) * self._options.decode_ms / 1000)
+            self._check_alive(answer.expert)
+        self._report(answer, first_s - began_s, first_s)
+        await _send_json(send, form.whole())
 
-    def _report(self, expert: str, prefill_s: float, first_s: float, usage: dict[str, int]) -> None:
+    def _report(self, answer: Answer, prefill_s: float, first_s: float) -> None:
         if self._observer is not None:
-            prompt, answer = usage["prompt_tokens"], usage["completion_tokens"]
             decode_s = time.monotonic() - first_s
             self._observer.on_finished(
-                EngineTimings(expert, 0.0, prefill_s, decode_s, prompt, answer)
+                EngineTimings(
+                    answer.expert, 0.0, prefill_s, decode_s, answer.prompt_tokens, answer.tokens
+                )
             )
 
-    async def _stream(
-        self,
-        send: Send,
-        head: dict[str, Any],
-        text: list[str],
-        finish: str,
-        n: int,
-        chat: bool,
-        usage: dict[str, int],
-        usage_mode: str | None,
-    ) -> None:
-        head = {**head, "object": "chat.completion.chunk" if chat else "text_completion"}
-
-        def event(choices: list[dict[str, Any]], **more: Any) -> bytes:
-            return b"data: " + orjson.dumps({**head, "choices": choices, **more}) + b"\n\n"
-
-        def so_far(i: int) -> dict[str, Any]:
-            # As in vLLM, this is the usage of this choice.
-            if usage_mode != "each":
-                return {}
-            counts = {"prompt_tokens": usage["prompt_tokens"], "completion_tokens": i + 1}
-            return {"usage": {**counts, "total_tokens": sum(counts.values())}}
-
-        def piece(index: int, word: str, first: bool, last: bool) -> dict[str, Any]:
-            reason = finish if last else None
-            if not chat:
-                return {"index": index, "text": word, "logprobs": None, "finish_reason": reason}
-            delta = {"role": "assistant", "content": word} if first else {"content": word}
-            return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-
+    async def _stream(self, send: Send, form: AnswerFormat, steps: int) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
         step_s = self._options.decode_ms / 1000
         start = start_response(200, [(b"content-type", b"text/event-stream; charset=utf-8")])
-        for i, word in enumerate(text or [""]):
+        for i in range(steps):
             if step_s and (wait_s := began + i * step_s - loop.time()) > 0:
                 await asyncio.sleep(wait_s)
             if i == 0:
@@ -368,13 +312,11 @@ class SimulatedEngine:
             if i == 1 and self._options.fail == "mid_stream":
                 self.kill("simulated death in mid-stream")
             if self._dead is not None:
-                await _send_stream_error(send, EngineDeadError(f"the engine died: {self._dead}"))
+                error = EngineDeadError(f"the engine died: {self._dead}")
+                await send(body_message(form.failure(error)))
                 return
-            last = i >= len(text) - 1
-            chunk = b"".join(event([piece(j, word, i == 0, last)], **so_far(i)) for j in range(n))
-            await send(body_message(chunk, more=True))
-        tail = event([], usage=usage) if usage_mode else b""
-        await send(body_message(tail + b"data: [DONE]\n\n"))
+            await send(body_message(form.step(i), more=True))
+        await send(body_message(form.end()))
 
 
 def answer_text(expert: str, prompt: str, tokens: int) -> list[str]:
@@ -389,19 +331,21 @@ def answer_text(expert: str, prompt: str, tokens: int) -> list[str]:
     return words[:tokens]
 
 
-def _cut(text: list[str], stop: object) -> tuple[list[str], str]:
+def _cut(words: list[str], stop: object) -> tuple[list[str], str | None]:
+    """Return the words before the first stop string, and that string or None."""
     stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
-    whole = "".join(text)
-    ends = [whole.find(s) for s in stops if isinstance(s, str) and s and s in whole]
+    whole = "".join(words)
+    ends = [(whole.find(s), s) for s in stops if isinstance(s, str) and s and s in whole]
     if not ends:
-        return text, "length"
-    kept, left = [], min(ends)
-    for word in text:
+        return words, None
+    left, found = min(ends)
+    kept = []
+    for word in words:
         if left <= 0:
             break
         kept.append(word[:left])
         left -= len(word)
-    return kept, "stop"
+    return kept, found
 
 
 def _json(body: bytes) -> dict[str, Any]:
@@ -414,23 +358,24 @@ def _json(body: bytes) -> dict[str, Any]:
     return data
 
 
-def _prompt_text(body: dict[str, Any]) -> str:
+def _prompt_text(body: dict[str, Any], endpoint: str) -> str:
+    if endpoint == RESPONSES:
+        return _input_text(body)
     if "messages" in body:
         messages = body["messages"]
         if not isinstance(messages, list) or not messages:
             raise InvalidRequestError(
                 "`messages` must be a list with at least one message", param="messages"
             )
-        parts = []
+        parts = [_content_text(body.get("system"))] if endpoint == MESSAGES else []
         for i, message in enumerate(messages):
             if not isinstance(message, dict) or "role" not in message:
                 raise InvalidRequestError(
                     f"`messages[{i}]` must be an object with a role", param="messages"
                 )
-            content = message.get("content") or ""
-            parts.append(content if isinstance(content, str) else orjson.dumps(content).decode())
+            parts.append(_content_text(message.get("content")))
         return "\n".join(parts)
-    prompt = body.get("prompt")
+    prompt = body.get("prompt") if endpoint != MESSAGES else None
     if isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt):
         return "\n".join(prompt)
     if isinstance(prompt, str) and prompt:
@@ -438,14 +383,41 @@ def _prompt_text(body: dict[str, Any]) -> str:
     raise InvalidRequestError("`messages` or `prompt` is needed", param="messages")
 
 
-def _logprobs(words: list[str]) -> dict[str, Any]:
-    """Return log probabilities as if every word had the same probability."""
-    return {
-        "content": [
-            {"token": word, "logprob": _LOGPROB, "bytes": list(word.encode()), "top_logprobs": []}
-            for word in words
-        ]
-    }
+def _input_text(body: dict[str, Any]) -> str:
+    """Return the text of a Responses request: its instructions and its input."""
+    given = body.get("input")
+    items: list[Any] = given if isinstance(given, list) else [{"content": given}]
+    if not given or not isinstance(given, str | list):
+        raise InvalidRequestError("`input` must be text or a list of items", param="input")
+    if not all(isinstance(item, dict) for item in items):
+        raise InvalidRequestError("each item of `input` must be an object", param="input")
+    contents = [body.get("instructions"), *(item.get("content") for item in items)]
+    return "\n".join(map(_content_text, contents))
+
+
+def _content_text(content: object) -> str:
+    if not content:
+        return ""
+    return content if isinstance(content, str) else orjson.dumps(content).decode()
+
+
+def _length_limit(body: dict[str, Any], endpoint: str) -> tuple[str, Any]:
+    """Return the field that bounds the answer's length, and its value or None."""
+    if endpoint == RESPONSES:
+        return "max_output_tokens", body.get("max_output_tokens")
+    if endpoint == MESSAGES:
+        if body.get("max_tokens") is None:
+            raise InvalidRequestError("`max_tokens` is needed", param="max_tokens")
+        return "max_tokens", body["max_tokens"]
+    return "max_tokens", body.get("max_completion_tokens") or body.get("max_tokens")
+
+
+def _choices(body: dict[str, Any], endpoint: str) -> int:
+    if endpoint not in (CHAT, COMPLETIONS):
+        return 1
+    prompts = body.get("prompt") if endpoint == COMPLETIONS else None
+    count = len(prompts) if isinstance(prompts, list) else 1
+    return _integer(body, "n", 1, 1, 128) * count
 
 
 def _integer(body: dict[str, Any], name: str, default: int, low: int, high: int) -> int:
@@ -475,9 +447,3 @@ _ENCODINGS: dict[str, Callable[[list[float]], object]] = {
 
 async def _send_json(send: Send, data: dict[str, Any]) -> None:
     await send_json(send, 200, orjson.dumps(data))
-
-
-async def _send_stream_error(send: Send, error: CoeError) -> None:
-    detail = {"message": error.message, "type": "server_error", "param": None, "code": error.code}
-    event = b"data: " + orjson.dumps({"error": detail}) + b"\n\ndata: [DONE]\n\n"
-    await send(body_message(event))

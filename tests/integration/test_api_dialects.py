@@ -191,6 +191,46 @@ async def test_upstream_failure_is_reported_in_the_client_s_dialect(path: str) -
         assert [data["sequence_number"] for _, data in told] == [0, 1, 2, 3]
 
 
+async def test_endpoint_that_no_engine_has_is_a_404_in_anthropic_s_shape() -> None:
+    async with remote() as s:
+        status, _, told = await s.ask(chat(), MESSAGES + "/count_tokens")
+    assert (status, told["type"], told["error"]["type"]) == (404, "error", "not_found_error")
+
+
+@pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
+async def test_simulated_answer_has_the_same_text_and_usage_whole_and_streamed(path: str) -> None:
+    async with remote() as s:
+        _, headers, told = await s.ask(body_of(path, model="general"), path)
+        events = [data for _, data in await stream(s, path, model="general")]
+    (item,) = told["output"] if path == RESPONSES else [told]
+    text = "".join(part["text"] for part in item["content"])
+    last = events[-1]["response"] if path == RESPONSES else events[-2]
+    pieces = [event["delta"] for event in events if event["type"].endswith("delta")]
+    if path == MESSAGES:
+        pieces = [piece["text"] for piece in pieces if "text" in piece]
+    assert "".join(pieces) == text
+    assert text.startswith("general:")
+    assert headers["x-coe-expert"] == told["model"] == "general"
+    for usage in (told["usage"], last["usage"]):
+        cost = usage.pop("coe")
+        assert (cost["expert"], usage["output_tokens"]) == ("general", len(pieces))
+    assert told["usage"] == last["usage"]
+
+
+@pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
+async def test_engine_death_ends_a_simulated_stream_in_the_client_s_dialect(path: str) -> None:
+    config = simulated({"cpu": {"tokens": 5, "decode_ms": 5, "fail": "mid_stream"}})
+    async with run_gateway(config) as s:
+        told = await stream(s, path, model="general")
+    kinds = [data["type"] for _, data in told]
+    if path == MESSAGES:
+        assert kinds[-1] == "error"
+        assert "message_stop" not in kinds
+    else:
+        assert kinds[-2:] == ["error", "response.failed"]
+        assert [data["sequence_number"] for _, data in told] == list(range(len(told)))
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize(
     ("change", "status", "kind"),

@@ -17,16 +17,19 @@ from tests.support.waiting import until
 KEY = "a-key-of-the-tests-a"
 BEARER = {"authorization": f"Bearer {KEY}"}
 STEP_MS = 5
+# An answer here costs less than one token of its prompt, so that a sum shows both counts.
+ANSWER_TOKENS = 10_000
+PRICE = {"prompt": 1_000_000, "completion": 1_000_000 / ANSWER_TOKENS}
 
 
-def config(per_min: int = 100, **pool: Any) -> Any:
+def config(per_min: int = 100, price: dict[str, float] | None = None, **pool: Any) -> Any:
     base = simulated(
         {"cpu": {"tokens": 2000, "decode_ms": STEP_MS, "max_model_len": 100_000, **pool}},
         experts={
             "general": {
                 "model": "m",
                 "capabilities": ["chat", "completions"],
-                "price": {"prompt": 0, "completion": 1_000_000},
+                "price": price or {"prompt": 0, "completion": 1_000_000},
             }
         },
     )
@@ -58,18 +61,20 @@ async def settled(s: RunningGateway) -> Any:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("path", "body", "answers"),
+    ("path", "body", "prompt_tokens", "answers"),
     [
-        (CHAT, chat(max_tokens=2000), 1),
-        (CHAT, chat(max_tokens=2000, n=4), 4),
-        ("/v1/completions", {"model": "general", "prompt": "x", "max_tokens": 2000}, 1),
-        ("/v1/completions", {"model": "general", "prompt": ["x"] * 3, "max_tokens": 2000}, 3),
+        (CHAT, chat("one two", max_tokens=2000), 2, 1),
+        (CHAT, chat("one two", max_tokens=2000, n=4), 2, 4),
+        ("/v1/completions", {"model": "general", "prompt": "x", "max_tokens": 2000}, 1, 1),
+        ("/v1/completions", {"model": "general", "prompt": ["x"] * 3, "max_tokens": 2000}, 3, 3),
+        ("/v1/messages", chat("one two", system="three", max_tokens=2000), 3, 1),
+        ("/v1/responses", {"model": "general", "input": "x y", "max_output_tokens": 2000}, 2, 1),
     ],
 )
-async def test_client_disconnect_is_charged_what_the_engine_made(
-    path: str, body: dict[str, Any], answers: int, stream: bool
+async def test_client_disconnect_is_charged_the_prompt_and_what_the_engine_made(
+    path: str, body: dict[str, Any], prompt_tokens: int, answers: int, stream: bool
 ) -> None:
-    async with run_gateway(config()) as s:
+    async with run_gateway(config(price=PRICE)) as s:
         engine = s.pools["cpu"].engine
 
         async def ask() -> None:
@@ -82,7 +87,8 @@ async def test_client_disconnect_is_charged_what_the_engine_made(
         asking.cancel()
         with suppress(asyncio.CancelledError, aiohttp.ClientError):
             await asking
-        spent = await settled(s)
+        prompt, spent = divmod(round(await settled(s) * ANSWER_TOKENS), ANSWER_TOKENS)
+        assert prompt == prompt_tokens
         assert spent % answers == 0
         # All of it for 250 ms, however long a busy machine made that.
         assert answers * 250 / STEP_MS * 0.8 <= spent < answers * 1500

@@ -66,7 +66,7 @@ async def test_chat_stream_with_usage() -> None:
         (CHAT, chat(n=0), 400, "n", "invalid_request_error"),
         (CHAT, chat("x" * 3000), 413, None, "request_too_large"),
         ("/v1/embeddings", {"model": "general", "input": "x"}, 400, "model", None),
-        ("/v1/responses", {"model": "general", "input": "x"}, 404, None, "not_found"),
+        ("/v1/responses", {"model": "general"}, 400, "input", "invalid_request_error"),
         ("/v1/nothing", {}, 404, None, "not_found"),
     ],
 )

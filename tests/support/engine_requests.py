@@ -15,6 +15,8 @@ from service.http.openai_errors import error_response
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+MESSAGES = "/v1/messages"
+RESPONSES = "/v1/responses"
 _ids = itertools.count()
 
 
@@ -57,6 +59,16 @@ class Reply:
         lines = [line[6:] for line in self.body.split(b"\n") if line.startswith(b"data: ")]
         assert lines[-1] == b"[DONE]"
         return [orjson.loads(line) for line in lines[:-1]]
+
+    @property
+    def named_events(self) -> list[Any]:
+        """The events of a stream in which each has its type as its name."""
+        found = []
+        for block in self.body.decode().split("\n\n")[:-1]:
+            name, data = block.split("\n")
+            found.append(orjson.loads(data.removeprefix("data: ")))
+            assert name == f"event: {found[-1]['type']}"
+        return found
 
     @property
     def fault(self) -> dict[str, Any]:
