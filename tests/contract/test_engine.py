@@ -16,7 +16,15 @@ import pytest
 
 from service.errors import EngineDeadError, InvalidRequestError
 from tests.contract.conftest import Subject
-from tests.support.engine_requests import CHAT, COMPLETIONS, Reply, ask, run
+from tests.support.engine_requests import (
+    CHAT,
+    COMPLETIONS,
+    MESSAGES,
+    RESPONSES,
+    Reply,
+    ask,
+    run,
+)
 from tests.support.waiting import until
 
 pytestmark = [
@@ -64,7 +72,8 @@ def text_of(events: list[Any], index: int = 0) -> str:
 async def test_engine_start_returns_a_report(subject: Subject) -> None:
     report = subject.report
     assert report.max_model_len == 1024
-    assert {CHAT, COMPLETIONS, "/tokenize", "/detokenize"} <= report.endpoints
+    endpoints = {CHAT, COMPLETIONS, MESSAGES, RESPONSES, "/tokenize", "/detokenize"}
+    assert endpoints <= report.endpoints
     assert subject.engine.failure() is None
     if subject.real:
         assert report.engine == "vllm"
@@ -109,6 +118,65 @@ async def test_engine_stream_has_the_text_of_the_whole_answer(subject: Subject, 
     for count in ("prompt_tokens", "completion_tokens", "total_tokens"):
         assert events[-1]["usage"][count] == whole["usage"][count]
     assert all(not event.get("usage") for event in events[:-1])
+
+
+async def test_engine_messages_stream_has_the_whole_answer_s_text_and_usage(
+    subject: Subject,
+) -> None:
+    whole = (await ask(subject.engine, MESSAGES, subject.expert, chat())).json
+    reply = await ask(subject.engine, MESSAGES, subject.expert, chat(stream=True))
+    events = reply.named_events
+    kinds = [event["type"] for event in events if event["type"] != "content_block_delta"]
+    assert kinds == [
+        "message_start",
+        "content_block_start",
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
+    texts = [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"]
+    (block,) = whole["content"]
+    assert (block["type"], block["text"]) == ("text", "".join(texts))
+    assert (whole["type"], whole["role"], whole["model"]) == (
+        "message",
+        "assistant",
+        subject.expert,
+    )
+    start, end = events[0]["message"], events[-2]
+    assert (start["content"], start["stop_reason"]) == ([], None)
+    assert end["delta"]["stop_reason"] == whole["stop_reason"]
+    assert start["usage"]["input_tokens"] == whole["usage"]["input_tokens"] >= 1
+    assert start["usage"]["output_tokens"] == 0
+    assert end["usage"]["output_tokens"] == whole["usage"]["output_tokens"] >= 1
+
+
+async def test_engine_responses_stream_has_the_whole_answer_s_text_and_usage(
+    subject: Subject,
+) -> None:
+    body = {"input": HELLO[0]["content"], "temperature": 0, "max_output_tokens": 8}
+    whole = (await ask(subject.engine, RESPONSES, subject.expert, body)).json
+    reply = await ask(subject.engine, RESPONSES, subject.expert, {**body, "stream": True})
+    events = reply.named_events
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    assert [kind for kind in kinds if kind != "output_text.delta"] == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "content_part.added",
+        "output_text.done",
+        "content_part.done",
+        "output_item.done",
+        "completed",
+    ]
+    texts = [event["delta"] for event in events if event["type"] == "response.output_text.delta"]
+    (item,) = whole["output"]
+    assert [part["text"] for part in item["content"]] == ["".join(texts)]
+    assert (whole["object"], whole["model"]) == ("response", subject.expert)
+    last = events[-1]["response"]
+    assert (last["status"], last["model"]) == (whole["status"], subject.expert)
+    for count in ("input_tokens", "output_tokens", "total_tokens"):
+        assert last["usage"][count] == whole["usage"][count] >= 1
 
 
 async def test_engine_stream_without_include_usage_has_no_usage(subject: Subject) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 import orjson
 import pytest
 
-from loadtests.tenants.client import MANY, Clients
+from loadtests.tenants.client import ENDPOINTS, MANY, Clients
+from service.config import SimulatedOptions
+from service.engine.base import EngineRequest
+from service.engine.simulated import SimulatedEngine
+from service.http.asgi import read_body
 from tests.support.serving import serving
 
 
@@ -78,3 +83,27 @@ async def test_hammer_client_aborts_are_counted_apart() -> None:
         clients = Clients(int(served.url.rpartition(":")[2]), "key", seed=1)
         await clients.hammer(4, 60, leaving=1.0)
         assert clients.gone > 0
+
+
+async def test_hammer_leaves_streams_of_every_endpoint_after_some_tokens() -> None:
+    engine = SimulatedEngine(("sim",), SimulatedOptions(decode_ms=20))
+
+    class Engine(Fake):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            if scope["path"] == "/v1/usage":
+                await super().__call__(scope, receive, send)
+                return
+            body = await read_body(receive, 10**6)
+            self.spent += 1
+            with suppress(OSError):
+                await engine.run(EngineRequest(scope["path"], "sim", body, "request"), send)
+
+    async with serving(Engine(0)) as served:
+        clients = Clients(int(served.url.rpartition(":")[2]), "key", seed=1)
+        await clients.hammer(8, 100, leaving=0.5, shapes=ENDPOINTS)
+    assert clients.left_on.keys() == {
+        (shape.path, stream) for shape in ENDPOINTS for stream in (False, True)
+    }
+    assert clients.left <= clients.seen_tokens <= 3 * clients.left
+    assert clients.used_tokens == 7 * clients.served
+    assert clients.most_unseen_tokens == 7 * (clients.left + clients.gone) - clients.seen_tokens
