@@ -31,10 +31,10 @@ def pool_resource(kind: str) -> str:
 
 
 def queued_work(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """Autoscaling policy for pools: as many replicas as the reported work needs.
+    """Return the number of replicas that the reported work needs, as Serve's autoscaling policy.
 
-    Requests that gateways hold count too, because Serve sees their `wake` calls; so a pool scales
-    up from zero.
+    Requests that gateways hold count, too, because Serve sees their `wake` calls. A pool can
+    therefore scale up from zero.
     """
     reported = (context.aggregated_metrics or {}).get(QUEUED, {})
     queued = sum(float(value) for value in reported.values())
@@ -129,8 +129,8 @@ def _pool_deployment(config: Config, kind: str, placed: bool) -> Any:
 # Variables from which commands and examples read a key.
 CLIENT_KEYS = frozenset({"COE_ADMIN_KEY", "COE_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"})
 
-# One event loop for everything: a hop between Serve's loop and the gateway's would cost a request
-# more than all work of the gateway.
+# Serve and the gateway share one event loop. A hop between two loops would cost a request more than
+# all work of the gateway.
 _GATEWAY_ENVIRONMENT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",

@@ -31,7 +31,7 @@ from service.pool.memory_plan import check_plan, folders_of, plan_pool
 log = logging.getLogger("coe.app")
 
 _POLL_S = 0.5
-# Delay before a failed config is applied again; it doubles from the first to the last.
+# The delays before a failed config is applied again. The delay doubles from the first to the last.
 _FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 30.0
 # Keys of the config, and of a pool, that may change while the service runs.
 _MUTABLE = {"experts", "pools", "router", "recipes", "tenants", "keys", "budgets"}
@@ -96,7 +96,7 @@ class RunningConfig:
 
 
 def config_file(secret_path: Path) -> Path:
-    """Return the path of the config in force: beside the secret, in the run folder."""
+    """Return the path of the config in force, which is beside the secret in the run folder."""
     return secret_path.parent / "config.json"
 
 
@@ -195,8 +195,8 @@ async def follow(
 ) -> None:
     """Apply each new config in this process until cancelled.
 
-    A config that fails is applied again, first after 1 s and at last every 30 s, until it succeeds
-    or a newer one replaces it: other processes may have applied it already.
+    A config that fails is applied again until it succeeds or a newer config replaces it, because
+    other processes may have applied it already. The delay grows from 1 s to 30 s.
 
     Args:
         file: The config in force.
@@ -217,7 +217,7 @@ async def follow(
         try:
             await apply((await asyncio.to_thread(RunningConfig.load, file)).config)
         except Exception as error:
-            # Any error: the next config must still be read.
+            # The loop must survive any error, because it has to read the next config.
             wait_s = min(_LAST_RETRY_S, _FIRST_RETRY_S * 2**failures)
             failures += 1
             retry_at_s = time.monotonic() + wait_s

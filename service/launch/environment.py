@@ -31,7 +31,7 @@ def prepare(run_dir: Path, server: ServerConfig, fallback_socket: Path) -> None:
     Args:
         run_dir: Folder for the cluster's files.
         server: Address, limits and drain time.
-        fallback_socket: Unix socket that answers while no gateway can.
+        fallback_socket: The Unix socket of the startup server, which answers while no gateway runs.
     """
     haproxy = run_dir / "haproxy"
     haproxy.mkdir(parents=True, exist_ok=True)

@@ -114,12 +114,13 @@ def write_wrapper(
     """Write the wrapper that is started in HAProxy's place.
 
     Args:
-        folder: Folder for the wrapper and its files.
-        own_ports: Ports for statistics and metrics, which are then bound to loopback.
-        header_timeout_s: Time limit for a request's headers, in s.
-        fallback_socket: Unix socket that answers while no gateway can; None: HAProxy's own 503.
-        host: Address to listen on if Serve is configured for 127.0.0.1, so that the gateways' own
-            ports are only reachable from this machine; None: Serve's address.
+        folder: The folder for the wrapper and its files.
+        own_ports: The ports for statistics and metrics, which the wrapper binds to loopback.
+        header_timeout_s: The time limit for a request's headers, in seconds.
+        fallback_socket: The Unix socket that answers while no gateway runs. None means HAProxy's
+            own 503.
+        host: The address to listen on if Serve is configured for 127.0.0.1. The gateways' own
+            ports are then reachable only from this machine. None means Serve's address.
 
     Returns:
         The wrapper's path.

@@ -1,9 +1,9 @@
-"""HTTP server on the service's port until a gateway answers; its console shows the start.
+"""An HTTP server on the service's port until a gateway answers. Its console shows the start.
 
-`coe serve` opens it in its first second. Once HAProxy listens, HAProxy sends it the requests that
-no gateway can take: before the first one is up, and after the last one has stopped. It applies the
-gateway's rules for browsers (`gateway.cross_origin`). It uses the standard library only, because
-everything else still has to be imported; error texts are imported when they are needed.
+`coe serve` opens it in its first second. After HAProxy has started, HAProxy sends it all requests
+before the first gateway runs and after the last gateway has stopped. The server applies the
+gateway's rules for browsers (`gateway.cross_origin`). It uses only the standard library, because
+other imports take time. Error texts are imported when they are needed.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class StartupServer:
     """Answers requests and reports the start's progress.
 
     Args:
-        steps: Names of the start's steps, in order.
-        began_s: Time of the start, of `time.monotonic`.
-        rules: Decide which requests of browsers are answered.
-        keyless: Requests need no key.
+        steps: The names of the start's steps, in order.
+        began_s: The `time.monotonic` time of the start.
+        rules: The rules that decide which requests of browsers are answered.
+        keyless: Whether requests need no key.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class StartupServer:
         return self._rules.may_read(origin)
 
     def unavailable_body(self, path: str) -> bytes:
-        """Return the error body for a path, in the shape of its API."""
+        """Return the error body for a path, in the format of its API."""
         # Not at the top: this import needs modules that are not loaded yet.
         from service.http.openai_errors import dialect_of, error_body
 
@@ -179,7 +179,7 @@ class StartupServer:
 
 
 class _Server(ThreadingMixIn, UnixStreamServer):
-    """Has a thread per connection, up to a limit; further connections are closed at once."""
+    """Uses a thread per connection up to a limit, and closes further connections at once."""
 
     daemon_threads = True
     block_on_close = False
@@ -210,7 +210,7 @@ class _UnixServer(_Server):
 
 
 class _PortServer(_Server):
-    """Listens on a TCP port that HAProxy binds too, before this server closes it."""
+    """Listens on a TCP port that HAProxy also binds before this server closes the port."""
 
     address_family = socket.AF_INET
 
@@ -232,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        """Serve the console's files and events; everything else gets 503."""
+        """Serve the console's files and events. Everything else gets 503."""
         startup = self.server.startup
         if self._refused():
             return

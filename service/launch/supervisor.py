@@ -126,11 +126,11 @@ def run(config: Config, *, source: Path) -> None:
 
 
 def _lead_own_session() -> None:
-    """Continue in a child that leads its own session; the parent only forwards signals.
+    """Continue in a child that leads its own session. The parent only forwards signals.
 
     Otherwise a signal to the whole process group (a terminal's Ctrl-C, `timeout`) would reach
-    Ray's processes before they could drain. The parent never returns: it exits with the child's
-    status, and the child gets SIGTERM if the parent is killed.
+    Ray's processes before they could drain. The parent never returns, and exits with the child's
+    status. The child gets SIGTERM if the parent is killed.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -150,7 +150,7 @@ def _lead_own_session() -> None:
 
 
 def _reload(in_force: Path) -> None:
-    """Reload the user's config; if it is refused, report why and keep the present one."""
+    """Reload the user's config. A refused config is reported, and the present config stays."""
     try:
         diff = reload(in_force)
     except CoeError as error:
@@ -166,7 +166,7 @@ def _forward_signal(child: int, number: int) -> None:
 
 
 def _hand_port_to_haproxy(startup_server: StartupServer, config: Config) -> None:
-    """Close the startup server's port once HAProxy listens there too."""
+    """Close the startup server's port after HAProxy has started to listen on it."""
     end_s = time.monotonic() + _HAPROXY_TIMEOUT_S
     while time.monotonic() < end_s:
         for peer in psutil.net_connections(kind="tcp"):
@@ -182,7 +182,8 @@ def _hand_port_to_haproxy(startup_server: StartupServer, config: Config) -> None
 def _make_run_dir() -> Path:
     """Make a private folder for the files of this run.
 
-    HAProxy accepts socket paths of 97 characters, and Serve adds 78 characters to this folder's.
+    HAProxy accepts socket paths of 97 characters, and Serve adds 78 characters to this folder's
+    path.
     """
     parent = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="coe-", dir=parent if len(parent) <= 6 else "/tmp"))
@@ -205,7 +206,11 @@ def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
 
 
 def _report_experts(config: Config, began_s: float) -> bool:
-    """Report the experts' states until each is ready or has failed. False: all have failed."""
+    """Report the experts' states until each expert is ready or has failed.
+
+    Returns:
+        False where all experts have failed.
+    """
     reported: dict[str, str] = {}
     # Experts of a pool that is scaled to zero start on demand.
     asleep = set(config.experts) - {
@@ -242,7 +247,7 @@ def _report_experts(config: Config, began_s: float) -> bool:
 
 
 def _settled(state: dict[str, Any]) -> bool:
-    # On disk without a reason: the expert shares a slot and is loaded on demand.
+    # An expert on disk without a reason shares a slot and is loaded on demand.
     return state["state"] in _SETTLED or (state["state"] == "disk" and "reason" not in state)
 
 

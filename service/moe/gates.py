@@ -1,7 +1,7 @@
 """Finds the gates of a mixture-of-experts model: layers, shapes, and the rule of choice.
 
-It reads `config.json`, the headers of the safetensors files and the gates' own bytes;
-it reads no other weights.
+It reads `config.json`, the headers of the safetensors files and the gates' own bytes. It reads no
+other weights.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 from service.errors import ModelStoreError
 from service.models.safetensors_file import TensorInfo, read_header
 
-# Mixtral, Qwen2/3-MoE, OLMoE and others `mlp.gate`; Granite `block_sparse_moe.router.layer`.
+# Mixtral, Qwen2/3-MoE, OLMoE and others have `mlp.gate`. Granite has
+# `block_sparse_moe.router.layer`.
 _GATE = re.compile(
     r"(?:^|\.)layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)(?:\.layer)?\.weight$"
 )
-# Models whose gates choose by softmax and top-k, and whether they normalise the weights of the
-# chosen; None: as `norm_topk_prob` in config.json says.
+# Models whose gates choose by softmax and top-k, and whether they normalise the weights of chosen
+# experts. None means that `norm_topk_prob` in config.json decides.
 STEERABLE: dict[str, bool | None] = {
     "mixtral": True,
     "granitemoe": True,
@@ -36,11 +37,11 @@ class MoeShape:
     """The gates of a model, which a steering profile has to fit.
 
     Attributes:
-        layers: Indices of the decoder layers with a gate.
-        experts: Routed experts of each layer.
-        top_k: Routed experts per token.
-        renormalize: The weights of the chosen experts sum to 1.
-        gates: SHA-256 in hex over the gates' stored weights, layer by layer; it identifies the
+        layers: The indices of the decoder layers with a gate.
+        experts: The number of routed experts of each layer.
+        top_k: The number of routed experts per token.
+        renormalize: Whether the weights of the chosen experts sum to 1.
+        gates: The SHA-256 in hex over the gates' stored weights, layer by layer. It identifies the
             base.
     """
 
@@ -52,7 +53,11 @@ class MoeShape:
 
 
 def moe_shape(folder: Path | str) -> MoeShape | None:
-    """Return a model's gates; None if it has none. Raises ModelStoreError if it is invalid."""
+    """Return a model's gates, or None if it has none.
+
+    Raises:
+        ModelStoreError: The model is invalid.
+    """
     folder = Path(folder)
     sizes = _sizes(folder)
     found: dict[int, tuple[Path, TensorInfo]] = {}

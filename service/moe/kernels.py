@@ -14,7 +14,7 @@ from service.errors import ConfigError
 from service.models.adapters import AdapterInfo
 from service.models.inspection import ModelInfo, MoeInfo
 
-# vLLM's backends for unquantised weights; it refuses to start with others.
+# vLLM's backends for unquantised weights. vLLM refuses to start with other backends.
 _UNQUANTIZED = (
     "auto",
     "triton",
@@ -28,9 +28,18 @@ _UNQUANTIZED = (
 def check_kernels(
     config: Config, kind: str, inspect: Callable[[str], ModelInfo | AdapterInfo]
 ) -> tuple[str, ...]:
-    """Check a pool's options against its models; return a line per mixture of experts.
+    """Check a pool's options against its models.
 
-    `inspect` inspects an expert's folder. Raises ConfigError if an option does not fit.
+    Args:
+        config: The config.
+        kind: The pool's name in the config.
+        inspect: A function that reads an expert's folder.
+
+    Returns:
+        A line for each mixture of experts.
+
+    Raises:
+        ConfigError: An option does not fit a model.
     """
     pool = config.pools[kind]
     lines = []
@@ -40,7 +49,7 @@ def check_kernels(
             continue
         info = inspect(name)
         if not isinstance(info, ModelInfo):
-            continue  # told by who plans its memory
+            continue  # the memory plan reports this error
         options = config.vllm_of(kind, name)
         if info.moe is None:
             dense.append(name)
@@ -101,7 +110,7 @@ def _check_tuned(at: str, name: str, moe: MoeInfo, options: VllmOptions) -> None
             raise ConfigError(f"{where}: {file} holds no configs by number of tokens")
     if moe.expert_intermediate_size is None:
         return
-    # As vLLM looks for them: experts on a device, and their width there.
+    # vLLM looks up its tuned configs by the number of experts on a device and their width there.
     devices = options.tensor_parallel_size
     if options.enable_expert_parallel:
         copies = options.eplb_config.num_redundant_experts

@@ -1,24 +1,24 @@
 """Statistics of the choices of a model's gates: load, balance, cacheability. Pure functions.
 
-A layer's choices are an integer array (tokens, k): the routed experts of each token; -1 fills a
-token's row where it was given fewer than k.
+A layer's choices are an integer array (tokens, k) with the routed experts of each token. The value
+-1 fills the row of a token with fewer than k experts.
 
 Cacheability follows J. Liang and others, "Not All Models Suit Expert Offloading: On Local
 Routing Consistency of Mixture-of-Expert Models", https://arxiv.org/abs/2505.16056 (v3):
 
 - *SRP*, segment routing best performance. Every `SEGMENT` consecutive tokens of a text are a
-  segment. Could a router choose only once for a whole segment, which experts should it take? Its
-  choice is right in as far as the tokens use what it took: recall of all uses, precision over
-  segment length times experts taken, and their F1. SRP is the best F1 that any such router can
-  have. F1 = 2u / (t + n) with u uses covered, t tokens times experts taken, n uses in all is best
-  for a router that takes what is used often enough, so a histogram of uses per segment and expert
-  is all that has to be kept.
-- *SCH*, segment cache best hit rate: hits of a cache of so many experts of a layer that knows
-  which experts the next `SEGMENT` tokens use, this one included. What a token uses is brought in;
-  out goes what is used least of the others by what is known, then what was used longest ago (then
-  the lower number). A cache that is not full yet holds what is asked for first.
+  segment. A hypothetical router chooses experts only once for a whole segment. Its F1 combines the
+  recall of all uses and the precision over segment length times chosen experts. SRP is the best F1
+  of any such router. F1 = 2u / (t + n), with u covered uses, t tokens times chosen experts, and n
+  uses in total. The best router takes the experts with enough uses, so that a histogram of uses
+  per segment and expert contains all data that SRP needs.
+- *SCH*, segment cache best hit rate. A cache holds a fixed number of a layer's experts and knows
+  which experts the present token and the following tokens, `SEGMENT` in total, will use. It loads
+  the experts that a token uses. It evicts the expert with the fewest known future uses, then the
+  least recently used expert, then the expert with the lower index. A cache that is not full keeps
+  every expert that it loads.
 
-Both are 1 where all tokens choose alike. Their sums over texts can be added up.
+Both are 1 where all tokens choose the same experts. Sums over texts can be added.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Tokens of a segment, and how many times a token's experts the cache holds: the paper's middle
-# length, and the size that it finds to be worth its memory for most models.
+# The tokens of a segment, and the size of the cache as a multiple of a token's experts. The paper
+# uses this length as its middle value, and finds this cache size worth its memory for most models.
 SEGMENT = 16
 CACHE_TIMES = 2
 
@@ -39,13 +39,13 @@ Ints = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Cacheability:
-    """Sums over texts by layer, from which SRP and SCH are computed.
+    """The sums over texts by layer, from which SRP and SCH are computed.
 
     Attributes:
-        segments: (layers, SEGMENT + 1), pairs of segment and expert by the number of the segment's
-            tokens that use the expert.
-        hits: (layers,), hits of the cache.
-        uses: (layers,), uses of the cache.
+        segments: The number of pairs of segment and expert, by the number of the segment's tokens
+            that use the expert, (layers, SEGMENT + 1).
+        hits: The hits of the cache, (layers,).
+        uses: The uses of the cache, (layers,).
     """
 
     segments: NDArray[np.int64]
@@ -54,7 +54,7 @@ class Cacheability:
 
     @staticmethod
     def none(layers: int) -> Cacheability:
-        """Return the sums of no text."""
+        """Return empty sums."""
         zeros = np.zeros(layers, np.int64)
         return Cacheability(np.zeros((layers, SEGMENT + 1), np.int64), zeros, zeros)
 
@@ -64,11 +64,11 @@ class Cacheability:
         )
 
     def srp(self, layer: int) -> float | None:
-        """Segment routing best performance of a layer by index; None before a whole segment."""
+        """Return a layer's segment routing best performance; None before a whole segment."""
         return best_f1(self.segments[layer])
 
     def sch(self, layer: int) -> float | None:
-        """Segment cache best hit rate of a layer by index; None before the first token."""
+        """Return a layer's segment cache best hit rate; None before the first token."""
         uses = int(self.uses[layer])
         return int(self.hits[layer]) / uses if uses else None
 
@@ -100,9 +100,9 @@ def cacheability(choices: Ints, experts: int, *, cache: int) -> Cacheability:
     """Compute the sums of one text.
 
     Args:
-        choices: Choices of consecutive tokens, (layers, tokens, k).
-        experts: Routed experts of a layer.
-        cache: Routed experts of a layer that the cache holds, at least k.
+        choices: The choices for consecutive tokens, (layers, tokens, k).
+        experts: The number of routed experts of a layer.
+        cache: The number of a layer's routed experts that the cache holds, at least k.
 
     Raises:
         ValueError: The cache is too small.
@@ -111,7 +111,7 @@ def cacheability(choices: Ints, experts: int, *, cache: int) -> Cacheability:
     if cache < min(width, experts):
         raise ValueError(f"a cache of {cache} experts can't hold the {width} that a token needs")
     used = _used(choices, experts)
-    # So far: uses of each expert before each token.
+    # The uses of each expert before each token.
     before = np.zeros((used.shape[0], used.shape[1] + 1, experts), np.int32)
     np.cumsum(used, axis=1, out=before[:, 1:])
     hits, uses = _cache(used, before, cache)
@@ -122,7 +122,7 @@ def best_f1(segments: Ints) -> float | None:
     """Return the SRP of a histogram whose entry c counts (segment, expert) pairs with c uses."""
     length = len(segments) - 1
     counts = np.arange(length + 1)
-    # From each threshold up: what a router that takes those experts covers, and takes.
+    # For each threshold, u and t of a router that takes the experts with at least so many uses.
     covered = np.cumsum((segments * counts)[::-1])[::-1]
     taken = np.cumsum(segments[::-1])[::-1] * length
     if covered[0] == 0:
@@ -133,7 +133,7 @@ def best_f1(segments: Ints) -> float | None:
 def _used(choices: Ints, experts: int) -> NDArray[np.bool_]:
     """Return whether a token uses an expert, (layers, tokens, experts)."""
     used = np.zeros((*choices.shape[:2], experts + 1), np.bool_)
-    np.put_along_axis(used, choices.astype(np.int64), True, axis=2)  # -1: the last, cut off
+    np.put_along_axis(used, choices.astype(np.int64), True, axis=2)  # -1 is the last, cut below
     return used[:, :, :experts]
 
 
@@ -148,7 +148,7 @@ def _segments(before: NDArray[np.int32]) -> NDArray[np.int64]:
 def _cache(
     used: NDArray[np.bool_], before: NDArray[np.int32], size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return hits and uses of each layer's cache; all layers are simulated together."""
+    """Return hits and uses of each layer's cache. All layers are simulated together."""
     layers, tokens, experts = used.shape
     held = np.zeros((layers, experts), np.bool_)
     last = np.zeros((layers, experts), np.int64)

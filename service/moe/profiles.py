@@ -21,8 +21,8 @@ def profile_of(config: Config, expert: str, folder: Path) -> SteeringProfile:
     """Read a virtual expert's profile and check it against its base in `folder`.
 
     Raises:
-        InvalidProfileError: The profile is invalid or does not fit; names expert, layer and
-            numbers.
+        InvalidProfileError: The profile is invalid or does not fit. The message names the expert,
+            the layer and the numbers.
         ConfigError: The base can't be steered.
     """
     settings = config.experts[expert]
@@ -48,7 +48,7 @@ def profile_of(config: Config, expert: str, folder: Path) -> SteeringProfile:
 
 
 def steering_of(config: Config, expert: str, folder: Path) -> Steering:
-    """Return a virtual expert's steering for an engine. Raises as `profile_of`."""
+    """Return a virtual expert's steering for an engine. It raises the errors of `profile_of`."""
     profile = profile_of(config, expert, folder)
     layers = tuple(
         SteeredLayer(

@@ -13,7 +13,7 @@ from service.moe.load_statistics import SEGMENT, Cacheability, entropy_bits, eve
 
 @dataclass(frozen=True, slots=True)
 class LayerBalance:
-    """One layer's statistics (see `load_statistics`); None: too few tokens."""
+    """One layer's statistics, as in `load_statistics`. None means that there are too few tokens."""
 
     imbalance: float | None
     entropy_bits: float | None
@@ -27,15 +27,15 @@ class RoutingCounts:
     """The counts of one expert's gates.
 
     Attributes:
-        layers: Decoder layers with a gate.
-        experts: Routed experts of each layer.
-        top_k: Routed experts per token.
-        every: One of this many steps was sampled.
-        cache: Routed experts of a layer that the cache of `sch` holds.
-        since_s: Start of the counts, in s since 1970.
-        tokens: Sampled tokens.
-        load: (layers, experts), tokens by routed expert.
-        cacheability: Sums for SRP and SCH.
+        layers: The indices of decoder layers with a gate.
+        experts: The number of routed experts of each layer.
+        top_k: The number of routed experts per token.
+        every: On average one of this many steps was sampled.
+        cache: The number of a layer's routed experts that the cache of `sch` holds.
+        since_s: The start of the counts, in seconds since 1970.
+        tokens: The number of sampled tokens.
+        load: The number of tokens by routed expert, (layers, experts).
+        cacheability: The sums for SRP and SCH.
     """
 
     layers: tuple[int, ...]
@@ -79,7 +79,7 @@ class RoutingCounts:
         )
 
     def to_wire(self) -> dict[str, Any]:
-        """Return the counts for the wire between pool and gateway; they can be added."""
+        """Return the counts for the wire between pool and gateway, in a form that can be added."""
         return {
             "layers": list(self.layers),
             "experts": self.experts,

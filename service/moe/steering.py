@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 FORMAT = "coe.steering/1"
-# A bound so that a wrong path can't fill the memory: no model is near it.
+# This bound keeps a wrong path from filling the memory. No model comes near it.
 _MAX_BYTES = 64 << 20
 _DTYPES = {"mask": "uint8", "bias": "float32", "boost": "float32"}
 _SCALARS = {"top_k": "int32", "top_p": "float32"}
@@ -49,13 +49,13 @@ class LayerSteering:
     """The changes to one layer's gate with E routed experts.
 
     Attributes:
-        mask: bool (E,), True: may not be chosen.
-        bias: float32 (E,), added to the logits before the choice.
-        boost: float32 (E,), multiplies the weight of a chosen expert after normalisation; the
-            result is not normalised again.
-        top_k: Number of chosen experts; None: the model's.
-        top_p: Keeps the fewest chosen experts whose probabilities (over all unmasked experts) sum
-            to at least this, and gives the others weight 0; None: keeps all.
+        mask: True for experts that may not be chosen, bool (E,).
+        bias: The values added to the logits before the choice, float32 (E,).
+        boost: The factors of chosen experts' weights, float32 (E,). They apply after the
+            normalisation, and the result is not normalised again.
+        top_k: The number of chosen experts. None means the model's own number.
+        top_p: The rule keeps the fewest chosen experts whose probabilities (over all unmasked
+            experts) sum to at least this value, and gives the others weight 0. None keeps all.
     """
 
     mask: NDArray[np.bool_]
@@ -75,7 +75,7 @@ class LayerSteering:
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> LayerSteering:
-        """Build a layer's changes; omitted ones change nothing."""
+        """Build a layer's changes. Omitted arguments change nothing."""
         return cls(
             np.zeros(experts, bool) if mask is None else np.asarray(mask, bool),
             np.zeros(experts, np.float32) if bias is None else np.asarray(bias, np.float32),
@@ -101,8 +101,8 @@ class SteeringProfile:
     """A steering profile: the changes by layer, for the base that `shape` describes.
 
     Attributes:
-        protected: Experts by layer that must never be masked, because all tokens need them.
-        about: Description, for people.
+        protected: By layer, the experts that must never be masked, because all tokens need them.
+        about: A description for readers.
     """
 
     shape: MoeShape
@@ -114,9 +114,16 @@ class SteeringProfile:
 def steer(
     logits: NDArray[Any], layer: LayerSteering, shape: MoeShape
 ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Return weights and ids (T, k) of the chosen experts for logits (T, E), most probable first.
+    """Choose experts by steered gates. This function defines steering.
 
-    This function defines steering. Among equal logits the lower id comes first.
+    Args:
+        logits: The gate's logits, (T, E).
+        layer: The changes of the layer.
+        shape: The gates of the model.
+
+    Returns:
+        The weights and ids of the chosen experts, each (T, k). The most probable expert comes
+        first, and the lower id comes first among equal logits.
     """
     k = layer.top_k if layer.top_k is not None else shape.top_k
     steered = logits.astype(np.float32) + layer.bias
@@ -135,7 +142,11 @@ def steer(
 
 
 def check_profile(profile: SteeringProfile, shape: MoeShape) -> None:
-    """Hold a profile against a base. Raises InvalidProfileError naming layer and numbers."""
+    """Check a profile against a base.
+
+    Raises:
+        InvalidProfileError: The profile does not fit. The message names the layer and the numbers.
+    """
     _check_base(profile.shape, shape)
     for layer, settings in sorted(profile.layers.items()):
         if layer not in shape.layers:
@@ -220,7 +231,7 @@ def _check_layer(where: str, layer: LayerSteering, shape: MoeShape) -> None:
 
 
 def _spans(layers: tuple[int, ...]) -> str:
-    """Indices for people: `0-3, 5`."""
+    """Format indices for readers, such as `0-3, 5`."""
     spans: list[list[int]] = []
     for layer in layers:
         if spans and layer == spans[-1][1] + 1:
@@ -234,7 +245,7 @@ def _spans(layers: tuple[int, ...]) -> str:
 
 
 def write_profile(profile: SteeringProfile, path: Path | str) -> None:
-    """Write a profile as safetensors, in one step. What changes nothing is left out."""
+    """Write a profile atomically as safetensors. Changes without effect are left out."""
     tensors: dict[str, NDArray[Any]] = {}
     for index, layer in sorted(profile.layers.items()):
         where = f"layers.{index}"
@@ -263,10 +274,10 @@ def write_profile(profile: SteeringProfile, path: Path | str) -> None:
 
 
 def read_profile(path: Path | str) -> SteeringProfile:
-    """Read a profile; `check_profile` checks whether it fits a base.
+    """Read a profile. `check_profile` checks whether it fits a base.
 
     Raises:
-        InvalidProfileError: The file is invalid; the message names it.
+        InvalidProfileError: The file is invalid. The message names the file.
     """
     path = Path(path)
     try:
