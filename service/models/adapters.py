@@ -15,7 +15,7 @@ from service.models.safetensors_file import TensorInfo, main_dtype, read_header
 CONFIG_NAME = "adapter_config.json"
 _WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# PEFT's variants that neither vLLM nor merging can serve, and what each of them means.
+# The variants of PEFT that neither vLLM nor a merge can serve, with their meanings.
 _UNSERVED = {
     "use_dora": "DoRA",
     "modules_to_save": "modules that were trained whole, beside the adapter",
@@ -26,12 +26,12 @@ _UNSERVED = {
     "use_qalora": "QALoRA",
     "trainable_token_indices": "tokens that were trained beside the adapter",
 }
-# Inits that leave the base's weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ)
-# expect another base than the one on disk.
+# Initialisations that keep the base's weights. The others (PiSSA, OLoRA, CorDA, LoftQ) need a
+# different base from the base on disk.
 _PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
-# What vLLM serves beside the base as it is meant, and merging does not.
+# Keys that vLLM serves correctly beside the base, and that a merge does not support.
 FOLLOWED = ("rank_pattern", "alpha_pattern", "fan_in_fan_out")
-# Keys that change nothing of what a saved adapter adds: who made it, and how it was trained.
+# Keys that do not change the effect of a saved adapter, such as its author and its training.
 _NEUTRAL = frozenset(
     {
         "arrow_config",
@@ -73,8 +73,8 @@ class AdapterInfo:
 
     Attributes:
         rank: The largest rank of its modules.
-        shapes: Module → (rows, columns) of the weight that the module adds to.
-        not_merged: Keys of its config that `form: merged` does not support.
+        shapes: By module, the (rows, columns) of the weight that the module adds to.
+        not_merged: The keys of its config that `form: merged` does not support.
     """
 
     path: Path
@@ -90,7 +90,11 @@ class AdapterInfo:
 
 
 def inspect_adapter(path: Path) -> AdapterInfo:
-    """Inspect an adapter's folder; raise ModelStoreError if no engine could serve it."""
+    """Inspect an adapter's folder.
+
+    Raises:
+        ModelStoreError: No engine could serve the adapter.
+    """
     where = path / CONFIG_NAME
     config = read_json(where)
     kind = config.get("peft_type", "LORA")
@@ -179,7 +183,11 @@ def keys_not_merged(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def refuse_variants(config: Mapping[str, Any], where: Path) -> None:
-    """Raise ModelStoreError if an adapter computes anything but plain LoRA."""
+    """Check that an adapter computes plain LoRA.
+
+    Raises:
+        ModelStoreError: The adapter is of another variant.
+    """
     for key, meaning in _UNSERVED.items():
         if config.get(key):
             raise ModelStoreError(f"{where}: {key} ({meaning}) can't be served; only plain LoRA")
@@ -208,11 +216,15 @@ def _pattern_ranks(config: dict[str, Any], where: Path) -> list[int]:
 def _shapes(
     path: Path, tensors: Mapping[str, TensorInfo], ranks: set[int]
 ) -> dict[str, tuple[int, int]]:
-    """Module → (rows, columns) of its weight, from the two halves. Raises ModelStoreError."""
+    """Return the (rows, columns) of each module's weight, from the two halves of the adapter.
+
+    Raises:
+        ModelStoreError: The halves do not fit together.
+    """
     halves: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, tensor in tensors.items():
         if ".base_layer." in name:
-            continue  # the base's own weight, saved with the adapter
+            continue  # this is the base's own weight, which was saved with the adapter
         match = _HALF.fullmatch(name.removeprefix(_PREFIX))
         if match is None:
             raise ModelStoreError(f"{path}: tensor {name!r} is not a half of a LoRA adapter")
@@ -226,7 +238,7 @@ def _shapes(
             raise ModelStoreError(f"{path}: {module} has one half of an adapter only")
         (rank, columns), (rows, other) = pair["A"], pair["B"]
         if ".experts." in f".{module}." and rank == other:
-            continue  # of all of a layer's routed experts at once: other shapes, vLLM's to judge
+            continue  # it covers all routed experts of a layer in other shapes, which vLLM checks
         if rank != other or rank not in ranks:
             allowed = ", ".join(map(str, sorted(ranks)))
             raise ModelStoreError(

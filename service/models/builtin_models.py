@@ -1,7 +1,7 @@
 """The built-in catalogue: models that `coe models pull NAME` knows by name alone.
 
-An entry is data; `pull` fetches it. Both checksums are pinned, so that the converted file is the
-one that was inspected, whatever index it came from.
+An entry is data, and `pull` fetches its model. Both checksums are pinned, so that every package
+index gives the file that was inspected.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def folder_here(config: Config, expert: str) -> Path | None:
 
 
 def file_versions(config: Config, experts: Iterable[str]) -> dict[str, str]:
-    """The version of the files that each local expert is loaded from; empty: they are not here."""
+    """Return the version of each local expert's files. It is empty where the files are missing."""
     versions = {}
     for name in experts:
         try:
@@ -39,9 +39,9 @@ def file_versions(config: Config, experts: Iterable[str]) -> dict[str, str]:
 
 
 def folder_of(config: Config, expert: str) -> str:
-    """Return the folder of an expert's full weights; fetch them first if needed."""
+    """Return the folder of an expert's full weights. Missing weights are fetched first."""
     source, root = _source(config, expert)
     folder = locate(source, root=root) or pull(source, dest_root=root)
-    # Says what is wrong with the files better than an engine that fails to start.
+    # The inspection reports a fault of the files better than an engine that fails to start.
     inspect_model(Path(folder))
     return str(folder)

@@ -1,4 +1,4 @@
-"""The version of weights, by the files that they are made of."""
+"""The version of an expert's weights, computed from their files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-# The ending of the names of folders of chat templates.
+# The suffix of folders with chat templates.
 TEMPLATES = "chat_templates"
 
 
@@ -38,7 +38,7 @@ def version_of(folder: str, adapter: str | None, strength: float) -> str:
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """The files that a model or adapter is loaded from, without hidden files."""
+    """Yield the files that a model or adapter is loaded from, without hidden files."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue

@@ -1,12 +1,12 @@
 """Converts a GGUF file to a folder that vLLM and transformers load.
 
-It does not use transformers' GGUF loader, for three reasons found on the one model of the
-catalogue: that loader needs `accelerate`, which nothing else here does; it takes 20 s instead of 2;
-and it rebuilds the tokenizer without SmolLM2's rule that every digit is a token of its own. The
-weights equal those of that loader bit for bit.
+It does not use transformers' GGUF loader, for three reasons found with the catalogue's model. That
+loader needs `accelerate`, which no other part of the project needs. It takes 20 s instead of 2 s.
+It rebuilds the tokenizer without SmolLM2's rule that every digit is a separate token. The weights
+equal the weights of that loader bit for bit.
 
-It supports what the catalogue needs: dense Llama architecture, and a byte level BPE tokenizer of
-the `smollm` kind. It refuses everything else by name.
+The conversion supports only what the catalogue needs: the dense Llama architecture, and a
+byte-level BPE tokenizer of the `smollm` kind. It refuses everything else by name.
 
 Weights are written as float32. The quantised blocks are scale·q + minimum with float16 scales,
 which float32 holds exactly and bfloat16 would round once more. Serving on CPU uses float32, so that
@@ -45,7 +45,7 @@ _CONTROL_TOKEN = 3
 
 
 def convert(gguf_path: Path, folder: Path, *, on_bytes: Callable[[int], None]) -> None:
-    """Writes config, tokenizer and `model.safetensors` (float32) into `folder`."""
+    """Write config, tokenizer and `model.safetensors` (float32) into `folder`."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -83,7 +83,7 @@ def _check_supported(path: Path, fields: dict[str, Any]) -> None:
 
 
 def model_config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
-    """`config.json` as transformers' LlamaConfig reads it."""
+    """Build `config.json` for transformers' LlamaConfig."""
     hidden_size = int(fields["llama.embedding_length"])
     heads = int(fields["llama.attention.head_count"])
     return {
@@ -104,7 +104,7 @@ def model_config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
         "num_hidden_layers": int(fields["llama.block_count"]),
         "num_key_value_heads": int(fields["llama.attention.head_count_kv"]),
         "pad_token_id": int(fields["tokenizer.ggml.padding_token_id"]),
-        # GGUF holds it as float32: 1e-05 reads as 9.999999747378752e-06.
+        # GGUF holds the value as float32, so that 1e-05 reads as 9.999999747378752e-06.
         "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         "rope_parameters": {
             "rope_theta": float(fields["llama.rope.freq_base"]),
@@ -126,7 +126,7 @@ def generation_config(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
-    """`tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`."""
+    """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`."""
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     kinds: list[int] = fields["tokenizer.ggml.token_type"]
     special = [
@@ -154,7 +154,7 @@ def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
         "padding": None,
         "added_tokens": special,
         "normalizer": None,
-        # Digits first: in SmolLM2 every digit is a token of its own.
+        # Digits come first, because every digit is a separate token in SmolLM2.
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level],
@@ -187,8 +187,8 @@ def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
             "eos_token": tokens[int(fields["tokenizer.ggml.eos_token_id"])],
             "model_max_length": int(fields["llama.context_length"]),
             "pad_token": tokens[int(fields["tokenizer.ggml.padding_token_id"])],
-            # The class that takes tokenizer.json as it is: GPT2Tokenizer of
-            # transformers 5 would put its own pre-tokenizer in place of ours.
+            # This class uses tokenizer.json unchanged. GPT2Tokenizer of transformers 5 would
+            # replace the pre-tokenizer by its own.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "unk_token": tokens[int(fields["tokenizer.ggml.unknown_token_id"])],
         },
@@ -197,7 +197,7 @@ def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
 
 
 def target_name(gguf_name: str) -> str:
-    """The name that LlamaForCausalLM gives to a GGUF tensor."""
+    """Return the name that LlamaForCausalLM gives to a GGUF tensor."""
     if gguf_name in _GLOBAL_NAMES:
         return _GLOBAL_NAMES[gguf_name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", gguf_name)
@@ -207,7 +207,7 @@ def target_name(gguf_name: str) -> str:
 
 
 def _write_weights(tensors: dict[str, Any], heads: dict[str, int], path: Path) -> Iterator[int]:
-    # GGUF lists a tensor's sizes fastest first, the reverse of everyone else.
+    # GGUF lists the fastest dimension first, which is the reverse of the usual order.
     layout = {
         target_name(name): ("F32", tuple(int(size) for size in reversed(tensor.shape)))
         for name, tensor in tensors.items()

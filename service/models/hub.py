@@ -1,6 +1,6 @@
 """Fetches models from the Hugging Face hub.
 
-It fetches only the files of a safetensors model: never pickles, never code. The hub client keeps
+It fetches only the files of a safetensors model, and never pickles or code. The hub client keeps
 partial files in the folder and resumes them.
 """
 
@@ -30,8 +30,8 @@ WANTED = (
     "LICENSE*",
     "README.md",
 )
-# Read when the process starts: while an engine's core starts, it is not in the environment. Where
-# there is none, the client looks for one in its files.
+# The token is read when the process starts, because it is hidden from the environment while an
+# engine's core starts. Without a token here the client looks for a token in its own files.
 _TOKEN = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
 _ACCESS: dict[str, Any] = {"token": _TOKEN} if _TOKEN else {}
 UNWANTED = ("*/*",)
@@ -41,9 +41,10 @@ UNWANTED = ("*/*",)
 def fetch_snapshot(
     repository: str, revision: str | None, folder: Path, progress: Progress
 ) -> tuple[str, str | None]:
-    """Fetch a model into `folder`; return its commit and the licence of its model card.
+    """Fetch a model into `folder`, and check every file against the commit's checksum.
 
-    Every file is checked against the commit's checksum.
+    Returns:
+        The model's commit, and the licence of its model card.
     """
     try:
         import huggingface_hub
@@ -60,7 +61,7 @@ def fetch_snapshot(
         api = huggingface_hub.HfApi(**_ACCESS)
         info = api.model_info(repository, revision=revision, files_metadata=True)
     except Exception as error:
-        # The client raises its own, requests' and httpx's errors, by version.
+        # The client raises its own errors and, by version, errors of requests and httpx.
         raise _explain(repository, revision, error) from error
     if revision is not None and is_commit(revision) and info.sha != revision:
         raise ModelStoreError(f"{repository}: the hub gave commit {info.sha} for {revision}")
@@ -112,12 +113,15 @@ def fetch_snapshot(
 
 
 def is_commit(revision: str) -> bool:
-    """Return whether a revision is a full commit, and not a branch or a tag that may move."""
+    """Return whether a revision is a full commit instead of a branch or tag that may move."""
     return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
 def _is_what_the_commit_has(path: Path, file: Any) -> bool:
-    """Large files have a SHA-256 in the commit, small ones (config, tokenizer) git's blob id."""
+    """Return whether a file equals the commit's file.
+
+    A commit has the SHA-256 of large files, and git's blob id of small files (config, tokenizer).
+    """
     if file.lfs is not None:
         return sha256_of(path) == str(file.lfs.sha256)
     return file.blob_id is None or git_blob_id(path) == str(file.blob_id)

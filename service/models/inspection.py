@@ -1,8 +1,8 @@
 """Inspects a model folder without loading it.
 
 It reads `config.json` and the headers of the safetensors files, which is enough for config checks
-and memory planning. It runs no code of the model, and imports torch only if a config leaves sizes
-to its architecture's defaults.
+and memory planning. It runs no code of the model. It imports torch only if a config leaves sizes to
+its architecture's defaults.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.sa
 
 @dataclass(frozen=True, slots=True)
 class MoeInfo:
-    """FFN experts of a mixture-of-experts model, in `groups` from which a gate chooses first."""
+    """The FFN experts of a mixture of experts. A gate may first choose among `groups` of them."""
 
     experts: int
     experts_per_token: int
@@ -52,10 +52,10 @@ class MoeInfo:
 class ModelInfo:
     """A folder of full weights, as its config and file headers describe it.
 
-    `parameters` counts stored elements, so tied embeddings count once. `dtype` is that of most
-    stored elements. Two models have the same `family` exactly if an engine of one can hold the
-    other's
-    weights: same architecture and sizes, same tensor names, shapes and dtypes, same quantisation.
+    `parameters` counts stored elements, so tied embeddings count once. `dtype` is the dtype of most
+    stored elements. Two models have the same `family` exactly if an engine of either model can hold
+    the other's weights. They then have the same architecture and sizes, the same tensor names,
+    shapes and dtypes, and the same quantisation.
     """
 
     path: Path
@@ -91,18 +91,22 @@ class ModelInfo:
         return self.moe is not None
 
     def kv_bytes_per_token(self, element_bytes: int) -> int:
-        """Bytes of key and value for one token of context, over all layers, unsharded."""
+        """Return the bytes of keys and values for one token of context, over all layers."""
         return 2 * self.layers * self.kv_heads * self.head_size * element_bytes
 
     def least_kv_bytes(self, tokens: int, element_bytes: int) -> int:
-        """Return the least cache of a request of this many tokens; windows of layers reduce it."""
+        """Return the least bytes of the KV cache for a request. Layers with a window need less."""
         if self.kv is None:
             return tokens * self.kv_bytes_per_token(element_bytes)
         return self.kv.least_bytes(tokens, element_bytes)
 
 
 def inspect_model(path: Path) -> ModelInfo | AdapterInfo:
-    """Inspect a model or adapter folder; raise `ModelStoreError` if it is incomplete."""
+    """Inspect a model or adapter folder.
+
+    Raises:
+        ModelStoreError: The folder is incomplete.
+    """
     path = Path(path)
     if not path.is_dir():
         raise ModelStoreError(f"{path}: no such folder")
@@ -183,7 +187,7 @@ def _inspect_full(path: Path) -> ModelInfo:
 
 
 def _read_weights(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of full weights, of the files that an engine loads."""
+    """Return the tensors of full weights in the files that an engine loads."""
     if (path / _INDEX).is_file():
         weight_map = read_json(path / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -238,10 +242,13 @@ def is_second_copy(name: str, names: Collection[str]) -> bool:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """Return the files that hold each weight once, without an index. Raises ModelStoreError.
+    """Return the files that hold each weight once, without an index.
 
     Repositories may hold a second copy beside the shards: Mistral's `consolidated*`, whose tensors
     have other names, or a single `model.safetensors`.
+
+    Raises:
+        ModelStoreError: There are no weights, or the files do not form one model.
     """
     found = sorted(path.glob("*.safetensors"))
     names = [file.name for file in found]
@@ -267,7 +274,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _parameters(tensor: TensorInfo) -> int:
-    """Elements, with packed four-bit weights counted as what they stand for."""
+    """Return the number of elements. Packed four-bit weights count unpacked."""
     if tensor.name.endswith((".qweight", ".weight_packed")) and tensor.dtype in {"I32", "U8"}:
         return tensor.elements * DTYPE_BITS[tensor.dtype] // 4
     if tensor.name.endswith((".scales", ".qzeros", ".g_idx", "_scale", "_shape", "_scale_inv")):
@@ -276,7 +283,7 @@ def _parameters(tensor: TensorInfo) -> int:
 
 
 def _active_parameters(tensors: dict[str, TensorInfo], parameters: int, moe: MoeInfo | None) -> int:
-    """Parameters that one token passes through: all but the FFN experts not chosen for it."""
+    """Return the parameters that one token uses: all except the FFN experts not chosen for it."""
     if moe is None:
         return parameters
     in_experts = sum(

@@ -1,8 +1,7 @@
 """The weights that a LoRA adapter adds to full weights: strength · alpha / rank · B A.
 
 It reads PEFT's files: `base_model.model.<name>.lora_A.weight` (rank × in) and `lora_B.weight`
-(out × rank). Raises ValueError if its config needs other arithmetic, if a tensor has no weight to
-be added to, or if such a weight is quantised.
+(out × rank).
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ import torch
 from service.errors import ModelStoreError
 from service.models.adapters import CONFIG_NAME, keys_not_merged, refuse_variants
 
-# What a base's weight may be stored as: others are quantised, and mean something only with their
-# scales.
+# The dtypes of base weights that a merge supports. Weights of other dtypes are quantised and need
+# their scales.
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class LoraDelta:
-    """A LoRA adapter as what it adds to full weights: strength · alpha / rank · B A.
+    """The weights that a LoRA adapter adds to full weights: strength · alpha / rank · B A.
 
-    Reads PEFT's files: `base_model.model.<name>.lora_A.weight` (rank × in) and
-    `lora_B.weight` (out × rank). Raises ValueError where its config means other arithmetic, where a
-    tensor has no weight to be added to, and where such a weight is quantised.
+    Raises:
+        ValueError: The config needs other arithmetic, a tensor has no weight to be added to, or
+            such a weight is quantised.
     """
 
     def __init__(self, folder: Path, strength: float) -> None:
@@ -61,7 +60,11 @@ class LoraDelta:
                 raise ValueError(f"{name}: the adapter of rank {rank} has {shapes}")
 
     def check_base(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise ValueError if the adapter does not fit a base with weights of these shapes."""
+        """Check that the adapter fits a base with weights of these shapes.
+
+        Raises:
+            ValueError: The adapter does not fit.
+        """
         for name in sorted(self._pairs):
             if name not in shapes:
                 raise ValueError(_no_such(name))

@@ -1,4 +1,4 @@
-"""Reads a model folder's JSON files, without trust in them and without torch."""
+"""Reads the JSON files of a model folder. It does not trust them and does not need torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from service.errors import ModelStoreError
 _log = logging.getLogger("coe.models")
 _MAX_JSON_BYTES = 100_000_000
 _MAX_NUMBER = 2**53
-# Where models that also see or hear keep the language model's part of their config, outermost
-# first: a part may hold another one (Qwen-Omni's `thinker_config` has a `text_config`).
+# The keys under which multimodal models keep the config of their language model, outermost first.
+# Such a config may hold another (Qwen-Omni's `thinker_config` has a `text_config`).
 _LANGUAGE_PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
-# What every plan needs, each by the names that architectures give it.
+# The sizes that every plan needs, each with its names in the different architectures.
 HIDDEN_SIZE = ("hidden_size", "n_embd", "d_model")
 HEADS = ("num_attention_heads", "n_head")
 LAYERS = ("num_hidden_layers", "n_layer")
@@ -30,8 +30,9 @@ _OFTEN_DEFAULT = (("num_key_value_heads",), ("head_dim",))
 class KvLayout:
     """The cache that a model's layers keep per request, for a lower bound of its KV cache.
 
-    `elements` of a token in a layer. `window_layers` see the last `window_tokens` only; layers that
-    keep a state of fixed size (linear attention) are in neither number.
+    `elements` is the number of cached elements for a token in a layer. `window_layers` attend only
+    to the last `window_tokens`. Layers with a state of fixed size (linear attention) count in
+    neither number of layers.
     """
 
     full_layers: int
@@ -40,13 +41,13 @@ class KvLayout:
     elements: int
 
     def least_bytes(self, tokens: int, element_bytes: int) -> int:
-        """Return the least cache of a request of this many tokens, unsharded."""
+        """Return the least bytes of the KV cache for a request of this many tokens, unsharded."""
         windowed = self.window_layers * min(tokens, self.window_tokens)
         return (self.full_layers * tokens + windowed) * self.elements * element_bytes
 
 
 def kv_layout(sizes: dict[str, Any], layers: int, kv_heads: int, head_size: int) -> KvLayout:
-    """From `layer_types`, a window's size and pattern, and the ranks of latent attention (MLA)."""
+    """Compute the layout from `layer_types`, the window's size and pattern, and the MLA ranks."""
     latent = optional_integer(sizes, "kv_lora_rank") or 0
     elements = 2 * kv_heads * head_size
     if latent > 0:
@@ -68,7 +69,11 @@ def kv_layout(sizes: dict[str, Any], layers: int, kv_heads: int, head_size: int)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ModelStoreError."""
+    """Read the JSON object in a file.
+
+    Raises:
+        ModelStoreError: The file can't be read or has no JSON object.
+    """
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ModelStoreError(f"{path}: larger than {_MAX_JSON_BYTES // 10**6} MB")
@@ -85,19 +90,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def optional_integer(sizes: dict[str, Any], *keys: str) -> int | None:
-    """The first of the keys that holds a number, as a whole one."""
+    """Return the integer of the first key that has a number."""
     for key in keys:
         value = sizes.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        # Compared so, as a whole number may be too large for a float, and infinity for a whole one.
+        # An integer may be too large for a float, and infinity can't become an integer.
         if -_MAX_NUMBER <= value <= _MAX_NUMBER:
             return int(value)
     return None
 
 
 def integer(sizes: dict[str, Any], where: Path, *keys: str) -> int:
-    """Return `optional_integer`; raise ModelStoreError if there is no value above 0."""
+    """Return the integer of the first key that has a number.
+
+    Raises:
+        ModelStoreError: There is no value above 0.
+    """
     value = optional_integer(sizes, *keys)
     if value is None or value < 1:
         raise ModelStoreError(f"{where}: {keys[0]!r} is missing or not a positive number")
@@ -108,7 +117,7 @@ def language_sizes(config: dict[str, Any]) -> dict[str, Any]:
     """Return the sizes of the language model, which may be a part of the config.
 
     Missing sizes have the default of the architecture's class. If a required size is missing, it
-    comes from transformers, which takes seconds because that imports torch; no code of the model is
+    comes from transformers. This takes seconds, because it imports torch. No code of the model is
     run. Sizes that transformers does not know stay missing.
     """
     sizes = config
@@ -122,7 +131,7 @@ def language_sizes(config: dict[str, Any]) -> dict[str, Any]:
         return sizes
     given = {key: value for key, value in sizes.items() if value is not None}
     flat = {key: value for key, value in given.items() if not key.endswith("_config")}
-    # The whole config first: its class knows the kind of its parts, which they need not name.
+    # The whole config comes first, because its class knows the types of its parts.
     for one in (config, flat) if nested else (config,):
         if defaults := _class_defaults(one):
             return {**defaults, **given}
@@ -132,7 +141,7 @@ def language_sizes(config: dict[str, Any]) -> dict[str, Any]:
 def _class_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """Return the language model's part of a config as its architecture's class completes it.
 
-    Empty if transformers does not know the architecture, or its class refuses the config.
+    The result is empty if transformers does not know the architecture or refuses the config.
     """
     kind = config.get("model_type")
     given = {key: value for key, value in config.items() if value is not None}
@@ -143,7 +152,7 @@ def _class_defaults(config: dict[str, Any]) -> dict[str, Any]:
             return {}
         found: dict[str, Any] = CONFIG_MAPPING[kind](**given).get_text_config().to_dict()
     except Exception as error:
-        # A class may refuse a config in any way; what is missing is then told by its name.
+        # A class may refuse a config with any error. A later check then names the missing size.
         _log.debug("no defaults for model_type %s: %s", kind, type(error).__name__)
         return {}
     return found

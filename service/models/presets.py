@@ -1,6 +1,6 @@
 """Public models that `coe init` proposes, with facts from their model cards.
 
-Sizes are those of the safetensors files as published (bfloat16).
+The sizes are the sizes of the published safetensors files (bfloat16).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class PublicModel:
 
 @dataclass(frozen=True, slots=True)
 class Trio:
-    """Models of one family and size, one for each category that the demo's router knows."""
+    """Models of one family and size: one model for each category of the demo's router."""
 
     name: str
     models: tuple[PublicModel, ...]
@@ -58,7 +58,7 @@ def _qwen(size: str, parameters: float, weight_bytes: int, *, math: bool) -> Tri
     return Trio(f"Qwen2.5 {size}", tuple(models), 4096)
 
 
-# Largest first. Of this family 3B and 72B have another licence, and are left out.
+# The largest models come first. The family's 3B and 72B are left out for their other licence.
 TRIOS = (
     _qwen("32B", 32.8e9, int(65.6 * GB), math=False),
     _qwen("14B", 14.8e9, int(29.6 * GB), math=False),

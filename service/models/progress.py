@@ -23,11 +23,11 @@ class Progress(Protocol):
     def stage(
         self, label: str, total_bytes: int | None
     ) -> AbstractContextManager[Callable[[int], None]]:
-        """A step with a length; the value is called with each number of bytes done."""
+        """Begin a step of known length. The value is a callback for each number of bytes done."""
 
 
 class Silent:
-    """Tells nothing."""
+    """Reports nothing."""
 
     def note(self, text: str) -> None:
         del text
@@ -39,7 +39,7 @@ class Silent:
 
 
 class Lines:
-    """Plain lines: one when a step begins, one at most every few seconds, one at its end."""
+    """Plain lines at the begin and the end of a step, and every few seconds in between."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -94,7 +94,7 @@ class ProgressBar:
 
 
 def progress_for(stream: IO[str] | None = None) -> Progress:
-    """A bar where `stream` (default: stderr) is a terminal, plain lines where not."""
+    """Return a bar where `stream` (default: stderr) is a terminal, and plain lines elsewhere."""
     stream = stream if stream is not None else sys.stderr
     return ProgressBar(stream) if stream.isatty() else Lines(stream)
 
@@ -105,9 +105,9 @@ def watch_folder(
 ) -> Iterator[None]:
     """Report how `folder` grows while another program downloads into it.
 
-    The reported size stops at `limit_bytes`, because pip holds the file twice for a moment. pip and
-    the hub client draw bars of their own and have no callback that is stable over versions, so the
-    size on disk is measured.
+    The reported size stops at `limit_bytes`, because pip briefly holds the file twice. pip and the
+    hub client draw their own bars and have no callback that is stable over versions. The size on
+    disk is therefore measured.
     """
     stop = threading.Event()
     seen = folder_bytes(folder)
@@ -140,5 +140,5 @@ def folder_bytes(folder: Path) -> int:
             if path.is_file():
                 total += path.stat().st_size
         except OSError:
-            continue  # gone between listing and asking
+            continue  # the file was removed after it was listed
     return total

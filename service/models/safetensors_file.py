@@ -70,7 +70,7 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file; refuses a file that is not whole."""
+    """Read the tensors of one safetensors file. An incomplete file is refused."""
     try:
         file_bytes = path.stat().st_size
         with path.open("rb") as file:
@@ -86,7 +86,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise ModelStoreError(f"{path}: can't be read: {error.strerror or error}") from error
     try:
-        # As text first: of bytes, the parser would guess the encoding, and the format has one.
+        # The header is decoded first, because the parser would guess the encoding of bytes.
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
         tensors, end = _parse_header(header, 8 + header_bytes)
     except RecursionError:
@@ -108,7 +108,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object, refused where it has a key twice: readers differ in which one they take."""
+    """Build a JSON object. Duplicate keys are refused, because readers treat them differently."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name is given twice")
@@ -116,7 +116,11 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _parse_header(header: object, data: int) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors of a header and the end of the last. Raises ValueError or TypeError."""
+    """Return the tensors of a header and the end of the last tensor.
+
+    Raises:
+        ValueError, TypeError: The header is invalid.
+    """
     if not isinstance(header, dict):
         raise TypeError("it is not an object")
     tensors: dict[str, TensorInfo] = {}
@@ -147,7 +151,11 @@ def _parse_header(header: object, data: int) -> tuple[dict[str, TensorInfo], int
 
 
 def _counts(value: object, what: str) -> tuple[int, ...]:
-    """A list of whole numbers from 0 to 2⁶³ - 1, at most 64 of them. Raises ValueError."""
+    """Parse a list of at most 64 integers from 0 to 2⁶³ - 1.
+
+    Raises:
+        ValueError: The value is not such a list.
+    """
     if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
         raise ValueError(f"{what} is not a list of at most {_MAX_DIMENSIONS} whole numbers")
     for one in value:
@@ -157,7 +165,7 @@ def _counts(value: object, what: str) -> tuple[int, ...]:
 
 
 def main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
-    """The name of the dtype that most of the elements have."""
+    """Return the name of the dtype of most elements."""
     elements: Counter[str] = Counter()
     for tensor in tensors.values():
         elements[tensor.dtype] += tensor.elements
@@ -168,7 +176,7 @@ def main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
 def encode_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> bytes:
-    """The file's first bytes, for tensors name -> (dtype, shape) in the order given."""
+    """Return the file's first bytes, for tensors name -> (dtype, shape) in the given order."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     for name, (dtype, shape) in tensors.items():
@@ -176,12 +184,12 @@ def encode_header(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # the format wants the data aligned
+    raw += b" " * (-len(raw) % 8)  # the format needs aligned data
     return struct.pack("<Q", len(raw)) + raw
 
 
 def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> Iterator[int]:
-    """Writes chunks to `path` and yields the size of each as it has been written."""
+    """Write chunks to `path`, and yield the size of each chunk after it was written."""
     with path.open("wb") as file:
         for chunk in chunks:
             file.write(chunk)

@@ -1,7 +1,7 @@
 """Reads from a model folder's config whether the model takes images, audio and video.
 
-A picture's tokens are known where the model's processor counts them by a plain rule: Qwen-VL's and
-GLM-V's by area, LLaVA-1.5's, PaliGemma's and Gemma's by a fixed number.
+The tokens of a picture are known where the model's processor counts them by a simple rule. Qwen-VL
+and GLM-V count by area. LLaVA-1.5, PaliGemma and Gemma use a fixed number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 _VISION = ("vision_config", "visual", "vision_tower_config", "perceiver_config")
 _AUDIO = ("audio_config", "audio_encoder_config", "speech_config")
 _FIXED = {"llava": "image_seq_length", "paligemma": "num_image_tokens"}
-# What templates put around a picture: its beginning, its end, line breaks.
+# The tokens that templates put around a picture: its beginning, its end, line breaks.
 _AROUND = 8
 
 
@@ -24,11 +24,12 @@ class Senses:
     """The inputs that a model takes beside text.
 
     Attributes:
-        vision: Whether it sees.
-        audio: Whether it hears.
-        image_tokens: The most tokens that one picture takes; None where no plain rule tells.
-        image_edge: Pixels of the edge of the square that becomes one token; None where a
-            picture's size plays no part or no plain rule tells.
+        vision: Whether the model takes images.
+        audio: Whether the model takes audio.
+        image_tokens: The largest number of tokens of one picture, or None where there is no simple
+            rule.
+        image_edge: The edge in pixels of the square that becomes one token. None where a picture's
+            size does not matter or there is no simple rule.
     """
 
     vision: bool = False
@@ -38,7 +39,7 @@ class Senses:
 
 
 def senses_of(folder: Path) -> Senses:
-    """Read `config.json` and `preprocessor_config.json`; unreadable files declare no inputs."""
+    """Read `config.json` and `preprocessor_config.json`. Unreadable files declare no inputs."""
     config = _object(folder / "config.json")
     thinker = config.get("thinker_config")
     parts = {**config, **thinker} if isinstance(thinker, dict) else config
@@ -53,14 +54,14 @@ def senses_of(folder: Path) -> Senses:
 def _picture(
     config: Mapping[str, Any], processor: Mapping[str, Any]
 ) -> tuple[int | None, int | None]:
-    """(most tokens of one picture, pixels of a token's edge)."""
+    """Return the largest number of tokens of one picture, and the edge of a token in pixels."""
     patch, merge = _count(processor, "patch_size"), _count(processor, "merge_size")
     if patch and merge:
         size = processor.get("size")
         areas = size if isinstance(size, dict) else {}
         most = _count(processor, "max_pixels") or _count(areas, "longest_edge")
         edge = patch * merge
-        # `longest_edge` is an area here; as a length it would be no more than some thousand.
+        # `longest_edge` is an area here, because a length would be a few thousand at most.
         if most and most > 100 * edge * edge:
             return most // (edge * edge) + _AROUND, edge
         return None, None

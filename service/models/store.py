@@ -99,7 +99,7 @@ def list_models(root: Path | None = None) -> tuple[StoredModel, ...]:
 
 
 def verify(folder: Path) -> Manifest:
-    """Checks every file of a stored model against its checksum."""
+    """Check every file of a stored model against its checksum."""
     manifest = read_manifest(folder)
     problem = find_damage(folder, manifest, checksums=True)
     if problem is not None:
@@ -134,7 +134,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def find_damage(folder: Path, manifest: Manifest, *, checksums: bool) -> str | None:
-    """The first thing wrong with the folder's files, in words, or None."""
+    """Return a description of the first fault of the folder's files, or None."""
     for file in manifest.files:
         path = folder / file.path
         try:
@@ -149,7 +149,7 @@ def find_damage(folder: Path, manifest: Manifest, *, checksums: bool) -> str | N
 
 
 def write_manifest(folder: Path, *, name: str, source: str, licence: str | None) -> Manifest:
-    """Records every file of `folder` with its checksum."""
+    """Record every file of `folder` with its checksum."""
     files = tuple(
         StoredFile(path.relative_to(folder).as_posix(), sha256_of(path), path.stat().st_size)
         for path in sorted(folder.rglob("*"))
@@ -172,7 +172,7 @@ def write_manifest(folder: Path, *, name: str, source: str, licence: str | None)
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Puts a finished folder under its name at once; replaces a damaged older one."""
+    """Publish a complete folder atomically under its name. It replaces a damaged older folder."""
     for path in partial.rglob("*"):
         if path.is_file():
             _sync(path)
@@ -188,7 +188,7 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """A rename may reach the disk before the data does; a power cut must not show that."""
+    """Flush a folder's data to disk, because a rename may reach the disk before the data."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -212,7 +212,7 @@ def locked(root: Path, name: str, progress: Progress) -> Iterator[None]:
 
 @contextmanager
 def one_line_errors(doing: str, root: Path) -> Iterator[None]:
-    """Turns what a disk can say into one clear line."""
+    """Turn errors of the file system into a single clear line."""
     try:
         yield
     except OSError as error:

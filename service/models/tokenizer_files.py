@@ -7,7 +7,7 @@ from pathlib import Path
 from service.errors import ModelStoreError
 from service.models.model_config import read_json
 
-# One of these is a tokenizer's vocabulary; the other files only describe it.
+# A tokenizer's vocabulary is in one of these files. Other files only describe it.
 _VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model*",
@@ -30,7 +30,8 @@ def has_tokenizer(folder: Path) -> bool:
 def has_chat_template(folder: Path) -> bool:
     """Return whether the folder has a chat template in a place that transformers reads.
 
-    Raises ModelStoreError where a file that may hold it can't be read.
+    Raises:
+        ModelStoreError: A file that may hold the template can't be read.
     """
     if any(_is_there(folder, pattern) for pattern in _WITH_TEMPLATE):
         return True
