@@ -1,4 +1,4 @@
-"""Owns a mixture's model card: words and numbers come from the run."""
+"""The model card of a mixture, with the numbers of its run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from router_models.moe.gates import RIDGE, Statistics
 
 
 def text(statistics: Statistics, *, top_k: int, hidden: int, layers: int) -> str:
-    """The card. The weights' licence is their owners' affair: it names where each came from."""
+    """Return the card. It names the origin of each expert instead of a licence of the weights."""
     rows = "\n".join(
         f"| {index} | {one.name} | `{one.weights}` | {one.source} | {one.licence} | "
         f"{one.rows} | {one.tokens:,} |"

@@ -1,7 +1,7 @@
-"""Owns the mixture's folder: a stock Mixtral of one shared file and one file for each expert.
+"""The folder of a mixture: a standard Mixtral with a shared file and a file for each expert.
 
-The layout that engines know by its index; gates stand in the shared file, so that another
-expert is one file more, and the shared one written anew.
+Engines find the tensors by the index. The gates are in the shared file, so that another expert adds
+one file and rewrites only the shared file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from router_models.moe.gates import Statistics
 
 SHARED = "shared.safetensors"
 _INDEX = "model.safetensors.index.json"
-# What decides how text becomes tokens and back, and what is said by default.
+# The files with the tokenizer, the chat template and the generation defaults.
 _FACE_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -41,7 +41,7 @@ _KEPT_KEYS = (
 
 
 def mixtral_config(base: Mapping[str, Any], *, experts: int, top_k: int) -> dict[str, Any]:
-    """The mixture's config.json; what the two architectures share stays as the base has it."""
+    """Build the mixture's config.json. Keys that both architectures share keep their values."""
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
@@ -56,7 +56,7 @@ def mixtral_config(base: Mapping[str, Any], *, experts: int, top_k: int) -> dict
 def write_shared(
     folder: Path, shared: Mapping[str, torch.Tensor], weights: NDArray[np.float32]
 ) -> None:
-    """Attention, embeddings and norms as given, and the gates (L, E, H) in the same dtype."""
+    """Write attention, embeddings, norms, and the gates (L, E, H) in the same dtype."""
     dtype = next(iter(shared.values())).dtype
     gate = {
         f"model.layers.{layer}.block_sparse_moe.gate.weight": torch.from_numpy(one).to(dtype)
@@ -66,7 +66,7 @@ def write_shared(
 
 
 def write_expert(folder: Path, index: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """The FFNs of a dense model as expert `index`; everything else of it is passed over."""
+    """Write the FFNs of a dense model as expert `index`. Its other weights are ignored."""
     _save(
         {
             named: weight.contiguous()
@@ -83,7 +83,7 @@ def expert_file(index: int) -> str:
 
 
 def keep_experts(source: Path, folder: Path, count: int) -> None:
-    """The first `count` experts of another mixture; by hard link where the disk can."""
+    """Link or copy the first `count` experts of another mixture."""
     for index in range(count):
         name = expert_file(index)
         try:
@@ -101,7 +101,7 @@ def finish(
     top_k: int,
     card: str,
 ) -> None:
-    """Everything beside the weights: index, config, tokenizer, statistics, model card."""
+    """Write all other files: index, config, tokenizer, statistics and model card."""
     files = [SHARED, *(expert_file(i) for i in range(len(statistics.experts)))]
     placed: dict[str, str] = {}
     size = 0
@@ -130,7 +130,7 @@ def split(dense: Dense) -> dict[str, torch.Tensor]:
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_file(tensors, str(path), metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors makes it for its owner only
+    path.chmod(0o644)  # safetensors creates files that only the owner can read
 
 
 def _dump(data: object, path: Path) -> None:

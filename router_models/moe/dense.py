@@ -1,7 +1,7 @@
-"""Owns reading dense models that are to be joined, and saying why some can't be.
+"""Reads dense models for a mixture, and reports why a model can't be joined.
 
-An expert is a LoRA folder (merged by the service's own arithmetic) or a folder of full
-weights of the base's family. A mixture made here before reads as its own base.
+An expert is a LoRA folder (merged by the service's own arithmetic) or a folder of full weights of
+the base's family. A mixture that was made here reads as its own base.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TYPES = ("llama", "mistral")
 _KERNEL = 32
 _FFN_NAME = re.compile(r"(model\.layers\.\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
 _MOE_NAME = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.experts\.0\.(w[123])\.weight")
-# What must be equal for one set of attention, embeddings and norms to serve all.
+# The config keys that must be equal, so that all experts can share attention, embeddings and norms.
 _SIZES = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "rms_norm_eps", "rope_theta",
@@ -42,14 +42,14 @@ _FOREIGN = 0.5
 
 
 class UpcycleError(ArtifactError):
-    """These models can't be joined into one. The message names which, and why."""
+    """These models can't be joined. The message names the model and the reason."""
 
     code = "invalid_upcycle"
 
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """A model to join. `folder` has full weights; `adapter` is merged into them."""
+    """A model to join. `folder` has full weights, into which `adapter` is merged."""
 
     name: str
     folder: Path
@@ -65,7 +65,7 @@ class Dense:
 
 
 def ffn_name(name: str, expert: int) -> str | None:
-    """A dense FFN weight's name as one of a mixture's expert; None: it is no FFN's."""
+    """Return the name of a dense FFN weight in a mixture's expert, or None for other weights."""
     found = _FFN_NAME.fullmatch(name)
     if found is None:
         return None
@@ -73,7 +73,7 @@ def ffn_name(name: str, expert: int) -> str | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A dense model's config; of a mixture made here, that of its base."""
+    """Read a dense model's config. A mixture that was made here gives its base's config."""
     kept = folder / BASE_CONFIG
     path = kept if kept.is_file() else folder / "config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -81,7 +81,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """A dense model's weights, one at a time; of a mixture made here, those of its base."""
+    """Yield a dense model's weights. A mixture that was made here gives its base's weights."""
     names = {words: name for name, words in FFN.items()}
     for path in weight_files(folder):
         with safe_open(str(path), "pt") as file:
@@ -111,7 +111,11 @@ def statistics_of(folder: Path) -> Statistics | None:
 
 
 def check_base(folder: Path) -> dict[str, Any]:
-    """The base's config. UpcycleError where no Mixtral can be made of it."""
+    """Read and check the base's config.
+
+    Raises:
+        UpcycleError: No Mixtral can be made of the base.
+    """
     info = _inspect(folder)
     if isinstance(info, AdapterInfo):
         raise UpcycleError(f"base {folder}: it is a LoRA adapter; a base has full weights")
@@ -143,7 +147,11 @@ def check_base(folder: Path) -> dict[str, Any]:
 
 
 def check_expert(name: str, folder: Path, base: Path, config: dict[str, Any]) -> Dense:
-    """The expert in `folder`, held against the base. UpcycleError names what does not fit."""
+    """Read the expert in `folder` and check it against the base.
+
+    Raises:
+        UpcycleError: The expert does not fit. The message names the difference.
+    """
     info = _inspect(folder)
     if isinstance(info, AdapterInfo):
         wanted = _last(info.base)
@@ -167,8 +175,10 @@ def check_expert(name: str, folder: Path, base: Path, config: dict[str, Any]) ->
 def lost(expert: Dense, shared: dict[str, torch.Tensor]) -> tuple[int, float]:
     """Return how many weights outside its FFNs an expert changes, and by what share of the norm.
 
-    All experts share the base's, so these changes are lost. UpcycleError where they are so
-    large that the expert can't have been made of this base.
+    All experts share the base's other weights, so these changes are lost.
+
+    Raises:
+        UpcycleError: The changes are so large that the expert can't have been made of this base.
     """
     changed, difference, total = 0, 0.0, 0.0
     for name, weight in expert.weights():
@@ -188,7 +198,11 @@ def lost(expert: Dense, shared: dict[str, torch.Tensor]) -> tuple[int, float]:
 
 
 def unique(names: Iterable[str]) -> None:
-    """UpcycleError where a name stands twice."""
+    """Check that no name appears twice.
+
+    Raises:
+        UpcycleError: A name appears twice.
+    """
     seen: set[str] = set()
     for name in names:
         if name in seen:

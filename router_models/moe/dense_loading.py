@@ -1,4 +1,4 @@
-"""Owns dense models in transformers: made blank once, filled with one expert after another."""
+"""Loads dense experts one after another into a single transformers model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from router_models.moe.dense import Dense, UpcycleError
 
 
 def blank(config: Mapping[str, Any]) -> Any:
-    """A model of the base's shape, in float32, with no weights that mean anything."""
+    """Make a model of the base's shape in float32 with arbitrary weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     words = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
@@ -24,7 +24,11 @@ def blank(config: Mapping[str, Any]) -> Any:
 
 
 def fill(model: Any, one: Dense) -> None:
-    """An expert's weights into the model. UpcycleError where one is missing."""
+    """Load an expert's weights into the model.
+
+    Raises:
+        UpcycleError: A weight is missing.
+    """
     places = dict(model.named_parameters())
     left = set(places)
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""Owns the texts of a field: some to learn from, some held out to be judged by.
+"""The texts of a field: some for learning, and some held out for evaluation.
 
-Where they come from, in this order:
+The sources, in this order:
 
 - `DIR/<field>.jsonl` or `.jsonl.gz`: rows of `prompt` and, if there is one, `answer`.
   One row in five is held out, by a hash of its prompt.
@@ -42,7 +42,7 @@ class NoTextsError(ArtifactError):
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """The texts of one field, with what a model card has to say about them."""
+    """The texts of one field, with their facts for the model card."""
 
     name: str
     train: tuple[Example, ...]
@@ -52,7 +52,11 @@ class Field:
 
 
 def read(name: str, folder: Path | None) -> Field:
-    """The texts of field `name`; `folder` may hold files of texts. NoTextsError: there are none."""
+    """Read the texts of field `name`. `folder` may hold files of texts.
+
+    Raises:
+        NoTextsError: There are no texts.
+    """
     if folder is not None:
         for path in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"):
             if path.is_file():
@@ -75,7 +79,7 @@ def read(name: str, folder: Path | None) -> Field:
 
 
 def own_prompts(name: str) -> Field:
-    """Prompts of one of the demo's fields from our own templates, no answers."""
+    """Generate prompts without answers for a demo field from the project's templates."""
     templates = template_count(name)
     # The first prompt of a text is kept: its template is the group it is held out with.
     prompts: dict[str, str] = {}
@@ -88,7 +92,7 @@ def own_prompts(name: str) -> Field:
 
 
 def answered(field: Field, answer: Callable[[list[str]], list[str]], count: int) -> Field:
-    """The field with at most `count` rows on either side, unanswered ones answered by `answer`."""
+    """Return the field with at most `count` rows on either side. `answer` fills missing answers."""
     sides = []
     for rows in (field.train[:count], field.held_out[:count]):
         prompts = [row.prompt for row in rows if not row.answer]

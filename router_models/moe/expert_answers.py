@@ -1,4 +1,4 @@
-"""Owns a dense expert's own greedy answers: texts for fields that have prompts only."""
+"""Generates a dense expert's greedy answers as texts for fields that have only prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ANSWER_TOKENS = 32
 
 
 def greedy(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    """Its answer to each, through the chat template, at most ANSWER_TOKENS tokens long."""
+    """Answer each prompt through the chat template, with at most ANSWER_TOKENS tokens."""
     import torch
 
     texts = [
@@ -19,7 +19,7 @@ def greedy(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
         )
         for prompt in prompts
     ]
-    # Alike in length together: less padding.
+    # Prompts of similar length share a batch, which needs less padding.
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     answers = [""] * len(texts)
     side = tokenizer.padding_side

@@ -1,4 +1,4 @@
-"""Owns what the gates of a mixture will see: a dense expert's hidden states on its own texts."""
+"""Computes the inputs of a mixture's gates: a dense expert's hidden states on its own texts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ _ROW_TOKENS = 768
 
 
 def moments(model: Any, texts: Sequence[Conversation], tokenizer: Any) -> tuple[Moments, int]:
-    """Moments of what enters each FFN while the expert reads its texts; and of how many tokens.
+    """Return the moments of each FFN's inputs over the expert's texts, and the number of tokens.
 
-    Prompts and answers count alike, however long they are. The tokens with which every
-    conversation begins (the template's system prompt) say nothing of the field and are left
-    out. ValueError where there are no texts.
+    Prompts and answers have equal weight, independent of their lengths. The tokens with which every
+    conversation begins (the template's system prompt) do not depend on the field and are left out.
+
+    Raises:
+        ValueError: There are no texts.
     """
     if not texts:
         raise ValueError("no texts")
@@ -45,7 +47,7 @@ def moments(model: Any, texts: Sequence[Conversation], tokenizer: Any) -> tuple[
     try:
         with torch.no_grad():
             for row in pack(texts, beginning, row_tokens=_ROW_TOKENS):
-                # What predicts an answer's token is of the answer.
+                # A token that predicts an answer's token counts as part of the answer.
                 answer = torch.zeros(len(row.token_ids), dtype=torch.bool)
                 answer[torch.from_numpy(row.predictors)] = True
                 parts = (torch.from_numpy(row.segments != 0) & ~answer, answer)
@@ -63,6 +65,6 @@ def moments(model: Any, texts: Sequence[Conversation], tokenizer: Any) -> tuple[
 
 
 def template_beginning(tokenizer: Any) -> tuple[int, ...]:
-    """The tokens with which the chat template begins every prompt, whatever is asked."""
+    """Return the tokens with which the chat template begins every prompt."""
     anything = [Example(prompt, "", "") for prompt in ("A", "7", "zebra", "¿?")]
     return shared_beginning(tokenize(anything, tokenizer, max_tokens=1 << 20))

@@ -54,7 +54,7 @@ class Statistics:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Their names, in the checkpoint's order."""
+        """The experts' names, in the checkpoint's order."""
         return tuple(origin.name for origin in self.origins)
 
     @classmethod
@@ -63,7 +63,7 @@ class Statistics:
         return cls(np.zeros((layers, hidden, hidden)), np.zeros((layers, hidden, 0)), ())
 
     def added(self, origin: Origin, moments: Moments) -> Statistics:
-        """With one expert more."""
+        """Return statistics with another expert."""
         return replace(
             self,
             gram=self.gram + moments.second,
@@ -72,9 +72,11 @@ class Statistics:
         )
 
     def gates(self, *, scale: float) -> NDArray[np.float32]:
-        """The gates' weights (L, E, H); `scale` is what the normalised columns are multiplied by.
+        """Compute the gates' weights (L, E, H).
 
-        It decides how alike the weights of the chosen experts are where more than one is.
+        Args:
+            scale: The factor of the normalised columns. It determines how similar the weights of
+                several chosen experts are.
         """
         hidden = self.gram.shape[1]
         solved = np.linalg.solve(self.gram + RIDGE * np.eye(hidden), self.cross)
@@ -97,11 +99,15 @@ def write(statistics: Statistics, path: Path) -> None:
             "experts": json.dumps([asdict(origin) for origin in statistics.origins]),
         },
     )
-    path.chmod(0o644)  # safetensors makes it for its owner only
+    path.chmod(0o644)  # safetensors creates files that only the owner can read
 
 
 def read(path: Path) -> Statistics:
-    """Read the output of `write`. Raises ArtifactError if it is invalid."""
+    """Read the output of `write`.
+
+    Raises:
+        ArtifactError: The file is invalid.
+    """
     try:
         with safe_open(str(path), "numpy") as file:
             metadata = file.metadata() or {}

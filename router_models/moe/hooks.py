@@ -1,9 +1,9 @@
 """Hooks into the gates of a transformers model: find, record and steer them.
 
-Nothing is taken on trust from a class's name. What a router chooses must be what
-`service.moe.steering.steer` says it chooses, what its experts compute must be what is
-computed here one by one, and what comes out must be added to the residual stream as
-assumed; a model that does it otherwise is refused by the name of its class.
+The hooks check every assumption about a model's class. A router must choose as
+`service.moe.steering.steer` does, the experts' outputs must equal the outputs computed here expert
+by expert, and their sum must be added to the residual stream. A model that computes its layers in
+another way is refused by the name of its class.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TIPPED = 0.05
 
 
 class NotSteerableError(ArtifactError):
-    """A model's experts can't be looked into; the message names its class."""
+    """The experts of a model can't be inspected. The message names the model's class."""
 
     code = "not_steerable"
 
@@ -72,7 +72,11 @@ class RoutedLayer:
 
 
 def find_routed(model: Any, shape: MoeShape) -> list[RoutedLayer]:
-    """The layers of `shape` in a causal language model. Raises NotSteerableError."""
+    """Find the layers of `shape` in a causal language model.
+
+    Raises:
+        NotSteerableError: The model computes its layers in another way.
+    """
     decoders = getattr(getattr(model, "model", None), "layers", None)
     if decoders is None or max(shape.layers) >= len(decoders):
         raise _refused(model, "its decoder layers are not where they are looked for")
@@ -236,7 +240,7 @@ def _check_gate(
     if tuple(ids.shape) != ours[1].shape:
         raise _refused(model, f"layer {layer.index}: its gate chooses another number of experts")
     spread = np.zeros((2, *logits.shape), np.float32)
-    # By expert: equally probable ones may come in any order.
+    # The comparison is by expert, because equally probable experts may come in any order.
     theirs = (weights.float().cpu().numpy(), ids.cpu().numpy())
     for row, (weight, index) in zip(spread, (ours, theirs), strict=True):
         np.put_along_axis(row, index.astype(np.int64), weight, axis=-1)

@@ -1,4 +1,4 @@
-"""Owns bits per byte of a field's answers under a model, and how much of a gain another one keeps.
+"""Computes bits per byte of a field's answers, and the share of a gain that a model retains.
 
 Bits per byte are those of `router_models.experts.evaluate`: the answer's bits under the
 model, given the prompt through the chat template, without the end of turn, over the
@@ -42,17 +42,17 @@ class GainRetention:
 def conversations(
     examples: Sequence[Example], tokenizer: Any, *, max_tokens: int = MAX_TOKENS
 ) -> list[Conversation]:
-    """The answered examples as the model sees them; longer ones are left out."""
+    """Return the answered examples as token sequences. Longer examples are left out."""
     return tokenize((row for row in examples if row.answer), tokenizer, max_tokens=max_tokens)
 
 
 def measure(model: Any, held_out: Sequence[Conversation]) -> list[RowScore]:
-    """The bits of each answer under a causal language model of transformers, in its own dtype."""
+    """Compute the bits of each answer under a transformers model in its own dtype."""
     return score(model, held_out, bf16=False)
 
 
 def per_byte(scores: Sequence[RowScore]) -> float:
-    """Bits per byte over all rows; NaN where there are none."""
+    """Return bits per byte over all rows, or NaN without rows."""
     count = sum(row.bytes for row in scores)
     return sum(row.bits for row in scores) / count if count else float("nan")
 

@@ -31,7 +31,7 @@ class Placed:
         return np.array([share[list(held)].sum() for held in self.devices])
 
     def busiest(self, load: Floats) -> float:
-        """The load of the device that has most to do."""
+        """Return the load of the busiest device."""
         return float(self.device_load(load).max())
 
 
@@ -66,7 +66,7 @@ def copied(load: Floats, replicas: int, devices: int) -> Counts:
 
 
 def longest_first(load: Floats, copies: Counts, devices: int) -> Placed:
-    """The longest of what is left to the least loaded device that has room.
+    """Give the remaining expert with the largest load to the least loaded device with room.
 
     Longest processing time (Graham, 1969) with the least-loaded rule of LLEP (Nguyen et al.,
     arXiv 2601.17111), under equal room. Without that bound on room the busiest device has at
@@ -155,5 +155,5 @@ def _room(places: int, devices: int) -> int:
 
 
 def _placed(held: list[list[int]]) -> Placed:
-    # Devices are alike: in order of what they hold, so that equal placements look equal.
+    # The devices are interchangeable. They are sorted, so that equal placements compare equal.
     return Placed(tuple(sorted(tuple(sorted(one)) for one in held)))

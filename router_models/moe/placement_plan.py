@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def best(self) -> PlacementResult:
-        """The one that costs least; of equals the simplest."""
+        """The placement with the least cost. The simplest placement wins a tie."""
         return min(self.ways, key=lambda way: way.cost)
 
 

@@ -1,4 +1,4 @@
-"""The texts that a profile is learned from and judged by: read, and as a model sees them."""
+"""Reads and tokenises the texts from which a profile is learned and on which it is evaluated."""
 
 from __future__ import annotations
 
