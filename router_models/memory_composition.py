@@ -1,4 +1,4 @@
-"""Which experts to buy memory for, and which category goes to which recipe. Owns that problem.
+"""Finds the experts to hold in memory, and a recipe for each category.
 
     max  Σ_c p_c Σ_r W[c,r]·x[c,r]
     s.t. Σ_r x[c,r] = 1,  x[c,r] ≤ y[e] for every expert e that r may ask,
@@ -22,7 +22,7 @@ from service.types import Recipe
 
 Floats = NDArray[np.float64]
 
-# What `scipy.optimize.milp` says of how it ended.
+# The status codes of `scipy.optimize.milp`.
 _OPTIMAL, _TIME_OUT = 0, 1
 
 
@@ -32,7 +32,7 @@ class Composition:
 
     Attributes:
         optimal: Whether it is proven that no choice is better.
-        gap: How much better the best one may be at most, in expected score. 0 where `optimal`.
+        gap: The largest possible improvement of the expected score; 0 where `optimal`.
     """
 
     experts: tuple[str, ...]
@@ -84,7 +84,7 @@ def compose(
     size = np.array([float(sizes[e]) for e in experts])
     gain = np.concatenate(((prior[:, None] * score).ravel(), np.zeros(held)))
     spent = np.concatenate(((prior[:, None] * cost).ravel(), np.zeros(held)))
-    # Among equal optima the one that holds less and costs less.
+    # Among equal optima this term prefers less memory and less cost.
     thrift = 1e-7 * np.concatenate(
         (spent[:x_count] / max(float(spent.max()), 1e-12), size / max(float(size.max()), 1e-12))
     )

@@ -1,1 +1,1 @@
-"""Demo experts: LoRA adapters on one small base, how they are trained and measured."""
+"""Training and evaluation of the demo experts, which are LoRA adapters on a small base."""

@@ -1,4 +1,4 @@
-"""Owns the model card: words and numbers come from the run, none is written by hand."""
+"""The model card of a demo expert, generated from the facts of its training run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Owns the texts the demo experts learn from: how rows become conversations, and what is held out.
+"""The training texts of the demo experts, and their held-out rows.
 
-Held-out rows never share a source with training rows: a GSM8K problem, a CLINC150
-split, or a whole module of the standard library is on one side only.
+Held-out rows never share a source with training rows. A GSM8K problem, a CLINC150 split, or a whole
+module of the standard library is on only one side.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Split:
 
 
 def load(expert: str, folder: Path, *, seed: int) -> Split:
-    """The rows of one expert. `folder` holds the data files; `code` needs none."""
+    """Load the rows of one expert. `folder` has the data files, which `code` does not need."""
     if expert == "math":
         return _math(folder, seed)
     if expert == "intents":
@@ -89,7 +89,7 @@ def _intents(folder: Path, seed: int) -> Split:
     held_out = [
         Example(row["text"], row["intent"], row["text"]) for row in rows if row["split"] == "test"
     ]
-    # A few utterances stand in more than one split.
+    # A few utterances are in several splits.
     seen = {row["text"] for row in rows if row["split"] != "train"}
     train = [
         Example(as_typed(row["text"], draw), row["intent"], row["text"])
@@ -112,7 +112,7 @@ def _intents(folder: Path, seed: int) -> Split:
 
 
 def as_typed(text: str, draw: random.Random) -> str:
-    """CLINC150 is lower case without final punctuation; people type both ways."""
+    """Vary case and final punctuation, because CLINC150 has neither and users type both ways."""
     if draw.random() < 0.7:
         return text
     text = text[0].upper() + text[1:]
@@ -152,7 +152,7 @@ def is_held_out_module(module: str) -> bool:
 
 
 def documented_functions(root: Path) -> Iterator[Example]:
-    """Every documented function and method below `root` that is short enough to learn from."""
+    """Yield the documented functions and methods below `root` that are short enough."""
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if _SKIPPED_FOLDERS & set(relative.parts):
@@ -171,14 +171,14 @@ def documented_functions(root: Path) -> Iterator[Example]:
 
 
 def function_example(node: ast.FunctionDef | ast.AsyncFunctionDef, module: str) -> Example | None:
-    """Signature and docstring -> the function. None where there is nothing to learn."""
+    """Make an example from signature and docstring to the function, or None without a body."""
     docstring = ast.get_docstring(node)
     body = node.body[1:]
     if not docstring or not body or len(docstring) > _MAX_DOCSTRING_CHARS:
         return None
     if len(body) == 1 and isinstance(body[0], (ast.Pass, ast.Raise)):
         return None  # an abstract method
-    # Unparsed, not cut from the file: comments go, and the layout is one everywhere.
+    # Unparsing removes comments and gives all functions the same layout.
     documented = ast.unparse(_with_body(node, node.body[:1]))
     function = ast.unparse(_with_body(node, body))
     if len(function) > _MAX_FUNCTION_CHARS:

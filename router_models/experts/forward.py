@@ -1,4 +1,4 @@
-"""Owns the one way that a packed row goes through the model, in training and in measuring."""
+"""The forward pass of a packed row, for both training and evaluation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from router_models.experts.packing import Row
 
 
 def answer_logits(model: Any, row: Row) -> Tensor:
-    """Logits at the answers' positions only: over 49,152 tokens, the others are not free."""
+    """Compute logits only at the answers' positions, because 49,152 tokens make them expensive."""
     hidden = model.model(
         input_ids=torch.from_numpy(row.token_ids)[None],
         attention_mask=torch.from_numpy(row.may_attend())[None, None],

@@ -1,7 +1,7 @@
-"""Owns the adapters: LoRA on the MLP projections, in PEFT's format on disk.
+"""LoRA adapters on the MLP projections, in PEFT's format on disk.
 
-Only the MLP is adapted: a mixture-of-experts model made of these adapters needs
-the differences there and nowhere else.
+Only the MLP is adapted, because a mixture of experts made of these adapters uses only differences
+in the MLP.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class LoraLinear(nn.Module):
 
 
 def load_base(folder: Path, *, fast: bool) -> Any:
-    """The base model, frozen. `fast` keeps linear weights in bfloat16, all else in float32.
+    """Load the frozen base model. `fast` keeps linear weights in bfloat16, all else in float32.
 
-    Under bfloat16 autocast that is what is multiplied anyway; stored so, frozen
-    weights are not cast again in every step.
+    A bfloat16 autocast multiplies in bfloat16 anyway. Frozen weights in bfloat16 need no cast in
+    every step.
     """
     from transformers import AutoModelForCausalLM
 
@@ -57,7 +57,7 @@ def load_base(folder: Path, *, fast: bool) -> Any:
 
 
 def attach(model: Any, *, rank: int, alpha: float) -> dict[str, LoraLinear]:
-    """Puts fresh adapters (B = 0, so no change yet) into the model; by PEFT's module name."""
+    """Attach new adapters with B = 0 to the model, and return them by PEFT's module name."""
     attached = {}
     for index, layer in enumerate(model.model.layers):
         for target in TARGETS:
@@ -70,14 +70,14 @@ def attach(model: Any, *, rank: int, alpha: float) -> dict[str, LoraLinear]:
 def save(
     attached: dict[str, LoraLinear], folder: Path, *, base: str, rank: int, alpha: float
 ) -> None:
-    """Writes float16: half of float32, and finer than bfloat16 in the range of these numbers."""
+    """Write float16, which takes half of float32 and is finer than bfloat16 for these numbers."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, lora in attached.items():
         tensors[f"{name}.lora_A.weight"] = lora.lora_a.detach().to(torch.float16).contiguous()
         tensors[f"{name}.lora_B.weight"] = lora.lora_b.detach().to(torch.float16).contiguous()
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it for its owner only
+    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors creates files that only the owner can read
     config = {
         "base_model_name_or_path": base,
         "bias": "none",
@@ -96,7 +96,7 @@ def save(
 
 
 def load_into(model: Any, folder: Path) -> None:
-    """Attaches a saved adapter to a freshly loaded base."""
+    """Attach a saved adapter to a newly loaded base."""
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     tensors = load_file(folder / WEIGHTS_FILE)
     attached = attach(model, rank=int(config["r"]), alpha=float(config["lora_alpha"]))

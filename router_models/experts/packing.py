@@ -1,10 +1,10 @@
-"""Owns how conversations become rows of tokens.
+"""Packs conversations into rows of tokens.
 
-All conversations begin with the same tokens (the template's system prompt), which
-on short ones are more than half of the work. So a row holds those tokens once and
-then many conversations side by side: each sees the beginning and itself, and
-counts its positions as if it were alone. What a model computes for it is what it
-would compute without the others, and no token is padding.
+All conversations begin with the same tokens (the template's system prompt), which are more than
+half of the work for short conversations. A row therefore holds these tokens once, followed by many
+conversations. Each conversation attends only to the beginning and to itself, and its positions
+count as if it were alone. The model thus computes the same values as without the others, and no
+token is padding.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Row:
     owners: NDArray[np.int64]
 
     def may_attend(self) -> NDArray[np.bool_]:
-        """[query, key]: backwards only, to the shared beginning or within a conversation."""
+        """Return the mask [query, key], causal within a conversation and its beginning."""
         index = np.arange(len(self.token_ids))
         causal = index[None, :] <= index[:, None]
         visible = (self.segments[None, :] == 0) | (self.segments[None, :] == self.segments[:, None])
@@ -58,7 +58,7 @@ class Row:
 
 
 def tokenize(examples: Iterable[Example], tokenizer: Any, *, max_tokens: int) -> list[Conversation]:
-    """Through the chat template, as a server would; longer ones than `max_tokens` are left out."""
+    """Tokenise through the chat template. Examples above `max_tokens` are left out."""
     found = []
     for example in examples:
         text = tokenizer.apply_chat_template(
@@ -81,7 +81,7 @@ def tokenize(examples: Iterable[Example], tokenizer: Any, *, max_tokens: int) ->
 
 
 def shared_beginning(conversations: Sequence[Conversation]) -> tuple[int, ...]:
-    """The tokens with which every prompt begins."""
+    """Return the tokens with which every prompt begins."""
     if not conversations:
         return ()
     lowest = min(conversation.prompt_ids for conversation in conversations)
@@ -89,7 +89,7 @@ def shared_beginning(conversations: Sequence[Conversation]) -> tuple[int, ...]:
     length = 0
     while length < min(len(lowest), len(highest)) and lowest[length] == highest[length]:
         length += 1
-    # At least one token of each prompt stays its own: it predicts the answer's first.
+    # Each prompt keeps at least one token of its own, which predicts the answer's first token.
     shortest = min(len(conversation.prompt_ids) for conversation in conversations)
     return lowest[: min(length, shortest - 1)]
 
@@ -97,7 +97,7 @@ def shared_beginning(conversations: Sequence[Conversation]) -> tuple[int, ...]:
 def pack(
     conversations: Iterable[Conversation], beginning: tuple[int, ...], *, row_tokens: int
 ) -> Iterator[Row]:
-    """Fills rows in the order given; a row is closed when the next one would not fit."""
+    """Fill rows in the given order. A row is closed when the next conversation would not fit."""
     waiting: list[Conversation] = []
     used = len(beginning)
     for conversation in conversations:

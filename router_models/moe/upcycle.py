@@ -1,9 +1,9 @@
-"""Owns joining dense experts of one family into one mixture of experts, without training.
+"""Joins dense experts of one family into a mixture of experts, without training.
 
-Attention, embeddings and norms are the base's, the FFNs of base and experts become the
-experts of each layer, and gates come in closed form from hidden states on each expert's own
-texts (`gates`). What comes out is a stock Mixtral. Given a mixture made so as the base, it
-is extended: the experts in it are not read, nor their texts.
+Attention, embeddings and norms come from the base. The FFNs of base and experts become the experts
+of each layer. The gates have a closed form, computed from hidden states on each expert's own texts
+(`gates`). The result is a standard Mixtral. A base that is such a mixture is extended, and neither
+its experts nor their texts are read again.
 """
 
 from __future__ import annotations
@@ -47,9 +47,15 @@ class Plan:
 
 
 def plan(base: Path, experts: Mapping[str, Path], data: Path | None) -> Plan:
-    """Everything that can be refused before work begins is refused here. Raises ArtifactError.
+    """Check all inputs before the work begins.
 
-    `experts`: name → folder. `data`: a folder of texts (see `texts`).
+    Args:
+        base: The folder of the base.
+        experts: The folders of the experts by name.
+        data: A folder of texts.
+
+    Raises:
+        ArtifactError: An input does not fit.
     """
     config = dense.check_base(base)
     before = dense.statistics_of(base)
@@ -78,9 +84,12 @@ def plan(base: Path, experts: Mapping[str, Path], data: Path | None) -> Plan:
 def build(
     work: Plan, out: Path, *, top_k: int, say: Callable[[str], None] = lambda _: None
 ) -> Statistics:
-    """Makes the mixture in `out`, which must not exist; nothing is left there if it fails.
+    """Make the mixture in `out`, which must not exist. A failure leaves no files there.
 
-    `top_k`: experts for each token. Raises ArtifactError. Minutes, on a CPU.
+    The work takes minutes on a CPU. `top_k` is the number of experts for each token.
+
+    Raises:
+        ArtifactError: An input does not fit.
     """
     count = len(work.experts) + (len(work.statistics.experts) if work.statistics else 0)
     if not 1 <= top_k <= count:
@@ -136,7 +145,7 @@ def _fill(
 def _learn(
     statistics: Statistics, expert: Dense, field: domain_texts.Field, model: Any, tokenizer: Any
 ) -> Statistics:
-    """The statistics with this expert's own: `model` holds its weights."""
+    """Add this expert's own statistics. `model` has the expert's weights."""
     answered = domain_texts.answered(
         domain_texts.Field(field.name, field.train, (), field.source, field.licence),
         lambda prompts: expert_answers.greedy(model, tokenizer, prompts),
