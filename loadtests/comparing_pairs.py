@@ -1,4 +1,4 @@
-"""Pairs of answers and of questions: such as differ in one meaningful token, and paraphrases."""
+"""Pairs of answers and of questions: pairs with a difference in one token, and paraphrases."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 
-# Of one group no two mean the same.
+# No two entries of a group have the same meaning.
 GROUPS: tuple[tuple[str, ...], ...] = (
     ("5", "-5", "\u22126", "55", "50", "5.5", "0.05", "5%", "50%", "$5", "€5", "5!", "5^2", "5²"),
     (">5", "<5", "≥5", "≤5", "≠5", "±5", "~5", "not 5", "about 5", "at least 5", "at most 5"),
@@ -192,7 +192,7 @@ _SYLLABLES = ("an", "bel", "cor", "dan", "el", "far", "gal", "hol", "ir", "jo", 
 
 
 def _names(draw: random.Random) -> tuple[str, str]:
-    """A name, and one that differs in one letter, word, initial or number."""
+    """Return a name, and another name that differs in one letter, word, initial or number."""
 
     def word() -> str:
         return "".join(draw.choice(_SYLLABLES) for _ in range(draw.randrange(2, 4))).capitalize()
@@ -268,7 +268,7 @@ _VERB = re.compile(r"(?:explain|describe|summari[sz]e|define|give|show|help|tell
 
 
 def paraphrases(question: str) -> dict[str, str]:
-    """A question said otherwise, by the way in which; only ways that change something."""
+    """Return a paraphrase of a question. `way` is the kind of the change."""
     words = question.split(" ")
     bare = re.sub(r"\s*[?.]$", "", question)
     lowered = question[:1].lower() + question[1:]
@@ -316,7 +316,7 @@ def harmless(draw: random.Random, question: str) -> str:
 
 
 def different_questions(seed: int, count: int) -> Iterator[tuple[str, str]]:
-    """Questions that differ in one meaningful token, each said in one of many ways."""
+    """Yield questions that differ in one meaningful token, each in one of many wordings."""
     draw = random.Random(seed)
     for _ in range(count):
         one, other = atoms(draw)
@@ -325,7 +325,7 @@ def different_questions(seed: int, count: int) -> Iterator[tuple[str, str]]:
 
 
 def changed(draw: random.Random, text: str) -> str | None:
-    """A real text with one token changed, so that it may mean something else; None: too short."""
+    """Return a text with a changed token and maybe another meaning, or None for a short text."""
     words = text.split(" ")
     inner = [i for i in range(1, len(words)) if re.search(r"\w", words[i])]
     if len(inner) < 6:

@@ -10,10 +10,10 @@ from typing import Any
 
 
 class HoldMeter:
-    """While its context lasts, every callback of every asyncio loop of the process is timed.
+    """Measures every callback of every asyncio loop of the process within its context.
 
-    What is measured is the processor time of the loop's own thread: a full machine does not count.
-    Loops that do not run Python's `asyncio.Handle` (uvloop's) are not seen.
+    It measures the processor time of the loop's own thread, so that a busy machine does not count.
+    Loops without Python's `asyncio.Handle`, such as uvloop's, are not measured.
 
     `collections`: garbage collections count. Their time depends on all that the process holds, so a
     test that shares its process with what is measured leaves them out.

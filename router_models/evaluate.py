@@ -1,4 +1,4 @@
-"""Judges an artifact on outcomes that it was not fitted on. Owns `coe router evaluate`."""
+"""Evaluates an artifact on outcomes that it was not fitted on, for `coe router evaluate`."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ def run(
     plot_to: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Judge `artifact`; returns the object that `--json` prints.
+    """Evaluate `artifact`, and return the object that `--json` prints.
 
-    Rows that the artifact was fitted on are not judged. Where it was fitted on
-    all of them, it is fitted again with the same settings in folds, and every
-    row is judged by a fit that did not see it. Raises OutcomeError or
-    ArtifactError.
+    Rows that the artifact was fitted on are left out. An artifact that was fitted on all rows is
+    fitted again in folds with the same settings. Every row is then evaluated by a fit without it.
+
+    Raises:
+        OutcomeError: The outcomes can't be read.
+        ArtifactError: The artifact has no map, or does not fit the outcomes.
     """
     loaded = load_artifact(artifact)
     if "map" not in loaded.manifest:

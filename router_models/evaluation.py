@@ -77,14 +77,14 @@ _LEAST_COMPARED = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Rows on which everything that is compared was recorded.
+    """The rows for which all compared experts have recorded outcomes.
 
     Attributes:
-        rows: Indices (N,) of these rows in the whole table.
+        rows: The indices of these rows in the whole table, (N,).
         table: The table of these rows.
-        played: What each recipe did on them.
-        predicted: What the router expects of them.
-        left_out: Experts that too few rows have, so that they are compared with nobody.
+        played: The results of each recipe on these rows.
+        predicted: The router's predictions for these rows.
+        left_out: Experts with too few rows, which are left out of the comparison.
     """
 
     rows: NDArray[np.int64]

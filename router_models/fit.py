@@ -1,4 +1,4 @@
-"""Fits a router artifact to recorded outcomes. Owns what the artifact holds and its card.
+"""Fits a router artifact to recorded outcomes, and writes its card.
 
 python -m router_models.cli fit --outcomes F --costs COSTS.json --out NAME@1
 """

@@ -1,8 +1,8 @@
-"""Linear models on hashed n-grams. Owns design matrices, logistic and ridge fits, calibration.
+"""Linear models on hashed n-grams: design matrices, logistic and ridge fits, and calibration.
 
-The features are the service's own (`service.classifier.features`), so that what is
-fitted is what will run. scikit-learn is not needed: a multinomial logistic
-regression is one convex function for `scipy.optimize`.
+The features come from the service (`service.classifier.features`), so that fitting and serving use
+the same features. scikit-learn is not needed, because a multinomial logistic regression is a convex
+function for `scipy.optimize`.
 """
 
 from __future__ import annotations

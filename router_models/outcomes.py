@@ -1,4 +1,4 @@
-"""Recorded outcomes: what each expert answered to each prompt. Owns reading them.
+"""Reads recorded outcomes: the answers and scores of experts by prompt.
 
 One JSON object a line, gzipped or not:
 `{"id", "prompt", "category"?, "outcomes": {expert: {"score", "answer"?,

@@ -1,8 +1,8 @@
-"""Recipes judged on recorded outcomes. Owns which recipes are tried, and what each would have done.
+"""Replays recipes on recorded outcomes, and chooses the recipes to try.
 
-Costs count every call a recipe makes. Agreement is equality of recorded
-answers; an expert that gave no answer agrees with nobody. Experts whose answers
-were not recorded take part in no cascade and no vote.
+Costs count every call of a recipe. Two experts agree if their recorded answers are equal. An expert
+without an answer to a prompt agrees with no other expert. Experts without recorded answers take
+part in no cascade and no vote.
 """
 
 from __future__ import annotations

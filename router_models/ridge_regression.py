@@ -1,4 +1,4 @@
-"""Ridge regression on hashed n-grams for many targets at once. Owns the text kernel.
+"""Ridge regression on hashed n-grams for many targets at once, with a text kernel.
 
 Saunders, Gammerman and Vovk, "Ridge Regression Learning Algorithm in Dual
 Variables", 1998: with X the design matrix (each row of length √2, see

@@ -1,4 +1,4 @@
-"""From a table of outcomes to a router: posterior, factors and map. Owns the first stage.
+"""Fits a router to a table of outcomes: posterior, factors and map. This is the first stage.
 
 Two stages. The first is linear in the prompt's n-grams: one output a category,
 one a *factor* (the main ways in which experts' results vary together, so "how

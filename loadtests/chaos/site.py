@@ -85,7 +85,7 @@ def settings(port: int, redis_port: int, upstream_port: int) -> dict[str, Any]:
 
 
 class Misbehaving:
-    """An OpenAI endpoint that answers as told: well, not at all, slowly, or with nonsense."""
+    """An OpenAI endpoint with a set behaviour: correct, silent, slow, or invalid answers."""
 
     def __init__(self) -> None:
         self.manner = "well"
@@ -317,9 +317,9 @@ class Site:
         self.filler.unlink()
 
     async def reserved(self) -> float:
-        """What is reserved still, in all of the tenant's limits, once the service was stopped.
+        """Return the amount that is still reserved in the tenant's limits after the service's end.
 
-        Gateways that were killed are waited for as long as their leases run.
+        The method waits until the leases of killed gateways have expired.
         """
         if self.redis is None:
             return 0.0

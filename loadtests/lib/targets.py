@@ -73,7 +73,7 @@ class Table:
 
 @dataclass(slots=True)
 class Report:
-    """Everything one run has to tell. `facts` goes into the JSON object beside `reach`."""
+    """The results of one run. `facts` goes into the JSON object beside `reach`."""
 
     name: str
     reach: list[TargetCheck] = field(default_factory=list)
