@@ -174,7 +174,7 @@ def measure(pairs: int, folder: Path | None) -> Report:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """0: measured, whatever was reached. 1: could not be measured."""
+    """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("comparing", __doc__)
     words.add_argument("--pairs", type=int, default=50_000, help="generated pairs of each kind")
     words.add_argument("--data", type=Path, help="folder of recorded questions and answers")

@@ -268,7 +268,7 @@ _VERB = re.compile(r"(?:explain|describe|summari[sz]e|define|give|show|help|tell
 
 
 def paraphrases(question: str) -> dict[str, str]:
-    """Return a paraphrase of a question. `way` is the kind of the change."""
+    """Return paraphrases of a question by their kind. Kinds that change nothing are left out."""
     words = question.split(" ")
     bare = re.sub(r"\s*[?.]$", "", question)
     lowered = question[:1].lower() + question[1:]

@@ -154,7 +154,7 @@ def measure(*, fetch: bool) -> Report:
 
 
 def main() -> int:
-    """0: measured, whatever was reached. 1: could not be measured."""
+    """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("first_answer", __doc__)
     words.add_argument("--fetch", action="store_true", help="fetch the model anew, too")
     given = words.parse_args()

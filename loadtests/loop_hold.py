@@ -223,7 +223,7 @@ async def measure(threads: int, only: str) -> Report:
 
 
 def main() -> int:
-    """0: measured, whatever was reached. 1: could not be measured."""
+    """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("loop_hold", __doc__)
     words.add_argument("--threads", type=int, default=1, help="OMP threads (default 1)")
     words.add_argument("--only", default="", help="only requests whose name has this in it")

@@ -214,7 +214,7 @@ def run(for_s: float) -> Report:
 
 
 def main() -> int:
-    """0: measured, whatever was reached. 1: could not be measured."""
+    """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("mixed_sim", __doc__)
     words.add_argument("--for-s", type=float, default=60.0, help="length of the trace (60 s)")
     given = words.parse_args()

@@ -153,7 +153,7 @@ def _tell(
 
 
 def main() -> int:
-    """0: measured, whatever was reached. 1: could not be measured."""
+    """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("soak", __doc__)
     words.add_argument("--minutes", type=float, default=30.0, help="how long (default 30)")
     words.add_argument("--clients", type=int, default=16, help="requests at once (default 16)")

@@ -1,4 +1,4 @@
-"""`coe router`: the commands that fit and judge routers. Owns their options.
+"""`coe router`: the commands that fit and evaluate routers.
 
 The work is imported when a command runs, so that `coe --help` stays quick.
 Also `python -m router_models.cli`.
@@ -77,7 +77,7 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _guarded(work: Callable[[], Any]) -> Any:
-    """Run; what the user can mend becomes one line."""
+    """Run the command. An error that the user can correct becomes a single line."""
     from service.errors import CoeError
 
     try:

@@ -314,7 +314,7 @@ async def _measure(given: argparse.Namespace) -> Report:
 
 
 def main() -> int:
-    """0: measured, whatever was reached. 1: could not be measured."""
+    """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("chaos", __doc__)
     words.add_argument("--rounds", type=int, default=3, help="of every fault (default 3)")
     words.add_argument("--clients", type=int, default=16, help="requests at once (default 16)")

@@ -41,7 +41,7 @@ async def _measure(given: argparse.Namespace, watch: Watch) -> Report:
 
 
 def main() -> int:
-    """0: measured, whatever was reached. 1: could not be measured."""
+    """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     given = _arguments()
     return tell(lambda watch: uvloop.run(_measure(given, watch)), as_json=given.json)
 

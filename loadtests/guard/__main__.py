@@ -69,7 +69,7 @@ async def measure() -> Report:
 
 
 def main() -> int:
-    """0: measured, whatever was reached. 1: could not be measured."""
+    """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     given = parser("guard", __doc__).parse_args()
     return tell(lambda _: asyncio.run(measure()), as_json=given.json)
 

@@ -229,7 +229,7 @@ def _report(
 
 
 def main() -> int:
-    """0: measured, whatever was reached. 1: could not be measured."""
+    """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("mixed", __doc__)
     words.add_argument("--quick", action="store_true", help="a trace of 15 s instead of 50")
     words.add_argument(

@@ -33,7 +33,7 @@ def joined(parts: dict[str, Part]) -> Report:
 
 
 def main() -> int:
-    """0: measured, whatever was reached. 1: could not be measured."""
+    """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("moe", __doc__)
     names = ("capture", "steer", "build")
     words.add_argument(

@@ -109,7 +109,7 @@ def measure(artifact: Path, rounds: int) -> Report:
 
 
 def main() -> int:
-    """0: measured, whatever was reached. 1: could not be measured."""
+    """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("route", __doc__)
     words.add_argument("--artifact", type=Path, default=DEMO, help="a router artifact's folder")
     words.add_argument("--rounds", type=int, default=400, help="prompts a size (default 400)")

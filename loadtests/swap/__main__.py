@@ -211,7 +211,7 @@ def report_of(found: Found) -> Report:
 
 
 def main() -> int:
-    """0: measured, whatever was reached. 1: could not be measured."""
+    """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("swap", __doc__)
     words.add_argument("--times", type=int, default=10, help="swaps by each method (10)")
     words.add_argument("--respawns", type=int, default=3, help="new engines (3)")

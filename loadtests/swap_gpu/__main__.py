@@ -206,7 +206,7 @@ def report_of(found: Found) -> Report:
 
 
 def main() -> int:
-    """0: measured, whatever was reached. 1: could not be measured: without a GPU, for one."""
+    """Return 0 after a measurement, or 1 if it was impossible, for example without a GPU."""
     words = parser("swap_gpu", __doc__)
     words.add_argument("--times", type=int, default=10, help="swaps by each method (10)")
     words.add_argument("--shape", choices=sorted(SHAPES), default="7b", help="of the models (7b)")

@@ -303,7 +303,7 @@ async def _measure(given: argparse.Namespace) -> Report:
 
 
 def main() -> int:
-    """0: measured, whatever was reached. 1: could not be measured."""
+    """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     given = _arguments()
     return tell(lambda _: uvloop.run(_measure(given)), as_json=given.json)
 

@@ -1,4 +1,4 @@
-"""Fits the demo composition's router artifact. Owns which texts count as which category.
+"""Fits the demo composition's router artifact, and assigns texts to categories.
 
     python -m router_models.demo.fit --data DIR --out router_models/artifacts/demo@1
 

@@ -1,4 +1,4 @@
-"""Prompts made by ourselves for the demo router. Owns templates and their fillers.
+"""Generates prompts for the demo router from templates and fillers.
 
 Recorded prompts are questions of benchmarks; people also say hello, ask for a
 joke and paste code. These templates stand for that, drawn with a seed, so that

@@ -1,1 +1,1 @@
-"""Mixture-of-experts models: made of dense experts, and measured. Owns no engine."""
+"""Makes mixtures of experts from dense experts, and measures them."""

@@ -1,4 +1,4 @@
-"""Owns gates in closed form: which expert is for a hidden state, by ridge regression.
+"""Computes gates in closed form: ridge regression from hidden states to experts.
 
 For each layer W = (XᵀX + λI)⁻¹XᵀY, with X the gate's inputs on the experts' own texts and Y
 which expert's text a token is from; columns normalised (DUME, training-free dynamic upcycling
