@@ -1,4 +1,4 @@
-"""Measures the demo experts on held-out rows, each against the base.
+"""Owns measuring the demo experts on held-out rows, each against the base.
 
 `python -m router_models.experts.evaluate --data DIR --base PATH [--json]`
 

@@ -1,4 +1,4 @@
-"""Trains one demo expert with a plain LoRA loop in torch.
+"""Owns training one demo expert: a plain LoRA loop in torch.
 
 `python -m router_models.experts.train --expert math|intents|code --data DIR
  --base PATH --out DIR [--minutes M] [--steps N]`
