@@ -75,14 +75,17 @@ async def stage(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage
 async def test_swap_outputs_are_unchanged_by_swaps_and_concurrent_loads(stage: Stage) -> None:
     engine, said = stage.engine, stage.said
     said["base"] = await ask(engine, "base")
-    alone = await ask_one(engine, "base", tokens=96)
+    alone = await ask_one(engine, "base", tokens=200)
+    concurrent = 0
     for name in DEMO[1:]:
-        # Filled while the base generates: neither must disturb the other.
-        beside = asyncio.create_task(ask_one(engine, "base", tokens=96))
+        # The expert is loaded while the base generates: neither must disturb the other.
+        beside = asyncio.create_task(ask_one(engine, "base", tokens=200))
         filled = await engine.load_to_host(name)
-        assert not beside.done(), "it was over before the fill: nothing was shown"
+        concurrent += not beside.done()
         assert filled.host_bytes > 400 * 1024**2
         assert await beside == alone
+    # A load may take longer than an answer on a busy machine, but not every time.
+    assert concurrent, "every answer ended before the load beside it: nothing was shown"
     for name in DEMO[1:]:
         await stage.run(name)
         said[name] = await ask(engine, name)

@@ -202,8 +202,9 @@ def test_engine_lines_failed_start_keeps_its_reason() -> None:
     assert line["message"] == "EngineCore failed to start.: no such weights"
 
 
-def test_engine_logs_config_is_accepted_by_dictconfig() -> None:
+def test_engine_logs_config_is_accepted_by_dictconfig(monkeypatch: pytest.MonkeyPatch) -> None:
     """As vLLM reads it: the file is a valid logging config, and names our handler."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
     config = json.loads(ENGINE_LOGS.read_text())
     logger = logging.getLogger("vllm")
     before = logger.handlers[:], logger.level, logger.propagate
