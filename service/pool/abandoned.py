@@ -33,7 +33,9 @@ class AbandonedCalls:
             raise
         finally:
             self._running.discard(request_id)
-            del self._under_way[request_id]
+            # A later call of the same id has an event of its own, which must stay.
+            if self._under_way.get(request_id) is ended:
+                del self._under_way[request_id]
             ended.set()
 
     def mark_running(self, request_id: str) -> None:
