@@ -1,0 +1,1 @@
+"""The general router: everyday categories, and the prompts that teach them."""
