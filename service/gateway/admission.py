@@ -32,7 +32,7 @@ from service.errors import (
 from service.gateway.auth import Authenticator
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import ExpertCall, RequestRecord
-from service.gateway.sends.usage_meter import UsageMeter
+from service.gateway.response_sends import UsageMeter
 from service.http.asgi import ClientDisconnectedError
 from service.http.endpoints import TABLE, UNCHARGED
 from service.http.openai_errors import status_of

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -15,7 +17,6 @@ from service.gateway.console.endpoints import console_routes
 from service.gateway.console.event_stream import EventStream
 from service.gateway.cross_origin import CrossOriginMiddleware, CrossOriginRules
 from service.gateway.dependencies import GatewayServices
-from service.gateway.middleware import InternalErrorMiddleware
 from service.gateway.path_hints import hint_for
 from service.gateway.routes import (
     admin,
@@ -29,10 +30,15 @@ from service.gateway.routes import (
     usage,
 )
 from service.gateway.routes.inference import InferenceEndpoint
-from service.http.asgi import Send, send_response
+from service.http.asgi import Message, Receive, Send, send_response
 from service.http.endpoints import ENDPOINTS
 from service.http.openai_errors import ErrorResponse, dialect_of, error_response
 from service.telemetry.metrics import REQUESTS_REJECTED
+
+log = logging.getLogger("coe.api")
+
+# These endpoints handle their own exceptions, and every token passes through them.
+_INFERENCE = frozenset(ENDPOINTS)
 
 
 def build_app(
@@ -141,3 +147,37 @@ def _response(
     response.headers.update({name.decode(): value.decode() for name, value in error.headers})
     response.headers.update(headers or {})
     return response
+
+
+class InternalErrorMiddleware:
+    """Answers an unhandled exception with an OpenAI error, and logs its type and traceback.
+
+    The server's own handler would log the exception's text, which may quote a prompt.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in _INFERENCE:
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def tracked_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, tracked_send)
+        except Exception:
+            log.exception("unhandled exception in an endpoint")
+            if started:
+                # The reply has begun, so it can only be cut short.
+                raise ConnectionResetError(CoeError.code) from None
+            response = error_response(
+                CoeError("internal error; the log holds its type and traceback"),
+                dialect_of(scope["path"]),
+            )
+            await send_response(send, response.status, response.headers, response.body)

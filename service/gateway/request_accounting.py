@@ -17,9 +17,8 @@ from service.gateway.guard.guard import GuardResult
 from service.gateway.metrics import GatewayMetrics
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import RequestRecord
+from service.gateway.response_sends import ResponseSend, UsageMeter
 from service.gateway.routing.semantic_router import RoutePlan
-from service.gateway.sends.response import ResponseSend
-from service.gateway.sends.usage_meter import UsageMeter
 from service.http.asgi import ClientDisconnectedError, send_response
 from service.http.openai_errors import dialect_of, error_response
 from service.rpc.call_headers import trace_of

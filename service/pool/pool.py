@@ -24,16 +24,13 @@ from service.errors import (
     UnknownEndpointError,
     UnknownModelError,
 )
-from service.pool.abandoned import AbandonedCalls
-from service.pool.acknowledgements import Acknowledgements
+from service.pool.calls import AbandonedCalls, Acknowledgements, TimedSend
 from service.pool.host_budget import claims, divide, least
-from service.pool.lease import LeaseRevokedError
 from service.pool.placement import next_move
 from service.pool.planner import SwapPolicy
-from service.pool.slots.base import BaseSlot
+from service.pool.slots.base import BaseSlot, LeaseRevokedError
 from service.pool.slots.dedicated import DedicatedSlot
 from service.pool.slots.shared import SharedSlot
-from service.pool.timed_send import TimedSend
 from service.pool.units import Unit
 from service.rpc.call_headers import Call, Times
 from service.rpc.expert_speed import LatencyEstimator

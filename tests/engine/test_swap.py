@@ -22,8 +22,8 @@ from service.engine.base import EngineReport
 from service.engine.vllm.engine import VllmEngine, VllmModel
 from service.engine.vllm.swapping import Canary, Weights
 from service.errors import EngineDeadError, ExpertFailedError
-from service.pool.lease import LeaseRevokedError
 from service.pool.planner import SwapPolicy
+from service.pool.slots.base import LeaseRevokedError
 from service.pool.slots.shared import SharedSlot
 from service.pool.units import Unit, UnitState
 from service.types import Residency

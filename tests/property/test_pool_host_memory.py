@@ -19,9 +19,9 @@ from service.config import SimulatedOptions
 from service.engine.base import EngineReport, EngineRequest, LoadResult
 from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, ConflictError, EngineDeadError, ExpertFailedError
-from service.pool.lease import LeaseRevokedError
 from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool
+from service.pool.slots.base import LeaseRevokedError
 from service.pool.slots.shared import SharedSlot
 from service.pool.units import Unit, UnitState
 from tests.support.clock import FastTime

@@ -14,8 +14,8 @@ from service.config import SimulatedOptions
 from service.engine.base import EngineReport, EngineRequest, LoadResult, Message, Send, SwapResult
 from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, EngineDeadError, ExpertFailedError
-from service.pool.lease import LeaseRevokedError
 from service.pool.planner import SwapPolicy
+from service.pool.slots.base import LeaseRevokedError
 from service.pool.slots.shared import SharedSlot
 from service.pool.units import Unit, UnitState
 

@@ -56,10 +56,10 @@ from service.gateway.redaction import without_folders
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.token_limits import within_context, within_cost
 from service.gateway.request_record import ExpertCall, RequestRecord, Unfinished
+from service.gateway.response_sends import ResponseSend
 from service.gateway.routing.demand_reporter import DemandReporter
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.semantic_router import RoutePlan, selection_request
-from service.gateway.sends.response import ResponseSend
 from service.http.asgi import body_message, send_response, start_response
 from service.http.endpoints import TABLE
 from service.http.openai_errors import FAULT_HEADER

@@ -26,8 +26,8 @@ from service.errors import CoeError, UnavailableError
 from service.gateway.dispatch.dispatcher import Dispatcher
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import ExpertCall, RequestRecord
+from service.gateway.response_sends import NoAnswerError, ResponseSend
 from service.gateway.routing.semantic_router import RoutePlan
-from service.gateway.sends.response import NoAnswerError, ResponseSend
 from service.http.asgi import send_response
 from service.types import MAX_LATER, Recipe
 

@@ -17,12 +17,12 @@ from service.gateway.dispatch.ensemble import EnsembleExecutor
 from service.gateway.dispatch.errors import deadline_error
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.token_limits import within_cost
+from service.gateway.response_sends import ResponseSend
 from service.gateway.routing.explain import explain
 from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.quality import QualityModel
 from service.gateway.routing.semantic_router import RoutePlan
-from service.gateway.sends.response import ResponseSend
 from service.types import Recipe
 
 

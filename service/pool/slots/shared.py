@@ -19,7 +19,6 @@ from typing import Any
 
 from service.engine.base import SwappingEngine
 from service.errors import CoeError, ConflictError, EngineDeadError, UnknownModelError
-from service.pool.lease import LeaseRevokedError
 from service.pool.placement import Place
 from service.pool.planner import (
     LATE,
@@ -34,7 +33,7 @@ from service.pool.planner import (
     units_to_evict,
 )
 from service.pool.queue import Ticket
-from service.pool.slots.base import BaseSlot
+from service.pool.slots.base import BaseSlot, LeaseRevokedError
 from service.pool.slots.host_weights import TICK_S, HostWeights
 from service.pool.units import Swap, Unit, UnitState
 from service.rpc.snapshot import ExpertState

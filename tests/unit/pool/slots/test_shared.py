@@ -10,7 +10,7 @@ import pytest
 
 from service.engine.base import LoadResult
 from service.errors import ConflictError
-from service.pool.lease import LeaseRevokedError
+from service.pool.slots.base import LeaseRevokedError
 from service.types import Residency
 from tests.support.clock import FastTime
 from tests.support.swap_stage import SIZE, FaultyEngine, Stage, World, on_clock

@@ -1,13 +1,32 @@
-"""Token counts of a reply, for fairness between tenants."""
+"""Sequence numbers, times and tokens of a pool's calls."""
 
 from __future__ import annotations
+
+from contextlib import ExitStack
 
 import orjson
 import pytest
 
 from service.engine.base import Message
-from service.pool.timed_send import TimedSend
+from service.pool.calls import AbandonedCalls, Acknowledgements, TimedSend
 from service.rpc.expert_speed import ResponseTimer
+
+
+def test_acknowledge_out_of_order_calls_keeps_the_highest_sequence() -> None:
+    acks = Acknowledgements()
+    for seq in (1, 3, 2):
+        acks.record("a", seq)
+    assert acks.to_wire() == {"a": 3}
+
+
+def test_acknowledge_drops_gateways_not_heard_of_for_long() -> None:
+    acks = Acknowledgements()
+    for seq in range(1, 1000):
+        acks.record("always", seq)
+        acks.record(f"gateway-{seq}", seq)
+    told = acks.to_wire()
+    assert len(told) <= 256
+    assert told["always"] == told["gateway-999"] == 999
 
 
 async def nobody(message: Message) -> None:
@@ -39,3 +58,13 @@ async def test_timed_send_of_a_whole_reply_counts_tokens_by_its_usage(
     await measured({"type": "http.response.start", "status": 200, "headers": []})
     await measured({"type": "http.response.body", "body": orjson.dumps(reply)})
     assert counted == [tokens]
+
+
+async def test_abandoned_calls_of_one_id_end_apart() -> None:
+    calls = AbandonedCalls()
+    with ExitStack() as later:
+        with calls.call("a"):
+            later.enter_context(calls.call("a"))
+        calls.mark_running("a")
+        calls.record("a", 3, 2)
+    assert await calls.used("a") == (3, 2)

@@ -1,1 +1,0 @@
-"""ASGI sends that the gateway puts around the server's own."""
