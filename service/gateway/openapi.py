@@ -110,6 +110,12 @@ _HEADERS = [
         "schema": {"type": "string", "enum": ["off", "exact", "semantic"]},
     },
     {
+        "name": "x-coe-priority",
+        "in": "header",
+        "description": "A lower class in queues than the tenant's; a higher one changes nothing.",
+        "schema": {"type": "string", "enum": ["high", "normal", "low"]},
+    },
+    {
         "name": "x-request-id",
         "in": "header",
         "description": "Yours, given back in the reply.",

@@ -9,10 +9,11 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import orjson
 
+from service.config.tenants import Priority
 from service.errors import InvalidRequestError
 from service.gateway.request.hosted_tools import leave_out_hosted_tools
 from service.gateway.request.media import NOTHING, Media, media_of
@@ -227,7 +228,7 @@ def parse_request(
         raw=b"" if coe_options.own_key or unset or left_out else raw,
         request_id=request_id,
         client_id=given.decode() if _GIVEN_ID.match(given) else request_id,
-        tenant=tenant,
+        tenant=_lowered(tenant, headers),
         trace=trace_of(headers),
         deadline_ms=coe_options.deadline_ms or default_deadline_ms,
         own_deadline=coe_options.deadline_ms is not None,
@@ -311,6 +312,8 @@ class _CoeOptions:
 
 
 _MAX_DEADLINE_MS = 86_400_000
+# From the first to the last in pools' queues.
+_PRIORITIES = get_args(Priority)
 
 
 def _parse_coe_options(given: object, headers: dict[bytes, bytes]) -> _CoeOptions:
@@ -343,6 +346,21 @@ def _parse_coe_options(given: object, headers: dict[bytes, bytes]) -> _CoeOption
             param=where.split()[-1].strip("`"),
         )
     return _CoeOptions(given is not None, deadline_ms, _max_cost(coe_options, headers))
+
+
+def _lowered(tenant: Tenant, headers: dict[bytes, bytes]) -> Tenant:
+    """The tenant with the class of the header `x-coe-priority`, which can only be a lower one.
+
+    Raises:
+        InvalidRequestError: The header has an unknown value.
+    """
+    given = headers.get(b"x-coe-priority", tenant.priority.encode()).decode("latin-1")
+    if given not in _PRIORITIES:
+        raise InvalidRequestError(
+            f"the header x-coe-priority takes {', '.join(_PRIORITIES)}", param="x-coe-priority"
+        )
+    lowest = max(given, tenant.priority, key=_PRIORITIES.index)
+    return tenant if lowest == tenant.priority else replace(tenant, priority=lowest)
 
 
 def _cache(headers: dict[bytes, bytes]) -> CacheMode:

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from service.broker.pool_state import PoolView
+from service.broker.prices import prices_of
 from service.config import Config
 from service.errors import UnknownEndpointError, UnknownModelError
 from service.gateway.dependencies import CurrentTenant, GatewayServices, Services, json_response
@@ -114,7 +115,7 @@ def redact_states(states: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, A
 def _expert(
     config: Config, name: str, state: dict[str, Any], created_s: int, tenant: Tenant
 ) -> dict[str, Any]:
-    expert = config.experts[name]
+    expert, price = config.experts[name], prices_of(config)[name]
     entry: dict[str, Any] = {
         "id": name,
         "object": "model",
@@ -125,6 +126,7 @@ def _expert(
             "description": expert.description,
             "categories": list(expert.categories),
             "capabilities": list(expert.capabilities),
+            "price": {"prompt": price.prompt, "completion": price.completion},
             **state,
         },
     }

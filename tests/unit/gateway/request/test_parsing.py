@@ -11,6 +11,7 @@ import pytest
 from service.errors import InvalidRequestError
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.http.endpoints import ENDPOINTS
+from service.types import Tenant
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -200,3 +201,21 @@ def test_parse_request_duplicate_model_uses_the_last() -> None:
     got = asked(b'{"model": "other", "messages": [{"role": "user"}], "model": "math"}')
     assert got.model == "math"
     assert json.loads(got.body_for("math"))["model"] == "math"
+
+
+@pytest.mark.parametrize("own", ["high", "normal", "low"])
+@pytest.mark.parametrize("asked_for", [None, "high", "normal", "low"])
+def test_parse_request_priority_header_only_lowers_the_class(
+    own: str, asked_for: str | None
+) -> None:
+    order = ["high", "normal", "low"]
+    headers = {b"x-coe-priority": asked_for.encode()} if asked_for else {}
+    got = parse_request(
+        CHAT, orjson.dumps({"messages": HELLO}), headers, 1000, Tenant(priority=own)
+    )
+    assert got.tenant.priority == order[max(order.index(own), order.index(asked_for or own))]
+
+
+def test_parse_request_unknown_priority_names_the_allowed_ones() -> None:
+    with pytest.raises(InvalidRequestError, match="takes high, normal, low"):
+        asked({"messages": HELLO}, headers={b"x-coe-priority": b"urgent"})
