@@ -1,7 +1,6 @@
 """The cost of an answer, from its price and its tokens. Pure.
 
-The config chooses the unit of cost, for example a currency or billions of computed parameters.
-Prices are per million tokens.
+The config chooses the unit of cost: computation, or a currency. Prices are per million tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +40,10 @@ def micro(units: float) -> int:
 
 
 def prices_of(config: Config) -> dict[str, Price]:
-    """The price of every expert; zero if the config sets none."""
+    """The price of every expert; zero if the config has none.
+
+    `service.default_prices.with_default_prices` fills in the default prices of local experts.
+    """
     return {
         name: Price(expert.price.prompt, expert.price.completion) if expert.price else Price()
         for name, expert in config.experts.items()

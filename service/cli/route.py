@@ -65,12 +65,13 @@ def _local_decision(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     from service.broker.pool_state import PoolStateTable, idle_view
     from service.broker.selection import select
     from service.config import load_config
+    from service.default_prices import with_default_prices
     from service.gateway.request.parsing import parse_request
     from service.gateway.routing.explain import explain
     from service.gateway.routing.semantic_router import selection_request
     from service.gateway.routing.setup import RoutingSetup
 
-    config = load_config(path)
+    config = with_default_prices(load_config(path))
     raw = json.dumps(body).encode()
     request = parse_request("/v1/chat/completions", raw, {}, config.server.deadline_ms)
     routing = RoutingSetup(config)

@@ -13,6 +13,7 @@ from service.config.guard import GuardConfig
 from service.config.limits import RequestLimits
 from service.config.loader import load_config, parse_config, read_config
 from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
+from service.config.prices import PricesConfig
 from service.config.recipes import RecipeConfig
 from service.config.schema import SECTIONS, Config
 from service.config.server import RouterConfig, ServerConfig
@@ -40,6 +41,7 @@ __all__ = [
     "MoeCapture",
     "PoolConfig",
     "PriceConfig",
+    "PricesConfig",
     "RecipeConfig",
     "RemoteConfig",
     "RequestLimits",

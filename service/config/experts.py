@@ -119,7 +119,11 @@ class ExpertConfig(Section):
         "earlier expert names; elsewhere 0.5 for the fallback and 0 for other experts.",
     )
     vllm: ExpertKernels = Field(default_factory=lambda: ExpertKernels())
-    price: PriceConfig | None = Field(None, description="Price of its tokens. Default: 0.")
+    price: PriceConfig | None = Field(
+        None,
+        description="Price of its tokens. Default: that of its base, or of its active parameters "
+        "(see `prices`); 0 for a remote endpoint.",
+    )
     description: str = Field("", description="One line for people, shown in /v1/models.")
     capabilities: tuple[Capability, ...] = Field(
         ("chat", "completions", "tools", "json"),

@@ -17,6 +17,7 @@ from service.config.guard import GuardConfig, InjectionConfig, PiiConfig
 from service.config.limits import RequestLimits
 from service.config.moe_kernels import ON_CPU, EplbOptions, ExpertKernels
 from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
+from service.config.prices import PricesConfig
 from service.config.recipes import RecipeConfig
 from service.config.server import RouterConfig, ServerConfig
 from service.config.telemetry import TelemetryConfig
@@ -55,6 +56,7 @@ class Config(Section):
     keys: dict[Name, KeyConfig] = Field(
         default_factory=dict, description="API keys of the config, by name."
     )
+    prices: PricesConfig = Field(default_factory=lambda: PricesConfig())
     budgets: dict[Name, BudgetConfig] = Field(default_factory=dict, description="Budgets, by name.")
     feedback: FeedbackConfig = Field(default_factory=lambda: FeedbackConfig())
     store: StoreConfig = Field(default_factory=lambda: StoreConfig())
@@ -65,6 +67,14 @@ class Config(Section):
         _check_kernels(self)
         _check_tenants(self)
         return self
+
+    @property
+    def computation_rate(self) -> float:
+        """Units of cost per million tokens and billion active parameters of a local expert."""
+        given = self.prices.per_billion_parameters
+        if given is not None:
+            return given
+        return 0.0 if any(expert.price is not None for expert in self.experts.values()) else 1.0
 
     @property
     def fallback(self) -> str:
@@ -306,6 +316,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("experts", "*", "vllm"): ExpertKernels,
     ("experts", "*", "media"): MediaConfig,
     ("recipes", "*"): RecipeConfig,
+    ("prices",): PricesConfig,
     ("feedback",): FeedbackConfig,
     ("pools", "*"): PoolConfig,
     ("pools", "*", "vllm"): VllmOptions,

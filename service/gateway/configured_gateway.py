@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from service.broker.ledger import Ledger
 from service.capabilities import with_capabilities
 from service.config import Config
+from service.default_prices import with_default_prices
 from service.gateway.admission import Admission
 from service.gateway.app import build_app
 from service.gateway.auth import Authenticator
@@ -98,7 +99,7 @@ class ConfiguredGateway:
         predecessor: ConfiguredGateway | None = None,
     ) -> None:
         self.config = config
-        config = with_capabilities(config)
+        config = with_default_prices(with_capabilities(config))
         self.ledger = ledger
         self._resources = resources
         state = resources.state

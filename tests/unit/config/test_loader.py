@@ -63,7 +63,7 @@ def test_config_every_field_has_a_description() -> None:
         (
             {"servers": {}},
             "coe.yaml: servers: unknown key; did you mean 'server'? allowed: budgets, "
-            "experts, feedback, keys, models_dir, pools, recipes, router, server, store, "
+            "experts, feedback, keys, models_dir, pools, prices, recipes, router, server, store, "
             "telemetry, tenants",
         ),
         (
