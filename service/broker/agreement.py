@@ -187,7 +187,7 @@ def final_answer(text: str, *, as_json: bool = False) -> FinalAnswer | None:
         text: The text of an answer.
         as_json: Whether the client requires JSON, so that any other text has no final answer.
     """
-    text = _after_thinking(text).strip()
+    text = after_thinking(text).strip()
     if as_json or text[:1] in ("{", "[") or text.startswith("```"):
         found = _json(text)
         if found is not None or as_json:
@@ -213,7 +213,7 @@ def final_answer(text: str, *, as_json: bool = False) -> FinalAnswer | None:
     return _canonical("\n".join(lines))
 
 
-def _after_thinking(text: str) -> str:
+def after_thinking(text: str) -> str:
     """Return the text after a reasoning model's thoughts; empty if the thoughts never end."""
     _, ended, rest = text.rpartition("</think>")
     return rest if ended else "" if "<think>" in text else text
