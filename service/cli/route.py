@@ -68,8 +68,7 @@ def _local_decision(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     from service.default_prices import with_default_prices
     from service.gateway.request.parsing import parse_request
     from service.gateway.routing.explain import explain
-    from service.gateway.routing.semantic_router import selection_request
-    from service.gateway.routing.setup import RoutingSetup
+    from service.gateway.routing.semantic_router import RoutingSetup, selection_request
 
     config = with_default_prices(load_config(path))
     raw = json.dumps(body).encode()

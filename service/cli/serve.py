@@ -77,7 +77,7 @@ def _with_models(config: Config) -> Config:
 
 def _check_artifacts(config: Config) -> None:
     from service.capabilities import with_capabilities
-    from service.gateway.routing.setup import RoutingSetup
+    from service.gateway.routing.semantic_router import RoutingSetup
 
     RoutingSetup(config)
     with_capabilities(config)

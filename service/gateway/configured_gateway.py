@@ -17,17 +17,15 @@ from service.gateway.cache.response_cache import ResponseCache
 from service.gateway.console.event_stream import EventStream
 from service.gateway.dependencies import GatewayServices, Reload
 from service.gateway.dispatch.circuit_breakers import CircuitBreakers
-from service.gateway.dispatch.dispatcher import Dispatcher
-from service.gateway.dispatch.execution import RecipeExecutor
+from service.gateway.dispatch.dispatcher import Dispatcher, RecipeExecutor
 from service.gateway.dispatch.remote_pool import RemotePool
 from service.gateway.guard.guard import Guard
 from service.gateway.guard.screen import Screen
 from service.gateway.request.validation import RequestValidator
-from service.gateway.request_accounting import RequestObservers
-from service.gateway.request_record import ExpertCall
+from service.gateway.request_record import ExpertCall, RequestObservers
 from service.gateway.routes.inference import InferenceEndpoint, InferenceHandler
 from service.gateway.routing.feedback_learning import FeedbackService
-from service.gateway.routing.setup import RoutingSetup
+from service.gateway.routing.semantic_router import RoutingSetup
 from service.gateway.state import GatewayState
 from service.gateway.store_setup import key_book, keys_marker
 from service.rpc.pool_directory import PoolDirectory

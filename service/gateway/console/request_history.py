@@ -81,6 +81,10 @@ class RequestHistory:
         self._kept: deque[CompletedRequest] = deque(maxlen=size)
         self.count = 0
 
+    def add_record(self, record: RequestRecord) -> None:
+        """Add a request that has ended now."""
+        self.add(CompletedRequest.of(record))
+
     def add(self, one: CompletedRequest) -> None:
         """Add a request that has ended."""
         self._kept.append(one)

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
@@ -23,13 +23,15 @@ from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import Selection
 from service.engine.base import Message
 from service.errors import CoeError, UnavailableError
-from service.gateway.dispatch.dispatcher import Dispatcher
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.response_sends import NoAnswerError, ResponseSend
 from service.gateway.routing.semantic_router import RoutePlan
 from service.http.asgi import send_response
 from service.types import MAX_LATER, Recipe
+
+if TYPE_CHECKING:
+    from service.gateway.dispatch.dispatcher import Dispatcher
 
 log = logging.getLogger("coe.ensemble")
 

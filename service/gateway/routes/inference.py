@@ -11,12 +11,14 @@ from typing import Any
 from service.errors import RateLimitExceededError
 from service.gateway.admission import Admission, Entry
 from service.gateway.cache.response_cache import ResponseCache
-from service.gateway.dispatch.execution import RecipeExecutor
+from service.gateway.dispatch.dispatcher import RecipeExecutor
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.validation import RequestValidator
-from service.gateway.request_accounting import RequestObservers, RequestScope
+from service.gateway.request_record import RequestObservers, RequestScope
+from service.gateway.response_sends import ResponseSend
 from service.gateway.routing.semantic_router import RoutePlan, SemanticRouter
 from service.http.asgi import ClientDisconnectedError, Receive, Send, until_gone
+from service.http.openai_errors import dialect_of
 
 
 class InferenceHandler:
@@ -73,7 +75,14 @@ class InferenceHandler:
                     return
                 plan = self._executor.affordable(request, plan)
                 request, plan = await self._admit(entry, request, plan)
-                reply = request_scope.compose_sends(session, entry.counting)
+                # A message of the engine passes the meter, then this send, then the session's.
+                reply = ResponseSend(
+                    session.send,
+                    request_scope.headers,
+                    record,
+                    entry.counting,
+                    dialect_of(record.path),
+                )
                 answering = self._executor.execute(request, plan, reply)
                 if self._behind_serve and not _ignores_disconnects(scope["headers"]):
                     await answering

@@ -28,8 +28,7 @@ from service.gateway.request.media import (
     media_tokens,
 )
 from service.gateway.request.parsing import InferenceRequest, parse_request
-from service.gateway.routing.semantic_router import selection_request
-from service.gateway.routing.setup import RoutingSetup
+from service.gateway.routing.semantic_router import RoutingSetup, selection_request
 from service.models.senses import Senses, senses_of
 from service.rpc.snapshot import ExpertState, Snapshot, Speed
 from service.types import Residency
