@@ -35,6 +35,7 @@ from service.pool.units import Unit
 from service.rpc.call_headers import Call, Times
 from service.rpc.expert_speed import LatencyEstimator
 from service.rpc.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
+from service.telemetry.logging import log_fields
 
 log = logging.getLogger("coe.pool")
 
@@ -330,6 +331,7 @@ class Pool:
             EngineDeadError: The engine died.
             CoeError: The engine refused the request.
         """
+        log_fields(request_id=call.request_id, expert=call.expert)
         self._acks.record(call.gateway, call.seq)
         self._slot(call.expert)
         loop = asyncio.get_running_loop()

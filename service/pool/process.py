@@ -13,9 +13,7 @@ from service.models.expert_folders import folder_here
 from service.moe.profiles import profile_bytes
 from service.pool.factory import PoolFactory
 from service.pool.pool import Pool
-from service.rpc.call_headers import Call
 from service.rpc.server import PoolApp
-from service.telemetry.logging import log_fields
 from service.telemetry.pool_metrics import PoolMetrics
 from service.telemetry.setup import node_target, traces_of
 
@@ -33,7 +31,7 @@ class PoolProcess:
         self._metrics.follow(self.pool)
         self._config = config
         self._weights: dict[str, int] = {}
-        self.app = PoolApp(self, secret, config.server.max_body_bytes)
+        self.app = PoolApp(self.pool, self, secret, config.server.max_body_bytes)
         self._node = node_target(config, node, f"pool-{kind}-{self.pool.boot}", self.metrics)
 
     async def start(self) -> None:
@@ -55,16 +53,6 @@ class PoolProcess:
         self._config = config
         self._weights.clear()
         await self._factory.reload(config)
-
-    async def run(self, call: Call, body: bytes, send: Any) -> None:
-        log_fields(request_id=call.request_id, expert=call.expert)
-        await self.pool.run(call, body, send)
-
-    async def used(self, request_id: str) -> tuple[int, int] | None:
-        return await self.pool.used(request_id)
-
-    def snapshots(self) -> Any:
-        return self.pool.snapshots()
 
     def experts(self) -> dict[str, Any]:
         details = self.pool.details()
@@ -92,12 +80,6 @@ class PoolProcess:
         except CoeError:
             return None
         return self._weights[expert]
-
-    def demand(self, wanted: dict[str, float]) -> None:
-        self.pool.demand(wanted)
-
-    async def operate(self, operation: str, expert: str) -> None:
-        await self.pool.operate(operation, expert)
 
     async def moe_statistics(self, expert: str) -> dict[str, Any]:
         return await self._metrics.routing_stats(expert)

@@ -1,13 +1,13 @@
 """The ASGI application behind a pool's port.
 
-It accepts only requests that carry the cluster's secret. A `PoolHandler` answers them, so that this
+It accepts only requests that carry the cluster's secret. Protocols describe the pool, so that this
 module does not depend on pools.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
 import orjson
@@ -31,8 +31,8 @@ from service.rpc.call_headers import Call, parse_call
 log = logging.getLogger("coe.link")
 
 
-class PoolHandler(Protocol):
-    """The operations of a pool for its gateways."""
+class PoolCalls(Protocol):
+    """A pool, as its gateways call it."""
 
     async def run(self, call: Call, body: bytes, send: Send) -> None:
         """Answer a call.
@@ -47,6 +47,24 @@ class PoolHandler(Protocol):
     def snapshots(self) -> AsyncIterator[bytes]:
         """Lines of the snapshot stream."""
 
+    def demand(self, wanted: dict[str, float]) -> None:
+        """Record a gateway's unmet demand, by expert."""
+
+    async def operate(self, operation: str, expert: str) -> None:
+        """Load, evict, pin or unpin an expert.
+
+        Args:
+            operation: `load`, `evict`, `pin` or `unpin`.
+            expert: The expert.
+
+        Raises:
+            CoeError: The operation is not possible.
+        """
+
+
+class PoolReports(Protocol):
+    """What a pool's process reports of its pool."""
+
     async def metrics(self) -> str:
         """Prometheus text."""
 
@@ -60,28 +78,36 @@ class PoolHandler(Protocol):
             CoeError: There are no statistics.
         """
 
-    def demand(self, wanted: dict[str, float]) -> None:
-        """Record a gateway's unmet demand, by expert."""
-
-    async def operate(self, act: str, expert: str) -> None:
-        """Load, evict, pin or unpin an expert.
-
-        Args:
-            act: `load`, `evict`, `pin` or `unpin`.
-            expert: The expert.
-
-        Raises:
-            CoeError: The operation is not possible.
-        """
-
 
 class PoolApp:
-    """The application of one pool."""
+    """The application of one pool.
 
-    def __init__(self, handler: PoolHandler, secret: str, max_body_bytes: int) -> None:
-        self._handler = handler
+    A request's method and the first part of its path select its endpoint in a table. Any other
+    POST is a call of an expert.
+
+    Args:
+        pool: Answers calls.
+        reports: Reports metrics and figures of the pool.
+        secret: The cluster's secret.
+        max_body_bytes: The bound on a request's body.
+    """
+
+    def __init__(
+        self, pool: PoolCalls, reports: PoolReports, secret: str, max_body_bytes: int
+    ) -> None:
+        self._pool = pool
+        self._reports = reports
         self._secret = secret.encode()
         self._max_body_bytes = max_body_bytes
+        self._endpoints: dict[tuple[str, str], _Endpoint] = {
+            ("GET", "snapshots"): self._stream_snapshots,
+            ("GET", "metrics"): self._send_metrics,
+            ("GET", "experts"): self._send_experts,
+            ("GET", "used"): self._send_used,
+            ("GET", "moe-statistics"): self._send_moe_statistics,
+            ("POST", "demand"): self._record_demand,
+            ("POST", "operate"): self._operate,
+        }
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -92,33 +118,13 @@ class PoolApp:
             given = headers.get(secrets.HEADER.encode(), b"")
             if not secrets.same(given, self._secret):
                 raise UnauthorizedError("a pool's port takes only its own cluster's requests")
-            path: str = scope["path"]
-            if path == "/snapshots":
-                await self._stream_snapshots(receive, reply)
-            elif path == "/metrics":
-                text = await self._handler.metrics()
-                await reply.whole(200, b"text/plain; version=0.0.4", text.encode())
-            elif path == "/experts":
-                body = orjson.dumps(self._handler.experts())
-                await reply.whole(200, b"application/json", body)
-            elif path.startswith("/used/"):
-                told = await self._handler.used(path.removeprefix("/used/"))
-                await reply.whole(200, b"application/json", orjson.dumps(told))
-            elif path.startswith("/moe-statistics/"):
-                expert = path.removeprefix("/moe-statistics/")
-                body = orjson.dumps(await self._handler.moe_statistics(expert))
-                await reply.whole(200, b"application/json", body)
-            elif scope["method"] == "POST" and path == "/demand":
-                self._handler.demand(_amounts(await read_body(receive, self._max_body_bytes)))
-                await reply.whole(200, b"application/json", b"{}")
-            elif scope["method"] == "POST" and path.startswith("/operate/"):
-                act, _, expert = path.removeprefix("/operate/").partition("/")
-                await self._handler.operate(act, expert)
-                await reply.whole(200, b"application/json", b"{}")
-            elif scope["method"] == "POST":
-                call = parse_call(path, headers)
-                body = await read_body(receive, self._max_body_bytes)
-                await until_gone(self._handler.run(call, body, reply), receive)
+            method, path = scope["method"], scope["path"]
+            name, _, argument = path.removeprefix("/").partition("/")
+            endpoint = self._endpoints.get((method, name))
+            if endpoint is not None:
+                await endpoint(argument, receive, reply)
+            elif method == "POST":
+                await self._run(path, headers, receive, reply)
             else:
                 raise UnknownEndpointError(f"a pool has no {path}")
         except ClientDisconnectedError:
@@ -127,17 +133,48 @@ class PoolApp:
             await reply.fail(error)
         except Exception:
             # The HTTP server would log the error's text, which may quote a prompt.
-            log.exception("a call failed unexpectedly")
-            await reply.fail(CoeError("something went wrong in a pool; its log has kind and place"))
+            log.exception("unhandled exception in a pool's endpoint")
+            await reply.fail(
+                CoeError("internal error in a pool; its log holds the type and traceback")
+            )
 
-    async def _stream_snapshots(self, receive: Receive, reply: _Reply) -> None:
+    async def _run(
+        self, path: str, headers: dict[bytes, bytes], receive: Receive, reply: _Reply
+    ) -> None:
+        call = parse_call(path, headers)
+        body = await read_body(receive, self._max_body_bytes)
+        await until_gone(self._pool.run(call, body, reply), receive)
+
+    async def _stream_snapshots(self, _: str, receive: Receive, reply: _Reply) -> None:
         async def stream() -> None:
             await reply(start_response(200, [(b"content-type", b"application/x-ndjson")]))
-            async for line in self._handler.snapshots():
+            async for line in self._pool.snapshots():
                 await reply(body_message(line, more=True))
             await reply(body_message())
 
         await until_gone(stream(), receive)
+
+    async def _send_metrics(self, _: str, _receive: Receive, reply: _Reply) -> None:
+        text = await self._reports.metrics()
+        await reply.whole(b"text/plain; version=0.0.4", text.encode())
+
+    async def _send_experts(self, _: str, _receive: Receive, reply: _Reply) -> None:
+        await reply.json(self._reports.experts())
+
+    async def _send_used(self, request_id: str, _receive: Receive, reply: _Reply) -> None:
+        await reply.json(await self._pool.used(request_id))
+
+    async def _send_moe_statistics(self, expert: str, _receive: Receive, reply: _Reply) -> None:
+        await reply.json(await self._reports.moe_statistics(expert))
+
+    async def _record_demand(self, _: str, receive: Receive, reply: _Reply) -> None:
+        self._pool.demand(_amounts(await read_body(receive, self._max_body_bytes)))
+        await reply.json({})
+
+    async def _operate(self, argument: str, _receive: Receive, reply: _Reply) -> None:
+        operation, _, expert = argument.partition("/")
+        await self._pool.operate(operation, expert)
+        await reply.json({})
 
 
 class _Reply:
@@ -155,9 +192,12 @@ class _Reply:
             self._ended = True
         await self._send(message)
 
-    async def whole(self, status: int, content_type: bytes, body: bytes) -> None:
+    async def json(self, value: object) -> None:
+        await self.whole(b"application/json", orjson.dumps(value))
+
+    async def whole(self, content_type: bytes, body: bytes) -> None:
         headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
-        await send_response(self, status, headers, body)
+        await send_response(self, 200, headers, body)
 
     async def fail(self, error: CoeError) -> None:
         if self._ended:
@@ -167,6 +207,9 @@ class _Reply:
             return
         fault = error_response(error)
         await send_response(self, fault.status, fault.headers, fault.body)
+
+
+_Endpoint = Callable[[str, Receive, _Reply], Awaitable[None]]
 
 
 def _amounts(body: bytes) -> dict[str, float]:
