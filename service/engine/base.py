@@ -117,7 +117,7 @@ class EngineObserver(Protocol):
     def on_removed(self, expert: str) -> None:
         """Forget an expert that the config has removed or replaced."""
 
-    def registry(self, expert: str) -> CollectorRegistry:
+    def engine_registry(self, expert: str) -> CollectorRegistry:
         """Return an empty registry for the engine's own metrics while it runs this expert.
 
         The registry replaces any earlier registry of this expert.

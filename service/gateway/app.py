@@ -101,7 +101,7 @@ def _add_middleware(app: FastAPI, services: GatewayServices) -> None:
     app.add_middleware(InternalErrorMiddleware)
 
     async def refuse(path: str, error: CoeError, send: Send) -> None:
-        services.state.metrics.meter.add(REQUESTS_REJECTED, 1, error.code)
+        services.state.metrics.registry.add(REQUESTS_REJECTED, 1, error.code)
         response = error_response(error, dialect_of(path))
         await send_response(send, response.status, response.headers, response.body)
 

@@ -101,7 +101,7 @@ class ConfiguredGateway:
         self.ledger = ledger
         self._resources = resources
         state = resources.state
-        self._meter = state.metrics.meter
+        self._registry = state.metrics.registry
         book = key_book(config, resources.store)
         self.authenticator: Authenticator = Authenticator(
             config,
@@ -117,7 +117,7 @@ class ConfiguredGateway:
             config.server.breaker.min_hang_s,
             state.breakers,
             state.retries,
-            self._meter,
+            self._registry,
         )
         routing = RoutingSetup(config, state.lengths, state.escalations)
         self.cost_model = routing.cost_model
@@ -148,7 +148,7 @@ class ConfiguredGateway:
             config=config,
             state=state,
             admission=self._admission,
-            validator=RequestValidator(config, Guard(config, resources.screens), self._meter),
+            validator=RequestValidator(config, Guard(config, resources.screens), self._registry),
             router=routing.router,
             executor=RecipeExecutor(
                 self.dispatcher,
@@ -188,7 +188,7 @@ class ConfiguredGateway:
         return InferenceHandler(
             validator=services.validator,
             router=services.router,
-            cache=ResponseCache(services.config, resources.volatile, self._meter),
+            cache=ResponseCache(services.config, resources.volatile, self._registry),
             admission=self._admission,
             executor=services.executor,
             observers=RequestObservers(
@@ -231,7 +231,7 @@ class ConfiguredGateway:
 
     def _count_charged(self, tenant: Tenant, outcome: str, calls: Sequence[ExpertCall]) -> None:
         """Count a request in its tenant's usage."""
-        self._meter.add(metrics.TENANT_REQUESTS, 1, tenant.name, outcome)
+        self._registry.add(metrics.TENANT_REQUESTS, 1, tenant.name, outcome)
         for call in calls:
             tokens = (call.prompt_tokens or 0) + (call.completion_tokens or 0)
-            self._meter.add(metrics.TENANT_TOKENS, tokens, tenant.name)
+            self._registry.add(metrics.TENANT_TOKENS, tokens, tenant.name)

@@ -16,21 +16,21 @@ _NO_ROOM = frozenset({"over_capacity"})
 
 
 class GatewayMetrics:
-    """The meter of a gateway, and what one request adds to it.
+    """The registry of a gateway, and what one request adds to it.
 
     `remote`: the experts that no pool counts. Requests that began by an earlier config may be
     answered by such that the config does not have any more.
     """
 
     def __init__(self) -> None:
-        self.meter = MetricsRegistry(Side.GATEWAY)
+        self.registry = MetricsRegistry(Side.GATEWAY)
         self.remote: frozenset[str] = frozenset()
         self._in_flight = 0
         self._asked: list[Callable[[], Awaitable[None]]] = []
-        self.meter.on_read(lambda: self.meter.put(metrics.IN_FLIGHT, self._in_flight))
+        self.registry.on_read(lambda: self.registry.put(metrics.IN_FLIGHT, self._in_flight))
 
     def on_ask(self, asked: Callable[[], Awaitable[None]]) -> None:
-        """Like the meter's `on_read`, for what must be waited for."""
+        """Like the registry's `on_read`, for what must be waited for."""
         self._asked.append(asked)
 
     @property
@@ -45,57 +45,59 @@ class GatewayMetrics:
     def request_finished(self, record: RequestRecord) -> None:
         """Count a request that has ended."""
         self._in_flight -= 1
-        meter, recipe = self.meter, record.recipe_label
-        meter.add(metrics.REQUESTS, 1, record.expert, record.category, recipe, record.outcome)
+        registry, recipe = self.registry, record.recipe_label
+        registry.add(metrics.REQUESTS, 1, record.expert, record.category, recipe, record.outcome)
         # A count of 0 is exported as well, so that the share of errors is known from the start.
-        meter.add(metrics.SERVER_ERRORS, record.ours, record.expert)
+        registry.add(metrics.SERVER_ERRORS, record.ours, record.expert)
         if record.routed:
-            meter.observe(metrics.ROUTE, record.route_ms / 1000)
+            registry.observe(metrics.ROUTE, record.route_ms / 1000)
         for expert, code in record.failed:
-            meter.add(metrics.ATTEMPTS_FAILED, 1, expert, code)
+            registry.add(metrics.ATTEMPTS_FAILED, 1, expert, code)
         if record.fault and (record.attempts == 0 or record.fault in _NO_ROOM):
-            meter.add(metrics.REQUESTS_REJECTED, 1, record.fault)
+            registry.add(metrics.REQUESTS_REJECTED, 1, record.fault)
         if record.escalations:
-            meter.add(metrics.ESCALATIONS, record.escalations, recipe)
+            registry.add(metrics.ESCALATIONS, record.escalations, recipe)
         self._count_calls(record)
         if record.outcome == "ok" and record.first_byte_s:
             self._observe_times(record)
 
     def _count_calls(self, record: RequestRecord) -> None:
-        meter, recipe = self.meter, record.recipe_label
+        registry, recipe = self.registry, record.recipe_label
         if not record.calls:
             return
-        meter.add(metrics.COST_PREDICTED, record.predicted_cost, recipe)
+        registry.add(metrics.COST_PREDICTED, record.predicted_cost, recipe)
         for call in record.calls:
-            meter.add(metrics.COST, call.cost, recipe, call.expert)
+            registry.add(metrics.COST, call.cost, recipe, call.expert)
             if call.expert in self.remote:
-                meter.add(metrics.TOKENS, call.prompt_tokens or 0, call.expert, "prompt")
-                meter.add(metrics.TOKENS, call.completion_tokens or 0, call.expert, "completion")
+                registry.add(metrics.TOKENS, call.prompt_tokens or 0, call.expert, "prompt")
+                registry.add(metrics.TOKENS, call.completion_tokens or 0, call.expert, "completion")
 
     def _observe_times(self, record: RequestRecord) -> None:
-        meter, expert = self.meter, record.expert
-        meter.observe(metrics.REQUEST_DURATION, record.total_s, expert)
+        registry, expert = self.registry, record.expert
+        registry.observe(metrics.REQUEST_DURATION, record.total_s, expert)
         if record.streamed:
-            meter.observe(metrics.TIME_TO_FIRST_TOKEN, record.first_byte_s, expert)
+            registry.observe(metrics.TIME_TO_FIRST_TOKEN, record.first_byte_s, expert)
         engine_s = record.prefill_ms / 1000
         if record.local:
             queue_s = record.queue_ms / 1000
             overhead_s = max(0.0, record.first_byte_s - queue_s - engine_s)
-            meter.observe(metrics.GATEWAY_OVERHEAD, overhead_s)
-            meter.observe(metrics.WAIT_PREDICTION_ERROR, queue_s - record.predicted_s)
-            meter.add(metrics.WAIT_PREDICTED, record.predicted_s, expert)
-            meter.add(metrics.WAIT_ACTUAL, queue_s, expert)
+            registry.observe(metrics.GATEWAY_OVERHEAD, overhead_s)
+            error_s = queue_s - record.predicted_s
+            direction = "under" if error_s > 0 else "over"
+            registry.observe(metrics.WAIT_PREDICTION_ERROR, abs(error_s), direction)
+            registry.add(metrics.WAIT_PREDICTED, record.predicted_s, expert)
+            registry.add(metrics.WAIT_ACTUAL, queue_s, expert)
         elif expert in self.remote and record.streamed:
             # A remote engine is known by its bytes alone: only a stream tells its phases apart.
             decode_s = record.total_s - record.first_byte_s
-            meter.observe(metrics.PREFILL, engine_s, expert)
-            meter.observe(metrics.DECODE, decode_s, expert)
+            registry.observe(metrics.PREFILL, engine_s, expert)
+            registry.observe(metrics.DECODE, decode_s, expert)
             tokens = (record.calls[-1].completion_tokens or 0) if record.calls else 0
             if tokens > 1:
-                meter.observe(metrics.INTER_TOKEN_LATENCY, decode_s / (tokens - 1), expert)
+                registry.observe(metrics.INTER_TOKEN_LATENCY, decode_s / (tokens - 1), expert)
 
     async def text(self, labels: Mapping[str, str]) -> str:
         """Everything as Prometheus' text, every sample with these labels."""
         await asyncio.gather(*(asked() for asked in self._asked))
-        self.meter.refresh()
-        return await asyncio.to_thread(text_of, [(self.meter.registry, labels)])
+        self.registry.refresh()
+        return await asyncio.to_thread(text_of, [(self.registry.prometheus, labels)])

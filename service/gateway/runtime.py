@@ -100,7 +100,7 @@ class GatewayRuntime:
             f"gateway-{gateway_id}",
             lambda: self.state.metrics.text({"gateway": gateway_id}),
         )
-        self.state.metrics.meter.on_read(self._update_metrics)
+        self.state.metrics.registry.on_read(self._update_metrics)
         self.state.metrics.on_ask(self._update_budget_metrics)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -210,36 +210,36 @@ class GatewayRuntime:
 
     def _update_metrics(self) -> None:
         """Update the metrics of pools, remote queues, breakers, budgets and the store."""
-        meter = self.state.metrics.meter
-        meter.put(metrics.POOLS, len(self.directory.links()))
-        meter.forget(metrics.SNAPSHOT_AGE)
+        registry = self.state.metrics.registry
+        registry.put(metrics.POOLS, len(self.directory.links()))
+        registry.forget(metrics.SNAPSHOT_AGE)
         for boot, age_s in self.directory.silences().items():
-            meter.put(metrics.SNAPSHOT_AGE, age_s, boot)
+            registry.put(metrics.SNAPSHOT_AGE, age_s, boot)
         health = self.store.health()
-        meter.put(metrics.STORE_UP, health.up)
-        meter.put(metrics.STORE_PENDING_SETTLEMENTS, health.pending_settlements)
-        meter.total(metrics.STORE_OUTAGES, health.outages)
-        meter.total(metrics.STORE_OFFLINE_ADMISSIONS, health.offline_grants)
-        meter.forget(metrics.REQUESTS_WAITING, self.remote_pools)
-        meter.forget(metrics.REQUESTS_RUNNING, self.remote_pools)
+        registry.put(metrics.STORE_UP, health.up)
+        registry.put(metrics.STORE_PENDING_SETTLEMENTS, health.pending_settlements)
+        registry.total(metrics.STORE_OUTAGES, health.outages)
+        registry.total(metrics.STORE_OFFLINE_ADMISSIONS, health.offline_grants)
+        registry.forget(metrics.REQUESTS_WAITING, self.remote_pools)
+        registry.forget(metrics.REQUESTS_RUNNING, self.remote_pools)
         for name, remote_pool in self.remote_pools.items():
-            meter.put(metrics.REQUESTS_WAITING, remote_pool.waiting, name)
-            meter.put(metrics.REQUESTS_RUNNING, remote_pool.running, name)
+            registry.put(metrics.REQUESTS_WAITING, remote_pool.waiting, name)
+            registry.put(metrics.REQUESTS_RUNNING, remote_pool.running, name)
         prices = {name: price for name, price, _ in self.budget_prices.prices()}
-        meter.forget(metrics.SHADOW_PRICE, prices)
+        registry.forget(metrics.SHADOW_PRICE, prices)
         for name, price in prices.items():
-            meter.put(metrics.SHADOW_PRICE, price, name)
+            registry.put(metrics.SHADOW_PRICE, price, name)
         self.current.breakers.read()
 
     async def _update_budget_metrics(self) -> None:
         """Update the metrics of budgets. They do not change while the store can't be reached."""
-        meter = self.state.metrics.meter
+        registry = self.state.metrics.registry
         with contextlib.suppress(CoeError):
             states = await self.ledger.state()
-            meter.forget(metrics.BUDGET_REMAINING, states)
+            registry.forget(metrics.BUDGET_REMAINING, states)
             for name, state in states.items():
                 left = max(0.0, 1 - state.spent / state.amount)
-                meter.put(metrics.BUDGET_REMAINING, left, name)
+                registry.put(metrics.BUDGET_REMAINING, left, name)
 
     async def stop(self) -> None:
         """Close every connection, and stop the gateways of earlier configs."""

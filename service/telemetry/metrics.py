@@ -9,7 +9,7 @@ declarations. To add a metric: declare it below, list it in its group, feed it w
 from __future__ import annotations
 
 from service.telemetry.labels import MAX_SERIES
-from service.telemetry.metric_types import ERROR, FAST, MetricSpec, Side, counter, gauge, histogram
+from service.telemetry.metric_types import FAST, MetricSpec, Side, counter, gauge, histogram
 
 # --- requests, as clients see them
 
@@ -129,10 +129,8 @@ DECODE = histogram(
 WAIT_PREDICTION_ERROR = histogram(
     "coe_wait_prediction_error_seconds",
     Side.GATEWAY,
-    (),
-    "Actual less predicted wait of a request in its pool (queue and swap). Positive: it waited "
-    "longer than predicted.",
-    ERROR,
+    ("direction",),
+    "Difference of the actual and the predicted wait of a request in its pool (queue and swap).",
 )
 WAIT_PREDICTED = counter(
     "coe_wait_predicted_seconds_total",

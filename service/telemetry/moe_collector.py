@@ -120,7 +120,7 @@ class MoeCollector:
             )
         return state.counts
 
-    def read(self, meter: MetricsRegistry) -> None:
+    def read(self, registry: MetricsRegistry) -> None:
         """Put the statistics into the metrics."""
         for metric in (
             metrics.MOE_IMBALANCE,
@@ -128,19 +128,19 @@ class MoeCollector:
             metrics.MOE_SEGMENT_ROUTING,
             metrics.MOE_SEGMENT_CACHE_HITS,
         ):
-            meter.forget(metric)
-        meter.forget(metrics.MOE_ROUTED_TOKENS)
+            registry.forget(metric)
+        registry.forget(metrics.MOE_ROUTED_TOKENS)
         room = MAX_SERIES
         for expert, state in self._states.items():
             counts = state.counts
             if not counts.tokens:
                 continue
-            meter.total(metrics.MOE_TOKENS, counts.tokens, expert)
+            registry.total(metrics.MOE_TOKENS, counts.tokens, expert)
             if counts.load.size <= room:
                 room -= counts.load.size
                 for (index, routed_expert), count in np.ndenumerate(counts.load):
                     layer = counts.layers[index]
-                    meter.total(
+                    registry.total(
                         metrics.MOE_ROUTED_TOKENS,
                         int(count),
                         expert,
@@ -156,7 +156,7 @@ class MoeCollector:
                     (metrics.MOE_SEGMENT_CACHE_HITS, balance.sch),
                 ):
                     if value is not None:
-                        meter.put(metric, value, expert, str(layer))
+                        registry.put(metric, value, expert, str(layer))
 
 
 def _cacheability(stretches: list[NDArray[np.int16]], experts: int, cache: int) -> Cacheability:

@@ -50,9 +50,9 @@ class PoolMetrics:
     """
 
     def __init__(self, capture: MoeCapture | None = None) -> None:
-        self.meter = MetricsRegistry(Side.POOL)
+        self.registry = MetricsRegistry(Side.POOL)
         self._moe = MoeCollector(capture.every if capture is not None else 0, time.time)
-        self.meter.on_read(lambda: self._moe.read(self.meter))
+        self.registry.on_read(lambda: self._moe.read(self.registry))
         # A creation time beside each series of an engine would double the scrape's size.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.traced: Callable[[Call, Times, str], None] | None = None
@@ -61,10 +61,10 @@ class PoolMetrics:
 
     def follow(self, pool: PoolStats) -> None:
         """Read this pool's state whenever metrics are read."""
-        self.meter.on_read(lambda: self._read(pool))
+        self.registry.on_read(lambda: self._read(pool))
 
     def _read(self, pool: PoolStats) -> None:
-        put, now = self.meter.put, pool.snapshot()
+        put, now = self.registry.put, pool.snapshot()
         # Drop the experts that a config change has removed.
         for gauge in (
             metrics.REQUESTS_WAITING,
@@ -72,7 +72,7 @@ class PoolMetrics:
             metrics.EXPERT_STATE,
             metrics.EXPERT_WEIGHT_BYTES,
         ):
-            self.meter.forget(gauge, keep=now.experts)
+            self.registry.forget(gauge, keep=now.experts)
         for expert, queue in now.queues.items():
             put(metrics.REQUESTS_WAITING, queue.waiting, expert)
             put(metrics.REQUESTS_RUNNING, queue.running, expert)
@@ -80,8 +80,8 @@ class PoolMetrics:
             for possible in Residency:
                 put(metrics.EXPERT_STATE, state.state is possible, expert, possible.value)
         for key, count in pool.swap_counts().items():
-            self.meter.total(metrics.SWAPS, count, *key)
-        self.meter.total(metrics.CANARY_FAILURES, pool.canary_failures())
+            self.registry.total(metrics.SWAPS, count, *key)
+        self.registry.total(metrics.CANARY_FAILURES, pool.canary_failures())
         for expert, details in pool.details().items():
             size = details.get("host_bytes", self._weights.get(expert))
             if size is not None:
@@ -95,19 +95,19 @@ class PoolMetrics:
         if self.traced is not None:
             self.traced(call, times, fault)
         if times.began_s:
-            self.meter.observe(metrics.QUEUE, times.queue_s, call.expert)
-            self.meter.observe(metrics.SWAP_WAIT, times.swap_s, call.expert)
+            self.registry.observe(metrics.QUEUE, times.queue_s, call.expert)
+            self.registry.observe(metrics.SWAP_WAIT, times.swap_s, call.expert)
 
     # --- as its engines' observer
 
     def on_finished(self, timings: EngineTimings) -> None:
-        observe, expert = self.meter.observe, timings.expert
+        observe, expert = self.registry.observe, timings.expert
         observe(metrics.ENGINE_QUEUE, timings.queue_s, expert)
         observe(metrics.PREFILL, timings.prefill_s, expert)
-        self.meter.add(metrics.TOKENS, timings.prompt_tokens, expert, "prompt")
+        self.registry.add(metrics.TOKENS, timings.prompt_tokens, expert, "prompt")
         if timings.answer_tokens:
             observe(metrics.DECODE, timings.decode_s, expert)
-            self.meter.add(metrics.TOKENS, timings.answer_tokens, expert, "completion")
+            self.registry.add(metrics.TOKENS, timings.answer_tokens, expert, "completion")
         if timings.answer_tokens > 1:
             observe(
                 metrics.INTER_TOKEN_LATENCY, timings.decode_s / (timings.answer_tokens - 1), expert
@@ -123,7 +123,7 @@ class PoolMetrics:
     def on_removed(self, expert: str) -> None:
         self._moe.forget(expert)
 
-    def registry(self, expert: str) -> CollectorRegistry:
+    def engine_registry(self, expert: str) -> CollectorRegistry:
         fresh = self._engines[expert] = CollectorRegistry()
         return fresh
 
@@ -135,8 +135,8 @@ class PoolMetrics:
     async def text(self, labels: Mapping[str, str]) -> str:
         """Render all metrics as Prometheus text, with these labels on each sample."""
         await self._moe.compute()
-        self.meter.refresh()
-        collectors: list[tuple[Collector, Mapping[str, str]]] = [(self.meter.registry, labels)]
+        self.registry.refresh()
+        collectors: list[tuple[Collector, Mapping[str, str]]] = [(self.registry.prometheus, labels)]
         collectors += [
             (engine, {**labels, "expert": expert}) for expert, engine in self._engines.items()
         ]

@@ -1,15 +1,15 @@
 """The metrics registry of one process, for the metrics that `metrics.METRICS` declares.
 
-    meter = MetricsRegistry(Side.GATEWAY)
-    meter.add(metrics.REQUESTS_REJECTED, 1, "rate_limited")
-    meter.put(metrics.BUDGET_REMAINING, 0.25, "eur")
-    meter.observe(metrics.ROUTE, 0.0004)
+    registry = MetricsRegistry(Side.GATEWAY)
+    registry.add(metrics.REQUESTS_REJECTED, 1, "rate_limited")
+    registry.put(metrics.BUDGET_REMAINING, 0.25, "eur")
+    registry.observe(metrics.ROUTE, 0.0004)
 
 Label values are passed in the order of the declaration. Values that another object holds anyway
 (a queue length, a price) are read on demand: pass `on_read` a function that calls `put`.
 
 A request adds a dozen values, so they are plain numbers without locks. Call all methods in one
-thread, the event loop's; only `registry` may be read in another thread.
+thread, the event loop's; only `prometheus` may be read in another thread.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class MetricsRegistry:
         self._series: dict[_Key, _Series] = {}
         self._count = dict.fromkeys(self._declared, 0)
         self._readers: list[Callable[[], None]] = []
-        self.registry = CollectorRegistry(auto_describe=False)
-        self.registry.register(_Collector(self))
-        ProcessCollector(registry=self.registry)
+        self.prometheus = CollectorRegistry(auto_describe=False)
+        self.prometheus.register(_Collector(self))
+        ProcessCollector(registry=self.prometheus)
         self.put(metrics.BUILD_INFO, 1, __version__)
 
     def add(self, metric: MetricSpec, amount: float, *labels: str) -> None:
@@ -79,13 +79,13 @@ class MetricsRegistry:
         (self._series.get((metric, *labels)) or self._new(metric, labels)).value = float(value)
 
     def observe(self, metric: MetricSpec, value: float, *labels: str) -> None:
-        """Add one value to a histogram."""
+        """Add one value ≥ 0 to a histogram. Prometheus would take a falling sum for a restart."""
         series = self._series.get((metric, *labels)) or self._new(metric, labels)
         series.buckets[bisect_left(metric.buckets, value)] += 1
         series.value += value
 
     def forget(self, metric: MetricSpec, keep: Collection[str] = ()) -> None:
-        """Drop a metric's series, except those whose first label is in `but`.
+        """Drop a metric's series, except those whose first label is in `keep`.
 
         Series that still exist are put again at the next read.
         """
@@ -105,7 +105,7 @@ class MetricsRegistry:
         self._readers.append(reader)
 
     def refresh(self) -> None:
-        """Call the readers. Call this before reading `registry`."""
+        """Call the readers. Call this before reading `prometheus`."""
         for reader in self._readers:
             reader()
 
@@ -146,14 +146,12 @@ def _histogram(family: Metric, metric: MetricSpec, labels: dict[str, str], serie
         bucket_labels = {**labels, "le": le}
         family.add_sample(f"{metric.name}_bucket", bucket_labels, cumulative)
     family.add_sample(f"{metric.name}_count", labels, cumulative)
-    if metric.buckets[0] >= 0:
-        # Prometheus would take a falling sum for a counter reset.
-        family.add_sample(f"{metric.name}_sum", labels, series.value)
+    family.add_sample(f"{metric.name}_sum", labels, series.value)
 
 
 class _Collector(Collector):
-    def __init__(self, meter: MetricsRegistry) -> None:
-        self._meter = meter
+    def __init__(self, registry: MetricsRegistry) -> None:
+        self._registry = registry
 
     def collect(self) -> Iterable[Metric]:
-        return self._meter.families()
+        return self._registry.families()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from deploy.grafana.chart import Board, Chart, Query, quantile, quantiles, rate
 
 # How many waits were predicted, per second.
-WAITS = rate("coe_wait_prediction_error_seconds_bucket", "", 'le="+Inf"')
+WAITS = rate("coe_wait_prediction_error_seconds_count")
 
 ROUTING = Board(
     "coe-routing",
@@ -51,7 +51,7 @@ ROUTING = Board(
                         ),
                         Query(
                             f"{rate('coe_wait_actual_seconds_total')} / {WAITS}",
-                            "real",
+                            "actual",
                         ),
                     ),
                     "s",
@@ -59,14 +59,17 @@ ROUTING = Board(
                     "Mean per request.",
                 ),
                 Chart(
-                    "Actual less predicted wait",
+                    "Error of the predicted wait",
                     tuple(
-                        Query(quantile(q, "coe_wait_prediction_error_seconds"), f"p{q * 100:g}")
-                        for q in (0.1, 0.5, 0.9)
+                        Query(
+                            quantile(q, "coe_wait_prediction_error_seconds", "direction"),
+                            f"{{{{direction}}}} p{q * 100:g}",
+                        )
+                        for q in (0.5, 0.9)
                     ),
                     "s",
                     "lines",
-                    "Positive: the wait was longer than predicted.",
+                    "Under: the wait was longer than predicted. Over: it was not.",
                 ),
                 Chart(
                     "Cost, predicted and settled",

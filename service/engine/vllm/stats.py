@@ -31,7 +31,7 @@ class EngineStats:
             del self._expert_of[next(iter(self._expert_of))]
 
     def registry(self, expert: str) -> CollectorRegistry:
-        return self._observer.registry(expert)
+        return self._observer.engine_registry(expert)
 
     def finished_tokens(self, vllm_id: str) -> int:
         """Return the number of tokens of a request's finished answers, by vLLM's request id."""

@@ -96,7 +96,7 @@ class ResponseCache:
     """The response cache of one gateway."""
 
     def __init__(
-        self, config: Config, store: VolatileStore, meter: MetricsRegistry | None = None
+        self, config: Config, store: VolatileStore, registry: MetricsRegistry | None = None
     ) -> None:
         self._settings = {
             name: tenant.cache
@@ -104,7 +104,7 @@ class ResponseCache:
             if tenant.cache.mode != "off"
         }
         self._store = store
-        self.meter = meter
+        self.registry = registry
         experts = config.model_dump_json(include={"experts", "pools", "router", "recipes"})
         # The content of a steering profile may change under the same name.
         made_by = experts + repr(sorted(profile_digests(config).items()))
@@ -157,8 +157,8 @@ class ResponseCache:
         return hit
 
     def _count(self, kind: str, found: bool) -> None:
-        if self.meter is not None:
-            self.meter.add(metrics.CACHE_LOOKUPS, 1, kind, "hit" if found else "miss")
+        if self.registry is not None:
+            self.registry.add(metrics.CACHE_LOOKUPS, 1, kind, "hit" if found else "miss")
 
     async def _exact(self, search: CacheSearch, request: InferenceRequest) -> CacheHit | None:
         return _read(await self._store.get(search.place), search.key, request, "exact", 1.0)

@@ -41,7 +41,7 @@ class CircuitBreakers:
         min_hang_s: A silent attempt counts as a failure if it had at least this many seconds.
         breakers: The state of each breaker. It outlives a config.
         budget: The retry budget. It outlives a config.
-        meter: Counts trips and retries.
+        registry: Counts trips and retries.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class CircuitBreakers:
         min_hang_s: float,
         breakers: Breakers[Place],
         budget: RetryBudget,
-        meter: MetricsRegistry,
+        registry: MetricsRegistry,
     ) -> None:
         self._endpoints = endpoints
         self._min_hang_s = min_hang_s
         self._breakers = breakers
         self._budget = budget
-        self._meter = meter
+        self._registry = registry
 
     def blocked(self) -> frozenset[Place]:
         """The places whose breaker is open."""
@@ -87,7 +87,7 @@ class CircuitBreakers:
     def pay_for_retry(self) -> bool:
         """Take one retry from the budget; False if the budget is empty."""
         paid = self._budget.spend()
-        self._meter.add(metrics.RETRIES, 1, "made" if paid else "refused")
+        self._registry.add(metrics.RETRIES, 1, "made" if paid else "refused")
         return paid
 
     async def retry_delay_s(self, times_tried: int) -> None:
@@ -124,7 +124,7 @@ class CircuitBreakers:
             ends = (ok, reached)
             for key, permit, end in zip(keys, permits, ends, strict=False):
                 if self._breakers.end(key, permit, end, now_s):
-                    self._meter.add(metrics.BREAKER_TRIPS, 1, expert)
+                    self._registry.add(metrics.BREAKER_TRIPS, 1, expert)
 
     def _classify_outcome(self, error: CoeError, given_s: float) -> bool | None:
         if isinstance(error, DeadlineExceededError):
@@ -139,9 +139,9 @@ class CircuitBreakers:
 
     def read(self) -> None:
         """Update the metric of experts with an open breaker."""
-        self._meter.forget(metrics.BREAKER_OPEN)
+        self._registry.forget(metrics.BREAKER_OPEN)
         for (expert, _), state in self._breakers.states(time.monotonic()).items():
             if expert:
-                before = self._meter.value(metrics.BREAKER_OPEN, expert)
+                before = self._registry.value(metrics.BREAKER_OPEN, expert)
                 is_open = max(before, float(state is not State.CLOSED))
-                self._meter.put(metrics.BREAKER_OPEN, is_open, expert)
+                self._registry.put(metrics.BREAKER_OPEN, is_open, expert)

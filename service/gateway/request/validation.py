@@ -27,12 +27,12 @@ _LARGE_BYTES = 128 * 1024
 class RequestValidator:
     """Reads and checks the requests of one gateway."""
 
-    def __init__(self, config: Config, guard: Guard, meter: MetricsRegistry) -> None:
+    def __init__(self, config: Config, guard: Guard, registry: MetricsRegistry) -> None:
         self._server = config.server
         self._limits = RequestLimitChecker(config)
         self._media = MediaPrices(config)
         self._guard = guard
-        self._meter = meter
+        self._registry = registry
 
     def headers(self, pairs: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
         """Check a request's headers, and return them by name.
@@ -80,8 +80,8 @@ class RequestValidator:
         try:
             result = await self._guard.check(request)
         except GuardRefusedError as error:
-            self._meter.add(metrics.GUARD_CHECKS, 1, error.screen, "refused")
+            self._registry.add(metrics.GUARD_CHECKS, 1, error.screen, "refused")
             raise
         for check in result.seen:
-            self._meter.add(metrics.GUARD_CHECKS, 1, check.screen, check.done)
+            self._registry.add(metrics.GUARD_CHECKS, 1, check.screen, check.done)
         return result

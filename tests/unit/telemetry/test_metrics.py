@@ -103,21 +103,23 @@ def test_add_wrong_number_of_labels_raises() -> None:
 
 
 def test_add_too_many_label_values_are_counted_as_other() -> None:
-    meter = MetricsRegistry(Side.GATEWAY)
+    registry = MetricsRegistry(Side.GATEWAY)
     for i in range(MAX_SERIES + 50):
-        meter.add(metric_table.TENANT_TOKENS, 1, f"tenant {i}")
-    told = [s for f in meter.registry.collect() if f.name == "coe_tenant_tokens" for s in f.samples]
+        registry.add(metric_table.TENANT_TOKENS, 1, f"tenant {i}")
+    told = [
+        s for f in registry.prometheus.collect() if f.name == "coe_tenant_tokens" for s in f.samples
+    ]
     assert len(told) == MAX_SERIES + 1
     assert {s.value for s in told if s.labels["tenant"] == OTHER} == {50}
 
 
 def test_total_that_falls_is_treated_as_a_counter_reset() -> None:
-    meter = MetricsRegistry(Side.POOL)
+    registry = MetricsRegistry(Side.POOL)
     seen = []
     # A part of it, which had counted 3, goes away.
     for value in (2, 5, 5, 2, 4):
-        meter.total(metric_table.CANARY_FAILURES, value)
-        seen.append(meter.value(metric_table.CANARY_FAILURES))
+        registry.total(metric_table.CANARY_FAILURES, value)
+        seen.append(registry.value(metric_table.CANARY_FAILURES))
     assert seen == [2, 5, 5, 5, 7]
 
 
@@ -137,13 +139,23 @@ async def test_request_finished_counts_the_request_once_with_its_times() -> None
     assert got["coe_request_duration_seconds_count", (("expert", "a"), mine)] == 1
     # Half a second to the first byte, of which 0.2 in the queue and 0.25 in the engine.
     assert got["coe_gateway_overhead_seconds_sum", (mine,)] == pytest.approx(0.05)
-    waits = {
-        dict(k)["le"]: v
-        for (n, k), v in got.items()
-        if n == "coe_wait_prediction_error_seconds_bucket"
-    }
-    assert (waits["0.0"], waits["0.5"], waits["+Inf"]) == (0, 1, 1)
     assert got["coe_in_flight_requests", (mine,)] == 0
+
+
+@pytest.mark.parametrize(
+    ("predicted_s", "under_s", "over_s"), [(0.05, 0.15, None), (0.2, None, 0.0), (1.0, None, 0.8)]
+)
+async def test_request_finished_error_of_the_predicted_wait_has_a_direction(
+    predicted_s: float, under_s: float | None, over_s: float | None
+) -> None:
+    gateway = GatewayMetrics()
+    gateway.request_started()
+    gateway.request_finished(replace(OK, queue_ms=200.0, predicted_s=predicted_s))
+    got = samples(await gateway.text({}))
+    for direction, error_s in (("under", under_s), ("over", over_s)):
+        name = "coe_wait_prediction_error_seconds_sum"
+        found = got.get((name, (("direction", direction),)))
+        assert found == (None if error_s is None else pytest.approx(error_s))
 
 
 class Told:
@@ -221,14 +233,14 @@ async def test_pool_metrics_of_a_removed_expert_disappear() -> None:
 async def test_pool_metrics_engine_registry_survives_another_engine_s_start() -> None:
     told = PoolMetrics()
     for expert in ("a", "b"):
-        Gauge("engine_tokens", "Tokens.", ("model",), registry=told.registry(expert)).labels(
+        Gauge("engine_tokens", "Tokens.", ("model",), registry=told.engine_registry(expert)).labels(
             "m"
         ).set(1)
     got = samples(await told.text({"pool": "p"}))
     for expert in ("a", "b"):
         assert got["engine_tokens", (("expert", expert), ("model", "m"), ("pool", "p"))] == 1
     # A new engine for an expert: only that one's begin anew.
-    assert isinstance(told.registry("a"), CollectorRegistry)
+    assert isinstance(told.engine_registry("a"), CollectorRegistry)
     got = samples(await told.text({"pool": "p"}))
     assert [dict(labels)["expert"] for name, labels in got if name == "engine_tokens"] == ["b"]
 

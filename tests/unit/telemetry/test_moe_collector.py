@@ -91,43 +91,43 @@ async def test_moe_collector_tally_without_samples_raises_the_reason() -> None:
 
 @pytest.mark.asyncio
 async def test_moe_collector_metrics_are_per_layer_and_removed_with_the_expert() -> None:
-    routes, meter = MoeCollector(1, lambda: 0.0), MetricsRegistry(Side.POOL)
+    routes, registry = MoeCollector(1, lambda: 0.0), MetricsRegistry(Side.POOL)
     routes.add_sample(chosen(tokens=50))
     routes.add_sample(chosen("b", tokens=10))
     await routes.compute()
-    routes.read(meter)
+    routes.read(registry)
     tally = await routes.tally("a")
-    assert meter.value(metrics.MOE_TOKENS, "a") == 50
-    assert meter.value(metrics.MOE_IMBALANCE, "a", "1") == tally.balance(1).imbalance
-    assert meter.value(metrics.MOE_SEGMENT_ROUTING, "a", "0") == tally.balance(0).srp
+    assert registry.value(metrics.MOE_TOKENS, "a") == 50
+    assert registry.value(metrics.MOE_IMBALANCE, "a", "1") == tally.balance(1).imbalance
+    assert registry.value(metrics.MOE_SEGMENT_ROUTING, "a", "0") == tally.balance(0).srp
     # Too short to tell: no value, not 0.
     told = [
         s.labels
-        for f in meter.families()
+        for f in registry.families()
         if f.name == metrics.MOE_SEGMENT_ROUTING.name
         for s in f.samples
     ]
     assert {one["expert"] for one in told} == {"a"}
     routes.forget("a")
-    routes.read(meter)
-    assert meter.value(metrics.MOE_IMBALANCE, "a", "1") == 0
-    assert meter.value(metrics.MOE_ROUTED_TOKENS, "a", "1", "0") == 0
+    routes.read(registry)
+    assert registry.value(metrics.MOE_IMBALANCE, "a", "1") == 0
+    assert registry.value(metrics.MOE_ROUTED_TOKENS, "a", "1", "0") == 0
 
 
 def test_moe_collector_metrics_per_routed_expert_stay_within_the_series_limit() -> None:
-    routes, meter = MoeCollector(1, lambda: 0.0), MetricsRegistry(Side.POOL)
+    routes, registry = MoeCollector(1, lambda: 0.0), MetricsRegistry(Side.POOL)
     small, more = chosen(tokens=50, seed=1), chosen(tokens=40, seed=2)
     layers, experts = 80, 50
     load = np.ones((layers, experts), np.int64)
     routes.add_sample(RoutingSample("large", tuple(range(layers)), experts, 1, experts, load, ()))
     for one in (small, more):
         routes.add_sample(one)
-        routes.read(meter)
+        routes.read(registry)
     assert small.load is not None
     assert more.load is not None
     told = [
         (sample.labels["expert"], sample.value)
-        for family in meter.families()
+        for family in registry.families()
         for sample in family.samples
         if sample.name == metrics.MOE_ROUTED_TOKENS.name
     ]
