@@ -66,7 +66,9 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
             help="Recorded outcomes, one JSON object a line, gzipped or not.",
         ),
         click.option(
-            "--costs", type=_FILE, required=True, help="JSON: {expert: cost of one call}."
+            "--costs",
+            type=_FILE,
+            help="JSON: {expert: cost of one call}. Default: the means of recorded costs.",
         ),
         click.option("--experts", callback=_names, help="Only these, with commas between."),
         click.option("--budgets", callback=_numbers, help="Mean costs to report at: 5,10,…"),

@@ -10,7 +10,7 @@ import numpy as np
 
 from router_models.evaluation import compared_lines, default_budgets, plot, report
 from router_models.fit import prompt_hashes, settings_from_json
-from router_models.outcomes import OutcomeError, Table, read_costs, read_outcomes
+from router_models.outcomes import OutcomeError, Table, costs_of, read_outcomes
 from router_models.recipes import play
 from router_models.settings import Settings
 from router_models.training import Predicted, Problem
@@ -26,7 +26,7 @@ def run(
     *,
     artifact: Path,
     outcomes: Sequence[Path],
-    costs: Path,
+    costs: Path | None,
     experts: Sequence[str] | None = None,
     budgets: Sequence[float] | None = None,
     plot_to: Path | None = None,
@@ -44,7 +44,7 @@ def run(
     loaded = load_artifact(artifact)
     if "map" not in loaded.manifest:
         raise ArtifactError(f"{loaded.path}: only classifies; it has no map to evaluate")
-    priced = read_costs(costs, outcomes)
+    priced = costs_of(costs, outcomes)
     if experts is None:
         known = [str(e) for e in loaded.manifest.get("experts", [])]
         experts = [e for e in known if e in priced]

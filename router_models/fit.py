@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from router_models.evaluation import compared_lines, default_budgets, report, with_errors
 from router_models.linear_models import calibration_error, known_bitmap
 from router_models.memory_composition import compose
-from router_models.outcomes import OutcomeError, Table, read_costs, read_outcomes
+from router_models.outcomes import OutcomeError, Table, costs_of, read_costs, read_outcomes
 from router_models.settings import Settings
 from router_models.training import Fitted, Predicted, Problem
 from service.classifier.artifact import Artifact, save_artifact
@@ -31,7 +31,7 @@ Say = Callable[[str], None]
 def run(
     *,
     outcomes: Sequence[Path],
-    costs: Path,
+    costs: Path | None,
     out: Path,
     experts: Sequence[str] | None = None,
     folds: int = 0,
@@ -51,7 +51,7 @@ def run(
     OutcomeError or ArtifactError.
     """
     settings = replace(settings or Settings(), seed=seed)
-    table, skipped = read_outcomes(outcomes, read_costs(costs, outcomes), experts)
+    table, skipped = read_outcomes(outcomes, costs_of(costs, outcomes), experts)
     for line in skipped.lines():
         say(line)
     say(f"{len(table)} prompts, {len(table.experts)} experts")
@@ -77,7 +77,7 @@ def run(
             )
     data = [
         {"file": f.name, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()}
-        for f in [*outcomes, costs]
+        for f in [*outcomes, *([costs] if costs is not None else [])]
     ]
     artifact = write(problem, fitted, out, data, metrics, composition)
     say(f"wrote {artifact.path}: {len(fitted.map.kept)} recipes kept")

@@ -2,8 +2,10 @@
 
 One JSON object a line, gzipped or not:
 `{"id", "prompt", "category"?, "outcomes": {expert: {"score", "answer"?,
-"output_chars"?, "cost"?}}}`. Files come from many hands, so what can be used is
-used and what can't is counted and named; only when nothing is left does reading
+"output_chars"?, "cost"?}}}`. `coe outcomes record` writes more: the tokens of
+prompt and answer, seconds, why the answer ended, errors. Rows with the same id
+and prompt are one row. Files come from many hands, so what can be used is used
+and what can't is counted and named; only when nothing is left does reading
 fail.
 """
 
@@ -125,6 +127,25 @@ def read_costs(path: Path, files: Sequence[Path] = ()) -> dict[str, float]:
     return found
 
 
+def costs_of(path: Path | None, files: Sequence[Path]) -> dict[str, float]:
+    """Cost of one call for each expert: of the file, or without one the mean that was recorded.
+
+    Raises OutcomeError.
+    """
+    if path is not None:
+        return read_costs(path, files)
+    found: dict[str, list[float]] = {}
+    for row in _rows(files, Skipped()):
+        for name, outcome in row["outcomes"].items():
+            if outcome[3] is not None:
+                found.setdefault(name, []).append(outcome[3])
+    if not found:
+        raise OutcomeError(
+            f"{', '.join(map(str, files))}: no outcome has a cost, so costs must be given"
+        )
+    return {name: math.fsum(costs) / len(costs) for name, costs in found.items()}
+
+
 def read_outcomes(
     files: Sequence[Path],
     costs: Mapping[str, float],
@@ -136,7 +157,7 @@ def read_outcomes(
     OutcomeError where a named expert is unknown or no row can be used.
     """
     skipped = Skipped()
-    rows = list(_rows(files, skipped))
+    rows = _rows(files, skipped)
     seen = Counter(name for row in rows for name in row["outcomes"])
     if experts is None:
         chosen = tuple(name for name in costs if name in seen)
@@ -167,8 +188,8 @@ def read_outcomes(
     return _table(usable, chosen, costs, beside[:_MAX_BYSTANDERS]), skipped
 
 
-def _rows(files: Sequence[Path], skipped: Skipped) -> Iterator[dict[str, Any]]:
-    ids: set[str] = set()
+def _rows(files: Sequence[Path], skipped: Skipped) -> list[dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
     for file in files:
         for number, line in _lines(file, skipped):
             place = f"{file.name}:{number}"
@@ -192,17 +213,21 @@ def _rows(files: Sequence[Path], skipped: Skipped) -> Iterator[dict[str, Any]]:
                 skipped.add("line without outcomes", place)
                 continue
             identity = str(data.get("id", place))
-            if identity in ids:
-                skipped.add("row whose id was seen before", place)
+            if (known := rows.get(identity)) is not None:
+                # A recording writes one line for each expert.
+                if known["prompt"] != data["prompt"] or outcomes.keys() & known["outcomes"].keys():
+                    skipped.add("row whose id was seen before", place)
+                else:
+                    known["outcomes"].update(outcomes)
                 continue
-            ids.add(identity)
             category = data.get("category")
-            yield {
+            rows[identity] = {
                 "id": identity,
                 "prompt": data["prompt"],
                 "category": category if isinstance(category, str) and category else None,
                 "outcomes": outcomes,
             }
+    return list(rows.values())
 
 
 def _lines(file: Path, skipped: Skipped) -> Iterator[tuple[int, bytes]]:

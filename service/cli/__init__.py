@@ -24,6 +24,10 @@ _COMMANDS = {
     "keys": ("service.cli.keys:keys", "Create, list, rotate and revoke API keys."),
     "completion": ("service.cli.completion:completion", "Print completion for bash, zsh or fish."),
     "moe": ("service.cli.moe:moe", "Inspect, steer, build and place mixtures of experts."),
+    "outcomes": (
+        "router_models.outcome_recording.cli:group",
+        "Record what your own experts answer, and how well.",
+    ),
     "router": ("router_models.cli:group", "Fit and evaluate routers on recorded outcomes."),
 }
 

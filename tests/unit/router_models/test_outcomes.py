@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from router_models.outcomes import NO_ANSWER, OutcomeError, read_costs, read_outcomes
+from router_models.outcomes import NO_ANSWER, OutcomeError, costs_of, read_costs, read_outcomes
 
 COSTS = {"a": 1.0, "b": 5.0}
 
@@ -130,3 +130,41 @@ def test_read_outcomes_keeps_models_not_asked_for_as_bystanders(tmp_path: Path) 
     assert table.bystanders[:3].tolist() == [[0.5, 0.25]] * 3
     assert np.isnan(table.bystanders[3]).all()
     assert len(table.take(np.array([1, 2])).bystanders) == 2
+
+
+def test_read_outcomes_joins_lines_of_one_recording(tmp_path: Path) -> None:
+    extended = {
+        "score": 0,
+        "cost": 3.0,
+        "prompt_tokens": 5,
+        "completion_tokens": 7,
+        "seconds": 0.5,
+        "finish_reason": "length",
+    }
+    file = write(
+        tmp_path / "x.jsonl",
+        [
+            row("1"),
+            row("2"),
+            row("1", outcomes={"b": extended}, errors={}),
+            row("2", outcomes={}, errors={"b": {"code": "timeout", "message": "m"}}),
+            row("2", prompt="another", outcomes={"b": {"score": 1}}),
+        ],
+    )
+    table, skipped = read_outcomes([file], COSTS)
+    assert table.ids == ("1", "2")
+    assert table.score[0].tolist() == [1.0, 0.0]
+    assert table.cost[0].tolist() == [1.0, 3.0]
+    assert np.isnan(table.score[1, 1])
+    assert sum(skipped.reasons.values()) == 2
+
+
+def test_costs_of_without_a_file_are_the_recorded_means(tmp_path: Path) -> None:
+    outcomes = [{"a": {"score": 1, "cost": 1.0}}, {"a": {"score": 1, "cost": 3.0}, "b": 1}]
+    file = write(tmp_path / "x.jsonl", [row(str(i), outcomes=o) for i, o in enumerate(outcomes)])
+    assert costs_of(None, [file]) == {"a": 2.0}
+    given = tmp_path / "costs.json"
+    given.write_text(json.dumps(COSTS))
+    assert costs_of(given, [file]) == COSTS
+    with pytest.raises(OutcomeError, match="no outcome has a cost"):
+        costs_of(None, [write(tmp_path / "y.jsonl", [row("1")])])
