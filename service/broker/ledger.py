@@ -109,7 +109,7 @@ class Ledger:
     """Claims and charges of one service's tenants, counted in a store."""
 
     def __init__(self, config: Config, store: Store) -> None:
-        self.store = store
+        self._store = store
         self._tenants = {name: limits_of(tenant) for name, tenant in config.tenants.items()}
         self._budgets = {name: _budget(name, one) for name, one in config.budgets.items()}
         self._of_tenant = {name: one.tenant for name, one in config.budgets.items()}
@@ -141,7 +141,7 @@ class Ledger:
                 name = line.account.name.removesuffix("requests") + "lookups"
                 lines.append(Charge(replace(line.account, name=name), 1))
         held = await self._claim(request_id, tenant, UsageBound(0), lines)
-        await self.store.settle(held.granted, [1] * len(lines), None)
+        await self._store.settle(held.granted, [1] * len(lines), None)
 
     async def reserve(self, request_id: str, tenant: Tenant, bound: UsageBound) -> Reservation:
         """Reserve what an arrived request may use.
@@ -167,7 +167,7 @@ class Ledger:
         claim = StoreClaim(
             claim_id, tuple(lines), bound.max_tokens, min(bound.least, bound.max_tokens)
         )
-        answer = await self.store.reserve(claim)
+        answer = await self._store.reserve(claim)
         if isinstance(answer, Refused):
             raise _too_many(answer, next(a for a in lines if a.account.name == answer.account))
         return Reservation(tenant, bound, answer.tokens, answer)
@@ -195,7 +195,7 @@ class Ledger:
         granted = reservation.granted
         used = [_used(line, usage, counts) for line in granted.claim.lines]
         note = _note(reservation.tenant, usage, expert, ended_s) if noted else None
-        await self.store.settle(granted, used, note)
+        await self._store.settle(granted, used, note)
 
     @property
     def has_budgets(self) -> bool:
@@ -221,7 +221,7 @@ class Ledger:
                 named[f"key/{one.key}"] = (account, one.name, one.key)
         if not named:
             return {}
-        balances = await self.store.balances([account for account, *_ in named.values()])
+        balances = await self._store.balances([account for account, *_ in named.values()])
         return {
             name: _state(account, balance, tenant, key)
             for (name, (account, tenant, key)), balance in zip(named.items(), balances, strict=True)
@@ -230,7 +230,7 @@ class Ledger:
     async def limits(self, tenant: Tenant) -> dict[str, tuple[Account, AccountBalance]]:
         """The accounts that bound a tenant and its key, with their balances."""
         accounts = [line.account for line in self._lines(tenant, UsageBound(0))]
-        balances = await self.store.balances(accounts)
+        balances = await self._store.balances(accounts)
         return {a.name: (a, b) for a, b in zip(accounts, balances, strict=True)}
 
     async def usage(self, tenant: Tenant, now_s: float, days: int) -> dict[str, dict[str, int]]:
@@ -240,7 +240,7 @@ class Ledger:
         expert as `NAME/requests` and so on.
         """
         starts = [int(now_s // _DAY_S) * _DAY_S - i * _DAY_S for i in range(days)]
-        found = await self.store.counts([_usage_name(tenant, start) for start in starts])
+        found = await self._store.counts([_usage_name(tenant, start) for start in starts])
         return {_day(start): counts for start, counts in zip(starts, found, strict=True) if counts}
 
     def _lines(self, tenant: Tenant, bound: UsageBound) -> Iterator[Charge]:

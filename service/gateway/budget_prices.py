@@ -2,7 +2,7 @@
 
 The ledger owns the counts. A copy of them is renewed twice a second while requests arrive, and
 otherwise every ten seconds, because other gateways spend the same budgets. Each budget has a
-`BudgetPacer`. Gateways share the number of requests through the ledger's store, because the rest
+`BudgetPacer`. Gateways share the number of requests through the store, because the rest
 of a budget is for the requests of all of them.
 """
 
@@ -21,7 +21,7 @@ from service.broker.ledger import BudgetState, Ledger
 from service.broker.selection import Selection
 from service.errors import StoreUnavailableError
 from service.store.names import join_name
-from service.store.protocol import Granted, StoreClaim, UsageNote
+from service.store.protocol import Granted, Store, StoreClaim, UsageNote
 from service.tasks import cancel_and_wait
 from service.types import Tenant
 
@@ -41,11 +41,15 @@ class BudgetPrices:
 
     Args:
         ledger: Counts limits and budgets.
+        store: Gateways share their counts of requests in it.
         clock: Returns seconds since 1970.
     """
 
-    def __init__(self, ledger: Ledger, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, ledger: Ledger, store: Store, *, clock: Callable[[], float] = time.time
+    ) -> None:
         self._ledger = ledger
+        self._store = store
         self._clock = clock
         self._pacers: dict[str, BudgetPacer] = {}
         self._states: dict[str, BudgetState] = {}
@@ -143,7 +147,7 @@ class BudgetPrices:
         Raises:
             StoreUnavailableError: The store can't be reached.
         """
-        now_s, store = self._clock(), self._ledger.store
+        now_s, store = self._clock(), self._store
         names = []
         for name, state in self._states.items():
             pacer = self._pacers[name]

@@ -72,7 +72,7 @@ class GatewayRuntime:
         self.remote_pools: dict[str, RemotePool] = {}
         self._add_remote_pools(config)
         ledger = Ledger(config, self.store)
-        self.budget_prices = BudgetPrices(ledger)
+        self.budget_prices = BudgetPrices(ledger, self.store)
         self._resources = GatewayResources(
             state=self.state,
             directory=self.directory,

@@ -107,54 +107,41 @@ class FairQueue:
 
     def offer(
         self,
-        expert: str,
-        now_s: float,
+        ticket: Ticket,
         *,
         ready: bool,
-        tokens: int = 1,
-        places: int = 1,
-        tenant: Tenant = NOBODY,
-        again: bool = False,
+        keeps_place: bool = False,
         display_name: str | None = None,
-    ) -> Ticket:
+    ) -> None:
         """Add a request. It runs at once if possible, and waits otherwise.
 
         Args:
-            expert: The expert that the request is for.
-            now_s: When the request arrived.
-            ready: Whether this expert's requests may run now.
-            tokens: The estimated number of tokens of its prompt.
-            places: The number of places of the engine that it takes.
-            tenant: The tenant that sent it.
-            again: Whether it has been in the queue since `now_s`. It then gets its place back,
-                ahead of all later requests, even in a full queue.
+            ticket: The request's ticket.
+            ready: Whether its expert's requests may run now.
+            keeps_place: Whether it has been in the queue since it arrived. It then gets its place
+                back, ahead of all later requests, even in a full queue.
             display_name: The expert's name in errors, where clients know it by another name.
 
-        Returns:
-            The request's ticket.
-
         Raises:
-            OverCapacityError: The queue is full, and `ticket_to_shed` found nothing to shed.
+            OverCapacityError: The queue is full, and `tickets_to_shed` found nothing to shed.
         """
-        ticket = Ticket(expert, now_s, tokens, tenant, again, places=min(places, self.capacity))
+        expert, tenant = ticket.expert, ticket.tenant
+        ticket.places = min(ticket.places, self.capacity)
         at_once = ready and not self._waiting and self._has_room(ticket)
-        if not at_once and not again and self._lacks(ticket) > 0:
+        if not at_once and not keeps_place and self._lacks(ticket) > 0:
             raise self.overload_error(expert, display_name)
         self._fairness.arrived(tenant, self._present)
         self._present[tenant.name] += 1
         if at_once:
             self._run(ticket)
-            return ticket
+            return
         self._waiting[ticket] = self._waiting_by[expert][ticket] = None
-        if again:
+        if keeps_place:
             self._waiting = _by_age(self._waiting)
             self._waiting_by[expert] = _by_age(self._waiting_by[expert])
-        return ticket
 
-    def ticket_to_shed(
-        self, expert: str, tenant: Tenant, *, tokens: int = 1, places: int = 1
-    ) -> list[Ticket]:
-        """Choose the tickets to shed so that a request of this tenant finds room in a full queue.
+    def tickets_to_shed(self, newcomer: Ticket) -> list[Ticket]:
+        """Choose the tickets to shed so that a new ticket finds room in a full queue.
 
         The newest tickets of the tenants with the most load go first. A tenant never loses so much
         that it has less load than this tenant. In this way each tenant gets an equal part of the
@@ -164,15 +151,15 @@ class FairQueue:
             The tickets. The list is empty where there is room already, or where shedding would
             not make enough room.
         """
-        newcomer = Ticket(expert, 0.0, tokens, tenant, places=min(places, self.capacity))
+        newcomer.places = min(newcomer.places, self.capacity)
         lacking = self._lacks(newcomer)
         if lacking <= 0:
             return []
-        waiting = self.waiting_for(expert)
+        waiting = self.waiting_for(newcomer.expert)
         loads: Counter[str] = Counter()
         for ticket in waiting:
             loads[ticket.tenant.name] += ticket.load
-        own = loads.pop(tenant.name, 0) + newcomer.load
+        own = loads.pop(newcomer.tenant.name, 0) + newcomer.load
         shed: list[Ticket] = []
         while lacking > 0 and loads:
             most = max(loads, key=lambda name: (loads[name], name))
@@ -329,16 +316,12 @@ class TicketQueue:
 
     def enter(
         self,
-        expert: str,
-        now_s: float,
+        ticket: Ticket,
         *,
         ready: bool,
-        tokens: int = 1,
-        places: int = 1,
-        tenant: Tenant = NOBODY,
-        again: bool = False,
+        keeps_place: bool = False,
         display_name: str | None = None,
-    ) -> Ticket:
+    ) -> None:
         """Add a request. A full queue sheds other requests for it where that is fair.
 
         The arguments are those of `FairQueue.offer`.
@@ -346,23 +329,12 @@ class TicketQueue:
         Raises:
             OverCapacityError: The queue is full.
         """
-        if not again:
-            shed = self._queue.ticket_to_shed(expert, tenant, tokens=tokens, places=places)
-            for ticket in shed:
-                self.refuse(ticket, self._queue.overload_error(expert, display_name))
-        ticket = self._queue.offer(
-            expert,
-            now_s,
-            ready=ready,
-            tokens=tokens,
-            places=places,
-            tenant=tenant,
-            again=again,
-            display_name=display_name,
-        )
+        if not keeps_place:
+            for other in self._queue.tickets_to_shed(ticket):
+                self.refuse(other, self._queue.overload_error(ticket.expert, display_name))
+        self._queue.offer(ticket, ready=ready, keeps_place=keeps_place, display_name=display_name)
         if not ticket.running:
             self._turns[ticket] = asyncio.get_running_loop().create_future()
-        return ticket
 
     async def wait(self, ticket: Ticket) -> None:
         """Wait until a ticket runs. A refused ticket raises the error passed to `refuse`."""

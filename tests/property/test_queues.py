@@ -41,9 +41,8 @@ class QueuesMachine(RuleBasedStateMachine):
         full = sum(t.load for t in self.waiting if t.expert == expert) + load > MAX_WAITING
         at_once = ready and self.taken() + places_taken <= CAPACITY and not self.waiting
         try:
-            ticket = self.queues.offer(
-                expert, self.now_s, ready=ready, places=places, tokens=tokens
-            )
+            ticket = Ticket(expert, self.now_s, tokens, places=places)
+            self.queues.offer(ticket, ready=ready)
         except OverCapacityError:
             assert full
             assert not at_once

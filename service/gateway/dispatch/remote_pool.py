@@ -120,15 +120,8 @@ class RemotePool:
             raise ExpertFailedError(
                 f"expert {request.expert!r} can't be used: {self.failed}", retry_after_s=60
             )
-        ticket = self.tickets.enter(
-            _EXPERT,
-            time.monotonic(),
-            ready=True,
-            tokens=tokens,
-            places=places,
-            tenant=tenant,
-            display_name=request.expert,
-        )
+        ticket = Ticket(_EXPERT, time.monotonic(), tokens, tenant, places=places)
+        self.tickets.enter(ticket, ready=True, display_name=request.expert)
         try:
             await self.tickets.wait(ticket)
             if handed is not None:

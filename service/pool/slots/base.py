@@ -178,16 +178,17 @@ class BaseSlot(ABC, Generic[E]):
             raise PoolDrainingError("this pool is stopping")
         if self._states[expert].state is Residency.FAILED:
             raise self._failed_error(expert)
-        ticket = self._queue.enter(
+        ticket = Ticket(
             expert,
             time.monotonic() if again is None else again.arrived_s,
-            ready=expert in self._ready_experts(),
-            tokens=tokens,
+            tokens,
+            tenant,
+            again=again is not None and again.put_back,
             places=places,
-            tenant=tenant,
-            again=again is not None,
         )
-        ticket.again = again is not None and again.put_back
+        self._queue.enter(
+            ticket, ready=expert in self._ready_experts(), keeps_place=again is not None
+        )
         self._idle.clear()
         if again is None:
             self._on_arrival(ticket)

@@ -39,12 +39,15 @@ class Clock:
         return self.now_s
 
 
-def site(clock: Clock, **config: Any) -> tuple[Ledger, BudgetPrices]:
+def site(
+    clock: Clock, store: MemoryStore | None = None, **config: Any
+) -> tuple[Ledger, BudgetPrices]:
     given = Config.model_validate(
         {"experts": {"a": {"model": "m"}}, "pools": {"p": {"engine": "simulated"}}, **config}
     )
-    ledger = Ledger(given, MemoryStore(clock))
-    return ledger, BudgetPrices(ledger, clock=clock)
+    store = MemoryStore(clock) if store is None else store
+    ledger = Ledger(given, store)
+    return ledger, BudgetPrices(ledger, store, clock=clock)
 
 
 async def spend(ledger: Ledger, tenant: Tenant, cost: float, name: str) -> None:
@@ -140,8 +143,8 @@ async def test_budget_prices_during_a_store_outage_stay_and_are_refreshed_later(
             return await super().balances(accounts)
 
     clock = Clock()
-    ledger, spending = site(clock, budgets={"all": {"amount": 1, "period": "day"}})
-    ledger.store = store = Gone(clock)
+    store = Gone(clock)
+    _, spending = site(clock, store, budgets={"all": {"amount": 1, "period": "day"}})
     await spending.start()
     assert spending.cost_price(NOBODY) == 0
     spending.observe(NOBODY, OFFER)
@@ -156,8 +159,9 @@ async def test_budget_prices_during_a_store_outage_stay_and_are_refreshed_later(
 
 async def test_budget_prices_arrivals_at_one_gateway_raise_the_price_at_another() -> None:
     clock = Clock()
-    ledger, one = site(clock, budgets={"all": {"amount": 20, "period": "day"}})
-    two = BudgetPrices(ledger, clock=clock)
+    store = MemoryStore(clock)
+    ledger, one = site(clock, store, budgets={"all": {"amount": 20, "period": "day"}})
+    two = BudgetPrices(ledger, store, clock=clock)
     await one.start()
     await two.start()
     for i in range(200):
@@ -169,7 +173,7 @@ async def test_budget_prices_arrivals_at_one_gateway_raise_the_price_at_another(
         await two.refresh()
     # Ten requests came to the second one: for itself alone they could all have the better answer.
     assert two.cost_price(NOBODY) == pytest.approx(one.cost_price(NOBODY)) == pytest.approx(0.5)
-    late = BudgetPrices(ledger, clock=clock)
+    late = BudgetPrices(ledger, store, clock=clock)
     await late.start()
     late.observe(NOBODY, OFFER)
     await late.refresh()

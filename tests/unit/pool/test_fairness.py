@@ -22,7 +22,9 @@ def queues(capacity: int = 1, max_waiting: int = 1000) -> FairQueue:
 
 
 def offer(q: FairQueue, tenant: Tenant, tokens: int = 1) -> Ticket:
-    return q.offer("e", 0.0, ready=True, tokens=tokens, tenant=tenant)
+    ticket = Ticket("e", 0.0, tokens, tenant)
+    q.offer(ticket, ready=True)
+    return ticket
 
 
 def serve(q: FairQueue, running: Ticket, answer: int = 0) -> Ticket:
@@ -104,20 +106,20 @@ def test_grant_higher_priority_goes_first_without_starving_the_lower() -> None:
     assert order.count("high") > 70
 
 
-def test_ticket_to_shed_full_queue_takes_from_the_heaviest_tenant() -> None:
+def test_tickets_to_shed_full_queue_takes_from_the_heaviest_tenant() -> None:
     q = queues(max_waiting=6)
     heavy, small = Tenant("heavy"), Tenant("small")
     offer(q, heavy)
     waiting = [offer(q, heavy) for _ in range(6)]
     with pytest.raises(OverCapacityError):
         offer(q, heavy)
-    assert q.ticket_to_shed("e", heavy) == []
+    assert q.tickets_to_shed(Ticket("e", 0.0, tenant=heavy)) == []
     for i in range(3):
-        (gone,) = q.ticket_to_shed("e", small)
+        (gone,) = q.tickets_to_shed(Ticket("e", 0.0, tenant=small))
         assert gone is waiting[-1 - i]
         q.close(gone)
         offer(q, small)
-    assert q.ticket_to_shed("e", small) == []
+    assert q.tickets_to_shed(Ticket("e", 0.0, tenant=small)) == []
     with pytest.raises(OverCapacityError):
         offer(q, small)
 
