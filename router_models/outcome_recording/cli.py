@@ -100,7 +100,7 @@ def record(
             max_cost=math.inf if max_cost is None else max_cost,
             **given,
         )
-        asked = _Asked(base_url, _key(base_url, key_env), timeout_s, prices)
+        asked = _Asked(base_url, key_for(base_url, key_env), timeout_s, prices)
         try:
             asyncio.run(_record(tasks, settings, asked, out))
         except KeyboardInterrupt:
@@ -110,7 +110,7 @@ def record(
     _guarded(work)
 
 
-def _key(base_url: str, key_env: str | None) -> str | None:
+def key_for(base_url: str, key_env: str | None) -> str | None:
     """The API key. The key of this service is sent to no other host that is named by hand."""
     if key_env is not None:
         if not os.environ.get(key_env):

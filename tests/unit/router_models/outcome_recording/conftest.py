@@ -41,6 +41,10 @@ class Upstream:
     now: int = 0
     most_at_once: int = 0
 
+    def has(self, count: int) -> bool:
+        """Whether so many requests have come."""
+        return len(self.asked) >= count
+
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.headers.append(dict(scope["headers"]))
         if scope["path"] == "/v1/models":

@@ -1,0 +1,117 @@
+"""`coe outcomes` against a running service."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from service.cli import cli
+from tests.support.serving import chat, run_gateway, simulated
+from tests.support.waiting import until
+
+EXPERTS = {
+    "general": {
+        "model": "m",
+        "categories": ["general"],
+        "price": {"prompt": 100_000, "completion": 200_000},
+    },
+    "math": {"model": "n", "price": {"prompt": 200_000, "completion": 400_000}},
+}
+
+
+def prompts(path: Path, count: int) -> Path:
+    """A file of prompts that the simulated engine answers right, as only `general`."""
+    check = {"kind": "contains_all", "texts": ["general"]}
+    rows = [{"prompt": f"p {i}", "category": "c", "check": check} for i in range(count)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+async def coe(*words: str) -> Result:
+    return await asyncio.to_thread(CliRunner().invoke, cli, words)
+
+
+async def record(url: str, folder: Path, count: int, *more: str) -> Result:
+    return await coe(
+        *("outcomes", "record", "--prompts", str(prompts(folder / "p.jsonl", count))),
+        *("--base-url", url, "--experts", "all", "--out", str(folder / "out.jsonl"), *more),
+    )
+
+
+async def test_outcomes_of_all_experts_are_recorded_and_shown(tmp_path: Path) -> None:
+    config = simulated({"cpu": {"tokens": 6}}, experts=EXPERTS)
+    async with run_gateway(config) as s:
+        told = await record(s.url, tmp_path, 5, "--max-tokens", "5")
+    assert told.exit_code == 0, told.output
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(rows) == 5
+    for row in rows:
+        general, math = row["outcomes"]["general"], row["outcomes"]["math"]
+        assert (general["score"], math["score"]) == (1.0, 0.0)
+        assert general["completion_tokens"] == 5
+        assert general["finish_reason"] == "length"
+        assert general["cost"] == pytest.approx(0.1 * (general["prompt_tokens"] + 2 * 5))
+        assert math["cost"] == pytest.approx(0.2 * (math["prompt_tokens"] + 2 * 5))
+    shown = await coe("outcomes", "show", str(tmp_path / "out.jsonl"), "--json")
+    cells = [json.loads(line) for line in shown.output.splitlines()]
+    scores = {(cell["expert"], cell["category"]): cell["score"] for cell in cells}
+    assert scores == {
+        ("general", "c"): 1.0,
+        ("general", "all"): 1.0,
+        ("math", "c"): 0.0,
+        ("math", "all"): 0.0,
+    }
+
+
+async def test_outcomes_bound_on_cost_holds_by_the_prices_that_the_service_tells(
+    tmp_path: Path,
+) -> None:
+    config = simulated({"cpu": {"tokens": 6}}, experts=EXPERTS)
+    async with run_gateway(config) as s:
+        told = await record(s.url, tmp_path, 100, "--max-tokens", "5", "--max-cost", "300")
+        assert told.exit_code == 1
+        assert "bound on cost" in told.output
+        asked = len(s.pools["cpu"].engine.asked)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    outcomes = [one for row in rows for one in row["outcomes"].values()]
+    assert 0 < len(outcomes) == asked < 200
+    assert sum(one["cost"] for one in outcomes) <= 300
+
+
+async def test_outcomes_are_recorded_behind_other_requests(tmp_path: Path) -> None:
+    engine = {"tokens": 10, "decode_ms": 15, "max_num_seqs": 1}
+    config = simulated({"cpu": engine}, experts={"general": EXPERTS["general"]})
+    async with run_gateway(config) as s:
+        pool = s.pools["cpu"]
+        recording = asyncio.create_task(
+            record(s.url, tmp_path, 8, "--concurrency", "8", "--max-tokens", "10")
+        )
+        await until(lambda: pool.waiting >= 5, "the recording's requests wait")
+        status, _, _ = await s.ask(chat("somebody waits"))
+        assert status == 200
+        told = await recording
+    assert told.exit_code == 0, told.output
+    order: list[Any] = [json.loads(one.body)["messages"][0]["content"] for one in pool.engine.asked]
+    assert len(order) == 9
+    # At most those that ran or were sent already go before it.
+    assert order.index("somebody waits") <= 4
+
+
+async def test_outcomes_errors_are_one_line(tmp_path: Path) -> None:
+    config = simulated({"cpu": {}}, experts=EXPERTS)
+    async with run_gateway(config) as s:
+        file = str(prompts(tmp_path / "p.jsonl", 1))
+        out = str(tmp_path / "out.jsonl")
+        told = await coe(
+            *("outcomes", "record", "--prompts", file, "--base-url", s.url),
+            *("--experts", "general,nobody", "--out", out),
+        )
+        assert told.exit_code == 1
+        assert "has no nobody; it has auto, general, math" in told.output
+    assert os.listdir(tmp_path) == ["p.jsonl"]
