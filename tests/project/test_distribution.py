@@ -88,6 +88,7 @@ def test_wheel_holds_what_the_service_reads_at_run_time(dist: Path) -> None:
     assert "service/py.typed" in names
     assert any(re.fullmatch(r"service/.*/static/index\.html", name) for name in names)
     assert any(re.fullmatch(r"router_models/artifacts/demo@\d+/manifest\.json", n) for n in names)
+    assert "router_models/outcomes_builtin/coding.jsonl" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
