@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,11 @@ from service.types import Residency
 
 Floats = NDArray[np.float64]
 
-# Boot id of the gateway's own pool of remote experts. No other pool has an empty boot id.
-REMOTE = ""
+# The id of a pool's process. None stands for the gateway's own pool of remote experts.
+BootId = str | None
+REMOTE: Final = None
+# An expert in a pool.
+Place = tuple[str, BootId]
 
 _IDLE = Queue()
 # Rows of one pool's array.
@@ -41,7 +45,7 @@ class PoolView:
             expert.
     """
 
-    boot: str
+    boot: BootId
     snapshot: Snapshot
     age_s: float
     unseen: dict[str, int]
@@ -72,7 +76,7 @@ class PoolMatrix:
         prompts: Prompt tokens in the queue of the slot.
     """
 
-    boots: tuple[str, ...]
+    boots: tuple[BootId, ...]
     fresh: NDArray[np.bool_]
     usable: NDArray[np.bool_]
     eta: Floats
@@ -96,7 +100,7 @@ class PoolStateTable:
     def __init__(self, index: dict[str, int]) -> None:
         """Create an empty table."""
         self._index = index
-        self._rows: dict[str, tuple[Snapshot, Floats]] = {}
+        self._rows: dict[BootId, tuple[Snapshot, Floats]] = {}
 
     def to_matrix(self, views: Sequence[PoolView]) -> PoolMatrix:
         """Compute the arrays of these pools, in the same order."""
@@ -124,7 +128,7 @@ class PoolStateTable:
             prompts=table[:, _PROMPTS],
         )
 
-    def _row(self, boot: str, snapshot: Snapshot) -> Floats:
+    def _row(self, boot: BootId, snapshot: Snapshot) -> Floats:
         held = self._rows.get(boot)
         if held is None or held[0] is not snapshot:
             held = snapshot, _row_of(snapshot, self._index)

@@ -33,7 +33,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from service.broker.pool_state import Floats, PoolMatrix
+from service.broker.pool_state import BootId, Floats, Place, PoolMatrix
 from service.broker.recipe_catalog import Ints, RecipeCatalog
 
 _INFINITE = np.inf
@@ -62,7 +62,7 @@ class PrefixCacheHint:
     """
 
     expert: str
-    boot: str
+    boot: BootId
     tokens: int
 
 
@@ -100,7 +100,7 @@ class SelectionRequest:
     context_tokens: int = 0
     streams: bool = False
     prefix_cache: PrefixCacheHint | None = None
-    excluded: Collection[tuple[str, str]] = field(default=())
+    excluded: Collection[Place] = field(default=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class Candidate:
     """
 
     expert: str
-    boot: str
+    boot: BootId
     eta_s: float
     wait_s: float
     answer_s: float

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from service.broker.pool_state import BootId, Place
 from service.broker.prices import Price, cost
 from service.engine.base import Send
 from service.errors import CoeError
@@ -122,7 +123,7 @@ class RequestRecord:
         routed: Whether candidates were found for it.
         expert: The expert that answered, or was asked last.
         recipe: The recipe that was chosen.
-        pool: The boot id of the pool that answered.
+        pool: The boot id of the pool that answered; None of a remote expert.
         local: Whether a pool answers, rather than a remote endpoint.
         status: The HTTP status that was sent; 0 until then.
         outcome: `ok`, `client_gone`, or the code of the error that ended it.
@@ -160,7 +161,7 @@ class RequestRecord:
     routed: bool = False
     expert: str = ""
     recipe: str = ""
-    pool: str = ""
+    pool: BootId = None
     local: bool = False
     status: int = 0
     outcome: str = "ok"
@@ -182,8 +183,8 @@ class RequestRecord:
     trace: Trace | None = None
     calls: list[ExpertCall] = field(default_factory=list)
     unfinished: list[Unfinished] = field(default_factory=list)
-    tried: Counter[tuple[str, str]] = field(default_factory=Counter)
-    losses: list[str] = field(default_factory=list)
+    tried: Counter[Place] = field(default_factory=Counter)
+    losses: list[BootId] = field(default_factory=list)
 
     def finish(self) -> None:
         """Note the end, and the outcome of a reply that was an error."""

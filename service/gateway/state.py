@@ -19,7 +19,7 @@ from service.broker.cost_model import Lengths
 from service.config import BreakerConfig, Config, ExpertConfig
 from service.gateway.console.event_stream import HISTORY
 from service.gateway.console.request_history import RequestHistory
-from service.gateway.dispatch.circuit_breakers import Place
+from service.gateway.dispatch.circuit_breakers import BreakerKey, RemoteUrl
 from service.gateway.metrics import GatewayMetrics
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.quality import Escalations
@@ -40,7 +40,7 @@ class GatewayState:
     """The values that one gateway keeps.
 
     Attributes:
-        breakers: Circuit breakers, by place (expert, pool's boot id).
+        breakers: Circuit breakers, by place or by the URL of remote experts.
         retries: The retry budget.
         metrics: Every counter of this gateway.
         recent: The last requests, for the console.
@@ -51,7 +51,7 @@ class GatewayState:
         created_s: When the gateway was started, in seconds since 1970.
     """
 
-    breakers: Breakers[Place]
+    breakers: Breakers[BreakerKey]
     retries: RetryBudget
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
     recent: RequestHistory = field(default_factory=RequestHistory)
@@ -74,7 +74,7 @@ class GatewayState:
         """Forget the values of experts that are gone or have other weights now."""
         if not experts:
             return
-        self.breakers.forget(lambda place: place[0] in experts)
+        self.breakers.forget(lambda key: not isinstance(key, RemoteUrl) and key[0] in experts)
         self.prefix_affinity.forget(experts)
         self.lengths.forget(experts)
         self.escalations.forget(experts)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 from service.pool.knapsack import keep
 from service.types import Residency
@@ -103,25 +102,29 @@ class SlotView:
     closing: bool = False
 
 
-class Next(StrEnum):
-    """The next step of a slot."""
-
-    STAY = "stay"
-    CLOSE = "close"
-    SWAP = "swap"
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """The running unit stays."""
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """A step with its unit and its reason.
+class CloseGate:
+    """The gate closes, so that `unit` can be swapped in later, for this reason."""
 
-    STAY keeps the running unit. CLOSE closes the gate, so that `unit` can be swapped in later.
-    SWAP swaps `unit` in now.
-    """
+    unit: str
+    reason: str
 
-    act: Next
-    unit: str = ""
-    reason: str = ""
+
+@dataclass(frozen=True, slots=True)
+class SwapIn:
+    """The weights of `unit` are swapped in now, for this reason."""
+
+    unit: str
+    reason: str
+
+
+Step = Stay | CloseGate | SwapIn
+"""The next step of a slot."""
 
 
 # This is the reason of a swap without which a request would wait too long.
@@ -175,7 +178,7 @@ def next_step(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> 
         and (u.tier is Residency.HOST or not u.swappable)
     ]
     if not able:
-        return Step(Next.STAY)
+        return Stay()
     eldest = max(able, key=lambda u: (u.oldest_s, u.name))
     urgent = max(able, key=lambda u: (urgency(u, policy), u.name))
     if _late(slot, able, policy):
@@ -183,14 +186,15 @@ def next_step(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> 
     elif slot.closing:
         chosen, reason = urgent, "queue served"
     elif slot.waiting or slot.running > urgent.waiting * policy.crowding:
-        return Step(Next.STAY)
+        return Stay()
     else:
         chosen, reason = urgent, "queue served"
     busy = (slot.waiting or slot.running) and not slot.closing
     # An expensive swap has to pay off, so a new engine is kept for a while.
     if busy and slot.stayed_s < max(policy.min_stay_s, chosen.swap_s):
-        return Step(Next.STAY)
-    return Step(Next.CLOSE if slot.running else Next.SWAP, chosen.name, reason)
+        return Stay()
+    step = CloseGate if slot.running else SwapIn
+    return step(chosen.name, reason)
 
 
 def _late(slot: SlotView, able: Sequence[UnitView], policy: SwapPolicy) -> bool:

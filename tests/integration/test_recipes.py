@@ -411,7 +411,7 @@ async def test_conversation_stays_with_its_expert_unless_another_is_better() -> 
         data = json.dumps(body).encode()
         warm = dispatcher.prefix_affinity.hint(parse_request(CHAT, data, {}, 1000))
         assert warm is not None
-        assert (warm.expert, warm.boot) == (told["model"], "")
+        assert (warm.expert, warm.boot) == (told["model"], None)
         assert warm.tokens == pytest.approx(len(text) / 4, rel=0.1)
         other = {
             "model": "auto",

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from service import __version__
-from service.broker.pool_state import REMOTE, PoolView
+from service.broker.pool_state import PoolView
 from service.config import Config
 from service.errors import OverCapacityError, PoolUnavailableError
 from service.gateway.console.request_history import RequestHistory
@@ -211,7 +211,7 @@ class EventStream:
 
 def _over(pools: list[dict[str, Any]]) -> bool:
     """Whether every local pool drains. Streams must then end, so that the gateway can stop."""
-    local = [pool for pool in pools if pool["boot"] != REMOTE]
+    local = [pool for pool in pools if pool["boot"] is not None]
     return bool(local) and all(pool["draining"] for pool in local)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from service.broker.pool_state import REMOTE, PoolView
+from service.broker.pool_state import PoolView
 from service.config import Config
 
 # Fields of a pool's details of an expert that snapshots do not have.
@@ -43,7 +43,10 @@ def describe_pools(
         details: Details of experts, by boot id and expert.
         rates: Tokens per second, by (boot id, expert).
     """
-    return [_pool(view, details.get(view.boot, {}), rates) for view in views]
+    return [
+        _pool(view, {} if view.boot is None else details.get(view.boot, {}), rates)
+        for view in views
+    ]
 
 
 def _pool(
@@ -56,6 +59,7 @@ def _pool(
     for name, state in snapshot.experts.items():
         queue = snapshot.queues.get(name)
         speed = snapshot.speeds.get(name)
+        rate = 0.0 if view.boot is None else rates.get((view.boot, name), 0.0)
         told: dict[str, Any] = {
             "state": state.state.value,
             "reason": state.reason,
@@ -67,12 +71,12 @@ def _pool(
             "capacity": snapshot.capacity.get(name, 0),
             "first_s": speed.first_s if speed else 0.0,
             "chunk_s": speed.chunk_s if speed else 0.0,
-            "tokens_per_s": round(rates.get((view.boot, name), 0.0), 1),
+            "tokens_per_s": round(rate, 1),
         }
         more = details.get(name, {})
         experts[name] = told | {key: more[key] for key in _DETAILS if key in more}
     return {
-        "id": f"{snapshot.kind}-{view.boot[:6]}" if view.boot != REMOTE else "remote",
+        "id": "remote" if view.boot is None else f"{snapshot.kind}-{view.boot[:6]}",
         "kind": snapshot.kind,
         "boot": view.boot,
         "age_s": round(view.age_s, 2),

@@ -12,10 +12,11 @@ import asyncio
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from random import random
 
 from service.broker.breaker import Breakers, RetryBudget, State, backoff_s
-from service.broker.pool_state import REMOTE
+from service.broker.pool_state import REMOTE, BootId, Place
 from service.errors import (
     CircuitOpenError,
     CoeError,
@@ -29,7 +30,15 @@ from service.telemetry.registry import MetricsRegistry
 
 _OWN = (EngineDeadError, PoolUnavailableError)
 
-Place = tuple[str, str]
+
+@dataclass(frozen=True, slots=True)
+class RemoteUrl:
+    """The key of the breaker that the remote experts of one URL share."""
+
+    url: str
+
+
+BreakerKey = Place | RemoteUrl
 
 
 class CircuitBreakers:
@@ -48,7 +57,7 @@ class CircuitBreakers:
         self,
         endpoints: Mapping[str, str],
         min_hang_s: float,
-        breakers: Breakers[Place],
+        breakers: Breakers[BreakerKey],
         budget: RetryBudget,
         registry: MetricsRegistry,
     ) -> None:
@@ -61,18 +70,16 @@ class CircuitBreakers:
     def blocked(self) -> frozenset[Place]:
         """The places whose breaker is open."""
         blocked = self._breakers.blocked(time.monotonic())
-        if not blocked:
-            return blocked
-        named = {
-            (expert, REMOTE) for expert, url in self._endpoints.items() if ("", url) in blocked
-        }
-        return blocked | named
+        places = {key for key in blocked if not isinstance(key, RemoteUrl)}
+        urls = {key.url for key in blocked if isinstance(key, RemoteUrl)}
+        places |= {(expert, REMOTE) for expert, url in self._endpoints.items() if url in urls}
+        return frozenset(places)
 
     def refusal(self, experts: Collection[str]) -> CircuitOpenError:
         """Return the error for blocked experts, with the time until the next trial."""
         now_s = time.monotonic()
-        keys = [key for key in self.blocked() if key[0] in experts]
-        keys += [("", self._endpoints[name]) for name in experts if name in self._endpoints]
+        keys: list[BreakerKey] = [key for key in self.blocked() if key[0] in experts]
+        keys += [RemoteUrl(self._endpoints[name]) for name in experts if name in self._endpoints]
         left_s = self._breakers.left_s(keys, now_s)
         name = next(iter(experts), "")
         return CircuitOpenError(
@@ -95,7 +102,7 @@ class CircuitBreakers:
         await asyncio.sleep(backoff_s(times_tried, random))
 
     @contextmanager
-    def attempt(self, expert: str, boot: str, given_s: float) -> Iterator[None]:
+    def attempt(self, expert: str, boot: BootId, given_s: float) -> Iterator[None]:
         """Record the outcome of the attempt that runs inside of this context.
 
         Args:
@@ -104,9 +111,9 @@ class CircuitBreakers:
             given_s: The most seconds that the attempt may take.
         """
         began_s = time.monotonic()
-        keys: list[Place] = [(expert, boot)]
-        if boot == REMOTE:
-            keys.append(("", self._endpoints.get(expert, "")))
+        keys: list[BreakerKey] = [(expert, boot)]
+        if boot is None and (url := self._endpoints.get(expert)) is not None:
+            keys.append(RemoteUrl(url))
         permits = [self._breakers.begin(key, began_s) for key in keys]
         ok: bool | None = None
         reached: bool | None = None
@@ -133,15 +140,18 @@ class CircuitBreakers:
             return None if error.limited else False
         return False if isinstance(error, _OWN) else None
 
-    def forget_all_but(self, boots: Collection[str]) -> None:
+    def forget_all_but(self, boots: Collection[BootId]) -> None:
         """Forget pools that are gone. A restarted pool has another boot id."""
-        self._breakers.forget(lambda key: key[0] != "" and key[1] not in (*boots, REMOTE))
+        self._breakers.forget(
+            lambda key: not isinstance(key, RemoteUrl) and key[1] not in (*boots, REMOTE)
+        )
 
     def read(self) -> None:
         """Update the metric of experts with an open breaker."""
         self._registry.forget(metrics.BREAKER_OPEN)
-        for (expert, _), state in self._breakers.states(time.monotonic()).items():
-            if expert:
+        for key, state in self._breakers.states(time.monotonic()).items():
+            if not isinstance(key, RemoteUrl):
+                expert = key[0]
                 before = self._registry.value(metrics.BREAKER_OPEN, expert)
                 is_open = max(before, float(state is not State.CLOSED))
                 self._registry.put(metrics.BREAKER_OPEN, is_open, expert)

@@ -20,7 +20,7 @@ import numpy as np
 
 from service.broker.cost_model import CostModel
 from service.broker.demand import can_serve, failure_reason
-from service.broker.pool_state import REMOTE, PoolStateTable, PoolView
+from service.broker.pool_state import Place, PoolStateTable, PoolView
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import Candidate, Exclusion, Selection, select
 from service.engine.base import EngineRequest
@@ -318,7 +318,7 @@ class Dispatcher:
         plan: RoutePlan,
         *,
         left_s: float | None = None,
-        excluded: frozenset[tuple[str, str]] = frozenset(),
+        excluded: frozenset[Place] = frozenset(),
         views: list[PoolView] | None = None,
     ) -> Selection:
         """Compute the utility of every candidate now, without side effects.
@@ -381,7 +381,7 @@ class Dispatcher:
                 continue
             record.expert = option.expert
             record.recipe = recipe or option.expert
-            record.local = option.boot != REMOTE
+            record.local = option.boot is not None
             record.predicted_s = option.wait_s
             record.attempts += 1
             if (tried := record.tried[option.expert, option.boot]) > 0:
@@ -552,7 +552,7 @@ class Dispatcher:
     ) -> None:
         left_ms = max(1, int((deadline_s - time.monotonic()) * 1000))
         body = request.body_for(option.expert)
-        remote = option.boot == REMOTE
+        remote = option.boot is None
         limit = asyncio.timeout(left_ms / 1000 + (0 if remote else _GRACE_S))
         # The time limit of an earlier attempt has expired, so each attempt sets it anew.
         reply.first_byte_limit = limit if remote and request.stream else None
@@ -572,7 +572,7 @@ class Dispatcher:
         reply.expert_call = expert_call
         try:
             async with limit:
-                if remote:
+                if option.boot is None:
                     pool = self._remote_pools[option.expert]
                     reply.record.calls.append(expert_call)
                     await pool.run(
@@ -648,7 +648,7 @@ class Dispatcher:
         if not begun:
             return
         asks = None
-        if option.boot != REMOTE:
+        if option.boot is not None:
             with suppress(CoeError):
                 asks = self._directory.link(option.boot).used
         tokens = 0
@@ -713,7 +713,7 @@ def _traced(
     """The W3C headers for the call: those of its span, or without tracing those of the client."""
     if trace is None:
         return nullcontext(request.trace)
-    return trace.attempt(option.expert, option.boot or None)
+    return trace.attempt(option.expert, option.boot)
 
 
 def _died_twice_error() -> EngineDiedTwiceError:

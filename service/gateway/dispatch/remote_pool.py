@@ -169,7 +169,7 @@ def remote_pool_view(pools: Mapping[str, RemotePool]) -> PoolView:
     return PoolView(
         REMOTE,
         Snapshot(
-            boot=REMOTE,
+            boot="remote",
             kind="remote",
             experts=states,
             queues={name: remote.queue for name, remote in pools.items()},

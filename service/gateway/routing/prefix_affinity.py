@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from service.broker.pool_state import BootId, Place
 from service.broker.selection import PrefixCacheHint
 from service.gateway.request.parsing import InferenceRequest
 from service.http.usage import estimate_tokens
@@ -20,7 +21,7 @@ class PrefixAffinity:
     """The latest conversations of one gateway, forgotten in the order of their use."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[int, tuple[str, str]] = OrderedDict()
+        self._known: OrderedDict[int, Place] = OrderedDict()
 
     def hint(self, request: InferenceRequest) -> PrefixCacheHint | None:
         """Where the beginning of this conversation is cached, if known."""
@@ -34,7 +35,7 @@ class PrefixAffinity:
             return None
         return PrefixCacheHint(*found, estimate_tokens(sum(map(_length, before))))
 
-    def record_answer(self, request: InferenceRequest, expert: str, boot: str) -> None:
+    def record_answer(self, request: InferenceRequest, expert: str, boot: BootId) -> None:
         """Record that an expert's engine in this pool has the request in its prefix cache."""
         messages = _messages(request)
         if not messages:

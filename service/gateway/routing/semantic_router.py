@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.broker.cost_model import LONG_TOKENS, CostModel, Lengths
-from service.broker.pool_state import Floats
+from service.broker.pool_state import Floats, Place
 from service.broker.prices import prices_of
 from service.broker.recipe_catalog import Ints, RecipeCatalog
 from service.broker.selection import PrefixCacheHint, SelectionRequest
@@ -322,7 +322,7 @@ def selection_request(
     plan: RoutePlan,
     *,
     left_s: float | None = None,
-    excluded: Collection[tuple[str, str]] = (),
+    excluded: Collection[Place] = (),
     cost_price: float = 0.0,
     prefix_cache: PrefixCacheHint | None = None,
 ) -> SelectionRequest:

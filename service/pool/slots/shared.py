@@ -22,8 +22,9 @@ from service.errors import CoeError, ConflictError, EngineDeadError, UnknownMode
 from service.pool.placement import Place
 from service.pool.planner import (
     LATE,
-    Next,
+    CloseGate,
     SlotView,
+    Stay,
     SwapPolicy,
     UnitView,
     bounded,
@@ -457,12 +458,12 @@ class SharedSlot(BaseSlot[SwappingEngine]):
                 self._weights.begin_transfer(engine, None, evicted)
             return await self._leave_retired(engine, views)
         step = next_step(slot, views, self.policy)
-        if step.act is Next.STAY:
+        if isinstance(step, Stay):
             self._closing_since_s = None
             if self._state is not SlotState.SERVING:
                 self._enter(SlotState.SERVING)
                 self._grant()
-        elif step.act is Next.CLOSE:
+        elif isinstance(step, CloseGate):
             if self._state is SlotState.SERVING or self._closing_since_s is None:
                 self._closing_since_s = now_s
             self._enter(SlotState.CLOSING)

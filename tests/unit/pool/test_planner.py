@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from service.pool.planner import (
-    Next,
+    CloseGate,
     SlotView,
+    Stay,
     Step,
+    SwapIn,
     SwapPolicy,
     UnitView,
     bounded,
@@ -69,66 +71,66 @@ def step(slot: SlotView, *units: UnitView, policy: SwapPolicy = POLICY) -> Step:
 
 
 def test_next_step_no_other_unit_waiting_stays() -> None:
-    assert step(RUNS, unit("b")).act is Next.STAY
-    assert next_step(RUNS, [replace(A, waiting=3)], POLICY).act is Next.STAY
+    assert step(RUNS, unit("b")) == Stay()
+    assert next_step(RUNS, [replace(A, waiting=3)], POLICY) == Stay()
 
 
 def test_next_step_idle_slot_swaps_at_once_to_a_waiting_unit() -> None:
     fresh = replace(RUNS, stayed_s=0.0)
-    assert step(fresh, unit("b", waiting=1)) == Step(Next.SWAP, "b", "queue served")
+    assert step(fresh, unit("b", waiting=1)) == SwapIn("b", "queue served")
 
 
 def test_next_step_serves_the_running_unit_s_queue_first() -> None:
     busy = replace(RUNS, running=8, waiting=1)
-    assert step(busy, unit("b", waiting=50, oldest_s=20)).act is Next.STAY
+    assert step(busy, unit("b", waiting=50, oldest_s=20)) == Stay()
 
 
 def test_next_step_more_waiting_than_running_closes() -> None:
     busy = replace(RUNS, running=4)
-    assert step(busy, unit("b", waiting=3)).act is Next.STAY
-    assert step(busy, unit("b", waiting=4)) == Step(Next.CLOSE, "b", "queue served")
+    assert step(busy, unit("b", waiting=3)) == Stay()
+    assert step(busy, unit("b", waiting=4)) == CloseGate("b", "queue served")
     eager = replace(POLICY, crowding=2.0)
-    assert step(busy, unit("b", waiting=4), policy=eager) == Step(Next.CLOSE, "b", "queue served")
+    assert step(busy, unit("b", waiting=4), policy=eager) == CloseGate("b", "queue served")
     slow = replace(POLICY, crowding=0.5)
-    assert step(busy, unit("b", waiting=7), policy=slow).act is Next.STAY
+    assert step(busy, unit("b", waiting=7), policy=slow) == Stay()
 
 
 def test_next_step_arrivals_while_closing_do_not_reopen() -> None:
     closing = replace(RUNS, running=3, waiting=2, stayed_s=0.1, closing=True)
-    assert step(closing, unit("b", waiting=1)).act is Next.CLOSE
-    assert step(replace(closing, running=0), unit("b", waiting=1)).act is Next.SWAP
+    assert isinstance(step(closing, unit("b", waiting=1)), CloseGate)
+    assert isinstance(step(replace(closing, running=0), unit("b", waiting=1)), SwapIn)
     # Unless nobody wants the slot any more.
-    assert step(closing, unit("b")).act is Next.STAY
+    assert step(closing, unit("b")) == Stay()
 
 
 def test_next_step_before_min_stay_keeps_running() -> None:
     fresh = replace(RUNS, running=1, stayed_s=0.9)
-    assert step(fresh, unit("b", waiting=9)).act is Next.STAY
-    assert step(replace(fresh, stayed_s=1.0), unit("b", waiting=9)).act is Next.CLOSE
+    assert step(fresh, unit("b", waiting=9)) == Stay()
+    assert isinstance(step(replace(fresh, stayed_s=1.0), unit("b", waiting=9)), CloseGate)
     # Even against the bound: else every swap would be followed by the next.
-    assert step(fresh, unit("b", waiting=9, oldest_s=40)).act is Next.STAY
+    assert step(fresh, unit("b", waiting=9, oldest_s=40)) == Stay()
 
 
 def test_next_step_freshly_started_engine_stays_as_long_as_its_start_took() -> None:
     fresh = replace(RUNS, running=1, waiting=5, stayed_s=20)
     other = unit("b", waiting=1, oldest_s=40, swap_s=30.0, swappable=False)
-    assert step(fresh, other).act is Next.STAY
-    assert step(replace(fresh, stayed_s=30), other) == Step(Next.CLOSE, "b", "bound on waiting")
+    assert step(fresh, other) == Stay()
+    assert step(replace(fresh, stayed_s=30), other) == CloseGate("b", "bound on waiting")
 
 
 def test_next_step_closes_before_max_wait_is_exceeded() -> None:
     busy = replace(RUNS, running=8, waiting=20)
-    assert step(busy, unit("b", waiting=1, oldest_s=29.4)).act is Next.STAY
+    assert step(busy, unit("b", waiting=1, oldest_s=29.4)) == Stay()
     late = unit("b", waiting=1, oldest_s=29.45)  # and 0.5 to drain, 0.05 to swap
-    assert step(busy, late) == Step(Next.CLOSE, "b", "bound on waiting")
-    assert step(replace(busy, running=0), late).act is Next.SWAP
+    assert step(busy, late) == CloseGate("b", "bound on waiting")
+    assert isinstance(step(replace(busy, running=0), late), SwapIn)
 
 
 def test_next_step_several_waiting_units_closes_in_time_for_the_last() -> None:
     busy = replace(RUNS, running=8, waiting=20, drain_s=5.0)
     waiting = [unit(name, waiting=1, oldest_s=18.0) for name in "bcd"]
-    assert step(busy, *waiting[:2]).act is Next.STAY  # 18 + 2 · 5.05 < 30
-    assert step(busy, *waiting).act is Next.CLOSE  # 18 + 3 · 5.05 > 30
+    assert step(busy, *waiting[:2]) == Stay()  # 18 + 2 · 5.05 < 30
+    assert isinstance(step(busy, *waiting), CloseGate)  # 18 + 3 · 5.05 > 30
 
 
 def test_next_step_among_overdue_units_the_oldest_is_first() -> None:
@@ -148,15 +150,15 @@ def test_next_step_otherwise_the_most_urgent_unit_is_first() -> None:
 def test_next_step_units_not_in_host_memory_do_not_close_the_slot() -> None:
     busy = replace(RUNS, running=2)
     for tier in (Residency.LOADING, Residency.DISK):
-        assert step(busy, unit("b", tier=tier, waiting=9, oldest_s=40)).act is Next.STAY
+        assert step(busy, unit("b", tier=tier, waiting=9, oldest_s=40)) == Stay()
     loading = unit("b", tier=Residency.LOADING, waiting=9, oldest_s=40)
     assert step(RUNS, loading, unit("c", waiting=1)).unit == "c"
 
 
 def test_next_step_unit_that_needs_another_engine_waits_for_a_free_slot() -> None:
     other = unit("b", tier=Residency.DISK, waiting=1, swappable=False, swap_s=30)
-    assert step(RUNS, other) == Step(Next.SWAP, "b", "bound on waiting")
-    assert step(replace(RUNS, running=1, stayed_s=31), other).act is Next.CLOSE
+    assert step(RUNS, other) == SwapIn("b", "bound on waiting")
+    assert isinstance(step(replace(RUNS, running=1, stayed_s=31), other), CloseGate)
 
 
 # --- host memory
