@@ -77,7 +77,7 @@ async def test_outcomes_bound_on_cost_holds_by_the_prices_that_the_service_tells
         told = await record(s.url, tmp_path, 100, "--max-tokens", "5", "--max-cost", "300")
         assert told.exit_code == 1
         assert "bound on cost" in told.output
-        asked = len(s.pools["cpu"].engine.asked)
+        asked = sum(len(engine.asked) for engine in s.pools["cpu"].engines)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     outcomes = [one for row in rows for one in row["outcomes"].values()]
     assert 0 < len(outcomes) == asked < 200

@@ -111,3 +111,12 @@ def test_read_tasks_builtin_files_are_valid() -> None:
     files = builtin_files()
     if files:
         assert all(task.category for task in read_tasks(files))
+
+
+def test_read_tasks_takes_the_guide_s_example(tmp_path: Path) -> None:
+    guide = Path(__file__).parents[4] / "docs" / "guides" / "record-outcomes.md"
+    example = guide.read_text().split("```json\n")[1].split("```")[0]
+    tasks = read_tasks([write(tmp_path / "a.jsonl", [example])])
+    assert [task.check.kind for task in tasks] == ["number", "choice", "unit_tests"]
+    kinds = {line.split("`")[1] for line in guide.read_text().split("\n") if line.startswith("| `")}
+    assert kinds >= {check["kind"] for check in GOOD_CHECKS}
