@@ -35,10 +35,11 @@ def normalised_text(prompt: str) -> str:
     """Return the text by which two prompts count as the same.
 
     Case, width of letters, white space and the punctuation at the end make no
-    difference. Signs inside the text do: `17 * 23` and `17 / 23` are two prompts.
+    difference. Signs inside the text do: `17 * 23` and `17 / 23` are two prompts. A text
+    of signs alone keeps them.
     """
-    words = unicodedata.normalize("NFKC", prompt).casefold().split()
-    return " ".join(words).rstrip(" .?!。؟।")
+    text = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+    return text.rstrip(" .?!。؟।") or text
 
 
 def read_prompts(
@@ -62,8 +63,7 @@ def read_prompts(
     for path in paths:
         for place, row in _rows(path):
             prompt = _labelled(place, row, path.stem, allowed)
-            # A text of signs alone has nothing left once they are cut off.
-            key = normalised_text(prompt.prompt) or prompt.prompt
+            key = normalised_text(prompt.prompt)
             if key in seen:
                 other_place, category = seen[key]
                 raise PromptsError(

@@ -11,6 +11,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from router_models.general.categories import general_categories
+from router_models.general.held_out import held_out_prompts
 from router_models.general.training_prompts import (
     LabelledPrompt,
     PromptsError,
@@ -56,6 +57,17 @@ def test_shipped_prompts_have_no_near_duplicates(
     assert found == []
 
 
+@pytest.mark.parametrize("lang", sorted(LEAST))
+def test_shipped_prompts_are_not_near_held_out_prompts(
+    shipped: tuple[LabelledPrompt, ...], lang: str
+) -> None:
+    taught = [row.prompt for row in shipped if row.lang == lang]
+    held_out = [row.prompt for row in held_out_prompts() if row.language == lang]
+    alike = _alikeness(taught + held_out)[: len(taught), len(taught) :]
+    found = [(taught[i], held_out[j]) for i, j in np.argwhere(alike > MOST_ALIKE)]
+    assert found == []
+
+
 def test_alikeness_finds_a_changed_filler_and_passes_another_question() -> None:
     alike = _alikeness(
         [
@@ -72,7 +84,7 @@ def _alikeness(texts: list[str]) -> np.ndarray:
     column: dict[str, int] = {}
     at: list[tuple[int, int]] = []
     for i, text in enumerate(texts):
-        padded = f" {normalised_text(text)} "
+        padded = f"  {normalised_text(text)} "
         grams = {padded[k : k + 3] for k in range(len(padded) - 2)}
         at += [(i, column.setdefault(gram, len(column))) for gram in grams]
     rows, columns = zip(*at, strict=True)
