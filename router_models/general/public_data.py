@@ -128,7 +128,13 @@ def _source(place: str, row: object) -> Source:
                 f"allowed are null, {', '.join(allowed)}"
             )
     return Source(
-        *(row[key] for key in _TEXTS),
+        name=row["name"],
+        title=row["title"],
+        license=row["license"],
+        attribution=row["attribution"],
+        url=row["url"],
+        file=row["file"],
+        prompt_field=row["prompt"],
         label_field=row.get("label"),
         categories=categories,
         split_field=row.get("split"),
