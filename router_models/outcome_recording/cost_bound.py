@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from service.broker.prices import MICRO, Price, cost, micro
+from service.broker.prices import Price, cost
 
 # Tokens that templates and an expert's own system prompt may add to a prompt.
 _TEMPLATE_TOKENS = 1024
 _TOKENS_PER_MESSAGE = 16
+# Costs are counted in whole parts of a unit, so that sums are exact.
+_PARTS = 10**12
 
 
 class CostBoundReachedError(Exception):
@@ -46,7 +48,7 @@ class WorstCase:
 
 
 class CostBound:
-    """Reserves and settles costs, in whole millionths, rounded up, so that sums are exact.
+    """Reserves and settles costs, counted exactly and rounded up.
 
     Args:
         limit: The most that may be spent, in units of price; infinite for no bound.
@@ -54,20 +56,20 @@ class CostBound:
     """
 
     def __init__(self, limit: float = math.inf, spent: float = 0.0) -> None:
-        self._limit = math.inf if math.isinf(limit) else math.floor(round(limit * MICRO, 6))
-        self._spent = micro(spent)
+        self._limit = math.inf if math.isinf(limit) else math.floor(limit * _PARTS)
+        self._spent = _parts(spent)
         self._reserved = 0
         self._changed = asyncio.Condition()
 
     @property
     def spent(self) -> float:
         """What was spent, in units of price."""
-        return self._spent / MICRO
+        return self._spent / _PARTS
 
     @property
     def reserved(self) -> float:
         """The worst case of the calls in flight."""
-        return self._reserved / MICRO
+        return self._reserved / _PARTS
 
     async def reserve(self, worst: float) -> None:
         """Reserve a call's worst case, after waiting for calls in flight where that is needed.
@@ -76,19 +78,23 @@ class CostBound:
             CostBoundReachedError: It does not fit, and no call is in flight.
         """
         async with self._changed:
-            while self._spent + self._reserved + micro(worst) > self._limit:
+            while self._spent + self._reserved + _parts(worst) > self._limit:
                 if not self._reserved:
                     self._changed.notify_all()
                     raise CostBoundReachedError
                 await self._changed.wait()
-            self._reserved += micro(worst)
+            self._reserved += _parts(worst)
 
     async def settle(self, worst: float, actual: float) -> None:
         """Replace a reservation by what the call has cost."""
         async with self._changed:
-            self._reserved -= micro(worst)
-            self._spent += micro(actual)
+            self._reserved -= _parts(worst)
+            self._spent += _parts(actual)
             self._changed.notify_all()
+
+
+def _parts(units: float) -> int:
+    return max(0, math.ceil(units * _PARTS))
 
 
 def prompt_bytes(messages: list[dict[str, str]]) -> int:
