@@ -22,6 +22,7 @@ class Upstream:
     """The endpoint. `answer(model, prompt)` gives a text, a status, or seconds to hang.
 
     Attributes:
+        gate: Answers wait for it.
         price: Cost of a token of a prompt or an answer, told as this service does; None: not told.
         failures: How many attempts of each (model, prompt) fail first, with this status.
     """
@@ -33,6 +34,7 @@ class Upstream:
     status: int = 503
     delay_s: float = 0.0
     template_tokens: int = 10
+    gate: asyncio.Event | None = None
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[bytes, bytes]] = field(default_factory=list)
@@ -62,6 +64,8 @@ class Upstream:
         self.most_at_once = max(self.most_at_once, self.now)
         try:
             await asyncio.sleep(self.delay_s)
+            if self.gate is not None:
+                await self.gate.wait()
             await self._reply(send, body, prompt)
         finally:
             self.now -= 1

@@ -85,13 +85,14 @@ async def test_record_killed_leaves_whole_lines_and_continues(
 
 
 async def test_record_two_at_once_are_refused(upstream: Upstream, tmp_path: Path) -> None:
-    upstream.delay_s = 0.2
-    words = words_of(upstream, tmp_path, 4, "--concurrency", "1")
+    upstream.gate = asyncio.Event()
+    words = words_of(upstream, tmp_path, 2)
     first = asyncio.create_task(run(*words))
     await until(lambda: upstream.asked, "the first one asks")
     second = await run(*words)
     assert second.exit_code == 1
     assert "another recording writes to it" in second.output
+    upstream.gate.set()
     assert (await first).exit_code == 0
 
 
