@@ -132,5 +132,31 @@ def evaluate(as_json: bool, **options: Any) -> None:
         click.echo("\n".join(work.readable(result)))
 
 
+@group.command()
+@click.option(
+    "--data",
+    type=(str, _FILE, _FILE, str),
+    multiple=True,
+    required=True,
+    metavar="NAME OUTCOMES COSTS EXPERTS",
+    help="A pool of experts: its outcomes and costs; experts with commas between, or all.",
+)
+@click.option("--seed", type=int, default=0, help="Draws the folds and the halves.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def calibrate(data: tuple[tuple[str, Path, Path, str], ...], seed: int, as_json: bool) -> None:
+    """Derive from recorded outcomes what a point of quality may cost in each preset."""
+    from router_models import calibrate as work
+
+    sets = [
+        work.DataSet(name, outcomes, costs, None if experts == "all" else tuple(experts.split(",")))
+        for name, outcomes, costs, experts in data
+    ]
+    result = _guarded(lambda: work.run(sets, seed=seed, say=_note))
+    if as_json:
+        click.echo(json.dumps(result, allow_nan=False))
+    else:
+        click.echo("\n".join(work.readable(result)))
+
+
 if __name__ == "__main__":
     group()

@@ -19,13 +19,13 @@ from loadtests.lib.coe_service import serving
 from loadtests.lib.process import say
 from loadtests.lib.stats import percentile
 from loadtests.lib.targets import Report, Table, TargetCheck
+from service.config.presets import FastPresetConfig
 
 _ROOM, _TOKENS, _STEP_MS = 4, 10, 20.0
 # The first token is there at once.
 _EACH_S = (_TOKENS - 1) * _STEP_MS / 1000
-_LEAD = 0.05
-# auto:fast.
-_TIME_PRICE = 0.05
+_LEAD = 0.25
+_TIME_PRICE = FastPresetConfig().time_price
 _LOADS = (0.5, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0)
 _FOR_S = 8.0
 _GROWN = 3.0

@@ -2,18 +2,21 @@
 
 Every recipe r, with one pool for each of its experts, has a utility,
 
-    U = Q − λ_cost · c − λ_time · (T + X)
+    U = Q − λ_cost · c − λ_time · (W + X)
 
 - Q: expected quality of its answer to this prompt, in [0, 1]
 - c: expected cost of all calls
-- T: expected time to the answer in s
+- W: expected waiting time in s
 - X: time in s that its swaps cost other requests
-- λ_cost: the sum of the shadow prices of the budgets; λ_time: the price of time
+- λ_cost: the preset's price of cost, plus the shadow prices of the budgets
+- λ_time: the preset's price of waiting
 
-The time of one expert consists of loading or swapping, queue, prefill and decode. A recipe calls
-its members at the same time, so T contains the time of the slowest member. It calls its later
-experts one after another, and only if it needs them. T therefore adds the time of each later
-expert, multiplied by the probability of its call.
+The time of one expert consists of loading or swapping, queue, prefill and decode. Waiting is the
+time to the first token, and then a fifth of the decode: people read while it runs. Where it is
+slower than they read, the excess is waiting in full. A recipe calls its members at the same time,
+so W contains the waiting for the slowest member. It calls its later experts one after another, and
+only if it needs them. W therefore adds the waiting for each later expert, multiplied by the
+probability of its call. Predictions and deadlines use T, which is the same with all of the decode.
 
 The recipe with the greatest utility wins. This choice is the online form of a multiple-choice
 knapsack (Kellerer, Pferschy, Pisinger: Knapsack Problems, ch. 11): each request takes its best
@@ -38,6 +41,11 @@ from service.broker.recipe_catalog import Ints, RecipeCatalog
 
 _INFINITE = np.inf
 _NO_POOLS = np.zeros(0, dtype=np.intp)
+# Time in which people read a token: 238 words a minute (Brysbaert: How many words do we read per
+# minute?, 2019) of 1.33 tokens.
+READING_S = 60 / (238 * 1.33)
+# Share of the decode that counts as waiting, as far as it is no slower than reading.
+READ_ALONG = 0.2
 
 
 class Exclusion(IntEnum):
@@ -77,8 +85,9 @@ class SelectionRequest:
         tokens: (experts,), expected length of each expert's answer.
         cost: (experts,), expected cost of one call.
         prompt_tokens: Length of the prompt.
-        time_price: Quality per second.
-        cost_price: Quality per unit of cost.
+        time_price: Quality per second of waiting.
+        cost_price: Quality per unit of cost, `budget_price` included.
+        budget_price: The part of `cost_price` that the budgets' shadow prices make up.
         max_cost: Upper bound of the total cost of a recipe's calls.
         deadline_s: Time left in s, to the first token if `streams`, else to the end.
         context_tokens: Context that prompt and answer need; 0 if it is unknown.
@@ -95,6 +104,7 @@ class SelectionRequest:
     prompt_tokens: int = 0
     time_price: float = 0.01
     cost_price: float = 0.0
+    budget_price: float = 0.0
     max_cost: float = _INFINITE
     deadline_s: float = _INFINITE
     context_tokens: int = 0
@@ -135,6 +145,7 @@ class Selection:
         answer: (experts,), time from then to the end of the answer.
         time: (recipes,), expected time to the answer. Like all fields below, it is in the order of
             `request.rows`.
+        waiting: (recipes,), the part of it that counts as waiting.
         displaced: (recipes,), time that the recipe's swaps cost other requests.
         cost: (recipes,), expected cost.
         utility: (recipes,), utility; -inf for excluded recipes.
@@ -149,6 +160,7 @@ class Selection:
     wait: Floats
     answer: Floats
     time: Floats
+    waiting: Floats
     displaced: Floats
     cost: Floats
     utility: Floats
@@ -165,10 +177,8 @@ class Selection:
 
     @property
     def net_quality(self) -> Floats:
-        """(recipes,), quality minus the price of time, without cost; -inf for excluded recipes."""
-        possible = np.isfinite(self.utility)
-        time = self.request.time_price * (self.time + self.displaced)
-        return np.where(possible, self.request.quality - np.where(possible, time, 0.0), -_INFINITE)
+        """(recipes,), utility without the budgets' shadow prices; -inf for excluded recipes."""
+        return self.utility + self.request.budget_price * self.cost
 
     def order(self) -> Ints:
         """(recipes,), positions in `request.rows`, best first and excluded recipes last."""
@@ -212,14 +222,16 @@ class _ExpertTimes:
         wait: Time until prefill starts.
         answer: Time from then to the end of the answer.
         prefill: Time of the prefill.
+        waiting: Time that counts as waiting, from `wait` and `answer`.
         displaced: Time that a swap costs other requests.
-        idle: Time to the answer if the expert were resident and idle.
+        idle: Waiting if the expert were resident and idle.
     """
 
     pool: Ints
     wait: Floats
     answer: Floats
     prefill: Floats
+    waiting: Floats
     displaced: Floats
     idle: Floats
 
@@ -230,18 +242,20 @@ class _RecipeTotals:
 
     Attributes:
         time: Expected time to the answer.
+        waiting: The part of it that counts as waiting.
         displaced: Expected time that its swaps cost other requests.
         cost: Expected cost.
-        ideal_time: Expected time if all experts were resident and idle.
+        ideal_waiting: Expected waiting if all experts were resident and idle.
         max_cost: Cost if every expert is called.
         deadline_time: Time to compare with the deadline, if every expert is called. It ends at the
             first token for a stream of one expert, and at the end of the answer otherwise.
     """
 
     time: Floats
+    waiting: Floats
     displaced: Floats
     cost: Floats
-    ideal_time: Floats
+    ideal_waiting: Floats
     max_cost: Floats
     deadline_time: Floats
 
@@ -291,12 +305,12 @@ def _select_among(
     else:
         totals = _recipe_totals(catalog, request, times, single)
     quality_less_cost = request.quality - request.cost_price * totals.cost
-    utility = quality_less_cost - request.time_price * (totals.time + totals.displaced)
+    utility = quality_less_cost - request.time_price * (totals.waiting + totals.displaced)
     exclusion = _exclusions(catalog, pools, request, totals, single)
     utility[exclusion != 0] = -_INFINITE
     ideal = np.where(
-        np.isfinite(totals.ideal_time) & (exclusion != Exclusion.MAX_COST),
-        quality_less_cost - request.time_price * totals.ideal_time,
+        np.isfinite(totals.ideal_waiting) & (exclusion != Exclusion.MAX_COST),
+        quality_less_cost - request.time_price * totals.ideal_waiting,
         -_INFINITE,
     )
     return Selection(
@@ -307,6 +321,7 @@ def _select_among(
         wait=times.wait,
         answer=times.answer,
         time=totals.time,
+        waiting=totals.waiting,
         displaced=totals.displaced,
         cost=totals.cost,
         utility=utility,
@@ -324,13 +339,14 @@ def _expert_times(
     """Choose the best pool for each expert: the pool of the least time, displacement included."""
     if not len(pools.boots):
         never = np.full(len(catalog.experts), _INFINITE)
-        return _ExpertTimes(_NO_POOLS, never, never, never, never, never)
+        return _ExpertTimes(_NO_POOLS, never, never, never, never, never, never)
     prefill = pools.first + pools.per_token * request.prompt_tokens
     hint = request.prefix_cache
     if hint is not None and hint.boot in pools.boots and hint.expert in catalog.index:
         place = pools.boots.index(hint.boot), catalog.index[hint.expert]
         prefill[place] -= pools.per_token[place] * min(hint.tokens, request.prompt_tokens)
-    answer = prefill + pools.chunk * request.tokens
+    decode = pools.chunk * request.tokens
+    answer = prefill + decode
     batches, rest = np.divmod(pools.ahead, pools.capacity)
     # A request waits until all full batches before it have ended. The other requests ahead run in
     # its own batch, and delay it only by a share of their prefill.
@@ -347,13 +363,18 @@ def _expert_times(
     def in_best_pool(figure: Floats) -> Floats:
         return np.where(exists, figure[pool, columns], _INFINITE)
 
+    # The decode less its part that is read along.
+    decode -= (1 - READ_ALONG) * np.minimum(decode, READING_S * request.tokens)
+    decode += prefill
+    best_wait = in_best_pool(wait)
     return _ExpertTimes(
         pool=pool,
-        wait=in_best_pool(wait),
+        wait=best_wait,
         answer=in_best_pool(answer),
         prefill=in_best_pool(prefill),
+        waiting=best_wait + in_best_pool(decode),
         displaced=in_best_pool(pools.displaced),
-        idle=np.where(usable, answer, _INFINITE).min(axis=0),
+        idle=np.where(usable, decode, _INFINITE).min(axis=0),
     )
 
 
@@ -400,16 +421,17 @@ def _single_totals(
     cost = request.cost[experts]
     return _RecipeTotals(
         time=time,
+        waiting=times.waiting[experts],
         displaced=times.displaced[experts],
         cost=cost,
-        ideal_time=times.idle[experts],
+        ideal_waiting=times.idle[experts],
         max_cost=cost,
         deadline_time=(times.wait + times.prefill)[experts] if request.streams else time,
     )
 
 
 # Rows of the table of experts' figures.
-_TIME, _DISPLACED, _COST, _IDLE, _FIRST = range(5)
+_TIME, _WAITING, _DISPLACED, _COST, _IDLE, _FIRST = range(6)
 
 
 def _recipe_totals(
@@ -431,9 +453,10 @@ def _recipe_totals(
     """
     members, later = catalog.members[request.rows], catalog.later[request.rows]
     # The last column holds zeros. It stands for the absent members of short recipes.
-    table = np.zeros((5, len(catalog.experts) + 1))
+    table = np.zeros((6, len(catalog.experts) + 1))
     table[:, :-1] = (
         times.wait + times.answer,
+        times.waiting,
         times.displaced,
         request.cost,
         times.idle,
@@ -448,14 +471,15 @@ def _recipe_totals(
     in_full = slowest + of_later[_TIME].sum(axis=1)
     deadline_time = np.where(single, first[members[:, 0]], in_full)
     # 0 · ∞ would be NaN, but an expert that is never called costs nothing.
-    np.multiply(of_later[:4], request.reach, out=of_later[:4], where=request.reach > 0)
-    of_later[:4][:, request.reach <= 0] = 0.0
-    expected = of_later[:4].sum(axis=2)
+    np.multiply(of_later[:_FIRST], request.reach, out=of_later[:_FIRST], where=request.reach > 0)
+    of_later[:_FIRST][:, request.reach <= 0] = 0.0
+    expected = of_later[:_FIRST].sum(axis=2)
     return _RecipeTotals(
         time=slowest + expected[_TIME],
+        waiting=of_members[_WAITING].max(axis=1) + expected[_WAITING],
         displaced=of_members[_DISPLACED].sum(axis=1) + expected[_DISPLACED],
         cost=of_members[_COST].sum(axis=1) + expected[_COST],
-        ideal_time=of_members[_IDLE].max(axis=1) + expected[_IDLE],
+        ideal_waiting=of_members[_IDLE].max(axis=1) + expected[_IDLE],
         max_cost=max_cost,
         deadline_time=deadline_time,
     )

@@ -17,6 +17,12 @@ from service.config.guard import GuardConfig, InjectionConfig, PiiConfig
 from service.config.limits import RequestLimits
 from service.config.moe_kernels import ON_CPU, EplbOptions, ExpertKernels
 from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
+from service.config.presets import (
+    AutoPresetConfig,
+    BestPresetConfig,
+    FastPresetConfig,
+    PresetsConfig,
+)
 from service.config.prices import PricesConfig
 from service.config.recipes import RecipeConfig
 from service.config.server import RouterConfig, ServerConfig
@@ -309,6 +315,10 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("server", "limits"): RequestLimits,
     ("server", "breaker"): BreakerConfig,
     ("router",): RouterConfig,
+    ("router", "presets"): PresetsConfig,
+    ("router", "presets", "fast"): FastPresetConfig,
+    ("router", "presets", "auto"): AutoPresetConfig,
+    ("router", "presets", "best"): BestPresetConfig,
     ("telemetry",): TelemetryConfig,
     ("experts", "*"): ExpertConfig,
     ("experts", "*", "remote"): RemoteConfig,

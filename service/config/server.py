@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from service.config.base import Bytes, Section, shown
 from service.config.breaker import BreakerConfig
 from service.config.limits import RequestLimits
+from service.config.presets import PresetsConfig
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _HOST_NAME = re.compile(r"^(\*|(\*\.)?[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*)$")
@@ -111,3 +112,4 @@ class RouterConfig(Section):
         description="Expert for prompts of category `general` or of a category that no expert "
         "names. Default: the first expert that names category `general`, else the first expert.",
     )
+    presets: PresetsConfig = Field(default_factory=lambda: PresetsConfig())

@@ -337,7 +337,7 @@ class Dispatcher:
             plan,
             left_s=left_s,
             excluded=excluded,
-            cost_price=self.budget_prices.cost_price(request.tenant),
+            budget_price=self.budget_prices.cost_price(request.tenant),
             prefix_cache=self.prefix_affinity.hint(request),
         )
         matrix = self._pool_table.to_matrix(self.views() if views is None else views)

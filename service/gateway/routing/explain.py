@@ -39,8 +39,9 @@ def explain(plan: RoutePlan, selection: Selection) -> dict[str, Any]:
         "novelty": round(scores.novelty, 4) if scores else None,
         "posterior": {label: round(p, 4) for label, p in posterior.items()},
         "reason": plan.reason,
-        "time_price": plan.time_price,
-        "cost_price": round(selection.request.cost_price, 9),
+        "time_price": round(plan.time_price, 9),
+        "cost_price": _significant(selection.request.cost_price),
+        "budget_price": _significant(selection.request.budget_price),
         "chosen": None if best is None else _candidate(selection, best, best)["recipe"],
         "candidates": [_candidate(selection, at, best) for at in order],
     }
@@ -72,11 +73,17 @@ def _candidate(selection: Selection, at: int, best: int | None) -> dict[str, Any
         "wait_s": _seconds(max((option.wait_s for option in available), default=math.inf)),
         "answer_s": _seconds(max((option.answer_s for option in available), default=math.inf)),
         "time_s": _seconds(float(selection.time[at])),
+        "waiting_s": _seconds(float(selection.waiting[at])),
         "displaced_s": _seconds(float(selection.displaced[at])),
         "utility": _finite(float(selection.utility[at]), 4),
         "behind": _finite(behind, 4),
         "why": why,
     }
+
+
+def _significant(value: float) -> float:
+    """A price to six significant digits: its level depends on the unit of cost."""
+    return float(f"{value:.6g}")
 
 
 def _finite(value: float | None, digits: int) -> float | None:

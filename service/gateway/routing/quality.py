@@ -102,6 +102,34 @@ class QualityModel:
         self._map = found
         self._map_columns = np.array([catalog.recipe_index[recipe] for recipe in found.recipes])
 
+    def by_category(self) -> Floats:
+        """The quality of every recipe without feedback, (categories, recipes).
+
+        The categories are those of the expert map, if there is one.
+        """
+        if self._map is None:
+            return self._table
+        known = [row for row, label in enumerate(self._map.categories) if label in self.index]
+        table = self._table[[self.index[self._map.categories[row]] for row in known]]
+        table[:, self._map_columns] = self._map.score[known]
+        return table
+
+    def expected_calls(self, catalog: RecipeCatalog) -> Floats:
+        """How often each recipe calls each expert, on average over the categories.
+
+        Returns:
+            (recipes, experts), in [0, 1].
+        """
+        reach = self._reach.copy()
+        if self._map is not None:
+            reach[self._map_columns] = self._map.reach.mean(axis=0)
+        # The last column stands for absent members.
+        calls = np.zeros((len(catalog.recipes), len(catalog.experts) + 1))
+        rows = catalog.everything[:, None]
+        calls[rows, catalog.members] = 1.0
+        calls[rows, catalog.later] = reach
+        return calls[:, :-1]
+
     def posterior(self, given: Mapping[str, float]) -> Floats:
         """A distribution over categories as an array over `labels`."""
         vector = np.zeros(len(self.labels))

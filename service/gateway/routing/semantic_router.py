@@ -18,12 +18,14 @@ from service.broker.cost_model import LONG_TOKENS, CostModel, Lengths
 from service.broker.pool_state import Floats, Place
 from service.broker.prices import prices_of
 from service.broker.recipe_catalog import Ints, RecipeCatalog
+from service.broker.reference import best_shares
 from service.broker.selection import PrefixCacheHint, SelectionRequest
 from service.classifier.artifact import load_artifact
 from service.classifier.classifier import Assessment, Classifier
 from service.classifier.conversation import assess_body
 from service.classifier.expert_map import ExpertMap
 from service.config import Config
+from service.config.presets import PresetConfig
 from service.config.schema import silent_member
 from service.errors import ArtifactError, ForbiddenError, InvalidRequestError, UnknownModelError
 from service.gateway.request.parsing import AUTO, GENERAL, InferenceRequest
@@ -32,11 +34,12 @@ from service.types import MAX_LATER, CategoryScores, Recipe, Tenant
 
 log = logging.getLogger("coe.routing")
 
-# The price of time by preset, in quality per second.
-PRESETS = {"fast": 0.05, "": 0.01, "best": 0.001}
+# The presets' suffixes of `auto`.
+PRESETS = ("fast", "", "best")
 # Recipes of a lower quality are no candidates, however idle their pools are.
 _MIN_QUALITY = 0.05
-# The allowed recipes are cached for this many sets of allowed experts.
+# The allowed recipes are cached for this many sets of allowed experts, and the reference cost's
+# weights for as many sets of able ones.
 _MAX_ALLOWANCES = 1000
 
 # A recipe that the client names has full quality, because nothing competes with it.
@@ -60,7 +63,9 @@ class RoutePlan:
         reason: Why these are the candidates.
         scores: The classifier's scores, where it was used.
         posterior: Probabilities of the categories, (labels,).
-        time_price: The price of time, in quality per second.
+        time_price: The price of time, in quality per second of waiting.
+        cost_weight: The quality that is given up to save the whole reference cost.
+        reference: (experts,), weights of the experts' costs in the reference cost.
     """
 
     rows: Ints
@@ -72,7 +77,9 @@ class RoutePlan:
     reason: str
     scores: CategoryScores | None = None
     posterior: Floats | None = None
-    time_price: float = PRESETS[""]
+    time_price: float = 0.0
+    cost_weight: float = 0.0
+    reference: Floats | None = None
 
     def only(self, keep: NDArray[np.bool_]) -> RoutePlan:
         """Keep some of the rows."""
@@ -98,6 +105,7 @@ class SemanticRouter:
         catalog: The recipes.
         quality_model: Expects the quality of each recipe.
         assess: Classifies a prompt; None without an artifact, where `auto` takes the fallback.
+        per_token: (experts,), the price of each expert's tokens.
     """
 
     def __init__(
@@ -106,7 +114,11 @@ class SemanticRouter:
         catalog: RecipeCatalog,
         quality_model: QualityModel,
         assess: Assess | None,
+        per_token: Floats,
     ) -> None:
+        self._presets = config.router.presets
+        self._per_token = per_token
+        self._references: dict[bytes, Floats] = {}
         self._experts = config.experts
         self._catalog = catalog
         self._quality_model = quality_model
@@ -143,7 +155,7 @@ class SemanticRouter:
         preset, category = self._auto(model, request.tenant)
         if "embeddings" in request.needs:
             self._one_space(request.tenant)
-        price = PRESETS[preset]
+        price = self._presets.of(preset)
         if category is not None:
             return self._plan(
                 request, {category: 1.0}, category, 1.0, "named category", None, price
@@ -205,7 +217,10 @@ class SemanticRouter:
         at = self._catalog.recipe_index[recipe]
         rows = self._catalog.everything[at : at + 1]
         reach = self._quality_model.escalation_prob(at)[None] if recipe.later else _NO_LATER
-        return RoutePlan(rows, _CERTAIN, reach, recipe.experts[0], "", 1.0, "named")
+        time_price = self._presets.auto.time_price
+        return RoutePlan(
+            rows, _CERTAIN, reach, recipe.experts[0], "", 1.0, "named", time_price=time_price
+        )
 
     def _auto(self, model: str, tenant: Tenant) -> tuple[str, str | None]:
         """Split `auto[:preset][/category]`. Raises UnknownModelError."""
@@ -240,7 +255,7 @@ class SemanticRouter:
         confidence: float,
         reason: str,
         assessment: Assessment | None,
-        price: float,
+        price: PresetConfig,
     ) -> RoutePlan:
         """The recipes that have the needed capabilities and enough quality."""
         catalog = self._catalog
@@ -264,8 +279,22 @@ class SemanticRouter:
             reason,
             scores,
             given,
-            price,
+            price.time_price,
+            price.cost_weight,
+            self._reference(able),
         )
+
+    def _reference(self, able: NDArray[np.bool_]) -> Floats:
+        """The weights of the reference cost, (experts,), where these recipes are possible."""
+        key = able.tobytes()
+        if (found := self._references.get(key)) is None:
+            calls = self._quality_model.expected_calls(self._catalog)
+            quality = np.where(able, self._quality_model.by_category(), -np.inf)
+            found = best_shares(quality, calls @ self._per_token) @ calls
+            if len(self._references) >= _MAX_ALLOWANCES:
+                self._references.clear()
+            self._references[key] = found
+        return found
 
     def _possible(self, request: InferenceRequest) -> NDArray[np.bool_]:
         catalog = self._catalog
@@ -316,6 +345,12 @@ def _best(scores: CategoryScores) -> int:
     return max(range(len(scores.labels)), key=scores.probabilities.__getitem__)
 
 
+def _preset_price(plan: RoutePlan, cost: Floats) -> float:
+    """The preset's price of cost, in quality per unit; 0 where the best experts cost nothing."""
+    reference = 0.0 if plan.reference is None else float(plan.reference @ cost)
+    return plan.cost_weight / reference if reference > 0 else 0.0
+
+
 def selection_request(
     cost_model: CostModel,
     request: InferenceRequest,
@@ -323,7 +358,7 @@ def selection_request(
     *,
     left_s: float | None = None,
     excluded: Collection[Place] = (),
-    cost_price: float = 0.0,
+    budget_price: float = 0.0,
     prefix_cache: PrefixCacheHint | None = None,
 ) -> SelectionRequest:
     """Build the request for the broker's selection.
@@ -334,7 +369,7 @@ def selection_request(
         plan: Its candidates.
         left_s: Seconds left of the deadline; None takes the whole deadline.
         excluded: Places, as (expert, pool's boot id), that must not be selected.
-        cost_price: Shadow price of the tenant's budgets, in quality per unit of cost.
+        budget_price: Shadow price of the tenant's budgets, in quality per unit of cost.
         prefix_cache: Where the conversation's prefix is cached, if known.
     """
     expected = cost_model.expect(
@@ -348,7 +383,8 @@ def selection_request(
         cost=expected.cost,
         prompt_tokens=request.prompt_tokens,
         time_price=plan.time_price,
-        cost_price=cost_price,
+        cost_price=_preset_price(plan, expected.cost) + budget_price,
+        budget_price=budget_price,
         max_cost=request.max_cost if request.max_cost is not None else math.inf,
         deadline_s=left_s if left_s is not None else request.deadline_ms / 1000,
         # A bound above that is a cap: what does not fit is clipped.
@@ -404,7 +440,9 @@ class RoutingSetup:
         self.cost_model = CostModel(
             self.catalog.experts, self.quality_model.labels, prices_of(config), lengths
         )
-        self.router = SemanticRouter(config, self.catalog, self.quality_model, assess)
+        self.router = SemanticRouter(
+            config, self.catalog, self.quality_model, assess, self.cost_model.per_token
+        )
 
 
 def _known_part(found: ExpertMap, config: Config) -> ExpertMap | None:

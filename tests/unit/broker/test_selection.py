@@ -11,7 +11,15 @@ import pytest
 from service.broker.demand import failure_reason, pool_for_demand
 from service.broker.pool_state import REMOTE, PoolStateTable, PoolView
 from service.broker.recipe_catalog import RecipeCatalog
-from service.broker.selection import Exclusion, PrefixCacheHint, Selection, SelectionRequest, select
+from service.broker.selection import (
+    READ_ALONG,
+    READING_S,
+    Exclusion,
+    PrefixCacheHint,
+    Selection,
+    SelectionRequest,
+    select,
+)
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
 from service.types import MAX_LATER, Recipe, Residency
 
@@ -186,11 +194,39 @@ def test_select_recipe_time_is_its_slowest_member_and_cost_the_sum() -> None:
         cost_price=0.001,
     )
     each = 0.1 + TOKENS * 0.01
+    # A fifth of the decode is waiting.
+    waiting = 0.1 + TOKENS * 0.01 * READ_ALONG
     assert got.time.tolist() == pytest.approx([3 * each + 0.25 * each, 3 * each])
     assert got.cost.tolist() == pytest.approx([3 + 0.25 * 40, 43])
     assert got.utility.tolist() == pytest.approx(
-        [0.8 - 0.013 - 0.01 * 3.25 * each, 0.8 - 0.043 - 0.03 * each]
+        [
+            0.8 - 0.013 - 0.01 * (2 * each + 1.25 * waiting),
+            0.8 - 0.043 - 0.01 * (2 * each + waiting),
+        ]
     )
+
+
+@pytest.mark.parametrize(
+    ("token_s", "waiting_s"),
+    [
+        (0.0, 0.1),
+        (READING_S / 2, 0.1 + READ_ALONG * TOKENS * READING_S / 2),
+        (READING_S, 0.1 + READ_ALONG * TOKENS * READING_S),
+        # What is slower than people read is waiting in full.
+        (3 * READING_S, 0.1 + (READ_ALONG + 2) * TOKENS * READING_S),
+    ],
+)
+def test_select_decode_counts_in_full_only_where_it_is_slower_than_reading(
+    token_s: float, waiting_s: float
+) -> None:
+    pool = view("x")
+    speeds = {"a": Speed(0.1, token_s, 0.0)}
+    pool = replace(pool, snapshot=replace(pool.snapshot, speeds=speeds))
+    got = decided(pool, price=0.05)
+    assert got.time[0] == pytest.approx(0.1 + TOKENS * token_s)
+    assert got.waiting[0] == pytest.approx(waiting_s)
+    assert got.utility[0] == pytest.approx(1 - 0.05 * waiting_s)
+    assert got.ideal[0] == pytest.approx(got.utility[0])
 
 
 def test_select_cost_price_shifts_to_the_cheaper_expert() -> None:

@@ -68,7 +68,7 @@ function drawWhy(told) {
   const novelty = told.novelty >= 0.01 ? `${Math.round(told.novelty * 100)} % of it was never seen in training.` : "";
   byId("posterior-note").textContent = [about[told.reason] ?? told.reason, novelty].filter(Boolean).join(" ");
   const cost = told.cost_price ? ` − ${told.cost_price.toPrecision(2)} · c` : "";
-  byId("formula").textContent = `U = Q${cost} − ${told.time_price} · (T + X)`;
+  byId("formula").textContent = `U = Q${cost} − ${told.time_price} · (W + X)`;
   byId("candidates").replaceChildren(...told.candidates.slice(0, 8).map((one) => candidate(one, told)));
 }
 

@@ -10,13 +10,21 @@ import numpy as np
 import orjson
 import pytest
 
+from service.broker.cost_model import CostModel
+from service.broker.prices import Price
 from service.broker.recipe_catalog import RecipeCatalog
+from service.broker.selection import SelectionRequest
 from service.classifier.classifier import Assessment
-from service.config import Config
+from service.config import Config, RouterConfig
 from service.errors import ForbiddenError, InvalidRequestError, UnknownModelError
 from service.gateway.request.parsing import parse_request
 from service.gateway.routing.quality import QualityModel
-from service.gateway.routing.semantic_router import RoutePlan, SemanticRouter
+from service.gateway.routing.semantic_router import (
+    PRESETS,
+    RoutePlan,
+    SemanticRouter,
+    selection_request,
+)
 from service.types import CategoryScores, Recipe, Tenant
 
 CONFIG = Config.model_validate(
@@ -52,7 +60,7 @@ def router(category: str | None, expected: Any = None) -> SemanticRouter:
         return Assessment(scores(category), np.zeros(0))
 
     worth = QualityModel(CONFIG, BOOK, ("general", category) if category else ())
-    return SemanticRouter(CONFIG, BOOK, worth, assess if category else None)
+    return SemanticRouter(CONFIG, BOOK, worth, assess if category else None, np.ones(3))
 
 
 def plan(
@@ -156,3 +164,58 @@ def test_plan_tenant_is_limited_to_its_experts() -> None:
             plan(model, tenant=only)
     with pytest.raises(ForbiddenError):
         plan("auto", "math", Tenant("t", experts=frozenset()))
+
+
+SIZES = {"general": 8.0, "math": 70.0, "vectors": 1.0}
+
+
+def priced(model: str, scale: float, category: str = "math", tokens: int = 60) -> SelectionRequest:
+    """A request as the selection sees it, where every price is multiplied by `scale`."""
+    prices = {name: Price(scale * size, scale * size) for name, size in SIZES.items()}
+    cost_model = CostModel(BOOK.experts, ("general", "math"), prices)
+    worth = QualityModel(CONFIG, BOOK, ("general", "math"))
+    found = SemanticRouter(CONFIG, BOOK, worth, None, cost_model.per_token)
+    data = {"model": f"{model}/{category}", "messages": [{"role": "user", "content": "x" * tokens}]}
+    asked = parse_request("/v1/chat/completions", orjson.dumps(data), {}, 1000)
+    return selection_request(cost_model, asked, found.plan(asked), budget_price=0.5)
+
+
+@pytest.mark.parametrize("model", ["auto:fast", "auto", "auto:best"])
+@pytest.mark.parametrize("tokens", [60, 60_000])
+def test_selection_request_preset_weighs_cost_by_the_composition_s_own_level(
+    model: str, tokens: int
+) -> None:
+    preset = RouterConfig().presets.of(model.partition(":")[2])
+    shares = []
+    for scale in (1e-6, 1.0, 1e6):
+        got = priced(model, scale, tokens=tokens)
+        assert got.budget_price == 0.5
+        # `general` is the best on its own category, `math` on the other; `vectors` can't chat.
+        level = (got.cost[0] + got.cost[1]) / 2
+        shares.append((got.cost_price - 0.5) * level)
+    assert shares == pytest.approx([preset.cost_weight] * 3)
+    assert got.time_price == preset.time_price
+
+
+def test_selection_request_free_experts_have_no_price_of_cost() -> None:
+    assert priced("auto", 0.0).cost_price == 0.5
+
+
+def test_selection_request_named_expert_has_no_price_of_cost() -> None:
+    asked = parse_request(
+        "/v1/chat/completions",
+        orjson.dumps({"model": "math", "messages": [{"role": "user", "content": "x"}]}),
+        {},
+        1000,
+    )
+    cost_model = CostModel(BOOK.experts, (), {name: Price(1, 1) for name in SIZES})
+    assert selection_request(cost_model, asked, router(None).plan(asked)).cost_price == 0
+
+
+def test_presets_are_three_points_from_cheap_and_quick_to_good() -> None:
+    presets = [RouterConfig().presets.of(name) for name in PRESETS]
+    for figure in ("point_cost", "point_s"):
+        values = [getattr(preset, figure) for preset in presets]
+        assert values == sorted(values)
+        assert len(set(values)) == 3
+    assert [round(0.5 / preset.time_price, 6) for preset in presets] == [2, 10, 60]
