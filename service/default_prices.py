@@ -86,8 +86,10 @@ def with_default_prices(config: Config) -> Config:
     dearest = max(billions.values(), default=0.0)
     prices: dict[str, PriceConfig] = {}
     for name, expert in config.experts.items():
-        source = name if expert.base is None else expert.base
-        given = expert.price or config.experts[source].price
+        owner = config.owner_of(name)
+        source = config.experts[owner].base or owner
+        sources = (expert, config.experts[owner], config.experts[source])
+        given = next((one.price for one in sources if one.price is not None), None)
         if given is not None:
             prices[name] = given
         elif expert.remote is not None:

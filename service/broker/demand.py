@@ -31,7 +31,8 @@ def pool_for_demand(expert: str, views: Iterable[PoolView]) -> str | None:
         state = snapshot.experts[expert]
         load = 0
         for name, other in snapshot.experts.items():
-            if other.slot == state.slot and name != expert:
+            same = snapshot.weights_of(name) == snapshot.weights_of(expert)
+            if other.slot == state.slot and not same:
                 queue = snapshot.queues.get(name, Queue())
                 load += queue.waiting + queue.running
         digest = hashlib.blake2b(f"{expert}\0{view.boot}".encode(), digest_size=8).digest()

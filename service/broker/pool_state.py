@@ -157,11 +157,16 @@ def _row_of(snapshot: Snapshot, index: dict[str, int]) -> Floats:
     queues, speeds = snapshot.queues, snapshot.speeds
     in_slot: dict[int, int] = {}
     requests: dict[int, int] = {}
+    # Requests by the weights that answer them.
+    own: dict[str, int] = {}
     prompts: dict[int, int] = {}
     for name, state in snapshot.experts.items():
         queue = queues.get(name, _IDLE)
         in_slot[state.slot] = in_slot.get(state.slot, 0) + queue.ahead
-        requests[state.slot] = requests.get(state.slot, 0) + queue.waiting + queue.running
+        calls = queue.waiting + queue.running
+        requests[state.slot] = requests.get(state.slot, 0) + calls
+        weights = snapshot.weights_of(name)
+        own[weights] = own.get(weights, 0) + calls
         prompts[state.slot] = prompts.get(state.slot, 0) + queue.waiting_tokens
     guess = _guess(list(speeds.values()))
     columns = []
@@ -170,9 +175,9 @@ def _row_of(snapshot: Snapshot, index: dict[str, int]) -> Floats:
         at = index.get(name)
         if at is None or snapshot.draining or state.state is Residency.FAILED:
             continue
-        queue, speed = queues.get(name, _IDLE), speeds.get(name, guess)
+        speed = speeds.get(name, guess)
         ahead = in_slot[state.slot]
-        others = requests[state.slot] - queue.waiting - queue.running
+        others = requests[state.slot] - own[snapshot.weights_of(name)]
         # The slot swaps to this expert and back. Both swaps delay the other experts' requests.
         displaced = 0.0 if state.state is Residency.DEVICE else 2 * state.swap_s * others
         columns.append(at)

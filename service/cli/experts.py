@@ -74,10 +74,16 @@ def _experts_table(payload: Any) -> Any:
                 pool,
                 name + (" (pinned)" if state.get("pinned") else ""),
                 state["state"] + (f": {state['reason']}" if state["reason"] else ""),
-                size(state["host_bytes"]) if state.get("host_bytes") else "",
+                _bytes(state),
                 str(state["waiting"]),
                 str(state["running"]),
                 f"{state['swap_s'] * 1000:.0f} ms" if "swap_s" in state else "",
                 f"{last['method']}, {last['reason']}, {last['ago_s']:.0f} s ago" if last else "",
             )
     return table
+
+
+def _bytes(state: Any) -> str:
+    if "shares" in state:
+        return f"none: has those of {state['shares']}"
+    return size(state["host_bytes"]) if state.get("host_bytes") else ""

@@ -141,6 +141,8 @@ def _print_plans(config: Config, plans: list[Any]) -> None:
     for plan in plans:
         for line in (*plan.moe, *plan.notes):
             click.echo(f"{plan.kind}: {line}")
+        for name, other in plan.shared.items():
+            click.echo(f"{plan.kind}: {name} has the weights of {other} and takes no memory")
     for line in _warnings(plans):
         click.echo(f"warning: {line}", err=True)
     remote = [name for name, expert in config.experts.items() if expert.remote is not None]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from service.config.base import Section
+from service.config.defaults import DefaultsConfig
 from service.config.moe_kernels import ExpertKernels
 
 
@@ -83,7 +84,10 @@ Capability = Literal["chat", "completions", "embeddings", "tools", "json", "visi
 
 
 class ExpertConfig(Section):
-    """One named model: full weights (`model`), `base` with `adapter` or `profile`, or `remote`."""
+    """One named model.
+
+    It has full weights (`model`), or a `base` with `adapter`, `profile` or `defaults`, or `remote`.
+    """
 
     model: str | None = Field(
         None,
@@ -91,7 +95,9 @@ class ExpertConfig(Section):
         "with ./, ../, / or ~), or ORG/NAME of the hub; @COMMIT pins a version.",
     )
     base: str | None = Field(
-        None, description="LoRA and virtual experts: the expert with the base's full weights."
+        None,
+        description="LoRA and virtual experts: the expert with the base's full weights. Variants: "
+        "any expert that is no variant.",
     )
     adapter: str | None = Field(None, description="LoRA: folder of the adapter.")
     profile: str | None = Field(
@@ -109,6 +115,13 @@ class ExpertConfig(Section):
         "with its base.",
     )
     strength: float = Field(1.0, gt=0, le=4, description="merged: factor of the adapter's weights.")
+    defaults: DefaultsConfig | None = Field(
+        None,
+        description="Fields of its requests that do not set them: system, temperature, max_tokens "
+        "and others. With `base` alone it is a variant: another way to ask the base, in the same "
+        "batch, without weights of its own. It has its base's price, capabilities and media where "
+        "it sets none.",
+    )
     pinned: bool = Field(False, description="Never evict its weights from host memory.")
     categories: tuple[str, ...] = Field(
         (), description="Categories that `auto` sends to this expert."
@@ -149,15 +162,20 @@ class ExpertConfig(Section):
 
     @model_validator(mode="after")
     def _check_kind(self) -> ExpertConfig:
-        kinds = [self.model is not None, self.base is not None, self.remote is not None]
-        if sum(kinds) != 1:
-            raise ValueError("needs exactly one of model, base (with adapter or profile), remote")
+        # A variant of a remote expert has its base's endpoint, see `Config`.
+        own_remote = self.remote is not None and not self.is_variant
+        if sum([self.model is not None, self.base is not None, own_remote]) != 1:
+            raise ValueError(
+                "needs exactly one of model, base (with adapter, profile or defaults), remote"
+            )
         if self.profile is not None and (self.adapter is not None or self.base is None):
             raise ValueError("profile needs base, and no adapter")
         if (self.profile is None) != (self.form != "steered"):
             raise ValueError("form 'steered' requires `profile`, and `profile` requires this form")
-        if (self.base is None) != (self.adapter is None and self.profile is None):
-            raise ValueError("base goes together with adapter or profile")
+        if self.base is None and self.adapter is not None:
+            raise ValueError("adapter goes together with base")
+        if self.is_variant and self.defaults is None:
+            raise ValueError("base goes together with adapter, profile or defaults")
         if self.adapter is None and self.form == "merged":
             raise ValueError("form merged needs base and adapter")
         if self.form != "merged" and self.strength != 1.0:
@@ -167,3 +185,8 @@ class ExpertConfig(Section):
         if self.model is None and self.vllm != ExpertKernels():
             raise ValueError("vllm is for experts with full weights of their own (model)")
         return self
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether it has no weights of its own: it is another way to ask its base."""
+        return self.base is not None and self.adapter is None and self.profile is None

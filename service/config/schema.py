@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 from service.config.base import Name, Section
 from service.config.breaker import BreakerConfig
 from service.config.cache import CacheConfig
+from service.config.defaults import DefaultsConfig
 from service.config.experts import ExpertConfig, MediaConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
 from service.config.guard import GuardConfig, InjectionConfig, PiiConfig
@@ -69,6 +70,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_references(self) -> Config:
+        _check_bases(self)
+        _fill_variants(self)
         _check_names(self)
         _check_kernels(self)
         _check_tenants(self)
@@ -93,22 +96,36 @@ class Config(Section):
         return next(iter(self.experts))
 
     def local_experts(self, kind: str) -> tuple[str, ...]:
-        """Return the experts of pools of this kind, bases before experts that build on them."""
+        """Return the experts of pools of this kind, bases before experts that build on them.
+
+        A variant is wherever its base is.
+        """
         named = self.pools[kind].experts
         names = [
             name
             for name, expert in self.experts.items()
-            if expert.remote is None and (named is None or name in named)
+            if expert.remote is None and (named is None or self.owner_of(name) in named)
         ]
-        return tuple(sorted(names, key=lambda name: self.experts[name].base is not None))
+
+        def depth(name: str) -> int:
+            expert = self.experts[name]
+            return 2 if expert.is_variant else int(expert.base is not None)
+
+        return tuple(sorted(names, key=depth))
+
+    def owner_of(self, expert: str) -> str:
+        """Return the expert that a variant is a way to ask; for other experts the expert itself."""
+        settings = self.experts[expert]
+        return settings.base if settings.is_variant and settings.base else expert
 
     def units(self, kind: str) -> tuple[tuple[str, ...], ...]:
         """Return the experts of a pool, grouped by the weights that they run on.
 
         Each tuple has an expert with full or merged weights, followed by its adapters. A virtual
         expert is a unit of its own: it uses its base's weights, but never at the same time.
+        Variants are in no unit, because they are asked as their base.
         """
-        held = self.local_experts(kind)
+        held = [name for name in self.local_experts(kind) if not self.experts[name].is_variant]
         return tuple(
             (
                 name,
@@ -124,7 +141,7 @@ class Config(Section):
 
     def vllm_of(self, kind: str, expert: str) -> VllmOptions:
         """Return vLLM's options for an expert in a pool; its base's own override the pool's."""
-        settings = self.experts[expert]
+        settings = self.experts[self.owner_of(expert)]
         own = (settings if settings.base is None else self.experts[settings.base]).vllm
         given = {name: value for name, value in own if value is not None}
         return self.pools[kind].vllm.model_copy(update=given)
@@ -156,7 +173,7 @@ class Config(Section):
 
     def embeds(self, expert: str) -> bool:
         """Return whether an expert makes embeddings and no text; its engine then runs for that."""
-        capabilities = self.experts[expert].capabilities
+        capabilities = self.experts[self.owner_of(expert)].capabilities
         return "embeddings" in capabilities and not {"chat", "completions"} & {*capabilities}
 
     def model_sources(self, only: str | None = None) -> dict[str, str]:
@@ -201,20 +218,62 @@ def _check_tenants(config: Config) -> None:
         )
 
 
+def _check_bases(config: Config) -> None:
+    for name, expert in config.experts.items():
+        if expert.base is None:
+            continue
+        base = config.experts.get(expert.base)
+        if base is None:
+            raise ValueError(f"experts.{name}.base: {_unknown(expert.base, set(config.experts))}")
+        if expert.is_variant and base.is_variant:
+            raise ValueError(
+                f"experts.{name}.base: {expert.base!r} is a variant itself; name its base, "
+                f"{base.base!r}"
+            )
+        if not expert.is_variant and base.model is None:
+            raise ValueError(
+                f"experts.{name}.base: {expert.base!r} has no full weights of its own; "
+                "a base is an expert with `model`"
+            )
+        if expert.remote is not None and expert.remote != base.remote:
+            raise ValueError(
+                f"experts.{name}.remote: a variant has its base's endpoint; leave it out"
+            )
+
+
+def _fill_variants(config: Config) -> None:
+    """Give each variant what it shares with its base, and check the rest."""
+    for name, expert in config.experts.items():
+        if not expert.is_variant or expert.base is None:
+            continue
+        base = config.experts[expert.base]
+        filled: dict[str, object] = {"remote": base.remote}
+        for field in ("capabilities", "media", "space"):
+            if field not in expert.model_fields_set and field in base.model_fields_set:
+                filled[field] = getattr(base, field)
+        config.experts[name] = expert = expert.model_copy(update=filled)
+        lacking = set(expert.capabilities) - set(base.capabilities)
+        if "capabilities" not in base.model_fields_set:
+            lacking -= {"vision", "audio"}  # the model's folder decides
+        if lacking:
+            raise ValueError(
+                f"experts.{name}.capabilities: its base {expert.base!r} lacks "
+                f"{', '.join(sorted(lacking))}; it has {', '.join(base.capabilities)}"
+            )
+    for name, expert in config.experts.items():
+        if expert.defaults is None:
+            continue
+        if expert.defaults.wants_json and "json" not in expert.capabilities:
+            raise ValueError(
+                f"experts.{name}.defaults.response_format: the expert lacks the capability json"
+            )
+
+
 def _check_names(config: Config) -> None:
     names = set(config.experts)
-    for name, expert in config.experts.items():
+    for name in config.experts:
         if name == "auto" or name.startswith(("auto/", "auto:")):
             raise ValueError(f"experts.{name}: the prefix 'auto' is reserved")
-        if expert.base is not None:
-            base = config.experts.get(expert.base)
-            if base is None:
-                raise ValueError(f"experts.{name}.base: {_unknown(expert.base, names)}")
-            if base.model is None:
-                raise ValueError(
-                    f"experts.{name}.base: {expert.base!r} has no full weights of its own; "
-                    "a base is an expert with `model`"
-                )
     _check_recipes(config, names)
     _check_spaces(config)
     if config.router.fallback is not None and config.router.fallback not in names:
@@ -226,8 +285,15 @@ def _check_names(config: Config) -> None:
                 raise ValueError(f"pools.{kind}.experts: {_unknown(name, names)}")
             if config.experts[name].remote is not None:
                 raise ValueError(f"pools.{kind}.experts: {name!r} is remote and needs no pool")
+            if config.owner_of(name) not in (pool.experts or ()):
+                raise ValueError(
+                    f"pools.{kind}.experts: {name!r} is a variant of {config.owner_of(name)!r}, "
+                    "which is not in this pool; list that one, and the variant comes with it"
+                )
         held = config.local_experts(kind)
         for name in held:
+            if config.experts[name].is_variant:
+                continue
             base_name = config.experts[name].base
             if base_name is not None and base_name not in held:
                 what = "a virtual expert" if config.needs(name) else "an adapter"
@@ -277,7 +343,11 @@ def _check_recipes(config: Config, names: set[str]) -> None:
 
 def _check_spaces(config: Config) -> None:
     """Check that several embedding experts name the vector spaces of their vectors."""
-    embedding = [name for name, e in config.experts.items() if "embeddings" in e.capabilities]
+    embedding = [
+        name
+        for name, expert in config.experts.items()
+        if "embeddings" in expert.capabilities and not expert.is_variant
+    ]
     unnamed = [name for name in embedding if config.experts[name].space is None]
     if len(embedding) > 1 and unnamed:
         raise ValueError(
@@ -291,7 +361,7 @@ def silent_member(config: Config, recipe: Recipe) -> str | None:
     """Return the member whose log probabilities a recipe needs, if it does not return them."""
     if recipe.sure <= 0:
         return None
-    remote = config.experts[recipe.members[0]].remote
+    remote = config.experts[recipe.members[0]].remote  # a variant's is that of its base
     return recipe.members[0] if remote is not None and not remote.logprobs else None
 
 
@@ -325,6 +395,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("experts", "*", "price"): PriceConfig,
     ("experts", "*", "vllm"): ExpertKernels,
     ("experts", "*", "media"): MediaConfig,
+    ("experts", "*", "defaults"): DefaultsConfig,
     ("recipes", "*"): RecipeConfig,
     ("prices",): PricesConfig,
     ("feedback",): FeedbackConfig,

@@ -27,6 +27,7 @@ from service.models import inspect_model, locate, pull
 from service.models.expert_folders import file_versions
 from service.moe.profiles import profile_digests
 from service.pool.memory_plan import check_plan, folders_of, plan_pool
+from service.pool.weight_sharing import share_weights
 
 log = logging.getLogger("coe.app")
 
@@ -178,7 +179,8 @@ def _check_fixed(old: Config, new: Config) -> None:
                 f"{' and '.join(sorted(_MUTABLE_OF_POOL))} of a pool can"
             )
         slots = pool.slots
-        if slots is not None and len(old.groups(kind)) <= slots < len(new.groups(kind)):
+        before, after = (share_weights(one, kind).config.groups(kind) for one in (old, new))
+        if slots is not None and len(before) <= slots < len(after):
             raise ConfigError(
                 f"pools.{kind}.slots: each expert had a slot of its own, and now there are more "
                 f"than {slots} experts; restart the service"

@@ -27,14 +27,16 @@ class EngineRequest:
 
     Attributes:
         endpoint: The path of the endpoint.
-        expert: The name of the expert.
-        body: The request's body, unchanged.
+        expert: The name of the expert, as the engine knows it.
+        body: The request's body.
         request_id: An id that is unique among all requests in flight.
         trace: W3C trace headers, for an engine in another process.
         cache_salt: Only requests with the same salt share cached prefixes. Requests with an empty
             salt share cached prefixes with each other.
         on_abandoned: A callback for a cancelled call. An engine that can count tokens passes it
             the numbers of prompt tokens and of answer tokens so far.
+        asked_as: The name that the client asked for, where that is another one. Statistics of the
+            request have it.
     """
 
     endpoint: str
@@ -44,6 +46,12 @@ class EngineRequest:
     trace: Mapping[str, str] = field(default_factory=dict)
     cache_salt: str = ""
     on_abandoned: Callable[[int, int], None] = lambda prompt_tokens, answer_tokens: None
+    asked_as: str | None = None
+
+    @property
+    def counted_as(self) -> str:
+        """The expert that statistics count the request for."""
+        return self.asked_as or self.expert
 
 
 @dataclass(frozen=True, slots=True)

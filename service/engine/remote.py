@@ -26,6 +26,7 @@ from service.errors import (
     UpstreamError,
 )
 from service.http.asgi import body_message, send_json, start_response
+from service.http.reply_model import rename, rename_lines
 
 ENDPOINTS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"}
@@ -36,16 +37,12 @@ _SALTED = ENDPOINTS - {"/v1/messages"}
 _EVENT = re.compile(rb"\s*(?:data|event|id|retry)?:")
 _ANSWER_BYTES = 64 * 1024**2
 _LINE_BYTES = 8 * 1024**2
-# The objects of a reply or an event that name the model. In other objects, such as a tool's schema,
-# metadata or a tool call's arguments, a `model` key belongs to the user.
-_HOLDERS = ("response", "message")
 
 
 class RemoteEngine:
-    """A client of one upstream, for one expert."""
+    """A client of one upstream, for one expert and its variants."""
 
-    def __init__(self, expert: str, config: RemoteConfig) -> None:
-        self._expert = expert
+    def __init__(self, config: RemoteConfig) -> None:
         self._config = config
         base = config.url.rstrip("/")
         self._base = base.removesuffix("/v1")
@@ -87,12 +84,11 @@ class RemoteEngine:
             await session.close()
 
     async def run(self, request: EngineRequest, send: Send) -> None:
+        expert = request.expert
         if request.endpoint not in ENDPOINTS:
-            raise UnknownEndpointError(
-                f"expert {self._expert!r} is remote and has no {request.endpoint}"
-            )
+            raise UnknownEndpointError(f"expert {expert!r} is remote and has no {request.endpoint}")
         if self._session is None:
-            raise ExpertFailedError(f"expert {self._expert!r} is not connected")
+            raise ExpertFailedError(f"expert {expert!r} is not connected")
         headers = {
             **request.trace,
             "content-type": "application/json",
@@ -107,42 +103,39 @@ class RemoteEngine:
                 self._base + request.endpoint, data=body, headers=headers, allow_redirects=False
             ) as reply:
                 if reply.status >= 300:
-                    await self._refused(reply, send)
+                    await self._refused(reply, send, expert)
                     return
                 content_type = reply.headers.get("content-type", "application/json")
                 head = start_response(
                     reply.status, [(b"content-type", content_type.encode("latin-1"))]
                 )
                 if not content_type.startswith("text/event-stream"):
-                    data = self._named(_answer(await _bounded(reply), self._expert))
+                    answer = _answer(await _bounded(reply), expert)
+                    rename(answer, expert)
                     started = True
                     await send(head)
-                    await send(body_message(data))
+                    await send(body_message(orjson.dumps(answer)))
                     return
                 rest = b""
-                async for lines in self._lines(reply):
+                async for lines in self._lines(reply, expert):
                     if not lines.endswith(b"\n"):
                         rest = lines
                         continue
                     if not started and not _EVENT.match(lines):
-                        raise _nonsense(self._expert, "no stream of events")
+                        raise _nonsense(expert, "no stream of events")
                     if not started:
                         started = True
                         await send(head)
-                    await send(body_message(self._renamed(lines), more=True))
+                    await send(body_message(rename_lines(lines, expert), more=True))
                 if not started:
-                    raise UpstreamError(
-                        f"expert {self._expert!r}: its endpoint sent an empty answer"
-                    )
-                await send(body_message(self._renamed(rest)))
+                    raise UpstreamError(f"expert {expert!r}: its endpoint sent an empty answer")
+                await send(body_message(rename_lines(rest, expert)))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             # Only the class of the error is shown, because its text may contain the URL.
-            what = (
-                f"expert {self._expert!r}: its endpoint can't be reached ({type(error).__name__})"
-            )
+            what = f"expert {expert!r}: its endpoint can't be reached ({type(error).__name__})"
             raise UpstreamError(what, unreachable=not started) from None
 
-    async def _lines(self, reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    async def _lines(self, reply: aiohttp.ClientResponse, expert: str) -> AsyncIterator[bytes]:
         """Yield whole lines of a stream as they arrive, and any incomplete line at the end.
 
         Raises:
@@ -161,7 +154,7 @@ class RemoteEngine:
                 if not limit.expired():
                     raise
                 raise UpstreamError(
-                    f"expert {self._expert!r}: its endpoint sent nothing for "
+                    f"expert {expert!r}: its endpoint sent nothing for "
                     f"{self._config.stall_timeout_s:g} s amid an answer"
                 ) from None
             if not piece:
@@ -170,7 +163,7 @@ class RemoteEngine:
             if end == 0:
                 rest += piece
                 if len(rest) > _LINE_BYTES:
-                    raise _nonsense(self._expert, "a line without an end")
+                    raise _nonsense(expert, "a line without an end")
                 continue
             lines, rest = rest + piece[:end], piece[end:]
             begun = True
@@ -199,40 +192,16 @@ class RemoteEngine:
         except orjson.JSONEncodeError:
             raise InvalidRequestError("the body is nested too deep") from None
 
-    def _renamed(self, lines: bytes) -> bytes:
-        """Put the expert's name into all lines of a stream that name the model."""
-        if b'"model"' not in lines:
-            return lines
-        return b"".join(map(self._renamed_line, lines.splitlines(keepends=True)))
-
-    def _renamed_line(self, line: bytes) -> bytes:
-        if b'"model"' not in line or not line.startswith(b"data:"):
-            return line
-        try:
-            event = orjson.loads(line[5:])
-        except orjson.JSONDecodeError:
-            return line
-        if not isinstance(event, dict):
-            return line
-        return b"data: " + self._named(event) + b"\n"
-
-    def _named(self, payload: dict[str, Any]) -> bytes:
-        """Serialise a reply or an event with the expert's name as its model."""
-        for holder in (payload, *(payload.get(name) for name in _HOLDERS)):
-            if isinstance(holder, dict) and "model" in holder:
-                holder["model"] = self._expert
-        return orjson.dumps(payload)
-
-    async def _refused(self, reply: aiohttp.ClientResponse, send: Send) -> None:
+    async def _refused(self, reply: aiohttp.ClientResponse, send: Send, expert: str) -> None:
         body = await reply.content.read(65536)
         if reply.status in (401, 403) or reply.status < 400:
             raise UpstreamError(
-                f"expert {self._expert!r}: its endpoint refused us with status {reply.status}",
+                f"expert {expert!r}: its endpoint refused us with status {reply.status}",
                 limited=reply.status >= 400,
             )
         if reply.status >= 500 or reply.status == 429:
             raise UpstreamError(
-                f"expert {self._expert!r}: its endpoint answered with status {reply.status}",
+                f"expert {expert!r}: its endpoint answered with status {reply.status}",
                 status=503 if reply.status in (429, 503) else 502,
                 retry_after_s=_seconds(reply.headers.get("retry-after")),
                 limited=reply.status == 429,

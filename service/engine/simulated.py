@@ -266,12 +266,12 @@ class SimulatedEngine:
         )
         made = _Progress(len(words), n, self._options.decode_ms / 1000)
         try:
-            await self._make(answer, send, made)
+            await self._make(answer, send, made, request.counted_as)
         except asyncio.CancelledError:
             request.on_abandoned(prompt_tokens, made.tokens())
             raise
 
-    async def _make(self, answer: Answer, send: Send, made: _Progress) -> None:
+    async def _make(self, answer: Answer, send: Send, made: _Progress, counted_as: str) -> None:
         began_s = time.monotonic()
         if self._options.prefill_tokens_per_s:
             await asyncio.sleep(answer.prompt_tokens / self._options.prefill_tokens_per_s)
@@ -282,21 +282,19 @@ class SimulatedEngine:
         form = format_of(answer)
         if answer.body.get("stream"):
             await self._stream(send, form, max(1, len(answer.words)))
-            self._report(answer, first_s - began_s, first_s)
+            self._report(answer, counted_as, first_s - began_s, first_s)
             return
         if self._options.decode_ms:
             await asyncio.sleep(len(answer.words) * self._options.decode_ms / 1000)
             self._check_alive(answer.expert)
-        self._report(answer, first_s - began_s, first_s)
+        self._report(answer, counted_as, first_s - began_s, first_s)
         await _send_json(send, form.whole())
 
-    def _report(self, answer: Answer, prefill_s: float, first_s: float) -> None:
+    def _report(self, answer: Answer, expert: str, prefill_s: float, first_s: float) -> None:
         if self._observer is not None:
             decode_s = time.monotonic() - first_s
             self._observer.on_finished(
-                EngineTimings(
-                    answer.expert, 0.0, prefill_s, decode_s, answer.prompt_tokens, answer.tokens
-                )
+                EngineTimings(expert, 0.0, prefill_s, decode_s, answer.prompt_tokens, answer.tokens)
             )
 
     async def _stream(self, send: Send, form: AnswerFormat, steps: int) -> None:

@@ -30,6 +30,7 @@ from service.errors import (
     StoreUnavailableError,
 )
 from service.gateway.auth import Authenticator
+from service.gateway.request.defaults import RequestDefaults
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.response_sends import UsageMeter
@@ -112,6 +113,7 @@ class Admission:
         ledger: Counts limits and budgets.
         context: Returns an expert's context in tokens, 0 where it is unknown.
         charged: Called at the end of each request, with its tenant, its outcome and its calls.
+        defaults: The defaults of the experts.
     """
 
     def __init__(
@@ -121,12 +123,14 @@ class Admission:
         ledger: Ledger,
         context: Callable[[str], int],
         charged: Charged,
+        defaults: RequestDefaults,
     ) -> None:
         self.authenticator = authenticator
         self.ledger = ledger
         self._prices = prices_of(config)
         self._context = context
         self._charged = charged
+        self._defaults = defaults
         self._counts = bool(config.tenants or config.budgets)
         self._settling: set[asyncio.Task[None]] = set()
         self._templates: dict[str, int] = {}
@@ -247,7 +251,8 @@ class Admission:
         if TABLE[request.endpoint].needs == "chat":
             learned = (self._templates.get(name, 0) for name in experts)
             frame = max(_TEMPLATE_TOKENS, *learned)
-        prompt = request.most_prompt_tokens + frame
+        added = max((self._defaults.system_bytes(request, name) for name in experts), default=0)
+        prompt = request.most_prompt_tokens + added + frame
         if all(known):
             prompt = min(prompt, request.prompts * context)
         calls = max(map(len, expert_sets), default=1)

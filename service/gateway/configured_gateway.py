@@ -21,6 +21,7 @@ from service.gateway.dispatch.dispatcher import Dispatcher, RecipeExecutor
 from service.gateway.dispatch.remote_pool import RemotePool
 from service.gateway.guard.guard import Guard
 from service.gateway.guard.screen import Screen
+from service.gateway.request.defaults import RequestDefaults
 from service.gateway.request.validation import RequestValidator
 from service.gateway.request_record import ExpertCall, RequestObservers
 from service.gateway.routes.inference import InferenceEndpoint, InferenceHandler
@@ -111,7 +112,8 @@ class ConfiguredGateway:
             after=None if predecessor is None else predecessor.authenticator,
         )
         remotes = {name: expert.remote for name, expert in config.experts.items() if expert.remote}
-        self._remote_names = tuple(remotes)
+        self._remote_owners = {name: config.owner_of(name) for name in remotes}
+        defaults = RequestDefaults(config)
         self.breakers = CircuitBreakers(
             {name: remote.url for name, remote in remotes.items()},
             config.server.breaker.min_hang_s,
@@ -130,6 +132,8 @@ class ConfiguredGateway:
             resources.budget_prices,
             self.breakers,
             state.prefix_affinity,
+            defaults,
+            {name: owner for name, owner in self._remote_owners.items() if name != owner},
         )
         self.feedback: FeedbackService = FeedbackService(
             config.feedback,
@@ -142,7 +146,12 @@ class ConfiguredGateway:
             after=None if predecessor is None else predecessor.feedback,
         )
         self._admission = Admission(
-            config, self.authenticator, ledger, self.dispatcher.context, self._count_charged
+            config,
+            self.authenticator,
+            ledger,
+            self.dispatcher.context,
+            self._count_charged,
+            defaults,
         )
         self.services = GatewayServices(
             config=config,
@@ -203,7 +212,11 @@ class ConfiguredGateway:
 
     def _remote_failures(self) -> dict[str, str | None]:
         pools = self._resources.remote_pools
-        return {name: pools[name].failed for name in self._remote_names if name in pools}
+        return {
+            name: pools[owner].failed
+            for name, owner in self._remote_owners.items()
+            if owner in pools
+        }
 
     async def start(self) -> None:
         """Start to follow changes of keys and votes.

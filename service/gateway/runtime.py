@@ -172,7 +172,12 @@ class GatewayRuntime:
 
     @staticmethod
     def _remote(config: Config) -> list[str]:
-        return [name for name, expert in config.experts.items() if expert.remote is not None]
+        """Return the remote experts. Their variants use the same connections."""
+        return [
+            name
+            for name, expert in config.experts.items()
+            if expert.remote is not None and not expert.is_variant
+        ]
 
     def _add_remote_pools(self, config: Config) -> list[str]:
         """Create a pool for each remote expert that has none, and return the experts' names."""
@@ -180,11 +185,11 @@ class GatewayRuntime:
         for name in new:
             remote = config.experts[name].remote
             assert remote is not None
-            engine = RemoteEngine(name, remote)
+            engine = RemoteEngine(remote)
             self.remote_pools[name] = RemotePool(
                 engine, remote.max_in_flight, remote.max_queued_requests
             )
-        self.state.metrics.remote |= frozenset(new)
+        self.state.metrics.remote |= {n for n, e in config.experts.items() if e.remote is not None}
         return new
 
     async def _replace_remote_engines(self, old: Config, config: Config) -> None:
@@ -197,7 +202,7 @@ class GatewayRuntime:
                 continue
             before = old.experts[name].remote if name in old.experts else None
             if before != remote or pool.failed is not None:
-                engine = RemoteEngine(name, remote)
+                engine = RemoteEngine(remote)
                 await pool.replace(engine, remote.max_in_flight, remote.max_queued_requests)
                 if pool.failed is not None:
                     log.error("expert %s failed: %s", name, pool.failed)

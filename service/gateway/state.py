@@ -95,17 +95,18 @@ def replaced(
         name
         for name in old.experts
         if name not in new.experts
-        or old_files.get(name) != new_files.get(name)
+        or old_files.get(old.owner_of(name)) != new_files.get(new.owner_of(name))
         or _weights(old, name) != _weights(new, name)
     }
 
 
 def _weights(config: Config, name: str) -> list[dict[str, Any]]:
     """The parts of the config that determine an expert's answers, with those of its base."""
-    expert = config.experts[name]
-    sources = [_of(expert)]
-    if expert.base is not None:
-        sources.append(_of(config.experts[expert.base]))
+    sources = []
+    at: str | None = name
+    while at is not None:
+        sources.append(_of(config.experts[at]))
+        at = config.experts[at].base
     return sources
 
 

@@ -13,7 +13,7 @@ from service.models.file_version import version_of
 
 def _source(config: Config, expert: str) -> tuple[str, Path | None]:
     """Return the source of an expert's full weights, and the model store's root."""
-    settings = config.experts[expert]
+    settings = config.experts[config.owner_of(expert)]
     source = settings.model if settings.base is None else config.experts[settings.base].model
     assert source is not None
     return source, Path(config.models_dir) if config.models_dir is not None else None
@@ -31,7 +31,7 @@ def file_versions(config: Config, experts: Iterable[str]) -> dict[str, str]:
     for name in experts:
         try:
             folder = folder_here(config, name)
-            adapter = config.experts[name].adapter
+            adapter = config.experts[config.owner_of(name)].adapter
             versions[name] = version_of(str(folder), adapter, 1.0) if folder is not None else ""
         except (OSError, CoeError):
             versions[name] = ""

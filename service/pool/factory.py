@@ -19,6 +19,7 @@ from service.pool.slots.base import BaseSlot
 from service.pool.slots.dedicated import DedicatedSlot
 from service.pool.slots.shared import SharedSlot
 from service.pool.units import UnitState
+from service.pool.weight_sharing import share_weights
 
 log = logging.getLogger("coe.app")
 
@@ -34,7 +35,8 @@ class PoolFactory:
 
     A unit is an expert with weights and its adapters. Each unit has a slot, where it takes turns
     with the virtual experts that run on its weights. A pool with fewer slots than units shares
-    the slots among all units, which take turns and move between slots.
+    the slots among all units, which take turns and move between slots. Experts with the same
+    weights are one (`weight_sharing`).
 
     Args:
         config: The config in force.
@@ -44,7 +46,10 @@ class PoolFactory:
     """
 
     def __init__(self, config: Config, kind: str, pool: Pool, observer: EngineObserver) -> None:
-        self._config = config
+        sharing = share_weights(config, kind)
+        # Each expert of this config is one set of weights that the pool holds.
+        self._config = config = sharing.config
+        self._held = sharing.held
         self._kind = kind
         self._observer = observer
         self.engines = EngineFactory(config, kind, observer)
@@ -59,6 +64,7 @@ class PoolFactory:
         self._with_adapters = {n for n, unit in self._wanted.items() if len(unit.experts) > 1}
         self._turn = asyncio.Lock()
         self.pool = pool
+        pool.serve(self._held)
         groups = config.groups(kind)
         self.engines.name_experts(self._present_experts())
         slots = self._settings.slots
@@ -88,7 +94,9 @@ class PoolFactory:
         them.
         """
         async with self._turn:
-            self._config = config
+            sharing = await asyncio.to_thread(share_weights, config, self._kind, self._config)
+            self._config = config = sharing.config
+            self._held = sharing.held
             self.engines.set_config(config)
             profiles = await asyncio.to_thread(profile_digests, config)
             names = config.local_experts(self._kind)
@@ -107,6 +115,7 @@ class PoolFactory:
             # New units are added first, because they may take over the slot of a removed unit.
             await self._apply(excluded=diff.leaving)
             self._begin_removal(diff.leaving)
+            self.pool.serve(self._held)
             self._update_pool()
         # From here on the pool refuses requests for the removed experts.
         await asyncio.sleep(0)
@@ -144,7 +153,7 @@ class PoolFactory:
     async def _remove_unit(self, unit: str, before: Sequence[asyncio.Task[None]]) -> None:
         """Remove a unit after the tasks `before` have ended. Then add the units that waited."""
         await asyncio.gather(*before, return_exceptions=True)
-        removing = self.pool.remove(unit, self._removal_reason(unit), self._wanted_experts())
+        removing = self.pool.remove(unit, self._removal_reason(unit), self._successors())
         await self._finish_removal(removing)
         async with self._turn:
             for name in self._present.pop(unit).experts:
@@ -156,7 +165,7 @@ class PoolFactory:
     async def _remove_adapter(self, unit: str, name: str) -> None:
         """Remove an adapter from a running engine. Then add the units that waited for this."""
         reason = self._removal_reason(name)
-        removing = self.pool.remove_adapter(name, reason, self._wanted_experts())
+        removing = self.pool.remove_adapter(name, reason, self._successors())
         await self._finish_removal(removing)
         async with self._turn:
             del self._leaving[name], self._base_of[name]
@@ -256,12 +265,16 @@ class PoolFactory:
             self.pool.add_running(make((experts,)))
 
     def _removal_reason(self, name: str) -> str:
-        if name in self._wanted_experts():
+        if name in self._successors():
             return f"expert {name!r} was changed in the config, or its files were; ask again"
         return f"expert {name!r} is not in the config any more"
 
     def _wanted_experts(self) -> set[str]:
         return {name for unit in self._wanted.values() for name in unit.experts}
+
+    def _successors(self) -> set[str]:
+        """Return the names that can be asked for again after a removal."""
+        return self._wanted_experts() | self._held.keys()
 
     def _present_experts(self) -> Iterator[str]:
         return (name for unit in self._present.values() for name in unit.experts)

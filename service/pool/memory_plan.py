@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from service.config import Config, ExpertConfig, PoolConfig
@@ -19,6 +19,7 @@ from service.models import AdapterInfo, ModelInfo
 from service.models.adapters import FOLLOWED, find_misfit, name_another_base
 from service.moe.kernels import check_kernels
 from service.moe.profiles import profile_of
+from service.pool.weight_sharing import WeightSharing, share_weights
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MIB = 1024**2
@@ -72,6 +73,7 @@ class PoolPlan:
             They are in /dev/shm where units are swapped in place.
         warnings: A line for each setting that may not work as expected.
         notes: A line for each adapter with unusual settings that are supported.
+        shared: The experts that take no memory, each with the expert whose weights answer for it.
     """
 
     kind: str
@@ -83,6 +85,7 @@ class PoolPlan:
     host_bytes: int = 0
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -114,8 +117,11 @@ def plan_pool(
     """
     pool = config.pools[kind]
     if pool.engine == "simulated":
-        return PoolPlan(kind, (), 0, pool.memory_bytes, on_gpu=False)
+        weights = share_weights(config, kind)
+        return PoolPlan(kind, (), 0, pool.memory_bytes, on_gpu=False, shared=weights.shared)
     inspect = functools.cache(inspect)  # a large model has hundreds of files to read
+    weights = share_weights(config, kind, None, lambda _, name: str(inspect(name).path.resolve()))
+    config, named = weights.config, config
     moe = check_kernels(config, kind, inspect)
     groups = config.groups(kind)
     slots = len(groups) if pool.slots is None else min(pool.slots, len(groups))
@@ -153,8 +159,9 @@ def plan_pool(
         on_gpu,
         moe,
         held if on_gpu and caches else 0,
-        (*_warnings(config, kind, inspect), *_doubles(config, kind, inspect)),
+        tuple(_warnings(config, kind, inspect, _chatting(named, weights))),
         tuple(_notes(config, kind, inspect)),
+        weights.shared,
     )
 
 
@@ -172,31 +179,20 @@ def _notes(
             yield f"{name}: {keys} of its adapter is followed, with ranks of up to {info.rank}"
 
 
-def _doubles(
-    config: Config, kind: str, inspect: Callable[[str], ModelInfo | AdapterInfo]
-) -> Iterator[str]:
-    """Warn of experts that hold the same weights several times under different names."""
-    same: dict[tuple[str, ...], list[str]] = {}
-    for name in config.local_experts(kind):
-        expert = config.experts[name]
-        if expert.form == "steered" or (expert.adapter is not None and expert.form != "merged"):
-            continue
-        made = [str(inspect(expert.base or name).path.resolve())]
-        if expert.adapter is not None:
-            made += [str(Path(expert.adapter).resolve()), str(expert.strength)]
-        made.append(config.vllm_of(kind, name).model_dump_json())
-        same.setdefault(tuple(made), []).append(name)
-    for names in same.values():
-        if len(names) > 1:
-            yield (
-                f"pools.{kind}: experts {', '.join(names)} have the same weights, and each has "
-                "them in memory for itself; give one of them all categories and capabilities, "
-                "and leave the others out"
-            )
+def _chatting(config: Config, weights: WeightSharing) -> dict[str, list[str]]:
+    """Return the experts that chat, by the full weights that they run on."""
+    found: dict[str, list[str]] = {}
+    for name, held in weights.held.items():
+        if "chat" in config.experts[name].capabilities:
+            found.setdefault(weights.config.experts[held].base or held, []).append(name)
+    return found
 
 
 def _warnings(
-    config: Config, kind: str, inspect: Callable[[str], ModelInfo | AdapterInfo]
+    config: Config,
+    kind: str,
+    inspect: Callable[[str], ModelInfo | AdapterInfo],
+    chatting: Mapping[str, Sequence[str]],
 ) -> Iterator[str]:
     for name in config.local_experts(kind):
         expert = config.experts[name]
@@ -220,11 +216,7 @@ def _warnings(
                 "and an engine will read it, too; move it away, or get a copy without it: "
                 f"coe models pull {expert.model}"
             )
-        chats = [
-            other
-            for other, one in config.experts.items()
-            if "chat" in one.capabilities and name in (other, one.base)
-        ]
+        chats = chatting.get(name, ())
         if not info.has_chat_template and chats:
             yield (
                 f"experts.{name}.model: no chat template in its folder, so that requests to chat "

@@ -13,6 +13,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
+import orjson
+
 from service.engine.base import EngineRequest, Send
 from service.errors import (
     CoeError,
@@ -21,6 +23,7 @@ from service.errors import (
     EngineDeadError,
     EngineRestartingError,
     EngineTimeoutError,
+    InvalidRequestError,
     UnknownEndpointError,
     UnknownModelError,
 )
@@ -28,6 +31,7 @@ from service.pool.calls import AbandonedCalls, Acknowledgements, TimedSend
 from service.pool.host_budget import claims, divide, least
 from service.pool.placement import next_move
 from service.pool.planner import SwapPolicy
+from service.pool.renamed_send import RenamedSend
 from service.pool.slots.base import BaseSlot, LeaseRevokedError
 from service.pool.slots.dedicated import DedicatedSlot
 from service.pool.slots.shared import SharedSlot
@@ -40,6 +44,8 @@ from service.telemetry.logging import log_fields
 log = logging.getLogger("coe.pool")
 
 _PLACE_S, _SOON_S = 0.25, 0.05
+# Larger bodies are read in a thread.
+_LARGE_BYTES = 128 * 1024
 OPERATIONS = ("load", "evict", "pin", "unpin")
 
 
@@ -54,6 +60,9 @@ class Pool:
     """Everything on one accelerator group or CPU slice.
 
     `add` gives it slots, `start` starts their engines, `run` answers calls, and `stop` drains it.
+
+    Calls, operations and snapshots have the names under which experts are served. Slots and the
+    methods that change them have the names under which weights are held (`weight_sharing`).
 
     Args:
         kind: The pool's name in the config.
@@ -72,6 +81,8 @@ class Pool:
         # reasons that clients get.
         self._returning: dict[str, str] = {}
         self._closing: set[BaseSlot[Any]] = set()
+        # The held name of each served expert. None: each expert is held under its own name.
+        self._held: Mapping[str, str] | None = None
         self._observer = observer
         self.boot = secrets.token_hex(8)
         self._slots: list[BaseSlot[Any]] = []
@@ -99,6 +110,26 @@ class Pool:
         for name in experts:
             self._slot_of[name] = slot
             self._returning.pop(name, None)
+
+    def serve(self, held: Mapping[str, str]) -> None:
+        """Set the experts that are served.
+
+        Args:
+            held: The name under which each expert's weights are held.
+        """
+        self._held = held
+        self.changed()
+
+    def held_name(self, expert: str) -> str:
+        """Return the name under which an expert's weights are held.
+
+        Raises:
+            UnknownModelError: No such expert is served.
+        """
+        held = expert if self._held is None else self._held.get(expert)
+        if held is None:
+            raise UnknownModelError(f"pool {self.kind!r} has no expert {expert!r}")
+        return held
 
     def changed(self) -> None:
         """Publish a new snapshot after a change of the pool's state."""
@@ -333,7 +364,11 @@ class Pool:
         """
         log_fields(request_id=call.request_id, expert=call.expert)
         self._acks.record(call.gateway, call.seq)
-        self._slot(call.expert)
+        held = self.held_name(call.expert)
+        self._slot(held)
+        if held != call.expert:
+            body = await _addressed(body, held)
+            send = RenamedSend(send, call.expert)
         loop = asyncio.get_running_loop()
         limit = asyncio.timeout_at(loop.time() + call.deadline_ms / 1000)
         reply = TimedSend(send, limit if call.stream else None)
@@ -344,7 +379,7 @@ class Pool:
                     again: LeaseRevokedError | None = None
                     while True:
                         try:
-                            await self._run_in(self._slot(call.expert), call, body, reply, again)
+                            await self._run_in(held, call, body, reply, again)
                         except LeaseRevokedError as back:
                             again = back
                         else:
@@ -361,11 +396,12 @@ class Pool:
             ) from None
         except CoeError as error:
             fault = error.code
+            _name_expert(error, held, call.expert)
             raise
         finally:
             if self._observer is not None:
                 self._observer.ended(call, reply.times(), fault)
-        reply.report(self._speeds.setdefault(call.expert, LatencyEstimator()), call.prompt_tokens)
+        reply.report(self._speeds.setdefault(held, LatencyEstimator()), call.prompt_tokens)
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
         """Return the prompt and answer tokens of a call that its gateway has abandoned.
@@ -380,15 +416,17 @@ class Pool:
 
     async def _run_in(
         self,
-        slot: BaseSlot[Any],
+        held: str,
         call: Call,
         body: bytes,
         reply: TimedSend,
         again: LeaseRevokedError | None,
     ) -> None:
+        slot = self._slot(held)
+        name = call.expert if held != call.expert else None
         try:
             async with slot.lease(
-                call.expert, call.prompt_tokens, call.tenant, again, call.places
+                held, call.prompt_tokens, call.tenant, again, call.places, name
             ) as lease:
                 if call.endpoint not in lease.report.endpoints:
                     raise UnknownEndpointError(
@@ -400,11 +438,12 @@ class Pool:
                 self._abandoned.mark_running(call.request_id)
                 request = EngineRequest(
                     call.endpoint,
-                    call.expert,
+                    held,
                     body,
                     call.request_id,
                     cache_salt=call.tenant.cache_salt,
                     on_abandoned=partial(self._record_abandoned, call, record_tokens),
+                    asked_as=name,
                 )
                 await lease.engine.run(request, reply)
         except EngineDeadError:
@@ -439,25 +478,57 @@ class Pool:
         states = {}
         queues = {}
         capacity = {}
+        slot_of: dict[str, BaseSlot[Any]] = {}
         for i, slot in enumerate(self._slots):
             states.update({name: replace(s, slot=i) for name, s in slot.states().items()})
             queues.update(slot.queues())
             capacity.update(dict.fromkeys(slot.experts, slot.capacity))
+            slot_of.update(dict.fromkeys(slot.experts, slot))
+        held = self._present_names(states)
+        shares = self._shares(held)
+        by_name = {name: queues[own] for name, own in held.items()}
+        for name, first in shares.items():
+            # The first has the requests that did not ask for another name.
+            by_name[name] = slot_of[held[name]].queue_of(held[name], name)
+            by_name[first] = by_name[first].without(by_name[name])
         return Snapshot(
             boot=self.boot,
             kind=self.kind,
             seq=self._seq,
             draining=self._draining,
-            experts=states,
-            queues=queues,
-            capacity=capacity,
+            experts={name: states[own] for name, own in held.items()},
+            queues=by_name,
+            capacity={name: capacity[own] for name, own in held.items()},
             speeds={
                 name: speed
-                for name, estimator in self._speeds.items()
-                if (speed := estimator.speed(now_s)) != Speed()
+                for name, own in held.items()
+                if (estimator := self._speeds.get(own)) is not None
+                and (speed := estimator.speed(now_s)) != Speed()
             },
             acks=self._acks.to_wire(),
+            shares=shares,
         )
+
+    def _present_names(self, present: Collection[str]) -> Mapping[str, str]:
+        """Return the held name of each expert to publish.
+
+        Args:
+            present: The held names of all slots.
+        """
+        if self._held is None:
+            return dict(zip(present, present, strict=True))
+        served = {name: held for name, held in self._held.items() if held in present}
+        # Requests for removed experts still run.
+        ending = set(present) - set(served.values()) - served.keys()
+        return served | {name: name for name in present if name in ending}
+
+    @staticmethod
+    def _shares(held: Mapping[str, str]) -> dict[str, str]:
+        """Return the experts that another expert's weights answer for, each with that expert."""
+        first: dict[str, str] = {}
+        return {
+            name: first[own] for name, own in held.items() if first.setdefault(own, name) != name
+        }
 
     def _share_start_times(self) -> None:
         """Set for each slot how long the engines take that start before its own engine."""
@@ -490,11 +561,19 @@ class Pool:
     def details(self) -> dict[str, dict[str, Any]]:
         """Return each expert's residency in full, for operators."""
         self._share_start_times()
-        return {
-            name: {**details, "tokens": self._tokens[name]}
-            for slot in self._slots
-            for name, details in slot.details().items()
-        }
+        by_held = {held: entry for slot in self._slots for held, entry in slot.details().items()}
+        now = self.snapshot()
+        found = {}
+        for name, held in self._present_names(by_held).items():
+            queue = now.queues[name]
+            entry = {**by_held[held], "waiting": queue.waiting, "running": queue.running}
+            entry["tokens"] = self._tokens[name]
+            if held != name:
+                entry["held_as"] = held
+            if (first := now.shares.get(name)) is not None:
+                entry |= {"shares": first, "host_bytes": 0}
+            found[name] = entry
+        return found
 
     async def operate(self, operation: str, expert: str) -> None:
         """Load, evict, pin or unpin an expert.
@@ -504,14 +583,19 @@ class Pool:
             UnknownEndpointError: There is no such operation.
             ConflictError: The present state does not allow the operation.
         """
-        slot = self._slot(expert)
+        held = self.held_name(expert)
+        slot = self._slot(held)
         if operation not in OPERATIONS:
             raise UnknownEndpointError(
                 f"no operation {operation!r}; operations: {', '.join(OPERATIONS)}"
             )
-        if operation == "pin" and isinstance(slot, SharedSlot):
-            self._check_pin(slot.unit_of(expert).name)
-        await slot.operate(operation, expert)
+        try:
+            if operation == "pin" and isinstance(slot, SharedSlot):
+                self._check_pin(slot.unit_of(held).name)
+            await slot.operate(operation, held)
+        except CoeError as error:
+            _name_expert(error, held, expert)
+            raise
 
     def _check_pin(self, unit: str) -> None:
         """Check that a pin would leave room for the other units to take turns.
@@ -531,9 +615,9 @@ class Pool:
         """Record unmet demand: by expert, the utility of requests that went to other experts."""
         now_s = time.monotonic()
         for expert, amount in wanted.items():
-            slot = self._slot_of.get(expert)
-            if slot is not None:
-                slot.record_demand(expert, amount, now_s)
+            held = expert if self._held is None else self._held.get(expert, "")
+            if (slot := self._slot_of.get(held)) is not None:
+                slot.record_demand(held, amount, now_s)
 
     def swap_counts(self) -> dict[tuple[str, str, str], int]:
         """Swaps since the start, by unit, method and reason."""
@@ -555,3 +639,29 @@ class Pool:
     def queued(self) -> int:
         """The number of running and waiting requests, by which Ray Serve autoscales."""
         return sum(q.waiting + q.running for slot in self._slots for q in slot.queues().values())
+
+
+async def _addressed(body: bytes, held: str) -> bytes:
+    """Return a request's body with the held name as its model.
+
+    Raises:
+        InvalidRequestError: The body is nested too deep to be written again.
+    """
+
+    def address() -> bytes:
+        data = orjson.loads(body)
+        return orjson.dumps({**data, "model": held}) if isinstance(data, dict) else body
+
+    try:
+        # A large body would delay the streams of other requests.
+        return await asyncio.to_thread(address) if len(body) > _LARGE_BYTES else address()
+    except orjson.JSONDecodeError:
+        return body  # the engine says what is wrong
+    except orjson.JSONEncodeError:
+        raise InvalidRequestError("the body is nested too deep") from None
+
+
+def _name_expert(error: CoeError, held: str, expert: str) -> None:
+    """Let an error name the expert that was asked for. Its client may not know the other name."""
+    if held != expert:
+        error.message = error.message.replace(repr(held), repr(expert))

@@ -57,6 +57,8 @@ class PoolProcess:
     def experts(self) -> dict[str, Any]:
         details = self.pool.details()
         for name, entry in details.items():
+            if "shares" in entry or name not in self._config.experts:
+                continue
             if (weight_bytes := self._weight_bytes(name)) is not None:
                 entry["weight_bytes"] = weight_bytes
         return details
@@ -68,6 +70,7 @@ class PoolProcess:
         """
         if expert in self._weights:
             return self._weights[expert]
+        expert = self._config.owner_of(expert)
         settings = self._config.experts[expert]
         if settings.profile is not None:
             return profile_bytes(self._config, expert)
@@ -82,7 +85,7 @@ class PoolProcess:
         return self._weights[expert]
 
     async def moe_statistics(self, expert: str) -> dict[str, Any]:
-        return await self._metrics.routing_stats(expert)
+        return await self._metrics.routing_stats(self.pool.held_name(expert))
 
     async def metrics(self) -> str:
         return await self._metrics.text({"pool": f"{self.pool.kind}-{self.pool.boot}"})

@@ -45,6 +45,7 @@ class Ticket:
         again: Whether it ran before and was put back into the queue.
         running: Whether it runs. Otherwise it waits or has ended.
         places: The number of places of the engine that it takes.
+        name: The name that its client asked for, where that is another one than the expert's.
     """
 
     expert: str
@@ -54,6 +55,7 @@ class Ticket:
     again: bool = False
     running: bool = False
     places: int = 1
+    name: str | None = None
 
     @property
     def load(self) -> int:
@@ -83,7 +85,7 @@ class FairQueue:
         self._max_waiting = max_waiting
         self._waiting: dict[Ticket, None] = {}
         self._waiting_by: dict[str, dict[Ticket, None]] = {name: {} for name in experts}
-        self._running_by = dict.fromkeys(experts, 0)
+        self._running_by: dict[str, dict[Ticket, None]] = {name: {} for name in experts}
         self._running = 0
         self._places_by = dict.fromkeys(experts, 0)
         self._places_taken = 0
@@ -96,7 +98,7 @@ class FairQueue:
     def add_expert(self, expert: str) -> None:
         """Let requests come for one more expert."""
         self._waiting_by.setdefault(expert, {})
-        self._running_by.setdefault(expert, 0)
+        self._running_by.setdefault(expert, {})
         self._places_by.setdefault(expert, 0)
 
     def resize(self, capacity: int, max_waiting: int) -> None:
@@ -111,7 +113,6 @@ class FairQueue:
         *,
         ready: bool,
         keeps_place: bool = False,
-        display_name: str | None = None,
     ) -> None:
         """Add a request. It runs at once if possible, and waits otherwise.
 
@@ -120,7 +121,6 @@ class FairQueue:
             ready: Whether its expert's requests may run now.
             keeps_place: Whether it has been in the queue since it arrived. It then gets its place
                 back, ahead of all later requests, even in a full queue.
-            display_name: The expert's name in errors, where clients know it by another name.
 
         Raises:
             OverCapacityError: The queue is full, and `tickets_to_shed` found nothing to shed.
@@ -129,7 +129,7 @@ class FairQueue:
         ticket.places = min(ticket.places, self.capacity)
         at_once = ready and not self._waiting and self._has_room(ticket)
         if not at_once and not keeps_place and self._lacks(ticket) > 0:
-            raise self.overload_error(expert, display_name)
+            raise self.overload_error(expert, ticket.name)
         self._fairness.arrived(tenant, self._present)
         self._present[tenant.name] += 1
         if at_once:
@@ -183,14 +183,14 @@ class FairQueue:
         load = min(ticket.load, max(1, self._max_waiting))
         return self.load(ticket.expert) + load - self._max_waiting
 
-    def overload_error(self, expert: str, display_name: str | None = None) -> OverCapacityError:
+    def overload_error(self, expert: str, name: str | None = None) -> OverCapacityError:
         """Build the error for a request that the queue has no room for.
 
         The error's retry_after_s is about the time in which half of the queue is served.
 
         Args:
             expert: The expert that the request is for.
-            display_name: The expert's name in errors, where clients know it by another name.
+            name: The name that its client asked for, where that is another one.
         """
         waiting = len(self._waiting_by[expert])
         retry_s = _RETRY_S
@@ -200,7 +200,7 @@ class FairQueue:
         load = self.load(expert)
         worth = "" if load == waiting else f", worth {load} usual ones,"
         return OverCapacityError(
-            f"expert {(display_name or expert)!r} has {waiting} requests{worth} waiting, "
+            f"expert {(name or expert)!r} has {waiting} requests{worth} waiting, "
             f"and no more than {self._max_waiting} may",
             retry_after_s=retry_s,
         )
@@ -246,7 +246,7 @@ class FairQueue:
             self._running -= 1
             self._places_taken -= ticket.places
             self._places_by[ticket.expert] -= ticket.places
-            self._running_by[ticket.expert] -= 1
+            del self._running_by[ticket.expert][ticket]
             if now_s is not None:
                 self._ends_s.append(now_s)
         elif ticket in self._waiting:
@@ -263,7 +263,7 @@ class FairQueue:
 
     def counts(self, expert: str) -> tuple[int, int]:
         """The numbers of waiting and of running tickets of one expert."""
-        return len(self._waiting_by[expert]), self._running_by[expert]
+        return len(self._waiting_by[expert]), len(self._running_by[expert])
 
     def places(self, expert: str) -> int:
         """Return the places that one expert's tickets take, including waiting tickets."""
@@ -278,6 +278,18 @@ class FairQueue:
         """Return the number of prompt tokens that wait for one expert."""
         return sum(ticket.tokens for ticket in self._waiting_by[expert])
 
+    def queue_of(self, expert: str, name: str) -> Queue:
+        """Return the requests for an expert that asked for it by this name."""
+        name_in = (None, name) if name == expert else (name,)
+        waiting = [t for t in self._waiting_by[expert] if t.name in name_in]
+        running = [t for t in self._running_by[expert] if t.name in name_in]
+        return Queue(
+            len(waiting),
+            len(running),
+            sum(ticket.places for ticket in (*waiting, *running)),
+            sum(ticket.tokens for ticket in waiting),
+        )
+
     @property
     def total(self) -> int:
         """The number of tickets, waiting and running."""
@@ -288,7 +300,7 @@ class FairQueue:
         self._running += 1
         self._places_taken += ticket.places
         self._places_by[ticket.expert] += ticket.places
-        self._running_by[ticket.expert] += 1
+        self._running_by[ticket.expert][ticket] = None
         self._fairness.started(ticket.tenant, ticket.tokens)
 
     def _remove(self, ticket: Ticket) -> None:
@@ -320,7 +332,6 @@ class TicketQueue:
         *,
         ready: bool,
         keeps_place: bool = False,
-        display_name: str | None = None,
     ) -> None:
         """Add a request. A full queue sheds other requests for it where that is fair.
 
@@ -331,8 +342,8 @@ class TicketQueue:
         """
         if not keeps_place:
             for other in self._queue.tickets_to_shed(ticket):
-                self.refuse(other, self._queue.overload_error(ticket.expert, display_name))
-        self._queue.offer(ticket, ready=ready, keeps_place=keeps_place, display_name=display_name)
+                self.refuse(other, self._queue.overload_error(other.expert, other.name))
+        self._queue.offer(ticket, ready=ready, keeps_place=keeps_place)
         if not ticket.running:
             self._turns[ticket] = asyncio.get_running_loop().create_future()
 
@@ -402,9 +413,16 @@ class TicketQueue:
         """The numbers of waiting and of running tickets of one expert."""
         return self._queue.counts(expert)
 
-    def snapshot(self, expert: str) -> Queue:
-        """Return one expert's queue as pools publish it."""
+    def snapshot(self, expert: str, name: str | None = None) -> Queue:
+        """Return one expert's queue as pools publish it.
+
+        Args:
+            expert: The expert.
+            name: Only requests that asked for it by this name; None for all requests.
+        """
         queue = self._queue
+        if name is not None:
+            return queue.queue_of(expert, name)
         return Queue(*queue.counts(expert), queue.places(expert), queue.waiting_tokens(expert))
 
 

@@ -64,6 +64,15 @@ class Queue:
         """Number of sequences that come before a new request."""
         return max(self.places, self.waiting + self.running)
 
+    def without(self, other: Queue) -> Queue:
+        """Return this queue without the requests of a part of it."""
+        return Queue(
+            self.waiting - other.waiting,
+            self.running - other.running,
+            self.places - other.places,
+            self.waiting_tokens - other.waiting_tokens,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Speed:
@@ -94,6 +103,7 @@ class Snapshot:
         capacity: Requests that may run at once, by expert.
         speeds: Measured latencies of each expert.
         acks: Last call number received from each gateway.
+        shares: The experts that another expert's weights answer for, each with that expert.
     """
 
     boot: str
@@ -105,6 +115,11 @@ class Snapshot:
     capacity: dict[str, int] = field(default_factory=dict)
     speeds: dict[str, Speed] = field(default_factory=dict)
     acks: dict[str, int] = field(default_factory=dict)
+    shares: dict[str, str] = field(default_factory=dict)
+
+    def weights_of(self, expert: str) -> str:
+        """Return the expert whose weights answer for an expert: usually itself."""
+        return self.shares.get(expert, expert)
 
 
 def encode(now: Snapshot, before: Snapshot | None) -> bytes:

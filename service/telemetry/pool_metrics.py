@@ -83,7 +83,8 @@ class PoolMetrics:
             self.registry.total(metrics.SWAPS, count, *key)
         self.registry.total(metrics.CANARY_FAILURES, pool.canary_failures())
         for expert, details in pool.details().items():
-            size = details.get("host_bytes", self._weights.get(expert))
+            held = details.get("held_as", expert)
+            size = details.get("host_bytes", self._weights.get(held))
             if size is not None:
                 for tier in (Residency.DEVICE, Residency.HOST):
                     held_bytes = size if details["state"] == tier else 0

@@ -12,9 +12,12 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from service.engine.base import EngineRequest, Message
-from service.engine.vllm.engine import VllmEngine, VllmModel
+from service.engine.base import EngineReport, EngineRequest, Message, Send
+from service.engine.vllm.engine import GENERATE_ENDPOINTS, VllmEngine, VllmModel
 from service.errors import ExpertFailedError
+from service.pool.pool import Pool
+from service.pool.slots.dedicated import DedicatedSlot
+from service.rpc.call_headers import Call
 from tests.support.engine.real import ADAPTERS, BASE, ON_ONE_ENGINE, OPTIONS
 
 pytestmark = ON_ONE_ENGINE
@@ -88,3 +91,102 @@ async def test_load_folder_without_an_adapter_raises_and_keeps_the_others(
     with pytest.raises(ExpertFailedError):
         await engine.load("nothing", str(tmp_path))
     assert await answer(engine, "math") == before
+
+
+class Counted:
+    """The module's engine as a pool's: it is started already, and counts loads."""
+
+    def __init__(self, engine: VllmEngine) -> None:
+        self.engine = engine
+        self.loaded: list[str] = []
+
+    async def start(self) -> EngineReport:
+        return EngineReport("vllm", OPTIONS.max_model_len or 0, GENERATE_ENDPOINTS)
+
+    async def load(self, expert: str, adapter: str | None = None) -> None:
+        self.loaded.append(expert)
+
+    async def unload(self, expert: str) -> None:
+        raise AssertionError(expert)
+
+    async def run(self, request: EngineRequest, send: Send) -> None:
+        await self.engine.run(request, send)
+
+    def failure(self) -> str | None:
+        return self.engine.failure()
+
+    async def stop(self) -> None:
+        """Leave the engine to the other tests."""
+
+
+PROMPTS = {
+    "/v1/completions": {"prompt": "2 and 2 are", "max_tokens": 8},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 8},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8},
+}
+
+
+async def test_two_names_answer_from_one_load_with_equal_tokens_and_their_own_name(
+    engine: VllmEngine,
+) -> None:
+    counted = Counted(engine)
+    pool = Pool("p")
+    slot = DedicatedSlot(
+        ("base", "math"),
+        lambda: counted,
+        capacity=8,
+        max_waiting=8,
+        start_guess_s=1.0,
+        changed=pool.changed,
+    )
+    pool.add(slot)
+    held = {"base": "base", "twin": "base", "math": "math", "maths": "math"}
+    pool.serve(held)
+    pool.start()
+
+    async def told(name: str, path: str, *, stream: bool) -> tuple[set[str], object]:
+        """Return the models that an answer names, and its text."""
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        body = orjson.dumps({"model": name, "temperature": 0, "stream": stream, **PROMPTS[path]})
+        await pool.run(Call(path, name, f"r{next(_ids)}", 60_000, stream, "g", 1), body, send)
+        payload = b"".join(message.get("body", b"") for message in sent)
+        assert sent[0]["status"] == 200, payload
+        if not stream:
+            assert int(dict(sent[0]["headers"])[b"content-length"]) == len(payload)
+            reply = orjson.loads(payload)
+            answers = reply.get("choices") or reply.get("output") or reply["content"]
+            return {reply["model"]}, [
+                one.get("text") or one.get("message") or one["content"] for one in answers
+            ]
+        lines = [line[5:] for line in payload.splitlines() if line.startswith(b"data: {")]
+        events = [orjson.loads(line) for line in lines]
+        inner = [one for e in events for one in (e, e.get("response"), e.get("message"))]
+        models = {one["model"] for one in inner if isinstance(one, dict) and "model" in one}
+        return models, [e.get("delta") for e in events] + [
+            [choice.get("delta") or choice.get("text") for choice in e.get("choices", ())]
+            for e in events
+        ]
+
+    try:
+        for path, stream in itertools.product(PROMPTS, (False, True)):
+            # One after the other: sums over a batch of another size are rounded otherwise.
+            answers = {name: await told(name, path, stream=stream) for name in held}
+            assert {name: models for name, (models, _) in answers.items()} == {
+                name: {name} for name in held
+            }
+            for name, owner in held.items():
+                assert _without_ids(answers[name][1]) == _without_ids(answers[owner][1])
+        assert counted.loaded == ["base", "math"]
+    finally:
+        await pool.stop(1)
+
+
+def _without_ids(told: object) -> object:
+    if isinstance(told, dict):
+        return {name: _without_ids(one) for name, one in told.items() if name != "id"}
+    return [_without_ids(one) for one in told] if isinstance(told, list) else told

@@ -263,7 +263,7 @@ class VllmEngine:
         call = _Call(request)
         refusal = watch_refusal()
         if self._stats is not None:
-            self._stats.add_request(request.request_id, request.expert)
+            self._stats.add_request(request.request_id, request.counted_as)
         # vLLM's handlers run in this task and in tasks that they start.
         CACHE_SALT.set(request.cache_salt)
         vllm_ids = track_request_ids()

@@ -18,6 +18,8 @@ def describe_experts(config: Config) -> list[dict[str, Any]]:
     for name, expert in config.experts.items():
         made = "steered" if expert.profile else "lora"
         kind = "remote" if expert.remote else made if expert.base else "full"
+        if expert.is_variant:
+            kind = "variant"
         told.append(
             {
                 "name": name,

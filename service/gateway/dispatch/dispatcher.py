@@ -58,6 +58,7 @@ from service.gateway.dispatch.retries import (
     without_option,
 )
 from service.gateway.redaction import without_folders
+from service.gateway.request.defaults import RequestDefaults
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.token_limits import within_context, within_cost
 from service.gateway.request_record import ExpertCall, RequestRecord, Unfinished
@@ -143,7 +144,8 @@ class RecipeExecutor:
             record.predicted_s = float(selection.time[best])
             record.predicted_cost = float(selection.cost[best])
             contexts = [dispatcher.context(name) for name in recipe.experts]
-            request = within_cost(request, recipe.experts, self._cost_model, contexts)
+            added = [dispatcher.defaults.system_bytes(request, name) for name in recipe.experts]
+            request = within_cost(request, recipe.experts, self._cost_model, contexts, added)
         record.clipped = request.clipped
         row = -1
         complete = False
@@ -268,6 +270,8 @@ class Dispatcher:
         budget_prices: Prices the tenants' budgets.
         breakers: The circuit breakers.
         prefix_affinity: Knows which engine has a conversation in its prefix cache.
+        defaults: The defaults of the experts.
+        remote_variants: The variants of remote experts, each with its base.
     """
 
     def __init__(
@@ -280,7 +284,11 @@ class Dispatcher:
         budget_prices: BudgetPrices,
         breakers: CircuitBreakers,
         prefix_affinity: PrefixAffinity,
+        defaults: RequestDefaults,
+        remote_variants: Mapping[str, str],
     ) -> None:
+        self.defaults = defaults
+        self._remote_variants = remote_variants
         self.budget_prices = budget_prices
         self.prefix_affinity = prefix_affinity
         self.catalog = catalog
@@ -305,7 +313,7 @@ class Dispatcher:
             if link.snapshot is not None
         ]
         if self._remote_pools:
-            views.append(remote_pool_view(self._remote_pools))
+            views.append(remote_pool_view(self._remote_pools, self._remote_variants))
         return views
 
     def context(self, expert: str) -> int:
@@ -391,7 +399,8 @@ class Dispatcher:
             try:
                 # This expert may cost more per token than the first one.
                 context = self.context(option.expert)
-                bounded = within_cost(request, (option.expert,), self.cost_model, (context,))
+                own = self.defaults.apply(request, option.expert)
+                bounded = within_cost(own, (option.expert,), self.cost_model, (context,))
             except InvalidRequestError as error:
                 raise fault or error from None
             bounded = within_context(bounded, option.expert, context)
@@ -573,7 +582,8 @@ class Dispatcher:
         try:
             async with limit:
                 if option.boot is None:
-                    pool = self._remote_pools[option.expert]
+                    owner = self._remote_variants.get(option.expert, option.expert)
+                    pool = self._remote_pools[owner]
                     reply.record.calls.append(expert_call)
                     await pool.run(
                         EngineRequest(

@@ -56,10 +56,9 @@ class RemotePool:
         """Number of requests that wait for a place."""
         return self.tickets.counts(_EXPERT)[0]
 
-    @property
-    def queue(self) -> Queue:
-        """The queue in the form of a pool's snapshot."""
-        return self.tickets.snapshot(_EXPERT)
+    def queue_of(self, name: str) -> Queue:
+        """The requests that asked for one name, in the form of a pool's snapshot."""
+        return self.tickets.snapshot(_EXPERT, name)
 
     @property
     def running(self) -> int:
@@ -120,8 +119,9 @@ class RemotePool:
             raise ExpertFailedError(
                 f"expert {request.expert!r} can't be used: {self.failed}", retry_after_s=60
             )
-        ticket = Ticket(_EXPERT, time.monotonic(), tokens, tenant, places=places)
-        self.tickets.enter(ticket, ready=True, display_name=request.expert)
+        name = request.expert
+        ticket = Ticket(_EXPERT, time.monotonic(), tokens, tenant, places=places, name=name)
+        self.tickets.enter(ticket, ready=True)
         try:
             await self.tickets.wait(ticket)
             if handed is not None:
@@ -159,12 +159,24 @@ class RemotePool:
             task.add_done_callback(self._ending.discard)
 
 
-def remote_pool_view(pools: Mapping[str, RemotePool]) -> PoolView:
-    """Describe all remote experts as one pool, each in its own slot."""
+def remote_pool_view(pools: Mapping[str, RemotePool], variants: Mapping[str, str]) -> PoolView:
+    """Describe all remote experts as one pool, each in its own slot with its variants.
+
+    Args:
+        pools: The pools of remote experts.
+        variants: The variants of remote experts, each with its base.
+    """
     now_s = time.monotonic()
+    slots = {name: i for i, name in enumerate(pools)}
+    owners = dict(zip(pools, pools, strict=True))
+    owners |= {name: base for name, base in variants.items() if base in pools}
+    of = {name: pools[owner] for name, owner in owners.items()}
     states = {
-        name: ExpertState(Residency.DEVICE if remote.failed is None else Residency.FAILED, slot=i)
-        for i, (name, remote) in enumerate(pools.items())
+        name: ExpertState(
+            Residency.DEVICE if remote.failed is None else Residency.FAILED,
+            slot=slots[owners[name]],
+        )
+        for name, remote in of.items()
     }
     return PoolView(
         REMOTE,
@@ -172,13 +184,14 @@ def remote_pool_view(pools: Mapping[str, RemotePool]) -> PoolView:
             boot="remote",
             kind="remote",
             experts=states,
-            queues={name: remote.queue for name, remote in pools.items()},
-            capacity={name: remote.max_in_flight for name, remote in pools.items()},
+            queues={name: remote.queue_of(name) for name, remote in of.items()},
+            capacity={name: remote.max_in_flight for name, remote in of.items()},
             speeds={
                 name: speed
-                for name, remote in pools.items()
+                for name, remote in of.items()
                 if (speed := remote.speed.speed(now_s)) != Speed()
             },
+            shares={name: owner for name, owner in owners.items() if name != owner},
         ),
         0.0,
         {},

@@ -52,6 +52,7 @@ class InferenceRequest:
         cache: Which cached answers the client accepts.
         combinable: Whether answers of several experts can be compared.
         clipped: The bound of its answers in tokens, if the gateway lowered it.
+        bounded: Whether the gateway bounds its answers, because the client does not.
         media: Its images, sound and video.
         media_tokens: The number of tokens that its media take.
         left_out: Types of the tools that were removed, because the service does not run them.
@@ -74,6 +75,7 @@ class InferenceRequest:
     cache: CacheMode = "off"
     combinable: bool = False
     clipped: int | None = None
+    bounded: bool = False
     media: Media = NOTHING
     media_tokens: int = 0
     left_out: tuple[str, ...] = ()
@@ -143,7 +145,15 @@ class InferenceRequest:
         names = self._reads.lengths
         given = {name: self.data[name] for name in names if self.data.get(name) is not None}
         bounds = {name: min(tokens, one) for name, one in given.items()} or {names[-1]: tokens}
-        return replace(self, data={**self.data, **bounds}, raw=b"", clipped=tokens)
+        if isinstance(least := self.data.get("min_tokens"), int) and least > tokens:
+            bounds["min_tokens"] = tokens
+        return replace(
+            self,
+            data={**self.data, **bounds},
+            raw=b"",
+            clipped=tokens,
+            bounded=self.bounded or not given,
+        )
 
     def for_member(self, number: int, *, logprobs: bool) -> InferenceRequest:
         """Return the request for one member of a recipe, without streaming.

@@ -53,7 +53,7 @@ def check_extent(request: InferenceRequest, limits: RequestLimits) -> None:
 
 
 def within_context(request: InferenceRequest, expert: str, context: int) -> InferenceRequest:
-    """Bound the answers by an expert's context, if the client did not name the expert.
+    """Bound the answers by an expert's context, unless the client set the bound for this expert.
 
     A client that names an expert can know its context, so the engine refuses longer answers.
 
@@ -63,7 +63,9 @@ def within_context(request: InferenceRequest, expert: str, context: int) -> Infe
         context: Its context in tokens; 0 if it is unknown.
     """
     wanted = request.given_tokens
-    if not context or wanted is None or wanted <= context or request.model == expert:
+    if not context or wanted is None or wanted <= context:
+        return request
+    if request.model == expert and not request.bounded:
         return request
     return request.at_most(context)
 
@@ -73,6 +75,7 @@ def within_cost(
     experts: Sequence[str],
     cost_model: CostModel,
     contexts: Sequence[int] = (),
+    added_bytes: Sequence[int] = (),
 ) -> InferenceRequest:
     """Bound the answers so that one call of each expert costs at most `max_cost` in total.
 
@@ -81,6 +84,7 @@ def within_cost(
         experts: The experts that are called.
         cost_model: Knows their prices.
         contexts: Their contexts in tokens; 0 if unknown. Engines refuse a greater bound.
+        added_bytes: Bytes that the defaults of each expert add to the prompt; empty for none.
 
     Raises:
         InvalidRequestError: The cost of the prompt and one token may exceed `max_cost`.
@@ -89,15 +93,16 @@ def within_cost(
         return request
     prices = [cost_model.price(name) for name in experts]
     # A text never has more tokens than bytes.
-    left = (
-        request.max_cost - sum(price.prompt for price in prices) * request.most_prompt_tokens / 1e6
+    prompts = [request.most_prompt_tokens + more for more in added_bytes or [0] * len(prices)]
+    left = request.max_cost - sum(
+        price.prompt * tokens / 1e6 for price, tokens in zip(prices, prompts, strict=True)
     )
     per_token = 0.0
     if TABLE[request.endpoint].generates:
         per_token = sum(price.completion for price in prices) * request.answers / 1e6
     if left < per_token:
         raise InvalidRequestError(
-            f"a prompt of up to {request.most_prompt_tokens} tokens may cost more than "
+            f"a prompt of up to {max(prompts)} tokens may cost more than "
             f"{request.max_cost:g} with {', '.join(experts)}",
             param="coe.max_cost",
         )

@@ -11,6 +11,7 @@ from functools import partial
 from service.config import Config
 from service.errors import GuardRefusedError
 from service.gateway.guard.guard import Guard, GuardResult
+from service.gateway.request.defaults import RequestDefaults
 from service.gateway.request.limits import RequestLimitChecker
 from service.gateway.request.media import MediaPrices
 from service.gateway.request.parsing import InferenceRequest, parse_request
@@ -31,6 +32,7 @@ class RequestValidator:
         self._server = config.server
         self._limits = RequestLimitChecker(config)
         self._media = MediaPrices(config)
+        self._defaults = RequestDefaults(config)
         self._guard = guard
         self._registry = registry
 
@@ -47,7 +49,9 @@ class RequestValidator:
     async def validate(
         self, path: str, headers: dict[bytes, bytes], tenant: Tenant, receive: Receive
     ) -> GuardResult:
-        """Read and parse a body, and run the tenant's guard.
+        """Read and parse a body, run the tenant's guard, and add the defaults of a named expert.
+
+        The guard does not look at the system prompts of the config.
 
         Raises:
             InvalidRequestError: The body is not valid.
@@ -63,7 +67,9 @@ class RequestValidator:
         arrived_s = time.monotonic()
         parse = partial(self._parse, path, raw, headers, tenant)
         request = await asyncio.to_thread(parse) if len(raw) > _LARGE_BYTES else parse()
-        return replace(await self._run_guard(request), arrived_s=arrived_s)
+        result = await self._run_guard(request)
+        request = self._defaults.apply(result.request, result.request.model)
+        return replace(result, request=request, arrived_s=arrived_s)
 
     def _parse(
         self, path: str, raw: bytes, headers: dict[bytes, bytes], tenant: Tenant

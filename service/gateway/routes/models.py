@@ -97,6 +97,8 @@ def expert_states(
 
 def _kind(config: Config, name: str) -> str:
     expert = config.experts[name]
+    if expert.is_variant:
+        return "variant"
     if expert.remote is not None:
         return "remote"
     if expert.base is not None:

@@ -132,7 +132,7 @@ class SemanticRouter:
         }
         # Vectors of two spaces can't be compared: `auto` must not choose between them.
         self._spaces = {
-            name: expert.space or name
+            name: expert.space or config.owner_of(name)
             for name, expert in config.experts.items()
             if "embeddings" in expert.capabilities
         }

@@ -153,6 +153,7 @@ class BaseSlot(ABC, Generic[E]):
         tenant: Tenant = NOBODY,
         again: LeaseRevokedError | None = None,
         places: int = 1,
+        name: str | None = None,
     ) -> AsyncIterator[Lease]:
         """Wait until an expert is ready and has room. Free the place at the end.
 
@@ -163,6 +164,7 @@ class BaseSlot(ABC, Generic[E]):
             again: The error of this request's revoked lease. The request keeps its place in the
                 queue.
             places: The number of places of the engine that the request takes.
+            name: The name that the client asked for, where that is another one.
 
         Yields:
             The lease.
@@ -185,6 +187,7 @@ class BaseSlot(ABC, Generic[E]):
             tenant,
             again=again is not None and again.put_back,
             places=places,
+            name=name,
         )
         self._queue.enter(
             ticket, ready=expert in self._ready_experts(), keeps_place=again is not None
@@ -412,6 +415,10 @@ class BaseSlot(ABC, Generic[E]):
     def queues(self) -> dict[str, Queue]:
         """Return each expert's waiting and running requests."""
         return {name: self._queue.snapshot(name) for name in self.experts}
+
+    def queue_of(self, expert: str, name: str) -> Queue:
+        """Return the requests for an expert that asked for it by this name."""
+        return self._queue.snapshot(expert, name)
 
     def details(self) -> dict[str, dict[str, Any]]:
         """Return each expert's residency in full, for operators."""

@@ -117,6 +117,7 @@ def test_presets_every_config_passes_the_memory_plan(machine: Machine, tmp_path:
         layers, kv_heads, head_size, context = SHAPES[one.trio.name.split()[-1]]
         by_category = {
             each.category: model_info(
+                path=Path(each.category),
                 weight_bytes=each.weight_bytes,
                 layers=layers,
                 kv_heads=kv_heads,

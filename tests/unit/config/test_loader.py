@@ -99,12 +99,12 @@ def test_config_every_field_has_a_description() -> None:
         ),
         (
             {"experts": {"general": {}}},
-            "coe.yaml: experts.general: needs exactly one of model, base (with adapter or "
-            "profile), remote",
+            "coe.yaml: experts.general: needs exactly one of model, base (with adapter, profile or "
+            "defaults), remote",
         ),
         (
             {"experts": {"general": {"model": "m", "adapter": "a"}}},
-            "coe.yaml: experts.general: base goes together with adapter or profile",
+            "coe.yaml: experts.general: adapter goes together with base",
         ),
         (
             {"experts": {"general": {"model": "m", "profile": "p"}}},

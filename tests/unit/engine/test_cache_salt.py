@@ -127,6 +127,6 @@ def test_prefix_affinity_is_known_to_tenants_with_the_same_salt_only() -> None:
 def test_remote_engine_sends_the_salt_where_the_endpoint_accepts_it(
     config: dict[str, Any], path: str, body: dict[str, Any], sent: str | None
 ) -> None:
-    engine = RemoteEngine("far", RemoteConfig(url="http://127.0.0.1:1/v1", model="m", **config))
+    engine = RemoteEngine(RemoteConfig(url="http://127.0.0.1:1/v1", model="m", **config))
     request = EngineRequest(path, "far", orjson.dumps(body), "r", cache_salt="t")
     assert orjson.loads(engine._addressed(request)).get("cache_salt") == sent

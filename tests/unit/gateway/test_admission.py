@@ -21,6 +21,7 @@ from service.errors import (
 )
 from service.gateway.admission import Admission
 from service.gateway.auth import Authenticator
+from service.gateway.request.defaults import RequestDefaults
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request_record import ExpertCall, RequestRecord, Unfinished
 from service.store.keys import digest_of
@@ -61,6 +62,7 @@ class Door:
             self.ledger,
             lambda expert: context,
             lambda tenant, outcome, calls: self.told.append((outcome, list(calls))),
+            RequestDefaults(config),
         )
 
     def asked(self, path: str = CHAT, **data: Any) -> InferenceRequest:

@@ -11,7 +11,14 @@ from service.config import Config
 from service.errors import ConfigError, ModelStoreError
 from service.models import AdapterInfo, ModelInfo, MoeInfo
 from service.moe.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
-from service.pool.memory_plan import ENGINE_BYTES, REPLICA_BYTES, check_plan, folders_of, plan_pool
+from service.pool.memory_plan import (
+    ENGINE_BYTES,
+    REPLICA_BYTES,
+    PoolPlan,
+    check_plan,
+    folders_of,
+    plan_pool,
+)
 from tests.unit.moe.test_steering import gates
 
 MIB = 1024**2
@@ -96,7 +103,7 @@ def three(pool: dict[str, Any], pinned: tuple[str, ...] = ()) -> Any:
             },
         }
     )
-    found = {name: model(weight_bytes=mib * MIB) for name, mib in sizes.items()}
+    found = {name: model(path=Path(name), weight_bytes=mib * MIB) for name, mib in sizes.items()}
     return plan_pool(made, "cpu", found.__getitem__)
 
 
@@ -281,7 +288,7 @@ def test_plan_missing_model_folder_raises_with_how_to_get_it() -> None:
         folders_of(config(), {})
 
 
-def _named(experts: dict[str, Any], paths: dict[str, str], gpus: int = 0) -> tuple[str, ...]:
+def _plan(experts: dict[str, Any], paths: dict[str, str], gpus: int = 0) -> PoolPlan:
     pool = {"gpus": gpus, "vllm": {"kv_cache_bytes": "128MiB", "enforce_eager": True}}
     whole = Config.model_validate({"experts": experts, "pools": {"cpu": pool}})
 
@@ -291,31 +298,30 @@ def _named(experts: dict[str, Any], paths: dict[str, str], gpus: int = 0) -> tup
         found = Path(paths.get(name, "x"))
         return adapter() if expert.adapter is not None else model(path=found, moe=moe)
 
-    return plan_pool(whole, "cpu", inspect).warnings
+    return plan_pool(whole, "cpu", inspect)
 
 
-def test_plan_pool_experts_with_identical_weights_warns_with_their_names(tmp_path: Path) -> None:
+def test_plan_pool_experts_with_identical_weights_count_once(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "m")
     same, linked, other = str(tmp_path / "m"), str(tmp_path / "link"), str(tmp_path / "n")
     paths = {"a": same, "b": linked, "c": other, "d": same}
     full: dict[str, Any] = {name: {"model": path} for name, path in paths.items()}
-    (told,) = [line for line in _named(full, paths) if "same weights" in line]
-    assert "experts a, b, d have the same weights" in told
+    plan = _plan(full, paths)
+    assert plan.shared == {"b": "a", "d": "a"}
+    alone = _plan({name: full[name] for name in "ac"}, paths)
+    assert (plan.engines, plan.total_bytes) == (alone.engines, alone.total_bytes)
     # Not those that compute otherwise with them.
     full["b"] |= {"vllm": {"moe_backend": "triton"}}
-    (told,) = [line for line in _named(full, paths, gpus=1) if "same weights" in line]
-    assert "experts a, d have" in told
+    assert _plan(full, paths, gpus=1).shared == {"d": "a"}
     merged = {"base": "a", "adapter": "x", "form": "merged"}
     some = {"a": full["a"], "m": merged, "n": merged | {"strength": 0.5}, "o": merged}
-    (told,) = [line for line in _named(some, paths) if "same weights" in line]
-    assert "experts m, o have" in told
+    assert _plan(some, paths).shared == {"o": "m"}
     beside = {"base": "a", "adapter": "x"}
-    assert not [
-        line
-        for line in _named({"a": full["a"], "e": beside, "f": beside}, paths)
-        if "same weights" in line
-    ]
+    variants = {"v": {"base": "f", "defaults": {}}, "w": {"base": "a", "defaults": {}}}
+    plan = _plan({"a": full["a"], "e": beside, "f": beside, **variants}, paths)
+    assert plan.shared == {"f": "e", "v": "e", "w": "a"}
+    assert [(engine.base, engine.adapters) for engine in plan.engines] == [("a", ("e",))]
 
 
 def test_plan_pool_reads_each_folder_once() -> None:

@@ -35,7 +35,7 @@ export function drawExperts(all) {
 }
 
 function row(one) {
-  const kind = { full: "full weights", lora: one.form === "merged" ? `merged into ${one.base}` : `LoRA on ${one.base}`, remote: "remote" }[one.kind];
+  const kind = { full: "full weights", lora: one.form === "merged" ? `merged into ${one.base}` : `LoRA on ${one.base}`, remote: "remote", variant: `asks ${one.base}` }[one.kind];
   const facts = [];
   if (one.bytes) facts.push(el("span", {}, el("b", {}, bytes(one.bytes))));
   facts.push(el("span", {}, el("b", {}, String(one.running)), " running · ", el("b", {}, String(one.waiting)), " waiting"));

@@ -1,0 +1,242 @@
+"""Puts an expert's defaults into a request, where the request does not set the fields itself.
+
+A system prompt is added only to a request without one. Every endpoint has its own names for the
+fields, and lacks some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from service.config import Config
+from service.config.defaults import DefaultsConfig
+from service.gateway.request.parsing import InferenceRequest
+from service.http.endpoints import TABLE
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
+MESSAGES = "/v1/messages"
+COUNT_TOKENS = "/v1/messages/count_tokens"
+TOKENIZE = "/tokenize"
+
+Data = dict[str, Any]
+# The roles of a system prompt in a list of messages.
+_SYSTEM_ROLES = ("system", "developer")
+# Arguments of chat templates that a request's own field for reasoning stands for.
+_THINKING = ("enable_thinking", "thinking")
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """The place of a default in a body.
+
+    Attributes:
+        path: The keys that lead to it.
+        also: Other keys of the body that set the same, or exclude it.
+        convert: Makes the endpoint's form of the value; None for a value that it can't express.
+    """
+
+    path: tuple[str, ...]
+    also: tuple[str, ...] = ()
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+def _flat_schema(form: Data) -> Data:
+    """Convert a response format to that of Responses, which has no inner object."""
+    inner = form.get("json_schema", {})
+    return {"type": form["type"], **inner}
+
+
+def _messages_schema(form: Data) -> Data | None:
+    """Convert a response format to that of Messages, which has schemas only."""
+    if form["type"] == "text":
+        return None
+    schema = form.get("json_schema", {}).get("schema", {"type": "object"})
+    return {"type": "json_schema", "schema": schema}
+
+
+def _messages_effort(effort: str) -> str | None:
+    return {"none": None, "minimal": "low"}.get(effort, effort)
+
+
+def _same(*names: str) -> dict[str, Field]:
+    return {name: Field((name,)) for name in names}
+
+
+_SAMPLING = _same("temperature", "top_p", "top_k")
+_PENALTIES = _same("min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed")
+_ARGUMENTS = _same("chat_template_kwargs")
+_FORMAT = {"response_format": Field(("response_format",), also=("structured_outputs",))}
+
+# The fields of each endpoint, by the names of defaults; `system` and `max_tokens` stand apart.
+FIELDS: Mapping[str, Mapping[str, Field]] = {
+    CHAT: {
+        **_SAMPLING,
+        **_PENALTIES,
+        **_ARGUMENTS,
+        **_FORMAT,
+        **_same("stop", "min_tokens", "reasoning_effort"),
+    },
+    COMPLETIONS: {**_SAMPLING, **_PENALTIES, **_FORMAT, **_same("stop", "min_tokens")},
+    RESPONSES: {
+        **_SAMPLING,
+        **_PENALTIES,
+        **_ARGUMENTS,
+        **_same("stop"),
+        "response_format": Field(("text", "format"), ("structured_outputs",), _flat_schema),
+        "reasoning_effort": Field(("reasoning", "effort")),
+    },
+    MESSAGES: {
+        **_SAMPLING,
+        **_ARGUMENTS,
+        "stop": Field(("stop_sequences",)),
+        "response_format": Field(("output_config", "format"), convert=_messages_schema),
+        "reasoning_effort": Field(("output_config", "effort"), ("thinking",), _messages_effort),
+    },
+    COUNT_TOKENS: _ARGUMENTS,
+    TOKENIZE: _ARGUMENTS,
+}
+# The field of each endpoint that holds its system prompt, or the messages that may hold one.
+SYSTEM: Mapping[str, str] = {
+    CHAT: "messages",
+    TOKENIZE: "messages",
+    RESPONSES: "instructions",
+    MESSAGES: "system",
+    COUNT_TOKENS: "system",
+}
+
+
+class RequestDefaults:
+    """The defaults of a config's experts."""
+
+    def __init__(self, config: Config) -> None:
+        self._defaults = {
+            name: expert.defaults
+            for name, expert in config.experts.items()
+            if expert.defaults is not None
+        }
+
+    def apply(self, request: InferenceRequest, expert: str) -> InferenceRequest:
+        """Return a request with an expert's defaults. A second call changes nothing.
+
+        Args:
+            request: The request.
+            expert: The expert that answers it; any other name, such as `auto`, has no defaults.
+        """
+        defaults = self._defaults.get(expert)
+        if defaults is None:
+            return request
+        data = dict(request.data)
+        if system := self._system(request, defaults):
+            _add_system(request.endpoint, data, system)
+        for name, field in FIELDS.get(request.endpoint, {}).items():
+            if (value := getattr(defaults, name)) is not None:
+                _add(data, field, value)
+        bounded = request.bounded
+        if defaults.max_tokens is not None:
+            bounded = _bound(request, data, defaults.max_tokens) or bounded
+        _lower_least_tokens(request, data)
+        if data == request.data:
+            return request
+        more = len(system.encode())
+        return replace(
+            request, data=data, raw=b"", bounded=bounded, body_bytes=request.body_bytes + more
+        )
+
+    def system_bytes(self, request: InferenceRequest, expert: str) -> int:
+        """Return the bytes of the system prompt that an expert would add to a request."""
+        defaults = self._defaults.get(expert)
+        return len(self._system(request, defaults).encode()) if defaults is not None else 0
+
+    @staticmethod
+    def _system(request: InferenceRequest, defaults: DefaultsConfig) -> str:
+        """Return the system prompt to add; empty where there is one, or can't be one."""
+        field = SYSTEM.get(request.endpoint)
+        if defaults.system is None or field is None or _has_system(request.data, field):
+            return ""
+        return defaults.system
+
+
+def _has_system(data: Data, field: str) -> bool:
+    if field == "messages":
+        # Only /tokenize can lack messages, and then takes a plain text.
+        return field not in data or _has_system_message(data[field])
+    return field in data or (field == "instructions" and _has_system_message(data.get("input")))
+
+
+def _has_system_message(messages: object) -> bool:
+    return isinstance(messages, list) and any(
+        isinstance(one, dict) and one.get("role") in _SYSTEM_ROLES for one in messages
+    )
+
+
+def _add_system(endpoint: str, data: Data, system: str) -> None:
+    field = SYSTEM[endpoint]
+    if field == "messages":
+        data[field] = [{"role": "system", "content": system}, *data[field]]
+    else:
+        data[field] = system
+
+
+def _add(data: Data, field: Field, value: Any) -> None:
+    """Set a field to a default where the body does not set it."""
+    *outer, name = field.path
+    if any(other in data for other in field.also):
+        return
+    value = list(value) if isinstance(value, tuple) else field.convert(value)
+    holder: Any = data
+    for key in outer:
+        holder = holder.get(key, {})
+        if not isinstance(holder, dict):
+            return  # the engine says what is wrong with it
+    if name == "chat_template_kwargs":
+        value = _merged(data, value)
+    elif holder.get(name) is not None:
+        return
+    if value is None:
+        return
+    if outer:
+        data[outer[0]] = {**holder, name: value}
+    else:
+        data[name] = value
+
+
+def _merged(data: Data, defaults: Data) -> Data | None:
+    """Merge arguments of the chat template. What the request asks for itself stays."""
+    given = data.get("chat_template_kwargs", {})
+    if not isinstance(given, dict):
+        return None
+    nested = (data.get("reasoning"), data.get("output_config"))
+    efforts = [one["effort"] for one in nested if isinstance(one, dict) and "effort" in one]
+    if "reasoning_effort" in data or "thinking" in data or efforts:
+        defaults = {name: value for name, value in defaults.items() if name not in _THINKING}
+    return {**defaults, **given} or None
+
+
+def _bound(request: InferenceRequest, data: Data, tokens: int) -> bool:
+    """Bound the answers, unless the request does; return whether this bound is ours."""
+    names = TABLE[request.endpoint].lengths
+    if not names:
+        return False
+    given = [name for name in names if data.get(name) is not None]
+    if not given:
+        data[names[-1]] = tokens
+    elif request.bounded:
+        data[given[0]] = min(tokens, data[given[0]])
+    else:
+        return False
+    return True
+
+
+def _lower_least_tokens(request: InferenceRequest, data: Data) -> None:
+    """Keep a default of the fewest tokens within the bound of the request."""
+    least = data.get("min_tokens")
+    if least is None or "min_tokens" in request.data:
+        return
+    endpoint = TABLE[request.endpoint]
+    bounds = [data[name] for name in endpoint.lengths if data.get(name) is not None]
+    most = min(bounds or [endpoint.usual_length or least])
+    data["min_tokens"] = max(0, min(least, most))

@@ -1,0 +1,36 @@
+"""The table of `coe experts`, and what `coe check` says of experts without weights of their own."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner
+from rich.console import Console
+
+from service.cli import cli
+from service.cli.experts import _experts_table
+
+
+def test_experts_table_says_whose_weights_an_expert_has() -> None:
+    own: dict[str, Any] = {"state": "device", "reason": "", "waiting": 0, "running": 1}
+    states = {"a": own | {"host_bytes": 2**30}, "b": own | {"host_bytes": 0, "shares": "a"}}
+    written = io.StringIO()
+    Console(width=120, file=written).print(_experts_table({"pools": {"p": states}}))
+    first, second = written.getvalue().splitlines()[1:3]
+    assert "1.00 GiB" in first
+    assert "none: has those of a" in second
+
+
+def test_check_says_whose_weights_an_expert_has(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    file = tmp_path / "coe.yaml"
+    file.write_text(
+        "experts:\n  a: {model: ./m}\n  b: {model: ./m}\n  c: {base: b, defaults: {seed: 1}}\n"
+        "pools: {p: {engine: simulated}}\n"
+    )
+    said = CliRunner().invoke(cli, ["check", str(file)])
+    assert said.exit_code == 0, said.output
+    for name in "bc":
+        assert f"p: {name} has the weights of a and takes no memory" in said.output
