@@ -63,7 +63,8 @@ def application(
         placed: Replicas run only on nodes with their resource (`GATEWAY_RESOURCE`,
             `pool_resource`).
     """
-    config_json = config.model_dump_json()
+    # Whether a key was set decides where the model's folder is asked, as for capabilities.
+    config_json = config.model_dump_json(exclude_unset=True)
     pools = {
         kind: _pool_deployment(config, kind, placed).bind(config_json, kind, str(secret_path), host)
         for kind in config.pools

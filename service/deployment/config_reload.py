@@ -77,10 +77,11 @@ class RunningConfig:
         Raises:
             ConfigError: The file can't be written.
         """
+        # Whether a key was set decides where the model's folder is asked, as for capabilities.
         data = {
             "source": self.source,
-            "read": self.read.model_dump(mode="json"),
-            "config": self.config.model_dump(mode="json"),
+            "read": self.read.model_dump(mode="json", exclude_unset=True),
+            "config": self.config.model_dump(mode="json", exclude_unset=True),
             "profiles": profile_digests(self.config),
             "files": _files(self.config),
         }

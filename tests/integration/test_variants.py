@@ -135,6 +135,38 @@ async def test_response_cache_keeps_the_answers_of_names_and_defaults_apart(
         assert headers["x-coe-cache"] == "miss"
 
 
+async def test_reload_without_the_first_name_ends_no_stream_and_starts_no_engine(
+    tmp_path: Path,
+) -> None:
+    options = {"p": {"decode_ms": 5}}
+    before = simulated(options, experts=experts(tmp_path))
+    changed = {
+        "twin": {"model": str(tmp_path)},
+        "pirate": {"base": "twin", "defaults": {"max_tokens": 3}},
+    }
+    after = simulated(options, experts=changed)
+    async with run_gateway(before) as stage:
+        pool = stage.pools["p"]
+        async with stage.post(chat(model="twin", stream=True, max_tokens=100)) as answer:
+            data = await answer.content.readany()
+            await stage.gateway.reload(after)
+            await pool.process.reload(after)
+            for name, tokens in (("twin", 16), ("pirate", 3)):
+                status, _, reply = await stage.ask(chat(model=name, max_tokens=None))
+                assert (status, reply["model"]) == (200, name)
+                assert reply["usage"]["completion_tokens"] == tokens
+            assert (await stage.ask(chat()))[0] == 404
+            data += await answer.read()
+        assert data.endswith(b"data: [DONE]\n\n")
+        parsed = [json.loads(event) for event in events(data) if event != "[DONE]"]
+        assert {event["model"] for event in parsed} == {"twin"}
+        # And back, with the name that the weights were loaded under.
+        await stage.gateway.reload(before)
+        await pool.process.reload(before)
+        assert (await stage.ask(chat()))[2]["model"] == "general"
+        assert len(pool.engines) == 1
+
+
 async def test_variant_is_a_member_of_a_recipe(tmp_path: Path) -> None:
     other = {"base": "general", "defaults": {"system": "Answer as a cook."}}
     recipe = {"kind": "vote", "members": ["general", "pirate", "cook"]}

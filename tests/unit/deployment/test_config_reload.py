@@ -44,6 +44,27 @@ def write(file: Path, **changed: Any) -> None:
     (file.parent / "coe.yaml").write_text(yaml.safe_dump({**CONFIG, **changed}))
 
 
+def test_config_in_force_knows_which_keys_were_set(file: Path) -> None:
+    experts = {
+        "a": {"model": "m", "capabilities": ["chat"], "media": {"image_tokens": 9}},
+        "b": {"model": "m"},
+        "v": {"base": "a", "defaults": {"stop": "END", "temperature": 0}},
+        "far": {"remote": {"url": "https://far/v1", "model": "x"}},
+        "w": {"base": "far", "defaults": {}},
+    }
+    write(file, experts=experts)
+    reload(file)
+    read = load_config(file.parent / "coe.yaml")
+    config = current_config(file, "")
+    assert config.experts == read.experts
+    for name, expert in read.experts.items():
+        assert config.experts[name].model_fields_set == expert.model_fields_set
+        assert config.experts[name].media.model_fields_set == expert.media.model_fields_set
+    # Where the config says nothing of capabilities, the model's folder does.
+    assert "capabilities" in config.experts["v"].model_fields_set
+    assert "capabilities" not in config.experts["b"].model_fields_set
+
+
 def test_reload_reports_added_removed_and_changed_experts(file: Path) -> None:
     write(file, experts={"a": {"model": "other"}, "b": {"model": "m"}, "d": {"model": "m"}})
     assert reload(file) == {"added": ["d"], "removed": ["c"], "changed": ["a"]}
