@@ -154,13 +154,18 @@ class CostModel:
         return self.prices[self._expert[expert]]
 
     def expect(
-        self, category: str, prompt_tokens: int, most_tokens: int | None, answers: int = 1
+        self,
+        category: str,
+        prompt_tokens: int | Floats,
+        most_tokens: int | None,
+        answers: int = 1,
     ) -> ExpectedUsage:
         """Expected tokens and cost of an answer to a prompt of this length.
 
         Args:
             category: Category of the prompt.
-            prompt_tokens: Length of all prompts of the request together.
+            prompt_tokens: Length of all prompts of the request together, the same for all experts
+                or (experts,).
             most_tokens: The client's bound on the length of an answer.
             answers: How many answers of that length are asked for at once.
         """

@@ -116,6 +116,22 @@ async def test_admission_and_cost_bound_see_a_variant_s_defaults(tmp_path: Path)
         assert (status, reply["usage"]["completion_tokens"]) == (200, 7)
 
 
+async def test_auto_weighs_what_a_variant_s_system_prompt_costs(tmp_path: Path) -> None:
+    priced = {
+        "general": {"model": str(tmp_path), "price": {"prompt": 1e6}, "categories": ["sea"]},
+        "long": {
+            "base": "general",
+            "quality": {"sea": 1},
+            "defaults": {"system": "x" * 400},
+        },
+    }
+    async with run_gateway(simulated({"p": {}}, experts=priced)) as stage:
+        async with stage.post(chat(model="auto/sea"), "/v1/route") as answer:
+            told = await answer.json()
+        cost = {one["recipe"]: one["cost"] for one in told["candidates"]}
+        assert cost["long"] == cost["general"] + 100
+
+
 async def test_response_cache_keeps_the_answers_of_names_and_defaults_apart(
     tmp_path: Path,
 ) -> None:

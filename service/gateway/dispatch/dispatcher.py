@@ -200,8 +200,9 @@ class RecipeExecutor:
         left = self._budget_prices.left(request.tenant)
         if math.isinf(left) or len(plan.rows) < 2:
             return plan
+        added = self._dispatcher.defaults.added_tokens(request, self._catalog.experts)
         costs = self._cost_model.expect(
-            plan.category, request.prompt_tokens, request.most_tokens, request.answers
+            plan.category, request.prompt_tokens + added, request.most_tokens, request.answers
         ).cost
         worst = self._catalog.uses[plan.rows] @ costs
         keep = worst <= left
@@ -347,6 +348,7 @@ class Dispatcher:
             excluded=excluded,
             budget_price=self.budget_prices.cost_price(request.tenant),
             prefix_cache=self.prefix_affinity.hint(request),
+            added_tokens=self.defaults.added_tokens(request, self.catalog.experts),
         )
         matrix = self._pool_table.to_matrix(self.views() if views is None else views)
         return select(self.catalog, matrix, wanted)

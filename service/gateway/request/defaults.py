@@ -6,14 +6,18 @@ fields, and lacks some.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from service.broker.pool_state import Floats
 from service.config import Config
 from service.config.defaults import DefaultsConfig
 from service.gateway.request.parsing import InferenceRequest
 from service.http.endpoints import TABLE
+from service.http.usage import estimate_tokens
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -118,6 +122,7 @@ class RequestDefaults:
             for name, expert in config.experts.items()
             if expert.defaults is not None
         }
+        self._adds_system = any(one.system is not None for one in self._defaults.values())
 
     def apply(self, request: InferenceRequest, expert: str) -> InferenceRequest:
         """Return a request with an expert's defaults. A second call changes nothing.
@@ -150,6 +155,16 @@ class RequestDefaults:
         """Return the bytes of the system prompt that an expert would add to a request."""
         defaults = self._defaults.get(expert)
         return len(self._system(request, defaults).encode()) if defaults is not None else 0
+
+    def added_tokens(self, request: InferenceRequest, experts: Sequence[str]) -> Floats | int:
+        """Estimate the tokens that each expert's system prompt adds to a request, (experts,).
+
+        The result is 0 where no expert adds any.
+        """
+        if not self._adds_system:
+            return 0
+        added = [estimate_tokens(self.system_bytes(request, name)) for name in experts]
+        return np.array(added, dtype=np.float64)
 
     @staticmethod
     def _system(request: InferenceRequest, defaults: DefaultsConfig) -> str:

@@ -360,6 +360,7 @@ def selection_request(
     excluded: Collection[Place] = (),
     budget_price: float = 0.0,
     prefix_cache: PrefixCacheHint | None = None,
+    added_tokens: Floats | int = 0,
 ) -> SelectionRequest:
     """Build the request for the broker's selection.
 
@@ -371,10 +372,10 @@ def selection_request(
         excluded: Places, as (expert, pool's boot id), that must not be selected.
         budget_price: Shadow price of the tenant's budgets, in quality per unit of cost.
         prefix_cache: Where the conversation's prefix is cached, if known.
+        added_tokens: Tokens that the defaults of each expert add to the prompt, (experts,).
     """
-    expected = cost_model.expect(
-        plan.category, request.prompt_tokens, request.most_tokens, request.answers
-    )
+    prompt_tokens = request.prompt_tokens + added_tokens
+    expected = cost_model.expect(plan.category, prompt_tokens, request.most_tokens, request.answers)
     return SelectionRequest(
         rows=plan.rows,
         quality=plan.quality,

@@ -258,6 +258,9 @@ def test_apply_counts_the_system_prompt_in_the_estimate() -> None:
     assert after.prompt_tokens >= before.prompt_tokens + 1000
     assert defaults.system_bytes(before, "v") == 4000
     assert defaults.system_bytes(after, "v") == defaults.system_bytes(before, "base") == 0
+    assert list(defaults.added_tokens(before, ["base", "v"])) == [0, 1000]  # type: ignore[arg-type]
+    assert not any(defaults.added_tokens(after, ["base", "v"]))  # type: ignore[arg-type]
+    assert RequestDefaults(config({"seed": 1})).added_tokens(before, ["base", "v"]) == 0
 
 
 def test_apply_without_defaults_keeps_the_body_as_it_came() -> None:
