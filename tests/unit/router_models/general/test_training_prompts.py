@@ -25,6 +25,8 @@ LEAST |= dict.fromkeys(("pt", "ja"), 6) | dict.fromkeys(("nl", "pl", "ru"), 5)
 LEAST |= dict.fromkeys(("ar", "hi"), 4)
 # Two prompts whose sets of three-letter sequences overlap more (Jaccard) are near-duplicates.
 MOST_ALIKE = 0.65
+# A prompt whose TF-IDF vector has a larger cosine with a held-out one asks nearly the same.
+MOST_LIKE_HELD_OUT = 0.38
 GOOD = {"prompt": "Is it legal?", "category": "law", "lang": "en"}
 
 
@@ -63,9 +65,36 @@ def test_shipped_prompts_are_not_near_held_out_prompts(
 ) -> None:
     taught = [row.prompt for row in shipped if row.lang == lang]
     held_out = [row.prompt for row in held_out_prompts() if row.language == lang]
-    alike = _alikeness(taught + held_out)[: len(taught), len(taught) :]
-    found = [(taught[i], held_out[j]) for i, j in np.argwhere(alike > MOST_ALIKE)]
-    assert found == []
+    near = np.argwhere(_cosines(taught, held_out) > MOST_LIKE_HELD_OUT)
+    assert [(taught[i], held_out[j]) for i, j in near] == []
+
+
+def test_cosines_find_the_same_question_and_pass_the_same_opening() -> None:
+    taught = ["what's the halting problem", "what's the difference between a felony and a crime"]
+    held_out = ["The halting problem: why do people care?", "what's the difference between cats"]
+    others = [f"what's the difference between {n} and {n + 1}" for n in range(100, 130)]
+    cosines = _cosines(taught + others, held_out)
+    assert cosines[0, 0] > MOST_LIKE_HELD_OUT > cosines[1, 1]
+
+
+def _cosines(taught: list[str], held_out: list[str]) -> np.ndarray:
+    """Return the cosines of TF-IDF vectors of 2 to 5 letters, taught × held out.
+
+    Rare sequences weigh more, so that a stock phrase makes two prompts less alike
+    than a shared subject does.
+    """
+    column: dict[str, int] = {}
+    rows, columns, counts = [], [], []
+    for i, text in enumerate(taught + held_out):
+        padded = f" {normalised_text(text)} "
+        grams = Counter(padded[k : k + n] for n in range(2, 6) for k in range(len(padded) - n + 1))
+        rows += [i] * len(grams)
+        columns += [column.setdefault(gram, len(column)) for gram in grams]
+        counts += list(grams.values())
+    table = csr_matrix((1 + np.log(counts), (rows, columns)))
+    table = table.multiply(1 + np.log((table.shape[0] + 1) / (np.bincount(columns) + 1))).tocsr()
+    table = table.multiply(1 / np.sqrt(table.multiply(table).sum(axis=1))).tocsr()
+    return np.asarray((table[: len(taught)] @ table[len(taught) :].T).toarray())
 
 
 def test_alikeness_finds_a_changed_filler_and_passes_another_question() -> None:
