@@ -1,0 +1,1 @@
+"""Which experts to buy memory for, where they run, and which recipe answers each category."""

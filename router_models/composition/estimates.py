@@ -1,0 +1,159 @@
+"""What recorded outcomes say of each recipe: quality, cost and reach by category. Pure.
+
+Means are shrunk toward the recipe's overall mean (`expert_map_fit`). A category without outcomes
+has the overall means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_models.expert_map_fit import shrunk_cells
+from router_models.outcomes import OutcomeError, Table
+from router_models.recipes import candidates, play
+from router_models.settings import Settings
+from service.types import Recipe
+
+Floats = NDArray[np.float64]
+
+GENERAL = "general"
+# Of recipes with several experts, so many at most are weighed.
+MAX_COMBINED = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Estimates:
+    """Estimates of R recipes on C categories.
+
+    Attributes:
+        categories: The categories.
+        recipes: The recipes.
+        share: (C,), each category's share of the traffic; the sum is 1.
+        quality: (C, R), expected quality in [0, 1].
+        cost: (C, R), expected cost of a request.
+        reach: (C, R, experts of a recipe), probability that each is asked.
+        rows: (C,), the rows of each category; 0 where the overall means stand in.
+    """
+
+    categories: tuple[str, ...]
+    recipes: tuple[Recipe, ...]
+    share: Floats
+    quality: Floats
+    cost: Floats
+    reach: Floats
+    rows: Floats
+
+
+def estimate(
+    table: Table, traffic: Mapping[str, float] | None = None, settings: Settings | None = None
+) -> Estimates:
+    """Estimate every recipe that is worth trying on every category.
+
+    Args:
+        table: Recorded outcomes. Rows without a category count for the overall means only.
+        traffic: Share of each category, of any sum; default: as in the rows.
+        settings: Settings of the fit.
+
+    Raises:
+        OutcomeError: The traffic is empty.
+    """
+    settings = settings or Settings()
+    named = tuple(sorted({c for c in table.categories if c is not None}))
+    categories = tuple(dict.fromkeys([*(traffic or ()), *named])) or (GENERAL,)
+    index = {name: c for c, name in enumerate(categories)}
+    # Rows without a category have a row of their own below, which is dropped.
+    nowhere = len(categories)
+    label = np.array([index.get(c, nowhere) if c else nowhere for c in table.categories])
+    results = play(candidates(table), table)
+    width = max(len(recipe.experts) for recipe in results.recipes)
+    cells = len(categories) + 1
+    quality, counts = shrunk_cells(results.score, label, cells, settings.shrink_rows)
+    cost, _ = shrunk_cells(results.cost, label, cells, settings.shrink_rows)
+    judged = np.flatnonzero(counts.sum(axis=0) > 0)
+    reach = np.zeros((cells, len(results.recipes), width))
+    for r, recipe in enumerate(results.recipes):
+        together = len(recipe.members)
+        reach[:, r, :together] = 1.0
+        if recipe.later:
+            asked = results.reach[:, r, : len(recipe.later)].astype(np.float64)
+            asked[np.isnan(results.score[:, r])] = np.nan
+            found, _ = shrunk_cells(asked, label, cells, settings.shrink_rows)
+            reach[:, r, together : len(recipe.experts)] = found
+    if traffic:
+        share = np.array([max(0.0, float(traffic.get(name, 0.0))) for name in categories])
+    else:
+        share = np.bincount(label, minlength=cells)[:nowhere].astype(np.float64)
+        if not share.sum():
+            share = np.ones(len(categories))
+    if not share.sum() > 0:
+        raise OutcomeError("the traffic is empty: a share above 0 is needed")
+    found = Estimates(
+        categories,
+        results.recipes,
+        share / share.sum(),
+        np.clip(quality[:nowhere], 0.0, 1.0),
+        np.maximum(cost[:nowhere], 0.0),
+        np.clip(reach[:nowhere], 0.0, 1.0),
+        np.bincount(label, minlength=cells)[:nowhere].astype(np.float64),
+    )
+    kept = [r for r in judged if r in set(_promising(found))]
+    return take(found, kept)
+
+
+def take(given: Estimates, recipes: Sequence[int]) -> Estimates:
+    """Return the estimates of these recipes, in this order."""
+    at = list(recipes)
+    return replace(
+        given,
+        recipes=tuple(given.recipes[r] for r in at),
+        quality=given.quality[:, at],
+        cost=given.cost[:, at],
+        reach=given.reach[:, at],
+    )
+
+
+def only(given: Estimates, experts: Sequence[str]) -> Estimates:
+    """Return the estimates of the recipes that use only these experts."""
+    known = set(experts)
+    return take(given, [r for r, one in enumerate(given.recipes) if known.issuperset(one.experts)])
+
+
+def _promising(given: Estimates) -> list[int]:
+    """Return all single experts, and the recipes that most exceed what their own experts give.
+
+    Memory may be too small for anything else than a recipe's own experts. It therefore counts by
+    how much it beats the best mixture of them at its cost, in the category that suits it best.
+    """
+    single = {
+        recipe.members[0]: r for r, recipe in enumerate(given.recipes) if recipe.kind == "single"
+    }
+    gains: list[tuple[float, int]] = []
+    for r, recipe in enumerate(given.recipes):
+        if recipe.kind == "single":
+            continue
+        alone = [single[expert] for expert in recipe.experts if expert in single]
+        gain = max(
+            float(given.quality[c, r] - _mixture(given.quality[c, alone], given.cost[c, alone], x))
+            for c, x in enumerate(given.cost[:, r])
+        )
+        if gain > 0:
+            gains.append((-gain, r))
+    combined = [r for _, r in sorted(gains)[:MAX_COMBINED]]
+    return sorted([*single.values(), *combined])
+
+
+def _mixture(quality: Floats, cost: Floats, budget: float) -> float:
+    """Return the best expected quality of a random choice among recipes at a mean cost."""
+    best = -np.inf
+    for i in range(len(cost)):
+        if cost[i] <= budget:
+            best = max(best, float(quality[i]))
+        for j in range(len(cost)):
+            if cost[i] < budget < cost[j]:
+                part = (budget - cost[i]) / (cost[j] - cost[i])
+                best = max(best, float((1 - part) * quality[i] + part * quality[j]))
+    return best
