@@ -38,7 +38,7 @@ def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> list[f
     return numbers
 
 
-class _Files(click.Command):
+class OutcomeFilesCommand(click.Command):
     """A command whose --outcomes takes every word up to the next option."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -99,7 +99,7 @@ def group() -> None:
     """Fit and judge routers on recorded outcomes."""
 
 
-@group.command(cls=_Files)
+@group.command(cls=OutcomeFilesCommand)
 @_shared
 @click.option("--folds", type=click.IntRange(0, 50), default=0, help="Judge out of K folds.")
 @click.option("--seed", type=int, default=0, help="Draws the folds.")
@@ -115,7 +115,7 @@ def fit(**options: Any) -> None:
     _guarded(lambda: work.run(**options, say=_note))
 
 
-@group.command(cls=_Files)
+@group.command(cls=OutcomeFilesCommand)
 @_shared
 @click.option("--artifact", type=click.Path(path_type=Path), required=True, help="Its folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

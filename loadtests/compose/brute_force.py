@@ -35,9 +35,7 @@ def best_value(problem: Problem) -> float | None:
         if state.host_bytes > problem.bounds.host_bytes:
             continue
         waits = dict(zip(names, state.waits, strict=True)) | dict.fromkeys(problem.remote, 0.0)
-        if problem.fallback is not None and not (
-            waits[problem.fallback] <= min(problem.bounds.wait_s, 1e300)
-        ):
+        if any(waits[e] > min(problem.bounds.wait_s, 1e300) for e in problem.required):
             continue
         found = _best_recipes(problem, waits, state)
         if found is not None and (best is None or found > best):
@@ -147,8 +145,7 @@ def _best_recipes(problem: Problem, waits: dict[str, float], state: _Filled) -> 
     share = problem.share
     for chosen in itertools.product(*options):
         used = {e for r in chosen for e in problem.recipes[r].experts}
-        if problem.fallback is not None:
-            used.add(problem.fallback)
+        used |= problem.required
         if any(len(group & used) > 1 for group in problem.exclusive):
             continue
         cost = sum(share[c] * problem.cost[c, r] for c, r in enumerate(chosen))

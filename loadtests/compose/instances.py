@@ -80,7 +80,7 @@ def small(seed: int) -> Problem:
         units=tuple(units),
         accelerators=tuple(kinds),
         bounds=bounds,
-        fallback=str(rng.choice(names)) if rng.random() < 0.5 else None,
+        required=frozenset({str(rng.choice(names))}) if rng.random() < 0.5 else frozenset(),
         exclusive=(frozenset({"b", "c"}),) if rng.random() < 0.3 else (),
         busy_s={name: float(rng.uniform(0.05, 0.9)) for name in names},
         time_price=float(rng.choice([0.0, 0.01])),
@@ -152,6 +152,6 @@ def large(
             Accelerators("gpu", accelerators, 22 * GIB, engine_bytes=3 * GIB),
         ),
         bounds=Bounds(cost=float(np.median(parameters)) * 1.2, wait_s=wait_s),
-        fallback=names[int(np.argmin(np.abs(parameters - 7.6)))],
+        required=frozenset({names[int(np.argmin(np.abs(parameters - 7.6)))]}),
         time_price=0.001,
     )

@@ -16,6 +16,7 @@ from router_models.expert_map_fit import shrunk_cells
 from router_models.outcomes import OutcomeError, Table
 from router_models.recipes import candidates, play
 from router_models.settings import Settings
+from service.classifier.expert_map import ExpertMap
 from service.types import Recipe
 
 Floats = NDArray[np.float64]
@@ -157,3 +158,77 @@ def _mixture(quality: Floats, cost: Floats, budget: float) -> float:
                 part = (budget - cost[i]) / (cost[j] - cost[i])
                 best = max(best, float((1 - part) * quality[i] + part * quality[j]))
     return best
+
+
+def from_map(found: ExpertMap, traffic: Mapping[str, float] | None = None) -> Estimates:
+    """Return the estimates that an artifact's map holds.
+
+    Args:
+        found: The map.
+        traffic: Share of each category, of any sum; default: as in the map's fit. A category that
+            the map has not gets the overall means.
+
+    Raises:
+        OutcomeError: The traffic is empty.
+    """
+    categories = tuple(dict.fromkeys([*(traffic or ()), *found.categories]))
+    weights = np.concatenate((np.eye(len(found.categories)), found.prior[None, :]))
+    known = {name: c for c, name in enumerate(found.categories)}
+    at = [known.get(name, len(known)) for name in categories]
+    if traffic:
+        share = np.array([max(0.0, float(traffic.get(name, 0.0))) for name in categories])
+    else:
+        share = found.prior[at]
+    if not share.sum() > 0:
+        raise OutcomeError("the traffic is empty: a share above 0 is needed")
+    width = max(len(recipe.experts) for recipe in found.recipes)
+    reach = np.zeros((len(categories), len(found.recipes), width))
+    asked = np.tensordot(weights, found.reach, axes=1)[at]
+    for r, recipe in enumerate(found.recipes):
+        together = len(recipe.members)
+        reach[:, r, :together] = 1.0
+        reach[:, r, together : len(recipe.experts)] = asked[:, r, : len(recipe.later)]
+    rows = np.append(found.count.max(axis=1), 0.0)[at]
+    return Estimates(
+        categories,
+        found.recipes,
+        share / share.sum(),
+        np.clip((weights @ found.score)[at], 0.0, 1.0),
+        np.maximum((weights @ found.cost)[at], 0.0),
+        np.clip(reach, 0.0, 1.0),
+        rows,
+    )
+
+
+def with_variants(table: Table, variants: Mapping[str, str], costs: Mapping[str, float]) -> Table:
+    """Return the table with variants of its experts.
+
+    A variant without outcomes of its own has its original's.
+
+    Args:
+        table: Recorded outcomes.
+        variants: Variant → its original.
+        costs: Cost of one call of each variant.
+
+    Raises:
+        OutcomeError: An original has no outcomes.
+    """
+    for variant, original in variants.items():
+        if variant in table.experts:
+            continue
+        if original not in table.experts:
+            raise OutcomeError(
+                f"no row has an outcome of {original!r}, of which {variant!r} is a variant; "
+                f"found: {', '.join(table.experts)}"
+            )
+        e = table.experts.index(original)
+        cost = np.full((len(table), 1), costs[variant])
+        table = replace(
+            table,
+            experts=(*table.experts, variant),
+            score=np.concatenate((table.score, table.score[:, e : e + 1]), axis=1),
+            answer=np.concatenate((table.answer, table.answer[:, e : e + 1]), axis=1),
+            has_answers=np.append(table.has_answers, table.has_answers[e]),
+            cost=np.concatenate((table.cost, cost), axis=1),
+        )
+    return table

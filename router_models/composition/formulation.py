@@ -195,7 +195,7 @@ def formulate(problem: Problem, packings: Mapping[str, Packing]) -> Program:
 
 def _add_experts(program: Program, problem: Problem) -> None:
     for expert in sorted(problem.local):
-        needed = 1.0 if expert == problem.fallback else 0.0
+        needed = 1.0 if expert in problem.required else 0.0
         program.bought[expert] = program.column(lower=needed, integer=False)
         terms = [(place.column, -1.0) for place in program.places_of(expert)]
         program.row([(program.bought[expert], 1.0), *terms], high=0)
@@ -211,10 +211,10 @@ def _add_experts(program: Program, problem: Problem) -> None:
         for row in program.choices:
             terms = [(int(row[r]), 1.0) for r in recipes if program.upper[row[r]]]
             program.row([*terms, (program.bought[expert], -1.0)] if terms else [], high=0)
-    if problem.fallback in problem.local and math.isfinite(problem.bounds.wait_s):
+    for expert in sorted(problem.required & problem.local):
         quick = [
             (place.column, 1.0)
-            for place in program.places_of(problem.fallback)
+            for place in program.places_of(expert)
             if place.wait_s <= problem.bounds.wait_s
         ]
         # Without any quick place, a column of 0 makes the program infeasible, as it is.
@@ -250,9 +250,10 @@ def _add_places(program: Program, problem: Problem, packings: Mapping[str, Packi
             used.append(layout)
             homes = [place(unit, kind, Tier.HOME, slots, copies) for unit in fits]
             program.row([*((h.column, 1.0) for h in homes), (layout, -float(slots))], high=0)
-            for home in homes:
-                program.row([(home.column, 1.0), (layout, -1.0)], high=0)
             guests = [place(u, kind, tier, slots) for tier in problem.tiers(kind) for u in fits]
+            for unit in fits:  # at most once on each accelerator
+                here = [(p.column, 1.0) for p in (*homes, *guests) if p.unit is unit]
+                program.row([*here, (layout, -1.0)], high=0)
             _add_guests(program, kind, layout, homes, guests)
             if kind.unified:
                 _add_unified(program, kind, slots, homes, guests)
@@ -315,7 +316,8 @@ def _add_guests(
     for guest in guests:
         hosts = [(layout, -1.0)]
         if guest.tier is not Tier.RESPAWN and kind.method is SwapMethod.INPLACE:
-            hosts = [(h.column, -1.0) for h in homes if h.unit.family == guest.unit.family]
+            same = [h for h in homes if h.unit.family == guest.unit.family]
+            hosts = [(h.column, -1.0) for h in same if h.unit is not guest.unit]
         program.row([(guest.column, 1.0), *hosts], high=0)
 
 

@@ -149,7 +149,7 @@ class Problem:
         accelerators: The kinds of accelerators.
         bounds: The bounds.
         remote: Experts that need no memory here.
-        fallback: An expert that must be bought, or None.
+        required: Experts that must be bought, such as the general fallback.
         exclusive: Groups of experts that are variants of one: at most one of each is bought.
         busy_s: Seconds of an accelerator for one request of each expert; needed with a rate.
         time_price: Quality that one second of waiting for swaps is worth.
@@ -165,7 +165,7 @@ class Problem:
     accelerators: tuple[Accelerators, ...]
     bounds: Bounds = field(default_factory=Bounds)
     remote: frozenset[str] = frozenset()
-    fallback: str | None = None
+    required: frozenset[str] = frozenset()
     exclusive: tuple[frozenset[str], ...] = ()
     busy_s: Mapping[str, float] = field(default_factory=dict)
     time_price: float = 0.0
@@ -194,8 +194,8 @@ class Problem:
         for expert in self.experts:
             if expert not in known:
                 raise ValueError(f"no size is given for {expert}")
-        if self.fallback is not None and self.fallback not in known:
-            raise ValueError(f"no size is given for the fallback {self.fallback}")
+        for expert in sorted(self.required - known):
+            raise ValueError(f"no size is given for {expert}, which is required")
         if self.bounds.rate_per_s:
             for expert in self.experts:
                 if expert in self.local and expert not in self.busy_s:

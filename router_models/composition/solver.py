@@ -249,12 +249,11 @@ def _cause(name: str, problem: Problem, found: Composition) -> str:
     if name == "rate":
         return f"{bounds.rate_per_s:g} requests/s are more than the accelerators can answer"
     least_bytes = min((u.size_bytes for u in problem.units), default=0)
-    if problem.fallback in problem.local:
-        serving = [u for u in problem.units if problem.fallback in u.experts]
-        least_bytes = min(u.size_bytes for u in serving)
-        what = f"the fallback {problem.fallback!r}"
-    else:
-        what = "the smallest expert"
+    what = "the smallest expert"
+    for expert in sorted(problem.required & problem.local):
+        needed = min(u.size_bytes for u in problem.units if expert in u.experts)
+        if needed >= least_bytes:
+            least_bytes, what = needed, f"{expert!r}, which is required,"
     overhead = min((k.engine_bytes + k.replica_bytes for k in problem.accelerators), default=0)
     return (
         f"the memory is {_memory_text(problem)}, and {what} alone takes "

@@ -24,7 +24,7 @@ def _recipes(problem: Problem, found: Composition) -> Iterator[str]:
     index = {recipe: r for r, recipe in enumerate(problem.recipes)}
     bounds = problem.bounds
     cost = quality = 0.0
-    used = {problem.fallback} if problem.fallback is not None else set()
+    used = set(problem.required)
     for c, category in enumerate(problem.categories):
         recipe = found.recipes[category]
         r = index[recipe]
@@ -47,9 +47,10 @@ def _recipes(problem: Problem, found: Composition) -> Iterator[str]:
         quality, found.quality, abs_tol=1e-9
     ):
         yield f"quality {quality:g} at {cost:g}: {found.quality:g} at {found.cost:g} are told"
-    fallback = problem.fallback
-    if fallback is not None and waits.get(fallback, math.inf) > bounds.wait_s * (1 + _TOLERANCE):
-        yield f"the fallback {fallback} is not held, or waits too long"
+    for expert in sorted(problem.required):
+        wait = waits.get(expert, math.inf)
+        if math.isinf(wait) or wait > bounds.wait_s * (1 + _TOLERANCE):
+            yield f"{expert}, which is required, is not held or waits too long"
     for group in problem.exclusive:
         if len(group & used) > 1:
             yield f"variants of one expert are used together: {', '.join(sorted(group & used))}"

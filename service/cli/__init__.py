@@ -16,6 +16,10 @@ _COMMANDS = {
     "serve": ("service.cli.serve:serve", "Start the service on this machine."),
     "check": ("service.cli.serve:check", "Validate a config and print its memory plan."),
     "config": ("service.cli.config:config", "Describe the config file."),
+    "compose": (
+        "service.cli.compose.command:compose",
+        "Buy the best composition for some memory and cost, as a config.",
+    ),
     "models": ("service.cli.models:models", "List and fetch models."),
     "chat": ("service.cli.chat:chat", "Chat with the experts; shows the route of each answer."),
     "top": ("service.cli.top:top", "Watch experts, queues, swaps and routes live."),

@@ -1,0 +1,1 @@
+"""`coe compose`: buys a composition and writes it as a config."""

@@ -1,0 +1,481 @@
+"""The command `coe compose`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from router_models.cli import OutcomeFilesCommand
+from service.errors import CoeError, ConfigError
+
+if TYPE_CHECKING:
+    from router_models.composition.estimates import Estimates
+    from router_models.composition.problem import Accelerators, Problem
+    from router_models.composition.solution import Composition
+    from service.cli.compose.units import Candidates, Size
+    from service.config import Config, PoolConfig
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_ACCELERATORS = re.compile(r"^(\d+)\s*x\s*(.+)$")
+_GIB = 1024**3
+# vLLM's default share of a GPU's memory, and its workspace for each engine.
+_GPU_SHARE = 0.9
+_GPU_ENGINE_BYTES = 2 * _GIB
+_DEFAULT_KV_BYTES = 2 * _GIB
+# Quality that a second of waiting is worth, as the preset `auto` has it.
+_TIME_PRICE = 0.01
+
+
+def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    from service.config.base import parse_bytes
+
+    if value is None:
+        return None
+    try:
+        return int(parse_bytes(value))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _accelerators(
+    _: click.Context, __: click.Parameter, values: tuple[str, ...]
+) -> list[tuple[int, int]]:
+    from service.config.base import parse_bytes
+
+    found = []
+    for value in values:
+        match = _ACCELERATORS.match(value)
+        try:
+            if match is None or int(match[1]) < 1:
+                raise ValueError("expected a number and the memory of each, such as 2x24GiB")
+            found.append((int(match[1]), int(parse_bytes(match[2]))))
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+    return found
+
+
+def _tokens(_: click.Context, __: click.Parameter, value: str) -> tuple[float, float]:
+    try:
+        prompt, answer = (float(part) for part in value.split(","))
+    except ValueError:
+        prompt = answer = math.nan
+    if not (0 <= prompt < 1e9 and 0 <= answer < 1e9):
+        raise click.BadParameter("expected the tokens of a prompt and an answer, such as 500,300")
+    return prompt, answer
+
+
+def _variants(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for value in values:
+        original, equals, variant = value.partition("=")
+        if not (equals and original and variant) or original == variant:
+            raise click.BadParameter("expected EXPERT=VARIANT")
+        found[variant] = original
+    return found
+
+
+@click.command(cls=OutcomeFilesCommand)
+@click.option(
+    "--outcomes",
+    type=_FILE,
+    multiple=True,
+    metavar="FILE...",
+    help="Recorded outcomes of the experts, one JSON object a line, gzipped or not.",
+)
+@click.option(
+    "--map",
+    "artifact",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Instead of outcomes: a router artifact with an expert map.",
+)
+@click.option(
+    "--config",
+    "-c",
+    "base",
+    type=_FILE,
+    required=True,
+    help="The base config: its experts are the candidates, all other sections stay.",
+)
+@click.option(
+    "--memory",
+    callback=_bytes,
+    metavar="SIZE",
+    help="Memory for experts: of the machine on a CPU; beside accelerators, host memory for "
+    "weights that wait (default: no bound).",
+)
+@click.option(
+    "--accelerators",
+    multiple=True,
+    callback=_accelerators,
+    metavar="NxSIZE",
+    help="Accelerators and the memory of each, such as 2x24GiB; may be repeated.",
+)
+@click.option(
+    "--traffic",
+    metavar="FILE|URL",
+    help="Shares by category: a JSON file, or the URL of a gateway's metrics. Default: as in the "
+    "outcomes.",
+)
+@click.option("--budget", type=click.FloatRange(0), help="Most mean cost of a request.")
+@click.option(
+    "--slo-s",
+    type=click.FloatRange(0),
+    help="Longest mean wait for swaps that any category may have, in s.",
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="Requests per second to keep up with; copies of experts are bought for it. --sizes then "
+    "gives busy_s, the seconds of an accelerator that a request takes.",
+)
+@click.option("--sizes", type=_FILE, help="JSON: {expert: bytes, or {bytes, swap_s, busy_s, …}}.")
+@click.option(
+    "--costs",
+    type=_FILE,
+    help="JSON: {expert: cost of one call}. Default: the config's prices and --tokens.",
+)
+@click.option(
+    "--tokens",
+    callback=_tokens,
+    default="500,300",
+    show_default=True,
+    help="Tokens of a usual prompt and answer, for costs.",
+)
+@click.option("--pool", "kind", help="The pool of the base config that is the model for pools.")
+@click.option("--keep", multiple=True, metavar="EXPERT", help="Buy this expert in any case.")
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    callback=_variants,
+    metavar="EXPERT=VARIANT",
+    help="An expert of the config is a variant of another one, such as quantised weights: one of "
+    "the two at most is bought, and it has the other's outcomes if it has none.",
+)
+@click.option(
+    "--time-limit",
+    type=click.FloatRange(1, min_open=False),
+    default=60.0,
+    show_default=True,
+    help="Longest search, in s. The gap is told where it was too short.",
+)
+@click.option(
+    "--analysis-s",
+    type=click.FloatRange(0),
+    default=60.0,
+    show_default=True,
+    help="Longest time for the frontier, prices and worth of experts, in s; 0: none.",
+)
+@click.option("--out", "-o", type=_FILE, required=True, help="The config to write.")
+@click.option("--report", "report_to", type=_FILE, help="Write the report to this JSON file.")
+@click.option("--plot", "plot_to", type=_FILE, help="Draw the frontiers into this SVG file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+@click.option(
+    "--live",
+    metavar="URL",
+    help="Take traffic and swap times from this running service, and print how --out, the config "
+    "that it runs from, would change. Nothing is written without --apply.",
+)
+@click.option("--apply", is_flag=True, help="With --live: write --out and reload the service.")
+def compose(**options: Any) -> None:
+    """Buy the best composition for some memory and cost, and write it as a config.
+
+    It chooses experts and their forms, their places in pools and slots, pins, copies and a recipe
+    for each category, by an exact mixed-integer program.
+    """
+    if options["apply"] and not options["live"]:
+        raise click.UsageError("--apply needs --live: without it --out is written at once")
+    if bool(options["outcomes"]) == bool(options["artifact"]):
+        raise click.UsageError("give either --outcomes or --map")
+    try:
+        _run(options)
+    except ValueError as error:  # outcomes that can't be used, or bounds that nothing fits
+        raise ConfigError(str(error)) from None
+
+
+def _run(options: Mapping[str, Any]) -> None:
+    from router_models.composition.report import Report, analyse, readable, to_json
+    from router_models.composition.solver import solve
+    from service.cli.compose.units import candidates, read_sizes
+    from service.config import load_config, read_config
+    from service.default_prices import with_default_prices
+
+    base: Path = options["base"]
+    config = with_default_prices(load_config(base))
+    sizes = read_sizes(options["sizes"]) if options["sizes"] else {}
+    kind, template = _template(config, options["kind"], bool(options["accelerators"]))
+    on_gpu = bool(options["accelerators"])
+    found = candidates(
+        config,
+        sizes,
+        template.vllm,
+        on_gpu=on_gpu,
+        merge=not on_gpu,
+        measured_swap_s=_measured(options["live"]),
+    )
+    estimates = _estimates(config, options)
+    problem = _problem(config, options, estimates, found, sizes, template)
+    for line in found.notes:
+        click.echo(f"coe: note: {line}", err=True)
+    missing = sorted(
+        set(config.experts) - set(problem.experts) - problem.required - set(options["variants"])
+    )
+    if missing:
+        click.echo(f"coe: note: without outcomes, and left out: {', '.join(missing)}", err=True)
+    bought = solve(problem, time_limit_s=options["time_limit"])
+    data = _composed(base, config, options, problem, bought, found, kind, template)
+    out: Path = options["out"]
+    read_config(data, str(out), out.resolve().parent)
+    report = (
+        analyse(problem, bought, time_limit_s=options["analysis_s"])
+        if options["analysis_s"]
+        else Report(bought, (), (), (), {}, (), (), ())
+    )
+    _write_reports(options, to_json(problem, report), report)
+    if not options["as_json"]:
+        click.echo("\n".join(readable(problem, report)))
+    _put(out, data, options)
+
+
+def _template(config: Config, kind: str | None, on_gpu: bool) -> tuple[str | None, PoolConfig]:
+    """Return the pool that is the model for pools, with its name in the base config."""
+    from service.config import PoolConfig
+
+    if kind is not None:
+        if kind not in config.pools:
+            raise ConfigError(f"no pool {kind!r}; pools: {', '.join(config.pools) or 'none'}")
+        if (config.pools[kind].gpus > 0) != on_gpu:
+            raise ConfigError(
+                f"pools.{kind} is for {'GPUs; give --accelerators' if not on_gpu else 'a CPU'}"
+            )
+        return kind, config.pools[kind]
+    alike = [name for name, pool in config.pools.items() if (pool.gpus > 0) == on_gpu]
+    if alike:
+        return alike[0], config.pools[alike[0]]
+    if config.pools and not on_gpu:
+        raise ConfigError("the base config's pools are for GPUs: give --accelerators NxSIZE")
+    return None, PoolConfig(gpus=1 if on_gpu else 0)
+
+
+def _measured(url: str | None) -> dict[str, float]:
+    """Return the measured swap seconds of a running service's experts."""
+    from service.cli.http import admin
+
+    if url is None:
+        return {}
+    found: dict[str, float] = {}
+    for states in admin(url, "GET", "/admin/experts")["pools"].values():
+        for name, state in states.items():
+            if seconds := float(state.get("swap_s") or 0.0):
+                found[name] = max(found.get(name, 0.0), seconds)
+    return found
+
+
+def _estimates(config: Config, options: Mapping[str, Any]) -> Estimates:
+    from router_models.composition.estimates import estimate, from_map, with_variants
+    from router_models.outcomes import read_costs, read_outcomes
+    from service.broker.prices import cost, prices_of
+    from service.classifier.expert_map import ExpertMap
+    from service.cli.compose.traffic import read_traffic
+
+    source = options["traffic"] or options["live"]
+    traffic = read_traffic(source) if source else None
+    if options["artifact"]:
+        return from_map(ExpertMap.load(options["artifact"]), traffic)
+    prompt, answer = options["tokens"]
+    costs = {name: cost(p, prompt, answer) for name, p in prices_of(config).items()}  # type: ignore[arg-type]
+    if options["costs"]:
+        given = read_costs(options["costs"], options["outcomes"])
+        costs = {name: given[name] for name in costs if name in given}
+    table, skipped = read_outcomes(options["outcomes"], costs)
+    for line in skipped.lines():
+        click.echo(f"coe: note: {line}", err=True)
+    variants = options["variants"]
+    for variant in variants:
+        if variant not in costs:
+            raise ConfigError(f"--variant: no expert {variant!r} with a cost in the config")
+    return estimate(with_variants(table, variants, costs), traffic)
+
+
+def _problem(
+    config: Config,
+    options: Mapping[str, Any],
+    estimates: Estimates,
+    found: Candidates,
+    sizes: Mapping[str, Size],
+    template: PoolConfig,
+) -> Problem:
+    from router_models.composition.estimates import only
+    from router_models.composition.problem import Bounds, Problem
+
+    for name in options["keep"]:
+        if name not in config.experts:
+            raise ConfigError(f"--keep: no expert {name!r}; experts: {', '.join(config.experts)}")
+    local = {expert for unit in found.units for expert in unit.experts}
+    estimates = only(estimates, [*local, *found.remote])
+    if not estimates.recipes:
+        raise ConfigError("no outcomes of any expert of the config")
+    required = {config.fallback, *options["keep"]}
+    required |= {name for name in config.experts if config.embeds(name)}
+    groups: dict[str, set[str]] = {}
+    for variant, original in options["variants"].items():
+        groups.setdefault(original, {original}).add(variant)
+    on_gpu = bool(options["accelerators"])
+    host = options["memory"] if on_gpu and options["memory"] is not None else math.inf
+    return Problem(
+        categories=estimates.categories,
+        recipes=estimates.recipes,
+        share=estimates.share,
+        quality=estimates.quality,
+        cost=estimates.cost,
+        reach=estimates.reach,
+        units=tuple(found.units),
+        accelerators=_kinds(options, template),
+        bounds=Bounds(
+            cost=math.inf if options["budget"] is None else options["budget"],
+            wait_s=math.inf if options["slo_s"] is None else options["slo_s"],
+            host_bytes=host,
+            rate_per_s=options["rate"],
+        ),
+        remote=frozenset(found.remote),
+        required=frozenset(required),
+        exclusive=tuple(frozenset(group) for group in groups.values()),
+        busy_s={
+            name: one.busy_s for name, one in sizes.items() if one.busy_s is not None
+        },
+        time_price=_TIME_PRICE,
+    )
+
+
+def _kinds(options: Mapping[str, Any], template: PoolConfig) -> tuple[Accelerators, ...]:
+    from router_models.composition.problem import Accelerators, SwapMethod
+    from service.pool.memory_plan import ENGINE_BYTES, REPLICA_BYTES
+
+    method = template.swap.method
+    kv_bytes = template.vllm.kv_cache_bytes or _DEFAULT_KV_BYTES
+    if options["accelerators"]:
+        swap = SwapMethod.RESPAWN if method == "auto" else SwapMethod(method)
+        return tuple(
+            Accelerators(
+                f"gpu-{i}" if len(options["accelerators"]) > 1 else "gpu",
+                count,
+                int(size * _GPU_SHARE),
+                engine_bytes=kv_bytes + _GPU_ENGINE_BYTES,
+                method=swap,
+            )
+            for i, (count, size) in enumerate(options["accelerators"], start=1)
+        )
+    if options["memory"] is None:
+        raise ConfigError("give --memory SIZE, the memory for experts on this machine")
+    return (
+        Accelerators(
+            "cpu",
+            1,
+            options["memory"],
+            engine_bytes=kv_bytes + ENGINE_BYTES,
+            replica_bytes=REPLICA_BYTES,
+            unified=True,
+            method=SwapMethod.INPLACE if method == "auto" else SwapMethod(method),
+        ),
+    )
+
+
+def _composed(
+    base: Path,
+    config: Config,
+    options: Mapping[str, Any],
+    problem: Problem,
+    bought: Composition,
+    found: Candidates,
+    kind: str | None,
+    template: PoolConfig,
+) -> dict[str, Any]:
+    from service.cli.compose.composed_config import compose_config, rebased
+
+    data = compose_config(
+        _data(base),
+        problem,
+        bought,
+        forms=found.forms,
+        fallback=config.fallback,
+        template=kind,
+        kv_cache_bytes=template.vllm.kv_cache_bytes or _DEFAULT_KV_BYTES,
+    )
+    return rebased(data, base.parent, options["out"].parent)
+
+
+def _data(path: Path) -> dict[str, Any]:
+    import yaml
+
+    from service.config.yaml_loader import ConfigLoader
+
+    with path.open(encoding="utf-8") as file:
+        data: dict[str, Any] = yaml.load(file, ConfigLoader)  # a safe loader, made stricter
+    return data
+
+
+def _text(data: Mapping[str, Any], notes: str = "") -> str:
+    import yaml
+
+    body = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=100)
+    return f"{notes}{body}"
+
+
+def _write_reports(options: Mapping[str, Any], found: Mapping[str, Any], report: Any) -> None:
+    from router_models.composition.plot import frontier_svg
+
+    text = json.dumps(found, allow_nan=False)
+    if options["report_to"]:
+        options["report_to"].write_text(text + "\n", encoding="utf-8")
+    if options["plot_to"]:
+        options["plot_to"].write_text(frontier_svg(report), encoding="utf-8")
+    if options["as_json"]:
+        click.echo(text)
+
+
+def _put(out: Path, data: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Write the config, or show how it would change."""
+    notes = (
+        "# Written by `coe compose`, which keeps no comments of its base config. The planner moves\n"
+        "# weights by demand; solve again with the traffic of the running service: --live URL.\n"
+    )
+    if options["live"]:
+        before = _text(_data(out)).splitlines() if out.exists() else []
+        after = _text(data).splitlines()
+        names = (f"{out} (now)", f"{out} (proposed)")
+        changes = list(difflib.unified_diff(before, after, *names, lineterm=""))
+        click.echo("\n".join(changes) if changes else f"{out}: nothing to change", err=True)
+        if not options["apply"] or not changes:
+            return
+    previous = out.read_bytes() if out.exists() else None
+    _replace(out, _text(data, notes).encode())
+    if not options["live"]:
+        click.echo(f"wrote {out}: coe check {out}", err=True)
+        return
+    from service.cli.http import admin
+
+    try:
+        done = admin(options["live"], "POST", "/admin/reload")
+    except CoeError:
+        # The service goes on with the config that it has, and so should its file.
+        if previous is not None:
+            _replace(out, previous)
+        raise
+    click.echo(f"reloaded: {json.dumps(done)}", err=True)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    if path.exists():
+        shutil.copymode(path, part)
+    part.replace(path)

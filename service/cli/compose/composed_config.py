@@ -1,0 +1,287 @@
+"""Writes a bought composition as a config: experts, forms, pins, qualities, recipes and pools. Pure.
+
+All other sections stay as they are in the base config. At run time the result is where the service
+starts from: the planner keeps and moves weights by demand, and feedback shifts qualities.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from router_models.composition.problem import Problem, SwapMethod, Unit
+from router_models.composition.solution import Composition, Holding, shortest_waits
+from service.config.base import is_path
+from service.errors import ConfigError
+from service.types import Recipe
+
+_GENERAL = "general"
+_MOST_NAME = 31
+
+
+def compose_config(
+    base: Mapping[str, Any],
+    problem: Problem,
+    found: Composition,
+    *,
+    forms: Mapping[str, Mapping[str, str | None]],
+    fallback: str,
+    template: str | None,
+    kv_cache_bytes: int | None,
+) -> dict[str, Any]:
+    """Return a config's data.
+
+    Args:
+        base: The base config's data, as read from YAML.
+        problem: The problem.
+        found: Its solution.
+        forms: By unit, the form of each of its experts; None: as in the base config.
+        fallback: The expert for prompts without a category.
+        template: The pool of the base config from which the pools are made; None: none has one.
+        kv_cache_bytes: KV cache of each engine; None: as in the template.
+
+    Raises:
+        ConfigError: A tenant or key of the base config may use no expert that is bought.
+    """
+    data = copy.deepcopy(dict(base))
+    chosen = _chosen_forms(problem, found, forms)
+    kept = [
+        name
+        for name in base["experts"]
+        if name in chosen or (name in problem.remote and _is_used(name, problem, found))
+    ]
+    pinned = {unit.experts[0] for held in found.holdings for unit in held.pinned}
+    order = _home_first(kept, found)
+    data["experts"] = {
+        name: _expert(
+            base["experts"][name], name, problem, found, chosen.get(name), name in pinned, fallback
+        )
+        for name in order
+    }
+    data["recipes"] = _recipes(base, problem, found, set(kept))
+    if not data["recipes"]:
+        del data["recipes"]
+    data["router"] = {**(base.get("router") or {}), "fallback": fallback}
+    pool = (base.get("pools") or {}).get(template) or {}
+    data["pools"] = {
+        name: _pool(pool, held, chosen, forms, kept, kv_cache_bytes)
+        for name, held in _named(template, found.holdings)
+    }
+    if not data["pools"]:
+        del data["pools"]
+    for section in ("tenants", "keys"):
+        _restrict(data, section, set(kept))
+    return data
+
+
+def _chosen_forms(
+    problem: Problem, found: Composition, forms: Mapping[str, Mapping[str, str | None]]
+) -> dict[str, tuple[str, str | None]]:
+    """Return the unit and form of each expert that is held: those with the shortest wait."""
+    waits: dict[str, float] = {}
+    chosen: dict[str, tuple[str, str | None]] = {}
+    for held in found.holdings:
+        for unit in held.units:
+            alone = shortest_waits(problem, [_only(held, unit)])
+            for expert in unit.experts:
+                if expert not in waits or alone[expert] < waits[expert]:
+                    waits[expert] = alone[expert]
+                    chosen[expert] = (unit.name, forms[unit.name][expert])
+    return chosen
+
+
+def _only(held: Holding, unit: Unit) -> Holding:
+    guests = tuple(one for one in held.guests if one[0] == unit)
+    return Holding(held.kind, 1, held.slots, () if guests else (unit,), guests)
+
+
+def _is_used(name: str, problem: Problem, found: Composition) -> bool:
+    return name in problem.required or any(name in r.experts for r in found.recipes.values())
+
+
+def _home_first(kept: Iterable[str], found: Composition) -> list[str]:
+    """Order experts so that those at home are first: a slot's first engine starts with the first."""
+    home = {e for held in found.holdings for unit in held.residents for e in unit.experts}
+    return sorted(kept, key=lambda name: name not in home)
+
+
+def _expert(
+    given: Mapping[str, Any],
+    name: str,
+    problem: Problem,
+    found: Composition,
+    form: tuple[str, str | None] | None,
+    pinned: bool,
+    fallback: str,
+) -> dict[str, Any]:
+    expert = dict(copy.deepcopy(given))
+    if form is not None and form[1] is not None:
+        expert["form"] = form[1]
+    expert.pop("pinned", None)
+    if pinned:
+        expert["pinned"] = True
+    alone = Recipe("single", (name,))
+    homes = [c for c, recipe in found.recipes.items() if recipe == alone]
+    if name == fallback and _GENERAL not in homes:
+        homes.append(_GENERAL)
+    expert["categories"] = homes
+    expert["quality"] = _quality(problem, alone) or dict(given.get("quality") or {})
+    for key in ("categories", "quality"):
+        if not expert[key]:
+            del expert[key]
+    return expert
+
+
+def _quality(problem: Problem, recipe: Recipe) -> dict[str, float]:
+    if recipe not in problem.recipes:
+        return {}
+    r = problem.recipes.index(recipe)
+    return {c: round(float(problem.quality[i, r]), 4) for i, c in enumerate(problem.categories)}
+
+
+def _recipes(
+    base: Mapping[str, Any], problem: Problem, found: Composition, kept: set[str]
+) -> dict[str, Any]:
+    """The bought recipes, and those of the base config whose experts are all bought."""
+    chosen = [r for r in dict.fromkeys(found.recipes.values()) if r.kind != "single"]
+    recipes: dict[str, Any] = {}
+    for name, given in (base.get("recipes") or {}).items():
+        experts = {*given.get("members", ()), *given.get("later", ())}
+        same = Recipe(
+            given["kind"],
+            tuple(given["members"]),
+            tuple(given.get("later", ())),
+            float(given.get("sure", 0.0)),
+        )
+        if experts <= kept and same not in chosen:
+            recipes[name] = copy.deepcopy(given)
+    for recipe in chosen:
+        name = _free_name(recipe, {*recipes, *kept})
+        r = problem.recipes.index(recipe)
+        made: dict[str, Any] = {"kind": recipe.kind, "members": list(recipe.members)}
+        if recipe.later:
+            made["later"] = list(recipe.later)
+            asked = problem.reach[:, r, len(recipe.members)]
+            made["escalates"] = round(float(problem.share @ asked), 4)
+        if recipe.sure:
+            made["sure"] = recipe.sure
+        recipes[name] = {**made, "quality": _quality(problem, recipe)}
+    return recipes
+
+
+def _free_name(recipe: Recipe, taken: set[str]) -> str:
+    stem = re.sub(r"[^A-Za-z0-9._:-]+", "-", f"{recipe.kind}-{'-'.join(recipe.experts)}")[:120]
+    names = [stem, *(f"{stem}-{i}" for i in range(2, 1000))]
+    return next(name for name in names if name not in taken)
+
+
+def _named(template: str | None, holdings: Iterable[Holding]) -> Iterable[tuple[str, Holding]]:
+    """Name pools: like the template where there is one pool, else with numbers."""
+    every = list(holdings)
+    for i, held in enumerate(every, start=1):
+        stem = template or held.kind.name
+        if len(every) == 1:
+            yield stem, held
+        else:
+            yield f"{stem[: _MOST_NAME - 1 - len(str(i))]}-{i}", held
+
+
+def _pool(
+    template: Mapping[str, Any],
+    held: Holding,
+    chosen: Mapping[str, tuple[str, str | None]],
+    forms: Mapping[str, Mapping[str, str | None]],
+    kept: Iterable[str],
+    kv_cache_bytes: int | None,
+) -> dict[str, Any]:
+    pool = dict(copy.deepcopy(template))
+    served: set[str] = set()
+    for unit in held.units:
+        # An expert has one form everywhere, and a unit's first expert may be its base.
+        served |= {e for e in unit.experts if chosen[e][1] == forms[unit.name][e]}
+    bases = {unit.name.removesuffix(" merged"): unit for unit in held.units}
+    pool["experts"] = [name for name in kept if name in served or name in bases]
+    for key in ("slots", "min_replicas", "max_replicas"):
+        pool.pop(key, None)
+    if held.slots:
+        pool["slots"] = held.slots
+    if held.replicas > 1:
+        pool["min_replicas"] = held.replicas
+    kind = held.kind
+    if kind.unified:
+        pool["memory_bytes"] = kind.memory_bytes
+    else:
+        pool["gpus"] = pool.get("gpus") or 1
+    vllm = dict(pool.get("vllm") or {})
+    engines = held.slots or len(held.residents)
+    if kv_cache_bytes is not None and (kind.unified or engines > 1):
+        vllm["kv_cache_bytes"] = kv_cache_bytes
+    merged = any(form == "merged" for unit in held.units for form in forms[unit.name].values())
+    if kind.unified and (held.slots or merged):
+        vllm["enforce_eager"] = True
+    if vllm:
+        pool["vllm"] = vllm
+    swap = dict(pool.get("swap") or {})
+    swap.pop("host_bytes", None)
+    if held.slots and (kind.unified or kind.method is not SwapMethod.RESPAWN):
+        swap["host_bytes"] = held.host_bytes
+    if swap:
+        pool["swap"] = swap
+    else:
+        pool.pop("swap", None)
+    return pool
+
+
+def _restrict(data: dict[str, Any], section: str, kept: set[str]) -> None:
+    """Leave experts that are not bought out of the lists of tenants and keys."""
+    for name, given in (data.get(section) or {}).items():
+        allowed = (given or {}).get("experts")
+        if not allowed:
+            continue
+        given["experts"] = [expert for expert in allowed if expert in kept]
+        if not given["experts"]:
+            raise ConfigError(
+                f"{section}.{name}.experts: none of {', '.join(allowed)} is bought; keep one with "
+                f"--keep {allowed[0]}"
+            )
+
+
+def rebased(data: Mapping[str, Any], old: Path, new: Path) -> dict[str, Any]:
+    """Return a config's data with its relative paths written for another folder.
+
+    Args:
+        data: The config's data.
+        old: The folder that its paths start at.
+        new: The folder that they shall start at.
+    """
+    old, new = old.resolve(), new.resolve()
+    moved = copy.deepcopy(dict(data))
+    if old == new:
+        return moved
+
+    def at(value: str) -> str:
+        if Path(value).expanduser().is_absolute():
+            return value
+        written = os.path.relpath(old / value, new)
+        return written if written.startswith("..") else f"./{written}"
+
+    def move(section: Any, key: str) -> None:
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = at(section[key])
+
+    for expert in (moved.get("experts") or {}).values():
+        for key in ("adapter", "profile"):
+            move(expert, key)
+        if isinstance(expert, dict) and is_path(str(expert.get("model") or "")):
+            move(expert, "model")
+        move((expert or {}).get("vllm"), "tuned_config_folder")
+    for pool in (moved.get("pools") or {}).values():
+        move((pool or {}).get("vllm"), "tuned_config_folder")
+    move(moved.get("router"), "artifact")
+    move(moved.get("store"), "keys_file")
+    move(moved, "models_dir")
+    return moved
