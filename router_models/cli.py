@@ -104,9 +104,6 @@ def group() -> None:
 @click.option("--folds", type=click.IntRange(0, 50), default=0, help="Judge out of K folds.")
 @click.option("--seed", type=int, default=0, help="Draws the folds.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="NAME@VERSION folder.")
-@click.option("--sizes", type=_FILE, help="JSON: {expert: size}; solves what to hold in memory.")
-@click.option("--memory", type=float, default=math.inf, help="Memory, in the unit of --sizes.")
-@click.option("--budget", type=float, default=math.inf, help="Mean cost the composition may have.")
 def fit(**options: Any) -> None:
     """Fit a router and write it as an artifact."""
     from router_models import fit as work

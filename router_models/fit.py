@@ -6,8 +6,6 @@ python -m router_models.cli fit --outcomes F --costs COSTS.json --out NAME@1
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -18,8 +16,7 @@ from numpy.typing import NDArray
 
 from router_models.evaluation import compared_lines, default_budgets, report, with_errors
 from router_models.linear_models import calibration_error, known_bitmap
-from router_models.memory_composition import compose
-from router_models.outcomes import OutcomeError, Table, costs_of, read_costs, read_outcomes
+from router_models.outcomes import Table, costs_of, read_outcomes
 from router_models.settings import Settings
 from router_models.training import Fitted, Predicted, Problem
 from service.classifier.artifact import Artifact, save_artifact
@@ -36,9 +33,6 @@ def run(
     experts: Sequence[str] | None = None,
     folds: int = 0,
     budgets: Sequence[float] | None = None,
-    sizes: Path | None = None,
-    memory: float = math.inf,
-    budget: float = math.inf,
     seed: int = 0,
     settings: Settings | None = None,
     say: Say = print,
@@ -46,9 +40,7 @@ def run(
     """Fit on all usable rows, write the artifact `out`, return its metrics.
 
     With `folds` > 1 the metrics are out of fold: every row is judged by a
-    router fitted on the other folds. With `sizes` (an expert's size, in any
-    unit), `memory` and `budget`, the composition problem is solved too. Raises
-    OutcomeError or ArtifactError.
+    router fitted on the other folds. Raises OutcomeError or ArtifactError.
     """
     settings = replace(settings or Settings(), seed=seed)
     table, skipped = read_outcomes(outcomes, costs_of(costs, outcomes), experts)
@@ -66,20 +58,11 @@ def run(
         for line in table_lines(metrics):
             say(line)
     fitted = problem.fit(np.arange(len(table)))
-    composition = None
-    if sizes is not None:
-        composition = _composition(problem, fitted, sizes, memory, budget)
-        say(f"composition: {json.dumps(composition)}")
-        if not composition["optimal"]:
-            say(
-                "the time for the composition is up: it is the best one found, and its score at "
-                f"most {composition['gap']:.4g} below the best there is"
-            )
     data = [
         {"file": f.name, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()}
         for f in [*outcomes, *([costs] if costs is not None else [])]
     ]
-    artifact = write(problem, fitted, out, data, metrics, composition)
+    artifact = write(problem, fitted, out, data, metrics)
     say(f"wrote {artifact.path}: {len(fitted.map.kept)} recipes kept")
     return metrics
 
@@ -158,7 +141,6 @@ def write(
     out: Path,
     data: list[dict[str, str]],
     metrics: dict[str, Any],
-    composition: dict[str, Any] | None = None,
 ) -> Artifact:
     """Write the artifact: classifier, factors, map, recipes, and hashes of the rows fitted on."""
     s, stage, found = problem.settings, fitted.stage1, fitted.map
@@ -202,30 +184,7 @@ def write(
         "data": data,
         "metrics": metrics,
     }
-    if composition is not None:
-        manifest["composition"] = composition
     return save_artifact(out, manifest, tensors, card(out.name, manifest, problem.table))
-
-
-def _composition(
-    problem: Problem, fitted: Fitted, sizes: Path, memory: float, budget: float
-) -> dict[str, Any]:
-    try:
-        found = compose(
-            categories=problem.labels,
-            recipes=[problem.played.recipes[r] for r in fitted.map.kept],
-            prior=fitted.map.prior,
-            score=fitted.map.score,
-            cost=fitted.map.cost,
-            sizes=read_costs(sizes),
-            memory=memory,
-            budget=budget,
-        )
-    except OutcomeError:
-        raise
-    except ValueError as error:
-        raise OutcomeError(str(error)) from error
-    return asdict(found) | {"experts": list(found.experts)}
 
 
 def card(name: str, manifest: dict[str, Any], table: Table) -> str:

@@ -7,7 +7,7 @@ filled ones what no other is better than.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from router_models.composition.problem import Accelerators, Problem, SwapMethod, Tier, Unit
@@ -50,7 +50,8 @@ def _ways(
     room = kind.memory_bytes - kind.replica_bytes
     for count in range(len(units) + 1):
         for own in itertools.combinations(units, count):
-            if sum(u.size_bytes + kind.engine_bytes for u in own) <= room:
+            fits = sum(u.size_bytes + kind.engine_bytes for u in own) <= room
+            if fits and _has_needed(own):
                 yield 0, own, ()
     tiers = (None, *problem.tiers(kind))
     for slots in range(1, kind.most_slots + 1):
@@ -68,6 +69,11 @@ def _ways(
                         yield slots, homes, guests
 
 
+def _has_needed(held: Sequence[Unit]) -> bool:
+    experts = {expert for unit in held for expert in unit.experts}
+    return all(unit.needs is None or unit.needs in experts for unit in held)
+
+
 def _fits(
     kind: Accelerators,
     slots: int,
@@ -76,6 +82,8 @@ def _fits(
     room: int,
 ) -> bool:
     held = [*homes, *(u for u, _ in guests)]
+    if not _has_needed(held):
+        return False
     for unit, tier in guests:
         same = any(h.family == unit.family for h in homes)
         if tier is not Tier.RESPAWN and kind.method is SwapMethod.INPLACE and not same:
@@ -83,8 +91,10 @@ def _fits(
     if not kind.unified:
         return slots * (max(u.size_bytes for u in held) + kind.engine_bytes) <= room
     kept = [*homes, *(u for u, t in guests if t is Tier.WARM)]
-    loose = [u.size_bytes for u, t in guests if t is not Tier.WARM]
-    weights = sum(u.size_bytes for u in kept) + slots * max(loose, default=0)
+    loose = [u for u, t in guests if t is not Tier.WARM]
+    largest = max((u.size_bytes - u.adapter_bytes for u in loose), default=0)
+    beside = max((u.adapter_bytes for u in loose), default=0)
+    weights = sum(u.size_bytes for u in kept) + slots * (largest + beside)
     return slots * kind.engine_bytes + weights <= room
 
 
@@ -152,8 +162,7 @@ def _best_recipes(problem: Problem, waits: dict[str, float], state: _Filled) -> 
         if cost > problem.bounds.cost + 1e-9 or not _keeps_up(problem, chosen, state):
             continue
         value = sum(
-            share[c]
-            * (problem.quality[c, r] - problem.time_price * _wait(problem, waits, c, r))
+            share[c] * (problem.quality[c, r] - problem.time_price * _wait(problem, waits, c, r))
             for c, r in enumerate(chosen)
         )
         best = value if best is None else max(best, value)

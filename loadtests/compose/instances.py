@@ -48,12 +48,20 @@ def small(seed: int) -> Problem:
     ]
     if rng.random() < 0.4:
         # An adapter: the base's unit has a second form that serves both.
-        both = replace(units[0], name="a+", experts=("a", "b"), size_bytes=units[0].size_bytes + GIB)
+        both = replace(
+            units[0],
+            name="a+",
+            experts=("a", "b"),
+            size_bytes=units[0].size_bytes + GIB,
+            adapter_bytes=GIB,
+        )
         units = [both, *units] if rng.random() < 0.5 else [both, units[0], *units[2:]]
+    if unified and rng.random() < 0.4:
+        units[-1] = replace(units[-1], needs=names[0])  # merged weights, with their base
     kinds = [
         Accelerators(
             "x",
-            1 if unified else int(rng.integers(1, 4)),
+            1 if unified else int(rng.integers(1, 4 if count == 3 else 3)),
             int(rng.integers(8, 16)) * GIB,
             engine_bytes=int(rng.integers(0, 3)) * GIB,
             replica_bytes=GIB if unified else 0,
@@ -144,13 +152,18 @@ def large(
         cost=np.concatenate(costs, axis=1),
         reach=reach,
         units=tuple(
-            Unit(name, (name,), int(size[e]), family=f"{parameters[e]}/{width[e]}",
-                 swap_s=size[e] / 20e9, load_s=size[e] / 2e9, start_s=30 + size[e] / 2e9)
+            Unit(
+                name,
+                (name,),
+                int(size[e]),
+                family=f"{parameters[e]}/{width[e]}",
+                swap_s=size[e] / 20e9,
+                load_s=size[e] / 2e9,
+                start_s=30 + size[e] / 2e9,
+            )
             for e, name in enumerate(names)
         ),
-        accelerators=(
-            Accelerators("gpu", accelerators, 22 * GIB, engine_bytes=3 * GIB),
-        ),
+        accelerators=(Accelerators("gpu", accelerators, 22 * GIB, engine_bytes=3 * GIB),),
         bounds=Bounds(cost=float(np.median(parameters)) * 1.2, wait_s=wait_s),
         required=frozenset({names[int(np.argmin(np.abs(parameters - 7.6)))]}),
         time_price=0.001,

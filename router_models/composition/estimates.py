@@ -82,8 +82,8 @@ def estimate(
         if recipe.later:
             asked = results.reach[:, r, : len(recipe.later)].astype(np.float64)
             asked[np.isnan(results.score[:, r])] = np.nan
-            found, _ = shrunk_cells(asked, label, cells, settings.shrink_rows)
-            reach[:, r, together : len(recipe.experts)] = found
+            later, _ = shrunk_cells(asked, label, cells, settings.shrink_rows)
+            reach[:, r, together : len(recipe.experts)] = later
     if traffic:
         share = np.array([max(0.0, float(traffic.get(name, 0.0))) for name in categories])
     else:
@@ -101,8 +101,8 @@ def estimate(
         np.clip(reach[:nowhere], 0.0, 1.0),
         np.bincount(label, minlength=cells)[:nowhere].astype(np.float64),
     )
-    kept = [r for r in judged if r in set(_promising(found))]
-    return take(found, kept)
+    promising = set(_promising(found))
+    return take(found, [r for r in judged if r in promising])
 
 
 def take(given: Estimates, recipes: Sequence[int]) -> Estimates:
@@ -203,12 +203,13 @@ def from_map(found: ExpertMap, traffic: Mapping[str, float] | None = None) -> Es
 def with_variants(table: Table, variants: Mapping[str, str], costs: Mapping[str, float]) -> Table:
     """Return the table with variants of its experts.
 
-    A variant without outcomes of its own has its original's.
+    A variant without outcomes of its own has its original's, at costs that differ as their usual
+    costs do.
 
     Args:
         table: Recorded outcomes.
         variants: Variant → its original.
-        costs: Cost of one call of each variant.
+        costs: Usual cost of one call of each variant and original.
 
     Raises:
         OutcomeError: An original has no outcomes.
@@ -222,7 +223,9 @@ def with_variants(table: Table, variants: Mapping[str, str], costs: Mapping[str,
                 f"found: {', '.join(table.experts)}"
             )
         e = table.experts.index(original)
-        cost = np.full((len(table), 1), costs[variant])
+        usual = costs.get(original, 0.0)
+        scaled = table.cost[:, e : e + 1] * (costs[variant] / usual if usual else 1.0)
+        cost = scaled if usual else np.full((len(table), 1), costs[variant])
         table = replace(
             table,
             experts=(*table.experts, variant),

@@ -23,6 +23,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,10 +57,13 @@ class Packing:
     Attributes:
         sizes: By unit, the bytes that it counts with, with its engine.
         patterns: The patterns; None: only the sum of sizes and counts of large units are bounded.
+        indexed: Whether each accelerator has an index instead. Copies of a unit, which must be on
+            different accelerators, may need it.
     """
 
     sizes: Mapping[str, int]
     patterns: Sequence[Pattern] | None
+    indexed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,8 @@ class Program:
         places: All places.
         patterns: For each kind's name, the columns of its patterns.
         layouts: For each kind's name and number of slots, the column.
+        assigned: For each kind's name whose accelerators are indexed, the accelerator and the
+            column of each of a unit's engines.
     """
 
     objective: list[float] = field(default_factory=list)
@@ -101,6 +107,7 @@ class Program:
     places: list[Place] = field(default_factory=list)
     patterns: dict[str, list[int]] = field(default_factory=dict)
     layouts: dict[tuple[str, int], int] = field(default_factory=dict)
+    assigned: dict[str, list[tuple[Unit, int, int]]] = field(default_factory=dict)
 
     def column(
         self, upper: float = 1.0, *, value: float = 0.0, lower: float = 0.0, integer: bool = True
@@ -186,7 +193,8 @@ def formulate(problem: Problem, packings: Mapping[str, Packing]) -> Program:
     _add_waits(program, problem, weight)
     if math.isfinite(problem.bounds.cost):
         spent = problem.share[:, None] * problem.cost
-        terms = [(int(x), float(v)) for x, v in zip(program.choices.ravel(), spent.ravel())]
+        cells = zip(program.choices.ravel(), spent.ravel(), strict=True)
+        terms = [(int(x), float(v)) for x, v in cells]
         program.row([term for term in terms if term[1]], high=problem.bounds.cost)
     if problem.bounds.rate_per_s:
         _add_load(program, problem)
@@ -200,7 +208,9 @@ def _add_experts(program: Program, problem: Problem) -> None:
         terms = [(place.column, -1.0) for place in program.places_of(expert)]
         program.row([(program.bought[expert], 1.0), *terms], high=0)
     for group in problem.exclusive:
-        program.row([(program.bought[e], 1.0) for e in sorted(group) if e in program.bought], high=1)
+        program.row(
+            [(program.bought[e], 1.0) for e in sorted(group) if e in program.bought], high=1
+        )
     using: dict[str, list[int]] = defaultdict(list)
     for r, recipe in enumerate(problem.recipes):
         for expert in recipe.experts:
@@ -239,6 +249,7 @@ def _add_places(program: Program, problem: Problem, packings: Mapping[str, Packi
             for unit in problem.units
             if unit.name in packing.sizes
         ]
+        _add_needs(program, own)
         used = _add_own(program, kind, packing, own, copies)
         for slots in range(1, kind.most_slots + 1):
             room = kind.slot_bytes(slots)
@@ -255,6 +266,7 @@ def _add_places(program: Program, problem: Problem, packings: Mapping[str, Packi
                 here = [(p.column, 1.0) for p in (*homes, *guests) if p.unit is unit]
                 program.row([*here, (layout, -1.0)], high=0)
             _add_guests(program, kind, layout, homes, guests)
+            _add_needs(program, [*homes, *guests])
             if kind.unified:
                 _add_unified(program, kind, slots, homes, guests)
             elif kind.method is not SwapMethod.RESPAWN:
@@ -273,6 +285,8 @@ def _add_own(
         The columns that use accelerators.
     """
     sizes = {place.column: packing.sizes[place.unit.name] for place in own}
+    if packing.indexed:
+        return _add_indexed(program, kind, packing, own)
     if packing.patterns is not None:
         columns = [program.column(kind.count) for _ in packing.patterns]
         program.patterns[kind.name] = columns
@@ -305,6 +319,33 @@ def _add_own(
     return [bins]
 
 
+def _add_indexed(
+    program: Program, kind: Accelerators, packing: Packing, own: Sequence[Place]
+) -> list[int]:
+    used = [program.column() for _ in range(kind.count)]
+    for first, second in pairwise(used):
+        program.row([(second, 1.0), (first, -1.0)], high=0)
+    assigned = [(p, b, program.column()) for p in own for b in range(kind.count)]
+    for place in own:
+        here = [(column, 1.0) for p, _, column in assigned if p is place]
+        program.row([*here, (place.column, -1.0)], 0, 0)
+    for b, column in enumerate(used):
+        filled = [(x, packing.sizes[p.unit.name] / _GIB) for p, at, x in assigned if at == b]
+        program.row([*filled, (column, -kind.room_bytes / _GIB)], high=0)
+        for x, _ in filled:
+            program.row([(x, 1.0), (column, -1.0)], high=0)
+    program.assigned[kind.name] = [(p.unit, b, column) for p, b, column in assigned]
+    return used
+
+
+def _add_needs(program: Program, places: Sequence[Place]) -> None:
+    """A unit that needs an expert has a place only beside it. The places are of one layout."""
+    for place in places:
+        if (needs := place.unit.needs) is not None:
+            beside = [(p.column, -1.0) for p in places if needs in p.unit.experts]
+            program.row([(place.column, 1.0), *beside], high=0)
+
+
 def _add_guests(
     program: Program,
     kind: Accelerators,
@@ -330,18 +371,24 @@ def _add_unified(
 ) -> None:
     """Bound the memory of a machine whose slots hold weights in host memory.
 
-    Units at home and warm guests stay in memory. Each slot needs room for the largest other guest.
+    Units at home and warm guests stay in memory. Each slot needs room for the largest weights and
+    adapters of other guests.
     """
-    spare = program.column(math.inf, integer=False)
+    weights = program.column(math.inf, integer=False)
+    adapters = program.column(math.inf, integer=False)
     layout = program.layouts[kind.name, slots]
     kept = [p for p in (*homes, *guests) if p.tier in (Tier.HOME, Tier.WARM)]
     for guest in guests:
         if guest.tier is not Tier.WARM:
-            program.row([(guest.column, guest.unit.size_bytes / _GIB), (spare, -1.0)], high=0)
+            unit = guest.unit
+            program.row([(guest.column, unit.weight_bytes / _GIB), (weights, -1.0)], high=0)
+            if unit.adapter_bytes:
+                program.row([(guest.column, unit.adapter_bytes / _GIB), (adapters, -1.0)], high=0)
     program.row(
         [
             *((p.column, p.unit.size_bytes / _GIB) for p in kept),
-            (spare, float(slots)),
+            (weights, float(slots)),
+            (adapters, float(slots)),
             (layout, -kind.slot_bytes(slots) / _GIB),
         ],
         high=0,

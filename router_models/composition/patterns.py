@@ -41,9 +41,7 @@ def maximal_patterns(
         if at == len(distinct):
             # Maximal: no size that was left over would still fit.
             used = Counter(taken)
-            if taken and not any(
-                size <= left and used[size] < counts[size] for size in distinct
-            ):
+            if taken and not any(size <= left and used[size] < counts[size] for size in distinct):
                 found.append(tuple(taken))
             return True
         if left < smallest:

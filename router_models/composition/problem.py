@@ -62,10 +62,12 @@ class Unit:
         name: The unit's name, unique in the problem.
         experts: The experts that it serves.
         size_bytes: Bytes of the weights and adapters in memory.
+        adapter_bytes: The part of them that adapters take.
         family: Units of one family can be exchanged in a running engine.
         swap_s: Seconds to swap it in from host memory.
         load_s: Seconds to load it from disk to host memory.
         start_s: Seconds to start an engine with it.
+        needs: An expert that must be held on the same machine, as a base of merged weights is.
     """
 
     name: str
@@ -75,6 +77,13 @@ class Unit:
     swap_s: float = 0.05
     load_s: float = 5.0
     start_s: float = 40.0
+    needs: str | None = None
+    adapter_bytes: int = 0
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes without the adapters."""
+        return self.size_bytes - self.adapter_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +199,8 @@ class Problem:
         for one in self.accelerators:
             if one.unified and one.count != 1:
                 raise ValueError(f"{one.name}: there is one machine, not {one.count}")
+            if not one.unified and any(unit.needs for unit in self.units):
+                raise ValueError(f"{one.name}: units that need others are for one machine")
         known = self.local | self.remote
         for expert in self.experts:
             if expert not in known:
@@ -229,7 +240,9 @@ class Problem:
         fits = [u for u in self.units if u.size_bytes <= kind.slot_bytes(1)]
         if tier is Tier.RESPAWN:
             return unit.start_s + max((u.start_s for u in fits), default=0.0)
-        same = [u.swap_s for u in fits if kind.method is SwapMethod.SLEEP or u.family == unit.family]
+        same = [
+            u.swap_s for u in fits if kind.method is SwapMethod.SLEEP or u.family == unit.family
+        ]
         brought = unit.swap_s + (unit.load_s if tier is Tier.COLD else 0.0)
         return brought + max(same, default=0.0)
 

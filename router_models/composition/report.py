@@ -25,6 +25,8 @@ _BUDGETS = 6
 _STEP = 0.1
 # The searches of a report need not be exact.
 _GAP = 1e-3
+# Gaps below this would be shown as 0.00 points.
+_SHOWN = 5e-5
 
 Solve = Callable[[Problem], Composition | None]
 
@@ -260,7 +262,7 @@ def readable(problem: Problem, report: Report) -> list[str]:
         lines += ["", title]
         lines += [
             f"  {p.bound:.6g}: {100 * p.quality:.2f} %, {p.cost:.6g}"
-            + (f" (open: {100 * p.gap:.2f})" if p.gap > 1e-6 else "")
+            + (f" (open: {100 * p.gap:.2f})" if p.gap > _SHOWN else "")
             for p in points
         ]
     return lines
@@ -269,9 +271,10 @@ def readable(problem: Problem, report: Report) -> list[str]:
 def _price_lines(report: Report) -> list[str]:
     lines = ["", "the next step would buy (finite differences of the whole program)"]
     for price in report.prices:
-        note = f", {100 * price.open:.2f} of it open" if price.open > 1e-6 else ""
+        note = f", {100 * price.open:.2f} of it open" if price.open > _SHOWN else ""
         lines.append(
-            f"  {price.of}: {price.step:.4g} {price.unit} more: +{100 * price.gain:.3f} points{note}"
+            f"  {price.of}: {price.step:.4g} {price.unit} more: "
+            f"+{100 * price.gain:.3f} points{note}"
         )
     lines += ["", "lost without an expert, in points"]
     for expert, loss in sorted(report.worth.items(), key=lambda one: -one[1]):

@@ -47,13 +47,26 @@ class Holding:
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory for weights, of one replica."""
-        loose = [u.size_bytes for u, tier in self.guests if tier in (Tier.COLD, Tier.RESPAWN)]
-        spare = self.slots * max(loose, default=0) if self.kind.unified else 0
-        if self.kind.unified:
-            # A process that respawns engines holds the weights of the units that run.
-            kept = self.residents if not self.pinned else self.pinned
-            return sum(unit.size_bytes for unit in kept) + spare
-        return sum(unit.size_bytes for unit in self.pinned)
+        spare = self.slots * max((unit.adapter_bytes for unit in self._loose), default=0)
+        return self.host_weight_bytes + spare + sum(unit.adapter_bytes for unit in self._kept)
+
+    @property
+    def host_weight_bytes(self) -> int:
+        """Bytes of host memory for weights without adapters: the config's `swap.host_bytes`."""
+        spare = self.slots * max((unit.weight_bytes for unit in self._loose), default=0)
+        return sum(unit.weight_bytes for unit in self._kept) + spare
+
+    @property
+    def _kept(self) -> tuple[Unit, ...]:
+        """The units that stay in host memory; on a unified machine those that run, too."""
+        return self.residents if self.kind.unified and not self.pinned else self.pinned
+
+    @property
+    def _loose(self) -> tuple[Unit, ...]:
+        """The guests that come into host memory for their turn only."""
+        if not self.kind.unified:
+            return ()
+        return tuple(u for u, tier in self.guests if tier in (Tier.COLD, Tier.RESPAWN))
 
     @property
     def device_bytes(self) -> int:
@@ -167,6 +180,12 @@ def _own_bins(
     values: Floats,
     here: Sequence[Place],
 ) -> list[list[Unit]] | None:
+    if packing.indexed:
+        indexed: list[list[Unit]] = [[] for _ in range(kind.count)]
+        for unit, b, column in program.assigned[kind.name]:
+            if values[column] > 0.5:
+                indexed[b].append(unit)
+        return [units for units in indexed if units]
     own = [
         place.unit
         for place in here

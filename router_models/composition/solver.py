@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,7 +39,10 @@ _OPTIMAL, _TIME_OUT, _INFEASIBLE = 0, 1, 2
 # A gap below this is rounding, and the term that prefers less memory and cost.
 ROUNDING = 1e-5
 # The numbers of sizes to which sizes are rounded up, until there are few enough patterns.
-_SIZES = (40, 24, 16, 12, 8, 5)
+_SIZES = (40, 24, 16, 12, 8, 5, 3, 2, 1)
+_MANY_SIZES = 8
+# The factors by which sizes are increased instead.
+_SLACK = (1.03, 1.08, 1.15)
 _RELAXED_PARTS = 5
 _GIB = 1024**3
 
@@ -91,19 +94,18 @@ def solve(
         )
     bound = run.bound
     holdings = read_holdings(problem, program, run.values, packings)
-    if holdings is None:
-        packings = {
-            kind.name: _packing(problem, kind, rounded=True) for kind in problem.accelerators
-        }
+    for packings in _tighter(problem) if holdings is None else ():
         program = formulate(problem, packings)
-        run = _run(program, left_s(), part)
+        run = _run(program, left_s() / 2, part)
         if run.values is not None:
             holdings = read_holdings(problem, program, run.values, packings)
-        if run.values is None or holdings is None:
-            raise CompositionError(
-                f"no composition whose engines fit the accelerators was found in {time_limit_s:g} "
-                "s; that none exists is not proven"
-            )
+        if holdings is not None:
+            break
+    if run.values is None or holdings is None:
+        raise CompositionError(
+            f"no composition whose engines fit the accelerators was found in {time_limit_s:g} "
+            "s; that none exists is not proven"
+        )
     values = run.values
     chosen = [int(values[row].argmax()) for row in program.choices]
     waits = shortest_waits(problem, holdings)
@@ -155,19 +157,45 @@ def _is_packed(problem: Problem, name: str) -> bool:
     return any(kind.name == name and kind.count > 1 for kind in problem.accelerators)
 
 
-def _packing(problem: Problem, kind: Accelerators, *, rounded: bool = False) -> Packing:
+def _packing(problem: Problem, kind: Accelerators) -> Packing:
+    """Return the exact packing, or the relaxed one where it would have too many patterns."""
     sizes = engine_sizes(problem, kind)
     if kind.count == 1:
         return Packing(sizes, None)  # the sum of the sizes is all there is
-    patterns = maximal_patterns(list(sizes.values()), kind.room_bytes)
-    if patterns is not None or not rounded:
-        return Packing(sizes, patterns)
-    for count in _SIZES:
-        coarse = _rounded_up(sizes, count, kind.room_bytes)
-        patterns = maximal_patterns(list(coarse.values()), kind.room_bytes)
-        if patterns is not None:
-            return Packing(coarse, patterns)
-    return Packing(sizes, None)
+    return Packing(sizes, maximal_patterns(list(sizes.values()), kind.room_bytes))
+
+
+def _tighter(problem: Problem) -> Iterator[dict[str, Packing]]:
+    """Yield packings that leave some room unused, the best ones first.
+
+    Few sizes suit accelerators with few engines, and a little slack suits those with many.
+    Copies of units, which must be apart, need an index for each accelerator.
+    """
+    if problem.bounds.rate_per_s:
+        yield {
+            kind.name: Packing(engine_sizes(problem, kind), None, indexed=kind.count > 1)
+            for kind in problem.accelerators
+        }
+        return
+    many = [count for count in _SIZES if count >= _MANY_SIZES]
+    few = [count for count in _SIZES if count < _MANY_SIZES]
+    for step in (*many, *_SLACK, *few):
+        packings = {kind.name: _tight(problem, kind, step) for kind in problem.accelerators}
+        if all(packing is not None for packing in packings.values()):
+            yield {name: packing for name, packing in packings.items() if packing is not None}
+
+
+def _tight(problem: Problem, kind: Accelerators, step: float) -> Packing | None:
+    """Return a packing with `step` sizes, or larger by a factor; None with too many patterns."""
+    exact = _packing(problem, kind)
+    if exact.patterns is not None or kind.count == 1:
+        return exact
+    if step in _SLACK:
+        larger = {name: math.ceil(size * step) for name, size in exact.sizes.items()}
+        return Packing({n: min(size, kind.room_bytes) for n, size in larger.items()}, None)
+    coarse = _rounded_up(exact.sizes, int(step), kind.room_bytes)
+    patterns = maximal_patterns(list(coarse.values()), kind.room_bytes)
+    return None if patterns is None else Packing(coarse, patterns)
 
 
 def _rounded_up(sizes: Mapping[str, int], count: int, room: int) -> dict[str, int]:

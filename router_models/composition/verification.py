@@ -68,6 +68,10 @@ def _memory(problem: Problem, found: Composition) -> Iterator[str]:
             yield f"{kind.name}: {held.device_bytes} of {kind.memory_bytes} bytes"
         if len({unit.name for unit in held.units}) != len(held.units):
             yield f"{kind.name}: a unit stands there twice"
+        experts = {expert for unit in held.units for expert in unit.experts}
+        for unit in held.units:
+            if unit.needs is not None and unit.needs not in experts:
+                yield f"{kind.name}: {unit.name} is held without {unit.needs}"
         yield from _guests(held)
     for kind in problem.accelerators:
         if counts[kind.name] > kind.count:

@@ -35,12 +35,12 @@ _TIME_PRICE = 0.01
 
 
 def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    from service.config.base import parse_bytes
+    from service.cli.compose.units import bytes_of
 
     if value is None:
         return None
     try:
-        return int(parse_bytes(value))
+        return bytes_of(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
 
@@ -48,7 +48,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
 def _accelerators(
     _: click.Context, __: click.Parameter, values: tuple[str, ...]
 ) -> list[tuple[int, int]]:
-    from service.config.base import parse_bytes
+    from service.cli.compose.units import bytes_of
 
     found = []
     for value in values:
@@ -56,7 +56,7 @@ def _accelerators(
         try:
             if match is None or int(match[1]) < 1:
                 raise ValueError("expected a number and the memory of each, such as 2x24GiB")
-            found.append((int(match[1]), int(parse_bytes(match[2]))))
+            found.append((int(match[1]), bytes_of(match[2])))
         except ValueError as error:
             raise click.BadParameter(str(error)) from None
     return found
@@ -214,21 +214,22 @@ def _run(options: Mapping[str, Any]) -> None:
     sizes = read_sizes(options["sizes"]) if options["sizes"] else {}
     kind, template = _template(config, options["kind"], bool(options["accelerators"]))
     on_gpu = bool(options["accelerators"])
+    estimates = _estimates(config, options)
+    required = _required(config, options)
+    asked = {expert for recipe in estimates.recipes for expert in recipe.experts}
     found = candidates(
         config,
         sizes,
         template.vllm,
         on_gpu=on_gpu,
         merge=not on_gpu,
+        wanted=asked | required,
         measured_swap_s=_measured(options["live"]),
     )
-    estimates = _estimates(config, options)
-    problem = _problem(config, options, estimates, found, sizes, template)
+    problem = _problem(options, estimates, found, sizes, template, required)
     for line in found.notes:
         click.echo(f"coe: note: {line}", err=True)
-    missing = sorted(
-        set(config.experts) - set(problem.experts) - problem.required - set(options["variants"])
-    )
+    missing = sorted(set(config.experts) - set(problem.experts) - problem.required - problem.local)
     if missing:
         click.echo(f"coe: note: without outcomes, and left out: {', '.join(missing)}", err=True)
     bought = solve(problem, time_limit_s=options["time_limit"])
@@ -292,7 +293,7 @@ def _estimates(config: Config, options: Mapping[str, Any]) -> Estimates:
     if options["artifact"]:
         return from_map(ExpertMap.load(options["artifact"]), traffic)
     prompt, answer = options["tokens"]
-    costs = {name: cost(p, prompt, answer) for name, p in prices_of(config).items()}  # type: ignore[arg-type]
+    costs = {name: cost(p, prompt, answer) for name, p in prices_of(config).items()}
     if options["costs"]:
         given = read_costs(options["costs"], options["outcomes"])
         costs = {name: given[name] for name in costs if name in given}
@@ -306,26 +307,30 @@ def _estimates(config: Config, options: Mapping[str, Any]) -> Estimates:
     return estimate(with_variants(table, variants, costs), traffic)
 
 
+def _required(config: Config, options: Mapping[str, Any]) -> set[str]:
+    """Return the experts that are bought in any case: the fallback, embedders and --keep's."""
+    for name in options["keep"]:
+        if name not in config.experts:
+            raise ConfigError(f"--keep: no expert {name!r}; experts: {', '.join(config.experts)}")
+    embedding = {name for name in config.experts if config.embeds(name)}
+    return {config.fallback, *options["keep"]} | embedding
+
+
 def _problem(
-    config: Config,
     options: Mapping[str, Any],
     estimates: Estimates,
     found: Candidates,
     sizes: Mapping[str, Size],
     template: PoolConfig,
+    required: set[str],
 ) -> Problem:
     from router_models.composition.estimates import only
     from router_models.composition.problem import Bounds, Problem
 
-    for name in options["keep"]:
-        if name not in config.experts:
-            raise ConfigError(f"--keep: no expert {name!r}; experts: {', '.join(config.experts)}")
     local = {expert for unit in found.units for expert in unit.experts}
     estimates = only(estimates, [*local, *found.remote])
     if not estimates.recipes:
         raise ConfigError("no outcomes of any expert of the config")
-    required = {config.fallback, *options["keep"]}
-    required |= {name for name in config.experts if config.embeds(name)}
     groups: dict[str, set[str]] = {}
     for variant, original in options["variants"].items():
         groups.setdefault(original, {original}).add(variant)
@@ -349,9 +354,7 @@ def _problem(
         remote=frozenset(found.remote),
         required=frozenset(required),
         exclusive=tuple(frozenset(group) for group in groups.values()),
-        busy_s={
-            name: one.busy_s for name, one in sizes.items() if one.busy_s is not None
-        },
+        busy_s={name: one.busy_s for name, one in sizes.items() if one.busy_s is not None},
         time_price=_TIME_PRICE,
     )
 
@@ -424,9 +427,21 @@ def _data(path: Path) -> dict[str, Any]:
 
 
 def _text(data: Mapping[str, Any], notes: str = "") -> str:
+    """Write a config's data as YAML; lists, and objects of numbers, take one line."""
     import yaml
 
-    body = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=100)
+    class Dumper(yaml.SafeDumper):
+        def represent_sequence(self, tag: str, sequence: Any, flow_style: Any = None) -> Any:
+            return super().represent_sequence(tag, sequence, flow_style=True)
+
+        def represent_mapping(self, tag: str, mapping: Any, flow_style: Any = None) -> Any:
+            numbers = bool(mapping) and all(isinstance(v, float) for v in mapping.values())
+            return super().represent_mapping(tag, mapping, flow_style=numbers)
+
+        def ignore_aliases(self, _: Any) -> bool:
+            return True
+
+    body = yaml.dump(dict(data), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
     return f"{notes}{body}"
 
 
@@ -445,8 +460,8 @@ def _write_reports(options: Mapping[str, Any], found: Mapping[str, Any], report:
 def _put(out: Path, data: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Write the config, or show how it would change."""
     notes = (
-        "# Written by `coe compose`, which keeps no comments of its base config. The planner moves\n"
-        "# weights by demand; solve again with the traffic of the running service: --live URL.\n"
+        "# Written by `coe compose`, which keeps no comments of its base config. The planner\n"
+        "# moves weights by demand. With --live URL it is solved again for a service's traffic.\n"
     )
     if options["live"]:
         before = _text(_data(out)).splitlines() if out.exists() else []

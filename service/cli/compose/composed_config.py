@@ -1,4 +1,4 @@
-"""Writes a bought composition as a config: experts, forms, pins, qualities, recipes and pools. Pure.
+"""Writes a bought composition as a config: experts, pins, qualities, recipes and pools. Pure.
 
 All other sections stay as they are in the base config. At run time the result is where the service
 starts from: the planner keeps and moves weights by demand, and feedback shifts qualities.
@@ -21,6 +21,7 @@ from service.types import Recipe
 
 _GENERAL = "general"
 _MOST_NAME = 31
+_MIB = 1024**2
 
 
 def compose_config(
@@ -104,7 +105,7 @@ def _is_used(name: str, problem: Problem, found: Composition) -> bool:
 
 
 def _home_first(kept: Iterable[str], found: Composition) -> list[str]:
-    """Order experts so that those at home are first: a slot's first engine starts with the first."""
+    """Put experts at home first, because a slot's first engine starts with its first unit."""
     home = {e for held in found.holdings for unit in held.residents for e in unit.experts}
     return sorted(kept, key=lambda name: name not in home)
 
@@ -213,13 +214,13 @@ def _pool(
         pool["min_replicas"] = held.replicas
     kind = held.kind
     if kind.unified:
-        pool["memory_bytes"] = kind.memory_bytes
+        pool["memory_bytes"] = size_text(kind.memory_bytes)
     else:
         pool["gpus"] = pool.get("gpus") or 1
     vllm = dict(pool.get("vllm") or {})
     engines = held.slots or len(held.residents)
     if kv_cache_bytes is not None and (kind.unified or engines > 1):
-        vllm["kv_cache_bytes"] = kv_cache_bytes
+        vllm["kv_cache_bytes"] = size_text(kv_cache_bytes)
     merged = any(form == "merged" for unit in held.units for form in forms[unit.name].values())
     if kind.unified and (held.slots or merged):
         vllm["enforce_eager"] = True
@@ -228,12 +229,20 @@ def _pool(
     swap = dict(pool.get("swap") or {})
     swap.pop("host_bytes", None)
     if held.slots and (kind.unified or kind.method is not SwapMethod.RESPAWN):
-        swap["host_bytes"] = held.host_bytes
+        swap["host_bytes"] = size_text(held.host_weight_bytes)
     if swap:
         pool["swap"] = swap
     else:
         pool.pop("swap", None)
     return pool
+
+
+def size_text(size: int) -> int | str:
+    """Write bytes as a config has them, with a unit where nothing is lost."""
+    for factor, unit in ((1024 * _MIB, "GiB"), (_MIB, "MiB")):
+        if size and size % factor == 0:
+            return f"{size // factor}{unit}"
+    return size
 
 
 def _restrict(data: dict[str, Any], section: str, kept: set[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,6 @@ class Candidates:
         units: The units.
         forms: By unit, the form that each of its experts has there; None: as in the config.
         remote: Experts behind other APIs.
-        families: The families of the units.
         notes: What was estimated, a line each.
     """
 
@@ -76,25 +75,36 @@ def _size(where: str, given: Any) -> Size:
     if not isinstance(given, dict):
         given = {"bytes": given}
     if unknown := sorted(set(given) - _KEYS):
-        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(_KEYS))}")
+        raise ConfigError(
+            f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(_KEYS))}"
+        )
     found: dict[str, Any] = {}
     for key, value in given.items():
         if key == "family":
             found[key] = str(value)
         elif key == "bytes":
             try:
-                size = parse_bytes(value)
+                found[key] = bytes_of(value)
             except ValueError as error:
                 raise ConfigError(f"{where}: {error}") from None
-            if isinstance(size, bool) or not isinstance(size, int | float) or not size > 0:
-                raise ConfigError(f'{where}: bytes above 0, or such as "15GiB", are needed')
-            found[key] = int(size)
         else:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 0 <= value < 1e9:
                 raise ConfigError(f"{where}.{key}: seconds >= 0 are needed")
             found[key] = float(value)
     return Size(**found)
+
+
+def bytes_of(value: object) -> int:
+    """Return a number of bytes above 0, from a number or a text such as `15GiB`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    size = parse_bytes(value)
+    if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size < 1e18:
+        raise ValueError('bytes above 0 are needed, such as 1073741824 or "15GiB"')
+    return int(size)
 
 
 def candidates(
@@ -104,6 +114,7 @@ def candidates(
     *,
     on_gpu: bool,
     merge: bool,
+    wanted: Collection[str],
     measured_swap_s: Mapping[str, float] | None = None,
 ) -> Candidates:
     """Find the units of a config's experts.
@@ -117,6 +128,7 @@ def candidates(
         options: vLLM's options of the pools.
         on_gpu: Whether the units run on GPUs.
         merge: Whether adapters may be merged.
+        wanted: The experts that may be bought. Their bases may be, too.
         measured_swap_s: Measured seconds of swaps by expert.
 
     Raises:
@@ -126,10 +138,15 @@ def candidates(
     swaps = measured_swap_s or {}
     for name, expert in config.experts.items():
         if expert.remote is not None:
-            found.remote.add(name)
-        elif expert.model is not None and not config.embeds(name):
-            _add_base(found, config, name, sizes, options, on_gpu=on_gpu, merge=merge)
-        elif expert.model is not None:
+            if name in wanted:
+                found.remote.add(name)
+            continue
+        built = [n for n, one in config.experts.items() if one.base == name and n in wanted]
+        if expert.model is None or (name not in wanted and not built):
+            continue
+        if not config.embeds(name):
+            _add_base(found, config, name, built, sizes, options, on_gpu=on_gpu, merge=merge)
+        else:
             found.units.append(_unit(found, config, name, sizes, options, on_gpu=on_gpu)[0])
             found.forms[name] = {name: None}
     found.units = [
@@ -145,6 +162,7 @@ def _add_base(
     found: Candidates,
     config: Config,
     name: str,
+    built: Sequence[str],
     sizes: Mapping[str, Size],
     options: VllmOptions,
     *,
@@ -154,7 +172,6 @@ def _add_base(
     base, info = _unit(found, config, name, sizes, options, on_gpu=on_gpu)
     found.units.append(base)
     found.forms[name] = {name: None}
-    built = [other for other, one in config.experts.items() if one.base == name]
     plain = info is None or info.quantization is None
     dense = info is None or not info.is_moe
     beside: dict[str, str | None] = {}
@@ -173,6 +190,7 @@ def _add_base(
                 base,
                 name=f"{other} merged",
                 experts=(other,),
+                needs=name,
                 swap_s=_given(sizes, other, "swap_s", base.swap_s),
                 load_s=_given(sizes, other, "load_s", base.load_s),
             )
@@ -184,6 +202,7 @@ def _add_base(
             name=f"{name} with {', '.join(beside)}",
             experts=(name, *beside),
             size_bytes=base.size_bytes + extra,
+            adapter_bytes=extra,
         )
         found.units.append(both)
         found.forms[both.name] = {name: None, **beside}

@@ -208,13 +208,10 @@ def test_fit_and_evaluate_commands_run(folder: Path) -> None:
     runner = CliRunner()
     common = ["--costs", str(folder / "costs.json"), "--outcomes"]
     files = [str(folder / "test.jsonl"), str(folder / "bare.jsonl")]
-    sizes = ["--sizes", str(folder / "costs.json"), "--memory", "3"]
     out = str(folder / "cli@1")
-    done = runner.invoke(group, ["fit", *common, *files, "--out", out, *sizes])
+    done = runner.invoke(group, ["fit", *common, *files, "--out", out])
     assert done.exit_code == 0, done.output
-    assert (
-        json.loads((folder / "cli@1" / "manifest.json").read_text())["composition"]["memory"] <= 3
-    )
+    assert (folder / "cli@1" / "manifest.json").is_file()
     done = runner.invoke(
         group,
         [

@@ -1,0 +1,217 @@
+"""A bought composition as a config: the loader and the memory plan accept it, bound by bound."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from router_models.composition.problem import Accelerators, Bounds, Problem, SwapMethod
+from router_models.composition.solution import Composition
+from router_models.composition.solver import CompositionError, solve
+from service.cli.compose.composed_config import compose_config, rebased, size_text
+from service.cli.compose.units import Candidates, Size, candidates
+from service.config import Config, read_config
+from service.errors import ConfigError
+from service.models import AdapterInfo, ModelInfo
+from service.pool.memory_plan import ENGINE_BYTES, PACKING, REPLICA_BYTES, check_plan, plan_pool
+from service.types import Recipe
+from tests.unit.pool.test_memory_plan import adapter, model
+
+GIB, MIB = 1024**3, 1024**2
+KV = 256 * MIB
+
+
+class Case:
+    """A random base config, what its folders would say, and a composition of it."""
+
+    def __init__(self, seed: int, *, on_gpu: bool) -> None:
+        draw = random.Random(f"{seed}/{on_gpu}")
+        self.on_gpu = on_gpu
+        names = [f"e{i}" for i in range(draw.randint(3, 6))]
+        self.infos: dict[str, ModelInfo | AdapterInfo] = {}
+        experts: dict[str, Any] = {}
+        sizes: dict[str, Size] = {}
+        for name in names:
+            family = draw.choice("fg")
+            weights = {"f": 300, "g": 500}[family] * MIB
+            self.infos[name] = model(weight_bytes=weights, family=family)
+            experts[name] = {"model": f"./{name}", "categories": [name], "pinned": True}
+            sizes[name] = Size(bytes=weights * (1 if on_gpu else PACKING), family=family)
+        for name in [f"a{i}" for i in range(draw.randint(0, 3))]:
+            base = draw.choice(names)
+            self.infos[name] = adapter(parameters=8 * MIB)
+            experts[name] = {"base": base, "adapter": f"./{name}"}
+            sizes[name] = Size(bytes=16 * MIB)
+        for name in list(experts):
+            if draw.random() < 0.2 and name != names[0] and name.startswith("a") and not on_gpu:
+                experts[name] |= {"form": "merged", "strength": 0.5}
+        self.base: dict[str, Any] = {
+            "server": {"drain_s": 7},
+            "experts": experts,
+            "recipes": {"own": {"kind": "vote", "members": names[:3]}},
+            "tenants": {"t": {"experts": [names[0], names[-1]]}},
+            "pools": {
+                "main": {
+                    "gpus": 1 if on_gpu else 0,
+                    "slots": 1,
+                    "max_replicas": 3,
+                    "swap": {"min_stay_s": 9, "method": draw.choice(["auto", "inplace"])},
+                    "vllm": {"dtype": "bfloat16", "kv_cache_bytes": KV, "enforce_eager": True},
+                }
+            },
+        }
+        self.config = read_config(self.base, "base", Path("/nowhere"))
+        pool = self.config.pools["main"]
+        self.found: Candidates = candidates(
+            self.config, sizes, pool.vllm, on_gpu=on_gpu, merge=not on_gpu, wanted=set(experts)
+        )
+        method = pool.swap.method
+        kind = Accelerators(
+            "gpu" if on_gpu else "cpu",
+            draw.randint(1, 3) if on_gpu else 1,
+            (1 * GIB if on_gpu else 4 * GIB) + draw.randint(0, 1500) * MIB,
+            engine_bytes=KV + (0 if on_gpu else ENGINE_BYTES),
+            replica_bytes=0 if on_gpu else REPLICA_BYTES,
+            unified=not on_gpu,
+            method=SwapMethod.INPLACE if method == "inplace" or not on_gpu else SwapMethod.RESPAWN,
+            most_slots=3,
+        )
+        recipes = [Recipe("single", (name,)) for name in experts]
+        recipes.append(Recipe("cascade", (names[0], names[1]), (names[2],)))
+        rng = np.random.default_rng(seed)
+        cells = (4, len(recipes))
+        reach = np.zeros((*cells, 4))
+        reach[:, :, 0] = 1
+        reach[:, -1, :3] = [1, 1, 0.5]
+        self.problem = Problem(
+            categories=("w", "x", "y", "z"),
+            recipes=tuple(recipes),
+            share=rng.dirichlet(np.ones(4)),
+            quality=rng.random(cells),
+            cost=rng.random(cells),
+            reach=reach,
+            units=tuple(self.found.units),
+            accelerators=(kind,),
+            bounds=Bounds(cost=float(rng.uniform(0.2, 2))),
+            required=frozenset({names[0], *(["a0"] if "a0" in experts else [])}),
+            time_price=float(rng.choice([1e-5, 1e-2])),
+        )
+        self.fallback = names[0]
+
+    def write(self, found: Composition) -> tuple[dict[str, Any], Config]:
+        data = compose_config(
+            self.base,
+            self.problem,
+            found,
+            forms=self.found.forms,
+            fallback=self.fallback,
+            template="main",
+            kv_cache_bytes=KV,
+        )
+        return data, read_config(data, "composed", Path("/nowhere"))
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_compose_config_is_accepted_by_the_loader_and_the_memory_plan(on_gpu: bool) -> None:
+    shared = merged = pinned = several = adapters = 0
+    for seed in range(40):
+        case = Case(seed, on_gpu=on_gpu)
+        try:
+            found = solve(case.problem)
+        except CompositionError:
+            continue
+        data, config = case.write(found)
+        kind = case.problem.accelerators[0]
+        for name, held in zip(config.pools, found.holdings, strict=True):
+            plan = plan_pool(config, name, case.infos.__getitem__)
+            check_plan(plan, kind.memory_bytes)
+            # The program counts no less than the plan, which on a GPU counts the adapters of all
+            # units at once.
+            beside = sum(unit.adapter_bytes for unit in held.units) if on_gpu and held.slots else 0
+            assert plan.total_bytes <= held.device_bytes + beside, seed
+            assert config.pools[name].min_replicas == held.replicas
+            groups = config.groups(name)
+            slots = config.pools[name].slots
+            assert (slots or 0) == held.slots
+            shared += held.slots > 0 and len(groups) > held.slots
+        assert config.fallback == case.fallback
+        assert data["server"] == {"drain_s": 7}
+        used = {e for recipe in found.recipes.values() for e in recipe.experts}
+        assert used <= set(config.experts)
+        chosen = {r.recipe() for r in config.recipes.values()}
+        assert {r for r in found.recipes.values() if r.kind != "single"} <= chosen
+        for name, expert in config.experts.items():
+            column = case.problem.recipes.index(Recipe("single", (name,)))
+            for c, category in enumerate(case.problem.categories):
+                assert expert.quality[category] == pytest.approx(
+                    case.problem.quality[c, column], abs=1e-4
+                )
+        pinned += any(expert.pinned for expert in config.experts.values())
+        merged += any(expert.form == "merged" for expert in config.experts.values())
+        adapters += any(
+            e.form == "adapter" and e.adapter is not None for e in config.experts.values()
+        )
+        several += len(found.holdings) > 1
+    # Every part of the writer was used.
+    assert shared
+    assert adapters
+    assert several or not on_gpu
+    assert merged or on_gpu
+    assert pinned
+
+
+def test_compose_config_first_units_of_slots_are_those_at_home() -> None:
+    for seed in range(40):
+        case = Case(seed, on_gpu=True)
+        try:
+            found = solve(case.problem)
+        except CompositionError:
+            continue
+        _, config = case.write(found)
+        for name, held in zip(config.pools, found.holdings, strict=True):
+            if held.slots:
+                first = [group[0][0] for group in config.groups(name)[: len(held.residents)]]
+                assert set(first) == {unit.experts[0] for unit in held.residents}
+
+
+def test_compose_config_tenant_without_a_bought_expert_is_an_error() -> None:
+    case = Case(0, on_gpu=True)
+    case.base["tenants"]["t"]["experts"] = ["e2"]
+    dear = replace(case.problem, time_price=1.0, quality=case.problem.quality * 0)
+    found = solve(dear)
+    kept = {e for held in found.holdings for unit in held.units for e in unit.experts}
+    lost = next(name for name in case.base["experts"] if name not in kept)
+    case.base["tenants"]["t"]["experts"] = [lost]
+    with pytest.raises(ConfigError, match=rf"tenants\.t\.experts: none of {lost} is bought"):
+        case.write(found)
+
+
+def test_rebased_paths_lead_to_the_same_files(tmp_path: Path) -> None:
+    old, new = tmp_path / "a" / "b", tmp_path / "c"
+    data = {
+        "models_dir": "./store",
+        "experts": {
+            "one": {"model": "../m/one"},
+            "two": {"base": "one", "adapter": "lora/two"},
+            "hub": {"model": "Org/Name"},
+            "far": {"model": "/abs/model"},
+        },
+        "router": {"artifact": "mine@1", "fallback": "one"},
+        "pools": {"gpu": {"gpus": 1, "vllm": {"tuned_config_folder": "./tuned"}}},
+        "store": {"keys_file": "./keys.jsonl"},
+    }
+    before = read_config(data, "x", old)
+    assert read_config(rebased(data, old, new), "x", new) == before
+    assert rebased(data, old, old) == data
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(GIB, "1GiB"), (1536 * MIB, "1536MiB"), (MIB + 1, MIB + 1), (0, 0)]
+)
+def test_size_text_loses_nothing(size: int, text: int | str) -> None:
+    assert size_text(size) == text
