@@ -200,35 +200,37 @@ def from_map(found: ExpertMap, traffic: Mapping[str, float] | None = None) -> Es
     )
 
 
-def with_variants(table: Table, variants: Mapping[str, str], costs: Mapping[str, float]) -> Table:
-    """Return the table with variants of its experts.
+def with_alternatives(
+    table: Table, alternatives: Mapping[str, str], costs: Mapping[str, float]
+) -> Table:
+    """Return the table with alternatives of its experts.
 
-    A variant without outcomes of its own has its original's, at costs that differ as their usual
-    costs do.
+    An alternative without outcomes of its own has its original's, at costs that differ as their
+    usual costs do.
 
     Args:
         table: Recorded outcomes.
-        variants: Variant → its original.
-        costs: Usual cost of one call of each variant and original.
+        alternatives: Alternative → its original.
+        costs: Usual cost of one call of each alternative and original.
 
     Raises:
         OutcomeError: An original has no outcomes.
     """
-    for variant, original in variants.items():
-        if variant in table.experts:
+    for alternative, original in alternatives.items():
+        if alternative in table.experts:
             continue
         if original not in table.experts:
             raise OutcomeError(
-                f"no row has an outcome of {original!r}, of which {variant!r} is a variant; "
-                f"found: {', '.join(table.experts)}"
+                f"no row has an outcome of {original!r}, of which {alternative!r} is an "
+                f"alternative; found: {', '.join(table.experts)}"
             )
         e = table.experts.index(original)
         usual = costs.get(original, 0.0)
-        scaled = table.cost[:, e : e + 1] * (costs[variant] / usual if usual else 1.0)
-        cost = scaled if usual else np.full((len(table), 1), costs[variant])
+        scaled = table.cost[:, e : e + 1] * (costs[alternative] / usual if usual else 1.0)
+        cost = scaled if usual else np.full((len(table), 1), costs[alternative])
         table = replace(
             table,
-            experts=(*table.experts, variant),
+            experts=(*table.experts, alternative),
             score=np.concatenate((table.score, table.score[:, e : e + 1]), axis=1),
             answer=np.concatenate((table.answer, table.answer[:, e : e + 1]), axis=1),
             has_answers=np.append(table.has_answers, table.has_answers[e]),

@@ -2,7 +2,7 @@
 
 A *unit* is weights that an engine holds as one, and may serve several experts: a base and its
 adapters. An expert may have several units, such as a merged form beside an adapter, and quantised
-variants are experts of their own of which at most one is bought.
+alternatives are experts of their own of which at most one is bought.
 
 An accelerator either gives each of its units an engine of its own, or has some number of equal
 slots in which units take turns. In a slot one unit is at home, and the others are its guests. A
@@ -159,7 +159,7 @@ class Problem:
         bounds: The bounds.
         remote: Experts that need no memory here.
         required: Experts that must be bought, such as the general fallback.
-        exclusive: Groups of experts that are variants of one: at most one of each is bought.
+        exclusive: Groups of experts that are alternatives of one: at most one of each is bought.
         busy_s: Seconds of an accelerator for one request of each expert; needed with a rate.
         time_price: Quality that one second of waiting for swaps is worth.
     """

@@ -29,6 +29,7 @@ from router_models.composition.problem import Accelerators, Bounds, Floats, Prob
 from router_models.composition.solution import (
     Composition,
     evaluate,
+    pruned,
     read_holdings,
     shortest_waits,
 )
@@ -108,6 +109,8 @@ def solve(
         )
     values = run.values
     chosen = [int(values[row].argmax()) for row in program.choices]
+    needed = {e for r in chosen for e in problem.recipes[r].experts} | problem.required
+    holdings = pruned(problem, holdings, needed)
     waits = shortest_waits(problem, holdings)
     quality, cost, each = evaluate(problem, chosen, waits)
     mean = float(problem.share @ each)

@@ -53,7 +53,7 @@ def _recipes(problem: Problem, found: Composition) -> Iterator[str]:
             yield f"{expert}, which is required, is not held or waits too long"
     for group in problem.exclusive:
         if len(group & used) > 1:
-            yield f"variants of one expert are used together: {', '.join(sorted(group & used))}"
+            yield f"alternatives of one expert are used together: {', '.join(sorted(group & used))}"
 
 
 def _memory(problem: Problem, found: Composition) -> Iterator[str]:

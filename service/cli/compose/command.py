@@ -30,8 +30,6 @@ _GIB = 1024**3
 _GPU_SHARE = 0.9
 _GPU_ENGINE_BYTES = 2 * _GIB
 _DEFAULT_KV_BYTES = 2 * _GIB
-# Quality that a second of waiting is worth, as the preset `auto` has it.
-_TIME_PRICE = 0.01
 
 
 def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
@@ -72,13 +70,13 @@ def _tokens(_: click.Context, __: click.Parameter, value: str) -> tuple[float, f
     return prompt, answer
 
 
-def _variants(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+def _alternatives(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for value in values:
-        original, equals, variant = value.partition("=")
-        if not (equals and original and variant) or original == variant:
-            raise click.BadParameter("expected EXPERT=VARIANT")
-        found[variant] = original
+        original, equals, alternative = value.partition("=")
+        if not (equals and original and alternative) or original == alternative:
+            raise click.BadParameter("expected EXPERT=OTHER")
+        found[alternative] = original
     return found
 
 
@@ -153,13 +151,13 @@ def _variants(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
 @click.option("--pool", "kind", help="The pool of the base config that is the model for pools.")
 @click.option("--keep", multiple=True, metavar="EXPERT", help="Buy this expert in any case.")
 @click.option(
-    "--variant",
-    "variants",
+    "--alternative",
+    "alternatives",
     multiple=True,
-    callback=_variants,
-    metavar="EXPERT=VARIANT",
-    help="An expert of the config is a variant of another one, such as quantised weights: one of "
-    "the two at most is bought, and it has the other's outcomes if it has none.",
+    callback=_alternatives,
+    metavar="EXPERT=OTHER",
+    help="OTHER, an expert of the config, is an alternative to EXPERT, such as quantised weights: "
+    "one of the two at most is bought, and OTHER has EXPERT's outcomes if it has none.",
 )
 @click.option(
     "--time-limit",
@@ -226,7 +224,8 @@ def _run(options: Mapping[str, Any]) -> None:
         wanted=asked | required,
         measured_swap_s=_measured(options["live"]),
     )
-    problem = _problem(options, estimates, found, sizes, template, required)
+    time_price = config.router.presets.of("").time_price
+    problem = _problem(options, estimates, found, sizes, template, required, time_price)
     for line in found.notes:
         click.echo(f"coe: note: {line}", err=True)
     missing = sorted(set(config.experts) - set(problem.experts) - problem.required - problem.local)
@@ -282,7 +281,7 @@ def _measured(url: str | None) -> dict[str, float]:
 
 
 def _estimates(config: Config, options: Mapping[str, Any]) -> Estimates:
-    from router_models.composition.estimates import estimate, from_map, with_variants
+    from router_models.composition.estimates import estimate, from_map, with_alternatives
     from router_models.outcomes import read_costs, read_outcomes
     from service.broker.prices import cost, prices_of
     from service.classifier.expert_map import ExpertMap
@@ -300,11 +299,11 @@ def _estimates(config: Config, options: Mapping[str, Any]) -> Estimates:
     table, skipped = read_outcomes(options["outcomes"], costs)
     for line in skipped.lines():
         click.echo(f"coe: note: {line}", err=True)
-    variants = options["variants"]
-    for variant in variants:
-        if variant not in costs:
-            raise ConfigError(f"--variant: no expert {variant!r} with a cost in the config")
-    return estimate(with_variants(table, variants, costs), traffic)
+    alternatives = options["alternatives"]
+    for alternative in alternatives:
+        if alternative not in costs:
+            raise ConfigError(f"--alternative: no expert {alternative!r} with a cost in the config")
+    return estimate(with_alternatives(table, alternatives, costs), traffic)
 
 
 def _required(config: Config, options: Mapping[str, Any]) -> set[str]:
@@ -323,6 +322,7 @@ def _problem(
     sizes: Mapping[str, Size],
     template: PoolConfig,
     required: set[str],
+    time_price: float,
 ) -> Problem:
     from router_models.composition.estimates import only
     from router_models.composition.problem import Bounds, Problem
@@ -332,8 +332,8 @@ def _problem(
     if not estimates.recipes:
         raise ConfigError("no outcomes of any expert of the config")
     groups: dict[str, set[str]] = {}
-    for variant, original in options["variants"].items():
-        groups.setdefault(original, {original}).add(variant)
+    for alternative, original in options["alternatives"].items():
+        groups.setdefault(original, {original}).add(alternative)
     on_gpu = bool(options["accelerators"])
     host = options["memory"] if on_gpu and options["memory"] is not None else math.inf
     return Problem(
@@ -355,7 +355,7 @@ def _problem(
         required=frozenset(required),
         exclusive=tuple(frozenset(group) for group in groups.values()),
         busy_s={name: one.busy_s for name, one in sizes.items() if one.busy_s is not None},
-        time_price=_TIME_PRICE,
+        time_price=time_price,
     )
 
 

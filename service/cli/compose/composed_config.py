@@ -50,11 +50,10 @@ def compose_config(
     """
     data = copy.deepcopy(dict(base))
     chosen = _chosen_forms(problem, found, forms)
-    kept = [
-        name
-        for name in base["experts"]
-        if name in chosen or (name in problem.remote and _is_used(name, problem, found))
-    ]
+    far = {name for name in problem.remote if _is_used(name, problem, found)}
+    # A variant of a remote expert comes with its base.
+    far |= {str(base["experts"][name].get("base") or name) for name in far}
+    kept = [name for name in base["experts"] if name in chosen or name in far]
     pinned = {unit.experts[0] for held in found.holdings for unit in held.pinned}
     order = _home_first(kept, found)
     data["experts"] = {

@@ -136,12 +136,17 @@ def candidates(
     """
     found = Candidates()
     swaps = measured_swap_s or {}
+    wanted = {*wanted, *(config.owner_of(name) for name in wanted)}
     for name, expert in config.experts.items():
         if expert.remote is not None:
             if name in wanted:
                 found.remote.add(name)
             continue
-        built = [n for n, one in config.experts.items() if one.base == name and n in wanted]
+        built = [
+            other
+            for other, one in config.experts.items()
+            if one.base == name and other in wanted and not one.is_variant
+        ]
         if expert.model is None or (name not in wanted and not built):
             continue
         if not config.embeds(name):
@@ -149,6 +154,12 @@ def candidates(
         else:
             found.units.append(_unit(found, config, name, sizes, options, on_gpu=on_gpu)[0])
             found.forms[name] = {name: None}
+    for i, unit in enumerate(found.units):
+        # Variants are asked as the expert whose weights they share.
+        asked = [v for v, one in config.experts.items() if one.is_variant and v in wanted]
+        ways = tuple(name for name in asked if config.owner_of(name) in unit.experts)
+        found.units[i] = replace(unit, experts=(*unit.experts, *ways))
+        found.forms[unit.name] |= dict.fromkeys(ways)
     found.units = [
         replace(unit, swap_s=max(swaps[e] for e in unit.experts if e in swaps))
         if any(e in swaps for e in unit.experts)

@@ -72,7 +72,7 @@ def text_of(result: Result) -> str:
 def test_compose_writes_a_config_a_report_and_a_picture(folder: Path) -> None:
     done = compose(
         folder,
-        *("--accelerators", "2x24GiB", "--variant", "code=code-awq", "--budget", "0.01"),
+        *("--accelerators", "2x24GiB", "--alternative", "code=code-awq", "--budget", "0.01"),
         *("--report", str(folder / "r.json"), "--plot", str(folder / "p.svg")),
         *("--analysis-s", "20"),
     )
@@ -137,8 +137,8 @@ def test_compose_on_a_cpu_is_accepted_by_check(folder: Path) -> None:
         (("--accelerators", "1x24GiB", "--pool", "x"), "no pool 'x'; pools: big"),
         (("--accelerators", "1x4GiB"), "'general', which is required, alone takes"),
         (("--accelerators", "1x24GiB", "--budget", "0.0000001"), "the budget is 1e-07 a request"),
-        (("--accelerators", "1x24GiB", "--variant", "code"), "expected EXPERT=VARIANT"),
-        (("--accelerators", "1x24GiB", "--variant", "code=zz"), "no expert 'zz' with a cost"),
+        (("--accelerators", "1x24GiB", "--alternative", "code"), "expected EXPERT=OTHER"),
+        (("--accelerators", "1x24GiB", "--alternative", "code=zz"), "no expert 'zz' with a cost"),
         (("--accelerators", "1x24GiB", "--tokens", "5"), "expected the tokens of a prompt"),
         (("--accelerators", "1x24GiB", "--rate", "1"), "no busy seconds of"),
         (("--accelerators", "1x24GiB", "--apply"), "--apply needs --live"),

@@ -39,7 +39,7 @@ class Case:
         for name in names:
             family = draw.choice("fg")
             weights = {"f": 300, "g": 500}[family] * MIB
-            self.infos[name] = model(weight_bytes=weights, family=family)
+            self.infos[name] = model(path=Path(name), weight_bytes=weights, family=family)
             experts[name] = {"model": f"./{name}", "categories": [name], "pinned": True}
             sizes[name] = Size(bytes=weights * (1 if on_gpu else PACKING), family=family)
         for name in [f"a{i}" for i in range(draw.randint(0, 3))]:
@@ -47,6 +47,10 @@ class Case:
             self.infos[name] = adapter(parameters=8 * MIB)
             experts[name] = {"base": base, "adapter": f"./{name}"}
             sizes[name] = Size(bytes=16 * MIB)
+        for name in [f"v{i}" for i in range(draw.randint(0, 2))]:
+            owner = draw.choice(list(experts))
+            if "defaults" not in experts[owner]:
+                experts[name] = {"base": owner, "defaults": {"temperature": 0.5}}
         for name in list(experts):
             if draw.random() < 0.2 and name != names[0] and name.startswith("a") and not on_gpu:
                 experts[name] |= {"form": "merged", "strength": 0.5}
@@ -118,7 +122,7 @@ class Case:
 
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
 def test_compose_config_is_accepted_by_the_loader_and_the_memory_plan(on_gpu: bool) -> None:
-    shared = merged = pinned = several = adapters = 0
+    shared = merged = pinned = several = adapters = variants = 0
     for seed in range(40):
         case = Case(seed, on_gpu=on_gpu)
         try:
@@ -143,6 +147,7 @@ def test_compose_config_is_accepted_by_the_loader_and_the_memory_plan(on_gpu: bo
         assert data["server"] == {"drain_s": 7}
         used = {e for recipe in found.recipes.values() for e in recipe.experts}
         assert used <= set(config.experts)
+        variants += any(config.experts[name].is_variant for name in used)
         chosen = {r.recipe() for r in config.recipes.values()}
         assert {r for r in found.recipes.values() if r.kind != "single"} <= chosen
         for name, expert in config.experts.items():
@@ -160,6 +165,7 @@ def test_compose_config_is_accepted_by_the_loader_and_the_memory_plan(on_gpu: bo
     # Every part of the writer was used.
     assert shared
     assert adapters
+    assert variants
     assert several or not on_gpu
     assert merged or on_gpu
     assert pinned

@@ -16,7 +16,7 @@ from router_models.composition.estimates import (
     estimate,
     from_map,
     only,
-    with_variants,
+    with_alternatives,
 )
 from router_models.outcomes import OutcomeError, Table, read_outcomes
 from router_models.settings import Settings
@@ -102,15 +102,15 @@ def test_only_keeps_the_recipes_of_these_experts(tmp_path: Path) -> None:
     assert found.quality.shape == found.cost.shape == (1, 2)
 
 
-def test_with_variants_copies_outcomes_at_the_variants_cost(tmp_path: Path) -> None:
+def test_with_alternatives_copies_outcomes_at_the_alternatives_cost(tmp_path: Path) -> None:
     given = table(tmp_path, [row("x", a=1, b=0), row("y", a=0, b=1)])
-    found = with_variants(given, {"a4": "a", "b": "a"}, {"a": 2.0, "a4": 1.0, "b": 2.0})
+    found = with_alternatives(given, {"a4": "a", "b": "a"}, {"a": 2.0, "a4": 1.0, "b": 2.0})
     assert found.experts == ("a", "b", "a4")
     assert found.score[:, 2].tolist() == given.score[:, 0].tolist()
     assert found.score[:, 1].tolist() == given.score[:, 1].tolist()  # its own outcomes stand
     assert found.cost[:, 2].tolist() == [0.5, 0.5]
     with pytest.raises(OutcomeError, match="no row has an outcome of 'z'"):
-        with_variants(given, {"z4": "z"}, {"z4": 1.0})
+        with_alternatives(given, {"z4": "z"}, {"z4": 1.0})
 
 
 def test_from_map_reads_the_map_and_averages_for_other_categories() -> None:

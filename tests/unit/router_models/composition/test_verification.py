@@ -44,7 +44,7 @@ FIRST = FOUND.holdings[0]
             lambda p, f: (replace(p, required=frozenset({ABSENT})), f),
             f"{ABSENT}, which is required",
         ),
-        (lambda p, f: (replace(p, exclusive=(frozenset(p.experts),)), f), "variants of one"),
+        (lambda p, f: (replace(p, exclusive=(frozenset(p.experts),)), f), "alternatives of one"),
         (held(replicas=4), "accelerators of 3"),
         (held(kind=replace(FIRST.kind, memory_bytes=1)), "of 1 bytes"),
         (held(residents=(*FIRST.residents, FIRST.residents[0])), "stands there twice"),
