@@ -106,8 +106,8 @@ async def simulate(scene: Scene, gateways: int, seed: int) -> WindowResult:
     )
     ledger = Ledger(config, store)
     all_spending = [BudgetPrices(ledger, clock=clock) for _ in range(gateways)]
-    for one in all_spending:
-        await one.refresh()
+    for item in all_spending:
+        await item.refresh()
     looked_s = [0.0] * gateways
     quality, refused = 0.0, 0
     marks: list[float] = []
@@ -133,8 +133,8 @@ async def simulate(scene: Scene, gateways: int, seed: int) -> WindowResult:
         if now_s - looked_s[which] >= _LOOK_S:
             looked_s[which] = now_s
             await spending.refresh()
-    for one in all_spending:
-        await one.stop()
+    for item in all_spending:
+        await item.stop()
     marks += [spent / scene.amount] * (4 - len(marks))
     return WindowResult(quality, spent, tuple(marks), refused)
 
@@ -166,15 +166,17 @@ def main(argv: list[str] | None = None) -> int:
         alone = 0.0
         for gateways in GATEWAYS:
             all_of = [asyncio.run(simulate(scene, gateways, seed)) for seed in seeds]
-            quality = statistics.mean(one.quality for one in all_of)
+            quality = statistics.mean(item.quality for item in all_of)
             alone = alone or quality
-            marks = [statistics.mean(at) for at in zip(*(one.marks for one in all_of), strict=True)]
+            marks = [
+                statistics.mean(at) for at in zip(*(item.marks for item in all_of), strict=True)
+            ]
             failed |= quality < (1 - MOST_LOST) * alone
             print(
                 f"  {gateways} gateways: quality {quality:7.1f}, {100 * quality / alone:6.2f} % of "
                 f"one's, {100 * quality / optimum:5.1f} % of the optimum; spent by quarters "
                 f"{' '.join(f'{100 * mark:3.0f}' for mark in marks)} %; refused "
-                f"{sum(one.refused for one in all_of)}"
+                f"{sum(item.refused for item in all_of)}"
             )
     return int(failed)
 

@@ -31,7 +31,12 @@ from loadtests.lib.cli import parser, tell
 from loadtests.lib.targets import Report, Table, TargetCheck
 from service.broker.agreement import agreed, final_answer
 from service.config import CacheConfig
-from service.gateway.cache.text_similarity import MOST_CHARACTERS, said, same_words, similarity
+from service.gateway.cache.text_similarity import (
+    MOST_CHARACTERS,
+    canonical_form,
+    same_words,
+    similarity,
+)
 
 _SEED = 1
 
@@ -44,7 +49,7 @@ def agree(first: str, second: str) -> bool:
 def hit(first: str, second: str) -> bool:
     """Return whether the semantic cache would answer one question from the other's entry."""
     return (
-        same_words(said(first), said(second))
+        same_words(canonical_form(first), canonical_form(second))
         and similarity(first, second) >= CacheConfig().threshold
     )
 
@@ -67,7 +72,7 @@ def _answers(folder: Path | None) -> list[tuple[str, str]]:
 def _questions(folder: Path | None) -> dict[str, list[str]]:
     """Real questions by where they are from, or made up."""
     if folder is None:
-        made = {one for pair in different_questions(_SEED, 500) for one in pair}
+        made = {item for pair in different_questions(_SEED, 500) for item in pair}
         return {"made up": sorted(made)}
     return {
         "short requests (CLINC150)": [
@@ -90,7 +95,9 @@ def _share(part: int, whole: int) -> str:
 
 def _agreement(report: Report, pairs: int, folder: Path | None) -> None:
     wrong = [pair for pair in different_answers(_SEED, pairs) if agree(*pair)]
-    alike = [(one, other) for one in REFUSALS for other in REFUSALS if agree(one, other)]
+    alike = [
+        (refusal, other) for refusal in REFUSALS for other in REFUSALS if agree(refusal, other)
+    ]
     answers = _answers(folder)
     draw = random.Random(_SEED)
     units = ("apples", "dollars", "hours", "miles")

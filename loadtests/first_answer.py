@@ -137,8 +137,8 @@ def measure(*, fetch: bool) -> Report:
         shutil.rmtree(folder, ignore_errors=True)
     report = Report("first answer")
     rows = Table("Seconds", ("start", "words", "console", "first token"))
-    for name, one in (("first", first), ("second", second)):
-        shown = (f"{value:.1f}" for value in (one.words_s, one.console_s, one.answer_s))
+    for name, item in (("first", first), ("second", second)):
+        shown = (f"{value:.1f}" for value in (item.words_s, item.console_s, item.answer_s))
         rows.rows.append((name, *shown))
     report.tables.append(rows)
     report.reach = [

@@ -149,17 +149,17 @@ def report(data: Path, model: Path | None, rows: Mapping[str, int] = ROWS) -> Re
         "Bits per byte on held-out answers",
         ("field", "rows", "base", "expert", "mixture", "kept", "±", "tokens gone to its expert"),
     )
-    for name, one in kept.items():
+    for name, item in kept.items():
         gained = name != domain_texts.GENERAL
         table.rows.append(
             (
                 name,
-                f"{one.rows}",
-                f"{one.base:.4f}",
-                f"{one.expert:.4f}" if gained else "–",
-                f"{one.model:.4f}",
-                f"{one.share:.1%}" if gained else "–",
-                f"{one.share_error:.1%}" if gained else "–",
+                f"{item.rows}",
+                f"{item.base:.4f}",
+                f"{item.expert:.4f}" if gained else "–",
+                f"{item.model:.4f}",
+                f"{item.share:.1%}" if gained else "–",
+                f"{item.share_error:.1%}" if gained else "–",
                 f"{shares[name].mean():.0%} (by layer {shares[name].min():.0%} to "
                 f"{shares[name].max():.0%})",
             )
@@ -168,10 +168,10 @@ def report(data: Path, model: Path | None, rows: Mapping[str, int] = ROWS) -> Re
     made.notes.append(f"The answers of {domain_texts.GENERAL} are the base's own greedy ones.")
     made.reach = reach(kept)
     made.facts["fields"] = {
-        name: asdict(one)
+        name: asdict(item)
         if name != domain_texts.GENERAL
-        else {"base": one.base, "model": one.model}
-        for name, one in kept.items()
+        else {"base": item.base, "model": item.model}
+        for name, item in kept.items()
     }
     made.facts["right_by_layer"] = {
         name: [round(float(x), 3) for x in share] for name, share in shares.items()

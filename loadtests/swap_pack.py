@@ -31,7 +31,7 @@ def read_and_pack(folder: Path) -> float:
     for parts in _FUSED:
         for name in [key for key in tensors if f".{parts[0]}.weight" in key]:
             names = [name.replace(parts[0], part) for part in parts]
-            whole = torch.cat([tensors.pop(one) for one in names])
+            whole = torch.cat([tensors.pop(item) for item in names])
             packed.append(ops.create_onednn_mm(whole.t(), 32))
     for name in [key for key in tensors if tensors[key].dim() == 2]:
         packed.append(ops.create_onednn_mm(tensors.pop(name).t(), 32))

@@ -199,7 +199,7 @@ def report(
     their category.
     """
     compared = comparison(table, played, predicted)
-    everything, asked = table, predicted
+    everything, wanted = table, predicted
     table, played, predicted = compared.table, compared.played, compared.predicted
     found = sweep(played, predicted)
     alone = singles(table)
@@ -210,7 +210,7 @@ def report(
     guess = predicted.posterior.argmax(axis=1)
     accuracy = None
     if given.any():
-        guesses = asked.posterior.argmax(axis=1)
+        guesses = wanted.posterior.argmax(axis=1)
         right = [labels[g] == c for g, c in zip(guesses, everything.categories, strict=True)]
         accuracy = float(np.mean(np.array(right)[given]))
     at = []

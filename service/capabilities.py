@@ -50,10 +50,10 @@ def _filled(expert: ExpertConfig, senses: Senses) -> ExpertConfig:
         senses_told = (("vision", senses.vision), ("audio", senses.audio))
         more = tuple(name for name, has in senses_told if has)
         changed["capabilities"] = (*expert.capabilities, *more)
-    told = {"image_tokens": senses.image_tokens, "image_edge": senses.image_edge}
+    found = {"image_tokens": senses.image_tokens, "image_edge": senses.image_edge}
     media = {
         key: value
-        for key, value in told.items()
+        for key, value in found.items()
         if value is not None and key not in expert.media.model_fields_set
     }
     if media:

@@ -128,7 +128,7 @@ class Recipe:
             "vote": len(self.members) >= 3 and not self.later,
         }
         if not fits.get(self.kind, False) or len(set(experts)) != len(experts):
-            raise ValueError(f"no such recipe: {self.kind} of {self.members} then {self.later}")
+            raise ValueError(f"invalid recipe: {self.kind} of {self.members} then {self.later}")
 
     @property
     def experts(self) -> tuple[str, ...]:

@@ -170,7 +170,8 @@ def _whole(site: Site) -> bool:
         return False
     status, body = fetch(site.port, "/ready", admin_key=site.admin_key)
     return status == 200 and all(
-        one["state"] in ("device", "host", "disk") for one in orjson.loads(body)["experts"].values()
+        expert["state"] in ("device", "host", "disk")
+        for expert in orjson.loads(body)["experts"].values()
     )
 
 

@@ -362,8 +362,8 @@ def service(config: Any, folder: Path, key: str, disk: Path | None) -> Iterator[
         status, body = fetch(port, "/ready", admin_key=admin_key_of(folder / "home"))
         if status != 200:
             return False
-        states = [one["state"] for one in orjson.loads(body)["experts"].values()]
-        return all(one in ("device", "host", "disk") for one in states)
+        states = [item["state"] for item in orjson.loads(body)["experts"].values()]
+        return all(item in ("device", "host", "disk") for item in states)
 
     command = [sys.executable, "-m", "service.cli", "serve", "--config", str(path)]
     env = {KEY_ENV: key, "COE_HOME": str(folder / "home"), "PYTHONPATH": os.getcwd()}

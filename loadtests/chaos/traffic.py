@@ -96,7 +96,7 @@ def judged(ask: Ask, status: int, expert: str, body: bytes) -> tuple[str, str]:
 
 def _whole(body: bytes) -> tuple[list[str], set[str], str]:
     data = orjson.loads(body)
-    return [one["message"]["content"] for one in data["choices"]], {data["model"]}, "done"
+    return [choice["message"]["content"] for choice in data["choices"]], {data["model"]}, "done"
 
 
 def _streamed(body: bytes) -> tuple[list[str], set[str], str]:
@@ -117,7 +117,7 @@ def _streamed(body: bytes) -> tuple[list[str], set[str], str]:
         if ended != "cut":
             ended = "twice"
         models.add(event["model"])
-        texts += [one["delta"].get("content") or "" for one in event["choices"]]
+        texts += [choice["delta"].get("content") or "" for choice in event["choices"]]
     return texts, models, ended
 
 

@@ -37,7 +37,7 @@ async def rate(target: Target, model: str, for_s: float) -> tuple[float, float, 
     """Streamed one-chunk replies: how many per second, our own ms for each, and their times."""
     request = target.request(body(model, prompts(1, seed=1)[0], 1))
     turn = (await closed_loop(target, repeat(request), _IN_FLIGHT, for_s=for_s)).check()
-    times = [one.total_ms for one in turn.exchanges]
+    times = [exchange.total_ms for exchange in turn.exchanges]
     return turn.rate, turn.cpu_s * 1000 / len(turn.exchanges), times
 
 

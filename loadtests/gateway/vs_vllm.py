@@ -82,11 +82,11 @@ async def _turn(target: Target, plan: Plan, texts: list[str], asker: Asker) -> T
         turn = (await closed_loop(target, once(requests), plan.in_flight)).check()
         exchanges, wall_s = turn.exchanges, turn.wall_s
     spent = Ticks.now().since(before)
-    for one in exchanges:
-        if (got := completion_tokens(one.body)) != plan.tokens:
+    for exchange in exchanges:
+        if (got := completion_tokens(exchange.body)) != plan.tokens:
             raise RuntimeError(f"{got} tokens where {plan.tokens} were asked for")
     made = plan.tokens * len(exchanges)
-    return TurnResult(made / wall_s, [one.first_ms for one in exchanges], spent)
+    return TurnResult(made / wall_s, [exchange.first_ms for exchange in exchanges], spent)
 
 
 async def _pairs(bare: Target, ours: Target, plan: Plan) -> list[tuple[TurnResult, TurnResult]]:

@@ -25,8 +25,8 @@ _MS = 5.0
 
 async def _share(screen: InjectionScreen, prompts: tuple[str, ...]) -> float:
     """Return the share of prompts that score at least the default threshold."""
-    looks = [await screen.look([Text(one, trusted=False)]) for one in prompts]
-    return sum(one.score >= _THRESHOLD for one in looks) / len(prompts)
+    looks = [await screen.look([Text(item, trusted=False)]) for item in prompts]
+    return sum(item.score >= _THRESHOLD for item in looks) / len(prompts)
 
 
 async def measure() -> Report:
@@ -48,7 +48,7 @@ async def measure() -> Report:
         found = frozenset((await personal.look([Text(text, trusted=False)])).kinds)
         right += found == inside
         if found != inside:
-            named = [", ".join(sorted(one)) or "nothing" for one in (inside, found)]
+            named = [", ".join(sorted(item)) or "nothing" for item in (inside, found)]
             kinds.rows.append((text, *named))
     report.tables.append(kinds)
     report.facts["personal_right"] = right / len(PERSONAL)

@@ -95,7 +95,7 @@ class Turn:
 
     def check(self) -> Turn:
         """Itself. Raises RuntimeError if any reply was not whole."""
-        faults = [fault for one in self.exchanges if (fault := one.fault()) is not None]
+        faults = [fault for exchange in self.exchanges if (fault := exchange.fault()) is not None]
         if faults:
             raise RuntimeError(f"{len(faults)} of {len(self.exchanges)} failed: {faults[0]}")
         return self

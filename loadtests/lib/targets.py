@@ -85,8 +85,8 @@ class Report:
         """The tables, the notes, and what was reached."""
         goals = Table("Reached", ("what", "target", "value", "met"))
         goals.rows = [
-            (one.name, f"{one.target:g}", f"{one.value:g}", "yes" if one.ok else "NO")
-            for one in self.reach
+            (item.name, f"{item.target:g}", f"{item.value:g}", "yes" if item.ok else "NO")
+            for item in self.reach
         ]
         return "\n\n".join([*(t.text() for t in (*self.tables, goals)), *self.notes])
 
@@ -94,7 +94,7 @@ class Report:
         """The one JSON object."""
         return {
             "name": self.name,
-            "reach": [asdict(one) for one in self.reach],
+            "reach": [asdict(item) for item in self.reach],
             **self.facts,
             "notes": self.notes,
         }

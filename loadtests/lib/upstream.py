@@ -76,9 +76,9 @@ class Upstream(asyncio.Protocol):
         if not body:
             self._transport.write(_json({"status": "ok"}))
             return
-        asked = orjson.loads(body)
-        words = int(asked.get("max_tokens") or 1)
-        if asked.get("stream"):
+        data = orjson.loads(body)
+        words = int(data.get("max_tokens") or 1)
+        if data.get("stream"):
             self._step(self._loop.time(), 0, words)
         else:
             self._transport.write(whole(words))

@@ -271,7 +271,7 @@ async def fairness(port: int, for_s: float, report: Report) -> None:
 
 
 def _ms(exchanges: list[Exchange]) -> list[float]:
-    return [one.total_ms for one in exchanges]
+    return [exchange.total_ms for exchange in exchanges]
 
 
 async def _later(loop: Any, target: Target, ask: Callable[[], bytes], for_s: float) -> Any:

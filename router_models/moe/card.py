@@ -8,9 +8,9 @@ from router_models.moe.gates import RIDGE, Statistics
 def text(statistics: Statistics, *, top_k: int, hidden: int, layers: int) -> str:
     """Return the card. It names the origin of each expert instead of a licence of the weights."""
     rows = "\n".join(
-        f"| {index} | {one.name} | `{one.weights}` | {one.source} | {one.licence} | "
-        f"{one.rows} | {one.tokens:,} |"
-        for index, one in enumerate(statistics.origins)
+        f"| {index} | {origin.name} | `{origin.weights}` | {origin.source} | {origin.licence} | "
+        f"{origin.rows} | {origin.tokens:,} |"
+        for index, origin in enumerate(statistics.origins)
     )
     return f"""---
 base_model: {statistics.origins[0].weights}

@@ -59,8 +59,8 @@ def write_shared(
     """Write attention, embeddings, norms, and the gates (L, E, H) in the same dtype."""
     dtype = next(iter(shared.values())).dtype
     gate = {
-        f"model.layers.{layer}.block_sparse_moe.gate.weight": torch.from_numpy(one).to(dtype)
-        for layer, one in enumerate(weights)
+        f"model.layers.{layer}.block_sparse_moe.gate.weight": torch.from_numpy(weight).to(dtype)
+        for layer, weight in enumerate(weights)
     }
     _save({**shared, **gate}, folder / SHARED)
 

@@ -156,4 +156,4 @@ def _room(places: int, devices: int) -> int:
 
 def _placed(held: list[list[int]]) -> Placed:
     # The devices are interchangeable. They are sorted, so that equal placements compare equal.
-    return Placed(tuple(sorted(tuple(sorted(one)) for one in held)))
+    return Placed(tuple(sorted(tuple(sorted(item)) for item in held)))

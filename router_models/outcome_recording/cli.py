@@ -161,7 +161,7 @@ async def _record(tasks: list[Task], settings: RecorderSettings, asked: _Asked, 
             raise OutcomeError(
                 f"{endpoint.url} has no {', '.join(unknown)}; it has {', '.join(listed)}"
             )
-        prices = {name: one.price for name, one in listed.items() if one.price is not None}
+        prices = {name: item.price for name, item in listed.items() if item.price is not None}
         if asked.prices is not None:
             prices |= _read_prices(asked.prices)
         _check_bound(settings.max_cost, prices, wanted)
@@ -235,7 +235,7 @@ def _experts(given: tuple[str, ...], listed: Mapping[str, Any]) -> tuple[str, ..
             raise OutcomeError("--experts needs at least one name")
         return tuple(dict.fromkeys(given))
     alone = ("", "full", "lora", "steered", "remote")
-    found = tuple(name for name, one in listed.items() if one.kind in alone)
+    found = tuple(name for name, item in listed.items() if item.kind in alone)
     if not found:
         raise OutcomeError("the endpoint lists no experts; name them with --experts")
     return found
@@ -254,8 +254,8 @@ def _read_prices(path: Path) -> dict[str, Price]:
         values = price if isinstance(price, dict) else {}
         amounts = [values.get(side) for side in ("prompt", "completion")]
         if values.keys() != {"prompt", "completion"} or not all(
-            isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one < 1e15
-            for one in amounts
+            isinstance(amount, int | float) and not isinstance(amount, bool) and 0 <= amount < 1e15
+            for amount in amounts
         ):
             raise OutcomeError(
                 f'{path}: {name}: expected {{"prompt": number, "completion": number}}, in units of '

@@ -144,10 +144,10 @@ class Endpoint:
         data = await self._call("GET", "/models", None)
         entries = data.get("data")
         found: dict[str, Listed] = {}
-        for one in entries if isinstance(entries, list) else ():
-            if isinstance(one, dict) and isinstance(one.get("id"), str):
-                coe = _object(one.get("coe"))
-                found[one["id"]] = Listed(str(coe.get("kind", "")), _price(coe.get("price")))
+        for entry in entries if isinstance(entries, list) else ():
+            if isinstance(entry, dict) and isinstance(entry.get("id"), str):
+                coe = _object(entry.get("coe"))
+                found[entry["id"]] = Listed(str(coe.get("kind", "")), _price(coe.get("price")))
         return found
 
     async def ask(

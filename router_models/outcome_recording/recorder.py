@@ -328,7 +328,7 @@ class Recorder:
         if not text.strip():
             return Score(0.0, "no answer")
         assert self._settings.judge is not None
-        asked = "\n\n".join(f"{one['role']}: {one['content']}" for one in task.conversation())
+        asked = "\n\n".join(f"{item['role']}: {item['content']}" for item in task.conversation())
         prompt = task.text if len(task.conversation()) == 1 else asked
         own = _Bill()
         try:
@@ -370,9 +370,9 @@ def _spent_before(row: Row | None, expert: str) -> float:
 def _error_of(
     task: Task, expert: str, code: str, error: Exception, bill: _Bill, file: OutcomeFile
 ) -> dict[str, Any]:
-    told: dict[str, Any] = {"code": code, "message": str(error) or code}
+    fields: dict[str, Any] = {"code": code, "message": str(error) or code}
     spent = bill.total + _spent_before(file.rows.get(task.id), expert)
-    return {**told, "cost": round(spent, 9)} if spent else told
+    return {**fields, "cost": round(spent, 9)} if spent else fields
 
 
 def _digest(task: Task) -> str:

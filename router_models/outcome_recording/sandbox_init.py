@@ -155,7 +155,7 @@ def _enter_namespaces() -> None:
 
 def _make_root(folders: list[str]) -> None:
     """Make a read-only root of the given folders and three devices."""
-    places = (one for one in _PLACES if os.path.isdir(one))
+    places = (item for item in _PLACES if os.path.isdir(item))
     place = next((p for p in places if not any(f.startswith(p) for f in folders)), None)
     if place is None:
         raise _SandboxError(f"none of the folders {', '.join(_PLACES)} can hold the new root")
@@ -224,7 +224,7 @@ def main() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         base = os.path.realpath(sys.base_prefix)
         python = os.path.realpath(sys.executable)
-        inside = any(base == one or base.startswith(one + "/") for one in _LIBRARIES)
+        inside = any(base == library or base.startswith(library + "/") for library in _LIBRARIES)
         _make_root([*_LIBRARIES, *(() if inside else (base,))])
         os.setsid()
         _drop(limits, as_nobody=root)

@@ -100,12 +100,12 @@ def _exact(check: ExactCheck, text: str) -> Score:
         value = " ".join(value.translate(_CURLY).split()).strip(_QUOTES).rstrip(".").strip(_QUOTES)
         return value.casefold() if check.ignore_case else value
 
-    right = {plain(one) for one in check.answers}
-    right |= {plain(final.value) for one in check.answers if (final := final_answer(one))}
+    right = {plain(answer) for answer in check.answers}
+    right |= {plain(final.value) for answer in check.answers if (final := final_answer(answer))}
     given = [plain(after_thinking(text))]
     if (final := final_answer(text)) is not None:
         given.append(plain(final.value))
-    if any(one in right for one in given):
+    if any(answer in right for answer in given):
         return Score(1.0)
     return Score(0.0, "another answer" if final is not None else "no final answer")
 
@@ -262,9 +262,9 @@ def _contains_all(check: ContainsAllCheck, text: str) -> Score:
         return value.casefold() if check.ignore_case else value
 
     answer = plain(after_thinking(text))
-    if any(plain(one) in answer for one in check.none_of):
+    if any(plain(item) in answer for item in check.none_of):
         return Score(0.0, "contains a forbidden text")
-    found = sum(plain(one) in answer for one in check.texts)
+    found = sum(plain(item) in answer for item in check.texts)
     share = found / len(check.texts)
     reason = f"{found} of {len(check.texts)} texts"
     return Score(share if check.partial else float(share == 1.0), reason)

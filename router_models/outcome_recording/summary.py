@@ -81,7 +81,7 @@ def _cell(expert: str, category: str, outcomes: Sequence[dict[str, Any]], failed
     scores = _values(outcomes, "score")
     mean = math.fsum(scores) / len(scores) if scores else math.nan
     low, high = interval(mean, len(scores))
-    reasons = [one["finish_reason"] for one in outcomes if "finish_reason" in one]
+    reasons = [outcome["finish_reason"] for outcome in outcomes if "finish_reason" in outcome]
     return Cell(
         expert,
         category,
@@ -104,4 +104,6 @@ def _mean(outcomes: Sequence[dict[str, Any]], name: str) -> float | None:
 
 
 def _values(outcomes: Sequence[dict[str, Any]], name: str) -> list[float]:
-    return [float(one[name]) for one in outcomes if isinstance(one.get(name), int | float)]
+    return [
+        float(outcome[name]) for outcome in outcomes if isinstance(outcome.get(name), int | float)
+    ]

@@ -67,7 +67,7 @@ class Task(BaseModel):
 
     def _conversation(self) -> list[dict[str, str]]:
         assert self.messages is not None
-        return [{"role": one.role, "content": one.content} for one in self.messages]
+        return [{"role": message.role, "content": message.content} for message in self.messages]
 
     def conversation(self) -> list[dict[str, str]]:
         """The messages of the request."""
@@ -97,7 +97,7 @@ def read_tasks(files: Sequence[Path]) -> list[Task]:
             try:
                 task = Task.model_validate(json.loads(line))
             except ValidationError as error:
-                errors += (f"{place}: {_field(one)}" for one in error.errors())
+                errors += (f"{place}: {_field(item)}" for item in error.errors())
             except (ValueError, RecursionError) as error:
                 errors.append(f"{place}: is no JSON: {error}")
             else:

@@ -118,7 +118,7 @@ def _defined(source: str) -> set[str]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Assign):
-            names |= {one.id for one in node.targets if isinstance(one, ast.Name)}
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     return names
 
 

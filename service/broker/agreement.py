@@ -140,11 +140,11 @@ _NUMBER = re.compile(
 )
 _FRACTION = re.compile(r"(-?)([1-9][0-9]{0,9})/([1-9][0-9]{0,9})")
 _VERDICTS = {
-    said: verdict
+    spelling: verdict
     for verdict in ("yes", "no", "true", "false")
-    for said in (verdict, verdict.capitalize(), verdict.upper())
+    for spelling in (verdict, verdict.capitalize(), verdict.upper())
     # NO is also nitrogen monoxide.
-    if said != "NO"
+    if spelling != "NO"
 }
 _SURE_KINDS = frozenset({"choice", "number", "verdict"})
 _WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
@@ -288,7 +288,7 @@ def _together(concluded: list[FinalAnswer | None]) -> FinalAnswer | None:
         return None
     if len(distinct) == 1:
         return distinct[0]
-    parts = [f"{one.kind}:{one.value}" for one in distinct if one is not None]
+    parts = [f"{item.kind}:{item.value}" for item in distinct if item is not None]
     return FinalAnswer("several", json.dumps(parts, ensure_ascii=False))
 
 
@@ -375,52 +375,52 @@ def _closing_brace(line: str, start: int) -> int | None:
     return None
 
 
-def _canonical(said: str, most: int = _SHORT_CHARS) -> FinalAnswer | None:
+def _canonical(text: str, most: int = _SHORT_CHARS) -> FinalAnswer | None:
     """Return a value in its canonical form; None if it has more than `most` characters."""
-    said = _unwrapped(said)
+    text = _unwrapped(text)
     for pattern, instead in _LATEX:
-        said = pattern.sub(instead, said)
-    said = "\n".join(" ".join(line.split()) for line in said.split("\n"))
-    said = _unwrapped(_AROUND_SIGNS.sub(r"\1", said))
-    if not said or len(said) > most or _REFUSAL.search(said):
+        text = pattern.sub(instead, text)
+    text = "\n".join(" ".join(line.split()) for line in text.split("\n"))
+    text = _unwrapped(_AROUND_SIGNS.sub(r"\1", text))
+    if not text or len(text) > most or _REFUSAL.search(text):
         return None
-    if choice := _CHOICE.fullmatch(said):
+    if choice := _CHOICE.fullmatch(text):
         return FinalAnswer("choice", choice[1] or choice[2] or choice[3])
-    if (number := _number(said)) is not None:
+    if (number := _number(text)) is not None:
         return FinalAnswer("number", number)
-    if said in _VERDICTS:
-        return FinalAnswer("verdict", _VERDICTS[said])
-    if both := _CHOICE_AND_TEXT.fullmatch(said):
-        said = f"{both[1] or both[2]}) {both[3]}"
-    return FinalAnswer("text", said)
+    if text in _VERDICTS:
+        return FinalAnswer("verdict", _VERDICTS[text])
+    if both := _CHOICE_AND_TEXT.fullmatch(text):
+        text = f"{both[1] or both[2]}) {both[3]}"
+    return FinalAnswer("text", text)
 
 
-def _unwrapped(said: str) -> str:
+def _unwrapped(text: str) -> str:
     """Remove the full stop at the end, and delimiters that enclose the whole value."""
     while True:
-        before = said = said.strip()
-        if said.endswith(".") and not said.endswith(".."):
-            said = said[:-1]
+        before = text = text.strip()
+        if text.endswith(".") and not text.endswith(".."):
+            text = text[:-1]
         for opens, closes in _WRAPPINGS:
-            inner = said[len(opens) : len(said) - len(closes)]
+            inner = text[len(opens) : len(text) - len(closes)]
             if (
-                said.startswith(opens)
-                and said.endswith(closes)
-                and len(said) > len(opens) + len(closes)
+                text.startswith(opens)
+                and text.endswith(closes)
+                and len(text) > len(opens) + len(closes)
                 and opens not in inner
                 and closes not in inner
             ):
-                said = inner
-        if said == before:
-            return said
+                text = inner
+        if text == before:
+            return text
 
 
-def _number(said: str) -> str | None:
+def _number(text: str) -> str | None:
     """Return a number, with or without a % sign, in its canonical form; None for other text."""
-    if fraction := _FRACTION.fullmatch(said):
+    if fraction := _FRACTION.fullmatch(text):
         return _decimal_of(fraction[1], int(fraction[2]), int(fraction[3]))
-    said = said[:-2] + "%" if said.endswith(" %") else said
-    found = _NUMBER.fullmatch(said)
+    text = text[:-2] + "%" if text.endswith(" %") else text
+    found = _NUMBER.fullmatch(text)
     if found is None or not found[2]:
         return None
     sign, digits, exponent, percent = found[1], found[2].replace(",", ""), found[3], found[4]

@@ -86,31 +86,31 @@ class Breaker:
             self._probing = True
         return Permit(self._turn, probe)
 
-    def end(self, one: Permit, ok: bool | None, now_s: float) -> bool:
+    def end(self, permit: Permit, ok: bool | None, now_s: float) -> bool:
         """Record the end of a request.
 
         Args:
-            one: The request's permit.
+            permit: The request's permit.
             ok: True: success. False: the expert failed. None: neither.
             now_s: The time, in s.
 
         Returns:
             Whether this opened the breaker.
         """
-        if one.turn != self._turn:
+        if permit.turn != self._turn:
             return False  # it began before the last change of state
-        if one.probe:
+        if permit.probe:
             self._probing = False
         if ok is None:
             return False
         if ok:
             self._row = 0
-            if one.probe:
+            if permit.probe:
                 self._turn += 1
                 self._until_s = None
                 self._opened_row = 0
             return False
-        if one.probe:
+        if permit.probe:
             self._open(now_s)
             return True
         if now_s - self._last_s >= self._policy.together_s:
@@ -148,7 +148,7 @@ class Breakers(Generic[Key]):
         """Keys of the breakers that let no request pass now."""
         if not self._all:
             return frozenset()
-        return frozenset(key for key, one in self._all.items() if not one.allows(now_s))
+        return frozenset(key for key, breaker in self._all.items() if not breaker.allows(now_s))
 
     def left_s(self, keys: Iterable[Key], now_s: float) -> float:
         """Seconds until the first of these lets a request pass."""
@@ -157,17 +157,17 @@ class Breakers(Generic[Key]):
 
     def begin(self, key: Key, now_s: float) -> Permit:
         """Let a request pass; see `Breaker.begin`."""
-        one = self._all.get(key)
-        return one.begin(now_s) if one is not None else Permit(0, probe=False)
+        breaker = self._all.get(key)
+        return breaker.begin(now_s) if breaker is not None else Permit(0, probe=False)
 
-    def end(self, key: Key, one: Permit, ok: bool | None, now_s: float) -> bool:
+    def end(self, key: Key, permit: Permit, ok: bool | None, now_s: float) -> bool:
         """Record an outcome; see `Breaker.end`."""
         breaker = self._all.get(key)
         if breaker is None:
             if ok is not False:
                 return False
             breaker = self._all[key] = Breaker(self._policy, self._random)
-        return breaker.end(one, ok, now_s)
+        return breaker.end(permit, ok, now_s)
 
     def forget(self, gone: Callable[[Key], bool]) -> None:
         """Delete the breakers of the keys that are gone."""
@@ -176,7 +176,7 @@ class Breakers(Generic[Key]):
 
     def states(self, now_s: float) -> dict[Key, State]:
         """State of every breaker that has recorded a failure."""
-        return {key: one.state(now_s) for key, one in self._all.items()}
+        return {key: breaker.state(now_s) for key, breaker in self._all.items()}
 
 
 class RetryBudget:

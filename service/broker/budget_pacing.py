@@ -8,8 +8,8 @@ Programming, 2014; Balseiro, Besbes, Pizarro: Survey of Dynamic Resource-Constra
 Collection Problems, 2023). It steers before the cap is hit; the cap itself is the ledger's.
 
 Where several gateways spend one budget, each learns the options from its own requests. The rest of
-the budget is for the requests of all gateways, so they share the numbers of arrivals (`untold`,
-`heard`).
+the budget is for the requests of all gateways, so they share the numbers of arrivals (`unreported`,
+`set_arrivals`).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class BudgetPacer:
         # Requests in this window: this gateway's, the reported ones among them, and those of all
         # gateways by part of the window.
         self._own = 0
-        self._told = 0
+        self._reported = 0
         self._shared: Mapping[int, int] = {}
         # Requests per second in the window before.
         self._rate_before = 0.0
@@ -99,7 +99,7 @@ class BudgetPacer:
         return self._window[0]
 
     @property
-    def asked(self) -> bool:
+    def has_requests(self) -> bool:
         """Whether this gateway had a request for the budget in this window."""
         return self._own > 0
 
@@ -109,15 +109,15 @@ class BudgetPacer:
         old_s = _OLD * (purse.end_s - purse.start_s)
         return self._since > 0 or window != self._window or now_s - self._priced_s > old_s
 
-    def untold(self, now_s: float) -> tuple[int, int]:
+    def unreported(self, now_s: float) -> tuple[int, int]:
         """Return the present piece of the window, and the requests since the last call.
 
         They are to be added to the counts that all gateways share.
         """
-        count, self._told = self._own - self._told, self._own
+        count, self._reported = self._own - self._reported, self._own
         return self._piece(now_s), count
 
-    def heard(self, arrivals: Mapping[int, int]) -> None:
+    def set_arrivals(self, arrivals: Mapping[int, int]) -> None:
         """Take over the arrivals at all gateways, this one included, by part of the window."""
         self._shared = arrivals
 
@@ -147,7 +147,7 @@ class BudgetPacer:
         else:
             self._rate_before = self._rate(min(now_s, self._window[1]))
             self._from_s = purse.start_s
-            self._own = self._told = 0
+            self._own = self._reported = 0
         self._window = (purse.start_s, purse.end_s)
         self._shared = {}
 
@@ -158,10 +158,10 @@ class BudgetPacer:
         if self._shared and (first := min(self._shared)) < self._piece(from_s):
             # Other gateways have counted for longer than this one.
             from_s = start_s + first * (end_s - start_s) / _PIECES
-        told = max(self._told, sum(self._shared.values()))
+        known = max(self._reported, sum(self._shared.values()))
         # Unreported arrivals are scaled by the same ratio as the reported ones.
-        times = told / self._told if self._told else 1.0
-        arrivals = told + (self._own - self._told) * times
+        times = known / self._reported if self._reported else 1.0
+        arrivals = known + (self._own - self._reported) * times
         # A burst at the start is not a rate: the rate before weighs as much as this time.
         calm_s = min(_CALM_S, (end_s - start_s) / 100)
         return (arrivals + calm_s * self._rate_before) / (max(now_s - from_s, 0.0) + calm_s)

@@ -75,11 +75,11 @@ def shift(voters: Mapping[str, Tally], believed: float, votes: int, max_shift: f
         max_shift: The bound of the correction, in both directions.
     """
     weight = total = 0.0
-    for said, score in voters.values():
-        if said > 0:
-            counts = min(said, float(votes))
+    for count, score in voters.values():
+        if count > 0:
+            counts = min(count, float(votes))
             weight += counts
-            total += counts * score / said
+            total += counts * score / count
     if not weight:
         return 0.0
     joined = (prior_votes(votes) * believed + total) / (prior_votes(votes) + weight)

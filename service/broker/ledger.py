@@ -111,14 +111,14 @@ class Ledger:
     def __init__(self, config: Config, store: Store) -> None:
         self._store = store
         self._tenants = {name: limits_of(tenant) for name, tenant in config.tenants.items()}
-        self._budgets = {name: _budget(name, one) for name, one in config.budgets.items()}
-        self._of_tenant = {name: one.tenant for name, one in config.budgets.items()}
+        self._budgets = {name: _budget(name, budget) for name, budget in config.budgets.items()}
+        self._of_tenant = {name: budget.tenant for name, budget in config.budgets.items()}
 
     def bounds(self, tenant: Tenant) -> bool:
         """Whether this tenant's tokens or costs are bounded, so that answers need a bound."""
         limits = (tenant.limits, self._tenants.get(tenant.name, Limits()))
         return any(
-            one.tokens_per_min is not None or one.budget is not None for one in limits
+            limit.tokens_per_min is not None or limit.budget is not None for limit in limits
         ) or any(self._concerns(name, tenant) for name in self._budgets)
 
     async def arrive(self, request_id: str, tenant: Tenant) -> Reservation:
@@ -216,9 +216,9 @@ class Ledger:
         for tenant, limits in self._tenants.items():
             if (account := _own_budget(f"tenant/{tenant}", limits)) is not None:
                 named[f"tenant/{tenant}"] = (account, tenant, "")
-        for one in keys:
-            if (account := _own_budget(f"key/{one.key}", one.limits)) is not None:
-                named[f"key/{one.key}"] = (account, one.name, one.key)
+        for owner in keys:
+            if (account := _own_budget(f"key/{owner.key}", owner.limits)) is not None:
+                named[f"key/{owner.key}"] = (account, owner.name, owner.key)
         if not named:
             return {}
         balances = await self._store.balances([account for account, *_ in named.values()])

@@ -235,7 +235,7 @@ def _answer(body: bytes, expert: str) -> dict[str, Any]:
 
 
 def _nonsense(expert: str, what: str) -> UpstreamError:
-    return UpstreamError(f"expert {expert!r}: what its endpoint sent is {what}")
+    return UpstreamError(f"expert {expert!r}: the reply of its endpoint is {what}")
 
 
 def _seconds(retry_after: str | None) -> float:

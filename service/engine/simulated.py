@@ -378,7 +378,7 @@ def _prompt_text(body: dict[str, Any], endpoint: str) -> str:
         return "\n".join(prompt)
     if isinstance(prompt, str) and prompt:
         return prompt
-    raise InvalidRequestError("`messages` or `prompt` is needed", param="messages")
+    raise InvalidRequestError("`messages` or `prompt` is required", param="messages")
 
 
 def _input_text(body: dict[str, Any]) -> str:
@@ -405,7 +405,7 @@ def _length_limit(body: dict[str, Any], endpoint: str) -> tuple[str, Any]:
         return "max_output_tokens", body.get("max_output_tokens")
     if endpoint == MESSAGES:
         if body.get("max_tokens") is None:
-            raise InvalidRequestError("`max_tokens` is needed", param="max_tokens")
+            raise InvalidRequestError("`max_tokens` is required", param="max_tokens")
         return "max_tokens", body["max_tokens"]
     return "max_tokens", body.get("max_completion_tokens") or body.get("max_tokens")
 

@@ -151,17 +151,17 @@ class BudgetPrices:
         names = []
         for name, state in self._states.items():
             pacer = self._pacers[name]
-            if pacer.starts_s != state.starts_s or not pacer.asked:
+            if pacer.starts_s != state.starts_s or not pacer.has_requests:
                 continue  # repricing has to leave the window that is over first
             names.append(name)
-            piece, count = pacer.untold(now_s)
+            piece, count = pacer.unreported(now_s)
             if count:
                 keep_s = int(state.ends_s - state.starts_s) + _KEEP_AFTER_WINDOW_S
                 note = UsageNote(_arrivals_name(name, state), {str(piece): count}, keep_s)
                 await store.settle(_NO_CLAIM, (), note)
         found = await store.counts([_arrivals_name(name, self._states[name]) for name in names])
         for name, counts in zip(names, found, strict=True):
-            self._pacers[name].heard({int(piece): count for piece, count in counts.items()})
+            self._pacers[name].set_arrivals({int(piece): count for piece, count in counts.items()})
 
     def _budgets_of(self, tenant: Tenant) -> list[str]:
         """The names of the budgets that a tenant's requests are charged to."""

@@ -117,7 +117,7 @@ class CrossOriginRules:
                 and headers.get(b"sec-fetch-dest", b"document") == b"document"
             ):
                 raise ForbiddenError(
-                    "a page of another origin may not ask while no API key is needed; "
+                    "pages of other origins are refused while no API key is needed; "
                     "`server.cors_origins` can allow its origin",
                     code="origin_not_allowed",
                 )
@@ -131,7 +131,7 @@ class CrossOriginRules:
         ):
             return
         raise ForbiddenError(
-            f"the origin {origin[:128]!r} may not ask while no API key is needed; "
+            f"the origin {origin[:128]!r} is refused while no API key is needed; "
             "`server.cors_origins` can allow it",
             code="origin_not_allowed",
         )

@@ -26,12 +26,12 @@ class GatewayMetrics:
         self.registry = MetricsRegistry(Side.GATEWAY)
         self.remote: frozenset[str] = frozenset()
         self._in_flight = 0
-        self._asked: list[Callable[[], Awaitable[None]]] = []
+        self._refreshers: list[Callable[[], Awaitable[None]]] = []
         self.registry.on_read(lambda: self.registry.put(metrics.IN_FLIGHT, self._in_flight))
 
-    def on_ask(self, asked: Callable[[], Awaitable[None]]) -> None:
+    def on_read(self, refresh: Callable[[], Awaitable[None]]) -> None:
         """Like the registry's `on_read`, for what must be waited for."""
-        self._asked.append(asked)
+        self._refreshers.append(refresh)
 
     @property
     def in_flight(self) -> int:
@@ -98,6 +98,6 @@ class GatewayMetrics:
 
     async def text(self, labels: Mapping[str, str]) -> str:
         """Everything as Prometheus' text, every sample with these labels."""
-        await asyncio.gather(*(asked() for asked in self._asked))
+        await asyncio.gather(*(refresh() for refresh in self._refreshers))
         self.registry.refresh()
         return await asyncio.to_thread(text_of, [(self.registry.prometheus, labels)])

@@ -44,8 +44,8 @@ class ExpertCall:
     Attributes:
         expert: The expert that was called.
         price: Its price.
-        prompt_tokens: Tokens of the prompt; None until the reply has told them.
-        completion_tokens: Tokens of all answers together; None until the reply has told them.
+        prompt_tokens: Tokens of the prompt; None until they are known.
+        completion_tokens: Tokens of all answers together; None until they are known.
         estimated: Whether the call was cut short, so that its tokens are estimated by the clock.
         answers: How many answers are asked for at once.
         most_tokens: The bound of each answer, if there is one.
@@ -300,7 +300,9 @@ class RequestScope:
         record.streamed, record.own_deadline = request.stream, request.own_deadline
         log_fields(request_id=request.client_id)
         if record.trace is not None:
-            record.trace.asked(request.request_id, request.model, request.stream, request.data)
+            record.trace.set_request(
+                request.request_id, request.model, request.stream, request.data
+            )
         self.headers += self._id_header() + validated.headers
         if request.left_out:
             self.headers.append((b"x-coe-tools-left-out", ", ".join(request.left_out).encode()))

@@ -101,7 +101,7 @@ class GatewayRuntime:
             lambda: self.state.metrics.text({"gateway": gateway_id}),
         )
         self.state.metrics.registry.on_read(self._update_metrics)
-        self.state.metrics.on_ask(self._update_budget_metrics)
+        self.state.metrics.on_read(self._update_budget_metrics)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self._app(scope, receive, send)

@@ -32,7 +32,7 @@ class TokenUsage:
         start: Offset of its key, or of the comma before it.
         value: Offset of its value.
         end: Offset behind its value.
-        told: Whether the value is an object; false where it is null.
+        is_object: Whether the value is an object; false where it is null.
         prompt_tokens: Tokens of the prompt, if given.
         answer_tokens: Tokens of the answer, if given.
     """
@@ -40,7 +40,7 @@ class TokenUsage:
     start: int
     value: int
     end: int
-    told: bool
+    is_object: bool
     prompt_tokens: int | None = None
     answer_tokens: int | None = None
 
@@ -57,7 +57,7 @@ def _usages(data: bytes) -> Iterator[TokenUsage]:
     text = ""
     for key in _KEY.finditer(data):
         if data.startswith(b"null", key.end()):
-            yield TokenUsage(key.start(), key.end(), key.end() + 4, told=False)
+            yield TokenUsage(key.start(), key.end(), key.end() + 4, is_object=False)
             continue
         # One character for each byte keeps the offsets.
         text = text or data.decode("latin-1")
@@ -83,7 +83,7 @@ def reply_usage(body: bytes) -> TokenUsage | None:
     is parsed, which is short: engines put the usage at the end.
     """
     left = _MOST_READ
-    for usage in reversed([usage for usage in _usages(body) if usage.told]):
+    for usage in reversed([usage for usage in _usages(body) if usage.is_object]):
         left -= len(body) - usage.end
         if left < 0:
             return None

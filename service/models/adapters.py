@@ -114,7 +114,7 @@ def inspect_adapter(path: Path) -> AdapterInfo:
     targets = config.get("target_modules")
     if isinstance(targets, str):
         targets = [targets]
-    if not isinstance(targets, list) or not all(isinstance(one, str) for one in targets):
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise ModelStoreError(f"{where}: 'target_modules' is missing or not a list of names")
     base = config.get("base_model_name_or_path")
     return AdapterInfo(
@@ -153,7 +153,7 @@ def find_misfit(adapter: AdapterInfo, base: Mapping[str, tuple[int, ...]]) -> st
         shapes = {base[weight]} if weight in base else by_tail.get(tail, set())
         # Some architectures keep their weights as (columns, rows).
         if shapes and not shapes & {shape, shape[::-1]}:
-            has = " or ".join(_shape(one) for one in sorted(shapes))
+            has = " or ".join(_shape(item) for item in sorted(shapes))
             return f"it changes {module} of {_shape(shape)}, and the base's has {has}"
     return None
 

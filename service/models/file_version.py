@@ -43,6 +43,6 @@ def files_in(folder: Path) -> Iterator[Path]:
         if path.name.startswith("."):
             continue
         if path.is_dir() and path.name.endswith(TEMPLATES):
-            yield from sorted(one for one in path.rglob("*") if one.is_file())
+            yield from sorted(item for item in path.rglob("*") if item.is_file())
         elif not path.is_dir():
             yield path

@@ -136,7 +136,7 @@ def hub_snapshot(path: Path) -> Path | None:
     try:
         main = snapshots / (path / "refs" / "main").read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
-        found = [one for one in snapshots.iterdir() if one.is_dir()]
+        found = [item for item in snapshots.iterdir() if item.is_dir()]
         return found[0] if len(found) == 1 else None
     return main if main.parent == snapshots and main.is_dir() else None
 

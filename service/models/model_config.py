@@ -57,9 +57,9 @@ def kv_layout(sizes: dict[str, Any], layers: int, kv_heads: int, head_size: int)
         window = 0
     types = sizes.get("layer_types")
     if isinstance(types, list) and len(types) == layers:
-        full = sum(one in ("full_attention", "attention") for one in types)
+        full = sum(type_ in ("full_attention", "attention") for type_ in types)
         local = ("sliding_attention", "chunked_attention")
-        windowed = sum(one in local for one in types) if window > 0 else 0
+        windowed = sum(type_ in local for type_ in types) if window > 0 else 0
         return KvLayout(full, windowed, max(0, window), elements)
     if window <= 0:
         return KvLayout(layers, 0, 0, elements)
@@ -132,8 +132,8 @@ def language_sizes(config: dict[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in sizes.items() if value is not None}
     flat = {key: value for key, value in given.items() if not key.endswith("_config")}
     # The whole config comes first, because its class knows the types of its parts.
-    for one in (config, flat) if nested else (config,):
-        if defaults := _class_defaults(one):
+    for item in (config, flat) if nested else (config,):
+        if defaults := _class_defaults(item):
             return {**defaults, **given}
     return sizes
 

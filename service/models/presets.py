@@ -47,13 +47,13 @@ class Trio:
 
 
 def _qwen(size: str, parameters: float, weight_bytes: int, *, math: bool) -> Trio:
-    def one(part: str, category: str, about: str) -> PublicModel:
+    def published(part: str, category: str, about: str) -> PublicModel:
         source = f"Qwen/Qwen2.5-{part}{size}-Instruct"
         return PublicModel(source, category, "Apache-2.0", parameters, weight_bytes, about)
 
-    models = [one("", "general", "for anything"), one("Coder-", "code", "programs")]
+    models = [published("", "general", "for anything"), published("Coder-", "code", "programs")]
     if math:
-        models.append(one("Math-", "math", "mathematics, step by step"))
+        models.append(published("Math-", "math", "mathematics, step by step"))
     # The mathematical models are trained for 4,096 tokens.
     return Trio(f"Qwen2.5 {size}", tuple(models), 4096)
 

@@ -131,7 +131,7 @@ def _store_name(source: str) -> str:
         return name if revision is None else f"{name}@{revision.replace('/', '--')}"
     hint = f"; for the folder write ./{source}" if source and Path(source).is_dir() else ""
     raise ModelStoreError(
-        f"{source!r} is no model I know{hint}: allowed are a catalogue name "
+        f"unknown model {source!r}{hint}: allowed are a catalogue name "
         f"({', '.join(CATALOGUE)}), a folder with safetensors (a path that begins with ./, "
         "../, / or ~), or org/name of the Hugging Face hub"
     )

@@ -158,8 +158,8 @@ def _counts(value: object, what: str) -> tuple[int, ...]:
     """
     if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
         raise ValueError(f"{what} is not a list of at most {_MAX_DIMENSIONS} whole numbers")
-    for one in value:
-        if type(one) is not int or not 0 <= one <= _MAX_COUNT:
+    for item in value:
+        if type(item) is not int or not 0 <= item <= _MAX_COUNT:
             raise ValueError(f"{what} holds something else than a whole number from 0 to 2^63 - 1")
     return tuple(value)
 

@@ -61,7 +61,7 @@ def check_kernels(
             at = f"experts.{name}" if own.tuned_config_folder is not None else f"pools.{kind}"
             _check_tuned(at, name, info.moe, options)
             _check_spread(f"pools.{kind}.vllm", name, info.moe, options)
-            lines.append(_told(name, info.moe, options))
+            lines.append(_kernel_summary(name, info.moe, options))
     for field, default in (("moe_backend", "auto"), ("tuned_config_folder", None)):
         if not lines and dense and getattr(pool.vllm, field) != default:
             raise ConfigError(
@@ -152,7 +152,7 @@ def _check_spread(where: str, name: str, moe: MoeInfo, options: VllmOptions) -> 
         )
 
 
-def _told(name: str, moe: MoeInfo, options: VllmOptions) -> str:
+def _kernel_summary(name: str, moe: MoeInfo, options: VllmOptions) -> str:
     parts = [
         f"{name}: {moe.experts} routed experts, {moe.experts_per_token} for a token",
         f"moe_backend {options.moe_backend}",

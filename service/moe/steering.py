@@ -295,7 +295,7 @@ def read_profile(path: Path | str) -> SteeringProfile:
             f"{path}: its format is {metadata.get('format')!r}; a profile's is {FORMAT!r}"
         )
     try:
-        shape, protected = _told(metadata)
+        shape, protected = _shape_and_protected(metadata)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidProfileError(f"{path}: its metadata is damaged: {error}") from None
     parts: dict[int, dict[str, Any]] = {}
@@ -316,7 +316,9 @@ def read_profile(path: Path | str) -> SteeringProfile:
     return SteeringProfile(shape, layers, protected, metadata.get("about", ""))
 
 
-def _told(metadata: Mapping[str, str]) -> tuple[MoeShape, dict[int, tuple[int, ...]]]:
+def _shape_and_protected(
+    metadata: Mapping[str, str],
+) -> tuple[MoeShape, dict[int, tuple[int, ...]]]:
     shape = json.loads(metadata["shape"])
     protected = json.loads(metadata.get("protected", "{}"))
     experts, top_k = int(shape["experts"]), int(shape["top_k"])
@@ -330,5 +332,5 @@ def _told(metadata: Mapping[str, str]) -> tuple[MoeShape, dict[int, tuple[int, .
             bool(shape["renormalize"]),
             str(shape["gates"]),
         ),
-        {int(layer): tuple(int(one) for one in ids) for layer, ids in protected.items()},
+        {int(layer): tuple(int(id_) for id_ in ids) for layer, ids in protected.items()},
     )

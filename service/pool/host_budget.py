@@ -48,7 +48,7 @@ def claims(bound: int, places: Sequence[Place], policy: SwapPolicy) -> list[Host
     able = [(i, unit) for i, unit in every if unit.swappable]
     pinned = sorted(
         ((i, unit) for i, unit in able if unit.pinned),
-        key=lambda one: (one[1].tier is Residency.DISK, one[1].name),
+        key=lambda pair: (pair[1].tier is Residency.DISK, pair[1].name),
     )
     # A load in progress takes room for a while only. This is no reason to start another engine.
     lasting = _Taking(weights, floors, bound - sum(floors))
@@ -60,7 +60,7 @@ def claims(bound: int, places: Sequence[Place], policy: SwapPolicy) -> list[Host
     for i, unit in (*running, *coming, *pinned):
         taking.take(i, unit)
     waiting = [(i, unit) for i, unit in able if unit.waiting]
-    for i, unit in sorted(waiting, key=lambda one: _waiting_order(one[1], policy)):
+    for i, unit in sorted(waiting, key=lambda pair: _waiting_order(pair[1], policy)):
         taking.take(i, unit)
     for i, unit in able:
         if unit.wanted:

@@ -532,11 +532,11 @@ class Pool:
 
     def _share_start_times(self) -> None:
         """Set for each slot how long the engines take that start before its own engine."""
-        asked = [(slot.turn_asked_s, i) for i, slot in enumerate(self._slots)]
+        requested = [(slot.turn_asked_s, i) for i, slot in enumerate(self._slots)]
         ahead_s = 0.0
         for slot in self._slots:
             slot.ahead_s = 0.0
-        for _, i in sorted((at_s, i) for at_s, i in asked if at_s is not None):
+        for _, i in sorted((at_s, i) for at_s, i in requested if at_s is not None):
             self._slots[i].ahead_s = ahead_s
             ahead_s += self._slots[i].start_left_s()
 

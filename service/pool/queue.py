@@ -201,7 +201,7 @@ class FairQueue:
         worth = "" if load == waiting else f", worth {load} usual ones,"
         return OverCapacityError(
             f"expert {(name or expert)!r} has {waiting} requests{worth} waiting, "
-            f"and no more than {self._max_waiting} may",
+            f"and at most {self._max_waiting} may wait",
             retry_after_s=retry_s,
         )
 

@@ -174,7 +174,9 @@ class Trace:
         span = self._tracer.start_span("choose", self._context, start_time=_epoch_ns(began_s))
         span.end(_epoch_ns(began_s + took_s))
 
-    def asked(self, request_id: str, model: str, stream: bool, data: Mapping[str, Any]) -> None:
+    def set_request(
+        self, request_id: str, model: str, stream: bool, data: Mapping[str, Any]
+    ) -> None:
         """Set the attributes that describe the client's request."""
         self._span.set_attribute("gen_ai.operation.name", self._operation)
         self._span.set_attribute("gen_ai.request.model", model)

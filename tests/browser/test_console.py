@@ -140,8 +140,8 @@ async def test_console_compares_two_experts_and_stops_a_stream(chromium: Browser
 async def test_console_admin_key_moves_weights_and_is_in_no_url(chromium: Browser) -> None:
     async with run_gateway(TURNS) as s, watched(chromium, s.url) as seen:
         page = await opened(seen, s.url)
-        asked: list[str] = []
-        page.on("request", lambda request: asked.append(request.url))
+        requests: list[str] = []
+        page.on("request", lambda request: requests.append(request.url))
         assert await page.locator(".acts").count() == 0
         await page.locator("#prompt").blur()
         await page.keyboard.press("k")
@@ -160,14 +160,14 @@ async def test_console_admin_key_moves_weights_and_is_in_no_url(chromium: Browse
         await page.get_by_role("button", name="unpin code").click()
         await page.get_by_role("button", name="evict code").click()
         await expect(expert(page, "code")).to_have_attribute("data-state", "disk")
-        assert not any(ADMIN_KEY in url for url in asked)
+        assert not any(ADMIN_KEY in url for url in requests)
         assert ADMIN_KEY not in await page.content()
         assert await page.evaluate("Object.keys(localStorage).join()") == ""
         await page.click("#keys-open")
         await page.click("#forget")
         await expect(page.locator(".acts")).to_have_count(0)
         # The wrong key's refusal is the one thing that the browser has noted.
-        assert [one for one in seen.complaints if "401" not in one] == []
+        assert [complaint for complaint in seen.complaints if "401" not in complaint] == []
         assert seen.strangers == []
 
 

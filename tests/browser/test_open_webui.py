@@ -82,13 +82,13 @@ async def open_webui(api: str, folder: Path) -> AsyncIterator[str]:
     environment = os.environ | ALONE | more
     environment.pop("PYTHONPATH", None)
     log = folder / "log"
-    with log.open("wb") as said:
+    with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
             *(str(PROGRAM), "serve", "--host", "127.0.0.1", "--port", str(port)),
             cwd=folder,
             env=environment,
-            stdout=said,
-            stderr=said,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"

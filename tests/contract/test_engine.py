@@ -90,13 +90,13 @@ async def test_engine_chat_returns_a_whole_answer(subject: Subject, path: str) -
     reply = await ask(subject.engine, path, subject.expert, body)
     assert reply.status == 200
     assert reply.headers["content-type"].startswith("application/json")
-    told = reply.json
-    assert told["model"] == subject.expert
-    assert told["object"] == ("chat.completion" if path == CHAT else "text_completion")
-    (choice,) = told["choices"]
+    data = reply.json
+    assert data["model"] == subject.expert
+    assert data["object"] == ("chat.completion" if path == CHAT else "text_completion")
+    (choice,) = data["choices"]
     assert choice["finish_reason"] in ("length", "stop")
     assert isinstance(choice["message"]["content"] if path == CHAT else choice["text"], str)
-    usage = told["usage"]
+    usage = data["usage"]
     assert 1 <= usage["completion_tokens"] <= 8
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
@@ -191,8 +191,8 @@ async def test_engine_equal_requests_get_equal_answers_alone_or_batched(
     company = await asyncio.gather(
         *(ask(subject.engine, CHAT, subject.expert, chat(seed=7)) for _ in range(3))
     )
-    said = {reply.json["choices"][0]["message"]["content"] for reply in company}
-    assert said == {alone["choices"][0]["message"]["content"]}
+    answers = {reply.json["choices"][0]["message"]["content"] for reply in company}
+    assert answers == {alone["choices"][0]["message"]["content"]}
 
 
 async def test_engine_seed_reproduces_sampling(subject: Subject) -> None:
@@ -204,31 +204,31 @@ async def test_engine_seed_reproduces_sampling(subject: Subject) -> None:
 async def test_engine_returns_n_choices(subject: Subject) -> None:
     # Greedy answers may not be several in vLLM.
     body = chat(n=2, temperature=0.5, seed=3)
-    told = (await ask(subject.engine, CHAT, subject.expert, body)).json
-    assert [choice["index"] for choice in told["choices"]] == [0, 1]
+    answer = (await ask(subject.engine, CHAT, subject.expert, body)).json
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
     reply = await ask(subject.engine, CHAT, subject.expert, {**body, "stream": True})
     indexes = {c["index"] for event in reply.events for c in event["choices"]}
     assert indexes == {0, 1}
 
 
 async def test_engine_obeys_max_tokens_and_stop(subject: Subject) -> None:
-    told = (await ask(subject.engine, CHAT, subject.expert, chat(max_tokens=3))).json
-    assert told["usage"]["completion_tokens"] <= 3
-    text = told["choices"][0]["message"]["content"]
+    answer = (await ask(subject.engine, CHAT, subject.expert, chat(max_tokens=3))).json
+    assert answer["usage"]["completion_tokens"] <= 3
+    text = answer["choices"][0]["message"]["content"]
     stop = text[len(text) // 2 :]
-    told = (await ask(subject.engine, CHAT, subject.expert, chat(max_tokens=3, stop=[stop]))).json
-    assert told["choices"][0]["message"]["content"] == text[: text.index(stop)]
-    assert told["choices"][0]["finish_reason"] == "stop"
+    answer = (await ask(subject.engine, CHAT, subject.expert, chat(max_tokens=3, stop=[stop]))).json
+    assert answer["choices"][0]["message"]["content"] == text[: text.index(stop)]
+    assert answer["choices"][0]["finish_reason"] == "stop"
 
 
 async def test_engine_returns_logprobs(subject: Subject) -> None:
     if not subject.real:
         pytest.skip("the simulated engine computes no probabilities")
-    told = (
+    answer = (
         await ask(subject.engine, CHAT, subject.expert, chat(logprobs=True, top_logprobs=2))
     ).json
-    content = told["choices"][0]["logprobs"]["content"]
-    assert len(content) == told["usage"]["completion_tokens"]
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert len(content) == answer["usage"]["completion_tokens"]
     for token in content:
         assert token["logprob"] <= 0
         assert len(token["top_logprobs"]) >= 2
@@ -259,8 +259,8 @@ async def test_engine_calls_a_named_tool(subject: Subject) -> None:
         pytest.skip("random weights never finish a call")
     choice = {"type": "function", "function": {"name": "look_up"}}
     body = chat(tools=[TOOL], tool_choice=choice, max_tokens=60)
-    told = (await ask(subject.engine, CHAT, subject.expert, body)).json
-    (call,) = told["choices"][0]["message"]["tool_calls"]
+    answer = (await ask(subject.engine, CHAT, subject.expert, body)).json
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
     assert call["function"]["name"] == "look_up"
     assert json.loads(call["function"]["arguments"])["word"] in ("cat", "dog")
 
@@ -268,10 +268,10 @@ async def test_engine_calls_a_named_tool(subject: Subject) -> None:
 async def test_engine_tokenize_and_detokenize_round_trip(subject: Subject) -> None:
     text = "Tokens are pieces of words."
     reply = await ask(subject.engine, "/tokenize", subject.expert, {"prompt": text})
-    told = reply.json
-    assert told["count"] == len(told["tokens"])
-    assert told["max_model_len"] == 1024
-    reply = await ask(subject.engine, "/detokenize", subject.expert, {"tokens": told["tokens"]})
+    data = reply.json
+    assert data["count"] == len(data["tokens"])
+    assert data["max_model_len"] == 1024
+    reply = await ask(subject.engine, "/detokenize", subject.expert, {"tokens": data["tokens"]})
     assert isinstance(reply.json["prompt"], str)
     if subject.real:
         assert reply.json["prompt"] == text
@@ -472,12 +472,12 @@ async def test_engine_obeys_choices_grammars_and_structural_tags(subject: Subjec
         {"structured_outputs": {"regex": "(yes|no)"}},
         {"structured_outputs": {"grammar": 'root ::= "yes" | "no"'}},
     ):
-        told = (await ask(subject.engine, CHAT, subject.expert, chat(max_tokens=20, **more))).json
-        assert told["choices"][0]["message"]["content"] in ("yes", "no")
-    told = (
+        answer = (await ask(subject.engine, CHAT, subject.expert, chat(max_tokens=20, **more))).json
+        assert answer["choices"][0]["message"]["content"] in ("yes", "no")
+    answer = (
         await ask(subject.engine, CHAT, subject.expert, chat(max_tokens=100, response_format=tag))
     ).json
-    jsonschema.validate(json.loads(told["choices"][0]["message"]["content"]), SCHEMA)
+    jsonschema.validate(json.loads(answer["choices"][0]["message"]["content"]), SCHEMA)
 
 
 # --- from here on the engine dies

@@ -45,7 +45,7 @@ async def store_at(url: str) -> AsyncIterator[RedisStore]:
 
 async def refused(url: str) -> set[str]:
     """What each operation says, which has to be a refusal."""
-    said = set()
+    answers = set()
     async with store_at(url) as store:
         for ask in (
             lambda: store.records("keys"),
@@ -54,8 +54,8 @@ async def refused(url: str) -> set[str]:
         ):
             with pytest.raises(StoreUnavailableError) as caught:
                 await ask()
-            said.add(caught.value.message)
-    return said
+            answers.add(caught.value.message)
+    return answers
 
 
 async def test_redis_user_with_an_awkward_password_connects_and_a_wrong_one_raises(
@@ -69,7 +69,7 @@ async def test_redis_user_with_an_awkward_password_connects_and_a_wrong_one_rais
     async with store_at(f"redis://coe:{quote(PASSWORD, safe='')}@{where}") as store:
         keys = KeyService(StoreKeyRepository(store))
         made, _ = await keys.create(KeyRecord("", "acme", ""), 1.0)
-        assert [one.id for one in await keys.records()] == [made.id]
+        assert [record.id for record in await keys.records()] == [made.id]
     for who in ("coe:wrong-hunter2", "nobody:wrong-hunter2"):
         for text in await refused(f"redis://{who}@{where}"):
             assert "authentication" in text
@@ -89,8 +89,8 @@ async def test_redis_user_without_script_permission_raises(server: RedisServer) 
         client.acl_setuser(
             "coe", enabled=True, passwords=["+x"], keys=["*"], categories=["+@read", "+@connection"]
         )
-    said = await refused(f"redis://coe:x@127.0.0.1:{server.port}/0")
-    assert all("permission" in text for text in said)
+    errors = await refused(f"redis://coe:x@127.0.0.1:{server.port}/0")
+    assert all("permission" in text for text in errors)
 
 
 @pytest.mark.parametrize("place", ["deploy/compose.yaml", "helm/charts/redis/templates/redis.yaml"])
@@ -146,8 +146,8 @@ async def test_redis_read_only_replica_or_full_store_raises(server: RedisServer)
         assert any("full" in text for text in await refused(server.url))
         client.config_set("maxmemory", 0)
         client.replicaof("127.0.0.1", "1")
-        said = await refused(server.url)
-        assert all("read-only" in text for text in said)
+        errors = await refused(server.url)
+        assert all("read-only" in text for text in errors)
 
 
 async def test_redis_cluster_node_raises(tmp_path_factory: pytest.TempPathFactory) -> None:

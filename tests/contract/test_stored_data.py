@@ -90,7 +90,7 @@ async def test_budgets_and_usage_written_by_earlier_versions_count(
         Account("tenants/acme/budget", 1000, DAY),
         Account("budgets/everybody", 10**9, MONTH),
     ]
-    assert [one.spent for one in await store.balances(accounts)] == [17, 17]
+    assert [balance.spent for balance in await store.balances(accounts)] == [17, 17]
     assert await store.counts(["usage/acme/19675"]) == [{"requests": 1, "tokens": 42}]
 
 
@@ -101,7 +101,7 @@ async def test_keys_file_written_by_earlier_versions_is_read(
     path.write_text(written["keys_file"])
     book = FileKeyRepository(path)
     assert await found_tenant(book, written["file_key"]) == "acme"
-    assert sorted(one.state(AT_S + 2) for one in await book.load()) == ["active", "revoked"]
+    assert sorted(item.state(AT_S + 2) for item in await book.load()) == ["active", "revoked"]
 
 
 def test_artifact_written_by_earlier_versions_is_read() -> None:

@@ -86,5 +86,5 @@ def test_adapter_variants_of_vllm_are_all_known() -> None:
     from service.models import adapters
 
     known = {*adapters._UNSERVED, *adapters._NEUTRAL, *adapters.FOLLOWED}
-    own = {one.name for one in fields(PEFTHelper) if not one.name.startswith("vllm_")}
+    own = {field.name for field in fields(PEFTHelper) if not field.name.startswith("vllm_")}
     assert own - known == set(), "a new version of vLLM reads more of adapter_config.json"

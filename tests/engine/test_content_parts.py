@@ -24,7 +24,7 @@ URL = "http://169.254.169.254/latest/meta-data"
 def parts() -> list[dict[str, Any]]:
     """Every type with every key, with and without a uuid, the address alone and in an object."""
     found = []
-    for said, key, uuid, whole in itertools.product(
+    for kind, key, uuid, whole in itertools.product(
         (*TYPES, *MEDIA, *EMBEDS, "input_image", ["text"]),
         (*MEDIA, *EMBEDS),
         (None, "1"),
@@ -32,11 +32,11 @@ def parts() -> list[dict[str, Any]]:
     ):
         part: dict[str, Any] = {"text": "x", "detail": "auto"}
         part[key] = {"url": URL} if whole else URL
-        if said is not None:
-            part["type"] = said
+        if kind is not None:
+            part["type"] = kind
         if uuid is not None:
             part["uuid"] = uuid
-        if said == "prompt_embeds":
+        if kind == "prompt_embeds":
             part["data"] = "gASV"
         found.append(part)
     return found

@@ -71,12 +71,12 @@ async def embed(
     body = orjson.dumps({"model": expert, "input": given, **more})
     await engine.run(EngineRequest("/v1/embeddings", expert, body, f"r{next(_ids)}"), send)
     assert sent[0]["status"] == 200, sent
-    told: dict[str, Any] = orjson.loads(b"".join(m.get("body", b"") for m in sent[1:]))
-    return told
+    data: dict[str, Any] = orjson.loads(b"".join(m.get("body", b"") for m in sent[1:]))
+    return data
 
 
 def vectors(told: dict[str, Any]) -> NDArray[np.float64]:
-    return np.array([one["embedding"] for one in told["data"]])
+    return np.array([item["embedding"] for item in told["data"]])
 
 
 def by_transformers(folder: Path) -> NDArray[np.float64]:
@@ -97,9 +97,9 @@ def by_transformers(folder: Path) -> NDArray[np.float64]:
 
 
 async def test_embeddings_equal_the_model_s_own(engine: VllmEngine, folder: Path) -> None:
-    told = await embed(engine, list(TEXTS))
-    got = vectors(told)
-    assert [one["index"] for one in told["data"]] == list(range(len(TEXTS)))
+    answer = await embed(engine, list(TEXTS))
+    got = vectors(answer)
+    assert [item["index"] for item in answer["data"]] == list(range(len(TEXTS)))
     assert got.shape == (len(TEXTS), 64)
     assert np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-4)
     assert np.abs(got - by_transformers(folder)).max() < 1e-3
@@ -109,8 +109,8 @@ async def test_embeddings_equal_the_model_s_own(engine: VllmEngine, folder: Path
 
 async def test_embedding_of_a_text_is_the_same_alone_and_batched(engine: VllmEngine) -> None:
     together = vectors(await embed(engine, list(TEXTS)))
-    for text, one in zip(TEXTS, together, strict=True):
-        assert np.abs(vectors(await embed(engine, text))[0] - one).max() < 1e-4
+    for text, item in zip(TEXTS, together, strict=True):
+        assert np.abs(vectors(await embed(engine, text))[0] - item).max() < 1e-4
 
 
 async def test_embeddings_usage_counts_every_text(engine: VllmEngine) -> None:

@@ -72,13 +72,13 @@ async def steering(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[St
 @pytest.mark.parametrize("name", ["plain", *RULES, "half"])
 async def test_graph_steered_engine_equals_the_reference(steering: Steering, name: str) -> None:
     assert await steering.go_to(name) == ("" if name == "plain" else "steer")
-    said, _ = await steering.say(name)
+    answers, _ = await steering.say(name)
     profile = steering.profiles.get(name)
     expected, chosen = await asyncio.to_thread(steering.reference.say, PROMPT, TOKENS, profile)
-    assert said == expected
+    assert answers == expected
     # All of it in one step.
-    whole = [*PROMPT, *said[:-1]]
-    assert (await greedy(steering.engine, name, whole, 1))["token_ids"] == said[-1:]
+    whole = [*PROMPT, *answers[:-1]]
+    assert (await greedy(steering.engine, name, whole, 1))["token_ids"] == answers[-1:]
     seen = await steering.engine._rpc("coe_seen", len(whole))
     for layer in range(LAYERS):
         assert {len(row) for row in seen[layer]} == {4}, "as many places as any profile needs"
@@ -94,10 +94,10 @@ async def test_graph_steering_capture_sees_the_steered_choices(
     await steering.engine.look()
     before = steering.engine.watch.load(name)
     await steering.go_to(name)
-    said, _ = await steering.say(name)
+    answers, _ = await steering.say(name)
     await steering.engine.look()
     profile = steering.profiles.get(name)
-    _, chosen = await asyncio.to_thread(steering.reference.say, PROMPT, len(said), profile)
+    _, chosen = await asyncio.to_thread(steering.reference.say, PROMPT, len(answers), profile)
     load = [[sum(e in row for row in rows) for e in range(EXPERTS)] for rows in chosen.values()]
     assert (steering.engine.watch.load(name) - before).tolist() == load
 
@@ -107,7 +107,7 @@ async def test_graph_steering_swaps_leave_no_trace(steering: Steering) -> None:
     for name in steering.profiles:
         await steering.go_to(name)
         own[name] = await steering.say(name, 4)
-    assert len({repr(said) for said in (steering.first, *own.values())}) == len(own) + 1
+    assert len({repr(text) for text in (steering.first, *own.values())}) == len(own) + 1
     compiled = await steering.engine._rpc("coe_compiled")
     assert compiled > 0
     before = (await steering.engine.memory())["resident_bytes"]
@@ -161,8 +161,8 @@ async def test_graph_steering_supports_the_gate_class_of_a_gpu(
     assert torch.equal(ids[:, :2], own_ids)
     layer = {"layer": 0, "mask": [True, False, False, False], "bias": [0.0] * 4}
     layer |= {"boost": [1.0] * 4, "top_k": 3, "top_p": None}
-    told = {"experts": 4, "top_k": 2, "renormalize": True, "layers": (layer,)}
-    rules.write(rules.table_for(told))
+    fields = {"experts": 4, "top_k": 2, "renormalize": True, "layers": (layer,)}
+    rules.write(rules.table_for(fields))
     captured: list[Any] = []
     router.set_capture_fn(captured.append)
     weights, ids = router.select_experts(hidden, logits, torch.int64)

@@ -129,12 +129,17 @@ async def test_capture_counts_equal_the_reference_per_expert(slot: Slot) -> None
         if expert == "sure":
             assert load[0][0] == 0
             assert sum(load[1]) < 2 * sum(map(len, slot.texts[expert]))
-        kept = [one for told in slot.watch.told if told.expert == expert for one in told.stretches]
+        kept = [
+            stretch
+            for told in slot.watch.told
+            if told.expert == expert
+            for stretch in told.stretches
+        ]
         assert len(kept) == _CAPTURE.stretches
         # Of the 36 tokens all, of the 70 the first 40.
-        assert {one.shape[1] for one in kept} <= {36, 40}
-        for one in kept:
-            rows = [[{e for e in row if e >= 0} for row in layer] for layer in one.tolist()]
+        assert {stretch.shape[1] for stretch in kept} <= {36, 40}
+        for stretch in kept:
+            rows = [[{e for e in row if e >= 0} for row in layer] for layer in stretch.tolist()]
             assert any(rows == [layer[: len(rows[0])] for layer in text] for text in texts)
 
 

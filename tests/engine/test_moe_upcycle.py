@@ -78,8 +78,8 @@ def _hold(said: tuple[list[int], list[float]], folder: Path) -> None:
     ).eval()
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([_PROMPT + tokens])).logits[0]
-    told = torch.log_softmax(logits[len(_PROMPT) - 1 : -1], dim=-1)
-    own = told[torch.arange(_TOKENS), torch.tensor(tokens)]
+    logprobs = torch.log_softmax(logits[len(_PROMPT) - 1 : -1], dim=-1)
+    own = logprobs[torch.arange(_TOKENS), torch.tensor(tokens)]
     torch.testing.assert_close(own, torch.tensor(logs), rtol=0, atol=1e-3)
     # Equal ones aside, these are the greedy choices.
-    assert bool((told.max(dim=-1).values - own <= 1e-3).all())
+    assert bool((logprobs.max(dim=-1).values - own <= 1e-3).all())

@@ -45,11 +45,11 @@ async def test_steered_engine_equals_transformers_with_steered_gates(
     assert method == ("" if name == "plain" else "steer")
     # The canary may have left its prompt's blocks, but not of this one.
     await steering.engine._rpc("coe_see")
-    said, _ = await steering.say(name)
+    answers, _ = await steering.say(name)
     seen = await steering.engine._rpc("coe_seen")
     profile = steering.profiles.get(name)
     expected, chosen = await asyncio.to_thread(steering.reference.say, PROMPT, TOKENS, profile)
-    assert said == expected
+    assert answers == expected
     for layer in range(LAYERS):
         # What top-p leaves out has no part in it: its place names the first choice again.
         rows = [sorted(set(row)) for row in seen[layer]]
@@ -64,7 +64,7 @@ async def test_steered_engine_equals_transformers_with_steered_gates(
 async def test_steering_fifty_swaps_leave_no_trace(steering: Steering) -> None:
     first = steering.first
     own = {name: await _of(steering, name, 4) for name in steering.profiles}
-    assert len({repr(said) for said in (first, *own.values())}) == len(own) + 1
+    assert len({repr(text) for text in (first, *own.values())}) == len(own) + 1
     before = (await steering.engine.memory())["resident_bytes"]
     assert await _of(steering, "plain", 4) == first, "not bit for bit what it was"
     names = itertools.cycle([*steering.profiles, "plain"])
@@ -92,7 +92,7 @@ async def test_steering_swap_during_a_request_keeps_the_old_expert_until_its_end
 
     def begun() -> bool:
         return len(known) == 2 and all(
-            one.detokenizer.num_output_tokens() for one in known.values()
+            item.detokenizer.num_output_tokens() for item in known.values()
         )
 
     await until(begun, "both run")

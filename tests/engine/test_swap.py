@@ -73,8 +73,8 @@ async def stage(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage
 
 
 async def test_swap_outputs_are_unchanged_by_swaps_and_concurrent_loads(stage: Stage) -> None:
-    engine, said = stage.engine, stage.said
-    said["base"] = await ask(engine, "base")
+    engine, answers = stage.engine, stage.said
+    answers["base"] = await ask(engine, "base")
     alone = await ask_one(engine, "base", tokens=200)
     concurrent = 0
     for name in DEMO[1:]:
@@ -88,17 +88,17 @@ async def test_swap_outputs_are_unchanged_by_swaps_and_concurrent_loads(stage: S
     assert concurrent, "every answer ended before the load beside it: nothing was shown"
     for name in DEMO[1:]:
         await stage.run(name)
-        said[name] = await ask(engine, name)
-    assert len(set(said.values())) == len(DEMO), "experts that say the same prove nothing"
+        answers[name] = await ask(engine, name)
+    assert len(set(answers.values())) == len(DEMO), "experts that say the same prove nothing"
     chance = random.Random(1)
     running = DEMO[-1]
     for _ in range(20):
         running = chance.choice([name for name in DEMO if name != running])
         await stage.run(running)
-        assert said[running].startswith(await ask_one(engine, running, tokens=8))
+        assert answers[running].startswith(await ask_one(engine, running, tokens=8))
     for name in DEMO:
         await stage.run(name)
-        assert await ask(engine, name) == said[name]
+        assert await ask(engine, name) == answers[name]
 
 
 async def test_swap_metrics_are_those_of_the_running_expert(stage: Stage) -> None:

@@ -32,13 +32,13 @@ def _other_tokens(folder: Path) -> str:
     for path in Path(BASE).iterdir():
         if path.name != "tokenizer.json" and not path.name.startswith("."):
             os.symlink(path.resolve(), folder / path.name)
-    told = json.loads((Path(BASE) / "tokenizer.json").read_text())
-    special = {one["id"] for one in told["added_tokens"]}
-    ordinary = sorted(i for i in told["model"]["vocab"].values() if i not in special)
+    data = json.loads((Path(BASE) / "tokenizer.json").read_text())
+    special = {item["id"] for item in data["added_tokens"]}
+    ordinary = sorted(i for i in data["model"]["vocab"].values() if i not in special)
     turned = dict(zip(ordinary, reversed(ordinary), strict=True))
-    vocabulary = {token: turned.get(i, i) for token, i in told["model"]["vocab"].items()}
-    told["model"]["vocab"] = vocabulary
-    (folder / "tokenizer.json").write_text(json.dumps(told))
+    vocabulary = {token: turned.get(i, i) for token, i in data["model"]["vocab"].items()}
+    data["model"]["vocab"] = vocabulary
+    (folder / "tokenizer.json").write_text(json.dumps(data))
     return str(folder)
 
 
@@ -60,12 +60,12 @@ async def _answer(engine: Swapping, expert: str, more: dict[str, Any]) -> str:
 
 
 def _fits(text: str, more: dict[str, Any]) -> bool:
-    asked = more["structured_outputs"]
-    if "choice" in asked:
-        return text in asked["choice"]
-    if "regex" in asked:
+    wanted = more["structured_outputs"]
+    if "choice" in wanted:
+        return text in wanted["choice"]
+    if "regex" in wanted:
         return len(text) == 7 and text.replace("-", "0").isdecimal() and text[4] == "-"
-    return json.loads(text) in asked["json"]["enum"]
+    return json.loads(text) in wanted["json"]["enum"]
 
 
 @pytest.mark.parametrize("more", GRAMMARS, ids=str)
@@ -80,11 +80,11 @@ async def test_swap_grammar_uses_the_tokenizer_of_its_expert(
 
 
 async def test_swap_prompt_and_answer_use_the_tokenizer_of_their_expert(engine: Swapping) -> None:
-    told = {}
+    fields = {}
     for expert in ("base", "other"):
         if (await engine._rpc("coe_running")) != expert:
             assert (await engine.swap_in(expert)).ok
         answer = await greedy(engine, expert, "It is", 4, logprobs=1)
-        told[expert] = answer["token_ids"]
+        fields[expert] = answer["token_ids"]
     # The same weights, asked in other tokens, say something else.
-    assert told["base"] != told["other"]
+    assert fields["base"] != fields["other"]

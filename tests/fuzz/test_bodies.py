@@ -305,10 +305,10 @@ def check(answer: Any, path: str = "") -> None:
     assert answer.status < 500, answer.body[:500]
     assert b"Traceback" not in answer.body
     if answer.status >= 400:
-        told = orjson.loads(answer.body)
-        error = told["error"]
+        data = orjson.loads(answer.body)
+        error = data["error"]
         if path.startswith("/v1/messages"):
-            assert told["type"] == "error"
+            assert data["type"] == "error"
             assert error.keys() == {"message", "type"}
         else:
             assert error.keys() == {"message", "type", "param", "code"}
@@ -327,8 +327,8 @@ def test_any_body_gets_a_typed_answer(
     noise: bytes,
 ) -> None:
     bodies = (body, broken(body, at, noise), body[: at % (len(body) + 1)])
-    for path, one in zip(paths, bodies, strict=False):
-        check(apart.ask("POST", path, one, given_headers), path)
+    for path, item in zip(paths, bodies, strict=False):
+        check(apart.ask("POST", path, item, given_headers), path)
 
 
 @often(1_200)
@@ -341,8 +341,8 @@ def test_mutated_valid_body_gets_a_typed_answer(
     noise: bytes,
 ) -> None:
     chat = "/v1/chat/completions"
-    for path, one in ((chat, body), ("/v1/route", body), (chat, broken(body, at, noise))):
-        check(apart.ask("POST", path, one, given_headers), path)
+    for path, item in ((chat, body), ("/v1/route", body), (chat, broken(body, at, noise))):
+        check(apart.ask("POST", path, item, given_headers), path)
 
 
 methods = st.sampled_from(

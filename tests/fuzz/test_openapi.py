@@ -41,12 +41,12 @@ thorough = settings(
 
 def test_every_operation_matches_its_openapi_description(apart: GatewayThread) -> None:
     schema = schemathesis.openapi.from_url(apart.gateway.url + "/openapi.json")
-    asked: Counter[str] = Counter()
+    count: Counter[str] = Counter()
     for found in schema.get_all_operations():
         operation = found.ok()
-        thorough(given(case=operation.as_strategy())(keeping(asked, operation)))()
-    assert len(asked) >= 15
-    assert sum(asked.values()) > 200
+        thorough(given(case=operation.as_strategy())(keeping(count, operation)))()
+    assert len(count) >= 15
+    assert sum(count.values()) > 200
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])

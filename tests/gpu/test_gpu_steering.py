@@ -67,13 +67,13 @@ async def test_steered_gpu_engine_equals_the_reference(eager: bool, tmp_path: Pa
     steering = await asyncio.to_thread(Steering, tmp_path, lambda *given: Seeing(options, *given))
     try:
         await steering.engine.start()
-        said = {"plain": await steering.say("plain")}
+        answers = {"plain": await steering.say("plain")}
         for name in (*RULES, "half"):
             await steering.engine.load_to_host(name)
             assert await steering.go_to(name) == "steer"
-            said[name] = await steering.say(name)
-        assert len({repr(one) for one in said.values()}) == len(said)
-        for name, (tokens, logprobs) in said.items():
+            answers[name] = await steering.say(name)
+        assert len({repr(answer) for answer in answers.values()}) == len(answers)
+        for name, (tokens, logprobs) in answers.items():
             await steering.go_to(name)
             whole = [*PROMPT, *tokens[:-1]]
             await greedy(steering.engine, name, whole, 1)
@@ -90,8 +90,8 @@ async def test_steered_gpu_engine_equals_the_reference(eager: bool, tmp_path: Pa
             # Where two experts are as good as equally probable, either may be chosen.
             assert rows.count(False) <= _MOST_OTHERS * len(rows), name
         # Bit for bit what they were, in any order, whatever ran before.
-        for name in [*said, *reversed(said), "plain"]:
+        for name in [*answers, *reversed(answers), "plain"]:
             await steering.go_to(name)
-            assert await steering.say(name) == said[name], name
+            assert await steering.say(name) == answers[name], name
     finally:
         await steering.engine.stop()

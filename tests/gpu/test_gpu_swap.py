@@ -47,14 +47,14 @@ async def test_gpu_swap_copies_weights_into_live_parameters(eager: bool) -> None
     )
     try:
         await engine.start()
-        said = {"base": await ask(engine, "base")}
+        answers = {"base": await ask(engine, "base")}
         for name in ("math", "intents"):
             await engine.load_to_host(name)
             assert (await engine.swap_in(name)).ok
-            said[name] = await ask(engine, name)
-        assert len(set(said.values())) == 3
+            answers[name] = await ask(engine, name)
+        assert len(set(answers.values())) == 3
         for _ in range(5):
-            for name, expected in said.items():
+            for name, expected in answers.items():
                 assert (await engine.swap_in(name)).ok
                 assert await ask(engine, name) == expected
     finally:
@@ -73,20 +73,20 @@ async def test_gpu_engines_of_one_pool_share_one_file_per_expert() -> None:
         for _ in range(2)
     ]
     try:
-        said = []
+        answers = []
         for engine in engines:
             await engine.start()
             filled = await engine.load_to_host("math")
             assert (await engine.swap_in("math")).ok
-            said.append(await ask(engine, "math"))
-        assert said[0] == said[1]
+            answers.append(await ask(engine, "math"))
+        assert answers[0] == answers[1]
         # The base's and the expert's, each once; the second engine only mapped them.
         assert len(cache.sizes()) == 2
         assert sum(cache.sizes().values()) < 2.1 * filled.host_bytes
         await engines[0].stop()
         assert (await engines[1].swap_in("base")).ok
         assert (await engines[1].swap_in("math")).ok
-        assert await ask(engines[1], "math") == said[0]
+        assert await ask(engines[1], "math") == answers[0]
         assert len(cache.sizes()) == 2
     finally:
         for engine in engines:
@@ -113,11 +113,11 @@ async def test_gpu_engines_of_two_families_sleep_in_turn(level: int, tmp_path: P
     engines = SleepingEngines("one", {name: (name,) for name in folders}, build, {})
     try:
         await engines.start()
-        said = {"one": await ask(engines, "one")}
+        answers = {"one": await ask(engines, "one")}
         await engines.swap_in("two")
-        said["two"] = await ask(engines, "two")
+        answers["two"] = await ask(engines, "two")
         for _ in range(3):
-            for name, expected in said.items():
+            for name, expected in answers.items():
                 await engines.swap_in(name)
                 assert await ask(engines, name) == expected
     finally:

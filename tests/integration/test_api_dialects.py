@@ -65,7 +65,7 @@ def completions(body: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
     chunk = {**head, "choices": [{"index": 0, "delta": {"tool_calls": [call]}}]}
     last = {**head, "choices": [], "usage": usage}
     return whole, [
-        *(f"data: {json.dumps(one)}\n\n".encode() for one in (chunk, chunk, last)),
+        *(f"data: {json.dumps(item)}\n\n".encode() for item in (chunk, chunk, last)),
         b"data: [DONE]\n\n",
     ]
 
@@ -83,8 +83,8 @@ async def upstream(scope: Any, receive: Any, send: Any) -> None:
     head = {"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]}
     await send(head)
     if end == "refuse":
-        told = {"error": {"message": "upstream says no", "param": "n", "code": None}}
-        await send({"type": "http.response.body", "body": json.dumps(told).encode()})
+        fields = {"error": {"message": "upstream says no", "param": "n", "code": None}}
+        await send({"type": "http.response.body", "body": json.dumps(fields).encode()})
         return
     if not body.get("stream"):
         await send({"type": "http.response.body", "body": json.dumps(whole).encode()})
@@ -138,23 +138,23 @@ async def stream(s: RunningGateway, path: str, **more: Any) -> list[tuple[str, A
 @pytest.mark.parametrize("path", MADE)
 async def test_whole_reply_is_changed_only_in_its_own_model_and_usage(path: str) -> None:
     async with remote() as s:
-        status, _, told = await s.ask(body_of(path), path)
+        status, _, answer = await s.ask(body_of(path), path)
     given, _ = MADE[path]({"model": "theirs"})
     assert status == 200
-    assert told.pop("model") == "far"
-    assert told["usage"].pop("coe")["expert"] == "far"
+    assert answer.pop("model") == "far"
+    assert answer["usage"].pop("coe")["expert"] == "far"
     given.pop("model")
-    assert told == given
+    assert answer == given
 
 
 @pytest.mark.parametrize("path", MADE)
 async def test_stream_is_changed_only_in_its_own_model_and_usage(path: str) -> None:
     async with remote() as s:
-        told = await stream(s, path, stream_options={"include_usage": True})
+        received = await stream(s, path, stream_options={"include_usage": True})
     _, parts = MADE[path]({"model": "far"})
     given = [part.split(b"data: ")[1].strip() for part in parts]
     costs = 0
-    for (_, data), expected in zip(told, given, strict=True):
+    for (_, data), expected in zip(received, given, strict=True):
         if data == "[DONE]":
             assert (path, expected) == (CHAT, b"[DONE]")
             continue
@@ -169,40 +169,44 @@ async def test_stream_is_changed_only_in_its_own_model_and_usage(path: str) -> N
 @pytest.mark.parametrize("path", MADE)
 async def test_upstream_failure_is_reported_in_the_client_s_dialect(path: str) -> None:
     async with remote() as s:
-        told = await stream(s, path, metadata={"end": "cut"})
+        received = await stream(s, path, metadata={"end": "cut"})
         assert (await s.ask(body_of(path), path))[0] == 200
-    assert "[DONE]" not in [data for _, data in told]
-    name, last = told[-1]
+    assert "[DONE]" not in [data for _, data in received]
+    name, last = received[-1]
     if path == CHAT:
         assert last["error"]["code"] == "upstream_error"
     elif path == MESSAGES:
         assert (name, last["type"]) == ("error", "error")
         assert last["error"].keys() == {"type", "message"}
-        assert "message_stop" not in [data["type"] for _, data in told]
+        assert "message_stop" not in [data["type"] for _, data in received]
     else:
-        error = told[-2][1]
-        assert (told[-2][0], error["type"], error["code"]) == ("error", "error", "upstream_error")
+        error = received[-2][1]
+        assert (received[-2][0], error["type"], error["code"]) == (
+            "error",
+            "error",
+            "upstream_error",
+        )
         assert (name, last["type"], last["response"]["status"]) == (
             "response.failed",
             "response.failed",
             "failed",
         )
         assert last["response"]["error"]["message"] == error["message"]
-        assert [data["sequence_number"] for _, data in told] == [0, 1, 2, 3]
+        assert [data["sequence_number"] for _, data in received] == [0, 1, 2, 3]
 
 
 async def test_endpoint_that_no_engine_has_is_a_404_in_anthropic_s_shape() -> None:
     async with remote() as s:
-        status, _, told = await s.ask(chat(), MESSAGES + "/count_tokens")
-    assert (status, told["type"], told["error"]["type"]) == (404, "error", "not_found_error")
+        status, _, answer = await s.ask(chat(), MESSAGES + "/count_tokens")
+    assert (status, answer["type"], answer["error"]["type"]) == (404, "error", "not_found_error")
 
 
 @pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
 async def test_simulated_answer_has_the_same_text_and_usage_whole_and_streamed(path: str) -> None:
     async with remote() as s:
-        _, headers, told = await s.ask(body_of(path, model="general"), path)
+        _, headers, answer = await s.ask(body_of(path, model="general"), path)
         events = [data for _, data in await stream(s, path, model="general")]
-    (item,) = told["output"] if path == RESPONSES else [told]
+    (item,) = answer["output"] if path == RESPONSES else [answer]
     text = "".join(part["text"] for part in item["content"])
     last = events[-1]["response"] if path == RESPONSES else events[-2]
     pieces = [event["delta"] for event in events if event["type"].endswith("delta")]
@@ -210,25 +214,25 @@ async def test_simulated_answer_has_the_same_text_and_usage_whole_and_streamed(p
         pieces = [piece["text"] for piece in pieces if "text" in piece]
     assert "".join(pieces) == text
     assert text.startswith("general:")
-    assert headers["x-coe-expert"] == told["model"] == "general"
-    for usage in (told["usage"], last["usage"]):
+    assert headers["x-coe-expert"] == answer["model"] == "general"
+    for usage in (answer["usage"], last["usage"]):
         cost = usage.pop("coe")
         assert (cost["expert"], usage["output_tokens"]) == ("general", len(pieces))
-    assert told["usage"] == last["usage"]
+    assert answer["usage"] == last["usage"]
 
 
 @pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
 async def test_engine_death_ends_a_simulated_stream_in_the_client_s_dialect(path: str) -> None:
     config = simulated({"cpu": {"tokens": 5, "decode_ms": 5, "fail": "mid_stream"}})
     async with run_gateway(config) as s:
-        told = await stream(s, path, model="general")
-    kinds = [data["type"] for _, data in told]
+        received = await stream(s, path, model="general")
+    kinds = [data["type"] for _, data in received]
     if path == MESSAGES:
         assert kinds[-1] == "error"
         assert "message_stop" not in kinds
     else:
         assert kinds[-2:] == ["error", "response.failed"]
-        assert [data["sequence_number"] for _, data in told] == list(range(len(told)))
+        assert [data["sequence_number"] for _, data in received] == list(range(len(received)))
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -246,11 +250,11 @@ async def test_messages_errors_have_anthropic_s_shape(
     change: dict[str, Any], status: int, kind: str, streamed: bool
 ) -> None:
     async with remote() as s:
-        got, headers, told = await s.ask(body_of(MESSAGES, stream=streamed, **change), MESSAGES)
-    assert (got, told["type"], told["error"]["type"]) == (status, "error", kind)
-    assert told["error"]["message"]
-    assert told["error"].keys() == {"type", "message"}
-    assert int(headers["content-length"]) == len(json.dumps(told, separators=(",", ":")))
+        got, headers, answer = await s.ask(body_of(MESSAGES, stream=streamed, **change), MESSAGES)
+    assert (got, answer["type"], answer["error"]["type"]) == (status, "error", kind)
+    assert answer["error"]["message"]
+    assert answer["error"].keys() == {"type", "message"}
+    assert int(headers["content-length"]) == len(json.dumps(answer, separators=(",", ":")))
 
 
 async def test_messages_errors_before_parsing_have_anthropic_s_shape() -> None:
@@ -267,8 +271,8 @@ async def test_messages_errors_before_parsing_have_anthropic_s_shape() -> None:
             async with s.client.request(
                 method, s.url + MESSAGES, data=data, headers=headers
             ) as reply:
-                told = await reply.json()
-                assert (reply.status, told["type"], told["error"]["type"]) == (
+                payload = await reply.json()
+                assert (reply.status, payload["type"], payload["error"]["type"]) == (
                     status,
                     "error",
                     kind,

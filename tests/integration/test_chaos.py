@@ -28,36 +28,36 @@ def run(module: str, *arguments: str) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     sys.stderr.write(done.stderr[-6000:])
-    told: dict[str, Any] = json.loads(done.stdout)
-    return told
+    data: dict[str, Any] = json.loads(done.stdout)
+    return data
 
 
 def missed(told: dict[str, Any]) -> list[str]:
     return [
-        f"{one['name']}: {one['value']}"
-        for one in told["reach"]
-        if not one["ok"] and not one["name"].startswith(_TIMED)
+        f"{item['name']}: {item['value']}"
+        for item in told["reach"]
+        if not item["ok"] and not item["name"].startswith(_TIMED)
     ]
 
 
 def test_chaos_round_finds_no_violation() -> None:
-    told = run(
+    result = run(
         "loadtests.chaos",
         *("--rounds", "1", "--no-real", "--settle", "0.5", "--clients", "8", "--port", "8330"),
     )
-    assert missed(told) == []
+    assert missed(result) == []
     # Everything that this machine can be made to suffer was.
-    assert len(told["outcomes"]) >= 7
+    assert len(result["outcomes"]) >= 7
     if shutil.which("redis-server"):
-        assert {"Redis stopped", "Redis hung"} <= told["outcomes"].keys()
-    assert len(told["poison"]["lost"]) == 1
-    assert told["poison"]["answers"] == [[500, "engine_died_twice"]]
-    for name, kinds in told["outcomes"].items():
+        assert {"Redis stopped", "Redis hung"} <= result["outcomes"].keys()
+    assert len(result["poison"]["lost"]) == 1
+    assert result["poison"]["answers"] == [[500, "engine_died_twice"]]
+    for name, kinds in result["outcomes"].items():
         assert kinds["right"] > 0, name
 
 
 def test_short_soak_finds_no_leak() -> None:
-    told = run("loadtests.soak", "--minutes", "0.2", "--clients", "8", "--port", "8340")
-    assert missed(told) == []
-    assert told["ended"]["right"] > 50
-    assert told["ended"]["left by the client"] > 0
+    result = run("loadtests.soak", "--minutes", "0.2", "--clients", "8", "--port", "8340")
+    assert missed(result) == []
+    assert result["ended"]["right"] > 50
+    assert result["ended"]["left by the client"] > 0

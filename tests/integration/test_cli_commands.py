@@ -36,9 +36,9 @@ async def coe(*words: str, given: str | None = None) -> Result:
 
 async def test_chat_prints_the_answer_and_its_route() -> None:
     async with run_gateway(TURNS) as s:
-        told = await coe("chat", "hello there", "--url", s.url)
-        assert told.exit_code == 0, told.output
-        answer, route = told.output.strip().split("\n")
+        result = await coe("chat", "hello there", "--url", s.url)
+        assert result.exit_code == 0, result.output
+        answer, route = result.output.strip().split("\n")
         assert answer.startswith("general:")
         assert route.startswith("↳ general · general, ")
         for step in ("route", "queue", "swap", "prefill", "decode"):
@@ -48,21 +48,21 @@ async def test_chat_prints_the_answer_and_its_route() -> None:
 
 async def test_chat_keeps_the_turns_of_a_conversation() -> None:
     async with run_gateway(TURNS) as s:
-        told = await coe("chat", "--url", s.url, "-m", "math", "--json", given="one\n\ntwo\n")
-        lines = [json.loads(line) for line in told.output.strip().split("\n")]
-        assert [one["expert"] for one in lines] == ["math", "math"]
+        result = await coe("chat", "--url", s.url, "-m", "math", "--json", given="one\n\ntwo\n")
+        lines = [json.loads(line) for line in result.output.strip().split("\n")]
+        assert [item["expert"] for item in lines] == ["math", "math"]
         assert lines[0]["category"] is None
-        asked = s.pools["cpu"].engine.asked[-1]
-        turns = json.loads(asked.body)["messages"]
+        request = s.pools["cpu"].engine.asked[-1]
+        turns = json.loads(request.body)["messages"]
         assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
 
 
 async def test_commands_print_errors_on_one_line() -> None:
     async with run_gateway(TURNS) as s:
-        told = await coe("chat", "hi", "--url", s.url, "-m", "nobody")
-        assert "nobody" in str(told.exception)
-    told = await coe("chat", "hi", "--url", "http://127.0.0.1:9")
-    assert "cannot reach" in str(told.exception)
+        result = await coe("chat", "hi", "--url", s.url, "-m", "nobody")
+        assert "nobody" in str(result.exception)
+    result = await coe("chat", "hi", "--url", "http://127.0.0.1:9")
+    assert "cannot reach" in str(result.exception)
 
 
 @pytest.mark.parametrize(
@@ -82,19 +82,19 @@ async def test_commands_against_another_service_fail_with_one_line(said: bytes, 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with server:
-        told = await coe("keys", "--url", url, "list")
-    assert isinstance(told.exception, CoeError)
-    assert words in told.exception.message
+        result = await coe("keys", "--url", url, "list")
+    assert isinstance(result.exception, CoeError)
+    assert words in result.exception.message
     if words == "broke off":
         return
-    told = await coe("keys", "--url", "nowhere", "list")
-    assert isinstance(told.exception, CoeError)
+    result = await coe("keys", "--url", "nowhere", "list")
+    assert isinstance(result.exception, CoeError)
 
 
 async def test_tables_can_be_printed_as_json() -> None:
     async with run_gateway(TURNS) as s:
         top = json.loads((await coe("top", "--json", "--url", s.url)).output)
-        assert [one["name"] for one in top["experts"]] == ["general", "math"]
+        assert [expert["name"] for expert in top["experts"]] == ["general", "math"]
         experts = json.loads((await coe("experts", "--json", "--url", s.url)).output)
         assert "math" in next(iter(experts["pools"].values()))
         done = json.loads((await coe("experts", "--url", s.url, "pin", "math", "--json")).output)
@@ -115,6 +115,6 @@ async def test_top_follows_experts_and_requests_and_moves_weights() -> None:
             assert "math" in routes.get_row_at(0)
             await until(lambda: experts.get_row_at(1)[2] == "device", "the swap is shown")
             await pilot.press("p")
-            said = app.query_one("#message", Static)
-            await until(lambda: "pin general: done" in str(said.render()), "it was pinned")
+            message = app.query_one("#message", Static)
+            await until(lambda: "pin general: done" in str(message.render()), "it was pinned")
             await pilot.press("q")

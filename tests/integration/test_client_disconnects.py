@@ -46,7 +46,7 @@ def config(per_min: int = 100, price: dict[str, float] | None = None, **pool: An
 async def balance(s: RunningGateway, kind: str) -> Any:
     async with s.client.get(s.url + "/v1/usage", headers=BEARER) as reply:
         limits = (await reply.json())["limits"]
-        return next(one for one in limits if one["unit"] == kind)
+        return next(limit for limit in limits if limit["unit"] == kind)
 
 
 async def settled(s: RunningGateway) -> Any:
@@ -109,8 +109,8 @@ async def test_client_disconnect_in_the_queue_costs_nothing() -> None:
 
 async def test_client_deadline_does_not_bypass_limits() -> None:
     async with run_gateway(config()) as s:
-        status, _, told = await s.ask(chat(coe={"deadline_ms": 300}), headers=BEARER)
-        assert (status, told["error"]["code"]) == (504, "deadline_exceeded")
+        status, _, answer = await s.ask(chat(coe={"deadline_ms": 300}), headers=BEARER)
+        assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")
         assert await settled(s) >= 300 / STEP_MS * 0.5
         assert (await balance(s, "requests"))["spent"] == 1
 

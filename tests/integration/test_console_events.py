@@ -64,21 +64,21 @@ async def test_console_pages_have_a_strict_policy_and_are_cached() -> None:
 async def test_events_report_experts_then_each_request_and_its_tokens() -> None:
     async with run_gateway(TWO) as s, s.get("/console/events") as reply:
         assert reply.headers["content-type"] == "text/event-stream"
-        told = events(reply)
-        hello = await first(told, "hello")
-        assert [one["name"] for one in hello["experts"]] == ["general", "math"]
+        received = events(reply)
+        hello = await first(received, "hello")
+        assert [expert["name"] for expert in hello["experts"]] == ["general", "math"]
         assert hello["experts"][0]["kind"] == "full"
         (pool,) = hello["state"]["pools"]
         assert pool["experts"]["math"]["state"] == "device"
         status, headers, _ = await s.ask(chat("my private words", model="auto"))
         assert status == 200
-        (route,) = (await first(told, "routes"))["routes"]
+        (route,) = (await first(received, "routes"))["routes"]
         assert route["request"] == headers["x-request-id"]
         assert (route["asked"], route["expert"], route["outcome"]) == ("auto", "general", "ok")
         assert route["first_ms"] > 0
-        state = await first(told, "state")
+        state = await first(received, "state")
         while state["pools"][0]["experts"]["general"].get("tokens", 0) < 6:
-            state = await first(told, "state")
+            state = await first(received, "state")
         assert state["flows"] == [
             {"category": "general", "recipe": "general", "expert": "general", "count": 1}
         ]
@@ -120,10 +120,10 @@ async def test_events_require_the_admin_key_once_keys_exist(
 
 async def test_events_end_when_the_pool_drains(monkeypatch: pytest.MonkeyPatch) -> None:
     async with run_gateway(TWO) as s, s.get("/console/events") as reply:
-        told = events(reply)
-        await first(told, "hello")
+        received = events(reply)
+        await first(received, "hello")
         await s.pools["cpu"].process.pool.stop(0)
-        names = [name async for name, _ in told]
+        names = [name async for name, _ in received]
         assert set(names) <= {"state", "routes"}
 
 
@@ -147,8 +147,8 @@ async def test_events_end_when_the_state_can_not_be_read(
     async with run_gateway(TWO) as s:
         feed = s.gateway.current.events
         async with s.get("/console/events") as reply:
-            told = events(reply)
-            assert await first(told, "hello")
+            received = events(reply)
+            assert await first(received, "hello")
 
             def state() -> Any:
                 raise KeyError("what nobody thought of")
@@ -156,6 +156,6 @@ async def test_events_end_when_the_state_can_not_be_read(
             with monkeypatch.context() as patched:
                 patched.setattr(feed, "state", state)
                 async with asyncio.timeout(20):
-                    assert [name async for name, _ in told if name == "hello"] == []
+                    assert [name async for name, _ in received if name == "hello"] == []
         async with s.get("/console/events") as reply:
             assert await first(events(reply), "state")

@@ -36,8 +36,8 @@ async def test_foreign_post_and_rebound_host_are_refused() -> None:
                 assert reply.status == 403, path
         assert s.pools["cpu"].engine.asked == []
         async with s.get("/metrics") as reply:
-            told = await reply.text()
-        assert 'coe_requests_rejected_total{gateway="gateway",reason="host_not_allowed"} 6' in told
+            text = await reply.text()
+        assert 'coe_requests_rejected_total{gateway="gateway",reason="host_not_allowed"} 6' in text
 
 
 async def test_configured_origin_asks_and_reads() -> None:

@@ -42,33 +42,33 @@ def test_anthropic_client(demo: Service) -> None:
 
 
 def test_openai_node_client(demo: Service) -> None:
-    told = run_node("openai_node.mjs", demo.url)
-    assert told["whole"]
-    assert told["stream"]
-    assert told["model"] in EXPERTS
-    jsonschema.validate(told["place"], PLACE)
-    assert told["call"]["name"] == "look_up"
-    jsonschema.validate(json.loads(told["call"]["arguments"]), PLACE)
-    assert set(EXPERTS) < set(told["models"])
-    assert told["unknown"] == {"kind": "NotFoundError", "status": 404, "code": "model_not_found"}
-    assert told["wrong"]["kind"] == "BadRequestError"
-    assert told["embeddings"] == "BadRequestError"
+    answer = run_node("openai_node.mjs", demo.url)
+    assert answer["whole"]
+    assert answer["stream"]
+    assert answer["model"] in EXPERTS
+    jsonschema.validate(answer["place"], PLACE)
+    assert answer["call"]["name"] == "look_up"
+    jsonschema.validate(json.loads(answer["call"]["arguments"]), PLACE)
+    assert set(EXPERTS) < set(answer["models"])
+    assert answer["unknown"] == {"kind": "NotFoundError", "status": 404, "code": "model_not_found"}
+    assert answer["wrong"]["kind"] == "BadRequestError"
+    assert answer["embeddings"] == "BadRequestError"
 
 
 def test_litellm_client(demo: Service) -> None:
-    told = last_json(run([python(), SCRIPTS / "python_clients.py", "litellm", demo.url]))
-    assert told["whole"]
-    assert told["stream"]
-    assert told["fault"] == "NotFoundError"
+    answer = last_json(run([python(), SCRIPTS / "python_clients.py", "litellm", demo.url]))
+    assert answer["whole"]
+    assert answer["stream"]
+    assert answer["fault"] == "NotFoundError"
 
 
 def test_langchain_client(demo: Service) -> None:
-    told = last_json(run([python(), SCRIPTS / "python_clients.py", "langchain", demo.url]))
-    assert told["whole"]
-    assert told["expert"] in EXPERTS
-    assert told["stream"]
-    jsonschema.validate(told["place"], PLACE)
-    assert told["fault"] == "model_not_found"
+    answer = last_json(run([python(), SCRIPTS / "python_clients.py", "langchain", demo.url]))
+    assert answer["whole"]
+    assert answer["expert"] in EXPERTS
+    assert answer["stream"]
+    jsonschema.validate(answer["place"], PLACE)
+    assert answer["fault"] == "model_not_found"
 
 
 def test_llm_client(demo: Service, tmp_path: Path) -> None:
@@ -89,8 +89,8 @@ def test_examples_run(demo: Service) -> None:
             command: list[Any] = [sys.executable, script]
         else:
             command = ["bash", script]
-        said = run(command, COE_URL=demo.url)
-        assert said.strip(), f"{script.name} says nothing"
+        output = run(command, COE_URL=demo.url)
+        assert output.strip(), f"{script.name} says nothing"
 
 
 def test_official_client_lists_every_expert(demo: Service) -> None:

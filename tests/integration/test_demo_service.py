@@ -65,15 +65,15 @@ def test_demo_four_prompts_reach_four_experts(
         max_tokens=12,
         temperature=0,
     )
-    told = raw.parse()
-    assert told.model == expert
+    completion = raw.parse()
+    assert completion.model == expert
     assert raw.headers["x-coe-expert"] == raw.headers["x-coe-category"] == expert
     assert 0 < float(raw.headers["x-coe-confidence"]) <= 1
-    assert told.choices[0].message.content
+    assert completion.choices[0].message.content
 
 
 def test_demo_experts_answer_differently(client: openai.OpenAI) -> None:
-    said = {
+    answers = {
         client.chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": "please freeze my bank account"}],
@@ -84,8 +84,8 @@ def test_demo_experts_answer_differently(client: openai.OpenAI) -> None:
         .message.content
         for model in ("general", "intents")
     }
-    assert len(said) == 2
-    assert any("freeze" in (text or "").lower() for text in said)
+    assert len(answers) == 2
+    assert any("freeze" in (text or "").lower() for text in answers)
 
 
 def test_demo_stream_with_usage(client: openai.OpenAI) -> None:
@@ -114,10 +114,10 @@ def test_demo_stream_with_usage(client: openai.OpenAI) -> None:
 
 def test_demo_json_schema_from_an_adapter(client: openai.OpenAI) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}}
-    told = client.chat.completions.create(
+    completion = client.chat.completions.create(
         model="math", messages=HELLO, max_tokens=60, temperature=0, response_format=form
     )
-    jsonschema.validate(json.loads(told.choices[0].message.content or ""), SCHEMA)
+    jsonschema.validate(json.loads(completion.choices[0].message.content or ""), SCHEMA)
 
 
 def test_demo_named_tool_is_called(client: openai.OpenAI) -> None:
@@ -125,7 +125,7 @@ def test_demo_named_tool_is_called(client: openai.OpenAI) -> None:
         "type": "function",
         "function": {"name": "look_up", "parameters": SCHEMA, "strict": True},
     }
-    told = client.chat.completions.create(
+    completion = client.chat.completions.create(
         model="general",
         messages=HELLO,
         max_tokens=60,
@@ -133,7 +133,7 @@ def test_demo_named_tool_is_called(client: openai.OpenAI) -> None:
         tools=[tool],
         tool_choice={"type": "function", "function": {"name": "look_up"}},
     )
-    (call,) = told.choices[0].message.tool_calls or []
+    (call,) = completion.choices[0].message.tool_calls or []
     assert call.type == "function"
     assert call.function.name == "look_up"
     jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
@@ -192,7 +192,7 @@ def test_demo_dashboards_show_vllm_s_own_metrics(
         wait_until(shown, "every panel of vLLM's metrics shows something", 30)
         # Adapters have no engine of their own, and their tokens are told all the same.
         answers = live.series('sum by (expert) (coe_tokens_total{type="completion"}) > 0')
-        assert {one["metric"]["expert"] for one in answers} >= {"general", "math"}
+        assert {answer["metric"]["expert"] for answer in answers} >= {"general", "math"}
 
 
 def test_demo_killed_engine_is_replaced_and_a_request_answered(
@@ -202,13 +202,13 @@ def test_demo_killed_engine_is_replaced_and_a_request_answered(
     core.kill()
     began_s = time.monotonic()
     # It waits for the next engine; the client notices nothing but the time.
-    told = client.chat.completions.create(
+    completion = client.chat.completions.create(
         model="intents",
         messages=HELLO,
         max_tokens=4,
         extra_headers={"x-coe-deadline-ms": "170000"},
     )
-    assert told.model == "intents"
+    assert completion.model == "intents"
     assert time.monotonic() - began_s < 175
     (new,) = service.named("EngineCore")
     assert new.pid != core.pid

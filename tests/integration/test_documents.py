@@ -149,8 +149,8 @@ def assert_shows(shown: Any, reply: Any) -> None:
             assert name in reply
             assert_shows(value, reply[name])
     elif isinstance(shown, list):
-        for one, other in zip(shown, reply, strict=True):
-            assert_shows(one, other)
+        for item, other in zip(shown, reply, strict=True):
+            assert_shows(item, other)
 
 
 async def test_headers_of_the_clients_page_are_sent(tmp_path: Path) -> None:

@@ -27,29 +27,29 @@ def config(**feedback: Any) -> Config:
 
 
 async def vote(s: RunningGateway, reply: str, score: float) -> tuple[int, Any]:
-    status, _, told = await s.ask({"id": reply, "score": score}, "/v1/feedback")
-    return status, told
+    status, _, answer = await s.ask({"id": reply, "score": score}, "/v1/feedback")
+    return status, answer
 
 
 async def test_feedback_expert_that_turns_bad_loses_its_traffic() -> None:
     async with run_gateway(config()) as s:
-        asked = []
+        models = []
         for _ in range(VOTES + 1):
-            _, headers, told = await s.ask(chat(model="auto"))
-            asked.append(told["model"])
-            if told["model"] == "other":
+            _, headers, answer = await s.ask(chat(model="auto"))
+            models.append(answer["model"])
+            if answer["model"] == "other":
                 break
-            status, said = await vote(s, told["id"], 0)
-            assert status == 200, said
-            assert said["recipe"] == headers["x-coe-expert"]
-        assert asked[0] == "good"
-        assert asked[-1] == "other"
+            status, result = await vote(s, answer["id"], 0)
+            assert status == 200, result
+            assert result["recipe"] == headers["x-coe-expert"]
+        assert models[0] == "good"
+        assert models[-1] == "other"
         # Praise brings it back.
         for _ in range(3 * VOTES):
-            _, _, told = await s.ask(chat(model="auto"))
-            if told["model"] == "good":
+            _, _, answer = await s.ask(chat(model="auto"))
+            if answer["model"] == "good":
                 break
-            await vote(s, told["id"], 0)
+            await vote(s, answer["id"], 0)
         else:
             pytest.fail("a worse one kept the traffic")
 
@@ -57,16 +57,16 @@ async def test_feedback_expert_that_turns_bad_loses_its_traffic() -> None:
 async def test_feedback_second_vote_under_any_of_a_reply_s_ids_is_a_conflict() -> None:
     async with run_gateway(config()) as s:
         headers = {"x-request-id": "mine-1"}
-        _, _, told = await s.ask(chat(model="auto"), headers=headers)
+        _, _, answer = await s.ask(chat(model="auto"), headers=headers)
         assert (await vote(s, "mine-1", 1))[0] == 200
         assert (await vote(s, "mine-1", 1))[0] == 409
-        assert (await vote(s, told["id"], 1))[0] == 409
+        assert (await vote(s, answer["id"], 1))[0] == 409
         for reply in ("nothing", "0" * 24, "chatcmpl-" + "a" * 24):
-            status, said = await vote(s, reply, 1)
-            assert (status, said["error"]["code"]) == (404, "reply_not_found")
+            status, result = await vote(s, reply, 1)
+            assert (status, result["error"]["code"]) == (404, "reply_not_found")
         # Who was named can't be misrouted.
-        _, _, told = await s.ask(chat(model="good"))
-        assert (await vote(s, told["id"], 1))[0] == 404
+        _, _, answer = await s.ask(chat(model="good"))
+        assert (await vote(s, answer["id"], 1))[0] == 404
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,9 @@ async def test_feedback_second_vote_under_any_of_a_reply_s_ids_is_a_conflict() -
 )
 async def test_feedback_invalid_votes_are_refused(body: Any, words: str) -> None:
     async with run_gateway(config()) as s:
-        status, _, told = await s.ask(body, "/v1/feedback")
+        status, _, answer = await s.ask(body, "/v1/feedback")
         assert status == 400
-        assert words in told["error"]["message"]
+        assert words in answer["error"]["message"]
 
 
 async def test_feedback_can_be_switched_off() -> None:
@@ -112,14 +112,14 @@ async def test_feedback_gateways_with_a_shared_volatile_store_share_votes(
     data["tenants"] = {"default": {"cache": {"mode": "exact"}}}
     given = Config.model_validate(data)
     async with run_gateway(given) as one, run_gateway(given) as other:
-        _, headers, told = await one.ask(chat(model="auto"), headers={"x-coe-cache": "exact"})
+        _, headers, answer = await one.ask(chat(model="auto"), headers={"x-coe-cache": "exact"})
         assert headers["x-coe-cache"] == "miss"
 
         async def shared() -> bool:
-            return (await vote(other, told["id"], 0.0))[0] == 200
+            return (await vote(other, answer["id"], 0.0))[0] == 200
 
         await until(shared, "the other gateway knows the reply")
-        assert (await vote(one, told["id"], 0.0))[0] == 409
+        assert (await vote(one, answer["id"], 0.0))[0] == 409
         _, headers, _ = await other.ask(chat(model="auto"), headers={"x-coe-cache": "exact"})
         assert headers["x-coe-cache"] == "exact"
     with counting.client() as client:
@@ -139,9 +139,9 @@ async def test_feedback_without_the_volatile_store_loses_votes_and_no_request(
     data["tenants"] = {"default": {"cache": {"mode": "exact"}}}
     async with run_gateway(Config.model_validate(data)) as s:
         for _ in range(3):
-            status, headers, told = await s.ask(
+            status, headers, answer = await s.ask(
                 chat(model="auto"), headers={"x-coe-cache": "exact"}
             )
             assert (status, headers["x-coe-cache"]) == (200, "miss")
-        status, said = await vote(s, told["id"], 1.0)
-        assert (status, said["error"]["code"]) == (503, "store_unavailable")
+        status, result = await vote(s, answer["id"], 1.0)
+        assert (status, result["error"]["code"]) == (503, "store_unavailable")

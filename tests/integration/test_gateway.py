@@ -46,9 +46,9 @@ async def test_chat_stream_with_usage() -> None:
         async with s.post(body) as reply:
             assert reply.status == 200
             assert reply.headers["content-type"].startswith("text/event-stream")
-            told = events(await reply.read())
-        assert told[-1] == "[DONE]"
-        chunks = [json.loads(one) for one in told[:-1]]
+            received = events(await reply.read())
+        assert received[-1] == "[DONE]"
+        chunks = [json.loads(item) for item in received[:-1]]
         text = "".join(c["choices"][0]["delta"]["content"] for c in chunks if c["choices"])
         assert text.startswith("general:")
         assert chunks[-1]["usage"]["completion_tokens"] == 4
@@ -74,9 +74,9 @@ async def test_refused_request_has_openai_s_error_shape(
     path: str, body: object, status: int, param: str | None, code: str | None
 ) -> None:
     async with run_gateway(ONE) as s:
-        got, headers, told = await s.ask(body, path)
+        got, headers, answer = await s.ask(body, path)
         assert got == status
-        error = told["error"]
+        error = answer["error"]
         assert error.keys() == {"message", "type", "param", "code"}
         assert error["message"]
         assert error["param"] == param
@@ -86,9 +86,9 @@ async def test_refused_request_has_openai_s_error_shape(
 
 async def test_prompt_above_the_context_names_both_numbers() -> None:
     async with run_gateway(ONE) as s:
-        _, _, told = await s.ask(chat("a b c", max_tokens=5000))
-        assert "2048" in told["error"]["message"]
-        assert "5000" in told["error"]["message"]
+        _, _, answer = await s.ask(chat("a b c", max_tokens=5000))
+        assert "2048" in answer["error"]["message"]
+        assert "5000" in answer["error"]["message"]
 
 
 async def test_invalid_json_and_wrong_method_are_refused() -> None:
@@ -156,7 +156,7 @@ async def test_prompts_are_in_no_log(
     secret = "a very private question"
     config = simulated({"cpu": {"fail": "first_byte"}}, server={"access_log": True})
     async with run_gateway(config) as s:
-        status, _, told = await s.ask(chat(secret))
+        status, _, answer = await s.ask(chat(secret))
         assert status == 500
         await s.ask(chat(secret, stream="yes"))
         await s.ask({"model": secret, "messages": []})
@@ -164,7 +164,7 @@ async def test_prompts_are_in_no_log(
     lines = [record.getMessage() + str(record.__dict__) for record in caplog.records]
     assert any("coe.access" in line for line in lines)
     assert secret not in "".join(lines) + out.out + out.err
-    assert secret not in told["error"]["message"]
+    assert secret not in answer["error"]["message"]
 
 
 async def test_unexpected_exception_is_a_500_without_its_text(
@@ -176,13 +176,13 @@ async def test_unexpected_exception_is_a_500_without_its_text(
             raise RuntimeError("a very private question")
 
         monkeypatch.setattr(s.pools["cpu"].engine, "run", broken)
-        status, _, told = await s.ask(chat())
-        assert (status, told["error"]["type"]) == (500, "server_error")
-        assert "private" not in told["error"]["message"]
+        status, _, answer = await s.ask(chat())
+        assert (status, answer["error"]["type"]) == (500, "server_error")
+        assert "private" not in answer["error"]["message"]
         monkeypatch.setattr(s.gateway.current.services.router, "plan", broken)
-        status, _, told = await s.ask(chat())
-        assert (status, told["error"]["code"]) == (500, "internal_error")
-        assert "private" not in str(told)
+        status, _, answer = await s.ask(chat())
+        assert (status, answer["error"]["code"]) == (500, "internal_error")
+        assert "private" not in str(answer)
     assert {r.name for r in caplog.records if r.exc_info} <= {"coe.api", "coe.link"}
 
 
@@ -204,9 +204,9 @@ async def test_reload_of_an_invalid_config_is_a_409(kind: type[CoeError]) -> Non
 
     async with run_gateway(ONE, reload) as s:
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
-        status, _, told = await s.ask({}, "/admin/reload", headers=headers)
-        assert (status, told["error"]["code"]) == (409, "conflict")
-        assert told["error"]["message"] == "experts.a: it is wrong"
+        status, _, answer = await s.ask({}, "/admin/reload", headers=headers)
+        assert (status, answer["error"]["code"]) == (409, "conflict")
+        assert answer["error"]["message"] == "experts.a: it is wrong"
 
 
 async def test_exception_in_routing_is_a_500_and_is_logged_without_its_text(
@@ -218,10 +218,10 @@ async def test_exception_in_routing_is_a_500_and_is_logged_without_its_text(
     async with run_gateway(ONE) as s:
         monkeypatch.setattr(s.gateway.current.services.router, "plan", plan)
         for path in ("/v1/route", CHAT):
-            status, headers, told = await s.ask(chat("hello there"), path)
-            assert (status, told["error"]["code"]) == (500, "internal_error"), path
+            status, headers, answer = await s.ask(chat("hello there"), path)
+            assert (status, answer["error"]["code"]) == (500, "internal_error"), path
             assert headers["x-coe-fault"] == "internal_error"
-            assert "hello" not in str(told)
+            assert "hello" not in str(answer)
     logged = [record for record in caplog.records if record.exc_info]
     # Our own logger's alone, which leaves texts out.
     assert [record.name for record in logged] == ["coe.api", "coe.api"]

@@ -136,12 +136,12 @@ async def test_grammar_check_result_is_shared_by_concurrent_and_later_requests(
     checker: GrammarChecker, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await checker.check(FIT["a regex"], vocabulary)
-    asked = 0
+    count = 0
     real = checker._worker.ask  # type: ignore[union-attr]
 
     async def ask(*given: Any) -> str:
-        nonlocal asked
-        asked += 1
+        nonlocal count
+        count += 1
         return await real(*given)
 
     monkeypatch.setattr(checker._worker, "ask", ask)
@@ -152,30 +152,32 @@ async def test_grammar_check_result_is_shared_by_concurrent_and_later_requests(
     gone.cancel()  # the first who asked leaves: the others are told all the same
     await asyncio.gather(*rest)
     await checker.check(new, vocabulary)
-    assert asked == 1
+    assert count == 1
 
 
 async def test_grammar_check_abandoned_checks_do_not_delay_others(
     checker: GrammarChecker, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await checker.check(FIT["a regex"], vocabulary)
-    asked: list[Grammar] = []
+    requests: list[Grammar] = []
     real = checker._worker.ask  # type: ignore[union-attr]
 
     async def ask(grammar: Grammar, *given: Any) -> str:
-        asked.append(grammar)
+        requests.append(grammar)
         return await real(grammar, *given)
 
     monkeypatch.setattr(checker._worker, "ask", ask)
     costly = [optional(3100 + i) for i in range(40)]
-    left = [asyncio.create_task(checker.check(one, vocabulary)) for one in costly]
+    left = [asyncio.create_task(checker.check(item, vocabulary)) for item in costly]
     await asyncio.sleep(0.1)
-    for one in left:
-        one.cancel()
+    for item in left:
+        item.cancel()
     await asyncio.gather(*left, return_exceptions=True)
     await checker.check(schema(pattern="^after they left$"), vocabulary)
     # How many began before their clients left depends on the machine; most never begin.
-    assert len(asked) < len(costly) // 2, "one after the other they would take half a second each"
+    assert len(requests) < len(costly) // 2, (
+        "one after the other they would take half a second each"
+    )
     assert len(checker._asking) <= 2
     # Who comes with one of them later gets a verdict of its own.
     with pytest.raises(InvalidRequestError):

@@ -86,11 +86,11 @@ class Running:
 
 def free_ports(count: int) -> list[int]:
     made = [socket.socket() for _ in range(count)]
-    for one in made:
-        one.bind(("127.0.0.1", 0))
-    found = [one.getsockname()[1] for one in made]
-    for one in made:
-        one.close()
+    for item in made:
+        item.bind(("127.0.0.1", 0))
+    found = [item.getsockname()[1] for item in made]
+    for item in made:
+        item.close()
     return found
 
 
@@ -172,8 +172,8 @@ def test_haproxy_get_with_a_body_is_refused(
             made.sendall(b"HEAD / HTTP/1.1\r\nhost: x\r\n" + announced)
             assert made.recv(65536).startswith(b"HTTP/1.1 400")
         return
-    status, told = proxy.ask(b"GET /console/events HTTP/1.1\r\nhost: x\r\n" + announced)
-    assert (status, told["error"]["message"]) == (400, "GET and HEAD take no body")
+    status, answer = proxy.ask(b"GET /console/events HTTP/1.1\r\nhost: x\r\n" + announced)
+    assert (status, answer["error"]["message"]) == (400, "GET and HEAD take no body")
 
 
 @pytest.mark.parametrize("bare", [b"", b"content-length: 0\r\n"])
@@ -185,10 +185,10 @@ def test_haproxy_websocket_is_refused_and_other_upgrades_are_ignored(proxy: Runn
     upgrade = b"connection: upgrade\r\nupgrade: %s\r\nsec-websocket-version: 13\r\n"
     key = b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
     head = b"GET / HTTP/1.1\r\nhost: x\r\n"
-    status, told = proxy.ask(head + upgrade % b"WebSocket" + key)
-    assert (status, told["error"]["code"]) == (400, "invalid_request_error")
-    status, told = proxy.ask(head + upgrade % b"h2c" + b"\r\n")
-    assert (status, "upgrade" in told) == (200, False)
+    status, answer = proxy.ask(head + upgrade % b"WebSocket" + key)
+    assert (status, answer["error"]["code"]) == (400, "invalid_request_error")
+    status, answer = proxy.ask(head + upgrade % b"h2c" + b"\r\n")
+    assert (status, "upgrade" in answer) == (200, False)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +202,6 @@ def test_haproxy_websocket_is_refused_and_other_upgrades_are_ignored(proxy: Runn
     ],
 )
 def test_haproxy_blocks_serve_s_own_endpoints(proxy: Running, header: str) -> None:
-    status, told = proxy.ask(f"GET / HTTP/1.1\r\nhost: x\r\n{header}\r\n\r\n".encode())
+    status, answer = proxy.ask(f"GET / HTTP/1.1\r\nhost: x\r\n{header}\r\n\r\n".encode())
     assert status == 200
-    assert header.partition(":")[0] not in told
+    assert header.partition(":")[0] not in answer

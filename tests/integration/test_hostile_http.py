@@ -116,15 +116,15 @@ def works(service: Service) -> bool:
     ],
 )
 def test_hostile_headers_do_not_upset_serve(service: Service, header: bytes) -> None:
-    status, told, _ = ask(service, request(headers=header))
+    status, answer, _ = ask(service, request(headers=header))
     assert status == 200
-    assert b"server" not in told
-    assert len(told[b"x-request-id"]) <= 128
+    assert b"server" not in answer
+    assert len(answer[b"x-request-id"]) <= 128
 
 
 def test_valid_request_id_is_returned(service: Service) -> None:
-    _, told, _ = ask(service, request(headers=b"x-request-id: mine-1\r\n"))
-    assert told[b"x-request-id"] == b"mine-1"
+    _, answer, _ = ask(service, request(headers=b"x-request-id: mine-1\r\n"))
+    assert answer[b"x-request-id"] == b"mine-1"
 
 
 @pytest.mark.parametrize(
@@ -219,11 +219,11 @@ def test_ten_megabyte_prompt_is_answered_and_a_larger_one_refused(service: Servi
 def test_browser_page_is_admitted_by_its_origin_only(service: Service) -> None:
     ask_for = b"access-control-request-method: POST\r\naccess-control-request-headers: x-a\r\n\r\n"
     head = b"OPTIONS /v1/chat/completions HTTP/1.1\r\nhost: x\r\norigin: %s\r\n" + ask_for
-    status, told, _ = ask(service, head % b"http://friend.example")
-    assert (status, told[b"access-control-allow-origin"]) == (200, b"http://friend.example")
-    assert told[b"access-control-allow-headers"] == b"x-a"
-    status, told, _ = ask(service, head % b"http://attacker.example")
-    assert (status, b"access-control-allow-origin" in told) == (400, False)
+    status, answer, _ = ask(service, head % b"http://friend.example")
+    assert (status, answer[b"access-control-allow-origin"]) == (200, b"http://friend.example")
+    assert answer[b"access-control-allow-headers"] == b"x-a"
+    status, answer, _ = ask(service, head % b"http://attacker.example")
+    assert (status, b"access-control-allow-origin" in answer) == (400, False)
     for trick in (b"origin: http://attacker.example\r\n", b"sec-fetch-site: cross-site\r\n"):
         assert ask(service, request(headers=trick))[0] == 403
     rebound = request().replace(b"host: x", b"host: attacker.example")
@@ -236,9 +236,9 @@ def test_only_the_service_listens_on_every_interface(service: Service) -> None:
     """Serve's gateways, and HAProxy's statistics, are reached from this machine only."""
     # Ray's own ports in these processes need its token.
     found = [
-        (one.address, one.port)
-        for one in service.listening()
-        if "haproxy" in one.process or 30000 <= one.port < 32000
+        (item.address, item.port)
+        for item in service.listening()
+        if "haproxy" in item.process or 30000 <= item.port < 32000
     ]
     assert any(30000 <= port < 31000 for _, port in found)
     assert ("0.0.0.0", service.port) in found
@@ -246,7 +246,7 @@ def test_only_the_service_listens_on_every_interface(service: Service) -> None:
 
 
 def test_gateway_port_ignores_headers_that_keep_a_generation_alive(service: Service) -> None:
-    ports = [one.port for one in service.listening() if GATEWAY in one.process]
+    ports = [item.port for item in service.listening() if GATEWAY in item.process]
     body = {"model": "general", "messages": [{"role": "user", "content": "x"}], "stream": True}
     long = json.dumps({**body, "max_tokens": 1_000_000}).encode()
     port = next(port for port in ports if 30000 <= port < 31000)
@@ -282,7 +282,9 @@ def resident(service: Service) -> int:
 
 def running(service: Service) -> float:
     _, _, body = ask(service, b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
-    lines = [one for one in body.decode().splitlines() if one.startswith("coe_requests_running{")]
+    lines = [
+        line for line in body.decode().splitlines() if line.startswith("coe_requests_running{")
+    ]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
@@ -326,7 +328,7 @@ def test_hostile_input_is_in_no_log(service: Service) -> None:
     assert logs
     found = [str(path) for path in logs if b"Traceback" in path.read_bytes()]
     # Workers' own files: what our code prints goes there.
-    assert [one for one in found if "worker" in one or "replica" in one] == []
+    assert [item for item in found if "worker" in item or "replica" in item] == []
     assert "Traceback" not in service.log
 
 

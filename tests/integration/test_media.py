@@ -24,17 +24,17 @@ async def test_picture_request_is_answered_by_vision_experts_only(stream: bool) 
     experts = {"text": _TEXT, "sees": _SEES}
     async with run_gateway(simulated({"cpu": {"tokens": 4}}, experts=experts)) as s:
         async with s.get("/v1/models") as reply:
-            told = await reply.json()
-        able = {one["id"]: one["coe"]["capabilities"] for one in told["data"]}
+            answer = await reply.json()
+        able = {item["id"]: item["coe"]["capabilities"] for item in answer["data"]}
         assert "vision" in able["sees"]
         assert "vision" in able["auto"]
         assert "vision" not in able["text"]
         for model in ("auto", "sees"):
             async with s.post(_shown(model, stream=stream)) as reply:
                 assert (reply.status, reply.headers["x-coe-expert"]) == (200, "sees")
-        status, _, told = await s.ask(_shown("text", stream=stream))
-        assert (status, told["error"]["param"]) == (400, "model")
-        assert "expert 'text' can't do vision" in told["error"]["message"]
+        status, _, answer = await s.ask(_shown("text", stream=stream))
+        assert (status, answer["error"]["param"]) == (400, "model")
+        assert "expert 'text' can't do vision" in answer["error"]["message"]
 
 
 async def test_auto_embeddings_use_one_vector_space() -> None:
@@ -45,12 +45,12 @@ async def test_auto_embeddings_use_one_vector_space() -> None:
         experts = {"chat": _TEXT, "a": embeds(spaces[0]), "b": embeds(spaces[1])}
         async with run_gateway(simulated({"cpu": {"tokens": 4}}, experts=experts)) as s:
             body = {"model": "auto", "input": ["one", "two"]}
-            got, headers, told = await s.ask(body, "/v1/embeddings")
+            got, headers, answer = await s.ask(body, "/v1/embeddings")
             assert got == status
             if status == 200:
                 assert headers["x-coe-expert"] in ("a", "b")
-                assert len(told["data"]) == 2
+                assert len(answer["data"]) == 2
             else:
-                assert "vectors of several spaces" in told["error"]["message"]
+                assert "vectors of several spaces" in answer["error"]["message"]
             got, headers, _ = await s.ask({**body, "model": "b"}, "/v1/embeddings")
             assert (got, headers["x-coe-expert"]) == (200, "b")

@@ -47,8 +47,8 @@ async def record(url: str, folder: Path, count: int, *more: str) -> Result:
 async def test_outcomes_of_all_experts_are_recorded_and_shown(tmp_path: Path) -> None:
     config = simulated({"cpu": {"tokens": 6}}, experts=EXPERTS)
     async with run_gateway(config) as s:
-        told = await record(s.url, tmp_path, 5, "--max-tokens", "5")
-    assert told.exit_code == 0, told.output
+        result = await record(s.url, tmp_path, 5, "--max-tokens", "5")
+    assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(rows) == 5
     for row in rows:
@@ -74,14 +74,14 @@ async def test_outcomes_bound_on_cost_holds_by_the_prices_that_the_service_tells
 ) -> None:
     config = simulated({"cpu": {"tokens": 6}}, experts=EXPERTS)
     async with run_gateway(config) as s:
-        told = await record(s.url, tmp_path, 100, "--max-tokens", "5", "--max-cost", "300")
-        assert told.exit_code == 1
-        assert "bound on cost" in told.output
-        asked = sum(len(engine.asked) for engine in s.pools["cpu"].engines)
+        result = await record(s.url, tmp_path, 100, "--max-tokens", "5", "--max-cost", "300")
+        assert result.exit_code == 1
+        assert "bound on cost" in result.output
+        count = sum(len(engine.asked) for engine in s.pools["cpu"].engines)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    outcomes = [one for row in rows for one in row["outcomes"].values()]
-    assert 0 < len(outcomes) == asked < 200
-    assert sum(one["cost"] for one in outcomes) <= 300
+    outcomes = [outcome for row in rows for outcome in row["outcomes"].values()]
+    assert 0 < len(outcomes) == count < 200
+    assert sum(outcome["cost"] for outcome in outcomes) <= 300
 
 
 async def test_outcomes_are_recorded_behind_other_requests(tmp_path: Path) -> None:
@@ -95,9 +95,11 @@ async def test_outcomes_are_recorded_behind_other_requests(tmp_path: Path) -> No
         await until(lambda: pool.waiting >= 5, "the recording's requests wait")
         status, _, _ = await s.ask(chat("somebody waits"))
         assert status == 200
-        told = await recording
-    assert told.exit_code == 0, told.output
-    order: list[Any] = [json.loads(one.body)["messages"][0]["content"] for one in pool.engine.asked]
+        result = await recording
+    assert result.exit_code == 0, result.output
+    order: list[Any] = [
+        json.loads(item.body)["messages"][0]["content"] for item in pool.engine.asked
+    ]
     assert len(order) == 9
     # Without classes it would be the last one.
     assert order.index("somebody waits") < 7
@@ -108,10 +110,10 @@ async def test_outcomes_errors_are_one_line(tmp_path: Path) -> None:
     async with run_gateway(config) as s:
         file = str(prompts(tmp_path / "p.jsonl", 1))
         out = str(tmp_path / "out.jsonl")
-        told = await coe(
+        result = await coe(
             *("outcomes", "record", "--prompts", file, "--base-url", s.url),
             *("--experts", "general,nobody", "--out", out),
         )
-        assert told.exit_code == 1
-        assert "has no nobody; it has auto, general, math" in told.output
+        assert result.exit_code == 1
+        assert "has no nobody; it has auto, general, math" in result.output
     assert os.listdir(tmp_path) == ["p.jsonl"]

@@ -143,11 +143,11 @@ async def test_engine_death_during_a_stream_ends_it_with_an_error_event() -> Non
     async with run_gateway(simulated({"cpu": {"fail": "mid_stream"}})) as s:
         async with s.post(chat(stream=True)) as reply:
             assert reply.status == 200
-            told = events(await reply.read())
-        error = json.loads(told[1])["error"]
+            received = events(await reply.read())
+        error = json.loads(received[1])["error"]
         assert error["code"] == "engine_dead"
         assert "a test" not in error["message"]
-        assert told[2:] == []
+        assert received[2:] == []
         async with s.get("/metrics") as reply:
             counted = await reply.text()
         assert 'outcome="engine_dead"' in counted
@@ -161,8 +161,8 @@ async def test_pool_loss_during_a_stream_ends_it_with_an_error_event() -> None:
         async with s.post(chat(stream=True, max_tokens=1000)) as reply:
             await reply.content.readany()
             pool.served.cut()
-            told = events(await reply.read())
-        assert json.loads(told[-1])["error"]["code"] == "pool_gone"
+            received = events(await reply.read())
+        assert json.loads(received[-1])["error"]["code"] == "pool_gone"
         await until(lambda: pool.engine.now == 0, "the engine has stopped that answer")
         assert (await s.ask(chat()))[0] == 200
 
@@ -183,9 +183,9 @@ async def test_draining_pool_finishes_its_streams_and_gets_no_new_ones() -> None
                 assert status == 200
             assert len(one.engine.asked) == 1
             assert len(two.engine.asked) == 5
-            told = events(await reply.read())
-        assert told[-1] == "[DONE]"
-        assert len(told) == 30  # the first was read before
+            received = events(await reply.read())
+        assert received[-1] == "[DONE]"
+        assert len(received) == 30  # the first was read before
         await draining
         assert one.engine.failure() is not None
 
@@ -251,8 +251,8 @@ async def test_deadline_of_a_stream_ends_with_its_first_token() -> None:
     async with run_gateway(simulated({"cpu": {"decode_ms": 50}})) as s:
         headers = {"x-coe-deadline-ms": "500"}
         async with s.post(chat(stream=True, max_tokens=20), headers=headers) as reply:
-            told = events(await reply.read())
-        assert len(told) == 21
+            received = events(await reply.read())
+        assert len(received) == 21
         status, _, _ = await s.ask(chat(max_tokens=20), headers=headers)
         assert status == 504
 
@@ -328,8 +328,8 @@ async def test_expert_that_can_not_load_reports_its_reason_and_others_work() -> 
     )
     async with run_gateway(config) as s:
         async with s.get("/v1/models/general") as reply:
-            told = (await reply.json())["coe"]
-        assert (told["state"], told["reason"]) == ("failed", "simulated failure while loading")
+            data = (await reply.json())["coe"]
+        assert (data["state"], data["reason"]) == ("failed", "simulated failure while loading")
         status, headers, body = await s.ask(chat())
         assert status == 503
         assert body["error"]["code"] == "expert_failed"

@@ -100,15 +100,15 @@ def cluster() -> Iterator[RayCluster]:
 def client(cluster: RayCluster) -> Client:
     """The service, deployed with the sample config, its paths and its port changed."""
     (cluster.folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    told = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text())
+    data = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text())
     port = free_port()
-    told["http_options"] = {"host": "127.0.0.1", "port": port}
-    arguments = told["applications"][0]["args"]
+    data["http_options"] = {"host": "127.0.0.1", "port": port}
+    arguments = data["applications"][0]["args"]
     arguments["config"] = str(cluster.folder / "config.yaml")
     for name in ("secret", "admin_key"):
         arguments[name] = str(cluster.folder / name)
         make_secret(cluster.folder / name)
-    (cluster.folder / "serve.yaml").write_text(yaml.safe_dump(told))
+    (cluster.folder / "serve.yaml").write_text(yaml.safe_dump(data))
     dashboard = f"http://{HEAD}:{cluster.dashboard_port}"
     ran = cluster.run("serve", "deploy", "--address", dashboard, str(cluster.folder / "serve.yaml"))
     assert ran.returncode == 0, ran.stderr
@@ -139,9 +139,9 @@ def listening(cluster: RayCluster, ip: str) -> set[str]:
         except psutil.Error:
             continue
         found |= {
-            one.laddr.ip
-            for one in connections
-            if one.status == psutil.CONN_LISTEN and 31100 <= one.laddr.port < 32000
+            connection.laddr.ip
+            for connection in connections
+            if connection.status == psutil.CONN_LISTEN and 31100 <= connection.laddr.port < 32000
         }
     return found
 
@@ -176,8 +176,8 @@ def test_ray_traffic_continues_when_a_pool_s_node_is_killed(
             wait_until(lambda: len(answered) > noticed + 30, "requests are answered")
         finally:
             end.set()
-        for one in running:
-            one.result()
+        for item in running:
+            item.result()
     assert answered[killed_after[0] :]
 
 
@@ -198,8 +198,8 @@ def test_ray_node_drains_without_cutting_a_stream(cluster: RayCluster, client: C
         )
         took_s = time.monotonic() - began_s
         assert ran.returncode == 0, ran.stderr
-        for one in streams:
-            status, body = one.result()
+        for stream in streams:
+            status, body = stream.result()
             assert status == 200
             assert body.rstrip().endswith("data: [DONE]")
             assert body.count('"content"') >= tokens

@@ -127,14 +127,14 @@ def said(told: dict[str, Any]) -> str:
 
 async def test_cascade_members_that_agree_end_it() -> None:
     async with stage(a="The answer is 42.", b="#### 42") as (s, cast):
-        status, headers, told = await s.ask(chat(model="two"))
+        status, headers, answer = await s.ask(chat(model="two"))
         assert status == 200
-        assert said(told) == "The answer is 42."
+        assert said(answer) == "The answer is 42."
         assert cast.models == ["a", "b"]
         assert headers["x-coe-recipe"] == "cascade([a, b] -> c)"
-        assert headers["x-coe-expert"] == told["model"] == "a"
+        assert headers["x-coe-expert"] == answer["model"] == "a"
         assert int(headers["content-length"]) > 0
-        usage = told["usage"]
+        usage = answer["usage"]
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == (10, 5)
         coe = usage["coe"]
         assert [call["expert"] for call in coe["calls"]] == ["a", "b"]
@@ -145,10 +145,10 @@ async def test_cascade_members_that_agree_end_it() -> None:
 async def test_cascade_members_that_differ_escalate_to_the_last() -> None:
     for line in ("43", "It is long: 42, for many reasons. " * 9, "I don't know."):
         async with stage(a="41", b="42", c=line) as (s, cast):
-            _, headers, told = await s.ask(chat(model="two"))
+            _, headers, answer = await s.ask(chat(model="two"))
             assert cast.models == ["a", "b", "c"]
-            assert told["model"] == headers["x-coe-expert"] == "c"
-            assert said(told) == line
+            assert answer["model"] == headers["x-coe-expert"] == "c"
+            assert said(answer) == line
 
 
 LINES = ("42", "43", "I can't answer that.", "Here is the proof, step by step. " * 9, "")
@@ -161,15 +161,15 @@ async def test_recipe_whole_and_streamed_answers_are_equal(recipe: str) -> None:
         async with stage(**{name: chance.choice(LINES) for name in "abcd"}) as (s, cast):
             cast.broken |= {name for name in "abcd" if chance.random() < 0.15}
             cast.refusing |= {name for name in "abcd" if chance.random() < 0.15}
-            status, headers, told = await s.ask(chat(model=recipe))
+            status, headers, answer = await s.ask(chat(model=recipe))
             async with s.post(chat(model=recipe, stream=True)) as reply:
                 assert reply.status == status
                 if status != 200:
                     continue
                 assert reply.headers["x-coe-expert"] == headers["x-coe-expert"]
-                chunks = [json.loads(one) for one in events(await reply.read())[:-1]]
+                chunks = [json.loads(event) for event in events(await reply.read())[:-1]]
             parts = [c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"]]
-            assert "".join(parts) == said(told)
+            assert "".join(parts) == said(answer)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -193,12 +193,12 @@ async def test_recipe_refused_by_every_expert_is_a_400(stream: bool) -> None:
 async def test_cascade_refusals_and_truncated_answers_escalate() -> None:
     for line in ("I cannot answer that question.", "I'm sorry, I can't help with that."):
         async with stage(a=line, b=line, c="42") as (s, _):
-            _, headers, told = await s.ask(chat(model="two"))
-            assert (said(told), headers["x-coe-expert"]) == ("42", "c")
+            _, headers, answer = await s.ask(chat(model="two"))
+            assert (said(answer), headers["x-coe-expert"]) == ("42", "c")
     async with stage(a="4", b="4", c="42") as (s, cast):
         cast.finish = {"a": "length"}
-        _, headers, told = await s.ask(chat(model="two"))
-        assert (said(told), headers["x-coe-expert"]) == ("42", "c")
+        _, headers, answer = await s.ask(chat(model="two"))
+        assert (said(answer), headers["x-coe-expert"]) == ("42", "c")
 
 
 async def test_cascade_confident_remote_member_is_accepted(
@@ -214,9 +214,9 @@ async def test_cascade_confident_remote_member_is_accepted(
             cast.lines = {"a": "It is long. " * 20, "c": "42"}
             for logprob, expert in ((-0.01, "a"), (-0.5, "c")):
                 cast.logprob["a"] = logprob
-                _, headers, told = await s.ask(chat(model="sure"))
+                _, headers, answer = await s.ask(chat(model="sure"))
                 assert headers["x-coe-expert"] == expert
-                assert not told["choices"][0].get("logprobs")
+                assert not answer["choices"][0].get("logprobs")
             cast.logprob.clear()
             for _ in range(2):
                 _, headers, _ = await s.ask(chat(model="sure"))
@@ -226,12 +226,12 @@ async def test_cascade_confident_remote_member_is_accepted(
 
 async def test_chain_stops_at_the_first_agreement() -> None:
     async with stage(a="41", b="42", c="42", d="0") as (s, cast):
-        _, headers, told = await s.ask(chat(model="chain"))
-        assert (said(told), headers["x-coe-expert"], cast.models) == ("42", "c", ["a", "b", "c"])
+        _, headers, answer = await s.ask(chat(model="chain"))
+        assert (said(answer), headers["x-coe-expert"], cast.models) == ("42", "c", ["a", "b", "c"])
     async with stage(a="41", b="42", c="43", d="44") as (s, cast):
-        _, headers, told = await s.ask(chat(model="chain"))
-        assert (said(told), cast.models) == ("44", ["a", "b", "c", "d"])
-        assert told["usage"]["coe"]["cost"] == pytest.approx((2 * 15 + 200 * 15) / 1e6)
+        _, headers, answer = await s.ask(chat(model="chain"))
+        assert (said(answer), cast.models) == ("44", ["a", "b", "c", "d"])
+        assert answer["usage"]["coe"]["cost"] == pytest.approx((2 * 15 + 200 * 15) / 1e6)
 
 
 async def test_cascade_single_member_without_a_final_answer_escalates() -> None:
@@ -243,13 +243,13 @@ async def test_cascade_single_member_without_a_final_answer_escalates() -> None:
 
 async def test_vote_takes_the_majority_without_waiting_for_the_rest() -> None:
     async with stage(a="7", b="8", c="8") as (s, _):
-        _, headers, told = await s.ask(chat(model="most"))
-        assert (said(told), headers["x-coe-recipe"]) == ("8", "vote([a, b, c])")
+        _, headers, answer = await s.ask(chat(model="most"))
+        assert (said(answer), headers["x-coe-recipe"]) == ("8", "vote([a, b, c])")
     async with stage(a="8", b="8") as (s, cast):
         cast.silent.add("c")
-        _, _, told = await s.ask(chat(model="most"))
-        assert said(told) == "8"
-        calls = told["usage"]["coe"]["calls"]
+        _, _, answer = await s.ask(chat(model="most"))
+        assert said(answer) == "8"
+        calls = answer["usage"]["coe"]["calls"]
         assert [call.get("estimated", False) for call in calls] == [False, False, True]
 
 
@@ -257,29 +257,29 @@ async def test_vote_takes_the_majority_without_waiting_for_the_rest() -> None:
 async def test_recipe_with_one_failed_member_still_answers(model: str) -> None:
     async with stage(a="1", b="1", c="1", d="1") as (s, cast):
         cast.broken.add("a")
-        status, _, told = await s.ask(chat(model=model))
-        assert (status, said(told)) == (200, "1")
+        status, _, answer = await s.ask(chat(model=model))
+        assert (status, said(answer)) == (200, "1")
         cast.broken |= {"c", "d"}
-        status, _, told = await s.ask(chat(model=model))
-        assert (status, said(told)) == (200, "1"), "what there is, is better than nothing"
+        status, _, answer = await s.ask(chat(model=model))
+        assert (status, said(answer)) == (200, "1"), "what there is, is better than nothing"
 
 
 async def test_recipe_without_any_answer_returns_the_last_error() -> None:
     async with stage() as (s, cast):
         cast.broken |= set("abcd")
-        status, _, told = await s.ask(chat(model="two"))
+        status, _, answer = await s.ask(chat(model="two"))
         assert status == 502
-        assert told["error"]["type"] == "server_error"
+        assert answer["error"]["type"] == "server_error"
 
 
 async def test_auto_selects_the_recipe_of_highest_utility() -> None:
     async with stage(a="1", b="1") as (s, cast):
         _, headers, _ = await s.ask(chat(model="auto"))
         assert headers["x-coe-recipe"] == "cascade([a, b] -> d)"
-        status, _, told = await s.ask(chat(model="auto"), "/v1/route")
-        assert (status, told["chosen"]) == (200, "cascade([a, b] → d)")
-        assert told["candidates"][0]["members"] == ["a", "b"]
-        assert told["candidates"][1]["why"].endswith("behind")
+        status, _, answer = await s.ask(chat(model="auto"), "/v1/route")
+        assert (status, answer["chosen"]) == (200, "cascade([a, b] → d)")
+        assert answer["candidates"][0]["members"] == ["a", "b"]
+        assert answer["candidates"][1]["why"].endswith("behind")
         cast.broken |= {"b", "d"}
         cast.lines["a"] = "words, words, words, words, words, words, words, words, words, words, w"
         _, headers, _ = await s.ask(chat(model="auto"))
@@ -294,11 +294,11 @@ async def test_cascade_stream_replays_an_agreed_answer_or_streams_the_last_exper
             assert reply.headers["x-coe-recipe"] == "cascade([a, b] -> c)"
             chunks = events(await reply.read())
             assert chunks[-1] == "[DONE]"
-            told = [json.loads(chunk) for chunk in chunks[:-1]]
-            parts = [c["choices"][0]["delta"].get("content", "") for c in told if c["choices"]]
+            data = [json.loads(chunk) for chunk in chunks[:-1]]
+            parts = [c["choices"][0]["delta"].get("content", "") for c in data if c["choices"]]
             assert "".join(parts) == text
-            assert {c["model"] for c in told} == {expert}
-            coe = told[-1]["usage"]["coe"]
+            assert {c["model"] for c in data} == {expert}
+            coe = data[-1]["usage"]["coe"]
             assert coe["expert"] == expert
             assert len(coe["calls"]) == len(cast.asked)
             streamed = [body.get("stream", False) for body in cast.asked]
@@ -322,9 +322,9 @@ async def test_max_cost_excludes_expensive_recipes() -> None:
         assert "x-coe-recipe" not in headers
         assert cast.models == ["a"]
         assert "coe" not in cast.asked[0]
-        status, _, told = await s.ask(body, headers={"x-coe-max-cost": "0.000001"})
+        status, _, answer = await s.ask(body, headers={"x-coe-max-cost": "0.000001"})
         assert status == 400
-        assert "the cheapest costs about" in told["error"]["message"]
+        assert "the cheapest costs about" in answer["error"]["message"]
 
 
 async def test_max_cost_holds_for_any_answering_expert() -> None:
@@ -338,9 +338,9 @@ async def test_max_cost_holds_for_any_answering_expert() -> None:
             body = {**chat(model="auto"), "coe": {"max_cost": 0.2}}
             status, headers, _ = await s.ask(body)
         assert (status, headers["x-coe-expert"], cast.models) == (200, "d", ["a", "d"])
-        for one, price in zip(cast.asked, (1, 100), strict=True):
+        for item, price in zip(cast.asked, (1, 100), strict=True):
             # So many tokens, and as many of the prompt as it has bytes.
-            assert price * (one["max_tokens"] + len(json.dumps(body))) <= 0.2e6 + 20 * price
+            assert price * (item["max_tokens"] + len(json.dumps(body))) <= 0.2e6 + 20 * price
 
 
 @pytest.mark.parametrize(
@@ -354,9 +354,9 @@ async def test_max_cost_holds_for_any_answering_expert() -> None:
 )
 async def test_invalid_coe_options_are_named(coe: Any, words: str) -> None:
     async with stage() as (s, _):
-        status, _, told = await s.ask({**chat(model="auto"), "coe": coe})
+        status, _, answer = await s.ask({**chat(model="auto"), "coe": coe})
         assert status == 400
-        assert words in told["error"]["message"]
+        assert words in answer["error"]["message"]
 
 
 async def test_budget_shifts_to_cheaper_recipes_and_is_never_overspent() -> None:
@@ -379,23 +379,23 @@ async def test_budget_shifts_to_cheaper_recipes_and_is_never_overspent() -> None
         async with run_gateway(config(served.url, **sections)) as s:
             body = chat(model="auto", max_tokens=5)
             spent = 0.0
-            asked = []
+            models = []
             for _ in range(60):
-                status, _, told = await s.ask(body)
-                assert status == 200, told
-                asked.append(told["model"])
-                spent += told["usage"]["coe"]["cost"]
-            assert asked[0] == "c"
-            assert asked[-1] == "a"
-            assert 1 <= asked.count("c") <= 27
+                status, _, answer = await s.ask(body)
+                assert status == 200, answer
+                models.append(answer["model"])
+                spent += answer["usage"]["coe"]["cost"]
+            assert models[0] == "c"
+            assert models[-1] == "a"
+            assert 1 <= models.count("c") <= 27
             assert spent <= amount
             # Who names the dear one is held by the cap alone.
             for _ in range(60):
-                status, headers, told = await s.ask({**body, "model": "c"})
+                status, headers, answer = await s.ask({**body, "model": "c"})
                 if status != 200:
                     break
-                spent += told["usage"]["coe"]["cost"]
-            assert (status, told["error"]["code"]) == (429, "insufficient_quota")
+                spent += answer["usage"]["coe"]["cost"]
+            assert (status, answer["error"]["code"]) == (429, "insufficient_quota")
             assert int(headers["retry-after"]) <= 3600
             assert spent <= amount
 
@@ -404,14 +404,14 @@ async def test_conversation_stays_with_its_expert_unless_another_is_better() -> 
     async with stage(a="1", b="1", c="1", d="1") as (s, _):
         text = "words " * 2000
         first = [{"role": "user", "content": text}]
-        _, _, told = await s.ask({"model": "auto", "messages": first})
-        follow = [*first, {"role": "assistant", "content": said(told)}]
+        _, _, answer = await s.ask({"model": "auto", "messages": first})
+        follow = [*first, {"role": "assistant", "content": said(answer)}]
         dispatcher = s.gateway.current.dispatcher
         body = {"model": "auto", "messages": [*follow, {"role": "user", "content": "go on"}]}
         data = json.dumps(body).encode()
         warm = dispatcher.prefix_affinity.hint(parse_request(CHAT, data, {}, 1000))
         assert warm is not None
-        assert (warm.expert, warm.boot) == (told["model"], None)
+        assert (warm.expert, warm.boot) == (answer["model"], None)
         assert warm.tokens == pytest.approx(len(text) / 4, rel=0.1)
         other = {
             "model": "auto",

@@ -67,9 +67,9 @@ class Upstream:
             await part(b"data: [DONE]\n\n")
             await send({"type": "http.response.body", "body": b""})
         else:
-            said = 'I am "model":"their-name".'
-            told = {"model": "their-name", "choices": [{"message": {"content": said}}]}
-            await reply(200, json.dumps(told).encode())
+            text = 'I am "model":"their-name".'
+            fields = {"model": "their-name", "choices": [{"message": {"content": text}}]}
+            await reply(200, json.dumps(fields).encode())
 
 
 def config(url: str, **more: Any) -> Config:
@@ -117,9 +117,9 @@ async def test_remote_expert_stream_cut_anywhere_has_our_model_name() -> None:
             first = await reply.content.readany()
             assert b'"model":"far"' in first
             upstream.go_on.set()
-            told = events(first + await reply.read())
-        assert told[-1] == "[DONE]"
-        chunks = [json.loads(one) for one in told[:-1]]
+            received = events(first + await reply.read())
+        assert received[-1] == "[DONE]"
+        chunks = [json.loads(item) for item in received[:-1]]
         assert [chunk["model"] for chunk in chunks] == ["far", "far"]
         assert chunks[1]["choices"][0]["text"] == '"model":"their-name"'
 
@@ -163,16 +163,16 @@ async def test_remote_expert_stream_that_breaks_ends_with_an_error_event() -> No
         upstream.go_on.set()
         async with s.post(far("break", stream=True)) as reply:
             assert reply.status == 200
-            told = events(await reply.read())
-        assert json.loads(told[-1])["error"]["code"] == "upstream_error"
+            received = events(await reply.read())
+        assert json.loads(received[-1])["error"]["code"] == "upstream_error"
 
 
 async def test_remote_expert_stream_that_stalls_ends_with_an_error_event() -> None:
     async with far_site(stall_timeout_s=0.3) as (s, _):
         async with s.post(far(stream=True)) as reply:
-            told = events(await reply.read())
-        assert '"model":"far"' in told[0]
-        error = json.loads(told[-1])["error"]
+            received = events(await reply.read())
+        assert '"model":"far"' in received[0]
+        error = json.loads(received[-1])["error"]
         assert error["code"] == "upstream_error"
         assert "sent nothing for 0.3 s" in error["message"]
 
@@ -215,9 +215,9 @@ async def test_remote_expert_without_its_key_is_failed_and_others_work(
     monkeypatch.delenv("FAR_KEY")
     async with far_site() as (s, upstream):
         async with s.get("/v1/models/far") as reply:
-            told = (await reply.json())["coe"]
-        assert told["state"] == "failed"
-        assert "FAR_KEY" in told["reason"]
+            data = (await reply.json())["coe"]
+        assert data["state"] == "failed"
+        assert "FAR_KEY" in data["reason"]
         status, _, body = await s.ask(far())
         assert (status, body["error"]["code"]) == (503, "expert_failed")
         assert (await s.ask(chat()))[0] == 200

@@ -30,9 +30,9 @@ async def ask(
     s: RunningGateway, wish: str | None, text: str = "What is the sea?", **more: Any
 ) -> Any:
     headers = {} if wish is None else {"x-coe-cache": wish}
-    status, told, body = await s.ask(chat(text, **more), headers=headers)
+    status, answer, body = await s.ask(chat(text, **more), headers=headers)
     assert status == 200
-    return told, body
+    return answer, body
 
 
 async def test_cache_equal_request_is_a_hit() -> None:
@@ -42,8 +42,8 @@ async def test_cache_equal_request_is_a_hit() -> None:
         again, same = await ask(s, "exact")
         assert again["x-coe-cache"] == "exact"
         assert again["x-coe-expert"] == "general"
-        for told in (same, body):
-            told["usage"].pop("coe")
+        for result in (same, body):
+            result["usage"].pop("coe")
         assert same == body
         async with s.get("/metrics") as reply:
             text = await reply.text()
@@ -69,47 +69,47 @@ async def test_cache_equal_request_is_a_hit() -> None:
 async def test_cache_other_parameters_are_a_miss(more: dict[str, Any]) -> None:
     async with run_gateway(config()) as s:
         await ask(s, "exact")
-        told, _ = await ask(s, "exact", **more)
-        assert told["x-coe-cache"] == "miss"
+        answer, _ = await ask(s, "exact", **more)
+        assert answer["x-coe-cache"] == "miss"
 
 
 async def test_cache_needs_opt_in_of_tenant_and_request() -> None:
     async with run_gateway(config()) as s:
         for wish in (None, "off"):
-            told, _ = await ask(s, wish)
-            assert "x-coe-cache" not in told
-        told, _ = await ask(s, "exact")
-        assert told["x-coe-cache"] == "miss"
+            answer, _ = await ask(s, wish)
+            assert "x-coe-cache" not in answer
+        answer, _ = await ask(s, "exact")
+        assert answer["x-coe-cache"] == "miss"
     async with run_gateway(simulated({"cpu": {"tokens": 4}})) as s:
         for _ in range(2):
-            told, _ = await ask(s, "exact")
-            assert "x-coe-cache" not in told
+            answer, _ = await ask(s, "exact")
+            assert "x-coe-cache" not in answer
     async with run_gateway(config()) as s:
-        status, _, told = await s.ask(chat(), headers={"x-coe-cache": "always"})
-        assert (status, told["error"]["param"]) == (400, "x-coe-cache")
+        status, _, answer = await s.ask(chat(), headers={"x-coe-cache": "always"})
+        assert (status, answer["error"]["param"]) == (400, "x-coe-cache")
 
 
 async def test_cache_similar_words_are_a_hit_in_semantic_mode() -> None:
     async with run_gateway(config()) as s:
         _, body = await ask(s, "semantic", "What is the depth of the sea?")
-        told, same = await ask(s, "semantic", "please, what is the depth of the sea")
-        assert told["x-coe-cache"] == "semantic"
-        assert float(told["x-coe-cache-similarity"]) >= 0.8
+        answer, same = await ask(s, "semantic", "please, what is the depth of the sea")
+        assert answer["x-coe-cache"] == "semantic"
+        assert float(answer["x-coe-cache-similarity"]) >= 0.8
         assert same["id"] == body["id"]
         assert same["choices"] == body["choices"]
-        told, _ = await ask(s, "exact", "please what is the depth of the sea")
-        assert told["x-coe-cache"] == "miss"
-        told, _ = await ask(s, "semantic", "What is the depth of the lake?")
-        assert told["x-coe-cache"] == "miss"
-        told, _ = await ask(s, "semantic", "please, what is the depth of the sea", max_tokens=2)
-        assert told["x-coe-cache"] == "miss"
+        answer, _ = await ask(s, "exact", "please what is the depth of the sea")
+        assert answer["x-coe-cache"] == "miss"
+        answer, _ = await ask(s, "semantic", "What is the depth of the lake?")
+        assert answer["x-coe-cache"] == "miss"
+        answer, _ = await ask(s, "semantic", "please, what is the depth of the sea", max_tokens=2)
+        assert answer["x-coe-cache"] == "miss"
 
 
 async def test_cache_tenant_may_allow_exact_matches_only() -> None:
     async with run_gateway(config(mode="exact")) as s:
         await ask(s, "semantic", "What is the depth of the sea?")
-        told, _ = await ask(s, "semantic", "what is the depth of the sea")
-        assert told["x-coe-cache"] == "miss"
+        answer, _ = await ask(s, "semantic", "what is the depth of the sea")
+        assert answer["x-coe-cache"] == "miss"
 
 
 async def test_cache_entries_expire() -> None:
@@ -117,8 +117,8 @@ async def test_cache_entries_expire() -> None:
         await ask(s, "exact")
 
         async def gone() -> bool:
-            told, _ = await ask(s, "exact")
-            return bool(told["x-coe-cache"] == "miss")
+            answer, _ = await ask(s, "exact")
+            return bool(answer["x-coe-cache"] == "miss")
 
         await until(gone, "it has expired")
 
@@ -168,8 +168,8 @@ async def test_cache_size_is_bounded() -> None:
         assert len([name for name in names if "/shelf/" in name]) <= 4
     async with run_gateway(config(max_entry_bytes=10)) as s:
         for _ in range(2):
-            told, _ = await ask(s, "exact")
-            assert told["x-coe-cache"] == "miss"
+            answer, _ = await ask(s, "exact")
+            assert answer["x-coe-cache"] == "miss"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -177,15 +177,15 @@ async def test_cache_hit_costs_nothing(stream: bool) -> None:
     priced = json.loads(config().model_dump_json())
     priced["experts"]["general"]["price"] = {"prompt": 1000.0, "completion": 1000.0}
     body = chat(stream=stream, stream_options={"include_usage": True} if stream else None)
-    told: list[dict[str, Any]] = []
+    collected: list[dict[str, Any]] = []
     async with run_gateway(Config.model_validate(priced)) as s:
         for _ in range(2):
             async with s.post(body, headers={"x-coe-cache": "exact"}) as reply:
                 text = (await reply.text()).strip()
             if stream:
                 text = text.removesuffix("data: [DONE]").strip().rpartition("data: ")[2]
-            told.append(json.loads(text)["usage"])
-    first, second = told
+            collected.append(json.loads(text)["usage"])
+    first, second = collected
     assert first["coe"]["cost"] > 0
     assert second["coe"] == {
         "expert": "general",
@@ -215,14 +215,14 @@ async def test_cache_tenant_names_with_a_slash_do_not_collide() -> None:
 
     async def visit(tenant: str, how: bytes) -> CacheSession:
         raw = json.dumps(chat(model="big")).encode()
-        asked = parse_request(
+        request = parse_request(
             "/v1/chat/completions", raw, {b"x-coe-cache": how}, 1, Tenant(tenant, "k")
         )
 
         async def send(message: Any) -> None:
             del message
 
-        return await cache.begin(asked, send)
+        return await cache.begin(request, send)
 
     for tenant in ("a/shelf", "a/answer"):
         made = await visit(tenant, b"exact")
@@ -239,19 +239,19 @@ async def test_cache_answer_clipped_by_max_cost_is_not_stored() -> None:
     given["experts"]["general"]["price"] = {"completion": 1_000_000}
     given["pools"]["cpu"]["simulated"]["tokens"] = 100
     async with run_gateway(Config.model_validate(given)) as s:
-        told, body = await ask(s, "exact", coe={"max_cost": 70.5})
-        assert (told["x-coe-cache"], told["x-coe-max-tokens"]) == ("miss", "70")
+        answer, body = await ask(s, "exact", coe={"max_cost": 70.5})
+        assert (answer["x-coe-cache"], answer["x-coe-max-tokens"]) == ("miss", "70")
         assert body["usage"]["completion_tokens"] == 70
-        told, body = await ask(s, "exact")
-        assert (told["x-coe-cache"], body["usage"]["completion_tokens"]) == ("miss", 100)
+        answer, body = await ask(s, "exact")
+        assert (answer["x-coe-cache"], body["usage"]["completion_tokens"]) == ("miss", 100)
         # One's own bound is part of the request, and so of what is kept.
         for kind in ("miss", "exact"):
-            told, body = await ask(s, "exact", max_tokens=3)
-            assert (told["x-coe-cache"], body["choices"][0]["finish_reason"]) == (kind, "length")
+            answer, body = await ask(s, "exact", max_tokens=3)
+            assert (answer["x-coe-cache"], body["choices"][0]["finish_reason"]) == (kind, "length")
         # A bound that cuts nothing is another request still: it decides who answers.
         for kind in ("miss", "exact"):
-            told, _ = await ask(s, "exact", coe={"max_cost": 10**6})
-            assert told["x-coe-cache"] == kind
+            answer, _ = await ask(s, "exact", coe={"max_cost": 10**6})
+            assert answer["x-coe-cache"] == kind
 
 
 async def test_cache_answer_clipped_by_a_budget_is_not_stored() -> None:
@@ -259,18 +259,18 @@ async def test_cache_answer_clipped_by_a_budget_is_not_stored() -> None:
     given["experts"]["general"]["price"] = {"completion": 1_000_000}
     given["budgets"] = {"all": {"amount": 9, "period": "day"}}
     async with run_gateway(Config.model_validate(given)) as s:
-        told, body = await ask(s, "exact", max_tokens=8)
+        answer, body = await ask(s, "exact", max_tokens=8)
         assert body["usage"]["completion_tokens"] == 8
-        told, body = await ask(s, "exact", text="Another one?", max_tokens=8)
-        assert (told["x-coe-max-tokens"], body["usage"]["completion_tokens"]) == ("1", 1)
-        status, told, _ = await s.ask(
+        answer, body = await ask(s, "exact", text="Another one?", max_tokens=8)
+        assert (answer["x-coe-max-tokens"], body["usage"]["completion_tokens"]) == ("1", 1)
+        status, answer, _ = await s.ask(
             chat("Another one?", max_tokens=8), headers={"x-coe-cache": "exact"}
         )
         # Not from the cache: there is nothing left to answer it with.
         assert status == 429
         # What was not cut is there.
-        told, _ = await ask(s, "exact", max_tokens=8)
-        assert told["x-coe-cache"] == "exact"
+        answer, _ = await ask(s, "exact", max_tokens=8)
+        assert answer["x-coe-cache"] == "exact"
 
 
 async def test_cache_hits_count_as_requests() -> None:
@@ -278,7 +278,7 @@ async def test_cache_hits_count_as_requests() -> None:
     given["tenants"]["default"]["requests_per_min"] = 3
     async with run_gateway(Config.model_validate(given)) as s:
         for kind in ("miss", "exact", "exact"):
-            told, _ = await ask(s, "exact")
-            assert told["x-coe-cache"] == kind
-        status, _, told = await s.ask(chat("What is the sea?"), headers={"x-coe-cache": "exact"})
-        assert (status, told["error"]["code"]) == (429, "rate_limit_exceeded")
+            answer, _ = await ask(s, "exact")
+            assert answer["x-coe-cache"] == kind
+        status, _, answer = await s.ask(chat("What is the sea?"), headers={"x-coe-cache": "exact"})
+        assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")

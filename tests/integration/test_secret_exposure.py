@@ -24,7 +24,7 @@ async def refusing(scope: Any, receive: Any, send: Any) -> None:
     while message.get("more_body"):
         message = await receive()
         body += message.get("body", b"")
-    said = json.dumps(
+    payload = json.dumps(
         {"error": {"message": str(scope["headers"]) + body.decode("utf-8", "replace")}}
     )
     await send(
@@ -34,7 +34,7 @@ async def refusing(scope: Any, receive: Any, send: Any) -> None:
             "headers": [(b"content-type", b"application/json")],
         }
     )
-    await send({"type": "http.response.body", "body": said.encode()})
+    await send({"type": "http.response.body", "body": payload.encode()})
 
 
 async def test_secrets_and_prompts_are_in_no_output(
@@ -44,7 +44,7 @@ async def test_secrets_and_prompts_are_in_no_output(
 ) -> None:
     caplog.set_level("DEBUG")
     monkeypatch.setenv("UPSTREAM_KEY", UPSTREAM_KEY)
-    told: list[str] = []
+    collected: list[str] = []
     async with serving(refusing) as upstream:
         base = simulated({"cpu": {"fail": "first_byte"}}, server={"access_log": True})
         data = json.loads(base.model_dump_json())
@@ -77,19 +77,19 @@ async def test_secrets_and_prompts_are_in_no_output(
                     for body in bodies:
                         more = {**header, "x-coe-cache": "exact"}
                         async with s.post(body, headers=more) as reply:
-                            told.append(await reply.text() + str(reply.headers))
+                            collected.append(await reply.text() + str(reply.headers))
             for path in ("/metrics", "/ready", "/v1/models", "/openapi.json"):
                 async with s.get(path) as reply:
-                    told.append(await reply.text())
+                    collected.append(await reply.text())
     out = capfd.readouterr()
     lines = [record.getMessage() + str(record.__dict__) for record in caplog.records]
     assert any("coe.access" in line for line in lines)
-    assert any("401" in line or "invalid_api_key" in line for line in told)
+    assert any("401" in line or "invalid_api_key" in line for line in collected)
     everything = "".join(lines) + out.out + out.err
     for secret in (KEY, WRONG_KEY, UPSTREAM_KEY, SECRET, ADMIN_KEY, PROMPT):
         assert secret not in everything, f"{secret[:12]} is in a log"
     for secret in (KEY, WRONG_KEY, UPSTREAM_KEY, SECRET, ADMIN_KEY):
-        assert secret not in "".join(told), f"{secret[:12]} is in an answer"
+        assert secret not in "".join(collected), f"{secret[:12]} is in an answer"
     # An unknown model's name is told back, shortened: it is no prompt.
-    errors = [one for one in told if "does not exist" not in one]
+    errors = [item for item in collected if "does not exist" not in item]
     assert PROMPT not in "".join(errors)

@@ -62,7 +62,7 @@ async def usage(s: RunningGateway, key: str = KEY) -> Any:
 
 
 async def limit(s: RunningGateway, kind: str, key: str = KEY) -> Any:
-    (found,) = [one for one in (await usage(s, key))["limits"] if one["name"].endswith(kind)]
+    (found,) = [item for item in (await usage(s, key))["limits"] if item["name"].endswith(kind)]
     return found
 
 
@@ -71,13 +71,13 @@ async def test_key_is_required_once_one_exists() -> None:
         for path in ("/v1/models", "/v1/models/general", "/v1/usage"):
             async with s.get(path) as reply:
                 assert reply.status == 401, path
-        status, _, told = await s.ask(chat())
+        status, _, answer = await s.ask(chat())
         assert status == 401
-        assert told["error"]["type"] == "authentication_error"
-        assert told["error"]["code"] == "invalid_api_key"
-        status, _, told = await s.ask(chat(), headers=bearer(KEY + "x"))
+        assert answer["error"]["type"] == "authentication_error"
+        assert answer["error"]["code"] == "invalid_api_key"
+        status, _, answer = await s.ask(chat(), headers=bearer(KEY + "x"))
         assert status == 401
-        assert KEY not in json.dumps(told)
+        assert KEY not in json.dumps(answer)
         for path in ("/health", "/ready", "/openapi.json"):
             async with s.get(path) as reply:
                 assert reply.status == 200, path
@@ -86,9 +86,9 @@ async def test_key_is_required_once_one_exists() -> None:
             async with s.get("/metrics", headers=who) as reply:
                 assert reply.status == status
             async with s.get("/ready", headers=who) as reply:
-                told = await reply.json()
-                assert ("experts" in told) == (status == 200)
-                assert told["ready"]
+                answer = await reply.json()
+                assert ("experts" in answer) == (status == 200)
+                assert answer["ready"]
         for headers in (bearer(KEY), {"x-api-key": KEY}):
             status, _, _ = await s.ask(chat(), headers=headers)
             assert status == 200
@@ -111,25 +111,25 @@ async def test_key_sees_only_the_experts_that_it_may_use() -> None:
     }
     given = config({"experts": ["mine", "tuned"]}, experts=experts, recipes=recipes)
     async with run_gateway(given) as s:
-        told: list[str] = []
+        collected: list[str] = []
         async with s.get("/v1/models", headers=bearer(KEY)) as reply:
-            told.append(await reply.text())
-            listed = {one["id"] for one in json.loads(told[0])["data"]}
+            collected.append(await reply.text())
+            listed = {item["id"] for item in json.loads(collected[0])["data"]}
             assert listed == {"auto", "mine", "tuned", "ours"}
-            auto = json.loads(told[0])["data"][0]["coe"]
+            auto = json.loads(collected[0])["data"][0]["coe"]
             assert "embeddings" not in auto["capabilities"]
         async with s.get("/v1/models", headers=bearer(OTHER)) as reply:
-            listed = {one["id"] for one in (await reply.json())["data"]}
+            listed = {item["id"] for item in (await reply.json())["data"]}
             assert listed == {"auto", *experts, *recipes}
         for name in ("secret-base", "far-secret", "theirs", "nobody"):
             async with s.get(f"/v1/models/{name}", headers=bearer(KEY)) as reply:
                 assert reply.status == 404
-                told.append((await reply.text()).replace(name, ""))
+                collected.append((await reply.text()).replace(name, ""))
         for name in ("mine", "tuned", "ours", "auto", "auto:fast", "auto:best/general"):
             async with s.get(f"/v1/models/{name}", headers=bearer(KEY)) as reply:
                 entry = await reply.json()
                 assert (reply.status, entry["id"]) == (200, name)
-                told.append(json.dumps(entry))
+                collected.append(json.dumps(entry))
         for name in ("auto:", "auto:slow", "auto/nothing", "auto/", "auto:fast/"):
             async with s.get(f"/v1/models/{name}", headers=bearer(OTHER)) as reply:
                 assert reply.status == 404, name
@@ -137,13 +137,13 @@ async def test_key_sees_only_the_experts_that_it_may_use() -> None:
         statuses["auto/a-secret-subject"] = 404
         for name, status in statuses.items():
             for more in ({}, {"tools": [{"type": "function", "function": {"name": "f"}}]}):
-                answered, _, said = await s.ask(chat(model=name, **more), headers=bearer(KEY))
+                answered, _, answers = await s.ask(chat(model=name, **more), headers=bearer(KEY))
                 assert answered == status
-                told.append(json.dumps(said).replace(name.removeprefix("auto/"), ""))
+                collected.append(json.dumps(answers).replace(name.removeprefix("auto/"), ""))
         for path in ("/openapi.json", "/ready"):
             async with s.get(path, headers=bearer(KEY)) as reply:
-                told.append(await reply.text())
-        for text in told:
+                collected.append(await reply.text())
+        for text in collected:
             assert "secret" not in text
 
 
@@ -155,7 +155,7 @@ async def test_key_does_not_see_what_others_spend_of_a_shared_budget() -> None:
     }
 
     async def told(s: RunningGateway) -> dict[str, Any]:
-        return {one["name"]: one for one in (await usage(s))["limits"]}
+        return {item["name"]: item for item in (await usage(s))["limits"]}
 
     async with run_gateway(config(experts=experts, budgets=budgets)) as s:
         before = await told(s)
@@ -181,10 +181,10 @@ async def test_failure_reasons_hide_paths_from_keys(monkeypatch: pytest.MonkeyPa
             return status == 503
 
         await until(failed, "the expert has failed")
-        _, _, said = await s.ask(chat(), headers=bearer(KEY))
+        _, _, answers = await s.ask(chat(), headers=bearer(KEY))
         async with s.get("/v1/models", headers=bearer(KEY)) as reply:
             listed = await reply.text()
-        for text in (json.dumps(said), listed):
+        for text in (json.dumps(answers), listed):
             assert "model.safetensors: damaged" in text
             assert "/srv" not in text
         async with s.get("/ready", headers=bearer(ADMIN_KEY)) as reply:
@@ -194,13 +194,13 @@ async def test_failure_reasons_hide_paths_from_keys(monkeypatch: pytest.MonkeyPa
 async def test_key_may_use_its_experts_only() -> None:
     experts = {"general": {"model": "m"}, "math": {"model": "n", "categories": ["math"]}}
     async with run_gateway(config({"experts": ["general"]}, experts=experts)) as s:
-        status, _, told = await s.ask(chat(model="math"), headers=bearer(KEY))
-        assert (status, told["error"]["code"]) == (403, "permission_denied")
+        status, _, answer = await s.ask(chat(model="math"), headers=bearer(KEY))
+        assert (status, answer["error"]["code"]) == (403, "permission_denied")
         status, _, body = await s.ask(chat(model="auto"), headers=bearer(KEY))
         assert (status, body["model"]) == (200, "general")
         # A category of experts that the key may not use does not exist for it.
-        status, _, told = await s.ask(chat(model="auto/math"), headers=bearer(KEY))
-        assert (status, told["error"]["code"]) == (404, "model_not_found")
+        status, _, answer = await s.ask(chat(model="auto/math"), headers=bearer(KEY))
+        assert (status, answer["error"]["code"]) == (404, "model_not_found")
         status, _, body = await s.ask(chat(model="math"), headers=bearer(OTHER))
         assert (status, body["model"]) == (200, "math")
 
@@ -212,9 +212,9 @@ async def test_usage_is_reported_and_charged_at_the_expert_s_price() -> None:
         await s.ask(chat("a b c", max_tokens=3), headers=bearer(KEY))
         async with s.post(chat("a b", max_tokens=5, stream=True), headers=bearer(KEY)) as reply:
             assert b"usage" not in await reply.read()
-        told = await usage(s)
-        assert (told["tenant"], told["key"]) == ("acme", "a")
-        (day,) = told["days"].values()
+        answer = await usage(s)
+        assert (answer["tenant"], answer["key"]) == ("acme", "a")
+        (day,) = answer["days"].values()
         want = {"requests": 2, "prompt_tokens": 5, "completion_tokens": 8, "cost": 0.045}
         assert day == {**want, "experts": {"general": want}}
         assert (await limit(s, "budget"))["spent"] == 0.045
@@ -226,9 +226,9 @@ async def test_requests_per_minute_limit() -> None:
     async with run_gateway(config({"requests_per_min": 5})) as s:
         answers = await asyncio.gather(*(s.ask(chat(), headers=bearer(KEY)) for _ in range(20)))
         assert sorted(status for status, _, _ in answers) == [200] * 5 + [429] * 15
-        _, headers, told = next(one for one in answers if one[0] == 429)
-        assert told["error"]["type"] == "rate_limit_error"
-        assert told["error"]["code"] == "rate_limit_exceeded"
+        _, headers, result = next(answer for answer in answers if answer[0] == 429)
+        assert result["error"]["type"] == "rate_limit_error"
+        assert result["error"]["code"] == "rate_limit_exceeded"
         assert 30 <= int(headers["retry-after"]) <= 61
         assert (await s.ask(chat(), headers=bearer(OTHER)))[0] == 200
 
@@ -263,8 +263,8 @@ async def test_list_of_prompts_counts_with_all_of_them() -> None:
             ("/v1/embeddings", {"model": "vectors", "input": texts}),
             ("/v1/completions", {"model": "vectors", "prompt": texts, "max_tokens": 1}),
         ):
-            status, _, told = await s.ask(body, path, headers=bearer(KEY))
-            assert (status, told["error"]["code"]) == (429, "rate_limit_exceeded"), path
+            status, _, answer = await s.ask(body, path, headers=bearer(KEY))
+            assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded"), path
         assert (await limit(s, "tokens"))["spent"] == 0
         few = {"model": "vectors", "input": texts[:2]}
         assert (await s.ask(few, "/v1/embeddings", headers=bearer(KEY)))[0] == 200
@@ -280,8 +280,8 @@ async def test_refused_request_counts_once() -> None:
         holding = asyncio.create_task(s.ask(chat(max_tokens=10), headers=bearer(KEY)))
         await until(lambda: s.pools["cpu"].engines[0].now == 1, "all that there is, is reserved")
         for model in ("general", "auto"):
-            status, _, told = await s.ask(chat(model=model, max_tokens=10), headers=bearer(KEY))
-            assert (status, told["error"]["code"]) == (429, "insufficient_quota")
+            status, _, answer = await s.ask(chat(model=model, max_tokens=10), headers=bearer(KEY))
+            assert (status, answer["error"]["code"]) == (429, "insufficient_quota")
         assert (await holding)[0] == 200
         async with s.get("/metrics", headers=bearer(ADMIN_KEY)) as reply:
             text = await reply.text()
@@ -301,8 +301,8 @@ async def test_budget_is_not_overspent_by_a_burst() -> None:
         answers = await asyncio.gather(*asking)
         spent = sum(body["usage"]["completion_tokens"] for st, _, body in answers if st == 200)
         assert spent == 25
-        refused = [told for status, _, told in answers if status == 429]
-        assert {told["error"]["code"] for told in refused} == {"insufficient_quota"}
+        refused = [result for status, _, result in answers if status == 429]
+        assert {result["error"]["code"] for result in refused} == {"insufficient_quota"}
         state = (await s.gateway.ledger.state())["all"]
         assert (state.spent, state.reserved) == (25, 0)
 
@@ -341,14 +341,14 @@ async def test_admin_endpoints_create_rotate_and_revoke_a_key() -> None:
         async def admin(method: str, path: str, body: Any = None, status: int = 200) -> Any:
             asking = s.client.request(method, s.url + path, json=body, headers=ADMIN)
             async with asking as reply:
-                told = await reply.json()
-                assert reply.status == status, told
-                return told
+                data = await reply.json()
+                assert reply.status == status, data
+                return data
 
         made = await admin("POST", "/admin/keys", {"tenant": "acme", "requests_per_min": 9})
         assert (await s.ask(chat(), headers=bearer(made["key"])))[0] == 200
         listed = (await admin("GET", "/admin/keys"))["keys"]
-        assert [one["id"] for one in listed] == [made["id"]]
+        assert [item["id"] for item in listed] == [made["id"]]
         assert listed[0]["limits"]["requests_per_min"] == 9
         assert made["key"] not in json.dumps(listed)
         assert "digest" not in json.dumps(listed)
@@ -403,8 +403,8 @@ async def test_64_clients_through_two_gateways_do_not_overspend(tmp_path: Path) 
                     body = chat(max_tokens=3, stream=i % 8 == 0)
                     async with s.client.post(url + CHAT, json=body, headers=bearer(key)) as reply:
                         if reply.status == 200 and i % 8:
-                            told = await reply.json()
-                            tokens = told["usage"]["completion_tokens"]
+                            data = await reply.json()
+                            tokens = data["usage"]["completion_tokens"]
                             served[key] += tokens if key == OTHER else 1
                         elif reply.status == 200:
                             # Leaves in mid-answer.

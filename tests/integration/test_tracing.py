@@ -83,8 +83,8 @@ async def test_trace_spans_from_the_client_to_the_engine() -> None:
         assert {span.trace_id.hex() for _, span in collector.spans} == {CLIENT.split("-")[1]}
         server = collector.one("POST /v1/chat/completions")
         assert server.parent_span_id.hex() == CLIENT.split("-")[2]
-        asked, pooled = collector.named("chat general")
-        assert {collector.parent(asked), collector.parent(pooled)} == {
+        spans, pooled = collector.named("chat general")
+        assert {collector.parent(spans), collector.parent(pooled)} == {
             "coe-gateway POST /v1/chat/completions",
             "coe-gateway chat general",
         }
@@ -102,14 +102,14 @@ async def test_trace_spans_from_the_client_to_the_engine() -> None:
             assert span.end_time_unix_nano <= server.end_time_unix_nano + 10**7
         decode = collector.one("decode")
         assert decode.end_time_unix_nano - decode.start_time_unix_nano > 10**7
-        told = attributes(server)
-        assert told["gen_ai.operation.name"] == "chat"
-        assert told["gen_ai.request.model"] == "auto"
-        assert told["gen_ai.response.model"] == "general"
-        assert told["gen_ai.request.max_tokens"] == 4
-        assert told["gen_ai.request.temperature"] == 0.5
-        assert told["http.response.status_code"] == 200
-        assert "error.type" not in told
+        found = attributes(server)
+        assert found["gen_ai.operation.name"] == "chat"
+        assert found["gen_ai.request.model"] == "auto"
+        assert found["gen_ai.response.model"] == "general"
+        assert found["gen_ai.request.max_tokens"] == 4
+        assert found["gen_ai.request.temperature"] == 0.5
+        assert found["http.response.status_code"] == 200
+        assert "error.type" not in found
         assert SECRET.encode() not in collector.raw
 
 
@@ -121,10 +121,10 @@ async def test_trace_has_the_tokens_and_cost_of_the_reply() -> None:
             status, _, body = await s.ask(chat("one two three", max_tokens=4))
             assert status == 200
         usage = body["usage"]
-        told = attributes(collector.one("POST /v1/chat/completions"))
-        assert told["gen_ai.usage.input_tokens"] == usage["prompt_tokens"] > 0
-        assert told["gen_ai.usage.output_tokens"] == usage["completion_tokens"] == 4
-        assert told["coe.cost"] == usage["coe"]["cost"] > 0
+        found = attributes(collector.one("POST /v1/chat/completions"))
+        assert found["gen_ai.usage.input_tokens"] == usage["prompt_tokens"] > 0
+        assert found["gen_ai.usage.output_tokens"] == usage["completion_tokens"] == 4
+        assert found["coe.cost"] == usage["coe"]["cost"] > 0
 
 
 async def test_trace_queue_time_includes_a_swap() -> None:
@@ -156,7 +156,7 @@ async def test_trace_failed_attempt_and_refusal_are_errors() -> None:
             for span in collector.named("POST /v1/chat/completions")
             if attributes(span)["http.response.status_code"] == 404
         ]
-        assert [one["error.type"] for one in refused] == ["model_not_found"]
+        assert [item["error.type"] for item in refused] == ["model_not_found"]
 
 
 @pytest.mark.parametrize(("flag", "count"), [("00", 0), ("01", 1)])
@@ -214,7 +214,7 @@ async def test_trace_of_a_recipe_has_all_its_experts() -> None:
             assert (status, headers["x-coe-expert"]) == (200, "strong")
         server = collector.one("POST /v1/chat/completions")
         for name in ("chat far", "chat near", "chat strong"):
-            asked = collector.one(name)
-            assert asked.trace_id == server.trace_id
-            assert collector.parent(asked) == "coe-gateway POST /v1/chat/completions"
+            spans = collector.one(name)
+            assert spans.trace_id == server.trace_id
+            assert collector.parent(spans) == "coe-gateway POST /v1/chat/completions"
         assert attributes(server)["coe.recipe"].startswith("cascade(")

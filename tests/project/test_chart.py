@@ -41,9 +41,9 @@ def test_chart_renders_the_same_with_helm_3_and_4(values: str) -> None:
     def comparable(objects: tuple[Object, ...]) -> dict[str, Object]:
         # Secrets are made anew each time.
         return {
-            f"{one['kind']}/{one['metadata']['name']}": one
-            for one in objects
-            if one["kind"] != "Secret"
+            f"{item['kind']}/{item['metadata']['name']}": item
+            for item in objects
+            if item["kind"] != "Secret"
         }
 
     assert comparable(rendered("helm3", values)) == comparable(rendered("helm4", values))
@@ -106,9 +106,9 @@ def test_chart_values_are_all_in_the_schema_and_described() -> None:
 
 @pytest.mark.parametrize("values", VALUES)
 def test_chart_core_kinds_are_valid(newest: str, values: str) -> None:
-    for one in rendered(newest, values):
-        if one["kind"] not in CUSTOM:
-            kubernetes_validate.validate(one, KUBERNETES, strict=True)
+    for item in rendered(newest, values):
+        if item["kind"] not in CUSTOM:
+            kubernetes_validate.validate(item, KUBERNETES, strict=True)
     # Pods inside custom resources are pods all the same.
     for name, pod in chart.pods(rendered(newest, values)):
         made = {"apiVersion": "v1", "kind": "Pod", **pod}
@@ -123,9 +123,9 @@ def test_chart_custom_kinds_are_valid(newest: str, values: str) -> None:
     if archive is None:
         pytest.skip("no CRDs here: name an archive of them with COE_CRDS")
     schemas = chart.crd_schemas(archive)
-    for one in rendered(newest, values):
-        if one["kind"] in CUSTOM:
-            assert chart.crd_faults(schemas[one["apiVersion"], one["kind"]], one) == []
+    for item in rendered(newest, values):
+        if item["kind"] in CUSTOM:
+            assert chart.crd_faults(schemas[item["apiVersion"], item["kind"]], item) == []
 
 
 # --- what the objects say
@@ -141,12 +141,12 @@ def test_chart_pods_meet_the_restricted_standard(newest: str, values: str) -> No
         spec = pod["spec"]
         assert spec["securityContext"]["runAsNonRoot"] is True, name
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
-        for one in [*spec["containers"], *spec.get("initContainers", [])]:
-            security = one["securityContext"]
+        for item in [*spec["containers"], *spec.get("initContainers", [])]:
+            security = item["securityContext"]
             assert security["allowPrivilegeEscalation"] is False, name
             assert security["readOnlyRootFilesystem"] is True, name
             assert security["capabilities"] == {"drop": ["ALL"]}, name
-            assert one["resources"]["requests"]["memory"] == one["resources"]["limits"]["memory"]
+            assert item["resources"]["requests"]["memory"] == item["resources"]["limits"]["memory"]
         for volume in spec.get("volumes", []):
             assert (volume.keys() - {"name"}) <= volumes, name
         if not name.endswith("/head"):  # its account is the operator's, for Ray's autoscaler
@@ -192,7 +192,7 @@ def _shared(newest: str, pool: str, *settings: str) -> tuple[int, int]:
         ), *plain
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    pod = dict(chart.pods([one for one in yaml.safe_load_all(ran.stdout) if one]))[pool]
+    pod = dict(chart.pods([item for item in yaml.safe_load_all(ran.stdout) if item]))[pool]
     (size,) = (
         volume["emptyDir"]["sizeLimit"]
         for volume in pod["spec"]["volumes"]
@@ -256,7 +256,7 @@ def test_chart_sets_no_cpu_limit_by_default(newest: str, values: str) -> None:
         for container in pod["spec"]["containers"]
     ]
     assert limits
-    assert [one for one in limits if "cpu" in one] == []
+    assert [item for item in limits if "cpu" in item] == []
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -281,8 +281,8 @@ def _config(objects: tuple[Object, ...]) -> dict[str, Any]:
 
 def test_chart_single_gpu_example_equals_the_documented_one() -> None:
     values = yaml.safe_load((CHART / "ci" / "single-gpu-values.yaml").read_text())
-    told = yaml.safe_load((ROOT / "deploy" / "config" / "gpu-24gb.yaml").read_text())
-    assert values["config"] == told
+    data = yaml.safe_load((ROOT / "deploy" / "config" / "gpu-24gb.yaml").read_text())
+    assert values["config"] == data
 
 
 # --- coe and Ray read what the chart makes
@@ -358,9 +358,9 @@ def test_chart_monitoring_resources(newest: str) -> None:
     assert of_kind(objects, "PrometheusRule")[0]["spec"] == rules
     boards = {
         name: json.loads(text)
-        for one in of_kind(objects, "ConfigMap")
-        if one["metadata"]["labels"].get("grafana_dashboard") == "1"
-        for name, text in one["data"].items()
+        for item in of_kind(objects, "ConfigMap")
+        if item["metadata"]["labels"].get("grafana_dashboard") == "1"
+        for name, text in item["data"].items()
     }
     folder = ROOT / "deploy" / "grafana" / "dashboards"
     assert boards == {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
@@ -391,11 +391,11 @@ def _knows(pod: Object) -> set[str]:
         if (secret := volume.get("secret")) is not None:
             items = [item["key"] for item in secret.get("items", [])] or ["*"]
             found |= {f"{secret['secretName']}/{key}" for key in items}
-    for one in [*pod["spec"]["containers"], *pod["spec"].get("initContainers", [])]:
-        for variable in one.get("env", []):
+    for entry in [*pod["spec"]["containers"], *pod["spec"].get("initContainers", [])]:
+        for variable in entry.get("env", []):
             if (of := variable.get("valueFrom", {}).get("secretKeyRef")) is not None:
                 found.add(f"{of['name']}/{of['key']}")
-        found |= {f"{source['secretRef']['name']}/*" for source in one.get("envFrom", [])}
+        found |= {f"{source['secretRef']['name']}/*" for source in entry.get("envFrom", [])}
     return found
 
 
@@ -404,7 +404,7 @@ def test_chart_pods_get_only_the_environment_they_need(newest: str) -> None:
     assert ran.returncode == 0, ran.stderr
     knows = {
         name: _knows(pod)
-        for name, pod in chart.pods([one for one in yaml.safe_load_all(ran.stdout) if one])
+        for name, pod in chart.pods([item for item in yaml.safe_load_all(ran.stdout) if item])
     }
     own = "rel-coe-secrets"
     assert knows == {
@@ -425,16 +425,16 @@ def test_chart_pods_get_only_the_environment_they_need(newest: str) -> None:
 def test_chart_pools_have_no_key_in_their_environment(newest: str, values: str) -> None:
     for name, pod in chart.pods(of_kind(rendered(newest, values), "RayService")):
         if "/pool-" in name:
-            names = {one["name"] for one in pod["spec"]["containers"][0]["env"]}
+            names = {item["name"] for item in pod["spec"]["containers"][0]["env"]}
             assert not {n for n in names if n.startswith("COE_")} - {"COE_MODELS"}, name
 
 
 def test_chart_volatile_store_has_its_own_evicting_redis(newest: str) -> None:
     objects = rendered(newest, "default-values.yaml")
     confs = {
-        one["metadata"]["name"]: one["data"]["redis.conf"]
-        for one in of_kind(objects, "ConfigMap")
-        if "redis.conf" in one["data"]
+        item["metadata"]["name"]: item["data"]["redis.conf"]
+        for item in of_kind(objects, "ConfigMap")
+        if "redis.conf" in item["data"]
     }
     assert "maxmemory-policy noeviction" in confs["rel-redis"]
     assert "appendonly yes" in confs["rel-redis"]
@@ -487,7 +487,7 @@ def test_chart_passes_checkov(newest: str, tmp_path: Path) -> None:
         pytest.skip("checkov is not here (deploy/chart_tools.sh fetches it)")
     seen = 0
     for values in VALUES:
-        objects = [one for one in rendered(newest, values) if one["kind"] not in CUSTOM]
+        objects = [check for check in rendered(newest, values) if check["kind"] not in CUSTOM]
         # It does not look into custom resources: their pods are given to it as such.
         for name, pod in chart.pods(of_kind(rendered(newest, values), "RayService")):
             made = {"apiVersion": "v1", "kind": "Pod", **pod}
@@ -513,12 +513,12 @@ def test_chart_passes_checkov(newest: str, tmp_path: Path) -> None:
         check=False,
         timeout=240,
     )
-    told = json.loads(ran.stdout)
-    assert told["summary"]["parsing_errors"] == 0
-    assert told["summary"]["resource_count"] >= seen
+    data = json.loads(ran.stdout)
+    assert data["summary"]["parsing_errors"] == 0
+    assert data["summary"]["resource_count"] >= seen
     failed = {
-        f"{one['check_id']} {one['check_name']}: {one['resource']}"
-        for one in told["results"]["failed_checks"]
-        if one["check_id"] not in NOT_OURS
+        f"{check['check_id']} {check['check_name']}: {check['resource']}"
+        for check in data["results"]["failed_checks"]
+        if check["check_id"] not in NOT_OURS
     }
     assert failed == set()

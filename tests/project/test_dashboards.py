@@ -68,28 +68,28 @@ def selectors(expr: Expr) -> Iterator[VectorSelector]:
 def known_samples() -> dict[str, set[str]]:
     """Every sample of ours by its name, with the labels that it may be asked by."""
     found: dict[str, set[str]] = {}
-    for one in METRICS:
-        labels = {*one.labels, "pool", "gateway"}
-        if one.kind is Kind.HISTOGRAM:
-            found |= {f"{one.name}_sum": labels, f"{one.name}_count": labels}
-            found[f"{one.name}_bucket"] = labels | {"le"}
+    for metric in METRICS:
+        labels = {*metric.labels, "pool", "gateway"}
+        if metric.kind is Kind.HISTOGRAM:
+            found |= {f"{metric.name}_sum": labels, f"{metric.name}_count": labels}
+            found[f"{metric.name}_bucket"] = labels | {"le"}
         else:
-            found[one.name] = labels
+            found[metric.name] = labels
     return found
 
 
 def check(expr: str) -> None:
     parsed = promql_parser.parse(expr.replace("$__rate_interval", "1m").replace("$expert", ".*"))
     known = known_samples()
-    asked = list(selectors(parsed))
-    assert asked, expr
-    for one in asked:
-        name = one.name
+    found = list(selectors(parsed))
+    assert found, expr
+    for item in found:
+        name = item.name
         assert name is not None
         if name.startswith(("vllm:", "coe:")) or name in PROCESS:
             continue
         assert name in known, f"{name} is no metric of ours, in: {expr}"
-        used = {matcher.name for matcher in one.matchers.matchers}
+        used = {matcher.name for matcher in item.matchers.matchers}
         assert used <= known[name], f"{name} has no label {used - known[name]}"
 
 
@@ -106,8 +106,8 @@ def test_dashboards_equal_their_rendered_source() -> None:
 
 @pytest.mark.parametrize("board", BOARDS, ids=lambda path: path.stem)
 def test_dashboard_queries_use_existing_metrics(board: Path) -> None:
-    told = json.loads(board.read_text())
-    assert told["uid"] == board.stem
+    data = json.loads(board.read_text())
+    assert data["uid"] == board.stem
     found = list(panels(board))
     assert len({panel["id"] for panel in found}) == len(found)
     for panel in found:
@@ -118,7 +118,11 @@ def test_dashboard_queries_use_existing_metrics(board: Path) -> None:
 
 def test_every_metric_is_in_a_dashboard() -> None:
     text = "".join(board.read_text() for board in BOARDS)
-    left = {one.name for one in METRICS if not re.search(rf"\b{one.name}(_bucket|_sum)?\b", text)}
+    left = {
+        metric.name
+        for metric in METRICS
+        if not re.search(rf"\b{metric.name}(_bucket|_sum)?\b", text)
+    }
     # Its label is all that it tells.
     assert left == {"coe_build_info"}
 

@@ -109,8 +109,8 @@ def test_locks_have_every_dependency_with_hashes(name: str) -> None:
     project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     image = locked(name)
     wanted = {
-        re.split(r"[\[<>=!~; ]", one, maxsplit=1)[0].lower().replace("_", "-")
-        for one in (*project["dependencies"], *project["optional-dependencies"]["gguf"])
+        re.split(r"[\[<>=!~; ]", item, maxsplit=1)[0].lower().replace("_", "-")
+        for item in (*project["dependencies"], *project["optional-dependencies"]["gguf"])
     }
     assert wanted - image.keys() == set()
     text = (LOCKS / name).read_text()
@@ -127,19 +127,19 @@ def test_locks_have_every_dependency_with_hashes(name: str) -> None:
 
 def compose() -> dict[str, Any]:
     """The compose file."""
-    told: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
-    return told
+    data: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
+    return data
 
 
 def test_compose_mounts_exist() -> None:
-    told = compose()
-    for name, service in told["services"].items():
+    data = compose()
+    for name, service in data["services"].items():
         for mount in service.get("volumes", ()):
             source = mount.split(":")[0]
             if source.startswith("."):
                 assert (ROOT / "deploy" / source).exists(), f"{name}: {source}"
             else:
-                assert source in told["volumes"], f"{name}: {source}"
+                assert source in data["volumes"], f"{name}: {source}"
 
 
 def test_compose_is_hardened_and_local_only() -> None:

@@ -151,7 +151,7 @@ def test_torch_script_calls_uv_without_settings_that_omit_torch() -> None:
     # say that all went well.
     assert "torch ; sys_platform == 'never'" in (ROOT / "pyproject.toml").read_text()
     commands = installs((ROOT / "deploy" / "torch.sh").read_text())
-    (by_uv,) = [one for one in commands if "--torch-backend cpu" in one]
+    (by_uv,) = [command for command in commands if "--torch-backend cpu" in command]
     assert "--no-config" in by_uv
 
 

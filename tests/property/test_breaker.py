@@ -45,7 +45,7 @@ def test_breaker_opens_after_consecutive_failures_and_closes_after_a_probe() -> 
 def test_breaker_concurrent_failures_of_one_cause_count_once() -> None:
     breaker = Breaker(POLICY, lambda: 0.0)
     tries = [breaker.begin(0) for _ in range(64)]
-    assert not any([breaker.end(one, False, 1.0) for one in tries])
+    assert not any([breaker.end(item, False, 1.0) for item in tries])
     assert breaker.allows(1)
 
 
@@ -129,7 +129,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def it_is_never_shut_for_good(self) -> None:
-        probing = any(one.probe for one in self.under_way)
+        probing = any(item.probe for item in self.under_way)
         later_s = self.now_s + POLICY.max_open_duration_s * 1.2
         assert probing or self.breaker.allows(later_s)
         assert self.breaker.left_s(self.now_s) <= POLICY.max_open_duration_s * 1.2

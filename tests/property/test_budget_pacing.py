@@ -20,14 +20,14 @@ async def outcomes(scene: Scene, gateways: int) -> list[WindowResult]:
 async def test_budget_pacing_of_several_gateways_loses_at_most_two_percent_quality(
     scene: Scene,
 ) -> None:
-    alone = statistics.mean(one.quality for one in await outcomes(scene, 1))
+    alone = statistics.mean(outcome.quality for outcome in await outcomes(scene, 1))
     for gateways in (2, 4, 8):
         found = await outcomes(scene, gateways)
-        assert statistics.mean(one.quality for one in found) >= (1 - MOST_LOST) * alone
-        assert all(one.spent <= scene.amount for one in found)
+        assert statistics.mean(outcome.quality for outcome in found) >= (1 - MOST_LOST) * alone
+        assert all(outcome.spent <= scene.amount for outcome in found)
 
 
 async def test_budget_pacing_of_eight_gateways_spends_half_by_half_of_the_window() -> None:
-    for one in await outcomes(DAY, 8):
-        assert one.marks[1] == pytest.approx(0.5, abs=0.06)
-        assert one.marks[3] >= 0.97
+    for outcome in await outcomes(DAY, 8):
+        assert outcome.marks[1] == pytest.approx(0.5, abs=0.06)
+        assert outcome.marks[3] >= 0.97

@@ -19,8 +19,8 @@ async def _story(chance: random.Random, slots: int) -> None:
     clients: list[asyncio.Task[str]] = []
     for _ in range(chance.randint(1, 6)):
         for _ in range(chance.randint(0, 6)):
-            asked = running.ask(chance.choice(_EXPERTS), chance.randint(1, 8))
-            clients.append(asyncio.create_task(asked))
+            request = running.ask(chance.choice(_EXPERTS), chance.randint(1, 8))
+            clients.append(asyncio.create_task(request))
         if chance.random() < 0.5:
             await asyncio.sleep(chance.choice((0.0, 0.005, 0.02, 0.1)))
         names = [name for name in _EXPERTS if chance.random() < 0.7] or ["a"]

@@ -195,8 +195,8 @@ def test_divide_simulated_pool_stays_within_the_bound_and_starves_nobody(seed: i
     for model, name in waiting:
         for _ in range(60):
             claimed = _share(bound, models)
-            for one in models:
-                one.act()
+            for item in models:
+                item.act()
             assert sum(m.held() for m in models) <= bound
             unit = model.units[name]
             fits = bounded(model.place().slot, model.place().units, model.policy)

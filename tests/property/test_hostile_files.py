@@ -63,9 +63,9 @@ def refused(read: Callable[[Path], object], path: Path) -> str:
 @given(st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), ENTRY | VALUES) | VALUES)
 def test_read_header_of_any_json_is_read_or_refused(tmp_path: Path, header: Any) -> None:
     path = write_raw(tmp_path / "x.safetensors", json.dumps(header).encode(), bytes(64))
-    said = refused(read_header, path)
-    assert "\n" not in said
-    assert len(said) < 600
+    message = refused(read_header, path)
+    assert "\n" not in message
+    assert len(message) < 600
 
 
 @FILES
@@ -73,9 +73,9 @@ def test_read_header_of_any_json_is_read_or_refused(tmp_path: Path, header: Any)
 def test_read_header_of_any_bytes_is_read_or_refused(
     tmp_path: Path, header: bytes, length: int | None
 ) -> None:
-    said = refused(read_header, write_raw(tmp_path / "x.safetensors", header, b"", length))
-    assert "\n" not in said
-    assert len(said) < 600
+    message = refused(read_header, write_raw(tmp_path / "x.safetensors", header, b"", length))
+    assert "\n" not in message
+    assert len(message) < 600
 
 
 def one(**changes: Any) -> bytes:

@@ -35,7 +35,7 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
 def _whole(placed: Placed, copies: np.ndarray, devices: int) -> None:
     assert len(placed.devices) == devices
     assert len({len(held) for held in placed.devices}) == 1
-    held = Counter(expert for one in placed.devices for expert in one)
+    held = Counter(expert for device in placed.devices for expert in device)
     assert [held[e] for e in range(len(copies))] == copies.tolist()
 
 

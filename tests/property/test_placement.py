@@ -143,15 +143,15 @@ def test_placement_under_random_events_every_request_ends_once(
     hot = chance.sample(EXPERTS, 2)
 
     async def act(fleet: Fleet) -> None:
-        asked = []
+        requests = []
         for _ in range(80):
             expert = chance.choice(hot) if chance.random() < 0.7 else chance.choice(EXPERTS)
             kind = chance.random()
             if kind < 0.5:
                 ask = fleet.ask(expert, chance.randint(1, 8), chance.random() < 0.5)
-                asked.append(asyncio.create_task(ask))
-            elif kind < 0.55 and asked:
-                chance.choice(asked).cancel()
+                requests.append(asyncio.create_task(ask))
+            elif kind < 0.55 and requests:
+                chance.choice(requests).cancel()
             elif kind < 0.6 and rough:
                 world = chance.choice(fleet.worlds)
                 world.armed[chance.choice(["fill", "exchange"])] = chance.choice(["fail", "die"])
@@ -160,12 +160,12 @@ def test_placement_under_random_events_every_request_ends_once(
                     await asyncio.sleep(0.01)
                     fleet.check()
         async with asyncio.timeout(600):
-            ended = await asyncio.gather(*asked, return_exceptions=True)
+            ended = await asyncio.gather(*requests, return_exceptions=True)
         strange = [
-            one
-            for one in ended
-            if not isinstance(one, asyncio.CancelledError)
-            and one not in (_ROUGH if rough else ("ok",))
+            item
+            for item in ended
+            if not isinstance(item, asyncio.CancelledError)
+            and item not in (_ROUGH if rough else ("ok",))
         ]
         assert strange == []
 

@@ -100,14 +100,14 @@ def test_parse_request_any_body_is_parsed_or_raises_a_typed_error(
     endpoint: str, raw: bytes, given_headers: dict[bytes, bytes]
 ) -> None:
     try:
-        asked = parse_request(endpoint, raw, given_headers, 1000)
+        request = parse_request(endpoint, raw, given_headers, 1000)
     except CoeError:
         return
-    assert asked.client_id.isascii()
-    assert asked.client_id.isprintable()
-    assert 1 <= asked.deadline_ms <= 86_400_000
+    assert request.client_id.isascii()
+    assert request.client_id.isprintable()
+    assert 1 <= request.deadline_ms <= 86_400_000
     with suppress(CoeError):
-        assert orjson.loads(asked.body_for("somebody"))["model"] == "somebody"
+        assert orjson.loads(request.body_for("somebody"))["model"] == "somebody"
 
 
 calls = st.builds(
@@ -124,8 +124,8 @@ calls = st.builds(
 
 @given(calls)
 def test_call_headers_round_trip(call: Call) -> None:
-    told = {name.encode(): value.encode() for name, value in call.headers().items()}
-    assert parse_call(call.endpoint, told) == call
+    details = {name.encode(): value.encode() for name, value in call.headers().items()}
+    assert parse_call(call.endpoint, details) == call
 
 
 @given(

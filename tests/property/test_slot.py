@@ -130,15 +130,15 @@ class Story:
 def test_slot_under_random_events_every_lease_ends_once_and_nothing_leaks(
     story: list[Any], fails_to_load: bool
 ) -> None:
-    told = Story(fails_to_load)
+    result = Story(fails_to_load)
     complaints: list[dict[str, Any]] = []
 
     async def whole() -> list[str | BaseException]:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: complaints.append(context))
         FastTime(loop)
-        outcomes = await told.tell(story)
-        for engine in told.engines:
+        outcomes = await result.tell(story)
+        for engine in result.engines:
             assert await engine.in_flight() == 0
             assert engine.failure() is not None, "an engine was left running"
         assert len(asyncio.all_tasks()) == 1
@@ -152,6 +152,6 @@ def test_slot_under_random_events_every_lease_ends_once_and_nothing_leaks(
         o for o in outcomes if not isinstance(o, asyncio.CancelledError) and o not in known
     ]
     assert unforeseen == []
-    assert told.running == 0
-    assert told.most_running <= CAPACITY
-    assert all(queue == Queue(0, 0) for queue in told.slot.queues().values())
+    assert result.running == 0
+    assert result.most_running <= CAPACITY
+    assert all(queue == Queue(0, 0) for queue in result.slot.queues().values())

@@ -92,10 +92,10 @@ def test_steer_choice_follows_the_definition(data: st.DataObject) -> None:
     weights, ids = steer(np.array(rows, np.float64), layer, shape)
     assert weights.dtype == np.float32
     assert ids.dtype == np.int32
-    for row, said, chosen in zip(rows, weights, ids, strict=True):
+    for row, weight, chosen in zip(rows, weights, ids, strict=True):
         expected = by_hand(row, layer, shape)
         assert list(chosen) == list(expected)
-        np.testing.assert_allclose(said, list(expected.values()), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(weight, list(expected.values()), rtol=1e-4, atol=1e-6)
 
 
 @settings(deadline=None)
@@ -108,7 +108,7 @@ def test_steer_engine_choice_equals_the_reference(data: st.DataObject) -> None:
     layer = data.draw(layers(shape))
     rows = data.draw(st.lists(st.lists(_small, min_size=shape.experts, max_size=shape.experts)))
     logits = np.array(rows, np.float32).reshape(-1, shape.experts)
-    told = {
+    fields = {
         "mask": layer.mask.tolist(),
         "bias": layer.bias.tolist(),
         "boost": layer.boost.tolist(),
@@ -117,8 +117,8 @@ def test_steer_engine_choice_equals_the_reference(data: st.DataObject) -> None:
         "top_p": None if layer.top_p is None else layer.top_p + 1e-4,
     }
     base = {"top_k": shape.top_k, "renormalize": shape.renormalize}
-    weights, ids = choose(torch.from_numpy(logits), rule_of(told, base))
-    wanted = replace(layer, top_p=told["top_p"])
+    weights, ids = choose(torch.from_numpy(logits), rule_of(fields, base))
+    wanted = replace(layer, top_p=fields["top_p"])
     expected, chosen = steer(logits, wanted, shape)
     # What top-p leaves out, whatever its boost: its place names the first choice.
     kept, _ = steer(logits, replace(wanted, boost=np.ones_like(layer.boost)), shape)

@@ -143,12 +143,12 @@ def test_estimates_of_every_unit_equal_the_time_its_swap_takes(
             pool, slot = _slot(names, families, costs, bound=bound, apart=not one_family)
             pool.start()
             # Each was started, filled and swapped in wherever it can be.
-            for one, other in itertools.permutations(names, 2):
-                await _visit(slot, one)
+            for item, other in itertools.permutations(names, 2):
+                await _visit(slot, item)
                 await _visit(slot, other)
             for _ in range(8):
                 running = slot.running_unit
-                name = chance.choice([one for one in names if one != running])
+                name = chance.choice([item for item in names if item != running])
                 state = pool.snapshot().experts[name]
                 there_s = await _visit(slot, name)
                 assert _close(state.eta_s, there_s), (name, state, there_s)
@@ -179,10 +179,10 @@ def test_estimates_during_an_engine_start_count_down_and_add_up() -> None:
                 await _visit(slot, name)
             waits = asyncio.create_task(_visit(slot, "b"))
             await asyncio.sleep(8.0)
-            told = slot.states()
-            assert told["b"].state is Residency.LOADING
-            assert told["b"].eta_s == pytest.approx(14.0, abs=1.0)
-            assert told["a"].eta_s == pytest.approx(14.0 + 22.0, abs=1.5)
+            states = slot.states()
+            assert states["b"].state is Residency.LOADING
+            assert states["b"].eta_s == pytest.approx(14.0, abs=1.0)
+            assert states["a"].eta_s == pytest.approx(14.0 + 22.0, abs=1.5)
             await waits
             await pool.stop(0)
 
@@ -209,12 +209,12 @@ def test_displaced_work_of_a_unit_that_needs_another_engine_is_both_starts() -> 
             held = [asyncio.create_task(hold()) for _ in range(4)]
             await asyncio.sleep(0.1)
             view = PoolView(pool.boot, pool.snapshot(), 0.0, {})
-            told = PoolStateTable({"a": 0, "b": 1}).to_matrix([view])
+            matrix = PoolStateTable({"a": 0, "b": 1}).to_matrix([view])
             # There: a ends, b starts. Back: b ends, a starts. For each of the four who run.
-            assert told.eta[0, 1] == pytest.approx(2.0 + 10.0, abs=0.2)
-            assert told.displaced[0, 1] == pytest.approx(4 * (12.0 + 34.0), rel=0.02)
-            for one in held:
-                one.cancel()
+            assert matrix.eta[0, 1] == pytest.approx(2.0 + 10.0, abs=0.2)
+            assert matrix.displaced[0, 1] == pytest.approx(4 * (12.0 + 34.0), rel=0.02)
+            for item in held:
+                item.cancel()
             await asyncio.gather(*held, return_exceptions=True)
             await pool.stop(0)
 
@@ -323,15 +323,15 @@ async def test_estimates_of_slots_waiting_for_other_starts_add_up(
     pool.start()
     began_s = clock.now_s
     up_s: dict[str, float] = {}
-    told: list[tuple[float, dict[str, float]]] = []
+    collected: list[tuple[float, dict[str, float]]] = []
     while len(up_s) < 3:
         await asyncio.sleep(0.5)
         states = pool.snapshot().experts
-        told.append((clock.now_s, {name: state.eta_s for name, state in states.items()}))
+        collected.append((clock.now_s, {name: state.eta_s for name, state in states.items()}))
         for name, state in states.items():
             if state.state is Residency.DEVICE:
                 up_s.setdefault(name, clock.now_s)
-    for at_s, etas in told:
+    for at_s, etas in collected:
         for name, eta_s in etas.items():
             assert abs(max(0.0, up_s[name] - at_s) - eta_s) <= 1.5, (name, at_s - began_s, eta_s)
     assert sorted(round(at_s - began_s, -1) for at_s in up_s.values()) == [10, 20, 30]

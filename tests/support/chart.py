@@ -45,24 +45,24 @@ def rendered(version: str, values: str) -> tuple[Object, ...]:
     """What a value file of helm/ci makes."""
     ran = helm(version, "template", "rel", "helm", "-n", "coe", "-f", f"helm/ci/{values}")
     assert ran.returncode == 0, ran.stderr
-    return tuple(one for one in yaml.safe_load_all(ran.stdout) if one)
+    return tuple(item for item in yaml.safe_load_all(ran.stdout) if item)
 
 
 def of_kind(objects: Sequence[Object], kind: str) -> list[Object]:
     """Those of a kind."""
-    return [one for one in objects if one["kind"] == kind]
+    return [item for item in objects if item["kind"] == kind]
 
 
 def pods(objects: Sequence[Object]) -> Iterator[tuple[str, Object]]:
     """Every pod or pod template (its metadata and spec), with a name for people."""
-    for one in objects:
-        name = f"{one['kind']}/{one['metadata']['name']}"
-        if one["kind"] == "Pod":
-            yield name, one
-        elif one["kind"] in ("Deployment", "StatefulSet"):
-            yield name, one["spec"]["template"]
-        elif one["kind"] == "RayService":
-            cluster = one["spec"]["rayClusterConfig"]
+    for item in objects:
+        name = f"{item['kind']}/{item['metadata']['name']}"
+        if item["kind"] == "Pod":
+            yield name, item
+        elif item["kind"] in ("Deployment", "StatefulSet"):
+            yield name, item["spec"]["template"]
+        elif item["kind"] == "RayService":
+            cluster = item["spec"]["rayClusterConfig"]
             yield f"{name}/head", cluster["headGroupSpec"]["template"]
             for group in cluster["workerGroupSpecs"]:
                 yield f"{name}/{group['groupName']}", group["template"]
@@ -153,9 +153,9 @@ def _selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
     wanted = selector.get("matchLabels") or {}
     if any(labels.get(key) != value for key, value in wanted.items()):
         return False
-    for one in selector.get("matchExpressions") or ():
-        assert one["operator"] == "In", one
-        if labels.get(one["key"]) not in one["values"]:
+    for item in selector.get("matchExpressions") or ():
+        assert item["operator"] == "In", item
+        if labels.get(item["key"]) not in item["values"]:
             return False
     return True
 
@@ -167,19 +167,19 @@ def _peer(
         return True
     name = {"kubernetes.io/metadata.name": namespace}
     return any(
-        "podSelector" in one
-        and _selects(one["podSelector"], labels)
+        "podSelector" in peer
+        and _selects(peer["podSelector"], labels)
         # Without a selector of namespaces: the policy's own.
         and (
-            _selects(one["namespaceSelector"], name)
-            if "namespaceSelector" in one
+            _selects(peer["namespaceSelector"], name)
+            if "namespaceSelector" in peer
             else not namespace
         )
-        for one in peers
+        for peer in peers
     )
 
 
 def _port(ports: Sequence[Mapping[str, Any]] | None, port: int) -> bool:
     if not ports:
         return True
-    return any(one["port"] <= port <= one.get("endPort", one["port"]) for one in ports)
+    return any(item["port"] <= port <= item.get("endPort", item["port"]) for item in ports)

@@ -74,9 +74,11 @@ class Service:
         found = set()
         for process in self.tree():
             with contextlib.suppress(psutil.Error):
-                for one in process.net_connections(kind="tcp"):
-                    if one.status == psutil.CONN_LISTEN:
-                        found.add(Listening(_title(process), one.laddr.ip, one.laddr.port))
+                for connection in process.net_connections(kind="tcp"):
+                    if connection.status == psutil.CONN_LISTEN:
+                        found.add(
+                            Listening(_title(process), connection.laddr.ip, connection.laddr.port)
+                        )
         return found
 
     def left(self) -> list[str]:
@@ -162,7 +164,7 @@ def serve(config: Path, *, ready_s: float = 120) -> Iterator[Service]:
         try:
             service.stop()
         finally:
-            for one in service.seen:
+            for item in service.seen:
                 with contextlib.suppress(psutil.Error):
-                    one.kill()
+                    item.kill()
             shutil.rmtree(folder, ignore_errors=True)

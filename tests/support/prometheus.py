@@ -38,17 +38,17 @@ class Prometheus:
 
     def series(self, expr: str) -> list[dict[str, Any]]:
         """The series of an instant query that have a value."""
-        asked = expr.replace("$__rate_interval", RATE).replace("$expert", ".*")
+        query = expr.replace("$__rate_interval", RATE).replace("$expert", ".*")
         with urllib.request.urlopen(
-            f"{self.url}/api/v1/query?{urllib.parse.urlencode({'query': asked})}", timeout=10
+            f"{self.url}/api/v1/query?{urllib.parse.urlencode({'query': query})}", timeout=10
         ) as reply:
             found: list[dict[str, Any]] = json.load(reply)["data"]["result"]
-        return [one for one in found if one["value"][1] != "NaN"]
+        return [item for item in found if item["value"][1] != "NaN"]
 
     def ready(self) -> bool:
         """Whether it answers, and has scraped its target."""
         try:
-            return any(one["value"][1] == "1" for one in self.series('up{job="coe"}'))
+            return any(entry["value"][1] == "1" for entry in self.series('up{job="coe"}'))
         except (urllib.error.URLError, ConnectionError):
             return False
 

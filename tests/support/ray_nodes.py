@@ -101,9 +101,9 @@ class RayCluster:
     def kill(self, ip: str) -> None:
         """A node's machine is gone: all of its processes at once."""
         doomed = self.processes(ip)
-        for one in doomed:
+        for item in doomed:
             with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
+                item.kill()
         psutil.wait_procs(doomed, timeout=10)
         self.nodes.pop(ip).wait(10)
 

@@ -29,7 +29,8 @@ def main() -> None:
         assert application.import_path == f"{build.__module__}:{build.__name__}"
         built = build_app(call(build, application.args), name="coe")
         deployments = {
-            one.name: one.ray_actor_options.get("resources", {}) for one in built.deployments
+            deployment.name: deployment.ray_actor_options.get("resources", {})
+            for deployment in built.deployments
         }
         cluster = {"metadata": {"name": "c", "namespace": "n"}, "spec": spec["rayClusterConfig"]}
         types = derive(cluster)["available_node_types"]

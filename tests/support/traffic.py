@@ -62,8 +62,8 @@ def routers_choose(s: RunningGateway) -> None:
     stretch = np.zeros((1, 32, 2), np.int16)
     stretch[:, :, 1] = 1
     load = np.array([[32, 32, 0, 0]], np.int64)
-    told = RoutingSample("general", (0,), 4, 2, 32, load, (stretch,))
-    s.pools["cpu"].process._metrics.on_routing_sample(told)
+    sample = RoutingSample("general", (0,), 4, 2, 32, load, (stretch,))
+    s.pools["cpu"].process._metrics.on_routing_sample(sample)
 
 
 async def round_of_traffic(s: RunningGateway) -> None:

@@ -255,7 +255,7 @@ class VllmEngine:
             raise EngineRestartingError(f"the engine of expert {request.expert!r} died: {why}")
         if request.endpoint in _TOKEN_ENDPOINTS and len(request.body) > _MAX_TOKENIZE_BYTES:
             raise BodyTooLargeError(
-                f"{request.endpoint} takes no more than {_MAX_TOKENIZE_BYTES} bytes; "
+                f"{request.endpoint} takes at most {_MAX_TOKENIZE_BYTES} bytes; "
                 f"the body has {len(request.body)}"
             )
         await self._trials.check_body(request.body)
@@ -295,9 +295,7 @@ class VllmEngine:
             if reply.error[0] >= 500 and self.failure() is not None:
                 raise EngineDeadError(f"the engine of expert {request.expert!r} died")
             if reply.error[0] == HTTPStatus.SERVICE_UNAVAILABLE:
-                raise OverCapacityError(
-                    f"the engine of expert {request.expert!r} has too much to do"
-                )
+                raise OverCapacityError(f"the engine of expert {request.expert!r} is overloaded")
             await reply.send_error()
         elif not reply.started:
             raise EngineDeadError(

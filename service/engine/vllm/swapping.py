@@ -235,7 +235,7 @@ class SwappingVllmEngine(VllmEngine):
             )
             if not await self._canary(self._first):
                 raise ExpertFailedError(
-                    f"expert {self._first!r} answers otherwise than when first loaded"
+                    f"expert {self._first!r} answers differently than when it was first loaded"
                 )
         return report
 

@@ -26,7 +26,12 @@ import orjson
 from service.config import CacheConfig, Config
 from service.engine.base import Message, Send
 from service.errors import CoeError, StoreUnavailableError
-from service.gateway.cache.text_similarity import MOST_CHARACTERS, said, same_words, similarity
+from service.gateway.cache.text_similarity import (
+    MOST_CHARACTERS,
+    canonical_form,
+    same_words,
+    similarity,
+)
 from service.gateway.request.parsing import InferenceRequest
 from service.http.asgi import STREAM_HEADERS, send_response
 from service.http.usage import reply_usage, usage_of
@@ -164,13 +169,15 @@ class ResponseCache:
         return _read(await self._store.get(search.place), search.key, request, "exact", 1.0)
 
     async def _alike(self, search: CacheSearch, request: InferenceRequest) -> CacheHit | None:
-        words = said(search.question)
+        words = canonical_form(search.question)
         best: tuple[float, Mapping[str, str]] | None = None
-        for one in _shelf(await self._store.get(self._shelf_name(search))):
-            if one["shelf"] == search.shelf and same_words(words, said(one["question"])):
-                how = similarity(search.question, one["question"])
+        for item in _shelf(await self._store.get(self._shelf_name(search))):
+            if item["shelf"] == search.shelf and same_words(
+                words, canonical_form(item["question"])
+            ):
+                how = similarity(search.question, item["question"])
                 if how >= search.settings.threshold and (best is None or how > best[0]):
-                    best = how, one
+                    best = how, item
         if best is None:
             return None
         how, found = best
@@ -216,9 +223,9 @@ class ResponseCache:
                     "place": search.place,
                 }
                 others = [
-                    one
-                    for one in _shelf(await self._store.get(name))
-                    if one["key"] != search.key and one["shelf"] == search.shelf
+                    item
+                    for item in _shelf(await self._store.get(name))
+                    if item["key"] != search.key and item["shelf"] == search.shelf
                 ]
                 await self._store.put(
                     name, orjson.dumps([entry, *others[: _SHELF - 1]]), ttl_s=ttl_s
@@ -301,10 +308,10 @@ class CacheSession:
             return []
         if self.hit is None:
             return [(b"x-coe-cache", b"miss")]
-        told = [(b"x-coe-cache", self.hit.kind.encode())]
+        headers = [(b"x-coe-cache", self.hit.kind.encode())]
         if self.hit.kind == "semantic":
-            told.append((b"x-coe-cache-similarity", f"{self.hit.similarity:.3f}".encode()))
-        return told
+            headers.append((b"x-coe-cache-similarity", f"{self.hit.similarity:.3f}".encode()))
+        return headers
 
     async def send_hit(self, headers: list[tuple[bytes, bytes]]) -> None:
         """Send the cached answer."""
@@ -341,8 +348,8 @@ def free_of_charge(body: bytes, content_type: str) -> bytes:
     usage = reply_usage(body)
     if usage is None:
         return body
-    told = orjson.loads(body[usage.value : usage.end])
-    return body[: usage.value] + orjson.dumps(_free(told)) + body[usage.end :]
+    reported = orjson.loads(body[usage.value : usage.end])
+    return body[: usage.value] + orjson.dumps(_free(reported)) + body[usage.end :]
 
 
 def _free_line(line: bytes) -> bytes:
@@ -360,10 +367,10 @@ def _free_line(line: bytes) -> bytes:
 
 
 def _free(usage: Mapping[str, Any]) -> dict[str, Any]:
-    told = usage.get("coe")
-    if not isinstance(told, dict):
+    details = usage.get("coe")
+    if not isinstance(details, dict):
         return dict(usage)
-    kept = {name: value for name, value in told.items() if name in ("expert", "recipe")}
+    kept = {name: value for name, value in details.items() if name in ("expert", "recipe")}
     return {**usage, "coe": {**kept, "cost": 0.0, "calls": [], "cached": True}}
 
 

@@ -86,7 +86,7 @@ _SENTENCE = re.compile(r"[.?!]\s+(?=\S)")
 _MARK = re.compile(r"(?<=[\w)%])(?:\s?\?|\.)$")
 
 
-def said(text: str) -> str:
+def canonical_form(text: str) -> str:
     """Return the canonical form of a question, which all its harmless variants share."""
     plain = unicodedata.normalize("NFC", text).replace("’", "'").strip()
     if _LITERAL.search(plain):
@@ -141,7 +141,7 @@ def _without_thanks(text: str) -> str:
     """Remove courtesies from the end of a text, after a comma or the end of a sentence."""
     while True:
         bare = text.rstrip(" .!?")
-        word = next((one for one in _THANKS if bare[-len(one) :].lower() == one), None)
+        word = next((phrase for phrase in _THANKS if bare[-len(phrase) :].lower() == phrase), None)
         if word is None:
             return text
         before = bare[: -len(word)].rstrip(" ")
@@ -165,7 +165,7 @@ def _in_full(found: re.Match[str]) -> str:
 
 
 def same_words(one: str, other: str) -> bool:
-    """Whether two questions in the canonical form of `said` are the same."""
+    """Whether two questions in canonical form are the same."""
     return bool(one) and one == other
 
 

@@ -152,8 +152,8 @@ class EventStream:
             self._tell(None)
 
     async def _follow(self) -> None:
-        told = b""
-        told_s = counted_s = 0.0
+        sent = b""
+        sent_s = counted_s = 0.0
         seen = self._recent.count
         self._counted.clear()
         while self._listeners:
@@ -170,26 +170,26 @@ class EventStream:
                 seen = self._recent.count
             # The time is left out of the comparison, because it always changes.
             data = orjson.dumps({**state, "at_s": 0})
-            if data != told or now_s - told_s >= _BEAT_S:
-                told, told_s = data, now_s
+            if data != sent or now_s - sent_s >= _BEAT_S:
+                sent, sent_s = data, now_s
                 self._tell(_event("state", state))
             await asyncio.sleep(_TICK_S)
 
     async def _count(self, now_s: float) -> None:
         """Fetch details from every pool, and compute token rates from its counters."""
         links = self._directory.links()
-        told = await asyncio.gather(*(link.experts() for link in links), return_exceptions=True)
+        replies = await asyncio.gather(*(link.experts() for link in links), return_exceptions=True)
         details = {}
-        for link, one in zip(links, told, strict=True):
-            if isinstance(one, dict):
-                details[link.address.boot] = one
-            elif not isinstance(one, PoolUnavailableError):
-                raise one
+        for link, reply in zip(links, replies, strict=True):
+            if isinstance(reply, dict):
+                details[link.address.boot] = reply
+            elif not isinstance(reply, PoolUnavailableError):
+                raise reply
         self._details = details
         counted = {
-            (boot, name): int(one.get("tokens", 0))
+            (boot, name): int(expert.get("tokens", 0))
             for boot, experts in details.items()
-            for name, one in experts.items()
+            for name, expert in experts.items()
         }
         before_s, before = self._counted[0] if self._counted else (now_s, counted)
         self._counted.append((now_s, counted))

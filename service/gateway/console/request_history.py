@@ -85,9 +85,9 @@ class RequestHistory:
         """Add a request that has ended now."""
         self.add(CompletedRequest.of(record))
 
-    def add(self, one: CompletedRequest) -> None:
+    def add(self, request: CompletedRequest) -> None:
         """Add a request that has ended."""
-        self._kept.append(one)
+        self._kept.append(request)
         self.count += 1
 
     def since(self, count: int, most: int = 50) -> list[dict[str, Any]]:
@@ -103,9 +103,9 @@ class RequestHistory:
     def flows(self, now_s: float) -> list[dict[str, Any]]:
         """Count the requests of the last five minutes by category, recipe and expert."""
         counts = Counter(
-            (one.category, one.recipe, one.expert)
-            for one in self._kept
-            if one.expert and now_s - one.at_s <= WINDOW_S
+            (request.category, request.recipe, request.expert)
+            for request in self._kept
+            if request.expert and now_s - request.at_s <= WINDOW_S
         )
         return [
             {"category": category, "recipe": recipe, "expert": expert, "count": count}
@@ -114,10 +114,12 @@ class RequestHistory:
 
     def totals(self, now_s: float) -> dict[str, float]:
         """Totals of the last minute: requests, failures, and median ms to the first byte."""
-        minute = [one for one in self._kept if now_s - one.at_s <= _MINUTE_S]
-        firsts = sorted(one.first_ms for one in minute if one.outcome == "ok" and one.first_ms)
+        minute = [request for request in self._kept if now_s - request.at_s <= _MINUTE_S]
+        firsts = sorted(
+            request.first_ms for request in minute if request.outcome == "ok" and request.first_ms
+        )
         return {
             "requests": len(minute),
-            "failed": sum(one.outcome not in ("ok", "client_gone") for one in minute),
+            "failed": sum(request.outcome not in ("ok", "client_gone") for request in minute),
             "first_ms": firsts[len(firsts) // 2] if firsts else 0.0,
         }

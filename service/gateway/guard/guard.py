@@ -156,4 +156,4 @@ def _redacted(request: InferenceRequest, finding: Finding) -> InferenceRequest:
     try:
         return replace(request, data=data, raw=orjson.dumps(data))
     except orjson.JSONEncodeError:
-        raise InvalidRequestError("the body can't be written again") from None
+        raise InvalidRequestError("the body can't be serialized again") from None

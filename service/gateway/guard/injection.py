@@ -237,10 +237,10 @@ class InjectionScreen:
     @staticmethod
     def _look(texts: Sequence[Text]) -> Finding:
         found: dict[str, float] = {}
-        for one in texts:
-            if one.trusted:
+        for text in texts:
+            if text.trusted:
                 continue
-            for reading in _readings(one.text):
+            for reading in _readings(text.text):
                 for name, weight in _families(reading):
                     found[name] = max(weight, found.get(name, 0.0))
         if not found:
@@ -287,8 +287,8 @@ def _unhidden(text: str) -> str | None:
     """Decode a base64 text; None if the result is no readable text."""
     try:
         raw = base64.b64decode(text[: len(text) // 4 * 4], validate=True)
-        told = raw.decode()
+        text = raw.decode()
     except (binascii.Error, ValueError):
         return None
-    readable = sum(c.isalpha() or c.isspace() for c in told)
-    return told if readable > 0.8 * len(told) else None
+    readable = sum(c.isalpha() or c.isspace() for c in text)
+    return text if readable > 0.8 * len(text) else None

@@ -50,10 +50,10 @@ _SHAPES: dict[str, re.Pattern[str]] = {
 
 
 def _luhn(text: str) -> bool:
-    digits = [int(one) for one in text if one.isdigit()]
+    digits = [int(digit) for digit in text if digit.isdigit()]
     if len(set(digits)) == 1:
         return False
-    total = sum(digits[-1::-2]) + sum(sum(divmod(2 * one, 10)) for one in digits[-2::-2])
+    total = sum(digits[-1::-2]) + sum(sum(divmod(2 * digit, 10)) for digit in digits[-2::-2])
     return total % 10 == 0
 
 
@@ -73,7 +73,7 @@ def _public_ip(text: str) -> bool:
 
 
 def _phone(text: str) -> bool:
-    return 8 <= sum(one.isdigit() for one in text) <= 15
+    return 8 <= sum(item.isdigit() for item in text) <= 15
 
 
 _CHECKS: dict[str, Callable[[str], bool]] = {
@@ -99,8 +99,8 @@ class PiiScreen:
     def _look(self, texts: Sequence[Text]) -> Finding:
         spans = [
             Span(i, start, end, kind)
-            for i, one in enumerate(texts)
-            for start, end, kind in self._found(one.text)
+            for i, text in enumerate(texts)
+            for start, end, kind in self._found(text.text)
         ]
         if not spans:
             return NOTHING
@@ -129,7 +129,7 @@ def redacted(text: str, spans: Sequence[Span]) -> str:
     """Replace each finding in a text by its kind, for example by `[EMAIL]`."""
     parts: list[str] = []
     at = 0
-    for span in sorted(spans, key=lambda one: one.start):
+    for span in sorted(spans, key=lambda found: found.start):
         parts += [text[at : span.start], f"[{span.kind.upper()}]"]
         at = span.end
     return "".join([*parts, text[at:]])

@@ -75,7 +75,7 @@ async def aside(look: Callable[[Sequence[Text]], Finding], texts: Sequence[Text]
         look: The function that screens the texts.
         texts: The texts of a prompt.
     """
-    if sum(len(one.text) for one in texts) <= _ASIDE_CHARACTERS:
+    if sum(len(text.text) for text in texts) <= _ASIDE_CHARACTERS:
         return look(texts)
     return await asyncio.to_thread(look, texts)
 

@@ -52,7 +52,7 @@ def texts_of(data: Mapping[str, Any], most: int) -> list[Text]:
         left -= len(text.text)
         if left < 0:
             raise InvalidRequestError(
-                f"the prompt has more than {most} characters, and the guard looks through no more"
+                f"the prompt has more than {most} characters; the guard checks at most {most}"
             )
         found.append(text)
         return text.text
@@ -69,11 +69,11 @@ def check_readable(data: Mapping[str, Any]) -> None:
     """
     for name in ("prompt", "input"):
         given = data.get(name)
-        for one in given if isinstance(given, list) else ():
-            inner = one if isinstance(one, list) else (one,)
+        for item in given if isinstance(given, list) else ():
+            inner = item if isinstance(item, list) else (item,)
             if any(isinstance(value, int) for value in inner):
                 raise InvalidRequestError(
-                    f"`{name}` must be text: the guard can't look through ids of tokens",
+                    f"`{name}` must be text: the guard can't check token ids",
                     param=name,
                 )
 
@@ -101,9 +101,9 @@ def _any(value: Any, trusted: bool, change: Change, deep: int) -> Any:
         return change(Text(value, trusted)) if value else value
     if deep == 0:
         # An expert must not get a text that no screen has seen.
-        raise InvalidRequestError("the prompt is nested too deep for the guard to look through")
+        raise InvalidRequestError("the prompt is nested too deep for the guard to check")
     if isinstance(value, list):
-        return [_any(one, trusted, change, deep - 1) for one in value]
+        return [_any(item, trusted, change, deep - 1) for item in value]
     if isinstance(value, dict):
         role = value.get("role")
         here = trusted or (isinstance(role, str) and role in _TRUSTED)
@@ -123,7 +123,7 @@ def _any(value: Any, trusted: bool, change: Change, deep: int) -> Any:
 def _all(value: Any, trusted: bool, change: Change, deep: int) -> Any:
     """Change the texts under every key. Unlike `_any`, it has no keys of the protocol."""
     if deep and isinstance(value, dict):
-        return {name: _all(one, trusted, change, deep - 1) for name, one in value.items()}
+        return {name: _all(item, trusted, change, deep - 1) for name, item in value.items()}
     if deep and isinstance(value, list):
-        return [_all(one, trusted, change, deep - 1) for one in value]
+        return [_all(item, trusted, change, deep - 1) for item in value]
     return _any(value, trusted, change, deep)

@@ -77,15 +77,15 @@ def _choose_among(
         DisallowedFieldError: `tool_choice` requires a removed tool.
     """
 
-    def is_gone(one: object) -> bool:
-        return isinstance(one, dict) and (one.get("type") in kinds or one.get("name") in names)
+    def is_gone(tool: object) -> bool:
+        return isinstance(tool, dict) and (tool.get("type") in kinds or tool.get("name") in names)
 
     choice = data.get("tool_choice")
     if isinstance(choice, dict):
         if is_gone(choice):
             raise _insisted(kinds)
         if choice.get("type") == "allowed_tools" and isinstance(choice.get("tools"), list):
-            allowed = [one for one in choice["tools"] if not is_gone(one)]
+            allowed = [tool for tool in choice["tools"] if not is_gone(tool)]
             if not allowed and choice.get("mode") == "required":
                 raise _insisted(kinds)
             data["tool_choice"] = {**choice, "tools": allowed} if allowed else "auto"

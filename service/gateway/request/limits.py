@@ -87,11 +87,11 @@ class RequestLimitChecker:
         most = self._limits
         if count > most.max_headers:
             raise HeadersTooLargeError(
-                f"{count} headers, and no more than {most.max_headers} may come"
+                f"the request has {count} headers; at most {most.max_headers} are allowed"
             )
         if size > most.max_header_bytes:
             raise HeadersTooLargeError(
-                f"the headers have {size} bytes, and no more than {most.max_header_bytes} may come"
+                f"the headers have {size} bytes; at most {most.max_header_bytes} are allowed"
             )
 
     def shape(self, raw: bytes) -> None:
@@ -108,15 +108,13 @@ class RequestLimitChecker:
         count = bare.count(b",") + bare.count(b"[") + bare.count(b"{")
         if count > most.max_json_values:
             raise InvalidRequestError(
-                f"the body has about {count} values, and no more than "
-                f"{most.max_json_values} may come"
+                f"the body has about {count} values; at most {most.max_json_values} are allowed"
             )
         turns = _TURN[np.frombuffer(bare.translate(None, _NO_BRACKETS), np.uint8)]
         depth = int(turns.cumsum(dtype=np.int64).max(initial=0))
         if depth > most.max_json_depth:
             raise InvalidRequestError(
-                f"the body is nested {depth} levels deep, and no more than "
-                f"{most.max_json_depth} are read"
+                f"the body is nested {depth} levels deep; at most {most.max_json_depth} are allowed"
             )
 
     def fields(self, data: Mapping[str, Any]) -> None:
@@ -137,8 +135,8 @@ class RequestLimitChecker:
         for i, tool in enumerate(_list(data.get("tools"))):
             # A namespace contains further tools.
             inner = _list(tool.get("tools")) if isinstance(tool, dict) else []
-            for one in (tool, *inner):
-                if isinstance(one, dict) and _type_of(one) not in _CLIENT_TOOLS:
+            for entry in (tool, *inner):
+                if isinstance(entry, dict) and _type_of(entry) not in _CLIENT_TOOLS:
                     raise DisallowedFieldError(
                         f"`tools[{i}]`: the service runs no tools of its own; only tools of type "
                         "function, custom or namespace, which the client runs, are allowed",

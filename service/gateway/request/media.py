@@ -74,12 +74,12 @@ def inner_parts(part: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
         if isinstance(held, dict):
             yield name, held
         elif isinstance(held, list):
-            for i, one in enumerate(held):
-                if isinstance(one, dict):
-                    yield f"{name}[{i}]", one
-                elif isinstance(one, list):
+            for i, item in enumerate(held):
+                if isinstance(item, dict):
+                    yield f"{name}[{i}]", item
+                elif isinstance(item, list):
                     # No API has lists in lists, but their parts are checked as well.
-                    yield f"{name}[{i}]", {"content": one}
+                    yield f"{name}[{i}]", {"content": item}
 
 
 def top_parts(data: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -87,9 +87,9 @@ def top_parts(data: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for name in _FIELDS:
         held = data.get(name)
         if isinstance(held, list):
-            for i, one in enumerate(held):
-                if isinstance(one, dict):
-                    yield f"{name}[{i}]", one
+            for i, item in enumerate(held):
+                if isinstance(item, dict):
+                    yield f"{name}[{i}]", item
 
 
 def media_of(data: Mapping[str, Any]) -> Media:
@@ -152,12 +152,12 @@ class MediaPrices:
             names = config.recipes[model].recipe().experts
         else:
             able = config.experts.items()
-            names = [name for name, one in able if media.needs <= set(one.capabilities)]
+            names = [name for name, item in able if media.needs <= set(item.capabilities)]
         return max((media_tokens(media, config.experts[name].media) for name in names), default=0)
 
 
 def _all_parts(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    level = [one for _, one in top_parts(data)]
+    level = [item for _, item in top_parts(data)]
     for _ in range(PARTS_DEEP + 1):
         yield from level
         level = [inner for part in level for _, inner in inner_parts(part)]
@@ -165,12 +165,12 @@ def _all_parts(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _kind(part: Mapping[str, Any]) -> str | None:
     """The kind of a part; None for text. As in vLLM, keys decide if it has a uuid or no type."""
-    said = part.get("type")
-    if said is None or part.get("uuid") is not None:
+    kind = part.get("type")
+    if kind is None or part.get("uuid") is not None:
         kind = next((kind for key, kind in _KEYS.items() if key in part), None)
         if kind is not None:
             return kind
-    return _KINDS.get(said) if isinstance(said, str) else None
+    return _KINDS.get(kind) if isinstance(kind, str) else None
 
 
 def _payload(part: Mapping[str, Any]) -> str:

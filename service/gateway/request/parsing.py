@@ -256,7 +256,7 @@ def _check_prompt(endpoint: str, data: dict[str, Any]) -> None:
     if not name:
         return
     if data.get(name) is None:
-        raise InvalidRequestError(f"`{name}` is needed", param=name)
+        raise InvalidRequestError(f"`{name}` is required", param=name)
     prompt = data[name]
     if not isinstance(prompt, kinds):
         allowed = " or ".join("a string" if kind is str else "a list" for kind in kinds)

@@ -82,15 +82,14 @@ class StructuredOutputBounds:
             size = _size(value, param)
             if size > most.max_schema_bytes:
                 raise InvalidRequestError(
-                    f"`{where}` has {size} bytes, "
-                    f"and no more than {most.max_schema_bytes} may come",
+                    f"`{where}` has {size} bytes; at most {most.max_schema_bytes} are allowed",
                     param=param,
                 )
             total += size
             if total > _ALL_TOGETHER * most.max_schema_bytes:
                 raise InvalidRequestError(
-                    f"the schemas of the request have more than {total - 1} bytes together, and no "
-                    f"more than {_ALL_TOGETHER * most.max_schema_bytes} may come",
+                    f"the schemas of the request have more than {total - 1} bytes together; "
+                    f"at most {_ALL_TOGETHER * most.max_schema_bytes} are allowed",
                     param=param,
                 )
             _Walk(most, param, where).value(value, where.rpartition(".")[2], 1)
@@ -98,14 +97,14 @@ class StructuredOutputBounds:
             items = data[name]
             if isinstance(items, (list, dict)) and len(items) > _ITEMS[name]:
                 raise InvalidRequestError(
-                    f"`{name}` has {len(items)} items, and no more than {_ITEMS[name]} may come",
+                    f"`{name}` has {len(items)} items; at most {_ITEMS[name]} are allowed",
                     param=name,
                 )
             if isinstance(items, list):
                 size = sum(len(item) for item in items if isinstance(item, str))
                 if size > _MOST_LETTERS:
                     raise InvalidRequestError(
-                        f"`{name}` has {size} letters, and no more than {_MOST_LETTERS} may come",
+                        f"`{name}` has {size} characters; at most {_MOST_LETTERS} are allowed",
                         param=name,
                     )
 
@@ -132,7 +131,7 @@ def _constraints(
             continue
         if len(tools) > max_tools:
             raise InvalidRequestError(
-                f"`{name}` has {len(tools)} items, and no more than {max_tools} may come",
+                f"`{name}` has {len(tools)} items; at most {max_tools} are allowed",
                 param=name,
             )
         for i, tool in enumerate(tools):
@@ -171,7 +170,8 @@ class _Walk:
             return
         if depth > self._most.max_json_depth:
             raise self._error(
-                f"is nested more than {self._most.max_json_depth} levels deep, and no more are read"
+                f"is nested more than {self._most.max_json_depth} levels deep, which is the most "
+                "that is allowed"
             )
         if isinstance(value, list):
             for item in value:
@@ -181,8 +181,8 @@ class _Walk:
             self._properties += len(value)
             if self._properties > self._most.max_schema_properties:
                 raise self._error(
-                    f"has {self._properties} properties or more, and no more than "
-                    f"{self._most.max_schema_properties} may come"
+                    f"has {self._properties} properties or more; "
+                    f"at most {self._most.max_schema_properties} are allowed"
                 )
         for name, inner in value.items():
             if key == "patternProperties":
@@ -212,7 +212,7 @@ class _Walk:
     def _bounded(self, text: str, what: str, most: int) -> None:
         size = len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
         if size > most:
-            raise self._error(f"has a {what} of {size} bytes, and no more than {most} may come")
+            raise self._error(f"has a {what} of {size} bytes; at most {most} are allowed")
 
     def _nesting(self, text: str, what: str) -> None:
         most = self._most.max_pattern_depth
@@ -224,8 +224,8 @@ class _Walk:
                 depth += 1
                 if depth > most:
                     raise self._error(
-                        f"has a {what} whose groups are nested more than {most} levels deep, and "
-                        "no more are read"
+                        f"has a {what} whose groups are nested more than {most} levels deep, which "
+                        "is the most that is allowed"
                     )
             elif letter in ")]}":
                 # A bracket that was never opened closes nothing.

@@ -23,21 +23,21 @@ def check_extent(request: InferenceRequest, limits: RequestLimits) -> None:
         most = limits.max_prompts if endpoint.generates else limits.max_inputs
         if request.prompts > most:
             raise InvalidRequestError(
-                f"`{name}` holds {request.prompts} prompts, and no more than {most} may come in "
-                "one request",
+                f"`{name}` holds {request.prompts} prompts; at most {most} are allowed in one "
+                "request",
                 param=name,
             )
     for field in ("n", "best_of"):
         given = request.data.get(field)
         if isinstance(given, int) and given > limits.max_choices:
             raise InvalidRequestError(
-                f"`{field}` must be no more than {limits.max_choices}", param=field
+                f"`{field}` must be at most {limits.max_choices}", param=field
             )
     most = max(limits.max_prompts, limits.max_choices)
     if endpoint.generates and request.answers > most:
         raise InvalidRequestError(
             f"{request.prompts} prompts times {request.answers // request.prompts} choices are "
-            f"{request.answers} answers, and no more than {most} may be asked for in one request",
+            f"{request.answers} answers; at most {most} are allowed in one request",
             param="n",
         )
     given = None if endpoint.several else request.data.get(name)
@@ -46,8 +46,8 @@ def check_extent(request: InferenceRequest, limits: RequestLimits) -> None:
         count = len(given) + sum(len(part) for part in parts if isinstance(part, list))
         if count > limits.max_messages:
             raise InvalidRequestError(
-                f"`{name}` holds {count} messages and parts of them, and no more than "
-                f"{limits.max_messages} may come",
+                f"`{name}` holds {count} messages and parts of messages; "
+                f"at most {limits.max_messages} are allowed",
                 param=name,
             )
 

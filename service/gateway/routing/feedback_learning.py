@@ -136,8 +136,8 @@ class FeedbackService:
         self._active[tenant.name] = now_s
         # The recipe is kept by name: other gateways and later configs may number recipes anew.
         about = f"{ids[0]}\n{label}\n{self._catalog.recipes[recipe].name}"
-        for one in ids:
-            self._replies[join_name(tenant.name, one)] = (now_s, about)
+        for reply_id in ids:
+            self._replies[join_name(tenant.name, reply_id)] = (now_s, about)
         while self._replies:
             oldest = next(iter(self._replies))
             stale = now_s - self._replies[oldest][0] > self._config.keep_s
@@ -151,8 +151,8 @@ class FeedbackService:
 
     async def _share(self, tenant: Tenant, ids: tuple[str, ...], about: str) -> None:
         try:
-            for one in ids:
-                name = join_name("replied", tenant.name, one)
+            for reply_id in ids:
+                name = join_name("replied", tenant.name, reply_id)
                 await self._volatile.put(name, about.encode(), ttl_s=self._config.keep_s)
         except StoreUnavailableError:
             log.debug("cannot share a reply for feedback: the store is unavailable")

@@ -26,10 +26,10 @@ class PrefixAffinity:
     def hint(self, request: InferenceRequest) -> PrefixCacheHint | None:
         """Where the beginning of this conversation is cached, if known."""
         messages = _messages(request)
-        said = [i for i, one in enumerate(messages) if one.get("role") == "assistant"]
-        if not said:
+        answered = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+        if not answered:
             return None
-        before = messages[: said[-1]]
+        before = messages[: answered[-1]]
         found = self._known.get(_key(request, before))
         if found is None:
             return None
@@ -55,16 +55,18 @@ class PrefixAffinity:
 def _messages(request: InferenceRequest) -> list[Mapping[str, Any]]:
     """The request's messages; empty where they are not valid, which the engine refuses."""
     given = request.data.get("messages")
-    if isinstance(given, list) and all(isinstance(one, dict) for one in given):
+    if isinstance(given, list) and all(isinstance(item, dict) for item in given):
         return given
     return []
 
 
 def _key(request: InferenceRequest, messages: Sequence[Mapping[str, Any]]) -> int:
     # Python's own hash of strings: quick, and different in every process.
-    said = tuple((_text(one.get("role")), _text(one.get("content"))) for one in messages)
+    turns = tuple(
+        (_text(message.get("role")), _text(message.get("content"))) for message in messages
+    )
     # Apart as in the engines: where two tenants share no prefix, neither is warm by the other.
-    return hash((request.tenant.cache_salt, said))
+    return hash((request.tenant.cache_salt, turns))
 
 
 def _text(content: object) -> str:

@@ -198,7 +198,7 @@ class SemanticRouter:
     def _by_name(self, request: InferenceRequest, recipe: Recipe, what: str) -> RoutePlan:
         if not all(map(request.tenant.may_ask, recipe.experts)):
             # Not whom else it asks, nor what they can do.
-            raise ForbiddenError(f"this key may not ask {what}", param="model")
+            raise ForbiddenError(f"this key may not use {what}", param="model")
         for name in recipe.experts:
             able = frozenset(self._experts[name].capabilities)
             lacking = request.needs - able
@@ -315,7 +315,7 @@ class SemanticRouter:
         if request.tenant.experts is not None:
             able &= self._allowed(request.tenant.experts)
             if not able.any():
-                raise ForbiddenError("this key may ask no expert that can do this", param="model")
+                raise ForbiddenError("this key may use no expert that can do this", param="model")
         return able
 
     def _allowed(self, experts: frozenset[str]) -> NDArray[np.bool_]:

@@ -31,14 +31,14 @@ class BreakableExtension(SwapExtension):
     def coe_see(self) -> None:
         """From now on remember which experts the running model's layers choose."""
         self._seen: dict[int, list[Any]] = {}
-        for one in routed_layers(self.model_runner.model):
-            rows = self._seen.setdefault(one.layer, [])
-            one.router.set_capture_fn(lambda ids, rows=rows: rows.extend(ids.tolist()))
+        for layer in routed_layers(self.model_runner.model):
+            rows = self._seen.setdefault(layer.layer, [])
+            layer.router.set_capture_fn(lambda ids, rows=rows: rows.extend(ids.tolist()))
 
     def coe_seen(self) -> dict[int, list[list[int]]]:
         """What was chosen since `coe_see`: by layer, the experts of each token."""
-        for one in routed_layers(self.model_runner.model):
-            one.router.set_capture_fn(None)
+        for layer in routed_layers(self.model_runner.model):
+            layer.router.set_capture_fn(None)
         return self._seen
 
     def coe_no_memory(self, how: str) -> None:

@@ -16,8 +16,8 @@ class SeeingExtension(PinnedExtension):
         buffer = self._coe_choices
         assert isinstance(buffer, ChoiceBuffer)
         return {
-            one.layer: buffer.chosen[:tokens, place].tolist()
-            for place, one in enumerate(buffer.layers)
+            layer.layer: buffer.chosen[:tokens, place].tolist()
+            for place, layer in enumerate(buffer.layers)
         }
 
     def coe_compiled(self) -> int:

@@ -23,5 +23,5 @@ class Watch(PoolMetrics):
         self.told.append(chosen)
 
     def load(self, expert: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-        loads = [one.load for one in self.told if one.expert == expert and one.load is not None]
+        loads = [item.load for item in self.told if item.expert == expert and item.load is not None]
         return np.sum(loads, axis=0)

@@ -59,8 +59,8 @@ class Steering:
         )
         weights = {"plain": Weights(self.folder), "other": Weights(self.other)}
         for name in self.profiles:
-            told = steering_of(config, name, Path(self.folder))
-            weights[name] = Weights(self.folder, steering=told)
+            steering = steering_of(config, name, Path(self.folder))
+            weights[name] = Weights(self.folder, steering=steering)
         odd = weights["one"].steering
         assert odd is not None
         weights["odd"] = Weights(self.folder, steering=replace(odd, top_k=3))

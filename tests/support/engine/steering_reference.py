@@ -26,12 +26,12 @@ class Reference:
         import torch
 
         chosen = self._steer(profile)
-        said = list(prompt)
+        token_ids = list(prompt)
         with torch.inference_mode():
             for _ in range(tokens):
-                logits = self._model(torch.tensor([said]), use_cache=False).logits
-                said.append(int(logits[0, -1].argmax()))
-        return said[len(prompt) :], chosen
+                logits = self._model(torch.tensor([token_ids]), use_cache=False).logits
+                token_ids.append(int(logits[0, -1].argmax()))
+        return token_ids[len(prompt) :], chosen
 
     def weigh(
         self, prompt: list[int], said: list[int], profile: SteeringProfile | None
@@ -43,8 +43,8 @@ class Reference:
         whole = torch.tensor([[*prompt, *said[:-1]]])
         with torch.inference_mode():
             logits = self._model(whole, use_cache=False).logits[0, len(prompt) - 1 :]
-        told = torch.log_softmax(logits.double(), dim=-1)
-        return told[range(len(said)), said].tolist(), chosen
+        logprobs = torch.log_softmax(logits.double(), dim=-1)
+        return logprobs[range(len(said)), said].tolist(), chosen
 
     def _steer(self, profile: SteeringProfile | None) -> dict[int, list[list[int]]]:
         """From now on its gates choose so, and the experts of the last step are written there."""

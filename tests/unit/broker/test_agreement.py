@@ -23,8 +23,8 @@ def test_agree_answers_that_differ_in_one_token_is_false() -> None:
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group[0])
 @pytest.mark.parametrize("style", STATED)
 def test_agree_confusable_answers_in_any_form_is_false(group: tuple[str, ...], style: str) -> None:
-    stated = [final_answer(STATED[style](one)) for one in group]
-    known = [one for one in stated if one is not None]
+    stated = [final_answer(STATED[style](item)) for item in group]
+    known = [item for item in stated if item is not None]
     assert len(known) == len(set(known))
 
 

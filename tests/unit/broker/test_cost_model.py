@@ -36,7 +36,7 @@ def test_expected_length_is_the_mean_whatever_limits_some_requests(
     bounds: list[int | None], shape: str
 ) -> None:
     draw = np.random.default_rng(0)
-    told = []
+    collected = []
     for _ in range(10):
         learning = market()
         for i in range(1500):
@@ -50,8 +50,8 @@ def test_expected_length_is_the_mean_whatever_limits_some_requests(
             cut = bound is not None and length >= bound
             learning.observe("big", "math", bound if cut and bound else length, cut=cut)
             if i > 500 and i % 100 == 0:
-                told.append(expected(learning))
-    assert np.mean(told) == pytest.approx(400, rel=0.1)
+                collected.append(expected(learning))
+    assert np.mean(collected) == pytest.approx(400, rel=0.1)
 
 
 def test_expected_length_of_only_truncated_answers_exceeds_every_limit() -> None:

@@ -46,11 +46,13 @@ def test_prior_votes_decay() -> None:
 def test_prior_votes_of_one_key_above_the_configured_number_change_nothing(
     many: int, others: list[float], believed: float
 ) -> None:
-    said = {name: n for i, s in enumerate(others) for name, n in voted(20, s, f"other{i}").items()}
-    once = shifted([said | voted(20, 0.0)], believed, 20, 1.0)
-    assert shifted([said | voted(many, 0.0)], believed, 20, 1.0) == pytest.approx(once)
+    counts = {
+        name: n for i, s in enumerate(others) for name, n in voted(20, s, f"other{i}").items()
+    }
+    once = shifted([counts | voted(20, 0.0)], believed, 20, 1.0)
+    assert shifted([counts | voted(many, 0.0)], believed, 20, 1.0) == pytest.approx(once)
     # And of so many keys it is one.
-    without = shifted([said], believed, 20, 1.0)
+    without = shifted([counts], believed, 20, 1.0)
     assert abs(once - without) <= 1 / (len(others) + 1) + 1e-9
 
 

@@ -88,9 +88,11 @@ def test_expert_map_subset_of_recipes_computes_the_same(folder: Path) -> None:
     part = whole.only(["a"])
     assert part.recipes == (RECIPES[0],)
     assert part.experts == ("a",)
-    asked = assessed(0.3, 1.5)
-    assert part.estimate(asked).quality == pytest.approx(whole.estimate(asked).quality[:1])
-    assert part.estimate(asked).cost == pytest.approx(whole.estimate(asked).cost[:1])
+    assessment = assessed(0.3, 1.5)
+    assert part.estimate(assessment).quality == pytest.approx(
+        whole.estimate(assessment).quality[:1]
+    )
+    assert part.estimate(assessment).cost == pytest.approx(whole.estimate(assessment).cost[:1])
 
 
 def test_expert_map_and_classifier_share_their_categories(folder: Path) -> None:

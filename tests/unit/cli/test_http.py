@@ -18,11 +18,11 @@ from service.errors import CoeError
 @contextmanager
 def server(status: int, **headers: str) -> Iterator[tuple[str, list[Any]]]:
     """A server that answers everything alike, and what it was asked."""
-    asked: list[Any] = []
+    requests: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.headers)
+            requests.append(self.headers)
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -38,7 +38,7 @@ def server(status: int, **headers: str) -> Iterator[tuple[str, list[Any]]]:
         thread = threading.Thread(target=made.serve_forever, args=(0.05,))
         thread.start()
         try:
-            yield f"http://127.0.0.1:{made.server_address[1]}", asked
+            yield f"http://127.0.0.1:{made.server_address[1]}", requests
         finally:
             made.shutdown()
             thread.join()
@@ -57,21 +57,21 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_request_redirect_is_refused_and_the_key_is_not_sent_on(
     status: int, body: str | None
 ) -> None:
-    with server(200) as (elsewhere, caught), server(status, location=elsewhere) as (url, asked):
+    with server(200) as (elsewhere, caught), server(status, location=elsewhere) as (url, requests):
         with pytest.raises(CoeError, match="redirects"):
             ask(url, "GET" if body is None else "POST", "/x", {"authorization": "Bearer K"}, body)
-        assert len(asked) == 1
+        assert len(requests) == 1
         assert caught == []
 
 
 def test_request_sends_json_and_bypasses_proxies_for_loopback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with server(200) as (url, asked), server(502) as (proxy, caught):
+    with server(200) as (url, requests), server(502) as (proxy, caught):
         monkeypatch.setenv("http_proxy", proxy)
         monkeypatch.delenv("no_proxy", raising=False)
         assert ask(url, "POST", "/x", {}, "{}") == {}
-        assert asked[0]["content-type"] == "application/json"
+        assert requests[0]["content-type"] == "application/json"
         assert caught == []
 
 

@@ -29,7 +29,7 @@ def test_write_documents_twice_changes_nothing_the_second_time(tmp_path: Path) -
 
 def test_metrics_reference_has_a_row_for_every_metric() -> None:
     text = metrics_reference()
-    assert all(f"| `{one.name}` |" in text for one in METRICS)
+    assert all(f"| `{metric.name}` |" in text for metric in METRICS)
 
 
 def test_reference_config_names_every_key_and_is_yaml_once_uncommented() -> None:

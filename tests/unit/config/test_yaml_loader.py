@@ -39,8 +39,8 @@ def test_parse_merge_keys_own_keys_win() -> None:
         "  c:\n    <<: [*first, {description: two}]\n    categories: [code]\n"
         "  d: {<<: [{description: three}, *first]}"
     )
-    told = {name: (e.model, e.categories, e.description) for name, e in config.experts.items()}
-    assert told == {
+    details = {name: (e.model, e.categories, e.description) for name, e in config.experts.items()}
+    assert details == {
         "a": ("some-model", ("general",), "one"),
         "b": ("some-model", ("math",), "one"),
         "c": ("some-model", ("code",), "one"),

@@ -12,7 +12,9 @@ from service.errors import ConfigError
 
 
 def config(**pools: dict[str, Any]) -> Config:
-    whole = {kind: {"engine": "simulated", "experts": [kind], **one} for kind, one in pools.items()}
+    whole = {
+        kind: {"engine": "simulated", "experts": [kind], **pool} for kind, pool in pools.items()
+    }
     return Config.model_validate({"experts": {n: {"model": n} for n in pools}, "pools": whole})
 
 

@@ -26,7 +26,7 @@ print(subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], stdout=subprocess.
 def orphan(folder: Path, **environment: str) -> Iterator[psutil.Process]:
     """A process that names a file in the folder, and whose parent has ended."""
     read, write = os.pipe()
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", _LEAVE, _WAIT, f"{folder}/log"],
         env={**os.environ, **environment},
         stdin=read,
@@ -36,7 +36,7 @@ def orphan(folder: Path, **environment: str) -> Iterator[psutil.Process]:
     )
     os.close(read)
     try:
-        yield psutil.Process(int(told.stdout))
+        yield psutil.Process(int(result.stdout))
     finally:
         os.close(write)
 

@@ -107,8 +107,8 @@ async def test_deferred_start_later_error_event_is_passed_on() -> None:
 def test_deferred_start_any_error_body_gets_openai_s_shape(
     status: int, given: bytes, message: str, kind: str, code: str | None
 ) -> None:
-    told: dict[str, Any] = orjson.loads(openai_error(status, given))["error"]
-    assert told == {"message": message, "type": kind, "param": None, "code": code}
+    data: dict[str, Any] = orjson.loads(openai_error(status, given))["error"]
+    assert data == {"message": message, "type": kind, "param": None, "code": code}
 
 
 @pytest.mark.parametrize(

@@ -61,10 +61,10 @@ def test_secret_variables_are_those_named_like_keys_or_passwords() -> None:
 def test_without_secrets_hides_them_from_children_and_restores_them() -> None:
     read = [sys.executable, "-c", "import os; print(sorted(os.environ))"]
     with without_secrets(["KEYBOARD"]), scoped_env(TUNED_CONFIG_FOLDER, "/kernels"):
-        told = subprocess.run(read, capture_output=True, text=True, check=True).stdout
-    assert not set(eval(told)) & {*SECRETS, "KEYBOARD"}
-    assert set(OTHERS) - {"KEYBOARD"} < set(eval(told))
-    assert TUNED_CONFIG_FOLDER in eval(told)
+        result = subprocess.run(read, capture_output=True, text=True, check=True).stdout
+    assert not set(eval(result)) & {*SECRETS, "KEYBOARD"}
+    assert set(OTHERS) - {"KEYBOARD"} < set(eval(result))
+    assert TUNED_CONFIG_FOLDER in eval(result)
     assert {name: os.environ.get(name) for name in SECRETS} == SECRETS
     assert os.environ["KEYBOARD"] == "us"
 
@@ -118,7 +118,7 @@ with without_secrets():
     except Exception as error:
         print(type(error).__name__)
 """
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
-    assert told.splitlines() == ["asked with hf_1", "ModelStoreError"]
+    assert result.splitlines() == ["asked with hf_1", "ModelStoreError"]

@@ -63,8 +63,8 @@ def test_write_then_map_in_another_process_gives_the_same_bytes(tmp_path: Path) 
     mine = write_file(path, TENSORS, fill, "t")
     assert path.stat().st_mode & 0o777 == 0o600
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert all(one.offset % 64 == 0 for one in mine.tensors.values())
-    assert min(one.offset for one in mine.tensors.values()) % 4096 == 0
+    assert all(tensor.offset % 64 == 0 for tensor in mine.tensors.values())
+    assert min(tensor.offset for tensor in mine.tensors.values()) % 4096 == 0
     reader = child(
         """
 mapped = map_file(Path(sys.argv[1]), TENSORS)
@@ -77,7 +77,9 @@ mapped.memory[one.offset] = 0  # not a copy: the writer sees it
     )
     out, _ = reader.communicate(timeout=30)
     assert reader.returncode == 0
-    assert out.split("\n")[:3] == [value(n, one.size_bytes).hex() for n, one in TENSORS.items()]
+    assert out.split("\n")[:3] == [
+        value(n, tensor.size_bytes).hex() for n, tensor in TENSORS.items()
+    ]
     assert mine.memory[mine.tensors["b"].offset] == 0
     # Its memory stays for who has mapped it, when its name has gone.
     path.unlink()
@@ -222,12 +224,12 @@ def test_version_of_changes_with_any_file_of_the_folder(tmp_path: Path) -> None:
     assert version_of(folder, None, 0.5) == before  # nothing that a strength could be of
     versions = {before, version_of(folder, adapter, 1.0), version_of(folder, adapter, 0.5)}
     weights = tmp_path / "m/model.safetensors"
-    told = weights.stat()
+    status = weights.stat()
     weights.write_bytes(b"abd")
-    os.utime(weights, ns=(told.st_atime_ns, told.st_mtime_ns + 1))
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     versions.add(version_of(folder, None, 1.0))
     (tmp_path / "new").write_bytes(b"abd")
-    os.utime(tmp_path / "new", ns=(told.st_atime_ns, told.st_mtime_ns + 1))
+    os.utime(tmp_path / "new", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     (tmp_path / "new").rename(weights)
     versions.add(version_of(folder, None, 1.0))
     assert len(versions) == 5

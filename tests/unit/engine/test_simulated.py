@@ -51,13 +51,13 @@ async def test_engine_declares_messages_and_responses() -> None:
 
 
 async def test_messages_answer_has_anthropic_s_shape() -> None:
-    told = await whole(MESSAGES)
-    (block,) = told["content"]
+    answer = await whole(MESSAGES)
+    (block,) = answer["content"]
     assert (block["type"], len(block["text"].split())) == ("text", 4)
-    assert told.keys() == {"id", "type", "role", "model", "content", "stop_reason", "usage"}
-    assert (told["type"], told["role"], told["model"]) == ("message", "assistant", "e")
-    assert told["stop_reason"] == "max_tokens"
-    assert told["usage"] == {"input_tokens": 3, "output_tokens": 4}
+    assert answer.keys() == {"id", "type", "role", "model", "content", "stop_reason", "usage"}
+    assert (answer["type"], answer["role"], answer["model"]) == ("message", "assistant", "e")
+    assert answer["stop_reason"] == "max_tokens"
+    assert answer["usage"] == {"input_tokens": 3, "output_tokens": 4}
 
 
 async def test_messages_stream_has_vllm_s_order_of_events() -> None:
@@ -83,9 +83,9 @@ async def test_messages_stream_has_vllm_s_order_of_events() -> None:
 async def test_messages_stop_sequence_is_named() -> None:
     text = (await whole(MESSAGES))["content"][0]["text"]
     stop = text.split()[2]
-    told = await whole(MESSAGES, stop_sequences=[stop])
-    assert (told["stop_reason"], told["stop_sequence"]) == ("stop_sequence", stop)
-    assert told["content"][0]["text"] == text[: text.index(stop)]
+    answer = await whole(MESSAGES, stop_sequences=[stop])
+    assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", stop)
+    assert answer["content"][0]["text"] == text[: text.index(stop)]
     events = await streamed(MESSAGES, stop_sequences=[stop])
     assert events[-2]["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": stop}
 
@@ -99,12 +99,12 @@ async def test_messages_stream_without_text_has_no_block() -> None:
 
 
 async def test_responses_answer_has_openai_s_shape() -> None:
-    told = await whole(RESPONSES)
-    response = Response.model_validate(told, strict=True)
+    answer = await whole(RESPONSES)
+    response = Response.model_validate(answer, strict=True)
     assert len(response.output_text.split()) == 4
     assert (response.object, response.model, response.status) == ("response", "e", "incomplete")
-    assert told["incomplete_details"] == {"reason": "max_output_tokens"}
-    assert told["usage"] == {
+    assert answer["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert answer["usage"] == {
         "input_tokens": 3,
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
         "output_tokens": 4,

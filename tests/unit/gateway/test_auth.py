@@ -95,9 +95,9 @@ async def test_file_book_stores_digests_only_in_a_private_file(tmp_path: Path) -
 def test_key_record_state_and_public_view_without_digest() -> None:
     record = replace(WANTED, id="x", digest="d" * 64, expires_s=10.0)
     assert [record.state(now_s) for now_s in (9.9, 10.0)] == ["active", "expired"]
-    told = record.to_public(11.0)
-    assert told["state"] == "expired"
-    assert not any("digest" in name for name in told)
+    wire = record.to_public(11.0)
+    assert wire["state"] == "expired"
+    assert not any("digest" in name for name in wire)
 
 
 async def test_identify_returns_the_key_s_tenant_or_raises_unauthorized(
@@ -300,9 +300,9 @@ def test_supervisor_without_keys_listens_on_loopback_only(
     for host in ("127.0.0.1", "0.0.0.0"):
         given = config(server={"host": host})
         assert _restrict_host(given)[0].server.host == "127.0.0.1"
-    said = capsys.readouterr().err
-    assert "no API key yet" in said
-    assert "listening on 127.0.0.1 only, not on 0.0.0.0" in said
+    output = capsys.readouterr().err
+    assert "no API key yet" in output
+    assert "listening on 127.0.0.1 only, not on 0.0.0.0" in output
     opened = config(server={"host": "0.0.0.0", "allow_unauthenticated": True})
     assert _restrict_host(opened)[0].server.host == "0.0.0.0"
     assert "warning" in capsys.readouterr().err

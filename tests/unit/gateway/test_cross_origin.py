@@ -147,7 +147,7 @@ def test_check_foreign_origin_without_keys_is_forbidden(origin: str, method: str
 def test_check_cross_site_subresource_without_keys_is_forbidden(
     method: str, site: str, mode: str, dest: str, refused: bool
 ) -> None:
-    told = code_of(
+    code = code_of(
         PLAIN,
         method,
         host="127.0.0.1:8000",
@@ -155,7 +155,7 @@ def test_check_cross_site_subresource_without_keys_is_forbidden(
         sec_fetch_mode=mode,
         sec_fetch_dest=dest,
     )
-    assert told == ("origin_not_allowed" if refused else None)
+    assert code == ("origin_not_allowed" if refused else None)
 
 
 @pytest.mark.parametrize("keyless", [True, False])
@@ -177,8 +177,8 @@ def test_check_cross_site_subresource_without_keys_is_forbidden(
 def test_check_post_body_that_is_not_json_is_refused(kind: str, taken: bool, keyless: bool) -> None:
     for announced in ({"content_length": "2"}, {"transfer_encoding": "chunked"}):
         headers = {"host": "localhost", "content_type": kind, **announced}
-        told = code_of(PLAIN, "POST", keyless=keyless, **headers)
-        assert told == (None if taken else UnsupportedMediaTypeError.code)
+        code = code_of(PLAIN, "POST", keyless=keyless, **headers)
+        assert code == (None if taken else UnsupportedMediaTypeError.code)
     assert code_of(PLAIN, "POST", keyless=keyless, host="localhost", content_type=kind) is None
 
 
@@ -235,9 +235,9 @@ def test_check_registrable_domain_without_keys_never_passes(name: str, more: str
 def test_check_any_headers_pass_or_raise_a_typed_error(
     headers: dict[bytes, bytes], method: bytes, keyless: bool
 ) -> None:
-    said = "passed"
+    text = "passed"
     try:
         RULES.check(method, headers, keyless=keyless, body=has_body(headers))
     except CoeError as error:
-        said = error.message
-    assert 0 < len(said) < 500
+        text = error.message
+    assert 0 < len(text) < 500

@@ -118,9 +118,9 @@ def test_reply_usage_finds_only_the_top_level_usage(given_fields: dict[str, Any]
 def test_response_send_whole_reply_changes_only_the_cost_entry(value: Any) -> None:
     document = {"tools": value, "usage": {"input_tokens": 1}, "metadata": value}
     client, _ = passed([orjson.dumps(document)], kind=b"application/json")
-    told = json.loads(client.body)
-    assert told["usage"].pop("coe")["expert"] == "e"
-    assert told == document
+    completion = json.loads(client.body)
+    assert completion["usage"].pop("coe")["expert"] == "e"
+    assert completion == document
 
 
 @pytest.mark.parametrize("dialect", list(Dialect))
@@ -134,21 +134,21 @@ def test_response_send_broken_stream_ends_with_one_error_event(
     )
     client, _ = passed([created, cut], dialect=dialect, broken=True)
     events = [part for part in client.body.decode().split("\n\n") if part]
-    told = [json.loads(part.partition("data: ")[2]) for part in events]
+    data = [json.loads(part.partition("data: ")[2]) for part in events]
     if dialect is Dialect.CHAT:
-        assert told[-1]["error"]["code"] == "engine_dead"
+        assert data[-1]["error"]["code"] == "engine_dead"
     elif dialect is Dialect.MESSAGES:
         assert events[-1].startswith("event: error\n")
-        assert told[-1]["error"] == {"type": "overloaded_error", "message": "the engine died"}
+        assert data[-1]["error"] == {"type": "overloaded_error", "message": "the engine died"}
     else:
-        assert [one["type"] for one in told] == ["response.created", "error", "response.failed"]
-        assert told[1]["code"] == "engine_dead"
-        assert told[2]["response"] == {
+        assert [item["type"] for item in data] == ["response.created", "error", "response.failed"]
+        assert data[1]["code"] == "engine_dead"
+        assert data[2]["response"] == {
             "id": "r",
             "status": "failed",
             "error": {"code": "server_error", "message": "the engine died"},
         }
-        assert [one["sequence_number"] for one in told] == [0, 1, 2]
+        assert [item["sequence_number"] for item in data] == [0, 1, 2]
     assert "half" not in client.body.decode()
 
 
@@ -162,9 +162,9 @@ def test_response_send_pool_error_in_a_stream_is_translated(dialect: Dialect) ->
     assert text.startswith(first.decode())
     name, _, data = text[len(first) :].strip().partition("\ndata: ")
     assert name == "event: error"
-    told = json.loads(data)
-    assert told["type"] == "error"
-    assert (told.get("error") or told)["message"] == "gone"
+    payload = json.loads(data)
+    assert payload["type"] == "error"
+    assert (payload.get("error") or payload)["message"] == "gone"
     assert "[DONE]" not in text
 
 
@@ -258,13 +258,13 @@ events = st.lists(
 def test_response_send_any_upstream_event_is_passed_on(
     told: list[Any], dialect: Dialect, at: int
 ) -> None:
-    stream = b"".join(b"data: " + orjson.dumps(one) + b"\n\n" for one in told)
+    stream = b"".join(b"data: " + orjson.dumps(item) + b"\n\n" for item in told)
     client, _ = passed([stream[:at], stream[at:]], dialect=dialect)
     got = [json.loads(line[6:]) for line in client.body.split(b"\n") if line.startswith(b"data: ")]
-    for one, original in zip(got, told, strict=False):
+    for item, original in zip(got, told, strict=False):
         if isinstance(original.get("error"), dict) and "type" not in original:
             break  # an error, translated: what follows it counts anew
-        for holder in (one, one.get("response"), one.get("message")):
+        for holder in (item, item.get("response"), item.get("message")):
             if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
                 holder["usage"].pop("coe", None)
                 break
@@ -272,7 +272,7 @@ def test_response_send_any_upstream_event_is_passed_on(
             if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
                 holder["usage"].pop("coe", None)
                 break
-        assert one == original
+        assert item == original
 
 
 CHAT = "/v1/chat/completions"
@@ -427,9 +427,9 @@ async def test_usage_meter_json_with_any_whitespace_is_counted(separators: tuple
     meter = UsageMeter(chat_request())
     assert await metered(meter, [body], kind=b"application/json") == body
     assert meter.calls_made("e") == [("e", 7, 3)]
-    told = json.dumps({"id": 1, "usage": deep, "choices": [{"index": 0}]}, separators=separators)
+    result = json.dumps({"id": 1, "usage": deep, "choices": [{"index": 0}]}, separators=separators)
     meter = UsageMeter(chat_request(stream=True))
-    out = await metered(meter, [b"data: " + told.encode() + b"\n\n"])
+    out = await metered(meter, [b"data: " + result.encode() + b"\n\n"])
     assert json.loads(out[6:]) == {"id": 1, "choices": [{"index": 0}]}
     assert meter.calls_made("e") == [("e", 7, 3)]
 
@@ -514,13 +514,13 @@ _OWN = {"usage": {"prompt_tokens": 10**6, "completion_tokens": 10**6}}
 
 @pytest.mark.parametrize("leaves", [False, True])
 async def test_usage_meter_ignores_usage_fields_of_the_user_in_events(leaves: bool) -> None:
-    told = {"tools": [{"name": "f", "parameters": _SCHEMA}], "metadata": _OWN}
+    fields = {"tools": [{"name": "f", "parameters": _SCHEMA}], "metadata": _OWN}
     stream = [
-        typed("response.created", response={**told, "usage": None}),
+        typed("response.created", response={**fields, "usage": None}),
         *[typed("response.output_text.delta", delta="tok ")] * 5,
         typed(
             "response.completed",
-            response={**told, "usage": {"input_tokens": 9, "output_tokens": 5}},
+            response={**fields, "usage": {"input_tokens": 9, "output_tokens": 5}},
         ),
     ]
     meter = UsageMeter(chat_request("/v1/responses", stream=True))

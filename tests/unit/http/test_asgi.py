@@ -82,7 +82,7 @@ async def test_until_gone_raises_the_work_s_error() -> None:
 def test_line_buffer_returns_whole_lines_and_every_byte_once(pieces: list[bytes]) -> None:
     buffer = LineBuffer()
     given_out = [buffer.take(piece, ends=False) for piece in pieces]
-    assert all(one == b"" or one.endswith(b"\n") for one in given_out)
+    assert all(item == b"" or item.endswith(b"\n") for item in given_out)
     whole = b"".join(pieces)
     assert b"".join(given_out) == whole[: whole.rfind(b"\n") + 1]
     assert b"".join(given_out) + buffer.take(b"", ends=True) == whole

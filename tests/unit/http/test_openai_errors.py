@@ -141,8 +141,8 @@ def test_rate_limit_error_has_retry_after_only_where_waiting_helps() -> None:
 def test_error_response_tells_clients_not_to_retry_where_it_is_useless(
     error: CoeError, final: bool, dialect: Dialect
 ) -> None:
-    told = dict(error_response(error, dialect).headers).get(b"x-should-retry")
-    assert told == (b"false" if final else None)
+    result = dict(error_response(error, dialect).headers).get(b"x-should-retry")
+    assert result == (b"false" if final else None)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_dialect_of_path(path: str, dialect: Dialect) -> None:
 @pytest.mark.parametrize("name", sorted(STATUS))
 def test_anthropic_error_has_a_type_that_anthropic_defines(name: str) -> None:
     fault = error_response(CLASSES[name]("what happened"), Dialect.MESSAGES)
-    told = orjson.loads(fault.body)
+    data = orjson.loads(fault.body)
     kind = {
         401: "authentication_error",
         403: "permission_error",
@@ -175,6 +175,6 @@ def test_anthropic_error_has_a_type_that_anthropic_defines(name: str) -> None:
         503: "overloaded_error",
         504: "timeout_error",
     }.get(STATUS[name], "invalid_request_error")
-    assert told == {"type": "error", "error": {"type": kind, "message": "what happened"}}
+    assert data == {"type": "error", "error": {"type": kind, "message": "what happened"}}
     assert dict(fault.headers)[b"content-length"] == str(len(fault.body)).encode()
     assert dict(fault.headers)[b"x-coe-fault"].decode() == CLASSES[name].code

@@ -16,10 +16,10 @@ def ports(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", {})
         environment.prepare(folder, ServerConfig(), folder / "startup.sock")
-        told = dict(os.environ)
+        variables = dict(os.environ)
     return {
         name: int(value)
-        for name, value in told.items()
+        for name, value in variables.items()
         if name.endswith("_PORT") and "DIRECT_INGRESS" not in name
     }
 

@@ -65,8 +65,8 @@ def test_startup_server_serves_the_console_and_answers_prompts_with_503(
     error = json.loads(body)["error"]
     assert (status, headers["retry-after"], error["code"]) == (503, "2", "starting")
     assert error.keys() == {"message", "type", "param", "code"}
-    told = json.loads(ask(startup, "/v1/messages", "{}")[2])
-    assert (told["type"], told["error"]["type"]) == ("error", "overloaded_error")
+    data = json.loads(ask(startup, "/v1/messages", "{}")[2])
+    assert (data["type"], data["error"]["type"]) == ("error", "overloaded_error")
     startup.stopping()
     assert json.loads(ask(startup, "/v1/models")[2])["error"]["code"] == "stopping"
 
@@ -133,8 +133,8 @@ def test_startup_server_foreign_host_or_origin_is_forbidden(
 
 def test_startup_server_post_that_is_not_json_is_refused(startup: StartupServer) -> None:
     status, _, body = ask(startup, "/v1/messages", "{}", content_type="text/plain")
-    told = json.loads(body)
-    assert (status, told["type"], told["error"]["type"]) == (415, "error", "invalid_request_error")
+    data = json.loads(body)
+    assert (status, data["type"], data["error"]["type"]) == (415, "error", "invalid_request_error")
 
 
 def test_startup_server_head_equals_get_without_a_body(startup: StartupServer) -> None:

@@ -36,14 +36,14 @@ def _judged(ratio: float, *, others: tuple[int, int] = (0, 0)) -> Report:
 def test_judge_similar_conditions_and_close_rates_meets_the_targets() -> None:
     report = _judged(0.98)
     assert report.facts["fair"] is True
-    assert [one.ok for one in report.reach] == [True] * 5
-    by_name = {one.name: one.value for one in report.reach}
+    assert [item.ok for item in report.reach] == [True] * 5
+    by_name = {item.name: item.value for item in report.reach}
     assert by_name["ms added to the time to first token, 1 in flight, at most"] == 3.0
 
 
 def test_judge_similar_conditions_and_low_rate_misses_the_targets() -> None:
     report = _judged(0.9)
-    assert [one.ok for one in report.reach if "tokens/s" in one.name] == [False] * 4
+    assert [item.ok for item in report.reach if "tokens/s" in item.name] == [False] * 4
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_judge_unfair_conditions_give_no_result(
     ratio: float, others: tuple[int, int], why: str
 ) -> None:
     report = _judged(ratio, others=others)
-    assert not any(one.ok for one in report.reach)
+    assert not any(item.ok for item in report.reach)
     assert any("NOT A RESULT" in note and why in note for note in report.notes)
 
 
@@ -94,9 +94,9 @@ def test_ours_of_includes_descendants_in_other_sessions() -> None:
 def test_watch_reports_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = iter([Ticks(0, 0, 0), Ticks(1000, 100, 300)])
     monkeypatch.setattr(machine.Ticks, "now", classmethod(lambda cls: next(seen)))
-    told = Watch.start().report()
-    assert told["others_share"] == 0.6
-    assert "BUSY" in describe(told)
+    report = Watch.start().report()
+    assert report["others_share"] == 0.6
+    assert "BUSY" in describe(report)
 
 
 def test_watch_with_windows_counts_only_them(monkeypatch: pytest.MonkeyPatch) -> None:

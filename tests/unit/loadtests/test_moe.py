@@ -18,7 +18,7 @@ def part(name: str, ok: bool) -> Report:
 
 def test_moe_load_test_joins_its_parts_into_one_report() -> None:
     whole = moe.joined({"one": lambda: part("one", True), "two": lambda: part("two", False)})
-    assert [(one.name, one.ok) for one in whole.reach] == [("one", True), ("two", False)]
+    assert [(item.name, item.ok) for item in whole.reach] == [("one", True), ("two", False)]
     assert [table.title for table in whole.tables] == ["one", "two"]
     assert whole.notes == ["note of one", "note of two"]
     assert whole.as_json()["two"] == {"value": "two"}

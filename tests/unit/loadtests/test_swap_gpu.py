@@ -39,8 +39,8 @@ def test_copy_s_returns_one_time_per_copy() -> None:
 @pytest.mark.parametrize(("inplace_s", "met"), [(0.62, True), (0.64, False)])
 def test_swap_gpu_computes_its_targets(inplace_s: float, met: bool) -> None:
     found = swap_gpu.Found(14_000_000_000)
-    told = {swap_gpu.BUS: 0.5, swap_gpu.INPLACE: inplace_s, swap_gpu.WAKE: 0.9}
-    for name, seconds in told.items():
+    fields = {swap_gpu.BUS: 0.5, swap_gpu.INPLACE: inplace_s, swap_gpu.WAKE: 0.9}
+    for name, seconds in fields.items():
         for _ in range(5):
             found.add(name, seconds)
     report = swap_gpu.report_of(found)

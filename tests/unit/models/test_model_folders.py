@@ -63,8 +63,8 @@ def make_llama(
         write_tensors(folder / "model.safetensors", llama_tensors())
     if tokenizer:
         (folder / "tokenizer.json").write_text("{}")
-        told = {"chat_template": "{{ messages }}"} if template else {}
-        (folder / "tokenizer_config.json").write_text(json.dumps(told))
+        fields = {"chat_template": "{{ messages }}"} if template else {}
+        (folder / "tokenizer_config.json").write_text(json.dumps(fields))
     return folder
 
 
@@ -79,9 +79,12 @@ def make_lora(
 ) -> Path:
     """A little adapter of `module`, of one rank for each layer that it changes."""
     folder.mkdir(parents=True)
-    told = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
-    told |= {"target_modules": [module.rpartition(".")[2]], "base_model_name_or_path": "acme/tiny"}
-    (folder / "adapter_config.json").write_text(json.dumps({**told, **(config or {})}))
+    fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
+    fields |= {
+        "target_modules": [module.rpartition(".")[2]],
+        "base_model_name_or_path": "acme/tiny",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps({**fields, **(config or {})}))
     tensors: Tensors = {}
     for layer, rank in enumerate(ranks):
         at = f"base_model.model.model.layers.{layer}.{module}."
@@ -239,7 +242,7 @@ def test_check_duplicate_weights_are_counted_once(
     if "stray" in files:
         write_tensors(folder / "model.safetensors", {"a.qweight": ("I32", (8, 64))})
     if "consolidated" in files:
-        theirs = {name.replace("self_attn.q_proj", "wq"): one for name, one in shapes.items()}
+        theirs = {name.replace("self_attn.q_proj", "wq"): item for name, item in shapes.items()}
         write_tensors(folder / "consolidated.safetensors", theirs)
     if "shards" in files:
         for name, half in halves.items():
@@ -332,8 +335,8 @@ def test_check_unsupported_adapter_raises_with_the_reason(
     result = check(tmp_path, experts)
     assert result.exit_code == 1
     assert isinstance(result.exception, ModelStoreError)
-    told = "is not a matrix" if named.startswith("no tensor") else named
-    assert told in said(result)
+    text = "is not a matrix" if named.startswith("no tensor") else named
+    assert text in said(result)
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
@@ -416,7 +419,7 @@ def test_check_adapter_of_another_base_raises(
 def test_check_adapter_of_a_multimodal_model_matches_by_layer(tmp_path: Path) -> None:
     config = {**LLAVA_7B, "text_config": LLAMA}
     base = make_llama(tmp_path / "base", config=config, weights=False)
-    prefixed = {f"language_model.{name}": one for name, one in llama_tensors().items()}
+    prefixed = {f"language_model.{name}": tensor for name, tensor in llama_tensors().items()}
     seeing: Tensors = {"vision_tower.layers.0.self_attn.q_proj.weight": ("F32", (8, 8))}
     write_tensors(base / "model.safetensors", {**prefixed, **seeing})
     good = make_lora(tmp_path / "good")

@@ -347,8 +347,8 @@ def hub_pretence(files: dict[str, bytes], wrong: str | None = None) -> types.Sim
     def describe(name: str, data: bytes) -> types.SimpleNamespace:
         digest = sha256(b"other" if name == wrong else data)
         lfs = types.SimpleNamespace(sha256=digest) if name.endswith(".safetensors") else None
-        told = b"other" if name == wrong else data
-        blob = hashlib.sha1(b"blob %d\0" % len(told) + told).hexdigest()
+        text = b"other" if name == wrong else data
+        blob = hashlib.sha1(b"blob %d\0" % len(text) + text).hexdigest()
         return types.SimpleNamespace(rfilename=name, size=len(data), lfs=lfs, blob_id=blob)
 
     class Api:

@@ -175,13 +175,13 @@ def test_read_profile_of_other_files_raises(tmp_path: Path) -> None:
     with pytest.raises(InvalidProfileError, match="its metadata is damaged: 'shape'"):
         read_profile(path)
     write_profile(of(), path)
-    told = {"format": "coe.steering/1", "shape": json.dumps(_shape())}
+    fields = {"format": "coe.steering/1", "shape": json.dumps(_shape())}
     for tensors, words in (
         ({"layers.0.weight": np.zeros(4, np.float32)}, "'layers.0.weight' is no part"),
         ({"layers.0.mask": np.zeros(4, np.float32)}, "layer 0: mask is float32"),
         ({"layers.0.top_k": np.zeros(1, np.int32)}, r"layer 0: top_k is int32 \(1,\)"),
     ):
-        save_file(tensors, path, told)
+        save_file(tensors, path, fields)
         with pytest.raises(InvalidProfileError, match=words):
             read_profile(path)
 

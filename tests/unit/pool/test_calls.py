@@ -24,9 +24,9 @@ def test_acknowledge_drops_gateways_not_heard_of_for_long() -> None:
     for seq in range(1, 1000):
         acks.record("always", seq)
         acks.record(f"gateway-{seq}", seq)
-    told = acks.to_wire()
-    assert len(told) <= 256
-    assert told["always"] == told["gateway-999"] == 999
+    wire = acks.to_wire()
+    assert len(wire) <= 256
+    assert wire["always"] == wire["gateway-999"] == 999
 
 
 async def nobody(message: Message) -> None:

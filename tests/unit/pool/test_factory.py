@@ -194,9 +194,9 @@ async def test_virtual_experts_share_a_slot_with_their_base(
     try:
         for _ in range(2):
             assert [await running.ask(name) for name in ("a1", "b", "a2", "a")] == ["ok"] * 4
-        told = running.pool.snapshot().experts
-        assert len({told[name].slot for name in ("a", "a1", "a2")}) == 1
-        assert len({one.slot for one in told.values()}) == (1 if slots == 1 else 2)
+        counts = running.pool.snapshot().experts
+        assert len({counts[name].slot for name in ("a", "a1", "a2")}) == 1
+        assert len({count.slot for count in counts.values()}) == (1 if slots == 1 else 2)
         methods = {method for _, method, _ in running.pool.swap_counts()}
         assert methods == ({"steer", "inplace"} if slots == 1 else {"steer"})
     finally:

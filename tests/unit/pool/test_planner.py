@@ -335,8 +335,8 @@ def test_to_keep_demand_of_virtual_experts_counts_for_their_base() -> None:
     tight = replace(POLICY, host_bytes=20)
     b, c = unit("b", demand=1.0), unit("c", demand=2.0)
     assert units_to_keep(RUNS, [A, b, c], tight) == {"a", "c"}
-    asked = light("b1", "b", demand=5.0)
-    assert units_to_keep(RUNS, [A, b, asked, c], tight) == {"a", "b", "b1"}
+    wanted = light("b1", "b", demand=5.0)
+    assert units_to_keep(RUNS, [A, b, wanted, c], tight) == {"a", "b", "b1"}
     waits = light("b1", "b", tier=Residency.DISK, waiting=1)
     assert units_to_keep(RUNS, [A, replace(b, demand_per_s=0.0), waits, c], tight) == {
         "a",
@@ -351,4 +351,4 @@ def test_bounded_virtual_expert_of_the_running_base_needs_no_room() -> None:
     assert bounded(RUNS, [A, a1], alone)[1].swappable
     b, b1 = unit("b", tier=Residency.DISK), light("b1", "b", tier=Residency.DISK, waiting=1)
     found = bounded(RUNS, [A, b, b1], alone)
-    assert [one.swappable for one in found] == [True, False, False]
+    assert [item.swappable for item in found] == [True, False, False]

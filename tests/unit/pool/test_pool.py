@@ -62,4 +62,4 @@ async def test_pin_beyond_host_bytes_of_all_slots_together_raises_conflict() -> 
     await pool.operate("pin", "a")
     await pool.operate("unpin", "a")
     await pool.operate("pin", "d")
-    assert {name for name, told in pool.details().items() if told["pinned"]} == {"d"}
+    assert {name for name, details in pool.details().items() if details["pinned"]} == {"d"}

@@ -57,7 +57,7 @@ def test_offer_beyond_an_expert_s_max_waiting_raises_over_capacity() -> None:
     offer(q, "b", 0, ready=True)
     with pytest.raises(OverCapacityError) as caught:
         offer(q, "a", 0, ready=True)
-    assert caught.value.message == "expert 'a' has 1 requests waiting, and no more than 1 may"
+    assert caught.value.message == "expert 'a' has 1 requests waiting, and at most 1 may wait"
     assert q.total == 3
 
 

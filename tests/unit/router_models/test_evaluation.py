@@ -55,8 +55,8 @@ def test_with_errors_reports_the_spread_over_repeated_samples(recorded: int) -> 
     rng = np.random.default_rng(0)
     samples = [with_errors(*drawn(rng, 400 // recorded, recorded), [5.0])[0] for _ in range(300)]
     for value, error in (("gain", "gain_se"), ("score", "score_se")):
-        real = float(np.std([one[value] for one in samples]))
-        assert np.mean([one[error] for one in samples]) == pytest.approx(real, rel=0.15)
+        real = float(np.std([sample[value] for sample in samples]))
+        assert np.mean([sample[error] for sample in samples]) == pytest.approx(real, rel=0.15)
 
 
 @settings(deadline=None, max_examples=60)

@@ -58,8 +58,8 @@ def test_builtin_tasks_are_14_of_each_category_and_seldom_need_a_judge() -> None
 
 
 def test_builtin_tasks_are_distinct_and_named_by_their_category() -> None:
-    asked = [json.dumps(task.conversation()) for task in TASKS]
-    assert len(set(asked)) == len(asked)
+    cases = [json.dumps(task.conversation()) for task in TASKS]
+    assert len(set(cases)) == len(cases)
     assert all(re.fullmatch(rf"{task.category}-\d\d", task.id) for task in TASKS)
 
 
@@ -71,12 +71,12 @@ def test_builtin_choices_have_no_favourite_letter() -> None:
 def test_builtin_choices_stand_in_the_prompt() -> None:
     for task in TASKS:
         if task.check.kind == "choice":
-            for letter, said in task.check.choices.items():
-                assert f"\n{letter}) {said}\n" in task.text, task.id
+            for letter, text in task.check.choices.items():
+                assert f"\n{letter}) {text}\n" in task.text, task.id
 
 
 def test_builtin_tasks_are_not_among_the_held_out_prompts() -> None:
-    held_out = {normal(one.prompt) for one in [*held_out_prompts(), *paraphrases()]}
+    held_out = {normal(item.prompt) for item in [*held_out_prompts(), *paraphrases()]}
     assert not [task.id for task in TASKS if normal(task.text) in held_out]
 
 
@@ -103,9 +103,9 @@ async def test_builtin_unit_tests_pass_right_programs_and_no_others() -> None:
             return (await score_code(task.check, f"```python\n{code}\n```")).value
 
     for kind, value in (("right", 1.0), ("wrong", 0.0)):
-        asked = [(task, code) for task in WITH_UNIT_TESTS for code in ANSWERS[task.id][kind]]
-        scores = await asyncio.gather(*(score(task, code) for task, code in asked))
-        assert {task.id for (task, _), got in zip(asked, scores, strict=True) if got != value} == (
+        cases = [(task, code) for task in WITH_UNIT_TESTS for code in ANSWERS[task.id][kind]]
+        scores = await asyncio.gather(*(score(task, code) for task, code in cases))
+        assert {task.id for (task, _), got in zip(cases, scores, strict=True) if got != value} == (
             set()
         )
-        assert len(asked) >= len(WITH_UNIT_TESTS) > 0
+        assert len(cases) >= len(WITH_UNIT_TESTS) > 0

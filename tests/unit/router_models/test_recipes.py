@@ -113,7 +113,7 @@ def test_candidate_recipes_are_distinct_and_use_recorded_answers_only() -> None:
 def test_parse_recipe_invalid_text_raises(
     kind: str, members: tuple[str, ...], later: tuple[str, ...]
 ) -> None:
-    with pytest.raises(ValueError, match="no such recipe"):
+    with pytest.raises(ValueError, match="invalid recipe"):
         Recipe(kind, members, later)  # type: ignore[arg-type]
 
 

@@ -81,8 +81,8 @@ async def test_log_fields_of_a_request_reach_its_tasks_and_no_other_request(
 
     await asyncio.gather(*(request(number) for number in range(3)))
     logger.warning("nobody's")
-    told = [orjson.loads(line) for line in stream.getvalue().splitlines()]
-    assert {(t["message"], t.get("request_id"), t.get("trace_id")) for t in told} == {
+    data = [orjson.loads(line) for line in stream.getvalue().splitlines()]
+    assert {(t["message"], t.get("request_id"), t.get("trace_id")) for t in data} == {
         ("at 0", "r0", "t0"),
         ("at 1", "r1", "t1"),
         ("at 2", "r2", "t2"),

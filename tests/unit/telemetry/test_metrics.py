@@ -62,16 +62,16 @@ def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 
 
 def test_metrics_table_declares_each_metric_once_with_a_conventional_name() -> None:
-    assert len({one.name for one in METRICS}) == len(METRICS)
-    for one in METRICS:
-        assert re.fullmatch(r"coe_[a-z_]+", one.name)
-        assert set(one.labels) <= LABELS.keys(), one.name
-        assert one.name.endswith("_total") == (one.kind is Kind.COUNTER), one.name
-        if one.kind is not Kind.COUNTER:
-            assert one.name.endswith(UNITS + STATES), one.name
-        assert (one.kind is Kind.HISTOGRAM) == bool(one.buckets), one.name
-        assert list(one.buckets) == sorted(one.buckets)
-    used = {label for one in METRICS for label in one.labels} | {"gateway", "pool"}
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+    for metric in METRICS:
+        assert re.fullmatch(r"coe_[a-z_]+", metric.name)
+        assert set(metric.labels) <= LABELS.keys(), metric.name
+        assert metric.name.endswith("_total") == (metric.kind is Kind.COUNTER), metric.name
+        if metric.kind is not Kind.COUNTER:
+            assert metric.name.endswith(UNITS + STATES), metric.name
+        assert (metric.kind is Kind.HISTOGRAM) == bool(metric.buckets), metric.name
+        assert list(metric.buckets) == sorted(metric.buckets)
+    used = {label for metric in METRICS for label in metric.labels} | {"gateway", "pool"}
     assert used == LABELS.keys()
 
 
@@ -106,11 +106,11 @@ def test_add_too_many_label_values_are_counted_as_other() -> None:
     registry = MetricsRegistry(Side.GATEWAY)
     for i in range(MAX_SERIES + 50):
         registry.add(metric_table.TENANT_TOKENS, 1, f"tenant {i}")
-    told = [
+    found = [
         s for f in registry.prometheus.collect() if f.name == "coe_tenant_tokens" for s in f.samples
     ]
-    assert len(told) == MAX_SERIES + 1
-    assert {s.value for s in told if s.labels["tenant"] == OTHER} == {50}
+    assert len(found) == MAX_SERIES + 1
+    assert {s.value for s in found if s.labels["tenant"] == OTHER} == {50}
 
 
 def test_total_that_falls_is_treated_as_a_counter_reset() -> None:
@@ -124,13 +124,13 @@ def test_total_that_falls_is_treated_as_a_counter_reset() -> None:
 
 
 async def test_request_finished_counts_the_request_once_with_its_times() -> None:
-    told = GatewayMetrics()
-    told.request_started()
-    told.request_finished(OK)
-    told.request_started()
-    told.request_finished(REJECTED)
-    assert told.in_flight == 0
-    got = samples(await told.text({"gateway": "g"}))
+    metrics = GatewayMetrics()
+    metrics.request_started()
+    metrics.request_finished(OK)
+    metrics.request_started()
+    metrics.request_finished(REJECTED)
+    assert metrics.in_flight == 0
+    got = samples(await metrics.text({"gateway": "g"}))
     mine = ("gateway", "g")
     labels = (("category", "math"), ("expert", "a"), mine, ("outcome", "ok"), ("recipe", "single"))
     assert got["coe_requests_total", labels] == 1
@@ -180,12 +180,12 @@ class Told:
 
 
 async def test_pool_metrics_report_queues_residency_and_requests() -> None:
-    told = PoolMetrics()
-    told.follow(Told())
-    told.ended(CALL, Times(1, 1.5, 2, 3, 0.5, 0.25), "")
-    told.on_finished(EngineTimings("a", 0.125, 0.5, 2.0, 10, 5))
+    metrics = PoolMetrics()
+    metrics.follow(Told())
+    metrics.ended(CALL, Times(1, 1.5, 2, 3, 0.5, 0.25), "")
+    metrics.on_finished(EngineTimings("a", 0.125, 0.5, 2.0, 10, 5))
     for _ in range(2):
-        got = samples(await told.text({"pool": "p"}))
+        got = samples(await metrics.text({"pool": "p"}))
     a, p = ("expert", "a"), ("pool", "p")
     assert got["coe_requests_waiting", (a, p)] == 2
     assert got["coe_requests_running", (a, p)] == 1
@@ -221,39 +221,39 @@ async def test_pool_metrics_of_a_removed_expert_disappear() -> None:
         def details(self) -> dict[str, dict[str, object]]:
             return {} if self.gone else super().details()
 
-    told, pool = PoolMetrics(), Emptied()
-    told.follow(pool)
-    assert any("expert" in dict(labels) for _, labels in samples(await told.text({"pool": "p"})))
+    metrics, pool = PoolMetrics(), Emptied()
+    metrics.follow(pool)
+    assert any("expert" in dict(labels) for _, labels in samples(await metrics.text({"pool": "p"})))
     pool.gone = True
-    gauges = {one.name for one in METRICS if one.kind is Kind.GAUGE}
-    left = samples(await told.text({"pool": "p"}))
+    gauges = {metric.name for metric in METRICS if metric.kind is Kind.GAUGE}
+    left = samples(await metrics.text({"pool": "p"}))
     assert [name for name, labels in left if name in gauges and "expert" in dict(labels)] == []
 
 
 async def test_pool_metrics_engine_registry_survives_another_engine_s_start() -> None:
-    told = PoolMetrics()
+    metrics = PoolMetrics()
     for expert in ("a", "b"):
-        Gauge("engine_tokens", "Tokens.", ("model",), registry=told.engine_registry(expert)).labels(
-            "m"
-        ).set(1)
-    got = samples(await told.text({"pool": "p"}))
+        Gauge(
+            "engine_tokens", "Tokens.", ("model",), registry=metrics.engine_registry(expert)
+        ).labels("m").set(1)
+    got = samples(await metrics.text({"pool": "p"}))
     for expert in ("a", "b"):
         assert got["engine_tokens", (("expert", expert), ("model", "m"), ("pool", "p"))] == 1
     # A new engine for an expert: only that one's begin anew.
-    assert isinstance(told.engine_registry("a"), CollectorRegistry)
-    got = samples(await told.text({"pool": "p"}))
+    assert isinstance(metrics.engine_registry("a"), CollectorRegistry)
+    got = samples(await metrics.text({"pool": "p"}))
     assert [dict(labels)["expert"] for name, labels in got if name == "engine_tokens"] == ["b"]
 
 
 async def test_join_of_several_texts_has_each_family_once() -> None:
     texts = []
     for name in ("one", "two"):
-        told = GatewayMetrics()
-        told.request_finished(OK)
-        texts.append(await told.text({"gateway": name}))
+        metrics = GatewayMetrics()
+        metrics.request_finished(OK)
+        texts.append(await metrics.text({"gateway": name}))
     text = join([*texts, ""])
     got = samples(text)
-    for one in METRICS:
-        assert text.count(f"# TYPE {one.name} ") == (one.side is not Side.POOL), one.name
+    for metric in METRICS:
+        assert text.count(f"# TYPE {metric.name} ") == (metric.side is not Side.POOL), metric.name
     assert got == samples(texts[0]) | samples(texts[1])
     assert join([]) == ""

@@ -101,13 +101,13 @@ async def test_moe_collector_metrics_are_per_layer_and_removed_with_the_expert()
     assert registry.value(metrics.MOE_IMBALANCE, "a", "1") == tally.balance(1).imbalance
     assert registry.value(metrics.MOE_SEGMENT_ROUTING, "a", "0") == tally.balance(0).srp
     # Too short to tell: no value, not 0.
-    told = [
+    found = [
         s.labels
         for f in registry.families()
         if f.name == metrics.MOE_SEGMENT_ROUTING.name
         for s in f.samples
     ]
-    assert {one["expert"] for one in told} == {"a"}
+    assert {item["expert"] for item in found} == {"a"}
     routes.forget("a")
     routes.read(registry)
     assert registry.value(metrics.MOE_IMBALANCE, "a", "1") == 0
@@ -120,17 +120,17 @@ def test_moe_collector_metrics_per_routed_expert_stay_within_the_series_limit() 
     layers, experts = 80, 50
     load = np.ones((layers, experts), np.int64)
     routes.add_sample(RoutingSample("large", tuple(range(layers)), experts, 1, experts, load, ()))
-    for one in (small, more):
-        routes.add_sample(one)
+    for item in (small, more):
+        routes.add_sample(item)
         routes.read(registry)
     assert small.load is not None
     assert more.load is not None
-    told = [
+    found = [
         (sample.labels["expert"], sample.value)
         for family in registry.families()
         for sample in family.samples
         if sample.name == metrics.MOE_ROUTED_TOKENS.name
     ]
     # Of the large one nothing, rather than some of it by name and the rest as "other".
-    assert told == [("a", value) for value in (small.load + more.load).ravel().tolist()]
+    assert found == [("a", value) for value in (small.load + more.load).ravel().tolist()]
     assert load.size > MAX_SERIES

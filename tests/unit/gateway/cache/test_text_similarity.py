@@ -6,14 +6,14 @@ import pytest
 
 from loadtests.comparing_pairs import GROUPS, different_questions, paraphrases
 from service.config import CacheConfig
-from service.gateway.cache.text_similarity import said, same_words, similarity
+from service.gateway.cache.text_similarity import canonical_form, same_words, similarity
 
 _PAIRS = 20_000
 
 
 def same(one: str, other: str) -> bool:
     alike = similarity(one, other) >= CacheConfig().threshold
-    return same_words(said(one), said(other)) and alike
+    return same_words(canonical_form(one), canonical_form(other)) and alike
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def test_said_of_confusable_words_differs_in_every_form(group: tuple[str, ...]) 
         "{}",
         "Compare {} and x",
     ):
-        told = [said(form.format(one)) for one in group]
-        assert len(set(told)) == len(told)
+        found = [canonical_form(form.format(item)) for item in group]
+        assert len(set(found)) == len(found)
 
 
 _HITS = ("white space", "a greeting", "please at the beginning", "please at the end", "thanks")
@@ -134,7 +134,7 @@ def test_similarity_is_one_for_equal_texts_and_low_for_unrelated() -> None:
 @pytest.mark.parametrize("text", ["What is the sea?", "Tell a tale.", "Explain x!"])
 @pytest.mark.parametrize("more", ["", " Please.", " Thanks!", " Thank you. Thx!!", " thanks"])
 def test_said_ignores_thanks_at_the_end(text: str, more: str) -> None:
-    assert said(text + more) == said(text)
+    assert canonical_form(text + more) == canonical_form(text)
 
 
 @pytest.mark.parametrize(
@@ -143,4 +143,4 @@ def test_said_ignores_thanks_at_the_end(text: str, more: str) -> None:
 @pytest.mark.timeout(30)
 def test_same_of_hostile_texts_takes_bounded_time(text: str) -> None:
     for _ in range(200):
-        said(text)
+        canonical_form(text)

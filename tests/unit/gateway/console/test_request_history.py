@@ -29,9 +29,9 @@ def test_history_is_bounded_and_since_returns_the_new_ones() -> None:
     for i in range(5):
         recent.add(replace(ONE, request=str(i)))
     assert recent.count == 5
-    assert [one["request"] for one in recent.since(0)] == ["2", "3", "4"]
-    assert [one["request"] for one in recent.since(4)] == ["4"]
-    assert [one["request"] for one in recent.since(0, most=2)] == ["3", "4"]
+    assert [item["request"] for item in recent.since(0)] == ["2", "3", "4"]
+    assert [item["request"] for item in recent.since(4)] == ["4"]
+    assert [item["request"] for item in recent.since(0, most=2)] == ["3", "4"]
     assert recent.since(5) == []
 
 

@@ -53,9 +53,9 @@ async def test_check_without_guard_settings_screens_nothing() -> None:
 async def test_check_injection_is_flagged_or_refused_with_its_score() -> None:
     flagged = await check(guard(injection={"action": "flag"}), said(ATTACK))
     assert flagged.headers == [(b"x-coe-guard", b"flagged")]
-    (told,) = flagged.explained()
-    assert told["score"] >= 0.85
-    assert told["kinds"] == ["override", "reveal"]
+    (result,) = flagged.explained()
+    assert result["score"] >= 0.85
+    assert result["kinds"] == ["override", "reveal"]
     with pytest.raises(GuardRefusedError, match=r"override, reveal \(score 0\.9") as refused:
         await check(guard(injection={"action": "refuse"}), said(ATTACK))
     assert "previous" not in refused.value.message
@@ -189,7 +189,7 @@ async def test_check_tools_are_the_operator_s_words() -> None:
     ],
 )
 async def test_check_prompt_of_token_ids_is_refused(path: str, body: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequestError, match="must be text: the guard can't look through ids"):
+    with pytest.raises(InvalidRequestError, match="must be text: the guard can't check token ids"):
         await check(guard(injection={"action": "refuse"}), body, path=path)
     assert (await check(guard(), body, path=path)).done == "passed"
 
@@ -223,7 +223,7 @@ HOSTILE = {
 async def test_check_hostile_texts_take_bounded_time(kind: str) -> None:
     to = guard(injection={"action": "flag"}, pii={"action": "flag"})
     result = await check(to, said(HOSTILE[kind]))
-    assert [one.screen for one in result.seen] == ["injection", "pii"]
+    assert [item.screen for item in result.seen] == ["injection", "pii"]
 
 
 def test_pii_screen_overlapping_matches_count_as_the_first_kind() -> None:
@@ -253,7 +253,7 @@ async def test_check_long_prompt_is_screened_in_a_thread() -> None:
     to = guard(pii={"action": "redact"}, injection={"action": "flag"})
     result = await check(to, said("word " * 30_000 + "a@example.com " + ATTACK))
     assert result.done == "redacted"
-    assert [one.done for one in result.seen] == ["flagged", "redacted"]
+    assert [item.done for item in result.seen] == ["flagged", "redacted"]
 
 
 async def test_check_uses_a_custom_screen_instead_of_the_built_in() -> None:

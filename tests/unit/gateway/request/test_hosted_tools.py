@@ -129,8 +129,8 @@ async def test_removed_tools_are_in_a_header_and_namespaces_are_searched() -> No
     async with run_gateway(simulated({"cpu": {"tokens": 2}})) as s:
         body = {"model": "general", "input": "x", "tools": [SEARCH, FUNCTION]}
         insists = {**body, "tool_choice": {"type": "web_search"}}
-        status, _, told = await s.ask(insists, "/v1/responses")
-        assert (status, told["error"]["param"]) == (400, "tool_choice")
+        status, _, answer = await s.ask(insists, "/v1/responses")
+        assert (status, answer["error"]["param"]) == (400, "tool_choice")
         hidden = {**NAMESPACE, "tools": [{"type": "mcp", "server_url": "https://x.example"}]}
-        status, _, told = await s.ask({**body, "tools": [hidden]}, "/v1/responses")
-        assert (status, told["error"]["code"]) == (400, "not_allowed")
+        status, _, answer = await s.ask({**body, "tools": [hidden]}, "/v1/responses")
+        assert (status, answer["error"]["code"]) == (400, "not_allowed")

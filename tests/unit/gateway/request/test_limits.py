@@ -230,7 +230,7 @@ def test_shape_of_an_unterminated_string_takes_linear_time(tail: bytes) -> None:
     quotes = rb"\"" * 50_000 + tail
     raw = b'{"a": "b", "c": "' + quotes
     found = list(_STRING.finditer(raw))
-    assert [raw[one.start() : one.end()] for one in found[:3]] == [b'"a"', b'"b"', b'"c"']
+    assert [raw[item.start() : item.end()] for item in found[:3]] == [b'"a"', b'"b"', b'"c"']
     assert len(found) == 4
     assert found[3].end() == len(raw)
     # As deep as may be, so that it is looked at as a whole: a megabyte of it is no work.

@@ -105,7 +105,7 @@ def deep(levels: int) -> Schema:
 
 HOSTILE_SCHEMAS: dict[str, tuple[Schema, str]] = {
     "pattern nested in its text": ({"type": "string", "pattern": nested(200)}, "levels deep"),
-    "pattern of 51 KB": ({"type": "string", "pattern": nested(17_000)}, "no more than"),
+    "pattern of 51 KB": ({"type": "string", "pattern": nested(17_000)}, "at most"),
     "pattern too long": ({"type": "string", "pattern": "a|" * 1025}, "2050 bytes"),
     "pattern of a property's name": (
         {"type": "object", "patternProperties": {nested(100): {"type": "string"}}},
@@ -141,7 +141,7 @@ def test_check_hostile_schema_in_any_field_is_refused(place: str, kind: str) -> 
     assert refused.value.param == param
     assert param in refused.value.message
     assert why in refused.value.message or "bytes" in refused.value.message
-    assert "no more" in refused.value.message
+    assert "allowed" in refused.value.message
 
 
 ORDINARY: dict[str, Schema] = {

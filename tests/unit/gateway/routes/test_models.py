@@ -53,11 +53,11 @@ def test_listing_has_openai_s_shape() -> None:
     now = models.expert_states(CONFIG, [], {})
     listing = models.listing(CONFIG, now, 5)
     assert listing["object"] == "list"
-    assert [one["id"] for one in listing["data"]] == ["auto", "base", "tuned", "far"]
-    for one in listing["data"]:
-        assert one["object"] == "model"
-        assert one["created"] == 5
-    kinds = [one["coe"]["kind"] for one in listing["data"]]
+    assert [item["id"] for item in listing["data"]] == ["auto", "base", "tuned", "far"]
+    for item in listing["data"]:
+        assert item["object"] == "model"
+        assert item["created"] == 5
+    kinds = [item["coe"]["kind"] for item in listing["data"]]
     assert kinds == ["auto", "full", "lora", "remote"]
     assert models.entry(CONFIG, now, 5, "tuned") == listing["data"][2]
     assert listing["data"][2]["parent"] == "base"
@@ -66,8 +66,8 @@ def test_listing_has_openai_s_shape() -> None:
 
 
 def test_openapi_describes_every_endpoint() -> None:
-    told = describe(CONFIG)
-    posts = {path for path, item in told["paths"].items() if "post" in item}
+    result = describe(CONFIG)
+    posts = {path for path, item in result["paths"].items() if "post" in item}
     assert posts == {*ENDPOINTS, "/v1/route", "/v1/feedback"}
-    ids = [item["post"]["operationId"] for item in told["paths"].values() if "post" in item]
+    ids = [item["post"]["operationId"] for item in result["paths"].values() if "post" in item]
     assert len(ids) == len(set(ids))

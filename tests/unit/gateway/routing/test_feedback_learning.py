@@ -69,9 +69,9 @@ async def test_vote_counts_for_the_recipe_that_answered_after_renumbering() -> N
     before, after = gateway(*kept, "math", "code"), gateway(*kept, "code", "art", "math")
     before.feedback.record_answer(ACME, (ID, ID), "math", 0)
     await asyncio.gather(*before.feedback._tasks)
-    told = await after.feedback.vote(ACME, Vote(ID, 1.0))
-    assert told["recipe"] == "math"
-    assert told["category"] == "math"
+    answer = await after.feedback.vote(ACME, Vote(ID, 1.0))
+    assert answer["recipe"] == "math"
+    assert answer["category"] == "math"
     with pytest.raises(ConflictError):
         await before.feedback.vote(ACME, Vote(ID, 1.0))
 

@@ -51,9 +51,9 @@ async def test_load_client_answers_every_request_once() -> None:
     async with _listening(lambda: Upstream(0.0)) as target:
         turn = await closed_loop(target, once([target.request(_BODY)] * 25), 4)
     assert len(turn.check().exchanges) == 25
-    for one in turn.exchanges:
-        assert one.body.count(b"chat.completion.chunk") == 3
-        assert 0 < one.first_ms <= one.total_ms
+    for exchange in turn.exchanges:
+        assert exchange.body.count(b"chat.completion.chunk") == 3
+        assert 0 < exchange.first_ms <= exchange.total_ms
     assert turn.rate > 0
 
 

@@ -74,9 +74,9 @@ def test_report_as_json_is_one_object_with_its_targets(capsys: pytest.CaptureFix
     report.reach.append(at_least("rate", 2.0, Estimate(3.0, 2.5, 3.5)))
     out = io.StringIO()
     report.tell(as_json=True, out=out)
-    told = json.loads(out.getvalue())
-    assert told["reach"] == [{"name": "rate, at least", "target": 2.0, "value": 3.0, "ok": True}]
-    assert told["rate"] == 3.0
+    data = json.loads(out.getvalue())
+    assert data["reach"] == [{"name": "rate, at least", "target": 2.0, "value": 3.0, "ok": True}]
+    assert data["rate"] == 3.0
     assert "| ours | 3    |" in capsys.readouterr().err
 
 

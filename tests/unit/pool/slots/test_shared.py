@@ -257,14 +257,14 @@ def test_moved_waiter_preempts_unless_it_was_preempted_itself(put_back: bool) ->
 def test_hand_over_keeps_which_waiters_were_preempted() -> None:
     async def act(stage: Stage) -> None:
         assert await stage.ask("b") == "ok"
-        told: list[bool] = []
+        collected: list[bool] = []
 
         async def wait(again: LeaseRevokedError | None) -> None:
             try:
                 async with stage.slot.lease("a", again=again):
                     raise AssertionError("it was moved before it ran")
             except LeaseRevokedError as moved:
-                told.append(moved.put_back)
+                collected.append(moved.put_back)
 
         waits = [
             asyncio.create_task(wait(again))
@@ -277,7 +277,7 @@ def test_hand_over_keeps_which_waiters_were_preempted() -> None:
         await asyncio.sleep(0)
         assert stage.slot.hand_over("a") is not None
         await asyncio.gather(*waits)
-        assert sorted(told) == [False, False, True]
+        assert sorted(collected) == [False, False, True]
 
     play(world(), act)
 

@@ -92,17 +92,17 @@ def test_paraphrases_are_120_of_100_prompts_in_every_category() -> None:
     by_id = {prompt.id: prompt for prompt in held_out_prompts()}
     found = paraphrases()
     assert len(found) >= 120
-    assert len({one.of for one in found}) >= 100
-    assert {by_id[one.of].category for one in found} == set(general_categories().names)
-    assert all(normal(one.prompt) != normal(by_id[one.of].prompt) for one in found)
+    assert len({item.of for item in found}) >= 100
+    assert {by_id[item.of].category for item in found} == set(general_categories().names)
+    assert all(normal(item.prompt) != normal(by_id[item.of].prompt) for item in found)
 
 
 def test_held_out_texts_are_not_among_those_for_the_fit() -> None:
-    asked = [*held_out_prompts(), *field_prompts(), *paraphrases()]
-    texts = {normal(prompt.prompt): prompt.prompt for prompt in asked}
+    prompts = [*held_out_prompts(), *field_prompts(), *paraphrases()]
+    texts = {normal(prompt.prompt): prompt.prompt for prompt in prompts}
     # Greetings of one or two words, such as a plain hello, occur in every collection.
     shared = {normal_text for normal_text in texts.keys() & fitted_on() if " " in normal_text}
-    assert not {texts[one] for one in shared}
+    assert not {texts[item] for item in shared}
 
 
 @pytest.mark.parametrize(

@@ -80,17 +80,17 @@ def test_demo_domains_hold_out_the_evaluation_prompts(tmp_path: Path) -> None:
 def test_answer_prompts_answers_only_rows_without_an_answer() -> None:
     rows = (Example("a", "", "1"), Example("b", "told", "2"), Example("c", "", "3"))
     field = domain_texts.Field("law", rows, rows[:1], "", "")
-    asked: list[list[str]] = []
+    batches: list[list[str]] = []
 
     def answer(prompts: list[str]) -> list[str]:
-        asked.append(prompts)
+        batches.append(prompts)
         return [prompt.upper() if prompt != "c" else "" for prompt in prompts]
 
     done = domain_texts.answered(field, answer, 3)
     # An expert that has nothing to say leaves nothing to learn from.
     assert [(row.prompt, row.answer) for row in done.train] == [("a", "A"), ("b", "told")]
     assert [row.answer for row in done.held_out] == ["A"]
-    assert asked == [["a", "c"], ["a"]]
+    assert batches == [["a", "c"], ["a"]]
     assert len(domain_texts.answered(field, answer, 1).train) == 1
 
 

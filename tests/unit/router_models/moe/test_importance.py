@@ -83,11 +83,11 @@ def test_importance_measures_and_steers_each_model_family(kind: str, tmp_path: P
         plain = model(input_ids=ids).logits
         with steer_gates(layers, {1: LayerSteering.of(EXPERTS)}, shape):
             same = model(input_ids=ids).logits
-        told: dict[int, torch.Tensor] = {}
+        fields: dict[int, torch.Tensor] = {}
         masked = {1: LayerSteering.of(EXPERTS, mask=mask, top_k=3)}
         with (
             steer_gates(layers, masked, shape),
-            capture_choices(layers, lambda layer, ids, _: told.update({layer: ids})),
+            capture_choices(layers, lambda layer, ids, _: fields.update({layer: ids})),
         ):
             other = model(input_ids=ids).logits
         again = model(input_ids=ids).logits
@@ -95,9 +95,9 @@ def test_importance_measures_and_steers_each_model_family(kind: str, tmp_path: P
     torch.testing.assert_close(same, plain, rtol=1e-4, atol=1e-5)
     assert torch.equal(again, plain)
     assert (other - plain).abs().max() > 1e-3
-    assert told[0].shape[-1] == TOP_K
-    assert told[1].shape[-1] == 3
-    assert best not in told[1].unique().tolist()
+    assert fields[0].shape[-1] == TOP_K
+    assert fields[1].shape[-1] == 3
+    assert best not in fields[1].unique().tolist()
 
 
 def test_steered_gate_equals_the_reference(tmp_path: Path) -> None:

@@ -31,20 +31,20 @@ def test_place_command_plans_writes_and_prints(tmp_path: Path) -> None:
     loads, out = recorded(tmp_path), tmp_path / "placement.json"
     result = place("--loads", loads, "--devices", 2, "--out", out, "--json")
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert told == json.loads(out.read_text())
-    assert told["format"] == "coe.placement/1"
-    ways = {way["name"]: way for way in told["ways"]}
+    data = json.loads(result.stdout)
+    assert data == json.loads(out.read_text())
+    assert data["format"] == "coe.placement/1"
+    ways = {way["name"]: way for way in data["ways"]}
     # By hand: neighbours together are 100 of 104, and 26 of 36; half of each is 52 and 18.
     assert ways["linear"]["cost"] == pytest.approx((100 + 26) / (52 + 18))
     assert ways["linear"]["worst_layer"] == pytest.approx(100 / 52)
     assert ways["round_robin"]["cost"] == pytest.approx((62 + 20) / (52 + 18))
     assert ways["longest first"]["cost"] == pytest.approx(1)
-    assert [one["layer"] for one in told["layers"]] == [1, 3]
-    for one, load in zip(told["layers"], HOT, strict=True):
-        assert sorted(e for held in one["devices"] for e in held) == list(range(8))
-        assert one["load"] == [sum(load[e] for e in held) for held in one["devices"]]
-    assert told["vllm"] == {
+    assert [layer["layer"] for layer in data["layers"]] == [1, 3]
+    for layer, load in zip(data["layers"], HOT, strict=True):
+        assert sorted(e for held in layer["devices"] for e in held) == list(range(8))
+        assert layer["load"] == [sum(load[e] for e in held) for held in layer["devices"]]
+    assert data["vllm"] == {
         "tensor_parallel_size": 2,
         "enable_expert_parallel": True,
         "enable_eplb": True,

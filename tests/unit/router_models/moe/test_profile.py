@@ -79,7 +79,7 @@ def test_profile_command_learns_evaluates_and_writes(
         *("--others", others, "--protect", "1:3", "--json"),
     )
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
+    data = json.loads(result.stdout)
     profile, shape = read_profile(out), moe_shape(base)
     assert shape is not None
     check_profile(profile, shape)
@@ -87,11 +87,11 @@ def test_profile_command_learns_evaluates_and_writes(
     assert [int((~masks[i]).sum()) for i in range(LAYERS)] == [EXPERTS // 2] * LAYERS
     assert profile.protected == {1: (3,)}
     assert not masks[1][3]
-    assert told["kept"] == EXPERTS // 2
-    assert told["protected"] == {"1": [3]}
-    assert 0.5 < told["importance_kept_least"] <= told["importance_kept"] <= 1
+    assert data["kept"] == EXPERTS // 2
+    assert data["protected"] == {"1": [3]}
+    assert 0.5 < data["importance_kept_least"] <= data["importance_kept"] <= 1
     # One text in four of the sixteen is held out; those given twice count once.
-    assert (told["learned_texts"], told["domain"]["texts"], told["others"]["texts"]) == (12, 4, 2)
+    assert (data["learned_texts"], data["domain"]["texts"], data["others"]["texts"]) == (12, 4, 2)
     held_out = [example.prompt for example in read_texts(prompts)][::4]
     size = sum(len(words.encode()) for words in held_out)
     for key, hidden in (
@@ -99,13 +99,13 @@ def test_profile_command_learns_evaluates_and_writes(
         ("steered", masks),
     ):
         bits = sum(bits_by_hand(base, words, hidden) for words in held_out)
-        assert told["domain"][key] == pytest.approx(bits / size, rel=1e-4)
-    lost = told["domain"]["steered"] - told["domain"]["unsteered"]
-    assert told["domain"]["lost"] == pytest.approx(lost, abs=1e-9)
-    one = told["reads"][0]
+        assert data["domain"][key] == pytest.approx(bits / size, rel=1e-4)
+    lost = data["domain"]["steered"] - data["domain"]["unsteered"]
+    assert data["domain"]["lost"] == pytest.approx(lost, abs=1e-9)
+    one = data["reads"][0]
     assert one["batch"] == 1
     assert one["experts_unsteered"] == one["experts_steered"] == TOP_K
-    many = told["reads"][-1]
+    many = data["reads"][-1]
     assert many["experts_steered"] <= EXPERTS / 2 < many["experts_unsteered"]
     per_expert = 3 * 32 * 16 * 4
     assert many["bytes_steered"] == pytest.approx(
@@ -126,7 +126,7 @@ def test_profile_table_shows_the_evaluation(base: Path, prompts: Path, tmp_path:
 def test_profile_keeps_at_least_top_k_experts(base: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "p"
     assert run("--model", base, "--prompts", prompts, "--out", out, "--keep", 0.01).exit_code == 0
-    assert {int((~one.mask).sum()) for one in read_profile(out).layers.values()} == {TOP_K}
+    assert {int((~layer.mask).sum()) for layer in read_profile(out).layers.values()} == {TOP_K}
 
 
 def test_profile_that_can_not_be_learned_raises_with_the_reason(
@@ -170,17 +170,17 @@ def test_profile_unsupported_model_class_raises_with_its_name(
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 258}
     dense = save(LlamaForCausalLM(LlamaConfig(**sizes, **heads)), tmp_path / "dense")
-    said = refused("--model", dense, "--prompts", prompts, "--out", tmp_path / "p")
-    assert said == f"{dense}: LlamaForCausalLM is no mixture of experts"
+    message = refused("--model", dense, "--prompts", prompts, "--out", tmp_path / "p")
+    assert message == f"{dense}: LlamaForCausalLM is no mixture of experts"
     sparse = save(tiny_moe("phimoe"), tmp_path / "phimoe")
-    said = refused("--model", sparse, "--prompts", prompts, "--out", tmp_path / "p")
-    assert "PhimoeForCausalLM: its gates are of type 'phimoe'" in said
+    message = refused("--model", sparse, "--prompts", prompts, "--out", tmp_path / "p")
+    assert "PhimoeForCausalLM: its gates are of type 'phimoe'" in message
 
 
 def test_profile_reads_texts_in_every_supported_form(tmp_path: Path) -> None:
     path = tmp_path / "texts"
     path.write_text('a line\n{ no json\n{"text": "t"}\n{"prompt": "p", "answer": "a"}\na line\n')
-    assert [(one.prompt, one.answer) for one in read_texts(path)] == [
+    assert [(text.prompt, text.answer) for text in read_texts(path)] == [
         ("a line", ""),
         ("{ no json", ""),
         ("t", ""),

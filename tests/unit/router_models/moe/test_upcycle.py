@@ -35,10 +35,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _build(root: Path, base: Path, out: Path, *names: str, top_k: int = 1) -> list[str]:
-    said: list[str] = []
+    lines: list[str] = []
     work = upcycle.plan(base, {name: root / name for name in names}, root / "texts")
-    upcycle.build(work, out, top_k=top_k, say=said.append)
-    return said
+    upcycle.build(work, out, top_k=top_k, say=lines.append)
+    return lines
 
 
 def _model(folder: Path) -> Any:
@@ -181,8 +181,8 @@ def test_upcycle_statistics_round_trip_and_damaged_files_raise(made: Path, tmp_p
 def test_upcycle_reports_changes_outside_the_ffns_as_lost(made: Path, tmp_path: Path) -> None:
     family.adapter(tmp_path / "sums", "base", 1, part="self_attn", size=0.1)
     (tmp_path / "texts").symlink_to(made / "texts")
-    said = _build(tmp_path, made / "base", tmp_path / "moe", "sums")
-    assert said[0].startswith("sums: 2 weights outside its FFNs differ from the base's by ")
+    lines = _build(tmp_path, made / "base", tmp_path / "moe", "sums")
+    assert lines[0].startswith("sums: 2 weights outside its FFNs differ from the base's by ")
 
 
 @pytest.mark.parametrize(

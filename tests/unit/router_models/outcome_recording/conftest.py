@@ -74,15 +74,17 @@ class Upstream:
         if self.tries[body["model"], prompt] <= self.failures:
             await self._send(send, self.status, {"error": {"message": "later", "code": "busy"}})
             return
-        said = self.answer(body["model"], prompt)
-        if isinstance(said, float):
-            await asyncio.sleep(said)
-            said = "late"
-        if isinstance(said, int):
-            await self._send(send, said, {"error": {"message": "no", "code": None, "type": "bad"}})
+        answer = self.answer(body["model"], prompt)
+        if isinstance(answer, float):
+            await asyncio.sleep(answer)
+            answer = "late"
+        if isinstance(answer, int):
+            await self._send(
+                send, answer, {"error": {"message": "no", "code": None, "type": "bad"}}
+            )
             return
-        words = said.split()[: body["max_tokens"]]
-        cut = len(words) < len(said.split())
+        words = answer.split()[: body["max_tokens"]]
+        cut = len(words) < len(answer.split())
         usage: dict[str, Any] = {
             "prompt_tokens": self.template_tokens + len(prompt.split()),
             "completion_tokens": len(words),
@@ -92,7 +94,7 @@ class Upstream:
         if self.price is not None:
             usage["coe"] = {"cost": round(cost, 9)}
         choice = {
-            "message": {"content": " ".join(words) if cut else said},
+            "message": {"content": " ".join(words) if cut else answer},
             "finish_reason": "length" if cut else "stop",
         }
         await self._send(send, 200, {"choices": [choice], "usage": usage})

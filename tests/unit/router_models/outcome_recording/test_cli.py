@@ -72,8 +72,8 @@ async def test_record_killed_leaves_whole_lines_and_continues(
     kept = {(row["prompt"], name) for row in read_rows(out) for name in row["outcomes"]}
     assert len(kept) >= 40
     before = upstream.tries.copy()
-    told = await run(*words)
-    assert told.exit_code == 0, told.output
+    result = await run(*words)
+    assert result.exit_code == 0, result.output
     again = upstream.tries - before
     assert not any((name, prompt) in again for prompt, name in kept)
     assert {(row["prompt"], name) for row in read_rows(out) for name in row["outcomes"]} == {
@@ -98,11 +98,11 @@ async def test_record_two_at_once_are_refused(upstream: Upstream, tmp_path: Path
 
 async def test_record_takes_categories_and_a_limit(upstream: Upstream, tmp_path: Path) -> None:
     more = ("--categories", "c1", "--limit", "2")
-    told = await run(*words_of(upstream, tmp_path, 10, *more))
-    assert told.exit_code == 0, told.output
+    result = await run(*words_of(upstream, tmp_path, 10, *more))
+    assert result.exit_code == 0, result.output
     assert sorted(row["prompt"] for row in read_rows(tmp_path / "out.jsonl")) == ["say 1", "say 3"]
-    told = await run(*words_of(upstream, tmp_path, 10, "--categories", "c9"))
-    assert "no prompt has the category c9; there are c0, c1" in told.output
+    result = await run(*words_of(upstream, tmp_path, 10, "--categories", "c9"))
+    assert "no prompt has the category c9; there are c0, c1" in result.output
 
 
 async def test_record_sends_its_key_only_where_it_belongs(
@@ -113,8 +113,8 @@ async def test_record_sends_its_key_only_where_it_belongs(
     for more, key in (((), b"Bearer sk-own"), (("--key-env", "OTHER"), b"Bearer sk-other")):
         await run(*words_of(upstream, tmp_path, 1, *more))
         assert upstream.headers[-1][b"authorization"] == key
-    told = await run(*words_of(upstream, tmp_path, 1, "--key-env", "UNSET_HERE"))
-    assert "UNSET_HERE is not set" in told.output
+    result = await run(*words_of(upstream, tmp_path, 1, "--key-env", "UNSET_HERE"))
+    assert "UNSET_HERE is not set" in result.output
     assert "sk-" not in (tmp_path / "out.jsonl").read_text()
 
 
@@ -153,25 +153,25 @@ def test_key_for_is_this_service_s_own_only_there(
 async def test_record_refuses_with_one_message(
     upstream: Upstream, tmp_path: Path, more: tuple[str, ...], message: str
 ) -> None:
-    told = await run(*words_of(upstream, tmp_path, 2, *more))
-    assert told.exit_code != 0
-    assert message in told.output
-    assert "Traceback" not in told.output
+    result = await run(*words_of(upstream, tmp_path, 2, *more))
+    assert result.exit_code != 0
+    assert message in result.output
+    assert "Traceback" not in result.output
 
 
 async def test_record_bound_on_cost_needs_prices(upstream: Upstream, tmp_path: Path) -> None:
     upstream.price = None
     words = words_of(upstream, tmp_path, 20, "--max-cost", "0.0013", "--max-tokens", "5")
-    told = await run(*words)
-    assert "--max-cost needs the price of a, b" in told.output
+    result = await run(*words)
+    assert "--max-cost needs the price of a, b" in result.output
     prices = tmp_path / "prices.json"
     prices.write_text('{"a": {"prompt": 1}}')
     assert "expected {" in (await run(*words, "--prices", str(prices))).output
     price = {"prompt": 1.0, "completion": 1.0}
     prices.write_text(json.dumps({"a": price, "b": price}))
-    told = await run(*words, "--prices", str(prices))
-    assert "bound on cost" in told.output
-    assert told.exit_code == 1
+    result = await run(*words, "--prices", str(prices))
+    assert "bound on cost" in result.output
+    assert result.exit_code == 1
     costs = [o["cost"] for r in read_rows(tmp_path / "out.jsonl") for o in r["outcomes"].values()]
     assert costs
     assert sum(costs) <= 0.0013
@@ -192,23 +192,23 @@ async def test_record_leaves_out_what_can_t_be_checked_here(
     for i, line in enumerate(rows := other.read_text().splitlines()):
         rows[i] = json.dumps(json.loads(line) | {"id": f"u{i}"})
     other.write_text("\n".join(rows))
-    told = await run(*words, "--prompts", str(other), "--prompts", str(judged))
-    assert told.exit_code == 0, told.output
+    result = await run(*words, "--prompts", str(other), "--prompts", str(judged))
+    assert result.exit_code == 0, result.output
     reason = "there is no sandbox on this machine: namespaces are not allowed"
-    assert f"left out 3 prompts with the check unit_tests: {reason}" in told.output
-    assert "left out 1 prompts with the check judge: give --judge EXPERT" in told.output
+    assert f"left out 3 prompts with the check unit_tests: {reason}" in result.output
+    assert "left out 1 prompts with the check judge: give --judge EXPERT" in result.output
     assert len(read_rows(tmp_path / "out.jsonl")) == 2
-    told = await run(
+    result = await run(
         *("record", "--prompts", str(judged), "--experts", "a", "--base-url", upstream.url),
         *("--out", str(tmp_path / "none.jsonl")),
     )
-    assert "no prompt is left" in told.output
+    assert "no prompt is left" in result.output
 
 
 async def test_record_needs_prompts() -> None:
-    told = await run("record", "--experts", "a", "--out", "x.jsonl")
-    assert told.exit_code == 2
-    assert "--prompts FILE or --builtin" in told.output
+    result = await run("record", "--experts", "a", "--out", "x.jsonl")
+    assert result.exit_code == 2
+    assert "--prompts FILE or --builtin" in result.output
 
 
 def row(identity: str, **more: Any) -> dict[str, Any]:
@@ -229,13 +229,13 @@ def test_show_has_a_line_for_each_expert_and_category(tmp_path: Path) -> None:
             row("2", outcomes={"a": {"score": 0}}, errors={"b": {"code": "x", "message": "m"}}),
         ],
     )
-    told = CliRunner().invoke(group, ["show", file])
-    lines = [line.split() for line in told.output.splitlines()]
+    result = CliRunner().invoke(group, ["show", file])
+    lines = [line.split() for line in result.output.splitlines()]
     assert lines[0][:3] == ["expert", "category", "score"]
     assert lines[1] == ["a", "c", "0.500", "0.09–0.91", "2", "3", "+", "5", "0.25", "–", "–"]
     assert lines[4][:6] == ["b", "all", "0.500", "0.09–0.91", "1", "1"] or lines[4][5] == "1"
-    told = CliRunner().invoke(group, ["show", file, "--by", "expert", "--json"])
-    cells = [json.loads(line) for line in told.output.splitlines()]
+    result = CliRunner().invoke(group, ["show", file, "--by", "expert", "--json"])
+    cells = [json.loads(line) for line in result.output.splitlines()]
     assert [(cell["expert"], cell["category"], cell["failed"]) for cell in cells] == [
         ("a", "all", 0),
         ("b", "all", 1),
@@ -248,13 +248,13 @@ def test_merge_joins_rows_and_lets_later_files_win(tmp_path: Path) -> None:
         tmp_path / "b.jsonl", [row("1", outcomes={"a": {"score": 1}, "b": {"score": 1}}), row("3")]
     )
     out = tmp_path / "out.jsonl"
-    told = CliRunner().invoke(group, ["merge", first, second, "--out", str(out)])
-    assert told.exit_code == 0, told.output
-    assert "3 rows, 2 outcomes, 1 replaced" in told.output
-    rows = {one["id"]: one["outcomes"] for one in read_rows(out)}
+    result = CliRunner().invoke(group, ["merge", first, second, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "3 rows, 2 outcomes, 1 replaced" in result.output
+    rows = {item["id"]: item["outcomes"] for item in read_rows(out)}
     assert rows == {"1": {"a": {"score": 1}, "b": {"score": 1}}, "2": {}, "3": {}}
-    told = CliRunner().invoke(group, ["merge", first, "--out", str(out)])
-    assert "--force replaces it" in told.output
+    result = CliRunner().invoke(group, ["merge", first, "--out", str(out)])
+    assert "--force replaces it" in result.output
     assert CliRunner().invoke(group, ["merge", first, "--out", str(out), "--force"]).exit_code == 0
 
 
@@ -272,8 +272,8 @@ def test_merge_refuses_rows_that_can_t_be_compared(
     first = write(tmp_path / "a.jsonl", [row("1")])
     second = write(tmp_path / "b.jsonl", [row("1") | changed])
     out = tmp_path / "out.jsonl"
-    told = CliRunner().invoke(group, ["merge", first, second, "--out", str(out)])
-    assert told.exit_code == 1
-    assert message in told.output
-    assert "b.jsonl" in told.output
+    result = CliRunner().invoke(group, ["merge", first, second, "--out", str(out)])
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "b.jsonl" in result.output
     assert not out.exists()

@@ -92,11 +92,11 @@ async def test_recorder_writes_rows_that_the_fit_reads(upstream: Upstream, tmp_p
     }
     table, skipped = read_outcomes([out], costs_of(None, [out]))
     assert skipped.lines() == []
-    order = np.argsort([int(one[1:]) for one in table.ids])
+    order = np.argsort([int(id_[1:]) for id_ in table.ids])
     assert table.score[order].tolist() == [[1.0, float(i % 2 == 0)] for i in range(10)]
     assert set(table.categories) == {"c0", "c1", "c2"}
     assert progress.cost == pytest.approx(upstream.charged)
-    assert all(one["temperature"] == 0.0 and one["max_tokens"] == 20 for one in upstream.asked)
+    assert all(id_["temperature"] == 0.0 and id_["max_tokens"] == 20 for id_ in upstream.asked)
     headers = upstream.headers[-1]
     assert (headers[b"x-coe-priority"], headers[b"x-coe-cache"]) == (b"low", b"off")
 
@@ -187,15 +187,15 @@ async def test_recorder_never_passes_the_bound_on_cost(
     upstream.template_tokens = draw.randint(0, 1000)
     upstream.delay_s = 0.002
     upstream.failures = draw.randint(0, 1)
-    told = draw.random() < 0.5
-    upstream.price = 1e-3 if told else None
+    result = draw.random() < 0.5
+    upstream.price = 1e-3 if result else None
     bound = draw.uniform(0.0, 12.0)
     out = tmp_path / "out.jsonl"
     for _ in range(3):  # resumed twice: the bound is the file's
         progress = await record(
             upstream, out, tasks(20), max_cost=bound, concurrency=draw.randint(1, 10)
         )
-        real = spent_of(read_rows(out)) if not told else upstream.charged
+        real = spent_of(read_rows(out)) if not result else upstream.charged
         assert real <= bound + 1e-12
         assert progress.cost <= bound + 1e-12
     if progress.done < progress.total:
@@ -221,7 +221,9 @@ async def test_recorder_refuses_a_file_of_other_prompts_or_settings(
     before = upstream.tries.total()
     await record(upstream, out, tasks(2, check={"kind": "number", "answer": 7}))
     assert upstream.tries.total() == before + 4
-    assert all(one["score"] == 0 for row in read_rows(out) for one in row["outcomes"].values())
+    assert all(
+        outcome["score"] == 0 for row in read_rows(out) for outcome in row["outcomes"].values()
+    )
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,10 @@ def test_gate_capture_counts_by_running_expert_and_resets_after_a_snapshot() -> 
     worker.step([[0, 1]], [[2, 3]], requests={"cmpl-1": 1})
     worker.running = "b"
     worker.step([[0, 1], [0, 2]], [[2, 3], [1, 3]], requests={"cmpl-2": 1, "cmpl-3": 1}, padding=3)
-    told = worker.capture.snapshot()
-    assert load_told(told, "a") == [[1, 1, 0, 0], [0, 0, 1, 1]]
-    assert load_told(told, "b") == [[2, 1, 1, 0], [0, 1, 1, 2]]
-    assert (told["a"]["tokens"], told["b"]["tokens"]) == (1, 2)
+    counts = worker.capture.snapshot()
+    assert load_told(counts, "a") == [[1, 1, 0, 0], [0, 0, 1, 1]]
+    assert load_told(counts, "b") == [[2, 1, 1, 0], [0, 1, 1, 2]]
+    assert (counts["a"]["tokens"], counts["b"]["tokens"]) == (1, 2)
     assert worker.capture.snapshot() == {}
 
 
@@ -111,9 +111,9 @@ def test_gate_capture_keeps_a_few_stretches_of_long_prompts() -> None:
     rows = [[i % 3, i % 3 + 1] for i in range(10 + 33 + 50 + 60)]
     others = [[0, i % 3 + 1] for i in range(len(rows))]
     worker.step(rows, others, requests={"short": 10, "one": 33, "long": 50, "over": 60})
-    (told,) = worker.capture.snapshot().values()
-    kept = [np.frombuffer(data, np.int16).reshape(shape) for *shape, data in told["stretches"]]
-    assert [one.shape for one in kept] == [(2, 33, 2), (2, 40, 2)]
+    (counts,) = worker.capture.snapshot().values()
+    kept = [np.frombuffer(data, np.int16).reshape(shape) for *shape, data in counts["stretches"]]
+    assert [item.shape for item in kept] == [(2, 33, 2), (2, 40, 2)]
     assert kept[0][0].tolist() == rows[10:43]
     assert kept[1][1].tolist() == others[43:83]
 
@@ -121,8 +121,8 @@ def test_gate_capture_keeps_a_few_stretches_of_long_prompts() -> None:
 def test_gate_capture_layers_with_a_smaller_top_k_leave_empty_places() -> None:
     worker = Worker(stretches=1)
     worker.step([[1]] * 32, [[2, 3]] * 32, requests={"one": 32})
-    (told,) = worker.capture.snapshot().values()
-    *shape, data = told["stretches"][0]
+    (counts,) = worker.capture.snapshot().values()
+    *shape, data = counts["stretches"][0]
     assert np.frombuffer(data, np.int16).reshape(shape)[:, 0].tolist() == [[1, -1], [2, 3]]
 
 
@@ -130,9 +130,9 @@ def test_gate_capture_expert_chosen_twice_by_a_token_counts_once() -> None:
     worker = Worker(stretches=1)
     # As a rule that gives sure tokens fewer experts fills the places that are left.
     worker.step([[2, 2]] * 32, [[3, 1]] * 32, requests={"one": 32})
-    (told,) = worker.capture.snapshot().values()
-    assert load_told({"a": told}, "a") == [[0, 0, 32, 0], [0, 32, 0, 32]]
-    *shape, data = told["stretches"][0]
+    (counts,) = worker.capture.snapshot().values()
+    assert load_told({"a": counts}, "a") == [[0, 0, 32, 0], [0, 32, 0, 32]]
+    *shape, data = counts["stretches"][0]
     assert np.frombuffer(data, np.int16).reshape(shape)[:, 0].tolist() == [[2, -1], [1, 3]]
 
 

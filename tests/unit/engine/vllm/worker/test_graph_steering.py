@@ -190,9 +190,9 @@ def test_graph_steering_rules_take_effect_in_a_recorded_graph(
     rules = standing(monkeypatch, {0: router})
     recorded = make_fx(lambda logits: router.choose(logits))(some_logits())
     operations = {str(node.target) for node in recorded.graph.nodes}
-    assert any("sort" in one for one in operations)
+    assert any("sort" in operation for operation in operations)
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
-    assert not [one for one in operations if any(word in one for word in waits)]
+    assert not [operation for operation in operations if any(word in operation for word in waits)]
     for name, profile in PROFILES.items():
         rules.write(rules.table_for(told(profile, 0)))
         for seed in range(2):
@@ -275,14 +275,14 @@ def test_graph_steering_worker_loads_swaps_and_verifies_profiles(
     assert one.coe_steer("masked", told(PROFILES["masked"], 0)) == 4 * (2 * E + 3)
     one.coe_steer("three", told(PROFILES["three"], 0))
     assert one.coe_load_result("three")["state"] == "host"
-    said = {}
+    results = {}
     for name in ("masked", "three", "base", "masked", "base", "three"):
         done = one.coe_swap_in(name)
         assert (done["ok"], done["method"]) == (True, "steer")
         weights, ids = router.choose(logits)
-        assert torch.equal(said.setdefault(name, (weights, ids))[0], weights)
-    assert torch.equal(said["base"][0][:, :K], own)
-    assert torch.equal(said["base"][1][:, :K], own_ids)
+        assert torch.equal(results.setdefault(name, (weights, ids))[0], weights)
+    assert torch.equal(results["base"][0][:, :K], own)
+    assert torch.equal(results["base"][1][:, :K], own_ids)
     assert not one.coe_evict("three")
     assert one.coe_evict("masked")
     # Somebody else wrote there.

@@ -46,9 +46,11 @@ def extension(model: Any, folder: Path, rank: int = 0) -> Any:
 def filled(one: Any, expert: str) -> dict[str, Any]:
     one.coe_load_to_host(expert, "nowhere", None, 1.0)
     until = time.monotonic() + 30
-    while (told := one.coe_load_result(expert))["state"] == "loading" and time.monotonic() < until:
+    while (result := one.coe_load_result(expert))[
+        "state"
+    ] == "loading" and time.monotonic() < until:
         time.sleep(0.001)  # a thread of the worker's own: there is no event to await
-    return dict(told)
+    return dict(result)
 
 
 def test_pinned_weights_swap_in_copies_all_but_attention_in_place(tmp_path: Path) -> None:
@@ -75,8 +77,8 @@ def test_pinned_weights_engines_of_a_pool_map_one_file(tmp_path: Path) -> None:
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("key-a-0of2-")
     second.coe_register_initial("b")
-    told = filled(second, "a")
-    assert (told["state"], told["host_bytes"]) == ("host", 4 * 27)
+    result = filled(second, "a")
+    assert (result["state"], result["host_bytes"]) == ("host", 4 * 27)
     assert len(list(tmp_path.iterdir())) == 2
     # The same memory, not a copy of it.
     first._coe().held["a"].tensors["table"][0] = 7.0
@@ -130,9 +132,9 @@ def test_pinned_weights_without_room_fails_the_load_and_the_engine_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr("service.engine.shared_memory.os.posix_fallocate", full)
-        told = filled(one, "b")
-    assert told["state"] == "failed"
-    assert "no room for 0.00 GB of weights in shared memory" in told["reason"]
+        result = filled(one, "b")
+    assert result["state"] == "failed"
+    assert "no room for 0.00 GB of weights in shared memory" in result["reason"]
     assert len(list(tmp_path.iterdir())) == 1
     assert filled(one, "b")["state"] == "host"
     assert one.coe_swap_in("b")["ok"]
